@@ -1,0 +1,56 @@
+# make        environment and C++ extension      make test   lint and the tests
+# make demo   pictures in build/demo             make tiny   train the embedded model again
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+# pytest processes, one thread each
+JOBS ?= 2
+# extra words for pip, such as an index that carries CPU-only builds of torch
+PIP_FLAGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed.stamp
+EXTENSION := $(VENV)/extension.stamp
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+.PHONY: all venv extension demo test test-slow lint tiny clean
+
+all: venv
+
+venv: $(INSTALLED) $(EXTENSION)
+
+extension: $(EXTENSION)
+
+$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "stylefast needs Python 3.11 or newer, but $(PYTHON) is `$(PYTHON) --version 2>&1`;" \
+	       "name another one: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) setuptools wheel pybind11
+	STYLEFAST_EXTENSION=0 $(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(EXTENSION): $(INSTALLED) $(wildcard csrc/*)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+demo: venv
+	$(BIN)/stylefast demo --out build/demo
+
+test: lint
+	$(PYTEST) -m "not slow and not gpu and not soak"
+
+test-slow: venv
+	$(PYTEST) -m "slow and not gpu"
+
+lint: venv
+	$(BIN)/ruff check .
+
+tiny: venv
+	$(BIN)/python -m stylefast.training.tiny
+
+# the environment stays: it is the costly part, and `rm -r .venv` is short
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache stylefast/_C*.so
+	rm -f $(EXTENSION)
+	find stylefast kernels export tests -name __pycache__ -type d -prune -exec rm -rf {} +

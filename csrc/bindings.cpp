@@ -1,0 +1,48 @@
+// The only file that knows pybind11. Every call releases the GIL while it computes.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "planner.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
+
+py::tuple plan_segments(const Int64Array& images, const Int64Array& branches, const Int64Array& offsets,
+                        const Int64Array& reference_images, const Int64Array& reference_pages, std::int64_t min_width,
+                        bool mutual) {
+    const std::int64_t rows = images.size();
+    const std::int64_t entries = reference_images.size();
+    if (branches.size() != rows || offsets.size() != rows + 1 || reference_pages.size() != entries || min_width < 0) {
+        throw std::invalid_argument("plan_segments: the arrays' lengths do not fit each other");
+    }
+    const std::int64_t* bounds = offsets.data();
+    for (std::int64_t row = 0; row < rows; ++row) {
+        if (bounds[row] > bounds[row + 1]) throw std::invalid_argument("plan_segments: offsets must not fall");
+    }
+    if (bounds[0] != 0 || bounds[rows] != entries) {
+        throw std::invalid_argument("plan_segments: offsets must run from 0 to the number of references");
+    }
+
+    stylefast::Segments plan;
+    {
+        py::gil_scoped_release release;
+        plan = stylefast::plan_segments(images.data(), branches.data(), rows, bounds, reference_images.data(),
+                                        reference_pages.data(), min_width, mutual);
+    }
+    return py::make_tuple(Int64Array({rows, plan.width}, plan.page.data()), Int64Array(rows, plan.order.data()));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "stylefast's C++ parts; call them through stylefast.runtime";
+    module.attr("interface") = 1;  // stylefast/_extension.py refuses any other number than its own
+    module.def("plan_segments", &plan_segments, py::arg("images"), py::arg("branches"), py::arg("offsets"),
+               py::arg("reference_images"), py::arg("reference_pages"), py::arg("min_width"), py::arg("mutual"));
+}

@@ -1,0 +1,45 @@
+"""The operations of stylefast, one file each; import them as `stylefast.kernels`.
+
+Every file holds the formula and the shapes, `*_ref` in plain PyTorch to read and to test against, and the public
+function of its name.
+"""
+
+if __name__ == "kernels":
+    # a checkout on sys.path offers this folder under the name of Hugging Face's package; step aside for it
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from pathlib import Path
+
+    _checkout = Path(__file__).resolve().parent.parent
+    _spec = PathFinder.find_spec(__name__, [entry for entry in sys.path if Path(entry).resolve() != _checkout])
+    if _spec is not None and _spec.loader is not None:
+        sys.modules[__name__] = _module = module_from_spec(_spec)
+        _spec.loader.exec_module(_module)
+    else:
+        # transformers and diffusers import whatever is called `kernels` to ask for its version, so importing this must
+        # work; only taking something from it is an error
+        def __getattr__(name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise ImportError(
+                f"`kernels` is a folder of the stylefast checkout; import {name} from `stylefast.kernels`. "
+                "If Hugging Face's package of that name is meant: it is not installed",
+                name=__name__,
+            )
+else:
+    # eager: a submodule and its function share a name, and the function must win
+    from stylefast.kernels.gated_cross_attention import gated_cross_attention
+    from stylefast.kernels.group_norm_silu import group_norm_silu
+    from stylefast.kernels.guided_step import guided_step
+    from stylefast.kernels.shared_attention import shared_attention
+    from stylefast.kernels.token_stats import adain_affine, token_stats
+
+    __all__ = [
+        "adain_affine",
+        "gated_cross_attention",
+        "group_norm_silu",
+        "guided_step",
+        "shared_attention",
+        "token_stats",
+    ]

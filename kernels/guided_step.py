@@ -1,0 +1,141 @@
+"""guided_step: combine the branch predictions of every picture and advance it by one sampler step.
+
+For picture p with branch rows b, weights w and this step's coefficients (`stylefast.sampling.Schedule`):
+
+    output           = sum_b w_b prediction[row_b]
+    output          <- output * (1 - rescale + rescale * std(prediction[full]) / std(output))      where rescale > 0
+    x0               = denoised @ (latents, output)
+    latents', anchor' = update @ (latents, anchor, x0, history[0], history[1], noise)
+    history'         = (x0, history[0])
+
+The second line is guidance rescale (Lin et al. 2024, Eq. 15 and 16). Terms with coefficient zero and branches with
+weight zero or row -1 are left out, not multiplied: what they hold, NaN included, has no effect. All sums are float32.
+"""
+
+import torch
+
+from stylefast.errors import InvalidRequest
+
+FULL = 3  # column of the "full" branch in branch_rows and branch_weights
+
+
+def guided_step_ref(
+    latents: torch.Tensor,
+    anchor: torch.Tensor,
+    history: torch.Tensor,
+    predictions: torch.Tensor,
+    branch_rows: torch.Tensor,
+    branch_weights: torch.Tensor,
+    rescale: torch.Tensor,
+    denoised: torch.Tensor,
+    update: torch.Tensor,
+    noise: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`guided_step` written out, picture by picture and term by term."""
+    next_latents, next_anchor = torch.empty_like(latents), torch.empty_like(anchor)
+    next_history = torch.empty_like(history)
+    for p in range(len(latents)):
+        output = torch.zeros_like(latents[p], dtype=torch.float32)
+        for row, weight in zip(branch_rows[p].tolist(), branch_weights[p].tolist(), strict=True):
+            if row >= 0 and weight != 0:
+                output = output + weight * predictions[row].float()
+        full, strength = int(branch_rows[p, FULL]), float(rescale[p])
+        if full >= 0 and strength != 0 and output.numel() > 1 and output.std() > 0:
+            output = output * (1 - strength + strength * predictions[full].float().std() / output.std())
+
+        d0, d1 = denoised[p].tolist()
+        x0 = (d0 * latents[p].float() if d0 else 0) + (d1 * output if d1 else 0)
+        terms = (latents[p], anchor[p], x0, history[p, 0], history[p, 1], noise[p])
+        for target, coefficients in ((next_latents, update[p, 0]), (next_anchor, update[p, 1])):
+            total = torch.zeros_like(output)
+            for coefficient, term in zip(coefficients.tolist(), terms, strict=True):
+                if coefficient != 0:
+                    total = total + coefficient * term.float()
+            target[p] = total
+        next_history[p, 0], next_history[p, 1] = x0, history[p, 0]
+    return next_latents, next_anchor, next_history
+
+
+def guided_step(
+    latents: torch.Tensor,
+    anchor: torch.Tensor,
+    history: torch.Tensor,
+    predictions: torch.Tensor,
+    branch_rows: torch.Tensor,
+    branch_weights: torch.Tensor,
+    rescale: torch.Tensor,
+    denoised: torch.Tensor,
+    update: torch.Tensor,
+    noise: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One sampler step for all pictures of a batch, whatever their samplers and guidance.
+
+    latents, anchor, noise [images, C, h, w]; history [images, 2, C, h, w], the x0 of the last step and of the one
+    before; predictions [rows, C, h, w]; branch_rows [images, 4] int64, rows of the branches null, context, style,
+    full, -1 where a picture has none; branch_weights [images, 4]; rescale [images] in [0, 1]; denoised [images, 2];
+    update [images, 2, 6].
+
+    Returns new (latents, anchor, history) in the types of the old; nothing is changed in place. A picture without a
+    full branch, or whose output is constant, is not rescaled. Raises InvalidRequest for shapes that don't fit.
+    """
+    _check_shapes(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise)
+    output = torch.zeros_like(latents, dtype=torch.float32)
+    for branch in range(branch_rows.shape[1]):
+        rows = branch_rows[:, branch]
+        weight = torch.where(rows >= 0, branch_weights[:, branch], 0.0)
+        output = output + _weighted(weight, predictions[rows.clamp(min=0)])
+    output = output * _rescale_factor(output, predictions, branch_rows[:, FULL], rescale)
+
+    x0 = _weighted(denoised[:, 0], latents) + _weighted(denoised[:, 1], output)
+    terms = (latents, anchor, x0, history[:, 0], history[:, 1], noise)
+    next_latents = sum(_weighted(update[:, 0, k], term) for k, term in enumerate(terms))
+    next_anchor = sum(_weighted(update[:, 1, k], term) for k, term in enumerate(terms))
+    next_history = torch.stack([x0.to(history.dtype), history[:, 0]], dim=1)
+    return next_latents.to(latents.dtype), next_anchor.to(anchor.dtype), next_history
+
+
+def _weighted(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    # weight [images], values [images, C, h, w] -> float32; zero weight gives zero whatever the values
+    weight = weight.float().view(-1, 1, 1, 1)
+    return torch.where(weight != 0, weight * values.float(), 0.0)
+
+
+def _rescale_factor(
+    output: torch.Tensor, predictions: torch.Tensor, full: torch.Tensor, rescale: torch.Tensor
+) -> torch.Tensor:
+    # [images, 1, 1, 1]
+    strength = rescale.float()
+    deviation = _deviation(output)
+    full_deviation = _deviation(predictions[full.clamp(min=0)].float())
+    applies = (full >= 0) & (strength != 0) & (deviation > 0)
+    factor = torch.where(applies, 1 - strength + strength * full_deviation / deviation, 1.0)
+    return factor.view(-1, 1, 1, 1)
+
+
+def _deviation(pictures: torch.Tensor) -> torch.Tensor:
+    # unbiased, [images]; 0 for pictures of a single value, where torch.std has NaN and a warning
+    flat = pictures.flatten(1)
+    centred = flat - flat.mean(dim=1, keepdim=True)
+    return (centred.square().sum(dim=1) / max(flat.shape[1] - 1, 1)).sqrt()
+
+
+def _check_shapes(
+    latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise
+) -> None:
+    if latents.ndim != 4:
+        raise InvalidRequest(f"latents must be [images, C, h, w], not {tuple(latents.shape)}")
+    images, *picture = latents.shape
+    expected = {
+        "anchor": (anchor, (images, *picture)),
+        "history": (history, (images, 2, *picture)),
+        "predictions": (predictions, (len(predictions), *picture)),
+        "branch_rows": (branch_rows, (images, 4)),
+        "branch_weights": (branch_weights, (images, 4)),
+        "rescale": (rescale, (images,)),
+        "denoised": (denoised, (images, 2)),
+        "update": (update, (images, 2, 6)),
+        "noise": (noise, (images, *picture)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise InvalidRequest(f"{name} must be {list(shape)} for these latents, not {list(tensor.shape)}")

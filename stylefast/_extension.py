@@ -1,0 +1,31 @@
+"""The C++ extension `stylefast._C`, or the reason why it is absent."""
+
+from functools import cache
+from types import ModuleType
+
+# rises with every change of the bindings, so that a stale build is refused instead of called
+INTERFACE = 1
+
+_WAY_OUT = "build it with `make extension` in a checkout, or reinstall where a C++17 compiler and pybind11 are found"
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from stylefast import _C
+    except ImportError as error:
+        return None, f"the C++ extension could not be imported ({error}); {_WAY_OUT}"
+    found = getattr(_C, "interface", None)
+    if found != INTERFACE:
+        return None, f"the C++ extension has interface {found}, but this version needs {INTERFACE}; {_WAY_OUT}"
+    return _C, ""
+
+
+def extension() -> ModuleType | None:
+    """The extension module, or None where it was not built or belongs to another version."""
+    return _load()[0]
+
+
+def extension_error() -> str:
+    """Why `extension()` is None and what to do about it; the empty string when it is there."""
+    return _load()[1]

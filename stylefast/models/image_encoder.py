@@ -1,0 +1,161 @@
+"""The CLIP image encoder behind IP-Adapter: pictures to one embedding, or to patch features."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from stylefast.errors import AdapterError, InvalidRequest, ModelFormatError
+from stylefast.models.pictures import PictureSource, open_picture
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CROPS = ("center", "squash", "pad")
+
+
+def preprocess(
+    image: PictureSource,
+    size: int,
+    crop: str = "center",
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    *,
+    short_side: int | None = None,
+) -> torch.Tensor:
+    """A picture as the encoder sees it: `[3, size, size]` float32, normalised with `mean` and `std`.
+
+    `crop`: "center" scales the short side to `short_side` (by default `size`) and cuts the middle out, as
+    CLIPImageProcessor does, so the edges of long pictures are lost; "squash" scales both sides, which keeps all and
+    changes the aspect; "pad" scales the long side and fills up with the mean colour. Raises ImageError and
+    InvalidRequest.
+    """
+    check_crop(crop)
+    picture = open_picture(image)
+    width, height = picture.size
+    if crop == "squash":
+        picture = _resize(picture, size, size)
+    elif crop == "pad":
+        scale = size / max(width, height)
+        picture = _resize(picture, max(1, round(width * scale)), max(1, round(height * scale)))
+    else:
+        short = short_side or size
+        if width <= height:
+            picture = _resize(picture, short, int(short * height / width))
+        else:
+            picture = _resize(picture, int(short * width / height), short)
+        left, top = (picture.width - size) // 2, (picture.height - size) // 2
+        # beyond the border the crop is black, as CLIPImageProcessor has it where crop_size exceeds the short side
+        picture = picture.crop((left, top, left + size, top + size))
+
+    pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255).permute(2, 0, 1)
+    pixels = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    if pixels.shape[1:] == (size, size):
+        return pixels.contiguous()
+    # padding is zero after normalisation: the mean colour
+    padded = torch.zeros(3, size, size)
+    top, left = (size - pixels.shape[1]) // 2, (size - pixels.shape[2]) // 2
+    padded[:, top:top + pixels.shape[1], left:left + pixels.shape[2]] = pixels
+    return padded
+
+
+def check_crop(crop: str) -> None:
+    """Raises InvalidRequest for anything but "center", "squash" or "pad"."""
+    if crop not in CROPS:
+        raise InvalidRequest(f"crop={crop!r} is unknown; it is one of {', '.join(map(repr, CROPS))}")
+
+
+class ImageEncoder:
+    """A CLIP vision model with projection, and how pictures are prepared for it.
+
+    `vision_model` is transformers' CLIPVisionModelWithProjection, `processor_config` the content of its
+    preprocessor_config.json (a mapping), or None for CLIP's defaults at the model's own size.
+    Raises ModelFormatError where the two do not belong together.
+    """
+
+    def __init__(self, vision_model: nn.Module, processor_config: Mapping | None = None):
+        config = getattr(vision_model, "config", None)
+        if config is None or not hasattr(vision_model, "visual_projection"):
+            raise ModelFormatError(
+                f"{type(vision_model).__name__} is no CLIPVisionModelWithProjection; IP-Adapter needs one with its "
+                "projection"
+            )
+        self.vision_model = vision_model.eval()
+        self.embed_dim: int = config.projection_dim
+        self.hidden_size: int = config.hidden_size
+        self.image_size: int = config.image_size
+
+        processor = dict(processor_config or {})
+        crop_size = _edge(processor.get("crop_size", self.image_size))
+        if crop_size != self.image_size:
+            raise ModelFormatError(
+                f"the image processor cuts {crop_size} pixels, the image encoder takes {self.image_size}; use the "
+                "preprocessor_config.json that came with the encoder"
+            )
+        self.short_side = _edge(processor.get("size", self.image_size))
+        self.mean = tuple(processor.get("image_mean", CLIP_MEAN))
+        self.std = tuple(processor.get("image_std", CLIP_STD))
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_model.visual_projection.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_model.visual_projection.weight.dtype
+
+    def to(self, *args, **kwargs) -> "ImageEncoder":
+        """Moves the model; returns itself."""
+        self.vision_model.to(*args, **kwargs)
+        return self
+
+    def pixels(self, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
+        """Pictures as the encoder's input `[n, 3, image_size, image_size]`."""
+        if not isinstance(images, (list, tuple)) or not images:
+            raise InvalidRequest("the image encoder takes a list of one or more pictures")
+        prepared = [
+            preprocess(image, self.image_size, crop, self.mean, self.std, short_side=self.short_side)
+            for image in images
+        ]
+        return torch.stack(prepared).to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
+        """Projected class embeddings `[n, embed_dim]`, not normalised to unit length."""
+        return self.vision_model(self.pixels(images, crop)).image_embeds
+
+    @torch.no_grad()
+    def patches(self, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
+        """Features before the last layer, class token first: `[n, 1 + patches, hidden_size]`."""
+        return self._features(self.pixels(images, crop))
+
+    @torch.no_grad()
+    def blank_patches(self) -> torch.Tensor:
+        """Patch features of the "no picture" that plus adapters were trained with: `[1, 1 + patches, hidden_size]`.
+
+        That is a picture of zeros after normalisation: the mean colour, not black.
+        """
+        size = self.image_size
+        return self._features(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.vision_model(pixels, output_hidden_states=True).hidden_states
+        if not hidden_states or len(hidden_states) < 2:
+            raise AdapterError("the image encoder gives no hidden states; plus adapters read the one before the last")
+        return hidden_states[-2]
+
+
+def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _edge(size: int | Mapping) -> int:
+    """The side length that a processor config means: a number, {"shortest_edge": n} or {"height": n, "width": n}."""
+    if isinstance(size, int):
+        return size
+    if "shortest_edge" in size:
+        return int(size["shortest_edge"])
+    if "height" in size and size.get("height") == size.get("width"):
+        return int(size["height"])
+    raise ModelFormatError(f"the image processor's size {dict(size)} is not square; CLIP's encoders take squares")

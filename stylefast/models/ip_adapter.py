@@ -1,0 +1,366 @@
+"""IP-Adapter: image features to tokens, and tokens to the extra keys and values of every cross-attention.
+
+Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter", 2023, equation 5:
+`out = softmax(Q K^T / sqrt(d)) V + strength * softmax(Q K_image^T / sqrt(d)) V_image`, where Q, K, V are the text
+cross-attention's own and `K_image = tokens W_k`, `V_image = tokens W_v` come from the adapter.
+"""
+
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stylefast.errors import AdapterError, ModelFormatError, ModelNotFound
+from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.layout import AttentionLayout
+from stylefast.models.pictures import PictureSource
+
+# what the published adapters were trained with, by kind and width: (encoder, its folder beside the adapters)
+_ENCODERS = {
+    ("global", 1280): ("OpenCLIP ViT-bigG/14", "sdxl_models/image_encoder"),
+    ("global", 1024): ("OpenCLIP ViT-H/14", "models/image_encoder"),
+    ("plus", 1280): ("OpenCLIP ViT-H/14", "models/image_encoder"),
+}
+# every published resampler has heads of this width; the file does not say it
+_RESAMPLER_HEAD = 64
+
+KeyValues = tuple[tuple[torch.Tensor, torch.Tensor] | None, ...]
+
+
+class GlobalProjector(nn.Module):
+    """One image embedding to a few tokens: `LayerNorm(reshape(W e + b))`."""
+
+    def __init__(self, embed_dim: int, cross_dim: int, token_count: int):
+        super().__init__()
+        self.token_count = token_count
+        self.proj = nn.Linear(embed_dim, token_count * cross_dim)
+        self.norm = nn.LayerNorm(cross_dim)
+
+    def forward(self, embeds: torch.Tensor) -> torch.Tensor:
+        """`[n, embed_dim]` -> `[n, token_count, cross_dim]`."""
+        return self.norm(self.proj(embeds).unflatten(-1, (self.token_count, -1)))
+
+
+class _ResamplerAttention(nn.Module):
+    """Learned queries read the image features and one another; names follow the published files."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, features: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """`[n, tokens, width]`, `[n, queries, width]` -> `[n, queries, width]`."""
+        queries = self.norm2(queries)
+        seen = torch.cat([self.norm1(features), queries], dim=1)
+        q, k, v = (
+            x.unflatten(-1, (-1, _RESAMPLER_HEAD)).transpose(1, 2)
+            for x in (self.to_q(queries), *self.to_kv(seen).chunk(2, dim=-1))
+        )
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Resampler(nn.Module):
+    """The Perceiver resampler of the plus adapters: patch features to a fixed number of tokens."""
+
+    def __init__(self, embed_dim: int, width: int, inner: int, hidden: int, depth: int, token_count: int,
+                 cross_dim: int):
+        super().__init__()
+        self.token_count = token_count
+        self.latents = nn.Parameter(torch.empty(1, token_count, width))
+        self.proj_in = nn.Linear(embed_dim, width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([
+                _ResamplerAttention(width, inner),
+                nn.Sequential(
+                    nn.LayerNorm(width), nn.Linear(width, hidden, bias=False), nn.GELU(),
+                    nn.Linear(hidden, width, bias=False),
+                ),
+            ])
+            for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(width, cross_dim)
+        self.norm_out = nn.LayerNorm(cross_dim)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`[n, tokens, embed_dim]` -> `[n, token_count, cross_dim]`."""
+        features = self.proj_in(features)
+        queries = self.latents.expand(features.shape[0], -1, -1)
+        for attention, feed_forward in self.layers:
+            queries = queries + attention(features, queries)
+            queries = queries + feed_forward(queries)
+        return self.norm_out(self.proj_out(queries))
+
+
+class IPAdapter(nn.Module):
+    """One loaded adapter; make it with `IPAdapter.load`.
+
+    `kind` is "global" (reads one embedding) or "plus" (reads patch features), `embed_dim` the width it reads,
+    `token_count` the number of tokens it makes of one picture, `cross_dim` their width.
+    """
+
+    def __init__(self, kind: str, projector: nn.Module, key_values: Mapping[int, nn.Linear], layout: AttentionLayout,
+                 embed_dim: int, cross_dim: int, name: str):
+        super().__init__()
+        self.kind, self.embed_dim, self.cross_dim, self.name = kind, embed_dim, cross_dim, name
+        self.token_count: int = projector.token_count
+        self.layout = layout
+        self.projector = projector
+        # registry index of a layer -> its key and value projections, stacked to one matrix
+        self.layer_projections = nn.ModuleDict({str(layer): linear for layer, linear in key_values.items()})
+        # (encoder, device, type, tokens) of the last call; weak, so that a dropped encoder frees its memory
+        self._negative: tuple | None = None
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | Mapping,
+        layout: AttentionLayout,
+        cross_dim: int,
+        *,
+        modules: Collection[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "IPAdapter":
+        """Load a published adapter: a `.safetensors` file, a `.bin` file, or its state dict, nested or flat.
+
+        The kind is recognised from the keys. `modules` (names out of `layout.modules`) restricts what is read: for
+        the style module alone that is 20 of 140 matrices. `key_values` then holds None for the other layers.
+
+        Raises ModelNotFound, ModelFormatError for files that can't be read, and AdapterError for kinds that are not
+        supported (FaceID) and for adapters of another base model, naming the shapes.
+        """
+        entries, name = _read(source)
+        kind, projector = _projector(entries, cross_dim, name)
+        _check_layers(entries, layout, cross_dim, name)
+        unknown = sorted(set(modules or ()) - set(layout.modules))
+        if unknown:
+            raise AdapterError(f"the model has no attention module {unknown[0]!r}; it has {', '.join(layout.modules)}")
+        wanted = [i for i, layer in enumerate(layout.layers) if modules is None or layer.module in modules]
+
+        with torch.device("meta"):
+            linears = {i: nn.Linear(cross_dim, 2 * layout.layers[i].channels, bias=False) for i in wanted}
+        for i, linear in linears.items():
+            key = layout.ip_adapter_key(i)
+            halves = [entries[f"ip_adapter.{key}.to_{which}_ip.weight"].read() for which in "kv"]
+            linear.load_state_dict({"weight": torch.cat(halves).to(device, dtype)}, assign=True)
+        weights = {key: entries[f"image_proj.{key}"].read().to(device, dtype) for key in projector.state_dict()}
+        projector.load_state_dict(weights, assign=True)
+        embed_dim = projector.proj.in_features if kind == "global" else projector.proj_in.in_features
+        return cls(kind, projector, linears, layout, embed_dim, cross_dim, name)
+
+    def check_encoder(self, encoder: ImageEncoder) -> None:
+        """Raises AdapterError if this adapter was not made for the image encoder, and says for which it was."""
+        given = encoder.embed_dim if self.kind == "global" else encoder.hidden_size
+        if given == self.embed_dim:
+            return
+        what = "embeddings" if self.kind == "global" else "patch features"
+        right = _ENCODERS.get((self.kind, self.embed_dim))
+        way_out = f"use {right[0]}, folder {right[1]!r} of h94/IP-Adapter" if right else (
+            "load the image encoder that the adapter was trained with"
+        )
+        raise AdapterError(
+            f"{self.name} ({self.kind}) reads {what} {self.embed_dim} wide, the image encoder gives {given} "
+            f"(hidden size {encoder.hidden_size}, projection {encoder.embed_dim}); {way_out}"
+        )
+
+    def features(self, encoder: ImageEncoder, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
+        """What this kind reads of pictures: `[n, embed_dim]` (global) or `[n, patches, embed_dim]` (plus)."""
+        self.check_encoder(encoder)
+        return encoder.embed(images, crop) if self.kind == "global" else encoder.patches(images, crop)
+
+    @torch.no_grad()
+    def tokens(self, features: torch.Tensor) -> torch.Tensor:
+        """Image tokens `[n, token_count, cross_dim]` of the features of n pictures."""
+        dims = 2 if self.kind == "global" else 3
+        if features.ndim != dims or features.shape[-1] != self.embed_dim:
+            shape = f"[n, {self.embed_dim}]" if dims == 2 else f"[n, patches, {self.embed_dim}]"
+            raise AdapterError(f"{self.name} ({self.kind}) reads features {shape}, not {list(features.shape)}")
+        weight = next(self.projector.parameters())
+        return self.projector(features.to(weight.device, weight.dtype))
+
+    def negative_tokens(self, encoder: ImageEncoder | None = None) -> torch.Tensor:
+        """Tokens of "no picture" `[token_count, cross_dim]`, for the unconditional branch; computed once.
+
+        Global: those of a zero embedding, hence `LayerNorm(bias)`, not zeros. Plus: those of a picture of zeros after
+        normalisation, for which `encoder` is needed.
+        """
+        if self.kind == "plus":
+            if encoder is None:
+                raise AdapterError(f"{self.name} (plus) needs the image encoder for its negative tokens; pass it")
+            self.check_encoder(encoder)
+        weight = next(self.projector.parameters())
+        used = encoder if self.kind == "plus" else self
+        if self._negative is not None:
+            of, device, dtype, tokens = self._negative
+            if of() is used and (device, dtype) == (weight.device, weight.dtype):
+                return tokens
+        features = encoder.blank_patches() if self.kind == "plus" else torch.zeros(1, self.embed_dim)
+        tokens = self.tokens(features)[0]
+        self._negative = (weakref.ref(used), weight.device, weight.dtype, tokens)
+        return tokens
+
+    @torch.no_grad()
+    def key_values(self, tokens: torch.Tensor) -> KeyValues:
+        """Keys and values of image tokens `[pages, t, cross_dim]`, per layer in registry order.
+
+        Each is a pair of `[pages, t, heads, head_dim]`, or None for a layer that `modules` left out.
+        """
+        if tokens.ndim != 3 or tokens.shape[-1] != self.cross_dim:
+            raise AdapterError(f"{self.name} takes tokens [pages, t, {self.cross_dim}], not {list(tokens.shape)}")
+        pairs: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        for i, layer in enumerate(self.layout.layers):
+            if str(i) not in self.layer_projections:
+                pairs.append(None)
+                continue
+            linear = self.layer_projections[str(i)]
+            both = linear(tokens.to(linear.weight.device, linear.weight.dtype))
+            k, v = both.unflatten(-1, (2, layer.heads, -1)).unbind(-3)
+            pairs.append((k, v))
+        return tuple(pairs)
+
+
+class _Entry(NamedTuple):
+    """One tensor of a file: its shape, known from the header, and a way to read it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+def _read(source: str | Path | Mapping) -> tuple[dict[str, _Entry], str]:
+    """All tensors under flat keys, and a name for messages."""
+    if isinstance(source, Mapping):
+        return _flatten(source, "the adapter"), "the adapter"
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin"))
+        raise ModelNotFound(f"{path} is a folder; name one adapter file in it: {', '.join(files) or 'it has none'}")
+    if not path.is_file():
+        raise ModelNotFound(
+            f"there is no adapter at {path}; download one out of h94/IP-Adapter's sdxl_models and pass its path"
+        )
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path), path.name
+    if path.suffix != ".bin":
+        raise ModelFormatError(f"{path.name} is neither .safetensors nor .bin; adapters are published as one of these")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load raises whatever the damaged pickle makes it stumble over
+    except Exception as error:
+        raise ModelFormatError(
+            f"{path.name} is not a file of tensors alone, or it is damaged ({type(error).__name__}); "
+            "get the .safetensors version"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ModelFormatError(f"{path.name} holds a {type(state).__name__}, not an adapter's dictionary")
+    return _flatten(state, path.name), path.name
+
+
+def _read_safetensors(path: Path) -> dict[str, _Entry]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+        return {
+            key: _Entry(tuple(file.get_slice(key).get_shape()), lambda key=key: file.get_tensor(key))
+            for key in file.keys()  # noqa: SIM118 (the handle is no dictionary)
+        }
+    except (SafetensorError, OSError) as error:
+        raise ModelFormatError(f"{path.name} is no readable safetensors file: {error}; download it again") from error
+
+
+def _flatten(state: Mapping, name: str) -> dict[str, _Entry]:
+    flat = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}.{inner}": tensor for inner, tensor in value.items()})
+        else:
+            flat[key] = value
+    for key, value in flat.items():
+        if not isinstance(value, torch.Tensor):
+            raise ModelFormatError(f"{name} holds a {type(value).__name__} under {key!r}, where a tensor belongs")
+    return {key: _Entry(tuple(tensor.shape), lambda tensor=tensor: tensor) for key, tensor in flat.items()}
+
+
+def _projector(entries: Mapping[str, _Entry], cross_dim: int, name: str) -> tuple[str, nn.Module]:
+    """The kind, and an empty projector of the file's dimensions; every key and shape of it is checked."""
+    shapes = {key.removeprefix("image_proj."): e.shape for key, e in entries.items() if key.startswith("image_proj.")}
+    if not shapes or not any(key.startswith("ip_adapter.") for key in entries):
+        raise AdapterError(f"{name} is no IP-Adapter: it needs keys image_proj.* and ip_adapter.*")
+    if any("_lora" in key for key in entries) or any(key.startswith("perceiver_resampler.") for key in shapes):
+        raise AdapterError(f"{name} is a FaceID adapter, which stylefast does not run; use a global or plus IP-Adapter")
+
+    with torch.device("meta"):
+        if _is_matrix(shapes, "proj.weight"):
+            kind, (rows, embed_dim) = "global", shapes["proj.weight"]
+            width = shapes.get("norm.weight", (cross_dim,))[0]
+            if width != cross_dim or rows % cross_dim:
+                raise _wrong_width(name, width, cross_dim)
+            projector = GlobalProjector(embed_dim, cross_dim, rows // cross_dim)
+        elif len(shapes.get("latents", ())) == 3 and _is_matrix(
+            shapes, "proj_in.weight", "proj_out.weight", "layers.0.0.to_q.weight", "layers.0.1.1.weight"
+        ):
+            kind = "plus"
+            if shapes["proj_out.weight"][0] != cross_dim:
+                raise _wrong_width(name, shapes["proj_out.weight"][0], cross_dim)
+            inner = shapes["layers.0.0.to_q.weight"][0]
+            if inner % _RESAMPLER_HEAD:
+                raise AdapterError(f"{name}'s resampler is {inner} wide inside; heads of {_RESAMPLER_HEAD} don't fit")
+            depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers."))
+            projector = Resampler(
+                embed_dim=shapes["proj_in.weight"][1], width=shapes["latents"][2], inner=inner,
+                hidden=shapes["layers.0.1.1.weight"][0], depth=depth, token_count=shapes["latents"][1],
+                cross_dim=cross_dim,
+            )
+        else:
+            raise AdapterError(
+                f"{name} holds an image projection of unknown kind ({', '.join(sorted(shapes)[:4])}, ...); known are "
+                "global (image_proj.proj.weight) and plus (image_proj.latents)"
+            )
+    _compare(
+        {f"image_proj.{key}": shape for key, shape in shapes.items()},
+        {f"image_proj.{key}": tuple(tensor.shape) for key, tensor in projector.state_dict().items()},
+        name,
+    )
+    return kind, projector
+
+
+def _is_matrix(shapes: Mapping[str, tuple], *keys: str) -> bool:
+    return all(len(shapes.get(key, ())) == 2 for key in keys)
+
+
+def _wrong_width(name: str, given: int, cross_dim: int) -> AdapterError:
+    return AdapterError(
+        f"{name} was made for another base model: its tokens are {given} wide, the model's text states {cross_dim}; "
+        "SDXL adapters have 2048, SD 1.5's have 768"
+    )
+
+
+def _check_layers(entries: Mapping[str, _Entry], layout: AttentionLayout, cross_dim: int, name: str) -> None:
+    expected = {
+        f"ip_adapter.{layout.ip_adapter_key(i)}.to_{which}_ip.weight": (layer.channels, cross_dim)
+        for i, layer in enumerate(layout.layers)
+        for which in "kv"
+    }
+    _compare({key: entry.shape for key, entry in entries.items() if not key.startswith("image_proj.")}, expected, name)
+
+
+def _compare(given: Mapping[str, tuple], expected: Mapping[str, tuple], name: str) -> None:
+    counts = f"it has {len(given)} such tensors, the model takes {len(expected)}"
+    if missing := [key for key in expected if key not in given]:
+        raise AdapterError(f"{name} lacks {missing[0]} and {len(missing) - 1} more; {counts}")
+    if foreign := [key for key in given if key not in expected]:
+        raise AdapterError(f"{name} holds {foreign[0]} and {len(foreign) - 1} more that fit nowhere; {counts}")
+    for key, shape in expected.items():
+        if given[key] != shape:
+            raise AdapterError(
+                f"{name}: {key} is {list(given[key])}, the model needs {list(shape)}; use one made for this model"
+            )

@@ -1,0 +1,59 @@
+"""Masks say where in the picture an image prompt acts; here they become one weight per attention query."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from stylefast.errors import ImageError, InvalidRequest
+from stylefast.models.pictures import PictureSource, open_picture
+
+
+def load_mask(mask: PictureSource | torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """A mask as zeros and ones `[height, width]`: white acts, black does not; the threshold is mid grey.
+
+    `size` is (height, width) of the picture to make; a mask of another size is scaled to it (Lanczos, as diffusers'
+    `IPAdapterMaskProcessor` does). A tensor `[height, width]` in [0, 1] is taken as it is, soft edges included; it
+    must already have the right size. Raises ImageError.
+    """
+    if isinstance(mask, torch.Tensor):
+        return _check_tensor(mask, size)
+    grey = open_picture(mask).convert("L")
+    if size is not None and grey.size != (size[1], size[0]):
+        grey = grey.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    values = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(grey.height, grey.width)
+    return (values.float() / 255 >= 0.5).float()
+
+
+def mask_vectors(mask: PictureSource | torch.Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    """The mask's weight at every attention query: for each feature map (h, w) in `sizes` a vector `[h * w]`, float32.
+
+    `mask` is anything `load_mask` takes, at the resolution and aspect of the picture to make. Equal to diffusers'
+    `IPAdapterMaskProcessor.downsample`: bicubic without antialiasing, which reads 4 x 4 pixels per query, so hard
+    edges overshoot to about -0.1 and 1.1 and regions thinner than a query can vanish. Where diffusers guesses h and w
+    from the mask's aspect, they are given here.
+    """
+    grid = load_mask(mask)[None, None]
+    for size in sizes:
+        if len(size) != 2 or min(size) < 1:
+            raise InvalidRequest(f"a feature map has a height and a width of at least 1, not {tuple(size)}")
+    return tuple(
+        F.interpolate(grid, size=tuple(size), mode="bicubic", align_corners=False).flatten() for size in sizes
+    )
+
+
+def _check_tensor(mask: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    if mask.ndim != 2 or mask.numel() == 0:
+        raise ImageError(f"a mask tensor has the shape [height, width], not {list(mask.shape)}")
+    if size is not None and tuple(mask.shape) != tuple(size):
+        raise ImageError(
+            f"the mask is {mask.shape[0]} x {mask.shape[1]}, the picture {size[0]} x {size[1]} (height x width); "
+            "make them equal, or pass the mask as a picture, which is scaled"
+        )
+    mask = mask.detach().float().cpu()
+    low, high = mask.min().item(), mask.max().item()
+    # written so that NaN fails it too
+    if not (low >= 0 and high <= 1):
+        raise ImageError(f"a mask holds values in [0, 1], this one from {low:g} to {high:g}")
+    return mask

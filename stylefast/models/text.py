@@ -1,0 +1,274 @@
+"""Prompts to conditioning: both text encoders of SDXL, with learned vectors placed into prompts at call time.
+
+A placeholder is written `<name>` in the text and comes with its vectors in `Prompt.vectors`. Neither the tokenizers nor
+the embedding tables grow: each call runs the encoders over a small table that holds just the rows this call needs, so
+any number of styles and noise stages share one batched call and nothing has to be unloaded afterwards.
+"""
+
+import logging
+import re
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from stylefast.errors import ModelFormatError, PromptError, StyleError
+
+logger = logging.getLogger(__name__)
+
+POOLED_POLICIES = ("eos", "first_added_token")
+
+# functional_call swaps the embedding table inside the module while it runs; two engines may share one encoder
+_encoder_lock = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class TextStates:
+    """What the UNet is conditioned on for one prompt."""
+
+    hidden: Tensor  # [tokens, cross_dim]: second-to-last states of both encoders, side by side
+    pooled: Tensor  # [pooled_dim]: projected state of encoder 2 at the end of the text
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A text and the vectors of the placeholders in it.
+
+    `text` None is the null prompt of models that were trained with zeros for it. `vectors` maps a placeholder's name to
+    its rows for encoder 1 and encoder 2, `[n, width 1]` and `[n, width 2]`; `<name>` in the text then stands for n
+    tokens. Names that do not occur in the text are ignored; `<other>` without vectors is ordinary text.
+    """
+
+    text: str | None
+    vectors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.text is not None and not isinstance(self.text, str):
+            raise PromptError(f"a prompt must be a string or None, not {type(self.text).__name__}")
+        for name, pair in self.vectors.items():
+            shapes = [tuple(rows.shape) for rows in pair]
+            if len(shapes) != 2 or any(len(s) != 2 or s[0] == 0 for s in shapes) or shapes[0][0] != shapes[1][0]:
+                raise StyleError(
+                    f"the vectors of <{name}> have the shapes {shapes}; give two tensors [n, width], one per text "
+                    "encoder, with the same n"
+                )
+
+    def placeholders(self) -> list[str]:
+        """Names with vectors that occur in the text, in order of first occurrence."""
+        found = [name for name in self.vectors if self.text and f"<{name}>" in self.text]
+        return sorted(found, key=lambda name: self.text.index(f"<{name}>"))
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Token ids of one prompt, padded; a negative id -1 - r means row r of the learned vectors of this call."""
+
+    ids: list[int]
+    end: int  # index of the first end-of-text token
+    added: int  # index of the last vector of the first placeholder; `end` if there is none
+    cut: str  # the words that did not fit
+
+
+class TextEncoder:
+    """Both text encoders of an SDXL-shaped model with their tokenizers.
+
+    `force_zeros`: the null prompt is zeros (SDXL base) instead of the encoding of the empty text.
+    Raises ModelFormatError where the parts do not belong together.
+    """
+
+    def __init__(self, tokenizers: Sequence, encoders: Sequence[torch.nn.Module], force_zeros: bool):
+        if len(tokenizers) != 2 or len(encoders) != 2:
+            raise ModelFormatError(
+                f"SDXL needs two tokenizers and two text encoders; got {len(tokenizers)} and {len(encoders)}"
+            )
+        if not hasattr(encoders[1], "text_projection"):
+            raise ModelFormatError(
+                f"text encoder 2 is a {type(encoders[1]).__name__} without a text projection; "
+                "SDXL needs a CLIPTextModelWithProjection there"
+            )
+        self.tokenizers = tuple(tokenizers)
+        self.encoders = tuple(encoders)
+        self.force_zeros = bool(force_zeros)
+        lengths = [
+            min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
+        ]
+        if lengths[0] != lengths[1]:
+            raise ModelFormatError(
+                f"the text encoders read {lengths[0]} and {lengths[1]} tokens; their states stand side by side, "
+                "so both lengths must agree"
+            )
+        self.max_tokens: int = lengths[0]
+        self._table_names = tuple(_table_name(encoder) for encoder in encoders)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of the token embeddings of encoder 1 and encoder 2: (768, 1280) for SDXL."""
+        return tuple(encoder.get_input_embeddings().weight.shape[1] for encoder in self.encoders)
+
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        pooled_policy: Sequence[str] | str = "eos",
+        *,
+        known_names: Collection[str] = (),
+    ) -> list[TextStates]:
+        """Encode prompts in one batched call per encoder; equal prompts are encoded once and share their tensors.
+
+        `pooled_policy`, one for all or one per prompt: "eos" pools at the first end-of-text token; "first_added_token"
+        pools where diffusers does for added tokens under SDXL's configs (`eos_token_id` 2): at the first placeholder,
+        on its last vector. A prompt without placeholder pools at the end of the text either way.
+        `known_names`: styles that exist; a `<name>` of them without vectors is an error instead of ordinary text.
+        Gradients flow to vectors that ask for them, never to the encoders.
+
+        Text beyond `max_tokens` is cut with one logged warning per call. Raises PromptError where a placeholder falls
+        beyond it, StyleError where vectors do not fit the encoders.
+        """
+        prompts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+        policies = [pooled_policy] * len(prompts) if isinstance(pooled_policy, str) else list(pooled_policy)
+        self._check(prompts, policies, known_names)
+
+        distinct: dict[tuple, int] = {}
+        batch: list[Prompt] = []
+        places: list[int | None] = []
+        for prompt in prompts:
+            if prompt.text is None and self.force_zeros:
+                places.append(None)
+                continue
+            prompt = Prompt("") if prompt.text is None else prompt
+            key = _identity(prompt)
+            if key not in distinct:
+                distinct[key] = len(batch)
+                batch.append(prompt)
+            places.append(distinct[key])
+
+        learning = any(rows.requires_grad for p in batch for name in p.placeholders() for rows in p.vectors[name])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learning):
+            hidden, last, sequences = self._run(batch) if batch else (None, None, [])
+            memo: dict[tuple[int | None, str], TextStates] = {}
+            for place, policy in zip(places, policies, strict=True):
+                if (place, policy) in memo:
+                    continue
+                if place is None:
+                    memo[place, policy] = self._zeros()
+                else:
+                    position = sequences[place].end if policy == "eos" else sequences[place].added
+                    pooled = self.encoders[1].text_projection(last[place, position])  # [pooled_dim]
+                    memo[place, policy] = TextStates(hidden[place], pooled)
+        return [memo[place, policy] for place, policy in zip(places, policies, strict=True)]
+
+    def _check(self, prompts: list[Prompt], policies: list[str], known_names: Collection[str]) -> None:
+        if len(policies) != len(prompts):
+            raise PromptError(
+                f"{len(policies)} pooled policies for {len(prompts)} prompts; give one for all or one each"
+            )
+        for policy in policies:
+            if policy not in POOLED_POLICIES:
+                raise PromptError(f"pooled policy {policy!r} is unknown; there are {', '.join(POOLED_POLICIES)}")
+        widths = self.widths
+        for prompt in prompts:
+            for name in known_names:
+                if name not in prompt.vectors and f"<{name}>" in (prompt.text or ""):
+                    raise PromptError(
+                        f"the prompt names <{name}>, but that style is not part of this request; "
+                        "add it to the styles of the request or take the token out of the text"
+                    )
+            for name in prompt.placeholders():
+                found = tuple(rows.shape[1] for rows in prompt.vectors[name])
+                if found != widths:
+                    raise StyleError(
+                        f"the vectors of <{name}> are {found[0]} and {found[1]} wide, the text encoders of this model "
+                        f"{widths[0]} and {widths[1]}; use an embedding made for this model"
+                    )
+
+    def _zeros(self) -> TextStates:
+        weight = self.encoders[1].text_projection.weight
+        hidden = torch.zeros(
+            self.max_tokens, sum(e.config.hidden_size for e in self.encoders), dtype=weight.dtype, device=weight.device
+        )
+        return TextStates(hidden, torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
+
+    def _run(self, batch: list[Prompt]) -> tuple[Tensor, Tensor, list[_Sequence]]:
+        # -> hidden [prompts, tokens, cross_dim], last states of encoder 2 [prompts, tokens, width 2], its sequences
+        hidden, cut = [], {}
+        for index, tokenizer in enumerate(self.tokenizers):
+            rows: list[Tensor] = []
+            sequences = [self._tokenize(prompt, tokenizer, index, rows) for prompt in batch]
+            cut.update({place: s.cut for place, s in enumerate(sequences) if s.cut and place not in cut})
+            outputs = self._forward(index, sequences, rows)
+            hidden.append(outputs.hidden_states[-2])
+        if cut:
+            words = "; ".join(repr(text) for text in cut.values())
+            logger.warning(
+                "the text encoders read %d tokens; cut from the end of %d prompt(s): %s",
+                self.max_tokens,
+                len(cut),
+                words,
+            )
+        states = torch.cat([h.to(hidden[1].device) for h in hidden], dim=-1).to(hidden[1].dtype)
+        return states, outputs.last_hidden_state, sequences
+
+    def _forward(self, index: int, sequences: list[_Sequence], rows: list[Tensor]):
+        encoder = self.encoders[index]
+        used = sorted({token for s in sequences for token in s.ids if token >= 0})
+        renamed = {token: place for place, token in enumerate(used)}
+        ids = [[renamed[token] if token >= 0 else len(used) - 1 - token for token in s.ids] for s in sequences]
+        with _encoder_lock:
+            table = encoder.get_input_embeddings().weight.detach()  # [vocabulary, width]
+            compact = table[torch.tensor(used, device=table.device)]
+            if rows:
+                compact = torch.cat([compact, torch.stack([row.to(compact) for row in rows])])
+            ids = torch.tensor(ids, device=table.device)  # [prompts, tokens]
+            return functional_call(encoder, {self._table_names[index]: compact}, (ids,), {"output_hidden_states": True})
+
+    def _tokenize(self, prompt: Prompt, tokenizer, index: int, rows: list[Tensor]) -> _Sequence:
+        names = prompt.placeholders()
+        # an odd place holds a placeholder; without any, the text is one piece
+        slots = "|".join(re.escape(f"<{name}>") for name in names)
+        pieces = re.split(f"({slots})", prompt.text) if names else [prompt.text]
+        content: list[int] = []
+        spans: list[tuple[str, int]] = []
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                name = piece[1:-1]
+                vectors = prompt.vectors[name][index]
+                content += [-1 - len(rows) - k for k in range(len(vectors))]
+                rows.extend(vectors.unbind())
+                spans.append((name, len(content)))
+            elif piece:
+                content += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+
+        # place 0 holds the start token and the last place the end token
+        room = self.max_tokens - 2
+        for name, last in spans:
+            if last > room:
+                raise PromptError(
+                    f"the style token <{name}> reaches position {last} of the prompt, but the text encoders read only "
+                    f"{room} tokens between start and end; shorten the text before it by {last - room} tokens "
+                    "or move the style token forward"
+                )
+        cut = tokenizer.decode([token for token in content[room:] if token >= 0]).strip()
+        ids = [tokenizer.bos_token_id, *content[:room], tokenizer.eos_token_id]
+        # an end token typed into the text ends it for the pooling, as it does in transformers
+        end = ids.index(tokenizer.eos_token_id)
+        ids += [tokenizer.pad_token_id] * (self.max_tokens - len(ids))
+        return _Sequence(ids, end, spans[0][1] if spans else end, cut)
+
+
+def _table_name(encoder: torch.nn.Module) -> str:
+    with _encoder_lock:
+        table = encoder.get_input_embeddings().weight
+        return next(name for name, parameter in encoder.named_parameters() if parameter is table)
+
+
+def _identity(prompt: Prompt) -> tuple:
+    # by content, so that stages with equal vectors cost one encoding; learning vectors stay apart, for their gradients
+    parts = []
+    for name in prompt.placeholders():
+        for rows in prompt.vectors[name]:
+            content = id(rows) if rows.requires_grad else rows.detach().float().cpu().numpy().tobytes()
+            parts.append((name, tuple(rows.shape), content))
+    return prompt.text, *parts

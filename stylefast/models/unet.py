@@ -1,0 +1,422 @@
+"""SDXL's UNet as a pure function of explicit tensors.
+
+The module tree and parameter names are diffusers', so its state dict loads as it is and the storage stays shared. What
+differs is the forward: every attention call and every group norm reads its part of the row table, so styles need no
+processors, hooks or hidden context. In a self-attention the order is
+
+    project -> token statistics -> AdaIN as gain and offset -> shared attention over own and reference tokens -> out
+
+and it is written down once, in `SelfAttention.forward`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stylefast.errors import ModelFormatError
+from stylefast.kernels.gated_cross_attention import gated_cross_attention
+from stylefast.kernels.group_norm_silu import group_norm_silu
+from stylefast.kernels.shared_attention import PLAIN, Affine, shared_attention
+from stylefast.kernels.token_stats import adain_affine, token_stats
+from stylefast.models.layout import AttentionLayout
+from stylefast.models.row_table import RowTable
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]  # two tensors [pages, tokens, heads, d]
+
+
+class ImageKV(NamedTuple):
+    """Image keys and values of every layer, padded to one token count."""
+
+    layers: tuple[KeyValue, ...]
+    lengths: torch.Tensor  # [image pages] int64: tokens in use
+
+
+class StylePages(NamedTuple):
+    """One step of a style bank: what reference rows would have offered, without running them."""
+
+    layers: tuple[KeyValue, ...]  # raw keys and values per self-attention layer
+    means: tuple[torch.Tensor, ...]  # per layer [3, pages, heads, d]: token means of queries, keys, values
+    variances: tuple[torch.Tensor, ...]
+    norm_means: tuple[torch.Tensor, ...]  # per group norm [pages, groups], in module order
+    norm_variances: tuple[torch.Tensor, ...]
+    norm_elements: tuple[int, ...]
+
+
+class Conditioning(NamedTuple):
+    """Everything beside the feature map that a block may look at."""
+
+    time: torch.Tensor  # [rows, time channels], after SiLU
+    rows: RowTable
+    text_kv: tuple[KeyValue, ...]
+    image_kv: ImageKV | None
+    pages: StylePages | None
+    masks: tuple[torch.Tensor, ...]  # per attention level [masks, tokens]
+
+
+class GroupNorm(nn.Module):
+    """Group norm (and SiLU) whose statistics may pool with those of a reference page."""
+
+    def __init__(self, groups: int, channels: int, eps: float):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.index = -1  # place among the UNet's group norms, set by UNet
+
+    def forward(self, x, condition: Conditioning, silu: bool = True):  # [rows, channels, h, w]
+        pages, pool = condition.pages, ()
+        if pages is not None:
+            i = self.index
+            pool = (pages.norm_means[i], pages.norm_variances[i], pages.norm_elements[i])
+        return group_norm_silu(
+            x, self.groups, self.weight, self.bias, self.eps, silu, condition.rows.norm_page, *pool
+        )
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, channels: int, heads: int, layer: int):
+        super().__init__()
+        self.heads, self.layer = heads, layer
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(channels, channels, bias=False)
+        self.to_v = nn.Linear(channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x, condition: Conditioning):  # [rows, tokens, channels]
+        q, k, v = (_split(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        rows, pages = condition.rows, condition.pages
+        if rows.self_page.shape[1] == 0:
+            out = shared_attention(q, k, v, rows.self_page, rows.self_mode, rows.self_scale, rows.self_shift)
+        else:
+            active = rows.self_layers[:, self.layer]
+            pool = pages.layers[self.layer] if pages is not None else (None, None)
+            out = shared_attention(
+                q, k, v, rows.self_page, torch.where(active, rows.self_mode, PLAIN), rows.self_scale, rows.self_shift,
+                self._adain(q, k, v, rows, active, pages), *pool,
+            )  # fmt: skip
+        return self.to_out[0](out.flatten(2))
+
+    def _adain(self, q, k, v, rows: RowTable, active, pages: StylePages | None) -> Affine:
+        """Gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
+        strength = rows.adain_strength * (active & (rows.adain_page >= 0))[:, None]  # [rows, 3]
+        safe = rows.adain_page.clamp(min=0)
+        parts = []
+        for i, x in enumerate((q, k, v)):
+            mean, variance = token_stats(x)
+            all_mean, all_variance = mean, variance
+            if pages is not None:
+                all_mean = torch.cat([mean, pages.means[self.layer][i]])
+                all_variance = torch.cat([variance, pages.variances[self.layer][i]])
+            parts += adain_affine(mean, variance, all_mean[safe], all_variance[safe], strength[:, i])
+        return Affine(*parts)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, channels: int, cross_dim: int, heads: int, layer: int, module: int, level: int):
+        super().__init__()
+        self.heads, self.layer, self.module, self.level = heads, layer, module, level
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(cross_dim, channels, bias=False)
+        self.to_v = nn.Linear(cross_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def key_values(self, states) -> KeyValue:  # [pages, tokens, cross_dim]
+        return _split(self.to_k(states), self.heads), _split(self.to_v(states), self.heads)
+
+    def forward(self, x, condition: Conditioning):  # [rows, tokens, channels]
+        q, rows = _split(self.to_q(x), self.heads), condition.rows
+        images = ()
+        if condition.image_kv is not None:
+            masks = condition.masks[self.level] if condition.masks else None
+            images = (
+                *condition.image_kv.layers[self.layer], condition.image_kv.lengths, rows.image_page,
+                rows.image_strength[:, :, self.module], rows.image_group, masks, rows.image_mask,
+            )  # fmt: skip
+        out = gated_cross_attention(q, *condition.text_kv[self.layer], rows.text_page, *images)
+        return self.to_out[0](out.flatten(2))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x):
+        hidden, gate = self.proj(x).chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        # index 1 is diffusers' dropout, which holds no parameters
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, name: str, layout: AttentionLayout, cross_dim: int):
+        super().__init__()
+        index = layout.layer_index[name]
+        layer = layout.layers[index]
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(layer.channels) for _ in range(3))
+        self.attn1 = SelfAttention(layer.channels, layer.heads, index)
+        self.attn2 = CrossAttention(
+            layer.channels, cross_dim, layer.heads, index, layer.module_index, layer.level
+        )
+        self.ff = FeedForward(layer.channels)
+
+    def forward(self, x, condition: Conditioning):
+        x = x + self.attn1(self.norm1(x), condition)
+        x = x + self.attn2(self.norm2(x), condition)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """A spatial transformer: group norm, projection, transformer blocks, projection, residual."""
+
+    def __init__(self, name: str, layout: AttentionLayout, channels: int, groups: int, cross_dim: int):
+        super().__init__()
+        blocks = [layer.name for layer in layout.layers if layer.module == name]
+        self.norm = GroupNorm(groups, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(block, layout, cross_dim) for block in blocks)
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x, condition: Conditioning):  # [rows, channels, h, w]
+        height, width = x.shape[2:]
+        hidden = self.norm(x, condition, silu=False).flatten(2).transpose(1, 2)
+        hidden = self.proj_in(hidden)
+        for block in self.transformer_blocks:
+            hidden = block(hidden, condition)
+        return x + self.proj_out(hidden).transpose(1, 2).unflatten(2, (height, width))
+
+
+class Resnet(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, time_channels: int, groups: int, eps: float):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, channels_in, eps)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_channels, channels_out)
+        self.norm2 = GroupNorm(groups, channels_out, eps)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
+
+    def forward(self, x, condition: Conditioning):
+        hidden = self.conv1(self.norm1(x, condition)) + self.time_emb_proj(condition.time)[:, :, None, None]
+        hidden = self.conv2(self.norm2(hidden, condition))
+        return hidden + (self.conv_shortcut(x) if self.conv_shortcut is not None else x)
+
+
+class Resampler(nn.Module):
+    """Halves the feature map by a strided convolution, or enlarges it to `size` and convolves."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+
+    def forward(self, x, size: tuple[int, int] | None = None):
+        return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"))
+
+
+class Block(nn.Module):
+    """Resnets, each followed by a transformer where the block attends, then a resampler."""
+
+    def __init__(self, resnets: list[Resnet], attentions: list[Transformer], sampler: Resampler | None, kind: str):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
+        if sampler is not None:
+            setattr(self, kind, nn.ModuleList([sampler]))
+        self.kind, self.attends, self.resamples = kind, bool(attentions), sampler is not None
+
+    def layer(self, i: int, x, condition: Conditioning):
+        x = self.resnets[i](x, condition)
+        return self.attentions[i](x, condition) if self.attends else x
+
+    def resample(self, x, size: tuple[int, int] | None = None):
+        return getattr(self, self.kind)[0](x, size)
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(channels_in, channels), nn.Linear(channels, channels)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class UNet(nn.Module):
+    """SDXL's UNet for any config of that architecture; see the module's docstring.
+
+    `UNet.from_state` is the usual way in. Raises `ModelFormatError` for configs of other architectures.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        _check(config)
+        self.config, self.layout = dict(config), AttentionLayout.from_config(config)
+        channels = tuple(config["block_out_channels"])
+        groups, cross_dim, eps = config["norm_num_groups"], config["cross_attention_dim"], config.get("norm_eps", 1e-5)
+        time, depth = 4 * channels[0], config["layers_per_block"]
+        self.time_embedding = TimestepEmbedding(channels[0], time)
+        self.add_embedding = TimestepEmbedding(config["projection_class_embeddings_input_dim"], time)
+        self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
+
+        def resnet(channels_in, channels_out):
+            return Resnet(channels_in, channels_out, time, groups, eps)
+
+        def transformers(name, count, width, attends):
+            names = [f"{name}.attentions.{i}" for i in range(count)] if attends else []
+            return [Transformer(module, self.layout, width, groups, cross_dim) for module in names]
+
+        self.down_blocks = nn.ModuleList()
+        skips, width = [channels[0]], channels[0]
+        for i, (kind, out) in enumerate(zip(config["down_block_types"], channels, strict=True)):
+            last = i == len(channels) - 1
+            resnets = [resnet(width if j == 0 else out, out) for j in range(depth)]
+            attentions = transformers(f"down_blocks.{i}", depth, out, "CrossAttn" in kind)
+            self.down_blocks.append(Block(resnets, attentions, None if last else Resampler(out, 2), "downsamplers"))
+            skips += [out] * (depth + (not last))
+            width = out
+
+        self.mid_block = Block(
+            [resnet(width, width), resnet(width, width)], transformers("mid_block", 1, width, True), None, ""
+        )
+
+        self.up_blocks = nn.ModuleList()
+        for i, (kind, out) in enumerate(zip(config["up_block_types"], reversed(channels), strict=True)):
+            last = i == len(channels) - 1
+            resnets = [resnet((width if j == 0 else out) + skips.pop(), out) for j in range(depth + 1)]
+            attentions = transformers(f"up_blocks.{i}", depth + 1, out, "CrossAttn" in kind)
+            self.up_blocks.append(Block(resnets, attentions, None if last else Resampler(out, 1), "upsamplers"))
+            width = out
+
+        self.conv_norm_out = GroupNorm(groups, channels[0], eps)
+        self.conv_out = nn.Conv2d(channels[0], config["out_channels"], 3, padding=1)
+        for i, norm in enumerate(m for m in self.modules() if isinstance(m, GroupNorm)):
+            norm.index = i
+
+    @classmethod
+    def from_state(cls, config: dict, state: dict[str, torch.Tensor]) -> "UNet":
+        """Build from diffusers' config and state dict; the parameters are the state's own tensors, not copies.
+
+        Raises `ModelFormatError` when keys or shapes don't fit the config.
+        """
+        with torch.device("meta"):
+            unet = cls(config)
+        try:
+            unet.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            detail = str(error).splitlines()
+            raise ModelFormatError(f"the UNet's weights don't fit its config: {' '.join(detail[:3])[:600]}") from error
+        return unet.requires_grad_(False).eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.conv_in.weight.device
+
+    def embed(self, timesteps: torch.Tensor, pooled: torch.Tensor, time_ids: torch.Tensor) -> torch.Tensor:
+        """Time embedding: timesteps [rows], pooled text [rows, d], time ids [rows, 6] -> [rows, time channels]."""
+        flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
+        time = _sinusoids(timesteps, self.config["block_out_channels"][0], flip, shift)
+        ids = _sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"], flip, shift)
+        added = torch.cat([pooled.to(self.dtype), ids.view(len(pooled), -1).to(self.dtype)], dim=-1)
+        return self.time_embedding(time.to(self.dtype)) + self.add_embedding(added)
+
+    def project_text(self, states: torch.Tensor) -> tuple[KeyValue, ...]:
+        """Text states [pages, tokens, cross_dim] -> keys and values per layer; they stay constant over the steps."""
+        blocks = (self.get_submodule(layer.name) for layer in self.layout.layers)
+        return tuple(block.attn2.key_values(states) for block in blocks)
+
+    def attention_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Feature-map sizes (h, w) of the levels that carry attention, for latents of `height` x `width`."""
+        sizes = [(height, width)]
+        for _ in self.down_blocks[:-1]:
+            sizes.append(tuple(math.ceil(side / 2) for side in sizes[-1]))
+        return sizes[-self.layout.levels :]
+
+    def forward(
+        self,
+        latents: torch.Tensor,  # [rows, 4, h, w]
+        time_embedding: torch.Tensor,  # [rows, time channels], from `embed`
+        text_kv: tuple[KeyValue, ...],  # from `project_text`
+        image_kv: ImageKV | None,
+        rows: RowTable,
+        pages: StylePages | None = None,
+        masks: tuple[torch.Tensor, ...] = (),  # per attention level [masks, tokens]
+        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,  # a ControlNet's, for the skips and the middle
+    ) -> torch.Tensor:
+        """One denoising evaluation. Returns the model output [rows, 4, h, w]."""
+        condition = Conditioning(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks)
+        x = self.conv_in(latents)
+        skips = [x]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, x, condition)
+                skips.append(x)
+            if block.resamples:
+                x = block.resample(x)
+                skips.append(x)
+        if residuals is not None:
+            skips = [skip + extra for skip, extra in zip(skips, residuals[0], strict=True)]
+
+        x = self.mid_block.layer(0, x, condition)
+        x = self.mid_block.resnets[1](x, condition)
+        if residuals is not None:
+            x = x + residuals[1]
+
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), condition)
+            if block.resamples:
+                x = block.resample(x, skips[-1].shape[2:])
+        return self.conv_out(self.conv_norm_out(x, condition))
+
+
+def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[rows, tokens, channels] -> [rows, tokens, heads, d]"""
+    return x.unflatten(-1, (heads, -1))
+
+
+def _sinusoids(values: torch.Tensor, channels: int, flip_sin_to_cos: bool, shift: float) -> torch.Tensor:
+    """Sinusoidal embedding of values [n] -> [n, channels], fp32."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=values.device).float() / (half - shift))
+    angles = values.float()[:, None] * frequencies
+    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(waves, dim=-1)
+
+
+def _check(config: dict):
+    """Refuse what this UNet does not compute."""
+    demands = {
+        "addition_embed_type": ("text_time",),
+        "use_linear_projection": (True,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
+        "act_fn": ("silu", None),
+        "class_embed_type": (None,),
+        "encoder_hid_dim_type": (None, "ip_image_proj"),
+        "resnet_time_scale_shift": ("default", None),
+        "time_cond_proj_dim": (None,),
+        "dual_cross_attention": (False, None),
+        "attention_type": ("default", None),
+    }
+    for key, allowed in demands.items():
+        if config.get(key) not in allowed:
+            raise ModelFormatError(
+                f"the UNet's config has {key}={config.get(key)!r}; SDXL's architecture needs {allowed[0]!r}. "
+                "Give an SDXL checkpoint (base, or a fine-tune of it)."
+            )
+    if not isinstance(config["layers_per_block"], int):
+        raise ModelFormatError("the UNet's config has layers_per_block as a list; SDXL's architecture has one number")

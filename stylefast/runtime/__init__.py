@@ -1,0 +1,1 @@
+"""Rows and plans, the step loop, and the batch planner."""

@@ -1,0 +1,122 @@
+"""Requests to trajectories: which pictures a batch denoises, including those that only serve as a reference.
+
+A trajectory is one picture on its way from noise to image. A request gives one; a style with a reference of its own
+adds another, shared by every request that needs exactly the same one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from stylefast.errors import InvalidRequest
+from stylefast.runtime.request import Request
+from stylefast.sampling.guidance import BRANCHES, guidance_weights
+from stylefast.sampling.schedule import Schedule
+from stylefast.styles.dream_styler import DreamStyler
+from stylefast.styles.style_aligned import StyleAligned
+
+FULL, NULL = "full", "null"
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """One picture of the batch: a target that somebody asked for, or a reference that targets look at."""
+
+    request: Request  # for a reference: its reader's, with the styles and the seed of the reference
+    prompt: str  # empty for a real picture without a caption
+    schedule: Schedule
+    size: tuple[int, int]  # (width, height) in pixels
+    weights: dict[str, float]  # of the branches that make up its own prediction
+    output: int | None = None  # place among the results; None: not returned
+    branches: tuple[str, ...] = ()  # the rows it has: its own branches and those its readers need
+    references: list["Trajectory"] = field(default_factory=list)
+    picture: object | None = None  # a real reference: its latents are the noised picture at every step
+    aligned: StyleAligned | None = None  # how this trajectory reads its references
+    leads: bool = False  # first of a group whose members are each other's references
+
+    def require(self, branches: Sequence[str]):
+        """Make sure that rows for `branches` run."""
+        self.branches = tuple(branch for branch in BRANCHES if branch in self.branches or branch in branches)
+
+
+def plan_trajectories(
+    requests: Sequence[Request], schedule_of: Callable[[Request], Schedule], native_size: tuple[int, int]
+) -> list[Trajectory]:
+    """All trajectories that `requests` need: the targets in their order, then the references that are not returned.
+
+    Requests that carry the same StyleAligned object without reference and prompt form a group led by the first.
+    Raises InvalidRequest when the members of a group can't run step by step together.
+    """
+    targets = [_target(i, request, schedule_of(request), native_size) for i, request in enumerate(requests)]
+    hidden: dict[tuple, Trajectory] = {}
+    groups: dict[int, list[Trajectory]] = {}
+    for target in targets:
+        style = target.request.aligned
+        if style is None:
+            continue
+        target.aligned = style
+        if style.reference is None and style.prompt is None:
+            groups.setdefault(id(style), []).append(target)
+            continue
+        for i, picture in enumerate(style.references or [None]):
+            key = (id(style), i, *_pace(target), target.request.guidance, target.request.negative_prompt)
+            key += tuple(id(other) for other in _shared_styles(target))
+            if key not in hidden:
+                hidden[key] = _reference(target, style, picture)
+            target.references.append(hidden[key])
+
+    for members in groups.values():
+        _join_group(members)
+    everyone = targets + list(hidden.values())
+    for trajectory in everyone:
+        trajectory.require(trajectory.weights)
+    # readers say which rows they need after every trajectory knows its own; full sharing is symmetric, so twice is enough
+    for _ in range(2):
+        for trajectory in everyone:
+            for reference in trajectory.references:
+                reference.require(trajectory.branches)
+    return everyone
+
+
+def _target(index: int, request: Request, schedule: Schedule, native_size) -> Trajectory:
+    context = next((s.guidance for s in request.styles_of(DreamStyler) if s.guidance is not None), None)
+    weights = guidance_weights(request.guidance, context)
+    return Trajectory(request, request.prompt, schedule, request.size or native_size, weights, output=index)
+
+
+def _reference(target: Trajectory, style: StyleAligned, picture) -> Trajectory:
+    request = replace(target.request, style=_shared_styles(target), seed=style.seed)
+    weights = dict(target.weights) if picture is None else {FULL: 1.0}
+    return Trajectory(request, style.prompt or "", target.schedule, target.size, weights, picture=picture)
+
+
+def _shared_styles(target: Trajectory) -> list:
+    style = target.request.aligned
+    return [other for other in target.request.style if other is not style] if style.share_styles else []
+
+
+def _join_group(members: list[Trajectory]):
+    """The first member leads; with full sharing everybody attends to everybody."""
+    leader = members[0]
+    for member in members[1:]:
+        if _pace(member) != _pace(leader):
+            raise InvalidRequest(
+                "requests that share the first prompt's picture as their StyleAligned reference must have equal steps, "
+                f"scheduler and size; the first has {_describe(leader)}, another {_describe(member)}. "
+                "Give the style a reference or a prompt of its own to mix them"
+            )
+        member.references = [leader]
+    leader.leads = True
+    if leader.aligned.full_attention_share:
+        for member in members:
+            member.references = [other for other in members if other is not member]
+    else:
+        leader.aligned = None
+
+
+def _pace(trajectory: Trajectory) -> tuple:
+    return (trajectory.request.steps, trajectory.request.scheduler, trajectory.size)
+
+
+def _describe(trajectory: Trajectory) -> str:
+    steps, scheduler, (width, height) = _pace(trajectory)
+    return f"{steps} steps of {scheduler} at {width}x{height}"

@@ -1,0 +1,232 @@
+"""DreamStyler: a learned style token with one vector set per noise stage, and the prompts of its guidance branches.
+
+Per request the text branches are
+  full     the whole prompt, with the style token(s),
+  context  the prompt without its style clause (no learned token, so the same at every stage),
+  style    a content-free sentence with the style token(s),
+and a step at timestep t uses the vectors of stage floor(t T / 1000): stage 0 is the low-noise end.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from stylefast.errors import InvalidRequest, PromptError, StyleError
+from stylefast.models.text import Prompt
+from stylefast.styles.embeddings import StageEmbedding, load_embedding
+
+logger = logging.getLogger(__name__)
+
+TEXT_BRANCHES = ("full", "context", "style")
+TEMPLATE = "{prompt}, in the style of {style}"
+STYLE_PROMPT = "A painting in the style of {style}"
+
+
+def stage_of(timestep: float, stages: int, num_train_timesteps: int = 1000) -> int:
+    """Noise stage of a timestep: floor(t T / num_train_timesteps), 0 = low noise, T-1 = high noise.
+
+    Whole timesteps are computed in integers; fractional ones (Karras schedules) may reach `num_train_timesteps`, which
+    belongs to the last stage. Raises InvalidRequest for a timestep outside [0, num_train_timesteps].
+    """
+    t = float(timestep)
+    if stages < 1:
+        raise InvalidRequest(f"{stages} noise stages; at least 1 is needed")
+    if not 0 <= t <= num_train_timesteps:
+        raise InvalidRequest(f"timestep {t} lies outside of 0 to {num_train_timesteps}; check the schedule")
+    stage = int(t) * stages // num_train_timesteps if t.is_integer() else math.floor(t * stages / num_train_timesteps)
+    return min(stages - 1, stage)
+
+
+@dataclass(frozen=True, eq=False)
+class DreamStyler:
+    """A learned style, as one argument of a request.
+
+    `embedding`: a StageEmbedding, or what `load_embedding` reads (a file, a folder, a pair of files).
+    `context`: words on the content, placed between the prompt's opening and the style clause, or at `{context}`.
+    `guidance`: a StyleContextGuidance, or None for plain classifier-free guidance.
+    `stages`: style mixing by stage, {stage: style}, each a DreamStyler, a StageEmbedding or a file; the style named
+    there lends its vectors of that stage (a style of one stage lends its only ones).
+    `name`: the placeholder, `<name>` in prompts; the embedding's own name otherwise.
+    `template`: used for prompts that name neither `{style}` nor `<name>`. `style_prompt`: text of the style branch.
+    Raises StyleError for files and stages that do not fit.
+    """
+
+    embedding: StageEmbedding | str | Path | Sequence
+    context: str | None = None
+    guidance: object | None = None
+    stages: Mapping[int, object] | None = None
+    name: str | None = None
+    template: str = TEMPLATE
+    style_prompt: str = STYLE_PROMPT
+    source: str | tuple[str, ...] | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        embedding, source = _load(self.embedding)
+        if self.name is not None and self.name != embedding.name:
+            embedding = StageEmbedding(
+                self.name, embedding.clip_l, embedding.clip_g, embedding.pooled_policy, embedding.metadata
+            )
+        object.__setattr__(self, "embedding", embedding)
+        object.__setattr__(self, "source", source)
+        object.__setattr__(self, "name", embedding.name)
+        if self.context is not None and (not isinstance(self.context, str) or not self.context.strip()):
+            raise StyleError(f"context is {self.context!r}; give words on the content, or None")
+        if self.guidance is not None and not all(hasattr(self.guidance, n) for n in ("style", "context", "negative")):
+            raise StyleError(f"guidance is a {type(self.guidance).__name__}; give a StyleContextGuidance or None")
+        for field_name, needed in (("template", ("{prompt}", "{style}")), ("style_prompt", ("{style}",))):
+            text = getattr(self, field_name)
+            if not isinstance(text, str) or any(part not in text for part in needed):
+                raise StyleError(f"{field_name} is {text!r}; it must contain {' and '.join(needed)}")
+        object.__setattr__(self, "stages", self._mixed(self.stages or {}))
+
+    def _mixed(self, stages: Mapping) -> dict[int, StageEmbedding]:
+        mixed = {}
+        for stage, style in stages.items():
+            if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage < self.stage_count:
+                raise StyleError(
+                    f"stage {stage!r} can't be replaced: the style {self.name!r} has the stages 0 (last steps) to "
+                    f"{self.stage_count - 1} (first steps), given as integers"
+                )
+            other = style.embedding if isinstance(style, DreamStyler) else _load(style)[0]
+            other.check_widths(self.embedding.widths)
+            if other.stages not in (1, self.stage_count):
+                raise StyleError(
+                    f"the style {other.name!r} has {other.stages} stages and can't lend stage {stage} to "
+                    f"{self.name!r} with {self.stage_count}; mix styles of as many stages, or of one"
+                )
+            if other.pooled_policy != self.embedding.pooled_policy:
+                raise StyleError(
+                    f"the style {other.name!r} pools at {other.pooled_policy!r}, {self.name!r} at "
+                    f"{self.embedding.pooled_policy!r}; load one of them with the other's pooled_policy"
+                )
+            mixed[stage] = other
+        return mixed
+
+    @property
+    def stage_count(self) -> int:
+        """T, the number of noise stages."""
+        return self.embedding.stages
+
+    def stage_vectors(self, stage: int) -> tuple[Tensor, Tensor]:
+        """Vectors of a stage for encoder 1 [n, width 1] and encoder 2 [n, width 2], style mixing applied."""
+        other = self.stages.get(stage)
+        if other is None:
+            return self.embedding.stage(stage)
+        return other.stage(stage if other.stages > 1 else 0)
+
+    def branch_prompts(self, prompt: str) -> dict[str, str]:
+        """Texts of the branches "full", "context" and "style" for one prompt; see `branch_prompts`."""
+        return branch_prompts([self], prompt)
+
+
+def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]:
+    """Texts of the branches "full", "context" and "style" for one prompt with one or several learned styles.
+
+    `<name>` and `{style}` mark places of tokens; `{style}` takes all styles that the prompt does not name. Styles that
+    the prompt gives no place are added by the first one's template. Contexts go to `{context}`, else before the style
+    clause ("in the style of ..."). Raises PromptError where a text has no place for what it needs.
+    """
+    _check_styles(styles)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise PromptError(f"the prompt is {prompt!r}; say what the picture shows")
+    tokens = [f"<{style.name}>" for style in styles]
+    unnamed = ", ".join(token for token in tokens if token not in prompt)
+    context = ", ".join(style.context.strip() for style in styles if style.context is not None)
+    if "{style}" in prompt and not unnamed:
+        raise PromptError(f"the prompt has a {{style}}, but names all styles ({', '.join(tokens)}); take one out")
+    if "{context}" in prompt and not context:
+        raise PromptError("the prompt has a {context}, but no style of the request carries one; give context=...")
+
+    text = prompt.strip()
+    if "{style}" not in text and unnamed:
+        # braces that a user wrote must survive, so the slots are filled from left to right without str.format
+        head, tail = styles[0].template.split("{prompt}", 1)
+        text = head + text + tail
+    text = text.replace("{style}", unnamed)
+
+    clause = _style_clause(tokens)
+    if "{context}" in text:
+        text = text.replace("{context}", context)
+    elif context:
+        found = clause.search(text)
+        if found is None:
+            raise PromptError(
+                f"the prompt {prompt!r} has no style clause before which the context {context!r} could go; "
+                'write {context} where it belongs, or "in the style of {style}"'
+            )
+        opening = text[: found.start()].rstrip(" ,")
+        text = f"{opening}, {context}{found[0]}{text[found.end() :]}" if opening else f"{context}, {text.lstrip(' ,')}"
+
+    bare = clause.sub("", text)
+    for token in tokens:
+        bare = bare.replace(token, " ")
+    bare = re.sub(r"\s+([,.])", r"\1", re.sub(r"\s+", " ", bare)).strip(" ,")
+    return {"full": text, "context": bare, "style": styles[0].style_prompt.replace("{style}", ", ".join(tokens))}
+
+
+def prompts_per_step(
+    styles: Sequence[DreamStyler],
+    prompt: str,
+    timesteps: Sequence[float] | Tensor,
+    branches: Sequence[str] = ("full",),
+    num_train_timesteps: int = 1000,
+) -> dict[str, list[Prompt]]:
+    """The Prompt of every branch at every step, ready for `TextEncoder.encode`.
+
+    `timesteps`: [steps], what the UNet is told. Steps of the same stages share one Prompt object per branch; the
+    context branch is the same object at every step. Warns (log) where a mixed stage is not visited by any step.
+    """
+    texts = branch_prompts(styles, prompt)
+    unknown = [branch for branch in branches if branch not in texts]
+    if unknown:
+        raise InvalidRequest(f"text branch {unknown[0]!r} is unknown; there are {', '.join(TEXT_BRANCHES)}")
+    steps = [tuple(stage_of(t, style.stage_count, num_train_timesteps) for style in styles) for t in timesteps]
+    for place, style in enumerate(styles):
+        idle = sorted(set(style.stages) - {stages[place] for stages in steps})
+        if idle:
+            logger.warning("no step visits stage(s) %s of the style %r; mixing there changes nothing", idle, style.name)
+
+    made: dict[tuple, Prompt] = {}
+    for branch in branches:
+        for stages in steps:
+            key = branch, (() if branch == "context" else stages)
+            if key not in made:
+                vectors = {style.name: style.stage_vectors(k) for style, k in zip(styles, key[1], strict=False)}
+                made[key] = Prompt(texts[branch], vectors)
+    return {branch: [made[branch, () if branch == "context" else s] for s in steps] for branch in branches}
+
+
+def pooled_policy_of(styles: Sequence[DreamStyler]) -> str:
+    """Where the pooled state of a prompt with these styles is taken. Raises StyleError where they disagree."""
+    policies = {style.embedding.pooled_policy for style in styles}
+    if len(policies) > 1:
+        found = ", ".join(f"{style.name}: {style.embedding.pooled_policy}" for style in styles)
+        raise StyleError(f"the styles pool at different places ({found}); load them with the same pooled_policy")
+    return policies.pop() if policies else "eos"
+
+
+def _load(source) -> tuple[StageEmbedding, str | tuple[str, ...] | None]:
+    if isinstance(source, StageEmbedding):
+        return source, None
+    # the model's widths are known only where the style meets the model
+    embedding = load_embedding(source, widths=None)
+    return embedding, tuple(map(str, source)) if isinstance(source, tuple | list) else str(source)
+
+
+def _check_styles(styles: Sequence[DreamStyler]) -> None:
+    if not styles:
+        raise StyleError("no learned style given; at least one is needed")
+    names = [style.name for style in styles]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise StyleError(f"two styles of one request are called {double!r}; give one of them another name=")
+
+
+def _style_clause(tokens: Sequence[str]) -> re.Pattern:
+    token = "(?:" + "|".join(map(re.escape, tokens)) + ")"
+    return re.compile(rf"\s*,?\s*\bin the style of {token}(?:(?:\s*,\s*|\s+and\s+){token})*", re.IGNORECASE)

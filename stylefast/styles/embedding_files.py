@@ -1,0 +1,186 @@
+"""What other tools write for a learned style, read into one shape; kinds are told from the keys, not the name."""
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stylefast.errors import StyleError
+
+MAX_BYTES = 256 * 2**20
+PAIR_NAMES = ("learned_embeds", "learned_embeds_2")
+_STAGE_KEY = re.compile(r"(?P<token>.+)-T(?P<stage>\d+)")
+_BOTH = (("stages.clip_l", "stages.clip_g"), ("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
+
+
+@dataclass(frozen=True)
+class StyleFile:
+    """Vectors as read: `clip_l` [T, n, width 1], `clip_g` [T, n, width 2], and what the file says of itself."""
+
+    path: str
+    name: str
+    clip_l: Tensor
+    clip_g: Tensor
+    pooled_policy: str = "eos"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def is_pair(source) -> bool:
+    """Whether `source` names two files, or a folder that holds diffusers' two."""
+    if isinstance(source, tuple | list):
+        if len(source) != 2:
+            raise StyleError(f"{len(source)} files given; a learned style is one file or a pair (encoder 1, encoder 2)")
+        return True
+    if not isinstance(source, str | Path):
+        raise StyleError(f"a learned style is a path or a pair of paths, not {type(source).__name__}")
+    return False
+
+
+def read_single(path: Path) -> StyleFile:
+    """Read one file (or a folder of diffusers' two) that holds the vectors of both encoders."""
+    if path.is_dir():
+        return read_pair(*(_in_folder(path, stem) for stem in PAIR_NAMES))
+    content, metadata = _read(path)
+    content = _unwrapped(content)
+    for first, second in _BOTH:
+        if first in content and second in content:
+            stages = first.startswith("stages.")
+            policy = "first_added_token" if first.startswith("text_encoders") else "eos"
+            name = str(metadata.get("token") or content.get("name") or path.stem)
+            clip_l, clip_g = (_rows(content[key], path, key, stages) for key in (first, second))
+            return StyleFile(str(path), name, clip_l, clip_g, policy, metadata)
+    _, rows = _one_encoder(content, path)
+    width = rows.shape[-1]
+    if width == 1280:
+        raise StyleError(
+            f"{path} holds vectors of width 1280 for text encoder 2 (clip_g) only; give both files of the pair: "
+            "(encoder 1, encoder 2)"
+        )
+    raise StyleError(
+        f"{path} holds vectors of width {width} for one text encoder only (clip_g is missing): a Stable Diffusion 1.x "
+        "or 2.x embedding can't drive SDXL; if it is the first file of an SDXL pair, give both: (encoder 1, encoder 2)"
+    )
+
+
+def read_pair(first: str | Path, second: str | Path) -> StyleFile:
+    """Read two files with the vectors of one encoder each, in the order (encoder 1, encoder 2)."""
+    tokens, rows = zip(*(_one_encoder(_unwrapped(_read(Path(p))[0]), Path(p)) for p in (first, second)), strict=True)
+    if rows[0].shape[:2] != rows[1].shape[:2]:
+        raise StyleError(
+            f"{first} holds {tuple(rows[0].shape[:2])} stages and vectors, {second} {tuple(rows[1].shape[:2])}; "
+            "the two files do not belong together"
+        )
+    if (rows[0].shape[2], rows[1].shape[2]) == (1280, 768):
+        raise StyleError(f"{first} is made for encoder 2 and {second} for encoder 1; swap them: (encoder 1, encoder 2)")
+    return StyleFile(str(first), tokens[0] or Path(first).stem, rows[0], rows[1], "first_added_token")
+
+
+def _in_folder(folder: Path, stem: str) -> Path:
+    for suffix in (".safetensors", ".bin"):
+        if (folder / f"{stem}{suffix}").is_file():
+            return folder / f"{stem}{suffix}"
+    raise StyleError(
+        f"{folder} holds no {stem}.safetensors; a folder must hold {PAIR_NAMES[0]} and {PAIR_NAMES[1]}, "
+        "else give the file itself"
+    )
+
+
+def _read(path: Path) -> tuple[Mapping | Tensor, dict[str, str]]:
+    if not path.is_file():
+        raise StyleError(f"there is no style file at {path}; check the path")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise StyleError(
+            f"{path} has {size / 2**20:.0f} MiB; learned styles have some KiB, the limit is {MAX_BYTES // 2**20} MiB: "
+            "this is another kind of file, perhaps a checkpoint"
+        )
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[8:9] == b"{":
+        return _read_safetensors(path, size)
+    # a zip archive, or a bare pickle of an old torch
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True), {}
+        # torch reports a bad archive, a truncated pickle and forbidden code by many types of error
+        except Exception as error:
+            raise StyleError(
+                f"{path} can't be read as tensors alone ({_first_line(error)}); it is damaged, or a pickle that "
+                "carries code, which stylefast refuses to run: convert it to safetensors"
+            ) from error
+    raise StyleError(
+        f"{path} is neither safetensors nor a torch file ({size} bytes); give a .safetensors, .bin or .pt embedding"
+    )
+
+
+def _read_safetensors(path: Path, size: int) -> tuple[Mapping, dict[str, str]]:
+    from safetensors.torch import load
+
+    content = path.read_bytes()
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return load(content), dict(header.get("__metadata__") or {})
+    # safetensors has an error class of its own that is no ValueError
+    except Exception as error:
+        raise StyleError(
+            f"{path} is a damaged or truncated safetensors file of {size} bytes ({_first_line(error)}); copy it again"
+        ) from error
+
+
+def _unwrapped(content) -> Mapping:
+    # A1111 keeps the tensors one level down, some of its exports name the single tensor emb_params
+    if isinstance(content, Mapping) and isinstance(content.get("string_to_param"), Mapping):
+        return dict(content["string_to_param"]) | ({"name": content["name"]} if "name" in content else {})
+    return {"*": content} if isinstance(content, Tensor) else content
+
+
+def _one_encoder(content, path: Path) -> tuple[str, Tensor]:
+    # -> (token or "", [T, n, width])
+    if not isinstance(content, Mapping):
+        raise StyleError(f"{path} holds a {type(content).__name__}, no learned vectors")
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    staged = {key: match for key in tensors if (match := _STAGE_KEY.fullmatch(key))}
+    if staged and len(staged) == len(tensors):
+        order = {int(match["stage"]): key for key, match in staged.items()}
+        token = {match["token"] for match in staged.values()}
+        if sorted(order) != list(range(len(staged))) or len(token) != 1:
+            raise StyleError(f"{path} holds the keys {sorted(staged)}; one token with stages T0, T1, ... is expected")
+        stages = [_rows(tensors[order[k]], path, order[k], False)[0] for k in range(len(order))]
+        if len({tuple(rows.shape) for rows in stages}) > 1:
+            raise StyleError(f"{path} holds stages of the shapes {[tuple(r.shape) for r in stages]}; all must agree")
+        return token.pop(), torch.stack(stages)
+    if len(tensors) == 1:
+        ((key, rows),) = tensors.items()
+        own = key if key not in ("*", "emb_params", "clip_l", "clip_g") else str(content.get("name") or "")
+        return own, _rows(rows, path, key, False)
+    keys = ", ".join(sorted(map(str, content))[:6]) or "none"
+    raise StyleError(
+        f"{path} holds {len(tensors)} tensors (keys: {keys}, ...), but no clip_l with clip_g, text_encoders_0/1, "
+        "<token>-T0, T1, ... or single tensor: it is no learned style"
+    )
+
+
+def _rows(value, path: Path, key: str, stages: bool) -> Tensor:
+    # -> [T, n, width]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise StyleError(f"{key} of {path} is no tensor of floating-point numbers; it is no learned style")
+    rows = value.detach()
+    if not stages and rows.ndim == 1:
+        rows = rows[None]
+    if not stages and rows.ndim == 2:
+        rows = rows[None]
+    if rows.ndim != 3 or (not stages and rows.shape[0] != 1):
+        limit = "[stages, vectors, width]" if stages else "[vectors, width] or [width]"
+        raise StyleError(f"{key} of {path} has the shape {tuple(value.shape)}; it must be {limit}")
+    return rows.float()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -1,0 +1,199 @@
+"""Learned style vectors and their files: one set of vectors per noise stage and text encoder.
+
+Own files are safetensors of the format `stylefast-msti/1`: `stages.clip_l` [T, n, width 1] and `stages.clip_g`
+[T, n, width 2], stage 0 for the low-noise end, beside `clip_l` [n, width 1] and `clip_g` [n, width 2], a single-stage
+fallback that every other tool reads. Files of other trainers are recognised from their keys.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stylefast.errors import StyleError
+from stylefast.models.text import POOLED_POLICIES
+from stylefast.styles.embedding_files import StyleFile, is_pair, read_pair, read_single
+
+FORMAT = "stylefast-msti/1"
+SDXL_WIDTHS = (768, 1280)
+_NAME = re.compile(r"[^\s<>{}]+")
+
+
+@dataclass(frozen=True, eq=False)
+class StageEmbedding:
+    """The learned vectors of one style.
+
+    `clip_l` [T, n, width 1] and `clip_g` [T, n, width 2], fp32, stage 0 = low noise (the last steps), stage T-1 = high
+    noise (the first). `name` is the placeholder: `<name>` in a prompt. `pooled_policy` says where the pooled state is
+    taken: "eos", or "first_added_token" for vectors trained that way (stock diffusers). `metadata`: strings.
+    Raises StyleError for shapes that do not match and for values that are not finite.
+    """
+
+    name: str
+    clip_l: Tensor
+    clip_g: Tensor
+    pooled_policy: str = "eos"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise StyleError(f"a style can't be called {self.name!r}; use a name without spaces, < > or braces")
+        for key in ("clip_l", "clip_g"):
+            rows = getattr(self, key)
+            if not isinstance(rows, Tensor) or rows.ndim != 3 or 0 in rows.shape:
+                found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+                raise StyleError(f"{key} of the style {self.name!r} is {found}; it must be [stages, vectors, width]")
+            if not torch.isfinite(rows).all():
+                raise StyleError(f"{key} of the style {self.name!r} holds NaN or infinity; train or export it again")
+            object.__setattr__(self, key, rows.float())
+        if self.clip_l.shape[:2] != self.clip_g.shape[:2]:
+            raise StyleError(
+                f"the style {self.name!r} has {tuple(self.clip_l.shape[:2])} stages and vectors for encoder 1, but "
+                f"{tuple(self.clip_g.shape[:2])} for encoder 2; both must agree"
+            )
+        if self.pooled_policy not in POOLED_POLICIES:
+            raise StyleError(
+                f"pooled policy {self.pooled_policy!r} of the style {self.name!r} is unknown; "
+                f"there are {', '.join(POOLED_POLICIES)}"
+            )
+        if not all(isinstance(k, str) and isinstance(v, str) for k, v in self.metadata.items()):
+            raise StyleError(f"the metadata of the style {self.name!r} must map strings to strings")
+
+    @property
+    def stages(self) -> int:
+        """T, the number of noise stages; 1 for ordinary textual inversions."""
+        return self.clip_l.shape[0]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of the vectors for encoder 1 and encoder 2."""
+        return self.clip_l.shape[2], self.clip_g.shape[2]
+
+    def stage(self, index: int) -> tuple[Tensor, Tensor]:
+        """Vectors of one stage, [n, width 1] and [n, width 2]. Raises StyleError beyond T-1."""
+        if not 0 <= index < self.stages:
+            raise StyleError(f"stage {index} of the style {self.name!r} does not exist; it has 0 to {self.stages - 1}")
+        return self.clip_l[index], self.clip_g[index]
+
+    def collapsed(self) -> "StageEmbedding":
+        """One stage for tools without stages: the mean direction over the stages, at their mean norm."""
+        return StageEmbedding(
+            self.name, _mean_vector(self.clip_l), _mean_vector(self.clip_g), self.pooled_policy, self.metadata
+        )
+
+    def check_widths(self, widths: tuple[int, int]) -> None:
+        """Raise StyleError unless the vectors are as wide as the text encoders' tables."""
+        if self.widths != tuple(widths):
+            raise StyleError(
+                f"the vectors of the style {self.name!r} are {self.widths[0]} and {self.widths[1]} wide, but the text "
+                f"encoders of this model take {widths[0]} and {widths[1]}; use an embedding trained for this model"
+            )
+
+
+def load_embedding(
+    source: str | Path | tuple | list,
+    name: str | None = None,
+    *,
+    widths: tuple[int, int] | None = SDXL_WIDTHS,
+    pooled_policy: str | None = None,
+) -> StageEmbedding:
+    """Read learned style vectors.
+
+    `source`: a file, a folder or a pair of files (encoder 1, encoder 2). Recognised: `stylefast-msti/1`; kohya, A1111
+    and ComfyUI files with `clip_l` and `clip_g`; diffusers' `text_encoders_0/1`; diffusers' pair of one-key files (in a
+    folder: `learned_embeds.safetensors` and `learned_embeds_2.safetensors`); pairs of A1111 `string_to_param` files, of
+    bare tensors and of DreamStyler `.bin` files with keys `<token>-T{k}`. One stage for what has no stages.
+    `name`: the placeholder; the file's own token or stem otherwise. `widths`: what the model takes, None to skip.
+    `pooled_policy`: overrules the file; files that diffusers trains default to "first_added_token", others to "eos".
+    Raises StyleError for files that are missing, damaged, foreign, or made for another model.
+    """
+    file = read_pair(*source) if is_pair(source) else read_single(Path(source))
+    file_name = name or re.sub(r"[\s<>{}]+", "-", file.name).strip("-") or "style"
+    metadata = dict(file.metadata)
+    if metadata.get("format", "").startswith("stylefast-msti/"):
+        _check_own_format(file)
+    policy = pooled_policy or metadata.get("pooled_policy") or file.pooled_policy
+    embedding = StageEmbedding(file_name, file.clip_l, file.clip_g, policy, metadata)
+    if widths is not None:
+        embedding.check_widths(widths)
+    return embedding
+
+
+def save_embedding(embedding: StageEmbedding, path: str | Path, *, collapsed: bool = False) -> Path:
+    """Write a safetensors file, whole or not at all; returns its path.
+
+    `collapsed` leaves out the stages and keeps `clip_l` and `clip_g` alone, for tools that mind further keys.
+    """
+    single = embedding.collapsed()
+    tensors = {"clip_l": single.clip_l[0], "clip_g": single.clip_g[0]}
+    metadata = {k: v for k, v in embedding.metadata.items() if k not in ("format", "T", "n", "stage_order")}
+    metadata.update(token=f"<{embedding.name}>", pooled_policy=embedding.pooled_policy)
+    if not collapsed:
+        tensors |= {"stages.clip_l": embedding.clip_l, "stages.clip_g": embedding.clip_g}
+        metadata.setdefault("num_train_timesteps", "1000")
+        metadata.update(
+            format=FORMAT,
+            T=str(embedding.stages),
+            n=str(embedding.clip_l.shape[1]),
+            stage_order="low_noise_first",
+        )
+    return _write(tensors, metadata, Path(path))
+
+
+def save_diffusers_pair(embedding: StageEmbedding, folder: str | Path) -> tuple[Path, Path]:
+    """Write the collapsed vectors as the two one-key files that diffusers' trainer writes; returns both paths."""
+    single = embedding.collapsed()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = f"<{embedding.name}>"
+    return (
+        _write({key: single.clip_l[0]}, {}, folder / "learned_embeds.safetensors"),
+        _write({key: single.clip_g[0]}, {}, folder / "learned_embeds_2.safetensors"),
+    )
+
+
+def _check_own_format(file: StyleFile) -> None:
+    found = file.metadata
+    if found["format"] != FORMAT:
+        raise StyleError(f"{file.path} has the format {found['format']!r}, not {FORMAT!r}; update stylefast to read it")
+    expected = {
+        "T": str(file.clip_l.shape[0]),
+        "n": str(file.clip_l.shape[1]),
+        "stage_order": "low_noise_first",
+        "num_train_timesteps": "1000",
+    }
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise StyleError(
+                f"{file.path} says {key}={found.get(key)!r}, but {value!r} is what its tensors and this version need; "
+                "the file is damaged or edited: export it again"
+            )
+
+
+def _mean_vector(rows: Tensor) -> Tensor:
+    # [T, n, width] -> [1, n, width]; the plain mean is shorter than its parts, and short vectors act weaker
+    mean = rows.mean(dim=0, keepdim=True)
+    if rows.shape[0] == 1:
+        return mean
+    length = rows.norm(dim=-1, keepdim=True).mean(dim=0, keepdim=True)
+    return mean * (length / mean.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Path:
+    from safetensors.torch import save
+
+    content = save({key: value.detach().float().cpu().clone() for key, value in tensors.items()}, metadata)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        raise StyleError(f"can't write {path}: {error.strerror or error}; choose a folder you may write to") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path

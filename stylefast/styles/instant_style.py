@@ -1,0 +1,375 @@
+"""InstantStyle: an image prompt that acts in the attention modules that carry style, and spares those of content.
+
+Wang et al., "InstantStyle: Free Lunch towards Style-Preserving in Text-to-Image Generation", 2024. The method is
+IP-Adapter with one strength per attention module, and, optionally, a content text that is subtracted from the image
+embedding.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+
+from stylefast.errors import AdapterError, StyleError
+from stylefast.models.image_encoder import CROPS, ImageEncoder
+from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.layout import LAYOUT_MODULE, STYLE_MODULE, AttentionLayout
+from stylefast.models.pictures import PictureSource
+
+
+class Strengths(NamedTuple):
+    """Weights of the image branch per attention module `[M]`, in execution order.
+
+    A conditional row has one segment, the image tokens. An unconditional row has two: the image tokens and the
+    adapter's negative tokens. A module in which a segment's weight is zero leaves it out.
+    """
+
+    conditional: torch.Tensor
+    unconditional_image: torch.Tensor
+    unconditional_negative: torch.Tensor
+
+
+class Segment(NamedTuple):
+    """Pictures whose tokens share one softmax, the mask that bounds them (None: everywhere), and their strength."""
+
+    pictures: tuple[PictureSource, ...]
+    mask: PictureSource | torch.Tensor | None
+    scale: float
+
+
+class StyleTokens(NamedTuple):
+    """Per segment `[pictures * t, cross_dim]`, and what the unconditional rows see instead `[t, cross_dim]`."""
+
+    image: tuple[torch.Tensor, ...]
+    negative: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class InstantStyle:
+    """The style of one or several pictures, through an IP-Adapter.
+
+    - `image`: a picture or a list; without masks, a list acts like an average (one softmax over all tokens).
+    - `blocks`: where it acts. A preset ("style", "layout", "style+layout", "all", or a name out of `PRESETS`); a
+      dictionary in diffusers' format, `{"down": {"block_2": [0.0, 1.0]}, "mid": 0.5, "up": 1.0}`, where what is not
+      named is 0; or a list of substrings of layer names, `["up_blocks.0.attentions.1"]`.
+    - `scale`: strength, multiplied with the blocks' weights; with masks also one per picture.
+    - `composition_scale`: strength in the layout module for the presets that name composition (None: `scale`).
+    - `style_boost`, `composition_boost`: for the presets ending in "precise", the absolute strength with which the
+      unconditional row sees the image, so that guidance leads away from it: in the layout module ("style transfer
+      precise"), or outside of it ("composition precise", a tenth of it outside the style module).
+    - `content`, `content_scale`: what the picture shows, in words, subtracted from its embedding:
+      `e_image - content_scale * e_text`. Needs a global adapter whose encoder shares the space of the model's second
+      text encoder; an embedding `[dim]` may be given in place of words for other encoders.
+    - `mask`: where it acts in the picture; one per image, white acts. Each picture then has a softmax of its own.
+    - `window`: (start, end) as fractions of the steps; step i of n is inside if start <= i / n < end.
+    - `adapter`: name or path, for engines that hold several; None: the only one.
+    - `crop`: how pictures become square: "center", "squash" or "pad".
+    - `negative_image`: a picture to lead away from, in place of the adapter's "no picture".
+
+    Raises StyleError at construction for values out of range.
+    """
+
+    image: PictureSource | Sequence[PictureSource]
+    blocks: str | Mapping | Sequence[str] = "style"
+    scale: float | Sequence[float] = 1.0
+    content: str | torch.Tensor | None = None
+    content_scale: float = 0.5
+    mask: PictureSource | torch.Tensor | Sequence | None = None
+    window: tuple[float, float] = (0.0, 1.0)
+    adapter: str | None = None
+    crop: str = "center"
+    negative_image: PictureSource | None = None
+    style_boost: float = 1.0
+    composition_boost: float = 0.0
+    composition_scale: float | None = None
+
+    def __post_init__(self):
+        if self.image is None or not self.pictures:
+            raise StyleError("InstantStyle needs at least one picture; pass image=...")
+        if self.masks and len(self.masks) != len(self.pictures):
+            raise StyleError(f"{len(self.masks)} masks for {len(self.pictures)} pictures; give one for each, or none")
+        scales = self.scale if isinstance(self.scale, (list, tuple)) else (self.scale,)
+        if len(scales) != 1 and (not self.masks or len(scales) != len(self.pictures)):
+            raise StyleError(
+                f"{len(scales)} scales for {len(self.pictures)} pictures and {len(self.masks)} masks; one scale per "
+                "picture needs one mask per picture, since unmasked pictures share a softmax"
+            )
+        for name in ("content_scale", "style_boost", "composition_boost"):
+            _check_number(name, getattr(self, name))
+        for value in scales:
+            _check_number("scale", value)
+        if self.composition_scale is not None:
+            _check_number("composition_scale", self.composition_scale)
+        if isinstance(self.content, str) and not self.content.strip():
+            raise StyleError("content is empty; name what the picture shows, or leave it None")
+        if not isinstance(self.content, (str, torch.Tensor, type(None))):
+            raise StyleError(f"content is words or an embedding, not {type(self.content).__name__}")
+        if self.crop not in CROPS:
+            raise StyleError(f"crop={self.crop!r} is unknown; it is one of {', '.join(map(repr, CROPS))}")
+        _check_window(self.window)
+        _check_blocks(self.blocks)
+
+    @property
+    def pictures(self) -> tuple[PictureSource, ...]:
+        """The pictures as a tuple, however they were given."""
+        return tuple(self.image) if isinstance(self.image, (list, tuple)) else (self.image,)
+
+    @property
+    def masks(self) -> tuple:
+        """One mask per picture, or none at all."""
+        if self.mask is None:
+            return ()
+        return tuple(self.mask) if isinstance(self.mask, (list, tuple)) else (self.mask,)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """All pictures as one segment, or, with masks, each picture as one of its own."""
+        scales = tuple(self.scale) if isinstance(self.scale, (list, tuple)) else (self.scale,)
+        if not self.masks:
+            return (Segment(self.pictures, None, float(scales[0])),)
+        if len(scales) == 1:
+            scales *= len(self.pictures)
+        return tuple(
+            Segment((p,), m, float(s)) for p, m, s in zip(self.pictures, self.masks, scales, strict=True)
+        )
+
+    @property
+    def needs_guidance(self) -> bool:
+        """Whether the preset works through the unconditional row and so means nothing without guidance."""
+        return isinstance(self.blocks, str) and _spelled(self.blocks) in _PRECISE
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether the style acts in step `step` of `steps`, counted from 0."""
+        return self.window[0] <= step / steps < self.window[1]
+
+    def strengths(self, layout: AttentionLayout, guided: bool, segment: int = 0) -> Strengths:
+        """Weights of segment `segment` per attention module of `layout`.
+
+        Plain presets give the negative tokens of the unconditional row the conditional row's weights. In the modules
+        where "precise" presets swap the roles, the conditional row sees no image and the unconditional row sees the
+        image in place of the negative tokens. `guided` is false where no unconditional row exists (guidance <= 1).
+        Raises StyleError if the preset needs one, or the model lacks the modules that `blocks` names.
+        """
+        if self.needs_guidance and not guided:
+            raise StyleError(
+                f"blocks={self.blocks!r} works through the unconditional branch; it needs guidance > 1 (use "
+                "'style' or 'layout' without guidance)"
+            )
+        scale = self.segments[segment].scale
+        conditional, swapped = self._weights(layout, scale)
+        zeros = torch.zeros_like(conditional)
+        if not guided:
+            return Strengths(conditional, zeros, zeros.clone())
+        return Strengths(conditional, swapped, conditional.clone())
+
+    def _weights(self, layout: AttentionLayout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of the usual modules, and of those with swapped roles; no module has both."""
+        modules = layout.modules
+        usual, swapped = torch.zeros(len(modules)), torch.zeros(len(modules))
+        if isinstance(self.blocks, Mapping):
+            return scale * torch.tensor(_from_dictionary(self.blocks, modules)), swapped
+        if not isinstance(self.blocks, str):
+            return scale * torch.tensor(_from_substrings(self.blocks, layout)), swapped
+
+        preset = _spelled(self.blocks)
+        composition = scale if self.composition_scale is None else self.composition_scale
+        if preset in _WITHOUT_MODULES:
+            return scale * torch.tensor(_WITHOUT_MODULES[preset](modules)), swapped
+        style, composed = _find(STYLE_MODULE, modules, preset), _find(LAYOUT_MODULE, modules, preset)
+        if preset == "strong style transfer":
+            usual[:] = scale
+            usual[composed] = 0.0
+        elif preset == "strong style and composition":
+            usual[:] = scale
+            usual[composed] = composition
+        elif preset == "composition precise":
+            swapped[:] = 0.1 * self.composition_boost
+            swapped[style], swapped[composed] = self.composition_boost, 0.0
+            usual[composed] = composition
+        else:
+            if preset != "composition":
+                usual[style] = scale
+            if preset in ("composition", "style and composition"):
+                usual[composed] = composition
+            if preset == "style transfer precise":
+                swapped[composed] = self.style_boost
+        return usual, swapped
+
+    def tokens(self, adapter: IPAdapter, encoder: ImageEncoder, content: torch.Tensor | None = None) -> StyleTokens:
+        """Encode the pictures.
+
+        `content` is the embedding `[dim]` of the words in `self.content`: the pooled state of the model's second text
+        encoder. It is needed if `self.content` holds words. Raises AdapterError if the adapter can't subtract.
+        """
+        embedding = self.content if isinstance(self.content, torch.Tensor) else content
+        if self.content is not None and adapter.kind != "global":
+            raise AdapterError(
+                f"content={self.content!r} can't be subtracted from a plus adapter's patch features; use a global "
+                "adapter (ip-adapter_sdxl), or leave content None"
+            )
+        if isinstance(self.content, str) and embedding is None:
+            raise StyleError(f"content={self.content!r} needs its text embedding; pass content=[dim]")
+        features = adapter.features(encoder, self.pictures, self.crop)
+        if self.content is not None:
+            features = subtract_content(features, embedding, self.content_scale)
+        tokens = adapter.tokens(features)
+        image = tuple(tokens.unbind(0)) if self.masks else (tokens.flatten(0, 1),)
+        if self.negative_image is None:
+            return StyleTokens(image, adapter.negative_tokens(encoder))
+        return StyleTokens(image, adapter.tokens(adapter.features(encoder, [self.negative_image], self.crop))[0])
+
+
+def subtract_content(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: float) -> torch.Tensor:
+    """`e_image - scale * e_text`; neither side is normalised.
+
+    `image_embeds` `[n, dim]` are the image encoder's projected embeddings, `text_embeds` `[dim]` or `[1, dim]` the
+    projected end-of-text state of a text tower that shares their space. Raises AdapterError where it does not.
+    """
+    if image_embeds.ndim != 2:
+        raise AdapterError(
+            f"content can be subtracted from embeddings [n, dim], not from features {list(image_embeds.shape)}; plus "
+            "adapters read patch features: use a global adapter, or leave content None"
+        )
+    text_embeds = text_embeds[None] if text_embeds.ndim == 1 else text_embeds
+    if text_embeds.shape != (1, image_embeds.shape[1]):
+        raise AdapterError(
+            f"the content's text embedding is {list(text_embeds.shape)}, the image embedding {image_embeds.shape[1]} "
+            "wide: they share no space. ip-adapter_sdxl (ViT-bigG) matches SDXL's second text encoder; for ViT-H pass "
+            "content= an embedding [1024] of the ViT-H text tower"
+        )
+    return image_embeds - scale * text_embeds.to(image_embeds)
+
+
+def _ramp(value: Callable[[float], float]) -> Callable[[Sequence[str]], list[float]]:
+    """A preset that runs over the modules: `value` of the place as a fraction in [0, 1)."""
+    return lambda modules: [0.05 + 0.95 * value(t / len(modules)) for t in range(len(modules))]
+
+
+def _weakened(*prefixes: str) -> Callable[[Sequence[str]], list[float]]:
+    return lambda modules: [0.2 if module.startswith(prefixes) else 1.0 for module in modules]
+
+
+_WITHOUT_MODULES = {
+    "all": lambda modules: [1.0] * len(modules),
+    "ease in": _ramp(lambda t: 1 - t),
+    "ease out": _ramp(lambda t: t),
+    "ease in out": _ramp(lambda t: 1 - abs(2 * t - 1)),
+    "reverse in out": _ramp(lambda t: abs(2 * t - 1)),
+    "weak input": _weakened("down"),
+    "weak middle": _weakened("mid"),
+    "weak output": _weakened("up"),
+    "strong middle": _weakened("down", "up"),
+}
+_PRECISE = ("style transfer precise", "composition precise")
+PRESETS = (
+    "style transfer", "composition", "style and composition", "strong style transfer", "strong style and composition",
+    *_PRECISE, *_WITHOUT_MODULES,
+)
+_ALIASES = {
+    "style": "style transfer", "layout": "composition", "composition transfer": "composition",
+    "style+layout": "style and composition", "layout+style": "style and composition",
+    "style layout": "style and composition", "style+composition": "style and composition",
+    "strong": "strong style transfer", "style strong": "strong style transfer",
+    "precise": "style transfer precise", "style precise": "style transfer precise",
+    "layout precise": "composition precise", "linear": "all", "full": "all",
+}
+
+
+def _spelled(name: str) -> str:
+    """The name in `PRESETS` that a user's spelling means, or the spelling itself."""
+    words = " ".join(name.lower().replace("_", " ").replace("-", " ").split()).replace(" + ", "+")
+    return _ALIASES.get(words, words)
+
+
+def _find(module: str, modules: Sequence[str], preset: str) -> int:
+    if module not in modules:
+        raise StyleError(f"blocks={preset!r} needs the module {module}, which this model lacks; name blocks by hand")
+    return modules.index(module)
+
+
+def _from_substrings(substrings: Sequence[str], layout: AttentionLayout) -> list[float]:
+    names: dict[str, list[bool]] = {module: [] for module in layout.modules}
+    for layer in layout.layers:
+        names[layer.module].append(any(s in f"{layer.name}.attn2.processor" for s in substrings))
+    for module, hits in names.items():
+        if any(hits) and not all(hits):
+            raise StyleError(
+                f"blocks={list(substrings)} names {sum(hits)} of the {len(hits)} layers of {module}; strengths are per "
+                "module, so name the module"
+            )
+    weights = [float(all(names[module])) for module in layout.modules]
+    if not any(weights):
+        raise StyleError(f"blocks={list(substrings)} fits no attention module; there are {', '.join(layout.modules)}")
+    return weights
+
+
+def _from_dictionary(blocks: Mapping, modules: Sequence[str]) -> list[float]:
+    groups: dict[str, list[int]] = {}
+    for index, module in enumerate(modules):
+        part, _, rest = module.partition("_block")
+        groups.setdefault("mid" if part == "mid" else f"{part}.block_{rest.split('.')[1]}", []).append(index)
+    weights = [0.0] * len(modules)
+    for part, value in blocks.items():
+        if isinstance(value, Mapping):
+            named = {f"{part}.{block}": inner for block, inner in value.items()}
+        elif part == "mid":
+            named = {"mid": value}
+        else:
+            named = {group: value for group in groups if group.startswith(f"{part}.")}
+        for group, inner in named.items():
+            if group not in groups:
+                raise StyleError(f"blocks names {group}, which holds no attention here; there are {', '.join(groups)}")
+            places = groups[group]
+            values = list(inner) if isinstance(inner, (list, tuple)) else [inner]
+            values = values * len(places) if len(values) == 1 else values
+            if len(values) != len(places):
+                raise StyleError(f"blocks gives {len(values)} weights for {group}, which has {len(places)} modules")
+            for place, weight in zip(places, values, strict=True):
+                weights[place] = float(weight)
+    return weights
+
+
+def _check_number(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise StyleError(f"{name}={value!r} is not a finite number")
+
+
+def _check_window(window) -> None:
+    if not isinstance(window, (list, tuple)) or len(window) != 2:
+        raise StyleError(f"window={window!r} is not (start, end), two fractions of the steps")
+    for value in window:
+        _check_number("window", value)
+    if not 0 <= window[0] < window[1] <= 1:
+        raise StyleError(f"window={tuple(window)} must satisfy 0 <= start < end <= 1; to turn a style off, drop it")
+
+
+def _check_blocks(blocks) -> None:
+    if isinstance(blocks, str):
+        if _spelled(blocks) not in PRESETS:
+            raise StyleError(
+                f"blocks={blocks!r} is no preset; there are {', '.join(map(repr, PRESETS))}; layer names go in a list, "
+                f"as in [{STYLE_MODULE!r}]"
+            )
+    elif isinstance(blocks, Mapping):
+        unknown = [part for part in blocks if part not in ("down", "mid", "up")]
+        if unknown or not blocks:
+            raise StyleError(f"blocks has the parts {list(blocks)}; a dictionary holds 'down', 'mid' or 'up'")
+        for part, value in blocks.items():
+            inner = value if isinstance(value, Mapping) else {"": value}
+            for block, weights in inner.items():
+                _check_weights(f"the weight of {part} {block}".rstrip(), weights)
+    elif isinstance(blocks, (list, tuple)):
+        if not blocks or not all(isinstance(s, str) and s for s in blocks):
+            raise StyleError(f"blocks={blocks!r} is not a list of substrings of layer names")
+    else:
+        raise StyleError(f"blocks is a preset, a dictionary or a list of layer names, not {type(blocks).__name__}")
+
+
+def _check_weights(name: str, value) -> None:
+    if isinstance(value, (list, tuple)) and not value:
+        raise StyleError(f"{name} is an empty list; give one per module")
+    for weight in value if isinstance(value, (list, tuple)) else [value]:
+        _check_number(name, weight)

@@ -1,0 +1,125 @@
+"""StyleAligned: pictures share self-attention with a reference (arXiv 2312.02133)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stylefast.errors import StyleError
+from stylefast.models.layout import AttentionLayout
+
+MODES = ("concat", "swap")
+PARTS = ("q", "k", "v")
+
+
+@dataclass(frozen=True, eq=False)
+class StyleAligned:
+    """Take the style of a reference through shared self-attention.
+
+    With neither `reference` nor `prompt`, the first prompt of the call that carries this object is the reference.
+
+    Args:
+        reference: a picture (path, PIL image), or a list of them; their latents are noised along the schedule.
+        prompt: what the reference shows; without a picture, the reference is generated from it and not returned.
+        adain: which of "q", "k", "v" take the reference's token statistics, or their strengths, {"q": 1.0, "k": 0.5}.
+            With several references the statistics are the first one's.
+        scale: multiplies the logits against the reference's tokens; below 1 holds a dominant reference back.
+        shift: added to those logits; log(c) counts every reference token c times.
+        mode: "concat" (own and reference tokens) or "swap" (reference tokens only, arXiv 2402.12974).
+        layers: "all", or substrings of layer names ("up_blocks", "up_blocks.0.attentions.1"); other layers stay plain.
+        only_self_level: fraction of self-attention layers left plain, spread out as in the reference code.
+        share_attention: False keeps AdaIN and leaves the reference's keys and values out.
+        share_group_norm: pool the statistics of every group norm with the reference's.
+        share_layer_norm: accepted for parity; a layer norm works per token, so this changes nothing.
+        full_attention_share: the paper's ablation: all pictures attend to all, without AdaIN, scale and shift.
+        noise: how a real picture is brought to a step's noise level; "forward" noises it with one fixed noise.
+        seed: of the reference's noise (unless the reference is the first prompt, which has the request's seed).
+        share_styles: whether the request's other styles apply to the reference as well.
+        window: (start, end) in fractions of the steps outside of which rows are plain.
+
+    Raises StyleError for values out of range.
+    """
+
+    reference: Any = None
+    prompt: str | None = None
+    adain: Sequence[str] | Mapping[str, float] = ("q", "k")
+    scale: float = 1.0
+    shift: float = 0.0
+    mode: str = "concat"
+    layers: str | Sequence[str] = "all"
+    only_self_level: float = 0.0
+    share_attention: bool = True
+    share_group_norm: bool = False
+    share_layer_norm: bool = False
+    full_attention_share: bool = False
+    noise: str = "forward"
+    seed: int = 0
+    share_styles: bool = True
+    window: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise StyleError(f"StyleAligned mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
+        if self.noise != "forward":
+            raise StyleError(f"StyleAligned noise is {self.noise!r}; it must be 'forward'")
+        if not 0.0 <= self.only_self_level <= 1.0:
+            raise StyleError(f"only_self_level is {self.only_self_level}; it is a fraction of layers, 0 to 1")
+        if not math.isfinite(self.scale):
+            raise StyleError(f"scale is {self.scale}; it must be finite")
+        if math.isnan(self.shift) or self.shift == math.inf:
+            raise StyleError(f"shift is {self.shift}; it must be finite, or -inf to leave the reference's tokens out")
+        if self.mode == "swap" and (self.shift == -math.inf or not self.share_attention):
+            raise StyleError("mode 'swap' drops the own tokens, so the reference's must stay; use 'concat' instead")
+        if self.full_attention_share and (self.reference is not None or self.prompt is not None):
+            raise StyleError("full_attention_share joins the pictures of one call; it takes no reference or prompt")
+        unknown = [part for part in self.adain_strengths() if part not in PARTS]
+        if unknown:
+            raise StyleError(f"adain names {', '.join(map(repr, unknown))}; it knows {', '.join(PARTS)}")
+        for part, strength in self.adain_strengths().items():
+            if not 0.0 <= strength <= 1.0:
+                raise StyleError(f"adain strength of {part} is {strength}; it must be between 0 and 1")
+        start, end = self.window
+        if not 0.0 <= start <= end <= 1.0:
+            raise StyleError(f"window is {self.window}; it needs 0 <= start <= end <= 1, in fractions of the steps")
+
+    def adain_strengths(self) -> dict[str, float]:
+        """Strength per part; parts that are not named are 0."""
+        if isinstance(self.adain, Mapping):
+            return {part: float(strength) for part, strength in self.adain.items()}
+        return dict.fromkeys(self.adain, 1.0)
+
+    @property
+    def references(self) -> list:
+        """The reference pictures, possibly none."""
+        if self.reference is None:
+            return []
+        return list(self.reference) if isinstance(self.reference, (list, tuple)) else [self.reference]
+
+    def layer_mask(self, layout: AttentionLayout) -> torch.Tensor:
+        """[layers] bool in registry order: where the style applies. Raises StyleError if `layers` matches none."""
+        names = [layer.name for layer in layout.layers]
+        if self.layers == "all":
+            chosen = torch.ones(len(names), dtype=torch.bool)
+        else:
+            patterns = [self.layers] if isinstance(self.layers, str) else list(self.layers)
+            chosen = torch.tensor([any(pattern in f"{name}." for pattern in patterns) for name in names])
+            if not chosen.any():
+                raise StyleError(
+                    f"layers={self.layers!r} matches no self-attention layer; modules are {', '.join(layout.modules)}"
+                )
+        return chosen & ~plain_layers(len(names), self.only_self_level)
+
+
+def plain_layers(count: int, level: float) -> torch.Tensor:
+    """[count] bool: the layers that `only_self_level` leaves plain, by the counting rule of the reference code.
+
+    A level that rounds to no layer leaves none plain (from below 1/2) or all (from above).
+    """
+    inverted = level > 0.5
+    switched = int((1 - level if inverted else level) * count)
+    marked = torch.zeros(count, dtype=torch.bool)
+    if switched:
+        marked[:: count // switched] = True
+    return ~marked if inverted else marked

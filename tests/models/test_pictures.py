@@ -1,0 +1,200 @@
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stylefast.errors import ImageError
+from stylefast.models.pictures import open_picture
+from tests.small_adapter import small_picture
+
+
+def encoded(image, format="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def png_header(width, height, depth=8, colour=2):
+    """A PNG that claims a size and holds next to nothing."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 64)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+    picture = small_picture()
+    path = tmp_path / "a.png"
+    picture.save(path)
+    for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes()), picture, np.array(picture),
+                   np.array(picture) / 255.0):
+        opened = open_picture(source)
+        assert opened.mode == "RGB"
+        assert np.array_equal(np.array(opened), np.array(picture))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_the_three_formats_open_whatever_the_name_says(tmp_path, format):
+    path = tmp_path / "picture.dat"
+    path.write_bytes(encoded(small_picture(), format))
+    assert open_picture(path).size == (48, 40)
+
+
+@pytest.mark.parametrize("format", ["BMP", "TIFF", "GIF", "PPM", "ICO"])
+def test_other_formats_are_refused_even_under_a_png_name(tmp_path, format):
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded(small_picture(), format))
+    with pytest.raises(ImageError, match="picture.png is no PNG, JPEG or WEBP"):
+        open_picture(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg></svg>", b"SIMPLE  =                    T", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_picture_is_refused(content):
+    with pytest.raises(ImageError):
+        open_picture(content)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    opened = open_picture(encoded(small_picture(), "PNG", exif=exif))
+    assert opened.size == ((48, 40) if orientation < 5 else (40, 48))
+    original = np.array(small_picture())
+    if orientation == 3:
+        assert np.array_equal(np.array(opened), original[::-1, ::-1])
+    if orientation == 6:
+        assert np.array_equal(np.array(opened), np.rot90(original, -1))
+
+
+def test_transparency_is_laid_over_white():
+    pixels = np.zeros((20, 20, 4), dtype=np.uint8)
+    pixels[:, 10:, 3] = 255
+    for source in (pixels, encoded(Image.fromarray(pixels))):
+        opened = np.array(open_picture(source))
+        assert (opened[:, :10] == 255).all() and (opened[:, 10:] == 0).all()
+
+
+def test_transparent_palette_entries_are_laid_over_white():
+    palette = Image.new("P", (20, 20), 0)
+    palette.putpalette([10, 20, 30] + [0] * 765)
+    opened = open_picture(encoded(palette, transparency=0))
+    assert opened.getpixel((5, 5)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "RGBa", "La"])
+def test_every_mode_becomes_rgb(mode):
+    image = small_picture()
+    if mode in ("RGBa", "La"):
+        image = image.convert("RGBA" if mode == "RGBa" else "LA")
+    if mode == "LAB":
+        image = Image.new("LAB", image.size, (128, 0, 0))
+    opened = open_picture(image.convert(mode) if image.mode != mode else image)
+    assert opened.mode == "RGB" and opened.size == image.size
+
+
+def test_cmyk_jpegs_keep_their_colours():
+    image = Image.new("RGB", (32, 32), (200, 60, 20))
+    opened = open_picture(encoded(image.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(np.array(opened).astype(int) - (200, 60, 20)).max() <= 6
+
+
+@pytest.mark.parametrize("value, expected", [(0, 0), (257 * 100, 100), (65535, 255)])
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(value, expected):
+    pixels = np.full((20, 20), value, dtype=np.uint16)
+    for source in (pixels, encoded(Image.fromarray(pixels))):
+        assert open_picture(source).getpixel((3, 3)) == (expected,) * 3
+
+
+# Pillow's own warning begins at 89 megapixels
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(30_000, 30_000), (13_000, 13_000), (4097, 4096), (100_000, 100_000)])
+def test_bombs_are_refused_from_the_header(size):
+    with pytest.raises(ImageError, match="limit is 16.8 megapixels"):
+        open_picture(png_header(*size))
+
+
+def test_sixteen_point_eight_megapixels_pass_the_size_check():
+    # the header passes; the missing pixels are found only on decoding
+    with pytest.raises(ImageError, match="damaged or cut short"):
+        open_picture(png_header(4096, 4096))
+
+
+@pytest.mark.parametrize("size, words", [((15, 100), "at least 16"), ((16, 513), "32 : 1")])
+def test_slivers_are_refused(size, words):
+    image = Image.new("RGB", size)
+    for source in (image, encoded(image), np.array(image)):
+        with pytest.raises(ImageError, match=words):
+            open_picture(source)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_truncated_files_are_refused_at_any_length(format):
+    whole = encoded(small_picture(0, (120, 90)), format)
+    for length in range(1, len(whole) - 40, max(1, len(whole) // 25)):
+        with pytest.raises(ImageError):
+            open_picture(whole[:length])
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_damaged_bytes_give_a_picture_or_an_image_error(format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = np.frombuffer(encoded(small_picture(0), format, exif=exif), np.uint8)
+    draw = np.random.default_rng(4)
+    for _ in range(200):
+        damaged = whole.copy()
+        places = draw.integers(0, len(damaged) if draw.random() < 0.5 else 100, 4)
+        damaged[places] = draw.integers(0, 256, 4, dtype=np.uint8)
+        with contextlib.suppress(ImageError):
+            assert open_picture(damaged.tobytes()).mode == "RGB"
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_animations_are_refused_with_their_number_of_frames(format):
+    frames = [small_picture(seed) for seed in range(3)]
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match="3 frames"):
+        open_picture(data)
+
+
+def test_paths_that_lead_nowhere_say_so(tmp_path):
+    for source, words in (
+        (tmp_path / "absent.png", "no picture at"), (tmp_path, "folder"), ("https://example.org/a.png", "download"),
+        ("a\0b.png", "can't be opened"),
+    ):
+        with pytest.raises(ImageError, match=words):
+            open_picture(source)
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        (None, "NoneType"),
+        (np.zeros((20, 20, 2), np.uint8), r"\[20, 20, 2\]"),
+        (np.zeros(20, np.uint8), r"\[20\]"),
+        (np.full((20, 20, 3), 1.5), "1.5"),
+        (np.full((20, 20, 3), np.nan), "nan"),
+        (np.zeros((20, 20, 3), np.int32), "int32"),
+        (np.zeros((0, 20, 3), np.uint8), "no pixels"),
+        (Image.new("F", (20, 20)), "floating point"),
+        (Image.fromarray(np.full((20, 20), 70_000, np.int32)), "70000"),
+    ],
+    ids=["nothing", "two channels", "one dimension", "beyond one", "nan", "int32", "empty", "mode F", "beyond 16 bits"],
+)
+def test_values_that_are_no_picture_are_refused(source, words):
+    with pytest.raises(ImageError, match=words):
+        open_picture(source)
+
+
+def test_the_source_is_left_untouched():
+    image = small_picture().convert("RGBA")
+    before = image.tobytes()
+    open_picture(image)
+    assert image.mode == "RGBA" and image.tobytes() == before

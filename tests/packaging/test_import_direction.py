@@ -1,0 +1,127 @@
+"""Lower layers never import upper ones."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+BELOW_ENGINE = {"errors", "_extension", "kernels", "models", "styles", "sampling", "runtime"}
+
+# area -> what it may import beside itself; a name with a dot is a single module of an area
+ALLOWED = {
+    "__init__": {"errors"},
+    "errors": set(),
+    "_C": set(),
+    "_extension": {"_C"},
+    "kernels": {"errors", "_extension"},
+    "models": {"errors", "kernels"},
+    "sampling": {"errors", "kernels"},
+    "styles": {"errors", "kernels", "models", "sampling.guidance"},
+    "runtime": {"errors", "_extension", "kernels", "models", "styles", "sampling"},
+    "engine": BELOW_ENGINE,
+    "training": {"errors", "kernels", "models", "styles", "sampling"},
+    "evaluation": {"errors", "kernels", "models"},
+    "export": {"errors", "kernels", "models", "runtime"},
+    "serving": {"errors", "engine", "stylefast"},
+    "integrations": {"errors", "engine", "serving", "stylefast"},
+}
+TOP = {"cli", "__main__", "demo"}  # these may import everything but tests and benchmarks
+
+
+def area_of(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).parts
+    return Path(parts[1] if parts[0] == "stylefast" else parts[0]).stem
+
+
+def module_of(path: Path, root: Path) -> list[str]:
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    parts = parts if parts[0] == "stylefast" else ["stylefast", *parts]
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imported(path: Path, root: Path) -> list[tuple[int, list[str]]]:
+    """Line and dotted name, split, of everything that a file imports, inside functions too."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [(node.lineno, alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module.split(".") if node.module else []
+            if node.level:
+                package = module_of(path, root) if path.stem == "__init__" else module_of(path, root)[:-1]
+                base = package[: len(package) - node.level + 1] + base
+            names += [(node.lineno, [*base, alias.name]) for alias in node.names]
+    return names
+
+
+def violations(root: Path) -> list[str]:
+    """One line for each import that goes against `ALLOWED`."""
+    found = []
+    paths = [path for folder in ("stylefast", "kernels", "export") for path in sorted((root / folder).rglob("*.py"))]
+    for path in paths:
+        area = area_of(path, root)
+        where = path.relative_to(root)
+        if area not in ALLOWED and area not in TOP:
+            found.append(f"{where}: the area {area!r} is in no table; add it to ALLOWED and to docs/architecture.md")
+            continue
+        for line, name in imported(path, root):
+            if name[0] in ("tests", "benchmarks", "kernels", "export"):
+                found.append(f"{where}:{line}: imports {'.'.join(name)}")
+            if name[0] != "stylefast" or area in TOP:
+                continue
+            known = len(name) > 1 and (name[1] in ALLOWED or name[1] in TOP)
+            target = name[1] if known else "stylefast"
+            allowed = ALLOWED[area] | {area}
+            if target not in allowed and ".".join(name[1:3]) not in allowed:
+                found.append(f"{where}:{line}: {area} may not import {'.'.join(name)}")
+    return found
+
+
+def plant(root: Path, file: str, source: str) -> Path:
+    path = root / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+    return root
+
+
+def test_no_layer_of_the_project_imports_one_above_it(checkout):
+    assert violations(checkout) == []
+
+
+@pytest.mark.parametrize(
+    "file, source",
+    [
+        ("stylefast/models/unet.py", "from stylefast.runtime import loop"),
+        ("stylefast/models/unet.py", "def f():\n    import stylefast.engine"),
+        ("stylefast/models/unet.py", "from ..styles import presets"),
+        ("stylefast/models/unet.py", "from stylefast import Engine"),
+        ("stylefast/models/__init__.py", "from ..styles import presets"),
+        ("stylefast/styles/presets.py", "from stylefast.sampling.schedule import make_schedule"),
+        ("stylefast/sampling/schedule.py", "import stylefast.models.layout"),
+        ("stylefast/errors.py", "from stylefast import kernels"),
+        ("kernels/shared_attention.py", "from stylefast.models.layout import AttentionLayout"),
+        ("kernels/shared_attention.py", "from ..models import layout"),
+        ("stylefast/engine.py", "from tests.conftest import checkout"),
+        ("stylefast/cli.py", "import benchmarks.run"),
+        ("stylefast/models/unet.py", "from kernels import shared_attention"),
+        ("stylefast/helpers/misc.py", "import math"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path, file, source):
+    assert len(violations(plant(tmp_path, file, source))) == 1
+
+
+@pytest.mark.parametrize(
+    "file, source",
+    [
+        ("stylefast/models/unet.py", "import torch\nfrom stylefast.kernels.shared_attention import shared_attention"),
+        ("stylefast/models/unet.py", "from .layout import AttentionLayout\nfrom stylefast import errors"),
+        ("stylefast/styles/presets.py", "from stylefast.sampling.guidance import StyleContextGuidance"),
+        ("stylefast/styles/presets.py", "from stylefast.sampling import guidance"),
+        ("stylefast/cli.py", "import stylefast\nfrom stylefast.engine import Engine"),
+        ("stylefast/serving/app.py", "import stylefast as sf"),
+        ("kernels/shared_attention.py", "from stylefast._extension import extension"),
+    ],
+)
+def test_an_allowed_import_is_let_through(tmp_path, file, source):
+    assert violations(plant(tmp_path, file, source)) == []

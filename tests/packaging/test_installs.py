@@ -1,0 +1,201 @@
+"""`stylefast.kernels` and `stylefast.export` import from every kind of install, from the root and from elsewhere.
+
+Both live in folders beside `stylefast`, and Hugging Face ships a package that is called `kernels` too.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PROJECT = ["pyproject.toml", "setup.py", "LICENSE", "README.md", "csrc", "stylefast", "kernels", "export"]
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+# the origins of the packages, without running the operations and so without torch
+REPORT = """
+import importlib.util, json, sys
+import stylefast, stylefast.export
+from stylefast._extension import extension, extension_error
+origins = {"stylefast": stylefast.__file__, "export": stylefast.export.__file__}
+origins["kernels"] = importlib.util.find_spec("stylefast.kernels").origin
+print(json.dumps([origins, extension() is not None, extension_error(), "torch" in sys.modules]))
+"""
+FOREIGN = 'import sys\nname = "of Hugging Face"\nfrom kernels.layer import mode\n'
+
+
+@dataclass
+class Place:
+    """An interpreter whose site-packages hold some install of a checkout."""
+
+    python: Path
+    site: Path
+    checkout: Path
+
+    def pip(self, *arguments: str, **variables: str) -> None:
+        command = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "-q", "--no-deps",
+                   "--no-build-isolation", "--no-index", "--ignore-installed", "--disable-pip-version-check"]
+        done = subprocess.run([*command, *arguments], cwd=self.site, env={**os.environ, **variables},
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(self, code: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        return subprocess.run([str(self.python), "-c", code], cwd=cwd, env={**environment, **variables},
+                              capture_output=True, text=True)
+
+    def report(self, cwd: Path, **variables: str) -> tuple[dict[str, Path], bool, str]:
+        done = self.run(REPORT, cwd, **variables)
+        assert done.returncode == 0, done.stderr
+        origins, extension, reason, torch = json.loads(done.stdout)
+        assert not torch, "import stylefast loaded torch"
+        return {name: Path(origin) for name, origin in origins.items()}, extension, reason
+
+
+def copy_project(source: Path, target: Path) -> Path:
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "tiny", "*.egg-info")
+    target.mkdir()
+    for name in PROJECT:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, ignore=ignore)
+        elif (source / name).exists():
+            shutil.copy(source / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def make_place(checkout, tmp_path_factory):
+    def make() -> Place:
+        folder = tmp_path_factory.mktemp("place")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+        python = folder / "venv" / "bin" / "python"
+        ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        site = Path(subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+        # what the tests run with, seen from the new environment; its own .pth files are not read on this way
+        (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        return Place(python, site, copy_project(checkout, folder / "checkout"))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def bare(make_place):
+    return make_place()
+
+
+@pytest.fixture(scope="module")
+def editable(make_place):
+    place = make_place()
+    place.pip("-e", str(place.checkout), STYLEFAST_EXTENSION="0")
+    return place
+
+
+@pytest.fixture(scope="module")
+def strict(make_place):
+    place = make_place()
+    place.pip("-e", str(place.checkout), "--config-settings", "editable_mode=strict", STYLEFAST_EXTENSION="0")
+    return place
+
+
+@pytest.fixture(scope="module")
+def normal(make_place):
+    place = make_place()
+    place.pip(str(place.checkout))
+    return place
+
+
+def test_a_bare_checkout_imports_from_its_root(bare):
+    origins, _, reason = bare.report(bare.checkout)
+    assert all(origin.is_relative_to(bare.checkout) for origin in origins.values()), origins
+    assert origins["kernels"] == bare.checkout / "kernels" / "__init__.py"
+    assert "make extension" in reason
+
+
+def test_a_bare_checkout_on_the_path_imports_from_elsewhere(bare, tmp_path):
+    origins, _, _ = bare.report(tmp_path, PYTHONPATH=str(bare.checkout))
+    assert all(origin.is_relative_to(bare.checkout) for origin in origins.values()), origins
+
+
+@pytest.mark.parametrize("at_root", [True, False], ids=["from its root", "from elsewhere"])
+def test_an_editable_install_imports_the_checkout(editable, tmp_path, at_root):
+    origins, _, _ = editable.report(editable.checkout if at_root else tmp_path)
+    assert all(origin.is_relative_to(editable.checkout) for origin in origins.values()), origins
+
+
+@pytest.mark.parametrize("at_root", [True, False], ids=["from its root", "from elsewhere"])
+def test_a_strict_editable_install_imports_the_checkout(strict, tmp_path, at_root):
+    origins, _, _ = strict.report(strict.checkout if at_root else tmp_path)
+    assert all(origin.resolve().is_relative_to(strict.checkout) for origin in origins.values()), origins
+
+
+def test_a_normal_install_imports_itself_from_elsewhere(normal, tmp_path):
+    origins, extension, reason = normal.report(tmp_path)
+    assert all(origin.is_relative_to(normal.site) for origin in origins.values()), origins
+    assert extension == (COMPILER is not None), reason
+
+
+def test_a_normal_install_leaves_the_word_to_the_checkout_at_its_root(normal):
+    origins, _, _ = normal.report(normal.checkout)
+    assert all(origin.is_relative_to(normal.checkout) for origin in origins.values()), origins
+
+
+def test_a_checkout_takes_its_own_kernels_beside_an_editable_install_of_another(editable, bare):
+    origins, _, _ = editable.report(bare.checkout)
+    assert all(origin.is_relative_to(bare.checkout) for origin in origins.values()), origins
+
+
+def test_the_operations_load_from_a_bare_checkout(bare):
+    code = "import stylefast.kernels as k; f = k.shared_attention; print(k.__file__, f.__module__, callable(f))"
+    done = bare.run(code, bare.checkout)
+    expected = f"{bare.checkout / 'kernels' / '__init__.py'} stylefast.kernels.shared_attention True\n"
+    assert done.stdout == expected, done.stderr
+
+
+def test_every_subpackage_and_data_folder_reaches_the_install(normal, checkout):
+    for file in [*checkout.glob("stylefast/**/*.py"), *checkout.glob("stylefast/errors.py")]:
+        assert (normal.site / file.relative_to(checkout)).is_file(), f"{file.relative_to(checkout)} was not installed"
+    for file in checkout.glob("kernels/*.py"):
+        assert (normal.site / "stylefast" / "kernels" / file.name).is_file()
+    assert not (normal.site / "kernels").exists() and not (normal.site / "export").exists()
+
+
+def test_without_a_compiler_the_install_is_pure_python_and_says_why(make_place, tmp_path):
+    place = make_place()
+    place.pip(str(place.checkout), CC="no-such-compiler", CXX="no-such-compiler")
+    origins, extension, reason = place.report(tmp_path)
+    assert origins["stylefast"].is_relative_to(place.site) and not extension
+    assert "compiler" in reason and "make extension" in reason
+
+
+def test_import_kernels_at_the_root_names_the_right_package(bare):
+    done = bare.run("import kernels", bare.checkout)
+    assert done.returncode != 0
+    assert "import it as `stylefast.kernels`" in done.stderr
+
+
+@pytest.fixture
+def foreign(normal):
+    """Hugging Face's package beside the installed stylefast."""
+    folder = normal.site / "kernels"
+    (folder / "layer").mkdir(parents=True)
+    (folder / "__init__.py").write_text(FOREIGN)
+    (folder / "layer" / "__init__.py").write_text("mode = 3\n")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("at_root", [True, False], ids=["from the root", "from elsewhere"])
+def test_hugging_faces_kernels_package_stays_itself_beside_ours(normal, foreign, tmp_path, at_root):
+    cwd = normal.checkout if at_root else tmp_path
+    code = (
+        "import importlib.util, kernels, kernels.layer; print(kernels.name, kernels.mode, kernels.layer.mode);"
+        "import stylefast; print(importlib.util.find_spec('stylefast.kernels').origin)"
+    )
+    done = normal.run(code, cwd)
+    ours = normal.checkout / "kernels" if at_root else normal.site / "stylefast" / "kernels"
+    assert done.stdout == f"of Hugging Face 3 3\n{ours / '__init__.py'}\n", done.stderr
