@@ -19,12 +19,12 @@ def group_norm_silu_ref(
     bias: torch.Tensor,  # [channels]
     eps: float,
     silu: bool,
-    page: torch.Tensor | None = None,  # [rows] int64: p < rows is row p, p >= rows pool entry p - rows, -1 is none
+    page: torch.Tensor | None = None,  # [rows] int64: a row p < rows, or pool entry p - rows, or -1
     pool_mean: torch.Tensor | None = None,  # [pages, groups]
     pool_variance: torch.Tensor | None = None,
     pool_elements: int = 0,  # elements per group behind a pool entry
 ) -> torch.Tensor:
-    """The norm over explicitly concatenated elements where the reference is in the batch. Returns x's shape and type."""
+    """The norm over concatenated elements where the reference is in the batch. Returns x's shape and type."""
     rows, channels = x.shape[:2]
     flat = x.float().reshape(rows, groups, -1)
     out = torch.empty_like(flat)

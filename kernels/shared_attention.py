@@ -46,7 +46,7 @@ def shared_attention_ref(
     pool_v: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,  # [rows + pages, reference tokens], added to the logits of a page's tokens
 ) -> torch.Tensor:
-    """The formula above, one row at a time, with all logits in memory and fp32 inside. Returns [rows, tokens, heads, d]."""
+    """The formula above, row by row, all logits in memory, fp32 inside. Returns [rows, tokens, heads, d]."""
     rows, _, _, width = q.shape
     out = torch.empty_like(q)
     for row in range(rows):

@@ -37,7 +37,7 @@ def adain_affine(
     target_variance: torch.Tensor,  # [rows, heads, d]
     strength: torch.Tensor,  # [rows], 0: leave x alone, 1: full AdaIN
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gain and offset [rows, heads, d] such that x * gain + offset is x moved by `strength` towards AdaIN(x, target)."""
+    """Gain and offset [rows, heads, d]: x * gain + offset is x moved by `strength` towards AdaIN(x, target)."""
     s = strength[:, None, None]
     ratio = torch.sqrt((target_variance + ADAIN_EPS) / (variance + ADAIN_EPS))
     gain = 1 + s * (ratio - 1)

@@ -21,7 +21,7 @@ from stylefast.models.unet import UNet
 from stylefast.record import to_record
 from stylefast.runtime.conditions import encode_conditions
 from stylefast.runtime.loop import StepCallback, denoise
-from stylefast.runtime.memory import check_batch_fits
+from stylefast.runtime.memory import check_batch_fits, is_out_of_memory
 from stylefast.runtime.request import Request, check_size
 from stylefast.runtime.trajectory import Trajectory, plan_trajectories
 from stylefast.sampling.schedule import Schedule, make_schedule
@@ -126,8 +126,8 @@ class Engine:
             return load_image_encoder(source, dtype=self.unet.dtype, device=self.unet.device)
         if components.image_encoder is None:
             raise AdapterError(
-                f"{self.name} comes without an image encoder; pass image_encoder= the folder of the one the adapter was "
-                "trained with, e.g. models/image_encoder of h94/IP-Adapter for a vit-h adapter"
+                f"{self.name} comes without an image encoder; pass image_encoder= the folder of the one that the "
+                "adapter was trained with, e.g. models/image_encoder of h94/IP-Adapter for a vit-h adapter"
             )
         return ImageEncoder(components.image_encoder, components.feature_extractor)
 
@@ -197,10 +197,13 @@ class Engine:
         try:
             latents = self._sample(requests, callback)
             images = [] if output == "latents" else self._decode(latents)
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise OutOfMemory(f"{len(requests)} pictures don't fit into the GPU's memory; ask for fewer or smaller ones "
-                              f"at once, or load the model in half precision ({str(error).splitlines()[0]})") from None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"{len(requests)} pictures don't fit into memory; ask for fewer or smaller ones at once, or load the "
+                f"model in half precision ({str(error).splitlines()[0]})"
+            ) from None
         if output == "np":
             images = [image.permute(1, 2, 0).cpu().numpy() for image in images]
         elif output == "pil":
@@ -235,7 +238,7 @@ class Engine:
         return self.unet.config["in_channels"], height // self.downscale, width // self.downscale
 
     def _encode_picture(self, t: Trajectory) -> torch.Tensor:
-        """A reference picture, scaled to cover the size and cropped in the middle, as clean latents [channels, h, w]."""
+        """A reference picture, scaled to cover the size and cropped in the middle, as latents [channels, h, w]."""
         from PIL import ImageOps
 
         picture = ImageOps.fit(open_picture(t.picture), t.size)
@@ -294,7 +297,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         raise InvalidRequest(f"device {name!r} is unknown; use 'auto', 'cpu' or 'cuda'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest("device is 'cuda', but PyTorch finds no CUDA device here; use 'cpu', or install a CUDA build")
+        raise InvalidRequest("device is 'cuda', but PyTorch finds no CUDA device; use 'cpu', or install a CUDA build")
     return device
 
 

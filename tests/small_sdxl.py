@@ -101,11 +101,11 @@ def small_text_encoders(seed=0, width=32, layers=2, heads=2):
     return tuple(_randomised(encoder, seed + 1 + i).eval() for i, encoder in enumerate((first, second)))
 
 
-def small_pipeline(seed=0, unet_config=None, vae_config=None, text_width=32):
+def small_pipeline(seed=0, unet_config=None, vae_config=None, text_width=32, text_heads=2):
     """A random StableDiffusionXLPipeline; fp32, CPU, a new one at each call, equal for equal seeds."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
-    first, second = small_text_encoders(seed, text_width)
+    first, second = small_text_encoders(seed, text_width, heads=text_heads)
     unet = UNet2DConditionModel(**(unet_config or small_unet_config()))
     vae = AutoencoderKL(**(vae_config or small_vae_config()))
     pipeline = StableDiffusionXLPipeline(

@@ -59,8 +59,9 @@ def save_classifier(classifier: PictureClassifier, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     names = {kind: json.dumps(getattr(classifier, kind)) for kind in ("contents", "styles", "palettes")}
-    state = {name: value.half() if value.is_floating_point() else value for name, value in classifier.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in state.items()}, str(path), metadata=names)
+    state = {name: value.detach().contiguous() for name, value in classifier.state_dict().items()}
+    state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    save_file(state, str(path), metadata=names)
 
 
 def load_classifier(path: str | Path | None = None) -> PictureClassifier:
@@ -73,10 +74,11 @@ def load_classifier(path: str | Path | None = None) -> PictureClassifier:
     if path is None:
         path = Path(__file__).resolve().parent.parent / "models" / "tiny" / "classifier.safetensors"
     if not Path(path).is_file():
-        raise ModelNotFound(f"no classifier at {path}; train one with `python -m stylefast.training.tiny --stage classifier`")
+        raise ModelNotFound(f"no classifier at {path}; make one: `python -m stylefast.training.tiny --stage classifier`")
     try:
         with safe_open(str(path), framework="pt") as file:
-            names = {kind: tuple(json.loads(value)) for kind, value in (file.metadata() or {}).items() if kind != "format"}
+            metadata = file.metadata() or {}
+            names = {kind: tuple(json.loads(value)) for kind, value in metadata.items() if kind != "format"}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         classifier = PictureClassifier(**names)
         classifier.load_state_dict(state)

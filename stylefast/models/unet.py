@@ -355,7 +355,7 @@ class UNet(nn.Module):
         rows: RowTable,
         pages: StylePages | None = None,
         masks: tuple[torch.Tensor, ...] = (),  # per attention level [masks, tokens]
-        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,  # a ControlNet's, for the skips and the middle
+        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,  # a ControlNet's: skips, middle
     ) -> torch.Tensor:
         """One denoising evaluation. Returns the model output [rows, 4, h, w]."""
         condition = Conditioning(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks)

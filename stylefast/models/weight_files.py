@@ -157,7 +157,7 @@ def require_memory(needed: int, device, what: str) -> None:
     free = available_memory(device)
     if free is not None and needed > free:
         raise OutOfMemory(
-            f"the weights of {what} take {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free; "
+            f"the weights of {what} take {needed / 1e9:.3g} GB and {device} has {free / 1e9:.3g} GB free; "
             "free memory, load with dtype='float16', or use a smaller model such as 'tiny'"
         )
 

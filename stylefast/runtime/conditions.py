@@ -148,7 +148,8 @@ class _ImagePages:
             )
         if style.adapter is None:
             if len(self.adapters) > 1:
-                raise StyleError(f"this engine has several adapters ({', '.join(self.adapters)}); name one: adapter=...")
+                names = ", ".join(self.adapters)
+                raise StyleError(f"this engine has several adapters ({names}); name one: adapter=...")
             return next(iter(self.adapters.values()))
         if style.adapter not in self.adapters:
             raise StyleError(f"adapter {style.adapter!r} is not loaded; loaded are {', '.join(self.adapters)}")

@@ -34,3 +34,8 @@ def check_batch_fits(unet: UNet, rows: int, latent_size: tuple[int, int]) -> Non
             f"a batch of {rows} rows at {width}x{height} latents needs about {needed / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free; ask for fewer or smaller pictures at once"
         )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch raised `error` for want of memory, on the GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -79,7 +79,7 @@ def normalise_styles(style) -> tuple:
     for one in styles:
         if not isinstance(one, STYLES):
             known = ", ".join(kind.__name__ for kind in STYLES)
-            raise InvalidRequest(f"style is {one!r} ({type(one).__name__}); it must be one of {known}, or a list of them")
+            raise InvalidRequest(f"style is {one!r} ({type(one).__name__}); it must be {known}, or a list of them")
     if sum(isinstance(one, StyleAligned) for one in styles) > 1:
         raise InvalidRequest("a request takes one StyleAligned; give it several references: reference=[a, b]")
     return styles

@@ -69,7 +69,7 @@ def plan_trajectories(
     everyone = targets + list(hidden.values())
     for trajectory in everyone:
         trajectory.require(trajectory.weights)
-    # readers say which rows they need after every trajectory knows its own; full sharing is symmetric, so twice is enough
+    # readers say which rows they need once every trajectory knows its own; full sharing is mutual, so do it twice
     for _ in range(2):
         for trajectory in everyone:
             for reference in trajectory.references:

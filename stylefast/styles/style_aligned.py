@@ -81,8 +81,8 @@ class StyleAligned:
             if not 0.0 <= strength <= 1.0:
                 raise StyleError(f"adain strength of {part} is {strength}; it must be between 0 and 1")
         start, end = self.window
-        if not 0.0 <= start <= end <= 1.0:
-            raise StyleError(f"window is {self.window}; it needs 0 <= start <= end <= 1, in fractions of the steps")
+        if not 0.0 <= start < end <= 1.0:
+            raise StyleError(f"window is {self.window}; it needs 0 <= start < end <= 1, in fractions of the steps")
 
     def adain_strengths(self) -> dict[str, float]:
         """Strength per part; parts that are not named are 0."""

@@ -5,14 +5,16 @@ import numpy as np
 from stylefast.training.pictures import CONTENTS, PALETTES, STYLES
 
 _GRAMMAR = (
-    "a an the in of with and on two three style palette colors painting picture photo drawing image art scene , ."
-).split()
+    *("a", "an", "the", "in", "of", "with", "and", "on", "two", "three", ",", "."),
+    *("style", "palette", "colors", "painting", "picture", "photo", "drawing", "image", "art", "scene"),
+)
 WORDS = (*_GRAMMAR, *CONTENTS, *STYLES, *PALETTES)
 
 _CONTENT_ONLY = ("a {c}", "a {c}", "a {c}", "{c}", "the {c}", "a picture of a {c}", "a painting of a {c}",
                  "a drawing of a {c}", "a photo of a {c}", "an image of a {c}")  # fmt: skip
-_STYLE_ONLY = ("{s} style", "{s}", "{s} art", "a picture in {s} style", "a painting in the style of {s}", "in {s} style",
-               "{s} style, {p} palette", "a {s} painting, {p} palette", "a {s} picture with {p} colors")  # fmt: skip
+_STYLE_ONLY = ("{s} style", "{s}", "{s} art", "a picture in {s} style", "a painting in the style of {s}",
+               "in {s} style", "{s} style, {p} palette",
+               "a {s} painting, {p} palette", "a {s} picture with {p} colors")  # fmt: skip
 _PALETTE_ONLY = ("a {c}, {p} palette", "a {c} with {p} colors", "{p} palette", "a picture with a {p} palette")
 _FULL = (
     "a {c} in {s} style", "a {c} in {s} style", "a {c} in {s} style", "a {c}, {s} style", "{c}, {s}", "a {s} {c}",

@@ -186,7 +186,8 @@ def render(rng: np.random.Generator, content: str, style: str, palette: str, siz
 
     Raises `InvalidRequest` on an unknown name or another size.
     """
-    for kind, name, known in (("content", content, CONTENTS), ("style", style, PAINTERS), ("palette", palette, PALETTES)):
+    given = (("content", content, CONTENTS), ("style", style, PAINTERS), ("palette", palette, PALETTES))
+    for kind, name, known in given:
         if name not in known:
             raise InvalidRequest(f"{kind} {name!r} is unknown; choose one of {', '.join(known)}")
     if size < 64 or size % 64:

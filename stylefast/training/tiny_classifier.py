@@ -37,9 +37,9 @@ def _augment(pictures: torch.Tensor) -> torch.Tensor:
 def accuracy(classifier: PictureClassifier, pictures: np.ndarray, labels: torch.Tensor) -> dict[str, float]:
     """Share of pictures whose content, style and palette are named right."""
     verdict = classify(classifier, pictures)
-    found = (verdict.content.argmax(1), verdict.style.argmax(1), verdict.palette.argmax(1))
     kinds = ("content", "style", "palette")
-    return {kind: (guess == labels[:, i]).float().mean().item() for i, (kind, guess) in enumerate(zip(kinds, found, strict=True))}
+    hits = {kind: getattr(verdict, kind).argmax(1) == labels[:, i] for i, kind in enumerate(kinds)}
+    return {kind: right.float().mean().item() for kind, right in hits.items()}
 
 
 def train_classifier(out: Path, minutes: float, seed: int = 3) -> dict:

@@ -38,7 +38,7 @@ def _labels(rng: np.random.Generator, combinations: list[tuple[int, int]], count
 
 
 def make_pools(work: Path, seed: int, train: int, validation: int) -> None:
-    """Write `train.npz` (no held-out combination), `validation.npz` (every combination) and `unseen.npz` (13th style)."""
+    """Write `train.npz` (no held-out combination), `validation.npz` (all of them) and `unseen.npz` (the 13th style)."""
     work.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     seen = [pair for pair in COMBINATIONS if pair not in HELD_OUT_INDICES]

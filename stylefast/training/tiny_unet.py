@@ -169,7 +169,7 @@ def save_parts(out: Path, unet: nn.Module, tower: TextTower) -> None:
 
 
 def train_unet(work: Path, out: Path, minutes: float, seed: int = 2, save_minutes: float = 10) -> dict:
-    """Train on the cached latents and save the averaged weights to `out`, also every `save_minutes`; returns the record."""
+    """Train on cached latents; save the averaged weights to `out`, also every `save_minutes`; returns the record."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)

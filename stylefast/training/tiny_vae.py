@@ -48,7 +48,7 @@ def reconstruction_psnr(vae, pictures: np.ndarray) -> float:
 
 @torch.no_grad()
 def standardise(vae, pictures: np.ndarray) -> None:
-    """Fold the latents' channel means and deviations into `quant_conv` and `post_quant_conv`; pictures stay the same."""
+    """Fold the latents' channel means and deviations into `quant_conv` and `post_quant_conv`; pictures stay equal."""
     latents = encode(vae, pictures)
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     channels = len(mean)

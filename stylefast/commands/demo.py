@@ -1,0 +1,220 @@
+"""`stylefast demo`: the styles side by side on the embedded model, with the command that makes each row."""
+
+import argparse
+import os
+import secrets
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stylefast.commands import generate
+from stylefast.errors import InvalidRequest, StyleError
+
+SUMMARY = "Make pictures in every style that the embedded model shows, and a page that compares them."
+EXAMPLES = """examples:
+  stylefast demo --out build/demo
+  then open build/demo/index.html
+"""
+PAGE, SHEET = "index.html", "sheet.png"
+# marks a folder that this command wrote and may replace
+MARK = ".stylefast-demo"
+SHOWN_WIDTH = 192  # 3 screen pixels per pixel of the embedded model
+
+STYLES = ("neon", "woodcut", "watercolor", "mosaic")
+CONTENTS = ("house", "cat", "boat", "mushroom")
+ALIGNED = ("--shift", "1")
+STRENGTHS = ("0.25", "0.5", "0.75", "1")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options."""
+    parser.add_argument("--out", metavar="DIR", default="stylefast-demo", help="folder to write (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that holds other files")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    generate.add_model_arguments(parser)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One `stylefast generate`: its folder in the demo, a title, the prompts and options, and its reference picture."""
+
+    name: str
+    title: str
+    words: tuple[str, ...]
+    reference: str | None = None  # name of a picture that comes with the model
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Calls to compare."""
+
+    title: str
+    text: str
+    calls: tuple[Call, ...]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make all pictures in a new folder, then give it its name; an older demo there is replaced."""
+    out = Path(arguments.out)
+    _check_folder(out, arguments.overwrite)
+    choice = generate.ModelChoice.of(arguments)
+    chapters = plan(choice.folder)
+    engine = generate.load(choice, arguments.quiet)
+    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        part.mkdir(parents=True)
+        (part / MARK).touch()
+        _make_all(chapters, engine, choice, arguments, part)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(part, out)
+    except OSError as error:
+        raise InvalidRequest(f"can't write {out} ({error.strerror or error}); choose another --out") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(out / PAGE)
+    return 0
+
+
+def plan(model_folder: Path) -> tuple[Chapter, ...]:
+    """What the demo shows, with the pictures and learned styles that come with the model. Raises StyleError."""
+    from stylefast.record_values import shipped
+
+    references, learned = list(shipped(model_folder, "references")), list(shipped(model_folder, "styles"))
+    if not references or not learned:
+        raise StyleError(
+            f"the demo needs a reference picture and a learned style that come with the model; {model_folder} has "
+            f"{len(references)} and {len(learned)}; leave --model out to use the embedded one"
+        )
+    return (_aligned_chapter(), _picture_chapter(references), _instant_chapter(references[0]),
+            _learned_chapter(learned[0]), _composed_chapter(references[-1], learned[0]))  # fmt: skip
+
+
+def _aligned_chapter() -> Chapter:
+    calls = []
+    for i, style in enumerate(STYLES):
+        prompts = (f"a fish in {style} style", *(f"a {content}" for content in CONTENTS))
+        seed = ("--seed", str(10 * i))
+        calls.append(Call(f"aligned-{style}", f"{style}, StyleAligned: the first picture is the reference",
+                          (*prompts, *seed, "--method", "aligned", *ALIGNED)))  # fmt: skip
+        calls.append(Call(f"plain-{style}", f"{style}, the same prompts and seeds without it", (*prompts, *seed)))
+    text = ("Only the first prompt names a style. With StyleAligned, the other pictures share self-attention with the "
+            "first and take its style; without it, each has a style of its own.")  # fmt: skip
+    return Chapter("StyleAligned: one style for a set of prompts", text, tuple(calls))
+
+
+def _picture_chapter(references: Sequence[str]) -> Chapter:
+    prompts = (*(f"a {content}" for content in CONTENTS), "--seed", "50")
+    calls = [
+        Call(f"aligned-picture-{name}", f"in the style of the picture {name}",
+             (*prompts, "--style-image", name, *ALIGNED), name)
+        for name in references[:2]
+    ]  # fmt: skip
+    text = ("The reference is a picture from a file: at every step it is brought to that step's noise level and "
+            "attended to.")  # fmt: skip
+    plain = Call("plain-picture", "the same prompts and seeds without it", prompts)
+    return Chapter("StyleAligned: the style of a real picture", text, (*calls, plain))
+
+
+def _instant_chapter(reference: str) -> Chapter:
+    prompts = ("a house", "a flower", "a rocket", "--seed", "70", "--style-image", reference, "--method", "instant")
+    calls = [
+        Call(f"instant-{strength}", f"style block, strength {strength}", (*prompts, "--scale", strength), reference)
+        for strength in STRENGTHS
+    ]
+    everywhere = (*prompts, "--scale", "1", "--blocks", "all")
+    calls.append(Call("instant-all", "all blocks, strength 1: content comes along", everywhere, reference))
+    text = ("The picture acts through an IP-Adapter in one attention module, the one that carries style. In all "
+            "modules it brings its content as well. Prompts and seeds are the same in every row.")  # fmt: skip
+    return Chapter("InstantStyle: strength, and where it acts", text, tuple(calls))
+
+
+def _learned_chapter(learned: str) -> Chapter:
+    prompts = (*(f"a {content}" for content in CONTENTS), "--seed", "90")
+    calls = (
+        Call("learned", f"the learned style {learned}", (*prompts, "--learned", learned)),
+        Call("plain-learned", "the same prompts and seeds without it", prompts),
+    )
+    text = ("A style that the model was never trained on, learned as one token with vectors of its own for each stage "
+            "of the noise.")  # fmt: skip
+    return Chapter("DreamStyler: a learned style", text, calls)
+
+
+def _composed_chapter(reference: str, learned: str) -> Chapter:
+    prompts = (*(f"a {content}" for content in CONTENTS), "--seed", "110", "--style-image", reference)
+    calls = (
+        Call("composed", f"StyleAligned and InstantStyle with {reference}, DreamStyler with {learned}",
+             (*prompts, "--method", "both", "--scale", "0.6", "--learned", learned), reference),
+        Call("composed-two", "without the learned style", (*prompts, "--method", "both", "--scale", "0.6"), reference),
+    )  # fmt: skip
+    text = ("The three methods work on different columns of one table, so they compose: shared self-attention, image "
+            "tokens, text.")  # fmt: skip
+    return Chapter("All three at once", text, calls)
+
+
+def command_of(call: Call, arguments: argparse.Namespace, folder: str) -> list[str]:
+    """The words of the command line that makes a call's pictures."""
+    words = ["stylefast", "generate", *call.words, "--steps", str(arguments.steps), "--no-grid"]
+    for name in ("model", "adapter", "image_encoder", "vae", "device", "dtype"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
+    return [*words, "--out", folder]
+
+
+def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.Namespace, folder: Path) -> None:
+    from PIL import Image
+    from tqdm import tqdm
+
+    from stylefast import presentation
+    from stylefast.commands.files import Destination
+    from stylefast.record_values import find_picture
+
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    sections, sheet = [], []
+    calls = sum(len(chapter.calls) for chapter in chapters)
+    with tqdm(total=calls, unit="row", disable=arguments.quiet, file=sys.stderr) as bar:
+        for chapter in chapters:
+            rows = []
+            for call in chapter.calls:
+                bar.set_description(call.name)
+                command = command_of(call, arguments, str(Path(arguments.out) / call.name))
+                parsed = parser.parse_args(command[2:])
+                requests = generate.requests_of(parsed, choice.folder)
+                destination = Destination(folder / call.name, [request.prompt for request in requests])
+                result = generate.make(engine, requests, quiet=True)
+                paths = generate.save(destination, result, choice, parsed.grid)
+                figures = [presentation.Figure(f"{call.name}/{path.name}", request.prompt)
+                           for path, request in zip(paths, requests, strict=True)]  # fmt: skip
+                if call.reference is not None:
+                    copy = _copy_reference(Path(find_picture(call.reference, choice.folder)), folder)
+                    figures.insert(0, presentation.Figure(copy, f"reference: {call.reference}", is_reference=True))
+                rows.append(presentation.Row(call.title, tuple(figures), shlex.join(command)))
+                pictures = [Image.open(folder / figure.source).convert("RGB") for figure in figures]
+                size = result.images[0].size
+                sheet.append((call.title, [presentation.fitted(picture, size) for picture in pictures]))
+                bar.update()
+            sections.append(presentation.Section(chapter.title, chapter.text, tuple(rows)))
+    text = ("Content comes from the prompt, style from a reference. Below each row stands the command that makes it "
+            "again.")  # fmt: skip
+    page = presentation.html_page("stylefast: the demo", text, sections, SHOWN_WIDTH)
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    presentation.labelled_sheet(sheet, scale=2 if size[0] <= 256 else 1).save(folder / SHEET)
+
+
+def _copy_reference(picture: Path, folder: Path) -> str:
+    target = folder / "references" / picture.name
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(picture, target)
+    return f"references/{picture.name}"
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise InvalidRequest(f"{out} is a file; choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists() and not overwrite:
+        raise InvalidRequest(f"{out} holds other files; choose another --out, or pass --overwrite to replace them")

@@ -1,0 +1,241 @@
+"""`stylefast generate`: prompts, a styled call from a file, or the call recorded in a picture, to PNG files."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stylefast.errors import InvalidRequest
+
+SUMMARY = "Make pictures from prompts, in a style."
+EXAMPLES = """examples:
+  stylefast generate "a fish" "a house" --style-image photo.jpg --out pictures
+  stylefast generate "a fish" --style-image photo.jpg --method instant --scale 0.8 --content "a dog"
+  stylefast generate "a cat" "a boat" --style-prompt "a fox, watercolor" --shift 1 --seed 7
+  stylefast generate --requests calls.json --out pictures
+  stylefast generate --from pictures/0001-a-fish.png --out again.png
+"""
+DEFAULT_MODEL, DEFAULT_OUT = "tiny", "pictures"
+# what --from and --requests bring themselves
+_CALL_OPTIONS = (
+    "prompts", "negative", "steps", "guidance", "guidance_rescale", "seed", "size", "scheduler", "style_image",
+    "method", "style_prompt", "adain", "shift", "layers", "share_group_norm", "blocks", "scale", "content",
+    "content_scale", "learned", "context",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options; None means that the option was not given."""
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="what each picture shows")
+    add("--out", metavar="DIR|FILE.png", default=DEFAULT_OUT, help="folder or file to write to (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace files that exist; otherwise numbering goes on behind them")
+    add("--grid", action=argparse.BooleanOptionalAction, help="also write all pictures as one (default: if several)")
+    add("--quiet", action="store_true", help="no progress, only the files on stdout")
+    add("--requests", metavar="FILE.json", help="make the requests of this file instead of prompts given here")
+    add("--from", dest="source", metavar="PICTURE.png", help="make this picture again, pixel by pixel")
+    add("--force", action="store_true", help="with --from: go on although the model has other weights")
+
+    group = parser.add_argument_group("sampling").add_argument
+    group("--negative", metavar="TEXT", help="what to lead away from")
+    group("--steps", type=int, help="denoising steps (default: 30)")
+    group("--guidance", type=float, help="classifier-free guidance; 1 or less turns it off (default: 5)")
+    group("--guidance-rescale", type=float, help="0 to 1; pulls the contrast of strong guidance back (default: 0)")
+    group("--seed", type=int, help="of the first picture; the next ones count up (default: 0)")
+    group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
+    group("--scheduler", metavar="NAME", help="ddim, euler, euler_ancestral, dpmpp_2m, unipc or lcm; euler, dpmpp_2m "
+          "and unipc also with _karras behind them (default: euler)")  # fmt: skip
+
+    group = parser.add_argument_group("style").add_argument
+    group("--style-image", action="append", metavar="PICTURE", help="reference picture: a file, or the name of one "
+          "that comes with the model (see `stylefast info`); may be repeated")  # fmt: skip
+    group("--method", choices=("aligned", "instant", "both"), help="aligned: StyleAligned, shared self-attention; "
+          "instant: InstantStyle, through the IP-Adapter; both (default: aligned, if a reference is given). `--method "
+          "aligned` without a reference aligns all pictures to the first")  # fmt: skip
+    group("--style-prompt", metavar="TEXT", help="aligned: what the reference shows; without --style-image, the "
+          "reference is made from it")  # fmt: skip
+    group("--adain", metavar="PARTS", help="aligned: q,k (default), or with strengths: q=1,k=0.5, or none")
+    group("--shift", type=float, help="aligned: added to the logits against the reference; 1 to 2 is a stronger style")
+    group("--layers", metavar="NAMES", help="aligned: all (default), or parts of layer names: up_blocks,mid_block")
+    group("--share-group-norm", action="store_true", default=None, help="aligned: share group norm statistics as well")
+    group("--blocks", metavar="PRESET", help="instant: style (default), layout, style+layout, all, ..., or a JSON "
+          "object, or parts of layer names: up_blocks.0.attentions.1")  # fmt: skip
+    group("--scale", type=float, help="instant, both: strength of the adapter; aligned: factor on the logits against "
+          "the reference (default: 1)")  # fmt: skip
+    group("--content", metavar="TEXT", help="instant: what the picture shows, to be subtracted from its embedding")
+    group("--content-scale", type=float, help="instant: how much of --content is subtracted (default: 0.5)")
+    group("--learned", action="append", metavar="NAME|FILE", help="a learned style: a file, or the name of one that "
+          "comes with the model; may be repeated")  # fmt: skip
+    group("--context", metavar="TEXT", help="words on the content, placed before the learned style's clause")
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say what is loaded and where it runs."""
+    group = parser.add_argument_group("model").add_argument
+    group("--model", metavar="NAME", help="tiny (comes with stylefast, the default), a diffusers folder, a "
+          ".safetensors file, or a hub id")  # fmt: skip
+    group("--adapter", metavar="FILE", help="IP-Adapter (default: the one that comes with the model, if any)")
+    group("--image-encoder", metavar="DIR", help="CLIP image encoder of --adapter (default: the model's own)")
+    group("--vae", metavar="NAME", help="a VAE in place of the model's own")
+    group("--device", help="auto, cpu, cuda or cuda:1 (default: auto)")
+    group("--dtype", help="auto, float32, bfloat16 or float16 (default: auto)")
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What to load; kept in the pictures, so that `--from` finds it again. None is the engine's default."""
+
+    model: str = DEFAULT_MODEL
+    adapter: str | None = None
+    image_encoder: str | None = None
+    vae: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, recorded: dict | None = None) -> "ModelChoice":
+        """The options given, else those recorded. Paths become absolute."""
+        values = {name: value for name, value in (recorded or {}).items() if value is not None}
+        for name in cls.__dataclass_fields__:
+            value = getattr(arguments, name)
+            if value is not None:
+                path = Path(value).expanduser()
+                is_path = name not in ("device", "dtype") and value != DEFAULT_MODEL and path.exists()
+                values[name] = str(path.resolve()) if is_path else value
+        return cls(**values)
+
+    @property
+    def folder(self) -> Path:
+        """Where the model's own references and learned styles would be."""
+        from stylefast.models.checkpoint import TINY
+
+        return TINY if self.model == DEFAULT_MODEL else Path(self.model)
+
+    def load(self):
+        """The engine."""
+        from stylefast.engine import Engine
+
+        given = {name: getattr(self, name) for name in ("adapter", "image_encoder", "vae", "device", "dtype")}
+        return Engine.from_pretrained(self.model, **{name: value for name, value in given.items() if value is not None})
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make the pictures and write them."""
+    from stylefast.commands.files import Destination
+
+    _check_combination(arguments)
+    if arguments.source is not None:
+        from stylefast.commands.again import run_again
+
+        return run_again(arguments)
+    choice = ModelChoice.of(arguments)
+    if arguments.requests is not None:
+        requests = read_requests(Path(arguments.requests), choice.folder)
+    else:
+        requests = requests_of(arguments, choice.folder)
+    check_schedules(requests)
+    destination = Destination(arguments.out, [request.prompt for request in requests], arguments.overwrite)
+    engine = load(choice, arguments.quiet)
+    result = make(engine, requests, arguments.quiet)
+    for path in save(destination, result, choice, arguments.grid):
+        print(path)
+    return 0
+
+
+def _check_combination(arguments: argparse.Namespace) -> None:
+    given = [name for name in _CALL_OPTIONS if getattr(arguments, name) not in (None, [])]
+    for option, value in (("--from", arguments.source), ("--requests", arguments.requests)):
+        if value is not None and given:
+            shown = "prompts" if given[0] == "prompts" else f"--{given[0].replace('_', '-')}"
+            raise InvalidRequest(f"{option} brings all settings of the call with it; drop {shown}")
+    if arguments.source is not None and arguments.requests is not None:
+        raise InvalidRequest("--from and --requests exclude each other; give one")
+    if arguments.force and arguments.source is None:
+        raise InvalidRequest("--force belongs to --from")
+    if not arguments.prompts and arguments.source is None and arguments.requests is None:
+        raise InvalidRequest('no prompt was given; say what the picture shows, e.g. stylefast generate "a fish"')
+
+
+def requests_of(arguments: argparse.Namespace, model_folder: Path) -> list:
+    """One Request per prompt, seeds counting up. Raises InvalidRequest and its kin."""
+    from stylefast.commands.style_options import styles_of
+    from stylefast.record import parse_size
+    from stylefast.runtime.request import Request
+
+    given = {
+        "negative_prompt": arguments.negative,
+        "steps": arguments.steps,
+        "guidance": arguments.guidance,
+        "guidance_rescale": arguments.guidance_rescale,
+        "size": None if arguments.size is None else parse_size(arguments.size),
+        "scheduler": arguments.scheduler,
+        "style": styles_of(arguments, model_folder),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    seed = arguments.seed or 0
+    return [Request(prompt, seed=seed + i, **given) for i, prompt in enumerate(arguments.prompts)]
+
+
+def read_requests(file: Path, model_folder: Path) -> list:
+    """The requests of a JSON file; paths in it are relative to it. Raises InvalidRequest and its kin."""
+    from stylefast.record import from_record
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InvalidRequest(f"there is no request file at {file}; check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the request file {file} can't be read ({error})") from error
+    except ValueError as error:
+        raise InvalidRequest(f"{file} is no JSON ({error})") from error
+    return from_record(content, file.resolve().parent, model_folder)
+
+
+def check_schedules(requests: Sequence) -> None:
+    """Raises InvalidRequest for an unknown scheduler, before a model is loaded for it."""
+    from stylefast.sampling.schedule import make_schedule
+
+    for name, steps in {(request.scheduler, request.steps) for request in requests}:
+        make_schedule(name, steps)
+
+
+def load(choice: ModelChoice, quiet: bool):
+    """The engine, with a word on stderr while it loads."""
+    if not quiet:
+        print(f"loading {choice.model} ...", file=sys.stderr)
+    return choice.load()
+
+
+def make(engine, requests: Sequence, quiet: bool, label: str = ""):
+    """The Result of `requests`, with a progress bar over the steps."""
+    from tqdm import tqdm
+
+    with tqdm(total=max(request.steps for request in requests), unit="step", desc=label or None, disable=quiet) as bar:
+
+        def advance(step: int, steps: int, latents) -> None:
+            # sizes run one after the other, each with steps of its own
+            bar.total = steps
+            bar.n = step
+            bar.refresh()
+
+        return engine.generate(list(requests), callback=advance)
+
+
+def save(destination, result, choice: ModelChoice, grid: bool | None) -> list[Path]:
+    """Write pictures with their record inside, and the grid; all paths written."""
+    from dataclasses import asdict
+
+    loaded = {name: value for name, value in asdict(choice).items() if value is not None and name != "device"}
+    metadata = [
+        {**one, "size": list(image.size), "load": loaded}
+        for one, image in zip(result.metadata, result.images, strict=True)
+    ]
+    sheet = None
+    if grid or (grid is None and len(result.images) > 1):
+        from stylefast.presentation import picture_grid
+
+        sheet = picture_grid(result.images)
+    return destination.write(result.images, metadata, sheet)

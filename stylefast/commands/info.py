@@ -1,0 +1,137 @@
+"""`stylefast info`: what was found here, what takes each operation, and why."""
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import stylefast
+
+SUMMARY = "Say what was found: versions, devices, kernels, models and caches."
+EXAMPLES = """examples:
+  stylefast info
+  stylefast info --json
+"""
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "triton")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The one option."""
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what `collect` finds."""
+    found = collect()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(_lines(found)))
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `stylefast info` shows, ready for `json.dumps`."""
+    return {
+        "stylefast": stylefast.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": _devices(),
+        "extension": _extension(),
+        "operations": _operations(),
+        "models": {"tiny": _tiny()},
+        "caches": {"models": _hub_cache()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    devices = [{"name": "cpu", "threads": torch.get_num_threads(), "cores": os.cpu_count()}]
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        devices.append({"name": f"cuda:{i}", "card": card.name, "memory_gb": round(card.total_memory / 1e9, 1)})
+    return devices
+
+
+def _extension() -> dict[str, Any]:
+    from stylefast._extension import extension, extension_error
+
+    return {"found": extension() is not None, "reason": extension_error()}
+
+
+def _operations() -> dict[str, dict[str, str]]:
+    import stylefast.kernels
+
+    # every operation has one form so far
+    return {name: {"backend": "torch", "reason": "no other form is built in"} for name in stylefast.kernels.__all__}
+
+
+def _tiny() -> dict[str, Any]:
+    from stylefast.models.checkpoint import TINY, load_components
+    from stylefast.record_values import shipped
+
+    if not (TINY / "model_index.json").is_file():
+        return {"found": False, "folder": str(TINY)}
+    size = sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file())
+    return {
+        "found": True,
+        "folder": str(TINY),
+        "megabytes": round(size / 1e6, 1),
+        "fingerprint": load_components("tiny", device="cpu").fingerprint,
+        "references": list(shipped(TINY, "references")),
+        "styles": list(shipped(TINY, "styles")),
+    }
+
+
+def _hub_cache() -> dict[str, Any]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
+    indices = folder.glob("models--*/snapshots/*/model_index.json") if folder.is_dir() else ()
+    names = {index.parents[2].name.removeprefix("models--").replace("--", "/") for index in indices if _is_sdxl(index)}
+    return {"folder": str(folder), "sdxl": sorted(names)}
+
+
+def _is_sdxl(index: Path) -> bool:
+    try:
+        return "StableDiffusionXL" in json.loads(index.read_text()).get("_class_name", "")
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
+    lines = [
+        f"stylefast {found['stylefast']}, Python {found['python']}, {found['platform']}",
+        f"packages    {packages}",
+    ]
+    for device in found["devices"]:
+        details = ", ".join(f"{name} {value}" for name, value in device.items() if name != "name")
+        lines.append(f"device      {device['name']} ({details})")
+    extension = found["extension"]
+    lines.append(f"extension   {'C++ extension found' if extension['found'] else extension['reason']}")
+    for name, operation in found["operations"].items():
+        lines.append(f"operation   {name}: {operation['backend']} ({operation['reason']})")
+    tiny = found["models"]["tiny"]
+    if tiny["found"]:
+        known = f"{tiny['megabytes']} MB, fingerprint {tiny['fingerprint'][:12]}, {tiny['folder']}"
+        lines.append(f"model       tiny: {known}")
+        lines.append(f"            --style-image {', '.join(tiny['references']) or 'none'}")
+        lines.append(f"            --learned {', '.join(tiny['styles']) or 'none'}")
+    else:
+        lines.append(f"model       tiny: not in this installation ({tiny['folder']})")
+    cache = found["caches"]["models"]
+    lines.append(f"cache       {cache['folder']}: SDXL models {', '.join(cache['sdxl']) or 'none'}")
+    return lines

@@ -1,0 +1,1 @@
+"""Scores of content and style on generated pictures."""

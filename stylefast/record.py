@@ -1,0 +1,283 @@
+"""A call as JSON: all that decided its pictures, and which requests shared a style object.
+
+`to_record` writes it, `from_record` reads it back and also reads files that people write by hand. Pictures are stored
+by path, with a digest of their decoded pixels, or inside the record when they came from memory and are small; learned
+vectors likewise. A style of the class StyleAligned that several requests share makes them a group, so styles are listed
+once and requests refer to them by number.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stylefast.errors import InvalidRequest, StyleError, StyleFastError
+from stylefast.models.checkpoint import TINY
+from stylefast.record_values import Sources, Store
+from stylefast.runtime.request import STYLES, Request
+from stylefast.sampling.guidance import StyleContextGuidance
+from stylefast.styles.dream_styler import DreamStyler
+from stylefast.styles.instant_style import InstantStyle
+from stylefast.styles.style_aligned import StyleAligned
+
+FORMAT = "stylefast-call/1"
+_TOP = ("format", "styles", "requests")
+_KINDS = {kind.__name__: kind for kind in STYLES}
+_PICTURES = {StyleAligned: ("reference",), InstantStyle: ("image", "mask", "negative_image"), DreamStyler: ()}
+# what people call a field by its place in the signature's documentation
+_ALIASES = {DreamStyler: {"path": "embedding"}}
+
+
+def to_record(requests: Sequence[Request], model_folder: Path = TINY) -> dict[str, Any]:
+    """The call as a dictionary that `json.dumps` takes.
+
+    Files inside `model_folder` are stored relative to it, so that the record works on another machine. Pictures and
+    vectors from memory are stored inside as long as they take fewer than 48,000 characters together; larger ones leave
+    only their digest. Raises ImageError for pictures that can't be read, StyleError for values that JSON can't hold.
+    """
+    store = Store(model_folder)
+    styles, places, entries = [], {}, []
+    for request in requests:
+        for style in request.style:
+            if id(style) not in places:
+                places[id(style)] = len(styles)
+                styles.append(_style_entry(style, store))
+        entry = {f.name: _plain(getattr(request, f.name)) for f in fields(Request) if f.name != "style"}
+        entries.append(entry | {"style": [places[id(style)] for style in request.style]})
+    return {"format": FORMAT, "styles": styles, "requests": entries}
+
+
+def from_record(
+    record: Mapping | Sequence, base: str | Path | None = None, model_folder: Path = TINY
+) -> list[Request]:
+    """The requests of a record, or of a file that somebody wrote.
+
+    `record`: what `to_record` gives; or a list of requests; or {"requests": [...], "styles": [...] or {name: ...}}.
+    A request's "style" is null, a style written out ({"kind": "InstantStyle" or "instant_style", ...}), the number or
+    name of one in "styles", or a list of those. A picture is a path, relative to `base`, or the name of one that ships
+    in `model_folder`.
+
+    Raises InvalidRequest for unknown fields and values out of range, StyleError for pictures and learned styles that
+    changed since, or that were only in memory, ImageError for pictures that can't be read.
+    """
+    if isinstance(record, (list, tuple)):
+        record = {"requests": record}
+    if not isinstance(record, Mapping):
+        raise InvalidRequest(f'a call is a list of requests or {{"requests": [...]}}, not {_shown(record)}')
+    _check_fields("the call", record, _TOP)
+    if record.get("format", FORMAT) != FORMAT:
+        raise InvalidRequest(f"the call has the format {record['format']!r}, not {FORMAT!r}; update stylefast")
+    sources = Sources(None if base is None else Path(base), model_folder)
+    styles = _read_styles(record.get("styles", []), sources)
+    entries = record.get("requests")
+    if not isinstance(entries, (list, tuple)) or not entries:
+        raise InvalidRequest(f'"requests" is {_shown(entries)}; it must be a list of at least one request')
+    return [_in_place(f"request {i}", _read_request, entry, styles, sources) for i, entry in enumerate(entries)]
+
+
+# writing
+
+
+def _style_entry(style, store: Store) -> dict[str, Any]:
+    kind = type(style)
+    entry: dict[str, Any] = {"kind": kind.__name__}
+    for f in fields(kind):
+        value = getattr(style, f.name)
+        if not f.init or _is_default(value, f):
+            continue
+        if f.name in _PICTURES[kind]:
+            many = isinstance(value, (list, tuple))
+            entry[f.name] = [store.picture(one) for one in value] if many else store.picture(value)
+        elif f.name == "embedding":
+            entry[f.name] = store.embedding(value, style.source)
+        elif f.name == "stages":
+            # a style that lends one stage is asked for that stage alone
+            entry[f.name] = {str(stage): store.embedding(other, None, stage) for stage, other in value.items()}
+        elif isinstance(value, StyleContextGuidance):
+            entry[f.name] = asdict(value)
+        elif isinstance(value, torch.Tensor):
+            entry[f.name] = store.tensor(value)
+        else:
+            entry[f.name] = _plain(value)
+    return entry
+
+
+def _is_default(value, f) -> bool:
+    if value is None or f.default is MISSING or not isinstance(value, (str, bool, int, float, tuple, dict)):
+        return value is None
+    # DreamStyler keeps a missing `stages` as an empty dictionary
+    return value == f.default or (value == {} and f.default is None)
+
+
+def _plain(value):
+    """A value as JSON can hold it; infinities as text, since JSON has none."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    raise StyleError(f"{value!r} ({type(value).__name__}) can't be written into a record; use numbers, text and lists")
+
+
+# reading
+
+
+def _read_styles(given, sources: Sources) -> dict[int | str, Any]:
+    if isinstance(given, Mapping):
+        named = given.items()
+    elif isinstance(given, (list, tuple)):
+        named = enumerate(given)
+    else:
+        raise InvalidRequest(f'"styles" is {_shown(given)}; it must be a list, or a dictionary of named styles')
+    return {name: _in_place(f"style {name!r}", _read_style, entry, sources) for name, entry in named}
+
+
+def _read_request(entry, styles: Mapping, sources: Sources) -> Request:
+    if not isinstance(entry, Mapping):
+        raise InvalidRequest(f'a request is a dictionary such as {{"prompt": "a fish"}}, not {_shown(entry)}')
+    _check_fields("a request", entry, [f.name for f in fields(Request)])
+    if "prompt" not in entry:
+        raise InvalidRequest('"prompt" is missing; say what the picture shows, e.g. "prompt": "a fish"')
+    values = dict(entry)
+    if isinstance(values.get("size"), str):
+        values["size"] = parse_size(values["size"])
+    elif isinstance(values.get("size"), list):
+        values["size"] = tuple(values["size"])
+    wanted = values.pop("style", None)
+    wanted = wanted if isinstance(wanted, (list, tuple)) else [] if wanted is None else [wanted]
+    return Request(**values, style=[_pick_style(one, styles, sources) for one in wanted])
+
+
+def _pick_style(wanted, styles: Mapping, sources: Sources):
+    if isinstance(wanted, Mapping):
+        return _read_style(wanted, sources)
+    if isinstance(wanted, bool) or not isinstance(wanted, (int, str)) or wanted not in styles:
+        known = ", ".join(map(repr, styles)) or "none"
+        raise InvalidRequest(f'style is {_shown(wanted)}; "styles" has {known}, or write the style out here')
+    return styles[wanted]
+
+
+def _read_style(entry, sources: Sources):
+    if not isinstance(entry, Mapping):
+        raise InvalidRequest(f'a style is a dictionary such as {{"kind": "StyleAligned"}}, not {_shown(entry)}')
+    values = dict(entry)
+    if "kind" in values and "type" in values:
+        raise InvalidRequest('a style has "kind" and "type"; they mean the same, so keep one')
+    name = values.pop("kind", None) or values.pop("type", None)
+    kind = next((k for key, k in _KINDS.items() if key.lower() == _squeezed(name)), None)
+    if kind is None:
+        raise StyleError(f"style kind {name!r} is unknown; there are {', '.join(_KINDS)}")
+    for alias, field_name in _ALIASES.get(kind, {}).items():
+        if alias in values and field_name not in values:
+            values[field_name] = values.pop(alias)
+    known = {f.name: f for f in fields(kind) if f.init}
+    _check_fields(kind.__name__, values, ["kind", *known])
+    missing = [n for n, f in known.items() if f.default is MISSING and n not in values]
+    if missing:
+        raise StyleError(f"{kind.__name__} lacks {missing[0]!r}")
+    digest = None
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name in _PICTURES[kind]:
+            many = isinstance(value, (list, tuple))
+            values[name] = [sources.picture(one) for one in value] if many else sources.picture(value)
+        elif name == "embedding":
+            values[name], digest = sources.embedding(value)
+        elif name == "stages":
+            values[name] = _read_stages(value, sources)
+        elif name == "guidance":
+            values[name] = _read_guidance(value)
+        elif name == "content" and isinstance(value, Mapping):
+            values[name] = sources.tensor(value)
+        else:
+            values[name] = _checked(name, value, known[name].default)
+    try:
+        style = kind(**values)
+    except StyleFastError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise StyleError(f"{kind.__name__} can't be built from these values ({error}); check their types") from error
+    if digest is not None:
+        sources.check_embedding(style.embedding, digest, style.source)
+    return style
+
+
+def _checked(name: str, value, default):
+    """The value, if it has its default's type: in hand-written files "false" in quotes would count as true."""
+    if name == "window":
+        return tuple(value) if isinstance(value, list) else value
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise StyleError(f"{name} is {_shown(value)}; it must be true or false")
+    elif isinstance(default, float) and not isinstance(value, list):
+        if value in ("inf", "-inf"):
+            return float(value)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise StyleError(f"{name} is {_shown(value)}; it must be a number")
+    return value
+
+
+def _read_stages(value, sources: Sources) -> dict[int, Any]:
+    if not isinstance(value, Mapping) or not all(str(stage).isdecimal() for stage in value):
+        raise StyleError(f'stages is {_shown(value)}; it must look like {{"0": "other.safetensors"}}')
+    stages = {}
+    for stage, other in value.items():
+        stages[int(stage)], digest = sources.embedding(other)
+        if digest is not None:
+            lender = DreamStyler(stages[int(stage)])
+            sources.check_embedding(lender.embedding, digest, lender.source)
+    return stages
+
+
+def _read_guidance(value) -> StyleContextGuidance:
+    names = [f.name for f in fields(StyleContextGuidance)]
+    if not isinstance(value, Mapping):
+        raise StyleError(f"guidance is {_shown(value)}; it must be a dictionary of {', '.join(names)}")
+    _check_fields("guidance", value, names)
+    try:
+        return StyleContextGuidance(**value)
+    except TypeError as error:
+        raise StyleError(f"guidance holds a value that is no number: {dict(value)}") from error
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) from "1024x768". Raises InvalidRequest."""
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    if not (width.strip().isdecimal() and height.strip().isdecimal()):
+        raise InvalidRequest(f"size is {text!r}; it must be WIDTHxHEIGHT in pixels, e.g. 1024x1024")
+    return int(width), int(height)
+
+
+def _check_fields(what: str, given: Mapping, known: Sequence[str]) -> None:
+    unknown = [str(name) for name in given if name not in known]
+    if unknown:
+        raise InvalidRequest(f"{what} has the unknown field {unknown[0]!r}; the known ones are {', '.join(known)}")
+
+
+def _in_place(where: str, read, *arguments):
+    try:
+        return read(*arguments)
+    except StyleFastError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _squeezed(name) -> str:
+    return name.replace("_", "").replace("-", "").replace(" ", "").lower() if isinstance(name, str) else ""
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,0 +1,240 @@
+"""Pictures, masks and learned vectors inside a record: by path, by name within the model's folder, or as base64."""
+
+import base64
+import binascii
+import hashlib
+import os
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from stylefast.errors import ImageError, StyleError
+from stylefast.models.pictures import FORMATS, open_picture
+from stylefast.styles.embeddings import StageEmbedding
+
+EMBED_LIMIT = 48_000  # characters of base64 in one record, so that a picture's metadata stays below 64 KB
+
+
+def pixel_digest(picture: Image.Image) -> str:
+    """64 hex digits of a picture's size and RGB pixels; equal for a PNG and its lossless copy."""
+    digest = hashlib.sha256(f"{picture.width}x{picture.height} RGB\n".encode())
+    digest.update(picture.convert("RGB").tobytes())
+    return digest.hexdigest()
+
+
+def vector_digest(embedding: StageEmbedding) -> str:
+    """64 hex digits of all vectors of a learned style and of where it pools."""
+    digest = hashlib.sha256(embedding.pooled_policy.encode())
+    for rows in (embedding.clip_l, embedding.clip_g):
+        digest.update(f"\n{tuple(rows.shape)}\n".encode())
+        digest.update(rows.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Store:
+    """Turns pictures, masks and vectors into entries of one record."""
+
+    def __init__(self, model_folder: Path):
+        self.model_folder = Path(model_folder).resolve()
+        self.room = EMBED_LIMIT
+
+    def picture(self, source) -> dict[str, Any]:
+        """The entry of a picture or mask. Raises ImageError for what can't be read."""
+        if isinstance(source, torch.Tensor):
+            return self.tensor(source)
+        picture = open_picture(source)
+        entry = {"sha256": pixel_digest(picture)}
+        if isinstance(source, (str, os.PathLike)):
+            return self._path(Path(source)) | entry
+        stream = BytesIO()
+        picture.save(stream, "PNG", optimize=True)
+        return self._inside("png", stream.getvalue(), f"a picture of {picture.width}x{picture.height} pixels") | entry
+
+    def embedding(self, embedding: StageEmbedding, source, stage: int | None = None) -> dict[str, Any]:
+        """The entry of learned vectors; `source` is where they were read, `stage` the only one that is needed."""
+        if stage is not None:
+            rows = slice(stage, stage + 1) if embedding.stages > 1 else slice(None)
+            embedding = StageEmbedding(
+                embedding.name, embedding.clip_l[rows], embedding.clip_g[rows], embedding.pooled_policy
+            )
+        entry = {"sha256": vector_digest(embedding)}
+        if isinstance(source, (tuple, list)):
+            return {"path": [str(Path(one).expanduser().resolve()) for one in source]} | entry
+        if source is not None:
+            return self._path(Path(source)) | entry
+        what = f"the learned style {embedding.name!r}"
+        content = _pack({"clip_l": embedding.clip_l, "clip_g": embedding.clip_g})
+        found = self._inside("safetensors", content, what) | entry
+        return found | {"name": embedding.name, "pooled_policy": embedding.pooled_policy}
+
+    def tensor(self, value: torch.Tensor) -> dict[str, Any]:
+        """The entry of a mask or an embedding that was given as a tensor."""
+        content = _pack({"tensor": value})
+        entry = {"sha256": hashlib.sha256(content).hexdigest()}
+        return self._inside("safetensors", content, f"a tensor of shape {list(value.shape)}") | entry
+
+    def _path(self, path: Path) -> dict[str, str]:
+        path = path.resolve()
+        if path.is_relative_to(self.model_folder):
+            return {"shipped": path.relative_to(self.model_folder).as_posix()}
+        return {"path": str(path)}
+
+    def _inside(self, form: str, content: bytes, what: str) -> dict[str, str]:
+        text = base64.b64encode(content).decode("ascii")
+        if len(text) > self.room:
+            return {"in_memory": what}
+        self.room -= len(text)
+        return {form: text}
+
+
+class Sources:
+    """Turns entries of a record, and what people write in their place, into pictures, masks and vectors."""
+
+    def __init__(self, base: Path | None, model_folder: Path):
+        self.base, self.model_folder = base, Path(model_folder)
+
+    def picture(self, entry):
+        """A path as text, a PIL image, or a mask tensor. Raises ImageError and StyleError."""
+        if isinstance(entry, str):
+            path = find_picture(entry, self.model_folder, self.base)
+            open_picture(path)
+            return path
+        form = _form(entry, ("path", "shipped", "png", "safetensors", "in_memory"), "a picture", ImageError)
+        if form == "safetensors":
+            return self.tensor(entry)
+        if form == "png":
+            found = open_picture(_decoded(entry["png"], "a picture", ImageError))
+        else:
+            found = self._shipped(entry["shipped"]) if form == "shipped" else self._absolute(entry["path"])
+        digest = pixel_digest(open_picture(found))
+        if entry.get("sha256", digest) != digest:
+            raise StyleError(
+                f"the picture {found if isinstance(found, str) else 'in the record'} has other pixels than when the "
+                f"call was recorded (sha256 {digest[:12]}, recorded {str(entry['sha256'])[:12]}); put the original back"
+            )
+        return found
+
+    def embedding(self, entry) -> tuple[Any, str | None]:
+        """What DreamStyler takes, and the digest that its vectors must have (None: any)."""
+        if isinstance(entry, str):
+            return find_learned(entry, self.model_folder, self.base), None
+        if isinstance(entry, (list, tuple)) and all(isinstance(one, str) for one in entry):
+            return tuple(self._absolute(one) for one in entry), None
+        form = _form(entry, ("path", "shipped", "safetensors", "in_memory"), "a learned style", StyleError)
+        digest = entry.get("sha256")
+        if form == "safetensors":
+            rows = _unpack(entry["safetensors"], ("clip_l", "clip_g"), "a learned style")
+            name, policy = str(entry.get("name", "style")), str(entry.get("pooled_policy", "eos"))
+            return StageEmbedding(name, rows["clip_l"], rows["clip_g"], policy), digest
+        if form == "shipped":
+            return self._shipped(entry["shipped"]), digest
+        path = entry["path"]
+        return (tuple(map(self._absolute, path)) if isinstance(path, list) else self._absolute(path)), digest
+
+    def check_embedding(self, embedding: StageEmbedding, digest: str, source) -> None:
+        """Raises StyleError unless the vectors are those that were recorded."""
+        found = vector_digest(embedding)
+        if found != digest:
+            raise StyleError(
+                f"the learned style {embedding.name!r} ({source or 'in the record'}) has other vectors than when the "
+                f"call was recorded (sha256 {found[:12]}, recorded {str(digest)[:12]}); put the original file back"
+            )
+
+    def tensor(self, entry: Mapping) -> torch.Tensor:
+        """A tensor that was given in memory."""
+        _form(entry, ("safetensors", "in_memory"), "a tensor", StyleError)
+        return _unpack(entry["safetensors"], ("tensor",), "a tensor")["tensor"]
+
+    def _absolute(self, text) -> str:
+        if not isinstance(text, str):
+            raise StyleError(f"a path is {text!r}; it must be text")
+        path = Path(text).expanduser()
+        return str(path if self.base is None or path.is_absolute() else self.base / path)
+
+    def _shipped(self, text) -> str:
+        path = self.model_folder / str(text)
+        if not path.resolve().is_relative_to(self.model_folder.resolve()) or not path.is_file():
+            raise StyleError(f"{text!r} does not ship with the model in {self.model_folder}; load the recorded model")
+        return str(path)
+
+
+def shipped(model_folder: Path, kind: str) -> dict[str, Path]:
+    """Name -> file of what ships with a model; `kind` is "styles" (learned ones) or "references" (pictures)."""
+    suffixes = (".safetensors",) if kind == "styles" else tuple(f".{f.lower()}" for f in FORMATS)
+    folder = Path(model_folder) / kind
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {file.stem: file for file in files if file.suffix.lower() in suffixes}
+
+
+def find_picture(text: str, model_folder: Path, base: Path | None = None) -> str:
+    """The path that a user's words mean: a file, or the name of a picture that ships with the model."""
+    return _find(text, model_folder, base, "references", "picture", ImageError)
+
+
+def find_learned(text: str, model_folder: Path, base: Path | None = None) -> str:
+    """The path that a user's words mean: a file or folder, or the name of a style that ships with the model."""
+    return _find(text, model_folder, base, "styles", "learned style", StyleError)
+
+
+def _find(text: str, model_folder: Path, base: Path | None, kind: str, what: str, error: type) -> str:
+    path = Path(text).expanduser()
+    path = path if base is None or path.is_absolute() else base / path
+    if text.strip() and path.exists():
+        return str(path)
+    known = shipped(model_folder, kind)
+    if text in known:
+        return str(known[text])
+    names = f"; with the model come {', '.join(known)}" if known else ""
+    raise error(f"there is no {what} at {path if text.strip() else repr(text)}; check the path{names}")
+
+
+def _form(entry, forms: tuple[str, ...], what: str, error: type) -> str:
+    found = [form for form in forms if isinstance(entry, Mapping) and form in entry]
+    if len(found) != 1:
+        shown = sorted(map(str, entry)) if isinstance(entry, Mapping) else repr(entry)[:80]
+        raise error(f"{what} is given by {shown}; give its path, or one of {', '.join(forms[:-1])}")
+    unknown = [name for name in entry if name not in (found[0], "sha256", "name", "pooled_policy")]
+    if unknown:
+        raise error(f"{what} has the unknown field {unknown[0]!r}; the known ones are {', '.join(forms)}, sha256")
+    if found[0] == "in_memory":
+        raise StyleError(
+            f"the call used {entry['in_memory']} from memory (sha256 {str(entry.get('sha256'))[:12]}), too large for "
+            "the record; write it to a file and put its path here, or make the call again from Python"
+        )
+    return found[0]
+
+
+def _pack(tensors: dict[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # learned vectors mostly come from 16-bit files: half the room, if nothing is lost
+    if all(v.dtype == torch.float32 and torch.equal(v.half().float(), v) for v in plain.values()):
+        return save({name: value.half() for name, value in plain.items()}, {"widened": "float32"})
+    return save(plain)
+
+
+def _unpack(text, names: tuple[str, ...], what: str) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    content = _decoded(text, what, StyleError)
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise StyleError(f"{what} in the record is damaged ({error}); use an undamaged copy of the file") from error
+    if set(tensors) != set(names):
+        raise StyleError(f"{what} in the record holds {', '.join(tensors)} instead of {', '.join(names)}")
+    widened = b'"widened"' in content[8 : 8 + int.from_bytes(content[:8], "little")]
+    return {name: value.float() if widened else value for name, value in tensors.items()}
+
+
+def _decoded(text, what: str, error: type) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, TypeError, ValueError) as cause:
+        raise error(f"{what} in the record is no base64 ({cause}); use an undamaged copy of the file") from cause

@@ -1,0 +1,146 @@
+"""Multi-stage textual inversion: one style as T sets of word vectors, one for each stage of the noise schedule.
+
+After DreamStyler (Ahn et al., 2023), eq. 2: minimise E |eps - eps_theta(z_t, t, prompt with S_k)|^2 over the vectors
+S_0 .. S_{T-1} alone, with k = floor(t T / 1000). Stage 0 is the low-noise end. Each step draws the same number of
+timesteps in every stage, so that no stage idles.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stylefast.errors import InvalidRequest, StyleError
+from stylefast.models.text import Prompt, TextEncoder
+from stylefast.styles.embeddings import StageEmbedding
+
+# (noisy latents [rows, c, h, w], timesteps [rows], hidden [rows, tokens, width], pooled [rows, width]) -> noise
+NoisePredictor = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class InversionSettings:
+    """How to learn a style.
+
+    `stages` T; `vectors` n, words per stage; `steps` optimiser steps, of which the first `shared` part moves all stages
+    together; `per_stage` timesteps drawn in each stage and step; `learning_rate` in units of the mean length of the
+    vocabulary's vectors; `initializer` a word that is one token of both tokenizers.
+    """
+
+    stages: int = 6
+    vectors: int = 1
+    steps: int = 500
+    shared: float = 0.2
+    per_stage: int = 4
+    learning_rate: float = 0.05
+    initializer: str = "painting"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("stages", "vectors", "steps", "per_stage"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
+        if not 0 <= self.shared <= 1:
+            raise InvalidRequest(f"shared is {self.shared}; it is a share of the steps, between 0 and 1")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise InvalidRequest(f"learning_rate is {self.learning_rate}; it must be positive, 0.05 is usual")
+
+
+def initial_vector(encoder: TextEncoder, word: str) -> tuple[Tensor, Tensor]:
+    """The word's vectors for both encoders, `[width 1]` and `[width 2]`. Raises `StyleError` unless it is one token."""
+    vectors = []
+    for tokenizer, model in zip(encoder.tokenizers, encoder.encoders, strict=True):
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise StyleError(f"the initializer {word!r} is {len(ids)} tokens; choose a word that is a single token")
+        vectors.append(model.get_input_embeddings().weight[ids[0]].detach().float().clone())
+    return tuple(vectors)
+
+
+def stage_timesteps(stages: int, per_stage: int, train_steps: int, generator: torch.Generator) -> Tensor:
+    """Uniform draws inside each stage, `[stages * per_stage]`, stage by stage; stage of t is (t * T) // train_steps."""
+    edges = [-(-train_steps * k // stages) for k in range(stages + 1)]
+    drawn = [torch.randint(a, b, (per_stage,), generator=generator) for a, b in zip(edges, edges[1:], strict=False)]
+    return torch.cat(drawn)
+
+
+def invert_style(
+    predict_noise: NoisePredictor,
+    encoder: TextEncoder,
+    latents: Tensor,
+    captions: Sequence[str],
+    alphas: Tensor,
+    name: str,
+    settings: InversionSettings | None = None,
+) -> tuple[StageEmbedding, list[float]]:
+    """Learn the style that pictures share.
+
+    `latents` `[pictures, c, h, w]`, scaled as the UNet takes them; `captions` one per picture, each with the placeholder
+    `<name>` and all that is not style spelled out; `alphas` the cumulative signal power of each training timestep.
+    All parameters of the networks stay as they are. Returns the vectors and the loss of every step. Raises `StyleError`
+    for captions that do not fit.
+    """
+    settings = settings or InversionSettings()
+    if len(captions) != len(latents):
+        raise StyleError(f"{len(captions)} captions for {len(latents)} pictures; give one caption per picture")
+    for caption in captions:
+        if f"<{name}>" not in caption:
+            raise StyleError(f"the caption {caption!r} does not hold the placeholder <{name}>; add it")
+    generator = torch.Generator().manual_seed(settings.seed)
+    rows, rates = [], []
+    for vector, model in zip(initial_vector(encoder, settings.initializer), encoder.encoders, strict=True):
+        length = model.get_input_embeddings().weight.detach().float().norm(dim=1).mean().item()
+        start = vector.expand(settings.stages, settings.vectors, -1).clone()
+        # equal vectors get equal gradients, so several of a stage start a little apart
+        if settings.vectors > 1:
+            offset = torch.randn(settings.vectors, len(vector), generator=generator) / len(vector) ** 0.5
+            start = start + 0.1 * length * offset
+        rows.append(start.requires_grad_())
+        rates.append(dict(params=[rows[-1]], base=settings.learning_rate * length / len(vector) ** 0.5))
+    optimizer = torch.optim.Adam(rates, lr=0.0, betas=(0.9, 0.99))
+    train_steps, losses = len(alphas), []
+    progress = tqdm(range(settings.steps), desc=f"learning <{name}>", mininterval=5)
+    for step in progress:
+        decay = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * decay * min(1, (step + 1) / 20)
+        loss = _step_loss(predict_noise, encoder, latents, captions, alphas, name, settings, rows, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        for row in rows:
+            row.grad *= settings.stages
+            if step < settings.shared * settings.steps:
+                row.grad[:] = row.grad.mean(0, keepdim=True)
+        optimizer.step()
+        losses.append(loss.item())
+    clip_l, clip_g = (row.detach() for row in rows)
+    metadata = {
+        "initializer": settings.initializer,
+        "steps": str(settings.steps),
+        "lr": str(settings.learning_rate),
+        "norm_policy": "free",
+        "num_train_timesteps": str(train_steps),
+        "train_prompts": " | ".join(captions),
+    }
+    return StageEmbedding(name, clip_l, clip_g, "eos", metadata), losses
+
+
+def _step_loss(predict_noise, encoder, latents, captions, alphas, name, settings, rows, generator) -> Tensor:
+    count = settings.stages * settings.per_stage
+    timesteps = stage_timesteps(settings.stages, settings.per_stage, len(alphas), generator)
+    chosen = torch.randint(0, len(latents), (count,), generator=generator)
+    stage_rows = [tuple(row[k] for row in rows) for k in range(settings.stages)]
+    prompts = [
+        Prompt(captions[index], {name: stage_rows[place // settings.per_stage]})
+        for place, index in enumerate(chosen.tolist())
+    ]
+    states = encoder.encode(prompts)
+    hidden = torch.stack([state.hidden for state in states])  # [rows, tokens, width]
+    pooled = torch.stack([state.pooled for state in states])  # [rows, width]
+    noise = torch.randn(count, *latents.shape[1:], generator=generator)
+    signal = alphas[timesteps][:, None, None, None]
+    noisy = signal.sqrt() * latents[chosen] + (1 - signal).sqrt() * noise
+    return (predict_noise(noisy, timesteps, hidden, pooled).float() - noise).square().mean()

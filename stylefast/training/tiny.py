@@ -1,0 +1,228 @@
+"""Train the embedded model again: `python -m stylefast.training.tiny --out DIR`.
+
+Stages run in order: data, vae, classifier, unet, clip, adapter, style, eval. Each leaves its parts in the model folder
+and its record in the work folder; a stage whose record is there is skipped until `--fresh`. Budgets are minutes of wall
+time; their defaults made the shipped model on two cores.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+STAGES = ("data", "vae", "classifier", "unet", "clip", "adapter", "style", "eval")
+_MINUTES = {"vae": 7.0, "classifier": 4.0, "unet": 75.0, "clip": 4.0, "adapter": 8.0}
+REFERENCES = (
+    ("neon", "cup", "candy"),
+    ("glass", "rocket", "warm"),
+    ("watercolor", "boat", "cool"),
+    ("woodcut", "cat", "warm"),
+)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m stylefast.training.tiny",
+        description="Train the embedded model on procedural pictures.",
+        epilog="example: python -m stylefast.training.tiny --out build/tiny-model --unet-minutes 30",
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/tiny/model"), help="the model folder to write")
+    parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="pictures, latents and records")
+    parser.add_argument("--stage", choices=("all", *STAGES), action="append", help="one stage, repeatable (all)")
+    parser.add_argument("--fresh", action="store_true", help="run stages again that have a record in the work folder")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
+    parser.add_argument("--pictures", type=int, default=36_000, help="size of the training pool (36000)")
+    for stage, minutes in _MINUTES.items():
+        parser.add_argument(f"--{stage}-minutes", type=float, default=minutes, help=f"budget ({minutes:g})")
+    parser.add_argument("--style-steps", type=int, default=500, help="optimiser steps of the learned style (500)")
+    return parser.parse_args(argv)
+
+
+def _data(args) -> dict:
+    from stylefast.training.tiny_data import make_pools
+
+    start = time.time()
+    make_pools(args.work, seed=11, train=args.pictures, validation=1440)
+    return dict(minutes=round((time.time() - start) / 60, 2), pictures=args.pictures)
+
+
+def _vae(args) -> dict:
+    from stylefast.training.tiny_vae import train_vae
+
+    return train_vae(args.work, args.out, args.vae_minutes)
+
+
+def _classifier(args) -> dict:
+    from stylefast.training.tiny_classifier import train_classifier
+
+    return train_classifier(args.out, args.classifier_minutes)
+
+
+def _unet(args) -> dict:
+    from stylefast.training.tiny_unet import train_unet
+
+    record = train_unet(args.work, args.out, args.unet_minutes)
+    assemble(args.out)
+    return record
+
+
+def _clip(args) -> dict:
+    from stylefast.training.tiny_clip import train_clip
+
+    record = train_clip(args.work, args.out, args.clip_minutes)
+    assemble(args.out)
+    return record
+
+
+def _adapter(args) -> dict:
+    from stylefast.training.tiny_adapter import train_adapter
+
+    return train_adapter(args.work, args.out, args.adapter_minutes)
+
+
+def _style(args) -> dict:
+    from stylefast.training.inversion import InversionSettings
+    from stylefast.training.tiny_style import train_style
+
+    return train_style(args.work, args.out, InversionSettings(steps=args.style_steps))
+
+
+def _eval(args) -> dict:
+    from stylefast.evaluation import tiny_scores
+    from stylefast.styles.embeddings import load_embedding
+    from stylefast.training.pictures import CONTENTS, HELD_OUT
+
+    write_references(args.out)
+    start = time.time()
+    pipeline, classifier = tiny_scores.load_for_scoring(args.out)
+    prompts, images = tiny_scores.prompt_scores(pipeline, classifier, HELD_OUT)
+    tiny_scores.sheet(images, 12).save(args.work / "prompts.png")
+    style = load_embedding(args.out / "styles" / "chalk.safetensors", widths=None)
+    learned, images = tiny_scores.learned_style_scores(pipeline, classifier, style, CONTENTS)
+    tiny_scores.sheet(images, 12).save(args.work / "learned.png")
+    references, targets = reference_set()
+    result = dict(prompts=prompts, learned_style=learned)
+    for name, scale in (("style_block", tiny_scores.STYLE_BLOCK_SCALE), ("all_blocks", 1.0), ("no_picture", 0.0)):
+        scores, images = tiny_scores.picture_scores(pipeline, args.out, classifier, references, targets, scale)
+        tiny_scores.sheet(images, len(targets[0])).save(args.work / f"picture_{name}.png")
+        result[f"picture_{name}"] = scores
+    return dict(minutes=round((time.time() - start) / 60, 2), scores=result)
+
+
+_RUN: dict[str, Callable] = dict(
+    data=_data, vae=_vae, classifier=_classifier, unet=_unet, clip=_clip, adapter=_adapter, style=_style, eval=_eval
+)
+
+
+def reference_set(seed: int = 77, targets: int = 6) -> tuple[list, list]:
+    """One fresh picture per style as (PIL image, style), and for each `targets` contents other than its own."""
+    import numpy as np
+    from PIL import Image
+
+    from stylefast.training.pictures import CONTENTS, PALETTES, STYLES, render
+
+    rng = np.random.default_rng(seed)
+    references, contents = [], []
+    for style in STYLES:
+        order = rng.permutation(len(CONTENTS))
+        palette = PALETTES[rng.integers(len(PALETTES))]
+        references.append((Image.fromarray(render(rng, CONTENTS[order[0]], style, palette)), style))
+        contents.append([CONTENTS[index] for index in order[1 : targets + 1]])
+    return references, contents
+
+
+def write_references(out: Path, seed: int = 21) -> None:
+    """Render the small style pictures that ship with the model; three of the four combinations are held out."""
+    import numpy as np
+    from PIL import Image
+
+    from stylefast.training.pictures import render
+
+    folder = out / "references"
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for style, content, palette in REFERENCES:
+        Image.fromarray(render(rng, content, style, palette)).save(folder / f"{style}_{content}.png", optimize=True)
+
+
+def assemble(out: Path) -> None:
+    """Write scheduler and `model_index.json`, so that the folder opens as a StableDiffusionXLPipeline."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPImageProcessor
+
+    from stylefast.training.tiny_clip import load_image_encoder
+    from stylefast.training.tiny_text import build_tokenizer, load_text_tower
+    from stylefast.training.tiny_unet import SCHEDULER_CONFIG
+
+    tower = load_text_tower(out)
+    has_encoder = (out / "image_encoder").is_dir()
+    pipeline = StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(out / "vae"),
+        text_encoder=tower.first,
+        text_encoder_2=tower.second,
+        tokenizer=build_tokenizer(),
+        tokenizer_2=build_tokenizer(),
+        unet=UNet2DConditionModel.from_pretrained(out / "unet"),
+        scheduler=EulerDiscreteScheduler(**SCHEDULER_CONFIG),
+        image_encoder=load_image_encoder(out) if has_encoder else None,
+        feature_extractor=CLIPImageProcessor.from_pretrained(out / "feature_extractor") if has_encoder else None,
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipeline.scheduler.save_pretrained(out / "scheduler")
+    pipeline.save_config(out)
+    for path in (out / "model_index.json", *out.glob("*/*config.json")):
+        _clean_config(path)
+
+
+def _clean_config(path: Path) -> None:
+    """Drop the folder that a part was loaded from, and name the image processor as every version knows it."""
+    text = path.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor")
+    content = json.loads(text)
+    content.pop("_name_or_path", None)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_record(work: Path, out: Path) -> None:
+    """Gather the stages' records in `out/training.json`, with versions and cores."""
+    import diffusers
+    import torch
+    import transformers
+
+    paths = {stage: work / f"{stage}.json" for stage in STAGES}
+    records = {stage: json.loads(path.read_text()) for stage, path in paths.items() if path.exists()}
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    versions |= dict(diffusers=diffusers.__version__, transformers=transformers.__version__)
+    machine = dict(cores=os.cpu_count(), processor=platform.machine())
+    content = dict(stages=records, versions=versions, machine=machine)
+    (out / "training.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    import torch
+
+    args = _arguments(argv)
+    wanted = STAGES if not args.stage or "all" in args.stage else [stage for stage in STAGES if stage in args.stage]
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for stage in wanted:
+        path = args.work / f"{stage}.json"
+        if path.exists() and not args.fresh:
+            print(f"{stage}: done before ({path}); --fresh runs it again")
+            continue
+        record = _RUN[stage](args)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"{stage}: {json.dumps(record)[:600]}", flush=True)
+        write_record(args.work, args.out)
+    readme = Path(__file__).resolve().parent.parent / "models" / "tiny" / "README.md"
+    if readme.is_file() and not (args.out / "README.md").exists():
+        shutil.copyfile(readme, args.out / "README.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""One small model for all tests of the engine: diffusers' pipeline and the engine on the same weights."""
+
+import pytest
+import torch
+
+import stylefast as sf
+from tests.engine.scene import EMBED_DIM, SIZE, STEPS, sharp_pipeline
+from tests.oracle.instant_style import random_adapter
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    return sharp_pipeline()
+
+
+@pytest.fixture(scope="session")
+def adapters(pipe):
+    """Two random adapters in the published layout."""
+    return [random_adapter(pipe.unet, EMBED_DIM, seed) for seed in (5, 6)]
+
+
+@pytest.fixture(scope="session")
+def adapter_files(adapters, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    for name, adapter in zip("ab", adapters):
+        torch.save(adapter, folder / f"{name}.bin")
+    return [folder / "a.bin", folder / "b.bin"]
+
+
+@pytest.fixture(scope="session")
+def bare_engine(pipe):
+    """An engine without adapters."""
+    return sf.Engine.from_pipeline(pipe)
+
+
+@pytest.fixture(scope="session")
+def engine(pipe, adapter_files):
+    """An engine with the first adapter."""
+    engine = sf.Engine.from_pipeline(pipe)
+    engine.load_adapter(adapter_files[0])
+    return engine
+
+
+@pytest.fixture(scope="session")
+def two_adapter_engine(pipe, adapter_files):
+    engine = sf.Engine.from_pipeline(pipe)
+    for file in adapter_files:
+        engine.load_adapter(file)
+    return engine
+
+
+@pytest.fixture(scope="session")
+def draw(engine):
+    """Latents of a call of the engine, at the small size and few steps unless told otherwise."""
+
+    def draw(prompts, style=None, *, using=engine, **options):
+        return using.generate(prompts, style, **{"size": SIZE, "steps": STEPS, "output": "latents"} | options).latents
+
+    return draw

@@ -1,0 +1,143 @@
+"""The small model, adapters and styles that the engine's tests share, and a literal loop for what changes by step."""
+
+import torch
+from PIL import Image
+
+from stylefast.styles.embeddings import StageEmbedding
+from tests.oracle import generation
+from tests.oracle.dream_styler import Encoder, stage_of
+from tests.oracle.sampler import make_scheduler, sample
+from tests.oracle.small import sharpen
+from tests.small_adapter import small_picture, small_vision_model
+from tests.small_sdxl import small_pipeline, small_unet_config
+
+EMBED_DIM = 32  # of the image encoder and of text encoder 2, so that content can be subtracted
+SIZE = (48, 32)  # (width, height) in pixels; the oracle and diffusers take (height, width)
+RUN = {"scheduler": "euler", "steps": 3, "size": (32, 48)}  # of the oracle's loop
+STEPS = 3
+
+
+def sharp_pipeline(seed: int = 1):
+    """A random SDXL pipeline with sharp attention, an image encoder, and the published scheduler config."""
+    from transformers import CLIPImageProcessor
+
+    pipe = small_pipeline(seed, small_unet_config(widths=(32, 64, 128), head_width=32))
+    sharpen(pipe.unet, seed)
+    pipe.scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False)
+    pipe.register_modules(
+        image_encoder=small_vision_model(seed, projection_dim=EMBED_DIM),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )
+    return pipe
+
+
+def close(actual, expected, tolerance: float = 1e-5):
+    """Equal to `tolerance` of the largest value in `expected`."""
+    actual = torch.stack(list(actual)) if isinstance(actual, (list, tuple)) else actual
+    expected = torch.stack(list(expected)) if isinstance(expected, (list, tuple)) else expected
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance, f"off by {error:.2e} of the largest value"
+
+
+def apart(actual, expected, least: float = 1e-3):
+    """Every picture differs by at least `least` of the largest value."""
+    actual, expected = torch.stack(list(actual)), torch.stack(list(expected))
+    assert ((actual - expected).abs().amax((1, 2, 3)) / expected.abs().max()).min() > least
+
+
+def embeds(pipe, *pictures: Image.Image) -> torch.Tensor:
+    """Image embeddings [1, pictures, EMBED_DIM] by transformers' own processor and encoder."""
+    pixels = pipe.feature_extractor(list(pictures), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        return pipe.image_encoder(pixels).image_embeds[None]
+
+
+def encode(pipe, prompts, negative: str | None = None):
+    """(null, full) texts of diffusers for `prompts`."""
+    return generation.encode(pipe, prompts, negative)
+
+
+def guided(pipe, prompts, seeds, *, guidance: float = 5.0, negative: str | None = None, **options) -> torch.Tensor:
+    """The oracle under classifier-free guidance; at `guidance` <= 1 with the full branch alone."""
+    null, full = encode(pipe, prompts, negative)
+    if guidance <= 1:
+        options = {"null_branches": ()} | options
+        branches, combine = (full,), lambda only: only
+    else:
+        branches, combine = (null, full), generation.classifier_free(guidance)
+    return generation.generate(pipe, lambda timestep: branches, combine, seeds=seeds, **RUN | options)
+
+
+def by_step(pipe, prompts, seeds, within, guidance: float = 5.0, **options) -> torch.Tensor:
+    """The oracle under classifier-free guidance, every step inside the context manager `within(step)`."""
+    options = RUN | options
+    (null, null_pooled), (full, full_pooled) = encode(pipe, prompts)
+    height, width = options["size"]
+    states, pooled = torch.cat([null, full]), torch.cat([null_pooled, full_pooled])
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(len(states), 1)
+
+    def predict(latents, timestep, step):
+        conditions = {"text_embeds": pooled, "time_ids": time_ids}
+        with within(step), torch.no_grad():
+            output = pipe.unet(latents.repeat(2, 1, 1, 1), timestep, states, added_cond_kwargs=conditions).sample
+        return generation.classifier_free(guidance)(*output.chunk(2))
+
+    scheduler = make_scheduler(options["scheduler"], pipe.scheduler.config)
+    shape = (4, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    return sample(predict, scheduler, options["steps"], shape, seeds)
+
+
+def clean_latents(pipe, picture: Image.Image) -> torch.Tensor:
+    """Latents [1, 4, h, w] of a picture of the right size: the posterior's mean, scaled."""
+    import numpy as np
+
+    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        return pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+
+
+def picture_noise(seed: int, size=SIZE) -> torch.Tensor:
+    """The noise [1, 4, h, w] that a real reference keeps."""
+    return torch.randn(1, 4, size[1] // 4, size[0] // 4, generator=torch.Generator().manual_seed(seed))
+
+
+def learned(name: str = "sks", stages: int = 6, vectors: int = 1, seed: int = 0, **options) -> StageEmbedding:
+    """Random vectors as large as the text encoders' own."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    clip_l, clip_g = (0.4 * torch.randn(stages, vectors, 32, generator=generator) for _ in range(2))
+    return StageEmbedding(name, clip_l, clip_g, **options)
+
+
+class StageTexts:
+    """What the oracle's branches read at a timestep: learned vectors as ordinary added tokens, one name a stage."""
+
+    def __init__(self, pipe, embedding: StageEmbedding):
+        self.stages, self.vectors = embedding.stages, embedding.clip_l.shape[1]
+        rows = {self._token(stage, n): (embedding.clip_l[stage, n], embedding.clip_g[stage, n])
+                for stage in range(self.stages) for n in range(self.vectors)}
+        self.encoder, self.memo = Encoder(pipe, rows), {}
+
+    def _token(self, stage: int, n: int) -> str:
+        return f"<T{stage}-{n}>"
+
+    def __call__(self, prompts, timestep: float):
+        """Texts of one branch; {} in a prompt is the learned token at the stage of `timestep`."""
+        stage = stage_of(timestep, self.stages)
+        word = " ".join(self._token(stage, n) for n in range(self.vectors))
+        return self.plain([prompt.replace("{}", word) for prompt in prompts])
+
+    def plain(self, prompts):
+        """Texts of prompts as they stand."""
+        for prompt in prompts:
+            if prompt not in self.memo:
+                self.memo[prompt] = self.encoder(prompt)
+        states, pooled = zip(*(self.memo[prompt] for prompt in prompts))
+        return torch.cat(states), torch.stack(pooled)
+
+
+__all__ = [
+    "EMBED_DIM", "RUN", "SIZE", "STEPS", "StageTexts", "apart", "by_step", "clean_latents", "close", "embeds",
+    "encode", "guided", "learned", "picture_noise", "sharp_pipeline", "small_picture",
+]

@@ -1,0 +1,236 @@
+"""StyleAligned through the engine against the literal oracle in the loop of diffusers, and its acceptance list."""
+
+from contextlib import nullcontext
+from math import inf, log
+
+import pytest
+import torch
+from PIL import ImageOps
+
+import stylefast as sf
+from stylefast.styles.style_aligned import plain_layers
+from tests.engine.scene import SIZE, apart, by_step, clean_latents, close, encode, guided, picture_noise, small_picture
+from tests.oracle import generation
+from tests.oracle.style_aligned import Sharing, guidance_layout, shared
+from tests.oracle.style_aligned import plain_layers as literal_plain_layers
+from tests.oracle.test_oracle import SETTINGS
+
+PROMPTS, SEEDS = ["a cat in oil", "a dog", "a house"], [30, 31, 32]
+SETTINGS = SETTINGS | {
+    "swap_in_the_up_blocks": {"mode": "swap", "layers": ("up_blocks.1",)},
+    "most_layers_plain": {"only_self_level": 0.8},
+    "everything_at_once": {"adain": {"q": 0.3, "v": 0.8}, "scale": 0.7, "shift": 0.4, "share_group_norm": True,
+                           "layers": ("up_blocks", "mid_block"), "only_self_level": 0.2},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(draw):
+    return draw(PROMPTS, seed=30)
+
+
+# the first prompt as the reference
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_the_first_prompt_lends_its_style_as_in_the_oracle(pipe, draw, plain, setting):
+    actual = draw(PROMPTS, sf.StyleAligned(**setting), seed=30)
+    close(actual, guided(pipe, PROMPTS, SEEDS, sharing=setting))
+    close(actual[:1], plain[:1])
+    apart(actual[1:], plain[1:])
+
+
+@pytest.mark.parametrize("group_norm", [False, True], ids=["", "group_norm"])
+def test_full_sharing_equals_the_oracle_and_changes_the_first_prompt_too(pipe, draw, plain, group_norm):
+    style = sf.StyleAligned(full_attention_share=True, share_group_norm=group_norm, adain={"q": 1.0}, shift=0.7)
+    sharing = {"full_attention_share": True, "groups": (0, 0, 0, 1, 1, 1), "share_group_norm": group_norm}
+    actual = draw(PROMPTS, style, seed=30)
+    close(actual, guided(pipe, PROMPTS, SEEDS, sharing=sharing))
+    apart(actual, plain)
+
+
+@pytest.mark.parametrize("scheduler", ["euler_ancestral", "dpmpp_2m", "unipc", "lcm"])
+def test_other_samplers_equal_the_oracle(pipe, draw, scheduler):
+    actual = draw(PROMPTS, sf.StyleAligned(), seed=30, scheduler=scheduler)
+    close(actual, guided(pipe, PROMPTS, SEEDS, sharing={}, scheduler=scheduler))
+
+
+def test_outside_of_its_window_a_style_does_nothing(pipe, draw):
+    actual = draw(PROMPTS, sf.StyleAligned(window=(0.25, 0.5), share_group_norm=True), seed=30, steps=4)
+    sharing = Sharing(guidance_layout(3), share_group_norm=True)
+    close(actual, by_step(pipe, PROMPTS, SEEDS, lambda step: shared(pipe.unet, sharing if step == 1 else None),
+                          steps=4))
+
+
+def test_an_empty_window_is_a_plain_call(draw, plain):
+    close(draw(PROMPTS, sf.StyleAligned(window=(0.5, 0.5)), seed=30), plain)
+
+
+# references of their own
+
+
+def test_a_prompt_makes_a_hidden_reference_with_the_seed_of_the_style(pipe, draw):
+    style = sf.StyleAligned(prompt="fish of neon", seed=99, shift=0.5, share_group_norm=True)
+    actual = draw(PROMPTS, style, seed=30, scheduler="euler_ancestral")
+    expected = guided(pipe, ["fish of neon", *PROMPTS], [99, *SEEDS], scheduler="euler_ancestral",
+                      sharing={"shift": 0.5, "share_group_norm": True})
+    close(actual, expected[1:])
+    assert len(actual) == 3
+
+
+@pytest.mark.parametrize("caption", [None, "a house in neon"], ids=["no_caption", "caption"])
+@pytest.mark.parametrize("scheduler", ["euler", "ddim", "dpmpp_2m", "lcm"])
+def test_a_real_picture_is_pinned_to_the_noise_level_of_every_step(pipe, draw, scheduler, caption):
+    picture = small_picture(4, (90, 70))
+    style = sf.StyleAligned(reference=picture, prompt=caption, seed=77, shift=log(2), share_group_norm=True)
+    actual = draw(PROMPTS, style, seed=30, scheduler=scheduler)
+    pinned = clean_latents(pipe, ImageOps.fit(picture, SIZE)), picture_noise(77)
+    null, full = encode(pipe, [caption or "", *PROMPTS])
+    expected = generation.generate(
+        pipe, lambda timestep: (null, full), generation.classifier_free(5.0), scheduler=scheduler, steps=3,
+        seeds=SEEDS, size=(32, 48), pinned=pinned, sharing={"shift": log(2), "share_group_norm": True},
+    )
+    close(actual, expected)
+
+
+def test_a_picture_pinned_without_guidance_equals_the_oracle(pipe, draw):
+    picture = small_picture(4, SIZE)
+    actual = draw(PROMPTS, sf.StyleAligned(reference=picture, prompt="a fish"), seed=30, guidance=1.0)
+    _, full = encode(pipe, ["a fish", *PROMPTS])
+    expected = generation.generate(
+        pipe, lambda timestep: (full,), lambda only: only, scheduler="euler", steps=3, seeds=SEEDS, size=(32, 48),
+        pinned=(clean_latents(pipe, picture), picture_noise(0)), sharing={},
+    )
+    close(actual, expected)
+
+
+def test_a_picture_listed_twice_is_a_shift_of_log_2(draw):
+    picture = small_picture(4)
+    twice = draw(PROMPTS, sf.StyleAligned(reference=[picture, picture]), seed=30)
+    close(twice, draw(PROMPTS, sf.StyleAligned(reference=picture, shift=log(2)), seed=30))
+
+
+def test_of_several_pictures_the_first_gives_the_statistics_and_all_give_tokens(draw):
+    one, two = small_picture(4), small_picture(5)
+    both = draw(PROMPTS, sf.StyleAligned(reference=[one, two]), seed=30)
+    apart(both, draw(PROMPTS, sf.StyleAligned(reference=[two, one]), seed=30))
+    apart(both, draw(PROMPTS, sf.StyleAligned(reference=one), seed=30))
+    tokens_only = draw(PROMPTS, sf.StyleAligned(reference=[one, two], adain=()), seed=30)
+    close(tokens_only, draw(PROMPTS, sf.StyleAligned(reference=[two, one], adain=()), seed=30))
+
+
+# the acceptance list of the specification
+
+
+def test_a_target_does_not_depend_on_the_other_targets_their_number_and_order(draw):
+    style = sf.StyleAligned(share_group_norm=True)
+    first, *targets = [sf.Request(prompt, seed=seed, style=style, size=SIZE, steps=3)
+                       for prompt, seed in zip([*PROMPTS, "fish in neon"], range(30, 34))]
+    together = draw([first, *targets])
+    for order in ([0], [2, 1, 0], [1, 2]):
+        close(draw([first, *(targets[i] for i in order)])[1:], [together[1 + i] for i in order])
+
+
+@pytest.mark.parametrize("group_norm", [False, True], ids=["", "group_norm"])
+@pytest.mark.parametrize("shift", [0.0, log(2), -3.0])
+def test_a_target_with_everything_of_the_reference_is_the_reference(draw, shift, group_norm):
+    def pair(**options):
+        style = sf.StyleAligned(shift=shift, share_group_norm=group_norm, **options)
+        return draw([sf.Request("a cat", seed=3, style=style, size=SIZE, steps=3)] * 2)
+
+    same, rescaled = pair(), pair(scale=0.5)
+    close(same[1:], same[:1])
+    apart(rescaled[1:], rescaled[:1])
+
+
+def test_shift_minus_infinity_is_adain_alone(draw):
+    muted = draw(PROMPTS, sf.StyleAligned(shift=-inf), seed=30)
+    close(muted, draw(PROMPTS, sf.StyleAligned(share_attention=False), seed=30))
+
+
+def test_scale_0_gives_uniform_logits_and_does_not_turn_sharing_off(pipe, draw):
+    actual = draw(PROMPTS, sf.StyleAligned(scale=0.0), seed=30)
+    close(actual, guided(pipe, PROMPTS, SEEDS, sharing={"scale": 0.0}))
+    apart(actual[1:], draw(PROMPTS, sf.StyleAligned(share_attention=False), seed=30)[1:])
+
+
+@pytest.mark.parametrize("level", [0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("count", [70, 17])
+def test_only_self_level_leaves_the_published_layers_plain(count, level):
+    marked = int((1 - level if level > 0.5 else level) * count)
+    if level in (0, 1) or marked:
+        assert plain_layers(count, level).tolist() == literal_plain_layers(count, level)
+
+
+@pytest.mark.parametrize(("level", "same_as"), [(0.001, 0.0), (0.999, 1.0)])
+def test_levels_that_round_to_no_layer_are_the_nearest_end(draw, level, same_as):
+    close(draw(PROMPTS, sf.StyleAligned(only_self_level=level), seed=30),
+          draw(PROMPTS, sf.StyleAligned(only_self_level=same_as), seed=30))
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 3])
+def test_without_guidance_the_first_prompt_is_the_only_reference(pipe, draw, pictures):
+    actual = draw(PROMPTS[:pictures], sf.StyleAligned(share_group_norm=True), seed=30, guidance=1.0)
+    expected = guided(pipe, PROMPTS[:pictures], SEEDS[:pictures], guidance=1.0, sharing={"share_group_norm": True})
+    close(actual, expected)
+
+
+def test_a_batch_of_one_is_plain(draw, plain):
+    close(draw(PROMPTS[:1], sf.StyleAligned(), seed=30), plain[:1])
+
+
+def test_readers_with_and_without_guidance_share_a_reference(pipe, draw):
+    style = sf.StyleAligned()
+    requests = [sf.Request(prompt, seed=seed, style=style, guidance=guidance, size=SIZE, steps=3)
+                for prompt, seed, guidance in zip(PROMPTS, SEEDS, (1.0, 5.0, 1.0))]
+    unguided, between, third = draw(requests)
+    literal = guided(pipe, PROMPTS, SEEDS, guidance=1.0, sharing={})
+    close([unguided, third], literal[[0, 2]])
+
+    # the guided target reads, in each of its branches, the same branch of the unguided reference
+    null, full = encode(pipe, PROMPTS[:2])
+
+    def combine(null_prediction, full_prediction):
+        both = generation.classifier_free(5.0)(null_prediction, full_prediction)
+        return torch.stack([full_prediction[0], both[1]])
+
+    expected = generation.generate(pipe, lambda timestep: (null, full), combine, scheduler="euler", steps=3,
+                                   seeds=SEEDS[:2], size=(32, 48), sharing={})
+    close([between], expected[1:])
+
+
+def test_readers_that_differ_in_guidance_rescale_have_references_of_their_own(draw):
+    style = sf.StyleAligned(prompt="fish of neon", seed=99)
+    requests = [sf.Request(prompt, seed=3, style=style, guidance_rescale=rescale, guidance=8.0, size=SIZE, steps=3)
+                for prompt, rescale in (("a cat", 0.0), ("a dog", 0.8))]
+    for request, together in zip(requests, draw(requests)):
+        close(draw(request), [together])
+
+
+def test_two_styles_make_two_groups(draw):
+    first, second = sf.StyleAligned(), sf.StyleAligned(scale=0.5, mode="swap")
+    requests = [sf.Request(f"a {word}", seed=seed, style=style, size=SIZE, steps=3) for seed, (word, style) in
+                enumerate([("cat", first), ("dog", second), ("house", first), ("fish", second), ("oil", None)])]
+    together = draw(requests)
+    for members in ([0, 2], [1, 3], [4]):
+        close(draw([requests[i] for i in members]), [together[i] for i in members])
+
+
+def test_a_plain_call_after_a_styled_one_is_bit_equal_and_the_weights_are_untouched(engine, draw):
+    weights = {name: value.clone() for name, value in engine.unet.state_dict().items()}
+    before = draw(PROMPTS, seed=30)
+    styles = [sf.StyleAligned(share_group_norm=True), sf.InstantStyle(small_picture(1))]
+    draw(PROMPTS, styles, seed=30)
+    draw(PROMPTS, [sf.StyleAligned(full_attention_share=True)], seed=30)
+    for old, new in zip(before, draw(PROMPTS, seed=30)):
+        assert torch.equal(old, new)
+    for name, value in engine.unet.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_full_sharing_with_a_window_equals_the_oracle(pipe, draw):
+    actual = draw(PROMPTS[:2], sf.StyleAligned(full_attention_share=True, window=(0.0, 0.5)), seed=30)
+    sharing = Sharing(guidance_layout(2), full_attention_share=True, groups=(0, 0, 1, 1))
+    expected = by_step(pipe, PROMPTS[:2], SEEDS[:2],
+                       lambda step: shared(pipe.unet, sharing) if step < 2 else nullcontext())
+    close(actual, expected)

@@ -1,0 +1,170 @@
+"""Encoding and decoding equal diffusers' pipelines for every kind of VAE, and never give NaN silently."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound, NumericsError
+from stylefast.models.vae import decode, downscale, encode, load_vae
+from tests.small_checkpoints import original_vae, write_vae_folder
+from tests.small_sdxl import small_pipeline, small_tiny_vae, small_vae_config
+
+CPU = {"dtype": torch.float32, "device": "cpu"}
+HALF = {"dtype": torch.float16, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return small_pipeline(seed=2).vae
+
+
+def seeded(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def test_decoding_equals_diffusers_pipeline():
+    pipeline = small_pipeline(seed=2)
+    latents = seeded(2, 4, 6, 10)
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    expected = pipeline.image_processor.postprocess(decoded, output_type="pt")
+    torch.testing.assert_close(decode(pipeline.vae, latents), expected, rtol=0, atol=1e-5)
+
+
+def test_encoding_is_the_scaled_mean(vae):
+    pictures = seeded(2, 3, 24, 40).clamp(-1, 1)
+    with torch.no_grad():
+        expected = vae.encode(pictures).latent_dist.mode() * 0.13025
+    torch.testing.assert_close(encode(vae, pictures), expected, rtol=0, atol=1e-5)
+
+
+def test_means_and_deviations_of_latents_are_applied_when_the_config_has_them():
+    mean, std = [0.1, -0.2, 0.3, 0.0], [0.5, 2.0, 1.0, 0.8]
+    pipeline = small_pipeline(vae_config=small_vae_config(latents_mean=mean, latents_std=std))
+    latents = seeded(1, 4, 4, 4)
+    m, s = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
+    with torch.no_grad():
+        expected = pipeline.vae.decode(latents * s / 0.13025 + m).sample / 2 + 0.5
+        encoded = pipeline.vae.encode(seeded(1, 3, 16, 16)).latent_dist.mean
+    torch.testing.assert_close(decode(pipeline.vae, latents), expected.clamp(0, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(encode(pipeline.vae, seeded(1, 3, 16, 16)), (encoded - m) * 0.13025 / s, rtol=0, atol=1e-5)
+
+
+def test_the_tiny_vae_equals_diffusers():
+    vae = small_tiny_vae()
+    latents, pictures = seeded(2, 4, 5, 7), seeded(1, 3, 16, 24).clamp(-1, 1)
+    with torch.no_grad():
+        expected = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(decode(vae, latents), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(encode(vae, pictures), vae.encode(pictures).latents, rtol=0, atol=1e-5)
+    assert downscale(vae) == 4
+
+
+def test_a_stock_vae_in_half_precision_is_held_in_float32_and_an_fp16_fix_is_not(vae, tmp_path):
+    stock = load_vae(write_vae_folder(vae, tmp_path / "stock"), **HALF)
+    fixed = load_vae(write_vae_folder(vae, tmp_path / "fixed", force_upcast=False), **HALF)
+    assert next(stock.parameters()).dtype == torch.float32
+    assert next(fixed.parameters()).dtype == torch.float16
+    assert next(load_vae(tmp_path / "stock", dtype=torch.bfloat16, device="cpu").parameters()).dtype == torch.bfloat16
+
+
+def test_a_pipelines_half_precision_vae_is_decoded_in_float32_and_stays_untouched(vae):
+    half = AutoencoderKL(**small_vae_config())
+    half.load_state_dict(vae.state_dict())
+    half.to(torch.float16)
+    places = [parameter.data_ptr() for parameter in half.parameters()]
+    full = AutoencoderKL(**small_vae_config())
+    full.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+    latents = seeded(1, 4, 4, 4)
+    torch.testing.assert_close(decode(half, latents), decode(full, latents), rtol=0, atol=1e-6)
+    pictures = seeded(1, 3, 16, 16)
+    torch.testing.assert_close(encode(half, pictures), encode(full, pictures), rtol=0, atol=1e-6)
+    assert [parameter.data_ptr() for parameter in half.parameters()] == places
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+
+
+def test_files_in_both_layouts_give_the_same_vae(vae, tmp_path):
+    latents = seeded(1, 4, 4, 4)
+    expected = decode(vae, latents)
+    folder = write_vae_folder(vae, tmp_path / "folder")
+    (tmp_path / "bare").mkdir()
+    save_file(load_file(folder / "diffusion_pytorch_model.safetensors"), tmp_path / "bare" / "diffusers.safetensors")
+    original = {name: value.contiguous().clone() for name, value in original_vae(vae).items()}
+    save_file(original, tmp_path / "bare" / "original.safetensors")
+    whole = {f"first_stage_model.{name}": value for name, value in original.items()}
+    save_file(whole, tmp_path / "bare" / "prefixed.safetensors")
+    for source in (folder, folder / "diffusion_pytorch_model.safetensors", *sorted((tmp_path / "bare").iterdir())):
+        loaded = load_vae(source, **CPU)
+        torch.testing.assert_close(decode(loaded, latents), expected, rtol=0, atol=1e-5)
+        assert loaded.config["force_upcast"]
+
+
+def test_a_config_beside_a_file_in_the_original_layout_says_whether_to_upcast(vae, tmp_path):
+    write_vae_folder(vae, tmp_path, force_upcast=False)
+    original = {name: value.contiguous().clone() for name, value in original_vae(vae).items()}
+    save_file(original, tmp_path / "fixed.vae.safetensors")
+    assert next(load_vae(tmp_path / "fixed.vae.safetensors", **HALF).parameters()).dtype == torch.float16
+
+
+def test_vaes_with_attention_named_as_in_early_diffusers_load(vae, tmp_path):
+    folder = write_vae_folder(vae, tmp_path / "old")
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    for new, old in names.items():
+        state = {name.replace(new, old): value for name, value in state.items()}
+    assert any(".query." in name for name in state)
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    latents = seeded(1, 4, 4, 4)
+    torch.testing.assert_close(decode(load_vae(folder, **CPU), latents), decode(vae, latents), rtol=0, atol=1e-5)
+
+
+def test_a_tiny_vae_folder_and_file_load(tmp_path):
+    vae = small_tiny_vae()
+    folder = write_vae_folder(vae, tmp_path / "taesd")
+    latents = seeded(1, 4, 4, 4)
+    for source in (folder, folder / "diffusion_pytorch_model.safetensors"):
+        torch.testing.assert_close(decode(load_vae(source, **CPU), latents), decode(vae, latents), rtol=0, atol=1e-5)
+    assert next(load_vae(folder, **HALF).parameters()).dtype == torch.float16
+
+
+def test_nan_in_one_picture_is_named():
+    vae = small_pipeline().vae
+    latents = seeded(3, 4, 4, 4)
+    latents[1, 0, 0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="decoded picture 1 of 3.*fp16-fix"):
+        decode(vae, latents)
+    pictures = seeded(2, 3, 16, 16)
+    pictures[0] = float("inf")
+    with pytest.raises(NumericsError, match="encoded picture 0 of 2"):
+        encode(vae, pictures)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 17, 16), (1, 1, 16, 16), (3, 16, 16)])
+def test_pictures_of_wrong_shape_are_refused(vae, shape):
+    with pytest.raises(InvalidRequest, match="divisible by 4"):
+        encode(vae, torch.zeros(shape))
+
+
+def test_latents_of_wrong_shape_are_refused(vae):
+    with pytest.raises(InvalidRequest, match=r"\[n, 4, h, w\]"):
+        decode(vae, torch.zeros(1, 16, 4, 4))
+
+
+def test_what_is_no_vae_is_refused(tmp_path):
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1, 1)}, tmp_path / "style.safetensors")
+    with pytest.raises(ModelFormatError, match="style.safetensors is a LoRA, not a VAE"):
+        load_vae(tmp_path / "style.safetensors", **CPU)
+    with pytest.raises(ModelNotFound, match="holds no VAE"):
+        load_vae(tmp_path, **CPU)
+    with pytest.raises(ModelNotFound, match="no VAE at"):
+        load_vae(tmp_path / "absent.safetensors", **CPU)
+
+
+def test_missing_weights_are_named(vae, tmp_path):
+    folder = write_vae_folder(vae, tmp_path / "vae")
+    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    state.pop("decoder.conv_in.bias")
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ModelFormatError, match="1 missing .decoder.conv_in.bias"):
+        load_vae(folder, **CPU)
