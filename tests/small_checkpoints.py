@@ -85,7 +85,7 @@ def original_vae(vae):
             level, kind, index, rest = int(parts[2]), parts[3], parts[4], parts[5:]
             place = f"{side}.down.{level}" if parts[1] == "down_blocks" else f"{side}.up.{last - level}"
             if kind == "resnets":
-                name = ".".join([place, "block", index, *(part.replace("conv_shortcut", "nin_shortcut") for part in rest)])
+                name = ".".join([place, "block", index, *rest]).replace("conv_shortcut", "nin_shortcut")
             else:
                 name = f"{place}.{kind[:-2]}.conv.{rest[-1]}"
         elif len(parts) > 2 and parts[1] == "mid_block":

@@ -74,7 +74,7 @@ def load_classifier(path: str | Path | None = None) -> PictureClassifier:
     if path is None:
         path = Path(__file__).resolve().parent.parent / "models" / "tiny" / "classifier.safetensors"
     if not Path(path).is_file():
-        raise ModelNotFound(f"no classifier at {path}; make one: `python -m stylefast.training.tiny --stage classifier`")
+        raise ModelNotFound(f"no classifier at {path}; make it: `python -m stylefast.training.tiny --stage classifier`")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

@@ -78,7 +78,7 @@ def invert_style(
 ) -> tuple[StageEmbedding, list[float]]:
     """Learn the style that pictures share.
 
-    `latents` `[pictures, c, h, w]`, scaled as the UNet takes them; `captions` one per picture, each with the placeholder
+    `latents` `[pictures, c, h, w]`, scaled as the UNet takes them; `captions` one a picture, each with the placeholder
     `<name>` and all that is not style spelled out; `alphas` the cumulative signal power of each training timestep.
     All parameters of the networks stay as they are. Returns the vectors and the loss of every step. Raises `StyleError`
     for captions that do not fit.

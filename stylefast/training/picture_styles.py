@@ -16,7 +16,7 @@ BLACK = np.array((0.05, 0.045, 0.06), np.float32)
 
 @dataclass(frozen=True)
 class Scene:
-    """An object as three soft masks (body, second part, detail) `[3, size, size]`, with colours `[3]` of its palette."""
+    """An object as three soft masks (body, second, detail) `[3, size, size]`, with colours `[3]` of its palette."""
 
     masks: np.ndarray
     background: np.ndarray

@@ -103,7 +103,7 @@ def test_16_bit_types_take_the_fp16_edition_and_others_the_plain_one(pipeline, f
     assert torch.equal(load_components(both, variant="fp16").unet_state[name], half.unet.state_dict()[name].float())
     only_half = load_components(tmp_path / "half")
     assert only_half.unet_state[name].dtype == torch.float32
-    with pytest.raises(ModelNotFound, match="'bf16'.*model.fp16.safetensors|'bf16'"):
+    with pytest.raises(ModelNotFound, match="variant 'bf16'; it holds diffusion_pytorch_model.fp16.safetensors"):
         load_components(tmp_path / "half", variant="bf16")
 
 

@@ -181,8 +181,8 @@ def test_what_is_no_lora_is_refused(components, tmp_path):
         apply_lora(components, tmp_path / "lora.bin")
     with pytest.raises(ModelNotFound, match="no LoRA file"):
         apply_lora(components, tmp_path / "absent.safetensors")
-    with pytest.raises(ModelNotFound, match="holds 1|holds 0|name the LoRA file"):
-        (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelNotFound, match="holds 0 .safetensors files"):
         apply_lora(components, tmp_path / "empty")
 
 

@@ -1,0 +1,146 @@
+"""What goes wrong is told in one line, with an exit code, before a model is loaded where that is possible."""
+
+import json
+
+import pytest
+
+import stylefast.cli
+from stylefast.errors import NumericsError
+
+# without a model: these must be found before one is loaded
+BAD_WORDS = {
+    "no prompt": ((), "no prompt was given"),
+    "an empty prompt": ((" ",), "the prompt is empty"),
+    "a size not divisible by 8": (("a cat", "--size", "60x64"), "width is 60; it must be divisible by 8"),
+    "a size that is none": (("a cat", "--size", "large"), "WIDTHxHEIGHT"),
+    "steps out of range": (("a cat", "--steps", "0"), "steps is 0"),
+    "steps that are no number": (("a cat", "--steps", "many"), "invalid int value: 'many'"),
+    "an unknown scheduler": (("a cat", "--scheduler", "magic"), "scheduler 'magic' is unknown; choose one of ddim"),
+    "an unknown option": (("a cat", "--stile", "x"), "unrecognized arguments: --stile"),
+    "an unknown method": (("a cat", "--method", "magic"), "invalid choice: 'magic'"),
+    "a negative seed": (("a cat", "--seed=-1"), "seed is -1"),
+    "a missing picture": (("a cat", "--style-image", "gone.png"), "there is no picture at gone.png"),
+    "a missing learned style": (("a cat", "--learned", "gone"), "there is no learned style at gone"),
+    "an unknown preset": (("a cat", "--style-image", "{photo}", "--method", "instant", "--blocks", "x"), "no preset"),
+    "a strength without style": (("a cat", "--scale", "0.5"), "--scale does nothing here"),
+    "an option of another method": (("a cat", "--style-image", "{photo}", "--content", "a dog"), "--method instant"),
+    "instant without a picture": (("a cat", "--method", "instant"), "needs a picture"),
+    "adain that is no number": (("a cat", "--style-image", "{photo}", "--adain", "q=x"), "--adain is 'q=x'"),
+    "context without learned": (("a cat", "--context", "x"), "give --learned as well"),
+    "a jpeg to write": (("a cat", "--out", "x.jpg"), "written as PNG"),
+    "two sources": (("--from", "x.png", "--requests", "y.json"), "exclude each other"),
+    "prompts with from": (("a cat", "--from", "x.png"), "drop prompts"),
+    "settings with requests": (("--requests", "x.json", "--steps", "3"), "drop --steps"),
+    "a missing request file": (("--requests", "gone.json"), "there is no request file at gone.json"),
+    "from a missing picture": (("--from", "gone.png"), "there is no picture at gone.png"),
+    "from a photo": (("--from", "{photo}"), "can't be read as PNG"),
+    "an unknown command's help": (("--force", "a cat"), "--force belongs to --from"),
+}
+
+
+def assert_one_line(code, err, expected_code, message):
+    assert code == expected_code, err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
+@pytest.mark.parametrize("words, message", BAD_WORDS.values(), ids=BAD_WORDS.keys())
+def test_bad_words_are_one_line_and_exit_code_2(stylefast, photo, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = stylefast("generate", *(word.format(photo=photo) for word in words), "--model", tmp_path / "gone")
+    assert_one_line(code, err, 2, message)
+    assert out == "" and sorted(tmp_path.iterdir()) == [photo]
+
+
+def test_an_unknown_command_is_one_line(stylefast):
+    code, _, err = stylefast("paint")
+    assert_one_line(code, err, 2, "invalid choice: 'paint'")
+
+
+def test_a_picture_that_is_none_is_refused(stylefast, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"this is no picture")
+    code, _, err = stylefast("generate", "a cat", "--style-image", tmp_path / "x.png")
+    assert_one_line(code, err, 2, "is no PNG, JPEG or WEBP picture")
+
+
+def test_a_model_that_is_not_there_is_exit_code_1(stylefast, tmp_path):
+    code, _, err = stylefast("generate", "a cat", "--model", tmp_path / "gone", "--quiet")
+    assert_one_line(code, err, 1, "gone")
+
+
+def test_a_file_that_exists_is_kept(stylefast, model_folder, tmp_path):
+    target = tmp_path / "a.png"
+    target.write_bytes(b"precious")
+    code, _, err = stylefast("generate", "a cat", "--model", model_folder, "--out", target)
+    assert_one_line(code, err, 2, "--overwrite")
+    assert target.read_bytes() == b"precious"
+
+
+def test_a_folder_below_a_file_is_refused(stylefast, model_folder, photo):
+    code, _, err = stylefast("generate", "a cat", "--model", model_folder, "--out", photo / "deeper")
+    assert_one_line(code, err, 2, "is a file")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is no JSON"),
+        ("[]", "a list of at least one request"),
+        ('[{"promt": "a cat"}]', "unknown field 'promt'; the known ones are prompt, negative_prompt, style"),
+        ('[{"prompt": "a cat"}, {"prompt": ""}]', "request 1: the prompt is empty"),
+        ('[{"prompt": "a cat", "style": "brand"}]', "request 0: style is 'brand'"),
+        ('[{"prompt": "a cat", "style": {"kind": "Cubism"}}]', "style kind 'Cubism' is unknown"),
+        ('[{"prompt": "a cat", "style": {"kind": "InstantStyle", "image": "gone.png"}}]', "there is no picture at"),
+    ],
+)
+def test_a_bad_request_file_is_one_line(stylefast, tmp_path, content, message):
+    (tmp_path / "calls.json").write_text(content)
+    code, _, err = stylefast("generate", "--requests", tmp_path / "calls.json", "--out", tmp_path / "out")
+    assert_one_line(code, err, 2, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_without_settings_is_named(stylefast, model_folder):
+    code, _, err = stylefast("generate", "--from", model_folder / "references" / "blot.png")
+    assert_one_line(code, err, 2, "carries no settings")
+
+
+@pytest.mark.parametrize("change", [{"index": 7}, {"call": 3}, {"index": None}], ids=str)
+def test_damaged_settings_are_named(stylefast, tmp_path, change):
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    metadata = {"index": 0, "fingerprint": "ab", "call": {"requests": [{"prompt": "a cat"}]}} | change
+    info = PngInfo()
+    info.add_text("stylefast", json.dumps(metadata))
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png", pnginfo=info)
+    code, _, err = stylefast("generate", "--from", tmp_path / "x.png")
+    assert_one_line(code, err, 2, "damaged")
+
+
+def test_a_failure_while_generating_leaves_nothing_behind(stylefast, model_folder, tmp_path, monkeypatch):
+    from stylefast.engine import Engine
+
+    def fail(*arguments, **options):
+        raise NumericsError("the latents of picture(s) 0 hold NaN")
+
+    monkeypatch.setattr(Engine, "generate", fail)
+    words = ("generate", "a cat", "--model", model_folder, "--quiet", "--out", tmp_path / "out")
+    code, _, err = stylefast(*words)
+    assert_one_line(code, err, 1, "NaN")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_of_ours_is_one_line_and_shows_its_traceback_on_request(stylefast, monkeypatch):
+    def fail(arguments):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(stylefast_generate(), "run", fail)
+    code, _, err = stylefast("generate", "a cat")
+    assert_one_line(code, err, 1, "unexpected KeyError: 'surprise'; STYLEFAST_DEBUG=1")
+    monkeypatch.setenv("STYLEFAST_DEBUG", "1")
+    code, _, err = stylefast("generate", "a cat")
+    assert code == 1 and "Traceback" in err
+
+
+def stylefast_generate():
+    return stylefast.cli.generate

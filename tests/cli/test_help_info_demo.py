@@ -1,0 +1,77 @@
+"""`--help`, `stylefast info` and `stylefast demo`."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from stylefast.sampling.schedule import SCHEDULERS
+from tests.cli.conftest import pixels
+
+
+def test_help_loads_neither_torch_nor_pillow(checkout):
+    code = (
+        "import sys; from stylefast.cli import main; code = main(['generate', '--help']); "
+        "print(code, [name for name in ('torch', 'PIL', 'numpy', 'tqdm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n0 []\n")
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "info"])
+def test_the_help_of_every_command_shows_an_example(stylefast, command):
+    code, out, _ = stylefast(command, "--help")
+    assert code == 0 and re.search(rf"^\s+stylefast {command}", out, re.MULTILINE)
+
+
+def test_the_help_names_every_scheduler(stylefast):
+    out = " ".join(stylefast("generate", "--help")[1].split())
+    assert all(name in out for name in SCHEDULERS)
+
+
+def test_info_as_json_says_what_was_found(stylefast):
+    code, out, _ = stylefast("info", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["devices"][0]["name"] == "cpu"
+    assert found["packages"]["torch"] and found["operations"]["shared_attention"]["backend"] == "torch"
+    assert found["extension"]["found"] or found["extension"]["reason"]
+
+
+def test_info_names_every_operation(stylefast):
+    import stylefast.kernels as kernels
+
+    code, out, _ = stylefast("info")
+    assert code == 0 and all(f"{name}: torch" in out for name in kernels.__all__)
+
+
+def test_the_demos_page_shows_its_pictures_and_its_commands_make_them(stylefast, model_folder, tmp_path):
+    out_folder = tmp_path / "demo"
+    code, out, err = stylefast("demo", "--out", out_folder, "--model", model_folder, "--steps", "1", "--quiet")
+    assert code == 0, err
+    page = (out_folder / "index.html").read_text()
+    assert out.strip() == str(out_folder / "index.html")
+    pictures = re.findall(r'<img src="([^"]+)"', page)
+    assert len(pictures) > 40 and all((out_folder / picture).is_file() for picture in pictures)
+    assert "http" not in page and str(tmp_path) not in re.sub(r"<pre>.*?</pre>", "", page)
+
+    command = next(line for line in re.findall(r"<pre>(.*?)</pre>", page) if "composed" in line)
+    words = shlex.split(command)
+    assert words[:2] == ["stylefast", "generate"]
+    words[words.index("--out") + 1] = str(tmp_path / "again")
+    code, out, err = stylefast(*words[1:])
+    assert code == 0, err
+    for path in out.split():
+        assert pixels(path) == pixels(out_folder / "composed" / path.rpartition("/")[2])
+
+    # an older demo is replaced, a folder of something else is not
+    assert stylefast("demo", "--out", tmp_path, "--model", model_folder)[0] == 2
+
+
+def test_a_demo_of_a_model_without_references_says_what_is_missing(stylefast, tmp_path):
+    (tmp_path / "model").mkdir()
+    code, _, err = stylefast("demo", "--model", tmp_path / "model", "--out", tmp_path / "demo")
+    assert code == 2 and err.startswith("error: ") and "reference picture" in err
+    assert not (tmp_path / "demo").exists()
