@@ -12,6 +12,7 @@ import torch
 from stylefast.errors import InvalidRequest, ModelError, ModelFormatError, ModelNotFound
 from stylefast.models import single_file
 from stylefast.models.hub import hub_folder, is_hub_id, pick_weights, wanted_files
+from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.vae import check_state, fill, infer_vae_config, load_vae, vae_from_folder, vae_from_original
 from stylefast.models.weight_files import (
     PICKLED,
@@ -45,6 +46,7 @@ class Components:
     fingerprint: str = ""
     adapter_path: Path | None = None  # an IP-Adapter shipped in the folder `ip_adapter`
     style_paths: Mapping[str, Path] = field(default_factory=dict)  # learned styles shipped in the folder `styles`
+    reference_paths: Mapping[str, Path] = field(default_factory=dict)  # example pictures in the folder `references`
 
 
 def load_components(
@@ -121,6 +123,32 @@ def from_pipeline(pipeline) -> Components:
     )
     components.fingerprint = fingerprint(components)
     return components
+
+
+def load_image_encoder(source: str | Path, *, dtype: torch.dtype, device: torch.device | str) -> ImageEncoder:
+    """Load the CLIP image encoder of an IP-Adapter from a folder with config.json and .safetensors weights.
+
+    Raises ModelNotFound where no such folder is, ModelFormatError where it holds another model.
+    """
+    folder = Path(source).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(
+            f"no image encoder at {folder}; give the folder with its config.json, e.g. models/image_encoder (ViT-H) or "
+            "sdxl_models/image_encoder (ViT-bigG) of a download of h94/IP-Adapter"
+        )
+    config = _read_json(folder / "config.json", folder)
+    if "image_size" not in config:
+        raise ModelFormatError(f"{folder} holds a {config.get('model_type', 'model')}, no CLIP image encoder")
+    files = _weights(folder, dtype != torch.float32, "auto")
+    if not files:
+        raise ModelNotFound(f"{folder} holds no .safetensors weights")
+    state = {}
+    for file in files:
+        read_header(folder / file)
+        state |= load_weights(folder / file, dtype=dtype, device=device)
+    processor = folder / "preprocessor_config.json"
+    model = _clip("CLIPVisionModelWithProjection", config, state, str(folder))
+    return ImageEncoder(model, json.loads(processor.read_text()) if processor.is_file() else None)
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
@@ -229,6 +257,7 @@ def _from_folder(folder: Path, dtype, device, vae, variant, local_files_only: bo
         feature_extractor=json.loads(extractor.read_text()) if extractor.is_file() else None,
         adapter_path=adapters[0] if adapters else None,
         style_paths={file.stem: file for file in sorted((folder / "styles").glob("*.safetensors"))},
+        reference_paths={file.stem: file for file in sorted((folder / "references").glob("*.png"))},
     )
 
 

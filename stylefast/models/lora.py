@@ -202,7 +202,7 @@ def _lora_file(source: str | Path) -> Path:
             raise ModelNotFound(f"{path} holds {len(files)} .safetensors files; name the LoRA file itself")
         return files[0]
     if not path.is_file():
-        raise ModelNotFound(f"no LoRA file at {path}; get one by `hf download <id> --local-dir loras` and give its path")
+        raise ModelNotFound(f"no LoRA file at {path}; get one by `hf download <id> --local-dir loras`, give its path")
     return path
 
 

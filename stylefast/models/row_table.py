@@ -31,7 +31,7 @@ class RowTable(NamedTuple):
     self_layers: torch.Tensor  # [rows, L] bool: layers on which the mode and AdaIN apply; elsewhere the row is plain
     self_scale: torch.Tensor  # [rows, R] float32: multiplies the logits against a reference
     self_shift: torch.Tensor  # [rows, R] float32: added to them, after scaling
-    # whose token statistics AdaIN takes, of rows that attend to a page; for AdaIN alone, hide the page by a shift of -inf
+    # whose token statistics AdaIN takes, in rows that attend to a page; for AdaIN alone, hide it by a shift of -inf
     adain_page: torch.Tensor  # [rows] int64; -1: none
     adain_strength: torch.Tensor  # [rows, 3] float32 in [0, 1]: for queries, keys, values
     norm_page: torch.Tensor  # [rows] int64: whose statistics group norms pool with; -1: none; [0] if no row shares

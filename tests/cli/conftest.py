@@ -1,15 +1,21 @@
 """A small random model on disk with all that can ship with one, and the command line run in this process."""
 
+from functools import cache
+
 import pytest
 import torch
 from PIL import Image
 
 from stylefast.cli import main
+from stylefast.commands.generate import ModelChoice
 from stylefast.styles.embeddings import StageEmbedding, save_embedding
 from tests.small_adapter import global_adapter, save_adapter, small_layout, small_picture, small_vision_model
 from tests.small_sdxl import small_pipeline
 
 TEXT_WIDTH = 32
+
+# an engine keeps nothing from call to call, so tests that load the same one share it
+_load_once = cache(ModelChoice.load)
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +47,9 @@ def photo(tmp_path):
 
 
 @pytest.fixture
-def stylefast(capsys):
+def stylefast(capsys, monkeypatch):
     """Runs the command line; (exit code, stdout, stderr)."""
+    monkeypatch.setattr(ModelChoice, "load", _load_once)
 
     def run(*words):
         capsys.readouterr()

@@ -111,7 +111,8 @@ def test_a_request_file_with_shared_inline_and_no_style(generate, tmp_path, phot
 
 
 def test_one_picture_of_a_call_is_made_again_with_its_group(generate, stylefast, tmp_path):
-    paths = generate("a cat in neon style", "a dog", "a house", "--method", "aligned", *FEW, "--no-grid", "--out", tmp_path)
+    words = ("a cat in neon style", "a dog", "a house", "--method", "aligned", *FEW)
+    paths = generate(*words, "--no-grid", "--out", tmp_path)
     code, out, err = stylefast("generate", "--from", paths[1], "--out", tmp_path / "again.png")
     assert code == 0 and pixels(out.strip()) == pixels(paths[1])
 

@@ -1,5 +1,6 @@
 """`--help`, `stylefast info` and `stylefast demo`."""
 
+import html
 import json
 import re
 import shlex
@@ -58,7 +59,7 @@ def test_the_demos_page_shows_its_pictures_and_its_commands_make_them(stylefast,
     assert "http" not in page and str(tmp_path) not in re.sub(r"<pre>.*?</pre>", "", page)
 
     command = next(line for line in re.findall(r"<pre>(.*?)</pre>", page) if "composed" in line)
-    words = shlex.split(command)
+    words = shlex.split(html.unescape(command))
     assert words[:2] == ["stylefast", "generate"]
     words[words.index("--out") + 1] = str(tmp_path / "again")
     code, out, err = stylefast(*words[1:])

@@ -24,7 +24,7 @@ ALLOWED = {
     "engine": BELOW_ENGINE | {"record", "record_values", "stylefast"},
     "presentation": {"errors"},
     "training": {"errors", "kernels", "models", "styles", "sampling", "evaluation"},
-    "evaluation": {"errors", "kernels", "models"},
+    "evaluation": {"errors", "kernels", "models", "styles"},
     "export": {"errors", "kernels", "models", "runtime"},
     "serving": {"errors", "engine", "stylefast"},
     "integrations": {"errors", "engine", "serving", "stylefast"},

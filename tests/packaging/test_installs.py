@@ -172,10 +172,19 @@ def test_without_a_compiler_the_install_is_pure_python_and_says_why(make_place, 
     assert "compiler" in reason and "make extension" in reason
 
 
-def test_import_kernels_at_the_root_names_the_right_package(bare):
-    done = bare.run("import kernels", bare.checkout)
+def test_taking_something_from_kernels_at_the_root_names_the_right_package(bare):
+    done = bare.run("from kernels import get_kernel", bare.checkout)
     assert done.returncode != 0
-    assert "import it as `stylefast.kernels`" in done.stderr
+    assert "import get_kernel from `stylefast.kernels`" in done.stderr
+
+
+def test_transformers_and_diffusers_do_not_take_our_folder_for_hugging_faces_package(bare):
+    code = (
+        "import transformers.utils.import_utils as t, diffusers.utils.import_utils as d;"
+        "print(t.is_kernels_available(), d.is_kernels_available())"
+    )
+    done = bare.run(code, bare.checkout)
+    assert done.stdout == "False False\n", done.stderr
 
 
 @pytest.fixture

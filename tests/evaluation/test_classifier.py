@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stylefast.errors import ImageError, ModelFormatError, ModelNotFound
+from stylefast.evaluation.classifier import PictureClassifier, classify, load_classifier, save_classifier
+from stylefast.training.pictures import CONTENTS, STYLES
+from stylefast.training.tiny_classifier import accuracy, rendered
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_classifier()
+
+
+def test_it_names_content_and_style_of_fresh_drawings(shipped):
+    found = accuracy(shipped, *rendered(seed=987, count=400))
+    assert found["content"] >= 0.95 and found["style"] >= 0.95
+
+
+def test_names_of_contents_and_styles_are_those_of_the_generator(shipped):
+    assert shipped.contents == CONTENTS
+    assert shipped.styles[:12] == STYLES
+
+
+def test_pil_images_bytes_and_floats_give_the_same_verdict(shipped):
+    pictures, _ = rendered(seed=1, count=6)
+    expected = classify(shipped, pictures).style
+    assert torch.allclose(classify(shipped, pictures / np.float32(255)).style, expected, atol=1e-5)
+    assert torch.allclose(classify(shipped, [Image.fromarray(p) for p in pictures]).style, expected, atol=1e-5)
+
+
+def test_larger_pictures_are_reduced_before_they_are_judged(shipped):
+    pictures, labels = rendered(seed=2, count=24)
+    large = pictures.repeat(2, axis=1).repeat(2, axis=2)
+    assert torch.allclose(classify(shipped, large).content, classify(shipped, pictures).content, atol=1e-4)
+
+
+def test_a_saved_classifier_judges_as_before(tmp_path):
+    torch.manual_seed(0)
+    classifier = PictureClassifier(("a", "b"), ("c", "d", "e"), ("f",)).eval()
+    save_classifier(classifier, tmp_path / "c.safetensors")
+    loaded = load_classifier(tmp_path / "c.safetensors")
+    pictures, _ = rendered(seed=3, count=4)
+    assert loaded.styles == ("c", "d", "e")
+    # the file holds half precision
+    assert torch.allclose(classify(loaded, pictures).style, classify(classifier, pictures).style, atol=5e-3)
+
+
+def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(ModelNotFound, match="stylefast.training.tiny --stage classifier"):
+        load_classifier(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors here", bytes(100)], ids=["empty", "text", "zeros"])
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / "c.safetensors").write_bytes(content)
+    with pytest.raises(ModelFormatError, match="does not hold a picture classifier"):
+        load_classifier(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3), (1, 3, 64, 64), (2, 64, 64, 4)], ids=str)
+def test_another_shape_is_refused(shipped, shape):
+    with pytest.raises(ImageError, match="expected"):
+        classify(shipped, np.zeros(shape, np.uint8))
