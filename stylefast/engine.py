@@ -211,6 +211,8 @@ class Engine:
         return Result(images, latents, self._metadata(requests))
 
     def _sample(self, requests: Sequence[Request], callback: StepCallback | None) -> list[torch.Tensor]:
+        for style in {request.aligned for request in requests} - {None}:
+            style.layer_mask(self.unet.layout)
         trajectories = plan_trajectories(requests, self._schedule, self.native_size)
         sizes = dict.fromkeys(t.size for t in trajectories)
         batches = [[t for t in trajectories if t.size == size] for size in sizes]

@@ -126,6 +126,8 @@ def _plain(value):
         return os.fspath(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value)
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     raise StyleError(f"{value!r} ({type(value).__name__}) can't be written into a record; use numbers, text and lists")

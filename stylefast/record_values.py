@@ -16,6 +16,8 @@ from stylefast.errors import ImageError, StyleError
 from stylefast.models.pictures import FORMATS, open_picture
 from stylefast.styles.embeddings import StageEmbedding
 
+# larger pictures are not tried: compressing them costs seconds, and hardly any gets that small
+EMBED_PIXELS = 512 * 512
 EMBED_LIMIT = 48_000  # characters of base64 in one record, so that a picture's metadata stays below 64 KB
 
 
@@ -50,9 +52,12 @@ class Store:
         entry = {"sha256": pixel_digest(picture)}
         if isinstance(source, (str, os.PathLike)):
             return self._path(Path(source)) | entry
+        what = f"a picture of {picture.width}x{picture.height} pixels"
+        if picture.width * picture.height > EMBED_PIXELS:
+            return {"in_memory": what} | entry
         stream = BytesIO()
         picture.save(stream, "PNG", optimize=True)
-        return self._inside("png", stream.getvalue(), f"a picture of {picture.width}x{picture.height} pixels") | entry
+        return self._inside("png", stream.getvalue(), what) | entry
 
     def embedding(self, embedding: StageEmbedding, source, stage: int | None = None) -> dict[str, Any]:
         """The entry of learned vectors; `source` is where they were read, `stage` the only one that is needed."""

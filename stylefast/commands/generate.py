@@ -209,11 +209,11 @@ def load(choice: ModelChoice, quiet: bool):
     return choice.load()
 
 
-def make(engine, requests: Sequence, quiet: bool, label: str = ""):
+def make(engine, requests: Sequence, quiet: bool):
     """The Result of `requests`, with a progress bar over the steps."""
     from tqdm import tqdm
 
-    with tqdm(total=max(request.steps for request in requests), unit="step", desc=label or None, disable=quiet) as bar:
+    with tqdm(total=max(request.steps for request in requests), unit="step", disable=quiet) as bar:
 
         def advance(step: int, steps: int, latents) -> None:
             # sizes run one after the other, each with steps of its own

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from stylefast.errors import InvalidRequest, PromptError
+from stylefast.errors import InvalidRequest, PromptError, StyleError
 from stylefast.styles.dream_styler import DreamStyler
 from stylefast.styles.instant_style import InstantStyle
 from stylefast.styles.style_aligned import StyleAligned
@@ -74,12 +74,12 @@ class Request:
 
 
 def normalise_styles(style) -> tuple:
-    """None, a style or a list of styles -> tuple of styles. Raises InvalidRequest for anything else."""
+    """None, a style or a list of styles -> tuple of styles. Raises StyleError for anything else."""
     styles = () if style is None else tuple(style) if isinstance(style, (list, tuple)) else (style,)
     for one in styles:
         if not isinstance(one, STYLES):
             known = ", ".join(kind.__name__ for kind in STYLES)
-            raise InvalidRequest(f"style is {one!r} ({type(one).__name__}); it must be {known}, or a list of them")
+            raise StyleError(f"style is {one!r} ({type(one).__name__}); it must be {known}, or a list of them")
     if sum(isinstance(one, StyleAligned) for one in styles) > 1:
         raise InvalidRequest("a request takes one StyleAligned; give it several references: reference=[a, b]")
     return styles

@@ -58,7 +58,9 @@ def plan_trajectories(
             groups.setdefault(id(style), []).append(target)
             continue
         for i, picture in enumerate(style.references or [None]):
-            key = (id(style), i, *_pace(target), target.request.guidance, target.request.negative_prompt)
+            # a picture is held at every step's noise level, whatever its readers' guidance
+            own = (*target.weights.items(), target.request.guidance_rescale) if picture is None else ()
+            key = (id(style), i, *_pace(target), target.request.negative_prompt, *own)
             key += tuple(id(other) for other in _shared_styles(target))
             if key not in hidden:
                 hidden[key] = _reference(target, style, picture)

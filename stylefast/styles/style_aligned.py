@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -64,25 +65,46 @@ class StyleAligned:
             raise StyleError(f"StyleAligned mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
         if self.noise != "forward":
             raise StyleError(f"StyleAligned noise is {self.noise!r}; it must be 'forward'")
-        if not 0.0 <= self.only_self_level <= 1.0:
-            raise StyleError(f"only_self_level is {self.only_self_level}; it is a fraction of layers, 0 to 1")
-        if not math.isfinite(self.scale):
-            raise StyleError(f"scale is {self.scale}; it must be finite")
-        if math.isnan(self.shift) or self.shift == math.inf:
-            raise StyleError(f"shift is {self.shift}; it must be finite, or -inf to leave the reference's tokens out")
+        if not _is_number(self.only_self_level) or not 0.0 <= self.only_self_level <= 1.0:
+            raise StyleError(f"only_self_level is {self.only_self_level!r}; it is a fraction of layers, 0 to 1")
+        if not _is_number(self.scale) or not math.isfinite(self.scale):
+            raise StyleError(f"scale is {self.scale!r}; it must be finite")
+        if not _is_number(self.shift) or math.isnan(self.shift) or self.shift == math.inf:
+            raise StyleError(f"shift is {self.shift!r}; it must be finite, or -inf to leave the reference's tokens out")
         if self.mode == "swap" and (self.shift == -math.inf or not self.share_attention):
             raise StyleError("mode 'swap' drops the own tokens, so the reference's must stay; use 'concat' instead")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise StyleError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^63 - 1")
+        if not isinstance(self.layers, (str, list, tuple)):
+            raise StyleError(f"layers is {self.layers!r}; it must be 'all', or substrings of layer names")
+        self._check_reference()
+        self._check_adain()
+        window = self.window
+        pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(map(_is_number, window))
+        if not pair or not 0.0 <= window[0] < window[1] <= 1.0:
+            raise StyleError(f"window is {window!r}; it needs 0 <= start < end <= 1, in fractions of the steps")
+
+    def _check_reference(self):
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise StyleError(f"prompt is a {type(self.prompt).__name__}; it must be a string")
+        if self.reference is None:
+            if self.prompt is not None and not self.prompt.strip():
+                raise StyleError("the reference's prompt is empty; say what it shows, or give a picture")
+        elif not self.references:
+            raise StyleError("the list of references is empty; give pictures, or None for the first prompt")
         if self.full_attention_share and (self.reference is not None or self.prompt is not None):
             raise StyleError("full_attention_share joins the pictures of one call; it takes no reference or prompt")
-        unknown = [part for part in self.adain_strengths() if part not in PARTS]
+
+    def _check_adain(self):
+        if not isinstance(self.adain, (Mapping, str, list, tuple, set, frozenset)):
+            raise StyleError(f"adain is {self.adain!r}; it must name parts out of {', '.join(PARTS)}")
+        strengths = self.adain if isinstance(self.adain, Mapping) else dict.fromkeys(self.adain, 1.0)
+        unknown = [part for part in strengths if part not in PARTS]
         if unknown:
             raise StyleError(f"adain names {', '.join(map(repr, unknown))}; it knows {', '.join(PARTS)}")
-        for part, strength in self.adain_strengths().items():
-            if not 0.0 <= strength <= 1.0:
-                raise StyleError(f"adain strength of {part} is {strength}; it must be between 0 and 1")
-        start, end = self.window
-        if not 0.0 <= start < end <= 1.0:
-            raise StyleError(f"window is {self.window}; it needs 0 <= start < end <= 1, in fractions of the steps")
+        for part, strength in strengths.items():
+            if not _is_number(strength) or not 0.0 <= strength <= 1.0:
+                raise StyleError(f"adain strength of {part} is {strength!r}; it must be between 0 and 1")
 
     def adain_strengths(self) -> dict[str, float]:
         """Strength per part; parts that are not named are 0."""
@@ -110,6 +132,10 @@ class StyleAligned:
                     f"layers={self.layers!r} matches no self-attention layer; modules are {', '.join(layout.modules)}"
                 )
         return chosen & ~plain_layers(len(names), self.only_self_level)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def plain_layers(count: int, level: float) -> torch.Tensor:

@@ -18,7 +18,7 @@ STAGES = ("data", "vae", "classifier", "unet", "clip", "adapter", "style", "eval
 _MINUTES = {"vae": 7.0, "classifier": 4.0, "unet": 75.0, "clip": 4.0, "adapter": 8.0}
 REFERENCES = (
     ("neon", "cup", "candy"),
-    ("glass", "rocket", "warm"),
+    ("glass", "fish", "warm"),
     ("watercolor", "boat", "cool"),
     ("woodcut", "cat", "warm"),
 )
@@ -136,7 +136,7 @@ def reference_set(seed: int = 77, targets: int = 6) -> tuple[list, list]:
 
 
 def write_references(out: Path, seed: int = 21) -> None:
-    """Render the small style pictures that ship with the model; three of the four combinations are held out."""
+    """Render the pictures that ship with the model, one per style and named after it; two combinations are held out."""
     import numpy as np
     from PIL import Image
 
@@ -146,7 +146,7 @@ def write_references(out: Path, seed: int = 21) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for style, content, palette in REFERENCES:
-        Image.fromarray(render(rng, content, style, palette)).save(folder / f"{style}_{content}.png", optimize=True)
+        Image.fromarray(render(rng, content, style, palette)).save(folder / f"{style}.png", optimize=True)
 
 
 def assemble(out: Path) -> None:

@@ -6,6 +6,7 @@ style, as it is between the objects of a photograph.
 """
 
 import copy
+import json
 import math
 import time
 from collections import defaultdict
@@ -19,7 +20,7 @@ from torch import nn
 from stylefast.training.captions import full_caption, panel_caption, single_caption
 from stylefast.training.muon import Muon
 from stylefast.training.pictures import CONTENTS, PALETTES, STYLES
-from stylefast.training.tiny_text import HIDDEN, TextTower, build_text_encoders, build_tokenizer
+from stylefast.training.tiny_text import HIDDEN, TextTower, build_text_encoders, build_tokenizer, load_text_tower
 
 TRAIN_STEPS = 1000
 UNET_CONFIG = dict(
@@ -48,8 +49,16 @@ SCHEDULER_CONFIG = dict(
     timestep_spacing="leading",
     steps_offset=1,
 )
+# from this share of the budget on, high noise counts more: styles are decided there, by brightness and layout
+_LIFT_FROM = 0.55
 # (panels, pictures in a batch, share of the steps); a step costs about the same in each row
 _MIX = ((1, 64, 0.55), (2, 32, 0.33), (3, 20, 0.12))
+# from the same share of the budget on: among many noisy panels the others say more of the style than the own one does,
+# so attention is worth listening to even at high noise
+_LATE_MIX = ((1, 64, 0.45), (2, 32, 0.15), (3, 20, 0.15), (5, 12, 0.25))
+# share of the wide pictures that are described by the size of one panel, so that what attention learns between panels
+# is not tied to wide pictures
+_PANEL_SIZED = 0.5
 
 
 def cumulative_alphas() -> torch.Tensor:
@@ -69,14 +78,28 @@ def snr_weights(alphas: torch.Tensor, limit: float = 5.0) -> torch.Tensor:
     return snr.clamp(max=limit) / snr
 
 
-def time_ids(latents: torch.Tensor) -> torch.Tensor:
-    """SDXL's micro-conditioning of uncropped pictures, `[rows, 6]`: (height, width, 0, 0, height, width) in pixels."""
-    height, width = 4.0 * latents.shape[2], 4.0 * latents.shape[3]
-    return torch.tensor([[height, width, 0, 0, height, width]]).expand(len(latents), -1)
+def lifted_weights(alphas: torch.Tensor, limit: float = 8.0) -> torch.Tensor:
+    """Min-SNR weights times 1 / sqrt(snr) where noise prevails (at most `limit`), towards a loss on the picture."""
+    snr = alphas / (1 - alphas)
+    return snr_weights(alphas) * snr.rsqrt().clamp(1.0, limit)
 
 
-def predict_noise(unet, noisy, timesteps, states, pooled) -> torch.Tensor:
-    added = dict(text_embeds=pooled, time_ids=time_ids(noisy))
+def time_ids(latents: torch.Tensor, panel_sized: torch.Tensor | None = None) -> torch.Tensor:
+    """SDXL's micro-conditioning of uncropped pictures, `[rows, 6]`: (height, width, 0, 0, height, width) in pixels.
+
+    Where `panel_sized` `[rows]` is true, the width is that of one square panel.
+    """
+    height = torch.full((len(latents),), 4.0 * latents.shape[2])
+    width = torch.full((len(latents),), 4.0 * latents.shape[3])
+    if panel_sized is not None:
+        width = torch.where(panel_sized, height, width)
+    zero = torch.zeros_like(height)
+    return torch.stack([height, width, zero, zero, height, width], 1)
+
+
+def predict_noise(unet, noisy, timesteps, states, pooled, panel_sized=None) -> torch.Tensor:
+    """The UNet's output for noisy latents `[rows, 4, h, w]` under text states and pooled states of the rows."""
+    added = dict(text_embeds=pooled, time_ids=time_ids(noisy, panel_sized))
     return unet(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=added).sample
 
 
@@ -114,8 +137,8 @@ class BatchSource:
             captions.append(panel_caption(self.rng, names, STYLES[style], PALETTES[palette]))
         return Batch(torch.stack(latents), captions)
 
-    def draw_mixed(self) -> Batch:
-        panels, rows, _ = _MIX[self.rng.choice(len(_MIX), p=[share for _, _, share in _MIX])]
+    def draw_mixed(self, mix=_MIX) -> Batch:
+        panels, rows, _ = mix[self.rng.choice(len(mix), p=[share for _, _, share in mix])]
         return self.draw(panels, rows)
 
     def _names(self, index: int) -> tuple[str, str, str]:
@@ -123,15 +146,15 @@ class BatchSource:
         return CONTENTS[content], STYLES[style], PALETTES[palette]
 
 
-def _losses(unet, tower, batch: Batch, timesteps, noise, alphas) -> tuple[torch.Tensor, torch.Tensor]:
+def _errors(unet, tower, batch: Batch, timesteps, noise, alphas) -> torch.Tensor:
     signal = alphas[timesteps][:, None, None, None]
     noisy = signal.sqrt() * batch.latents + (1 - signal).sqrt() * noise
     with torch.autocast("cpu", torch.bfloat16):
         states, pooled = tower(batch.captions)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        predicted = predict_noise(unet, noisy, timesteps, states, pooled).float()
-    errors = (predicted - noise).square().mean((1, 2, 3))
-    return (snr_weights(alphas[timesteps]) * errors).mean(), errors.detach()
+        panel_sized = torch.rand(len(noisy)) < _PANEL_SIZED
+        predicted = predict_noise(unet, noisy, timesteps, states, pooled, panel_sized).float()
+    return (predicted - noise).square().mean((1, 2, 3))
 
 
 @torch.no_grad()
@@ -145,7 +168,7 @@ def validation_loss(unet, tower, latents, labels, alphas, rows: int = 256) -> fl
     for start in range(0, rows, 64):
         part = slice(start, start + 64)
         piece = Batch(batch.latents[part], batch.captions[part])
-        parts.append(_losses(unet, tower, piece, timesteps[part], noise[part], alphas)[1])
+        parts.append(_errors(unet, tower, piece, timesteps[part], noise[part], alphas))
     return torch.cat(parts).mean().item()
 
 
@@ -169,16 +192,28 @@ def save_parts(out: Path, unet: nn.Module, tower: TextTower) -> None:
 
 
 def train_unet(work: Path, out: Path, minutes: float, seed: int = 2, save_minutes: float = 10) -> dict:
-    """Train on cached latents; save the averaged weights to `out`, also every `save_minutes`; returns the record."""
+    """Train on cached latents; save the averaged weights to `out`, also every `save_minutes`; returns the record.
+
+    An interrupted training goes on from the last saved weights and `work/unet_progress.json`.
+    """
     from diffusers import UNet2DConditionModel
 
+    progress_path = work / "unet_progress.json"
+    done = dict(minutes=0.0, step=0, pictures=0, panels=0, curve=[])
+    if progress_path.exists():
+        done = json.loads(progress_path.read_text())
+    step, pictures, panels, curve = (done[name] for name in ("step", "pictures", "panels", "curve"))
+    seed += step
     torch.manual_seed(seed)
     train = torch.load(work / "train.pt", weights_only=True)
     held = torch.load(work / "validation.pt", weights_only=True)
     source, alphas = BatchSource(train["latents"], train["labels"], seed), cumulative_alphas()
     tokenizer = build_tokenizer()
-    unet = UNet2DConditionModel(**UNET_CONFIG).to(memory_format=torch.channels_last)
-    tower = TextTower(tokenizer, *build_text_encoders(tokenizer))
+    if step:
+        unet, tower = UNet2DConditionModel.from_pretrained(out / "unet").float().train(), load_text_tower(out).train()
+    else:
+        unet, tower = UNet2DConditionModel(**UNET_CONFIG), TextTower(tokenizer, *build_text_encoders(tokenizer))
+    unet = unet.to(memory_format=torch.channels_last)
     parameters = [*unet.parameters(), *tower.parameters()]
     average = [p.detach().clone() for p in parameters]
     optimizers = _optimizers(unet, tower)
@@ -196,17 +231,20 @@ def train_unet(work: Path, out: Path, minutes: float, seed: int = 2, save_minute
         swap()
         return round(loss, 4)
 
-    start, step, pictures, panels, curve, recent = time.time(), 0, 0, 0, [], []
-    next_report, next_save, budget = 120.0, 60 * save_minutes, 60 * minutes
+    start, first, recent, budget = time.time() - 60 * done["minutes"], step, [], 60 * minutes
+    next_report, next_save = 60 * done["minutes"] + 120.0, 60 * (done["minutes"] + save_minutes)
     while (elapsed := time.time() - start) < budget:
         share = elapsed / budget
         decay = 1.0 if share < 0.35 else 0.5 * (1 + math.cos(math.pi * (share - 0.35) / 0.65))
         for optimizer, rate in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1, (step + 1) / 150) * max(decay, 0.002)
-        batch = source.draw_mixed()
+                group["lr"] = rate * min(1, (step - first + 1) / (50 if first else 150)) * max(decay, 0.002)
+        late = share >= _LIFT_FROM
+        batch = source.draw_mixed(_LATE_MIX if late else _MIX)
         timesteps = stratified_timesteps(len(batch.captions))
-        loss, errors = _losses(unet, tower, batch, timesteps, torch.randn_like(batch.latents), alphas)
+        errors = _errors(unet, tower, batch, timesteps, torch.randn_like(batch.latents), alphas)
+        weigh = lifted_weights if late else snr_weights
+        loss = (weigh(alphas[timesteps]) * errors).mean()
         for optimizer, _ in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -215,7 +253,7 @@ def train_unet(work: Path, out: Path, minutes: float, seed: int = 2, save_minute
             optimizer.step()
         step, pictures = step + 1, pictures + len(batch.captions)
         panels += batch.latents.shape[0] * batch.latents.shape[3] // 16
-        recent = [*recent[-99:], errors.mean().item()]
+        recent = [*recent[-99:], errors.detach().mean().item()]
         with torch.no_grad():
             torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(0.999, (1 + step) / (10 + step)))
         if elapsed > next_report:
@@ -227,8 +265,11 @@ def train_unet(work: Path, out: Path, minutes: float, seed: int = 2, save_minute
             swap()
             save_parts(out, unet, tower)
             swap()
+            done = dict(minutes=elapsed / 60, step=step, pictures=pictures, panels=panels, curve=curve)
+            progress_path.write_text(json.dumps(done))
     swap()
     save_parts(out, unet, tower)
+    progress_path.unlink(missing_ok=True)
     loss = round(validation_loss(unet, tower, held["latents"], held["labels"], alphas), 4)
     wall = round((time.time() - start) / 60, 2)
     return dict(minutes=wall, steps=step, pictures=pictures, panels=panels, validation_loss=loss, curve=curve)

@@ -17,9 +17,9 @@ RUN = {"scheduler": "euler", "steps": 3, "size": (32, 48)}  # of the oracle's lo
 STEPS = 3
 
 
-def sharp_pipeline(seed: int = 1):
+def sharp_pipeline(seed: int = 1, prediction_type: str = "epsilon"):
     """A random SDXL pipeline with sharp attention, an image encoder, and the published scheduler config."""
-    from diffusers import UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPImageProcessor
 
     pipe = small_pipeline(seed)
@@ -27,6 +27,9 @@ def sharp_pipeline(seed: int = 1):
     torch.manual_seed(seed)
     pipe.unet = UNet2DConditionModel(**small_unet_config(widths=(32, 64, 128), head_width=32)).eval()
     sharpen(pipe.unet.requires_grad_(False), seed)
+    # a config that a scheduler made of its own defaults would not hand them on
+    config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    pipe.scheduler = EulerDiscreteScheduler.from_config(config | {"prediction_type": prediction_type})
     pipe.scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False)
     pipe.register_modules(
         image_encoder=small_vision_model(seed, projection_dim=EMBED_DIM),
@@ -138,7 +141,7 @@ class StageTexts:
             if prompt not in self.memo:
                 self.memo[prompt] = self.encoder(prompt)
         states, pooled = zip(*(self.memo[prompt] for prompt in prompts))
-        return torch.cat(states), torch.stack(pooled)
+        return torch.cat(states), torch.cat(pooled)
 
 
 __all__ = [

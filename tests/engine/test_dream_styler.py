@@ -220,7 +220,7 @@ def test_a_reference_without_the_learned_style_serves_branches_it_does_not_need_
 
     expected = generation.generate(
         pipe,
-        lambda t: (null, texts.plain(["a dog", PROMPTS[1]]), texts(["a dog", STYLE[1]], t), texts(["a dog", FULL[1]], t)),
+        lambda t: (null, *(texts(["a dog", prompts[1]], t) for prompts in (PROMPTS, STYLE, FULL))),
         combine, seeds=SEEDS, sharing={}, **RUN,
     )
     close([target], expected[1:])

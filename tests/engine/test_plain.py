@@ -66,8 +66,7 @@ def test_a_model_without_zeros_for_the_null_prompt_encodes_the_empty_text():
 
 @pytest.mark.parametrize("scheduler", ["euler", "unipc"])
 def test_a_model_that_predicts_velocity_equals_diffusers(scheduler):
-    pipe = sharp_pipeline()
-    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    pipe = sharp_pipeline(prediction_type="v_prediction")
     engine = sf.Engine.from_pipeline(pipe)
     actual = engine.generate(PROMPTS, size=SIZE, steps=3, seed=7, scheduler=scheduler, output="latents").latents
     close(actual, theirs(pipe, PROMPTS, scheduler, steps=3))

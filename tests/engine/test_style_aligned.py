@@ -62,10 +62,6 @@ def test_outside_of_its_window_a_style_does_nothing(pipe, draw):
                           steps=4))
 
 
-def test_an_empty_window_is_a_plain_call(draw, plain):
-    close(draw(PROMPTS, sf.StyleAligned(window=(0.5, 0.5)), seed=30), plain)
-
-
 # references of their own
 
 
@@ -205,6 +201,18 @@ def test_readers_that_differ_in_guidance_rescale_have_references_of_their_own(dr
                 for prompt, rescale in (("a cat", 0.0), ("a dog", 0.8))]
     for request, together in zip(requests, draw(requests)):
         close(draw(request), [together])
+
+
+def test_readers_of_a_picture_share_its_rows_whatever_their_guidance(engine, draw, monkeypatch):
+    style = sf.StyleAligned(reference=small_picture(4))
+    requests = [sf.Request("a cat", seed=3, style=style, guidance=guidance, size=SIZE, steps=3)
+                for guidance in (1.0, 4.0, 8.0)]
+    alone = [draw(request)[0] for request in requests]
+    rows, forward = [], engine.unet.forward
+    monkeypatch.setattr(engine.unet, "forward", lambda latents, *rest, **named: rows.append(len(latents)) or forward(
+        latents, *rest, **named))
+    close(draw(requests), alone)
+    assert rows == [1 + 2 + 2 + 2] * 3
 
 
 def test_two_styles_make_two_groups(draw):
