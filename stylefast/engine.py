@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from stylefast.record import to_record
 from stylefast.runtime.conditions import encode_conditions
 from stylefast.runtime.loop import StepCallback, denoise
 from stylefast.runtime.memory import check_batch_fits, is_out_of_memory
+from stylefast.runtime.pinning import Pin, forward_pin, inverted_pin, scheduler_config
 from stylefast.runtime.request import Request, check_size
 from stylefast.runtime.trajectory import Trajectory, plan_trajectories
 from stylefast.sampling.schedule import Schedule, make_schedule
@@ -194,6 +196,8 @@ class Engine:
         shared = {"negative_prompt": negative_prompt, "style": style, "steps": steps, "guidance": guidance,
                   "size": size, "scheduler": scheduler, "guidance_rescale": guidance_rescale}  # fmt: skip
         requests = [p if isinstance(p, Request) else Request(p, seed=seed + i, **shared) for i, p in enumerate(prompts)]
+        # written down first: a value that can't be recorded must not cost finished pictures
+        metadata = self._metadata(requests)
         try:
             latents = self._sample(requests, callback)
             images = [] if output == "latents" else self._decode(latents)
@@ -208,7 +212,7 @@ class Engine:
             images = [image.permute(1, 2, 0).cpu().numpy() for image in images]
         elif output == "pil":
             images = [_to_pil(image) for image in images]
-        return Result(images, latents, self._metadata(requests))
+        return Result(images, latents, metadata)
 
     def _sample(self, requests: Sequence[Request], callback: StepCallback | None) -> list[torch.Tensor]:
         for style in {request.aligned for request in requests} - {None}:
@@ -221,15 +225,16 @@ class Engine:
         done: dict[int, torch.Tensor] = {}
         for batch in batches:
             shape = self._latent_shape(batch[0].size)
-            clean = {t: self._encode_picture(t) for t in batch if t.picture is not None}
+            pins = {t: self._pin(t) for t in batch if t.picture is not None}
             conditions = encode_conditions(
                 batch, self.unet, self.text_encoder, self.adapters, shape[1:], self._train_timesteps
             )
-            done |= denoise(self.unet, batch, conditions, shape, clean, callback)
+            done |= denoise(self.unet, batch, conditions, shape, pins, callback)
         return [done[i] for i in range(len(requests))]
 
     def _schedule(self, request: Request) -> Schedule:
-        return make_schedule(request.scheduler, request.steps, self._components.scheduler_config)
+        config = scheduler_config(request, self._components.scheduler_config)
+        return make_schedule(request.scheduler, request.steps, config)
 
     @property
     def _train_timesteps(self) -> int:
@@ -238,6 +243,14 @@ class Engine:
     def _latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         width, height = check_size(size)
         return self.unet.config["in_channels"], height // self.downscale, width // self.downscale
+
+    def _pin(self, t: Trajectory) -> Pin:
+        """How the reference picture of `t` is held at every step."""
+        clean, style = self._encode_picture(t), t.reference_of
+        if style.noise == "forward":
+            return forward_pin(t, clean)
+        config = self._components.scheduler_config
+        return inverted_pin(t, clean, self.unet, self.text_encoder, config, style.inversion_guidance)
 
     def _encode_picture(self, t: Trajectory) -> torch.Tensor:
         """A reference picture, scaled to cover the size and cropped in the middle, as latents [channels, h, w]."""
@@ -266,7 +279,9 @@ class Engine:
 
     def _metadata(self, requests: Sequence[Request]) -> list[dict]:
         record = to_record(requests)
-        versions = {"stylefast": stylefast.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        packages = ("torch", "diffusers", "transformers")
+        versions = {"stylefast": stylefast.__version__, "python": platform.python_version()}
+        versions |= {package: version(package) for package in packages}
         common = {
             "stylefast": stylefast.__version__,
             "model": self.name,

@@ -1,6 +1,6 @@
 """The step loop: one UNet call per step for every picture that is still running."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from stylefast.errors import NumericsError
 from stylefast.kernels.guided_step import guided_step
 from stylefast.models.unet import UNet
 from stylefast.runtime.conditions import Conditions
+from stylefast.runtime.pinning import Pin
 from stylefast.runtime.table import BatchTable, TableBuilder
 from stylefast.runtime.trajectory import Trajectory
 
@@ -38,25 +39,25 @@ def denoise(
     trajectories: Sequence[Trajectory],
     conditions: Conditions,
     noise_shape: tuple[int, int, int],
-    clean: dict[Trajectory, torch.Tensor],
+    pins: Mapping[Trajectory, Pin],
     callback: StepCallback | None = None,
 ) -> dict[int, torch.Tensor]:
     """Run `trajectories` (all of one size) to their end.
 
     Args:
         noise_shape: (channels, h, w) of the latents.
-        clean: latents of the real pictures that references are pinned to, [channels, h, w] each.
+        pins: the latents of references that are real pictures, see `runtime.pinning`.
 
     Returns the final latents [channels, h, w] fp32 by output number. Raises NumericsError when latents are not finite.
     """
     device = unet.device
     generators = {t: torch.Generator("cpu").manual_seed(t.request.seed) for t in trajectories}
-    first = {t: torch.randn(noise_shape, generator=generators[t]) for t in trajectories}
-    starts = [_start(t, first[t], clean.get(t)) for t in trajectories]
-    latents = torch.stack(starts).to(device)
+    latents = torch.stack([
+        pins[t](0).to(device) if t in pins else _initial_noise(t, noise_shape, generators[t]).to(device)
+        for t in trajectories
+    ])  # fmt: skip
     state = _State(list(trajectories), latents, torch.zeros_like(latents),
-                   latents.new_zeros(len(starts), 2, *noise_shape))  # fmt: skip
-    pinned = {t: (clean[t].to(device), first[t].to(device)) for t in trajectories if t in clean}
+                   latents.new_zeros(len(trajectories), 2, *noise_shape))  # fmt: skip
     tables = TableBuilder(conditions, unet.layout, device)
     total = max(t.schedule.steps for t in trajectories)
     done: dict[int, torch.Tensor] = {}
@@ -66,8 +67,8 @@ def denoise(
         prediction = _predict(unet, conditions, state, table, step)
         _advance(state, table, prediction, step, generators)
         for p, t in enumerate(state.active):
-            if t in pinned:
-                state.latents[p] = _noised(t, step + 1, *pinned[t])
+            if t in pins:
+                state.latents[p] = pins[t](step + 1)
 
         finished = [p for p, t in enumerate(state.active) if t.schedule.steps == step + 1]
         done |= {state.active[p].output: state.latents[p] for p in finished if state.active[p].output is not None}
@@ -81,14 +82,8 @@ def denoise(
     return done
 
 
-def _start(t: Trajectory, noise: torch.Tensor, clean: torch.Tensor | None) -> torch.Tensor:
-    return noise * t.schedule.init_noise_scale if clean is None else _noised(t, 0, clean.cpu(), noise)
-
-
-def _noised(t: Trajectory, step: int, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """A real picture at the noise level of `step`, always with the same noise."""
-    signal, sigma = t.schedule.forward[step].tolist()
-    return signal * clean + sigma * noise
+def _initial_noise(t: Trajectory, shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator) * t.schedule.init_noise_scale
 
 
 def _predict(unet: UNet, conditions: Conditions, state: _State, table: BatchTable, step: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ class Trajectory:
     branches: tuple[str, ...] = ()  # the rows it has: its own branches and those its readers need
     references: list["Trajectory"] = field(default_factory=list)
     picture: object | None = None  # a real reference: its latents are the noised picture at every step
+    reference_of: StyleAligned | None = None  # the style whose reference this trajectory is
     aligned: StyleAligned | None = None  # how this trajectory reads its references
     leads: bool = False  # first of a group whose members are each other's references
 
@@ -88,7 +89,9 @@ def _target(index: int, request: Request, schedule: Schedule, native_size) -> Tr
 def _reference(target: Trajectory, style: StyleAligned, picture) -> Trajectory:
     request = replace(target.request, style=_shared_styles(target), seed=style.seed)
     weights = dict(target.weights) if picture is None else {FULL: 1.0}
-    return Trajectory(request, style.prompt or "", target.schedule, target.size, weights, picture=picture)
+    return Trajectory(
+        request, style.prompt or "", target.schedule, target.size, weights, picture=picture, reference_of=style
+    )
 
 
 def _shared_styles(target: Trajectory) -> list:

@@ -12,6 +12,7 @@ from stylefast.errors import StyleError
 from stylefast.models.layout import AttentionLayout
 
 MODES = ("concat", "swap")
+NOISES = ("forward", "ddim")
 PARTS = ("q", "k", "v")
 
 
@@ -35,7 +36,10 @@ class StyleAligned:
         share_group_norm: pool the statistics of every group norm with the reference's.
         share_layer_norm: accepted for parity; a layer norm works per token, so this changes nothing.
         full_attention_share: the paper's ablation: all pictures attend to all, without AdaIN, scale and shift.
-        noise: how a real picture is brought to a step's noise level; "forward" noises it with one fixed noise.
+        noise: how a real picture is brought to a step's noise level. "forward" noises it with one fixed noise; "ddim"
+            inverts it under `prompt`, as the authors' notebook does, for scheduler "ddim" only and at the cost of one
+            more picture.
+        inversion_guidance: guidance of that inversion.
         seed: of the reference's noise (unless the reference is the first prompt, which has the request's seed).
         share_styles: whether the request's other styles apply to the reference as well.
         window: (start, end) in fractions of the steps outside of which rows are plain.
@@ -56,6 +60,7 @@ class StyleAligned:
     share_layer_norm: bool = False
     full_attention_share: bool = False
     noise: str = "forward"
+    inversion_guidance: float = 2.0
     seed: int = 0
     share_styles: bool = True
     window: tuple[float, float] = (0.0, 1.0)
@@ -63,8 +68,10 @@ class StyleAligned:
     def __post_init__(self):
         if self.mode not in MODES:
             raise StyleError(f"StyleAligned mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
-        if self.noise != "forward":
-            raise StyleError(f"StyleAligned noise is {self.noise!r}; it must be 'forward'")
+        if self.noise not in NOISES:
+            raise StyleError(f"StyleAligned noise is {self.noise!r}; it must be one of {', '.join(NOISES)}")
+        if not _is_number(self.inversion_guidance) or not 0 <= self.inversion_guidance <= 100:
+            raise StyleError(f"inversion_guidance is {self.inversion_guidance!r}; it must be a number from 0 to 100")
         if not _is_number(self.only_self_level) or not 0.0 <= self.only_self_level <= 1.0:
             raise StyleError(f"only_self_level is {self.only_self_level!r}; it is a fraction of layers, 0 to 1")
         if not _is_number(self.scale) or not math.isfinite(self.scale):

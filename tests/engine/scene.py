@@ -1,5 +1,6 @@
 """The small model, adapters and styles that the engine's tests share, and a literal loop for what changes by step."""
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -98,8 +99,6 @@ def by_step(pipe, prompts, seeds, within, guidance: float = 5.0, **options) -> t
 
 def clean_latents(pipe, picture: Image.Image) -> torch.Tensor:
     """Latents [1, 4, h, w] of a picture of the right size: the posterior's mean, scaled."""
-    import numpy as np
-
     pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         return pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor

@@ -5,9 +5,12 @@ from math import inf, log
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import ImageOps
 
 import stylefast as sf
+from stylefast.errors import StyleError
+from stylefast.runtime import pinning
 from stylefast.styles.style_aligned import plain_layers
 from tests.engine.scene import SIZE, apart, by_step, clean_latents, close, encode, guided, picture_noise, small_picture
 from tests.oracle import generation
@@ -242,3 +245,67 @@ def test_full_sharing_with_a_window_equals_the_oracle(pipe, draw):
     expected = by_step(pipe, PROMPTS[:2], SEEDS[:2],
                        lambda step: shared(pipe.unet, sharing) if step < 2 else nullcontext())
     close(actual, expected)
+
+
+def literal_inversion(pipe, clean, caption: str, steps: int, guidance: float) -> list[torch.Tensor]:
+    """DDIM inversion by the equations, on diffusers' UNet: latents from the noisiest to the picture."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alphas = torch.cumprod(1 - beta, 0)
+    null, full = encode(pipe, [caption])
+    time_ids = torch.tensor([[32.0, 48.0, 0, 0, 32.0, 48.0]])
+    latents, found, level = clean, [clean], alphas[0]
+    for timestep in range(0, steps * (1000 // steps), 1000 // steps):
+        predictions = []
+        for states, pooled in (null, full):
+            conditions = {"text_embeds": pooled, "time_ids": time_ids}
+            with torch.no_grad():
+                predictions.append(pipe.unet(latents[None], timestep, states, added_cond_kwargs=conditions).sample[0])
+        noise = predictions[0] + guidance * (predictions[1] - predictions[0])
+        signal = (latents - (1 - level).sqrt() * noise) / level.sqrt()
+        level = alphas[timestep]
+        latents = level.sqrt() * signal + (1 - level).sqrt() * noise
+        found.append(latents)
+    return found[::-1]
+
+
+def test_the_inversion_of_a_picture_follows_the_equations(pipe, draw, monkeypatch):
+    picture, found = small_picture(4, SIZE), []
+    invert = pinning.ddim_invert
+    monkeypatch.setattr(pinning, "ddim_invert", lambda *rest: found.append(invert(*rest)) or found[-1])
+    style = sf.StyleAligned(reference=picture, prompt="a fish", noise="ddim", inversion_guidance=1.5)
+    draw(PROMPTS, style, seed=30, scheduler="ddim", steps=4)
+
+    clean = clean_latents(pipe, picture)[0]
+    starts = clean, clean * 1.000001
+    literal, moved = (torch.stack(literal_inversion(pipe, start, "a fish", 4, 1.5)) for start in starts)
+    # a random UNet magnifies rounding on the way up: ours is held to what one part in a million does to the literal walk
+    allowed = 5 * (moved - literal).abs().amax((1, 2, 3)) + 1e-6
+    assert ((found[0] - literal).abs().amax((1, 2, 3)) <= allowed).all()
+    # the first step of an inversion is the identity
+    apart(literal[:-2], [clean] * 3)
+
+
+def test_an_inverted_picture_is_pinned_as_in_the_authors_notebook(pipe, draw, monkeypatch):
+    picture, steps = small_picture(4, SIZE), 12
+    trajectory = literal_inversion(pipe, clean_latents(pipe, picture)[0], "a fish", steps, 2.0)
+    monkeypatch.setattr(pinning, "ddim_invert", lambda *_: torch.stack(trajectory))
+    style = sf.StyleAligned(reference=picture, prompt="a fish", noise="ddim")
+    actual = draw(PROMPTS, style, seed=30, scheduler="ddim", steps=steps, guidance=2.0)
+
+    # a tenth of the steps in, and one more after the first step
+    pinned = [trajectory[1]] + [trajectory[max(2, step)] for step in range(1, steps)]
+    config = {**pipe.scheduler.config, "steps_offset": 0, "set_alpha_to_one": False, "clip_sample": False}
+    monkeypatch.setattr(generation, "make_scheduler", lambda *_: DDIMScheduler.from_config(config))
+    null, full = encode(pipe, ["a fish", *PROMPTS])
+    expected = generation.generate(pipe, lambda timestep: (null, full), generation.classifier_free(2.0),
+                                   scheduler="ddim", steps=steps, seeds=SEEDS, size=(32, 48), pinned=pinned,
+                                   sharing={})  # fmt: skip
+    close(actual, expected)
+    forward = sf.StyleAligned(reference=picture, prompt="a fish")
+    apart(actual, draw(PROMPTS, forward, seed=30, scheduler="ddim", steps=steps, guidance=2.0))
+
+
+def test_ddim_inversion_asks_for_ddims_steps(draw):
+    style = sf.StyleAligned(reference=small_picture(4), noise="ddim")
+    with pytest.raises(StyleError, match="scheduler='ddim'"):
+        draw(PROMPTS, style, scheduler="euler")

@@ -26,9 +26,11 @@ def bake(unet: UNet, inputs) -> StylePages:
             for part in ("to_q", "to_k", "to_v"):
                 key = (module.layer, part)
                 split = heads[name.removesuffix(".attn1")]
-                handles.append(getattr(module, part).register_forward_hook(
-                    lambda _, __, out, key=key, split=split: projected.update({key: out.unflatten(-1, (split, -1))})
-                ))  # fmt: skip
+
+                def keep(_, __, out, key=key, split=split):
+                    projected[key] = out.unflatten(-1, (split, -1))
+
+                handles.append(getattr(module, part).register_forward_hook(keep))
         elif isinstance(module, GroupNorm):
             handles.append(module.register_forward_pre_hook(
                 lambda module, args: norms.update({module.index: args[0].flatten(2).unflatten(1, (module.groups, -1))})
@@ -70,7 +72,8 @@ def test_a_page_of_the_bank_equals_the_live_reference(models, mode, shared_norms
     table = type(table)(*(column[TARGETS] for column in table))
     # page 0 of the pool stands behind the two rows of the batch
     table = table._replace(self_page=torch.full((2, 1), 2), adain_page=torch.full((2,), 2),
-                           norm_page=torch.full((2,), 2 if shared_norms else -1), text_page=torch.arange(2))  # fmt: skip
+                           norm_page=torch.full((2,), 2 if shared_norms else -1),
+                           text_page=torch.arange(2))  # fmt: skip
     banked = run_with_pages(unet, targets, table, pages)
     assert not torch.allclose(live[TARGETS], run(unet, targets, plain_rows(unet.layout, 2)), atol=1e-2)
     torch.testing.assert_close(banked, live[TARGETS], rtol=1e-5, atol=1e-5 * live.abs().max().item())

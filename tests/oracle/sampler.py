@@ -40,7 +40,7 @@ def sample(predict: Callable, scheduler, steps: int, shape, seeds: Sequence[int]
     `predict(latents, timestep, step)` gives the guided prediction for latents as the UNet wants them. `pinned`, if
     given, is (clean latents [1, *shape], noise [1, *shape]) of a reference picture that stands before the images: at
     every step it is put in at that step's noise level, its own prediction is thrown away, and it is left out of the
-    result.
+    result. A list in its place holds the reference's latents [*shape] of every step.
     """
     noise = generators(seeds)
     scheduler.set_timesteps(steps)
@@ -49,7 +49,9 @@ def sample(predict: Callable, scheduler, steps: int, shape, seeds: Sequence[int]
     for step, timestep in enumerate(scheduler.timesteps):
         batch = latents
         if pinned is not None:
-            batch = torch.cat([scheduler.add_noise(*pinned, timestep[None]), latents])
+            given = isinstance(pinned, list)
+            reference = pinned[step][None] if given else scheduler.add_noise(*pinned, timestep[None])
+            batch = torch.cat([reference, latents])
         prediction = predict(scheduler.scale_model_input(batch, timestep), timestep, step)
         latents = scheduler.step(prediction[len(batch) - len(latents):], timestep, latents, **options).prev_sample
     return latents
