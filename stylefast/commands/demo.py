@@ -25,7 +25,7 @@ SHOWN_WIDTH = 192  # 3 screen pixels per pixel of the embedded model
 
 STYLES = ("neon", "woodcut", "watercolor", "mosaic")
 CONTENTS = ("house", "cat", "boat", "mushroom")
-ALIGNED = ("--shift", "1")
+ALIGNED = ("--shift", "1", "--share-group-norm")
 STRENGTHS = ("0.25", "0.5", "0.75", "1")
 
 

@@ -75,12 +75,14 @@ def invert_style(
     alphas: Tensor,
     name: str,
     settings: InversionSettings | None = None,
+    loss_weights: Tensor | None = None,
 ) -> tuple[StageEmbedding, list[float]]:
     """Learn the style that pictures share.
 
     `latents` `[pictures, c, h, w]`, scaled as the UNet takes them; `captions` one a picture, each with the placeholder
-    `<name>` and all that is not style spelled out; `alphas` the cumulative signal power of each training timestep.
-    All parameters of the networks stay as they are. Returns the vectors and the loss of every step. Raises `StyleError`
+    `<name>` and all that is not style spelled out; `alphas` the cumulative signal power of each training timestep;
+    `loss_weights` a factor for each of them, 1 by default as in the paper.
+    The networks stay as they are. Returns the vectors and the plain error of every step. Raises `StyleError`
     for captions that do not fit.
     """
     settings = settings or InversionSettings()
@@ -102,12 +104,18 @@ def invert_style(
         rates.append(dict(params=[rows[-1]], base=settings.learning_rate * length / len(vector) ** 0.5))
     optimizer = torch.optim.Adam(rates, lr=0.0, betas=(0.9, 0.99))
     train_steps, losses = len(alphas), []
+    loss_weights = torch.ones(train_steps) if loss_weights is None else loss_weights
     progress = tqdm(range(settings.steps), desc=f"learning <{name}>", mininterval=5)
     for step in progress:
         decay = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * decay * min(1, (step + 1) / 20)
-        loss = _step_loss(predict_noise, encoder, latents, captions, alphas, name, settings, rows, generator)
+        noisy, timesteps, noise, prompts = _draw(latents, captions, alphas, name, settings, rows, generator)
+        states = encoder.encode(prompts)
+        hidden = torch.stack([state.hidden for state in states])  # [rows, tokens, width]
+        pooled = torch.stack([state.pooled for state in states])  # [rows, width]
+        errors = (predict_noise(noisy, timesteps, hidden, pooled).float() - noise).square().mean((1, 2, 3))
+        loss = (loss_weights[timesteps] * errors).mean()
         optimizer.zero_grad()
         loss.backward()
         for row in rows:
@@ -115,7 +123,7 @@ def invert_style(
             if step < settings.shared * settings.steps:
                 row.grad[:] = row.grad.mean(0, keepdim=True)
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(errors.detach().mean().item())
     clip_l, clip_g = (row.detach() for row in rows)
     metadata = {
         "initializer": settings.initializer,
@@ -128,7 +136,8 @@ def invert_style(
     return StageEmbedding(name, clip_l, clip_g, "eos", metadata), losses
 
 
-def _step_loss(predict_noise, encoder, latents, captions, alphas, name, settings, rows, generator) -> Tensor:
+def _draw(latents, captions, alphas, name, settings, rows, generator) -> tuple[Tensor, Tensor, Tensor, list[Prompt]]:
+    """Noisy latents, timesteps, noise and prompts of one step, stage by stage."""
     count = settings.stages * settings.per_stage
     timesteps = stage_timesteps(settings.stages, settings.per_stage, len(alphas), generator)
     chosen = torch.randint(0, len(latents), (count,), generator=generator)
@@ -137,10 +146,6 @@ def _step_loss(predict_noise, encoder, latents, captions, alphas, name, settings
         Prompt(captions[index], {name: stage_rows[place // settings.per_stage]})
         for place, index in enumerate(chosen.tolist())
     ]
-    states = encoder.encode(prompts)
-    hidden = torch.stack([state.hidden for state in states])  # [rows, tokens, width]
-    pooled = torch.stack([state.pooled for state in states])  # [rows, width]
     noise = torch.randn(count, *latents.shape[1:], generator=generator)
     signal = alphas[timesteps][:, None, None, None]
-    noisy = signal.sqrt() * latents[chosen] + (1 - signal).sqrt() * noise
-    return (predict_noise(noisy, timesteps, hidden, pooled).float() - noise).square().mean()
+    return signal.sqrt() * latents[chosen] + (1 - signal).sqrt() * noise, timesteps, noise, prompts

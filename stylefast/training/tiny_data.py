@@ -40,12 +40,17 @@ def _labels(rng: np.random.Generator, combinations: list[tuple[int, int]], count
 def make_pools(work: Path, seed: int, train: int, validation: int) -> None:
     """Write `train.npz` (no held-out combination), `validation.npz` (all of them) and `unseen.npz` (the 13th style)."""
     work.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
+    rng, other_rng = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     seen = [pair for pair in COMBINATIONS if pair not in HELD_OUT_INDICES]
     unseen = [(content, len(STYLES)) for content in range(len(CONTENTS))]
-    kinds = (("train", seen, train), ("validation", list(COMBINATIONS), validation), ("unseen", unseen, validation))
-    for name, combinations, count in kinds:
-        pool = _draw(rng, _labels(rng, combinations, count), name)
+    kinds = (
+        ("train", seen, train, rng),
+        ("validation", list(COMBINATIONS), validation, rng),
+        # a sequence of its own, so that a change of the 13th style leaves the other pictures as they are
+        ("unseen", unseen, validation, other_rng),
+    )
+    for name, combinations, count, source in kinds:
+        pool = _draw(source, _labels(source, combinations, count), name)
         np.savez(work / f"{name}.npz", pictures=pool.pictures, labels=pool.labels)
 
 

@@ -10,7 +10,7 @@ from stylefast.styles.embeddings import StageEmbedding, save_embedding
 from stylefast.training.inversion import InversionSettings, invert_style
 from stylefast.training.pictures import CONTENTS, PALETTES, UNSEEN_STYLE
 from stylefast.training.tiny_text import build_tokenizer, load_text_tower
-from stylefast.training.tiny_unet import cumulative_alphas, predict_noise
+from stylefast.training.tiny_unet import cumulative_alphas, lifted_weights, predict_noise
 
 PICTURES = 6
 TEMPLATE = "a painting of a {content} in the style of <{name}>"
@@ -36,7 +36,9 @@ def train_style(work: Path, out: Path, settings: InversionSettings) -> dict:
             return predict_noise(unet, noisy.contiguous(memory_format=torch.channels_last), timesteps, hidden, pooled)
 
     start = time.time()
-    style, losses = invert_style(predict, encoder, latents, captions, cumulative_alphas(), UNSEEN_STYLE, settings)
+    alphas = cumulative_alphas()
+    weights = lifted_weights(alphas)
+    style, losses = invert_style(predict, encoder, latents, captions, alphas, UNSEEN_STYLE, settings, weights)
     wall = round((time.time() - start) / 60, 2)
     metadata = dict(style.metadata) | {
         "licence": "Apache-2.0",

@@ -278,7 +278,7 @@ def test_the_inversion_of_a_picture_follows_the_equations(pipe, draw, monkeypatc
     clean = clean_latents(pipe, picture)[0]
     starts = clean, clean * 1.000001
     literal, moved = (torch.stack(literal_inversion(pipe, start, "a fish", 4, 1.5)) for start in starts)
-    # a random UNet magnifies rounding on the way up: ours is held to what one part in a million does to the literal walk
+    # a random UNet magnifies rounding on the way up: ours is held to what a millionth more does to the literal walk
     allowed = 5 * (moved - literal).abs().amax((1, 2, 3)) + 1e-6
     assert ((found[0] - literal).abs().amax((1, 2, 3)) <= allowed).all()
     # the first step of an inversion is the identity
