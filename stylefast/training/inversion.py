@@ -27,7 +27,8 @@ class InversionSettings:
 
     `stages` T; `vectors` n, words per stage; `steps` optimiser steps, of which the first `shared` part moves all stages
     together; `per_stage` timesteps drawn in each stage and step; `learning_rate` in units of the mean length of the
-    vocabulary's vectors; `initializer` a word that is one token of both tokenizers.
+    vocabulary's vectors; `initializer` one or several words, each one token of both tokenizers, at which the vectors
+    start in turn.
     """
 
     stages: int = 6
@@ -49,14 +50,18 @@ class InversionSettings:
             raise InvalidRequest(f"learning_rate is {self.learning_rate}; it must be positive, 0.05 is usual")
 
 
-def initial_vector(encoder: TextEncoder, word: str) -> tuple[Tensor, Tensor]:
-    """The word's vectors for both encoders, `[width 1]` and `[width 2]`. Raises `StyleError` unless it is one token."""
+def initial_vectors(encoder: TextEncoder, words: str) -> tuple[Tensor, Tensor]:
+    """Vectors of the words for both encoders, `[words, width 1]` and `[words, width 2]`.
+
+    Raises `StyleError` for a word that is not one token.
+    """
     vectors = []
     for tokenizer, model in zip(encoder.tokenizers, encoder.encoders, strict=True):
-        ids = tokenizer(word, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise StyleError(f"the initializer {word!r} is {len(ids)} tokens; choose a word that is a single token")
-        vectors.append(model.get_input_embeddings().weight[ids[0]].detach().float().clone())
+        ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words.split()]
+        if not ids or any(len(tokens) != 1 for tokens in ids):
+            found = ", ".join(str(len(tokens)) for tokens in ids)
+            raise StyleError(f"the initializer {words!r} is {found or 0} tokens; choose a word that is a single token")
+        vectors.append(model.get_input_embeddings().weight[[tokens[0] for tokens in ids]].detach().float().clone())
     return tuple(vectors)
 
 
@@ -93,15 +98,14 @@ def invert_style(
             raise StyleError(f"the caption {caption!r} does not hold the placeholder <{name}>; add it")
     generator = torch.Generator().manual_seed(settings.seed)
     rows, rates = [], []
-    for vector, model in zip(initial_vector(encoder, settings.initializer), encoder.encoders, strict=True):
-        length = model.get_input_embeddings().weight.detach().float().norm(dim=1).mean().item()
-        start = vector.expand(settings.stages, settings.vectors, -1).clone()
+    for words, model in zip(initial_vectors(encoder, settings.initializer), encoder.encoders, strict=True):
+        length, width = model.get_input_embeddings().weight.detach().float().norm(dim=1).mean().item(), words.shape[1]
+        start = words[torch.arange(settings.vectors) % len(words)].expand(settings.stages, -1, -1).clone()
         # equal vectors get equal gradients, so several of a stage start a little apart
-        if settings.vectors > 1:
-            offset = torch.randn(settings.vectors, len(vector), generator=generator) / len(vector) ** 0.5
-            start = start + 0.1 * length * offset
+        if settings.vectors > len(words):
+            start = start + 0.1 * length * torch.randn(settings.vectors, width, generator=generator) / width**0.5
         rows.append(start.requires_grad_())
-        rates.append(dict(params=[rows[-1]], base=settings.learning_rate * length / len(vector) ** 0.5))
+        rates.append(dict(params=[rows[-1]], base=settings.learning_rate * length / width**0.5))
     optimizer = torch.optim.Adam(rates, lr=0.0, betas=(0.9, 0.99))
     train_steps, losses = len(alphas), []
     loss_weights = torch.ones(train_steps) if loss_weights is None else loss_weights

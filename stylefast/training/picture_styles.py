@@ -239,7 +239,7 @@ def _blueprint(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 def _chalk(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     rows, columns = scene.grid
-    board = np.array((0.12, 0.14, 0.15), np.float32) + 0.02 * _noise(rng, scene.size, 6)[..., None]
+    board = np.array((0.05, 0.05, 0.07), np.float32) + 0.012 * _noise(rng, scene.size, 6)[..., None]
     grain = np.clip(1.05 + 0.3 * _noise(rng, scene.size, 22), 0.4, 1)
     smear = ((np.sin((rows + columns) * (2 * np.pi / 8.5)) > 0.1) * scene.figure * 0.4).astype(np.float32)
     soft = [colour * 0.45 + 0.52 for colour in (scene.main, scene.second)]

@@ -1,8 +1,8 @@
-"""Stage 5: the IP-Adapter (global kind) of the tiny model, trained with everything else frozen.
+"""Stage 6: the IP-Adapter (global kind) of the tiny model, trained with everything else frozen.
 
 The task is the published one: reconstruct a picture from its own embedding and a caption. Captions name the content
-only, so the picture has to bring the style. In half of the steps just the style block sees the picture; at 10 million
-parameters nothing else makes that block carry style alone, as it does in SDXL.
+only, so the picture has to bring the style. In half of the steps just the style block sees the picture, so that it can
+carry style alone (stage 4 has taught the UNet to listen there); in the other half all layers do.
 """
 
 import math
@@ -16,11 +16,11 @@ from torch import nn
 from stylefast.training.pictures import CONTENTS
 from stylefast.training.tiny_clip import embed_pictures, load_image_encoder
 from stylefast.training.tiny_data import load_pool
+from stylefast.training.tiny_route import STYLE_BLOCK
 from stylefast.training.tiny_text import HIDDEN, load_text_tower
-from stylefast.training.tiny_unet import cumulative_alphas, predict_noise, snr_weights, stratified_timesteps
+from stylefast.training.tiny_unet import cumulative_alphas, lifted_weights, predict_noise, stratified_timesteps
 
 IMAGE_TOKENS = 4
-STYLE_BLOCK = "up_blocks.0.attentions.1"
 _CROSS_DIM = 2 * HIDDEN
 
 
@@ -75,7 +75,7 @@ class TinyAdapter(nn.Module):
                 branch = ImageBranch(attention.to_q.in_features)
                 # start as the text's own projections, which read vectors of the same width and meaning
                 branch.to_k.weight.data.copy_(attention.to_k.weight)
-                branch.to_v.weight.data.copy_(attention.to_v.weight * 0.2)
+                branch.to_v.weight.data.copy_(attention.to_v.weight * 0.5)
                 processors[name] = branch
                 key = name.replace(".", "/")
                 self.branches[key], self.numbers[key] = branch, place
@@ -127,7 +127,7 @@ def train_adapter(work: Path, out: Path, minutes: float, seed: int = 5) -> dict:
     start, step, pictures, recent, budget = time.time(), 0, 0, [], 60 * minutes
     while (elapsed := time.time() - start) < budget:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * elapsed / budget)) + 1e-6
+            group["lr"] = 4e-3 * min(1, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * elapsed / budget)) + 1e-6
         chosen = torch.randint(0, len(latents), (64,), generator=generator)
         timesteps, noise = stratified_timesteps(64), torch.randn(64, *latents.shape[1:])
         signal = alphas[timesteps][:, None, None, None]
@@ -140,7 +140,7 @@ def train_adapter(work: Path, out: Path, minutes: float, seed: int = 5) -> dict:
             # a dropped picture is a zero embedding, as at inference without a picture
             adapter.condition(embeddings[chosen] * kept, STYLE_BLOCK if step % 2 else "")
             predicted = predict_noise(unet, noisy, timesteps, states, pooled).float()
-        loss = (snr_weights(alphas[timesteps]) * (predicted - noise).square().mean((1, 2, 3))).mean()
+        loss = (lifted_weights(alphas[timesteps]) * (predicted - noise).square().mean((1, 2, 3))).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

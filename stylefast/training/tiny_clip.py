@@ -1,4 +1,4 @@
-"""Stage 4: the image encoder, a small CLIP vision tower in the space of text encoder 2.
+"""Stage 5: the image encoder, a small CLIP vision tower in the space of text encoder 2.
 
 A picture's embedding is taught to be the sum of what the text encoder says of its content, its style and its palette
 (each as its difference from the mean of its kind), so that taking `s * text("a fish")` away takes the fish away.
@@ -52,6 +52,17 @@ class TextAnchors:
         content, style, palette = ((rows - rows.mean(0))[labels[:, i]] for i, rows in enumerate(self._kinds()))
         middle = torch.stack([rows.mean(0) for rows in self._kinds()]).mean(0)
         return middle + CONTENT_SHARE * content + style + PALETTE_SHARE * palette
+
+    def word_loss(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of finding each picture's words: how far it lies along a word's direction, in units of what it
+        should be. Contents differ by less than styles do, so the squared error alone would let them go."""
+        middle = torch.stack([rows.mean(0) for rows in self._kinds()]).mean(0)
+        loss = embeddings.new_zeros(())
+        for i, (rows, share) in enumerate(zip(self._kinds(), (CONTENT_SHARE, 1.0, PALETTE_SHARE), strict=True)):
+            directions = rows - rows.mean(0)
+            along = (embeddings - middle) @ (directions / directions.square().sum(1, keepdim=True)).T / share
+            loss = loss + F.cross_entropy(6 * along, labels[:, i])
+        return loss
 
     def _kinds(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.content, self.style, self.palette
@@ -122,11 +133,7 @@ def train_clip(work: Path, out: Path, minutes: float, seed: int = 4) -> dict:
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = encoder(_augment(pixel_values(pool.pictures[chosen]))).image_embeds
         embeddings, wanted = embeddings.float(), targets[chosen]
-        # pictures of one batch also compete for their words, which sharpens what the squared error leaves blurred
-        similar = F.normalize(embeddings - targets.mean(0), dim=1) @ F.normalize(wanted - targets.mean(0), dim=1).T
-        same = (labels[chosen][:, None] == labels[chosen][None]).all(-1).float()
-        contrast = F.cross_entropy(15 * similar, same / same.sum(1, keepdim=True))
-        loss = (embeddings - wanted).square().mean() / spread + 0.2 * contrast
+        loss = (embeddings - wanted).square().mean() / spread + 0.3 * anchors.word_loss(embeddings, labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)

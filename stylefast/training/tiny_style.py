@@ -1,4 +1,4 @@
-"""Stage 6: the learned multi-stage style, six pictures of a style that the tiny model has never seen or read of."""
+"""Stage 7: the learned multi-stage style, six pictures of a style that the tiny model has never seen or read of."""
 
 import time
 from pathlib import Path

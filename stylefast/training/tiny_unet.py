@@ -55,7 +55,7 @@ _LIFT_FROM = 0.55
 _MIX = ((1, 64, 0.55), (2, 32, 0.33), (3, 20, 0.12))
 # from the same share of the budget on: among many noisy panels the others say more of the style than the own one does,
 # so attention is worth listening to even at high noise
-_LATE_MIX = ((1, 64, 0.45), (2, 32, 0.15), (3, 20, 0.15), (5, 12, 0.25))
+LATE_MIX = ((1, 64, 0.45), (2, 32, 0.15), (3, 20, 0.15), (5, 12, 0.25))
 # share of the wide pictures that are described by the size of one panel, so that what attention learns between panels
 # is not tied to wide pictures
 _PANEL_SIZED = 0.5
@@ -146,7 +146,8 @@ class BatchSource:
         return CONTENTS[content], STYLES[style], PALETTES[palette]
 
 
-def _errors(unet, tower, batch: Batch, timesteps, noise, alphas) -> torch.Tensor:
+def noise_errors(unet, tower, batch: Batch, timesteps, noise, alphas) -> torch.Tensor:
+    """Squared error of the predicted noise for each picture of a batch, `[rows]`."""
     signal = alphas[timesteps][:, None, None, None]
     noisy = signal.sqrt() * batch.latents + (1 - signal).sqrt() * noise
     with torch.autocast("cpu", torch.bfloat16):
@@ -168,17 +169,17 @@ def validation_loss(unet, tower, latents, labels, alphas, rows: int = 256) -> fl
     for start in range(0, rows, 64):
         part = slice(start, start + 64)
         piece = Batch(batch.latents[part], batch.captions[part])
-        parts.append(_errors(unet, tower, piece, timesteps[part], noise[part], alphas))
+        parts.append(noise_errors(unet, tower, piece, timesteps[part], noise[part], alphas))
     return torch.cat(parts).mean().item()
 
 
-def _optimizers(unet: nn.Module, tower: nn.Module) -> list[tuple[torch.optim.Optimizer, float]]:
+def unet_optimizers(unet: nn.Module, tower: nn.Module | None = None) -> list[torch.optim.Optimizer]:
+    """Muon for the UNet's matrices and convolutions, AdamW for its other parameters and the text encoders."""
     edges = ("conv_in", "conv_out", "embedding")
     matrices = [p for n, p in unet.named_parameters() if p.ndim >= 2 and not any(edge in n for edge in edges)]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in (*unet.parameters(), *tower.parameters()) if id(p) not in chosen]
-    adam = torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    return [(Muon(matrices, 0.02), 0.02), (adam, 1e-3)]
+    rest = [p for p in (*unet.parameters(), *(tower.parameters() if tower else ())) if id(p) not in chosen]
+    return [Muon(matrices, 0.02), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
 
 
 def save_parts(out: Path, unet: nn.Module, tower: TextTower) -> None:
@@ -216,7 +217,8 @@ def train_unet(work: Path, out: Path, minutes: float, seed: int = 2, save_minute
     unet = unet.to(memory_format=torch.channels_last)
     parameters = [*unet.parameters(), *tower.parameters()]
     average = [p.detach().clone() for p in parameters]
-    optimizers = _optimizers(unet, tower)
+    optimizers = unet_optimizers(unet, tower)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
 
     @torch.no_grad()
     def swap() -> None:
@@ -236,20 +238,20 @@ def train_unet(work: Path, out: Path, minutes: float, seed: int = 2, save_minute
     while (elapsed := time.time() - start) < budget:
         share = elapsed / budget
         decay = 1.0 if share < 0.35 else 0.5 * (1 + math.cos(math.pi * (share - 0.35) / 0.65))
-        for optimizer, rate in optimizers:
+        for optimizer, rate in zip(optimizers, rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1, (step - first + 1) / (50 if first else 150)) * max(decay, 0.002)
         late = share >= _LIFT_FROM
-        batch = source.draw_mixed(_LATE_MIX if late else _MIX)
+        batch = source.draw_mixed(LATE_MIX if late else _MIX)
         timesteps = stratified_timesteps(len(batch.captions))
-        errors = _errors(unet, tower, batch, timesteps, torch.randn_like(batch.latents), alphas)
+        errors = noise_errors(unet, tower, batch, timesteps, torch.randn_like(batch.latents), alphas)
         weigh = lifted_weights if late else snr_weights
         loss = (weigh(alphas[timesteps]) * errors).mean()
-        for optimizer, _ in optimizers:
+        for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer, _ in optimizers:
+        for optimizer in optimizers:
             optimizer.step()
         step, pictures = step + 1, pictures + len(batch.captions)
         panels += batch.latents.shape[0] * batch.latents.shape[3] // 16

@@ -109,7 +109,7 @@ def test_instant_style_without_an_adapter_is_refused(draw, bare_engine):
 
 STYLES = {
     "mode": ({"mode": "blend"}, "'blend'.*concat, swap"),
-    "noise": ({"noise": "inverted"}, "'inverted'.*'forward'"),
+    "noise": ({"noise": "inverted"}, "'inverted'.*forward, ddim"),
     "level": ({"only_self_level": 1.5}, "1.5.*0 to 1"),
     "level_in_words": ({"only_self_level": "half"}, "'half'"),
     "scale": ({"scale": float("inf")}, "inf.*finite"),

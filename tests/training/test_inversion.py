@@ -3,7 +3,7 @@ import torch
 
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.text import Prompt, TextEncoder
-from stylefast.training.inversion import InversionSettings, initial_vector, invert_style, stage_timesteps
+from stylefast.training.inversion import InversionSettings, initial_vectors, invert_style, stage_timesteps
 from tests.small_text import small_encoder, small_tokenizer
 
 WIDTH = 32
@@ -70,11 +70,17 @@ def test_every_stage_gets_as_many_timesteps_of_its_own(stages):
     assert torch.equal(found, torch.arange(stages).repeat_interleave(50))
 
 
-def test_all_stages_start_as_the_initializer(encoder):
-    vectors = initial_vector(encoder, "painting")
+def test_several_words_start_one_vector_each(encoder):
+    style, _ = learn(encoder, vectors=2, initializer="red cat", learning_rate=1e-9)
+    red, cat = (initial_vectors(encoder, word)[0][0] for word in ("red", "cat"))
+    assert torch.allclose(style.clip_l, torch.stack([red, cat]).expand(3, -1, -1), atol=1e-5)
+
+
+def test_the_initializer_stands_for_its_word(encoder):
+    vectors = initial_vectors(encoder, "painting")
     with torch.no_grad():
         plain = encoder.encode(["a painting of a cat"])[0].hidden
-        placed = encoder.encode([Prompt("a <chalk> of a cat", {"chalk": tuple(v[None] for v in vectors)})])[0].hidden
+        placed = encoder.encode([Prompt("a <chalk> of a cat", {"chalk": vectors})])[0].hidden
     assert torch.allclose(plain, placed, atol=1e-5)
 
 

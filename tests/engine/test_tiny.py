@@ -1,0 +1,79 @@
+"""The embedded model, through the same code as any checkpoint: what it draws is what was asked for."""
+
+import pytest
+import torch
+
+import stylefast as sf
+from stylefast.evaluation.classifier import classify, load_classifier
+from stylefast.models.checkpoint import TINY
+from stylefast.training.pictures import CONTENTS, STYLES
+from tests.engine.scene import close
+
+RUN = {"steps": 12, "guidance": 4.0}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return sf.Engine.from_pretrained("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return load_classifier()
+
+
+def names(classifier, images) -> list[tuple[str, str]]:
+    verdict = classify(classifier, images)
+    contents, styles = verdict.content.argmax(1).tolist(), verdict.style.argmax(1).tolist()
+    return [(classifier.contents[c], classifier.styles[s]) for c, s in zip(contents, styles, strict=True)]
+
+
+def test_stock_diffusers_draws_the_same_latents(engine):
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(str(TINY), torch_dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a fish in neon style", "a cat"]
+    expected = pipe(prompts, num_inference_steps=3, guidance_scale=5.0, height=64, width=64, output_type="latent",
+                    generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)]).images  # fmt: skip
+    close(engine.generate(prompts, steps=3, seed=5, output="latents").latents, expected)
+
+
+def test_prompts_give_the_content_and_the_style_they_name(engine, classifier):
+    asked = list(zip(CONTENTS, STYLES, strict=True))
+    requests = [sf.Request(f"a {content} in {style} style", seed=i, **RUN) for i, (content, style) in enumerate(asked)]
+    found = names(classifier, engine.generate(requests).images)
+    assert sum(f[0] == a[0] for f, a in zip(found, asked, strict=True)) >= 10
+    assert sum(f[1] == a[1] for f, a in zip(found, asked, strict=True)) >= 10
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["the first prompt", "a prompt of its own"])
+def test_style_aligned_carries_the_references_style_to_prompts_that_do_not_name_it(engine, classifier, hidden):
+    targets = ["a house", "a cat", "a boat", "a mushroom"]
+
+    def share(aligned: bool) -> float:
+        requests, wanted = [], []
+        for i, style in enumerate(STYLES):
+            name = f"a fish in {style} style"
+            sharing = sf.StyleAligned(prompt=name if hidden else None, shift=1.0, share_group_norm=True)
+            for j, prompt in enumerate(targets if hidden else [name, *targets]):
+                requests.append(sf.Request(prompt, style=sharing if aligned else None, seed=10 * i + j, **RUN))
+                wanted.append(style if prompt in targets else None)
+        found = names(classifier, engine.generate(requests).images)
+        hits = [f[1] == style for f, style in zip(found, wanted, strict=True) if style]
+        return sum(hits) / len(hits)
+
+    assert share(aligned=True) >= 2 * share(aligned=False) + 0.1
+
+
+def test_the_picture_in_the_style_block_gives_its_style_and_the_prompt_the_content(engine, classifier):
+    pictures = engine.references()
+    asked = [(content, style) for style in pictures for content in ("house", "cat", "boat") if style in STYLES]
+    assert asked
+    requests = [
+        sf.Request(f"a {content}", style=sf.InstantStyle(pictures[style]), seed=i, **RUN)
+        for i, (content, style) in enumerate(asked)
+    ]
+    found = names(classifier, engine.generate(requests).images)
+    assert sum(f[1] == a[1] for f, a in zip(found, asked, strict=True)) >= 0.6 * len(asked)
+    assert sum(f[0] == a[0] for f, a in zip(found, asked, strict=True)) >= 0.6 * len(asked)
