@@ -112,6 +112,7 @@ def measure(bench: Bench) -> dict:
             aligned(shift=1.0, share_group_norm=True, adain=("q", "k", "v")), False
         ),
         "aligned_picture_shift_1_group_norm": (aligned(shift=1.0, share_group_norm=True), True),
+        "instant_up_block_1": (instant(blocks={"up": {"block_1": 1.0}}), True),
         "instant_style": (instant(blocks="style"), True),
         "instant_all": (instant(blocks="all"), True),
     }

@@ -119,7 +119,10 @@ def picture_scores(
         images.append(drawn)
         contents += names
         styles += [style] * len(names)
+    # unloading drops the image encoder as well, which the next call needs
+    kept = {part: getattr(pipeline, part) for part in ("image_encoder", "feature_extractor")}
     pipeline.unload_ip_adapter()
+    pipeline.register_modules(**kept)
     images = np.concatenate(images)
     return score(classifier, images, contents, styles).as_dict(), images
 

@@ -1,6 +1,6 @@
 """Train the embedded model again: `python -m stylefast.training.tiny --out DIR`.
 
-Stages run in order: data, vae, classifier, unet, route, clip, adapter, style, eval. Each leaves its parts in the model
+Stages run in order: data, vae, classifier, unet, clip, adapter, style, eval. Each leaves its parts in the model
 folder and its record in the work folder; a stage whose record is there is skipped until `--fresh`. Budgets are minutes
 of wall time; their defaults made the shipped model on two cores.
 """
@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-STAGES = ("data", "vae", "classifier", "unet", "route", "clip", "adapter", "style", "eval")
-_MINUTES = {"vae": 7.0, "classifier": 4.0, "unet": 84.0, "route": 9.0, "clip": 3.5, "adapter": 4.0}
+STAGES = ("data", "vae", "classifier", "unet", "clip", "adapter", "style", "eval")
+_MINUTES = {"vae": 7.0, "classifier": 4.0, "unet": 84.0, "clip": 3.5, "adapter": 6.5}
 REFERENCES = (
     ("neon", "cup", "candy"),
     ("glass", "fish", "warm"),
@@ -38,7 +38,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=36_000, help="size of the training pool (36000)")
     for stage, minutes in _MINUTES.items():
         parser.add_argument(f"--{stage}-minutes", type=float, default=minutes, help=f"budget ({minutes:g})")
-    parser.add_argument("--style-steps", type=int, default=120, help="optimiser steps of the learned style (120)")
+    parser.add_argument("--style-steps", type=int, default=80, help="optimiser steps of the learned style (80)")
     return parser.parse_args(argv)
 
 
@@ -68,14 +68,6 @@ def _unet(args) -> dict:
     return train_unet(args.work, args.out, args.unet_minutes)
 
 
-def _route(args) -> dict:
-    from stylefast.training.tiny_route import train_route
-
-    record = train_route(args.work, args.out, args.route_minutes)
-    assemble(args.out)
-    return record
-
-
 def _clip(args) -> dict:
     from stylefast.training.tiny_clip import train_clip
 
@@ -95,7 +87,7 @@ def _style(args) -> dict:
     from stylefast.training.tiny_style import train_style
 
     # near words and small steps: a network of this size has little to offer outside of what it has seen
-    near = dict(vectors=2, initializer="neon mono", learning_rate=0.05, shared=0.0)
+    near = dict(vectors=2, initializer="neon mono", learning_rate=0.06, shared=0.0)
     return train_style(args.work, args.out, InversionSettings(steps=args.style_steps, **near))
 
 
@@ -126,7 +118,6 @@ _RUN: dict[str, Callable] = dict(
     vae=_vae,
     classifier=_classifier,
     unet=_unet,
-    route=_route,
     clip=_clip,
     adapter=_adapter,
     style=_style,

@@ -16,11 +16,11 @@ from torch import nn
 from stylefast.training.pictures import CONTENTS
 from stylefast.training.tiny_clip import embed_pictures, load_image_encoder
 from stylefast.training.tiny_data import load_pool
-from stylefast.training.tiny_route import STYLE_BLOCK
 from stylefast.training.tiny_text import HIDDEN, load_text_tower
 from stylefast.training.tiny_unet import cumulative_alphas, lifted_weights, predict_noise, stratified_timesteps
 
 IMAGE_TOKENS = 4
+STYLE_BLOCK = "up_blocks.0.attentions.1"
 _CROSS_DIM = 2 * HIDDEN
 
 

@@ -66,12 +66,12 @@ def test_style_aligned_carries_the_references_style_to_prompts_that_do_not_name_
     assert share(aligned=True) >= 2 * share(aligned=False) + 0.1
 
 
-def test_the_picture_in_the_style_block_gives_its_style_and_the_prompt_the_content(engine, classifier):
+def test_the_picture_gives_its_style_and_the_prompt_the_content(engine, classifier):
     pictures = engine.references()
     asked = [(content, style) for style in pictures for content in ("house", "cat", "boat") if style in STYLES]
     assert asked
     requests = [
-        sf.Request(f"a {content}", style=sf.InstantStyle(pictures[style]), seed=i, **RUN)
+        sf.Request(f"a {content}", style=sf.InstantStyle(pictures[style], blocks={"up": {"block_1": 1.0}}), seed=i, **RUN)
         for i, (content, style) in enumerate(asked)
     ]
     found = names(classifier, engine.generate(requests).images)

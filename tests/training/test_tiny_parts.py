@@ -5,8 +5,7 @@ import torch
 
 from stylefast.training.muon import Muon
 from stylefast.training.pictures import CONTENTS, PALETTES, STYLES
-from stylefast.training.tiny_adapter import TinyAdapter
-from stylefast.training.tiny_route import STYLE_BLOCK, install_layer_prompt
+from stylefast.training.tiny_adapter import STYLE_BLOCK, TinyAdapter
 from stylefast.training.tiny_unet import (
     UNET_CONFIG,
     BatchSource,
@@ -93,24 +92,6 @@ def test_standardised_latents_have_unit_deviation_and_the_same_pictures():
     assert torch.allclose(before, after, atol=1e-4)
     # the statistics were taken in bfloat16
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=0.05)
-
-
-def test_a_layer_prompt_speaks_to_the_style_block_alone(unet, inputs):
-    noisy, timesteps, states, pooled = inputs
-    routed = copy.deepcopy(unet)
-    prompt = install_layer_prompt(routed)
-    assert sum(processor is prompt for processor in routed.attn_processors.values()) == 2
-    with torch.no_grad():
-        plain = predict_noise(unet, *inputs)
-        assert torch.allclose(predict_noise(routed, *inputs), plain, atol=1e-5)
-        prompt.states = states
-        assert torch.allclose(predict_noise(routed, *inputs), plain, atol=1e-5)
-        prompt.states = torch.randn_like(states)
-        other = predict_noise(routed, *inputs)
-        assert not torch.allclose(other, plain, atol=1e-4)
-        # with the prompts exchanged, only the style block still reads the old one
-        exchanged = predict_noise(routed, noisy, timesteps, prompt.states, pooled)
-    assert not torch.allclose(exchanged, other, atol=1e-4)
 
 
 def test_without_a_picture_the_adapter_changes_nothing(unet, inputs):
