@@ -71,7 +71,7 @@ def test_the_picture_gives_its_style_and_the_prompt_the_content(engine, classifi
     asked = [(content, style) for style in pictures for content in ("house", "cat", "boat") if style in STYLES]
     assert asked
     requests = [
-        sf.Request(f"a {content}", style=sf.InstantStyle(pictures[style], blocks={"up": {"block_1": 1.0}}), seed=i, **RUN)
+        sf.Request(f"a {content}", style=sf.InstantStyle(pictures[style], blocks=["up_blocks.1"]), seed=i, **RUN)
         for i, (content, style) in enumerate(asked)
     ]
     found = names(classifier, engine.generate(requests).images)
