@@ -1,12 +1,13 @@
 """The embedded model, through the same code as any checkpoint: what it draws is what was asked for."""
 
+import numpy as np
 import pytest
 import torch
 
 import stylefast as sf
 from stylefast.evaluation.classifier import classify, load_classifier
 from stylefast.models.checkpoint import TINY
-from stylefast.training.pictures import CONTENTS, STYLES
+from stylefast.training.pictures import CONTENTS, STYLES, render
 from tests.engine.scene import close
 
 RUN = {"steps": 12, "guidance": 4.0}
@@ -66,14 +67,15 @@ def test_style_aligned_carries_the_references_style_to_prompts_that_do_not_name_
     assert share(aligned=True) >= 2 * share(aligned=False) + 0.1
 
 
-def test_the_picture_gives_its_style_and_the_prompt_the_content(engine, classifier):
-    pictures = engine.references()
-    asked = [(content, style) for style in pictures for content in ("house", "cat", "boat") if style in STYLES]
-    assert asked
+@pytest.mark.parametrize(("blocks", "least"), [("all", 0.7), (["up_blocks.1"], 0.55)], ids=["all", "up_blocks.1"])
+def test_the_picture_gives_its_style_and_the_prompt_the_content(engine, classifier, blocks, least):
+    # one drawing of every style; the shares on five times as many pictures stand in docs/quality.md
+    asked = [(content, style) for style in STYLES for content in ("house", "cat", "boat")]
+    drawings = {style: render(np.random.default_rng(i), "star", style, "cool", 64) for i, style in enumerate(STYLES)}
     requests = [
-        sf.Request(f"a {content}", style=sf.InstantStyle(pictures[style], blocks=["up_blocks.1"]), seed=i, **RUN)
+        sf.Request(f"a {content}", style=sf.InstantStyle(drawings[style], blocks=blocks), seed=i, **RUN)
         for i, (content, style) in enumerate(asked)
     ]
     found = names(classifier, engine.generate(requests).images)
-    assert sum(f[1] == a[1] for f, a in zip(found, asked, strict=True)) >= 0.6 * len(asked)
-    assert sum(f[0] == a[0] for f, a in zip(found, asked, strict=True)) >= 0.6 * len(asked)
+    assert sum(f[1] == a[1] for f, a in zip(found, asked, strict=True)) >= least * len(asked)
+    assert sum(f[0] == a[0] for f, a in zip(found, asked, strict=True)) >= 0.9 * len(asked)
