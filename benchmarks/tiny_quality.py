@@ -112,8 +112,8 @@ def measure(bench: Bench) -> dict:
             aligned(shift=1.0, share_group_norm=True, adain=("q", "k", "v")), False
         ),
         "aligned_picture_shift_1_group_norm": (aligned(shift=1.0, share_group_norm=True), True),
-        "instant_up_block_1": (instant(blocks={"up": {"block_1": 1.0}}), True),
         "instant_style": (instant(blocks="style"), True),
+        "instant_sdxl_style_block": (instant(blocks=["up_blocks.0.attentions.1"]), True),
         "instant_all": (instant(blocks="all"), True),
     }
     results = {}

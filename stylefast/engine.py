@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Engine:
         self._components = components
         self.name, self.fingerprint = components.name, components.fingerprint
         self.unet = UNet.from_state(components.unet_config, components.unet_state)
+        self.unet.layout = replace(self.unet.layout, style_modules=components.style_modules)
         self.text_encoder = TextEncoder(components.tokenizers, components.text_encoders, components.force_zeros)
         self.vae = components.vae
         self.adapters: dict[str, tuple[IPAdapter, ImageEncoder]] = {}

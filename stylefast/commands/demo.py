@@ -27,7 +27,6 @@ STYLES = ("neon", "woodcut", "watercolor", "mosaic")
 CONTENTS = ("house", "cat", "boat", "mushroom")
 ALIGNED = ("--shift", "1", "--share-group-norm")
 STRENGTHS = ("0.25", "0.5", "0.75", "1")
-STYLE_BLOCKS = "up_blocks.1"  # where the embedded model carries style
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,15 +123,15 @@ def _picture_chapter(references: Sequence[str]) -> Chapter:
 def _instant_chapter(reference: str) -> Chapter:
     prompts = ("a house", "a flower", "a rocket", "--seed", "70", "--style-image", reference, "--method", "instant")
     calls = [
-        Call(f"instant-{strength}", f"{STYLE_BLOCKS}, strength {strength}",
-             (*prompts, "--scale", strength, "--blocks", STYLE_BLOCKS), reference)
+        Call(f"instant-{strength}", f"the style blocks, strength {strength}",
+             (*prompts, "--scale", strength), reference)
         for strength in STRENGTHS
     ]  # fmt: skip
-    for name, title in (("all", "all blocks, strength 1"), ("style", "SDXL's style block alone, strength 1")):
-        calls.append(Call(f"instant-{name}", title, (*prompts, "--scale", "1", "--blocks", name), reference))
-    text = (f"The picture acts through an IP-Adapter in the modules that carry style. In this small model those are "
-            f"{STYLE_BLOCKS}; in SDXL it is the module that --blocks style names, which moves little here. Prompts and "
-            "seeds are the same in every row.")  # fmt: skip
+    everywhere = (*prompts, "--scale", "1", "--blocks", "all")
+    calls.append(Call("instant-all", "all blocks, strength 1", everywhere, reference))
+    text = ("The picture acts through an IP-Adapter in the attention modules that carry style: in SDXL that is one of "
+            "eleven, in this small model the three of up_blocks.1. Prompts and seeds are the same in every row."
+            )  # fmt: skip
     return Chapter("InstantStyle: strength, and where it acts", text, tuple(calls))
 
 
@@ -149,7 +148,7 @@ def _learned_chapter(learned: str) -> Chapter:
 
 def _composed_chapter(reference: str, learned: str) -> Chapter:
     prompts = (*(f"a {content}" for content in CONTENTS), "--seed", "110", "--style-image", reference)
-    both = ("--method", "both", "--scale", "0.6", "--blocks", STYLE_BLOCKS)
+    both = ("--method", "both", "--scale", "0.6")
     calls = (
         Call("composed", f"StyleAligned and InstantStyle with {reference}, DreamStyler with {learned}",
              (*prompts, *both, "--learned", learned), reference),

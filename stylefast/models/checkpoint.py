@@ -13,6 +13,7 @@ from stylefast.errors import InvalidRequest, ModelError, ModelFormatError, Model
 from stylefast.models import single_file
 from stylefast.models.hub import hub_folder, is_hub_id, pick_weights, wanted_files
 from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.layout import STYLE_MODULE
 from stylefast.models.vae import check_state, fill, infer_vae_config, load_vae, vae_from_folder, vae_from_original
 from stylefast.models.weight_files import (
     PICKLED,
@@ -47,6 +48,7 @@ class Components:
     adapter_path: Path | None = None  # an IP-Adapter shipped in the folder `ip_adapter`
     style_paths: Mapping[str, Path] = field(default_factory=dict)  # learned styles shipped in the folder `styles`
     reference_paths: Mapping[str, Path] = field(default_factory=dict)  # example pictures in the folder `references`
+    style_modules: tuple[str, ...] = (STYLE_MODULE,)  # attention modules that carry style, of `stylefast.json`
 
 
 def load_components(
@@ -239,6 +241,7 @@ def _from_folder(folder: Path, dtype, device, vae, variant, local_files_only: bo
     unet_state = state("unet")
     extractor = folder / "feature_extractor" / "preprocessor_config.json"
     adapters = sorted((folder / "ip_adapter").glob("*.safetensors"))
+    own = folder / "stylefast.json"
     return Components(
         unet_config=_complete_unet_config(configs["unet"], unet_state, f"{folder.name}/unet"),
         unet_state=unet_state,
@@ -258,6 +261,7 @@ def _from_folder(folder: Path, dtype, device, vae, variant, local_files_only: bo
         adapter_path=adapters[0] if adapters else None,
         style_paths={file.stem: file for file in sorted((folder / "styles").glob("*.safetensors"))},
         reference_paths={file.stem: file for file in sorted((folder / "references").glob("*.png"))},
+        style_modules=tuple(_read_json(own, folder)["style_modules"]) if own.is_file() else (STYLE_MODULE,),
     )
 
 

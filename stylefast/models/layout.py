@@ -33,6 +33,8 @@ class AttentionLayout:
 
     layers: tuple[AttentionLayer, ...]
     modules: tuple[str, ...]
+    # where a picture's style enters; SDXL's unless the model says otherwise
+    style_modules: tuple[str, ...] = (STYLE_MODULE,)
 
     @classmethod
     def from_config(cls, config) -> "AttentionLayout":

@@ -178,7 +178,8 @@ class InstantStyle:
         composition = scale if self.composition_scale is None else self.composition_scale
         if preset in _WITHOUT_MODULES:
             return scale * torch.tensor(_WITHOUT_MODULES[preset](modules)), swapped
-        style, composed = _find(STYLE_MODULE, modules, preset), _find(LAYOUT_MODULE, modules, preset)
+        style = [_find(module, modules, preset) for module in layout.style_modules]
+        composed = _find(LAYOUT_MODULE, modules, preset)
         if preset == "strong style transfer":
             usual[:] = scale
             usual[composed] = 0.0

@@ -362,3 +362,12 @@ def test_presets_say_which_module_a_model_lacks():
     with pytest.raises(StyleError, match=LAYOUT_MODULE):
         InstantStyle("a.png", blocks="layout").strengths(without, True)
     assert InstantStyle("a.png", blocks="all").strengths(without, True).conditional.shape == (10,)
+
+
+def test_the_style_preset_follows_the_models_own_style_modules():
+    from dataclasses import replace
+
+    own = replace(LAYOUT, style_modules=("up_blocks.1.attentions.0", "up_blocks.1.attentions.2"))
+    found = InstantStyle("a.png", blocks="style", scale=0.5).strengths(own, True).conditional
+    chosen = [module for module, weight in zip(own.modules, found.tolist(), strict=True) if weight == 0.5]
+    assert chosen == list(own.style_modules) and found.sum() == 1.0
