@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stylefast.errors import InvalidRequest, ModelError, ModelFormatError, ModelNotFound, OutOfMemory
 from stylefast.models import checkpoint, hub, weight_files
-from stylefast.models.checkpoint import TINY, from_pipeline, load_components, resolve_dtype
+from stylefast.models.checkpoint import from_pipeline, load_components, resolve_dtype
 from stylefast.models.layout import AttentionLayout
 from tests.small_checkpoints import (
     random_lora,
@@ -346,7 +346,6 @@ def test_unknown_types_and_devices_are_refused(folder):
         load_components(folder, device="cuda:99")
 
 
-@pytest.mark.skipif(not (TINY / "model_index.json").is_file(), reason="the embedded model is not in this checkout")
 def test_the_embedded_model_loads_like_any_other():
     components = load_components("tiny")
     layout = AttentionLayout.from_config(components.unet_config)
