@@ -1,6 +1,8 @@
 """What pyproject.toml can't say: packages that live in sibling folders, and a C++ extension that may be absent."""
 
 import os
+import shlex
+import subprocess
 import sys
 
 from setuptools import Extension, find_packages, setup
@@ -8,6 +10,29 @@ from setuptools.command.build_ext import build_ext
 
 # package name -> folder; `kernels` and `export` stand beside `stylefast` but install inside it
 PACKAGE_DIRS = {"stylefast": "stylefast", "stylefast.kernels": "kernels", "stylefast.export": "export"}
+
+SOURCES = [
+    "csrc/attention_avx2.cpp",
+    "csrc/attention_avx512.cpp",
+    "csrc/attention_avx512_bf16.cpp",
+    "csrc/bindings.cpp",
+    "csrc/cpu_features.cpp",
+    "csrc/operations.cpp",
+    "csrc/planner.cpp",
+]
+HEADERS = [
+    "csrc/attention.h",
+    "csrc/cpu_features.h",
+    "csrc/float_compute.h",
+    "csrc/gated_attention_kernel.h",
+    "csrc/operations.h",
+    "csrc/planner.h",
+    "csrc/shared_attention_kernel.h",
+    "csrc/tile_kernel.h",
+    "csrc/token_stats_kernel.h",
+    "csrc/vector_avx2.h",
+    "csrc/vector_avx512.h",
+]
 
 
 def warn(message: str) -> None:
@@ -26,25 +51,74 @@ def extensions() -> list[Extension]:
         warn("STYLEFAST_EXTENSION=0: stylefast installs without its C++ extension")
         return []
     try:
-        from pybind11.setup_helpers import Pybind11Extension
-    except ImportError:
-        warn("pybind11 is not installed, so stylefast installs without its C++ extension; `pip install pybind11`")
+        from torch.utils.cpp_extension import CppExtension
+    except ImportError as error:
+        warn(
+            f"torch can't be imported here ({error}), so stylefast installs without its C++ extension; "
+            "install torch first, then stylefast with `pip install --no-build-isolation`"
+        )
         return []
-    sources = ["csrc/bindings.cpp", "csrc/planner.cpp"]
-    return [Pybind11Extension("stylefast._C", sources, depends=["csrc/planner.h"], cxx_std=17, optional=True)]
+    compile_flags, link_flags = build_flags()
+    return [
+        CppExtension(
+            "stylefast._C",
+            SOURCES,
+            depends=HEADERS,
+            extra_compile_args={"cxx": compile_flags},
+            extra_link_args=link_flags,
+            optional=True,
+        )
+    ]
+
+
+def build_flags() -> tuple[list[str], list[str]]:
+    # no -march: the kernels choose their instructions at run time
+    compile_flags = ["-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
+    link_flags = []
+    if sys.platform.startswith("linux"):
+        compile_flags.append("-fopenmp")
+        link_flags.append("-s")
+        if compiler_is_clang():
+            link_flags.append("-fopenmp")  # its code calls LLVM's OpenMP library, which torch has not loaded
+        else:
+            # GCC 12 warns of variables that its own headers leave unset on purpose. No -fopenmp for the linker: torch
+            # has loaded the library, and a second copy would bring its own threads
+            compile_flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    return compile_flags, link_flags
+
+
+def compiler_is_clang() -> bool:
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), "--version"]
+    try:
+        return "clang" in subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return False  # the build will say what is missing
 
 
 class OptionalBuild(build_ext):
     """Builds the extension if it can; otherwise says what is missing and lets the pure-Python install go on."""
 
-    def build_extension(self, ext):
+    def run(self):
+        if not self.extensions:
+            return
+        os.environ.setdefault("MAX_JOBS", "2")
         try:
-            super().build_extension(ext)
+            super().run()
         except Exception as error:  # compilers fail in many ways, and none of them may stop the install
+            names = ", ".join(extension.name for extension in self.extensions)
             warn(
-                f"{ext.name} was not built ({error}); stylefast runs without it. "
-                "It needs a C++17 compiler and Python's headers (for example g++ and python3-dev)."
+                f"{names} was not built ({error}); stylefast runs without it. It needs a C++20 compiler, "
+                "Python's headers (for example g++ and python3-dev) and the torch that it will run with."
             )
+
+
+def build_command() -> type[build_ext]:
+    try:
+        from torch.utils.cpp_extension import BuildExtension
+    except ImportError:
+        return OptionalBuild
+    # OptionalBuild comes first, so that it sees what BuildExtension itself refuses, such as a missing compiler
+    return type("OptionalTorchBuild", (OptionalBuild, BuildExtension), {})
 
 
 setup(
@@ -53,5 +127,5 @@ setup(
     package_data={"stylefast.models": ["tiny/**/*"], "stylefast.kernels": ["tuning/*.json"]},
     include_package_data=False,
     ext_modules=extensions(),
-    cmdclass={"build_ext": OptionalBuild},
+    cmdclass={"build_ext": build_command()},
 )

@@ -1,10 +1,15 @@
 // The only file that knows pybind11. Every call releases the GIL while it computes.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 
+#include "cpu_features.h"
+#include "operations.h"
 #include "planner.h"
 
 namespace py = pybind11;
@@ -38,11 +43,32 @@ py::tuple plan_segments(const Int64Array& images, const Int64Array& branches, co
     return py::make_tuple(Int64Array({rows, plan.width}, plan.page.data()), Int64Array(rows, plan.order.data()));
 }
 
+// an operation that computes without the GIL; the environment is read before, while Python can't change it
+template <class... Arguments>
+auto released(void (*operation)(const std::string&, Arguments...)) {
+    return [operation](Arguments... arguments) {
+        const std::string set = stylefast::instruction_set();
+        py::gil_scoped_release release;
+        operation(set, arguments...);
+    };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "stylefast's C++ parts; call them through stylefast.runtime";
-    module.attr("interface") = 1;  // stylefast/_extension.py refuses any other number than its own
+    module.doc() = "stylefast's C++ parts; call them through stylefast.runtime and stylefast.kernels";
+    module.attr("interface") = 2;  // stylefast/_extension.py refuses any other number than its own
     module.def("plan_segments", &plan_segments, py::arg("images"), py::arg("branches"), py::arg("offsets"),
                py::arg("reference_images"), py::arg("reference_pages"), py::arg("min_width"), py::arg("mutual"));
+    module.def("cpu_features", &stylefast::cpu_features);
+    module.def("instruction_set", &stylefast::instruction_set);
+    module.def("shared_attention", released(&stylefast::shared_attention), py::arg("q"), py::arg("k"), py::arg("v"),
+               py::arg("page"), py::arg("mode"), py::arg("scale"), py::arg("shift"), py::arg("gain"), py::arg("offset"),
+               py::arg("pool_k"), py::arg("pool_v"), py::arg("pool_k_scale"), py::arg("pool_v_scale"), py::arg("bias"),
+               py::arg("out"));
+    module.def("gated_cross_attention", released(&stylefast::gated_cross_attention), py::arg("q"), py::arg("text_k"),
+               py::arg("text_v"), py::arg("text_page"), py::arg("image_k"), py::arg("image_v"),
+               py::arg("image_lengths"), py::arg("image_page"), py::arg("strength"), py::arg("group"),
+               py::arg("masks"), py::arg("mask_index"), py::arg("out"));
+    module.def("token_stats", released(&stylefast::token_stats), py::arg("xs"), py::arg("mean"), py::arg("variance"));
 }

@@ -1,7 +1,7 @@
 """The operations of stylefast, one file each; import them as `stylefast.kernels`.
 
-Every file holds the formula and the shapes, `*_ref` in plain PyTorch to read and to test against, and the public
-function of its name.
+Every file holds the formula and the shapes, `*_ref` in plain PyTorch to read and to test against, the public function
+of its name, and its custom op with the forms that `registry` chooses from: Triton (in `gpu/`), C++ (in csrc/), PyTorch.
 """
 
 if __name__ == "kernels":
@@ -29,17 +29,24 @@ if __name__ == "kernels":
             )
 else:
     # eager: a submodule and its function share a name, and the function must win
+    from stylefast.kernels.adain_affine import adain_affine
     from stylefast.kernels.gated_cross_attention import gated_cross_attention
+    from stylefast.kernels.geglu import geglu
     from stylefast.kernels.group_norm_silu import group_norm_silu
     from stylefast.kernels.guided_step import guided_step
-    from stylefast.kernels.shared_attention import shared_attention
-    from stylefast.kernels.token_stats import adain_affine, token_stats
+    from stylefast.kernels.layer_norm import add_layer_norm, layer_norm
+    from stylefast.kernels.shared_attention import Affine, shared_attention
+    from stylefast.kernels.token_stats import token_stats
 
     __all__ = [
+        "Affine",
         "adain_affine",
+        "add_layer_norm",
         "gated_cross_attention",
+        "geglu",
         "group_norm_silu",
         "guided_step",
+        "layer_norm",
         "shared_attention",
         "token_stats",
     ]

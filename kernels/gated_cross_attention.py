@@ -12,6 +12,12 @@ import math
 import torch
 import torch.nn.functional as F
 
+from stylefast._extension import extension
+from stylefast.errors import InvalidRequest
+from stylefast.kernels import checks
+from stylefast.kernels.registry import Operation
+from stylefast.kernels.shared_attention import HEAD_SIZES
+
 
 def gated_cross_attention_ref(
     q: torch.Tensor,  # [rows, tokens, heads, d]
@@ -27,12 +33,13 @@ def gated_cross_attention_ref(
     masks: torch.Tensor | None = None,  # [masks, tokens] fp32
     mask_index: torch.Tensor | None = None,  # [rows, S] int64; -1: everywhere
 ) -> torch.Tensor:
-    """The formula above, one row at a time, fp32 inside. Returns [rows, tokens, heads, d]."""
+    """The formula above, one row at a time, in fp32 or, for fp64 input, in fp64. Returns [rows, tokens, heads, d]."""
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty_like(q)
     for row in range(q.shape[0]):
-        query = q[row].float()
+        query = q[row].to(exact)
         page = int(text_page[row])
-        total = _weighted(query, text_k[page].float(), text_v[page].float())
+        total = _weighted(query, text_k[page].to(exact), text_v[page].to(exact))
         segments = range(image_page.shape[1]) if image_page is not None else ()
         active = [s for s in segments if int(image_page[row, s]) >= 0 and float(strength[row, s]) != 0.0]
         for number in dict.fromkeys(int(group[row, s]) for s in active):
@@ -41,11 +48,11 @@ def gated_cross_attention_ref(
             for s in members:
                 page = int(image_page[row, s])
                 length = int(image_lengths[page])
-                keys.append(image_k[page, :length].float())
-                values.append(image_v[page, :length].float())
-                gate = strength[row, s].float().expand(q.shape[1])
+                keys.append(image_k[page, :length].to(exact))
+                values.append(image_v[page, :length].to(exact))
+                gate = strength[row, s].to(exact).expand(q.shape[1])
                 if mask_index is not None and int(mask_index[row, s]) >= 0:
-                    gate = gate * masks[int(mask_index[row, s])].float()
+                    gate = gate * masks[int(mask_index[row, s])].to(exact)
                 gates.append(gate[:, None].expand(-1, length))  # [tokens, keys of the segment]
             total = total + _weighted(query, torch.cat(keys), torch.cat(values), torch.cat(gates, 1))
         out[row] = total.to(q.dtype)
@@ -65,13 +72,110 @@ def gated_cross_attention(
     group: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
     mask_index: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gated cross-attention on PyTorch's own attention kernels; arguments and result as `gated_cross_attention_ref`.
+    """Gated cross-attention in one kernel, the custom op `torch.ops.stylefast.gated_cross_attention`.
 
-    Every segment is one call over the rows that use it. Reads the small tables (pages, strengths, groups) on the host.
+    q [rows, tokens, heads, d]; text_k, text_v [text pages, text tokens, heads, d]; text_page [rows] int64. Images, all
+    or none of: image_k, image_v [image pages, image tokens, heads, d], image_lengths [image pages] int64 (tokens in
+    use), image_page [rows, S] int64 (-1: none), strength [rows, S] fp32, group [rows, S] int64; to confine segments,
+    masks [masks, tokens] fp32 with mask_index [rows, S] int64 (-1: everywhere). A negative strength subtracts. Returns
+    [rows, tokens, heads, d], contiguous, or fills `out`.
+
+    Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, for an `out` that overlaps an
+    input, and on CPUs, or under STYLEFAST_CHECKS=1, for a page, length or mask out of range.
     """
-    out = _attend(q, text_k[text_page], text_v[text_page])
-    if image_page is None or image_page.shape[1] == 0:
+    arguments = (
+        q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
+    )  # fmt: skip
+    _check(*arguments)
+    if out is None:
+        return _gated_cross_attention(*arguments)
+    checks.shape("out", out, rows=q.shape[0], tokens=q.shape[1], heads=q.shape[2], d=q.shape[3])
+    checks.dtype("out", out, q.dtype)
+    checks.dense_channels(out=out)
+    checks.apart(out, q=q, text_k=text_k, text_v=text_v, image_k=image_k, image_v=image_v)
+    _gated_cross_attention_out(*arguments, out)
+    return out
+
+
+def _check(
+    q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
+):
+    checks.shape("q", q, rows=-1, tokens=-1, heads=-1, d=-1)
+    rows, tokens, heads, width = q.shape
+    checks.floating("q", q)
+    checks.shape("text_k", text_k, pages=-1, tokens=-1, heads=heads, d=width)
+    if 0 in text_k.shape[:2] and q.numel():
+        raise InvalidRequest(f"text_k needs at least one page of one token, but has shape {list(text_k.shape)}")
+    checks.shape("text_v", text_v, pages=text_k.shape[0], tokens=text_k.shape[1], heads=heads, d=width)
+    checks.shape("text_page", text_page, rows=rows)
+    images = {
+        "image_k": image_k, "image_v": image_v, "image_lengths": image_lengths, "image_page": image_page,
+        "strength": strength, "group": group,
+    }  # fmt: skip
+    missing = [name for name, x in images.items() if x is None]
+    if missing and len(missing) < len(images):
+        raise InvalidRequest(f"image segments need all of {', '.join(images)}; {', '.join(missing)} is missing")
+    if not missing:
+        checks.shape("image_k", image_k, pages=-1, tokens=-1, heads=heads, d=width)
+        pages, image_tokens = image_k.shape[:2]
+        checks.shape("image_v", image_v, pages=pages, tokens=image_tokens, heads=heads, d=width)
+        checks.shape("image_lengths", image_lengths, pages=pages)
+        checks.shape("image_page", image_page, rows=rows, S=-1)
+        for name in ("strength", "group"):
+            checks.shape(name, images[name], rows=rows, S=image_page.shape[1])
+        checks.dtype("strength", strength, torch.float32)
+        for name in ("image_lengths", "image_page", "group"):
+            checks.dtype(name, images[name], torch.int64)
+        if mask_index is not None:
+            checks.shape("mask_index", mask_index, rows=rows, S=image_page.shape[1])
+            checks.dtype("mask_index", mask_index, torch.int64)
+    elif masks is not None and masks.numel():
+        raise InvalidRequest("masks confine image segments, but no image_k is given")
+    if masks is not None:
+        checks.shape("masks", masks, masks=-1, tokens=tokens if masks.shape[0] else -1)
+        checks.dtype("masks", masks, torch.float32)
+    checks.dtype("text_page", text_page, torch.int64)
+    keys = {"text_k": text_k, "text_v": text_v, "image_k": image_k, "image_v": image_v}
+    for name, x in keys.items():
+        if x is not None:
+            checks.dtype(name, x, q.dtype)
+            checks.dense_channels(**{name: x})
+    checks.dense_channels(q=q)
+    checks.together("q", q=q, text_page=text_page, masks=masks, mask_index=mask_index, **{**images, **keys})
+
+
+def _check_values(
+    q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
+):
+    checks.integers_within("text_page", text_page, 0, text_k.shape[0], "text pages")
+    if image_page is None:
+        return
+    checks.integers_within("image_page", image_page, -1, image_k.shape[0], "image pages (-1: none)")
+    checks.integers_within("image_lengths", image_lengths, 1, image_k.shape[1] + 1, "token counts of image pages")
+    if mask_index is not None:
+        count = masks.shape[0] if masks is not None else 0
+        checks.integers_within("mask_index", mask_index, -1, count, "masks (-1: everywhere)")
+
+
+def _refuse(backend, arguments) -> str:
+    width = arguments[0].shape[-1]
+    if backend != "torch" and width not in HEAD_SIZES:
+        return f"head size {width} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    return ""
+
+
+def _outputs(q, *others):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _torch(
+    q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
+):
+    """On PyTorch's attention kernels, one call for every kind of segment over the rows that use it. Reads the host."""
+    out = _attend(q, text_k[text_page], text_v[text_page]).contiguous()
+    if image_page is None or image_page.shape[1] == 0 or q.numel() == 0:
         return out
 
     pages, strengths, groups = image_page.tolist(), strength.tolist(), group.tolist()
@@ -124,3 +228,31 @@ def _weighted(query, keys, values, gates=None):
     """softmax(query keys^T / sqrt(d)) * gates @ values for one row: [tokens, heads, d]."""
     weights = torch.softmax(torch.einsum("qhd,khd->hqk", query, keys) / math.sqrt(query.shape[-1]), -1)
     return torch.einsum("hqk,khd->qhd", weights if gates is None else weights * gates, values)
+
+
+def _cpp(*arguments) -> None:
+    extension().gated_cross_attention(*arguments)
+
+
+def _triton(*arguments) -> None:
+    from stylefast.kernels.gpu.gated_cross_attention import gated_cross_attention as launch
+
+    launch(*arguments)
+
+
+_ARGUMENTS = (
+    "Tensor q, Tensor text_k, Tensor text_v, Tensor text_page, Tensor? image_k, Tensor? image_v, "
+    "Tensor? image_lengths, Tensor? image_page, Tensor? strength, Tensor? group, Tensor? masks, Tensor? mask_index"
+)
+
+_gated_cross_attention = Operation(
+    "gated_cross_attention",
+    f"({_ARGUMENTS}) -> Tensor",
+    outputs=_outputs,
+    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    refuse=_refuse,
+    values=_check_values,
+)
+_gated_cross_attention_out = _gated_cross_attention.into(
+    "gated_cross_attention_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()"
+)

@@ -11,6 +11,10 @@ so nothing is concatenated and a baked reference needs no feature maps. Variance
 import torch
 import torch.nn.functional as F
 
+from stylefast.errors import InvalidRequest
+from stylefast.kernels import checks
+from stylefast.kernels.registry import Operation
+
 
 def group_norm_silu_ref(
     x: torch.Tensor,  # [rows, channels, h, w]
@@ -56,8 +60,79 @@ def group_norm_silu(
     pool_variance: torch.Tensor | None = None,
     pool_elements: int = 0,
 ) -> torch.Tensor:
-    """Group norm and SiLU with pooled statistics by the two-float blend; arguments as `group_norm_silu_ref`."""
-    if page is None or page.shape[0] == 0:
+    """Group norm and SiLU with pooled statistics, the custom op `torch.ops.stylefast.group_norm_silu`.
+
+    x [rows, channels, h, w], contiguous or channels-last; weight, bias [channels]; page [rows] int64 or empty: p < rows
+    pools with row p, p >= rows with pool_mean, pool_variance [pages, groups] fp32 of pool_elements elements each, -1 is
+    the plain norm. Returns x's shape, type and memory format.
+
+    Raises InvalidRequest, a ValueError, for shapes and types that don't fit and, on CPUs or under STYLEFAST_CHECKS=1,
+    for a page out of range and for pool statistics that are not finite or a negative variance.
+    """
+    checks.shape("x", x, rows=-1, channels=-1, h=-1, w=-1)
+    checks.floating("x", x)
+    rows, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        raise InvalidRequest(f"{channels} channels can't be split into {groups} groups")
+    if not eps > 0:
+        raise InvalidRequest(f"eps must be above 0, not {eps}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        checks.shape(name, parameter, channels=channels)
+        checks.floating(name, parameter)
+    if page is not None and page.shape[0] == 0:
+        page = None
+    if page is not None:
+        checks.shape("page", page, rows=rows)
+        checks.dtype("page", page, torch.int64)
+    if (pool_mean is None) != (pool_variance is None):
+        raise InvalidRequest("pool_mean and pool_variance go together: give both or neither")
+    if pool_mean is not None:
+        checks.shape("pool_mean", pool_mean, pages=-1, groups=groups)
+        checks.shape("pool_variance", pool_variance, pages=pool_mean.shape[0], groups=groups)
+        for name, x_ in (("pool_mean", pool_mean), ("pool_variance", pool_variance)):
+            checks.dtype(name, x_, torch.float32)
+        if pool_elements < 1:
+            raise InvalidRequest(f"pool_elements must say how many elements a group had, not {pool_elements}")
+    checks.together(
+        "x", x=x, weight=weight, bias=bias, page=page, pool_mean=pool_mean, pool_variance=pool_variance
+    )
+    return _group_norm_silu(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements)
+
+
+def _check_values(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):
+    if page is not None:
+        pages = pool_mean.shape[0] if pool_mean is not None else 0
+        meaning = f"pages of {x.shape[0]} rows and {pages} in the pool"
+        checks.integers_within("page", page, -1, x.shape[0] + pages, meaning)
+    if pool_mean is not None:
+        largest = torch.finfo(torch.float32).max
+        checks.numbers_within("pool_mean", pool_mean, -largest, largest)
+        checks.numbers_within("pool_variance", pool_variance, 0, largest)
+
+
+def _refuse(backend, arguments) -> str:
+    x, _, weight, bias, *_ = arguments
+    if backend == "triton" and not x.dtype == weight.dtype == bias.dtype:
+        return f"x is {x.dtype}, but weight and bias are {weight.dtype} and {bias.dtype}"
+    return ""
+
+
+def _memory_format(x):
+    dense = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if dense else torch.contiguous_format
+
+
+def _outputs(x, *others):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def _torch(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):
+    out = _pooled_norm(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements)
+    return out.contiguous(memory_format=_memory_format(x))
+
+
+def _pooled_norm(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):
+    if page is None or x.numel() == 0:
         out = F.group_norm(x, groups, weight, bias, eps)
         return F.silu(out) if silu else out
 
@@ -89,3 +164,21 @@ def pooled_stats(mean, variance, elements, other_mean, other_variance, other_ele
     spread = elements * (variance + (mean - pooled_mean) ** 2)
     other_spread = other_elements * (other_variance + (other_mean - pooled_mean) ** 2)
     return pooled_mean, (spread + other_spread) / total
+
+
+def _triton(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out):
+    from stylefast.kernels.gpu.group_norm_silu import group_norm_silu as launch
+
+    dense = x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+    launch(dense, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out)
+
+
+_group_norm_silu = Operation(
+    "group_norm_silu",
+    "(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool silu, Tensor? page, Tensor? pool_mean, "
+    "Tensor? pool_variance, int pool_elements) -> Tensor",
+    outputs=_outputs,
+    forms={"triton": _triton, "torch": _torch},
+    refuse=_refuse,
+    values=_check_values,
+)

@@ -15,6 +15,8 @@ weight zero or row -1 are left out, not multiplied: what they hold, NaN included
 import torch
 
 from stylefast.errors import InvalidRequest
+from stylefast.kernels import checks
+from stylefast.kernels.registry import Operation
 
 FULL = 3  # column of the "full" branch in branch_rows and branch_weights
 
@@ -76,9 +78,20 @@ def guided_step(
     update [images, 2, 6].
 
     Returns new (latents, anchor, history) in the types of the old; nothing is changed in place. A picture without a
-    full branch, or whose output is constant, is not rescaled. Raises InvalidRequest for shapes that don't fit.
+    full branch, or whose output is constant, is not rescaled. Raises InvalidRequest, a ValueError, for shapes that
+    don't fit and, on CPUs or under STYLEFAST_CHECKS=1, for branch rows and rescales out of range.
     """
-    _check_shapes(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise)
+    tables = (branch_rows, branch_weights, rescale, denoised, update)
+    arguments = (latents, anchor, history, predictions, *tables, noise)
+    _check(*arguments)
+    return _guided_step(*arguments)
+
+
+def _outputs(latents, anchor, history, *others):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (latents, anchor, history))
+
+
+def _torch(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise):
     output = torch.zeros_like(latents, dtype=torch.float32)
     for branch in range(branch_rows.shape[1]):
         rows = branch_rows[:, branch]
@@ -91,7 +104,8 @@ def guided_step(
     next_latents = sum(_weighted(update[:, 0, k], term) for k, term in enumerate(terms))
     next_anchor = sum(_weighted(update[:, 1, k], term) for k, term in enumerate(terms))
     next_history = torch.stack([x0.to(history.dtype), history[:, 0]], dim=1)
-    return next_latents.to(latents.dtype), next_anchor.to(anchor.dtype), next_history
+    results = (next_latents.to(latents.dtype), next_anchor.to(anchor.dtype), next_history)
+    return tuple(result.contiguous() for result in results)
 
 
 def _weighted(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -119,11 +133,9 @@ def _deviation(pictures: torch.Tensor) -> torch.Tensor:
     return (centred.square().sum(dim=1) / max(flat.shape[1] - 1, 1)).sqrt()
 
 
-def _check_shapes(
-    latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise
-) -> None:
+def _check(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise):
     if latents.ndim != 4:
-        raise InvalidRequest(f"latents must be [images, C, h, w], not {tuple(latents.shape)}")
+        raise InvalidRequest(f"latents must be [images, C, h, w], not {list(latents.shape)}")
     images, *picture = latents.shape
     expected = {
         "anchor": (anchor, (images, *picture)),
@@ -139,3 +151,25 @@ def _check_shapes(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise InvalidRequest(f"{name} must be {list(shape)} for these latents, not {list(tensor.shape)}")
+    checks.together("latents", latents=latents, **{name: tensor for name, (tensor, _) in expected.items()})
+
+
+def _check_values(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, *others):
+    checks.integers_within("branch_rows", branch_rows, -1, len(predictions), "rows of predictions (-1: no branch)")
+    checks.numbers_within("rescale", rescale, 0, 1)
+
+
+def _triton(*arguments):
+    from stylefast.kernels.gpu.guided_step import guided_step as launch
+
+    launch(*arguments)
+
+
+_guided_step = Operation(
+    "guided_step",
+    "(Tensor latents, Tensor anchor, Tensor history, Tensor predictions, Tensor branch_rows, Tensor branch_weights, "
+    "Tensor rescale, Tensor denoised, Tensor update, Tensor noise) -> (Tensor, Tensor, Tensor)",
+    outputs=_outputs,
+    forms={"triton": _triton, "torch": _torch},
+    values=_check_values,
+)

@@ -8,9 +8,11 @@ For a row with queries Q, own keys and values K, V, and for each reference segme
     plain:   softmax(Q K^T / sqrt(d)) V
 
 (StyleAligned, arXiv 2312.02133, figure 4; swap is Visual Style Prompting, arXiv 2402.12974.) The reference's keys come
-in raw: AdaIN of the reference with itself is the identity.
+in raw: AdaIN of the reference with itself is the identity. A row that names no page is plain.
 
 A page index p < rows is row p of this batch (a live reference), p >= rows is page p - rows of the pool, -1 is none.
+A segment with shift -inf is hidden: it is not read, but AdaIN applies as if it were seen. A row that sees nothing at
+all gives 0.
 """
 
 import math
@@ -19,18 +21,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from stylefast._extension import extension
+from stylefast.errors import InvalidRequest
+from stylefast.kernels import checks
+from stylefast.kernels.registry import Operation
+
 PLAIN, CONCAT, SWAP = 0, 1, 2
+HEAD_SIZES = (32, 40, 64, 80, 128)  # those with a fused form; others run in PyTorch's own
+FP8 = torch.float8_e4m3fn
 
 
 class Affine(NamedTuple):
-    """AdaIN's gains and offsets for queries, keys and values, each [rows, heads, d] fp32."""
+    """AdaIN as x * gain + offset for queries, keys and values: two fp32 tensors [3, rows, heads, d]."""
 
-    q_gain: torch.Tensor
-    q_offset: torch.Tensor
-    k_gain: torch.Tensor
-    k_offset: torch.Tensor
-    v_gain: torch.Tensor
-    v_offset: torch.Tensor
+    gain: torch.Tensor
+    offset: torch.Tensor
 
 
 def shared_attention_ref(
@@ -42,36 +47,48 @@ def shared_attention_ref(
     scale: torch.Tensor,  # [rows, R] fp32
     shift: torch.Tensor,  # [rows, R] fp32; -inf hides a segment
     affine: Affine | None = None,
-    pool_k: torch.Tensor | None = None,  # [pages, reference tokens, heads, d]
+    pool_k: torch.Tensor | None = None,  # [pages, page tokens, heads, d]
     pool_v: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,  # [rows + pages, reference tokens], added to the logits of a page's tokens
+    bias: torch.Tensor | None = None,  # [rows + pages, tokens], added to the logits of a page's tokens
+    pool_k_scale: torch.Tensor | None = None,  # [pages, heads, d] fp32, with fp8 pages
+    pool_v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The formula above, row by row, all logits in memory, fp32 inside. Returns [rows, tokens, heads, d]."""
-    rows, _, _, width = q.shape
-    out = torch.empty_like(q)
-    for row in range(rows):
-        query, own_k, own_v = q[row].float(), k[row].float(), v[row].float()
-        segments = [int(p) for p in page[row]] if int(mode[row]) != PLAIN else []
-        used = [(r, p) for r, p in enumerate(segments) if p >= 0]
-        if used and affine is not None:
-            query = query * affine.q_gain[row] + affine.q_offset[row]
-            own_k = own_k * affine.k_gain[row] + affine.k_offset[row]
-            own_v = own_v * affine.v_gain[row] + affine.v_offset[row]
+    """The formula above, row by row, all logits in memory, computed in fp32 or, for fp64 input, in fp64.
 
+    Returns [rows, tokens, heads, d] in q's type.
+    """
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows, _, heads, width = q.shape
+    out = torch.zeros_like(q)
+    for row in range(rows):
+        query, own_k, own_v = (x[row].to(exact) for x in (q, k, v))
+        used = [(r, int(p)) for r, p in enumerate(page[row]) if int(p) >= 0 and int(mode[row]) != PLAIN]
+        if used and affine is not None:
+            query, own_k, own_v = (
+                x * affine.gain[i, row] + affine.offset[i, row] for i, x in enumerate((query, own_k, own_v))
+            )
         logits, values = [], []
         if not used or int(mode[row]) != SWAP:
             logits.append(torch.einsum("qhd,khd->hqk", query, own_k) / math.sqrt(width))
             values.append(own_v)
         for r, p in used:
-            page_k, page_v = (k[p], v[p]) if p < rows else (pool_k[p - rows], pool_v[p - rows])
-            score = torch.einsum("qhd,khd->hqk", query, page_k.float()) / math.sqrt(width)
+            if float(shift[row, r]) == -math.inf:
+                continue
+            if p < rows:
+                page_k, page_v = k[p].to(exact), v[p].to(exact)
+            else:
+                page_k, page_v = pool_k[p - rows].to(exact), pool_v[p - rows].to(exact)
+                if pool_k_scale is not None:
+                    page_k, page_v = page_k * pool_k_scale[p - rows], page_v * pool_v_scale[p - rows]
+            score = torch.einsum("qhd,khd->hqk", query, page_k) / math.sqrt(width)
             score = score * scale[row, r] + shift[row, r]
             if bias is not None:
                 score = score + bias[p, : page_k.shape[0]]
             logits.append(score)
-            values.append(page_v.float())
-        weights = torch.softmax(torch.cat(logits, -1), -1)
-        out[row] = torch.einsum("hqk,khd->qhd", weights, torch.cat(values)).to(q.dtype)
+            values.append(page_v)
+        if logits:
+            weights = torch.softmax(torch.cat(logits, -1), -1).nan_to_num(0.0)
+            out[row] = torch.einsum("hqk,khd->qhd", weights, torch.cat(values)).to(q.dtype)
     return out
 
 
@@ -79,65 +96,221 @@ def shared_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    page: torch.Tensor,
-    mode: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    page: torch.Tensor | None = None,
+    mode: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
     affine: Affine | None = None,
     pool_k: torch.Tensor | None = None,
     pool_v: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    pool_k_scale: torch.Tensor | None = None,
+    pool_v_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Shared self-attention on PyTorch's own attention kernels; arguments and result as `shared_attention_ref`.
+    """Shared self-attention in one kernel, the custom op `torch.ops.stylefast.shared_attention`.
 
-    Rows are gathered by what they attend to, one call per kind; a batch without references is one plain call.
-    Reads `page` and `mode` on the host.
+    q, k, v [rows, tokens, heads, d], views with any strides but a contiguous last dimension; page [rows, R] int64,
+    mode [rows] int64 (default: concat), scale and shift [rows, R] fp32 (default: 1 and 0); affine from `adain_affine`;
+    pool_k, pool_v [pages, page tokens, heads, d] in q's type, or in float8_e4m3fn with pool_k_scale, pool_v_scale
+    [pages, heads, d] fp32; bias [rows + pages, tokens of the longest page] fp32. softmax runs in fp32, logarithms are
+    natural. Returns [rows, tokens, heads, d], contiguous, or fills `out`.
+
+    Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, for an `out` that overlaps an
+    input, and on CPUs for a page or mode out of range. CUDA tensors are not read back for that: there a page out of
+    range makes its row NaN, unless the environment has STYLEFAST_CHECKS=1, which checks at the price of a
+    synchronisation.
     """
+    rows = q.shape[0] if q.ndim else 0
+    if page is None:
+        page = torch.empty(rows, 0, dtype=torch.int64, device=q.device)
+    if mode is None:
+        mode = torch.full((rows,), CONCAT, dtype=torch.int64, device=q.device)
+    if scale is None:
+        scale = torch.ones(page.shape, dtype=torch.float32, device=q.device)
+    if shift is None:
+        shift = torch.zeros(page.shape, dtype=torch.float32, device=q.device)
+    gain, offset = affine if affine is not None else (None, None)
+    arguments = (q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias)
+    _check(*arguments)
+    if out is None:
+        return _shared_attention(*arguments)
+    checks.shape("out", out, rows=rows, tokens=q.shape[1], heads=q.shape[2], d=q.shape[3])
+    checks.dtype("out", out, q.dtype)
+    checks.dense_channels(out=out)
+    checks.apart(out, q=q, k=k, v=v, pool_k=pool_k, pool_v=pool_v)
+    _shared_attention_out(*arguments, out)
+    return out
+
+
+def _check(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias):
+    checks.shape("q", q, rows=-1, tokens=-1, heads=-1, d=-1)
+    rows, tokens, heads, width = q.shape
+    checks.floating("q", q)
+    for name, x in (("k", k), ("v", v)):
+        checks.shape(name, x, rows=rows, tokens=tokens, heads=heads, d=width)
+        checks.dtype(name, x, q.dtype)
+    checks.shape("page", page, rows=rows, R=-1)
+    checks.shape("mode", mode, rows=rows)
+    for name, x in (("page", page), ("mode", mode)):
+        checks.dtype(name, x, torch.int64)
+    for name, x in (("scale", scale), ("shift", shift)):
+        checks.shape(name, x, rows=rows, R=page.shape[1])
+        checks.dtype(name, x, torch.float32)
+    if (gain is None) != (offset is None):
+        raise InvalidRequest("affine needs both gain and offset")
+    for name, x in (("affine.gain", gain), ("affine.offset", offset)):
+        if x is not None:
+            checks.shape(name, x, parts=3, rows=rows, heads=heads, d=width)
+            checks.dtype(name, x, torch.float32)
+    if (pool_k is None) != (pool_v is None):
+        raise InvalidRequest("pool_k and pool_v go together: give both or neither")
+    pages = 0
+    if pool_k is not None:
+        checks.shape("pool_k", pool_k, pages=-1, tokens=-1, heads=heads, d=width)
+        pages = pool_k.shape[0]
+        checks.shape("pool_v", pool_v, pages=pages, tokens=pool_k.shape[1], heads=heads, d=width)
+        for name, x in (("pool_k", pool_k), ("pool_v", pool_v)):
+            checks.dtype(name, x, q.dtype, FP8)
+        if pool_k.dtype != pool_v.dtype:
+            raise InvalidRequest(f"pool_k and pool_v must have one type, not {pool_k.dtype} and {pool_v.dtype}")
+        checks.dense_channels(pool_k=pool_k, pool_v=pool_v)
+    needs_scale = pool_k is not None and pool_k.dtype == FP8
+    for name, x in (("pool_k_scale", pool_k_scale), ("pool_v_scale", pool_v_scale)):
+        if (x is not None) != needs_scale:
+            raise InvalidRequest(f"{name} [pages, heads, d] goes with pages in {FP8}, and only with those")
+        if x is not None:
+            checks.shape(name, x, pages=pages, heads=heads, d=width)
+            checks.dtype(name, x, torch.float32)
+    if bias is not None:
+        longest = max(tokens, pool_k.shape[1] if pool_k is not None else 0)
+        checks.shape("bias", bias, pages=rows + pages, tokens=-1)
+        checks.dtype("bias", bias, torch.float32)
+        if bias.shape[1] < longest:
+            raise InvalidRequest(f"bias covers {bias.shape[1]} tokens a page, but the longest page has {longest}")
+    checks.dense_channels(q=q, k=k, v=v)
+    checks.together(
+        "q", q=q, k=k, v=v, page=page, mode=mode, scale=scale, shift=shift, gain=gain, offset=offset, pool_k=pool_k,
+        pool_v=pool_v, pool_k_scale=pool_k_scale, pool_v_scale=pool_v_scale, bias=bias,
+    )  # fmt: skip
+
+
+def _check_values(
+    q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias, out=None
+):
+    pages = pool_k.shape[0] if pool_k is not None else 0
+    checks.integers_within("page", page, -1, q.shape[0] + pages, f"pages of {q.shape[0]} rows and {pages} in the pool")
+    checks.integers_within("mode", mode, PLAIN, SWAP + 1, "modes (0 plain, 1 concat, 2 swap)")
+
+
+def _refuse(backend, arguments) -> str:
+    width = arguments[0].shape[-1]
+    if backend != "torch" and width not in HEAD_SIZES:
+        return f"head size {width} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    return ""
+
+
+def _outputs(q, *others) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _torch(
+    q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias
+) -> torch.Tensor:
+    """On PyTorch's attention kernels: rows are gathered by what they attend to, one call per kind. Reads the host."""
     rows = q.shape[0]
-    if page.shape[1] == 0:
-        return _attend(q, k, v)
+    if page.shape[1] == 0 or q.numel() == 0:
+        return _attend(q, k, v).contiguous()
 
     kinds: dict[tuple, list[int]] = {}
-    for row, (row_mode, pages) in enumerate(zip(mode.tolist(), page.tolist(), strict=True)):
-        kinds.setdefault(_kind(row_mode, pages, rows), []).append(row)
+    for row, columns in enumerate(zip(mode.tolist(), page.tolist(), shift.tolist(), strict=True)):
+        kinds.setdefault(_kind(*columns, rows), []).append(row)
     if list(kinds) == [(PLAIN,)]:
-        return _attend(q, k, v)
+        return _attend(q, k, v).contiguous()
 
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for (row_mode, *sources), members in kinds.items():
         index = torch.tensor(members, device=q.device)
         query, own_k, own_v = q[index], k[index], v[index]
         if row_mode == PLAIN:
             out[index] = _attend(query, own_k, own_v)
             continue
-        if affine is not None:
-            parts = [part[index, None].to(q.dtype) for part in affine]
-            query, own_k, own_v = query * parts[0] + parts[1], own_k * parts[2] + parts[3], own_v * parts[4] + parts[5]
-
+        if gain is not None:
+            query, own_k, own_v = (
+                x * gain[i, index, None].to(q.dtype) + offset[i, index, None].to(q.dtype)
+                for i, x in enumerate((query, own_k, own_v))
+            )
         keys, values, extra = [], [], []
         if row_mode != SWAP:
             keys, values = [own_k], [own_v]
             extra = [q.new_zeros(len(members), own_k.shape[1])]
         for r, source in sources:
             p = page[index, r]
-            page_k, page_v = (k[p], v[p]) if source == "live" else (pool_k[p - rows], pool_v[p - rows])
+            if source == "live":
+                page_k, page_v = k[p], v[p]
+            else:
+                page_k = _pages(pool_k, pool_k_scale, p - rows, q.dtype)
+                page_v = _pages(pool_v, pool_v_scale, p - rows, q.dtype)
             keys.append(page_k * scale[index, r, None, None, None].to(q.dtype))
             values.append(page_v)
             shifts = shift[index, r, None].expand(-1, page_k.shape[1])
             extra.append((shifts + bias[p, : page_k.shape[1]] if bias is not None else shifts).to(q.dtype))
-        keyed = bias is not None or bool((shift[index] != 0).any())
-        mask = torch.cat(extra, 1)[:, None, None] if keyed else None  # [members, 1, 1, keys]
-        out[index] = _attend(query, torch.cat(keys, 1), torch.cat(values, 1), mask)
+        if not keys:
+            out[index] = 0
+            continue
+        mask = None  # [members, 1, 1, keys]
+        if bias is not None or bool((shift[index] != 0).any()):
+            mask = torch.cat(extra, 1)[:, None, None]
+        part = _attend(query, torch.cat(keys, 1), torch.cat(values, 1), mask)
+        if bias is not None:
+            part = part.masked_fill(torch.isneginf(mask).all(-1)[..., None], 0)
+        out[index] = part
     return out
 
 
-def _kind(mode: int, pages: list[int], rows: int) -> tuple:
-    """What a row attends to beside itself: its mode and the source of every segment in use."""
-    used = tuple((r, "live" if p < rows else "pool") for r, p in enumerate(pages) if p >= 0)
-    return (mode, *used) if used and mode != PLAIN else (PLAIN,)
+def _kind(mode: int, pages: list[int], shifts: list[float], rows: int) -> tuple:
+    """What a row attends to beside itself: its mode and the source of every segment that it sees."""
+    if mode == PLAIN or all(p < 0 for p in pages):
+        return (PLAIN,)
+    seen = [(r, p) for r, (p, shift) in enumerate(zip(pages, shifts)) if p >= 0 and shift != -math.inf]
+    return (mode, *((r, "live" if p < rows else "pool") for r, p in seen))
+
+
+def _pages(pool: torch.Tensor, scale: torch.Tensor | None, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if scale is None:
+        return pool[index]
+    # gathered as bytes: indexing is not defined for float8 everywhere
+    return (pool.view(torch.uint8)[index].view(FP8).float() * scale[index, None]).to(dtype)
 
 
 def _attend(q, k, v, mask=None):
     """[rows, tokens, heads, d] in and out."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _cpp(*arguments) -> None:
+    extension().shared_attention(*arguments)
+
+
+def _triton(*arguments) -> None:
+    from stylefast.kernels.gpu.shared_attention import shared_attention as launch
+
+    launch(*arguments)
+
+
+# "modes": PyTorch's functionalisation calls an op by keywords and has a `mode` of its own
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor page, Tensor modes, Tensor scale, Tensor shift, Tensor? gain, Tensor? offset, "
+    "Tensor? pool_k, Tensor? pool_v, Tensor? pool_k_scale, Tensor? pool_v_scale, Tensor? bias"
+)
+
+_shared_attention = Operation(
+    "shared_attention",
+    f"({_ARGUMENTS}) -> Tensor",
+    outputs=_outputs,
+    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    refuse=_refuse,
+    values=_check_values,
+)
+_shared_attention_out = _shared_attention.into("shared_attention_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()")

@@ -8,7 +8,10 @@ applied where x is loaded and needs no pass of its own.
 
 import torch
 
-ADAIN_EPS = 1e-5
+from stylefast._extension import extension
+from stylefast.errors import InvalidRequest
+from stylefast.kernels import checks
+from stylefast.kernels.registry import Operation
 
 
 def token_stats_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,22 +27,61 @@ def token_stats_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, (deviation * deviation).sum(1) / max(tokens - 1, 1)
 
 
-def token_stats(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance over tokens: x [rows, tokens, heads, d] -> two fp32 tensors [rows, heads, d]."""
-    variance, mean = torch.var_mean(x.float(), dim=1, correction=min(1, x.shape[1] - 1))
-    return mean, variance
+def token_stats(x: torch.Tensor, *more: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance over tokens, of up to three tensors in one pass.
+
+    Each [rows, tokens, heads, d], of one shape and type; strides may differ, the last dimension is contiguous. Returns
+    two fp32 tensors: [rows, heads, d] for one tensor, [tensors, rows, heads, d] for several. Raises InvalidRequest, a
+    ValueError, for other shapes, and for no tokens at all.
+    """
+    tensors = [x, *more]
+    checks.shape("x", x, rows=-1, tokens=-1, heads=-1, d=-1)
+    checks.floating("x", x)
+    if not 1 <= len(tensors) <= 3:
+        raise InvalidRequest(f"token_stats takes 1 to 3 tensors, not {len(tensors)}")
+    if x.shape[1] == 0:
+        raise InvalidRequest(f"token_stats needs at least 1 token, but x has shape {list(x.shape)}")
+    rows, tokens, heads, width = x.shape
+    for i, other in enumerate(tensors):
+        name = f"tensor {i}"
+        checks.shape(name, other, rows=rows, tokens=tokens, heads=heads, d=width)
+        checks.dtype(name, other, x.dtype)
+        checks.dense_channels(**{name: other})
+        checks.together("x", **{"x": x, name: other})
+    mean, variance = _token_stats(tensors)
+    return (mean, variance) if more else (mean[0], variance[0])
 
 
-def adain_affine(
-    mean: torch.Tensor,  # [rows, heads, d], of the tensor to change
-    variance: torch.Tensor,  # [rows, heads, d]
-    target_mean: torch.Tensor,  # [rows, heads, d], of the reference
-    target_variance: torch.Tensor,  # [rows, heads, d]
-    strength: torch.Tensor,  # [rows], 0: leave x alone, 1: full AdaIN
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gain and offset [rows, heads, d]: x * gain + offset is x moved by `strength` towards AdaIN(x, target)."""
-    s = strength[:, None, None]
-    ratio = torch.sqrt((target_variance + ADAIN_EPS) / (variance + ADAIN_EPS))
-    gain = 1 + s * (ratio - 1)
-    offset = s * (target_mean - mean * ratio)
-    return gain, offset
+def _refuse(backend, arguments) -> str:
+    width = arguments[0][0].shape[-1]
+    return f"head size {width} is not a multiple of 8" if backend == "cpp" and width % 8 else ""
+
+
+def _outputs(tensors):
+    rows, _, heads, width = tensors[0].shape
+    shape = (len(tensors), rows, heads, width)
+    return tuple(torch.empty(shape, dtype=torch.float32, device=tensors[0].device) for _ in range(2))
+
+
+def _torch(tensors):
+    pairs = [torch.var_mean(x.float(), dim=1, correction=min(1, x.shape[1] - 1)) for x in tensors]
+    return torch.stack([mean for _, mean in pairs]), torch.stack([variance for variance, _ in pairs])
+
+
+def _cpp(tensors, mean, variance):
+    extension().token_stats(tensors, mean, variance)
+
+
+def _triton(tensors, mean, variance):
+    from stylefast.kernels.gpu.token_stats import token_stats as launch
+
+    launch(tensors, mean, variance)
+
+
+_token_stats = Operation(
+    "token_stats",
+    "(Tensor[] tensors) -> (Tensor, Tensor)",
+    outputs=_outputs,
+    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    refuse=_refuse,
+)

@@ -4,14 +4,19 @@ from functools import cache
 from types import ModuleType
 
 # rises with every change of the bindings, so that a stale build is refused instead of called
-INTERFACE = 1
+INTERFACE = 2
 
-_WAY_OUT = "build it with `make extension` in a checkout, or reinstall where a C++17 compiler and pybind11 are found"
+_WAY_OUT = (
+    "build it with `make extension` in a checkout, or reinstall with `pip install --no-build-isolation` where torch "
+    "and a C++20 compiler are found"
+)
 
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
+        import torch  # noqa: F401  # the extension is linked against torch's libraries, which this loads
+
         from stylefast import _C
     except ImportError as error:
         return None, f"the C++ extension could not be imported ({error}); {_WAY_OUT}"

@@ -71,11 +71,10 @@ def _extension() -> dict[str, Any]:
     return {"found": extension() is not None, "reason": extension_error()}
 
 
-def _operations() -> dict[str, dict[str, str]]:
-    import stylefast.kernels
+def _operations() -> list[dict[str, Any]]:
+    from stylefast.kernels import registry
 
-    # every operation has one form so far
-    return {name: {"backend": "torch", "reason": "no other form is built in"} for name in stylefast.kernels.__all__}
+    return registry.report()
 
 
 def _tiny() -> dict[str, Any]:
@@ -122,8 +121,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"device      {device['name']} ({details})")
     extension = found["extension"]
     lines.append(f"extension   {'C++ extension found' if extension['found'] else extension['reason']}")
-    for name, operation in found["operations"].items():
-        lines.append(f"operation   {name}: {operation['backend']} ({operation['reason']})")
+    width = max(len(row["operation"]) for row in found["operations"])
+    for row in found["operations"]:
+        lines.append(f"operation   {row['operation']:{width}}  {row['backend'] or 'none':6}  {row['reason']}")
     tiny = found["models"]["tiny"]
     if tiny["found"]:
         known = f"{tiny['megabytes']} MB, fingerprint {tiny['fingerprint'][:12]}, {tiny['folder']}"

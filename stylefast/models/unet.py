@@ -17,12 +17,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from stylefast.errors import ModelFormatError
+from stylefast.kernels.adain_affine import adain_affine
 from stylefast.kernels.gated_cross_attention import gated_cross_attention
+from stylefast.kernels.geglu import geglu
 from stylefast.kernels.group_norm_silu import group_norm_silu
+from stylefast.kernels.layer_norm import add_layer_norm, layer_norm
 from stylefast.kernels.shared_attention import PLAIN, Affine, shared_attention
-from stylefast.kernels.token_stats import adain_affine, token_stats
+from stylefast.kernels.token_stats import token_stats
 from stylefast.models.layout import AttentionLayout
-from stylefast.models.row_table import RowTable
+from stylefast.models.row_table import NO_PAGE, RowTable
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # two tensors [pages, tokens, heads, d]
 
@@ -100,17 +103,10 @@ class SelfAttention(nn.Module):
 
     def _adain(self, q, k, v, rows: RowTable, active, pages: StylePages | None) -> Affine:
         """Gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
-        strength = rows.adain_strength * (active & (rows.adain_page >= 0))[:, None]  # [rows, 3]
-        safe = rows.adain_page.clamp(min=0)
-        parts = []
-        for i, x in enumerate((q, k, v)):
-            mean, variance = token_stats(x)
-            all_mean, all_variance = mean, variance
-            if pages is not None:
-                all_mean = torch.cat([mean, pages.means[self.layer][i]])
-                all_variance = torch.cat([variance, pages.variances[self.layer][i]])
-            parts += adain_affine(mean, variance, all_mean[safe], all_variance[safe], strength[:, i])
-        return Affine(*parts)
+        pool = (pages.means[self.layer], pages.variances[self.layer]) if pages is not None else ()
+        return adain_affine(
+            *token_stats(q, k, v), torch.where(active, rows.adain_page, NO_PAGE), rows.adain_strength, *pool
+        )
 
 
 class CrossAttention(nn.Module):
@@ -144,8 +140,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x):
-        hidden, gate = self.proj(x).chunk(2, dim=-1)
-        return hidden * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -171,9 +166,10 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(layer.channels)
 
     def forward(self, x, condition: Conditioning):
-        x = x + self.attn1(self.norm1(x), condition)
-        x = x + self.attn2(self.norm2(x), condition)
-        return x + self.ff(self.norm3(x))
+        hidden = layer_norm(x, *_affine(self.norm1))
+        x, hidden = add_layer_norm(x, self.attn1(hidden, condition), *_affine(self.norm2))
+        x, hidden = add_layer_norm(x, self.attn2(hidden, condition), *_affine(self.norm3))
+        return x + self.ff(hidden)
 
 
 class Transformer(nn.Module):
@@ -382,6 +378,10 @@ class UNet(nn.Module):
             if block.resamples:
                 x = block.resample(x, skips[-1].shape[2:])
         return self.conv_out(self.conv_norm_out(x, condition))
+
+
+def _affine(norm: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor, float]:
+    return norm.weight, norm.bias, norm.eps
 
 
 def _split(x: torch.Tensor, heads: int) -> torch.Tensor:

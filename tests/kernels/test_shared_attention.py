@@ -5,10 +5,18 @@ import math
 import pytest
 import torch
 
+from stylefast.kernels import registry
+from stylefast.kernels.adain_affine import adain_affine
 from stylefast.kernels.shared_attention import CONCAT, PLAIN, SWAP, Affine, shared_attention, shared_attention_ref
-from stylefast.kernels.token_stats import adain_affine, token_stats
+from stylefast.kernels.token_stats import token_stats
 
-ROWS, TOKENS, HEADS, WIDTH = 4, 11, 2, 8
+ROWS, TOKENS, HEADS, WIDTH = 4, 11, 2, 32
+
+
+@pytest.fixture(autouse=True, params=["torch", "cpp"])
+def backend(request):
+    with registry.using(request.param, "shared_attention"):
+        yield request.param
 
 
 @pytest.fixture
@@ -24,7 +32,8 @@ def _segments(pages, mode, scale=1.0, shift=0.0):
 
 def _affine(rows=ROWS):
     generator = torch.Generator().manual_seed(1)
-    return Affine(*(torch.randn(rows, HEADS, WIDTH, generator=generator) * 0.3 + (i % 2 == 0) for i in range(6)))
+    gain, offset = torch.randn(2, 3, rows, HEADS, WIDTH, generator=generator) * 0.3
+    return Affine(gain + 1, offset)
 
 
 MIXES = {
@@ -75,8 +84,7 @@ def test_a_shift_of_minus_infinity_leaves_adain_alone(qkv):
     q, k, v = qkv
     affine = _affine()
     hidden = shared_attention(q, k, v, *_segments([[0]] * 4, [CONCAT] * 4, 1.0, -math.inf), affine)
-    parts = [part[:, None] for part in affine]
-    moved = (q * parts[0] + parts[1], k * parts[2] + parts[3], v * parts[4] + parts[5])
+    moved = [x * affine.gain[i, :, None] + affine.offset[i, :, None] for i, x in enumerate((q, k, v))]
     alone = shared_attention(*moved, *_segments([[-1]] * 4, [PLAIN] * 4))
     torch.testing.assert_close(hidden, alone, rtol=1e-5, atol=1e-5)
 
@@ -112,9 +120,8 @@ def test_nan_in_a_row_stays_in_the_rows_that_read_it(qkv):
 
 def test_adain_gives_a_tensor_the_statistics_of_its_reference(qkv):
     x = qkv[0] * torch.linspace(0.3, 2, ROWS)[:, None, None, None] + torch.arange(ROWS)[:, None, None, None]
-    mean, variance = token_stats(x)
-    gain, offset = adain_affine(mean, variance, mean[[0]], variance[[0]], torch.ones(ROWS))
-    moved = x * gain[:, None] + offset[:, None]
+    gain, offset = adain_affine(*(s[None] for s in token_stats(x)), torch.zeros(ROWS).long(), torch.ones(ROWS, 1))
+    moved = x * gain[0, :, None] + offset[0, :, None]
     torch.testing.assert_close(moved.mean(1), x[0].mean(0).expand(ROWS, -1, -1), rtol=1e-5, atol=1e-5)
     expected = x[0].var(0, unbiased=True).expand(ROWS, -1, -1)
     torch.testing.assert_close(moved.var(1, unbiased=True), expected, rtol=1e-4, atol=1e-4)
@@ -122,9 +129,10 @@ def test_adain_gives_a_tensor_the_statistics_of_its_reference(qkv):
 
 
 def test_half_the_adain_strength_is_half_the_way(qkv):
-    mean, variance = token_stats(qkv[0])
-    ends = [adain_affine(mean, variance, mean[[0]], variance[[0]], torch.full((ROWS,), s)) for s in (0.0, 0.5, 1.0)]
-    moved = [qkv[0] * gain[:, None] + offset[:, None] for gain, offset in ends]
+    stats = [s[None] for s in token_stats(qkv[0])]
+    page = torch.zeros(ROWS).long()
+    ends = [adain_affine(*stats, page, torch.full((ROWS, 1), s)) for s in (0.0, 0.5, 1.0)]
+    moved = [qkv[0] * gain[0, :, None] + offset[0, :, None] for gain, offset in ends]
     torch.testing.assert_close(moved[0], qkv[0])
     torch.testing.assert_close(moved[1], (moved[0] + moved[2]) / 2, rtol=1e-5, atol=1e-5)
 

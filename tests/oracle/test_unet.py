@@ -1,12 +1,18 @@
-"""Our UNet, driven by row tables written by hand, against the literal oracle on diffusers' UNet: fp32, 1e-5."""
+"""Our UNet, driven by row tables written by hand, against the literal oracle on diffusers' UNet: fp32, 1e-5.
+
+On PyTorch's own attention, which rounds as diffusers does; test_fused_unet.py holds the fused kernels against fp64.
+"""
 
 from dataclasses import replace
 from math import inf, log
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from stylefast.kernels.token_stats import adain_affine, token_stats
+from stylefast.kernels import registry
+from stylefast.kernels.adain_affine import adain_affine
+from stylefast.kernels.token_stats import token_stats
 from stylefast.models.unet import UNet
 from tests.oracle import instant_style as ip
 from tests.oracle.rows import image_columns, plain_rows, run, share
@@ -16,6 +22,12 @@ from tests.oracle.test_oracle import SETTINGS
 
 SIZES = {"square": (8, 8), "wide": (8, 16), "tall_and_odd": (13, 6)}
 STYLE, LAYOUT = "up_blocks.0.attentions.1", "down_blocks.2.attentions.1"
+
+
+@pytest.fixture(autouse=True)
+def pytorchs_attention():
+    with registry.using("torch"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +165,9 @@ def test_scale_0_gives_uniform_logits_and_does_not_turn_sharing_off(theirs, ours
 def test_adain_gives_the_reference_statistics_over_tokens():
     x, style = torch.randn(2, 3, 37, 4, 8, generator=torch.Generator().manual_seed(1))  # [rows, tokens, heads, d]
     style = 2 * style - 1
-    gain, offset = adain_affine(*token_stats(x), *token_stats(style), torch.ones(3))
-    out = x * gain[:, None] + offset[:, None]
+    stats, style_stats = ([s[None] for s in token_stats(y)] for y in (x, style))
+    gain, offset = adain_affine(*stats, torch.arange(3) + 3, torch.ones(3, 1), *style_stats)
+    out = x * gain[0, :, None] + offset[0, :, None]
     torch.testing.assert_close(out.mean(1), style.mean(1), rtol=0, atol=1e-5)
     torch.testing.assert_close(out.var(1), style.var(1), rtol=1e-4, atol=0)
     torch.testing.assert_close(out, adain(x.transpose(1, 2), style.transpose(1, 2)).transpose(1, 2))
@@ -358,3 +371,17 @@ def test_groups_of_one_batch_are_isolated(ours, adapters):
     assert torch.equal(after[3:], before[3:])
     # a new style picture of the reference alone reaches all of its group, through keys and values
     assert (after[:3] - before[:3]).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+# compiled
+
+
+def test_the_whole_unet_compiles_into_one_graph_that_serves_other_styles_too(ours):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
+    inputs = random_inputs(3)
+    for sharing in (Sharing((0, 0, 0)), Sharing((0, 0, 2), scale=0.5, shift=0.3, mode="swap")):
+        table = share(plain_rows(ours.layout, 3), ours.layout, sharing)
+        close(run(compiled, inputs, table), run(ours, inputs, table))
+    assert counter.frame_count == 1

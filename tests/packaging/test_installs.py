@@ -17,14 +17,15 @@ import pytest
 PROJECT = ["pyproject.toml", "setup.py", "LICENSE", "README.md", "csrc", "stylefast", "kernels", "export"]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
-# the origins of the packages, without running the operations and so without torch
+# the origins of the packages, without running the operations and so without torch, which the extension alone loads
 REPORT = """
 import importlib.util, json, sys
 import stylefast, stylefast.export
 from stylefast._extension import extension, extension_error
+torch = "torch" in sys.modules
 origins = {"stylefast": stylefast.__file__, "export": stylefast.export.__file__}
 origins["kernels"] = importlib.util.find_spec("stylefast.kernels").origin
-print(json.dumps([origins, extension() is not None, extension_error(), "torch" in sys.modules]))
+print(json.dumps([origins, extension() is not None, extension_error(), torch]))
 """
 FOREIGN = 'import sys\nname = "of Hugging Face"\nfrom kernels.layer import mode\n'
 
@@ -170,6 +171,15 @@ def test_without_a_compiler_the_install_is_pure_python_and_says_why(make_place, 
     origins, extension, reason = place.report(tmp_path)
     assert origins["stylefast"].is_relative_to(place.site) and not extension
     assert "compiler" in reason and "make extension" in reason
+
+
+def test_without_torch_at_build_time_the_install_is_pure_python_and_says_why(make_place, tmp_path):
+    place = make_place()
+    (tmp_path / "torch.py").write_text("raise ImportError('hidden')\n")
+    place.pip(str(place.checkout), PYTHONPATH=str(tmp_path))
+    origins, extension, reason = place.report(tmp_path.parent)
+    assert origins["stylefast"].is_relative_to(place.site) and not extension
+    assert "torch" in reason and "--no-build-isolation" in reason
 
 
 def test_taking_something_from_kernels_at_the_root_names_the_right_package(bare):

@@ -1,0 +1,80 @@
+// What the CPU kernels take: raw pointers and strides, so that no file compiled for wide vectors sees a library header.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace stylefast {
+
+enum class Element { f32, bf16, f16, f8 };
+
+// [rows or pages, tokens, heads, d]; strides in bytes, channels side by side
+struct Tokens {
+    char* data = nullptr;
+    Element type = Element::f32;
+    std::int64_t row = 0, token = 0, head = 0;
+};
+
+// fp32 [n, rows or pages, heads, d]; strides in elements, channels side by side
+struct Channels {
+    float* data = nullptr;
+    std::int64_t tensor = 0, row = 0, head = 0;
+};
+
+// One unit of work is `chunk` queries of one (row, head); units = rows * heads * ceil(tokens / chunk).
+struct SharedAttention {
+    std::int64_t rows, tokens, heads, d, chunk;
+    Tokens q, k, v, out;
+    std::int64_t references;      // pages a row may read
+    const std::int64_t* page;     // [rows, references]
+    const std::int64_t* mode;     // [rows]: 0 plain, 1 concat, 2 swap
+    const float *scale, *shift;   // [rows, references]
+    Channels gain, offset;        // n = 3: q, k, v; data is null without AdaIN
+    std::int64_t pages, page_tokens;
+    Tokens pool_k, pool_v;
+    Channels pool_k_scale, pool_v_scale;  // n = 1; data is null unless the pool is fp8
+    const float* bias;                    // [rows + pages, tokens], null without
+    std::int64_t bias_row;
+};
+
+// Units as above. A segment is one image page with its strength; those of equal group share a softmax.
+struct GatedCrossAttention {
+    std::int64_t rows, tokens, heads, d, chunk;
+    Tokens q, out;
+    std::int64_t text_tokens;
+    Tokens text_k, text_v;
+    const std::int64_t* text_page;  // [rows]
+    std::int64_t segments;
+    Tokens image_k, image_v;
+    const std::int64_t* image_lengths;  // [image pages]
+    const std::int64_t* image_page;     // [rows, segments]; -1 none
+    const float* strength;              // [rows, segments]
+    const std::int64_t* group;          // [rows, segments]
+    const float* masks;                 // [masks, tokens], null without
+    std::int64_t mask_row;
+    const std::int64_t* mask_index;  // [rows, segments], -1 everywhere; null without masks
+};
+
+// One unit of work is one (tensor, row, head).
+struct TokenStats {
+    std::int64_t count, rows, tokens, heads, d;
+    Tokens x[3];
+    Channels mean, variance;
+};
+
+// The kernels of one instruction set. `scratch` is 64-byte aligned and belongs to the calling thread.
+struct Kernels {
+    std::int64_t lanes;  // queries that move together; `chunk` is a multiple of it
+    std::size_t (*shared_scratch)(const SharedAttention&);
+    void (*shared_unit)(const SharedAttention&, std::int64_t unit, char* scratch);
+    std::size_t (*gated_scratch)(const GatedCrossAttention&);
+    void (*gated_unit)(const GatedCrossAttention&, std::int64_t unit, char* scratch);
+    void (*stats_unit)(const TokenStats&, std::int64_t unit);
+};
+
+// null where the compiler had no x86-64 target; the last serves bf16 only and has no statistics of its own
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+}  // namespace stylefast

@@ -1,0 +1,124 @@
+"""AdaIN's gains and offsets from two sets of token statistics.
+
+AdaIN(x, y) = std(y) * (x - mean(x)) / std(x) + mean(y) with std = sqrt(variance + 1e-5) is affine in x. With a strength
+s in [0, 1] that moves x part of the way:
+
+    ratio = sqrt((variance_y + 1e-5) / (variance_x + 1e-5))
+    gain  = 1 + s (ratio - 1)           offset = s (mean_y - ratio mean_x)
+
+(StyleAligned, arXiv 2312.02133, section 3.2.) A constant channel has variance 0; eps inside the root keeps it finite.
+"""
+
+import torch
+
+from stylefast.errors import InvalidRequest
+from stylefast.kernels import checks
+from stylefast.kernels.registry import Operation
+from stylefast.kernels.shared_attention import Affine
+
+ADAIN_EPS = 1e-5
+
+
+def adain_affine_ref(
+    mean: torch.Tensor,  # [parts, rows, heads, d]
+    variance: torch.Tensor,
+    page: torch.Tensor,  # [rows] int64: a row p < rows, or pool entry p - rows, or -1
+    strength: torch.Tensor,  # [rows, parts] fp32
+    pool_mean: torch.Tensor | None = None,  # [parts, pages, heads, d]
+    pool_variance: torch.Tensor | None = None,
+) -> Affine:
+    """The formula above, one part and row at a time."""
+    gain, offset = torch.ones_like(mean), torch.zeros_like(mean)
+    parts, rows = mean.shape[:2]
+    for part in range(parts):
+        for row in range(rows):
+            p, s = int(page[row]), float(strength[row, part])
+            if p < 0 or s == 0:
+                continue
+            of_row = p < rows
+            other_mean = mean[part, p] if of_row else pool_mean[part, p - rows]
+            other_variance = variance[part, p] if of_row else pool_variance[part, p - rows]
+            ratio = torch.sqrt((other_variance + ADAIN_EPS) / (variance[part, row] + ADAIN_EPS))
+            gain[part, row] = 1 + s * (ratio - 1)
+            offset[part, row] = s * (other_mean - ratio * mean[part, row])
+    return Affine(gain, offset)
+
+
+def adain_affine(
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    page: torch.Tensor,
+    strength: torch.Tensor,
+    pool_mean: torch.Tensor | None = None,
+    pool_variance: torch.Tensor | None = None,
+) -> Affine:
+    """Gain and offset that move every row towards the statistics of its page.
+
+    mean, variance [parts, rows, heads, d] fp32, from `token_stats` (3 parts: queries, keys, values); page [rows] int64,
+    p < rows is row p, p >= rows entry p - rows of pool_mean, pool_variance [parts, pages, heads, d], -1 none; strength
+    [rows, parts] in [0, 1]. Rows without a page, and parts of strength 0, get exactly gain 1 and offset 0 whatever the
+    statistics hold. Returns Affine of two tensors like mean.
+
+    Raises InvalidRequest, a ValueError, for shapes that don't fit and, on CPUs or under STYLEFAST_CHECKS=1, for a page
+    or strength out of range and for pool statistics that are not finite or a negative variance.
+    """
+    checks.shape("mean", mean, parts=-1, rows=-1, heads=-1, d=-1)
+    parts, rows, heads, width = mean.shape
+    checks.shape("variance", variance, parts=parts, rows=rows, heads=heads, d=width)
+    checks.shape("page", page, rows=rows)
+    checks.dtype("page", page, torch.int64)
+    checks.shape("strength", strength, rows=rows, parts=parts)
+    if (pool_mean is None) != (pool_variance is None):
+        raise InvalidRequest("pool_mean and pool_variance go together: give both or neither")
+    if pool_mean is not None:
+        checks.shape("pool_mean", pool_mean, parts=parts, pages=-1, heads=heads, d=width)
+        checks.shape("pool_variance", pool_variance, parts=parts, pages=pool_mean.shape[1], heads=heads, d=width)
+    statistics = {"mean": mean, "variance": variance, "pool_mean": pool_mean, "pool_variance": pool_variance}
+    for name, x in {**statistics, "strength": strength}.items():
+        if x is not None:
+            checks.dtype(name, x, torch.float32)
+    checks.together("mean", **statistics, page=page, strength=strength)
+    return Affine(*_adain_affine(mean, variance, page, strength, pool_mean, pool_variance))
+
+
+def _check_values(mean, variance, page, strength, pool_mean, pool_variance):
+    rows, pages = mean.shape[1], pool_mean.shape[1] if pool_mean is not None else 0
+    checks.integers_within("page", page, -1, rows + pages, f"pages of {rows} rows and {pages} in the pool")
+    checks.numbers_within("strength", strength, 0, 1)
+    if pool_mean is not None:
+        largest = torch.finfo(torch.float32).max
+        checks.numbers_within("pool_mean", pool_mean, -largest, largest)
+        checks.numbers_within("pool_variance", pool_variance, 0, largest)
+
+
+def _outputs(mean, *others):
+    return tuple(torch.empty(mean.shape, dtype=torch.float32, device=mean.device) for _ in range(2))
+
+
+def _torch(mean, variance, page, strength, pool_mean, pool_variance):
+    all_mean, all_variance = mean, variance
+    if pool_mean is not None:
+        all_mean, all_variance = torch.cat([mean, pool_mean], 1), torch.cat([variance, pool_variance], 1)
+    source = page.clamp(min=0)
+    s = strength.T[:, :, None, None]  # [parts, rows, 1, 1]
+    ratio = torch.sqrt((all_variance[:, source] + ADAIN_EPS) / (variance + ADAIN_EPS))
+    applies = (s != 0) & (page >= 0)[:, None, None]
+    gain = torch.where(applies, 1 + s * (ratio - 1), 1.0)
+    offset = torch.where(applies, s * (all_mean[:, source] - ratio * mean), 0.0)
+    return gain.contiguous(), offset.contiguous()
+
+
+def _triton(*arguments):
+    from stylefast.kernels.gpu.adain_affine import adain_affine as launch
+
+    launch(*arguments)
+
+
+_adain_affine = Operation(
+    "adain_affine",
+    "(Tensor mean, Tensor variance, Tensor page, Tensor strength, Tensor? pool_mean, Tensor? pool_variance) "
+    "-> (Tensor, Tensor)",
+    outputs=_outputs,
+    forms={"triton": _triton, "torch": _torch},
+    values=_check_values,
+)

@@ -1,0 +1,103 @@
+"""Launch configurations of the Triton kernels: committed JSON per GPU, picked by nearest match, never searched for.
+
+`kernels/tuning/*.json` holds one file per GPU:
+
+    {"gpu": "NVIDIA H200", "capability": 90, "measured": {...} or null,
+     "operations": {"geglu": [{"key": {"columns": 2560, "bits": 16}, "config": {"num_warps": 4}}, ...]}}
+
+A file without a GPU's name holds for every GPU of its capability and was reasoned, not measured. `stylefast bench
+--tune` writes measured ones. The folder in `STYLEFAST_TUNING`, if set, is read before the committed files.
+"""
+
+import json
+import math
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stylefast.errors import InvalidRequest
+
+FOLDER = Path(__file__).parent / "tuning"
+
+Key = dict[str, int | float | str]
+Config = dict[str, int | float | str | bool]
+
+
+class Tuning(NamedTuple):
+    """One file."""
+
+    path: Path
+    gpu: str | None
+    capability: int  # 90 for compute capability 9.0
+    measured: dict[str, Any] | None
+    operations: dict[str, list[tuple[Key, Config]]]
+
+
+def configuration(operation: str, capability: int, gpu: str | None = None, **key: int | float | str) -> Config:
+    """The configuration of the nearest committed key on the nearest GPU.
+
+    The file is that of the GPU's name, else of its capability, else of the highest capability below it. Within the
+    file an entry matches if its words equal those asked for; of the matching ones the nearest in numbers is taken,
+    by the sum of |log2(asked / committed)|. Raises InvalidRequest where nothing matches.
+    """
+    for tuning in _preference(capability, gpu):
+        entries = tuning.operations.get(operation, ())
+        near = [(distance, config) for known, config in entries if (distance := _distance(key, known)) < math.inf]
+        if near:
+            return min(near, key=lambda pair: pair[0])[1]
+    raise InvalidRequest(
+        f"no launch configuration of {operation} fits {key} on compute capability {capability / 10:.1f}; "
+        f"add one with `stylefast bench --tune` or force another backend by STYLEFAST_KERNELS={operation}=torch"
+    )
+
+
+def configurations(operation: str, capability: int) -> list[tuple[Key, Config]]:
+    """Every entry that a GPU of this capability may be given, for ahead-of-time compiles."""
+    found = [entry for tuning in _preference(capability, None) for entry in tuning.operations.get(operation, ())]
+    named = [t for t in tunings() if t.gpu is not None and t.capability == capability]
+    found += [entry for tuning in named for entry in tuning.operations.get(operation, ())]
+    return [entry for i, entry in enumerate(found) if entry not in found[:i]]
+
+
+def source(capability: int, gpu: str | None = None) -> Tuning | None:
+    """The file that a GPU is served from first."""
+    return next(iter(_preference(capability, gpu)), None)
+
+
+@cache
+def tunings() -> tuple[Tuning, ...]:
+    """All files, those of `STYLEFAST_TUNING` first. Raises InvalidRequest for a damaged one."""
+    folders = [Path(folder) for folder in (os.environ.get("STYLEFAST_TUNING"), FOLDER) if folder]
+    return tuple(_read(path) for folder in folders for path in sorted(folder.glob("*.json")))
+
+
+def _read(path: Path) -> Tuning:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        operations = {
+            name: [(entry["key"], entry["config"]) for entry in entries] for name, entries in data["operations"].items()
+        }
+        return Tuning(path, data["gpu"], int(data["capability"]), data["measured"], operations)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidRequest(
+            f"{path} is not a tuning file ({type(error).__name__}: {error}); write it anew by `stylefast bench --tune`"
+        ) from error
+
+
+def _preference(capability: int, gpu: str | None) -> list[Tuning]:
+    named = [t for t in tunings() if gpu is not None and t.gpu == gpu]
+    general = [t for t in tunings() if t.gpu is None and t.capability <= capability]
+    return [*named, *sorted(general, key=lambda t: -t.capability)[:1]]
+
+
+def _distance(asked: Key, known: Key) -> float:
+    total = 0.0
+    for name, value in known.items():
+        wanted = asked.get(name)
+        if isinstance(value, str) or isinstance(wanted, str) or wanted is None:
+            if wanted != value:
+                return math.inf
+        else:
+            total += abs(math.log2(max(wanted, 1e-9) / max(value, 1e-9)))
+    return total

@@ -1,0 +1,357 @@
+"""Gated cross-attention in Triton: text and S image segments in one pass over the queries.
+
+    out = softmax(Q K_text^T / sqrt(d)) V_text + sum_s strength_s * mask_s * softmax(Q K_s^T / sqrt(d)) V_s
+
+Two forms. Where all keys fit into one tile of up to 128 columns, `_one_tile` loads text and image tokens side by side,
+takes one Q K^T, a maximum and a sum per softmax from column masks, and one P V in which every column already carries
+its gate. Otherwise `_online` runs over key tiles softmax by softmax. Both go query tile first, then head, then row, so
+programs that run together share their keys in the cache. A segment of strength 0 or page -1 is never read.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from stylefast.errors import InvalidRequest
+from stylefast.kernels.configs import Config, configurations
+from stylefast.kernels.gpu.ahead import Specialisation
+from stylefast.kernels.gpu.launch import device_of, power_of_two, settings, specialisation
+
+LOG2_E = math.log2(math.e)
+_UNSEEN = tl.constexpr(-1e30)  # below every score, yet finite: taken from itself it gives no NaN
+ONE_TILE_SEGMENTS = 2  # each costs a pass over the tile of scores, and registers
+
+TABLES = [
+    "tokens", "text_tokens", "text_pages", "image_tokens", "image_pages", "mask_count", "text_page_row", "length_page",
+    "image_page_row", "image_page_segment", "strength_row", "strength_segment", "group_row", "group_segment",
+    "mask_row", "mask_token", "mask_index_row", "mask_index_segment",
+]  # fmt: skip
+
+
+@triton.jit
+def _segment_state(
+    row, segment, image_page, strength, group, image_page_row, image_page_segment, strength_row, strength_segment,
+    group_row, group_segment,
+):  # fmt: skip
+    """Page, whether the segment is in use, and the number of its softmax."""
+    page = tl.load(image_page + row * image_page_row + segment * image_page_segment)
+    amount = tl.load(strength + row * strength_row + segment * strength_segment)
+    number = tl.load(group + row * group_row + segment * group_segment)
+    return page, (page >= 0) & (amount != 0.0), number
+
+
+@triton.jit
+def _segment_gate(
+    row, segment, token, reads, tokens, strength, masks, mask_index, mask_count,
+    strength_row, strength_segment, mask_row, mask_token, mask_index_row, mask_index_segment,
+):  # fmt: skip
+    """strength * mask of one segment for the tile's tokens, fp32; NaN where the mask's index is out of range."""
+    amount = tl.load(strength + row * strength_row + segment * strength_segment, mask=reads, other=0.0)
+    gate = tl.zeros_like(token).to(tl.float32) + amount
+    if masks is not None:
+        chosen = tl.load(mask_index + row * mask_index_row + segment * mask_index_segment, mask=reads, other=-1)
+        known = reads & (chosen >= 0) & (chosen < mask_count)
+        inside = token < tl.where(known, tokens, 0)
+        values = tl.load(masks + chosen * mask_row + token * mask_token, mask=inside, other=1.0)
+        gate = tl.where(chosen >= mask_count, float("nan"), gate * values)
+    return gate
+
+
+@triton.jit
+def _shares(owner, segment, row, group, group_row, group_segment, SEGMENTS: tl.constexpr):
+    """Which columns belong to the softmax of `segment`: its own and those of segments with the same number."""
+    number = tl.load(group + row * group_row + segment * group_segment)
+    shares = owner == segment
+    for s in tl.static_range(SEGMENTS):
+        other = tl.load(group + row * group_row + s * group_segment)
+        shares = shares | (owner == tl.where(other == number, s, -2))
+    return shares[None, :]
+
+
+@triton.jit(do_not_specialize=TABLES)
+def _one_tile(
+    q,  # [rows, tokens, heads, d]
+    text_k, text_v,  # [text pages, text tokens, heads, d]
+    text_page,  # [rows]
+    image_k, image_v,  # [image pages, image tokens, heads, d]
+    image_lengths,  # [image pages]
+    image_page, strength, group,  # [rows, segments]
+    masks,  # [masks, tokens]
+    mask_index,  # [rows, segments]
+    out,  # [rows, tokens, heads, d]
+    scale, tokens, text_tokens, text_pages, image_tokens, image_pages, mask_count,
+    q_row, q_token, q_head, text_k_page, text_k_token, text_k_head, text_v_page, text_v_token, text_v_head,
+    text_page_row, image_k_page, image_k_token, image_k_head, image_v_page, image_v_token, image_v_head, length_page,
+    image_page_row, image_page_segment, strength_row, strength_segment, group_row, group_segment,
+    mask_row, mask_token, mask_index_row, mask_index_segment, out_row, out_token, out_head,
+    D: tl.constexpr, D_PADDED: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
+    SEGMENTS: tl.constexpr, SEGMENT_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Columns: the text's tokens, then SEGMENT_COLUMNS for each segment. `scale` is log2(e) / sqrt(d)."""
+    token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    head = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    channel = tl.arange(0, D_PADDED)
+    column = tl.arange(0, COLUMNS)
+    query_mask = (token < tokens)[:, None] & (channel < D)[None, :]
+    query = tl.load(
+        q + row * q_row + head * q_head + token[:, None] * q_token + channel[None, :], mask=query_mask, other=0.0
+    )
+
+    page = tl.load(text_page + row * text_page_row)
+    broken = (page < 0) | (page >= text_pages)
+    page = tl.where(broken, 0, page)
+    in_text = column < text_tokens
+    live = column < tl.where(broken, 0, text_tokens)  # columns that are read
+    in_d = channel < D
+    key = text_k + page * text_k_page + head * text_k_head + column * text_k_token
+    value = text_v + page * text_v_page + head * text_v_head + column * text_v_token
+    keys = tl.load(key[None, :] + channel[:, None], mask=live[None, :] & in_d[:, None], other=0.0)
+    values = tl.load(value[:, None] + channel[None, :], mask=live[:, None] & in_d[None, :], other=0.0)
+    for s in tl.static_range(SEGMENTS):
+        page, active, number = _segment_state(
+            row, s, image_page, strength, group, image_page_row, image_page_segment, strength_row, strength_segment,
+            group_row, group_segment,
+        )  # fmt: skip
+        broken = broken | (active & (page >= image_pages))
+        active = active & (page < image_pages)
+        page = tl.where(active, page, 0)
+        length = tl.load(image_lengths + page * length_page, mask=active, other=0).to(tl.int32)
+        place = column - text_tokens - s * SEGMENT_COLUMNS
+        mine = (place >= 0) & (place < SEGMENT_COLUMNS) & (place < tl.minimum(length, image_tokens))
+        key = image_k + page * image_k_page + head * image_k_head + place * image_k_token
+        value = image_v + page * image_v_page + head * image_v_head + place * image_v_token
+        keys = tl.load(key[None, :] + channel[:, None], mask=mine[None, :] & in_d[:, None], other=keys)
+        values = tl.load(value[:, None] + channel[None, :], mask=mine[:, None] & in_d[None, :], other=values)
+        live = live | mine
+
+    scores = tl.dot(query, keys, input_precision="ieee") * scale  # [queries, columns]
+    scores = tl.where(live[None, :], scores, _UNSEEN)
+
+    # each column takes the maximum and the sum over its own softmax, as `owner` numbers them: -1 for the text
+    owner = tl.where(in_text, -1, (column - text_tokens) // SEGMENT_COLUMNS)
+    peaks = tl.max(tl.where(in_text[None, :], scores, _UNSEEN), 1)[:, None]
+    for s in tl.static_range(SEGMENTS):
+        shares = _shares(owner, s, row, group, group_row, group_segment, SEGMENTS)
+        peak = tl.max(tl.where(shares, scores, _UNSEEN), 1)
+        peaks = tl.where((owner == s)[None, :], peak[:, None], peaks)
+    weights = tl.where(live[None, :], tl.exp2(scores - peaks), 0.0)
+
+    total = tl.sum(tl.where(in_text[None, :], weights, 0.0), 1)
+    factors = (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+    for s in tl.static_range(SEGMENTS):
+        page, active, number = _segment_state(
+            row, s, image_page, strength, group, image_page_row, image_page_segment, strength_row, strength_segment,
+            group_row, group_segment,
+        )  # fmt: skip
+        gate = _segment_gate(
+            row, s, token, active, tokens, strength, masks, mask_index, mask_count,
+            strength_row, strength_segment, mask_row, mask_token, mask_index_row, mask_index_segment,
+        )  # fmt: skip
+        shares = _shares(owner, s, row, group, group_row, group_segment, SEGMENTS)
+        total = tl.sum(tl.where(shares, weights, 0.0), 1)
+        factors = tl.where((owner == s)[None, :], (gate / tl.where(total > 0, total, 1.0))[:, None], factors)
+
+    result = tl.dot((weights * factors).to(values.dtype), values, input_precision="ieee")
+    result = tl.where(broken, float("nan"), result)
+    target = out + row * out_row + head * out_head + token[:, None] * out_token + channel[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=query_mask)
+
+
+@triton.jit
+def _attend(
+    query, k, v, stride_k, stride_v, length, gate, scale, peak, total, gathered,
+    D: tl.constexpr, D_PADDED: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Takes `length` tokens at k, v into a running softmax: its maximum, its sum and its gated values."""
+    channel = tl.arange(0, D_PADDED)
+    for start in range(0, length, KEYS):
+        place = start + tl.arange(0, KEYS)
+        inside = place < length
+        keys = tl.load(
+            k + place[None, :] * stride_k + channel[:, None], mask=inside[None, :] & (channel < D)[:, None], other=0.0
+        )
+        scores = tl.where(inside[None, :], tl.dot(query, keys, input_precision="ieee") * scale, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        kept = tl.exp2(peak - higher)
+        weights = tl.exp2(scores - higher[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        values = tl.load(
+            v + place[:, None] * stride_v + channel[None, :], mask=inside[:, None] & (channel < D)[None, :], other=0.0
+        )
+        weights = (weights * gate[:, None]).to(values.dtype)
+        gathered = tl.dot(weights, values, gathered * kept[:, None], input_precision="ieee")
+        peak = higher
+    return peak, total, gathered
+
+
+@triton.jit(do_not_specialize=[*TABLES, "segments"])
+def _online(
+    q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index, out,
+    scale, tokens, text_tokens, text_pages, image_tokens, image_pages, mask_count,
+    q_row, q_token, q_head, text_k_page, text_k_token, text_k_head, text_v_page, text_v_token, text_v_head,
+    text_page_row, image_k_page, image_k_token, image_k_head, image_v_page, image_v_token, image_v_head, length_page,
+    image_page_row, image_page_segment, strength_row, strength_segment, group_row, group_segment,
+    mask_row, mask_token, mask_index_row, mask_index_segment, out_row, out_token, out_head,
+    segments, D: tl.constexpr, D_PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Arguments as `_one_tile`, for any number of keys and segments."""
+    token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    head = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    channel = tl.arange(0, D_PADDED)
+    query_mask = (token < tokens)[:, None] & (channel < D)[None, :]
+    query = tl.load(
+        q + row * q_row + head * q_head + token[:, None] * q_token + channel[None, :], mask=query_mask, other=0.0
+    )
+    unseen = tl.full([QUERIES], _UNSEEN, tl.float32)
+    nothing = tl.zeros([QUERIES], tl.float32)
+    empty = tl.zeros([QUERIES, D_PADDED], tl.float32)
+
+    page = tl.load(text_page + row * text_page_row)
+    broken = (page < 0) | (page >= text_pages)
+    page = tl.where(broken, 0, page)
+    peak, total, gathered = _attend(
+        query, text_k + page * text_k_page + head * text_k_head, text_v + page * text_v_page + head * text_v_head,
+        text_k_token, text_v_token, tl.where(broken, 0, text_tokens), nothing + 1.0, scale, unseen, nothing, empty,
+        D, D_PADDED, KEYS,
+    )  # fmt: skip
+    result = gathered * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+
+    if image_k is not None:
+        for s in range(0, segments):
+            page, leads, number = _segment_state(
+                row, s, image_page, strength, group, image_page_row, image_page_segment, strength_row,
+                strength_segment, group_row, group_segment,
+            )  # fmt: skip
+            for t in range(0, s):
+                earlier, active, other = _segment_state(
+                    row, t, image_page, strength, group, image_page_row, image_page_segment, strength_row,
+                    strength_segment, group_row, group_segment,
+                )  # fmt: skip
+                leads = leads & ((active == 0) | (other != number))
+            if leads:  # the first of its softmax; the others are taken in with it
+                peak, total, gathered = unseen, nothing, empty
+                for t in range(s, segments):
+                    page, active, other = _segment_state(
+                        row, t, image_page, strength, group, image_page_row, image_page_segment, strength_row,
+                        strength_segment, group_row, group_segment,
+                    )  # fmt: skip
+                    active = active & (other == number)
+                    broken = broken | (active & (page >= image_pages))
+                    active = active & (page < image_pages)
+                    page = tl.where(active, page, 0)
+                    length = tl.load(image_lengths + page * length_page, mask=active, other=0).to(tl.int32)
+                    gate = _segment_gate(
+                        row, t, token, active, tokens, strength, masks, mask_index, mask_count, strength_row,
+                        strength_segment, mask_row, mask_token, mask_index_row, mask_index_segment,
+                    )  # fmt: skip
+                    peak, total, gathered = _attend(
+                        query, image_k + page * image_k_page + head * image_k_head,
+                        image_v + page * image_v_page + head * image_v_head, image_k_token, image_v_token,
+                        tl.minimum(length, image_tokens), gate, scale, peak, total, gathered, D, D_PADDED, KEYS,
+                    )  # fmt: skip
+                result += gathered * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+
+    result = tl.where(broken, float("nan"), result)
+    target = out + row * out_row + head * out_head + token[:, None] * out_token + channel[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=query_mask)
+
+
+def gated_cross_attention(
+    q: torch.Tensor,
+    text_k: torch.Tensor,
+    text_v: torch.Tensor,
+    text_page: torch.Tensor,
+    image_k: torch.Tensor | None,
+    image_v: torch.Tensor | None,
+    image_lengths: torch.Tensor | None,
+    image_page: torch.Tensor | None,
+    strength: torch.Tensor | None,
+    group: torch.Tensor | None,
+    masks: torch.Tensor | None,
+    mask_index: torch.Tensor | None,
+    out: torch.Tensor,
+    config: Config | None = None,
+) -> None:
+    """Writes the gated cross-attention into `out`; arguments as the operation's own, already checked.
+
+    A row with an index out of range becomes NaN, and nothing outside is read. Raises InvalidRequest for bf16 on the
+    CPU, whose bits Triton's interpreter would multiply as integers.
+    """
+    if q.dtype == torch.bfloat16 and not q.is_cuda:
+        raise InvalidRequest("Triton's interpreter multiplies no bfloat16 matrices; use float16 or float32 on the CPU")
+    rows, tokens, heads, d = q.shape
+    if q.numel() == 0:
+        return
+    segments = 0 if image_page is None else image_page.shape[1]
+    if segments == 0 or image_k.numel() == 0:
+        segments, image_k, image_v, image_lengths, image_page, strength, group = 0, *[None] * 6
+    if segments == 0 or masks is None or mask_index is None:
+        masks = mask_index = None
+    config = settings("gated_cross_attention", q, config, d=d, bits=q.element_size() * 8)
+    queries = config["queries"]
+    text_tokens, image_tokens = text_k.shape[1], image_k.shape[1] if segments else 0
+    columns, segment_columns = one_tile_columns(text_tokens, segments, image_tokens)
+    arguments = (
+        q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index,
+        out, LOG2_E / math.sqrt(d), tokens, text_tokens, text_k.shape[0], image_tokens,
+        image_k.shape[0] if segments else 0, 0 if masks is None else masks.shape[0],
+        *q.stride()[:3], *text_k.stride()[:3], *text_v.stride()[:3], *text_page.stride(),
+        *_strides(image_k, 3), *_strides(image_v, 3), *_strides(image_lengths, 1), *_strides(image_page, 2),
+        *_strides(strength, 2), *_strides(group, 2), *_strides(masks, 2), *_strides(mask_index, 2), *out.stride()[:3],
+    )  # fmt: skip
+    sizes = {"D": d, "D_PADDED": max(16, power_of_two(d)), "QUERIES": queries}
+    grid = (triton.cdiv(tokens, queries), heads, rows)
+    with device_of(q):
+        if columns <= config["columns"] and segments <= ONE_TILE_SEGMENTS:
+            _one_tile[grid](
+                *arguments, **sizes, COLUMNS=columns, SEGMENTS=segments, SEGMENT_COLUMNS=segment_columns,
+                num_warps=config["num_warps"],
+            )  # fmt: skip
+        else:
+            _online[grid](
+                *arguments, segments, **sizes, KEYS=config["keys"], num_warps=config["num_warps"],
+                num_stages=config["num_stages"],
+            )  # fmt: skip
+
+
+def specialisations(capability: int) -> list[Specialisation]:
+    """Both forms of every committed configuration, with as many masked segments as a tile may hold."""
+    found = []
+    for key, config in configurations("gated_cross_attention", capability):
+        kind = "*bf16" if key["bits"] == 16 else "*fp32"
+        sides = ("q", "text_k", "text_v", "image_k", "image_v", "out")
+        pointers = {
+            **dict.fromkeys(sides, kind), **dict.fromkeys(("strength", "masks"), "*fp32"),
+            **dict.fromkeys(("text_page", "image_lengths", "image_page", "group", "mask_index"), "*i64"),
+        }  # fmt: skip
+        sizes = {"D": key["d"], "D_PADDED": max(16, power_of_two(key["d"])), "QUERIES": config["queries"]}
+        divisible = [f"{side}_{part}" for side in sides for part in ("row", "page", "token", "head")]
+        if config["columns"]:
+            tile = {**sizes, "COLUMNS": config["columns"], "SEGMENTS": ONE_TILE_SEGMENTS, "SEGMENT_COLUMNS": 16}
+            found.append(
+                specialisation(
+                    f"gated_cross_attention one tile {key}", _one_tile, pointers, tile, divisible,
+                    config["num_warps"],
+                )
+            )  # fmt: skip
+        found.append(
+            specialisation(
+                f"gated_cross_attention online {key}", _online, pointers, {**sizes, "KEYS": config["keys"]}, divisible,
+                config["num_warps"], config["num_stages"],
+            )
+        )  # fmt: skip
+    return found
+
+
+def one_tile_columns(text_tokens: int, segments: int, image_tokens: int) -> tuple[int, int]:
+    """Columns of the tile that would hold everything (a power of two), and those of one segment."""
+    segment_columns = power_of_two(image_tokens)
+    return max(32, power_of_two(text_tokens + segments * segment_columns)), segment_columns
+
+
+def _strides(tensor: torch.Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if tensor is None else tensor.stride()[:count]

@@ -1,0 +1,296 @@
+"""guided_step in Triton: combines the branches of every picture and moves it one sampler step, in two launches.
+
+    output           = sum_b w_b prediction[row_b]
+    output          <- output * (1 - rescale + rescale * std(prediction[full]) / std(output))      where rescale > 0
+    x0               = denoised @ (latents, output)
+    latents', anchor' = update @ (latents, anchor, x0, history[0], history[1], noise)
+    history'         = (x0, history[0])
+
+The first launch takes the two deviations over pieces of the pictures that are rescaled and leaves the others at once;
+the second does the rest. What has coefficient zero, or a branch of row -1, is not read. All sums are fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from stylefast.errors import InvalidRequest
+from stylefast.kernels.configs import Config, configurations
+from stylefast.kernels.gpu.ahead import Specialisation
+from stylefast.kernels.gpu.launch import device_of, position_stride, power_of_two, settings, specialisation
+from stylefast.kernels.gpu.moments import add_to_moments, merge_moments
+
+_FULL = tl.constexpr(3)  # column of the "full" branch in branch_rows and branch_weights
+_BRANCHES = tl.constexpr(4)
+
+TABLES = [
+    "positions", "rows", "splits", "tiles", "branch_rows_image", "branch_rows_branch",
+    "branch_weights_image", "branch_weights_branch", "rescale_image", "denoised_image", "denoised_term",
+    "update_image", "update_target", "update_term",
+]  # fmt: skip
+
+
+@triton.jit
+def _places(element, positions, channel_stride, position_stride, PACKED: tl.constexpr):
+    """Offsets of a picture's elements, counted channel by channel, in a prediction."""
+    if PACKED:
+        return element
+    return element // positions * channel_stride + element % positions * position_stride
+
+
+@triton.jit
+def _combined(
+    image, element, place, elements, predictions, branch_rows, branch_weights, rows, prediction_row, branch_rows_image,
+    branch_rows_branch, branch_weights_image, branch_weights_branch,
+):  # fmt: skip
+    """sum_b w_b prediction[row_b]; NaN where a row that is used lies outside."""
+    output = tl.zeros_like(place).to(tl.float32)
+    for branch in tl.static_range(_BRANCHES):
+        row = tl.load(branch_rows + image * branch_rows_image + branch * branch_rows_branch)
+        weight = tl.load(branch_weights + image * branch_weights_image + branch * branch_weights_branch)
+        used = (row >= 0) & (weight != 0.0)
+        inside = element < tl.where(used & (row < rows), elements, 0)
+        values = tl.load(predictions + row * prediction_row + place, mask=inside, other=0.0)
+        output += tl.where(used, weight * values.to(tl.float32), 0.0)
+        output = tl.where(used & (row >= rows), float("nan"), output)
+    return output
+
+
+@triton.jit(do_not_specialize=TABLES)
+def _deviations(
+    predictions,  # [rows, channels, positions]
+    branch_rows, branch_weights,  # [images, 4]
+    rescale,  # [images]
+    moments,  # [images, splits, 2 (output, full prediction), 3 (count, mean, spread)]
+    elements, positions, rows, splits, tiles, prediction_row, prediction_channel, prediction_position,
+    branch_rows_image, branch_rows_branch, branch_weights_image, branch_weights_branch, rescale_image,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    full = tl.load(branch_rows + image * branch_rows_image + _FULL * branch_rows_branch)
+    strength = tl.load(rescale + image * rescale_image)
+    if (strength != 0.0) & (full >= 0):
+        begin = split * tiles * BLOCK
+        end = tl.minimum(begin + tiles * BLOCK, elements)
+        lane = tl.arange(0, BLOCK)
+        mean = tl.zeros([BLOCK], tl.float32)
+        spread = tl.zeros([BLOCK], tl.float32)
+        full_mean = tl.zeros([BLOCK], tl.float32)
+        full_spread = tl.zeros([BLOCK], tl.float32)
+        step = 0.0
+        for start in range(begin, end, BLOCK):
+            element = start + lane
+            place = _places(element, positions, prediction_channel, prediction_position, PACKED)
+            output = _combined(
+                image, element, place, elements, predictions, branch_rows, branch_weights, rows, prediction_row,
+                branch_rows_image, branch_rows_branch, branch_weights_image, branch_weights_branch,
+            )  # fmt: skip
+            inside = element < tl.where(full < rows, elements, 0)
+            values = tl.load(predictions + full * prediction_row + place, mask=inside, other=0.0)
+            values = tl.where(full < rows, values.to(tl.float32), float("nan"))
+            mean, spread = add_to_moments(output, element < elements, step, mean, spread)
+            full_mean, full_spread = add_to_moments(values, element < elements, step, full_mean, full_spread)
+            step += 1.0
+        counts = (tl.maximum(end - begin - lane + BLOCK - 1, 0) // BLOCK).to(tl.float32)
+        count, centre, spread = merge_moments(counts, mean, spread, 0)
+        full_count, full_centre, full_spread = merge_moments(counts, full_mean, full_spread, 0)
+        target = moments + (image * splits + split) * 6
+        tl.store(target, count)
+        tl.store(target + 1, centre)
+        tl.store(target + 2, spread)
+        tl.store(target + 3, full_count)
+        tl.store(target + 4, full_centre)
+        tl.store(target + 5, full_spread)
+
+
+@triton.jit
+def _deviation(moments, image, splits, which: tl.constexpr, reads, SPLITS: tl.constexpr):
+    """Unbiased standard deviation of the output (0) or of the full prediction (1); 0 for a single value."""
+    split = tl.arange(0, SPLITS)
+    inside = split < tl.where(reads, splits, 0)
+    place = moments + (image * splits + split) * 6 + which * 3
+    count, mean, spread = merge_moments(
+        tl.load(place, mask=inside, other=0.0), tl.load(place + 1, mask=inside, other=0.0),
+        tl.load(place + 2, mask=inside, other=0.0), 0,
+    )  # fmt: skip
+    return tl.sqrt(spread / tl.maximum(count - 1.0, 1.0))
+
+
+@triton.jit
+def _term(values, element, elements, first, second, third):
+    """Elements of one picture, not read where all three coefficients are zero."""
+    used = (first != 0.0) | (second != 0.0) | (third != 0.0)
+    return tl.load(values + element, mask=element < tl.where(used, elements, 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scaled(coefficient, values):
+    return tl.where(coefficient != 0.0, coefficient * values, 0.0)
+
+
+@triton.jit(do_not_specialize=TABLES)
+def _step(
+    latents, anchor,  # [images, channels, positions]
+    history,  # [images, 2, channels, positions]
+    predictions,  # [rows, channels, positions]
+    branch_rows, branch_weights,  # [images, 4]
+    rescale,  # [images]
+    denoised,  # [images, 2]
+    update,  # [images, 2, 6]
+    noise,  # [images, channels, positions]
+    moments,  # as `_deviations` writes them
+    next_latents, next_anchor, next_history,
+    elements, positions, rows, splits, prediction_row, prediction_channel, prediction_position,
+    branch_rows_image, branch_rows_branch, branch_weights_image, branch_weights_branch, rescale_image,
+    denoised_image, denoised_term, update_image, update_target, update_term,
+    latents_image, anchor_image, history_image, history_age, noise_image,
+    next_latents_image, next_anchor_image, next_history_image, next_history_age,
+    PACKED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    place = _places(element, positions, prediction_channel, prediction_position, PACKED)
+
+    d0 = tl.load(denoised + image * denoised_image)
+    d1 = tl.load(denoised + image * denoised_image + denoised_term)
+    output = _combined(
+        image, element, place, tl.where(d1 != 0.0, elements, 0), predictions, branch_rows, branch_weights, rows,
+        prediction_row, branch_rows_image, branch_rows_branch, branch_weights_image, branch_weights_branch,
+    )  # fmt: skip
+    full = tl.load(branch_rows + image * branch_rows_image + _FULL * branch_rows_branch)
+    strength = tl.load(rescale + image * rescale_image)
+    rescales = (strength != 0.0) & (full >= 0) & (elements > 1)
+    deviation = _deviation(moments, image, splits, 0, rescales, SPLITS)
+    full_deviation = _deviation(moments, image, splits, 1, rescales, SPLITS)
+    rescales = rescales & (deviation > 0)
+    factor = 1 - strength + strength * full_deviation / tl.where(rescales, deviation, 1.0)
+    output = tl.where(rescales, output * factor, output)
+
+    row = update + image * update_image
+    a0 = tl.load(row)
+    a1 = tl.load(row + update_term)
+    a2 = tl.load(row + 2 * update_term)
+    a3 = tl.load(row + 3 * update_term)
+    a4 = tl.load(row + 4 * update_term)
+    a5 = tl.load(row + 5 * update_term)
+    row += update_target
+    b0 = tl.load(row)
+    b1 = tl.load(row + update_term)
+    b2 = tl.load(row + 2 * update_term)
+    b3 = tl.load(row + 3 * update_term)
+    b4 = tl.load(row + 4 * update_term)
+    b5 = tl.load(row + 5 * update_term)
+
+    old = history + image * history_image
+    last = tl.load(old + element, mask=inside, other=0.0)  # always: it moves on
+    before = _term(old + history_age, element, elements, 0.0, a4, b4)
+    now = _term(latents + image * latents_image, element, elements, d0, a0, b0)
+    fixed = _term(anchor + image * anchor_image, element, elements, 0.0, a1, b1)
+    drawn = _term(noise + image * noise_image, element, elements, 0.0, a5, b5)
+
+    x0 = _scaled(d0, now) + _scaled(d1, output)
+    recent = last.to(tl.float32)
+    moved = _scaled(a0, now) + _scaled(a1, fixed) + _scaled(a2, x0)
+    moved += _scaled(a3, recent) + _scaled(a4, before) + _scaled(a5, drawn)
+    held = _scaled(b0, now) + _scaled(b1, fixed) + _scaled(b2, x0)
+    held += _scaled(b3, recent) + _scaled(b4, before) + _scaled(b5, drawn)
+
+    kept = next_history + image * next_history_image + element
+    tl.store(next_latents + image * next_latents_image + element, moved.to(next_latents.dtype.element_ty), mask=inside)
+    tl.store(next_anchor + image * next_anchor_image + element, held.to(next_anchor.dtype.element_ty), mask=inside)
+    tl.store(kept, x0.to(next_history.dtype.element_ty), mask=inside)
+    tl.store(kept + next_history_age, last.to(next_history.dtype.element_ty), mask=inside)
+
+
+def guided_step(
+    latents: torch.Tensor,
+    anchor: torch.Tensor,
+    history: torch.Tensor,
+    predictions: torch.Tensor,
+    branch_rows: torch.Tensor,
+    branch_weights: torch.Tensor,
+    rescale: torch.Tensor,
+    denoised: torch.Tensor,
+    update: torch.Tensor,
+    noise: torch.Tensor,
+    next_latents: torch.Tensor,
+    next_anchor: torch.Tensor,
+    next_history: torch.Tensor,
+    config: Config | None = None,
+) -> None:
+    """Writes one sampler step of all pictures into the three `next_*`; arguments as the operation's own.
+
+    Predictions may be contiguous or channels_last; of all others each picture must be contiguous, else InvalidRequest.
+    A picture that uses a row out of range becomes NaN.
+    """
+    if latents.numel() == 0:
+        return
+    for name, tensor in (
+        ("latents", latents), ("anchor", anchor), ("history", history), ("noise", noise),
+        ("next_latents", next_latents), ("next_anchor", next_anchor), ("next_history", next_history),
+    ):  # fmt: skip
+        picture = tensor[0, 0] if tensor.ndim == 5 else tensor[0]
+        if not picture.is_contiguous():
+            raise InvalidRequest(f"{name} has pictures with strides {list(picture.stride())}; pass it .contiguous()")
+    images, channels, height, width = latents.shape
+    positions, elements = height * width, latents[0].numel()
+    config = settings("guided_step", latents, config, elements=elements)
+    block = config["block"]
+    splits = min(config["splits"], triton.cdiv(elements, block))
+    tiles = triton.cdiv(triton.cdiv(elements, splits), block)  # of one piece
+    splits = triton.cdiv(elements, tiles * block)
+    moments = torch.empty(images, splits, 6, dtype=torch.float32, device=latents.device)
+    packed = len(predictions) == 0 or predictions[0].is_contiguous()
+    prediction = (predictions.stride(0), *((0, 0) if packed else _strides(predictions)))
+    branches = (*branch_rows.stride(), *branch_weights.stride(), *rescale.stride())
+    with device_of(latents):
+        _deviations[(splits, images)](
+            predictions, branch_rows, branch_weights, rescale, moments, elements, positions, len(predictions), splits,
+            tiles, *prediction, *branches, PACKED=packed, BLOCK=block, num_warps=config["num_warps"],
+        )  # fmt: skip
+        _step[(triton.cdiv(elements, block), images)](
+            latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise,
+            moments, next_latents, next_anchor, next_history, elements, positions, len(predictions), splits,
+            *prediction, *branches, *denoised.stride(), *update.stride(),
+            latents.stride(0), anchor.stride(0), *history.stride()[:2], noise.stride(0),
+            next_latents.stride(0), next_anchor.stride(0), *next_history.stride()[:2],
+            PACKED=packed, SPLITS=power_of_two(config["splits"]), BLOCK=block, num_warps=config["num_warps"],
+        )  # fmt: skip
+
+
+def _strides(predictions: torch.Tensor) -> tuple[int, int]:
+    # of a channel and of a position
+    return predictions.stride(1), position_stride("predictions", predictions)
+
+
+def specialisations(capability: int) -> list[Specialisation]:
+    """Both launches of every committed configuration, for bf16 predictions and fp32 state."""
+    found = []
+    tables = {"branch_rows": "*i64", "branch_weights": "*fp32", "rescale": "*fp32", "moments": "*fp32"}
+    state = ("latents", "anchor", "history", "noise", "next_latents", "next_anchor", "next_history")
+    for _, config in configurations("guided_step", capability):
+        sizes = {"PACKED": True, "BLOCK": config["block"]}
+        found.append(
+            specialisation(
+                "guided_step deviations", _deviations, pointers={"predictions": "*bf16", **tables}, constants=sizes,
+                divisible=("elements", "prediction_row"), num_warps=config["num_warps"],
+            )
+        )  # fmt: skip
+        found.append(
+            specialisation(
+                "guided_step", _step,
+                pointers={
+                    "predictions": "*bf16", **tables, "denoised": "*fp32", "update": "*fp32",
+                    **dict.fromkeys(state, "*fp32"),
+                },
+                constants={**sizes, "SPLITS": power_of_two(config["splits"])},
+                divisible=(
+                    "elements", "prediction_row", "history_age", "next_history_age",
+                    *(f"{name}_image" for name in state),
+                ),
+                num_warps=config["num_warps"],
+            )
+        )  # fmt: skip
+    return found

@@ -1,0 +1,105 @@
+"""What launchers need before they launch (a configuration, the device, tensors seen as rows) and ahead of it."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+
+from stylefast.errors import InvalidRequest
+from stylefast.kernels.configs import Config, configuration
+from stylefast.kernels.gpu.ahead import Specialisation
+
+INTERPRETED_CAPABILITY = 90  # whose configurations CPU tensors take in Triton's interpreter
+
+
+def settings(operation: str, x: torch.Tensor, config: Config | None, **key: int | float | str) -> Config:
+    """The given configuration, or the committed one that is nearest to `key` on the GPU that holds x."""
+    if config is not None:
+        return config
+    if not x.is_cuda:
+        return _configuration(operation, INTERPRETED_CAPABILITY, None, tuple(key.items()))
+    capability, gpu = _gpu(x.device)
+    return _configuration(operation, capability, gpu, tuple(key.items()))
+
+
+def device_of(x: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device; this makes it the one that holds x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def as_rows(name: str, x: torch.Tensor) -> torch.Tensor:
+    """x [..., columns] as [rows, columns] without a copy. Raises InvalidRequest where its strides don't allow that."""
+    try:
+        rows = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        rows = None
+    if rows is None or (rows.shape[1] > 1 and rows.stride(1) != 1):
+        raise InvalidRequest(
+            f"{name} {list(x.shape)} with strides {list(x.stride())} is no stack of evenly spaced rows; "
+            "pass it .contiguous()"
+        )
+    return rows
+
+
+def position_stride(name: str, x: torch.Tensor) -> int:
+    """The stride of the h * w positions of x [rows, channels, h, w] taken as one dimension.
+
+    Raises InvalidRequest where no single stride reaches them all.
+    """
+    _, _, height, width = x.shape
+    if width == 1:
+        return x.stride(2)
+    if height > 1 and x.stride(2) != width * x.stride(3):
+        raise InvalidRequest(
+            f"{name} {list(x.shape)} with strides {list(x.stride())} is neither contiguous nor channels_last"
+        )
+    return x.stride(3)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n (and at least 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def specialisation(
+    name: str,
+    kernel: Any,
+    pointers: Mapping[str, str],
+    constants: Mapping[str, Any],
+    divisible: Iterable[str] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Specialisation:
+    """What an ahead-of-time compile of `kernel` needs.
+
+    pointers gives each pointer's type, on a 16-byte boundary as PyTorch's are; divisible names integers that are
+    multiples of 16. A pointer of type "none" is an argument that is None. Scalars called eps or scale are fp32, all
+    other arguments i32.
+    """
+    absent = {argument: None for argument, kind in pointers.items() if kind == "none"}
+    constants = {**constants, **absent}
+    signature, attrs = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in pointers:
+            signature[argument] = pointers[argument]
+        else:
+            signature[argument] = "fp32" if argument in ("eps", "scale") else "i32"
+        if argument in divisible or signature[argument].startswith("*"):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return Specialisation(name, kernel, signature, constants, options, attrs)
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[int, str]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, torch.cuda.get_device_name(device)
+
+
+@cache
+def _configuration(operation: str, capability: int, gpu: str | None, key: tuple) -> Config:
+    return configuration(operation, capability, gpu, **dict(key))

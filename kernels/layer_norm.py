@@ -1,0 +1,112 @@
+"""Layer norm, alone or behind a residual sum.
+
+    total = x + residual         out = (total - mean(total)) / sqrt(var(total) + eps) * weight + bias
+
+over the last dimension, with the biased variance. A transformer block adds and normalises three times; in one kernel
+the sum is read back from registers instead of memory.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from stylefast.errors import InvalidRequest
+from stylefast.kernels import checks
+from stylefast.kernels.registry import Operation
+
+
+def layer_norm_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """The formula above without residual, in fp32 or, for fp64 input, in fp64."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = x.to(exact)
+    centred = wide - wide.mean(-1, keepdim=True)
+    variance = (centred * centred).mean(-1, keepdim=True)
+    return (centred / torch.sqrt(variance + eps) * weight.to(exact) + bias.to(exact)).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """Layer norm over the last dimension: x [..., channels], weight and bias [channels] -> x's shape, contiguous.
+
+    Raises InvalidRequest, a ValueError, for shapes, types or eps that don't fit.
+    """
+    _check(x, weight, bias, eps)
+    return _layer_norm(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + residual, rounded to their common type, and its layer norm: two tensors of x's shape, contiguous.
+
+    Raises InvalidRequest, a ValueError, for shapes, types or eps that don't fit.
+    """
+    _check(x, weight, bias, eps)
+    checks.floating("residual", residual)
+    if residual.shape != x.shape:
+        raise InvalidRequest(f"residual must have x's shape {list(x.shape)}, not {list(residual.shape)}")
+    checks.dense_channels(residual=residual)
+    checks.together("x", x=x, residual=residual)
+    return _add_layer_norm(x, residual, weight, bias, eps)
+
+
+def _check(x, weight, bias, eps):
+    checks.floating("x", x)
+    if x.ndim < 1 or x.shape[-1] == 0:
+        raise InvalidRequest(f"x needs at least one channel, but has shape {list(x.shape)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        checks.shape(name, parameter, channels=x.shape[-1])
+        checks.floating(name, parameter)
+    if not eps > 0:
+        raise InvalidRequest(f"eps must be above 0, not {eps}")
+    checks.dense_channels(x=x)
+    checks.together("x", x=x, weight=weight, bias=bias)
+
+
+def _refuse(backend, arguments) -> str:
+    types = {x.dtype for x in arguments if isinstance(x, torch.Tensor)}
+    return f"the arguments mix {', '.join(sorted(map(str, types)))}" if backend == "triton" and len(types) > 1 else ""
+
+
+def _output(x, *others):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _outputs(x, residual, *others):
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2))
+
+
+def _torch(x, weight, bias, eps):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
+
+
+def _torch_add(x, residual, weight, bias, eps):
+    total = (x + residual).contiguous()
+    return total, _torch(total, weight, bias, eps)
+
+
+def _triton(x, weight, bias, eps, out):
+    from stylefast.kernels.gpu.layer_norm import layer_norm as launch
+
+    launch(x, weight, bias, eps, out)
+
+
+def _triton_add(x, residual, weight, bias, eps, total, out):
+    from stylefast.kernels.gpu.layer_norm import add_layer_norm as launch
+
+    launch(x, residual, weight, bias, eps, total, out)
+
+
+_layer_norm = Operation(
+    "layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
+    outputs=_output,
+    forms={"triton": _triton, "torch": _torch},
+    refuse=_refuse,
+)
+_add_layer_norm = Operation(
+    "add_layer_norm",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    outputs=_outputs,
+    forms={"triton": _triton_add, "torch": _torch_add},
+    refuse=_refuse,
+)

@@ -1,0 +1,282 @@
+"""Which backend runs an operation, and why the others don't.
+
+Every operation is a PyTorch custom op `torch.ops.stylefast.<name>` with up to three forms behind it: `triton` for CUDA
+devices, `cpp` for CPUs, `torch` for everything. The first form in that order that doesn't refuse a call runs it. The
+environment variable `STYLEFAST_KERNELS` forces a backend, and forcing what can't run is an error that says why:
+
+    STYLEFAST_KERNELS=torch                          every operation
+    STYLEFAST_KERNELS=cpp                            every operation that has a C++ form; the others choose as usual
+    STYLEFAST_KERNELS=triton,geglu=torch             the same with an exception
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from stylefast._extension import extension, extension_error
+from stylefast.errors import InvalidRequest
+
+BACKENDS = ("triton", "cpp", "torch")
+VARIABLE = "STYLEFAST_KERNELS"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("stylefast", "DEF")
+_operations: dict[str, "Operation"] = {}
+_using: list[tuple[str, str | None]] = []  # (backend, operation or None for all), innermost last
+
+
+class Operation:
+    """One custom op: schema, outputs and forms.
+
+    schema      of the custom op, without its name
+    outputs     arguments -> new tensor or tuple of tensors with the result's shape, type and strides; also the fake
+    forms       backend -> function; `torch` takes the arguments and returns the result, `triton` and `cpp` take the
+                arguments followed by the outputs and fill these
+    refuse      (backend, arguments) -> why the backend can't take the call, or ""; devices, types and absent packages
+                are the registry's to judge
+    values      arguments -> None; reads tensors on the host and raises InvalidRequest for values out of range
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        outputs: Callable[..., Any],
+        forms: dict[str, Callable[..., Any]],
+        refuse: Callable[[str, tuple], str] = lambda backend, arguments: "",
+        values: Callable[..., None] | None = None,
+    ):
+        self.name, self.outputs, self.forms, self.refuse, self.values = name, outputs, forms, refuse, values
+        _define(name, schema, self.run, outputs)
+        self.op = getattr(torch.ops.stylefast, name).default
+        _operations[name] = self
+
+    def __call__(self, *arguments):
+        """The custom op, or the torch form itself where a gradient is wanted: only that one has a backward."""
+        if torch.is_grad_enabled() and _wants_gradient(arguments):
+            backend, origin = _forced(self)
+            if backend not in (None, "torch"):
+                raise InvalidRequest(
+                    f"{origin} forces {self.name} to {backend}, but gradients are wanted and only the torch form has "
+                    "a backward; call it under torch.no_grad() or leave the choice open"
+                )
+            return self.forms["torch"](*arguments)
+        return self.op(*arguments)
+
+    def run(self, *arguments):
+        """Choose a backend and run it: what stands behind the custom op."""
+        backend = self._admit(arguments)
+        if backend == "torch":
+            return self.forms["torch"](*arguments)
+        results = self.outputs(*arguments)
+        filled = results if isinstance(results, tuple) else (results,)
+        if any(result.numel() for result in filled):
+            self.forms[backend](*arguments, *filled)
+        return results
+
+    def into(self, name: str, schema: str) -> Callable[..., None]:
+        """A second custom op of one output that is given as the last argument and written in place."""
+
+        def run(*arguments):
+            *inputs, out = arguments
+            backend = self._admit(tuple(inputs))
+            if backend != "torch" and out.is_contiguous():
+                if out.numel():
+                    self.forms[backend](*arguments)
+            else:
+                out.copy_(self.run(*inputs))
+
+        _define(name, schema, run, lambda *arguments: None)
+        op = getattr(torch.ops.stylefast, name).default
+
+        def call(*arguments):
+            if torch.is_grad_enabled() and _wants_gradient(arguments):
+                raise InvalidRequest(f"{self.name} has no gradient into `out`; leave `out` away or use torch.no_grad()")
+            op(*arguments)
+
+        return call
+
+    def _admit(self, arguments: tuple) -> str:
+        if self.values is not None and (_device(arguments).type == "cpu" or _checks_values()):
+            self.values(*arguments)
+        return choose(self, arguments)[0]
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    # inputs keep the strides they have in eager mode: kernels read views of fused projections as they are
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    _library.define(name + schema, tags=tags)
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"stylefast::{name}", fake, lib=_library)
+
+
+def choose(operation: Operation, arguments: tuple) -> tuple[str, str]:
+    """The backend for a call and the reason for it. Raises InvalidRequest if a forced backend can't take the call."""
+    return _choose(operation, _device(arguments).type, lambda backend: refusal(operation, backend, arguments))
+
+
+def refusal(operation: Operation, backend: str, arguments: tuple) -> str:
+    """Why a backend can't take a call; the empty string if it can."""
+    first = next(_tensors(arguments))
+    return _unfit(operation, backend, first.device, first.dtype) or operation.refuse(backend, arguments)
+
+
+def operation(name: str) -> Operation:
+    """The operation of that name. Raises InvalidRequest with the names there are."""
+    if name not in _operations:
+        raise InvalidRequest(f"there is no operation {name!r}; there are {', '.join(sorted(_operations))}")
+    return _operations[name]
+
+
+def report(device: torch.device | str | None = None) -> list[dict[str, Any]]:
+    """What would run each operation on a device, for bfloat16 on CUDA and float32 on a CPU.
+
+    One dict an operation: `operation`, `backend` (None if what is forced can't run), `reason`, and `refused`, a dict
+    backend -> reason. The device defaults to cuda where there is one.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    rows = []
+    for name in sorted(_operations):
+        refused = {backend: _unfit(_operations[name], backend, device, dtype) for backend in BACKENDS}
+        try:
+            backend, reason = _choose(_operations[name], device.type, refused.get)
+        except InvalidRequest as error:
+            backend, reason = None, str(error)
+        refused = {backend: why for backend, why in refused.items() if why}
+        rows.append({"operation": name, "backend": backend, "reason": reason, "refused": refused})
+    return rows
+
+
+@contextmanager
+def using(backend: str, operation: str | None = None) -> Iterator[None]:
+    """Force a backend for one operation, or for all that have a form in it, as `STYLEFAST_KERNELS` does.
+
+    The innermost use wins, and any wins over the environment. Not for several threads at once.
+    """
+    _check_rule(backend, operation, "registry.using")
+    _using.append((backend, operation))
+    try:
+        yield
+    finally:
+        _using.pop()
+
+
+def _forced(entry: Operation) -> tuple[str | None, str]:
+    """The backend that is forced for an operation, if any, and what forces it."""
+    for backend, name in reversed(_using):
+        if name == entry.name or (name is None and backend in entry.forms):
+            return backend, "registry.using"
+    setting = os.environ.get(VARIABLE, "")
+    general, named = _parse(setting)
+    if entry.name in named:
+        return named[entry.name], f"{VARIABLE}={setting}"
+    if general in entry.forms:
+        return general, f"{VARIABLE}={setting}"
+    return None, ""
+
+
+@cache
+def _parse(setting: str) -> tuple[str | None, dict[str, str]]:
+    general, named = None, {}
+    for word in filter(None, (part.strip() for part in setting.split(","))):
+        name, separator, backend = word.rpartition("=")
+        _check_rule(backend, name if separator else None, f"{VARIABLE}={setting}")
+        if separator:
+            named[name] = backend
+        else:
+            general = backend
+    return general, named
+
+
+def _check_rule(backend: str, name: str | None, origin: str) -> None:
+    if backend not in BACKENDS:
+        raise InvalidRequest(f"{origin} names the backend {backend!r}; there are {', '.join(BACKENDS)}")
+    if name is not None and name not in _operations:
+        raise InvalidRequest(f"{origin} names the operation {name!r}; there are {', '.join(sorted(_operations))}")
+    if name is not None and backend not in _operations[name].forms:
+        raise InvalidRequest(
+            f"{origin} forces {name} to {backend}, but it has only the forms {', '.join(_operations[name].forms)}"
+        )
+
+
+def _choose(entry: Operation, device: str, refuse: Callable[[str], str]) -> tuple[str, str]:
+    forced, origin = _forced(entry)
+    if forced is not None:
+        if why := refuse(forced):
+            raise InvalidRequest(f"{origin} forces {entry.name} to {forced}, which can't run here: {why}")
+        return forced, f"forced by {origin}"
+    reasons = []
+    for backend in BACKENDS:
+        why = refuse(backend)
+        if not why and backend == "triton" and device == "cpu":
+            why = "interpreted kernels run only when forced"
+        if not why:
+            return backend, "; ".join(reasons) or "the first choice"
+        reasons.append(f"not {backend}: {why}")
+    raise InvalidRequest(f"{entry.name} can't run: {'; '.join(reasons)}")
+
+
+def _unfit(entry: Operation, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a backend can't take tensors of this device and type, whatever their shapes."""
+    if backend not in entry.forms:
+        return f"{entry.name} has no {backend} form"
+    if backend == "torch":
+        return ""
+    if backend == "triton":
+        why = _without_triton(device.type, device.index)
+    elif device.type != "cpu":
+        why = f"the tensors are on {device.type}, the C++ form is for CPUs"
+    else:
+        why = _without_extension()
+    return why or ("" if dtype in FLOATS else f"{dtype} is not float32, bfloat16 or float16")
+
+
+@cache
+def _without_triton(kind: str, index: int | None) -> str:
+    if find_spec("triton") is None:
+        return "triton is not installed; `pip install 'stylefast[triton]'` brings it"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if kind != "cuda":
+        return f"the tensors are on {kind}, Triton kernels need a CUDA device"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"this GPU has compute capability {major}.{minor}, the kernels need 8.0 or higher"
+    return ""
+
+
+@cache
+def _without_extension() -> str:
+    module = extension()
+    if module is None:
+        return extension_error()
+    if not hasattr(module, 'instruction_set') or not module.instruction_set():
+        return "this CPU has neither AVX-512 nor AVX2 with FMA"
+    return ""
+
+
+def _wants_gradient(arguments: Sequence[Any]) -> bool:
+    return any(tensor.requires_grad for tensor in _tensors(arguments))
+
+
+def _checks_values() -> bool:
+    return os.environ.get("STYLEFAST_CHECKS") == "1"
+
+
+def _tensors(arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors(argument)
+
+
+def _device(arguments: tuple) -> torch.device:
+    return next(_tensors(arguments)).device

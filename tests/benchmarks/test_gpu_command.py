@@ -1,0 +1,78 @@
+"""`make gpu`: every step runs whatever the others did, in its time, and the exit code tells them apart."""
+
+import sys
+
+import pytest
+
+from benchmarks import gpu
+
+
+@pytest.fixture
+def steps(monkeypatch, tmp_path):
+    """Runs `gpu.main` with steps of given exit codes; (exit code, names of the steps run, commands)."""
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(gpu, "unusable", lambda: "")
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+
+    def main(**codes):
+        commands = {}
+
+        def run(name, command, seconds, logs):
+            commands[name] = command
+            if name == "benchmarks":
+                (tmp_path / "kernels-some-gpu.json").write_text("{}")
+            return codes.get(name, 0)
+
+        monkeypatch.setattr(gpu, "run", run)
+        return gpu.main(), commands
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "codes, expected",
+    [({}, 0), ({"tests": 1}, 1), ({"tests": None}, 1), ({"benchmarks": 2}, 2), ({"tests": 1, "benchmarks": None}, 3),
+     ({"extension": 1}, 0)],
+    ids=["all pass", "a test fails", "tests take too long", "benchmarks crash", "both", "the build alone is optional"],
+)  # fmt: skip
+def test_the_exit_code_tells_tests_and_benchmarks_apart(steps, codes, expected, capsys):
+    code, commands = steps(**codes)
+    assert code == expected and {"tests", "benchmarks"} <= commands.keys()
+    assert "kernels-some-gpu.json" in capsys.readouterr().out
+
+
+def test_results_are_copied_to_the_folder_that_out_names(steps, tmp_path):
+    (tmp_path / "kernels-cpu.json").write_text("{}")
+    steps()
+    assert (tmp_path / "out" / "kernels-some-gpu.json").is_file()
+
+
+def test_without_pytest_the_benchmarks_still_run_and_the_message_is_clear(steps, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name in ("pytest", "hypothesis", "xdist") else True)
+    code, commands = steps()
+    assert code == gpu.TESTS_FAILED and "tests" not in commands and "benchmarks" in commands
+    assert "NOT RUN, pytest and hypothesis missing" in capsys.readouterr().out
+
+
+def test_a_machine_without_a_gpu_is_an_error_of_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main() == 3
+    err = capsys.readouterr().err
+    assert "no CUDA device" in err and err.count("\n") == 1
+
+
+def test_a_step_that_takes_too_long_is_stopped_with_its_children(tmp_path, capsys):
+    program = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'input()'])"
+    slow = program.replace("input()", "import time; time.sleep(60)")
+    assert gpu.run("slow", [sys.executable, "-c", slow], 1.0, tmp_path) is None
+    assert (tmp_path / "slow.log").read_text() == "begun\n" and "stopped" in capsys.readouterr().out
+
+
+def test_a_step_shows_and_keeps_its_output_and_code(tmp_path, capsys):
+    assert gpu.run("step", [sys.executable, "-c", "print('hello'); raise SystemExit(5)"], 60, tmp_path) == 5
+    assert (tmp_path / "step.log").read_text() == "hello\n" and "hello" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left, minutes", [(500, "5.0"), (270, "4.0"), (10, "0.5")])
+def test_the_benchmarks_get_the_time_that_is_left(left, minutes):
+    assert gpu.benchmark_command(left)[-2:] == ["--minutes", minutes]

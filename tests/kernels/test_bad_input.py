@@ -1,0 +1,199 @@
+"""Bad input to the operations: a ValueError that names the value and the limit, before anything is computed."""
+
+import math
+
+import pytest
+import torch
+
+from stylefast import kernels
+
+ROWS, TOKENS, HEADS, WIDTH = 2, 6, 2, 32
+
+
+def _shared(**changes):
+    x = torch.randn(ROWS, TOKENS, HEADS, WIDTH)
+    arguments = {"q": x, "k": x.clone(), "v": x.clone(), "page": torch.tensor([[-1], [0]])}
+    return kernels.shared_attention(**(arguments | changes))
+
+
+def _pool(dtype=torch.float32, pages=2):
+    return torch.randn(pages, 5, HEADS, WIDTH).to(dtype)
+
+
+SHARED = {
+    "keys of another type": (lambda: _shared(k=_pool()[:, :1].expand(2, 6, 2, 32).double()), "k must be torch.float32"),
+    "integers": (lambda: _shared(q=torch.ones(ROWS, TOKENS, HEADS, WIDTH).long()), "q must be .*, not torch.int64"),
+    "three dimensions": (lambda: _shared(q=torch.randn(2, 6, 64)), r"q must have shape \[rows, tokens, heads, d\]"),
+    "other token counts": (lambda: _shared(v=torch.randn(2, 7, 2, 32)), r"v must have shape \[rows=2, tokens=6"),
+    "a page behind the last": (lambda: _shared(page=torch.tensor([[0], [2]])), r"page holds 2, .* lie in \[-1, 1\]"),
+    "a page below -1": (lambda: _shared(page=torch.tensor([[0], [-2]])), r"page holds -2, .* lie in \[-1, 1\]"),
+    "a page of a pool that is too small": (
+        lambda: _shared(page=torch.tensor([[0], [4]]), pool_k=_pool(), pool_v=_pool()), r"page holds 4, .*\[-1, 3\]"
+    ),
+    "pages as 32-bit integers": (lambda: _shared(page=torch.tensor([[0], [1]]).int()), "page must be torch.int64"),
+    "an unknown mode": (lambda: _shared(mode=torch.tensor([0, 3])), r"mode holds 3, .* lie in \[0, 2\]"),
+    "a scale per row only": (lambda: _shared(scale=torch.ones(2)), r"scale must have shape \[rows=2, R=1\]"),
+    "a shift in half precision": (lambda: _shared(shift=torch.zeros(2, 1).half()), "shift must be torch.float32"),
+    "keys of a pool without values": (lambda: _shared(pool_k=_pool()), "pool_k and pool_v go together"),
+    "a pool of another head size": (
+        lambda: _shared(pool_k=torch.randn(1, 5, 2, 16), pool_v=torch.randn(1, 5, 2, 16)), "d=32"
+    ),
+    "a pool of another type": (lambda: _shared(pool_k=_pool(torch.half), pool_v=_pool(torch.half)), "pool_k must be"),
+    "fp8 pages without scales": (
+        lambda: _shared(pool_k=_pool(torch.float8_e4m3fn), pool_v=_pool(torch.float8_e4m3fn)), "pool_k_scale"
+    ),
+    "scales without fp8 pages": (
+        lambda: _shared(pool_k=_pool(), pool_v=_pool(), pool_k_scale=torch.ones(2, 2, 32)), "only with those"
+    ),
+    "a bias that is too short": (lambda: _shared(bias=torch.zeros(2, 5)), "bias covers 5 tokens .* has 6"),
+    "an affine of other rows": (
+        lambda: _shared(affine=kernels.Affine(*torch.ones(2, 3, 1, 2, 32))), r"affine.gain must have shape"
+    ),
+    "a strided last dimension": (
+        lambda: _shared(q=torch.randn(2, 6, 32, 2).transpose(2, 3)), "q must have stride 1 in its last dimension, not 2"
+    ),
+    "an out of another shape": (lambda: _shared(out=torch.empty(2, 6, 2, 16)), "out must have shape"),
+    "an out that overlaps itself": (
+        lambda: _shared(out=torch.empty(2, 1, 2, 32).expand(2, 6, 2, 32)), "out overlaps itself"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_attention_refuses(name):
+    call, message = SHARED[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("part", range(3), ids=["q", "k", "v"])
+def test_an_out_that_overlaps_an_input_is_refused(part):
+    whole = torch.randn(4, TOKENS, HEADS, WIDTH)
+    q, k, v = (whole[1:3] if i == part else torch.randn(2, TOKENS, HEADS, WIDTH) for i in range(3))
+    with pytest.raises(ValueError, match=f"out overlaps {'qkv'[part]} in memory"):
+        kernels.shared_attention(q, k, v, out=whole[2:])
+    kernels.shared_attention(q, k, v, out=torch.empty_like(q))
+
+
+def test_parts_of_one_fused_buffer_do_not_overlap_when_their_bytes_do_not():
+    storage = torch.randn(8, TOKENS, HEADS, WIDTH)
+    q, out = storage[:2], storage[2:4]
+    expected = kernels.shared_attention(q, q, q)
+    assert kernels.shared_attention(q, q, q, out=out) is out
+    assert torch.equal(out, expected)
+
+
+def _gated(**changes):
+    text = torch.randn(1, 7, HEADS, WIDTH)
+    image = torch.randn(2, 4, HEADS, WIDTH)
+    arguments = {
+        "q": torch.randn(ROWS, TOKENS, HEADS, WIDTH), "text_k": text, "text_v": text, "text_page": torch.tensor([0, 0]),
+        "image_k": image, "image_v": image, "image_lengths": torch.tensor([4, 2]),
+        "image_page": torch.tensor([[0], [1]]), "strength": torch.ones(2, 1), "group": torch.zeros(2, 1).long(),
+    }  # fmt: skip
+    return kernels.gated_cross_attention(**(arguments | changes))
+
+
+GATED = {
+    "a text page behind the last": (lambda: _gated(text_page=torch.tensor([0, 1])), r"text_page holds 1, .*\[0, 0\]"),
+    "an image page behind the last": (lambda: _gated(image_page=torch.tensor([[0], [2]])), "image_page holds 2"),
+    "a length beyond the padding": (lambda: _gated(image_lengths=torch.tensor([5, 2])), r"holds 5, .*\[1, 4\]"),
+    "a length of 0": (lambda: _gated(image_lengths=torch.tensor([0, 2])), "image_lengths holds 0"),
+    "a strength table of other segments": (lambda: _gated(strength=torch.ones(2, 2)), "strength must have shape"),
+    "strengths left out": (lambda: _gated(strength=None), "image segments need all of .*; strength is missing"),
+    "a mask behind the last": (
+        lambda: _gated(masks=torch.ones(1, 6), mask_index=torch.ones(2, 1).long()), "mask_index holds 1"
+    ),
+    "masks of another token count": (
+        lambda: _gated(masks=torch.ones(1, 5), mask_index=torch.zeros(2, 1).long()), "masks must have shape"
+    ),
+    "no text": (lambda: _gated(text_k=torch.ones(1, 0, 2, 32), text_v=torch.ones(1, 0, 2, 32)), "at least one page"),
+    "half-precision text": (lambda: _gated(text_k=torch.randn(1, 7, 2, 32).half()), "text_k must be torch.float32"),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_cross_attention_refuses(name):
+    call, message = GATED[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def _adain(mean=None, variance=None, page=0, strength=1.0, **pool):
+    shape = (1, ROWS, HEADS, WIDTH)
+    mean, variance = (torch.ones(shape) if x is None else x for x in (mean, variance))
+    return kernels.adain_affine(mean, variance, torch.full((ROWS,), page), torch.full((ROWS, 1), strength), **pool)
+
+
+def _statistics(mean=0.0, variance=1.0):
+    shape = (1, 1, HEADS, WIDTH)
+    return {"pool_mean": torch.full(shape, mean), "pool_variance": torch.full(shape, variance)}
+
+
+OTHERS = {
+    "a negative AdaIN strength": (lambda: _adain(strength=-0.1), r"strength holds -0.1.*, but must lie in \[0, 1\]"),
+    "an AdaIN strength above 1": (lambda: _adain(strength=1.5), "strength holds 1.5"),
+    "an AdaIN strength that is not a number": (lambda: _adain(strength=math.nan), "strength holds nan"),
+    "an AdaIN page behind the last": (lambda: _adain(page=2), "page holds 2"),
+    "pool statistics that are not a number": (lambda: _adain(page=2, **_statistics(math.nan)), "pool_mean holds nan"),
+    "an infinite pool variance": (lambda: _adain(page=2, **_statistics(0.0, math.inf)), "pool_variance holds inf"),
+    "a negative pool variance": (lambda: _adain(page=2, **_statistics(0.0, -1.0)), "pool_variance holds -1.0"),
+    "statistics of no tokens": (lambda: kernels.token_stats(torch.ones(1, 0, 2, 4)), "at least 1 token"),
+    "statistics of four tensors": (lambda: kernels.token_stats(*[torch.ones(1, 2, 2, 4)] * 4), "1 to 3 tensors, not 4"),
+    "an odd geglu": (lambda: kernels.geglu(torch.ones(2, 5)), r"splits .* in two, but x has shape \[2, 5\]"),
+    "a norm of other channels": (
+        lambda: kernels.layer_norm(torch.ones(2, 8), torch.ones(7), torch.ones(8)),
+        r"weight must have shape \[channels=8\]",
+    ),
+    "a layer norm without eps": (
+        lambda: kernels.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8), 0.0), "eps must be above 0, not 0.0"
+    ),
+    "a residual of another shape": (
+        lambda: kernels.add_layer_norm(torch.ones(2, 8), torch.ones(1, 8), torch.ones(8), torch.ones(8)), "residual"
+    ),
+    "groups that do not divide the channels": (
+        lambda: kernels.group_norm_silu(torch.ones(1, 8, 2, 2), 3, torch.ones(8), torch.ones(8), 1e-5, True),
+        "8 channels can't be split into 3 groups",
+    ),
+    "a pool without its element count": (
+        lambda: kernels.group_norm_silu(
+            torch.ones(1, 8, 2, 2), 4, torch.ones(8), torch.ones(8), 1e-5, True, torch.tensor([1]),
+            torch.ones(1, 4), torch.ones(1, 4),
+        ),
+        "pool_elements must say",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_operations_refuse(name):
+    call, message = OTHERS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_constant_channel_gives_finite_results():
+    q, k, v = (torch.full((2, TOKENS, HEADS, WIDTH), value) for value in (1.0, 2.0, 3.0))
+    q[0] = torch.randn(TOKENS, HEADS, WIDTH)
+    mean, variance = kernels.token_stats(q, k, v)
+    assert variance[1:].eq(0).all()
+    affine = kernels.adain_affine(mean, variance, torch.tensor([-1, 0]), torch.ones(2, 3))
+    assert affine.gain.isfinite().all() and affine.offset.isfinite().all()
+    assert kernels.shared_attention(q, k, v, torch.tensor([[-1], [0]]), affine=affine).isfinite().all()
+
+
+def test_statistics_that_a_row_does_not_use_may_hold_anything():
+    mean, variance = torch.full((2, 1, ROWS, HEADS, WIDTH), math.nan)
+    for page, strength in ((-1, 1.0), (0, 0.0)):
+        affine = _adain(mean, variance, page, strength)
+        assert affine.gain.eq(1).all() and affine.offset.eq(0).all()
+
+
+@pytest.mark.parametrize("rows, tokens", [(0, 5), (2, 0)], ids=["no rows", "no tokens"])
+def test_nothing_in_gives_nothing_out(rows, tokens):
+    x = torch.randn(rows, tokens, 2, 32)
+    assert kernels.shared_attention(x, x, x).shape == x.shape
+    text = torch.randn(1, 7, 2, 32)
+    assert kernels.gated_cross_attention(x, text, text, torch.zeros(rows).long()).shape == x.shape
+    assert kernels.geglu(x).shape == (rows, tokens, 2, 16)
+    assert kernels.layer_norm(x, torch.ones(32), torch.ones(32)).shape == x.shape

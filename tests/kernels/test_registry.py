@@ -1,0 +1,144 @@
+"""Choosing a backend: order, reasons, and what STYLEFAST_KERNELS forces."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stylefast import kernels
+from stylefast._extension import extension
+from stylefast.errors import InvalidRequest
+from stylefast.kernels import registry
+
+
+@pytest.fixture(autouse=True)
+def _nothing_forced(monkeypatch):
+    monkeypatch.delenv(registry.VARIABLE, raising=False)
+
+
+def _x(dtype=torch.float32, width=32):
+    return torch.randn(2, 5, 2, width).to(dtype)
+
+
+def _chosen(name, *arguments):
+    return registry.choose(registry.operation(name), arguments)[0]
+
+
+def test_on_a_cpu_the_cpp_form_goes_first_and_says_why_triton_did_not(monkeypatch):
+    monkeypatch.setattr(registry, "_without_triton", lambda kind, index: "no GPU here")
+    backend, reason = registry.choose(registry.operation("shared_attention"), (_x(),) * 3)
+    assert (backend, reason) == ("cpp", "not triton: no GPU here")
+
+
+def test_an_operation_without_a_cpp_form_runs_in_torch():
+    assert _chosen("geglu", _x()) == "torch"
+
+
+@pytest.mark.parametrize("dtype, width", [(torch.float64, 32), (torch.float32, 48)], ids=["float64", "head size 48"])
+def test_what_the_kernels_do_not_know_runs_in_torch_and_the_reason_names_it(dtype, width):
+    backend, reason = registry.choose(registry.operation("shared_attention"), (_x(dtype, width),) * 3)
+    assert backend == "torch"
+    assert ("float64" if dtype == torch.float64 else "48") in reason
+
+
+def test_a_missing_extension_leaves_everything_working_and_is_named(monkeypatch):
+    monkeypatch.setattr(registry, "_without_extension", lambda: "the C++ extension could not be imported")
+    backend, reason = registry.choose(registry.operation("shared_attention"), (_x(),) * 3)
+    assert backend == "torch" and "could not be imported" in reason
+    assert kernels.shared_attention(_x(), _x(), _x()).isfinite().all()
+
+
+@pytest.mark.parametrize("setting", ["torch", "shared_attention=torch", "cpp,shared_attention=torch", " torch , "])
+def test_the_variable_forces_torch(monkeypatch, setting):
+    monkeypatch.setenv(registry.VARIABLE, setting)
+    assert _chosen("shared_attention", _x()) == "torch"
+
+
+def test_a_backend_alone_leaves_operations_without_that_form_to_choose(monkeypatch):
+    monkeypatch.setenv(registry.VARIABLE, "cpp")
+    assert _chosen("token_stats", [_x()]) == "cpp"
+    assert _chosen("geglu", _x()) == "torch"
+
+
+def test_the_variable_changes_what_runs(monkeypatch):
+    calls = []
+    operation = registry.operation("shared_attention")
+    monkeypatch.setitem(operation.forms, "torch", lambda q, *rest: calls.append("torch") or q.clone())
+    monkeypatch.setitem(operation.forms, "cpp", lambda *rest: calls.append("cpp"))
+    for setting in ("torch", "cpp"):
+        monkeypatch.setenv(registry.VARIABLE, setting)
+        kernels.shared_attention(_x(), _x(), _x())
+    assert calls == ["torch", "cpp"]
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("cuda", "names the backend 'cuda'; there are triton, cpp, torch"),
+        ("attention=cpp", "names the operation 'attention'; there are adain_affine"),
+        ("geglu=cpp", "geglu to cpp, but it has only the forms triton, torch"),
+        ("=cpp", "names the operation ''"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_an_error(monkeypatch, setting, message):
+    monkeypatch.setenv(registry.VARIABLE, setting)
+    with pytest.raises(InvalidRequest, match=message):
+        kernels.shared_attention(_x(), _x(), _x())
+
+
+def test_forcing_what_cannot_run_is_an_error_that_says_why(monkeypatch):
+    monkeypatch.setenv(registry.VARIABLE, "shared_attention=cpp")
+    with pytest.raises(InvalidRequest, match="forces shared_attention to cpp, which can't run here: head size 48"):
+        kernels.shared_attention(*[_x(width=48)] * 3)
+
+
+def test_forcing_triton_without_a_gpu_is_an_error_that_says_why(checkout):
+    program = "import torch, stylefast.kernels as K; K.geglu(torch.randn(2, 4))"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {registry.VARIABLE: "triton", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=checkout)
+    assert run.returncode == 1
+    assert "forces geglu to triton, which can't run here: the tensors are on cpu" in run.stderr
+
+
+def test_the_innermost_use_wins_and_ends_with_its_block(monkeypatch):
+    monkeypatch.setenv(registry.VARIABLE, "torch")
+    with registry.using("cpp"):
+        assert _chosen("shared_attention", _x()) == "cpp"
+        with registry.using("torch", "shared_attention"):
+            assert _chosen("shared_attention", _x()) == "torch"
+    assert _chosen("shared_attention", _x()) == "torch"
+
+
+def test_the_report_names_a_backend_and_a_reason_for_every_refusal(monkeypatch):
+    monkeypatch.setattr(registry, "_without_triton", lambda kind, index: "no GPU here")
+    rows = {row["operation"]: row for row in registry.report("cpu")}
+    assert set(rows) == set(registry._operations)
+    assert rows["shared_attention"]["backend"] == "cpp"
+    assert rows["geglu"]["backend"] == "torch"
+    assert rows["geglu"]["refused"] == {"triton": "no GPU here", "cpp": "geglu has no cpp form"}
+
+
+def test_the_report_shows_a_forced_backend_that_cannot_run(monkeypatch):
+    monkeypatch.setattr(registry, "_without_triton", lambda kind, index: "no GPU here")
+    monkeypatch.setenv(registry.VARIABLE, "triton")
+    row = next(row for row in registry.report("cpu") if row["operation"] == "geglu")
+    assert row["backend"] is None and "can't run here: no GPU here" in row["reason"]
+
+
+def test_info_prints_the_table(monkeypatch, capsys):
+    from stylefast.cli import main
+
+    monkeypatch.setenv(registry.VARIABLE, "guided_step=torch")
+    assert main(["info", "--json"]) == 0
+    rows = {row["operation"]: row for row in json.loads(capsys.readouterr().out)["operations"]}
+    assert rows["shared_attention"]["backend"] == "cpp"
+    assert rows["guided_step"]["reason"] == f"forced by {registry.VARIABLE}=guided_step=torch"
+
+
+def test_the_extension_of_this_checkout_is_built():
+    # every C++ form would otherwise be left out of the tests without a word
+    assert extension() is not None

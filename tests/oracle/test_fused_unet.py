@@ -1,0 +1,91 @@
+"""The UNet on the fused kernels: as near to fp64 as on PyTorch's own attention, and equal to diffusers where plain."""
+
+import pytest
+import torch
+
+from stylefast.kernels import registry
+from stylefast.models.unet import ImageKV, UNet
+from tests.oracle import instant_style as ip
+from tests.oracle.rows import image_columns, plain_rows, run, share
+from tests.oracle.small import Inputs, forward, random_inputs, random_unet
+from tests.oracle.style_aligned import Sharing
+
+SIZES = {"square": (8, 8), "wide": (8, 16), "tall and odd": (13, 6)}
+SHARINGS = {
+    "the paper's settings": Sharing((0, 0, 0)),
+    "shift and scale": Sharing((0, 0, 1), shift=0.7, scale=0.8),
+    "group norms too": Sharing((0, 0, 0), share_group_norm=True),
+    "swap": Sharing((0, 0, 0), mode="swap"),
+    "AdaIN alone": Sharing((0, 0, 0), share_attention=False),
+}
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return random_unet()
+
+
+@pytest.fixture(scope="module")
+def ours(theirs):
+    return UNet.from_state(dict(theirs.config), theirs.state_dict()).eval()
+
+
+@pytest.fixture(scope="module")
+def exact(theirs):
+    return UNet.from_state(dict(theirs.config), {name: x.double() for name, x in theirs.state_dict().items()}).eval()
+
+
+def _wide(value):
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (Inputs, ImageKV)):
+        parts = vars(value).values() if isinstance(value, Inputs) else value
+        return type(value)(*(_wide(part) for part in parts))
+    return tuple(_wide(part) for part in value) if isinstance(value, tuple) else value
+
+
+def assert_as_near_as_pytorch(ours, exact, inputs, table, image_kv=None, masks=()):
+    """The fused forms' error against fp64 is at most twice that of PyTorch's forms."""
+    truth = run(exact, _wide(inputs), table, _wide(image_kv), masks)
+    errors = {}
+    for backend in ("torch", "cpp"):
+        with registry.using(backend):
+            error = run(ours, inputs, table, image_kv, masks) - truth
+        errors[backend] = error.abs().max() / truth.abs().max()
+    assert 0 < errors["cpp"] <= 2 * errors["torch"]
+    assert errors["cpp"] < 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_plain_rows_equal_diffusers(theirs, ours, size):
+    inputs = random_inputs(3, 1, *size, timestep=None)
+    expected = forward(theirs, inputs)
+    with registry.using("cpp"):
+        actual = run(ours, inputs, plain_rows(ours.layout, 3))
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("sharing", SHARINGS.values(), ids=SHARINGS)
+def test_shared_attention_is_as_near_to_fp64_as_pytorchs(ours, exact, sharing, size):
+    inputs = random_inputs(3, 2, *size)
+    assert_as_near_as_pytorch(ours, exact, inputs, share(plain_rows(ours.layout, 3), ours.layout, sharing))
+
+
+@pytest.mark.parametrize("groups", [None, [0, 0]], ids=["a softmax each", "one softmax"])
+@pytest.mark.parametrize("masked", [False, True], ids=["everywhere", "masked"])
+def test_gated_cross_attention_is_as_near_to_fp64_as_pytorchs(theirs, ours, exact, masked, groups):
+    size = (8, 16)
+    inputs = random_inputs(2, 3, *size)
+    adapter = ip.random_adapter(theirs, 16, 5)
+    embeds = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(40))
+    masks = torch.zeros(2, 8 * size[0], 8 * size[1])
+    masks[0, :, : 4 * size[1] - 5], masks[1, 7:] = 1, 1
+    strengths = {module: torch.full((2,), 0.9) for module in ours.layout.modules}
+    segments = [
+        ip.Segment(adapter, ip.image_tokens(adapter, embeds[:, i]), strengths, masks[i] if masked else None)
+        for i in range(2)
+    ]
+    table = plain_rows(ours.layout, 2, segments=2)
+    columns = image_columns(table, ours.layout, ours, segments, ours.attention_sizes(*size), groups)
+    assert_as_near_as_pytorch(ours, exact, inputs, *columns)
