@@ -134,6 +134,18 @@ def operation(name: str) -> Operation:
     return _operations[name]
 
 
+def instruction_set() -> str:
+    """What the C++ forms compute with: "avx512_bf16", "avx512", "avx2", or "" where the extension or the CPU lacks it.
+
+    Raises InvalidRequest if the environment's STYLEFAST_CPU names a set that is not usable here.
+    """
+    module = extension()
+    try:
+        return module.instruction_set() if module is not None else ""
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+
+
 def report(device: torch.device | str | None = None) -> list[dict[str, Any]]:
     """What would run each operation on a device, for bfloat16 on CUDA and float32 on a CPU.
 
@@ -257,7 +269,7 @@ def _without_extension() -> str:
     module = extension()
     if module is None:
         return extension_error()
-    if not hasattr(module, 'instruction_set') or not module.instruction_set():
+    if not instruction_set():
         return "this CPU has neither AVX-512 nor AVX2 with FMA"
     return ""
 

@@ -48,15 +48,15 @@ def adain_affine_kernel(
     s = tl.load(strength + row * strength_row + tensor * strength_tensor)
     changed = (p != -1) & (s != 0)
     valid = (p >= 0) & (p < rows + pages)
-    mask = (column < columns) & changed & valid
+    mask = column < tl.where(changed & valid, columns, 0)
 
     own_mean = tl.load(mean + tensor * mean_tensor + row * mean_page + column, mask=mask, other=0.0)
     own_variance = tl.load(variance + tensor * variance_tensor + row * variance_page + column, mask=mask, other=0.0)
-    live = mask & (p < rows)
+    live = column < tl.where(changed & valid & (p < rows), columns, 0)
     target_mean = tl.load(mean + tensor * mean_tensor + p * mean_page + column, mask=live, other=0.0)
     target_variance = tl.load(variance + tensor * variance_tensor + p * variance_page + column, mask=live, other=0.0)
     if HAS_POOL:
-        pooled = mask & (p >= rows)
+        pooled = column < tl.where(changed & valid & (p >= rows), columns, 0)
         at = pool_mean + tensor * pool_mean_tensor + (p - rows) * pool_mean_page + column
         target_mean += tl.load(at, mask=pooled, other=0.0)
         at = pool_variance + tensor * pool_variance_tensor + (p - rows) * pool_variance_page + column

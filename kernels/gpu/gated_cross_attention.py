@@ -2,10 +2,11 @@
 
     out = softmax(Q K_text^T / sqrt(d)) V_text + sum_s strength_s * mask_s * softmax(Q K_s^T / sqrt(d)) V_s
 
-Two forms. Where all keys fit into one tile of up to 128 columns, `_one_tile` loads text and image tokens side by side,
-takes one Q K^T, a maximum and a sum per softmax from column masks, and one P V in which every column already carries
-its gate. Otherwise `_online` runs over key tiles softmax by softmax. Both go query tile first, then head, then row, so
-programs that run together share their keys in the cache. A segment of strength 0 or page -1 is never read.
+Two forms. Where few segments and all keys fit into one tile of up to 128 columns, `_one_tile` loads text and image
+tokens side by side, takes one Q K^T, a maximum and a sum per softmax from column masks, and one P V in which every
+column already carries its gate. Otherwise `_online` runs over key tiles softmax by softmax. Both go query tile first,
+then head, then row, so programs that run together share their keys in the cache. A segment of strength 0 or page -1 is
+never read.
 """
 
 import math
@@ -21,7 +22,6 @@ from stylefast.kernels.gpu.launch import device_of, power_of_two, settings, spec
 
 LOG2_E = math.log2(math.e)
 _UNSEEN = tl.constexpr(-1e30)  # below every score, yet finite: taken from itself it gives no NaN
-ONE_TILE_SEGMENTS = 2  # each costs a pass over the tile of scores, and registers
 
 TABLES = [
     "tokens", "text_tokens", "text_pages", "image_tokens", "image_pages", "mask_count", "text_page_row", "length_page",
@@ -306,7 +306,7 @@ def gated_cross_attention(
     sizes = {"D": d, "D_PADDED": max(16, power_of_two(d)), "QUERIES": queries}
     grid = (triton.cdiv(tokens, queries), heads, rows)
     with device_of(q):
-        if columns <= config["columns"] and segments <= ONE_TILE_SEGMENTS:
+        if columns <= config["columns"] and segments <= config["segments"]:
             _one_tile[grid](
                 *arguments, **sizes, COLUMNS=columns, SEGMENTS=segments, SEGMENT_COLUMNS=segment_columns,
                 num_warps=config["num_warps"],
@@ -331,7 +331,7 @@ def specialisations(capability: int) -> list[Specialisation]:
         sizes = {"D": key["d"], "D_PADDED": max(16, power_of_two(key["d"])), "QUERIES": config["queries"]}
         divisible = [f"{side}_{part}" for side in sides for part in ("row", "page", "token", "head")]
         if config["columns"]:
-            tile = {**sizes, "COLUMNS": config["columns"], "SEGMENTS": ONE_TILE_SEGMENTS, "SEGMENT_COLUMNS": 16}
+            tile = {**sizes, "COLUMNS": config["columns"], "SEGMENTS": config["segments"], "SEGMENT_COLUMNS": 16}
             found.append(
                 specialisation(
                     f"gated_cross_attention one tile {key}", _one_tile, pointers, tile, divisible,

@@ -67,8 +67,10 @@ def _devices() -> list[dict[str, Any]]:
 
 def _extension() -> dict[str, Any]:
     from stylefast._extension import extension, extension_error
+    from stylefast.kernels.registry import instruction_set
 
-    return {"found": extension() is not None, "reason": extension_error()}
+    found = extension() is not None
+    return {"found": found, "reason": extension_error(), "instructions": instruction_set()}
 
 
 def _operations() -> list[dict[str, Any]]:
@@ -120,7 +122,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         details = ", ".join(f"{name} {value}" for name, value in device.items() if name != "name")
         lines.append(f"device      {device['name']} ({details})")
     extension = found["extension"]
-    lines.append(f"extension   {'C++ extension found' if extension['found'] else extension['reason']}")
+    found_text = f"C++ extension found, instructions {extension['instructions'] or 'none that it could use'}"
+    lines.append(f"extension   {found_text if extension['found'] else extension['reason']}")
     width = max(len(row["operation"]) for row in found["operations"])
     for row in found["operations"]:
         lines.append(f"operation   {row['operation']:{width}}  {row['backend'] or 'none':6}  {row['reason']}")

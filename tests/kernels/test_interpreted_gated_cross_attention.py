@@ -12,8 +12,8 @@ from stylefast.kernels.gated_cross_attention import gated_cross_attention_ref
 from stylefast.kernels.gpu.gated_cross_attention import gated_cross_attention, one_tile_columns
 
 FORMS = {
-    "one tile": {"queries": 16, "columns": 128, "keys": 16, "num_warps": 4, "num_stages": 1},
-    "online": {"queries": 16, "columns": 0, "keys": 16, "num_warps": 4, "num_stages": 1},
+    "one tile": {"queries": 16, "columns": 128, "segments": 3, "keys": 16, "num_warps": 4, "num_stages": 1},
+    "online": {"queries": 16, "columns": 0, "segments": 0, "keys": 16, "num_warps": 4, "num_stages": 1},
 }
 ROWS, HEADS = 4, 2
 NAMES = ("q", "text_k", "text_v", "text_page", "image_k", "image_v", "image_lengths", "image_page", "strength", "group",
