@@ -169,8 +169,11 @@ def pooled_stats(mean, variance, elements, other_mean, other_variance, other_ele
 def _triton(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out):
     from stylefast.kernels.gpu.group_norm_silu import group_norm_silu as launch
 
-    dense = x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-    launch(dense, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out)
+    height, width = x.shape[2:]
+    # one stride must reach all h * w positions; slices of rows or channels are taken as they are
+    if height > 1 and width > 1 and x.stride(2) != width * x.stride(3):
+        x = x.contiguous()
+    launch(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out)
 
 
 _group_norm_silu = Operation(

@@ -159,10 +159,12 @@ def _check_values(latents, anchor, history, predictions, branch_rows, branch_wei
     checks.numbers_within("rescale", rescale, 0, 1)
 
 
-def _triton(*arguments):
+def _triton(latents, anchor, history, predictions, *others):
     from stylefast.kernels.gpu.guided_step import guided_step as launch
 
-    launch(*arguments)
+    *tables, noise, next_latents, next_anchor, next_history = others
+    state = (x.contiguous() for x in (latents, anchor, history))
+    launch(*state, predictions, *tables, noise.contiguous(), next_latents, next_anchor, next_history)
 
 
 _guided_step = Operation(

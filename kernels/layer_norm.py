@@ -13,6 +13,8 @@ from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation
 
+MAX_CHANNELS = 8192  # that the Triton form holds in registers
+
 
 def layer_norm_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """The formula above without residual, in fp32 or, for fp64 input, in fp64."""
@@ -62,8 +64,12 @@ def _check(x, weight, bias, eps):
 
 
 def _refuse(backend, arguments) -> str:
-    types = {x.dtype for x in arguments if isinstance(x, torch.Tensor)}
-    return f"the arguments mix {', '.join(sorted(map(str, types)))}" if backend == "triton" and len(types) > 1 else ""
+    types, channels = {x.dtype for x in arguments if isinstance(x, torch.Tensor)}, arguments[0].shape[-1]
+    if backend == "triton" and len(types) > 1:
+        return f"the arguments mix {', '.join(sorted(map(str, types)))}"
+    if backend == "triton" and channels > MAX_CHANNELS:
+        return f"{channels} channels are more than {MAX_CHANNELS}"
+    return ""
 
 
 def _output(x, *others):
@@ -84,16 +90,21 @@ def _torch_add(x, residual, weight, bias, eps):
     return total, _torch(total, weight, bias, eps)
 
 
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
 def _triton(x, weight, bias, eps, out):
     from stylefast.kernels.gpu.layer_norm import layer_norm as launch
 
-    launch(x, weight, bias, eps, out)
+    # copies only where the leading dimensions are no evenly spaced rows
+    launch(_rows(x), weight.contiguous(), bias.contiguous(), eps, _rows(out))
 
 
 def _triton_add(x, residual, weight, bias, eps, total, out):
     from stylefast.kernels.gpu.layer_norm import add_layer_norm as launch
 
-    launch(x, residual, weight, bias, eps, total, out)
+    launch(_rows(x), _rows(residual), weight.contiguous(), bias.contiguous(), eps, _rows(total), _rows(out))
 
 
 _layer_norm = Operation(

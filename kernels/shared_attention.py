@@ -301,8 +301,8 @@ def _triton(*arguments) -> None:
 
 # "modes": PyTorch's functionalisation calls an op by keywords and has a `mode` of its own
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor page, Tensor modes, Tensor scale, Tensor shift, Tensor? gain, Tensor? offset, "
-    "Tensor? pool_k, Tensor? pool_v, Tensor? pool_k_scale, Tensor? pool_v_scale, Tensor? bias"
+    "Tensor q, Tensor k, Tensor v, Tensor page, Tensor modes, Tensor scale, Tensor shift, Tensor? gain, "
+    "Tensor? offset, Tensor? pool_k, Tensor? pool_v, Tensor? pool_k_scale, Tensor? pool_v_scale, Tensor? bias"
 )
 
 _shared_attention = Operation(

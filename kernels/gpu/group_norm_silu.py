@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import device_of, position_stride, power_of_two, settings, specialisation
@@ -166,13 +167,15 @@ def group_norm_silu(
     """Writes the norm of x [rows, channels, h, w] into `out`; arguments as the operation's own, already checked.
 
     A row whose page is out of range becomes NaN. Raises InvalidRequest for an x that is neither contiguous nor
-    channels_last (slices of such along rows or channels are fine).
+    channels_last (slices of such along rows or channels are fine), and for pictures of 2**31 elements.
     """
     if x.numel() == 0:
         return
     rows, channels, height, width = x.shape
     positions, group_channels = height * width, channels // groups
     x_position, out_position = position_stride("x", x), position_stride("out", out)
+    if (reach := positions * max(x_position, out_position)) >= 2**31:
+        raise InvalidRequest(f"a picture of x may reach over 2**31 - 1 elements, not {reach}; norm it in parts")
     packed = x.stride(1) == positions and x_position == 1  # a group is one run of memory
     layout = "contiguous" if x_position == 1 else "channels_last"
     config = settings("group_norm_silu", x, config, layout=layout, bits=x.element_size() * 8)

@@ -152,22 +152,19 @@ def specialisations(capability: int) -> list[Specialisation]:
         if key["form"] == "warp_specialised":
             compiles += _specialised(config)
             continue
-        widths = {32: (32,), 64: (64, 40), 128: (128, 80)}[key["d"]]
-        types = ("fp32",) if key["bits"] == 32 else ("bf16", "fp16")
         native = "native" if key["page"] == "native" else "codes" if config.get("decode", False) else "fp8"
-        for d in widths:
-            for dtype in types:
-                if key["page"] == "native" and (d, dtype) == (key["d"], types[0]):
-                    kinds = [(0, "none", False, True), (3, "native", False, True), (3, "native", True, False)]
-                    kinds += [(0, "none", False, False), (2, "native", False, True)]
-                else:
-                    kinds = [(3, native, False, True)]
-                    kinds += [(3, native, True, False)] if dtype == types[0] else []
-                compiles += [_pointers(d, dtype, *kind, config) for kind in kinds]
+        main = "fp32" if key["bits"] == 32 else "bf16"
+        d = key["d"]
+        kinds = [(d, main, 3, native, False), (d, main, 3, native, True)]
+        if (main, native) == ("bf16", "native"):
+            kinds += [(d, main, 0, "none", False), (d, "fp16", 2, native, False)]
+        if narrow := {64: 40, 128: 80}.get(d):
+            kinds += [(narrow, main, 3, native, False), (narrow, main, 3, native, True)]
+        compiles += [_pointers(*kind, config) for kind in kinds]
     return compiles
 
 
-def _pointers(d: int, dtype: str, tensors: int, pool: str, bias: bool, even: bool, config: Config) -> Specialisation:
+def _pointers(d: int, dtype: str, tensors: int, pool: str, bias: bool, config: Config) -> Specialisation:
     stored = {"none": "none", "native": f"*{dtype}", "fp8": "*fp8e4nv", "codes": "*u8"}[pool]
     scales = "*fp32" if pool in ("fp8", "codes") else "none"
     affine = "*fp32" if tensors else "none"
@@ -176,11 +173,12 @@ def _pointers(d: int, dtype: str, tensors: int, pool: str, bias: bool, even: boo
     types |= {"pool_k": stored, "pool_v": stored, "pool_k_scale": scales, "pool_v_scale": scales}
     constants = {
         "D": d, "FACTOR": math.log2(math.e) / math.sqrt(d), "TENSORS": tensors, "POOL": pool, "HAS_BIAS": bias,
-        "EVEN": even, "ALIGN": 8 if even else 1, "POOL_ALIGN": 8 if even else 1, "BLOCK_M": config["block_m"],
-        "BLOCK_N": config["block_n"], "BLOCK_D": pointers.padded(d), "EXP2": config["exp2"],
+        "EVEN": not bias, "ALIGN": pointers.ALIGN, "BLOCK_M": config["block_m"],
+        "BLOCK_N": pointers.masked_block(config["block_n"]) if bias else config["block_n"],
+        "BLOCK_D": pointers.padded(d), "EXP2": config["exp2"],
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     }  # fmt: skip
-    name = f"shared_attention {dtype} d={d} adain={tensors} pages={pool}{' bias' * bias}{' masked' * (not even)}"
+    name = f"shared_attention {dtype} d={d} adain={tensors} pages={pool}{' bias, masked' * bias}"
     return specialisation(
         name, pointers.pointers_kernel, types, constants,
         num_warps=config["num_warps"], num_stages=config["num_stages"],

@@ -36,6 +36,8 @@ _RUNTIME = ["rows", "tokens", "heads", "references", "pages", "page_tokens", "bi
 _RUNTIME += ["page_row", "page_reference", "mode_row", "scale_row", "scale_reference", "shift_row", "shift_reference"]
 _RUNTIME += [f"{x}_{dim}" for x in ("q", "k", "v", "out") for dim in ("row", "token", "head")]
 _RUNTIME += [f"{x}_{dim}" for x in ("pool_k", "pool_v") for dim in ("page", "token", "head")]
+# every token of every head starts on a multiple of this many elements, so that it is loaded 8 or 16 bytes at a time
+ALIGN = 8
 _UNALIGNED = ["page", "mode", "scale", "shift", "bias"]
 
 
@@ -93,8 +95,8 @@ def _attend(
             value = tl.load(v_tile)
         else:
             mask = inside[:, None] & (channel < D)[None, :]
-            key = tl.load(k_tile, mask=mask, other=0)
-            value = tl.load(v_tile, mask=mask, other=0)
+            key = tl.load(k_tile, mask=mask, other=0 if DECODE else 0.0)
+            value = tl.load(v_tile, mask=mask, other=0 if DECODE else 0.0)
         if DECODE:
             key = decode_fp8(key, query.dtype)
             value = decode_fp8(value, query.dtype)
@@ -133,7 +135,7 @@ def pointers_kernel(
     shift,
     gain,  # [TENSORS, rows, heads, D], contiguous
     offset,
-    pool_k,  # [pages, page_tokens, heads, D]; strides in units of POOL_ALIGN
+    pool_k,  # [pages, page_tokens, heads, D]; strides in units of ALIGN
     pool_v,
     pool_k_scale,  # [pages, heads, D], contiguous
     pool_v_scale,
@@ -178,7 +180,6 @@ def pointers_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_N divides tokens and page_tokens
     ALIGN: tl.constexpr,
-    POOL_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -252,13 +253,13 @@ def pointers_kernel(
             v_stride = v_token * ALIGN
             count = tokens
             if POOL != "none":
-                pool_k_segment = pool_k + ((p - rows) * pool_k_page + head * pool_k_head) * POOL_ALIGN
-                pool_v_segment = pool_v + ((p - rows) * pool_v_page + head * pool_v_head) * POOL_ALIGN
+                pool_k_segment = pool_k + ((p - rows) * pool_k_page + head * pool_k_head) * ALIGN
+                pool_v_segment = pool_v + ((p - rows) * pool_v_page + head * pool_v_head) * ALIGN
                 if POOL == "native":
                     k_segment = tl.where(live, k_segment, pool_k_segment)
                     v_segment = tl.where(live, v_segment, pool_v_segment)
-                    k_stride = tl.where(live, k_stride, pool_k_token * POOL_ALIGN)
-                    v_stride = tl.where(live, v_stride, pool_v_token * POOL_ALIGN)
+                    k_stride = tl.where(live, k_stride, pool_k_token * ALIGN)
+                    v_stride = tl.where(live, v_stride, pool_v_token * ALIGN)
                     count = tl.where(live, tokens, page_tokens)
                 else:
                     count = tl.where(live, tokens, 0)
@@ -270,8 +271,8 @@ def pointers_kernel(
             )  # fmt: skip
             if POOL == "fp8" or POOL == "codes":
                 acc, total, peak = _attend(
-                    acc, total, peak, query, pool_k_segment, pool_v_segment, pool_k_token * POOL_ALIGN,
-                    pool_v_token * POOL_ALIGN, tl.where(live, 0, page_tokens), factor, page_bias, bias_token,
+                    acc, total, peak, query, pool_k_segment, pool_v_segment, pool_k_token * ALIGN,
+                    pool_v_token * ALIGN, tl.where(live, 0, page_tokens), factor, page_bias, bias_token,
                     True, D, BLOCK_D, BLOCK_N, EVEN, HAS_BIAS, POOL == "codes", EXP2, PRECISION,
                 )  # fmt: skip
                 acc = acc * _unit(pool_v_scale + scales, within & ~live)[None, :]
@@ -307,17 +308,17 @@ def launch(
     out: torch.Tensor,
     config: Config,
 ) -> None:
-    """Fill `out`; every call fits this form."""
+    """Fill `out`; every call fits this form. Tensors whose heads don't start on 8 elements are copied first."""
     rows, tokens, heads, d = q.shape
+    q, k, v, pool_k, pool_v = (_aligned(x) for x in (q, k, v, pool_k, pool_v))
+    target = out if shared_alignment(out) >= ALIGN else torch.empty_like(out, memory_format=torch.contiguous_format)
     block_m, block_n = config["block_m"], config["block_n"]
-    even = tokens % block_n == 0
-    align = shared_alignment(q, k, v, out)
-    pool, pages, page_tokens, pool_strides, pool_align = "none", 0, 0, [0] * 6, 1
+    even = bias is None and tokens % block_n == 0 and (pool_k is None or pool_k.shape[1] % block_n == 0)
+    block_n = block_n if even else masked_block(block_n)
+    pool, pages, page_tokens, pool_strides = "none", 0, 0, [0] * 6
     if pool_k is not None:
         pages, page_tokens = pool_k.shape[:2]
-        even = even and page_tokens % block_n == 0
-        pool_align = shared_alignment(pool_k, pool_v)
-        pool_strides = [s // pool_align for x in (pool_k, pool_v) for s in strides(x)]
+        pool_strides = [s // ALIGN for x in (pool_k, pool_v) for s in strides(x)]
         pool = "native"
         if pool_k.dtype == torch.float8_e4m3fn:
             pool = "codes" if config.get("decode", False) else "fp8"
@@ -331,9 +332,9 @@ def launch(
 
     with device_of(q):
         pointers_kernel[(triton.cdiv(tokens, block_m) * rows * heads,)](
-            q, k, v, out, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias,
+            q, k, v, target, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias,
             rows, tokens, heads, page.shape[1], pages, page_tokens,
-            *(s // align for x in (q, k, v, out) for s in strides(x)),
+            *(s // ALIGN for x in (q, k, v, target) for s in strides(x)),
             *page.stride(), *mode.stride(), *scale.stride(), *shift.stride(),
             *pool_strides,
             *((0, 0) if bias is None else bias.stride()),
@@ -343,8 +344,7 @@ def launch(
             POOL=pool,
             HAS_BIAS=bias is not None,
             EVEN=even,
-            ALIGN=align,
-            POOL_ALIGN=pool_align,
+            ALIGN=ALIGN,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_D=padded(d),
@@ -354,6 +354,17 @@ def launch(
             num_stages=config["num_stages"],
             enable_fp_fusion=True,
         )  # fmt: skip
+        if target is not out:
+            out.copy_(target)
+
+
+def masked_block(block_n: int) -> int:
+    """Keys of a tile that is masked or biased: half as many, as each brings one more value to hold."""
+    return max(16, block_n // 2)
+
+
+def _aligned(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None or shared_alignment(x) >= ALIGN else x.contiguous().clone()
 
 
 def padded(d: int) -> int:

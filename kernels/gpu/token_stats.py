@@ -174,26 +174,24 @@ def token_stats(
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """The committed configurations at one stretch and at many, aligned and not."""
+    """The committed configurations at many stretches and at one, whose tensors are not aligned."""
     compiles = []
     for key, config in configurations("token_stats", capability):
-        for dtype in ("bf16", "fp32"):
-            for split in (False, True):
-                align = 1 if dtype == "fp32" and split else 8
-                constants = {
-                    "D": key["d"], "BLOCK_D": power_of_two(key["d"]), "BLOCK_T": config["block_t"],
-                    "STRETCH": config["stretch"], "SPLIT": split, "ALIGN": align,
-                }  # fmt: skip
-                compiles.append(
-                    specialisation(
-                        f"token_stats {dtype} d={key['d']}{' split' * split}{' unaligned' * (align == 1)}",
-                        token_stats_kernel,
-                        {"x": f"*{dtype}", "y": f"*{dtype}", "z": f"*{dtype}", "mean": "*fp32", "variance": "*fp32"},
-                        constants,
-                        num_warps=config["num_warps"],
-                        num_stages=config["num_stages"],
-                    )
+        for dtype, split, align in (("bf16", True, 8), ("fp32", False, 1)):
+            constants = {
+                "D": key["d"], "BLOCK_D": power_of_two(key["d"]), "BLOCK_T": config["block_t"],
+                "STRETCH": config["stretch"], "SPLIT": split, "ALIGN": align,
+            }  # fmt: skip
+            compiles.append(
+                specialisation(
+                    f"token_stats {dtype} d={key['d']}{' split' * split}{' unaligned' * (align == 1)}",
+                    token_stats_kernel,
+                    {"x": f"*{dtype}", "y": f"*{dtype}", "z": f"*{dtype}", "mean": "*fp32", "variance": "*fp32"},
+                    constants,
+                    num_warps=config["num_warps"],
+                    num_stages=config["num_stages"],
                 )
+            )
         compiles.append(
             specialisation(
                 f"token_stats merge d={key['d']}",

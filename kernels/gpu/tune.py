@@ -30,6 +30,7 @@ Timer = Callable[[Mapping[str, Callable[[int], object]], int], Times]
 LAUNCHERS = {"layer_norm": ("layer_norm", "add_layer_norm")}
 # in the order in which they are neighbours; exp2 0 is the form that both others start from
 CHOICES: dict[str, tuple] = {"num_warps": (1, 2, 4, 8, 16), "exp2": (4, 0, 8), "num_stages": (1, 2, 3, 4, 5)}
+TOGETHER, FINALISTS = 8, 4  # configurations timed in turns
 FASTER = 0.99  # a neighbour must take at most this share of the best time to replace it
 
 
@@ -146,29 +147,38 @@ def _search(
         return lambda i: launch(*sets[i][0], *sets[i][1], config=config)
 
     right = _results(call(committed), sets[0][1])
-    times: dict[str, tuple[float, Config]] = {}
-    failed: set[str] = set()
+    times: dict[str, float] = {}
+    known: dict[str, Config] = {}
 
-    def time_all(candidates: Sequence[Config]) -> None:
+    def time_some(candidates: Sequence[Config]) -> None:
+        """A few at a time, so that the time to spend is looked at between them."""
         new = {json.dumps(c, sort_keys=True): c for c in candidates}
-        new = {name: c for name, c in new.items() if name not in times and name not in failed}
-        good = {name: call(c) for name, c in new.items() if _agrees(call(c), sets[0][1], right)}
-        measured = timer(good, len(sets))
-        failed.update(new.keys() - measured.samples.keys())
-        times.update({name: (statistics.median(s), new[name]) for name, s in measured.samples.items()})
+        new = [(name, c) for name, c in new.items() if name not in known]
+        for first in range(0, len(new), TOGETHER):
+            if first and clock() >= end:
+                break
+            group = dict(new[first : first + TOGETHER])
+            known.update(group)
+            good = {name: call(c) for name, c in group.items() if _agrees(call(c), sets[0][1], right)}
+            measured = timer(good, len(sets))
+            times.update({name: statistics.median(samples) for name, samples in measured.samples.items()})
 
     offered = getattr(module, "candidates", None)
     start = offered(key) if offered else [c for t in configs.tunings() for k, c in _entries(t, operation) if k == key]
-    time_all([committed, *start])
+    time_some([committed, *start])
     while times and not offered and clock() < end:
-        best_time, best = min(times.values(), key=lambda pair: pair[0])
-        time_all(neighbours(best))
-        if min(t for t, _ in times.values()) > FASTER * best_time:
+        best = min(times, key=times.get)
+        before = times[best]
+        time_some(neighbours(known[best]))
+        if min(times.values()) > FASTER * before:
             break
     if not times:
-        return committed, None, len(failed)
-    took, best = min(times.values(), key=lambda pair: pair[0])
-    return best, float(f"{took:.4g}"), len(times) + len(failed)
+        return committed, None, len(known)
+    # those at the top once more, in turns: they were timed at different moments
+    finalists = sorted(times, key=times.get)[:FINALISTS]
+    final = timer({name: call(known[name]) for name in finalists}, len(sets)).samples
+    best = min(final, key=lambda name: statistics.median(final[name]))
+    return known[best], float(f"{statistics.median(final[best]):.4g}"), len(known)
 
 
 def _entries(tuning: configs.Tuning, operation: str) -> Sequence[tuple[Key, Config]]:

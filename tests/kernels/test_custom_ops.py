@@ -1,5 +1,7 @@
 """Every operation as a PyTorch custom op: opcheck, torch.compile without graph breaks, torch.export, gradients."""
 
+import os
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -81,9 +83,8 @@ CASES = {
     "add_layer_norm": _add_layer,
     "guided_step": _step,
 }
-BACKENDS = [
-    (name, backend) for name in CASES for backend in ("torch", "cpp") if backend in registry.operation(name).forms
-]
+FORMS = ("torch", "cpp", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch", "cpp")
+BACKENDS = [(name, backend) for name in CASES for backend in FORMS if backend in registry.operation(name).forms]
 
 
 def test_every_operation_is_among_the_cases():
@@ -96,6 +97,16 @@ def test_opcheck_finds_schema_fake_and_dispatch_right(name, backend):
         torch.library.opcheck(registry.operation(name).op, CASES[name](0))
 
 
+@pytest.mark.parametrize("name, backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_form_gives_the_same_results(name, backend, seed):
+    arguments, function = CASES[name](seed), by_name(getattr(kernels, name))
+    with registry.using("torch", name):
+        expected = function(*arguments)
+    with registry.using(backend, name):
+        torch.testing.assert_close(function(*arguments), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["shared_attention", "gated_cross_attention"])
 def test_opcheck_passes_the_ops_that_write_into_a_given_buffer(name):
     arguments = CASES[name](0)
@@ -103,7 +114,7 @@ def test_opcheck_passes_the_ops_that_write_into_a_given_buffer(name):
     torch.library.opcheck(getattr(torch.ops.stylefast, f"{name}_out").default, (*arguments, out))
 
 
-def _by_name(function):
+def by_name(function):
     """The public function with the custom op's argument order."""
     if function is kernels.shared_attention:
         return lambda *a: function(*a[:7], kernels.Affine(a[7], a[8]), a[9], a[10], a[13], a[11], a[12])
@@ -116,7 +127,7 @@ def _by_name(function):
 def test_torch_compile_takes_the_public_function_whole_and_never_compiles_again_for_other_values(name):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    function = _by_name(getattr(kernels, name))
+    function = by_name(getattr(kernels, name))
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for seed in range(3):
         arguments = CASES[name](seed)
@@ -126,7 +137,7 @@ def test_torch_compile_takes_the_public_function_whole_and_never_compiles_again_
 
 def test_inductor_runs_the_ops_between_its_own_kernels():
     torch._dynamo.reset()
-    function = _by_name(kernels.shared_attention)
+    function = by_name(kernels.shared_attention)
 
     def block(*arguments):
         return function(arguments[0] * 2, *arguments[1:]).relu() + 1
@@ -147,7 +158,7 @@ class _Call(torch.nn.Module):
 @pytest.mark.parametrize("name", CASES)
 def test_torch_export_keeps_the_op_in_the_graph(name):
     arguments = CASES[name](0)
-    function = _by_name(getattr(kernels, name))
+    function = by_name(getattr(kernels, name))
     program = torch.export.export(_Call(function), arguments)
     assert f"stylefast.{name}.default" in str(program.graph)
     torch.testing.assert_close(program.module()(*arguments), function(*arguments))
@@ -164,7 +175,7 @@ def test_gradients_flow_through_the_public_functions(name):
             arguments[i] = arguments[i].float()
     if name == "gated_cross_attention":
         arguments[8], arguments[10] = arguments[8].float(), arguments[10].float()
-    function = _by_name(getattr(kernels, name))
+    function = by_name(getattr(kernels, name))
     leaf = arguments[0].clone().requires_grad_()
     function(leaf, *arguments[1:]).square().sum().backward()
     direction = torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

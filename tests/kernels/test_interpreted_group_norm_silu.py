@@ -144,6 +144,13 @@ def test_other_strides_are_refused_by_name():
         _run(case)
 
 
+def test_pictures_beyond_32_bit_offsets_are_refused_by_name():
+    case = _case("contiguous")
+    case["x"] = torch.empty(1, 2**16, 2**8, 2**8, device="meta").contiguous(memory_format=torch.channels_last)
+    with pytest.raises(InvalidRequest, match="not 4294967296"):
+        group_norm_silu(**case, out=case["x"])
+
+
 @pytest.mark.parametrize("rows, height", [(0, 7), (3, 0)])
 def test_zero_sizes_do_nothing(rows, height):
     case = _case("contiguous", rows=rows, height=height)
