@@ -1,7 +1,10 @@
 # make        environment and C++ extension      make test   lint and the tests
 # make demo   pictures in build/demo             make tiny   train the embedded model again
+# make bench  the CPU kernels against PyTorch    make gpu    GPU tests and benchmarks, on a machine that has one
 PYTHON ?= python3
 VENV ?= .venv
+# for `make gpu`: a Python that holds torch and triton, used as it is
+GPU_PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 # pytest processes, one thread each
 JOBS ?= 2
@@ -13,7 +16,7 @@ INSTALLED := $(VENV)/installed.stamp
 EXTENSION := $(VENV)/extension.stamp
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: all venv extension demo test test-slow lint tiny clean
+.PHONY: all venv extension demo test test-slow lint tiny bench gpu clean
 
 all: venv
 
@@ -48,6 +51,14 @@ lint: venv
 
 tiny: venv
 	$(BIN)/python -m stylefast.training.tiny
+
+# writes benchmarks/results/kernels-cpu.json
+bench: venv
+	$(BIN)/python -m benchmarks kernels --device cpu
+
+# at most nine minutes, no network, nothing installed; results also go to the folder $$OUT if that is set
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 # the environment stays: it is the costly part, and `rm -r .venv` is short
 clean:

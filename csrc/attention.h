@@ -29,7 +29,8 @@ struct SharedAttention {
     const std::int64_t* page;     // [rows, references]
     const std::int64_t* mode;     // [rows]: 0 plain, 1 concat, 2 swap
     const float *scale, *shift;   // [rows, references]
-    Channels gain, offset;        // n = 3: q, k, v; data is null without AdaIN
+    Channels gain, offset;        // n = moved: q and k, or q, k and v; data is null without AdaIN
+    std::int64_t moved;
     std::int64_t pages, page_tokens;
     Tokens pool_k, pool_v;
     Channels pool_k_scale, pool_v_scale;  // n = 1; data is null unless the pool is fp8

@@ -190,8 +190,9 @@ void shared_attention(const std::string& set, const at::Tensor& q, const at::Ten
         for (const auto& [name, source, to] : {std::make_tuple("gain", &gain, &a.gain),
                                                std::make_tuple("offset", &offset, &a.offset)}) {
             const at::Tensor& x = keep(channels_side_by_side(name, need(name, *source), 4));
-            if (x.sizes() != at::IntArrayRef({3, a.rows, a.heads, a.d})) {
-                refuse(std::string(name) + " must be [3, rows, heads, d]");
+            a.moved = x.size(0);
+            if ((a.moved != 2 && a.moved != 3) || x.sizes() != at::IntArrayRef({a.moved, a.rows, a.heads, a.d})) {
+                refuse(std::string(name) + " must be [2 or 3, rows, heads, d]");
             }
             *to = channels_of(x);
         }

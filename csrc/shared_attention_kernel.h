@@ -69,7 +69,7 @@ void shared_unit(const SharedAttention& a, std::int64_t unit, char* base) {
     refers = refers && a.mode[row] != 0;
 
     Rows own[3] = {rows_of(a.q, row, head), rows_of(a.k, row, head), rows_of(a.v, row, head)};
-    for (int i = 0; refers && i < 3; ++i) {
+    for (int i = 0; refers && i < a.moved; ++i) {
         own[i].gain = channels_of(a.gain, i, row, head);
         own[i].offset = channels_of(a.offset, i, row, head);
     }

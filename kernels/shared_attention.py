@@ -32,7 +32,10 @@ FP8 = torch.float8_e4m3fn
 
 
 class Affine(NamedTuple):
-    """AdaIN as x * gain + offset for queries, keys and values: two fp32 tensors [3, rows, heads, d]."""
+    """AdaIN as x * gain + offset: two fp32 tensors [parts, rows, heads, d].
+
+    The parts are queries, keys and values, or queries and keys alone, which leaves the values as they are.
+    """
 
     gain: torch.Tensor
     offset: torch.Tensor
@@ -64,9 +67,10 @@ def shared_attention_ref(
         query, own_k, own_v = (x[row].to(exact) for x in (q, k, v))
         used = [(r, int(p)) for r, p in enumerate(page[row]) if int(p) >= 0 and int(mode[row]) != PLAIN]
         if used and affine is not None:
-            query, own_k, own_v = (
-                x * affine.gain[i, row] + affine.offset[i, row] for i, x in enumerate((query, own_k, own_v))
-            )
+            parts = [query, own_k, own_v]
+            for i, (gain, offset) in enumerate(zip(*affine, strict=True)):
+                parts[i] = parts[i] * gain[row] + offset[row]
+            query, own_k, own_v = parts
         logits, values = [], []
         if not used or int(mode[row]) != SWAP:
             logits.append(torch.einsum("qhd,khd->hqk", query, own_k) / math.sqrt(width))
@@ -111,10 +115,11 @@ def shared_attention(
     """Shared self-attention in one kernel, the custom op `torch.ops.stylefast.shared_attention`.
 
     q, k, v [rows, tokens, heads, d], views with any strides but a contiguous last dimension; page [rows, R] int64,
-    mode [rows] int64 (default: concat), scale and shift [rows, R] fp32 (default: 1 and 0); affine from `adain_affine`;
-    pool_k, pool_v [pages, page tokens, heads, d] in q's type, or in float8_e4m3fn with pool_k_scale, pool_v_scale
-    [pages, heads, d] fp32; bias [rows + pages, tokens of the longest page] fp32. softmax runs in fp32, logarithms are
-    natural. Returns [rows, tokens, heads, d], contiguous, or fills `out`.
+    mode [rows] int64 (default: concat), scale and shift [rows, R] fp32 (default: 1 and 0); affine from `adain_affine`,
+    of 3 parts or of 2 (queries and keys); pool_k, pool_v [pages, page tokens, heads, d] in q's type, or in
+    float8_e4m3fn with pool_k_scale, pool_v_scale [pages, heads, d] fp32; bias [rows + pages, tokens of the longest
+    page] fp32. softmax runs in fp32, logarithms are natural. Returns [rows, tokens, heads, d], contiguous, or fills
+    `out`.
 
     Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, for an `out` that overlaps an
     input, and on CPUs for a page or mode out of range. CUDA tensors are not read back for that: there a page out of
@@ -161,7 +166,8 @@ def _check(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool
         raise InvalidRequest("affine needs both gain and offset")
     for name, x in (("affine.gain", gain), ("affine.offset", offset)):
         if x is not None:
-            checks.shape(name, x, parts=3, rows=rows, heads=heads, d=width)
+            parts = 2 if x.ndim and gain.shape[0] == 2 else 3
+            checks.shape(name, x, parts=parts, rows=rows, heads=heads, d=width)
             checks.dtype(name, x, torch.float32)
     if (pool_k is None) != (pool_v is None):
         raise InvalidRequest("pool_k and pool_v go together: give both or neither")
@@ -236,10 +242,10 @@ def _torch(
             out[index] = _attend(query, own_k, own_v)
             continue
         if gain is not None:
-            query, own_k, own_v = (
-                x * gain[i, index, None].to(q.dtype) + offset[i, index, None].to(q.dtype)
-                for i, x in enumerate((query, own_k, own_v))
-            )
+            parts = [query, own_k, own_v]
+            for i in range(len(gain)):
+                parts[i] = parts[i] * gain[i, index, None].to(q.dtype) + offset[i, index, None].to(q.dtype)
+            query, own_k, own_v = parts
         keys, values, extra = [], [], []
         if row_mode != SWAP:
             keys, values = [own_k], [own_v]

@@ -42,10 +42,12 @@ def shared_attention(
 
     gain and offset are [3, rows, heads, d], or [2, rows, heads, d] where the values stay as they are, which is cheaper.
     A row that names a page outside [-1, rows + pages) comes out as NaN. Reads nothing on the host. Raises
-    InvalidRequest for a given configuration of a form that does not fit the call.
+    InvalidRequest for a given configuration of a form that does not fit the call, and for bf16 in the interpreter.
     """
     if out.numel() == 0:
         return
+    if q.dtype == torch.bfloat16 and not q.is_cuda:
+        raise InvalidRequest("Triton's interpreter multiplies no bfloat16 matrices; use float16 or float32 on the CPU")
     tensors = (q, k, v, page, gain, pool_k, pool_v, bias, out)
     if config is None:
         form, _ = form_for(*tensors)
@@ -202,8 +204,11 @@ def _specialised(config: Config) -> list[Specialisation]:
             compiles.append(
                 specialisation(
                     f"shared_attention warp-specialised {dtype} adain={tensors} page={paged} pool={pool}",
-                    hopper.warp_specialised_kernel, types, constants,
-                    num_warps=config["num_warps"], num_stages=config["num_stages"],
+                    hopper.warp_specialised_kernel,
+                    types,
+                    constants,
+                    num_warps=config["num_warps"],
+                    num_stages=config["num_stages"],
                 )  # fmt: skip
             )
         types = {"q": f"*{dtype}", "page": "*i64", "mode": "*i64"}

@@ -86,6 +86,7 @@ def _attend(
     token = tl.arange(0, BLOCK_N)
     k_offsets = token[:, None] * k_stride + channel[None, :]
     v_offsets = token[:, None] * v_stride + channel[None, :]
+    reach = tl.where(biased, tokens, 0)
     for start in range(0, tokens, BLOCK_N):
         inside = start + token < tokens
         k_tile = k + start * k_stride.to(tl.int64) + k_offsets
@@ -103,7 +104,7 @@ def _attend(
 
         scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)  # [block_m, block_n]
         if HAS_BIAS:
-            extra = tl.load(bias + (start + token) * bias_stride, mask=inside & biased, other=0.0) * _LOG2_E
+            extra = tl.load(bias + (start + token) * bias_stride, mask=start + token < reach, other=0.0) * _LOG2_E
         else:
             extra = tl.zeros([BLOCK_N], tl.float32)
         if HAS_BIAS or not EVEN:
@@ -116,9 +117,7 @@ def _attend(
             weights = exp2(scores * factor - highest[:, None], EXP2)
         fading = tl.exp2(peak - highest)
         total = total * fading + tl.sum(weights, 1)
-        acc = tl.dot(
-            weights.to(query.dtype), value.to(query.dtype), acc * fading[:, None], input_precision=PRECISION
-        )
+        acc = tl.dot(weights.to(query.dtype), value.to(query.dtype), acc * fading[:, None], input_precision=PRECISION)
         peak = highest
     return acc, total, peak
 
@@ -231,16 +230,18 @@ def pointers_kernel(
             turn = tl.where(size < 0, -1.0, 1.0) + tl.zeros([BLOCK_D], tl.float32)
             constant = moved * _LOG2_E + tl.zeros([BLOCK_M], tl.float32)
             if TENSORS > 0:
-                changed = within & used
+                changed = channel < tl.where(used, D, 0)
+                changed_own = channel < tl.where(used & own, D, 0)
                 query = query * tl.load(gain + affine, mask=changed, other=1.0)[None, :]
                 query += tl.load(offset + affine, mask=changed, other=0.0)[None, :]
-                turn *= tl.load(gain + next_tensor + affine, mask=changed & own, other=1.0)
-                o = tl.load(offset + next_tensor + affine, mask=changed & own, other=0.0)
+                turn *= tl.load(gain + next_tensor + affine, mask=changed_own, other=1.0)
+                o = tl.load(offset + next_tensor + affine, mask=changed_own, other=0.0)
                 constant += tl.sum(query * o[None, :], 1) * FACTOR
             if POOL == "fp8" or POOL == "codes":
                 scales = ((p - rows) * heads + head) * D + channel
-                turn *= tl.load(pool_k_scale + scales, mask=within & ~live, other=1.0)
-                acc = acc * (1.0 / _unit(pool_v_scale + scales, within & ~live))[None, :]
+                stored_fp8 = channel < tl.where(live, 0, D)
+                turn *= tl.load(pool_k_scale + scales, mask=stored_fp8, other=1.0)
+                acc = acc * (1.0 / _unit(pool_v_scale + scales, stored_fp8))[None, :]
             query = (query * turn[None, :]).to(q.dtype.element_ty)
             factor = tl.abs(size) * FACTOR
             page_bias = bias
@@ -275,11 +276,11 @@ def pointers_kernel(
                     pool_v_token * ALIGN, tl.where(live, 0, page_tokens), factor, page_bias, bias_token,
                     True, D, BLOCK_D, BLOCK_N, EVEN, HAS_BIAS, POOL == "codes", EXP2, PRECISION,
                 )  # fmt: skip
-                acc = acc * _unit(pool_v_scale + scales, within & ~live)[None, :]
+                acc = acc * _unit(pool_v_scale + scales, stored_fp8)[None, :]
             peak += constant
             if TENSORS == 3:
-                gain_v = tl.load(gain + 2 * next_tensor + affine, mask=changed & own, other=1.0)
-                offset_v = tl.load(offset + 2 * next_tensor + affine, mask=changed & own, other=0.0)
+                gain_v = tl.load(gain + 2 * next_tensor + affine, mask=changed_own, other=1.0)
+                offset_v = tl.load(offset + 2 * next_tensor + affine, mask=changed_own, other=0.0)
                 acc = acc * gain_v[None, :] + total[:, None] * offset_v[None, :]
 
     # a row that saw no token gives 0; the cubic's weights never reach 0, so its maximum tells
@@ -364,7 +365,7 @@ def masked_block(block_n: int) -> int:
 
 
 def _aligned(x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None or shared_alignment(x) >= ALIGN else x.contiguous().clone()
+    return x if x is None or shared_alignment(x) >= ALIGN else x.clone(memory_format=torch.contiguous_format)
 
 
 def padded(d: int) -> int:

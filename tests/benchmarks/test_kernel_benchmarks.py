@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,12 +101,28 @@ def test_the_full_gpu_list_carries_the_goals_of_the_kernels(monkeypatch):
     assert shares.count(0.85) == 5
 
 
-def test_the_exp2_rows_compare_the_committed_configuration_with_the_other_forms(monkeypatch):
+def test_the_rows_of_forms_compare_committed_configurations_with_every_way_to_compute_exp2(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no such GPU")
-    for case in attention.exp2_cases(False):
+    for case in attention.form_cases(False):
         names = {name for c in case.comparisons for name in (c.ours, c.peer)}
-        assert names == {"exp2 all on the MUFU", "exp2 1/4 on the FMA pipe", "exp2 1/8 on the FMA pipe"}
+        assert names == {
+            f"{form}, {way}"
+            for form in ("warp_specialised", "pointers")
+            for way in ("exp2 on the MUFU", "1/4 of exp2 on FMA", "1/8 of exp2 on FMA")
+        }
+        # one against another form, the rest within a form
+        assert len(case.comparisons) == 5
+
+
+def test_forms_run_with_the_configuration_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no such GPU")
+    seen = []
+    module = SimpleNamespace(shared_attention=lambda *arguments, config: seen.append(config))
+    monkeypatch.setattr(attention, "import_module", lambda name: module)
+    result = measure_case(attention.form_cases(True, "cpu")[0], each_once)
+    assert len(result["times"]) == 6 and [c["exp2"] for c in seen].count(0) == 2
 
 
 def test_a_style_changes_the_result_so_that_errors_mean_something():

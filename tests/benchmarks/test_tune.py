@@ -89,6 +89,21 @@ def test_a_module_that_names_candidates_is_searched_no_further(committed, monkey
     assert content["operations"]["geglu"][0]["config"] == offered[0]
 
 
+def test_many_candidates_are_timed_in_groups_and_the_best_of_all_groups_once_more(committed, monkeypatch):
+    committed(geglu=GEGLU)
+    offered = [{"block": block, "num_warps": 4} for block in range(100, 80, -1)]
+    module = SimpleNamespace(geglu=lambda x, out, config=None: out.zero_(), candidates=lambda key: offered)
+    monkeypatch.setattr(tune.importlib, "import_module", lambda name: module)
+    groups = []
+
+    def timer(calls, sets):
+        groups.append([json.loads(name)["block"] for name in calls])
+        return timer_of(lambda c: c["block"])(calls, sets)
+
+    assert run_tune(timer)["operations"]["geglu"][0]["config"]["block"] == 64
+    assert [len(group) for group in groups] == [8, 8, 5, 4] and groups[-1] == [64, 81, 82, 83]
+
+
 def test_keys_after_the_time_is_over_keep_what_is_committed(committed, launched):
     committed(geglu=[*GEGLU, {"key": {"columns": 64, "bits": 16}, "config": {"block": 32, "num_warps": 2}}])
     now = iter(range(0, 10**6, 30))
@@ -133,7 +148,9 @@ def test_the_arguments_fit_the_launcher_for_every_committed_key(operation):
     keys = tune._keys(operation, 90)
     assert keys
     for key in keys:
-        inputs, outputs = tune.ARGUMENTS[operation](key, SMALL, "cpu", 0)
+        # the warp-specialised form takes whole tiles
+        size = SMALL._replace(tokens=128) if key.get("form") == "warp_specialised" else SMALL
+        inputs, outputs = tune.ARGUMENTS[operation](key, size, "cpu", 0)
         for out in outputs:
             out.fill_(float("nan"))
         launch(*inputs, *outputs, config=configs.configuration(operation, 90, **key))

@@ -89,6 +89,16 @@ def test_a_shift_of_minus_infinity_leaves_adain_alone(qkv):
     torch.testing.assert_close(hidden, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_an_affine_of_two_parts_leaves_the_values_as_they_are(qkv):
+    gain, offset = _affine()
+    rest = Affine(torch.cat([gain[:2], torch.ones_like(gain[2:])]), torch.cat([offset[:2], torch.zeros_like(gain[2:])]))
+    arguments = _segments([[-1], [0], [0], [2]], [PLAIN, CONCAT, SWAP, CONCAT], 0.8, 0.1)
+    two = shared_attention(*qkv, *arguments, Affine(gain[:2], offset[:2]))
+    torch.testing.assert_close(two, shared_attention(*qkv, *arguments, rest), rtol=1e-6, atol=1e-6)
+    expected = shared_attention_ref(*qkv, *arguments, Affine(gain[:2], offset[:2]))
+    torch.testing.assert_close(two, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_scale_zero_gives_reference_tokens_a_logit_of_zero_and_does_not_switch_them_off(qkv):
     q, k, v = qkv
     out = shared_attention(q, k, v, *_segments([[-1], [0], [0], [0]], [PLAIN, CONCAT, CONCAT, CONCAT], 0.0))

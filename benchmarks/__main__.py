@@ -1,0 +1,26 @@
+"""All benchmarks under one command: `python -m benchmarks kernels --device cpu`."""
+
+import sys
+from importlib import import_module
+
+BENCHMARKS = {
+    "gpu": "benchmarks.gpu",
+    "kernels": "benchmarks.kernels.command",
+    "startup": "benchmarks.startup",
+    "tiny_quality": "benchmarks.tiny_quality",
+}
+
+
+def main() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in BENCHMARKS:
+        known = name in ("-h", "--help")
+        usage = f"usage: python -m benchmarks {{{','.join(BENCHMARKS)}}} [--help]"
+        print(usage if known else f"{usage}\nno benchmark is called {name!r}", file=sys.stdout if known else sys.stderr)
+        return 0 if known else 2
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    return import_module(BENCHMARKS[name]).main() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
