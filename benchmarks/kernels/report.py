@@ -69,6 +69,21 @@ def block(result: dict[str, Any]) -> str:
     return "\n".join([head, *("  " + row.rstrip() for row in rows), *dict.fromkeys(notes)])
 
 
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The measured comparisons as one Markdown table, for the documentation."""
+    lines = ["| operation, shape, type | ours | against | ratio | goal | error |", "|---|---|---|---|---|---|"]
+    for result in results:
+        name = f"`{result['operation']}` {result['shape']} {result['dtype']}"
+        for c in result["comparisons"]:
+            if c["verdict"] == NOT_MEASURED:
+                continue
+            _, milliseconds, _, peer_milliseconds, ratio, goal, _, error = _line(result, c)
+            peer = f"{c['peer']}{f', {peer_milliseconds} ms' if peer_milliseconds else ''}"
+            lines.append(f"| {name} | {c['ours']}, {milliseconds} ms | {peer} | {ratio} | {goal} | {error} |")
+            name = ""
+    return "\n".join(lines)
+
+
 def write(path: Path, content: dict[str, Any]) -> None:
     """JSON, whole or not at all; figures that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)

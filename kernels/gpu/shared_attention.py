@@ -14,7 +14,7 @@ from stylefast.kernels.gpu import shared_attention_hopper as hopper
 from stylefast.kernels.gpu import shared_attention_pointers as pointers
 from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import settings, specialisation
-from stylefast.kernels.gpu.strides import shared_alignment, strides
+from stylefast.kernels.gpu.strides import ALIGN, is_aligned, strides
 
 FP8 = torch.float8_e4m3fn
 SPECIALISED_WIDTH = 64  # channels of a head
@@ -116,14 +116,14 @@ def _misfit(q, k, v, page, gain, pool_k, pool_v, bias, out, config: Config) -> s
             if strides(pool)[1] != strides(x)[1]:
                 return f"the tokens of the pages' {name} are not as far apart in memory as the rows' own"
         tensors += [pool_k, pool_v]
-    if shared_alignment(*tensors) < 8:
+    if not is_aligned(*tensors):
         return "tokens or heads that don't start on 16 bytes"
     return ""
 
 
 def _key(q: torch.Tensor, pool_k: torch.Tensor | None) -> Key:
     page = "fp8" if pool_k is not None and pool_k.dtype == FP8 else "native"
-    return {"d": pointers.padded(q.shape[3]), "bits": 8 * q.element_size(), "page": page}
+    return {"d": q.shape[3], "bits": 8 * q.element_size(), "page": page}
 
 
 def candidates(key: Key) -> list[Config]:
@@ -135,9 +135,11 @@ def candidates(key: Key) -> list[Config]:
         shapes = [(m, n, warps, stages) for m in (32, 64) for n in (16, 32) for warps in (4, 8) for stages in (1, 2)]
         return [_config(key["form"], *shape, 0) for shape in shapes]
     shapes = [(64, 64, 4), (128, 64, 8), (128, 32, 8), (128, 128, 8), (64, 128, 4), (64, 32, 4), (256, 64, 8)]
-    return [
+    found = [
         _config(key["form"], *shape, stages, exp2) for shape in shapes for stages in (2, 3, 4) for exp2 in (0, 4, 8)
     ]
+    # chips before 8.9 have no conversion from fp8 and can only decode it
+    return found if key["page"] == "native" else found + [config | {"decode": True} for config in found]
 
 
 def _config(form: str, block_m: int, block_n: int, num_warps: int, num_stages: int, exp2: int) -> Config:
@@ -156,13 +158,10 @@ def specialisations(capability: int) -> list[Specialisation]:
             continue
         native = "native" if key["page"] == "native" else "codes" if config.get("decode", False) else "fp8"
         main = "fp32" if key["bits"] == 32 else "bf16"
-        d = key["d"]
-        kinds = [(d, main, 3, native, False), (d, main, 3, native, True)]
-        if (main, native) == ("bf16", "native"):
-            kinds += [(d, main, 0, "none", False), (d, "fp16", 2, native, False)]
-        if narrow := {64: 40, 128: 80}.get(d):
-            kinds += [(narrow, main, 3, native, False), (narrow, main, 3, native, True)]
-        compiles += [_pointers(*kind, config) for kind in kinds]
+        kinds = [(main, 3, native, False), (main, 3, native, True)]
+        if (key["d"], main, native) == (SPECIALISED_WIDTH, "bf16", "native"):
+            kinds += [("bf16", 0, "none", False), ("fp16", 2, "native", False)]
+        compiles += [_pointers(key["d"], *kind, config) for kind in kinds]
     return compiles
 
 
@@ -175,7 +174,7 @@ def _pointers(d: int, dtype: str, tensors: int, pool: str, bias: bool, config: C
     types |= {"pool_k": stored, "pool_v": stored, "pool_k_scale": scales, "pool_v_scale": scales}
     constants = {
         "D": d, "FACTOR": math.log2(math.e) / math.sqrt(d), "TENSORS": tensors, "POOL": pool, "HAS_BIAS": bias,
-        "EVEN": not bias, "ALIGN": pointers.ALIGN, "BLOCK_M": config["block_m"],
+        "EVEN": not bias, "ALIGN": ALIGN, "BLOCK_M": config["block_m"],
         "BLOCK_N": pointers.masked_block(config["block_n"]) if bias else config["block_n"],
         "BLOCK_D": pointers.padded(d), "EXP2": config["exp2"],
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",

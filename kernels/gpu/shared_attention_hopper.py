@@ -191,7 +191,8 @@ def warp_specialised_kernel(
         value_offset = tl.load(offset + 2 * next_tensor + affine, mask=changed, other=0.0)
         acc = acc * tl.where(other_tiles == 0, value_gain, 1.0)[None, :] + own_total[:, None] * value_offset[None, :]
     # a row that saw no token gives 0
-    inverse = tl.where(peak > 0.5 * _FLOOR, 1.0 / total, 0.0)
+    saw = peak > 0.5 * _FLOOR
+    inverse = tl.where(saw, 1.0 / tl.where(saw, total, 1.0), 0.0)
     if HAS_PAGE:
         inverse = tl.where(invalid, float("nan"), inverse)
     token = tile * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -24,7 +24,7 @@ import triton.language as tl
 from stylefast.kernels.configs import Config
 from stylefast.kernels.gpu.exp2 import exp2, share
 from stylefast.kernels.gpu.launch import device_of, power_of_two
-from stylefast.kernels.gpu.strides import shared_alignment, strides
+from stylefast.kernels.gpu.strides import ALIGN, aligned, aligned_like, is_aligned, strides
 
 # below every score, yet finite: a tile of nothing but hidden tokens subtracts it from -inf without a NaN
 _FLOOR = tl.constexpr(-1e30)
@@ -36,8 +36,6 @@ _RUNTIME = ["rows", "tokens", "heads", "references", "pages", "page_tokens", "bi
 _RUNTIME += ["page_row", "page_reference", "mode_row", "scale_row", "scale_reference", "shift_row", "shift_reference"]
 _RUNTIME += [f"{x}_{dim}" for x in ("q", "k", "v", "out") for dim in ("row", "token", "head")]
 _RUNTIME += [f"{x}_{dim}" for x in ("pool_k", "pool_v") for dim in ("page", "token", "head")]
-# every token of every head starts on a multiple of this many elements, so that it is loaded 8 or 16 bytes at a time
-ALIGN = 8
 _UNALIGNED = ["page", "mode", "scale", "shift", "bias"]
 
 
@@ -284,7 +282,8 @@ def pointers_kernel(
                 acc = acc * gain_v[None, :] + total[:, None] * offset_v[None, :]
 
     # a row that saw no token gives 0; the cubic's weights never reach 0, so its maximum tells
-    inverse = tl.where(peak > 0.5 * _FLOOR, 1.0 / total, 0.0)
+    saw = peak > 0.5 * _FLOOR
+    inverse = tl.where(saw, 1.0 / tl.where(saw, total, 1.0), 0.0)
     acc = acc * inverse[:, None]
     acc = tl.where(invalid, float("nan"), acc)
     out_tile = out + (row * out_row + head * out_head) * ALIGN + token.to(tl.int64)[:, None] * (out_token * ALIGN)
@@ -309,10 +308,10 @@ def launch(
     out: torch.Tensor,
     config: Config,
 ) -> None:
-    """Fill `out`; every call fits this form. Tensors whose heads don't start on 8 elements are copied first."""
+    """Fill `out`; every call fits this form. Tensors that are not `aligned` are copied first."""
     rows, tokens, heads, d = q.shape
-    q, k, v, pool_k, pool_v = (_aligned(x) for x in (q, k, v, pool_k, pool_v))
-    target = out if shared_alignment(out) >= ALIGN else torch.empty_like(out, memory_format=torch.contiguous_format)
+    q, k, v, pool_k, pool_v = (x if x is None else aligned(x) for x in (q, k, v, pool_k, pool_v))
+    target = out if is_aligned(out) else aligned_like(out)
     block_m, block_n = config["block_m"], config["block_n"]
     even = bias is None and tokens % block_n == 0 and (pool_k is None or pool_k.shape[1] % block_n == 0)
     block_n = block_n if even else masked_block(block_n)
@@ -362,10 +361,6 @@ def launch(
 def masked_block(block_n: int) -> int:
     """Keys of a tile that is masked or biased: half as many, as each brings one more value to hold."""
     return max(16, block_n // 2)
-
-
-def _aligned(x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None or shared_alignment(x) >= ALIGN else x.clone(memory_format=torch.contiguous_format)
 
 
 def padded(d: int) -> int:

@@ -13,7 +13,7 @@ import triton.language as tl
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import device_of, power_of_two, settings, specialisation
-from stylefast.kernels.gpu.strides import shared_alignment, strides
+from stylefast.kernels.gpu.strides import ALIGN, aligned, strides
 
 _SIZES = ["rows", "tokens", "heads", "splits"]
 _STRIDES = [f"{x}_{dim}" for x in ("x", "y", "z") for dim in ("row", "token", "head")]
@@ -141,8 +141,8 @@ def token_stats(
     config = settings("token_stats", x, config, d=d)
     block_t, stretch = config["block_t"], config["stretch"]
     splits = triton.cdiv(tokens, stretch)
-    align = shared_alignment(*xs)
-    y, z = (xs[i] if len(xs) > i else x for i in (1, 2))
+    xs = [aligned(x) for x in xs]
+    x, y, z = (xs[min(i, len(xs) - 1)] for i in range(3))
     programs = len(xs) * rows * heads
     parts = (mean, variance)
     if splits > 1:
@@ -150,13 +150,13 @@ def token_stats(
     with device_of(x):
         token_stats_kernel[(programs * splits,)](
             x, y, z, *parts, rows, tokens, heads, splits,
-            *(s // align for t in (x, y, z) for s in strides(t)),
+            *(s // ALIGN for t in (x, y, z) for s in strides(t)),
             D=d,
             BLOCK_D=power_of_two(d),
             BLOCK_T=block_t,
             STRETCH=stretch,
             SPLIT=splits > 1,
-            ALIGN=align,
+            ALIGN=ALIGN,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
             enable_fp_fusion=True,
@@ -174,17 +174,17 @@ def token_stats(
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """The committed configurations at many stretches and at one, whose tensors are not aligned."""
+    """The committed configurations at many stretches and at one."""
     compiles = []
     for key, config in configurations("token_stats", capability):
-        for dtype, split, align in (("bf16", True, 8), ("fp32", False, 1)):
+        for dtype, split in (("bf16", True), ("fp32", False)):
             constants = {
                 "D": key["d"], "BLOCK_D": power_of_two(key["d"]), "BLOCK_T": config["block_t"],
-                "STRETCH": config["stretch"], "SPLIT": split, "ALIGN": align,
+                "STRETCH": config["stretch"], "SPLIT": split, "ALIGN": ALIGN,
             }  # fmt: skip
             compiles.append(
                 specialisation(
-                    f"token_stats {dtype} d={key['d']}{' split' * split}{' unaligned' * (align == 1)}",
+                    f"token_stats {dtype} d={key['d']}{' split' * split}",
                     token_stats_kernel,
                     {"x": f"*{dtype}", "y": f"*{dtype}", "z": f"*{dtype}", "mean": "*fp32", "variance": "*fp32"},
                     constants,

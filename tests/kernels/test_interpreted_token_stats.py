@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs the triton package")
 
 import triton
 
@@ -29,7 +29,7 @@ def _expected(xs):
     return torch.stack([mean for _, mean in pairs]), torch.stack([variance for variance, _ in pairs])
 
 
-@pytest.mark.parametrize("width", [32, 40, 64])
+@pytest.mark.parametrize("width", [12, 40, 64])
 @pytest.mark.parametrize("tokens", [1, 2, 16, 37, 64, 65, 300])
 def test_mean_and_variance_are_those_of_fp64_for_any_number_of_tokens(tokens, width):
     xs = [torch.randn(2, tokens, 2, width, device=DEVICE) * 3 + i for i in range(2)]
