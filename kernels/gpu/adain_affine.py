@@ -6,7 +6,7 @@ import triton.language as tl
 
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
-from stylefast.kernels.gpu.launch import device_of, settings, specialisation
+from stylefast.kernels.gpu.launch import compiler_options, device_of, settings, specialisation
 
 _EPS = tl.constexpr(1e-5)
 _RUNTIME = ["rows", "pages", "columns", "tensors", "page_row", "strength_row", "strength_tensor"]
@@ -104,8 +104,7 @@ def adain_affine(
             *mean.stride()[:2], *variance.stride()[:2], *pool_strides, *page.stride(), *strength.stride(),
             HAS_POOL=pool_mean is not None,
             BLOCK=block,
-            num_warps=config["num_warps"],
-            enable_fp_fusion=True,
+            **compiler_options(config),
         )  # fmt: skip
 
 

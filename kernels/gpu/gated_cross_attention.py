@@ -18,7 +18,7 @@ import triton.language as tl
 from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
-from stylefast.kernels.gpu.launch import device_of, power_of_two, settings, specialisation
+from stylefast.kernels.gpu.launch import compiler_options, device_of, power_of_two, settings, specialisation
 
 LOG2_E = math.log2(math.e)
 _UNSEEN = tl.constexpr(-1e30)  # below every score, yet finite: taken from itself it gives no NaN
@@ -309,12 +309,11 @@ def gated_cross_attention(
         if columns <= config["columns"] and segments <= config["segments"]:
             _one_tile[grid](
                 *arguments, **sizes, COLUMNS=columns, SEGMENTS=segments, SEGMENT_COLUMNS=segment_columns,
-                num_warps=config["num_warps"],
+                **compiler_options(config),
             )  # fmt: skip
         else:
             _online[grid](
-                *arguments, segments, **sizes, KEYS=config["keys"], num_warps=config["num_warps"],
-                num_stages=config["num_stages"],
+                *arguments, segments, **sizes, KEYS=config["keys"], **compiler_options(config),
             )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
-from stylefast.kernels.gpu.launch import as_rows, device_of, settings, specialisation
+from stylefast.kernels.gpu.launch import as_rows, compiler_options, device_of, settings, specialisation
 
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 
@@ -46,7 +46,7 @@ def geglu(x: torch.Tensor, out: torch.Tensor, config: Config | None = None) -> N
     with device_of(x):
         _geglu[grid](
             x, out, rows, inner, x.stride(0), out.stride(0), ROWS=config["rows"], COLUMNS=config["columns"],
-            num_warps=config["num_warps"],
+            **compiler_options(config),
         )  # fmt: skip
 
 

@@ -13,7 +13,14 @@ import triton.language as tl
 from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
-from stylefast.kernels.gpu.launch import device_of, position_stride, power_of_two, settings, specialisation
+from stylefast.kernels.gpu.launch import (
+    compiler_options,
+    device_of,
+    position_stride,
+    power_of_two,
+    settings,
+    specialisation,
+)
 from stylefast.kernels.gpu.moments import add_to_moments, merge_moments
 
 TABLES = [
@@ -200,14 +207,14 @@ def group_norm_silu(
     pool = (0, 0, 0, 0) if pool_mean is None else (*pool_mean.stride(), *pool_variance.stride())
     with device_of(x):
         _statistics[(splits, blocks, rows)](
-            x, moments, sizes[0], length, groups, splits, tiles, *sizes[2:], **tile, num_warps=config["num_warps"]
+            x, moments, sizes[0], length, groups, splits, tiles, *sizes[2:], **tile, **compiler_options(config)
         )
         _apply[(triton.cdiv(pieces, repeats), triton.cdiv(channels, applied["CHANNELS"]), rows)](
             x, moments, weight, bias, page, pool_mean, pool_variance, out, eps, channels, positions, groups, splits,
             rows, repeats, 0 if page is None else page.stride(0),
             0 if pool_mean is None else pool_mean.shape[0], pool_elements, *pool,
             x.stride(0), x.stride(1), x_position, out.stride(0), out.stride(1), out_position,
-            **applied, SPLITS=power_of_two(config["splits"]), SILU=silu, num_warps=config["num_warps"],
+            **applied, SPLITS=power_of_two(config["splits"]), SILU=silu, **compiler_options(config),
         )  # fmt: skip
 
 

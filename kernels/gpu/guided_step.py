@@ -17,7 +17,14 @@ import triton.language as tl
 from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
-from stylefast.kernels.gpu.launch import device_of, position_stride, power_of_two, settings, specialisation
+from stylefast.kernels.gpu.launch import (
+    compiler_options,
+    device_of,
+    position_stride,
+    power_of_two,
+    settings,
+    specialisation,
+)
 from stylefast.kernels.gpu.moments import add_to_moments, merge_moments
 
 _FULL = tl.constexpr(3)  # column of the "full" branch in branch_rows and branch_weights
@@ -248,7 +255,7 @@ def guided_step(
     with device_of(latents):
         _deviations[(splits, images)](
             predictions, branch_rows, branch_weights, rescale, moments, elements, positions, len(predictions), splits,
-            tiles, *prediction, *branches, PACKED=packed, BLOCK=block, num_warps=config["num_warps"],
+            tiles, *prediction, *branches, PACKED=packed, BLOCK=block, **compiler_options(config),
         )  # fmt: skip
         _step[(triton.cdiv(elements, block), images)](
             latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise,
@@ -256,7 +263,7 @@ def guided_step(
             *prediction, *branches, *denoised.stride(), *update.stride(),
             latents.stride(0), anchor.stride(0), *history.stride()[:2], noise.stride(0),
             next_latents.stride(0), next_anchor.stride(0), *next_history.stride()[:2],
-            PACKED=packed, SPLITS=power_of_two(config["splits"]), BLOCK=block, num_warps=config["num_warps"],
+            PACKED=packed, SPLITS=power_of_two(config["splits"]), BLOCK=block, **compiler_options(config),
         )  # fmt: skip
 
 

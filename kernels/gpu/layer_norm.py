@@ -10,7 +10,7 @@ import triton.language as tl
 from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
-from stylefast.kernels.gpu.launch import as_rows, device_of, power_of_two, settings, specialisation
+from stylefast.kernels.gpu.launch import as_rows, compiler_options, device_of, power_of_two, settings, specialisation
 
 MAX_COLUMNS = 8192  # a row beyond this would leave the registers
 
@@ -90,7 +90,7 @@ def _launch(x, residual, weight, bias, eps, total, out, config):
         _layer_norm[(triton.cdiv(x.shape[0], together),)](
             x, residual, weight, bias, total, out, eps, x.shape[0], columns, x.stride(0),
             0 if residual is None else residual.stride(0), 0 if total is None else total.stride(0), out.stride(0),
-            ROWS=together, COLUMNS=padded, num_warps=config["num_warps"],
+            ROWS=together, COLUMNS=padded, **compiler_options(config),
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from stylefast.kernels.configs import Config
 from stylefast.kernels.gpu.exp2 import exp2, share
-from stylefast.kernels.gpu.launch import device_of
+from stylefast.kernels.gpu.launch import compiler_options, device_of
 from stylefast.kernels.gpu.strides import strides
 
 _FLOOR = tl.constexpr(-1e30)
@@ -290,9 +290,7 @@ def launch(
             BLOCK_M=block_m,
             BLOCK_N=config["block_n"],
             EXP2=share(config["exp2"]),
-            num_warps=config["num_warps"],
-            num_stages=config["num_stages"],
-            enable_fp_fusion=True,
+            **compiler_options(config),
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from stylefast.kernels.configs import Config
 from stylefast.kernels.gpu.exp2 import exp2, share
-from stylefast.kernels.gpu.launch import device_of, power_of_two
+from stylefast.kernels.gpu.launch import compiler_options, device_of, power_of_two
 from stylefast.kernels.gpu.strides import ALIGN, aligned, aligned_like, is_aligned, strides
 
 # below every score, yet finite: a tile of nothing but hidden tokens subtracts it from -inf without a NaN
@@ -350,9 +350,7 @@ def launch(
             BLOCK_D=padded(d),
             EXP2=share(config["exp2"]),
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            num_warps=config["num_warps"],
-            num_stages=config["num_stages"],
-            enable_fp_fusion=True,
+            **compiler_options(config),
         )  # fmt: skip
         if target is not out:
             out.copy_(target)

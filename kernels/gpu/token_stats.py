@@ -12,7 +12,7 @@ import triton.language as tl
 
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
-from stylefast.kernels.gpu.launch import device_of, power_of_two, settings, specialisation
+from stylefast.kernels.gpu.launch import compiler_options, device_of, power_of_two, settings, specialisation
 from stylefast.kernels.gpu.strides import ALIGN, aligned, strides
 
 _SIZES = ["rows", "tokens", "heads", "splits"]
@@ -157,9 +157,7 @@ def token_stats(
             STRETCH=stretch,
             SPLIT=splits > 1,
             ALIGN=ALIGN,
-            num_warps=config["num_warps"],
-            num_stages=config["num_stages"],
-            enable_fp_fusion=True,
+            **compiler_options(config),
         )  # fmt: skip
         if splits > 1:
             merge_stats_kernel[(programs,)](
