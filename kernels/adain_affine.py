@@ -51,6 +51,7 @@ def adain_affine(
     strength: torch.Tensor,
     pool_mean: torch.Tensor | None = None,
     pool_variance: torch.Tensor | None = None,
+    check_finite: bool = True,
 ) -> Affine:
     """Gain and offset that move every row towards the statistics of its page.
 
@@ -60,7 +61,8 @@ def adain_affine(
     statistics hold. Returns Affine of two tensors like mean.
 
     Raises InvalidRequest, a ValueError, for shapes that don't fit and, on CPUs or under STYLEFAST_CHECKS=1, for a page
-    or strength out of range and for pool statistics that are not finite or a negative variance.
+    or strength out of range and for statistics in use that are not finite or a negative variance. `check_finite=False`
+    leaves out the last: where activations overflowed, the gains of the rows concerned are not finite either.
     """
     checks.shape("mean", mean, parts=-1, rows=-1, heads=-1, d=-1)
     parts, rows, heads, width = mean.shape
@@ -78,24 +80,33 @@ def adain_affine(
         if x is not None:
             checks.dtype(name, x, torch.float32)
     checks.together("mean", **statistics, page=page, strength=strength)
-    return Affine(*_adain_affine(mean, variance, page, strength, pool_mean, pool_variance))
+    return Affine(*_adain_affine(mean, variance, page, strength, pool_mean, pool_variance, check_finite))
 
 
-def _check_values(mean, variance, page, strength, pool_mean, pool_variance):
+def _check_values(mean, variance, page, strength, pool_mean, pool_variance, check_finite):
     rows, pages = mean.shape[1], pool_mean.shape[1] if pool_mean is not None else 0
     checks.integers_within("page", page, -1, rows + pages, f"pages of {rows} rows and {pages} in the pool")
     checks.numbers_within("strength", strength, 0, 1)
-    if pool_mean is not None:
-        largest = torch.finfo(torch.float32).max
-        checks.numbers_within("pool_mean", pool_mean, -largest, largest)
-        checks.numbers_within("pool_variance", pool_variance, 0, largest)
+    for part in range(mean.shape[0] if check_finite else 0):
+        moves = (page >= 0) & (strength[:, part] != 0)
+        of_rows = torch.cat([moves.nonzero().flatten(), page[moves & (page < rows)]])
+        _check_statistics("", mean[part, of_rows], variance[part, of_rows])
+        if pool_mean is not None:
+            entries = page[moves & (page >= rows)] - rows
+            _check_statistics("pool_", pool_mean[part, entries], pool_variance[part, entries])
+
+
+def _check_statistics(prefix, mean, variance):
+    largest = torch.finfo(torch.float32).max
+    checks.numbers_within(f"{prefix}mean", mean, -largest, largest)
+    checks.numbers_within(f"{prefix}variance", variance, 0, largest)
 
 
 def _outputs(mean, *others):
     return tuple(torch.empty(mean.shape, dtype=torch.float32, device=mean.device) for _ in range(2))
 
 
-def _torch(mean, variance, page, strength, pool_mean, pool_variance):
+def _torch(mean, variance, page, strength, pool_mean, pool_variance, check_finite):
     all_mean, all_variance = mean, variance
     if pool_mean is not None:
         all_mean, all_variance = torch.cat([mean, pool_mean], 1), torch.cat([variance, pool_variance], 1)
@@ -108,15 +119,16 @@ def _torch(mean, variance, page, strength, pool_mean, pool_variance):
     return gain.contiguous(), offset.contiguous()
 
 
-def _triton(*arguments):
+def _triton(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset):
     from stylefast.kernels.gpu.adain_affine import adain_affine as launch
 
-    launch(*arguments)
+    launch(mean, variance, page, strength, pool_mean, pool_variance, gain, offset)
 
 
 _adain_affine = Operation(
     "adain_affine",
-    "(Tensor mean, Tensor variance, Tensor page, Tensor strength, Tensor? pool_mean, Tensor? pool_variance) "
+    "(Tensor mean, Tensor variance, Tensor page, Tensor strength, Tensor? pool_mean, Tensor? pool_variance, "
+    "bool check_finite) "
     "-> (Tensor, Tensor)",
     outputs=_outputs,
     forms={"triton": _triton, "torch": _torch},

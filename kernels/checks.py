@@ -1,5 +1,6 @@
 """Checks at the door of the operations: each raises InvalidRequest, a ValueError, naming the value and the limit."""
 
+import numpy as np
 import torch
 
 from stylefast.errors import InvalidRequest
@@ -8,7 +9,8 @@ from stylefast.errors import InvalidRequest
 def shape(name: str, tensor: torch.Tensor, **expected: int) -> None:
     """The tensor has these named dimensions in this order; a dimension given as -1 is free."""
     sizes = tuple(expected.values())
-    if tensor.ndim != len(sizes) or any(want not in (-1, have) for want, have in zip(sizes, tensor.shape)):
+    # no `in`: a compiler's symbolic sizes compare with numbers, but are not found among them
+    if tensor.ndim != len(sizes) or any(want != -1 and want != have for want, have in zip(sizes, tensor.shape)):
         wanted = ", ".join(key if size == -1 else f"{key}={size}" for key, size in expected.items())
         raise InvalidRequest(f"{name} must have shape [{wanted}], not {list(tensor.shape)}")
 
@@ -55,7 +57,7 @@ def numbers_within(name: str, tensor: torch.Tensor, low: float, high: float) -> 
     """Every value is a number in [low, high]. Reads the tensor on the host."""
     if tensor.numel() == 0:
         return
-    least, most = (float(value) for value in torch.aminmax(tensor))
+    least, most = (float(value) for value in torch.aminmax(tensor.detach()))
     # a comparison with NaN is false, so NaN is refused here too
     if not (least >= low and most <= high):
         value = most if least >= low else least
@@ -64,21 +66,37 @@ def numbers_within(name: str, tensor: torch.Tensor, low: float, high: float) -> 
 
 def apart(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
     """`out` shares no memory with an input, and no two of its elements share theirs."""
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride())):
-        raise InvalidRequest(f"out overlaps itself: strides {out.stride()} for shape {list(out.shape)}")
-    first, last = _extent(out)
+    if out.numel() == 0:
+        return
+    reach = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(out.shape, out.stride()) if size > 1):
+        if stride < reach:
+            raise InvalidRequest(f"out overlaps itself: strides {out.stride()} for shape {list(out.shape)}")
+        reach = stride * (size - 1) + reach
     for name, tensor in inputs.items():
-        if tensor is None or tensor.numel() == 0 or out.numel() == 0:
-            continue
-        low, high = _extent(tensor)
-        if low < last and first < high:
-            raise InvalidRequest(
-                f"out overlaps {name} in memory (bytes {max(low, first)} to {min(high, last)}); give it its own buffer"
-            )
+        if tensor is not None and tensor.numel() and _share_memory(out, tensor):
+            raise InvalidRequest(f"out overlaps {name} in memory; give it a buffer of its own")
 
 
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and of the one behind the last."""
-    start = tensor.data_ptr()
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return start, start + (reach + 1) * tensor.element_size()
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    views = [np.asarray(_Addresses(tensor)) for tensor in (one, other)]
+    if not np.may_share_memory(*views):
+        return False
+    try:
+        return np.shares_memory(*views, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+class _Addresses:
+    """Where a tensor's bytes lie, for numpy; they are never read, so any device's addresses do."""
+
+    def __init__(self, tensor: torch.Tensor):
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+            "data": (tensor.data_ptr(), True),
+        }

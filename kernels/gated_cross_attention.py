@@ -85,6 +85,8 @@ def gated_cross_attention(
     Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, for an `out` that overlaps an
     input, and on CPUs, or under STYLEFAST_CHECKS=1, for a page, length or mask out of range.
     """
+    if masks is not None and masks.ndim and masks.shape[0] == 0:
+        masks = None
     arguments = (
         q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
     )  # fmt: skip
@@ -94,7 +96,6 @@ def gated_cross_attention(
     checks.shape("out", out, rows=q.shape[0], tokens=q.shape[1], heads=q.shape[2], d=q.shape[3])
     checks.dtype("out", out, q.dtype)
     checks.dense_channels(out=out)
-    checks.apart(out, q=q, text_k=text_k, text_v=text_v, image_k=image_k, image_v=image_v)
     _gated_cross_attention_out(*arguments, out)
     return out
 
@@ -131,11 +132,13 @@ def _check(
         if mask_index is not None:
             checks.shape("mask_index", mask_index, rows=rows, S=image_page.shape[1])
             checks.dtype("mask_index", mask_index, torch.int64)
-    elif masks is not None and masks.numel():
+    elif masks is not None:
         raise InvalidRequest("masks confine image segments, but no image_k is given")
     if masks is not None:
-        checks.shape("masks", masks, masks=-1, tokens=tokens if masks.shape[0] else -1)
+        checks.shape("masks", masks, masks=-1, tokens=tokens)
         checks.dtype("masks", masks, torch.float32)
+        if mask_index is None:
+            raise InvalidRequest("masks need mask_index [rows, S], which says what segment each confines")
     checks.dtype("text_page", text_page, torch.int64)
     keys = {"text_k": text_k, "text_v": text_v, "image_k": image_k, "image_v": image_v}
     for name, x in keys.items():
@@ -198,14 +201,44 @@ def _torch(
             part = gates[0] * _attend(query, keys, values)
         else:
             keys = torch.cat([k for k, _ in gathered], 1)
-            logits = torch.einsum("rqhd,rkhd->rhqk", query, keys) / math.sqrt(q.shape[-1])
-            weights = torch.softmax(logits.float(), -1).to(q.dtype).split([n for _, n in members], -1)
+            exact = torch.promote_types(q.dtype, torch.float32)
+            logits = torch.einsum("rqhd,rkhd->rhqk", query.to(exact), keys.to(exact)) / math.sqrt(q.shape[-1])
+            weights = torch.softmax(logits, -1).to(q.dtype).split([n for _, n in members], -1)
             part = sum(
                 gate * torch.einsum("rhqk,rkhd->rqhd", weight, values)
                 for gate, weight, (_, values) in zip(gates, weights, gathered, strict=True)
             )
         out = out.index_add(0, index, part)
     return out
+
+
+def _traceable(
+    q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
+):
+    """The same without a look at the tables on the host: every row carries every segment, hidden where it has none."""
+    out = _attend(q, text_k[text_page], text_v[text_page])
+    if image_page is None or image_page.shape[1] == 0 or image_k.shape[0] == 0:
+        return out.contiguous()
+    exact = torch.promote_types(q.dtype, torch.float32)
+    active = (image_page >= 0) & (strength != 0)  # [rows, S]
+    page = image_page.clamp(min=0)
+    token = torch.arange(image_k.shape[1], device=q.device)
+    there = active[:, :, None] & (token < image_lengths[page][:, :, None])  # [rows, S, image tokens]
+    # zeros where nothing is there: a NaN must not meet the weight 0
+    keys, values = (torch.where(there[..., None, None], x[page], 0).to(exact) for x in (image_k, image_v))
+    logits = torch.einsum("rqhd,rskhd->rhqsk", q.to(exact), keys) / math.sqrt(q.shape[-1])
+    total = out.to(exact)
+    everywhere = torch.arange(q.shape[0], device=q.device)
+    for s in range(image_page.shape[1]):
+        members = there & (group == group[:, s, None])[:, :, None]
+        # a segment without a member takes the weight of nothing instead of NaN
+        seen = members | ~active[:, s, None, None]
+        weights = torch.softmax(logits.masked_fill(~seen[:, None, None], -math.inf).flatten(3), -1)
+        weights = weights.unflatten(3, logits.shape[3:])[:, :, :, s]  # [rows, heads, tokens, image tokens]
+        part = torch.einsum("rhqk,rkhd->rqhd", weights, values[:, s])
+        gate = _gate(strength, masks, mask_index, everywhere, s, q)
+        total = total + torch.where(active[:, s, None, None, None], gate * part, 0)
+    return total.to(q.dtype).contiguous()
 
 
 def _gate(strength, masks, mask_index, index, segment, q):
@@ -252,6 +285,7 @@ _gated_cross_attention = Operation(
     forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
     refuse=_refuse,
     values=_check_values,
+    traceable=_traceable,
 )
 _gated_cross_attention_out = _gated_cross_attention.into(
     "gated_cross_attention_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()"

@@ -29,8 +29,8 @@ def group_norm_silu_ref(
     pool_elements: int = 0,  # elements per group behind a pool entry
 ) -> torch.Tensor:
     """The norm over concatenated elements where the reference is in the batch. Returns x's shape and type."""
-    rows, channels = x.shape[:2]
-    flat = x.float().reshape(rows, groups, -1)
+    rows, exact = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    flat = x.to(exact).reshape(rows, groups, x[0, 0].numel() * x.shape[1] // groups)
     out = torch.empty_like(flat)
     for row in range(rows):
         p = int(page[row]) if page is not None else -1
@@ -44,7 +44,7 @@ def group_norm_silu_ref(
                     mean, variance, flat.shape[-1], pool_mean[p - rows], pool_variance[p - rows], pool_elements
                 )
         out[row] = (flat[row] - mean[:, None]) / torch.sqrt(variance[:, None] + eps)
-    out = out.reshape(x.shape) * weight.float()[:, None, None] + bias.float()[:, None, None]
+    out = out.reshape(x.shape) * weight.to(exact)[:, None, None] + bias.to(exact)[:, None, None]
     return (F.silu(out) if silu else out).to(x.dtype)
 
 
@@ -78,8 +78,10 @@ def group_norm_silu(
         raise InvalidRequest(f"eps must be above 0, not {eps}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         checks.shape(name, parameter, channels=channels)
-        checks.floating(name, parameter)
-    if page is not None and page.shape[0] == 0:
+        checks.dtype(name, parameter, x.dtype, torch.float32)
+    if weight.dtype != bias.dtype:
+        raise InvalidRequest(f"weight and bias must have one type, not {weight.dtype} and {bias.dtype}")
+    if page is not None and page.shape == (0,):
         page = None
     if page is not None:
         checks.shape("page", page, rows=rows)
@@ -104,10 +106,10 @@ def _check_values(x, groups, weight, bias, eps, silu, page, pool_mean, pool_vari
         pages = pool_mean.shape[0] if pool_mean is not None else 0
         meaning = f"pages of {x.shape[0]} rows and {pages} in the pool"
         checks.integers_within("page", page, -1, x.shape[0] + pages, meaning)
-    if pool_mean is not None:
-        largest = torch.finfo(torch.float32).max
-        checks.numbers_within("pool_mean", pool_mean, -largest, largest)
-        checks.numbers_within("pool_variance", pool_variance, 0, largest)
+        if pool_mean is not None:
+            largest, used = torch.finfo(torch.float32).max, page[page >= x.shape[0]] - x.shape[0]
+            checks.numbers_within("pool_mean", pool_mean[used], -largest, largest)
+            checks.numbers_within("pool_variance", pool_variance[used], 0, largest)
 
 
 def _refuse(backend, arguments) -> str:
@@ -133,17 +135,18 @@ def _torch(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, p
 
 def _pooled_norm(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):
     if page is None or x.numel() == 0:
-        out = F.group_norm(x, groups, weight, bias, eps)
-        return F.silu(out) if silu else out
+        wide = x.to(torch.promote_types(x.dtype, weight.dtype))
+        out = F.group_norm(wide, groups, weight, bias, eps)
+        return (F.silu(out) if silu else out).to(x.dtype)
 
-    rows, channels = x.shape[:2]
-    flat = x.float().reshape(rows, groups, -1)
+    rows, exact = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    flat = x.to(exact).reshape(rows, groups, -1)
     elements = flat.shape[-1]
     variance, mean = torch.var_mean(flat, -1, correction=0)  # [rows, groups]
     all_mean, all_variance = mean, variance
     count = torch.full((rows,), float(elements), device=x.device)
     if pool_mean is not None:
-        all_mean, all_variance = torch.cat([mean, pool_mean.float()]), torch.cat([variance, pool_variance.float()])
+        all_mean, all_variance = torch.cat([mean, pool_mean.to(exact)]), torch.cat([variance, pool_variance.to(exact)])
         count = torch.cat([count, count.new_full((pool_mean.shape[0],), float(pool_elements))])
 
     safe = page.clamp(min=0)
@@ -153,7 +156,7 @@ def _pooled_norm(x, groups, weight, bias, eps, silu, page, pool_mean, pool_varia
     shares = (page >= 0)[:, None]
     mean, variance = torch.where(shares, shared_mean, mean), torch.where(shares, shared_variance, variance)
     out = ((flat - mean[..., None]) * torch.rsqrt(variance[..., None] + eps)).reshape(x.shape)
-    out = out * weight.float()[:, None, None] + bias.float()[:, None, None]
+    out = out * weight.to(exact)[:, None, None] + bias.to(exact)[:, None, None]
     return (F.silu(out) if silu else out).to(x.dtype)
 
 

@@ -9,12 +9,12 @@ For picture p with branch rows b, weights w and this step's coefficients (`style
     history'         = (x0, history[0])
 
 The second line is guidance rescale (Lin et al. 2024, Eq. 15 and 16). Terms with coefficient zero and branches with
-weight zero or row -1 are left out, not multiplied: what they hold, NaN included, has no effect. All sums are float32.
+weight zero or row -1 are left out, not multiplied: what they hold, NaN included, has no effect, but for the full branch
+where rescale takes its deviation. All sums are float32.
 """
 
 import torch
 
-from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation
 
@@ -36,23 +36,25 @@ def guided_step_ref(
     """`guided_step` written out, picture by picture and term by term."""
     next_latents, next_anchor = torch.empty_like(latents), torch.empty_like(anchor)
     next_history = torch.empty_like(history)
+    exact = torch.promote_types(latents.dtype, torch.float32)
     for p in range(len(latents)):
-        output = torch.zeros_like(latents[p], dtype=torch.float32)
+        output = torch.zeros_like(latents[p], dtype=exact)
         for row, weight in zip(branch_rows[p].tolist(), branch_weights[p].tolist(), strict=True):
             if row >= 0 and weight != 0:
-                output = output + weight * predictions[row].float()
+                output = output + weight * predictions[row].to(exact)
         full, strength = int(branch_rows[p, FULL]), float(rescale[p])
         if full >= 0 and strength != 0 and output.numel() > 1 and output.std() > 0:
-            output = output * (1 - strength + strength * predictions[full].float().std() / output.std())
+            output = output * (1 - strength + strength * predictions[full].to(exact).std() / output.std())
 
         d0, d1 = denoised[p].tolist()
-        x0 = (d0 * latents[p].float() if d0 else 0) + (d1 * output if d1 else 0)
+        x0 = torch.zeros_like(output)
+        x0 = x0 + (d0 * latents[p].to(exact) if d0 else 0) + (d1 * output if d1 else 0)
         terms = (latents[p], anchor[p], x0, history[p, 0], history[p, 1], noise[p])
         for target, coefficients in ((next_latents, update[p, 0]), (next_anchor, update[p, 1])):
             total = torch.zeros_like(output)
             for coefficient, term in zip(coefficients.tolist(), terms, strict=True):
                 if coefficient != 0:
-                    total = total + coefficient * term.float()
+                    total = total + coefficient * term.to(exact)
             target[p] = total
         next_history[p, 0], next_history[p, 1] = x0, history[p, 0]
     return next_latents, next_anchor, next_history
@@ -92,15 +94,18 @@ def _outputs(latents, anchor, history, *others):
 
 
 def _torch(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise):
-    output = torch.zeros_like(latents, dtype=torch.float32)
+    exact = torch.promote_types(latents.dtype, torch.float32)
+    output = torch.zeros_like(latents, dtype=exact)
+    if predictions.shape[0] == 0:  # no branch anywhere, which the sums below could not gather
+        predictions = predictions.new_zeros(1, *latents.shape[1:])
     for branch in range(branch_rows.shape[1]):
         rows = branch_rows[:, branch]
         weight = torch.where(rows >= 0, branch_weights[:, branch], 0.0)
-        output = output + _weighted(weight, predictions[rows.clamp(min=0)])
+        output = output + _weighted(weight, predictions[rows.clamp(min=0)].to(exact))
     output = output * _rescale_factor(output, predictions, branch_rows[:, FULL], rescale)
 
-    x0 = _weighted(denoised[:, 0], latents) + _weighted(denoised[:, 1], output)
-    terms = (latents, anchor, x0, history[:, 0], history[:, 1], noise)
+    x0 = _weighted(denoised[:, 0], latents.to(exact)) + _weighted(denoised[:, 1], output)
+    terms = [x.to(exact) for x in (latents, anchor, x0, history[:, 0], history[:, 1], noise)]
     next_latents = sum(_weighted(update[:, 0, k], term) for k, term in enumerate(terms))
     next_anchor = sum(_weighted(update[:, 1, k], term) for k, term in enumerate(terms))
     next_history = torch.stack([x0.to(history.dtype), history[:, 0]], dim=1)
@@ -109,18 +114,18 @@ def _torch(latents, anchor, history, predictions, branch_rows, branch_weights, r
 
 
 def _weighted(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    # weight [images], values [images, C, h, w] -> float32; zero weight gives zero whatever the values
-    weight = weight.float().view(-1, 1, 1, 1)
-    return torch.where(weight != 0, weight * values.float(), 0.0)
+    # weight [images], values [images, C, h, w]; zero weight gives zero whatever the values
+    weight = weight.to(values.dtype).view(-1, 1, 1, 1)
+    return torch.where(weight != 0, weight * values, 0.0)
 
 
 def _rescale_factor(
     output: torch.Tensor, predictions: torch.Tensor, full: torch.Tensor, rescale: torch.Tensor
 ) -> torch.Tensor:
     # [images, 1, 1, 1]
-    strength = rescale.float()
+    strength = rescale.to(output.dtype)
     deviation = _deviation(output)
-    full_deviation = _deviation(predictions[full.clamp(min=0)].float())
+    full_deviation = _deviation(predictions[full.clamp(min=0)].to(output.dtype))
     applies = (full >= 0) & (strength != 0) & (deviation > 0)
     factor = torch.where(applies, 1 - strength + strength * full_deviation / deviation, 1.0)
     return factor.view(-1, 1, 1, 1)
@@ -134,28 +139,31 @@ def _deviation(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _check(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise):
-    if latents.ndim != 4:
-        raise InvalidRequest(f"latents must be [images, C, h, w], not {list(latents.shape)}")
-    images, *picture = latents.shape
+    checks.shape("latents", latents, images=-1, C=-1, h=-1, w=-1)
+    images, channels, height, width = latents.shape
+    picture = {"C": channels, "h": height, "w": width}
     expected = {
-        "anchor": (anchor, (images, *picture)),
-        "history": (history, (images, 2, *picture)),
-        "predictions": (predictions, (len(predictions), *picture)),
-        "branch_rows": (branch_rows, (images, 4)),
-        "branch_weights": (branch_weights, (images, 4)),
-        "rescale": (rescale, (images,)),
-        "denoised": (denoised, (images, 2)),
-        "update": (update, (images, 2, 6)),
-        "noise": (noise, (images, *picture)),
+        "anchor": (anchor, {"images": images, **picture}),
+        "history": (history, {"images": images, "steps": 2, **picture}),
+        "predictions": (predictions, {"rows": -1, **picture}),
+        "branch_weights": (branch_weights, {"images": images, "branches": 4}),
+        "rescale": (rescale, {"images": images}),
+        "denoised": (denoised, {"images": images, "coefficients": 2}),
+        "update": (update, {"images": images, "results": 2, "coefficients": 6}),
+        "noise": (noise, {"images": images, **picture}),
     }
+    checks.floating("latents", latents)
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise InvalidRequest(f"{name} must be {list(shape)} for these latents, not {list(tensor.shape)}")
-    checks.together("latents", latents=latents, **{name: tensor for name, (tensor, _) in expected.items()})
+        checks.shape(name, tensor, **shape)
+        checks.floating(name, tensor)
+    checks.shape("branch_rows", branch_rows, images=images, branches=4)
+    checks.dtype("branch_rows", branch_rows, torch.int64)
+    tensors = {name: tensor for name, (tensor, _) in expected.items()}
+    checks.together("latents", latents=latents, branch_rows=branch_rows, **tensors)
 
 
 def _check_values(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, *others):
-    checks.integers_within("branch_rows", branch_rows, -1, len(predictions), "rows of predictions (-1: no branch)")
+    checks.integers_within("branch_rows", branch_rows, -1, predictions.shape[0], "rows of predictions (-1: no branch)")
     checks.numbers_within("rescale", rescale, 0, 1)
 
 

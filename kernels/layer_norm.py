@@ -56,7 +56,9 @@ def _check(x, weight, bias, eps):
         raise InvalidRequest(f"x needs at least one channel, but has shape {list(x.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         checks.shape(name, parameter, channels=x.shape[-1])
-        checks.floating(name, parameter)
+        checks.dtype(name, parameter, x.dtype, torch.float32)
+    if weight.dtype != bias.dtype:
+        raise InvalidRequest(f"weight and bias must have one type, not {weight.dtype} and {bias.dtype}")
     if not eps > 0:
         raise InvalidRequest(f"eps must be above 0, not {eps}")
     checks.dense_channels(x=x)
@@ -82,7 +84,8 @@ def _outputs(x, residual, *others):
 
 
 def _torch(x, weight, bias, eps):
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
+    wide = x.to(torch.promote_types(x.dtype, weight.dtype))
+    return F.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype).contiguous()
 
 
 def _torch_add(x, residual, weight, bias, eps):

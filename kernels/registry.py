@@ -17,9 +17,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from stylefast._extension import extension, extension_error
 from stylefast.errors import InvalidRequest
+from stylefast.kernels import checks
 
 BACKENDS = ("triton", "cpp", "torch")
 VARIABLE = "STYLEFAST_KERNELS"
@@ -40,6 +42,7 @@ class Operation:
     refuse      (backend, arguments) -> why the backend can't take the call, or ""; devices, types and absent packages
                 are the registry's to judge
     values      arguments -> None; reads tensors on the host and raises InvalidRequest for values out of range
+    traceable   the torch form without a look at values on the host, for a compiler that differentiates it
     """
 
     def __init__(
@@ -50,29 +53,34 @@ class Operation:
         forms: dict[str, Callable[..., Any]],
         refuse: Callable[[str, tuple], str] = lambda backend, arguments: "",
         values: Callable[..., None] | None = None,
+        traceable: Callable[..., Any] | None = None,
     ):
         self.name, self.outputs, self.forms, self.refuse, self.values = name, outputs, forms, refuse, values
+        self.traceable = traceable or forms["torch"]
         _define(name, schema, self.run, outputs)
         self.op = getattr(torch.ops.stylefast, name).default
         _operations[name] = self
 
     def __call__(self, *arguments):
         """The custom op, or the torch form itself where a gradient is wanted: only that one has a backward."""
-        if torch.is_grad_enabled() and _wants_gradient(arguments):
-            backend, origin = _forced(self)
-            if backend not in (None, "torch"):
-                raise InvalidRequest(
-                    f"{origin} forces {self.name} to {backend}, but gradients are wanted and only the torch form has "
-                    "a backward; call it under torch.no_grad() or leave the choice open"
-                )
-            return self.forms["torch"](*arguments)
-        return self.op(*arguments)
+        if not _wants_gradient(arguments):
+            return self.op(*arguments)
+        backend, origin = _forced(self)
+        if backend not in (None, "torch"):
+            raise InvalidRequest(
+                f"{origin} forces {self.name} to {backend}, but gradients are wanted and only the torch form has "
+                "a backward; call it under torch.no_grad() or leave the choice open"
+            )
+        if torch.compiler.is_compiling():
+            return self.traceable(*arguments)
+        self._check_values(arguments)
+        return self._torch(arguments)
 
     def run(self, *arguments):
         """Choose a backend and run it: what stands behind the custom op."""
         backend = self._admit(arguments)
         if backend == "torch":
-            return self.forms["torch"](*arguments)
+            return self._torch(arguments)
         results = self.outputs(*arguments)
         filled = results if isinstance(results, tuple) else (results,)
         if any(result.numel() for result in filled):
@@ -84,6 +92,7 @@ class Operation:
 
         def run(*arguments):
             *inputs, out = arguments
+            checks.apart(out, **{name: x for name, x in zip(names, inputs) if isinstance(x, torch.Tensor)})
             backend = self._admit(tuple(inputs))
             if backend != "torch" and out.is_contiguous():
                 if out.numel():
@@ -93,18 +102,30 @@ class Operation:
 
         _define(name, schema, run, lambda *arguments: None)
         op = getattr(torch.ops.stylefast, name).default
+        names = [argument.name for argument in op._schema.arguments]
 
         def call(*arguments):
-            if torch.is_grad_enabled() and _wants_gradient(arguments):
+            if _wants_gradient(arguments):
                 raise InvalidRequest(f"{self.name} has no gradient into `out`; leave `out` away or use torch.no_grad()")
             op(*arguments)
 
         return call
 
     def _admit(self, arguments: tuple) -> str:
+        self._check_values(arguments)
+        return choose(self, arguments)[0]
+
+    def _check_values(self, arguments: tuple) -> None:
         if self.values is not None and (_device(arguments).type == "cpu" or _checks_values()):
             self.values(*arguments)
-        return choose(self, arguments)[0]
+
+    def _torch(self, arguments: tuple):
+        device = _device(arguments).type
+        if not torch.is_autocast_enabled(device):
+            return self.forms["torch"](*arguments)
+        # the operation rounds where it says, not where autocast would
+        with torch.autocast(device, enabled=False):
+            return self.forms["torch"](*arguments)
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -156,8 +177,9 @@ def report(device: torch.device | str | None = None) -> list[dict[str, Any]]:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     rows = []
     for name in sorted(_operations):
-        refused = {backend: _unfit(_operations[name], backend, device, dtype) for backend in BACKENDS}
+        refused = {}
         try:
+            refused = {backend: _unfit(_operations[name], backend, device, dtype) for backend in BACKENDS}
             backend, reason = _choose(_operations[name], device.type, refused.get)
         except InvalidRequest as error:
             backend, reason = None, str(error)
@@ -185,7 +207,9 @@ def _forced(entry: Operation) -> tuple[str | None, str]:
     for backend, name in reversed(_using):
         if name == entry.name or (name is None and backend in entry.forms):
             return backend, "registry.using"
-    setting = os.environ.get(VARIABLE, "")
+    setting = os.environ.get(VARIABLE)
+    if not setting:
+        return None, ""
     general, named = _parse(setting)
     if entry.name in named:
         return named[entry.name], f"{VARIABLE}={setting}"
@@ -194,7 +218,6 @@ def _forced(entry: Operation) -> tuple[str | None, str]:
     return None, ""
 
 
-@cache
 def _parse(setting: str) -> tuple[str | None, dict[str, str]]:
     general, named = None, {}
     for word in filter(None, (part.strip() for part in setting.split(","))):
@@ -202,6 +225,8 @@ def _parse(setting: str) -> tuple[str | None, dict[str, str]]:
         _check_rule(backend, name if separator else None, f"{VARIABLE}={setting}")
         if separator:
             named[name] = backend
+        elif general not in (None, backend):
+            raise InvalidRequest(f"{VARIABLE}={setting} forces everything to {general} and to {backend}; name one")
         else:
             general = backend
     return general, named
@@ -275,7 +300,12 @@ def _without_extension() -> str:
 
 
 def _wants_gradient(arguments: Sequence[Any]) -> bool:
-    return any(tensor.requires_grad for tensor in _tensors(arguments))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments)):
+        return True
+    # forward-mode derivatives, which a compiler has no part in
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in _tensors(arguments))
 
 
 def _checks_values() -> bool:

@@ -143,7 +143,6 @@ def shared_attention(
     checks.shape("out", out, rows=rows, tokens=q.shape[1], heads=q.shape[2], d=q.shape[3])
     checks.dtype("out", out, q.dtype)
     checks.dense_channels(out=out)
-    checks.apart(out, q=q, k=k, v=v, pool_k=pool_k, pool_v=pool_v)
     _shared_attention_out(*arguments, out)
     return out
 
@@ -244,12 +243,12 @@ def _torch(
         if gain is not None:
             parts = [query, own_k, own_v]
             for i in range(len(gain)):
-                parts[i] = parts[i] * gain[i, index, None].to(q.dtype) + offset[i, index, None].to(q.dtype)
+                parts[i] = _moved(parts[i], gain[i, index], offset[i, index])
             query, own_k, own_v = parts
         keys, values, extra = [], [], []
         if row_mode != SWAP:
             keys, values = [own_k], [own_v]
-            extra = [q.new_zeros(len(members), own_k.shape[1])]
+            extra = [shift.new_zeros(len(members), own_k.shape[1])]
         for r, source in sources:
             p = page[index, r]
             if source == "live":
@@ -257,16 +256,16 @@ def _torch(
             else:
                 page_k = _pages(pool_k, pool_k_scale, p - rows, q.dtype)
                 page_v = _pages(pool_v, pool_v_scale, p - rows, q.dtype)
-            keys.append(page_k * scale[index, r, None, None, None].to(q.dtype))
+            keys.append(_scaled(page_k, scale[index, r]) if bool((scale[index, r] != 1).any()) else page_k)
             values.append(page_v)
             shifts = shift[index, r, None].expand(-1, page_k.shape[1])
-            extra.append((shifts + bias[p, : page_k.shape[1]] if bias is not None else shifts).to(q.dtype))
+            extra.append(shifts + bias[p, : page_k.shape[1]] if bias is not None else shifts)
         if not keys:
             out[index] = 0
             continue
         mask = None  # [members, 1, 1, keys]
         if bias is not None or bool((shift[index] != 0).any()):
-            mask = torch.cat(extra, 1)[:, None, None]
+            mask = torch.cat(extra, 1)[:, None, None].to(_exact(q.dtype))
         part = _attend(query, torch.cat(keys, 1), torch.cat(values, 1), mask)
         if bias is not None:
             part = part.masked_fill(torch.isneginf(mask).all(-1)[..., None], 0)
@@ -287,6 +286,62 @@ def _pages(pool: torch.Tensor, scale: torch.Tensor | None, index: torch.Tensor, 
         return pool[index]
     # gathered as bytes: indexing is not defined for float8 everywhere
     return (pool.view(torch.uint8)[index].view(FP8).float() * scale[index, None]).to(dtype)
+
+
+def _traceable(
+    q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias
+) -> torch.Tensor:
+    """The same without a look at the tables on the host: every row carries every segment, hidden where it has none."""
+    rows, tokens = q.shape[:2]
+    if page.shape[1] == 0:
+        return _attend(q, k, v).contiguous()
+    used = (mode != PLAIN)[:, None] & (page >= 0)  # [rows, R]
+    styled = used.any(1)
+    parts = [q, k, v]
+    if gain is not None:
+        for i in range(len(gain)):
+            parts[i] = torch.where(styled[:, None, None, None], _moved(parts[i], gain[i], offset[i]), parts[i])
+    query, own_k, own_v = parts
+
+    hidden = torch.full((), -math.inf, dtype=_exact(q.dtype), device=q.device)
+    own = torch.where((styled & (mode == SWAP))[:, None], hidden, hidden.new_zeros(()))
+    keys, values, extra = [own_k], [own_v], [own.expand(-1, tokens)]
+    for r in range(page.shape[1]):
+        p = page[:, r]
+        sources = [(p.clamp(0, rows - 1), p < rows, k, v, None, None)]
+        if pool_k is not None and pool_k.shape[0]:
+            pooled = (p - rows).clamp(0, pool_k.shape[0] - 1)
+            sources.append((pooled, p >= rows, pool_k, pool_v, pool_k_scale, pool_v_scale))
+        for index, here, source_k, source_v, k_scale, v_scale in sources:
+            seen = used[:, r] & here & (shift[:, r] != -math.inf)
+            # zeros where nothing is seen: a NaN there must not meet the weight 0
+            page_k, page_v = (
+                torch.where(seen[:, None, None, None], _pages(x, x_scale, index, q.dtype), 0)
+                for x, x_scale in ((source_k, k_scale), (source_v, v_scale))
+            )
+            keys.append(_scaled(page_k, scale[:, r]))
+            values.append(page_v)
+            shifts = shift[:, r, None].expand(-1, page_k.shape[1])
+            if bias is not None:
+                shifts = shifts + bias[p.clamp(min=0), : page_k.shape[1]]
+            extra.append(torch.where(seen[:, None], shifts.to(hidden.dtype), hidden))
+    mask = torch.cat(extra, 1)  # [rows, keys]
+    blind = torch.isneginf(mask).all(1, keepdim=True)
+    out = _attend(query, torch.cat(keys, 1), torch.cat(values, 1), torch.where(blind, 0, mask)[:, None, None])
+    return torch.where(blind[:, :, None, None], 0, out).contiguous()
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _moved(x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """x [rows, tokens, heads, d] with AdaIN's gain and offset [rows, heads, d], rounded once."""
+    return (x.to(_exact(x.dtype)) * gain[:, None] + offset[:, None]).to(x.dtype)
+
+
+def _scaled(page_k: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (page_k.to(_exact(page_k.dtype)) * scale[:, None, None, None]).to(page_k.dtype)
 
 
 def _attend(q, k, v, mask=None):
@@ -318,5 +373,6 @@ _shared_attention = Operation(
     forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
     refuse=_refuse,
     values=_check_values,
+    traceable=_traceable,
 )
 _shared_attention_out = _shared_attention.into("shared_attention_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()")

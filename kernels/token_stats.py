@@ -17,11 +17,11 @@ from stylefast.kernels.registry import Operation
 def token_stats_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and unbiased variance over tokens, spelled out.
 
-    x: [rows, tokens, heads, d], any float type, any strides. Returns two fp32 tensors [rows, heads, d].
-    The variance of a single token is 0.
+    x: [rows, tokens, heads, d], any float type, any strides. Returns two fp32 tensors [rows, heads, d], or fp64 for
+    fp64 input. The variance of a single token is 0.
     """
     tokens = x.shape[1]
-    x = x.float()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = x.sum(1) / tokens
     deviation = x - mean[:, None]
     return mean, (deviation * deviation).sum(1) / max(tokens - 1, 1)
@@ -64,8 +64,12 @@ def _outputs(tensors):
 
 
 def _torch(tensors):
-    pairs = [torch.var_mean(x.float(), dim=1, correction=min(1, x.shape[1] - 1)) for x in tensors]
-    return torch.stack([mean for _, mean in pairs]), torch.stack([variance for variance, _ in pairs])
+    if tensors[0].numel() == 0:
+        return _outputs(tensors)
+    exact, correction = torch.promote_types(tensors[0].dtype, torch.float32), min(1, tensors[0].shape[1] - 1)
+    pairs = [torch.var_mean(x.to(exact), dim=1, correction=correction) for x in tensors]
+    mean, variance = torch.stack([mean for _, mean in pairs]), torch.stack([variance for variance, _ in pairs])
+    return mean.float(), variance.float()
 
 
 def _cpp(tensors, mean, variance):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import stylefast
+from stylefast.errors import InvalidRequest
 
 SUMMARY = "Say what was found: versions, devices, kernels, models and caches."
 EXAMPLES = """examples:
@@ -69,8 +70,11 @@ def _extension() -> dict[str, Any]:
     from stylefast._extension import extension, extension_error
     from stylefast.kernels.registry import instruction_set
 
-    found = extension() is not None
-    return {"found": found, "reason": extension_error(), "instructions": instruction_set()}
+    found = {"found": extension() is not None, "reason": extension_error()}
+    try:
+        return {**found, "instructions": instruction_set()}
+    except InvalidRequest as error:
+        return {**found, "instructions": f"none ({error})"}
 
 
 def _operations() -> list[dict[str, Any]]:

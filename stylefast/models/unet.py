@@ -105,8 +105,9 @@ class SelfAttention(nn.Module):
         """Gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
         pool = (pages.means[self.layer], pages.variances[self.layer]) if pages is not None else ()
         return adain_affine(
-            *token_stats(q, k, v), torch.where(active, rows.adain_page, NO_PAGE), rows.adain_strength, *pool
-        )
+            *token_stats(q, k, v), torch.where(active, rows.adain_page, NO_PAGE), rows.adain_strength, *pool,
+            check_finite=False,  # a picture that overflows is reported by the loop and must not stop the others here
+        )  # fmt: skip
 
 
 class CrossAttention(nn.Module):

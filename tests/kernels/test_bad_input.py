@@ -66,6 +66,26 @@ def test_shared_attention_refuses(name):
         call()
 
 
+def test_an_out_that_overlaps_a_table_is_refused():
+    whole = torch.randn(2, 1, TOKENS, HEADS, WIDTH)
+    bias = whole[0].view(-1)[: 2 * TOKENS].view(2, TOKENS)
+    with pytest.raises(ValueError, match="out overlaps bias in memory"):
+        _shared(page=torch.tensor([[-1], [0]]), bias=bias, out=whole.view(2, TOKENS, HEADS, WIDTH))
+
+
+def test_an_out_whose_windows_overlap_is_refused():
+    out = torch.as_strided(torch.empty(9999), (2, TOKENS, HEADS, WIDTH), (64, 64, 32, 1))
+    with pytest.raises(ValueError, match="out overlaps itself: strides"):
+        _shared(out=out)
+
+
+def test_an_out_between_the_parts_of_a_fused_buffer_is_taken():
+    q, k, v, out = torch.randn(2, TOKENS, 4, HEADS, WIDTH).unbind(2)
+    expected = kernels.shared_attention(q, k, v)
+    kernels.shared_attention(q, k, v, out=out)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("part", range(3), ids=["q", "k", "v"])
 def test_an_out_that_overlaps_an_input_is_refused(part):
     whole = torch.randn(4, TOKENS, HEADS, WIDTH)
@@ -108,6 +128,10 @@ GATED = {
         lambda: _gated(masks=torch.ones(1, 5), mask_index=torch.zeros(2, 1).long()), "masks must have shape"
     ),
     "no text": (lambda: _gated(text_k=torch.ones(1, 0, 2, 32), text_v=torch.ones(1, 0, 2, 32)), "at least one page"),
+    "masks without their index": (lambda: _gated(masks=torch.ones(1, 6)), "masks need mask_index"),
+    "a mask as a number": (
+        lambda: _gated(masks=torch.tensor(1.0), mask_index=torch.zeros(2, 1).long()), "masks must have shape"
+    ),
     "half-precision text": (lambda: _gated(text_k=torch.randn(1, 7, 2, 32).half()), "text_k must be torch.float32"),
 }
 
@@ -130,6 +154,16 @@ def _statistics(mean=0.0, variance=1.0):
     return {"pool_mean": torch.full(shape, mean), "pool_variance": torch.full(shape, variance)}
 
 
+def _step(**changes):
+    x = torch.randn(1, 4, 2, 2)
+    arguments = {
+        "latents": x, "anchor": x, "history": torch.randn(1, 2, 4, 2, 2), "predictions": torch.randn(2, 4, 2, 2),
+        "branch_rows": torch.tensor([[0, -1, -1, 1]]), "branch_weights": torch.ones(1, 4), "rescale": torch.zeros(1),
+        "denoised": torch.ones(1, 2), "update": torch.ones(1, 2, 6), "noise": x,
+    }  # fmt: skip
+    return kernels.guided_step(**(arguments | changes))
+
+
 OTHERS = {
     "a negative AdaIN strength": (lambda: _adain(strength=-0.1), r"strength holds -0.1.*, but must lie in \[0, 1\]"),
     "an AdaIN strength above 1": (lambda: _adain(strength=1.5), "strength holds 1.5"),
@@ -138,6 +172,28 @@ OTHERS = {
     "pool statistics that are not a number": (lambda: _adain(page=2, **_statistics(math.nan)), "pool_mean holds nan"),
     "an infinite pool variance": (lambda: _adain(page=2, **_statistics(0.0, math.inf)), "pool_variance holds inf"),
     "a negative pool variance": (lambda: _adain(page=2, **_statistics(0.0, -1.0)), "pool_variance holds -1.0"),
+    "own statistics that are not a number": (
+        lambda: _adain(mean=torch.full((1, ROWS, HEADS, WIDTH), math.nan)), "mean holds nan"
+    ),
+    "a negative own variance": (
+        lambda: _adain(variance=torch.full((1, ROWS, HEADS, WIDTH), -2.0)), "variance holds -2.0"
+    ),
+    "parameters of another half precision": (
+        lambda: kernels.layer_norm(torch.ones(2, 8).half(), torch.ones(8).bfloat16(), torch.ones(8).bfloat16()),
+        "weight must be torch.float16 or torch.float32, not torch.bfloat16",
+    ),
+    "a group norm's pages as a number": (
+        lambda: kernels.group_norm_silu(
+            torch.ones(1, 8, 2, 2), 4, torch.ones(8), torch.ones(8), 1e-5, True, torch.tensor(0)
+        ),
+        "page must have shape",
+    ),
+    "branch rows as floats": (lambda: _step(branch_rows=torch.zeros(1, 4)), "branch_rows must be torch.int64"),
+    "a branch row behind the last": (
+        lambda: _step(branch_rows=torch.full((1, 4), 2)), r"branch_rows holds 2, .* lie in \[-1, 1\]"
+    ),
+    "a rescale above 1": (lambda: _step(rescale=torch.full((1,), 9.0)), "rescale holds 9.0"),
+    "latents as integers": (lambda: _step(latents=torch.ones(1, 4, 2, 2).long()), "latents must be"),
     "statistics of no tokens": (lambda: kernels.token_stats(torch.ones(1, 0, 2, 4)), "at least 1 token"),
     "statistics of four tensors": (lambda: kernels.token_stats(*[torch.ones(1, 2, 2, 4)] * 4), "1 to 3 tensors, not 4"),
     "an odd geglu": (lambda: kernels.geglu(torch.ones(2, 5)), r"splits .* in two, but x has shape \[2, 5\]"),
@@ -180,6 +236,22 @@ def test_a_constant_channel_gives_finite_results():
     affine = kernels.adain_affine(mean, variance, torch.tensor([-1, 0]), torch.ones(2, 3))
     assert affine.gain.isfinite().all() and affine.offset.isfinite().all()
     assert kernels.shared_attention(q, k, v, torch.tensor([[-1], [0]]), affine=affine).isfinite().all()
+
+
+def test_a_step_without_any_branch_takes_no_predictions():
+    none = {"predictions": torch.empty(0, 4, 2, 2), "branch_rows": torch.full((1, 4), -1)}
+    assert all(x.isfinite().all() for x in _step(**none))
+
+
+def test_masks_that_hold_none_confine_nothing():
+    everywhere = _gated(masks=torch.empty(0, 0), mask_index=torch.full((2, 1), -1))
+    assert everywhere.shape == (ROWS, TOKENS, HEADS, WIDTH)
+
+
+def test_rows_that_overflowed_can_be_let_through():
+    mean, variance = torch.full((2, 1, ROWS, HEADS, WIDTH), math.nan)
+    page, strength = torch.zeros(ROWS).long(), torch.ones(ROWS, 1)
+    assert kernels.adain_affine(mean, variance, page, strength, check_finite=False).gain.isnan().all()
 
 
 def test_statistics_that_a_row_does_not_use_may_hold_anything():

@@ -49,7 +49,7 @@ def _adain(seed):
     mean, variance = torch.rand(2, 3, 4, 2, 32, generator=generator)
     pool_mean, pool_variance = torch.rand(2, 3, 2, 2, 32, generator=generator)
     page, strength = torch.randint(-1, 6, (4,), generator=generator), torch.rand(4, 3, generator=generator)
-    return (mean, variance, page, strength, pool_mean, pool_variance)
+    return (mean, variance, page, strength, pool_mean, pool_variance, True)
 
 
 def _step(seed):

@@ -156,3 +156,41 @@ def test_low_precision_is_no_worse_than_twice_pytorchs_own_error(qkv, dtype):
     own = (shared_attention(q, k, v, *plain).float() - shared_attention_ref(q.float(), k.float(), v.float(), *plain))
     error = shared_attention(q, k, v, *arguments).float() - truth
     assert error.abs().max() <= 2 * own.abs().max() + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.3, -20.0, 300.0])
+def test_a_shift_keeps_its_digits_in_half_precision(qkv, dtype, shift):
+    q, k, v = (x.to(dtype) for x in qkv)
+    for mode in (CONCAT, SWAP):
+        arguments = _segments([[-1], [0], [0], [0]], [PLAIN, mode, mode, mode], 1.0, shift)
+        truth = shared_attention_ref(q.double(), k.double(), v.double(), *arguments)
+        plain = shared_attention(q, k, v).double() - shared_attention_ref(
+            q.double(), k.double(), v.double(), *_segments([[-1]] * 4, [PLAIN] * 4)
+        )
+        error = shared_attention(q, k, v, *arguments).double() - truth
+        assert error.abs().max() <= 2 * plain.abs().max() + 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shift", [1e5, -1e5])
+def test_a_shift_beyond_the_types_range_leaves_nothing_but_its_side(qkv, dtype, shift):
+    q, k, v = (x.to(dtype) for x in qkv)
+    out = shared_attention(q, k, v, *_segments([[-1], [0], [0], [0]], [PLAIN, CONCAT, CONCAT, CONCAT], 1.0, shift))
+    side = SWAP if shift > 0 else PLAIN
+    alone = _segments([[-1], [0], [0], [0]], [PLAIN, side, side, side])
+    # next to 1e5 a logit of fp32 has 7 bits left behind the point
+    torch.testing.assert_close(out.float(), shared_attention(q, k, v, *alone).float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adain_keeps_its_digits_where_the_mean_is_large(qkv, dtype):
+    q, k, v = ((x * 0.02 + 5).to(dtype) for x in qkv)
+    page = torch.zeros(ROWS, 1).long()
+    affine = adain_affine(*token_stats(q, k, v), page[:, 0], torch.ones(ROWS, 3))
+    truth = shared_attention_ref(
+        q.double(), k.double(), v.double(), page, torch.full((ROWS,), CONCAT), torch.ones(ROWS, 1),
+        torch.zeros(ROWS, 1), Affine(affine.gain.double(), affine.offset.double()),
+    )  # fmt: skip
+    error = shared_attention(q, k, v, page, affine=affine).double() - truth
+    assert error.abs().max() <= 5 * torch.finfo(dtype).eps * truth.abs().max()
