@@ -12,26 +12,40 @@ from setuptools.command.build_ext import build_ext
 PACKAGE_DIRS = {"stylefast": "stylefast", "stylefast.kernels": "kernels", "stylefast.export": "export"}
 
 SOURCES = [
+    "csrc/arguments.cpp",
     "csrc/attention_avx2.cpp",
     "csrc/attention_avx512.cpp",
     "csrc/attention_avx512_bf16.cpp",
+    "csrc/attention_operations.cpp",
     "csrc/bindings.cpp",
     "csrc/cpu_features.cpp",
-    "csrc/operations.cpp",
     "csrc/planner.cpp",
+    "csrc/streaming_avx2.cpp",
+    "csrc/streaming_avx512.cpp",
+    "csrc/streaming_operations.cpp",
 ]
 HEADERS = [
+    "csrc/adain_affine_kernel.h",
+    "csrc/arguments.h",
     "csrc/attention.h",
     "csrc/cpu_features.h",
     "csrc/float_compute.h",
     "csrc/gated_attention_kernel.h",
+    "csrc/geglu_kernel.h",
+    "csrc/group_norm_kernel.h",
+    "csrc/guided_step_kernel.h",
+    "csrc/layer_norm_kernel.h",
     "csrc/operations.h",
+    "csrc/parallel.h",
     "csrc/planner.h",
     "csrc/shared_attention_kernel.h",
+    "csrc/span_kernel.h",
+    "csrc/streaming.h",
     "csrc/tile_kernel.h",
     "csrc/token_stats_kernel.h",
     "csrc/vector_avx2.h",
     "csrc/vector_avx512.h",
+    "csrc/views.h",
 ]
 
 

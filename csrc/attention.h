@@ -1,25 +1,9 @@
-// What the CPU kernels take: raw pointers and strides, so that no file compiled for wide vectors sees a library header.
+// What the CPU kernels of the attention operations take.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "views.h"
 
 namespace stylefast {
-
-enum class Element { f32, bf16, f16, f8 };
-
-// [rows or pages, tokens, heads, d]; strides in bytes, channels side by side
-struct Tokens {
-    char* data = nullptr;
-    Element type = Element::f32;
-    std::int64_t row = 0, token = 0, head = 0;
-};
-
-// fp32 [n, rows or pages, heads, d]; strides in elements, channels side by side
-struct Channels {
-    float* data = nullptr;
-    std::int64_t tensor = 0, row = 0, head = 0;
-};
 
 // One unit of work is `chunk` queries of one (row, head); units = rows * heads * ceil(tokens / chunk).
 struct SharedAttention {
@@ -56,13 +40,6 @@ struct GatedCrossAttention {
     const std::int64_t* mask_index;  // [rows, segments], -1 everywhere; null without masks
 };
 
-// One unit of work is one (tensor, row, head).
-struct TokenStats {
-    std::int64_t count, rows, tokens, heads, d;
-    Tokens x[3];
-    Channels mean, variance;
-};
-
 // The kernels of one instruction set. `scratch` is 64-byte aligned and belongs to the calling thread.
 struct Kernels {
     std::int64_t lanes;  // queries that move together; `chunk` is a multiple of it
@@ -70,10 +47,9 @@ struct Kernels {
     void (*shared_unit)(const SharedAttention&, std::int64_t unit, char* scratch);
     std::size_t (*gated_scratch)(const GatedCrossAttention&);
     void (*gated_unit)(const GatedCrossAttention&, std::int64_t unit, char* scratch);
-    void (*stats_unit)(const TokenStats&, std::int64_t unit);
 };
 
-// null where the compiler had no x86-64 target; the last serves bf16 only and has no statistics of its own
+// null where the compiler had no x86-64 target; the last serves bf16 only
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();

@@ -21,10 +21,9 @@ namespace {
 #include "float_compute.h"
 #include "shared_attention_kernel.h"
 #include "gated_attention_kernel.h"
-#include "token_stats_kernel.h"
 
 const Kernels kKernels = {
-    L, shared_scratch, shared_unit<FloatCompute>, gated_scratch, gated_unit<FloatCompute>, stats_unit,
+    L, shared_scratch, shared_unit<FloatCompute>, gated_scratch, gated_unit<FloatCompute>,
 };
 
 }  // namespace

@@ -57,7 +57,7 @@ auto released(void (*operation)(const std::string&, Arguments...)) {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "stylefast's C++ parts; call them through stylefast.runtime and stylefast.kernels";
-    module.attr("interface") = 2;  // stylefast/_extension.py refuses any other number than its own
+    module.attr("interface") = 3;  // stylefast/_extension.py refuses any other number than its own
     module.def("plan_segments", &plan_segments, py::arg("images"), py::arg("branches"), py::arg("offsets"),
                py::arg("reference_images"), py::arg("reference_pages"), py::arg("min_width"), py::arg("mutual"));
     module.def("cpu_features", &stylefast::cpu_features);
@@ -71,4 +71,19 @@ PYBIND11_MODULE(_C, module) {
                py::arg("image_lengths"), py::arg("image_page"), py::arg("strength"), py::arg("group"),
                py::arg("masks"), py::arg("mask_index"), py::arg("out"));
     module.def("token_stats", released(&stylefast::token_stats), py::arg("xs"), py::arg("mean"), py::arg("variance"));
+    module.def("adain_affine", released(&stylefast::adain_affine), py::arg("mean"), py::arg("variance"),
+               py::arg("page"), py::arg("strength"), py::arg("pool_mean"), py::arg("pool_variance"), py::arg("gain"),
+               py::arg("offset"));
+    module.def("geglu", released(&stylefast::geglu), py::arg("x"), py::arg("out"));
+    module.def("layer_norm", released(&stylefast::layer_norm), py::arg("x"), py::arg("weight"), py::arg("bias"),
+               py::arg("eps"), py::arg("out"));
+    module.def("add_layer_norm", released(&stylefast::add_layer_norm), py::arg("x"), py::arg("residual"),
+               py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("total"), py::arg("out"));
+    module.def("group_norm_silu", released(&stylefast::group_norm_silu), py::arg("x"), py::arg("groups"),
+               py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("silu"), py::arg("page"),
+               py::arg("pool_mean"), py::arg("pool_variance"), py::arg("pool_elements"), py::arg("out"));
+    module.def("guided_step", released(&stylefast::guided_step), py::arg("latents"), py::arg("anchor"),
+               py::arg("history"), py::arg("predictions"), py::arg("branch_rows"), py::arg("branch_weights"),
+               py::arg("rescale"), py::arg("denoised"), py::arg("update"), py::arg("noise"), py::arg("next_latents"),
+               py::arg("next_anchor"), py::arg("next_history"));
 }

@@ -3,15 +3,11 @@
 // can't take.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <string>
 #include <vector>
 
-namespace stylefast {
+#include "arguments.h"
 
-using OptionalTensor = std::optional<at::Tensor>;
+namespace stylefast {
 
 void shared_attention(const std::string& set, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                       const at::Tensor& page, const at::Tensor& mode, const at::Tensor& scale, const at::Tensor& shift,
@@ -28,5 +24,28 @@ void gated_cross_attention(const std::string& set, const at::Tensor& q, const at
 
 void token_stats(const std::string& set, const std::vector<at::Tensor>& xs, const at::Tensor& mean,
                  const at::Tensor& variance);
+
+void adain_affine(const std::string& set, const at::Tensor& mean, const at::Tensor& variance, const at::Tensor& page,
+                  const at::Tensor& strength, const OptionalTensor& pool_mean, const OptionalTensor& pool_variance,
+                  const at::Tensor& gain, const at::Tensor& offset);
+
+void geglu(const std::string& set, const at::Tensor& x, const at::Tensor& out);
+
+void layer_norm(const std::string& set, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                double eps, const at::Tensor& out);
+
+void add_layer_norm(const std::string& set, const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
+                    const at::Tensor& bias, double eps, const at::Tensor& total, const at::Tensor& out);
+
+void group_norm_silu(const std::string& set, const at::Tensor& x, std::int64_t groups, const at::Tensor& weight,
+                     const at::Tensor& bias, double eps, bool silu, const OptionalTensor& page,
+                     const OptionalTensor& pool_mean, const OptionalTensor& pool_variance, std::int64_t pool_elements,
+                     const at::Tensor& out);
+
+void guided_step(const std::string& set, const at::Tensor& latents, const at::Tensor& anchor, const at::Tensor& history,
+                 const at::Tensor& predictions, const at::Tensor& branch_rows, const at::Tensor& branch_weights,
+                 const at::Tensor& rescale, const at::Tensor& denoised, const at::Tensor& update,
+                 const at::Tensor& noise, const at::Tensor& next_latents, const at::Tensor& next_anchor,
+                 const at::Tensor& next_history);
 
 }  // namespace stylefast

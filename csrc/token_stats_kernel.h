@@ -1,77 +1,131 @@
 // Mean and unbiased variance over the tokens of one (tensor, row, head), two passes over blocks that stay in L1.
-// Included inside an unnamed namespace, after tile_kernel.h.
+// Included inside an unnamed namespace, after adain_affine_kernel.h.
 
 constexpr std::int64_t kStatsBlock = 64;  // tokens
 
-// mean[v] = mean of x - shift over tokens first .. first + count, for `vectors` vectors of channels from c on
+// Channels of some tokens; several vectors are always whole, one may hold fewer channels and has 0 in its other lanes.
 template <Element type, int vectors>
-STYLEFAST_INLINE void block_mean(const Rows& x, std::int64_t first, std::int64_t count, std::int64_t c, std::int64_t d,
-                                 const Floats (&shift)[vectors], Floats (&mean)[vectors]) {
+struct Columns {
+    const char* data;
+    std::int64_t stride;  // from token to token, bytes
+    std::int64_t channels;
+
+    STYLEFAST_INLINE Floats at(std::int64_t token, int v) const {
+        const char* from = data + token * stride + v * (W * kBytes<type>);
+        if constexpr (vectors > 1) return Vector::load_as<type>(from);
+        return Vector::load_as<type>(from, 0, channels);
+    }
+};
+
+// About the means of tokens first .. first + count. 0 where that is small beside the numbers themselves: distances from
+// 0 need no rounding.
+template <Element type, int vectors>
+STYLEFAST_INLINE void rough_means(const Columns<type, vectors>& x, std::int64_t first, std::int64_t count,
+                                  Floats (&mean)[vectors]) {
     for (int v = 0; v < vectors; ++v) mean[v] = Vector::zero();
-    for (std::int64_t t = 0; t < count; ++t) {
-        const char* row = x.data + (first + t) * x.stride;
+    std::int64_t t = first;
+    for (; t + 4 <= first + count; t += 4) {
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-            const Floats value = Vector::load_as<type>(row, c + v * W, d - c - v * W);
-            mean[v] = Vector::add(mean[v], Vector::sub(value, shift[v]));
+            mean[v] = Vector::add(mean[v], sum_of_four(x.at(t, v), x.at(t + 1, v), x.at(t + 2, v), x.at(t + 3, v)));
         }
+    }
+    for (; t < first + count; ++t) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) mean[v] = Vector::add(mean[v], x.at(t, v));
     }
     const Floats inverse = Vector::all(1.0f / static_cast<float>(count));
-    for (int v = 0; v < vectors; ++v) mean[v] = Vector::mul(mean[v], inverse);
+    for (int v = 0; v < vectors; ++v) {
+        Floats largest = Vector::zero();
+        for (t = first; t < first + least(4, count); ++t) largest = Vector::max(largest, Vector::magnitude(x.at(t, v)));
+        mean[v] = Vector::mul(mean[v], inverse);
+        const Floats excess = Vector::sub(Vector::mul(Vector::magnitude(mean[v]), Vector::all(4.0f)), largest);
+        mean[v] = Vector::where_negative(excess, Vector::zero(), mean[v]);
+    }
 }
 
-// All is measured from the mean of the first block, so that a mean far from 0 costs no digits. Blocks merge by
+// sums of distances from `centre` and of their squares; four tokens meet in fp32, everything beyond is double
+template <Element type, int vectors>
+STYLEFAST_INLINE void add_distances(const Columns<type, vectors>& x, std::int64_t first, std::int64_t count,
+                                    const Floats (&centre)[vectors], Wide (&sum)[vectors], Wide (&squares)[vectors]) {
+    std::int64_t t = first;
+    for (; t + 4 <= first + count; t += 4) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+            const Floats a = Vector::sub(x.at(t, v), centre[v]), b = Vector::sub(x.at(t + 1, v), centre[v]);
+            const Floats c = Vector::sub(x.at(t + 2, v), centre[v]), d = Vector::sub(x.at(t + 3, v), centre[v]);
+            sum[v] = sum[v] + Wide::of(sum_of_four(a, b, c, d));
+            squares[v] = squares[v] + Wide::of(squares_of_four(a, b, c, d));
+        }
+    }
+    for (; t < first + count; ++t) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+            const Floats away = Vector::sub(x.at(t, v), centre[v]);
+            sum[v] = sum[v] + Wide::of(away);
+            squares[v] = squares[v] + Wide::of(Vector::mul(away, away));
+        }
+    }
+}
+
+// Blocks merge by
 //   mean += delta * part, squares += squares of the block + delta^2 * before * part, part = block / (before + block)
 template <Element type, int vectors>
-void column_stats(const Rows& x, std::int64_t c, std::int64_t tokens, std::int64_t d, float* mean, float* variance) {
-    Floats zero[vectors], shift[vectors], middle[vectors], squares[vectors], block[vectors];
-    for (int v = 0; v < vectors; ++v) zero[v] = middle[v] = squares[v] = Vector::zero();
-    block_mean<type, vectors>(x, 0, tokens < kStatsBlock ? tokens : kStatsBlock, c, d, zero, shift);
+void column_stats(const Columns<type, vectors>& x, std::int64_t tokens, float* mean, float* variance) {
+    Wide middle[vectors], squares[vectors];
+    for (int v = 0; v < vectors; ++v) middle[v] = squares[v] = Wide::all(0.0);
     for (std::int64_t first = 0; first < tokens; first += kStatsBlock) {
-        const std::int64_t count = tokens - first < kStatsBlock ? tokens - first : kStatsBlock;
-        const float part = static_cast<float>(count) / static_cast<float>(first + count);
-        const Floats weight = Vector::all(part), spread = Vector::all(static_cast<float>(first) * part);
-        block_mean<type, vectors>(x, first, count, c, d, shift, block);
+        const std::int64_t count = least(kStatsBlock, tokens - first);
+        const double number = static_cast<double>(count);
+        Floats centre[vectors];
+        Wide block[vectors], within[vectors];
+        for (int v = 0; v < vectors; ++v) block[v] = within[v] = Wide::all(0.0);
+        rough_means<type, vectors>(x, first, count, centre);
+        add_distances<type, vectors>(x, first, count, centre, block, within);
         for (int v = 0; v < vectors; ++v) {
-            const Floats delta = Vector::sub(block[v], middle[v]);
-            middle[v] = Vector::fma(delta, weight, middle[v]);
-            squares[v] = Vector::fma(Vector::mul(delta, delta), spread, squares[v]);
+            const Wide slip = block[v] * Wide::all(1.0 / number);
+            within[v] = within[v] - block[v] * slip;
+            block[v] = Wide::of(centre[v]) + slip;
         }
-        Floats within[vectors];
-        for (int v = 0; v < vectors; ++v) within[v] = Vector::zero();
-        for (std::int64_t t = first; t < first + count; ++t) {
-            for (int v = 0; v < vectors; ++v) {
-                const Floats value = Vector::load_as<type>(x.data + t * x.stride, c + v * W, d - c - v * W);
-                const Floats away = Vector::sub(Vector::sub(value, shift[v]), block[v]);
-                within[v] = Vector::fma(away, away, within[v]);
-            }
+
+        const double part = number / static_cast<double>(first + count);
+        const Wide weight = Wide::all(part), spread = Wide::all(static_cast<double>(first) * part);
+        for (int v = 0; v < vectors; ++v) {
+            const Wide delta = block[v] - middle[v];
+            middle[v] = middle[v] + delta * weight;
+            squares[v] = squares[v] + within[v] + delta * delta * spread;
         }
-        for (int v = 0; v < vectors; ++v) squares[v] = Vector::add(squares[v], within[v]);
     }
-    const Floats freedom = Vector::all(tokens > 1 ? 1.0f / static_cast<float>(tokens - 1) : 0.0f);
+    const Wide freedom = Wide::all(tokens > 1 ? 1.0 / static_cast<double>(tokens - 1) : 0.0);
     for (int v = 0; v < vectors; ++v) {
-        const std::int64_t at = c + v * W;
-        Vector::store(mean + at, Vector::add(shift[v], middle[v]), d - at);
-        Vector::store(variance + at, Vector::mul(squares[v], freedom), d - at);
+        // a NaN stays: of two numbers of which one is NaN, max gives the second
+        const Floats spread = Vector::max(Vector::zero(), (squares[v] * freedom).narrow());
+        Vector::store(mean + v * W, middle[v].narrow(), x.channels - v * W);
+        Vector::store(variance + v * W, spread, x.channels - v * W);
     }
 }
 
 template <Element type>
-void head_stats(const Rows& x, std::int64_t tokens, std::int64_t d, float* mean, float* variance) {
+void head_stats(const TokenStats& a, std::int64_t tensor, std::int64_t row, std::int64_t head) {
+    const Tokens& x = a.x[tensor];
+    const char* data = x.data + row * x.row + head * x.head;
+    float* mean = channels_of(a.mean, tensor, row, head);
+    float* variance = channels_of(a.variance, tensor, row, head);
     std::int64_t c = 0;
-    for (; c + 3 * W < d; c += 4 * W) column_stats<type, 4>(x, c, tokens, d, mean, variance);
-    for (; c + W < d; c += 2 * W) column_stats<type, 2>(x, c, tokens, d, mean, variance);
-    for (; c < d; c += W) column_stats<type, 1>(x, c, tokens, d, mean, variance);
+    for (; c + 4 * W <= a.d; c += 4 * W) {
+        column_stats<type, 4>({data + c * kBytes<type>, x.token, a.d - c}, a.tokens, mean + c, variance + c);
+    }
+    for (; c + 2 * W <= a.d; c += 2 * W) {
+        column_stats<type, 2>({data + c * kBytes<type>, x.token, a.d - c}, a.tokens, mean + c, variance + c);
+    }
+    for (; c < a.d; c += W) {
+        column_stats<type, 1>({data + c * kBytes<type>, x.token, a.d - c}, a.tokens, mean + c, variance + c);
+    }
 }
 
-inline void stats_unit(const TokenStats& a, std::int64_t unit) {
-    const std::int64_t head = unit % a.heads, row = unit / a.heads % a.rows, tensor = unit / a.heads / a.rows;
-    const Rows x = rows_of(a.x[tensor], row, head);
-    float* mean = const_cast<float*>(channels_of(a.mean, tensor, row, head));
-    float* variance = const_cast<float*>(channels_of(a.variance, tensor, row, head));
-    switch (x.type) {
-        case Element::f32: return head_stats<Element::f32>(x, a.tokens, a.d, mean, variance);
-        case Element::bf16: return head_stats<Element::bf16>(x, a.tokens, a.d, mean, variance);
-        case Element::f16: return head_stats<Element::f16>(x, a.tokens, a.d, mean, variance);
-        case Element::f8: return head_stats<Element::f8>(x, a.tokens, a.d, mean, variance);
+inline void token_stats(const TokenStats& a, std::int64_t first, std::int64_t last) {
+    for (std::int64_t piece = first; piece < last; ++piece) {
+        const std::int64_t head = piece % a.heads, row = piece / a.heads % a.rows, tensor = piece / a.heads / a.rows;
+        STYLEFAST_BY_TYPE(a.x[tensor].type, head_stats, a, tensor, row, head)
     }
 }

@@ -3,6 +3,7 @@
 
 struct Vector {
     using Floats = __m256;
+    using Doubles = __m256d;
     static constexpr int lanes = 8;
     static constexpr int group_vectors = 2;  // with 6 block rows: 12 sums, 2 operands and 1 broadcast in 16 registers
     static constexpr int block_rows = 6;
@@ -42,6 +43,39 @@ struct Vector {
         const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
         const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(mantissa), exponent);
         return _mm256_and_ps(_mm256_castsi256_ps(scaled), in_range);
+    }
+
+    static STYLEFAST_INLINE Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+    static STYLEFAST_INLINE Floats sqrt(Floats x) { return _mm256_sqrt_ps(x); }
+    static STYLEFAST_INLINE Floats magnitude(Floats x) { return _mm256_andnot_ps(all(-0.0f), x); }
+    // `yes` where the sign bit of x is set
+    static STYLEFAST_INLINE Floats where_negative(Floats x, Floats yes, Floats no) {
+        return _mm256_blendv_ps(no, yes, x);
+    }
+
+    static STYLEFAST_INLINE Doubles all_doubles(double x) { return _mm256_set1_pd(x); }
+    static STYLEFAST_INLINE Doubles low(Floats x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+    static STYLEFAST_INLINE Doubles high(Floats x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+    static STYLEFAST_INLINE Floats narrow(Doubles low, Doubles high) {
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(low)), _mm256_cvtpd_ps(high), 1);
+    }
+    static STYLEFAST_INLINE Doubles add(Doubles a, Doubles b) { return _mm256_add_pd(a, b); }
+    static STYLEFAST_INLINE Doubles sub(Doubles a, Doubles b) { return _mm256_sub_pd(a, b); }
+    static STYLEFAST_INLINE Doubles mul(Doubles a, Doubles b) { return _mm256_mul_pd(a, b); }
+    static STYLEFAST_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
+    static STYLEFAST_INLINE double total(Doubles x) {
+        const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+    }
+
+    // all lanes, of fp32, bf16 or fp16
+    template <Element type>
+    static STYLEFAST_INLINE Floats load_as(const char* from) {
+        return load_as<type>(from, 0, lanes);
+    }
+    template <Element type>
+    static STYLEFAST_INLINE void store_as(char* to, Floats x) {
+        store_as<type>(to, 0, lanes, x);
     }
 
     template <Element type>

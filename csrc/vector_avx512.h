@@ -3,6 +3,7 @@
 
 struct Vector {
     using Floats = __m512;
+    using Doubles = __m512d;
     static constexpr int lanes = 16;
     static constexpr int group_vectors = 4;  // with 6 block rows: 24 sums, 4 operands and 1 broadcast in 32 registers
     static constexpr int block_rows = 6;
@@ -41,6 +42,38 @@ struct Vector {
         return _mm512_scalef_ps(Polynomial::at(_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF)), x);
     }
 
+    static STYLEFAST_INLINE Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+    static STYLEFAST_INLINE Floats sqrt(Floats x) { return _mm512_sqrt_ps(x); }
+    static STYLEFAST_INLINE Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
+    // `yes` where the sign bit of x is set
+    static STYLEFAST_INLINE Floats where_negative(Floats x, Floats yes, Floats no) {
+        return _mm512_mask_mov_ps(no, _mm512_movepi32_mask(_mm512_castps_si512(x)), yes);
+    }
+
+    static STYLEFAST_INLINE Doubles all_doubles(double x) { return _mm512_set1_pd(x); }
+    static STYLEFAST_INLINE Doubles low(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+    static STYLEFAST_INLINE Doubles high(Floats x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+    static STYLEFAST_INLINE Floats narrow(Doubles low, Doubles high) {
+        return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
+    }
+    static STYLEFAST_INLINE Doubles add(Doubles a, Doubles b) { return _mm512_add_pd(a, b); }
+    static STYLEFAST_INLINE Doubles sub(Doubles a, Doubles b) { return _mm512_sub_pd(a, b); }
+    static STYLEFAST_INLINE Doubles mul(Doubles a, Doubles b) { return _mm512_mul_pd(a, b); }
+    static STYLEFAST_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
+    static STYLEFAST_INLINE double total(Doubles x) { return _mm512_reduce_add_pd(x); }
+
+    // all lanes, of fp32, bf16 or fp16
+    template <Element type>
+    static STYLEFAST_INLINE Floats load_as(const char* from) {
+        if constexpr (type == Element::f32) {
+            return _mm512_loadu_ps(from);
+        } else {
+            const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+            if constexpr (type == Element::f16) return _mm512_cvtph_ps(bits);
+            return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        }
+    }
+
     template <Element type>
     static STYLEFAST_INLINE Floats load_as(const char* row, std::int64_t first, std::int64_t count) {
         const __mmask16 mask = first_lanes(count);
@@ -70,13 +103,32 @@ struct Vector {
         } else if constexpr (type == Element::f16) {
             _mm256_mask_storeu_epi16(row + 2 * first, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
         } else {
-            const __m512i bits = _mm512_castps_si512(x);
-            const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-            const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-            const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-            const __m512i round = _mm512_mask_mov_epi32(even, nan, _mm512_set1_epi32(0x7fc00000));
-            _mm256_mask_storeu_epi16(row + 2 * first, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round, 16)));
+            _mm256_mask_storeu_epi16(row + 2 * first, mask, rounded_to_bf16(x));
         }
+    }
+
+    // all lanes, as fp32, bf16 or fp16
+    template <Element type>
+    static STYLEFAST_INLINE void store_as(char* to, Floats x) {
+        if constexpr (type == Element::f32) {
+            _mm512_storeu_ps(to, x);
+        } else {
+            __m256i* place = reinterpret_cast<__m256i*>(to);
+            if constexpr (type == Element::f16) {
+                _mm256_storeu_si256(place, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+            } else {
+                _mm256_storeu_si256(place, rounded_to_bf16(x));
+            }
+        }
+    }
+
+    static STYLEFAST_INLINE __m256i rounded_to_bf16(Floats x) {
+        const __m512i bits = _mm512_castps_si512(x);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        const __m512i round = _mm512_mask_mov_epi32(even, nan, _mm512_set1_epi32(0x7fc00000));
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round, 16));
     }
 
     static STYLEFAST_INLINE void transpose(Floats (&x)[16]) {

@@ -11,6 +11,7 @@ s in [0, 1] that moves x part of the way:
 
 import torch
 
+from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation
@@ -119,6 +120,10 @@ def _torch(mean, variance, page, strength, pool_mean, pool_variance, check_finit
     return gain.contiguous(), offset.contiguous()
 
 
+def _cpp(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset):
+    extension().adain_affine(mean, variance, page, strength, pool_mean, pool_variance, gain, offset)
+
+
 def _triton(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset):
     from stylefast.kernels.gpu.adain_affine import adain_affine as launch
 
@@ -131,6 +136,6 @@ _adain_affine = Operation(
     "bool check_finite) "
     "-> (Tensor, Tensor)",
     outputs=_outputs,
-    forms={"triton": _triton, "torch": _torch},
+    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
     values=_check_values,
 )

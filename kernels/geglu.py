@@ -7,6 +7,7 @@
 import torch
 import torch.nn.functional as F
 
+from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation
@@ -40,11 +41,20 @@ def _torch(x):
     return hidden * F.gelu(gate)
 
 
+def _cpp(x, out):
+    # a copy only where the leading dimensions are no evenly spaced rows
+    extension().geglu(x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]))
+
+
 def _triton(x, out):
     from stylefast.kernels.gpu.geglu import geglu as launch
 
-    # a copy only where the leading dimensions are no evenly spaced rows
     launch(x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]))
 
 
-_geglu = Operation("geglu", "(Tensor x) -> Tensor", outputs=_outputs, forms={"triton": _triton, "torch": _torch})
+_geglu = Operation(
+    "geglu",
+    "(Tensor x) -> Tensor",
+    outputs=_outputs,
+    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+)

@@ -11,6 +11,7 @@ so nothing is concatenated and a baked reference needs no feature maps. Variance
 import torch
 import torch.nn.functional as F
 
+from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation
@@ -114,7 +115,7 @@ def _check_values(x, groups, weight, bias, eps, silu, page, pool_mean, pool_vari
 
 def _refuse(backend, arguments) -> str:
     x, _, weight, bias, *_ = arguments
-    if backend == "triton" and not x.dtype == weight.dtype == bias.dtype:
+    if backend != "torch" and not x.dtype == weight.dtype == bias.dtype:
         return f"x is {x.dtype}, but weight and bias are {weight.dtype} and {bias.dtype}"
     return ""
 
@@ -169,6 +170,12 @@ def pooled_stats(mean, variance, elements, other_mean, other_variance, other_ele
     return pooled_mean, (spread + other_spread) / total
 
 
+def _cpp(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out):
+    # a copy only where x is neither contiguous nor channels-last
+    x, parameters = x.contiguous(memory_format=_memory_format(x)), (weight.contiguous(), bias.contiguous())
+    extension().group_norm_silu(x, groups, *parameters, eps, silu, page, pool_mean, pool_variance, pool_elements, out)
+
+
 def _triton(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out):
     from stylefast.kernels.gpu.group_norm_silu import group_norm_silu as launch
 
@@ -184,7 +191,7 @@ _group_norm_silu = Operation(
     "(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool silu, Tensor? page, Tensor? pool_mean, "
     "Tensor? pool_variance, int pool_elements) -> Tensor",
     outputs=_outputs,
-    forms={"triton": _triton, "torch": _torch},
+    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
     refuse=_refuse,
     values=_check_values,
 )

@@ -15,8 +15,9 @@ where rescale takes its deviation. All sums are float32.
 
 import torch
 
+from stylefast._extension import extension
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import FLOATS, Operation
 
 FULL = 3  # column of the "full" branch in branch_rows and branch_weights
 
@@ -167,6 +168,15 @@ def _check_values(latents, anchor, history, predictions, branch_rows, branch_wei
     checks.numbers_within("rescale", rescale, 0, 1)
 
 
+def _cpp(*arguments):
+    extension().guided_step(*arguments)
+
+
+def _refuse(backend, arguments) -> str:
+    others = {x.dtype for x in arguments if x.is_floating_point()} - set(FLOATS)
+    return f"{', '.join(map(str, others))} among the arguments" if backend != "torch" and others else ""
+
+
 def _triton(latents, anchor, history, predictions, *others):
     from stylefast.kernels.gpu.guided_step import guided_step as launch
 
@@ -180,6 +190,7 @@ _guided_step = Operation(
     "(Tensor latents, Tensor anchor, Tensor history, Tensor predictions, Tensor branch_rows, Tensor branch_weights, "
     "Tensor rescale, Tensor denoised, Tensor update, Tensor noise) -> (Tensor, Tensor, Tensor)",
     outputs=_outputs,
-    forms={"triton": _triton, "torch": _torch},
+    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    refuse=_refuse,
     values=_check_values,
 )

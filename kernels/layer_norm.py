@@ -9,6 +9,7 @@ the sum is read back from registers instead of memory.
 import torch
 import torch.nn.functional as F
 
+from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation
@@ -67,7 +68,7 @@ def _check(x, weight, bias, eps):
 
 def _refuse(backend, arguments) -> str:
     types, channels = {x.dtype for x in arguments if isinstance(x, torch.Tensor)}, arguments[0].shape[-1]
-    if backend == "triton" and len(types) > 1:
+    if backend != "torch" and len(types) > 1:
         return f"the arguments mix {', '.join(sorted(map(str, types)))}"
     if backend == "triton" and channels > MAX_CHANNELS:
         return f"{channels} channels are more than {MAX_CHANNELS}"
@@ -97,10 +98,19 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
+def _cpp(x, weight, bias, eps, out):
+    # copies only where the leading dimensions are no evenly spaced rows
+    extension().layer_norm(_rows(x), weight.contiguous(), bias.contiguous(), eps, _rows(out))
+
+
+def _cpp_add(x, residual, weight, bias, eps, total, out):
+    parameters = (weight.contiguous(), bias.contiguous(), eps)
+    extension().add_layer_norm(_rows(x), _rows(residual), *parameters, _rows(total), _rows(out))
+
+
 def _triton(x, weight, bias, eps, out):
     from stylefast.kernels.gpu.layer_norm import layer_norm as launch
 
-    # copies only where the leading dimensions are no evenly spaced rows
     launch(_rows(x), weight.contiguous(), bias.contiguous(), eps, _rows(out))
 
 
@@ -114,13 +124,13 @@ _layer_norm = Operation(
     "layer_norm",
     "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
     outputs=_output,
-    forms={"triton": _triton, "torch": _torch},
+    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
     refuse=_refuse,
 )
 _add_layer_norm = Operation(
     "add_layer_norm",
     "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
     outputs=_outputs,
-    forms={"triton": _triton_add, "torch": _torch_add},
+    forms={"triton": _triton_add, "cpp": _cpp_add, "torch": _torch_add},
     refuse=_refuse,
 )

@@ -1,12 +1,12 @@
 """Which backend runs an operation, and why the others don't.
 
-Every operation is a PyTorch custom op `torch.ops.stylefast.<name>` with up to three forms behind it: `triton` for CUDA
+Every operation is a PyTorch custom op `torch.ops.stylefast.<name>` with three forms behind it: `triton` for CUDA
 devices, `cpp` for CPUs, `torch` for everything. The first form in that order that doesn't refuse a call runs it. The
 environment variable `STYLEFAST_KERNELS` forces a backend, and forcing what can't run is an error that says why:
 
     STYLEFAST_KERNELS=torch                          every operation
-    STYLEFAST_KERNELS=cpp                            every operation that has a C++ form; the others choose as usual
-    STYLEFAST_KERNELS=triton,geglu=torch             the same with an exception
+    STYLEFAST_KERNELS=cpp,geglu=torch                every operation but one
+    STYLEFAST_KERNELS=shared_attention=torch         one operation; the others choose as usual
 """
 
 import os
@@ -145,7 +145,7 @@ def choose(operation: Operation, arguments: tuple) -> tuple[str, str]:
 def refusal(operation: Operation, backend: str, arguments: tuple) -> str:
     """Why a backend can't take a call; the empty string if it can."""
     first = next(_tensors(arguments))
-    return _unfit(operation, backend, first.device, first.dtype) or operation.refuse(backend, arguments)
+    return _unfit(backend, first.device, first.dtype) or operation.refuse(backend, arguments)
 
 
 def operation(name: str) -> Operation:
@@ -179,7 +179,7 @@ def report(device: torch.device | str | None = None) -> list[dict[str, Any]]:
     for name in sorted(_operations):
         refused = {}
         try:
-            refused = {backend: _unfit(_operations[name], backend, device, dtype) for backend in BACKENDS}
+            refused = {backend: _unfit(backend, device, dtype) for backend in BACKENDS}
             backend, reason = _choose(_operations[name], device.type, refused.get)
         except InvalidRequest as error:
             backend, reason = None, str(error)
@@ -190,7 +190,7 @@ def report(device: torch.device | str | None = None) -> list[dict[str, Any]]:
 
 @contextmanager
 def using(backend: str, operation: str | None = None) -> Iterator[None]:
-    """Force a backend for one operation, or for all that have a form in it, as `STYLEFAST_KERNELS` does.
+    """Force a backend for one operation, or for all, as `STYLEFAST_KERNELS` does.
 
     The innermost use wins, and any wins over the environment. Not for several threads at once.
     """
@@ -205,7 +205,7 @@ def using(backend: str, operation: str | None = None) -> Iterator[None]:
 def _forced(entry: Operation) -> tuple[str | None, str]:
     """The backend that is forced for an operation, if any, and what forces it."""
     for backend, name in reversed(_using):
-        if name == entry.name or (name is None and backend in entry.forms):
+        if name in (None, entry.name):
             return backend, "registry.using"
     setting = os.environ.get(VARIABLE)
     if not setting:
@@ -213,7 +213,7 @@ def _forced(entry: Operation) -> tuple[str | None, str]:
     general, named = _parse(setting)
     if entry.name in named:
         return named[entry.name], f"{VARIABLE}={setting}"
-    if general in entry.forms:
+    if general is not None:
         return general, f"{VARIABLE}={setting}"
     return None, ""
 
@@ -237,10 +237,6 @@ def _check_rule(backend: str, name: str | None, origin: str) -> None:
         raise InvalidRequest(f"{origin} names the backend {backend!r}; there are {', '.join(BACKENDS)}")
     if name is not None and name not in _operations:
         raise InvalidRequest(f"{origin} names the operation {name!r}; there are {', '.join(sorted(_operations))}")
-    if name is not None and backend not in _operations[name].forms:
-        raise InvalidRequest(
-            f"{origin} forces {name} to {backend}, but it has only the forms {', '.join(_operations[name].forms)}"
-        )
 
 
 def _choose(entry: Operation, device: str, refuse: Callable[[str], str]) -> tuple[str, str]:
@@ -260,10 +256,8 @@ def _choose(entry: Operation, device: str, refuse: Callable[[str], str]) -> tupl
     raise InvalidRequest(f"{entry.name} can't run: {'; '.join(reasons)}")
 
 
-def _unfit(entry: Operation, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a backend can't take tensors of this device and type, whatever their shapes."""
-    if backend not in entry.forms:
-        return f"{entry.name} has no {backend} form"
+def _unfit(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a backend can't take tensors of this device and type, whatever the operation and their shapes."""
     if backend == "torch":
         return ""
     if backend == "triton":

@@ -3,7 +3,7 @@
 At 64 channels a head's softmax needs as many exponentials as its matrix products leave time for, and the special
 function unit makes 16 a clock. A cubic after Cody and Waite makes them on the much wider FMA pipe instead: with
 x = n + f, n an integer and f in [-0.5, 0.5], 2**f is the minimax cubic below (relative error 7.5e-5, a 26th of what
-bf16 rounding) and n is added to its exponent bits.
+rounding to bf16 costs) and n is added to its exponent bits.
 """
 
 import struct

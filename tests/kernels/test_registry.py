@@ -33,10 +33,6 @@ def test_on_a_cpu_the_cpp_form_goes_first_and_says_why_triton_did_not(monkeypatc
     assert (backend, reason) == ("cpp", "not triton: no GPU here")
 
 
-def test_an_operation_without_a_cpp_form_runs_in_torch():
-    assert _chosen("geglu", _x()) == "torch"
-
-
 @pytest.mark.parametrize("dtype, width", [(torch.float64, 32), (torch.float32, 48)], ids=["float64", "head size 48"])
 def test_what_the_kernels_do_not_know_runs_in_torch_and_the_reason_names_it(dtype, width):
     backend, reason = registry.choose(registry.operation("shared_attention"), (_x(dtype, width),) * 3)
@@ -57,10 +53,16 @@ def test_the_variable_forces_torch(monkeypatch, setting):
     assert _chosen("shared_attention", _x()) == "torch"
 
 
-def test_a_backend_alone_leaves_operations_without_that_form_to_choose(monkeypatch):
-    monkeypatch.setenv(registry.VARIABLE, "cpp")
-    assert _chosen("token_stats", [_x()]) == "cpp"
+def test_every_operation_has_every_form_so_a_backend_alone_forces_them_all(monkeypatch):
+    monkeypatch.setenv(registry.VARIABLE, "cpp,geglu=torch")
+    assert all(set(operation.forms) == set(registry.BACKENDS) for operation in registry._operations.values())
+    assert _chosen("token_stats", [_x()]) == _chosen("layer_norm", _x()) == "cpp"
     assert _chosen("geglu", _x()) == "torch"
+
+
+def test_an_exception_alone_leaves_the_others_to_choose(monkeypatch):
+    monkeypatch.setenv(registry.VARIABLE, "geglu=torch")
+    assert (_chosen("geglu", _x()), _chosen("layer_norm", _x())) == ("torch", "cpp")
 
 
 def test_the_variable_changes_what_runs(monkeypatch):
@@ -79,7 +81,7 @@ def test_the_variable_changes_what_runs(monkeypatch):
     [
         ("cuda", "names the backend 'cuda'; there are triton, cpp, torch"),
         ("attention=cpp", "names the operation 'attention'; there are adain_affine"),
-        ("geglu=cpp", "geglu to cpp, but it has only the forms triton, torch"),
+        ("torch,cpp", "forces everything to torch and to cpp; name one"),
         ("=cpp", "names the operation ''"),
     ],
 )
@@ -118,8 +120,7 @@ def test_the_report_names_a_backend_and_a_reason_for_every_refusal(monkeypatch):
     rows = {row["operation"]: row for row in registry.report("cpu")}
     assert set(rows) == set(registry._operations)
     assert rows["shared_attention"]["backend"] == "cpp"
-    assert rows["geglu"]["backend"] == "torch"
-    assert rows["geglu"]["refused"] == {"triton": "no GPU here", "cpp": "geglu has no cpp form"}
+    assert rows["geglu"]["refused"] == {"triton": "no GPU here"}
 
 
 def test_the_report_shows_a_forced_backend_that_cannot_run(monkeypatch):

@@ -1,91 +1,19 @@
 #include "operations.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
-#include <atomic>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 
 #include "attention.h"
+#include "parallel.h"
 
 namespace stylefast {
 namespace {
 
 constexpr std::int64_t kMaxChunk = 512;  // its queries and sums stay in L2
 constexpr std::int64_t kUnitsPerThread = 4;
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
-
-void check_range(const char* name, std::int64_t value, std::int64_t low, std::int64_t end) {
-    if (value < low || value >= end) {
-        refuse(std::string(name) + " is " + std::to_string(value) + ", but it must be from " + std::to_string(low) +
-               " to " + std::to_string(end - 1));
-    }
-}
-
-void check_range(const char* name, const at::Tensor& values, std::int64_t low, std::int64_t end) {
-    const std::int64_t* data = values.const_data_ptr<std::int64_t>();
-    for (std::int64_t i = 0; i < values.numel(); ++i) check_range(name, data[i], low, end);
-}
-
-const at::Tensor& need(const char* name, const OptionalTensor& x) {
-    if (!x) refuse(std::string(name) + " is missing");
-    return *x;
-}
-
-Element element_of(const char* name, const at::Tensor& x) {
-    switch (x.scalar_type()) {
-        case at::ScalarType::Float: return Element::f32;
-        case at::ScalarType::BFloat16: return Element::bf16;
-        case at::ScalarType::Half: return Element::f16;
-        case at::ScalarType::Float8_e4m3fn: return Element::f8;
-        default: refuse(std::string(name) + " is " + c10::toString(x.scalar_type()) + ", which no kernel takes");
-    }
-}
-
-// [rows, tokens, heads, d]
-Tokens tokens_of(const char* name, const at::Tensor& x) {
-    if (x.dim() != 4) refuse(std::string(name) + " has " + std::to_string(x.dim()) + " dimensions, not 4");
-    if (x.stride(3) != 1 && x.size(3) > 1) {
-        refuse(std::string(name) + " has stride " + std::to_string(x.stride(3)) + " between channels, not 1");
-    }
-    const std::int64_t size = x.element_size();
-    char* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
-    return {data, element_of(name, x), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size};
-}
-
-Tokens tokens_like(const char* name, const at::Tensor& x, at::IntArrayRef sizes, const Tokens& like) {
-    if (x.sizes() != sizes) refuse(std::string(name) + " does not have the shape that the other tensors ask for");
-    const Tokens tokens = tokens_of(name, x);
-    if (tokens.type != like.type) refuse(std::string(name) + " does not have the type that the other tensors ask for");
-    return tokens;
-}
-
-at::Tensor contiguous(const char* name, const at::Tensor& x, at::ScalarType type, at::IntArrayRef sizes) {
-    if (x.scalar_type() != type) refuse(std::string(name) + " must be " + c10::toString(type));
-    if (x.sizes() != sizes) refuse(std::string(name) + " does not have the shape that the other tensors ask for");
-    return x.contiguous();
-}
-
-// fp32, `dims` dimensions, channels side by side; a copy where they are not
-at::Tensor channels_side_by_side(const char* name, const at::Tensor& x, std::int64_t dims) {
-    if (x.scalar_type() != at::ScalarType::Float || x.dim() != dims) {
-        refuse(std::string(name) + " must be fp32 with " + std::to_string(dims) + " dimensions");
-    }
-    return x.stride(dims - 1) == 1 ? x : x.contiguous();
-}
-
-// x [n, rows, heads, d] or [rows, heads, d]
-Channels channels_of(const at::Tensor& x) {
-    const std::int64_t d = x.dim();
-    return {static_cast<float*>(const_cast<void*>(x.const_data_ptr())), d == 4 ? x.stride(0) : 0, x.stride(d - 3),
-            x.stride(d - 2)};
-}
 
 void check_head_size(std::int64_t d) {
     for (const std::int64_t size : {32, 40, 64, 80, 128}) {
@@ -101,33 +29,6 @@ const Kernels& kernels_for(const std::string& set, Element type) {
     if (set == "avx2") kernels = avx2_kernels();
     if (!kernels) throw std::runtime_error("the CPU kernels need AVX2, FMA and F16C, which this machine does not have");
     return *kernels;
-}
-
-// Scratch of the calling thread. It only grows, so that small calls don't pay for fresh pages of memory.
-char* thread_scratch(std::size_t bytes) {
-    struct Free {
-        void operator()(char* data) const { ::operator delete(data, std::align_val_t(64)); }
-    };
-    thread_local std::unique_ptr<char, Free> buffer;
-    thread_local std::size_t size = 0;
-    if (size < bytes) {
-        buffer.reset();
-        size = 0;
-        buffer.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
-        size = bytes;
-    }
-    return buffer.get();
-}
-
-// Units are taken one by one: rows differ in how many tokens they see, so equal shares would not end together.
-template <class Run>
-void run_units(std::int64_t units, std::size_t scratch, const Run& run) {
-    std::atomic<std::int64_t> next{0};
-    const std::int64_t workers = std::min<std::int64_t>(at::get_num_threads(), units);
-    at::parallel_for(0, workers, 1, [&](std::int64_t, std::int64_t) {
-        char* const mine = scratch ? thread_scratch(scratch) : nullptr;
-        for (std::int64_t unit = next++; unit < units; unit = next++) run(unit, mine);
-    });
 }
 
 std::int64_t chunk_of(std::int64_t tokens, std::int64_t row_heads, std::int64_t lanes) {
@@ -190,6 +91,7 @@ void shared_attention(const std::string& set, const at::Tensor& q, const at::Ten
         for (const auto& [name, source, to] : {std::make_tuple("gain", &gain, &a.gain),
                                                std::make_tuple("offset", &offset, &a.offset)}) {
             const at::Tensor& x = keep(channels_side_by_side(name, need(name, *source), 4));
+            if (a.moved != 0 && a.moved != x.size(0)) refuse("gain and offset must move as many tensors");
             a.moved = x.size(0);
             if ((a.moved != 2 && a.moved != 3) || x.sizes() != at::IntArrayRef({a.moved, a.rows, a.heads, a.d})) {
                 refuse(std::string(name) + " must be [2 or 3, rows, heads, d]");
@@ -210,7 +112,7 @@ void shared_attention(const std::string& set, const at::Tensor& q, const at::Ten
     const Kernels& kernels = kernels_for(set, a.q.type);
     a.chunk = chunk_of(a.tokens, a.rows * a.heads, kernels.lanes);
     const std::int64_t units = a.rows * a.heads * ((a.tokens + a.chunk - 1) / a.chunk);
-    run_units(units, kernels.shared_scratch(a),
+    run_units(units, units, kernels.shared_scratch(a),
               [&](std::int64_t unit, char* scratch) { kernels.shared_unit(a, unit, scratch); });
 }
 
@@ -270,30 +172,8 @@ void gated_cross_attention(const std::string& set, const at::Tensor& q, const at
     const Kernels& kernels = kernels_for(set, a.q.type);
     a.chunk = chunk_of(a.tokens, a.rows * a.heads, kernels.lanes);
     const std::int64_t units = a.rows * a.heads * ((a.tokens + a.chunk - 1) / a.chunk);
-    run_units(units, kernels.gated_scratch(a),
+    run_units(units, units, kernels.gated_scratch(a),
               [&](std::int64_t unit, char* scratch) { kernels.gated_unit(a, unit, scratch); });
-}
-
-void token_stats(const std::string& set, const std::vector<at::Tensor>& xs, const at::Tensor& mean,
-                 const at::Tensor& variance) {
-    const std::int64_t count = static_cast<std::int64_t>(xs.size());
-    check_range("the number of tensors", count, 1, 4);
-    TokenStats a{};
-    a.count = count;
-    a.x[0] = tokens_of("x", xs[0]);
-    a.rows = xs[0].size(0), a.tokens = xs[0].size(1), a.heads = xs[0].size(2), a.d = xs[0].size(3);
-    if (a.d % 8 != 0) refuse("the head size is " + std::to_string(a.d) + ", not a multiple of 8");
-    for (std::int64_t i = 1; i < count; ++i) a.x[i] = tokens_like("x", xs[i], xs[0].sizes(), a.x[0]);
-    for (const at::Tensor* x : {&mean, &variance}) {
-        const bool fits = x->scalar_type() == at::ScalarType::Float &&
-                          x->sizes() == at::IntArrayRef({count, a.rows, a.heads, a.d}) && x->stride(3) == 1;
-        if (!fits) refuse("mean and variance must be fp32 [tensors, rows, heads, d], channels side by side");
-    }
-    a.mean = channels_of(mean);
-    a.variance = channels_of(variance);
-    if (mean.numel() == 0) return;
-    const Kernels& kernels = kernels_for(set, Element::f32);  // bf16 too: nothing here multiplies pairs
-    run_units(a.count * a.rows * a.heads, 0, [&](std::int64_t unit, char*) { kernels.stats_unit(a, unit); });
 }
 
 }  // namespace stylefast
