@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
 	  echo "stylefast needs Python 3.11 or newer, but $(PYTHON) is `$(PYTHON) --version 2>&1`;" \
 	       "name another one: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) setuptools wheel pybind11
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) setuptools wheel
 	STYLEFAST_EXTENSION=0 $(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) --no-build-isolation -e '.[dev]'
 	touch $@
 
