@@ -117,9 +117,9 @@ def shared_attention(
     q, k, v [rows, tokens, heads, d], views with any strides but a contiguous last dimension; page [rows, R] int64,
     mode [rows] int64 (default: concat), scale and shift [rows, R] fp32 (default: 1 and 0); affine from `adain_affine`,
     of 3 parts or of 2 (queries and keys); pool_k, pool_v [pages, page tokens, heads, d] in q's type, or in
-    float8_e4m3fn with pool_k_scale, pool_v_scale [pages, heads, d] fp32; bias [rows + pages, tokens of the longest
-    page] fp32. softmax runs in fp32, logarithms are natural. Returns [rows, tokens, heads, d], contiguous, or fills
-    `out`.
+    float8_e4m3fn with pool_k_scale, pool_v_scale [pages, heads, d] or [heads, d] fp32; bias [rows + pages, tokens of
+    the longest page] fp32. softmax runs in fp32, logarithms are natural. Returns [rows, tokens, heads, d], contiguous,
+    or fills `out`.
 
     Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, for an `out` that overlaps an
     input, and on CPUs for a page or mode out of range. CUDA tensors are not read back for that: there a page out of
@@ -135,6 +135,7 @@ def shared_attention(
         scale = torch.ones(page.shape, dtype=torch.float32, device=q.device)
     if shift is None:
         shift = torch.zeros(page.shape, dtype=torch.float32, device=q.device)
+    pool_k_scale, pool_v_scale = (_per_page(x, pool_k) for x in (pool_k_scale, pool_v_scale))
     gain, offset = affine if affine is not None else (None, None)
     arguments = (q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias)
     _check(*arguments)
@@ -145,6 +146,13 @@ def shared_attention(
     checks.dense_channels(out=out)
     _shared_attention_out(*arguments, out)
     return out
+
+
+def _per_page(scale: torch.Tensor | None, pool: torch.Tensor | None) -> torch.Tensor | None:
+    """A scale that all pages share, given as [heads, d], once for each."""
+    if scale is None or pool is None or scale.ndim != 2:
+        return scale
+    return scale.expand(pool.shape[0], *scale.shape).contiguous()
 
 
 def _check(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias):

@@ -99,6 +99,18 @@ def test_an_affine_of_two_parts_leaves_the_values_as_they_are(qkv):
     torch.testing.assert_close(two, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_scale_of_fp8_pages_may_be_the_same_for_all(qkv):
+    generator = torch.Generator().manual_seed(5)
+    pool = [torch.randn(2, 7, HEADS, WIDTH, generator=generator).to(torch.float8_e4m3fn) for _ in range(2)]
+    scales = torch.rand(2, HEADS, WIDTH, generator=generator) + 0.5
+    arguments = _segments([[4], [5], [0], [5]], [CONCAT, SWAP, CONCAT, CONCAT])
+    shared = shared_attention(*qkv, *arguments, None, *pool, None, *scales)
+    each = scales[:, None].expand(-1, 2, -1, -1)
+    torch.testing.assert_close(shared, shared_attention(*qkv, *arguments, None, *pool, None, *each), rtol=0, atol=0)
+    dequantised = [x.float() * scale for x, scale in zip(pool, scales)]
+    torch.testing.assert_close(shared, shared_attention(*qkv, *arguments, None, *dequantised), rtol=1e-4, atol=1e-5)
+
+
 def test_scale_zero_gives_reference_tokens_a_logit_of_zero_and_does_not_switch_them_off(qkv):
     q, k, v = qkv
     out = shared_attention(q, k, v, *_segments([[-1], [0], [0], [0]], [PLAIN, CONCAT, CONCAT, CONCAT], 0.0))
