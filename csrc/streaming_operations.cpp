@@ -281,8 +281,9 @@ void group_norm_silu(const std::string& set, const at::Tensor& x, std::int64_t g
     a.block = a.channels_last ? kPositionBlock : kNormBlock;
     a.blocks = ceil_divide(a.channels_last ? a.positions : elements, a.block);
     const std::int64_t moments = a.rows * a.blocks * groups;
-    const auto doubles = std::make_unique_for_overwrite<double[]>(2 * moments + 2 * a.rows * groups);
-    const auto table = std::make_unique_for_overwrite<float[]>(a.rows * 3 * a.channels);
+    // not make_unique, which would fill them with zeros first
+    const std::unique_ptr<double[]> doubles(new double[2 * moments + 2 * a.rows * groups]);
+    const std::unique_ptr<float[]> table(new float[a.rows * 3 * a.channels]);
     a.block_mean = doubles.get();
     a.block_squares = a.block_mean + moments;
     a.mean = a.block_squares + moments;
