@@ -108,7 +108,7 @@ def run(name: str, command: Sequence[str], seconds: float, logs: Path) -> int | 
 
     def stop():
         over.set()
-        # its whole session: a build or pytest has children of its own
+        # its whole process group: a build or pytest has children of its own
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
