@@ -10,13 +10,12 @@ A strength of 0 leaves a segment out altogether: it costs nothing, and a NaN in 
 import math
 
 import torch
-import torch.nn.functional as F
 
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation
-from stylefast.kernels.shared_attention import HEAD_SIZES
+from stylefast.kernels.shared_attention import attend, refuse_head_size
 
 
 def gated_cross_attention_ref(
@@ -162,13 +161,6 @@ def _check_values(
         checks.integers_within("mask_index", mask_index, -1, count, "masks (-1: everywhere)")
 
 
-def _refuse(backend, arguments) -> str:
-    width = arguments[0].shape[-1]
-    if backend != "torch" and width not in HEAD_SIZES:
-        return f"head size {width} is not one of {', '.join(map(str, HEAD_SIZES))}"
-    return ""
-
-
 def _outputs(q, *others):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -177,7 +169,7 @@ def _torch(
     q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
 ):
     """On PyTorch's attention kernels, one call for every kind of segment over the rows that use it. Reads the host."""
-    out = _attend(q, text_k[text_page], text_v[text_page]).contiguous()
+    out = attend(q, text_k[text_page], text_v[text_page]).contiguous()
     if image_page is None or image_page.shape[1] == 0 or q.numel() == 0:
         return out
 
@@ -198,7 +190,7 @@ def _torch(
         gates = [_gate(strength, masks, mask_index, index, s, q) for s, _ in members]  # [rows, tokens or 1, 1, 1]
         if len(members) == 1:
             keys, values = gathered[0]
-            part = gates[0] * _attend(query, keys, values)
+            part = gates[0] * attend(query, keys, values)
         else:
             keys = torch.cat([k for k, _ in gathered], 1)
             exact = torch.promote_types(q.dtype, torch.float32)
@@ -216,7 +208,7 @@ def _traceable(
     q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
 ):
     """The same without a look at the tables on the host: every row carries every segment, hidden where it has none."""
-    out = _attend(q, text_k[text_page], text_v[text_page])
+    out = attend(q, text_k[text_page], text_v[text_page])
     if image_page is None or image_page.shape[1] == 0 or image_k.shape[0] == 0:
         return out.contiguous()
     exact = torch.promote_types(q.dtype, torch.float32)
@@ -251,12 +243,6 @@ def _gate(strength, masks, mask_index, index, segment, q):
     return gate[:, :, None, None]
 
 
-def _attend(q, k, v):
-    """[rows, tokens, heads, d] in and out."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
 def _weighted(query, keys, values, gates=None):
     """softmax(query keys^T / sqrt(d)) * gates @ values for one row: [tokens, heads, d]."""
     weights = torch.softmax(torch.einsum("qhd,khd->hqk", query, keys) / math.sqrt(query.shape[-1]), -1)
@@ -283,7 +269,7 @@ _gated_cross_attention = Operation(
     f"({_ARGUMENTS}) -> Tensor",
     outputs=_outputs,
     forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
-    refuse=_refuse,
+    refuse=refuse_head_size,
     values=_check_values,
     traceable=_traceable,
 )

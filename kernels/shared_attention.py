@@ -216,7 +216,8 @@ def _check_values(
     checks.integers_within("mode", mode, PLAIN, SWAP + 1, "modes (0 plain, 1 concat, 2 swap)")
 
 
-def _refuse(backend, arguments) -> str:
+def refuse_head_size(backend: str, arguments: tuple) -> str:
+    """Why a fused form can't take the heads of q, the first argument; "" if it can."""
     width = arguments[0].shape[-1]
     if backend != "torch" and width not in HEAD_SIZES:
         return f"head size {width} is not one of {', '.join(map(str, HEAD_SIZES))}"
@@ -233,20 +234,20 @@ def _torch(
     """On PyTorch's attention kernels: rows are gathered by what they attend to, one call per kind. Reads the host."""
     rows = q.shape[0]
     if page.shape[1] == 0 or q.numel() == 0:
-        return _attend(q, k, v).contiguous()
+        return attend(q, k, v).contiguous()
 
     kinds: dict[tuple, list[int]] = {}
     for row, columns in enumerate(zip(mode.tolist(), page.tolist(), shift.tolist(), strict=True)):
         kinds.setdefault(_kind(*columns, rows), []).append(row)
     if list(kinds) == [(PLAIN,)]:
-        return _attend(q, k, v).contiguous()
+        return attend(q, k, v).contiguous()
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for (row_mode, *sources), members in kinds.items():
         index = torch.tensor(members, device=q.device)
         query, own_k, own_v = q[index], k[index], v[index]
         if row_mode == PLAIN:
-            out[index] = _attend(query, own_k, own_v)
+            out[index] = attend(query, own_k, own_v)
             continue
         if gain is not None:
             parts = [query, own_k, own_v]
@@ -274,7 +275,7 @@ def _torch(
         mask = None  # [members, 1, 1, keys]
         if bias is not None or bool((shift[index] != 0).any()):
             mask = torch.cat(extra, 1)[:, None, None].to(_exact(q.dtype))
-        part = _attend(query, torch.cat(keys, 1), torch.cat(values, 1), mask)
+        part = attend(query, torch.cat(keys, 1), torch.cat(values, 1), mask)
         if bias is not None:
             part = part.masked_fill(torch.isneginf(mask).all(-1)[..., None], 0)
         out[index] = part
@@ -302,7 +303,7 @@ def _traceable(
     """The same without a look at the tables on the host: every row carries every segment, hidden where it has none."""
     rows, tokens = q.shape[:2]
     if page.shape[1] == 0:
-        return _attend(q, k, v).contiguous()
+        return attend(q, k, v).contiguous()
     used = (mode != PLAIN)[:, None] & (page >= 0)  # [rows, R]
     styled = used.any(1)
     parts = [q, k, v]
@@ -335,7 +336,7 @@ def _traceable(
             extra.append(torch.where(seen[:, None], shifts.to(hidden.dtype), hidden))
     mask = torch.cat(extra, 1)  # [rows, keys]
     blind = torch.isneginf(mask).all(1, keepdim=True)
-    out = _attend(query, torch.cat(keys, 1), torch.cat(values, 1), torch.where(blind, 0, mask)[:, None, None])
+    out = attend(query, torch.cat(keys, 1), torch.cat(values, 1), torch.where(blind, 0, mask)[:, None, None])
     return torch.where(blind[:, :, None, None], 0, out).contiguous()
 
 
@@ -352,8 +353,8 @@ def _scaled(page_k: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (page_k.to(_exact(page_k.dtype)) * scale[:, None, None, None]).to(page_k.dtype)
 
 
-def _attend(q, k, v, mask=None):
-    """[rows, tokens, heads, d] in and out."""
+def attend(q, k, v, mask=None):
+    """PyTorch's own attention, [rows, tokens, heads, d] in and out."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
@@ -379,7 +380,7 @@ _shared_attention = Operation(
     f"({_ARGUMENTS}) -> Tensor",
     outputs=_outputs,
     forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
-    refuse=_refuse,
+    refuse=refuse_head_size,
     values=_check_values,
     traceable=_traceable,
 )

@@ -6,16 +6,25 @@ import sys
 from glob import glob
 from pathlib import Path
 
+import pytest
+from hypothesis import settings
+
 # before any import of transformers or diffusers, which read them once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
-# Triton reads this when a kernel is defined: without a GPU its kernels run interpreted, on CPU tensors
-if not glob("/dev/nvidia[0-9]*"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest
-from hypothesis import settings
+def _has_gpu() -> bool:
+    if not glob("/dev/nvidia[0-9]*"):  # tests that never touch torch should not wait for its import
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# Triton reads this when a kernel is defined: without a GPU its kernels run interpreted, on CPU tensors
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # the same examples on every machine, and no time limit on one that shares its cores
 settings.register_profile("stylefast", derandomize=True, deadline=None, max_examples=60, database=None)

@@ -18,9 +18,8 @@ from stylefast.kernels.shared_attention import FP8
 
 # only a build that was switched off on purpose excuses its absence; a failed one must show
 switched_off = extension() is None and os.environ.get("STYLEFAST_EXTENSION") == "0"
-FORMS = [
-    "torch", pytest.param("cpp", marks=pytest.mark.skipif(switched_off, reason=extension_error() or "built"))
-]  # fmt: skip
+NEEDS_EXTENSION = pytest.mark.skipif(switched_off, reason=extension_error() or "built")
+FORMS = ["torch", pytest.param("cpp", marks=NEEDS_EXTENSION)]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (32, 40, 64, 80, 128)
 LAYOUTS = ("contiguous", "fused", "transposed", "padded", "spread")

@@ -7,7 +7,7 @@ from stylefast.kernels import registry
 from stylefast.models.unet import ImageKV, UNet
 from tests.oracle import instant_style as ip
 from tests.oracle.rows import image_columns, plain_rows, run, share
-from tests.oracle.small import Inputs, forward, random_inputs, random_unet
+from tests.oracle.small import Inputs, forward, random_inputs
 from tests.oracle.style_aligned import Sharing
 
 SIZES = {"square": (8, 8), "wide": (8, 16), "tall and odd": (13, 6)}
@@ -18,16 +18,6 @@ SHARINGS = {
     "swap": Sharing((0, 0, 0), mode="swap"),
     "AdaIN alone": Sharing((0, 0, 0), share_attention=False),
 }
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    return random_unet()
-
-
-@pytest.fixture(scope="module")
-def ours(theirs):
-    return UNet.from_state(dict(theirs.config), theirs.state_dict()).eval()
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from stylefast.kernels import registry
 from stylefast.kernels.adain_affine import adain_affine
 from stylefast.kernels.token_stats import token_stats
-from stylefast.models.unet import UNet
 from tests.oracle import instant_style as ip
 from tests.oracle.rows import image_columns, plain_rows, run, share
-from tests.oracle.small import forward, random_inputs, random_unet
+from tests.oracle.small import forward, random_inputs
 from tests.oracle.style_aligned import Sharing, adain, guidance_layout, shared
 from tests.oracle.test_oracle import SETTINGS
 
@@ -28,16 +27,6 @@ STYLE, LAYOUT = "up_blocks.0.attentions.1", "down_blocks.2.attentions.1"
 def pytorchs_attention():
     with registry.using("torch"):
         yield
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    return random_unet()
-
-
-@pytest.fixture(scope="module")
-def ours(theirs):
-    return UNet.from_state(dict(theirs.config), theirs.state_dict()).eval()
 
 
 @pytest.fixture(scope="module")
