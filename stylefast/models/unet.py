@@ -6,11 +6,11 @@ processors, hooks or hidden context. In a self-attention the order is
 
     project -> token statistics -> AdaIN as gain and offset -> shared attention over own and reference tokens -> out
 
-and it is written down once, in `SelfAttention.forward`.
+and it is written down once, in `SelfAttention.forward`. `Conditioning` cuts the
+row table into what each layer reads.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,41 +22,20 @@ from stylefast.kernels.gated_cross_attention import gated_cross_attention
 from stylefast.kernels.geglu import geglu
 from stylefast.kernels.group_norm_silu import group_norm_silu
 from stylefast.kernels.layer_norm import add_layer_norm, layer_norm
-from stylefast.kernels.shared_attention import PLAIN, Affine, shared_attention
+from stylefast.kernels.shared_attention import Affine, shared_attention
 from stylefast.kernels.token_stats import token_stats
+from stylefast.models.conditioning import (
+    Conditioning,
+    CrossInputs,
+    ImageKV,
+    KeyValue,
+    NormInputs,
+    ReferenceFeatures,
+    SelfInputs,
+    StylePages,
+)
 from stylefast.models.layout import AttentionLayout
-from stylefast.models.row_table import NO_PAGE, RowTable
-
-KeyValue = tuple[torch.Tensor, torch.Tensor]  # two tensors [pages, tokens, heads, d]
-
-
-class ImageKV(NamedTuple):
-    """Image keys and values of every layer, padded to one token count."""
-
-    layers: tuple[KeyValue, ...]
-    lengths: torch.Tensor  # [image pages] int64: tokens in use
-
-
-class StylePages(NamedTuple):
-    """One step of a style bank: what reference rows would have offered, without running them."""
-
-    layers: tuple[KeyValue, ...]  # raw keys and values per self-attention layer
-    means: tuple[torch.Tensor, ...]  # per layer [3, pages, heads, d]: token means of queries, keys, values
-    variances: tuple[torch.Tensor, ...]
-    norm_means: tuple[torch.Tensor, ...]  # per group norm [pages, groups], in module order
-    norm_variances: tuple[torch.Tensor, ...]
-    norm_elements: tuple[int, ...]
-
-
-class Conditioning(NamedTuple):
-    """Everything beside the feature map that a block may look at."""
-
-    time: torch.Tensor  # [rows, time channels], after SiLU
-    rows: RowTable
-    text_kv: tuple[KeyValue, ...]
-    image_kv: ImageKV | None
-    pages: StylePages | None
-    masks: tuple[torch.Tensor, ...]  # per attention level [masks, tokens]
+from stylefast.models.row_table import RowTable
 
 
 class GroupNorm(nn.Module):
@@ -68,13 +47,11 @@ class GroupNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.index = -1  # place among the UNet's group norms, set by UNet
 
-    def forward(self, x, condition: Conditioning, silu: bool = True):  # [rows, channels, h, w]
-        pages, pool = condition.pages, ()
-        if pages is not None:
-            i = self.index
-            pool = (pages.norm_means[i], pages.norm_variances[i], pages.norm_elements[i])
+    def forward(self, x, inputs: NormInputs, silu: bool = True):  # [rows, channels, h, w]
+        if inputs.keep is not None:
+            inputs.keep(x, self.groups)
         return group_norm_silu(
-            x, self.groups, self.weight, self.bias, self.eps, silu, condition.rows.norm_page, *pool
+            x, self.groups, self.weight, self.bias, self.eps, silu, inputs.page, *inputs.pool
         )
 
 
@@ -87,33 +64,33 @@ class SelfAttention(nn.Module):
         self.to_v = nn.Linear(channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x, condition: Conditioning):  # [rows, tokens, channels]
-        q, k, v = (_split(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
-        rows, pages = condition.rows, condition.pages
-        if rows.self_page.shape[1] == 0:
-            out = shared_attention(q, k, v, rows.self_page, rows.self_mode, rows.self_scale, rows.self_shift)
+    def key_values(self, hidden) -> KeyValue:  # [pages, tokens, channels], normed
+        """Keys and values of hidden states that a bank holds in their place."""
+        return _split(self.to_k(hidden), self.heads), _split(self.to_v(hidden), self.heads)
+
+    def forward(self, x, inputs: SelfInputs):  # [rows, tokens, channels]
+        q, (k, v) = _split(self.to_q(x), self.heads), self.key_values(x)
+        if inputs.keep is not None:
+            inputs.keep(x, q, k, v)
+        columns = (inputs.page, inputs.mode, inputs.scale, inputs.shift)
+        if inputs.page.shape[1] == 0:
+            out = shared_attention(q, k, v, *columns)
         else:
-            active = rows.self_layers[:, self.layer]
-            pool = pages.layers[self.layer] if pages is not None else (None, None)
-            out = shared_attention(
-                q, k, v, rows.self_page, torch.where(active, rows.self_mode, PLAIN), rows.self_scale, rows.self_shift,
-                self._adain(q, k, v, rows, active, pages), *pool,
-            )  # fmt: skip
+            out = shared_attention(q, k, v, *columns, self._adain(q, k, v, inputs), *inputs.pool)
         return self.to_out[0](out.flatten(2))
 
-    def _adain(self, q, k, v, rows: RowTable, active, pages: StylePages | None) -> Affine:
+    def _adain(self, q, k, v, inputs: SelfInputs) -> Affine:
         """Gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
-        pool = (pages.means[self.layer], pages.variances[self.layer]) if pages is not None else ()
         return adain_affine(
-            *token_stats(q, k, v), torch.where(active, rows.adain_page, NO_PAGE), rows.adain_strength, *pool,
+            *token_stats(q, k, v), inputs.adain_page, inputs.adain_strength, *inputs.pool_stats,
             check_finite=False,  # a picture that overflows is reported by the loop and must not stop the others here
         )  # fmt: skip
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, channels: int, cross_dim: int, heads: int, layer: int, module: int, level: int):
+    def __init__(self, channels: int, cross_dim: int, heads: int):
         super().__init__()
-        self.heads, self.layer, self.module, self.level = heads, layer, module, level
+        self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(cross_dim, channels, bias=False)
         self.to_v = nn.Linear(cross_dim, channels, bias=False)
@@ -122,16 +99,9 @@ class CrossAttention(nn.Module):
     def key_values(self, states) -> KeyValue:  # [pages, tokens, cross_dim]
         return _split(self.to_k(states), self.heads), _split(self.to_v(states), self.heads)
 
-    def forward(self, x, condition: Conditioning):  # [rows, tokens, channels]
-        q, rows = _split(self.to_q(x), self.heads), condition.rows
-        images = ()
-        if condition.image_kv is not None:
-            masks = condition.masks[self.level] if condition.masks else None
-            images = (
-                *condition.image_kv.layers[self.layer], condition.image_kv.lengths, rows.image_page,
-                rows.image_strength[:, :, self.module], rows.image_group, masks, rows.image_mask,
-            )  # fmt: skip
-        out = gated_cross_attention(q, *condition.text_kv[self.layer], rows.text_page, *images)
+    def forward(self, x, inputs: CrossInputs):  # [rows, tokens, channels]
+        q = _split(self.to_q(x), self.heads)
+        out = gated_cross_attention(q, inputs.text_k, inputs.text_v, inputs.text_page, *inputs.images)
         return self.to_out[0](out.flatten(2))
 
 
@@ -161,15 +131,14 @@ class TransformerBlock(nn.Module):
         layer = layout.layers[index]
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(layer.channels) for _ in range(3))
         self.attn1 = SelfAttention(layer.channels, layer.heads, index)
-        self.attn2 = CrossAttention(
-            layer.channels, cross_dim, layer.heads, index, layer.module_index, layer.level
-        )
+        self.attn2 = CrossAttention(layer.channels, cross_dim, layer.heads)
         self.ff = FeedForward(layer.channels)
+        self.place = (index, layer.module_index, layer.level)
 
-    def forward(self, x, condition: Conditioning):
+    def forward(self, x, own: SelfInputs, cross: CrossInputs):  # [rows, tokens, channels]
         hidden = layer_norm(x, *_affine(self.norm1))
-        x, hidden = add_layer_norm(x, self.attn1(hidden, condition), *_affine(self.norm2))
-        x, hidden = add_layer_norm(x, self.attn2(hidden, condition), *_affine(self.norm3))
+        x, hidden = add_layer_norm(x, self.attn1(hidden, own), *_affine(self.norm2))
+        x, hidden = add_layer_norm(x, self.attn2(hidden, cross), *_affine(self.norm3))
         return x + self.ff(hidden)
 
 
@@ -186,10 +155,11 @@ class Transformer(nn.Module):
 
     def forward(self, x, condition: Conditioning):  # [rows, channels, h, w]
         height, width = x.shape[2:]
-        hidden = self.norm(x, condition, silu=False).flatten(2).transpose(1, 2)
+        hidden = self.norm(x, condition.norm(self.norm.index), silu=False).flatten(2).transpose(1, 2)
         hidden = self.proj_in(hidden)
         for block in self.transformer_blocks:
-            hidden = block(hidden, condition)
+            layer, *_ = block.place
+            hidden = block(hidden, condition.self_attention(layer), condition.cross_attention(*block.place))
         return x + self.proj_out(hidden).transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -203,9 +173,9 @@ class Resnet(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
-    def forward(self, x, condition: Conditioning):
-        hidden = self.conv1(self.norm1(x, condition)) + self.time_emb_proj(condition.time)[:, :, None, None]
-        hidden = self.conv2(self.norm2(hidden, condition))
+    def forward(self, x, time, first: NormInputs, second: NormInputs):  # [rows, channels, h, w]
+        hidden = self.conv1(self.norm1(x, first)) + self.time_emb_proj(time)[:, :, None, None]
+        hidden = self.conv2(self.norm2(hidden, second))
         return hidden + (self.conv_shortcut(x) if self.conv_shortcut is not None else x)
 
 
@@ -232,8 +202,14 @@ class Block(nn.Module):
             setattr(self, kind, nn.ModuleList([sampler]))
         self.kind, self.attends, self.resamples = kind, bool(attentions), sampler is not None
 
+    def resnet(self, i: int, x, condition: Conditioning):
+        """Resnet `i` alone."""
+        resnet = self.resnets[i]
+        return resnet(x, condition.time, condition.norm(resnet.norm1.index), condition.norm(resnet.norm2.index))
+
     def layer(self, i: int, x, condition: Conditioning):
-        x = self.resnets[i](x, condition)
+        """Resnet `i` and its transformer, if the block attends."""
+        x = self.resnet(i, x, condition)
         return self.attentions[i](x, condition) if self.attends else x
 
     def resample(self, x, size: tuple[int, int] | None = None):
@@ -353,9 +329,10 @@ class UNet(nn.Module):
         pages: StylePages | None = None,
         masks: tuple[torch.Tensor, ...] = (),  # per attention level [masks, tokens]
         residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,  # a ControlNet's: skips, middle
+        features: ReferenceFeatures | None = None,  # takes what the rows offer as references
     ) -> torch.Tensor:
         """One denoising evaluation. Returns the model output [rows, 4, h, w]."""
-        condition = Conditioning(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks)
+        condition = Conditioning(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks, features)
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:
@@ -369,7 +346,7 @@ class UNet(nn.Module):
             skips = [skip + extra for skip, extra in zip(skips, residuals[0], strict=True)]
 
         x = self.mid_block.layer(0, x, condition)
-        x = self.mid_block.resnets[1](x, condition)
+        x = self.mid_block.resnet(1, x, condition)
         if residuals is not None:
             x = x + residuals[1]
 
@@ -378,7 +355,7 @@ class UNet(nn.Module):
                 x = block.layer(i, torch.cat([x, skips.pop()], dim=1), condition)
             if block.resamples:
                 x = block.resample(x, skips[-1].shape[2:])
-        return self.conv_out(self.conv_norm_out(x, condition))
+        return self.conv_out(self.conv_norm_out(x, condition.norm(self.conv_norm_out.index)))
 
 
 def _affine(norm: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor, float]:

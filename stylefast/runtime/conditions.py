@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from stylefast.errors import StyleError
+from stylefast.models.conditioning import ImageKV
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.masks import load_mask, mask_vectors
 from stylefast.models.text import Prompt, TextEncoder
-from stylefast.models.unet import ImageKV, UNet
+from stylefast.models.unet import UNet
 from stylefast.runtime.trajectory import NULL, Trajectory
 from stylefast.styles.dream_styler import DreamStyler, pooled_policy_of, prompts_per_step
 from stylefast.styles.instant_style import InstantStyle

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from stylefast.models.unet import GroupNorm, SelfAttention, StylePages, UNet
+from stylefast.models.conditioning import StylePages
+from stylefast.models.unet import GroupNorm, SelfAttention, UNet
 from tests.oracle.rows import plain_rows, run, share
 from tests.oracle.small import random_inputs, random_unet
 from tests.oracle.style_aligned import Sharing
