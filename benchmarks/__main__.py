@@ -6,6 +6,7 @@ from importlib import import_module
 BENCHMARKS = {
     "gpu": "benchmarks.gpu",
     "kernels": "benchmarks.kernels.command",
+    "runtime": "benchmarks.runtime.command",
     "startup": "benchmarks.startup",
     "tiny_quality": "benchmarks.tiny_quality",
 }

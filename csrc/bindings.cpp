@@ -4,12 +4,15 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <chrono>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "copy_engine.h"
 #include "cpu_features.h"
 #include "operations.h"
+#include "page_pool.h"
 #include "planner.h"
 
 namespace py = pybind11;
@@ -17,30 +20,98 @@ namespace py = pybind11;
 namespace {
 
 using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
+using BoolArray = py::array_t<bool, py::array::c_style>;
+using ReleasedGil = py::call_guard<py::gil_scoped_release>;
 
-py::tuple plan_segments(const Int64Array& images, const Int64Array& branches, const Int64Array& offsets,
-                        const Int64Array& reference_images, const Int64Array& reference_pages, std::int64_t min_width,
-                        bool mutual) {
-    const std::int64_t rows = images.size();
-    const std::int64_t entries = reference_images.size();
-    if (branches.size() != rows || offsets.size() != rows + 1 || reference_pages.size() != entries || min_width < 0) {
-        throw std::invalid_argument("plan_segments: the arrays' lengths do not fit each other");
+std::int64_t plan(stylefast::BatchPlanner& planner, const Int64Array& images, const Int64Array& branches,
+                  const Int64Array& offsets, const Int64Array& reference_images, const Int64Array& reference_pages,
+                  Int64Array& page, Int64Array& order, bool mutual) {
+    const std::int64_t rows = images.size(), entries = reference_images.size();
+    if (branches.size() != rows || offsets.size() != rows + 1 || reference_pages.size() != entries ||
+        page.ndim() != 2 || page.shape(0) != rows || order.size() != rows) {
+        throw std::invalid_argument("the arrays' lengths do not fit each other");
     }
-    const std::int64_t* bounds = offsets.data();
-    for (std::int64_t row = 0; row < rows; ++row) {
-        if (bounds[row] > bounds[row + 1]) throw std::invalid_argument("plan_segments: offsets must not fall");
-    }
-    if (bounds[0] != 0 || bounds[rows] != entries) {
-        throw std::invalid_argument("plan_segments: offsets must run from 0 to the number of references");
-    }
+    const stylefast::Batch batch{images.data(), branches.data(), offsets.data(), reference_images.data(),
+                                 reference_pages.data(), rows, entries};
+    const std::int64_t width = page.shape(1);
+    std::int64_t *const page_data = page.mutable_data(), *const order_data = order.mutable_data();
+    const py::gil_scoped_release release;
+    return planner.plan(batch, mutual, width, page_data, order_data);
+}
 
-    stylefast::Segments plan;
+std::int64_t count_keys(const Int64Array& keys) {
+    if (keys.ndim() != 2 || keys.shape(1) != 4) {
+        throw std::invalid_argument("keys must be an array [pages, 4] of style, step, branch and reference");
+    }
+    return keys.shape(0);
+}
+
+template <void (stylefast::PagePool::*take)(const std::int64_t*, std::int64_t, std::int64_t*, bool*)>
+py::tuple take_pages(stylefast::PagePool& pool, const Int64Array& keys) {
+    const std::int64_t count = count_keys(keys);
+    Int64Array slots(count);
+    BoolArray claimed(count);
+    std::int64_t* const slot_data = slots.mutable_data();
+    bool* const claimed_data = claimed.mutable_data();
     {
-        py::gil_scoped_release release;
-        plan = stylefast::plan_segments(images.data(), branches.data(), rows, bounds, reference_images.data(),
-                                        reference_pages.data(), min_width, mutual);
+        const py::gil_scoped_release release;
+        (pool.*take)(keys.data(), count, slot_data, claimed_data);
     }
-    return py::make_tuple(Int64Array({rows, plan.width}, plan.page.data()), Int64Array(rows, plan.order.data()));
+    return py::make_tuple(slots, claimed);
+}
+
+template <void (stylefast::PagePool::*end)(const std::int64_t*, std::int64_t)>
+void end_load(stylefast::PagePool& pool, const Int64Array& slots) {
+    const py::gil_scoped_release release;
+    (pool.*end)(slots.data(), slots.size());
+}
+
+bool wait_for_pages(stylefast::PagePool& pool, const Int64Array& slots) {
+    for (;;) {
+        stylefast::WaitResult result;
+        {
+            const py::gil_scoped_release release;
+            result = pool.wait(slots.data(), slots.size(), std::chrono::milliseconds(100));
+        }
+        if (result != stylefast::WaitResult::kPending) return result == stylefast::WaitResult::kReady;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();  // such as Ctrl-C
+    }
+}
+
+void release_pages(stylefast::PagePool& pool, const Int64Array& keys) {
+    const std::int64_t count = count_keys(keys);
+    const py::gil_scoped_release release;
+    pool.release(keys.data(), count);
+}
+
+py::tuple pool_stats(const stylefast::PagePool& pool) {
+    stylefast::PoolStats stats;
+    {
+        const py::gil_scoped_release release;
+        stats = pool.stats();
+    }
+    return py::make_tuple(stats.slots, stats.resident, stats.loading, stats.pinned, stats.hits, stats.misses,
+                          stats.evictions);
+}
+
+py::object list_pages(const stylefast::PagePool& pool) {
+    Int64Array rows({pool.slots(), stylefast::PagePool::kColumns});
+    std::int64_t* const data = rows.mutable_data();
+    std::int64_t count = 0;
+    {
+        const py::gil_scoped_release release;
+        count = pool.list(data);
+    }
+    return rows[py::slice(0, count, 1)];
+}
+
+stylefast::CopyEngine::Ticket submit(stylefast::CopyEngine& engine, const Int64Array& sources,
+                                     const Int64Array& destinations, const Int64Array& bytes) {
+    if (destinations.size() != sources.size() || bytes.size() != sources.size()) {
+        throw std::invalid_argument("the arrays' lengths do not fit each other");
+    }
+    const py::gil_scoped_release release;
+    return engine.submit(sources.data(), destinations.data(), bytes.data(), sources.size());
 }
 
 // an operation that computes without the GIL; the environment is read before, while Python can't change it
@@ -53,13 +124,44 @@ auto released(void (*operation)(const std::string&, Arguments...)) {
     };
 }
 
+void bind_runtime(py::module_& module) {
+    using stylefast::BatchPlanner, stylefast::CopyEngine, stylefast::PagePool;
+    py::class_<BatchPlanner>(module, "BatchPlanner")
+        .def(py::init<>())
+        .def("plan", &plan, py::arg("images").noconvert(), py::arg("branches").noconvert(),
+             py::arg("offsets").noconvert(), py::arg("reference_images").noconvert(),
+             py::arg("reference_pages").noconvert(), py::arg("page").noconvert(), py::arg("order").noconvert(),
+             py::arg("mutual"));
+
+    py::register_exception<stylefast::PoolFull>(module, "PoolFull", PyExc_RuntimeError);
+    py::class_<PagePool>(module, "PagePool")
+        .def(py::init<std::int64_t>(), py::arg("slots"))
+        .def("acquire", &take_pages<&PagePool::acquire>, py::arg("keys"))
+        .def("prefetch", &take_pages<&PagePool::prefetch>, py::arg("keys"))
+        .def("filled", &end_load<&PagePool::filled>, py::arg("slots"))
+        .def("failed", &end_load<&PagePool::failed>, py::arg("slots"))
+        .def("wait", &wait_for_pages, py::arg("slots"))
+        .def("release", &release_pages, py::arg("keys"))
+        .def("drop", &PagePool::drop, py::arg("style"), ReleasedGil())
+        .def("clear", &PagePool::clear, ReleasedGil())
+        .def("stats", &pool_stats)
+        .def("pages", &list_pages);
+
+    py::class_<CopyEngine::Ticket>(module, "CopyTicket").def_readonly("chunks", &CopyEngine::Ticket::chunks);
+    py::class_<CopyEngine>(module, "CopyEngine")
+        .def(py::init<std::int64_t, std::int64_t>(), py::arg("threads"), py::arg("capacity"))
+        .def("submit", &submit, py::arg("sources"), py::arg("destinations"), py::arg("bytes"))
+        .def("progress", &CopyEngine::progress, py::arg("ticket"), ReleasedGil())
+        .def("wait", &CopyEngine::wait, py::arg("ticket"), py::arg("chunks") = -1, ReleasedGil())
+        .def("close", &CopyEngine::close, ReleasedGil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "stylefast's C++ parts; call them through stylefast.runtime and stylefast.kernels";
-    module.attr("interface") = 3;  // stylefast/_extension.py refuses any other number than its own
-    module.def("plan_segments", &plan_segments, py::arg("images"), py::arg("branches"), py::arg("offsets"),
-               py::arg("reference_images"), py::arg("reference_pages"), py::arg("min_width"), py::arg("mutual"));
+    module.attr("interface") = 4;  // stylefast/_extension.py refuses any other number than its own
+    bind_runtime(module);
     module.def("cpu_features", &stylefast::cpu_features);
     module.def("instruction_set", &stylefast::instruction_set);
     module.def("shared_attention", released(&stylefast::shared_attention), py::arg("q"), py::arg("k"), py::arg("v"),

@@ -3,23 +3,43 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace stylefast {
 
-struct Segments {
-    std::int64_t width = 0;           // columns of page
-    std::vector<std::int64_t> page;   // rows x width, row-major; -1 where a row has no further reference
-    std::vector<std::int64_t> order;  // a permutation of the rows
+// The references of row r are entries offsets[r] to offsets[r + 1] of reference_images and reference_pages.
+struct Batch {
+    const std::int64_t* images;    // [rows]
+    const std::int64_t* branches;  // [rows], 0 to 3
+    const std::int64_t* offsets;   // [rows + 1]
+    const std::int64_t* reference_images;  // [entries]
+    const std::int64_t* reference_pages;   // [entries], -1: the row of that image in the same branch
+    std::int64_t rows, entries;
 };
 
-// The references of row r are entries offsets[r] to offsets[r + 1] of reference_images and reference_pages.
-// A page of the bank (reference_pages >= 0) becomes rows + page; otherwise the row that holds the reference's image in
-// the branch of row r. At least min_width columns are written.
-// Throws std::invalid_argument for two rows of one image and branch, for a reference without a row in the branch, and,
-// unless mutual, for a reference that has references itself.
-Segments plan_segments(const std::int64_t* images, const std::int64_t* branches, std::int64_t rows,
-                       const std::int64_t* offsets, const std::int64_t* reference_images,
-                       const std::int64_t* reference_pages, std::int64_t min_width, bool mutual);
+// Keeps its scratch from batch to batch, so that it stops allocating once it has seen the largest one. For one thread
+// at a time.
+class BatchPlanner {
+public:
+    // Fills page [rows, width] (-1 where a row has no further reference) and order [rows], a permutation of the rows.
+    // A page of the bank (reference_pages >= 0) becomes rows + page. Returns the most references that a row has.
+    // Throws std::invalid_argument for values out of range, for more references than width, for two rows of one image
+    // and branch, for a reference without a row in the branch, and, unless mutual, for a reference that has references
+    // itself; page and order then hold anything.
+    std::int64_t plan(const Batch& batch, bool mutual, std::int64_t width, std::int64_t* page, std::int64_t* order);
+
+private:
+    void index_rows(const Batch& batch);
+    std::int64_t find_row(const Batch& batch, std::int64_t image, std::int64_t branch) const;
+    void resolve(const Batch& batch, bool mutual, std::int64_t width, std::int64_t* page);
+    void arrange(std::int64_t rows, std::int64_t width, const std::int64_t* page, std::int64_t* order);
+    std::int64_t find_root(std::int64_t row);
+    void join(std::int64_t a, std::int64_t b);
+
+    std::vector<std::int64_t> by_image_;  // rows by (image, branch)
+    std::vector<std::int64_t> parent_;    // of each row, in the forest of rows that share pages
+    std::vector<std::pair<std::int64_t, std::int64_t>> readers_;  // (bank page, row that reads it)
+};
 
 }  // namespace stylefast

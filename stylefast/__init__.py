@@ -17,6 +17,7 @@ _EXPORTS = {
     "Request": "stylefast.engine",
     "Result": "stylefast.engine",
     "StyleAligned": "stylefast.styles.style_aligned",
+    "StyleBank": "stylefast.styles.bank",
     "InstantStyle": "stylefast.styles.instant_style",
     "DreamStyler": "stylefast.styles.dream_styler",
     "StyleContextGuidance": "stylefast.sampling.guidance",

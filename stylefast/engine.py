@@ -10,23 +10,24 @@ from typing import Any
 import torch
 
 import stylefast
-from stylefast.errors import AdapterError, InvalidRequest, OutOfMemory
+from stylefast.errors import AdapterError, InvalidRequest, NumericsError, OutOfMemory, StyleFastError
 from stylefast.models import vae as vaes
 from stylefast.models.checkpoint import Components, from_pipeline, load_components, load_image_encoder
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.lora import LoraSet
-from stylefast.models.pictures import open_picture
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
-from stylefast.record import to_record
-from stylefast.runtime.conditions import encode_conditions
+from stylefast.record import style_digest, to_record
+from stylefast.runtime.baking import BakeCallback, bake, bake_request
+from stylefast.runtime.conditions import ConditionStore
+from stylefast.runtime.core import Runtime, not_finite
 from stylefast.runtime.loop import StepCallback, denoise
-from stylefast.runtime.memory import check_batch_fits, is_out_of_memory
-from stylefast.runtime.pinning import Pin, forward_pin, inverted_pin, scheduler_config
-from stylefast.runtime.request import Request, check_size
-from stylefast.runtime.trajectory import Trajectory, plan_trajectories
-from stylefast.sampling.schedule import Schedule, make_schedule
+from stylefast.runtime.memory import MemoryBudget, is_out_of_memory, parse_bytes
+from stylefast.runtime.preparing import Preparer
+from stylefast.runtime.request import Request
+from stylefast.runtime.step import TorchBackend
+from stylefast.styles.bank import StyleBank
 
 __all__ = ["Engine", "Request", "Result"]
 
@@ -55,7 +56,15 @@ class Engine:
     Make one with `Engine.from_pretrained` or `Engine.from_pipeline`.
     """
 
-    def __init__(self, components: Components):
+    def __init__(
+        self,
+        components: Components,
+        *,
+        backend: str = "auto",
+        memory_limit: int | str | None = None,
+        bank_memory: int | str | None = None,
+        batch_buckets: Sequence[int] = (),
+    ):
         self._components = components
         self.name, self.fingerprint = components.name, components.fingerprint
         self.unet = UNet.from_state(components.unet_config, components.unet_state)
@@ -64,6 +73,16 @@ class Engine:
         self.vae = components.vae
         self.adapters: dict[str, tuple[IPAdapter, ImageEncoder]] = {}
         self.loras = LoraSet(components.unet_config, components.unet_state, components.text_encoders)
+        scheduler_config = components.scheduler_config
+        store = ConditionStore(
+            self.unet, self.text_encoder, self.adapters, scheduler_config.get("num_train_timesteps", 1000),
+            revision=lambda: self.loras.fingerprint,
+        )  # fmt: skip
+        budget = MemoryBudget(parse_bytes("memory_limit", memory_limit), parse_bytes("bank_memory", bank_memory))
+        self.runtime = Runtime(self.unet, store, TorchBackend(self.unet), budget, _buckets(batch_buckets))
+        self._preparer = Preparer(
+            self.runtime, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
+        )
 
     @classmethod
     def from_pretrained(
@@ -173,6 +192,8 @@ class Engine:
         seed: int = 0,
         scheduler: str = "euler",
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        spacing: str | None = None,
         callback: StepCallback | None = None,
         output: str = "pil",
     ) -> Result:
@@ -195,7 +216,8 @@ class Engine:
         if not prompts:
             raise InvalidRequest("no prompt was given; pass one or several")
         shared = {"negative_prompt": negative_prompt, "style": style, "steps": steps, "guidance": guidance,
-                  "size": size, "scheduler": scheduler, "guidance_rescale": guidance_rescale}  # fmt: skip
+                  "size": size, "scheduler": scheduler, "guidance_rescale": guidance_rescale,
+                  "guidance_interval": guidance_interval, "spacing": spacing}  # fmt: skip
         requests = [p if isinstance(p, Request) else Request(p, seed=seed + i, **shared) for i, p in enumerate(prompts)]
         # written down first: a value that can't be recorded must not cost finished pictures
         metadata = self._metadata(requests)
@@ -215,53 +237,73 @@ class Engine:
             images = [_to_pil(image) for image in images]
         return Result(images, latents, metadata)
 
+    def bake(
+        self,
+        style,
+        steps: int = 30,
+        scheduler: str = "euler",
+        size: tuple[int, int] | None = None,
+        guidance: float = 5.0,
+        negative_prompt: str = "",
+        *,
+        guidance_rescale: float = 0.0,
+        spacing: str | None = None,
+        store: str = "kv",
+        dtype: str = "auto",
+        path: str | Path | None = None,
+        overwrite: bool = True,
+        callback: BakeCallback | None = None,
+    ) -> StyleBank:
+        """Run a style's reference once and keep what it offers; `StyleAligned(bank)` then needs no reference rows.
+
+        Args:
+            style: a StyleAligned with a picture or a prompt; or a list with it and the other styles that its reference
+                shares. Its `layers` are those that the bank stores; scale, shift, mode, adain and the sharing of norms
+                are chosen anew wherever the bank is used.
+            steps, scheduler, size, spacing: what requests must have to use the bank. guidance above 1 bakes the null
+                branch too, which requests with guidance need; its value, guidance_rescale and negative_prompt are those
+                of a reference that is generated from a prompt.
+            store: "kv" (keys and values: largest, fastest), "hidden" (the states they are projected from: half as
+                large, projected when a page is fetched), "latents" (a few kilobytes a step; the reference runs again
+                beside its readers).
+            dtype: of keys, values or states: "auto" (the model's), "fp32", "fp16", "bf16" or "fp8".
+            path: write to this file while baking, so that the bank need not fit into memory; else it stays in memory
+                until `StyleBank.save`.
+            callback: called after every step with (step, steps).
+
+        Raises StyleError and InvalidRequest for what can't be baked, NumericsError when the reference's features are
+        not finite, OutOfMemory when it does not fit into memory or onto the disk.
+        """
+        options = {"steps": steps, "scheduler": scheduler, "size": size, "guidance": guidance, "spacing": spacing,
+                   "negative_prompt": negative_prompt, "guidance_rescale": guidance_rescale}  # fmt: skip
+        return bake(
+            self._preparer, bake_request(style, options), store=store, dtype=dtype, path=path, overwrite=overwrite,
+            callback=callback, styles_digest=style_digest, version=stylefast.__version__,
+        )  # fmt: skip
+
     def _sample(self, requests: Sequence[Request], callback: StepCallback | None) -> list[torch.Tensor]:
-        for style in {request.aligned for request in requests} - {None}:
-            style.layer_mask(self.unet.layout)
-        trajectories = plan_trajectories(requests, self._schedule, self.native_size)
-        sizes = dict.fromkeys(t.size for t in trajectories)
-        batches = [[t for t in trajectories if t.size == size] for size in sizes]
-        for batch in batches:
-            check_batch_fits(self.unet, sum(len(t.branches) for t in batch), self._latent_shape(batch[0].size)[1:])
-        done: dict[int, torch.Tensor] = {}
-        for batch in batches:
-            shape = self._latent_shape(batch[0].size)
-            pins = {t: self._pin(t) for t in batch if t.picture is not None}
-            conditions = encode_conditions(
-                batch, self.unet, self.text_encoder, self.adapters, shape[1:], self._train_timesteps
-            )
-            done |= denoise(self.unet, batch, conditions, shape, pins, callback)
+        runtime = self.runtime
+        with runtime.lock:
+            groups = self._preparer.groups(requests)
+        try:
+            done: dict[int, torch.Tensor] = {}
+            errors: list[StyleFastError] = []
+            for shape in dict.fromkeys(group.latent_shape for group in groups):
+                batch = [group for group in groups if group.latent_shape == shape]
+                finished, failed = denoise(runtime, batch, callback)
+                done |= finished
+                errors += failed
+        finally:
+            with runtime.lock:
+                for group in groups:
+                    runtime.retire(group)
+        if errors:
+            raise _joined(errors)
         return [done[i] for i in range(len(requests))]
 
-    def _schedule(self, request: Request) -> Schedule:
-        config = scheduler_config(request, self._components.scheduler_config)
-        return make_schedule(request.scheduler, request.steps, config)
-
-    @property
-    def _train_timesteps(self) -> int:
-        return self._components.scheduler_config.get("num_train_timesteps", 1000)
-
-    def _latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        width, height = check_size(size)
-        return self.unet.config["in_channels"], height // self.downscale, width // self.downscale
-
-    def _pin(self, t: Trajectory) -> Pin:
-        """How the reference picture of `t` is held at every step."""
-        clean, style = self._encode_picture(t), t.reference_of
-        if style.noise == "forward":
-            return forward_pin(t, clean)
-        config = self._components.scheduler_config
-        return inverted_pin(t, clean, self.unet, self.text_encoder, config, style.inversion_guidance)
-
-    def _encode_picture(self, t: Trajectory) -> torch.Tensor:
-        """A reference picture, scaled to cover the size and cropped in the middle, as latents [channels, h, w]."""
-        from PIL import ImageOps
-
-        picture = ImageOps.fit(open_picture(t.picture), t.size)
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(1, t.size[1], t.size[0], 3).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.inference_mode():
-            return vaes.encode(self.vae, pixels.to(self.unet.device))[0].float()
+    def _current_fingerprint(self) -> str:
+        loras = self.loras.fingerprint
+        return f"{self.fingerprint}+{loras[:16]}" if loras else self.fingerprint
 
     @torch.inference_mode()
     def _decode(self, latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -294,6 +336,20 @@ class Engine:
             "call": record,
         }
         return [{**common, "index": i, "seed": request.seed} for i, request in enumerate(requests)]
+
+
+def _buckets(given: Sequence[int]) -> tuple[int, ...]:
+    buckets = tuple(given)
+    if any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in buckets) or list(buckets) != sorted(buckets):
+        raise InvalidRequest(f"batch_buckets is {given!r}; give ascending row counts such as (2, 4, 8, 16), or none")
+    return buckets
+
+
+def _joined(errors: Sequence[StyleFastError]) -> StyleFastError:
+    """One error for a call in which groups failed: the first, or one that names all pictures that are not finite."""
+    if all(isinstance(error, NumericsError) for error in errors):
+        return not_finite([picture for error in errors for picture in error.pictures])
+    return errors[0]
 
 
 def _to_pil(image: torch.Tensor):

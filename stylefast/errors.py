@@ -41,7 +41,11 @@ class AdapterError(ModelError):
 
 
 class NumericsError(StyleFastError):
-    """NaN or infinity appeared in the latents of a picture."""
+    """NaN or infinity appeared in the latents of a picture; `pictures` are the numbers of those concerned."""
+
+    def __init__(self, *arguments, pictures=()):
+        super().__init__(*arguments)
+        self.pictures = tuple(pictures)
 
 
 class OutOfMemory(StyleFastError, MemoryError):

@@ -6,6 +6,8 @@ vectors likewise. A style of the class StyleAligned that several requests share 
 once and requests refer to them by number.
 """
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ import torch
 
 from stylefast.errors import InvalidRequest, StyleError, StyleFastError
 from stylefast.models.checkpoint import TINY
-from stylefast.record_values import Sources, Store
+from stylefast.record_values import Sources, Store, is_bank
 from stylefast.runtime.request import STYLES, Request
 from stylefast.sampling.guidance import StyleContextGuidance
 from stylefast.styles.dream_styler import DreamStyler
@@ -80,6 +82,14 @@ def from_record(
     return [_in_place(f"request {i}", _read_request, entry, styles, sources) for i, entry in enumerate(entries)]
 
 
+def style_digest(styles: Sequence) -> str:
+    """16 hexadecimal digits that tell what styles say from what others say; empty for no style."""
+    if not styles:
+        return ""
+    entries = [_style_entry(style, Store(TINY)) for style in styles]
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
+
+
 # writing
 
 
@@ -90,7 +100,9 @@ def _style_entry(style, store: Store) -> dict[str, Any]:
         value = getattr(style, f.name)
         if not f.init or _is_default(value, f):
             continue
-        if f.name in _PICTURES[kind]:
+        if f.name == "reference" and is_bank(value):
+            entry[f.name] = store.bank(value)
+        elif f.name in _PICTURES[kind]:
             many = isinstance(value, (list, tuple))
             entry[f.name] = [store.picture(one) for one in value] if many else store.picture(value)
         elif f.name == "embedding":
@@ -193,7 +205,9 @@ def _read_style(entry, sources: Sources):
     for name, value in values.items():
         if value is None:
             continue
-        if name in _PICTURES[kind]:
+        if name == "reference" and is_bank(value):
+            values[name] = sources.bank(value)
+        elif name in _PICTURES[kind]:
             many = isinstance(value, (list, tuple))
             values[name] = [sources.picture(one) for one in value] if many else sources.picture(value)
         elif name == "embedding":

@@ -14,10 +14,13 @@ from PIL import Image
 
 from stylefast.errors import ImageError, StyleError
 from stylefast.models.pictures import FORMATS, open_picture
+from stylefast.styles.bank import StyleBank
 from stylefast.styles.embeddings import StageEmbedding
 
 # larger pictures are not tried: compressing them costs seconds, and hardly any gets that small
 EMBED_PIXELS = 512 * 512
+# of a bank's metadata, those that say where its reference comes from
+_BANK_FIELDS = ("prompt", "seed", "noise", "steps", "scheduler", "size", "guidance", "created")
 EMBED_LIMIT = 48_000  # characters of base64 in one record, so that a picture's metadata stays below 64 KB
 
 
@@ -59,6 +62,13 @@ class Store:
         picture.save(stream, "PNG", optimize=True)
         return self._inside("png", stream.getvalue(), what) | entry
 
+    def bank(self, bank: StyleBank) -> dict[str, Any]:
+        """The entry of a style bank: where its file is, and what it was baked from."""
+        made = {name: value for name, value in bank.info.to_json().items() if name in _BANK_FIELDS}
+        if bank.path is None:
+            return {"bank": made, "in_memory": f"a style bank that was never saved ({bank.name})"}
+        return {"bank": made, "sha256": bank.checksum} | self._path(bank.path)
+
     def embedding(self, embedding: StageEmbedding, source, stage: int | None = None) -> dict[str, Any]:
         """The entry of learned vectors; `source` is where they were read, `stage` the only one that is needed."""
         if stage is not None:
@@ -96,11 +106,33 @@ class Store:
         return {form: text}
 
 
+def is_bank(source) -> bool:
+    """Whether a style's reference, or the entry or path of one, is a style bank."""
+    if isinstance(source, Mapping):
+        return "bank" in source
+    return isinstance(source, StyleBank) or (isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".bank")
+
+
 class Sources:
     """Turns entries of a record, and what people write in their place, into pictures, masks and vectors."""
 
     def __init__(self, base: Path | None, model_folder: Path):
         self.base, self.model_folder = base, Path(model_folder)
+
+    def bank(self, entry) -> StyleBank:
+        """The bank of an entry, or of a path relative to the file that names it. Raises StyleError."""
+        if isinstance(entry, str):
+            path = Path(entry)
+            return StyleBank.load(path if self.base is None else self.base / path)
+        described = {key: value for key, value in entry.items() if key != "bank"}
+        form = _form(described, ("path", "shipped", "in_memory"), "a style bank", StyleError)
+        if form == "in_memory":
+            raise StyleError(f"the style was {entry['in_memory']}, so it can't be read again; save banks before use")
+        path = self._shipped(entry["shipped"]) if form == "shipped" else self._absolute(entry["path"])
+        bank = StyleBank.load(path)
+        if entry.get("sha256", bank.checksum) != bank.checksum:
+            raise StyleError(f"the style bank {path} was baked anew since this was recorded; its content differs")
+        return bank
 
     def picture(self, entry):
         """A path as text, a PIL image, or a mask tensor. Raises ImageError and StyleError."""

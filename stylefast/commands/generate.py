@@ -20,7 +20,8 @@ EXAMPLES = """examples:
 DEFAULT_MODEL, DEFAULT_OUT = "tiny", "pictures"
 # what --from and --requests bring themselves
 _CALL_OPTIONS = (
-    "prompts", "negative", "steps", "guidance", "guidance_rescale", "seed", "size", "scheduler", "style_image",
+    "prompts", "negative", "steps", "guidance", "guidance_rescale", "guidance_interval", "spacing", "seed",
+    "size", "scheduler", "style", "style_image",
     "method", "style_prompt", "adain", "shift", "layers", "share_group_norm", "blocks", "scale", "content",
     "content_scale", "learned", "context",
 )  # fmt: skip
@@ -45,8 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group("--guidance-rescale", type=float, help="0 to 1; pulls the contrast of strong guidance back (default: 0)")
     group("--seed", type=int, help="of the first picture; the next ones count up (default: 0)")
     group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
-    group("--scheduler", metavar="NAME", help="ddim, euler, euler_ancestral, dpmpp_2m, unipc or lcm; euler, dpmpp_2m "
-          "and unipc also with _karras behind them (default: euler)")  # fmt: skip
+    group("--scheduler", metavar="NAME", help="ddim, euler, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, "
+          "dpmpp_3m_sde, dpmpp_sde, unipc, lcm or tcd; euler, unipc and the dpmpp ones also with _karras or _exponential "
+          "behind them; or a preset for few-step models: sdxl_turbo, sdxl_lightning, hyper_sd, ... (default: euler)")
+    group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
+    group("--guidance-interval", metavar="A-B", help="fractions of the steps in which guidance acts, e.g. 0-0.8 "
+          "(default: 0-1)")
 
     group = parser.add_argument_group("style").add_argument
     group("--style-image", action="append", metavar="PICTURE", help="reference picture: a file, or the name of one "

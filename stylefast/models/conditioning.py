@@ -31,7 +31,7 @@ class StylePages(NamedTuple):
     norm_elements: tuple[int, ...]
 
 
-class ReferenceFeatures:
+class RowFeatures:
     """What rows offer to others that take them as a reference, kept while they run: the content of a style bank.
 
     `layers[i]` holds (hidden [rows, tokens, channels], keys, values [rows, tokens, heads, d], means, variances
@@ -66,7 +66,7 @@ class SelfInputs(NamedTuple):
     adain_strength: torch.Tensor  # [rows, 3]
     pool: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # keys, values
     pool_stats: tuple[torch.Tensor, ...] = ()  # means, variances
-    keep: Callable[..., None] | None = None  # of `ReferenceFeatures`, where a reference is baked
+    keep: Callable[..., None] | None = None  # of `RowFeatures`, where a reference is baked
 
 
 class CrossInputs(NamedTuple):
@@ -99,7 +99,7 @@ class Conditioning(NamedTuple):
     image_kv: ImageKV | None
     pages: StylePages | None
     masks: tuple[torch.Tensor, ...]  # per attention level [masks, tokens]
-    features: ReferenceFeatures | None = None
+    features: RowFeatures | None = None
 
     def self_attention(self, layer: int) -> SelfInputs:
         """What self-attention `layer` reads."""

@@ -61,6 +61,15 @@ class Prompt:
         found = [name for name in self.vectors if self.text and f"<{name}>" in self.text]
         return sorted(found, key=lambda name: self.text.index(f"<{name}>"))
 
+    def identity(self) -> tuple:
+        """Equal for prompts that are encoded alike; vectors that learn stay apart, for their gradients."""
+        parts = []
+        for name in self.placeholders():
+            for rows in self.vectors[name]:
+                content = id(rows) if rows.requires_grad else rows.detach().float().cpu().numpy().tobytes()
+                parts.append((name, tuple(rows.shape), content))
+        return self.text, *parts
+
 
 @dataclass(frozen=True)
 class _Sequence:
@@ -139,7 +148,7 @@ class TextEncoder:
                 places.append(None)
                 continue
             prompt = Prompt("") if prompt.text is None else prompt
-            key = _identity(prompt)
+            key = prompt.identity()
             if key not in distinct:
                 distinct[key] = len(batch)
                 batch.append(prompt)
@@ -262,13 +271,3 @@ def _table_name(encoder: torch.nn.Module) -> str:
     with _encoder_lock:
         table = encoder.get_input_embeddings().weight
         return next(name for name, parameter in encoder.named_parameters() if parameter is table)
-
-
-def _identity(prompt: Prompt) -> tuple:
-    # by content, so that stages with equal vectors cost one encoding; learning vectors stay apart, for their gradients
-    parts = []
-    for name in prompt.placeholders():
-        for rows in prompt.vectors[name]:
-            content = id(rows) if rows.requires_grad else rows.detach().float().cpu().numpy().tobytes()
-            parts.append((name, tuple(rows.shape), content))
-    return prompt.text, *parts

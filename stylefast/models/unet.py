@@ -30,7 +30,7 @@ from stylefast.models.conditioning import (
     ImageKV,
     KeyValue,
     NormInputs,
-    ReferenceFeatures,
+    RowFeatures,
     SelfInputs,
     StylePages,
 )
@@ -329,7 +329,7 @@ class UNet(nn.Module):
         pages: StylePages | None = None,
         masks: tuple[torch.Tensor, ...] = (),  # per attention level [masks, tokens]
         residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,  # a ControlNet's: skips, middle
-        features: ReferenceFeatures | None = None,  # takes what the rows offer as references
+        features: RowFeatures | None = None,  # takes what the rows offer as references
     ) -> torch.Tensor:
         """One denoising evaluation. Returns the model output [rows, 4, h, w]."""
         condition = Conditioning(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks, features)

@@ -1,20 +1,29 @@
 """Between pictures and latents: loading a VAE, and `encode` and `decode` that hide the differences between kinds.
 
 AutoencoderKL and AutoencoderTiny are diffusers'. The stock SDXL VAE overflows in float16 (its config says
-`force_upcast`); it is then run in float32, as diffusers' pipelines do. The fp16-fix VAE says False and is run as it is.
+`force_upcast`); `decoding_dtype` tells what it is decoded in instead. The fp16-fix VAE says False and is run as it is.
 """
 
 import json
+import logging
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound, NumericsError
 from stylefast.models.hub import hub_folder, is_hub_id, pick_weights, wanted_files
-from stylefast.models.weight_files import WeightHeader, load_weights, read_header, recognise
+from stylefast.models.vae_copies import working_decoder, working_encoder
+from stylefast.models.vae_tiles import decode_tiles, plan_decode
+from stylefast.models.weight_files import WeightHeader, available_memory, load_weights, read_header, recognise
 
 SDXL_SCALING_FACTOR = 0.13025
+DECODE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FREE_SHARE = 0.8
+
+logger = logging.getLogger(__name__)
+_overflowed: WeakSet[nn.Module] = WeakSet()
 
 
 def load_vae(source, *, dtype: torch.dtype, device, variant="auto", local_files_only=False, config=None) -> nn.Module:
@@ -114,23 +123,100 @@ def encode(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
             f"pictures of shape {tuple(images.shape)} can't be encoded: [n, 3, H, W] is needed, with H and W divisible "
             f"by {factor}"
         )
+    _onload(vae)
+    weight = next(vae.parameters())
+    # never bfloat16 in place of float16: these latents steer a whole run, and are made once
+    held = _held_in({"_class_name": type(vae).__name__, **vae.config}, weight.dtype)
     with torch.no_grad():
-        encoded = _run(_Encode(vae), images)
+        encoded = working_encoder(vae, held)(images.to(weight.device, held))
+    channels = vae.config["latent_channels"]
+    encoded = encoded[:, :channels].float()  # an AutoencoderKL's moments are means, then log variances
     shift, scale = _affine(vae, encoded)
-    return _finite((encoded.float() - shift) * scale, vae, "encoded")
+    return _finite((encoded - shift) * scale, "encoded", held)
 
 
-def decode(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures of latents [n, C, h, w]: float32 [n, 3, H, W] in 0..1. Raises NumericsError at NaN or infinity."""
+def decoding_dtype(vae: nn.Module, asked: torch.dtype | None = None) -> torch.dtype:
+    """What a VAE is decoded in when a model works in `asked` (None: the type of the VAE's own weights).
+
+    That type itself, but for float16: a VAE with `force_upcast` then runs in bfloat16 on CUDA devices that have it,
+    which moves colours by less than one step of 255 on average, and in float32 on others. On the CPU it is always
+    float32, since float16 convolutions are far slower there.
+    """
+    weight = next(vae.parameters())
+    asked = asked or weight.dtype
+    if asked != torch.float16:
+        return asked
+    if weight.device.type == "cpu":
+        return torch.float32
+    upcast = _held_in({"_class_name": type(vae).__name__, **vae.config}, asked) != asked
+    if not upcast:
+        return asked
+    return torch.bfloat16 if _has_bfloat16(weight.device) else torch.float32
+
+
+def decode(
+    vae: nn.Module,
+    latents: torch.Tensor,
+    *,
+    tile: int | str | None = None,
+    memory: int | None = None,
+    decode_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Pictures of latents [n, C, h, w]: float32 [n, 3, H, W] in 0..1.
+
+    tile: None decodes each picture whole; a number of pixels is the side of overlapping tiles; "auto" decodes whole
+    what fits into `memory` bytes (None: four fifths of what is free on the device) up to 2048x2048 pixels, as many
+    pictures at a time as fit, and the rest in the largest tiles that do. A tile's norms and attention see the tile
+    alone: the tests hold the embedded model's pictures, in tiles of half their side, to 3 steps of 255 from the
+    whole on average and 60 at most, and a picture made of four unlike ones to 7 and 90.
+    decode_dtype: float32, bfloat16 or float16, used as it is; None: `decoding_dtype(vae)`.
+    A picture that is not finite in a half type though its latents are is decoded again in float32, with a warning once
+    for each VAE. Raises NumericsError at NaN or infinity that remain, OutOfMemory if not even small tiles fit.
+    """
     channels = vae.config["latent_channels"]
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise InvalidRequest(
             f"latents of shape {tuple(latents.shape)} can't be decoded: this VAE needs [n, {channels}, h, w]"
         )
+    if decode_dtype is not None and decode_dtype not in DECODE_DTYPES:
+        raise InvalidRequest(f"decode_dtype is {decode_dtype}; a VAE decodes in {', '.join(map(str, DECODE_DTYPES))}")
+    _onload(vae)
+    dtype = decode_dtype or decoding_dtype(vae)
+    images = decode_unchecked(vae, latents, dtype, tile, memory)
+    if dtype != torch.float32:
+        overflown = ~_finite_rows(images) & _finite_rows(latents).to(images.device)
+        if bool(overflown.any()):
+            _warn_once(vae, dtype)
+            again = decode_unchecked(vae, latents[overflown.to(latents.device)], torch.float32, tile, memory)
+            images[overflown] = again
+            dtype = torch.float32
+    return (_finite(images, "decoded", dtype) / 2 + 0.5).clamp_(0, 1)
+
+
+@torch.no_grad()
+def decode_unchecked(
+    vae: nn.Module, latents: torch.Tensor, dtype: torch.dtype, tile: int | str | None = None, memory: int | None = None
+) -> torch.Tensor:
+    """Pictures around -1..1 as the VAE gives them, finite or not: [n, C, h, w] to float32 [n, 3, H, W].
+
+    No look at the values and so no wait for the device; the rest as `decode` has it.
+    """
+    factor, device = downscale(vae), next(vae.parameters()).device
+    decoder = working_decoder(vae, dtype)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+    def run(part: torch.Tensor) -> torch.Tensor:  # [n, C, h, w] to [n, 3, H, W]
+        return decoder(part.contiguous(memory_format=layout))
+
     shift, scale = _affine(vae, latents)
-    with torch.no_grad():
-        images = _run(_Decode(vae), latents.float() / scale + shift)
-    return (_finite(images.float(), vae, "decoded") / 2 + 0.5).clamp(0, 1)
+    encoded = (latents.float() / scale + shift).to(device, dtype)
+    budget = _budget(device, memory) if tile == "auto" else None
+    plan = plan_decode(vae, encoded.shape, factor, dtype, tile, budget)
+    if plan.tile is not None:
+        logger.info("decoding %d pictures in tiles of %d pixels", len(encoded), plan.tile * factor)
+        return decode_tiles(run, encoded, plan.tile, factor)
+    images = [run(part).float().contiguous() for part in encoded.split(max(1, plan.pictures))]
+    return images[0] if len(images) == 1 else torch.cat(images)
 
 
 def infer_vae_config(header: WeightHeader, prefix: str = "") -> dict:
@@ -203,34 +289,39 @@ def _held_in(config, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and not tiny and config.get("force_upcast", True) else dtype
 
 
-class _Encode(nn.Module):
-    """`vae.encode` as a forward pass, so that it can be called with other weights than its own."""
-
-    def __init__(self, vae):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, images):
-        encoded = self.vae.encode(images)
-        return encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+def _onload(vae: nn.Module) -> None:
+    """Bring back weights that accelerate moved off the device, as diffusers' own `encode` and `decode` do."""
+    hook = getattr(vae, "_hf_hook", None)
+    if hasattr(hook, "pre_forward"):
+        hook.pre_forward(vae)
 
 
-class _Decode(_Encode):
-    """`vae.decode` as a forward pass."""
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
-    def forward(self, latents):
-        return self.vae.decode(latents, return_dict=False)[0]
+
+def _budget(device: torch.device, memory: int | None) -> int | None:
+    if memory is not None:
+        return memory
+    free = available_memory(device)
+    if free is None:
+        return None
+    if device.type == "cuda":
+        # PyTorch keeps what it freed; the device counts it as taken
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(FREE_SHARE * free)
 
 
-def _run(call: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """Call in the VAE's own dtype; a float16 VAE that must not run in float16 gets float32 copies of its weights."""
-    weight = next(call.parameters())
-    held = _held_in({"_class_name": type(call.vae).__name__, **call.vae.config}, weight.dtype)
-    if held == weight.dtype:
-        return call(tensor.to(weight.device, weight.dtype))
-    # the module may belong to a user's pipeline, so it is not cast in place
-    upcast = {n: t.to(held) for n, t in call.state_dict().items() if t.is_floating_point()}
-    return torch.func.functional_call(call, upcast, (tensor.to(weight.device, held),))
+def _warn_once(vae: nn.Module, dtype: torch.dtype) -> None:
+    level = logging.INFO if vae in _overflowed else logging.WARNING
+    _overflowed.add(vae)
+    logger.log(
+        level, "the VAE overflows in %s; pictures where it does are decoded again in float32. "
+        "Use vae='madebyollin/sdxl-vae-fp16-fix', or decode in float32 from the start", dtype,
+    )
 
 
 def _affine(vae: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,13 +335,16 @@ def _affine(vae: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, torch.
     return shift, scale
 
 
-def _finite(tensor: torch.Tensor, vae: nn.Module, done: str) -> torch.Tensor:
-    finite = torch.isfinite(tensor).flatten(1).all(1)
+def _finite_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(tensor).flatten(1).all(1)
+
+
+def _finite(tensor: torch.Tensor, done: str, dtype: torch.dtype) -> torch.Tensor:
+    finite = _finite_rows(tensor)
     if not bool(finite.all()):
         bad = [i for i, good in enumerate(finite.tolist()) if not good]
-        held = next(vae.parameters()).dtype
         raise NumericsError(
-            f"NaN or infinity in {done} picture {', '.join(map(str, bad))} of {len(tensor)} (VAE in {held}); if what "
+            f"NaN or infinity in {done} picture {', '.join(map(str, bad))} of {len(tensor)} (VAE in {dtype}); if what "
             "went in was finite, the VAE overflows in this type: use vae='madebyollin/sdxl-vae-fp16-fix' or "
             "dtype='float32'"
         )

@@ -1,13 +1,14 @@
-"""What the rows of a batch are conditioned on: text and image keys and values, computed once before the first step.
+"""What the rows of a batch are conditioned on: pages of text and image keys and values, and masks.
 
-Prompts and pictures are constant over the steps, so are their keys and values. Every distinct prompt (of a branch, of
-a noise stage) and every distinct image segment becomes a page; the row table picks pages by number, and going to
-another noise stage is another number.
+Every distinct prompt (of a branch, of a noise stage) and every distinct image segment is a page; the row table picks
+pages by number, and going to another noise stage is another number. Pages outlive the request that had them made, so
+that the next one with the same prompt or the same style object finds them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from stylefast.errors import StyleError
@@ -17,6 +18,7 @@ from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.masks import load_mask, mask_vectors
 from stylefast.models.text import Prompt, TextEncoder
 from stylefast.models.unet import UNet
+from stylefast.runtime.key_values import KeyValuePages
 from stylefast.runtime.trajectory import NULL, Trajectory
 from stylefast.styles.dream_styler import DreamStyler, pooled_policy_of, prompts_per_step
 from stylefast.styles.instant_style import InstantStyle
@@ -30,92 +32,142 @@ class ImageSegment:
 
     page: int
     mask: int  # -1: everywhere
-    strength: torch.Tensor  # [modules]
+    strength: np.ndarray  # [modules] float32
     style: InstantStyle  # knows the steps at which the segment acts
 
 
-@dataclass(frozen=True)
+@dataclass
 class Conditions:
-    """All pages of a batch and who reads which."""
+    """Who of some trajectories reads which pages; to be given back to the store that made it."""
 
-    text_kv: tuple  # per layer (k, v) [text pages, tokens, heads, d]
-    pooled: torch.Tensor  # [text pages, pooled_dim]
-    image_kv: ImageKV | None
-    masks: tuple[torch.Tensor, ...]  # per attention level [masks, tokens]
-    text_pages: Mapping[tuple[Trajectory, str], Sequence[int]]  # per step
-    image_segments: Mapping[tuple[Trajectory, str], Sequence[ImageSegment]]
+    latent_size: tuple[int, int]  # (height, width)
+    text_pages: dict[tuple[Trajectory, str], np.ndarray] = field(default_factory=dict)  # [steps] int64
+    image_segments: dict[tuple[Trajectory, str], list[ImageSegment]] = field(default_factory=dict)
+    held_text: list[int] = field(default_factory=list)
+    held_images: list[int] = field(default_factory=list)
+    held_masks: dict[tuple[InstantStyle, int], int] = field(default_factory=dict)  # of a style's segments
 
 
-def encode_conditions(
-    trajectories: Sequence[Trajectory],
-    unet: UNet,
-    text_encoder: TextEncoder,
-    adapters: Mapping[str, tuple[IPAdapter, ImageEncoder]],
-    latent_size: tuple[int, int],
-    train_timesteps: int = 1000,
-) -> Conditions:
-    """Encode all that `trajectories` need; `latent_size` is (height, width) of the batch's latents.
+class MaskTable:
+    """Masks of one latent size, per attention level [masks, tokens], in places that are handed out and taken back."""
 
-    Raises PromptError, StyleError, AdapterError or ImageError for what can't be encoded.
+    def __init__(self, sizes: Sequence[tuple[int, int]], device: torch.device):
+        self.sizes, self.generation, self._free = list(sizes), 0, []
+        self.levels = tuple(torch.zeros(0, h * w, device=device) for h, w in sizes)
+
+    def add(self, vectors: Sequence[torch.Tensor]) -> int:
+        """Store a mask, per level [tokens]; its number."""
+        if not self._free:
+            before = len(self.levels[0])
+            count = max(4, 2 * before)
+            self.levels = tuple(torch.cat([x, x.new_zeros(count - before, x.shape[1])]) for x in self.levels)
+            self._free, self.generation = list(range(count - 1, before - 1, -1)), self.generation + 1
+        place = self._free.pop()
+        for level, vector in zip(self.levels, vectors, strict=True):
+            level[place] = vector.to(level)
+        return place
+
+    def release(self, places: Sequence[int]) -> None:
+        """Take masks back."""
+        self._free += places
+
+
+class ConditionStore:
+    """All pages of one model, for requests to share.
+
+    `adapters` is the engine's own dictionary, so that adapters which are loaded later are found. `revision` is asked
+    for before anything is looked up: pages made under another value (other LoRAs, say) are made again.
     """
-    text_kv, pooled, text_pages = _encode_text(trajectories, unet, text_encoder, train_timesteps)
-    images = _ImagePages(unet, text_encoder, adapters, latent_size)
-    segments = {(t, branch): images.segments(t, branch) for t in trajectories for branch in t.branches}
-    return Conditions(text_kv, pooled, images.key_values(), images.mask_tables(), text_pages, segments)
 
-
-def _encode_text(trajectories, unet: UNet, text_encoder: TextEncoder, train_timesteps: int):
-    wanted: list[tuple[Prompt, str]] = []  # one entry per (trajectory, branch, step)
-    for t in trajectories:
-        learned = t.request.styles_of(DreamStyler)
-        per_branch = _branch_prompts(t, learned, train_timesteps)
-        policy = pooled_policy_of(learned)
-        for branch in t.branches:
-            wanted += [(prompt, "eos" if branch == NULL else policy) for prompt in per_branch[branch]]
-    states = text_encoder.encode([prompt for prompt, _ in wanted], [policy for _, policy in wanted])
-
-    # the encoder hands out one object per distinct prompt
-    distinct = list({id(state): state for state in states}.values())
-    page_of = {id(state): page for page, state in enumerate(distinct)}
-    pages = iter(page_of[id(state)] for state in states)
-    text_pages = {(t, b): [next(pages) for _ in range(t.schedule.steps)] for t in trajectories for b in t.branches}
-    hidden = torch.stack([state.hidden for state in distinct]).to(unet.device, unet.dtype)
-    pooled = torch.stack([state.pooled for state in distinct]).to(unet.device, unet.dtype)
-    return unet.project_text(hidden), pooled, text_pages
-
-
-def _branch_prompts(t: Trajectory, learned: list[DreamStyler], train_timesteps: int) -> dict[str, list[Prompt]]:
-    """Branch -> one Prompt per step."""
-    steps = t.schedule.steps
-    null = [Prompt(t.request.negative_prompt or None)] * steps
-    text_branches = [branch for branch in t.branches if branch != NULL]
-    if learned and t.prompt:
-        timesteps = t.schedule.timesteps.clamp(0, train_timesteps)
-        per_branch = prompts_per_step(learned, t.prompt, timesteps, text_branches, train_timesteps)
-    else:
-        # without a learned style, a reference's rows for its readers' branches all see the reference's prompt
-        per_branch = dict.fromkeys(text_branches, [Prompt(t.prompt)] * steps)
-    return {NULL: null, **per_branch}
-
-
-class _ImagePages:
-    """Collects image tokens page by page while segments are handed out."""
-
-    def __init__(self, unet: UNet, text_encoder: TextEncoder, adapters, latent_size: tuple[int, int]):
+    def __init__(
+        self, unet: UNet, text_encoder: TextEncoder, adapters: Mapping[str, tuple[IPAdapter, ImageEncoder]],
+        train_timesteps: int, revision=lambda: None,
+    ):  # fmt: skip
         self.unet, self.text_encoder, self.adapters = unet, text_encoder, adapters
-        self.sizes = unet.attention_sizes(*latent_size)
-        self.pages: list[tuple[IPAdapter, torch.Tensor]] = []  # tokens [t, cross_dim]
-        self.masks: list[tuple[torch.Tensor, ...]] = []
-        self._encoded: dict[int, tuple[list[int], list[int], int]] = {}
-        self._negatives: dict[int, int] = {}
+        self._train_timesteps, self._revision = train_timesteps, revision
+        pooled = text_encoder.encoders[1].text_projection.weight.shape[0]
+        self.text = KeyValuePages(unet.layout, text_encoder.max_tokens, pooled, unet.device, unet.dtype)
+        self.images: KeyValuePages | None = None
+        self.masks: dict[tuple[int, int], MaskTable] = {}
 
-    def segments(self, t: Trajectory, branch: str) -> list[ImageSegment]:
+    @property
+    def image_kv(self) -> ImageKV | None:
+        """Image keys and values as the UNet reads them; None as long as no request had a picture."""
+        return None if self.images is None else ImageKV(self.images.layers, self.images.lengths)
+
+    @property
+    def generation(self) -> tuple:
+        """Changes when any buffer is replaced by another."""
+        images = -1 if self.images is None else self.images.generation
+        return (self.text.generation, images, *(m.generation for m in self.masks.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages and masks."""
+        masks = sum(x.numel() * x.element_size() for table in self.masks.values() for x in table.levels)
+        return self.text.nbytes + (self.images.nbytes if self.images is not None else 0) + masks
+
+    @torch.inference_mode()
+    def encode(self, trajectories: Sequence[Trajectory], latent_size: tuple[int, int]) -> Conditions:
+        """Encode all that `trajectories` need and does not exist yet; `latent_size` is (height, width).
+
+        Raises PromptError, StyleError, AdapterError or ImageError for what can't be encoded, and holds no pages then.
+        """
+        conditions = Conditions(latent_size)
+        try:
+            self._encode_text(trajectories, conditions)
+            for t in trajectories:
+                for branch in t.branches:
+                    conditions.image_segments[t, branch] = self._segments(t, branch, conditions)
+        except BaseException:
+            self.release(conditions)
+            raise
+        return conditions
+
+    def release(self, conditions: Conditions) -> None:
+        """Give back all pages of `conditions`; a second time does nothing."""
+        self.text.release(conditions.held_text)
+        if conditions.held_images:
+            self.images.release(conditions.held_images)
+        if conditions.held_masks:
+            self.masks[conditions.latent_size].release(list(conditions.held_masks.values()))
+        conditions.held_text, conditions.held_images, conditions.held_masks = [], [], {}
+
+    def _encode_text(self, trajectories: Sequence[Trajectory], conditions: Conditions) -> None:
+        revision = self._revision()
+        wanted: dict[tuple[Trajectory, str], list[tuple]] = {}  # keys per step
+        prompts: dict[tuple, tuple[Prompt, str]] = {}
+        for t in trajectories:
+            learned = t.request.styles_of(DreamStyler)
+            policy = pooled_policy_of(learned)
+            for branch, per_step in _branch_prompts(t, learned, self._train_timesteps).items():
+                pooling = "eos" if branch == NULL else policy
+                # one Prompt object serves many steps
+                distinct = {id(prompt): prompt for prompt in per_step}
+                keys = {place: (revision, pooling, prompt.identity()) for place, prompt in distinct.items()}
+                for place, prompt in distinct.items():
+                    prompts.setdefault(keys[place], (prompt, pooling))
+                wanted[t, branch] = [keys[id(prompt)] for prompt in per_step]
+
+        pages = {key: self.text.find(key) for key in prompts}
+        conditions.held_text += [page for page in pages.values() if page is not None]
+        missing = [key for key, page in pages.items() if page is None]
+        if missing:
+            states = self.text_encoder.encode([prompts[k][0] for k in missing], [prompts[k][1] for k in missing])
+            hidden = torch.stack([state.hidden for state in states]).to(self.unet.device, self.unet.dtype)
+            pooled = torch.stack([state.pooled for state in states])
+            made = self.text.add(missing, self.unet.project_text(hidden), pooled)
+            conditions.held_text += made
+            pages |= dict(zip(missing, made, strict=True))
+        for row, row_keys in wanted.items():
+            conditions.text_pages[row] = np.array([pages[key] for key in row_keys], dtype=np.int64)
+
+    def _segments(self, t: Trajectory, branch: str, conditions: Conditions) -> list[ImageSegment]:
         """The image segments of one row; those of strength 0 in every module are left out."""
         found = []
         for style in t.request.styles_of(InstantStyle):
-            if id(style) not in self._encoded:
-                self._encoded[id(style)] = self._encode(style, t.size)
-            image_pages, masks, negative = self._encoded[id(style)]
+            image_pages, negative = self._image_pages(style, conditions)
+            masks = [self._mask(style, i, t.size, conditions) for i in range(len(style.segments))]
             guided = NULL in t.branches
             for i, (page, mask) in enumerate(zip(image_pages, masks, strict=True)):
                 strengths = style.strengths(self.unet.layout, guided, i)
@@ -123,23 +175,33 @@ class _ImagePages:
                     entries = [(page, strengths.conditional)]
                 else:
                     entries = [(page, strengths.unconditional_image), (negative, strengths.unconditional_negative)]
-                found += [ImageSegment(p, mask, strength, style) for p, strength in entries if bool(strength.any())]
+                found += [ImageSegment(p, mask, strength.float().numpy(), style) for p, strength in entries
+                          if bool(strength.any())]  # fmt: skip
         return found
 
-    def _encode(self, style: InstantStyle, size: tuple[int, int]) -> tuple[list[int], list[int], int]:
+    def _image_pages(self, style: InstantStyle, conditions: Conditions) -> tuple[list[int], int]:
+        """Pages of a style's segments and of its negative tokens."""
         adapter, encoder = self._adapter(style)
-        content = None
-        if isinstance(style.content, str):
-            content = self.text_encoder.encode([Prompt(style.content)])[0].pooled
-        tokens = style.tokens(adapter, encoder, content)
-        image_pages = [self._page(adapter, one) for one in tokens.image]
-        if style.negative_image is not None:
-            negative = self._page(adapter, tokens.negative)
-        else:
-            if id(adapter) not in self._negatives:
-                self._negatives[id(adapter)] = self._page(adapter, tokens.negative)
-            negative = self._negatives[id(adapter)]
-        return image_pages, [self._mask(segment.mask, size) for segment in style.segments], negative
+        # the style object itself is the key, and thereby stays alive as long as its pages
+        keys = [(adapter, style, i) for i in range(len(style.segments))]
+        keys.append((adapter, style if style.negative_image is not None else None, -1))
+        pages = [None if self.images is None else self.images.find(key) for key in keys]
+        conditions.held_images += [page for page in pages if page is not None]
+        if None in pages:
+            content = None
+            if isinstance(style.content, str):
+                content = self.text_encoder.encode([Prompt(style.content)])[0].pooled
+            tokens = style.tokens(adapter, encoder, content)
+            for i, one in enumerate([*tokens.image, tokens.negative]):
+                if pages[i] is None:
+                    pages[i] = self._add_image(keys[i], adapter, one)
+                    conditions.held_images.append(pages[i])
+        return pages[:-1], pages[-1]
+
+    def _add_image(self, key, adapter: IPAdapter, tokens: torch.Tensor) -> int:
+        if self.images is None:
+            self.images = KeyValuePages(self.unet.layout, len(tokens), 0, self.unet.device, self.unet.dtype)
+        return self.images.add([key], adapter.key_values(tokens[None]))[0]
 
     def _adapter(self, style: InstantStyle) -> tuple[IPAdapter, ImageEncoder]:
         if not self.adapters:
@@ -156,37 +218,29 @@ class _ImagePages:
             raise StyleError(f"adapter {style.adapter!r} is not loaded; loaded are {', '.join(self.adapters)}")
         return self.adapters[style.adapter]
 
-    def _page(self, adapter: IPAdapter, tokens: torch.Tensor) -> int:
-        self.pages.append((adapter, tokens))
-        return len(self.pages) - 1
-
-    def _mask(self, mask, size: tuple[int, int]) -> int:
+    def _mask(self, style: InstantStyle, segment: int, size: tuple[int, int], conditions: Conditions) -> int:
+        mask, latent_size = style.segments[segment].mask, conditions.latent_size
         if mask is None:
             return -1
-        self.masks.append(mask_vectors(load_mask(mask, (size[1], size[0])), self.sizes))
-        return len(self.masks) - 1
+        if (style, segment) not in conditions.held_masks:
+            if latent_size not in self.masks:
+                self.masks[latent_size] = MaskTable(self.unet.attention_sizes(*latent_size), self.unet.device)
+            table = self.masks[latent_size]
+            vectors = mask_vectors(load_mask(mask, (size[1], size[0])), table.sizes)
+            conditions.held_masks[style, segment] = table.add(vectors)
+        return conditions.held_masks[style, segment]
 
-    def key_values(self) -> ImageKV | None:
-        """Keys and values of all pages, zero-padded to the longest."""
-        if not self.pages:
-            return None
-        lengths = [tokens.shape[0] for _, tokens in self.pages]
-        per_page = [adapter.key_values(tokens[None]) for adapter, tokens in self.pages]
-        layers = []
-        for layer in range(len(self.unet.layout.layers)):
-            sides = []
-            for side in range(2):
-                first = per_page[0][layer][side]
-                padded = first.new_zeros(len(per_page), max(lengths), *first.shape[2:])
-                for page, pairs in enumerate(per_page):
-                    padded[page, : lengths[page]] = pairs[layer][side][0]
-                sides.append(padded.to(self.unet.device, self.unet.dtype))
-            layers.append(tuple(sides))
-        return ImageKV(tuple(layers), torch.tensor(lengths, device=self.unet.device))
 
-    def mask_tables(self) -> tuple[torch.Tensor, ...]:
-        """Per attention level [masks, tokens]; empty without masks."""
-        if not self.masks:
-            return ()
-        levels = range(len(self.sizes))
-        return tuple(torch.stack([mask[level] for mask in self.masks]).to(self.unet.device) for level in levels)
+def _branch_prompts(t: Trajectory, learned: list[DreamStyler], train_timesteps: int) -> dict[str, list[Prompt]]:
+    """Branch -> one Prompt per step, for the branches that the trajectory has rows in."""
+    steps = t.schedule.steps
+    text_branches = [branch for branch in t.branches if branch != NULL]
+    if learned and t.prompt:
+        timesteps = t.schedule.timesteps.clamp(0, train_timesteps)
+        per_branch = prompts_per_step(learned, t.prompt, timesteps, text_branches, train_timesteps)
+    else:
+        # without a learned style, a reference's rows for its readers' branches all see the reference's prompt
+        per_branch = dict.fromkeys(text_branches, [Prompt(t.prompt)] * steps)
+    if NULL in t.branches:
+        per_branch = {NULL: [Prompt(t.request.negative_prompt or None)] * steps, **per_branch}
+    return per_branch

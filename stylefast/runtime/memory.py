@@ -1,29 +1,127 @@
-"""Whether a batch fits into memory, asked before it is run: the kernel's out-of-memory killer asks nobody."""
+"""How much memory there is for batches and for the pages of style banks, asked before it is used.
+
+A GPU's allocator can be asked forgiveness; a kernel's out-of-memory killer asks nobody. So rows of a batch are counted
+beforehand, and the limit that a user sets is divided up here.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 
-from stylefast.errors import OutOfMemory
+from stylefast.errors import InvalidRequest, OutOfMemory
 from stylefast.models.unet import UNet
 from stylefast.models.weight_files import available_memory
+from stylefast.runtime.page_layout import PageLayout
 
 # peak of live feature maps in units of one at the finest level; with SDXL's layout at 128x128 latents, fp32 on a CPU,
 # resident memory rose by 27
 _LIVE_MAPS = 40
+# of what is free, for bank pages, where no limit is given
+_BANK_SHARE = {"cpu": 0.2, "cuda": 0.4}
+_MOST_SLOTS = 512
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def check_batch_fits(unet: UNet, rows: int, latent_size: tuple[int, int]) -> None:
-    """Raise OutOfMemory if one UNet call of `rows` rows at (height, width) latents can't fit by a rough count."""
+class HasBytes(Protocol):
+    """Anything that knows its size."""
+
+    nbytes: int
+
+
+class MemoryBudget:
+    """What may be used.
+
+    limit: bytes for everything that the engine holds on its device, model included; None: what the device has.
+    banks: bytes for pages of style banks; None: a share of what is left.
+    """
+
+    def __init__(self, limit: int | None = None, banks: int | None = None):
+        self.limit, self.banks = limit, banks
+        self._held = lambda: 0
+
+    def watch(self, held) -> None:
+        """`held()` counts the bytes that the engine holds now; needed before a limit can be kept."""
+        self._held = held
+
+    def free(self, device: torch.device) -> int | None:
+        """Bytes that may still be taken; None where nobody can tell."""
+        found = available_memory(device)
+        if self.limit is None:
+            return found
+        left = max(0, self.limit - self._held())
+        return left if found is None else min(found, left)
+
+    def rows(self, unet: UNet, latent_size: tuple[int, int]) -> int:
+        """Rows of one UNet call that fit, by a rough count; at least 0."""
+        free = self.free(unet.device)
+        return 2**20 if free is None else int(free // row_bytes(unet, latent_size))
+
+    def check(self, unet: UNet, rows: int, latent_size: tuple[int, int]) -> None:
+        """Raise OutOfMemory if one UNet call of `rows` rows at (height, width) latents can't fit by a rough count."""
+        needed, free = rows * row_bytes(unet, latent_size), self.free(unet.device)
+        if free is not None and needed > free:
+            height, width = latent_size
+            limit = "" if self.limit is None else f" of the limit of {self.limit / 2**30:.1f} GiB"
+            raise OutOfMemory(
+                f"a batch of {rows} rows at {width}x{height} latents needs about {needed / 2**30:.1f} GiB, "
+                f"{free / 2**30:.1f} GiB{limit} are free; ask for fewer or smaller pictures at once"
+            )
+
+    def bank_slots(self, unet: UNet, latent_size: tuple[int, int], others: Iterable[HasBytes] = ()) -> int:
+        """Pages of style banks that the pool of a size may hold, the pools of other sizes counted in.
+
+        Raises OutOfMemory if not even one fits.
+        """
+        page, taken = PageLayout(unet, latent_size, unet.dtype).nbytes, sum(pool.nbytes for pool in others)
+        free = self.free(unet.device)
+        if self.banks is not None:
+            room = self.banks - taken
+            # a limit holds for everything, whatever was asked for banks alone
+            room = room if free is None or self.limit is None else min(room, free)
+        else:
+            room = int((free if free is not None else 2**31) * _BANK_SHARE.get(unet.device.type, 0.2))
+        slots = min(room // page, _MOST_SLOTS)
+        if slots < 1:
+            raise OutOfMemory(
+                f"one page of a style bank takes {page / 2**20:.1f} MiB at {latent_size[1]}x{latent_size[0]} latents "
+                f"and {max(room, 0) / 2**20:.1f} MiB are left for them; raise bank_memory or memory_limit"
+            )
+        return int(slots)
+
+
+def row_bytes(unet: UNet, latent_size: tuple[int, int]) -> int:
+    """Peak of one row's feature maps in a UNet call, by a rough count."""
     height, width = latent_size
     bytes_per_value = torch.finfo(unet.dtype).bits // 8
-    needed = rows * height * width * unet.config["block_out_channels"][0] * bytes_per_value * _LIVE_MAPS
-    free = available_memory(unet.device)
-    if free is not None and needed > free:
-        raise OutOfMemory(
-            f"a batch of {rows} rows at {width}x{height} latents needs about {needed / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free; ask for fewer or smaller pictures at once"
-        )
+    return height * width * unet.config["block_out_channels"][0] * bytes_per_value * _LIVE_MAPS
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch raised `error` for want of memory, on the GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def parse_bytes(what: str, value: int | str | None) -> int | None:
+    """Bytes of "8GB", "512 MiB" or a number; None stays None. Raises InvalidRequest."""
+    if value is None:
+        return None
+    text = str(value).strip().lower().replace(" ", "")
+    digits = text.rstrip("kmgib")
+    try:
+        count = float(digits) * _UNITS[text[len(digits) :]]
+    except (ValueError, KeyError):
+        count = -1
+    if isinstance(value, bool) or not 0 < count < 2**60:
+        raise InvalidRequest(f"{what} is {value!r}; give bytes as a number above 0, or as text: '8GB', '512MiB'")
+    return int(count)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

@@ -4,6 +4,7 @@ The work is done in C++ where the extension is built and by the twin below where
 and the same messages.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ LIVE = -1  # in place of a bank page: the reference is an image of this batch
 BANK_PAGES = 2**31  # exclusive limit of a bank page's index
 
 _NONE = -1
+_BRANCHES = 4
+_own = threading.local()  # a C++ planner keeps its scratch, so every thread has one of its own
 
 
 class Segments(NamedTuple):
@@ -57,10 +60,6 @@ def plan_segments(
             without a row in the branch, a chain.
         MissingDependency: backend "cpp" without the extension.
     """
-    if backend not in BACKENDS:
-        raise InvalidRequest(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if backend == "cpp" and extension() is None:
-        raise MissingDependency(extension_error())
     if width < 0:
         raise InvalidRequest(f"width is {width}, but must be 0 or more")
     if not len(images) == len(branches) == len(references):
@@ -74,17 +73,87 @@ def plan_segments(
         raise InvalidRequest("a reference is a pair (image id, bank page)")
     arrays = (
         _integers("images", images),
-        _integers("branches", branches, 0, 4),
+        _integers("branches", branches, 0, _BRANCHES),
         np.cumsum([0, *(len(row) for row in references)], dtype=np.int64),
         _integers("reference images", [image for image, _ in entries]),
         _integers("bank pages", [page for _, page in entries], LIVE, BANK_PAGES),
     )
-    if backend == "python" or extension() is None:
-        return Segments(*_plan_segments(*arrays, width, mutual))
+    rows = len(images)
+    page = np.empty((rows, max([width, *map(len, references)])), np.int64)
+    order = np.empty(rows, np.int64)
+    plan_arrays(*arrays, page, order, mutual, backend=backend)
+    return Segments(page, order)
+
+
+def plan_arrays(
+    images: np.ndarray,
+    branches: np.ndarray,
+    offsets: np.ndarray,
+    reference_images: np.ndarray,
+    reference_pages: np.ndarray,
+    page_out: np.ndarray,
+    order_out: np.ndarray,
+    mutual: bool = False,
+    *,
+    backend: str = "auto",
+) -> int:
+    """`plan_segments` for a loop that plans every step: ready arrays in, given arrays out, nothing allocated in C++.
+
+    All arrays are int64 and contiguous. The references of row r are entries offsets[r] to offsets[r + 1].
+
+    Args:
+        images, branches: [rows].
+        offsets: [rows + 1], rising from 0 to the number of entries.
+        reference_images, reference_pages: [entries].
+        page_out: [rows, R], overwritten, -1 where a row has fewer than R references.
+        order_out: [rows], overwritten.
+
+    Returns:
+        The most references that a row has, at most R.
+
+    Raises:
+        InvalidRequest: as `plan_segments`; also for arrays of another type or shape and for more references than R.
+            `page_out` and `order_out` then hold anything.
+        MissingDependency: backend "cpp" without the extension.
+    """
+    planner = _planner(backend)
+    inputs = (images, branches, offsets, reference_images, reference_pages, page_out, order_out)
+    if planner is None:
+        _check_arrays(*inputs)
+        return _plan_arrays(*inputs, mutual)
     try:
-        return Segments(*extension().plan_segments(*arrays, width, mutual))
-    except ValueError as error:
+        return planner.plan(*inputs, mutual)
+    except (TypeError, ValueError) as error:
+        _check_arrays(*inputs)
+        if isinstance(error, TypeError):
+            raise
         raise InvalidRequest(str(error)) from None
+
+
+def _planner(backend: str):
+    """This thread's C++ planner, or None for the twin."""
+    if backend not in BACKENDS:
+        raise InvalidRequest(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "python":
+        return None
+    module = extension()
+    if module is None:
+        if backend == "cpp":
+            raise MissingDependency(extension_error())
+        return None
+    if not hasattr(_own, "planner"):
+        _own.planner = module.BatchPlanner()
+    return _own.planner
+
+
+def _check_arrays(*arrays: np.ndarray) -> None:
+    names = ("images", "branches", "offsets", "reference_images", "reference_pages", "page_out", "order_out")
+    for name, array in zip(names, arrays):
+        if not isinstance(array, np.ndarray) or array.dtype != np.int64 or not array.flags.c_contiguous:
+            kind = f"{array.dtype} array" if isinstance(array, np.ndarray) else type(array).__name__
+            raise InvalidRequest(f"{name} is a {kind}, but must be a contiguous int64 array")
+        if name in ("page_out", "order_out") and not array.flags.writeable:
+            raise InvalidRequest(f"{name} can't be written to")
 
 
 def _integers(name: str, values: Sequence[int], low: int = -(2**63), high: int = 2**63) -> np.ndarray:
@@ -99,11 +168,30 @@ def _row_name(image: int, branch: int) -> str:
     return f"image {image}, branch {branch}"
 
 
-def _plan_segments(images, branches, offsets, reference_images, reference_pages, min_width, mutual):
+def _check_batch(branches, offsets, reference_images, reference_pages, page_out, order_out, rows) -> int:
+    entries = reference_images.size
+    if not (branches.size == order_out.size == rows and offsets.size == rows + 1 and reference_pages.size == entries
+            and page_out.ndim == 2 and len(page_out) == rows):  # fmt: skip
+        raise InvalidRequest("the arrays' lengths do not fit each other")
+    if offsets[0] != 0 or offsets[-1] != entries:
+        raise InvalidRequest(f"offsets must run from 0 to the number of references, {entries}")
+    counts = np.diff(offsets)
+    if (counts < 0).any():
+        raise InvalidRequest("offsets must not fall")
+    most, width = int(counts.max(initial=0)), page_out.shape[1]
+    if most > width:
+        raise InvalidRequest(f"a row has {most} references, but page has {width} columns")
+    _integers("branches", branches, 0, _BRANCHES)
+    _integers("bank pages", reference_pages, LIVE, BANK_PAGES)
+    return most
+
+
+def _plan_arrays(images, branches, offsets, reference_images, reference_pages, page_out, order_out, mutual) -> int:
     """The twin of csrc/planner.cpp: same arguments, results and messages."""
+    rows = images.size
+    most = _check_batch(branches, offsets, reference_images, reference_pages, page_out, order_out, rows)
     images, branches, offsets = images.tolist(), branches.tolist(), offsets.tolist()
     reference_images, reference_pages = reference_images.tolist(), reference_pages.tolist()
-    rows = len(images)
     row_of = {}
     for row, key in enumerate(zip(images, branches)):
         if key in row_of:
@@ -138,11 +226,12 @@ def _plan_segments(images, branches, offsets, reference_images, reference_pages,
             own.append(page)
         pages.append(own)
 
-    width = max([min_width, *map(len, pages)])
+    width = page_out.shape[1]
     pages = [own + [_NONE] * (width - len(own)) for own in pages]
+    page_out[:] = np.array(pages, dtype=np.int64).reshape(rows, width)
     # sets of rows that share pages, by their first row; within a set, rows of equal pages side by side
-    order = sorted(range(rows), key=lambda row: (_find_root(parent, row), pages[row]))
-    return np.array(pages, dtype=np.int64).reshape(rows, width), np.array(order, dtype=np.int64)
+    order_out[:] = sorted(range(rows), key=lambda row: (_find_root(parent, row), pages[row]))
+    return most
 
 
 def _find_root(parent: list[int], node: int) -> int:

@@ -1,16 +1,19 @@
 """Requests to trajectories: which pictures a batch denoises, including those that only serve as a reference.
 
 A trajectory is one picture on its way from noise to image. A request gives one; a style with a reference of its own
-adds another, shared by every request that needs exactly the same one.
+adds another, shared by every request that needs exactly the same one. A reference that was baked adds none: its readers
+look at the bank's pages. Only a bank of latents adds one, which is held at those latents.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from stylefast.errors import InvalidRequest
 from stylefast.runtime.request import Request
-from stylefast.sampling.guidance import BRANCHES, guidance_weights
+from stylefast.sampling.guidance import BRANCHES, GuidanceInterval, branch_weights_per_step, guidance_weights
 from stylefast.sampling.schedule import Schedule
+from stylefast.styles.bank import StyleBank
 from stylefast.styles.dream_styler import DreamStyler
 from stylefast.styles.style_aligned import StyleAligned
 
@@ -29,14 +32,34 @@ class Trajectory:
     output: int | None = None  # place among the results; None: not returned
     branches: tuple[str, ...] = ()  # the rows it has: its own branches and those its readers need
     references: list["Trajectory"] = field(default_factory=list)
+    bank: StyleBank | None = None  # the baked style whose pages it reads
     picture: object | None = None  # a real reference: its latents are the noised picture at every step
+    held: tuple[StyleBank, int] | None = None  # a reference run again from a bank's latents: which of its references
     reference_of: StyleAligned | None = None  # the style whose reference this trajectory is
     aligned: StyleAligned | None = None  # how this trajectory reads its references
     leads: bool = False  # first of a group whose members are each other's references
 
+    @property
+    def pinned(self) -> bool:
+        """Whether its latents are given at every step instead of predicted."""
+        return self.picture is not None or self.held is not None
+
     def require(self, branches: Sequence[str]):
         """Make sure that rows for `branches` run."""
         self.branches = tuple(branch for branch in BRANCHES if branch in self.branches or branch in branches)
+
+    @cached_property
+    def step_weights(self) -> list[dict[str, float]]:
+        """Branch -> weight of its prediction, for every step."""
+        interval = GuidanceInterval(*self.request.guidance_interval)
+        return branch_weights_per_step(self.weights, self.schedule.steps, interval)
+
+    def shares(self, step: int) -> bool:
+        """Whether it looks at its references at `step`."""
+        if self.aligned is None or not (self.references or self.bank is not None):
+            return False
+        start, end = self.aligned.window
+        return start <= step / self.schedule.steps < end
 
 
 def plan_trajectories(
@@ -58,9 +81,15 @@ def plan_trajectories(
         if style.reference is None and style.prompt is None:
             groups.setdefault(id(style), []).append(target)
             continue
-        for i, picture in enumerate(style.references or [None]):
+        if style.bank is not None and style.bank.info.store != "latents":
+            target.bank = style.bank
+            continue
+        sources = range(style.bank.info.references) if style.bank is not None else style.references or [None]
+        for i, picture in enumerate(sources):
             # a picture is held at every step's noise level, whatever its readers' guidance
-            own = (*target.weights.items(), target.request.guidance_rescale) if picture is None else ()
+            own = ()
+            if picture is None:
+                own = (*target.weights.items(), target.request.guidance_rescale, target.request.guidance_interval)
             key = (id(style), i, *_pace(target), target.request.negative_prompt, *own)
             key += tuple(id(other) for other in _shared_styles(target))
             if key not in hidden:
@@ -89,9 +118,32 @@ def _target(index: int, request: Request, schedule: Schedule, native_size) -> Tr
 def _reference(target: Trajectory, style: StyleAligned, picture) -> Trajectory:
     request = replace(target.request, style=_shared_styles(target), seed=style.seed)
     weights = dict(target.weights) if picture is None else {FULL: 1.0}
-    return Trajectory(
-        request, style.prompt or "", target.schedule, target.size, weights, picture=picture, reference_of=style
-    )
+    reference = Trajectory(request, style.prompt or "", target.schedule, target.size, weights, reference_of=style)
+    if style.bank is None:
+        reference.picture = picture
+    else:
+        # what a bank holds was made without the reader's other styles
+        reference.request = replace(request, style=(), negative_prompt=style.bank.info.negative_prompt)
+        reference.prompt, reference.held = style.bank.info.prompt, (style.bank, picture)
+    return reference
+
+
+def connected(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
+    """Sets of trajectories that look at one another, which must advance together; in order of their first member."""
+    parent = {t: t for t in trajectories}
+
+    def root(t: Trajectory) -> Trajectory:
+        while parent[t] is not t:
+            t = parent[t]
+        return t
+
+    for t in trajectories:
+        for reference in t.references:
+            parent[root(reference)] = root(t)
+    sets: dict[Trajectory, list[Trajectory]] = {}
+    for t in trajectories:
+        sets.setdefault(root(t), []).append(t)
+    return list(sets.values())
 
 
 def _shared_styles(target: Trajectory) -> list:

@@ -1,19 +1,40 @@
 """Samplers as tables of coefficients, guidance as weights of branches, and inversion of real pictures."""
 
-from stylefast.sampling.guidance import BRANCHES, StyleContextGuidance, guidance_weights
+from stylefast.sampling.few_step import FEW_STEP_PRESETS, FewStepPreset
+from stylefast.sampling.guidance import (
+    BRANCHES,
+    GuidanceInterval,
+    StyleContextGuidance,
+    branch_weights_per_step,
+    guidance_weights,
+)
 from stylefast.sampling.inversion import ddim_invert, pinned_latents
 from stylefast.sampling.noise_levels import SDXL_SCHEDULER, alphas_cumprod
-from stylefast.sampling.schedule import SCHEDULERS, Schedule, make_schedule
+from stylefast.sampling.schedule import (
+    KARRAS_SCHEDULERS,
+    SCHEDULERS,
+    TIMESTEP_SCHEDULERS,
+    Schedule,
+    make_schedule,
+    schedule_digest,
+)
 
 __all__ = [
     "BRANCHES",
+    "FEW_STEP_PRESETS",
+    "FewStepPreset",
+    "GuidanceInterval",
+    "KARRAS_SCHEDULERS",
     "SCHEDULERS",
     "SDXL_SCHEDULER",
     "Schedule",
     "StyleContextGuidance",
+    "TIMESTEP_SCHEDULERS",
     "alphas_cumprod",
+    "branch_weights_per_step",
     "ddim_invert",
     "guidance_weights",
     "make_schedule",
     "pinned_latents",
+    "schedule_digest",
 ]

@@ -63,3 +63,49 @@ def guidance_weights(guidance: float, style_context: StyleContextGuidance | None
         w, d = style_context.collapsed()
     weights = dict(zip(BRANCHES, (1.0 - w, d, -d, w), strict=True))
     return {branch: weight for branch, weight in weights.items() if abs(weight) > _NEGLIGIBLE}
+
+
+@dataclass(frozen=True)
+class GuidanceInterval:
+    """The part of the trajectory in which guidance acts (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+
+    start, end: fractions of the steps, 0 <= start < end <= 1; step i of n is guided if start <= i / n < end. The paper
+    states the interval in sigma. (0, 0.8) cuts guidance off for the last fifth, (0, 1) guides everywhere.
+
+    Raises InvalidRequest for other numbers.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.start < self.end <= 1:
+            raise InvalidRequest(
+                f"a guidance interval must have 0 <= start < end <= 1, in fractions of the steps, not "
+                f"({self.start}, {self.end}); guidance=1 turns guidance off"
+            )
+
+    def covers(self, step: int, steps: int) -> bool:
+        """Whether `step`, counted from 0, of `steps` is guided."""
+        return self.start <= step / steps < self.end
+
+
+def branch_weights_per_step(
+    weights: dict[str, float], steps: int, interval: GuidanceInterval
+) -> list[dict[str, float]]:
+    """Branch -> weight for each of `steps` steps: `weights` within the interval, "full" alone outside it.
+
+    Raises InvalidRequest for an unknown branch, steps below 1, or an interval that falls between two steps.
+    """
+    unknown = set(weights) - set(BRANCHES)
+    if unknown:
+        raise InvalidRequest(f"branches {sorted(unknown)} are unknown; choose from {', '.join(BRANCHES)}")
+    if steps < 1:
+        raise InvalidRequest(f"steps must be at least 1, not {steps}")
+    guided = [interval.covers(step, steps) for step in range(steps)]
+    if not any(guided):
+        raise InvalidRequest(
+            f"the guidance interval ({interval.start}, {interval.end}) holds none of {steps} steps; widen it, or turn "
+            "guidance off with guidance=1"
+        )
+    return [dict(weights) if inside else {"full": 1.0} for inside in guided]

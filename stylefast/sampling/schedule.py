@@ -1,30 +1,64 @@
 """A sampler with its steps laid out: tables that the step loop reads row by row."""
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from stylefast.errors import InvalidRequest
-from stylefast.sampling import solvers
-from stylefast.sampling.noise_levels import PREDICTION_TYPES, SDXL_SCHEDULER, SPACINGS
+from stylefast.sampling import consistency, dpm_solvers, solvers
+from stylefast.sampling.noise_levels import SDXL_SCHEDULER
+from stylefast.sampling.spacing import (
+    EXPONENTIAL,
+    KARRAS,
+    SPACINGS,
+    check_timesteps,
+    euler_levels,
+    multistep_levels,
+)
+from stylefast.sampling.tables import NOISE, PREDICTION_TYPES, Tables
+from stylefast.sampling.unipc import unipc
 
-SCHEDULERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm")
-KARRAS_SCHEDULERS = ("euler", "dpmpp_2m", "unipc")
+SCHEDULERS = (
+    "ddim",
+    "euler",
+    "euler_ancestral",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
+    "unipc",
+    "lcm",
+    "tcd",
+)
+# those that take the suffixes "_karras" and "_exponential"
+KARRAS_SCHEDULERS = ("euler", "dpmpp_2m", "unipc", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde", "dpmpp_sde")
+# those that take explicit timesteps
+TIMESTEP_SCHEDULERS = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde", "dpmpp_sde", "lcm", "tcd")
 MAX_STEPS = 1000
 
-_KARRAS_SUFFIX = "_karras"
+_DEFAULT_ETA = {"ddim": 0.0, "tcd": 0.3}
+# their timesteps are laid out in one way only
+_OWN_SPACING = {"dpmpp_sde": ("linspace",), "lcm": (), "tcd": ()}
+# (order, SDE)
+_MULTISTEP = {"dpmpp_2m": (2, False), "dpmpp_2m_sde": (2, True), "dpmpp_3m": (3, False), "dpmpp_3m_sde": (3, True)}
 
+_DPMPP_UNSUPPORTED = ("thresholding", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
 # settings that would change the samplers named here and that the tables don't hold
 _UNSUPPORTED = {
     "ddim": ("clip_sample", "thresholding"),
     "lcm": ("clip_sample", "thresholding"),
-    "euler": ("use_exponential_sigmas", "use_beta_sigmas"),
+    "tcd": (),
+    "euler": ("use_beta_sigmas",),
     "euler_ancestral": (),
-    "dpmpp_2m": ("thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
-    "unipc": ("thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas"),
+    "dpmpp_sde": _DPMPP_UNSUPPORTED,
+    "unipc": ("thresholding", "use_beta_sigmas", "use_flow_sigmas"),
+    **dict.fromkeys(_MULTISTEP, _DPMPP_UNSUPPORTED),
 }
 
 
@@ -36,6 +70,8 @@ class Schedule:
     `(latents, anchor) = update[i] @ (latents, anchor, x0, x0 of step i - 1, x0 of step i - 2, noise)`.
     Sampling starts at `init_noise_scale * noise`, with anchor and history zero. For LCM, x0 is the consistency
     function's value, boundary condition included.
+
+    Schedules are shared between calls of `make_schedule`: take them as constants.
     """
 
     name: str
@@ -72,7 +108,7 @@ class Schedule:
     @property
     def uses_noise(self) -> bool:
         """Whether any step adds fresh noise."""
-        return bool(self.update[:, :, solvers.NOISE].any())
+        return bool(self.update[:, :, NOISE].any())
 
 
 def make_schedule(
@@ -82,80 +118,166 @@ def make_schedule(
     *,
     spacing: str | None = None,
     karras: bool | None = None,
-    eta: float = 0.0,
+    exponential: bool | None = None,
+    eta: float | None = None,
+    prediction_type: str | None = None,
+    timesteps: Sequence[int] | None = None,
 ) -> Schedule:
-    """Lay out `steps` steps of the sampler `name`.
+    """Lay out `steps` steps of the sampler `name`; the same arguments give the same Schedule object again.
 
-    name: one of SCHEDULERS; those in KARRAS_SCHEDULERS also with the suffix "_karras".
+    name: one of SCHEDULERS; those in KARRAS_SCHEDULERS also with the suffix "_karras" or "_exponential".
+    steps: how often the UNet is evaluated, for dpmpp_sde too.
     config: a scheduler config in diffusers' format. It decides the noise levels, the timesteps and what the model
         predicts; the name alone decides the sampler, so `solver_order`, `algorithm_type` and their like are not
         read. Keys that are missing have SDXL's values.
     spacing: "leading", "linspace" or "trailing", instead of the config's.
-    karras: Karras noise levels; None: as the name's suffix or the config says.
-    eta: DDIM's share of fresh noise, in [0, 1].
+    karras, exponential: Karras' noise levels, or those even in log sigma; None: as the name's suffix or the config
+        says.
+    eta: the share of fresh noise, in [0, 1], of ddim (default 0) and tcd (its gamma, default 0.3).
+    prediction_type: "epsilon", "v_prediction" or "sample", instead of the config's.
+    timesteps: the timesteps themselves, falling whole numbers, `steps` of them; for TIMESTEP_SCHEDULERS.
 
     Raises InvalidRequest for an unknown name, steps outside 1..1000, or a setting this sampler does not have.
     """
-    base, config = _base_name(name), {**SDXL_SCHEDULER, **config}
-    _check(base, steps, config, eta)
+    base, suffix = _split(name)
+    config = {**SDXL_SCHEDULER, **config}
+    if prediction_type is not None:
+        config["prediction_type"] = prediction_type
     if spacing is not None:
         config["timestep_spacing"] = spacing
-    if config["timestep_spacing"] not in SPACINGS:
+    _check(base, steps, config)
+    levels = _levels(name, base, suffix, {KARRAS: karras, EXPONENTIAL: exponential}, config)
+    eta = _eta(base, eta)
+    given = None if timesteps is None else _given(base, steps, levels, spacing, timesteps, config)
+    if base in _OWN_SPACING and spacing not in (None, *_OWN_SPACING[base]):
         raise InvalidRequest(
-            f"timestep spacing {config['timestep_spacing']!r} is unknown; choose one of {', '.join(SPACINGS)}"
+            f"{base} lays its timesteps out by itself, so spacing={spacing!r} would have no effect; leave it out, or "
+            "give the timesteps"
         )
-    use_karras = _karras(name, base, karras, config)
 
-    if base == "ddim":
-        tables = solvers.ddim(config, steps, eta)
-    elif base == "euler":
-        tables = solvers.euler(config, steps, use_karras)
-    elif base == "euler_ancestral":
-        tables = solvers.euler_ancestral(config, steps)
-    elif base == "dpmpp_2m":
-        tables = solvers.dpmpp_2m(config, steps, use_karras)
-    elif base == "unipc":
-        tables = solvers.unipc(config, steps, use_karras)
-    else:
-        tables = solvers.lcm(config, steps)
-    *columns, init_noise_scale = tables
+    try:
+        frozen = _frozen(config)
+    except TypeError:
+        # a value that can't be hashed, hence nothing to remember the schedule under
+        return _lay_out.__wrapped__(base, steps, levels, eta, given, config)
+    return _lay_out(base, steps, levels, eta, given, frozen)
+
+
+def schedule_digest(schedule: Schedule) -> str:
+    """16 hexadecimal digits that tell schedules apart: of the name and the bytes of every table (SHA-256)."""
+    digest = hashlib.sha256(schedule.name.encode())
+    tables = (schedule.timesteps, schedule.input_scale, schedule.denoised, schedule.update, schedule.forward)
+    for table in tables:
+        # "<f4": the same bytes on every machine
+        digest.update(np.ascontiguousarray(table.numpy(), dtype="<f4").tobytes())
+    digest.update(np.array(schedule.init_noise_scale, dtype="<f4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=256)
+def _lay_out(base: str, steps: int, levels: str | None, eta: float, given: tuple[int, ...] | None, config) -> Schedule:
+    # config: a mapping, or its items
+    *columns, init_noise_scale = _tables(
+        base, steps, levels, eta, None if given is None else np.array(given, dtype=np.int64), dict(config)
+    )
     return Schedule(
-        base + _KARRAS_SUFFIX if use_karras else base,
+        base if levels is None else f"{base}_{levels}",
         *(torch.from_numpy(column.astype(np.float32)) for column in columns),
         init_noise_scale=init_noise_scale,
     )
 
 
-def _base_name(name: str) -> str:
-    base = name.removesuffix(_KARRAS_SUFFIX) if isinstance(name, str) else name
+def _tables(base: str, steps: int, levels: str | None, eta: float, given: np.ndarray | None, config: dict) -> Tables:
+    if base == "ddim":
+        return solvers.ddim(config, steps, eta)
+    if base == "euler":
+        return solvers.euler(config, *euler_levels(config, steps, levels, given))
+    if base == "euler_ancestral":
+        config["final_sigmas_type"] = "zero"
+        return solvers.euler_ancestral(config, *euler_levels(config, steps, levels, given))
+    if base in ("lcm", "tcd"):
+        timesteps = given if given is not None else consistency.distilled_timesteps(base, config, steps)
+        return consistency.lcm(config, timesteps) if base == "lcm" else consistency.tcd(config, timesteps, eta)
+    if base == "unipc":
+        return unipc(config, *multistep_levels(config, steps, levels, given, round_karras=True))
+    if base == "dpmpp_sde":
+        config["timestep_spacing"] = "linspace"
+        return dpm_solvers.dpmpp_sde(config, *multistep_levels(config, steps, levels, given, round_karras=True))
+    order, sde = _MULTISTEP[base]
+    # the cosine schedule's last timesteps hold so much noise that rounding to whole ones would merge them
+    whole = config["beta_schedule"] != "squaredcos_cap_v2"
+    visited = multistep_levels(config, steps, levels, given, round_karras=whole)
+    return dpm_solvers.dpmpp_multistep(config, *visited, order=order, sde=sde)
+
+
+def _frozen(value) -> Hashable:
+    # equal for equal content, and for a mapping its items; raises TypeError for what can't be hashed
+    if isinstance(value, Mapping):
+        return frozenset((key, _frozen(item)) for key, item in value.items())
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        value = value.tolist()
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    base, suffix = name, None
+    for levels in (KARRAS, EXPONENTIAL):
+        if isinstance(name, str) and name.endswith("_" + levels):
+            base, suffix = name.removesuffix("_" + levels), levels
     if base not in SCHEDULERS:
         raise InvalidRequest(
-            f"scheduler {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}, "
-            f"or with {_KARRAS_SUFFIX!r} behind it one of {', '.join(KARRAS_SCHEDULERS)}"
+            f"scheduler {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}, or with '_{KARRAS}' or "
+            f"'_{EXPONENTIAL}' behind it one of {', '.join(KARRAS_SCHEDULERS)}"
         )
-    return base
+    return base, suffix
 
 
-def _karras(name: str, base: str, karras: bool | None, config: Mapping) -> bool:
-    suffix = name.endswith(_KARRAS_SUFFIX)
-    if suffix and karras is False:
-        raise InvalidRequest(f"scheduler {name!r} contradicts karras=False; drop one of the two")
-    wanted = suffix or bool(karras)
+def _levels(name: str, base: str, suffix: str | None, arguments: dict, config: Mapping) -> str | None:
+    if suffix is not None and arguments[suffix] is False:
+        raise InvalidRequest(f"scheduler {name!r} contradicts {suffix}=False; drop one of the two")
+    wanted = {levels for levels, on in arguments.items() if on or levels == suffix}
     if base not in KARRAS_SCHEDULERS:
         if wanted:
-            raise InvalidRequest(f"{base} has no Karras form; those that have: {', '.join(KARRAS_SCHEDULERS)}")
-        return False
-    return wanted or (karras is None and bool(config["use_karras_sigmas"]))
+            form = "Karras" if KARRAS in wanted else "exponential"
+            raise InvalidRequest(f"{base} has no {form} form; those that have: {', '.join(KARRAS_SCHEDULERS)}")
+        return None
+    if not wanted:
+        wanted = {levels for levels, on in arguments.items() if on is None and config[f"use_{levels}_sigmas"]}
+    if len(wanted) > 1:
+        raise InvalidRequest(f"{name!r} can't have Karras and exponential noise levels at once; drop one of the two")
+    return next(iter(wanted), None)
 
 
-def _check(base: str, steps: int, config: Mapping, eta: float) -> None:
+def _eta(base: str, eta: float | None) -> float:
+    if eta is None:
+        return _DEFAULT_ETA.get(base, 0.0)
+    if not 0.0 <= eta <= 1.0:
+        raise InvalidRequest(f"eta must lie in [0, 1], not {eta}")
+    if eta and base not in _DEFAULT_ETA:
+        raise InvalidRequest(f"eta={eta} is an argument of ddim and tcd; {base} has none, leave it out")
+    return float(eta)
+
+
+def _given(
+    base: str, steps: int, levels: str | None, spacing: str | None, timesteps: Sequence[int], config: Mapping
+) -> tuple[int, ...]:
+    if base not in TIMESTEP_SCHEDULERS:
+        raise InvalidRequest(f"{base} takes no explicit timesteps; those that do: {', '.join(TIMESTEP_SCHEDULERS)}")
+    if levels is not None:
+        raise InvalidRequest(f"explicit timesteps contradict {levels} noise levels; drop one of the two")
+    if spacing is not None:
+        raise InvalidRequest(f"explicit timesteps contradict spacing={spacing!r}; drop one of the two")
+    return tuple(check_timesteps(timesteps, steps, config["num_train_timesteps"]).tolist())
+
+
+def _check(base: str, steps: int, config: Mapping) -> None:
     limit = min(MAX_STEPS, config["num_train_timesteps"])
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= limit:
         raise InvalidRequest(f"steps must be a whole number from 1 to {limit}, not {steps!r}")
-    if not 0.0 <= eta <= 1.0:
-        raise InvalidRequest(f"eta must lie in [0, 1], not {eta}")
-    if eta and base != "ddim":
-        raise InvalidRequest(f"eta={eta} is an argument of ddim; {base} has none, leave it at 0")
+    if config["timestep_spacing"] not in SPACINGS:
+        raise InvalidRequest(
+            f"timestep spacing {config['timestep_spacing']!r} is unknown; choose one of {', '.join(SPACINGS)}"
+        )
     if config["prediction_type"] not in PREDICTION_TYPES:
         raise InvalidRequest(
             f"prediction_type {config['prediction_type']!r} is unknown; choose one of {', '.join(PREDICTION_TYPES)}"
@@ -167,7 +289,7 @@ def _check(base: str, steps: int, config: Mapping, eta: float) -> None:
         raise InvalidRequest(f"interpolation_type {config['interpolation_type']!r} is not supported; use 'linear'")
     if base == "euler" and config.get("timestep_type", "discrete") != "discrete":
         raise InvalidRequest(f"timestep_type {config['timestep_type']!r} is not supported; use 'discrete'")
-    if base == "dpmpp_2m" and (config.get("lambda_min_clipped") or -math.inf) > -math.inf:
+    if base.startswith("dpmpp") and (config.get("lambda_min_clipped") or -math.inf) > -math.inf:
         raise InvalidRequest(
-            f"dpmpp_2m with lambda_min_clipped={config['lambda_min_clipped']} is not supported; leave it out"
+            f"{base} with lambda_min_clipped={config['lambda_min_clipped']} is not supported; leave it out"
         )

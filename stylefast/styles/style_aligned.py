@@ -10,6 +10,7 @@ import torch
 
 from stylefast.errors import StyleError
 from stylefast.models.layout import AttentionLayout
+from stylefast.styles.bank import StyleBank
 
 MODES = ("concat", "swap")
 NOISES = ("forward", "ddim")
@@ -23,7 +24,9 @@ class StyleAligned:
     With neither `reference` nor `prompt`, the first prompt of the call that carries this object is the reference.
 
     Args:
-        reference: a picture (path, PIL image), or a list of them; their latents are noised along the schedule.
+        reference: a picture (path, PIL image), or a list of them; their latents are noised along the schedule. Or a
+            `StyleBank`, whose reference was run once and for all: prompt, seed, noise and share_styles are then the
+            bank's, and the rest of the arguments is free.
         prompt: what the reference shows; without a picture, the reference is generated from it and not returned.
         adain: which of "q", "k", "v" take the reference's token statistics, or their strengths, {"q": 1.0, "k": 0.5}.
             With several references the statistics are the first one's.
@@ -92,12 +95,14 @@ class StyleAligned:
             raise StyleError(f"window is {window!r}; it needs 0 <= start < end <= 1, in fractions of the steps")
 
     def _check_reference(self):
+        if isinstance(self.reference, StyleBank):
+            self._check_bank()
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise StyleError(f"prompt is a {type(self.prompt).__name__}; it must be a string")
         if self.reference is None:
             if self.prompt is not None and not self.prompt.strip():
                 raise StyleError("the reference's prompt is empty; say what it shows, or give a picture")
-        elif not self.references:
+        elif self.bank is None and not self.references:
             raise StyleError("the list of references is empty; give pictures, or None for the first prompt")
         if self.full_attention_share and (self.reference is not None or self.prompt is not None):
             raise StyleError("full_attention_share joins the pictures of one call; it takes no reference or prompt")
@@ -119,10 +124,23 @@ class StyleAligned:
             return {part: float(strength) for part, strength in self.adain.items()}
         return dict.fromkeys(self.adain, 1.0)
 
+    def _check_bank(self):
+        for name, default in (("prompt", None), ("seed", 0), ("noise", "forward")):
+            if getattr(self, name) != default:
+                raise StyleError(
+                    f"{name} is {getattr(self, name)!r}, but the reference is a style bank, which was baked with a "
+                    f"{name} of its own; leave it out, or bake the style again"
+                )
+
+    @property
+    def bank(self) -> StyleBank | None:
+        """The style bank that stands in place of a reference, if any."""
+        return self.reference if isinstance(self.reference, StyleBank) else None
+
     @property
     def references(self) -> list:
         """The reference pictures, possibly none."""
-        if self.reference is None:
+        if self.reference is None or self.bank is not None:
             return []
         return list(self.reference) if isinstance(self.reference, (list, tuple)) else [self.reference]
 

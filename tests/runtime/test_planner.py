@@ -1,6 +1,5 @@
 """The batch planner: pages, order, refusals, and the C++ and Python forms against each other."""
 
-import os
 import threading
 
 import numpy as np
@@ -8,15 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stylefast._extension import extension, extension_error
+from stylefast._extension import extension
 from stylefast.errors import InvalidRequest, MissingDependency
 from stylefast.runtime import planner
-from stylefast.runtime.planner import LIVE, plan_segments
-
-# only a build that was switched off on purpose excuses its absence; a failed one must show
-switched_off = extension() is None and os.environ.get("STYLEFAST_EXTENSION") == "0"
-needs_extension = pytest.mark.skipif(switched_off, reason=extension_error() or "built")
-backends = pytest.mark.parametrize("backend", ["python", pytest.param("cpp", marks=needs_extension)])
+from stylefast.runtime.planner import LIVE, plan_arrays, plan_segments
+from tests.runtime.backends import backends, needs_extension
 
 
 def outcome(batch, backend):
@@ -205,13 +200,84 @@ def test_asking_for_cpp_without_the_extension_says_how_to_build_it(monkeypatch):
     assert plan_segments([1], [0], [[]]).order.tolist() == [0]
 
 
+def arrays(images=(7, 8), branches=(3, 3), offsets=(0, 0, 1), reference_images=(7,), pages=(LIVE,), shape=(2, 2)):
+    """Arguments of `plan_arrays`, with outputs that hold rubbish."""
+    given = [np.array(values, np.int64) for values in (images, branches, offsets, reference_images, pages)]
+    return [*given, np.full(shape, 99), np.full(shape[:1], 99)]
+
+
+@backends
+def test_ready_arrays_are_filled_in_place(backend):
+    batch = arrays()
+    assert plan_arrays(*batch, backend=backend) == 1
+    assert batch[5].tolist() == [[-1, -1], [0, -1]] and batch[6].tolist() == [0, 1]
+
+
+@backends
+def test_an_empty_batch_of_ready_arrays_has_no_references(backend):
+    assert plan_arrays(*arrays((), (), (0,), (), (), (0, 3)), backend=backend) == 0
+
+
+@backends
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"branches": (3, 4)}, "branches hold 4, but must be integers from 0 to 3"),
+        ({"branches": (-1, 3)}, "branches hold -1"),
+        ({"pages": (-2,)}, "bank pages hold -2, but must be integers from -1 to 2147483647"),
+        ({"pages": (2**31,)}, "bank pages hold 2147483648"),
+        ({"offsets": (0, 1, 0)}, "offsets must run from 0 to the number of references, 1"),
+        ({"offsets": (1, 1, 1)}, "offsets must run from 0"),
+        ({"offsets": (0, 2, 1)}, "offsets must not fall"),
+        ({"offsets": (0, 1)}, "lengths do not fit"),
+        ({"branches": (3,)}, "lengths do not fit"),
+        ({"pages": ()}, "lengths do not fit"),
+        ({"shape": (3, 1)}, "lengths do not fit"),
+        ({"shape": (2, 0)}, "a row has 1 references, but page has 0 columns"),
+        ({"reference_images": (9,)}, "row 1 refers to image 9, branch 3, which has no row"),
+        ({"images": (8, 8)}, "rows 0 and 1 are both image 8, branch 3"),
+    ],
+    ids=str,
+)
+def test_ready_arrays_are_checked_for_what_they_hold(backend, changes, message):
+    with pytest.raises(InvalidRequest, match=message):
+        plan_arrays(*arrays(**changes), backend=backend)
+
+
+@backends
+@pytest.mark.parametrize(
+    "index, change, message",
+    [
+        (0, lambda a: a.astype(np.int32), "images is a int32 array, but must be a contiguous int64 array"),
+        (1, lambda a: a.tolist(), "branches is a list"),
+        (5, lambda a: np.asfortranarray(a), "page_out is a int64 array, but must be a contiguous"),
+        (6, lambda a: np.broadcast_to(a[:1].copy(), 1), "order_out can't be written to"),
+    ],
+    ids=["another type", "no array", "another order", "read-only"],
+)
+def test_arrays_are_never_copied_to_make_them_fit(backend, index, change, message):
+    batch = arrays()
+    if index == 6:
+        batch = arrays((7,), (3,), (0, 0), (), (), (1, 2))
+    batch[index] = change(batch[index])
+    with pytest.raises(InvalidRequest, match=message):
+        plan_arrays(*batch, backend=backend)
+
+
 @needs_extension
-def test_the_binding_refuses_arrays_that_do_not_fit_each_other():
-    one, two = np.zeros(1, np.int64), np.array([0, 2], np.int64)
-    with pytest.raises(ValueError, match="offsets must run"):
-        extension().plan_segments(one, one, two, one, one, 0, False)
-    with pytest.raises(ValueError, match="lengths"):
-        extension().plan_segments(one, two, two, one, one, 0, False)
+@given(batch=batches())
+def test_a_planner_that_has_planned_before_plans_as_a_new_one(batch):
+    images, branches, references, _, mutual = batch
+    entries = [entry for row in references for entry in row]
+    offsets = np.cumsum([0, *map(len, references)])
+    outcomes = []
+    for planner_ in (extension().BatchPlanner(), planner._planner("cpp")):
+        filled = arrays(images, branches, offsets, [i for i, _ in entries], [p for _, p in entries], (len(images), 3))
+        try:
+            outcomes.append((planner_.plan(*filled, mutual), filled[5].tolist(), filled[6].tolist()))
+        except ValueError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
 
 
 @needs_extension

@@ -1,0 +1,151 @@
+"""What a measurement of the engine consists of, and how times are taken: whole calls, contestants in turns."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.measure import Budget
+from benchmarks.kernels.report import MET, MISSED, NO_GOAL, NOT_MEASURED
+from stylefast.kernels.gpu.timing import one_line
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number and what is wanted of it: at least `goal`, or at most. Without a value `note` says why."""
+
+    what: str
+    value: float | None
+    goal: float | None = None
+    at_most: bool = False
+    unit: str = ""
+    label: str = ""  # of the goal, where a list of goals names it
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Judged by the value as it is printed and recorded, to four figures."""
+        if self.value is None:
+            return NOT_MEASURED
+        if self.goal is None:
+            return NO_GOAL
+        value = shown(self.value)
+        return MET if (value <= self.goal if self.at_most else value >= self.goal) else MISSED
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median time of `over` by that of `under`, and what is wanted of it."""
+
+    over: str
+    under: str
+    goal: float | None = None
+    at_most: bool = False
+    label: str = ""
+
+    def figure(self, times: Mapping[str, Sequence[float]], failures: Mapping[str, str]) -> Figure:
+        """Of measured seconds by contestant; why there are none where one of the two has not run."""
+        what = f"{self.over} / {self.under}"
+        missing = [name for name in (self.over, self.under) if not times.get(name)]
+        if missing:
+            note = "; ".join(f"{name}: {failures.get(name, 'has not run')}" for name in missing)
+            return Figure(what, None, self.goal, self.at_most, label=self.label, note=note)
+        value = statistics.median(times[self.over]) / statistics.median(times[self.under])
+        return Figure(what, value, self.goal, self.at_most, label=self.label)
+
+
+@dataclass
+class Outcome:
+    """What a case has found."""
+
+    times: dict[str, list[float]] = field(default_factory=dict)  # seconds of every sample by contestant
+    figures: list[Figure] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)  # ready for JSON
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. `expected` are its figures should it not run; `seconds` is the least it needs to be begun."""
+
+    name: str
+    what: str  # what exactly is compared
+    measure: Callable[[Budget], Outcome]
+    expected: tuple[Ratio | Figure, ...] = ()
+    seconds: float = 0.0
+
+    def not_measured(self, why: str) -> Outcome:
+        """All expected figures without values."""
+        ratios = [e.figure({}, {}) if isinstance(e, Ratio) else e for e in self.expected]
+        figures = [Figure(f.what, None, f.goal, f.at_most, f.unit, f.label, why) for f in ratios]
+        return Outcome(figures=figures or [Figure(self.name, None, note=why)])
+
+
+@dataclass(frozen=True)
+class Race:
+    """Times of contestants, and what each gave back last."""
+
+    times: dict[str, list[float]]
+    failures: dict[str, str]
+    results: dict[str, Any]
+
+
+def race(
+    runs: Mapping[str, Run], rounds: int, budget: Budget, *, warm_ups: int = 1, cuda: bool = False
+) -> Race:
+    """Every contestant in turn, A B C A B C, for `rounds` rounds, or fewer if the next would overrun the budget.
+
+    A contestant that raises is out and the others go on. `warm_ups` rounds are not counted.
+    """
+    failures: dict[str, str] = {}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    results: dict[str, Any] = {}
+    for turn in range(-warm_ups, rounds):
+        began = time.perf_counter()
+        for name, run in runs.items():
+            if name in failures:
+                continue
+            try:
+                seconds, results[name] = timed(run, cuda)
+            except Exception as error:  # whatever refuses: the other contestants are still to be timed
+                failures[name] = one_line(error)
+                times[name] = []
+                continue
+            if turn >= 0:
+                times[name].append(seconds)
+        if turn >= 0 and time.perf_counter() - began > remaining(budget):
+            break
+    return Race({name: samples for name, samples in times.items() if samples}, failures, results)
+
+
+def timed(run: Run, cuda: bool = False) -> tuple[float, Any]:
+    """Seconds of one call until its work is done on the device, and its result."""
+    gc.collect()
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def remaining(budget: Budget) -> float:
+    """Seconds that are left."""
+    return max(0.0, 60 * budget.minutes - budget.seconds)
+
+
+def deviation(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Largest difference of two lists of latents; NaN if either holds one."""
+    pairs = zip(actual, expected, strict=True)
+    return max((a.float().cpu() - b.float().cpu()).abs().max().item() for a, b in pairs)
+
+
+def shown(value: float) -> float:
+    """A value to four figures."""
+    return float(f"{value:.4g}")

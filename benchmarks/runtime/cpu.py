@@ -1,0 +1,92 @@
+"""The cases of `--device cpu`: the embedded model and a half-width SDXL, 20 steps with guidance, fp32."""
+
+from benchmarks.kernels.measure import Budget
+from benchmarks.runtime import mixes, soak
+from benchmarks.runtime.cases import Case, Figure, Outcome, Ratio, deviation, race
+from benchmarks.runtime.models import half_width_model, tiny_model
+from benchmarks.runtime.scene import Scene
+
+CHECK = "check"
+CHECKED_WITHIN = 1e-3
+GOALS = {1: (1.7, 2.0), 4: (1.15, None)}  # uncached / cached, published / cached
+MIXED_GOAL = 1.1
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """All cases, the cheapest first. `quick` runs the embedded model alone for a few steps, to see that all runs."""
+    tiny = Scene(tiny_model, steps=2 if quick else 20)
+    rounds = 2 if quick else 15
+    found = [check(tiny)]
+    found += [speed("tiny", tiny, n, rounds) for n in (1, 4)]
+    found += [mixed(tiny, rounds), *soak.cases(quick)]
+    if not quick:
+        half = Scene(half_width_model)
+        found += [speed("half-width", half, 1, 3), speed("half-width", half, 4, 2)]
+    return found
+
+
+def check(scene: Scene, n: int = 2) -> Case:
+    """Without this the comparison is void: the published form and the engine draw the same pictures."""
+    expected = Figure("published - uncached", None, CHECKED_WITHIN, at_most=True)
+
+    def measure(budget: Budget) -> Outcome:
+        ours, theirs = scene.uncached(n)(), scene.published(n)()[1:]
+        largest = max(latents.abs().max().item() for latents in theirs)
+        return Outcome(figures=[
+            Figure(expected.what, deviation(ours, theirs), expected.goal, at_most=True,
+                   note=f"latents reach {largest:.3g}"),
+            Figure("cached - uncached", deviation(scene.cached(n)(), ours), note="the bank as `bake` stores it"),
+        ])  # fmt: skip
+
+    what = f"largest difference of latents after {scene.steps} steps, {n} pictures, same seeds and noise"
+    return Case(CHECK, what, measure, (expected,))
+
+
+def speed(name: str, scene: Scene, n: int, rounds: int) -> Case:
+    """Cached against uncached and published, text encoding included and the VAE left out on all sides."""
+    over_uncached, over_published = GOALS[n]
+    ratios = [Ratio("uncached", "cached", over_uncached), Ratio("published", "cached", over_published),
+              Ratio("published", "uncached")]  # fmt: skip
+    if n == 1:
+        ratios.append(Ratio("cached", "plain"))
+
+    def measure(budget: Budget) -> Outcome:
+        runs = {"cached": scene.cached(n), "uncached": scene.uncached(n), "published": scene.published(n)}
+        if n == 1:
+            runs["plain"] = scene.plain(n)
+        # what is slow to run is warm after the case of one picture
+        found = race(runs, rounds, budget, warm_ups=int(n == 1 or rounds > 3))
+        figures = [ratio.figure(found.times, found.failures) for ratio in ratios]
+        if {"uncached", "published"} <= found.results.keys():
+            apart = deviation(found.results["uncached"], found.results["published"][1:])
+            figures.append(Figure("published - uncached", apart, note="largest difference of latents"))
+        return Outcome(found.times, figures, {"failures": found.failures, "bank_bytes": scene.bank().nbytes})
+
+    pictures = "1 picture" if n == 1 else f"{n} pictures"
+    what = f"{pictures} of one style, {scene.steps} steps, guidance {scene.guidance:g}, text encoding included, no VAE"
+    return Case(f"{name} n={n}", what, measure, tuple(ratios))
+
+
+def mixed(scene: Scene, rounds: int) -> Case:
+    """Eight styles in one batch against one style, at the same number of rows."""
+    ratios = (Ratio("eight styles", "one style", MIXED_GOAL, at_most=True),
+              Ratio("eight banks", "one bank", MIXED_GOAL, at_most=True))  # fmt: skip
+
+    def measure(budget: Budget) -> Outcome:
+        batches = {
+            "one style": mixes.one_live_style(scene),
+            "eight styles": mixes.mixed_styles(scene),
+            "one bank": mixes.one_bank(scene),
+            "eight banks": mixes.eight_banks(scene),
+        }
+        runs = {name: lambda requests=requests: scene.drawn(requests) for name, requests in batches.items()}
+        found = race(runs, rounds, budget)
+        figures = [ratio.figure(found.times, found.failures) for ratio in ratios]
+        return Outcome(found.times, figures, {"failures": found.failures})
+
+    what = (
+        f"{mixes.BATCH} pictures, {scene.steps} steps. 18 rows: one live StyleAligned reference with 8 readers, "
+        "against 2 banks, 1 live reference, 2 InstantStyle, 1 DreamStyler, 1 bank with InstantStyle and 1 plain, at "
+        "their own strengths and guidance. 16 rows: one bank for all, against 8 banks"
+    )
+    return Case("mixed batch of 8", what, measure, ratios)

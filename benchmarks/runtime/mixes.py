@@ -1,0 +1,56 @@
+"""Batches of eight: one style for all, or eight styles; and what each request of the mix is."""
+
+import math
+
+import stylefast as sf
+from benchmarks.runtime.scene import PROMPTS, REFERENCE, REFERENCE_SEED, SEED, Scene
+
+BATCH = 8
+BAKED = (
+    REFERENCE, "a fish in watercolor style", "a fish in woodcut style", "a fish in glass style",
+    "a house in neon style", "a house in watercolor style", "a cat in woodcut style", "a cat in glass style",
+)  # fmt: skip
+
+
+def one_live_style(scene: Scene) -> list[sf.Request]:
+    """Eight pictures beside one reference that runs along: 18 rows."""
+    style = sf.StyleAligned(prompt=REFERENCE, seed=REFERENCE_SEED)
+    return [_request(scene, i, style) for i in range(BATCH)]
+
+
+def mixed_styles(scene: Scene) -> list[sf.Request]:
+    """Eight pictures of eight styles, one of which has a reference that runs along: 18 rows as well.
+
+    Two banks, one of them with a shift and one with a weaker AdaIN, a live reference, a picture's style at two
+    strengths, a learned style, a bank and a picture at once, and no style. Guidance differs wherever no bank fixes it.
+    """
+    engine = scene.model.engine
+    pictures, learned = engine.references(), engine.styles()
+    first, second = (scene.bank(prompt) for prompt in BAKED[:2])
+    return [
+        _request(scene, 0, None, guidance=7.5),
+        _request(scene, 1, sf.StyleAligned(first, scale=0.9)),
+        _request(scene, 2, sf.StyleAligned(second, shift=math.log(2), adain={"q": 1.0, "k": 0.5})),
+        _request(scene, 3, sf.StyleAligned(prompt=REFERENCE, seed=REFERENCE_SEED), guidance=6.0),
+        _request(scene, 4, sf.InstantStyle(pictures["neon"], scale=0.8), guidance=4.0),
+        _request(scene, 5, sf.InstantStyle(pictures["woodcut"], scale=0.5)),
+        _request(scene, 6, sf.DreamStyler(learned["chalk"]), guidance=3.0),
+        _request(scene, 7, [sf.StyleAligned(first), sf.InstantStyle(pictures["watercolor"], scale=0.6)]),
+    ]
+
+
+def one_bank(scene: Scene) -> list[sf.Request]:
+    """Eight pictures of one baked style: 16 rows."""
+    style = sf.StyleAligned(scene.bank(BAKED[0]))
+    return [_request(scene, i, style) for i in range(BATCH)]
+
+
+def eight_banks(scene: Scene) -> list[sf.Request]:
+    """Eight pictures of eight baked styles with strengths of their own: 16 rows."""
+    styles = [sf.StyleAligned(scene.bank(prompt), scale=1.0 - 0.02 * i) for i, prompt in enumerate(BAKED)]
+    return [_request(scene, i, style) for i, style in enumerate(styles)]
+
+
+def _request(scene: Scene, i: int, style, **options) -> sf.Request:
+    settings = {"steps": scene.steps, "guidance": scene.guidance, "size": scene.model.size, "seed": SEED + i}
+    return sf.Request(PROMPTS[i], style=style, **settings | options)

@@ -1,0 +1,64 @@
+// Copies lists of memory blocks in the background. Free of any framework; the twin in Python is
+// stylefast/runtime/copy_engine.py. All methods may be called from any thread.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace stylefast {
+
+// One queue for all lists: chunks are counted from the first one ever given, and `completed` is the number before which
+// everything is copied. A ticket is therefore two numbers, and nothing has to be kept for it.
+class CopyEngine {
+public:
+    struct Ticket {
+        std::int64_t first, chunks;
+    };
+
+    // `capacity`: chunks that may wait. std::invalid_argument where either is below 1.
+    CopyEngine(std::int64_t threads, std::int64_t capacity);
+    ~CopyEngine() { close(); }
+    CopyEngine(const CopyEngine&) = delete;
+    CopyEngine& operator=(const CopyEngine&) = delete;
+
+    // Copies bytes[i] bytes from address sources[i] to destinations[i], in this order; the blocks must stay where they
+    // are until the ticket is done. Blocks while the queue is full. std::invalid_argument, before anything is copied,
+    // for a negative size or a null address; std::logic_error after close.
+    Ticket submit(const std::int64_t* sources, const std::int64_t* destinations, const std::int64_t* bytes,
+                  std::int64_t count);
+
+    // How many of the ticket's chunks are copied: its first so many, and everything submitted before.
+    std::int64_t progress(const Ticket& ticket) const;
+
+    // Until the first `chunks` of the ticket are copied, or all where that is -1. std::out_of_range above its number.
+    void wait(const Ticket& ticket, std::int64_t chunks) const;
+
+    // Copies what is queued and ends the threads. Again: nothing.
+    void close();
+
+private:
+    struct Chunk {
+        const void* source = nullptr;
+        void* destination = nullptr;
+        std::size_t bytes = 0;
+        bool done = false;
+    };
+
+    void work();
+    Chunk& slot(std::int64_t number) { return ring_[static_cast<std::size_t>(number) % ring_.size()]; }
+
+    std::mutex lists_;  // held while a list is given, so that its numbers have no gaps; taken before mutex_
+    mutable std::mutex mutex_;
+    std::condition_variable given_;
+    mutable std::condition_variable copied_;
+    std::vector<Chunk> ring_;  // by chunk number modulo its size
+    std::int64_t submitted_ = 0, taken_ = 0, completed_ = 0;
+    bool closed_ = false;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace stylefast

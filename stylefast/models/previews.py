@@ -1,0 +1,138 @@
+"""Quick looks at unfinished pictures: a tiny decoder, or a linear map from latents to colours where there is none."""
+
+from dataclasses import dataclass
+from threading import Lock
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stylefast.errors import InvalidRequest, ModelFormatError
+from stylefast.models.vae import decode, decode_unchecked, decoding_dtype, downscale, encode, load_vae
+from stylefast.models.vae_copies import weights_stamp
+
+FIT_SIDE = 16  # latents along a side of the pictures that the linear map is fitted on
+FIT_PICTURES = 8
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class LinearColours:
+    """colour = weight @ latent + bias, in 0..1: weight [3, C], bias [3], both float32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+_fitted: WeakKeyDictionary[nn.Module, tuple[tuple, LinearColours]] = WeakKeyDictionary()
+_fitting = Lock()
+
+
+class PreviewDecoder:
+    """Latents to 8-bit pictures, fast and never failing on what the latents hold.
+
+    Made by `load`. `kind` is "tiny" (an AutoencoderTiny such as TAESD: sharp, a few per cent of a full decode) or
+    "linear" (one matrix per latent, each a flat square of the picture: next to nothing). Latents that are still noisy
+    give noisy previews; give the step's estimate of the clean latents where there is one.
+    """
+
+    def __init__(self, channels: int, factor: int, tiny: nn.Module | None, colours: LinearColours | None):
+        self.channels, self.factor = channels, factor
+        self._tiny, self._colours = tiny, colours
+
+    @classmethod
+    def load(cls, source, vae: nn.Module, dtype: torch.dtype, device) -> "PreviewDecoder":
+        """A decoder of previews for the latents of `vae`.
+
+        source: an AutoencoderTiny, its folder, file or hub id ("madebyollin/taesdxl"), held in `dtype` on `device`
+        (a module stays as it is); None fits a linear map to `vae`. Raises ModelNotFound, ModelFormatError if it is
+        another kind of VAE or decodes other latents.
+        """
+        channels, factor = vae.config["latent_channels"], downscale(vae)
+        if source is None:
+            colours = fit_colours(vae)
+            return cls(channels, factor, None, LinearColours(colours.weight.to(device), colours.bias.to(device)))
+        tiny = load_vae(source, dtype=dtype, device=device)
+        kind = type(tiny).__name__
+        if kind != "AutoencoderTiny":
+            raise ModelFormatError(
+                f"{_name(source)} is an {kind}; previews need an AutoencoderTiny such as 'madebyollin/taesdxl', or None"
+            )
+        found = tiny.config["latent_channels"], downscale(tiny)
+        if found != (channels, factor):
+            raise ModelFormatError(
+                f"{_name(source)} decodes latents of {found[0]} channels to {found[1]} pixels each, the model's have "
+                f"{channels} channels and {factor} pixels; use the tiny decoder of this model family, or None"
+            )
+        return cls(channels, factor, tiny, None)
+
+    @property
+    def kind(self) -> str:
+        """Which of the two it is: "tiny" or "linear"."""
+        return "linear" if self._tiny is None else "tiny"
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Previews of latents [n, C, h, w]: uint8 [n, h * factor, w * factor, 3] on the latents' device.
+
+        Pixels that are not finite are black. Raises InvalidRequest at another shape.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise InvalidRequest(
+                f"latents of shape {tuple(latents.shape)} have no preview: [n, {self.channels}, h, w] is needed"
+            )
+        if self._tiny is not None:
+            pictures = decode_unchecked(self._tiny, latents, decoding_dtype(self._tiny))
+            return _bytes(pictures / 2 + 0.5).permute(0, 2, 3, 1).to(latents.device)
+        weight, bias = (part.to(latents.device) for part in (self._colours.weight, self._colours.bias))
+        colours = torch.einsum("oc,nchw->nhwo", weight, latents.float()) + bias
+        squares = _bytes(colours)  # [n, h, w, 3]; nearest: each becomes factor x factor pixels
+        return squares.repeat_interleave(self.factor, 1).repeat_interleave(self.factor, 2)
+
+
+def fit_colours(vae: nn.Module) -> LinearColours:
+    """The linear map that best gives, from a latent of `vae`, the mean colour of the pixels it stands for.
+
+    Least squares over the latents of seeded coloured blocks, and the blocks as `vae` draws them. Kept for each VAE
+    until its weights change.
+    """
+    with _fitting:
+        stamp = weights_stamp(vae)
+        kept = _fitted.get(vae)
+        if kept is None or kept[0] != stamp:
+            kept = _fitted[vae] = (stamp, _fit(vae))
+        return kept[1]
+
+
+def colour_blocks(side: int) -> torch.Tensor:
+    """Seeded pictures of 5x5 blocks of random colours, [FIT_PICTURES, 3, side, side] in -1..1."""
+    generator = torch.Generator().manual_seed(1)
+    colours = torch.rand(FIT_PICTURES, 3, 5, 5, generator=generator) * 2 - 1
+    return F.interpolate(colours, (side, side), mode="nearest")
+
+
+def _fit(vae: nn.Module) -> LinearColours:
+    factor, device = downscale(vae), next(vae.parameters()).device
+    with torch.inference_mode(False), torch.no_grad():
+        # two at a time: at SDXL's size the activations should stay a footnote
+        latents = [encode(vae, part.to(device)) for part in colour_blocks(FIT_SIDE * factor).split(2)]
+        # what is decoded fits better than what was encoded: the decoder's own colours are the ones to foretell
+        drawn = torch.cat([F.avg_pool2d(decode(vae, part), factor).cpu() for part in latents])
+        known = torch.cat(latents).cpu().movedim(1, -1).flatten(0, -2).double()  # [squares, C]
+        wanted = drawn.movedim(1, -1).flatten(0, -2).double()  # [squares, 3]
+        mean, middle = known.mean(0), wanted.mean(0)
+        known, wanted = known - mean, wanted - middle
+        # a share of the latents' own variance keeps a channel that never moves from blowing up
+        damping = RIDGE * known.square().sum() / known.shape[1] * torch.eye(known.shape[1], dtype=torch.float64)
+        weight = torch.linalg.solve(known.T @ known + damping, known.T @ wanted).T  # [3, C]
+        return LinearColours(weight.float(), (middle - weight @ mean).float())
+
+
+def _bytes(pictures: torch.Tensor) -> torch.Tensor:
+    """0..1 to uint8; what is not finite becomes 0."""
+    return (pictures.nan_to_num(0, 0, 0).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _name(source) -> str:
+    return type(source).__name__ if isinstance(source, nn.Module) else str(source)

@@ -1,0 +1,145 @@
+"""Decoding pictures whose activations do not fit: how much a decode takes, and overlapping tiles instead of the whole.
+
+A tile's group norms and its middle block's attention see the tile alone, so tiles differ from the whole picture in
+tone, not only at their borders; the overlap turns the step between neighbours into a ramp. What fits is therefore
+decoded whole.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stylefast.errors import InvalidRequest, OutOfMemory
+
+WHOLE_PIXELS = 2048 * 2048
+OVERLAP = 0.25
+SMALLEST_TILE = 16  # latents along a side; below, borders take most of a tile
+LARGEST_TILE = 128
+LIVE_WIDTHS = 5
+RESULT_BYTES = 2 * 3 * 4  # per pixel: the float32 picture as decoded or summed from tiles, and clamped to 0..1
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How a batch of equal sizes is decoded: `pictures` at a time whole, or one at a time in tiles of `tile` latents.
+
+    `tile` is None where the picture is decoded whole.
+    """
+
+    pictures: int
+    tile: int | None = None
+
+
+def decode_bytes(vae: nn.Module, pixels: int, dtype: torch.dtype) -> int:
+    """Upper estimate of the memory that decoding a picture of so many pixels takes at its peak, weights apart.
+
+    The peak lies in the first residual block at full resolution. Per pixel, counted from the allocations of decoders
+    of three shapes, 3 (channels_last) to 4.5 tensors of the width that enters this block are alive; 5 are assumed, for
+    the convolutions' workspace.
+    """
+    config = vae.config
+    # an AutoencoderKL lists its widths from the encoder's entry on, so the decoder's last levels are the first two
+    widths = config.get("block_out_channels") or config["decoder_block_out_channels"][::-1]
+    item = torch.empty((), dtype=dtype).element_size()
+    return pixels * LIVE_WIDTHS * max(widths[:2]) * item
+
+
+def plan_decode(vae: nn.Module, shape, factor: int, dtype: torch.dtype, tile, budget: int | None) -> DecodePlan:
+    """Choose between whole pictures and tiles for latents of `shape` [n, C, h, w].
+
+    tile: None (whole), pixels along a side, or "auto": whole up to 2048x2048 pixels in all that fit into `budget`
+    bytes (None: no limit), else tiles, as large as fit. factor: pixels per latent. Raises InvalidRequest; OutOfMemory
+    if not even the smallest tile fits.
+    """
+    count, _, height, width = shape
+    if tile is None:
+        return DecodePlan(count)
+    if tile != "auto":
+        side = _tile_side(tile, factor)
+        if max(height, width) > side:
+            return DecodePlan(1, side)
+        return DecodePlan(min(count, side**2 // (height * width)))  # no more at a time than a tile holds
+    pixels = height * width * factor**2
+    results = RESULT_BYTES * pixels * count
+    room = None if budget is None else budget - results
+    one = decode_bytes(vae, pixels, dtype)
+    if pixels <= WHOLE_PIXELS and (room is None or one <= room):
+        fitting = count if room is None else room // one
+        return DecodePlan(min(count, fitting, WHOLE_PIXELS // pixels))
+    smallest = decode_bytes(vae, (SMALLEST_TILE * factor) ** 2, dtype)
+    if room is not None and smallest > room:
+        raise OutOfMemory(
+            f"decoding {count} of {width * factor}x{height * factor} pixels takes at least "
+            f"{(smallest + results) / 1e6:.3g} MB, in tiles of {SMALLEST_TILE * factor} pixels, and "
+            f"{budget / 1e6:.3g} MB may be used; free memory, raise the limit, or decode fewer or smaller pictures"
+        )
+    side = SMALLEST_TILE
+    while side < LARGEST_TILE and (
+        room is None or decode_bytes(vae, ((side + 8) * factor) ** 2, dtype) <= room
+    ):
+        side += 8
+    return DecodePlan(1, side)
+
+
+def tile_starts(size: int, tile: int) -> list[int]:
+    """First latents of the tiles along an axis: spread evenly, neighbours sharing at least a quarter of a tile."""
+    if tile >= size:
+        return [0]
+    step = tile - int(tile * OVERLAP + 0.999)
+    gaps = -(-(size - tile) // step)
+    return [i * (size - tile) // gaps for i in range(gaps + 1)]
+
+
+def decode_tiles(
+    run: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, tile: int, factor: int
+) -> torch.Tensor:
+    """Pictures [n, 3, h * factor, w * factor], float32, from `run` called on tiles of one picture at a time.
+
+    latents: [n, C, h, w]; run: tiles of `tile` latents (less where the picture is smaller) to pictures. All tiles have
+    one shape. Where tiles overlap they are blended linearly.
+    """
+    count, _, height, width = latents.shape
+    tall, wide = min(tile, height), min(tile, width)
+    tops, lefts = tile_starts(height, tall), tile_starts(width, wide)
+    down = _blend_weights(tops, height, tall, factor, latents.device)  # [tiles, tall * factor]
+    across = _blend_weights(lefts, width, wide, factor, latents.device)
+    pictures = torch.zeros(count, 3, height * factor, width * factor, device=latents.device)
+    for picture, latent in zip(pictures, latents, strict=True):
+        for top, down_weight in zip(tops, down, strict=True):
+            for left, across_weight in zip(lefts, across, strict=True):
+                part = run(latent[None, :, top : top + tall, left : left + wide])[0].float()
+                rows = slice(top * factor, (top + tall) * factor)
+                columns = slice(left * factor, (left + wide) * factor)
+                picture[:, rows, columns] += part * down_weight[:, None] * across_weight
+    return pictures
+
+
+def _blend_weights(starts: list[int], size: int, tile: int, factor: int, device) -> torch.Tensor:
+    """Weight of each tile's pixels along one axis, [tiles, tile * factor]; over all tiles they sum to 1 everywhere."""
+    pixels = tile * factor
+    weights = torch.ones(len(starts), pixels, dtype=torch.float64)
+    for i, (before, after) in enumerate(zip(starts, starts[1:], strict=False)):
+        overlap = (before + tile - after) * factor
+        ramp = (torch.arange(overlap, dtype=torch.float64) + 0.5) / overlap
+        weights[i, pixels - overlap :] *= 1 - ramp
+        weights[i + 1, :overlap] *= ramp
+    # evenly spread tiles may overlap by more than half, three at a pixel
+    total = torch.zeros(size * factor, dtype=torch.float64)
+    for start, weight in zip(starts, weights, strict=True):
+        total[start * factor : start * factor + pixels] += weight
+    for start, weight in zip(starts, weights, strict=True):
+        weight /= total[start * factor : start * factor + pixels]
+    return weights.to(device, torch.float32)
+
+
+def _tile_side(tile, factor: int) -> int:
+    """Latents along a side of a tile given in pixels; raises InvalidRequest."""
+    smallest = SMALLEST_TILE * factor
+    if isinstance(tile, bool) or not isinstance(tile, int) or tile < smallest or tile % factor:
+        raise InvalidRequest(
+            f"tile is {tile!r}; give None (the whole picture), 'auto', or its side in pixels: a multiple of {factor} "
+            f"from {smallest} on"
+        )
+    return tile // factor

@@ -1,0 +1,151 @@
+"""Baking: a style's reference runs once, alone, and what it offers at every step is kept in a bank."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from stylefast.errors import InvalidRequest, StyleError
+from stylefast.models.conditioning import RowFeatures
+from stylefast.runtime.group import Group
+from stylefast.runtime.preparing import Preparer
+from stylefast.runtime.request import Request
+from stylefast.runtime.trajectory import Trajectory, plan_trajectories
+from stylefast.sampling.guidance import BRANCHES
+from stylefast.sampling.schedule import schedule_digest
+from stylefast.styles.bank import BankWriter, LayerFeatures, ReferenceFeatures, StyleBank
+from stylefast.styles.bank_info import FORMAT, BankInfo
+from stylefast.styles.bank_size import STORES, BankShapes
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
+# called after every step with (step, steps)
+BakeCallback = Callable[[int, int], None]
+
+
+def bake(
+    preparer: Preparer,
+    request: Request,
+    *,
+    store: str = "kv",
+    dtype: str = "auto",
+    path: str | Path | None = None,
+    overwrite: bool = True,
+    callback: BakeCallback | None = None,
+    styles_digest: Callable[[Sequence], str],
+    version: str,
+) -> StyleBank:
+    """Run the reference of `request`'s StyleAligned under the request's settings and keep what it offers.
+
+    The request's prompt does not matter. See `Engine.bake` for the arguments and errors.
+    """
+    style = request.aligned
+    kind = _check(style, store, dtype, preparer.runtime.unet.dtype)
+    preparer.check([request])
+    target, *references = plan_trajectories([request], preparer.schedule, preparer.native_size)
+    others = [other for other in request.style if other is not style] if style.share_styles else []
+    if others and store == "latents":
+        raise StyleError(
+            "store='latents' keeps no other styles, and the reference shares "
+            f"{type(others[0]).__name__}; bake with store='kv', or with share_styles=False"
+        )
+    for reference in references:
+        # on its own, it is asked for its result
+        reference.output = references.index(reference)
+    layout = preparer.runtime.unet.layout
+    layers = tuple(style.layer_mask(layout).nonzero().flatten().tolist()) if store != "latents" else ()
+    generated = not style.references
+    info = BankInfo(
+        format=FORMAT, model=preparer.model, fingerprint=preparer.fingerprint(), store=store, dtype=kind,
+        scheduler=request.scheduler, schedule=schedule_digest(target.schedule), steps=request.steps, size=target.size,
+        guidance=float(request.guidance) if generated else None,
+        guidance_rescale=float(request.guidance_rescale) if generated else None, branches=target.branches,
+        negative_prompt=request.negative_prompt, prompt=style.prompt or "", seed=style.seed,
+        noise="generated" if generated else style.noise, references=len(references), layers=layers,
+        styles=styles_digest(others), created=datetime.now(UTC).isoformat(timespec="seconds"),
+        stylefast=version,
+    )  # fmt: skip
+    shapes = BankShapes.from_config(preparer.runtime.unet.config, target.size, preparer.downscale)
+    with BankWriter(info, shapes, path, overwrite) as writer:
+        _run(preparer, references, writer, callback)
+        return writer.finish()
+
+
+def _run(preparer: Preparer, references: Sequence[Trajectory], writer: BankWriter, callback) -> None:
+    runtime, steps = preparer.runtime, references[0].schedule.steps
+    with runtime.lock:
+        groups = [preparer.admit([reference]) for reference in references]
+    try:
+        for step in range(steps):
+            with runtime.lock:
+                for number, group in enumerate(groups):
+                    _step(runtime, group, number, writer)
+            if callback is not None:
+                callback(step + 1, steps)
+    finally:
+        with runtime.lock:
+            for group in groups:
+                runtime.retire(group)
+
+
+def _step(runtime, group: Group, number: int, writer: BankWriter) -> None:
+    """One step of a reference; its features and latents go to the bank."""
+    step = group.step
+    if writer.info.store == "latents":
+        writer.put_latents(step, number, runtime.latents_of(group)[0])
+        error = runtime.advance([group]).get(group)
+    else:
+        features = RowFeatures()
+        error = runtime.advance([group], features).get(group)
+        if error is None:
+            for row, branch in enumerate(group.phase(step).branch):
+                writer.put(step, BRANCHES[branch], number, _of_row(features, row, writer.info.layers))
+    if error is not None:
+        raise error
+    if group.finished:
+        writer.put_latents(step + 1, number, runtime.latents_of(group)[0])
+
+
+def _of_row(features: RowFeatures, row: int, layers: Sequence[int]) -> ReferenceFeatures:
+    per_layer = {}
+    for layer in layers:
+        hidden, k, v, mean, variance = features.layers[layer]
+        per_layer[layer] = LayerFeatures(hidden[row], k[row], v[row], mean[:, row], variance[:, row])
+    norms = range(len(features.norms))
+    return ReferenceFeatures(
+        per_layer, tuple(features.norms[i][0][row] for i in norms), tuple(features.norms[i][1][row] for i in norms),
+        tuple(features.norm_elements[i] for i in norms),
+    )  # fmt: skip
+
+
+def _check(style, store: str, dtype: str, model_dtype: torch.dtype) -> str:
+    """The bank's element type by its full name. Raises InvalidRequest and StyleError."""
+    if style is None:
+        raise StyleError("nothing to bake: pass a StyleAligned, alone or in a list with styles that it shares")
+    if style.bank is not None:
+        raise StyleError("this style is a bank already; use it as it is, or bake its prompt or picture again")
+    if style.reference is None and style.prompt is None:
+        raise StyleError(
+            "the style takes the first prompt of a call as its reference; to bake it, give it a prompt or a picture"
+        )
+    if store not in STORES:
+        raise InvalidRequest(f"store is {store!r}; there are {', '.join(STORES)}")
+    if store == "latents":
+        if dtype not in ("auto", "fp32", "float32"):
+            raise InvalidRequest(f"store='latents' keeps float32, which is small already; leave dtype={dtype!r} out")
+        return "float32"
+    if dtype == "auto":
+        return str(model_dtype).removeprefix("torch.")
+    kind = DTYPES.get(dtype, dtype)
+    if kind not in DTYPES.values():
+        raise InvalidRequest(f"dtype is {dtype!r}; there are auto, {', '.join(DTYPES)}")
+    return kind
+
+
+def bake_request(styles, options: dict) -> Request:
+    """A request that stands for all readers of a bank. Raises InvalidRequest for settings out of range."""
+    request = Request("a reference", style=styles, **options)
+    if request.guidance_interval != (0.0, 1.0):
+        raise InvalidRequest("a bank serves all guidance intervals; leave guidance_interval out when baking")
+    return replace(request, seed=0)

@@ -1,0 +1,193 @@
+"""Copies between tensors of the host, in the background and in the order given.
+
+Style banks are read from mapped files into pinned blocks while the model runs. The work is done in C++ where the
+extension is built and by the twin below where it isn't.
+"""
+
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from stylefast._extension import extension, extension_error
+from stylefast.errors import InvalidRequest, MissingDependency
+from stylefast.runtime.planner import BACKENDS
+
+
+class Ticket:
+    """A list of copies under way. Its chunks are done in order, so the first k are there before the others."""
+
+    def __init__(self, engine, raw):
+        self._engine, self._raw = engine, raw
+
+    @property
+    def chunks(self) -> int:
+        """How many copies the list has."""
+        return self._raw.chunks
+
+    @property
+    def done(self) -> bool:
+        """Whether all copies are done."""
+        return self.progress() == self.chunks
+
+    def progress(self) -> int:
+        """How many copies are done, counted from the first."""
+        return self._engine.progress(self._raw)
+
+    def wait(self, chunks: int = -1) -> None:
+        """Block until the first `chunks` copies are done, or all where that is -1; without the GIL.
+
+        IndexError for more chunks than the ticket has.
+        """
+        self._engine.wait(self._raw, chunks)
+
+
+class CopyEngine:
+    """Background threads that work off one queue of copies. Thread-safe.
+
+    Args:
+        threads: how many copy at the same time; chunks are still reported in order.
+        capacity: chunks that may wait before `copy` blocks.
+        backend: "cpp", "python", or "auto" (C++ where it is built). The twin copies with one thread.
+
+    Raises:
+        InvalidRequest: threads or capacity below 1, an unknown backend.
+        MissingDependency: backend "cpp" without the extension.
+    """
+
+    def __init__(self, threads: int = 1, capacity: int = 4096, *, backend: str = "auto"):
+        if backend not in BACKENDS:
+            raise InvalidRequest(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        if backend == "cpp" and extension() is None:
+            raise MissingDependency(extension_error())
+        if threads < 1 or capacity < 1:
+            raise InvalidRequest(f"threads is {threads} and capacity {capacity}, but both must be 1 or more")
+        if backend == "python" or extension() is None:
+            self.backend, self._engine = "python", _Engine(capacity)
+        else:
+            self.backend, self._engine = "cpp", extension().CopyEngine(threads, capacity)
+        self._held = deque()  # (raw ticket, its tensors): their memory must stay until the copies are done
+        # also at exit, before the modules are torn down
+        self._finalizer = weakref.finalize(self, self._engine.close)
+
+    def copy(self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> Ticket:
+        """Copy sources[i] into destinations[i], bytes as they are, in this order.
+
+        The tensors are kept alive until they are copied, whatever becomes of the ticket. Blocks, without the GIL, while
+        the queue is full.
+
+        Raises:
+            InvalidRequest: lists of different lengths, tensors that are not on the CPU, not contiguous, of different
+                sizes in bytes, or that overlap.
+            RuntimeError: after `close`.
+        """
+        if len(sources) != len(destinations):
+            raise InvalidRequest(f"{len(sources)} sources and {len(destinations)} destinations; give one for the other")
+        for i, (source, destination) in enumerate(zip(sources, destinations)):
+            _check_pair(i, source, destination)
+        self._let_go()
+        raw = self._engine.submit(*_lists(self.backend, sources, destinations))
+        self._held.append((raw, list(sources), list(destinations)))
+        return Ticket(self._engine, raw)
+
+    def close(self) -> None:
+        """Finish what is queued and end the threads. Again: nothing."""
+        self._finalizer()
+        self._held.clear()
+
+    def __enter__(self) -> "CopyEngine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _let_go(self) -> None:
+        # another thread may take the first entry between look and removal, so take before looking
+        while self._held:
+            try:
+                first = self._held.popleft()
+            except IndexError:
+                return
+            if self._engine.progress(first[0]) < first[0].chunks:
+                self._held.appendleft(first)
+                return
+
+
+def _check_pair(i: int, source: torch.Tensor, destination: torch.Tensor) -> None:
+    for name, tensor in ("source", source), ("destination", destination):
+        if tensor.device.type != "cpu":
+            raise InvalidRequest(f"{name} {i} is on {tensor.device}, but must be on the CPU")
+        if not tensor.is_contiguous():
+            raise InvalidRequest(f"{name} {i} of shape {tuple(tensor.shape)} is not contiguous")
+    size, room = source.nbytes, destination.nbytes
+    if size != room:
+        raise InvalidRequest(f"source {i} has {size} bytes, but destination {i} has {room}")
+    if abs(source.data_ptr() - destination.data_ptr()) < size:
+        raise InvalidRequest(f"source {i} and destination {i} overlap")
+
+
+def _lists(backend, sources, destinations):
+    if backend == "python":
+        return _bytes_of(sources), _bytes_of(destinations)
+    columns = ([t.data_ptr() for t in sources], [t.data_ptr() for t in destinations], [t.nbytes for t in sources])
+    return (np.array(column, dtype=np.int64) for column in columns)
+
+
+def _bytes_of(tensors):
+    return [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]
+
+
+class _RawTicket:
+    def __init__(self, chunks: int):
+        self.chunks, self.copied = chunks, 0
+
+
+class _Engine:
+    """The twin of csrc/copy_engine.cpp, in one thread."""
+
+    def __init__(self, capacity: int):
+        self.queue = queue.Queue(capacity)
+        self.changed = threading.Condition()
+        self.lists = threading.Lock()  # held while a list is given, so that lists don't mix
+        self.closed = False
+        # a daemon: interpreters join other threads before they call finalizers, which is where this one is ended
+        self.thread = threading.Thread(target=self.work, daemon=True, name="stylefast-copy")
+        self.thread.start()
+
+    def work(self):
+        while (chunk := self.queue.get()) is not None:
+            ticket, source, destination = chunk
+            destination.copy_(source)
+            with self.changed:
+                ticket.copied += 1
+                self.changed.notify_all()
+
+    def submit(self, sources, destinations):
+        with self.lists:
+            if self.closed:
+                raise RuntimeError("the copy engine is closed")
+            ticket = _RawTicket(len(sources))
+            for source, destination in zip(sources, destinations):
+                self.queue.put((ticket, source, destination))
+            return ticket
+
+    def progress(self, ticket):
+        with self.changed:
+            return ticket.copied
+
+    def wait(self, ticket, chunks=-1):
+        if not -1 <= chunks <= ticket.chunks:
+            raise IndexError(f"chunks is {chunks}, but the ticket has {ticket.chunks}")
+        with self.changed:
+            self.changed.wait_for(lambda: ticket.copied >= (ticket.chunks if chunks == -1 else chunks))
+
+    def close(self):
+        with self.lists:
+            if not self.closed:
+                self.closed = True
+                self.queue.put(None)
+                self.thread.join()

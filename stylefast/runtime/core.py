@@ -1,0 +1,221 @@
+"""One model with everything that requests share: pages, slots, tables, and the step itself.
+
+`Runtime` knows nothing of jobs, threads and pictures' files. Who calls it holds its `lock`.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from stylefast.errors import NumericsError, OutOfMemory, StyleFastError
+from stylefast.models.conditioning import RowFeatures
+from stylefast.models.unet import UNet
+from stylefast.runtime.bank_pages import BankPages
+from stylefast.runtime.conditions import ConditionStore
+from stylefast.runtime.group import Group, Pin
+from stylefast.runtime.latents import LatentSlots
+from stylefast.runtime.memory import MemoryBudget, is_out_of_memory
+from stylefast.runtime.step import StepBuffers, TorchBackend, run_step
+from stylefast.runtime.step_table import StepTable, TableShape, bank_keys
+from stylefast.runtime.trajectory import Trajectory
+
+# shapes of batches whose tables are kept
+_TABLES = 32
+
+
+class Runtime:
+    """What runs steps of groups.
+
+    buckets: row counts to which batches are padded, ascending, so that shapes repeat; empty: every batch as it is.
+    """
+
+    def __init__(
+        self, unet: UNet, conditions: ConditionStore, backend: TorchBackend, budget: MemoryBudget,
+        buckets: Sequence[int] = (),
+    ):  # fmt: skip
+        self.unet, self.conditions, self.backend, self.budget = unet, conditions, backend, budget
+        self.buckets = tuple(buckets) or backend.buckets
+        self.lock = threading.RLock()
+        self.latents: dict[tuple[int, int, int], LatentSlots] = {}
+        self.bank_pages: dict[tuple[int, int], BankPages] = {}
+        self._tables: dict[TableShape, StepTable] = {}
+        self.steps_run = 0
+        self.calls = 0  # of the UNet
+
+    def admit(
+        self, trajectories: Sequence[Trajectory], latent_shape: tuple[int, int, int], pins: Mapping[Trajectory, Pin]
+    ) -> Group:
+        """Encode what a group needs and give it slots. Raises what `ConditionStore.encode` raises."""
+        conditions = self.conditions.encode(trajectories, latent_shape[1:])
+        try:
+            group = Group(trajectories, conditions, pins, self.unet.layout, latent_shape)
+            if latent_shape not in self.latents:
+                self.latents[latent_shape] = LatentSlots(latent_shape, self.unet.device)
+            group.slots = self.latents[latent_shape].take(group.first_latents())
+        except BaseException:
+            self.conditions.release(conditions)
+            raise
+        return group
+
+    def retire(self, group: Group) -> None:
+        """Give back all that a group holds; a second time does nothing."""
+        self.conditions.release(group.conditions)
+        if len(group.slots):
+            self.latents[group.latent_shape].release(group.slots)
+            group.slots = np.zeros(0, dtype=np.int64)
+
+    def latents_of(self, group: Group) -> torch.Tensor:
+        """A copy of a group's latents [pictures, channels, h, w] as they are now."""
+        state = self.latents[group.latent_shape]
+        return state.latents[torch.from_numpy(group.slots).to(state.latents.device)]
+
+    def denoised_of(self, group: Group) -> torch.Tensor:
+        """The pictures [pictures, channels, h, w] that the last step saw behind the noise; latents before any step."""
+        state = self.latents[group.latent_shape]
+        index = torch.from_numpy(group.slots).to(state.latents.device)
+        return state.history[index, 0] if group.step else state.latents[index]
+
+    def rows_that_fit(self, latent_size: tuple[int, int]) -> int:
+        """Rows of one UNet call that memory has room for."""
+        return self.budget.rows(self.unet, latent_size)
+
+    @torch.inference_mode()
+    def advance(
+        self, groups: Sequence[Group], features: RowFeatures | None = None
+    ) -> dict[Group, StyleFastError]:
+        """One step of groups of one size; returns those that failed and why. `features` takes what the rows offer.
+
+        Where memory runs out the batch is halved and tried again, down to single groups: only a group that does not
+        fit alone fails. On a CPU a picture whose latents are no longer finite fails with the step, on a GPU when
+        `finite` is asked.
+        """
+        failed: dict[Group, StyleFastError] = {}
+        try:
+            self._run(groups, features)
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+                raise
+            if len(groups) == 1:
+                return {groups[0]: _no_room(groups[0], error)}
+            self.backend.forget()
+            half = len(groups) // 2
+            return {**self.advance(groups[:half]), **self.advance(groups[half:])}
+        for group in groups:
+            group.step += 1
+            if self.unet.device.type == "cpu":
+                bad = self.finite(group)
+                if bad is not None:
+                    failed[group] = bad
+        return failed
+
+    def finite(self, group: Group) -> NumericsError | None:
+        """The error of a group in which a picture's latents hold NaN or infinity; waits for the device."""
+        state = self.latents[group.latent_shape]
+        good = state.finite[torch.from_numpy(group.slots).to(state.finite.device)].tolist()
+        if all(good):
+            return None
+        outputs = [t.output for t, fine in zip(group.trajectories, good, strict=True) if not fine]
+        return not_finite([i for i in outputs if i is not None])
+
+    def prefetch(self, groups: Sequence[Group]) -> None:
+        """Start to bring the bank pages of the next step of `groups`."""
+        for group in groups:
+            pages = self.bank_pages.get(group.latent_shape[1:])
+            if pages is not None and not group.finished:
+                pages.prefetch(bank_keys(group))
+
+    def _run(self, groups: Sequence[Group], features: RowFeatures | None) -> None:
+        latent_shape = groups[0].latent_shape
+        self.budget.check(self.unet, sum(g.rows for g in groups), latent_shape[1:])
+        keys = [bank_keys(g) for g in groups]
+        flat = [key for group_keys in keys for key in group_keys]
+        pages = self._pages_for(latent_shape[1:], flat)
+        slots = pages.hold(flat) if flat else np.zeros(0, dtype=np.int64)
+        try:
+            # features are those of the group's own rows, so no idle ones
+            shape = self._shape(groups, padded=bool(self.buckets) and features is None)
+            if shape not in self._tables:
+                if len(self._tables) >= _TABLES:
+                    self._tables.pop(next(iter(self._tables)))
+                self._tables[shape] = StepTable(shape, self.unet.device)
+            table = self._tables[shape]
+            bounds = np.cumsum([0, *map(len, keys)])
+            table.fill(groups, [slots[a:b] for a, b in zip(bounds, bounds[1:])])
+            state, store = self.latents[latent_shape], self.conditions
+            masks = store.masks.get(latent_shape[1:])
+            buffers = StepBuffers(
+                store.text.layers, store.text.extra, store.image_kv if shape.segments else None,
+                pages.pages if pages is not None else None, masks.levels if masks is not None else (),
+            )  # fmt: skip
+            key = (shape, state.generation, store.generation, id(pages))
+            if features is None:
+                self.backend.run(key, state, table.columns, buffers)
+            else:
+                run_step(self.unet, state, table.columns, buffers, features)
+            self.calls += 1
+            self.steps_run += sum(g.pictures for g in groups)
+        finally:
+            if flat:
+                pages.release(flat)
+
+    def _shape(self, groups: Sequence[Group], padded: bool) -> TableShape:
+        phases, layout = [g.phase() for g in groups], self.unet.layout
+        rows, pictures = sum(p.rows for p in phases), sum(g.pictures for g in groups)
+        references, segments = max(p.width for p in phases), max(p.segment_width for p in phases)
+        norms = any(bool(p.takes_norms.any()) for p in phases)
+        if padded:
+            # one shape for all mixes: rows and columns that nobody uses are idle
+            rows = next((b for b in self.buckets if b >= rows), rows)
+            pictures, norms = max(rows, pictures), True
+            references = _power_of_two(references)
+            segments = _power_of_two(segments) if self.conditions.images is not None else 0
+        return TableShape(rows, pictures, references, segments, norms, len(layout.layers), len(layout.modules),
+                          groups[0].latent_shape)  # fmt: skip
+
+    def _pages_for(self, latent_size: tuple[int, int], keys: Sequence[tuple]) -> BankPages | None:
+        """The pool of a size: made when the first bank wants it, or at once where shapes must repeat."""
+        if latent_size not in self.bank_pages and (keys or self.buckets):
+            self._drop_idle_pools(latent_size)
+            slots = self.budget.bank_slots(self.unet, latent_size, self.bank_pages.values())
+            self.bank_pages[latent_size] = BankPages(self.unet, latent_size, slots)
+        return self.bank_pages.get(latent_size) if keys or self.buckets else None
+
+    def _drop_idle_pools(self, but: tuple[int, int]) -> None:
+        """Free the pools of sizes that nobody works at, so that one of another size finds room."""
+        for size, pool in list(self.bank_pages.items()):
+            busy = any(shape[1:] == size and slots.used for shape, slots in self.latents.items())
+            if size != but and not busy:
+                pool.clear()
+                del self.bank_pages[size]
+
+    def table_bytes(self) -> int:
+        """Bytes of all step tables."""
+        return sum(table.nbytes for table in self._tables.values())
+
+
+def not_finite(pictures: Sequence[int]) -> NumericsError:
+    """The error of pictures with NaN or infinity in their latents; of a reference if none is named."""
+    pictures = sorted(pictures)
+    what = f"picture(s) {', '.join(map(str, pictures))}" if pictures else "the style's reference"
+    return NumericsError(
+        f"the latents of {what} hold NaN or infinity. "
+        "Try dtype='float32' or 'bfloat16', a lower guidance, or an adapter scale below 2",
+        pictures=pictures,
+    )
+
+
+def _power_of_two(count: int) -> int:
+    return 1 if count <= 1 else 1 << (count - 1).bit_length()
+
+
+def _no_room(group: Group, error: BaseException) -> OutOfMemory:
+    if isinstance(error, OutOfMemory):
+        return error
+    outputs = [t.output for t in group.trajectories if t.output is not None]
+    return OutOfMemory(
+        f"picture(s) {', '.join(map(str, outputs))} don't fit into memory even alone ({group.rows} rows at "
+        f"{group.latent_shape[2]}x{group.latent_shape[1]} latents); ask for smaller ones, or load the model in half "
+        f"precision ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    )

@@ -1,0 +1,100 @@
+"""Pictures that advance together: the unit that joins a batch, leaves it, and fails or succeeds as one."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from stylefast.models.layout import AttentionLayout
+from stylefast.runtime.conditions import Conditions
+from stylefast.runtime.rows import Phase, make_phase, phase_key
+from stylefast.runtime.trajectory import Trajectory
+from stylefast.sampling.tables import NEXT_LATENTS, NOISE
+
+# from a step, 0 to the schedule's last plus one, to the latents [channels, h, w] that a reference is held at
+Pin = Callable[[int], torch.Tensor]
+
+
+class Group:
+    """Trajectories that look at one another, at one step of one schedule length and one size.
+
+    Holds all that changes with the step as arrays indexed by it, so that a step costs no look at Python objects but
+    this one. `slots` are the places of its pictures in the latents of its size, given by the runtime.
+    """
+
+    def __init__(
+        self,
+        trajectories: Sequence[Trajectory],
+        conditions: Conditions,
+        pins: Mapping[Trajectory, Pin],
+        layout: AttentionLayout,
+        latent_shape: tuple[int, int, int],
+    ):
+        self.trajectories, self.conditions, self.pins = list(trajectories), conditions, pins
+        self.latent_shape = latent_shape  # (channels, h, w)
+        self.step = 0
+        self.slots: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._layout = layout
+        self._phases: dict[tuple, Phase] = {}
+        self._generators = {t: torch.Generator("cpu").manual_seed(t.request.seed) for t in trajectories}
+        self._drawn: tuple[int, torch.Tensor] = (-1, torch.zeros(0))
+
+        schedules = [t.schedule for t in trajectories]
+        self.steps = schedules[0].steps
+        self.timestep = np.stack([s.timesteps.numpy() for s in schedules], axis=1)  # [steps, pictures]
+        self.input_scale = np.stack([s.input_scale.numpy() for s in schedules], axis=1)
+        self.denoised = np.stack([s.denoised.numpy() for s in schedules], axis=1)  # [steps, pictures, 2]
+        self.update = np.stack([s.update.numpy() for s in schedules], axis=1)  # [steps, pictures, 2, 6]
+        for i, t in enumerate(trajectories):
+            if t in pins:
+                # the next latents come in the place of fresh noise, and nothing else counts
+                self.denoised[:, i], self.update[:, i] = 0, 0
+                self.update[:, i, NEXT_LATENTS, NOISE] = 1
+        self.rescale = np.array([t.request.guidance_rescale for t in trajectories], dtype=np.float32)
+        self.time_ids = np.array(
+            [[t.size[1], t.size[0], 0, 0, t.size[1], t.size[0]] for t in trajectories], dtype=np.float32
+        )
+        self.noisy = any(t in pins or t.schedule.uses_noise for t in trajectories)
+
+    @property
+    def pictures(self) -> int:
+        """How many, references that are not returned included."""
+        return len(self.trajectories)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.steps
+
+    def phase(self, step: int | None = None) -> Phase:
+        """The rows at a step, the present one by default."""
+        step = self.step if step is None else step
+        key = phase_key(self.trajectories, self.conditions, step)
+        if key not in self._phases:
+            self._phases[key] = make_phase(self.trajectories, self.conditions, self._layout, step)
+        return self._phases[key]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the UNet that the present step takes."""
+        return self.phase().rows
+
+    def first_latents(self) -> torch.Tensor:
+        """Latents before step 0, [pictures, channels, h, w] float32."""
+        return torch.stack([
+            self.pins[t](0).float().cpu() if t in self.pins else
+            torch.randn(self.latent_shape, generator=self._generators[t]) * t.schedule.init_noise_scale
+            for t in self.trajectories
+        ])  # fmt: skip
+
+    def noise(self) -> torch.Tensor:
+        """What the present step adds, [pictures, channels, h, w]. Drawn once, however often asked."""
+        if self._drawn[0] != self.step:
+            noise = torch.zeros(self.pictures, *self.latent_shape)
+            for i, t in enumerate(self.trajectories):
+                if t in self.pins:
+                    noise[i] = self.pins[t](self.step + 1)
+                elif t.schedule.uses_noise:
+                    noise[i] = torch.randn(self.latent_shape, generator=self._generators[t])
+            self._drawn = (self.step, noise)
+        return self._drawn[1]

@@ -1,0 +1,132 @@
+"""Keys and values of prompts and pictures in pages that are handed out, shared and taken back.
+
+Cross-attention's keys and values don't change over the steps, nor from request to request with an equal prompt. So they
+are computed once, kept in pages of buffers that stay where they are (a captured graph or a compiled region reads them
+by page number), and dropped when the room is wanted and nobody uses them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from stylefast.models.conditioning import KeyValue
+from stylefast.models.layout import AttentionLayout
+
+FIRST_PAGES = 8
+# pages that nobody uses and that are kept for the next request with the same prompt or picture
+IDLE_PAGES = 64
+
+
+class KeyValuePages:
+    """Pages of keys and values of all cross-attention layers, each with one row of `extra` numbers beside it.
+
+    `layers[i]` is (k, v) [pages, tokens, heads, d]; `lengths` [pages] int64 the tokens in use; `extra` [pages, width].
+    All of them are replaced when the buffers grow, and `generation` rises.
+    """
+
+    def __init__(self, layout: AttentionLayout, tokens: int, extra: int, device: torch.device, dtype: torch.dtype):
+        self._layout, self._device, self._dtype = layout, device, dtype
+        self.tokens, self.generation = tokens, 0
+        self._keys: dict[int, Hashable] = {}
+        self._page_of: dict[Hashable, int] = {}
+        self._users: dict[int, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._free: list[int] = []
+        self.layers: tuple[KeyValue, ...] = ()
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
+        self.extra = torch.zeros(0, extra, device=device, dtype=dtype)
+        self._resize(FIRST_PAGES, tokens)
+
+    def __len__(self) -> int:
+        """Pages there is room for."""
+        return len(self.lengths)
+
+    @property
+    def used(self) -> int:
+        """Pages in use."""
+        return len(self._users)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        buffers = [self.lengths, self.extra, *(x for pair in self.layers for x in pair)]
+        return sum(x.numel() * x.element_size() for x in buffers)
+
+    def find(self, key: Hashable) -> int | None:
+        """The page of a key, which then has one more user; None if there is none."""
+        page = self._page_of.get(key)
+        if page is not None:
+            self._idle.pop(page, None)
+            self._users[page] = self._users.get(page, 0) + 1
+        return page
+
+    def add(
+        self, keys: Sequence[Hashable], layers: Sequence[KeyValue | None], extra: torch.Tensor | None = None
+    ) -> list[int]:
+        """Store new pages, each with one user.
+
+        layers: per layer (k, v) [n, tokens, heads, d], or None where a layer reads zeros; extra: [n, width].
+        Returns the n page numbers.
+        """
+        tokens = next(pair for pair in layers if pair is not None)[0].shape[1]
+        if tokens > self.tokens:
+            self._resize(len(self), tokens)
+        pages = [self._take() for _ in keys]
+        index = torch.tensor(pages, device=self._device)
+        for (k, v), pair in zip(self.layers, layers, strict=True):
+            for buffer, values in zip((k, v), pair or (0, 0), strict=True):
+                buffer[index, :tokens] = values.to(buffer) if isinstance(values, torch.Tensor) else values
+        self.lengths[index] = tokens
+        if extra is not None:
+            self.extra[index] = extra.to(self.extra)
+        for key, page in zip(keys, pages, strict=True):
+            self._keys[page], self._page_of[key], self._users[page] = key, page, 1
+        return pages
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Take back one use of each page."""
+        for page in pages:
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                del self._users[page]
+                self._idle[page] = None
+        while len(self._idle) > IDLE_PAGES:
+            self._forget(next(iter(self._idle)))
+
+    def forget_idle(self) -> None:
+        """Drop what nobody uses."""
+        for page in list(self._idle):
+            self._forget(page)
+
+    def _forget(self, page: int) -> None:
+        del self._idle[page]
+        del self._page_of[self._keys.pop(page)]
+        self._free.append(page)
+
+    def _take(self) -> int:
+        if not self._free and self._idle:
+            self._forget(next(iter(self._idle)))
+        if not self._free:
+            self._resize(2 * len(self), self.tokens)
+        return self._free.pop()
+
+    def _resize(self, pages: int, tokens: int) -> None:
+        before = len(self)
+        grown = []
+        for i, layer in enumerate(self._layout.layers):
+            pair = []
+            for side in range(2):
+                shape = (pages, tokens, layer.heads, layer.channels // layer.heads)
+                buffer = torch.zeros(shape, device=self._device, dtype=self._dtype)
+                if before:
+                    buffer[:before, : self.tokens] = self.layers[i][side]
+                pair.append(buffer)
+            grown.append(tuple(pair))
+        lengths = self.lengths.new_ones(pages)
+        extra = self.extra.new_zeros(pages, self.extra.shape[1])
+        lengths[:before], extra[:before] = self.lengths, self.extra
+        self.layers, self.lengths, self.extra, self.tokens = tuple(grown), lengths, extra, tokens
+        # the lowest page first
+        self._free = sorted({*self._free, *range(before, pages)}, reverse=True)
+        self.generation += 1

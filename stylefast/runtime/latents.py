@@ -1,0 +1,60 @@
+"""The latents of all pictures of one size that are on their way, in slots of buffers that stay where they are."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+# slot 0 belongs to nobody: idle places of a padded batch read and write it
+_FIRST_SLOTS = 8
+
+
+class LatentSlots:
+    """`latents`, `anchor` [slots, channels, h, w], `history` [slots, 2, channels, h, w], all float32; `finite` [slots].
+
+    The buffers are replaced when they grow, and `generation` rises.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device):
+        self.shape, self.generation, self._device = shape, 0, device
+        self.latents = torch.zeros(0, *shape, device=device)
+        self.anchor = torch.zeros(0, *shape, device=device)
+        self.history = torch.zeros(0, 2, *shape, device=device)
+        self.finite = torch.ones(0, dtype=torch.bool, device=device)
+        self._free: list[int] = []
+        self._grow(_FIRST_SLOTS)
+
+    @property
+    def used(self) -> int:
+        """Slots that hold a picture."""
+        return len(self.latents) - 1 - len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.numel() * x.element_size() for x in (self.latents, self.anchor, self.history, self.finite))
+
+    def take(self, latents: torch.Tensor) -> np.ndarray:
+        """Put pictures [n, channels, h, w] into free slots; their numbers [n] int64."""
+        while len(self._free) < len(latents):
+            self._grow(2 * len(self.latents))
+        slots = [self._free.pop() for _ in range(len(latents))]
+        index = torch.tensor(slots, device=self._device)
+        self.latents[index] = latents.to(self.latents)
+        self.anchor[index], self.history[index], self.finite[index] = 0, 0, True
+        return np.array(slots, dtype=np.int64)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Take slots back."""
+        self._free += [int(slot) for slot in slots]
+        self._free.sort(reverse=True)
+
+    def _grow(self, count: int) -> None:
+        before = len(self.latents)
+        for name in ("latents", "anchor", "history", "finite"):
+            old = getattr(self, name)
+            new = old.new_zeros(count, *old.shape[1:])
+            new[:before] = old
+            setattr(self, name, new)
+        self._free = sorted([*self._free, *range(max(before, 1), count)], reverse=True)
+        self.generation += 1

@@ -1,0 +1,122 @@
+"""From requests to groups that can run: schedules, banks that fit, reference pictures as latents, slots and pages."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from stylefast.errors import InvalidRequest
+from stylefast.models import vae as vaes
+from stylefast.models.pictures import open_picture
+from stylefast.runtime.core import Runtime
+from stylefast.runtime.group import Group, Pin
+from stylefast.runtime.pinning import forward_pin, inverted_pin, latents_pin, scheduler_config
+from stylefast.runtime.request import Request, check_size
+from stylefast.runtime.trajectory import Trajectory, connected, plan_trajectories
+from stylefast.sampling.few_step import FEW_STEP_PRESETS
+from stylefast.sampling.schedule import Schedule, make_schedule, schedule_digest
+
+
+class Preparer:
+    """Turns requests into groups of one runtime.
+
+    scheduler_config: the model's, in diffusers' format. native_size: (width, height) in pixels. fingerprint: gives that
+    of the model as it is now, LoRAs included.
+    """
+
+    def __init__(
+        self, runtime: Runtime, vae: torch.nn.Module, scheduler_config: Mapping, native_size: tuple[int, int],
+        model: str, fingerprint: Callable[[], str],
+    ):  # fmt: skip
+        self.runtime, self.vae, self.native_size = runtime, vae, native_size
+        self.model, self.fingerprint = model, fingerprint
+        self._config = scheduler_config
+        self.downscale = vaes.downscale(vae)
+
+    def groups(self, requests: Sequence[Request]) -> list[Group]:
+        """Groups that make the pictures of `requests`, admitted, in the order of their first picture.
+
+        All or nothing. Raises InvalidRequest and its kin for what can't be made.
+        """
+        self.check(requests)
+        trajectories = plan_trajectories(requests, self.schedule, self.native_size)
+        by_size: dict[tuple[int, int], list[Trajectory]] = {}
+        for t in trajectories:
+            by_size.setdefault(t.size, []).append(t)
+        groups: list[Group] = []
+        held = []
+        store = self.runtime.conditions
+        try:
+            for size, members in by_size.items():
+                shape = self.latent_shape(size)
+                # all prompts in one call of the encoders; each group then finds its pages
+                held.append(store.encode(members, shape[1:]))
+                for one in connected(members):
+                    groups.append(self.admit(one))
+        except BaseException:
+            for group in groups:
+                self.runtime.retire(group)
+            raise
+        finally:
+            for conditions in held:
+                store.release(conditions)
+        return groups
+
+    def admit(self, trajectories: Sequence[Trajectory]) -> Group:
+        """One group of connected trajectories, admitted."""
+        pins = {t: self._pin(t) for t in trajectories if t.pinned}
+        return self.runtime.admit(trajectories, self.latent_shape(trajectories[0].size), pins)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise what can be told without running anything: styles for other layers, banks that don't fit, schedules."""
+        for style in {request.aligned for request in requests} - {None}:
+            style.layer_mask(self.runtime.unet.layout)
+        for request in requests:
+            if request.aligned is not None and request.aligned.bank is not None:
+                self._check_bank(request)
+
+    def schedule(self, request: Request) -> Schedule:
+        """The request's steps. Raises InvalidRequest for an unknown scheduler or a count it can't take."""
+        config = scheduler_config(request, self._config)
+        preset = FEW_STEP_PRESETS.get(request.scheduler)
+        if preset is not None and request.scheduler not in ("lcm", "tcd"):
+            if request.spacing is not None:
+                raise InvalidRequest(
+                    f"scheduler {request.scheduler!r} has a spacing of its own; leave spacing={request.spacing!r} out"
+                )
+            return preset.schedule(request.steps, config)
+        return make_schedule(request.scheduler, request.steps, config, spacing=request.spacing)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(channels, h, w) of the latents of a picture of (width, height)."""
+        width, height = check_size(size)
+        return self.runtime.unet.config["in_channels"], height // self.downscale, width // self.downscale
+
+    def _check_bank(self, request: Request) -> None:
+        bank, schedule = request.aligned.bank, self.schedule(request)
+        layers = request.aligned.layer_mask(self.runtime.unet.layout).nonzero().flatten().tolist()
+        target = plan_trajectories([request], lambda _: schedule, self.native_size)[0]
+        bank.check_fits(
+            model=self.model, fingerprint=self.fingerprint(), scheduler=request.scheduler, steps=request.steps,
+            size=request.size or self.native_size, branches=target.branches, layers=tuple(layers),
+        )  # fmt: skip
+        # last, since it differs wherever the steps or the sampler do
+        bank.check_fits(schedule=schedule_digest(schedule))
+
+    def _pin(self, t: Trajectory) -> Pin:
+        """How the reference `t` is held at every step."""
+        if t.held is not None:
+            return latents_pin(*t.held)
+        clean, style = self._encode_picture(t), t.reference_of
+        if style.noise == "forward":
+            return forward_pin(t, clean)
+        return inverted_pin(t, clean, self.runtime.conditions, self._config, style.inversion_guidance)
+
+    def _encode_picture(self, t: Trajectory) -> torch.Tensor:
+        """A reference picture, scaled to cover the size and cropped in the middle, as latents [channels, h, w]."""
+        from PIL import ImageOps
+
+        picture = ImageOps.fit(open_picture(t.picture), t.size)
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(1, t.size[1], t.size[0], 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.inference_mode():
+            return vaes.encode(self.vae, pixels.to(self.runtime.unet.device))[0].float()

@@ -1,0 +1,143 @@
+"""What a style says in words, as columns of numbers: the rows of one group of pictures.
+
+Rows stand picture by picture, branch by branch. They stay the same from step to step until a window opens or closes,
+so they are made once per such phase and kept.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stylefast.models.layout import AttentionLayout
+from stylefast.models.row_table import CONCAT, NO_PAGE, PLAIN, SWAP
+from stylefast.runtime.conditions import Conditions, ImageSegment
+from stylefast.runtime.trajectory import Trajectory
+from stylefast.sampling.guidance import BRANCHES
+from stylefast.styles.bank import StyleBank
+from stylefast.styles.style_aligned import PARTS
+
+LIVE = -1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one row looks at beside itself: a picture of its group, or a page of a bank."""
+
+    picture: int  # place in the group; LIVE's counterpart, -1, for a bank's page
+    bank: StyleBank | None = None
+    number: int = 0  # which of the bank's references
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """The rows of a group while nothing but the step changes: `rows` rows, `pictures` pictures."""
+
+    picture: np.ndarray  # [rows] int64: place in the group
+    branch: np.ndarray  # [rows] int64: place in BRANCHES
+    text_page: np.ndarray  # [steps, rows] int64
+    references: list[list[Reference]]  # per row
+    self_mode: np.ndarray  # [rows] int64
+    self_layers: np.ndarray  # [rows, layers] bool
+    self_scale: np.ndarray  # [rows] float32, of all the row's references
+    self_shift: np.ndarray  # [rows] float32
+    adain_strength: np.ndarray  # [rows, 3] float32
+    takes_adain: np.ndarray  # [rows] bool: from its first reference
+    takes_norms: np.ndarray  # [rows] bool
+    segments: list[list[ImageSegment]]  # per row
+    weights: np.ndarray  # [pictures, 4] float32 of the branches
+    mutual: bool  # whether references may have references
+
+    @property
+    def rows(self) -> int:
+        return len(self.picture)
+
+    @property
+    def width(self) -> int:
+        """Most references of a row."""
+        return max(map(len, self.references), default=0)
+
+    @property
+    def segment_width(self) -> int:
+        """Most image segments of a row."""
+        return max(map(len, self.segments), default=0)
+
+
+def phase_key(trajectories: Sequence[Trajectory], conditions: Conditions, step: int) -> tuple:
+    """Equal for steps of one group that have equal rows."""
+    branches = branches_at(trajectories, step)
+    segments = [s.style.active(step, t.schedule.steps)
+                for t in trajectories for b in t.branches for s in conditions.image_segments[t, b]]  # fmt: skip
+    weights = tuple(tuple(t.step_weights[step]) for t in trajectories)
+    return tuple(branches.values()), weights, tuple(t.shares(step) for t in trajectories), tuple(segments)
+
+
+def make_phase(
+    trajectories: Sequence[Trajectory], conditions: Conditions, layout: AttentionLayout, step: int
+) -> Phase:
+    """The rows of a group at `step`, and at all steps of an equal `phase_key`."""
+    number = {t: i for i, t in enumerate(trajectories)}
+    rows = [(t, branch) for t, branches in branches_at(trajectories, step).items() for branch in branches]
+    count = len(rows)
+    phase = Phase(
+        picture=np.array([number[t] for t, _ in rows], dtype=np.int64),
+        branch=np.array([BRANCHES.index(branch) for _, branch in rows], dtype=np.int64),
+        text_page=np.stack([conditions.text_pages[row] for row in rows], axis=1),
+        references=[_references(t, number) if t.shares(step) else [] for t, _ in rows],
+        self_mode=np.full(count, PLAIN, dtype=np.int64),
+        self_layers=np.zeros((count, len(layout.layers)), dtype=bool),
+        self_scale=np.ones(count, dtype=np.float32),
+        self_shift=np.zeros(count, dtype=np.float32),
+        adain_strength=np.zeros((count, len(PARTS)), dtype=np.float32),
+        takes_adain=np.zeros(count, dtype=bool),
+        takes_norms=np.zeros(count, dtype=bool),
+        segments=[[s for s in conditions.image_segments[row] if s.style.active(step, row[0].schedule.steps)]
+                  for row in rows],
+        weights=np.zeros((len(trajectories), len(BRANCHES)), dtype=np.float32),
+        mutual=any(t.aligned is not None and t.aligned.full_attention_share for t in trajectories),
+    )  # fmt: skip
+    masks: dict[int, np.ndarray] = {}
+    for row, (t, branch) in enumerate(rows):
+        phase.weights[number[t], phase.branch[row]] = t.step_weights[step].get(branch, 0.0)
+        if phase.references[row]:
+            if id(t.aligned) not in masks:
+                masks[id(t.aligned)] = t.aligned.layer_mask(layout).numpy()
+            _write_style(phase, row, t, masks[id(t.aligned)])
+    return phase
+
+
+def branches_at(trajectories: Sequence[Trajectory], step: int) -> dict[Trajectory, tuple[str, ...]]:
+    """The branches that each trajectory has rows in: its own, and for a reference those of its readers."""
+    if all(t.step_weights[step] == t.weights for t in trajectories):
+        return {t: t.branches for t in trajectories}
+    needed = {t: set(t.step_weights[step]) for t in trajectories}
+    # full sharing is mutual, so do it twice
+    for _ in range(2):
+        for t in trajectories:
+            for reference in t.references:
+                needed[reference] |= needed[t]
+    return {t: tuple(b for b in BRANCHES if b in needed[t]) for t in trajectories}
+
+
+def _references(t: Trajectory, number: dict[Trajectory, int]) -> list[Reference]:
+    if t.bank is not None:
+        return [Reference(LIVE, t.bank, i) for i in range(t.bank.info.references)]
+    return [Reference(number[reference]) for reference in t.references]
+
+
+def _write_style(phase: Phase, row: int, t: Trajectory, layers: np.ndarray) -> None:
+    style = t.aligned
+    phase.self_mode[row] = SWAP if style.mode == "swap" else CONCAT
+    phase.self_layers[row] = layers
+    # the leader of a group is what the others take statistics from
+    phase.takes_norms[row] = style.share_group_norm and not t.leads
+    if style.full_attention_share:
+        return
+    phase.self_scale[row], phase.self_shift[row] = style.scale, style.shift if style.share_attention else -math.inf
+    phase.takes_adain[row] = True
+    strengths = style.adain_strengths()
+    phase.adain_strength[row] = [strengths.get(part, 0.0) for part in PARTS]
+
+
+__all__ = ["NO_PAGE", "Phase", "Reference", "branches_at", "make_phase", "phase_key"]

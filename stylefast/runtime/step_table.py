@@ -1,0 +1,257 @@
+"""All that one step of a batch is told, in buffers that stay where they are.
+
+A UNet call and the sampler's update read some twenty small tensors: the row table, who belongs to whom, and the
+coefficients of this step. They are views of a few flat buffers, one per element type, so that a step costs as many
+small copies to the device, and a captured graph finds them at the same addresses at every replay.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stylefast.models.row_table import NO_PAGE, PLAIN, RowTable
+from stylefast.runtime.group import Group
+from stylefast.runtime.planner import plan_segments
+from stylefast.runtime.rows import Phase
+from stylefast.sampling.guidance import BRANCHES
+
+# host buffers in flight: a device that lags behind still reads older ones
+_RING = 4
+# how batches of groups are laid out, kept for the last few of them
+_PLANS = 8
+# noise has a buffer of its own, since it is by far the largest and most samplers need none
+_KINDS = {"int": torch.int64, "float": torch.float32, "bool": torch.bool, "noise": torch.float32}
+
+
+class TableShape(NamedTuple):
+    """What a compiled step is specialised for."""
+
+    rows: int
+    pictures: int
+    references: int  # columns of self_page
+    segments: int  # columns of image_page
+    norms: bool  # whether any row may share group norms
+    layers: int
+    modules: int
+    latents: tuple[int, int, int]  # (channels, h, w)
+
+
+class StepColumns(NamedTuple):
+    """The tensors of one step."""
+
+    table: RowTable
+    row_picture: torch.Tensor  # [rows] int64: the picture of a row
+    slot: torch.Tensor  # [pictures] int64: its place among the latents
+    branch_rows: torch.Tensor  # [pictures, 4] int64
+    branch_weights: torch.Tensor  # [pictures, 4]
+    timestep: torch.Tensor  # [pictures]
+    input_scale: torch.Tensor  # [pictures]
+    time_ids: torch.Tensor  # [pictures, 6]
+    rescale: torch.Tensor  # [pictures]
+    denoised: torch.Tensor  # [pictures, 2]
+    update: torch.Tensor  # [pictures, 2, 6]
+    noise: torch.Tensor  # [pictures, channels, h, w]
+
+
+class StepTable:
+    """The buffers of one shape, and how groups are written into them."""
+
+    def __init__(self, shape: TableShape, device: torch.device):
+        self.shape, self._device = shape, device
+        r, p, w, s = shape.rows, shape.pictures, shape.references, shape.segments
+        self._layout = {
+            "self_page": ("int", (r, w)), "self_mode": ("int", (r,)), "self_layers": ("bool", (r, shape.layers)),
+            "self_scale": ("float", (r, w)), "self_shift": ("float", (r, w)), "adain_page": ("int", (r,)),
+            "adain_strength": ("float", (r, 3)), "norm_page": ("int", (r if shape.norms else 0,)),
+            "text_page": ("int", (r,)), "image_page": ("int", (r, s)),
+            "image_strength": ("float", (r, s, shape.modules)), "image_group": ("int", (r, s)),
+            "image_mask": ("int", (r, s)),
+            "row_picture": ("int", (r,)), "slot": ("int", (p,)), "branch_rows": ("int", (p, len(BRANCHES))),
+            "branch_weights": ("float", (p, len(BRANCHES))), "timestep": ("float", (p,)),
+            "input_scale": ("float", (p,)), "time_ids": ("float", (p, 6)), "rescale": ("float", (p,)),
+            "denoised": ("float", (p, 2)), "update": ("float", (p, 2, 6)), "noise": ("noise", (p, *shape.latents)),
+        }  # fmt: skip
+        on_host = device.type == "cpu"
+        self._hosts = [self._buffers(torch.device("cpu"), pinned=not on_host) for _ in range(1 if on_host else _RING)]
+        self._events = [None] * len(self._hosts)
+        self._flat = self._hosts[0] if on_host else self._buffers(device, pinned=False)
+        columns = self._views(self._flat)
+        rows = RowTable(*(columns.pop(name) for name in RowTable._fields))
+        self.columns = StepColumns(rows, **columns)
+        self._arrays = [{k: v.numpy() for k, v in self._views(flat).items()} for flat in self._hosts]
+        self._turn = 0
+        self._written: list[tuple] = [()] * len(self._hosts)  # phases that a host buffer holds
+        self._plans: dict[tuple, _Plan] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, on the device and on the host."""
+        flats = [*self._hosts, self._flat] if len(self._hosts) > 1 else self._hosts
+        return sum(x.numel() * x.element_size() for flat in flats for x in flat.values())
+
+    def fill(self, groups: Sequence[Group], pages: Sequence[np.ndarray]) -> None:
+        """Write the present step of `groups`; `pages[i]` are the pool's slots of group i's bank references.
+
+        They stand in the order of `bank_keys`. Rows and pictures beyond those of the groups become idle ones: plain,
+        on slot 0, whose results nobody reads.
+        """
+        turn = self._turn = (self._turn + 1) % len(self._hosts)
+        if self._events[turn] is not None:
+            self._events[turn].synchronize()  # passed long ago, unless the device lags by the whole ring
+        arrays, phases = self._arrays[turn], [g.phase() for g in groups]
+        key = tuple((id(g), id(phase)) for g, phase in zip(groups, phases))
+        if self._written[turn] != key or key not in self._plans:
+            self._written[turn] = key
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            # the groups and phases are kept in the plan, so that their ids stay theirs
+            self._plans[key] = self._write_rows(arrays, groups, phases)
+        self._write_step(arrays, self._plans[key], groups, phases, pages)
+        if len(self._hosts) > 1:
+            noisy = any(g.noisy for g in groups)
+            for kind, flat in self._flat.items():
+                if kind != "noise" or noisy:
+                    flat.copy_(self._hosts[turn][kind], non_blocking=True)
+            self._events[turn] = torch.cuda.Event()
+            self._events[turn].record()
+
+    def _write_rows(self, arrays: dict, groups: Sequence[Group], phases: Sequence[Phase]) -> "_Plan":
+        """Everything that does not change with the step."""
+        shape, plan = self.shape, _Plan(groups, phases, self.shape)
+        count, pictures = plan.rows, plan.pictures
+        arrays["self_page"].fill(NO_PAGE)
+        arrays["self_mode"].fill(PLAIN)
+        arrays["self_layers"].fill(False)
+        for name in ("adain_page", "norm_page", "image_page", "image_mask", "branch_rows"):
+            arrays[name].fill(-1)
+        for name in ("adain_strength", "image_strength", "branch_weights", "rescale", "denoised", "update", "noise",
+                     "timestep", "self_shift", "slot", "row_picture", "text_page"):  # fmt: skip
+            arrays[name].fill(0)
+        arrays["self_scale"].fill(1)
+        arrays["input_scale"].fill(1)
+        arrays["image_group"][:] = np.arange(shape.segments)
+        side = [8 * x for x in (shape.latents[1], shape.latents[2])]
+        arrays["time_ids"][:] = [*side, 0, 0, *side]
+        if shape.rows > count:
+            arrays["row_picture"][count:] = min(pictures, shape.pictures - 1)
+
+        order = plan.order
+        arrays["row_picture"][:count] = plan.picture[order]
+        for name in ("self_mode", "self_layers", "adain_strength"):
+            arrays[name][:count] = np.concatenate([getattr(phase, name) for phase in phases])[order]
+        used = np.arange(shape.references) < plan.width[order, None]
+        for name, idle in (("self_scale", 1.0), ("self_shift", 0.0)):
+            values = np.concatenate([getattr(phase, name) for phase in phases])[order, None]
+            arrays[name][:count] = np.where(used, values, idle)
+        segments = [row for phase in phases for row in phase.segments]
+        for row, source in enumerate(order):
+            for i, segment in enumerate(segments[source]):
+                arrays["image_page"][row, i], arrays["image_mask"][row, i] = segment.page, segment.mask
+                arrays["image_strength"][row, i] = segment.strength
+        arrays["branch_rows"][plan.picture[order], plan.branch[order]] = np.arange(count)
+        start = 0
+        for g, phase in zip(groups, phases):
+            part = slice(start, start + g.pictures)
+            arrays["branch_weights"][part], arrays["rescale"][part] = phase.weights, g.rescale
+            # rescaling needs another branch beside the full one
+            arrays["rescale"][part][(phase.weights != 0).sum(1) < 2] = 0
+            arrays["time_ids"][part], arrays["slot"][part] = g.time_ids, g.slots
+            start += g.pictures
+        return plan
+
+    def _write_step(self, arrays, plan: "_Plan", groups, phases, pages) -> None:
+        count, start = plan.rows, 0
+        for g in groups:
+            part, step = slice(start, start + g.pictures), g.step
+            arrays["timestep"][part], arrays["input_scale"][part] = g.timestep[step], g.input_scale[step]
+            arrays["denoised"][part], arrays["update"][part] = g.denoised[step], g.update[step]
+            if g.noisy:
+                arrays["noise"][part] = g.noise().numpy()
+            start += g.pictures
+        text = [phase.text_page[g.step] for g, phase in zip(groups, phases)]
+        arrays["text_page"][:count] = np.concatenate(text)[plan.order]
+        if self.shape.references:
+            page = plan.self_page
+            if plan.bank_places.size:
+                # pages of the pool stand behind all rows of the call, idle ones included
+                page = page.copy()
+                page.reshape(-1)[plan.bank_places] = self.shape.rows + np.concatenate(pages)
+            arrays["self_page"][:count] = page
+            arrays["adain_page"][:count] = np.where(plan.takes_adain, page[:, 0], NO_PAGE)
+            if self.shape.norms:
+                arrays["norm_page"][:count] = np.where(plan.takes_norms, page[:, 0], NO_PAGE)
+
+    def _buffers(self, device: torch.device, pinned: bool) -> dict[str, torch.Tensor]:
+        sizes = dict.fromkeys(_KINDS, 0)
+        for kind, shape in self._layout.values():
+            sizes[kind] += _padded(math.prod(shape))
+        return {
+            kind: torch.zeros(size, dtype=_KINDS[kind], device=device, pin_memory=pinned)
+            for kind, size in sizes.items()
+        }
+
+    def _views(self, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        starts, views = dict.fromkeys(flat, 0), {}
+        for name, (kind, shape) in self._layout.items():
+            count = math.prod(shape)
+            views[name] = flat[kind][starts[kind] : starts[kind] + count].view(shape)
+            starts[kind] += _padded(count)
+        return views
+
+
+def bank_keys(group: Group, step: int | None = None) -> list[tuple]:
+    """(bank, step, branch's place in BRANCHES, reference) of every bank page that a group's rows read, row by row."""
+    step = group.step if step is None else step
+    phase = group.phase(step)
+    return [
+        (reference.bank, step, int(branch), reference.number)
+        for branch, references in zip(phase.branch, phase.references)
+        for reference in references
+        if reference.bank is not None
+    ]
+
+
+class _Plan:
+    """How the rows of some phases stand in one table: readers of a page side by side."""
+
+    def __init__(self, groups: Sequence[Group], phases: Sequence[Phase], shape: TableShape):
+        self.kept = (list(groups), list(phases))
+        self.rows, self.pictures = sum(p.rows for p in phases), sum(g.pictures for g in groups)
+        starts = np.cumsum([0, *(g.pictures for g in groups)])
+        self.picture = np.concatenate([phase.picture + start for phase, start in zip(phases, starts)])
+        self.branch = np.concatenate([phase.branch for phase in phases])
+        references, numbers, bank_rows = [], {}, []
+        for phase, start in zip(phases, starts):
+            for branch, row in zip(phase.branch, phase.references):
+                entries = []
+                for column, reference in enumerate(row):
+                    if reference.bank is None:
+                        entries.append((int(start) + reference.picture, -1))
+                    else:
+                        key = (reference.bank.id, int(branch), reference.number)
+                        entries.append((0, numbers.setdefault(key, len(numbers))))
+                        bank_rows.append((len(references), column))
+                references.append(entries)
+        self.width = np.array([len(row) for row in references], dtype=np.int64)
+        segments = plan_segments(
+            self.picture, self.branch, references, width=shape.references, mutual=any(p.mutual for p in phases)
+        )
+        self.order = segments.order
+        place = np.empty(self.rows, dtype=np.int64)
+        place[self.order] = np.arange(self.rows)
+        page = segments.page
+        live = (page >= 0) & (page < self.rows)
+        page = np.where(live, place[np.where(live, page, 0)], page)[self.order]
+        self.self_page = np.where(page >= self.rows, NO_PAGE, page)  # bank pages change with the step
+        columns = page.shape[1]
+        self.bank_places = np.array([place[row] * columns + column for row, column in bank_rows], dtype=np.int64)
+        self.takes_adain = np.concatenate([p.takes_adain for p in phases])[self.order]
+        self.takes_norms = np.concatenate([p.takes_norms for p in phases])[self.order]
+
+
+def _padded(count: int) -> int:
+    # every view starts on a multiple of 32 bytes even for single bytes
+    return -(-count // 32) * 32

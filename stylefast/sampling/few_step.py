@@ -1,0 +1,62 @@
+"""How models that were distilled to a few steps are sampled, as their authors publish them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from stylefast.errors import InvalidRequest
+from stylefast.sampling.noise_levels import SDXL_SCHEDULER
+from stylefast.sampling.schedule import Schedule, make_schedule
+
+
+@dataclass(frozen=True)
+class FewStepPreset:
+    """Sampler settings of a distilled model. None leaves a setting to the model's config or the sampler.
+
+    steps: the counts it was made for or is published with. guidance: 1, that is off: the model has learnt it.
+    """
+
+    scheduler: str
+    steps: tuple[int, ...]
+    spacing: str | None = None
+    prediction_type: str | None = None
+    timesteps: tuple[int, ...] | None = None
+    eta: float | None = None
+    guidance: float = 1.0
+
+    def schedule(self, steps: int, config: Mapping = SDXL_SCHEDULER) -> Schedule:
+        """The schedule of `steps` steps under a scheduler config in diffusers' format.
+
+        Raises InvalidRequest for a count outside `self.steps`.
+        """
+        if steps not in self.steps:
+            raise InvalidRequest(
+                f"this model is made for {', '.join(map(str, self.steps))} steps, not {steps!r}; call make_schedule "
+                "for other counts"
+            )
+        return make_schedule(
+            self.scheduler,
+            steps,
+            config,
+            spacing=self.spacing,
+            prediction_type=self.prediction_type,
+            timesteps=self.timesteps,
+            eta=self.eta,
+        )
+
+
+FEW_STEP_PRESETS: Mapping[str, FewStepPreset] = MappingProxyType(
+    {
+        "sdxl_turbo": FewStepPreset("euler_ancestral", (1, 2, 3, 4), spacing="trailing"),
+        # a UNet or LoRA for every count
+        "sdxl_lightning": FewStepPreset("euler", (2, 4, 8), spacing="trailing"),
+        "sdxl_lightning_1step": FewStepPreset("euler", (1,), spacing="trailing", prediction_type="sample"),
+        "lcm": FewStepPreset("lcm", (2, 3, 4, 5, 6, 7, 8)),
+        # a LoRA for every count
+        "hyper_sd": FewStepPreset("ddim", (2, 4, 8), spacing="trailing"),
+        # the one-step LoRA, which serves all counts; a lower eta keeps more detail at more steps
+        "hyper_sd_unified": FewStepPreset("tcd", (1, 2, 3, 4, 5, 6, 7, 8), eta=1.0),
+        "hyper_sd_1step_unet": FewStepPreset("lcm", (1,), timesteps=(800,)),
+        "tcd": FewStepPreset("tcd", (4, 5, 6, 7, 8), eta=0.3),
+    }
+)

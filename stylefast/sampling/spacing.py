@@ -1,0 +1,150 @@
+"""The timesteps and noise levels that a sampler visits."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from stylefast.errors import InvalidRequest
+from stylefast.sampling.noise_levels import training_sigmas
+
+SPACINGS = ("leading", "linspace", "trailing")
+
+# how noise levels may be spread instead of taking those of evenly spaced timesteps
+KARRAS, EXPONENTIAL = "karras", "exponential"
+
+
+def spaced_timesteps(config: Mapping, steps: int, *, open_end: bool, fractional: bool = False) -> np.ndarray:
+    """Descending timesteps of a sampler, [steps] float64 (Lin et al. 2024, Table 2).
+
+    open_end: divide the axis into steps + 1 and leave the last out (multistep solvers), instead of visiting it.
+    fractional: keep fractions that "linspace" yields, instead of rounding.
+
+    Raises InvalidRequest for an unknown spacing, or where timesteps would leave the training range.
+    """
+    total, spacing = config["num_train_timesteps"], config["timestep_spacing"]
+    points = steps + 1 if open_end else steps
+    if spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, points)[::-1][:steps]
+        timesteps = timesteps if fractional else timesteps.round()
+    elif spacing == "leading":
+        timesteps = np.arange(points)[::-1][:steps] * float(total // points) + config["steps_offset"]
+    elif spacing == "trailing":
+        # for some counts the quotient rounds down and a further point, -1, would slip in: hence the slice
+        timesteps = np.arange(total, 0, -total / steps)[:steps].round() - 1
+    else:
+        raise InvalidRequest(f"timestep spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
+    if timesteps[0] > total - 1:
+        raise InvalidRequest(
+            f"{steps} steps with {spacing!r} spacing and steps_offset {config['steps_offset']} start at timestep "
+            f"{timesteps[0]:g}, beyond the last trained one, {total - 1}; take fewer steps or spacing='trailing'"
+        )
+    return timesteps
+
+
+def karras_sigmas(config: Mapping, first: float, last: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """Noise levels spaced by Karras et al. 2022, Eq. 5, from `first` down to `last`: [steps] float64.
+
+    `sigma_max` and `sigma_min` of the config take precedence over `first` and `last`.
+    """
+    high = config["sigma_max"] if config["sigma_max"] is not None else first
+    low = config["sigma_min"] if config["sigma_min"] is not None else last
+    ramp = np.linspace(0.0, 1.0, steps)
+    high, low = float(high), float(low)
+    return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+
+
+def timesteps_of(sigmas: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """The fractional timesteps at which noise levels `sigmas` were trained, linear in log sigma; same shape.
+
+    The logarithms of `trained` are rounded to its dtype.
+    """
+    logs = np.log(trained.astype(np.float64)).astype(trained.dtype)
+    return np.interp(np.log(sigmas), logs, np.arange(len(trained)))
+
+
+def exponential_sigmas(config: Mapping, first: float, last: float, steps: int) -> np.ndarray:
+    """Noise levels evenly spaced in log sigma, from `first` down to `last`: [steps] float64.
+
+    `sigma_max` and `sigma_min` of the config take precedence over `first` and `last`.
+    """
+    high = config["sigma_max"] if config["sigma_max"] is not None else first
+    low = config["sigma_min"] if config["sigma_min"] is not None else last
+    return np.exp(np.linspace(np.log(float(high)), np.log(float(low)), steps))
+
+
+def euler_levels(
+    config: Mapping, steps: int, levels: str | None, given: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps [steps] and sigmas [steps + 1] of the Euler samplers.
+
+    levels: KARRAS, EXPONENTIAL or None. given: explicit timesteps [steps], which leave `levels` no part.
+    """
+    trained = training_sigmas(config)
+    timesteps = given if given is not None else spaced_timesteps(config, steps, open_end=False, fractional=True)
+    sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
+    if levels is not None:
+        sigmas = _spread(config, levels, sigmas[0], sigmas[-1], steps)
+        timesteps = timesteps_of(sigmas, trained)
+    return timesteps.astype(np.float64), np.append(sigmas, _final_sigma(config, trained[0]))
+
+
+def multistep_levels(
+    config: Mapping, steps: int, levels: str | None, given: np.ndarray | None, *, round_karras: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps [steps] and sigmas [steps + 1] of DPM++ and UniPC; unlike Euler's, `levels` span all trained ones.
+
+    The model is told whole timesteps: Karras levels round to them with `round_karras`, else fractions are cut off.
+
+    Raises InvalidRequest where two steps would share a noise level.
+    """
+    trained = training_sigmas(config)
+    if levels is None:
+        timesteps = given if given is not None else spaced_timesteps(config, steps, open_end=True)
+        sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
+        last = trained[0]
+    elif levels == KARRAS and round_karras:
+        sigmas = _spread(config, levels, trained[-1], trained[0], steps)
+        timesteps = timesteps_of(sigmas, trained).round()
+        last = sigmas[-1]
+    else:
+        # where fractions are cut, rounding decides whether the noisiest level counts as the last timestep: float32
+        # here gives the timesteps that seeds were shared under
+        rounded = training_sigmas(config, np.float32)
+        sigmas = _spread(config, levels, rounded[-1], rounded[0], steps)
+        timesteps = np.floor(timesteps_of(sigmas, rounded))
+        last = sigmas[-1]
+    if np.any(np.diff(sigmas) >= 0):
+        raise InvalidRequest(
+            f"{steps} steps with {config['timestep_spacing']!r} spacing repeat a timestep, which multistep samplers "
+            "can't take; take fewer steps or spacing='trailing'"
+        )
+    return timesteps.astype(np.float64), np.append(sigmas, _final_sigma(config, last))
+
+
+def check_timesteps(timesteps: Sequence[int], steps: int, total: int) -> np.ndarray:
+    """Explicit timesteps as [steps] int64.
+
+    Raises InvalidRequest unless they are `steps` whole numbers, falling, within 0..total - 1.
+    """
+    given = list(timesteps)
+    if not all(isinstance(t, (int, np.integer)) and not isinstance(t, bool) for t in given):
+        raise InvalidRequest(f"timesteps must be whole numbers, not {given!r}")
+    if len(given) != steps:
+        raise InvalidRequest(f"{len(given)} timesteps were given for {steps} steps; make the two agree")
+    if any(later >= earlier for earlier, later in zip(given, given[1:])):
+        raise InvalidRequest(f"timesteps must fall from each to the next, unlike {given!r}")
+    if given[0] >= total or given[-1] < 0:
+        raise InvalidRequest(f"timesteps must lie in 0..{total - 1}, the trained ones, unlike {given!r}")
+    return np.array(given, dtype=np.int64)
+
+
+def _spread(config: Mapping, levels: str, first: float, last: float, steps: int) -> np.ndarray:
+    # [steps] float64
+    return (karras_sigmas if levels == KARRAS else exponential_sigmas)(config, first, last, steps)
+
+
+def _final_sigma(config: Mapping, smallest: float) -> float:
+    kind = config["final_sigmas_type"]
+    if kind not in ("zero", "sigma_min"):
+        raise InvalidRequest(f"final_sigmas_type {kind!r} is unknown; choose 'zero' or 'sigma_min'")
+    return 0.0 if kind == "zero" else smallest

@@ -1,0 +1,360 @@
+"""Style banks: what a StyleAligned reference offers at every step, computed once and read for ever.
+
+The reference never sees its targets, so its keys, values and statistics depend on the style, the model and the
+schedule alone. `BankWriter` collects them step by step, `StyleBank` holds, saves and loads them, and `BankInfo` says
+what they were made from, so that a request they don't fit is refused.
+
+A bank of keys and values, or of the hidden states they are projected from, holds per stored self-attention layer
+
+    kv.{layer} [steps, branches, references, 2, tokens, heads, d]    or    hidden.{layer} [.., tokens, channels]
+    mean.{layer}, variance.{layer} [steps, branches, references, 3, heads, d]     of queries, keys, values; fp32
+    scale.{layer} [.., 2, heads, d] or [.., channels]      fp32, with fp8: what a stored number is multiplied by
+
+beside norm_mean.{i}, norm_variance.{i} [steps, branches, references, groups] of every group norm and the reference's
+final latents [1, references, channels, h, w]. A bank of latents holds latents [steps + 1, references, channels, h, w]
+alone, before every step and at the end: its reference runs again beside its readers.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stylefast.errors import InvalidRequest, NumericsError, StyleError
+from stylefast.styles.bank_file import BankFile, bank_checksum, check_specs, read_bank, write_bank
+from stylefast.styles.bank_info import BankInfo
+from stylefast.styles.bank_size import BankShapes, TensorSpec, bank_tensors
+
+_FP8_MAX, _FP16_MAX = 448.0, 65504.0
+# what a request may name; everything else about a bank is fixed when it is baked
+_SETTINGS = ("steps", "scheduler", "size", "guidance", "negative_prompt")
+_DIGESTS = {
+    "schedule": "the noise levels of its schedule are others; bake the style again with this model and scheduler",
+    "styles": "other styles were shared with the reference; bake it again with the styles of the request",
+}
+_ids = itertools.count(1)
+
+
+class LayerFeatures(NamedTuple):
+    """What one reference offers to one self-attention layer; what a bank's store does not need may be None."""
+
+    hidden: Tensor | None  # [tokens, channels], after the layer norm
+    k: Tensor | None  # [tokens, heads, d]
+    v: Tensor | None
+    mean: Tensor  # [3, heads, d] fp32: over the tokens, of queries, keys, values
+    variance: Tensor
+
+
+class ReferenceFeatures(NamedTuple):
+    """What one reference offers at one step in one branch."""
+
+    layers: Mapping[int, LayerFeatures]
+    norm_means: tuple[Tensor, ...]  # [groups] fp32 per group norm, module order
+    norm_variances: tuple[Tensor, ...]
+    norm_elements: tuple[int, ...]  # numbers behind one group's statistics
+
+
+@dataclass(frozen=True, eq=False)
+class StyleBank:
+    """A finished bank. `tensors` are read-only by agreement; those of a loaded bank lie in its file until touched."""
+
+    info: BankInfo
+    shapes: BankShapes
+    tensors: Mapping[str, Tensor]
+    path: Path | None = None
+    checksum: str = ""  # as read; "" for a bank that was never in a file
+    id: int = field(default_factory=lambda: next(_ids))  # unique within the process
+
+    @classmethod
+    def load(cls, path: str | Path, verify: bool = True) -> "StyleBank":
+        """Map a bank's file; nothing is copied.
+
+        verify: read the file once and compare its checksum. Raises StyleError for a file that is missing, cut short,
+        altered, of another format or no bank, and for tensors that don't belong to what its metadata says.
+        """
+        metadata, checksum, tensors = read_bank(path)
+        try:
+            content = json.loads(metadata)
+            info = BankInfo.from_json(content["bank"])
+            shapes = BankShapes(**content["shapes"])
+        except StyleError as error:
+            raise StyleError(f"can't use the style bank {path}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StyleError(f"the metadata of the style bank {path} is damaged ({error}); bake it again") from error
+        check_specs(tensors, _specs(info, shapes), str(path))
+        if verify and bank_checksum(metadata, tensors) != checksum:
+            raise StyleError(
+                f"the style bank {path} was altered after it was written: its checksum does not match; "
+                "copy it again or bake the style again"
+            )
+        return cls(info, shapes, MappingProxyType(tensors), Path(path), checksum)
+
+    def save(self, path: str | Path, overwrite: bool = True) -> Path:
+        """Write the bank as one safetensors file, whole or not at all. Returns the path.
+
+        Raises StyleError if the place can't be written or is taken, and if a bank that was loaded without
+        verification turns out to be altered; OutOfMemory if the disk is too full.
+        """
+
+        def check(checksum: str):
+            if self.checksum not in ("", checksum):
+                raise StyleError(f"the style bank {self.path} was altered after it was written; bake the style again")
+
+        return write_bank(path, _metadata(self.info, self.shapes), self.tensors, overwrite, check)
+
+    @property
+    def name(self) -> str:
+        """The file's name, else the reference's prompt, else the number of the bank."""
+        return self.path.stem if self.path is not None else self.info.prompt or f"bank {self.id}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def settings(self) -> dict:
+        """What a request must ask for, to be passed on to `Engine.generate`."""
+        return {name: getattr(self.info, name) for name in _SETTINGS if getattr(self.info, name) is not None}
+
+    def check_fits(self, **expected) -> None:
+        """Raise StyleError naming the first field of `BankInfo`, in its order, that differs from what is expected.
+
+        A guidance of None in the bank fits every guidance. The bank may hold more branches and layers than expected,
+        and a bank of latents fits all of them. `model` is the name to give to the expected fingerprint; as names
+        depend on where a model lies, they are not compared.
+        """
+        names = [entry.name for entry in fields(BankInfo)]
+        unknown = sorted(set(expected) - set(names))
+        if unknown:
+            raise InvalidRequest(f"a style bank says nothing of {', '.join(unknown)}; it knows {', '.join(names)}")
+        for name in names:
+            if name in expected and name != "model":
+                asked = expected[name]
+                self._check_field(name, tuple(asked) if isinstance(asked, list) else asked, expected.get("model"))
+
+    def _check_field(self, name: str, asked, model: str | None) -> None:
+        own = getattr(self.info, name)
+        if name in ("branches", "layers"):
+            lacking = [value for value in asked if value not in own]
+            if self.info.store != "latents" and lacking:
+                raise StyleError(
+                    f"the style bank {self.name!r} holds the {name} {_listed(own)}, but {_listed(lacking)} "
+                    f"{'is' if len(lacking) == 1 else 'are'} needed too; bake the style again with {name}={asked!r}"
+                )
+            return
+        if own == asked or (name in ("guidance", "guidance_rescale") and own is None):
+            return
+        bank = f"the style bank {self.name!r}"
+        if name == "fingerprint":
+            raise StyleError(
+                f"{bank} was baked with the model {self.info.model!r} (fingerprint {own[:12]}), but the loaded one is "
+                f"{model or 'another'!r} ({str(asked)[:12]}); bake the style again with it, or load {self.info.model!r}"
+            )
+        if name in _DIGESTS:
+            raise StyleError(
+                f"{bank} does not fit: {name} is {own[:12] or 'none'} in the bank and {str(asked)[:12] or 'none'} "
+                f"here, {_DIGESTS[name]}"
+            )
+        raise StyleError(
+            f"{bank} was baked with {name}={own!r}, but {name}={asked!r} is asked for; "
+            f"bake the style again with {name}={asked!r}, or ask for {name}={own!r}"
+        )
+
+
+class BankWriter:
+    """Collects a reference's features into a bank, in memory or, given a `path`, in its file as they come.
+
+        with BankWriter(info, shapes, "brand.bank") as writer:
+            writer.put(step, "full", 0, features)       # every step, branch and reference, in any order
+            writer.put_latents(step, 0, latents)
+            bank = writer.finish()
+
+    Leaving the block without `finish` removes the half-written file. Raises StyleError for a place that can't be
+    written or, with overwrite=False, is taken; OutOfMemory if the disk is too full.
+    """
+
+    def __init__(self, info: BankInfo, shapes: BankShapes, path: str | Path | None = None, overwrite: bool = True):
+        self.info, self.shapes = info, shapes
+        specs = _specs(info, shapes)
+        self._file = BankFile(path, specs, _metadata(info, shapes), overwrite) if path is not None else None
+        self._tensors = (
+            self._file.tensors if self._file is not None
+            else {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+        )  # fmt: skip
+        latents_from = 0 if info.store == "latents" else info.steps
+        self._awaited = set(itertools.product(range(latents_from, info.steps + 1), range(info.references)))
+        if info.store != "latents":
+            self._awaited |= set(itertools.product(range(info.steps), info.branches, range(info.references)))
+
+    def __enter__(self) -> "BankWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._tensors = {}
+        if self._file is not None:
+            self._file.discard()
+
+    def put(self, step: int, branch: str, reference: int, features: ReferenceFeatures) -> None:
+        """Store what `reference` offers at `step` in `branch`, replacing what was put there before.
+
+        The tensors may lie on any one device; layers that the bank does not store are passed over. Raises NumericsError
+        for NaN and infinity, StyleError for a place outside the bank, for shapes that don't fit, and for numbers
+        beyond float16.
+        """
+        if self.info.store == "latents":
+            raise StyleError("a bank of latents takes no features; bake with store='kv' or 'hidden'")
+        self._check_open()
+        if branch not in self.info.branches or not (0 <= step < self.info.steps):
+            raise StyleError(
+                f"step {step}, branch {branch!r} is outside the bank's {self.info.steps} steps "
+                f"and branches {_listed(self.info.branches)}"
+            )
+        self._check_reference(reference)
+        where = (step, self.info.branches.index(branch), reference)
+        stored = {layer: self._stored(layer, features) for layer in self.info.layers}
+        self._check_norms(features)
+        self._check_numbers(f"step {step}, branch {branch!r}, reference {reference}", stored, features)
+        for layer, content in stored.items():
+            self._write(layer, where, content)
+            self._tensors[f"mean.{layer}"][where].copy_(features.layers[layer].mean)
+            self._tensors[f"variance.{layer}"][where].copy_(features.layers[layer].variance)
+        for i in range(len(self.shapes.groups)):
+            self._tensors[f"norm_mean.{i}"][where].copy_(features.norm_means[i])
+            self._tensors[f"norm_variance.{i}"][where].copy_(features.norm_variances[i])
+        self._awaited.discard((step, branch, reference))
+
+    def put_latents(self, step: int, reference: int, latents: Tensor) -> None:
+        """Store a reference's latents [channels, h, w] before `step`; after the last, `step` is the number of steps.
+
+        Banks of features hold that last entry only. Raises StyleError for another step or shape, NumericsError for
+        NaN and infinity.
+        """
+        self._check_open()
+        first, last = (0 if self.info.store == "latents" else self.info.steps), self.info.steps
+        if not first <= step <= last:
+            held = f"{first} to {last}" if first < last else f"{last} (the end) only"
+            raise StyleError(f"latents of step {step}: a bank with store={self.info.store!r} holds step {held}")
+        self._check_reference(reference)
+        self._check_shape(f"latents of step {step}", latents, self.shapes.latents)
+        if not torch.isfinite(latents).all():
+            raise NumericsError(f"the reference's latents hold NaN or infinity at step {step}; bake in another type")
+        self._tensors["latents"][step - first, reference].copy_(latents)
+        self._awaited.discard((step, reference))
+
+    def finish(self) -> StyleBank:
+        """Check that everything was put, complete the file if there is one, and return the bank."""
+        self._check_open()
+        if self._awaited:
+            place = min(self._awaited, key=lambda entry: (len(entry), entry))
+            what = "step {}, branch {!r}, reference {}" if len(place) == 3 else "the latents of step {}, reference {}"
+            raise StyleError(
+                f"the bank is incomplete: {len(self._awaited)} entries were not put, among them {what.format(*place)}"
+            )
+        if self._file is None:
+            tensors, self._tensors = self._tensors, {}
+            return StyleBank(self.info, self.shapes, MappingProxyType(tensors))
+        checksum = bank_checksum(_metadata(self.info, self.shapes), self._tensors)
+        self._tensors = {}
+        return StyleBank.load(self._file.publish(checksum), verify=False)
+
+    def _check_open(self) -> None:
+        if not self._tensors:
+            raise StyleError("this bank is finished; bake another one with a new BankWriter")
+
+    def _check_reference(self, reference: int) -> None:
+        if not 0 <= reference < self.info.references:
+            raise StyleError(f"reference {reference} is outside the bank's {self.info.references} references")
+
+    def _check_shape(self, what: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+        if tensor is None or tuple(tensor.shape) != shape:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise StyleError(f"{what} has the shape {found}; the bank is laid out for {shape}")
+
+    def _stored(self, layer: int, features: ReferenceFeatures) -> tuple[Tensor, ...]:
+        """The tensors of one layer that the bank stores: (keys, values) or (hidden states,)."""
+        if layer not in features.layers:
+            raise StyleError(f"the features lack self-attention layer {layer}, which the bank stores")
+        found, shape = features.layers[layer], self.shapes.layers[layer]
+        for name in ("mean", "variance"):
+            self._check_shape(f"{name} of layer {layer}", getattr(found, name), (3, shape.heads, shape.d))
+        if self.info.store == "hidden":
+            self._check_shape(f"hidden of layer {layer}", found.hidden, (shape.tokens, shape.channels))
+            return (found.hidden,)
+        for name in ("k", "v"):
+            self._check_shape(f"{name} of layer {layer}", getattr(found, name), tuple(shape))
+        return found.k, found.v
+
+    def _check_norms(self, features: ReferenceFeatures) -> None:
+        for name in ("norm_means", "norm_variances"):
+            statistics = getattr(features, name)
+            if len(statistics) != len(self.shapes.groups):
+                raise StyleError(f"{name} has {len(statistics)} entries; the model has {len(self.shapes.groups)} norms")
+            for i, groups in enumerate(self.shapes.groups):
+                self._check_shape(f"{name}[{i}]", statistics[i], (groups,))
+        if tuple(features.norm_elements) != self.shapes.norm_elements:
+            raise StyleError(
+                f"norm_elements are {tuple(features.norm_elements)}; the bank is laid out for "
+                f"{self.shapes.norm_elements}, those of {self.info.size[0]}x{self.info.size[1]} pixels"
+            )
+
+    def _check_numbers(self, place: str, stored: Mapping[int, tuple[Tensor, ...]], features: ReferenceFeatures) -> None:
+        checked = [(f"layer {layer}", x, True) for layer, content in stored.items() for x in content]
+        for layer in stored:
+            found = features.layers[layer]
+            checked += [(f"layer {layer}", found.mean, False), (f"layer {layer}", found.variance, False)]
+        for i, pair in enumerate(zip(features.norm_means, features.norm_variances, strict=True)):
+            checked += [(f"group norm {i}", x, False) for x in pair]
+        # one transfer for all of them: on a GPU every look at a number waits for the device
+        peaks = torch.stack([x.abs().amax().float() for _, x, _ in checked]).tolist()
+        for (what, _, narrowed), peak in zip(checked, peaks, strict=True):
+            if not math.isfinite(peak):
+                raise NumericsError(
+                    f"the reference's features hold NaN or infinity at {place}, {what}; "
+                    "bake with a model in bfloat16 or float32"
+                )
+            if narrowed and self.info.dtype == "float16" and peak > _FP16_MAX:
+                raise StyleError(
+                    f"{what} reaches {peak:.6g} at {place}, beyond float16's {_FP16_MAX:.0f}; use bfloat16"
+                )
+
+    def _write(self, layer: int, where: tuple[int, int, int], content: tuple[Tensor, ...]) -> None:
+        target = self._tensors[f"{self.info.store}.{layer}"][where]
+        scales = self._tensors[f"scale.{layer}"][where] if self.info.dtype == "float8_e4m3fn" else None
+        for i, x in enumerate(content):
+            # [tokens, channels] fills the page, [tokens, heads, d] its half for keys or for values
+            part = i if self.info.store == "kv" else slice(None)
+            if scales is not None:
+                x = x.float()
+                scale = _fp8_scale(x)
+                scales[part].copy_(scale)
+                x = x / scale
+            target[part].copy_(x.to(target.dtype))
+
+
+def _fp8_scale(x: Tensor) -> Tensor:
+    """Per channel over the tokens: max |x| / 448, or 1 where that is zero or has lost its precision."""
+    scale = x.abs().amax(0) / _FP8_MAX
+    return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
+
+
+def _specs(info: BankInfo, shapes: BankShapes) -> dict[str, TensorSpec]:
+    return bank_tensors(
+        shapes, steps=info.steps, branches=len(info.branches), references=info.references, store=info.store,
+        dtype=info.dtype, layers=info.layers,
+    )  # fmt: skip
+
+
+def _metadata(info: BankInfo, shapes: BankShapes) -> str:
+    return json.dumps({"bank": info.to_json(), "shapes": asdict(shapes)})
+
+
+def _listed(values) -> str:
+    return ", ".join(map(str, values)) or "none"

@@ -1,0 +1,295 @@
+"""Style banks on disk: safetensors files that are filled in place, appear whole or not at all, and are mapped to read.
+
+A bank of SDXL has some 25 GB, so it is never gathered in memory: a temporary file of the final size is mapped and
+filled page by page, then checked, synced and moved to its name. Each writer has a temporary of its own, held under a
+lock: of two writers the last one wins whole, and what a killed one left behind is known by its lock being free.
+
+The header's metadata holds two strings: `stylefast_bank`, a JSON object, and `stylefast_bank_sha256`, a hash of that
+string and of every tensor's name, type, shape and bytes in the order of names. It survives any tool that rewrites the
+file in another order.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from stylefast.errors import ModelFormatError, ModelNotFound, OutOfMemory, StyleError
+from stylefast.models.weight_files import PICKLED, read_header
+from stylefast.styles.bank_size import TensorSpec
+
+METADATA = "stylefast_bank"
+CHECKSUM = "stylefast_bank_sha256"
+_NO_CHECKSUM = "0" * 64
+_CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+# tensors begin at a page of the system, and at this many bytes within the file where their sizes allow it
+_PAGE = 4096
+_ALIGNMENT = 64
+_HASH_THREADS = 8
+
+
+class BankFile:
+    """A bank's file while it is written: `tensors` are views of the temporary, to be filled before `publish`.
+
+    `metadata` is the JSON of METADATA. Raises StyleError if the place can't be written or, with overwrite=False, is
+    taken; OutOfMemory if the disk is too full, before anything is computed.
+    """
+
+    def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], metadata: str, overwrite: bool = True):
+        # a symbolic link stays, what it points to is replaced
+        self.path, self.overwrite = Path(os.path.realpath(path)), overwrite
+        self.tensors: dict[str, Tensor] = {}
+        self._temporary: Path | None = None
+        self._descriptor = -1
+        self._check_target()
+        header, offsets, size = _lay_out(specs, metadata)
+        self._checksum_at = header.index(_NO_CHECKSUM.encode())
+        try:
+            _remove_stale(self.path)
+            self._reserve(size)
+            os.pwrite(self._descriptor, header, 0)
+            storage = torch.UntypedStorage.from_file(str(self._temporary), shared=True, nbytes=size)
+        except OSError as error:
+            self.discard()
+            raise self._unwritable(error) from error
+        except BaseException:
+            self.discard()
+            raise
+        content = torch.empty(0, dtype=torch.uint8).set_(storage)
+        for name, spec in specs.items():
+            own = content[offsets[name] : offsets[name] + spec.nbytes]
+            self.tensors[name] = own.view(spec.dtype).view(spec.shape)
+
+    def publish(self, checksum: str) -> Path:
+        """Enter the checksum, bring everything to the disk and give the file its name. Returns the path."""
+        self.tensors = {}
+        try:
+            os.pwrite(self._descriptor, checksum.encode(), self._checksum_at)
+            os.fsync(self._descriptor)
+            if self.overwrite:
+                os.replace(self._temporary, self.path)
+                self._temporary = None
+            else:
+                os.link(self._temporary, self.path)  # unlike a rename, it fails if the name is taken
+        except FileExistsError as error:
+            raise self._taken() from error
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            self.discard()
+        _sync_folder(self.path.parent)
+        return self.path
+
+    def discard(self) -> None:
+        """Remove the temporary, if there still is one; the file at the target stays as it is."""
+        self.tensors = {}
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+            self._temporary = None
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _check_target(self) -> None:
+        if self.path.suffix in PICKLED:
+            raise StyleError(f"{self.path.name} would be taken for a pickle; name it {self.path.stem}.bank")
+        if self.path.is_dir():
+            raise StyleError(f"{self.path} is a folder; give the bank a file name, such as brand.bank")
+        if not self.path.parent.is_dir():
+            raise StyleError(f"there is no folder {self.path.parent}; create it, or save the bank elsewhere")
+        if not self.overwrite and self.path.exists():
+            raise self._taken()
+
+    def _reserve(self, size: int) -> None:
+        """Create, lock and allocate the temporary."""
+        while True:
+            name = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+            self._descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self._temporary = name
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            if self._temporary.exists():
+                break
+            # between creation and lock another writer took it for stale and removed it
+            os.close(self._descriptor)
+        try:
+            if shutil.disk_usage(self.path.parent).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            # a sparse file would meet a full disk only when a mapped page is written, as a fatal signal
+            os.posix_fallocate(self._descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            free = shutil.disk_usage(self.path.parent).free
+            raise OutOfMemory(
+                f"the bank {self.path.name} takes {size / 1e9:.3g} GB ({size} bytes) and {self.path.parent} has "
+                f"{free / 1e9:.3g} GB ({free} bytes) free or allowed; free space, save it elsewhere, or bake fewer "
+                "steps, store='hidden' or dtype='float8_e4m3fn'"
+            ) from error
+
+    def _taken(self) -> StyleError:
+        return StyleError(f"{self.path} exists already; save under another name, or with overwrite=True")
+
+    def _unwritable(self, error: OSError) -> StyleError:
+        return StyleError(f"can't write the bank {self.path}: {error.strerror or error}; choose another place")
+
+
+def read_bank(path: str | Path) -> tuple[str, str, dict[str, Tensor]]:
+    """Map a bank's file. Returns its metadata (JSON), its checksum and its tensors by name, none of them copied.
+
+    Raises StyleError if nothing is there, or if the file is no safetensors file, is cut short, or holds no bank.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StyleError(f"there is no style bank at {path}; check the path")
+    try:
+        while True:
+            # safetensors opens a path more than once, and another process may replace the file in between
+            with path.open("rb") as held:
+                try:
+                    found = _read(path)
+                except StyleError:
+                    if _is_still_at(path, held):
+                        raise
+                    continue
+                if _is_still_at(path, held):
+                    return found
+    except OSError as error:
+        raise StyleError(f"can't read the style bank {path}: {error.strerror or error}") from error
+
+
+def _is_still_at(path: Path, file: BinaryIO) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+
+
+def _read(path: Path) -> tuple[str, str, dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        header = read_header(path)
+        metadata, checksum = header.metadata.get(METADATA), header.metadata.get(CHECKSUM)
+        if not isinstance(metadata, str) or not isinstance(checksum, str):
+            raise StyleError(f"{path} is a safetensors file, but no style bank; bake one with Engine.bake")
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return metadata, checksum, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (ModelNotFound, ModelFormatError) as error:
+        raise StyleError(f"can't read the style bank {path}: {error}") from error
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise StyleError(f"can't read the style bank {path}: {error}; copy it again or bake the style again") from error
+
+
+def bank_checksum(metadata: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over `metadata` and every tensor in the order of names, as 64 hexadecimal digits.
+
+    The tensors are hashed one by one, several at a time, so that the speed is the disk's and not one core's.
+    """
+    names = sorted(tensors)
+    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as threads:
+        digests = list(threads.map(lambda name: _digest(name, tensors[name]), names))
+    return hashlib.sha256(hashlib.sha256(metadata.encode()).digest() + b"".join(digests)).hexdigest()
+
+
+def check_specs(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], name: str) -> None:
+    """Raise StyleError unless `tensors` are exactly those that a bank of this kind consists of."""
+    missing, extra = sorted(specs.keys() - tensors.keys()), sorted(tensors.keys() - specs.keys())
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which a bank of its kind does not have"
+        raise StyleError(
+            f"the style bank {name} {what} ({len(missing)} tensors missing, {len(extra)} too many); bake it again"
+        )
+    for key, spec in specs.items():
+        found = tensors[key]
+        if tuple(found.shape) != spec.shape or found.dtype != spec.dtype:
+            raise StyleError(
+                f"{key} of the style bank {name} is {found.dtype} {tuple(found.shape)} where its metadata announces "
+                f"{spec.dtype} {spec.shape}; bake it again"
+            )
+
+
+def write_bank(
+    path: str | Path, metadata: str, tensors: Mapping[str, Tensor], overwrite: bool, check: Callable[[str], None]
+) -> Path:
+    """Write tensors that exist already, one after the other. `check` sees the checksum before the file is published."""
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    file = BankFile(path, specs, metadata, overwrite)
+    try:
+        for name, tensor in tensors.items():
+            file.tensors[name].copy_(tensor)
+        checksum = bank_checksum(metadata, file.tensors)
+        check(checksum)
+        return file.publish(checksum)
+    except BaseException:
+        file.discard()
+        raise
+
+
+def _lay_out(specs: Mapping[str, TensorSpec], metadata: str) -> tuple[bytes, dict[str, int], int]:
+    """(header with an empty checksum, offset of each tensor in the file, size of the file)"""
+
+    def place(name):
+        # the format knows no gaps: round sizes first, then wide types before narrow ones, so that all stay aligned
+        return (False, 0) if specs[name].nbytes % _ALIGNMENT == 0 else (True, -specs[name].dtype.itemsize)
+
+    # the checksum stands first, where no text of the metadata can be taken for it
+    header = {"__metadata__": {CHECKSUM: _NO_CHECKSUM, "format": "pt", METADATA: metadata}}
+    starts, end = {}, 0
+    for name in sorted(specs, key=place):
+        starts[name], end = end, end + specs[name].nbytes
+        header[name] = {
+            "dtype": _CODES[specs[name].dtype], "shape": specs[name].shape, "data_offsets": (starts[name], end)
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _PAGE)
+    begin = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: begin + start for name, start in starts.items()}, begin + end
+
+
+def _digest(name: str, tensor: Tensor) -> bytes:
+    found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+    found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.digest()
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove temporaries of this target whose writers are dead: a living one holds the lock."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.\d+\.[0-9a-f]{{8}}\.part")
+    for name in os.listdir(target.parent):
+        if not pattern.fullmatch(name):
+            continue
+        # gone by itself, or someone else's
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            descriptor = os.open(target.parent / name, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(target.parent / name)
+            except BlockingIOError:
+                continue
+            finally:
+                os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    # some network file systems can't sync folders; the file has its name by now
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
