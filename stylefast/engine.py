@@ -19,9 +19,13 @@ from stylefast.models.lora import LoraSet
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.record import style_digest, to_record
+from stylefast.runtime.accounting import check_limit, held_bytes, memory_report
 from stylefast.runtime.baking import BakeCallback, bake, bake_request
+from stylefast.runtime.batching import BatchLoop
 from stylefast.runtime.conditions import ConditionStore
 from stylefast.runtime.core import Runtime, not_finite
+from stylefast.runtime.decoding import Decoder, to_pil
+from stylefast.runtime.jobs import Job
 from stylefast.runtime.loop import StepCallback, denoise
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory, parse_bytes
 from stylefast.runtime.preparing import Preparer
@@ -33,8 +37,6 @@ __all__ = ["Engine", "Request", "Result"]
 
 BACKENDS = ("auto", "torch")
 OUTPUTS = ("pil", "np", "latents")
-# pixels decoded at once; the VAE's activations dwarf its result
-DECODE_PIXELS = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,9 @@ class Engine:
         memory_limit: int | str | None = None,
         bank_memory: int | str | None = None,
         batch_buckets: Sequence[int] = (),
+        max_batch_rows: int | None = None,
+        max_pending: int | None = None,
+        preview: Any = None,
     ):
         self._components = components
         self.name, self.fingerprint = components.name, components.fingerprint
@@ -78,11 +83,18 @@ class Engine:
             self.unet, self.text_encoder, self.adapters, scheduler_config.get("num_train_timesteps", 1000),
             revision=lambda: self.loras.fingerprint,
         )  # fmt: skip
-        budget = MemoryBudget(parse_bytes("memory_limit", memory_limit), parse_bytes("bank_memory", bank_memory))
-        self.runtime = Runtime(self.unet, store, TorchBackend(self.unet), budget, _buckets(batch_buckets))
+        self.budget = MemoryBudget(parse_bytes("memory_limit", memory_limit), parse_bytes("bank_memory", bank_memory))
+        self.runtime = Runtime(self.unet, store, self._backend(backend), self.budget, _buckets(batch_buckets))
         self._preparer = Preparer(
             self.runtime, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
         )
+        self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, preview)
+        self._loop = BatchLoop(
+            self.runtime, self._preparer, self._finish, self.decoder.previews, max_batch_rows, max_pending
+        )
+        self.budget.watch(lambda: held_bytes(self))
+        if self.budget.limit is not None:
+            check_limit(self)
 
     @classmethod
     def from_pretrained(
@@ -95,6 +107,12 @@ class Engine:
         dtype: str = "auto",
         backend: str = "auto",
         vae: Any = None,
+        memory_limit: int | str | None = None,
+        bank_memory: int | str | None = None,
+        batch_buckets: Sequence[int] = (),
+        max_batch_rows: int | None = None,
+        max_pending: int | None = None,
+        preview: Any = None,
         **options,
     ) -> "Engine":
         """Load a model.
@@ -105,26 +123,43 @@ class Engine:
             image_encoder: folder of the CLIP image encoder that `adapter` was trained with; None: the model's own.
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
             dtype: "auto" (fp32 on the CPU, else what the device does best), "float32", "bfloat16", "float16".
-            backend: "auto" or "torch".
+            backend: "torch" runs the model as it is written; "compile" compiles its blocks, pads batches to a ladder of
+                sizes and, on a GPU, replays CUDA graphs; "auto" is "torch".
             vae: a VAE in place of the model's own: folder, file, hub id or module.
+            memory_limit: bytes ("8GB") that everything the engine holds on its device may take, model included.
+            bank_memory: bytes for the pages of style banks; None: a share of what is free.
+            batch_buckets: row counts to which batches are padded; within one a picture's bits don't depend on its
+                neighbours. Empty: batches as they come (or the backend's own ladder).
+            max_batch_rows: rows of one UNet call at most (two a picture with guidance); None: what fits.
+            max_pending: jobs that may wait to join the batch; None: any number.
+            preview: an AutoencoderTiny for `Job`'s previews (module, folder, file or hub id); None: a linear map.
             options: passed on to `load_components`.
 
         Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest.
         """
-        if backend not in BACKENDS:
-            raise InvalidRequest(f"backend is {backend!r}; there are {', '.join(BACKENDS)}")
+        _check_backend(backend)
         place, kind = _device(device), _dtype(dtype, device)
         components = load_components(source, dtype=kind, device=place, vae=vae, **options)
-        engine = cls(components)
+        engine = cls(
+            components, backend=backend, memory_limit=memory_limit, bank_memory=bank_memory,
+            batch_buckets=batch_buckets, max_batch_rows=max_batch_rows, max_pending=max_pending, preview=preview,
+        )  # fmt: skip
         files = _as_list(components.adapter_path if adapter == "auto" else adapter)
         for file in files:
             engine.load_adapter(file, image_encoder)
         return engine
 
     @classmethod
-    def from_pipeline(cls, pipeline) -> "Engine":
-        """Take over a diffusers `StableDiffusionXLPipeline`; weights are shared and the pipeline stays usable."""
-        return cls(from_pipeline(pipeline))
+    def from_pipeline(cls, pipeline, **options) -> "Engine":
+        """Take over a diffusers `StableDiffusionXLPipeline`; weights are shared and the pipeline stays usable.
+
+        options: backend, memory_limit, ... as in `from_pretrained`.
+        """
+        return cls(from_pipeline(pipeline), **options)
+
+    def _backend(self, name: str) -> TorchBackend:
+        _check_backend(name)
+        return TorchBackend(self.unet)
 
     def load_adapter(self, file: str | Path, image_encoder: str | Path | None = None, name: str | None = None) -> str:
         """Load an IP-Adapter and return the name by which `InstantStyle(adapter=...)` finds it (the file's stem).
@@ -223,7 +258,8 @@ class Engine:
         metadata = self._metadata(requests)
         try:
             latents = self._sample(requests, callback)
-            images = [] if output == "latents" else self._decode(latents)
+            with self.runtime.lock:
+                return self._result(latents, metadata, output)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -231,11 +267,50 @@ class Engine:
                 f"{len(requests)} pictures don't fit into memory; ask for fewer or smaller ones at once, or load the "
                 f"model in half precision ({str(error).splitlines()[0]})"
             ) from None
-        if output == "np":
-            images = [image.permute(1, 2, 0).cpu().numpy() for image in images]
-        elif output == "pil":
-            images = [_to_pil(image) for image in images]
-        return Result(images, latents, metadata)
+
+    def submit(
+        self,
+        request: Request | Sequence[Request],
+        *,
+        deadline: float | None = None,
+        output: str = "pil",
+    ) -> Job:
+        """Add a request to the running batch; it joins at the next step, whatever the others' styles and steps.
+
+        Args:
+            request: one, or several that belong together: under one `StyleAligned()` the first is the reference.
+            deadline: seconds from now after which the job fails with DeadlineExceeded if it is not done.
+            output: as in `generate`.
+
+        Returns a `Job`: `result(timeout=)`, `cancel()`, `await job`, `async for preview in job`. Raises InvalidRequest
+        and its kin for what can be seen to be wrong before anything runs, QueueFull where more jobs wait than
+        `max_pending`, and EngineClosed.
+        """
+        requests = [request] if isinstance(request, Request) else list(request)
+        if not requests or not all(isinstance(one, Request) for one in requests):
+            raise InvalidRequest("submit takes a Request, or a list of them; wrap a prompt as sf.Request('a boat')")
+        if output not in OUTPUTS:
+            raise InvalidRequest(f"output is {output!r}; there are {', '.join(OUTPUTS)}")
+        if deadline is not None and not deadline > 0:
+            raise InvalidRequest(f"deadline is {deadline!r}; it must be a number of seconds above 0")
+        self._preparer.check(requests)
+        job = Job(requests, self._loop.cancel, deadline, output, self._metadata(requests))
+        self._loop.submit(job)
+        return job
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes that the engine holds, by what they are for; see `runtime.accounting.memory_report`."""
+        return memory_report(self)
+
+    def close(self) -> None:
+        """Stop the running batch; jobs that are not done fail with EngineClosed. Called by `with engine:` too."""
+        self._loop.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def bake(
         self,
@@ -301,24 +376,20 @@ class Engine:
             raise _joined(errors)
         return [done[i] for i in range(len(requests))]
 
+    def _result(self, latents: list[torch.Tensor], metadata: list[dict], output: str) -> Result:
+        images = [] if output == "latents" else self.decoder.images(latents)
+        if output == "np":
+            images = [image.permute(1, 2, 0).cpu().numpy() for image in images]
+        elif output == "pil":
+            images = [to_pil(image) for image in images]
+        return Result(images, latents, metadata)
+
+    def _finish(self, job: Job, latents: dict[int, torch.Tensor]) -> Result:
+        return self._result([latents[i] for i in range(len(job.requests))], job.metadata, job.output)
+
     def _current_fingerprint(self) -> str:
         loras = self.loras.fingerprint
         return f"{self.fingerprint}+{loras[:16]}" if loras else self.fingerprint
-
-    @torch.inference_mode()
-    def _decode(self, latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """[3, height, width] in 0..1 for each of `latents`, decoded in groups of equal size."""
-        images: list[torch.Tensor] = []
-        start = 0
-        while start < len(latents):
-            shape = latents[start].shape
-            limit = max(1, DECODE_PIXELS // (shape[1] * shape[2] * self.downscale**2))
-            stop = start + 1
-            while stop < len(latents) and latents[stop].shape == shape and stop - start < limit:
-                stop += 1
-            images += list(vaes.decode(self.vae, torch.stack(list(latents[start:stop]))))
-            start = stop
-        return images
 
     def _metadata(self, requests: Sequence[Request]) -> list[dict]:
         record = to_record(requests)
@@ -338,6 +409,11 @@ class Engine:
         return [{**common, "index": i, "seed": request.seed} for i, request in enumerate(requests)]
 
 
+def _check_backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise InvalidRequest(f"backend is {name!r}; there are {', '.join(BACKENDS)}")
+
+
 def _buckets(given: Sequence[int]) -> tuple[int, ...]:
     buckets = tuple(given)
     if any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in buckets) or list(buckets) != sorted(buckets):
@@ -350,13 +426,6 @@ def _joined(errors: Sequence[StyleFastError]) -> StyleFastError:
     if all(isinstance(error, NumericsError) for error in errors):
         return not_finite([picture for error in errors for picture in error.pictures])
     return errors[0]
-
-
-def _to_pil(image: torch.Tensor):
-    from PIL import Image
-
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels)
 
 
 def _as_list(value) -> list:

@@ -52,5 +52,21 @@ class OutOfMemory(StyleFastError, MemoryError):
     """The request does not fit into the memory at hand."""
 
 
+class JobCancelled(StyleFastError):
+    """The job was cancelled before its pictures were done."""
+
+
+class DeadlineExceeded(StyleFastError, TimeoutError):
+    """The job's deadline passed before its pictures were done."""
+
+
+class QueueFull(StyleFastError):
+    """More jobs wait than the engine takes; try again later."""
+
+
+class EngineClosed(StyleFastError):
+    """The engine was closed, and takes and finishes no more jobs."""
+
+
 class MissingDependency(StyleFastError, ImportError):
     """An optional package is needed for this feature; the message names the extra that brings it."""

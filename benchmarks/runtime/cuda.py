@@ -46,7 +46,7 @@ class Bench:
 
     def race(self, runs, budget: Budget) -> Race:
         """Contestants in turns, timed until the device is done."""
-        return race(runs, self.rounds, budget, cuda=self.device == "cuda")
+        return race(runs, self.rounds, budget, warm_ups=int(not self.quick), cuda=self.device == "cuda")
 
     @cached_property
     def streamed(self) -> Scene:

@@ -57,15 +57,24 @@ def random_model(
 
 def half_width_model(side: int = 48) -> Model:
     """Half of SDXL's widths at its full depth, `side` x `side` latents, fp32 on the CPU: 0.65e9 parameters."""
-    config = unet_config((160, 320, 640), cross_dim=1024, pooled_dim=512, time_dim=128, side=side)
-    return random_model("half-width SDXL", config, (512, 512), vae_config((32, 32, 32, 32), 1), "cpu", torch.float32)
+    vae = vae_config((32, 32, 32, 32), 1)
+    return random_model("half-width SDXL", half_width_config(side), (512, 512), vae, "cpu", torch.float32)
 
 
 def sdxl_model(device: str = "cuda", **engine_options) -> Model:
     """SDXL's UNet and VAE at 1024x1024 in bf16; the text encoders have its widths and two layers each."""
-    config = unet_config((320, 640, 1280), cross_dim=2048, pooled_dim=1280, time_dim=256, side=128)
     vae = vae_config((128, 256, 512, 512), 2)
-    return random_model("SDXL", config, (768, 1280), vae, device, torch.bfloat16, **engine_options)
+    return random_model("SDXL", sdxl_config(), (768, 1280), vae, device, torch.bfloat16, **engine_options)
+
+
+def half_width_config(side: int) -> dict:
+    """Half of every width of `sdxl_config`."""
+    return unet_config((160, 320, 640), cross_dim=1024, pooled_dim=512, time_dim=128, side=side)
+
+
+def sdxl_config() -> dict:
+    """SDXL base's own UNet."""
+    return unet_config((320, 640, 1280), cross_dim=2048, pooled_dim=1280, time_dim=256, side=128)
 
 
 def unet_config(
@@ -116,18 +125,19 @@ def random_pipeline(unet: Mapping, text_widths: tuple[int, int], vae: Mapping, d
         )
         for tokenizer, width, act in zip(tokenizers, text_widths, ("quick_gelu", "gelu"), strict=True)
     ]  # fmt: skip
-    # made without memory and filled in place: at full size a detour through fp32 on the host would cost minutes
+    # UNet and VAE are made without memory and filled in place: at full size a detour through fp32 would cost minutes.
+    # Text encoders have buffers of their own
     with torch.device("meta"):
-        bare = [UNet2DConditionModel(**unet), AutoencoderKL(**vae), CLIPTextModel(texts[0]),
-                CLIPTextModelWithProjection(texts[1])]  # fmt: skip
-    for seed, module in enumerate(bare, SEED):
-        # the base class's `to`: diffusers' own warns of loading options that matter to trained weights
-        torch.nn.Module.to(module, dtype).to_empty(device=device)
+        bare = [UNet2DConditionModel(**unet), AutoencoderKL(**vae)]
+    # the base class's `to`: diffusers' own warns of loading options that matter to trained weights
+    made = [torch.nn.Module.to(module, dtype).to_empty(device=device) for module in bare]
+    made += [CLIPTextModel(texts[0]).to(device, dtype), CLIPTextModelWithProjection(texts[1]).to(device, dtype)]
+    for seed, module in enumerate(made, SEED):
         randomise(module.eval().requires_grad_(False), seed)
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )
-    return _pipeline(bare[0], bare[1], bare[2:], tokenizers, scheduler)
+    return _pipeline(made[0], made[1], made[2:], tokenizers, scheduler)
 
 
 def _pipeline(unet, vae, text_encoders, tokenizers, scheduler):

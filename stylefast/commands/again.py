@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 from stylefast.commands.files import Destination, read_metadata
-from stylefast.commands.generate import ModelChoice, check_schedules, load, make, save
+from stylefast.commands.generate import RECORDED, ModelChoice, check_schedules, load, make, save
 from stylefast.engine import Result
 from stylefast.errors import InvalidRequest, ModelError
 from stylefast.record import from_record
@@ -57,8 +57,7 @@ def _recorded_choice(metadata: dict) -> dict:
     recorded = metadata.get("load")
     if not isinstance(recorded, dict):
         return {"model": metadata.get("model"), "dtype": metadata.get("dtype")}
-    fields = ModelChoice.__dataclass_fields__
-    known = {name: value for name, value in recorded.items() if name in fields and isinstance(value, str)}
+    known = {name: value for name, value in recorded.items() if name in RECORDED and isinstance(value, str)}
     return {"dtype": metadata.get("dtype")} | known
 
 

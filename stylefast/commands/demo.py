@@ -162,7 +162,7 @@ def _composed_chapter(reference: str, learned: str) -> Chapter:
 def command_of(call: Call, arguments: argparse.Namespace, folder: str) -> list[str]:
     """The words of the command line that makes a call's pictures."""
     words = ["stylefast", "generate", *call.words, "--steps", str(arguments.steps), "--no-grid"]
-    for name in ("model", "adapter", "image_encoder", "vae", "device", "dtype"):
+    for name in generate.ModelChoice.__dataclass_fields__:
         if getattr(arguments, name) is not None:
             words += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
     return [*words, "--out", folder]

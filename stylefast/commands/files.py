@@ -16,8 +16,10 @@ CHUNK = "stylefast"
 # above this a chunk is compressed; some readers refuse long plain ones
 PLAIN_LIMIT = 60_000
 _NUMBER = re.compile(r"(\d{4,})-.*\.png")
-_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC",
-             "lcm": "LCM"}  # fmt: skip
+_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M",
+             "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m": "DPM++ 3M", "dpmpp_3m_sde": "DPM++ 3M SDE",
+             "dpmpp_sde": "DPM++ SDE", "unipc": "UniPC", "lcm": "LCM", "tcd": "TCD"}  # fmt: skip
+_SPREADS = {"_karras": " Karras", "_exponential": " Exponential"}
 
 
 class Destination:
@@ -39,7 +41,7 @@ class Destination:
         else:
             self.folder = out
             first = 1 if overwrite else _highest_number(out) + 1
-            names = [f"{first + i:04d}-{_slug(prompt)}.png" for i, prompt in enumerate(prompts)]
+            names = [f"{first + i:04d}-{slug(prompt)}.png" for i, prompt in enumerate(prompts)]
             grid = f"{first:04d}-grid.png"
         self.paths, self.grid = [self.folder / name for name in names], self.folder / grid
         self._check(self.paths)
@@ -92,11 +94,9 @@ def png_info(metadata: dict) -> PngInfo:
 def parameters_line(metadata: dict) -> str:
     """Prompt, negative prompt and settings of a picture in the form that A1111 introduced."""
     request = metadata["call"]["requests"][metadata["index"]]
-    base = request["scheduler"].removesuffix("_karras")
-    sampler = _SAMPLERS.get(base, base) + (" Karras" if request["scheduler"] != base else "")
     settings = {
         "Steps": request["steps"],
-        "Sampler": sampler,
+        "Sampler": sampler_name(request["scheduler"]),
         "CFG scale": request["guidance"],
         "Seed": request["seed"],
         "Size": "x".join(map(str, metadata["size"])),
@@ -109,6 +109,16 @@ def parameters_line(metadata: dict) -> str:
         lines.append(f"Negative prompt: {request['negative_prompt']}")
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def sampler_name(scheduler: str) -> str:
+    """A scheduler's name in that form; of a few-step preset, the sampler that it uses."""
+    from stylefast.sampling.few_step import FEW_STEP_PRESETS
+
+    name = FEW_STEP_PRESETS[scheduler].scheduler if scheduler in FEW_STEP_PRESETS else scheduler
+    ending = next((ending for ending in _SPREADS if name.endswith(ending)), "")
+    base = name.removesuffix(ending)
+    return _SAMPLERS.get(base, base) + _SPREADS.get(ending, "")
 
 
 def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
@@ -145,5 +155,6 @@ def _highest_number(folder: Path) -> int:
     return max((int(match[1]) for file in folder.iterdir() if (match := _NUMBER.fullmatch(file.name))), default=0)
 
 
-def _slug(prompt: str) -> str:
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stylefast.errors import InvalidRequest
@@ -14,10 +15,15 @@ EXAMPLES = """examples:
   stylefast generate "a fish" "a house" --style-image photo.jpg --out pictures
   stylefast generate "a fish" --style-image photo.jpg --method instant --scale 0.8 --content "a dog"
   stylefast generate "a cat" "a boat" --style-prompt "a fox, watercolor" --shift 1 --seed 7
+  stylefast generate "a fish" "a house" --style brand.bank
   stylefast generate --requests calls.json --out pictures
   stylefast generate --from pictures/0001-a-fish.png --out again.png
 """
 DEFAULT_MODEL, DEFAULT_OUT = "tiny", "pictures"
+# options of the model that name files or folders, or ids of the hub
+_PATHS = ("model", "adapter", "image_encoder", "vae")
+# what pictures remember of it, so that --from loads it again; the rest belongs to the machine
+RECORDED = (*_PATHS, "dtype")
 # what --from and --requests bring themselves
 _CALL_OPTIONS = (
     "prompts", "negative", "steps", "guidance", "guidance_rescale", "guidance_interval", "spacing", "seed",
@@ -25,6 +31,7 @@ _CALL_OPTIONS = (
     "method", "style_prompt", "adain", "shift", "layers", "share_group_norm", "blocks", "scale", "content",
     "content_scale", "learned", "context",
 )  # fmt: skip
+_INTERVAL = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,19 +48,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("sampling").add_argument
     group("--negative", metavar="TEXT", help="what to lead away from")
-    group("--steps", type=int, help="denoising steps (default: 30)")
-    group("--guidance", type=float, help="classifier-free guidance; 1 or less turns it off (default: 5)")
+    group("--steps", type=int, help="denoising steps (default: 30, or those of --style)")
+    group("--guidance", type=float, help="classifier-free guidance; 1 or less turns it off (default: that of --style, "
+          "1 for lcm, tcd and the few-step presets, else 5)")  # fmt: skip
     group("--guidance-rescale", type=float, help="0 to 1; pulls the contrast of strong guidance back (default: 0)")
     group("--seed", type=int, help="of the first picture; the next ones count up (default: 0)")
     group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
     group("--scheduler", metavar="NAME", help="ddim, euler, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, "
-          "dpmpp_3m_sde, dpmpp_sde, unipc, lcm or tcd; euler, unipc and the dpmpp ones also with _karras or _exponential "
-          "behind them; or a preset for few-step models: sdxl_turbo, sdxl_lightning, hyper_sd, ... (default: euler)")
+          "dpmpp_3m_sde, dpmpp_sde, unipc, lcm or tcd; euler, unipc and the dpmpp ones also with _karras or "
+          "_exponential behind them; or a preset for few-step models: sdxl_turbo, sdxl_lightning, sdxl_lightning_1step, hyper_sd, "
+          "hyper_sd_unified or hyper_sd_1step_unet (default: euler, or that of --style)")  # fmt: skip
     group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
     group("--guidance-interval", metavar="A-B", help="fractions of the steps in which guidance acts, e.g. 0-0.8 "
-          "(default: 0-1)")
+          "(default: 0-1)")  # fmt: skip
 
     group = parser.add_argument_group("style").add_argument
+    group("--style", action="append", metavar="FILE.bank", help="a style that `stylefast bake` wrote, in place of "
+          "aligned's reference; brings its own steps, scheduler and size; may stand beside --method instant with a "
+          "--style-image")  # fmt: skip
     group("--style-image", action="append", metavar="PICTURE", help="reference picture: a file, or the name of one "
           "that comes with the model (see `stylefast info`); may be repeated")  # fmt: skip
     group("--method", choices=("aligned", "instant", "both"), help="aligned: StyleAligned, shared self-attention; "
@@ -87,18 +99,33 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group("--vae", metavar="NAME", help="a VAE in place of the model's own")
     group("--device", help="auto, cpu, cuda or cuda:1 (default: auto)")
     group("--dtype", help="auto, float32, bfloat16 or float16 (default: auto)")
+    group("--backend", choices=("auto", "torch", "compile"), help="what runs the steps (default: auto)")
+    group("--memory-limit", metavar="BYTES", help="for all that the engine holds on its device, e.g. 8GB")
+    group("--bank-memory", metavar="BYTES", help="for the pages of style banks there, e.g. 512MiB")
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to load; kept in the pictures, so that `--from` finds it again. None is the engine's default."""
+    """What to load and where it runs. None is the engine's default.
+
+    Raises InvalidRequest for limits that are no number of bytes.
+    """
 
     model: str = DEFAULT_MODEL
     adapter: str | None = None
     image_encoder: str | None = None
     vae: str | None = None
-    device: str | None = None
     dtype: str | None = None
+    device: str | None = None
+    backend: str | None = None
+    memory_limit: str | None = None
+    bank_memory: str | None = None
+
+    def __post_init__(self):
+        from stylefast.runtime.memory import parse_bytes
+
+        parse_bytes("--memory-limit", self.memory_limit)
+        parse_bytes("--bank-memory", self.bank_memory)
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, recorded: dict | None = None) -> "ModelChoice":
@@ -108,7 +135,7 @@ class ModelChoice:
             value = getattr(arguments, name)
             if value is not None:
                 path = Path(value).expanduser()
-                is_path = name not in ("device", "dtype") and value != DEFAULT_MODEL and path.exists()
+                is_path = name in _PATHS and value != DEFAULT_MODEL and path.exists()
                 values[name] = str(path.resolve()) if is_path else value
         return cls(**values)
 
@@ -123,8 +150,13 @@ class ModelChoice:
         """The engine."""
         from stylefast.engine import Engine
 
-        given = {name: getattr(self, name) for name in ("adapter", "image_encoder", "vae", "device", "dtype")}
-        return Engine.from_pretrained(self.model, **{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in asdict(self).items() if name != "model" and value is not None}
+        return Engine.from_pretrained(self.model, **given)
+
+    def recorded(self) -> dict[str, str]:
+        """What is kept in the pictures."""
+        given = {name: getattr(self, name) for name in RECORDED}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -166,9 +198,20 @@ def _check_combination(arguments: argparse.Namespace) -> None:
 
 def requests_of(arguments: argparse.Namespace, model_folder: Path) -> list:
     """One Request per prompt, seeds counting up. Raises InvalidRequest and its kin."""
-    from stylefast.commands.style_options import styles_of
-    from stylefast.record import parse_size
+    from stylefast.commands.style_options import bank_settings, styles_of
     from stylefast.runtime.request import Request
+
+    styles, given = styles_of(arguments, model_folder), sampling_settings(arguments)
+    if arguments.guidance_interval is not None:
+        given["guidance_interval"] = parse_interval(arguments.guidance_interval)
+    settings = with_preset_guidance(bank_settings(styles, given) | given)
+    seed = arguments.seed or 0
+    return [Request(prompt, seed=seed + i, style=styles, **settings) for i, prompt in enumerate(arguments.prompts)]
+
+
+def sampling_settings(arguments: argparse.Namespace) -> dict:
+    """Fields of Request that sampling options were given for. Raises InvalidRequest."""
+    from stylefast.record import parse_size
 
     given = {
         "negative_prompt": arguments.negative,
@@ -177,11 +220,25 @@ def requests_of(arguments: argparse.Namespace, model_folder: Path) -> list:
         "guidance_rescale": arguments.guidance_rescale,
         "size": None if arguments.size is None else parse_size(arguments.size),
         "scheduler": arguments.scheduler,
-        "style": styles_of(arguments, model_folder),
+        "spacing": arguments.spacing,
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    seed = arguments.seed or 0
-    return [Request(prompt, seed=seed + i, **given) for i, prompt in enumerate(arguments.prompts)]
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def with_preset_guidance(settings: dict) -> dict:
+    """`settings` with the guidance that its few-step preset was made for, unless one is there."""
+    from stylefast.sampling.few_step import FEW_STEP_PRESETS
+
+    preset = FEW_STEP_PRESETS.get(settings.get("scheduler"))
+    return settings if preset is None else {"guidance": preset.guidance} | settings
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """(0.0, 0.8) from "0-0.8". Raises InvalidRequest."""
+    match = _INTERVAL.fullmatch(text)
+    if match is None:
+        raise InvalidRequest(f"--guidance-interval is {text!r}; give two fractions of the steps, such as 0-0.8")
+    return float(match[1]), float(match[2])
 
 
 def read_requests(file: Path, model_folder: Path) -> list:
@@ -200,11 +257,23 @@ def read_requests(file: Path, model_folder: Path) -> list:
 
 
 def check_schedules(requests: Sequence) -> None:
-    """Raises InvalidRequest for an unknown scheduler, before a model is loaded for it."""
-    from stylefast.sampling.schedule import make_schedule
+    """Raises InvalidRequest for schedulers that are unknown or can't take their settings, before a model is loaded."""
+    from stylefast.runtime.pinning import scheduler_config
+    from stylefast.sampling.few_step import FEW_STEP_PRESETS
+    from stylefast.sampling.guidance import GuidanceInterval, branch_weights_per_step
+    from stylefast.sampling.noise_levels import SDXL_SCHEDULER
+    from stylefast.sampling.schedule import SCHEDULERS, make_schedule
 
-    for name, steps in {(request.scheduler, request.steps) for request in requests}:
-        make_schedule(name, steps)
+    for request in requests:
+        name, steps, config = request.scheduler, request.steps, scheduler_config(request, SDXL_SCHEDULER)
+        # lcm and tcd are samplers as well, which take any number of steps
+        if name not in FEW_STEP_PRESETS or name in SCHEDULERS:
+            make_schedule(name, steps, config, spacing=request.spacing)
+        elif request.spacing is not None:
+            raise InvalidRequest(f"scheduler {name!r} has a spacing of its own; leave --spacing out")
+        else:
+            FEW_STEP_PRESETS[name].schedule(steps, config)
+        branch_weights_per_step({}, steps, GuidanceInterval(*request.guidance_interval))
 
 
 def load(choice: ModelChoice, quiet: bool):
@@ -231,11 +300,8 @@ def make(engine, requests: Sequence, quiet: bool):
 
 def save(destination, result, choice: ModelChoice, grid: bool | None) -> list[Path]:
     """Write pictures with their record inside, and the grid; all paths written."""
-    from dataclasses import asdict
-
-    loaded = {name: value for name, value in asdict(choice).items() if value is not None and name != "device"}
     metadata = [
-        {**one, "size": list(image.size), "load": loaded}
+        {**one, "size": list(image.size), "load": choice.recorded()}
         for one, image in zip(result.metadata, result.images, strict=True)
     ]
     sheet = None

@@ -3,7 +3,6 @@
 `Runtime` knows nothing of jobs, threads and pictures' files. Who calls it holds its `lock`.
 """
 
-import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from stylefast.models.conditioning import RowFeatures
 from stylefast.models.unet import UNet
 from stylefast.runtime.bank_pages import BankPages
 from stylefast.runtime.conditions import ConditionStore
+from stylefast.runtime.fair_lock import FairLock
 from stylefast.runtime.group import Group, Pin
 from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory
@@ -37,7 +37,7 @@ class Runtime:
     ):  # fmt: skip
         self.unet, self.conditions, self.backend, self.budget = unet, conditions, backend, budget
         self.buckets = tuple(buckets) or backend.buckets
-        self.lock = threading.RLock()
+        self.lock = FairLock()
         self.latents: dict[tuple[int, int, int], LatentSlots] = {}
         self.bank_pages: dict[tuple[int, int], BankPages] = {}
         self._tables: dict[TableShape, StepTable] = {}

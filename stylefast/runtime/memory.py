@@ -46,8 +46,8 @@ class MemoryBudget:
         self._held = held
 
     def free(self, device: torch.device) -> int | None:
-        """Bytes that may still be taken; None where nobody can tell."""
-        found = available_memory(device)
+        """Bytes that may still be taken; None where nobody can tell, or where asking forgiveness costs nothing."""
+        found = available_memory(device) if device.type == "cpu" else None
         if self.limit is None:
             return found
         left = max(0, self.limit - self._held())
@@ -81,6 +81,7 @@ class MemoryBudget:
             # a limit holds for everything, whatever was asked for banks alone
             room = room if free is None or self.limit is None else min(room, free)
         else:
+            free = available_memory(unet.device) if free is None else free
             room = int((free if free is not None else 2**31) * _BANK_SHARE.get(unet.device.type, 0.2))
         slots = min(room // page, _MOST_SLOTS)
         if slots < 1:

@@ -1,0 +1,92 @@
+"""What an engine holds, in bytes, and whether that is within its limit."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from stylefast.errors import OutOfMemory
+from stylefast.models.vae_copies import copied_bytes
+from stylefast.runtime.memory import resident_bytes, row_bytes
+
+
+def memory_report(engine) -> dict[str, Any]:
+    """Bytes by what they are for.
+
+    "model": UNet, text encoders, VAE (private copies in other types included), adapters. "banks": the pages of style
+    banks on the device, per latent size with the pool's counts. "conditions": keys and values of prompts and pictures.
+    "latents": pictures on their way. "graphs": what the backend prepared. "workspace": tables of steps, and the peak of
+    one row's feature maps by a rough count, for the native size. "held": the sum but for that peak. "limit": what was
+    asked for. "process": this process's resident memory, and on a GPU what PyTorch has reserved there.
+    """
+    runtime = engine.runtime
+    width, height = engine.native_size
+    device = engine.unet.device
+    banks = {
+        f"{size[1]}x{size[0]}": {"bytes": pool.nbytes, **pool.stats()._asdict()}
+        for size, pool in list(runtime.bank_pages.items())
+    }
+    report = {
+        "model": _model(engine),
+        "banks": banks,
+        "conditions": {"text": runtime.conditions.text.nbytes,
+                       "others": runtime.conditions.nbytes - runtime.conditions.text.nbytes},
+        "latents": sum(slots.nbytes for slots in list(runtime.latents.values())),
+        "graphs": runtime.backend.nbytes,
+        "workspace": {
+            "tables": runtime.table_bytes(),
+            "row": row_bytes(engine.unet, (height // engine.downscale, width // engine.downscale)),
+        },
+        "held": held_bytes(engine),
+        "limit": engine.budget.limit,
+        "process": {"resident": resident_bytes()},
+    }  # fmt: skip
+    if device.type == "cuda":
+        report["process"]["reserved"] = torch.cuda.memory_reserved(device)
+    return report
+
+
+def held_bytes(engine) -> int:
+    """All that the engine keeps between steps."""
+    runtime = engine.runtime
+    return (
+        sum(_model(engine).values())
+        + sum(pool.nbytes for pool in list(runtime.bank_pages.values()))
+        + runtime.conditions.nbytes
+        + sum(slots.nbytes for slots in list(runtime.latents.values()))
+        + runtime.backend.nbytes
+        + runtime.table_bytes()
+    )
+
+
+def check_limit(engine) -> None:
+    """Raise OutOfMemory if the model alone is beyond the limit; on a GPU, have PyTorch keep the limit too."""
+    held, limit, device = held_bytes(engine), engine.budget.limit, engine.unet.device
+    if held > limit:
+        raise OutOfMemory(
+            f"the model takes {held / 2**30:.2f} GiB and memory_limit is {limit / 2**30:.2f} GiB; raise it, or "
+            "load the model in half precision"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, limit / torch.cuda.get_device_properties(device).total_memory), device
+        )
+
+
+def _model(engine) -> dict[str, int]:
+    text = sum(_bytes(encoder) for encoder in engine.text_encoder.encoders)
+    adapters = {id(part): part for pair in list(engine.adapters.values()) for part in pair}
+    return {
+        "unet": _bytes(engine.unet),
+        "text_encoders": text,
+        "vae": _bytes(engine.vae) + copied_bytes(engine.vae),
+        "adapters": sum(_bytes(getattr(part, "model", part)) for part in adapters.values()),
+    }
+
+
+def _bytes(module) -> int:
+    if not isinstance(module, torch.nn.Module):
+        return 0
+    tensors: Iterable[torch.Tensor] = (*module.parameters(), *module.buffers())
+    # tied weights count once
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())

@@ -1,0 +1,288 @@
+"""Continuous batching: one thread that runs the steps of all jobs, and jobs that join and leave between steps.
+
+Every step the loop takes the groups that have waited longest for one, all of one size, as many as fit. So jobs of
+different styles, samplers, step counts and guidance share a UNet call, one that came late joins at the next step, and
+a long job can't keep a short one waiting: where not all fit, they take turns.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from stylefast.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    JobCancelled,
+    NumericsError,
+    OutOfMemory,
+    QueueFull,
+    StyleFastError,
+)
+from stylefast.runtime.core import Runtime
+from stylefast.runtime.group import Group
+from stylefast.runtime.jobs import Job, Preview
+from stylefast.runtime.loop import results
+from stylefast.runtime.memory import is_out_of_memory
+from stylefast.runtime.preparing import Preparer
+
+# pictures on their way at once; beyond it jobs wait, as their latents and prompts take memory too
+MOST_PICTURES = 256
+# seconds without work after which the thread ends; the next job starts another
+_IDLE_SECONDS = 2.0
+
+
+class BatchLoop:
+    """Runs jobs of one runtime.
+
+    finish: (job, latents by output number) -> the job's result. max_rows: rows of one UNet call; None: what fits into
+    memory. max_pending: jobs that may wait; None: any number.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        preparer: Preparer,
+        finish: Callable[[Job, Mapping[int, torch.Tensor]], Any],
+        decode_preview: Callable[[torch.Tensor], list],
+        max_rows: int | None = None,
+        max_pending: int | None = None,
+    ):
+        self._runtime, self._preparer = runtime, preparer
+        self._finish, self._decode_preview = finish, decode_preview
+        self.max_rows, self.max_pending = max_rows, max_pending
+        self._changed = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._jobs: dict[Group, Job] = {}
+        self._turns: dict[Group, int] = {}  # when a group last had a step
+        self._turn = 0
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @property
+    def pending(self) -> int:
+        """Jobs that wait to join."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Jobs in the batch."""
+        with self._changed:
+            return len({id(job) for job in self._jobs.values()})
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises QueueFull, and EngineClosed after `close`."""
+        with self._changed:
+            if self._closed:
+                raise EngineClosed("the engine was closed; load another one")
+            if self.max_pending is not None and len(self._queue) >= self.max_pending:
+                raise QueueFull(f"{len(self._queue)} jobs wait already, the limit is {self.max_pending}; try later")
+            self._queue.append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="stylefast-steps", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job: at once while it waits, else at the next step."""
+        with self._changed:
+            job.cancelled = True
+            waiting = job in self._queue
+            if waiting:
+                self._queue.remove(job)
+            self._changed.notify_all()
+        if waiting:
+            job.finish(error=_cancelled(job))
+
+    def close(self) -> None:
+        """Stop after the present step; jobs that are not over fail with EngineClosed."""
+        with self._changed:
+            self._closed = True
+            thread = self._thread
+            self._changed.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not (self._queue or self._jobs or self._closed):
+                    self._changed.wait(_IDLE_SECONDS)
+                if self._closed or not (self._queue or self._jobs):
+                    self._thread = None
+                    break
+            try:
+                self._turn_over()
+            except BaseException as error:  # a bug or a broken device: nobody may wait for ever
+                self._fail_all(error)
+        if self._closed:
+            self._fail_all(EngineClosed("the engine was closed before the job was done"))
+
+    def _turn_over(self) -> None:
+        """What happens between two steps, and a step."""
+        self._drop()
+        self._admit()
+        batch = self._choose()
+        if not batch:
+            return
+        runtime = self._runtime
+        with runtime.lock:
+            try:
+                failed = runtime.advance(batch)
+            except Exception as error:  # not of one group alone, as far as anybody can tell
+                failed = dict.fromkeys(batch, error)
+            self._turn += 1
+            self._turns |= dict.fromkeys(batch, self._turn)
+            going = [g for g in batch if g not in failed]
+            runtime.prefetch(going)
+            for group in [g for g in going if g.finished]:
+                error = self._complete(group)
+                if error is not None:
+                    failed[group] = error
+        # nothing of what follows calls back into user code while the lock is held
+        for group, error in failed.items():
+            self._end(self._jobs.get(group), error)
+        for job in list({id(self._jobs[g]): self._jobs[g] for g in going if g in self._jobs}.values()):
+            stepped = [g for g in going if g in job.groups]
+            job.step = max(job.step, *(g.step for g in stepped))
+            if job.wants_previews:
+                for group in stepped:
+                    self._show(job, group)
+            if not job.running:
+                self._deliver(job)
+
+    def _drop(self) -> None:
+        """End what was cancelled and what is too late."""
+        now = time.monotonic()
+        with self._changed:
+            late = [job for job in self._queue if job.expires is not None and now >= job.expires]
+            for job in late:
+                self._queue.remove(job)
+            running = list({id(job): job for job in self._jobs.values()}.values())
+        for job in late:
+            job.finish(error=_late(job))
+        for job in running:
+            if job.cancelled:
+                self._end(job, _cancelled(job))
+            elif job.expires is not None and now >= job.expires:
+                self._end(job, _late(job))
+
+    def _admit(self) -> None:
+        """Let waiting jobs join, first come first served."""
+        while True:
+            with self._changed:
+                if not self._queue or sum(g.pictures for g in self._jobs) >= MOST_PICTURES:
+                    return
+                job = self._queue.popleft()
+            if job.cancelled:
+                job.finish(error=_cancelled(job))
+                continue
+            try:
+                with self._runtime.lock:
+                    groups = self._preparer.groups(job.requests)
+            except BaseException as error:
+                if (is_out_of_memory(error) or isinstance(error, MemoryError)) and self._jobs:
+                    # when others are done there is more room
+                    with self._changed:
+                        self._queue.appendleft(job)
+                    return
+                job.finish(error=_as_memory(error) if is_out_of_memory(error) else error)
+                if not isinstance(error, Exception):
+                    raise
+                continue
+            job.groups, job.running = list(groups), list(groups)
+            with self._changed:
+                self._jobs |= dict.fromkeys(groups, job)
+            # as if it had just had a step: where not all fit, it takes its turn behind those who wait already
+            self._turns |= dict.fromkeys(groups, self._turn)
+            job.start()
+
+    def _choose(self) -> list[Group]:
+        """Groups of the size whose turn it is, those that waited longest first, as many as fit."""
+        waiting = sorted((g for g in self._jobs if not g.finished), key=lambda g: self._turns[g])
+        if not waiting:
+            return []
+        shape = waiting[0].latent_shape
+        room = self._runtime.rows_that_fit(shape[1:])
+        room = room if self.max_rows is None else min(room, self.max_rows)
+        batch, rows = [], 0
+        for group in waiting:
+            if group.latent_shape == shape and (not batch or rows + group.rows <= room):
+                batch.append(group)
+                rows += group.rows
+        # in the order in which they came, so that a batch that stays the same is laid out the same
+        order = {g: i for i, g in enumerate(self._jobs)}
+        return sorted(batch, key=order.__getitem__)
+
+    def _complete(self, group: Group) -> NumericsError | None:
+        """A group has had its last step: keep its pictures, or return what is wrong with them."""
+        job = self._jobs[group]
+        error = self._runtime.finite(group)
+        if error is None:
+            job.latents |= results(self._runtime, group)
+            job.running.remove(group)
+        return error
+
+    def _deliver(self, job: Job) -> None:
+        """All groups of a job are done: make its result."""
+        self._leave(job)
+        try:
+            with self._runtime.lock:
+                result = self._finish(job, job.latents)
+        except BaseException as error:
+            job.finish(error=_as_memory(error) if is_out_of_memory(error) else error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        job.latents = {}
+        job.finish(result)
+
+    def _show(self, job: Job, group: Group) -> None:
+        with self._runtime.lock:
+            if not len(group.slots):
+                return
+            latents = self._runtime.denoised_of(group)
+            wanted = [i for i, t in enumerate(group.trajectories) if t.output is not None]
+            latents = latents[wanted].float().cpu()
+        job.show(Preview(group.step, group.steps, latents, self._decode_preview))
+
+    def _end(self, job: Job | None, error: BaseException) -> None:
+        if job is not None:
+            self._leave(job)
+            job.finish(error=error)
+
+    def _leave(self, job: Job) -> None:
+        """Take a job's groups out of the batch and give back all that they hold."""
+        with self._runtime.lock:
+            for group in job.groups:
+                self._runtime.retire(group)
+        with self._changed:
+            for group in job.groups:
+                self._jobs.pop(group, None)
+                self._turns.pop(group, None)
+        job.groups, job.running = [], []
+
+    def _fail_all(self, error: BaseException) -> None:
+        with self._changed:
+            waiting, running = list(self._queue), list({id(j): j for j in self._jobs.values()}.values())
+            self._queue.clear()
+        for job in running:
+            self._end(job, error)
+        for job in waiting:
+            job.finish(error=error)
+
+
+def _cancelled(job: Job) -> JobCancelled:
+    return JobCancelled(f"the job was cancelled at step {job.step} of {job.steps}")
+
+
+def _late(job: Job) -> DeadlineExceeded:
+    given = job.expires - job.submitted
+    return DeadlineExceeded(f"the deadline of {given:g} seconds passed at step {job.step} of {job.steps}")
+
+
+def _as_memory(error: BaseException) -> StyleFastError:
+    return OutOfMemory(f"the job does not fit into memory; ask for fewer or smaller pictures ({str(error)[:200]})")

@@ -1,0 +1,60 @@
+"""A lock that is given in the order in which it is asked for.
+
+The step loop takes and leaves its lock without pause, and Python's own lock may then pass by a waiting thread for
+seconds: another call, a bake, an admission.
+"""
+
+import threading
+from collections import deque
+
+
+class FairLock:
+    """First come, first served; may be taken again by the thread that holds it. A context manager."""
+
+    def __init__(self):
+        self._guard = threading.Lock()
+        self._waiting: deque[threading.Event] = deque()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> "FairLock":
+        me = threading.get_ident()
+        with self._guard:
+            if self._owner == me:
+                self._depth += 1
+                return self
+            if self._owner is None and not self._waiting:
+                self._owner, self._depth = me, 1
+                return self
+            turn = threading.Event()
+            self._waiting.append(turn)
+        try:
+            turn.wait()
+        except BaseException:
+            self._give_up(turn)
+            raise
+        with self._guard:
+            # whoever left the lock handed it over without saying to whom
+            self._owner, self._depth = me, 1
+        return self
+
+    def __exit__(self, *_) -> None:
+        with self._guard:
+            self._depth -= 1
+            if self._depth == 0:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._waiting:
+            self._owner = -1  # nobody may slip in between
+            self._waiting.popleft().set()
+        else:
+            self._owner = None
+
+    def _give_up(self, turn: threading.Event) -> None:
+        """Ctrl-C while waiting: leave the queue, or pass on what was handed over in the same moment."""
+        with self._guard:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            elif turn.is_set():
+                self._hand_over()
