@@ -156,6 +156,6 @@ def resident_megabytes() -> float:
 def held(engine) -> int:
     """Pages of style banks and places of pictures that some request still holds."""
     runtime = engine.runtime
-    return sum(pages.stats()["pinned"] for pages in runtime.bank_pages.values()) + sum(
+    return sum(pages.stats().pinned for pages in runtime.bank_pages.values()) + sum(
         places.used for places in runtime.latents.values()
     )

@@ -56,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
     group("--scheduler", metavar="NAME", help="ddim, euler, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, "
           "dpmpp_3m_sde, dpmpp_sde, unipc, lcm or tcd; euler, unipc and the dpmpp ones also with _karras or "
-          "_exponential behind them; or a preset for few-step models: sdxl_turbo, sdxl_lightning, sdxl_lightning_1step, hyper_sd, "
-          "hyper_sd_unified or hyper_sd_1step_unet (default: euler, or that of --style)")  # fmt: skip
+          "_exponential behind them; or a preset for few-step models: sdxl_turbo, sdxl_lightning, "
+          "sdxl_lightning_1step, hyper_sd, hyper_sd_unified or hyper_sd_1step_unet "
+          "(default: euler, or that of --style)")  # fmt: skip
     group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
     group("--guidance-interval", metavar="A-B", help="fractions of the steps in which guidance acts, e.g. 0-0.8 "
           "(default: 0-1)")  # fmt: skip

@@ -9,29 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import stylefast
+from stylefast.commands.bank_report import bank_lines, collect_bank
 from stylefast.errors import InvalidRequest
 
-SUMMARY = "Say what was found: versions, devices, kernels, models and caches."
+SUMMARY = "Say what was found: versions, devices, kernels, models and caches; or what a style bank holds."
 EXAMPLES = """examples:
   stylefast info
   stylefast info --json
+  stylefast info --bank brand.bank
 """
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "triton")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The one option."""
+    """All options."""
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.add_argument("--bank", metavar="FILE.bank", type=Path, help="say what this style bank was made from, its "
+                        "size, and whether it is as it was written (exit code 1 if not)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what `collect` finds."""
-    found = collect()
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-    else:
-        print("\n".join(_lines(found)))
-    return 0
+    """Print what `collect` or `collect_bank` finds."""
+    found, lines = (collect(), _lines) if arguments.bank is None else (collect_bank(arguments.bank), bank_lines)
+    print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines(found)))
+    return 0 if found.get("unaltered", True) else 1
 
 
 def collect() -> dict[str, Any]:

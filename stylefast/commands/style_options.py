@@ -2,9 +2,10 @@
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stylefast.errors import InvalidRequest
+from stylefast.errors import InvalidRequest, StyleError
 
 _ALIGNED = ("style_prompt", "adain", "shift", "layers", "share_group_norm")
 _INSTANT = ("blocks", "content", "content_scale")
@@ -12,33 +13,87 @@ _INSTANT = ("blocks", "content", "content_scale")
 
 def styles_of(arguments: argparse.Namespace, model_folder: Path) -> list:
     """The styles that the options ask for, possibly none. Raises InvalidRequest, StyleError and ImageError."""
-    from stylefast.models.pictures import open_picture
-    from stylefast.record_values import find_picture
-
-    pictures = [find_picture(text, model_folder) for text in arguments.style_image or []]
-    for picture in pictures:
-        open_picture(picture)
-    method = _method(arguments)
-    _check_options(arguments, method)
+    pictures = find_pictures(arguments.style_image, model_folder)
+    methods = _methods(arguments)
+    _check_options(arguments, methods)
+    bank = _bank(arguments.style[0]) if arguments.style else None
     styles = []
-    if method in ("aligned", "both"):
-        styles.append(_aligned(arguments, pictures, with_scale=method == "aligned"))
-    if method in ("instant", "both"):
+    if "aligned" in methods:
+        styles.append(_aligned(arguments, pictures, bank, with_scale="instant" not in methods))
+    if "instant" in methods:
         styles.append(_instant(arguments, pictures))
     return styles + _learned(arguments, model_folder)
 
 
-def _method(arguments: argparse.Namespace) -> str | None:
+def find_pictures(given: Sequence[str] | None, model_folder: Path) -> list[str]:
+    """Paths of the pictures that --style-image names. Raises StyleError for a style bank, ImageError."""
+    from stylefast.models.pictures import open_picture
+    from stylefast.record_values import find_picture, is_bank
+
+    pictures = []
+    for text in given or []:
+        if is_bank(text):
+            raise StyleError(f"--style-image is {text}, which is a style bank; use --style {text} with `generate`")
+        pictures.append(find_picture(text, model_folder))
+        open_picture(pictures[-1])
+    return pictures
+
+
+def bank_settings(styles: Sequence, given: Mapping) -> dict:
+    """What a style bank among `styles` asks of its requests; `given` are the settings that the user chose.
+
+    Raises StyleError naming the first of them that the bank does not fit.
+    """
+    bank = next((style.bank for style in styles if getattr(style, "bank", None) is not None), None)
+    if bank is None:
+        return {}
+    bank.check_fits(**{name: given[name] for name in ("scheduler", "steps", "size") if name in given})
+    if "guidance" in given:
+        bank.check_fits(branches=("null", "full") if given["guidance"] > 1 else ("full",))
+    # where no null branch was baked, guidance would look for one in vain
+    return ({} if "null" in bank.info.branches else {"guidance": 1.0}) | bank.settings
+
+
+def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Which of "aligned" and "instant" are asked for."""
     has_picture, has_prompt = bool(arguments.style_image), arguments.style_prompt is not None
+    if arguments.style:
+        return _methods_beside_bank(arguments)
     if arguments.method in ("instant", "both") and not has_picture:
         raise InvalidRequest(f"--method {arguments.method} needs a picture; give --style-image photo.jpg")
-    return arguments.method or ("aligned" if has_picture or has_prompt else None)
+    if arguments.method == "both":
+        return ("aligned", "instant")
+    return (arguments.method,) if arguments.method else ("aligned",) if has_picture or has_prompt else ()
 
 
-def _check_options(arguments: argparse.Namespace, method: str | None) -> None:
-    unused = [] if method in ("aligned", "both") else [(name, "aligned") for name in _ALIGNED]
-    unused += [] if method in ("instant", "both") else [(name, "instant") for name in _INSTANT]
-    unused += [("scale", "instant")] if method is None else []
+def _methods_beside_bank(arguments: argparse.Namespace) -> tuple[str, ...]:
+    if len(arguments.style) > 1:
+        raise InvalidRequest(f"--style was given {len(arguments.style)} times; a call takes one style bank")
+    if arguments.style_prompt is not None:
+        raise InvalidRequest("--style-prompt makes a reference, and --style brings a baked one; drop one of them")
+    if arguments.method == "both":
+        raise InvalidRequest("--style stands in place of aligned's reference; for InstantStyle say --method instant")
+    if arguments.method == "instant" and not arguments.style_image:
+        raise InvalidRequest("--method instant needs a picture beside --style; give --style-image photo.jpg")
+    if arguments.style_image and arguments.method != "instant":
+        raise InvalidRequest("--style-image beside --style needs --method instant; --style is aligned's reference")
+    return ("aligned", "instant") if arguments.method == "instant" else ("aligned",)
+
+
+def _bank(text: str):
+    from stylefast.models.pictures import FORMATS
+    from stylefast.styles.bank import StyleBank
+
+    path = Path(text).expanduser()
+    if path.suffix.lower() in (".jpg", *(f".{form.lower()}" for form in FORMATS)):
+        raise StyleError(f"--style is {text}, a picture; use --style-image, or bake it: stylefast bake --style-image")
+    return StyleBank.load(path)
+
+
+def _check_options(arguments: argparse.Namespace, methods: tuple[str, ...]) -> None:
+    unused = [] if "aligned" in methods else [(name, "aligned") for name in _ALIGNED]
+    unused += [] if "instant" in methods else [(name, "instant") for name in _INSTANT]
+    unused += [] if methods else [("scale", "instant")]
     for name, wanted in unused:
         if getattr(arguments, name) is not None:
             picture = "" if arguments.style_image else " and a --style-image"
@@ -49,16 +104,16 @@ def _check_options(arguments: argparse.Namespace, method: str | None) -> None:
         raise InvalidRequest("--context belongs to a learned style; give --learned as well")
 
 
-def _aligned(arguments: argparse.Namespace, pictures: list[str], with_scale: bool):
+def _aligned(arguments: argparse.Namespace, pictures: list[str], bank, with_scale: bool):
     from stylefast.styles.style_aligned import StyleAligned
 
     given = {
-        "reference": pictures[0] if len(pictures) == 1 else pictures or None,
+        "reference": bank if bank is not None else one_or_all(pictures),
         "prompt": arguments.style_prompt,
         "adain": None if arguments.adain is None else parse_adain(arguments.adain),
         "scale": arguments.scale if with_scale else None,
         "shift": arguments.shift,
-        "layers": _names(arguments.layers),
+        "layers": parse_names(arguments.layers),
         "share_group_norm": arguments.share_group_norm,
     }
     return StyleAligned(**{name: value for name, value in given.items() if value is not None})
@@ -73,8 +128,7 @@ def _instant(arguments: argparse.Namespace, pictures: list[str]):
         "content": arguments.content,
         "content_scale": arguments.content_scale,
     }
-    image = pictures[0] if len(pictures) == 1 else pictures
-    return InstantStyle(image, **{name: value for name, value in given.items() if value is not None})
+    return InstantStyle(one_or_all(pictures), **{name: value for name, value in given.items() if value is not None})
 
 
 def _learned(arguments: argparse.Namespace, model_folder: Path) -> list:
@@ -106,10 +160,16 @@ def parse_blocks(text: str) -> str | list[str] | dict:
             return json.loads(text)
         except ValueError as error:
             raise InvalidRequest(f"--blocks is no JSON object ({error})") from error
-    return _names(text) if "_block" in text else text
+    return parse_names(text) if "_block" in text else text
 
 
-def _names(text: str | None) -> str | list[str] | None:
+def one_or_all(pictures: list[str]) -> str | list[str] | None:
+    """A style's picture: the only one, or the list of them, or None."""
+    return pictures[0] if len(pictures) == 1 else pictures or None
+
+
+def parse_names(text: str | None) -> str | list[str] | None:
+    """Parts of layer names from "up_blocks,mid_block"; "all" and None as they are."""
     if text is None or text == "all":
         return text
     return [name.strip() for name in text.split(",") if name.strip()]

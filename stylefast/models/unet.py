@@ -35,6 +35,7 @@ from stylefast.models.conditioning import (
     StylePages,
 )
 from stylefast.models.layout import AttentionLayout
+from stylefast.models.packed import Conv2d, Linear
 from stylefast.models.row_table import RowTable
 
 
@@ -59,10 +60,10 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, layer: int):
         super().__init__()
         self.heads, self.layer = heads, layer
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(channels, channels, bias=False)
-        self.to_v = nn.Linear(channels, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(channels, channels, bias=False)
+        self.to_v = Linear(channels, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def key_values(self, hidden) -> KeyValue:  # [pages, tokens, channels], normed
         """Keys and values of hidden states that a bank holds in their place."""
@@ -91,10 +92,10 @@ class CrossAttention(nn.Module):
     def __init__(self, channels: int, cross_dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(cross_dim, channels, bias=False)
-        self.to_v = nn.Linear(cross_dim, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(cross_dim, channels, bias=False)
+        self.to_v = Linear(cross_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def key_values(self, states) -> KeyValue:  # [pages, tokens, cross_dim]
         return _split(self.to_k(states), self.heads), _split(self.to_v(states), self.heads)
@@ -108,7 +109,7 @@ class CrossAttention(nn.Module):
 class GEGLU(nn.Module):
     def __init__(self, channels: int, inner: int):
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * inner)
+        self.proj = Linear(channels, 2 * inner)
 
     def forward(self, x):
         return geglu(self.proj(x))
@@ -118,7 +119,7 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         # index 1 is diffusers' dropout, which holds no parameters
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
     def forward(self, x):
         return self.net[2](self.net[0](x))
@@ -149,9 +150,9 @@ class Transformer(nn.Module):
         super().__init__()
         blocks = [layer.name for layer in layout.layers if layer.module == name]
         self.norm = GroupNorm(groups, channels, 1e-6)
-        self.proj_in = nn.Linear(channels, channels)
+        self.proj_in = Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(block, layout, cross_dim) for block in blocks)
-        self.proj_out = nn.Linear(channels, channels)
+        self.proj_out = Linear(channels, channels)
 
     def forward(self, x, condition: Conditioning):  # [rows, channels, h, w]
         height, width = x.shape[2:]
@@ -167,11 +168,11 @@ class Resnet(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, time_channels: int, groups: int, eps: float):
         super().__init__()
         self.norm1 = GroupNorm(groups, channels_in, eps)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_channels, channels_out)
+        self.conv1 = Conv2d(channels_in, channels_out, 3, padding=1)
+        self.time_emb_proj = Linear(time_channels, channels_out)
         self.norm2 = GroupNorm(groups, channels_out, eps)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
+        self.conv2 = Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv_shortcut = Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x, time, first: NormInputs, second: NormInputs):  # [rows, channels, h, w]
         hidden = self.conv1(self.norm1(x, first)) + self.time_emb_proj(time)[:, :, None, None]
@@ -184,7 +185,7 @@ class Resampler(nn.Module):
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=stride, padding=1)
 
     def forward(self, x, size: tuple[int, int] | None = None):
         return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"))
@@ -219,7 +220,7 @@ class Block(nn.Module):
 class TimestepEmbedding(nn.Module):
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(channels_in, channels), nn.Linear(channels, channels)
+        self.linear_1, self.linear_2 = Linear(channels_in, channels), Linear(channels, channels)
 
     def forward(self, x):
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -240,7 +241,7 @@ class UNet(nn.Module):
         time, depth = 4 * channels[0], config["layers_per_block"]
         self.time_embedding = TimestepEmbedding(channels[0], time)
         self.add_embedding = TimestepEmbedding(config["projection_class_embeddings_input_dim"], time)
-        self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config["in_channels"], channels[0], 3, padding=1)
 
         def resnet(channels_in, channels_out):
             return Resnet(channels_in, channels_out, time, groups, eps)
@@ -272,7 +273,7 @@ class UNet(nn.Module):
             width = out
 
         self.conv_norm_out = GroupNorm(groups, channels[0], eps)
-        self.conv_out = nn.Conv2d(channels[0], config["out_channels"], 3, padding=1)
+        self.conv_out = Conv2d(channels[0], config["out_channels"], 3, padding=1)
         for i, norm in enumerate(m for m in self.modules() if isinstance(m, GroupNorm)):
             norm.index = i
 

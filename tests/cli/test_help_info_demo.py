@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from stylefast.sampling.few_step import FEW_STEP_PRESETS
 from stylefast.sampling.schedule import SCHEDULERS
 from tests.cli.conftest import pixels
 
@@ -22,15 +23,15 @@ def test_help_loads_neither_torch_nor_pillow(checkout):
     assert done.stdout.endswith("\n0 []\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "info"])
+@pytest.mark.parametrize("command", ["generate", "bake", "demo", "info"])
 def test_the_help_of_every_command_shows_an_example(stylefast, command):
     code, out, _ = stylefast(command, "--help")
     assert code == 0 and re.search(rf"^\s+stylefast {command}", out, re.MULTILINE)
 
 
-def test_the_help_names_every_scheduler(stylefast):
-    out = " ".join(stylefast("generate", "--help")[1].split())
-    assert all(name in out for name in SCHEDULERS)
+def test_the_help_names_every_scheduler_and_preset(stylefast):
+    words = re.findall(r"\w+", stylefast("generate", "--help")[1])
+    assert {*SCHEDULERS, *FEW_STEP_PRESETS} <= {*words}
 
 
 def test_info_as_json_says_what_was_found(stylefast):

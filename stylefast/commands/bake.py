@@ -1,0 +1,173 @@
+"""`stylefast bake`: a style's reference runs once, and what it offers is kept in a file for `generate --style`."""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from stylefast.commands.bank_report import CONTENTS, shown_bytes
+from stylefast.commands.generate import (
+    DEFAULT_MODEL,
+    ModelChoice,
+    add_model_arguments,
+    check_schedules,
+    load,
+    sampling_settings,
+    with_preset_guidance,
+)
+from stylefast.commands.style_options import find_pictures, one_or_all, parse_names
+from stylefast.errors import InvalidRequest
+
+SUMMARY = "Run a style's reference once and keep it in a file, from which later pictures take the style."
+EXAMPLES = """examples:
+  stylefast bake --style-image photo.jpg --out brand.bank --steps 20
+  stylefast bake --style-prompt "a fox, watercolor" --store hidden --store-dtype fp16
+  stylefast generate "a fish" "a house" --style brand.bank
+"""
+SUFFIX = ".bank"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options; None means that the option was not given."""
+    add = parser.add_argument
+    add("--out", metavar="FILE.bank", help="file to write (default: named after the picture or prompt)")
+    add("--overwrite", action="store_true", help="replace a file that exists")
+    add("--quiet", action="store_true", help="no progress, only the file on stdout")
+
+    group = parser.add_argument_group("reference").add_argument
+    group("--style-image", action="append", metavar="PICTURE", help="a file, or the name of a picture that comes with "
+          "the model (see `stylefast info`); may be repeated")  # fmt: skip
+    group("--style-prompt", metavar="TEXT", help="what the reference shows; without --style-image, the reference is "
+          "made from it")  # fmt: skip
+    group("--seed", type=int, help="of the reference's noise (default: 0)")
+    group("--noise", choices=("forward", "ddim"), help="how a picture is brought to a step's noise level; ddim inverts "
+          "it under --style-prompt and needs --scheduler ddim (default: forward)")  # fmt: skip
+
+    group = parser.add_argument_group("sampling; what pictures must have to use the bank").add_argument
+    group("--steps", type=int, help="denoising steps (default: 30)")
+    group("--scheduler", metavar="NAME", help="as of `stylefast generate` (default: euler)")
+    group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
+    group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
+    group("--guidance", type=float, help="of a reference that is made from a prompt; 1 or less bakes a bank for "
+          "pictures without guidance, of half the size (default: 1 for lcm, tcd and the few-step presets, else 5)"
+          )  # fmt: skip
+    group("--guidance-rescale", type=float, help="of a reference that is made from a prompt (default: 0)")
+    group("--negative", metavar="TEXT", help="what the reference leads away from")
+
+    group = parser.add_argument_group("storage").add_argument
+    group("--store", choices=tuple(CONTENTS), help="kv: keys and values, largest and fastest; hidden: the states they "
+          "are projected from, half as large; latents: kilobytes, the reference runs again (default: kv)")  # fmt: skip
+    group("--store-dtype", choices=("auto", "fp32", "fp16", "bf16", "fp8"), help="of what is stored (default: auto, "
+          "the model's)")  # fmt: skip
+    group("--layers", metavar="NAMES", help="all (default), or parts of layer names: up_blocks,mid_block")
+    add_model_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Bake the style and print the file's path."""
+    from stylefast.runtime.baking import bake_request
+
+    choice = ModelChoice.of(arguments)
+    style = _style(arguments, choice.folder)
+    settings = with_preset_guidance(sampling_settings(arguments))
+    request = bake_request(style, settings)
+    check_schedules([request])
+    out = _target(arguments, style)
+    engine = load(choice, arguments.quiet)
+    store = arguments.store or "kv"
+    if not arguments.quiet:
+        print(_plan(engine, request, store, arguments.store_dtype or "auto", out), file=sys.stderr)
+    start = time.perf_counter()
+    _bake(engine, style, settings, store, out, arguments)
+    if not arguments.quiet:
+        size, seconds = shown_bytes(out.stat().st_size), time.perf_counter() - start
+        print(f"{out}: {size} in {seconds:.1f} s; use it with\n  {_use(arguments, choice, out)}", file=sys.stderr)
+    print(out)
+    return 0
+
+
+def _style(arguments: argparse.Namespace, model_folder: Path):
+    from stylefast.styles.style_aligned import StyleAligned
+
+    pictures = find_pictures(arguments.style_image, model_folder)
+    if not pictures and arguments.style_prompt is None:
+        raise InvalidRequest("there is nothing to bake; give --style-image photo.jpg or --style-prompt TEXT")
+    if not pictures and arguments.noise is not None:
+        raise InvalidRequest("--noise says how a picture is noised; give --style-image as well, or drop it")
+    if arguments.store == "latents" and arguments.store_dtype not in (None, "auto", "fp32"):
+        raise InvalidRequest(f"--store latents keeps fp32, small as it is; drop --store-dtype {arguments.store_dtype}")
+    if arguments.store == "latents" and arguments.layers not in (None, "all"):
+        raise InvalidRequest("--store latents holds no layers, and serves all; give --layers to `generate` instead")
+    given = {
+        "reference": one_or_all(pictures),
+        "prompt": arguments.style_prompt,
+        "seed": arguments.seed,
+        "noise": arguments.noise,
+        "layers": parse_names(arguments.layers),
+    }
+    return StyleAligned(**{name: value for name, value in given.items() if value is not None})
+
+
+def _target(arguments: argparse.Namespace, style) -> Path:
+    """The file to write, if it can be. Raises InvalidRequest."""
+    from stylefast.commands.files import slug
+
+    if arguments.out is not None:
+        out = Path(arguments.out).expanduser()
+    else:
+        out = Path((Path(style.references[0]).stem if style.references else slug(style.prompt)) + SUFFIX)
+    if out.is_dir():
+        raise InvalidRequest(f"{out} is a folder; give --out a file in it: {out / 'brand'}{SUFFIX}")
+    if out.suffix != SUFFIX:
+        raise InvalidRequest(f"--out is {out}; style banks are known by their ending, so name it {out.stem}{SUFFIX}")
+    if not out.parent.is_dir():
+        raise InvalidRequest(f"there is no folder {out.parent}; make it, or choose another --out")
+    if out.exists() and not arguments.overwrite:
+        raise InvalidRequest(f"{out} exists; pass --overwrite to replace it, or choose another --out")
+    return out
+
+
+def _plan(engine, request, store: str, dtype: str, out: Path) -> str:
+    """What will be baked, and how much room it takes."""
+    from stylefast.runtime.baking import DTYPES
+    from stylefast.sampling.guidance import guidance_weights
+    from stylefast.styles.bank_size import bank_bytes
+
+    style, (width, height) = request.aligned, request.size or engine.native_size
+    kind = str(engine.unet.dtype).removeprefix("torch.") if dtype == "auto" else DTYPES[dtype]
+    layers = style.layer_mask(engine.unet.layout).nonzero().flatten().tolist()
+    expected = bank_bytes(
+        engine.unet.config, (width, height), request.steps, len(guidance_weights(request.guidance)),
+        len(style.references) or 1, store, kind, layers, engine.downscale,
+    )  # fmt: skip
+    content = CONTENTS[store] if store == "latents" else f"{CONTENTS[store]} in {kind}"
+    return (
+        f"baking {out}: {request.steps} steps of {request.scheduler} at {width}x{height}, {content}, "
+        f"about {shown_bytes(expected)}"
+    )
+
+
+def _bake(engine, style, settings: dict, store: str, out: Path, arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    with tqdm(unit="step", disable=arguments.quiet) as bar:
+
+        def advance(step: int, steps: int) -> None:
+            bar.total, bar.n = steps, step
+            bar.refresh()
+
+        engine.bake(
+            style, **settings, store=store, dtype=arguments.store_dtype or "auto", path=out,
+            overwrite=arguments.overwrite, callback=advance,
+        )  # fmt: skip
+
+
+def _use(arguments: argparse.Namespace, choice: ModelChoice, out: Path) -> str:
+    """The command that uses the bank, with what `generate` can't take from it."""
+    words = ["stylefast", "generate", "a fish", "--style", str(out)]
+    for name in ("spacing", "layers"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name}", getattr(arguments, name)]
+    words += ["--model", choice.model] if choice.model != DEFAULT_MODEL else []
+    return shlex.join(words)

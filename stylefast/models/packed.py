@@ -1,0 +1,126 @@
+"""Linear layers and convolutions whose weights also lie in the order that the CPU's matrix kernels want.
+
+PyTorch reorders a convolution's weights at every call and sends float32 matrix products to a library that is slow on
+some CPUs. oneDNN, which PyTorch carries, is faster on all we measured once it may keep a packed copy of the weights.
+The copy doubles a layer's memory; the weights themselves stay as they are and shared, and a copy whose weights were
+written since (a LoRA) is made again.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stylefast.models.weight_files import available_memory
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16)
+# of the memory that is free, what packed copies may take
+_SHARE = 0.5
+
+
+class _Packable:
+    """What `Linear` and `Conv2d` have in common."""
+
+    _packed: torch.Tensor | None = None
+    _stamp: tuple = ()
+
+    def packed(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The packed weights for an input, made anew where the weights changed; None where the layer is not packed."""
+        if self._packed is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        if self._stamp != _stamp(self.weight):
+            self.pack()
+        return self._packed
+
+    def pack(self) -> None:
+        """Make the packed copy."""
+        self._packed, self._stamp = self._pack(), _stamp(self.weight)
+
+    def unpack(self) -> None:
+        """Drop the packed copy."""
+        self._packed = None
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed copy."""
+        return 0 if self._packed is None else self.weight.numel() * self.weight.element_size()
+
+
+class Linear(_Packable, nn.Linear):
+    """`nn.Linear`, packed or not."""
+
+    def forward(self, x):  # [.., in_features]
+        packed = self.packed(x)
+        if packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+
+    def _pack(self) -> torch.Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
+
+
+class Conv2d(_Packable, nn.Conv2d):
+    """`nn.Conv2d`, packed or not; what is packed gives channels-last."""
+
+    def forward(self, x):  # [n, in_channels, h, w]
+        packed = self.packed(x)
+        if packed is None:
+            return self._conv_forward(x, self.weight, self.bias)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, packed, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
+        )
+
+    def _pack(self) -> torch.Tensor:
+        return torch._C._nn.mkldnn_reorder_conv2d_weight(
+            self.weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups
+        )
+
+
+def pack(module: nn.Module) -> bool:
+    """Pack all layers of a module on a CPU; whether it was done. What keeps it from being done is logged."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _Packable)]
+    why = _refusal(layers)
+    if why:
+        logger.info("weights are not packed for the CPU: %s", why)
+        return False
+    with torch.no_grad():
+        for layer in layers:
+            layer.pack()
+    return True
+
+
+def unpack(module: nn.Module) -> None:
+    """Drop all packed copies of a module."""
+    for layer in module.modules():
+        if isinstance(layer, _Packable):
+            layer.unpack()
+
+
+def packed_bytes(module: nn.Module) -> int:
+    """Bytes of all packed copies of a module."""
+    return sum(layer.packed_bytes for layer in module.modules() if isinstance(layer, _Packable))
+
+
+def _refusal(layers) -> str:
+    weights = [layer.weight for layer in layers]
+    if not weights or weights[0].device.type != "cpu":
+        return "the model is not on a CPU"
+    if not torch.backends.mkldnn.is_available():
+        return "this build of PyTorch has no oneDNN"
+    if weights[0].dtype not in DTYPES:
+        return f"oneDNN packs float32 and bfloat16, not {weights[0].dtype}"
+    if weights[0].dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no bfloat16 instructions"
+    if any(weight.is_inference() for weight in weights):
+        return "the weights are inference tensors, whose changes nobody counts"
+    needed, free = sum(w.numel() * w.element_size() for w in weights), available_memory("cpu")
+    if free is not None and needed > _SHARE * free:
+        return f"the copies take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    return ""
+
+
+def _stamp(weight: torch.Tensor) -> tuple:
+    return id(weight), weight._version, weight.data_ptr()

@@ -1,0 +1,142 @@
+"""What PyTorch compiled, in files that a later process takes up.
+
+A folder per combination of PyTorch, machine and model; in it one file for each process that compiled something new.
+A file is PyTorch's own archive behind a line that says what it is and a checksum.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from stylefast.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "STYLEFAST_CACHE"
+_MAGIC = b"stylefast compiled regions 1\n"
+# the newest are read, older ones removed
+_MOST_FILES = 16
+
+
+def default_folder() -> Path:
+    """`STYLEFAST_CACHE`, or stylefast's folder in the user's cache folder. Raises InvalidRequest if it is relative."""
+    given = os.environ.get(VARIABLE)
+    if given:
+        if not Path(given).is_absolute():
+            raise InvalidRequest(f"{VARIABLE}={given} is not an absolute path; give the whole path of a folder")
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stylefast"
+
+
+class CompileCache:
+    """The files of one model on one kind of machine, below `folder`."""
+
+    def __init__(self, folder: Path, config: dict, dtype: torch.dtype, device: torch.device):
+        self.folder = folder / "compile" / _identity(config, dtype, device)
+        self._loaded: set[tuple[str, str]] = set()  # (kind, key) of what files held
+        self._saved: Path | None = None  # this process's file
+        self._skipped = False
+
+    def load(self) -> int:
+        """Hand all files to PyTorch; the artifacts they hold. A file that can't be used is passed over and logged."""
+        for path in self._files():
+            payload = _read(path)
+            info = torch.compiler.load_cache_artifacts(payload) if payload is not None else None
+            if payload is not None and info is None:
+                logger.warning("%s holds nothing that this PyTorch can load; it is ignored", path)
+            if info is not None:
+                self._loaded |= _keys(info)
+        return len(self._loaded)
+
+    def save(self) -> Path | None:
+        """Write what this process compiled, if anything in it is new; the file, or None.
+
+        PyTorch collects for the whole process, so what others compiled in it is there, too. A folder that can't be
+        written is logged once: compiled code works without.
+        """
+        found = torch.compiler.save_cache_artifacts()
+        if found is None or _keys(found[1]) <= self._loaded:
+            return None
+        payload, info = found
+        path = self.folder / f"{hashlib.sha256(payload).hexdigest()[:24]}.bin"
+        try:
+            _write(path, payload)
+        except OSError as error:
+            if not self._skipped:
+                self._skipped = True
+                logger.warning("compiled code can't be kept in %s (%s); each start is cold", self.folder, error)
+            return None
+        if self._saved not in (None, path):
+            self._saved.unlink(missing_ok=True)  # the new file holds all that it held
+        self._saved = path
+        self._loaded |= _keys(info)
+        for old in self._files(beyond=True):
+            old.unlink(missing_ok=True)
+        return path
+
+    def _files(self, beyond: bool = False) -> list[Path]:
+        """The newest files, the newest first; or those beyond them."""
+        dated = []
+        for path in self.folder.glob("*.bin"):
+            try:
+                dated.append((path.stat().st_mtime, path))
+            except OSError:
+                continue  # removed by another process meanwhile
+        ordered = [path for _, path in sorted(dated, reverse=True)]
+        return ordered[_MOST_FILES:] if beyond else ordered[:_MOST_FILES]
+
+
+def _keys(info) -> set[tuple[str, str]]:
+    return {(kind, key) for kind, keys in info.artifacts.items() for key in keys}
+
+
+def _read(path: Path) -> bytes | None:
+    """The archive in a file; None, with a warning, if the file is not whole, not ours, or anyone's to write."""
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+                logger.warning("%s could have been written by another user and is code; it is ignored", path)
+                return None
+            magic, checksum, payload = file.read(len(_MAGIC)), file.read(32), file.read()
+    except OSError as error:
+        logger.warning("%s can't be read (%s); it is ignored", path, error)
+        return None
+    if magic != _MAGIC or hashlib.sha256(payload).digest() != checksum:
+        logger.warning("%s is truncated, altered or foreign; it is ignored", path)
+        return None
+    return payload
+
+
+def _write(path: Path, payload: bytes) -> None:
+    """All of it or nothing, whoever else writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines([_MAGIC, hashlib.sha256(payload).digest(), payload])
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def _identity(config: dict, dtype: torch.dtype, device: torch.device) -> str:
+    """A digest of all that compiled code depends on and that PyTorch's own keys may not know."""
+    if device.type == "cuda":
+        chip = [torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)]
+    else:
+        chip = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = ""
+    facts = [torch.__version__, triton, platform.python_version(), chip, config, str(dtype)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]

@@ -1,0 +1,318 @@
+"""The `compile` backend: the UNet's blocks as compiled regions, and on a GPU whole steps as CUDA graphs.
+
+A region is the forward of a transformer block or a resnet. Blocks of equal shape share its code, because their weights
+are arguments like any other. Rows, pages and slots are dynamic dimensions, so a batch of another size and buffers that
+grow compile nothing; the feature map's size is static, since it decides about memory formats and index arithmetic.
+A dimension of 1 is a case of its own to PyTorch's compiler: a single row has regions of its own.
+
+Strengths, scales, pages, seeds and the sampler's coefficients are contents of tensors, which no compiler looks at.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import FunctionType
+
+import torch
+import torch._dynamo
+import torch.fx.experimental._config as symbolic_shapes
+
+from stylefast.errors import InvalidRequest, MissingDependency
+from stylefast.models.conditioning import ImageKV, StylePages
+from stylefast.models.unet import Resnet, TransformerBlock, UNet
+from stylefast.runtime.bank_pages import BankPages
+from stylefast.runtime.compile_cache import CompileCache, default_folder
+from stylefast.runtime.graphs import CudaCapture, StepGraphs
+from stylefast.runtime.key_values import KeyValuePages
+from stylefast.runtime.latents import LatentSlots
+from stylefast.runtime.step import StepBuffers, run_step
+from stylefast.runtime.step_table import StepColumns, StepTable, TableShape
+
+logger = logging.getLogger(__name__)
+
+COMPILERS = ("inductor", "aot_eager", "eager")
+# a step costs what its rows cost, so idle rows are kept to a fifth; another row count compiles nothing, and on a GPU
+# has a graph of its own
+BUCKETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+# cases of one region, beyond which PyTorch would refuse to compile another: latent sizes times block shapes
+_MOST_CASES = 4096
+_KNOWN_KEYS = 1024
+# masks that nobody uses, for a batch without any: more than one, so that their number is a dynamic dimension
+_IDLE_MASKS = 4
+
+
+class CompileBackend:
+    """Runs a step with compiled blocks; in place of `TorchBackend`.
+
+    cache: folder for what was compiled, so that a second process starts warm; "auto": `STYLEFAST_CACHE` or
+    ~/.cache/stylefast; None: kept nowhere. What lies there is code that will be run: keep the folder to yourself.
+    compiler: "inductor", or "aot_eager" and "eager", which trace and guard but generate nothing.
+    graphs: what captures and replays steps; "auto": CUDA graphs on a GPU, none on a CPU.
+
+    The UNet itself is left as it is: regions belong to a twin with the same parameters. Raises MissingDependency where
+    nothing is installed that Inductor can generate code with.
+    """
+
+    name = "compile"
+    buckets: tuple[int, ...] = BUCKETS
+
+    def __init__(
+        self, unet: UNet, cache: str | Path | None = "auto", compiler: str = "inductor",
+        graphs: StepGraphs | None | str = "auto",
+    ):  # fmt: skip
+        if compiler not in COMPILERS:
+            raise InvalidRequest(f"compiler is {compiler!r}; there are {', '.join(COMPILERS)}")
+        if compiler == "inductor":
+            _check_toolchain(unet.device)
+        self._unet, self._count = unet, _CountingCompiler(compiler)
+        self._twin = UNet.from_state(unet.config, unet.state_dict())
+        self._twin.layout = unet.layout
+        compiled = {kind: self._compile(kind.forward) for kind in (TransformerBlock, Resnet)}
+        for module in self._twin.modules():
+            if type(module) in compiled:
+                module.forward = self._region(module, compiled[type(module)])
+        if graphs == "auto":
+            graphs = StepGraphs(CudaCapture(unet.device)) if unet.device.type == "cuda" else None
+        self._graphs = graphs
+        self._cache = None
+        if cache is not None and compiler == "inductor":
+            folder = default_folder() if cache == "auto" else Path(cache)
+            self._cache = CompileCache(folder, unet.config, unet.dtype, unet.device)
+            self._cache.load()
+        self._known: set[tuple] = set()
+        self._marking = self._warm = self._told = False
+        self._masks: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+
+    @property
+    def compilations(self) -> int:
+        """Regions compiled so far; those that were found in the cache count, for they are traced, too."""
+        return self._count.graphs
+
+    @property
+    def captures(self) -> int:
+        """CUDA graphs that are ready to be replayed."""
+        return len(self._graphs) if self._graphs is not None else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device: the memory that captured graphs work in, and idle masks."""
+        masks = sum(x.numel() * x.element_size() for levels in self._masks.values() for x in levels)
+        return masks + (self._graphs.nbytes if self._graphs is not None else 0)
+
+    @torch.inference_mode()
+    def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
+        """One step. Equal keys mean equal shapes; buffers that were replaced under one are found out all the same."""
+
+        def step():
+            self._step(key, state, columns, buffers)
+
+        if self._graphs is None:
+            step()
+        else:
+            # masks that are missing are made here: memory from within a capture belongs to its graph
+            self._with_masks(buffers, state.shape[1:])
+            self._graphs.run(key, _read_in_place(state, columns, buffers), step)
+
+    def forget(self) -> None:
+        """Free the memory of captured graphs; compiled code stays."""
+        if self._graphs is not None:
+            self._graphs.forget()
+        self._masks.clear()
+
+    def warm_up(
+        self, latent_shape: tuple[int, int, int], rows: Sequence[int], images: bool = False, references: int = 1,
+    ) -> int:  # fmt: skip
+        """Compile ahead of use for latents [channels, h, w] and batches of these row counts; the regions compiled.
+
+        images: whether requests will bring pictures (InstantStyle); references: the most that a row attends to.
+        Afterwards a shape that compiles nevertheless is logged, once. CUDA graphs are captured when steps are run.
+        """
+        if not rows or any(not isinstance(count, int) or count < 1 for count in rows):
+            raise InvalidRequest(f"rows is {rows!r}; give row counts of 1 or more, such as (2, 8)")
+        before = self.compilations
+        for count in rows:
+            self._warm_step(latent_shape, count, images, references)
+        self._warm = True
+        return self.compilations - before
+
+    @torch.inference_mode()
+    def _warm_step(self, latent_shape: tuple[int, int, int], rows: int, images: bool, references: int) -> None:
+        """One step on zeros, in buffers laid out like the real ones."""
+        unet = self._unet
+        layout, place = unet.layout, (unet.device, unet.dtype)
+        pooled = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
+        text, pictures = KeyValuePages(layout, 77, pooled, *place), None
+        if images:
+            pictures = KeyValuePages(layout, 4, 0, *place)
+        pool = BankPages(unet, latent_shape[1:], slots=2)
+        shape = TableShape(
+            rows, rows, references, int(images), True, len(layout.layers), len(layout.modules), latent_shape
+        )
+        state, table = LatentSlots(latent_shape, unet.device), StepTable(shape, unet.device)
+        image_kv = None if pictures is None else ImageKV(pictures.layers, pictures.lengths)
+        buffers = StepBuffers(text.layers, text.extra, image_kv, pool.pages, ())
+        self._step(("warm-up", shape), state, table.columns, buffers)
+
+    def _step(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
+        fresh, before = key not in self._known, self.compilations
+        buffers = self._with_masks(buffers, state.shape[1:])
+        buffers = buffers._replace(
+            text_kv=_as_inference(buffers.text_kv), image_kv=_as_inference(buffers.image_kv),
+            pages=_as_inference(buffers.pages), masks=_as_inference(buffers.masks),
+        )  # fmt: skip
+        # marks are read when something compiles, which a shape that was seen before does not
+        self._marking = fresh
+        with _symbols_of_their_own():
+            run_step(self._twin, state, columns, buffers)
+        self._marking = False
+        if fresh:
+            if len(self._known) >= _KNOWN_KEYS:
+                self._known.clear()
+            self._known.add(key)
+        new = self.compilations - before
+        if new:
+            self._after_compiling(new, columns, state.shape, expected=fresh and key[0] == "warm-up" or not self._warm)
+
+    def _after_compiling(self, new: int, columns: StepColumns, latent_shape: tuple, expected: bool) -> None:
+        rows, pictures = len(columns.row_picture), columns.table.image_page.shape[1]
+        logger.info("compiled %d regions for %d rows at latents %s", new, rows, latent_shape)
+        if not expected and not self._told:
+            self._told = True
+            logger.warning(
+                "%d regions were compiled after warm_up, for %d rows at latents %s with %d columns of references and "
+                "%d of pictures; add this case to warm_up, or expect such a pause once for each",
+                new, rows, "x".join(map(str, latent_shape)), columns.table.self_page.shape[1], pictures,
+            )  # fmt: skip
+        if self._cache is not None:
+            self._cache.save()
+
+    def _with_masks(self, buffers: StepBuffers, latent_size: tuple[int, int]) -> StepBuffers:
+        """The same with masks that no row uses, where there are none: the first real one must not compile anything."""
+        if buffers.image_kv is None:
+            # not read
+            return buffers._replace(masks=())
+        if buffers.masks:
+            return buffers
+        if latent_size not in self._masks:
+            sizes, device = self._unet.attention_sizes(*latent_size), self._unet.device
+            self._masks[latent_size] = tuple(torch.zeros(_IDLE_MASKS, h * w, device=device) for h, w in sizes)
+        return buffers._replace(masks=self._masks[latent_size])
+
+    def _compile(self, forward: Callable) -> Callable:
+        # PyTorch keeps compiled code with the function's code object: a copy dies with this backend, and two backends
+        # in a process don't search through one another's
+        code = forward.__code__.replace()
+        own = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+        return torch.compile(own, backend=self._count, fullgraph=True, dynamic=False)
+
+    def _region(self, module: torch.nn.Module, compiled: Callable) -> Callable:
+        def region(*inputs):
+            if self._marking:
+                _mark_dynamic(inputs)
+            return compiled(module, *inputs)
+
+        return region
+
+
+class _CountingCompiler:
+    """A compiler by name that counts the graphs it was given."""
+
+    def __init__(self, name: str):
+        self._compile, self.graphs = torch._dynamo.lookup_backend(name), 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
+        self.graphs += 1
+        return self._compile(graph, inputs)
+
+
+@contextmanager
+def _symbols_of_their_own() -> Iterator[None]:
+    """Dimensions that happen to be equal, 8 rows and 8 pages, stay apart; and no limit to the cases of a region."""
+    with ExitStack() as stack:
+        limits = {"recompile_limit": _MOST_CASES, "accumulated_recompile_limit": _MOST_CASES}
+        stack.enter_context(torch._dynamo.config.patch(**limits))
+        stack.enter_context(symbolic_shapes.patch(use_duck_shape=False))
+        yield
+
+
+def _mark_dynamic(inputs: Sequence) -> None:
+    """Rows, pages, slots, and columns of references and pictures; of one region's inputs."""
+    for value in inputs:
+        if isinstance(value, torch.Tensor):
+            _mark(value, 0)  # a feature map or the time embedding: rows
+            continue
+        for name, field in value._asdict().items():
+            for tensor in _tensors(field):
+                if name == "pool_stats":
+                    _mark(tensor, 1)  # [3, pages, heads, d]
+                elif name in ("images", "page", "scale", "shift"):
+                    # keys and values of pictures may grow in tokens; the others have columns of references
+                    _mark(tensor, 0, *((1,) if tensor.ndim > 1 and not _is_mask(value, tensor) else ()))
+                else:
+                    _mark(tensor, 0)
+
+
+def _is_mask(inputs, tensor: torch.Tensor) -> bool:
+    # [masks, tokens], whose tokens are the feature map's
+    images = getattr(inputs, "images", ())
+    return bool(images) and tensor is images[6]
+
+
+def _mark(tensor: torch.Tensor, *dimensions: int) -> None:
+    for dimension in dimensions:
+        if tensor.shape[dimension] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def _tensors(value) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _as_inference(value):
+    """The same tensors, as if made in inference mode: compiled code tells the two kinds apart.
+
+    Buffers are made in one mode and grow in the other. Those that fit are passed on as they are.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.is_inference():
+            return value
+        alias = torch.empty(0, dtype=value.dtype, device=value.device)
+        return alias.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+    if isinstance(value, tuple):
+        parts = [_as_inference(part) for part in value]
+        if all(new is old for new, old in zip(parts, value)):
+            return value
+        return type(value)(*parts) if isinstance(value, (ImageKV, StylePages)) else tuple(parts)
+    return value
+
+
+def _read_in_place(state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> list[torch.Tensor]:
+    """One tensor of every buffer that a step reads where it lies; each is replaced along with its like."""
+    found = [state.latents, columns.slot, buffers.text_kv[0][0], buffers.pooled]
+    if buffers.image_kv is not None:
+        found += [buffers.image_kv.layers[0][0], buffers.image_kv.lengths]
+    if buffers.pages is not None:
+        found.append(buffers.pages.layers[0][0])
+    return found + list(buffers.masks[:1])
+
+
+def _check_toolchain(device: torch.device) -> None:
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            raise MissingDependency(
+                "backend 'compile' generates Triton kernels and triton is not installed; `pip install "
+                "'stylefast[triton]'` brings it, backend='torch' does without"
+            )
+    elif not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl") if name):
+        raise MissingDependency(
+            "backend 'compile' generates C++ on a CPU and no compiler was found (CXX, g++, clang++, cl); install one, "
+            "or take backend='torch'"
+        )

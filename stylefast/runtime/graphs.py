@@ -1,0 +1,176 @@
+"""Whole steps as CUDA graphs: a step of a shape that came before is one launch.
+
+All that a step reads and writes lies in buffers that stay where they are, so a graph of it can be replayed on other
+contents. A capture records and runs nothing; so the first steps of a shape run as usual, which also compiles and tunes
+what its kernels need, then one is captured and from there on replayed.
+"""
+
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# steps of a shape that run as they are: the first compiles and tunes, the second fills the side stream's caches
+WARM_STEPS = 2
+# as many shapes as the runtime keeps tables of
+MOST_GRAPHS = 32
+
+
+class Captured(NamedTuple):
+    """A graph, and the bytes by which its capture made the shared pool larger."""
+
+    replay: Callable[[], None]
+    reset: Callable[[], None]
+    nbytes: int
+
+
+class Capture(Protocol):
+    """What a device offers to record steps."""
+
+    def warm(self, step: Callable[[], None]) -> None:
+        """Run a step where captures will be made."""
+
+    def capture(self, step: Callable[[], None]) -> Captured:
+        """Record a step without running it. Raises whatever refuses; the step has not run then."""
+
+    def wait(self) -> None:
+        """Wait until the device is idle."""
+
+
+class CudaCapture:
+    """CUDA graphs of one device, on a stream and in a memory pool of their own, which all graphs share.
+
+    They may share it, since replays follow one another on one stream and leave nothing in it.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._side = device, torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm(self, step: Callable[[], None]) -> None:
+        current = torch.cuda.current_stream(self._device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            step()
+        current.wait_stream(self._side)
+
+    def capture(self, step: Callable[[], None]) -> Captured:
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
+            try:
+                # "thread_local": other threads decode and load meanwhile, and may allocate and wait
+                with torch.cuda.graph(graph, self._pool, self._side, capture_error_mode="thread_local"):
+                    step()
+            except BaseException:
+                # what a broken capture leaves a pool in is not defined
+                self._pool = torch.cuda.graph_pool_handle()
+                raise
+            return Captured(graph.replay, graph.reset, max(0, torch.cuda.memory_reserved() - before))
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+
+class StepGraphs:
+    """Graphs by key, the least recently used of which go first.
+
+    limit: graphs that are kept; a shape beyond them is warmed and captured again when it returns.
+    """
+
+    def __init__(self, capture: Capture, limit: int = MOST_GRAPHS):
+        self._capture, self._limit = capture, limit
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._pool_bytes = 0
+
+    def __len__(self) -> int:
+        """Graphs that can be replayed."""
+        return sum(entry.graph is not None for entry in self._entries.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool that the graphs work in; it shrinks when the last of them goes."""
+        return self._pool_bytes
+
+    def run(self, key: Hashable, buffers: Sequence[torch.Tensor], step: Callable[[], None]) -> None:
+        """Run `step` once: as it is, or by a replay.
+
+        buffers: tensors that `step` reads or writes in place. A graph is replayed only on those it was captured with;
+        it keeps none of them alive.
+        """
+        entry = self._entries.get(key)
+        if entry is not None and not entry.reads(buffers):
+            self._drop([key])
+            entry = None
+        if entry is None:
+            self._drop([other for other, e in self._entries.items() if e.stale])
+            self._drop(list(self._entries)[: max(0, len(self._entries) - self._limit + 1)])
+            entry = self._entries[key] = _Entry(buffers)
+        self._entries.move_to_end(key)
+        if entry.graph is None and not entry.refused:
+            if entry.steps < WARM_STEPS:
+                self._capture.warm(step)
+                entry.steps += 1
+                return
+            self._record(entry, step)
+        if entry.graph is not None:
+            entry.graph.replay()
+        else:
+            step()
+
+    def forget(self) -> None:
+        """Free all graphs and the memory that they work in."""
+        self._drop(list(self._entries))
+
+    def _record(self, entry: "_Entry", step: Callable[[], None]) -> None:
+        if os.environ.get("STYLEFAST_CHECKS") == "1":
+            entry.refused = True
+            logger.warning(
+                "no CUDA graph is captured: STYLEFAST_CHECKS=1 reads tables back on the host, which a graph can't; "
+                "steps run without graphs"
+            )
+            return
+        try:
+            entry.graph = self._capture.capture(step)
+        except Exception as error:  # whatever refuses: the step can still run as it is
+            entry.refused = True
+            logger.warning("a step could not be captured as a CUDA graph and runs without: %s", _one_line(error))
+            return
+        self._pool_bytes += entry.graph.nbytes
+
+    def _drop(self, keys: Sequence[Hashable]) -> None:
+        graphs = [entry.graph for entry in map(self._entries.pop, keys) if entry.graph is not None]
+        if graphs:
+            self._capture.wait()  # a replay may still run
+            for graph in graphs:
+                graph.reset()
+        if not len(self):
+            self._pool_bytes = 0
+
+
+class _Entry:
+    """What is known of one shape: how often it ran, its graph, and the buffers that it reads."""
+
+    def __init__(self, buffers: Sequence[torch.Tensor]):
+        self._buffers = [weakref.ref(x) for x in buffers]
+        self.steps, self.refused, self.graph = 0, False, None
+
+    def reads(self, buffers: Sequence[torch.Tensor]) -> bool:
+        """Whether these very tensors are the ones."""
+        return len(buffers) == len(self._buffers) and all(ref() is x for ref, x in zip(self._buffers, buffers))
+
+    @property
+    def stale(self) -> bool:
+        """Whether a buffer is gone, so that no step can want this graph again."""
+        return any(ref() is None for ref in self._buffers)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,61 @@
+"""Options of `generate` that say how it samples and where it runs."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from stylefast.commands.files import sampler_name
+from stylefast.commands.generate import ModelChoice
+from stylefast.engine import Engine
+from stylefast.sampling.few_step import FEW_STEP_PRESETS
+from stylefast.sampling.schedule import SCHEDULERS
+from tests.cli.conftest import pixels
+
+
+def recorded(path):
+    return json.loads(Image.open(path).info["stylefast"])["call"]["requests"][0]
+
+
+def test_a_guidance_interval_and_a_spacing_change_the_picture_and_are_recorded(generate, stylefast, tmp_path):
+    words = ("a cat", "--steps", "4", "--out")
+    plain = generate(*words, tmp_path / "plain.png")[0]
+    cut = generate(*words, tmp_path / "cut.png", "--guidance-interval", "0 - .5")[0]
+    spaced = generate(*words, tmp_path / "spaced.png", "--spacing", "trailing")[0]
+    assert pixels(plain) != pixels(cut) and pixels(plain) != pixels(spaced)
+    assert recorded(cut)["guidance_interval"] == [0.0, 0.5] and recorded(spaced)["spacing"] == "trailing"
+    whole = generate(*words, tmp_path / "whole.png", "--guidance-interval", "0-1.0")[0]
+    assert pixels(plain) == pixels(whole)
+    for path in (cut, spaced):
+        code, _, err = stylefast("generate", "--from", path, "--out", tmp_path / "again.png", "--overwrite")
+        assert code == 0 and "same pixels" in err
+
+
+@pytest.mark.parametrize("scheduler", FEW_STEP_PRESETS)
+def test_a_few_step_preset_brings_its_guidance(generate, tmp_path, scheduler):
+    words = ("a cat", "--scheduler", scheduler, "--steps", FEW_STEP_PRESETS[scheduler].steps[0], "--out", tmp_path)
+    assert recorded(generate(*words)[0])["guidance"] == FEW_STEP_PRESETS[scheduler].guidance
+    assert recorded(generate(*words, "--guidance", "1.5")[0])["guidance"] == 1.5
+
+
+def test_samplers_have_the_names_that_other_tools_know():
+    names = {scheduler: sampler_name(scheduler) for scheduler in SCHEDULERS}
+    assert len(set(names.values())) == len(names) and not set(names.values()) & set(SCHEDULERS)
+    assert sampler_name("dpmpp_2m_sde_karras") == "DPM++ 2M SDE Karras"
+    assert sampler_name("dpmpp_3m_sde_exponential") == "DPM++ 3M SDE Exponential"
+    assert [sampler_name(name) for name in ("sdxl_turbo", "hyper_sd", "tcd")] == ["Euler a", "DDIM", "TCD"]
+
+
+def test_memory_and_backend_reach_the_engine_only_when_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Engine, "from_pretrained", lambda source, **options: asked.append((source, options)))
+    ModelChoice().load()
+    ModelChoice(backend="torch", memory_limit="8GB", bank_memory="512MiB", dtype="float32").load()
+    given = {"backend": "torch", "memory_limit": "8GB", "bank_memory": "512MiB", "dtype": "float32"}
+    assert asked == [("tiny", {}), ("tiny", given)]
+
+
+def test_what_belongs_to_the_machine_is_not_kept_in_the_picture(generate, tmp_path):
+    words = ("--device", "cpu", "--backend", "torch", "--memory-limit", "4GB", "--bank-memory", "64MB")
+    path = generate("a cat", "--steps", "1", *words, "--dtype", "float32", "--out", tmp_path)[0]
+    assert set(json.loads(Image.open(path).info["stylefast"])["load"]) == {"model", "dtype"}
