@@ -14,7 +14,7 @@ import torch
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, trusted
 from stylefast.kernels.shared_attention import Affine
 
 ADAIN_EPS = 1e-5
@@ -65,6 +65,12 @@ def adain_affine(
     or strength out of range and for statistics in use that are not finite or a negative variance. `check_finite=False`
     leaves out the last: where activations overflowed, the gains of the rows concerned are not finite either.
     """
+    if not trusted():
+        _check(mean, variance, page, strength, pool_mean, pool_variance)
+    return Affine(*_adain_affine(mean, variance, page, strength, pool_mean, pool_variance, check_finite))
+
+
+def _check(mean, variance, page, strength, pool_mean, pool_variance):
     checks.shape("mean", mean, parts=-1, rows=-1, heads=-1, d=-1)
     parts, rows, heads, width = mean.shape
     checks.shape("variance", variance, parts=parts, rows=rows, heads=heads, d=width)
@@ -81,7 +87,6 @@ def adain_affine(
         if x is not None:
             checks.dtype(name, x, torch.float32)
     checks.together("mean", **statistics, page=page, strength=strength)
-    return Affine(*_adain_affine(mean, variance, page, strength, pool_mean, pool_variance, check_finite))
 
 
 def _check_values(mean, variance, page, strength, pool_mean, pool_variance, check_finite):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, trusted
 
 
 def group_norm_silu_ref(
@@ -70,6 +70,15 @@ def group_norm_silu(
     Raises InvalidRequest, a ValueError, for shapes and types that don't fit and, on CPUs or under STYLEFAST_CHECKS=1,
     for a page out of range and for pool statistics that are not finite or a negative variance.
     """
+    if page is not None and page.shape == (0,):
+        page = None
+    arguments = (x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements)
+    if not trusted():
+        _check(*arguments)
+    return _group_norm_silu(*arguments)
+
+
+def _check(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):
     checks.shape("x", x, rows=-1, channels=-1, h=-1, w=-1)
     checks.floating("x", x)
     rows, channels = x.shape[:2]
@@ -82,8 +91,6 @@ def group_norm_silu(
         checks.dtype(name, parameter, x.dtype, torch.float32)
     if weight.dtype != bias.dtype:
         raise InvalidRequest(f"weight and bias must have one type, not {weight.dtype} and {bias.dtype}")
-    if page is not None and page.shape == (0,):
-        page = None
     if page is not None:
         checks.shape("page", page, rows=rows)
         checks.dtype("page", page, torch.int64)
@@ -99,7 +106,6 @@ def group_norm_silu(
     checks.together(
         "x", x=x, weight=weight, bias=bias, page=page, pool_mean=pool_mean, pool_variance=pool_variance
     )
-    return _group_norm_silu(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements)
 
 
 def _check_values(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, trusted
 
 MAX_CHANNELS = 8192  # that the Triton form holds in registers
 
@@ -31,7 +31,8 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
     Raises InvalidRequest, a ValueError, for shapes, types or eps that don't fit.
     """
-    _check(x, weight, bias, eps)
+    if not trusted():
+        _check(x, weight, bias, eps)
     return _layer_norm(x, weight, bias, eps)
 
 
@@ -42,12 +43,13 @@ def add_layer_norm(
 
     Raises InvalidRequest, a ValueError, for shapes, types or eps that don't fit.
     """
-    _check(x, weight, bias, eps)
-    checks.floating("residual", residual)
-    if residual.shape != x.shape:
-        raise InvalidRequest(f"residual must have x's shape {list(x.shape)}, not {list(residual.shape)}")
-    checks.dense_channels(residual=residual)
-    checks.together("x", x=x, residual=residual)
+    if not trusted():
+        _check(x, weight, bias, eps)
+        checks.floating("residual", residual)
+        if residual.shape != x.shape:
+            raise InvalidRequest(f"residual must have x's shape {list(x.shape)}, not {list(residual.shape)}")
+        checks.dense_channels(residual=residual)
+        checks.together("x", x=x, residual=residual)
     return _add_layer_norm(x, residual, weight, bias, eps)
 
 

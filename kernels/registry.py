@@ -10,6 +10,7 @@ environment variable `STYLEFAST_KERNELS` forces a backend, and forcing what can'
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +30,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("stylefast", "DEF")
 _operations: dict[str, "Operation"] = {}
+_local = threading.local()
 _using: list[tuple[str, str | None]] = []  # (backend, operation or None for all), innermost last
 
 
@@ -57,12 +59,15 @@ class Operation:
     ):
         self.name, self.outputs, self.forms, self.refuse, self.values = name, outputs, forms, refuse, values
         self.traceable = traceable or forms["torch"]
+        self._choices: dict[tuple, str] = {}  # backend by kind of call, for trusted ones
         _define(name, schema, self.run, outputs)
         self.op = getattr(torch.ops.stylefast, name).default
         _operations[name] = self
 
     def __call__(self, *arguments):
         """The custom op, or the torch form itself where a gradient is wanted: only that one has a backward."""
+        if trusted():
+            return self._run_trusted(arguments)
         if not _wants_gradient(arguments):
             return self.op(*arguments)
         backend, origin = _forced(self)
@@ -85,6 +90,20 @@ class Operation:
         filled = results if isinstance(results, tuple) else (results,)
         if any(result.numel() for result in filled):
             self.forms[backend](*arguments, *filled)
+        return results
+
+    def _run_trusted(self, arguments: tuple):
+        """What `run` does, without looking at anything but types and the last dimension."""
+        first = next(_tensors(arguments))
+        types = [x.dtype if isinstance(x, torch.Tensor) else x is None for x in arguments]
+        key = (first.device, first.shape[-1], *types)
+        backend = self._choices.get(key)
+        if backend is None:
+            backend = self._choices[key] = choose(self, arguments)[0]
+        if backend == "torch":
+            return self._torch(arguments)
+        results = self.outputs(*arguments)
+        self.forms[backend](*arguments, *(results if isinstance(results, tuple) else (results,)))
         return results
 
     def into(self, name: str, schema: str) -> Callable[..., None]:
@@ -200,6 +219,26 @@ def using(backend: str, operation: str | None = None) -> Iterator[None]:
         yield
     finally:
         _using.pop()
+
+
+@contextmanager
+def trusting() -> Iterator[None]:
+    """Take what this thread passes to operations as it is: no checks, no dispatcher, no gradients.
+
+    For callers that made every argument themselves and call often, such as a sampler's steps under inference mode. What
+    forces a backend or asks for checks (STYLEFAST_KERNELS, `using`, STYLEFAST_CHECKS=1) turns the trust off.
+    """
+    before = getattr(_local, "trusted", False)
+    _local.trusted = not (_checks_values() or _using or os.environ.get(VARIABLE))
+    try:
+        yield
+    finally:
+        _local.trusted = before
+
+
+def trusted() -> bool:
+    """Whether this thread's arguments are taken as they are; never while a compiler looks."""
+    return not torch.compiler.is_compiling() and getattr(_local, "trusted", False)
 
 
 def _forced(entry: Operation) -> tuple[str | None, str]:

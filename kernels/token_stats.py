@@ -11,7 +11,7 @@ import torch
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, trusted
 
 
 def token_stats_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +35,9 @@ def token_stats(x: torch.Tensor, *more: torch.Tensor) -> tuple[torch.Tensor, tor
     ValueError, for other shapes, and for no tokens at all.
     """
     tensors = [x, *more]
+    if trusted():
+        mean, variance = _token_stats(tensors)
+        return (mean, variance) if more else (mean[0], variance[0])
     checks.shape("x", x, rows=-1, tokens=-1, heads=-1, d=-1)
     checks.floating("x", x)
     if not 1 <= len(tensors) <= 3:

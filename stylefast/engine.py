@@ -16,6 +16,7 @@ from stylefast.models.checkpoint import Components, from_pipeline, load_componen
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.lora import LoraSet
+from stylefast.models.packed import pack
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.record import style_digest, to_record
@@ -95,6 +96,10 @@ class Engine:
         self.budget.watch(lambda: held_bytes(self))
         if self.budget.limit is not None:
             check_limit(self)
+        if self.runtime.backend.name == "torch":
+            # half of what a limit leaves; the rest is for pictures
+            room = None if self.budget.limit is None else (self.budget.limit - held_bytes(self)) // 2
+            pack(self.unet, room)
 
     @classmethod
     def from_pretrained(

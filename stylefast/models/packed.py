@@ -7,6 +7,7 @@ written since (a LoRA) is made again.
 """
 
 import logging
+import os
 
 import torch
 import torch.nn.functional as F
@@ -16,49 +17,61 @@ from stylefast.models.weight_files import available_memory
 
 logger = logging.getLogger(__name__)
 
+VARIABLE = "STYLEFAST_PACKED"  # "0" keeps weights from being packed
+
 DTYPES = (torch.float32, torch.bfloat16)
 # of the memory that is free, what packed copies may take
 _SHARE = 0.5
+# picture sizes for which a convolution keeps packed weights
+_MOST_COPIES = 2
+# rows of a matrix product below which the packed one is not worth its call
+_FEW_ROWS = 16
 
 
 class _Packable:
-    """What `Linear` and `Conv2d` have in common."""
+    """What `Linear` and `Conv2d` have in common: packed copies by what they are packed for, made when first needed."""
 
-    _packed: torch.Tensor | None = None
+    _wanted = False
+    _copies: dict[tuple, torch.Tensor]
     _stamp: tuple = ()
 
-    def packed(self, x: torch.Tensor) -> torch.Tensor | None:
+    def packed(self, x: torch.Tensor, key: tuple) -> torch.Tensor | None:
         """The packed weights for an input, made anew where the weights changed; None where the layer is not packed."""
-        if self._packed is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        if not self._wanted or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return None
         if self._stamp != _stamp(self.weight):
-            self.pack()
-        return self._packed
+            self._copies, self._stamp = {}, _stamp(self.weight)
+        if key not in self._copies:
+            if len(self._copies) >= _MOST_COPIES:
+                self._copies.pop(next(iter(self._copies)))
+            self._copies[key] = self._pack(x)
+        return self._copies[key]
 
     def pack(self) -> None:
-        """Make the packed copy."""
-        self._packed, self._stamp = self._pack(), _stamp(self.weight)
+        """Use packed weights from now on."""
+        self._wanted, self._copies, self._stamp = True, {}, ()
 
     def unpack(self) -> None:
-        """Drop the packed copy."""
-        self._packed = None
+        """Drop the packed copies."""
+        self._wanted, self._copies = False, {}
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed copy."""
-        return 0 if self._packed is None else self.weight.numel() * self.weight.element_size()
+        """Bytes of the packed copies."""
+        return len(self._copies) * self.weight.numel() * self.weight.element_size() if self._wanted else 0
 
 
 class Linear(_Packable, nn.Linear):
     """`nn.Linear`, packed or not."""
 
     def forward(self, x):  # [.., in_features]
-        packed = self.packed(x)
+        few = x.numel() < _FEW_ROWS * self.in_features
+        packed = None if few else self.packed(x, ())
         if packed is None:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
-    def _pack(self) -> torch.Tensor:
+    def _pack(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
 
 
@@ -66,29 +79,32 @@ class Conv2d(_Packable, nn.Conv2d):
     """`nn.Conv2d`, packed or not; what is packed gives channels-last."""
 
     def forward(self, x):  # [n, in_channels, h, w]
-        packed = self.packed(x)
+        # a copy packed for another picture size can be thirty times slower than none
+        packed = self.packed(x, tuple(x.shape[2:]))
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
         return torch.ops.mkldnn._convolution_pointwise(
             x, packed, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
         )
 
-    def _pack(self) -> torch.Tensor:
+    def _pack(self, x: torch.Tensor) -> torch.Tensor:
         return torch._C._nn.mkldnn_reorder_conv2d_weight(
-            self.weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups
+            self.weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(x.shape)
         )
 
 
-def pack(module: nn.Module) -> bool:
-    """Pack all layers of a module on a CPU; whether it was done. What keeps it from being done is logged."""
+def pack(module: nn.Module, room: int | None = None) -> bool:
+    """Pack all layers of a module on a CPU; whether it was done. What keeps it from being done is logged.
+
+    room: bytes that the copies may take; None: half of what is free.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, _Packable)]
-    why = _refusal(layers)
+    why = _refusal(layers, room)
     if why:
         logger.info("weights are not packed for the CPU: %s", why)
         return False
-    with torch.no_grad():
-        for layer in layers:
-            layer.pack()
+    for layer in layers:
+        layer.pack()
     return True
 
 
@@ -104,7 +120,9 @@ def packed_bytes(module: nn.Module) -> int:
     return sum(layer.packed_bytes for layer in module.modules() if isinstance(layer, _Packable))
 
 
-def _refusal(layers) -> str:
+def _refusal(layers, room: int | None) -> str:
+    if os.environ.get(VARIABLE) == "0":
+        return f"{VARIABLE}=0"
     weights = [layer.weight for layer in layers]
     if not weights or weights[0].device.type != "cpu":
         return "the model is not on a CPU"
@@ -116,9 +134,12 @@ def _refusal(layers) -> str:
         return "this CPU has no bfloat16 instructions"
     if any(weight.is_inference() for weight in weights):
         return "the weights are inference tensors, whose changes nobody counts"
-    needed, free = sum(w.numel() * w.element_size() for w in weights), available_memory("cpu")
-    if free is not None and needed > _SHARE * free:
-        return f"the copies take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    needed = sum(w.numel() * w.element_size() for w in weights)
+    if room is None:
+        free = available_memory("cpu")
+        room = needed if free is None else int(_SHARE * free)
+    if needed > room:
+        return f"the copies take {needed / 2**30:.2f} GiB, {room / 2**30:.2f} GiB may be taken"
     return ""
 
 

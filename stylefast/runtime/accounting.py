@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from stylefast.errors import OutOfMemory
+from stylefast.models.packed import packed_bytes
 from stylefast.models.vae_copies import copied_bytes
 from stylefast.runtime.memory import resident_bytes, row_bytes
 
@@ -13,11 +14,11 @@ from stylefast.runtime.memory import resident_bytes, row_bytes
 def memory_report(engine) -> dict[str, Any]:
     """Bytes by what they are for.
 
-    "model": UNet, text encoders, VAE (private copies in other types included), adapters. "banks": the pages of style
-    banks on the device, per latent size with the pool's counts. "conditions": keys and values of prompts and pictures.
-    "latents": pictures on their way. "graphs": what the backend prepared. "workspace": tables of steps, and the peak of
-    one row's feature maps by a rough count, for the native size. "held": the sum but for that peak. "limit": what was
-    asked for. "process": this process's resident memory, and on a GPU what PyTorch has reserved there.
+    "model": UNet, text encoders, VAE (packed weights and copies in other types included), adapters. "banks": the pages
+    of style banks on the device, per latent size with the pool's counts. "conditions": keys and values of prompts and
+    pictures. "latents": pictures on their way. "graphs": what the backend prepared. "workspace": tables of steps, and
+    the peak of one row's feature maps by a rough count, for the native size. "held": the sum but for that peak.
+    "limit": what was asked for. "process": this process's resident memory, and on a GPU what PyTorch has reserved.
     """
     runtime = engine.runtime
     width, height = engine.native_size
@@ -77,7 +78,7 @@ def _model(engine) -> dict[str, int]:
     text = sum(_bytes(encoder) for encoder in engine.text_encoder.encoders)
     adapters = {id(part): part for pair in list(engine.adapters.values()) for part in pair}
     return {
-        "unet": _bytes(engine.unet),
+        "unet": _bytes(engine.unet) + packed_bytes(engine.unet),
         "text_encoders": text,
         "vae": _bytes(engine.vae) + copied_bytes(engine.vae),
         "adapters": sum(_bytes(getattr(part, "model", part)) for part in adapters.values()),

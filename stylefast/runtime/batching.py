@@ -5,8 +5,10 @@ different styles, samplers, step counts and guidance share a UNet call, one that
 a long job can't keep a short one waiting: where not all fit, they take turns.
 """
 
+import atexit
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,6 +35,7 @@ from stylefast.runtime.preparing import Preparer
 MOST_PICTURES = 256
 # seconds without work after which the thread ends; the next job starts another
 _IDLE_SECONDS = 2.0
+_started: "weakref.WeakSet[BatchLoop]" = weakref.WeakSet()
 
 
 class BatchLoop:
@@ -53,7 +56,8 @@ class BatchLoop:
     ):
         self._runtime, self._preparer = runtime, preparer
         self._finish, self._decode_preview = finish, decode_preview
-        self.max_rows, self.max_pending = max_rows, max_pending
+        self.max_pending = max_pending
+        runtime.max_rows = max_rows  # calls beside the loop keep it too
         self._changed = threading.Condition()
         self._queue: deque[Job] = deque()
         self._jobs: dict[Group, Job] = {}
@@ -82,6 +86,7 @@ class BatchLoop:
                 raise QueueFull(f"{len(self._queue)} jobs wait already, the limit is {self.max_pending}; try later")
             self._queue.append(job)
             if self._thread is None:
+                _started.add(self)
                 self._thread = threading.Thread(target=self._run, name="stylefast-steps", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
@@ -184,7 +189,7 @@ class BatchLoop:
                 with self._runtime.lock:
                     groups = self._preparer.groups(job.requests)
             except BaseException as error:
-                if (is_out_of_memory(error) or isinstance(error, MemoryError)) and self._jobs:
+                if is_out_of_memory(error) and self._jobs:
                     # when others are done there is more room
                     with self._changed:
                         self._queue.appendleft(job)
@@ -207,7 +212,6 @@ class BatchLoop:
             return []
         shape = waiting[0].latent_shape
         room = self._runtime.rows_that_fit(shape[1:])
-        room = room if self.max_rows is None else min(room, self.max_rows)
         batch, rows = [], 0
         for group in waiting:
             if group.latent_shape == shape and (not batch or rows + group.rows <= room):
@@ -229,6 +233,9 @@ class BatchLoop:
     def _deliver(self, job: Job) -> None:
         """All groups of a job are done: make its result."""
         self._leave(job)
+        if job.cancelled:  # in its last step
+            job.finish(error=_cancelled(job))
+            return
         try:
             with self._runtime.lock:
                 result = self._finish(job, job.latents)
@@ -275,6 +282,13 @@ class BatchLoop:
             job.finish(error=error)
 
 
+@atexit.register
+def _close_all() -> None:
+    """A thread in the midst of a step when Python goes down would take the process with it."""
+    for loop in list(_started):
+        loop.close()
+
+
 def _cancelled(job: Job) -> JobCancelled:
     return JobCancelled(f"the job was cancelled at step {job.step} of {job.steps}")
 
@@ -285,4 +299,6 @@ def _late(job: Job) -> DeadlineExceeded:
 
 
 def _as_memory(error: BaseException) -> StyleFastError:
+    if isinstance(error, OutOfMemory):
+        return error
     return OutOfMemory(f"the job does not fit into memory; ask for fewer or smaller pictures ({str(error)[:200]})")

@@ -1,7 +1,8 @@
 """What PyTorch compiled, in files that a later process takes up.
 
 A folder per combination of PyTorch, machine and model; in it one file for each process that compiled something new.
-A file is PyTorch's own archive behind a line that says what it is and a checksum.
+A file is PyTorch's own archive behind a line that says what it is and a checksum. On a GPU the archive holds all that
+was generated, on a CPU not what the C++ compiler made of it; so there PyTorch's own cache folder is kept beside it.
 """
 
 import hashlib
@@ -10,16 +11,21 @@ import logging
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from stylefast.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "STYLEFAST_CACHE"
+# PyTorch's, read whenever something is compiled
+_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 _MAGIC = b"stylefast compiled regions 1\n"
 # the newest are read, older ones removed
 _MOST_FILES = 16
@@ -43,15 +49,33 @@ class CompileCache:
         self._loaded: set[tuple[str, str]] = set()  # (kind, key) of what files held
         self._saved: Path | None = None  # this process's file
         self._skipped = False
+        self._on_cpu = device.type == "cpu"
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """While it lasts, what PyTorch compiles for a CPU is kept here, unless the environment names another folder."""
+        before = os.environ.get(_INDUCTOR)
+        if not self._on_cpu or before not in (None, default_cache_dir()):
+            yield
+            return
+        os.environ[_INDUCTOR] = str(self.folder / "inductor")
+        try:
+            yield
+        finally:
+            # PyTorch writes its default there as soon as it is asked for
+            os.environ[_INDUCTOR] = before if before is not None else default_cache_dir()
 
     def load(self) -> int:
         """Hand all files to PyTorch; the artifacts they hold. A file that can't be used is passed over and logged."""
         for path in self._files():
             payload = _read(path)
-            info = torch.compiler.load_cache_artifacts(payload) if payload is not None else None
-            if payload is not None and info is None:
+            if payload is None:
+                continue
+            with self.compiling():
+                info = torch.compiler.load_cache_artifacts(payload)
+            if info is None:
                 logger.warning("%s holds nothing that this PyTorch can load; it is ignored", path)
-            if info is not None:
+            else:
                 self._loaded |= _keys(info)
         return len(self._loaded)
 
@@ -117,7 +141,7 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, payload: bytes) -> None:
     """All of it or nothing, whoever else writes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
     try:
         with os.fdopen(descriptor, "wb") as file:

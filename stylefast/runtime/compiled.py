@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
@@ -166,7 +166,8 @@ class CompileBackend:
         )  # fmt: skip
         # marks are read when something compiles, which a shape that was seen before does not
         self._marking = fresh
-        with _symbols_of_their_own():
+        # entered at every step: something may have to be compiled all the same
+        with _symbols_of_their_own(), self._cache.compiling() if self._cache is not None else nullcontext():
             run_step(self._twin, state, columns, buffers)
         self._marking = False
         if fresh:

@@ -41,6 +41,7 @@ class Runtime:
         self.latents: dict[tuple[int, int, int], LatentSlots] = {}
         self.bank_pages: dict[tuple[int, int], BankPages] = {}
         self._tables: dict[TableShape, StepTable] = {}
+        self.max_rows: int | None = None  # of one UNet call, where groups allow it
         self.steps_run = 0
         self.calls = 0  # of the UNet
 
@@ -62,6 +63,8 @@ class Runtime:
     def retire(self, group: Group) -> None:
         """Give back all that a group holds; a second time does nothing."""
         self.conditions.release(group.conditions)
+        for table in self._tables.values():
+            table.forget(group)
         if len(group.slots):
             self.latents[group.latent_shape].release(group.slots)
             group.slots = np.zeros(0, dtype=np.int64)
@@ -78,8 +81,9 @@ class Runtime:
         return state.history[index, 0] if group.step else state.latents[index]
 
     def rows_that_fit(self, latent_size: tuple[int, int]) -> int:
-        """Rows of one UNet call that memory has room for."""
-        return self.budget.rows(self.unet, latent_size)
+        """Rows of one UNet call that memory has room for, `max_rows` at most."""
+        room = self.budget.rows(self.unet, latent_size)
+        return room if self.max_rows is None else min(room, self.max_rows)
 
     @torch.inference_mode()
     def advance(
@@ -92,13 +96,17 @@ class Runtime:
         `finite` is asked.
         """
         failed: dict[Group, StyleFastError] = {}
+        fits = True
         try:
             self._run(groups, features)
         except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+            if not is_out_of_memory(error):
                 raise
             if len(groups) == 1:
                 return {groups[0]: _no_room(groups[0], error)}
+            fits = False
+        if not fits:
+            # out of the handler, so that the error no longer keeps the failed call's tensors
             self.backend.forget()
             half = len(groups) // 2
             return {**self.advance(groups[:half]), **self.advance(groups[half:])}
@@ -178,7 +186,12 @@ class Runtime:
         """The pool of a size: made when the first bank wants it, or at once where shapes must repeat."""
         if latent_size not in self.bank_pages and (keys or self.buckets):
             self._drop_idle_pools(latent_size)
-            slots = self.budget.bank_slots(self.unet, latent_size, self.bank_pages.values())
+            try:
+                slots = self.budget.bank_slots(self.unet, latent_size, self.bank_pages.values())
+            except OutOfMemory:
+                if keys:
+                    raise
+                return None  # no bank wants it, and none will find room
             self.bank_pages[latent_size] = BankPages(self.unet, latent_size, slots)
         return self.bank_pages.get(latent_size) if keys or self.buckets else None
 

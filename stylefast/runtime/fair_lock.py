@@ -30,12 +30,12 @@ class FairLock:
             self._waiting.append(turn)
         try:
             turn.wait()
+            with self._guard:
+                # whoever left the lock handed it over without saying to whom
+                self._owner, self._depth = me, 1
         except BaseException:
             self._give_up(turn)
             raise
-        with self._guard:
-            # whoever left the lock handed it over without saying to whom
-            self._owner, self._depth = me, 1
         return self
 
     def __exit__(self, *_) -> None:

@@ -34,8 +34,6 @@ class Group:
         self.latent_shape = latent_shape  # (channels, h, w)
         self.step = 0
         self.slots: np.ndarray = np.zeros(0, dtype=np.int64)
-        self._layout = layout
-        self._phases: dict[tuple, Phase] = {}
         self._generators = {t: torch.Generator("cpu").manual_seed(t.request.seed) for t in trajectories}
         self._drawn: tuple[int, torch.Tensor] = (-1, torch.zeros(0))
 
@@ -55,6 +53,13 @@ class Group:
             [[t.size[1], t.size[0], 0, 0, t.size[1], t.size[0]] for t in trajectories], dtype=np.float32
         )
         self.noisy = any(t in pins or t.schedule.uses_noise for t in trajectories)
+        phases: dict[tuple, Phase] = {}
+        self._phases: list[Phase] = []  # per step; equal ones are one object
+        for step in range(self.steps):
+            key = phase_key(trajectories, conditions, step)
+            if key not in phases:
+                phases[key] = make_phase(trajectories, conditions, layout, step)
+            self._phases.append(phases[key])
 
     @property
     def pictures(self) -> int:
@@ -68,11 +73,7 @@ class Group:
 
     def phase(self, step: int | None = None) -> Phase:
         """The rows at a step, the present one by default."""
-        step = self.step if step is None else step
-        key = phase_key(self.trajectories, self.conditions, step)
-        if key not in self._phases:
-            self._phases[key] = make_phase(self.trajectories, self.conditions, self._layout, step)
-        return self._phases[key]
+        return self._phases[self.step if step is None else step]
 
     @property
     def rows(self) -> int:

@@ -1,6 +1,7 @@
 """A request that was submitted: its state, its result, and what can be seen on the way."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,6 +13,8 @@ import torch
 from stylefast.errors import JobCancelled
 from stylefast.runtime.group import Group
 from stylefast.runtime.request import Request
+
+logger = logging.getLogger(__name__)
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 
@@ -95,7 +98,10 @@ class Job:
         return True
 
     def add_done_callback(self, call: Callable[["Job"], None]) -> None:
-        """Have `call(job)` called when it is over, from the loop's thread; at once if it is over already."""
+        """Have `call(job)` called when it is over, from the loop's thread; at once if it is over already.
+
+        What it raises is logged and harms nobody.
+        """
 
         def tell(preview: Preview | None) -> None:
             if preview is None:
@@ -145,7 +151,14 @@ class Job:
                 tell.wants_previews = wants_previews
                 self._watchers.append(tell)
                 return
-        tell(None)
+        self._tell([tell], None)
+
+    def _tell(self, watchers: Sequence[Callable[[Preview | None], None]], preview: Preview | None) -> None:
+        for tell in watchers:
+            try:
+                tell(preview)
+            except Exception:  # the watcher's own; the loop has other jobs to run
+                logger.exception("what watches a job at step %d of %d raised", self.step, self.steps)
 
     def _forget(self, tell) -> None:
         with self._lock:
@@ -168,8 +181,7 @@ class Job:
         """Hand a preview to those who watch."""
         with self._lock:
             watchers = [tell for tell in self._watchers if tell.wants_previews]
-        for tell in watchers:
-            tell(preview)
+        self._tell(watchers, preview)
 
     def finish(self, result: Any = None, error: BaseException | None = None) -> bool:
         """It is over; False if it was before."""
@@ -180,8 +192,7 @@ class Job:
             self._status = DONE if error is None else CANCELLED if isinstance(error, JobCancelled) else FAILED
             self._finished.set()
             watchers, self._watchers = self._watchers, []
-        for tell in watchers:
-            tell(None)
+        self._tell(watchers, None)
         return True
 
 

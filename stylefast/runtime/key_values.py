@@ -72,14 +72,20 @@ class KeyValuePages:
         tokens = next(pair for pair in layers if pair is not None)[0].shape[1]
         if tokens > self.tokens:
             self._resize(len(self), tokens)
-        pages = [self._take() for _ in keys]
-        index = torch.tensor(pages, device=self._device)
-        for (k, v), pair in zip(self.layers, layers, strict=True):
-            for buffer, values in zip((k, v), pair or (0, 0), strict=True):
-                buffer[index, :tokens] = values.to(buffer) if isinstance(values, torch.Tensor) else values
-        self.lengths[index] = tokens
-        if extra is not None:
-            self.extra[index] = extra.to(self.extra)
+        pages: list[int] = []
+        try:
+            for _ in keys:
+                pages.append(self._take())
+            index = torch.tensor(pages, device=self._device)
+            for (k, v), pair in zip(self.layers, layers, strict=True):
+                for buffer, values in zip((k, v), pair or (0, 0), strict=True):
+                    buffer[index, :tokens] = values.to(buffer) if isinstance(values, torch.Tensor) else values
+            self.lengths[index] = tokens
+            if extra is not None:
+                self.extra[index] = extra.to(self.extra)
+        except BaseException:
+            self._free += pages
+            raise
         for key, page in zip(keys, pages, strict=True):
             self._keys[page], self._page_of[key], self._users[page] = key, page, 1
         return pages

@@ -38,10 +38,12 @@ class LatentSlots:
         """Put pictures [n, channels, h, w] into free slots; their numbers [n] int64."""
         while len(self._free) < len(latents):
             self._grow(2 * len(self.latents))
-        slots = [self._free.pop() for _ in range(len(latents))]
+        slots = self._free[: -len(latents) - 1 : -1]  # from the end, where the lowest are
         index = torch.tensor(slots, device=self._device)
         self.latents[index] = latents.to(self.latents)
         self.anchor[index], self.history[index], self.finite[index] = 0, 0, True
+        # theirs only once all is written
+        del self._free[-len(latents) :]
         return np.array(slots, dtype=np.int64)
 
     def release(self, slots: Sequence[int]) -> None:
@@ -50,11 +52,13 @@ class LatentSlots:
         self._free.sort(reverse=True)
 
     def _grow(self, count: int) -> None:
-        before = len(self.latents)
+        before, grown = len(self.latents), {}
         for name in ("latents", "anchor", "history", "finite"):
             old = getattr(self, name)
-            new = old.new_zeros(count, *old.shape[1:])
-            new[:before] = old
+            grown[name] = old.new_zeros(count, *old.shape[1:])
+            grown[name][:before] = old
+        # all or none, should memory run out
+        for name, new in grown.items():
             setattr(self, name, new)
         self._free = sorted([*self._free, *range(max(before, 1), count)], reverse=True)
         self.generation += 1

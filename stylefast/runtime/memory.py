@@ -100,8 +100,10 @@ def row_bytes(unet: UNet, latent_size: tuple[int, int]) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch raised `error` for want of memory, on the GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    """Whether `error` was raised for want of memory: by PyTorch, on the GPU or on the CPU, by Python, or by us."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
 
 
 def parse_bytes(what: str, value: int | str | None) -> int | None:

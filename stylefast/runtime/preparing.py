@@ -73,6 +73,8 @@ class Preparer:
         for request in requests:
             if request.aligned is not None and request.aligned.bank is not None:
                 self._check_bank(request)
+        for trajectory in plan_trajectories(requests, self.schedule, self.native_size):
+            trajectory.step_weights  # noqa: B018  an interval between two steps is an error here
 
     def schedule(self, request: Request) -> Schedule:
         """The request's steps. Raises InvalidRequest for an unknown scheduler or a count it can't take."""

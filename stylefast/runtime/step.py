@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from stylefast.kernels.guided_step import guided_step
+from stylefast.kernels.registry import trusting
 from stylefast.models.conditioning import ImageKV, KeyValue, RowFeatures, StylePages
 from stylefast.models.unet import UNet
 from stylefast.runtime.latents import LatentSlots
@@ -33,22 +34,24 @@ def run_step(
     The model sees every row's picture at its noise level; guidance and the sampler's update combine the rows of a
     picture. Nothing here waits for the device. `features` takes what the rows offer as references.
     """
-    slot, picture = columns.slot, columns.row_picture
-    latents = state.latents[slot]  # [pictures, channels, h, w]
-    embedding = unet.embed(
-        columns.timestep[picture], buffers.pooled[columns.table.text_page], columns.time_ids[picture]
-    )
-    seen = (latents * columns.input_scale[:, None, None, None])[picture].to(unet.dtype)  # [rows, channels, h, w]
-    output = unet(
-        seen, embedding, buffers.text_kv, buffers.image_kv, columns.table, buffers.pages, buffers.masks,
-        features=features,
-    )  # fmt: skip
-    latents, anchor, history = guided_step(
-        latents, state.anchor[slot], state.history[slot], output, columns.branch_rows, columns.branch_weights,
-        columns.rescale, columns.denoised, columns.update, columns.noise,
-    )  # fmt: skip
-    state.latents[slot], state.anchor[slot], state.history[slot] = latents, anchor, history
-    state.finite[slot] = torch.isfinite(latents).flatten(1).all(1)
+    # every argument is made by the runtime, and checked when it is made
+    with trusting():
+        slot, picture = columns.slot, columns.row_picture
+        latents = state.latents[slot]  # [pictures, channels, h, w]
+        embedding = unet.embed(
+            columns.timestep[picture], buffers.pooled[columns.table.text_page], columns.time_ids[picture]
+        )
+        seen = (latents * columns.input_scale[:, None, None, None])[picture].to(unet.dtype)  # [rows, channels, h, w]
+        output = unet(
+            seen, embedding, buffers.text_kv, buffers.image_kv, columns.table, buffers.pages, buffers.masks,
+            features=features,
+        )  # fmt: skip
+        latents, anchor, history = guided_step(
+            latents, state.anchor[slot], state.history[slot], output, columns.branch_rows, columns.branch_weights,
+            columns.rescale, columns.denoised, columns.update, columns.noise,
+        )  # fmt: skip
+        state.latents[slot], state.anchor[slot], state.history[slot] = latents, anchor, history
+        state.finite[slot] = torch.isfinite(latents).flatten(1).all(1)
 
 
 class TorchBackend:

@@ -82,7 +82,7 @@ class StepTable:
         rows = RowTable(*(columns.pop(name) for name in RowTable._fields))
         self.columns = StepColumns(rows, **columns)
         self._arrays = [{k: v.numpy() for k, v in self._views(flat).items()} for flat in self._hosts]
-        self._turn = 0
+        self._turn, self._noisy = 0, False
         self._written: list[tuple] = [()] * len(self._hosts)  # phases that a host buffer holds
         self._plans: dict[tuple, _Plan] = {}
 
@@ -113,10 +113,17 @@ class StepTable:
         if len(self._hosts) > 1:
             noisy = any(g.noisy for g in groups)
             for kind, flat in self._flat.items():
-                if kind != "noise" or noisy:
+                # once more after the last noise: even times 0 a NaN in it would spread
+                if kind != "noise" or noisy or self._noisy:
                     flat.copy_(self._hosts[turn][kind], non_blocking=True)
+            self._noisy = noisy
             self._events[turn] = torch.cuda.Event()
             self._events[turn].record()
+
+    def forget(self, group: Group) -> None:
+        """Let go of a group that left: its latents, pictures and banks may be large."""
+        for key in [key for key, plan in self._plans.items() if group in plan.groups]:
+            del self._plans[key]
 
     def _write_rows(self, arrays: dict, groups: Sequence[Group], phases: Sequence[Phase]) -> "_Plan":
         """Everything that does not change with the step."""
@@ -218,7 +225,7 @@ class _Plan:
     """How the rows of some phases stand in one table: readers of a page side by side."""
 
     def __init__(self, groups: Sequence[Group], phases: Sequence[Phase], shape: TableShape):
-        self.kept = (list(groups), list(phases))
+        self.groups, self.phases = list(groups), list(phases)
         self.rows, self.pictures = sum(p.rows for p in phases), sum(g.pictures for g in groups)
         starts = np.cumsum([0, *(g.pictures for g in groups)])
         self.picture = np.concatenate([phase.picture + start for phase, start in zip(phases, starts)])

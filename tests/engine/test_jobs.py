@@ -1,0 +1,398 @@
+"""What a submitted job is: waited for, cancelled, late, watched; and how an engine ends."""
+
+import asyncio
+import gc
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+import stylefast as sf
+from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, JobCancelled, QueueFull
+from stylefast.runtime import batching
+from tests.engine.scene import SIZE, STEPS, close, small_picture
+from tests.engine.watch import WAIT, Watch, held, request, settled, submit
+
+PICTURE = small_picture(1, (48, 40))
+
+
+@pytest.fixture
+def idle(engine, monkeypatch):
+    """The engine with a UNet that predicts zeros at once."""
+    return Watch(engine, monkeypatch, idle=True)
+
+
+@pytest.fixture
+def watch(engine, monkeypatch):
+    return Watch(engine, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def bank(engine):
+    return engine.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
+
+
+def test_a_job_gives_what_generate_gives(engine, draw):
+    job = submit(engine, seed=4, output="pil")
+    result = job.result(WAIT)
+    close(result.latents, draw("a cat", seed=4))
+    assert job.status == "done" and job.done() and job.step == job.steps == STEPS
+    assert result.images[0].size == SIZE and result.metadata[0]["seed"] == 4
+
+
+def test_several_requests_of_a_job_come_back_in_order_whatever_their_sizes_and_steps(engine, draw):
+    requests = [request("a dog", seed=1, steps=2), request("a cat", seed=2, size=(64, 64)), request(seed=3)]
+    for one, latents in zip(requests, engine.submit(requests, output="latents").result(WAIT).latents):
+        close([latents], draw([one]))
+
+
+def test_what_is_not_done_in_time_is_a_timeout_and_goes_on(engine, watch):
+    _, go = watch.gate(1)
+    job = submit(engine)
+    with pytest.raises(TimeoutError, match=f"step . of {STEPS} after 0.05 seconds"):
+        job.result(0.05)
+    go.set()
+    assert len(job.result(WAIT).latents) == 1
+
+
+@pytest.mark.parametrize("bad", [
+    {"scheduler": "eule"}, {"steps": 4, "guidance_interval": (0.55, 0.6)}, {"spacing": "wide"},
+    {"scheduler": "sdxl_turbo", "spacing": "leading"},
+], ids=str)  # fmt: skip
+def test_a_request_that_no_step_can_run_is_refused_at_the_door(engine, bad):
+    with pytest.raises(InvalidRequest):
+        submit(engine, **bad)
+    assert settled(engine)
+
+
+def test_submit_refuses_what_is_no_request(engine):
+    for wrong in ("a cat", [], ["a cat"]):
+        with pytest.raises(InvalidRequest, match="takes a Request"):
+            engine.submit(wrong)
+    for deadline in (0, -1.0, float("nan")):
+        with pytest.raises(InvalidRequest, match="above 0"):
+            submit(engine, deadline=deadline)
+
+
+# cancelling
+
+
+def test_cancelling_a_running_job_stops_it_within_a_step_and_frees_all_it_holds(engine, watch, bank):
+    styles = [sf.StyleAligned(bank), sf.InstantStyle(PICTURE)]
+    jobs = []
+    watch.at[1] = lambda: jobs[0].cancel()
+    with engine.runtime.lock:
+        jobs.append(submit(engine, style=styles))
+    with pytest.raises(JobCancelled, match=f"step . of {STEPS}"):
+        jobs[0].result(WAIT)
+    assert jobs[0].status == "cancelled" and watch.calls == 2
+    assert held(engine) == dict.fromkeys(held(engine), 0)
+
+
+def test_cancelling_a_job_that_waits_takes_it_out_at_once(engine, watch, monkeypatch):
+    monkeypatch.setattr(batching, "MOST_PICTURES", 1)
+    reached, go = watch.gate(0)
+    first = submit(engine)
+    assert reached.wait(WAIT)
+    second = submit(engine, "a dog")
+    assert second.status == "queued" and second.cancel() and second.status == "cancelled" and second.done()
+    go.set()
+    first.result(WAIT)
+    assert watch.rows == [2] * STEPS and settled(engine)
+
+
+def test_a_job_that_is_over_can_not_be_cancelled(engine):
+    job = submit(engine)
+    job.result(WAIT)
+    assert not job.cancel() and job.status == "done"
+    cancelled = submit(engine)
+    cancelled.cancel()
+    with pytest.raises(JobCancelled):
+        cancelled.result(WAIT)
+    assert not cancelled.cancel()
+
+
+def test_cancelling_in_the_last_step_is_still_cancelling(engine, watch):
+    jobs, told = [], []
+    watch.at[STEPS - 1] = lambda: told.append(jobs[0].cancel())
+    with engine.runtime.lock:
+        jobs.append(submit(engine))
+    with pytest.raises(JobCancelled):
+        jobs[0].result(WAIT)
+    assert told == [True] and settled(engine)
+
+
+def test_the_others_do_not_notice_that_one_of_them_is_cancelled(engine, watch, draw):
+    expected = [draw("a cat", seed=1)[0], draw("a house", seed=3)[0]]
+    calls = watch.calls
+    first, second, third = watch.together(*(
+        lambda prompt=prompt, seed=seed: submit(engine, prompt, seed=seed)
+        for prompt, seed in (("a cat", 1), ("a dog", 2), ("a house", 3))
+    ))  # fmt: skip
+    watch.at[calls + 1] = second.cancel
+    close([first.result(WAIT).latents[0], third.result(WAIT).latents[0]], expected)
+    assert second.status == "cancelled" and watch.rows[calls:] == [6, 6, 4]
+
+
+def test_many_threads_may_cancel_the_same_and_other_jobs(engine, idle):
+    jobs = [submit(engine, seed=i, steps=60) for i in range(12)]
+    spared = jobs[::4]
+
+    def cancel(offset):
+        for job in jobs[offset:] + jobs[:offset]:
+            if job not in spared:
+                job.cancel()
+
+    threads = [threading.Thread(target=cancel, args=(3 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    for job in spared:
+        job.result(WAIT)
+    assert {job.status for job in jobs if job not in spared} <= {"cancelled", "done"}
+    assert settled(engine)
+
+
+# deadlines and queues
+
+
+def test_a_job_whose_deadline_passes_while_it_runs_fails_and_frees_all(engine, watch):
+    watch.before = lambda latents: time.sleep(0.05)
+    late, calm = watch.together(
+        lambda: submit(engine, steps=40, deadline=0.2), lambda: submit(engine, "a dog", steps=8, deadline=60)
+    )
+    with pytest.raises(DeadlineExceeded, match=r"deadline of 0.2 seconds passed at step \d+ of 40"):
+        late.result(WAIT)
+    assert len(calm.result(WAIT).latents) == 1 and late.status == "failed" and settled(engine)
+
+
+def test_a_job_whose_deadline_passes_while_it_waits_fails_without_a_step(engine, watch, monkeypatch):
+    monkeypatch.setattr(batching, "MOST_PICTURES", 1)
+    reached, go = watch.gate(0)
+    first = submit(engine)
+    assert reached.wait(WAIT)
+    late = submit(engine, deadline=0.01)
+    time.sleep(0.02)
+    go.set()
+    with pytest.raises(DeadlineExceeded, match="step 0"):
+        late.result(WAIT)
+    first.result(WAIT)
+    assert watch.rows == [2] * STEPS
+
+
+def test_no_more_jobs_wait_than_allowed(engine, watch, monkeypatch):
+    monkeypatch.setattr(batching, "MOST_PICTURES", 1)
+    monkeypatch.setattr(engine._loop, "max_pending", 2)
+    reached, go = watch.gate(0)
+    running = submit(engine)
+    assert reached.wait(WAIT)
+    waiting = [submit(engine), submit(engine)]
+    with pytest.raises(QueueFull, match="2 jobs wait already, the limit is 2"):
+        submit(engine)
+    waiting.pop().cancel()
+    waiting.append(submit(engine))
+    go.set()
+    for job in [running, *waiting]:
+        job.result(WAIT)
+
+
+# the end of an engine
+
+
+def test_closing_fails_what_runs_and_what_waits_and_takes_no_more(pipe, monkeypatch):
+    monkeypatch.setattr(batching, "MOST_PICTURES", 1)
+    with sf.Engine.from_pipeline(pipe) as engine:
+        watch = Watch(engine, monkeypatch)
+        reached, go = watch.gate(1)
+        running = submit(engine)
+        assert reached.wait(WAIT)
+        waiting = submit(engine)
+        threading.Timer(0.05, go.set).start()
+    for job in (running, waiting):
+        with pytest.raises(EngineClosed, match="closed before the job was done"):
+            job.result(WAIT)
+    assert watch.calls == 2 and held(engine) == dict.fromkeys(held(engine), 0)
+    engine.close()
+    with pytest.raises(EngineClosed, match="load another"):
+        submit(engine)
+
+
+def test_an_engine_can_be_closed_from_a_callback_of_its_own_job(pipe):
+    engine = sf.Engine.from_pipeline(pipe)
+    job, closed = submit(engine), threading.Event()
+    job.add_done_callback(lambda _: (engine.close(), closed.set()))
+    assert closed.wait(WAIT)
+    with pytest.raises(EngineClosed):
+        submit(engine)
+
+
+def test_an_engine_that_was_dropped_leaves_no_thread(pipe, monkeypatch):
+    monkeypatch.setattr(batching, "_IDLE_SECONDS", 0.1)
+    engine = sf.Engine.from_pipeline(pipe)
+    submit(engine).result(WAIT)
+    thread, gone = engine._loop._thread, weakref.ref(engine._loop)
+    assert thread is None or thread.is_alive()
+    del engine
+    if thread is not None:
+        thread.join(WAIT)
+    gc.collect()
+    assert gone() is None
+
+
+def test_after_a_pause_the_next_job_starts_another_thread(pipe, monkeypatch):
+    monkeypatch.setattr(batching, "_IDLE_SECONDS", 0.01)
+    engine = sf.Engine.from_pipeline(pipe)
+    for _ in range(3):
+        submit(engine, steps=1).result(WAIT)
+        time.sleep(0.05)
+        assert engine._loop._thread is None
+
+
+def test_a_program_that_ends_with_jobs_on_their_way_ends_well():
+    program = """
+        import stylefast as sf
+        from tests.engine.scene import sharp_pipeline
+        from tests.engine.watch import submit
+        engine = sf.Engine.from_pipeline(sharp_pipeline())
+        for i in range(3):
+            job = submit(engine, seed=i, steps=500)
+        while not job.step:
+            pass
+        print("left")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=WAIT)
+    assert (done.returncode, done.stdout.strip()) == (0, "left"), done.stderr
+
+
+# callbacks, await and previews
+
+
+def test_callbacks_are_called_once_also_when_the_job_is_over(engine):
+    job, seen = submit(engine), []
+    job.add_done_callback(lambda job: seen.append(job.status))
+    job.result(WAIT)
+    job.add_done_callback(lambda job: seen.append(job.status))
+    assert settled(engine) and seen == ["done", "done"]
+
+
+def test_a_callback_that_raises_harms_nobody(engine, watch, draw, caplog):
+    def bad(job):
+        raise ZeroDivisionError("mine")
+
+    seen = []
+    first, second = watch.together(lambda: submit(engine, steps=1), lambda: submit(engine, "a dog", seed=2))
+    first.add_done_callback(bad)
+    first.add_done_callback(lambda job: seen.append(job.status))
+    assert len(first.result(WAIT).latents) == 1
+    close(second.result(WAIT).latents, draw("a dog", seed=2))
+    assert seen == ["done"] and "ZeroDivisionError: mine" in caplog.text
+    first.add_done_callback(bad)  # at once, and no more than that
+
+
+def test_a_job_can_be_awaited_with_its_result_or_its_error(engine):
+    async def main():
+        good, bad = submit(engine), submit(engine, "a dog", steps=60)
+        bad.cancel()
+        result = await good
+        with pytest.raises(JobCancelled):
+            await bad
+        return await good, result
+
+    first, second = asyncio.run(main())
+    assert first is second and len(first.latents) == 1
+
+
+async def _previews(job, pause=0.0):
+    seen = []
+    async for preview in job:
+        seen.append(preview)
+        await asyncio.sleep(pause)
+    return seen
+
+
+def test_previews_come_in_order_and_the_last_one_always(engine, watch):
+    watch.before = lambda latents: time.sleep(0.02)
+
+    async def main():
+        return await _previews(submit(engine, steps=6))
+
+    steps = [preview.step for preview in asyncio.run(main())]
+    assert steps == sorted(set(steps)) and steps[-1] == 6 and len(steps) >= 4
+
+
+def test_a_slow_reader_skips_previews_but_not_the_last(engine, idle):
+    async def main():
+        return await _previews(submit(engine, steps=80), pause=0.05)
+
+    steps = [preview.step for preview in asyncio.run(main())]
+    assert steps == sorted(set(steps)) and steps[-1] == 80 and len(steps) < 60
+
+
+def test_the_last_preview_is_the_picture_in_small():
+    tiny = sf.Engine.from_pretrained("tiny", device="cpu")
+
+    async def main():
+        job = tiny.submit(sf.Request("a fish in neon style", steps=6, seed=5), output="np")
+        seen = await _previews(job)
+        return seen[-1], (await job)
+
+    preview, result = asyncio.run(main())
+    tiny.close()
+    close(preview.latents, result.latents)  # no noise is left after the last step
+    image, (small,) = torch.from_numpy(result.images[0]), preview.images()
+    small = torch.from_numpy(np.array(small.resize(image.shape[1::-1]))).float()
+    assert torch.corrcoef(torch.stack([image.flatten(), small.flatten()]))[0, 1] > 0.8
+
+
+def test_previews_of_a_failed_job_end_with_its_error(engine, watch):
+    async def main():
+        job = submit(engine, steps=60)
+        async for preview in job:
+            if preview.step >= 2:
+                job.cancel()
+
+    with pytest.raises(JobCancelled):
+        asyncio.run(main())
+
+
+def test_a_reader_that_leaves_stops_the_making_of_previews(engine, idle):
+    async def main():
+        job = submit(engine, steps=200)
+        previews = aiter(job)
+        await anext(previews)
+        assert job.wants_previews
+        await previews.aclose()
+        assert not job.wants_previews
+        job.cancel()
+
+    asyncio.run(main())
+    assert settled(engine)
+
+
+def test_previews_leave_out_references_and_hold_all_pictures_of_the_job(engine):
+    async def main():
+        style = sf.StyleAligned(PICTURE)
+        return await _previews(engine.submit([request(style=style), request("a dog", style=style)], output="latents"))
+
+    assert [len(preview.latents) for preview in asyncio.run(main())][-1] == 2
+
+
+def test_a_reader_whose_loop_is_gone_harms_nobody(engine, watch):
+    reached, go = watch.gate(1)
+    job = submit(engine)
+
+    async def leave():
+        asyncio.ensure_future(_previews(job))
+        await asyncio.sleep(0)
+        assert await asyncio.to_thread(reached.wait, WAIT)
+
+    asyncio.run(leave())
+    go.set()
+    assert len(job.result(WAIT).latents) == 1

@@ -1,0 +1,187 @@
+"""What an engine says it holds, and the limits that it keeps."""
+
+import gc
+import subprocess
+import sys
+import textwrap
+import weakref
+
+import pytest
+
+import stylefast as sf
+from stylefast.errors import InvalidRequest, OutOfMemory
+from stylefast.runtime.memory import parse_bytes, row_bytes
+from tests.engine.scene import SIZE, STEPS, close, small_picture
+from tests.engine.watch import WAIT, Watch, submit
+
+PICTURE = small_picture(1, (48, 40))
+
+
+@pytest.fixture
+def fresh(pipe):
+    with sf.Engine.from_pipeline(pipe) as engine:
+        yield engine
+
+
+def parts(report) -> int:
+    """The sum that "held" should be."""
+    return (
+        sum(report["model"].values()) + sum(pool["bytes"] for pool in report["banks"].values())
+        + sum(report["conditions"].values()) + report["latents"] + report["graphs"] + report["workspace"]["tables"]
+    )  # fmt: skip
+
+
+def test_the_parts_add_up_before_and_after_work(fresh):
+    before = fresh.memory()
+    assert before["held"] == parts(before) and before["limit"] is None and before["banks"] == {}
+    submit(fresh).result(WAIT)
+    after = fresh.memory()
+    assert after["held"] == parts(after) > before["held"]
+    assert after["latents"] > 0 and after["workspace"]["tables"] > 0 and after["model"] == before["model"]
+    assert after["process"]["resident"] > after["held"]
+
+
+def test_the_model_counts_as_many_bytes_as_its_tensors_have(fresh, pipe):
+    model = fresh.memory()["model"]
+    assert model["unet"] == sum(p.numel() * 4 for p in pipe.unet.parameters())
+    assert model["text_encoders"] == sum(
+        p.numel() * 4 for encoder in (pipe.text_encoder, pipe.text_encoder_2) for p in encoder.parameters()
+    )
+
+
+def test_a_pool_comes_with_the_first_bank_of_a_size_and_goes_when_another_size_needs_room(pipe):
+    baker = sf.Engine.from_pipeline(pipe)
+    bank = baker.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
+    large = baker.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=(64, 64))
+    engine = sf.Engine.from_pipeline(pipe, bank_memory="8MB")
+    submit(engine).result(WAIT)
+    assert engine.memory()["banks"] == {}
+    submit(engine, style=sf.StyleAligned(bank)).result(WAIT)
+    first = engine.memory()
+    pool = first["banks"]["12x8"]
+    assert 0 < pool["bytes"] <= 8_000_000 and pool["pinned"] == 0 and pool["resident"] == 2 * STEPS
+    assert first["held"] == parts(first)
+    submit(engine, style=sf.StyleAligned(large), size=(64, 64)).result(WAIT)
+    second = engine.memory()
+    assert list(second["banks"]) == ["16x16"] and second["banks"]["16x16"]["bytes"] <= 8_000_000
+    assert second["held"] == parts(second)
+
+
+def test_a_model_above_the_limit_is_refused_at_once(pipe, fresh):
+    model = sum(fresh.memory()["model"].values())
+    with pytest.raises(OutOfMemory, match="the model takes .* GiB and memory_limit is"):
+        sf.Engine.from_pipeline(pipe, memory_limit=model - 1)
+
+
+@pytest.mark.parametrize("limit", ["much", "0", -1, "8TB!", float("nan"), True, "1e30"], ids=str)
+def test_a_limit_that_is_no_number_of_bytes_is_refused(pipe, limit):
+    with pytest.raises(InvalidRequest, match="memory_limit is .*8GB"):
+        sf.Engine.from_pipeline(pipe, memory_limit=limit)
+
+
+def test_bytes_are_read_in_the_usual_spellings():
+    assert [parse_bytes("x", text) for text in ("8GB", "8 GiB", "1.5kb", 77, "77", "77B", None)] == [
+        8 * 10**9, 8 * 2**30, 1500, 77, 77, 77, None]  # fmt: skip
+
+
+def limit_for(engine, rows) -> int:
+    """A limit with room for about that many rows beside what the engine holds."""
+    return engine.memory()["held"] + int(row_bytes(engine.unet, (8, 12)) * (rows + 0.9))
+
+
+def test_batches_are_split_to_keep_the_limit(pipe, fresh, monkeypatch):
+    prompts = ["a cat", "a dog", "a house", "neon", "oil"]
+    expected = fresh.generate(prompts, steps=STEPS, size=SIZE, output="latents").latents
+    engine = sf.Engine.from_pipeline(pipe, memory_limit=limit_for(fresh, 6))
+    watch = Watch(engine, monkeypatch)
+    jobs = watch.together(*(lambda p=p, i=i: submit(engine, p, seed=i) for i, p in enumerate(prompts)))
+    for job, latents in zip(jobs, expected):
+        close(job.result(WAIT).latents, [latents])
+    assert 4 <= max(watch.rows) <= 6
+    calls = watch.calls
+    close(engine.generate(prompts, steps=STEPS, size=SIZE, output="latents").latents, expected)
+    assert max(watch.rows[calls:]) <= 6 and engine.memory()["held"] <= engine.memory()["limit"]
+
+
+def test_a_request_too_large_for_the_limit_fails_and_the_next_one_runs(pipe, fresh):
+    submit(fresh).result(WAIT)
+    engine = sf.Engine.from_pipeline(pipe, memory_limit=limit_for(fresh, 3))
+    job = submit(engine, size=(256, 256))
+    with pytest.raises(OutOfMemory, match="2 rows at 64x64 latents.*of the limit of"):
+        job.result(WAIT)
+    submit(engine).result(WAIT)
+
+
+def test_the_pool_of_banks_stays_within_the_limit_and_its_own(pipe, fresh):
+    bank = fresh.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
+    limit = limit_for(fresh, 40)
+    for own in (None, "1GB", "300kB"):
+        engine = sf.Engine.from_pipeline(pipe, memory_limit=limit, bank_memory=own)
+        submit(engine, style=sf.StyleAligned(bank)).result(WAIT)
+        report = engine.memory()
+        assert report["held"] <= limit
+        assert own != "300kB" or report["banks"]["12x8"]["bytes"] <= 300_000
+
+
+def test_banks_and_styles_are_let_go_with_the_last_request_that_reads_them(fresh):
+    bank = fresh.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
+    submit(fresh, style=sf.StyleAligned(bank)).result(WAIT)
+    gone = weakref.ref(bank)
+    del bank
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_steady_state_makes_no_tables_plans_or_pages(fresh, monkeypatch):
+    watch = Watch(fresh, monkeypatch, idle=True)
+    runtime, seen = fresh.runtime, []
+
+    def note(latents):
+        table = next(iter(runtime._tables.values()))
+        text = runtime.conditions.text
+        seen.append((len(runtime._tables), id(table), tuple(map(id, table._plans.values())), text.used,
+                     runtime.conditions.generation, next(iter(runtime.latents.values())).generation))  # fmt: skip
+
+    jobs = watch.together(*(lambda i=i: submit(fresh, seed=i, steps=210) for i in range(4)))
+    watch.before = note
+    for job in jobs:
+        job.result(WAIT)
+    assert len(seen) == 210 and len(set(seen[5:-1])) == 1
+
+
+@pytest.mark.slow
+def test_resident_memory_stays_within_the_limit():
+    program = """
+        import gc, torch
+        import stylefast as sf
+        from stylefast.runtime.memory import resident_bytes, row_bytes
+        from tests.engine.scene import sharp_pipeline
+        from tests.engine.watch import submit
+        pipe, size = sharp_pipeline(), (384, 384)
+        plain = sf.Engine.from_pipeline(pipe)
+        submit(plain, size=size, steps=1).result()
+        held, row = plain.memory()["held"], row_bytes(plain.unet, (96, 96))
+        del plain
+        gc.collect()
+        room = 6 * row
+        engine = sf.Engine.from_pipeline(pipe, memory_limit=held + room)
+        before = resident_bytes()
+        peak, forward = [0], engine.unet.forward
+        rows = []
+        def watched(latents, *rest, **named):
+            rows.append(len(latents))
+            output = forward(latents, *rest, **named)
+            peak[0] = max(peak[0], resident_bytes() - before)
+            return output
+        engine.unet.forward = watched
+        jobs = [submit(engine, size=size, steps=2, seed=i) for i in range(12)]
+        for job in jobs:
+            job.result()
+        print(max(rows), peak[0], room)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=4 * WAIT
+    )
+    assert done.returncode == 0, done.stderr
+    rows, grown, room = map(int, done.stdout.split())
+    assert 2 <= rows <= 6 and grown <= room + 50 * 2**20

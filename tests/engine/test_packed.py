@@ -1,0 +1,95 @@
+"""Packed weights: what the engine computes with on CPUs unless told otherwise."""
+
+import pytest
+import torch
+
+import stylefast as sf
+from stylefast.models import packed
+from tests.engine.scene import SIZE, STEPS, close, sharp_pipeline, small_picture
+
+PICTURE = small_picture(1, (48, 40))
+CALL = {"size": SIZE, "steps": STEPS, "output": "latents", "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def packed_engine(pipe):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(packed.VARIABLE, raising=False)
+        engine = sf.Engine.from_pipeline(pipe)
+    assert packed.packed_bytes(engine.unet) == 0  # copies are made when a layer is first used
+    engine.generate("a cat", **CALL)
+    assert packed.packed_bytes(engine.unet) > 0
+    return engine
+
+
+
+
+@pytest.mark.parametrize("rows", [16, 33, 200])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_packed_linear_layer_errs_as_pytorch_does(rows, bias):
+    torch.manual_seed(0)
+    layer, x = packed.Linear(96, 40, bias=bias).requires_grad_(False), torch.randn(2, rows, 96)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), None if not bias else layer.bias.double())
+    plain = (layer(x).double() - exact).abs().max()
+    layer.pack()
+    assert (layer(x).double() - exact).abs().max() <= 2 * plain
+    assert layer.packed_bytes == layer.weight.nbytes
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, (5, 9)), (2, (5, 9)), (1, (16, 16)), (2, (1, 1))], ids=str)
+def test_a_packed_convolution_errs_by_rounding_only(stride, size):
+    torch.manual_seed(0)
+    layer = packed.Conv2d(96, 64, 3, stride=stride, padding=1).requires_grad_(False)
+    x = torch.randn(2, 96, *size)
+    exact = torch.nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride, 1)
+    layer.pack()
+    for given in (x, x.to(memory_format=torch.channels_last), x.repeat(2, 1, 1, 1)[::2]):
+        out = layer(given)
+        assert out.shape == exact.shape
+        # 864 products in a row, each rounded: some ten times 2^-24 of the largest sum
+        assert (out.double() - exact).abs().max() <= 2e-6 * exact.abs().max()
+
+
+def test_weights_that_change_are_packed_again():
+    torch.manual_seed(0)
+    layer, x = packed.Linear(32, 32).requires_grad_(False), torch.randn(20, 32)
+    layer.pack()
+    before = layer(x)
+    layer.weight += 1
+    torch.testing.assert_close(layer(x), before + x.sum(1, keepdim=True), rtol=1e-5, atol=1e-4)
+    layer.weight = torch.nn.Parameter(torch.zeros(32, 32), requires_grad=False)
+    torch.testing.assert_close(layer(x), layer.bias.expand(20, 32))
+
+
+def test_gradients_take_the_weights_themselves():
+    layer, x = packed.Linear(32, 32), torch.randn(20, 32, requires_grad=True)
+    layer.pack()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(20, 32))
+
+
+def test_packed_pictures_stay_near_plain_ones(packed_engine, draw):
+    for style in (None, sf.StyleAligned(PICTURE, share_group_norm=True)):
+        packed_latents = packed_engine.generate(["a cat", "a dog"], style, **CALL).latents
+        close(packed_latents, draw(["a cat", "a dog"], style, seed=3), 5e-5)
+
+
+def test_cached_equals_batched_with_packed_weights(packed_engine):
+    settings = {"size": SIZE, "steps": STEPS}
+    for source in ({"reference": PICTURE}, {"prompt": "a dog", "seed": 2}):
+        bank = packed_engine.bake(sf.StyleAligned(**source), **settings)
+        live = packed_engine.generate(["a cat", "a fish"], sf.StyleAligned(**source), **CALL).latents
+        close(packed_engine.generate(["a cat", "a fish"], sf.StyleAligned(bank), **CALL).latents, live)
+
+
+@pytest.mark.parametrize("room", [0, 10**9], ids=["no room", "room"])
+def test_packing_keeps_to_its_room(room):
+    from stylefast.models.unet import UNet
+
+    pipe = sharp_pipeline()
+    unet = UNet.from_state(dict(pipe.unet.config), pipe.unet.state_dict())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(packed.VARIABLE, raising=False)
+        assert packed.pack(unet, room) == bool(room)
+    packed.unpack(unet)
+    assert packed.packed_bytes(unet) == 0

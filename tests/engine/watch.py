@@ -1,0 +1,78 @@
+"""The UNet's calls as a test sees them: counted, replaced, or with something happening in their midst."""
+
+import threading
+
+import torch
+
+import stylefast as sf
+from tests.engine.scene import SIZE, STEPS
+
+WAIT = 60  # seconds, for what takes one; a test that hangs should fail
+
+
+class Watch:
+    """Stands before `engine.unet.forward`.
+
+    `rows` and `sizes` of every call, (h, w) of the latents; `at[n]` is called in call n, counted from 0; `before(latents)`
+    in every call. `idle`: predictions are zeros and cost nothing.
+    """
+
+    def __init__(self, engine, monkeypatch, idle=False):
+        self.engine, self.rows, self.sizes, self.at, self.before = engine, [], [], {}, lambda latents: None
+        forward = engine.unet.forward
+
+        def watched(latents, *rest, **named):
+            call = len(self.rows)
+            self.rows.append(len(latents))
+            self.sizes.append(tuple(latents.shape[2:]))
+            self.at.get(call, lambda: None)()
+            self.before(latents)
+            return torch.zeros_like(latents) if idle else forward(latents, *rest, **named)
+
+        monkeypatch.setattr(engine.unet, "forward", watched)
+
+    @property
+    def calls(self) -> int:
+        return len(self.rows)
+
+    def together(self, *jobs):
+        """Submit callables such that what they submit meets in one batch; what they return."""
+        with self.engine.runtime.lock:  # keeps the loop from its next step
+            return [job() for job in jobs]
+
+    def gate(self, call: int) -> tuple[threading.Event, threading.Event]:
+        """(reached, go): the call with this number sets the first and waits for the second."""
+        reached, go = threading.Event(), threading.Event()
+        self.at[call] = lambda: (reached.set(), go.wait(WAIT))
+        return reached, go
+
+
+def request(prompt="a cat", **options) -> sf.Request:
+    """A small request of few steps unless told otherwise."""
+    return sf.Request(prompt, **{"size": SIZE, "steps": STEPS} | options)
+
+
+def submit(engine, prompt="a cat", *, deadline=None, output="latents", **options):
+    return engine.submit(request(prompt, **options), deadline=deadline, output=output)
+
+
+def held(engine) -> dict[str, int]:
+    """What jobs hold of an engine: all zeros once they are over."""
+    runtime, images = engine.runtime, engine.runtime.conditions.images
+    return {
+        "text": runtime.conditions.text.used,
+        "images": 0 if images is None else images.used,
+        "latents": sum(slots.used for slots in runtime.latents.values()),
+        "pinned": sum(pool.stats().pinned for pool in runtime.bank_pages.values()),
+        "running": engine._loop.running,
+        "pending": engine._loop.pending,
+    }
+
+
+def settled(engine) -> bool:
+    """Whether nothing is held once the loop has had its turn."""
+    for _ in range(200):
+        if not any(held(engine).values()):
+            return True
+        threading.Event().wait(0.01)
+    return False

@@ -1,0 +1,474 @@
+"""The compile backend: the same pictures, code shared by equal blocks, and no compilation for another style."""
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from PIL import Image
+
+import stylefast as sf
+from stylefast.errors import InvalidRequest, MissingDependency
+from stylefast.runtime import compile_cache, compiled
+from stylefast.runtime.compile_cache import CompileCache
+from stylefast.runtime.compiled import BUCKETS, CompileBackend
+from stylefast.runtime.graphs import Captured, StepGraphs
+from stylefast.runtime.request import Request
+from tests.engine.scene import EMBED_DIM, SIZE, STEPS, close, learned, sharp_pipeline
+from tests.oracle.instant_style import random_adapter
+from tests.small_adapter import small_picture
+
+PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
+# the two transformer and twelve resnet shapes among the small model's 34 blocks
+SHAPES = 14
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """An engine on the small model, with an adapter, running on the backend that `backend(unet)` makes."""
+    pipe, file = sharp_pipeline(), tmp_path_factory.mktemp("adapter") / "a.bin"
+    torch.save(random_adapter(pipe.unet, EMBED_DIM, 5), file)
+
+    def make(backend=None):
+        engine = sf.Engine.from_pipeline(pipe)
+        engine.load_adapter(file)
+        if backend is not None:
+            engine.runtime.backend = backend(engine.unet)
+            engine.runtime.buckets = engine.runtime.backend.buckets
+        return engine
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain(make):
+    return make()
+
+
+@pytest.fixture(scope="module")
+def traced(make):
+    """Guards and graphs are real, generated code is not: that takes a C++ compiler a minute."""
+    return make(lambda unet: CompileBackend(unet, cache=None, compiler="aot_eager"))
+
+
+def _traced_only(unet):
+    return CompileBackend(unet, cache=None, compiler="eager")
+
+
+@pytest.fixture(scope="module")
+def shared(make):
+    """An engine whose blocks are traced and guarded, and then run as they are; for tests that don't mind another's."""
+    return make(_traced_only)
+
+
+def draw(engine, prompts, style=None, **options):
+    return engine.generate(prompts, style, **{"size": SIZE, "steps": STEPS, "output": "latents"} | options).latents
+
+
+@pytest.fixture(scope="module")
+def bank(plain):
+    return plain.bake(sf.StyleAligned(prompt="a dog in neon style", seed=5), steps=STEPS, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def styles(bank):
+    mask = Image.new("L", SIZE)
+    mask.paste(255, (0, 0, SIZE[0] // 2, SIZE[1]))
+    return {
+        "none": None,
+        "live StyleAligned": sf.StyleAligned(prompt="a dog in neon style", seed=5),
+        "banked StyleAligned": sf.StyleAligned(bank, share_group_norm=True, shift=0.5),
+        "swap": sf.StyleAligned(bank, mode="swap", scale=0.7),
+        "InstantStyle": sf.InstantStyle(PICTURE, scale=0.8),
+        "InstantStyle and a bank": [sf.InstantStyle(OTHER, scale=1.3), sf.StyleAligned(bank)],
+        "InstantStyle in a mask": sf.InstantStyle(PICTURE, mask=mask),
+        "DreamStyler": sf.DreamStyler(learned()),
+    }
+
+
+STYLES = ("none", "live StyleAligned", "banked StyleAligned", "swap", "InstantStyle", "InstantStyle and a bank",
+          "InstantStyle in a mask", "DreamStyler")  # fmt: skip
+
+
+def mixed(styles, seed=0) -> list[Request]:
+    """One request of every style, of unlike guidance, steps and samplers."""
+    schedulers = ("euler", "ddim", "dpmpp_2m", "unipc")
+    return [
+        Request("a sks cat", seed=seed + i, style=styles[name], guidance=3.0 + i, scheduler=schedulers[i % 4],
+                steps=STEPS if "bank" in name or name == "swap" else 2 + i % 3, size=SIZE)
+        if "bank" not in name and name != "swap" else
+        Request("a sks cat", seed=seed + i, style=styles[name], guidance=3.0 + i, steps=STEPS, size=SIZE)
+        for i, name in enumerate(STYLES)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_compiled_equals_plain(traced, plain, styles, name):
+    prompts = ["a sks cat", "a house in sks style"]
+    close(draw(traced, prompts, styles[name], seed=3), draw(plain, prompts, styles[name], seed=3))
+
+
+def test_a_mixed_batch_equals_the_plain_one(traced, plain, styles):
+    close(draw(traced, mixed(styles)), draw(plain, mixed(styles)))
+
+
+def test_equal_blocks_share_their_code_and_so_do_batch_sizes_but_not_picture_sizes(make):
+    engine = make(_traced_only)
+    backend = engine.runtime.backend
+    # from 16 rows on, convolutions on a single CPU thread are others to PyTorch
+    for count in (1, 2, 5, 7):
+        draw(engine, ["a cat"] * count, steps=1)
+        assert backend.compilations == SHAPES
+    draw(engine, "a cat", size=(32, 32), steps=1)
+    assert backend.compilations == 2 * SHAPES
+    draw(engine, ["a cat", "a dog"], size=(32, 32), steps=1)
+    draw(engine, "a cat", steps=1)
+    assert backend.compilations == 2 * SHAPES
+
+
+def test_nothing_is_compiled_again_for_another_style_strength_guidance_sampler_seed_or_mix(shared, styles, bank):
+    engine, backend = shared, shared.runtime.backend
+    draw(engine, "a cat", styles["InstantStyle"])  # the adapter's columns are there from its first use on
+    draw(engine, "a cat")
+    before = backend.compilations
+    for name in STYLES:
+        draw(engine, "a sks cat", styles[name], seed=7)
+    for scale in (0.2, 1.0, 2.0):
+        draw(engine, "a cat", sf.InstantStyle(OTHER, scale=scale))
+        draw(engine, "a cat", sf.StyleAligned(bank, scale=scale, shift=scale - 1))
+    for guidance, scheduler, steps in ((2.0, "ddim", 2), (9.0, "euler_ancestral", 4), (1.5, "dpmpp_2m", 5)):
+        draw(engine, "a house", guidance=guidance, scheduler=scheduler, steps=steps, guidance_rescale=0.3)
+    # as many rows, and more pages of text than there was room for at first
+    for seed in range(3):
+        draw(engine, [f"a cat {seed}", f"a dog {seed}", f"a fish {seed}", f"a house {seed}"],
+             styles["InstantStyle and a bank"], seed=seed)  # fmt: skip
+    draw(engine, ["a sks cat", "a sks dog", "a sks fish"], styles["DreamStyler"], steps=5)
+    assert len(engine.runtime.conditions.text) > 8
+    assert backend.compilations == before
+
+
+def test_several_references_compile_one_set_of_transformer_blocks_whatever_their_number(shared):
+    draw(shared, "a cat", sf.StyleAligned([PICTURE]))
+    before = shared.runtime.backend.compilations
+    draw(shared, "a cat", sf.StyleAligned([PICTURE, OTHER]))
+    assert shared.runtime.backend.compilations == before + 2
+    draw(shared, "a cat", sf.StyleAligned([PICTURE, OTHER, PICTURE]))
+    assert shared.runtime.backend.compilations == before + 2
+
+
+def test_warm_up_compiles_all_that_requests_need(make, styles, caplog):
+    engine = make(_traced_only)
+    backend, shape = engine.runtime.backend, (4, SIZE[1] // 4, SIZE[0] // 4)
+    assert backend.warm_up(shape, [4]) == SHAPES
+    assert backend.warm_up(shape, [2, 8], images=True) == 2
+    with caplog.at_level(logging.WARNING, "stylefast"):
+        draw(engine, ["a cat", "a house"], styles["live StyleAligned"])
+        draw(engine, "a sks cat", styles["InstantStyle and a bank"])
+        assert backend.compilations == SHAPES + 2 and not caplog.records
+        draw(engine, "a cat", size=(32, 32))
+        draw(engine, "a cat", size=(32, 64))
+    (record,) = caplog.records
+    assert "after warm_up" in record.getMessage() and "4x8x8" in record.getMessage()
+
+
+@pytest.mark.parametrize("rows", [[], [0], [2, 1.5]])
+def test_warm_up_refuses_what_is_no_row_count(traced, rows):
+    with pytest.raises(InvalidRequest, match="rows is"):
+        traced.runtime.backend.warm_up((4, 8, 12), rows)
+
+
+def test_idle_rows_change_no_bit_of_the_others(shared, styles):
+    assert 8 in BUCKETS and 7 not in BUCKETS
+    lone = Request("a cat", seed=1, guidance=1.0, steps=STEPS, size=SIZE)
+    others = [Request("a house", seed=2, steps=STEPS, size=SIZE, style=styles["InstantStyle and a bank"]),
+              Request("a fish", seed=3, steps=STEPS, size=SIZE),
+              Request("a dog", seed=4, steps=STEPS, size=SIZE)]  # fmt: skip
+    idle = draw(shared, [lone, *others])  # 7 rows in a table of 8
+    extra = Request("neon", seed=5, guidance=1.0, steps=STEPS, size=SIZE, style=styles["InstantStyle"])
+    full = draw(shared, [lone, *others, extra])
+    for one, other in zip(idle, full):
+        assert torch.equal(one, other)
+
+
+def test_baking_runs_on_the_unet_itself(traced, plain, bank):
+    before = traced.runtime.backend.compilations
+    baked = traced.bake(sf.StyleAligned(prompt="a dog in neon style", seed=5), steps=STEPS, size=SIZE)
+    assert traced.runtime.backend.compilations == before
+    for name, tensor in bank.tensors.items():
+        torch.testing.assert_close(baked.tensors[name], tensor, msg=name)
+    assert not any("forward" in vars(module) for module in traced.unet.modules())
+
+
+def test_weights_that_a_lora_writes_reach_compiled_blocks(shared):
+    engine = shared
+    (before,) = draw(engine, "a cat")
+    kept = [weight.clone() for weight in engine.unet.parameters()]
+    with torch.no_grad():
+        for weight in engine.unet.parameters():
+            weight.mul_(1.01)
+        try:
+            (during,) = draw(engine, "a cat")
+        finally:
+            for weight, old in zip(engine.unet.parameters(), kept):
+                weight.copy_(old)
+    assert (before - during).abs().max() > 1e-3
+
+
+class Replays:
+    """A capture that keeps the step and runs it at every replay."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def warm(self, step):
+        step()
+
+    def capture(self, step):
+        def replay():
+            self.replays += 1
+            step()
+
+        return Captured(replay, lambda: None, 1000)
+
+    def wait(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def _replaying(make):
+    capture = Replays()
+    graphs = StepGraphs(capture)
+    return make(lambda unet: CompileBackend(unet, cache=None, compiler="eager", graphs=graphs)), capture
+
+
+@pytest.fixture
+def replaying(_replaying):
+    """(engine, capture) on stand-ins for CUDA graphs, none of which is captured yet."""
+    engine, capture = _replaying
+    engine.runtime.backend.forget()
+    capture.replays = 0
+    return engine, capture
+
+
+def test_steps_are_replayed_from_the_third_on_and_give_the_same_pictures(replaying, plain, styles):
+    engine, capture = replaying
+    close(draw(engine, "a cat", styles["InstantStyle"], steps=6), draw(plain, "a cat", styles["InstantStyle"], steps=6))
+    assert capture.replays == 4 and engine.runtime.backend.captures == 1
+    # another style and strength of the same shape, in the same graph
+    draw(engine, "a house", styles["InstantStyle and a bank"])
+    assert capture.replays == 4 + STEPS and engine.runtime.backend.captures == 1
+
+
+def test_a_graph_goes_when_the_pages_of_text_move(replaying):
+    engine, _ = replaying
+    draw(engine, "a cat", steps=4)
+    assert engine.runtime.backend.captures == 1
+    draw(engine, [f"a cat {i}" for i in range(9)], steps=2)
+    gc.collect()
+    draw(engine, "a cat", steps=2)
+    assert engine.runtime.backend.captures == 0
+    draw(engine, "a cat", steps=2)
+    assert engine.runtime.backend.captures == 1
+
+
+def test_forgetting_frees_graphs_and_keeps_code(replaying, styles):
+    engine, _ = replaying
+    backend = engine.runtime.backend
+    draw(engine, "a cat", styles["InstantStyle"])
+    assert backend.nbytes > 1000  # the graph's pool and idle masks
+    count = backend.compilations
+    backend.forget()
+    assert backend.nbytes == 0 and backend.captures == 0
+    draw(engine, "a cat", styles["InstantStyle"])
+    assert backend.compilations == count
+
+
+def test_a_backend_is_freed_with_its_code(make):
+    engine = make(_traced_only)
+    draw(engine, "a cat", steps=1)
+    twin = weakref.ref(engine.runtime.backend._twin)
+    engine.runtime.backend = None
+    gc.collect()
+    assert twin() is None
+
+
+def test_an_unknown_compiler_is_refused_with_those_there_are(plain):
+    with pytest.raises(InvalidRequest, match="'nvfuser'; there are inductor, aot_eager, eager"):
+        CompileBackend(plain.unet, compiler="nvfuser")
+
+
+def test_a_missing_cpp_compiler_is_told_with_the_way_out(plain, monkeypatch):
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(MissingDependency, match="backend='torch'"):
+        CompileBackend(plain.unet, cache=None)
+
+
+def test_a_missing_triton_is_told_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependency, match=r"stylefast\[triton\]"):
+        compiled._check_toolchain(torch.device("cuda"))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return CompileCache(tmp_path, {"width": 32}, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def artifacts(monkeypatch):
+    """PyTorch's store of artifacts, as a list that a test fills; what was loaded is in `loaded`."""
+
+    class Info:
+        def __init__(self, keys):
+            self.artifacts = {"inductor": list(keys)}
+
+    class Store:
+        keys, loaded = [], []
+
+        def save(self):
+            return ("|".join(self.keys).encode(), Info(self.keys)) if self.keys else None
+
+        def load(self, payload):
+            if payload == b"unreadable":
+                return None
+            self.loaded = self.loaded + payload.decode().split("|")
+            return Info(payload.decode().split("|"))
+
+    store = Store()
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", store.save)
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", store.load)
+    return store
+
+
+def _again(cache):
+    """The cache as another process finds it."""
+    other = CompileCache.__new__(CompileCache)
+    other.__dict__ |= cache.__dict__ | {"_loaded": set(), "_saved": None}
+    return other
+
+
+def test_a_cache_file_is_found_by_the_next_process(cache, artifacts):
+    assert cache.save() is None
+    artifacts.keys = ["a", "b"]
+    assert cache.save().stat().st_mode & 0o077 == 0
+    assert _again(cache).load() == 2 and artifacts.loaded == ["a", "b"]
+
+
+def test_one_process_has_one_file_and_leaves_those_of_others(cache, artifacts):
+    artifacts.keys = ["a"]
+    cache.save()
+    artifacts.keys = ["a", "b"]
+    cache.save()
+    other = _again(cache)
+    other.load()
+    artifacts.keys = ["a", "b"]
+    assert other.save() is None  # nothing new
+    artifacts.keys = ["b", "c"]
+    other.save()
+    assert len(list(cache.folder.glob("*.bin"))) == 2
+    assert _again(cache).load() == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "foreign", "another's", "unreadable"])
+def test_a_file_that_can_not_be_used_is_ignored_with_a_warning(cache, artifacts, caplog, damage):
+    artifacts.keys = ["a", "b"]
+    path = cache.save()
+    whole = path.read_bytes()
+    contents = {"truncated": whole[:-1], "altered": whole[:-1] + b"c", "empty": b"", "foreign": b"PK\3\4" + whole}
+    if damage in contents:
+        path.write_bytes(contents[damage])
+    elif damage == "another's":
+        path.chmod(0o666)
+    else:
+        compile_cache._write(path, b"unreadable")
+    with caplog.at_level(logging.WARNING, "stylefast"):
+        assert _again(cache).load() == 0
+    assert "ignored" in caplog.text and not artifacts.loaded
+
+
+def test_a_folder_that_can_not_be_written_is_told_once(tmp_path, artifacts, caplog):
+    (tmp_path / "compile").write_text("a file where the folder should be")
+    cache = CompileCache(tmp_path, {}, torch.float32, torch.device("cpu"))
+    artifacts.keys = ["a"]
+    with caplog.at_level(logging.WARNING, "stylefast"):
+        assert cache.save() is None
+        assert cache.save() is None
+    assert len(caplog.records) == 1
+
+
+def test_models_types_and_devices_have_folders_of_their_own(tmp_path):
+    def folder(config=None, dtype=torch.float32):
+        return CompileCache(tmp_path, config or {"width": 32}, dtype, torch.device("cpu")).folder
+
+    assert folder() == folder()
+    assert len({folder(), folder({"width": 64}), folder(dtype=torch.bfloat16)}) == 3
+
+
+def test_old_files_go_when_there_are_many(cache, artifacts, monkeypatch):
+    monkeypatch.setattr(compile_cache, "_MOST_FILES", 2)
+    for i in range(4):
+        artifacts.keys = [f"key {i}"]
+        path = _again(cache).save()
+        os.utime(path, (1000 + i, 1000 + i))
+    assert len(list(cache.folder.glob("*.bin"))) <= 3
+    assert path.exists()
+
+
+def test_the_environment_names_the_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("STYLEFAST_CACHE", str(tmp_path))
+    assert compile_cache.default_folder() == tmp_path
+    monkeypatch.setenv("STYLEFAST_CACHE", "here")
+    with pytest.raises(InvalidRequest, match="STYLEFAST_CACHE=here"):
+        compile_cache.default_folder()
+    monkeypatch.delenv("STYLEFAST_CACHE")
+    assert compile_cache.default_folder().name == "stylefast"
+
+
+def test_pytorchs_own_folder_is_back_after_compiling(cache, monkeypatch):
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.delenv(variable, raising=False)
+    with cache.compiling():
+        assert os.environ[variable].startswith(str(cache.folder))
+    assert os.environ[variable] == compile_cache.default_cache_dir()
+    monkeypatch.setenv(variable, "/elsewhere")
+    with cache.compiling():
+        assert os.environ[variable] == "/elsewhere"
+
+
+START = """
+import sys
+import torch
+from torch._dynamo.utils import counters
+from stylefast.models.unet import UNet
+from stylefast.runtime.compiled import CompileBackend
+from tests.small_sdxl import small_unet_config
+
+torch.manual_seed(0)
+config = small_unet_config(widths=(32, 32, 32), head_width=32, layers_per_block=1)
+with torch.device("meta"):
+    shapes = {name: x.shape for name, x in UNet(config).state_dict().items()}
+unet = UNet.from_state(config, {name: torch.randn(shape) for name, shape in shapes.items()})
+backend = CompileBackend(unet, cache=sys.argv[1])
+print(backend.warm_up((4, 8, 8), [2]))
+print(counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_generates_no_code(tmp_path, checkout):
+    """Two starts that share nothing but the cache's folder."""
+    found = []
+    for start in ("cold", "warm"):
+        (tmp_path / start).mkdir()
+        environment = os.environ | {"TMPDIR": str(tmp_path / start), "PYTHONPATH": str(checkout)}
+        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        done = subprocess.run([sys.executable, "-c", START, str(tmp_path / "cache")], cwd=checkout, env=environment,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append([int(word) for word in done.stdout.split()])
+    (regions, _, misses), (again, hits, none) = found
+    assert regions == misses == again == hits > 0 and none == 0
