@@ -34,7 +34,7 @@ class MemoryBudget:
     """What may be used.
 
     limit: bytes for everything that the engine holds on its device, model included; None: what the device has.
-    banks: bytes for pages of style banks; None: a share of what is left.
+    banks: bytes for pages of style banks, at most half of what a limit leaves; None: a share of what is left.
     """
 
     def __init__(self, limit: int | None = None, banks: int | None = None):
@@ -78,8 +78,8 @@ class MemoryBudget:
         free = self.free(unet.device)
         if self.banks is not None:
             room = self.banks - taken
-            # a limit holds for everything, whatever was asked for banks alone
-            room = room if free is None or self.limit is None else min(room, free)
+            # a limit holds for everything, and batches want their half of what it leaves
+            room = room if free is None or self.limit is None else min(room, free // 2)
         else:
             free = available_memory(unet.device) if free is None else free
             room = int((free if free is not None else 2**31) * _BANK_SHARE.get(unet.device.type, 0.2))

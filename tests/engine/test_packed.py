@@ -43,7 +43,7 @@ def test_a_packed_convolution_errs_by_rounding_only(stride, size):
     x = torch.randn(2, 96, *size)
     exact = torch.nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride, 1)
     layer.pack()
-    for given in (x, x.to(memory_format=torch.channels_last), x.repeat(2, 1, 1, 1)[::2]):
+    for given in (x, x.to(memory_format=torch.channels_last), x.repeat_interleave(2, 0)[::2]):
         out = layer(given)
         assert out.shape == exact.shape
         # 864 products in a row, each rounded: some ten times 2^-24 of the largest sum
