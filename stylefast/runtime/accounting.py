@@ -1,7 +1,9 @@
 """What an engine holds, in bytes, and whether that is within its limit."""
 
+import time
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -9,6 +11,10 @@ from stylefast.errors import OutOfMemory
 from stylefast.models.packed import packed_bytes
 from stylefast.models.vae_copies import copied_bytes
 from stylefast.runtime.memory import resident_bytes, row_bytes
+
+# a limit is asked for at every step, and a model has thousands of tensors: they are counted again after that long
+_SECONDS = 2.0
+_counted: WeakKeyDictionary[Any, tuple[float, int]] = WeakKeyDictionary()  # by engine: when, and bytes of the model
 
 
 def memory_report(engine) -> dict[str, Any]:
@@ -20,6 +26,7 @@ def memory_report(engine) -> dict[str, Any]:
     the peak of one row's feature maps by a rough count, for the native size. "held": the sum but for that peak.
     "limit": what was asked for. "process": this process's resident memory, and on a GPU what PyTorch has reserved.
     """
+    _counted.pop(engine, None)  # what is told is as it is now
     runtime = engine.runtime
     width, height = engine.native_size
     device = engine.unet.device
@@ -48,10 +55,14 @@ def memory_report(engine) -> dict[str, Any]:
 
 
 def held_bytes(engine) -> int:
-    """All that the engine keeps between steps."""
-    runtime = engine.runtime
+    """All that the engine keeps between steps; the model's part may be as old as `_SECONDS`."""
+    runtime, now = engine.runtime, time.monotonic()
+    counted, model = _counted.get(engine, (-_SECONDS, 0))
+    if now - counted >= _SECONDS:
+        model = sum(_model(engine).values())
+        _counted[engine] = (now, model)
     return (
-        sum(_model(engine).values())
+        model
         + sum(pool.nbytes for pool in list(runtime.bank_pages.values()))
         + runtime.conditions.nbytes
         + sum(slots.nbytes for slots in list(runtime.latents.values()))

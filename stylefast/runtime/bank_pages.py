@@ -1,9 +1,10 @@
 """Pages of style banks on the device: which are there, who uses them, and how the others come.
 
 A page is what one reference offers in one step and branch. `PagePool` keeps the books (pins, least recently used first
-out); this module moves the bytes. On a GPU pages come through pinned host memory on a stream of their own, a step ahead
-of their use; on a CPU they are copied when they are held. The bank's type may differ from the model's, and a bank of
-hidden states is projected to keys and values on the way in, so what the kernels read is always the same.
+out); this module moves the bytes. On a GPU pages come from pinned host memory on a stream of their own, a step ahead of
+their use, and into pinned memory from the bank's file a step before that; on a CPU they are copied when they are held.
+The bank's type may differ from the model's, and hidden states are projected to keys and values on the way in, so what
+the kernels read is always the same.
 """
 
 from collections import deque
@@ -15,8 +16,9 @@ import torch
 from stylefast.errors import OutOfMemory
 from stylefast.models.conditioning import StylePages
 from stylefast.models.unet import UNet
-from stylefast.runtime.page_layout import PageLayout
-from stylefast.runtime.page_pool import PagePool, PoolFull
+from stylefast.runtime.host_pages import HostPages
+from stylefast.runtime.page_layout import FP8, PageLayout
+from stylefast.runtime.page_pool import PagePool, PoolFull, PoolStats
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import StyleBank
 
@@ -27,17 +29,19 @@ PageKey = tuple[StyleBank, int, int, int]
 class BankPages:
     """Slots for pages of one latent size.
 
-    `pages` is what the UNet reads; its tensors stay where they are. `slots` pages fit.
+    `pages` is what the UNet reads; its tensors stay where they are. `slots` pages fit, and `host_blocks` pages of the
+    model's own type in the tier between file and device; 0: pages come straight from the bank's tensors.
     """
 
-    def __init__(self, unet: UNet, latent_size: tuple[int, int], slots: int):
-        self._unet, self.latent_size = unet, latent_size
-        self.layout = PageLayout(unet, latent_size, unet.dtype)
-        self.slots, self._pool = slots, PagePool(slots)
+    def __init__(self, unet: UNet, latent_size: tuple[int, int], slots: int, host_blocks: int = 0):
+        self._unet, self.latent_size, self.slots = unet, latent_size, slots
+        self.layout, self._pool = PageLayout(unet, latent_size, unet.dtype), PagePool(slots)
+        self._layouts = {("kv", unet.dtype): self.layout}
         self._blocks = torch.zeros(slots, self.layout.nbytes, dtype=torch.uint8, device=unet.device)
-        self._stats = [self.layout.stats_view(self._blocks, i) for i in range(len(unet.layout.layers))]
-        self._norms = [self.layout.norm_view(self._blocks, i) for i in range(len(self.layout.norm_elements))]
-        self._kv = [self.layout.kv_view(self._blocks, i) for i in range(len(unet.layout.layers))]
+        layers, norms = range(len(unet.layout.layers)), range(len(self.layout.norm_elements))
+        self._kv = [self.layout.view(self._blocks, "values", i) for i in layers]
+        self._stats = [self.layout.view(self._blocks, "stats", i) for i in layers]
+        self._norms = [self.layout.view(self._blocks, "norm", i) for i in norms]
         self.pages = StylePages(
             layers=tuple((kv[:, 0], kv[:, 1]) for kv in self._kv),
             # [blocks, 3, heads, d] -> [3, blocks, heads, d]
@@ -48,15 +52,25 @@ class BankPages:
             norm_elements=self.layout.norm_elements,
         )
         self._attentions = [unet.get_submodule(layer.name).attn1 for layer in unet.layout.layers]
-        self._stream = torch.cuda.Stream(unet.device) if unet.device.type == "cuda" else None
+        on_gpu = unet.device.type == "cuda"
+        self._stream = torch.cuda.Stream(unet.device) if on_gpu else None
+        self._stage = torch.zeros(0, dtype=torch.uint8, device=unet.device)
+        self._host = HostPages(host_blocks, self.layout.nbytes, pinned=on_gpu) if host_blocks else None
+        # pins to be returned when the device has passed an event: pages read by a step, blocks read by a copy
         self._leaving: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
+        self._copying: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return self._blocks.numel()
 
-    def stats(self) -> dict[str, int]:
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the tier in pinned host memory."""
+        return 0 if self._host is None else self._host.nbytes
+
+    def stats(self) -> PoolStats:
         """What the pool holds: slots, resident, pinned pages, hits, misses, evictions."""
         self._reap()
         return self._pool.stats()
@@ -77,17 +91,31 @@ class BankPages:
                 f"{self.latent_size[1]}x{self.latent_size[0]} latents and {self.slots} fit ({error}); raise "
                 "bank_memory, or ask for fewer styles at once"
             ) from None
-        self._bring(keys, claim)
+        try:
+            self._bring(keys, claim)
+        except BaseException:
+            self._pool.release(numbers)
+            raise
         if not self._pool.wait(claim.slots):
             self._pool.release(numbers)
             raise OutOfMemory("a page that another thread was loading could not be loaded; try again")
         return claim.slots
 
-    def prefetch(self, keys: Sequence[PageKey]) -> None:
-        """Start to bring pages that will be held soon, as far as there is room that nobody uses."""
-        if keys and self._stream is not None:
+    def prefetch(self, keys: Sequence[PageKey], later: Sequence[PageKey] = ()) -> None:
+        """Start to bring pages that will be held soon, as far as there is room that nobody uses.
+
+        `keys` are those of the next step, `later` of the one after it, which come into pinned memory only. Without a
+        tier in host memory and a device to overlap with, there is nothing to gain and nothing is done.
+        """
+        if self._stream is not None and keys:
             self._reap()
             self._bring(keys, self._pool.prefetch(_numbers(keys)))
+        if self._host is not None:
+            for layout in {id(self._layout_of(bank)): self._layout_of(bank) for bank, *_ in later}.values():
+                fitting = [key for key in later if self._layout_of(key[0]) is layout and self._staged(layout)]
+                if fitting:
+                    places = [_place(key) for key in fitting]
+                    self._host.stage(_numbers(fitting), [bank for bank, *_ in fitting], places, layout)
 
     def release(self, keys: Sequence[PageKey]) -> None:
         """Unpin pages once the step that reads them was launched; on a GPU they stay until it has run."""
@@ -96,19 +124,24 @@ class BankPages:
         if self._stream is None:
             self._pool.release(_numbers(keys))
             return
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._unet.device))
-        self._leaving.append((event, _numbers(keys)))
+        self._leaving.append((_event(torch.cuda.current_stream(self._unet.device)), _numbers(keys)))
         self._reap()
 
     def drop(self, bank: StyleBank) -> None:
         """Forget the pages of a bank; those in use go when they are released."""
         self._pool.drop(bank.id)
+        if self._host is not None:
+            self._host.drop(bank.id)
 
     def clear(self) -> None:
         """Forget all pages that nobody uses."""
         self._reap()
         self._pool.clear()
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
+        if self._host is not None:
+            self._host.close()
 
     def _acquire(self, numbers: np.ndarray):
         self._reap()
@@ -125,58 +158,94 @@ class BankPages:
         """Unpin what the device has finished reading."""
         while self._leaving and self._leaving[0][0].query():
             self._pool.release(self._leaving.popleft()[1])
+        while self._copying and self._copying[0][0].query():
+            self._host.release(self._copying.popleft()[1])
 
     @torch.inference_mode()
     def _bring(self, keys: Sequence[PageKey], claim) -> None:
         """Fill the slots that were claimed, and make the present stream wait for them."""
-        claimed = [i for i in range(len(keys)) if claim.claimed[i]]
+        claimed = [int(i) for i in np.flatnonzero(claim.claimed)]
         pending = [int(claim.slots[i]) for i in claimed]
         try:
-            if self._stream is None:
-                for i, slot in zip(claimed, list(pending)):
-                    self._copy(keys[i], slot)
-                    self._pool.filled(np.array([slot]))
-                    pending.remove(slot)
-                return
             for i, slot in zip(claimed, list(pending)):
-                with torch.cuda.stream(self._stream):
-                    self._copy(keys[i], slot)
+                self._fetch(keys[i], slot)
                 self._pool.filled(np.array([slot]))
                 pending.remove(slot)
-            torch.cuda.current_stream(self._unet.device).wait_stream(self._stream)
         except BaseException:
             if pending:
                 self._pool.failed(np.array(pending))
             raise
+        if claimed and self._stream is not None:
+            torch.cuda.current_stream(self._unet.device).wait_stream(self._stream)
 
-    def _copy(self, key: PageKey, slot: int) -> None:
-        bank, step, branch, number = key
-        place = (step, bank.info.branches.index(BRANCHES[branch]), number)
-        stored = set(bank.info.layers)
-        for layer in self.layout.order:
-            if layer not in stored:
-                continue
-            self._kv[layer][slot].copy_(self._keys_and_values(bank, layer, place), non_blocking=True)
-            for i, name in enumerate(("mean", "variance")):
-                self._stats[layer][slot, i].copy_(bank.tensors[f"{name}.{layer}"][place], non_blocking=True)
+    def _fetch(self, key: PageKey, slot: int) -> None:
+        """Bring one page into a slot, through pinned memory where there is some."""
+        bank, number = key[0], _numbers([key])[0]
+        layout = self._layout_of(bank)
+        block = None
+        if self._host is not None and self._staged(layout):
+            block = self._host.hold(number, bank, _place(key), layout)
+        with torch.cuda.stream(self._stream):
+            target = self._blocks[slot] if layout is self.layout else self._staging(layout)
+            if block is not None:
+                target.copy_(block, non_blocking=True)
+            else:
+                for source, part in zip(*layout.copies(bank, _place(key), target)):
+                    part.copy_(source, non_blocking=True)
+            if layout is not self.layout:
+                self._unpack(bank, layout, target, slot)
+        if block is None:
+            return
+        if self._stream is None:
+            self._host.release(number)
+        else:
+            self._copying.append((_event(self._stream), number))
+
+    def _unpack(self, bank: StyleBank, layout: PageLayout, block: torch.Tensor, slot: int) -> None:
+        """From a block of another layout on the device to a slot of the model's own."""
+        one = block[None]
+        for i in (i for i in layout.order if i in bank.info.layers):
+            values = layout.view(one, "values", i)[0]
+            if layout.dtype == FP8:
+                scale = layout.view(one, "scale", i)[0]
+                # keys and values [2, tokens, heads, d] by [2, heads, d]; hidden states [tokens, channels] by [channels]
+                values = values.float() * (scale if layout.store == "hidden" else scale[:, None])
+            if layout.store == "hidden":
+                k, v = self._attentions[i].key_values(values.to(self._unet.dtype)[None])
+                self._kv[i][slot, 0], self._kv[i][slot, 1] = k[0], v[0]
+            else:
+                self._kv[i][slot].copy_(values)
+            self._stats[i][slot].copy_(layout.view(one, "stats", i)[0])
         for i, norm in enumerate(self._norms):
-            norm[slot, 0].copy_(bank.tensors[f"norm_mean.{i}"][place], non_blocking=True)
-            norm[slot, 1].copy_(bank.tensors[f"norm_variance.{i}"][place], non_blocking=True)
+            norm[slot].copy_(layout.view(one, "norm", i)[0])
 
-    def _keys_and_values(self, bank: StyleBank, layer: int, place: tuple[int, int, int]) -> torch.Tensor:
-        """[2, tokens, heads, d] in any type, on the device where it must be computed."""
-        hidden = bank.info.store == "hidden"
-        values = bank.tensors[f"{'hidden' if hidden else 'kv'}.{layer}"][place]
-        if f"scale.{layer}" in bank.tensors:
-            scale = bank.tensors[f"scale.{layer}"][place].to(self._unet.device, non_blocking=True)
-            values = values.to(self._unet.device, non_blocking=True).float()
-            # kv: [2, tokens, heads, d] by [2, heads, d]; hidden: [tokens, channels] by [channels]
-            values = values * (scale if hidden else scale[:, None])
-        if not hidden:
-            return values
-        attention = self._attentions[layer]
-        k, v = attention.key_values(values.to(self._unet.device, self._unet.dtype, non_blocking=True)[None])
-        return torch.stack([k[0], v[0]])
+    def _staging(self, layout: PageLayout) -> torch.Tensor:
+        """A block of a layout on the device, for one page at a time."""
+        if self._stage.numel() < layout.nbytes:
+            self._stage = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self._unet.device)
+        return self._stage[: layout.nbytes]
+
+    def _layout_of(self, bank: StyleBank) -> PageLayout:
+        kind = (bank.info.store, getattr(torch, bank.info.dtype))
+        if kind not in self._layouts:
+            self._layouts[kind] = PageLayout(self._unet, self.latent_size, kind[1], kind[0])
+        return self._layouts[kind]
+
+    def _staged(self, layout: PageLayout) -> bool:
+        """Whether pages of a layout fit into the blocks of the host tier; wider ones than the model's own don't."""
+        return layout.nbytes <= self.layout.nbytes
+
+
+def _event(stream) -> "torch.cuda.Event":
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
+def _place(key: PageKey) -> tuple[int, int, int]:
+    """Where a page stands in its bank's tensors: (step, branch, reference)."""
+    bank, step, branch, number = key
+    return step, bank.info.branches.index(BRANCHES[branch]), number
 
 
 def _numbers(keys: Sequence[PageKey]) -> np.ndarray:

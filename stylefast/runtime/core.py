@@ -86,9 +86,7 @@ class Runtime:
         return room if self.max_rows is None else min(room, self.max_rows)
 
     @torch.inference_mode()
-    def advance(
-        self, groups: Sequence[Group], features: RowFeatures | None = None
-    ) -> dict[Group, StyleFastError]:
+    def advance(self, groups: Sequence[Group], features: RowFeatures | None = None) -> dict[Group, StyleFastError]:
         """One step of groups of one size; returns those that failed and why. `features` takes what the rows offer.
 
         Where memory runs out the batch is halved and tried again, down to single groups: only a group that does not
@@ -128,11 +126,14 @@ class Runtime:
         return not_finite([i for i in outputs if i is not None])
 
     def prefetch(self, groups: Sequence[Group]) -> None:
-        """Start to bring the bank pages of the next step of `groups`."""
+        """Start to bring the bank pages of the next steps of `groups`."""
+        if self.unet.device.type == "cpu":
+            return  # pages are copied when they are held: there is nothing to overlap with
         for group in groups:
             pages = self.bank_pages.get(group.latent_shape[1:])
             if pages is not None and not group.finished:
-                pages.prefetch(bank_keys(group))
+                later = group.step + 1
+                pages.prefetch(bank_keys(group), bank_keys(group, later) if later < group.steps else ())
 
     def _run(self, groups: Sequence[Group], features: RowFeatures | None) -> None:
         latent_shape = groups[0].latent_shape
@@ -200,7 +201,7 @@ class Runtime:
         for size, pool in list(self.bank_pages.items()):
             busy = any(shape[1:] == size and slots.used for shape, slots in self.latents.items())
             if size != but and not busy:
-                pool.clear()
+                pool.close()
                 del self.bank_pages[size]
 
     def table_bytes(self) -> int:

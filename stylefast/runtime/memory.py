@@ -21,6 +21,7 @@ _LIVE_MAPS = 40
 # of what is free, for bank pages, where no limit is given
 _BANK_SHARE = {"cpu": 0.2, "cuda": 0.4}
 _MOST_SLOTS = 512
+_HOST_SHARE = 0.25
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -90,6 +91,15 @@ class MemoryBudget:
                 f"and {max(room, 0) / 2**20:.1f} MiB are left for them; raise bank_memory or memory_limit"
             )
         return int(slots)
+
+
+    def host_blocks(self, unet: UNet, latent_size: tuple[int, int], others: int = 0) -> int:
+        """Pages that the pinned tier of a size may hold; `others`: bytes of the tiers of other sizes."""
+        if unet.device.type != "cuda":
+            return 0
+        free = available_memory("cpu")
+        room = self.host if self.host is not None else int(_HOST_SHARE * free) if free is not None else 2**32
+        return max(0, int((room - others) // PageLayout(unet, latent_size, unet.dtype).nbytes))
 
 
 def row_bytes(unet: UNet, latent_size: tuple[int, int]) -> int:

@@ -267,7 +267,8 @@ def test_a_program_that_ends_with_jobs_on_their_way_ends_well():
             pass
         print("left")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=WAIT)
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT)
     assert (done.returncode, done.stdout.strip()) == (0, "left"), done.stderr
 
 

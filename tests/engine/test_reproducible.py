@@ -26,7 +26,7 @@ def bucketed(pipe, adapter_files):
 
 @pytest.fixture(scope="module")
 def banks(bucketed):
-    return [bucketed.bake(sf.StyleAligned(pictures), steps=3, size=(48, 32)) for pictures in (PICTURE, [PICTURE, OTHER])]
+    return [bucketed.bake(sf.StyleAligned(one), steps=3, size=(48, 32)) for one in (PICTURE, [PICTURE, OTHER])]
 
 
 def neighbours(kind, banks) -> list[sf.Request]:
@@ -127,7 +127,7 @@ def test_joining_at_any_step_changes_no_bit_within_a_bucket(bucketed, banks, mon
         jobs, calls = [], watch.calls
         watch.at[calls + at] = lambda jobs=jobs: jobs.append(submit(bucketed, style=style, seed=3))
         hosts = watch.together(*(
-            lambda p=p: submit(bucketed, p, steps=9, seed=at, scheduler="ddim") for p in ("a dog", "neon", "oil")
+            lambda p=p, at=at: submit(bucketed, p, steps=9, seed=at, scheduler="ddim") for p in ("a dog", "neon", "oil")
         ))  # fmt: skip
         for host in hosts:
             host.result(WAIT)

@@ -13,8 +13,8 @@ WAIT = 60  # seconds, for what takes one; a test that hangs should fail
 class Watch:
     """Stands before `engine.unet.forward`.
 
-    `rows` and `sizes` of every call, (h, w) of the latents; `at[n]` is called in call n, counted from 0; `before(latents)`
-    in every call. `idle`: predictions are zeros and cost nothing.
+    `rows` and `sizes` of every call, (h, w) of the latents; `at[n]` is called in call n, counted from 0, and
+    `before(latents)` in every call. `idle`: predictions are zeros and cost nothing.
     """
 
     def __init__(self, engine, monkeypatch, idle=False):

@@ -89,7 +89,8 @@ def test_rows_that_nobody_uses_are_plain_and_nobody_reads_them(group_of, table_o
     for name in ("self_page", "adain_page", "norm_page"):
         assert (getattr(columns.table, name)[4:] == NO_PAGE).all()
     assert columns.slot[2:].tolist() == [0] * 6 and (columns.row_picture[4:] >= 2).all()
-    assert (columns.branch_rows[2:] == -1).all() and not columns.update[2:].any() and not columns.branch_weights[2:].any()
+    assert (columns.branch_rows[2:] == -1).all()
+    assert not columns.update[2:].any() and not columns.branch_weights[2:].any()
     assert columns.branch_rows.max() == 3
 
 
@@ -121,8 +122,9 @@ def test_pages_of_banks_stand_behind_all_rows_idle_ones_included(group_of, table
 
 def test_two_batches_that_take_turns_in_one_table_do_not_mix(group_of, table_of):
     table = table_of(4, 2)
-    noisy = [group_of(Request("a cat", steps=4, scheduler="euler_ancestral")), group_of(Request("a dog", steps=4), slot=2)]
-    calm = [group_of(Request("neon", steps=4, guidance_rescale=0.5), slot=3), group_of(Request("oil", steps=4), slot=4)]
+    ancestral = {"steps": 4, "scheduler": "euler_ancestral"}
+    noisy = [group_of(Request(p, **ancestral), slot=1 + i) for i, p in enumerate(("a cat", "a dog"))]
+    calm = [group_of(Request(p, steps=4, guidance_rescale=0.5), slot=3 + i) for i, p in enumerate(("neon", "oil"))]
     for _ in range(3):
         for batch in (noisy, calm):
             actual, expected = fill(table, *batch), fill(table_of(4, 2), *batch)

@@ -1,0 +1,138 @@
+"""Pages of banks on their way to the device: through host blocks or straight, from every kind of storage."""
+
+import numpy as np
+import pytest
+import torch
+
+import stylefast as sf
+from stylefast.errors import OutOfMemory
+from stylefast.models.unet import UNet
+from stylefast.runtime.bank_pages import BankPages
+from stylefast.runtime.page_layout import PageLayout
+from tests.engine.scene import sharp_pipeline
+
+SETTINGS = {"steps": 4, "size": (48, 32)}
+LATENTS = (8, 12)
+KINDS = [("kv", "fp32"), ("kv", "fp16"), ("kv", "fp8"), ("hidden", "fp32"), ("hidden", "fp8")]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return sf.Engine.from_pipeline(sharp_pipeline())
+
+
+@pytest.fixture(scope="module")
+def banks(engine):
+    style = sf.StyleAligned(prompt="a dog", seed=4)
+    return {kind: engine.bake(style, **SETTINGS, store=kind[0], dtype=kind[1]) for kind in KINDS}
+
+
+def content(pages: BankPages, slot: int) -> list[torch.Tensor]:
+    parts = [x[slot] for pair in pages.pages.layers for x in pair]
+    parts += [x[:, slot] for x in (*pages.pages.means, *pages.pages.variances)]
+    return parts + [x[slot] for x in (*pages.pages.norm_means, *pages.pages.norm_variances)]
+
+
+def keys(bank, step):
+    return [(bank, step, 0, 0), (bank, step, 3, 0)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " in ".join(kind))
+def test_host_blocks_bring_the_same_pages_as_the_tensors_themselves(engine, banks, kind):
+    straight, staged = BankPages(engine.unet, LATENTS, 4), BankPages(engine.unet, LATENTS, 4, host_blocks=4)
+    for step in range(SETTINGS["steps"]):
+        wanted = keys(banks[kind], step)
+        if step + 1 < SETTINGS["steps"]:
+            staged.prefetch((), keys(banks[kind], step + 1))
+        slots, others = straight.hold(wanted), staged.hold(wanted)
+        for slot, other in zip(slots, others):
+            for a, b in zip(content(straight, slot), content(staged, other), strict=True):
+                assert torch.equal(a, b)
+        straight.release(wanted)
+        staged.release(wanted)
+    assert staged.stats().pinned == 0 and staged._host.stats().pinned == 0
+    staged.close()
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(KINDS[1], 1e-3), (KINDS[2], 0.07), (KINDS[3], 1e-5), (KINDS[4], 0.1)],
+                         ids=lambda x: " in ".join(x) if isinstance(x, tuple) else "")  # fmt: skip
+def test_every_kind_of_storage_becomes_the_models_own(engine, banks, kind, tolerance):
+    pages = BankPages(engine.unet, LATENTS, 8)
+    plain, other = (pages.hold(keys(banks[k], 2)) for k in (KINDS[0], kind))
+    for a, b in zip(plain, other):
+        for x, y in zip(content(pages, a), content(pages, b), strict=True):
+            assert (x - y).abs().max() <= tolerance * x.abs().max()
+
+
+def test_pages_stay_until_room_is_wanted(engine, banks):
+    bank = banks[KINDS[0]]
+    pages = BankPages(engine.unet, LATENTS, 4)
+    for step in (0, 1, 0, 1):
+        pages.release(keys(bank, step)) if pages.hold(keys(bank, step)) is not None else None
+    stats = pages.stats()
+    assert (stats.hits, stats.misses, stats.evictions, stats.resident) == (4, 4, 0, 4)
+    pages.hold(keys(bank, 2))
+    assert pages.stats().evictions == 2
+    pages.release(keys(bank, 2))
+    pages.drop(bank)
+    assert pages.stats().resident == 0
+
+
+def test_a_page_that_two_rows_want_is_brought_once(engine, banks):
+    pages = BankPages(engine.unet, LATENTS, 2)
+    wanted = keys(banks[KINDS[0]], 0) * 3
+    slots = pages.hold(wanted)
+    assert len(set(slots.tolist())) == 2 and pages.stats().misses == 2
+    pages.release(wanted)
+    assert pages.stats().pinned == 0
+
+
+def test_more_pages_than_slots_are_refused_and_nothing_stays_pinned(engine, banks):
+    pages = BankPages(engine.unet, LATENTS, 3)
+    bank = banks[KINDS[0]]
+    with pytest.raises(OutOfMemory, match="4 pages.*12x8.*3 fit.*bank_memory"):
+        pages.hold(keys(bank, 0) + keys(bank, 1))
+    assert pages.stats().pinned == 0
+    assert len(pages.hold(keys(bank, 0))) == 2
+
+
+def test_a_bank_that_can_not_be_read_leaves_the_pool_as_it_was(engine, banks):
+    bank = banks[KINDS[0]]
+    pages = BankPages(engine.unet, LATENTS, 4)
+    with pytest.raises(IndexError):
+        pages.hold([(bank, 0, 0, 0), (bank, 99, 0, 0)])
+    assert pages.stats().pinned == 0 and pages.stats().loading == 0
+    pages.release(keys(bank, 0)) if pages.hold(keys(bank, 0)) is not None else None
+    assert pages.stats().resident >= 2
+
+
+def test_keys_lie_with_the_token_stride_of_the_batch(engine):
+    pages = BankPages(engine.unet, LATENTS, 2)
+    for layer, (k, v) in zip(engine.unet.layout.layers, pages.pages.layers):
+        for x in (k, v):
+            assert x.stride(1) == layer.channels and x.stride(3) == 1
+            assert x.data_ptr() % 64 == 0 and x.stride(0) * x.element_size() % 64 == 0
+
+
+def test_a_layout_places_its_tensors_apart(engine):
+    layout = PageLayout(engine.unet, LATENTS, torch.float16)
+    block = torch.zeros(1, layout.nbytes, dtype=torch.uint8)
+    count = 0
+    norms = range(len(layout.norm_elements))
+    for what, indices in (("values", layout.order), ("stats", layout.order), ("norm", norms)):
+        for i in indices:
+            view = layout.view(block, what, i)
+            assert not view.any(), "tensors of a block overlap"
+            view.fill_(1)
+            count += view.nbytes
+    assert count <= layout.nbytes < count + 64 * (2 * len(layout.order) + len(layout.norm_elements))
+
+
+def test_pages_of_a_model_in_half_precision(engine, banks):
+    pipe = sharp_pipeline()
+    unet = UNet.from_state(dict(pipe.unet.config), {k: v.bfloat16() for k, v in pipe.unet.state_dict().items()})
+    pages = BankPages(unet, LATENTS, 2)
+    slots = pages.hold(keys(banks[KINDS[0]], 1))
+    k = banks[KINDS[0]].tensors["kv.0"][1, 0, 0, 0]
+    assert torch.equal(pages.pages.layers[0][0][slots[0]], k.bfloat16())
+    assert np.unique(slots).size == 2
