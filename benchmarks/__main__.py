@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 BENCHMARKS = {
+    "banks": "benchmarks.banks",
     "gpu": "benchmarks.gpu",
     "kernels": "benchmarks.kernels.command",
     "runtime": "benchmarks.runtime.command",

@@ -99,7 +99,7 @@ def test_every_style_comes_back_field_by_field(picture, learned, name):
 
 
 def test_every_setting_of_a_request_comes_back():
-    request = Request("a cat", "a dog", None, 7, 2.5, (64, 128), 2**40, "dpmpp_2m_karras", 0.25)
+    request = Request("a cat", "a dog", None, 7, 2.5, (64, 128), 2**40, "dpmpp_2m_karras", 0.25, (0.2, 0.8), "trailing")
     (found,) = again([request])
     for f in fields(Request):
         assert getattr(found, f.name) == getattr(request, f.name), f.name

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # of the memory that is free, what packed copies may take
 _SHARE = 0.5
 # picture sizes for which a convolution keeps packed weights
-_MOST_COPIES = 2
+_MOST_COPIES = 4
 # rows of a matrix product below which the packed one is not worth its call
 _FEW_ROWS = 16
 
