@@ -31,8 +31,8 @@ from benchmarks.runtime.scene import PROMPTS, REFERENCE, REFERENCE_SEED
 from stylefast.models.layout import STYLE_MODULE, AttentionLayout
 from stylefast.models.packed import pack
 from stylefast.models.unet import UNet
-from stylefast.runtime.bank_pages import BankPages
 from stylefast.runtime.baking import DTYPES
+from stylefast.runtime.bank_pages import BankPages
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import BankWriter, LayerFeatures, ReferenceFeatures
 from stylefast.styles.bank_info import FORMAT, BankInfo
@@ -277,8 +277,8 @@ def measure(quick: bool, rounds: int) -> dict[str, Any]:
 def modes_table(content: Mapping) -> str:
     """Every kind of storage as a Markdown table, for docs/banks.md."""
     lines = [
-        "| store, type | bank, bytes | one step, bytes | pages of a step on this CPU | added work a step | latents off by "
-        "| bytes of pictures off by: max, mean |",
+        "| store, type | bank, bytes | one step, bytes | its pages, on this CPU | added work a step | latents off by "
+        "| pictures off by: max, mean of 255 |",
         "|---|---|---|---|---|---|---|",
     ]
     for mode in content["modes"]:

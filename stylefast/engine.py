@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import stylefast
-from stylefast.errors import AdapterError, InvalidRequest, NumericsError, OutOfMemory, StyleFastError
+from stylefast.errors import AdapterError, InvalidRequest, OutOfMemory, StyleFastError
 from stylefast.models import vae as vaes
 from stylefast.models.checkpoint import Components, from_pipeline, load_components, load_image_encoder
 from stylefast.models.image_encoder import ImageEncoder
@@ -24,33 +24,21 @@ from stylefast.runtime.accounting import check_limit, held_bytes, memory_report
 from stylefast.runtime.baking import BakeCallback, bake, bake_request
 from stylefast.runtime.batching import BatchLoop
 from stylefast.runtime.conditions import ConditionStore
-from stylefast.runtime.core import Runtime, not_finite
+from stylefast.runtime.core import Runtime
 from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Job
 from stylefast.runtime.loop import StepCallback, denoise
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory, parse_bytes
+from stylefast.runtime.options import as_list, buckets_of, check_backend, count_of, device_of, dtype_of
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
+from stylefast.runtime.results import Result, joined
 from stylefast.runtime.step import TorchBackend
 from stylefast.styles.bank import StyleBank
 
 __all__ = ["Engine", "Request", "Result"]
 
-BACKENDS = ("auto", "torch")
 OUTPUTS = ("pil", "np", "latents")
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What `Engine.generate` gives back, in the order of the prompts.
-
-    `images`: PIL images, or for output="np" float arrays [height, width, 3] in 0..1, or for "latents" nothing.
-    `latents`: per picture [channels, h, w] fp32, before the VAE. `metadata`: per picture, enough to make it again.
-    """
-
-    images: list
-    latents: list[torch.Tensor]
-    metadata: list[dict] = field(repr=False)
 
 
 class Engine:
@@ -85,14 +73,15 @@ class Engine:
             revision=lambda: self.loras.fingerprint,
         )  # fmt: skip
         self.budget = MemoryBudget(parse_bytes("memory_limit", memory_limit), parse_bytes("bank_memory", bank_memory))
-        self.runtime = Runtime(self.unet, store, self._backend(backend), self.budget, _buckets(batch_buckets))
+        self.runtime = Runtime(self.unet, store, self._backend(backend), self.budget, buckets_of(batch_buckets))
         self._preparer = Preparer(
             self.runtime, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
         )
         self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, preview)
         self._loop = BatchLoop(
-            self.runtime, self._preparer, self._finish, self.decoder.previews, max_batch_rows, max_pending
-        )
+            self.runtime, self._preparer, self._finish, self.decoder.previews,
+            count_of("max_batch_rows", max_batch_rows), count_of("max_pending", max_pending),
+        )  # fmt: skip
         self.budget.watch(lambda: held_bytes(self))
         if self.budget.limit is not None:
             check_limit(self)
@@ -142,14 +131,14 @@ class Engine:
 
         Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest.
         """
-        _check_backend(backend)
-        place, kind = _device(device), _dtype(dtype, device)
+        check_backend(backend)
+        place, kind = device_of(device), dtype_of(dtype)
         components = load_components(source, dtype=kind, device=place, vae=vae, **options)
         engine = cls(
             components, backend=backend, memory_limit=memory_limit, bank_memory=bank_memory,
             batch_buckets=batch_buckets, max_batch_rows=max_batch_rows, max_pending=max_pending, preview=preview,
         )  # fmt: skip
-        files = _as_list(components.adapter_path if adapter == "auto" else adapter)
+        files = as_list(components.adapter_path if adapter == "auto" else adapter)
         for file in files:
             engine.load_adapter(file, image_encoder)
         return engine
@@ -162,9 +151,13 @@ class Engine:
         """
         return cls(from_pipeline(pipeline), **options)
 
-    def _backend(self, name: str) -> TorchBackend:
-        _check_backend(name)
-        return TorchBackend(self.unet)
+    def _backend(self, name: str):
+        check_backend(name)
+        if name != "compile":
+            return TorchBackend(self.unet)
+        from stylefast.runtime.compiled import CompileBackend
+
+        return CompileBackend(self.unet)
 
     def load_adapter(self, file: str | Path, image_encoder: str | Path | None = None, name: str | None = None) -> str:
         """Load an IP-Adapter and return the name by which `InstantStyle(adapter=...)` finds it (the file's stem).
@@ -180,6 +173,10 @@ class Engine:
         adapter.check_encoder(encoder)
         name = name or Path(file).stem
         self.adapters[name] = (adapter, encoder)
+        if self.runtime.buckets:
+            # shapes must repeat, so a batch has room for pictures before the first one comes
+            with self.runtime.lock:
+                self.runtime.conditions.make_image_pages(len(adapter.negative_tokens(encoder)))
         return name
 
     def _image_encoder(self, source) -> ImageEncoder:
@@ -265,8 +262,8 @@ class Engine:
             latents = self._sample(requests, callback)
             with self.runtime.lock:
                 return self._result(latents, metadata, output)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
                 raise
             raise OutOfMemory(
                 f"{len(requests)} pictures don't fit into memory; ask for fewer or smaller ones at once, or load the "
@@ -291,7 +288,7 @@ class Engine:
         and its kin for what can be seen to be wrong before anything runs, QueueFull where more jobs wait than
         `max_pending`, and EngineClosed.
         """
-        requests = [request] if isinstance(request, Request) else list(request)
+        requests = as_list(request)
         if not requests or not all(isinstance(one, Request) for one in requests):
             raise InvalidRequest("submit takes a Request, or a list of them; wrap a prompt as sf.Request('a boat')")
         if output not in OUTPUTS:
@@ -378,7 +375,7 @@ class Engine:
                 for group in groups:
                     runtime.retire(group)
         if errors:
-            raise _joined(errors)
+            raise joined(errors)
         return [done[i] for i in range(len(requests))]
 
     def _result(self, latents: list[torch.Tensor], metadata: list[dict], output: str) -> Result:
@@ -412,47 +409,3 @@ class Engine:
             "call": record,
         }
         return [{**common, "index": i, "seed": request.seed} for i, request in enumerate(requests)]
-
-
-def _check_backend(name: str) -> None:
-    if name not in BACKENDS:
-        raise InvalidRequest(f"backend is {name!r}; there are {', '.join(BACKENDS)}")
-
-
-def _buckets(given: Sequence[int]) -> tuple[int, ...]:
-    buckets = tuple(given)
-    if any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in buckets) or list(buckets) != sorted(buckets):
-        raise InvalidRequest(f"batch_buckets is {given!r}; give ascending row counts such as (2, 4, 8, 16), or none")
-    return buckets
-
-
-def _joined(errors: Sequence[StyleFastError]) -> StyleFastError:
-    """One error for a call in which groups failed: the first, or one that names all pictures that are not finite."""
-    if all(isinstance(error, NumericsError) for error in errors):
-        return not_finite([picture for error in errors for picture in error.pictures])
-    return errors[0]
-
-
-def _as_list(value) -> list:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InvalidRequest(f"device {name!r} is unknown; use 'auto', 'cpu' or 'cuda'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest("device is 'cuda', but PyTorch finds no CUDA device; use 'cpu', or install a CUDA build")
-    return device
-
-
-def _dtype(name: str, device: str) -> torch.dtype | str:
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name == "auto":
-        return "auto"
-    if name not in kinds:
-        raise InvalidRequest(f"dtype is {name!r}; there are auto, {', '.join(kinds)}")
-    return kinds[name]

@@ -28,7 +28,7 @@ from stylefast.runtime.core import Runtime
 from stylefast.runtime.group import Group
 from stylefast.runtime.jobs import Job, Preview
 from stylefast.runtime.loop import results
-from stylefast.runtime.memory import is_out_of_memory
+from stylefast.runtime.memory import give_back, is_out_of_memory
 from stylefast.runtime.preparing import Preparer
 
 # pictures on their way at once; beyond it jobs wait, as their latents and prompts take memory too
@@ -113,6 +113,8 @@ class BatchLoop:
 
     def _run(self) -> None:
         while True:
+            if not (self._queue or self._jobs):
+                give_back()
             with self._changed:
                 if not (self._queue or self._jobs or self._closed):
                     self._changed.wait(_IDLE_SECONDS)

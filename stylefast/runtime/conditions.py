@@ -198,9 +198,14 @@ class ConditionStore:
                     conditions.held_images.append(pages[i])
         return pages[:-1], pages[-1]
 
-    def _add_image(self, key, adapter: IPAdapter, tokens: torch.Tensor) -> int:
+    @torch.inference_mode()
+    def make_image_pages(self, tokens: int) -> None:
+        """Make room for pictures of so many tokens, if there is none."""
         if self.images is None:
-            self.images = KeyValuePages(self.unet.layout, len(tokens), 0, self.unet.device, self.unet.dtype)
+            self.images = KeyValuePages(self.unet.layout, tokens, 0, self.unet.device, self.unet.dtype)
+
+    def _add_image(self, key, adapter: IPAdapter, tokens: torch.Tensor) -> int:
+        self.make_image_pages(len(tokens))
         return self.images.add([key], adapter.key_values(tokens[None]))[0]
 
     def _adapter(self, style: InstantStyle) -> tuple[IPAdapter, ImageEncoder]:

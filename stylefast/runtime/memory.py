@@ -4,8 +4,10 @@ A GPU's allocator can be asked forgiveness; a kernel's out-of-memory killer asks
 beforehand, and the limit that a user sets is divided up here.
 """
 
+import ctypes
 import os
 from collections.abc import Iterable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -129,6 +131,21 @@ def parse_bytes(what: str, value: int | str | None) -> int | None:
     if isinstance(value, bool) or not 0 < count < 2**60:
         raise InvalidRequest(f"{what} is {value!r}; give bytes as a number above 0, or as text: '8GB', '512MiB'")
     return int(count)
+
+
+def give_back() -> None:
+    """Return to the system what the C library keeps of freed memory, where it can be asked to."""
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _libc():
+    try:
+        return ctypes.CDLL(None)
+    except OSError:
+        return None
 
 
 def resident_bytes() -> int:

@@ -50,8 +50,10 @@ def run_step(
             latents, state.anchor[slot], state.history[slot], output, columns.branch_rows, columns.branch_weights,
             columns.rescale, columns.denoised, columns.update, columns.noise,
         )  # fmt: skip
+        finite = torch.isfinite(latents).flatten(1).all(1)
+        # all writes last: where memory runs out before, the step can be run again
         state.latents[slot], state.anchor[slot], state.history[slot] = latents, anchor, history
-        state.finite[slot] = torch.isfinite(latents).flatten(1).all(1)
+        state.finite[slot] = finite
 
 
 class TorchBackend:
