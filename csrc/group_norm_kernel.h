@@ -130,9 +130,10 @@ STYLEFAST_INLINE Moments pooled(const GroupNorm& a, std::int64_t row, std::int64
     const std::int64_t page = a.page ? a.page[row] : -1;
     if (page < 0) return own;
     const bool live = page < a.rows;
-    const std::int64_t other = (live ? page : page - a.rows) * a.groups + group;
-    const double other_mean = live ? a.mean[other] : static_cast<double>(a.pool_mean[other]);
-    const double other_variance = live ? a.variance[other] : static_cast<double>(a.pool_variance[other]);
+    const std::int64_t here = page * a.groups + group, entry = page - a.rows;
+    const double other_mean = live ? a.mean[here] : static_cast<double>(a.pool_mean[entry * a.pool_mean_page + group]);
+    const double other_variance =
+        live ? a.variance[here] : static_cast<double>(a.pool_variance[entry * a.pool_variance_page + group]);
     const double elements = static_cast<double>(a.channels / a.groups * a.positions);
     const double share = elements / (elements + (live ? elements : a.pool_elements));
     const double mean = share * own.mean + (1.0 - share) * other_mean;

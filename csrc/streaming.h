@@ -43,7 +43,8 @@ struct GroupNorm {
     Lines x, out;
     const char *weight, *bias;  // of x's type
     const std::int64_t* page;   // [rows] as in AdainAffine, null without
-    const float *pool_mean, *pool_variance;  // [pages, groups]
+    const float *pool_mean, *pool_variance;  // [pages, groups], groups side by side
+    std::int64_t pool_mean_page, pool_variance_page;
     double pool_elements;
     std::int64_t block, blocks;  // elements or positions in a block; blocks in a row
     double* block_mean;          // [rows, blocks, groups], as are the squared distances from it

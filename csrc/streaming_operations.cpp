@@ -260,11 +260,13 @@ void group_norm_silu(const std::string& set, const at::Tensor& x, std::int64_t g
     at::Tensor rows_pages, pool_means, pool_variances;
     if (pool_mean || pool_variance) {
         pages = need("pool_mean", pool_mean).size(0);
-        pool_means = contiguous("pool_mean", *pool_mean, at::ScalarType::Float, {pages, groups});
-        pool_variances = contiguous("pool_variance", need("pool_variance", pool_variance), at::ScalarType::Float,
-                                    {pages, groups});
-        a.pool_mean = pool_means.const_data_ptr<float>();
-        a.pool_variance = pool_variances.const_data_ptr<float>();
+        check_sizes("pool_mean", *pool_mean, {pages, groups});
+        check_sizes("pool_variance", need("pool_variance", pool_variance), {pages, groups});
+        // a bank's pages lie far apart, and copying all of them would cost more than the norm
+        pool_means = channels_side_by_side("pool_mean", *pool_mean, 2);
+        pool_variances = channels_side_by_side("pool_variance", *pool_variance, 2);
+        a.pool_mean = pool_means.const_data_ptr<float>(), a.pool_mean_page = pool_means.stride(0);
+        a.pool_variance = pool_variances.const_data_ptr<float>(), a.pool_variance_page = pool_variances.stride(0);
         a.pool_elements = static_cast<double>(pool_elements);
         if (pool_elements < 1) refuse("pool_elements is " + std::to_string(pool_elements) + ", but must be at least 1");
     }

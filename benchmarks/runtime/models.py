@@ -55,7 +55,7 @@ def random_model(
     return Model(name, engine, Published(pipeline), engine.native_size)
 
 
-def half_width_model(side: int = 48) -> Model:
+def half_width_model(side: int = 32) -> Model:
     """Half of SDXL's widths at its full depth, `side` x `side` latents, fp32 on the CPU: 0.65e9 parameters."""
     vae = vae_config((32, 32, 32, 32), 1)
     return random_model("half-width SDXL", half_width_config(side), (512, 512), vae, "cpu", torch.float32)

@@ -1,7 +1,7 @@
 """One style, some prompts, and one model that draws them cached, uncached, plain, or as published."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,11 +24,13 @@ class Scene:
     steps: int = 20
     guidance: float = 5.0
     pictures: bool = False  # decode to pictures, or compare latents
+    side: int | None = None  # of square pictures in pixels; None: the model's own size
     banks: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> Model:
-        return self.make()
+        model = self.make()
+        return model if self.side is None else replace(model, size=(self.side, self.side))
 
     def bank(self, prompt: str = REFERENCE, seed: int = REFERENCE_SEED, **options):
         """The bank of a style that is named by a prompt; baked once."""

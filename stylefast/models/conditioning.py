@@ -100,21 +100,32 @@ class Conditioning(NamedTuple):
     pages: StylePages | None
     masks: tuple[torch.Tensor, ...]  # per attention level [masks, tokens]
     features: RowFeatures | None = None
+    # for all layers at once, as so many small operations would cost as much as the attention of a small batch
+    modes: torch.Tensor | None = None  # [layers, rows], PLAIN where a layer is not active
+    adain_pages: torch.Tensor | None = None  # [layers, rows], NO_PAGE where a layer is not active
+
+    @classmethod
+    def of(cls, time, rows: RowTable, *others) -> "Conditioning":
+        """With modes and AdaIN pages of every layer worked out; `others` as the fields up to `features`."""
+        if rows.self_page.shape[1] == 0:
+            return cls(time, rows, *others)
+        active = rows.self_layers.T
+        modes = torch.where(active, rows.self_mode, PLAIN)
+        return cls(time, rows, *others, modes, torch.where(active, rows.adain_page, NO_PAGE))
 
     def self_attention(self, layer: int) -> SelfInputs:
         """What self-attention `layer` reads."""
         rows, pages, features = self.rows, self.pages, self.features
         keep = None if features is None else partial(features.keep_attention, layer)
-        if rows.self_page.shape[1] == 0:
+        if self.modes is None:
             return SelfInputs(rows.self_page, rows.self_mode, rows.self_scale, rows.self_shift, rows.adain_page,
                               rows.adain_strength, keep=keep)  # fmt: skip
-        active = rows.self_layers[:, layer]
         pool = {}
         if pages is not None:
             pool = {"pool": pages.layers[layer], "pool_stats": (pages.means[layer], pages.variances[layer])}
         return SelfInputs(
-            rows.self_page, torch.where(active, rows.self_mode, PLAIN), rows.self_scale, rows.self_shift,
-            torch.where(active, rows.adain_page, NO_PAGE), rows.adain_strength, keep=keep, **pool,
+            rows.self_page, self.modes[layer], rows.self_scale, rows.self_shift, self.adain_pages[layer],
+            rows.adain_strength, keep=keep, **pool,
         )  # fmt: skip
 
     def cross_attention(self, layer: int, module: int, level: int) -> CrossInputs:
@@ -131,7 +142,7 @@ class Conditioning(NamedTuple):
     def norm(self, index: int) -> NormInputs:
         """What group norm `index` reads."""
         pages, pool = self.pages, ()
-        if pages is not None:
+        if pages is not None and self.rows.norm_page.shape[0]:
             pool = (pages.norm_means[index], pages.norm_variances[index], pages.norm_elements[index])
         keep = None if self.features is None else partial(self.features.keep_norm, index)
         return NormInputs(self.rows.norm_page, pool, keep)

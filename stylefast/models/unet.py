@@ -333,7 +333,7 @@ class UNet(nn.Module):
         features: RowFeatures | None = None,  # takes what the rows offer as references
     ) -> torch.Tensor:
         """One denoising evaluation. Returns the model output [rows, 4, h, w]."""
-        condition = Conditioning(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks, features)
+        condition = Conditioning.of(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks, features)
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:

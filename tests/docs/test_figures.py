@@ -1,21 +1,81 @@
-"""The figures of the kernels in the documentation are those of the recorded run."""
+"""The figures in the documentation are those of the recorded runs, and what is counted is counted again."""
 
 import json
 import subprocess
 
 import pytest
 
+from benchmarks import banks
 from benchmarks.kernels.report import markdown
+
+
+def recorded(checkout, name: str) -> list[dict]:
+    """The results file `name` as it is and as it was committed."""
+    path = f"benchmarks/results/{name}"
+    texts = [(checkout / path).read_text()]
+    # a benchmark writes its file anew: then the documentation still shows the committed run
+    committed = subprocess.run(["git", "-C", str(checkout), "show", f"HEAD:{path}"], capture_output=True, text=True)
+    if committed.returncode == 0:
+        texts.append(committed.stdout)
+    return [json.loads(text) for text in texts]
 
 
 @pytest.mark.parametrize("device", ["cpu"])
 def test_the_table_of_a_device_is_that_of_its_results_file(checkout, device):
-    name = f"benchmarks/results/kernels-{device}.json"
-    recorded = [(checkout / name).read_text()]
-    # `make bench` writes the file anew: then the documentation still shows the committed run
-    committed = subprocess.run(["git", "-C", str(checkout), "show", f"HEAD:{name}"], capture_output=True, text=True)
-    if committed.returncode == 0:
-        recorded.append(committed.stdout)
     # otherwise: paste what `benchmarks.kernels.report.markdown` makes of the file into docs/kernels.md
     page = (checkout / "docs" / "kernels.md").read_text()
-    assert any(markdown(json.loads(text)["results"]) in page for text in recorded)
+    assert any(markdown(content["results"]) in page for content in recorded(checkout, f"kernels-{device}.json"))
+
+
+@pytest.mark.parametrize("table", [banks.modes_table, banks.layers_table], ids=["kinds of storage", "fewer layers"])
+def test_the_tables_of_banks_are_those_of_their_results_file(checkout, table):
+    # otherwise: paste what the function makes of the file into docs/banks.md
+    page = (checkout / "docs" / "banks.md").read_text()
+    assert any(table(content) in page for content in recorded(checkout, "banks-cpu.json"))
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    return banks.whole_config(banks.sdxl_config())
+
+
+def test_the_bytes_and_the_work_of_banks_are_those_that_are_counted_now(checkout, sdxl):
+    content = recorded(checkout, "banks-cpu.json")[0]
+    assert content["row_flop"] == banks.row_flop(sdxl)
+    counted = banks.counted_modes(sdxl, content["row_flop"])
+    kept = [{name: mode[name] for name in expected} for mode, expected in zip(content["modes"], counted, strict=True)]
+    assert kept == counted
+    assert content["layers"] == banks.counted_layers(sdxl)
+    assert not content["quick"] and content["steps"] == banks.STEPS and tuple(content["size"]) == banks.SIZE
+
+
+@pytest.fixture
+def banks_in_words(checkout) -> str:
+    """docs/banks.md with its lines joined."""
+    return " ".join((checkout / "docs" / "banks.md").read_text().split())
+
+
+def test_what_the_page_of_banks_says_of_work_is_what_is_counted(banks_in_words, sdxl):
+    row, shapes = banks.row_flop(sdxl), banks.BankShapes.from_config(sdxl, banks.SIZE)
+    assert f"one UNet row is {row / 1e12:.2f} TFLOP" in banks_in_words
+    added = {mode["store"]: mode["added_flop"] for mode in banks.counted_modes(sdxl, row)}
+    assert added["latents"] // added["hidden"] == 14
+    assert "the projections are a fourteenth of what the reference's rows would cost" in banks_in_words
+    # a page doubles what attention costs: the products with its keys and with its values
+    attention = sum(2 * 2 * layer.tokens**2 * layer.channels for layer in shapes.layers)
+    cached = 2 * (row + attention)
+    assert f"at least {cached / 790e9:.0f} ms a step ({cached / 1e12:.1f} TFLOP at 790 TFLOP/s" in banks_in_words
+    assert f"Running the reference again takes {2 * row / 790e9:.0f} ms at that rate" in banks_in_words
+
+
+def test_what_the_page_of_banks_says_of_bytes_is_what_is_counted_and_measured(checkout, banks_in_words, sdxl):
+    step = 2 * banks.page_bytes(sdxl, banks.SIZE)
+    layers = banks.BankShapes.from_config(sdxl, banks.SIZE).layers
+    values = sum(2 * 2 * layer.tokens * layer.channels for layer in layers)
+    assert f"which is {100 * (1 - 2 * values / step):.1f} % of an fp16 bank" in banks_in_words
+    checked = [
+        mode["fetch"]["check_seconds"] for content in recorded(checkout, "banks-cpu.json") for mode in content["modes"]
+        if (mode["store"], mode["type"]) == ("kv", "fp16")
+    ]  # fmt: skip
+    words = [f"({step / 1e6:.0f} MB, one step in fp16, took {seconds:.2f} s on the CPU above" for seconds in checked]
+    assert any(one in banks_in_words for one in words)
