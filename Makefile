@@ -1,6 +1,6 @@
 # make        environment and C++ extension      make test   lint and the tests
 # make demo   pictures in build/demo             make tiny   train the embedded model again
-# make bench  the CPU kernels against PyTorch    make gpu    GPU tests and benchmarks, on a machine that has one
+# make bench  kernels and engine on the CPU      make gpu    GPU tests and benchmarks, on a machine that has one
 PYTHON ?= python3
 VENV ?= .venv
 # for `make gpu`: a Python that holds torch and triton, used as it is
@@ -52,13 +52,15 @@ lint: venv
 tiny: venv
 	$(BIN)/python -m stylefast.training.tiny
 
-# writes benchmarks/results/kernels-cpu.json
+# writes benchmarks/results/kernels-cpu.json and runtime-cpu.json; takes half an hour, on a machine with nothing else to do
 bench: venv
 	$(BIN)/python -m benchmarks kernels --device cpu
+	$(BIN)/python -m benchmarks runtime --device cpu
 
-# at most nine minutes, no network, nothing installed; results also go to the folder $$OUT if that is set
+# at most nine minutes, no network, nothing installed; results also go to the folder $$OUT if that is set.
+# PARTS="tests", "kernels" or "runtime" gives all the time to one part
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu
+	$(GPU_PYTHON) -m benchmarks.gpu $(PARTS)
 
 # the environment stays: it is the costly part, and `rm -r .venv` is short
 clean:

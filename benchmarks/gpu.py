@@ -1,9 +1,11 @@
 """All that a GPU machine is asked for in one command of at most nine minutes: `make gpu`.
 
-Builds the C++ extension in place where there is a compiler, runs the tests marked `gpu`, then the kernel benchmarks.
-Nothing is installed and no network is used. A failing test does not keep the benchmarks from running. Results also go
+Builds the C++ extension in place where there is a compiler, runs the tests marked `gpu`, then the benchmarks of the
+kernels and of the engine, which share the time that is left. `make gpu PARTS=runtime` gives all of it to one of the
+parts tests, kernels and runtime; the engine's whole list wants a call of its own. Nothing is installed and no network
+is used; the engine's benchmarks need diffusers. A failing part does not keep the others from running. Results also go
 to the folder that the environment variable OUT names. Exit code: 1 if tests failed or could not run, plus 2 if the
-benchmarks did not finish.
+kernels' benchmarks did not finish, plus 4 if the engine's did not finish or missed a goal.
 """
 
 import contextlib
@@ -25,41 +27,53 @@ MINUTES = 9.0  # all of it
 BUILD_SECONDS, TEST_SECONDS = 150, 180
 BENCHMARK_MINUTES = 5.0
 SPARE_SECONDS = 30  # a case that has begun is finished: kept free of the benchmarks' budget
-TESTS_FAILED, BENCHMARKS_FAILED = 1, 2
+PARTS = ("tests", "kernels", "runtime")
+TESTS_FAILED, BENCHMARKS_FAILED, RUNTIME_FAILED = 1, 2, 4
 
 
-def main() -> int:
-    """Run every step; see the module."""
+def main(argv: Sequence[str] = ()) -> int:
+    """Run every part, or those named; see the module."""
     start = time.monotonic()
-    why = unusable()
+    parts = [part for part in PARTS if part in argv] or list(PARTS)
+    why = unusable() if set(argv) <= set(PARTS) else f"there are the parts {', '.join(PARTS)}, not {' '.join(argv)}"
     if why:
         print(f"error: {why}", file=sys.stderr)
-        return TESTS_FAILED + BENCHMARKS_FAILED
+        return TESTS_FAILED + BENCHMARKS_FAILED + RUNTIME_FAILED
     logs = Path(os.environ["OUT"]) if os.environ.get("OUT") else CHECKOUT / "build" / "gpu"
     logs.mkdir(parents=True, exist_ok=True)
 
     # beside the tests, which don't need it, and over before anything is timed
     build = threading.Thread(target=build_extension, args=(logs,))
     build.start()
+    codes: dict[str, int | None] = {}
     missing = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
-    if missing:
+    if "tests" in parts and missing:
         print(f"tests: NOT RUN, {' and '.join(missing)} missing in {sys.executable}; bring wheels", flush=True)
-        tests = None
-    else:
-        tests = run("tests", test_command(), TEST_SECONDS, logs)
+        codes["tests"] = None
+    elif "tests" in parts:
+        codes["tests"] = run("tests", test_command(), TEST_SECONDS, logs)
     build.join()
 
-    left = 60 * MINUTES - (time.monotonic() - start)
     began = time.time()
-    benchmarks = run("benchmarks", benchmark_command(left), left - 5, logs)
-    written = [path for path in sorted(RESULTS.glob("kernels-*.json")) if path.stat().st_mtime >= began - 1]
+    if "kernels" in parts:
+        left = 60 * MINUTES - (time.monotonic() - start)
+        left = left / 2 if "runtime" in parts else left
+        codes["kernels"] = run("kernels", benchmark_command("kernels", left), left - 5, logs)
+    if "runtime" in parts and find_spec("diffusers") is None:
+        print(f"runtime: NOT RUN, diffusers missing in {sys.executable}; bring its wheel", flush=True)
+        codes["runtime"] = None
+    elif "runtime" in parts:
+        left = 60 * MINUTES - (time.monotonic() - start)
+        codes["runtime"] = run("runtime", benchmark_command("runtime", left), left - 5, logs)
+    written = [path for path in sorted(RESULTS.glob("*-*.json")) if path.stat().st_mtime >= began - 1]
     for path in written:
         shutil.copy(path, logs)
 
-    code = (TESTS_FAILED if tests != 0 else 0) + (BENCHMARKS_FAILED if benchmarks != 0 else 0)
-    print(f"tests: {verdict(tests)}; benchmarks: {verdict(benchmarks)}; {time.monotonic() - start:.0f} s; "
+    failures = {"tests": TESTS_FAILED, "kernels": BENCHMARKS_FAILED, "runtime": RUNTIME_FAILED}
+    said = "; ".join(f"{part}: {verdict(code)}" for part, code in codes.items())
+    print(f"{said}; {time.monotonic() - start:.0f} s; "
           f"results: {', '.join(path.name for path in written) or 'none'}, logs in {logs}")  # fmt: skip
-    return code
+    return sum(failures[part] for part, code in codes.items() if code != 0)
 
 
 def unusable() -> str:
@@ -87,13 +101,15 @@ def build_extension(logs: Path) -> None:
 def test_command() -> list[str]:
     """The tests marked `gpu`; in several processes where pytest-xdist is there, as most of their time is compiling."""
     processes = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
-    return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *processes, "tests/kernels"]
+    folders = ["tests/kernels", *(["tests/runtime"] if find_spec("diffusers") else [])]
+    return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *processes, *folders]
 
 
-def benchmark_command(seconds_left: float) -> list[str]:
-    """The kernel benchmarks with the budget that is left."""
-    minutes = max(0.5, min(BENCHMARK_MINUTES, (seconds_left - SPARE_SECONDS) / 60))
-    return [sys.executable, "-m", "benchmarks", "kernels", "--device", "cuda", "--minutes", f"{minutes:.1f}"]
+def benchmark_command(name: str, seconds_left: float) -> list[str]:
+    """A benchmark with the budget that is left."""
+    most = BENCHMARK_MINUTES if name == "kernels" else MINUTES
+    minutes = max(0.5, min(most, (seconds_left - SPARE_SECONDS) / 60))
+    return [sys.executable, "-m", "benchmarks", name, "--device", "cuda", "--minutes", f"{minutes:.1f}"]
 
 
 def run(name: str, command: Sequence[str], seconds: float, logs: Path) -> int | None:
@@ -135,4 +151,4 @@ def verdict(code: int | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -54,6 +54,7 @@ class Engine:
         backend: str = "auto",
         memory_limit: int | str | None = None,
         bank_memory: int | str | None = None,
+        host_memory: int | str | None = None,
         batch_buckets: Sequence[int] = (),
         max_batch_rows: int | None = None,
         max_pending: int | None = None,
@@ -72,7 +73,8 @@ class Engine:
             self.unet, self.text_encoder, self.adapters, scheduler_config.get("num_train_timesteps", 1000),
             revision=lambda: self.loras.fingerprint,
         )  # fmt: skip
-        self.budget = MemoryBudget(parse_bytes("memory_limit", memory_limit), parse_bytes("bank_memory", bank_memory))
+        self.budget = MemoryBudget(parse_bytes("memory_limit", memory_limit), parse_bytes("bank_memory", bank_memory),
+                                   parse_bytes("host_memory", host_memory))  # fmt: skip
         self.runtime = Runtime(self.unet, store, self._backend(backend), self.budget, buckets_of(batch_buckets))
         self._preparer = Preparer(
             self.runtime, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
@@ -103,6 +105,7 @@ class Engine:
         vae: Any = None,
         memory_limit: int | str | None = None,
         bank_memory: int | str | None = None,
+        host_memory: int | str | None = None,
         batch_buckets: Sequence[int] = (),
         max_batch_rows: int | None = None,
         max_pending: int | None = None,
@@ -122,6 +125,7 @@ class Engine:
             vae: a VAE in place of the model's own: folder, file, hub id or module.
             memory_limit: bytes ("8GB") that everything the engine holds on its device may take, model included.
             bank_memory: bytes for the pages of style banks; None: a share of what is free.
+            host_memory: bytes of pinned memory for pages on their way to a GPU; None: a quarter of what is free.
             batch_buckets: row counts to which batches are padded; within one a picture's bits don't depend on its
                 neighbours. Empty: batches as they come (or the backend's own ladder).
             max_batch_rows: rows of one UNet call at most (two a picture with guidance); None: what fits.
@@ -135,7 +139,7 @@ class Engine:
         place, kind = device_of(device), dtype_of(dtype)
         components = load_components(source, dtype=kind, device=place, vae=vae, **options)
         engine = cls(
-            components, backend=backend, memory_limit=memory_limit, bank_memory=bank_memory,
+            components, backend=backend, memory_limit=memory_limit, bank_memory=bank_memory, host_memory=host_memory,
             batch_buckets=batch_buckets, max_batch_rows=max_batch_rows, max_pending=max_pending, preview=preview,
         )  # fmt: skip
         files = as_list(components.adapter_path if adapter == "auto" else adapter)

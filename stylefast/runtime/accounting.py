@@ -31,7 +31,7 @@ def memory_report(engine) -> dict[str, Any]:
     width, height = engine.native_size
     device = engine.unet.device
     banks = {
-        f"{size[1]}x{size[0]}": {"bytes": pool.nbytes, **pool.stats()._asdict()}
+        f"{size[1]}x{size[0]}": {"bytes": pool.nbytes, "host": pool.host_bytes, **pool.stats()._asdict()}
         for size, pool in list(runtime.bank_pages.items())
     }
     report = {

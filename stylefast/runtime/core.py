@@ -187,13 +187,15 @@ class Runtime:
         """The pool of a size: made when the first bank wants it, or at once where shapes must repeat."""
         if latent_size not in self.bank_pages and (keys or self.buckets):
             self._drop_idle_pools(latent_size)
+            others = list(self.bank_pages.values())
             try:
-                slots = self.budget.bank_slots(self.unet, latent_size, self.bank_pages.values())
+                slots = self.budget.bank_slots(self.unet, latent_size, others)
             except OutOfMemory:
                 if keys:
                     raise
                 return None  # no bank wants it, and none will find room
-            self.bank_pages[latent_size] = BankPages(self.unet, latent_size, slots)
+            blocks = self.budget.host_blocks(self.unet, latent_size, sum(pool.host_bytes for pool in others))
+            self.bank_pages[latent_size] = BankPages(self.unet, latent_size, slots, blocks)
         return self.bank_pages.get(latent_size) if keys or self.buckets else None
 
     def _drop_idle_pools(self, but: tuple[int, int]) -> None:

@@ -14,30 +14,31 @@ def steps(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "unusable", lambda: "")
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
 
-    def main(**codes):
+    def main(*parts, **codes):
         commands = {}
 
         def run(name, command, seconds, logs):
             commands[name] = command
-            if name == "benchmarks":
+            if name == "kernels":
                 (tmp_path / "kernels-some-gpu.json").write_text("{}")
             return codes.get(name, 0)
 
         monkeypatch.setattr(gpu, "run", run)
-        return gpu.main(), commands
+        return gpu.main(parts), commands
 
     return main
 
 
 @pytest.mark.parametrize(
     "codes, expected",
-    [({}, 0), ({"tests": 1}, 1), ({"tests": None}, 1), ({"benchmarks": 2}, 2), ({"tests": 1, "benchmarks": None}, 3),
-     ({"extension": 1}, 0)],
-    ids=["all pass", "a test fails", "tests take too long", "benchmarks crash", "both", "the build alone is optional"],
+    [({}, 0), ({"tests": 1}, 1), ({"tests": None}, 1), ({"kernels": 2}, 2), ({"tests": 1, "kernels": None}, 3),
+     ({"runtime": 1}, 4), ({"tests": 1, "kernels": 1, "runtime": None}, 7), ({"extension": 1}, 0)],
+    ids=["all pass", "a test fails", "tests take too long", "kernels crash", "both", "the engine misses a goal",
+         "nothing works", "the build alone is optional"],
 )  # fmt: skip
 def test_the_exit_code_tells_tests_and_benchmarks_apart(steps, codes, expected, capsys):
     code, commands = steps(**codes)
-    assert code == expected and {"tests", "benchmarks"} <= commands.keys()
+    assert code == expected and {"tests", "kernels", "runtime"} <= commands.keys()
     assert "kernels-some-gpu.json" in capsys.readouterr().out
 
 
@@ -48,15 +49,15 @@ def test_results_are_copied_to_the_folder_that_out_names(steps, tmp_path):
 
 
 def test_without_pytest_the_benchmarks_still_run_and_the_message_is_clear(steps, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name in ("pytest", "hypothesis", "xdist") else True)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: name not in ("pytest", "hypothesis", "xdist") or None)
     code, commands = steps()
-    assert code == gpu.TESTS_FAILED and "tests" not in commands and "benchmarks" in commands
+    assert code == gpu.TESTS_FAILED and "tests" not in commands and {"kernels", "runtime"} <= commands.keys()
     assert "NOT RUN, pytest and hypothesis missing" in capsys.readouterr().out
 
 
 def test_a_machine_without_a_gpu_is_an_error_of_one_line(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert gpu.main() == 3
+    assert gpu.main() == 7
     err = capsys.readouterr().err
     assert "no CUDA device" in err and err.count("\n") == 1
 
@@ -75,4 +76,22 @@ def test_a_step_shows_and_keeps_its_output_and_code(tmp_path, capsys):
 
 @pytest.mark.parametrize("left, minutes", [(500, "5.0"), (270, "4.0"), (10, "0.5")])
 def test_the_benchmarks_get_the_time_that_is_left(left, minutes):
-    assert gpu.benchmark_command(left)[-2:] == ["--minutes", minutes]
+    assert gpu.benchmark_command("kernels", left)[-2:] == ["--minutes", minutes]
+
+
+def test_one_part_alone_gets_all_the_time(steps):
+    code, commands = steps("runtime")
+    assert code == 0 and commands.keys() & set(gpu.PARTS) == {"runtime"}
+    assert float(commands["runtime"][-1]) > gpu.MINUTES - 1
+
+
+def test_without_diffusers_the_engine_is_said_not_to_run(steps, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "find_spec", lambda name: name != "diffusers" or None)
+    code, commands = steps()
+    assert code == gpu.RUNTIME_FAILED and "runtime" not in commands
+    assert "NOT RUN, diffusers missing" in capsys.readouterr().out
+
+
+def test_an_unknown_part_is_an_error_of_one_line(capsys):
+    assert gpu.main(["everything"]) == 7
+    assert "tests, kernels, runtime, not everything" in capsys.readouterr().err
