@@ -1,16 +1,15 @@
 """The facade: one loaded model and all that can be asked of it."""
 
-import platform
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import stylefast
-from stylefast.errors import AdapterError, InvalidRequest, OutOfMemory, StyleFastError
+from stylefast.errors import AdapterError, EngineClosed, InvalidRequest, OutOfMemory, StyleFastError
 from stylefast.models import vae as vaes
 from stylefast.models.checkpoint import Components, from_pipeline, load_components, load_image_encoder
 from stylefast.models.image_encoder import ImageEncoder
@@ -19,7 +18,7 @@ from stylefast.models.lora import LoraSet
 from stylefast.models.packed import pack
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
-from stylefast.record import style_digest, to_record
+from stylefast.record import metadata, style_digest
 from stylefast.runtime.accounting import check_limit, held_bytes, memory_report
 from stylefast.runtime.baking import BakeCallback, bake, bake_request
 from stylefast.runtime.batching import BatchLoop
@@ -29,7 +28,16 @@ from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Job
 from stylefast.runtime.loop import StepCallback, denoise
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory, parse_bytes
-from stylefast.runtime.options import as_list, buckets_of, check_backend, count_of, device_of, dtype_of
+from stylefast.runtime.options import (
+    as_list,
+    buckets_of,
+    check_backend,
+    check_deadline,
+    check_output,
+    count_of,
+    device_of,
+    dtype_of,
+)
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
 from stylefast.runtime.results import Result, joined
@@ -37,8 +45,6 @@ from stylefast.runtime.step import TorchBackend
 from stylefast.styles.bank import StyleBank
 
 __all__ = ["Engine", "Request", "Result"]
-
-OUTPUTS = ("pil", "np", "latents")
 
 
 class Engine:
@@ -67,7 +73,11 @@ class Engine:
         self.text_encoder = TextEncoder(components.tokenizers, components.text_encoders, components.force_zeros)
         self.vae = components.vae
         self.adapters: dict[str, tuple[IPAdapter, ImageEncoder]] = {}
-        self.loras = LoraSet(components.unet_config, components.unet_state, components.text_encoders)
+        self.loras = LoraSet(
+            components.unet_config, components.unet_state, components.text_encoders,
+            guard=lambda: self.runtime.changing_weights(),
+        )  # fmt: skip
+        self._process, self._closed = os.getpid(), False
         scheduler_config = components.scheduler_config
         store = ConditionStore(
             self.unet, self.text_encoder, self.adapters, scheduler_config.get("num_train_timesteps", 1000),
@@ -138,6 +148,11 @@ class Engine:
         check_backend(backend)
         place, kind = device_of(device), dtype_of(dtype)
         components = load_components(source, dtype=kind, device=place, vae=vae, **options)
+        if place.type == "cuda":
+            # the order of a GPU's matrix units; activations follow the weights
+            for key, weight in components.unet_state.items():
+                if weight.ndim == 4:
+                    components.unet_state[key] = weight.contiguous(memory_format=torch.channels_last)
         engine = cls(
             components, backend=backend, memory_limit=memory_limit, bank_memory=bank_memory, host_memory=host_memory,
             batch_buckets=batch_buckets, max_batch_rows=max_batch_rows, max_pending=max_pending, preview=preview,
@@ -197,7 +212,8 @@ class Engine:
     def load_lora(self, source: str | Path, scale: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA (kohya's, diffusers' or peft's layout) on UNet and text encoders; returns its name.
 
-        Raises ModelNotFound, ModelFormatError, AdapterError if it does not fit.
+        Raises ModelNotFound, ModelFormatError, AdapterError if it does not fit, InvalidRequest while pictures are on
+        their way: half of their steps would see other weights.
         """
         return self.loras.add(source, scale, name)
 
@@ -251,8 +267,10 @@ class Engine:
         Raises InvalidRequest and its kin (PromptError, StyleError, ImageError) before any work is done, NumericsError
         when latents turn NaN, OutOfMemory when the batch does not fit.
         """
-        if output not in OUTPUTS:
-            raise InvalidRequest(f"output is {output!r}; there are {', '.join(OUTPUTS)}")
+        self._check_open()
+        check_output(output)
+        if callback is not None and not callable(callback):
+            raise InvalidRequest(f"callback is {callback!r}; give a function of (step, steps, latents), or None")
         prompts = [prompts] if isinstance(prompts, (str, Request)) else list(prompts)
         if not prompts:
             raise InvalidRequest("no prompt was given; pass one or several")
@@ -261,11 +279,11 @@ class Engine:
                   "guidance_interval": guidance_interval, "spacing": spacing}  # fmt: skip
         requests = [p if isinstance(p, Request) else Request(p, seed=seed + i, **shared) for i, p in enumerate(prompts)]
         # written down first: a value that can't be recorded must not cost finished pictures
-        metadata = self._metadata(requests)
+        written = self._metadata(requests)
         try:
             latents = self._sample(requests, callback)
             with self.runtime.lock:
-                return self._result(latents, metadata, output)
+                return self._result(latents, written, output)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
                 raise
@@ -292,13 +310,12 @@ class Engine:
         and its kin for what can be seen to be wrong before anything runs, QueueFull where more jobs wait than
         `max_pending`, and EngineClosed.
         """
+        self._check_open()
         requests = as_list(request)
         if not requests or not all(isinstance(one, Request) for one in requests):
             raise InvalidRequest("submit takes a Request, or a list of them; wrap a prompt as sf.Request('a boat')")
-        if output not in OUTPUTS:
-            raise InvalidRequest(f"output is {output!r}; there are {', '.join(OUTPUTS)}")
-        if deadline is not None and not deadline > 0:
-            raise InvalidRequest(f"deadline is {deadline!r}; it must be a number of seconds above 0")
+        check_output(output)
+        check_deadline(deadline)
         self._preparer.check(requests)
         job = Job(requests, self._loop.cancel, deadline, output, self._metadata(requests))
         self._loop.submit(job)
@@ -309,7 +326,8 @@ class Engine:
         return memory_report(self)
 
     def close(self) -> None:
-        """Stop the running batch; jobs that are not done fail with EngineClosed. Called by `with engine:` too."""
+        """Take no more work; jobs that are not done fail with EngineClosed. Called by `with engine:` too."""
+        self._closed = True
         self._loop.close()
 
     def __enter__(self) -> "Engine":
@@ -355,6 +373,7 @@ class Engine:
         Raises StyleError and InvalidRequest for what can't be baked, NumericsError when the reference's features are
         not finite, OutOfMemory when it does not fit into memory or onto the disk.
         """
+        self._check_open()
         options = {"steps": steps, "scheduler": scheduler, "size": size, "guidance": guidance, "spacing": spacing,
                    "negative_prompt": negative_prompt, "guidance_rescale": guidance_rescale}  # fmt: skip
         return bake(
@@ -382,15 +401,23 @@ class Engine:
             raise joined(errors)
         return [done[i] for i in range(len(requests))]
 
-    def _result(self, latents: list[torch.Tensor], metadata: list[dict], output: str) -> Result:
+    def _result(self, latents: list[torch.Tensor], written: list[dict], output: str) -> Result:
         images = [] if output == "latents" else self.decoder.images(latents)
         if output == "np":
             images = [image.permute(1, 2, 0).cpu().numpy() for image in images]
         elif output == "pil":
             images = [to_pil(image) for image in images]
-        return Result(images, latents, metadata)
+        return Result(images, latents, written)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed("the engine was closed; load another one")
+        if os.getpid() != self._process:
+            raise EngineClosed("the engine was loaded in another process, whose threads are not here; load one here")
 
     def _finish(self, job: Job, latents: dict[int, torch.Tensor]) -> Result:
+        for entry in job.metadata:
+            entry["loras"] = self.loras.scales  # which may have changed while the job waited, but not since it runs
         return self._result([latents[i] for i in range(len(job.requests))], job.metadata, job.output)
 
     def _current_fingerprint(self) -> str:
@@ -398,18 +425,6 @@ class Engine:
         return f"{self.fingerprint}+{loras[:16]}" if loras else self.fingerprint
 
     def _metadata(self, requests: Sequence[Request]) -> list[dict]:
-        record = to_record(requests)
-        packages = ("torch", "diffusers", "transformers")
-        versions = {"stylefast": stylefast.__version__, "python": platform.python_version()}
-        versions |= {package: version(package) for package in packages}
-        common = {
-            "stylefast": stylefast.__version__,
-            "model": self.name,
-            "fingerprint": self.fingerprint,
-            "device": str(self.unet.device),
-            "dtype": str(self.unet.dtype).removeprefix("torch."),
-            "versions": versions,
-            "loras": self.loras.scales,
-            "call": record,
-        }
-        return [{**common, "index": i, "seed": request.seed} for i, request in enumerate(requests)]
+        model = {"model": self.name, "fingerprint": self.fingerprint, "device": str(self.unet.device),
+                 "dtype": str(self.unet.dtype).removeprefix("torch."), "loras": self.loras.scales}  # fmt: skip
+        return metadata(requests, stylefast.__version__, model)

@@ -7,9 +7,11 @@ once and requests refer to them by number.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from numbers import Integral, Real
@@ -80,6 +82,15 @@ def from_record(
     if not isinstance(entries, (list, tuple)) or not entries:
         raise InvalidRequest(f'"requests" is {_shown(entries)}; it must be a list of at least one request')
     return [_in_place(f"request {i}", _read_request, entry, styles, sources) for i, entry in enumerate(entries)]
+
+
+def metadata(requests: Sequence[Request], version: str, model: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is kept with each picture of a call, enough to make it again: the call, versions, and facts of the model."""
+    packages = ("torch", "diffusers", "transformers")
+    versions = {"stylefast": version, "python": platform.python_version()}
+    versions |= {package: importlib.metadata.version(package) for package in packages}
+    common = {"stylefast": version, **model, "versions": versions, "call": to_record(requests)}
+    return [{**common, "index": i, "seed": request.seed} for i, request in enumerate(requests)]
 
 
 def style_digest(styles: Sequence) -> str:

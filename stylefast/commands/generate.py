@@ -260,21 +260,15 @@ def read_requests(file: Path, model_folder: Path) -> list:
 def check_schedules(requests: Sequence) -> None:
     """Raises InvalidRequest for schedulers that are unknown or can't take their settings, before a model is loaded."""
     from stylefast.runtime.pinning import scheduler_config
-    from stylefast.sampling.few_step import FEW_STEP_PRESETS
+    from stylefast.sampling.few_step import named_schedule
     from stylefast.sampling.guidance import GuidanceInterval, branch_weights_per_step
     from stylefast.sampling.noise_levels import SDXL_SCHEDULER
-    from stylefast.sampling.schedule import SCHEDULERS, make_schedule
 
     for request in requests:
-        name, steps, config = request.scheduler, request.steps, scheduler_config(request, SDXL_SCHEDULER)
-        # lcm and tcd are samplers as well, which take any number of steps
-        if name not in FEW_STEP_PRESETS or name in SCHEDULERS:
-            make_schedule(name, steps, config, spacing=request.spacing)
-        elif request.spacing is not None:
-            raise InvalidRequest(f"scheduler {name!r} has a spacing of its own; leave --spacing out")
-        else:
-            FEW_STEP_PRESETS[name].schedule(steps, config)
-        branch_weights_per_step({}, steps, GuidanceInterval(*request.guidance_interval))
+        named_schedule(
+            request.scheduler, request.steps, scheduler_config(request, SDXL_SCHEDULER), request.spacing
+        )
+        branch_weights_per_step({}, request.steps, GuidanceInterval(*request.guidance_interval))
 
 
 def load(choice: ModelChoice, quiet: bool):

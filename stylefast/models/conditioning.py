@@ -50,8 +50,9 @@ class RowFeatures:
 
     def keep_norm(self, index: int, x, groups: int):
         """Take the statistics that group norm `index` sees: biased variances, as in the norm."""
-        flat = x.float().reshape(len(x), groups, -1)
-        self.norms[index] = (flat.mean(-1), flat.var(-1, unbiased=False))
+        # as exact as the norm's own sums, which a reader of the bank must not be able to tell apart
+        flat = x.double().reshape(len(x), groups, -1)
+        self.norms[index] = (flat.mean(-1).float(), flat.var(-1, unbiased=False).float())
         self.norm_elements[index] = flat.shape[-1]
 
 

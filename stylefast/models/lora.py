@@ -6,6 +6,9 @@ touched weights' originals are kept on the CPU: taking a LoRA off restores every
 """
 
 import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +35,22 @@ class LoraFactors:
         return (self.scaling * product).view(shape)
 
 
+def _check_scale(scale) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise InvalidRequest(f"a LoRA's scale is {scale!r}; it must be a finite number")
+
+
 class LoraSet:
     """The LoRAs on one model. Several may be applied; each keeps its own scale and can be changed or taken off alone.
 
     Weights are changed in place. A model made by `from_pipeline` shares them with its pipeline, which then changes too.
+    `guard` gives a context manager in which weights may change; it may refuse by raising.
     """
 
-    def __init__(self, unet_config, unet_state, text_encoders):
+    def __init__(
+        self, unet_config, unet_state, text_encoders, guard: Callable[[], AbstractContextManager] = nullcontext
+    ):
+        self._guard = guard
         self._config = dict(unet_config)
         self._encoders = tuple(text_encoders)
         self._unet_state = unet_state
@@ -73,6 +85,7 @@ class LoraSet:
         """
         file = _lora_file(source)
         name = name or file.stem
+        _check_scale(scale)
         if name in self._loras:
             raise InvalidRequest(f"a LoRA named {name!r} is on already; set_scale() changes it, name= tells two apart")
         header = read_header(file)
@@ -84,17 +97,20 @@ class LoraSet:
                 f"{file.name} is LoHa, LoKr or DoRA ({foreign[0]}), of which only plain LoRA is read; merge it into a "
                 "checkpoint with the tool that made it"
             )
-        self._loras[name] = self._factors(file)
-        self._digests[name] = _digest(file)
-        self.set_scale(name, scale)
+        factors, digest = self._factors(file), _digest(file)
+        with self._guard():
+            self._loras[name], self._digests[name], self._scales[name] = factors, digest, float(scale)
+            self._rebuild(factors)
         return name
 
     def set_scale(self, name: str, scale: float) -> None:
         """Change the strength of a LoRA; 0 leaves the model as it was without it."""
         if name not in self._loras:
             raise InvalidRequest(f"no LoRA named {name!r} is on; there are: {', '.join(self._loras) or 'none'}")
-        self._scales[name] = float(scale)
-        self._rebuild(self._loras[name])
+        _check_scale(scale)
+        with self._guard():
+            self._scales[name] = float(scale)
+            self._rebuild(self._loras[name])
 
     def remove(self, name: str) -> None:
         """Take a LoRA off; the weights are again, bit by bit, what they would be had it never been there."""

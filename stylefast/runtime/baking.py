@@ -129,12 +129,14 @@ def _check(style, store: str, dtype: str, model_dtype: torch.dtype) -> str:
         raise StyleError(
             "the style takes the first prompt of a call as its reference; to bake it, give it a prompt or a picture"
         )
-    if store not in STORES:
+    if not isinstance(store, str) or store not in STORES:
         raise InvalidRequest(f"store is {store!r}; there are {', '.join(STORES)}")
     if store == "latents":
         if dtype not in ("auto", "fp32", "float32"):
             raise InvalidRequest(f"store='latents' keeps float32, which is small already; leave dtype={dtype!r} out")
         return "float32"
+    if not isinstance(dtype, str):
+        raise InvalidRequest(f"dtype is {dtype!r}; there are auto, {', '.join(DTYPES)}")
     if dtype == "auto":
         return str(model_dtype).removeprefix("torch.")
     kind = DTYPES.get(dtype, dtype)

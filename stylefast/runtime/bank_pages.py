@@ -55,6 +55,9 @@ class BankPages:
         on_gpu = unet.device.type == "cuda"
         self._stream = torch.cuda.Stream(unet.device) if on_gpu else None
         self._stage = torch.zeros(0, dtype=torch.uint8, device=unet.device)
+        if on_gpu:
+            # what zeroes the blocks runs on the present stream, and must not come after the first page
+            self._stream.wait_stream(torch.cuda.current_stream(unet.device))
         self._host = HostPages(host_blocks, self.layout.nbytes, pinned=on_gpu) if host_blocks else None
         # pins to be returned when the device has passed an event: pages read by a step, blocks read by a copy
         self._leaving: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
@@ -222,6 +225,7 @@ class BankPages:
     def _staging(self, layout: PageLayout) -> torch.Tensor:
         """A block of a layout on the device, for one page at a time."""
         if self._stage.numel() < layout.nbytes:
+            # on the stream that fills it, within whose context this is called
             self._stage = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self._unet.device)
         return self._stage[: layout.nbytes]
 

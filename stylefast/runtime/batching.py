@@ -130,6 +130,8 @@ class BatchLoop:
 
     def _turn_over(self) -> None:
         """What happens between two steps, and a step."""
+        with self._runtime.lock:
+            pass  # others may take their steps first, and meanwhile deadlines pass
         self._drop()
         self._admit()
         batch = self._choose()
@@ -237,6 +239,9 @@ class BatchLoop:
         self._leave(job)
         if job.cancelled:  # in its last step
             job.finish(error=_cancelled(job))
+            return
+        if job.expires is not None and time.monotonic() >= job.expires:
+            job.finish(error=_late(job))
             return
         try:
             with self._runtime.lock:

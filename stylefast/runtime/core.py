@@ -3,12 +3,13 @@
 `Runtime` knows nothing of jobs, threads and pictures' files. Who calls it holds its `lock`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from stylefast.errors import NumericsError, OutOfMemory, StyleFastError
+from stylefast.errors import InvalidRequest, NumericsError, OutOfMemory, StyleFastError
 from stylefast.models.conditioning import RowFeatures
 from stylefast.models.unet import UNet
 from stylefast.runtime.bank_pages import BankPages
@@ -23,6 +24,8 @@ from stylefast.runtime.trajectory import Trajectory
 
 # shapes of batches whose tables are kept
 _TABLES = 32
+# sizes that nobody works at whose latents stay allocated
+_IDLE_SIZES = 3
 
 
 class Runtime:
@@ -45,14 +48,20 @@ class Runtime:
         self.steps_run = 0
         self.calls = 0  # of the UNet
 
+    @torch.inference_mode()
     def admit(
         self, trajectories: Sequence[Trajectory], latent_shape: tuple[int, int, int], pins: Mapping[Trajectory, Pin]
     ) -> Group:
-        """Encode what a group needs and give it slots. Raises what `ConditionStore.encode` raises."""
+        """Encode what a group needs and give it slots.
+
+        Raises what `ConditionStore.encode` raises, and OutOfMemory for a group that can't fit even alone.
+        """
         conditions = self.conditions.encode(trajectories, latent_shape[1:])
         try:
             group = Group(trajectories, conditions, pins, self.unet.layout, latent_shape)
+            self.budget.check(self.unet, group.rows, latent_shape[1:])
             if latent_shape not in self.latents:
+                self._drop_idle_latents()
                 self.latents[latent_shape] = LatentSlots(latent_shape, self.unet.device)
             group.slots = self.latents[latent_shape].take(group.first_latents())
         except BaseException:
@@ -68,6 +77,29 @@ class Runtime:
         if len(group.slots):
             self.latents[group.latent_shape].release(group.slots)
             group.slots = np.zeros(0, dtype=np.int64)
+
+    @property
+    def pictures(self) -> int:
+        """Pictures on their way, references included."""
+        return sum(slots.used for slots in self.latents.values())
+
+    @contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """Hold everything while weights change; what was computed with the old ones is dropped.
+
+        Raises InvalidRequest while pictures are on their way: half of their steps would see other weights.
+        """
+        with self.lock:
+            if self.pictures:
+                raise InvalidRequest(
+                    f"{self.pictures} pictures are on their way, and weights can't change under them; wait until their "
+                    "jobs are done"
+                )
+            try:
+                yield
+            finally:
+                for pool in self.bank_pages.values():
+                    pool.clear()
 
     def latents_of(self, group: Group) -> torch.Tensor:
         """A copy of a group's latents [pictures, channels, h, w] as they are now."""
@@ -197,6 +229,12 @@ class Runtime:
             blocks = self.budget.host_blocks(self.unet, latent_size, sum(pool.host_bytes for pool in others))
             self.bank_pages[latent_size] = BankPages(self.unet, latent_size, slots, blocks)
         return self.bank_pages.get(latent_size) if keys or self.buckets else None
+
+    def _drop_idle_latents(self) -> None:
+        """Free the latents of sizes that nobody works at but for the last few, which are likely to come again."""
+        idle = [shape for shape, slots in self.latents.items() if not slots.used]
+        for shape in idle[: max(0, len(idle) - _IDLE_SIZES)]:
+            del self.latents[shape]
 
     def _drop_idle_pools(self, but: tuple[int, int]) -> None:
         """Free the pools of sizes that nobody works at, so that one of another size finds room."""

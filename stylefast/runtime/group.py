@@ -83,8 +83,7 @@ class Group:
     def first_latents(self) -> torch.Tensor:
         """Latents before step 0, [pictures, channels, h, w] float32."""
         return torch.stack([
-            self.pins[t](0).float().cpu() if t in self.pins else
-            torch.randn(self.latent_shape, generator=self._generators[t]) * t.schedule.init_noise_scale
+            self.pins[t](0).float().cpu() if t in self.pins else self._noise_of(t) * t.schedule.init_noise_scale
             for t in self.trajectories
         ])  # fmt: skip
 
@@ -96,6 +95,9 @@ class Group:
                 if t in self.pins:
                     noise[i] = self.pins[t](self.step + 1)
                 elif t.schedule.uses_noise:
-                    noise[i] = torch.randn(self.latent_shape, generator=self._generators[t])
+                    noise[i] = self._noise_of(t)
             self._drawn = (self.step, noise)
         return self._drawn[1]
+
+    def _noise_of(self, t: Trajectory) -> torch.Tensor:
+        return torch.randn(self.latent_shape, generator=self._generators[t], dtype=torch.float32)

@@ -141,8 +141,16 @@ class Job:
     async def _as_future(self):
         loop = asyncio.get_running_loop()
         over = asyncio.Event()
-        self.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(over.set))
-        await over.wait()
+
+        def tell(preview: Preview | None) -> None:
+            if preview is None and not loop.is_closed():
+                loop.call_soon_threadsafe(over.set)
+
+        self._watch(tell, wants_previews=False)
+        try:
+            await over.wait()
+        finally:
+            self._forget(tell)
         return self.result(0)
 
     def _watch(self, tell: Callable[[Preview | None], None], wants_previews: bool = True) -> None:
@@ -157,7 +165,7 @@ class Job:
         for tell in watchers:
             try:
                 tell(preview)
-            except Exception:  # the watcher's own; the loop has other jobs to run
+            except BaseException:  # the watcher's own, SystemExit included; the loop has other jobs to run
                 logger.exception("what watches a job at step %d of %d raised", self.step, self.steps)
 
     def _forget(self, tell) -> None:
@@ -192,8 +200,13 @@ class Job:
             self._status = DONE if error is None else CANCELLED if isinstance(error, JobCancelled) else FAILED
             self._finished.set()
             watchers, self._watchers = self._watchers, []
+            self._cancel = _nothing_to_cancel  # else a finished job would keep the whole model alive
         self._tell(watchers, None)
         return True
+
+
+def _nothing_to_cancel(job: Job) -> None:
+    """What a finished job does on `cancel`."""
 
 
 __all__ = ["CANCELLED", "DONE", "FAILED", "QUEUED", "RUNNING", "Job", "Preview"]

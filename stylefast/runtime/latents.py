@@ -1,12 +1,15 @@
 """The latents of all pictures of one size that are on their way, in slots of buffers that stay where they are."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 # slot 0 belongs to nobody: idle places of a padded batch read and write it
-_FIRST_SLOTS = 8
+_FIRST_SLOTS = 2
+# of all buffers ever made, so that no two have the same
+_generations = itertools.count(1)
 
 
 class LatentSlots:
@@ -16,7 +19,7 @@ class LatentSlots:
     """
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device):
-        self.shape, self.generation, self._device = shape, 0, device
+        self.shape, self.generation, self._device = shape, next(_generations), device
         self.latents = torch.zeros(0, *shape, device=device)
         self.anchor = torch.zeros(0, *shape, device=device)
         self.history = torch.zeros(0, 2, *shape, device=device)
@@ -61,4 +64,4 @@ class LatentSlots:
         for name, new in grown.items():
             setattr(self, name, new)
         self._free = sorted([*self._free, *range(max(before, 1), count)], reverse=True)
-        self.generation += 1
+        self.generation = next(_generations)

@@ -37,8 +37,8 @@ class MemoryBudget:
     """What may be used.
 
     limit: bytes for everything that the engine holds on its device, model included; None: what the device has.
-    banks: bytes for pages of style banks, at most half of what a limit leaves; None: a share of what is left. host:
-    bytes of pinned host memory for pages on their way to a GPU; None: a quarter of what is free there. A CPU needs none.
+    banks: bytes for pages of style banks, at most half of what a limit leaves; None: a share of what is left.
+    host: bytes of pinned host memory for pages on their way to a GPU; None: a quarter of what is free. CPUs need none.
     """
 
     def __init__(self, limit: int | None = None, banks: int | None = None, host: int | None = None):

@@ -7,13 +7,28 @@ import torch
 from stylefast.errors import InvalidRequest
 
 BACKENDS = ("auto", "torch", "compile")
+OUTPUTS = ("pil", "np", "latents")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_backend(name: str) -> None:
     """Raise InvalidRequest for a backend that does not exist."""
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise InvalidRequest(f"backend is {name!r}; there are {', '.join(BACKENDS)}")
+
+
+def check_output(name: str) -> None:
+    """Raise InvalidRequest for a kind of result that does not exist."""
+    if not isinstance(name, str) or name not in OUTPUTS:
+        raise InvalidRequest(f"output is {name!r}; there are {', '.join(OUTPUTS)}")
+
+
+def check_deadline(seconds: float | None) -> None:
+    """Raise InvalidRequest for a deadline that is no number of seconds above 0."""
+    if seconds is None:
+        return
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise InvalidRequest(f"deadline is {seconds!r}; it must be a number of seconds above 0")
 
 
 def device_of(name: str) -> torch.device:
@@ -31,14 +46,14 @@ def device_of(name: str) -> torch.device:
 
 def dtype_of(name: str) -> torch.dtype | str:
     """A type by name, or "auto". Raises InvalidRequest."""
-    if name != "auto" and name not in _DTYPES:
+    if not isinstance(name, str) or (name != "auto" and name not in _DTYPES):
         raise InvalidRequest(f"dtype is {name!r}; there are auto, {', '.join(_DTYPES)}")
     return _DTYPES.get(name, name)
 
 
 def buckets_of(given: Sequence[int]) -> tuple[int, ...]:
     """Row counts that batches are padded to, ascending. Raises InvalidRequest."""
-    buckets = tuple(given)
+    buckets = tuple(given) if isinstance(given, Sequence) else () if given is None else (given,)
     if any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in buckets) or list(buckets) != sorted(buckets):
         raise InvalidRequest(f"batch_buckets is {given!r}; give ascending row counts such as (2, 4, 8, 16), or none")
     return buckets

@@ -43,7 +43,7 @@ def scheduler_config(request: Request, config: Mapping) -> Mapping:
 def forward_pin(t: Trajectory, clean: torch.Tensor) -> Pin:
     """The picture [channels, h, w] with one fixed noise, of the trajectory's seed, at each step's noise level."""
     clean = clean.cpu()
-    noise = torch.randn(clean.shape, generator=torch.Generator("cpu").manual_seed(t.request.seed))
+    noise = torch.randn(clean.shape, generator=torch.Generator("cpu").manual_seed(t.request.seed), dtype=torch.float32)
     forward = t.schedule.forward.tolist()
     return lambda step: forward[step][0] * clean + forward[step][1] * noise
 

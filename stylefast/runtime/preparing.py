@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from stylefast.errors import InvalidRequest
 from stylefast.models import vae as vaes
 from stylefast.models.pictures import open_picture
 from stylefast.runtime.core import Runtime
@@ -12,8 +11,8 @@ from stylefast.runtime.group import Group, Pin
 from stylefast.runtime.pinning import forward_pin, inverted_pin, latents_pin, scheduler_config
 from stylefast.runtime.request import Request, check_size
 from stylefast.runtime.trajectory import Trajectory, connected, plan_trajectories
-from stylefast.sampling.few_step import FEW_STEP_PRESETS
-from stylefast.sampling.schedule import Schedule, make_schedule, schedule_digest
+from stylefast.sampling.few_step import named_schedule
+from stylefast.sampling.schedule import Schedule, schedule_digest
 
 
 class Preparer:
@@ -79,14 +78,7 @@ class Preparer:
     def schedule(self, request: Request) -> Schedule:
         """The request's steps. Raises InvalidRequest for an unknown scheduler or a count it can't take."""
         config = scheduler_config(request, self._config)
-        preset = FEW_STEP_PRESETS.get(request.scheduler)
-        if preset is not None and request.scheduler not in ("lcm", "tcd"):
-            if request.spacing is not None:
-                raise InvalidRequest(
-                    f"scheduler {request.scheduler!r} has a spacing of its own; leave spacing={request.spacing!r} out"
-                )
-            return preset.schedule(request.steps, config)
-        return make_schedule(request.scheduler, request.steps, config, spacing=request.spacing)
+        return named_schedule(request.scheduler, request.steps, config, request.spacing)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(channels, h, w) of the latents of a picture of (width, height)."""

@@ -67,6 +67,8 @@ class Request:
         object.__setattr__(self, "guidance_interval", _check_interval(self.guidance_interval))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise InvalidRequest(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^63 - 1")
+        if not isinstance(self.scheduler, str):
+            raise InvalidRequest(f"scheduler is {self.scheduler!r}; it must be a name such as 'euler'")
         if self.size is not None:
             object.__setattr__(self, "size", check_size(self.size))
         object.__setattr__(self, "style", normalise_styles(self.style))

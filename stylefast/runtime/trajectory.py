@@ -158,7 +158,7 @@ def _join_group(members: list[Trajectory]):
         if _pace(member) != _pace(leader):
             raise InvalidRequest(
                 "requests that share the first prompt's picture as their StyleAligned reference must have equal steps, "
-                f"scheduler and size; the first has {_describe(leader)}, another {_describe(member)}. "
+                f"scheduler, spacing and size; the first has {_describe(leader)}, another {_describe(member)}. "
                 "Give the style a reference or a prompt of its own to mix them"
             )
         member.references = [leader]
@@ -171,9 +171,10 @@ def _join_group(members: list[Trajectory]):
 
 
 def _pace(trajectory: Trajectory) -> tuple:
-    return (trajectory.request.steps, trajectory.request.scheduler, trajectory.size)
+    request = trajectory.request
+    return request.steps, request.scheduler, trajectory.size, request.spacing
 
 
 def _describe(trajectory: Trajectory) -> str:
-    steps, scheduler, (width, height) = _pace(trajectory)
-    return f"{steps} steps of {scheduler} at {width}x{height}"
+    steps, scheduler, (width, height), spacing = _pace(trajectory)
+    return f"{steps} steps of {scheduler} at {width}x{height}{f', {spacing} spacing' if spacing else ''}"

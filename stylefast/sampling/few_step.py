@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from stylefast.errors import InvalidRequest
 from stylefast.sampling.noise_levels import SDXL_SCHEDULER
-from stylefast.sampling.schedule import Schedule, make_schedule
+from stylefast.sampling.schedule import SCHEDULERS, Schedule, make_schedule
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class FewStepPreset:
         """
         if steps not in self.steps:
             raise InvalidRequest(
-                f"this model is made for {', '.join(map(str, self.steps))} steps, not {steps!r}; call make_schedule "
-                "for other counts"
+                f"models of this kind are made for {', '.join(map(str, self.steps))} steps, not {steps!r}; take one of "
+                f"these, or the sampler by its own name, {self.scheduler!r}"
             )
         return make_schedule(
             self.scheduler,
@@ -60,3 +60,15 @@ FEW_STEP_PRESETS: Mapping[str, FewStepPreset] = MappingProxyType(
         "tcd": FewStepPreset("tcd", (4, 5, 6, 7, 8), eta=0.3),
     }
 )
+
+
+def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spacing: str | None = None) -> Schedule:
+    """The schedule of a sampler or of a preset, by its name; what is both, lcm and tcd, takes any number of steps.
+
+    Raises InvalidRequest for an unknown name, a count or a spacing that it does not take.
+    """
+    if name not in FEW_STEP_PRESETS or name in SCHEDULERS:
+        return make_schedule(name, steps, config, spacing=spacing)
+    if spacing is not None:
+        raise InvalidRequest(f"scheduler {name!r} has a spacing of its own; leave spacing={spacing!r} out")
+    return FEW_STEP_PRESETS[name].schedule(steps, config)

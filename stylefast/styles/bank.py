@@ -70,7 +70,7 @@ class StyleBank:
     tensors: Mapping[str, Tensor]
     path: Path | None = None
     checksum: str = ""  # as read; "" for a bank that was never in a file
-    id: int = field(default_factory=lambda: next(_ids))  # unique within the process
+    id: int = field(default_factory=lambda: next(_ids), init=False)  # unique within the process
 
     @classmethod
     def load(cls, path: str | Path, verify: bool = True) -> "StyleBank":
@@ -108,6 +108,14 @@ class StyleBank:
                 raise StyleError(f"the style bank {self.path} was altered after it was written; bake the style again")
 
         return write_bank(path, _metadata(self.info, self.shapes), self.tensors, overwrite, check)
+
+    def __deepcopy__(self, memo) -> "StyleBank":
+        return self  # nothing about it changes
+
+    def __reduce__(self):
+        if self.path is not None:
+            return StyleBank.load, (self.path,)
+        return _rebuilt, (self.info, self.shapes, dict(self.tensors))
 
     @property
     def name(self) -> str:
@@ -153,6 +161,11 @@ class StyleBank:
         if own == asked or (name in ("guidance", "guidance_rescale") and own is None):
             return
         bank = f"the style bank {self.name!r}"
+        if name == "fingerprint" and own.split("+")[0] == str(asked).split("+")[0]:
+            raise StyleError(
+                f"{bank} was baked with {'other LoRAs' if '+' in own else 'no LoRA'} on the model; put on what was on, "
+                "with the same strengths, or bake the style again"
+            )
         if name == "fingerprint":
             raise StyleError(
                 f"{bank} was baked with the model {self.info.model!r} (fingerprint {own[:12]}), but the loaded one is "
@@ -167,6 +180,10 @@ class StyleBank:
             f"{bank} was baked with {name}={own!r}, but {name}={asked!r} is asked for; "
             f"bake the style again with {name}={asked!r}, or ask for {name}={own!r}"
         )
+
+
+def _rebuilt(info: BankInfo, shapes: BankShapes, tensors: dict[str, Tensor]) -> StyleBank:
+    return StyleBank(info, shapes, MappingProxyType(tensors))
 
 
 class BankWriter:

@@ -1,9 +1,11 @@
 """StyleAligned: pictures share self-attention with a reference (arXiv 2312.02133)."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +99,10 @@ class StyleAligned:
     def _check_reference(self):
         if isinstance(self.reference, StyleBank):
             self._check_bank()
+        elif isinstance(self.reference, (str, os.PathLike)) and Path(self.reference).suffix == ".bank":
+            raise StyleError(
+                f"{self.reference} is a style bank, not a picture; pass sf.StyleBank.load({str(self.reference)!r})"
+            )
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise StyleError(f"prompt is a {type(self.prompt).__name__}; it must be a string")
         if self.reference is None:
