@@ -81,3 +81,17 @@ def _figure(figure: Figure) -> dict[str, Any]:
 
 def _bound(figure: dict[str, Any]) -> str:
     return f"{'<=' if figure['at_most'] else '>='} {figure['goal']:g} {figure['unit']}".rstrip()
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The cases of one style at several contestants, as the table in docs/banks.md."""
+    names = ("plain", "cached", "uncached", "published")
+    lines = [f"| case | {' | '.join(names)} | uncached / cached | published / cached |", "|---|" + "---|" * 6]
+    for result in results:
+        times, values = result["times"], {f["what"]: f["value"] for f in result["figures"]}
+        if "cached" not in times:
+            continue
+        seconds = [f"{times[name]['median_s']:.3g} s" if name in times else "" for name in names]
+        ratios = [f"{values[f'{over} / cached']:.2f}" for over in ("uncached", "published")]
+        lines.append(f"| {' | '.join((result['case'], *seconds, *ratios))} |")
+    return "\n".join(lines)

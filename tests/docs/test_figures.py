@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import banks
 from benchmarks.kernels.report import markdown
+from benchmarks.runtime.report import markdown as runtime_table
 
 
 def recorded(checkout, name: str) -> list[dict]:
@@ -25,6 +26,19 @@ def test_the_table_of_a_device_is_that_of_its_results_file(checkout, device):
     # otherwise: paste what `benchmarks.kernels.report.markdown` makes of the file into docs/kernels.md
     page = (checkout / "docs" / "kernels.md").read_text()
     assert any(markdown(content["results"]) in page for content in recorded(checkout, f"kernels-{device}.json"))
+
+
+def test_what_the_page_of_banks_says_of_speed_is_that_of_the_results_file(checkout):
+    # otherwise: paste what `benchmarks.runtime.report.markdown` makes of the file into docs/banks.md
+    page = (checkout / "docs" / "banks.md").read_text()
+    joined, found = " ".join(page.split()), []
+    for content in recorded(checkout, "runtime-cpu.json"):
+        mixed = next(result for result in content["results"] if result["case"].startswith("mixed"))
+        times = {figure["what"]: figure["value"] for figure in mixed["figures"]}
+        words = (f"take {times['eight styles / one style']:.2f} times as long as eight pictures of one style, eight "
+                 f"banks {times['eight banks / one bank']:.2f} times as long as one bank")  # fmt: skip
+        found.append(runtime_table(content["results"]) in page and words in joined)
+    assert any(found)
 
 
 @pytest.mark.parametrize("table", [banks.modes_table, banks.layers_table], ids=["kinds of storage", "fewer layers"])
