@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 import stylefast
-from stylefast.errors import AdapterError, EngineClosed, InvalidRequest, OutOfMemory, StyleFastError
+from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory, StyleFastError
 from stylefast.models import vae as vaes
-from stylefast.models.checkpoint import Components, from_pipeline, load_components, load_image_encoder
+from stylefast.models.adapter_loading import load_adapter
+from stylefast.models.checkpoint import Components, from_pipeline, load_components
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.lora import LoraSet
-from stylefast.models.packed import pack
+from stylefast.models.packed import channels_last, pack
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.record import metadata, style_digest
@@ -149,10 +150,7 @@ class Engine:
         place, kind = device_of(device), dtype_of(dtype)
         components = load_components(source, dtype=kind, device=place, vae=vae, **options)
         if place.type == "cuda":
-            # the order of a GPU's matrix units; activations follow the weights
-            for key, weight in components.unet_state.items():
-                if weight.ndim == 4:
-                    components.unet_state[key] = weight.contiguous(memory_format=torch.channels_last)
+            channels_last(components.unet_state)
         engine = cls(
             components, backend=backend, memory_limit=memory_limit, bank_memory=bank_memory, host_memory=host_memory,
             batch_buckets=batch_buckets, max_batch_rows=max_batch_rows, max_pending=max_pending, preview=preview,
@@ -184,12 +182,7 @@ class Engine:
         `image_encoder` is the folder of its CLIP image encoder; None takes the model's own.
         Raises AdapterError when the two don't belong together, or no image encoder is known.
         """
-        adapter = IPAdapter.load(
-            file, self.unet.layout, self.unet.config["cross_attention_dim"], dtype=self.unet.dtype,
-            device=self.unet.device,
-        )  # fmt: skip
-        encoder = self._image_encoder(image_encoder)
-        adapter.check_encoder(encoder)
+        adapter, encoder = load_adapter(file, image_encoder, self._components, self.unet)
         name = name or Path(file).stem
         self.adapters[name] = (adapter, encoder)
         if self.runtime.buckets:
@@ -197,17 +190,6 @@ class Engine:
             with self.runtime.lock:
                 self.runtime.conditions.make_image_pages(len(adapter.negative_tokens(encoder)))
         return name
-
-    def _image_encoder(self, source) -> ImageEncoder:
-        components = self._components
-        if source is not None:
-            return load_image_encoder(source, dtype=self.unet.dtype, device=self.unet.device)
-        if components.image_encoder is None:
-            raise AdapterError(
-                f"{self.name} comes without an image encoder; pass image_encoder= the folder of the one that the "
-                "adapter was trained with, e.g. models/image_encoder of h94/IP-Adapter for a vit-h adapter"
-            )
-        return ImageEncoder(components.image_encoder, components.feature_extractor)
 
     def load_lora(self, source: str | Path, scale: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA (kohya's, diffusers' or peft's layout) on UNet and text encoders; returns its name.

@@ -106,6 +106,13 @@ def pack(module: nn.Module, room: int | None = None) -> bool:
     return True
 
 
+def channels_last(state: dict[str, torch.Tensor]) -> None:
+    """Lay convolutions' weights out as a GPU's matrix units want them; activations follow the weights."""
+    for key, weight in state.items():
+        if weight.ndim == 4:
+            state[key] = weight.contiguous(memory_format=torch.channels_last)
+
+
 def unpack(module: nn.Module) -> None:
     """Drop all packed copies of a module."""
     for layer in module.modules():

@@ -1,0 +1,32 @@
+"""An IP-Adapter together with the image encoder that it was trained with."""
+
+from pathlib import Path
+
+from stylefast.errors import AdapterError
+from stylefast.models.checkpoint import Components, load_image_encoder
+from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.unet import UNet
+
+
+def load_adapter(
+    file: str | Path, image_encoder: str | Path | None, components: Components, unet: UNet
+) -> tuple[IPAdapter, ImageEncoder]:
+    """The adapter of a file, for `unet`, and its encoder: that of a folder, or for None the model's own.
+
+    Raises AdapterError when the two don't belong together, or no image encoder is known.
+    """
+    adapter = IPAdapter.load(
+        file, unet.layout, unet.config["cross_attention_dim"], dtype=unet.dtype, device=unet.device
+    )
+    if image_encoder is not None:
+        encoder = load_image_encoder(image_encoder, dtype=unet.dtype, device=unet.device)
+    elif components.image_encoder is not None:
+        encoder = ImageEncoder(components.image_encoder, components.feature_extractor)
+    else:
+        raise AdapterError(
+            f"{components.name} comes without an image encoder; pass image_encoder= the folder of the one that the "
+            "adapter was trained with, e.g. models/image_encoder of h94/IP-Adapter for a vit-h adapter"
+        )
+    adapter.check_encoder(encoder)
+    return adapter, encoder
