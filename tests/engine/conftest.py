@@ -9,12 +9,12 @@ from tests.engine.scene import EMBED_DIM, SIZE, STEPS, sharp_pipeline
 from tests.oracle.instant_style import random_adapter
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pipe():
     return sharp_pipeline()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def plain_weights():
     """Engines compute with PyTorch's own products, as diffusers does, which the oracles are held to at 1e-5."""
     with pytest.MonkeyPatch.context() as patch:
@@ -22,13 +22,13 @@ def plain_weights():
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def adapters(pipe):
     """Two random adapters in the published layout."""
     return [random_adapter(pipe.unet, EMBED_DIM, seed) for seed in (5, 6)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def adapter_files(adapters, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     for name, adapter in zip("ab", adapters):
@@ -36,13 +36,13 @@ def adapter_files(adapters, tmp_path_factory):
     return [folder / "a.bin", folder / "b.bin"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def bare_engine(pipe):
     """An engine without adapters."""
     return sf.Engine.from_pipeline(pipe)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def engine(pipe, adapter_files):
     """An engine with the first adapter."""
     engine = sf.Engine.from_pipeline(pipe)
@@ -50,7 +50,7 @@ def engine(pipe, adapter_files):
     return engine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def two_adapter_engine(pipe, adapter_files):
     engine = sf.Engine.from_pipeline(pipe)
     for file in adapter_files:
@@ -58,7 +58,7 @@ def two_adapter_engine(pipe, adapter_files):
     return engine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def draw(engine):
     """Latents of a call of the engine, at the small size and few steps unless told otherwise."""
 

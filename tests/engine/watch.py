@@ -18,6 +18,7 @@ class Watch:
     """
 
     def __init__(self, engine, monkeypatch, idle=False):
+        settled(engine)  # a job that the last test cancelled may still have a step to go
         self.engine, self.rows, self.sizes, self.at, self.before = engine, [], [], {}, lambda latents: None
         forward = engine.unet.forward
 
