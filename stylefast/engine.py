@@ -21,6 +21,7 @@ from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.record import metadata, style_digest
 from stylefast.runtime.accounting import check_limit, held_bytes, memory_report
+from stylefast.runtime.backends import check_backend, make_backend
 from stylefast.runtime.baking import BakeCallback, bake, bake_request
 from stylefast.runtime.batching import BatchLoop
 from stylefast.runtime.conditions import ConditionStore
@@ -29,20 +30,10 @@ from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Job
 from stylefast.runtime.loop import StepCallback, denoise
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory, parse_bytes
-from stylefast.runtime.options import (
-    as_list,
-    buckets_of,
-    check_backend,
-    check_deadline,
-    check_output,
-    count_of,
-    device_of,
-    dtype_of,
-)
+from stylefast.runtime.options import as_list, buckets_of, check_deadline, check_output, count_of, device_of, dtype_of
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
 from stylefast.runtime.results import Result, joined
-from stylefast.runtime.step import TorchBackend
 from stylefast.styles.bank import StyleBank
 
 __all__ = ["Engine", "Request", "Result"]
@@ -86,7 +77,8 @@ class Engine:
         )  # fmt: skip
         self.budget = MemoryBudget(parse_bytes("memory_limit", memory_limit), parse_bytes("bank_memory", bank_memory),
                                    parse_bytes("host_memory", host_memory))  # fmt: skip
-        self.runtime = Runtime(self.unet, store, self._backend(backend), self.budget, buckets_of(batch_buckets))
+        runner = make_backend(backend, self.unet)
+        self.runtime = Runtime(self.unet, store, runner, self.budget, buckets_of(batch_buckets))
         self._preparer = Preparer(
             self.runtime, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
         )
@@ -167,14 +159,6 @@ class Engine:
         options: backend, memory_limit, ... as in `from_pretrained`.
         """
         return cls(from_pipeline(pipeline), **options)
-
-    def _backend(self, name: str):
-        check_backend(name)
-        if name != "compile":
-            return TorchBackend(self.unet)
-        from stylefast.runtime.compiled import CompileBackend
-
-        return CompileBackend(self.unet)
 
     def load_adapter(self, file: str | Path, image_encoder: str | Path | None = None, name: str | None = None) -> str:
         """Load an IP-Adapter and return the name by which `InstantStyle(adapter=...)` finds it (the file's stem).

@@ -6,15 +6,8 @@ import torch
 
 from stylefast.errors import InvalidRequest
 
-BACKENDS = ("auto", "torch", "compile")
 OUTPUTS = ("pil", "np", "latents")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_backend(name: str) -> None:
-    """Raise InvalidRequest for a backend that does not exist."""
-    if not isinstance(name, str) or name not in BACKENDS:
-        raise InvalidRequest(f"backend is {name!r}; there are {', '.join(BACKENDS)}")
 
 
 def check_output(name: str) -> None:
