@@ -77,7 +77,7 @@ class Conv2d(_Packable, nn.Conv2d):
     """`nn.Conv2d`, packed or not; what is packed gives channels-last."""
 
     def forward(self, x):  # [n, in_channels, h, w]
-        # a copy packed for another picture size can be thirty times slower than none
+        # a copy packed for another picture size can be far slower than none
         packed = self.packed(x, tuple(x.shape[2:]))
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
