@@ -59,19 +59,21 @@ def group_norm_silu(
     page: torch.Tensor | None = None,
     pool_mean: torch.Tensor | None = None,
     pool_variance: torch.Tensor | None = None,
-    pool_elements: int = 0,
+    pool_elements: int | None = 0,
 ) -> torch.Tensor:
     """Group norm and SiLU with pooled statistics, the custom op `torch.ops.stylefast.group_norm_silu`.
 
     x [rows, channels, h, w], contiguous or channels-last; weight, bias [channels]; page [rows] int64 or empty: p < rows
-    pools with row p, p >= rows with pool_mean, pool_variance [pages, groups] fp32 of pool_elements elements each, -1 is
-    the plain norm. Returns x's shape, type and memory format.
+    pools with row p, p >= rows with pool_mean, pool_variance [pages, groups] fp32 of pool_elements elements each (None:
+    as many as x has), -1 is the plain norm. Returns x's shape, type and memory format.
 
     Raises InvalidRequest, a ValueError, for shapes and types that don't fit and, on CPUs or under STYLEFAST_CHECKS=1,
     for a page out of range and for pool statistics that are not finite or a negative variance.
     """
     if page is not None and page.shape == (0,):
         page = None
+    if pool_elements is None:
+        pool_elements = x.shape[1] // groups * x.shape[2] * x.shape[3]
     arguments = (x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements)
     if not trusted():
         _check(*arguments)
@@ -195,7 +197,7 @@ def _triton(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, 
 _group_norm_silu = Operation(
     "group_norm_silu",
     "(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool silu, Tensor? page, Tensor? pool_mean, "
-    "Tensor? pool_variance, int pool_elements) -> Tensor",
+    "Tensor? pool_variance, SymInt pool_elements) -> Tensor",
     outputs=_outputs,
     forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
     refuse=_refuse,

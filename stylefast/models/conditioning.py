@@ -28,7 +28,7 @@ class StylePages(NamedTuple):
     variances: tuple[torch.Tensor, ...]
     norm_means: tuple[torch.Tensor, ...]  # per group norm [pages, groups], in module order
     norm_variances: tuple[torch.Tensor, ...]
-    norm_elements: tuple[int, ...]
+    norm_elements: tuple[int | None, ...]  # numbers behind each; None: as many as in the row that reads them
 
 
 class RowFeatures:

@@ -305,7 +305,7 @@ class UNet(nn.Module):
         flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
         time = _sinusoids(timesteps, self.config["block_out_channels"][0], flip, shift)
         ids = _sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"], flip, shift)
-        added = torch.cat([pooled.to(self.dtype), ids.view(len(pooled), -1).to(self.dtype)], dim=-1)
+        added = torch.cat([pooled.to(self.dtype), ids.view(pooled.shape[0], -1).to(self.dtype)], dim=-1)
         return self.time_embedding(time.to(self.dtype)) + self.add_embedding(added)
 
     def project_text(self, states: torch.Tensor) -> tuple[KeyValue, ...]:

@@ -1,0 +1,334 @@
+"""The UNet as a graph of flat tensors: every style, strength and reference is an input, and nothing is baked in but weights.
+
+`UNetGraph` is what gets exported, to ONNX, TensorRT and AOTInductor alike, and `GraphShape` says what its inputs are
+called and how large they may be. Three flavours, each of which can do all that the one before it can:
+
+    plain     rows attend to themselves and to text, and to picture segments where `segments` is above 0
+    live      rows also attend to other rows of the batch (StyleAligned), with AdaIN and shared group norms
+    banked    rows also attend to pages of style banks, which come in as inputs
+
+Keys and values of all layers of one attention level travel in one tensor, so that SDXL's 70 layers take 2 inputs each
+for text, pictures and pages. The row table's columns are inputs under their own names (`models.row_table`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import nn
+
+from stylefast.errors import InvalidRequest
+from stylefast.kernels.shared_attention import PLAIN
+from stylefast.models.conditioning import ImageKV, KeyValue, StylePages
+from stylefast.models.row_table import NO_PAGE, RowTable
+from stylefast.models.unet import GroupNorm, UNet
+
+FLAVOURS = ("plain", "live", "banked")
+OUTPUT = "output"  # the model's output [rows, channels, height, width]
+TEXT_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """What a UNet graph is exported for.
+
+    flavour: see the module. references: columns of `self_page`, the most references of a row; segments: columns of
+    `image_page`, the most pictures of a row. Both are fixed in the graph; row, page and mask counts and the picture's
+    size are not.
+    """
+
+    flavour: str = "live"
+    references: int = 1
+    segments: int = 2
+
+    def __post_init__(self):
+        if self.flavour not in FLAVOURS:
+            raise InvalidRequest(f"flavour is {self.flavour!r}; there are {', '.join(FLAVOURS)}")
+        least = 0 if self.flavour == "plain" else 1
+        if self.flavour == "plain" and self.references:
+            object.__setattr__(self, "references", 0)
+        for name, count, low in (("references", self.references, least), ("segments", self.segments, 0)):
+            if isinstance(count, bool) or not isinstance(count, int) or not low <= count <= 16:
+                raise InvalidRequest(f"{name} is {count!r}; it must be a whole number from {low} to 16")
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows may have references."""
+        return self.flavour != "plain"
+
+    @classmethod
+    def from_dict(cls, found: Mapping) -> "GraphShape":
+        """Back from `dict(...)` of the fields, as manifests hold it."""
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of a graph: its type, and its dimensions as numbers or, where they may vary, as names.
+
+    Names are those of `DIMENSIONS`, or "tokens_<level>" for the feature map of an attention level.
+    """
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]
+
+
+# name of a dimension that may vary -> (least, most) that a graph without profiles is exported for
+DIMENSIONS = {
+    "rows": (1, 256),
+    "text_pages": (1, 4096),
+    "image_pages": (1, 4096),
+    "image_tokens": (1, 1024),
+    "masks": (1, 4096),
+    "pages": (1, 4096),
+    "height": (8, 1024),
+    "width": (8, 1024),
+}
+
+
+def graph_inputs(unet: UNet, shape: GraphShape) -> list[Tensor]:
+    """The inputs of a UNet's graph, in order."""
+    layout, dtype, i64, f32 = unet.layout, unet.dtype, torch.int64, torch.float32
+    layers, modules, r, s = len(layout.layers), len(layout.modules), shape.references, shape.segments
+    pooled = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
+    levels = [level_layers(unet, level) for level in range(layout.levels)]
+    heads = [layout.layers[found[0]].heads for found in levels]
+    widths = [layout.layers[found[0]].channels // count for found, count in zip(levels, heads)]
+    norms = [m for m in unet.modules() if isinstance(m, GroupNorm)]
+
+    found = [
+        Tensor("latents", dtype, ("rows", unet.config["in_channels"], "height", "width")),
+        Tensor("timestep", f32, ("rows",)),
+        Tensor("pooled", dtype, ("text_pages", pooled)),
+        Tensor("time_ids", f32, ("rows", 6)),
+        Tensor("text_page", i64, ("rows",)),
+    ]
+    for level, (members, h, d) in enumerate(zip(levels, heads, widths)):
+        found.append(Tensor(f"text_kv_{level}", dtype, (len(members), 2, "text_pages", TEXT_TOKENS, h, d)))
+    if s:
+        for level, (members, h, d) in enumerate(zip(levels, heads, widths)):
+            found.append(Tensor(f"image_kv_{level}", dtype, (len(members), 2, "image_pages", "image_tokens", h, d)))
+        found += [
+            Tensor("image_lengths", i64, ("image_pages",)),
+            Tensor("image_page", i64, ("rows", s)),
+            Tensor("image_strength", f32, ("rows", s, modules)),
+            Tensor("image_group", i64, ("rows", s)),
+            Tensor("image_mask", i64, ("rows", s)),
+            *(Tensor(f"mask_{level}", f32, ("masks", f"tokens_{level}")) for level in range(len(levels))),
+        ]
+    if shape.shares:
+        found += [
+            Tensor("self_page", i64, ("rows", r)),
+            Tensor("self_mode", i64, ("rows",)),
+            Tensor("self_layers", torch.bool, ("rows", layers)),
+            Tensor("self_scale", f32, ("rows", r)),
+            Tensor("self_shift", f32, ("rows", r)),
+            Tensor("adain_page", i64, ("rows",)),
+            Tensor("adain_strength", f32, ("rows", 3)),
+            Tensor("norm_page", i64, ("rows",)),
+        ]
+    if shape.flavour == "banked":
+        for level, (members, h, d) in enumerate(zip(levels, heads, widths)):
+            count = len(members)
+            found.append(Tensor(f"page_kv_{level}", dtype, ("pages", count, 2, f"tokens_{level}", h, d)))
+            found.append(Tensor(f"page_stats_{level}", f32, ("pages", count, 2, 3, h, d)))
+        found.append(Tensor("page_norms", f32, ("pages", len(norms), 2, norms[0].groups)))
+    return found
+
+
+def graph_output(unet: UNet) -> Tensor:
+    """The one output of a UNet's graph."""
+    return Tensor(OUTPUT, unet.dtype, ("rows", unet.config["out_channels"], "height", "width"))
+
+
+def level_layers(unet: UNet, level: int) -> list[int]:
+    """The self-attention layers of an attention level, in registry order: how packed tensors hold them."""
+    return [i for i, layer in enumerate(unet.layout.layers) if layer.level == level]
+
+
+class UNetGraph(nn.Module):
+    """A UNet call on the inputs that `graph_inputs` lists, in their order. Returns [rows, channels, height, width].
+
+    Traced, exported and compiled; the engine calls `UNet` itself.
+    """
+
+    def __init__(self, unet: UNet, shape: GraphShape):
+        super().__init__()
+        self.unet, self.shape = unet, shape
+        self.names = [tensor.name for tensor in graph_inputs(unet, shape)]
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(self.names, inputs, strict=True))
+        unet, latents = self.unet, given["latents"]
+        table = self._table(given)
+        embedding = unet.embed(given["timestep"], given["pooled"][table.text_page], given["time_ids"])
+        masks, images = (), None
+        if self.shape.segments:
+            masks = tuple(given[f"mask_{level}"] for level in range(unet.layout.levels))
+            images = ImageKV(self._unpacked(given, "image_kv"), given["image_lengths"])
+        pages = self._pages(given) if self.shape.flavour == "banked" else None
+        return unet(latents, embedding, self._unpacked(given, "text_kv"), images, table, pages, masks)
+
+    def _table(self, given: Mapping[str, torch.Tensor]) -> RowTable:
+        """The row table, with columns that no row uses where the graph has no inputs for them."""
+        rows, columns = given["latents"].shape[0], dict(given)
+        device = given["latents"].device
+        layout = self.unet.layout
+        if not self.shape.shares:
+            columns |= {
+                "self_page": torch.empty(rows, 0, dtype=torch.int64, device=device),
+                "self_mode": torch.full((rows,), PLAIN, device=device),
+                "self_layers": torch.zeros(rows, len(layout.layers), dtype=torch.bool, device=device),
+                "self_scale": torch.empty(rows, 0, device=device),
+                "self_shift": torch.empty(rows, 0, device=device),
+                "adain_page": torch.full((rows,), NO_PAGE, device=device),
+                "adain_strength": torch.zeros(rows, 3, device=device),
+                "norm_page": torch.empty(0, dtype=torch.int64, device=device),
+            }
+        if not self.shape.segments:
+            nobody = torch.empty(rows, 0, dtype=torch.int64, device=device)
+            columns |= {
+                "image_page": nobody, "image_group": nobody, "image_mask": nobody,
+                "image_strength": torch.empty(rows, 0, len(layout.modules), device=device),
+            }  # fmt: skip
+        return RowTable(**{name: columns[name] for name in RowTable._fields})
+
+    def _unpacked(self, given: Mapping[str, torch.Tensor], name: str) -> tuple[KeyValue, ...]:
+        """Keys and values per layer, from one tensor [layers, 2, pages, tokens, heads, d] per level."""
+        return tuple((packed[0], packed[1]) for packed in self._layers(given, name, 0))
+
+    def _layers(self, given: Mapping[str, torch.Tensor], name: str, dim: int) -> list[torch.Tensor]:
+        """What every layer has of a packed tensor, whose layers stand along `dim`."""
+        found: list[torch.Tensor | None] = [None] * len(self.unet.layout.layers)
+        for level in range(self.unet.layout.levels):
+            for place, layer in enumerate(level_layers(self.unet, level)):
+                found[layer] = given[f"{name}_{level}"].select(dim, place)
+        return found
+
+    def _pages(self, given: Mapping[str, torch.Tensor]) -> StylePages:
+        kv = self._layers(given, "page_kv", 1)  # [pages, 2, tokens, heads, d]
+        stats = self._layers(given, "page_stats", 1)  # [pages, 2, 3, heads, d]
+        norms = given["page_norms"]  # [pages, norms, 2, groups]
+        return StylePages(
+            layers=tuple((x[:, 0], x[:, 1]) for x in kv),
+            means=tuple(x[:, 0].transpose(0, 1) for x in stats),
+            variances=tuple(x[:, 1].transpose(0, 1) for x in stats),
+            norm_means=tuple(norms[:, i, 0] for i in range(norms.shape[1])),
+            norm_variances=tuple(norms[:, i, 1] for i in range(norms.shape[1])),
+            # a page has the size of the pictures that read it
+            norm_elements=(None,) * norms.shape[1],
+        )
+
+
+def example_sizes(unet: UNet, latent_size: tuple[int, int] | None = None) -> dict[str, int]:
+    """Sizes to trace with: all different and above 1, so that nothing takes one dimension for another or for 1."""
+    side = unet.config.get("sample_size") or 128
+    height, width = latent_size or ((side, side) if isinstance(side, int) else side)
+    sizes = {"rows": 4, "text_pages": 3, "image_pages": 5, "image_tokens": 6, "masks": 7, "pages": 2}
+    return with_tokens(unet, sizes | {"height": height, "width": width})
+
+
+def with_tokens(unet: UNet, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The same, with the token counts of attention levels that follow from height and width."""
+    maps = unet.attention_sizes(sizes["height"], sizes["width"])
+    return dict(sizes) | {f"tokens_{level}": h * w for level, (h, w) in enumerate(maps)}
+
+
+def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs that a request could have brought, by name: every mode, strengths of 0 too, and pages in use.
+
+    sizes: of all dimensions of `graph_inputs`; numbers are drawn on the CPU from `seed`.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, dims: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(low, high, dims, generator=draw)
+
+    def numbers(dims: tuple[int, ...]) -> torch.Tensor:
+        return torch.rand(dims, generator=draw)
+
+    rows, pages = sizes["rows"], sizes["pages"] if shape.flavour == "banked" else 0
+    made = {}
+    for name, dtype, dims in _concrete(unet, shape, sizes):
+        if name == "timestep":
+            value = 1000 * numbers(dims)
+        elif name == "time_ids":
+            value = 1024 * numbers(dims)
+        elif name == "text_page":
+            value = integers(0, sizes["text_pages"], dims)
+        elif name == "image_lengths":
+            value = integers(1, sizes["image_tokens"] + 1, dims)
+        elif name == "image_page":
+            value = integers(-1, sizes["image_pages"], dims)
+        elif name == "image_mask":
+            value = integers(-1, sizes["masks"], dims)
+        elif name == "image_group":
+            value = integers(0, max(1, shape.segments), dims)
+        elif name in ("self_page", "adain_page", "norm_page"):
+            value = integers(-1, rows + pages, dims)
+        elif name == "self_mode":
+            value = integers(0, 3, dims)
+        elif name == "self_layers":
+            value = numbers(dims) < 0.7
+        elif name in ("image_strength", "adain_strength"):
+            value = numbers(dims) * (numbers(dims) < 0.8)
+        elif name == "self_shift":
+            value = 4 * numbers(dims) - 2
+        elif "stats" in name or name == "page_norms":
+            value = numbers(dims) + 0.5
+        elif name == "self_scale" or name.startswith("mask_"):
+            value = 2 * numbers(dims)
+        else:
+            value = torch.randn(dims, generator=draw)
+        made[name] = value.to(dtype).to(unet.device)
+    return made
+
+
+def _concrete(unet: UNet, shape: GraphShape, sizes: Mapping[str, int]) -> Iterator[tuple]:
+    for tensor in graph_inputs(unet, shape):
+        yield tensor.name, tensor.dtype, tuple(sizes[d] if isinstance(d, str) else d for d in tensor.dims)
+
+
+def dynamic_shapes(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None) -> tuple[dict, ...]:
+    """For `torch.export`: which dimensions of every input may vary; those in `fixed` don't."""
+    fixed = dict(fixed or {})
+    if {"height", "width"} <= fixed.keys():
+        fixed = with_tokens(unet, fixed)
+    named = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in DIMENSIONS.items()}
+
+    def dims(tensor: Tensor) -> dict:
+        # token counts follow from height and width, which the exporter works out
+        return {
+            i: named.get(d, torch.export.Dim.AUTO)
+            for i, d in enumerate(tensor.dims)
+            if isinstance(d, str) and d not in fixed
+        }
+
+    return tuple(dims(tensor) for tensor in graph_inputs(unet, shape))
+
+
+def trace(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None) -> torch.export.ExportedProgram:
+    """The graph with stylefast's custom operations in it; `fixed` are sizes that may not vary.
+
+    All operations of the graph work on CPUs and GPUs; the UNet may lie on the meta device, without weights.
+    """
+    fixed = dict(fixed or {})
+    unknown = sorted(fixed.keys() - DIMENSIONS.keys())
+    if unknown:
+        raise InvalidRequest(f"there is no dimension {unknown[0]!r}; there are {', '.join(DIMENSIONS)}")
+    sizes = with_tokens(unet, example_sizes(unet) | fixed)
+    inputs = tuple(example_inputs(unet, shape, sizes).values())
+    graph = UNetGraph(unet, shape).eval()
+    with torch.no_grad():
+        return torch.export.export(graph, inputs, dynamic_shapes=(dynamic_shapes(unet, shape, fixed),), strict=False)
+
+
+__all__ = [
+    "DIMENSIONS", "FLAVOURS", "OUTPUT", "TEXT_TOKENS", "GraphShape", "Tensor", "UNetGraph", "dynamic_shapes",
+    "example_inputs", "example_sizes", "graph_inputs", "graph_output", "level_layers", "trace", "with_tokens",
+]  # fmt: skip
+
