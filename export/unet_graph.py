@@ -1,4 +1,4 @@
-"""The UNet as a graph of flat tensors: every style, strength and reference is an input, and nothing is baked in but weights.
+"""The UNet as a graph of flat tensors: styles, strengths and references are inputs, and only weights are baked in.
 
 `UNetGraph` is what gets exported, to ONNX, TensorRT and AOTInductor alike, and `GraphShape` says what its inputs are
 called and how large they may be. Three flavours, each of which can do all that the one before it can:

@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Sequence
 
 import stylefast
-from stylefast.commands import bake, bench, demo, generate, info
+from stylefast.commands import bake, bench, demo, export, generate, info
 from stylefast.errors import InvalidRequest, StyleFastError
 
-COMMANDS = (generate, bake, demo, bench, info)
+COMMANDS = (generate, bake, export, demo, bench, info)
 DEBUG = "STYLEFAST_DEBUG"
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import stylefast
-from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory, StyleFastError
+from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory
 from stylefast.models import vae as vaes
 from stylefast.models.adapter_loading import load_adapter
 from stylefast.models.checkpoint import Components, from_pipeline, load_components
@@ -28,12 +28,12 @@ from stylefast.runtime.conditions import ConditionStore
 from stylefast.runtime.core import Runtime
 from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Job
-from stylefast.runtime.loop import StepCallback, denoise
+from stylefast.runtime.loop import StepCallback, denoise_all
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory, parse_bytes
 from stylefast.runtime.options import as_list, buckets_of, check_deadline, check_output, count_of, device_of, dtype_of
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
-from stylefast.runtime.results import Result, joined
+from stylefast.runtime.results import Result
 from stylefast.styles.bank import StyleBank
 
 __all__ = ["Engine", "Request", "Result"]
@@ -49,7 +49,9 @@ class Engine:
         self,
         components: Components,
         *,
-        backend: str = "auto",
+        backend: Any = "auto",
+        engines: str | Path | None = None,
+        trust: str | None = None,
         memory_limit: int | str | None = None,
         bank_memory: int | str | None = None,
         host_memory: int | str | None = None,
@@ -77,7 +79,9 @@ class Engine:
         )  # fmt: skip
         self.budget = MemoryBudget(parse_bytes("memory_limit", memory_limit), parse_bytes("bank_memory", bank_memory),
                                    parse_bytes("host_memory", host_memory))  # fmt: skip
-        runner = make_backend(backend, self.unet)
+        runner = make_backend(
+            backend, self.unet, engines, trust, model=self.name, fingerprint=self._current_fingerprint
+        )
         self.runtime = Runtime(self.unet, store, runner, self.budget, buckets_of(batch_buckets))
         self._preparer = Preparer(
             self.runtime, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
@@ -104,7 +108,9 @@ class Engine:
         image_encoder: str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        backend: str = "auto",
+        backend: Any = "auto",
+        engines: str | Path | None = None,
+        trust: str | None = None,
         vae: Any = None,
         memory_limit: int | str | None = None,
         bank_memory: int | str | None = None,
@@ -124,7 +130,10 @@ class Engine:
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
             dtype: "auto" (fp32 on the CPU, else what the device does best), "float32", "bfloat16", "float16".
             backend: "torch" runs the model as it is written; "compile" compiles its blocks, pads batches to a ladder of
-                sizes and, on a GPU, replays CUDA graphs; "auto" is "torch".
+                sizes and, on a GPU, replays CUDA graphs; "onnxruntime", "tensorrt" and "aoti" run exported graphs; or
+                a `runtime.step.Backend`, or a function of the UNet that makes one. "auto" is "torch".
+            engines: folder of the exported graphs; None: exported once and kept (not for "tensorrt").
+            trust: digest of the manifest in `engines`, for a folder of engines (which are code) from elsewhere.
             vae: a VAE in place of the model's own: folder, file, hub id or module.
             memory_limit: bytes ("8GB") that everything the engine holds on its device may take, model included.
             bank_memory: bytes for the pages of style banks; None: a share of what is free.
@@ -136,16 +145,17 @@ class Engine:
             preview: an AutoencoderTiny for `Job`'s previews (module, folder, file or hub id); None: a linear map.
             options: passed on to `load_components`.
 
-        Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest.
+        Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest, ExportError and its kin.
         """
-        check_backend(backend)
+        check_backend(backend, engines, trust)
         place, kind = device_of(device), dtype_of(dtype)
         components = load_components(source, dtype=kind, device=place, vae=vae, **options)
         if place.type == "cuda":
             channels_last(components.unet_state)
         engine = cls(
-            components, backend=backend, memory_limit=memory_limit, bank_memory=bank_memory, host_memory=host_memory,
-            batch_buckets=batch_buckets, max_batch_rows=max_batch_rows, max_pending=max_pending, preview=preview,
+            components, backend=backend, engines=engines, trust=trust, memory_limit=memory_limit,
+            bank_memory=bank_memory, host_memory=host_memory, batch_buckets=batch_buckets,
+            max_batch_rows=max_batch_rows, max_pending=max_pending, preview=preview,
         )  # fmt: skip
         files = as_list(components.adapter_path if adapter == "auto" else adapter)
         for file in files:
@@ -295,6 +305,8 @@ class Engine:
         """Take no more work; jobs that are not done fail with EngineClosed. Called by `with engine:` too."""
         self._closed = True
         self._loop.close()
+        with self.runtime.lock:
+            self.runtime.backend.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -351,20 +363,7 @@ class Engine:
         runtime = self.runtime
         with runtime.lock:
             groups = self._preparer.groups(requests)
-        try:
-            done: dict[int, torch.Tensor] = {}
-            errors: list[StyleFastError] = []
-            for shape in dict.fromkeys(group.latent_shape for group in groups):
-                batch = [group for group in groups if group.latent_shape == shape]
-                finished, failed = denoise(runtime, batch, callback)
-                done |= finished
-                errors += failed
-        finally:
-            with runtime.lock:
-                for group in groups:
-                    runtime.retire(group)
-        if errors:
-            raise joined(errors)
+        done = denoise_all(runtime, groups, callback)
         return [done[i] for i in range(len(requests))]
 
     def _result(self, latents: list[torch.Tensor], written: list[dict], output: str) -> Result:

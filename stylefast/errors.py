@@ -68,5 +68,17 @@ class EngineClosed(StyleFastError):
     """The engine was closed, and takes and finishes no more jobs."""
 
 
+class ExportError(StyleFastError):
+    """A model can't be exported, or an export is incomplete, altered or truncated."""
+
+
+class EngineMismatch(ExportError):
+    """An exported engine was made for another chip, version, model, type or range of sizes."""
+
+
+class UntrustedEngine(ExportError):
+    """An engine file is code, and nobody vouched for this one."""
+
+
 class MissingDependency(StyleFastError, ImportError):
     """An optional package is needed for this feature; the message names the extra that brings it."""

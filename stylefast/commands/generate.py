@@ -20,6 +20,8 @@ EXAMPLES = """examples:
   stylefast generate --from pictures/0001-a-fish.png --out again.png
 """
 DEFAULT_MODEL, DEFAULT_OUT = "tiny", "pictures"
+# backends that run what `stylefast export` wrote
+EXPORTED_BACKENDS = ("onnxruntime", "tensorrt", "aoti")
 # options of the model that name files or folders, or ids of the hub
 _PATHS = ("model", "adapter", "image_encoder", "vae")
 # what pictures remember of it, so that --from loads it again; the rest belongs to the machine
@@ -31,6 +33,7 @@ _CALL_OPTIONS = (
     "method", "style_prompt", "adain", "shift", "layers", "share_group_norm", "blocks", "scale", "content",
     "content_scale", "learned", "context",
 )  # fmt: skip
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _INTERVAL = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*")
 
 
@@ -100,7 +103,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group("--vae", metavar="NAME", help="a VAE in place of the model's own")
     group("--device", help="auto, cpu, cuda or cuda:1 (default: auto)")
     group("--dtype", help="auto, float32, bfloat16 or float16 (default: auto)")
-    group("--backend", choices=("auto", "torch", "compile"), help="what runs the steps (default: auto)")
+    group("--backend", choices=("auto", "torch", "compile", *EXPORTED_BACKENDS), help="what runs the steps; the last "
+          "three run what `stylefast export` wrote (default: auto)")  # fmt: skip
+    group("--engines", metavar="FOLDER", help="an export for --backend; without it, onnxruntime and aoti export the "
+          "model once into the cache folder")  # fmt: skip
+    group("--trust", metavar="DIGEST", help="run engines that others wrote, which are code; the digest is what "
+          "`stylefast export` printed there")  # fmt: skip
     group("--memory-limit", metavar="BYTES", help="for all that the engine holds on its device, e.g. 8GB")
     group("--bank-memory", metavar="BYTES", help="for the pages of style banks there, e.g. 512MiB")
 
@@ -109,7 +117,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 class ModelChoice:
     """What to load and where it runs. None is the engine's default.
 
-    Raises InvalidRequest for limits that are no number of bytes.
+    Raises InvalidRequest for limits that are no number of bytes, and for engines that the backend does not read.
     """
 
     model: str = DEFAULT_MODEL
@@ -119,6 +127,8 @@ class ModelChoice:
     dtype: str | None = None
     device: str | None = None
     backend: str | None = None
+    engines: str | None = None
+    trust: str | None = None
     memory_limit: str | None = None
     bank_memory: str | None = None
 
@@ -127,6 +137,15 @@ class ModelChoice:
 
         parse_bytes("--memory-limit", self.memory_limit)
         parse_bytes("--bank-memory", self.bank_memory)
+        exported = ", ".join(EXPORTED_BACKENDS)
+        if self.engines is not None and self.backend not in EXPORTED_BACKENDS:
+            raise InvalidRequest(f"--engines is read by the backends {exported}; give --backend as well")
+        if self.backend == "tensorrt" and self.engines is None:
+            raise InvalidRequest("--backend tensorrt needs --engines FOLDER, which `stylefast export tensorrt` makes")
+        if self.trust is not None and self.engines is None:
+            raise InvalidRequest("--trust vouches for the folder of --engines; give that as well")
+        if self.trust is not None and not _DIGEST.fullmatch(self.trust):
+            raise InvalidRequest(f"--trust is {self.trust!r}; a digest is 64 hex digits (`stylefast export` prints it)")
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, recorded: dict | None = None) -> "ModelChoice":
@@ -136,7 +155,7 @@ class ModelChoice:
             value = getattr(arguments, name)
             if value is not None:
                 path = Path(value).expanduser()
-                is_path = name in _PATHS and value != DEFAULT_MODEL and path.exists()
+                is_path = name in (*_PATHS, "engines") and value != DEFAULT_MODEL and path.exists()
                 values[name] = str(path.resolve()) if is_path else value
         return cls(**values)
 

@@ -10,15 +10,20 @@ from typing import Any
 
 import stylefast
 from stylefast.commands.bank_report import bank_lines, collect_bank
+from stylefast.commands.export_report import collect_engines, engines_lines
 from stylefast.errors import InvalidRequest
 
-SUMMARY = "Say what was found: versions, devices, kernels, models and caches; or what a style bank holds."
+SUMMARY = "Say what was found: versions, devices, kernels, models and caches; or what a style bank or an export holds."
 EXAMPLES = """examples:
   stylefast info
   stylefast info --json
   stylefast info --bank brand.bank
+  stylefast info --engines tiny-onnx
 """
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "triton")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "triton", "onnx",
+            "onnxruntime", "tensorrt", "tensorrt-rtx")  # fmt: skip
+# the same package by the name of its edition
+_EDITIONS = {"onnxruntime": ("onnxruntime-gpu",), "tensorrt": ("tensorrt-cu13", "tensorrt-cu12")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     parser.add_argument("--bank", metavar="FILE.bank", type=Path, help="say what this style bank was made from, its "
                         "size, and whether it is as it was written (exit code 1 if not)")  # fmt: skip
+    parser.add_argument("--engines", metavar="FOLDER", type=Path, help="say what this export holds, whether its files "
+                        "are as they were written (exit code 1 if not), and whether they may be run")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what `collect` or `collect_bank` finds."""
-    found, lines = (collect(), _lines) if arguments.bank is None else (collect_bank(arguments.bank), bank_lines)
+    """Print what `collect`, `collect_bank` or `collect_engines` finds."""
+    if arguments.bank is not None and arguments.engines is not None:
+        raise InvalidRequest("--bank and --engines exclude each other; give one")
+    if arguments.bank is not None:
+        found, lines = collect_bank(arguments.bank), bank_lines
+    elif arguments.engines is not None:
+        found, lines = collect_engines(arguments.engines), engines_lines
+    else:
+        found, lines = collect(), _lines
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines(found)))
     return 0 if found.get("unaltered", True) else 1
 
@@ -51,10 +65,12 @@ def collect() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    for name in (package, *_EDITIONS.get(package, ())):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ class ImageEncoder:
     @torch.no_grad()
     def embed(self, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
         """Projected class embeddings `[n, embed_dim]`, not normalised to unit length."""
-        return self.vision_model(self.pixels(images, crop)).image_embeds
+        return self._embeds(self.pixels(images, crop))
 
     @torch.no_grad()
     def patches(self, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
@@ -138,6 +138,9 @@ class ImageEncoder:
         """
         size = self.image_size
         return self._features(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))
+
+    def _embeds(self, pixels: torch.Tensor) -> torch.Tensor:  # -> [n, embed_dim]
+        return self.vision_model(pixels).image_embeds
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         hidden_states = self.vision_model(pixels, output_hidden_states=True).hidden_states

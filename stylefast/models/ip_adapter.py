@@ -185,7 +185,10 @@ class IPAdapter(nn.Module):
             shape = f"[n, {self.embed_dim}]" if dims == 2 else f"[n, patches, {self.embed_dim}]"
             raise AdapterError(f"{self.name} ({self.kind}) reads features {shape}, not {list(features.shape)}")
         weight = next(self.projector.parameters())
-        return self.projector(features.to(weight.device, weight.dtype))
+        return self._project(features.to(weight.device, weight.dtype))
+
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
+        return self.projector(features)
 
     def negative_tokens(self, encoder: ImageEncoder | None = None) -> torch.Tensor:
         """Tokens of "no picture" `[token_count, cross_dim]`, for the unconditional branch; computed once.

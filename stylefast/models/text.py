@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -80,11 +81,29 @@ class _Sequence:
     added: int  # index of the last vector of the first placeholder; `end` if there is none
     cut: str  # the words that did not fit
 
+    def position(self, policy: str) -> int:
+        """Where the prompt is pooled under a policy."""
+        return self.end if policy == "eos" else self.added
+
+
+class TextRunner(Protocol):
+    """What runs the text encoders: PyTorch (`TorchText`), or exported graphs in its place."""
+
+    def __call__(
+        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[Tensor], ends: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run encoder `index` (0 or 1) on token ids [prompts][tokens]; an id -1 - r stands for the vector `rows[r]`.
+
+        Returns the second-to-last states [prompts, tokens, width], and from encoder 2 the projected last state
+        [pooled_dim] at each (prompt, position) of `ends`; every prompt has one at least.
+        """
+
 
 class TextEncoder:
     """Both text encoders of an SDXL-shaped model with their tokenizers.
 
-    `force_zeros`: the null prompt is zeros (SDXL base) instead of the encoding of the empty text.
+    `force_zeros`: the null prompt is zeros (SDXL base) instead of the encoding of the empty text. `runner` is what runs
+    the encoders and may be replaced.
     Raises ModelFormatError where the parts do not belong together.
     """
 
@@ -111,7 +130,7 @@ class TextEncoder:
                 "so both lengths must agree"
             )
         self.max_tokens: int = lengths[0]
-        self._table_names = tuple(_table_name(encoder) for encoder in encoders)
+        self.runner: TextRunner = TorchText(self.encoders)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -156,18 +175,16 @@ class TextEncoder:
 
         learning = any(rows.requires_grad for p in batch for name in p.placeholders() for rows in p.vectors[name])
         with torch.set_grad_enabled(torch.is_grad_enabled() and learning):
-            hidden, last, sequences = self._run(batch) if batch else (None, None, [])
-            memo: dict[tuple[int | None, str], TextStates] = {}
-            for place, policy in zip(places, policies, strict=True):
-                if (place, policy) in memo:
-                    continue
-                if place is None:
-                    memo[place, policy] = self._zeros()
-                else:
-                    position = sequences[place].end if policy == "eos" else sequences[place].added
-                    pooled = self.encoders[1].text_projection(last[place, position])  # [pooled_dim]
-                    memo[place, policy] = TextStates(hidden[place], pooled)
-        return [memo[place, policy] for place, policy in zip(places, policies, strict=True)]
+            sequences = self._tokenized(batch)
+            wanted = [
+                (None, 0) if place is None else (place, sequences[1][0][place].position(policy))
+                for place, policy in zip(places, policies, strict=True)
+            ]
+            hidden, pooled = self._run(sequences, [pair for pair in wanted if pair[0] is not None])
+            states = {pair: TextStates(hidden[pair[0]], pooled[pair]) for pair in pooled}
+            if None in places:
+                states[None, 0] = self._zeros()
+        return [states[pair] for pair in wanted]
 
     def _check(self, prompts: list[Prompt], policies: list[str], known_names: Collection[str]) -> None:
         if len(policies) != len(prompts):
@@ -200,15 +217,14 @@ class TextEncoder:
         )
         return TextStates(hidden, torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
 
-    def _run(self, batch: list[Prompt]) -> tuple[Tensor, Tensor, list[_Sequence]]:
-        # -> hidden [prompts, tokens, cross_dim], last states of encoder 2 [prompts, tokens, width 2], its sequences
-        hidden, cut = [], {}
+    def _tokenized(self, batch: list[Prompt]) -> list[tuple[list[_Sequence], list[Tensor]]]:
+        """For each encoder the prompts' sequences, and the learned vectors that they name; tells of words cut off."""
+        found, cut = [], {}
         for index, tokenizer in enumerate(self.tokenizers):
             rows: list[Tensor] = []
             sequences = [self._tokenize(prompt, tokenizer, index, rows) for prompt in batch]
             cut.update({place: s.cut for place, s in enumerate(sequences) if s.cut and place not in cut})
-            outputs = self._forward(index, sequences, rows)
-            hidden.append(outputs.hidden_states[-2])
+            found.append((sequences, rows))
         if cut:
             words = "; ".join(repr(text) for text in cut.values())
             logger.warning(
@@ -217,21 +233,21 @@ class TextEncoder:
                 len(cut),
                 words,
             )
-        states = torch.cat([h.to(hidden[1].device) for h in hidden], dim=-1).to(hidden[1].dtype)
-        return states, outputs.last_hidden_state, sequences
+        return found
 
-    def _forward(self, index: int, sequences: list[_Sequence], rows: list[Tensor]):
-        encoder = self.encoders[index]
-        used = sorted({token for s in sequences for token in s.ids if token >= 0})
-        renamed = {token: place for place, token in enumerate(used)}
-        ids = [[renamed[token] if token >= 0 else len(used) - 1 - token for token in s.ids] for s in sequences]
-        with _encoder_lock:
-            table = encoder.get_input_embeddings().weight.detach()  # [vocabulary, width]
-            compact = table[torch.tensor(used, device=table.device)]
-            if rows:
-                compact = torch.cat([compact, torch.stack([row.to(compact) for row in rows])])
-            ids = torch.tensor(ids, device=table.device)  # [prompts, tokens]
-            return functional_call(encoder, {self._table_names[index]: compact}, (ids,), {"output_hidden_states": True})
+    def _run(
+        self, tokens: list[tuple[list[_Sequence], list[Tensor]]], wanted: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor | None, dict[tuple[int, int], Tensor]]:
+        # -> hidden [prompts, tokens, cross_dim]; pooled [pooled_dim] for each (prompt, position) of `wanted`
+        ends = list(dict.fromkeys(wanted))
+        if not ends:
+            return None, {}
+        hidden = []
+        for index, (sequences, rows) in enumerate(tokens):
+            states, pooled = self.runner(index, [s.ids for s in sequences], rows, ends)
+            hidden.append(states)
+        states = torch.cat([h.to(hidden[1].device) for h in hidden], dim=-1).to(hidden[1].dtype)
+        return states, dict(zip(ends, pooled, strict=True))
 
     def _tokenize(self, prompt: Prompt, tokenizer, index: int, rows: list[Tensor]) -> _Sequence:
         names = prompt.placeholders()
@@ -265,6 +281,35 @@ class TextEncoder:
         end = ids.index(tokenizer.eos_token_id)
         ids += [tokenizer.pad_token_id] * (self.max_tokens - len(ids))
         return _Sequence(ids, end, spans[0][1] if spans else end, cut)
+
+
+class TorchText:
+    """Runs both text encoders as the PyTorch modules they are; a `TextRunner`."""
+
+    def __init__(self, encoders: Sequence[torch.nn.Module]):
+        self._encoders = tuple(encoders)
+        self._table_names = tuple(_table_name(encoder) for encoder in encoders)
+
+    def __call__(
+        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[Tensor], ends: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, list[Tensor]]:
+        encoder = self._encoders[index]
+        used = sorted({token for sequence in ids for token in sequence if token >= 0})
+        renamed = {token: place for place, token in enumerate(used)}
+        ids = [[renamed[token] if token >= 0 else len(used) - 1 - token for token in sequence] for sequence in ids]
+        with _encoder_lock:
+            table = encoder.get_input_embeddings().weight.detach()  # [vocabulary, width]
+            compact = table[torch.tensor(used, device=table.device)]
+            if rows:
+                compact = torch.cat([compact, torch.stack([row.to(compact) for row in rows])])
+            ids = torch.tensor(ids, device=table.device)  # [prompts, tokens]
+            outputs = functional_call(
+                encoder, {self._table_names[index]: compact}, (ids,), {"output_hidden_states": True}
+            )
+        project = getattr(encoder, "text_projection", None)
+        last = outputs.last_hidden_state  # [prompts, tokens, width]
+        pooled = [] if project is None else [project(last[prompt, position]) for prompt, position in ends]
+        return outputs.hidden_states[-2], pooled
 
 
 def _table_name(encoder: torch.nn.Module) -> str:

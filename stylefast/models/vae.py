@@ -6,6 +6,7 @@ AutoencoderKL and AutoencoderTiny are diffusers'. The stock SDXL VAE overflows i
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakSet
 
@@ -21,6 +22,9 @@ from stylefast.models.weight_files import WeightHeader, available_memory, load_w
 SDXL_SCALING_FACTOR = 0.13025
 DECODE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FREE_SHARE = 0.8
+
+# takes unscaled latents [n, C, h, w] to pictures [n, 3, H, W] around -1..1
+DecoderRun = Callable[[torch.Tensor], torch.Tensor]
 
 logger = logging.getLogger(__name__)
 _overflowed: WeakSet[nn.Module] = WeakSet()
@@ -161,6 +165,7 @@ def decode(
     tile: int | str | None = None,
     memory: int | None = None,
     decode_dtype: torch.dtype | None = None,
+    run: DecoderRun | None = None,
 ) -> torch.Tensor:
     """Pictures of latents [n, C, h, w]: float32 [n, 3, H, W] in 0..1.
 
@@ -170,8 +175,10 @@ def decode(
     alone: the tests hold the embedded model's pictures, in tiles of half their side, to 3 steps of 255 from the
     whole on average and 60 at most, and a picture made of four unlike ones to 7 and 90.
     decode_dtype: float32, bfloat16 or float16, used as it is; None: `decoding_dtype(vae)`.
-    A picture that is not finite in a half type though its latents are is decoded again in float32, with a warning once
-    for each VAE. Raises NumericsError at NaN or infinity that remain, OutOfMemory if not even small tiles fit.
+    run: what decodes in that type in place of the VAE's own decoder, such as an exported graph.
+    A picture that is not finite in a half type though its latents are is decoded again in float32 by the VAE itself,
+    with a warning once for each VAE. Raises NumericsError at NaN or infinity that remain, OutOfMemory if not even small
+    tiles fit.
     """
     channels = vae.config["latent_channels"]
     if latents.ndim != 4 or latents.shape[1] != channels:
@@ -182,7 +189,7 @@ def decode(
         raise InvalidRequest(f"decode_dtype is {decode_dtype}; a VAE decodes in {', '.join(map(str, DECODE_DTYPES))}")
     _onload(vae)
     dtype = decode_dtype or decoding_dtype(vae)
-    images = decode_unchecked(vae, latents, dtype, tile, memory)
+    images = decode_unchecked(vae, latents, dtype, tile, memory, run)
     if dtype != torch.float32:
         overflown = ~_finite_rows(images) & _finite_rows(latents).to(images.device)
         if bool(overflown.any()):
@@ -195,19 +202,15 @@ def decode(
 
 @torch.no_grad()
 def decode_unchecked(
-    vae: nn.Module, latents: torch.Tensor, dtype: torch.dtype, tile: int | str | None = None, memory: int | None = None
-) -> torch.Tensor:
+    vae: nn.Module, latents: torch.Tensor, dtype: torch.dtype, tile: int | str | None = None,
+    memory: int | None = None, run: DecoderRun | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Pictures around -1..1 as the VAE gives them, finite or not: [n, C, h, w] to float32 [n, 3, H, W].
 
     No look at the values and so no wait for the device; the rest as `decode` has it.
     """
     factor, device = downscale(vae), next(vae.parameters()).device
-    decoder = working_decoder(vae, dtype)
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-    def run(part: torch.Tensor) -> torch.Tensor:  # [n, C, h, w] to [n, 3, H, W]
-        return decoder(part.contiguous(memory_format=layout))
-
+    run = run or _own_decoder(vae, dtype)
     shift, scale = _affine(vae, latents)
     encoded = (latents.float() / scale + shift).to(device, dtype)
     budget = _budget(device, memory) if tile == "auto" else None
@@ -217,6 +220,13 @@ def decode_unchecked(
         return decode_tiles(run, encoded, plan.tile, factor)
     images = [run(part).float().contiguous() for part in encoded.split(max(1, plan.pictures))]
     return images[0] if len(images) == 1 else torch.cat(images)
+
+
+def _own_decoder(vae: nn.Module, dtype: torch.dtype) -> DecoderRun:
+    decoder = working_decoder(vae, dtype)
+    on_gpu = next(vae.parameters()).device.type == "cuda"
+    layout = torch.channels_last if on_gpu else torch.contiguous_format
+    return lambda part: decoder(part.contiguous(memory_format=layout))
 
 
 def infer_vae_config(header: WeightHeader, prefix: str = "") -> dict:

@@ -1,24 +1,152 @@
-"""What runs a step: the backends by name."""
+"""What runs a step: the backends by name, and the exported graphs that some of them run."""
 
-from stylefast.errors import InvalidRequest
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stylefast.errors import EngineMismatch, InvalidRequest
 from stylefast.models.unet import UNet
-from stylefast.runtime.step import TorchBackend
+from stylefast.runtime.step import Backend, TorchBackend
 
-BACKENDS = ("auto", "torch", "compile")
-
-
-def check_backend(name: str) -> None:
-    """Raise InvalidRequest for a backend that does not exist."""
-    if not isinstance(name, str) or name not in BACKENDS:
-        raise InvalidRequest(f"backend is {name!r}; there are {', '.join(BACKENDS)}")
+# backends of exported graphs -> their kind of export
+EXPORTED = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "aoti": "aoti"}
+BACKENDS = ("auto", "torch", "compile", *EXPORTED)
 
 
-def make_backend(name: str, unet: UNet):
-    """The backend of a name for a model; "auto" is "torch". Raises InvalidRequest, MissingDependency for "compile"."""
-    check_backend(name)
-    if name != "compile":
+def check_backend(backend: Any, engines: str | Path | None = None, trust: str | None = None) -> None:
+    """Raise InvalidRequest for a backend that does not exist, and for `engines` and `trust` that it has no use for."""
+    if not isinstance(backend, str):
+        if not (isinstance(backend, Backend) or callable(backend)):
+            raise InvalidRequest(
+                f"backend is {backend!r}; give a name ({', '.join(BACKENDS)}), a runtime.step.Backend, or a function "
+                "that makes one of the UNet"
+            )
+    elif backend not in BACKENDS:
+        raise InvalidRequest(f"backend is {backend!r}; there are {', '.join(BACKENDS)}")
+    for name, value in (("engines", engines), ("trust", trust)):
+        if value is not None and (not isinstance(backend, str) or backend not in EXPORTED):
+            raise InvalidRequest(f"{name} is for exported engines; take it out, or choose {', '.join(EXPORTED)}")
+    if backend == "tensorrt" and engines is None:
+        raise InvalidRequest("backend 'tensorrt' needs engines=FOLDER; `stylefast export tensorrt` makes one")
+
+
+def make_backend(
+    backend: Any,
+    unet: UNet,
+    engines: str | Path | None = None,
+    trust: str | None = None,
+    *,
+    model: str = "",
+    fingerprint: Callable[[], str] = lambda: "",
+) -> Backend:
+    """The backend of a name for a UNet; "auto" is "torch".
+
+    backend: a name, a `Backend`, or a function of the UNet that returns one. engines: folder of an export; None:
+    exported once, where the backend can. trust: digest of the manifest of a folder that others can write to. model,
+    fingerprint: what the weights are called and told apart by, "<checkpoint>" or "<checkpoint>+<LoRAs>", asked again
+    at every step.
+
+    Raises InvalidRequest; MissingDependency for a compiler or runtime that is not there; for exported graphs
+    ModelNotFound, ModelFormatError, ExportError, EngineMismatch and UntrustedEngine.
+    """
+    check_backend(backend, engines, trust)
+    if not isinstance(backend, str):
+        made = backend if isinstance(backend, Backend) else backend(unet)
+        if not isinstance(made, Backend):
+            raise InvalidRequest(f"the backend's function returned {made!r}, which is no runtime.step.Backend")
+        return made
+    if backend in ("auto", "torch"):
         return TorchBackend(unet)
-    # brings the compiler, which takes its time
-    from stylefast.runtime.compiled import CompileBackend
+    if backend == "compile":
+        # brings the compiler, which takes its time
+        from stylefast.runtime.compiled import CompileBackend
 
-    return CompileBackend(unet)
+        return CompileBackend(unet)
+    folder = _exported_folder(EXPORTED[backend], unet, model, fingerprint()) if engines is None else Path(engines)
+    return _exported(backend, unet, folder.expanduser(), trust, fingerprint)
+
+
+def _exported_folder(kind: str, unet: UNet, model: str, fingerprint: str) -> Path:
+    """The folder of an export of these very weights, made if there is none."""
+    from stylefast.export import pipeline
+
+    return pipeline.ensure(kind, unet, model=model, fingerprint=fingerprint)
+
+
+def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerprint: Callable[[], str]) -> Backend:
+    from stylefast.export.manifest import check_files, check_fits, read_manifest
+    from stylefast.export.trust import check_trust
+    from stylefast.export.unet_graph import GraphShape
+    from stylefast.runtime.graph_backend import Graph, GraphBackend
+
+    manifest = read_manifest(folder)
+    check_trust(folder, manifest, trust)
+    # LoRAs may yet be put on
+    checkpoint = replace(manifest, fingerprint=_checkpoint(manifest.fingerprint))
+    check_fits(checkpoint, kind=EXPORTED[backend], fingerprint=_checkpoint(fingerprint()), dtype=unet.dtype,
+               target=_target(backend, unet.device))  # fmt: skip
+    graphs = {}
+    for entry in manifest.graphs:
+        if entry.component == "unet":
+            check_files(folder, manifest, entry.files, deep=False)
+
+            def session(entry=entry):
+                # an engine is code, and damaged weights give pictures that are merely bad
+                check_files(folder, manifest, entry.files)
+                return open_session(backend, folder / entry.file, unet.device)
+
+            size = sum(file.bytes for file in manifest.files if file.name in entry.files)
+            ranges = _ranges(entry.fixed, manifest.profiles.get(entry.label, ()))
+            graphs[entry.label] = Graph(GraphShape.from_dict(entry.shape), session, ranges, size)
+
+    def stale() -> str | None:
+        now = fingerprint()
+        if now == manifest.fingerprint:
+            return None
+        return (
+            f"the graphs in {folder} hold other weights than the model has now ({manifest.fingerprint[:40]}, {now[:40]}"
+            "): LoRAs were put on, taken off or rescaled; export or refit with them, or take backend='torch'"
+        )
+
+    return GraphBackend(unet, graphs, backend, stale)
+
+
+def open_session(backend: str, file: Path, device: torch.device):
+    """An exported graph, ready to run. Nothing is checked but what the runtime itself checks."""
+    if backend == "onnxruntime":
+        from stylefast.export.sessions import OrtSession
+
+        return OrtSession(file, device)
+    if backend == "tensorrt":
+        from stylefast.export.tensorrt_session import TensorRTSession
+
+        return TensorRTSession(file, device)
+    from stylefast.export.aoti import AotiSession
+
+    return AotiSession(file, device)
+
+
+def _ranges(fixed: Mapping[str, int], profiles: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, tuple[int, int]]:
+    """(least, most) of the dimensions that a graph does not take in full; profiles: (least, usual, most) of each."""
+    found = {name: (size, size) for name, size in fixed.items()}
+    for profile in profiles:
+        for name, (least, _, most) in profile.items():
+            low, high = found.get(name, (least, most))
+            found[name] = (min(low, least), max(high, most))
+    return found
+
+
+def _checkpoint(fingerprint: str) -> str:
+    return fingerprint.partition("+")[0]
+
+
+def _target(backend: str, device: torch.device) -> str:
+    """What an export must have been made for to run here."""
+    if backend != "tensorrt":
+        return device.type
+    if device.type != "cuda":
+        raise EngineMismatch("TensorRT runs on NVIDIA GPUs; load the model with device='cuda', or choose onnxruntime")
+    return "sm{}{}".format(*torch.cuda.get_device_capability(device))

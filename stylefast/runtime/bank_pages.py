@@ -29,22 +29,24 @@ PageKey = tuple[StyleBank, int, int, int]
 class BankPages:
     """Slots for pages of one latent size.
 
-    `pages` is what the UNet reads; its tensors stay where they are. `slots` pages fit, and `host_blocks` pages of the
-    model's own type in the tier between file and device; 0: pages come straight from the bank's tensors.
+    `pages` is what the UNet reads, views of the tensors in `packed`, which exported graphs read, by the names of
+    `PageLayout`; all stay where they are. `slots` pages fit, and `host_blocks` pages of the model's own type in the
+    tier between file and device; 0: pages come straight from the bank's tensors.
     """
 
     def __init__(self, unet: UNet, latent_size: tuple[int, int], slots: int, host_blocks: int = 0):
         self._unet, self.latent_size, self.slots = unet, latent_size, slots
         self.layout, self._pool = PageLayout(unet, latent_size, unet.dtype), PagePool(slots)
         self._layouts = {("kv", unet.dtype): self.layout}
-        self._blocks = torch.zeros(slots, self.layout.nbytes, dtype=torch.uint8, device=unet.device)
+        self._parts = self.layout.allocate(slots, unet.device)
+        self.packed = {part.name: held for part, held in zip(self.layout.parts, self._parts, strict=True)}
         layers, norms = range(len(unet.layout.layers)), range(len(self.layout.norm_elements))
-        self._kv = [self.layout.view(self._blocks, "values", i) for i in layers]
-        self._stats = [self.layout.view(self._blocks, "stats", i) for i in layers]
-        self._norms = [self.layout.view(self._blocks, "norm", i) for i in norms]
+        self._kv = [self.layout.view(self._parts, "values", i) for i in layers]
+        self._stats = [self.layout.view(self._parts, "stats", i) for i in layers]
+        self._norms = [self.layout.view(self._parts, "norm", i) for i in norms]
         self.pages = StylePages(
             layers=tuple((kv[:, 0], kv[:, 1]) for kv in self._kv),
-            # [blocks, 3, heads, d] -> [3, blocks, heads, d]
+            # [slots, 3, heads, d] -> [3, slots, heads, d]
             means=tuple(stats[:, 0].transpose(0, 1) for stats in self._stats),
             variances=tuple(stats[:, 1].transpose(0, 1) for stats in self._stats),
             norm_means=tuple(norm[:, 0] for norm in self._norms),
@@ -56,7 +58,7 @@ class BankPages:
         self._stream = torch.cuda.Stream(unet.device) if on_gpu else None
         self._stage = torch.zeros(0, dtype=torch.uint8, device=unet.device)
         if on_gpu:
-            # what zeroes the blocks runs on the present stream, and must not come after the first page
+            # what zeroes the slots runs on the present stream, and must not come after the first page
             self._stream.wait_stream(torch.cuda.current_stream(unet.device))
         self._host = HostPages(host_blocks, self.layout.nbytes, pinned=on_gpu) if host_blocks else None
         # pins to be returned when the device has passed an event: pages read by a step, blocks read by a copy
@@ -66,7 +68,7 @@ class BankPages:
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return self._blocks.numel()
+        return sum(part.nbytes for part in self._parts)
 
     @property
     def host_bytes(self) -> int:
@@ -188,14 +190,16 @@ class BankPages:
         block = None
         if self._host is not None and self._staged(layout):
             block = self._host.hold(number, bank, _place(key), layout)
+        own = layout is self.layout
         with torch.cuda.stream(self._stream):
-            target = self._blocks[slot] if layout is self.layout else self._staging(layout)
+            target, page = (self._parts, slot) if own else (self._staging(layout), 0)
             if block is not None:
-                target.copy_(block, non_blocking=True)
+                for part, source in zip(target, layout.split(block[None])):
+                    part[page].copy_(source[0], non_blocking=True)
             else:
-                for source, part in zip(*layout.copies(bank, _place(key), target)):
+                for source, part in zip(*layout.copies(bank, _place(key), target, page)):
                     part.copy_(source, non_blocking=True)
-            if layout is not self.layout:
+            if not own:
                 self._unpack(bank, layout, target, slot)
         if block is None:
             return
@@ -204,13 +208,12 @@ class BankPages:
         else:
             self._copying.append((_event(self._stream), number))
 
-    def _unpack(self, bank: StyleBank, layout: PageLayout, block: torch.Tensor, slot: int) -> None:
-        """From a block of another layout on the device to a slot of the model's own."""
-        one = block[None]
-        for i in (i for i in layout.order if i in bank.info.layers):
-            values = layout.view(one, "values", i)[0]
+    def _unpack(self, bank: StyleBank, layout: PageLayout, parts: Sequence[torch.Tensor], slot: int) -> None:
+        """From the one page of another layout on the device to a slot of the model's own."""
+        for i in bank.info.layers:
+            values = layout.view(parts, "values", i)[0]
             if layout.dtype == FP8:
-                scale = layout.view(one, "scale", i)[0]
+                scale = layout.view(parts, "scale", i)[0]
                 # keys and values [2, tokens, heads, d] by [2, heads, d]; hidden states [tokens, channels] by [channels]
                 values = values.float() * (scale if layout.store == "hidden" else scale[:, None])
             if layout.store == "hidden":
@@ -218,16 +221,16 @@ class BankPages:
                 self._kv[i][slot, 0], self._kv[i][slot, 1] = k[0], v[0]
             else:
                 self._kv[i][slot].copy_(values)
-            self._stats[i][slot].copy_(layout.view(one, "stats", i)[0])
+            self._stats[i][slot].copy_(layout.view(parts, "stats", i)[0])
         for i, norm in enumerate(self._norms):
-            norm[slot].copy_(layout.view(one, "norm", i)[0])
+            norm[slot].copy_(layout.view(parts, "norm", i)[0])
 
-    def _staging(self, layout: PageLayout) -> torch.Tensor:
-        """A block of a layout on the device, for one page at a time."""
+    def _staging(self, layout: PageLayout) -> list[torch.Tensor]:
+        """Parts of one page of another layout on the device, for one page at a time."""
         if self._stage.numel() < layout.nbytes:
             # on the stream that fills it, within whose context this is called
             self._stage = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self._unet.device)
-        return self._stage[: layout.nbytes]
+        return layout.split(self._stage[None, : layout.nbytes])
 
     def _layout_of(self, bank: StyleBank) -> PageLayout:
         kind = (bank.info.store, getattr(torch, bank.info.dtype))

@@ -29,7 +29,7 @@ from stylefast.runtime.compile_cache import CompileCache, default_folder
 from stylefast.runtime.graphs import CudaCapture, StepGraphs
 from stylefast.runtime.key_values import KeyValuePages
 from stylefast.runtime.latents import LatentSlots
-from stylefast.runtime.step import StepBuffers, run_step
+from stylefast.runtime.step import Backend, StepBuffers, run_step
 from stylefast.runtime.step_table import StepColumns, StepTable, TableShape
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ _KNOWN_KEYS = 1024
 _IDLE_MASKS = 4
 
 
-class CompileBackend:
+class CompileBackend(Backend):
     """Runs a step with compiled blocks; in place of `TorchBackend`.
 
     cache: folder for what was compiled, so that a second process starts warm; "auto": `STYLEFAST_CACHE` or

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from stylefast.errors import InvalidRequest, NumericsError, OutOfMemory, StyleFastError
+from stylefast.errors import ExportError, InvalidRequest, NumericsError, OutOfMemory, StyleFastError
 from stylefast.models.conditioning import RowFeatures
 from stylefast.models.unet import UNet
 from stylefast.runtime.bank_pages import BankPages
@@ -18,7 +18,7 @@ from stylefast.runtime.fair_lock import FairLock
 from stylefast.runtime.group import Group, Pin
 from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory
-from stylefast.runtime.step import StepBuffers, TorchBackend, run_step
+from stylefast.runtime.step import Backend, StepBuffers, run_step
 from stylefast.runtime.step_table import StepTable, TableShape, bank_keys
 from stylefast.runtime.trajectory import Trajectory
 
@@ -35,7 +35,7 @@ class Runtime:
     """
 
     def __init__(
-        self, unet: UNet, conditions: ConditionStore, backend: TorchBackend, budget: MemoryBudget,
+        self, unet: UNet, conditions: ConditionStore, backend: Backend, budget: MemoryBudget,
         buckets: Sequence[int] = (),
     ):  # fmt: skip
         self.unet, self.conditions, self.backend, self.budget = unet, conditions, backend, budget
@@ -113,31 +113,36 @@ class Runtime:
         return state.history[index, 0] if group.step else state.latents[index]
 
     def rows_that_fit(self, latent_size: tuple[int, int]) -> int:
-        """Rows of one UNet call that memory has room for, `max_rows` at most."""
+        """Rows of one UNet call that memory has room for, at most `max_rows` and what the backend can do."""
         room = self.budget.rows(self.unet, latent_size)
-        return room if self.max_rows is None else min(room, self.max_rows)
+        return min([room, *(limit for limit in (self.max_rows, self.backend.limits.get("rows")) if limit is not None)])
 
     @torch.inference_mode()
     def advance(self, groups: Sequence[Group], features: RowFeatures | None = None) -> dict[Group, StyleFastError]:
         """One step of groups of one size; returns those that failed and why. `features` takes what the rows offer.
 
-        Where memory runs out the batch is halved and tried again, down to single groups: only a group that does not
-        fit alone fails. On a CPU a picture whose latents are no longer finite fails with the step, on a GPU when
-        `finite` is asked.
+        Where memory runs out, or an exported graph can't do a batch, the batch is halved and tried again, down to
+        single groups: only a group that can't be run alone fails. On a CPU a picture whose latents are no longer finite
+        fails with the step, on a GPU when `finite` is asked.
         """
         failed: dict[Group, StyleFastError] = {}
-        fits = True
+        fits, short = True, False
         try:
             self._run(groups, features)
+        except ExportError as error:
+            if len(groups) == 1:
+                return {groups[0]: error}
+            fits = False
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if len(groups) == 1:
                 return {groups[0]: _no_room(groups[0], error)}
-            fits = False
+            fits, short = False, True
         if not fits:
-            # out of the handler, so that the error no longer keeps the failed call's tensors
-            self.backend.forget()
+            if short:
+                # out of the handler, so that the error no longer keeps the failed call's tensors
+                self.backend.forget()
             half = len(groups) // 2
             return {**self.advance(groups[:half]), **self.advance(groups[half:])}
         for group in groups:
@@ -189,6 +194,7 @@ class Runtime:
             buffers = StepBuffers(
                 store.text.layers, store.text.extra, store.image_kv if shape.segments else None,
                 pages.pages if pages is not None else None, masks.levels if masks is not None else (),
+                self._packed(latent_shape[1:]),
             )  # fmt: skip
             key = (shape, state.generation, store.generation, id(pages))
             if features is None:
@@ -201,6 +207,19 @@ class Runtime:
             if flat:
                 pages.release(flat)
 
+    def _packed(self, latent_size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """All pages and masks that there are, by the names of the inputs of exported graphs."""
+        store, pool, found = self.conditions, self.bank_pages.get(latent_size), {}
+        levels = [("text_kv", store.text.packed)]
+        if store.images is not None:
+            levels.append(("image_kv", store.images.packed))
+            found["image_lengths"] = store.images.lengths
+        if latent_size in store.masks:
+            levels.append(("mask", store.masks[latent_size].levels))
+        for name, tensors in levels:
+            found |= {f"{name}_{level}": tensor for level, tensor in enumerate(tensors)}
+        return found | (pool.packed if pool is not None else {})
+
     def _shape(self, groups: Sequence[Group], padded: bool) -> TableShape:
         phases, layout = [g.phase() for g in groups], self.unet.layout
         rows, pictures = sum(p.rows for p in phases), sum(g.pictures for g in groups)
@@ -210,6 +229,7 @@ class Runtime:
             # one shape for all mixes: rows and columns that nobody uses are idle
             rows = next((b for b in self.buckets if b >= rows), rows)
             pictures, norms = max(rows, pictures), True
+        if padded and not self.backend.pads_columns:
             references = _power_of_two(references)
             segments = _power_of_two(segments) if self.conditions.images is not None else 0
         return TableShape(rows, pictures, references, segments, norms, len(layout.layers), len(layout.modules),
@@ -217,7 +237,8 @@ class Runtime:
 
     def _pages_for(self, latent_size: tuple[int, int], keys: Sequence[tuple]) -> BankPages | None:
         """The pool of a size: made when the first bank wants it, or at once where shapes must repeat."""
-        if latent_size not in self.bank_pages and (keys or self.buckets):
+        wanted = bool(keys) or bool(self.buckets) and not self.backend.pads_columns
+        if latent_size not in self.bank_pages and wanted:
             self._drop_idle_pools(latent_size)
             others = list(self.bank_pages.values())
             try:
@@ -227,8 +248,9 @@ class Runtime:
                     raise
                 return None  # no bank wants it, and none will find room
             blocks = self.budget.host_blocks(self.unet, latent_size, sum(pool.host_bytes for pool in others))
+            slots = min(slots, self.backend.limits.get("pages", slots))
             self.bank_pages[latent_size] = BankPages(self.unet, latent_size, slots, blocks)
-        return self.bank_pages.get(latent_size) if keys or self.buckets else None
+        return self.bank_pages.get(latent_size) if wanted else None
 
     def _drop_idle_latents(self) -> None:
         """Free the latents of sizes that nobody works at but for the last few, which are likely to come again."""

@@ -21,10 +21,18 @@ class Decoder:
         self.vae, self._budget = vae, budget
         # a VAE that float16 can't run was loaded in float32, and may not have to stay there
         self._dtype = vaes.decoding_dtype(vae, torch.float16 if model_dtype == torch.float16 else None)
+        self._run: vaes.DecoderRun | None = None
         self._preview_source, self._preview = preview, None
         self._making = threading.Lock()
         if preview is not None:
             self._previews()  # what can't be loaded is an error at once
+
+    def decode_by(self, run: vaes.DecoderRun, dtype: torch.dtype) -> None:
+        """Decode pictures by `run`, which works in `dtype`, from now on; previews stay as they are.
+
+        What overflows in it is decoded again by the VAE, in float32.
+        """
+        self._run, self._dtype = run, dtype
 
     @torch.inference_mode()
     def images(self, latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -40,7 +48,9 @@ class Decoder:
                 stop += 1
             stacked = torch.stack(list(latents[start:stop]))
             memory = None if self._budget.limit is None else self._budget.free(stacked.device)
-            images += list(vaes.decode(self.vae, stacked, tile="auto", memory=memory, decode_dtype=self._dtype))
+            images += list(
+                vaes.decode(self.vae, stacked, tile="auto", memory=memory, decode_dtype=self._dtype, run=self._run)
+            )
             start = stop
         return images
 

@@ -79,7 +79,8 @@ class HostPages:
 
     def _start(self, slot: int, bank: StyleBank, place: tuple, layout: PageLayout) -> None:
         try:
-            self._tickets[slot] = self._engine.copy(*layout.copies(bank, place, self._blocks[slot, : layout.nbytes]))
+            parts = layout.split(self._blocks[:, : layout.nbytes])
+            self._tickets[slot] = self._engine.copy(*layout.copies(bank, place, parts, slot))
         except BaseException:
             self._pool.failed(np.array([slot]))
             raise

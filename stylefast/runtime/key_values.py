@@ -2,7 +2,8 @@
 
 Cross-attention's keys and values don't change over the steps, nor from request to request with an equal prompt. So they
 are computed once, kept in pages of buffers that stay where they are (a captured graph or a compiled region reads them
-by page number), and dropped when the room is wanted and nobody uses them.
+by page number), and dropped when the room is wanted and nobody uses them. All layers of an attention level share one
+buffer, which is how exported graphs take them.
 """
 
 from collections import OrderedDict
@@ -21,8 +22,9 @@ IDLE_PAGES = 64
 class KeyValuePages:
     """Pages of keys and values of all cross-attention layers, each with one row of `extra` numbers beside it.
 
-    `layers[i]` is (k, v) [pages, tokens, heads, d]; `lengths` [pages] int64 the tokens in use; `extra` [pages, width].
-    All of them are replaced when the buffers grow, and `generation` rises.
+    `packed[level]` is [layers of the level, 2, pages, tokens, heads, d], layers in registry order, and `layers[i]` the
+    contiguous views (k, v) [pages, tokens, heads, d] of it; `lengths` [pages] int64 the tokens in use; `extra` [pages,
+    width]. All of them are replaced when the buffers grow, and `generation` rises.
     """
 
     def __init__(self, layout: AttentionLayout, tokens: int, extra: int, device: torch.device, dtype: torch.dtype):
@@ -33,6 +35,7 @@ class KeyValuePages:
         self._users: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._free: list[int] = []
+        self.packed: tuple[torch.Tensor, ...] = ()
         self.layers: tuple[KeyValue, ...] = ()
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
         self.extra = torch.zeros(0, extra, device=device, dtype=dtype)
@@ -50,7 +53,7 @@ class KeyValuePages:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        buffers = [self.lengths, self.extra, *(x for pair in self.layers for x in pair)]
+        buffers = [self.lengths, self.extra, *self.packed]
         return sum(x.numel() * x.element_size() for x in buffers)
 
     def find(self, key: Hashable) -> int | None:
@@ -118,21 +121,23 @@ class KeyValuePages:
         return self._free.pop()
 
     def _resize(self, pages: int, tokens: int) -> None:
-        before = len(self)
-        grown = []
-        for i, layer in enumerate(self._layout.layers):
-            pair = []
-            for side in range(2):
-                shape = (pages, tokens, layer.heads, layer.channels // layer.heads)
-                buffer = torch.zeros(shape, device=self._device, dtype=self._dtype)
-                if before:
-                    buffer[:before, : self.tokens] = self.layers[i][side]
-                pair.append(buffer)
-            grown.append(tuple(pair))
+        before, packed = len(self), []
+        layers: list[KeyValue | None] = [None] * len(self._layout.layers)
+        for level in range(self._layout.levels):
+            members = [i for i, layer in enumerate(self._layout.layers) if layer.level == level]
+            one = self._layout.layers[members[0]]
+            shape = (len(members), 2, pages, tokens, one.heads, one.channels // one.heads)
+            buffer = torch.zeros(shape, device=self._device, dtype=self._dtype)
+            if before:
+                buffer[:, :, :before, : self.tokens] = self.packed[level]
+            packed.append(buffer)
+            for place, i in enumerate(members):
+                layers[i] = (buffer[place, 0], buffer[place, 1])
         lengths = self.lengths.new_ones(pages)
         extra = self.extra.new_zeros(pages, self.extra.shape[1])
         lengths[:before], extra[:before] = self.lengths, self.extra
-        self.layers, self.lengths, self.extra, self.tokens = tuple(grown), lengths, extra, tokens
+        self.packed, self.layers, self.tokens = tuple(packed), tuple(layers), tokens
+        self.lengths, self.extra = lengths, extra
         # the lowest page first
         self._free = sorted({*self._free, *range(before, pages)}, reverse=True)
         self.generation += 1

@@ -7,6 +7,7 @@ import torch
 from stylefast.errors import StyleFastError
 from stylefast.runtime.core import Runtime
 from stylefast.runtime.group import Group
+from stylefast.runtime.results import joined
 
 # called after every step with (step, steps of the longest request, latents of the pictures asked for and still running)
 StepCallback = Callable[[int, int, torch.Tensor], None]
@@ -47,6 +48,30 @@ def denoise(
         if not running:
             break
     return done, errors
+
+
+def denoise_all(
+    runtime: Runtime, groups: Sequence[Group], callback: StepCallback | None = None
+) -> dict[int, torch.Tensor]:
+    """Run groups of any sizes to their end, one size after another, and give back all that they held.
+
+    Returns the final latents by output number; raises the errors of groups that failed when all are done.
+    """
+    done: dict[int, torch.Tensor] = {}
+    errors: list[StyleFastError] = []
+    try:
+        for shape in dict.fromkeys(group.latent_shape for group in groups):
+            batch = [group for group in groups if group.latent_shape == shape]
+            finished, failed = denoise(runtime, batch, callback)
+            done |= finished
+            errors += failed
+    finally:
+        with runtime.lock:
+            for group in groups:
+                runtime.retire(group)
+    if errors:
+        raise joined(errors)
+    return done
 
 
 def results(runtime: Runtime, group: Group) -> dict[int, torch.Tensor]:

@@ -1,11 +1,15 @@
-"""How one page of a style bank lies in memory: what its layers and norms hold, in one block.
+"""How one page of a style bank lies in memory: what its layers and norms hold, in a few parts.
 
-A block is contiguous, so a page crosses from the host to the device in one copy. What the kernels read are strided
-views of all blocks: `[blocks, tokens, heads, d]` with the stride of a block between pages. Layers stand in the order in
-which they run. Tokens have the stride of the batch's own keys, which the fastest attention kernel asks for.
+On the device every part is a dense tensor whose first dimension is the page's slot: keys and values of an attention
+level, statistics of a level, group norms. That is what exported graphs read; the kernels read views of one layer,
+`[slots, tokens, heads, d]`, in which tokens have the stride of the batch's own keys, as the fastest attention kernel
+asks for. In host memory a page is one block with the parts behind one another, so that it crosses to the device in as
+many copies as there are parts.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,60 +18,88 @@ from stylefast.styles.bank import StyleBank
 from stylefast.styles.bank_size import BankShapes
 
 FP8 = torch.float8_e4m3fn
-_ALIGN = 64  # bytes: of every tensor in a block, and more than any kernel's vectors
+_ALIGN = 64  # bytes: of every part of a block, and more than any kernel's vectors
+
+
+class Part(NamedTuple):
+    """One part of a page: where it starts in a block, and the shape that one page has of it."""
+
+    name: str
+    start: int  # bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class PageLayout:
-    """Offsets of one page's tensors in a block of `nbytes`.
+    """The parts of a page, and where in them every layer and norm is; a block has `nbytes`.
 
-    Of every layer: "values", keys and values [2, tokens, heads, d] in `dtype`, or for store="hidden" the hidden states
-    [tokens, channels]; with fp8 their "scale" [2, heads, d] or [channels]; "stats" [2, 3, heads, d], the means and
-    variances of queries, keys, values. Of every group norm: "norm" [2, groups], mean and variance. All but the values
-    are float32.
+    Of every attention level, layers in registry order: "page_kv_<level>" [layers, 2, tokens, heads, d] in `dtype`, or
+    for store="hidden" the hidden states [layers, tokens, channels]; with fp8 their "page_scale_<level>"
+    [layers, 2, heads, d] or [layers, channels]; "page_stats_<level>" [layers, 2, 3, heads, d], the means and variances
+    of queries, keys, values. Of all group norms in module order: "page_norms" [norms, 2, groups], means and variances.
+    All but the keys and values are float32.
     """
 
     def __init__(self, unet: UNet, latent_size: tuple[int, int], dtype: torch.dtype, store: str = "kv"):
         self.dtype, self.store, self.nbytes = dtype, store, 0
-        layers = unet.layout.layers
         height, width = latent_size
         shapes = BankShapes.from_config(unet.config, (width, height), pixels_per_latent=1)
-        self.order = sorted(range(len(layers)), key=lambda i: (layers[i].module_index, i))  # as layers run
-        self._places: dict[tuple[str, int], tuple[int, tuple[int, ...], torch.dtype]] = {}
-        for i in self.order:
-            layer = shapes.layers[i]
-            hidden = store == "hidden"
-            self._place("values", i, (layer.tokens, layer.channels) if hidden else (2, *layer), dtype)
-            if dtype == FP8:
-                self._place("scale", i, (layer.channels,) if hidden else (2, layer.heads, layer.d))
-            self._place("stats", i, (2, 3, layer.heads, layer.d))
         self.norm_elements = shapes.norm_elements
-        for i, groups in enumerate(shapes.groups):
-            self._place("norm", i, (2, groups))
+        self.parts: list[Part] = []
+        self._places: dict[tuple[str, int], tuple[int, int]] = {}  # (part, place in it)
+        for level in range(unet.layout.levels):
+            layers = [i for i, layer in enumerate(unet.layout.layers) if layer.level == level]
+            tokens, heads, d = shapes.layers[layers[0]]
+            hidden = store == "hidden"
+            values = (tokens, heads * d) if hidden else (2, tokens, heads, d)
+            self._add("values", layers, f"page_kv_{level}", values, dtype)
+            if dtype == FP8:
+                self._add("scale", layers, f"page_scale_{level}", (heads * d,) if hidden else (2, heads, d))
+            self._add("stats", layers, f"page_stats_{level}", (2, 3, heads, d))
+        self._add("norm", range(len(shapes.groups)), "page_norms", (2, shapes.groups[0]))
 
-    def _place(self, what: str, index: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
-        self._places[what, index] = (self.nbytes, shape, dtype)
-        self.nbytes += -(-math.prod(shape) * dtype.itemsize // _ALIGN) * _ALIGN
+    def _add(
+        self, what: str, indices: Sequence[int], name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._places |= {(what, index): (len(self.parts), place) for place, index in enumerate(indices)}
+        self.parts.append(Part(name, self.nbytes, (len(indices), *shape), dtype))
+        self.nbytes += -(-self.parts[-1].nbytes // _ALIGN) * _ALIGN
 
-    def view(self, blocks: torch.Tensor, what: str, index: int) -> torch.Tensor:
-        """One tensor of all blocks [n, nbytes] uint8: [n, ...]."""
-        start, shape, dtype = self._places[what, index]
-        return blocks[:, start : start + math.prod(shape) * dtype.itemsize].view(dtype).unflatten(1, shape)
+    def allocate(self, pages: int, device: torch.device) -> list[torch.Tensor]:
+        """Zeros for so many pages: one tensor [pages, ...] for every part."""
+        return [torch.zeros(pages, *part.shape, dtype=part.dtype, device=device) for part in self.parts]
 
-    def copies(self, bank: StyleBank, place: tuple[int, int, int], block: torch.Tensor):
-        """(sources, destinations): what brings the page at `place` (step, branch, reference) into block [nbytes]."""
-        sources, destinations, one = [], [], block[None]
-        for i in (i for i in self.order if i in bank.info.layers):
-            values = "hidden" if self.store == "hidden" else "kv"
+    def split(self, blocks: torch.Tensor) -> list[torch.Tensor]:
+        """The parts of blocks [pages, nbytes] uint8, as views [pages, ...]."""
+        return [
+            blocks[:, part.start : part.start + part.nbytes].view(part.dtype).unflatten(1, part.shape)
+            for part in self.parts
+        ]
+
+    def view(self, parts: Sequence[torch.Tensor], what: str, index: int) -> torch.Tensor:
+        """What all pages hold of one layer ("values", "scale", "stats") or "norm": [pages, ...]."""
+        part, place = self._places[what, index]
+        return parts[part][:, place]
+
+    def copies(self, bank: StyleBank, place: tuple[int, int, int], parts: Sequence[torch.Tensor], slot: int):
+        """(sources, destinations): what brings the page at `place` (step, branch, reference) into page `slot`."""
+        sources, destinations = [], []
+        values = "hidden" if self.store == "hidden" else "kv"
+        for i in bank.info.layers:
             sources.append(bank.tensors[f"{values}.{i}"][place])
-            destinations.append(self.view(one, "values", i)[0])
+            destinations.append(self.view(parts, "values", i)[slot])
             if self.dtype == FP8:
                 sources.append(bank.tensors[f"scale.{i}"][place])
-                destinations.append(self.view(one, "scale", i)[0])
+                destinations.append(self.view(parts, "scale", i)[slot])
             for side, name in enumerate(("mean", "variance")):
                 sources.append(bank.tensors[f"{name}.{i}"][place])
-                destinations.append(self.view(one, "stats", i)[0, side])
+                destinations.append(self.view(parts, "stats", i)[slot, side])
         for i in range(len(self.norm_elements)):
             for side, name in enumerate(("norm_mean", "norm_variance")):
                 sources.append(bank.tensors[f"{name}.{i}"][place])
-                destinations.append(self.view(one, "norm", i)[0, side])
+                destinations.append(self.view(parts, "norm", i)[slot, side])
         return sources, destinations

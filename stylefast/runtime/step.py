@@ -1,5 +1,7 @@
 """One denoising step as a function of tensors that stay where they are: what is captured and compiled."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,13 +15,18 @@ from stylefast.runtime.step_table import StepColumns
 
 
 class StepBuffers(NamedTuple):
-    """Everything that a step reads beside its columns."""
+    """Everything that a step reads beside its columns.
+
+    `pages` are there where a row reads a bank, `image_kv` where one may have a picture. `packed` is all that exists of
+    these and of masks, rows that read it or not, by the names of the inputs of exported graphs.
+    """
 
     text_kv: tuple[KeyValue, ...]
     pooled: torch.Tensor  # [text pages, pooled_dim]
     image_kv: ImageKV | None
     pages: StylePages | None
     masks: tuple[torch.Tensor, ...]
+    packed: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 def run_step(
@@ -36,44 +43,77 @@ def run_step(
     """
     # every argument is made by the runtime, and checked when it is made
     with trusting():
-        slot, picture = columns.slot, columns.row_picture
-        latents = state.latents[slot]  # [pictures, channels, h, w]
+        latents, seen = see(state, columns, unet.dtype)
+        picture = columns.row_picture
         embedding = unet.embed(
             columns.timestep[picture], buffers.pooled[columns.table.text_page], columns.time_ids[picture]
         )
-        seen = (latents * columns.input_scale[:, None, None, None])[picture].to(unet.dtype)  # [rows, channels, h, w]
         output = unet(
             seen, embedding, buffers.text_kv, buffers.image_kv, columns.table, buffers.pages, buffers.masks,
             features=features,
         )  # fmt: skip
-        latents, anchor, history = guided_step(
-            latents, state.anchor[slot], state.history[slot], output, columns.branch_rows, columns.branch_weights,
-            columns.rescale, columns.denoised, columns.update, columns.noise,
-        )  # fmt: skip
-        finite = torch.isfinite(latents).flatten(1).all(1)
-        # all writes last: where memory runs out before, the step can be run again
-        state.latents[slot], state.anchor[slot], state.history[slot] = latents, anchor, history
-        state.finite[slot] = finite
+        advance(state, columns, latents, output)
 
 
-class TorchBackend:
-    """Runs a step as it is written."""
+def see(state: LatentSlots, columns: StepColumns, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latents [pictures, channels, h, w] float32, what the model sees of them [rows, channels, h, w])."""
+    latents = state.latents[columns.slot]
+    return latents, (latents * columns.input_scale[:, None, None, None])[columns.row_picture].to(dtype)
 
-    name = "torch"
-    # a table takes the shape of its batch
+
+def advance(state: LatentSlots, columns: StepColumns, latents: torch.Tensor, output: torch.Tensor) -> None:
+    """Guidance and the sampler's update: from the model's output [rows, channels, h, w] to the next latents."""
+    slot = columns.slot
+    latents, anchor, history = guided_step(
+        latents, state.anchor[slot], state.history[slot], output, columns.branch_rows, columns.branch_weights,
+        columns.rescale, columns.denoised, columns.update, columns.noise,
+    )  # fmt: skip
+    finite = torch.isfinite(latents).flatten(1).all(1)
+    # all writes last: where memory runs out before, the step can be run again
+    state.latents[slot], state.anchor[slot], state.history[slot] = latents, anchor, history
+    state.finite[slot] = finite
+
+
+class Backend:
+    """What runs a step; `Engine(backend=...)` takes one of your own.
+
+    name: as `Engine.runtime.backend.name` gives it. buckets: row counts to which batches are padded; empty: a table
+    takes the shape of its batch. pads_columns: whether `run` itself pads columns of references and pictures, so that
+    tables come as narrow as their batch. limits: the most of a graph's dimensions ("rows", "pages") that it can do.
+    """
+
+    name: str = "own"
     buckets: tuple[int, ...] = ()
-
-    def __init__(self, unet: UNet):
-        self._unet = unet
+    pads_columns = False
+    limits: Mapping[str, int] = MappingProxyType({})
 
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
-        """One step; `key` tells shapes and buffers from others, for backends that prepare something for each."""
-        run_step(self._unet, state, columns, buffers)
+        """One step; `key` tells shapes and buffers from others, for backends that prepare something for each.
+
+        Whatever it raises, the pictures must be as before: a step that ran out of memory (`OutOfMemory`) or that can't
+        be run as a whole (`ExportError`) is run again in halves.
+        """
+        raise NotImplementedError
 
     def forget(self) -> None:
         """Drop what was prepared."""
+
+    def close(self) -> None:
+        """Free all that is held outside of Python; called when the engine is closed."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that preparations hold."""
         return 0
+
+
+class TorchBackend(Backend):
+    """Runs a step as it is written."""
+
+    name = "torch"
+
+    def __init__(self, unet: UNet):
+        self._unet = unet
+
+    def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
+        run_step(self._unet, state, columns, buffers)

@@ -114,18 +114,21 @@ def test_keys_lie_with_the_token_stride_of_the_batch(engine):
             assert x.data_ptr() % 64 == 0 and x.stride(0) * x.element_size() % 64 == 0
 
 
-def test_a_layout_places_its_tensors_apart(engine):
-    layout = PageLayout(engine.unet, LATENTS, torch.float16)
-    block = torch.zeros(1, layout.nbytes, dtype=torch.uint8)
+@pytest.mark.parametrize(("dtype", "store"), [(torch.float16, "kv"), (torch.float8_e4m3fn, "hidden")], ids=str)
+def test_a_layout_places_its_tensors_apart(engine, dtype, store):
+    layout = PageLayout(engine.unet, LATENTS, dtype, store)
+    parts = layout.split(torch.zeros(1, layout.nbytes, dtype=torch.uint8))
+    layers, norms = range(len(engine.unet.layout.layers)), range(len(layout.norm_elements))
+    kinds = [("values", layers), ("stats", layers), ("norm", norms)]
     count = 0
-    norms = range(len(layout.norm_elements))
-    for what, indices in (("values", layout.order), ("stats", layout.order), ("norm", norms)):
+    for what, indices in kinds + ([("scale", layers)] if dtype == torch.float8_e4m3fn else []):
         for i in indices:
-            view = layout.view(block, what, i)
-            assert not view.any(), "tensors of a block overlap"
+            view = layout.view(parts, what, i)
+            assert not view.float().any(), "tensors of a block overlap"
             view.fill_(1)
             count += view.nbytes
-    assert count <= layout.nbytes < count + 64 * (2 * len(layout.order) + len(layout.norm_elements))
+    assert count == sum(part.nbytes for part in layout.parts) <= layout.nbytes < count + 64 * len(layout.parts)
+    assert all(part.start % 64 == 0 for part in layout.parts)
 
 
 def test_pages_of_a_model_in_half_precision(engine, banks):

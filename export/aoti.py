@@ -1,0 +1,505 @@
+"""AOTInductor packages: the UNet's graph compiled ahead of time, so that a process starts without a compiler.
+
+stylefast's operations stay custom ops in there: a package calls `torch.ops.stylefast.*`, which choose their kernels on
+the machine that it runs on, and only what lies between them is generated code. That code is bound to a version of
+PyTorch and to the instructions of the CPU or the architecture of the GPU it was made on. A package says all that in its
+metadata, which `AotiSession` reads before it loads anything.
+
+Weights lie in the package, or stay outside (`weights=False`) and are the engine's own tensors, held once in memory.
+"""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stylefast.errors import (
+    EngineMismatch,
+    ExportError,
+    InvalidRequest,
+    MissingDependency,
+    OutOfMemory,
+    StyleFastError,
+)
+from stylefast.export.unet_graph import (
+    DIMENSIONS,
+    OUTPUT,
+    GraphShape,
+    Tensor,
+    graph_inputs,
+    graph_output,
+    trace,
+    with_tokens,
+)
+from stylefast.kernels.checks import integers_within
+from stylefast.models.packed import channels_last
+from stylefast.models.unet import UNet
+
+SUFFIX = ".pt2"
+_KEY, _FORMAT = "stylefast", 1
+_MODEL = "model"  # the name PyTorch gives a package's only model
+_WEIGHT = "unet."  # in front of a parameter's name in the graph
+# of what PyTorch knows of a CPU, what no compiler uses of its own accord
+_UNUSED = {"clflush", "clflushopt", "clwb", "sha", "aes"}
+_SETTINGS = {
+    # biases of a few channels would be written into the code, where no other weights can replace them
+    "always_keep_tensor_constants": True,
+    # as many threads as the process that runs it has, not as many as the one that made it
+    "cpp.dynamic_threads": True,
+}
+
+
+@dataclass(frozen=True)
+class AotiReport:
+    """What `export_aoti` made.
+
+    target: "cpu" or a GPU's architecture, such as "sm90"; toolchain: name -> version; operations: custom op -> its
+    calls in the graph; weights: whether they lie in the package.
+    """
+
+    path: Path
+    bytes: int
+    seconds: float
+    target: str
+    toolchain: dict[str, str]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    operations: dict[str, int]
+    weights: bool
+
+
+def export_aoti(
+    unet: UNet, shape: GraphShape, path: str | Path, *, fixed: Mapping[str, int] | None = None,
+    device: str | torch.device = "cpu", weights: bool = True,
+) -> AotiReport:  # fmt: skip
+    """Compile a UNet for this machine's CPU or GPU into the package `path`, a file that ends in .pt2.
+
+    fixed: sizes that may not vary, of `unet_graph.DIMENSIONS`; all others do. weights: False leaves them out, and
+    `AotiSession.set_weights` must be called before the first run; the UNet may then lie on the meta device. The UNet is
+    left as it is, wherever it lies.
+
+    Raises MissingDependency without a C++ compiler or, for a GPU, without Triton; InvalidRequest for arguments that
+    don't fit; ExportError if PyTorch can't compile the graph or the file can't be written. Until it is whole, nothing
+    is at `path`.
+    """
+    path, device = Path(path).expanduser(), torch.device(device)
+    _check_request(unet, path, device, weights)
+    _check_toolchain(device)
+    start = time.perf_counter()
+    twin = _twin(unet, device, weights)
+    program = trace(twin, shape, fixed)
+    operations = _operations(program)
+    facts = _facts(twin, shape, dict(fixed or {}), device) | {
+        "operations": {name: _schema(name) for name in operations},
+        "weights": weights,
+        "parameters": _parameters(program),
+    }
+    settings = _SETTINGS | {
+        "aot_inductor.metadata": {_KEY: json.dumps(facts)},
+        "aot_inductor.package_constants_in_so": weights,
+    }
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, about itself
+            part = os.path.join(folder, path.name)
+            torch._inductor.aoti_compile_and_package(program, package_path=part, inductor_configs=settings)
+            os.replace(part, path)
+    except OSError as error:
+        raise ExportError(f"{path} can't be written: {error.strerror or error}") from error
+    except StyleFastError:
+        raise
+    except Exception as error:  # of many types, which have no common root
+        raise ExportError(
+            f"PyTorch {torch.__version__} could not compile the UNet ({shape.flavour}) for {facts['target']}: "
+            f"{_line(error)}. Sizes that are fixed (fixed={{'height': .., 'width': ..}}) are easier on it"
+        ) from error
+    inputs, outputs = tuple(graph_inputs(twin, shape)), (graph_output(twin),)
+    seconds, size = time.perf_counter() - start, path.stat().st_size
+    return AotiReport(path, size, seconds, facts["target"], facts["toolchain"], inputs, outputs, operations, weights)
+
+
+def target_of(device: str | torch.device) -> str:
+    """What a device is called as a target: "cpu", or a GPU's architecture, such as "sm90"."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def package_facts(path: str | Path) -> dict[str, Any]:
+    """What a package says of itself; nothing in it is run.
+
+    "shape" (of a `GraphShape`), "fixed", "inputs" and "outputs" ([name, type, dims]), "sizes" (dimension -> least and
+    most), "target", "toolchain", "weights" (whether they lie in it), "parameters" (name -> type, shape, strides),
+    "operations" (custom op -> its schema), "machine" and "instructions" of the CPU.
+
+    Raises ExportError for a file that is missing, truncated, or no package of stylefast's.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ExportError(f"there is no package at {path}; run `stylefast export aoti`, or check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("_metadata.json")]
+            found = [json.loads(archive.read(name)).get(_KEY) for name in names]
+        facts = next((json.loads(text) for text in found if text), None)
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise ExportError(f"{path} is truncated, damaged or no package ({error}); export the model again") from error
+    if not isinstance(facts, dict):
+        raise ExportError(f"{path} is a package that stylefast has not written; run `stylefast export aoti`")
+    if facts.get("format") != _FORMAT:
+        raise EngineMismatch(f"{path} was written by another version of stylefast; export the model again")
+    return facts
+
+
+class AotiSession:
+    """A package, loaded and ready to run. A package is code: check who wrote it before.
+
+    device: "cpu" or "cuda:<number>". One run at a time; a second thread waits.
+
+    Raises ExportError for a file that is missing, truncated or foreign, or that PyTorch can't load; EngineMismatch for
+    one that was made with another PyTorch or stylefast, or for another kind of CPU or GPU.
+    """
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
+        self.path, self.device = Path(path).expanduser(), torch.device(device)
+        facts = package_facts(self.path)
+        _check_machine(self.path.name, facts, self.device)
+        self.shape = GraphShape.from_dict(facts["shape"])
+        self.inputs, self.outputs = (
+            {name: (getattr(torch, dtype), tuple(dims)) for name, dtype, dims in facts[kind]}
+            for kind in ("inputs", "outputs")
+        )
+        self._sizes = {name: tuple(limits) for name, limits in facts["sizes"].items()}
+        self._parameters, self._weights = facts["parameters"], None
+        self._ready, self._lock = bool(facts["weights"]), threading.Lock()
+        self._own_bytes = self.path.stat().st_size
+        index = -1 if self.device.index is None else self.device.index
+        try:
+            # what torch._inductor.aoti_load_package does, without importing a compiler, which takes seconds
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(self.path), _MODEL, True, 1, index)
+        except (RuntimeError, OSError) as error:
+            raise ExportError(
+                f"PyTorch can't load {self.path.name}; copy it once more, or export the model again ({_line(error)})"
+            ) from error
+        self._loader = loader
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the package, which is about what it takes in memory; weights that are shared don't count."""
+        return self._own_bytes if self._loader is not None else 0
+
+    def set_weights(self, state: Mapping[str, torch.Tensor]) -> int:
+        """Run with these weights from now on: a UNet's `state_dict()`. The bytes that had to be copied.
+
+        Tensors are taken as they are, not copied, so what is written to them later counts at the next run; but a copy
+        is made of one whose strides are not those that the package was compiled for. Weights that lie in the package
+        keep their memory.
+
+        Raises EngineMismatch for weights that are missing or of other types or shapes, InvalidRequest for tensors on
+        another device.
+        """
+        taken, copied = {}, 0
+        with self._lock:
+            self._check_open()
+            missing = self._parameters.keys() - state.keys()
+            if missing:
+                raise EngineMismatch(
+                    f"the weights have no {min(missing)}, which {self.path.name} reads; load the model that was "
+                    "exported, or export this one"
+                )
+            for name, (dtype, shape, strides) in self._parameters.items():
+                x = state[name].detach()
+                if not _same_device(x.device, self.device):
+                    raise InvalidRequest(f"{name} is on {x.device}, the session of {self.path.name} on {self.device}")
+                if (_short(x.dtype), list(x.shape)) != (dtype, shape):
+                    raise EngineMismatch(
+                        f"{name} is {_short(x.dtype)} {list(x.shape)}, and {self.path.name} was exported for {dtype} "
+                        f"{shape}; load the model that was exported, or export this one"
+                    )
+                if not _lies(x, strides):
+                    x = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+                    copied += x.numel() * x.element_size()
+                taken[_WEIGHT + name] = x
+            self._loader.load_constants(taken, False, True, True)
+            # the package holds addresses, and this the tensors
+            self._weights, self._ready = taken, True
+        return copied
+
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run the graph; returns its output by name.
+
+        inputs: every input of the graph, on the session's device. outputs: a tensor that "output" is copied to, of its
+        type and shape; without one, what the package made is handed over. On a GPU all happens on torch's current
+        stream.
+
+        Raises EngineMismatch for tensors and sizes that the package was not made for, InvalidRequest for names that it
+        does not have and an output that can't be written to, OutOfMemory, and ExportError for whatever fails inside.
+        """
+        sizes = self._check(inputs)
+        if self.device.type == "cpu":
+            _check_pages(inputs, sizes)
+        given = dict(outputs or {})
+        unknown = sorted(given.keys() - self.outputs.keys())
+        if unknown:
+            raise InvalidRequest(f"{self.path.name} has no output {unknown[0]!r}; it has {', '.join(self.outputs)}")
+        if OUTPUT in given:
+            self._check_output(given[OUTPUT], sizes)
+        tensors = [inputs[name].contiguous() for name in self.inputs]
+        with self._lock:
+            self._check_open()
+            if not self._ready:
+                raise ExportError(f"{self.path.name} holds no weights; call set_weights(unet.state_dict()) first")
+            try:
+                with torch.no_grad():
+                    (made,) = self._loader.boxed_run(tensors)
+            except StyleFastError:
+                raise
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+                    raise OutOfMemory(f"{self.path.name} ran out of memory: {_line(error)}") from error
+                raise ExportError(f"{self.path.name} failed: {_line(error)}") from error
+        if OUTPUT not in given:
+            return {OUTPUT: made}
+        given[OUTPUT].copy_(made)
+        return given
+
+    def close(self) -> None:
+        """Free the code and the weights; a second time does nothing."""
+        with self._lock:
+            self._loader = self._weights = None
+
+    def _check_open(self) -> None:
+        if self._loader is None:
+            raise ExportError(f"the session of {self.path.name} was closed; open another one")
+
+    def _check(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Sizes of the dimensions that have names. The generated code checks nothing: it would read astray."""
+        if inputs.keys() != self.inputs.keys():
+            missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
+            what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
+            raise InvalidRequest(f"{self.path.name} {what}; its inputs are {', '.join(self.inputs)}")
+        sizes: dict[str, int] = {}
+        for name, (dtype, dims) in self.inputs.items():
+            x = inputs[name]
+            if not _same_device(x.device, self.device):
+                raise InvalidRequest(f"input {name} is on {x.device}, the session of {self.path.name} on {self.device}")
+            if x.dtype != dtype:
+                raise EngineMismatch(
+                    f"input {name} is {_short(x.dtype)}, and {self.path.name} was exported for {_short(dtype)}; load "
+                    "the model in that type, or export it in this one"
+                )
+            fits = len(dims) == x.ndim and all(
+                side == (dim if isinstance(dim, int) else sizes.setdefault(dim, side))
+                for side, dim in zip(x.shape, dims)
+            )
+            if not fits:
+                agreed = ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
+                raise EngineMismatch(
+                    f"input {name} has shape {list(x.shape)}, and {self.path.name} was exported for {list(dims)}"
+                    + (f" with {agreed}" if agreed else "")
+                )
+        for dim, size in sizes.items():
+            low, high = self._sizes.get(dim, (0, size))
+            if not low <= size <= high:
+                raise EngineMismatch(
+                    f"{dim} is {size}, and {self.path.name} was exported for {low} to {high}; export it for more"
+                )
+        return sizes
+
+    def _check_output(self, x: torch.Tensor, sizes: Mapping[str, int]) -> None:
+        dtype, dims = self.outputs[OUTPUT]
+        shape = [sizes.get(dim, dim) for dim in dims]
+        if x.dtype != dtype or list(x.shape) != shape or not _same_device(x.device, self.device):
+            raise InvalidRequest(
+                f"the tensor for output {OUTPUT} is {_short(x.dtype)} {list(x.shape)} on {x.device}; it must be "
+                f"{_short(dtype)} {shape} on {self.device}"
+            )
+
+
+def _check_pages(inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> None:
+    """Raise InvalidRequest for an index out of range, of which generated code makes an end of the process."""
+    pages = sizes["rows"] + sizes.get("pages", 0)
+    ranges = {
+        "text_page": (0, sizes["text_pages"], "pages of text"),
+        "image_page": (-1, sizes.get("image_pages", 0), "image pages (-1: none)"),
+        "image_lengths": (0, sizes.get("image_tokens", 0) + 1, "numbers of image tokens"),
+        "image_mask": (-1, sizes.get("masks", 0), "masks (-1: everywhere)"),
+        "self_page": (-1, pages, "pages of rows and banks (-1: none)"),
+        "adain_page": (-1, pages, "pages of rows and banks (-1: none)"),
+        "norm_page": (-1, pages, "pages of rows and banks (-1: none)"),
+    }
+    for name, limits in ranges.items():
+        if name in inputs:
+            integers_within(name, inputs[name], *limits)
+
+
+def _check_request(unet: UNet, path: Path, device: torch.device, weights: bool) -> None:
+    if path.suffix != SUFFIX:
+        raise InvalidRequest(f"path is {str(path)!r}; a package's name ends in {SUFFIX}")
+    if not path.parent.is_dir():
+        raise InvalidRequest(f"there is no folder {path.parent}; make it first")
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device is {str(device)!r}; packages are made for 'cpu' and 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest("a package for a GPU is made on a machine that has one, and this has none; device='cpu'")
+    if weights and unet.device.type == "meta":
+        raise InvalidRequest("the UNet lies on the meta device and has no weights to put in; weights=False leaves them")
+
+
+def _check_toolchain(device: torch.device) -> None:
+    # for a GPU too: what launches its kernels is C++
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl") if name):
+        raise MissingDependency(
+            "AOTInductor generates C++ and no compiler was found (CXX, g++, clang++, cl); install one, or export on "
+            "another machine of this kind: running a package takes none"
+        )
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise MissingDependency(
+            "AOTInductor generates Triton kernels and triton is not installed; "
+            "`pip install 'stylefast[triton]'` brings it"
+        )
+
+
+def _twin(unet: UNet, device: torch.device, weights: bool) -> UNet:
+    """The UNet on a device, as the engine would lay it out there, and without packed copies; else with its own tensors.
+
+    Without weights, those that would have to be moved are not: their values are of no interest.
+    """
+    state = dict(unet.state_dict())
+    if not _same_device(unet.device, device):
+        move = (lambda x: x.to(device)) if weights else (lambda x: torch.empty_like(x, device=device))
+        state = {name: move(x) for name, x in state.items()}
+        if device.type == "cuda":
+            channels_last(state)
+    return UNet.from_state(unet.config, state)
+
+
+def _operations(program: torch.export.ExportedProgram) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "namespace", None) == "stylefast":
+            name = node.target.name().removeprefix("stylefast::")
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+def _parameters(program: torch.export.ExportedProgram) -> dict[str, list]:
+    """Type, shape and strides of the weights that the graph reads; projections of the text it does not."""
+    found = {}
+    for node in program.graph.nodes:
+        name = program.graph_signature.inputs_to_parameters.get(node.name)
+        if name is not None and node.users:
+            x = program.state_dict[name]
+            found[name.removeprefix(_WEIGHT)] = [_short(x.dtype), list(x.shape), list(x.stride())]
+    return found
+
+
+def _facts(unet: UNet, shape: GraphShape, fixed: dict[str, int], device: torch.device) -> dict[str, Any]:
+    exact = with_tokens(unet, fixed) if {"height", "width"} <= fixed.keys() else fixed
+
+    def described(tensor: Tensor) -> list:
+        return [tensor.name, _short(tensor.dtype), [exact.get(dim, dim) for dim in tensor.dims]]
+
+    return {
+        "format": _FORMAT,
+        "shape": shape.to_dict(),
+        "fixed": fixed,
+        "inputs": [described(tensor) for tensor in graph_inputs(unet, shape)],
+        "outputs": [described(graph_output(unet))],
+        "sizes": DIMENSIONS,
+        "target": target_of(device),
+        "toolchain": _toolchain(),
+        "machine": _machine(),
+        "instructions": sorted(_instructions()),
+    }
+
+
+def _check_machine(name: str, facts: Mapping[str, Any], device: torch.device) -> None:
+    """Raise EngineMismatch where a package's code can't run."""
+    made, here = facts["toolchain"]["torch"], torch.__version__
+    if made != here:
+        raise EngineMismatch(
+            f"{name} was made with PyTorch {made}, and this is {here}; install that version, or export the model again"
+        )
+    for operation, schema in facts["operations"].items():
+        if schema != _schema(operation):
+            raise EngineMismatch(
+                f"{name} was made with another version of stylefast, whose {operation} takes other arguments; export "
+                "the model again"
+            )
+    kind = "cpu" if facts["target"] == "cpu" else "cuda"
+    if device.type != kind:
+        raise EngineMismatch(f"{name} was made for {facts['target']}, and the device is {device}; export it for that")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineMismatch(f"{name} was made for {facts['target']}, and this machine has no GPU")
+    if target_of(device) != facts["target"]:
+        raise EngineMismatch(
+            f"{name} was made for {facts['target']}, and {device} is {target_of(device)}; export it for that one"
+        )
+    if facts["machine"] != _machine():
+        raise EngineMismatch(f"{name} was made for {facts['machine']}, and this is {_machine()}; export the model here")
+    lacking = sorted(set(facts["instructions"]) - _instructions())
+    if lacking:
+        raise EngineMismatch(
+            f"{name} was made on a CPU with {', '.join(lacking)}, which this one does not have; export the model here"
+        )
+
+
+def _toolchain() -> dict[str, str]:
+    found = {"torch": torch.__version__}
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    return found
+
+
+def _machine() -> str:
+    return f"{platform.system()} {platform.machine()}"
+
+
+def _instructions() -> set[str]:
+    """Extensions of this CPU that generated code may use: it is compiled for the very CPU it was made on."""
+    return {name for name, there in torch.cpu.get_capabilities().items() if there is True} - _UNUSED
+
+
+def _schema(operation: str) -> str:
+    packet = getattr(torch.ops.stylefast, operation, None)
+    return "" if packet is None else str(packet.default._schema)
+
+
+def _lies(x: torch.Tensor, strides: list[int]) -> bool:
+    """Whether the strides are these, but for those of dimensions of 1, which nothing is multiplied by."""
+    return all(have == want or side == 1 for have, want, side in zip(x.stride(), strides, x.shape))
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    return one.type == other.type and (one.index or 0) == (other.index or 0)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _line(error: Exception) -> str:
+    """The message on one line, without the stack that PyTorch appends to those from Python."""
+    return " ".join(str(error).split()).split(" At: ")[0][:400]
+
+
+__all__ = ["AotiReport", "AotiSession", "export_aoti", "package_facts", "target_of"]

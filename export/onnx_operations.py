@@ -1,0 +1,269 @@
+"""stylefast's operations in terms that ONNX has: how the custom ops of a traced graph are written down.
+
+The same formulas as in `stylefast.kernels`, without a look at any value: every row carries every segment, hidden by its
+mask where it has none. Attention stays the pattern that runtimes fuse (product, mask, softmax, product); token
+statistics, AdaIN's gains and pooled norms are worked out in float32 whatever the model's type.
+
+Attention could be written otherwise in one place, `OnnxOperations.attend`.
+"""
+
+import math
+
+from stylefast.kernels.adain_affine import ADAIN_EPS
+from stylefast.kernels.shared_attention import PLAIN, SWAP
+
+# element types by ONNX's numbers
+FLOAT, INT64, FLOAT16, BFLOAT16 = 1, 7, 10, 16
+# the largest finite number: some fused kernels make NaN of the difference of two infinities
+_LOWEST = {FLOAT: -3.4028234663852886e38, FLOAT16: -65504.0, BFLOAT16: -3.3895313892515355e38}
+
+
+class OnnxOperations:
+    """A method for each operation, by its name, that takes what the custom op takes and gives ONNX values.
+
+    op: makes nodes, `onnx_writer.NodeMaker`; opset: the version of ONNX's operators. `domains` are others that a graph
+    with these operations imports, name -> version.
+    """
+
+    domains: dict[str, int] = {}
+
+    def __init__(self, op, opset: int):
+        self.op, self.opset = op, opset
+
+    # pieces
+
+    def ints(self, *values: int):
+        return self.op.Constant(value_ints=list(values))
+
+    def number(self, value: float, kind: int):
+        scalar = self.op.Constant(value_float=float(value))
+        return scalar if kind == FLOAT else self.op.Cast(scalar, to=kind)
+
+    def to(self, x, kind: int, known: int | None = None):
+        """x in another element type; `known` is the type that x has, where that is certain."""
+        return x if known == kind else self.op.Cast(x, to=kind)
+
+    def size(self, x, dim: int):
+        """[1] int64: the length of one dimension."""
+        return self.op.Shape(x, start=dim, end=dim + 1)
+
+    def column(self, table, index: int):
+        """One column [rows] of a table [rows, columns]."""
+        return self.op.Gather(table, self.op.Constant(value_int=index), axis=1)
+
+    def along_rows(self, x, dims: int):
+        """[rows] -> [rows, 1, 1, ..] of `dims` dimensions."""
+        return self.op.Unsqueeze(x, self.ints(*range(1, dims)))
+
+    def attend(self, q, k, v, mask=None):
+        """softmax(q k^T / sqrt(d) + mask) v, [rows, tokens, heads, d] in and out; mask [rows, 1, 1, keys]."""
+        op, kind, width = self.op, _kind(q), q.shape[3]
+        q = op.Mul(op.Transpose(q, perm=[0, 2, 1, 3]), self.number(1 / math.sqrt(width), kind))
+        logits = op.MatMul(q, op.Transpose(k, perm=[0, 2, 3, 1]))
+        if mask is not None:
+            logits = op.Add(logits, mask)
+        out = op.MatMul(op.Softmax(logits, axis=-1), op.Transpose(v, perm=[0, 2, 1, 3]))
+        return op.Transpose(out, perm=[0, 2, 1, 3])
+
+    def silu(self, x):
+        return self.op.Mul(x, self.op.Sigmoid(x))
+
+    # operations
+
+    def shared_attention(
+        self, q, k, v, page, modes, scale, shift, gain=None, offset=None, pool_k=None, pool_v=None, pool_k_scale=None,
+        pool_v_scale=None, bias=None,
+    ):  # fmt: skip
+        """Pages have as many tokens as the rows; `bias` and float8 pages have no form here."""
+        op, kind = self.op, _kind(q)
+        references = page.shape[1]
+        if references == 0:
+            return self.attend(q, k, v)
+        # of the table, which all layers share: equal nodes are written once
+        rows, tokens = self.size(page, 0), self.size(q, 1)
+        zero, lowest, nobody = self.number(0, kind), self.number(_LOWEST[kind], kind), self.ints(0)
+        is_styled = op.Not(op.Equal(modes, self.ints(PLAIN)))  # [rows]
+        pages = [self.column(page, r) for r in range(references)]
+        used = [op.And(is_styled, op.GreaterOrEqual(p, nobody)) for p in pages]
+        styled = used[0]
+        for other in used[1:]:
+            styled = op.Or(styled, other)
+
+        own_k, own_v = k, v
+        if gain is not None:
+            moves = self.along_rows(styled, 4)
+            parts = [q, k, v]
+            for i in range(gain.shape[0]):
+                part = op.Constant(value_int=i)
+                gains, offsets = (op.Unsqueeze(op.Gather(x, part, axis=0), self.ints(1)) for x in (gain, offset))
+                moved = op.Add(op.Mul(self.to(parts[i], FLOAT, kind), gains), offsets)
+                parts[i] = op.Where(moves, self.to(moved, kind, FLOAT), parts[i])
+            query, own_k, own_v = parts
+        else:
+            query = q
+
+        own_seen = op.Not(op.And(styled, op.Equal(modes, self.ints(SWAP))))
+        keys, values, masks, seen_any = [own_k], [own_v], [op.Where(own_seen, zero, lowest)], own_seen
+        own_row = op.Range(op.Constant(value_int=0), op.Squeeze(rows), op.Constant(value_int=1))
+        for r, p in enumerate(pages):
+            shifts, scales = self.column(shift, r), self.column(scale, r)
+            visible = op.Not(op.IsInf(shifts, detect_positive=0))
+            seen = op.And(used[r], visible)
+            of_batch = op.Less(p, rows)
+            # a hidden segment reads its own row: another's NaN would pass even through the weight 0
+            live = op.Where(op.And(seen, of_batch), p, own_row)
+            page_k, page_v = op.Gather(k, live, axis=0), op.Gather(v, live, axis=0)
+            if pool_k is not None:
+                banked = op.And(seen, op.Not(of_batch))
+                entry = op.Where(banked, op.Sub(p, rows), nobody)
+                banked = self.along_rows(banked, 4)
+                page_k = op.Where(banked, op.Gather(pool_k, entry, axis=0), page_k)
+                page_v = op.Where(banked, op.Gather(pool_v, entry, axis=0), page_v)
+            scaled = op.Mul(self.to(page_k, FLOAT, kind), self.along_rows(scales, 4))
+            keys.append(self.to(scaled, kind, FLOAT))
+            values.append(page_v)
+            shown = self.to(op.Where(visible, shifts, self.number(0, FLOAT)), kind, FLOAT)
+            masks.append(op.Where(seen, shown, lowest))
+            seen_any = op.Or(seen_any, seen)
+
+        length = op.Concat(rows, tokens, axis=0)
+        spread = [op.Expand(op.Unsqueeze(mask, self.ints(1)), length) for mask in masks]
+        mask = op.Unsqueeze(op.Concat(*spread, axis=1), self.ints(1, 2))  # [rows, 1, 1, keys]
+        out = self.attend(_like(query, q), op.Concat(*keys, axis=1), op.Concat(*values, axis=1), mask)
+        return op.Where(self.along_rows(seen_any, 4), out, zero)
+
+    def gated_cross_attention(
+        self, q, text_k, text_v, text_page, image_k=None, image_v=None, image_lengths=None, image_page=None,
+        strength=None, group=None, masks=None, mask_index=None,
+    ):  # fmt: skip
+        """Text, and one attention over all picture tokens for each segment, whose values alone it takes."""
+        op, kind = self.op, _kind(q)
+        out = self.attend(q, op.Gather(text_k, text_page, axis=0), op.Gather(text_v, text_page, axis=0))
+        if image_page is None or image_page.shape[1] == 0:
+            return out
+        segments, heads, width = image_page.shape[1], q.shape[2], q.shape[3]
+        zero, lowest, nobody = self.number(0, kind), self.number(_LOWEST[kind], kind), self.ints(0)
+        present = op.GreaterOrEqual(image_page, nobody)
+        active = op.And(present, op.Not(op.Equal(strength, self.number(0, FLOAT))))  # [rows, S]
+        page = op.Where(present, image_page, nobody)
+        token = op.Range(op.Constant(value_int=0), op.Squeeze(self.size(image_k, 1)), op.Constant(value_int=1))
+        lengths = op.Unsqueeze(op.Gather(image_lengths, page, axis=0), self.ints(2))
+        there = op.And(op.Unsqueeze(active, self.ints(2)), op.Less(token, lengths))  # [rows, S, tokens]
+        flat = self.ints(0, -1, heads, width)
+        keys = op.Reshape(op.Gather(image_k, page, axis=0), flat)  # [rows, S * tokens, heads, d]
+        values = op.Gather(image_v, page, axis=0)  # [rows, S, tokens, heads, d]
+        total = self.to(out, FLOAT, kind)
+        for s in range(segments):
+            number, place = self.column(group, s), op.Constant(value_int=s)
+            members = op.Unsqueeze(op.Equal(group, op.Unsqueeze(number, self.ints(1))), self.ints(2))
+            members = op.Reshape(op.And(there, members), self.ints(0, -1))  # [rows, S * tokens]
+            mask = op.Unsqueeze(op.Where(members, zero, lowest), self.ints(1, 2))
+            own = op.Reshape(op.Equal(self.ints(*range(segments)), place), self.ints(segments, 1, 1, 1))
+            own_values = op.Reshape(op.Where(own, values, zero), flat)
+            part = self.to(self.attend(q, keys, own_values, mask), FLOAT, kind)
+            gate = self.along_rows(self.column(strength, s), 4)
+            if mask_index is not None and masks is not None:
+                index = self.column(mask_index, s)
+                confined = op.GreaterOrEqual(index, nobody)
+                chosen = op.Gather(masks, op.Where(confined, index, nobody), axis=0)  # [rows, query tokens]
+                chosen = op.Where(op.Unsqueeze(confined, self.ints(1)), chosen, self.number(1, FLOAT))
+                gate = op.Mul(gate, op.Unsqueeze(chosen, self.ints(2, 3)))
+            shown = self.along_rows(self.column(active, s), 4)
+            total = op.Add(total, op.Where(shown, op.Mul(gate, part), self.number(0, FLOAT)))
+        return self.to(total, kind, FLOAT)
+
+    def token_stats(self, tensors):
+        op, means, variances = self.op, [], []
+        for x in tensors:
+            exact = self.to(x, FLOAT, _kind(x))
+            mean = op.ReduceMean(exact, self.ints(1), keepdims=1)  # [rows, 1, heads, d]
+            deviation = op.Sub(exact, mean)
+            others = op.Max(op.Sub(self.size(x, 1), self.ints(1)), self.ints(1))
+            spread = op.ReduceSum(op.Mul(deviation, deviation), self.ints(1), keepdims=0)
+            means.append(op.Transpose(mean, perm=[1, 0, 2, 3]))
+            variances.append(op.Unsqueeze(op.Div(spread, self.to(others, FLOAT)), self.ints(0)))
+        return op.Concat(*means, axis=0), op.Concat(*variances, axis=0)
+
+    def adain_affine(
+        self, mean, variance, page, strength, pool_mean=None, pool_variance=None, check_finite: bool = False
+    ):
+        op = self.op
+        all_means, all_variances = mean, variance  # [parts, rows and pages, heads, d]
+        if pool_mean is not None:
+            all_means, all_variances = op.Concat(mean, pool_mean, axis=1), op.Concat(variance, pool_variance, axis=1)
+        takes = op.GreaterOrEqual(page, self.ints(0))
+        source = op.Where(takes, page, self.ints(0))
+        other_mean, other_variance = op.Gather(all_means, source, axis=1), op.Gather(all_variances, source, axis=1)
+        part = op.Unsqueeze(op.Transpose(strength, perm=[1, 0]), self.ints(2, 3))  # [parts, rows, 1, 1]
+        eps, one, zero = self.number(ADAIN_EPS, FLOAT), self.number(1, FLOAT), self.number(0, FLOAT)
+        ratio = op.Sqrt(op.Div(op.Add(other_variance, eps), op.Add(variance, eps)))
+        applies = op.And(op.Not(op.Equal(part, zero)), op.Unsqueeze(takes, self.ints(1, 2)))
+        gain = op.Where(applies, op.Add(one, op.Mul(part, op.Sub(ratio, one))), one)
+        offset = op.Where(applies, op.Mul(part, op.Sub(other_mean, op.Mul(ratio, mean))), zero)
+        return gain, offset
+
+    def group_norm_silu(
+        self, x, groups: int, weight, bias, eps: float, silu: bool, page=None, pool_mean=None, pool_variance=None,
+        pool_elements=0,
+    ):  # fmt: skip
+        """Pages have the size of the rows that read them, so `pool_elements` is what a row has."""
+        op, kind = self.op, _kind(x)
+        by_group, shape = self.ints(0, groups, -1), op.Shape(x)
+        if page is None:
+            out = self._group_norm(x, groups, weight, bias, eps, by_group, shape)
+            return self.silu(out) if silu else out
+        flat = op.Reshape(self.to(x, FLOAT, kind), by_group)  # [rows, groups, elements]
+        mean = op.ReduceMean(flat, self.ints(2), keepdims=1)
+        centred = op.Sub(flat, mean)
+        variance = op.ReduceMean(op.Mul(centred, centred), self.ints(2), keepdims=1)  # [rows, groups, 1]
+        all_means, all_variances = mean, variance
+        if pool_mean is not None:
+            last = self.ints(2)
+            all_means = op.Concat(mean, op.Unsqueeze(pool_mean, last), axis=0)
+            all_variances = op.Concat(variance, op.Unsqueeze(pool_variance, last), axis=0)
+        takes = op.GreaterOrEqual(page, self.ints(0))
+        source = op.Where(takes, page, self.ints(0))
+        # equal numbers of elements: the mean of the means, and the mean of the variances plus their distance
+        other_mean, other_variance = op.Gather(all_means, source, axis=0), op.Gather(all_variances, source, axis=0)
+        half = self.number(0.5, FLOAT)
+        apart = op.Mul(op.Sub(other_mean, mean), half)
+        both = op.Add(op.Mul(op.Add(variance, other_variance), half), op.Mul(apart, apart))
+        shares = self.along_rows(takes, 3)
+        mean = op.Where(shares, op.Add(mean, apart), mean)
+        variance = op.Where(shares, both, variance)
+        out = op.Div(op.Sub(flat, mean), op.Sqrt(op.Add(variance, self.number(eps, FLOAT))))
+        weight, bias = (op.Reshape(self.to(p, FLOAT), self.ints(-1, 1, 1)) for p in (weight, bias))
+        out = op.Add(op.Mul(op.Reshape(out, shape), weight), bias)
+        return self.to(self.silu(out) if silu else out, kind, FLOAT)
+
+    def _group_norm(self, x, groups: int, weight, bias, eps: float, by_group, shape):
+        op, kind = self.op, _kind(x)
+        if self.opset >= 21:
+            return op.GroupNormalization(x, weight, bias, num_groups=groups, epsilon=eps)
+        ones, zeros = (op.Expand(self.number(v, kind), self.ints(groups)) for v in (1, 0))
+        normed = op.InstanceNormalization(op.Reshape(x, by_group), ones, zeros, epsilon=eps)
+        weight, bias = (op.Reshape(p, self.ints(-1, 1, 1)) for p in (weight, bias))
+        return op.Add(op.Mul(op.Reshape(normed, shape), weight), bias)
+
+    def layer_norm(self, x, weight, bias, eps: float):
+        return self.op.LayerNormalization(x, weight, bias, axis=-1, epsilon=eps)
+
+    def add_layer_norm(self, x, residual, weight, bias, eps: float):
+        total = self.op.Add(x, residual)
+        return total, self.layer_norm(total, weight, bias, eps)
+
+    def geglu(self, x):
+        hidden, gate = self.op.Split(x, num_outputs=2, axis=-1)
+        return self.op.Mul(hidden, self.op.Gelu(gate))
+
+
+def _kind(x) -> int:
+    return int(x.dtype)
+
+
+def _like(value, typed):
+    """A value made here, with the element type and dimensions of one that the exporter knows."""
+    if value is not typed:
+        value.dtype, value.shape = typed.dtype, typed.shape
+    return value
+

@@ -1,0 +1,290 @@
+"""What an export is asked for and what it is made from: `Options`, `Source`, and `Progress`, which follows it."""
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stylefast.errors import InvalidRequest, MissingDependency, ModelError
+from stylefast.export.manifest import COMPONENTS, KINDS
+from stylefast.export.tensorrt_api import check_buildable, load_package, package_of
+from stylefast.export.tensorrt_profiles import Profile
+from stylefast.export.unet_graph import FLAVOURS, GraphShape
+from stylefast.models import vae as vaes
+from stylefast.models.adapter_loading import load_adapter
+from stylefast.models.checkpoint import load_components
+from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.packed import unpack
+from stylefast.models.text import TextEncoder
+from stylefast.models.unet import UNet
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ATTENTION = ("standard", "plugin")
+RUNNERS = ("python", "onnxruntime")
+NATIVE = "native"
+ALL = "all"
+OPSETS = (20, 23)
+DEFAULT_OPSET = 20
+DEFAULT_FLAVOURS = {
+    "onnx": ("live", "banked", "plain"),
+    "tensorrt": ("live", "banked"),
+    "aoti": ("live", "banked", "plain"),
+    "triton-repo": ("live", "banked", "plain"),
+}
+DEFAULT_COMPONENTS = {"onnx": (ALL,), "tensorrt": ("unet",), "aoti": ("unet",), "triton-repo": (ALL,)}
+_AOTI_TARGETS = ("cpu", "cuda")
+_NEEDS_ADAPTER = ("image_encoder", "image_projector")
+# packages whose absence can be told before a model is loaded
+_PACKAGES = {"onnx": ("onnx", "onnxscript"), "tensorrt": ("onnx", "onnxscript"), "triton-repo": ("onnx", "onnxscript")}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to export. Raises InvalidRequest.
+
+    kind: "onnx", "tensorrt", "aoti" or "triton-repo". dtype: of weights and activations. flavours, references,
+    segments: see `GraphShape`. targets: for TensorRT chips such as "sm89"; for AOTInductor "cpu" or "cuda"; else none.
+    profiles: TensorRT's ranges of sizes, as text that its builder reads. size: None for any size, NATIVE for the
+    model's own, or (width, height) in pixels. components: names of COMPONENTS, or ("all",) for those that the model
+    has. refit: TensorRT engines whose weights can be replaced. attention: "plugin" for our own kernel in TensorRT.
+    onnx: an export of kind "onnx" to build from. runner: what runs the graphs of a Triton repository.
+    """
+
+    kind: str
+    dtype: str = "float32"
+    flavours: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    profiles: tuple[str, ...] = ()
+    references: int = 1
+    segments: int = 2
+    size: str | tuple[int, int] | None = None
+    opset: int = DEFAULT_OPSET
+    components: tuple[str, ...] = ()
+    refit: bool = False
+    attention: str = "standard"
+    runner: str = "python"
+    onnx: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self):
+        _one_of("kind", self.kind, KINDS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("attention", self.attention, ATTENTION)
+        _one_of("runner", self.runner, RUNNERS)
+        put = object.__setattr__
+        put(self, "flavours", tuple(self.flavours) or DEFAULT_FLAVOURS[self.kind])
+        put(self, "components", tuple(self.components) or DEFAULT_COMPONENTS[self.kind])
+        put(self, "targets", tuple(self.targets))
+        put(self, "profiles", tuple(self.profiles))
+        put(self, "onnx", None if self.onnx is None else Path(self.onnx))
+        for name, known in (("flavours", FLAVOURS), ("components", (*COMPONENTS, ALL))):
+            _distinct(name, getattr(self, name))
+            for one in getattr(self, name):
+                _one_of(name, one, known)
+        if ALL in self.components and len(self.components) > 1:
+            raise InvalidRequest(f"components are {', '.join(self.components)}; give {ALL}, or names of single ones")
+        _ = self.shapes  # raises for counts out of range
+        self._check_targets()
+        self._check_size()
+        low, high = OPSETS
+        if isinstance(self.opset, bool) or not isinstance(self.opset, int) or not low <= self.opset <= high:
+            raise InvalidRequest(f"opset is {self.opset!r}; the graphs can be written in opsets {low} to {high}")
+        self._check_belongs()
+
+    @property
+    def shapes(self) -> tuple[GraphShape, ...]:
+        """One per flavour."""
+        return tuple(GraphShape(flavour, self.references, self.segments) for flavour in self.flavours)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def to_json(self) -> dict[str, Any]:
+        """All that decides what the files will be; with the source's `identity`, it tells one export from another."""
+        found = asdict(self)
+        del found["overwrite"]
+        return found | {"onnx": None if self.onnx is None else str(self.onnx.resolve())}
+
+    def _check_targets(self) -> None:
+        if self.kind == "tensorrt":
+            if not self.targets:
+                raise InvalidRequest("TensorRT builds for a chip; say which, e.g. --target sm89 (RTX 40) or sm89,sm120")
+            package_of(self.targets)
+            for text in self.profiles:
+                Profile.parse(text)
+        elif self.kind == "aoti":
+            if len(self.targets) != 1 or self.targets[0] not in _AOTI_TARGETS:
+                shown = ", ".join(map(str, self.targets)) or "missing"
+                raise InvalidRequest(f"target is {shown}; AOTInductor compiles for one of {', '.join(_AOTI_TARGETS)}")
+        elif self.targets:
+            raise InvalidRequest(f"target is {', '.join(self.targets)}; exports of kind {self.kind} have no target")
+
+    def _check_size(self) -> None:
+        if self.size is None or self.size == NATIVE:
+            return
+        if isinstance(self.size, str) or len(self.size) != 2:
+            raise InvalidRequest(f"size is {self.size!r}; it must be {NATIVE!r} or (width, height) in pixels")
+        for name, side in zip(("width", "height"), self.size):
+            if isinstance(side, bool) or not isinstance(side, int) or not 8 <= side <= 8192 or side % 8:
+                raise InvalidRequest(f"{name} is {side!r}; it must be divisible by 8 and from 8 to 8192 pixels")
+
+    def _check_belongs(self) -> None:
+        """Options of one kind do nothing in another, so they are refused there."""
+        owners = {
+            "profiles": (self.profiles, ("tensorrt",)),
+            "refit": (self.refit, ("tensorrt",)),
+            "attention plugin": (self.attention == "plugin", ("tensorrt",)),
+            "onnx": (self.onnx is not None, ("tensorrt", "triton-repo")),
+            "runner onnxruntime": (self.runner != "python", ("triton-repo",)),
+        }
+        for name, (given, kinds) in owners.items():
+            if given and self.kind not in kinds:
+                raise InvalidRequest(f"{name} belongs to exports of kind {' and '.join(kinds)}, not {self.kind}")
+        if self.onnx is not None and (self.size is not None or self.opset != DEFAULT_OPSET):
+            raise InvalidRequest("size and opset are those of the graphs in onnx; drop them, or drop onnx")
+        if self.kind == "tensorrt" and self.attention == "plugin" and self.onnx is not None:
+            raise InvalidRequest("attention plugin needs graphs of its own; drop onnx, whose graphs have standard ones")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model to export. Make one with `load_source`, or from the parts of an engine.
+
+    unet: its weights not packed. adapters: name -> IP-Adapter and its image encoder. version: stylefast's.
+    """
+
+    name: str
+    fingerprint: str
+    unet: UNet
+    vae: torch.nn.Module
+    text_encoder: TextEncoder
+    adapters: Mapping[str, tuple[IPAdapter, ImageEncoder]] = field(default_factory=dict)
+    version: str = ""
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(width, height) in pixels that the model was trained at."""
+        side = self.unet.config.get("sample_size") or 128
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        scale = vaes.downscale(self.vae)
+        return width * scale, height * scale
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of all weights but the UNet's."""
+        modules = [self.vae, *self.text_encoder.encoders]
+        for adapter, encoder in self.adapters.values():
+            modules += [adapter, encoder.vision_model]
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this source from others, for `folder.publishing`."""
+        adapters = {
+            name: [_weights_digest(adapter), _weights_digest(encoder.vision_model)]
+            for name, (adapter, encoder) in self.adapters.items()
+        }
+        return {"model": self.name, "fingerprint": self.fingerprint, "adapters": adapters,
+                "stylefast": self.version, "torch": torch.__version__}  # fmt: skip
+
+    def fixed(self, options: Options) -> dict[str, int]:
+        """Dimensions that the options give one size: {} or height and width in latents. Raises InvalidRequest."""
+        if options.size is None:
+            return {}
+        width, height = self.native_size if options.size == NATIVE else options.size
+        scale = vaes.downscale(self.vae)
+        if width % scale or height % scale:
+            raise InvalidRequest(f"size is {width}x{height}; this model's must be divisible by {scale}")
+        return {"height": height // scale, "width": width // scale}
+
+    def components(self, options: Options) -> tuple[str, ...]:
+        """The components to export. Raises ModelError for one that the model does not have."""
+        absent = () if self.adapters else _NEEDS_ADAPTER
+        if options.components == (ALL,):
+            return tuple(name for name in COMPONENTS if name not in absent)
+        for name in options.components:
+            if name in absent:
+                raise ModelError(f"{self.name} has no {name}; give an IP-Adapter with --adapter, or leave it out")
+        return options.components
+
+
+class Progress:
+    """Follows an export; this one keeps silent. A graph begins, and has phases of which some report steps."""
+
+    def graph(self, name: str, number: int, total: int) -> None:
+        """Graph `number` of `total`, counted from 0, begins; number == total when all are finished."""
+
+    def phase(self, done: int, total: int, name: str) -> None:
+        """`done` of `total` steps of a phase of the current graph; total 0: nobody knows how many there are."""
+
+    def say(self, text: str) -> None:
+        """A line on what happens: a resumed export, a graph taken over."""
+
+
+def load_source(
+    model: str | Path,
+    dtype: str,
+    *,
+    device: str = "cpu",
+    adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    version: str = "",
+) -> Source:
+    """Load a model as the engine does, for export. adapter: None takes the one that comes with the model, if any.
+
+    Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest.
+    """
+    _one_of("dtype", dtype, DTYPES)
+    components = load_components(model, dtype=DTYPES[dtype], device=device, vae=vae)
+    unet = UNet.from_state(components.unet_config, components.unet_state)
+    unet.layout = replace(unet.layout, style_modules=components.style_modules)
+    unpack(unet)
+    file = adapter if adapter is not None else components.adapter_path
+    adapters = {} if file is None else {Path(file).stem: load_adapter(file, image_encoder, components, unet)}
+    text = TextEncoder(components.tokenizers, components.text_encoders, components.force_zeros)
+    return Source(components.name, components.fingerprint, unet, components.vae, text, adapters, version)
+
+
+def require_toolchain(options: Options) -> None:
+    """Raise what can be told before a model is loaded: MissingDependency, and EngineMismatch for a chip or a way of
+    building that needs a GPU where there is none.
+    """
+    packages = _PACKAGES.get(options.kind, ())
+    if options.kind == "tensorrt":
+        package = package_of(options.targets)
+        check_buildable(package, options.targets, options.refit)
+        if importlib.util.find_spec(package) is None:
+            load_package(package)  # says how to get it
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"exports of kind {options.kind} need {' and '.join(missing)}; install with: "
+            "pip install 'stylefast[export]'"
+        )
+
+
+def _weights_digest(module: torch.nn.Module) -> str:
+    """Tells one module's weights from another's: names, shapes, types and up to 256 values of each tensor."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        values = value.detach().reshape(-1)
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(values[:: max(values.numel() // 256, 1)][:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _one_of(name: str, value: Any, known) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise InvalidRequest(f"{name} is {value!r}; there are {', '.join(known)}")
+
+
+def _distinct(name: str, values: tuple) -> None:
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise InvalidRequest(f"{name} has {twice[0]!r} twice; name each once")

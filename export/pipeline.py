@@ -1,0 +1,350 @@
+"""Whole exports: from a loaded model to a folder with a manifest.
+
+Each kind makes its graphs one after the other within `publishing`, so that the folder appears when all are there and a
+second run goes on where the first was stopped.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, ModelError
+from stylefast.export.components import Component, export_component
+from stylefast.export.folder import UnfinishedExport, publishing
+from stylefast.export.manifest import (
+    ANY_TARGET,
+    MANIFEST,
+    GraphEntry,
+    Manifest,
+    check_files,
+    check_fits,
+    graph_from_json,
+    graph_to_json,
+    read_manifest,
+)
+from stylefast.export.memory import estimate_export
+from stylefast.export.onnx_file import StoredTensor, WeightFile, require_onnx
+from stylefast.export.onnx_graphs import WEIGHTS, described, export_unet
+from stylefast.export.onnx_operations import OnnxOperations
+from stylefast.export.onnx_writer import check_opset
+from stylefast.export.options import Options, Progress, Source
+from stylefast.export.unet_graph import GraphShape, graph_inputs, graph_output
+
+logger = logging.getLogger(__name__)
+
+TIMING_CACHE = "timing.cache"
+# how long one process waits for another that makes the same export
+_PATIENCE = 3600
+
+
+def export_onnx(source: Source, folder: Path, options: Options, progress: Progress | None = None) -> Manifest:
+    """ONNX graphs of the UNet's flavours, which share one file of weights, and of the model's other parts.
+
+    Raises MissingDependency, ModelError for a part that the model lacks, ExportError, and what `publishing` raises.
+    """
+    progress = progress or Progress()
+    require_onnx()
+    names, fixed = source.components(options), source.fixed(options)
+    check_opset(options.opset, options.torch_dtype)
+    with _publishing(source, folder, options, progress) as out:
+        graphs = _unet_graphs(source, out, options, progress, fixed) if "unet" in names else []
+        others = [name for name in names if name != "unet"]
+        total = len(graphs) + len(others)
+        for number, name in enumerate(others, len(graphs)):
+            progress.graph(name, number, total)
+            graphs.append(_once(out, name, lambda name=name: _component(source, out.path, name, options, fixed)))
+        progress.graph("", total, total)
+        made = _manifest(source, options, out, graphs, ANY_TARGET, _versions("onnx", "onnxscript"))
+        out.complete(made)
+    return made
+
+
+def export_tensorrt(source: Source, folder: Path, options: Options, progress: Progress | None = None) -> Manifest:
+    """TensorRT engines of the UNet's flavours, each for all targets of `options` and with all profiles.
+
+    Graphs are those of `options.onnx`, or made on the way. Raises what `export_onnx` and `build_engine` raise.
+    """
+    from stylefast.export.tensorrt_api import check_buildable, load_package, package_of
+
+    progress = progress or Progress()
+    if source.components(options) != ("unet",):
+        raise InvalidRequest("TensorRT engines are built of the UNet; export the other parts with `export onnx`")
+    package = package_of(options.targets)
+    trt = load_package(package)
+    check_buildable(package, options.targets, options.refit)
+    operations = _operations(options, trt)
+    given = None if options.onnx is None else _given_graphs(options, source)
+    toolchain = {package: trt.__version__} | _versions("onnx")
+    with _publishing(source, folder, options, progress) as out:
+        old = out.target / TIMING_CACHE
+        if old.is_file() and not (out.path / TIMING_CACHE).exists():
+            shutil.copyfile(old, out.path / TIMING_CACHE)  # rebuilding is quicker with what was timed before
+        graphs, profiles = [], {}
+        for number, shape in enumerate(options.shapes):
+            label = f"unet-{shape.flavour}"
+            progress.graph(label, number, len(options.shapes))
+
+            def build(shape=shape) -> GraphEntry:
+                return _engine(source, out.path, options, progress, shape, operations, given)
+
+            entry = _once(out, label, build)
+            profiles[label] = entry.extra["profiles"]
+            graphs.append(entry)
+        progress.graph("", len(graphs), len(graphs))
+        if (out.path / TIMING_CACHE).exists():
+            out.record(TIMING_CACHE, [TIMING_CACHE])
+        made = _manifest(source, options, out, graphs, ",".join(options.targets), toolchain, profiles)
+        out.complete(made)
+    return made
+
+
+def export_aoti(source: Source, folder: Path, options: Options, progress: Progress | None = None) -> Manifest:
+    """AOTInductor packages of the UNet's flavours, for this machine's CPU or GPU.
+
+    Weights stay outside: a package runs on those that the engine holds, LoRAs included. Raises what `aoti.export_aoti`
+    and `publishing` raise.
+    """
+    from stylefast.export.aoti import SUFFIX, export_aoti, target_of
+
+    progress = progress or Progress()
+    if source.components(options) != ("unet",):
+        raise InvalidRequest("AOTInductor packages are made of the UNet; export the other parts with `export onnx`")
+    device, fixed = options.targets[0], source.fixed(options)
+    with _publishing(source, folder, options, progress) as out:
+        graphs = []
+        for number, shape in enumerate(options.shapes):
+            label = f"unet-{shape.flavour}"
+            progress.graph(label, number, len(options.shapes))
+
+            def compile_(shape=shape, label=label) -> GraphEntry:
+                progress.phase(0, 0, "compiling")
+                path = out.path / f"{label}{SUFFIX}"
+                report = export_aoti(source.unet, shape, path, fixed=fixed, device=device, weights=False)
+                return GraphEntry(
+                    "unet", path.name, (path.name,), shape.to_dict(), described(report.inputs),
+                    described(report.outputs), fixed,
+                    extra={"seconds": round(report.seconds, 1), "operations": report.operations, "weights": False},
+                )  # fmt: skip
+
+            graphs.append(_once(out, label, compile_))
+        progress.graph("", len(graphs), len(graphs))
+        made = _manifest(source, options, out, graphs, target_of(device), {"torch": torch.__version__})
+        out.complete(made)
+    return made
+
+
+def export_triton_repo(source: Source, folder: Path, options: Options, progress: Progress | None = None) -> Manifest:
+    """A model repository for Triton Inference Server, from `options.onnx` or from graphs made on the way."""
+    from stylefast.export.triton_repo.write import Serving, write_repository
+
+    progress = progress or Progress()
+    graphs = options.onnx
+    beside = folder.with_name(f"{folder.name}.graphs")
+    if graphs is None:
+        graphs = beside
+        settings = {"dtype": options.dtype, "flavours": options.flavours, "references": options.references,
+                    "segments": options.segments, "size": options.size, "opset": options.opset,
+                    "components": options.components}  # fmt: skip
+        export_onnx(source, beside, Options(kind="onnx", overwrite=True, **settings), progress)
+    from stylefast.models import vae as vaes
+
+    try:
+        return write_repository(
+            graphs, folder, unet=source.unet, model=source.name, serving=Serving(runner=options.runner),
+            downscale=vaes.downscale(source.vae), overwrite=options.overwrite,
+        )  # fmt: skip
+    finally:
+        if graphs == beside:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+EXPORTS: Mapping[str, Callable[..., Manifest]] = {
+    "onnx": export_onnx,
+    "tensorrt": export_tensorrt,
+    "aoti": export_aoti,
+    "triton-repo": export_triton_repo,
+}
+
+
+def ensure(source: Source, options: Options, folder: Path) -> Path:
+    """An export in `folder`, made if it is not there; another process that makes it is waited for.
+
+    Raises what the export raises.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while not (folder / MANIFEST).is_file():
+        logger.warning(
+            "%s is exported once to %s (%s, %s); later starts find it there", source.name, folder, options.kind,
+            options.dtype,
+        )  # fmt: skip
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            EXPORTS[options.kind](source, folder, options)
+        except ExportError:
+            lock = folder.with_name(f"{folder.name}.part.lock")
+            if not lock.exists() or time.monotonic() > deadline:
+                raise
+            while lock.exists() and time.monotonic() < deadline:
+                time.sleep(0.2)
+    return folder
+
+
+def _publishing(source: Source, folder: Path, options: Options, progress: Progress):
+    names = source.components(options)
+    estimate = estimate_export(
+        source.unet.config, options.torch_dtype, options.flavours if "unet" in names else (), options.kind,
+        source.other_bytes, options.onnx is not None,
+    )  # fmt: skip
+    arguments = {"options": options.to_json(), "source": source.identity()}
+    return publishing(folder, options.overwrite, arguments=arguments, needed=estimate.disk, say=progress.say)
+
+
+def _once(out: UnfinishedExport, name: str, make: Callable[[], GraphEntry]) -> GraphEntry:
+    """A graph's entry: of an earlier run that was stopped, or made now."""
+    found = out.finished(name)
+    if found is not None:
+        return graph_from_json(found)
+    entry = make()
+    out.record(name, entry.files, graph_to_json(entry))
+    return entry
+
+
+def _unet_graphs(source, out: UnfinishedExport, options, progress, fixed, operations=OnnxOperations) -> list:
+    graphs, total = [], len(source.components(options)) + len(options.shapes) - 1
+    for number, shape in enumerate(options.shapes):
+        label = f"unet-{shape.flavour}"
+        progress.graph(label, number, total)
+
+        def write(shape=shape) -> GraphEntry:
+            found = out.finished(WEIGHTS)
+            stored = found and {name: StoredTensor(*place) for name, place in found.items()}
+            entry, weights = export_unet(
+                source.unet, shape, out.path, weights=stored and WeightFile(out.path / WEIGHTS, stored),
+                opset=options.opset, fixed=fixed, metadata=_metadata(source), phase=progress.phase,
+                operations=operations,
+            )  # fmt: skip
+            if not found:
+                out.record(WEIGHTS, [WEIGHTS], {name: list(place) for name, place in weights.tensors.items()})
+            return entry
+
+        graphs.append(_once(out, label, write))
+    return graphs
+
+
+def _component(source: Source, folder: Path, name: str, options: Options, fixed: Mapping) -> GraphEntry:
+    component = make_component(source, name, options.torch_dtype)
+    known = {key: size for key, size in fixed.items() if key in component.dimensions}
+    return export_component(component, folder, opset=options.opset, fixed=known, metadata=_metadata(source))
+
+
+def make_component(source: Source, name: str, dtype: torch.dtype) -> Component:
+    """A part of a model as a graph's module, by its name. Raises ModelError for one that the model lacks."""
+    from stylefast.export import image_graphs, text_graphs
+
+    if name in ("image_encoder", "image_projector"):
+        if not source.adapters:
+            raise ModelError(f"{source.name} has no {name}; give an IP-Adapter, or leave it out")
+        adapter, encoder = next(iter(source.adapters.values()))
+        if name == "image_encoder":
+            return image_graphs.image_encoder(encoder, dtype)
+        return image_graphs.image_projector(adapter, dtype)
+    if name == "vae_decoder":
+        return image_graphs.vae_decoder(source.vae, image_graphs.decoder_dtype(source.vae, dtype))
+    if name == "text_projector":
+        return text_graphs.text_projector(source.unet, dtype)
+    return text_graphs.text_encoder(source.text_encoder.encoders[("text_encoder", "text_encoder_2").index(name)], dtype)
+
+
+def _operations(options: Options, trt) -> type[OnnxOperations]:
+    """How the graphs of an engine write style attention."""
+    if options.attention == "standard":
+        return OnnxOperations
+    from stylefast.export.tensorrt_plugin import PluginOperations, register_plugin
+
+    register_plugin(trt, options.targets[0])
+    return PluginOperations
+
+
+def _given_graphs(options: Options, source: Source) -> Manifest:
+    manifest = read_manifest(options.onnx)
+    check_fits(manifest, kind="onnx", fingerprint=source.fingerprint, dtype=options.torch_dtype)
+    for flavour in options.flavours:
+        entry = manifest.graph("unet", flavour)
+        if entry is None:
+            raise EngineMismatch(f"{options.onnx} has no UNet of flavour {flavour}; export it there first")
+        check_files(options.onnx, manifest, entry.files)
+    return manifest
+
+
+def _engine(source, folder: Path, options, progress, shape: GraphShape, operations, given) -> GraphEntry:
+    """Build one flavour's engine."""
+    from stylefast.export.tensorrt_build import build_engine
+    from stylefast.export.tensorrt_profiles import Profile
+
+    unet = source.unet
+    scratch = folder / "graphs"
+    if given is None:
+        scratch.mkdir(exist_ok=True)
+        graph, _ = export_unet(
+            unet, shape, scratch, opset=options.opset, fixed=source.fixed(options), metadata=_metadata(source),
+            phase=progress.phase, operations=operations,
+        )  # fmt: skip
+        path = scratch / graph.file
+    else:
+        graph = given.graph("unet", shape.flavour)
+        shape, path = GraphShape.from_dict(graph.shape), options.onnx / graph.file
+    inputs = graph_inputs(unet, shape)
+    profiles = _profiles(source, options, Profile, graph.fixed)
+    try:
+        name = f"unet-{shape.flavour}.{'-'.join(options.targets)}.engine"
+        report = build_engine(
+            path, folder / name, options.targets, [p.shapes(inputs, unet.attention_sizes) for p in profiles],
+            refittable=options.refit, timing_cache=folder / TIMING_CACHE, progress=progress.phase,
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    extra = {"profiles": [p.to_dict() for p in profiles], "attention": options.attention, "build": report.to_dict()}
+    return GraphEntry(
+        "unet", name, (name,), shape.to_dict(), described(inputs), described([graph_output(unet)]), graph.fixed,
+        graph.opset, extra,
+    )  # fmt: skip
+
+
+def _profiles(source: Source, options: Options, kind, fixed: Mapping[str, int]) -> list:
+    """Those that were asked for; else one at the model's own size. Fixed sizes must be theirs."""
+    if options.profiles:
+        return [kind.parse(text) for text in options.profiles]
+    from stylefast.models import vae as vaes
+
+    scale = vaes.downscale(source.vae)
+    width, height = (side // scale for side in source.native_size)
+    size = {"width": width, "height": height} | dict(fixed)
+    return [kind.parse(",".join(f"{name}={value}" for name, value in size.items()))]
+
+
+def _metadata(source: Source) -> dict[str, str]:
+    return {"version": source.version, "model": source.name, "fingerprint": source.fingerprint}
+
+
+def _manifest(source, options, out: UnfinishedExport, graphs, target: str, toolchain, profiles=None) -> Manifest:
+    return Manifest(
+        kind=options.kind, stylefast=source.version, model=source.name, fingerprint=source.fingerprint,
+        dtype=options.dtype, target=target, toolchain={"torch": torch.__version__, **toolchain}, graphs=tuple(graphs),
+        files=out.files, profiles=profiles or {},
+    )  # fmt: skip
+
+
+def _versions(*packages: str) -> dict[str, Any]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,257 @@
+"""Exported ONNX graphs that run on torch tensors: ONNX Runtime reads and writes them where they lie.
+
+Every session of an exported graph, whatever runs it, has `run(inputs, outputs)` and `close()`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory
+
+# ONNX's number of an element type -> (torch's type, the name that ONNX Runtime gives it)
+_TYPES = {
+    1: (torch.float32, "float"), 2: (torch.uint8, "uint8"), 3: (torch.int8, "int8"), 6: (torch.int32, "int32"),
+    7: (torch.int64, "int64"), 9: (torch.bool, "bool"), 10: (torch.float16, "float16"),
+    11: (torch.float64, "double"), 16: (torch.bfloat16, "bfloat16"),
+}  # fmt: skip
+_NUMBERS = {dtype: number for number, (dtype, _) in _TYPES.items()}
+_DTYPES = {f"tensor({name})": dtype for dtype, name in _TYPES.values()}
+_CUDA = "CUDAExecutionProvider"
+# what ONNX Runtime says of a graph that is whole, but not for it
+_FOREIGN = ("unsupported model ir version", "opset", "not implemented")
+_NO_KERNEL = "could not find an implementation"
+_DATA = ("external data", "external initializer", "initializer")
+
+
+class Session(Protocol):
+    """An exported graph that is ready to run."""
+
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run the graph on tensors by name; see `OrtSession.run`."""
+
+    def close(self) -> None:
+        """Free the graph."""
+
+
+class OrtSession:
+    """An ONNX file in ONNX Runtime, with its graph optimisations on.
+
+    device: "cpu", or "cuda:0" with `onnxruntime-gpu`, whose kernels then run on a stream of the session's own between
+    what torch's current stream has before and after. threads: of one operator on a CPU; None: as many as torch has.
+    providers: ONNX Runtime's execution providers in place of those of the device.
+
+    Raises MissingDependency without ONNX Runtime, or without its CUDA provider where it is asked for; ExportError for a
+    file that is missing, truncated or damaged, or whose external data is; EngineMismatch for a graph that this
+    version can't run.
+    """
+
+    def __init__(
+        self, path: str | Path, device: str | torch.device = "cpu", threads: int | None = None,
+        providers: Sequence | None = None,
+    ):  # fmt: skip
+        self.path, self.device = Path(path).expanduser(), torch.device(device)
+        runtime = _onnxruntime()
+        if not self.path.is_file():
+            raise ExportError(f"there is no graph at {self.path}; run `stylefast export onnx`, or check the path")
+        self._stream = None
+        if self.device.type == "cuda":
+            if providers is None and _CUDA not in runtime.get_available_providers():
+                raise MissingDependency(
+                    "this onnxruntime has no CUDA provider; `pip install onnxruntime-gpu` in place of onnxruntime, or "
+                    "load the model with device='cpu'"
+                )
+            self._stream = torch.cuda.Stream(self.device)
+        elif self.device.type != "cpu":
+            raise InvalidRequest(f"device is {str(device)!r}; ONNX graphs run on 'cpu' and 'cuda:<number>'")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+        # errors come as exceptions; what is left are remarks on where shapes are computed
+        options.log_severity_level = 3
+        chosen = list(providers) if providers is not None else self._providers()
+        try:
+            self._session = runtime.InferenceSession(str(self.path), options, providers=chosen)
+        except Exception as error:  # of ONNX Runtime's own types, which have no common root
+            raise _loading(self.path, error) from error
+        if self._stream is not None and providers is None and _CUDA not in self._session.get_providers():
+            raise ExportError(
+                "onnxruntime could not load its CUDA provider; its log says which library is missing. Install CUDA and "
+                "cuDNN in the versions that it names, or load the model with device='cpu'"
+            )
+        self.inputs = {x.name: (_DTYPES.get(x.type), tuple(x.shape)) for x in self._session.get_inputs()}
+        self.outputs = {x.name: (_DTYPES.get(x.type), tuple(x.shape)) for x in self._session.get_outputs()}
+        self._run_options = runtime.RunOptions()
+        if self._stream is not None:
+            # streams wait for one another, the host for none
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run the graph; returns its outputs by name.
+
+        inputs: every input of the graph, on the session's device. outputs: tensors to write to, contiguous and of the
+        right shape; those that are not given are made. On a GPU the results are there for torch's current stream.
+
+        Raises EngineMismatch for tensors that the graph was not exported for, InvalidRequest for names that it does not
+        have and outputs that can't be written to, OutOfMemory, and ExportError for whatever fails inside.
+        """
+        if self._session is None:
+            raise ExportError(f"the session of {self.path.name} was closed; open another one")
+        sizes = self._check(inputs)
+        given = dict(outputs or {})
+        unknown = sorted(given.keys() - self.outputs.keys())
+        if unknown:
+            raise InvalidRequest(f"{self.path.name} has no output {unknown[0]!r}; it has {', '.join(self.outputs)}")
+        binding = self._session.io_binding()
+        place = (self.device.type, self.device.index or 0)
+        held = []  # until the graph has run: what is bound is an address
+        for name, x in inputs.items():
+            held.append(_somewhere(x.contiguous()))
+            binding.bind_input(name, *place, _NUMBERS[x.dtype], list(x.shape), held[-1].data_ptr())
+        results: dict[str, torch.Tensor] = {}
+        for name, (dtype, dims) in self.outputs.items():
+            shape = [sizes.get(dim, dim) for dim in dims]
+            if name in given:
+                results[name] = self._checked(name, given[name], dtype, shape)
+            elif dtype is not None and all(isinstance(side, int) for side in shape):
+                results[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            elif self.device.type == "cpu" and dtype not in (None, torch.bfloat16):  # numpy has no bfloat16
+                binding.bind_output(name, *place)
+                continue
+            else:
+                raise InvalidRequest(
+                    f"the shape of {name} ({dims}) does not follow from the inputs' dimensions; give a tensor for it"
+                )
+            x = results[name]
+            held.append(_somewhere(x))
+            binding.bind_output(name, *place, _NUMBERS[x.dtype], list(x.shape), held[-1].data_ptr())
+        try:
+            with torch.cuda.device(self.device) if self._stream is not None else nullcontext():
+                if self._stream is not None:
+                    self._stream.wait_stream(torch.cuda.current_stream(self.device))
+                self._session.run_with_iobinding(binding, self._run_options)
+                if self._stream is not None:
+                    torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        except Exception as error:
+            raise _running(self.path, error) from error
+        for name, value in zip(self.outputs, binding.get_outputs(), strict=True):
+            if name not in results:
+                results[name] = torch.from_numpy(value.numpy())
+        return {name: results[name] for name in self.outputs}
+
+    def close(self) -> None:
+        """Free the graph and its weights; a second time does nothing."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._session = None
+
+    def _providers(self) -> list:
+        if self._stream is None:
+            return ["CPUExecutionProvider"]
+        options = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}
+        # what has no CUDA kernel, such as arithmetic on shapes
+        return [(_CUDA, options), "CPUExecutionProvider"]
+
+    def _check(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Sizes of the dimensions that have names. Raises InvalidRequest and EngineMismatch."""
+        if inputs.keys() != self.inputs.keys():
+            missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
+            what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
+            raise InvalidRequest(f"{self.path.name} {what}; its inputs are {', '.join(self.inputs)}")
+        sizes: dict[str, int] = {}
+        for name, x in inputs.items():
+            dtype, dims = self.inputs[name]
+            if x.device.type != self.device.type or (x.device.index or 0) != (self.device.index or 0):
+                raise InvalidRequest(f"input {name} is on {x.device}, the session of {self.path.name} on {self.device}")
+            if x.dtype != dtype:
+                raise EngineMismatch(
+                    f"input {name} is {_short(x.dtype)}, and {self.path.name} was exported for {_short(dtype)}; load "
+                    "the model in that type, or export it in this one"
+                )
+            fits = len(dims) == x.ndim and all(
+                side == (dim if isinstance(dim, int) else sizes.setdefault(dim, side)) or dim is None
+                for side, dim in zip(x.shape, dims)
+            )
+            if not fits:
+                raise EngineMismatch(
+                    f"input {name} has shape {list(x.shape)}, and {self.path.name} was exported for {list(dims)}"
+                    + (f" with {_sizes(sizes, dims)}" if any(dim in sizes for dim in dims) else "")
+                )
+        return sizes
+
+    def _checked(self, name: str, x: torch.Tensor, dtype: torch.dtype | None, shape: Sequence) -> torch.Tensor:
+        same = (side == dim or not isinstance(dim, int) for side, dim in zip(x.shape, shape))
+        fits = len(shape) == x.ndim and all(same)
+        if x.dtype != dtype or not fits or x.device.type != self.device.type:
+            raise InvalidRequest(
+                f"the tensor for output {name} is {_short(x.dtype)} {list(x.shape)} on {x.device.type}; it must be "
+                f"{_short(dtype)} {list(shape)} on {self.device.type}"
+            )
+        if not x.is_contiguous():
+            raise InvalidRequest(f"the tensor for output {name} is not contiguous; give one that is")
+        return x
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency(
+            "exported ONNX graphs run in ONNX Runtime, which is not installed; `pip install 'stylefast[export]'` "
+            "brings it"
+        ) from error
+    return onnxruntime
+
+
+def _somewhere(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or one with an address in place of an empty one, which has none."""
+    return x if x.numel() else torch.zeros(1, dtype=x.dtype, device=x.device)
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sizes(sizes: Mapping[str, int], dims: Sequence) -> str:
+    return ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
+
+
+def _line(error: Exception) -> str:
+    """ONNX Runtime's message on one line, without the codes and source files in front of it."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    return re.sub(r"\S*/(\w+\.(?:cc|h|cpp):\d+) ", r"\1 ", text)[:400]
+
+
+def _loading(path: Path, error: Exception) -> ExportError:
+    text = str(error).lower()
+    if _NO_KERNEL in text:
+        return EngineMismatch(
+            f"{path.name} has an operator that onnxruntime lacks on this device in the graph's type: {_line(error)}; "
+            "export in another type (CPUs want float32 or float16), or run on another device"
+        )
+    if any(mark in text for mark in _FOREIGN):
+        return EngineMismatch(
+            f"this onnxruntime can't run {path.name}: {_line(error)}; install a newer one, or export with a lower opset"
+        )
+    what = "is truncated or damaged"
+    if any(mark in text for mark in _DATA):
+        what = "can't be loaded: its external data is missing or truncated"
+    return ExportError(f"{path.name} {what}; export the model again, or copy the whole folder ({_line(error)})")
+
+
+def _running(path: Path, error: Exception) -> Exception:
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "failed to allocate memory" in text or "out of memory" in text:
+        return OutOfMemory(f"{path.name} ran out of memory: {_line(error)}")
+    return ExportError(f"{path.name} failed: {_line(error)}")
+
+
+__all__ = ["OrtSession", "Session"]

@@ -1,0 +1,237 @@
+"""The one door to TensorRT's two packages: which builds and runs what, how it is loaded, and how it logs.
+
+`tensorrt_rtx` builds for the chips of workstations and for the A100 on any machine, without a GPU, several chips in one
+engine. `tensorrt` knows the data-centre chips too, but builds only for the GPU that is present. A target is named after
+its compute capability: "sm89" is an RTX 4090 or an L4, "sm90" an H100 or H200.
+"""
+
+import importlib
+import logging
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory
+
+RTX, DATA_CENTRE = "tensorrt_rtx", "tensorrt"
+PACKAGES = {
+    RTX: ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+    DATA_CENTRE: ("sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "sm121"),
+}
+
+# where the first bytes of an engine say which package wrote it, its size, and the version
+_MAGIC = {b"vtrt": RTX, b"ftrt": DATA_CENTRE}
+_SIZE_AT, _VERSION_AT, _HEADER = 16, 24, 32
+
+log = logging.getLogger("stylefast.export.tensorrt")
+
+
+def package_of(targets: Sequence[str], package: str | None = None) -> str:
+    """The package that builds one engine for all of `targets`; `package` asks for one by name.
+
+    `tensorrt_rtx` wherever it knows all of them, as it needs no GPU. InvalidRequest for a target that there is not, one
+    named twice, several that no package builds together, or none.
+    """
+    named = list(targets)
+    if isinstance(targets, str) or not named:
+        raise InvalidRequest(f"targets are {targets!r}; name one chip or more, such as ['sm89', 'sm120']")
+    for target in named:
+        if target not in PACKAGES[DATA_CENTRE]:
+            raise InvalidRequest(f"there is no target {target!r}; there are {', '.join(PACKAGES[DATA_CENTRE])}")
+    if len(set(named)) != len(named):
+        raise InvalidRequest(f"targets {', '.join(named)} name one chip twice")
+    foreign = [target for target in named if target not in PACKAGES[RTX]]
+    if package is None:
+        package = DATA_CENTRE if foreign else RTX
+    if package not in PACKAGES:
+        raise InvalidRequest(f"there is no TensorRT package {package!r}; there are {', '.join(PACKAGES)}")
+    if package == RTX and foreign:
+        raise InvalidRequest(f"{foreign[0]} takes the package 'tensorrt'; tensorrt_rtx has {', '.join(PACKAGES[RTX])}")
+    if package == DATA_CENTRE and len(named) > 1:
+        raise InvalidRequest(
+            f"'tensorrt' builds for the one GPU that is present, and {', '.join(named)} were asked for; export once "
+            f"for each, on a machine that has it"
+        )
+    return package
+
+
+def load_package(package: str) -> ModuleType:
+    """The package itself. MissingDependency says how it gets installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        if package == RTX:
+            way = "pip install 'stylefast[export]'"
+        else:
+            way = (
+                "pip install 'stylefast[export]' brings 'tensorrt_rtx', which knows "
+                f"{', '.join(PACKAGES[RTX])}; data-centre chips need NVIDIA's own package: pip install tensorrt"
+            )
+        raise MissingDependency(f"the package {package!r} can't be loaded ({error}): {way}") from error
+
+
+def present_target(device: torch.device | str | None = None) -> str | None:
+    """The name of the chip of a CUDA device, or None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def check_buildable(package: str, targets: Sequence[str], refittable: bool = False) -> None:
+    """EngineMismatch where `package` can't build for `targets` on this machine."""
+    present = present_target()
+    if package == RTX:
+        if refittable and present is None:
+            # 1.7 compiles the kernels that rearrange weights while it builds, and loads them
+            raise EngineMismatch(
+                "a refittable engine takes a GPU to build, also with 'tensorrt_rtx', and none is present; build one "
+                "that is not, and build again when weights change"
+            )
+        return
+    if present != targets[0]:
+        there = "no GPU is present" if present is None else f"{present} is present"
+        raise EngineMismatch(f"'tensorrt' builds only for the GPU at hand: {targets[0]} was asked for, and {there}")
+
+
+def plan_header(head: bytes) -> tuple[str, str, int]:
+    """From the first 32 bytes of an engine file: its package, that package's version, and the least size in bytes.
+
+    ExportError where these are not the beginning of an engine.
+    """
+    if len(head) < _HEADER:
+        raise ExportError(f"the engine is truncated: it has {len(head)} bytes, less than its header's {_HEADER}")
+    if head[:4] not in _MAGIC:
+        raise ExportError(f"this is no TensorRT engine: it begins with {head[:4]!r}")
+    version = ".".join(str(part) for part in head[_VERSION_AT : _VERSION_AT + 4])
+    return _MAGIC[head[:4]], version, int.from_bytes(head[_SIZE_AT : _SIZE_AT + 8], "little")
+
+
+def forwarder(trt: ModuleType):
+    """A logger for `trt` that hands its lines to `logging`; it keeps the last errors, and what layers were built.
+
+    `errors` are the last error lines. `layers` is the listing of the engine's layers that the builder prints, which is
+    all there is to inspect on a machine without a GPU.
+    """
+    severity = trt.ILogger.Severity
+    levels = {
+        severity.INTERNAL_ERROR: logging.ERROR,
+        severity.ERROR: logging.ERROR,
+        severity.WARNING: logging.DEBUG,  # remarks on types and initializers, hundreds of them
+        severity.INFO: logging.DEBUG,
+    }
+
+    class Forwarder(trt.ILogger):
+        def __init__(self):
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=8)
+            self.layers: list[str] = []
+
+        def log(self, level, message):
+            if level in (severity.INTERNAL_ERROR, severity.ERROR):
+                self.errors.append(message.strip())
+            elif level == severity.VERBOSE:
+                if message.startswith("Layers:"):
+                    self.layers.append(message)
+                # too many to hand on: over a hundred thousand lines for a UNet
+                return
+            log.log(levels[level], "%s: %s", trt.__name__, message.strip())
+
+        def last_errors(self) -> str:
+            """The last error lines in one, or that there were none."""
+            return " | ".join(self.errors) or "TensorRT gave no reason"
+
+    return Forwarder()
+
+
+def torch_dtype(trt: ModuleType, dtype) -> torch.dtype:
+    """The torch type of a TensorRT type; ExportError for one that tensors don't have."""
+    names = {
+        "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32,
+        "INT64": torch.int64, "BOOL": torch.bool, "INT8": torch.int8, "UINT8": torch.uint8,
+    }  # fmt: skip
+    for name, found in names.items():
+        if dtype == getattr(trt.DataType, name, None):
+            return found
+    raise ExportError(f"an engine's tensor has the type {dtype}; only {', '.join(names)} are known")
+
+
+def open_engine(trt: ModuleType, logger, path: Path):
+    """The runtime and the engine of a file, on torch's current CUDA device; the engine dies with its runtime.
+
+    EngineMismatch for one of another chip or version, ExportError for one that is damaged.
+    """
+    plan = read_plan(path)
+    package, version, _ = plan_header(plan)
+    if package != trt.__name__:
+        raise EngineMismatch(f"{path.name} is an engine of the package {package!r}, not {trt.__name__!r}")
+    runtime = trt.Runtime(logger)
+    # a check of its own, as what fails later only says so in the log
+    if hasattr(runtime, "get_engine_validity"):
+        validity, causes = runtime.get_engine_validity(plan[: runtime.engine_header_size])
+        if validity == trt.EngineValidity.INVALID:
+            _refuse(trt, logger, path, version, causes)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        reason = logger.last_errors()
+        if any(word in reason.lower() for word in ("version", "compute capability", "incompatible", "platform")):
+            raise EngineMismatch(f"{path.name} was built for another chip or version than {_here(trt)}: {reason}")
+        if "memory" in reason.lower():
+            raise OutOfMemory(f"{path.name} does not fit into the memory of the GPU: {reason}")
+        raise ExportError(f"{path.name} can't be opened: {reason}")
+    return runtime, engine
+
+
+def package_of_plan(path: Path) -> str:
+    """The package that wrote an engine file, and that runs it. ExportError where it is none."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEADER)
+    except OSError as error:
+        raise _no_engine(path, error) from error
+    return plan_header(head)[0]
+
+
+def read_plan(path: Path) -> bytes:
+    """An engine file's bytes. ExportError where there is none, or less than its header says."""
+    try:
+        plan = path.read_bytes()
+    except OSError as error:
+        raise _no_engine(path, error) from error
+    least = plan_header(plan)[2]
+    if len(plan) < least:
+        raise ExportError(f"{path.name} is truncated: it has {len(plan)} bytes of {least}; export it again")
+    return plan
+
+
+def _no_engine(path: Path, error: OSError) -> ExportError:
+    return ExportError(f"there is no engine at {path} ({error.strerror}); run `stylefast export tensorrt`")
+
+
+def _refuse(trt: ModuleType, logger, path: Path, version: str, causes: int) -> None:
+    found = {name for name, flag in trt.EngineInvalidityDiagnostics.__members__.items() if causes & flag.value}
+    if "MALFORMED_ENGINE" in found:
+        raise ExportError(f"{path.name} is damaged; export it again")
+    if "INSUFFICIENT_GPU_MEMORY" in found:
+        raise OutOfMemory(f"{path.name} does not fit into the memory of the GPU")
+    reasons = {
+        "VERSION_MISMATCH": f"it was built by version {version}",
+        "UNSUPPORTED_CC": "it was built for other chips",
+        "OLD_CUDA_DRIVER": "the GPU's driver is too old",
+        "OLD_CUDA_RUNTIME": "the CUDA runtime is too old",
+    }
+    named = [text for name, text in reasons.items() if name in found] or [logger.last_errors()]
+    raise EngineMismatch(f"{path.name} can't run with {_here(trt)}: {', '.join(named)}")
+
+
+def _here(trt: ModuleType) -> str:
+    return f"{trt.__name__} {trt.__version__} on {present_target() or 'a machine without a GPU'}"
+
+
+__all__ = [
+    "DATA_CENTRE", "PACKAGES", "RTX", "check_buildable", "forwarder", "load_package", "open_engine", "package_of",
+    "package_of_plan", "plan_header", "present_target", "read_plan", "torch_dtype",
+]  # fmt: skip

@@ -1,0 +1,243 @@
+"""Shared self-attention as a TensorRT plugin that carries our Triton kernel's PTX: attention="plugin".
+
+The plugin is one of TensorRT's quickly deployable ones, compiled ahead of time: while an engine is built,
+`tensorrt.plugin` asks for PTX and a launch, and puts both into the engine, which then runs anywhere without Python and
+without this package. Two plugins, as one has a fixed number of inputs:
+
+    stylefast::shared_attention          rows read other rows of the batch       9 inputs
+    stylefast::shared_attention_banked   rows read pages of style banks too     11 inputs
+
+It needs the package `tensorrt` 10.9 or later. `tensorrt_rtx` has no plugins compiled ahead of time; there, and where a
+call has no references, attention stays what it is with attention="standard", the default: standard operators.
+
+What ahead-of-time plugins allow decides the kernel's form (`kernels.gpu.plugin_attention`): one kernel, no workspace,
+no tensor maps, whole numbers as the only scalars, arguments in the order inputs, numbers, outputs. Pools of pages come
+in dense, so TensorRT copies a layer's part of a packed page tensor first.
+
+TensorRT 11.1 and 11.2 leak a CUDA module every time the shapes of a context change under such a plugin (TensorRT issue
+4849). Give each size a profile and a context of its own, with min = opt = max; shapes that are known while building
+also spare the kernel its masks.
+
+Give `PluginOperations` to the writer of the ONNX file, and call `register_plugin` before the file is parsed, in that
+process.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from inspect import Parameter, Signature
+from math import gcd
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from stylefast.errors import EngineMismatch, ExportError, MissingDependency
+from stylefast.export.onnx_operations import OnnxOperations
+from stylefast.export.triton_ptx import PTX_VERSION, SHARED_LIMIT, CompiledKernel, chip_capability, compile_ptx
+from stylefast.kernels.configs import Config
+from stylefast.kernels.shared_attention import HEAD_SIZES
+
+NAMESPACE, VERSION = "stylefast", "1"
+_LIVE = ("q", "k", "v", "page", "mode", "scale", "shift", "gain", "offset")
+# plugin -> its inputs, in order; the one output has the shape and type of q
+PLUGINS = {"shared_attention": _LIVE, "shared_attention_banked": (*_LIVE, "pool_k", "pool_v")}
+_INT32 = 6  # among ONNX's element types
+_OF_PAGES, _OF_NUMBERS = ("page", "mode"), ("scale", "shift", "gain", "offset")
+
+_registered: dict[ModuleType, tuple] = {}  # tensorrt -> what its plugins were registered with
+
+
+def plugin_api(trt: ModuleType | None = None) -> ModuleType:
+    """`tensorrt.plugin` of a TensorRT that can hold plugins compiled ahead of time.
+
+    trt: the module, by default `tensorrt`. Raises MissingDependency where there is none and EngineMismatch where it
+    lacks such plugins, as TensorRT-RTX does.
+    """
+    instead = 'export with attention="standard", which needs no plugin'
+    if trt is None:
+        try:
+            trt = import_module("tensorrt")
+        except (ImportError, OSError) as error:
+            raise MissingDependency(
+                "the attention plugin needs the package tensorrt 10.9 or later, which is not installed or does not "
+                f"load ({error}); `pip install tensorrt` (`pip install 'stylefast[export]'` brings tensorrt-rtx, which "
+                f"has no such plugins), or {instead}"
+            ) from error
+    name = f"{trt.__name__} {getattr(trt, '__version__', 'of an unknown version')}"
+    needed = ("QuickPluginCreationRequest", "IPluginV3QuickAOTBuild")
+    if missing := [part for part in needed if not hasattr(trt, part)]:
+        raise EngineMismatch(
+            f"{name} can't hold plugins compiled ahead of time (it has no {missing[0]}); use tensorrt 10.9 or later on "
+            f"this machine's GPU, or {instead}"
+        )
+    try:
+        return import_module(f"{trt.__name__}.plugin")
+    except ImportError as error:
+        raise EngineMismatch(f"{name} has no module {trt.__name__}.plugin ({error}); {instead}") from error
+
+
+def register_plugin(
+    trt: ModuleType | None = None,
+    chip: str | None = None,
+    *,
+    configs: Sequence[Config] = (),
+    shared_limit: int = SHARED_LIMIT,
+    ptx_version: int | None = PTX_VERSION,
+    compiler: Callable[..., CompiledKernel] = compile_ptx,
+) -> tuple[str, ...]:
+    """Make both plugins known to TensorRT in this process. Returns their names.
+
+    trt: the module, by default `tensorrt`. chip: "sm89", by default that of the current CUDA device; engines are built
+    for the GPU that builds them. configs: launch configurations that TensorRT times against one another, by default
+    the committed one alone. shared_limit, ptx_version: as in `compile_ptx`; shared_limit stays at what every launcher
+    grants as TensorRT's documentation does not say whether it asks for more. compiler: in place of `compile_ptx`.
+
+    A second call with the same values does nothing. Raises what `plugin_api` and `compile_ptx` raise, and ExportError
+    for a second call with other values: TensorRT keeps what was registered first.
+    """
+    trtp = plugin_api(trt)
+    trt = trt or import_module("tensorrt")
+    chip = _current_chip() if chip is None else chip
+    chip_capability(chip)
+    configs = tuple(configs) or (None,)
+    settings = (chip, configs, shared_limit, ptx_version, compiler)
+    if trt in _registered:
+        if _registered[trt] != settings:
+            raise ExportError(
+                f"{NAMESPACE}::shared_attention is already registered for {_registered[trt][0]} in this process, with "
+                "other settings; build for each in a process of its own"
+            )
+        return tuple(PLUGINS)
+
+    @cache
+    def kernel(tactic: int, dtype: torch.dtype, d: int, banked: bool, parts: int, even: int) -> CompiledKernel:
+        # 0 is TensorRT's number for the tactic of a plugin that names none
+        config = configs[tactic - 1 if tactic else 0]
+        return compiler(
+            chip, dtype, d, banked=banked, parts=parts, even=even, config=config, shared_limit=shared_limit,
+            ptx_version=ptx_version,
+        )  # fmt: skip
+
+    for name, inputs in PLUGINS.items():
+        _register(trt, trtp, name, inputs, kernel, len(configs))
+    _registered[trt] = settings
+    return tuple(PLUGINS)
+
+
+def _register(trt, trtp, name: str, inputs: tuple[str, ...], kernel: Callable, tactics: int) -> None:
+    types = {trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16, trt.DataType.FLOAT: torch.float32}
+    words = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
+
+    def dtype_of(q) -> torch.dtype:
+        if q.dtype not in types:
+            raise ExportError(f"{NAMESPACE}::{name} takes queries of {', '.join(words.values())}, not {q.dtype}")
+        return types[q.dtype]
+
+    def describe(*tensors):
+        return tensors[0].like()
+
+    def autotune(*tensors_and_outputs):
+        native = words[dtype_of(tensors_and_outputs[0])]
+        own = ["INT32" if x in _OF_PAGES else "FP32" if x in _OF_NUMBERS else native for x in (*inputs, "out")]
+        return [trtp.AutoTuneCombination(",".join(own), "LINEAR", list(range(1, tactics + 1)))]
+
+    def aot_impl(*tensors_outputs_and_tactic):
+        tensors, tactic = dict(zip(inputs, tensors_outputs_and_tactic)), tensors_outputs_and_tactic[-1]
+        q, gain, pool = tensors["q"], tensors["gain"], tensors.get("pool_k")
+        d, parts = q.shape[3], gain.shape[0]
+        if min(d, parts) < 0:
+            raise ExportError(f"{NAMESPACE}::{name} needs a fixed number of channels and of AdaIN's parts")
+        # -1 is a dimension that varies
+        counts = [q.shape[1]] if pool is None else [q.shape[1], pool.shape[1]]
+        even = gcd(*counts) if min(counts) > 0 else 0
+        found = kernel(tactic, dtype_of(q), d, pool is not None, parts, even)
+
+        rows, tokens, heads = (q.shape_expr[i] for i in range(3))
+        sizes = {"rows": rows, "tokens": tokens, "heads": heads, "references": tensors["page"].shape_expr[1]}
+        if pool is not None:
+            sizes |= {"pages": pool.shape_expr[0], "page_tokens": pool.shape_expr[1]}
+        if found.arguments != (*inputs, *sizes, "out"):
+            raise ExportError(f"the kernel takes {found.arguments}, a plugin passes {(*inputs, *sizes, 'out')}")
+        launch = trtp.KernelLaunchParams()
+        launch.grid_x = trtp.cdiv(tokens, found.block_m) * rows * heads
+        launch.block_x = 32 * found.warps
+        launch.shared_mem = found.shared
+        numbers = trtp.SymIntExprs(len(sizes))
+        for i, size in enumerate(sizes.values()):
+            numbers[i] = trtp.SymInt32(size)
+        return found.name, found.ptx, launch, numbers
+
+    desc, text = trtp.TensorDesc, str | bytes
+    outputs, tactic = {"outputs": tuple[desc]}, {"tactic": int}
+    described = dict.fromkeys(inputs, desc)
+    _annotate(describe, described, tuple[desc])
+    _annotate(autotune, described | outputs, list[trtp.AutoTuneCombination])
+    _annotate(aot_impl, described | outputs | tactic, tuple[text, text, trtp.KernelLaunchParams, trtp.SymIntExprs])
+    name = f"{NAMESPACE}::{name}"
+    trtp.register(name)(describe)
+    trtp.autotune(name)(autotune)
+    trtp.aot_impl(name)(aot_impl)
+
+
+def _annotate(function: Callable, parameters: dict[str, Any], result: Any) -> None:
+    """Give a function of any arguments the signature that `tensorrt.plugin` reads names and types from."""
+    named = [Parameter(x, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for x, kind in parameters.items()]
+    function.__signature__ = Signature(named, return_annotation=result)
+
+
+def _current_chip() -> str:
+    if not torch.cuda.is_available():
+        raise ExportError(
+            'there is no CUDA device to compile the attention plugin for; name the chip, chip="sm89", or export with '
+            'attention="standard"'
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{10 * major + minor}"
+
+
+class PluginOperations(OnnxOperations):
+    """`OnnxOperations` that leave shared attention as a node of the plugin, for graphs that TensorRT alone reads.
+
+    Nodes are of domain "stylefast", are called like the plugin, and have the attributes that TensorRT's parser looks
+    for: plugin_namespace, plugin_version, and aot = 1. A call without references stays in standard operators. Raises
+    ExportError for a call that the plugin can't take.
+    """
+
+    domains = {NAMESPACE: 1}
+
+    def shared_attention(
+        self, q, k, v, page, modes, scale, shift, gain=None, offset=None, pool_k=None, pool_v=None, pool_k_scale=None,
+        pool_v_scale=None, bias=None,
+    ):  # fmt: skip
+        if page.shape[1] == 0:
+            return super().shared_attention(q, k, v, page, modes, scale, shift)
+        instead = 'export with attention="standard"'
+        if gain is None:
+            raise ExportError(f"the attention plugin needs AdaIN's gain and offset; {instead}")
+        if bias is not None or pool_k_scale is not None:
+            raise ExportError(f"the attention plugin takes neither a bias per token nor pages in fp8; {instead}")
+        if q.shape[3] not in HEAD_SIZES:
+            raise ExportError(
+                f"heads have {q.shape[3]} channels, the attention plugin takes {', '.join(map(str, HEAD_SIZES))}; "
+                f"{instead}"
+            )
+        tables = (self.op.Cast(page, to=_INT32), self.op.Cast(modes, to=_INT32), scale, shift, gain, offset)
+        if pool_k is None:
+            return self._node("shared_attention", q, k, v, *tables)
+        return self._node("shared_attention_banked", q, k, v, *tables, pool_k, pool_v)
+
+    def _node(self, plugin: str, *inputs):
+        import onnx_ir as ir
+
+        nodes = self.op.nodes
+        node = ir.node(
+            plugin, inputs=inputs, domain=NAMESPACE, name=f"{self.op.place}/{plugin}_{len(nodes)}",
+            attributes={"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1},
+        )  # fmt: skip
+        node.outputs[0].name = f"v{len(nodes)}"
+        nodes.append(node)
+        return node.outputs[0]
+
+
+__all__ = ["NAMESPACE", "PLUGINS", "PluginOperations", "plugin_api", "register_plugin"]

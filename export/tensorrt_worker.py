@@ -1,0 +1,206 @@
+"""The process that builds a TensorRT engine, so that a build can be stopped, and its memory is given back.
+
+`tensorrt_build` starts it, writes one order to its stdin, as a line of JSON, and reads lines of JSON from its stdout
+until one has a result or an error. It ends when its stdin does.
+"""
+
+import json
+import logging
+import os
+import resource
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+from stylefast.errors import ExportError, InvalidRequest, StyleFastError
+from stylefast.export.tensorrt_api import RTX, forwarder, load_package
+from stylefast.export.tensorrt_inspect import read_layers, summarise_network
+from stylefast.export.tensorrt_profiles import Shapes
+
+PLAN, CACHE = "plan", "timing.cache"  # what is written to an order's folder
+
+log = logging.getLogger("stylefast.export.tensorrt")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be built; see `tensorrt_build.build_engine`. Results go to `folder`."""
+
+    onnx_path: str
+    folder: str
+    package: str
+    targets: list[str]
+    profiles: list[Shapes]
+    refittable: bool
+    timing_cache: str | None
+    memory_limit: int | None
+
+
+def build(order: Order, progress: Callable[[int, int, str], None]) -> dict:
+    """Build in this process; returns what `BuildReport` has beyond the order."""
+    trt = load_package(order.package)
+    logger = forwarder(trt)
+    builder = trt.Builder(logger)
+    network = parse(trt, logger, builder, Path(order.onnx_path))
+    config = builder.create_builder_config()
+    # names and kernels of layers stay readable, in the builder's listing and in the engine
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.progress_monitor = _monitor(trt, progress)
+    if order.memory_limit is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, order.memory_limit)
+    if order.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if order.package == RTX:
+        # without it memory that a kernel needs is taken while it runs, which CUDA graphs can't record
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        config.num_compute_capabilities = len(order.targets)
+        for i, target in enumerate(order.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), i)
+    _add_profiles(builder, network, config, order.profiles)
+    cached = order.timing_cache is not None and _read_timing_cache(trt, config, Path(order.timing_cache))
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ExportError(f"TensorRT could not build the engine: {logger.last_errors()}")
+    (Path(order.folder) / PLAN).write_bytes(memoryview(plan))
+    if order.timing_cache is not None:
+        (Path(order.folder) / CACHE).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    layers = read_layers(logger.layers[-1]) if logger.layers else None
+    return {
+        "version": trt.__version__,
+        "timing_cache": cached,
+        "peak_memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "network": asdict(summarise_network(trt, network)),
+        "layers": layers and asdict(layers),
+    }
+
+
+def parse(trt: ModuleType, logger, builder, onnx_path: Path):
+    """The network of an ONNX file, external data read from beside it. ExportError names the nodes that are refused."""
+    # TensorRT 11 and tensorrt_rtx have nothing else; TensorRT 10 has to be told
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx_path)):
+        found = []
+        for i in range(parser.num_errors):
+            error = parser.get_error(i)
+            node = f"{error.node_operator()} {error.node_name()!r}: " if error.node_operator() else ""
+            found.append(f"{node}{error.desc().strip()}")
+        raise ExportError(f"TensorRT can't read {onnx_path.name}: {'; '.join(found) or logger.last_errors()}")
+    return network
+
+
+def _add_profiles(builder, network, config, profiles: list[Shapes]) -> None:
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    varying = {tensor.name for tensor in inputs if -1 in tuple(tensor.shape)}
+    if varying and not profiles:
+        raise InvalidRequest(f"sizes of {', '.join(sorted(varying))} may vary; a profile has to say how far")
+    for number, shapes in enumerate(profiles):
+        unknown = sorted(shapes.keys() - {tensor.name for tensor in inputs})
+        missing = sorted(varying - shapes.keys())
+        if unknown or missing:
+            what = f"has {unknown[0]}, which the graph has not" if unknown else f"says nothing of {missing[0]}"
+            raise InvalidRequest(f"profile {number} {what}")
+        profile = builder.create_optimization_profile()
+        for tensor in inputs:
+            if tensor.name in shapes:
+                corners = [tuple(shape) for shape in shapes[tensor.name]]
+                _check_corners(number, tensor.name, tuple(tensor.shape), corners)
+                if tensor.name in varying:
+                    profile.set_shape(tensor.name, *corners)
+        if config.add_optimization_profile(profile) < 0:
+            raise ExportError(f"TensorRT refuses profile {number}: {shapes}")
+
+
+def _check_corners(number: int, name: str, dims: tuple[int, ...], corners: list[tuple[int, ...]]) -> None:
+    if len(corners) != 3 or any(len(corner) != len(dims) for corner in corners):
+        raise InvalidRequest(f"profile {number}: {name} takes three shapes of {len(dims)} dimensions, not {corners}")
+    for axis, dim in enumerate(dims):
+        least, usual, most = (corner[axis] for corner in corners)
+        if not 0 <= least <= usual <= most:
+            raise InvalidRequest(f"profile {number}: dimension {axis} of {name} goes from {least} by {usual} to {most}")
+        if dim != -1 and (least, most) != (dim, dim):
+            raise InvalidRequest(
+                f"profile {number}: dimension {axis} of {name} is {dim} in the graph, not {least} to {most}; export "
+                f"the graph with a size that varies, or write the graph's into the profile"
+            )
+
+
+def _read_timing_cache(trt: ModuleType, config, path: Path) -> bool:
+    """Whether the file was there and fits; else the build goes on with an empty cache."""
+    try:
+        data = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise ExportError(f"the timing cache {path} can't be read: {error}") from error
+    cache = config.create_timing_cache(data)
+    # of bytes that are no cache TensorRT makes an empty one, and says nothing
+    read = cache is not None and (not data or bytes(cache.serialize()) == data or bool(cache.queryKeys()))
+    if read and config.set_timing_cache(cache, False):
+        return bool(data)
+    log.warning("the timing cache %s is damaged, or of another chip or version; it is made anew", path)
+    if not config.set_timing_cache(config.create_timing_cache(b""), False):
+        raise ExportError("TensorRT makes no timing cache here; build without one")
+    return False
+
+
+def _monitor(trt: ModuleType, progress: Callable[[int, int, str], None]):
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self):
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase_name, parent_phase, num_steps):
+            self.totals[phase_name] = num_steps
+            progress(0, num_steps, phase_name)
+
+        def step_complete(self, phase_name, step):
+            progress(step + 1, self.totals[phase_name], phase_name)
+            return True
+
+        def phase_finish(self, phase_name):
+            total = self.totals.pop(phase_name)
+            progress(total, total, phase_name)
+
+    return Monitor()
+
+
+class _ToParent(logging.Handler):
+    def __init__(self, send: Callable[[dict], None]):
+        super().__init__()
+        self.send = send
+
+    def emit(self, record):
+        self.send({"log": [record.levelno, record.getMessage()]})
+
+
+def main() -> None:
+    """Read an order, build, and tell how it went."""
+    # libraries print to stdout as they like, so that the parent has a descriptor of its own
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def send(found: dict) -> None:
+        answers.write(json.dumps(found) + "\n")
+        answers.flush()
+
+    order = Order(**json.loads(sys.stdin.readline()))
+    # a parent that is gone can stop nobody
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    log.setLevel(logging.DEBUG)
+    log.addHandler(_ToParent(send))
+    log.propagate = False
+    try:
+        send({"result": build(order, lambda *state: send({"progress": state}))})
+    except StyleFastError as error:
+        send({"error": [type(error).__name__, str(error)]})
+    except OSError as error:
+        send({"oserror": [error.errno, str(error)]})
+    answers.flush()
+    # unloading takes seconds, and what was written is closed
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

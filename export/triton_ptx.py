@@ -1,0 +1,181 @@
+"""The Triton kernel of shared attention as PTX, for runtimes that launch it without Triton. Needs no GPU.
+
+What comes out takes the arguments that it lists and no others: the two pointers to scratch memory that Triton adds to
+every kernel are gone, which is possible as this kernel uses neither.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency
+from stylefast.kernels.configs import Config, configuration
+from stylefast.kernels.shared_attention import HEAD_SIZES
+
+TYPES = (torch.float16, torch.bfloat16, torch.float32)
+LEAST_CAPABILITY = 80
+# what a launcher gives a block that has not asked the driver for more
+SHARED_LIMIT = 48 * 1024
+# that of CUDA 12.9: the first that knows every chip of `kernels/tuning`; younger drivers read it too
+PTX_VERSION = 88
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One kernel, ready for `cuModuleLoadData`.
+
+    ptx: its text. name: the entry's. shared: dynamic shared memory of a block, bytes. warps: of a block.
+    arguments: names in order; tensors are pointers, those of `SIZES` in kernels.gpu.plugin_attention are int32.
+    block_m: query tokens of a block; the grid is ceil(tokens / block_m) * rows * heads blocks along x.
+    config: what it was compiled with, after it was made to fit.
+    """
+
+    ptx: str
+    name: str
+    shared: int
+    warps: int
+    arguments: tuple[str, ...]
+    block_m: int
+    config: Config
+
+
+def compile_ptx(
+    chip: str,
+    dtype: torch.dtype,
+    d: int,
+    *,
+    banked: bool = False,
+    parts: int = 3,
+    even: int = 0,
+    config: Config | None = None,
+    shared_limit: int = SHARED_LIMIT,
+    ptx_version: int | None = PTX_VERSION,
+) -> CompiledKernel:
+    """Shared attention with AdaIN, for heads of d channels.
+
+    chip: "sm89". banked: with pages of a bank. parts: of q, k and v that AdaIN moves, 2 or 3. even: a number that
+    divides the tokens of rows and pages, 0 where none is known; a kernel whose tiles end there needs no masks.
+    config: of `kernels/tuning`, by default the committed one of the chip; fewer stages and smaller tiles are taken
+    until a block needs at most shared_limit bytes. ptx_version: 88 is PTX 8.8; None takes Triton's newest.
+
+    Raises EngineMismatch for a chip that is too old, InvalidRequest for other values out of range, MissingDependency
+    without Triton, and ExportError if the kernel does not compile or fit, or if Triton interprets kernels.
+    """
+    capability = chip_capability(chip)
+    if dtype not in TYPES:
+        raise InvalidRequest(f"dtype is {dtype}; the kernel takes {', '.join(str(known) for known in TYPES)}")
+    if d not in HEAD_SIZES:
+        raise InvalidRequest(
+            f"heads have {d} channels, the kernel takes {', '.join(map(str, HEAD_SIZES))}; export with "
+            'attention="standard"'
+        )
+    if parts not in (2, 3):
+        raise InvalidRequest(f"parts is {parts!r}; AdaIN moves 2 (queries, keys) or 3 (values too)")
+    if isinstance(even, bool) or not isinstance(even, int) or even < 0:
+        raise InvalidRequest(f"even is {even!r}; it must be a whole number, 0 where no divisor is known")
+    _require_triton()
+    from stylefast.kernels.gpu.plugin_attention import is_even, specialise
+
+    if config is None:
+        bits = torch.finfo(dtype).bits
+        config = configuration("shared_attention", capability, None, form="pointers", d=d, bits=bits, page="native")
+    least = None
+    for fitted in _smaller(config):
+        made = specialise(d, dtype, parts, banked, even > 0 and is_even(fitted, even), fitted)
+        compiled = _compile(made, capability, ptx_version)
+        shared = compiled.metadata.shared
+        if shared <= shared_limit:
+            arguments = tuple(name for name, kind in made.signature.items() if kind != "constexpr")
+            ptx = without_scratch(compiled.asm["ptx"], compiled.metadata.name, len(arguments))
+            warps = compiled.metadata.num_warps
+            return CompiledKernel(ptx, compiled.metadata.name, shared, warps, arguments, fitted["block_m"], fitted)
+        least = shared if least is None else min(least, shared)
+    raise ExportError(
+        f"{made.name} on {chip} needs at least {least} bytes of shared memory, the limit is {shared_limit}; raise "
+        'shared_limit if the launcher asks the driver for more, or export with attention="standard"'
+    )
+
+
+def chip_capability(chip: str) -> int:
+    """The number in a chip's name, 89 for "sm89".
+
+    Raises InvalidRequest for what is no chip, EngineMismatch for one that the kernels don't run on.
+    """
+    found = re.fullmatch(r"sm_?(\d{2,3})", chip) if isinstance(chip, str) else None
+    if found is None:
+        raise InvalidRequest(f'chip is {chip!r}; name its compute capability, "sm89" for 8.9')
+    capability = int(found[1])
+    if capability < LEAST_CAPABILITY:
+        raise EngineMismatch(
+            f"{chip} has compute capability {capability / 10:.1f}, the Triton kernels need 8.0 or higher; export with "
+            'attention="standard"'
+        )
+    return capability
+
+
+def without_scratch(ptx: str, name: str, arguments: int) -> str:
+    """PTX whose entry `name` takes its first `arguments` parameters alone.
+
+    Raises ExportError if it reads one of the others, or has fewer.
+    """
+    found = re.search(rf"\.entry {re.escape(name)}\(\s*(.*?)\s*\)", ptx, re.DOTALL)
+    if found is None:
+        raise ExportError(f"the PTX has no entry {name}")
+    declared = [parameter.strip() for parameter in found[1].split(",")]
+    if len(declared) < arguments:
+        raise ExportError(f"{name} declares {len(declared)} parameters, {arguments} were expected")
+    body = ptx[found.end() :]
+    for parameter in declared[arguments:]:
+        if re.search(rf"\b{re.escape(parameter.split()[-1])}\b", body):
+            raise ExportError(f"{name} reads the scratch memory {parameter.split()[-1]}, which no plugin can give it")
+    kept = ",\n\t".join(declared[:arguments])
+    return ptx[: found.start(1)] + kept + ptx[found.end(1) :]
+
+
+def _smaller(config: Config) -> Iterator[Config]:
+    """The configuration and, in the order of what they cost, those that need less shared memory."""
+    block_m, block_n = config["block_m"], config["block_n"]
+    for m, n in ((block_m, block_n), (block_m, block_n // 2), (block_m // 2, block_n), (block_m // 2, block_n // 2)):
+        if min(m, n) >= 16:
+            for stages in range(config["num_stages"], 0, -1):
+                yield {**config, "block_m": m, "block_n": n, "num_stages": stages}
+
+
+def _compile(made: Any, capability: int, ptx_version: int | None) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(made.kernel, triton.JITFunction):
+        raise ExportError(
+            "TRITON_INTERPRET=1 was set when the kernels were loaded, and interpreted kernels have no PTX; start a "
+            "process without it"
+        )
+    source = ASTSource(made.kernel, made.signature, constexprs=made.constants, attrs=made.attrs)
+    options = {"enable_fp_fusion": True, **made.options}
+    if ptx_version is not None:
+        options["ptx_version"] = ptx_version
+    try:
+        with triton.knobs.compilation.scope():
+            # it would carry the paths of this machine's files
+            triton.knobs.compilation.disable_line_info = True
+            return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:  # whatever the compiler raises
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ExportError(f"{made.name} does not compile for sm{capability}: {text[-400:]}") from error
+
+
+def _require_triton() -> None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(
+            "the attention plugin carries a Triton kernel and triton is not installed; `pip install "
+            "'stylefast[triton]'` brings it, attention=\"standard\" needs none"
+        ) from error
+
+
+__all__ = ["PTX_VERSION", "SHARED_LIMIT", "CompiledKernel", "chip_capability", "compile_ptx", "without_scratch"]

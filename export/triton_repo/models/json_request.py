@@ -1,0 +1,154 @@
+"""What a client sends, as requests of the engine: a JSON object, and pictures beside it.
+
+Pictures are named by number, and banks and learned styles by the names that the server knows: nothing in a request is
+a path, so that no client reads the server's files.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import stylefast as sf
+from stylefast.errors import ImageError, InvalidRequest, StyleError
+
+_SHARED = ("negative_prompt", "steps", "guidance", "size", "scheduler", "guidance_rescale", "guidance_interval",
+           "spacing")  # fmt: skip
+_FIELDS = ("prompt", "seed", "style", "preview_every", "deadline", *_SHARED)
+_MOST_PROMPTS = 64
+_LARGEST_TEXT = 2**20
+# arguments of the styles that are pictures
+_PICTURES = {"reference", "image", "mask", "negative_image"}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one client wants: pictures that are made together, and how it wants to hear of them."""
+
+    requests: tuple[sf.Request, ...]
+    preview_every: int  # steps; 0: no previews
+    deadline: float | None  # seconds
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where the styles that a request names are found: a folder of banks, and learned styles by name."""
+
+    banks: Path | None
+    learned: Mapping[str, Path]
+
+    def bank(self, name: Any) -> sf.StyleBank:
+        """The bank of a name. Raises StyleError."""
+        if self.banks is None:
+            raise StyleError("this server has no style banks; name its folder when the repository is written")
+        known = sorted(path.stem for path in self.banks.glob("*.bank"))
+        if name not in known:
+            raise StyleError(f"bank {name!r} is not on this server; there are {', '.join(known) or 'none'}")
+        return sf.StyleBank.load(self.banks / f"{name}.bank")
+
+    def style(self, name: Any) -> Path:
+        """The file of a learned style. Raises StyleError."""
+        if not isinstance(name, str) or name not in self.learned:
+            raise StyleError(f"learned style {name!r} is not in this model; there are {', '.join(self.learned)}")
+        return self.learned[name]
+
+
+def read_order(text: bytes, pictures: Sequence[bytes], shelf: Shelf) -> Order:
+    """The order in a request's JSON. Raises InvalidRequest and its kin."""
+    given = _parse(text)
+    _only("the request", given, _FIELDS)
+    prompts = given.get("prompt")
+    prompts = prompts if isinstance(prompts, list) else [prompts]
+    if not 1 <= len(prompts) <= _MOST_PROMPTS:
+        raise InvalidRequest(f"{len(prompts)} prompts; a request takes 1 to {_MOST_PROMPTS}")
+    seed = given.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InvalidRequest(f"seed is {seed!r}; it must be a whole number")
+    shared = {name: given[name] for name in _SHARED if name in given}
+    shared["style"] = _styles(given.get("style"), pictures, shelf)
+    every = given.get("preview_every", 0)
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise InvalidRequest(f"preview_every is {every!r}; it must be a whole number of steps, 0 for no previews")
+    requests = tuple(sf.Request(prompt, seed=seed + i, **shared) for i, prompt in enumerate(prompts))
+    return Order(requests, every, given.get("deadline"))
+
+
+def split_pictures(content: bytes, lengths: Sequence[int]) -> list[bytes]:
+    """Files that were sent one behind the other. Raises ImageError."""
+    if any(length < 1 for length in lengths) or sum(lengths) != len(content):
+        raise ImageError(
+            f"picture_bytes says {list(lengths)}, and pictures holds {len(content)} bytes; give the length of each file"
+        )
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return [content[end - length : end] for end, length in zip(ends, lengths)]
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    if len(text) > _LARGEST_TEXT:
+        raise InvalidRequest(f"the request has {len(text)} bytes; at most {_LARGEST_TEXT} are taken")
+    try:
+        given = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f'the request is no JSON ({error}); send e.g. {{"prompt": "a boat"}}') from error
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"the request is a JSON {type(given).__name__}; it must be an object")
+    return given
+
+
+def _styles(given: Any, pictures: Sequence[bytes], shelf: Shelf) -> list:
+    if given is None:
+        return []
+    makers: dict[str, Callable[..., Any]] = {"aligned": _aligned, "instant": _instant, "learned": _learned}
+    styles = []
+    for entry in given if isinstance(given, list) else [given]:
+        if not isinstance(entry, dict) or entry.get("method") not in makers:
+            raise StyleError(f"style is {entry!r}; it must be an object with a method out of {', '.join(makers)}")
+        arguments = {name: value for name, value in entry.items() if name != "method"}
+        for name in _PICTURES & arguments.keys():
+            arguments[name] = _picture(name, arguments[name], pictures)
+        styles.append(makers[entry["method"]](arguments, shelf))
+    return styles
+
+
+def _aligned(arguments: dict[str, Any], shelf: Shelf) -> sf.StyleAligned:
+    _only("style aligned", arguments, (*_arguments_of(sf.StyleAligned), "bank"))
+    bank = arguments.pop("bank", None)
+    if bank is not None:
+        if "reference" in arguments:
+            raise StyleError("style aligned takes a reference or a bank, not both")
+        arguments["reference"] = shelf.bank(bank)
+    return sf.StyleAligned(**arguments)
+
+
+def _instant(arguments: dict[str, Any], _shelf: Shelf) -> sf.InstantStyle:
+    _only("style instant", arguments, _arguments_of(sf.InstantStyle))
+    if arguments.get("image") is None:
+        raise StyleError('style instant needs a picture; send one and give its number: "image": 0')
+    return sf.InstantStyle(**arguments)
+
+
+def _learned(arguments: dict[str, Any], shelf: Shelf) -> sf.DreamStyler:
+    _only("style learned", arguments, ("name", "context", "template", "style_prompt"))
+    return sf.DreamStyler(shelf.style(arguments.pop("name", None)), **arguments)
+
+
+def _picture(name: str, given: Any, pictures: Sequence[bytes]) -> Any:
+    """The bytes of a picture that is given by its number, or of several."""
+    if given is None:
+        return None
+    if isinstance(given, list):
+        return [_picture(name, one, pictures) for one in given]
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < len(pictures):
+        raise ImageError(f"{name} is {given!r}; {len(pictures)} pictures were sent, and are named by number from 0")
+    return pictures[given]
+
+
+def _arguments_of(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind) if field.init)
+
+
+def _only(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InvalidRequest(f"{what} has no {unknown[0]!r}; it takes {', '.join(known)}")

@@ -1,0 +1,142 @@
+"""The denoising loop as a BLS model: Triton's Python backend loads this file as `model.py`.
+
+A stylefast engine in the server: requests of all clients and styles share the steps of one batch, and join and leave it
+between steps. What the engine computes with graphs, other models of this repository run.
+"""
+
+import asyncio
+import json
+import threading
+import traceback
+from pathlib import Path
+
+import torch
+import triton_python_backend_utils as pb_utils
+from bls_session import BlsSession
+from json_request import Shelf, read_order, split_pictures
+
+import stylefast as sf
+from stylefast.errors import EngineClosed, EngineMismatch, InvalidRequest, JobCancelled, OutOfMemory, QueueFull
+from stylefast.export.unet_graph import GraphShape
+from stylefast.runtime.graph_backend import Graph, GraphBackend
+from stylefast.runtime.jobs import Job
+
+
+class TritonPythonModel:
+    """What the backend calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        given = json.loads(args["model_config"])["parameters"]
+        parameters = {name: json.loads(entry["string_value"]) for name, entry in given.items()}
+        self._active: dict[Job, object] = {}  # job -> its response sender
+        self._changed = threading.Condition()
+        self._slots = parameters["slots"]
+        self._graphs = parameters["graphs"]
+        self._engine = sf.Engine.from_pretrained(parameters["model"], backend=self._backend, **parameters["engine"])
+        if self._engine.fingerprint != parameters["fingerprint"]:
+            raise EngineMismatch(
+                f"the repository was written for weights {parameters['fingerprint'][:12]}, and {parameters['model']} "
+                f"has {self._engine.fingerprint[:12]} here; install that model, or write the repository again"
+            )
+        banks = parameters["banks"]
+        self._shelf = Shelf(None if banks is None else Path(banks), self._engine.styles())
+        self._events = asyncio.new_event_loop()
+        threading.Thread(target=self._events.run_forever, name="answers", daemon=True).start()
+
+    def execute(self, requests: list) -> None:
+        for request in requests:
+            self._accept(request)
+        with self._changed:
+            # requests beyond the slots stay in the server's queue, under its limits
+            self._changed.wait_for(lambda: len(self._active) < self._slots)
+
+    def finalize(self) -> None:
+        self._engine.close()
+        self._events.call_soon_threadsafe(self._events.stop)
+
+    def _backend(self, unet) -> GraphBackend:
+        graphs = {
+            entry["model"]: Graph(
+                GraphShape.from_dict(entry["shape"]),
+                BlsSession(entry["model"], entry["outputs"], unet.device, self._drop_cancelled),
+                {name: tuple(limits) for name, limits in entry["ranges"].items()},
+            )
+            for entry in self._graphs
+            if entry["component"] == "unet"
+        }
+        return GraphBackend(unet, graphs, "triton")
+
+    def _accept(self, request) -> None:
+        sender = request.get_response_sender()
+        try:
+            text, content = _bytes(request, "request"), _bytes(request, "pictures")
+            lengths = pb_utils.get_input_tensor_by_name(request, "picture_bytes")
+            lengths = [] if lengths is None else torch.from_dlpack(lengths).tolist()
+            order = read_order(text, split_pictures(content, lengths), self._shelf)
+            job = self._engine.submit(list(order.requests), deadline=order.deadline)
+        except Exception as error:
+            _refuse(sender, error)
+            return
+        with self._changed:
+            self._active[job] = sender
+        answer = self._answer(job, sender, order.preview_every)
+        asyncio.run_coroutine_threadsafe(answer, self._events)
+
+    async def _answer(self, job: Job, sender, preview_every: int) -> None:
+        try:
+            if preview_every:
+                async for preview in job:
+                    if preview.step % preview_every == 0 and preview.step < preview.steps:
+                        sender.send(_response(preview.images(), preview.step, preview.steps))
+            result = await job
+            response = _response(result.images, job.steps, job.steps, result.metadata)
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as error:
+            job.cancel()
+            _refuse(sender, error)
+        finally:
+            with self._changed:
+                del self._active[job]
+                self._changed.notify_all()
+
+    def _drop_cancelled(self) -> None:
+        """Called before every step."""
+        with self._changed:
+            active = list(self._active.items())
+        for job, sender in active:
+            if sender.is_cancelled():
+                job.cancel()
+
+
+def _response(images: list, step: int, steps: int, metadata: list[dict] | None = None):
+    pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in images]
+    text = json.dumps(metadata or []).encode()
+    outputs = {
+        "images": torch.stack(pixels).view(len(images), images[0].height, images[0].width, 3),
+        "step": torch.tensor([step], dtype=torch.int32),
+        "steps": torch.tensor([steps], dtype=torch.int32),
+        "metadata": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+    }
+    return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack(name, x) for name, x in outputs.items()])
+
+
+def _refuse(sender, error: Exception) -> None:
+    codes = pb_utils.TritonError
+    if isinstance(error, sf.StyleFastError):
+        message = f"{type(error).__name__}: {error}"
+    else:
+        pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+        message = f"the server failed with {type(error).__name__}; its log says more"
+    table = {
+        InvalidRequest: codes.INVALID_ARG, JobCancelled: codes.CANCELLED, QueueFull: codes.UNAVAILABLE,
+        OutOfMemory: codes.UNAVAILABLE, EngineClosed: codes.UNAVAILABLE,
+    }  # fmt: skip
+    code = next((code for kind, code in table.items() if isinstance(error, kind)), codes.INTERNAL)
+    failed = pb_utils.InferenceResponse(error=codes(message, code))
+    sender.send(failed, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _bytes(request, name: str) -> bytes:
+    """A tensor of bytes; nothing where the client sent none."""
+    found = pb_utils.get_input_tensor_by_name(request, name)
+    return b"" if found is None else torch.from_dlpack(found).cpu().numpy().tobytes()

@@ -1,0 +1,264 @@
+"""Writes the model repository: one model for each exported graph, and the loop that calls them.
+
+    <out>/manifest.json                  what is there, with the hash of every file
+    <out>/unet_live/config.pbtxt         one for each flavour, and 1/unet-live.onnx, 1/model.py
+    <out>/text_encoder, text_encoder_2, text_projector, image_encoder, image_projector, vae_decoder
+    <out>/stylefast/                     the loop: a Python model, decoupled, that calls the others step by step
+
+The Python files are copies of those in `models`, which run in the server and not here.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest
+from stylefast.export.folder import UnfinishedExport, publishing
+from stylefast.export.manifest import GraphEntry, Manifest, check_files, graph_from_json, graph_to_json, read_manifest
+from stylefast.export.triton_repo.config import (
+    DATA_TYPES,
+    InstanceGroup,
+    ModelConfig,
+    QueuePolicy,
+    TensorConfig,
+    Warmup,
+)
+from stylefast.export.trust import check_trust
+from stylefast.export.unet_graph import with_tokens
+from stylefast.models.unet import UNet
+
+LOOP = "stylefast"
+VERSION = "1"
+# runner -> (kind of export, platform)
+RUNNERS = {
+    "python": ("onnx", "python"),
+    "onnxruntime": ("onnx", "onnxruntime_onnx"),
+    "tensorrt": ("tensorrt", "tensorrt_plan"),
+}
+_MODELS = Path(__file__).parent / "models"
+_LOOP_FILES = {"model.py": "loop_model.py", "bls_session.py": "bls_session.py", "json_request.py": "json_request.py"}
+# sizes of the first step of a server that nobody has asked for pictures; pages of text come in eights
+_FIRST = {"text_pages": 8, "prompts": 2}
+_INPUTS = (
+    TensorConfig("request", "TYPE_UINT8", (-1,)),
+    TensorConfig("pictures", "TYPE_UINT8", (-1,), optional=True),
+    TensorConfig("picture_bytes", "TYPE_INT64", (-1,), optional=True),
+)
+_OUTPUTS = (
+    TensorConfig("images", "TYPE_UINT8", (-1, -1, -1, 3)),
+    TensorConfig("step", "TYPE_INT32", (1,)),
+    TensorConfig("steps", "TYPE_INT32", (1,)),
+    TensorConfig("metadata", "TYPE_UINT8", (-1,)),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A UNet call that models answer once before they count as ready: (width, height) in pixels, and rows."""
+
+    width: int
+    height: int
+    rows: int = 2
+
+    def __post_init__(self):
+        for name in ("width", "height", "rows"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidRequest(f"{name} of a warm-up shape is {value!r}; it must be a whole number above 0")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How the server runs the models. Raises InvalidRequest.
+
+    runner: "python" runs ONNX graphs in our own Python models; "onnxruntime" and "tensorrt" in the server's backends of
+    that name. device: "cpu" or "cuda". slots: requests in the batch at once; more wait in the queue. queue: of the
+    loop. banks: folder on the server with style banks, which requests then name. engine: further options of
+    `Engine.from_pretrained` for the loop ("memory_limit", "max_batch_rows", "adapter"), values that JSON has.
+    """
+
+    runner: str = "python"
+    device: str = "cpu"
+    slots: int = 16
+    queue: QueuePolicy = QueuePolicy()
+    banks: str | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.runner not in RUNNERS:
+            raise InvalidRequest(f"runner is {self.runner!r}; there are {', '.join(RUNNERS)}")
+        if self.device not in ("cpu", "cuda"):
+            raise InvalidRequest(f"device is {self.device!r}; models of the repository run on cpu or cuda")
+        if self.runner == "tensorrt" and self.device != "cuda":
+            raise InvalidRequest("TensorRT runs on NVIDIA GPUs; choose device 'cuda', or the runner onnxruntime")
+        if isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 1:
+            raise InvalidRequest(f"slots is {self.slots!r}; it must be a whole number of at least 1")
+        taken = sorted({"backend", "engines", "trust", "device", "dtype"} & set(self.engine))
+        if taken:
+            raise InvalidRequest(f"engine has {taken[0]!r}, which the repository decides itself; take it out")
+        try:
+            json.dumps(dict(self.engine))
+        except TypeError as error:
+            raise InvalidRequest(f"engine holds what JSON has not ({error}); give paths as strings") from error
+
+
+def write_repository(
+    export: str | Path,
+    out: str | Path,
+    *,
+    unet: UNet,
+    model: str,
+    serving: Serving = Serving(),  # noqa: B008  frozen
+    shapes: Sequence[Shape] = (),
+    downscale: int = 8,
+    trust: str | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write a model repository from an export folder; returns its manifest.
+
+    export: an export of kind "onnx" or "tensorrt" with a UNet in it. unet: the exported one, for its layout, with or
+    without weights. model: what the loop gives to `Engine.from_pretrained` on the server: "tiny", a folder there, a hub
+    id. shapes: see `Shape`; none: models are ready without a warm-up. downscale: the VAE's pixels per latent. trust: as
+    for an engine. The folder appears whole or not at all.
+
+    Raises InvalidRequest, ModelNotFound, ModelFormatError, ExportError, EngineMismatch and UntrustedEngine.
+    """
+    folder, manifest = Path(export).expanduser(), read_manifest(export)
+    _check(manifest, serving)
+    for shape in shapes:
+        _check_shape(shape, downscale)
+    check_trust(folder, manifest, trust)
+    check_files(folder, manifest)
+    configs = {graph.label: graph_config(graph, unet, serving, shapes, downscale) for graph in manifest.graphs}
+    loop = loop_config(manifest, model, serving)
+    arguments = [manifest.digest, *(c.to_pbtxt() for c in (*configs.values(), loop)), _sources()]
+    with publishing(out, overwrite, arguments=arguments, needed=manifest.bytes) as written:
+        graphs = [_write_graph(written, folder, graph, configs[graph.label]) for graph in manifest.graphs]
+        _write_model(written, loop, _LOOP_FILES)
+        made = replace(
+            manifest, kind="triton-repo", target=serving.device, graphs=tuple(graphs), files=written.files,
+        )  # fmt: skip
+        written.complete(made)
+    return made
+
+
+def graph_config(
+    graph: GraphEntry, unet: UNet, serving: Serving, shapes: Sequence[Shape], downscale: int
+) -> ModelConfig:
+    """The config of the model that runs one graph."""
+    _, platform = RUNNERS[serving.runner]
+    inputs, outputs = ([_tensor(t) for t in tensors] for tensors in (graph.inputs, graph.outputs))
+    warmups = {}
+    for shape in shapes:
+        sizes = _FIRST | {"rows": shape.rows, "height": shape.height // downscale, "width": shape.width // downscale}
+        sizes = with_tokens(unet, sizes | graph.fixed)
+        dims = [tuple(sizes.get(d, 1) if isinstance(d, str) else d for d in dims) for _, _, dims in graph.inputs]
+        tensors = tuple(replace(tensor, dims=d) for tensor, d in zip(inputs, dims))
+        # shapes that a graph does not tell apart are one
+        warmups.setdefault(tensors, Warmup(f"{shape.width}x{shape.height}, {shape.rows} rows", tensors))
+    file = graph.file.rpartition("/")[2]
+    parameters = {"graph": file, "FORCE_CPU_ONLY_INPUT_TENSORS": "no"} if platform == "python" else {}
+    return ModelConfig(
+        model_name(graph), platform, tuple(inputs), tuple(outputs), _instances(serving), serving.queue,
+        tuple(warmups.values()), file="" if platform == "python" else file, parameters=parameters,
+    )  # fmt: skip
+
+
+def loop_config(manifest: Manifest, model: str, serving: Serving) -> ModelConfig:
+    """The config of the loop; every parameter is JSON."""
+    graphs = [
+        {"model": model_name(graph), "component": graph.component, "shape": graph.shape,
+         "outputs": [name for name, _, _ in graph.outputs], "facts": graph.extra,
+         "ranges": {name: [size, size] for name, size in graph.fixed.items()}}
+        for graph in manifest.graphs
+    ]  # fmt: skip
+    parameters = {
+        "model": model, "fingerprint": manifest.fingerprint, "graphs": graphs, "slots": serving.slots,
+        "banks": serving.banks, "engine": {"device": serving.device, "dtype": manifest.dtype, **serving.engine},
+    }  # fmt: skip
+    return ModelConfig(
+        LOOP, "python", _INPUTS, _OUTPUTS, queue=serving.queue, decoupled=True,
+        parameters={name: json.dumps(value) for name, value in parameters.items()},
+    )  # fmt: skip
+
+
+def model_name(graph: GraphEntry) -> str:
+    """What the server calls a graph: "unet_live", "vae_decoder"."""
+    return graph.label.replace("-", "_")
+
+
+def _check(manifest: Manifest, serving: Serving) -> None:
+    kind, _ = RUNNERS[serving.runner]
+    if manifest.kind != kind:
+        fitting = [runner for runner, (of, _) in RUNNERS.items() if of == manifest.kind]
+        raise EngineMismatch(
+            f"the export is of kind {manifest.kind}, and the runner {serving.runner} takes {kind}; "
+            + (f"choose {' or '.join(fitting)}" if fitting else f"run `stylefast export {kind}`")
+        )
+    if kind == "tensorrt" and "tensorrt" not in manifest.toolchain:
+        raise EngineMismatch(
+            f"the engines were built with {', '.join(manifest.toolchain)}; the server's TensorRT backend loads those "
+            "of the package tensorrt only. Build them with it, or take the runner onnxruntime"
+        )
+    if not any(graph.component == "unet" for graph in manifest.graphs):
+        raise ExportError("the export has no UNet, and there is no loop without one; run `stylefast export` with it")
+    if "+" in manifest.fingerprint:
+        raise ExportError("the export was made with LoRAs on, which the loop can't put on; export without them")
+
+
+def _check_shape(shape: Shape, downscale: int) -> None:
+    if shape.width % downscale or shape.height % downscale:
+        raise InvalidRequest(f"warm-up shape {shape.width}x{shape.height}: both must be divisible by {downscale}")
+
+
+def _tensor(found: tuple) -> TensorConfig:
+    name, dtype, dims = found
+    dtype = dtype.removeprefix("torch.")
+    if dtype not in DATA_TYPES:
+        raise ExportError(f"{name} is {dtype}, which a model repository can't carry; it has {', '.join(DATA_TYPES)}")
+    return TensorConfig(name, DATA_TYPES[dtype], tuple(-1 if isinstance(d, str) else d for d in dims))
+
+
+def _instances(serving: Serving) -> tuple[InstanceGroup, ...]:
+    return (InstanceGroup("KIND_GPU" if serving.device == "cuda" else "KIND_CPU"),)
+
+
+def _sources() -> dict[str, str]:
+    """The Python files that are copied, whose changes make an unfinished repository start anew."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(_MODELS.glob("*.py"))}
+
+
+def _write_graph(written: UnfinishedExport, source: Path, graph: GraphEntry, config: ModelConfig) -> GraphEntry:
+    done = written.finished(config.name)
+    if done is not None:
+        return graph_from_json(done)
+    # side by side, whatever folder they were in: a graph names its external data by file
+    place = f"{config.name}/{VERSION}"
+    names = {file: f"{place}/{file.rpartition('/')[2]}" for file in graph.files}
+    moved = replace(graph, file=names[graph.file], files=tuple(names.values()))
+    (written.path / place).mkdir(parents=True, exist_ok=True)
+    for file, name in names.items():
+        shutil.copyfile(source / file, written.path / name)
+    runner = {"model.py": "graph_model.py"} if config.platform == "python" else {}
+    _write_model(written, config, runner, moved.files, graph_to_json(moved))
+    return moved
+
+
+def _write_model(
+    written: UnfinishedExport, config: ModelConfig, python: Mapping[str, str], files: Sequence[str] = (),
+    detail: Any = True,
+) -> None:  # fmt: skip
+    """config.pbtxt and the Python files of a model (name there -> name in `models`), recorded with its `files`."""
+    folder = written.path / config.name / VERSION
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, template in python.items():
+        shutil.copyfile(_MODELS / template, folder / name)
+    (folder.parent / "config.pbtxt").write_text(config.to_pbtxt(), encoding="utf-8")
+    names = (f"{config.name}/config.pbtxt", *(f"{config.name}/{VERSION}/{name}" for name in python))
+    written.record(config.name, (*names, *files), detail)
+
+
+__all__ = ["LOOP", "RUNNERS", "Serving", "Shape", "graph_config", "loop_config", "model_name", "write_repository"]

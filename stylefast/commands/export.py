@@ -1,0 +1,305 @@
+"""`stylefast export`: a model as ONNX graphs, TensorRT engines, AOTInductor packages or a Triton model repository."""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from stylefast.commands.bank_report import shown_bytes
+from stylefast.commands.generate import DEFAULT_MODEL
+from stylefast.errors import EngineMismatch, InvalidRequest
+
+SUMMARY = "Write a model for other runtimes, every style and strength being an input."
+EXAMPLES = """examples:
+  stylefast export onnx --model tiny --out engines
+  stylefast export tensorrt --model tiny --target sm89,sm120 --profile rows=1:4:8
+  stylefast export aoti --target cpu --flavour live
+  stylefast generate "a fish" --backend onnxruntime --engines engines
+"""
+# kind -> what it is, and examples
+KINDS = {
+    "onnx": (
+        "ONNX graphs, which ONNX Runtime runs on any machine and TensorRT engines are built from.",
+        "  stylefast export onnx --model tiny --flavour live,plain --dtype float16 --out engines",
+    ),
+    "tensorrt": (
+        "TensorRT engines for NVIDIA chips; for RTX chips they are built without a GPU.",
+        "  stylefast export tensorrt --model tiny --target sm89,sm120 --profile rows=1:4:8,size=64x64:96x96:128x128\n"
+        "  stylefast export tensorrt --onnx engines --target sm89 --out ada",
+    ),
+    "aoti": (
+        "AOTInductor packages, from which a process starts without compiling.",
+        "  stylefast export aoti --model tiny --target cpu --flavour live --out packages",
+    ),
+    "triton-repo": (
+        "A model repository for NVIDIA's Triton Inference Server, which makes whole pictures.",
+        "  stylefast export triton-repo --model tiny --out repository\n"
+        "  tritonserver --model-repository repository",
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One command per kind; None means that an option was not given."""
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for kind, (summary, examples) in KINDS.items():
+        own = kinds.add_parser(
+            kind, help=summary, description=summary, epilog=f"examples:\n{examples}\n", allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        _add_common(own, kind)
+        if kind == "tensorrt":
+            _add_tensorrt(own)
+        if kind == "aoti":
+            own.add_argument("--target", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+        if kind == "triton-repo":
+            own.add_argument("--onnx", metavar="FOLDER", type=Path, help="use the graphs of this export")
+            own.add_argument("--runner", choices=("python", "onnxruntime"), help="what runs the graphs: stylefast in "
+                             "the server's Python, or the server's own ONNX Runtime (default: python)")  # fmt: skip
+
+
+def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
+    add = parser.add_argument
+    add("--out", metavar="FOLDER", type=Path, help=f"folder to make (default: named after the model, e.g. tiny-{kind})")
+    add("--overwrite", action="store_true", help="replace an export that is there, once the new one is finished")
+    add("--quiet", action="store_true", help="no progress, only the folder on stdout")
+
+    group = parser.add_argument_group("model").add_argument
+    group("--model", metavar="NAME", default=DEFAULT_MODEL, help="tiny (comes with stylefast, the default), a "
+          "diffusers folder, a .safetensors file, or a hub id")  # fmt: skip
+    group("--adapter", metavar="FILE", help="IP-Adapter (default: the one that comes with the model, if any)")
+    group("--image-encoder", metavar="DIR", help="CLIP image encoder of --adapter (default: the model's own)")
+    group("--vae", metavar="NAME", help="a VAE in place of the model's own")
+    group("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: float16 "
+          "for TensorRT, else what `generate` takes on the device)")  # fmt: skip
+
+    group = parser.add_argument_group("graphs").add_argument
+    flavours = "live,banked" if kind == "tensorrt" else "live,banked,plain"
+    group("--flavour", metavar="NAMES", help="of the UNet: plain (no references), live (references are pictures of the "
+          f"batch), banked (also baked styles); each can do what the one before it can (default: {flavours})"
+          )  # fmt: skip
+    components = "unet" if kind in ("tensorrt", "aoti") else "all that the model has"
+    group("--components", metavar="NAMES", help="all, or of unet, vae_decoder, text_encoder, text_encoder_2, "
+          f"text_projector, image_encoder, image_projector (default: {components})")  # fmt: skip
+    group("--references", type=int, metavar="N", help="most references of a picture (default: 1)")
+    group("--segments", type=int, metavar="N", help="most style pictures of a picture, through the IP-Adapter; 0 "
+          "leaves it out (default: 2)")  # fmt: skip
+    group("--size", metavar="fixed|WxH", help="one size in pixels, or fixed: the model's own (default: any size)")
+    if kind != "aoti":
+        group("--opset", type=int, default=20, metavar="N", help="of ONNX (default: %(default)s)")
+
+
+def _add_tensorrt(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("TensorRT").add_argument
+    group("--target", metavar="CHIPS", help="sm80, sm86, sm89, sm120, ...; several in one engine: sm89,sm120 (default: "
+          "the GPU that is here)")  # fmt: skip
+    group("--profile", action="append", metavar="RANGES", help="sizes to build for, least:best:most, e.g. "
+          "rows=1:4:8,size=512x512:1024x1024:1024x1536; may be repeated")  # fmt: skip
+    group("--refit", action="store_true", help="engines whose weights can be replaced, for LoRAs; building one takes "
+          "a GPU")  # fmt: skip
+    group("--attention", choices=("standard", "plugin"), help="style attention as standard operators, or as a plugin "
+          "with stylefast's kernel (default: standard)")  # fmt: skip
+    group("--onnx", metavar="FOLDER", type=Path, help="build from the graphs of this export")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export the model and print the folder's path."""
+    name = Path(arguments.model).name.removesuffix(".safetensors")
+    out = arguments.out or Path(f"{name or 'model'}-{arguments.kind}")
+    options = options_of(arguments)
+    from stylefast.export.folder import check_target
+    from stylefast.export.manifest import check_fits, read_manifest
+    from stylefast.export.options import require_toolchain
+
+    out = check_target(out, arguments.overwrite)
+    require_toolchain(options)
+    if not arguments.quiet:
+        print(f"loading {arguments.model} ...", file=sys.stderr)
+    source = _load(arguments, options)
+    # what this model can't have is refused before any work
+    source.fixed(options)
+    components = source.components(options)
+    if options.onnx is not None:
+        check_fits(read_manifest(options.onnx), fingerprint=source.fingerprint)
+    if not arguments.quiet:
+        for line in _plan(source, options, components, out):
+            print(line, file=sys.stderr)
+    start = time.perf_counter()
+    manifest = _export(source, out, options, arguments.quiet)
+    if not arguments.quiet:
+        from stylefast.commands.export_report import report_lines, use_words
+
+        auto = _dtype_here(options.kind, options.targets)
+        words = use_words(out, arguments, options, auto)
+        lines = report_lines(out, manifest, time.perf_counter() - start)
+        print("\n".join([*lines, f"use it with\n  {shlex.join(words)}"]), file=sys.stderr)
+    print(out)
+    return 0
+
+
+def options_of(arguments: argparse.Namespace):
+    """The `Options` that the command line gives. Raises InvalidRequest."""
+    from stylefast.export.options import NATIVE, Options
+    from stylefast.record import parse_size
+
+    kind = arguments.kind
+    targets = _names("--target", getattr(arguments, "target", None)) or _target_here(kind)
+    size = arguments.size
+    given = {
+        "flavours": _names("--flavour", arguments.flavour),
+        "components": _names("--components", arguments.components),
+        "profiles": tuple(getattr(arguments, "profile", None) or ()),
+        "size": NATIVE if size == "fixed" else None if size is None else parse_size(size),
+        "opset": getattr(arguments, "opset", None),
+        "refit": getattr(arguments, "refit", None),
+        "attention": getattr(arguments, "attention", None),
+        "runner": getattr(arguments, "runner", None),
+        "onnx": getattr(arguments, "onnx", None),
+        "dtype": arguments.dtype,
+        "references": arguments.references,
+        "segments": arguments.segments,
+    }
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    otherwise = {"dtype": _dtype_here(kind, targets)} if "onnx" not in given else _of_graphs(given["onnx"], given)
+    return Options(kind=kind, targets=targets, overwrite=arguments.overwrite, **otherwise | given)
+
+
+def _of_graphs(folder: Path, given: dict) -> dict:
+    """What graphs that are there settle. Raises EngineMismatch where what was `given` contradicts them."""
+    from stylefast.export.manifest import check_fits, read_manifest
+
+    manifest = read_manifest(folder)
+    check_fits(manifest, kind="onnx", dtype=given.get("dtype"))
+    shapes = {graph.flavour: graph.shape for graph in manifest.graphs if graph.flavour is not None}
+    for flavour in given.get("flavours", ()):
+        if flavour not in shapes:
+            raise EngineMismatch(
+                f"{folder} has no UNet of flavour {flavour}; it has {', '.join(shapes) or 'none'}. Export it with "
+                f"`stylefast export onnx --flavour {flavour}`"
+            )
+    settled = {"dtype": manifest.dtype, "flavours": tuple(shapes)}
+    for name in ("references", "segments"):
+        # a plain graph has no references
+        counts = {shape[name] for shape in shapes.values() if name == "segments" or shape["flavour"] != "plain"}
+        if name in given and counts - {given[name]}:
+            raise EngineMismatch(f"{folder} was exported with {counts.pop()} {name}, not {given[name]}; drop --{name}")
+        if counts:
+            settled[name] = counts.pop()
+    return settled
+
+
+def _dtype_here(kind: str, targets: tuple[str, ...]) -> str:
+    """The name of the type that the engine takes by itself where the export is meant to run."""
+    from stylefast.models.checkpoint import resolve_device, resolve_dtype
+
+    device = resolve_device("auto")
+    if kind in ("tensorrt", "aoti"):
+        import torch
+
+        # not looked for: TensorRT engines are built on machines without a GPU, too
+        device = torch.device("cpu" if targets == ("cpu",) else "cuda")
+    return str(resolve_dtype("auto", device)).removeprefix("torch.")
+
+
+def _target_here(kind: str) -> tuple[str, ...]:
+    """Of the GPU in this machine; none where there is none, or a kind has no targets."""
+    import torch
+
+    if kind == "aoti":
+        return ("cuda" if torch.cuda.is_available() else "cpu",)
+    if kind == "tensorrt" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return (f"sm{major}{minor}",)
+    return ()
+
+
+def _names(option: str, text: str | None) -> tuple[str, ...]:
+    """("live", "plain") from "live,plain". Raises InvalidRequest."""
+    if text is None:
+        return ()
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise InvalidRequest(f"{option} is {text!r}; give names with commas between them")
+    return names
+
+
+def _load(arguments: argparse.Namespace, options):
+    import stylefast
+    from stylefast.export.options import load_source
+
+    return load_source(
+        arguments.model, options.dtype, device="cuda" if options.targets == ("cuda",) else "cpu",
+        adapter=arguments.adapter, image_encoder=arguments.image_encoder, vae=arguments.vae,
+        version=stylefast.__version__,
+    )  # fmt: skip
+
+
+def _plan(source, options, components: tuple[str, ...], out: Path) -> list[str]:
+    """What will be exported, what it may take, and a warning if there is less."""
+    from stylefast.export.memory import estimate_export
+    from stylefast.models.weight_files import available_memory
+
+    estimate = estimate_export(
+        source.unet.config, options.torch_dtype, options.flavours if "unet" in components else (), options.kind,
+        source.other_bytes, options.onnx is not None,
+    )  # fmt: skip
+    graphs = [f"unet ({', '.join(options.flavours)})" if name == "unet" else name for name in components]
+    target = f" for {', '.join(options.targets)}" if options.targets else ""
+    lines = [
+        f"exporting {source.name} (fingerprint {source.fingerprint[:12]}) to {out}: {', '.join(graphs)} in "
+        f"{options.dtype}{target}",
+        f"estimate: {shown_bytes(estimate.memory)} of memory, {shown_bytes(estimate.disk)} of disk",
+    ]
+    warning = estimate.warning(available_memory("cpu"))
+    return lines if warning is None else [*lines, f"warning: {warning}"]
+
+
+def _export(source, out: Path, options, quiet: bool):
+    """The manifest of what was exported."""
+    from stylefast.export import pipeline
+
+    exports = {"onnx": pipeline.export_onnx, "tensorrt": pipeline.export_tensorrt, "aoti": pipeline.export_aoti,
+               "triton-repo": pipeline.export_triton_repo}  # fmt: skip
+    bars = Bars(quiet)
+    try:
+        return exports[options.kind](source, out, options, bars)
+    finally:
+        bars.close()
+
+
+class Bars:
+    """An export's `Progress` on the terminal: one bar over the graphs, one over the steps of what a graph is at."""
+
+    def __init__(self, quiet: bool):
+        from tqdm import tqdm
+
+        self._quiet = quiet
+        self._graphs = tqdm(unit="graph", disable=quiet)
+        # None: only on a terminal, since a log would get a line for every step
+        self._steps = tqdm(unit="step", disable=quiet or None, position=1, leave=False)
+        self._phase = None
+
+    def graph(self, name: str, number: int, total: int) -> None:
+        """Graph `number` of `total` begins; number == total when all are finished."""
+        self._graphs.total, self._graphs.n = total, number
+        self._graphs.set_description(name)
+
+    def phase(self, done: int, total: int, name: str) -> None:
+        """`done` of `total` steps of a phase of the graph; total 0: nobody knows how many."""
+        if name != self._phase:
+            self._phase = name
+            self._steps.reset(total or None)
+            self._steps.set_description(name)
+        self._steps.total = total or None
+        self._steps.update(done - self._steps.n)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        if not self._quiet:
+            self._graphs.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Take the bars down."""
+        self._steps.close()
+        self._graphs.close()

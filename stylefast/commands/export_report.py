@@ -1,0 +1,105 @@
+"""What an export folder holds, in words: for `stylefast info --engines`, and at the end of `stylefast export`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from stylefast.commands.bank_report import shown_bytes
+from stylefast.commands.generate import DEFAULT_MODEL, EXPORTED_BACKENDS
+
+_BACKENDS = dict(zip(("onnx", "tensorrt", "aoti"), EXPORTED_BACKENDS))
+
+
+def collect_engines(folder: Path) -> dict[str, Any]:
+    """What an export's manifest says, what is wrong with its files, and whether they may be run without --trust.
+
+    Raises ModelNotFound, ModelFormatError.
+    """
+    from stylefast.errors import UntrustedEngine
+    from stylefast.export.manifest import file_problems, graph_to_json, read_manifest
+    from stylefast.export.trust import check_trust
+
+    folder = folder.expanduser()
+    manifest = read_manifest(folder)
+    problems = file_problems(folder, manifest)
+    try:
+        check_trust(folder, manifest)
+        untrusted = None
+    except UntrustedEngine as error:
+        untrusted = str(error)
+    sizes = {entry.name: entry.bytes for entry in manifest.files}
+    return {
+        "path": str(folder),
+        "bytes": manifest.bytes,
+        "digest": manifest.digest,
+        "unaltered": not problems,
+        "problems": problems,
+        "untrusted": untrusted,
+        "manifest": manifest.to_json() | {
+            "graphs": [
+                graph_to_json(graph) | {"label": graph.label, "bytes": sum(sizes[name] for name in graph.files)}
+                for graph in manifest.graphs
+            ]
+        },
+    }  # fmt: skip
+
+
+def engines_lines(found: dict[str, Any]) -> list[str]:
+    """The lines that show what `collect_engines` found."""
+    manifest = found["manifest"]
+    tools = ", ".join(f"{name} {version}" for name, version in manifest["toolchain"].items())
+    made = f"by stylefast {manifest['stylefast'] or 'of unknown version'}"
+    lines = [
+        f"export      {found['path']}, {manifest['kind']}, {shown_bytes(found['bytes'])}",
+        f"model       {manifest['model']}, fingerprint {manifest['fingerprint'][:12]}, {manifest['dtype']}",
+        f"target      {manifest['target']}",
+        f"made        {made}" + (f" with {tools}" if tools else "") + f", format {manifest['format']}",
+    ]
+    for graph in manifest["graphs"]:
+        lines.append(f"graph       {graph['label']}: {graph['file']}, {_details(graph)}")
+    for name, ranges in manifest["profiles"].items():
+        lines.append(f"profiles    {name}: {ranges}")
+    lines.append(f"digest      {found['digest']}")
+    count = len(manifest["files"])
+    if found["unaltered"]:
+        lines.append(f"files       all {count} are as they were written")
+    lines += [f"files       {problem}" for problem in found["problems"].values()]
+    lines.append(f"trust       {found['untrusted'] or 'loads without --trust'}")
+    return lines
+
+
+def report_lines(folder: Path, manifest, seconds: float) -> list[str]:
+    """What was written, and the digest by which others can vouch for it."""
+    sizes = {entry.name: entry.bytes for entry in manifest.files}
+    width = max((len(graph.label) for graph in manifest.graphs), default=0)
+    lines = [f"{folder}: {len(manifest.graphs)} graphs, {shown_bytes(manifest.bytes)} in {seconds:.0f} s"]
+    for graph in manifest.graphs:
+        size = shown_bytes(sum(sizes[name] for name in graph.files))
+        lines.append(f"  {graph.label:{width}}  {graph.file}, {size}")
+    lines.append(f"digest, for --trust where the folder is copied to: {manifest.digest}")
+    return lines
+
+
+def use_words(folder: Path, arguments: argparse.Namespace, options, auto: str) -> list[str]:
+    """The command that uses an export; `auto` is the type that the engine would take by itself."""
+    if options.kind == "triton-repo":
+        return ["tritonserver", "--model-repository", str(folder)]
+    words = ["stylefast", "generate", "a fish", "--backend", _BACKENDS[options.kind], "--engines", str(folder)]
+    words += ["--model", arguments.model] if arguments.model != DEFAULT_MODEL else []
+    for name in ("adapter", "image_encoder", "vae"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
+    return words + (["--dtype", options.dtype] if options.dtype != auto else [])
+
+
+def _details(graph: dict[str, Any]) -> str:
+    parts = [shown_bytes(graph["bytes"])]
+    for name, one, many in (("references", "reference", "references"), ("segments", "segment", "segments")):
+        if graph["shape"].get(name):
+            count = graph["shape"][name]
+            parts.append(f"{count} {one if count == 1 else many}")
+    if graph["fixed"]:
+        parts.append("only " + ", ".join(f"{name} {size}" for name, size in graph["fixed"].items()))
+    if graph["opset"] is not None:
+        parts.append(f"opset {graph['opset']}")
+    return ", ".join(parts)

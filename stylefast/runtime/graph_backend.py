@@ -1,0 +1,299 @@
+"""A step through exported graphs of the UNet: what the tables and pages hold, bound to a graph's inputs by name.
+
+The graph is the model's part of a step, from embedding to output; guidance and the sampler's update stay here. Tables
+come as narrow as their batch and are widened to the columns that a graph has; whatever a graph reads and a batch has
+not (pictures, masks, pages) is idle. All tensors of one shape stay where they are, for sessions that replay.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from stylefast.errors import EngineMismatch
+from stylefast.export.unet_graph import (
+    DIMENSIONS,
+    FLAVOURS,
+    OUTPUT,
+    GraphShape,
+    Tensor,
+    graph_inputs,
+    graph_output,
+    with_tokens,
+)
+from stylefast.kernels.registry import trusting
+from stylefast.models.row_table import NO_PAGE, PLAIN
+from stylefast.models.unet import UNet
+from stylefast.runtime.latents import LatentSlots
+from stylefast.runtime.step import Backend, StepBuffers, advance, see
+from stylefast.runtime.step_table import StepColumns
+
+# shapes of batches whose tensors are kept
+_SHAPES = 32
+# what a row holds in columns that it does not use; `image_group` counts on, so that no two segments share a softmax
+_IDLE = {
+    "self_page": NO_PAGE, "self_scale": 1, "self_shift": 0, "self_mode": PLAIN, "self_layers": False,
+    "adain_page": NO_PAGE, "adain_strength": 0, "norm_page": NO_PAGE, "image_page": NO_PAGE, "image_strength": 0,
+    "image_mask": -1,
+}  # fmt: skip
+# dimension -> the column that says which of its pages or masks a row reads
+_PICKS = {"text_pages": "text_page", "image_pages": "image_page", "masks": "image_mask"}
+_COMMANDS = {"onnxruntime": "onnx"}  # backend -> kind of export, where the names differ
+
+
+class Graph(NamedTuple):
+    """One exported UNet.
+
+    session: has `run(inputs, outputs)` as `export.sessions.Session`, or is a function that opens it when it is first
+    wanted. ranges: dimension (`export.unet_graph.DIMENSIONS`) -> (least, most) that the graph takes, where they are
+    narrower than those. nbytes: what the open session holds, if it has no `nbytes` of its own.
+    """
+
+    shape: GraphShape
+    session: Any
+    ranges: Mapping[str, tuple[int, int]] = {}
+    nbytes: int = 0
+
+
+class GraphBackend(Backend):
+    """Runs the UNet's part of a step in exported graphs; in place of `TorchBackend`.
+
+    graphs: by any names, each a `Graph` or a tuple of its fields; the smallest that can do a batch does it. name: as
+    error messages and `Engine.runtime.backend.name` have it. stale: asked at every step, why the graphs no longer fit
+    the weights; None where they do.
+
+    A batch that no graph can do raises EngineMismatch, whereupon the runtime tries parts of it.
+    """
+
+    pads_columns = True
+
+    def __init__(
+        self, unet: UNet, graphs: Mapping[str, Graph | tuple], name: str = "graphs",
+        stale: Callable[[], str | None] = lambda: None,
+    ):  # fmt: skip
+        if not graphs:
+            raise EngineMismatch(f"the export holds no UNet graph; run `stylefast export {_COMMANDS.get(name, name)}`")
+        self.name, self._unet, self._stale = name, unet, stale
+        found = [Graph(*graph) for graph in graphs.values()]
+        self._graphs = [_Loaded(unet, graph) for graph in sorted(found, key=lambda graph: _size(graph.shape))]
+        self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
+        # pages, masks and pictures that nobody reads, by what they are for
+        self._idle: dict[tuple, torch.Tensor] = {}
+        # a batch of fewer rows than a graph takes is filled up
+        self.buckets = tuple(sorted({low for graph in found if (low := graph.ranges.get("rows", (1, 1))[0]) > 1}))
+        self.limits = {
+            name: max(graph.ranges.get(name, DIMENSIONS[name])[1] for graph in found) for name in ("rows", "pages")
+        }
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The flavours whose sessions are open."""
+        return tuple(graph.shape.flavour for graph in self._graphs if graph.opened)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of idle tensors, of inputs and outputs, and of the sessions that say what they hold."""
+        tensors = [*self._idle.values(), *(x for one in self._prepared.values() for x in one.tensors())]
+        return sum(x.nbytes for x in tensors) + sum(graph.nbytes for graph in self._graphs)
+
+    @torch.inference_mode()
+    def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
+        """One step. Raises EngineMismatch where no graph can do it, and whatever a session raises."""
+        why = self._stale()
+        if why is not None:
+            raise EngineMismatch(why)
+        with trusting():
+            latents, seen = see(state, columns, self._unet.dtype)
+            graph = self._choose(columns, buffers, state.shape[1:])
+            prepared = self._prepare(graph, columns, state.shape)
+            inputs = prepared.fill(columns, seen)
+            for tensor in graph.inputs:
+                if tensor.name not in inputs:
+                    found = buffers.pooled if tensor.name == "pooled" else buffers.packed.get(tensor.name)
+                    inputs[tensor.name] = self._idle_tensor(graph, tensor, state.shape[1:]) if found is None else found
+            inputs = prepared.within(graph.ranges, {tensor.name: inputs[tensor.name] for tensor in graph.inputs})
+            graph.session().run(inputs, {OUTPUT: prepared.output})
+            advance(state, columns, latents, prepared.output)
+
+    def forget(self) -> None:
+        """Free what was prepared; sessions stay open."""
+        self._prepared.clear()
+        self._idle.clear()
+
+    def close(self) -> None:
+        """Close the sessions."""
+        self.forget()
+        for graph in self._graphs:
+            graph.close()
+
+    def _choose(self, columns: StepColumns, buffers: StepBuffers, latent_size: tuple[int, int]) -> "_Loaded":
+        table = columns.table
+        references, segments = table.self_page.shape[1], table.image_page.shape[1]
+        flavour = "banked" if buffers.pages is not None else "live" if references else "plain"
+        able = [
+            graph for graph in self._graphs
+            if FLAVOURS.index(graph.shape.flavour) >= FLAVOURS.index(flavour)
+            and graph.shape.references >= references and graph.shape.segments >= segments
+        ]  # fmt: skip
+        if not able:
+            raise EngineMismatch(self._lacking(flavour, references, segments))
+        sizes = {"rows": len(columns.row_picture), "height": latent_size[0], "width": latent_size[1]}
+        refused = []
+        for graph in able:
+            beyond = graph.beyond(sizes)
+            if beyond is None:
+                return graph
+            refused.append(f"{graph.shape.flavour}: {beyond}")
+        raise EngineMismatch(
+            f"no graph was made for a step of {sizes['rows']} rows at {latent_size[1]}x{latent_size[0]} latents "
+            f"({'; '.join(refused)}); ask for another size or fewer pictures at once, or export for this one"
+        )
+
+    def _lacking(self, flavour: str, references: int, segments: int) -> str:
+        """What a batch needs, what there is, and how to come by it."""
+        at_hand = ", ".join(
+            f"{g.shape.flavour} ({g.shape.references}, {g.shape.segments})" for g in self._graphs
+        )
+        options = f"--flavour {flavour}"
+        if flavour != "plain":
+            options += f" --references {max(1, references)}"
+        if segments:
+            options += f" --segments {segments}"
+        return (
+            f"this step needs a {flavour} graph (references {references}, pictures {segments} of a row); at hand are "
+            f"{at_hand}. Run `stylefast export {_COMMANDS.get(self.name, self.name)} {options}`, or take "
+            "backend='torch'"
+        )
+
+    def _prepare(self, graph: "_Loaded", columns: StepColumns, latent_shape: tuple[int, int, int]) -> "_Prepared":
+        table = columns.table
+        widths = (table.self_page.shape[1], table.image_page.shape[1], len(table.norm_page))
+        key = (id(graph), len(columns.row_picture), widths, latent_shape)
+        if key not in self._prepared:
+            if len(self._prepared) >= _SHAPES:
+                self._prepared.popitem(last=False)
+            self._prepared[key] = _Prepared(self._unet, graph, key[1], latent_shape)
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
+
+    def _idle_tensor(self, graph: "_Loaded", tensor: Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
+        """Zeros, as few as the graph takes, for an input that no row reads."""
+        least = {name: graph.ranges.get(name, (1, 1))[0] for name in DIMENSIONS}
+        sizes = with_tokens(self._unet, least | {"height": latent_size[0], "width": latent_size[1]})
+        dims = tuple(sizes[d] if isinstance(d, str) else d for d in tensor.dims)
+        key = (tensor.name, tensor.dtype, dims)
+        if key not in self._idle:
+            self._idle[key] = torch.zeros(dims, dtype=tensor.dtype, device=self._unet.device)
+        return self._idle[key]
+
+
+class _Loaded:
+    """A graph, its inputs, and its session once that is wanted."""
+
+    def __init__(self, unet: UNet, graph: Graph):
+        self.shape, self.ranges, self._given, self._nbytes = graph.shape, graph.ranges, graph.session, graph.nbytes
+        self.inputs = graph_inputs(unet, graph.shape)
+        self._session = self._given if hasattr(self._given, "run") else None
+
+    @property
+    def opened(self) -> bool:
+        return self._session is not None
+
+    @property
+    def nbytes(self) -> int:
+        return getattr(self._session, "nbytes", self._nbytes) if self.opened else 0
+
+    def session(self):
+        if self._session is None:
+            self._session = self._given()
+        return self._session
+
+    def close(self) -> None:
+        if hasattr(self._session, "close"):
+            self._session.close()
+
+    def beyond(self, sizes: Mapping[str, int]) -> str | None:
+        """The first of some sizes that the graph does not take, in words."""
+        for name, size in sizes.items():
+            low, high = self.ranges.get(name, DIMENSIONS[name])
+            if not low <= size <= high:
+                return f"{name} {size} is not in {low} to {high}"
+        return None
+
+
+class _Prepared:
+    """The tensors of a graph's inputs that are made for every step, and its output, for one shape of batches."""
+
+    def __init__(self, unet: UNet, graph: _Loaded, rows: int, latent_shape: tuple[int, int, int]):
+        channels, height, width = latent_shape
+        sizes = {"rows": rows, "height": height, "width": width}
+        device, output = unet.device, graph_output(unet)
+        self._own = {
+            "latents": torch.empty(rows, *latent_shape, dtype=unet.dtype, device=device),
+            "timestep": torch.empty(rows, device=device),
+            "time_ids": torch.empty(rows, 6, device=device),
+        }
+        self.output = torch.empty([sizes.get(d, d) for d in output.dims], dtype=output.dtype, device=device)
+        self._inputs = graph.inputs
+        self._columns = [x for x in graph.inputs if x.name in _IDLE or x.name in ("text_page", "image_group")]
+        self._device, self._rows = device, rows
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self._own.values(), self.output]
+
+    def fill(self, columns: StepColumns, seen: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Inputs by name: what follows from the table and the latents; `seen` [rows, channels, h, w]."""
+        picture, table = columns.row_picture, columns.table._asdict()
+        self._own["latents"].copy_(seen)
+        self._own["timestep"].copy_(columns.timestep[picture])
+        self._own["time_ids"].copy_(columns.time_ids[picture])
+        inputs = {name: self._own[name] for name in ("latents", "timestep", "time_ids")}
+        for tensor in self._columns:
+            column = table[tensor.name]
+            dims = tuple(self._rows if d == "rows" else d for d in tensor.dims)
+            inputs[tensor.name] = column if tuple(column.shape) == dims else self._widened(tensor, column, dims)
+        return inputs
+
+    def within(self, ranges: Mapping[str, tuple[int, int]], inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inputs in which the pages and masks that rows read stand alone, where a graph does not take all there are."""
+        for dimension, column in _PICKS.items():
+            holders = [x for x in self._inputs if dimension in x.dims]
+            least, most = ranges.get(dimension, DIMENSIONS[dimension])
+            if not holders or least <= inputs[holders[0].name].shape[holders[0].dims.index(dimension)] <= most:
+                continue
+            picked = inputs[column]
+            count = max(picked.numel(), least)
+            if count > most:
+                raise EngineMismatch(
+                    f"a step of {self._rows} rows reads up to {count} {dimension}, and the graph takes {least} to "
+                    f"{most}; export with more, or ask for fewer pictures at once"
+                )
+            index = torch.zeros(count, dtype=torch.int64, device=self._device)
+            index[: picked.numel()] = picked.flatten().clamp(min=0)
+            for x in holders:
+                axis, found = x.dims.index(dimension), inputs[x.name]
+                key = f"{x.name} as picked"
+                if key not in self._own:
+                    shape = (*found.shape[:axis], count, *found.shape[axis + 1 :])
+                    self._own[key] = torch.empty(shape, dtype=found.dtype, device=self._device)
+                inputs[x.name] = torch.index_select(found, axis, index, out=self._own[key])
+            places = torch.arange(picked.numel(), device=self._device).view_as(picked)
+            inputs[column] = torch.where(picked >= 0, places, -1)
+        return inputs
+
+    def _widened(self, tensor: Tensor, column: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+        """A column with idle places behind those that the table has."""
+        name = tensor.name
+        if name not in self._own:
+            idle = torch.full(dims, _IDLE.get(name, 0), dtype=tensor.dtype, device=self._device)
+            if name == "image_group":
+                idle += torch.arange(dims[1], device=self._device)
+            self._own[name] = idle
+        if column.numel():
+            self._own[name][:, : column.shape[1]] = column
+        return self._own[name]
+
+
+def _size(shape: GraphShape) -> tuple:
+    return FLAVOURS.index(shape.flavour), shape.references, shape.segments

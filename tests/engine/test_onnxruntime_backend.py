@@ -1,0 +1,246 @@
+"""Whole pictures through ONNX Runtime: as those of PyTorch, and an export that does not fit is refused."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import stylefast as sf
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, ModelNotFound, UntrustedEngine
+from stylefast.export.manifest import MANIFEST, read_manifest
+from stylefast.export.unet_graph import GraphShape
+from stylefast.runtime import backends
+from tests.engine.scene import EMBED_DIM, SIZE, learned, small_picture
+from tests.engine.watch import WAIT, request
+from tests.oracle.instant_style import random_adapter
+from tests.small_checkpoints import random_lora, write_peft_lora
+from tests.small_graphs import export_folder, micro_pipeline, write_manifest
+
+pytest.importorskip("onnxruntime")
+
+PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
+STYLE = ["up_blocks.0.attentions.1"]
+SHAPES = (GraphShape("plain", segments=1), GraphShape("live", 2, 2), GraphShape("banked", 2, 2))
+
+
+@pytest.fixture(scope="module")
+def micro():
+    return micro_pipeline()
+
+
+@pytest.fixture(scope="module")
+def adapter(micro, tmp_path_factory):
+    file = tmp_path_factory.mktemp("adapter") / "a.bin"
+    torch.save(random_adapter(micro.unet, EMBED_DIM, 5), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def eager(micro, adapter):
+    engine = sf.Engine.from_pipeline(micro)
+    engine.load_adapter(adapter)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def folder(eager, tmp_path_factory):
+    """An export of all flavours, made once."""
+    pytest.importorskip("onnxscript")
+    folder = tmp_path_factory.mktemp("export") / "micro"
+    export_folder(eager.unet, folder, SHAPES, fingerprint=eager.fingerprint)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(micro, adapter, folder):
+    with sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=folder) as engine:
+        engine.load_adapter(adapter)
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def bank(eager):
+    return eager.bake(sf.StyleAligned([PICTURE, OTHER]), steps=3, size=SIZE)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the export to damage."""
+    shutil.copytree(folder, tmp_path / "micro")
+    return tmp_path / "micro"
+
+
+def psnr(actual, expected) -> float:
+    """Of pictures [height, width, 3] in 0..1, in dB."""
+    error = np.mean((np.stack(actual).astype(np.float64) - np.stack(expected)) ** 2)
+    return float(-10 * np.log10(max(error, 1e-20)))
+
+
+def half_mask():
+    mask = torch.zeros(SIZE[1], SIZE[0])
+    mask[:, : SIZE[0] // 2 - 3] = 1
+    return mask
+
+
+@pytest.fixture(scope="module")
+def requests(bank):
+    shared = sf.StyleAligned(shift=0.4, share_group_norm=True)
+    odd = (56, 40)  # the second level is 7x5
+    return {
+        "plain": [request("a cat", seed=1)],
+        "plain, another sampler, an odd size": [request("a dog", size=odd, scheduler="euler_ancestral", guidance=1.0)],
+        "two pictures in one style": [request(p, style=shared, seed=i) for i, p in enumerate(("a cat", "neon"))],
+        "a live picture with AdaIN, swapped": [
+            request(style=sf.StyleAligned(OTHER, mode="swap", adain={"q": 1.0, "k": 0.5, "v": 1.0}), seed=3)],
+        "a picture prompt under a mask": [request(style=sf.InstantStyle(PICTURE, "all", 0.7, mask=half_mask()))],
+        "a bank of two references": [request(style=sf.StyleAligned(bank, shift=0.5, share_group_norm=True), seed=4)],
+        "learned tokens": [request(style=sf.DreamStyler(learned()), seed=5)],
+        "a bank, a picture and learned tokens": [
+            request(style=[sf.StyleAligned(bank), sf.InstantStyle(OTHER, STYLE), sf.DreamStyler(learned())], seed=6)],
+    }  # fmt: skip
+
+
+CASES = (
+    "plain", "plain, another sampler, an odd size", "two pictures in one style", "a live picture with AdaIN, swapped",
+    "a picture prompt under a mask", "a bank of two references", "learned tokens",
+    "a bank, a picture and learned tokens",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pictures_are_those_of_pytorch(eager, exported, requests, case):
+    pictures, expected = (engine.generate(requests[case], output="np").images for engine in (exported, eager))
+    assert psnr(pictures, expected) >= 60
+    assert np.ptp(np.stack(expected)) > 0.1, "a picture of one colour hides mistakes"
+
+
+def test_a_mixed_batch_is_one_call_a_step(eager, exported, requests):
+    mixed = [one for case in CASES if "odd size" not in case for one in requests[case]]
+    calls = exported.runtime.calls
+    pictures = exported.generate(mixed, output="np").images
+    assert exported.runtime.calls - calls == 3
+    assert psnr(pictures, eager.generate(mixed, output="np").images) >= 60
+
+
+def test_jobs_run_through_the_graphs_too(eager, exported, requests):
+    shared = requests["two pictures in one style"]
+    pictures = exported.submit(shared, output="np").result(WAIT).images
+    assert psnr(pictures, eager.generate(shared, output="np").images) >= 60
+
+
+def test_a_graph_is_loaded_when_it_is_wanted(micro, folder, requests):
+    with sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=folder) as engine:
+        assert engine.runtime.backend.name == "onnxruntime" and engine.runtime.backend.loaded == ()
+        before = engine.memory()["graphs"]
+        engine.generate(requests["plain"], output="latents")
+        assert engine.runtime.backend.loaded == ("plain",)
+        assert engine.memory()["graphs"] >= before + 0.9 * sum(x.nbytes for x in engine.unet.parameters())
+
+
+def test_another_flavour_than_those_exported_is_refused_and_the_others_go_on(micro, copy, requests, eager):
+    manifest = read_manifest(copy)
+    write_manifest(copy, replace(manifest, graphs=tuple(g for g in manifest.graphs if g.flavour != "banked")))
+    with sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy) as engine:
+        with engine.runtime.lock:
+            jobs = [engine.submit(requests[case], output="np") for case in ("a bank of two references", "plain")]
+        with pytest.raises(EngineMismatch, match=r"banked graph \(references 2.*export onnx --flavour banked"):
+            jobs[0].result(WAIT)
+        assert psnr(jobs[1].result(WAIT).images, eager.generate(requests["plain"], output="np").images) >= 60
+
+
+def test_a_lora_makes_the_graphs_stale_until_it_is_taken_off(folder, tmp_path):
+    pipe = micro_pipeline()  # whose weights change
+    lora = write_peft_lora(random_lora(pipe, seed=1), tmp_path / "style.safetensors")
+    with sf.Engine.from_pipeline(pipe, backend="onnxruntime", engines=folder) as engine:
+        plain = engine.generate(request(), output="latents").latents[0]
+        name = engine.load_lora(lora)
+        with pytest.raises(EngineMismatch, match="other weights than the model has now.*LoRAs.*backend='torch'"):
+            engine.generate(request(), output="latents")
+        engine.loras.remove(name)
+        assert torch.equal(engine.generate(request(), output="latents").latents[0], plain)
+
+
+def test_graphs_of_a_model_with_a_lora_wait_for_the_lora(micro, copy):
+    manifest = read_manifest(copy)
+    write_manifest(copy, replace(manifest, fingerprint=manifest.fingerprint + "+0123456789abcdef"))
+    with (
+        sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy) as engine,
+        pytest.raises(EngineMismatch, match="other weights"),
+    ):
+        engine.generate(request(), output="latents")
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    ({"fingerprint": "0" * 64}, EngineMismatch, "made from other weights.*000000000000"),
+    ({"dtype": "float16"}, EngineMismatch, "has dtype float16, the model float32"),
+    ({"kind": "aoti"}, EngineMismatch, "kind aoti, not onnx"),
+    ({"graphs": ()}, EngineMismatch, "no UNet graph"),
+], ids=["another model", "another type", "another kind", "no graph"])  # fmt: skip
+def test_an_export_that_does_not_fit_is_refused_at_once(micro, copy, changes, error, message):
+    write_manifest(copy, replace(read_manifest(copy), **changes))
+    with pytest.raises(error, match=message):
+        sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy)
+
+
+def test_what_is_missing_or_truncated_is_refused_at_once(micro, copy):
+    (file,) = (name for name in read_manifest(copy).graphs[0].files if not name.endswith(".onnx"))
+    data = (copy / file).read_bytes()
+    (copy / file).write_bytes(data[:-100])
+    with pytest.raises(ExportError, match="truncated: .* of .* bytes"):
+        sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy)
+    (copy / file).unlink()
+    with pytest.raises(ExportError, match="missing external data"):
+        sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy)
+    (copy / MANIFEST).unlink()
+    with pytest.raises(ModelNotFound, match="has no manifest.json"):
+        sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy)
+
+
+def test_what_was_altered_is_refused_before_it_is_loaded(micro, copy):
+    file = copy / "unet-plain.onnx"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    with sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy) as engine:
+        with pytest.raises(ExportError, match="altered: .*unet-plain.onnx has sha256"):
+            engine.generate(request(), output="latents")
+        assert engine.runtime.pictures == 0 and engine.runtime.backend.loaded == ()
+
+
+def test_engines_from_elsewhere_need_the_digest(micro, copy):
+    manifest = replace(read_manifest(copy), kind="aoti", target="cpu")
+    write_manifest(copy, manifest)
+    copy.chmod(0o777)
+    with pytest.raises(UntrustedEngine, match=f"(?s)code.*others can write.*{manifest.digest}"):
+        sf.Engine.from_pipeline(micro, backend="aoti", engines=copy)
+    with pytest.raises(UntrustedEngine, match="the digest given"):
+        sf.Engine.from_pipeline(micro, backend="aoti", engines=copy, trust="0" * 64)
+    sf.Engine.from_pipeline(micro, backend="aoti", engines=copy, trust=manifest.digest).close()
+
+
+def test_tensorrt_wants_a_gpu_and_a_folder(micro, copy):
+    write_manifest(copy, replace(read_manifest(copy), kind="tensorrt", target="sm89"))
+    with pytest.raises(EngineMismatch, match="NVIDIA GPUs"):
+        sf.Engine.from_pipeline(micro, backend="tensorrt", engines=copy)
+    with pytest.raises(InvalidRequest, match="needs engines=FOLDER"):
+        sf.Engine.from_pipeline(micro, backend="tensorrt")
+
+
+def test_without_a_folder_the_model_is_exported_once(micro, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "_exported_folder", lambda *arguments: asked.append(arguments) or folder)
+    with sf.Engine.from_pipeline(micro, backend="onnxruntime") as engine:
+        engine.generate(request(), output="latents")
+        assert asked == [("onnx", engine.unet, engine.name, engine.fingerprint)]
+
+
+def test_a_fixed_size_takes_that_size_alone(micro, eager, tmp_path):
+    fixed = {"rows": 2, "height": 8, "width": 12}
+    export_folder(eager.unet, tmp_path, SHAPES[:1], fixed, eager.fingerprint)
+    with sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=tmp_path) as engine:
+        every = [request(seed=1), request(seed=2, guidance=1.0), request(seed=3)]
+        assert psnr(engine.generate(every, output="np").images, eager.generate(every, output="np").images) >= 60
+        with pytest.raises(EngineMismatch, match="2 rows at 16x8 latents.*width 16 is not in 12 to 12"):
+            engine.generate(request(size=(64, 32)), output="latents")

@@ -1,0 +1,299 @@
+"""Components as ONNX against the classes that they are made of: transformers', diffusers' and stylefast's own."""
+
+import copy
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+from stylefast.errors import ExportError, InvalidRequest, MissingDependency
+from stylefast.export import components as exporting
+from stylefast.export.components import export_component, weights_digest
+from stylefast.export.image_graphs import decoder_digest, decoder_dtype, image_encoder, image_projector, vae_decoder
+from stylefast.export.text_graphs import text_encoder, text_projector
+from stylefast.export.unet_graph import level_layers
+from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.unet import UNet
+from tests.small_adapter import CROSS_DIM, global_adapter, plus_adapter, small_layout, small_vision_model
+from tests.small_sdxl import small_tiny_vae, small_unet_config, small_vae_config
+from tests.small_text import small_text_parts
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+TEXT_SIZES = ({"prompts": 1, "vectors": 0}, {"prompts": 3, "vectors": 4}, {"prompts": 2, "vectors": 1})
+MODULES = ("down_blocks.1.attentions.0", "up_blocks.0.attentions.1", "up_blocks.1.attentions.2")
+LATENT_SIZES = ({"pictures": 1, "height": 5, "width": 7}, {"pictures": 3, "height": 9, "width": 4})
+
+
+class Case:
+    """A component of a model in PyTorch, and what the model's own code makes of the component's inputs."""
+
+    def __init__(self, model, component, run, sizes):
+        self.model, self.component, self.run, self.sizes = model, component, run, sizes
+
+    def outputs(self, inputs: dict, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Of the model in a type, for inputs that may be of another."""
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        with torch.no_grad():
+            return self.run(copy.deepcopy(self.model).to(dtype), inputs)
+
+
+def encoded(encoder, inputs):
+    """transformers' own forward, with the learned vectors as further rows of its table."""
+    table = encoder.get_input_embeddings()
+    table.weight.data = torch.cat([table.weight, inputs["extra"]])
+    out = encoder(inputs["ids"], output_hidden_states=True)
+    if "position" not in inputs:
+        return [out.hidden_states[-2]]
+    last = out.last_hidden_state[torch.arange(len(inputs["ids"])), inputs["position"]]
+    return [out.hidden_states[-2], encoder.text_projection(last)]
+
+
+def packed(layout, pairs, like):
+    """[layers of the level, 2, pages, tokens, heads, d] for each level."""
+    found = []
+    for level in range(layout.levels):
+        members = [i for i, layer in enumerate(layout.layers) if layer.level == level]
+        some = next(pair for pair in (pairs[i] for i in members) if pair is not None)
+        blank = (torch.zeros_like(some[0]), torch.zeros_like(some[1]))
+        found.append(torch.stack([torch.stack(pairs[i] or blank) for i in members]))
+    return found
+
+
+def seen(model, inputs):
+    out = model(inputs["pixels"], output_hidden_states=True)
+    return [out.image_embeds, out.hidden_states[-2]]
+
+
+def projected_picture(adapter, inputs):
+    pairs = adapter.key_values(adapter.tokens(inputs["features"]))
+    return packed(adapter.layout, pairs, inputs["features"])
+
+
+def small_vae():
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(3)
+    return AutoencoderKL(**small_vae_config()).eval()
+
+
+@cache
+def case(name: str) -> Case:
+    """The model, the component's maker, the model's own code, and sizes to run both at."""
+    torch.manual_seed(1)
+    if name.startswith("text_encoder"):
+        model = small_text_parts()[1][name == "text_encoder_2"]
+        return Case(model, text_encoder, encoded, TEXT_SIZES)
+    if name == "text_projector":
+        unet = UNet(small_unet_config()).eval().requires_grad_(False)
+        run = lambda unet, inputs: packed(unet.layout, unet.project_text(inputs["states"]), inputs["states"])  # noqa: E731
+        return Case(unet, lambda u, dtype: text_projector(u, dtype, 24), run, ({"text_pages": 1}, {"text_pages": 5}))
+    if name == "image_encoder":
+        make = lambda model, dtype: image_encoder(ImageEncoder(model), dtype)  # noqa: E731
+        return Case(small_vision_model(), make, seen, ({"pictures": 1}, {"pictures": 3}))
+    if name.startswith("image_projector"):
+        state = {"image_projector": global_adapter, "image_projector plus": plus_adapter}[name](small_layout())
+        some = MODULES if name == "image_projector" else None
+        adapter = IPAdapter.load(state, small_layout(), CROSS_DIM, modules=some)
+        patches = {} if name == "image_projector" else {"patches": 17}
+        sizes = ({"image_pages": 1} | patches, {"image_pages": 5} | patches)
+        return Case(adapter, image_projector, projected_picture, sizes)
+    vae = small_vae() if name == "vae_decoder" else small_tiny_vae()
+    return Case(vae, vae_decoder, lambda vae, inputs: [vae.decode(inputs["latents"]).sample], LATENT_SIZES)
+
+
+NAMES = ("text_encoder", "text_encoder_2", "text_projector", "image_encoder", "image_projector",
+         "image_projector plus", "vae_decoder", "vae_decoder tiny")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(name, dtype) -> (component, file); each is exported once."""
+
+    @cache
+    def export(name: str, dtype: torch.dtype):
+        this = case(name)
+        component = this.component(this.model, dtype)
+        folder = tmp_path_factory.mktemp("graphs")
+        entry = export_component(component, folder, metadata={"fingerprint": "f00d"})
+        assert entry.files == (f"{component.name}.onnx",) == tuple(file.name for file in folder.iterdir())
+        return component, folder / entry.file
+
+    return export
+
+
+def inputs_of(component, sizes):
+    """Random inputs that read every learned vector there is, and none that there isn't."""
+    made = component.example_inputs(sizes, seed=7)
+    if "extra" in made:
+        vocabulary = component.facts["vocabulary"]
+        made["ids"] %= vocabulary
+        made["ids"][-1, 3 : 3 + sizes["vectors"]] = vocabulary + torch.arange(sizes["vectors"])
+    return made
+
+
+def run(path, inputs):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(x) for x in session.run(None, {name: x.numpy() for name, x in inputs.items()})]
+
+
+def error(found, exact) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_graphs_error_is_at_most_twice_that_of_pytorch_in_the_same_type(exported, name, dtype):
+    this = case(name)
+    component, path = exported(name, dtype)
+    # weights rounded to the type are what both start from
+    rounded = Case(copy.deepcopy(this.model).to(dtype), this.component, this.run, this.sizes)
+    for sizes in this.sizes:
+        inputs = inputs_of(component, sizes)
+        exact, peer = rounded.outputs(inputs, torch.float64), rounded.outputs(inputs, dtype)
+        found = run(path, inputs)
+        assert len(found) == len(exact) == len(component.outputs)
+        for tensor, ours, theirs, true in zip(component.outputs, found, peer, exact, strict=True):
+            assert ours.dtype == dtype and ours.shape == true.shape
+            assert error(ours, true) <= 2 * error(theirs, true), (tensor.name, sizes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graphs_pass_the_checker_and_name_their_tensors_and_dimensions(exported, name):
+    component, path = exported(name, torch.float32)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")] == [
+        ("", 20)
+    ]
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    assert notes == {"stylefast.component": component.name, "stylefast.fingerprint": "f00d"}
+    for values, tensors in ((model.graph.input, component.inputs), (model.graph.output, component.outputs)):
+        assert [value.name for value in values] == [tensor.name for tensor in tensors]
+        for value, tensor in zip(values, tensors, strict=True):
+            assert tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim) == tensor.dims
+
+
+def test_a_projector_packs_layers_as_the_unets_graphs_read_them():
+    unet = case("text_projector").model
+    component = text_projector(unet, torch.float32, 24)
+    for level, tensor in enumerate(component.outputs):
+        assert tensor.name == f"text_kv_{level}"
+        assert tensor.dims[0] == len(level_layers(unet, level))
+
+
+def test_layers_that_an_adapter_was_loaded_without_read_zeros(exported):
+    component, path = exported("image_projector", torch.float32)
+    found = run(path, component.example_inputs({"image_pages": 2}))
+    layout = case("image_projector").model.layout
+    for level, kv in enumerate(found):
+        members = [layer for layer in layout.layers if layer.level == level]
+        assert [bool(kv[i].any()) for i in range(len(members))] == [layer.module in MODULES for layer in members]
+
+
+def test_encoder_1_has_no_layer_that_nobody_reads():
+    encoder = small_text_parts()[1][0]
+    component = text_encoder(encoder, torch.float32)
+    assert len(component.module.body.layers) == len(encoder.encoder.layers) - 1
+    assert [tensor.name for tensor in component.outputs] == ["hidden"]
+
+
+def test_a_component_in_another_type_leaves_the_model_as_it_is():
+    encoder, vae = small_text_parts()[1][1], small_vae()
+    before = {**encoder.state_dict(), **vae.state_dict()}
+    for component in (text_encoder(encoder, torch.float16), vae_decoder(vae, torch.float16)):
+        assert {p.dtype for p in component.module.parameters()} == {torch.float16}
+    assert all(x.dtype == torch.float32 for x in before.values())
+    shared = {p.data_ptr() for p in vae_decoder(vae, torch.float32).module.parameters()}
+    assert shared <= {p.data_ptr() for p in vae.parameters()}
+    # the decoder that PyTorch runs keeps its own enlarging layers
+    assert "Upsample2D" in {type(module).__name__ for module in vae.decoder.modules()}
+
+
+def test_fixed_sizes_are_numbers_in_the_graph(tmp_path):
+    component, fixed = vae_decoder(small_tiny_vae(), torch.float32), {"height": 6, "width": 5}
+    entry = export_component(component, tmp_path, fixed=fixed)
+    assert entry.fixed == fixed
+    assert entry.inputs == (("latents", "float32", ("pictures", 4, 6, 5)),)
+    assert entry.outputs == (("pixels", "float32", ("pictures", 3, 24, 20)),)
+    graph = onnx.load(tmp_path / entry.file).graph
+    for (value,), tensors in ((graph.input, entry.inputs), (graph.output, entry.outputs)):
+        assert tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim) == tensors[0][2]
+    inputs = component.example_inputs({"pictures": 2, **fixed})
+    assert run(tmp_path / entry.file, inputs)[0].shape == (2, 3, 24, 20)
+
+
+def test_large_weights_go_into_a_file_beside_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "LARGEST_FILE", 1000)
+    component, path = vae_decoder(small_tiny_vae(), torch.float32), tmp_path / "vae_decoder.onnx"
+    entry = export_component(component, tmp_path)
+    assert entry.files == ("vae_decoder.onnx", "vae_decoder.onnx.data")
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(entry.files)
+    inputs = component.example_inputs({"pictures": 1, "height": 3, "width": 5})
+    with torch.no_grad():
+        expected = component.module(*inputs.values())
+    torch.testing.assert_close(run(path, inputs)[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["image_encoder", "text_projector", "vae_decoder"])
+def test_bfloat16_is_written_with_operators_that_take_it(name, tmp_path):
+    this = case(name)
+    component = this.component(this.model, torch.bfloat16)
+    entry = export_component(component, tmp_path)
+    assert entry.opset == 22
+    model = onnx.load(tmp_path / entry.file)
+    onnx.checker.check_model(model, full_check=True)
+    assert {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)} == {16}
+    with pytest.raises(ExportError, match="opset"):
+        export_component(component, tmp_path, opset=20)
+
+
+@pytest.mark.parametrize(
+    "fixed, named", [({"rows": 2}, "rows"), ({"height": 1}, "height"), ({"width": True}, "width")],
+    ids=["a dimension it lacks", "too small", "no number"],
+)  # fmt: skip
+def test_sizes_that_cannot_be_fixed_are_named(fixed, named):
+    with pytest.raises(InvalidRequest, match=named):
+        vae_decoder(small_tiny_vae(), torch.float32).trace(fixed)
+
+
+def test_models_of_another_kind_are_refused():
+    with pytest.raises(ExportError, match="Linear"):
+        text_encoder(torch.nn.Linear(2, 2), torch.float32)
+
+
+def test_without_onnx_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingDependency, match=r"stylefast\[export\]"):
+        export_component(vae_decoder(small_tiny_vae(), torch.float32), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_float16_model_decodes_in_float32_where_its_vae_overflows():
+    stock, fixed = small_vae(), small_vae()
+    fixed.register_to_config(force_upcast=False)
+    assert decoder_dtype(stock, torch.float16) == torch.float32
+    assert decoder_dtype(fixed, torch.float16) == torch.float16
+    assert decoder_dtype(small_tiny_vae(), torch.float16) == torch.float16
+    assert decoder_dtype(stock, torch.bfloat16) == torch.bfloat16
+
+
+def test_digests_tell_weights_names_and_types_apart():
+    state = {"a": torch.ones(2, 3), "b": torch.zeros(2)}
+    others = [
+        {"a": torch.ones(3, 2), "b": torch.zeros(2)}, {"a": torch.ones(2, 3).half(), "b": torch.zeros(2)},
+        {"a": torch.ones(2, 3), "c": torch.zeros(2)}, {"a": torch.ones(2, 3), "b": torch.tensor([0, 1e-9])},
+    ]  # fmt: skip
+    assert weights_digest(dict(reversed(state.items()))) == weights_digest(state)
+    assert len({weights_digest(other) for other in [state, *others]}) == 5
+    vae = small_vae()
+    before = decoder_digest(vae)
+    with torch.no_grad():
+        vae.encoder.conv_in.bias.add_(1)
+    assert decoder_digest(vae) == before
+    with torch.no_grad():
+        vae.post_quant_conv.bias.add_(1)
+    assert decoder_digest(vae) != before

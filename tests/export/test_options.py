@@ -1,0 +1,138 @@
+"""What an export is asked for, checked at the door; what it is made from; what it will take."""
+
+import re
+
+import pytest
+import torch
+
+from stylefast.errors import InvalidRequest, ModelError
+from stylefast.export.memory import estimate_export
+from stylefast.export.options import NATIVE, Options, load_source
+from tests.small_sdxl import sdxl_unet_config, small_unet_config
+
+
+def test_defaults_depend_on_the_kind():
+    assert Options("onnx").flavours == ("live", "banked", "plain") and Options("onnx").components == ("all",)
+    engines = Options("tensorrt", targets=["sm89", "sm120"])
+    assert engines.flavours == ("live", "banked") and engines.components == ("unet",)
+    shapes = Options("aoti", targets=("cpu",), references=3, segments=0).shapes
+    assert [(shape.flavour, shape.references, shape.segments) for shape in shapes] == [
+        ("live", 3, 0), ("banked", 3, 0), ("plain", 0, 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"kind": "wasm"}, "kind is 'wasm'; there are onnx, tensorrt, aoti, triton-repo"),
+        ({"kind": "onnx", "dtype": "int8"}, "dtype is 'int8'; there are float32, float16, bfloat16"),
+        ({"kind": "onnx", "flavours": ("live", "dead")}, "flavours is 'dead'; there are plain, live, banked"),
+        ({"kind": "onnx", "flavours": ("live", "live")}, "flavours has 'live' twice"),
+        ({"kind": "onnx", "components": ("lung",)}, "components is 'lung'; there are unet, vae_decoder"),
+        ({"kind": "onnx", "components": ("all", "unet")}, "give all, or names of single ones"),
+        ({"kind": "onnx", "references": 0}, "references is 0; it must be a whole number from 1 to 16"),
+        ({"kind": "onnx", "segments": 17}, "segments is 17"),
+        ({"kind": "onnx", "opset": 19}, "opset is 19; the graphs can be written in opsets 20 to 23"),
+        ({"kind": "onnx", "opset": True}, "opset is True"),
+        ({"kind": "onnx", "size": (1024, 1023)}, "height is 1023; it must be divisible by 8"),
+        ({"kind": "onnx", "size": "big"}, "size is 'big'"),
+        ({"kind": "onnx", "targets": ("sm89",)}, "exports of kind onnx have no target"),
+        ({"kind": "onnx", "refit": True}, "refit belongs to exports of kind tensorrt, not onnx"),
+        ({"kind": "onnx", "onnx": "folder"}, "onnx belongs to exports of kind tensorrt and triton-repo"),
+        ({"kind": "onnx", "runner": "onnxruntime"}, "runner onnxruntime belongs to exports of kind triton-repo"),
+        ({"kind": "aoti", "targets": ("cpu",), "attention": "plugin"}, "attention plugin belongs to"),
+        ({"kind": "aoti", "targets": ("cpu",), "profiles": ("rows=1",)}, "profiles belongs to"),
+        ({"kind": "aoti"}, "target is missing; AOTInductor compiles for one of cpu, cuda"),
+        ({"kind": "aoti", "targets": ("cpu", "cuda")}, "target is cpu, cuda"),
+        ({"kind": "tensorrt"}, "say which, e.g. --target sm89"),
+        ({"kind": "tensorrt", "targets": ("rtx",)}, "there is no target 'rtx'; there are sm75"),
+        ({"kind": "tensorrt", "targets": ("sm89", "sm89")}, "sm89"),
+        ({"kind": "tensorrt", "targets": ("sm89",), "profiles": ("rows=3:2:1",)}, "3:2:1"),
+        ({"kind": "tensorrt", "targets": ("sm89",), "attention": "flash"}, "attention is 'flash'"),
+        ({"kind": "tensorrt", "targets": ("sm89",), "onnx": "x", "size": NATIVE}, "are those of the graphs in onnx"),
+        ({"kind": "tensorrt", "targets": ("sm89",), "onnx": "x", "attention": "plugin"}, "needs graphs of its own"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_are_refused(given, message):
+    with pytest.raises(InvalidRequest, match=re.escape(message)):
+        Options(**given)
+
+
+def test_what_decides_the_files_is_in_the_json_and_overwriting_is_not():
+    options = Options("tensorrt", targets=("sm89",))
+    assert options.to_json() == Options("tensorrt", targets=("sm89",), overwrite=True).to_json()
+    for change in ({"targets": ("sm86",)}, {"refit": True}, {"segments": 1}, {"profiles": ("rows=1:2:4",)}):
+        assert Options(**{"kind": "tensorrt", "targets": ("sm89",)} | change).to_json() != options.to_json()
+
+
+@pytest.fixture(scope="module")
+def source():
+    return load_source("tiny", "float16", version="0.1.0")
+
+
+def test_a_source_is_what_the_engine_loads(source):
+    from stylefast.engine import Engine
+
+    engine = Engine.from_pretrained("tiny", dtype="float16", device="cpu")
+    assert source.fingerprint == engine.fingerprint and source.name == engine.name
+    assert source.native_size == engine.native_size and set(source.adapters) == set(engine.adapters)
+    assert source.unet.dtype is torch.float16 and source.unet.layout == engine.unet.layout
+
+
+def test_a_source_is_told_from_one_in_another_type(source):
+    other = load_source("tiny", "float32", version="0.1.0")
+    assert other.identity() != source.identity()
+    assert load_source("tiny", "float16", version="0.1.0").identity() == source.identity()
+    assert other.other_bytes > 1.2 * source.other_bytes  # the VAE keeps its own type
+
+
+def test_sizes_are_in_pixels_outside_and_in_latents_inside(source):
+    width, height = source.native_size
+    side = source.unet.config["sample_size"]
+    assert source.fixed(Options("onnx")) == {}
+    assert source.fixed(Options("onnx", size=NATIVE)) == {"height": side, "width": side}
+    scale = width // side
+    assert source.fixed(Options("onnx", size=(2 * width, height))) == {
+        "height": height // scale, "width": 2 * width // scale,
+    }  # fmt: skip
+
+
+def test_components_that_need_an_adapter_are_left_out_without_one(source):
+    from dataclasses import replace
+
+    assert "image_projector" in source.components(Options("onnx"))
+    bare = replace(source, adapters={})
+    assert "image_projector" not in bare.components(Options("onnx")) and "unet" in bare.components(Options("onnx"))
+    with pytest.raises(ModelError, match="has no image_encoder; give an IP-Adapter"):
+        bare.components(Options("onnx", components=("image_encoder",)))
+
+
+def test_the_estimate_of_full_size_is_what_was_measured():
+    config = sdxl_unet_config()
+    graph = estimate_export(config, torch.float16, ["live"], "onnx")
+    engine = estimate_export(config, torch.float16, ["live"], "tensorrt", from_onnx=True)
+    assert graph.memory == pytest.approx(5.7e9, rel=0.05) and graph.disk == pytest.approx(5.2e9, rel=0.05)
+    assert engine.memory == pytest.approx(17.3e9, rel=0.05) and engine.disk == pytest.approx(5.18e9, rel=0.05)
+    assert graph.weights == 2 * 2_567_463_684
+
+
+def test_the_estimate_grows_with_type_flavours_and_what_else_is_written():
+    config = small_unet_config()
+    half = estimate_export(config, torch.float16, ["live"], "onnx")
+    full = estimate_export(config, torch.float32, ["live"], "onnx")
+    three = estimate_export(config, torch.float16, ["live", "plain", "banked"], "onnx")
+    more = estimate_export(config, torch.float16, ["live"], "onnx", other_weights=10**6)
+    assert full.weights == 2 * half.weights and three.memory == half.memory
+    assert three.disk == pytest.approx(3 * half.disk, abs=2)
+    assert more.disk - half.disk == 1_020_000 and more.memory - half.memory == 10**6
+    through = estimate_export(config, torch.float16, ["live"], "tensorrt")
+    assert through.disk > estimate_export(config, torch.float16, ["live"], "tensorrt", from_onnx=True).disk
+    with pytest.raises(InvalidRequest, match="kind is 'wasm'"):
+        estimate_export(config, torch.float16, ["live"], "wasm")
+
+
+def test_a_warning_names_what_is_missing_only_where_it_is():
+    estimate = estimate_export(sdxl_unet_config(), torch.float16, ["live"], "tensorrt")
+    assert estimate.warning(None) is None and estimate.warning(13 * 10**9) is None
+    assert "12.2 GB more memory than is in use now, and 2 GB are free" in estimate.warning(2 * 10**9)

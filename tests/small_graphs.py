@@ -1,0 +1,84 @@
+"""A micro SDXL pipeline and its UNet as ONNX graphs: every kind of layer, few of each, exported in seconds."""
+
+import json
+from pathlib import Path
+
+import torch
+
+import stylefast
+from stylefast.export.manifest import MANIFEST, Manifest, file_entry
+from stylefast.export.onnx_graphs import export_unet
+from stylefast.export.unet_graph import OUTPUT, GraphShape, UNetGraph
+from tests.engine.scene import EMBED_DIM
+from tests.oracle.small import sharpen
+from tests.small_adapter import small_vision_model
+from tests.small_sdxl import small_pipeline, small_unet_config
+
+SHAPES = (GraphShape("plain", segments=2), GraphShape("live", 1, 2), GraphShape("banked", 2, 3))
+
+
+def micro_config() -> dict:
+    """SDXL's architecture with two levels, both attending, and one resnet to a block: 7 attention layers."""
+    return small_unet_config(
+        widths=(32, 64), head_width=16, depth=(1, 1), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def micro_pipeline(seed: int = 3):
+    """A random pipeline around a micro UNet, with an image encoder."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPImageProcessor
+
+    pipe = small_pipeline(seed)
+    torch.manual_seed(seed)
+    pipe.unet = UNet2DConditionModel(**micro_config()).eval()
+    sharpen(pipe.unet.requires_grad_(False), seed)
+    pipe.register_modules(
+        image_encoder=small_vision_model(seed, projection_dim=EMBED_DIM),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )
+    return pipe
+
+
+def export_folder(unet, folder: Path, shapes=SHAPES, fixed=None, fingerprint: str = "", **changes) -> Manifest:
+    """Write an export folder with the UNet's graphs; `changes` go to its manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    graphs, weights = [], None
+    for shape in shapes:
+        entry, weights = export_unet(unet, shape, folder, weights=weights, fixed=fixed)
+        graphs.append(entry)
+    names = dict.fromkeys(name for entry in graphs for name in entry.files)
+    fields = {
+        "kind": "onnx", "stylefast": stylefast.__version__, "model": "micro", "fingerprint": fingerprint,
+        "dtype": str(unet.dtype).removeprefix("torch."), "target": "any", "toolchain": {}, "graphs": tuple(graphs),
+        "files": tuple(file_entry(folder, name) for name in names),
+    }  # fmt: skip
+    manifest = Manifest(**fields | changes)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Put a manifest into an export folder."""
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json()))
+
+
+class TorchSession:
+    """A graph that PyTorch runs as it is written, in place of an exported one; keeps what it was given."""
+
+    nbytes = 1000
+
+    def __init__(self, unet, shape: GraphShape):
+        self.graph = UNetGraph(unet, shape).eval()
+        self.calls: list[dict[str, torch.Tensor]] = []
+        self.closed = False
+
+    def run(self, inputs, outputs):
+        assert list(inputs) == self.graph.names and all(x.is_contiguous() for x in inputs.values())
+        self.calls.append(dict(inputs))
+        outputs[OUTPUT].copy_(self.graph(*inputs.values()))
+        return outputs
+
+    def close(self):
+        self.closed = True
