@@ -31,6 +31,9 @@ $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) setuptools wheel
 	STYLEFAST_EXTENSION=0 $(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) --no-build-isolation -e '.[dev]'
+	# of this package the tests use the server alone, and it asks for an old numpy
+	test "`uname -sm`" != "Linux x86_64" || \
+	  $(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) --no-deps nvidia-pytriton
 	touch $@
 
 $(EXTENSION): $(INSTALLED) $(wildcard csrc/*)

@@ -5,11 +5,13 @@ from importlib import import_module
 
 BENCHMARKS = {
     "banks": "benchmarks.banks",
+    "export_sdxl": "benchmarks.export_sdxl",
     "gpu": "benchmarks.gpu",
     "kernels": "benchmarks.kernels.command",
     "runtime": "benchmarks.runtime.command",
     "startup": "benchmarks.startup",
     "tiny_quality": "benchmarks.tiny_quality",
+    "warm_start": "benchmarks.warm_start",
 }
 
 

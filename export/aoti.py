@@ -19,7 +19,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +51,11 @@ from stylefast.models.unet import UNet
 
 SUFFIX = ".pt2"
 _KEY, _FORMAT = "stylefast", 1
+_FACTS = {
+    "shape", "fixed", "inputs", "outputs", "sizes", "target", "toolchain", "machine", "instructions", "operations",
+    "weights", "parameters",
+}  # fmt: skip
+_SHAPE = {field.name for field in fields(GraphShape)}
 _MODEL = "model"  # the name PyTorch gives a package's only model
 _WEIGHT = "unet."  # in front of a parameter's name in the graph
 # of what PyTorch knows of a CPU, what no compiler uses of its own accord
@@ -162,7 +167,7 @@ def package_facts(path: str | Path) -> dict[str, Any]:
         raise ExportError(f"{path} is truncated, damaged or no package ({error}); export the model again") from error
     if not isinstance(facts, dict):
         raise ExportError(f"{path} is a package that stylefast has not written; run `stylefast export aoti`")
-    if facts.get("format") != _FORMAT:
+    if facts.get("format") != _FORMAT or not facts.keys() >= _FACTS or facts["shape"].keys() != _SHAPE:
         raise EngineMismatch(f"{path} was written by another version of stylefast; export the model again")
     return facts
 

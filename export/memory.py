@@ -13,10 +13,12 @@ from stylefast.models.unet import UNet
 
 # what a process takes beside weights: Python, PyTorch, the traced graph
 _BASE = 600_000_000
-# bytes of memory at the peak per byte of the UNet's weights; see `estimate_export`
-_MEMORY = {"onnx": 1.0, "triton-repo": 1.0, "tensorrt": 3.25, "aoti": 3.0}
+# bytes that TensorRT's builder, a process of its own, takes per byte of the UNet's weights; see `estimate_export`
+_BUILDER = 3.25
 # files hold the weights and little more
 _DISK = 1.02
+# of a UNet's graph or engine beside its weights
+_GRAPH = 40_000_000
 
 
 @dataclass(frozen=True)
@@ -49,27 +51,34 @@ def estimate_export(
 ) -> Estimate:
     """Memory and disk that an export of a UNet in these flavours takes, one flavour after the other.
 
-    The UNet's parameters are counted without loading them. Memory rests on measurements of the peak of a whole
-    process, taken as a base plus so many bytes per byte of weights:
+    The UNet's parameters are counted without loading them. Memory is a base for each process, and so many bytes per
+    byte of weights, which rests on peaks that were measured:
 
-        onnx      SDXL in float16 (2.57e9 parameters, 5.13 GB): 5.7 GB
-        tensorrt  the same, TensorRT-RTX 1.7 for one chip: 17.3 GB, and an engine of 5.18 GB
-        aoti      stacks of linear layers of 75 MB and 453 MB in float32 on a CPU: 0.68 and 1.82 GB. No UNet of full
-                  size was measured, and the C++ compiler, a process of its own, is not counted.
+        onnx      SDXL in float16 (2.57e9 parameters, 5.13 GB): 5.7 GB; flavours share one file of weights
+        tensorrt  graphs as above; then, beside the weights, the builder: 17.3 GB for the same UNet (TensorRT-RTX 1.7,
+                  one chip), and an engine of 5.18 GB
+        aoti      UNets of 4 MB and 1 GB of weights in float32 on a CPU: 0.53 and 1.53 GB, packages of 3.5 MB without
+                  weights. The C++ compiler, a process of its own, is not counted.
 
     other_weights: bytes of text encoders, VAE and adapters, held beside and written once where they are exported too
-    (kinds onnx and triton-repo). from_onnx: the ONNX files that TensorRT reads are there. Raises InvalidRequest.
+    (kinds onnx and triton-repo). from_onnx: the ONNX files to build from are there. Raises InvalidRequest.
     """
     if kind not in KINDS:
         raise InvalidRequest(f"kind is {kind!r}; there are {', '.join(KINDS)}")
     unet = _parameters(_frozen(unet_config)) * dtype.itemsize
-    written = unet * len(flavours)
-    if kind in ("onnx", "triton-repo"):
-        written += other_weights
-    if kind == "tensorrt" and not from_onnx:
-        written += unet  # the ONNX file of one flavour, until its engine is built
-    memory = _BASE + round(_MEMORY[kind] * unet) + other_weights
-    return Estimate(memory, round(_DISK * written), unet + other_weights)
+    memory = _BASE + unet + other_weights
+    count = len(flavours)
+    shared = (unet if count else 0) + other_weights  # graphs in a folder of their own
+    if kind == "onnx":
+        written = shared
+    elif kind == "triton-repo":
+        written = shared if from_onnx else 2 * shared  # the graphs are copied
+    elif kind == "tensorrt":
+        written = unet * count if from_onnx else unet * (count + 1)  # and one flavour's graph at a time
+        memory += _BASE + round(_BUILDER * unet)
+    else:
+        written = 0
+    return Estimate(memory, round(_DISK * written) + _GRAPH * count, unet + other_weights)
 
 
 def _frozen(value: Any) -> Any:

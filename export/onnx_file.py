@@ -1,7 +1,7 @@
 """ONNX models on disk: weights in a file beside the graph, which several graphs of one model share.
 
-A protobuf can't exceed 2 GB, and the three flavours of a UNet hold the same weights. So `write_weights` writes them once,
-tensor by tensor, and `save_model` writes graphs that refer to that file.
+A protobuf can't exceed 2 GB, and the three flavours of a UNet hold the same weights. So `write_weights` writes them
+once, tensor by tensor, and `save_model` writes graphs that refer to that file.
 """
 
 import re

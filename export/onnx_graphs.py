@@ -35,9 +35,9 @@ def export_unet(
     """Write `unet-<flavour>.onnx` to a folder. Returns its entry for the manifest, and the file of weights.
 
     weights: those that another flavour wrote to the same folder; None: written to `unet.weights`. opset: of ONNX's
-    operators; None: the oldest that takes the UNet's type. fixed: dimensions that get one size. metadata: goes into the
-    file. state: the parameters by name, where the UNet lies on the meta device; they are read one by one. operations: how
-    style attention is written.
+    operators; None: the oldest that takes the UNet's type. fixed: dimensions that get one size. metadata: goes into
+    the file. state: the parameters by name, where the UNet lies on the meta device; they are read one by one.
+    operations: how style attention is written.
 
     Raises MissingDependency without onnx, ExportError, and OSError as the disk does.
     """

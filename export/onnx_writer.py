@@ -7,13 +7,12 @@ parameters they hold, so that an engine can be refitted by name, and nodes like 
 Matrices of linear layers are stored transposed, [in, out], as ONNX's MatMul wants them.
 """
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from stylefast.errors import ExportError
+from stylefast.errors import ExportError, InvalidRequest
 from stylefast.export.onnx_operations import OnnxOperations
 
 LATEST_OPSET = 23
@@ -26,13 +25,13 @@ _ONNX_TYPES = {
 
 
 def check_opset(opset: int | None, dtype: torch.dtype) -> int:
-    """The version of ONNX's operators to write; None: the oldest that will do. Raises ExportError."""
+    """The version of ONNX's operators to write; None: the oldest that will do. Raises InvalidRequest."""
     least = _OPSETS[dtype]
     if opset is None:
         return least
     if isinstance(opset, bool) or not isinstance(opset, int) or not least <= opset <= LATEST_OPSET:
         kind = str(dtype).removeprefix("torch.")
-        raise ExportError(f"opset is {opset!r}; for {kind} it must be from {least} to {LATEST_OPSET}")
+        raise InvalidRequest(f"opset is {opset!r}; graphs in {kind} are written in opsets {least} to {LATEST_OPSET}")
     return opset
 
 

@@ -11,6 +11,7 @@ import torch
 
 from stylefast.errors import InvalidRequest, MissingDependency, ModelError
 from stylefast.export.manifest import COMPONENTS, KINDS
+from stylefast.export.onnx_writer import check_opset
 from stylefast.export.tensorrt_api import check_buildable, load_package, package_of
 from stylefast.export.tensorrt_profiles import Profile
 from stylefast.export.unet_graph import FLAVOURS, GraphShape
@@ -28,8 +29,6 @@ ATTENTION = ("standard", "plugin")
 RUNNERS = ("python", "onnxruntime")
 NATIVE = "native"
 ALL = "all"
-OPSETS = (20, 23)
-DEFAULT_OPSET = 20
 DEFAULT_FLAVOURS = {
     "onnx": ("live", "banked", "plain"),
     "tensorrt": ("live", "banked"),
@@ -49,7 +48,8 @@ class Options:
 
     kind: "onnx", "tensorrt", "aoti" or "triton-repo". dtype: of weights and activations. flavours, references,
     segments: see `GraphShape`. targets: for TensorRT chips such as "sm89"; for AOTInductor "cpu" or "cuda"; else none.
-    profiles: TensorRT's ranges of sizes, as text that its builder reads. size: None for any size, NATIVE for the
+    profiles: TensorRT's ranges of sizes, as text that its builder reads. opset: of
+    ONNX; None: the oldest that takes the type. size: None for any size, NATIVE for the
     model's own, or (width, height) in pixels. components: names of COMPONENTS, or ("all",) for those that the model
     has. refit: TensorRT engines whose weights can be replaced. attention: "plugin" for our own kernel in TensorRT.
     onnx: an export of kind "onnx" to build from. runner: what runs the graphs of a Triton repository.
@@ -63,7 +63,7 @@ class Options:
     references: int = 1
     segments: int = 2
     size: str | tuple[int, int] | None = None
-    opset: int = DEFAULT_OPSET
+    opset: int | None = None
     components: tuple[str, ...] = ()
     refit: bool = False
     attention: str = "standard"
@@ -88,12 +88,15 @@ class Options:
                 _one_of(name, one, known)
         if ALL in self.components and len(self.components) > 1:
             raise InvalidRequest(f"components are {', '.join(self.components)}; give {ALL}, or names of single ones")
+        if self.kind in ("tensorrt", "aoti") and self.components != ("unet",):
+            raise InvalidRequest(
+                f"components are {', '.join(self.components)}; exports of kind {self.kind} hold the unet alone, the "
+                "engine runs the other parts itself"
+            )
         _ = self.shapes  # raises for counts out of range
         self._check_targets()
         self._check_size()
-        low, high = OPSETS
-        if isinstance(self.opset, bool) or not isinstance(self.opset, int) or not low <= self.opset <= high:
-            raise InvalidRequest(f"opset is {self.opset!r}; the graphs can be written in opsets {low} to {high}")
+        check_opset(self.opset, self.torch_dtype)
         self._check_belongs()
 
     @property
@@ -117,7 +120,7 @@ class Options:
                 raise InvalidRequest("TensorRT builds for a chip; say which, e.g. --target sm89 (RTX 40) or sm89,sm120")
             package_of(self.targets)
             for text in self.profiles:
-                Profile.parse(text)
+                Profile.parse(text, scale=2)  # how many pixels a latent has is the model's to say
         elif self.kind == "aoti":
             if len(self.targets) != 1 or self.targets[0] not in _AOTI_TARGETS:
                 shown = ", ".join(map(str, self.targets)) or "missing"
@@ -146,7 +149,7 @@ class Options:
         for name, (given, kinds) in owners.items():
             if given and self.kind not in kinds:
                 raise InvalidRequest(f"{name} belongs to exports of kind {' and '.join(kinds)}, not {self.kind}")
-        if self.onnx is not None and (self.size is not None or self.opset != DEFAULT_OPSET):
+        if self.onnx is not None and (self.size is not None or self.opset is not None):
             raise InvalidRequest("size and opset are those of the graphs in onnx; drop them, or drop onnx")
         if self.kind == "tensorrt" and self.attention == "plugin" and self.onnx is not None:
             raise InvalidRequest("attention plugin needs graphs of its own; drop onnx, whose graphs have standard ones")

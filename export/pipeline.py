@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,16 @@ from stylefast.export.onnx_graphs import WEIGHTS, described, export_unet
 from stylefast.export.onnx_operations import OnnxOperations
 from stylefast.export.onnx_writer import check_opset
 from stylefast.export.options import Options, Progress, Source
-from stylefast.export.unet_graph import GraphShape, graph_inputs, graph_output
+from stylefast.export.tensorrt_build import build_engine
+from stylefast.export.tensorrt_profiles import Profile
+from stylefast.export.unet_graph import GraphShape, graph_inputs
+from stylefast.models import vae as vaes
+from stylefast.models.unet import UNet
 
 logger = logging.getLogger(__name__)
 
 TIMING_CACHE = "timing.cache"
+_SCRATCH = "graphs"  # of a TensorRT export: what the engines are built from
 # how long one process waits for another that makes the same export
 _PATIENCE = 3600
 
@@ -65,43 +71,51 @@ def export_onnx(source: Source, folder: Path, options: Options, progress: Progre
     return made
 
 
-def export_tensorrt(source: Source, folder: Path, options: Options, progress: Progress | None = None) -> Manifest:
+def export_tensorrt(
+    source: Source, folder: Path, options: Options, progress: Progress | None = None, keep_source: bool = True
+) -> Manifest:
     """TensorRT engines of the UNet's flavours, each for all targets of `options` and with all profiles.
 
-    Graphs are those of `options.onnx`, or made on the way. Raises what `export_onnx` and `build_engine` raise.
+    Graphs are those of `options.onnx`, or made on the way. keep_source: False drops the UNet's weights when the graphs
+    are written: the builder alone needs more than three times their memory. Raises what `export_onnx` and
+    `build_engine` raise.
     """
     from stylefast.export.tensorrt_api import check_buildable, load_package, package_of
 
     progress = progress or Progress()
-    if source.components(options) != ("unet",):
-        raise InvalidRequest("TensorRT engines are built of the UNet; export the other parts with `export onnx`")
     package = package_of(options.targets)
     trt = load_package(package)
     check_buildable(package, options.targets, options.refit)
-    operations = _operations(options, trt)
+    operations, profiles = _operations(options, trt), _profiles(source, options)
     given = None if options.onnx is None else _given_graphs(options, source)
     toolchain = {package: trt.__version__} | _versions("onnx")
     with _publishing(source, folder, options, progress) as out:
-        old = out.target / TIMING_CACHE
+        old, total = out.target / TIMING_CACHE, len(options.flavours)
         if old.is_file() and not (out.path / TIMING_CACHE).exists():
             shutil.copyfile(old, out.path / TIMING_CACHE)  # rebuilding is quicker with what was timed before
-        graphs, profiles = [], {}
-        for number, shape in enumerate(options.shapes):
-            label = f"unet-{shape.flavour}"
-            progress.graph(label, number, len(options.shapes))
+        missing = [shape for shape in _shapes(source, options) if out.finished(f"unet-{shape.flavour}") is None]
+        if given is None:
+            graphs = _scratch_graphs(source, out.path / _SCRATCH, missing, options, progress, operations)
+        else:
+            graphs = {flavour: (options.onnx, given.graph("unet", flavour)) for flavour in options.flavours}
+        if not keep_source:
+            source.unet.to("meta")
+        made = []
+        for number, flavour in enumerate(options.flavours):
+            progress.graph(f"unet-{flavour}", number, total)
 
-            def build(shape=shape) -> GraphEntry:
-                return _engine(source, out.path, options, progress, shape, operations, given)
+            def build(flavour=flavour) -> GraphEntry:
+                return _engine(source.unet, out.path, *graphs[flavour], options, profiles, progress)
 
-            entry = _once(out, label, build)
-            profiles[label] = entry.extra["profiles"]
-            graphs.append(entry)
-        progress.graph("", len(graphs), len(graphs))
+            made.append(_once(out, f"unet-{flavour}", build))
+        progress.graph("", total, total)
+        shutil.rmtree(out.path / _SCRATCH, ignore_errors=True)
         if (out.path / TIMING_CACHE).exists():
             out.record(TIMING_CACHE, [TIMING_CACHE])
-        made = _manifest(source, options, out, graphs, ",".join(options.targets), toolchain, profiles)
-        out.complete(made)
-    return made
+        ranges = {entry.label: entry.extra["profiles"] for entry in made}
+        manifest = _manifest(source, options, out, made, ",".join(options.targets), toolchain, ranges)
+        out.complete(manifest)
+    return manifest
 
 
 def export_aoti(source: Source, folder: Path, options: Options, progress: Progress | None = None) -> Manifest:
@@ -113,12 +127,10 @@ def export_aoti(source: Source, folder: Path, options: Options, progress: Progre
     from stylefast.export.aoti import SUFFIX, export_aoti, target_of
 
     progress = progress or Progress()
-    if source.components(options) != ("unet",):
-        raise InvalidRequest("AOTInductor packages are made of the UNet; export the other parts with `export onnx`")
     device, fixed = options.targets[0], source.fixed(options)
     with _publishing(source, folder, options, progress) as out:
         graphs = []
-        for number, shape in enumerate(options.shapes):
+        for number, shape in enumerate(_shapes(source, options)):
             label = f"unet-{shape.flavour}"
             progress.graph(label, number, len(options.shapes))
 
@@ -152,8 +164,6 @@ def export_triton_repo(source: Source, folder: Path, options: Options, progress:
                     "segments": options.segments, "size": options.size, "opset": options.opset,
                     "components": options.components}  # fmt: skip
         export_onnx(source, beside, Options(kind="onnx", overwrite=True, **settings), progress)
-    from stylefast.models import vae as vaes
-
     try:
         return write_repository(
             graphs, folder, unet=source.unet, model=source.name, serving=Serving(runner=options.runner),
@@ -205,6 +215,10 @@ def _publishing(source: Source, folder: Path, options: Options, progress: Progre
     return publishing(folder, options.overwrite, arguments=arguments, needed=estimate.disk, say=progress.say)
 
 
+def _shapes(source: Source, options: Options) -> list[GraphShape]:
+    return [replace(shape, text_tokens=source.text_encoder.max_tokens) for shape in options.shapes]
+
+
 def _once(out: UnfinishedExport, name: str, make: Callable[[], GraphEntry]) -> GraphEntry:
     """A graph's entry: of an earlier run that was stopped, or made now."""
     found = out.finished(name)
@@ -217,7 +231,7 @@ def _once(out: UnfinishedExport, name: str, make: Callable[[], GraphEntry]) -> G
 
 def _unet_graphs(source, out: UnfinishedExport, options, progress, fixed, operations=OnnxOperations) -> list:
     graphs, total = [], len(source.components(options)) + len(options.shapes) - 1
-    for number, shape in enumerate(options.shapes):
+    for number, shape in enumerate(_shapes(source, options)):
         label = f"unet-{shape.flavour}"
         progress.graph(label, number, total)
 
@@ -257,7 +271,7 @@ def make_component(source: Source, name: str, dtype: torch.dtype) -> Component:
     if name == "vae_decoder":
         return image_graphs.vae_decoder(source.vae, image_graphs.decoder_dtype(source.vae, dtype))
     if name == "text_projector":
-        return text_graphs.text_projector(source.unet, dtype)
+        return text_graphs.text_projector(source.unet, dtype, source.text_encoder.max_tokens)
     return text_graphs.text_encoder(source.text_encoder.encoders[("text_encoder", "text_encoder_2").index(name)], dtype)
 
 
@@ -267,7 +281,9 @@ def _operations(options: Options, trt) -> type[OnnxOperations]:
         return OnnxOperations
     from stylefast.export.tensorrt_plugin import PluginOperations, register_plugin
 
-    register_plugin(trt, options.targets[0])
+    if len(options.targets) > 1:
+        raise InvalidRequest("the attention plugin carries code for one chip; export for each target by itself")
+    register_plugin(trt, options.targets[0])  # what is missing is said now; the builder's process does it again
     return PluginOperations
 
 
@@ -282,50 +298,44 @@ def _given_graphs(options: Options, source: Source) -> Manifest:
     return manifest
 
 
-def _engine(source, folder: Path, options, progress, shape: GraphShape, operations, given) -> GraphEntry:
-    """Build one flavour's engine."""
-    from stylefast.export.tensorrt_build import build_engine
-    from stylefast.export.tensorrt_profiles import Profile
+def _scratch_graphs(source, folder: Path, shapes, options, progress, operations) -> dict[str, tuple[Path, GraphEntry]]:
+    """Graphs that a builder reads and that are removed again: flavour -> folder and entry."""
+    folder.mkdir(exist_ok=True)
+    graphs, weights = {}, None
+    for number, shape in enumerate(shapes):
+        progress.graph(f"graph of unet-{shape.flavour}", number, len(shapes))
+        entry, weights = export_unet(
+            source.unet, shape, folder, weights=weights, opset=options.opset, fixed=source.fixed(options),
+            metadata=_metadata(source), phase=progress.phase, operations=operations,
+        )  # fmt: skip
+        graphs[shape.flavour] = (folder, entry)
+    return graphs
 
-    unet = source.unet
-    scratch = folder / "graphs"
-    if given is None:
-        scratch.mkdir(exist_ok=True)
-        graph, _ = export_unet(
-            unet, shape, scratch, opset=options.opset, fixed=source.fixed(options), metadata=_metadata(source),
-            phase=progress.phase, operations=operations,
-        )  # fmt: skip
-        path = scratch / graph.file
-    else:
-        graph = given.graph("unet", shape.flavour)
-        shape, path = GraphShape.from_dict(graph.shape), options.onnx / graph.file
+
+def _engine(unet: UNet, folder: Path, graphs: Path, graph: GraphEntry, options, profiles, progress) -> GraphEntry:
+    """Build one flavour's engine."""
+    shape = GraphShape.from_dict(graph.shape)
     inputs = graph_inputs(unet, shape)
-    profiles = _profiles(source, options, Profile, graph.fixed)
-    try:
-        name = f"unet-{shape.flavour}.{'-'.join(options.targets)}.engine"
-        report = build_engine(
-            path, folder / name, options.targets, [p.shapes(inputs, unet.attention_sizes) for p in profiles],
-            refittable=options.refit, timing_cache=folder / TIMING_CACHE, progress=progress.phase,
-        )  # fmt: skip
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    name = f"{graph.label}.{'-'.join(options.targets)}.engine"
+    report = build_engine(
+        graphs / graph.file, folder / name, options.targets, [p.shapes(inputs, unet.attention_sizes) for p in profiles],
+        refittable=options.refit, timing_cache=folder / TIMING_CACHE, progress=progress.phase,
+        plugins=options.attention == "plugin",
+    )  # fmt: skip
     extra = {"profiles": [p.to_dict() for p in profiles], "attention": options.attention, "build": report.to_dict()}
     return GraphEntry(
-        "unet", name, (name,), shape.to_dict(), described(inputs), described([graph_output(unet)]), graph.fixed,
-        graph.opset, extra,
+        "unet", name, (name,), graph.shape, graph.inputs, graph.outputs, graph.fixed, graph.opset, extra
     )  # fmt: skip
 
 
-def _profiles(source: Source, options: Options, kind, fixed: Mapping[str, int]) -> list:
-    """Those that were asked for; else one at the model's own size. Fixed sizes must be theirs."""
+def _profiles(source: Source, options: Options) -> list[Profile]:
+    """Those that were asked for; else one at the fixed size, or the model's own."""
+    scale, fixed = vaes.downscale(source.vae), source.fixed(options)
     if options.profiles:
-        return [kind.parse(text) for text in options.profiles]
-    from stylefast.models import vae as vaes
-
-    scale = vaes.downscale(source.vae)
+        return [Profile.parse(text, scale) for text in options.profiles]
     width, height = (side // scale for side in source.native_size)
-    size = {"width": width, "height": height} | dict(fixed)
-    return [kind.parse(",".join(f"{name}={value}" for name, value in size.items()))]
+    size = {"width": width, "height": height} | fixed
+    return [Profile.parse(",".join(f"{name}={value}" for name, value in size.items()))]
 
 
 def _metadata(source: Source) -> dict[str, str]:

@@ -57,19 +57,14 @@ class OrtSession:
         providers: Sequence | None = None,
     ):  # fmt: skip
         self.path, self.device = Path(path).expanduser(), torch.device(device)
-        runtime = _onnxruntime()
+        runtime = require_onnxruntime(self.device if providers is None else "cpu")
         if not self.path.is_file():
             raise ExportError(f"there is no graph at {self.path}; run `stylefast export onnx`, or check the path")
         self._stream = None
         if self.device.type == "cuda":
-            if providers is None and _CUDA not in runtime.get_available_providers():
-                raise MissingDependency(
-                    "this onnxruntime has no CUDA provider; `pip install onnxruntime-gpu` in place of onnxruntime, or "
-                    "load the model with device='cpu'"
-                )
+            if self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
             self._stream = torch.cuda.Stream(self.device)
-        elif self.device.type != "cpu":
-            raise InvalidRequest(f"device is {str(device)!r}; ONNX graphs run on 'cpu' and 'cuda:<number>'")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
         # errors come as exceptions; what is left are remarks on where shapes are computed
@@ -199,7 +194,11 @@ class OrtSession:
         return x
 
 
-def _onnxruntime() -> Any:
+def require_onnxruntime(device: str | torch.device = "cpu") -> Any:
+    """The module `onnxruntime`. Raises MissingDependency where it, or its part for a device, is not installed."""
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device is {str(device)!r}; ONNX graphs run on 'cpu' and 'cuda:<number>'")
     try:
         import onnxruntime
     except ImportError as error:
@@ -207,6 +206,11 @@ def _onnxruntime() -> Any:
             "exported ONNX graphs run in ONNX Runtime, which is not installed; `pip install 'stylefast[export]'` "
             "brings it"
         ) from error
+    if place.type == "cuda" and _CUDA not in onnxruntime.get_available_providers():
+        raise MissingDependency(
+            "this onnxruntime has no CUDA provider; `pip install onnxruntime-gpu` in place of onnxruntime, or load the "
+            "model with device='cpu'"
+        )
     return onnxruntime
 
 
@@ -254,4 +258,4 @@ def _running(path: Path, error: Exception) -> Exception:
     return ExportError(f"{path.name} failed: {_line(error)}")
 
 
-__all__ = ["OrtSession", "Session"]
+__all__ = ["OrtSession", "Session", "require_onnxruntime"]

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class BuildReport:
 def build_engine(
     onnx_path: str | Path, path: str | Path, targets: Sequence[str], profiles: Sequence[Shapes], *,
     refittable: bool = False, timing_cache: str | Path | None = None, memory_limit: int | None = None,
-    progress: Progress | None = None, package: str | None = None,
+    progress: Progress | None = None, package: str | None = None, plugins: bool = False,
 ) -> BuildReport:  # fmt: skip
     """Build the engine of an ONNX file and write it to `path`, whole or not at all.
 
@@ -70,7 +70,8 @@ def build_engine(
     more where a dimension of the graph may vary. refittable: weights can be replaced later (`tensorrt_refit`), at some
     cost of speed; such builds take a GPU. timing_cache: a file that is read if it is there, and written. memory_limit:
     of the chip's memory that a layer may use, in bytes. progress: called with (done, total, phase); phases lie within
-    one another. package: "tensorrt" or "tensorrt_rtx" where both know the target.
+    one another. package: "tensorrt" or "tensorrt_rtx" where both know the target. plugins: the graph's style attention
+    is that of `tensorrt_plugin`.
 
     Interrupted, it leaves nothing behind. Raises MissingDependency; InvalidRequest for targets and profiles that can't
     be; EngineMismatch where a GPU would have to be present; ExportError for a graph that is refused, a build that fails
@@ -88,7 +89,7 @@ def build_engine(
         order = Order(
             onnx_path=str(onnx_path), folder=folder, package=package, targets=list(targets), profiles=list(profiles),
             refittable=refittable, timing_cache=str(Path(timing_cache).absolute()) if timing_cache else None,
-            memory_limit=memory_limit,
+            memory_limit=memory_limit, plugins=plugins,
         )  # fmt: skip
         found = _work(order, path, progress)
         with writing(path):
@@ -114,8 +115,9 @@ def _work(order: Order, path: Path, progress: Progress | None) -> dict:
             env=environment, start_new_session=True,
         )  # fmt: skip
     try:
-        worker.stdin.write(json.dumps(asdict(order)) + "\n")
-        worker.stdin.flush()
+        with suppress(BrokenPipeError):  # how it ended is told below
+            worker.stdin.write(json.dumps(asdict(order)) + "\n")
+            worker.stdin.flush()
         for line in worker.stdout:
             said = json.loads(line)
             if "progress" in said and progress is not None:
@@ -135,7 +137,8 @@ def _work(order: Order, path: Path, progress: Progress | None) -> dict:
         # nothing of it is needed any more, whatever has happened
         worker.kill()
         worker.wait()
-        worker.stdin.close()
+        with suppress(BrokenPipeError):
+            worker.stdin.close()
         worker.stdout.close()
     if code == -signal.SIGKILL:
         raise ExportError(

@@ -1,8 +1,8 @@
 """Shared self-attention as a TensorRT plugin that carries our Triton kernel's PTX: attention="plugin".
 
 The plugin is one of TensorRT's quickly deployable ones, compiled ahead of time: while an engine is built,
-`tensorrt.plugin` asks for PTX and a launch, and puts both into the engine, which then runs anywhere without Python and
-without this package. Two plugins, as one has a fixed number of inputs:
+`tensorrt.plugin` asks for PTX and a launch, and puts both into the engine, which needs neither Python nor this package
+to run. Two plugins, as one has a fixed number of inputs:
 
     stylefast::shared_attention          rows read other rows of the batch       9 inputs
     stylefast::shared_attention_banked   rows read pages of style banks too     11 inputs

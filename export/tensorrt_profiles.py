@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from stylefast.errors import InvalidRequest
 from stylefast.export.unet_graph import DIMENSIONS, Tensor
 
-LATENT_PIXELS = 8  # a latent element is a square of so many pixels
+LATENT_PIXELS = 8  # SDXL's latent elements are squares of so many pixels
 
 # dims (least, usual, most) of every input whose dims vary
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -79,8 +79,11 @@ class Profile:
                 raise InvalidRequest(f"{name}={found} of a profile is not within {low} to {high}")
 
     @classmethod
-    def parse(cls, text: str) -> "Profile":
-        """From the text that the module describes. InvalidRequest names the part that can't be read."""
+    def parse(cls, text: str, scale: int = LATENT_PIXELS) -> "Profile":
+        """From the text that the module describes. InvalidRequest names the part that can't be read.
+
+        scale: how many pixels wide a latent element of the model is.
+        """
         given: dict[str, Range] = {}
         known = [*DIMENSIONS, "size", "latents"]
         for part in text.split(","):
@@ -91,7 +94,7 @@ class Profile:
                     f"the names {', '.join(known)}"
                 )
             if name in ("size", "latents"):
-                unit = LATENT_PIXELS if name == "size" else 1
+                unit = scale if name == "size" else 1
                 pairs = [_pair(size, part, unit) for size in numbers.split(":")]
                 found = {"width": _range([w for w, _ in pairs], part), "height": _range([h for _, h in pairs], part)}
             else:

@@ -37,11 +37,16 @@ class Order:
     refittable: bool
     timing_cache: str | None
     memory_limit: int | None
+    plugins: bool
 
 
 def build(order: Order, progress: Callable[[int, int, str], None]) -> dict:
     """Build in this process; returns what `BuildReport` has beyond the order."""
     trt = load_package(order.package)
+    if order.plugins:
+        from stylefast.export.tensorrt_plugin import register_plugin
+
+        register_plugin(trt, order.targets[0])
     logger = forwarder(trt)
     builder = trt.Builder(logger)
     network = parse(trt, logger, builder, Path(order.onnx_path))

@@ -33,13 +33,14 @@ class GraphShape:
     """What a UNet graph is exported for.
 
     flavour: see the module. references: columns of `self_page`, the most references of a row; segments: columns of
-    `image_page`, the most pictures of a row. Both are fixed in the graph; row, page and mask counts and the picture's
-    size are not.
+    `image_page`, the most pictures of a row; text_tokens: what the text encoders read. All are fixed in the graph; row,
+    page and mask counts and the picture's size are not.
     """
 
     flavour: str = "live"
     references: int = 1
     segments: int = 2
+    text_tokens: int = TEXT_TOKENS
 
     def __post_init__(self):
         if self.flavour not in FLAVOURS:
@@ -47,9 +48,11 @@ class GraphShape:
         least = 0 if self.flavour == "plain" else 1
         if self.flavour == "plain" and self.references:
             object.__setattr__(self, "references", 0)
-        for name, count, low in (("references", self.references, least), ("segments", self.segments, 0)):
-            if isinstance(count, bool) or not isinstance(count, int) or not low <= count <= 16:
-                raise InvalidRequest(f"{name} is {count!r}; it must be a whole number from {low} to 16")
+        limits = {"references": (least, 16), "segments": (0, 16), "text_tokens": (1, 4096)}
+        for name, (low, high) in limits.items():
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or not low <= count <= high:
+                raise InvalidRequest(f"{name} is {count!r}; it must be a whole number from {low} to {high}")
 
     @property
     def shares(self) -> bool:
@@ -108,7 +111,7 @@ def graph_inputs(unet: UNet, shape: GraphShape) -> list[Tensor]:
         Tensor("text_page", i64, ("rows",)),
     ]
     for level, (members, h, d) in enumerate(zip(levels, heads, widths)):
-        found.append(Tensor(f"text_kv_{level}", dtype, (len(members), 2, "text_pages", TEXT_TOKENS, h, d)))
+        found.append(Tensor(f"text_kv_{level}", dtype, (len(members), 2, "text_pages", shape.text_tokens, h, d)))
     if s:
         for level, (members, h, d) in enumerate(zip(levels, heads, widths)):
             found.append(Tensor(f"image_kv_{level}", dtype, (len(members), 2, "image_pages", "image_tokens", h, d)))

@@ -10,6 +10,7 @@ import torch
 
 import stylefast
 from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory
+from stylefast.export.options import Source
 from stylefast.models import vae as vaes
 from stylefast.models.adapter_loading import load_adapter
 from stylefast.models.checkpoint import Components, from_pipeline, load_components
@@ -79,9 +80,7 @@ class Engine:
         )  # fmt: skip
         self.budget = MemoryBudget(parse_bytes("memory_limit", memory_limit), parse_bytes("bank_memory", bank_memory),
                                    parse_bytes("host_memory", host_memory))  # fmt: skip
-        runner = make_backend(
-            backend, self.unet, engines, trust, model=self.name, fingerprint=self._current_fingerprint
-        )
+        runner = make_backend(backend, self.unet, engines, trust, source=self._source)
         self.runtime = Runtime(self.unet, store, runner, self.budget, buckets_of(batch_buckets))
         self._preparer = Preparer(
             self.runtime, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
@@ -388,6 +387,10 @@ class Engine:
     def _current_fingerprint(self) -> str:
         loras = self.loras.fingerprint
         return f"{self.fingerprint}+{loras[:16]}" if loras else self.fingerprint
+
+    def _source(self) -> Source:
+        return Source(self.name, self._current_fingerprint(), self.unet, self.vae, self.text_encoder, self.adapters,
+                      stylefast.__version__)  # fmt: skip
 
     def _metadata(self, requests: Sequence[Request]) -> list[dict]:
         model = {"model": self.name, "fingerprint": self.fingerprint, "device": str(self.unet.device),

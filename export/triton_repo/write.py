@@ -9,6 +9,7 @@ The Python files are copies of those in `models`, which run in the server and no
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,7 +113,7 @@ def write_repository(
     unet: UNet,
     model: str,
     serving: Serving = Serving(),  # noqa: B008  frozen
-    shapes: Sequence[Shape] = (),
+    shapes: Sequence[Shape] | None = None,
     downscale: int = 8,
     trust: str | None = None,
     overwrite: bool = False,
@@ -121,22 +122,24 @@ def write_repository(
 
     export: an export of kind "onnx" or "tensorrt" with a UNet in it. unet: the exported one, for its layout, with or
     without weights. model: what the loop gives to `Engine.from_pretrained` on the server: "tiny", a folder there, a hub
-    id. shapes: see `Shape`; none: models are ready without a warm-up. downscale: the VAE's pixels per latent. trust: as
-    for an engine. The folder appears whole or not at all.
+    id. shapes: see `Shape`; None: one picture of the model's own size. downscale: the VAE's pixels per latent. trust:
+    as for an engine. The folder appears whole or not at all.
 
     Raises InvalidRequest, ModelNotFound, ModelFormatError, ExportError, EngineMismatch and UntrustedEngine.
     """
     folder, manifest = Path(export).expanduser(), read_manifest(export)
     _check(manifest, serving)
+    shapes = [_native(unet, downscale)] if shapes is None else shapes
     for shape in shapes:
         _check_shape(shape, downscale)
     check_trust(folder, manifest, trust)
     check_files(folder, manifest)
     configs = {graph.label: graph_config(graph, unet, serving, shapes, downscale) for graph in manifest.graphs}
     loop = loop_config(manifest, model, serving)
+    hashes = {entry.name: entry.sha256 for entry in manifest.files}
     arguments = [manifest.digest, *(c.to_pbtxt() for c in (*configs.values(), loop)), _sources()]
     with publishing(out, overwrite, arguments=arguments, needed=manifest.bytes) as written:
-        graphs = [_write_graph(written, folder, graph, configs[graph.label]) for graph in manifest.graphs]
+        graphs = [_write_graph(written, folder, graph, configs[graph.label], hashes) for graph in manifest.graphs]
         _write_model(written, loop, _LOOP_FILES)
         made = replace(
             manifest, kind="triton-repo", target=serving.device, graphs=tuple(graphs), files=written.files,
@@ -169,12 +172,7 @@ def graph_config(
 
 def loop_config(manifest: Manifest, model: str, serving: Serving) -> ModelConfig:
     """The config of the loop; every parameter is JSON."""
-    graphs = [
-        {"model": model_name(graph), "component": graph.component, "shape": graph.shape,
-         "outputs": [name for name, _, _ in graph.outputs], "facts": graph.extra,
-         "ranges": {name: [size, size] for name, size in graph.fixed.items()}}
-        for graph in manifest.graphs
-    ]  # fmt: skip
+    graphs = {model_name(graph): graph_to_json(graph) for graph in manifest.graphs}
     parameters = {
         "model": model, "fingerprint": manifest.fingerprint, "graphs": graphs, "slots": serving.slots,
         "banks": serving.banks, "engine": {"device": serving.device, "dtype": manifest.dtype, **serving.engine},
@@ -214,6 +212,12 @@ def _check_shape(shape: Shape, downscale: int) -> None:
         raise InvalidRequest(f"warm-up shape {shape.width}x{shape.height}: both must be divisible by {downscale}")
 
 
+def _native(unet: UNet, downscale: int) -> Shape:
+    side = unet.config.get("sample_size") or 128
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return Shape(width * downscale, height * downscale)
+
+
 def _tensor(found: tuple) -> TensorConfig:
     name, dtype, dims = found
     dtype = dtype.removeprefix("torch.")
@@ -231,7 +235,9 @@ def _sources() -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(_MODELS.glob("*.py"))}
 
 
-def _write_graph(written: UnfinishedExport, source: Path, graph: GraphEntry, config: ModelConfig) -> GraphEntry:
+def _write_graph(
+    written: UnfinishedExport, source: Path, graph: GraphEntry, config: ModelConfig, hashes: Mapping[str, str]
+) -> GraphEntry:
     done = written.finished(config.name)
     if done is not None:
         return graph_from_json(done)
@@ -241,10 +247,23 @@ def _write_graph(written: UnfinishedExport, source: Path, graph: GraphEntry, con
     moved = replace(graph, file=names[graph.file], files=tuple(names.values()))
     (written.path / place).mkdir(parents=True, exist_ok=True)
     for file, name in names.items():
-        shutil.copyfile(source / file, written.path / name)
+        _place(source / file, written, name, hashes[file])
     runner = {"model.py": "graph_model.py"} if config.platform == "python" else {}
     _write_model(written, config, runner, moved.files, graph_to_json(moved))
     return moved
+
+
+def _place(source: Path, written: UnfinishedExport, name: str, sha256: str) -> None:
+    """Copy a file, or link to it where another model has it already: the UNet's flavours share their weights."""
+    path = written.path / name
+    for entry in written.files:
+        if entry.sha256 == sha256:
+            try:
+                os.link(written.path / entry.name, path)
+                return
+            except OSError:
+                break  # a file system without links
+    shutil.copyfile(source, path)
 
 
 def _write_model(

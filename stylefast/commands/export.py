@@ -1,9 +1,12 @@
 """`stylefast export`: a model as ONNX graphs, TensorRT engines, AOTInductor packages or a Triton model repository."""
 
 import argparse
+import logging
 import shlex
 import sys
 import time
+import warnings
+from functools import partial
 from pathlib import Path
 
 from stylefast.commands.bank_report import shown_bytes
@@ -79,15 +82,15 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
     group("--flavour", metavar="NAMES", help="of the UNet: plain (no references), live (references are pictures of the "
           f"batch), banked (also baked styles); each can do what the one before it can (default: {flavours})"
           )  # fmt: skip
-    components = "unet" if kind in ("tensorrt", "aoti") else "all that the model has"
-    group("--components", metavar="NAMES", help="all, or of unet, vae_decoder, text_encoder, text_encoder_2, "
-          f"text_projector, image_encoder, image_projector (default: {components})")  # fmt: skip
+    if kind in ("onnx", "triton-repo"):
+        group("--components", metavar="NAMES", help="all, or of unet, vae_decoder, text_encoder, text_encoder_2, "
+              "text_projector, image_encoder, image_projector (default: all that the model has)")  # fmt: skip
     group("--references", type=int, metavar="N", help="most references of a picture (default: 1)")
     group("--segments", type=int, metavar="N", help="most style pictures of a picture, through the IP-Adapter; 0 "
           "leaves it out (default: 2)")  # fmt: skip
     group("--size", metavar="fixed|WxH", help="one size in pixels, or fixed: the model's own (default: any size)")
     if kind != "aoti":
-        group("--opset", type=int, default=20, metavar="N", help="of ONNX (default: %(default)s)")
+        group("--opset", type=int, metavar="N", help="of ONNX (default: 20, for bfloat16 22)")
 
 
 def _add_tensorrt(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +151,7 @@ def options_of(arguments: argparse.Namespace):
     size = arguments.size
     given = {
         "flavours": _names("--flavour", arguments.flavour),
-        "components": _names("--components", arguments.components),
+        "components": _names("--components", getattr(arguments, "components", None)),
         "profiles": tuple(getattr(arguments, "profile", None) or ()),
         "size": NATIVE if size == "fixed" else None if size is None else parse_size(size),
         "opset": getattr(arguments, "opset", None),
@@ -259,11 +262,16 @@ def _export(source, out: Path, options, quiet: bool):
     """The manifest of what was exported."""
     from stylefast.export import pipeline
 
-    exports = {"onnx": pipeline.export_onnx, "tensorrt": pipeline.export_tensorrt, "aoti": pipeline.export_aoti,
-               "triton-repo": pipeline.export_triton_repo}  # fmt: skip
+    exports = {"onnx": pipeline.export_onnx, "tensorrt": partial(pipeline.export_tensorrt, keep_source=False),
+               "aoti": pipeline.export_aoti, "triton-repo": pipeline.export_triton_repo}  # fmt: skip
+    # PyTorch's exporters tell users of packages that they don't need, and of changes in PyTorch itself
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     bars = Bars(quiet)
     try:
-        return exports[options.kind](source, out, options, bars)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return exports[options.kind](source, out, options, bars)
     finally:
         bars.close()
 

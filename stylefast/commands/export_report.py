@@ -37,7 +37,7 @@ def collect_engines(folder: Path) -> dict[str, Any]:
         "untrusted": untrusted,
         "manifest": manifest.to_json() | {
             "graphs": [
-                graph_to_json(graph) | {"label": graph.label, "bytes": sum(sizes[name] for name in graph.files)}
+                graph_to_json(graph) | {"label": graph.label, "bytes": {name: sizes[name] for name in graph.files}}
                 for graph in manifest.graphs
             ]
         },
@@ -56,7 +56,7 @@ def engines_lines(found: dict[str, Any]) -> list[str]:
         f"made        {made}" + (f" with {tools}" if tools else "") + f", format {manifest['format']}",
     ]
     for graph in manifest["graphs"]:
-        lines.append(f"graph       {graph['label']}: {graph['file']}, {_details(graph)}")
+        lines.append(f"graph       {graph['label']}: {_details(graph)}")
     for name, ranges in manifest["profiles"].items():
         lines.append(f"profiles    {name}: {ranges}")
     lines.append(f"digest      {found['digest']}")
@@ -70,12 +70,9 @@ def engines_lines(found: dict[str, Any]) -> list[str]:
 
 def report_lines(folder: Path, manifest, seconds: float) -> list[str]:
     """What was written, and the digest by which others can vouch for it."""
-    sizes = {entry.name: entry.bytes for entry in manifest.files}
-    width = max((len(graph.label) for graph in manifest.graphs), default=0)
     lines = [f"{folder}: {len(manifest.graphs)} graphs, {shown_bytes(manifest.bytes)} in {seconds:.0f} s"]
-    for graph in manifest.graphs:
-        size = shown_bytes(sum(sizes[name] for name in graph.files))
-        lines.append(f"  {graph.label:{width}}  {graph.file}, {size}")
+    width = max((len(entry.name) for entry in manifest.files), default=0)
+    lines += [f"  {entry.name:{width}}  {shown_bytes(entry.bytes)}" for entry in manifest.files]
     lines.append(f"digest, for --trust where the folder is copied to: {manifest.digest}")
     return lines
 
@@ -93,7 +90,7 @@ def use_words(folder: Path, arguments: argparse.Namespace, options, auto: str) -
 
 
 def _details(graph: dict[str, Any]) -> str:
-    parts = [shown_bytes(graph["bytes"])]
+    parts = [f"{name} ({shown_bytes(size)})" for name, size in graph["bytes"].items()]
     for name, one, many in (("references", "reference", "references"), ("segments", "segment", "segments")):
         if graph["shape"].get(name):
             count = graph["shape"][name]

@@ -1,5 +1,7 @@
 """What runs a step: the backends by name, and the exported graphs that some of them run."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stylefast.errors import EngineMismatch, InvalidRequest
+from stylefast.errors import EngineMismatch, InvalidRequest, ModelFormatError
 from stylefast.models.unet import UNet
 from stylefast.runtime.step import Backend, TorchBackend
 
@@ -39,15 +41,14 @@ def make_backend(
     engines: str | Path | None = None,
     trust: str | None = None,
     *,
-    model: str = "",
-    fingerprint: Callable[[], str] = lambda: "",
+    source: Callable[[], Any] | None = None,
 ) -> Backend:
     """The backend of a name for a UNet; "auto" is "torch".
 
     backend: a name, a `Backend`, or a function of the UNet that returns one. engines: folder of an export; None:
-    exported once, where the backend can. trust: digest of the manifest of a folder that others can write to. model,
-    fingerprint: what the weights are called and told apart by, "<checkpoint>" or "<checkpoint>+<LoRAs>", asked again
-    at every step.
+    exported once, where the backend can. trust: digest of the manifest of a folder that others can write to. source:
+    gives the model as it is now, an `export.options.Source`, whose fingerprint is "<checkpoint>" or
+    "<checkpoint>+<LoRAs>"; asked at every step of exported graphs, which can't do without.
 
     Raises InvalidRequest; MissingDependency for a compiler or runtime that is not there; for exported graphs
     ModelNotFound, ModelFormatError, ExportError, EngineMismatch and UntrustedEngine.
@@ -65,21 +66,33 @@ def make_backend(
         from stylefast.runtime.compiled import CompileBackend
 
         return CompileBackend(unet)
-    folder = _exported_folder(EXPORTED[backend], unet, model, fingerprint()) if engines is None else Path(engines)
-    return _exported(backend, unet, folder.expanduser(), trust, fingerprint)
+    if backend == "onnxruntime":
+        from stylefast.export.sessions import require_onnxruntime
+
+        require_onnxruntime(unet.device)
+    folder = _exported_folder(EXPORTED[backend], source()) if engines is None else Path(engines)
+    return _exported(backend, unet, folder.expanduser(), trust, lambda: source().fingerprint)
 
 
-def _exported_folder(kind: str, unet: UNet, model: str, fingerprint: str) -> Path:
-    """The folder of an export of these very weights, made if there is none."""
+def _exported_folder(kind: str, source: Any) -> Path:
+    """The folder of an export of this very model, made if there is none."""
     from stylefast.export import pipeline
+    from stylefast.export.options import Options
+    from stylefast.runtime.compile_cache import default_folder
 
-    return pipeline.ensure(kind, unet, model=model, fingerprint=fingerprint)
+    unet = source.unet
+    options = Options(
+        kind, str(unet.dtype).removeprefix("torch."), targets=(unet.device.type,) if kind == "aoti" else (),
+        components=("unet",),
+    )  # fmt: skip
+    made_of = json.dumps([source.identity(), options.to_json()], sort_keys=True)
+    digest = hashlib.sha256(made_of.encode()).hexdigest()
+    return pipeline.ensure(source, options, default_folder() / "engines" / digest[:32])
 
 
 def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerprint: Callable[[], str]) -> Backend:
     from stylefast.export.manifest import check_files, check_fits, read_manifest
     from stylefast.export.trust import check_trust
-    from stylefast.export.unet_graph import GraphShape
     from stylefast.runtime.graph_backend import Graph, GraphBackend
 
     manifest = read_manifest(folder)
@@ -88,23 +101,25 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
     checkpoint = replace(manifest, fingerprint=_checkpoint(manifest.fingerprint))
     check_fits(checkpoint, kind=EXPORTED[backend], fingerprint=_checkpoint(fingerprint()), dtype=unet.dtype,
                target=_target(backend, unet.device))  # fmt: skip
-    graphs = {}
+    graphs, own_weights = {}, False
     for entry in manifest.graphs:
         if entry.component == "unet":
             check_files(folder, manifest, entry.files, deep=False)
+            own_weights |= entry.extra.get("weights", True)
 
             def session(entry=entry):
                 # an engine is code, and damaged weights give pictures that are merely bad
                 check_files(folder, manifest, entry.files)
-                return open_session(backend, folder / entry.file, unet.device)
+                opened = open_session(backend, folder / entry.file, unet.device)
+                return opened if entry.extra.get("weights", True) else _SharedWeights(opened, unet, fingerprint)
 
             size = sum(file.bytes for file in manifest.files if file.name in entry.files)
             ranges = _ranges(entry.fixed, manifest.profiles.get(entry.label, ()))
-            graphs[entry.label] = Graph(GraphShape.from_dict(entry.shape), session, ranges, size)
+            graphs[entry.label] = Graph(_shape(entry), session, ranges, size)
 
     def stale() -> str | None:
         now = fingerprint()
-        if now == manifest.fingerprint:
+        if now == manifest.fingerprint or not own_weights:
             return None
         return (
             f"the graphs in {folder} hold other weights than the model has now ({manifest.fingerprint[:40]}, {now[:40]}"
@@ -112,6 +127,29 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
         )
 
     return GraphBackend(unet, graphs, backend, stale)
+
+
+class _SharedWeights:
+    """A session that computes with the UNet's own weights, LoRAs included."""
+
+    def __init__(self, session: Any, unet: UNet, fingerprint: Callable[[], str]):
+        self._session, self._unet, self._fingerprint = session, unet, fingerprint
+        self._held: str | None = None  # fingerprint of the weights that the session has
+
+    @property
+    def nbytes(self) -> int:
+        return self._session.nbytes
+
+    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        now = self._fingerprint()
+        if now != self._held:
+            # of some the session makes copies, in which a LoRA does not show
+            self._session.set_weights(self._unet.state_dict())
+            self._held = now
+        self._session.run(inputs, outputs)
+
+    def close(self) -> None:
+        self._session.close()
 
 
 def open_session(backend: str, file: Path, device: torch.device):
@@ -127,6 +165,19 @@ def open_session(backend: str, file: Path, device: torch.device):
     from stylefast.export.aoti import AotiSession
 
     return AotiSession(file, device)
+
+
+def _shape(entry: Any) -> Any:
+    """The `GraphShape` of a manifest's graph."""
+    from stylefast.export.unet_graph import GraphShape
+
+    try:
+        return GraphShape.from_dict(entry.shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFormatError(
+            f"the manifest's shape of {entry.label} is {entry.shape}, which this version of stylefast does not "
+            f"understand ({type(error).__name__}: {error}); export again"
+        ) from error
 
 
 def _ranges(fixed: Mapping[str, int], profiles: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, tuple[int, int]]:
@@ -145,8 +196,8 @@ def _checkpoint(fingerprint: str) -> str:
 
 def _target(backend: str, device: torch.device) -> str:
     """What an export must have been made for to run here."""
-    if backend != "tensorrt":
-        return device.type
-    if device.type != "cuda":
+    if backend == "tensorrt" and device.type != "cuda":
         raise EngineMismatch("TensorRT runs on NVIDIA GPUs; load the model with device='cuda', or choose onnxruntime")
+    if backend == "onnxruntime" or device.type != "cuda":
+        return device.type
     return "sm{}{}".format(*torch.cuda.get_device_capability(device))

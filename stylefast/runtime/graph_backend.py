@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stylefast.errors import EngineMismatch
+from stylefast.errors import EngineMismatch, ExportError
 from stylefast.export.unet_graph import (
     DIMENSIONS,
     FLAVOURS,
@@ -195,6 +195,7 @@ class _Loaded:
         self.shape, self.ranges, self._given, self._nbytes = graph.shape, graph.ranges, graph.session, graph.nbytes
         self.inputs = graph_inputs(unet, graph.shape)
         self._session = self._given if hasattr(self._given, "run") else None
+        self._broken: ExportError | None = None
 
     @property
     def opened(self) -> bool:
@@ -205,8 +206,15 @@ class _Loaded:
         return getattr(self._session, "nbytes", self._nbytes) if self.opened else 0
 
     def session(self):
+        if self._broken is not None:
+            raise self._broken
         if self._session is None:
-            self._session = self._given()
+            try:
+                self._session = self._given()
+            except ExportError as error:
+                # its files are as they are, and looking at all of them takes seconds
+                self._broken = error
+                raise
         return self._session
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ def pipeline(monkeypatch):
     """The stand-in in the pipeline's place; it collects its calls."""
     calls = []
 
-    def recorded(*call):
+    def recorded(*call, keep_source=True):
         calls.append(call)
         return export_files(*call)
 
@@ -109,15 +109,17 @@ def test_the_last_line_is_a_command_that_generate_understands(export, model_fold
 
 def test_options_reach_the_pipeline(export, pipeline, tmp_path):
     words = ("--flavour", "plain, live", "--references", 2, "--segments", 0, "--size", "64x128", "--dtype", "bfloat16",
-             "--components", "unet,vae_decoder", "--profile", "rows=1:2:4,size=64x64", "--profile", "rows=8",
+             "--profile", "rows=1:2:4,size=64x64", "--profile", "rows=8",
              "--target", "sm86", "--opset", "22")  # fmt: skip
     code, _, err = export("tensorrt", *words, "--out", tmp_path / "engines", "--quiet")
     assert code == 0 and err == ""
     options = pipeline.calls[0][2]
     assert options.flavours == ("plain", "live") and (options.references, options.segments) == (2, 0)
     assert options.size == (64, 128) and options.dtype == "bfloat16" and options.opset == 22
-    assert options.components == ("unet", "vae_decoder") and options.targets == ("sm86",)
+    assert options.components == ("unet",) and options.targets == ("sm86",)
     assert options.profiles == ("rows=1:2:4,size=64x64", "rows=8")
+    words = ("--components", "unet, vae_decoder", "--out", tmp_path / "graphs", "--quiet")
+    assert export("onnx", *words)[0] == 0 and pipeline.calls[1][2].components == ("unet", "vae_decoder")
 
 
 def test_types_default_to_those_of_the_device(export, pipeline, tmp_path):
@@ -263,7 +265,7 @@ def test_info_says_what_a_whole_export_holds(stylefast, export, tmp_path):
     code, out, _ = stylefast("info", "--engines", folder)
     manifest = read_manifest(folder)
     assert code == 0 and "all 2 are as they were written" in out and "loads without --trust" in out
-    assert manifest.digest in out and "unet-banked: unet-banked.tensorrt" in out and "sm89" in out
+    assert manifest.digest in out and "unet-banked: unet-banked.tensorrt (20 bytes)" in out and "sm89" in out
     assert "only height 16, width 16" in out
     code, out, _ = stylefast("info", "--engines", folder, "--json")
     found = json.loads(out)

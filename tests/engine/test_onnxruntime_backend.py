@@ -1,6 +1,7 @@
 """Whole pictures through ONNX Runtime: as those of PyTorch, and an export that does not fit is refused."""
 
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,15 +9,24 @@ import pytest
 import torch
 
 import stylefast as sf
-from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, ModelNotFound, UntrustedEngine
+from stylefast.errors import (
+    EngineMismatch,
+    ExportError,
+    InvalidRequest,
+    MissingDependency,
+    ModelFormatError,
+    ModelNotFound,
+    UntrustedEngine,
+)
 from stylefast.export.manifest import MANIFEST, read_manifest
 from stylefast.export.unet_graph import GraphShape
+from stylefast.models.unet import UNet
 from stylefast.runtime import backends
 from tests.engine.scene import EMBED_DIM, SIZE, learned, small_picture
 from tests.engine.watch import WAIT, request
 from tests.oracle.instant_style import random_adapter
 from tests.small_checkpoints import random_lora, write_peft_lora
-from tests.small_graphs import export_folder, micro_pipeline, write_manifest
+from tests.small_graphs import TorchSession, export_folder, micro_pipeline, write_manifest
 
 pytest.importorskip("onnxruntime")
 
@@ -177,11 +187,21 @@ def test_graphs_of_a_model_with_a_lora_wait_for_the_lora(micro, copy):
     ({"dtype": "float16"}, EngineMismatch, "has dtype float16, the model float32"),
     ({"kind": "aoti"}, EngineMismatch, "kind aoti, not onnx"),
     ({"graphs": ()}, EngineMismatch, "no UNet graph"),
-], ids=["another model", "another type", "another kind", "no graph"])  # fmt: skip
+    ({"shape": {"flavour": "live"}}, ModelFormatError, "shape of unet-live .*export again"),
+], ids=["another model", "another type", "another kind", "no graph", "another version"])  # fmt: skip
 def test_an_export_that_does_not_fit_is_refused_at_once(micro, copy, changes, error, message):
-    write_manifest(copy, replace(read_manifest(copy), **changes))
+    manifest = read_manifest(copy)
+    if "shape" in changes:
+        changes = {"graphs": (replace(manifest.graphs[0], **changes),)}
+    write_manifest(copy, replace(manifest, **changes))
     with pytest.raises(error, match=message):
         sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy)
+
+
+def test_without_onnxruntime_the_extra_is_named_at_once(micro, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'stylefast\[export\]'"):
+        sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=folder)
 
 
 def test_what_is_missing_or_truncated_is_refused_at_once(micro, copy):
@@ -228,12 +248,49 @@ def test_tensorrt_wants_a_gpu_and_a_folder(micro, copy):
         sf.Engine.from_pipeline(micro, backend="tensorrt")
 
 
-def test_without_a_folder_the_model_is_exported_once(micro, folder, monkeypatch):
+def test_without_a_folder_the_model_is_exported_once_and_found_again(micro, folder, monkeypatch, tmp_path):
+    from stylefast.export import pipeline
+
     asked = []
-    monkeypatch.setattr(backends, "_exported_folder", lambda *arguments: asked.append(arguments) or folder)
-    with sf.Engine.from_pipeline(micro, backend="onnxruntime") as engine:
-        engine.generate(request(), output="latents")
-        assert asked == [("onnx", engine.unet, engine.name, engine.fingerprint)]
+    monkeypatch.setenv("STYLEFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(pipeline, "ensure", lambda *arguments: asked.append(arguments) or folder)
+    for _ in range(2):
+        with sf.Engine.from_pipeline(micro, backend="onnxruntime") as engine:
+            engine.generate(request(), output="latents")
+    (source, options, place), again = asked
+    assert (source.unet, source.fingerprint, options.kind, options.dtype, options.components) == (
+        asked[0][0].unet, engine.fingerprint, "onnx", "float32", ("unet",))  # fmt: skip
+    assert place == again[2] and place.parent == tmp_path / "engines"
+
+
+class FollowingSession(TorchSession):
+    """Computes with the weights that it was given last."""
+
+    def set_weights(self, state):
+        self.graph.unet = UNet.from_state(self.graph.unet.config, {k: v.clone() for k, v in state.items()})
+
+
+def test_graphs_without_weights_of_their_own_follow_a_lora(folder, copy, monkeypatch, tmp_path):
+    pipe, manifest = micro_pipeline(), read_manifest(copy)
+    bare = tuple(replace(graph, extra={"weights": False}) for graph in manifest.graphs)
+    write_manifest(copy, replace(manifest, kind="aoti", target="cpu", graphs=bare))
+    lora = write_peft_lora(random_lora(pipe, seed=1), tmp_path / "style.safetensors")
+    shapes = {graph.file: GraphShape.from_dict(graph.shape) for graph in bare}
+
+    def expected():
+        # of an engine that has seen no prompt with other weights
+        return sf.Engine.from_pipeline(pipe).generate(request(), output="np").images
+
+    unet = UNet.from_state(dict(pipe.unet.config), pipe.unet.state_dict())
+    monkeypatch.setattr(backends, "open_session", lambda _, file, __: FollowingSession(unet, shapes[file.name]))
+    with sf.Engine.from_pipeline(pipe, backend="aoti", engines=copy) as engine:
+        before = engine.generate(request(), output="np").images
+        assert psnr(before, expected()) >= 60
+        name = engine.load_lora(lora)
+        after = engine.generate(request(), output="np").images
+        assert psnr(after, expected()) >= 60 > psnr(after, before)
+        engine.loras.remove(name)
+        assert psnr(engine.generate(request(), output="np").images, before) >= 60
 
 
 def test_a_fixed_size_takes_that_size_alone(micro, eager, tmp_path):

@@ -332,8 +332,10 @@ def test_a_package_whose_code_is_damaged_is_an_export_error(package, tmp_path):
         ({"operations": {"geglu": "stylefast::geglu(Tensor x, int halves) -> Tensor"}}, "whose geglu takes other"),
         ({"operations": {"tile_attention": ""}}, None),
         ({"format": 2}, "another version of stylefast"),
+        ({"shape": {"flavour": "banked", "references": 2}}, "another version of stylefast"),
     ],
-    ids=["PyTorch", "a GPU", "a machine", "instructions", "operations", "operations that it lacks", "a format"],
+    ids=["PyTorch", "a GPU", "a machine", "instructions", "operations", "operations that it lacks", "a format",
+         "a graph's shape"],
 )
 def test_a_package_for_another_machine_or_version_is_a_mismatch(package, tmp_path, facts, text):
     other = rewritten(package(), tmp_path / "other.pt2", **facts)

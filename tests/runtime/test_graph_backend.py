@@ -264,6 +264,20 @@ def test_a_session_that_always_fails_fails_the_pictures_and_not_the_engine(make)
     assert all(torch.isfinite(job.result(WAIT).latents[0]).all() for job in jobs)
 
 
+def test_a_graph_that_can_not_be_opened_is_tried_once(make, torch_engine, requests):
+    tries = []
+
+    def broken():
+        tries.append(1)
+        raise ExportError("altered")
+
+    engine, _ = make(lambda unet: Graph(SHAPES[1], broken))
+    for _ in range(2):
+        with pytest.raises(ExportError, match="altered"):
+            draw(engine, *requests["plain"], *requests["unguided, other sampler"])
+    assert tries == [1]
+
+
 def test_graphs_of_fewer_rows_take_a_batch_in_parts(make, torch_engine):
     def graph(unet):
         return Graph(SHAPES[0], TorchSession(unet, SHAPES[0]), {"rows": (1, 4)})

@@ -16,9 +16,19 @@ from bls_session import BlsSession
 from json_request import Shelf, read_order, split_pictures
 
 import stylefast as sf
-from stylefast.errors import EngineClosed, EngineMismatch, InvalidRequest, JobCancelled, OutOfMemory, QueueFull
+from stylefast.errors import (
+    EngineClosed,
+    EngineMismatch,
+    InvalidRequest,
+    JobCancelled,
+    OutOfMemory,
+    QueueFull,
+    StyleFastError,
+)
+from stylefast.export.manifest import GraphEntry, graph_from_json
 from stylefast.export.unet_graph import GraphShape
 from stylefast.runtime.graph_backend import Graph, GraphBackend
+from stylefast.runtime.graph_components import GraphComponents
 from stylefast.runtime.jobs import Job
 
 
@@ -31,13 +41,14 @@ class TritonPythonModel:
         self._active: dict[Job, object] = {}  # job -> its response sender
         self._changed = threading.Condition()
         self._slots = parameters["slots"]
-        self._graphs = parameters["graphs"]
+        self._graphs = {model: graph_from_json(graph) for model, graph in parameters["graphs"].items()}
         self._engine = sf.Engine.from_pretrained(parameters["model"], backend=self._backend, **parameters["engine"])
         if self._engine.fingerprint != parameters["fingerprint"]:
             raise EngineMismatch(
                 f"the repository was written for weights {parameters['fingerprint'][:12]}, and {parameters['model']} "
                 f"has {self._engine.fingerprint[:12]} here; install that model, or write the repository again"
             )
+        self._install_components()
         banks = parameters["banks"]
         self._shelf = Shelf(None if banks is None else Path(banks), self._engine.styles())
         self._events = asyncio.new_event_loop()
@@ -56,15 +67,28 @@ class TritonPythonModel:
 
     def _backend(self, unet) -> GraphBackend:
         graphs = {
-            entry["model"]: Graph(
-                GraphShape.from_dict(entry["shape"]),
-                BlsSession(entry["model"], entry["outputs"], unet.device, self._drop_cancelled),
-                {name: tuple(limits) for name, limits in entry["ranges"].items()},
+            model: Graph(
+                GraphShape.from_dict(graph.shape),
+                BlsSession(model, [name for name, _, _ in graph.outputs], unet.device, self._drop_cancelled),
+                {name: (size, size) for name, size in graph.fixed.items()},
             )
-            for entry in self._graphs
-            if entry["component"] == "unet"
+            for model, graph in self._graphs.items()
+            if graph.component == "unet"
         }
         return GraphBackend(unet, graphs, "triton")
+
+    def _install_components(self) -> None:
+        """Put what the other models run in the places of text encoders, decoder and image encoder."""
+        models = {graph.component: model for model, graph in self._graphs.items()}
+        engine = self._engine
+
+        def session(graph: GraphEntry) -> BlsSession:
+            return BlsSession(models[graph.component], [name for name, _, _ in graph.outputs], engine.unet.device)
+
+        components = GraphComponents.of(self._graphs.values(), session)
+        components.install(engine)
+        for name, pair in engine.adapters.items():
+            engine.adapters[name] = components.adapter(*pair)
 
     def _accept(self, request) -> None:
         sender = request.get_response_sender()
@@ -80,14 +104,17 @@ class TritonPythonModel:
         with self._changed:
             self._active[job] = sender
         answer = self._answer(job, sender, order.preview_every)
-        asyncio.run_coroutine_threadsafe(answer, self._events)
+        asyncio.run_coroutine_threadsafe(answer, self._events).add_done_callback(_tell_bugs)
 
     async def _answer(self, job: Job, sender, preview_every: int) -> None:
         try:
             if preview_every:
+                due = preview_every
                 async for preview in job:
-                    if preview.step % preview_every == 0 and preview.step < preview.steps:
+                    # steps that passed while one was sent are skipped; the last one is the picture itself
+                    if due <= preview.step < preview.steps:
                         sender.send(_response(preview.images(), preview.step, preview.steps))
+                        due = preview.step + preview_every
             result = await job
             response = _response(result.images, job.steps, job.steps, result.metadata)
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -122,7 +149,7 @@ def _response(images: list, step: int, steps: int, metadata: list[dict] | None =
 
 def _refuse(sender, error: Exception) -> None:
     codes = pb_utils.TritonError
-    if isinstance(error, sf.StyleFastError):
+    if isinstance(error, StyleFastError):
         message = f"{type(error).__name__}: {error}"
     else:
         pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
@@ -134,6 +161,12 @@ def _refuse(sender, error: Exception) -> None:
     code = next((code for kind, code in table.items() if isinstance(error, kind)), codes.INTERNAL)
     failed = pb_utils.InferenceResponse(error=codes(message, code))
     sender.send(failed, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _tell_bugs(answer) -> None:
+    error = answer.exception()
+    if error is not None:
+        pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
 
 
 def _bytes(request, name: str) -> bytes:

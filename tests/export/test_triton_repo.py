@@ -1,0 +1,384 @@
+"""The model repository for Triton Inference Server: its configs read back, its tree, and what it refuses."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stylefast as sf
+from stylefast.errors import (
+    EngineMismatch,
+    ExportError,
+    ImageError,
+    InvalidRequest,
+    ModelFormatError,
+    ModelNotFound,
+    PromptError,
+    StyleError,
+)
+from stylefast.export.manifest import MANIFEST, check_files, read_manifest
+from stylefast.export.triton_repo import Serving, Shape, write_repository
+from stylefast.export.triton_repo.config import InstanceGroup, ModelConfig, QueuePolicy, TensorConfig, Warmup
+from stylefast.export.triton_repo.pbtxt import Enum, read_text, write_text
+from tests.small_adapter import small_picture
+from tests.small_graphs import micro_pipeline, write_manifest
+
+ONNX_TYPES = {1: "TYPE_FP32", 7: "TYPE_INT64", 9: "TYPE_BOOL"}
+FLAVOURS = ("plain", "banked")
+
+
+# the text format
+
+scalars = st.one_of(
+    st.booleans(),
+    st.integers(-(2**40), 2**40),
+    st.text(max_size=20),
+    st.sampled_from(["TYPE_FP32", "REJECT"]).map(Enum),
+)
+names = st.from_regex(r"[a-z_][a-z0-9_]{0,9}", fullmatch=True)
+messages = st.recursive(
+    st.dictionaries(names, scalars, max_size=4),
+    lambda inner: st.dictionaries(
+        names, st.one_of(scalars, inner, st.lists(st.integers(0, 9), min_size=2)), max_size=4
+    ),
+    max_leaves=8,
+)
+
+
+@given(messages)
+def test_any_message_reads_back_as_it_was_written(message):
+    assert read_text(write_text(message)) == message
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: 1 # why\nb: 'it''s'", {"a": 1, "b": "its"}),
+        ('a: [ 1, 2 ] a: 3; b { c: "x" "y" }', {"a": [1, 2, 3], "b": {"c": "xy"}}),
+        ("a [ { b: 1 }, { b: -2.5e1 } ]", {"a": [{"b": 1}, {"b": -25.0}]}),
+        ("a: { b: TYPE_FP32 } c < d: false >", {"a": {"b": "TYPE_FP32"}, "c": {"d": False}}),
+        (r'a: "\303\274 \n \"q\" ü"', {"a": 'ü \n "q" ü'}),
+        ("", {}),
+    ],
+)
+def test_other_spellings_of_the_text_format_are_read(text, message):
+    assert read_text(text) == message
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("a: 1\nb {", "line 2.*the end"),
+        ("a 1", "line 1.*: or {"),
+        ("a: [1 2]", "line 1.*, or ]"),
+        ("a: 1\n\n?", "line 3.*'\\?'"),
+        ('a: "open', "line 1"),
+        ("{ a: 1 }", "field's name"),
+        ("a { " * 80, "nested"),
+    ],
+)
+def test_a_text_that_is_none_is_refused_with_its_line(text, wanted):
+    with pytest.raises(ModelFormatError, match=wanted):
+        read_text(text)
+
+
+# configs
+
+CONFIG = ModelConfig(
+    "unet_live", "onnxruntime_onnx", (TensorConfig("x", "TYPE_FP16", (-1, 4)), TensorConfig("m", "TYPE_BOOL", (-1,))),
+    (TensorConfig("y", "TYPE_FP16", (-1, 4)),), (InstanceGroup("KIND_GPU", 2, (0, 1)),), QueuePolicy(3, 5_000, "DELAY"),
+    (Warmup("one", (TensorConfig("x", "TYPE_FP16", (2, 4)), TensorConfig("m", "TYPE_BOOL", (2,)))),), file="a.onnx",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        replace(CONFIG, platform="tensorrt_plan", warmups=()),
+        replace(CONFIG, platform="python", file="", decoupled=True, parameters={"a": '{"b": "ü\\n"}'}),
+        replace(CONFIG, inputs=(replace(CONFIG.inputs[0], optional=True),), warmups=CONFIG.warmups * 2),
+    ],
+    ids=["onnxruntime", "tensorrt", "python and decoupled", "optional input"],
+)
+def test_a_config_reads_back_as_it_was_written(config):
+    assert ModelConfig.from_pbtxt(config.to_pbtxt()) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../x"}, {"platform": "pytorch"}, {"outputs": CONFIG.inputs}, {"inputs": ()},
+    ],
+)  # fmt: skip
+def test_a_config_with_impossible_values_is_refused(change):
+    with pytest.raises(InvalidRequest):
+        replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TensorConfig("x", "FP16", (1,)), lambda: TensorConfig("x", "TYPE_FP16", (-2,)),
+        lambda: TensorConfig("x", "TYPE_FP16", ()), lambda: InstanceGroup("KIND_TPU"), lambda: InstanceGroup(count=0),
+        lambda: InstanceGroup("KIND_CPU", 1, (0,)), lambda: QueuePolicy(0), lambda: QueuePolicy(action="DROP"),
+        lambda: Warmup("w", (TensorConfig("x", "TYPE_FP16", (-1,)),)), lambda: Shape(0, 64),
+        lambda: Shape(64, 64, True), lambda: Serving("vllm"),
+        lambda: Serving(device="tpu"), lambda: Serving("tensorrt"), lambda: Serving(slots=0),
+        lambda: Serving(engine={"backend": "torch"}), lambda: Serving(engine={"vae": object()}),
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_refused(make):
+    with pytest.raises(InvalidRequest):
+        make()
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("max_batch_size: 0", "max_batch_size: 4"),
+        ('name: "unet_live"', 'name: "unet_live" response_cache { enable: true }'),
+        ("allow_timeout_override: true", "allow_timeout_override: false"),
+        ("num_versions: 1", "num_versions: 2"),
+        ("dynamic_batching", "ensemble_scheduling"),
+    ],
+)
+def test_a_config_that_somebody_else_wrote_is_refused(before, after):
+    assert before in CONFIG.to_pbtxt()
+    with pytest.raises(ModelFormatError):
+        ModelConfig.from_pbtxt(CONFIG.to_pbtxt().replace(before, after))
+
+
+# repositories
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    pytest.importorskip("onnx")
+    from stylefast.export.options import load_source
+    from tests.small_checkpoints import write_folder
+
+    folder = write_folder(micro_pipeline(), tmp_path_factory.mktemp("micro") / "micro")
+    return load_source(folder, "float32")
+
+
+@pytest.fixture(scope="module")
+def export(source, tmp_path_factory):
+    """An ONNX export of a micro model: two flavours of its UNet and a text encoder."""
+    pytest.importorskip("onnxscript")
+    from stylefast.export.options import Options
+    from stylefast.export.pipeline import export_onnx
+
+    folder = tmp_path_factory.mktemp("export") / "onnx"
+    export_onnx(source, folder, Options("onnx", flavours=FLAVOURS, components=("unet", "text_encoder")))
+    return folder
+
+
+@pytest.fixture
+def altered(export, tmp_path):
+    """A copy of the export, free to be damaged."""
+    import shutil
+
+    return shutil.copytree(export, tmp_path / "altered")
+
+
+@pytest.mark.parametrize("runner, platform", [("python", "python"), ("onnxruntime", "onnxruntime_onnx")])
+def test_names_types_and_dimensions_are_those_of_the_graphs(source, export, tmp_path, runner, platform):
+    import onnx
+
+    shapes = [Shape(64, 64), Shape(64, 96, 4)]
+    out = tmp_path / "repository"
+    written = write_repository(
+        export, out, unet=source.unet, model="tiny", serving=Serving(runner), shapes=shapes, downscale=4
+    )
+    assert sorted(graph.component for graph in written.graphs) == ["text_encoder", "unet", "unet"]
+    for graph in written.graphs:
+        name = graph.label.replace("-", "_")
+        config = ModelConfig.from_pbtxt((out / name / "config.pbtxt").read_text())
+        model = onnx.load(out / graph.file, load_external_data=False).graph
+        assert (config.name, config.platform) == (name, platform)
+        for tensors, values in ((config.inputs, model.input), (config.outputs, model.output)):
+            found = [
+                (v.name, ONNX_TYPES[v.type.tensor_type.elem_type],
+                 tuple(-1 if d.dim_param else d.dim_value for d in v.type.tensor_type.shape.dim))
+                for v in values
+            ]  # fmt: skip
+            assert [(t.name, t.data_type, t.dims) for t in tensors] == found
+        assert len(config.warmups) == (2 if graph.component == "unet" else 1)
+        for warmup in config.warmups:
+            for tensor, declared in zip(warmup.inputs, config.inputs, strict=True):
+                assert (tensor.name, tensor.data_type) == (declared.name, declared.data_type)
+                assert all(want in (-1, have) for have, want in zip(tensor.dims, declared.dims, strict=True))
+    latents = {w.inputs[0].dims for w in ModelConfig.from_pbtxt((out / "unet_plain/config.pbtxt").read_text()).warmups}
+    assert latents == {(2, 4, 16, 16), (4, 4, 24, 16)}
+
+
+@pytest.mark.parametrize("runner, python", [("python", {"model.py"}), ("onnxruntime", set())])
+def test_the_tree_holds_each_graph_and_the_loop_and_the_hash_of_every_file(source, export, tmp_path, runner, python):
+    out = tmp_path / "repository"
+    written = write_repository(export, out, unet=source.unet, model="tiny", serving=Serving(runner))
+    assert written == read_manifest(out) and written.kind == "triton-repo"
+    check_files(out, written)
+    tree = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert tree == {entry.name for entry in written.files} | {MANIFEST}
+    graphs = {"unet_plain": {"unet-plain.onnx", "unet.weights"}, "unet_banked": {"unet-banked.onnx", "unet.weights"},
+              "text_encoder": {"text_encoder.onnx"}}  # fmt: skip
+    expected = {f"{name}/1/{file}" for name, files in graphs.items() for file in files | python}
+    expected |= {f"stylefast/1/{file}" for file in ("model.py", "bls_session.py", "json_request.py")}
+    expected |= {f"{name}/config.pbtxt" for name in (*graphs, "stylefast")}
+    assert tree == expected | {MANIFEST}
+    # one file of weights on the disk, however many flavours there are
+    assert (out / "unet_plain/1/unet.weights").samefile(out / "unet_banked/1/unet.weights")
+    assert not (out / "unet_plain/1/unet.weights").samefile(export / "unet.weights")
+
+
+def test_the_loop_is_decoupled_and_knows_its_model_and_limits(source, export, tmp_path):
+    serving = Serving(slots=3, queue=QueuePolicy(5, 7_000), banks="/banks", engine={"max_batch_rows": 8})
+    write_repository(export, tmp_path / "r", unet=source.unet, model="somebody/model", serving=serving)
+    config = ModelConfig.from_pbtxt((tmp_path / "r/stylefast/config.pbtxt").read_text())
+    assert config.decoupled and config.queue == QueuePolicy(5, 7_000, "REJECT")
+    parameters = {name: json.loads(value) for name, value in config.parameters.items()}
+    assert parameters["engine"] == {"device": "cpu", "dtype": "float32", "max_batch_rows": 8}
+    assert (parameters["model"], parameters["slots"], parameters["banks"]) == ("somebody/model", 3, "/banks")
+    assert set(parameters["graphs"]) == {"unet_plain", "unet_banked", "text_encoder"}
+
+
+def test_a_repository_is_replaced_only_if_asked_and_by_a_whole_one(source, export, altered, tmp_path):
+    out = tmp_path / "repository"
+    first = write_repository(export, out, unet=source.unet, model="tiny")
+    with pytest.raises(InvalidRequest, match="exists"):
+        write_repository(export, out, unet=source.unet, model="tiny")
+    weights = altered / "unet.weights"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ExportError, match="truncated"):
+        write_repository(altered, out, unet=source.unet, model="tiny", overwrite=True)
+    assert read_manifest(out) == first
+    second = write_repository(export, out, unet=source.unet, model="other", overwrite=True)
+    assert read_manifest(out) == second != first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["altered", "repository"]
+
+
+@pytest.mark.parametrize(
+    "change, error, wanted",
+    [
+        ({"kind": "aoti"}, EngineMismatch, "stylefast export onnx"),
+        ({"kind": "tensorrt", "toolchain": {"tensorrt_rtx": "1"}}, EngineMismatch, "choose tensorrt"),
+        ({"fingerprint": "a+b"}, ExportError, "LoRAs"),
+        ({"graphs": ()}, ExportError, "no UNet"),
+    ],
+)
+def test_an_export_that_can_not_be_served_is_refused(source, altered, tmp_path, change, error, wanted):
+    write_manifest(altered, replace(read_manifest(altered), **change))
+    with pytest.raises(error, match=wanted):
+        write_repository(altered, tmp_path / "out", unet=source.unet, model="tiny")
+    assert not (tmp_path / "out").exists()
+
+
+def test_engines_of_tensorrt_rtx_are_not_given_to_the_tensorrt_backend(source, altered, tmp_path):
+    write_manifest(altered, replace(read_manifest(altered), kind="tensorrt", toolchain={"tensorrt_rtx": "1.7"}))
+    serving = Serving("tensorrt", "cuda")
+    with pytest.raises(EngineMismatch, match="tensorrt_rtx"):
+        write_repository(altered, tmp_path / "out", unet=source.unet, model="tiny", serving=serving)
+    write_manifest(altered, replace(read_manifest(altered), toolchain={"tensorrt": "10.9"}))
+    write_repository(altered, tmp_path / "out", unet=source.unet, model="tiny", serving=serving)
+    config = ModelConfig.from_pbtxt((tmp_path / "out/unet_plain/config.pbtxt").read_text())
+    assert (config.platform, config.file, config.instances) == (
+        "tensorrt_plan", "unet-plain.onnx", (InstanceGroup("KIND_GPU"),)
+    )  # fmt: skip
+
+
+def test_a_folder_without_export_and_sizes_between_latents_are_refused(source, export, tmp_path):
+    with pytest.raises(ModelNotFound):
+        write_repository(tmp_path, tmp_path / "out", unet=source.unet, model="tiny")
+    with pytest.raises(InvalidRequest, match="divisible by 4"):
+        write_repository(export, tmp_path / "out", unet=source.unet, model="tiny", shapes=[Shape(66, 64)], downscale=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+# requests
+
+
+@pytest.fixture(scope="module")
+def requests(checkout):
+    """The module that reads requests in the server."""
+    file = checkout / "export" / "triton_repo" / "models" / "json_request.py"
+    spec = importlib.util.spec_from_file_location("json_request", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def read(requests, tmp_path):
+    """Reads a request with one picture, on a server with the learned style "chalk" and no banks."""
+    shelf = requests.Shelf(tmp_path, {"chalk": tmp_path / "chalk.safetensors"})
+
+    def read(order, pictures=(b"picture",)):
+        return requests.read_order(order if isinstance(order, bytes) else json.dumps(order).encode(), pictures, shelf)
+
+    return read
+
+
+def test_a_request_becomes_one_picture_per_prompt_with_seeds_that_count_up(read):
+    order = read({"prompt": ["a cat", "a dog"], "seed": 7, "steps": 4, "size": [64, 48], "preview_every": 2,
+                  "guidance_interval": [0, 0.5], "scheduler": "dpmpp_2m", "negative_prompt": "fog",
+                  "style": {"method": "aligned", "reference": 0, "adain": {"q": 0.5}, "window": [0, 0.5]}})  # fmt: skip
+    assert [(r.prompt, r.seed, r.steps, r.size, r.negative_prompt) for r in order.requests] == [
+        ("a cat", 7, 4, (64, 48), "fog"), ("a dog", 8, 4, (64, 48), "fog")
+    ]  # fmt: skip
+    assert order.preview_every == 2 and order.deadline is None
+    # one object, so that the pictures of a request share its reference
+    assert order.requests[0].aligned is order.requests[1].aligned
+    assert order.requests[0].aligned.reference == b"picture"
+
+
+def test_several_styles_and_pictures_find_their_places(requests):
+    png = [small_picture(seed) for seed in range(3)]
+    style = [{"method": "aligned", "prompt": "oil"}, {"method": "instant", "image": [2, 0], "mask": [1, 1]}]
+    order = requests.read_order(json.dumps({"prompt": "a", "style": style}).encode(), png, requests.Shelf(None, {}))
+    aligned, instant = order.requests[0].style
+    assert aligned.prompt == "oil" and isinstance(instant, sf.InstantStyle)
+    assert list(instant.image) == [png[2], png[0]] and list(instant.mask) == [png[1], png[1]]
+
+
+@pytest.mark.parametrize(
+    "order, error, wanted",
+    [
+        (b"{", InvalidRequest, "no JSON"),
+        (b"\xff\xfe", InvalidRequest, "no JSON"),
+        (b"[" * 100_000, InvalidRequest, "no JSON"),
+        (b'{"prompt": "a"}' + b" " * 2**20, InvalidRequest, "bytes"),
+        (b"[]", InvalidRequest, "object"),
+        ({}, PromptError, "NoneType"),
+        ({"prompt": []}, InvalidRequest, "0 prompts"),
+        ({"prompt": ["a"] * 65}, InvalidRequest, "65 prompts"),
+        ({"prompt": "a", "step": 3}, InvalidRequest, "'step'; it takes"),
+        ({"prompt": "a", "steps": 0}, InvalidRequest, "steps is 0"),
+        ({"prompt": "a", "seed": 0.5}, InvalidRequest, "seed"),
+        ({"prompt": "a", "preview_every": -1}, InvalidRequest, "preview_every"),
+        ({"prompt": "a", "style": "oil"}, StyleError, "method"),
+        ({"prompt": "a", "style": {"method": "aligned", "reference": "/etc/passwd"}}, ImageError, "by number"),
+        ({"prompt": "a", "style": {"method": "aligned", "reference": 1}}, ImageError, "1 pictures were sent"),
+        ({"prompt": "a", "style": {"method": "aligned", "reference": True}}, ImageError, "by number"),
+        ({"prompt": "a", "style": {"method": "aligned", "bank": "../x"}}, StyleError, "not on this server"),
+        ({"prompt": "a", "style": {"method": "aligned", "bank": "x", "reference": 0}}, StyleError, "not both"),
+        ({"prompt": "a", "style": {"method": "aligned", "scael": 1}}, InvalidRequest, "scael"),
+        ({"prompt": "a", "style": {"method": "instant"}}, StyleError, "needs a picture"),
+        ({"prompt": "a", "style": {"method": "instant", "image": 0, "negative_image": "x.png"}}, ImageError, "number"),
+        ({"prompt": "a", "style": {"method": "learned", "name": "/etc/passwd"}}, StyleError, "chalk"),
+        ({"prompt": "a", "style": {"method": "learned", "name": ["chalk"]}}, StyleError, "chalk"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused_by_name(read, order, error, wanted):
+    with pytest.raises(error, match=wanted):
+        read(order)
+
+
+def test_pictures_are_cut_where_their_lengths_say(requests):
+    assert requests.split_pictures(b"abcde", [2, 3]) == [b"ab", b"cde"] and requests.split_pictures(b"", []) == []
+    for lengths in ([2], [2, 4], [6, -1], [0, 5]):
+        with pytest.raises(ImageError, match="length"):
+            requests.split_pictures(b"abcde", lengths)

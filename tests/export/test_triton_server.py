@@ -1,0 +1,264 @@
+"""The model repository in the real Triton Inference Server, with a real client; skipped where the server is absent."""
+
+import json
+import math
+import re
+import time
+from contextlib import ExitStack
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+
+import stylefast as sf
+from stylefast.export.triton_repo import Serving, Shape, write_repository
+from stylefast.export.triton_repo.config import QueuePolicy
+from tests.engine.scene import EMBED_DIM
+from tests.export.triton_server import Answer, TritonServer, log_end, missing, triton_server
+from tests.oracle.instant_style import random_adapter
+from tests.small_adapter import small_picture
+from tests.small_checkpoints import write_folder
+from tests.small_graphs import micro_pipeline
+
+reason = missing()
+pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "image_encoder")
+SLOTS, QUEUE = 2, 2
+# steps of a picture this large take long enough to be counted from outside
+LARGE = {"prompt": "a fish", "size": [160, 160], "steps": 900}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a micro model and an IP-Adapter beside it."""
+    folder, pipe = tmp_path_factory.mktemp("micro"), micro_pipeline()
+    torch.save(random_adapter(pipe.unet, EMBED_DIM, 5), folder / "adapter.bin")
+    return write_folder(pipe, folder / "model")
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return sf.Engine.from_pretrained(model, adapter=model.parent / "adapter.bin")
+
+
+@pytest.fixture(scope="module")
+def running(model, tmp_path_factory):
+    """A server with the micro model."""
+    from stylefast.export.options import Options, load_source
+    from stylefast.export.pipeline import export_onnx
+
+    folder, adapter = tmp_path_factory.mktemp("server"), str(model.parent / "adapter.bin")
+    source = load_source(model, "float32", adapter=adapter)
+    export_onnx(source, folder / "onnx", Options("onnx", flavours=("plain", "live"), components=COMPONENTS))
+    serving = Serving(slots=SLOTS, queue=QueuePolicy(QUEUE), engine={"adapter": adapter})
+    write_repository(
+        folder / "onnx", folder / "repository", unet=source.unet, model=str(model), serving=serving,
+        shapes=[Shape(64, 64), Shape(64, 96, 4)], downscale=4,
+    )  # fmt: skip
+    with triton_server(folder / "repository", folder) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: TritonServer):
+    """The server; the end of its log is shown where a test fails."""
+    yield running
+    print(log_end(running.log))
+
+
+def psnr(answer: Answer, result: sf.Result) -> float:
+    """Of all pictures together, in dB."""
+    expected = np.stack([np.asarray(image) for image in result.images]).astype(float)
+    assert expected.std() > 20, "a flat picture proves nothing"
+    error = np.square(answer.images - expected).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def png(picture) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def error_of(server: TritonServer, order, pictures=(), **options) -> str:
+    """What the server says to a request that it does not take."""
+    from tritonclient.utils import InferenceServerException
+
+    with server.ask(order, pictures, **options) as answers, pytest.raises(InferenceServerException) as caught:
+        list(answers)
+    return caught.value.message()
+
+
+def wait_for(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} seconds"
+        time.sleep(0.02)
+
+
+def test_every_model_of_the_repository_is_ready(server):
+    found = {model.name: model.state for model in server.client.get_model_repository_index().models}
+    graphs = ("unet_plain", "unet_live", *COMPONENTS[1:])
+    assert found == dict.fromkeys((*graphs, "stylefast"), "READY")
+    config = server.client.get_model_config("stylefast", as_json=True)["config"]
+    assert config["model_transaction_policy"] == {"decoupled": True}
+    policy = config["dynamic_batching"]["default_queue_policy"]
+    assert policy["max_queue_size"] == QUEUE and policy.get("timeout_action", "REJECT") == "REJECT"
+
+
+ALIGNED = {"method": "aligned", "prompt": "a house", "adain": {"q": 0.5}, "shift": 0.5}
+INSTANT = {"method": "instant", "image": 0, "blocks": "all"}
+
+
+@pytest.mark.parametrize(
+    "style, pictures, make, flavour",
+    [
+        (None, 0, lambda _: None, "plain"),
+        (ALIGNED, 0, lambda _: sf.StyleAligned(prompt="a house", adain={"q": 0.5}, shift=0.5), "live"),
+        ({"method": "aligned", "reference": 1}, 2, lambda given: sf.StyleAligned(given[1]), "live"),
+        (INSTANT, 1, lambda given: sf.InstantStyle(given[0], "all"), "plain"),
+        ([ALIGNED | {"share_group_norm": True}, INSTANT | {"scale": 0.5}], 1,
+         lambda given: [sf.StyleAligned(prompt="a house", adain={"q": 0.5}, shift=0.5, share_group_norm=True),
+                        sf.InstantStyle(given[0], "all", 0.5)], "live"),
+    ],
+    ids=["no style", "a reference prompt", "a reference picture", "an InstantStyle picture", "both"],
+)  # fmt: skip
+def test_pictures_are_those_of_the_engine(server, engine, style, pictures, make, flavour):
+    files = [png(small_picture(seed)) for seed in range(pictures)]
+    steps = server.calls(f"unet_{flavour}")
+    order = {"prompt": ["a cat", "a dog in oil"], "seed": 4, "steps": 3, "size": [56, 72], "scheduler": "dpmpp_2m",
+             "guidance": 4.0, "negative_prompt": "neon"}  # fmt: skip
+    answer = server.picture(order | ({} if style is None else {"style": style}), files)
+    expected = engine.generate(
+        ["a cat", "a dog in oil"], make(files), seed=4, steps=3, size=(56, 72), scheduler="dpmpp_2m", guidance=4.0,
+        negative_prompt="neon",
+    )  # fmt: skip
+    assert psnr(answer, expected) >= 40
+    assert (answer.step, answer.steps, answer.final) == (3, 3, True)
+    assert [entry["seed"] for entry in answer.metadata] == [4, 5]
+    assert server.calls(f"unet_{flavour}") == steps + 3
+
+
+def test_text_encoders_and_decoder_run_as_models_of_the_server(server):
+    models = ("text_encoder", "text_encoder_2", "vae_decoder")
+    before = [server.calls(model) for model in models]
+    server.picture({"prompt": f"a fish {time.time()}", "steps": 1})
+    assert [server.calls(model) for model in models] == [count + 1 for count in before]
+
+
+def test_previews_come_in_order_before_the_picture(server):
+    with server.ask(LARGE | {"steps": 9, "preview_every": 3}) as stream:
+        *previews, last = stream
+    assert previews and [p.step for p in previews] == sorted({p.step for p in previews})
+    assert all(b.step - a.step >= 3 for a, b in zip(previews, previews[1:])) and previews[0].step >= 3
+    assert all(p.steps == 9 and p.step < 9 and not p.final and not p.metadata for p in previews)
+    assert (last.step, last.final, last.images.shape) == (9, True, (1, 160, 160, 3))
+    assert all(p.images.shape == last.images.shape for p in previews)
+
+
+def test_requests_of_several_clients_share_their_steps(server):
+    before = server.calls("unet_plain")
+    order = LARGE | {"size": [96, 96], "steps": 200}
+    with server.ask(order | {"seed": 1}) as one, server.ask(order | {"seed": 2}) as two:
+        pictures = [list(stream)[-1].images for stream in (one, two)]
+    assert not np.array_equal(*pictures)
+    assert 200 <= server.calls("unet_plain") - before < 300
+
+
+def test_a_stream_that_is_cancelled_stops_the_loop_within_two_steps(server):
+    start = server.calls("unet_plain")
+    with server.ask(LARGE):
+        wait_for(lambda: server.calls("unet_plain") >= start + 3)
+        at = server.calls("unet_plain")
+    # the step that ran, and one that may have begun while the news travelled
+    time.sleep(1.5)
+    stopped = server.calls("unet_plain")
+    assert stopped - at <= 2
+    time.sleep(1.0)
+    assert server.calls("unet_plain") == stopped
+    assert server.picture({"prompt": "a cat", "steps": 1}).final
+
+
+def test_requests_beyond_slots_and_queue_are_rejected_at_once(server):
+    with ExitStack() as streams:
+        for seed in range(SLOTS + QUEUE):
+            streams.enter_context(server.ask(LARGE | {"seed": seed}))
+            time.sleep(0.2)  # in this order
+        started = time.monotonic()
+        assert "Exceeds maximum queue size" in error_of(server, LARGE)
+        assert time.monotonic() - started < 5
+    assert server.picture({"prompt": "a cat", "steps": 1}).final
+
+
+def test_a_request_that_waits_longer_than_its_timeout_is_rejected(server):
+    with ExitStack() as streams:
+        for seed in range(SLOTS):
+            streams.enter_context(server.ask(LARGE | {"seed": seed}))
+            time.sleep(0.2)
+        waiting = server.ask(LARGE, timeout=100_000)
+        time.sleep(0.5)
+    with waiting, pytest.raises(Exception, match="timeout expired"):
+        list(waiting)
+
+
+@pytest.mark.parametrize(
+    "order, wanted",
+    [
+        ({"prompt": " "}, "PromptError: the prompt is empty"),
+        ({"prompt": "a", "size": [60, 64]}, "InvalidRequest: width is 60; it must be divisible by 8"),
+        ({"prompt": "a", "scheduler": "eul"}, "InvalidRequest: .*eul"),
+        ({"prompt": "a", "stesp": 3}, "InvalidRequest: the request has no 'stesp'"),
+        (b"\x00", "InvalidRequest: the request is no JSON"),
+        ({"prompt": "a", "style": INSTANT}, "ImageError: image is 0; 0 pictures were sent"),
+        ({"prompt": "a", "deadline": -1}, "InvalidRequest: deadline"),
+        (LARGE | {"deadline": 0.5}, "DeadlineExceeded: the deadline of 0.5 seconds passed"),
+    ],
+)
+def test_bad_input_is_answered_in_our_words(server, order, wanted):
+    assert re.search(wanted, error_of(server, order))
+
+
+def test_a_damaged_picture_is_answered_in_our_words(server):
+    damaged = png(small_picture(0))[:100]
+    assert "ImageError: " in error_of(server, {"prompt": "a", "style": INSTANT}, [damaged])
+
+
+def test_a_graph_that_is_unloaded_fails_its_requests_by_name_until_it_is_back(server):
+    server.client.unload_model("unet_plain")
+    wait_for(lambda: not server.client.is_model_ready("unet_plain"))
+    assert "unet_plain" in error_of(server, {"prompt": "a cat", "steps": 1})
+    server.client.load_model("unet_plain")
+    assert server.picture({"prompt": "a cat", "steps": 1}).final
+
+
+def test_the_loop_can_be_unloaded_and_loaded_again(server, engine):
+    server.client.unload_model("stylefast")
+    wait_for(lambda: not server.client.is_model_ready("stylefast"))
+    server.client.load_model("stylefast")
+    assert psnr(server.picture({"prompt": "a cat", "steps": 2}), engine.generate("a cat", steps=2)) >= 40
+
+
+@pytest.mark.slow
+def test_a_repository_of_the_embedded_model_draws_what_the_engine_draws(tmp_path):
+    from stylefast.export.options import Options, load_source
+    from stylefast.export.pipeline import export_triton_repo
+
+    options = Options("triton-repo", flavours=("plain", "banked"), components=("unet", "vae_decoder"))
+    export_triton_repo(load_source("tiny", "float32"), tmp_path / "repository", options)
+    # banks come by name from a folder that the server knows
+    config = tmp_path / "repository" / "stylefast" / "config.pbtxt"
+    (tmp_path / "banks").mkdir()
+    config.write_text(config.read_text().replace('"null"', json.dumps(json.dumps(str(tmp_path / "banks")))))
+    engine = sf.Engine.from_pretrained("tiny", device="cpu")
+    bank = engine.bake(sf.StyleAligned(prompt="a boat"), steps=4, path=tmp_path / "banks" / "boat.bank")
+    with triton_server(tmp_path / "repository", tmp_path) as server:
+        answer = server.picture({"prompt": ["a fish", "a tree"], "steps": 4, "seed": 1})
+        assert psnr(answer, engine.generate(["a fish", "a tree"], steps=4, seed=1)) >= 40
+        style = {"method": "aligned", "bank": "boat"}
+        answer = server.picture({"prompt": "a fish", "steps": 4, "style": style})
+        assert psnr(answer, engine.generate("a fish", sf.StyleAligned(bank), steps=4)) >= 40
+        assert "not on this server; there are boat" in error_of(
+            server, {"prompt": "a fish", "style": style | {"bank": "car"}}
+        )

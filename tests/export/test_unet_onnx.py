@@ -1,0 +1,254 @@
+"""The UNet's ONNX graphs against the UNet itself."""
+
+from functools import cache
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from stylefast.errors import InvalidRequest
+from stylefast.export.onnx_graphs import WEIGHTS, export_unet, refit_weights
+from stylefast.export.onnx_writer import check_opset
+from stylefast.export.unet_graph import (
+    GraphShape,
+    UNetGraph,
+    example_inputs,
+    example_sizes,
+    graph_inputs,
+    trace,
+    with_tokens,
+)
+from stylefast.models.unet import UNet
+from tests.export.bfloat16 import emulated
+from tests.oracle.small import sharpen
+from tests.small_graphs import micro_config
+
+SHAPES = (GraphShape("plain", segments=0), GraphShape("plain", segments=2), GraphShape("live", 2, 3),
+          GraphShape("banked", 1, 1), GraphShape("banked", 2, 2))  # fmt: skip
+NAMES = ("plain without pictures", "plain", "live", "banked", "banked with two references")
+# (rows, height, width) in latents: odd ones, one row, the least size
+SIZES = ((4, 12, 10), (3, 9, 13), (1, 8, 8), (7, 11, 8))
+
+
+def unet_of(dtype: torch.dtype) -> UNet:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(5)
+    model = UNet2DConditionModel(**micro_config()).requires_grad_(False)
+    sharpen(model, 5)
+    return UNet.from_state(dict(model.config), {name: x.to(dtype) for name, x in model.state_dict().items()})
+
+
+@pytest.fixture(scope="module")
+def unets() -> dict[torch.dtype, UNet]:
+    return {dtype: unet_of(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+@pytest.fixture(scope="module")
+def exported(unets, tmp_path_factory):
+    """(shape, type) -> the graph's file."""
+    made = {}
+
+    def export(shape: GraphShape, dtype: torch.dtype):
+        key = (shape, dtype)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("graphs")
+            entry, _ = export_unet(unets[dtype], shape, folder, metadata={"fingerprint": "abc"})
+            made[key] = folder / entry.file
+        return made[key]
+
+    return export
+
+
+def inputs_of(unet: UNet, shape: GraphShape, size: tuple[int, int, int], seed: int) -> dict[str, torch.Tensor]:
+    rows, *latents = size
+    sizes = example_sizes(unet, tuple(latents)) | {"rows": rows, "pages": 3}
+    return example_inputs(unet, shape, with_tokens(unet, sizes), seed)
+
+
+@cache  # loading takes longer than running
+def session_of(model: str | bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run(model, inputs) -> torch.Tensor:
+    session = session_of(model)
+    return torch.from_numpy(session.run(None, {name: x.numpy() for name, x in inputs.items()})[0]).float()
+
+
+def eager(unet: UNet, shape: GraphShape, inputs) -> torch.Tensor:
+    with torch.inference_mode():
+        return UNetGraph(unet, shape)(*inputs.values()).float()
+
+
+def truth(unets, shape: GraphShape, inputs) -> torch.Tensor:
+    """In float64, from the same numbers."""
+    exact = UNet.from_state(unets[torch.float32].config, {
+        name: x.double() for name, x in unets[next(iter(inputs.values())).dtype].state_dict().items()
+    })  # fmt: skip
+    wide = {tensor.name: inputs[tensor.name].to(tensor.dtype) for tensor in graph_inputs(exact, shape)}
+    return eager(exact, shape, wide)
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
+def test_the_error_is_at_most_twice_that_of_pytorch_in_the_same_type(unets, exported, shape, dtype):
+    path = exported(shape, dtype)
+    model = emulated(path) if dtype == torch.bfloat16 else str(path)
+    for seed, size in enumerate(SIZES):
+        inputs = inputs_of(unets[dtype], shape, size, seed)
+        exact = truth(unets, shape, inputs)
+        wide = {name: x.float() if dtype == torch.bfloat16 and x.dtype == dtype else x for name, x in inputs.items()}
+        found, reference = run(model, wide), eager(unets[dtype], shape, inputs)
+        assert error(found, exact) <= 2 * error(reference, exact) + 1e-7, size
+        assert error(found, exact) < 0.05 * float(exact.std()), size
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_tables_of_styles_agree(unets, exported, seed):
+    shape, unet = GraphShape("banked", 2, 2), unets[torch.float32]
+    inputs = inputs_of(unet, shape, (5, 10, 9), 100 + seed)
+    # the numbers are so sharpened that one layer's rounding shows; the type's own error is the scale
+    exact, reference = truth(unets, shape, inputs), eager(unet, shape, inputs)
+    assert error(run(str(exported(shape, torch.float32)), inputs), exact) <= 2 * error(reference, exact) + 1e-7
+
+
+def test_another_style_another_strength_and_another_page_change_the_picture(unets, exported):
+    shape, unet = GraphShape("banked", 1, 1), unets[torch.float32]
+    path = str(exported(shape, torch.float32))
+    inputs = inputs_of(unet, shape, (2, 10, 10), 3)
+    inputs["self_page"][:], inputs["adain_page"][:], inputs["norm_page"][:] = 2, 2, 2  # the first page of the pool
+    inputs["self_mode"][:], inputs["self_layers"][:], inputs["adain_strength"][:] = 1, True, 1.0
+    inputs["image_page"][:], inputs["image_mask"][:], inputs["image_strength"][:] = 0, -1, 1.0
+    before = run(path, inputs)
+    for name, value in (("self_page", 3), ("self_shift", 1.5), ("self_scale", 0.3), ("self_mode", 2),
+                        ("adain_page", 3), ("adain_strength", 0.2), ("norm_page", -1), ("image_strength", 0.1),
+                        ("image_page", 1), ("image_mask", 0), ("text_page", 2)):  # fmt: skip
+        changed = inputs | {name: torch.full_like(inputs[name], value)}
+        assert (run(path, changed) - before).abs().max() > 1e-3, name
+
+
+def test_what_is_not_a_number_in_one_picture_stays_there(unets, exported):
+    shape, unet = GraphShape("banked", 1, 1), unets[torch.float32]
+    inputs = inputs_of(unet, shape, (4, 9, 9), 7)
+    inputs["self_page"][:, 0] = torch.tensor([-1, 0, 6, -1])
+    inputs["adain_page"][:], inputs["norm_page"][:] = inputs["self_page"][:, 0], inputs["self_page"][:, 0]
+    good = run(str(exported(shape, torch.float32)), inputs)
+    inputs["latents"][3] = torch.nan
+    inputs["page_kv_0"][0] = torch.nan  # which nobody reads
+    found = run(str(exported(shape, torch.float32)), inputs)
+    assert found[3].isnan().all()
+    assert torch.equal(found[:3], good[:3])
+
+
+def test_plain_rows_of_a_live_graph_are_those_of_a_plain_one(unets, exported):
+    live, plain = GraphShape("live", 2, 3), GraphShape("plain", segments=2)
+    inputs = inputs_of(unets[torch.float32], live, (3, 9, 11), 2)
+    inputs["self_page"][:], inputs["norm_page"][:], inputs["image_page"][:] = -1, -1, -1
+    alone = {name: inputs[name] for name in UNetGraph(unets[torch.float32], plain).names}
+    alone |= {name: x[:, :2].contiguous() for name, x in alone.items() if name.startswith("image_") and x.ndim > 1
+              and x.shape[:2] == (3, 3)}  # fmt: skip
+    found = run(str(exported(live, torch.float32)), inputs)
+    assert (found - run(str(exported(plain, torch.float32)), alone)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=lambda d: str(d)[6:])
+def test_a_graph_says_what_it_is_and_passes_the_checker(unets, exported, dtype):
+    shape = GraphShape("live", 2, 3)
+    path = exported(shape, dtype)
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(str(path), load_external_data=False)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert facts["stylefast.fingerprint"] == "abc" and facts["stylefast.flavour"] == "live"
+    assert [entry.version for entry in model.opset_import] == [check_opset(None, dtype)]
+    assert not model.functions
+    for value, tensor in zip(model.graph.input, graph_inputs(unets[dtype], shape), strict=True):
+        dims = tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+        assert (value.name, dims) == (tensor.name, tensor.dims)
+
+
+def test_no_operation_is_left_that_onnx_does_not_have(exported):
+    for shape in SHAPES:
+        model = onnx.load(str(exported(shape, torch.float32)), load_external_data=False)
+        assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_flavours_share_one_file_of_weights(unets, tmp_path):
+    first, weights = export_unet(unets[torch.float32], GraphShape("plain"), tmp_path)
+    written = (tmp_path / WEIGHTS).stat().st_mtime_ns
+    second, _ = export_unet(unets[torch.float32], GraphShape("banked"), tmp_path, weights=weights)
+    assert first.files == ("unet-plain.onnx", WEIGHTS) and second.files == ("unet-banked.onnx", WEIGHTS)
+    assert (tmp_path / WEIGHTS).stat().st_mtime_ns == written
+    shape = GraphShape("banked")
+    inputs = inputs_of(unets[torch.float32], shape, (2, 9, 8), 1)
+    reference = eager(unets[torch.float32], shape, inputs)
+    assert (run(str(tmp_path / second.file), inputs) - reference).abs().max() < 1e-3
+
+
+def test_weights_are_found_under_the_names_of_the_model(unets, exported):
+    path = exported(GraphShape("live", 2, 3), torch.float16)
+    model = onnx.load(str(path))
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    held = refit_weights(unets[torch.float16], list(stored))
+    parameters = unets[torch.float16].state_dict().keys()
+    unread = {name for name in parameters if ".attn2.to_k." in name or ".attn2.to_v." in name}
+    assert set(held) == parameters - unread
+    for name, weight in held.items():
+        assert (torch.from_numpy(stored[name].copy()) == weight).all(), name
+
+
+def test_a_fixed_size_leaves_no_name_for_it(unets, tmp_path):
+    shape, unet = GraphShape("banked"), unets[torch.float32]
+    entry, _ = export_unet(unet, shape, tmp_path, fixed={"height": 9, "width": 10, "rows": 2})
+    assert entry.fixed == {"height": 9, "width": 10, "rows": 2}
+    model = onnx.load(str(tmp_path / entry.file), load_external_data=False)
+    dims = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
+    assert dims["latents"] == [2, 4, 9, 10] and dims["page_kv_0"][3] == 90 and dims["page_kv_0"][0] == "pages"
+    inputs = inputs_of(unet, shape, (2, 9, 10), 1)
+    assert (run(str(tmp_path / entry.file), inputs) - eager(unet, shape, inputs)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "opset, dtype", [(19, torch.float32), (24, torch.float16), (21, torch.bfloat16), (True, torch.float32)]
+)
+def test_an_opset_that_can_not_hold_the_graph_is_refused(opset, dtype):
+    with pytest.raises(InvalidRequest, match="are written in opsets"):
+        check_opset(opset, dtype)
+
+
+@pytest.mark.parametrize("opset", (23,))
+def test_later_opsets_agree(unets, tmp_path, opset):
+    shape, unet = GraphShape("live"), unets[torch.float32]
+    entry, _ = export_unet(unet, shape, tmp_path, opset=opset)
+    inputs = inputs_of(unet, shape, (3, 9, 10), 4)
+    exact = truth(unets, shape, inputs)
+    found = run(str(tmp_path / entry.file), inputs)
+    assert error(found, exact) <= 2 * error(eager(unet, shape, inputs), exact) + 1e-7
+
+
+def test_a_model_without_weights_is_written_from_a_state(unets, tmp_path):
+    unet, shape = unets[torch.float32], GraphShape("plain", segments=0)
+    with torch.device("meta"):
+        empty = UNet(unet.config).eval()
+    entry, _ = export_unet(empty, shape, tmp_path, state=unet.state_dict())
+    inputs = inputs_of(unet, shape, (2, 9, 8), 1)
+    assert (run(str(tmp_path / entry.file), inputs) - eager(unet, shape, inputs)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("changes", [{"flavour": "bank"}, {"references": 0}, {"references": 17}, {"segments": -1},
+                                     {"segments": True}])  # fmt: skip
+def test_a_shape_out_of_range_is_refused(changes):
+    with pytest.raises(InvalidRequest):
+        GraphShape(**{"flavour": "live"} | changes)
+
+
+def test_a_dimension_that_there_is_not_can_not_be_fixed(unets):
+    with pytest.raises(InvalidRequest, match="there is no dimension 'batch'"):
+        trace(unets[torch.float32], GraphShape("plain"), {"batch": 2})
