@@ -4,7 +4,9 @@ Each kind makes its graphs one after the other within `publishing`, so that the 
 second run goes on where the first was stopped.
 """
 
+import fcntl
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -187,22 +189,42 @@ def ensure(source: Source, options: Options, folder: Path) -> Path:
 
     Raises what the export raises.
     """
-    deadline = time.monotonic() + _PATIENCE
+    deadline, said = time.monotonic() + _PATIENCE, False
     while not (folder / MANIFEST).is_file():
-        logger.warning(
-            "%s is exported once to %s (%s, %s); later starts find it there", source.name, folder, options.kind,
-            options.dtype,
-        )  # fmt: skip
+        if not said:
+            logger.warning(
+                "%s is exported once to %s (%s, %s); later starts find it there", source.name, folder, options.kind,
+                options.dtype,
+            )  # fmt: skip
+            said = True
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             EXPORTS[options.kind](source, folder, options)
-        except ExportError:
+        except (ExportError, InvalidRequest):
             lock = folder.with_name(f"{folder.name}.part.lock")
-            if not lock.exists() or time.monotonic() > deadline:
+            # somebody else's export is on its way, or was finished between two looks
+            if not (folder / MANIFEST).is_file() and not _held(lock):
                 raise
-            while lock.exists() and time.monotonic() < deadline:
+            while _held(lock) and not (folder / MANIFEST).is_file():
+                if time.monotonic() > deadline:
+                    raise
                 time.sleep(0.2)
     return folder
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process that lives has the lock; the file of one that died stays behind."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _publishing(source: Source, folder: Path, options: Options, progress: Progress):

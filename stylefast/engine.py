@@ -86,6 +86,7 @@ class Engine:
             self.runtime, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
         )
         self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, preview)
+        runner.serve(self)
         self._loop = BatchLoop(
             self.runtime, self._preparer, self._finish, self.decoder.previews,
             count_of("max_batch_rows", max_batch_rows), count_of("max_pending", max_pending),
@@ -175,9 +176,9 @@ class Engine:
         `image_encoder` is the folder of its CLIP image encoder; None takes the model's own.
         Raises AdapterError when the two don't belong together, or no image encoder is known.
         """
-        adapter, encoder = load_adapter(file, image_encoder, self._components, self.unet)
+        loaded = load_adapter(file, image_encoder, self._components, self.unet)
         name = name or Path(file).stem
-        self.adapters[name] = (adapter, encoder)
+        self.adapters[name] = adapter, encoder = self.runtime.backend.adapter(*loaded)
         if self.runtime.buckets:
             # shapes must repeat, so a batch has room for pictures before the first one comes
             with self.runtime.lock:

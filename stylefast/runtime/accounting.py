@@ -92,7 +92,7 @@ def _model(engine) -> dict[str, int]:
         "unet": _bytes(engine.unet) + packed_bytes(engine.unet),
         "text_encoders": text,
         "vae": _bytes(engine.vae) + copied_bytes(engine.vae),
-        "adapters": sum(_bytes(getattr(part, "model", part)) for part in adapters.values()),
+        "adapters": sum(_bytes(getattr(part, "vision_model", part)) for part in adapters.values()),
     }
 
 

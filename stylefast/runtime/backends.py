@@ -81,10 +81,8 @@ def _exported_folder(kind: str, source: Any) -> Path:
     from stylefast.runtime.compile_cache import default_folder
 
     unet = source.unet
-    options = Options(
-        kind, str(unet.dtype).removeprefix("torch."), targets=(unet.device.type,) if kind == "aoti" else (),
-        components=("unet",),
-    )  # fmt: skip
+    targets = (unet.device.type,) if kind == "aoti" else ()
+    options = Options(kind, str(unet.dtype).removeprefix("torch."), targets=targets)
     made_of = json.dumps([source.identity(), options.to_json()], sort_keys=True)
     digest = hashlib.sha256(made_of.encode()).hexdigest()
     return pipeline.ensure(source, options, default_folder() / "engines" / digest[:32])
@@ -94,6 +92,7 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
     from stylefast.export.manifest import check_files, check_fits, read_manifest
     from stylefast.export.trust import check_trust
     from stylefast.runtime.graph_backend import Graph, GraphBackend
+    from stylefast.runtime.graph_components import GraphComponents
 
     manifest = read_manifest(folder)
     check_trust(folder, manifest, trust)
@@ -126,7 +125,11 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
             "): LoRAs were put on, taken off or rescaled; export or refit with them, or take backend='torch'"
         )
 
-    return GraphBackend(unet, graphs, backend, stale)
+    def part(entry):
+        check_files(folder, manifest, entry.files)
+        return open_session(backend, folder / entry.file, unet.device)
+
+    return GraphBackend(unet, graphs, backend, stale, GraphComponents.of(manifest.graphs, part))
 
 
 class _SharedWeights:

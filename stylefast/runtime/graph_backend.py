@@ -23,8 +23,11 @@ from stylefast.export.unet_graph import (
     with_tokens,
 )
 from stylefast.kernels.registry import trusting
+from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.row_table import NO_PAGE, PLAIN
 from stylefast.models.unet import UNet
+from stylefast.runtime.graph_components import GraphComponents
 from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.step import Backend, StepBuffers, advance, see
 from stylefast.runtime.step_table import StepColumns
@@ -61,7 +64,7 @@ class GraphBackend(Backend):
 
     graphs: by any names, each a `Graph` or a tuple of its fields; the smallest that can do a batch does it. name: as
     error messages and `Engine.runtime.backend.name` have it. stale: asked at every step, why the graphs no longer fit
-    the weights; None where they do.
+    the weights; None where they do. components: graphs of the model's other parts.
 
     A batch that no graph can do raises EngineMismatch, whereupon the runtime tries parts of it.
     """
@@ -70,11 +73,12 @@ class GraphBackend(Backend):
 
     def __init__(
         self, unet: UNet, graphs: Mapping[str, Graph | tuple], name: str = "graphs",
-        stale: Callable[[], str | None] = lambda: None,
+        stale: Callable[[], str | None] = lambda: None, components: GraphComponents | None = None,
     ):  # fmt: skip
         if not graphs:
             raise EngineMismatch(f"the export holds no UNet graph; run `stylefast export {_COMMANDS.get(name, name)}`")
         self.name, self._unet, self._stale = name, unet, stale
+        self._components = components or GraphComponents({})
         found = [Graph(*graph) for graph in graphs.values()]
         self._graphs = [_Loaded(unet, graph) for graph in sorted(found, key=lambda graph: _size(graph.shape))]
         self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
@@ -91,11 +95,19 @@ class GraphBackend(Backend):
         """The flavours whose sessions are open."""
         return tuple(graph.shape.flavour for graph in self._graphs if graph.opened)
 
+    def serve(self, engine) -> None:
+        """Put the graphs of other components behind an engine's classes. Raises EngineMismatch for another VAE's."""
+        self._components.install(engine)
+
+    def adapter(self, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[IPAdapter, ImageEncoder]:
+        """In graphs where these very weights were exported; else as they are."""
+        return self._components.adapter(adapter, encoder)
+
     @property
     def nbytes(self) -> int:
         """Bytes of idle tensors, of inputs and outputs, and of the sessions that say what they hold."""
         tensors = [*self._idle.values(), *(x for one in self._prepared.values() for x in one.tensors())]
-        return sum(x.nbytes for x in tensors) + sum(graph.nbytes for graph in self._graphs)
+        return sum(x.nbytes for x in tensors) + sum(graph.nbytes for graph in self._graphs) + self._components.nbytes
 
     @torch.inference_mode()
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
@@ -126,6 +138,7 @@ class GraphBackend(Backend):
         self.forget()
         for graph in self._graphs:
             graph.close()
+        self._components.close()
 
     def _choose(self, columns: StepColumns, buffers: StepBuffers, latent_size: tuple[int, int]) -> "_Loaded":
         table = columns.table
@@ -178,13 +191,14 @@ class GraphBackend(Backend):
         return self._prepared[key]
 
     def _idle_tensor(self, graph: "_Loaded", tensor: Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
-        """Zeros, as few as the graph takes, for an input that no row reads."""
+        """As little as the graph takes, for an input that no row reads: zeros, but pictures of one token."""
         least = {name: graph.ranges.get(name, (1, 1))[0] for name in DIMENSIONS}
         sizes = with_tokens(self._unet, least | {"height": latent_size[0], "width": latent_size[1]})
         dims = tuple(sizes[d] if isinstance(d, str) else d for d in tensor.dims)
         key = (tensor.name, tensor.dtype, dims)
         if key not in self._idle:
-            self._idle[key] = torch.zeros(dims, dtype=tensor.dtype, device=self._unet.device)
+            value = 1 if tensor.name == "image_lengths" else 0
+            self._idle[key] = torch.full(dims, value, dtype=tensor.dtype, device=self._unet.device)
         return self._idle[key]
 
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from stylefast.kernels.guided_step import guided_step
 from stylefast.kernels.registry import trusting
 from stylefast.models.conditioning import ImageKV, KeyValue, RowFeatures, StylePages
+from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.unet import UNet
 from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.step_table import StepColumns
@@ -94,6 +96,13 @@ class Backend:
         be run as a whole (`ExportError`) is run again in halves.
         """
         raise NotImplementedError
+
+    def serve(self, engine: Any) -> None:
+        """Take over other parts of an engine that has just been made, such as its text encoders."""
+
+    def adapter(self, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[IPAdapter, ImageEncoder]:
+        """An adapter and its image encoder as the engine shall use them."""
+        return adapter, encoder
 
     def forget(self) -> None:
         """Drop what was prepared."""

@@ -424,7 +424,7 @@ def test_a_package_may_hold_the_weights_and_fix_sizes(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_errs_no_more_than_twice_as_much_as_pytorch(folder, dtype):
     unet, shape = micro_unet(dtype=dtype), GraphShape("live", 1, 1)
     quickly(unet, shape, folder / f"{dtype}.pt2")
@@ -435,7 +435,9 @@ def test_half_precision_errs_no_more_than_twice_as_much_as_pytorch(folder, dtype
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
+)
 def test_on_a_gpu_a_package_runs_on_the_current_stream_with_shared_weights(folder, dtype):
     unet = micro_unet(dtype=dtype).to("cuda")
     report = export_aoti(unet, GraphShape("banked", 2, 2), folder / f"gpu-{dtype}.pt2", device="cuda", weights=False)

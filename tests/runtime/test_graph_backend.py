@@ -151,6 +151,7 @@ def test_columns_that_a_batch_has_not_are_idle(make, requests):
         assert given["image_group"].tolist() == [[0, 1, 2, 3]] * rows
         assert given["page_norms"].shape[0] == given["image_lengths"].shape[0] == given["mask_0"].shape[0] == 1
         assert (given["norm_page"] >= 0).any() and (given["norm_page"] == NO_PAGE).any()
+        assert given["image_lengths"].tolist() == [1], "no picture has no tokens"
 
 
 def test_a_batch_in_which_no_row_shares_norms_has_a_full_column_of_none(make, requests):

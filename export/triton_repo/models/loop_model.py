@@ -48,7 +48,6 @@ class TritonPythonModel:
                 f"the repository was written for weights {parameters['fingerprint'][:12]}, and {parameters['model']} "
                 f"has {self._engine.fingerprint[:12]} here; install that model, or write the repository again"
             )
-        self._install_components()
         banks = parameters["banks"]
         self._shelf = Shelf(None if banks is None else Path(banks), self._engine.styles())
         self._events = asyncio.new_event_loop()
@@ -66,29 +65,22 @@ class TritonPythonModel:
         self._events.call_soon_threadsafe(self._events.stop)
 
     def _backend(self, unet) -> GraphBackend:
-        graphs = {
-            model: Graph(
-                GraphShape.from_dict(graph.shape),
-                BlsSession(model, [name for name, _, _ in graph.outputs], unet.device, self._drop_cancelled),
-                {name: (size, size) for name, size in graph.fixed.items()},
-            )
-            for model, graph in self._graphs.items()
-            if graph.component == "unet"
-        }
-        return GraphBackend(unet, graphs, "triton")
-
-    def _install_components(self) -> None:
-        """Put what the other models run in the places of text encoders, decoder and image encoder."""
-        models = {graph.component: model for model, graph in self._graphs.items()}
-        engine = self._engine
+        models = {graph.label: model for model, graph in self._graphs.items()}
 
         def session(graph: GraphEntry) -> BlsSession:
-            return BlsSession(models[graph.component], [name for name, _, _ in graph.outputs], engine.unet.device)
+            # once a step: the UNet is what every step calls
+            before = {"before": self._drop_cancelled} if graph.component == "unet" else {}
+            return BlsSession(models[graph.label], [name for name, _, _ in graph.outputs], unet.device, **before)
 
-        components = GraphComponents.of(self._graphs.values(), session)
-        components.install(engine)
-        for name, pair in engine.adapters.items():
-            engine.adapters[name] = components.adapter(*pair)
+        graphs = {
+            graph.label: Graph(
+                GraphShape.from_dict(graph.shape), session(graph),
+                {name: (size, size) for name, size in graph.fixed.items()},
+            )
+            for graph in self._graphs.values()
+            if graph.component == "unet"
+        }  # fmt: skip
+        return GraphBackend(unet, graphs, "triton", components=GraphComponents.of(self._graphs.values(), session))
 
     def _accept(self, request) -> None:
         sender = request.get_response_sender()
