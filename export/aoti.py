@@ -10,20 +10,15 @@ Weights lie in the package, or stay outside (`weights=False`) and are the engine
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 import threading
 import time
 import warnings
-import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,31 +30,22 @@ from stylefast.errors import (
     OutOfMemory,
     StyleFastError,
 )
+from stylefast.export.aoti_facts import KEY, check_machine, facts_of, package_facts, schema_of, short_name, target_of
 from stylefast.export.unet_graph import (
-    DIMENSIONS,
     OUTPUT,
     GraphShape,
     Tensor,
     graph_inputs,
     graph_output,
     trace,
-    with_tokens,
 )
 from stylefast.kernels.checks import integers_within
 from stylefast.models.packed import channels_last
 from stylefast.models.unet import UNet
 
 SUFFIX = ".pt2"
-_KEY, _FORMAT = "stylefast", 1
-_FACTS = {
-    "shape", "fixed", "inputs", "outputs", "sizes", "target", "toolchain", "machine", "instructions", "operations",
-    "weights", "parameters",
-}  # fmt: skip
-_SHAPE = {field.name for field in fields(GraphShape)}
 _MODEL = "model"  # the name PyTorch gives a package's only model
 _WEIGHT = "unet."  # in front of a parameter's name in the graph
-# of what PyTorch knows of a CPU, what no compiler uses of its own accord
-_UNUSED = {"clflush", "clflushopt", "clwb", "sha", "aes"}
 _SETTINGS = {
     # biases of a few channels would be written into the code, where no other weights can replace them
     "always_keep_tensor_constants": True,
@@ -108,13 +94,13 @@ def export_aoti(
     twin = _twin(unet, device, weights)
     program = trace(twin, shape, fixed)
     operations = _operations(program)
-    facts = _facts(twin, shape, dict(fixed or {}), device) | {
-        "operations": {name: _schema(name) for name in operations},
+    facts = facts_of(twin, shape, dict(fixed or {}), device) | {
+        "operations": {name: schema_of(name) for name in operations},
         "weights": weights,
         "parameters": _parameters(program),
     }
     settings = _SETTINGS | {
-        "aot_inductor.metadata": {_KEY: json.dumps(facts)},
+        "aot_inductor.metadata": {KEY: json.dumps(facts)},
         "aot_inductor.package_constants_in_so": weights,
     }
     try:
@@ -137,41 +123,6 @@ def export_aoti(
     return AotiReport(path, size, seconds, facts["target"], facts["toolchain"], inputs, outputs, operations, weights)
 
 
-def target_of(device: str | torch.device) -> str:
-    """What a device is called as a target: "cpu", or a GPU's architecture, such as "sm90"."""
-    device = torch.device(device)
-    if device.type == "cpu":
-        return "cpu"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
-
-
-def package_facts(path: str | Path) -> dict[str, Any]:
-    """What a package says of itself; nothing in it is run.
-
-    "shape" (of a `GraphShape`), "fixed", "inputs" and "outputs" ([name, type, dims]), "sizes" (dimension -> least and
-    most), "target", "toolchain", "weights" (whether they lie in it), "parameters" (name -> type, shape, strides),
-    "operations" (custom op -> its schema), "machine" and "instructions" of the CPU.
-
-    Raises ExportError for a file that is missing, truncated, or no package of stylefast's.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ExportError(f"there is no package at {path}; run `stylefast export aoti`, or check the path")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith("_metadata.json")]
-            found = [json.loads(archive.read(name)).get(_KEY) for name in names]
-        facts = next((json.loads(text) for text in found if text), None)
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise ExportError(f"{path} is truncated, damaged or no package ({error}); export the model again") from error
-    if not isinstance(facts, dict):
-        raise ExportError(f"{path} is a package that stylefast has not written; run `stylefast export aoti`")
-    if facts.get("format") != _FORMAT or not facts.keys() >= _FACTS or facts["shape"].keys() != _SHAPE:
-        raise EngineMismatch(f"{path} was written by another version of stylefast; export the model again")
-    return facts
-
-
 class AotiSession:
     """A package, loaded and ready to run. A package is code: check who wrote it before.
 
@@ -184,7 +135,7 @@ class AotiSession:
     def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
         self.path, self.device = Path(path).expanduser(), torch.device(device)
         facts = package_facts(self.path)
-        _check_machine(self.path.name, facts, self.device)
+        check_machine(self.path.name, facts, self.device)
         self.shape = GraphShape.from_dict(facts["shape"])
         self.inputs, self.outputs = (
             {name: (getattr(torch, dtype), tuple(dims)) for name, dtype, dims in facts[kind]}
@@ -232,10 +183,10 @@ class AotiSession:
                 x = state[name].detach()
                 if not _same_device(x.device, self.device):
                     raise InvalidRequest(f"{name} is on {x.device}, the session of {self.path.name} on {self.device}")
-                if (_short(x.dtype), list(x.shape)) != (dtype, shape):
+                if (short_name(x.dtype), list(x.shape)) != (dtype, shape):
                     raise EngineMismatch(
-                        f"{name} is {_short(x.dtype)} {list(x.shape)}, and {self.path.name} was exported for {dtype} "
-                        f"{shape}; load the model that was exported, or export this one"
+                        f"{name} is {short_name(x.dtype)} {list(x.shape)}, and {self.path.name} was exported for "
+                        f"{dtype} {shape}; load the model that was exported, or export this one"
                     )
                 if not _lies(x, strides):
                     x = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).copy_(x)
@@ -308,8 +259,8 @@ class AotiSession:
                 raise InvalidRequest(f"input {name} is on {x.device}, the session of {self.path.name} on {self.device}")
             if x.dtype != dtype:
                 raise EngineMismatch(
-                    f"input {name} is {_short(x.dtype)}, and {self.path.name} was exported for {_short(dtype)}; load "
-                    "the model in that type, or export it in this one"
+                    f"input {name} is {short_name(x.dtype)}, and {self.path.name} was exported for "
+                    f"{short_name(dtype)}; load the model in that type, or export it in this one"
                 )
             fits = len(dims) == x.ndim and all(
                 side == (dim if isinstance(dim, int) else sizes.setdefault(dim, side))
@@ -334,8 +285,8 @@ class AotiSession:
         shape = [sizes.get(dim, dim) for dim in dims]
         if x.dtype != dtype or list(x.shape) != shape or not _same_device(x.device, self.device):
             raise InvalidRequest(
-                f"the tensor for output {OUTPUT} is {_short(x.dtype)} {list(x.shape)} on {x.device}; it must be "
-                f"{_short(dtype)} {shape} on {self.device}"
+                f"the tensor for output {OUTPUT} is {short_name(x.dtype)} {list(x.shape)} on {x.device}; it must be "
+                f"{short_name(dtype)} {shape} on {self.device}"
             )
 
 
@@ -413,80 +364,8 @@ def _parameters(program: torch.export.ExportedProgram) -> dict[str, list]:
         name = program.graph_signature.inputs_to_parameters.get(node.name)
         if name is not None and node.users:
             x = program.state_dict[name]
-            found[name.removeprefix(_WEIGHT)] = [_short(x.dtype), list(x.shape), list(x.stride())]
+            found[name.removeprefix(_WEIGHT)] = [short_name(x.dtype), list(x.shape), list(x.stride())]
     return found
-
-
-def _facts(unet: UNet, shape: GraphShape, fixed: dict[str, int], device: torch.device) -> dict[str, Any]:
-    exact = with_tokens(unet, fixed) if {"height", "width"} <= fixed.keys() else fixed
-
-    def described(tensor: Tensor) -> list:
-        return [tensor.name, _short(tensor.dtype), [exact.get(dim, dim) for dim in tensor.dims]]
-
-    return {
-        "format": _FORMAT,
-        "shape": shape.to_dict(),
-        "fixed": fixed,
-        "inputs": [described(tensor) for tensor in graph_inputs(unet, shape)],
-        "outputs": [described(graph_output(unet))],
-        "sizes": DIMENSIONS,
-        "target": target_of(device),
-        "toolchain": _toolchain(),
-        "machine": _machine(),
-        "instructions": sorted(_instructions()),
-    }
-
-
-def _check_machine(name: str, facts: Mapping[str, Any], device: torch.device) -> None:
-    """Raise EngineMismatch where a package's code can't run."""
-    made, here = facts["toolchain"]["torch"], torch.__version__
-    if made != here:
-        raise EngineMismatch(
-            f"{name} was made with PyTorch {made}, and this is {here}; install that version, or export the model again"
-        )
-    for operation, schema in facts["operations"].items():
-        if schema != _schema(operation):
-            raise EngineMismatch(
-                f"{name} was made with another version of stylefast, whose {operation} takes other arguments; export "
-                "the model again"
-            )
-    kind = "cpu" if facts["target"] == "cpu" else "cuda"
-    if device.type != kind:
-        raise EngineMismatch(f"{name} was made for {facts['target']}, and the device is {device}; export it for that")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EngineMismatch(f"{name} was made for {facts['target']}, and this machine has no GPU")
-    if target_of(device) != facts["target"]:
-        raise EngineMismatch(
-            f"{name} was made for {facts['target']}, and {device} is {target_of(device)}; export it for that one"
-        )
-    if facts["machine"] != _machine():
-        raise EngineMismatch(f"{name} was made for {facts['machine']}, and this is {_machine()}; export the model here")
-    lacking = sorted(set(facts["instructions"]) - _instructions())
-    if lacking:
-        raise EngineMismatch(
-            f"{name} was made on a CPU with {', '.join(lacking)}, which this one does not have; export the model here"
-        )
-
-
-def _toolchain() -> dict[str, str]:
-    found = {"torch": torch.__version__}
-    with suppress(PackageNotFoundError):
-        found["triton"] = version("triton")
-    return found
-
-
-def _machine() -> str:
-    return f"{platform.system()} {platform.machine()}"
-
-
-def _instructions() -> set[str]:
-    """Extensions of this CPU that generated code may use: it is compiled for the very CPU it was made on."""
-    return {name for name, there in torch.cpu.get_capabilities().items() if there is True} - _UNUSED
-
-
-def _schema(operation: str) -> str:
-    packet = getattr(torch.ops.stylefast, operation, None)
-    return "" if packet is None else str(packet.default._schema)
 
 
 def _lies(x: torch.Tensor, strides: list[int]) -> bool:
@@ -496,10 +375,6 @@ def _lies(x: torch.Tensor, strides: list[int]) -> bool:
 
 def _same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index or 0) == (other.index or 0)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _line(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """The model repository in the real Triton Inference Server, with a real client; skipped where the server is absent."""
 
-import json
 import math
 import re
 import time
@@ -14,6 +13,7 @@ import torch
 import stylefast as sf
 from stylefast.export.triton_repo import Serving, Shape, write_repository
 from stylefast.export.triton_repo.config import QueuePolicy
+from stylefast.models.vae import downscale
 from tests.engine.scene import EMBED_DIM
 from tests.export.triton_server import Answer, TritonServer, log_end, missing, triton_server
 from tests.oracle.instant_style import random_adapter
@@ -252,16 +252,18 @@ def test_the_loop_can_be_unloaded_and_loaded_again(server, engine):
 @pytest.mark.slow
 def test_a_repository_of_the_embedded_model_draws_what_the_engine_draws(tmp_path):
     from stylefast.export.options import Options, load_source
-    from stylefast.export.pipeline import export_triton_repo
+    from stylefast.export.pipeline import export_onnx
 
-    options = Options("triton-repo", flavours=("plain", "banked"), components=("unet", "vae_decoder"))
-    export_triton_repo(load_source("tiny", "float32"), tmp_path / "repository", options)
-    # banks come by name from a folder that the server knows
-    config = tmp_path / "repository" / "stylefast" / "config.pbtxt"
-    (tmp_path / "banks").mkdir()
-    config.write_text(config.read_text().replace('"null"', json.dumps(json.dumps(str(tmp_path / "banks")))))
+    source, banks = load_source("tiny", "float32"), tmp_path / "banks"
+    options = Options("onnx", flavours=("plain", "banked"), components=("unet", "vae_decoder"))
+    export_onnx(source, tmp_path / "onnx", options)
+    write_repository(
+        tmp_path / "onnx", tmp_path / "repository", unet=source.unet, model="tiny",
+        serving=Serving(banks=str(banks)), downscale=downscale(source.vae),
+    )  # fmt: skip
+    banks.mkdir()
     engine = sf.Engine.from_pretrained("tiny", device="cpu")
-    bank = engine.bake(sf.StyleAligned(prompt="a boat"), steps=4, path=tmp_path / "banks" / "boat.bank")
+    bank = engine.bake(sf.StyleAligned(prompt="a boat"), steps=4, path=banks / "boat.bank")
     with triton_server(tmp_path / "repository", tmp_path) as server:
         answer = server.picture({"prompt": ["a fish", "a tree"], "steps": 4, "seed": 1})
         assert psnr(answer, engine.generate(["a fish", "a tree"], steps=4, seed=1)) >= 40

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import numpy as np
 CHECKOUT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
 STOP_SECONDS = 20
+ANSWER_SECONDS = 60  # for one answer of a stream
 
 
 def missing() -> str | None:
@@ -98,7 +99,7 @@ class Stream:
     def __iter__(self) -> Iterator[Answer]:
         final = False
         while not final:
-            result, error = self._answers.get(timeout=30)
+            result, error = self._answers.get(timeout=ANSWER_SECONDS)
             if error is not None:
                 raise error
             final = result.get_response().parameters["triton_final_response"].bool_param
@@ -121,7 +122,7 @@ def triton_server(repository: Path, folder: Path) -> Iterator[TritonServer]:
         _binary(), f"--model-repository={repository}", f"--backend-directory={_backends(folder)}",
         "--model-control-mode=explicit", "--load-model=*", "--disable-auto-complete-config", "--allow-http=false",
         "--allow-metrics=false", "--grpc-address=127.0.0.1", f"--grpc-port={address.rpartition(':')[2]}",
-        "--exit-timeout-secs=10", "--log-info=false", "--pinned-memory-pool-byte-size=0",
+        "--exit-timeout-secs=8", "--log-info=false", "--pinned-memory-pool-byte-size=0",
     ]  # fmt: skip
     with log.open("wb") as output:
         # a group of its own, so that the backend's processes go with it
@@ -157,13 +158,15 @@ def _wait_until_ready(server: TritonServer, process: subprocess.Popen) -> None:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    # whatever of the backend's processes outlived the server
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _environment() -> dict[str, str]:
