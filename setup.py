@@ -142,7 +142,8 @@ def build_command() -> type[build_ext]:
 setup(
     packages=packages(),
     package_dir=PACKAGE_DIRS,
-    package_data={"stylefast.models": ["tiny/**/*"], "stylefast.kernels": ["tuning/*.json"]},
+    package_data={"stylefast.models": ["tiny/**/*"], "stylefast.kernels": ["tuning/*.json"],
+                  "stylefast.export": ["triton_repo/models/*.py"]},
     include_package_data=False,
     ext_modules=extensions(),
     cmdclass={"build_ext": build_command()},
