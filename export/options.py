@@ -159,7 +159,8 @@ class Options:
 class Source:
     """A loaded model to export. Make one with `load_source`, or from the parts of an engine.
 
-    unet: its weights not packed. adapters: name -> IP-Adapter and its image encoder. version: stylefast's.
+    unet: its weights not packed. adapters: name -> IP-Adapter and its image encoder. version: stylefast's. origin:
+    what `Engine.from_pretrained` loads the model from; empty where that is not known.
     """
 
     name: str
@@ -169,6 +170,7 @@ class Source:
     text_encoder: TextEncoder
     adapters: Mapping[str, tuple[IPAdapter, ImageEncoder]] = field(default_factory=dict)
     version: str = ""
+    origin: str = ""
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -251,7 +253,8 @@ def load_source(
     file = adapter if adapter is not None else components.adapter_path
     adapters = {} if file is None else {Path(file).stem: load_adapter(file, image_encoder, components, unet)}
     text = TextEncoder(components.tokenizers, components.text_encoders, components.force_zeros)
-    return Source(components.name, components.fingerprint, unet, components.vae, text, adapters, version)
+    origin = str(Path(model).expanduser().resolve()) if Path(model).expanduser().exists() else str(model)
+    return Source(components.name, components.fingerprint, unet, components.vae, text, adapters, version, origin)
 
 
 def require_toolchain(options: Options) -> None:

@@ -168,7 +168,7 @@ def export_triton_repo(source: Source, folder: Path, options: Options, progress:
         export_onnx(source, beside, Options(kind="onnx", overwrite=True, **settings), progress)
     try:
         return write_repository(
-            graphs, folder, unet=source.unet, model=source.name, serving=Serving(runner=options.runner),
+            graphs, folder, unet=source.unet, model=source.origin or source.name, serving=Serving(runner=options.runner),
             downscale=vaes.downscale(source.vae), overwrite=options.overwrite,
         )  # fmt: skip
     finally:

@@ -2,13 +2,13 @@
 
 import copy
 import errno
-import json
 import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from types import ModuleType
 from typing import NamedTuple
 
@@ -115,12 +115,6 @@ def psnr(actual, expected) -> float:
 def nothing_at(folder: Path) -> bool:
     """Neither an export nor the beginnings of one."""
     return not folder.exists() and not list(folder.parent.glob(f"{folder.name}.*"))
-
-
-@pytest.fixture(scope="module")
-def patched():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 @pytest.fixture(scope="module")
@@ -382,21 +376,19 @@ def test_who_waits_for_a_process_that_dies_makes_the_export_itself(source, tmp_p
     assert process.stdout.readline() == "held\n"
     tried = []
 
-    def waited(*given):
+    def counted(*given):
         tried.append(None)
-        if len(tried) == 1:
-            with pytest.raises(ExportError, match="another export to .* is running"):
-                quickly(*given)
-            process.kill()  # with the lock's file left behind
-            raise ExportError("another export is running")
         return quickly(*given)
 
-    monkeypatch.setitem(pipeline.EXPORTS, "onnx", waited)
+    monkeypatch.setitem(pipeline.EXPORTS, "onnx", counted)
+    death = Timer(0.7, process.kill)  # which leaves the lock's file behind
     try:
+        death.start()
         start = time.perf_counter()
-        assert pipeline.ensure(source, options(), folder) == folder and len(tried) in (1, 2)
-        assert time.perf_counter() - start < 20
+        assert pipeline.ensure(source, options(), folder) == folder and len(tried) == 2
+        assert 0.4 < time.perf_counter() - start < 20
     finally:
+        death.cancel()
         process.kill()
         process.communicate()
 
@@ -458,7 +450,7 @@ def test_engines_for_two_chips_take_the_graphs_inputs_and_have_their_attention_f
 
 def test_a_folder_of_engines_says_what_they_were_built_for(engines):
     folder, manifest, source, _ = engines
-    assert read_manifest(folder) == manifest and json.dumps(manifest.to_json())
+    assert read_manifest(folder).digest == manifest.digest
     check_files(folder, manifest)
     assert (manifest.kind, manifest.target, manifest.dtype) == ("tensorrt", "sm89,sm120", "float16")
     assert manifest.fingerprint == source.fingerprint and manifest.profiles.keys() == {"unet-live", "unet-banked"}
@@ -549,7 +541,7 @@ def test_a_real_package_makes_the_pictures_of_pytorch(tmp_path):
     "kind, given, error, message",
     [
         ("onnx", {"components": ("image_encoder",)}, ModelError, "has no image_encoder; give an IP-Adapter"),
-        ("onnx", {"size": (40, 24), "components": ("unet",), "references": 9}, InvalidRequest, "references is 9"),
+        ("onnx", {"references": 17}, InvalidRequest, "references is 17"),
         ("tensorrt", {"targets": ("sm89",), "profiles": ("rows=1:4:100000",)}, InvalidRequest, "not within 1 to"),
         ("tensorrt", {"targets": ("sm89",), "profiles": ("size=32x32:66x64:72x72",)}, InvalidRequest, "multiples of 4"),
         ("tensorrt", {"targets": ("sm89", "sm90")}, InvalidRequest, "the one GPU that is present"),

@@ -23,7 +23,7 @@ import numpy as np
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
-STOP_SECONDS = 20
+STOP_SECONDS = 30
 ANSWER_SECONDS = 60  # for one answer of a stream
 
 
@@ -122,7 +122,7 @@ def triton_server(repository: Path, folder: Path) -> Iterator[TritonServer]:
         _binary(), f"--model-repository={repository}", f"--backend-directory={_backends(folder)}",
         "--model-control-mode=explicit", "--load-model=*", "--disable-auto-complete-config", "--allow-http=false",
         "--allow-metrics=false", "--grpc-address=127.0.0.1", f"--grpc-port={address.rpartition(':')[2]}",
-        "--exit-timeout-secs=8", "--log-info=false", "--pinned-memory-pool-byte-size=0",
+        "--exit-timeout-secs=20", "--log-info=false", "--pinned-memory-pool-byte-size=0",
     ]  # fmt: skip
     with log.open("wb") as output:
         # a group of its own, so that the backend's processes go with it
