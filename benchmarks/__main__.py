@@ -6,6 +6,7 @@ from importlib import import_module
 BENCHMARKS = {
     "banks": "benchmarks.banks",
     "export_sdxl": "benchmarks.export_sdxl",
+    "exports": "benchmarks.exports",
     "gpu": "benchmarks.gpu",
     "kernels": "benchmarks.kernels.command",
     "runtime": "benchmarks.runtime.command",

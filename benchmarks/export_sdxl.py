@@ -120,6 +120,23 @@ def in_process(stage: list[str]) -> dict:
     return {"seconds": round(time.perf_counter() - start, 1), **found}
 
 
+def markdown(content: dict) -> str:
+    """The rows of a results file as the table of docs/export.md."""
+    names = ("flavour", "inputs", "ONNX: seconds", "peak", "weights, graph", "engine: seconds", "peak", "size",
+             "attentions fused")  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = {(row["flavour"], row["stage"]): row for row in content["rows"]}
+    for flavour in dict.fromkeys(row["flavour"] for row in content["rows"]):
+        graph, engine = rows[flavour, "onnx"], rows[flavour, "tensorrt"]
+        lines.append(
+            f"| {flavour} | {graph['inputs']} | {graph['seconds']:.0f} | {graph['peak_gb']:.1f} GB "
+            f"| {graph['weight_bytes'] / 1e9:.2f} GB, {graph['graph_bytes'] / 1e6:.1f} MB | {engine['seconds']:.0f} "
+            f"| {engine['peak_gb']:.1f} GB | {engine['engine_bytes'] / 1e9:.2f} GB "
+            f"| {engine['fused_attentions']} of {engine['attentions']} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flavours", default=",".join(FLAVOURS))

@@ -2,10 +2,12 @@
 
 Builds the C++ extension in place where there is a compiler, runs the tests marked `gpu`, then the benchmarks of the
 kernels and of the engine, which share the time that is left. `make gpu PARTS=runtime` gives all of it to one of the
-parts tests, kernels and runtime; the engine's whole list wants a call of its own. Nothing is installed and no network
-is used; the engine's benchmarks need diffusers. A failing part does not keep the others from running. Results also go
-to the folder that the environment variable OUT names. Exit code: 1 if tests failed or could not run, plus 2 if the
-kernels' benchmarks did not finish, plus 4 if the engine's did not finish or missed a goal.
+parts tests, kernels, runtime and exports; the engine's whole list wants a call of its own, and so do exported engines,
+which run only if they are named: compiling SDXL takes minutes. Nothing is installed and no network is used; the
+engine's benchmarks need diffusers, and runtimes of exports that are not installed are skipped and named in the results.
+A failing part does not keep the others from running. Results also go to the folder that the environment variable OUT
+names. Exit code: 1 if tests failed or could not run, plus 2 if the kernels' benchmarks did not finish, plus 4 if the
+engine's did not finish or missed a goal, plus 8 if the exports' did not finish.
 """
 
 import contextlib
@@ -27,18 +29,20 @@ MINUTES = 9.0  # all of it
 BUILD_SECONDS, TEST_SECONDS = 150, 180
 BENCHMARK_MINUTES = 5.0
 SPARE_SECONDS = 30  # a case that has begun is finished: kept free of the benchmarks' budget
-PARTS = ("tests", "kernels", "runtime")
-TESTS_FAILED, BENCHMARKS_FAILED, RUNTIME_FAILED = 1, 2, 4
+USUAL = ("tests", "kernels", "runtime")
+PARTS = (*USUAL, "exports")
+TESTS_FAILED, BENCHMARKS_FAILED, RUNTIME_FAILED, EXPORTS_FAILED = 1, 2, 4, 8
+FAILURES = {"tests": TESTS_FAILED, "kernels": BENCHMARKS_FAILED, "runtime": RUNTIME_FAILED, "exports": EXPORTS_FAILED}
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """Run every part, or those named; see the module."""
+    """Run the usual parts, or those named; see the module."""
     start = time.monotonic()
-    parts = [part for part in PARTS if part in argv] or list(PARTS)
+    parts = [part for part in PARTS if part in argv] or list(USUAL)
     why = unusable() if set(argv) <= set(PARTS) else f"there are the parts {', '.join(PARTS)}, not {' '.join(argv)}"
     if why:
         print(f"error: {why}", file=sys.stderr)
-        return TESTS_FAILED + BENCHMARKS_FAILED + RUNTIME_FAILED
+        return sum(FAILURES[part] for part in parts)
     logs = Path(os.environ["OUT"]) if os.environ.get("OUT") else CHECKOUT / "build" / "gpu"
     logs.mkdir(parents=True, exist_ok=True)
 
@@ -59,21 +63,24 @@ def main(argv: Sequence[str] = ()) -> int:
         left = 60 * MINUTES - (time.monotonic() - start)
         left = left / 2 if "runtime" in parts else left
         codes["kernels"] = run("kernels", benchmark_command("kernels", left), left - 5, logs)
-    if "runtime" in parts and find_spec("diffusers") is None:
-        print(f"runtime: NOT RUN, diffusers missing in {sys.executable}; bring its wheel", flush=True)
-        codes["runtime"] = None
-    elif "runtime" in parts:
+    for part in ("runtime", "exports"):
+        if part not in parts:
+            continue
+        if find_spec("diffusers") is None:
+            print(f"{part}: NOT RUN, diffusers missing in {sys.executable}; bring its wheel", flush=True)
+            codes[part] = None
+            continue
         left = 60 * MINUTES - (time.monotonic() - start)
-        codes["runtime"] = run("runtime", benchmark_command("runtime", left), left - 5, logs)
+        left = left / 2 if part == "runtime" and "exports" in parts else left
+        codes[part] = run(part, benchmark_command(part, left), left - 5, logs)
     written = [path for path in sorted(RESULTS.glob("*-*.json")) if path.stat().st_mtime >= began - 1]
     for path in written:
         shutil.copy(path, logs)
 
-    failures = {"tests": TESTS_FAILED, "kernels": BENCHMARKS_FAILED, "runtime": RUNTIME_FAILED}
     said = "; ".join(f"{part}: {verdict(code)}" for part, code in codes.items())
     print(f"{said}; {time.monotonic() - start:.0f} s; "
           f"results: {', '.join(path.name for path in written) or 'none'}, logs in {logs}")  # fmt: skip
-    return sum(failures[part] for part, code in codes.items() if code != 0)
+    return sum(FAILURES[part] for part, code in codes.items() if code != 0)
 
 
 def unusable() -> str:

@@ -55,8 +55,8 @@ def estimate_export(
     byte of weights, which rests on peaks that were measured:
 
         onnx      SDXL in float16 (2.57e9 parameters, 5.13 GB): 5.7 GB; flavours share one file of weights
-        tensorrt  graphs as above; then, beside the weights, the builder: 17.3 GB for the same UNet (TensorRT-RTX 1.7,
-                  one chip), and an engine of 5.18 GB
+        tensorrt  graphs as above; then the weights are let go, and the builder takes 17.3 GB for the same UNet, banked
+                  (TensorRT-RTX 1.7, one chip); its engine has 4.6 GB (benchmarks/results/export-sdxl.json)
         aoti      UNets of 4 MB and 1 GB of weights in float32 on a CPU: 0.53 and 1.53 GB, packages of 3.5 MB without
                   weights. The C++ compiler, a process of its own, is not counted.
 
@@ -75,7 +75,8 @@ def estimate_export(
         written = shared if from_onnx else 2 * shared  # the graphs are copied
     elif kind == "tensorrt":
         written = unet * count if from_onnx else unet * (count + 1)  # and one flavour's graph at a time
-        memory += _BASE + round(_BUILDER * unet)
+        # weights are let go before the builder starts, a process of its own
+        memory = max(memory, 2 * _BASE + other_weights + round(_BUILDER * unet))
     else:
         written = 0
     return Estimate(memory, round(_DISK * written) + _GRAPH * count, unet + other_weights)

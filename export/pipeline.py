@@ -9,7 +9,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -168,8 +170,8 @@ def export_triton_repo(source: Source, folder: Path, options: Options, progress:
         export_onnx(source, beside, Options(kind="onnx", overwrite=True, **settings), progress)
     try:
         return write_repository(
-            graphs, folder, unet=source.unet, model=source.origin or source.name, serving=Serving(runner=options.runner),
-            downscale=vaes.downscale(source.vae), overwrite=options.overwrite,
+            graphs, folder, unet=source.unet, model=source.origin or source.name,
+            serving=Serving(runner=options.runner), downscale=vaes.downscale(source.vae), overwrite=options.overwrite,
         )  # fmt: skip
     finally:
         if graphs == beside:
@@ -199,7 +201,8 @@ def ensure(source: Source, options: Options, folder: Path) -> Path:
             said = True
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            EXPORTS[options.kind](source, folder, options)
+            with silent_exporters():
+                EXPORTS[options.kind](source, folder, options)
         except (ExportError, InvalidRequest):
             lock = folder.with_name(f"{folder.name}.part.lock")
             # somebody else's export is on its way, or was finished between two looks
@@ -210,6 +213,21 @@ def ensure(source: Source, options: Options, folder: Path) -> Path:
                     raise
                 time.sleep(0.2)
     return folder
+
+
+@contextmanager
+def silent_exporters() -> Iterator[None]:
+    """Without what PyTorch's exporters say of packages that are not needed, and of changes in PyTorch itself."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        log.setLevel(before)
 
 
 def _held(lock: Path) -> bool:

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import banks
+from benchmarks import banks, export_sdxl
 from benchmarks.kernels.report import markdown
 from benchmarks.runtime.report import markdown as runtime_table
 
@@ -46,6 +46,12 @@ def test_the_tables_of_banks_are_those_of_their_results_file(checkout, table):
     # otherwise: paste what the function makes of the file into docs/banks.md
     page = (checkout / "docs" / "banks.md").read_text()
     assert any(table(content) in page for content in recorded(checkout, "banks-cpu.json"))
+
+
+def test_the_table_of_full_size_exports_is_that_of_its_results_file(checkout):
+    # otherwise: paste what `benchmarks.export_sdxl.markdown` makes of the file into docs/export.md
+    page = (checkout / "docs" / "export.md").read_text()
+    assert any(export_sdxl.markdown(content) in page for content in recorded(checkout, "export-sdxl.json"))
 
 
 @pytest.fixture(scope="module")

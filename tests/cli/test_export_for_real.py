@@ -1,0 +1,151 @@
+"""The embedded model through the real commands, each in a process of its own, with nothing in the caches."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stylefast.export.manifest import MANIFEST, check_files, read_manifest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+# caches that the machine's owner may have moved
+_MOVED = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "STYLEFAST_DEBUG")
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+class Machine:
+    """A folder that is home and cache to the processes run in it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.cache = folder, folder / "cache"
+
+    def __call__(self, *words, code: int = 0) -> Done:
+        """`stylefast` with some words, on one thread; it must end with this code."""
+        environment = {name: value for name, value in os.environ.items() if name not in _MOVED}
+        environment |= {"HOME": str(self.folder), "STYLEFAST_CACHE": str(self.cache), "PYTHONPATH": str(CHECKOUT),
+                        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "stylefast.cli", *map(str, words)], env=environment, cwd=self.folder,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        return Done(done.returncode, done.stdout, done.stderr, time.perf_counter() - start)
+
+    def pixels(self, *words) -> np.ndarray:
+        """Of the picture that `stylefast generate` makes of a fish in four steps."""
+        done = self("generate", "a fish", "--steps", 4, "--quiet", "--out", "pictures", *words)
+        assert done.err == ""
+        with Image.open(self.folder / done.out.strip()) as picture:
+            return np.asarray(picture.convert("RGB")).astype(float)
+
+
+def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Of pictures in 0..255, in dB."""
+    return float(-10 * np.log10(max(np.mean((actual - expected) ** 2) / 255**2, 1e-20)))
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    return Machine(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def expected(machine):
+    found = machine.pixels("--backend", "torch")
+    assert np.ptp(found) > 50, "a picture of one colour hides mistakes"
+    return found
+
+
+@pytest.fixture(scope="module")
+def first(machine):
+    """The first picture through ONNX Runtime, for which the model is exported."""
+    assert not machine.cache.exists()
+    return machine("generate", "a fish", "--steps", 4, "--backend", "onnxruntime", "--out", "first")
+
+
+def test_onnxruntime_exports_the_model_once_and_says_so(machine, first):
+    said = [line for line in first.err.splitlines() if "is exported once to" in line]
+    assert len(said) == 1 and str(machine.cache / "engines") in said[0] and said[0].startswith("tiny ")
+    assert "Warning" not in first.err and "torchvision" not in first.err
+    (folder,) = (machine.cache / "engines").iterdir()
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    assert manifest.kind == "onnx" and {g.flavour for g in manifest.graphs} >= {"plain", "live", "banked"}
+    assert list(machine.folder.glob("first/*.png"))
+
+
+def test_the_second_start_finds_the_export_and_is_quick(machine, first, expected):
+    before = (machine.cache / "engines").stat().st_mtime_ns
+    start = time.perf_counter()
+    assert psnr(machine.pixels("--backend", "onnxruntime"), expected) >= 40
+    assert time.perf_counter() - start < max(0.7 * first.seconds, 10)
+    assert (machine.cache / "engines").stat().st_mtime_ns == before
+
+
+def test_pictures_through_an_export_folder_are_those_of_pytorch(machine, expected):
+    done = machine("export", "onnx", "--model", "tiny", "--flavour", "plain", "--components", "unet,vae_decoder",
+                   "--out", "graphs")  # fmt: skip
+    folder = machine.folder / "graphs"
+    assert done.out == f"{folder}\n" and "use it with" in done.err
+    assert psnr(machine.pixels("--backend", "onnxruntime", "--engines", "graphs"), expected) >= 40
+    assert not [path.name for path in machine.folder.iterdir() if path.name.startswith("graphs.")]
+
+
+def test_a_weight_file_that_was_altered_is_refused_in_one_line(machine, first):
+    (folder,) = (machine.cache / "engines").iterdir()
+    damaged = machine.folder / "damaged"
+    shutil.copytree(folder, damaged)
+    weights = max(damaged.iterdir(), key=lambda path: path.stat().st_size)
+    with weights.open("r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    words = ("generate", "a fish", "--steps", 4, "--quiet", "--backend", "onnxruntime", "--engines", damaged)
+    done = machine(*words, "--out", "unmade", code=1)
+    assert done.err.startswith("error: altered: ") and weights.name in done.err and done.err.count("\n") == 1
+    assert done.out == "" and not list(machine.folder.glob("unmade/*"))
+    told = machine("info", "--engines", damaged, code=1)
+    assert f"altered: {weights}" in told.out
+
+
+def test_an_engine_for_an_rtx_chip_is_built_without_a_gpu(machine):
+    pytest.importorskip("tensorrt_rtx")
+    done = machine("export", "tensorrt", "--model", "tiny", "--target", "sm89", "--flavour", "live")
+    folder = machine.folder / "tiny-tensorrt"
+    assert done.out == f"{folder}\n"
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    assert manifest.digest in done.err and "estimate: " in done.err and "--backend tensorrt" in done.err
+    assert (manifest.kind, manifest.target, manifest.dtype) == ("tensorrt", "sm89", "float16")
+    (graph,) = manifest.graphs
+    build = graph.extra["build"]
+    assert graph.file == "unet-live.sm89.engine" and build["layers"]["fused_attentions"] > 0
+    assert not build["network"]["plugins"] and not build["layers"]["plugins"]
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, graph.file, "timing.cache"}
+
+    told = json.loads(machine("info", "--engines", folder, "--json").out)
+    assert told["unaltered"] and told["untrusted"] is None and told["digest"] == manifest.digest
+    # an engine is for GPUs, and there is none
+    refused = machine("generate", "a fish", "--backend", "tensorrt", "--engines", folder, "--dtype", "float16",
+                      "--quiet", code=1)  # fmt: skip
+    assert "TensorRT runs on NVIDIA GPUs" in refused.err and refused.err.count("\n") == 1
