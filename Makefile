@@ -61,7 +61,7 @@ bench: venv
 	$(BIN)/python -m benchmarks runtime --device cpu
 
 # at most nine minutes, no network, nothing installed; results also go to the folder $$OUT if that is set.
-# PARTS="tests", "kernels" or "runtime" gives all the time to one part
+# PARTS="tests", "kernels", "runtime" or "exports" gives all the time to one part; "exports" runs only if it is named
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(PARTS)
 

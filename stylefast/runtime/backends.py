@@ -81,8 +81,11 @@ def _exported_folder(kind: str, source: Any) -> Path:
     from stylefast.runtime.compile_cache import default_folder
 
     unet = source.unet
-    targets = (unet.device.type,) if kind == "aoti" else ()
-    options = Options(kind, str(unet.dtype).removeprefix("torch."), targets=targets)
+    options = Options(
+        kind, str(unet.dtype).removeprefix("torch."), targets=(unet.device.type,) if kind == "aoti" else (),
+        # compiling takes a minute and more for each flavour, and the last can do what the others can
+        flavours=("banked",) if kind == "aoti" else (),
+    )  # fmt: skip
     made_of = json.dumps([source.identity(), options.to_json()], sort_keys=True)
     digest = hashlib.sha256(made_of.encode()).hexdigest()
     return pipeline.ensure(source, options, default_folder() / "engines" / digest[:32])

@@ -94,4 +94,18 @@ def test_without_diffusers_the_engine_is_said_not_to_run(steps, monkeypatch, cap
 
 def test_an_unknown_part_is_an_error_of_one_line(capsys):
     assert gpu.main(["everything"]) == 7
-    assert "tests, kernels, runtime, not everything" in capsys.readouterr().err
+    assert "tests, kernels, runtime, exports, not everything" in capsys.readouterr().err
+
+
+def test_exported_engines_run_when_they_are_named_and_then_have_all_the_time(steps):
+    assert "exports" not in steps()[1]
+    code, commands = steps("exports", exports=1)
+    assert code == gpu.EXPORTS_FAILED == 8 and commands.keys() & set(gpu.PARTS) == {"exports"}
+    assert commands["exports"][2:6] == ["benchmarks", "exports", "--device", "cuda"]
+    assert float(commands["exports"][-1]) > gpu.MINUTES - 1
+
+
+def test_exported_engines_share_the_time_with_the_engine_if_both_are_named(steps):
+    code, commands = steps("runtime", "exports", runtime=1)
+    assert code == gpu.RUNTIME_FAILED and commands.keys() & set(gpu.PARTS) == {"runtime", "exports"}
+    assert float(commands["runtime"][-1]) < gpu.MINUTES / 2 < float(commands["exports"][-1])
