@@ -42,7 +42,7 @@ class FileEntry:
 
     def __post_init__(self):
         _check_name(self.name)
-        if isinstance(self.bytes, bool) or not isinstance(self.bytes, int) or self.bytes < 0:
+        if not _whole(self.bytes) or self.bytes < 0:
             raise ModelFormatError(f"{MANIFEST}: bytes of {self.name} is {self.bytes!r}; it must be a whole number")
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
             raise ModelFormatError(f"{MANIFEST}: sha256 of {self.name} is {self.sha256!r}; it must be 64 hex digits")
@@ -84,6 +84,11 @@ class GraphEntry:
             if not isinstance(getattr(self, name), Mapping):
                 raise ModelFormatError(f"{MANIFEST}: {name} of {self.file} is no object")
             object.__setattr__(self, name, dict(getattr(self, name)))
+        for dimension, size in self.fixed.items():
+            if not _whole(size) or size < 1:
+                raise ModelFormatError(f"{MANIFEST}: {self.file} is fixed at {dimension} {size!r}; sizes are 1 and up")
+        if self.opset is not None and not _whole(self.opset):
+            raise ModelFormatError(f"{MANIFEST}: the opset of {self.file} is {self.opset!r}; it must be a whole number")
         if not isinstance(self.shape.get("flavour", ""), str):
             raise ModelFormatError(f"{MANIFEST}: the flavour of {self.file} is {self.shape['flavour']!r}")
 
@@ -300,17 +305,18 @@ def check_fits(
     """
     if kind is not None and manifest.kind != kind:
         raise EngineMismatch(f"the export is of kind {manifest.kind}, not {kind}; run `stylefast export {kind}`")
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
-        raise EngineMismatch(
-            f"the export was made from other weights (model {manifest.model}, fingerprint "
-            f"{manifest.fingerprint[:SHOWN_DIGITS]}) than those loaded ({fingerprint[:SHOWN_DIGITS]}); load that model "
-            "in the same type, or export this one"
-        )
+    # weights of another type have another fingerprint, and the type is what can be chosen
     if dtype is not None and manifest.dtype != str(dtype).removeprefix("torch."):
         wanted = str(dtype).removeprefix("torch.")
         raise EngineMismatch(
             f"the export has dtype {manifest.dtype}, the model {wanted}; load it with dtype {manifest.dtype}, or "
             f"export with --dtype {wanted}"
+        )
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        raise EngineMismatch(
+            f"the export was made from other weights (model {manifest.model}, fingerprint "
+            f"{manifest.fingerprint[:SHOWN_DIGITS]}) than those loaded ({fingerprint[:SHOWN_DIGITS]}); load that "
+            "model, or export this one"
         )
     if target is not None and not {target, ANY_TARGET} & set(manifest.targets):
         raise EngineMismatch(
@@ -349,6 +355,10 @@ def _tensor(what: str, found: Any) -> tuple[str, str, tuple[int | str, ...]]:
         if isinstance(name, str) and isinstance(dtype, str) and sized:
             return name, dtype, tuple(dims)
     raise ModelFormatError(f"{MANIFEST}: {what} hold {found!r}; each must be [name, type, dims]")
+
+
+def _whole(found: Any) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool)
 
 
 def _tuple(name: str, found: Any) -> tuple:

@@ -27,6 +27,7 @@ from stylefast.models.unet import UNet
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ATTENTION = ("standard", "plugin")
 RUNNERS = ("python", "onnxruntime")
+DIGEST = "digest"  # in the extra of a UNet's graph: `sampled_digest` of the weights in it
 NATIVE = "native"
 ALL = "all"
 DEFAULT_FLAVOURS = {
@@ -191,10 +192,12 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What tells this source from others, for `folder.publishing`."""
         adapters = {
-            name: [_weights_digest(adapter), _weights_digest(encoder.vision_model)]
+            name: [sampled_digest(adapter), sampled_digest(encoder.vision_model)]
             for name, (adapter, encoder) in self.adapters.items()
         }
-        return {"model": self.name, "fingerprint": self.fingerprint, "adapters": adapters,
+        # a fingerprint looks at some of the tensors, and other weights must not be taken for these
+        parts = [sampled_digest(module) for module in (self.unet, self.vae, *self.text_encoder.encoders)]
+        return {"model": self.name, "fingerprint": self.fingerprint, "parts": parts, "adapters": adapters,
                 "stylefast": self.version, "torch": torch.__version__}  # fmt: skip
 
     def fixed(self, options: Options) -> dict[str, int]:
@@ -275,8 +278,8 @@ def require_toolchain(options: Options) -> None:
         )
 
 
-def _weights_digest(module: torch.nn.Module) -> str:
-    """Tells one module's weights from another's: names, shapes, types and up to 256 values of each tensor."""
+def sampled_digest(module: torch.nn.Module) -> str:
+    """Tells one module's weights from another's: names, shapes, types and up to 256 values of every tensor."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         values = value.detach().reshape(-1)

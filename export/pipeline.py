@@ -38,7 +38,7 @@ from stylefast.export.onnx_file import StoredTensor, WeightFile, require_onnx
 from stylefast.export.onnx_graphs import WEIGHTS, described, export_unet
 from stylefast.export.onnx_operations import OnnxOperations
 from stylefast.export.onnx_writer import check_opset
-from stylefast.export.options import Options, Progress, Source
+from stylefast.export.options import DIGEST, Options, Progress, Source, sampled_digest
 from stylefast.export.tensorrt_build import build_engine
 from stylefast.export.tensorrt_profiles import Profile
 from stylefast.export.unet_graph import GraphShape, graph_inputs
@@ -161,7 +161,7 @@ def export_triton_repo(source: Source, folder: Path, options: Options, progress:
 
     progress = progress or Progress()
     graphs = options.onnx
-    beside = folder.with_name(f"{folder.name}.graphs")
+    beside = folder.with_name(f"{folder.name}.part.graphs")  # a name that only unfinished exports have
     if graphs is None:
         graphs = beside
         settings = {"dtype": options.dtype, "flavours": options.flavours, "references": options.references,
@@ -283,6 +283,7 @@ def _unet_graphs(source, out: UnfinishedExport, options, progress, fixed, operat
                 opset=options.opset, fixed=fixed, metadata=_metadata(source), phase=progress.phase,
                 operations=operations,
             )  # fmt: skip
+            entry = replace(entry, extra={DIGEST: sampled_digest(source.unet)})
             if not found:
                 out.record(WEIGHTS, [WEIGHTS], {name: list(place) for name, place in weights.tensors.items()})
             return entry
@@ -348,7 +349,7 @@ def _scratch_graphs(source, folder: Path, shapes, options, progress, operations)
             source.unet, shape, folder, weights=weights, opset=options.opset, fixed=source.fixed(options),
             metadata=_metadata(source), phase=progress.phase, operations=operations,
         )  # fmt: skip
-        graphs[shape.flavour] = (folder, entry)
+        graphs[shape.flavour] = (folder, replace(entry, extra={DIGEST: sampled_digest(source.unet)}))
     return graphs
 
 
@@ -363,6 +364,7 @@ def _engine(unet: UNet, folder: Path, graphs: Path, graph: GraphEntry, options, 
         plugins=options.attention == "plugin",
     )  # fmt: skip
     extra = {"profiles": [p.to_dict() for p in profiles], "attention": options.attention, "build": report.to_dict()}
+    extra |= {key: value for key, value in graph.extra.items() if key == DIGEST}
     return GraphEntry(
         "unet", name, (name,), graph.shape, graph.inputs, graph.outputs, graph.fixed, graph.opset, extra
     )  # fmt: skip

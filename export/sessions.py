@@ -67,8 +67,8 @@ class OrtSession:
             self._stream = torch.cuda.Stream(self.device)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
-        # errors come as exceptions; what is left are remarks on where shapes are computed
-        options.log_severity_level = 3
+        # only what is fatal: errors come as exceptions, and would stand on stderr as well
+        options.log_severity_level = 4
         chosen = list(providers) if providers is not None else self._providers()
         try:
             self._session = runtime.InferenceSession(str(self.path), options, providers=chosen)
@@ -82,6 +82,7 @@ class OrtSession:
         self.inputs = {x.name: (_DTYPES.get(x.type), tuple(x.shape)) for x in self._session.get_inputs()}
         self.outputs = {x.name: (_DTYPES.get(x.type), tuple(x.shape)) for x in self._session.get_outputs()}
         self._run_options = runtime.RunOptions()
+        self._run_options.log_severity_level = 4
         if self._stream is not None:
             # streams wait for one another, the host for none
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")

@@ -30,8 +30,7 @@ def check_trust(folder: str | Path, manifest: Manifest, trust: str | None = None
     if reason is not None:
         raise UntrustedEngine(
             f"an engine file is code, and {reason}. If you know where it is from, vouch for it with the digest that "
-            f"`stylefast export` printed there: --trust DIGEST, or trust= in Python; the manifest here has "
-            f"{manifest.digest}"
+            f"`stylefast export` printed there: --trust DIGEST, or trust= in Python"
         )
 
 

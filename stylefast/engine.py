@@ -395,5 +395,6 @@ class Engine:
 
     def _metadata(self, requests: Sequence[Request]) -> list[dict]:
         model = {"model": self.name, "fingerprint": self.fingerprint, "device": str(self.unet.device),
-                 "dtype": str(self.unet.dtype).removeprefix("torch."), "loras": self.loras.scales}  # fmt: skip
+                 "backend": self.runtime.backend.name, "dtype": str(self.unet.dtype).removeprefix("torch."),
+                 "loras": self.loras.scales}  # fmt: skip
         return metadata(requests, stylefast.__version__, model)

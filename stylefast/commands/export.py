@@ -134,9 +134,10 @@ def run(arguments: argparse.Namespace) -> int:
         from stylefast.commands.export_report import report_lines, use_words
 
         auto = _dtype_here(options.kind, options.targets)
-        words = use_words(out, arguments, options, auto)
         lines = report_lines(out, manifest, time.perf_counter() - start)
-        print("\n".join([*lines, f"use it with\n  {shlex.join(words)}"]), file=sys.stderr)
+        if "unet" in components:  # no backend runs without one
+            lines.append(f"use it with\n  {shlex.join(use_words(out, arguments, options, auto))}")
+        print("\n".join(lines), file=sys.stderr)
     print(out)
     return 0
 

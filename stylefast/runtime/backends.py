@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stylefast.errors import EngineMismatch, InvalidRequest, ModelFormatError
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, ModelFormatError
+from stylefast.export.manifest import SHOWN_DIGITS
 from stylefast.models.unet import UNet
 from stylefast.runtime.step import Backend, TorchBackend
 
@@ -31,6 +33,10 @@ def check_backend(backend: Any, engines: str | Path | None = None, trust: str | 
     for name, value in (("engines", engines), ("trust", trust)):
         if value is not None and (not isinstance(backend, str) or backend not in EXPORTED):
             raise InvalidRequest(f"{name} is for exported engines; take it out, or choose {', '.join(EXPORTED)}")
+    if engines is not None and not isinstance(engines, str | Path):
+        raise InvalidRequest(f"engines is {engines!r}; give the path of an export folder")
+    if trust is not None and not isinstance(trust, str):
+        raise InvalidRequest(f"trust is {trust!r}; give the digest that `stylefast export` printed, 64 hex digits")
     if backend == "tensorrt" and engines is None:
         raise InvalidRequest("backend 'tensorrt' needs engines=FOLDER; `stylefast export tensorrt` makes one")
 
@@ -88,11 +94,19 @@ def _exported_folder(kind: str, source: Any) -> Path:
     )  # fmt: skip
     made_of = json.dumps([source.identity(), options.to_json()], sort_keys=True)
     digest = hashlib.sha256(made_of.encode()).hexdigest()
-    return pipeline.ensure(source, options, default_folder() / "engines" / digest[:32])
+    folder = default_folder() / "engines" / digest[:32]
+    try:
+        return pipeline.ensure(source, options, folder)
+    except OSError as error:
+        raise ExportError(
+            f"the model can't be exported to {folder} ({error.strerror or error}); set STYLEFAST_CACHE to a folder "
+            f"that can be written to, or give engines=FOLDER, which `stylefast export {kind}` makes"
+        ) from error
 
 
 def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerprint: Callable[[], str]) -> Backend:
     from stylefast.export.manifest import check_files, check_fits, read_manifest
+    from stylefast.export.options import DIGEST, sampled_digest
     from stylefast.export.trust import check_trust
     from stylefast.runtime.graph_backend import Graph, GraphBackend
     from stylefast.runtime.graph_components import GraphComponents
@@ -107,16 +121,24 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
     for entry in manifest.graphs:
         if entry.component == "unet":
             check_files(folder, manifest, entry.files, deep=False)
-            own_weights |= entry.extra.get("weights", True)
+            inside = _weights_inside(entry)
+            own_weights |= inside
+            made_of = entry.extra.get(DIGEST)
+            # LoRAs of the export may yet be put on; then the fingerprints differ
+            if made_of is not None and fingerprint() == manifest.fingerprint and made_of != sampled_digest(unet):
+                raise EngineMismatch(
+                    f"{entry.file} in {folder} was made from other weights than those loaded, although their "
+                    "fingerprints agree; export this model"
+                )
 
-            def session(entry=entry):
+            def session(entry=entry, inside=inside):
                 # an engine is code, and damaged weights give pictures that are merely bad
                 check_files(folder, manifest, entry.files)
                 opened = open_session(backend, folder / entry.file, unet.device)
-                return opened if entry.extra.get("weights", True) else _SharedWeights(opened, unet, fingerprint)
+                return opened if inside else _SharedWeights(opened, unet, fingerprint)
 
             size = sum(file.bytes for file in manifest.files if file.name in entry.files)
-            ranges = _ranges(entry.fixed, manifest.profiles.get(entry.label, ()))
+            ranges = _ranges(entry.label, entry.fixed, manifest.profiles.get(entry.label, ()))
             graphs[entry.label] = Graph(_shape(entry), session, ranges, size)
 
     def stale() -> str | None:
@@ -124,8 +146,9 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
         if now == manifest.fingerprint or not own_weights:
             return None
         return (
-            f"the graphs in {folder} hold other weights than the model has now ({manifest.fingerprint[:40]}, {now[:40]}"
-            "): LoRAs were put on, taken off or rescaled; export or refit with them, or take backend='torch'"
+            f"the graphs in {folder} hold other weights than the model has now ({_shown(manifest.fingerprint)}, "
+            f"{_shown(now)}): LoRAs were put on, taken off or rescaled; export or refit with them, or take "
+            "backend='torch'"
         )
 
     def part(entry):
@@ -186,14 +209,40 @@ def _shape(entry: Any) -> Any:
         ) from error
 
 
-def _ranges(fixed: Mapping[str, int], profiles: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, tuple[int, int]]:
-    """(least, most) of the dimensions that a graph does not take in full; profiles: (least, usual, most) of each."""
-    found = {name: (size, size) for name, size in fixed.items()}
-    for profile in profiles:
-        for name, (least, _, most) in profile.items():
-            low, high = found.get(name, (least, most))
-            found[name] = (min(low, least), max(high, most))
+def _weights_inside(entry: Any) -> bool:
+    """Whether a manifest's graph holds weights of its own. Raises ModelFormatError."""
+    found = entry.extra.get("weights", True)
+    if not isinstance(found, bool):
+        raise ModelFormatError(
+            f"the manifest says of the weights in {entry.label} {found!r}; it must be true or false; export again"
+        )
     return found
+
+
+def _ranges(label: str, fixed: Mapping[str, int], profiles: Any) -> dict[str, tuple[int, int]]:
+    """(least, most) of the dimensions that a graph does not take in full; profiles: (least, usual, most) of each.
+
+    Raises ModelFormatError for profiles that are something else.
+    """
+    found = {name: (size, size) for name, size in fixed.items()}
+    try:
+        for profile in profiles:
+            for name, numbers in profile.items():
+                least, _, most = map(operator.index, numbers)
+                low, high = found.get(name, (least, most))
+                found[name] = (min(low, least), max(high, most))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelFormatError(
+            f"the manifest's profiles of {label} are {profiles!r}; each must be an object of dimensions with three "
+            "whole numbers: least, usual, most; export again"
+        ) from error
+    return found
+
+
+def _shown(fingerprint: str) -> str:
+    """As messages have it: the checkpoint's first digits, and the LoRAs'."""
+    checkpoint, _, loras = fingerprint.partition("+")
+    return f"{checkpoint[:SHOWN_DIGITS]} with LoRAs {loras[:SHOWN_DIGITS]}" if loras else checkpoint[:SHOWN_DIGITS]
 
 
 def _checkpoint(fingerprint: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stylefast.errors import EngineMismatch, ExportError
+from stylefast.errors import EngineClosed, EngineMismatch, ExportError
 from stylefast.export.unet_graph import (
     DIMENSIONS,
     FLAVOURS,
@@ -77,7 +77,7 @@ class GraphBackend(Backend):
     ):  # fmt: skip
         if not graphs:
             raise EngineMismatch(f"the export holds no UNet graph; run `stylefast export {_COMMANDS.get(name, name)}`")
-        self.name, self._unet, self._stale = name, unet, stale
+        self.name, self._unet, self._stale, self._closed = name, unet, stale, False
         self._components = components or GraphComponents({})
         found = [Graph(*graph) for graph in graphs.values()]
         self._graphs = [_Loaded(unet, graph) for graph in sorted(found, key=lambda graph: _size(graph.shape))]
@@ -111,7 +111,9 @@ class GraphBackend(Backend):
 
     @torch.inference_mode()
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
-        """One step. Raises EngineMismatch where no graph can do it, and whatever a session raises."""
+        """One step. Raises EngineMismatch where no graph can do it, EngineClosed, and whatever a session raises."""
+        if self._closed:
+            raise EngineClosed("the engine was closed while this ran; load another one")
         why = self._stale()
         if why is not None:
             raise EngineMismatch(why)
@@ -134,7 +136,8 @@ class GraphBackend(Backend):
         self._idle.clear()
 
     def close(self) -> None:
-        """Close the sessions."""
+        """Close the sessions; no step runs after that."""
+        self._closed = True
         self.forget()
         for graph in self._graphs:
             graph.close()
@@ -234,6 +237,7 @@ class _Loaded:
     def close(self) -> None:
         if hasattr(self._session, "close"):
             self._session.close()
+            self._nbytes = 0
 
     def beyond(self, sizes: Mapping[str, int]) -> str | None:
         """The first of some sizes that the graph does not take, in words."""

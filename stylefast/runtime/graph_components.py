@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from stylefast.errors import EngineMismatch, InvalidRequest
+from stylefast.errors import EngineMismatch, InvalidRequest, ModelFormatError
 from stylefast.export.image_graphs import adapter_digest, decoder_digest, image_encoder_digest
 from stylefast.export.manifest import GraphEntry
 from stylefast.export.sessions import Session
@@ -203,9 +203,12 @@ class GraphComponents:
 
     @classmethod
     def of(cls, entries: Iterable[GraphEntry], open_session: Callable[[GraphEntry], Session]) -> "GraphComponents":
-        """The parts that a manifest lists; `open_session` is called for an entry when it is first used."""
+        """The parts that a manifest lists; `open_session` is called for an entry when it is first used.
+
+        Raises ModelFormatError for an entry whose outputs have no type that is known.
+        """
         return cls({
-            entry.component: GraphPart(partial(open_session, entry), getattr(torch, entry.outputs[0][1]), entry.extra)
+            entry.component: GraphPart(partial(open_session, entry), _output_dtype(entry), entry.extra)
             for entry in entries
             if entry.component != "unet"
         })  # fmt: skip
@@ -255,6 +258,16 @@ class GraphComponents:
         """Free all sessions."""
         for part in self.parts.values():
             part.close()
+
+
+def _output_dtype(entry: GraphEntry) -> torch.dtype:
+    found = getattr(torch, entry.outputs[0][1], None) if entry.outputs else None
+    if not isinstance(found, torch.dtype):
+        raise ModelFormatError(
+            f"the manifest's outputs of {entry.label} are {entry.outputs}; the first must have the name of a type, "
+            "such as float32; export again"
+        )
+    return found
 
 
 def _levels(layout: AttentionLayout) -> list[list[int]]:

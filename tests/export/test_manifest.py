@@ -89,6 +89,9 @@ def test_the_digest_changes_with_every_field(tmp_path):
         (lambda found: found["graphs"][0].update(file="other.onnx"), "'other.onnx' is not among its files"),
         (lambda found: found["graphs"][0].update(inputs=[["latents"]]), "each must be [name, type, dims]"),
         (lambda found: found["graphs"][0].update(shape={"flavour": 3}), "the flavour of unet-live.onnx is 3"),
+        (lambda found: found["graphs"][0].update(fixed={"height": "x"}), "is fixed at height 'x'"),
+        (lambda found: found["graphs"][0].update(fixed={"rows": 0}), "is fixed at rows 0"),
+        (lambda found: found["graphs"][0].update(opset="20"), "opset of unet-live.onnx is '20'"),
         (lambda found: found["files"].pop(1), "needs unet-live.onnx.data, which is not among the files"),
         (lambda found: found["files"].append(found["files"][0]), "lists a file twice"),
         (lambda found: found["files"][0].update(name="../../etc/passwd"), "plain path of a file in the folder"),
@@ -175,7 +178,7 @@ def test_engines_that_others_can_write_need_the_digest(tmp_path, kind, name):
     path.chmod(0o775 if name == "." else 0o666)
     with pytest.raises(UntrustedEngine, match="others can write to .*--trust") as found:
         check_trust(tmp_path, manifest)
-    assert manifest.digest in str(found.value)
+    assert manifest.digest not in str(found.value)  # whoever copied it from there would vouch for what they found
     check_trust(tmp_path, manifest, manifest.digest)
     check_trust(tmp_path, manifest, f" {manifest.digest.upper()}\n")
 
@@ -243,6 +246,11 @@ def test_an_export_fits_what_it_was_made_for(tmp_path):
 def test_what_an_export_was_not_made_for_is_named(tmp_path, wanted, message):
     with pytest.raises(EngineMismatch, match=message):
         check_fits(manifest_of(tmp_path, "tensorrt", target="sm89,sm120"), **wanted)
+
+
+def test_of_weights_in_another_type_the_type_is_named(tmp_path):
+    with pytest.raises(EngineMismatch, match="has dtype float16, the model float32"):
+        check_fits(manifest_of(tmp_path), fingerprint="cd" * 32, dtype="float32")
 
 
 def test_manifests_need_neither_torch_nor_onnx(checkout):

@@ -88,6 +88,17 @@ def test_a_source_is_told_from_one_in_another_type(source):
     assert other.other_bytes > 1.2 * source.other_bytes  # the VAE keeps its own type
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_source_is_told_from_one_that_differs_in_any_one_tensor(part):
+    other = load_source("tiny", "float16", version="0.1.0")
+    module = other.text_encoder.encoders[1] if part == "text_encoder" else getattr(other, part)
+    for name, value in list(module.named_parameters())[::37]:
+        before, saved = other.identity(), value.detach().clone()
+        value.data.add_(1)
+        assert other.identity() != before, name
+        value.data.copy_(saved)
+
+
 def test_sizes_are_in_pixels_outside_and_in_latents_inside(source):
     width, height = source.native_size
     side = source.unet.config["sample_size"]

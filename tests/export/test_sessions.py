@@ -121,13 +121,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_a_typed_error_of_one_line(product, damage):
+def test_a_damaged_file_is_a_typed_error_of_one_line(product, damage, capfd):
     path, _ = product
     do, error, message = DAMAGES[damage]
     do(path, path.with_name("product.onnx.data"))
     with pytest.raises(error, match=message) as caught:
         OrtSession(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("version", [{"opset": 99}, {"ir": 99}], ids=str)
