@@ -247,7 +247,7 @@ def test_bfloat16_is_written_with_operators_that_take_it(name, tmp_path):
     model = onnx.load(tmp_path / entry.file)
     onnx.checker.check_model(model, full_check=True)
     assert {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)} == {16}
-    with pytest.raises(ExportError, match="opset"):
+    with pytest.raises(InvalidRequest, match="opset"):
         export_component(component, tmp_path, opset=20)
 
 

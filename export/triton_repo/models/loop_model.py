@@ -32,13 +32,37 @@ from stylefast.runtime.graph_components import GraphComponents
 from stylefast.runtime.jobs import Job
 
 
+class Client:
+    """Who waits for a request's answers.
+
+    Triton forgets a request with its last answer, and a question about it afterwards, or at that moment, would bring
+    the whole server down: so the two never meet.
+    """
+
+    def __init__(self, sender):
+        self._sender, self._lock, self._answered = sender, threading.Lock(), False
+
+    def gone(self) -> bool:
+        """Whether the client cancelled; never after the last answer."""
+        with self._lock:
+            return not self._answered and self._sender.is_cancelled()
+
+    def send(self, response, last: bool = False) -> None:
+        """Send an answer; nothing after the last one."""
+        with self._lock:
+            if self._answered:
+                return
+            self._answered = last
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+
+
 class TritonPythonModel:
     """What the backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
         given = json.loads(args["model_config"])["parameters"]
         parameters = {name: json.loads(entry["string_value"]) for name, entry in given.items()}
-        self._active: dict[Job, object] = {}  # job -> its response sender
+        self._active: dict[Job, Client] = {}
         self._changed = threading.Condition()
         self._slots = parameters["slots"]
         self._graphs = {model: graph_from_json(graph) for model, graph in parameters["graphs"].items()}
@@ -83,7 +107,7 @@ class TritonPythonModel:
         return GraphBackend(unet, graphs, "triton", components=GraphComponents.of(self._graphs.values(), session))
 
     def _accept(self, request) -> None:
-        sender = request.get_response_sender()
+        client = Client(request.get_response_sender())
         try:
             text, content = _bytes(request, "request"), _bytes(request, "pictures")
             lengths = pb_utils.get_input_tensor_by_name(request, "picture_bytes")
@@ -91,28 +115,27 @@ class TritonPythonModel:
             order = read_order(text, split_pictures(content, lengths), self._shelf)
             job = self._engine.submit(list(order.requests), deadline=order.deadline)
         except Exception as error:
-            _refuse(sender, error)
+            _refuse(client, error)
             return
         with self._changed:
-            self._active[job] = sender
-        answer = self._answer(job, sender, order.preview_every)
+            self._active[job] = client
+        answer = self._answer(job, client, order.preview_every)
         asyncio.run_coroutine_threadsafe(answer, self._events).add_done_callback(_tell_bugs)
 
-    async def _answer(self, job: Job, sender, preview_every: int) -> None:
+    async def _answer(self, job: Job, client: Client, preview_every: int) -> None:
         try:
             if preview_every:
                 due = preview_every
                 async for preview in job:
                     # steps that passed while one was sent are skipped; the last one is the picture itself
                     if due <= preview.step < preview.steps:
-                        sender.send(_response(preview.images(), preview.step, preview.steps))
+                        client.send(_response(preview.images(), preview.step, preview.steps))
                         due = preview.step + preview_every
             result = await job
-            response = _response(result.images, job.steps, job.steps, result.metadata)
-            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            client.send(_response(result.images, job.steps, job.steps, result.metadata), last=True)
         except Exception as error:
             job.cancel()
-            _refuse(sender, error)
+            _refuse(client, error)
         finally:
             with self._changed:
                 del self._active[job]
@@ -122,8 +145,8 @@ class TritonPythonModel:
         """Called before every step."""
         with self._changed:
             active = list(self._active.items())
-        for job, sender in active:
-            if sender.is_cancelled():
+        for job, client in active:
+            if client.gone():
                 job.cancel()
 
 
@@ -139,7 +162,7 @@ def _response(images: list, step: int, steps: int, metadata: list[dict] | None =
     return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack(name, x) for name, x in outputs.items()])
 
 
-def _refuse(sender, error: Exception) -> None:
+def _refuse(client: Client, error: Exception) -> None:
     codes = pb_utils.TritonError
     if isinstance(error, StyleFastError):
         message = f"{type(error).__name__}: {error}"
@@ -152,7 +175,7 @@ def _refuse(sender, error: Exception) -> None:
     }  # fmt: skip
     code = next((code for kind, code in table.items() if isinstance(error, kind)), codes.INTERNAL)
     failed = pb_utils.InferenceResponse(error=codes(message, code))
-    sender.send(failed, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    client.send(failed, last=True)
 
 
 def _tell_bugs(answer) -> None:
