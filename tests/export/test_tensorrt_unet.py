@@ -24,7 +24,6 @@ def unet():
     return found.half()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flavour", ["live", "banked"])
 def test_the_embedded_model_builds_for_two_chips_with_its_style_attention_fused(unet, flavour, tmp_path):
     from stylefast.export.onnx_graphs import export_unet
