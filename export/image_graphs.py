@@ -44,7 +44,7 @@ class ImageProjector(nn.Module):
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tokens = self.projector(features)  # [image_pages, tokens, cross_dim]
         return tuple(
-            torch.stack([self._pair(tokens, i) for i, layer in enumerate(self.layout.layers) if layer.level == level])
+            torch.stack([self._pair(tokens, i) for i in self.layout.at_level(level)])
             for level in range(self.layout.levels)
         )
 

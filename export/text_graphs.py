@@ -12,7 +12,7 @@ from torch import nn
 
 from stylefast.errors import ExportError
 from stylefast.export.components import Component, in_type
-from stylefast.export.unet_graph import TEXT_TOKENS, Tensor, level_layers
+from stylefast.export.unet_graph import TEXT_TOKENS, Tensor
 from stylefast.models.unet import UNet
 
 
@@ -83,7 +83,7 @@ class TextProjector(nn.Module):
 
     def __init__(self, unet: UNet):
         super().__init__()
-        levels = [level_layers(unet, level) for level in range(unet.layout.levels)]
+        levels = [unet.layout.at_level(level) for level in range(unet.layout.levels)]
         self.heads = [unet.layout.layers[members[0]].heads for members in levels]
         attentions = [[unet.get_submodule(unet.layout.layers[i].name).attn2 for i in members] for members in levels]
         self.keys = nn.ModuleList(nn.ModuleList(a.to_k for a in members) for members in attentions)

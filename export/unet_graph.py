@@ -98,7 +98,7 @@ def graph_inputs(unet: UNet, shape: GraphShape) -> list[Tensor]:
     layout, dtype, i64, f32 = unet.layout, unet.dtype, torch.int64, torch.float32
     layers, modules, r, s = len(layout.layers), len(layout.modules), shape.references, shape.segments
     pooled = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
-    levels = [level_layers(unet, level) for level in range(layout.levels)]
+    levels = [layout.at_level(level) for level in range(layout.levels)]
     heads = [layout.layers[found[0]].heads for found in levels]
     widths = [layout.layers[found[0]].channels // count for found, count in zip(levels, heads)]
     norms = [m for m in unet.modules() if isinstance(m, GroupNorm)]
@@ -146,11 +146,6 @@ def graph_inputs(unet: UNet, shape: GraphShape) -> list[Tensor]:
 def graph_output(unet: UNet) -> Tensor:
     """The one output of a UNet's graph."""
     return Tensor(OUTPUT, unet.dtype, ("rows", unet.config["out_channels"], "height", "width"))
-
-
-def level_layers(unet: UNet, level: int) -> list[int]:
-    """The self-attention layers of an attention level, in registry order: how packed tensors hold them."""
-    return [i for i, layer in enumerate(unet.layout.layers) if layer.level == level]
 
 
 class UNetGraph(nn.Module):
@@ -208,7 +203,7 @@ class UNetGraph(nn.Module):
         """What every layer has of a packed tensor, whose layers stand along `dim`."""
         found: list[torch.Tensor | None] = [None] * len(self.unet.layout.layers)
         for level in range(self.unet.layout.levels):
-            for place, layer in enumerate(level_layers(self.unet, level)):
+            for place, layer in enumerate(self.unet.layout.at_level(level)):
                 found[layer] = given[f"{name}_{level}"].select(dim, place)
         return found
 
@@ -332,6 +327,6 @@ def trace(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None)
 
 __all__ = [
     "DIMENSIONS", "FLAVOURS", "OUTPUT", "TEXT_TOKENS", "GraphShape", "Tensor", "UNetGraph", "dynamic_shapes",
-    "example_inputs", "example_sizes", "graph_inputs", "graph_output", "level_layers", "trace", "with_tokens",
+    "example_inputs", "example_sizes", "graph_inputs", "graph_output", "trace", "with_tokens",
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ from stylefast.export.manifest import MANIFEST, Manifest, file_entry
 from stylefast.export.onnx_graphs import export_unet
 from stylefast.export.unet_graph import OUTPUT, GraphShape, UNetGraph
 from tests.engine.scene import EMBED_DIM
+from tests.oracle.instant_style import random_adapter
 from tests.oracle.small import sharpen
 from tests.small_adapter import small_vision_model
 from tests.small_sdxl import small_pipeline, small_unet_config
@@ -39,6 +40,13 @@ def micro_pipeline(seed: int = 3):
         feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     )
     return pipe
+
+
+def write_adapter(unet, folder: Path) -> Path:
+    """The file of a random IP-Adapter for a UNet and the image encoder of `micro_pipeline`."""
+    file = folder / "a.bin"
+    torch.save(random_adapter(unet, EMBED_DIM, 5), file)
+    return file
 
 
 def export_folder(unet, folder: Path, shapes=SHAPES, fixed=None, fingerprint: str = "", **changes) -> Manifest:

@@ -1,11 +1,9 @@
 """`stylefast export`: a model as ONNX graphs, TensorRT engines, AOTInductor packages or a Triton model repository."""
 
 import argparse
-import logging
 import shlex
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -265,13 +263,9 @@ def _export(source, out: Path, options, quiet: bool):
 
     exports = {"onnx": pipeline.export_onnx, "tensorrt": partial(pipeline.export_tensorrt, keep_source=False),
                "aoti": pipeline.export_aoti, "triton-repo": pipeline.export_triton_repo}  # fmt: skip
-    # PyTorch's exporters tell users of packages that they don't need, and of changes in PyTorch itself
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     bars = Bars(quiet)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with pipeline.silent_exporters():
             return exports[options.kind](source, out, options, bars)
     finally:
         bars.close()

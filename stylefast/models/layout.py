@@ -71,6 +71,10 @@ class AttentionLayout:
         """Number of distinct feature-map sizes that carry attention (2 in SDXL)."""
         return 1 + max(layer.level for layer in self.layers)
 
+    def at_level(self, level: int) -> list[int]:
+        """The layers of an attention level, in registry order: how tensors hold them that pack a level's layers."""
+        return [i for i, layer in enumerate(self.layers) if layer.level == level]
+
     @cached_property
     def layer_index(self) -> dict[str, int]:
         """Name of a transformer block -> its place in registry order."""

@@ -272,7 +272,7 @@ def _output_dtype(entry: GraphEntry) -> torch.dtype:
 
 def _levels(layout: AttentionLayout) -> list[list[int]]:
     """The layers of every level, in the order in which packed tensors hold them."""
-    return [[i for i, layer in enumerate(layout.layers) if layer.level == level] for level in range(layout.levels)]
+    return [layout.at_level(level) for level in range(layout.levels)]
 
 
 def _packed(name: str, layout: AttentionLayout, like: torch.Tensor, pages: int, tokens: int) -> dict[str, torch.Tensor]:

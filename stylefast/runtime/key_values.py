@@ -124,7 +124,7 @@ class KeyValuePages:
         before, packed = len(self), []
         layers: list[KeyValue | None] = [None] * len(self._layout.layers)
         for level in range(self._layout.levels):
-            members = [i for i, layer in enumerate(self._layout.layers) if layer.level == level]
+            members = self._layout.at_level(level)
             one = self._layout.layers[members[0]]
             shape = (len(members), 2, pages, tokens, one.heads, one.channels // one.heads)
             buffer = torch.zeros(shape, device=self._device, dtype=self._dtype)

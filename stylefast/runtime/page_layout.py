@@ -52,7 +52,7 @@ class PageLayout:
         self.parts: list[Part] = []
         self._places: dict[tuple[str, int], tuple[int, int]] = {}  # (part, place in it)
         for level in range(unet.layout.levels):
-            layers = [i for i, layer in enumerate(unet.layout.layers) if layer.level == level]
+            layers = unet.layout.at_level(level)
             tokens, heads, d = shapes.layers[layers[0]]
             hidden = store == "hidden"
             values = (tokens, heads * d) if hidden else (2, tokens, heads, d)

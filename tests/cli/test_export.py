@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shlex
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +55,7 @@ def pipeline(monkeypatch):
         return export_files(*call)
 
     names = ("export_onnx", "export_tensorrt", "export_aoti", "export_triton_repo")
-    module = SimpleNamespace(calls=calls, **{name: recorded for name in names})
+    module = SimpleNamespace(calls=calls, silent_exporters=nullcontext, **{name: recorded for name in names})
     monkeypatch.setitem(sys.modules, "stylefast.export.pipeline", module)
     monkeypatch.setattr(stylefast.export, "pipeline", module, raising=False)
     return module

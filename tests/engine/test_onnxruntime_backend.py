@@ -24,11 +24,10 @@ from stylefast.export.options import DIGEST
 from stylefast.export.unet_graph import GraphShape
 from stylefast.models.unet import UNet
 from stylefast.runtime import backends
-from tests.engine.scene import EMBED_DIM, SIZE, learned, small_picture
+from tests.engine.scene import SIZE, learned, small_picture
 from tests.engine.watch import WAIT, request
-from tests.oracle.instant_style import random_adapter
 from tests.small_checkpoints import random_lora, write_peft_lora
-from tests.small_graphs import TorchSession, export_folder, micro_pipeline, write_manifest
+from tests.small_graphs import TorchSession, export_folder, micro_pipeline, write_adapter, write_manifest
 
 pytest.importorskip("onnxruntime")
 
@@ -44,9 +43,7 @@ def micro():
 
 @pytest.fixture(scope="module")
 def adapter(micro, tmp_path_factory):
-    file = tmp_path_factory.mktemp("adapter") / "a.bin"
-    torch.save(random_adapter(micro.unet, EMBED_DIM, 5), file)
-    return file
+    return write_adapter(micro.unet, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from stylefast.export import components as exporting
 from stylefast.export.components import export_component, weights_digest
 from stylefast.export.image_graphs import decoder_digest, decoder_dtype, image_encoder, image_projector, vae_decoder
 from stylefast.export.text_graphs import text_encoder, text_projector
-from stylefast.export.unet_graph import level_layers
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.unet import UNet
@@ -182,7 +181,7 @@ def test_a_projector_packs_layers_as_the_unets_graphs_read_them():
     component = text_projector(unet, torch.float32, 24)
     for level, tensor in enumerate(component.outputs):
         assert tensor.name == f"text_kv_{level}"
-        assert tensor.dims[0] == len(level_layers(unet, level))
+        assert tensor.dims[0] == len(unet.layout.at_level(level))
 
 
 def test_layers_that_an_adapter_was_loaded_without_read_zeros(exported):

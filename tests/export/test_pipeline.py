@@ -30,11 +30,10 @@ from stylefast.models.adapter_loading import load_adapter
 from stylefast.models.checkpoint import from_pipeline
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
-from tests.engine.scene import EMBED_DIM, small_picture
+from tests.engine.scene import small_picture
 from tests.engine.watch import request
-from tests.oracle.instant_style import random_adapter
 from tests.oracle.small import sharpen
-from tests.small_graphs import micro_pipeline
+from tests.small_graphs import micro_pipeline, write_adapter
 from tests.small_sdxl import small_unet_config
 
 pytest.importorskip("onnx")
@@ -122,9 +121,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def adapter(pipe, tmp_path_factory):
-    file = tmp_path_factory.mktemp("adapter") / "a.bin"
-    torch.save(random_adapter(pipe.unet, EMBED_DIM, 5), file)
-    return file
+    return write_adapter(pipe.unet, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")

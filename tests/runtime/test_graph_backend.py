@@ -12,10 +12,9 @@ from stylefast.runtime.backends import check_backend
 from stylefast.runtime.graph_backend import Graph, GraphBackend
 from stylefast.runtime.step import TorchBackend
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.engine.scene import EMBED_DIM, SIZE, apart, close, learned, small_picture
+from tests.engine.scene import SIZE, apart, close, learned, small_picture
 from tests.engine.watch import WAIT, request
-from tests.oracle.instant_style import random_adapter
-from tests.small_graphs import SHAPES, TorchSession, micro_pipeline
+from tests.small_graphs import SHAPES, TorchSession, micro_pipeline, write_adapter
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
 STEPS = 3
@@ -37,9 +36,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def adapter(pipe, tmp_path_factory):
-    file = tmp_path_factory.mktemp("adapter") / "a.bin"
-    torch.save(random_adapter(pipe.unet, EMBED_DIM, 5), file)
-    return file
+    return write_adapter(pipe.unet, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stylefast.export.unet_graph import GraphShape, graph_inputs, level_layers, with_tokens
+from stylefast.export.unet_graph import GraphShape, graph_inputs, with_tokens
 from stylefast.models.unet import UNet
 from stylefast.runtime.bank_pages import BankPages
 from stylefast.runtime.key_values import FIRST_PAGES, KeyValuePages
@@ -60,7 +60,7 @@ def test_bank_pages_have_the_names_and_shapes_that_graphs_declare(unet, pool):
 
 def test_a_layers_keys_and_values_are_contiguous_parts_of_its_level(unet, text):
     for level, packed in enumerate(text.packed):
-        for place, layer in enumerate(level_layers(unet, level)):
+        for place, layer in enumerate(unet.layout.at_level(level)):
             for side, x in enumerate(text.layers[layer]):
                 assert x.is_contiguous() and x.data_ptr() == packed[place, side].data_ptr()
                 assert x.shape == packed[place, side].shape
@@ -72,7 +72,7 @@ def test_what_kernels_read_of_bank_pages_are_parts_of_the_packed_tensors(unet, p
         x.copy_(torch.arange(x.numel()).view(x.shape) % 251 + len(name))
     for level in range(unet.layout.levels):
         kv, stats = pool.packed[f"page_kv_{level}"], pool.packed[f"page_stats_{level}"]
-        for place, layer in enumerate(level_layers(unet, level)):
+        for place, layer in enumerate(unet.layout.at_level(level)):
             for side in range(2):
                 assert torch.equal(pages.layers[layer][side], kv[:, place, side])
                 assert pages.layers[layer][side].data_ptr() == kv[0, place, side].data_ptr()
