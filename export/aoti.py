@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from stylefast.code_caches import inductor_cache
 from stylefast.errors import (
     EngineMismatch,
     ExportError,
@@ -107,7 +108,8 @@ def export_aoti(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, about itself
             part = os.path.join(folder, path.name)
-            torch._inductor.aoti_compile_and_package(program, package_path=part, inductor_configs=settings)
+            with inductor_cache():
+                torch._inductor.aoti_compile_and_package(program, package_path=part, inductor_configs=settings)
             os.replace(part, path)
     except OSError as error:
         raise ExportError(f"{path} can't be written: {error.strerror or error}") from error

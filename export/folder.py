@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stylefast.code_caches import foreign
 from stylefast.errors import ExportError, InvalidRequest, ModelFormatError, StyleFastError
 from stylefast.export.manifest import MANIFEST, FileEntry, Manifest, check_files, file_entry
-from stylefast.export.trust import foreign
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,8 @@ class UnfinishedExport:
             return {}
         stranger = None if self.path.is_dir() else f"{self.path} is no folder"
         recorded = (self.path / RECORD).is_file()
-        stranger = stranger or foreign(self.path, (RECORD,) if recorded else ())
+        # what others put in its place would be theirs; files are hashed before they are taken over
+        stranger = stranger or foreign(self.path, (RECORD,) if recorded else (), above=False)
         if stranger is None and not recorded and any(path.name != f"{RECORD}.new" for path in self.path.iterdir()):
             stranger = f"{self.path} was not left by an export"
         if stranger is not None:

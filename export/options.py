@@ -4,11 +4,14 @@ import hashlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stylefast import export, kernels, models
 from stylefast.errors import InvalidRequest, MissingDependency, ModelError
 from stylefast.export.manifest import COMPONENTS, KINDS
 from stylefast.export.onnx_writer import check_opset
@@ -39,6 +42,8 @@ DEFAULT_FLAVOURS = {
 DEFAULT_COMPONENTS = {"onnx": (ALL,), "tensorrt": ("unet",), "aoti": ("unet",), "triton-repo": (ALL,)}
 _AOTI_TARGETS = ("cpu", "cuda")
 _NEEDS_ADAPTER = ("image_encoder", "image_projector")
+# packages beside torch that decide what a graph looks like
+_EXPORTERS = ("diffusers", "onnx", "onnxscript", "transformers", "triton")
 # packages whose absence can be told before a model is loaded
 _PACKAGES = {"onnx": ("onnx", "onnxscript"), "tensorrt": ("onnx", "onnxscript"), "triton-repo": ("onnx", "onnxscript")}
 
@@ -198,7 +203,7 @@ class Source:
         # a fingerprint looks at some of the tensors, and other weights must not be taken for these
         parts = [sampled_digest(module) for module in (self.unet, self.vae, *self.text_encoder.encoders)]
         return {"model": self.name, "fingerprint": self.fingerprint, "parts": parts, "adapters": adapters,
-                "stylefast": self.version, "torch": torch.__version__}  # fmt: skip
+                "stylefast": self.version, "code": code_digest(), **_versions()}  # fmt: skip
 
     def fixed(self, options: Options) -> dict[str, int]:
         """Dimensions that the options give one size: {} or height and width in latents. Raises InvalidRequest."""
@@ -276,6 +281,28 @@ def require_toolchain(options: Options) -> None:
             f"exports of kind {options.kind} need {' and '.join(missing)}; install with: "
             "pip install 'stylefast[export]'"
         )
+
+
+@cache
+def code_digest() -> str:
+    """Tell one state of the code that decides what a graph is from another: the exporters, operations and models."""
+    digest = hashlib.sha256()
+    for package in (export, kernels, models):
+        root = Path(package.__path__[0])
+        for file in sorted(root.rglob("*.py")):
+            digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that trace and write graphs; an empty one is not installed."""
+    found = {"torch": torch.__version__}
+    for name in _EXPORTERS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
 
 
 def sampled_digest(module: torch.nn.Module) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stylefast.code_caches import guard_triton_cache
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency
 from stylefast.kernels.configs import Config, configuration
 from stylefast.kernels.shared_attention import HEAD_SIZES
@@ -155,6 +156,7 @@ def _compile(made: Any, capability: int, ptx_version: int | None) -> Any:
             "process without it"
         )
     source = ASTSource(made.kernel, made.signature, constexprs=made.constants, attrs=made.attrs)
+    guard_triton_cache()
     options = {"enable_fp_fusion": True, **made.options}
     if ptx_version is not None:
         options["ptx_version"] = ptx_version

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stylefast.code_caches import guard_triton_cache
 from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configuration
 from stylefast.kernels.gpu.ahead import Specialisation
@@ -34,7 +35,10 @@ def compiler_options(config: Config) -> dict[str, int | bool]:
 
 def device_of(x: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device; this makes it the one that holds x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda:
+        return nullcontext()
+    guard_triton_cache()
+    return torch.cuda.device(x.device)
 
 
 def as_rows(name: str, x: torch.Tensor) -> torch.Tensor:

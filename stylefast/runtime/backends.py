@@ -3,15 +3,16 @@
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stylefast.code_caches import private_folder, replaceable
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, ModelFormatError
-from stylefast.export.manifest import SHOWN_DIGITS
+from stylefast.export.manifest import CODE, SHOWN_DIGITS
 from stylefast.models.unet import UNet
 from stylefast.runtime.step import Backend, TorchBackend
 
@@ -94,7 +95,11 @@ def _exported_folder(kind: str, source: Any) -> Path:
     )  # fmt: skip
     made_of = json.dumps([source.identity(), options.to_json()], sort_keys=True)
     digest = hashlib.sha256(made_of.encode()).hexdigest()
-    folder = default_folder() / "engines" / digest[:32]
+    engines = default_folder() / "engines"
+    reason = replaceable(engines / digest[:32] / "any file") if kind in CODE else None
+    if reason is not None:
+        engines = private_folder(engines, "exported engines", reason)
+    folder = engines / digest[:32]
     try:
         return pipeline.ensure(source, options, folder)
     except OSError as error:
@@ -108,6 +113,7 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
     from stylefast.export.manifest import check_files, check_fits, read_manifest
     from stylefast.export.options import DIGEST, sampled_digest
     from stylefast.export.trust import check_trust
+    from stylefast.export.unet_graph import graph_inputs
     from stylefast.runtime.graph_backend import Graph, GraphBackend
     from stylefast.runtime.graph_components import GraphComponents
 
@@ -139,7 +145,9 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
 
             size = sum(file.bytes for file in manifest.files if file.name in entry.files)
             ranges = _ranges(entry.label, entry.fixed, manifest.profiles.get(entry.label, ()))
-            graphs[entry.label] = Graph(_shape(entry), session, ranges, size)
+            shape = _shape(entry)
+            _check_inputs(folder, entry, graph_inputs(unet, shape))
+            graphs[entry.label] = Graph(shape, session, ranges, size)
 
     def stale() -> str | None:
         now = fingerprint()
@@ -207,6 +215,29 @@ def _shape(entry: Any) -> Any:
             f"the manifest's shape of {entry.label} is {entry.shape}, which this version of stylefast does not "
             f"understand ({type(error).__name__}: {error}); export again"
         ) from error
+
+
+def _check_inputs(folder: Path, entry: Any, wanted: Sequence[Any]) -> None:
+    """Raise EngineMismatch unless a graph of a manifest takes the inputs that this version of stylefast gives it."""
+    found = {name: (dtype, dims) for name, dtype, dims in entry.inputs}
+    for tensor in wanted:
+        dtype, dims = found.pop(tensor.name, (None, ()))
+        kind = str(tensor.dtype).removeprefix("torch.")
+        # a dimension that may vary can have been given one size
+        sizes = len(dims) == len(tensor.dims) and all(
+            a == b for a, b in zip(dims, tensor.dims) if isinstance(a, int) and isinstance(b, int)
+        )
+        if dtype != kind or not sizes:
+            has = "no such input" if dtype is None else f"{dtype} {list(dims)}"
+            raise EngineMismatch(
+                f"{entry.file} in {folder} was exported by another state of the code: this one gives its graphs "
+                f"{tensor.name} as {kind} {list(tensor.dims)}, and the file has {has}; export again"
+            )
+    if found:
+        raise EngineMismatch(
+            f"{entry.file} in {folder} was exported by another state of the code: it takes {min(found)}, which graphs "
+            "no longer have; export again"
+        )
 
 
 def _weights_inside(entry: Any) -> bool:

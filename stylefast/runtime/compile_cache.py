@@ -17,15 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from stylefast.code_caches import inductor_cache, private_folder, replaceable
 from stylefast.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "STYLEFAST_CACHE"
-# PyTorch's, read whenever something is compiled
-_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 _MAGIC = b"stylefast compiled regions 1\n"
 # the newest are read, older ones removed
 _MOST_FILES = 16
@@ -42,10 +40,15 @@ def default_folder() -> Path:
 
 
 class CompileCache:
-    """The files of one model on one kind of machine, below `folder`."""
+    """The files of one model on one kind of machine, below `folder`.
+
+    A folder to which another user can write, or replace it, is left alone: a private one takes its place.
+    """
 
     def __init__(self, folder: Path, config: dict, dtype: torch.dtype, device: torch.device):
-        self.folder = folder / "compile" / _identity(config, dtype, device)
+        inner = Path("compile", _identity(config, dtype, device))
+        reason = replaceable(folder / inner / "any file")
+        self.folder = (folder if reason is None else private_folder(folder, "compiled code", reason)) / inner
         self._loaded: set[tuple[str, str]] = set()  # (kind, key) of what files held
         self._saved: Path | None = None  # this process's file
         self._skipped = False
@@ -54,16 +57,8 @@ class CompileCache:
     @contextmanager
     def compiling(self) -> Iterator[None]:
         """While it lasts, what PyTorch compiles for a CPU is kept here, unless the environment names another folder."""
-        before = os.environ.get(_INDUCTOR)
-        if not self._on_cpu or before not in (None, default_cache_dir()):
+        with inductor_cache(self.folder / "inductor" if self._on_cpu else None):
             yield
-            return
-        os.environ[_INDUCTOR] = str(self.folder / "inductor")
-        try:
-            yield
-        finally:
-            # PyTorch writes its default there as soon as it is asked for
-            os.environ[_INDUCTOR] = before if before is not None else default_cache_dir()
 
     def load(self) -> int:
         """Hand all files to PyTorch; the artifacts they hold. A file that can't be used is passed over and logged."""

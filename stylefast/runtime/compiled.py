@@ -21,6 +21,7 @@ import torch
 import torch._dynamo
 import torch.fx.experimental._config as symbolic_shapes
 
+from stylefast.code_caches import inductor_cache
 from stylefast.errors import InvalidRequest, MissingDependency
 from stylefast.models.conditioning import ImageKV, StylePages
 from stylefast.models.unet import Resnet, TransformerBlock, UNet
@@ -83,6 +84,9 @@ class CompileBackend(Backend):
             folder = default_folder() if cache == "auto" else Path(cache)
             self._cache = CompileCache(folder, unet.config, unet.dtype, unet.device)
             self._cache.load()
+        self._compiling = nullcontext if compiler != "inductor" else inductor_cache
+        if self._cache is not None:
+            self._compiling = self._cache.compiling
         self._known: set[tuple] = set()
         self._marking = self._warm = self._told = False
         self._masks: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
@@ -167,7 +171,7 @@ class CompileBackend(Backend):
         # marks are read when something compiles, which a shape that was seen before does not
         self._marking = fresh
         # entered at every step: something may have to be compiled all the same
-        with _symbols_of_their_own(), self._cache.compiling() if self._cache is not None else nullcontext():
+        with _symbols_of_their_own(), self._compiling():
             run_step(self._twin, state, columns, buffers)
         self._marking = False
         if fresh:

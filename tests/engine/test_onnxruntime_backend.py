@@ -211,6 +211,20 @@ def test_a_part_without_outputs_is_refused_at_once(micro, copy):
         sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda inputs: inputs[1:], r"gives its graphs latents as float32 .*no such input; export again"),
+    (lambda inputs: [[inputs[0][0], "float64", inputs[0][2]], *inputs[1:]], r"the file has float64"),
+    (lambda inputs: [[*inputs[0][:2], [*inputs[0][2][:1], 99, *inputs[0][2][2:]]], *inputs[1:]], r"'rows', 99"),
+    (lambda inputs: [*inputs, ["strength", "float32", ["rows"]]], "takes strength, which graphs no longer have"),
+], ids=["one input less", "another type", "another size", "one input more"])  # fmt: skip
+def test_an_export_by_another_state_of_the_code_is_refused_at_once(micro, copy, change, message):
+    manifest = read_manifest(copy)
+    graph = replace(manifest.graphs[0], inputs=change(list(manifest.graphs[0].inputs)))
+    write_manifest(copy, replace(manifest, graphs=(graph, *manifest.graphs[1:])))
+    with pytest.raises(EngineMismatch, match=message):
+        sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy)
+
+
 @pytest.mark.parametrize("given", [{"trust": 5}, {"engines": 5}], ids=str)
 def test_folders_and_digests_that_are_none_are_refused(micro, folder, given):
     with pytest.raises(InvalidRequest, match="is 5; give the"):

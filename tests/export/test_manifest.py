@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from stylefast import code_caches
 from stylefast.errors import EngineMismatch, ExportError, ModelFormatError, ModelNotFound, UntrustedEngine
 from stylefast.export.manifest import (
     MANIFEST,
@@ -186,6 +187,7 @@ def test_engines_that_others_can_write_need_the_digest(tmp_path, kind, name):
 def test_engines_of_another_user_need_the_digest(tmp_path, monkeypatch):
     manifest = manifest_of(tmp_path, "tensorrt")
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    monkeypatch.setattr(code_caches, "_ROOT", -1)  # who runs the tests may be root, whom everybody trusts
     with pytest.raises(UntrustedEngine, match="belongs to user"):
         check_trust(tmp_path, manifest)
     monkeypatch.delattr(os, "getuid")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stylefast.errors import InvalidRequest, ModelError
+from stylefast.export import options
 from stylefast.export.memory import estimate_export
 from stylefast.export.options import NATIVE, Options, load_source
 from tests.small_sdxl import sdxl_unet_config, small_unet_config
@@ -86,6 +87,21 @@ def test_a_source_is_told_from_one_in_another_type(source):
     assert other.identity() != source.identity()
     assert load_source("tiny", "float16", version="0.1.0").identity() == source.identity()
     assert other.other_bytes > 1.2 * source.other_bytes  # the VAE keeps its own type
+
+
+def test_a_change_of_the_code_or_of_an_exporter_is_told(tmp_path, monkeypatch):
+    (tmp_path / "unet.py").write_text("inputs = ('latents',)")
+    monkeypatch.setattr(options.models, "__path__", [str(tmp_path)])
+    options.code_digest.cache_clear()
+    before = options.code_digest()
+    (tmp_path / "unet.py").write_text("inputs = ('latents', 'time_ids')")
+    assert options.code_digest() == before  # looked at once a process
+    options.code_digest.cache_clear()
+    assert options.code_digest() != before
+    monkeypatch.setattr(options.metadata, "version", lambda name: "9.9")
+    assert options._versions()["onnx"] == "9.9"
+    monkeypatch.undo()
+    options.code_digest.cache_clear()
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from stylefast.errors import InvalidRequest
 from stylefast.runtime import compile_cache
@@ -128,15 +129,38 @@ def test_the_environment_names_the_folder(monkeypatch, tmp_path):
     assert compile_cache.default_folder().name == "stylefast"
 
 
-def test_pytorchs_own_folder_is_back_after_compiling(cache, monkeypatch):
+def test_pytorchs_own_folder_is_back_after_compiling(cache, monkeypatch, tmp_path):
     variable = "TORCHINDUCTOR_CACHE_DIR"
     monkeypatch.delenv(variable, raising=False)
     with cache.compiling():
         assert os.environ[variable].startswith(str(cache.folder))
-    assert os.environ[variable] == compile_cache.default_cache_dir()
-    monkeypatch.setenv(variable, "/elsewhere")
+    assert os.environ[variable] == default_cache_dir()
+    monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
     with cache.compiling():
-        assert os.environ[variable] == "/elsewhere"
+        assert os.environ[variable] == str(tmp_path / "elsewhere")
+
+
+def test_a_folder_that_others_can_write_to_gives_no_code_and_takes_none(tmp_path, artifacts, caplog):
+    def cache():
+        return CompileCache(tmp_path / "shared", {"width": 32}, torch.float32, torch.device("cpu"))
+
+    artifacts.keys = ["a"]
+    planted = cache().save()
+    (tmp_path / "shared").chmod(0o777)
+    with caplog.at_level(logging.WARNING, "stylefast"):
+        other = cache()
+    assert other.load() == 0 and not artifacts.loaded
+    assert other.save().parent != planted.parent and "could come from another user" in caplog.text
+
+
+def test_planted_shared_objects_beside_the_files_are_not_where_pytorch_looks(cache, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    planted = cache.folder / "inductor" / "ab" / "cab.so"
+    planted.parent.mkdir(parents=True)
+    planted.write_bytes(b"ELF")
+    planted.chmod(0o666)
+    with cache.compiling():
+        assert not os.path.samefile(os.environ["TORCHINDUCTOR_CACHE_DIR"], planted.parent.parent)
 
 
 START = """

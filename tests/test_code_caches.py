@@ -1,0 +1,147 @@
+"""Folders that code is loaded from: only what this user or root alone could have written is used."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from stylefast import code_caches
+from stylefast.code_caches import foreign, foreign_below, inductor_cache, private_folder, replaceable
+
+as_root = pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give files to another user"
+)
+NOBODY = 65534
+
+
+@pytest.fixture(autouse=True)
+def _forget_checks():
+    for known in (code_caches._checked, code_caches._own_temporary, code_caches.guard_triton_cache):
+        known.cache_clear()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache with one file, `cache/inner/code.so`."""
+    inner = tmp_path / "above" / "cache" / "inner"
+    inner.mkdir(parents=True, mode=0o700)
+    (inner / "code.so").write_bytes(b"ELF")
+    (inner / "code.so").chmod(0o600)
+    return inner.parent
+
+
+def test_a_folder_of_this_user_alone_is_used(cache):
+    assert replaceable(cache) is None and foreign_below(cache) is None
+    assert foreign(cache, ["inner/code.so"]) is None
+    assert private_folder(cache, "code") == cache
+
+
+def test_a_folder_that_does_not_exist_yet_is_used(tmp_path):
+    assert private_folder(tmp_path / "new" / "cache", "code") == tmp_path / "new" / "cache"
+
+
+@pytest.mark.parametrize("open_to_others", [".", "inner", "inner/code.so", ".."])
+def test_what_others_can_write_or_rename_is_left_alone_with_a_warning(cache, caplog, open_to_others):
+    path = cache / open_to_others
+    path.chmod(path.stat().st_mode | 0o002)
+    with caplog.at_level(logging.WARNING):
+        other = private_folder(cache, "compiled code")
+    assert other != cache and not any(other.iterdir()) and other.stat().st_mode & 0o077 == 0
+    assert "compiled code" in caplog.text and str(path.resolve()) in caplog.text
+    assert foreign(cache, ["inner/code.so"]) is not None
+
+
+def test_a_sticky_folder_above_such_as_tmp_is_no_reason(cache):
+    cache.parent.chmod(0o1777)
+    assert private_folder(cache, "code") == cache
+
+
+@as_root
+@pytest.mark.parametrize("owned", [".", "inner", "inner/code.so", ".."])
+def test_what_belongs_to_another_user_is_left_alone(cache, owned):
+    os.chown(cache / owned, NOBODY, NOBODY)
+    assert private_folder(cache, "code") != cache
+    assert "user 65534" in foreign(cache, ["inner/code.so"])
+
+
+@as_root
+def test_a_folder_that_another_user_made_first_in_tmp_is_left_alone(tmp_path):
+    shared = tmp_path / "tmp"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (shared / "torchinductor_root").mkdir()
+    os.chown(shared / "torchinductor_root", NOBODY, NOBODY)
+    assert private_folder(shared / "torchinductor_root", "code") != shared / "torchinductor_root"
+
+
+def test_a_link_is_followed_and_every_folder_on_its_way_counts(cache, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(cache, target_is_directory=True)
+    assert private_folder(link, "code") == link
+    cache.parent.chmod(0o777)
+    assert "may rename" in replaceable(link / "inner")
+    assert private_folder(link, "code") != link
+
+
+@as_root
+def test_a_link_of_another_user_is_not_followed(cache, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(cache, target_is_directory=True)
+    os.chown(link, NOBODY, NOBODY, follow_symlinks=False)
+    assert "user 65534" in replaceable(link / "inner")
+
+
+def test_a_link_that_leads_to_itself_ends_in_a_reason(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "links" in replaceable(tmp_path / "loop" / "cache")
+
+
+def test_a_link_inside_a_cache_is_refused(cache, tmp_path):
+    (cache / "inner" / "other.so").symlink_to(tmp_path / "elsewhere.so")
+    assert "is a link to elsewhere" in foreign_below(cache)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_group_with_other_members_is_others(cache, monkeypatch, alone):
+    monkeypatch.setattr(code_caches, "_is_users_own", lambda group: alone)
+    cache.parent.chmod(0o770)
+    (cache / "inner").chmod(0o770)
+    assert (foreign_below(cache) is None) == alone
+
+
+def test_pytorchs_cache_is_private_while_something_compiles(cache, monkeypatch):
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.setenv(variable, str(cache))
+    with inductor_cache(cache / "unused"):
+        assert os.environ[variable] == str(cache)  # the user's own word
+    code_caches._checked.cache_clear()
+    cache.chmod(0o777)
+    with inductor_cache():
+        assert os.environ[variable] != str(cache)
+    assert os.environ[variable] == str(cache)
+
+
+def test_tritons_cache_is_private_before_the_first_launch(cache, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    code_caches.guard_triton_cache()
+    assert triton.knobs.cache.dir == str(cache)
+    code_caches.guard_triton_cache.cache_clear()
+    code_caches._checked.cache_clear()
+    (cache / "inner" / "code.so").chmod(0o666)
+    code_caches.guard_triton_cache()
+    assert triton.knobs.cache.dir == os.environ["TRITON_CACHE_DIR"] != str(cache)
+
+
+def test_a_private_folder_goes_with_its_process(tmp_path):
+    code = (
+        "import os, sys\nfrom stylefast.code_caches import private_folder\n"
+        "other = private_folder(sys.argv[1], 'code')\n(other / 'file').write_text('x')\n"
+        "if os.fork() == 0: sys.exit()\n"
+        "os.wait(); assert (other / 'file').exists(); print(other)"
+    )
+    tmp_path.chmod(0o777)
+    made = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert made.stdout and not os.path.exists(made.stdout.strip())
