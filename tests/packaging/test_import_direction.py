@@ -5,30 +5,31 @@ from pathlib import Path
 
 import pytest
 
-BELOW_ENGINE = {"errors", "_extension", "code_caches", "kernels", "models", "export", "styles", "sampling", "runtime"}
+BELOW_ENGINE = {"errors", "values", "_extension", "code_caches", "kernels", "models", "export", "styles", "sampling", "runtime"}
 
 # area -> what it may import beside itself; a name with a dot is a single module of an area
 ALLOWED = {
     "__init__": {"errors"},
     "errors": set(),
+    "values": {"errors"},
     "_C": set(),
-    "code_caches": {"errors"},
+    "code_caches": {"errors", "values"},
     "_extension": {"_C"},
-    "kernels": {"errors", "_extension", "code_caches"},
-    "models": {"errors", "kernels"},
-    "sampling": {"errors", "kernels"},
-    "styles": {"errors", "kernels", "models", "sampling.guidance"},
-    "runtime": {"errors", "_extension", "code_caches", "kernels", "models", "styles", "sampling", "export"},
-    "record_values": {"errors", "models", "styles"},
+    "kernels": {"errors", "values", "_extension", "code_caches"},
+    "models": {"errors", "values", "kernels"},
+    "sampling": {"errors", "values", "kernels"},
+    "styles": {"errors", "values", "kernels", "models", "sampling.guidance"},
+    "runtime": {"errors", "values", "_extension", "code_caches", "kernels", "models", "styles", "sampling", "export"},
+    "record_values": {"errors", "values", "models", "styles"},
     "record": BELOW_ENGINE | {"record_values"},
     # the package itself, for the version that goes into a picture's metadata
     "engine": BELOW_ENGINE | {"record", "record_values", "stylefast"},
-    "presentation": {"errors"},
-    "training": {"errors", "kernels", "models", "styles", "sampling", "evaluation"},
-    "evaluation": {"errors", "kernels", "models", "styles"},
-    "export": {"errors", "code_caches", "kernels", "models"},
-    "serving": {"errors", "engine", "stylefast"},
-    "integrations": {"errors", "engine", "serving", "stylefast"},
+    "presentation": {"errors", "values"},
+    "training": {"errors", "values", "kernels", "models", "styles", "sampling", "evaluation"},
+    "evaluation": {"errors", "values", "kernels", "models", "styles"},
+    "export": {"errors", "values", "code_caches", "kernels", "models"},
+    "serving": {"errors", "values", "engine", "stylefast"},
+    "integrations": {"errors", "values", "engine", "serving", "stylefast"},
 }
 TOP = {"cli", "commands", "__main__"}  # these may import everything but tests and benchmarks
 # programs that are copied out and run beside an installed stylefast, and that nobody imports

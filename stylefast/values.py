@@ -1,0 +1,331 @@
+"""Checks each kind of value that people, files and clients hand in, and says what is wrong in one way.
+
+Every function takes the value's name for the message and the class of the error, returns the value as a plain Python
+type, and raises that error for anything else, whatever its `repr` or its size. NumPy's and torch's numbers, 0-d arrays
+included, are taken where Python's are; bools are never numbers.
+"""
+
+import difflib
+import json
+import math
+import operator
+import os
+import reprlib
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from stylefast.errors import InvalidRequest
+
+QUOTED = 200  # characters of a value in a message
+MAX_SEED = 2**64 - 1
+# beyond it half precision overflows as soon as a strength meets the model's own numbers
+MAX_STRENGTH = 1000.0
+JSON_BYTES, JSON_DEPTH, JSON_DIGITS = 16 * 2**20, 64, 100
+_LONG_INT = 1024  # bits of whole numbers that are still written out; Python refuses to print very long ones
+
+
+class _Short(reprlib.Repr):
+    """Reprs that stay short and never raise, however large or broken the value."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, QUOTED, QUOTED
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxarray = 10
+
+    def repr_int(self, value, level):
+        bits = value.bit_length()
+        if bits <= _LONG_INT:
+            return super().repr_int(value, level)
+        return f"<a whole number of about {int(bits * math.log10(2)) + 1} digits>"
+
+
+_short = _Short()
+
+
+def quoted(value: Any) -> str:
+    """Write a value as messages quote it: its `repr`, in one line of at most 200 characters."""
+    try:
+        shown = _short.repr(value)
+    except Exception:  # a foreign __repr__ or __len__ may raise anything; the message must still come out
+        shown = f"<{type(value).__name__}>"
+    shown = " ".join(shown.encode("utf-8", "backslashreplace").decode().split())
+    return shown if len(shown) <= QUOTED else shown[: QUOTED - 3] + "..."
+
+
+def whole_number(
+    name: str, value: Any, low: int | None = None, high: int | None = None, *, error: type = InvalidRequest
+) -> int:
+    """Return a whole number from `low` to `high` (None: unbounded) as an int."""
+    number = _index(value)
+    if number is None or (low is not None and number < low) or (high is not None and number > high):
+        raise error(f"{name} is {quoted(value)}; it must be a whole number{_range(low, high)}")
+    return number
+
+
+def real_number(
+    name: str,
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    also: Iterable[float] = (),
+    error: type = InvalidRequest,
+) -> float:
+    """Return a finite number from `low` to `high` (None: unbounded), or greater than `above`, as a float.
+
+    `also` names values that are let through beside them, such as `-math.inf`.
+    """
+    number = _float(value)
+    if number is not None and number in also:
+        return number
+    inside = number is not None and math.isfinite(number)
+    inside = inside and (low is None or number >= low) and (high is None or number <= high)
+    if not inside or (above is not None and number <= above):
+        ends = _range(low, high) if above is None else f" above {above:g}{'' if high is None else f', up to {high:g}'}"
+        extra = "".join(f", or {one:g}" for one in also)
+        raise error(f"{name} is {quoted(value)}; it must be a {'' if ends else 'finite '}number{ends}{extra}")
+    return number
+
+
+def flag(name: str, value: Any, *, error: type = InvalidRequest) -> bool:
+    """Return True or False; nothing else counts as either, since "false" in quotes would count as true."""
+    if isinstance(value, bool) or (_is_bool(value) and getattr(value, "ndim", 0) == 0):
+        return bool(value)
+    raise error(f"{name} is {quoted(value)}; it must be True or False")
+
+
+def text(name: str, value: Any, *, longest: int | None = None, empty: bool = True, error: type = InvalidRequest) -> str:
+    """Return a string of whole characters, of at most `longest`; with `empty=False` it must hold more than spaces."""
+    if not isinstance(value, str):
+        raise error(f"{name} is {quoted(value)} ({type(value).__name__}); it must be a string")
+    value = str.__str__(value)
+    if longest is not None and len(value) > longest:
+        raise error(f"{name} has {len(value)} characters; at most {longest} are taken")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as cause:
+        raise error(
+            f"{name} holds half of a character (U+{ord(value[cause.start]):04X}, a lone surrogate) at position "
+            f"{cause.start}; a text was cut inside an emoji, so send it whole: {quoted(value)}"
+        ) from None
+    if not empty and not value.strip():
+        raise error(f"{name} is empty; it must hold some text")
+    return value
+
+
+def one_of(name: str, value: Any, known: Iterable[str], *, error: type = InvalidRequest) -> str:
+    """Return one of the `known` names; the message lists them and offers the nearest."""
+    known = tuple(known)
+    if isinstance(value, str) and value in known:
+        return str.__str__(value)
+    raise error(f"{name} is {quoted(value)}; there are {', '.join(known)}{did_you_mean(value, known)}")
+
+
+def did_you_mean(value: Any, known: Iterable[str]) -> str:
+    """Write the end of a message, "; did you mean 'euler'?", or nothing where no known name is near."""
+    if not isinstance(value, str) or len(value) > QUOTED:
+        return ""
+    spelled = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(value.casefold(), spelled, n=1, cutoff=0.6)
+    return f"; did you mean {quoted(spelled[near[0]])}?" if near else ""
+
+
+def several(name: str, value: Any, *, least: int = 0, most: int | None = None, error: type = InvalidRequest) -> list:
+    """Return a list or tuple of `least` to `most` things as a list."""
+    if not isinstance(value, (list, tuple)):
+        raise error(f"{name} is {quoted(value)}; it must be a list")
+    if len(value) < least or (most is not None and len(value) > most):
+        count = f"{least}" if least == most else f"{least} to {most}" if most is not None else f"at least {least}"
+        raise error(f"{name} has {len(value)} entries, {quoted(value)}; it must have {count}")
+    return list(value)
+
+
+def mapping(name: str, value: Any, *, error: type = InvalidRequest) -> dict:
+    """Return a mapping with names for keys as a dictionary."""
+    if not isinstance(value, Mapping):
+        raise error(f"{name} is {quoted(value)}; it must be a dictionary")
+    odd = [key for key in value if not isinstance(key, str)]
+    if odd:
+        raise error(f"{name} has the key {quoted(odd[0])} ({type(odd[0]).__name__}); keys must be strings")
+    return dict(value)
+
+
+def fractions(name: str, value: Any, *, error: type = InvalidRequest) -> tuple[float, float]:
+    """Return (start, end), fractions of the steps with 0 <= start < end <= 1."""
+    pair = value if isinstance(value, (list, tuple)) and len(value) == 2 else (None, None)
+    start, end = map(_float, pair)
+    if start is None or end is None or not 0 <= start < end <= 1:
+        raise error(
+            f"{name} is {quoted(value)}; it must be (start, end) with 0 <= start < end <= 1, in fractions of the steps"
+        )
+    return start, end
+
+
+def seed(name: str, value: Any, *, error: type = InvalidRequest) -> int:
+    """Return a seed of 64 bits; None and -1 draw one from the system's entropy, of 32 bits so that it can be typed."""
+    number = None if value is None else _index(value)
+    if value is None or number == -1:
+        return secrets.randbits(32)
+    if number is None or not 0 <= number <= MAX_SEED:
+        raise error(
+            f"{name} is {quoted(value)}; it must be a whole number from 0 to 2^64 - 1, or None (or -1) for a random one"
+        )
+    return number
+
+
+def path(name: str, value: Any, *, error: type = InvalidRequest) -> Path:
+    """Return a path, of anything or nothing that exists; the home folder's `~` is resolved."""
+    try:
+        shown = os.fspath(value)
+    except TypeError:
+        shown = None
+    if not isinstance(shown, str):
+        raise error(f"{name} is {quoted(value)}; it must be a path")
+    if not text(name, shown, longest=32_000, error=error) or "\0" in shown:
+        raise error(f"{name} is {quoted(shown)}; a path has at least one character, and none is NUL")
+    try:
+        return Path(shown).expanduser()
+    except RuntimeError as cause:
+        raise error(f"{name} is {quoted(shown)}, and that user's home folder is unknown; write it out") from cause
+
+
+def function(name: str, value: Any, takes: str, *, error: type = InvalidRequest) -> Callable | None:
+    """Return None or something that can be called; `takes` says with what: "(step, steps)"."""
+    if value is not None and not callable(value):
+        raise error(f"{name} is {quoted(value)}; it must be a function of {takes}, or None")
+    return value
+
+
+def load_json(
+    content: str | bytes,
+    what: str,
+    *,
+    kind: type | None = None,
+    error: type = InvalidRequest,
+    largest: int = JSON_BYTES,
+    deepest: int = JSON_DEPTH,
+) -> Any:
+    """Parse JSON that others wrote; `what` names it in messages ("the request file calls.json").
+
+    A byte order mark is passed over, UTF-16 and UTF-32 are read. Refused are more than `largest` bytes or characters,
+    more than `deepest` levels, names that occur twice in an object, NaN and infinities (written out, or as 1e999),
+    whole numbers of more than 100 digits, and, given a `kind` (dict or list), anything else at the top.
+    """
+    if len(content) > largest:
+        raise error(f"{what} has {len(content)} bytes; at most {largest} are read")
+    try:
+        if not isinstance(content, str):
+            content = bytes(content).decode(json.detect_encoding(bytes(content)))
+        found = json.loads(
+            content.removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=_no_constant,
+            parse_float=_finite, parse_int=_short_int,
+        )  # fmt: skip
+        _check_depth(found, deepest)
+    except RecursionError:
+        raise error(f"{what} is nested too deep; at most {deepest} levels are read") from None
+    except UnicodeDecodeError as cause:
+        raise error(f"{what} is no text in UTF-8 ({cause.reason} at byte {cause.start})") from None
+    except ValueError as cause:
+        raise error(f"{what} is no valid JSON ({cause})") from None
+    if kind is not None and not isinstance(found, kind):
+        expected = "an object" if kind is dict else "a list" if kind is list else kind.__name__
+        raise error(f"{what} holds {quoted(found)} where {expected} is expected")
+    return found
+
+
+def read_json(
+    file: str | Path, what: str, *, kind: type | None = None, error: type = InvalidRequest, largest: int = JSON_BYTES
+) -> Any:
+    """Read and parse a JSON file as `load_json` does; a file that is missing or can't be read is the same error."""
+    place = path(what, file, error=error)
+    try:
+        if not place.is_file():
+            raise error(f"{what}: there is no file at {quoted(str(place))}; check the path")
+        with place.open("rb") as stream:
+            # one byte more than is read, so that a file that is too long shows
+            content = stream.read(largest + 1)
+    except OSError as cause:
+        raise error(f"{what} can't be read: {cause.strerror or cause} ({quoted(str(place))})") from cause
+    if len(content) > largest:
+        raise error(f"{what} is longer than the {largest} bytes that are read ({quoted(str(place))})")
+    return load_json(content, what, kind=kind, error=error, largest=largest)
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return "" if high is None else f" of at most {_bound(high)}"
+    return f" of at least {_bound(low)}" if high is None else f" from {_bound(low)} to {_bound(high)}"
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def _is_bool(value: Any) -> bool:
+    # NumPy's and torch's bools have a dtype by that name; "torch.bool" and "bool"
+    return str(getattr(value, "dtype", "")).endswith("bool")
+
+
+def _index(value: Any) -> int | None:
+    """A whole number as an int; None for anything else."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or _is_bool(value):
+        return None
+    try:
+        return int(operator.index(value))
+    except Exception:  # objects of others raise what they like in __index__
+        return None
+
+
+def _float(value: Any) -> float | None:
+    """A real number as a float, NaN and infinities included; None for anything else, and for numbers beyond floats."""
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or _is_bool(value):
+        return None
+    # a 0-d array or tensor is no Real, but has an element type
+    if not isinstance(value, Real) and not any(kind in str(getattr(value, "dtype", "")) for kind in ("int", "float")):
+        return None
+    try:
+        return float(value)
+    except Exception:  # complex tensors, numbers of 400 digits, and __float__ of others
+        return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{quoted(twice)} occurs twice in one object")
+    return found
+
+
+def _no_constant(word: str):
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return number
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > JSON_DIGITS:
+        raise ValueError(f"a whole number has {len(digits)} digits; at most {JSON_DIGITS} are read")
+    return int(digits)
+
+
+def _check_depth(found: Any, deepest: int) -> None:
+    level = [found]
+    for _ in range(deepest + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        if not inner:
+            return
+        level = [value for values in inner for value in values]
+    raise RecursionError
