@@ -17,12 +17,13 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from stylefast.errors import InvalidRequest
+from stylefast.errors import InvalidRequest, PromptError
 
 QUOTED = 200  # characters of a value in a message
+MAX_PROMPT = 32_000
 MAX_SEED = 2**64 - 1
-# beyond it half precision overflows as soon as a strength meets the model's own numbers
-MAX_STRENGTH = 1000.0
+# a strength multiplies the model's own numbers, and half precision ends at 65504
+MAX_STRENGTH = 10_000.0
 JSON_BYTES, JSON_DEPTH, JSON_DIGITS = 16 * 2**20, 64, 100
 _LONG_INT = 1024  # bits of whole numbers that are still written out; Python refuses to print very long ones
 
@@ -95,7 +96,7 @@ def flag(name: str, value: Any, *, error: type = InvalidRequest) -> bool:
     """Return True or False; nothing else counts as either, since "false" in quotes would count as true."""
     if isinstance(value, bool) or (_is_bool(value) and getattr(value, "ndim", 0) == 0):
         return bool(value)
-    raise error(f"{name} is {quoted(value)}; it must be True or False")
+    raise error(f"{name} is {quoted(value)}; it must be true or false")
 
 
 def text(name: str, value: Any, *, longest: int | None = None, empty: bool = True, error: type = InvalidRequest) -> str:
@@ -115,6 +116,16 @@ def text(name: str, value: Any, *, longest: int | None = None, empty: bool = Tru
     if not empty and not value.strip():
         raise error(f"{name} is empty; it must hold some text")
     return value
+
+
+def prompt(name: str, value: Any, *, error: type = PromptError) -> str:
+    """Return a text for the text encoders, of at most 32,000 characters.
+
+    What is no string raises `error`; too long a text and one cut inside a character raise PromptError.
+    """
+    if not isinstance(value, str):
+        raise error(f"{name} is {quoted(value)} ({type(value).__name__}); it must be a string")
+    return text(name, value, longest=MAX_PROMPT, error=PromptError)
 
 
 def one_of(name: str, value: Any, known: Iterable[str], *, error: type = InvalidRequest) -> str:
@@ -175,6 +186,17 @@ def seed(name: str, value: Any, *, error: type = InvalidRequest) -> int:
             f"{name} is {quoted(value)}; it must be a whole number from 0 to 2^64 - 1, or None (or -1) for a random one"
         )
     return number
+
+
+def seeds(name: str, value: Any, count: int, *, error: type = InvalidRequest) -> list[int]:
+    """Return `count` seeds: those of a list of as many, else `value` and the numbers after it, within 64 bits."""
+    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1:
+        given = list(value)
+        if len(given) != count:
+            raise error(f"{name} has {len(given)} entries for {count} prompts; give one for each, or a single number")
+        return [seed(f"{name} {i}", one, error=error) for i, one in enumerate(given)]
+    first = seed(name, value, error=error)
+    return [(first + i) % (MAX_SEED + 1) for i in range(count)]
 
 
 def path(name: str, value: Any, *, error: type = InvalidRequest) -> Path:

@@ -94,7 +94,7 @@ def test_what_is_no_finite_number_in_range_is_refused(value):
 def test_only_true_and_false_are_flags():
     assert values.flag("x", True) is True and values.flag("x", np.bool_(False)) is False
     for value in (1, 0, "false", None, [], np.int64(1), np.array([True])):
-        with pytest.raises(InvalidRequest, match="x is .*; it must be True or False"):
+        with pytest.raises(InvalidRequest, match="x is .*; it must be true or false"):
             values.flag("x", value)
 
 
@@ -117,6 +117,17 @@ def test_a_seed_takes_64_bits_and_none_draws_another_one_each_time():
     for value in (-2, 2**64, "7", 7.0, True, [1]):
         with pytest.raises(InvalidRequest, match="from 0 to 2\\^64 - 1, or None .or -1. for a random one"):
             values.seed("seed", value)
+
+
+def test_seeds_count_up_within_64_bits_or_are_given_one_by_one():
+    assert values.seeds("seed", 2**64 - 1, 3) == [2**64 - 1, 0, 1]
+    assert values.seeds("seed", [3, np.int64(9)], 2) == values.seeds("seed", np.array([3, 9]), 2) == [3, 9]
+    first, second = values.seeds("seed", None, 2)
+    assert second == first + 1
+    with pytest.raises(InvalidRequest, match="seed has 3 entries for 2 prompts"):
+        values.seeds("seed", [1, 2, 3], 2)
+    with pytest.raises(InvalidRequest, match="seed 1 is '7'"):
+        values.seeds("seed", [1, "7"], 2)
 
 
 @pytest.mark.parametrize("value", ["", "a\0b", b"a", 5, "\ud83d", None])

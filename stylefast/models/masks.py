@@ -1,29 +1,46 @@
 """Masks say where in the picture an image prompt acts; here they become one weight per attention query."""
 
+import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from stylefast.errors import ImageError, InvalidRequest
-from stylefast.models.pictures import PictureSource, open_picture
+from stylefast.models.pictures import BLACK, PictureSource, open_picture
 
 
 def load_mask(mask: PictureSource | torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """A mask as zeros and ones `[height, width]`: white acts, black does not; the threshold is mid grey.
+    """A mask as zeros and ones `[height, width]`: white acts, black and transparent do not; the threshold is mid grey.
 
     `size` is (height, width) of the picture to make; a mask of another size is scaled to it (Lanczos, as diffusers'
-    `IPAdapterMaskProcessor` does). A tensor `[height, width]` in [0, 1] is taken as it is, soft edges included; it
-    must already have the right size. Raises ImageError.
+    `IPAdapterMaskProcessor` does). Arrays may hold bools, uint8, uint16 or floats in [0, 1]. A tensor `[height, width]`
+    in [0, 1] is taken as it is, soft edges included; it must already have the right size. Warns of a picture that acts
+    nowhere. Raises ImageError.
     """
     if isinstance(mask, torch.Tensor):
         return _check_tensor(mask, size)
-    grey = open_picture(mask).convert("L")
+    grey = open_mask(mask).convert("L")
     if size is not None and grey.size != (size[1], size[0]):
         grey = grey.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     values = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(grey.height, grey.width)
-    return (values.float() / 255 >= 0.5).float()
+    acting = (values.float() / 255 >= 0.5).float()
+    if not acting.any():
+        warnings.warn("a mask is dark or transparent everywhere, so its picture acts nowhere", stacklevel=1)
+    return acting
+
+
+def open_mask(mask: PictureSource) -> Image.Image:
+    """A mask that is no tensor as an RGB picture, with black where it is transparent. Raises ImageError."""
+    picture = open_picture(mask, BLACK)
+    if isinstance(mask, np.ndarray) and mask.dtype.kind == "u" and mask.max() == 1:
+        raise ImageError(
+            f"the mask is an array of {mask.dtype} with nothing but 0 and 1, where white is "
+            f"{np.iinfo(mask.dtype).max}; pass mask.astype(bool)"
+        )
+    return picture
 
 
 def mask_vectors(mask: PictureSource | torch.Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
@@ -43,14 +60,23 @@ def mask_vectors(mask: PictureSource | torch.Tensor, sizes: Sequence[tuple[int, 
     )
 
 
-def _check_tensor(mask: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
-    if mask.ndim != 2 or mask.numel() == 0:
+def check_mask_shape(mask: PictureSource | torch.Tensor, size: tuple[int, int]) -> None:
+    """Raise ImageError for a tensor that does not fit (height, width); other masks are scaled to it."""
+    if not isinstance(mask, torch.Tensor):
+        return
+    if mask.ndim != 2 or mask.numel() == 0 or mask.layout != torch.strided or mask.is_meta:
         raise ImageError(f"a mask tensor has the shape [height, width], not {list(mask.shape)}")
-    if size is not None and tuple(mask.shape) != tuple(size):
+    if tuple(mask.shape) != tuple(size):
         raise ImageError(
             f"the mask is {mask.shape[0]} x {mask.shape[1]}, the picture {size[0]} x {size[1]} (height x width); "
             "make them equal, or pass the mask as a picture, which is scaled"
         )
+
+
+def _check_tensor(mask: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    check_mask_shape(mask, tuple(mask.shape) if size is None else size)
+    if mask.is_complex():
+        raise ImageError(f"a mask holds real numbers, this one {mask.dtype}")
     mask = mask.detach().float().cpu()
     low, high = mask.min().item(), mask.max().item()
     # written so that NaN fails it too

@@ -1,48 +1,53 @@
 """Opens pictures that people hand in, and refuses what is damaged, disguised or absurd before it is decoded."""
 
 import os
-import struct
+import stat
+import warnings
+from collections.abc import Sequence
+from functools import cache
 from io import BytesIO
-from pathlib import Path
-from typing import TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
+from stylefast import values
 from stylefast.errors import ImageError
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # the last one where Pillow was built with it
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MAX_PIXELS = 4096 * 4096
 MIN_SIDE = 16
 MAX_ASPECT = 32  # the image encoder scales the short side to its own size; a long thin strip would explode there
+WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 
 PictureSource: TypeAlias = str | os.PathLike | bytes | Image.Image | np.ndarray
+_KINDS = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
+_MOST_SOURCES = 256
+# (place, mark, name) of formats that people often hand in and that Pillow does not read
+_FOREIGN = (
+    *((4, b"ftyp" + brand, "HEIC") for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")),
+    (0, b"%PDF", "PDF"), (0, b"8BPS", "Photoshop"), (0, b"<svg", "SVG"), (0, b"<?xml", "SVG or XML"),
+    (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cJXL ", "JPEG XL"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+)  # fmt: skip
 
-# all that Pillow's decoders were seen to raise on damaged files; DecompressionBombWarning only under `-W error`
-_DECODER_ERRORS = (
-    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
-)
 
-
-def open_picture(source: PictureSource) -> Image.Image:
+def open_picture(source: PictureSource, ground: tuple[int, int, int, int] = WHITE) -> Image.Image:
     """A picture as 8-bit RGB, upright.
 
     `source` is a path, the bytes of a file, a PIL image, or an array `[h, w]`, `[h, w, 1]`, `[h, w, 3]` or
-    `[h, w, 4]` (uint8, uint16, or floats in [0, 1]). EXIF orientation is applied, transparency is laid over white,
-    grey, palette, CMYK and 16-bit pictures are converted.
+    `[h, w, 4]` (uint8, uint16, bool, or floats in [0, 1]). EXIF orientation is applied, transparency is laid over
+    `ground`, grey, palette, CMYK, 16-bit and floating point pictures are converted. Of an animation or of several pages
+    the first is taken, which a warning says; of the several pictures that phones put into one JPEG, the photo.
 
-    Raises ImageError for files that are missing, damaged, truncated, animated or neither PNG, JPEG nor WEBP, and for
+    Raises ImageError for files that are missing, damaged, truncated, no regular file or none of FORMATS, and for
     pictures above 16.8 megapixels, with a side below 16 pixels, or more than 32 times as long as wide. The size is
     read from the header, so a small file that would unpack to gigabytes costs nothing.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(source, ground)
     if isinstance(source, Image.Image):
-        name = "the picture"
-        _check_size(source, name)
-        return _decode(source, name)
-
+        return _decode(source, "the picture", ground)
     if isinstance(source, (bytes, bytearray, memoryview)):
         name, stream = f"the picture ({len(source)} bytes)", BytesIO(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -52,41 +57,93 @@ def open_picture(source: PictureSource) -> Image.Image:
             f"a picture is a path, bytes, a PIL image or an array, not {type(source).__name__}; convert it first"
         )
     with stream:
-        try:
-            image = Image.open(stream, formats=FORMATS)
-        except Image.DecompressionBombError as error:
-            raise ImageError(f"{name} is too large: {error}; the limit is {_megapixels(MAX_PIXELS)}") from error
-        except Image.UnidentifiedImageError as error:
-            raise ImageError(
-                f"{name} is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture, whatever its name says; "
-                "save it as PNG and try again"
-            ) from error
-        except _DECODER_ERRORS as error:
-            raise ImageError(f"{name} can't be read: {error}; save it anew as PNG") from error
-        _check_size(image, name)
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1:
-            raise ImageError(f"{name} is an animation of {frames} frames; save the one frame that you mean as PNG")
-        return _decode(image, name)
+        image = _identified(stream, name)
+        _check_size(image.size, name)
+        return _decode(image, name, ground, from_file=True)
 
 
-def _open_path(source: str | os.PathLike):
+def check_sources(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
+    """A picture source, or a list of them as a tuple, checked for its type alone; `more` are further types.
+
+    Raises ImageError for other types and for an empty list.
+    """
+    if isinstance(given, (list, tuple)):
+        several = values.several(name, given, most=_MOST_SOURCES, error=ImageError)
+        if not several:
+            raise ImageError(f"{name} is an empty list; give at least one picture")
+        return tuple(check_sources(f"{name}[{i}]", one, more) for i, one in enumerate(several))
+    if not isinstance(given, (*_KINDS, *more)):
+        raise ImageError(
+            f"{name} is {values.quoted(given)} ({type(given).__name__}); a picture is a path, bytes, a PIL image or an "
+            "array"
+        )
+    if isinstance(given, (str, os.PathLike)):
+        values.path(name, given, error=ImageError)
+    return given
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this machine's Pillow reads, and HEIF where a plugin for it was registered."""
+    Image.init()
+    known = tuple(form for form in FORMATS if form in Image.OPEN and (form != "AVIF" or features.check("avif")))
+    return known + (("HEIF",) if "HEIF" in Image.OPEN else ())
+
+
+def _open_path(source: str | os.PathLike) -> tuple[str, BinaryIO]:
     text = os.fspath(source)
-    shown = text if len(text) <= 200 else text[:200] + "..."
     if isinstance(text, str) and text.startswith(("http://", "https://", "data:")):
-        raise ImageError(f"{shown} is an address, not a file; download the picture and pass its path")
+        raise ImageError(f"{values.quoted(text)} is an address, not a file; download the picture and pass its path")
+    path = values.path("the picture's path", source, error=ImageError)
+    shown = str(path) if str(path).isprintable() and len(str(path)) <= values.QUOTED else values.quoted(str(path))
     try:
-        return shown, Path(text).open("rb")
+        # a pipe without a writer would otherwise be waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise ImageError(f"there is no picture at {shown}; check the path") from error
-    except IsADirectoryError as error:
-        raise ImageError(f"{shown} is a folder; pass the path of one picture in it") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{shown} can't be opened: {error}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device, not a file"
+        raise ImageError(f"{shown} is {what}; pass the path of one picture")
+    return shown, os.fdopen(descriptor, "rb")
 
 
-def _check_size(image: Image.Image, name: str) -> None:
-    width, height = image.size
+def _identified(stream: BinaryIO, name: str) -> Image.Image:
+    """The picture in a stream, of which the header alone was read.
+
+    `Image.open` would say the same, and warn on the terminal of sizes that are refused here anyway.
+    """
+    start, damaged = stream.read(16), None
+    for form in readable_formats():
+        factory, accepts = Image.OPEN[form]
+        answer = accepts is None or accepts(start)
+        # a text is the plugin's word for "mine, but I can't read it"
+        if not answer or isinstance(answer, str):
+            continue
+        stream.seek(0)
+        try:
+            return factory(stream, "")
+        except SyntaxError as error:  # Pillow's word for "another format", also where the header is damaged
+            damaged = error
+        except MemoryError:
+            raise
+        except Exception as error:  # its decoders raise whatever a damaged header makes them stumble over
+            raise ImageError(f"{name} can't be read: {error}; save it anew as PNG") from error
+    foreign = next((kind for place, mark, kind in _FOREIGN if start[place:].startswith(mark)), None)
+    if damaged is not None and foreign is None:
+        raise ImageError(f"{name} is damaged or cut short: {damaged}; save it anew as PNG") from damaged
+    what = f"a {foreign} file" if foreign else "another kind of file, whatever its name says"
+    raise ImageError(
+        f"{name} is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture that can be read here, but {what}; save it "
+        "as PNG or JPEG and try again"
+    )
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"{name} has {width} x {height} pixels ({_megapixels(width * height)}); the limit is "
@@ -102,32 +159,39 @@ def _megapixels(pixels: int) -> str:
     return f"{pixels / 1e6:.1f} megapixels"
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _decode(image: Image.Image, name: str, ground: tuple[int, ...], from_file: bool = False) -> Image.Image:
     try:
+        _check_size(image.size, name)
+        if from_file and image.format != "MPO" and getattr(image, "is_animated", False):
+            what = "pages" if image.format == "TIFF" else "frames"
+            warnings.warn(f"{name} has several {what}; the first one is used", stacklevel=1)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), name)
-    except ImageError:
+        return _to_rgb(ImageOps.exif_transpose(image), name, ground)
+    except (ImageError, MemoryError):
         raise
-    except _DECODER_ERRORS as error:
+    except Exception as error:  # decoders raise whatever damaged pixels make them stumble over
         raise ImageError(f"{name} is damaged or cut short: {error}; save it anew as PNG") from error
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, ground: tuple[int, ...]) -> Image.Image:
     if image.mode == "F":
-        raise ImageError(f"{name} holds floating point pixels; pass them as an array in [0, 1]")
+        return _from_array(np.asarray(image), ground, f"{name}, which holds floating point pixels,")
+    clear = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips 16 bits at 255 instead of scaling
         pixels = np.asarray(image).astype(np.int64)
         low, high = int(pixels.min()), int(pixels.max())
         if low < 0 or high > 65535:
             raise ImageError(f"{name} holds grey values from {low} to {high}; 16-bit pictures hold 0 to 65535")
-        return Image.fromarray(_eight_bits(pixels)).convert("RGB")
+        grey = _eight_bits(pixels)
+        if isinstance(clear, int):
+            grey = np.where(pixels == clear, np.uint8(ground[0]), grey)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBa", "La"):
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA") or clear is not None:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
     return image.convert("RGB")
 
 
@@ -135,27 +199,37 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
     return ((pixels.astype(np.int64) + 128) // 257).astype(np.uint8)
 
 
-def _from_array(pixels: np.ndarray) -> Image.Image:
+def _from_array(pixels: np.ndarray, ground: tuple[int, ...], name: str = "the array") -> Image.Image:
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if pixels.ndim not in (2, 3) or channels not in (1, 3, 4):
         raise ImageError(
-            f"an array of shape {list(pixels.shape)} is no picture; the shape is [height, width] or "
+            f"an array of shape {_shape(pixels.shape)} is no picture; the shape is [height, width] or "
             "[height, width, channels] with 1, 3 or 4 channels"
         )
+    if pixels.size == 0:
+        raise ImageError(f"an array of shape {_shape(pixels.shape)} holds no pixels")
+    # before any copy is made: an array that is broadcast may be huge and cost nothing as long as nobody looks
+    _check_size((pixels.shape[1], pixels.shape[0]), name)
     if np.issubdtype(pixels.dtype, np.floating):
+        low, high = float(pixels.min()), float(pixels.max())
         # written so that NaN fails it too
-        if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 1):
+        if not (low >= 0 and high <= 1):
             raise ImageError(
-                f"an array of floats holds values from {pixels.min():g} to {pixels.max():g}; a picture's are in "
-                "[0, 1]; divide by its maximum or pass uint8"
+                f"{name} holds values from {low:g} to {high:g}; a picture's are in [0, 1]; divide by its maximum or "
+                "pass uint8"
             )
         pixels = np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
     elif pixels.dtype == np.uint16:
         pixels = _eight_bits(pixels)
+    elif pixels.dtype == np.bool_:
+        pixels = pixels * np.uint8(255)
     elif pixels.dtype != np.uint8:
-        raise ImageError(f"an array of {pixels.dtype} is no picture; pass uint8, uint16 or floats in [0, 1]")
-    if pixels.shape[0] * pixels.shape[1] == 0:
-        raise ImageError(f"an array of shape {list(pixels.shape)} holds no pixels")
+        raise ImageError(
+            f"an array of {values.quoted(pixels.dtype)} is no picture; pass uint8, uint16 or floats in [0, 1]"
+        )
     image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels))
-    _check_size(image, "the array")
-    return _to_rgb(image, "the array")
+    return _to_rgb(image, name, ground)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return values.quoted(list(shape))

@@ -4,7 +4,6 @@ Everything here reads the header alone (names, types, shapes), so that a wrong, 
 true name before a byte of it is loaded.
 """
 
-import json
 import os
 import struct
 from collections.abc import Mapping
@@ -13,10 +12,18 @@ from pathlib import Path
 
 import torch
 
+from stylefast import values
 from stylefast.errors import ModelFormatError, ModelNotFound, OutOfMemory
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _HEADER_LIMIT = 100 * 2**20
+_MOST_AXES = 16
+# bits of one number
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
 _FOREIGN = (
     (b"<!DOCTYPE", "a web page; the download went to a login or error page"),
     (b"<!doctype", "a web page; the download went to a login or error page"),
@@ -68,28 +75,68 @@ def read_header(path: str | Path) -> WeightHeader:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
-        for mark, meaning in _FOREIGN:
-            if start.startswith(mark):
-                raise ModelFormatError(f"{path.name} is {meaning}, not safetensors")
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-        if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+        fits = 2 <= length <= min(_HEADER_LIMIT, size - 8)
+        # the length of a sound header may begin like another format's mark
+        meaning = next((meaning for mark, meaning in _FOREIGN if start.startswith(mark)), None)
+        if meaning is not None and not (fits and start[8:9] == b"{"):
+            raise ModelFormatError(f"{path.name} is {meaning}, not safetensors")
+        if not fits:
             raise ModelFormatError(
                 f"{path.name} ({size} bytes) has no valid safetensors header; it is cut short or something else"
             )
         file.seek(8)
         raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        metadata = header.pop("__metadata__", {}) or {}
-        tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelFormatError(f"the header of {path.name} is damaged ({error}); fetch the file again") from error
-    if size != 8 + length + end:
+    return _parsed(path, raw, size)
+
+
+def _parsed(path: Path, raw: bytes, size: int) -> WeightHeader:
+    """The header in `raw` of a file of `size` bytes; every tensor must have its own place, without gaps."""
+    damaged = f"the header of {path.name} is damaged"
+    header = values.load_json(
+        raw, f"{damaged}: it", kind=dict, error=ModelFormatError, largest=_HEADER_LIMIT, deepest=4
+    )
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ModelFormatError(f"{damaged}: its metadata is {values.quoted(metadata)}, not strings; fetch it again")
+    tensors, places = {}, []
+    for name, entry in header.items():
+        shape, start, end = _checked_entry(damaged, name, entry)
+        tensors[name] = entry["dtype"], shape
+        places.append((start, end, name))
+    expected = 0
+    for start, end, name in sorted(places):
+        if start != expected:
+            raise ModelFormatError(
+                f"{damaged}: {values.quoted(name)} begins at byte {start} where {expected} is expected, so tensors "
+                "overlap or leave gaps; fetch the file again"
+            )
+        expected = end
+    if size != 8 + len(raw) + expected:
         raise ModelFormatError(
-            f"{path.name} has {size} bytes where its header announces {8 + length + end}; fetch the file again"
+            f"{path.name} has {size} bytes where its header announces {8 + len(raw) + expected}; fetch the file again"
         )
     return WeightHeader(path, tensors, metadata)
+
+
+def _checked_entry(damaged: str, name: str, entry) -> tuple[tuple[int, ...], int, int]:
+    """Shape, first byte and end of one tensor."""
+    what = f"{damaged}: {values.quoted(name)}"
+    found = values.mapping(what, entry, error=ModelFormatError)
+    missing = [key for key in ("dtype", "shape", "data_offsets") if key not in found]
+    if missing:
+        raise ModelFormatError(f"{what} has no {missing[0]}; fetch the file again")
+    kind = values.one_of(f"{what} has a type that safetensors does not know; dtype", found["dtype"], _BITS,
+                         error=ModelFormatError)  # fmt: skip
+    sides = values.several(f"{what}: shape", found["shape"], most=_MOST_AXES, error=ModelFormatError)
+    shape = tuple(values.whole_number(f"{what}: shape", side, 0, error=ModelFormatError) for side in sides)
+    offsets = values.several(f"{what}: data_offsets", found["data_offsets"], least=2, most=2, error=ModelFormatError)
+    start, end = (values.whole_number(f"{what}: data_offsets", one, 0, error=ModelFormatError) for one in offsets)
+    if end - start != -(-_product(shape) * _BITS[kind] // 8):
+        raise ModelFormatError(
+            f"{what} of shape {values.quoted(list(shape))} in {kind} has {end - start} bytes; fetch the file again"
+        )
+    return shape, start, end
 
 
 def load_weights(path: str | Path, *, dtype: torch.dtype, device, prefix: str = "") -> dict[str, torch.Tensor]:

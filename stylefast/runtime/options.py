@@ -1,37 +1,37 @@
 """What users pass to an engine, checked and in one form."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 
+from stylefast import values
 from stylefast.errors import InvalidRequest
 
+_MOST_BUCKETS = 64
 OUTPUTS = ("pil", "np", "latents")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_output(name: str) -> None:
     """Raise InvalidRequest for a kind of result that does not exist."""
-    if not isinstance(name, str) or name not in OUTPUTS:
-        raise InvalidRequest(f"output is {name!r}; there are {', '.join(OUTPUTS)}")
+    values.one_of("output", name, OUTPUTS)
 
 
 def check_deadline(seconds: float | None) -> None:
     """Raise InvalidRequest for a deadline that is no number of seconds above 0."""
-    if seconds is None:
-        return
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-        raise InvalidRequest(f"deadline is {seconds!r}; it must be a number of seconds above 0")
+    if seconds is not None:
+        values.real_number("deadline", seconds, above=0, also=(math.inf,))
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str | torch.device) -> torch.device:
     """A device by name, "auto" being CUDA where there is one. Raises InvalidRequest."""
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = name if isinstance(name, torch.device) else torch.device(values.text("device", name))
     except RuntimeError:
-        raise InvalidRequest(f"device {name!r} is unknown; use 'auto', 'cpu' or 'cuda'") from None
+        raise InvalidRequest(f"device {values.quoted(name)} is unknown; use 'auto', 'cpu' or 'cuda'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidRequest("device is 'cuda', but PyTorch finds no CUDA device; use 'cpu', or install a CUDA build")
     return device
@@ -46,17 +46,18 @@ def dtype_of(name: str) -> torch.dtype | str:
 
 def buckets_of(given: Sequence[int]) -> tuple[int, ...]:
     """Row counts that batches are padded to, ascending. Raises InvalidRequest."""
-    buckets = tuple(given) if isinstance(given, Sequence) else () if given is None else (given,)
-    if any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in buckets) or list(buckets) != sorted(buckets):
-        raise InvalidRequest(f"batch_buckets is {given!r}; give ascending row counts such as (2, 4, 8, 16), or none")
+    counts = values.several("batch_buckets", as_list(given), most=_MOST_BUCKETS)
+    buckets = tuple(values.whole_number("batch_buckets", one, 1) for one in counts)
+    if list(buckets) != sorted(set(buckets)):
+        raise InvalidRequest(
+            f"batch_buckets is {values.quoted(given)}; give ascending row counts such as (2, 4, 8, 16), or none"
+        )
     return buckets
 
 
 def count_of(name: str, value: int | None) -> int | None:
-    """A whole number of at least 1, or None. Raises InvalidRequest."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InvalidRequest(f"{name} is {value!r}; it must be a whole number of at least 1, or None for no limit")
-    return value
+    """A whole number of at least 1, or None for no limit. Raises InvalidRequest."""
+    return None if value is None else values.whole_number(name, value, 1)
 
 
 def as_list(value) -> list:

@@ -1,18 +1,19 @@
 """One picture that somebody wants."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from stylefast import values
 from stylefast.errors import InvalidRequest, PromptError, StyleError
-from stylefast.sampling.guidance import GuidanceInterval
+from stylefast.sampling.guidance import MAX_GUIDANCE
+from stylefast.sampling.spacing import SPACINGS
 from stylefast.styles.dream_styler import DreamStyler
 from stylefast.styles.instant_style import InstantStyle
 from stylefast.styles.style_aligned import StyleAligned
 
 STYLES = (StyleAligned, InstantStyle, DreamStyler)
 MAX_STEPS = 1000
-MAX_PROMPT_CHARACTERS = 32_000
+MIN_SIDE, MAX_SIDE = 16, 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Request:
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 or less runs one branch only.
         size: (width, height) in pixels, None for the model's native size.
-        seed: of the picture's own noise generator.
+        seed: of the picture's own noise generator, 0 to 2^64 - 1; None or -1 draws one, which the request then has.
         scheduler: a name of `stylefast.sampling.SCHEDULERS`, some also with "_karras" or "_exponential" behind it, or
             of `FEW_STEP_PRESETS` for models that were distilled to few steps ("sdxl_lightning").
         spacing: "leading", "linspace" or "trailing" timesteps; None: the model's own.
@@ -43,35 +44,29 @@ class Request:
     steps: int = 30
     guidance: float = 5.0
     size: tuple[int, int] | None = None
-    seed: int = 0
+    seed: int | None = 0
     scheduler: str = "euler"
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     spacing: str | None = None
 
     def __post_init__(self):
-        for name in ("prompt", "negative_prompt"):
-            text = getattr(self, name)
-            if not isinstance(text, str):
-                raise PromptError(f"{name} is a {type(text).__name__}; it must be a string")
-            if len(text) > MAX_PROMPT_CHARACTERS:
-                raise PromptError(f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are taken")
+        checked = {name: values.prompt(name, getattr(self, name)) for name in ("prompt", "negative_prompt")}
         if not self.prompt.strip():
             raise PromptError("the prompt is empty; say what the picture shows, e.g. 'a fish'")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= MAX_STEPS:
-            raise InvalidRequest(f"steps is {self.steps!r}; it must be a whole number from 1 to {MAX_STEPS}")
-        if not _is_number(self.guidance) or not 0 <= self.guidance <= 100:
-            raise InvalidRequest(f"guidance is {self.guidance!r}; it must be a number from 0 to 100")
-        if not _is_number(self.guidance_rescale) or not 0 <= self.guidance_rescale <= 1:
-            raise InvalidRequest(f"guidance_rescale is {self.guidance_rescale!r}; it must be between 0 and 1")
-        object.__setattr__(self, "guidance_interval", _check_interval(self.guidance_interval))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise InvalidRequest(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^63 - 1")
-        if not isinstance(self.scheduler, str):
-            raise InvalidRequest(f"scheduler is {self.scheduler!r}; it must be a name such as 'euler'")
+        checked["steps"] = values.whole_number("steps", self.steps, 1, MAX_STEPS)
+        checked["guidance"] = values.real_number("guidance", self.guidance, 0, MAX_GUIDANCE)
+        checked["guidance_rescale"] = values.real_number("guidance_rescale", self.guidance_rescale, 0, 1)
+        checked["guidance_interval"] = values.fractions("guidance_interval", self.guidance_interval)
+        checked["seed"] = values.seed("seed", self.seed)
+        checked["scheduler"] = values.text("scheduler", self.scheduler)
         if self.size is not None:
-            object.__setattr__(self, "size", check_size(self.size))
-        object.__setattr__(self, "style", normalise_styles(self.style))
+            checked["size"] = check_size(self.size)
+        if self.spacing is not None:
+            checked["spacing"] = values.one_of("spacing", self.spacing, SPACINGS)
+        checked["style"] = normalise_styles(self.style)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def styles_of(self, kind: type) -> list:
         """The request's styles of one class, in order."""
@@ -89,35 +84,26 @@ def normalise_styles(style) -> tuple:
     for one in styles:
         if not isinstance(one, STYLES):
             known = ", ".join(kind.__name__ for kind in STYLES)
-            raise StyleError(f"style is {one!r} ({type(one).__name__}); it must be {known}, or a list of them")
+            raise StyleError(
+                f"style is {values.quoted(one)} ({type(one).__name__}); it must be {known}, or a list of them"
+            )
     if sum(isinstance(one, StyleAligned) for one in styles) > 1:
         raise InvalidRequest("a request takes one StyleAligned; give it several references: reference=[a, b]")
     return styles
 
 
 def check_size(size) -> tuple[int, int]:
-    """(width, height) of whole numbers divisible by 8, at least 16. Raises InvalidRequest."""
-    try:
-        width, height = (int(side) for side in size)
-        whole = (width, height) == tuple(size)
-    except (TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise InvalidRequest(f"size is {size!r}; it must be (width, height) in pixels")
-    for name, side in (("width", width), ("height", height)):
-        if side % 8 or not 16 <= side <= 8192:
-            nearest = min(max(round(side / 8) * 8, 16), 8192)
-            raise InvalidRequest(f"{name} is {side}; it must be divisible by 8, from 16 to 8192; try {nearest}")
-    return width, height
+    """(width, height) of whole numbers divisible by 8, from 16 to 8192. Raises InvalidRequest."""
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise InvalidRequest(f"size is {values.quoted(size)}; it must be (width, height) in pixels")
+    return tuple(_check_side(name, side) for name, side in zip(("width", "height"), size, strict=True))
 
 
-def _check_interval(interval) -> tuple[float, float]:
-    pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(_is_number, interval))
-    if not pair:
-        raise InvalidRequest(f"guidance_interval is {interval!r}; it must be (start, end), two fractions of the steps")
-    checked = GuidanceInterval(float(interval[0]), float(interval[1]))
-    return checked.start, checked.end
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _check_side(name: str, side) -> int:
+    number = values.whole_number(name, side)
+    if number % 8 or not MIN_SIDE <= number <= MAX_SIDE:
+        nearest = round(min(max(number, MIN_SIDE), MAX_SIDE) / 8) * 8
+        raise InvalidRequest(
+            f"{name} is {values.quoted(side)}; it must be divisible by 8, from {MIN_SIDE} to {MAX_SIDE}; try {nearest}"
+        )
+    return number

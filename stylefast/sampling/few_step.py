@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from stylefast import values
 from stylefast.errors import InvalidRequest
 from stylefast.sampling.noise_levels import SDXL_SCHEDULER
 from stylefast.sampling.schedule import SCHEDULERS, Schedule, make_schedule
+from stylefast.sampling.spacing import EXPONENTIAL, KARRAS
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spac
 
     Raises InvalidRequest for an unknown name, a count or a spacing that it does not take.
     """
+    known = (*SCHEDULERS, *FEW_STEP_PRESETS)
+    if values.text("scheduler", name).removesuffix(f"_{KARRAS}").removesuffix(f"_{EXPONENTIAL}") not in known:
+        values.one_of("scheduler", name, known)
     if name not in FEW_STEP_PRESETS or name in SCHEDULERS:
         return make_schedule(name, steps, config, spacing=spacing)
     if spacing is not None:

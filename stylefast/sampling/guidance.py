@@ -4,13 +4,14 @@ Four branches exist: "null" (negative or empty prompt), "context" (the prompt wi
 without the prompt's content) and "full" (both). Every guidance here is a weighted sum of them.
 """
 
-import math
 from dataclasses import dataclass
 
+from stylefast import values
 from stylefast.errors import InvalidRequest
 
 BRANCHES = ("null", "context", "style", "full")
 CONVENTIONS = ("code", "paper")
+MAX_GUIDANCE = 100
 
 # below this a weight is rounding left over from sums such as 0.1 + 0.2 - 0.3, not worth a UNet evaluation
 _NEGLIGIBLE = 1e-9
@@ -25,7 +26,7 @@ class StyleContextGuidance:
         e = e0 + h * [ls (eS - e0) + lc (eF - eS) + lc (eC - e0) + ls (eF - eC)] + ln (eF - e0)
 
     style, context, negative: ls, lc, ln. convention: "code" has h = 1/2, as the released code; "paper" has h = 1.
-    ls == lc needs neither the context nor the style branch. Raises InvalidRequest for negative or infinite weights.
+    ls == lc needs neither the context nor the style branch. Raises InvalidRequest for weights outside of 0 to 100.
     """
 
     style: float = 0.5
@@ -35,11 +36,9 @@ class StyleContextGuidance:
 
     def __post_init__(self):
         for name in ("style", "context", "negative"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InvalidRequest(f"guidance weight {name} must be a finite number of at least 0, not {value}")
-        if self.convention not in CONVENTIONS:
-            raise InvalidRequest(f"convention {self.convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
+            weight = values.real_number(f"guidance weight {name}", getattr(self, name), 0, MAX_GUIDANCE)
+            object.__setattr__(self, name, weight)
+        values.one_of("convention", self.convention, CONVENTIONS)
 
     def collapsed(self) -> tuple[float, float]:
         """(w, d) of the same guidance written as `(1 - w) e0 + w eF + d (eC - eS)`."""
@@ -53,12 +52,11 @@ def guidance_weights(guidance: float, style_context: StyleContextGuidance | None
     Without `style_context` this is classifier-free guidance, `null + guidance (full - null)`; at guidance <= 1 it is
     off and only "full" remains. With it, `guidance` has no part: `style_context.negative` stands in its place.
 
-    Raises InvalidRequest for a guidance that is negative or not finite.
+    Raises InvalidRequest for a guidance outside of 0 to 100; 0 to 1 turns it off.
     """
-    if not (math.isfinite(guidance) and guidance >= 0):
-        raise InvalidRequest(f"guidance must be a finite number of at least 0, not {guidance}; 0 to 1 turns it off")
+    guidance = values.real_number("guidance", guidance, 0, MAX_GUIDANCE)
     if style_context is None:
-        w, d = max(float(guidance), 1.0), 0.0
+        w, d = max(guidance, 1.0), 0.0
     else:
         w, d = style_context.collapsed()
     weights = dict(zip(BRANCHES, (1.0 - w, d, -d, w), strict=True))
@@ -79,11 +77,9 @@ class GuidanceInterval:
     end: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.start < self.end <= 1:
-            raise InvalidRequest(
-                f"a guidance interval must have 0 <= start < end <= 1, in fractions of the steps, not "
-                f"({self.start}, {self.end}); guidance=1 turns guidance off"
-            )
+        start, end = values.fractions("the guidance interval", (self.start, self.end))
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "end", end)
 
     def covers(self, step: int, steps: int) -> bool:
         """Whether `step`, counted from 0, of `steps` is guided."""
@@ -100,8 +96,7 @@ def branch_weights_per_step(
     unknown = set(weights) - set(BRANCHES)
     if unknown:
         raise InvalidRequest(f"branches {sorted(unknown)} are unknown; choose from {', '.join(BRANCHES)}")
-    if steps < 1:
-        raise InvalidRequest(f"steps must be at least 1, not {steps}")
+    values.whole_number("steps", steps, 1)
     guided = [interval.covers(step, steps) for step in range(steps)]
     if not any(guided):
         raise InvalidRequest(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from stylefast import values
 from stylefast.errors import InvalidRequest
 
 
@@ -33,8 +34,7 @@ def ddim_invert(
     Returns [steps + 1, C, h, w], the noisiest first and `clean` last. Raises InvalidRequest for bad arguments.
     """
     alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= len(alphas):
-        raise InvalidRequest(f"steps must be a whole number from 1 to {len(alphas)}, not {steps!r}")
+    values.whole_number("steps", steps, 1, len(alphas))
     if prediction_type not in ("epsilon", "v_prediction"):
         raise InvalidRequest(f"inversion knows epsilon and v_prediction, not {prediction_type!r}")
     if clean.ndim != 3:

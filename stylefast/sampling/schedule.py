@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from stylefast import values
 from stylefast.errors import InvalidRequest
 from stylefast.sampling import consistency, dpm_solvers, solvers
 from stylefast.sampling.noise_levels import SDXL_SCHEDULER
@@ -224,10 +225,11 @@ def _split(name: str) -> tuple[str, str | None]:
     for levels in (KARRAS, EXPONENTIAL):
         if isinstance(name, str) and name.endswith("_" + levels):
             base, suffix = name.removesuffix("_" + levels), levels
-    if base not in SCHEDULERS:
+    if not isinstance(base, str) or base not in SCHEDULERS:
         raise InvalidRequest(
-            f"scheduler {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}, or with '_{KARRAS}' or "
-            f"'_{EXPONENTIAL}' behind it one of {', '.join(KARRAS_SCHEDULERS)}"
+            f"scheduler {values.quoted(name)} is unknown; choose one of {', '.join(SCHEDULERS)}, or with '_{KARRAS}' "
+            f"or '_{EXPONENTIAL}' behind it one of {', '.join(KARRAS_SCHEDULERS)}"
+            f"{values.did_you_mean(name, SCHEDULERS)}"
         )
     return base, suffix
 
@@ -251,11 +253,10 @@ def _levels(name: str, base: str, suffix: str | None, arguments: dict, config: M
 def _eta(base: str, eta: float | None) -> float:
     if eta is None:
         return _DEFAULT_ETA.get(base, 0.0)
-    if not 0.0 <= eta <= 1.0:
-        raise InvalidRequest(f"eta must lie in [0, 1], not {eta}")
+    eta = values.real_number("eta", eta, 0, 1)
     if eta and base not in _DEFAULT_ETA:
         raise InvalidRequest(f"eta={eta} is an argument of ddim and tcd; {base} has none, leave it out")
-    return float(eta)
+    return eta
 
 
 def _given(
@@ -272,8 +273,7 @@ def _given(
 
 def _check(base: str, steps: int, config: Mapping) -> None:
     limit = min(MAX_STEPS, config["num_train_timesteps"])
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= limit:
-        raise InvalidRequest(f"steps must be a whole number from 1 to {limit}, not {steps!r}")
+    values.whole_number("steps", steps, 1, limit)
     if config["timestep_spacing"] not in SPACINGS:
         raise InvalidRequest(
             f"timestep spacing {config['timestep_spacing']!r} is unknown; choose one of {', '.join(SPACINGS)}"

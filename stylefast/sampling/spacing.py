@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
+from stylefast import values
 from stylefast.errors import InvalidRequest
 from stylefast.sampling.noise_levels import training_sigmas
 
@@ -126,15 +128,12 @@ def check_timesteps(timesteps: Sequence[int], steps: int, total: int) -> np.ndar
 
     Raises InvalidRequest unless they are `steps` whole numbers, falling, within 0..total - 1.
     """
-    given = list(timesteps)
-    if not all(isinstance(t, (int, np.integer)) and not isinstance(t, bool) for t in given):
-        raise InvalidRequest(f"timesteps must be whole numbers, not {given!r}")
+    given = timesteps.tolist() if isinstance(timesteps, (np.ndarray, torch.Tensor)) else timesteps
+    given = [values.whole_number("timesteps", t, 0, total - 1) for t in values.several("timesteps", given)]
     if len(given) != steps:
         raise InvalidRequest(f"{len(given)} timesteps were given for {steps} steps; make the two agree")
     if any(later >= earlier for earlier, later in zip(given, given[1:])):
-        raise InvalidRequest(f"timesteps must fall from each to the next, unlike {given!r}")
-    if given[0] >= total or given[-1] < 0:
-        raise InvalidRequest(f"timesteps must lie in 0..{total - 1}, the trained ones, unlike {given!r}")
+        raise InvalidRequest(f"timesteps must fall from each to the next, unlike {values.quoted(given)}")
     return np.array(given, dtype=np.int64)
 
 

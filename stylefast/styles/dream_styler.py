@@ -16,8 +16,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from stylefast import values
 from stylefast.errors import InvalidRequest, PromptError, StyleError
 from stylefast.models.text import Prompt
+from stylefast.sampling.guidance import StyleContextGuidance
 from stylefast.styles.embeddings import StageEmbedding, load_embedding
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class DreamStyler:
 
     embedding: StageEmbedding | str | Path | Sequence
     context: str | None = None
-    guidance: object | None = None
+    guidance: StyleContextGuidance | None = None
     stages: Mapping[int, object] | None = None
     name: str | None = None
     template: str = TEMPLATE
@@ -66,6 +68,8 @@ class DreamStyler:
     source: str | tuple[str, ...] | None = field(init=False, default=None)
 
     def __post_init__(self):
+        if self.name is not None:
+            values.text("name", self.name, error=StyleError)
         embedding, source = _load(self.embedding)
         if self.name is not None and self.name != embedding.name:
             embedding = StageEmbedding(
@@ -74,24 +78,28 @@ class DreamStyler:
         object.__setattr__(self, "embedding", embedding)
         object.__setattr__(self, "source", source)
         object.__setattr__(self, "name", embedding.name)
-        if self.context is not None and (not isinstance(self.context, str) or not self.context.strip()):
-            raise StyleError(f"context is {self.context!r}; give words on the content, or None")
-        if self.guidance is not None and not all(hasattr(self.guidance, n) for n in ("style", "context", "negative")):
-            raise StyleError(f"guidance is a {type(self.guidance).__name__}; give a StyleContextGuidance or None")
+        if self.context is not None and not values.prompt("context", self.context, error=StyleError).strip():
+            raise StyleError(f"context is {values.quoted(self.context)}; give words on the content, or None")
+        if self.guidance is not None and not isinstance(self.guidance, StyleContextGuidance):
+            raise StyleError(f"guidance is {values.quoted(self.guidance)}; give a StyleContextGuidance or None")
         for field_name, needed in (("template", ("{prompt}", "{style}")), ("style_prompt", ("{style}",))):
-            text = getattr(self, field_name)
-            if not isinstance(text, str) or any(part not in text for part in needed):
-                raise StyleError(f"{field_name} is {text!r}; it must contain {' and '.join(needed)}")
-        object.__setattr__(self, "stages", self._mixed(self.stages or {}))
+            text = values.prompt(field_name, getattr(self, field_name), error=StyleError)
+            if any(part not in text for part in needed):
+                raise StyleError(f"{field_name} is {values.quoted(text)}; it must contain {' and '.join(needed)}")
+        if self.stages is not None and not isinstance(self.stages, Mapping):
+            raise StyleError(f"stages is {values.quoted(self.stages)}; it must be a dictionary, {{stage: style}}")
+        object.__setattr__(self, "stages", self._mixed({} if self.stages is None else self.stages))
 
     def _mixed(self, stages: Mapping) -> dict[int, StageEmbedding]:
         mixed = {}
         for stage, style in stages.items():
-            if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage < self.stage_count:
+            try:
+                stage = values.whole_number("stage", stage, 0, self.stage_count - 1, error=StyleError)
+            except StyleError:
                 raise StyleError(
-                    f"stage {stage!r} can't be replaced: the style {self.name!r} has the stages 0 (last steps) to "
-                    f"{self.stage_count - 1} (first steps), given as integers"
-                )
+                    f"stage {values.quoted(stage)} can't be replaced: the style {self.name!r} has the stages 0 (last "
+                    f"steps) to {self.stage_count - 1} (first steps), given as integers"
+                ) from None
             other = style.embedding if isinstance(style, DreamStyler) else _load(style)[0]
             other.check_widths(self.embedding.widths)
             if other.stages not in (1, self.stage_count):
@@ -133,7 +141,7 @@ def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]
     """
     _check_styles(styles)
     if not isinstance(prompt, str) or not prompt.strip():
-        raise PromptError(f"the prompt is {prompt!r}; say what the picture shows")
+        raise PromptError(f"the prompt is {values.quoted(prompt)}; say what the picture shows")
     tokens = [f"<{style.name}>" for style in styles]
     unnamed = ", ".join(token for token in tokens if token not in prompt)
     context = ", ".join(style.context.strip() for style in styles if style.context is not None)
@@ -156,7 +164,8 @@ def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]
         found = clause.search(text)
         if found is None:
             raise PromptError(
-                f"the prompt {prompt!r} has no style clause before which the context {context!r} could go; "
+                f"the prompt {values.quoted(prompt)} has no style clause before which the context "
+                f"{values.quoted(context)} could go; "
                 'write {context} where it belongs, or "in the style of {style}"'
             )
         opening = text[: found.start()].rstrip(" ,")

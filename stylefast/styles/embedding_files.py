@@ -1,6 +1,6 @@
 """What other tools write for a learned style, read into one shape; kinds are told from the keys, not the name."""
 
-import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stylefast.errors import StyleError
+from stylefast import values
+from stylefast.errors import ModelError, StyleError
+from stylefast.models.weight_files import read_header
 
 MAX_BYTES = 256 * 2**20
 PAIR_NAMES = ("learned_embeds", "learned_embeds_2")
@@ -36,13 +38,14 @@ def is_pair(source) -> bool:
         if len(source) != 2:
             raise StyleError(f"{len(source)} files given; a learned style is one file or a pair (encoder 1, encoder 2)")
         return True
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | os.PathLike):
         raise StyleError(f"a learned style is a path or a pair of paths, not {type(source).__name__}")
     return False
 
 
-def read_single(path: Path) -> StyleFile:
+def read_single(source: str | os.PathLike) -> StyleFile:
     """Read one file (or a folder of diffusers' two) that holds the vectors of both encoders."""
+    path = values.path("a learned style", source, error=StyleError)
     if path.is_dir():
         return read_pair(*(_in_folder(path, stem) for stem in PAIR_NAMES))
     content, metadata = _read(path)
@@ -69,7 +72,8 @@ def read_single(path: Path) -> StyleFile:
 
 def read_pair(first: str | Path, second: str | Path) -> StyleFile:
     """Read two files with the vectors of one encoder each, in the order (encoder 1, encoder 2)."""
-    tokens, rows = zip(*(_one_encoder(_unwrapped(_read(Path(p))[0]), Path(p)) for p in (first, second)), strict=True)
+    first, second = (values.path("a learned style", one, error=StyleError) for one in (first, second))
+    tokens, rows = zip(*(_one_encoder(_unwrapped(_read(p)[0]), p) for p in (first, second)), strict=True)
     if rows[0].shape[:2] != rows[1].shape[:2]:
         raise StyleError(
             f"{first} holds {tuple(rows[0].shape[:2])} stages and vectors, {second} {tuple(rows[1].shape[:2])}; "
@@ -77,7 +81,7 @@ def read_pair(first: str | Path, second: str | Path) -> StyleFile:
         )
     if (rows[0].shape[2], rows[1].shape[2]) == (1280, 768):
         raise StyleError(f"{first} is made for encoder 2 and {second} for encoder 1; swap them: (encoder 1, encoder 2)")
-    return StyleFile(str(first), tokens[0] or Path(first).stem, rows[0], rows[1], "first_added_token")
+    return StyleFile(str(first), tokens[0] or first.stem, rows[0], rows[1], "first_added_token")
 
 
 def _in_folder(folder: Path, stem: str) -> Path:
@@ -121,14 +125,14 @@ def _read(path: Path) -> tuple[Mapping | Tensor, dict[str, str]]:
 
 
 def _read_safetensors(path: Path, size: int) -> tuple[Mapping, dict[str, str]]:
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     content = path.read_bytes()
     try:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return load(content), dict(header.get("__metadata__") or {})
-    # safetensors has an error class of its own that is no ValueError
-    except Exception as error:
+        metadata = read_header(path).metadata
+        return load(content), dict(metadata)
+    except (ModelError, SafetensorError, ValueError) as error:
         raise StyleError(
             f"{path} is a damaged or truncated safetensors file of {size} bytes ({_first_line(error)}); copy it again"
         ) from error

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stylefast import values
 from stylefast.errors import StyleError
 from stylefast.models.text import POOLED_POLICIES
 from stylefast.styles.embedding_files import StyleFile, is_pair, read_pair, read_single
@@ -22,6 +23,7 @@ from stylefast.styles.embedding_files import StyleFile, is_pair, read_pair, read
 FORMAT = "stylefast-msti/1"
 SDXL_WIDTHS = (768, 1280)
 _NAME = re.compile(r"[^\s<>{}]+")
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +44,14 @@ class StageEmbedding:
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            raise StyleError(f"a style can't be called {self.name!r}; use a name without spaces, < > or braces")
+            raise StyleError(
+                f"a style can't be called {values.quoted(self.name)}; use a name without spaces, < > or braces"
+            )
+        values.text("a style's name", self.name, longest=_LONGEST_NAME, error=StyleError)
         for key in ("clip_l", "clip_g"):
             rows = getattr(self, key)
-            if not isinstance(rows, Tensor) or rows.ndim != 3 or 0 in rows.shape:
+            whole = isinstance(rows, Tensor) and rows.ndim == 3 and rows.numel() and not rows.is_complex()
+            if not whole or rows.is_meta:
                 found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
                 raise StyleError(f"{key} of the style {self.name!r} is {found}; it must be [stages, vectors, width]")
             if not torch.isfinite(rows).all():
@@ -56,12 +62,13 @@ class StageEmbedding:
                 f"the style {self.name!r} has {tuple(self.clip_l.shape[:2])} stages and vectors for encoder 1, but "
                 f"{tuple(self.clip_g.shape[:2])} for encoder 2; both must agree"
             )
-        if self.pooled_policy not in POOLED_POLICIES:
-            raise StyleError(
-                f"pooled policy {self.pooled_policy!r} of the style {self.name!r} is unknown; "
-                f"there are {', '.join(POOLED_POLICIES)}"
-            )
-        if not all(isinstance(k, str) and isinstance(v, str) for k, v in self.metadata.items()):
+        values.one_of(
+            f"pooled policy of the style {self.name!r}", self.pooled_policy, POOLED_POLICIES, error=StyleError
+        )
+        strings = isinstance(self.metadata, Mapping) and all(
+            isinstance(k, str) and isinstance(v, str) for k, v in self.metadata.items()
+        )
+        if not strings:
             raise StyleError(f"the metadata of the style {self.name!r} must map strings to strings")
 
     @property
@@ -112,7 +119,7 @@ def load_embedding(
     `pooled_policy`: overrules the file; files that diffusers trains default to "first_added_token", others to "eos".
     Raises StyleError for files that are missing, damaged, foreign, or made for another model.
     """
-    file = read_pair(*source) if is_pair(source) else read_single(Path(source))
+    file = read_pair(*source) if is_pair(source) else read_single(source)
     file_name = name or re.sub(r"[\s<>{}]+", "-", file.name).strip("-") or "style"
     metadata = dict(file.metadata)
     if metadata.get("format", "").startswith("stylefast-msti/"):

@@ -5,19 +5,19 @@ IP-Adapter with one strength per attention module, and, optionally, a content te
 embedding.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from types import NoneType
 from typing import NamedTuple
 
 import torch
 
+from stylefast import values
 from stylefast.errors import AdapterError, StyleError
 from stylefast.models.image_encoder import CROPS, ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import LAYOUT_MODULE, STYLE_MODULE, AttentionLayout
-from stylefast.models.pictures import PictureSource
+from stylefast.models.pictures import PictureSource, check_sources
 
 
 class Strengths(NamedTuple):
@@ -63,7 +63,8 @@ class InstantStyle:
     - `content`, `content_scale`: what the picture shows, in words, subtracted from its embedding:
       `e_image - content_scale * e_text`. Needs a global adapter whose encoder shares the space of the model's second
       text encoder; an embedding `[dim]` may be given in place of words for other encoders.
-    - `mask`: where it acts in the picture; one per image, white acts. Each picture then has a softmax of its own.
+    - `mask`: where it acts in the picture; one per image (None: everywhere), white acts. Each picture then has a
+      softmax of its own.
     - `window`: (start, end) as fractions of the steps; step i of n is inside if start <= i / n < end.
     - `adapter`: name or path, for engines that hold several; None: the only one.
     - `crop`: how pictures become square: "center", "squash" or "pad".
@@ -87,30 +88,42 @@ class InstantStyle:
     composition_scale: float | None = None
 
     def __post_init__(self):
-        if self.image is None or not self.pictures:
+        checked = {
+            "scale": _checked_scale(self.scale),
+            "crop": values.one_of("crop", self.crop, CROPS, error=StyleError),
+            "window": values.fractions("window", self.window, error=StyleError),
+            "blocks": _checked_blocks(self.blocks),
+        }
+        for name in ("content_scale", "style_boost", "composition_boost"):
+            checked[name] = _strength(name, getattr(self, name))
+        if self.composition_scale is not None:
+            checked["composition_scale"] = _strength("composition_scale", self.composition_scale)
+        if self.adapter is not None:
+            checked["adapter"] = values.text("adapter", self.adapter, empty=False, error=StyleError)
+        if self.content is not None:
+            checked["content"] = _checked_content(self.content)
+        if self.image is None or (isinstance(self.image, (list, tuple)) and not self.image):
             raise StyleError("InstantStyle needs at least one picture; pass image=...")
+        checked["image"] = check_sources("image", self.image)
+        if self.mask is not None:
+            checked["mask"] = check_sources("mask", self.mask, (torch.Tensor, NoneType))
+        if self.negative_image is not None:
+            if isinstance(self.negative_image, (list, tuple)):
+                raise StyleError(f"negative_image is a list of {len(self.negative_image)}; give one picture")
+            checked["negative_image"] = check_sources("negative_image", self.negative_image)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        self._check_counts()
+
+    def _check_counts(self) -> None:
         if self.masks and len(self.masks) != len(self.pictures):
             raise StyleError(f"{len(self.masks)} masks for {len(self.pictures)} pictures; give one for each, or none")
-        scales = self.scale if isinstance(self.scale, (list, tuple)) else (self.scale,)
-        if len(scales) != 1 and (not self.masks or len(scales) != len(self.pictures)):
+        scales = len(self.scale) if isinstance(self.scale, tuple) else 1
+        if scales != 1 and (not self.masks or scales != len(self.pictures)):
             raise StyleError(
-                f"{len(scales)} scales for {len(self.pictures)} pictures and {len(self.masks)} masks; one scale per "
+                f"{scales} scales for {len(self.pictures)} pictures and {len(self.masks)} masks; one scale per "
                 "picture needs one mask per picture, since unmasked pictures share a softmax"
             )
-        for name in ("content_scale", "style_boost", "composition_boost"):
-            _check_number(name, getattr(self, name))
-        for value in scales:
-            _check_number("scale", value)
-        if self.composition_scale is not None:
-            _check_number("composition_scale", self.composition_scale)
-        if isinstance(self.content, str) and not self.content.strip():
-            raise StyleError("content is empty; name what the picture shows, or leave it None")
-        if not isinstance(self.content, (str, torch.Tensor, type(None))):
-            raise StyleError(f"content is words or an embedding, not {type(self.content).__name__}")
-        if self.crop not in CROPS:
-            raise StyleError(f"crop={self.crop!r} is unknown; it is one of {', '.join(map(repr, CROPS))}")
-        _check_window(self.window)
-        _check_blocks(self.blocks)
 
     @property
     def pictures(self) -> tuple[PictureSource, ...]:
@@ -208,11 +221,11 @@ class InstantStyle:
         embedding = self.content if isinstance(self.content, torch.Tensor) else content
         if self.content is not None and adapter.kind != "global":
             raise AdapterError(
-                f"content={self.content!r} can't be subtracted from a plus adapter's patch features; use a global "
-                "adapter (ip-adapter_sdxl), or leave content None"
+                f"content={values.quoted(self.content)} can't be subtracted from a plus adapter's patch features; use "
+                "a global adapter (ip-adapter_sdxl), or leave content None"
             )
         if isinstance(self.content, str) and embedding is None:
-            raise StyleError(f"content={self.content!r} needs its text embedding; pass content=[dim]")
+            raise StyleError(f"content={values.quoted(self.content)} needs its text embedding; pass content=[dim]")
         features = adapter.features(encoder, self.pictures, self.crop)
         if self.content is not None:
             features = subtract_content(features, embedding, self.content_scale)
@@ -333,44 +346,64 @@ def _from_dictionary(blocks: Mapping, modules: Sequence[str]) -> list[float]:
     return weights
 
 
-def _check_number(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise StyleError(f"{name}={value!r} is not a finite number")
+def _strength(name: str, value) -> float:
+    return values.real_number(name, value, -values.MAX_STRENGTH, values.MAX_STRENGTH, error=StyleError)
 
 
-def _check_window(window) -> None:
-    if not isinstance(window, (list, tuple)) or len(window) != 2:
-        raise StyleError(f"window={window!r} is not (start, end), two fractions of the steps")
-    for value in window:
-        _check_number("window", value)
-    if not 0 <= window[0] < window[1] <= 1:
-        raise StyleError(f"window={tuple(window)} must satisfy 0 <= start < end <= 1; to turn a style off, drop it")
+def _checked_scale(scale) -> float | tuple[float, ...]:
+    if not isinstance(scale, (list, tuple)):
+        return _strength("scale", scale)
+    return tuple(_strength(f"scale[{i}]", one) for i, one in enumerate(scale))
 
 
-def _check_blocks(blocks) -> None:
+def _checked_content(content) -> str | torch.Tensor:
+    if not isinstance(content, torch.Tensor):
+        words = values.prompt("content", content, error=StyleError)
+        if not words.strip():
+            raise StyleError("content is empty; name what the picture shows, or leave it None")
+        return words
+    whole = content.ndim in (1, 2) and content.numel() and content.is_floating_point()
+    if not whole or not torch.isfinite(content).all():
+        raise StyleError(
+            f"content is {values.quoted(content)}; an embedding has the shape [dim] and holds finite numbers"
+        )
+    return content
+
+
+def _checked_blocks(blocks) -> str | dict | tuple[str, ...]:
     if isinstance(blocks, str):
         if _spelled(blocks) not in PRESETS:
             raise StyleError(
-                f"blocks={blocks!r} is no preset; there are {', '.join(map(repr, PRESETS))}; layer names go in a list, "
-                f"as in [{STYLE_MODULE!r}]"
+                f"blocks={values.quoted(blocks)} is no preset; there are {', '.join(map(repr, PRESETS))}; layer names "
+                f"go in a list, as in [{STYLE_MODULE!r}]{values.did_you_mean(_spelled(blocks), PRESETS)}"
             )
-    elif isinstance(blocks, Mapping):
-        unknown = [part for part in blocks if part not in ("down", "mid", "up")]
+        return str.__str__(blocks)
+    if isinstance(blocks, Mapping):
+        unknown = [part for part in blocks if not isinstance(part, str) or part not in ("down", "mid", "up")]
         if unknown or not blocks:
-            raise StyleError(f"blocks has the parts {list(blocks)}; a dictionary holds 'down', 'mid' or 'up'")
-        for part, value in blocks.items():
-            inner = value if isinstance(value, Mapping) else {"": value}
-            for block, weights in inner.items():
-                _check_weights(f"the weight of {part} {block}".rstrip(), weights)
-    elif isinstance(blocks, (list, tuple)):
-        if not blocks or not all(isinstance(s, str) and s for s in blocks):
-            raise StyleError(f"blocks={blocks!r} is not a list of substrings of layer names")
-    else:
-        raise StyleError(f"blocks is a preset, a dictionary or a list of layer names, not {type(blocks).__name__}")
+            raise StyleError(
+                f"blocks has the parts {values.quoted(list(blocks))}; a dictionary holds 'down', 'mid' or 'up'"
+            )
+        return {part: _checked_part(part, value) for part, value in blocks.items()}
+    if isinstance(blocks, (list, tuple)):
+        if not blocks or not all(isinstance(one, str) and one.strip() for one in blocks):
+            raise StyleError(f"blocks={values.quoted(blocks)} is not a list of substrings of layer names")
+        return tuple(blocks)
+    raise StyleError(f"blocks is a preset, a dictionary or a list of layer names, not {type(blocks).__name__}")
 
 
-def _check_weights(name: str, value) -> None:
-    if isinstance(value, (list, tuple)) and not value:
-        raise StyleError(f"{name} is an empty list; give one per module")
-    for weight in value if isinstance(value, (list, tuple)) else [value]:
-        _check_number(name, weight)
+def _checked_part(part: str, value) -> float | tuple | dict:
+    if isinstance(value, Mapping):
+        named = values.mapping(f"blocks of {part}", value, error=StyleError)
+        for block in named:
+            values.text(f"a block of {part}", block, longest=values.QUOTED, error=StyleError)
+        return {block: _checked_weights(f"{part} {block}", inner) for block, inner in named.items()}
+    return _checked_weights(part, value)
+
+
+def _checked_weights(name: str, value) -> float | tuple[float, ...]:
+    if not isinstance(value, (list, tuple)):
+        return _strength(f"the weight of {name}", value)
+    if not value:
+        raise StyleError(f"the weight of {name} is an empty list; give one per module")
+    return tuple(_strength(f"the weight of {name}", weight) for weight in value)

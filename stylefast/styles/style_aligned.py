@@ -4,19 +4,29 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stylefast import values
 from stylefast.errors import StyleError
 from stylefast.models.layout import AttentionLayout
+from stylefast.models.pictures import check_sources
+from stylefast.sampling.guidance import MAX_GUIDANCE
 from stylefast.styles.bank import StyleBank
 
 MODES = ("concat", "swap")
 NOISES = ("forward", "ddim")
 PARTS = ("q", "k", "v")
+_FLAGS = ("share_attention", "share_group_norm", "share_layer_norm", "full_attention_share", "share_styles")
+# name -> lowest, highest, and what is let through beside them
+_NUMBERS = {
+    "scale": (-values.MAX_STRENGTH, values.MAX_STRENGTH, ()),
+    "shift": (-values.MAX_STRENGTH, values.MAX_STRENGTH, (-math.inf,)),
+    "only_self_level": (0, 1, ()),
+    "inversion_guidance": (0, MAX_GUIDANCE, ()),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +55,8 @@ class StyleAligned:
             inverts it under `prompt`, as the authors' notebook does, for scheduler "ddim" only and at the cost of one
             more picture.
         inversion_guidance: guidance of that inversion.
-        seed: of the reference's noise (unless the reference is the first prompt, which has the request's seed).
+        seed: of the reference's noise, None or -1 for a random one (if the reference is the first prompt, it has its
+            request's seed).
         share_styles: whether the request's other styles apply to the reference as well.
         window: (start, end) in fractions of the steps outside of which rows are plain.
 
@@ -66,63 +77,45 @@ class StyleAligned:
     full_attention_share: bool = False
     noise: str = "forward"
     inversion_guidance: float = 2.0
-    seed: int = 0
+    seed: int | None = 0
     share_styles: bool = True
     window: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise StyleError(f"StyleAligned mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
-        if self.noise not in NOISES:
-            raise StyleError(f"StyleAligned noise is {self.noise!r}; it must be one of {', '.join(NOISES)}")
-        if not _is_number(self.inversion_guidance) or not 0 <= self.inversion_guidance <= 100:
-            raise StyleError(f"inversion_guidance is {self.inversion_guidance!r}; it must be a number from 0 to 100")
-        if not _is_number(self.only_self_level) or not 0.0 <= self.only_self_level <= 1.0:
-            raise StyleError(f"only_self_level is {self.only_self_level!r}; it is a fraction of layers, 0 to 1")
-        if not _is_number(self.scale) or not math.isfinite(self.scale):
-            raise StyleError(f"scale is {self.scale!r}; it must be finite")
-        if not _is_number(self.shift) or math.isnan(self.shift) or self.shift == math.inf:
-            raise StyleError(f"shift is {self.shift!r}; it must be finite, or -inf to leave the reference's tokens out")
+        checked = {
+            "mode": values.one_of("StyleAligned mode", self.mode, MODES, error=StyleError),
+            "noise": values.one_of("StyleAligned noise", self.noise, NOISES, error=StyleError),
+            "seed": values.seed("seed", self.seed, error=StyleError),
+            "window": values.fractions("window", self.window, error=StyleError),
+            "layers": _checked_layers(self.layers),
+            "adain": _checked_adain(self.adain),
+        }
+        for name in _FLAGS:
+            checked[name] = values.flag(name, getattr(self, name), error=StyleError)
+        for name, (low, high, also) in _NUMBERS.items():
+            checked[name] = values.real_number(name, getattr(self, name), low, high, also=also, error=StyleError)
+        if self.prompt is not None:
+            checked["prompt"] = values.prompt("prompt", self.prompt, error=StyleError)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.mode == "swap" and (self.shift == -math.inf or not self.share_attention):
             raise StyleError("mode 'swap' drops the own tokens, so the reference's must stay; use 'concat' instead")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise StyleError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^63 - 1")
-        if not isinstance(self.layers, (str, list, tuple)):
-            raise StyleError(f"layers is {self.layers!r}; it must be 'all', or substrings of layer names")
         self._check_reference()
-        self._check_adain()
-        window = self.window
-        pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(map(_is_number, window))
-        if not pair or not 0.0 <= window[0] < window[1] <= 1.0:
-            raise StyleError(f"window is {window!r}; it needs 0 <= start < end <= 1, in fractions of the steps")
 
     def _check_reference(self):
         if isinstance(self.reference, StyleBank):
             self._check_bank()
         elif isinstance(self.reference, (str, os.PathLike)) and Path(self.reference).suffix == ".bank":
-            raise StyleError(
-                f"{self.reference} is a style bank, not a picture; pass sf.StyleBank.load({str(self.reference)!r})"
-            )
-        if self.prompt is not None and not isinstance(self.prompt, str):
-            raise StyleError(f"prompt is a {type(self.prompt).__name__}; it must be a string")
-        if self.reference is None:
-            if self.prompt is not None and not self.prompt.strip():
-                raise StyleError("the reference's prompt is empty; say what it shows, or give a picture")
-        elif self.bank is None and not self.references:
+            shown = values.quoted(str(self.reference))
+            raise StyleError(f"{shown} is a style bank, not a picture; pass sf.StyleBank.load({shown})")
+        elif isinstance(self.reference, (list, tuple)) and not self.reference:
             raise StyleError("the list of references is empty; give pictures, or None for the first prompt")
+        elif self.reference is not None:
+            object.__setattr__(self, "reference", check_sources("reference", self.reference))
+        if self.reference is None and self.prompt is not None and not self.prompt.strip():
+            raise StyleError("the reference's prompt is empty; say what it shows, or give a picture")
         if self.full_attention_share and (self.reference is not None or self.prompt is not None):
             raise StyleError("full_attention_share joins the pictures of one call; it takes no reference or prompt")
-
-    def _check_adain(self):
-        if not isinstance(self.adain, (Mapping, str, list, tuple, set, frozenset)):
-            raise StyleError(f"adain is {self.adain!r}; it must name parts out of {', '.join(PARTS)}")
-        strengths = self.adain if isinstance(self.adain, Mapping) else dict.fromkeys(self.adain, 1.0)
-        unknown = [part for part in strengths if part not in PARTS]
-        if unknown:
-            raise StyleError(f"adain names {', '.join(map(repr, unknown))}; it knows {', '.join(PARTS)}")
-        for part, strength in strengths.items():
-            if not _is_number(strength) or not 0.0 <= strength <= 1.0:
-                raise StyleError(f"adain strength of {part} is {strength!r}; it must be between 0 and 1")
 
     def adain_strengths(self) -> dict[str, float]:
         """Strength per part; parts that are not named are 0."""
@@ -134,8 +127,8 @@ class StyleAligned:
         for name, default in (("prompt", None), ("seed", 0), ("noise", "forward")):
             if getattr(self, name) != default:
                 raise StyleError(
-                    f"{name} is {getattr(self, name)!r}, but the reference is a style bank, which was baked with a "
-                    f"{name} of its own; leave it out, or bake the style again"
+                    f"{name} is {values.quoted(getattr(self, name))}, but the reference is a style bank, which was "
+                    f"baked with a {name} of its own; leave it out, or bake the style again"
                 )
 
     @property
@@ -160,13 +153,32 @@ class StyleAligned:
             chosen = torch.tensor([any(pattern in f"{name}." for pattern in patterns) for name in names])
             if not chosen.any():
                 raise StyleError(
-                    f"layers={self.layers!r} matches no self-attention layer; modules are {', '.join(layout.modules)}"
+                    f"layers={values.quoted(self.layers)} matches no self-attention layer; modules are "
+                    f"{', '.join(layout.modules)}"
                 )
         return chosen & ~plain_layers(len(names), self.only_self_level)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _checked_layers(layers) -> str | tuple[str, ...]:
+    if isinstance(layers, str):
+        return values.text("layers", layers, empty=False, error=StyleError)
+    if not isinstance(layers, (list, tuple)) or not layers:
+        raise StyleError(f"layers is {values.quoted(layers)}; it must be 'all', or substrings of layer names")
+    return tuple(values.text(f"layers[{i}]", one, empty=False, error=StyleError) for i, one in enumerate(layers))
+
+
+def _checked_adain(adain) -> tuple[str, ...] | dict[str, float]:
+    if not isinstance(adain, (Mapping, str, list, tuple, set, frozenset)):
+        raise StyleError(f"adain is {values.quoted(adain)}; it must name parts out of {', '.join(PARTS)}")
+    unknown = [part for part in adain if not isinstance(part, str) or part not in PARTS]
+    if unknown:
+        raise StyleError(f"adain names {values.quoted(unknown[0])}; it knows {', '.join(PARTS)}")
+    if not isinstance(adain, Mapping):
+        return tuple(part for part in PARTS if part in adain)
+    return {
+        part: values.real_number(f"adain strength of {part}", strength, 0, 1, error=StyleError)
+        for part, strength in adain.items()
+    }
 
 
 def plain_layers(count: int, level: float) -> torch.Tensor:

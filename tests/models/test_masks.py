@@ -68,6 +68,59 @@ def test_soft_tensors_are_kept_as_they_are():
     assert torch.equal(load_mask(mask, (32, 24)), mask)
 
 
+def drawn(mode, ground, shape, **options):
+    """A mask whose left half is drawn and whose right half is the ground."""
+    mask = Image.new(mode, (64, 48), ground)
+    mask.paste(shape, (0, 0, 32, 48))
+    mask.info.update(options)
+    return mask
+
+
+LEFT = np.zeros((48, 64))
+LEFT[:, :32] = 1
+
+
+def with_alpha(mode):
+    """A mask in a palette that is white all over, and transparent in its right half."""
+    mask = drawn("P", 0, 1)
+    mask.putpalette([255] * 768)
+    if mode == "PA":
+        mask.putalpha(Image.fromarray((LEFT * 255).astype(np.uint8)))
+    else:
+        mask.info["transparency"] = 0
+    return mask
+
+
+HALVES = {
+    "white on a transparent ground": drawn("RGBA", (0, 0, 0, 0), (255, 255, 255, 255)),
+    "white on a transparent white ground": drawn("RGBA", (255, 255, 255, 0), (255, 255, 255, 255)),
+    "grey with alpha": drawn("LA", (255, 0), (255, 255)),
+    "a palette with alpha": with_alpha("P"),
+    "a palette with alpha per pixel": with_alpha("PA"),
+    "one bit": drawn("1", 0, 1),
+    "16 bits": Image.fromarray((LEFT * 65535).astype(np.uint16)),
+    "floating point pixels": Image.fromarray(LEFT.astype(np.float32)),
+    "an array of bools": LEFT.astype(bool),
+    "an array of floats": LEFT,
+    "an array of bytes": (LEFT * 255).astype(np.uint8),
+    "an array with alpha": np.dstack([np.full((48, 64, 3), 255), LEFT * 255]).astype(np.uint8),
+    "a tensor of bools": torch.from_numpy(LEFT).bool(),
+    "a tensor of bytes": torch.from_numpy(LEFT).byte(),
+}
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_what_is_drawn_acts_and_a_transparent_ground_does_not(kind):
+    assert torch.equal(load_mask(HALVES[kind]), torch.from_numpy(LEFT).float())
+
+
+def test_an_array_of_zeros_and_ones_out_of_255_is_refused_and_one_that_acts_nowhere_is_told_of():
+    with pytest.raises(ImageError, match=r"nothing but 0 and 1, where white is 255; pass mask.astype\(bool\)"):
+        load_mask(LEFT.astype(np.uint8))
+    with pytest.warns(UserWarning, match="acts nowhere"):
+        load_mask(drawn("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)))
+
+
 @pytest.mark.parametrize(
     "mask, words",
     [
@@ -75,8 +128,10 @@ def test_soft_tensors_are_kept_as_they_are():
         (torch.full((16, 16), 1.5), r"\[0, 1\]"),
         (torch.full((16, 16), float("nan")), "nan"),
         (torch.zeros(8, 9), "8 x 9.*16 x 16"),
+        (torch.zeros(16, 16, dtype=torch.complex64), "real numbers"),
+        (torch.zeros(16, 16, device="meta"), r"\[height, width\]"),
     ],
-    ids=["three dimensions", "beyond one", "nan", "another size"],
+    ids=["three dimensions", "beyond one", "nan", "another size", "complex", "without content"],
 )
 def test_tensors_that_are_no_masks_are_refused(mask, words):
     with pytest.raises(ImageError, match=words):
