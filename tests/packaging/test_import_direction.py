@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-BELOW_ENGINE = {"errors", "values", "_extension", "code_caches", "kernels", "models", "export", "styles", "sampling", "runtime"}
+BELOW_ENGINE = {
+    "errors", "values", "_extension", "code_caches", "kernels", "models", "export", "styles", "sampling", "runtime",
+}  # fmt: skip
 
 # area -> what it may import beside itself; a name with a dot is a single module of an area
 ALLOWED = {
