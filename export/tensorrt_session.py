@@ -21,6 +21,7 @@ from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, OutOfM
 from stylefast.export.tensorrt_api import forwarder, load_package, open_engine, package_of_plan, torch_dtype
 from stylefast.export.tensorrt_build import write_whole
 from stylefast.export.tensorrt_inspect import EngineLayers, inspect_engine
+from stylefast.kernels.gpu.capture import capture
 
 # inputs whose names begin so are read where they lie
 BY_ADDRESS = ("text_kv_", "image_kv_", "page_kv_", "page_stats_", "page_norms")
@@ -64,11 +65,7 @@ class GpuQueue:
 
     def record(self, call: Callable[[], None]) -> Any:
         """What `call` puts on the stream as a graph with `replay()`; nothing runs yet."""
-        graph = torch.cuda.CUDAGraph()
-        # other threads may do on the GPU what no recording allows
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            call()
-        return graph
+        return capture(call, self.stream)
 
     def wait(self) -> None:
         """Until all that was put on the stream is done."""
@@ -351,9 +348,14 @@ class TensorRTSession:
         elif shaped.ran and shaped.recordable and self.cuda_graphs:
             # of a context that has run: the first run sets up what can't be recorded
             shaped.graph, shaped.recorded = None, addresses
-            shaped.graph = self._queue.record(lambda: self._enqueue(shaped))
-            shaped.graph.replay()
-            return
+            try:
+                shaped.graph = self._queue.record(lambda: self._enqueue(shaped))
+            except (RuntimeError, ExportError, OutOfMemory) as error:
+                shaped.recordable = False
+                log.warning("%s could not be recorded as a CUDA graph and runs without: %s", self.path.name, error)
+            else:
+                shaped.graph.replay()
+                return
         self._enqueue(shaped)
         shaped.ran = True
 

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from stylefast.kernels.gpu.capture import capture
+
 logger = logging.getLogger(__name__)
 
 # steps of a shape that run as they are: the first compiles and tunes, the second fills the side stream's caches
@@ -61,19 +63,16 @@ class CudaCapture:
         current.wait_stream(self._side)
 
     def capture(self, step: Callable[[], None]) -> Captured:
-        with torch.cuda.device(self._device):
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
-            try:
-                # "thread_local": other threads decode and load meanwhile, and may allocate and wait
-                with torch.cuda.graph(graph, self._pool, self._side, capture_error_mode="thread_local"):
-                    step()
-            except BaseException:
-                # what a broken capture leaves a pool in is not defined
-                self._pool = torch.cuda.graph_pool_handle()
-                raise
-            return Captured(graph.replay, graph.reset, max(0, torch.cuda.memory_reserved() - before))
+        before = torch.cuda.memory_reserved(self._device)
+        # what PyTorch keeps after the warm steps is about what one takes
+        kept = before - torch.cuda.memory_allocated(self._device)
+        try:
+            graph = capture(step, self._side, self._pool, room=kept)
+        except BaseException:
+            # what a broken capture leaves a pool in is not defined
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
+        return Captured(graph.replay, graph.reset, max(0, torch.cuda.memory_reserved(self._device) - before))
 
     def wait(self) -> None:
         torch.cuda.synchronize(self._device)

@@ -100,6 +100,20 @@ def test_nothing_is_recorded_where_it_is_not_wanted_or_not_possible(tmp_path, tr
         assert (session._queue.recorded, trt.opened.contexts[0].calls) == (0, 4)
 
 
+def test_an_engine_that_can_not_be_recorded_runs_without_and_says_so_once(engine_file, trt, caplog, monkeypatch):
+    session, pages, tried = opened(engine_file, trt), aligned(2, 4), []
+
+    def record(call):
+        tried.append(1)
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(session._queue, "record", record)
+    for _ in range(4):
+        x = torch.randn(2, 4)
+        torch.testing.assert_close(session.run({"x": x, "page_kv_0": pages})["out"], expected(x, pages))
+    assert len(tried) == 1 and caplog.text.count("could not be recorded") == 1
+
+
 def test_the_tightest_profile_is_chosen(engine_file, trt):
     session, pages = opened(engine_file, trt), aligned(2, 4)
     for rows in (4, 5):
