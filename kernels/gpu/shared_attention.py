@@ -3,6 +3,7 @@
 "warp_specialised" is for SDXL's calls on compute capability 9.0; "pointers" takes every call on every chip.
 """
 
+import logging
 import math
 from functools import cache
 
@@ -14,7 +15,9 @@ from stylefast.kernels.gpu import shared_attention_hopper as hopper
 from stylefast.kernels.gpu import shared_attention_pointers as pointers
 from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import settings, specialisation
-from stylefast.kernels.gpu.strides import ALIGN, is_aligned, strides
+from stylefast.kernels.gpu.strides import ALIGN, is_aligned, span, strides
+
+logger = logging.getLogger(__name__)
 
 FP8 = torch.float8_e4m3fn
 SPECIALISED_WIDTH = 64  # channels of a head
@@ -115,10 +118,23 @@ def _misfit(q, k, v, page, gain, pool_k, pool_v, bias, out, config: Config) -> s
         for name, x, pool in (("keys", k, pool_k), ("values", v, pool_v)):
             if strides(pool)[1] != strides(x)[1]:
                 return f"the tokens of the pages' {name} are not as far apart in memory as the rows' own"
+            if span(x, pool) >= hopper.STRIDE_LIMIT:
+                _say_far()
+                return f"the pages' {name} lie a terabyte or more from the rows' own, which no tensor map reaches"
         tensors += [pool_k, pool_v]
     if not is_aligned(*tensors):
         return "tokens or heads that don't start on 16 bytes"
     return ""
+
+
+@cache
+def _say_far() -> None:
+    # of all reasons the one that has to do with neither the model nor the request, and may come and go
+    logger.warning(
+        "bank pages and activations lie more than a terabyte apart, as expandable segments of PyTorch's allocator may "
+        "put them; shared_attention takes its slower form \"pointers\" for such calls. Without expandable_segments in "
+        "PYTORCH_CUDA_ALLOC_CONF it does not happen"
+    )
 
 
 def _key(q: torch.Tensor, pool_k: torch.Tensor | None) -> Key:

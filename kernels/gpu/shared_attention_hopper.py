@@ -10,7 +10,9 @@ a sum over channels, which the compiler can't split over warp groups, so a small
 gain meets the accumulator on the first tile of the page, their offset at the end.
 """
 
+import contextvars
 import math
+from functools import partial
 
 import torch
 import triton
@@ -20,6 +22,8 @@ from stylefast.kernels.configs import Config
 from stylefast.kernels.gpu.exp2 import exp2, share
 from stylefast.kernels.gpu.launch import compiler_options, device_of
 from stylefast.kernels.gpu.strides import strides
+
+STRIDE_LIMIT = 2**40  # bytes: strides of a tensor map are below it, and the distance of two segments is one
 
 _FLOOR = tl.constexpr(-1e30)
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -255,6 +259,17 @@ def launch(
     config: Config,
 ) -> None:
     """Fill `out`. That the arguments fit this form is `form_for`'s to say, in shared_attention.py."""
+    # an allocator is a context variable, and a launch is no reason to replace that of the application around it
+    fill = partial(_fill, q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, out, config)
+    if not q.is_cuda:
+        fill()
+        return
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, _scratch)  # descriptors made on the device lie in scratch memory
+    context.run(fill)
+
+
+def _fill(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, out, config: Config) -> None:
     rows, tokens, heads, d = q.shape
     has_page = page.shape[1] == 1
     tensors = 0 if gain is None or not has_page else gain.shape[0]
@@ -266,8 +281,6 @@ def launch(
     block_m = config["block_m"]
     page_row, scale_row, shift_row = (x.stride(0) for x in (page, scale, shift))
     with device_of(q):
-        if q.is_cuda:
-            triton.set_allocator(_scratch)  # descriptors made on the device lie in scratch memory
         constant = None
         if tensors:
             gain, offset = gain.contiguous(), offset.contiguous()

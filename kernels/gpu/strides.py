@@ -29,3 +29,9 @@ def aligned_like(x: torch.Tensor) -> torch.Tensor:
 def is_aligned(*tensors: torch.Tensor) -> bool:
     """Whether `aligned` takes all of them as they are."""
     return all(x.data_ptr() % 16 == 0 and all(stride % ALIGN == 0 for stride in strides(x)) for x in tensors)
+
+
+def span(*tensors: torch.Tensor) -> int:
+    """Bytes from the first element of any of the tensors to the last one of any."""
+    ends = [x.data_ptr() + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) * x.element_size() for x in tensors]
+    return max(ends) - min(x.data_ptr() for x in tensors)

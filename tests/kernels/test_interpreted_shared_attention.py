@@ -1,6 +1,9 @@
 """Both forms of shared attention in Triton, run in its interpreter, against the literal reference in fp64."""
 
+import contextvars
+import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +14,11 @@ import triton
 import triton.language as tl
 
 from stylefast.errors import InvalidRequest
+from stylefast.kernels.gpu import shared_attention
+from stylefast.kernels.gpu import shared_attention_hopper as hopper
 from stylefast.kernels.gpu.exp2 import exp2
 from stylefast.kernels.gpu.shared_attention import candidates, form_for
+from stylefast.kernels.gpu.strides import span
 from stylefast.kernels.shared_attention import CONCAT, SWAP
 from tests.shared_attention_cases import MIXES, expected, make_case, run, sdpa_error
 
@@ -217,6 +223,67 @@ def test_pages_whose_tokens_lie_elsewhere_apart_take_pointers():
     names = ("q", "k", "v", "page", "gain", "pool_k", "pool_v", "bias")
     form, why = form_for(*(case[name] for name in names), torch.empty_like(case["q"]))
     assert form == "pointers" and "keys are not as far apart" in why
+
+
+class FarTensor(torch.Tensor):
+    """Memory that starts at `start`, as far away as expandable segments may put it."""
+
+    start = 0
+
+    def data_ptr(self):
+        return self.start
+
+
+def test_pages_that_no_tensor_map_reaches_take_pointers_and_that_is_said_once(caplog):
+    case, near = _form()
+    assert near[0] == "warp_specialised"
+    shared_attention._say_far.cache_clear()
+    for name in ("k", "v"):
+        case[f"pool_{name}"] = case[f"pool_{name}"].as_subclass(FarTensor)
+        case[f"pool_{name}"].start = case[name].data_ptr() + 2**40
+    names = ("q", "k", "v", "page", "gain", "pool_k", "pool_v", "bias")
+    arguments = [case[name] for name in names] + [torch.empty_like(case["q"])]
+    with caplog.at_level(logging.WARNING):
+        found = [form_for(*arguments) for _ in range(3)]
+    assert all(form == "pointers" and "no tensor map reaches" in why for form, why in found)
+    assert len(caplog.records) == 1 and "expandable_segments" in caplog.text
+    # what counts is the distance to the end of the last page
+    for name in ("k", "v"):
+        case[f"pool_{name}"].start -= 4096
+    assert form_for(*arguments)[0] == "pointers"
+    for name in ("k", "v"):
+        case[f"pool_{name}"].start -= 2**30
+    assert form_for(*arguments)[0] == "warp_specialised"
+
+
+def test_a_span_reaches_from_the_first_to_the_last_element_of_all():
+    held = torch.empty(100, dtype=torch.float16)
+    assert span(held[10:20]) == 9 * 2 and span(held[10:20], held[90:]) == 89 * 2
+    assert span(held[80:], held[4:44].view(4, 10)[:, ::3]) == 95 * 2
+
+
+def test_a_launch_leaves_the_applications_own_allocator_in_place(monkeypatch):
+    """Triton's allocator is a context variable that a host application, or a compiled template, may have set."""
+    seen, ours = [], lambda size, alignment, stream: None
+    current = triton.runtime._allocation._allocator
+    monkeypatch.setattr(hopper, "_fill", lambda *arguments: seen.append(current.get()))
+    q = SimpleNamespace(is_cuda=True)
+
+    def launching():
+        triton.set_allocator(ours)
+        hopper.launch(q, *[None] * 11, SPECIALISED)
+        assert current.get() is ours
+
+        def failing(*arguments):
+            raise RuntimeError("no")
+
+        monkeypatch.setattr(hopper, "_fill", failing)
+        with pytest.raises(RuntimeError, match="no"):
+            hopper.launch(q, *[None] * 11, SPECIALISED)
+        assert current.get() is ours
+
+    contextvars.copy_context().run(launching)
+    assert seen == [hopper._scratch]
 
 
 def test_forcing_a_form_that_does_not_fit_says_why():
