@@ -258,9 +258,7 @@ class BatchLoop:
         with self._runtime.lock:
             if not len(group.slots):
                 return
-            latents = self._runtime.denoised_of(group)
-            wanted = [i for i, t in enumerate(group.trajectories) if t.output is not None]
-            latents = latents[wanted].float().cpu()
+            latents = self._runtime.denoised_of(group).float().cpu()
         job.show(Preview(group.step, group.steps, latents, self._decode_preview))
 
     def _end(self, job: Job | None, error: BaseException) -> None:

@@ -63,7 +63,7 @@ class Runtime:
             if latent_shape not in self.latents:
                 self._drop_idle_latents()
                 self.latents[latent_shape] = LatentSlots(latent_shape, self.unet.device)
-            group.slots = self.latents[latent_shape].take(group.first_latents())
+            group.put(self.latents[latent_shape].take(group.first_latents()), self.unet.device)
         except BaseException:
             self.conditions.release(conditions)
             raise
@@ -76,7 +76,7 @@ class Runtime:
             table.forget(group)
         if len(group.slots):
             self.latents[group.latent_shape].release(group.slots)
-            group.slots = np.zeros(0, dtype=np.int64)
+            group.put(np.zeros(0, dtype=np.int64), self.unet.device)
 
     @property
     def pictures(self) -> int:
@@ -103,14 +103,16 @@ class Runtime:
 
     def latents_of(self, group: Group) -> torch.Tensor:
         """A copy of a group's latents [pictures, channels, h, w] as they are now."""
-        state = self.latents[group.latent_shape]
-        return state.latents[torch.from_numpy(group.slots).to(state.latents.device)]
+        return self.latents[group.latent_shape].latents[group.places]
+
+    def shown_of(self, group: Group) -> torch.Tensor:
+        """The same of the pictures that somebody asked for, references left out; doesn't wait for the device."""
+        return self.latents[group.latent_shape].latents[group.shown]
 
     def denoised_of(self, group: Group) -> torch.Tensor:
-        """The pictures [pictures, channels, h, w] that the last step saw behind the noise; latents before any step."""
+        """What the last step saw behind the noise of those pictures [shown, channels, h, w]; latents before any step."""
         state = self.latents[group.latent_shape]
-        index = torch.from_numpy(group.slots).to(state.latents.device)
-        return state.history[index, 0] if group.step else state.latents[index]
+        return state.history[:, 0][group.shown] if group.step else state.latents[group.shown]
 
     def rows_that_fit(self, latent_size: tuple[int, int]) -> int:
         """Rows of one UNet call that memory has room for, at most `max_rows` and what the backend can do."""
@@ -156,7 +158,7 @@ class Runtime:
     def finite(self, group: Group) -> NumericsError | None:
         """The error of a group in which a picture's latents hold NaN or infinity; waits for the device."""
         state = self.latents[group.latent_shape]
-        good = state.finite[torch.from_numpy(group.slots).to(state.finite.device)].tolist()
+        good = state.finite[group.places].tolist()
         if all(good):
             return None
         outputs = [t.output for t, fine in zip(group.trajectories, good, strict=True) if not fine]

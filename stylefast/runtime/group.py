@@ -19,7 +19,7 @@ class Group:
     """Trajectories that look at one another, at one step of one schedule length and one size.
 
     Holds all that changes with the step as arrays indexed by it, so that a step costs no look at Python objects but
-    this one. `slots` are the places of its pictures in the latents of its size, given by the runtime.
+    this one. `slots` are the places of its pictures in the latents of its size, given by the runtime by `put`.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Group:
         self.trajectories, self.conditions, self.pins = list(trajectories), conditions, pins
         self.latent_shape = latent_shape  # (channels, h, w)
         self.step = 0
-        self.slots: np.ndarray = np.zeros(0, dtype=np.int64)
+        self.put(np.zeros(0, dtype=np.int64), torch.device("cpu"))
         self._generators = {t: torch.Generator("cpu").manual_seed(t.request.seed) for t in trajectories}
         self._drawn: tuple[int, torch.Tensor] = (-1, torch.zeros(0))
 
@@ -60,6 +60,14 @@ class Group:
             if key not in phases:
                 phases[key] = make_phase(trajectories, conditions, layout, step)
             self._phases.append(phases[key])
+
+    def put(self, slots: np.ndarray, device: torch.device) -> None:
+        """Take slots [pictures] int64, or none. `places` are they on the device, `shown` those of pictures asked for:
+        latents are looked up by them without waiting for the device."""
+        asked = [t.output is not None for t in self.trajectories] if len(slots) else []
+        self.slots: np.ndarray = slots
+        self.places = torch.from_numpy(slots).to(device)
+        self.shown = torch.from_numpy(slots[np.array(asked, dtype=bool)]).to(device)
 
     @property
     def pictures(self) -> int:

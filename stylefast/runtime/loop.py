@@ -40,8 +40,7 @@ def denoise(
                 else:
                     done |= results(runtime, group)
             if callback is not None:
-                shown = [runtime.latents_of(g)[[i for i, t in enumerate(g.trajectories) if t.output is not None]]
-                         for g in running]  # fmt: skip
+                shown = [runtime.shown_of(g) for g in running]
         if callback is not None and shown:
             callback(step + 1, total, torch.cat(shown))
         running = [g for g in running if not g.finished]

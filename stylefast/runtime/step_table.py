@@ -118,7 +118,8 @@ class StepTable:
                     flat.copy_(self._hosts[turn][kind], non_blocking=True)
             self._noisy = noisy
             self._events[turn] = torch.cuda.Event()
-            self._events[turn].record()
+            # the table's device need not be the current one, whose stream `record` would take
+            self._events[turn].record(torch.cuda.current_stream(self._device))
 
     def forget(self, group: Group) -> None:
         """Let go of a group that left: its latents, pictures and banks may be large."""

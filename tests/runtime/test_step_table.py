@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.row_table import NO_PAGE, PLAIN
 from stylefast.runtime.conditions import Conditions
+from stylefast.runtime.core import Runtime
 from stylefast.runtime.group import Group
 from stylefast.runtime.request import Request
 from stylefast.runtime.step_table import StepTable, TableShape, bank_keys
@@ -19,6 +21,7 @@ from tests.small_sdxl import small_unet_config
 
 SHAPE = (4, 6, 10)  # latents
 CPU = torch.device("cpu")
+SECOND_GPU = torch.device("cuda", 1)
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +162,61 @@ def test_rescaling_needs_a_second_branch(group_of, table_of):
     options = {"steps": 3, "guidance_rescale": 0.7}
     columns = fill(table_of(3, 2), group_of(Request("a cat", **options), Request("a dog", guidance=1.0, **options)))
     assert columns.rescale.tolist() == [pytest.approx(0.7), 0.0]
+
+
+def test_host_buffers_are_guarded_by_the_stream_of_their_own_device(group_of, table_of, monkeypatch):
+    """On a second GPU the current stream is that of the first one, which knows nothing of the copies."""
+    asked, recorded, waited = [], [], []
+
+    class Event:
+        def record(self, stream=None):
+            recorded.append(stream)
+
+        def synchronize(self):
+            waited.append(1)
+
+    def current_stream(device=None):
+        asked.append(device)
+        return f"stream of {device}"
+
+    table, group = table_of(2, 1), group_of(Request("a cat", steps=8))
+    # as on a GPU: a ring of host buffers, each copied to the device
+    table._hosts = [{kind: x.clone() for kind, x in table._flat.items()} for _ in range(4)]
+    table._arrays = [{k: v.numpy() for k, v in table._views(flat).items()} for flat in table._hosts]
+    table._events, table._written, table._device = [None] * 4, [()] * 4, SECOND_GPU
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    for _ in range(6):
+        fill(table, group)
+        group.step += 1
+    assert asked == [SECOND_GPU] * 6 and recorded == ["stream of cuda:1"] * 6
+    assert len(waited) == 2  # the ring came round
+
+
+class Called(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function.overloadpacket))
+        return function(*args, **kwargs or {})
+
+
+def test_latents_are_looked_up_by_indices_that_lie_on_the_device(group_of):
+    """An index on the host is copied to the device, for which the host waits."""
+    group, meta = group_of(Request("a cat", steps=3), Request("a dog", steps=3)), torch.device("meta")
+    group.trajectories[0].output, group.trajectories[1].output = None, 0
+    group.put(np.array([5, 3]), meta)
+    state = SimpleNamespace(latents=torch.empty(8, *SHAPE, device=meta), history=torch.empty(8, 2, *SHAPE, device=meta))
+    runtime = SimpleNamespace(latents={SHAPE: state})
+    with Called() as called:
+        assert Runtime.latents_of(runtime, group).shape == (2, *SHAPE)
+        assert Runtime.shown_of(runtime, group).shape == (1, *SHAPE)
+        group.step = 1
+        assert Runtime.denoised_of(runtime, group).shape == (1, *SHAPE)
+    assert set(called.names) <= {"aten.index", "aten.select"}
+    group.put(np.array([5, 3]), CPU)
+    assert group.places.tolist() == [5, 3] and group.shown.tolist() == [3]
