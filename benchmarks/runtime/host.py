@@ -3,6 +3,8 @@
 import statistics
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,17 +84,38 @@ def shares(spans: list[tuple[float, float]]) -> tuple[float, dict[str, Any]]:
     }
 
 
+@contextmanager
+def before_steps(engine: sf.Engine, call: Callable[[], object]) -> Iterator[None]:
+    """Call `call` before every step of an engine.
+
+    A request's own `callback` would be given latents, and what it costs to fetch them would be measured along.
+    """
+    runtime = engine.runtime
+    advance = runtime.advance
+
+    def advancing(*arguments, **options):
+        call()
+        return advance(*arguments, **options)
+
+    runtime.advance = advancing
+    try:
+        yield
+    finally:
+        del runtime.advance
+
+
 def cpu_microseconds_per_step(scene: Scene) -> float | None:
     """Median CPU time that the thread of the step loop spends between two steps, a waiting device left out."""
     marks: list[float] = []
     style = sf.StyleAligned(scene.bank())
-    scene.drawn(PROMPTS[:1], style, callback=lambda *_: marks.append(time.thread_time()))
+    with before_steps(scene.model.engine, lambda: marks.append(time.thread_time())):
+        scene.drawn(PROMPTS[:1], style)
     between = [after - before for before, after in zip(marks, marks[1:])]
     return 1e6 * statistics.median(between) if between else None
 
 
 def synchronisations(scene: Scene) -> int:
-    """How often the host waited for the device between the first step and the last."""
+    """How often the host waited for the device from the first step to the last."""
     seen: list[int] = []
     style = sf.StyleAligned(scene.bank())
     before = torch.cuda.get_sync_debug_mode()
@@ -100,7 +123,8 @@ def synchronisations(scene: Scene) -> int:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            scene.drawn(PROMPTS[:1], style, callback=lambda *_: seen.append(_waits(caught)))
+            with before_steps(scene.model.engine, lambda: seen.append(_waits(caught))):
+                scene.drawn(PROMPTS[:1], style)
         finally:
             torch.cuda.set_sync_debug_mode(before)
     return seen[-1] - seen[0]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -299,6 +300,26 @@ def test_the_soak_tells_wanted_ends_from_failures(ends, wrong):
 @pytest.fixture(scope="module")
 def tiny_scene():
     return Scene(tiny_model, steps=2)
+
+
+def test_what_is_counted_between_two_steps_is_not_what_the_benchmark_itself_does(tiny_scene, monkeypatch):
+    runtime, modes = tiny_scene.model.engine.runtime, []
+
+    def fetching(*_):
+        raise AssertionError("latents were fetched for a callback")
+
+    def waiting(groups):
+        # as PyTorch says it in the mode "warn"
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    monkeypatch.setattr(runtime, "shown_of", fetching)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    assert host.synchronisations(tiny_scene) == 0 and modes == ["warn", 0]
+    assert host.cpu_microseconds_per_step(tiny_scene) > 0
+    monkeypatch.setattr(runtime, "prefetch", waiting)
+    assert host.synchronisations(tiny_scene) == 1  # between two steps
+    assert "advance" not in vars(runtime), "the engine kept the benchmark's wrapper"
 
 
 def test_batches_that_are_compared_have_equally_many_rows(tiny_scene):
