@@ -345,8 +345,7 @@ def _twin(unet: UNet, device: torch.device, weights: bool) -> UNet:
     if not _same_device(unet.device, device):
         move = (lambda x: x.to(device)) if weights else (lambda x: torch.empty_like(x, device=device))
         state = {name: move(x) for name, x in state.items()}
-        if device.type == "cuda":
-            channels_last(state)
+        channels_last(state)
     return UNet.from_state(unet.config, state)
 
 

@@ -63,6 +63,7 @@ class Engine:
     ):
         self._components = components
         self.name, self.fingerprint = components.name, components.fingerprint
+        channels_last(components.unet_state)
         self.unet = UNet.from_state(components.unet_config, components.unet_state)
         self.unet.layout = replace(self.unet.layout, style_modules=components.style_modules)
         self.text_encoder = TextEncoder(components.tokenizers, components.text_encoders, components.force_zeros)
@@ -150,8 +151,6 @@ class Engine:
         check_backend(backend, engines, trust)
         place, kind = device_of(device), dtype_of(dtype)
         components = load_components(source, dtype=kind, device=place, vae=vae, **options)
-        if place.type == "cuda":
-            channels_last(components.unet_state)
         engine = cls(
             components, backend=backend, engines=engines, trust=trust, memory_limit=memory_limit,
             bank_memory=bank_memory, host_memory=host_memory, batch_buckets=batch_buckets,

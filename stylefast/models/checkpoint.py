@@ -14,6 +14,7 @@ from stylefast.models import single_file
 from stylefast.models.hub import hub_folder, is_hub_id, pick_weights, wanted_files
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.layout import STYLE_MODULE
+from stylefast.models.packed import channels_last
 from stylefast.models.vae import check_state, fill, infer_vae_config, load_vae, vae_from_folder, vae_from_original
 from stylefast.models.weight_files import (
     PICKLED,
@@ -91,7 +92,8 @@ def load_components(
 
 
 def from_pipeline(pipeline) -> Components:
-    """Components of an existing diffusers SDXL pipeline: storage is shared, the pipeline is left as it is.
+    """Components of an existing diffusers SDXL pipeline: storage is shared, the pipeline is left as it is, but for the
+    memory format of its UNet's convolutions on a GPU, which becomes channels last.
 
     An IP-Adapter loaded into the pipeline is left out. Raises ModelFormatError for a pipeline of another model, and
     ModelError if its weights are not at hand (offloaded layer by layer, or LoRA layers that are not fused).
@@ -102,6 +104,8 @@ def from_pipeline(pipeline) -> Components:
     if absent:
         raise ModelFormatError(f"{type(pipeline).__name__} has no {', '.join(absent)}; an SDXL base pipeline is needed")
     unet = getattr(parts["unet"], "_orig_mod", parts["unet"])
+    # the pipeline's own parameters, so that storage stays shared
+    channels_last(dict(unet.named_parameters()))
     # an IP-Adapter's layers sit in the processors and in the projection of image embeddings
     state = {name: value for name, value in unet.state_dict().items()
              if ".processor." not in name and not name.startswith("encoder_hid_proj.")}

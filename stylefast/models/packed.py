@@ -8,6 +8,7 @@ written since (a LoRA) is made again.
 
 import logging
 import os
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -106,11 +107,20 @@ def pack(module: nn.Module, room: int | None = None) -> bool:
     return True
 
 
-def channels_last(state: dict[str, torch.Tensor]) -> None:
-    """Lay convolutions' weights out as a GPU's matrix units want them; activations follow the weights."""
-    for key, weight in state.items():
-        if weight.ndim == 4:
-            state[key] = weight.contiguous(memory_format=torch.channels_last)
+def wants_channels_last(device: torch.device) -> bool:
+    """Whether convolutions on a device are fastest with channels last: a GPU's matrix units want them so."""
+    return device.type == "cuda"
+
+
+def channels_last(state: Mapping[str, torch.Tensor]) -> None:
+    """Lay convolutions' weights out with channels last, where their device wants them so; activations follow them.
+
+    The tensors stay the same objects: what a module, a state dict and a pipeline share, they still share if they share
+    the object. Of a module, give its parameters rather than its state dict, whose tensors are others.
+    """
+    for weight in state.values():
+        if weight.ndim == 4 and wants_channels_last(weight.device):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def unpack(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ import torch
 
 import stylefast as sf
 from stylefast.models import packed
+from stylefast.models.checkpoint import from_pipeline
 from tests.engine.scene import SIZE, STEPS, close, sharp_pipeline, small_picture
 
 PICTURE = small_picture(1, (48, 40))
@@ -93,3 +94,36 @@ def test_packing_keeps_to_its_room(room):
         assert packed.pack(unet, room) == bool(room)
     packed.unpack(unet)
     assert packed.packed_bytes(unet) == 0
+
+
+@pytest.mark.parametrize("made", ["from a pipeline", "from components"])
+def test_every_engine_lays_convolutions_out_as_its_device_wants_them_and_shares_them_still(monkeypatch, made):
+    """On a GPU a convolution with channels first costs a transposition before and after; here the CPU stands in."""
+    monkeypatch.setattr(packed, "wants_channels_last", lambda device: True)
+    pipe = sharp_pipeline()
+    before = pipe.unet.conv_in.weight.clone()
+    if made == "from a pipeline":
+        engine = sf.Engine.from_pipeline(pipe)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "wants_channels_last", lambda device: False)
+            components = from_pipeline(pipe)
+        assert not components.unet_state["conv_in.weight"].is_contiguous(memory_format=torch.channels_last)
+        engine = sf.Engine(components)
+    convolutions = {name: p for name, p in engine.unet.named_parameters() if p.ndim == 4}
+    theirs = dict(pipe.unet.named_parameters())
+    assert len(convolutions) > 10
+    for name, weight in convolutions.items():
+        assert weight.is_contiguous(memory_format=torch.channels_last), name
+        assert weight.data_ptr() == (theirs if made == "from a pipeline" else components.unet_state)[name].data_ptr()
+    assert torch.equal(engine.unet.conv_in.weight, before)
+    # LoRAs are added to the weights that the UNet computes with
+    assert engine.loras._weights["unet"]["conv_in.weight"].data_ptr() == engine.unet.conv_in.weight.data_ptr()
+
+
+def test_a_layout_changes_pictures_by_rounding_only(pipe, bare_engine, monkeypatch):
+    monkeypatch.setattr(packed, "wants_channels_last", lambda device: True)
+    engine = sf.Engine.from_pipeline(sharp_pipeline())
+    assert engine.fingerprint == bare_engine.fingerprint
+    expected = bare_engine.generate("a cat", **CALL).latents
+    close(engine.generate("a cat", **CALL).latents, expected, 5e-5)
