@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import nn
 
-from stylefast.errors import InvalidRequest
+from stylefast.errors import ExportError, InvalidRequest
 from stylefast.kernels.shared_attention import PLAIN
 from stylefast.models.conditioning import ImageKV, KeyValue, StylePages
 from stylefast.models.row_table import NO_PAGE, RowTable
@@ -313,7 +313,14 @@ def trace(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None)
     """The graph with stylefast's custom operations in it; `fixed` are sizes that may not vary.
 
     All operations of the graph work on CPUs and GPUs; the UNet may lie on the meta device, without weights.
+    Raises ExportError for a UNet whose smallest pictures would have an empty or single-valued middle.
     """
+    halvings = len(unet.down_blocks) - 1
+    if DIMENSIONS["height"][0] <= 2**halvings:
+        raise ExportError(
+            f"this UNet halves its feature maps {halvings} times; graphs are exported for 2 at most, as SDXL has; run "
+            "this model with backend='torch' or 'compile'"
+        )
     fixed = dict(fixed or {})
     unknown = sorted(fixed.keys() - DIMENSIONS.keys())
     if unknown:

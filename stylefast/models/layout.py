@@ -1,5 +1,7 @@
 """Where the attention layers of an SDXL-shaped UNet sit, computed from its config alone.
 
+`UNetShape` reads what a config says about blocks; whatever counts blocks or layers takes it from there.
+
 Two orders matter and are easy to confuse:
 
 - **modules** (11 in SDXL: `down_blocks.1.attentions.0` ... `up_blocks.1.attentions.2`) are listed in execution order
@@ -8,11 +10,100 @@ Two orders matter and are easy to confuse:
   order of diffusers' `attn_processors` (down, up, mid): the order of IP-Adapter's keys and of `only_self_level`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from stylefast.errors import ModelFormatError
+
 STYLE_MODULE = "up_blocks.0.attentions.1"
 LAYOUT_MODULE = "down_blocks.2.attentions.1"
+
+_MID_CROSS, _MID_PLAIN = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
+_MOST_BLOCKS, _MOST_LAYERS, _MOST_CHANNELS = 16, 512, 2**20
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One down, middle or up block of a UNet."""
+
+    channels: int
+    heads: int
+    resnets: int
+    # transformer blocks of the attention behind each resnet (in the middle block: behind the first); empty where the
+    # block does not attend; 0 is an attention of two projections alone
+    depths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UNetShape:
+    """The blocks of an SDXL-shaped UNet, which differ among SDXL (70 layers), SSD-1B, Vega and Koala.
+
+    `down` and `up` stand in execution order. `mid` has two resnets with an attention between them, one resnet alone
+    (SSD-1B, Vega), or is missing (Koala-700M).
+    """
+
+    down: tuple[BlockShape, ...]
+    mid: BlockShape | None
+    up: tuple[BlockShape, ...]
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> "UNetShape":
+        """Read a UNet config in diffusers' format.
+
+        Raises ModelFormatError for values of the wrong type, numbers that no UNet has, and blocks of other kinds.
+        """
+        channels = _integers(config, "block_out_channels", None, _MOST_CHANNELS)
+        blocks = len(channels)
+        if not 1 <= blocks <= _MOST_BLOCKS:
+            raise ModelFormatError(f"block_out_channels has {blocks} entries; a UNet has 1 to {_MOST_BLOCKS} blocks")
+        heads_key = "num_attention_heads" if config.get("num_attention_heads") is not None else "attention_head_dim"
+        heads = _integers(config, heads_key, blocks, _MOST_CHANNELS)
+        resnets = _integers(config, "layers_per_block", blocks, _MOST_LAYERS)
+        attends = [
+            _kinds(config, f"{way}_block_types", blocks, {f"{way.capitalize()}Block2D": False,
+                                                          f"CrossAttn{way.capitalize()}Block2D": True})
+            for way in ("down", "up")
+        ]  # fmt: skip
+        key, back = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+        given = config.get(key, 1)
+        per_block = list(given) if isinstance(given, (list, tuple)) else [given] * blocks
+        backwards = config.get(back)
+        if backwards is None:
+            if any(isinstance(depth, (list, tuple)) for depth in per_block):
+                raise ModelFormatError(f"{key} is {given!r}; with a depth for each layer, {back} must be there too")
+            backwards = per_block[::-1]
+        if not isinstance(backwards, (list, tuple)) or len(per_block) != blocks or len(backwards) != blocks:
+            raise ModelFormatError(f"{key} is {given!r} and {back} {config.get(back)!r}; {blocks} entries are needed")
+
+        def block(i: int, count: int, attending: bool, name: str, value) -> BlockShape:
+            if attending and channels[i] % heads[i]:
+                raise ModelFormatError(f"{heads[i]} attention heads ({heads_key}) do not divide {channels[i]} channels")
+            return BlockShape(channels[i], heads[i], count, _depths(name, value, count) if attending else ())
+
+        down = tuple(block(i, resnets[i], attends[0][i], key, per_block[i]) for i in range(blocks))
+        up = tuple(
+            block(i, resnets[i] + 1, attends[1][place], back, backwards[place])
+            for place, i in enumerate(reversed(range(blocks)))
+        )
+        kind = config.get("mid_block_type", _MID_CROSS)
+        if kind not in (_MID_CROSS, _MID_PLAIN, None):
+            raise ModelFormatError(
+                f"mid_block_type is {kind!r}; this UNet's middle is {_MID_CROSS!r}, {_MID_PLAIN!r} or null"
+            )
+        mid = None
+        if kind is not None:
+            # of a list, the middle block's one attention takes the first entry
+            attending = kind == _MID_CROSS
+            depths = block(blocks - 1, 1, attending, key, per_block[-1]).depths
+            mid = BlockShape(channels[-1], heads[-1], 1 + attending, depths)
+        return cls(down, mid, up)
+
+    @property
+    def layers(self) -> int:
+        """Resnets and transformer blocks in all."""
+        blocks = [*self.down, *self.up, *([self.mid] if self.mid else [])]
+        return sum(block.resnets + sum(block.depths) for block in blocks)
 
 
 @dataclass(frozen=True)
@@ -35,41 +126,38 @@ class AttentionLayout:
     modules: tuple[str, ...]
     # where a picture's style enters; SDXL's unless the model says otherwise
     style_modules: tuple[str, ...] = (STYLE_MODULE,)
+    # for each attention level, how many times its feature map is halved
+    feature_maps: tuple[int, ...] = (1, 2)
 
     @classmethod
-    def from_config(cls, config) -> "AttentionLayout":
-        """Read a UNet config (a mapping in diffusers' format). Raises KeyError for a config that is no UNet's."""
-        blocks = len(config["block_out_channels"])
-        channels = tuple(config["block_out_channels"])
-        depth = _per_block(config["transformer_layers_per_block"], blocks)
-        heads = _per_block(config.get("num_attention_heads") or config["attention_head_dim"], blocks)
-        resnets = _per_block(config["layers_per_block"], blocks)
-        attending = [i for i, kind in enumerate(config["down_block_types"]) if "CrossAttn" in kind]
+    def from_config(cls, config: Mapping) -> "AttentionLayout":
+        """Read a UNet config in diffusers' format. Raises ModelFormatError for a config that is no UNet's."""
+        shape = UNetShape.from_config(config)
+        last = len(shape.down) - 1
+        # (module name, block counted from the finest feature map, shape of the block, transformer depth)
+        down = [(f"down_blocks.{i}.attentions.{a}", i, block, depth)
+                for i, block in enumerate(shape.down) for a, depth in enumerate(block.depths)]  # fmt: skip
+        mid = [("mid_block.attentions.0", last, shape.mid, depth) for depth in (shape.mid.depths if shape.mid else ())]
+        up = [(f"up_blocks.{i}.attentions.{a}", last - i, block, depth)
+              for i, block in enumerate(shape.up) for a, depth in enumerate(block.depths)]  # fmt: skip
 
-        # (module name, block index counted from the finest feature map, transformer depth)
-        down = [
-            (f"down_blocks.{i}.attentions.{a}", i, depth[i]) for i in attending for a in range(resnets[i])
-        ]
-        mid = [("mid_block.attentions.0", blocks - 1, depth[-1])]
-        up = []
-        for position, kind in enumerate(config["up_block_types"]):
-            i = blocks - 1 - position
-            if "CrossAttn" in kind:
-                up += [(f"up_blocks.{position}.attentions.{a}", i, depth[i]) for a in range(resnets[i] + 1)]
-
-        modules = tuple(name for name, _, _ in down + mid + up)
+        # an attention without transformer blocks has nothing that a style could act on
+        modules = tuple(name for name, _, _, depth in down + mid + up if depth)
+        feature_maps = tuple(sorted({i for _, i, _, depth in down + mid + up if depth}))
         layers = tuple(
-            AttentionLayer(f"{name}.transformer_blocks.{t}", name, modules.index(name), i - attending[0], channels[i],
-                           heads[i])
-            for name, i, count in down + up + mid
-            for t in range(count)
-        )
-        return cls(layers, modules)
+            AttentionLayer(f"{name}.transformer_blocks.{t}", name, modules.index(name), feature_maps.index(i),
+                           block.channels, block.heads)
+            for name, i, block, depth in down + up + mid
+            for t in range(depth)
+        )  # fmt: skip
+        if not layers:
+            raise ModelFormatError("the UNet's config has no attention; an SDXL model attends to its prompt")
+        return cls(layers, modules, feature_maps=feature_maps)
 
     @cached_property
     def levels(self) -> int:
         """Number of distinct feature-map sizes that carry attention (2 in SDXL)."""
-        return 1 + max(layer.level for layer in self.layers)
+        return len(self.feature_maps)
 
     def at_level(self, level: int) -> list[int]:
         """The layers of an attention level, in registry order: how tensors hold them that pack a level's layers."""
@@ -85,5 +173,40 @@ class AttentionLayout:
         return 2 * layer + 1
 
 
-def _per_block(value, blocks: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * blocks
+def _integers(config: Mapping, key: str, count: int | None, most: int) -> tuple[int, ...]:
+    """A number for each block; one number stands for all. Raises ModelFormatError."""
+    value = config.get(key)
+    many = value if isinstance(value, (list, tuple)) else [value] * (count or 1)
+    fits = count is None or len(many) == count
+    if not fits or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most for n in many):
+        raise ModelFormatError(
+            f"{key} is {_shown(value)}; whole numbers from 1 to {most} are needed, one for each block"
+        )
+    return tuple(many)
+
+
+def _kinds(config: Mapping, key: str, count: int, known: Mapping[str, bool]) -> list[bool]:
+    """Which blocks attend. Raises ModelFormatError for blocks that are not known."""
+    kinds = config.get(key)
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != count or any(str(kind) not in known for kind in kinds):
+        raise ModelFormatError(f"{key} is {_shown(kinds)}; {count} blocks are needed, of {' or '.join(known)}")
+    return [known[kind] for kind in kinds]
+
+
+def _depths(key: str, value, count: int) -> tuple[int, ...]:
+    """Transformer depths of a block's `count` attentions: one number for all, or one each. Raises ModelFormatError."""
+    many = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    # entries beyond the block's layers say nothing, as in diffusers; the weights must fit either way
+    many = many[:count]
+    sound = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MOST_LAYERS for n in many)
+    if len(many) < count or not sound:
+        raise ModelFormatError(
+            f"{key} has {_shown(value)} for a block of {count} attentions; it needs a whole number from 0 to "
+            f"{_MOST_LAYERS}, or one for each"
+        )
+    return tuple(many)
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -34,7 +34,7 @@ from stylefast.models.conditioning import (
     SelfInputs,
     StylePages,
 )
-from stylefast.models.layout import AttentionLayout
+from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape
 from stylefast.models.packed import Conv2d, Linear
 from stylefast.models.row_table import RowTable
 
@@ -236,9 +236,9 @@ class UNet(nn.Module):
         super().__init__()
         _check(config)
         self.config, self.layout = dict(config), AttentionLayout.from_config(config)
-        channels = tuple(config["block_out_channels"])
+        shape, channels = UNetShape.from_config(config), tuple(config["block_out_channels"])
         groups, cross_dim, eps = config["norm_num_groups"], config["cross_attention_dim"], config.get("norm_eps", 1e-5)
-        time, depth = 4 * channels[0], config["layers_per_block"]
+        time = 4 * channels[0]
         self.time_embedding = TimestepEmbedding(channels[0], time)
         self.add_embedding = TimestepEmbedding(config["projection_class_embeddings_input_dim"], time)
         self.conv_in = Conv2d(config["in_channels"], channels[0], 3, padding=1)
@@ -246,30 +246,31 @@ class UNet(nn.Module):
         def resnet(channels_in, channels_out):
             return Resnet(channels_in, channels_out, time, groups, eps)
 
-        def transformers(name, count, width, attends):
-            names = [f"{name}.attentions.{i}" for i in range(count)] if attends else []
-            return [Transformer(module, self.layout, width, groups, cross_dim) for module in names]
+        def transformers(name: str, block: BlockShape):
+            names = [f"{name}.attentions.{i}" for i in range(len(block.depths))]
+            return [Transformer(module, self.layout, block.channels, groups, cross_dim) for module in names]
 
         self.down_blocks = nn.ModuleList()
         skips, width = [channels[0]], channels[0]
-        for i, (kind, out) in enumerate(zip(config["down_block_types"], channels, strict=True)):
-            last = i == len(channels) - 1
-            resnets = [resnet(width if j == 0 else out, out) for j in range(depth)]
-            attentions = transformers(f"down_blocks.{i}", depth, out, "CrossAttn" in kind)
-            self.down_blocks.append(Block(resnets, attentions, None if last else Resampler(out, 2), "downsamplers"))
-            skips += [out] * (depth + (not last))
+        for i, block in enumerate(shape.down):
+            out, last = block.channels, i == len(shape.down) - 1
+            resnets = [resnet(width if j == 0 else out, out) for j in range(block.resnets)]
+            sampler = None if last else Resampler(out, 2)
+            self.down_blocks.append(Block(resnets, transformers(f"down_blocks.{i}", block), sampler, "downsamplers"))
+            skips += [out] * (block.resnets + (not last))
             width = out
 
-        self.mid_block = Block(
-            [resnet(width, width), resnet(width, width)], transformers("mid_block", 1, width, True), None, ""
-        )
+        self.mid_block = None
+        if shape.mid is not None:
+            resnets = [resnet(width, width) for _ in range(shape.mid.resnets)]
+            self.mid_block = Block(resnets, transformers("mid_block", shape.mid), None, "")
 
         self.up_blocks = nn.ModuleList()
-        for i, (kind, out) in enumerate(zip(config["up_block_types"], reversed(channels), strict=True)):
-            last = i == len(channels) - 1
-            resnets = [resnet((width if j == 0 else out) + skips.pop(), out) for j in range(depth + 1)]
-            attentions = transformers(f"up_blocks.{i}", depth + 1, out, "CrossAttn" in kind)
-            self.up_blocks.append(Block(resnets, attentions, None if last else Resampler(out, 1), "upsamplers"))
+        for i, block in enumerate(shape.up):
+            out, last = block.channels, i == len(shape.up) - 1
+            resnets = [resnet((width if j == 0 else out) + skips.pop(), out) for j in range(block.resnets)]
+            sampler = None if last else Resampler(out, 1)
+            self.up_blocks.append(Block(resnets, transformers(f"up_blocks.{i}", block), sampler, "upsamplers"))
             width = out
 
         self.conv_norm_out = GroupNorm(groups, channels[0], eps)
@@ -318,7 +319,7 @@ class UNet(nn.Module):
         sizes = [(height, width)]
         for _ in self.down_blocks[:-1]:
             sizes.append(tuple(math.ceil(side / 2) for side in sizes[-1]))
-        return sizes[-self.layout.levels :]
+        return [sizes[halvings] for halvings in self.layout.feature_maps]
 
     def forward(
         self,
@@ -346,8 +347,10 @@ class UNet(nn.Module):
         if residuals is not None:
             skips = [skip + extra for skip, extra in zip(skips, residuals[0], strict=True)]
 
-        x = self.mid_block.layer(0, x, condition)
-        x = self.mid_block.resnet(1, x, condition)
+        if self.mid_block is not None:
+            x = self.mid_block.layer(0, x, condition)
+            for i in range(1, len(self.mid_block.resnets)):
+                x = self.mid_block.resnet(i, x, condition)
         if residuals is not None:
             x = x + residuals[1]
 
@@ -382,7 +385,6 @@ def _check(config: dict):
     demands = {
         "addition_embed_type": ("text_time",),
         "use_linear_projection": (True,),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
         "act_fn": ("silu", None),
         "class_embed_type": (None,),
         "encoder_hid_dim_type": (None, "ip_image_proj"),
@@ -397,5 +399,3 @@ def _check(config: dict):
                 f"the UNet's config has {key}={config.get(key)!r}; SDXL's architecture needs {allowed[0]!r}. "
                 "Give an SDXL checkpoint (base, or a fine-tune of it)."
             )
-    if not isinstance(config["layers_per_block"], int):
-        raise ModelFormatError("the UNet's config has layers_per_block as a list; SDXL's architecture has one number")

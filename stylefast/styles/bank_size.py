@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from stylefast.errors import StyleError
-from stylefast.models.layout import AttentionLayout
+from stylefast.models.layout import AttentionLayout, UNetShape
 
 STORES = ("kv", "hidden", "latents")
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
@@ -72,11 +72,10 @@ class BankShapes:
                 f"size is {width}x{height}; both sides must be multiples of {pixels_per_latent}, the pixels per latent"
             )
         latents = (config["in_channels"], height // pixels_per_latent, width // pixels_per_latent)
-        layout, channels = AttentionLayout.from_config(config), tuple(config["block_out_channels"])
-        areas = _areas(latents[1:], len(channels))
-        first = len(channels) - layout.levels
+        layout = AttentionLayout.from_config(config)
+        areas = _areas(latents[1:], len(config["block_out_channels"]))
         layers = tuple(
-            LayerShape(areas[first + layer.level], layer.heads, layer.channels // layer.heads)
+            LayerShape(areas[layout.feature_maps[layer.level]], layer.heads, layer.channels // layer.heads)
             for layer in layout.layers
         )
         groups = config["norm_num_groups"]
@@ -185,21 +184,22 @@ def _areas(size: tuple[int, int], levels: int) -> list[int]:
 
 def _norms(config: Mapping) -> list[tuple[int, int]]:
     """(channels, level) of the UNet's group norms in module order: a block's resnets come before its attentions."""
-    channels, depth = tuple(config["block_out_channels"]), config["layers_per_block"]
-    last = len(channels) - 1
-    norms, skips, width = [], [channels[0]], channels[0]
-    for level, (kind, out) in enumerate(zip(config["down_block_types"], channels, strict=True)):
-        for _ in range(depth):
+    shape = UNetShape.from_config(config)
+    last, first = len(shape.down) - 1, shape.down[0].channels
+    norms, skips, width = [], [first], first
+    for level, block in enumerate(shape.down):
+        out = block.channels
+        for _ in range(block.resnets):
             norms += [(width, level), (out, level)]
             width = out
-        norms += [(out, level)] * (depth if "CrossAttn" in kind else 0)
-        skips += [out] * (depth + (level < last))
-    # two resnets and one attention
-    norms += [(width, last)] * 5
-    for position, (kind, out) in enumerate(zip(config["up_block_types"], reversed(channels), strict=True)):
-        level = last - position
-        for _ in range(depth + 1):
+        norms += [(out, level)] * len(block.depths)
+        skips += [out] * (block.resnets + (level < last))
+    if shape.mid is not None:
+        norms += [(width, last)] * (2 * shape.mid.resnets + len(shape.mid.depths))
+    for position, block in enumerate(shape.up):
+        level, out = last - position, block.channels
+        for _ in range(block.resnets):
             norms += [(width + skips.pop(), level), (out, level)]
             width = out
-        norms += [(out, level)] * (depth + 1 if "CrossAttn" in kind else 0)
-    return [*norms, (channels[0], 0)]
+        norms += [(out, level)] * len(block.depths)
+    return [*norms, (first, 0)]

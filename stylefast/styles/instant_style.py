@@ -191,8 +191,12 @@ class InstantStyle:
         composition = scale if self.composition_scale is None else self.composition_scale
         if preset in _WITHOUT_MODULES:
             return scale * torch.tensor(_WITHOUT_MODULES[preset](modules)), swapped
-        style = [_find(module, modules, preset) for module in layout.style_modules]
-        composed = _find(LAYOUT_MODULE, modules, preset)
+        # a smaller model of the family may lack the one module and still take presets that need the other alone
+        style = composed = None
+        if preset not in ("composition", "strong style transfer", "strong style and composition"):
+            style = [_find(module, modules, preset) for module in layout.style_modules]
+        if preset != "style transfer":
+            composed = _find(LAYOUT_MODULE, modules, preset)
         if preset == "strong style transfer":
             usual[:] = scale
             usual[composed] = 0.0

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 
-from stylefast.errors import InvalidRequest
+from stylefast.errors import ExportError, InvalidRequest
 from stylefast.export.onnx_graphs import WEIGHTS, export_unet, refit_weights
 from stylefast.export.onnx_writer import check_opset
 from stylefast.export.unet_graph import (
@@ -22,6 +22,7 @@ from stylefast.export.unet_graph import (
 from stylefast.models.unet import UNet
 from tests.export.bfloat16 import emulated
 from tests.oracle.small import sharpen
+from tests.small_families import family_config
 from tests.small_graphs import micro_config
 
 SHAPES = (GraphShape("plain", segments=0), GraphShape("plain", segments=2), GraphShape("live", 2, 3),
@@ -32,10 +33,14 @@ SIZES = ((4, 12, 10), (3, 9, 13), (1, 8, 8), (7, 11, 8))
 
 
 def unet_of(dtype: torch.dtype) -> UNet:
+    return random_unet(micro_config(), dtype)
+
+
+def random_unet(config: dict, dtype: torch.dtype) -> UNet:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(5)
-    model = UNet2DConditionModel(**micro_config()).requires_grad_(False)
+    model = UNet2DConditionModel(**config).requires_grad_(False)
     sharpen(model, 5)
     return UNet.from_state(dict(model.config), {name: x.to(dtype) for name, x in model.state_dict().items()})
 
@@ -133,6 +138,23 @@ def test_another_style_another_strength_and_another_page_change_the_picture(unet
                         ("image_page", 1), ("image_mask", 0), ("text_page", 2)):  # fmt: skip
         changed = inputs | {name: torch.full_like(inputs[name], value)}
         assert (run(path, changed) - before).abs().max() > 1e-3, name
+
+
+def test_a_model_without_a_middle_block_is_written_too(tmp_path):
+    config = micro_config() | {"mid_block_type": None, "transformer_layers_per_block": [0, 2]}
+    unets, shape = {torch.float32: random_unet(config, torch.float32)}, GraphShape("live", 1, 1)
+    entry, _ = export_unet(unets[torch.float32], shape, tmp_path)
+    inputs = inputs_of(unets[torch.float32], shape, SIZES[0], 3)
+    exact = truth(unets, shape, inputs)
+    found = [run(tmp_path / entry.file, inputs), eager(unets[torch.float32], shape, inputs)]
+    assert error(found[0], exact) <= 2 * error(found[1], exact)
+
+
+def test_a_model_whose_middle_would_be_a_single_value_is_refused_by_name():
+    with torch.device("meta"):
+        unet = UNet(family_config("four_blocks", cross_attention_dim=48))
+    with pytest.raises(ExportError, match="halves its feature maps 3 times"):
+        trace(unet, GraphShape("plain"))
 
 
 def test_what_is_not_a_number_in_one_picture_stays_there(unets, exported):
