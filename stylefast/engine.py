@@ -70,9 +70,8 @@ class Engine:
         self.vae = components.vae
         self.adapters: dict[str, tuple[IPAdapter, ImageEncoder]] = {}
         self.loras = LoraSet(
-            components.unet_config, components.unet_state, components.text_encoders,
-            guard=lambda: self.runtime.changing_weights(),
-        )  # fmt: skip
+            components.unet_state, components.text_encoders, guard=lambda: self.runtime.changing_weights()
+        )
         self._process, self._closed = os.getpid(), False
         scheduler_config = components.scheduler_config
         store = ConditionStore(
@@ -185,8 +184,10 @@ class Engine:
         return name
 
     def load_lora(self, source: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """Put a LoRA (kohya's, diffusers' or peft's layout) on UNet and text encoders; returns its name.
+        """Put a LoRA (a file, or a folder with one) on UNet and text encoders; returns its name, by default the file's.
 
+        Read are LoRA, LoCon, LoHa, LoKr, DoRA and full differences in the layouts of kohya, diffusers, peft, ComfyUI
+        and OneTrainer. An embedding in the same file is announced, and used by `DreamStyler(file)`.
         Raises ModelNotFound, ModelFormatError, AdapterError if it does not fit, InvalidRequest while pictures are on
         their way: half of their steps would see other weights.
         """

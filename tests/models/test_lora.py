@@ -131,7 +131,7 @@ def test_fingerprints_tell_files_and_scales_apart(files):
 
 def _parts():
     components = from_pipeline(small_pipeline())
-    return components.unet_config, components.unet_state, components.text_encoders
+    return components.unet_state, components.text_encoders
 
 
 @pytest.fixture(scope="module")
@@ -161,28 +161,21 @@ def test_a_lora_that_matches_in_part_is_refused(components, files, tmp_path):
         key = f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_{factor}.weight"
         state[key.replace("blocks.0.attn1", "blocks.7.attn1")] = state[key].clone()
     save_file(state, tmp_path / "deeper.safetensors")
-    with pytest.raises(AdapterError, match=r"changes \d+ layers of unet, of which this model has \d+"):
+    with pytest.raises(AdapterError, match=r"changes \d+ layers, of which this model has \d+"):
         apply_lora(components, tmp_path / "deeper.safetensors")
-
-
-@pytest.mark.parametrize("key", ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1", "lora_unet_x.lora_down.dora_scale"])
-def test_other_kinds_than_plain_low_rank_are_named(components, key, tmp_path):
-    save_file({key: torch.zeros(1, 1), "lora_unet_x.lora_down.weight": torch.zeros(1, 1)}, tmp_path / "x.safetensors")
-    with pytest.raises(AdapterError, match="LoHa, LoKr or DoRA"):
-        apply_lora(components, tmp_path / "x.safetensors")
 
 
 def test_what_is_no_lora_is_refused(components, tmp_path):
     save_file({"decoder.mid.block_1.conv1.weight": torch.zeros(1, 1, 1, 1)}, tmp_path / "vae.safetensors")
     with pytest.raises(AdapterError, match="is no LoRA but: VAE"):
         apply_lora(components, tmp_path / "vae.safetensors")
-    torch.save({}, tmp_path / "lora.bin")
-    with pytest.raises(ModelFormatError, match="pickled"):
+    torch.save({"made by": print}, tmp_path / "lora.bin")
+    with pytest.raises(ModelFormatError, match="carries code"):
         apply_lora(components, tmp_path / "lora.bin")
     with pytest.raises(ModelNotFound, match="no LoRA file"):
         apply_lora(components, tmp_path / "absent.safetensors")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelNotFound, match="holds 0 .safetensors files"):
+    with pytest.raises(ModelNotFound, match="holds 0 LoRA files"):
         apply_lora(components, tmp_path / "empty")
 
 

@@ -1,0 +1,317 @@
+"""Reads a LoRA in any published layout into changes of this model's weights; every tensor in it is used or named."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stylefast.errors import AdapterError, ModelNotFound
+from stylefast.models import peft_config
+from stylefast.models.lora_changes import Change, Difference, Replacement, Scaling, ShapeMismatch, change_of
+from stylefast.models.lora_names import PARTS, PEFT_PREFIX, ModuleNames, split_key
+from stylefast.models.peft_config import PeftConfig
+from stylefast.models.tensor_files import PICKLE_ENDINGS, open_tensors
+from stylefast.models.weight_files import WeightHeader, recognise
+
+logger = logging.getLogger(__name__)
+
+BUNDLE = "bundle_emb."  # learned embeddings that OneTrainer and others put beside a LoRA
+# what other methods call their tensors, and their names
+_METHODS = (
+    (r"\.oft_(blocks|diag|R)\b", "OFT or BOFT"), (r"\.on_input$", "(IA)^3"),
+    (r"\.(a1|a2|b1|b2|bm)\.weight$", "GLoRA"), (r"\bvera_lambda_", "VeRA"),
+    (r"\.lora_embedding_[AB]\b", "LoRA of an embedding table"), (r"_custom_diffusion\.", "Custom Diffusion"),
+    (r"^lllite_", "ControlNet-LLLite"), (r"^lora_controlnet$", "Control-LoRA"),
+    (r"\bmotion_modules\.", "AnimateDiff motion LoRA"),
+    (r"\.bias_(indices|values|size)$", "LyCORIS with sparse biases"),
+)  # fmt: skip
+_OTHER_MODELS = (
+    (r"(double|single)_blocks[._]|single_transformer_blocks[._]", "Flux"),
+    (r"joint_(transformer_)?blocks[._]|^lora_te3_|^text_encoder_3\.", "Stable Diffusion 3"),
+    (r"^lora_prior_", "Stable Cascade"),
+)
+_CROSS_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as read: what it changes, {(part, name of the weight): change}."""
+
+    name: str
+    digest: str  # sha256 of all that was read
+    changes: Mapping[tuple[str, str], Change]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A file of a LoRA, the settings beside it, and the part that it is for, where its place says so."""
+
+    path: Path
+    config: PeftConfig | None = None
+    part: str | None = None
+
+
+@dataclass
+class _Module:
+    """The tensors of one module by role, and how the file spells it."""
+
+    spelled: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read_lora(source: str | Path, weights: Mapping[str, Mapping[str, Tensor]]) -> LoraFile:
+    """Read a LoRA file, or a folder with one, for a model with these weights (part -> name -> tensor).
+
+    Raises ModelNotFound, ModelFormatError for files that can't be read, and AdapterError for what is no LoRA, is of a
+    kind or layout that is not known, is damaged, or was made for other shapes.
+    """
+    pieces, names = _pieces(source), ModuleNames(weights)
+    digest, changes = hashlib.sha256(), {}
+    for piece in pieces:
+        found = _read_piece(piece, names, weights)
+        if double := found.keys() & changes.keys():
+            raise AdapterError(f"{source} changes {'.'.join(min(double))} in two of its files; give one of them")
+        changes |= found
+        for file in (piece.path, piece.path.parent / peft_config.FILE) if piece.config else (piece.path,):
+            _add_digest(digest, file)
+    path = Path(source)
+    return LoraFile(path.stem if path.is_file() else pieces[0].path.stem, digest.hexdigest(), changes)
+
+
+def _pieces(source: str | Path) -> list[_Piece]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / peft_config.FILE).is_file():
+            return [_Piece(_only_file(path, "adapter_model.*"), peft_config.read_folder_config(path))]
+        parts = [part for part in PARTS if (path / part / peft_config.FILE).is_file()]
+        if parts:
+            return [
+                _Piece(_only_file(path / part, "adapter_model.*"), peft_config.read_folder_config(path / part), part)
+                for part in parts
+            ]
+        return [_Piece(_only_file(path, "*"))]
+    if not path.is_file():
+        raise ModelNotFound(f"no LoRA file at {path}; get one by `hf download <id> --local-dir loras`, give its path")
+    beside = path.name.startswith("adapter_model.") and (path.parent / peft_config.FILE).is_file()
+    return [_Piece(path, peft_config.read_folder_config(path.parent) if beside else None)]
+
+
+def _only_file(folder: Path, pattern: str) -> Path:
+    files = sorted(folder.glob(pattern))
+    found = [file for file in files if file.suffix == ".safetensors"]
+    found = found or [file for file in files if file.suffix in PICKLE_ENDINGS]
+    if len(found) != 1:
+        raise ModelNotFound(f"{folder} holds {len(found)} LoRA files (.safetensors, .bin); name the file itself")
+    return found[0]
+
+
+def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, str], Change]:
+    entries, metadata = open_tensors(piece.path)
+    file = piece.path.name
+    roles = _roles(entries, file, piece, metadata)
+    modules, unknown = _modules(roles, entries, names, piece)
+    configs = peft_config.read_metadata(metadata, file) if piece.config is None else dict.fromkeys(PARTS, piece.config)
+    changes: dict[tuple[str, str], Change] = {}
+    misfits: list[ShapeMismatch] = []
+    idle = 0
+    for (part, module), found in modules.items():
+        scaling, alpha = _scaling(found, part, configs.get(part), file)
+        idle += alpha == 0
+        rank = len(found.tensors.get("down", ()))  # which the bias of a LoRA's second layer is scaled by too
+        if "up_bias" in found.tensors and not rank:
+            raise AdapterError(f"{file}: {found.spelled[:200]} has the bias of a LoRA and no factors; it is damaged")
+        for name, tensors in _by_weight(module, found.tensors).items():
+            where = f"{file}: {found.spelled}"
+            weight = weights[part].get(name)
+            if weight is None:
+                raise AdapterError(f"{where} changes {part}.{name}, which this model does not have")
+            try:
+                changes[part, name] = _change(tensors, tuple(weight.shape), scaling, rank, where)
+            except ShapeMismatch as error:
+                misfits.append(error)
+    if misfits:
+        raise AdapterError(
+            f"{file} does not fit this model: {misfits[0]}, and {len(misfits) - 1} more differ; it was made for "
+            f"another model{_family(entries, metadata)}"
+        )
+    if unknown:
+        raise _unknown_layers(file, unknown, len(modules), entries, metadata)
+    if not changes:
+        raise AdapterError(f"{file} changes nothing; it holds alphas or embeddings alone")
+    if idle:
+        logger.warning("%s gives %d of its %d layers the alpha 0; they change nothing", file, idle, len(modules))
+    _announce_embeddings(entries, piece.path)
+    return changes
+
+
+def _roles(entries: Iterable[str], file: str, piece: _Piece, metadata) -> dict[str, tuple[str, str]]:
+    """Key -> (module as spelled, role) of every tensor; raises AdapterError for those that are no part of a LoRA."""
+    roles, rest = {}, []
+    for key in entries:
+        if key.startswith(BUNDLE):
+            continue
+        found = split_key(key)
+        if found is None and key.startswith(PEFT_PREFIX) and key.endswith((".weight", ".bias")):
+            found = key.rpartition(".")[0], f"whole_{key.rpartition('.')[2]}"
+        if found is None:
+            rest.append(key)
+        else:
+            roles[key] = found
+    if any(key.startswith(("ip_adapter.", "image_proj.")) for key in entries):
+        raise AdapterError(f"{file} is no LoRA but: IP-Adapter; give it as adapter=, or to engine.load_adapter")
+    for pattern, method in _METHODS:
+        example = next((key for key in entries if re.search(pattern, key)), None)
+        if example is not None:
+            raise AdapterError(f"{file} is {method} ({example[:200]}); read are LoRA, LoCon, LoHa, LoKr, DoRA and full "
+                               "differences: merge it into a checkpoint with the tool that made it")  # fmt: skip
+    if not roles:
+        header = WeightHeader(piece.path, {key: ("", entry.shape) for key, entry in entries.items()}, metadata)
+        raise AdapterError(f"{file} is no LoRA but: {recognise(header)}")
+    if rest:
+        raise AdapterError(f"{file} holds {_some(rest)}, which belong to no known kind of LoRA; its layout is unknown, "
+                           "so nothing of it was used")  # fmt: skip
+    return roles
+
+
+def _modules(roles, entries, names: ModuleNames, piece: _Piece) -> tuple[dict[tuple[str, str], _Module], list[str]]:
+    """The tensors by module of this model, and the modules that it does not have."""
+    default = piece.part or (piece.config.part if piece.config else None) or _part_by_shape(roles, entries, names)
+    modules: dict[tuple[str, str], _Module] = {}
+    places: dict[str, tuple[str, str] | None] = {}
+    for key, (spelled, role) in roles.items():
+        if spelled not in places:
+            found = names.find(spelled, default)
+            if len(found) > 1:
+                raise AdapterError(
+                    f"{piece.path.name} does not say to which text encoder {spelled[:200]} belongs; put text_encoder. "
+                    "or text_encoder_2. before the names, or the file into a folder of that name"
+                )
+            places[spelled] = found[0] if found else None
+        if places[spelled] is None:
+            continue
+        module = modules.setdefault(places[spelled], _Module(spelled))
+        if role in module.tensors:
+            raise AdapterError(f"{piece.path.name} holds {role} of {spelled[:200]} twice, as {key[:200]} too")
+        module.tensors[role] = _finite(entries[key].read(), key, piece.path.name)
+    # what holds an alpha alone changes nothing, wherever it lies: cutting layers out of a file often leaves them
+    changing = {spelled for spelled, role in roles.values() if role != "alpha"}
+    return modules, [spelled for spelled, place in places.items() if place is None and spelled in changing]
+
+
+def _part_by_shape(roles, entries, names: ModuleNames) -> str | None:
+    """The one text encoder that names without a prefix can belong to by the shapes; None if all or none can."""
+    fitting: set[str] | None = None
+    for key, (spelled, role) in roles.items():
+        found = names.find(spelled) if role in ("down", "up") else []
+        if len(found) > 1:
+            axis = 1 if role == "down" else 0
+            fits = {part for part, module in found if names.shape(part, module)[axis] == entries[key].shape[axis]}
+            fitting = fits if fitting is None else fitting & fits
+    return fitting.pop() if fitting is not None and len(fitting) == 1 else None
+
+
+def _finite(tensor: Tensor, key: str, file: str) -> Tensor:
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise AdapterError(f"{file}: {key[:200]} is of type {tensor.dtype}; weights are floating-point numbers")
+    if not torch.isfinite(tensor.float()).all():
+        raise AdapterError(f"{file}: {key[:200]} holds NaN or infinity; the file is damaged, or training diverged")
+    return tensor
+
+
+def _scaling(module: _Module, part: str, config: PeftConfig | None, file: str) -> tuple[Scaling, float | None]:
+    """The module's scaling, and its alpha if one is said."""
+    alpha = module.tensors.pop("alpha", None)
+    factors = module.tensors.keys() - {"diff", "diff_b", "whole_weight", "whole_bias"}
+    if not factors:
+        return Scaling(None), None  # full differences have no rank, and so no alpha
+    if alpha is not None:
+        if alpha.numel() != 1:
+            raise AdapterError(f"{file}: the alpha of {module.spelled[:200]} has the shape {list(alpha.shape)}; it is "
+                               "one number")  # fmt: skip
+        return Scaling(float(alpha)), float(alpha)
+    if config is not None:
+        trained = module.spelled.removeprefix(PEFT_PREFIX).removeprefix(f"{part}.").removeprefix(PEFT_PREFIX)
+        scaling = config.scaling(trained)
+        return scaling, scaling.alpha
+    if module.spelled.startswith(PEFT_PREFIX):
+        raise AdapterError(f"{file} was written by peft, whose alphas stand in {peft_config.FILE}; put that beside it, "
+                           "and give the folder")  # fmt: skip
+    return Scaling(None), None
+
+
+def _by_weight(module: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Split a module's tensors into those that change its weight and those that change its bias."""
+    biases = ("diff_b", "up_bias", "whole_bias")
+    split = {
+        f"{module}.weight": {role: tensor for role, tensor in tensors.items() if role not in biases},
+        f"{module}.bias": {role: tensor for role, tensor in tensors.items() if role in biases},
+    }
+    return {name: found for name, found in split.items() if found}
+
+
+def _change(tensors: dict[str, Tensor], shape: tuple[int, ...], scaling: Scaling, rank: int, where: str) -> Change:
+    role, tensor = next(iter(tensors.items()))
+    if role not in ("diff_b", "up_bias", "whole_bias", "whole_weight"):
+        return change_of(tensors, shape, scaling, where)
+    if len(tensors) > 1:
+        raise AdapterError(f"{where} has {' and '.join(sorted(tensors))}, which do not belong together")
+    if tuple(tensor.shape) != shape:
+        raise ShapeMismatch(where, tuple(tensor.shape), shape)
+    if role == "up_bias":
+        return Difference(scaling.of(rank) * tensor.float())
+    return Difference(tensor) if role == "diff_b" else Replacement(tensor)
+
+
+def _unknown_layers(file: str, unknown: list[str], matched: int, entries, metadata) -> AdapterError:
+    family = _family(entries, metadata)
+    if not matched:
+        why = f"it was made for another model{family}" if family else "the layout of its keys is unknown"
+        return AdapterError(f"{file} names no layer of this model ({_some(unknown)}); {why}")
+    why = f"it was made for another model{family}" if family else (
+        "they are of an unknown layout, or of a model with more layers; nothing of the file was used"
+    )
+    return AdapterError(
+        f"{file} changes {matched + len(unknown)} layers, of which this model has {matched}; unknown are "
+        f"{_some(unknown)}: {why}"
+    )
+
+
+def _family(entries, metadata: Mapping[str, str]) -> str:
+    """The model that a file was made for, as " (Stable Diffusion 1)", where keys, shapes or metadata prove it."""
+    for pattern, model in _OTHER_MODELS:
+        if any(re.search(pattern, key) for key in entries):
+            return f" ({model})"
+    for key, entry in entries.items():
+        found = split_key(key)
+        if found and found[1] == "down" and re.search(r"attn2[._](processor\.)?to_[kv]$", found[0]):
+            width = entry.shape[1] if len(entry.shape) > 1 else 0
+            if width in _CROSS_WIDTHS:
+                return f" ({_CROSS_WIDTHS[width]})"
+    said = metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture") or ""
+    return f" (it says: {said[:80]})" if said and "xl" not in said.lower() else ""
+
+
+def _announce_embeddings(entries: Iterable[str], path: Path) -> None:
+    bundled = sorted({key.removeprefix(BUNDLE).split(".")[0] for key in entries if key.startswith(BUNDLE)})
+    if bundled:
+        logger.warning(
+            "%s also holds the learned embedding %s, which a LoRA does not put into prompts; for that give "
+            "style=DreamStyler(%r%s) and write <%s> in the prompt", path.name, ", ".join(bundled), str(path),
+            f", name={bundled[0]!r}" if len(bundled) > 1 else "", bundled[0],
+        )  # fmt: skip
+
+
+def _some(keys: Sequence[str]) -> str:
+    shown = ", ".join(key[:100] for key in keys[:3])
+    return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown
+
+
+def _add_digest(digest, file: Path) -> None:
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
