@@ -21,6 +21,8 @@ from stylefast.errors import ModelFormatError, PromptError, StyleError
 logger = logging.getLogger(__name__)
 
 POOLED_POLICIES = ("eos", "first_added_token")
+# the `eos_token_id` of a config that means: the end of a prompt is its highest id
+_HIGHEST_ID_ENDS = 2
 
 # functional_call swaps the embedding table inside the module while it runs; two engines may share one encoder
 _encoder_lock = threading.Lock()
@@ -120,6 +122,12 @@ class TextEncoder:
         self.tokenizers = tuple(tokenizers)
         self.encoders = tuple(encoders)
         self.force_zeros = bool(force_zeros)
+        ends = encoders[1].config.eos_token_id, tokenizers[1].eos_token_id
+        if ends[0] not in (_HIGHEST_ID_ENDS, ends[1]):
+            raise ModelFormatError(
+                f"text encoder 2 takes the token {ends[0]} for the end of a prompt (eos_token_id), its tokenizer "
+                f"writes {ends[1]} there; they don't belong together"
+            )
         lengths = [
             min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
             for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
@@ -131,6 +139,10 @@ class TextEncoder:
             )
         self.max_tokens: int = lengths[0]
         self.runner: TextRunner = TorchText(self.encoders)
+        self._further = tuple(
+            _further_vectors(tokenizer, encoder.get_input_embeddings().weight.shape[0])
+            for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
+        )
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -264,7 +276,8 @@ class TextEncoder:
                 rows.extend(vectors.unbind())
                 spans.append((name, len(content)))
             elif piece:
-                content += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+                ids = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+                content += _with_further(ids, self._further[index])
 
         # place 0 holds the start token and the last place the end token
         room = self.max_tokens - 2
@@ -277,8 +290,10 @@ class TextEncoder:
                 )
         cut = tokenizer.decode([token for token in content[room:] if token >= 0]).strip()
         ids = [tokenizer.bos_token_id, *content[:room], tokenizer.eos_token_id]
-        # an end token typed into the text ends it for the pooling, as it does in transformers
-        end = ids.index(tokenizer.eos_token_id)
+        # an end token typed into the text ends it for the pooling, as it does in transformers; under the published
+        # configs transformers takes the highest id for the end, which a token added to the tokenizer exceeds
+        legacy = self.encoders[index].config.eos_token_id == _HIGHEST_ID_ENDS
+        end = ids.index(max(ids) if legacy else tokenizer.eos_token_id)
         ids += [tokenizer.pad_token_id] * (self.max_tokens - len(ids))
         return _Sequence(ids, end, spans[0][1] if spans else end, cut)
 
@@ -310,6 +325,40 @@ class TorchText:
         last = outputs.last_hidden_state  # [prompts, tokens, width]
         pooled = [] if project is None else [project(last[prompt, position]) for prompt, position in ends]
         return outputs.hidden_states[-2], pooled
+
+
+def _further_vectors(tokenizer, rows: int) -> dict[int, list[int]]:
+    """Ids of the added tokens that stand for several vectors -> ids of those behind the first.
+
+    diffusers stores the vectors of one embedding as the tokens `<name>`, `<name>_1`, `<name>_2`, ..., and `<name>` in a
+    prompt means all of them. Raises ModelFormatError for tokens beyond the encoder's table of `rows` embeddings.
+    """
+    added = dict(tokenizer.added_tokens_encoder)
+    beyond = sorted(token for token, place in added.items() if place >= rows)
+    if beyond:
+        raise ModelFormatError(
+            f"the tokenizer has added tokens ({', '.join(beyond)[:200]}) beyond the {rows} embeddings of its text "
+            "encoder; use the text encoder that was saved with it"
+        )
+    further = {}
+    for token, place in added.items():
+        chain = []
+        while f"{token}_{len(chain) + 1}" in added:
+            chain.append(added[f"{token}_{len(chain) + 1}"])
+        if chain:
+            further[place] = chain
+    return further
+
+
+def _with_further(ids: Sequence[int], further: Mapping[int, list[int]]) -> list[int]:
+    """Token ids in which the first vector of an embedding is followed by its others, where the text has not said so."""
+    found = []
+    for place, token in enumerate(ids):
+        found.append(token)
+        chain = further.get(token, [])
+        if chain and list(ids[place + 1 : place + 1 + len(chain)]) != chain:
+            found += chain
+    return found
 
 
 def _table_name(encoder: torch.nn.Module) -> str:

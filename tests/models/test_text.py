@@ -80,6 +80,30 @@ def test_placeholders_equal_added_tokens_of_diffusers(encoder, count):
     assert (ours.pooled - pooled[0]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("text", ["a <sks> cat", "a cat, <sks>", "<sks>, <sks> on a house", "<sks> <one>", "a <one>"])
+def test_tokens_added_to_the_tokenizers_equal_diffusers_also_where_one_stands_for_several_vectors(text):
+    pipe = pipeline_with_added_tokens(sks=vectors(3), one=vectors(1, seed=1))
+    expected = stock_states(pipe, text)
+    encoder = TextEncoder((pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2), True)
+    state = encoder.encode([Prompt(text)])[0]
+    for ours, theirs in zip((state.hidden, state.pooled), (expected[0], expected[2]), strict=True):
+        torch.testing.assert_close(ours, theirs[0], atol=1e-5, rtol=0)
+
+
+def test_a_token_whose_further_vectors_are_spelled_out_is_not_doubled():
+    pipe = pipeline_with_added_tokens(sks=vectors(3))
+    encoder = TextEncoder((pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2), True)
+    short, spelled = encoder.encode([Prompt("a <sks> cat"), Prompt("a <sks> <sks>_1 <sks>_2 cat")])
+    assert torch.equal(short.hidden, spelled.hidden)
+
+
+def test_a_token_beyond_the_encoders_embeddings_is_refused():
+    tokenizers, encoders = small_text_parts()
+    tokenizers[1].add_tokens("<sks>")
+    with pytest.raises(ModelFormatError, match="<sks>.*beyond the .* embeddings"):
+        TextEncoder(tokenizers, encoders, force_zeros=True)
+
+
 def test_pooling_at_the_end_equals_the_state_at_the_end_token(encoder):
     rows = vectors(2)
     pipe = pipeline_with_added_tokens(brand=rows)
