@@ -16,6 +16,7 @@ from stylefast.runtime.group import Group, Pin
 from stylefast.runtime.request import Request
 from stylefast.runtime.step_table import StepTable, TableShape
 from stylefast.runtime.trajectory import FULL, NULL, Trajectory
+from stylefast.sampling.edm import is_edm
 from stylefast.sampling.inversion import ddim_invert, pinned_latents
 from stylefast.sampling.noise_levels import alphas_cumprod
 from stylefast.styles.bank import StyleBank
@@ -27,11 +28,19 @@ _OFFSET_SHARE = 0.1
 
 
 def scheduler_config(request: Request, config: Mapping) -> Mapping:
-    """The model's scheduler config, as the request's style needs it. Raises StyleError for a sampler that can't pin."""
+    """The model's scheduler config, as the request's style needs it.
+
+    Raises StyleError for a sampler that can't pin, and for a model that has none that can.
+    """
     style = request.aligned
     noise = None if style is None else style.noise if style.bank is None else style.bank.info.noise
     if noise != "ddim":
         return config
+    if is_edm(config):
+        raise StyleError(
+            "StyleAligned noise='ddim' walks DDIM's training timesteps, and this model "
+            f"({config['_class_name']}) was trained on noise levels instead; use noise='forward'"
+        )
     if request.scheduler != "ddim":
         raise StyleError(
             f"StyleAligned noise='ddim' inverts the picture along DDIM's steps, and the scheduler is "

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from stylefast.errors import StyleError
 from stylefast.models import vae as vaes
 from stylefast.models.pictures import open_picture
 from stylefast.runtime.core import Runtime
@@ -11,8 +12,10 @@ from stylefast.runtime.group import Group, Pin
 from stylefast.runtime.pinning import forward_pin, inverted_pin, latents_pin, scheduler_config
 from stylefast.runtime.request import Request, check_size
 from stylefast.runtime.trajectory import Trajectory, connected, plan_trajectories
+from stylefast.sampling.edm import is_edm
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.schedule import Schedule, schedule_digest
+from stylefast.styles.dream_styler import DreamStyler
 
 
 class Preparer:
@@ -70,6 +73,7 @@ class Preparer:
         for style in {request.aligned for request in requests} - {None}:
             style.layer_mask(self.runtime.unet.layout)
         for request in requests:
+            self._check_stages(request)
             if request.aligned is not None and request.aligned.bank is not None:
                 self._check_bank(request)
         for trajectory in plan_trajectories(requests, self.schedule, self.native_size):
@@ -84,6 +88,15 @@ class Preparer:
         """(channels, h, w) of the latents of a picture of (width, height)."""
         width, height = check_size(size)
         return self.runtime.unet.config["in_channels"], height // self.downscale, width // self.downscale
+
+    def _check_stages(self, request: Request) -> None:
+        staged = [style for style in request.styles_of(DreamStyler) if style.stage_count > 1]
+        if staged and is_edm(self._config):
+            raise StyleError(
+                f"<{staged[0].name}> has vectors for {staged[0].stage_count} ranges of training timesteps, "
+                f"and this model ({self._config['_class_name']}) was trained on noise levels instead; use a style of "
+                "one stage"
+            )
 
     def _check_bank(self, request: Request) -> None:
         bank, schedule = request.aligned.bank, self.schedule(request)

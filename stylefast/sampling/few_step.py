@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from stylefast import values
 from stylefast.errors import InvalidRequest
+from stylefast.sampling.edm import check_edm, is_edm
 from stylefast.sampling.noise_levels import SDXL_SCHEDULER
 from stylefast.sampling.schedule import SCHEDULERS, Schedule, make_schedule
 from stylefast.sampling.spacing import EXPONENTIAL, KARRAS
@@ -74,6 +75,8 @@ def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spac
         values.one_of("scheduler", name, known)
     if name not in FEW_STEP_PRESETS or name in SCHEDULERS:
         return make_schedule(name, steps, config, spacing=spacing)
+    if is_edm(config):
+        check_edm(name, config)
     if spacing is not None:
         raise InvalidRequest(f"scheduler {name!r} has a spacing of its own; leave spacing={spacing!r} out")
     return FEW_STEP_PRESETS[name].schedule(steps, config)

@@ -12,6 +12,7 @@ import torch
 from stylefast import values
 from stylefast.errors import InvalidRequest
 from stylefast.sampling import consistency, dpm_solvers, solvers
+from stylefast.sampling.edm import check_edm, is_edm
 from stylefast.sampling.noise_levels import SDXL_SCHEDULER
 from stylefast.sampling.spacing import (
     EXPONENTIAL,
@@ -130,7 +131,7 @@ def make_schedule(
     steps: how often the UNet is evaluated, for dpmpp_sde too.
     config: a scheduler config in diffusers' format. It decides the noise levels, the timesteps and what the model
         predicts; the name alone decides the sampler, so `solver_order`, `algorithm_type` and their like are not
-        read. Keys that are missing have SDXL's values.
+        read. Keys that are missing have SDXL's values. One of EDM's (`edm.EDM_CLASSES`) takes EDM_SCHEDULERS only.
     spacing: "leading", "linspace" or "trailing", instead of the config's.
     karras, exponential: Karras' noise levels, or those even in log sigma; None: as the name's suffix or the config
         says.
@@ -146,6 +147,10 @@ def make_schedule(
         config["prediction_type"] = prediction_type
     if spacing is not None:
         config["timestep_spacing"] = spacing
+    if is_edm(config):
+        _check_edm_arguments(base, spacing, timesteps, config)
+        # keys of other schedulers, which those of EDM don't read
+        config |= {"use_karras_sigmas": False, "use_exponential_sigmas": False, "timestep_spacing": "leading"}
     _check(base, steps, config)
     levels = _levels(name, base, suffix, {KARRAS: karras, EXPONENTIAL: exponential}, config)
     eta = _eta(base, eta)
@@ -269,6 +274,16 @@ def _given(
     if spacing is not None:
         raise InvalidRequest(f"explicit timesteps contradict spacing={spacing!r}; drop one of the two")
     return tuple(check_timesteps(timesteps, steps, config["num_train_timesteps"]).tolist())
+
+
+def _check_edm_arguments(base: str, spacing: str | None, timesteps: Sequence[int] | None, config: Mapping) -> None:
+    check_edm(base, config)
+    for name, value in (("spacing", spacing), ("timesteps", timesteps)):
+        if value is not None:
+            raise InvalidRequest(
+                f"{name}={value!r} is about training timesteps, which a model of {config['_class_name']} has none of; "
+                "leave it out"
+            )
 
 
 def _check(base: str, steps: int, config: Mapping) -> None:

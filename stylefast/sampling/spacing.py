@@ -7,6 +7,7 @@ import torch
 
 from stylefast import values
 from stylefast.errors import InvalidRequest
+from stylefast.sampling.edm import edm_levels, is_edm
 from stylefast.sampling.noise_levels import training_sigmas
 
 SPACINGS = ("leading", "linspace", "trailing")
@@ -81,6 +82,9 @@ def euler_levels(
 
     levels: KARRAS, EXPONENTIAL or None. given: explicit timesteps [steps], which leave `levels` no part.
     """
+    _check_final_sigma(config)
+    if is_edm(config):
+        return edm_levels(config, steps, levels)
     trained = training_sigmas(config)
     timesteps = given if given is not None else spaced_timesteps(config, steps, open_end=False, fractional=True)
     sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
@@ -99,6 +103,9 @@ def multistep_levels(
 
     Raises InvalidRequest where two steps would share a noise level.
     """
+    _check_final_sigma(config)
+    if is_edm(config):
+        return edm_levels(config, steps, levels)
     trained = training_sigmas(config)
     if levels is None:
         timesteps = given if given is not None else spaced_timesteps(config, steps, open_end=True)
@@ -143,7 +150,10 @@ def _spread(config: Mapping, levels: str, first: float, last: float, steps: int)
 
 
 def _final_sigma(config: Mapping, smallest: float) -> float:
+    return 0.0 if config["final_sigmas_type"] == "zero" else smallest
+
+
+def _check_final_sigma(config: Mapping) -> None:
     kind = config["final_sigmas_type"]
     if kind not in ("zero", "sigma_min"):
         raise InvalidRequest(f"final_sigmas_type {kind!r} is unknown; choose 'zero' or 'sigma_min'")
-    return 0.0 if kind == "zero" else smallest

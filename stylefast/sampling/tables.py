@@ -5,7 +5,8 @@ starts from, or UniPC's corrected ones), this step's x0, those of the last step 
 So a step is a 2x6 matrix, and rows of a batch under different samplers share one update.
 
 Variance-preserving samplers (DDIM, DPM++, UniPC, LCM, TCD) hold `alpha z0 + s noise` with `alpha**2 + s**2 = 1`; Euler
-samplers hold `z0 + sigma noise`, `sigma = s / alpha`, and show the model `alpha` times that.
+samplers hold `z0 + sigma noise`, `sigma = s / alpha`, and show the model `alpha` times that. Models of EDM's kind are
+always held as `z0 + sigma noise`, whatever the sampler.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stylefast.errors import InvalidRequest
+from stylefast.sampling.edm import init_noise_scale, is_edm, preconditioning
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -35,19 +37,31 @@ class Tables(NamedTuple):
 
 def exploding(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, update: np.ndarray) -> Tables:
     """Tables of a variance-exploding sampler; timesteps [steps], sigmas [steps + 1], update [steps, 2, 6]."""
+    forward = np.stack([np.ones_like(sigmas), sigmas], axis=1)
+    if is_edm(config):
+        return Tables(timesteps, *preconditioning(config, sigmas[:-1]), update, forward, init_noise_scale(config))
     alpha, s = alpha_s(sigmas[:-1])
     x0 = denoised(config, alpha, s)
     # the latents are 1 / alpha times the variance-preserving ones
     x0[:, 0] *= alpha
-    forward = np.stack([np.ones_like(sigmas), sigmas], axis=1)
     peak = sigmas.max()
     init = peak if config["timestep_spacing"] in ("linspace", "trailing") else np.sqrt(peak**2 + 1)
     return Tables(timesteps, alpha, x0, update, forward, float(init))
 
 
 def preserving(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, update: np.ndarray) -> Tables:
-    """Tables of a variance-preserving sampler; timesteps [steps], sigmas [steps + 1], update [steps, 2, 6]."""
+    """Tables of a variance-preserving sampler; timesteps [steps], sigmas [steps + 1], update [steps, 2, 6].
+
+    The anchor, where a step reads one, holds the latents of the step before.
+    """
     alpha, s = alpha_s(sigmas)
+    if is_edm(config):
+        # the same steps between latents that are not scaled by alpha
+        update = update.copy()
+        update[:, NEXT_LATENTS] /= alpha[1:, None]
+        update[:, NEXT_LATENTS, LATENTS] *= alpha[:-1]
+        update[1:, NEXT_LATENTS, ANCHOR] *= alpha[:-2]
+        return exploding(config, timesteps, sigmas, update)
     x0 = denoised(config, alpha[:-1], s[:-1])
     return Tables(timesteps, np.ones(len(timesteps)), x0, update, np.stack([alpha, s], axis=1))
 
