@@ -110,7 +110,7 @@ class Runtime:
         return self.latents[group.latent_shape].latents[group.shown]
 
     def denoised_of(self, group: Group) -> torch.Tensor:
-        """Those pictures [shown, channels, h, w] as the last step saw them behind the noise; latents before any step."""
+        """Those pictures [shown, channels, h, w] as the last step saw them behind the noise; before any, latents."""
         state = self.latents[group.latent_shape]
         return state.history[:, 0][group.shown] if group.step else state.latents[group.shown]
 
