@@ -20,6 +20,7 @@ namespace py = pybind11;
 namespace {
 
 using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
+using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
 using BoolArray = py::array_t<bool, py::array::c_style>;
 using ReleasedGil = py::call_guard<py::gil_scoped_release>;
 
@@ -106,12 +107,15 @@ py::object list_pages(const stylefast::PagePool& pool) {
 }
 
 stylefast::CopyEngine::Ticket submit(stylefast::CopyEngine& engine, const Int64Array& sources,
-                                     const Int64Array& destinations, const Int64Array& bytes) {
-    if (destinations.size() != sources.size() || bytes.size() != sources.size()) {
+                                     const Int64Array& destinations, const Int64Array& bytes, const Int32Array& files,
+                                     Int32Array& outcomes) {
+    const auto count = sources.size();
+    if (destinations.size() != count || bytes.size() != count || files.size() != count || outcomes.size() != count) {
         throw std::invalid_argument("the arrays' lengths do not fit each other");
     }
+    std::int32_t* const written = outcomes.mutable_data();
     const py::gil_scoped_release release;
-    return engine.submit(sources.data(), destinations.data(), bytes.data(), sources.size());
+    return engine.submit(sources.data(), destinations.data(), bytes.data(), count, files.data(), written);
 }
 
 // an operation that computes without the GIL; the environment is read before, while Python can't change it
@@ -150,7 +154,8 @@ void bind_runtime(py::module_& module) {
     py::class_<CopyEngine::Ticket>(module, "CopyTicket").def_readonly("chunks", &CopyEngine::Ticket::chunks);
     py::class_<CopyEngine>(module, "CopyEngine")
         .def(py::init<std::int64_t, std::int64_t>(), py::arg("threads"), py::arg("capacity"))
-        .def("submit", &submit, py::arg("sources"), py::arg("destinations"), py::arg("bytes"))
+        .def("submit", &submit, py::arg("sources"), py::arg("destinations"), py::arg("bytes"), py::arg("files"),
+             py::arg("outcomes").noconvert())
         .def("progress", &CopyEngine::progress, py::arg("ticket"), ReleasedGil())
         .def("wait", &CopyEngine::wait, py::arg("ticket"), py::arg("chunks") = -1, ReleasedGil())
         .def("close", &CopyEngine::close, ReleasedGil());
@@ -160,7 +165,7 @@ void bind_runtime(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "stylefast's C++ parts; call them through stylefast.runtime and stylefast.kernels";
-    module.attr("interface") = 4;  // stylefast/_extension.py refuses any other number than its own
+    module.attr("interface") = 5;  // stylefast/_extension.py refuses any other number than its own
     bind_runtime(module);
     module.def("cpu_features", &stylefast::cpu_features);
     module.def("instruction_set", &stylefast::instruction_set);

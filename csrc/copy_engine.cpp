@@ -1,6 +1,9 @@
 #include "copy_engine.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -29,7 +32,12 @@ void CopyEngine::work() {
         if (taken_ == submitted_) return;
         Chunk& chunk = slot(taken_++);
         lock.unlock();
-        if (chunk.bytes > 0) std::memcpy(chunk.destination, chunk.source, chunk.bytes);
+        if (chunk.file >= 0) {
+            *chunk.outcome = read(chunk);
+        } else if (chunk.bytes > 0) {
+            const auto source = static_cast<std::uintptr_t>(chunk.source);
+            std::memcpy(chunk.destination, reinterpret_cast<const void*>(source), chunk.bytes);
+        }
         lock.lock();
         chunk.done = true;
         // another thread may still be at an earlier chunk; it will count this one too
@@ -39,14 +47,37 @@ void CopyEngine::work() {
     }
 }
 
+// The outcome of a chunk that lies in a file. A file that is mapped instead would end the process with SIGBUS when
+// somebody cuts it short.
+std::int32_t CopyEngine::read(const Chunk& chunk) {
+    char* to = static_cast<char*>(chunk.destination);
+    std::size_t left = chunk.bytes;
+    off_t at = static_cast<off_t>(chunk.source);
+    while (left > 0) {
+        const ssize_t count = pread(chunk.file, to, left, at);
+        if (count == 0) return kShort;
+        if (count < 0 && errno != EINTR) return errno;
+        if (count < 0) continue;
+        to += count;
+        at += count;
+        left -= static_cast<std::size_t>(count);
+    }
+    return 0;
+}
+
 CopyEngine::Ticket CopyEngine::submit(const std::int64_t* sources, const std::int64_t* destinations,
-                                      const std::int64_t* bytes, std::int64_t count) {
+                                      const std::int64_t* bytes, std::int64_t count, const std::int32_t* files,
+                                      std::int32_t* outcomes) {
     for (std::int64_t i = 0; i < count; ++i) {
-        if (bytes[i] < 0 || (bytes[i] > 0 && (sources[i] == 0 || destinations[i] == 0))) {
+        const bool stored = files != nullptr && files[i] >= 0;
+        const bool source = stored ? sources[i] >= 0 : sources[i] != 0;
+        if (bytes[i] < 0 || (bytes[i] > 0 && (!source || destinations[i] == 0))) {
             throw std::invalid_argument("chunk " + std::to_string(i) + " has " + std::to_string(bytes[i]) +
-                                        " bytes and addresses " + std::to_string(sources[i]) + " and " +
-                                        std::to_string(destinations[i]) + "; sizes are 0 or more, addresses not null");
+                                        " bytes, source " + std::to_string(sources[i]) + " and destination " +
+                                        std::to_string(destinations[i]) +
+                                        "; sizes and offsets are 0 or more, addresses not null");
         }
+        if (outcomes != nullptr) outcomes[i] = 0;
     }
     const std::lock_guard<std::mutex> list(lists_);
     std::unique_lock<std::mutex> lock(mutex_);
@@ -59,7 +90,9 @@ CopyEngine::Ticket CopyEngine::submit(const std::int64_t* sources, const std::in
             copied_.wait(lock, [&] { return submitted_ - completed_ < capacity; });
         }
         Chunk& chunk = slot(submitted_++);
-        chunk.source = reinterpret_cast<const void*>(static_cast<std::uintptr_t>(sources[i]));
+        chunk.source = sources[i];
+        chunk.file = files != nullptr ? files[i] : -1;
+        chunk.outcome = outcomes != nullptr ? outcomes + i : nullptr;
         chunk.destination = reinterpret_cast<void*>(static_cast<std::uintptr_t>(destinations[i]));
         chunk.bytes = static_cast<std::size_t>(bytes[i]);
     }

@@ -26,10 +26,14 @@ public:
     CopyEngine& operator=(const CopyEngine&) = delete;
 
     // Copies bytes[i] bytes from address sources[i] to destinations[i], in this order; the blocks must stay where they
-    // are until the ticket is done. Blocks while the queue is full. std::invalid_argument, before anything is copied,
-    // for a negative size or a null address; std::logic_error after close.
+    // are until the ticket is done. With `files`, files[i] is a descriptor from which the bytes are read at offset
+    // sources[i], or -1 for a block in memory; outcomes[i], which must stay too, is set to 0, to kShort where the file
+    // ends before, or to the system's error number. Blocks while the queue is full. std::invalid_argument, before
+    // anything is copied, for a negative size or offset or a null address; std::logic_error after close.
     Ticket submit(const std::int64_t* sources, const std::int64_t* destinations, const std::int64_t* bytes,
-                  std::int64_t count);
+                  std::int64_t count, const std::int32_t* files = nullptr, std::int32_t* outcomes = nullptr);
+
+    static constexpr std::int32_t kShort = -1;
 
     // How many of the ticket's chunks are copied: its first so many, and everything submitted before.
     std::int64_t progress(const Ticket& ticket) const;
@@ -42,13 +46,16 @@ public:
 
 private:
     struct Chunk {
-        const void* source = nullptr;
+        std::int64_t source = 0;  // an address, or an offset in the file
         void* destination = nullptr;
         std::size_t bytes = 0;
+        std::int32_t file = -1;
+        std::int32_t* outcome = nullptr;
         bool done = false;
     };
 
     void work();
+    static std::int32_t read(const Chunk& chunk);
     Chunk& slot(std::int64_t number) { return ring_[static_cast<std::size_t>(number) % ring_.size()]; }
 
     std::mutex lists_;  // held while a list is given, so that its numbers have no gaps; taken before mutex_

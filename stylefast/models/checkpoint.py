@@ -15,11 +15,11 @@ from stylefast.models.hub import hub_folder, is_hub_id, pick_weights, wanted_fil
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.layout import STYLE_MODULE
 from stylefast.models.packed import channels_last
+from stylefast.models.stored_tensors import load_weights
 from stylefast.models.vae import check_state, fill, infer_vae_config, load_vae, vae_from_folder, vae_from_original
 from stylefast.models.weight_files import (
     PICKLED,
     WeightHeader,
-    load_weights,
     offline,
     read_header,
     require_memory,

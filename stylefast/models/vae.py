@@ -15,9 +15,10 @@ from torch import nn
 
 from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound, NumericsError
 from stylefast.models.hub import hub_folder, is_hub_id, pick_weights, wanted_files
+from stylefast.models.stored_tensors import load_weights
 from stylefast.models.vae_copies import working_decoder, working_encoder
 from stylefast.models.vae_tiles import decode_tiles, plan_decode
-from stylefast.models.weight_files import WeightHeader, available_memory, load_weights, read_header, recognise
+from stylefast.models.weight_files import WeightHeader, available_memory, read_header, recognise
 
 SDXL_SCALING_FACTOR = 0.13025
 DECODE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,7 +7,7 @@ true name before a byte of it is loaded.
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,11 +37,12 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class WeightHeader:
-    """Names, dtypes and shapes of a `.safetensors` file, and its free-form metadata."""
+    """Names, dtypes and shapes of a `.safetensors` file, its free-form metadata, and where each tensor begins."""
 
     path: Path
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     metadata: Mapping[str, str]
+    offsets: Mapping[str, int] = field(default_factory=dict)  # name -> byte of the file
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor; raises ModelFormatError if the file does not hold it."""
@@ -116,7 +117,7 @@ def _parsed(path: Path, raw: bytes, size: int) -> WeightHeader:
         raise ModelFormatError(
             f"{path.name} has {size} bytes where its header announces {8 + len(raw) + expected}; fetch the file again"
         )
-    return WeightHeader(path, tensors, metadata)
+    return WeightHeader(path, tensors, metadata, {name: 8 + len(raw) + start for start, _, name in places})
 
 
 def _checked_entry(damaged: str, name: str, entry) -> tuple[tuple[int, ...], int, int]:
@@ -137,19 +138,6 @@ def _checked_entry(damaged: str, name: str, entry) -> tuple[tuple[int, ...], int
             f"{what} of shape {values.quoted(list(shape))} in {kind} has {end - start} bytes; fetch the file again"
         )
     return shape, start, end
-
-
-def load_weights(path: str | Path, *, dtype: torch.dtype, device, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Load all tensors whose name starts with `prefix`, floating ones cast to `dtype`; names are kept as they are."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ModelFormatError(f"can't read {Path(path).name}: {error}; fetch the file again") from error
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def recognise(header: WeightHeader) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from stylefast.errors import OutOfMemory
 from stylefast.models.conditioning import StylePages
+from stylefast.models.stored_tensors import Span
 from stylefast.models.unet import UNet
 from stylefast.runtime.host_pages import HostPages
 from stylefast.runtime.page_layout import FP8, PageLayout
@@ -197,8 +198,7 @@ class BankPages:
                 for part, source in zip(target, layout.split(block[None])):
                     part[page].copy_(source[0], non_blocking=True)
             else:
-                for source, part in zip(*layout.copies(bank, _place(key), target, page)):
-                    part.copy_(source, non_blocking=True)
+                _copy_all(*layout.copies(bank, _place(key), target, page))
             if not own:
                 self._unpack(bank, layout, target, slot)
         if block is None:
@@ -241,6 +241,22 @@ class BankPages:
     def _staged(self, layout: PageLayout) -> bool:
         """Whether pages of a layout fit into the blocks of the host tier; wider ones than the model's own don't."""
         return layout.nbytes <= self.layout.nbytes
+
+
+def _copy_all(sources: Sequence[torch.Tensor | Span], targets: Sequence[torch.Tensor]) -> None:
+    """Copy tensors and parts of files. Raises StyleError for a bank whose file can't be read or was written to."""
+    files = {}
+    for source, target in zip(sources, targets):
+        if isinstance(source, Span):
+            files[id(source.file)] = source.file
+            # a device can't be read into
+            content = target if target.device.type == "cpu" else torch.empty(target.shape, dtype=target.dtype)
+            source.file.read_into(source, content)
+            source = content
+        if source is not target:
+            target.copy_(source, non_blocking=True)
+    for file in files.values():
+        file.check()
 
 
 def _event(stream) -> "torch.cuda.Event":

@@ -1,9 +1,10 @@
-"""Copies between tensors of the host, in the background and in the order given.
+"""Copies between tensors of the host, and from files into them, in the background and in the order given.
 
-Style banks are read from mapped files into pinned blocks while the model runs. The work is done in C++ where the
+Style banks are read from their files into pinned blocks while the model runs. The work is done in C++ where the
 extension is built and by the twin below where it isn't.
 """
 
+import os
 import queue
 import threading
 import weakref
@@ -15,14 +16,16 @@ import torch
 
 from stylefast._extension import extension, extension_error
 from stylefast.errors import InvalidRequest, MissingDependency
+from stylefast.models.stored_tensors import Span
 from stylefast.runtime.planner import BACKENDS
 
 
 class Ticket:
     """A list of copies under way. Its chunks are done in order, so the first k are there before the others."""
 
-    def __init__(self, engine, raw):
-        self._engine, self._raw = engine, raw
+    def __init__(self, engine, raw, sources: Sequence[torch.Tensor | Span], outcomes: np.ndarray):
+        self._engine, self._raw, self._outcomes = engine, raw, outcomes
+        self._spans = {i: source for i, source in enumerate(sources) if isinstance(source, Span)}
 
     @property
     def chunks(self) -> int:
@@ -44,6 +47,17 @@ class Ticket:
         IndexError for more chunks than the ticket has.
         """
         self._engine.wait(self._raw, chunks)
+
+    def check(self) -> None:
+        """Raise the error of a file that could not be read, or was written to meanwhile, once all copies are done."""
+        for i, span in self._spans.items():
+            outcome = int(self._outcomes[i])
+            if outcome > 0:
+                raise span.file.unreadable(os.strerror(outcome))
+            if outcome < 0:
+                raise span.file.changed()
+        for file in {id(span.file): span.file for span in self._spans.values()}.values():
+            file.check()
 
 
 class CopyEngine:
@@ -74,11 +88,11 @@ class CopyEngine:
         # also at exit, before the modules are torn down
         self._finalizer = weakref.finalize(self, self._engine.close)
 
-    def copy(self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> Ticket:
-        """Copy sources[i] into destinations[i], bytes as they are, in this order.
+    def copy(self, sources: Sequence[torch.Tensor | Span], destinations: Sequence[torch.Tensor]) -> Ticket:
+        """Copy sources[i], a tensor or a part of a file, into destinations[i], bytes as they are, in this order.
 
-        The tensors are kept alive until they are copied, whatever becomes of the ticket. Blocks, without the GIL, while
-        the queue is full.
+        Tensors and files are kept until they are copied, whatever becomes of the ticket. Blocks, without the GIL, while
+        the queue is full. What goes wrong with a file is the ticket's to say: `Ticket.check`.
 
         Raises:
             InvalidRequest: lists of different lengths, tensors that are not on the CPU, not contiguous, of different
@@ -90,9 +104,10 @@ class CopyEngine:
         for i, (source, destination) in enumerate(zip(sources, destinations)):
             _check_pair(i, source, destination)
         self._let_go()
-        raw = self._engine.submit(*_lists(self.backend, sources, destinations))
-        self._held.append((raw, list(sources), list(destinations)))
-        return Ticket(self._engine, raw)
+        outcomes = np.zeros(len(sources), dtype=np.int32)
+        raw = self._engine.submit(*_lists(self.backend, sources, destinations), outcomes)
+        self._held.append((raw, list(sources), list(destinations), outcomes))
+        return Ticket(self._engine, raw, sources, outcomes)
 
     def close(self) -> None:
         """Finish what is queued and end the threads. Again: nothing."""
@@ -117,8 +132,9 @@ class CopyEngine:
                 return
 
 
-def _check_pair(i: int, source: torch.Tensor, destination: torch.Tensor) -> None:
-    for name, tensor in ("source", source), ("destination", destination):
+def _check_pair(i: int, source: torch.Tensor | Span, destination: torch.Tensor) -> None:
+    stored = isinstance(source, Span)
+    for name, tensor in (*(() if stored else (("source", source),)), ("destination", destination)):
         if tensor.device.type != "cpu":
             raise InvalidRequest(f"{name} {i} is on {tensor.device}, but must be on the CPU")
         if not tensor.is_contiguous():
@@ -126,19 +142,23 @@ def _check_pair(i: int, source: torch.Tensor, destination: torch.Tensor) -> None
     size, room = source.nbytes, destination.nbytes
     if size != room:
         raise InvalidRequest(f"source {i} has {size} bytes, but destination {i} has {room}")
-    if abs(source.data_ptr() - destination.data_ptr()) < size:
+    if not stored and abs(source.data_ptr() - destination.data_ptr()) < size:
         raise InvalidRequest(f"source {i} and destination {i} overlap")
 
 
 def _lists(backend, sources, destinations):
     if backend == "python":
-        return _bytes_of(sources), _bytes_of(destinations)
-    columns = ([t.data_ptr() for t in sources], [t.data_ptr() for t in destinations], [t.nbytes for t in sources])
-    return (np.array(column, dtype=np.int64) for column in columns)
+        return [source if isinstance(source, Span) else _bytes_of(source) for source in sources], destinations
+    columns = (
+        [source.offset if isinstance(source, Span) else source.data_ptr() for source in sources],
+        [t.data_ptr() for t in destinations], [source.nbytes for source in sources],
+    )  # fmt: skip
+    files = [source.file.descriptor if isinstance(source, Span) else -1 for source in sources]
+    return (*(np.array(column, dtype=np.int64) for column in columns), np.array(files, dtype=np.int32))
 
 
-def _bytes_of(tensors):
-    return [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]
+def _bytes_of(tensor):
+    return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 class _RawTicket:
@@ -160,19 +180,22 @@ class _Engine:
 
     def work(self):
         while (chunk := self.queue.get()) is not None:
-            ticket, source, destination = chunk
-            destination.copy_(source)
+            ticket, source, destination, outcomes, i = chunk
+            if isinstance(source, Span):
+                outcomes[i] = _read(source, destination)
+            else:
+                _bytes_of(destination).copy_(source)
             with self.changed:
                 ticket.copied += 1
                 self.changed.notify_all()
 
-    def submit(self, sources, destinations):
+    def submit(self, sources, destinations, outcomes):
         with self.lists:
             if self.closed:
                 raise RuntimeError("the copy engine is closed")
             ticket = _RawTicket(len(sources))
-            for source, destination in zip(sources, destinations):
-                self.queue.put((ticket, source, destination))
+            for i, (source, destination) in enumerate(zip(sources, destinations)):
+                self.queue.put((ticket, source, destination, outcomes, i))
             return ticket
 
     def progress(self, ticket):
@@ -191,3 +214,17 @@ class _Engine:
                 self.closed = True
                 self.queue.put(None)
                 self.thread.join()
+
+
+def _read(span: Span, destination: torch.Tensor) -> int:
+    """What csrc's engine calls the outcome: 0, -1 where the file ends before, or the system's error number."""
+    content, done = memoryview(_bytes_of(destination).numpy()), 0
+    try:
+        while done < span.nbytes:
+            count = os.preadv(span.file.descriptor, [content[done:]], span.offset + done)
+            if count == 0:
+                return -1
+            done += count
+    except OSError as error:
+        return error.errno
+    return 0

@@ -1,6 +1,6 @@
 """Pages of style banks in pinned host memory: between the bank's file and the device.
 
-A device reads pinned memory at the full rate of the bus and while it computes; a mapped file it can't. Background
+A device reads pinned memory at the full rate of the bus and while it computes; ordinary memory it can't. Background
 threads bring pages from the file (or from ordinary memory) into pinned blocks some steps before they are wanted, and
 blocks that are wanted again, by the next picture in the same style, are still there.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from stylefast.errors import StyleError
 from stylefast.runtime.copy_engine import CopyEngine, Ticket
 from stylefast.runtime.page_layout import PageLayout
 from stylefast.runtime.page_pool import PagePool, PoolFull
@@ -48,7 +49,7 @@ class HostPages:
     def hold(self, key: np.ndarray, bank: StyleBank, place: tuple, layout: PageLayout) -> torch.Tensor | None:
         """Pin a page and return its block [nbytes of the layout], waiting for it; None where there is no room.
 
-        `release` it when the device has read it.
+        Raises StyleError for a bank whose file can't be read or was written to. `release` it when the device has read it.
         """
         self._settle()
         try:
@@ -61,6 +62,12 @@ class HostPages:
         ticket = self._tickets.pop(slot, None)
         if ticket is not None:
             ticket.wait()
+            try:
+                ticket.check()
+            except BaseException:
+                self._pool.failed(np.array([slot]))
+                self._pool.release(key[None])
+                raise
             self._pool.filled(np.array([slot]))
         return self._blocks[slot, : layout.nbytes]
 
@@ -88,5 +95,10 @@ class HostPages:
     def _settle(self) -> None:
         """Report what the threads have finished."""
         for slot in [slot for slot, ticket in self._tickets.items() if ticket.done]:
-            del self._tickets[slot]
-            self._pool.filled(np.array([slot]))
+            ticket = self._tickets.pop(slot)
+            try:
+                ticket.check()
+            except StyleError:
+                self._pool.failed(np.array([slot]))  # whoever wants the page reads it again, and gets the error
+            else:
+                self._pool.filled(np.array([slot]))

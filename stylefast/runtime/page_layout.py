@@ -86,20 +86,23 @@ class PageLayout:
         return parts[part][:, place]
 
     def copies(self, bank: StyleBank, place: tuple[int, int, int], parts: Sequence[torch.Tensor], slot: int):
-        """(sources, destinations): what brings the page at `place` (step, branch, reference) into page `slot`."""
+        """Return (sources, destinations): what brings the page at `place` (step, branch, reference) into page `slot`.
+
+        Sources are tensors, or spans of the bank's file.
+        """
         sources, destinations = [], []
         values = "hidden" if self.store == "hidden" else "kv"
         for i in bank.info.layers:
-            sources.append(bank.tensors[f"{values}.{i}"][place])
+            sources.append(bank.source(f"{values}.{i}", place))
             destinations.append(self.view(parts, "values", i)[slot])
             if self.dtype == FP8:
-                sources.append(bank.tensors[f"scale.{i}"][place])
+                sources.append(bank.source(f"scale.{i}", place))
                 destinations.append(self.view(parts, "scale", i)[slot])
             for side, name in enumerate(("mean", "variance")):
-                sources.append(bank.tensors[f"{name}.{i}"][place])
+                sources.append(bank.source(f"{name}.{i}", place))
                 destinations.append(self.view(parts, "stats", i)[slot, side])
         for i in range(len(self.norm_elements)):
             for side, name in enumerate(("norm_mean", "norm_variance")):
-                sources.append(bank.tensors[f"{name}.{i}"][place])
+                sources.append(bank.source(f"{name}.{i}", place))
                 destinations.append(self.view(parts, "norm", i)[slot, side])
         return sources, destinations

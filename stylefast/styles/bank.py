@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from stylefast.errors import InvalidRequest, NumericsError, StyleError
-from stylefast.styles.bank_file import BankFile, bank_checksum, check_specs, read_bank, write_bank
+from stylefast.models.stored_tensors import Span, StoredTensors
+from stylefast.styles.bank_file import BankFile, bank_checksum, check_specs, read_bank, specs_of, write_bank
 from stylefast.styles.bank_info import BankInfo
 from stylefast.styles.bank_size import BankShapes, TensorSpec, bank_tensors
 
@@ -63,7 +64,7 @@ class ReferenceFeatures(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StyleBank:
-    """A finished bank. `tensors` are read-only by agreement; those of a loaded bank lie in its file until touched."""
+    """A finished bank. Its `tensors` are read-only by agreement; of a loaded bank, each look-up reads from the file."""
 
     info: BankInfo
     shapes: BankShapes
@@ -74,7 +75,7 @@ class StyleBank:
 
     @classmethod
     def load(cls, path: str | Path, verify: bool = True) -> "StyleBank":
-        """Map a bank's file; nothing is copied.
+        """Open a bank's file; its pages are read when they are wanted.
 
         verify: read the file once and compare its checksum. Raises StyleError for a file that is missing, cut short,
         altered, of another format or no bank, and for tensors that don't belong to what its metadata says.
@@ -94,7 +95,7 @@ class StyleBank:
                 f"the style bank {path} was altered after it was written: its checksum does not match; "
                 "copy it again or bake the style again"
             )
-        return cls(info, shapes, MappingProxyType(tensors), Path(path), checksum)
+        return cls(info, shapes, tensors, Path(path), checksum)
 
     def save(self, path: str | Path, overwrite: bool = True) -> Path:
         """Write the bank as one safetensors file, whole or not at all. Returns the path.
@@ -125,7 +126,13 @@ class StyleBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(spec.nbytes for spec in specs_of(self.tensors).values())
+
+    def source(self, name: str, place: tuple[int, ...]) -> Tensor | Span:
+        """Return the part [place] of the leading dimensions of a tensor, or where in the bank's file it lies."""
+        if isinstance(self.tensors, StoredTensors):
+            return self.tensors.span(name, place)
+        return self.tensors[name][place]
 
     @property
     def settings(self) -> dict:

@@ -1,7 +1,8 @@
-"""Style banks on disk: safetensors files that are filled in place, appear whole or not at all, and are mapped to read.
+"""Style banks on disk: safetensors files that are filled in place, appear whole or not at all, and are read by pages.
 
 A bank of SDXL has some 25 GB, so it is never gathered in memory: a temporary file of the final size is mapped and
-filled page by page, then checked, synced and moved to its name. Each writer has a temporary of its own, held under a
+filled page by page, then checked, synced and moved to its name. Finished files are read, never mapped (see
+`models.stored_tensors`). Each writer has a temporary of its own, held under a
 lock: of two writers the last one wins whole, and what a killed one left behind is known by its lock being free.
 
 The header's metadata holds two strings: `stylefast_bank`, a JSON object, and `stylefast_bank_sha256`, a hash of that
@@ -22,13 +23,13 @@ import struct
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from stylefast.errors import ModelFormatError, ModelNotFound, OutOfMemory, StyleError
-from stylefast.models.weight_files import PICKLED, read_header
+from stylefast.models.stored_tensors import StoredTensors
+from stylefast.models.weight_files import PICKLED
 from stylefast.styles.bank_size import TensorSpec
 
 METADATA = "stylefast_bank"
@@ -151,8 +152,8 @@ class BankFile:
         return StyleError(f"can't write the bank {self.path}: {error.strerror or error}; choose another place")
 
 
-def read_bank(path: str | Path) -> tuple[str, str, dict[str, Tensor]]:
-    """Map a bank's file. Returns its metadata (JSON), its checksum and its tensors by name, none of them copied.
+def read_bank(path: str | Path) -> tuple[str, str, StoredTensors]:
+    """Open a bank's file. Returns its metadata (JSON), its checksum and its tensors by name, none of them read.
 
     Raises StyleError if nothing is there, or if the file is no safetensors file, is cut short, or holds no bank.
     """
@@ -160,39 +161,22 @@ def read_bank(path: str | Path) -> tuple[str, str, dict[str, Tensor]]:
     if not path.is_file():
         raise StyleError(f"there is no style bank at {path}; check the path")
     try:
-        while True:
-            # safetensors opens a path more than once, and another process may replace the file in between
-            with path.open("rb") as held:
-                try:
-                    found = _read(path)
-                except StyleError:
-                    if _is_still_at(path, held):
-                        raise
-                    continue
-                if _is_still_at(path, held):
-                    return found
-    except OSError as error:
-        raise StyleError(f"can't read the style bank {path}: {error.strerror or error}") from error
-
-
-def _is_still_at(path: Path, file: BinaryIO) -> bool:
-    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-
-
-def _read(path: Path) -> tuple[str, str, dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        header = read_header(path)
-        metadata, checksum = header.metadata.get(METADATA), header.metadata.get(CHECKSUM)
-        if not isinstance(metadata, str) or not isinstance(checksum, str):
-            raise StyleError(f"{path} is a safetensors file, but no style bank; bake one with Engine.bake")
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            return metadata, checksum, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = StoredTensors(path, f"the style bank {path}", StyleError)
     except (ModelNotFound, ModelFormatError) as error:
         raise StyleError(f"can't read the style bank {path}: {error}") from error
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise StyleError(f"can't read the style bank {path}: {error}; copy it again or bake the style again") from error
+    except OSError as error:
+        raise StyleError(f"can't read the style bank {path}: {error.strerror or error}") from error
+    metadata, checksum = (tensors.header.metadata.get(name) for name in (METADATA, CHECKSUM))
+    if not isinstance(metadata, str) or not isinstance(checksum, str):
+        raise StyleError(f"{path} is a safetensors file, but no style bank; bake one with Engine.bake")
+    return metadata, checksum, tensors
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """Types and shapes of tensors by name; those in a file are not read for it."""
+    if isinstance(tensors, StoredTensors):
+        return {name: TensorSpec(tensors.dtype(name), tensors.shape(name)) for name in tensors}
+    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def bank_checksum(metadata: str, tensors: Mapping[str, Tensor]) -> str:
@@ -200,9 +184,11 @@ def bank_checksum(metadata: str, tensors: Mapping[str, Tensor]) -> str:
 
     The tensors are hashed one by one, several at a time, so that the speed is the disk's and not one core's.
     """
-    names = sorted(tensors)
+    names, specs = sorted(tensors), specs_of(tensors)
     with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as threads:
-        digests = list(threads.map(lambda name: _digest(name, tensors[name]), names))
+        digests = list(threads.map(lambda name: _digest(name, specs[name], tensors), names))
+    if isinstance(tensors, StoredTensors):
+        tensors.check()
     return hashlib.sha256(hashlib.sha256(metadata.encode()).digest() + b"".join(digests)).hexdigest()
 
 
@@ -214,11 +200,12 @@ def check_specs(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], 
         raise StyleError(
             f"the style bank {name} {what} ({len(missing)} tensors missing, {len(extra)} too many); bake it again"
         )
+    held = specs_of(tensors)
     for key, spec in specs.items():
-        found = tensors[key]
-        if tuple(found.shape) != spec.shape or found.dtype != spec.dtype:
+        found = held[key]
+        if found != spec:
             raise StyleError(
-                f"{key} of the style bank {name} is {found.dtype} {tuple(found.shape)} where its metadata announces "
+                f"{key} of the style bank {name} is {found.dtype} {found.shape} where its metadata announces "
                 f"{spec.dtype} {spec.shape}; bake it again"
             )
 
@@ -227,7 +214,7 @@ def write_bank(
     path: str | Path, metadata: str, tensors: Mapping[str, Tensor], overwrite: bool, check: Callable[[str], None]
 ) -> Path:
     """Write tensors that exist already, one after the other. `check` sees the checksum before the file is published."""
-    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    specs = specs_of(tensors)
     file = BankFile(path, specs, metadata, overwrite)
     try:
         for name, tensor in tensors.items():
@@ -261,9 +248,13 @@ def _lay_out(specs: Mapping[str, TensorSpec], metadata: str) -> tuple[bytes, dic
     return struct.pack("<Q", len(text)) + text, {name: begin + start for name, start in starts.items()}, begin + end
 
 
-def _digest(name: str, tensor: Tensor) -> bytes:
-    found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-    found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+def _digest(name: str, spec: TensorSpec, tensors: Mapping[str, Tensor]) -> bytes:
+    found = hashlib.sha256(f"{name} {spec.dtype} {spec.shape} ".encode())
+    if isinstance(tensors, StoredTensors):
+        for piece in tensors.chunks(name):
+            found.update(piece)
+    else:
+        found.update(tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy())
     return found.digest()
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import stylefast as sf
-from stylefast.errors import OutOfMemory
+from stylefast.errors import OutOfMemory, StyleError
 from stylefast.models.unet import UNet
 from stylefast.runtime.bank_pages import BankPages
 from stylefast.runtime.page_layout import PageLayout
@@ -52,6 +52,29 @@ def test_host_blocks_bring_the_same_pages_as_the_tensors_themselves(engine, bank
         staged.release(wanted)
     assert staged.stats().pinned == 0 and staged._host.stats().pinned == 0
     staged.close()
+
+
+@pytest.mark.parametrize("host_blocks", [0, 4], ids=["straight", "through host blocks"])
+def test_pages_come_from_a_banks_file_and_one_that_was_cut_short_stops_its_readers_alone(
+    engine, banks, tmp_path, host_blocks
+):
+    kept = banks["kv", "fp16"]
+    stored = sf.StyleBank.load(kept.save(tmp_path / "brand.bank"))
+    pages = BankPages(engine.unet, LATENTS, 8, host_blocks=host_blocks)
+    slots, wanted = pages.hold(keys(stored, 0)), pages.hold(keys(kept, 0))
+    for slot, other in zip(slots, wanted):
+        assert all(torch.equal(a, b) for a, b in zip(content(pages, slot), content(pages, other), strict=True))
+    with open(stored.path, "r+b") as file:
+        file.truncate(stored.path.stat().st_size // 3)
+    pages.prefetch((), keys(stored, 1))
+    for _ in range(2):
+        with pytest.raises(StyleError, match="brand.bank was written to while it was in use"):
+            pages.hold(keys(stored, 1))
+    pages.hold(keys(kept, 1))
+    for held in (keys(stored, 0), keys(kept, 0), keys(kept, 1)):
+        pages.release(held)
+    assert pages.stats().pinned == 0 and (not host_blocks or pages._host.stats().pinned == 0)
+    pages.close()
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(KINDS[1], 1e-3), (KINDS[2], 0.07), (KINDS[3], 1e-5), (KINDS[4], 0.1)],

@@ -1,6 +1,7 @@
 """Background copies: order, progress, lifetime of the tensors, refusals."""
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -8,8 +9,10 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from stylefast.errors import InvalidRequest, MissingDependency
+from stylefast.errors import InvalidRequest, MissingDependency, ModelFormatError
+from stylefast.models.stored_tensors import StoredTensors
 from stylefast.runtime import copy_engine
 from stylefast.runtime.copy_engine import CopyEngine
 from tests.runtime.backends import backends
@@ -35,6 +38,37 @@ def test_tensors_of_any_type_and_shape_arrive_bit_for_bit(engine):
     assert ticket.done and ticket.chunks == ticket.progress() == len(sources)
     for source, destination in zip(sources, destinations):
         assert destination.reshape(-1).view(torch.uint8).equal(source.reshape(-1).view(torch.uint8))
+
+
+@backends
+def test_parts_of_files_arrive_beside_tensors_and_a_file_cut_short_is_told(engine, tmp_path):
+    kept = {"a": torch.randn(3, 1000), "b": torch.randn(7).half()}
+    save_file(kept, tmp_path / "stored.safetensors")
+    stored = StoredTensors(tmp_path / "stored.safetensors")
+    sources = [stored.span("a", (2,)), torch.arange(5.0), stored.span("b")]
+    destinations = [torch.zeros(1000), torch.zeros(5), torch.zeros(7, dtype=torch.float16)]
+    ticket = engine.copy(sources, destinations)
+    ticket.wait()
+    ticket.check()
+    for found, wanted in zip(destinations, (kept["a"][2], torch.arange(5.0), kept["b"])):
+        assert torch.equal(found, wanted)
+    os.truncate(stored.path, stored.header.offsets["b"] - 8)
+    ticket = engine.copy(sources, destinations)
+    ticket.wait()
+    with pytest.raises(ModelFormatError, match="stored.safetensors was written to while it was in use"):
+        ticket.check()
+
+
+@backends
+def test_a_file_that_can_not_be_read_is_told(engine, tmp_path):
+    save_file({"a": torch.ones(9)}, tmp_path / "stored.safetensors")
+    stored = StoredTensors(tmp_path / "stored.safetensors")
+    span, stored.descriptor = stored.span("a"), os.open(tmp_path, os.O_RDONLY)
+    ticket = engine.copy([span], [torch.zeros(9)])
+    ticket.wait()
+    with pytest.raises(ModelFormatError, match="can't read stored.safetensors: Is a directory"):
+        ticket.check()
+    os.close(stored.descriptor)
 
 
 @backends

@@ -89,14 +89,55 @@ def test_a_file_that_another_tool_wrote_in_another_order_is_the_same_bank(tmp_pa
     assert path.read_bytes() != before and same(StyleBank.load(path), bank)
 
 
-def test_loading_maps_the_file_and_copies_nothing(tmp_path):
+def test_loading_reads_no_tensor_and_maps_nothing(tmp_path):
     small_bank().save(tmp_path / "brand.bank")
     bank = StyleBank.load(tmp_path / "brand.bank", verify=False)
-    mapped = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()
-              if line.endswith(str(tmp_path / "brand.bank"))]  # fmt: skip
-    spans = [(int(start, 16), int(end, 16)) for start, end in mapped]
-    for tensor in bank.tensors.values():
-        assert any(start <= tensor.data_ptr() < end for start, end in spans)
+    tensors = [bank.tensors[name] for name in bank.tensors]
+    assert sum(tensor.nbytes for tensor in tensors) == bank.nbytes
+    assert str(tmp_path / "brand.bank") not in Path("/proc/self/maps").read_text()
+
+
+def test_a_part_of_a_tensor_is_where_its_span_says(tmp_path):
+    kept = small_bank()
+    kept.save(tmp_path / "brand.bank")
+    bank = StyleBank.load(tmp_path / "brand.bank")
+    for name in ("kv.1", "mean.0", "norm_mean.0"):
+        for place in ((0, 0, 0), (1, 1, 0), (0, 1)):
+            assert torch.equal(bank.tensors.read(name, place), kept.tensors[name][place])
+    with pytest.raises(IndexError, match="has no place .9"):
+        bank.source("kv.1", (9, 0, 0))
+
+
+def _copied_over(file, other):
+    with open(file, "wb") as target:  # as cp does: the same file, emptied and filled anew
+        target.write(other.read_bytes())
+
+
+@pytest.mark.parametrize("change", [
+    lambda file, other: os.truncate(file, file.stat().st_size // 2), lambda file, other: os.truncate(file, 0),
+    _copied_over, lambda file, other: os.utime(file, (1, 1)),
+], ids=["cut short", "emptied", "another bank copied over it", "written in place"])  # fmt: skip
+def test_a_file_that_changes_while_it_is_in_use_is_an_error_not_the_end(tmp_path, change):
+    file, other = tmp_path / "brand.bank", tmp_path / "other.bank"
+    small_bank().save(file)
+    small_bank(seed=5).save(other)
+    bank = StyleBank.load(file)
+    change(file, other)
+    for use in (lambda: bank.tensors["kv.0"], lambda: bank.save(tmp_path / "again.bank")):
+        with pytest.raises(StyleError, match="brand.bank was written to while it was in use; load it again"):
+            use()
+
+
+def test_a_file_that_is_replaced_by_renaming_goes_on(tmp_path):
+    file = tmp_path / "brand.bank"
+    kept = small_bank()
+    kept.save(file)
+    bank = StyleBank.load(file)
+    small_bank(seed=5).save(tmp_path / "other.bank")
+    os.replace(tmp_path / "other.bank", file)
+    assert torch.equal(bank.tensors["kv.0"], kept.tensors["kv.0"])
+    file.unlink()
+    assert torch.equal(bank.tensors["kv.0"], kept.tensors["kv.0"])
 
 
 def test_pages_of_round_size_are_aligned_in_the_file(tmp_path):

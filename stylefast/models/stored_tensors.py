@@ -1,0 +1,176 @@
+"""Tensors in safetensors files, read when they are wanted and never mapped.
+
+A mapped file that is cut short while it is in use ends the process with SIGBUS, and `cp new.bank brand.bank` does just
+that; one that is written anew changes under whoever uses it. A file that is read says so instead.
+"""
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stylefast.errors import ModelFormatError
+from stylefast.models.weight_files import WeightHeader, read_header
+
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+_CHUNK = 2**24  # bytes
+
+
+class Span(NamedTuple):
+    """Bytes of a file: a tensor, or a part of one that lies in one piece."""
+
+    file: "StoredTensors"
+    offset: int
+    nbytes: int
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name; looking one up reads it, into memory of its own.
+
+    what: how messages name the file, error: the class of its errors. The file stays open, so replacing it by another
+    (as every `save` and `bake` here does) changes nothing; writing into it or cutting it short is noticed.
+
+    Raises ModelNotFound and ModelFormatError as `read_header` does.
+    """
+
+    def __init__(self, path: str | Path, what: str | None = None, error: type[Exception] = ModelFormatError):
+        self.path, self._error = Path(path), error
+        self._what = what or self.path.name
+        self.header, self.descriptor = _open(self.path)
+        self._close = weakref.finalize(self, os.close, self.descriptor)
+        self._state = _state(self.descriptor)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.header.tensors)
+
+    def __len__(self) -> int:
+        return len(self.header.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.header.tensors
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor. Raises `error` for one that PyTorch does not have."""
+        kind = self.header.tensors[name][0]
+        if kind not in _DTYPES:
+            raise self._error(f"{self._what} holds {name} in {kind}, which PyTorch can't read")
+        return _DTYPES[kind]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self.header.tensors[name][1]
+
+    def span(self, name: str, place: Sequence[int] = ()) -> Span:
+        """Return where a tensor lies, or its part [place] of the leading dimensions."""
+        offset, nbytes = self.header.offsets[name], _nbytes(self.dtype(name), self.shape(name))
+        for index, side in zip(place, self.shape(name)):
+            if not 0 <= index < side:
+                raise IndexError(f"{name} has shape {list(self.shape(name))}, which has no place {list(place)}")
+            nbytes //= side
+            offset += index * nbytes
+        return Span(self, offset, nbytes)
+
+    def read(self, name: str, place: Sequence[int] = ()) -> Tensor:
+        """Read a tensor, or its part [place] of the leading dimensions, into new memory.
+
+        Raises `error` if the file can't be read, or was written to since it was opened.
+        """
+        found = torch.empty(self.shape(name)[len(place) :], dtype=self.dtype(name))
+        self.read_into(self.span(name, place), found)
+        self.check()
+        return found
+
+    def read_into(self, span: Span, target: Tensor) -> None:
+        """Read bytes into a contiguous tensor of the CPU that has as many. Raises `error`; see `check`."""
+        content = memoryview(target.detach().reshape(-1).view(torch.uint8).numpy())
+        done = 0
+        try:
+            while done < span.nbytes:
+                count = os.preadv(self.descriptor, [content[done:]], span.offset + done)
+                if count == 0:
+                    raise self.changed()
+                done += count
+        except OSError as error:
+            raise self.unreadable(error.strerror or str(error)) from error
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Read the bytes of a tensor piece by piece; a piece is valid until the next one is asked for."""
+        span = self.span(name)
+        buffer = torch.empty(min(span.nbytes, _CHUNK), dtype=torch.uint8)
+        for start in range(0, span.nbytes, _CHUNK):
+            piece = buffer[: min(_CHUNK, span.nbytes - start)]
+            self.read_into(Span(self, span.offset + start, piece.nbytes), piece)
+            yield memoryview(piece.numpy())
+
+    def check(self) -> None:
+        """Raise `error` if the file was written to or cut short since it was opened; what was read may be mixed."""
+        if _state(self.descriptor) != self._state:
+            raise self.changed()
+
+    def unreadable(self, reason: str) -> Exception:
+        """Return the error of a file that the system can't read."""
+        return self._error(f"can't read {self._what}: {reason}")
+
+    def close(self) -> None:
+        """Close the file; nothing can be read any more."""
+        self._close()
+
+    def changed(self) -> Exception:
+        """Return the error of a file that was written to, or cut short, while it was in use."""
+        return self._error(
+            f"{self._what} was written to while it was in use; load it again, and replace such files by renaming "
+            "(mv), not by copying over them (cp)"
+        )
+
+
+def load_weights(path: str | Path, *, dtype: torch.dtype, device, prefix: str = "") -> dict[str, Tensor]:
+    """Load all tensors whose name starts with `prefix`, floating ones cast to `dtype`; names are kept as they are.
+
+    Raises ModelNotFound and ModelFormatError.
+    """
+    stored = StoredTensors(path)
+    loaded = {}
+    for name in stored:
+        if name.startswith(prefix):
+            tensor = stored[name]
+            loaded[name] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+    stored.close()
+    return loaded
+
+
+def _open(path: Path) -> tuple[WeightHeader, int]:
+    """Header and descriptor of one and the same file, though another may take its name meanwhile."""
+    while True:
+        header = read_header(path)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ModelFormatError(f"can't read {path.name}: {error.strerror or error}") from error
+        if read_header(path) == header and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return header, descriptor
+        os.close(descriptor)
+
+
+def _state(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
+
+
+def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    count = dtype.itemsize
+    for side in shape:
+        count *= side
+    return count
