@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from stylefast import values
 from stylefast.errors import EngineMismatch, ExportError, ModelFormatError, ModelNotFound
+from stylefast.values import quoted
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -42,10 +44,11 @@ class FileEntry:
 
     def __post_init__(self):
         _check_name(self.name)
-        if not _whole(self.bytes) or self.bytes < 0:
-            raise ModelFormatError(f"{MANIFEST}: bytes of {self.name} is {self.bytes!r}; it must be a whole number")
+        values.whole_number(f"{MANIFEST}: bytes of {self.name}", self.bytes, 0, error=ModelFormatError)
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
-            raise ModelFormatError(f"{MANIFEST}: sha256 of {self.name} is {self.sha256!r}; it must be 64 hex digits")
+            raise ModelFormatError(
+                f"{MANIFEST}: sha256 of {self.name} is {quoted(self.sha256)}; it must be 64 hex digits"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,16 @@ class GraphEntry:
     def __post_init__(self):
         if self.component not in COMPONENTS:
             raise ModelFormatError(
-                f"{MANIFEST} has a graph of {self.component!r}; this version of stylefast knows {', '.join(COMPONENTS)}"
+                f"{MANIFEST} has a graph of {quoted(self.component)}; this version of stylefast knows "
+                f"{', '.join(COMPONENTS)}"
             )
         object.__setattr__(self, "files", _tuple("files", self.files))
         for name in self.files:
             _check_name(name)
         if self.file not in self.files:
-            raise ModelFormatError(f"{MANIFEST}: the graph's file {self.file!r} is not among its files {self.files}")
+            raise ModelFormatError(
+                f"{MANIFEST}: the graph's file {quoted(self.file)} is not among its files {quoted(self.files)}"
+            )
         for name in ("inputs", "outputs"):
             tensors = tuple(_tensor(name, tensor) for tensor in _tuple(name, getattr(self, name)))
             object.__setattr__(self, name, tensors)
@@ -85,12 +91,11 @@ class GraphEntry:
                 raise ModelFormatError(f"{MANIFEST}: {name} of {self.file} is no object")
             object.__setattr__(self, name, dict(getattr(self, name)))
         for dimension, size in self.fixed.items():
-            if not _whole(size) or size < 1:
-                raise ModelFormatError(f"{MANIFEST}: {self.file} is fixed at {dimension} {size!r}; sizes are 1 and up")
-        if self.opset is not None and not _whole(self.opset):
-            raise ModelFormatError(f"{MANIFEST}: the opset of {self.file} is {self.opset!r}; it must be a whole number")
+            values.whole_number(f"{MANIFEST}: {self.file} is fixed, its {dimension}", size, 1, error=ModelFormatError)
+        if self.opset is not None:
+            values.whole_number(f"{MANIFEST}: the opset of {self.file}", self.opset, error=ModelFormatError)
         if not isinstance(self.shape.get("flavour", ""), str):
-            raise ModelFormatError(f"{MANIFEST}: the flavour of {self.file} is {self.shape['flavour']!r}")
+            raise ModelFormatError(f"{MANIFEST}: the flavour of {self.file} is {quoted(self.shape['flavour'])}")
 
     @property
     def label(self) -> str:
@@ -127,10 +132,9 @@ class Manifest:
     def __post_init__(self):
         _check_format(self.format)
         if self.kind not in KINDS:
-            raise ModelFormatError(f"{MANIFEST} says kind {self.kind!r}; there are {', '.join(KINDS)}")
+            raise ModelFormatError(f"{MANIFEST} says kind {quoted(self.kind)}; there are {', '.join(KINDS)}")
         for name in ("stylefast", "model", "fingerprint", "dtype", "target"):
-            if not isinstance(getattr(self, name), str):
-                raise ModelFormatError(f"{MANIFEST}: {name} is {getattr(self, name)!r}; it must be a string")
+            values.text(f"{MANIFEST}: {name}", getattr(self, name), error=ModelFormatError)
         for name in ("toolchain", "profiles"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ModelFormatError(f"{MANIFEST}: {name} is no object")
@@ -215,11 +219,10 @@ def read_manifest(folder: str | Path) -> Manifest:
             "with the same arguments to go on with it"
         )
     try:
-        if path.stat().st_size > _LARGEST_MANIFEST:
-            raise ModelFormatError(f"{path} has {path.stat().st_size} bytes; no manifest is that large")
-        return Manifest.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+        content = values.read_json(path, "it", error=ModelFormatError, largest=_LARGEST_MANIFEST)
+    except ModelFormatError as error:
         raise ModelFormatError(f"{path} can't be read ({error}); export the model again") from error
+    return Manifest.from_json(content)
 
 
 def file_entry(folder: Path, name: str) -> FileEntry:
@@ -335,16 +338,18 @@ def check_fits(
 def _check_format(found: Any) -> None:
     if found != FORMAT:
         raise ModelFormatError(
-            f"{MANIFEST} has format {found!r}; this version of stylefast reads format {FORMAT}: export again, or use "
-            "the version that wrote it"
+            f"{MANIFEST} has format {quoted(found)}; this version of stylefast reads format {FORMAT}: export again, or "
+            "use the version that wrote it"
         )
 
 
 def _check_name(name: Any) -> None:
     """A file's path must stay in the folder, also on systems with other separators."""
-    parts = name.split("/") if isinstance(name, str) else []
+    parts = values.text(f"{MANIFEST}: a file's name", name, error=ModelFormatError).split("/")
     if not parts or any(part in ("", ".", "..") or set(part) & set("\\:\0") for part in parts) or name == MANIFEST:
-        raise ModelFormatError(f"{MANIFEST} lists a file {name!r}; it must be the plain path of a file in the folder")
+        raise ModelFormatError(
+            f"{MANIFEST} lists a file {quoted(name)}; it must be the plain path of a file in the folder"
+        )
 
 
 def _tensor(what: str, found: Any) -> tuple[str, str, tuple[int | str, ...]]:
@@ -354,16 +359,12 @@ def _tensor(what: str, found: Any) -> tuple[str, str, tuple[int | str, ...]]:
         sized = all(isinstance(dim, int | str) and not isinstance(dim, bool) for dim in dims)
         if isinstance(name, str) and isinstance(dtype, str) and sized:
             return name, dtype, tuple(dims)
-    raise ModelFormatError(f"{MANIFEST}: {what} hold {found!r}; each must be [name, type, dims]")
-
-
-def _whole(found: Any) -> bool:
-    return isinstance(found, int) and not isinstance(found, bool)
+    raise ModelFormatError(f"{MANIFEST}: {what} hold {quoted(found)}; each must be [name, type, dims]")
 
 
 def _tuple(name: str, found: Any) -> tuple:
     if not isinstance(found, list | tuple):
-        raise ModelFormatError(f"{MANIFEST}: {name} is {found!r}; it must be a list")
+        raise ModelFormatError(f"{MANIFEST}: {name} is {quoted(found)}; it must be a list")
     return tuple(found)
 
 
@@ -373,6 +374,6 @@ def _file_from_json(found: Any) -> FileEntry:
 
 
 def _check_fields(what: str, found: Any, known: set[str]) -> None:
-    if not isinstance(found, Mapping) or set(found) != known:
-        given = sorted(found) if isinstance(found, Mapping) else type(found).__name__
-        raise ModelFormatError(f"{MANIFEST} is damaged: {what} has {given} instead of {sorted(known)}")
+    if not isinstance(found, Mapping) or set(map(str, found)) != known:
+        given = quoted(sorted(map(str, found))) if isinstance(found, Mapping) else type(found).__name__
+        raise ModelFormatError(f"{MANIFEST} is damaged: {what} has {given} instead of {', '.join(sorted(known))}")

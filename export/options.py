@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stylefast import export, kernels, models
+from stylefast import export, kernels, models, values
 from stylefast.errors import InvalidRequest, MissingDependency, ModelError
 from stylefast.export.manifest import COMPONENTS, KINDS
 from stylefast.export.onnx_writer import check_opset
@@ -40,6 +40,7 @@ DEFAULT_FLAVOURS = {
     "triton-repo": ("live", "banked", "plain"),
 }
 DEFAULT_COMPONENTS = {"onnx": (ALL,), "tensorrt": ("unet",), "aoti": ("unet",), "triton-repo": (ALL,)}
+_MOST_NAMES = 64
 _AOTI_TARGETS = ("cpu", "cuda")
 _NEEDS_ADAPTER = ("image_encoder", "image_projector")
 # packages beside torch that decide what a graph looks like
@@ -78,20 +79,27 @@ class Options:
     overwrite: bool = False
 
     def __post_init__(self):
-        _one_of("kind", self.kind, KINDS)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("attention", self.attention, ATTENTION)
-        _one_of("runner", self.runner, RUNNERS)
+        values.one_of("kind", self.kind, KINDS)
+        values.one_of("dtype", self.dtype, DTYPES)
+        values.one_of("attention", self.attention, ATTENTION)
+        values.one_of("runner", self.runner, RUNNERS)
         put = object.__setattr__
-        put(self, "flavours", tuple(self.flavours) or DEFAULT_FLAVOURS[self.kind])
-        put(self, "components", tuple(self.components) or DEFAULT_COMPONENTS[self.kind])
-        put(self, "targets", tuple(self.targets))
-        put(self, "profiles", tuple(self.profiles))
-        put(self, "onnx", None if self.onnx is None else Path(self.onnx))
+        for name in ("flavours", "components", "targets", "profiles"):
+            given = values.several(name, getattr(self, name), most=_MOST_NAMES)
+            put(self, name, tuple(values.text(f"{name}[{i}]", one) for i, one in enumerate(given)))
+        put(self, "flavours", self.flavours or DEFAULT_FLAVOURS[self.kind])
+        put(self, "components", self.components or DEFAULT_COMPONENTS[self.kind])
+        put(self, "onnx", None if self.onnx is None else values.path("onnx", self.onnx))
+        for name in ("refit", "overwrite"):
+            put(self, name, values.flag(name, getattr(self, name)))
+        for name in ("references", "segments"):
+            put(self, name, values.whole_number(name, getattr(self, name)))
+        if self.opset is not None:
+            put(self, "opset", values.whole_number("opset", self.opset))
         for name, known in (("flavours", FLAVOURS), ("components", (*COMPONENTS, ALL))):
             _distinct(name, getattr(self, name))
             for one in getattr(self, name):
-                _one_of(name, one, known)
+                values.one_of(name, one, known)
         if ALL in self.components and len(self.components) > 1:
             raise InvalidRequest(f"components are {', '.join(self.components)}; give {ALL}, or names of single ones")
         if self.kind in ("tensorrt", "aoti") and self.components != ("unet",):
@@ -135,13 +143,17 @@ class Options:
             raise InvalidRequest(f"target is {', '.join(self.targets)}; exports of kind {self.kind} have no target")
 
     def _check_size(self) -> None:
-        if self.size is None or self.size == NATIVE:
+        if self.size is None or (isinstance(self.size, str) and self.size == NATIVE):
             return
-        if isinstance(self.size, str) or len(self.size) != 2:
-            raise InvalidRequest(f"size is {self.size!r}; it must be {NATIVE!r} or (width, height) in pixels")
+        if not isinstance(self.size, (list, tuple)) or len(self.size) != 2:
+            shown = values.quoted(self.size)
+            raise InvalidRequest(f"size is {shown}; it must be {NATIVE!r} or (width, height) in pixels")
+        sides = []
         for name, side in zip(("width", "height"), self.size):
-            if isinstance(side, bool) or not isinstance(side, int) or not 8 <= side <= 8192 or side % 8:
-                raise InvalidRequest(f"{name} is {side!r}; it must be divisible by 8 and from 8 to 8192 pixels")
+            sides.append(values.whole_number(name, side, 8, 8192))
+            if sides[-1] % 8:
+                raise InvalidRequest(f"{name} is {side}; it must be divisible by 8 and from 8 to 8192 pixels")
+        object.__setattr__(self, "size", tuple(sides))
 
     def _check_belongs(self) -> None:
         """Options of one kind do nothing in another, so they are refused there."""
@@ -253,7 +265,7 @@ def load_source(
 
     Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest.
     """
-    _one_of("dtype", dtype, DTYPES)
+    values.one_of("dtype", dtype, DTYPES)
     components = load_components(model, dtype=DTYPES[dtype], device=device, vae=vae)
     unet = UNet.from_state(components.unet_config, components.unet_state)
     unet.layout = replace(unet.layout, style_modules=components.style_modules)
@@ -313,11 +325,6 @@ def sampled_digest(module: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(values[:: max(values.numel() // 256, 1)][:256].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _one_of(name: str, value: Any, known) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise InvalidRequest(f"{name} is {value!r}; there are {', '.join(known)}")
 
 
 def _distinct(name: str, values: tuple) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import stylefast
+from stylefast import values
 from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory
 from stylefast.export.options import Source
 from stylefast.models import vae as vaes
@@ -31,7 +32,16 @@ from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Job
 from stylefast.runtime.loop import StepCallback, denoise_all
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory, parse_bytes
-from stylefast.runtime.options import as_list, buckets_of, check_deadline, check_output, count_of, device_of, dtype_of
+from stylefast.runtime.options import (
+    as_list,
+    buckets_of,
+    check_deadline,
+    check_output,
+    count_of,
+    device_of,
+    dtype_of,
+    prompts_of,
+)
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
 from stylefast.runtime.results import Result
@@ -222,7 +232,7 @@ class Engine:
         steps: int = 30,
         guidance: float = 5.0,
         size: tuple[int, int] | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] | None = 0,
         scheduler: str = "euler",
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -235,7 +245,8 @@ class Engine:
         Args:
             prompts: a prompt or several, or `Request`s (whose own settings then count), or a mix of both.
             style: None, a style or a list of styles, for the prompts given as strings.
-            seed: picture i gets seed + i.
+            seed: picture i gets seed + i; or a list with one for each prompt. None or -1 draws one; the seeds that were
+                used are in the result's metadata.
             callback: called after every step with (step, steps, latents of the running pictures).
             output: "pil", "np", or "latents" to leave the VAE out.
             The rest is documented at `Request`.
@@ -245,15 +256,13 @@ class Engine:
         """
         self._check_open()
         check_output(output)
-        if callback is not None and not callable(callback):
-            raise InvalidRequest(f"callback is {callback!r}; give a function of (step, steps, latents), or None")
-        prompts = [prompts] if isinstance(prompts, (str, Request)) else list(prompts)
-        if not prompts:
-            raise InvalidRequest("no prompt was given; pass one or several")
+        values.function("callback", callback, "(step, steps, latents)")
+        prompts = prompts_of(prompts)
         shared = {"negative_prompt": negative_prompt, "style": style, "steps": steps, "guidance": guidance,
                   "size": size, "scheduler": scheduler, "guidance_rescale": guidance_rescale,
                   "guidance_interval": guidance_interval, "spacing": spacing}  # fmt: skip
-        requests = [p if isinstance(p, Request) else Request(p, seed=seed + i, **shared) for i, p in enumerate(prompts)]
+        seeds = values.seeds("seed", seed, len(prompts))
+        requests = [p if isinstance(p, Request) else Request(p, seed=s, **shared) for p, s in zip(prompts, seeds)]
         # written down first: a value that can't be recorded must not cost finished pictures
         written = self._metadata(requests)
         try:

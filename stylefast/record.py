@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from numbers import Integral, Real
@@ -28,12 +29,16 @@ from stylefast.sampling.guidance import StyleContextGuidance
 from stylefast.styles.dream_styler import DreamStyler
 from stylefast.styles.instant_style import InstantStyle
 from stylefast.styles.style_aligned import StyleAligned
+from stylefast.values import did_you_mean, quoted
 
 FORMAT = "stylefast-call/1"
+MAX_REQUESTS = 1000
 _TOP = ("format", "styles", "requests")
 _KINDS = {kind.__name__: kind for kind in STYLES}
 _PICTURES = {StyleAligned: ("reference",), InstantStyle: ("image", "mask", "negative_image"), DreamStyler: ()}
 # what people call a field by its place in the signature's documentation
+_SIZE = re.compile(r"\s*(\d{1,6})\s*[xX×]\s*(\d{1,6})\s*")
+_STAGE = re.compile(r"'?\d{1,4}'?")  # a whole number or its digits as text
 _ALIASES = {DreamStyler: {"path": "embedding"}}
 
 
@@ -72,15 +77,17 @@ def from_record(
     if isinstance(record, (list, tuple)):
         record = {"requests": record}
     if not isinstance(record, Mapping):
-        raise InvalidRequest(f'a call is a list of requests or {{"requests": [...]}}, not {_shown(record)}')
+        raise InvalidRequest(f'a call is a list of requests or {{"requests": [...]}}, not {quoted(record)}')
     _check_fields("the call", record, _TOP)
     if record.get("format", FORMAT) != FORMAT:
-        raise InvalidRequest(f"the call has the format {record['format']!r}, not {FORMAT!r}; update stylefast")
+        raise InvalidRequest(f"the call has the format {quoted(record['format'])}, not {FORMAT!r}; update stylefast")
     sources = Sources(None if base is None else Path(base), model_folder)
     styles = _read_styles(record.get("styles", []), sources)
     entries = record.get("requests")
     if not isinstance(entries, (list, tuple)) or not entries:
-        raise InvalidRequest(f'"requests" is {_shown(entries)}; it must be a list of at least one request')
+        raise InvalidRequest(f'"requests" is {quoted(entries)}; it must be a list of at least one request')
+    if len(entries) > MAX_REQUESTS:
+        raise InvalidRequest(f"the call has {len(entries)} requests; at most {MAX_REQUESTS} are taken at once")
     return [_in_place(f"request {i}", _read_request, entry, styles, sources) for i, entry in enumerate(entries)]
 
 
@@ -115,7 +122,8 @@ def _style_entry(style, store: Store) -> dict[str, Any]:
             entry[f.name] = store.bank(value)
         elif f.name in _PICTURES[kind]:
             many = isinstance(value, (list, tuple))
-            entry[f.name] = [store.picture(one) for one in value] if many else store.picture(value)
+            entries = [store.picture(one, f.name == "mask") for one in (value if many else [value])]
+            entry[f.name] = entries if many else entries[0]
         elif f.name == "embedding":
             entry[f.name] = store.embedding(value, style.source)
         elif f.name == "stages":
@@ -153,7 +161,9 @@ def _plain(value):
         value = sorted(value)
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
-    raise StyleError(f"{value!r} ({type(value).__name__}) can't be written into a record; use numbers, text and lists")
+    raise StyleError(
+        f"{quoted(value)} ({type(value).__name__}) can't be written into a record; use numbers, text and lists"
+    )
 
 
 # reading
@@ -165,13 +175,13 @@ def _read_styles(given, sources: Sources) -> dict[int | str, Any]:
     elif isinstance(given, (list, tuple)):
         named = enumerate(given)
     else:
-        raise InvalidRequest(f'"styles" is {_shown(given)}; it must be a list, or a dictionary of named styles')
-    return {name: _in_place(f"style {name!r}", _read_style, entry, sources) for name, entry in named}
+        raise InvalidRequest(f'"styles" is {quoted(given)}; it must be a list, or a dictionary of named styles')
+    return {name: _in_place(f"style {quoted(name)}", _read_style, entry, sources) for name, entry in named}
 
 
 def _read_request(entry, styles: Mapping, sources: Sources) -> Request:
     if not isinstance(entry, Mapping):
-        raise InvalidRequest(f'a request is a dictionary such as {{"prompt": "a fish"}}, not {_shown(entry)}')
+        raise InvalidRequest(f'a request is a dictionary such as {{"prompt": "a fish"}}, not {quoted(entry)}')
     _check_fields("a request", entry, [f.name for f in fields(Request)])
     if "prompt" not in entry:
         raise InvalidRequest('"prompt" is missing; say what the picture shows, e.g. "prompt": "a fish"')
@@ -190,20 +200,22 @@ def _pick_style(wanted, styles: Mapping, sources: Sources):
         return _read_style(wanted, sources)
     if isinstance(wanted, bool) or not isinstance(wanted, (int, str)) or wanted not in styles:
         known = ", ".join(map(repr, styles)) or "none"
-        raise InvalidRequest(f'style is {_shown(wanted)}; "styles" has {known}, or write the style out here')
+        raise InvalidRequest(f'style is {quoted(wanted)}; "styles" has {known}, or write the style out here')
     return styles[wanted]
 
 
 def _read_style(entry, sources: Sources):
     if not isinstance(entry, Mapping):
-        raise InvalidRequest(f'a style is a dictionary such as {{"kind": "StyleAligned"}}, not {_shown(entry)}')
+        raise InvalidRequest(f'a style is a dictionary such as {{"kind": "StyleAligned"}}, not {quoted(entry)}')
     values = dict(entry)
     if "kind" in values and "type" in values:
         raise InvalidRequest('a style has "kind" and "type"; they mean the same, so keep one')
-    name = values.pop("kind", None) or values.pop("type", None)
+    name = values.pop("kind" if "kind" in values else "type", None)
     kind = next((k for key, k in _KINDS.items() if key.lower() == _squeezed(name)), None)
     if kind is None:
-        raise StyleError(f"style kind {name!r} is unknown; there are {', '.join(_KINDS)}")
+        raise StyleError(
+            f"style kind {quoted(name)} is unknown; there are {', '.join(_KINDS)}{did_you_mean(name, _KINDS)}"
+        )
     for alias, field_name in _ALIASES.get(kind, {}).items():
         if alias in values and field_name not in values:
             values[field_name] = values.pop(alias)
@@ -220,7 +232,8 @@ def _read_style(entry, sources: Sources):
             values[name] = sources.bank(value)
         elif name in _PICTURES[kind]:
             many = isinstance(value, (list, tuple))
-            values[name] = [sources.picture(one) for one in value] if many else sources.picture(value)
+            found = [sources.picture(one, name == "mask") for one in (value if many else [value])]
+            values[name] = found if many else found[0]
         elif name == "embedding":
             values[name], digest = sources.embedding(value)
         elif name == "stages":
@@ -230,36 +243,18 @@ def _read_style(entry, sources: Sources):
         elif name == "content" and isinstance(value, Mapping):
             values[name] = sources.tensor(value)
         else:
-            values[name] = _checked(name, value, known[name].default)
-    try:
-        style = kind(**values)
-    except StyleFastError:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:
-        raise StyleError(f"{kind.__name__} can't be built from these values ({error}); check their types") from error
+            # JSON has no infinities, so a record holds them as text
+            infinite = isinstance(known[name].default, float) and isinstance(value, str) and value in ("inf", "-inf")
+            values[name] = float(value) if infinite else value
+    style = kind(**values)
     if digest is not None:
         sources.check_embedding(style.embedding, digest, style.source)
     return style
 
 
-def _checked(name: str, value, default):
-    """The value, if it has its default's type: in hand-written files "false" in quotes would count as true."""
-    if name == "window":
-        return tuple(value) if isinstance(value, list) else value
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise StyleError(f"{name} is {_shown(value)}; it must be true or false")
-    elif isinstance(default, float) and not isinstance(value, list):
-        if value in ("inf", "-inf"):
-            return float(value)
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise StyleError(f"{name} is {_shown(value)}; it must be a number")
-    return value
-
-
 def _read_stages(value, sources: Sources) -> dict[int, Any]:
-    if not isinstance(value, Mapping) or not all(str(stage).isdecimal() for stage in value):
-        raise StyleError(f'stages is {_shown(value)}; it must look like {{"0": "other.safetensors"}}')
+    if not isinstance(value, Mapping) or not all(_STAGE.fullmatch(quoted(stage)) for stage in value):
+        raise StyleError(f'stages is {quoted(value)}; it must look like {{"0": "other.safetensors"}}')
     stages = {}
     for stage, other in value.items():
         stages[int(stage)], digest = sources.embedding(other)
@@ -272,26 +267,26 @@ def _read_stages(value, sources: Sources) -> dict[int, Any]:
 def _read_guidance(value) -> StyleContextGuidance:
     names = [f.name for f in fields(StyleContextGuidance)]
     if not isinstance(value, Mapping):
-        raise StyleError(f"guidance is {_shown(value)}; it must be a dictionary of {', '.join(names)}")
+        raise StyleError(f"guidance is {quoted(value)}; it must be a dictionary of {', '.join(names)}")
     _check_fields("guidance", value, names)
-    try:
-        return StyleContextGuidance(**value)
-    except TypeError as error:
-        raise StyleError(f"guidance holds a value that is no number: {dict(value)}") from error
+    return StyleContextGuidance(**value)
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """(width, height) from "1024x768". Raises InvalidRequest."""
-    width, _, height = text.lower().replace("×", "x").partition("x")
-    if not (width.strip().isdecimal() and height.strip().isdecimal()):
-        raise InvalidRequest(f"size is {text!r}; it must be WIDTHxHEIGHT in pixels, e.g. 1024x1024")
-    return int(width), int(height)
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise InvalidRequest(f"size is {quoted(text)}; it must be WIDTHxHEIGHT in pixels, e.g. 1024x1024")
+    return int(match[1]), int(match[2])
 
 
 def _check_fields(what: str, given: Mapping, known: Sequence[str]) -> None:
     unknown = [str(name) for name in given if name not in known]
     if unknown:
-        raise InvalidRequest(f"{what} has the unknown field {unknown[0]!r}; the known ones are {', '.join(known)}")
+        raise InvalidRequest(
+            f"{what} has the unknown field {quoted(unknown[0])}; the known ones are {', '.join(known)}"
+            f"{did_you_mean(unknown[0], known)}"
+        )
 
 
 def _in_place(where: str, read, *arguments):
@@ -303,8 +298,3 @@ def _in_place(where: str, read, *arguments):
 
 def _squeezed(name) -> str:
     return name.replace("_", "").replace("-", "").replace(" ", "").lower() if isinstance(name, str) else ""
-
-
-def _shown(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from PIL import Image
 
+from stylefast import values
 from stylefast.errors import ImageError, StyleError
-from stylefast.models.pictures import FORMATS, open_picture
+from stylefast.models.masks import open_mask
+from stylefast.models.pictures import SUFFIXES, open_picture
 from stylefast.styles.bank import StyleBank
 from stylefast.styles.embeddings import StageEmbedding
+from stylefast.values import quoted
 
 # larger pictures are not tried: compressing them costs seconds, and hardly any gets that small
 EMBED_PIXELS = 512 * 512
 # of a bank's metadata, those that say where its reference comes from
 _BANK_FIELDS = ("prompt", "seed", "noise", "steps", "scheduler", "size", "guidance", "created")
+_LONGEST_BASE64 = 64 * 2**20  # of one entry that others wrote
 EMBED_LIMIT = 48_000  # characters of base64 in one record, so that a picture's metadata stays below 64 KB
 
 
@@ -47,11 +51,13 @@ class Store:
         self.model_folder = Path(model_folder).resolve()
         self.room = EMBED_LIMIT
 
-    def picture(self, source) -> dict[str, Any]:
-        """The entry of a picture or mask. Raises ImageError for what can't be read."""
+    def picture(self, source, mask: bool = False) -> dict[str, Any] | None:
+        """The entry of a picture or mask, None for no mask. Raises ImageError for what can't be read."""
+        if source is None:
+            return None
         if isinstance(source, torch.Tensor):
             return self.tensor(source)
-        picture = open_picture(source)
+        picture = open_mask(source) if mask else open_picture(source)
         entry = {"sha256": pixel_digest(picture)}
         if isinstance(source, (str, os.PathLike)):
             return self._path(Path(source)) | entry
@@ -122,36 +128,40 @@ class Sources:
     def bank(self, entry) -> StyleBank:
         """The bank of an entry, or of a path relative to the file that names it. Raises StyleError."""
         if isinstance(entry, str):
-            path = Path(entry)
-            return StyleBank.load(path if self.base is None else self.base / path)
+            return StyleBank.load(self._absolute(entry))
         described = {key: value for key, value in entry.items() if key != "bank"}
         form = _form(described, ("path", "shipped", "in_memory"), "a style bank", StyleError)
         if form == "in_memory":
-            raise StyleError(f"the style was {entry['in_memory']}, so it can't be read again; save banks before use")
+            was = _word(entry["in_memory"])
+            raise StyleError(f"the style was {was}, so it can't be read again; save banks before use")
         path = self._shipped(entry["shipped"]) if form == "shipped" else self._absolute(entry["path"])
         bank = StyleBank.load(path)
         if entry.get("sha256", bank.checksum) != bank.checksum:
             raise StyleError(f"the style bank {path} was baked anew since this was recorded; its content differs")
         return bank
 
-    def picture(self, entry):
-        """A path as text, a PIL image, or a mask tensor. Raises ImageError and StyleError."""
+    def picture(self, entry, mask: bool = False):
+        """A path as text, a PIL image, a mask tensor, or None for no mask. Raises ImageError and StyleError."""
+        opened = open_mask if mask else open_picture
+        if entry is None and mask:
+            return None
         if isinstance(entry, str):
             path = find_picture(entry, self.model_folder, self.base)
-            open_picture(path)
+            opened(path)
             return path
         form = _form(entry, ("path", "shipped", "png", "safetensors", "in_memory"), "a picture", ImageError)
         if form == "safetensors":
             return self.tensor(entry)
         if form == "png":
-            found = open_picture(_decoded(entry["png"], "a picture", ImageError))
+            found = opened(_decoded(entry["png"], "a picture", ImageError))
         else:
             found = self._shipped(entry["shipped"]) if form == "shipped" else self._absolute(entry["path"])
-        digest = pixel_digest(open_picture(found))
+        digest = pixel_digest(opened(found))
         if entry.get("sha256", digest) != digest:
             raise StyleError(
                 f"the picture {found if isinstance(found, str) else 'in the record'} has other pixels than when the "
-                f"call was recorded (sha256 {digest[:12]}, recorded {str(entry['sha256'])[:12]}); put the original back"
+                f"call was recorded (sha256 {digest[:12]}, recorded {_word(entry['sha256'])[:12]}); put the original "
+                "back"
             )
         return found
 
@@ -165,7 +175,7 @@ class Sources:
         digest = entry.get("sha256")
         if form == "safetensors":
             rows = _unpack(entry["safetensors"], ("clip_l", "clip_g"), "a learned style")
-            name, policy = str(entry.get("name", "style")), str(entry.get("pooled_policy", "eos"))
+            name, policy = entry.get("name", "style"), entry.get("pooled_policy", "eos")
             return StageEmbedding(name, rows["clip_l"], rows["clip_g"], policy), digest
         if form == "shipped":
             return self._shipped(entry["shipped"]), digest
@@ -178,7 +188,7 @@ class Sources:
         if found != digest:
             raise StyleError(
                 f"the learned style {embedding.name!r} ({source or 'in the record'}) has other vectors than when the "
-                f"call was recorded (sha256 {found[:12]}, recorded {str(digest)[:12]}); put the original file back"
+                f"call was recorded (sha256 {found[:12]}, recorded {_word(digest)[:12]}); put the original file back"
             )
 
     def tensor(self, entry: Mapping) -> torch.Tensor:
@@ -187,21 +197,21 @@ class Sources:
         return _unpack(entry["safetensors"], ("tensor",), "a tensor")["tensor"]
 
     def _absolute(self, text) -> str:
-        if not isinstance(text, str):
-            raise StyleError(f"a path is {text!r}; it must be text")
-        path = Path(text).expanduser()
+        path = values.path("a path", text, error=StyleError)
         return str(path if self.base is None or path.is_absolute() else self.base / path)
 
     def _shipped(self, text) -> str:
-        path = self.model_folder / str(text)
+        path = self.model_folder / values.path("a path", text, error=StyleError)
         if not path.resolve().is_relative_to(self.model_folder.resolve()) or not path.is_file():
-            raise StyleError(f"{text!r} does not ship with the model in {self.model_folder}; load the recorded model")
+            raise StyleError(
+                f"{quoted(text)} does not ship with the model in {self.model_folder}; load the recorded model"
+            )
         return str(path)
 
 
 def shipped(model_folder: Path, kind: str) -> dict[str, Path]:
     """Name -> file of what ships with a model; `kind` is "styles" (learned ones) or "references" (pictures)."""
-    suffixes = (".safetensors",) if kind == "styles" else tuple(f".{f.lower()}" for f in FORMATS)
+    suffixes = (".safetensors",) if kind == "styles" else SUFFIXES
     folder = Path(model_folder) / kind
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return {file.stem: file for file in files if file.suffix.lower() in suffixes}
@@ -218,31 +228,39 @@ def find_learned(text: str, model_folder: Path, base: Path | None = None) -> str
 
 
 def _find(text: str, model_folder: Path, base: Path | None, kind: str, what: str, error: type) -> str:
-    path = Path(text).expanduser()
+    path = values.path(f"the path of a {what}", text, error=error)
     path = path if base is None or path.is_absolute() else base / path
-    if text.strip() and path.exists():
+    if text.strip() and os.path.lexists(path):
         return str(path)
     known = shipped(model_folder, kind)
     if text in known:
         return str(known[text])
     names = f"; with the model come {', '.join(known)}" if known else ""
-    raise error(f"there is no {what} at {path if text.strip() else repr(text)}; check the path{names}")
+    shown = values.shown_path(path if text.strip() else text)
+    raise error(f"there is no {what} at {shown}; check the path{names}{values.did_you_mean(text, known)}")
 
 
 def _form(entry, forms: tuple[str, ...], what: str, error: type) -> str:
     found = [form for form in forms if isinstance(entry, Mapping) and form in entry]
     if len(found) != 1:
-        shown = sorted(map(str, entry)) if isinstance(entry, Mapping) else repr(entry)[:80]
+        shown = quoted(sorted(map(str, entry)) if isinstance(entry, Mapping) else entry)
         raise error(f"{what} is given by {shown}; give its path, or one of {', '.join(forms[:-1])}")
     unknown = [name for name in entry if name not in (found[0], "sha256", "name", "pooled_policy")]
     if unknown:
-        raise error(f"{what} has the unknown field {unknown[0]!r}; the known ones are {', '.join(forms)}, sha256")
+        raise error(
+            f"{what} has the unknown field {quoted(unknown[0])}; the known ones are {', '.join(forms)}, sha256"
+        )
     if found[0] == "in_memory":
         raise StyleError(
-            f"the call used {entry['in_memory']} from memory (sha256 {str(entry.get('sha256'))[:12]}), too large for "
-            "the record; write it to a file and put its path here, or make the call again from Python"
+            f"the call used {_word(entry['in_memory'])} from memory (sha256 {_word(entry.get('sha256'))[:12]}), too "
+            "large for the record; write it to a file and put its path here, or make the call again from Python"
         )
     return found[0]
+
+
+def _word(text) -> str:
+    """What a record says of itself, in a message: short, and without quotes around it."""
+    return quoted(text)[1:-1][:60] if isinstance(text, str) else quoted(text)
 
 
 def _pack(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -262,15 +280,17 @@ def _unpack(text, names: tuple[str, ...], what: str) -> dict[str, torch.Tensor]:
     content = _decoded(text, what, StyleError)
     try:
         tensors = load(content)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise StyleError(f"{what} in the record is damaged ({error}); use an undamaged copy of the file") from error
     if set(tensors) != set(names):
-        raise StyleError(f"{what} in the record holds {', '.join(tensors)} instead of {', '.join(names)}")
+        held = quoted(", ".join(tensors))
+        raise StyleError(f"{what} in the record holds {held} instead of {', '.join(names)}")
     widened = b'"widened"' in content[8 : 8 + int.from_bytes(content[:8], "little")]
     return {name: value.float() if widened else value for name, value in tensors.items()}
 
 
 def _decoded(text, what: str, error: type) -> bytes:
+    values.text(f"{what} in the record", text, longest=_LONGEST_BASE64, error=error)
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError) as cause:

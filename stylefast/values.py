@@ -215,6 +215,12 @@ def path(name: str, value: Any, *, error: type = InvalidRequest) -> Path:
         raise error(f"{name} is {quoted(shown)}, and that user's home folder is unknown; write it out") from cause
 
 
+def shown_path(place: str | os.PathLike) -> str:
+    """Write a path as messages have it: as it is, or quoted where it is long or holds what can't be printed."""
+    written = str(place)
+    return written if written.isprintable() and 0 < len(written) <= QUOTED else quoted(written)
+
+
 def function(name: str, value: Any, takes: str, *, error: type = InvalidRequest) -> Callable | None:
     """Return None or something that can be called; `takes` says with what: "(step, steps)"."""
     if value is not None and not callable(value):
@@ -266,14 +272,14 @@ def read_json(
     place = path(what, file, error=error)
     try:
         if not place.is_file():
-            raise error(f"{what}: there is no file at {quoted(str(place))}; check the path")
+            raise error(f"{what}: there is no file at {shown_path(place)}; check the path")
         with place.open("rb") as stream:
             # one byte more than is read, so that a file that is too long shows
             content = stream.read(largest + 1)
     except OSError as cause:
-        raise error(f"{what} can't be read: {cause.strerror or cause} ({quoted(str(place))})") from cause
+        raise error(f"{what} can't be read: {cause.strerror or cause} ({shown_path(place)})") from cause
     if len(content) > largest:
-        raise error(f"{what} is longer than the {largest} bytes that are read ({quoted(str(place))})")
+        raise error(f"{what} is longer than the {largest} bytes that are read ({shown_path(place)})")
     return load_json(content, what, kind=kind, error=error, largest=largest)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from stylefast.errors import ImageError, InvalidRequest
+from stylefast.values import load_json
 
 CHUNK = "stylefast"
 # above this a chunk is compressed; some readers refuse long plain ones
@@ -139,7 +140,7 @@ def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
             "another program saves them anew"
         )
     try:
-        metadata = json.loads(text)
+        metadata = load_json(text, "their text", kind=dict)
         place, call, fingerprint = metadata["index"], metadata["call"], metadata["fingerprint"]
         whole = isinstance(fingerprint, str) and isinstance(place, int) and 0 <= place < len(call["requests"])
     except (ValueError, KeyError, TypeError) as error:

@@ -1,7 +1,6 @@
 """`stylefast generate`: prompts, a styled call from a file, or the call recorded in a picture, to PNG files."""
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group("--guidance", type=float, help="classifier-free guidance; 1 or less turns it off (default: that of --style, "
           "1 for lcm, tcd and the few-step presets, else 5)")  # fmt: skip
     group("--guidance-rescale", type=float, help="0 to 1; pulls the contrast of strong guidance back (default: 0)")
-    group("--seed", type=int, help="of the first picture; the next ones count up (default: 0)")
+    group("--seed", type=int, help="of the first picture; the next ones count up; -1 draws one (default: 0)")
     group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
     group("--scheduler", metavar="NAME", help="ddim, euler, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, "
           "dpmpp_3m_sde, dpmpp_sde, unipc, lcm or tcd; euler, unipc and the dpmpp ones also with _karras or "
@@ -220,13 +219,14 @@ def requests_of(arguments: argparse.Namespace, model_folder: Path) -> list:
     """One Request per prompt, seeds counting up. Raises InvalidRequest and its kin."""
     from stylefast.commands.style_options import bank_settings, styles_of
     from stylefast.runtime.request import Request
+    from stylefast.values import seeds
 
     styles, given = styles_of(arguments, model_folder), sampling_settings(arguments)
     if arguments.guidance_interval is not None:
         given["guidance_interval"] = parse_interval(arguments.guidance_interval)
     settings = with_preset_guidance(bank_settings(styles, given) | given)
-    seed = arguments.seed or 0
-    return [Request(prompt, seed=seed + i, style=styles, **settings) for i, prompt in enumerate(arguments.prompts)]
+    numbered = zip(arguments.prompts, seeds("--seed", arguments.seed or 0, len(arguments.prompts)), strict=True)
+    return [Request(prompt, seed=seed, style=styles, **settings) for prompt, seed in numbered]
 
 
 def sampling_settings(arguments: argparse.Namespace) -> dict:
@@ -264,16 +264,9 @@ def parse_interval(text: str) -> tuple[float, float]:
 def read_requests(file: Path, model_folder: Path) -> list:
     """The requests of a JSON file; paths in it are relative to it. Raises InvalidRequest and its kin."""
     from stylefast.record import from_record
+    from stylefast.values import read_json
 
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InvalidRequest(f"there is no request file at {file}; check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the request file {file} can't be read ({error})") from error
-    except ValueError as error:
-        raise InvalidRequest(f"{file} is no JSON ({error})") from error
-    return from_record(content, file.resolve().parent, model_folder)
+    return from_record(read_json(file, f"the request file {file}"), file.resolve().parent, model_folder)
 
 
 def check_schedules(requests: Sequence) -> None:

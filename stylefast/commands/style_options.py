@@ -1,11 +1,11 @@
 """From command-line options to styles; an option that the chosen method has no use for is an error."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stylefast.errors import InvalidRequest, StyleError
+from stylefast.values import load_json
 
 _ALIGNED = ("style_prompt", "adain", "shift", "layers", "share_group_norm")
 _INSTANT = ("blocks", "content", "content_scale")
@@ -81,11 +81,11 @@ def _methods_beside_bank(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _bank(text: str):
-    from stylefast.models.pictures import FORMATS
+    from stylefast.models.pictures import SUFFIXES
     from stylefast.styles.bank import StyleBank
 
     path = Path(text).expanduser()
-    if path.suffix.lower() in (".jpg", *(f".{form.lower()}" for form in FORMATS)):
+    if path.suffix.lower() in SUFFIXES:
         raise StyleError(f"--style is {text}, a picture; use --style-image, or bake it: stylefast bake --style-image")
     return StyleBank.load(path)
 
@@ -156,10 +156,7 @@ def parse_adain(text: str) -> tuple[str, ...] | dict[str, float]:
 def parse_blocks(text: str) -> str | list[str] | dict:
     """A preset's name, a JSON object in diffusers' format, or parts of layer names. Raises InvalidRequest."""
     if text.lstrip().startswith("{"):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise InvalidRequest(f"--blocks is no JSON object ({error})") from error
+        return load_json(text, "--blocks", kind=dict)
     return parse_names(text) if "_block" in text else text
 
 

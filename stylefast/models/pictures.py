@@ -95,7 +95,7 @@ def _open_path(source: str | os.PathLike) -> tuple[str, BinaryIO]:
     if isinstance(text, str) and text.startswith(("http://", "https://", "data:")):
         raise ImageError(f"{values.quoted(text)} is an address, not a file; download the picture and pass its path")
     path = values.path("the picture's path", source, error=ImageError)
-    shown = str(path) if str(path).isprintable() and len(str(path)) <= values.QUOTED else values.quoted(str(path))
+    shown = values.shown_path(path)
     try:
         # a pipe without a writer would otherwise be waited for
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

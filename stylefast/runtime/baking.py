@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from stylefast import values
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.conditioning import RowFeatures
 from stylefast.runtime.group import Group
@@ -42,6 +43,10 @@ def bake(
     """
     style = request.aligned
     kind = _check(style, store, dtype, preparer.runtime.unet.dtype)
+    values.function("callback", callback, "(step, steps)")
+    values.flag("overwrite", overwrite)
+    if path is not None:
+        path = values.path("path", path)
     preparer.check([request])
     target, *references = plan_trajectories([request], preparer.schedule, preparer.native_size)
     others = [other for other in request.style if other is not style] if style.share_styles else []
@@ -129,20 +134,14 @@ def _check(style, store: str, dtype: str, model_dtype: torch.dtype) -> str:
         raise StyleError(
             "the style takes the first prompt of a call as its reference; to bake it, give it a prompt or a picture"
         )
-    if not isinstance(store, str) or store not in STORES:
-        raise InvalidRequest(f"store is {store!r}; there are {', '.join(STORES)}")
+    values.one_of("store", store, STORES)
+    if not isinstance(dtype, str) or dtype not in DTYPES.values():
+        values.one_of("dtype", dtype, ("auto", *DTYPES))
     if store == "latents":
         if dtype not in ("auto", "fp32", "float32"):
             raise InvalidRequest(f"store='latents' keeps float32, which is small already; leave dtype={dtype!r} out")
         return "float32"
-    if not isinstance(dtype, str):
-        raise InvalidRequest(f"dtype is {dtype!r}; there are auto, {', '.join(DTYPES)}")
-    if dtype == "auto":
-        return str(model_dtype).removeprefix("torch.")
-    kind = DTYPES.get(dtype, dtype)
-    if kind not in DTYPES.values():
-        raise InvalidRequest(f"dtype is {dtype!r}; there are auto, {', '.join(DTYPES)}")
-    return kind
+    return str(model_dtype).removeprefix("torch.") if dtype == "auto" else DTYPES.get(dtype, dtype)
 
 
 def bake_request(styles, options: dict) -> Request:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from stylefast import values
 from stylefast.errors import InvalidRequest, OutOfMemory
 from stylefast.models.unet import UNet
 from stylefast.models.weight_files import available_memory
@@ -24,6 +25,7 @@ _LIVE_MAPS = 40
 _BANK_SHARE = {"cpu": 0.2, "cuda": 0.4}
 _MOST_SLOTS = 512
 _HOST_SHARE = 0.25
+_MOST_BYTES = 2**60
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -123,15 +125,21 @@ def parse_bytes(what: str, value: int | str | None) -> int | None:
     """Bytes of "8GB", "512 MiB" or a number; None stays None. Raises InvalidRequest."""
     if value is None:
         return None
-    text = str(value).strip().lower().replace(" ", "")
-    digits = text.rstrip("kmgib")
+    if isinstance(value, str):
+        text = value.strip().lower().replace(" ", "")
+        digits = text.rstrip("kmgib")
+        try:
+            count = float(digits) * _UNITS[text[len(digits) :]]
+        except (ValueError, KeyError):
+            count = -1
+        if 0 < count < _MOST_BYTES:
+            return int(count)
     try:
-        count = float(digits) * _UNITS[text[len(digits) :]]
-    except (ValueError, KeyError):
-        count = -1
-    if isinstance(value, bool) or not 0 < count < 2**60:
-        raise InvalidRequest(f"{what} is {value!r}; give bytes as a number above 0, or as text: '8GB', '512MiB'")
-    return int(count)
+        return int(values.real_number(what, value, above=0, high=_MOST_BYTES))
+    except InvalidRequest:
+        raise InvalidRequest(
+            f"{what} is {values.quoted(value)}; give bytes as a number above 0, or as text: '8GB', '512MiB'"
+        ) from None
 
 
 def give_back() -> None:

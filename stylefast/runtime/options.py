@@ -1,12 +1,13 @@
 """What users pass to an engine, checked and in one form."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from stylefast import values
 from stylefast.errors import InvalidRequest
+from stylefast.runtime.request import Request
 
 _MOST_BUCKETS = 64
 OUTPUTS = ("pil", "np", "latents")
@@ -58,6 +59,23 @@ def buckets_of(given: Sequence[int]) -> tuple[int, ...]:
 def count_of(name: str, value: int | None) -> int | None:
     """A whole number of at least 1, or None for no limit. Raises InvalidRequest."""
     return None if value is None else values.whole_number(name, value, 1)
+
+
+def prompts_of(given) -> list:
+    """A call's prompts as a list: one text or `Request`, or anything that yields several. Raises InvalidRequest."""
+    if isinstance(given, (str, Request)):
+        return [given]
+    if isinstance(given, (bytes, bytearray, Mapping)) or not isinstance(given, Iterable) or _is_scalar(given):
+        raise InvalidRequest(f"prompts is {values.quoted(given)}; give a text, a Request, or a list of them")
+    prompts = list(given)
+    if not prompts:
+        raise InvalidRequest("no prompt was given; pass one or several")
+    return prompts
+
+
+def _is_scalar(given) -> bool:
+    # a 0-d array says that it can be iterated over, and can't
+    return getattr(given, "ndim", 1) == 0
 
 
 def as_list(value) -> list:

@@ -70,7 +70,7 @@ def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spac
 
     Raises InvalidRequest for an unknown name, a count or a spacing that it does not take.
     """
-    known = (*SCHEDULERS, *FEW_STEP_PRESETS)
+    known = tuple(dict.fromkeys((*SCHEDULERS, *FEW_STEP_PRESETS)))
     if values.text("scheduler", name).removesuffix(f"_{KARRAS}").removesuffix(f"_{EXPONENTIAL}") not in known:
         values.one_of("scheduler", name, known)
     if name not in FEW_STEP_PRESETS or name in SCHEDULERS:

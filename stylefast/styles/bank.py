@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stylefast.errors import InvalidRequest, NumericsError, StyleError
+from stylefast import values
+from stylefast.errors import InvalidRequest, ModelFormatError, NumericsError, StyleError
 from stylefast.models.stored_tensors import Span, StoredTensors
 from stylefast.styles.bank_file import BankFile, bank_checksum, check_specs, read_bank, specs_of, write_bank
 from stylefast.styles.bank_info import BankInfo
@@ -80,14 +81,16 @@ class StyleBank:
         verify: read the file once and compare its checksum. Raises StyleError for a file that is missing, cut short,
         altered, of another format or no bank, and for tensors that don't belong to what its metadata says.
         """
+        values.flag("verify", verify, error=StyleError)
+        path = values.path("a style bank", path, error=StyleError)
         metadata, checksum, tensors = read_bank(path)
         try:
-            content = json.loads(metadata)
+            content = values.load_json(metadata, "it", kind=dict, error=ModelFormatError)
             info = BankInfo.from_json(content["bank"])
             shapes = BankShapes(**content["shapes"])
         except StyleError as error:
             raise StyleError(f"can't use the style bank {path}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ModelFormatError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StyleError(f"the metadata of the style bank {path} is damaged ({error}); bake it again") from error
         check_specs(tensors, _specs(info, shapes), str(path))
         if verify and bank_checksum(metadata, tensors) != checksum:
@@ -95,7 +98,7 @@ class StyleBank:
                 f"the style bank {path} was altered after it was written: its checksum does not match; "
                 "copy it again or bake the style again"
             )
-        return cls(info, shapes, tensors, Path(path), checksum)
+        return cls(info, shapes, tensors, path, checksum)
 
     def save(self, path: str | Path, overwrite: bool = True) -> Path:
         """Write the bank as one safetensors file, whole or not at all. Returns the path.
@@ -184,8 +187,8 @@ class StyleBank:
                 f"here, {_DIGESTS[name]}"
             )
         raise StyleError(
-            f"{bank} was baked with {name}={own!r}, but {name}={asked!r} is asked for; "
-            f"bake the style again with {name}={asked!r}, or ask for {name}={own!r}"
+            f"{bank} was baked with {name}={own!r}, but {name}={values.quoted(asked)} is asked for; "
+            f"bake the style again with {name}={values.quoted(asked)}, or ask for {name}={own!r}"
         )
 
 

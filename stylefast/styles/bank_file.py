@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stylefast import values
 from stylefast.errors import ModelFormatError, ModelNotFound, OutOfMemory, StyleError
 from stylefast.models.stored_tensors import StoredTensors
 from stylefast.models.weight_files import PICKLED
@@ -56,7 +57,8 @@ class BankFile:
 
     def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], metadata: str, overwrite: bool = True):
         # a symbolic link stays, what it points to is replaced
-        self.path, self.overwrite = Path(os.path.realpath(path)), overwrite
+        self.path = Path(os.path.realpath(values.path("a style bank", path, error=StyleError)))
+        self.overwrite = values.flag("overwrite", overwrite, error=StyleError)
         self.tensors: dict[str, Tensor] = {}
         self._temporary: Path | None = None
         self._descriptor = -1

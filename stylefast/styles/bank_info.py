@@ -1,9 +1,9 @@
 """What a style bank was made from: the fields by which a request finds out whether the bank fits it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
+from stylefast import values
 from stylefast.errors import StyleError
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank_size import DTYPES, STORES
@@ -41,38 +41,40 @@ class BankInfo:
     def __post_init__(self):
         if self.format != FORMAT:
             raise StyleError(
-                f"the style bank has format {self.format!r}; this version of stylefast reads format {FORMAT}: "
-                "bake the style again, or use the version that wrote it"
+                f"the style bank has format {values.quoted(self.format)}; this version of stylefast reads format "
+                f"{FORMAT}: bake the style again, or use the version that wrote it"
             )
+        checked: dict = {}
         for name in ("size", "branches", "layers"):
-            value = getattr(self, name)
-            if not isinstance(value, list | tuple):
-                raise StyleError(f"{name} of a style bank is {value!r}; it must be a tuple")
-            object.__setattr__(self, name, tuple(value))
+            checked[name] = tuple(values.several(_what(name), getattr(self, name), error=StyleError))
         for name, allowed in (("store", STORES), ("dtype", DTYPES), ("noise", NOISES)):
-            if getattr(self, name) not in allowed:
-                raise StyleError(
-                    f"{name} of a style bank is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}"
-                )
+            checked[name] = values.one_of(_what(name), getattr(self, name), allowed, error=StyleError)
         for name in ("model", "fingerprint", "scheduler", "schedule", "negative_prompt", "prompt", "styles", "created",
                      "stylefast"):  # fmt: skip
-            if not isinstance(getattr(self, name), str):
-                raise StyleError(f"{name} of a style bank is {getattr(self, name)!r}; it must be a string")
-        numbers = [("steps", self.steps, 1), ("references", self.references, 1), ("seed", self.seed, 0)]
-        numbers += [("size", side, 1) for side in self.size] + [("layers", layer, 0) for layer in self.layers]
-        for name, value, least in numbers:
-            if type(value) is not int or value < least:
-                raise StyleError(f"{name} of a style bank is {value!r}; it must be a whole number of at least {least}")
-        if len(self.size) != 2:
-            raise StyleError(f"size of a style bank is {self.size}; it must be (width, height) in pixels")
+            checked[name] = values.text(_what(name), getattr(self, name), error=StyleError)
+        for name, least, most in (("steps", 1, None), ("references", 1, None), ("seed", 0, values.MAX_SEED)):
+            checked[name] = values.whole_number(_what(name), getattr(self, name), least, most, error=StyleError)
+        for name, least in (("size", 1), ("layers", 0)):
+            whole = (values.whole_number(_what(name), one, least, error=StyleError) for one in checked[name])
+            checked[name] = tuple(whole)
         for name in ("guidance", "guidance_rescale"):
-            value = getattr(self, name)
-            if value is not None and not (type(value) in (int, float) and math.isfinite(value) and value >= 0):
-                raise StyleError(f"{name} of a style bank is {value!r}; it must be None or a number of at least 0")
-        if not self.branches or len(set(self.branches)) < len(self.branches) or not {*self.branches} <= {*BRANCHES}:
-            raise StyleError(f"branches of a style bank are {self.branches}; allowed are {BRANCHES}, each once")
+            if getattr(self, name) is not None:
+                checked[name] = values.real_number(_what(name), getattr(self, name), 0, error=StyleError)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if len(self.size) != 2:
+            raise StyleError(
+                f"size of a style bank is {values.quoted(self.size)}; it must be (width, height) in pixels"
+            )
+        known = [isinstance(branch, str) and branch in BRANCHES for branch in self.branches]
+        if not known or not all(known) or len(set(self.branches)) < len(self.branches):
+            raise StyleError(
+                f"branches of a style bank are {values.quoted(self.branches)}; allowed are {BRANCHES}, each once"
+            )
         if list(self.layers) != sorted(set(self.layers)):
-            raise StyleError(f"layers of a style bank are {self.layers}; they must ascend, without repetition")
+            raise StyleError(
+                f"layers of a style bank are {values.quoted(self.layers)}; they must ascend, without repetition"
+            )
         if self.store == "latents" and (self.layers or self.dtype != "float32"):
             raise StyleError(
                 f"a bank of latents has no layers and the type float32, not {len(self.layers)} layers in {self.dtype}"
@@ -91,6 +93,10 @@ class BankInfo:
             raise StyleError(f"the style bank's metadata is a {type(content).__name__} where an object is expected")
         names = [entry.name for entry in fields(cls)]
         if content.get("format") == FORMAT and set(names) != set(content):
-            odd = sorted(set(names) ^ set(content))
-            raise StyleError(f"the style bank's metadata lacks or adds {', '.join(odd)}; bake the style again")
+            odd = values.quoted(", ".join(sorted(set(names) ^ set(content))))
+            raise StyleError(f"the style bank's metadata lacks or adds {odd}; bake the style again")
         return cls(**{name: content.get(name, ()) for name in names})
+
+
+def _what(name: str) -> str:
+    return f"{name} of a style bank"

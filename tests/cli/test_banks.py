@@ -179,7 +179,7 @@ BAD_WORDS = {
     "a type for latents": (("--style-prompt", "x", "--store", "latents", "--store-dtype", "fp8"), "drop --store-dtype"),
     "layers for latents": (("--style-prompt", "x", "--store", "latents", "--layers", "up_blocks"), "holds no layers"),
     "steps out of range": (("--style-prompt", "x", "--steps", "0"), "steps is 0"),
-    "an unknown scheduler": (("--style-prompt", "x", "--scheduler", "magic"), "scheduler 'magic' is unknown"),
+    "an unknown scheduler": (("--style-prompt", "x", "--scheduler", "magic"), "scheduler is 'magic'"),
     "a size that is none": (("--style-prompt", "x", "--size", "large"), "WIDTHxHEIGHT"),
     "a name that is no bank's": (("--style-prompt", "x", "--out", "x.pt"), "name it x.bank"),
     "a folder to write": (("--style-prompt", "x", "--out", "."), "is a folder"),
