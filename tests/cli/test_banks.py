@@ -171,7 +171,7 @@ BAD_WORDS = {
     "an empty prompt": (("--style-prompt", " "), "the reference's prompt is empty"),
     "a missing picture": (("--style-image", "gone.png"), "there is no picture at gone.png"),
     "a bank to bake": (("--style-image", "x.bank"), "is a style bank"),
-    "a negative seed": (("--style-prompt", "x", "--seed=-1"), "seed is -1"),
+    "a negative seed": (("--style-prompt", "x", "--seed=-2"), "seed is -2"),
     "noise without picture": (("--style-prompt", "x", "--noise", "ddim"), "give --style-image as well"),
     "inversion along another sampler": (("--style-image", "{photo}", "--noise", "ddim"), "scheduler is 'euler'"),
     "an unknown store": (("--style-prompt", "x", "--store", "all"), "invalid choice: 'all'"),

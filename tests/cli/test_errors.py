@@ -30,7 +30,7 @@ BAD_WORDS = {
     "a memory limit that is no size": (("a cat", "--memory-limit", "much"), "--memory-limit is 'much'"),
     "no memory for banks": (("a cat", "--bank-memory", "0"), "--bank-memory is '0'"),
     "an unknown backend": (("a cat", "--backend", "magic"), "invalid choice: 'magic'"),
-    "a negative seed": (("a cat", "--seed=-1"), "seed is -1"),
+    "a negative seed": (("a cat", "--seed=-2"), "seed is -2"),
     "a missing picture": (("a cat", "--style-image", "gone.png"), "there is no picture at gone.png"),
     "a missing learned style": (("a cat", "--learned", "gone"), "there is no learned style at gone"),
     "an unknown preset": (("a cat", "--style-image", "{photo}", "--method", "instant", "--blocks", "x"), "no preset"),
