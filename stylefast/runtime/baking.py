@@ -13,7 +13,7 @@ from stylefast.models.conditioning import RowFeatures
 from stylefast.runtime.group import Group
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
-from stylefast.runtime.trajectory import Trajectory, plan_trajectories
+from stylefast.runtime.trajectory import Trajectory, plan_trajectories, shared_styles
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.sampling.schedule import schedule_digest
 from stylefast.styles.bank import BankWriter, LayerFeatures, ReferenceFeatures, StyleBank
@@ -49,11 +49,12 @@ def bake(
         path = values.path("path", path)
     preparer.check([request])
     target, *references = plan_trajectories([request], preparer.schedule, preparer.native_size)
-    others = [other for other in request.style if other is not style] if style.share_styles else []
+    others = shared_styles(request)
     if others and store == "latents":
+        way_out = ", or with share_styles=False" if style.share_styles else ", or take it out of the negative prompt"
         raise StyleError(
             "store='latents' keeps no other styles, and the reference shares "
-            f"{type(others[0]).__name__}; bake with store='kv', or with share_styles=False"
+            f"{type(others[0]).__name__}; bake with store='kv'{way_out}"
         )
     for reference in references:
         # on its own, it is asked for its result

@@ -20,7 +20,13 @@ from stylefast.models.text import Prompt, TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.runtime.key_values import KeyValuePages
 from stylefast.runtime.trajectory import NULL, Trajectory
-from stylefast.styles.dream_styler import DreamStyler, pooled_policy_of, prompts_per_step
+from stylefast.styles.dream_styler import (
+    DreamStyler,
+    negative_prompts,
+    placed_styles,
+    pooled_policy_of,
+    prompts_per_step,
+)
 from stylefast.styles.instant_style import InstantStyle
 
 CONDITIONAL_BRANCHES = ("full", "style")  # branches that see the style's picture; the others see the negative tokens
@@ -138,10 +144,10 @@ class ConditionStore:
         wanted: dict[tuple[Trajectory, str], list[tuple]] = {}  # keys per step
         prompts: dict[tuple, tuple[Prompt, str]] = {}
         for t in trajectories:
-            learned = t.request.styles_of(DreamStyler)
-            policy = pooled_policy_of(learned)
-            for branch, per_step in _branch_prompts(t, learned, self._train_timesteps).items():
-                pooling = "eos" if branch == NULL else policy
+            placed, negative = placed_styles(t.request.styles_of(DreamStyler), t.prompt, t.request.negative_prompt)
+            policy, null_policy = pooled_policy_of(placed), pooled_policy_of(negative)
+            for branch, per_step in _branch_prompts(t, placed, negative, self._train_timesteps).items():
+                pooling = null_policy if branch == NULL else policy
                 # one Prompt object serves many steps
                 distinct = {id(prompt): prompt for prompt in per_step}
                 keys = {place: (revision, pooling, prompt.identity()) for place, prompt in distinct.items()}
@@ -236,16 +242,19 @@ class ConditionStore:
         return conditions.held_masks[style, segment]
 
 
-def _branch_prompts(t: Trajectory, learned: list[DreamStyler], train_timesteps: int) -> dict[str, list[Prompt]]:
+def _branch_prompts(
+    t: Trajectory, placed: list[DreamStyler], negative: list[DreamStyler], train_timesteps: int
+) -> dict[str, list[Prompt]]:
     """Branch -> one Prompt per step, for the branches that the trajectory has rows in."""
     steps = t.schedule.steps
+    timesteps = t.schedule.timesteps.clamp(0, train_timesteps)
     text_branches = [branch for branch in t.branches if branch != NULL]
-    if learned and t.prompt:
-        timesteps = t.schedule.timesteps.clamp(0, train_timesteps)
-        per_branch = prompts_per_step(learned, t.prompt, timesteps, text_branches, train_timesteps)
+    if placed and t.prompt:
+        per_branch = prompts_per_step(placed, t.prompt, timesteps, text_branches, train_timesteps)
     else:
         # without a learned style, a reference's rows for its readers' branches all see the reference's prompt
         per_branch = dict.fromkeys(text_branches, [Prompt(t.prompt)] * steps)
     if NULL in t.branches:
-        per_branch = {NULL: [Prompt(t.request.negative_prompt or None)] * steps, **per_branch}
+        null = negative_prompts(negative, t.request.negative_prompt, timesteps, train_timesteps)
+        per_branch = {NULL: null, **per_branch}
     return per_branch

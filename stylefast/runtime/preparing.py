@@ -11,11 +11,11 @@ from stylefast.runtime.core import Runtime
 from stylefast.runtime.group import Group, Pin
 from stylefast.runtime.pinning import forward_pin, inverted_pin, latents_pin, scheduler_config
 from stylefast.runtime.request import Request, check_size
-from stylefast.runtime.trajectory import Trajectory, connected, plan_trajectories
+from stylefast.runtime.trajectory import NULL, Trajectory, connected, plan_trajectories
 from stylefast.sampling.edm import is_edm
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.schedule import Schedule, schedule_digest
-from stylefast.styles.dream_styler import DreamStyler
+from stylefast.styles.dream_styler import DreamStyler, check_places
 
 
 class Preparer:
@@ -78,6 +78,10 @@ class Preparer:
                 self._check_bank(request)
         for trajectory in plan_trajectories(requests, self.schedule, self.native_size):
             trajectory.step_weights  # noqa: B018  an interval between two steps is an error here
+            learned = trajectory.request.styles_of(DreamStyler)
+            if learned and trajectory.prompt:
+                texts = trajectory.prompt, trajectory.request.negative_prompt
+                check_places(learned, *texts, guided=NULL in trajectory.branches)
 
     def schedule(self, request: Request) -> Schedule:
         """The request's steps. Raises InvalidRequest for an unknown scheduler or a count it can't take."""

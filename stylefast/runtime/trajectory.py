@@ -14,7 +14,7 @@ from stylefast.runtime.request import Request
 from stylefast.sampling.guidance import BRANCHES, GuidanceInterval, branch_weights_per_step, guidance_weights
 from stylefast.sampling.schedule import Schedule
 from stylefast.styles.bank import StyleBank
-from stylefast.styles.dream_styler import DreamStyler
+from stylefast.styles.dream_styler import DreamStyler, placed_styles
 from stylefast.styles.style_aligned import StyleAligned
 
 FULL, NULL = "full", "null"
@@ -91,7 +91,7 @@ def plan_trajectories(
             if picture is None:
                 own = (*target.weights.items(), target.request.guidance_rescale, target.request.guidance_interval)
             key = (id(style), i, *_pace(target), target.request.negative_prompt, *own)
-            key += tuple(id(other) for other in _shared_styles(target))
+            key += tuple(id(other) for other in shared_styles(target.request))
             if key not in hidden:
                 hidden[key] = _reference(target, style, picture)
             target.references.append(hidden[key])
@@ -116,7 +116,7 @@ def _target(index: int, request: Request, schedule: Schedule, native_size) -> Tr
 
 
 def _reference(target: Trajectory, style: StyleAligned, picture) -> Trajectory:
-    request = replace(target.request, style=_shared_styles(target), seed=style.seed)
+    request = replace(target.request, style=shared_styles(target.request), seed=style.seed)
     weights = dict(target.weights) if picture is None else {FULL: 1.0}
     reference = Trajectory(request, style.prompt or "", target.schedule, target.size, weights, reference_of=style)
     if style.bank is None:
@@ -146,9 +146,15 @@ def connected(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
     return list(sets.values())
 
 
-def _shared_styles(target: Trajectory) -> list:
-    style = target.request.aligned
-    return [other for other in target.request.style if other is not style] if style.share_styles else []
+def shared_styles(request: Request) -> list:
+    """The styles that the reference of a request's StyleAligned has too.
+
+    All others with `share_styles`, and always those that the negative prompt names, which is the reference's as well.
+    """
+    style = request.aligned
+    if style.share_styles:
+        return [other for other in request.style if other is not style]
+    return placed_styles(request.styles_of(DreamStyler), "", request.negative_prompt)[1]
 
 
 def _join_group(members: list[Trajectory]):

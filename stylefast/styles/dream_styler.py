@@ -4,7 +4,9 @@ Per request the text branches are
   full     the whole prompt, with the style token(s),
   context  the prompt without its style clause (no learned token, so the same at every stage),
   style    a content-free sentence with the style token(s),
-and a step at timestep t uses the vectors of stage floor(t T / 1000): stage 0 is the low-noise end.
+and a step at timestep t uses the vectors of stage floor(t T / 1000): stage 0 is the low-noise end. A style that the
+negative prompt names acts there, and in the prompt only if that names it too: most published embeddings for SDXL are
+made to be led away from.
 """
 
 import logging
@@ -54,7 +56,8 @@ class DreamStyler:
     `stages`: style mixing by stage, {stage: style}, each a DreamStyler, a StageEmbedding or a file; the style named
     there lends its vectors of that stage (a style of one stage lends its only ones).
     `name`: the placeholder, `<name>` in prompts; the embedding's own name otherwise.
-    `template`: used for prompts that name neither `{style}` nor `<name>`. `style_prompt`: text of the style branch.
+    `template`: used for prompts that name neither `{style}` nor `<name>`; without `{style}` in it, such prompts stay as
+    they are. It is not used for a style that the negative prompt names. `style_prompt`: text of the style branch.
     Raises StyleError for files and stages that do not fit.
     """
 
@@ -82,7 +85,7 @@ class DreamStyler:
             raise StyleError(f"context is {values.quoted(self.context)}; give words on the content, or None")
         if self.guidance is not None and not isinstance(self.guidance, StyleContextGuidance):
             raise StyleError(f"guidance is {values.quoted(self.guidance)}; give a StyleContextGuidance or None")
-        for field_name, needed in (("template", ("{prompt}", "{style}")), ("style_prompt", ("{style}",))):
+        for field_name, needed in (("template", ("{prompt}",)), ("style_prompt", ("{style}",))):
             text = values.prompt(field_name, getattr(self, field_name), error=StyleError)
             if any(part not in text for part in needed):
                 raise StyleError(f"{field_name} is {values.quoted(text)}; it must contain {' and '.join(needed)}")
@@ -132,6 +135,48 @@ class DreamStyler:
         return branch_prompts([self], prompt)
 
 
+def placed_styles(
+    styles: Sequence[DreamStyler], prompt: str, negative_prompt: str
+) -> tuple[list[DreamStyler], list[DreamStyler]]:
+    """Tell which styles act in the prompt, and which in the negative prompt; both are possible.
+
+    A style acts in the negative prompt if that names it, `<name>`, and in the prompt if that names it or the negative
+    prompt does not.
+    """
+    negative = [style for style in styles if f"<{style.name}>" in negative_prompt]
+    return [style for style in styles if style not in negative or f"<{style.name}>" in prompt], negative
+
+
+def check_places(styles: Sequence[DreamStyler], prompt: str, negative_prompt: str, guided: bool) -> None:
+    """Refuse what a request's texts and learned styles can't do together, before anything is encoded.
+
+    `guided`: whether the negative prompt is used at all. Raises PromptError and StyleError.
+    """
+    _check_styles(styles)
+    if "{style}" in negative_prompt:
+        raise PromptError(f"the negative prompt has a {{style}}; name the style there: <{styles[0].name}>")
+    placed, negative = placed_styles(styles, prompt, negative_prompt)
+    pooled_policy_of(placed)
+    pooled_policy_of(negative)
+    for style in negative:
+        if style in placed:
+            continue
+        if not guided:
+            raise StyleError(
+                f"the style <{style.name}> acts in the negative prompt alone, which has no part at this guidance; take "
+                "a guidance above 1, or name the style in the prompt"
+            )
+        if style.context is not None or style.guidance is not None:
+            given = "context" if style.context is not None else "guidance"
+            raise StyleError(f"{given}= of the style <{style.name}> is about the prompt, but only the negative prompt "
+                             "names it; leave it out, or name the style in the prompt")  # fmt: skip
+        if "{style}" in prompt and not placed:
+            raise PromptError(f"the prompt has a {{style}}, but only the negative prompt names <{style.name}>; name it "
+                              "in both, or take the {style} out")  # fmt: skip
+    if placed:
+        branch_prompts(placed, prompt)
+
+
 def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]:
     """Texts of the branches "full", "context" and "style" for one prompt with one or several learned styles.
 
@@ -155,6 +200,11 @@ def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]
         # braces that a user wrote must survive, so the slots are filled from left to right without str.format
         head, tail = styles[0].template.split("{prompt}", 1)
         text = head + text + tail
+        if "{style}" not in text:
+            raise PromptError(
+                f"nothing names {unnamed}, neither the prompt, nor the template {values.quoted(styles[0].template)}, "
+                "nor the negative prompt; write it where it belongs"
+            )
     text = text.replace("{style}", unnamed)
 
     clause = _style_clause(tokens)
@@ -194,12 +244,7 @@ def prompts_per_step(
     unknown = [branch for branch in branches if branch not in texts]
     if unknown:
         raise InvalidRequest(f"text branch {unknown[0]!r} is unknown; there are {', '.join(TEXT_BRANCHES)}")
-    steps = [tuple(stage_of(t, style.stage_count, num_train_timesteps) for style in styles) for t in timesteps]
-    for place, style in enumerate(styles):
-        idle = sorted(set(style.stages) - {stages[place] for stages in steps})
-        if idle:
-            logger.warning("no step visits stage(s) %s of the style %r; mixing there changes nothing", idle, style.name)
-
+    steps = _stages_per_step(styles, timesteps, num_train_timesteps)
     made: dict[tuple, Prompt] = {}
     for branch in branches:
         for stages in steps:
@@ -208,6 +253,30 @@ def prompts_per_step(
                 vectors = {style.name: style.stage_vectors(k) for style, k in zip(styles, key[1], strict=False)}
                 made[key] = Prompt(texts[branch], vectors)
     return {branch: [made[branch, () if branch == "context" else s] for s in steps] for branch in branches}
+
+
+def negative_prompts(
+    styles: Sequence[DreamStyler], text: str, timesteps: Sequence[float] | Tensor, num_train_timesteps: int = 1000
+) -> list[Prompt]:
+    """The Prompt of the null branch at every step; an empty text is the model's own null prompt.
+
+    `styles`: those that the text names. Steps of the same stages share one Prompt object.
+    """
+    steps = _stages_per_step(styles, timesteps, num_train_timesteps)
+    made = {
+        stages: Prompt(text or None, {s.name: s.stage_vectors(k) for s, k in zip(styles, stages, strict=True)})
+        for stages in set(steps)
+    }
+    return [made[stages] for stages in steps]
+
+
+def _stages_per_step(styles: Sequence[DreamStyler], timesteps, num_train_timesteps: int) -> list[tuple[int, ...]]:
+    steps = [tuple(stage_of(t, style.stage_count, num_train_timesteps) for style in styles) for t in timesteps]
+    for place, style in enumerate(styles):
+        idle = sorted(set(style.stages) - {stages[place] for stages in steps})
+        if idle:
+            logger.warning("no step visits stage(s) %s of the style %r; mixing there changes nothing", idle, style.name)
+    return steps
 
 
 def pooled_policy_of(styles: Sequence[DreamStyler]) -> str:

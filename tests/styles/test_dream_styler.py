@@ -8,7 +8,16 @@ import torch
 from stylefast.errors import InvalidRequest, PromptError, StyleError
 from stylefast.models.text import TextEncoder
 from stylefast.sampling.guidance import StyleContextGuidance
-from stylefast.styles.dream_styler import DreamStyler, branch_prompts, pooled_policy_of, prompts_per_step, stage_of
+from stylefast.styles.dream_styler import (
+    TEMPLATE,
+    DreamStyler,
+    branch_prompts,
+    check_places,
+    placed_styles,
+    pooled_policy_of,
+    prompts_per_step,
+    stage_of,
+)
 from stylefast.styles.embeddings import StageEmbedding, save_embedding
 from tests.small_text import small_text_parts
 
@@ -144,6 +153,43 @@ def test_prompts_without_a_place_for_what_they_need_are_refused(styles, prompt, 
         branch_prompts(styles, prompt)
 
 
+def test_a_style_that_the_negative_prompt_names_stays_out_of_a_prompt_that_does_not():
+    bad, good = DreamStyler(embedding("bad")), DreamStyler(embedding("good", seed=1))
+    assert placed_styles([bad, good], "a cat", "blurry, <bad>") == ([good], [bad])
+    assert placed_styles([bad, good], "a <bad> cat", "<bad>") == ([bad, good], [bad])
+    assert placed_styles([bad], "a cat", "bad") == ([bad], [])
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "negative", "guided", "match"),
+    [
+        ({}, "a cat", "<brand>", False, "guidance above 1"),
+        ({"context": "on a house"}, "a cat", "<brand>", True, "context= of the style <brand>"),
+        ({"guidance": StyleContextGuidance()}, "a cat", "<brand>", True, "guidance= of the style <brand>"),
+        ({}, "a {style} cat", "<brand>", True, "only the negative prompt names <brand>"),
+        ({}, "a cat", "{style}", True, "name the style there: <brand>"),
+        ({"template": "{prompt}"}, "a cat", "blurry", True, "nothing names <brand>"),
+        ({}, "a cat {context}", "", True, "no style of the request carries one"),
+    ],
+)
+def test_what_the_two_prompts_and_a_style_can_not_do_together_is_refused(options, prompt, negative, guided, match):
+    with pytest.raises(InvalidRequest, match=match):
+        check_places([DreamStyler(embedding(), **options)], prompt, negative, guided)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "negative", "guided"),
+    [
+        ("{prompt}", "a cat", "<brand>", True),
+        ("{prompt}", "a <brand> cat", "", False),
+        (TEMPLATE, "a {style}", "", False),
+        (TEMPLATE, "a <brand> cat", "<brand>", False),
+    ],
+)
+def test_what_they_can_do_together_is_taken(template, prompt, negative, guided):
+    check_places([DreamStyler(embedding(), template=template)], prompt, negative, guided)
+
+
 def test_two_styles_of_one_name_are_refused_and_a_name_helps():
     with pytest.raises(StyleError, match="called 'brand'.*another name="):
         branch_prompts([DreamStyler(embedding()), DreamStyler(embedding(seed=1))], "a cat")
@@ -215,7 +261,7 @@ def test_stages_that_do_not_fit_are_refused(stages, match):
     [
         ({"context": ""}, "context"),
         ({"guidance": 3.0}, "StyleContextGuidance"),
-        ({"template": "{prompt} in style"}, "template"),
+        ({"template": "in the style of {style}"}, "template"),
         ({"style_prompt": "a painting"}, "style_prompt"),
         ({"name": "two words"}, "called 'two words'"),
     ],
