@@ -61,9 +61,8 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    with path.open("rb") as stream:
-        if not _is_safetensors(stream.read(9)):
-            read_header(path)  # has a name for web pages, LFS pointers and files cut short
+    if path.suffix not in PICKLE_ENDINGS:
+        read_header(path)  # which has a name for web pages, LFS pointers and files that are cut short or contradictory
     try:
         file = safe_open(str(path), framework="pt", device="cpu")
         # a copy, since the file's own pages would change, or end the process, when the file is written anew

@@ -73,7 +73,7 @@ class DreamStyler:
     def __post_init__(self):
         if self.name is not None:
             values.text("name", self.name, error=StyleError)
-        embedding, source = _load(self.embedding)
+        embedding, source = _load(self.embedding, self.name)
         if self.name is not None and self.name != embedding.name:
             embedding = StageEmbedding(
                 self.name, embedding.clip_l, embedding.clip_g, embedding.pooled_policy, embedding.metadata
@@ -288,11 +288,11 @@ def pooled_policy_of(styles: Sequence[DreamStyler]) -> str:
     return policies.pop() if policies else "eos"
 
 
-def _load(source) -> tuple[StageEmbedding, str | tuple[str, ...] | None]:
+def _load(source, name: str | None = None) -> tuple[StageEmbedding, str | tuple[str, ...] | None]:
     if isinstance(source, StageEmbedding):
         return source, None
     # the model's widths are known only where the style meets the model
-    embedding = load_embedding(source, widths=None)
+    embedding = load_embedding(source, name, widths=None)
     return embedding, tuple(map(str, source)) if isinstance(source, tuple | list) else str(source)
 
 

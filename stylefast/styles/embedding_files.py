@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from stylefast import values
-from stylefast.errors import ModelError, StyleError
-from stylefast.models.weight_files import read_header
+from stylefast.errors import ModelFormatError, StyleError
+from stylefast.models.lora_file import BUNDLE
+from stylefast.models.tensor_files import Entry, is_pickle, load_pickle, open_safetensors
 
 MAX_BYTES = 256 * 2**20
 PAIR_NAMES = ("learned_embeds", "learned_embeds_2")
@@ -43,15 +43,19 @@ def is_pair(source) -> bool:
     return False
 
 
-def read_single(source: str | os.PathLike) -> StyleFile:
-    """Read one file (or a folder of diffusers' two) that holds the vectors of both encoders."""
+def read_single(source: str | os.PathLike, name: str | None = None) -> StyleFile:
+    """Read one file (or a folder of diffusers' two) that holds the vectors of both encoders.
+
+    `name` picks one of several embeddings in a LoRA file.
+    """
     path = values.path("a learned style", source, error=StyleError)
     if path.is_dir():
         return read_pair(*(_in_folder(path, stem) for stem in PAIR_NAMES))
-    content, metadata = _read(path)
+    content, metadata = _read(path, name)
     content = _unwrapped(content)
     for first, second in _BOTH:
         if first in content and second in content:
+            _check_rest(content, path)
             stages = first.startswith("stages.")
             policy = "first_added_token" if first.startswith("text_encoders") else "eos"
             name = str(metadata.get("token") or content.get("name") or path.stem)
@@ -84,6 +88,16 @@ def read_pair(first: str | Path, second: str | Path) -> StyleFile:
     return StyleFile(str(first), tokens[0] or first.stem, rows[0], rows[1], "first_added_token")
 
 
+def _check_rest(content: Mapping, path: Path) -> None:
+    known = {key for pair in _BOTH for key in pair}
+    rest = [str(key) for key, value in content.items() if isinstance(value, Tensor) and key not in known]
+    if rest:
+        raise StyleError(
+            f"{path} also holds {', '.join(rest)[:200]}, for outputs of text encoders or encoders that SDXL does "
+            "not have; use an embedding made for SDXL, of clip_l and clip_g alone"
+        )
+
+
 def _in_folder(folder: Path, stem: str) -> Path:
     for suffix in (".safetensors", ".bin"):
         if (folder / f"{stem}{suffix}").is_file():
@@ -94,54 +108,54 @@ def _in_folder(folder: Path, stem: str) -> Path:
     )
 
 
-def _read(path: Path) -> tuple[Mapping | Tensor, dict[str, str]]:
+def _read(path: Path, name: str | None = None) -> tuple[Mapping | Tensor, dict[str, str]]:
     if not path.is_file():
         raise StyleError(f"there is no style file at {path}; check the path")
     size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+    entries, metadata = {}, {}
+    if head[8:9] == b"{":
+        try:
+            entries, metadata = open_safetensors(path)
+        except ModelFormatError as error:
+            raise StyleError(f"{path} is damaged or cut short: {error}") from error
+        if any(key.startswith(BUNDLE) for key in entries):
+            return _bundled(path, entries, name), {}
     if size > MAX_BYTES:
         raise StyleError(
             f"{path} has {size / 2**20:.0f} MiB; learned styles have some KiB, the limit is {MAX_BYTES // 2**20} MiB: "
             "this is another kind of file, perhaps a checkpoint"
         )
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head[8:9] == b"{":
-        return _read_safetensors(path, size)
-    # a zip archive, or a bare pickle of an old torch
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return torch.load(path, map_location="cpu", weights_only=True), {}
-        # torch reports a bad archive, a truncated pickle and forbidden code by many types of error
-        except Exception as error:
-            raise StyleError(
-                f"{path} can't be read as tensors alone ({_first_line(error)}); it is damaged, or a pickle that "
-                "carries code, which stylefast refuses to run: convert it to safetensors"
-            ) from error
+    try:
+        if head[8:9] == b"{":
+            return {key: entry.read() for key, entry in entries.items()}, metadata
+        if is_pickle(path):
+            return load_pickle(path), {}
+    except ModelFormatError as error:
+        raise StyleError(str(error)) from error
     raise StyleError(
         f"{path} is neither safetensors nor a torch file ({size} bytes); give a .safetensors, .bin or .pt embedding"
     )
 
 
-def _read_safetensors(path: Path, size: int) -> tuple[Mapping, dict[str, str]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    content = path.read_bytes()
-    try:
-        metadata = read_header(path).metadata
-        return load(content), dict(metadata)
-    except (ModelError, SafetensorError, ValueError) as error:
-        raise StyleError(
-            f"{path} is a damaged or truncated safetensors file of {size} bytes ({_first_line(error)}); copy it again"
-        ) from error
+def _bundled(path: Path, entries: Mapping[str, Entry], name: str | None) -> dict:
+    """The vectors of an embedding that lies in a LoRA file; `name` picks one of several."""
+    keys = [key.removeprefix(BUNDLE) for key in entries if key.startswith(BUNDLE)]
+    names = sorted({key.partition(".")[0] for key in keys})
+    if len(names) > 1 and name not in names:
+        raise StyleError(f"{path} holds the embeddings {', '.join(names)[:200]}; name one of them: name={names[0]!r}")
+    picked = name if name in names else names[0]
+    content = {key.partition(".")[2]: entries[BUNDLE + key].read() for key in keys if key.startswith(f"{picked}.")}
+    return content | {"name": picked}
 
 
 def _unwrapped(content) -> Mapping:
     # A1111 keeps the tensors one level down, some of its exports name the single tensor emb_params
     if isinstance(content, Mapping) and isinstance(content.get("string_to_param"), Mapping):
         return dict(content["string_to_param"]) | ({"name": content["name"]} if "name" in content else {})
+    if isinstance(content, Mapping):
+        return {str(key).removeprefix("string_to_param."): value for key, value in content.items()}
     return {"*": content} if isinstance(content, Tensor) else content
 
 
@@ -184,7 +198,3 @@ def _rows(value, path: Path, key: str, stages: bool) -> Tensor:
         limit = "[stages, vectors, width]" if stages else "[vectors, width] or [width]"
         raise StyleError(f"{key} of {path} has the shape {tuple(value.shape)}; it must be {limit}")
     return rows.float()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -114,12 +114,13 @@ def load_embedding(
     `source`: a file, a folder or a pair of files (encoder 1, encoder 2). Recognised: `stylefast-msti/1`; kohya, A1111
     and ComfyUI files with `clip_l` and `clip_g`; diffusers' `text_encoders_0/1`; diffusers' pair of one-key files (in a
     folder: `learned_embeds.safetensors` and `learned_embeds_2.safetensors`); pairs of A1111 `string_to_param` files, of
-    bare tensors and of DreamStyler `.bin` files with keys `<token>-T{k}`. One stage for what has no stages.
+    bare tensors and of DreamStyler `.bin` files with keys `<token>-T{k}`; an embedding inside of a LoRA file
+    (`bundle_emb.NAME.clip_l`), of several the one called `name`. One stage for what has no stages.
     `name`: the placeholder; the file's own token or stem otherwise. `widths`: what the model takes, None to skip.
     `pooled_policy`: overrules the file; files that diffusers trains default to "first_added_token", others to "eos".
     Raises StyleError for files that are missing, damaged, foreign, or made for another model.
     """
-    file = read_pair(*source) if is_pair(source) else read_single(source)
+    file = read_pair(*source) if is_pair(source) else read_single(source, name)
     file_name = name or re.sub(r"[\s<>{}]+", "-", file.name).strip("-") or "style"
     metadata = dict(file.metadata)
     if metadata.get("format", "").startswith("stylefast-msti/"):

@@ -240,3 +240,35 @@ def test_failed_writing_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypa
 def test_names_that_can_not_stand_in_a_prompt_are_refused(name):
     with pytest.raises(StyleError, match="can't be called"):
         StageEmbedding(name, torch.ones(1, 1, L), torch.ones(1, 1, G))
+
+
+def bundle(*names, extra=()):
+    state = {"lora_unet_x.lora_down.weight": torch.ones(2, 2)}
+    for i, name in enumerate(names):
+        state |= {f"bundle_emb.{name}.clip_l": rows(2, L) + i, f"bundle_emb.{name}.clip_g": rows(2, G) + i}
+        state |= {f"bundle_emb.{name}.{key}": torch.ones(2, 8) for key in extra}
+    return state
+
+
+def test_an_embedding_inside_of_a_lora_file_is_read_however_large_the_file_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("stylefast.styles.embedding_files.MAX_BYTES", 100)
+    save_file(bundle("chalk"), tmp_path / "one.safetensors")
+    for name in (None, "pen"):
+        found = load_embedding(tmp_path / "one.safetensors", name)
+        assert found.name == (name or "chalk") and torch.equal(found.clip_g[0], rows(2, G))
+    save_file(bundle("chalk", "ink"), tmp_path / "two.safetensors")
+    assert torch.equal(load_embedding(tmp_path / "two.safetensors", "ink").clip_l[0], rows(2, L) + 1)
+    with pytest.raises(StyleError, match="holds the embeddings chalk, ink; name one"):
+        load_embedding(tmp_path / "two.safetensors")
+    save_file({"bundle_emb.old.string_to_param.*": rows(2, L)}, tmp_path / "old.safetensors")
+    with pytest.raises(StyleError, match="Stable Diffusion 1.x or 2.x"):
+        load_embedding(tmp_path / "old.safetensors")
+
+
+@pytest.mark.parametrize("key", ["t5xxl", "clip_l_out"])
+def test_vectors_for_encoders_that_sdxl_does_not_have_are_refused_by_name(tmp_path, key):
+    save_file({"clip_l": rows(2, L), "clip_g": rows(2, G), key: torch.ones(2, 4096)}, tmp_path / "sd3.safetensors")
+    save_file(bundle("chalk", extra=[key]), tmp_path / "lora.safetensors")
+    for file in ("sd3", "lora"):
+        with pytest.raises(StyleError, match=f"also holds {key}"):
+            load_embedding(tmp_path / f"{file}.safetensors")
