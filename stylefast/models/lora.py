@@ -6,23 +6,21 @@ taking a LoRA off restores every bit.
 """
 
 import hashlib
-import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
+from stylefast import values
 from stylefast.errors import InvalidRequest
 from stylefast.models.lora_changes import Change
 from stylefast.models.lora_file import read_lora
 from stylefast.models.lora_names import PARTS
 
 
-def _check_scale(scale) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise InvalidRequest(f"a LoRA's scale is {scale!r}; it must be a finite number")
+def _checked_scale(scale) -> float:
+    return values.real_number("a LoRA's scale", scale, -values.MAX_STRENGTH, values.MAX_STRENGTH)
 
 
 class LoraSet:
@@ -63,17 +61,15 @@ class LoraSet:
         Raises ModelNotFound, ModelFormatError for files that can't be read, AdapterError for those that are no LoRA, of
         an unknown kind or layout, or made for other shapes, and InvalidRequest for a name that is taken.
         """
-        _check_scale(scale)
-        if not isinstance(source, (str, os.PathLike)):
-            raise InvalidRequest(f"a LoRA is given by its path, not as {type(source).__name__}")
-        if name is not None and (not isinstance(name, str) or not name):
-            raise InvalidRequest(f"the name of a LoRA is {str(name)[:200]!r}; give text, or None for the file's own")
-        lora = read_lora(source, self._weights)
-        name = name or lora.name
+        scale, path = _checked_scale(scale), values.path("a LoRA", source)
+        if name is not None:
+            values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
+        lora = read_lora(path, self._weights)
+        name = lora.name if name is None else name
         if name in self._loras:
             raise InvalidRequest(f"a LoRA named {name!r} is on already; set_scale() changes it, name= tells two apart")
         with self._guard():
-            self._loras[name], self._digests[name], self._scales[name] = lora.changes, lora.digest, float(scale)
+            self._loras[name], self._digests[name], self._scales[name] = lora.changes, lora.digest, scale
             try:
                 self._rebuild(lora.changes)
             except BaseException:
@@ -85,11 +81,12 @@ class LoraSet:
 
     def set_scale(self, name: str, scale: float) -> None:
         """Change the strength of a LoRA; 0 leaves the model as it was without it."""
-        if name not in self._loras:
-            raise InvalidRequest(f"no LoRA named {name!r} is on; there are: {', '.join(self._loras) or 'none'}")
-        _check_scale(scale)
+        if not isinstance(name, str) or name not in self._loras:
+            known = f"there are: {', '.join(self._loras) or 'none'}{values.did_you_mean(name, self._loras)}"
+            raise InvalidRequest(f"no LoRA named {values.quoted(name)} is on; {known}")
+        scale = _checked_scale(scale)
         with self._guard():
-            self._scales[name] = float(scale)
+            self._scales[name] = scale
             self._rebuild(self._loras[name])
 
     def remove(self, name: str) -> None:

@@ -84,7 +84,7 @@ def read_lora(source: str | Path, weights: Mapping[str, Mapping[str, Tensor]]) -
 
 
 def _pieces(source: str | Path) -> list[_Piece]:
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_dir():
         if (path / peft_config.FILE).is_file():
             return [_Piece(_only_file(path, "adapter_model.*"), peft_config.read_folder_config(path))]

@@ -3,13 +3,13 @@
 It stands in `adapter_config.json` in peft's own folders, and in the metadata of files that diffusers writes.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stylefast import values
 from stylefast.errors import AdapterError, ModelFormatError
 from stylefast.models.lora_changes import Scaling
 from stylefast.models.lora_names import PARTS
@@ -50,54 +50,43 @@ class PeftConfig:
 def read_folder_config(folder: Path) -> PeftConfig:
     """Read a folder's `adapter_config.json`. Raises ModelFormatError if it is damaged, AdapterError as `parse` does."""
     file = folder / FILE
-    try:
-        given = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelFormatError(f"{file} can't be read: {str(error)[:120]}; copy the folder again") from error
-    return parse(given, str(file))
+    return parse(values.read_json(file, f"{file}: it", kind=dict, error=ModelFormatError), str(file))
 
 
 def read_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
     """Read what diffusers wrote into a file's metadata: part -> config; empty where there is none."""
     if METADATA not in metadata:
         return {}
-    try:
-        given = json.loads(metadata[METADATA])
-        if not isinstance(given, dict):
-            raise ValueError("no dictionary")
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(f"{METADATA} of {where} is damaged ({str(error)[:120]}); fetch it again") from error
+    given = values.load_json(metadata[METADATA], f"{METADATA} of {where}", kind=dict, error=ModelFormatError)
     parts: dict[str, dict[str, Any]] = {}
     for key, value in given.items():
         part, _, name = key.partition(".")
         if part not in PARTS:
-            raise AdapterError(f"{METADATA} of {where} speaks of {key[:200]!r}; an SDXL model has {', '.join(PARTS)}")
+            raise AdapterError(
+                f"{METADATA} of {where} speaks of {values.quoted(key)}; an SDXL model has {', '.join(PARTS)}"
+            )
         parts.setdefault(part, {})[name] = value
-    return {part: parse(values, f"{METADATA} of {where}") for part, values in parts.items()}
+    return {part: parse(settings, f"{METADATA} of {where}") for part, settings in parts.items()}
 
 
-def parse(given: Any, where: str) -> PeftConfig:
+def parse(given: Mapping[str, Any], where: str) -> PeftConfig:
     """Check a config; `where` says in messages where it stands.
 
     Raises AdapterError for methods other than LoRA and for every setting that is neither done nor without effect,
     ModelFormatError for values of other kinds.
     """
-    if not isinstance(given, dict):
-        raise ModelFormatError(f"{where} holds a {type(given).__name__}, not a dictionary; copy it again")
     kind = given.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise AdapterError(f"{where} says peft_type {str(kind)[:200]!r}; of peft's methods LORA is read")
+        raise AdapterError(f"{where} says peft_type {values.quoted(kind)}; of peft's methods LORA is read")
     for name, value in given.items():
         if name not in _WITHOUT_EFFECT | _READ and value:
-            raise AdapterError(f"{where} sets {str(name)[:200]}={str(value)[:200]}, which is not known here; merge the "
+            raise AdapterError(f"{where} sets {name[:200]}={values.quoted(value)}, which is not known here; merge the "
                                "adapter into its model with peft, or train without it")  # fmt: skip
     start = given.get("init_lora_weights", True)
     if not isinstance(start, (bool, str, type(None))) or start not in _PLAIN_STARTS:
-        raise AdapterError(f"{where} says init_lora_weights={str(start)[:200]!r}, which also changed the base model's "
-                           "weights; save it with path_initial_model_for_weight_conversion=")  # fmt: skip
-    stabilised = given.get("use_rslora", False)
-    if not isinstance(stabilised, bool):
-        raise ModelFormatError(f"{where} says use_rslora={str(stabilised)[:200]}; it must be true or false")
+        raise AdapterError(f"{where} says init_lora_weights={values.quoted(start)}, which also changed the base model; "
+                           "save it with path_initial_model_for_weight_conversion=")  # fmt: skip
+    stabilised = values.flag(f"use_rslora in {where}", given.get("use_rslora", False), error=ModelFormatError)
     patterns = given.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or len(patterns) > _PATTERNS:
         raise ModelFormatError(f"alpha_pattern in {where} is no dictionary of at most {_PATTERNS} names")
@@ -107,9 +96,7 @@ def parse(given: Any, where: str) -> PeftConfig:
 
 
 def _alpha(value, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
-        raise ModelFormatError(f"{where} has the alpha {str(value)[:200]}; it must be a finite number")
-    return float(value)
+    return values.real_number(f"the alpha in {where}", value, error=ModelFormatError)
 
 
 def _pattern(text: str, where: str) -> str:
@@ -120,7 +107,7 @@ def _pattern(text: str, where: str) -> str:
     except re.error:
         tame = False
     if not tame:
-        raise AdapterError(f"alpha_pattern in {where} has {text[:200]!r}; name modules, or use a plain pattern")
+        raise AdapterError(f"alpha_pattern in {where} has {values.quoted(text)}; name modules, or use a plain pattern")
     return text
 
 
