@@ -132,7 +132,7 @@ def _style_entry(style, store: Store) -> dict[str, Any]:
         elif isinstance(value, StyleContextGuidance):
             entry[f.name] = asdict(value)
         elif isinstance(value, torch.Tensor):
-            entry[f.name] = store.tensor(value)
+            entry[f.name] = store.tensor(value, style.embeds_source if f.name == "image_embeds" else None)
         else:
             entry[f.name] = _plain(value)
     return entry
@@ -240,6 +240,8 @@ def _read_style(entry, sources: Sources):
             values[name] = _read_stages(value, sources)
         elif name == "guidance":
             values[name] = _read_guidance(value)
+        elif name == "image_embeds":
+            values[name] = sources.image_embeds(value)
         elif name == "content" and isinstance(value, Mapping):
             values[name] = sources.tensor(value)
         else:

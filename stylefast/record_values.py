@@ -18,6 +18,7 @@ from stylefast.models.masks import open_mask
 from stylefast.models.pictures import SUFFIXES, open_picture
 from stylefast.styles.bank import StyleBank
 from stylefast.styles.embeddings import StageEmbedding
+from stylefast.styles.image_embeds import read_image_embeds
 from stylefast.values import quoted
 
 # larger pictures are not tried: compressing them costs seconds, and hardly any gets that small
@@ -92,10 +93,12 @@ class Store:
         found = self._inside("safetensors", content, what) | entry
         return found | {"name": embedding.name, "pooled_policy": embedding.pooled_policy}
 
-    def tensor(self, value: torch.Tensor) -> dict[str, Any]:
-        """The entry of a mask or an embedding that was given as a tensor."""
+    def tensor(self, value: torch.Tensor, source: str | None = None) -> dict[str, Any]:
+        """The entry of a mask or an embedding that was given as a tensor, or read from the file `source`."""
         content = _pack({"tensor": value})
         entry = {"sha256": hashlib.sha256(content).hexdigest()}
+        if source is not None:
+            return self._path(Path(source)) | entry
         return self._inside("safetensors", content, f"a tensor of shape {list(value.shape)}") | entry
 
     def _path(self, path: Path) -> dict[str, str]:
@@ -190,6 +193,20 @@ class Sources:
                 f"the learned style {embedding.name!r} ({source or 'in the record'}) has other vectors than when the "
                 f"call was recorded (sha256 {found[:12]}, recorded {_word(digest)[:12]}); put the original file back"
             )
+
+    def image_embeds(self, entry) -> torch.Tensor | str:
+        """Image embeddings as a tensor or the path of their file. Raises StyleError if the file changed since."""
+        if isinstance(entry, str):
+            return self._absolute(entry)
+        form = _form(entry, ("path", "shipped", "safetensors", "in_memory"), "image embeddings", StyleError)
+        if form == "safetensors":
+            return self.tensor(entry)
+        path = self._shipped(entry["shipped"]) if form == "shipped" else self._absolute(entry["path"])
+        found = hashlib.sha256(_pack({"tensor": read_image_embeds(path)[0]})).hexdigest()
+        if entry.get("sha256", found) != found:
+            raise StyleError(f"the image embeddings in {path} are others than when the call was recorded (sha256 "
+                             f"{found[:12]}, recorded {_word(entry['sha256'])[:12]}); put the original back")  # fmt: skip
+        return path
 
     def tensor(self, entry: Mapping) -> torch.Tensor:
         """A tensor that was given in memory."""

@@ -94,8 +94,8 @@ def plus_adapter(
 
 
 def save_adapter(state: dict[str, dict[str, torch.Tensor]], path) -> None:
-    """Write a nested state dict as the published `.safetensors` (flat keys) or `.bin` (nested)."""
-    if str(path).endswith(".bin"):
+    """Write a nested state dict as the published `.safetensors` (flat keys), or pickled (nested)."""
+    if not str(path).endswith(".safetensors"):
         torch.save(state, path)
         return
     from safetensors.torch import save_file

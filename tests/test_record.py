@@ -222,7 +222,7 @@ BAD_CALLS = {
     "no kind": (styled(scale=1), StyleError, "style kind None is unknown"),
     "two kinds": (styled(kind="StyleAligned", type="StyleAligned"), InvalidRequest, "keep one"),
     "an unknown field of a style": (aligned(strength=1), InvalidRequest, "has the unknown field 'strength'"),
-    "a style without its picture": (styled(kind="InstantStyle"), StyleError, "lacks 'image'"),
+    "a style without its picture": (styled(kind="InstantStyle"), StyleError, "needs at least one picture; pass image="),
     "a switch as text": (aligned(share_group_norm="false"), StyleError, "is 'false'; it must be true or false"),
     "a number as text": (aligned(shift="1"), StyleError, "shift is '1'; it must be a number"),
     "a window of one": (aligned(window=[1]), StyleError, "window is [1]"),

@@ -6,18 +6,18 @@ cross-attention's own and `K_image = tokens W_k`, `V_image = tokens W_v` come fr
 """
 
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stylefast.errors import AdapterError, ModelFormatError, ModelNotFound
+from stylefast.errors import AdapterError, ModelNotFound
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.pictures import PictureSource
+from stylefast.models.tensor_files import PICKLE_ENDINGS, Entry, flat_entries, open_tensors
 
 # what the published adapters were trained with, by kind and width: (encoder, its folder beside the adapters)
 _ENCODERS = {
@@ -25,6 +25,7 @@ _ENCODERS = {
     ("global", 1024): ("OpenCLIP ViT-H/14", "models/image_encoder"),
     ("plus", 1280): ("OpenCLIP ViT-H/14", "models/image_encoder"),
 }
+_FACE_WIDTH = 512  # of InsightFace's embeddings
 # every published resampler has heads of this width; the file does not say it
 _RESAMPLER_HEAD = 64
 
@@ -136,7 +137,7 @@ class IPAdapter(nn.Module):
         the style module alone that is 20 of 140 matrices. `key_values` then holds None for the other layers.
 
         Raises ModelNotFound, ModelFormatError for files that can't be read, and AdapterError for kinds that are not
-        supported (FaceID) and for adapters of another base model, naming the shapes.
+        supported (FaceID, InstantID, full-face) and for adapters of another base model, naming the shapes.
         """
         entries, name = _read(source)
         kind, projector = _projector(entries, cross_dim, name)
@@ -177,13 +178,17 @@ class IPAdapter(nn.Module):
         self.check_encoder(encoder)
         return encoder.embed(images, crop) if self.kind == "global" else encoder.patches(images, crop)
 
-    @torch.no_grad()
-    def tokens(self, features: torch.Tensor) -> torch.Tensor:
-        """Image tokens `[n, token_count, cross_dim]` of the features of n pictures."""
+    def check_features(self, features: torch.Tensor) -> None:
+        """Raise AdapterError for features of another width or number of axes than this adapter reads."""
         dims = 2 if self.kind == "global" else 3
         if features.ndim != dims or features.shape[-1] != self.embed_dim:
             shape = f"[n, {self.embed_dim}]" if dims == 2 else f"[n, patches, {self.embed_dim}]"
             raise AdapterError(f"{self.name} ({self.kind}) reads features {shape}, not {list(features.shape)}")
+
+    @torch.no_grad()
+    def tokens(self, features: torch.Tensor) -> torch.Tensor:
+        """Image tokens `[n, token_count, cross_dim]` of the features of n pictures."""
+        self.check_features(features)
         weight = next(self.projector.parameters())
         return self._project(features.to(weight.device, weight.dtype))
 
@@ -231,75 +236,31 @@ class IPAdapter(nn.Module):
         return tuple(pairs)
 
 
-class _Entry(NamedTuple):
-    """One tensor of a file: its shape, known from the header, and a way to read it."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
-
-
-def _read(source: str | Path | Mapping) -> tuple[dict[str, _Entry], str]:
+def _read(source: str | Path | Mapping) -> tuple[dict[str, Entry], str]:
     """All tensors under flat keys, and a name for messages."""
     if isinstance(source, Mapping):
-        return _flatten(source, "the adapter"), "the adapter"
+        return flat_entries(source, "the adapter"), "the adapter"
     path = Path(source)
     if path.is_dir():
-        files = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin"))
+        endings = (".safetensors", *PICKLE_ENDINGS)
+        files = sorted(f.name for f in path.iterdir() if f.suffix in endings)
         raise ModelNotFound(f"{path} is a folder; name one adapter file in it: {', '.join(files) or 'it has none'}")
     if not path.is_file():
         raise ModelNotFound(
             f"there is no adapter at {path}; download one out of h94/IP-Adapter's sdxl_models and pass its path"
         )
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path), path.name
-    if path.suffix != ".bin":
-        raise ModelFormatError(f"{path.name} is neither .safetensors nor .bin; adapters are published as one of these")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load raises whatever the damaged pickle makes it stumble over
-    except Exception as error:
-        raise ModelFormatError(
-            f"{path.name} is not a file of tensors alone, or it is damaged ({type(error).__name__}); "
-            "get the .safetensors version"
-        ) from error
-    if not isinstance(state, Mapping):
-        raise ModelFormatError(f"{path.name} holds a {type(state).__name__}, not an adapter's dictionary")
-    return _flatten(state, path.name), path.name
+    return open_tensors(path)[0], path.name
 
 
-def _read_safetensors(path: Path) -> dict[str, _Entry]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(path, framework="pt", device="cpu")
-        return {
-            key: _Entry(tuple(file.get_slice(key).get_shape()), lambda key=key: file.get_tensor(key))
-            for key in file.keys()  # noqa: SIM118 (the handle is no dictionary)
-        }
-    except (SafetensorError, OSError) as error:
-        raise ModelFormatError(f"{path.name} is no readable safetensors file: {error}; download it again") from error
-
-
-def _flatten(state: Mapping, name: str) -> dict[str, _Entry]:
-    flat = {}
-    for key, value in state.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{key}.{inner}": tensor for inner, tensor in value.items()})
-        else:
-            flat[key] = value
-    for key, value in flat.items():
-        if not isinstance(value, torch.Tensor):
-            raise ModelFormatError(f"{name} holds a {type(value).__name__} under {key!r}, where a tensor belongs")
-    return {key: _Entry(tuple(tensor.shape), lambda tensor=tensor: tensor) for key, tensor in flat.items()}
-
-
-def _projector(entries: Mapping[str, _Entry], cross_dim: int, name: str) -> tuple[str, nn.Module]:
+def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple[str, nn.Module]:
     """The kind, and an empty projector of the file's dimensions; every key and shape of it is checked."""
     shapes = {key.removeprefix("image_proj."): e.shape for key, e in entries.items() if key.startswith("image_proj.")}
+    face = _face_kind(entries, shapes)
+    if face:
+        raise AdapterError(f"{name} is {face}, which stylefast does not run; use a global or plus IP-Adapter")
     if not shapes or not any(key.startswith("ip_adapter.") for key in entries):
-        raise AdapterError(f"{name} is no IP-Adapter: it needs keys image_proj.* and ip_adapter.*")
-    if any("_lora" in key for key in entries) or any(key.startswith("perceiver_resampler.") for key in shapes):
-        raise AdapterError(f"{name} is a FaceID adapter, which stylefast does not run; use a global or plus IP-Adapter")
+        raise AdapterError(f"{name} is no IP-Adapter: it needs keys image_proj.* and ip_adapter.*, and has "
+                           f"{', '.join(list(entries)[:3])[:200] or 'none'}")  # fmt: skip
 
     with torch.device("meta"):
         if _is_matrix(shapes, "proj.weight"):
@@ -336,6 +297,20 @@ def _projector(entries: Mapping[str, _Entry], cross_dim: int, name: str) -> tupl
     return kind, projector
 
 
+def _face_kind(entries: Mapping[str, Entry], shapes: Mapping[str, tuple]) -> str | None:
+    """The name of an adapter that reads faces instead of pictures."""
+    if any(key.startswith("perceiver_resampler.") for key in shapes):
+        return "a FaceID-Plus adapter"
+    if any("_lora" in key for key in entries):
+        return "a FaceID adapter"
+    first = next((key for key in ("proj.0.weight", "proj.weight", "proj_in.weight") if shapes.get(key)), None)
+    if first is not None and shapes[first][-1] == _FACE_WIDTH:
+        return "an InstantID adapter" if "latents" in shapes else "a FaceID adapter (portrait)"
+    if "proj.0.weight" in shapes or any(key.startswith("ff.net.") for key in shapes):
+        return "a full-face adapter"
+    return None
+
+
 def _is_matrix(shapes: Mapping[str, tuple], *keys: str) -> bool:
     return all(len(shapes.get(key, ())) == 2 for key in keys)
 
@@ -347,7 +322,7 @@ def _wrong_width(name: str, given: int, cross_dim: int) -> AdapterError:
     )
 
 
-def _check_layers(entries: Mapping[str, _Entry], layout: AttentionLayout, cross_dim: int, name: str) -> None:
+def _check_layers(entries: Mapping[str, Entry], layout: AttentionLayout, cross_dim: int, name: str) -> None:
     expected = {
         f"ip_adapter.{layout.ip_adapter_key(i)}.to_{which}_ip.weight": (layer.channels, cross_dim)
         for i, layer in enumerate(layout.layers)

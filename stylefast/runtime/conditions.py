@@ -190,7 +190,7 @@ class ConditionStore:
         adapter, encoder = self._adapter(style)
         # the style object itself is the key, and thereby stays alive as long as its pages
         keys = [(adapter, style, i) for i in range(len(style.segments))]
-        keys.append((adapter, style if style.negative_image is not None else None, -1))
+        keys.append((adapter, style if style.own_negative else None, -1))
         pages = [None if self.images is None else self.images.find(key) for key in keys]
         conditions.held_images += [page for page in pages if page is not None]
         if None in pages:
@@ -213,6 +213,11 @@ class ConditionStore:
     def _add_image(self, key, adapter: IPAdapter, tokens: torch.Tensor) -> int:
         self.make_image_pages(len(tokens))
         return self.images.add([key], adapter.key_values(tokens[None]))[0]
+
+    def check(self, styles: Sequence[InstantStyle]) -> None:
+        """Raise AdapterError or StyleError for styles that the adapters at hand can't do."""
+        for style in styles:
+            style.check_adapter(self._adapter(style)[0])
 
     def _adapter(self, style: InstantStyle) -> tuple[IPAdapter, ImageEncoder]:
         if not self.adapters:

@@ -16,6 +16,7 @@ from stylefast.sampling.edm import is_edm
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.schedule import Schedule, schedule_digest
 from stylefast.styles.dream_styler import DreamStyler, check_places
+from stylefast.styles.instant_style import InstantStyle
 
 
 class Preparer:
@@ -74,6 +75,7 @@ class Preparer:
             style.layer_mask(self.runtime.unet.layout)
         for request in requests:
             self._check_stages(request)
+            self.runtime.conditions.check(request.styles_of(InstantStyle))
             if request.aligned is not None and request.aligned.bank is not None:
                 self._check_bank(request)
         for trajectory in plan_trajectories(requests, self.schedule, self.native_size):

@@ -5,8 +5,9 @@ IP-Adapter with one strength per attention module, and, optionally, a content te
 embedding.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from stylefast.models.image_encoder import CROPS, ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import LAYOUT_MODULE, STYLE_MODULE, AttentionLayout
 from stylefast.models.pictures import PictureSource, check_sources
+from stylefast.styles.image_embeds import read_image_embeds, split_image_embeds
 
 
 class Strengths(NamedTuple):
@@ -35,7 +37,7 @@ class Strengths(NamedTuple):
 class Segment(NamedTuple):
     """Pictures whose tokens share one softmax, the mask that bounds them (None: everywhere), and their strength."""
 
-    pictures: tuple[PictureSource, ...]
+    pictures: tuple[PictureSource, ...]  # none where embeddings stand in their place
     mask: PictureSource | torch.Tensor | None
     scale: float
 
@@ -69,11 +71,14 @@ class InstantStyle:
     - `adapter`: name or path, for engines that hold several; None: the only one.
     - `crop`: how pictures become square: "center", "squash" or "pad".
     - `negative_image`: a picture to lead away from, in place of the adapter's "no picture".
+    - `image_embeds`: in place of `image`, what the image encoder gave for the pictures: a tensor `[pictures, width]`
+      (plus adapters: `[pictures, patches, width]`), or what diffusers' `prepare_ip_adapter_image_embeds` returned, with
+      or without the embeddings of "no picture"; or a file of either.
 
     Raises StyleError at construction for values out of range.
     """
 
-    image: PictureSource | Sequence[PictureSource]
+    image: PictureSource | Sequence[PictureSource] | None = None
     blocks: str | Mapping | Sequence[str] = "style"
     scale: float | Sequence[float] = 1.0
     content: str | torch.Tensor | None = None
@@ -86,6 +91,8 @@ class InstantStyle:
     style_boost: float = 1.0
     composition_boost: float = 0.0
     composition_scale: float | None = None
+    image_embeds: torch.Tensor | str | os.PathLike | None = None
+    embeds_source: str | None = field(init=False, default=None)
 
     def __post_init__(self):
         checked = {
@@ -102,9 +109,17 @@ class InstantStyle:
             checked["adapter"] = values.text("adapter", self.adapter, empty=False, error=StyleError)
         if self.content is not None:
             checked["content"] = _checked_content(self.content)
-        if self.image is None or (isinstance(self.image, (list, tuple)) and not self.image):
-            raise StyleError("InstantStyle needs at least one picture; pass image=...")
-        checked["image"] = check_sources("image", self.image)
+        if self.image_embeds is not None:
+            if self.image is not None:
+                raise StyleError("image and image_embeds are given; the pictures come from one of them")
+            if self.crop != "center" and self.negative_image is None:
+                raise StyleError(f"crop={values.quoted(self.crop)} has no part in image_embeds, whose pictures were "
+                                 "cropped when they were encoded; leave it out")  # fmt: skip
+            checked["image_embeds"], checked["embeds_source"] = read_image_embeds(self.image_embeds)
+        elif self.image is None or (isinstance(self.image, (list, tuple)) and not self.image):
+            raise StyleError("InstantStyle needs at least one picture; pass image= or image_embeds=")
+        else:
+            checked["image"] = check_sources("image", self.image)
         if self.mask is not None:
             checked["mask"] = check_sources("mask", self.mask, (torch.Tensor, NoneType))
         if self.negative_image is not None:
@@ -115,19 +130,23 @@ class InstantStyle:
             object.__setattr__(self, name, value)
         self._check_counts()
 
-    def _check_counts(self) -> None:
-        if self.masks and len(self.masks) != len(self.pictures):
-            raise StyleError(f"{len(self.masks)} masks for {len(self.pictures)} pictures; give one for each, or none")
+    def _check_counts(self, embedded: int | None = None) -> None:
+        # how many pictures embeddings stand for shows only beside the adapter
+        count = len(self.pictures) if self.image_embeds is None else embedded or len(self.masks) or 1
+        if self.masks and len(self.masks) != count:
+            raise StyleError(f"{len(self.masks)} masks for {count} pictures; give one for each, or none")
         scales = len(self.scale) if isinstance(self.scale, tuple) else 1
-        if scales != 1 and (not self.masks or scales != len(self.pictures)):
+        if scales != 1 and (not self.masks or scales != count):
             raise StyleError(
-                f"{scales} scales for {len(self.pictures)} pictures and {len(self.masks)} masks; one scale per "
+                f"{scales} scales for {count} pictures and {len(self.masks)} masks; one scale per "
                 "picture needs one mask per picture, since unmasked pictures share a softmax"
             )
 
     @property
     def pictures(self) -> tuple[PictureSource, ...]:
-        """The pictures as a tuple, however they were given."""
+        """The pictures as a tuple, however they were given; none where there are embeddings in their place."""
+        if self.image_embeds is not None:
+            return ()
         return tuple(self.image) if isinstance(self.image, (list, tuple)) else (self.image,)
 
     @property
@@ -144,10 +163,14 @@ class InstantStyle:
         if not self.masks:
             return (Segment(self.pictures, None, float(scales[0])),)
         if len(scales) == 1:
-            scales *= len(self.pictures)
-        return tuple(
-            Segment((p,), m, float(s)) for p, m, s in zip(self.pictures, self.masks, scales, strict=True)
-        )
+            scales *= len(self.masks)
+        pictures = [(picture,) for picture in self.pictures] or [()] * len(self.masks)
+        return tuple(Segment(p, m, float(s)) for p, m, s in zip(pictures, self.masks, scales, strict=True))
+
+    @property
+    def own_negative(self) -> bool:
+        """Whether unconditional rows may see something of this style's own, in place of the adapter's "no picture"."""
+        return self.negative_image is not None or self.image_embeds is not None
 
     @property
     def needs_guidance(self) -> bool:
@@ -216,6 +239,21 @@ class InstantStyle:
                 swapped[composed] = self.style_boost
         return usual, swapped
 
+    def check_adapter(self, adapter: IPAdapter) -> None:
+        """Raise AdapterError or StyleError for what this style can't do with an adapter, before anything is encoded."""
+        if self.content is not None and adapter.kind != "global":
+            raise AdapterError(
+                f"content={values.quoted(self.content)} can't be subtracted from a plus adapter's patch features; use "
+                "a global adapter (ip-adapter_sdxl), or leave content None"
+            )
+        if self.image_embeds is not None:
+            features, negative = split_image_embeds(self.image_embeds, adapter)
+            adapter.check_features(features)
+            self._check_counts(len(features))
+            if negative is not None and self.negative_image is not None:
+                raise StyleError("negative_image is given, and image_embeds holds what stands in its place; leave one "
+                                 "of them out")  # fmt: skip
+
     def tokens(self, adapter: IPAdapter, encoder: ImageEncoder, content: torch.Tensor | None = None) -> StyleTokens:
         """Encode the pictures.
 
@@ -223,18 +261,20 @@ class InstantStyle:
         encoder. It is needed if `self.content` holds words. Raises AdapterError if the adapter can't subtract.
         """
         embedding = self.content if isinstance(self.content, torch.Tensor) else content
-        if self.content is not None and adapter.kind != "global":
-            raise AdapterError(
-                f"content={values.quoted(self.content)} can't be subtracted from a plus adapter's patch features; use "
-                "a global adapter (ip-adapter_sdxl), or leave content None"
-            )
+        self.check_adapter(adapter)
         if isinstance(self.content, str) and embedding is None:
             raise StyleError(f"content={values.quoted(self.content)} needs its text embedding; pass content=[dim]")
-        features = adapter.features(encoder, self.pictures, self.crop)
+        negative = None
+        if self.image_embeds is not None:
+            features, negative = split_image_embeds(self.image_embeds, adapter)
+        else:
+            features = adapter.features(encoder, self.pictures, self.crop)
         if self.content is not None:
             features = subtract_content(features, embedding, self.content_scale)
         tokens = adapter.tokens(features)
         image = tuple(tokens.unbind(0)) if self.masks else (tokens.flatten(0, 1),)
+        if negative is not None:
+            return StyleTokens(image, adapter.tokens(negative).flatten(0, 1))
         if self.negative_image is None:
             return StyleTokens(image, adapter.negative_tokens(encoder))
         return StyleTokens(image, adapter.tokens(adapter.features(encoder, [self.negative_image], self.crop))[0])

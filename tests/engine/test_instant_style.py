@@ -105,6 +105,13 @@ def test_a_picture_listed_twice_is_the_picture_once(draw):
     close(draw(PROMPTS, sf.InstantStyle([PICTURE, PICTURE]), seed=30), once)
 
 
+def test_embeddings_from_diffusers_equal_their_pictures(engine, pipe, draw):
+    style = sf.InstantStyle(image_embeds=[embeds(pipe, PICTURE, OTHER)])
+    close(draw(PROMPTS, style, seed=30), draw(PROMPTS, sf.InstantStyle([PICTURE, OTHER]), seed=30))
+    with pytest.raises(AdapterError, match="reads features"):
+        engine.submit(sf.Request("a cat", style=sf.InstantStyle(image_embeds=torch.zeros(1, 7))))
+
+
 def test_a_mask_bounds_the_picture_as_in_diffusers(pipe, adapters, draw):
     mask = half_mask()
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE, "all", mask=mask), seed=30)

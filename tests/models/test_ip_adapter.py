@@ -92,7 +92,7 @@ def _meta_sdxl_global():
 
 @pytest.mark.parametrize("make, kind, embed_dim, tokens", [(global_adapter, "global", 48, 4),
                                                            (plus_adapter, "plus", 40, 16)])
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
 def test_files_load_and_their_kind_is_recognised_from_the_keys(tmp_path, layout, make, kind, embed_dim, tokens, suffix):
     state = make(layout)
     path = tmp_path / f"adapter{suffix}"
@@ -218,15 +218,20 @@ def _sd15(layout):
         (lambda s: _with(s, "ip_adapter", **{"999.to_k_ip.weight": torch.zeros(64, 64)}), r"ip_adapter\.999"),
         (lambda s: _with(s, "ip_adapter", **{"1.to_k_ip.weight": torch.zeros(32, 64)}), r"\[32, 64\].*\[64, 64\]"),
         (lambda s: _with(s, "ip_adapter", **{"0.to_q_lora.up.weight": torch.zeros(2, 2)}), "FaceID"),
-        (lambda s: s | {"image_proj": {"perceiver_resampler.proj_in.weight": torch.zeros(2, 2)}}, "FaceID"),
-        (lambda s: s | {"image_proj": {"proj.0.weight": torch.zeros(2, 2)}}, "unknown kind.*proj.0.weight"),
+        (lambda s: s | {"image_proj": {"perceiver_resampler.proj_in.weight": torch.zeros(2, 2)}}, "FaceID-Plus"),
+        (lambda s: s | {"image_proj": {"proj.0.weight": torch.zeros(2, 512)}}, r"FaceID adapter \(portrait\)"),
+        (lambda s: s | {"image_proj": {"latents": torch.zeros(1, 2, 4), "proj_in.weight": torch.zeros(4, 512)}},
+         "InstantID"),
+        (lambda s: s | {"image_proj": {"proj.0.weight": torch.zeros(2, 2)}}, "full-face"),
+        (lambda s: s | {"image_proj": {"mapper.weight": torch.zeros(2, 2)}}, "unknown kind.*mapper.weight"),
         (lambda s: _without(s, "image_proj", "norm.bias"), r"lacks image_proj\.norm\.bias"),
         (lambda s: _with(s, "image_proj", foreign=torch.zeros(1)), r"image_proj\.foreign"),
         (lambda s: s | {"optimizer": {"step": torch.zeros(1)}}, r"optimizer\.step"),
         (lambda s: {"ip_adapter": s["ip_adapter"]}, "no IP-Adapter"),
         (lambda s: {"unet": {"weight": torch.zeros(1)}}, "no IP-Adapter"),
     ],
-    ids=["missing layer", "foreign layer", "wrong width", "faceid lora", "faceid resampler", "full adapter",
+    ids=["missing layer", "foreign layer", "wrong width", "faceid lora", "faceid resampler", "faceid portrait",
+         "instantid", "full-face adapter", "unknown projection",
          "missing projection", "foreign projection", "foreign part", "no projection", "another model"],
 )
 def test_an_adapter_that_does_not_fit_says_which_key_and_which_shape(layout, spoil, words):

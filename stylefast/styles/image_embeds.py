@@ -1,0 +1,83 @@
+"""Image embeddings that were computed before: from memory, or from a file such as diffusers' users keep.
+
+diffusers' `prepare_ip_adapter_image_embeds` gives, per adapter, [2, pictures, width] with those of "no picture" first,
+or [1, pictures, width] without guidance; plus adapters have an axis of patches behind the pictures.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stylefast import values
+from stylefast.errors import ModelError, StyleError
+from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.tensor_files import is_pickle, load_pickle, open_safetensors
+
+MAX_VALUES = 2**26  # of one file or tensor: some hundred pictures' patch features
+
+
+def read_image_embeds(source) -> tuple[Tensor, str | None]:
+    """Give embeddings as one float tensor, and the path that they were read from.
+
+    `source`: a tensor, a list with one (diffusers has one tensor per adapter), or a file that holds either, safetensors
+    or pickled. Raises StyleError for anything else, and for values that are not finite.
+    """
+    path = None
+    if isinstance(source, (str, os.PathLike)):
+        place = values.path("image_embeds", source, error=StyleError)
+        source, path = _from_file(place), str(place)
+    if isinstance(source, (list, tuple)):
+        if len(source) != 1:
+            raise StyleError(f"image_embeds is a list of {len(source)}; diffusers has one tensor per adapter: give "
+                             "each to an InstantStyle of its own")  # fmt: skip
+        source = source[0]
+    if not isinstance(source, Tensor) or not source.is_floating_point():
+        what = f"a tensor of {source.dtype}" if isinstance(source, Tensor) else values.quoted(source)
+        raise StyleError(f"image_embeds is {what}; give floating-point numbers [pictures, width] as a tensor or a file")
+    if not 1 <= source.ndim <= 4 or not 0 < source.numel() <= MAX_VALUES:
+        raise StyleError(f"image_embeds has the shape {list(source.shape)}; it must be [pictures, width], or what "
+                         "prepare_ip_adapter_image_embeds gives")  # fmt: skip
+    # a copy, since a request's pictures must not change with the caller's tensor
+    found = source.detach().to("cpu", torch.float32, copy=True)
+    if not torch.isfinite(found).all():
+        raise StyleError("image_embeds holds NaN or infinity; compute them again")
+    return found, path
+
+
+def split_image_embeds(embeds: Tensor, adapter: IPAdapter) -> tuple[Tensor, Tensor | None]:
+    """Give what an adapter reads: features [pictures, ...] of the pictures, and of "no picture" where they are in.
+
+    Raises StyleError where the shape is none that the adapter's kind has.
+    """
+    axes = 2 if adapter.kind == "global" else 3
+    shape = "[pictures, width]" if axes == 2 else "[pictures, patches, width]"
+    if embeds.ndim == axes - 1:
+        return embeds[None], None
+    if embeds.ndim == axes:
+        return embeds, None
+    if embeds.ndim != axes + 1 or len(embeds) > 2:
+        raise StyleError(f"image_embeds has the shape {list(embeds.shape)}; {adapter.name} ({adapter.kind}) takes "
+                         f"{shape}, or two of these stacked, that of no picture first")  # fmt: skip
+    if len(embeds) == 1:
+        return embeds[0], None
+    negative = embeds[0]
+    # the same for every picture, as a rule; then once is enough
+    return embeds[1], negative[:1] if torch.equal(negative, negative[:1].expand_as(negative)) else negative
+
+
+def _from_file(path: Path):
+    if not path.is_file():
+        raise StyleError(f"there is no file of image embeddings at {path}; check the path")
+    if path.stat().st_size > 8 * MAX_VALUES:
+        raise StyleError(f"{path} has {path.stat().st_size} bytes; image embeddings have a few kilobytes a picture")
+    try:
+        if is_pickle(path):
+            return load_pickle(path)
+        entries, _ = open_safetensors(path)
+    except ModelError as error:
+        raise StyleError(f"can't read image embeddings: {error}") from error
+    if len(entries) != 1:
+        raise StyleError(f"{path} holds {len(entries)} tensors ({', '.join(entries)[:200]}); image embeddings are one")
+    return next(iter(entries.values())).read()
