@@ -204,8 +204,11 @@ class Sources:
         path = self._shipped(entry["shipped"]) if form == "shipped" else self._absolute(entry["path"])
         found = hashlib.sha256(_pack({"tensor": read_image_embeds(path)[0]})).hexdigest()
         if entry.get("sha256", found) != found:
-            raise StyleError(f"the image embeddings in {path} are others than when the call was recorded (sha256 "
-                             f"{found[:12]}, recorded {_word(entry['sha256'])[:12]}); put the original back")  # fmt: skip
+            recorded = _word(entry["sha256"])[:12]
+            raise StyleError(
+                f"the image embeddings in {path} are others than when the call was recorded (sha256 {found[:12]}, "
+                f"recorded {recorded}); put the original back"
+            )
         return path
 
     def tensor(self, entry: Mapping) -> torch.Tensor:

@@ -15,6 +15,7 @@ from stylefast.models.hub import hub_folder, is_hub_id, pick_weights, wanted_fil
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.layout import STYLE_MODULE
 from stylefast.models.packed import channels_last
+from stylefast.models.quantised import check_storage
 from stylefast.models.stored_tensors import load_weights
 from stylefast.models.vae import check_state, fill, infer_vae_config, load_vae, vae_from_folder, vae_from_original
 from stylefast.models.weight_files import (
@@ -272,6 +273,7 @@ def _from_folder(folder: Path, dtype, device, vae, variant, local_files_only: bo
 def _from_file(path: Path, dtype, device, vae, local_files_only: bool, config, tokenizer) -> Components:
     header = read_header(path)
     single_file.check_single_file(header, needs_vae=vae is None)
+    check_storage(header.tensors, path.name)
     require_memory(header.elements() * dtype.itemsize, device, path.name)
     unet_config = single_file.config_from_folder(config, "unet") or single_file.infer_unet_config(header)
     text_configs = tuple(single_file.config_from_folder(config, part) for part in ("text_encoder", "text_encoder_2"))
@@ -353,6 +355,7 @@ def _clip(kind: str, config: Mapping, state: dict[str, torch.Tensor], what: str)
     expected = model.state_dict()
     tower = "vision_model." if "Vision" in kind else "text_model."
     state = {name: value for name, value in state.items() if not name.endswith("embeddings.position_ids")}
+    state = single_file.with_linear_projection(state)
     # files always hold the tower's prefix; some versions of transformers dropped it from the module
     if not any(name.startswith(tower) for name in expected):
         state = {name.removeprefix(tower): value for name, value in state.items()}

@@ -7,6 +7,7 @@ that differs there needs a `config` folder (the JSON files of a diffusers folder
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,8 +16,14 @@ from stylefast.errors import ModelFormatError
 from stylefast.models.weight_files import WeightHeader, recognise
 
 UNET = "model.diffusion_model."
-TEXT = "conditioner.embedders.0.transformer."
-TEXT_2 = "conditioner.embedders.1.model."
+TEXT = "conditioner.embedders.0."
+TEXT_2 = "conditioner.embedders.1."
+# the longer ones first: what follows them is a name within the encoder
+_TEXT_PREFIXES = (
+    (f"{TEXT}transformer.",),
+    # transformers' layout under OpenCLIP's prefix, and under its own
+    (f"{TEXT_2}model.transformer.text_model.", f"{TEXT_2}model.", f"{TEXT_2}transformer."),
+)
 VAE = "first_stage_model."
 _HEAD_WIDTH = 64
 
@@ -54,42 +61,53 @@ def check_single_file(header: WeightHeader, needs_vae: bool) -> None:
 
 
 def infer_unet_config(header: WeightHeader) -> dict:
-    """diffusers' UNet config from the shapes of the original layout."""
-    channels, depths, resnets = [], [], []
-    level = -1
-    fresh = True
+    """diffusers' UNet config from the names and shapes of the original layout, for SDXL and its smaller relatives.
+
+    Raises ModelFormatError for a UNet that diffusers' config can't describe, or that is incomplete.
+    """
+    # one list for each block: the transformer depths behind its resnets, None where there is no attention
+    down, channels = [[]], []
     for i in range(1, _count(header, f"{UNET}input_blocks.")):
         block = f"{UNET}input_blocks.{i}"
         if f"{block}.0.op.weight" in header.tensors:
-            fresh = True
+            down.append([])
             continue
-        if fresh:
-            level, fresh = level + 1, False
+        if not down[-1]:
             channels.append(header.shape(f"{block}.0.out_layers.3.weight")[0])
-            depths.append(_count(header, f"{block}.1.transformer_blocks."))
-            resnets.append(0)
-        resnets[level] += 1
-    attending = [depth > 0 for depth in depths]
+        down[-1].append(_depth(header, f"{block}.1."))
+    resnets = [len(block) for block in down]
+    places = iter(range(_count(header, f"{UNET}output_blocks.")))
+    up = [[_depth(header, f"{UNET}output_blocks.{next(places, -1)}.1.") for _ in range(count + 1)]
+          for count in reversed(resnets)]  # fmt: skip
+    middle = _depth(header, f"{UNET}middle_block.1.")
+    mid_type = "UNetMidBlock2DCrossAttn" if middle is not None else None
+    if middle is None and header.has(f"{UNET}middle_block.0."):
+        mid_type = "UNetMidBlock2D"
+
     first_attention = next((n for n in header.tensors if n.startswith(UNET) and n.endswith("attn2.to_k.weight")), None)
     if first_attention is None:
         raise ModelFormatError(f"{header.path.name} has a UNet without cross-attention; it is no SDXL model")
-    if any(width % _HEAD_WIDTH for width, attends in zip(channels, attending) if attends):
+    attending = [_attends(header, block) for block in down]
+    up_attending = [_attends(header, block) for block in up]
+    wide = [width for width, attends in zip(channels, attending) if attends and width % _HEAD_WIDTH]
+    if wide:
         raise ModelFormatError(
             f"{header.path.name} has attention {channels} channels wide, which 64-wide heads do not divide; give "
             "config=, a folder with this model's unet/config.json and text encoder configs"
         )
     projection_input = header.shape(f"{UNET}label_emb.0.0.weight")[1]
-    pooled = header.shape(f"{TEXT_2}text_projection")[1]
+    pooled = _pooled_width(header)
     proj_in = next(shape for n, (_, shape) in header.tensors.items() if n.endswith("1.proj_in.weight"))
     return {
         "sample_size": 128,
         "in_channels": header.shape(f"{UNET}input_blocks.0.0.weight")[1],
         "out_channels": header.shape(f"{UNET}out.2.weight")[0],
         "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attending],
-        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attending)],
+        "mid_block_type": mid_type,
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up_attending],
         "block_out_channels": channels,
-        "layers_per_block": resnets[0],
-        "transformer_layers_per_block": [depth or 1 for depth in depths],
+        "layers_per_block": resnets[0] if len(set(resnets)) == 1 else resnets,
+        **_transformer_depths(header, down, middle, up),
         "attention_head_dim": [max(width // _HEAD_WIDTH, 1) for width in channels],
         "cross_attention_dim": header.shape(first_attention)[1],
         "use_linear_projection": len(proj_in) == 2,
@@ -100,42 +118,114 @@ def infer_unet_config(header: WeightHeader) -> dict:
     }
 
 
+def _depth(header: WeightHeader, prefix: str) -> int | None:
+    """Transformer blocks of the attention at `prefix`; None where there is none (0 is one of projections alone)."""
+    if f"{prefix}proj_in.weight" not in header.tensors:
+        return None
+    return _count(header, f"{prefix}transformer_blocks.")
+
+
+def _attends(header: WeightHeader, block: list[int | None]) -> bool:
+    """Whether a block attends. Raises ModelFormatError where only some of its layers do."""
+    if None in block and any(depth is not None for depth in block):
+        raise ModelFormatError(
+            f"{header.path.name} has a UNet whose blocks attend in some layers and not in others ({block}); in "
+            "diffusers' form a block attends as a whole"
+        )
+    return bool(block) and None not in block
+
+
+def _transformer_depths(header: WeightHeader, down: list, middle: int | None, up: list) -> dict:
+    """The depths in the config's words: a number for each block, or lists where layers differ."""
+
+    def short(block: list) -> int | list:
+        plain = [1 if depth is None else depth for depth in block]
+        return plain[0] if len(set(plain)) == 1 else plain
+
+    depths, backwards = [short(block) for block in down], [short(block) for block in up]
+    if middle is not None:
+        # the config gives the middle the depth of the last block, or of that one's first layer
+        last = depths[-1] if isinstance(depths[-1], int) else depths[-1][0]
+        if down[-1][0] is None:
+            depths[-1] = middle
+            backwards[0] = middle if up[0][0] is None else backwards[0]
+        elif last != middle:
+            raise ModelFormatError(
+                f"{header.path.name} has {middle} transformer blocks in its middle and {last} before it; diffusers' "
+                "config has one number for both"
+            )
+    if backwards == depths[::-1] and all(isinstance(depth, int) for depth in depths):
+        return {"transformer_layers_per_block": depths}
+    return {"transformer_layers_per_block": depths, "reverse_transformer_layers_per_block": backwards}
+
+
 def infer_text_configs(header: WeightHeader) -> tuple[dict, dict]:
     """CLIPTextConfig arguments of both encoders: CLIP-L with quick GELU, OpenCLIP bigG with GELU."""
-    first, second = f"{TEXT}text_model.", TEXT_2
-    sizes = (
-        (
-            header.shape(f"{first}embeddings.token_embedding.weight"),
-            header.shape(f"{first}embeddings.position_embedding.weight")[0],
-            header.shape(f"{first}encoder.layers.0.mlp.fc1.weight")[0],
-            _count(header, f"{first}encoder.layers."),
-            header.shape(f"{first}embeddings.token_embedding.weight")[1],
-            "quick_gelu",
-        ),
-        (
-            header.shape(f"{second}token_embedding.weight"),
-            header.shape(f"{second}positional_embedding")[0],
-            header.shape(f"{second}transformer.resblocks.0.mlp.c_fc.weight")[0],
-            _count(header, f"{second}transformer.resblocks."),
-            header.shape(f"{second}text_projection")[1],
-            "gelu",
-        ),
-    )
+    first, second = text_names(header.tensors, 0), text_names(header.tensors, 1)
+
+    def shape(names: dict[str, str], name: str) -> tuple[int, ...]:
+        if name not in names:
+            raise ModelFormatError(f"{header.path.name} lacks {name} of a text encoder; the file is incomplete")
+        return header.tensors[names[name]][1]
+
+    def layers(names: dict[str, str], prefix: str) -> int:
+        return len({name[len(prefix):].split(".")[0] for name in names if name.startswith(prefix)})
+
     configs = []
-    for (vocab, width), positions, inner, layers, projection, activation in sizes:
+    for names, projection, activation in ((first, None, "quick_gelu"), (second, _pooled_width(header), "gelu")):
+        if "token_embedding.weight" in names:
+            vocab, width = shape(names, "token_embedding.weight")
+            positions = shape(names, "positional_embedding")[0]
+            inner = shape(names, "transformer.resblocks.0.mlp.c_fc.weight")[0]
+            depth = layers(names, "transformer.resblocks.")
+        else:
+            tower = "text_model."
+            vocab, width = shape(names, f"{tower}embeddings.token_embedding.weight")
+            positions = shape(names, f"{tower}embeddings.position_embedding.weight")[0]
+            inner = shape(names, f"{tower}encoder.layers.0.mlp.fc1.weight")[0]
+            depth = layers(names, f"{tower}encoder.layers.")
         if width % _HEAD_WIDTH:
             raise ModelFormatError(
                 f"{header.path.name} has a text encoder {width} channels wide, which 64-wide heads do not divide; give "
                 "config=, a folder with text_encoder/config.json and text_encoder_2/config.json"
             )
         configs.append({
-            "vocab_size": vocab, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+            "vocab_size": vocab, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": depth,
             "num_attention_heads": width // _HEAD_WIDTH, "max_position_embeddings": positions,
-            "projection_dim": projection, "hidden_act": activation,
+            "projection_dim": projection or width, "hidden_act": activation,
             # transformers reads 2 as "the highest id ends the prompt", which holds for every CLIP vocabulary
             "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
         })
     return configs[0], configs[1]
+
+
+def text_names(names: Iterable[str], index: int) -> dict[str, str]:
+    """Name within text encoder `index` (0 or 1) -> name in the file, for all tensors of that encoder.
+
+    Files hold the encoders in OpenCLIP's layout (`transformer.resblocks.`) or in transformers', with or without
+    `text_model.` in front; the latter is put there. The projection is `text_projection` where a matrix multiplies from
+    the right, [in, out], and `text_projection.weight` where it is a linear layer's, [out, in].
+    """
+    found = {}
+    for name in names:
+        prefix = next(filter(name.startswith, _TEXT_PREFIXES[index]), None)
+        if prefix is not None:
+            found.setdefault(name[len(prefix):], name)
+    if any(name.startswith("text_model.") for name in found) or "token_embedding.weight" in found:
+        return found
+    bare = ("embeddings.", "encoder.", "final_layer_norm.")
+    return {f"text_model.{name}" if name.startswith(bare) else name: whole for name, whole in found.items()}
+
+
+def _pooled_width(header: WeightHeader) -> int:
+    """Width of the second text encoder's projected state."""
+    names = text_names(header.tensors, 1)
+    for spelling, side in (("text_projection", 1), ("text_projection.weight", 0)):
+        if spelling in names:
+            return header.shape(names[spelling])[side]
+    raise ModelFormatError(
+        f"{header.path.name} lacks {TEXT_2}text_projection (or text_projection.weight); the file is incomplete"
+    )
 
 
 def scheduler_config(header: WeightHeader) -> dict:
@@ -157,11 +247,27 @@ def convert_unet(state: dict[str, torch.Tensor], config: dict) -> dict[str, torc
 
 def convert_text_encoders(state: dict[str, torch.Tensor], second_encoder) -> tuple[dict, dict]:
     """Tensors of both text encoders under transformers' names, each beginning with `text_model.` or a projection."""
-    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-    first = convert_ldm_clip_checkpoint({name: value for name, value in state.items() if name.startswith(TEXT)})
-    second = convert_open_clip_checkpoint(second_encoder, state, prefix=TEXT_2)
-    return first, second
+    converted = []
+    for index in range(2):
+        tensors = {name: state[whole] for name, whole in text_names(state, index).items()}
+        if "token_embedding.weight" in tensors:
+            linear = tensors.pop("text_projection.weight", None)
+            tensors = convert_open_clip_checkpoint(second_encoder, tensors, prefix="")
+            if linear is not None:
+                tensors["text_projection.weight"] = linear
+        tensors.pop("logit_scale", None)
+        converted.append(with_linear_projection(tensors))
+    return converted[0], converted[1]
+
+
+def with_linear_projection(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with OpenCLIP's `text_projection`, which multiplies from the right, as a linear layer's weight."""
+    if "text_projection" not in state:
+        return state
+    rest = {name: value for name, value in state.items() if name != "text_projection"}
+    return rest | {"text_projection.weight": state["text_projection"].T.contiguous()}
 
 
 def config_from_folder(config: str | Path | None, part: str) -> dict | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stylefast.errors import ModelFormatError
+from stylefast.models.quantised import check_storage, dequantised
 from stylefast.models.weight_files import WeightHeader, read_header
 
 _DTYPES = {
@@ -137,18 +138,17 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def load_weights(path: str | Path, *, dtype: torch.dtype, device, prefix: str = "") -> dict[str, Tensor]:
-    """Load all tensors whose name starts with `prefix`, floating ones cast to `dtype`; names are kept as they are.
+    """Load all tensors whose name starts with `prefix`, floating ones in `dtype`; names are kept as they are.
 
-    Raises ModelNotFound and ModelFormatError.
+    Weights in scaled float8 come multiplied out. Raises ModelNotFound, and ModelFormatError for a damaged file and for
+    weights packed in a way that is not read.
     """
     stored = StoredTensors(path)
-    loaded = {}
-    for name in stored:
-        if name.startswith(prefix):
-            tensor = stored[name]
-            loaded[name] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+    names = [name for name in stored if name.startswith(prefix)]
+    check_storage({name: stored.header.tensors[name] for name in names}, stored.path.name)
+    tensors = {name: stored[name].to(device) for name in names}
     stored.close()
-    return loaded
+    return dequantised(tensors, dtype, stored.path.name)
 
 
 def _open(path: Path) -> tuple[WeightHeader, int]:

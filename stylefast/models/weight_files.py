@@ -31,7 +31,7 @@ _FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull` to get the file itself"),
     (b"PK\x03\x04", "a pickled PyTorch file (zip) under another name"),
     (b"\x80\x02", "a pickled PyTorch file under another name"),
-    (b"GGUF", "a GGUF file"),
+    (b"GGUF", "a GGUF file (packed integers, for llama.cpp and its kin)"),
 )
 
 

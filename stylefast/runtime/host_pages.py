@@ -49,7 +49,8 @@ class HostPages:
     def hold(self, key: np.ndarray, bank: StyleBank, place: tuple, layout: PageLayout) -> torch.Tensor | None:
         """Pin a page and return its block [nbytes of the layout], waiting for it; None where there is no room.
 
-        Raises StyleError for a bank whose file can't be read or was written to. `release` it when the device has read it.
+        `release` it when the device has read it. Raises StyleError for a bank whose file can't be read or was written
+        to meanwhile.
         """
         self._settle()
         try:

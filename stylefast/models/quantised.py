@@ -1,0 +1,97 @@
+"""Weights that a file holds in fewer bits: 8-bit floats are read, with their scales where there are any; what packs
+numbers in other ways is refused by its name.
+
+A scaled float8 weight w of a layer comes with a factor s beside it, and stands for s * w; there is one factor for the
+tensor, or one for each output channel. ComfyUI writes it in two spellings, `layer.scale_weight` with a marker
+`scaled_fp8` for the whole model, and `layer.weight_scale` with a note `layer.comfy_quant` on how. Scales of inputs
+(`scale_input`, `input_scale`) are for chips that multiply in float8; what computes in 16 or 32 bits does not need them.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+
+import torch
+
+from stylefast.errors import ModelFormatError
+
+_SCALES = ("scale_weight", "weight_scale")
+_UNUSED = ("scale_input", "input_scale", "comfy_quant", "scaled_fp8")
+_KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_WAY_OUT = "get the edition in float16, bfloat16 or float8, or convert it with the tool that made it"
+
+# what only such a file's tensors are called, and what the format is called
+_PACKED = (
+    (re.compile(r"\.quant_state\.bitsandbytes__|\.(nested_)?absmax$"), "4-bit weights of bitsandbytes (nf4, fp4)"),
+    (re.compile(r"(^|\.)(SCB|weight_format)$"), "8-bit weights of bitsandbytes (int8)"),
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "packed integers of GPTQ or AWQ"),
+    (re.compile(r"\.weight_scale_2$"), "4-bit floats in blocks (nvfp4)"),
+    (re.compile(r"\.(smooth_factor|wscales)$"), "4-bit weights of SVDQuant (nunchaku)"),
+    (re.compile(r"\.weight\._(data|scale)$"), "integers of optimum-quanto"),
+)  # fmt: skip
+
+
+def check_storage(tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
+    """Raise ModelFormatError for weights that are not plain or scaled floats, naming the format.
+
+    tensors: name -> (type as safetensors spells it, shape). what: the file's name, for the message.
+    """
+    for mark, meaning in _PACKED:
+        found = next((name for name in tensors if mark.search(name)), None)
+        if found is not None:
+            raise ModelFormatError(f"{what} holds {meaning} ({found}), which are not read; {_WAY_OUT}")
+    for name, (kind, shape) in tensors.items():
+        if not name.endswith((".weight", ".bias")):
+            continue
+        if not kind.startswith(("F", "BF")) or kind.startswith(("F4", "F6", "F8_E8M0")):
+            raise ModelFormatError(f"{what} holds {name} as {kind}, quantised in a way that is not read; {_WAY_OUT}")
+        layer, _, _ = name.rpartition(".")
+        scale = next((f"{layer}.{spelling}" for spelling in _SCALES if f"{layer}.{spelling}" in tensors), None)
+        if scale is not None and name.endswith(".weight") and not _fits(shape, tensors[scale][1]):
+            raise ModelFormatError(
+                f"{what} scales {name} {list(shape)} by factors {list(tensors[scale][1])}; one, or one for each output "
+                f"channel, can be read: {_WAY_OUT}"
+            )
+    bare = [n for n in tensors if n.endswith(_SCALES) and f"{n.rpartition('.')[0]}.weight" not in tensors]
+    if bare:
+        raise ModelFormatError(f"{what} holds the factor {bare[0]} without the weight that it scales; {_WAY_OUT}")
+
+
+def dequantised(tensors: dict[str, torch.Tensor], dtype: torch.dtype, what: str) -> dict[str, torch.Tensor]:
+    """The model's own tensors, floating ones in `dtype`: scaled weights multiplied out in float32, notes left out.
+
+    Raises ModelFormatError where a note names a format that is not read.
+    """
+    plain = {}
+    for name, value in tensors.items():
+        layer, _, last = name.rpartition(".")
+        if last == "comfy_quant":
+            _check_note(name, value, what)
+        if last in _SCALES or last in _UNUSED:
+            continue
+        factors = [tensors[f"{layer}.{s}"] for s in _SCALES if f"{layer}.{s}" in tensors] if last == "weight" else []
+        if factors:
+            factor = factors[0].float()
+            # one for each output channel stands along the first dimension
+            factor = factor.reshape(-1, *[1] * (value.ndim - 1)) if factor.numel() > 1 else factor.reshape(())
+            value = value.float() * factor
+        plain[name] = value.to(dtype) if value.is_floating_point() else value
+    return plain
+
+
+def _fits(weight: tuple[int, ...], factor: tuple[int, ...]) -> bool:
+    count = 1
+    for side in factor:
+        count *= side
+    rows = weight[0] if weight else 1
+    return count == 1 or (count == rows and factor[0] == rows)
+
+
+def _check_note(name: str, value: torch.Tensor, what: str) -> None:
+    try:
+        note = json.loads(bytes(value.to(torch.uint8).flatten().tolist()))
+        kind = note["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelFormatError(f"{what} holds a note {name} that can't be read ({error}); {_WAY_OUT}") from error
+    if kind not in _KNOWN_FORMATS:
+        raise ModelFormatError(f"{what} holds weights in the format {str(kind)[:100]!r} ({name}); {_WAY_OUT}")
