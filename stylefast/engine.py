@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory
 from stylefast.export.options import Source
 from stylefast.models import vae as vaes
 from stylefast.models.adapter_loading import load_adapter
-from stylefast.models.checkpoint import Components, from_pipeline, load_components
+from stylefast.models.checkpoint import (
+    Components,
+    from_pipeline,
+    load_components,
+    predicting,
+    resolve_device,
+    resolve_dtype,
+)
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.load_options import sort_options
 from stylefast.models.lora import LoraSet
 from stylefast.models.packed import channels_last, pack
 from stylefast.models.text import TextEncoder
@@ -38,8 +47,6 @@ from stylefast.runtime.options import (
     check_deadline,
     check_output,
     count_of,
-    device_of,
-    dtype_of,
     prompts_of,
 )
 from stylefast.runtime.preparing import Preparer
@@ -70,7 +77,9 @@ class Engine:
         max_batch_rows: int | None = None,
         max_pending: int | None = None,
         preview: Any = None,
+        prediction_type: str | None = None,
     ):
+        components = predicting(components, prediction_type)
         self._components = components
         self.name, self.fingerprint = components.name, components.fingerprint
         channels_last(components.unet_state)
@@ -116,8 +125,8 @@ class Engine:
         *,
         adapter: str | Path | Sequence[str | Path] | None = "auto",
         image_encoder: str | Path | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         backend: Any = "auto",
         engines: str | Path | None = None,
         trust: str | None = None,
@@ -129,6 +138,7 @@ class Engine:
         max_batch_rows: int | None = None,
         max_pending: int | None = None,
         preview: Any = None,
+        prediction_type: str | None = None,
         **options,
     ) -> "Engine":
         """Load a model.
@@ -138,7 +148,7 @@ class Engine:
             adapter: an IP-Adapter file, or several; "auto" takes those that come with the model; None loads none.
             image_encoder: folder of the CLIP image encoder that `adapter` was trained with; None: the model's own.
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
-            dtype: "auto" (fp32 on the CPU, else what the device does best), "float32", "bfloat16", "float16".
+            dtype: "auto" (fp32 on the CPU, fp16 on a GPU), "float32", "bfloat16", "float16", or a torch.dtype.
             backend: "torch" runs the model as it is written; "compile" compiles its blocks, pads batches to a ladder of
                 sizes and, on a GPU, replays CUDA graphs; "onnxruntime", "tensorrt" and "aoti" run exported graphs; or
                 a `runtime.step.Backend`, or a function of the UNet that makes one. "auto" is "torch".
@@ -153,17 +163,21 @@ class Engine:
             max_batch_rows: rows of one UNet call at most (two a picture with guidance); None: what fits.
             max_pending: jobs that may wait to join the batch; None: any number.
             preview: an AutoencoderTiny for `Job`'s previews (module, folder, file or hub id); None: a linear map.
-            options: passed on to `load_components`.
+            prediction_type: "epsilon" or "v_prediction", for a model whose files don't say what it predicts.
+            options: of loading: variant, tokenizer, config, revision, cache_dir, token, force_download and
+                local_files_only, as `load_components` has them; torch_dtype and other names that diffusers' users type
+                are understood, or refused with what to do instead.
 
         Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest, ExportError and its kin.
         """
         check_backend(backend, engines, trust)
-        place, kind = device_of(device), dtype_of(dtype)
-        components = load_components(source, dtype=kind, device=place, vae=vae, **options)
+        options, dtype, device = sort_options(options, _LOADING, dtype, device)
+        place = resolve_device(device)
+        components = load_components(source, dtype=resolve_dtype(dtype, place), device=place, vae=vae, **options)
         engine = cls(
             components, backend=backend, engines=engines, trust=trust, memory_limit=memory_limit,
             bank_memory=bank_memory, host_memory=host_memory, batch_buckets=batch_buckets,
-            max_batch_rows=max_batch_rows, max_pending=max_pending, preview=preview,
+            max_batch_rows=max_batch_rows, max_pending=max_pending, preview=preview, prediction_type=prediction_type,
         )  # fmt: skip
         files = as_list(components.adapter_path if adapter == "auto" else adapter)
         for file in files:
@@ -405,5 +419,11 @@ class Engine:
     def _metadata(self, requests: Sequence[Request]) -> list[dict]:
         model = {"model": self.name, "fingerprint": self.fingerprint, "device": str(self.unet.device),
                  "backend": self.runtime.backend.name, "dtype": str(self.unet.dtype).removeprefix("torch."),
+                 "prediction_type": self._components.scheduler_config.get("prediction_type", "epsilon"),
                  "loras": self.loras.scales}  # fmt: skip
         return metadata(requests, stylefast.__version__, model)
+
+
+_LOADING = tuple(
+    name for name, one in signature(Engine.from_pretrained).parameters.items() if one.kind is one.KEYWORD_ONLY
+)

@@ -1,35 +1,36 @@
 """From any form of an SDXL checkpoint to its `Components`: diffusers folder, hub id, single file, pipeline, "tiny"."""
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stylefast import values
 from stylefast.errors import InvalidRequest, ModelError, ModelFormatError, ModelNotFound
 from stylefast.models import single_file
-from stylefast.models.hub import hub_folder, is_hub_id, pick_weights, wanted_files
+from stylefast.models.config_files import build, read_config, style_modules
+from stylefast.models.hub import HubOptions, hub_folder, is_hub_id, is_whole, present, wanted_files
 from stylefast.models.image_encoder import ImageEncoder
-from stylefast.models.layout import STYLE_MODULE
+from stylefast.models.layout import STYLE_MODULE, AttentionLayout, UNetShape
 from stylefast.models.packed import channels_last
 from stylefast.models.quantised import check_storage
 from stylefast.models.stored_tensors import load_weights
+from stylefast.models.tokenizers import find_tokenizers, given_folder, has_vocabulary, tokenizers_in
 from stylefast.models.vae import check_state, fill, infer_vae_config, load_vae, vae_from_folder, vae_from_original
 from stylefast.models.weight_files import (
     PICKLED,
     WeightHeader,
-    offline,
     read_header,
     require_memory,
 )
 
 TINY = Path(__file__).parent / "tiny"
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "image_encoder")
 _CONFIG_PARTS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
-_TOKENIZER_SOURCES = ("stabilityai/stable-diffusion-xl-base-1.0", "openai/clip-vit-large-patch14")
 
 
 @dataclass
@@ -63,30 +64,53 @@ def load_components(
     local_files_only: bool = False,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    force_download: bool = False,
+    prediction_type: str | None = None,
 ) -> Components:
     """Load an SDXL model.
 
     source: "tiny" (the embedded model), a diffusers folder, a hub id, or a `.safetensors` file in the original layout.
     dtype: "auto" is float32 on the CPU and float16 on a GPU. vae: see `vae.load_vae`; replaces the checkpoint's own.
     variant: which edition of a folder's weights; "auto" prefers "fp16" for 16-bit types and takes what there is.
-    config, tokenizer: for a single file only: a folder with the JSON configs of a diffusers folder (otherwise they are
-    inferred), and one with `tokenizer/` and `tokenizer_2/`, or a CLIP tokenizer (otherwise the cache, then the hub).
+    config: for a single file only: a folder with the JSON configs of a diffusers folder; otherwise they are inferred.
+    tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or a CLIP tokenizer; None: the folder's own, and for a
+    single file those of `config`, then those beside the file, in the cache, on the hub.
+    revision, cache_dir, token, force_download, local_files_only: for hub ids; see `hub.HubOptions`.
+    prediction_type: "epsilon" or "v_prediction", for a model whose files don't say what it predicts; None: as they say.
 
     Raises ModelNotFound, ModelFormatError, OutOfMemory (before anything is loaded), InvalidRequest.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    path = Path(source).expanduser()
+    hub = HubOptions(revision, cache_dir, token, force_download, local_files_only)
+    if variant is not None:
+        values.text("variant", variant, longest=50, empty=False)
+    if prediction_type is not None:
+        values.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    path = values.path("the model", source)
     if str(source) == "tiny":
         if not (TINY / "model_index.json").is_file():
             raise ModelNotFound(f"the embedded model is not in this installation ({TINY}); install the package again")
         path = TINY
+    if path.exists() and (revision is not None or hub.force_download):
+        raise InvalidRequest(
+            f"revision= and force_download= are for ids on the hub; {source} is on this machine: leave them out"
+        )
     if path.is_file():
-        components = _from_file(path, dtype, device, vae, local_files_only, config, tokenizer)
+        if variant not in (None, "auto"):
+            raise InvalidRequest(f"variant={variant!r} picks among the files of a folder; {path.name} is one file")
+        components = _from_file(path, dtype, device, vae, hub, config, tokenizer)
     else:
+        if config is not None:
+            raise InvalidRequest(f"config= is for single files; {source} is a folder with configs of its own")
         if not path.is_dir():
-            path = _find_on_hub(source, path, dtype, variant, local_files_only)
-        components = _from_folder(path, dtype, device, vae, variant, local_files_only)
+            path = _find_on_hub(source, path, dtype, variant, vae, tokenizer, hub)
+        components = _from_folder(path, dtype, device, vae, variant, tokenizer, hub)
+    components = predicting(components, prediction_type)
+    _check_parts_fit(components)
     components.name = str(source) if str(source) == "tiny" or is_hub_id(str(source)) else path.name
     components.fingerprint = fingerprint(components)
     return components
@@ -132,6 +156,17 @@ def from_pipeline(pipeline) -> Components:
     return components
 
 
+def predicting(components: Components, prediction_type: str | None) -> Components:
+    """The same model, taken to predict noise ("epsilon") or velocity ("v_prediction"); None leaves it as it says.
+
+    Raises InvalidRequest for anything else.
+    """
+    if prediction_type is None:
+        return components
+    kind = values.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    return replace(components, scheduler_config={**components.scheduler_config, "prediction_type": kind})
+
+
 def load_image_encoder(source: str | Path, *, dtype: torch.dtype, device: torch.device | str) -> ImageEncoder:
     """Load the CLIP image encoder of an IP-Adapter from a folder with config.json and .safetensors weights.
 
@@ -143,44 +178,47 @@ def load_image_encoder(source: str | Path, *, dtype: torch.dtype, device: torch.
             f"no image encoder at {folder}; give the folder with its config.json, e.g. models/image_encoder (ViT-H) or "
             "sdxl_models/image_encoder (ViT-bigG) of a download of h94/IP-Adapter"
         )
-    config = _read_json(folder / "config.json", folder)
+    config = read_config(folder / "config.json", folder)
     if "image_size" not in config:
         raise ModelFormatError(f"{folder} holds a {config.get('model_type', 'model')}, no CLIP image encoder")
-    files = _weights(folder, dtype != torch.float32, "auto")
-    if not files:
-        raise ModelNotFound(f"{folder} holds no .safetensors weights")
     state = {}
-    for file in files:
+    for file in present(folder, dtype != torch.float32):
         read_header(folder / file)
         state |= load_weights(folder / file, dtype=dtype, device=device)
     processor = folder / "preprocessor_config.json"
     model = _clip("CLIPVisionModelWithProjection", config, state, str(folder))
-    return ImageEncoder(model, json.loads(processor.read_text()) if processor.is_file() else None)
+    return ImageEncoder(model, read_config(processor, folder) if processor.is_file() else None)
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
     """"auto" is the first CUDA GPU where there is one, else the CPU. Raises InvalidRequest for one that is absent."""
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
+        device = device if isinstance(device, torch.device) else torch.device(values.text("device", device))
     except RuntimeError as error:
-        raise InvalidRequest(f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:1'") from error
+        raise InvalidRequest(
+            f"device {values.quoted(device)} is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:1'"
+        ) from error
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise InvalidRequest(f"device is '{device}'; pictures are made on 'cpu' or 'cuda'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidRequest(f"no device {device}: torch sees {torch.cuda.device_count()} CUDA GPUs; use 'cpu'")
+        raise InvalidRequest(
+            f"device is '{device}', but PyTorch finds {torch.cuda.device_count() or 'no'} CUDA devices; use 'cpu', or "
+            "install a CUDA build"
+        )
     return device
 
 
 def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     """"auto" is float32 on the CPU and float16 on a GPU; otherwise float32, float16 or bfloat16, also as "fp16" etc."""
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
     names = {"float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
              "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-    chosen = names.get(str(dtype).removeprefix("torch."))
-    if chosen is None:
-        raise InvalidRequest(f"dtype={dtype!r} is not one of 'auto', 'float32', 'float16', 'bfloat16'")
-    return chosen
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    chosen = values.one_of("dtype", name, ("auto", *names))
+    if chosen == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    return names[chosen]
 
 
 def fingerprint(components: Components) -> str:
@@ -202,39 +240,42 @@ def fingerprint(components: Components) -> str:
     return digest.hexdigest()
 
 
-def _find_on_hub(source, path: Path, dtype, variant, local_files_only: bool) -> Path:
+def _find_on_hub(source, path: Path, dtype, variant, vae, tokenizer, hub: HubOptions) -> Path:
     if path.suffix in (".safetensors", *PICKLED) or not is_hub_id(str(source)):
         raise ModelNotFound(
             f"nothing at {path}; give 'tiny', a diffusers folder, a .safetensors file, or a hub id such as "
             "'stabilityai/stable-diffusion-xl-base-1.0'"
         )
     half = dtype != torch.float32
+    # what the caller gives by hand is neither missed nor fetched
+    parts = [part for part in _PARTS if vae is None or part != "vae"]
+    configs = [part for part in _CONFIG_PARTS if tokenizer is None or not part.startswith("tokenizer")]
 
     def complete(folder: Path) -> bool:
-        return all(_weights(folder / part, half, variant) for part in _PARTS[:4])
+        small = ["model_index.json", "scheduler/scheduler_config.json"]
+        return (
+            all((folder / name).is_file() for name in small)
+            and all(is_whole(folder / part, half, variant) for part in parts if part != "image_encoder")
+            and (tokenizer is not None or all(has_vocabulary(folder / part) for part in ("tokenizer", "tokenizer_2")))
+        )
 
     def select(names: list[str]) -> list[str]:
-        return wanted_files(names, half, variant, (*_PARTS, *_CONFIG_PARTS))
+        return wanted_files(names, half, variant, (*parts, *configs))
 
-    return hub_folder(str(source), complete, select, local_files_only)
+    return hub_folder(str(source), complete, select, hub)
 
 
-def _from_folder(folder: Path, dtype, device, vae, variant, local_files_only: bool) -> Components:
-    index = _read_json(folder / "model_index.json", folder)
+def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubOptions) -> Components:
+    index = read_config(folder / "model_index.json", folder)
     own_vae = vae is None
     parts = [part for part in _PARTS if own_vae or part != "vae"]
-    configs = {part: _read_json(folder / part / "config.json", folder) for part in parts
+    configs = {part: read_config(folder / part / "config.json", folder) for part in parts
                if part != "image_encoder" or (folder / part / "config.json").is_file()}
     _check_is_sdxl(configs["unet"], f"{folder.name} ({index.get('_class_name', 'no pipeline class')})")
     half = dtype != torch.float32
     headers: dict[str, list[WeightHeader]] = {}
     for part in configs:
-        files = _weights(folder / part, half, variant)
-        if not files:
-            there = sorted(f.name for f in (folder / part).iterdir() if f.suffix in (".safetensors", *PICKLED))
-            raise ModelNotFound(f"{folder / part} has no .safetensors weights of variant {variant!r}; it holds "
-                                f"{', '.join(there) or 'no weights at all'}")
-        headers[part] = [read_header(folder / part / file) for file in files]
+        headers[part] = [read_header(folder / part / file) for file in present(folder / part, half, variant)]
     require_memory(sum(h.elements() for many in headers.values() for h in many) * dtype.itemsize, device, folder.name)
 
     def state(part: str) -> dict[str, torch.Tensor]:
@@ -246,40 +287,41 @@ def _from_folder(folder: Path, dtype, device, vae, variant, local_files_only: bo
     unet_state = state("unet")
     extractor = folder / "feature_extractor" / "preprocessor_config.json"
     adapters = sorted((folder / "ip_adapter").glob("*.safetensors"))
-    own = folder / "stylefast.json"
+    unet_config = _complete_unet_config(configs["unet"], unet_state, f"{folder.name}/unet")
     return Components(
-        unet_config=_complete_unet_config(configs["unet"], unet_state, f"{folder.name}/unet"),
+        unet_config=unet_config,
         unet_state=unet_state,
         vae=vae_from_folder(folder / "vae", dtype=dtype, device=device, variant=variant) if own_vae
-        else load_vae(vae, dtype=dtype, device=device, local_files_only=local_files_only),
+        else load_vae(vae, dtype=dtype, device=device, hub=replace(hub, revision=None)),
         text_encoders=(
             _clip("CLIPTextModel", configs["text_encoder"], state("text_encoder"), f"{folder.name}/text_encoder"),
             _clip("CLIPTextModelWithProjection", configs["text_encoder_2"], state("text_encoder_2"),
                   f"{folder.name}/text_encoder_2"),
         ),
-        tokenizers=(_tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2")),
-        scheduler_config=_read_json(folder / "scheduler" / "scheduler_config.json", folder),
+        tokenizers=tokenizers_in(folder if tokenizer is None else given_folder(tokenizer)),
+        scheduler_config=read_config(folder / "scheduler" / "scheduler_config.json", folder),
         force_zeros=bool(index.get("force_zeros_for_empty_prompt", True)),
         image_encoder=_clip("CLIPVisionModelWithProjection", configs["image_encoder"], state("image_encoder"),
                             f"{folder.name}/image_encoder") if "image_encoder" in configs else None,
-        feature_extractor=json.loads(extractor.read_text()) if extractor.is_file() else None,
+        feature_extractor=read_config(extractor, folder) if extractor.is_file() else None,
         adapter_path=adapters[0] if adapters else None,
         style_paths={file.stem: file for file in sorted((folder / "styles").glob("*.safetensors"))},
         reference_paths={file.stem: file for file in sorted((folder / "references").glob("*.png"))},
-        style_modules=tuple(_read_json(own, folder)["style_modules"]) if own.is_file() else (STYLE_MODULE,),
+        style_modules=style_modules(folder, AttentionLayout.from_config(unet_config).modules, (STYLE_MODULE,)),
     )
 
 
-def _from_file(path: Path, dtype, device, vae, local_files_only: bool, config, tokenizer) -> Components:
+def _from_file(path: Path, dtype, device, vae, hub: HubOptions, config, tokenizer) -> Components:
     header = read_header(path)
     single_file.check_single_file(header, needs_vae=vae is None)
     check_storage(header.tensors, path.name)
     require_memory(header.elements() * dtype.itemsize, device, path.name)
+    config = None if config is None else given_folder(config)
     unet_config = single_file.config_from_folder(config, "unet") or single_file.infer_unet_config(header)
     text_configs = tuple(single_file.config_from_folder(config, part) for part in ("text_encoder", "text_encoder_2"))
     if None in text_configs:
         text_configs = single_file.infer_text_configs(header)
-    tokenizers = _find_tokenizers(path, tokenizer or config, local_files_only)
+    tokenizers = find_tokenizers(path, tokenizer, config, hub)
 
     unet_state = single_file.convert_unet(
         load_weights(path, dtype=dtype, device=device, prefix=single_file.UNET), unet_config
@@ -290,11 +332,10 @@ def _from_file(path: Path, dtype, device, vae, local_files_only: bool, config, t
         loaded = load_weights(path, dtype=held, device=device, prefix=single_file.VAE)
         vae = vae_from_original(vae_config, loaded, path.name)
     else:
-        vae = load_vae(vae, dtype=dtype, device=device, local_files_only=local_files_only)
+        vae = load_vae(vae, dtype=dtype, device=device, hub=replace(hub, revision=None))
 
-    second = _empty_clip("CLIPTextModelWithProjection", text_configs[1])
     texts = single_file.convert_text_encoders(
-        load_weights(path, dtype=dtype, device=device, prefix="conditioner.embedders."), second
+        load_weights(path, dtype=dtype, device=device, prefix="conditioner.embedders."), text_configs[1]
     )
     return Components(
         unet_config=_complete_unet_config(unet_config, unet_state, path.name),
@@ -332,26 +373,22 @@ def _complete_unet_config(config: Mapping, state: dict[str, torch.Tensor], what:
     _check_is_sdxl(config, what)
     plain = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(plain)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelFormatError(f"the config of {what} describes no UNet ({error})") from error
+        layers = UNetShape.from_config(plain ).layers
+    except ModelFormatError as error:
+        raise ModelFormatError(f"the config of {what} describes no UNet: {error}") from error
+    if layers > len(state):
+        raise ModelFormatError(f"the config of {what} has {layers} layers, and its weights only {len(state)} tensors")
+    unet = build(lambda: UNet2DConditionModel.from_config(plain), plain, len(state), what)
     check_state({name: tuple(value.shape) for name, value in unet.state_dict().items()}, state, what)
     return {name: value for name, value in dict(unet.config).items() if not name.startswith("_")}
 
 
-def _empty_clip(kind: str, config: Mapping):
-    """A CLIP model without weights."""
+def _clip(kind: str, config: Mapping, state: dict[str, torch.Tensor], what: str):
+    """A CLIP text or vision model around the tensors of `state`."""
     import transformers
 
     model_class = getattr(transformers, kind)
-    with torch.device("meta"):
-        return model_class(model_class.config_class.from_dict(dict(config)))
-
-
-def _clip(kind: str, config: Mapping, state: dict[str, torch.Tensor], what: str):
-    """A CLIP text or vision model around the tensors of `state`."""
-    model = _empty_clip(kind, config)
+    model = build(lambda: model_class(model_class.config_class.from_dict(dict(config))), config, len(state), what)
     expected = model.state_dict()
     tower = "vision_model." if "Vision" in kind else "text_model."
     state = {name: value for name, value in state.items() if not name.endswith("embeddings.position_ids")}
@@ -371,60 +408,24 @@ def _clip(kind: str, config: Mapping, state: dict[str, torch.Tensor], what: str)
     return model
 
 
-def _tokenizer(folder: Path, **arguments):
-    from transformers import CLIPTokenizer
-
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise ModelNotFound(f"{folder} holds no CLIP tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **arguments)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelFormatError(f"the tokenizer in {folder} can't be read ({error})") from error
-
-
-def _find_tokenizers(path: Path, given, local_files_only: bool) -> tuple:
-    """Tokenizers for a single file, which holds none: from where the caller says, beside it, the cache, the hub."""
-    if given is not None and not Path(given).is_dir():
-        raise ModelNotFound(f"no folder at {given}; tokenizer= and config= take a folder on this machine")
-    for folder in filter(None, (given and Path(given), path.parent)):
-        if (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir():
-            return _tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2")
-        if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
-            # one vocabulary serves both encoders; the second pads with "!", id 0
-            return _tokenizer(folder), _tokenizer(folder, pad_token="!")
-
-    def has_vocabulary(folder: Path) -> bool:
-        places = (folder, folder / "tokenizer")
-        return any((place / file).is_file() for place in places for file in ("tokenizer.json", "vocab.json"))
-
-    for repo_id in _TOKENIZER_SOURCES:
-        try:
-            # the last one is small enough to fetch; the first is only looked up in the cache
-            cached_only = local_files_only or repo_id != _TOKENIZER_SOURCES[-1]
-            folder = hub_folder(
-                repo_id, has_vocabulary, lambda names: wanted_files(names, False, "none", ("",)), cached_only
-            )
-        except ModelNotFound:
-            continue
-        folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-        return _tokenizer(folder), _tokenizer(folder, pad_token="!")
-    reason = "downloads are switched off" if local_files_only or offline() else "the hub can't be reached"
-    raise ModelNotFound(
-        f"{path.name} holds no tokenizer, no CLIP tokenizer is cached, and {reason}. Get the small files vocab.json "
-        f"and merges.txt (on a machine with network: `hf download {_TOKENIZER_SOURCES[-1]} vocab.json merges.txt "
-        "tokenizer_config.json --local-dir clip-tokenizer`) and pass tokenizer='clip-tokenizer', or put them beside "
-        "the file"
-    )
-
-
-def _weights(folder: Path, half: bool, variant: str | None) -> list[str]:
-    return pick_weights([file.name for file in folder.iterdir()], half, variant) if folder.is_dir() else []
-
-
-def _read_json(file: Path, folder: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ModelNotFound(f"{file.relative_to(folder)} is missing in {folder}; a diffusers SDXL folder has it")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelFormatError(f"{file.relative_to(folder)} in {folder} is no JSON ({error})") from error
+def _check_parts_fit(components: Components) -> None:
+    """Raise ModelFormatError where sound parts don't belong together, which would show at the end of a run."""
+    config, encoders = components.unet_config, components.text_encoders
+    widths = tuple(encoder.config.hidden_size for encoder in encoders)
+    cross, added = config["cross_attention_dim"], config["projection_class_embeddings_input_dim"]
+    if sum(widths) != cross:
+        raise ModelFormatError(
+            f"the text encoders are {widths[0]} and {widths[1]} wide, the UNet's cross-attention takes {cross}; they "
+            "don't belong together"
+        )
+    pooled, ids = encoders[1].config.projection_dim, 6 * config["addition_time_embed_dim"]
+    if pooled + ids != added:
+        raise ModelFormatError(
+            f"the UNet takes {added} numbers beside the time step (projection_class_embeddings_input_dim), the second "
+            f"text encoder gives {pooled} and the picture's sizes {ids}; they don't belong together"
+        )
+    latents = components.vae.config.get("latent_channels", config["in_channels"])
+    if latents != config["in_channels"]:
+        raise ModelFormatError(
+            f"the VAE has {latents} latent channels, the UNet {config['in_channels']}; use a VAE for SDXL"
+        )

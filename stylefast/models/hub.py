@@ -2,13 +2,53 @@
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from stylefast.errors import ModelNotFound
-from stylefast.models.weight_files import offline
+from stylefast import values
+from stylefast.errors import InvalidRequest, ModelNotFound
+from stylefast.models.weight_files import PICKLED, offline
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+_MOST_SHARDS = 1000
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How the hub is asked.
+
+    revision: a branch, tag or commit; None: the main branch. cache_dir: the cache in place of Hugging Face's own.
+    token: of a user; True or None takes the one that is stored on this machine, False none. force_download: fetch even
+    what is cached. local_files_only: never ask the network. Raises InvalidRequest.
+    """
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    force_download: bool = False
+    local_files_only: bool = False
+
+    def __post_init__(self):
+        for name in ("force_download", "local_files_only"):
+            # None is what a caller passes on that leaves the choice to us
+            object.__setattr__(self, name, values.flag(name, getattr(self, name) or False))
+        if self.revision is not None:
+            values.text("revision", self.revision, longest=200, empty=False)
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", values.path("cache_dir", self.cache_dir))
+        if self.token is not None and not isinstance(self.token, (bool, str)):
+            raise InvalidRequest(f"token is a {type(self.token).__name__}; it must be a string, True, False or None")
+        if self.force_download and self.local_files_only:
+            raise InvalidRequest("force_download and local_files_only contradict one another; give one of them")
+
+    @property
+    def cached(self) -> dict:
+        """Where a snapshot in the cache is looked for, as arguments of huggingface_hub."""
+        return {"revision": self.revision, "cache_dir": self.cache_dir}
+
+
+AS_USUAL = HubOptions()
 
 
 def is_hub_id(source: str) -> bool:
@@ -20,7 +60,8 @@ def pick_weights(names: Iterable[str], half: bool, variant: str | None = "auto")
     """The weight files to load among the file names of one component's folder; empty if there are none.
 
     `half`: 16-bit files are preferred, else 32-bit ones; either is taken if it is the only one. `variant` other than
-    "auto" (None for the plain files, or a name such as "fp16") allows only that one. Of several shards, all are given.
+    "auto" (None for the plain files, or a name such as "fp16") allows only that one. Of several shards, all are given,
+    those that are missing too.
     """
     names = set(names)
     order = (("fp16", None) if half else (None, "fp16")) if variant == "auto" else (variant,)
@@ -31,11 +72,48 @@ def pick_weights(names: Iterable[str], half: bool, variant: str | None = "auto")
                 return [f"{stem}{mark}.safetensors"]
             # both spellings are published: model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
             tag = re.escape(mark)
-            shard = re.compile(rf"{stem}(?:{tag}-\d+-of-\d+|-\d+-of-\d+{tag})\.safetensors")
-            shards = sorted(name for name in names if shard.fullmatch(name))
-            if shards:
-                return shards
+            shard = re.compile(rf"({stem}(?:{tag})?-)\d{{1,6}}-of-(\d{{1,6}})((?:{tag})?\.safetensors)")
+            sets = {match.group(1, 2, 3) for match in map(shard.fullmatch, names) if match}
+            # the file's mark stands in front or behind
+            sets = [found for found in sets if not mark or mark in found[0] or found[2].startswith(mark)]
+            whole = {found: _shards(*found) for found in sorted(sets)}
+            if whole:
+                # of two sets the one that is complete, else the one that lacks least
+                return min(whole.values(), key=lambda files: len(set(files) - names))
     return []
+
+
+def _shards(start: str, count: str, end: str) -> list[str]:
+    """The names of all files of a set of shards."""
+    most = min(int(count), _MOST_SHARDS)
+    return [f"{start}{i:0{len(count)}}-of-{count}{end}" for i in range(1, most + 1)]
+
+
+def present(folder: Path, half: bool, variant: str | None = "auto") -> list[str]:
+    """The weight files of one component's folder, as of `pick_weights`.
+
+    Raises ModelNotFound where there are none, saying what is there instead, and where shards are missing.
+    """
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    files = pick_weights(names, half, variant)
+    if not files:
+        there = sorted(name for name in names if Path(name).suffix in (".safetensors", *PICKLED))
+        raise ModelNotFound(
+            f"{folder} has no .safetensors weights of variant {variant!r}; it holds {', '.join(there) or 'no weights'}"
+        )
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise ModelNotFound(
+            f"{folder} lacks {len(absent)} of its {len(files)} weight files ({', '.join(absent[:3])}); fetch them again"
+        )
+    return files
+
+
+def is_whole(folder: Path, half: bool, variant: str | None = "auto") -> bool:
+    """Whether a component's folder holds its config and all files of its weights."""
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    files = pick_weights(names, half, variant)
+    return bool(files) and all((folder / name).is_file() for name in (*files, "config.json"))
 
 
 def wanted_files(names: Iterable[str], half: bool, variant: str | None, components: Iterable[str]) -> list[str]:
@@ -54,7 +132,7 @@ def hub_folder(
     repo_id: str,
     complete: Callable[[Path], bool],
     select: Callable[[list[str]], list[str]],
-    local_files_only: bool = False,
+    options: HubOptions = AS_USUAL,
 ) -> Path:
     """Folder of a hub repository's snapshot.
 
@@ -62,19 +140,25 @@ def hub_folder(
     from the repository's list are downloaded. Raises ModelNotFound, saying what to fetch and where to put it.
     """
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        folder = Path(huggingface_hub.snapshot_download(repo_id, local_files_only=True))
-        if complete(folder):
+        folder = Path(huggingface_hub.snapshot_download(repo_id, local_files_only=True, **options.cached))
+        if not options.force_download and complete(folder):
             return folder
     except LocalEntryNotFoundError:
         pass
-    if local_files_only or offline():
-        raise ModelNotFound(_how_to_get(repo_id, "downloads are switched off"))
+    if options.local_files_only or offline():
+        raise ModelNotFound(_how_to_get(repo_id, "downloads are switched off", options))
     try:
-        listing = huggingface_hub.HfApi().model_info(repo_id, timeout=15).siblings
-        folder = huggingface_hub.snapshot_download(repo_id, allow_patterns=select([file.rfilename for file in listing]))
+        api = huggingface_hub.HfApi(token=options.token)
+        listing = api.model_info(repo_id, revision=options.revision, timeout=15).siblings
+        folder = huggingface_hub.snapshot_download(
+            repo_id, allow_patterns=select([file.rfilename for file in listing]), token=options.token,
+            force_download=options.force_download, **options.cached,
+        )  # fmt: skip
+    except RevisionNotFoundError as error:
+        raise ModelNotFound(f"{repo_id!r} has no revision {options.revision!r} on the hub; check its name") from error
     except RepositoryNotFoundError as error:
         raise ModelNotFound(
             f"the hub has no model {repo_id!r} that you may read; check the name, or `hf auth login` if it is private"
@@ -82,19 +166,20 @@ def hub_folder(
     except Exception as error:
         # the hub's client lets every kind of network error through; to the caller all mean the same
         reason = f"the hub can't be reached ({' '.join([type(error).__name__, *str(error).splitlines()[:1]])})"
-        raise ModelNotFound(_how_to_get(repo_id, reason)) from error
+        raise ModelNotFound(_how_to_get(repo_id, reason, options)) from error
     folder = Path(folder)
     if not complete(folder):
         raise ModelNotFound(f"{repo_id!r} holds no model of the demanded kind in .safetensors form")
     return folder
 
 
-def _how_to_get(repo_id: str, reason: str) -> str:
+def _how_to_get(repo_id: str, reason: str, options: HubOptions) -> str:
     import huggingface_hub
 
-    name = repo_id.split("/")[-1]
+    name, cache = repo_id.split("/")[-1], options.cache_dir or huggingface_hub.constants.HF_HUB_CACHE
+    which = "" if options.revision is None else f" --revision {options.revision}"
     return (
-        f"{repo_id!r} is not in the cache ({huggingface_hub.constants.HF_HUB_CACHE}) and {reason}. On a machine with "
-        f"network run `hf download {repo_id} --local-dir {name}` (formerly `huggingface-cli download`), copy the "
-        f"folder {name} here and give its path instead of the id; model='tiny' needs no download"
+        f"{repo_id!r} is not whole in the cache ({cache}) and {reason}. On a machine with "
+        f"network run `hf download {repo_id}{which} --local-dir {name}` (formerly `huggingface-cli download`), copy "
+        f"the folder {name} here and give its path instead of the id; model='tiny' needs no download"
     )

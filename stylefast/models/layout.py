@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from stylefast import values
 from stylefast.errors import ModelFormatError
 
 STYLE_MODULE = "up_blocks.0.attentions.1"
@@ -71,10 +72,15 @@ class UNetShape:
         backwards = config.get(back)
         if backwards is None:
             if any(isinstance(depth, (list, tuple)) for depth in per_block):
-                raise ModelFormatError(f"{key} is {given!r}; with a depth for each layer, {back} must be there too")
+                raise ModelFormatError(
+                    f"{key} is {values.quoted(given)}; with a depth for each layer, {back} must be there too"
+                )
             backwards = per_block[::-1]
         if not isinstance(backwards, (list, tuple)) or len(per_block) != blocks or len(backwards) != blocks:
-            raise ModelFormatError(f"{key} is {given!r} and {back} {config.get(back)!r}; {blocks} entries are needed")
+            raise ModelFormatError(
+                f"{key} is {values.quoted(given)} and {back} {values.quoted(config.get(back))}; {blocks} entries are "
+                "needed"
+            )
 
         def block(i: int, count: int, attending: bool, name: str, value) -> BlockShape:
             if attending and channels[i] % heads[i]:
@@ -89,7 +95,7 @@ class UNetShape:
         kind = config.get("mid_block_type", _MID_CROSS)
         if kind not in (_MID_CROSS, _MID_PLAIN, None):
             raise ModelFormatError(
-                f"mid_block_type is {kind!r}; this UNet's middle is {_MID_CROSS!r}, {_MID_PLAIN!r} or null"
+                f"mid_block_type is {values.quoted(kind)}; this UNet's middle is {_MID_CROSS!r}, {_MID_PLAIN!r} or null"
             )
         mid = None
         if kind is not None:
@@ -180,7 +186,7 @@ def _integers(config: Mapping, key: str, count: int | None, most: int) -> tuple[
     fits = count is None or len(many) == count
     if not fits or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most for n in many):
         raise ModelFormatError(
-            f"{key} is {_shown(value)}; whole numbers from 1 to {most} are needed, one for each block"
+            f"{key} is {values.quoted(value)}; whole numbers from 1 to {most} are needed, one for each block"
         )
     return tuple(many)
 
@@ -189,7 +195,7 @@ def _kinds(config: Mapping, key: str, count: int, known: Mapping[str, bool]) -> 
     """Which blocks attend. Raises ModelFormatError for blocks that are not known."""
     kinds = config.get(key)
     if not isinstance(kinds, (list, tuple)) or len(kinds) != count or any(str(kind) not in known for kind in kinds):
-        raise ModelFormatError(f"{key} is {_shown(kinds)}; {count} blocks are needed, of {' or '.join(known)}")
+        raise ModelFormatError(f"{key} is {values.quoted(kinds)}; {count} blocks are needed, of {' or '.join(known)}")
     return [known[kind] for kind in kinds]
 
 
@@ -201,12 +207,7 @@ def _depths(key: str, value, count: int) -> tuple[int, ...]:
     sound = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MOST_LAYERS for n in many)
     if len(many) < count or not sound:
         raise ModelFormatError(
-            f"{key} has {_shown(value)} for a block of {count} attentions; it needs a whole number from 0 to "
+            f"{key} has {values.quoted(value)} for a block of {count} attentions; it needs a whole number from 0 to "
             f"{_MOST_LAYERS}, or one for each"
         )
     return tuple(many)
-
-
-def _shown(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

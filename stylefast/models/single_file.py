@@ -6,13 +6,14 @@ which two facts must be taken from SDXL itself: attention heads are 64 wide, and
 that differs there needs a `config` folder (the JSON files of a diffusers folder).
 """
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from stylefast.errors import ModelFormatError
+from stylefast.models.config_files import read_config
 from stylefast.models.weight_files import WeightHeader, recognise
 
 UNET = "model.diffusion_model."
@@ -245,16 +246,21 @@ def convert_unet(state: dict[str, torch.Tensor], config: dict) -> dict[str, torc
     return convert_ldm_unet_checkpoint(state, {**config, "layers_per_block": _single(config["layers_per_block"])})
 
 
-def convert_text_encoders(state: dict[str, torch.Tensor], second_encoder) -> tuple[dict, dict]:
-    """Tensors of both text encoders under transformers' names, each beginning with `text_model.` or a projection."""
+def convert_text_encoders(state: dict[str, torch.Tensor], second_config: Mapping) -> tuple[dict, dict]:
+    """Tensors of both text encoders under transformers' names, each beginning with `text_model.` or a projection.
+
+    second_config: the CLIPTextConfig arguments of the second one.
+    """
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
+    # the converter asks a model for the width of its states
+    second = SimpleNamespace(config=SimpleNamespace(hidden_size=second_config["hidden_size"]))
     converted = []
     for index in range(2):
         tensors = {name: state[whole] for name, whole in text_names(state, index).items()}
         if "token_embedding.weight" in tensors:
             linear = tensors.pop("text_projection.weight", None)
-            tensors = convert_open_clip_checkpoint(second_encoder, tensors, prefix="")
+            tensors = convert_open_clip_checkpoint(second, tensors, prefix="")
             if linear is not None:
                 tensors["text_projection.weight"] = linear
         tensors.pop("logit_scale", None)
@@ -270,13 +276,13 @@ def with_linear_projection(state: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return rest | {"text_projection.weight": state["text_projection"].T.contiguous()}
 
 
-def config_from_folder(config: str | Path | None, part: str) -> dict | None:
+def config_from_folder(config: Path | None, part: str) -> dict | None:
     """The JSON config of one part ("unet", "text_encoder", ..., "scheduler") in a config folder, if it is there."""
     if config is None:
         return None
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    file = Path(config) / part / name
-    return json.loads(file.read_text()) if file.is_file() else None
+    file = config / part / name
+    return read_config(file, config) if file.is_file() else None
 
 
 def _count(header: WeightHeader, prefix: str) -> int:

@@ -4,7 +4,6 @@ AutoencoderKL and AutoencoderTiny are diffusers'. The stock SDXL VAE overflows i
 `force_upcast`); `decoding_dtype` tells what it is decoded in instead. The fp16-fix VAE says False and is run as it is.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from torch import nn
 
 from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound, NumericsError
-from stylefast.models.hub import hub_folder, is_hub_id, pick_weights, wanted_files
+from stylefast.models.config_files import build, read_config
+from stylefast.models.hub import AS_USUAL, HubOptions, hub_folder, is_hub_id, pick_weights, present, wanted_files
 from stylefast.models.stored_tensors import load_weights
 from stylefast.models.vae_copies import working_decoder, working_encoder
 from stylefast.models.vae_tiles import decode_tiles, plan_decode
@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 _overflowed: WeakSet[nn.Module] = WeakSet()
 
 
-def load_vae(source, *, dtype: torch.dtype, device, variant="auto", local_files_only=False, config=None) -> nn.Module:
+def load_vae(
+    source, *, dtype: torch.dtype, device, variant="auto", hub: HubOptions = AS_USUAL, config=None
+) -> nn.Module:
     """Load a VAE: a folder (or one with `vae/` in it), a `.safetensors` file in either layout, or a hub id.
 
     A module is given back as it is. A file takes its config from `config` (a dict), from a `config.json` beside it, or
@@ -50,7 +52,7 @@ def load_vae(source, *, dtype: torch.dtype, device, variant="auto", local_files_
         half = dtype != torch.float32
         path = hub_folder(
             str(source), lambda folder: _vae_folder(folder) is not None,
-            lambda names: wanted_files(names, half, variant, ("", "vae")), local_files_only,
+            lambda names: wanted_files(names, half, variant, ("", "vae")), hub,
         )
     folder = _vae_folder(path)
     if folder is None:
@@ -60,10 +62,8 @@ def load_vae(source, *, dtype: torch.dtype, device, variant="auto", local_files_
 
 def vae_from_folder(folder: Path, *, dtype: torch.dtype, device, variant="auto") -> nn.Module:
     """Load the VAE whose `config.json` lies in `folder`."""
-    config = json.loads((folder / "config.json").read_text())
-    files = pick_weights([file.name for file in folder.iterdir()], dtype != torch.float32, variant)
-    if not files:
-        raise ModelNotFound(f"{folder} holds no .safetensors weights of variant {variant!r}")
+    config = read_config(folder / "config.json", folder)
+    files = present(folder, dtype != torch.float32, variant)
     state = {}
     for file in files:
         read_header(folder / file)
@@ -79,8 +79,8 @@ def build_vae(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
     kind = config.get("_class_name", "AutoencoderKL")
     if kind not in kinds:
         raise ModelFormatError(f"{what} is an {kind}; SDXL works with {' or '.join(kinds)}")
-    with torch.device("meta"):
-        vae = kinds[kind].from_config({k: v for k, v in config.items() if k != "_class_name"})
+    plain = {k: v for k, v in config.items() if k != "_class_name"}
+    vae = build(lambda: kinds[kind].from_config(plain), plain, len(state), what)
     # VAEs saved by early diffusers name the attention of the middle block in another way
     old = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
     for before, after in old:
@@ -272,8 +272,8 @@ def _from_file(path: Path, dtype, device, config) -> nn.Module:
         raise ModelFormatError(f"{path.name} is a {kind}, not a VAE")
     beside = path.parent / "config.json"
     if config is None and beside.is_file():
-        found = json.loads(beside.read_text())
-        config = found if found.get("_class_name", "").startswith("Autoencoder") else None
+        found = read_config(beside, path.parent)
+        config = found if _names_autoencoder(found) else None
     prefix = "first_stage_model." if header.has("first_stage_model.") else ""
     if config is None:
         config = {"_class_name": "AutoencoderTiny"} if kind == "tiny VAE" else infer_vae_config(header, prefix)
@@ -287,11 +287,15 @@ def _vae_folder(path: Path) -> Path | None:
     """The folder with an autoencoder's config and weights: `path` itself, or `vae` in it."""
     for folder in (path, path / "vae"):
         file = folder / "config.json"
-        if not file.is_file() or not json.loads(file.read_text()).get("_class_name", "").startswith("Autoencoder"):
+        if not file.is_file() or not _names_autoencoder(read_config(file, folder)):
             continue
         if pick_weights([item.name for item in folder.iterdir()], half=False):
             return folder
     return None
+
+
+def _names_autoencoder(config) -> bool:
+    return str(config.get("_class_name", "")).startswith("Autoencoder")
 
 
 def _held_in(config, dtype: torch.dtype) -> torch.dtype:

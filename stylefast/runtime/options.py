@@ -3,15 +3,12 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-
 from stylefast import values
 from stylefast.errors import InvalidRequest
 from stylefast.runtime.request import Request
 
 _MOST_BUCKETS = 64
 OUTPUTS = ("pil", "np", "latents")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_output(name: str) -> None:
@@ -23,26 +20,6 @@ def check_deadline(seconds: float | None) -> None:
     """Raise InvalidRequest for a deadline that is no number of seconds above 0."""
     if seconds is not None:
         values.real_number("deadline", seconds, above=0, also=(math.inf,))
-
-
-def device_of(name: str | torch.device) -> torch.device:
-    """A device by name, "auto" being CUDA where there is one. Raises InvalidRequest."""
-    if isinstance(name, str) and name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = name if isinstance(name, torch.device) else torch.device(values.text("device", name))
-    except RuntimeError:
-        raise InvalidRequest(f"device {values.quoted(name)} is unknown; use 'auto', 'cpu' or 'cuda'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest("device is 'cuda', but PyTorch finds no CUDA device; use 'cpu', or install a CUDA build")
-    return device
-
-
-def dtype_of(name: str) -> torch.dtype | str:
-    """A type by name, or "auto". Raises InvalidRequest."""
-    if not isinstance(name, str) or (name != "auto" and name not in _DTYPES):
-        raise InvalidRequest(f"dtype is {name!r}; there are auto, {', '.join(_DTYPES)}")
-    return _DTYPES.get(name, name)
 
 
 def buckets_of(given: Sequence[int]) -> tuple[int, ...]:

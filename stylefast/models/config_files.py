@@ -1,0 +1,77 @@
+"""The JSON files beside a model's weights, read with care: people edit them, downloads end early, and a number in one
+of them decides how much a library builds.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from stylefast import values
+from stylefast.errors import ModelFormatError, ModelNotFound
+
+Built = TypeVar("Built")
+_LARGEST = 2**31  # of any number in a config; widths and vocabularies stay far below
+_DEPTHS = ("num_hidden_layers", "layers_per_block", "num_encoder_blocks", "num_decoder_blocks")
+_MOST_ENTRIES = 64  # of a list in a config
+
+
+def read_config(file: Path, folder: Path) -> dict[str, Any]:
+    """Read one JSON file of a model's folder as a dictionary.
+
+    Raises ModelNotFound where it is missing, ModelFormatError for anything but a JSON object.
+    """
+    name = file.relative_to(folder)
+    if not file.is_file():
+        raise ModelNotFound(f"{name} is missing in {folder}; a diffusers SDXL folder has it")
+    return values.read_json(file, f"{name} in {folder}", kind=dict, error=ModelFormatError)
+
+
+def build(make: Callable[[], Built], config: Mapping, tensors: int, what: str) -> Built:
+    """Make a module of a config on the meta device, where it takes no memory.
+
+    tensors: how many there are in the files, which no count of layers exceeds. Raises ModelFormatError for a config
+    that describes nothing that can be built, naming the key where it is known.
+    """
+    for key, value in config.items():
+        _check_size(key, value, what)
+        depths = value if isinstance(value, (list, tuple)) else [value]
+        if key in _DEPTHS and any(isinstance(depth, int) and depth > tensors for depth in depths):
+            raise ModelFormatError(
+                f"the config of {what} has {key}={values.quoted(value)}, and the weights only {tensors} tensors"
+            )
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:  # other libraries' constructors raise anything for values that they don't expect
+        reason = values.quoted(" ".join(str(error).split()))
+        raise ModelFormatError(f"the config of {what} describes no model of its kind ({reason})") from error
+
+
+def style_modules(folder: Path, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
+    """The attention modules that carry style, of a folder's `stylefast.json`; `default` where there is none.
+
+    Raises ModelFormatError for other keys, and for modules that are not among `known`.
+    """
+    file = folder / "stylefast.json"
+    if not file.is_file():
+        return default
+    config = read_config(file, folder)
+    unknown = sorted(config.keys() - {"style_modules"})
+    if unknown or "style_modules" not in config:
+        raise ModelFormatError(
+            f"stylefast.json in {folder} has the keys {values.quoted(sorted(config))}; it holds style_modules alone"
+        )
+    modules = values.several(f"style_modules in {file}", config["style_modules"], least=1, error=ModelFormatError)
+    return tuple(values.one_of(f"style_modules in {file}", name, known, error=ModelFormatError) for name in modules)
+
+
+def _check_size(key: str, value: Any, what: str) -> None:
+    if isinstance(value, (list, tuple)):
+        if len(value) > _MOST_ENTRIES and key not in ("trained_betas", "latents_mean", "latents_std"):
+            raise ModelFormatError(f"the config of {what} has {len(value)} entries for {key}; at most {_MOST_ENTRIES}")
+        for one in value:
+            _check_size(key, one, what)
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        raise ModelFormatError(f"the config of {what} has {key}={values.quoted(value)}, a number that no model has")

@@ -1,0 +1,73 @@
+"""The two CLIP tokenizers of an SDXL model, from wherever they may lie."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from stylefast import values
+from stylefast.errors import ModelFormatError, ModelNotFound
+from stylefast.models.hub import HubOptions, hub_folder, wanted_files
+from stylefast.models.weight_files import offline
+
+_TOKENIZER_SOURCES = ("stabilityai/stable-diffusion-xl-base-1.0", "openai/clip-vit-large-patch14")
+
+
+def given_folder(given) -> Path:
+    """The folder that a caller names for tokenizers or configs. Raises ModelNotFound where there is none."""
+    folder = values.path("the folder of tokenizers or configs", given)
+    if not folder.is_dir():
+        raise ModelNotFound(f"no folder at {folder}; tokenizer= and config= take a folder on this machine")
+    return folder
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a CLIP tokenizer."""
+    return any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+
+
+def tokenizers_in(folder: Path) -> tuple:
+    """Both tokenizers of a folder: its `tokenizer` and `tokenizer_2`, or one for both in the folder itself."""
+    if not (folder / "tokenizer").is_dir() and has_vocabulary(folder):
+        # one vocabulary serves both encoders; the second pads with "!", id 0
+        return _tokenizer(folder), _tokenizer(folder, pad_token="!")
+    return _tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2")
+
+
+def find_tokenizers(path: Path, given, config: Path | None, hub: HubOptions) -> tuple:
+    """Tokenizers for a single file, which holds none: from where the caller says, beside it, the cache, the hub."""
+    if given is not None:
+        return tokenizers_in(given_folder(given))
+    for folder in filter(None, (config, path.parent)):
+        if has_vocabulary(folder / "tokenizer") and has_vocabulary(folder / "tokenizer_2") or has_vocabulary(folder):
+            return tokenizers_in(folder)
+
+    def holds_one(folder: Path) -> bool:
+        return has_vocabulary(folder) or has_vocabulary(folder / "tokenizer")
+
+    for repo_id in _TOKENIZER_SOURCES:
+        try:
+            # the last one is small enough to fetch; the first is only looked up in the cache
+            cached_only = hub.local_files_only or repo_id != _TOKENIZER_SOURCES[-1]
+            asked = replace(hub, revision=None, force_download=False, local_files_only=cached_only)
+            folder = hub_folder(repo_id, holds_one, lambda names: wanted_files(names, False, "none", ("",)), asked)
+        except ModelNotFound:
+            continue
+        folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+        return _tokenizer(folder), _tokenizer(folder, pad_token="!")
+    reason = "downloads are switched off" if hub.local_files_only or offline() else "the hub can't be reached"
+    raise ModelNotFound(
+        f"{path.name} holds no tokenizer, no CLIP tokenizer is cached, and {reason}. Get the small files vocab.json "
+        f"and merges.txt (on a machine with network: `hf download {_TOKENIZER_SOURCES[-1]} vocab.json merges.txt "
+        "tokenizer_config.json --local-dir clip-tokenizer`) and pass tokenizer='clip-tokenizer', or put them beside "
+        "the file"
+    )
+
+
+def _tokenizer(folder: Path, **arguments):
+    from transformers import CLIPTokenizer
+
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise ModelNotFound(f"{folder} holds no CLIP tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **arguments)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFormatError(f"the tokenizer in {folder} can't be read ({error})") from error
