@@ -135,6 +135,23 @@ def packed_bytes(module: nn.Module) -> int:
     return sum(layer.packed_bytes for layer in module.modules() if isinstance(layer, _Packable))
 
 
+def unfolds(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether convolutions write out all windows of their input, nine values for one: on CPUs, where oneDNN stays away.
+
+    PyTorch leaves 16-bit types to oneDNN only where this CPU has instructions for them, or may use them: oneDNN reads
+    ONEDNN_MAX_CPU_ISA.
+    """
+    if device.type != "cpu":
+        return False
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return True
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return False
+
+
 def _refusal(layers, room: int | None) -> str:
     if os.environ.get(VARIABLE) == "0":
         return f"{VARIABLE}=0"

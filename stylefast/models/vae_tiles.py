@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from stylefast.errors import InvalidRequest, OutOfMemory
+from stylefast.models.packed import unfolds
 
 WHOLE_PIXELS = 2048 * 2048
 OVERLAP = 0.25
 SMALLEST_TILE = 16  # latents along a side; below, borders take most of a tile
 LARGEST_TILE = 128
 LIVE_WIDTHS = 5
+UNFOLDED_WIDTHS = 9  # of a 3x3 convolution that writes out its windows
 RESULT_BYTES = 2 * 3 * 4  # per pixel: the float32 picture as decoded or summed from tiles, and clamped to 0..1
 
 
@@ -37,13 +39,15 @@ def decode_bytes(vae: nn.Module, pixels: int, dtype: torch.dtype) -> int:
 
     The peak lies in the first residual block at full resolution. Per pixel, counted from the allocations of decoders
     of three shapes, 3 (channels_last) to 4.5 tensors of the width that enters this block are alive; 5 are assumed, for
-    the convolutions' workspace.
+    the convolutions' workspace. Where convolutions write out their windows, on CPUs without instructions for `dtype`,
+    12 are alive.
     """
     config = vae.config
     # an AutoencoderKL lists its widths from the encoder's entry on, so the decoder's last levels are the first two
     widths = config.get("block_out_channels") or config["decoder_block_out_channels"][::-1]
     item = torch.empty((), dtype=dtype).element_size()
-    return pixels * LIVE_WIDTHS * max(widths[:2]) * item
+    alive = LIVE_WIDTHS + (UNFOLDED_WIDTHS if unfolds(next(vae.parameters()).device, dtype) else 0)
+    return pixels * alive * max(widths[:2]) * item
 
 
 def plan_decode(vae: nn.Module, shape, factor: int, dtype: torch.dtype, tile, budget: int | None) -> DecodePlan:

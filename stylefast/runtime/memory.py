@@ -14,6 +14,7 @@ import torch
 
 from stylefast import values
 from stylefast.errors import InvalidRequest, OutOfMemory
+from stylefast.models.packed import unfolds
 from stylefast.models.unet import UNet
 from stylefast.models.weight_files import available_memory
 from stylefast.runtime.page_layout import PageLayout
@@ -21,6 +22,8 @@ from stylefast.runtime.page_layout import PageLayout
 # peak of live feature maps in units of one at the finest level; with SDXL's layout at 128x128 latents, fp32 on a CPU,
 # resident memory rose by 27
 _LIVE_MAPS = 40
+# the 3x3 convolution behind the finest level's concatenation: nine values for each of its three maps
+_UNFOLDED_MAPS = 27
 # of what is free, for bank pages, where no limit is given
 _BANK_SHARE = {"cpu": 0.2, "cuda": 0.4}
 _MOST_SLOTS = 512
@@ -111,7 +114,8 @@ def row_bytes(unet: UNet, latent_size: tuple[int, int]) -> int:
     """Peak of one row's feature maps in a UNet call, by a rough count."""
     height, width = latent_size
     bytes_per_value = torch.finfo(unet.dtype).bits // 8
-    return height * width * unet.config["block_out_channels"][0] * bytes_per_value * _LIVE_MAPS
+    maps = _LIVE_MAPS + (_UNFOLDED_MAPS if unfolds(unet.device, unet.dtype) else 0)
+    return height * width * unet.config["block_out_channels"][0] * bytes_per_value * maps
 
 
 def is_out_of_memory(error: BaseException) -> bool:
