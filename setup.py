@@ -32,6 +32,7 @@ HEADERS = [
     "csrc/attention.h",
     "csrc/copy_engine.h",
     "csrc/cpu_features.h",
+    "csrc/dequantise_kernel.h",
     "csrc/float_compute.h",
     "csrc/gated_attention_kernel.h",
     "csrc/geglu_kernel.h",

@@ -181,6 +181,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("adain_affine", released(&stylefast::adain_affine), py::arg("mean"), py::arg("variance"),
                py::arg("page"), py::arg("strength"), py::arg("pool_mean"), py::arg("pool_variance"), py::arg("gain"),
                py::arg("offset"));
+    module.def("dequantise", released(&stylefast::dequantise), py::arg("scale"), py::arg("values"), py::arg("out"));
     module.def("geglu", released(&stylefast::geglu), py::arg("x"), py::arg("out"));
     module.def("layer_norm", released(&stylefast::layer_norm), py::arg("x"), py::arg("weight"), py::arg("bias"),
                py::arg("eps"), py::arg("out"));

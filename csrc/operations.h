@@ -29,6 +29,8 @@ void adain_affine(const std::string& set, const at::Tensor& mean, const at::Tens
                   const at::Tensor& strength, const OptionalTensor& pool_mean, const OptionalTensor& pool_variance,
                   const at::Tensor& gain, const at::Tensor& offset);
 
+void dequantise(const std::string& set, const at::Tensor& scale, const at::Tensor& values, const at::Tensor& out);
+
 void geglu(const std::string& set, const at::Tensor& x, const at::Tensor& out);
 
 void layer_norm(const std::string& set, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,

@@ -20,6 +20,13 @@ struct AdainAffine {
     const float* strength;     // [rows, parts]
 };
 
+// A piece is one row of [groups * tokens, channels]: values are fp8, scale [groups, channels].
+struct Dequantise {
+    std::int64_t tokens, channels;
+    Lines values, out;
+    const float* scale;
+};
+
 // A piece is one row: x [rows, 2 inner], out [rows, inner].
 struct Geglu {
     std::int64_t inner;
@@ -74,6 +81,7 @@ struct GuidedStep {
 struct StreamingKernels {
     void (*token_stats)(const TokenStats&, std::int64_t first, std::int64_t last);
     void (*adain_affine)(const AdainAffine&, std::int64_t first, std::int64_t last);
+    void (*dequantise)(const Dequantise&, std::int64_t first, std::int64_t last);
     void (*geglu)(const Geglu&, std::int64_t first, std::int64_t last);
     void (*layer_norm)(const LayerNorm&, std::int64_t first, std::int64_t last);
     // pieces: (row, block, group), or (row, block) channels last, with scratch for `channels_scratch(a)` bytes

@@ -20,6 +20,7 @@ namespace {
 // the others build on these two
 #include "span_kernel.h"
 #include "adain_affine_kernel.h"
+#include "dequantise_kernel.h"
 #include "geglu_kernel.h"
 #include "group_norm_kernel.h"
 #include "guided_step_kernel.h"
@@ -27,8 +28,8 @@ namespace {
 #include "token_stats_kernel.h"
 
 const StreamingKernels kKernels = {
-    token_stats,   adain_affine,   geglu,     layer_norm,     block_moments,
-    group_moments, channel_tables, normalise, output_moments, guided_step,
+    token_stats,   adain_affine,  dequantise,     geglu,     layer_norm,
+    block_moments, group_moments, channel_tables, normalise, output_moments, guided_step,
 };
 
 }  // namespace

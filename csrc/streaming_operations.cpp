@@ -207,6 +207,25 @@ void adain_affine(const std::string& set, const at::Tensor& mean, const at::Tens
                [&](std::int64_t first, std::int64_t last, char*) { kernels.adain_affine(a, first, last); });
 }
 
+void dequantise(const std::string& set, const at::Tensor& scale, const at::Tensor& values, const at::Tensor& out) {
+    if (values.dim() != 3) refuse("values must be [groups, tokens, channels]");
+    if (element_of("values", values) != Element::f8) refuse("values must be fp8 e4m3");
+    check_sizes("out", out, values.sizes());
+    const Element type = float_of("out", out);
+    const at::Tensor scales = contiguous("scale", scale, at::ScalarType::Float, {values.size(0), values.size(2)});
+    if (out.numel() == 0) return;
+    Dequantise a{};
+    a.tokens = values.size(1);
+    a.channels = values.size(2);
+    a.scale = scales.const_data_ptr<float>();
+    const at::Tensor codes = values.contiguous();
+    a.values = {data_of(codes), Element::f8, a.channels};
+    a.out = output_rows("out", out, type);
+    const StreamingKernels& kernels = streaming_for(set);
+    run_pieces(out.numel() / a.channels, a.channels * (1 + static_cast<std::int64_t>(out.element_size())), 0,
+               [&](std::int64_t first, std::int64_t last, char*) { kernels.dequantise(a, first, last); });
+}
+
 void geglu(const std::string& set, const at::Tensor& x, const at::Tensor& out) {
     if (x.dim() < 1 || x.size(-1) % 2 != 0) refuse("x must have an even last dimension");
     std::vector<std::int64_t> sizes = x.sizes().vec();

@@ -30,6 +30,7 @@ if __name__ == "kernels":
 else:
     # eager: a submodule and its function share a name, and the function must win
     from stylefast.kernels.adain_affine import adain_affine
+    from stylefast.kernels.dequantise import dequantise
     from stylefast.kernels.gated_cross_attention import gated_cross_attention
     from stylefast.kernels.geglu import geglu
     from stylefast.kernels.group_norm_silu import group_norm_silu
@@ -42,6 +43,7 @@ else:
         "Affine",
         "adain_affine",
         "add_layer_norm",
+        "dequantise",
         "gated_cross_attention",
         "geglu",
         "group_norm_silu",

@@ -28,6 +28,7 @@ OPERATIONS = (
     "shared_attention",
     "token_stats",
     "adain_affine",
+    "dequantise",
     "gated_cross_attention",
     "group_norm_silu",
     "geglu",

@@ -154,6 +154,10 @@ def _statistics(mean=0.0, variance=1.0):
     return {"pool_mean": torch.full(shape, mean), "pool_variance": torch.full(shape, variance)}
 
 
+def _stored(*shape):
+    return torch.ones(shape).to(torch.float8_e4m3fn)
+
+
 def _step(**changes):
     x = torch.randn(1, 4, 2, 2)
     arguments = {
@@ -196,6 +200,15 @@ OTHERS = {
     "latents as integers": (lambda: _step(latents=torch.ones(1, 4, 2, 2).long()), "latents must be"),
     "statistics of no tokens": (lambda: kernels.token_stats(torch.ones(1, 0, 2, 4)), "at least 1 token"),
     "statistics of four tensors": (lambda: kernels.token_stats(*[torch.ones(1, 2, 2, 4)] * 4), "1 to 3 tensors, not 4"),
+    "stored values that are no fp8": (
+        lambda: kernels.dequantise(torch.ones(1, 2, 3), torch.ones(1, 3)), "values must be torch.float8_e4m3fn, not"
+    ),
+    "a scale of other channels": (
+        lambda: kernels.dequantise(_stored(1, 2, 3), torch.ones(1, 4)), r"scale must have shape \[groups=1, chann"
+    ),
+    "a place of another shape": (
+        lambda: kernels.dequantise(_stored(1, 2, 3), torch.ones(1, 3), torch.empty(2, 2, 3)), "out must have shape"
+    ),
     "an odd geglu": (lambda: kernels.geglu(torch.ones(2, 5)), r"splits .* in two, but x has shape \[2, 5\]"),
     "a norm of other channels": (
         lambda: kernels.layer_norm(torch.ones(2, 8), torch.ones(7), torch.ones(8)),

@@ -72,10 +72,17 @@ def _add_layer(seed):
     return (x, _layer(seed + 100)[0], *rest)
 
 
+def _stored(seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = (100 * torch.randn(3, 5, 19, generator=generator)).to(torch.float8_e4m3fn)
+    return torch.rand(3, 19, generator=generator), values.view(torch.uint8)
+
+
 CASES = {
     "shared_attention": _shared,
     "token_stats": lambda seed: ([x for x in _shared(seed)[:3]],),
     "adain_affine": _adain,
+    "dequantise": _stored,
     "gated_cross_attention": _gated,
     "group_norm_silu": _norm,
     "geglu": lambda seed: (_layer(seed)[0],),
@@ -118,6 +125,8 @@ def by_name(function):
     """The public function with the custom op's argument order."""
     if function is kernels.shared_attention:
         return lambda *a: function(*a[:7], kernels.Affine(a[7], a[8]), a[9], a[10], a[13], a[11], a[12])
+    if function is kernels.dequantise:
+        return lambda scale, codes: function(codes.view(torch.float8_e4m3fn), scale)
     if function is kernels.token_stats:
         return lambda tensors: function(*tensors)
     return function

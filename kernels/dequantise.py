@@ -1,0 +1,66 @@
+"""Stored fp8 numbers back to floats: what a style bank holds of keys, values or hidden states.
+
+    out = values * scale                               one scale per (group, channel), shared by the group's tokens
+"""
+
+import torch
+
+from stylefast._extension import extension
+from stylefast.kernels import checks
+from stylefast.kernels.registry import Operation
+
+FP8 = torch.float8_e4m3fn
+
+
+def dequantise_ref(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The formula above in fp32, spelled out. values [groups, tokens, channels], scale [groups, channels]."""
+    return values.float() * scale[:, None]
+
+
+def dequantise(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """values * scale: values [groups, tokens, channels] float8_e4m3fn, scale [groups, channels] fp32.
+
+    out: a contiguous tensor of that shape, fp32, bf16 or fp16, that is written and returned; each number is rounded
+    once. None: a new one in fp32. Raises InvalidRequest, a ValueError, for other shapes and types.
+    """
+    checks.shape("values", values, groups=-1, tokens=-1, channels=-1)
+    checks.dtype("values", values, FP8)
+    groups, tokens, channels = values.shape
+    checks.shape("scale", scale, groups=groups, channels=channels)
+    checks.dtype("scale", scale, torch.float32)
+    checks.together("values", values=values, scale=scale, out=out)
+    codes = values.view(torch.uint8)
+    if out is None:
+        return _dequantise(scale, codes)
+    checks.shape("out", out, groups=groups, tokens=tokens, channels=channels)
+    checks.dtype("out", out, torch.float32, torch.bfloat16, torch.float16)
+    _dequantise_out(scale, codes, out)
+    return out
+
+
+def _outputs(scale, codes):
+    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+
+
+def _torch(scale, codes):
+    return dequantise_ref(codes.view(FP8), scale)
+
+
+def _cpp(scale, codes, out):
+    extension().dequantise(scale, codes.view(FP8), out)
+
+
+def _triton(scale, codes, out):
+    from stylefast.kernels.gpu.dequantise import dequantise as launch
+
+    launch(scale, codes, out)
+
+
+# the scale comes first, of a type that all forms take; and bits in place of fp8, with which PyTorch can do little
+_dequantise = Operation(
+    "dequantise",
+    "(Tensor scale, Tensor codes) -> Tensor",
+    outputs=_outputs,
+    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+)
+_dequantise_out = _dequantise.into("dequantise_out", "(Tensor scale, Tensor codes, Tensor(a!) out) -> ()")
