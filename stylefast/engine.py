@@ -149,8 +149,8 @@ class Engine:
             image_encoder: folder of the CLIP image encoder that `adapter` was trained with; None: the model's own.
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
             dtype: "auto" (fp32 on the CPU, fp16 on a GPU), "float32", "bfloat16", "float16", or a torch.dtype.
-            backend: "torch" runs the model as it is written; "compile" compiles its blocks, pads batches to a ladder of
-                sizes and, on a GPU, replays CUDA graphs; "onnxruntime", "tensorrt" and "aoti" run exported graphs; or
+            backend: "torch" runs the model as it is written, on a GPU as CUDA graphs; "compile" compiles its blocks,
+                too, and pads batches to a ladder of sizes; "onnxruntime", "tensorrt" and "aoti" run exported graphs; or
                 a `runtime.step.Backend`, or a function of the UNet that makes one. "auto" is "torch".
             engines: folder of the exported graphs; None: exported once and kept (not for "tensorrt").
             trust: digest of the manifest in `engines`, for a folder of engines (which are code) from elsewhere.

@@ -7,18 +7,20 @@ The bank's type may differ from the model's, and hidden states are projected to 
 the kernels read is always the same.
 """
 
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from stylefast.errors import OutOfMemory
+from stylefast.kernels.dequantise import dequantise
 from stylefast.models.conditioning import StylePages
 from stylefast.models.stored_tensors import Span
 from stylefast.models.unet import UNet
 from stylefast.runtime.host_pages import HostPages
-from stylefast.runtime.page_layout import FP8, PageLayout
+from stylefast.runtime.page_layout import PageLayout
 from stylefast.runtime.page_pool import PagePool, PoolFull, PoolStats
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import StyleBank
@@ -31,40 +33,60 @@ class BankPages:
     """Slots for pages of one latent size.
 
     `pages` is what the UNet reads, views of the tensors in `packed`, which exported graphs read, by the names of
-    `PageLayout`; all stay where they are. `slots` pages fit, and `host_blocks` pages of the model's own type in the
-    tier between file and device; 0: pages come straight from the bank's tensors.
+    `PageLayout`; all stay where they are until the pool grows. `slots` pages fit, and in the tier between file and
+    device as many as `host_room` bytes hold; 0: pages come straight from the bank's tensors.
     """
 
-    def __init__(self, unet: UNet, latent_size: tuple[int, int], slots: int, host_blocks: int = 0):
-        self._unet, self.latent_size, self.slots = unet, latent_size, slots
-        self.layout, self._pool = PageLayout(unet, latent_size, unet.dtype), PagePool(slots)
+    def __init__(self, unet: UNet, latent_size: tuple[int, int], slots: int, host_room: int = 0):
+        self._unet, self.latent_size = unet, latent_size
+        self.layout = PageLayout(unet, latent_size, unet.dtype)
         self._layouts = {("kv", unet.dtype): self.layout}
-        self._parts = self.layout.allocate(slots, unet.device)
-        self.packed = {part.name: held for part, held in zip(self.layout.parts, self._parts, strict=True)}
-        layers, norms = range(len(unet.layout.layers)), range(len(self.layout.norm_elements))
-        self._kv = [self.layout.view(self._parts, "values", i) for i in layers]
-        self._stats = [self.layout.view(self._parts, "stats", i) for i in layers]
-        self._norms = [self.layout.view(self._parts, "norm", i) for i in norms]
-        self.pages = StylePages(
-            layers=tuple((kv[:, 0], kv[:, 1]) for kv in self._kv),
-            # [slots, 3, heads, d] -> [3, slots, heads, d]
-            means=tuple(stats[:, 0].transpose(0, 1) for stats in self._stats),
-            variances=tuple(stats[:, 1].transpose(0, 1) for stats in self._stats),
-            norm_means=tuple(norm[:, 0] for norm in self._norms),
-            norm_variances=tuple(norm[:, 1] for norm in self._norms),
-            norm_elements=self.layout.norm_elements,
-        )
         self._attentions = [unet.get_submodule(layer.name).attn1 for layer in unet.layout.layers]
         on_gpu = unet.device.type == "cuda"
         self._stream = torch.cuda.Stream(unet.device) if on_gpu else None
         self._stage = torch.zeros(0, dtype=torch.uint8, device=unet.device)
-        if on_gpu:
-            # what zeroes the slots runs on the present stream, and must not come after the first page
-            self._stream.wait_stream(torch.cuda.current_stream(unet.device))
-        self._host = HostPages(host_blocks, self.layout.nbytes, pinned=on_gpu) if host_blocks else None
+        self._banks: weakref.WeakValueDictionary[int, StyleBank] = weakref.WeakValueDictionary()  # read here, by id
         # pins to be returned when the device has passed an event: pages read by a step, blocks read by a copy
         self._leaving: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
         self._copying: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
+        self._make(slots)
+        host = HostPages(host_room, self.layout.nbytes, pinned=on_gpu) if host_room else None
+        self._host = host if host is not None and host.blocks else None
+
+    def _make(self, slots: int) -> None:
+        parts, self._pool, self.slots = self.layout.allocate(slots, self._unet.device), PagePool(slots), slots
+        self._parts = parts
+        self.packed = {part.name: held for part, held in zip(self.layout.parts, parts, strict=True)}
+        self._kv = [self.layout.view(parts, "values", i) for i in range(len(self._unet.layout.layers))]
+        self.pages = _style_pages(self._unet, self.layout, parts)
+        if self._stream is not None:
+            # what zeroes the slots runs on the present stream, and must not come after the first page
+            self._stream.wait_stream(torch.cuda.current_stream(self._unet.device))
+
+    def expected(self, banks: Iterable[StyleBank]) -> int:
+        """How many pages these banks have and the others that were read here and still exist; 0 if none is new."""
+        new = {bank.id: bank for bank in banks if bank.id not in self._banks}
+        self._banks.update(new)
+        return pages_of(self._banks.values()) if new else 0
+
+    def grow(self, slots: int) -> None:
+        """Make room for so many pages in place of as many as there are; those that are here are brought again.
+
+        The tensors in `pages` and `packed` are others then. The old ones go first, so that both need not fit at once.
+        To be called between steps. Raises what PyTorch raises where memory runs out; the pool is then as large as
+        before, or of 0 slots and of no use if not even that fits any more.
+        """
+        before = self.slots
+        if self._stream is not None:
+            # copies that are under way write to memory that is about to be free for others on the present stream
+            torch.cuda.current_stream(self._unet.device).wait_stream(self._stream)
+        self._leaving.clear()
+        self._parts, self.packed, self._kv, self.pages, self.slots = [], {}, [], None, 0
+        try:
+            self._make(slots)
+        except BaseException:
+            self._make(before)
+            raise
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +95,7 @@ class BankPages:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the tier in pinned host memory."""
+        """Bytes that the tier in pinned host memory has taken so far."""
         return 0 if self._host is None else self._host.nbytes
 
     def stats(self) -> PoolStats:
@@ -210,20 +232,26 @@ class BankPages:
 
     def _unpack(self, bank: StyleBank, layout: PageLayout, parts: Sequence[torch.Tensor], slot: int) -> None:
         """From the one page of another layout on the device to a slot of the model's own."""
-        for i in bank.info.layers:
-            values = layout.view(parts, "values", i)[0]
-            if layout.dtype == FP8:
-                scale = layout.view(parts, "scale", i)[0]
-                # keys and values [2, tokens, heads, d] by [2, heads, d]; hidden states [tokens, channels] by [channels]
-                values = values.float() * (scale if layout.store == "hidden" else scale[:, None])
-            if layout.store == "hidden":
-                k, v = self._attentions[i].key_values(values.to(self._unet.dtype)[None])
-                self._kv[i][slot, 0], self._kv[i][slot, 1] = k[0], v[0]
+        # part by part: layer by layer it would be hundreds of small launches for every page
+        there = {part.name: stored[0] for part, stored in zip(layout.parts, parts, strict=True)}
+        states: dict[int, torch.Tensor] = {}  # hidden states by level
+        for name, held in self.packed.items():
+            scale = there.get(name.replace("page_kv_", "page_scale_"))
+            if not name.startswith("page_kv_"):
+                held[slot].copy_(there[name])
+            elif layout.store == "hidden":
+                states[int(name.removeprefix("page_kv_"))] = _restored(there[name], scale, self._unet.dtype)
+            elif scale is not None:
+                # [layers, 2, tokens, heads, d] by [layers, 2, heads, d]
+                stored, out = (x.flatten(3).flatten(0, 1) for x in (there[name], held[slot]))
+                dequantise(stored, scale.flatten(2).flatten(0, 1), out)
             else:
-                self._kv[i][slot].copy_(values)
-            self._stats[i][slot].copy_(layout.view(parts, "stats", i)[0])
-        for i, norm in enumerate(self._norms):
-            norm[slot].copy_(layout.view(parts, "norm", i)[0])
+                held[slot].copy_(there[name])
+        for level, hidden in states.items():
+            for place, layer in enumerate(self._unet.layout.at_level(level)):
+                if layer in bank.info.layers:
+                    k, v = self._attentions[layer].key_values(hidden[place][None])
+                    self._kv[layer][slot, 0], self._kv[layer][slot, 1] = k[0], v[0]
 
     def _staging(self, layout: PageLayout) -> list[torch.Tensor]:
         """Parts of one page of another layout on the device, for one page at a time."""
@@ -257,6 +285,59 @@ def _copy_all(sources: Sequence[torch.Tensor | Span], targets: Sequence[torch.Te
             target.copy_(source, non_blocking=True)
     for file in files.values():
         file.check()
+
+
+def idle_pages(unet: UNet, latent_size: tuple[int, int]) -> StylePages:
+    """Two pages that nothing may read or write, with the shapes and strides of real ones.
+
+    They lie over one another in zeros that take about one page: a compiler that sees them finds nothing new when the
+    first bank comes.
+    """
+    layout = PageLayout(unet, latent_size, unet.dtype)
+    real = _style_pages(unet, layout, layout.allocate(2, torch.device("meta")))
+
+    def reach(x: torch.Tensor) -> int:
+        return x.element_size() * (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())))
+
+    views = [*(x for pair in real.layers for x in pair), *real.means, *real.variances, *real.norm_means]
+    held = torch.zeros(max(map(reach, views)), dtype=torch.uint8, device=unet.device).untyped_storage()
+
+    def laid(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(0, dtype=x.dtype, device=unet.device).set_(held, 0, x.shape, x.stride())
+
+    return StylePages(
+        tuple((laid(k), laid(v)) for k, v in real.layers),
+        *(tuple(map(laid, field)) for field in real[1:5]),
+        real.norm_elements,
+    )
+
+
+def _style_pages(unet: UNet, layout: PageLayout, parts: Sequence[torch.Tensor]) -> StylePages:
+    """Views of the parts of a layout as the UNet reads them."""
+    layers, norms = range(len(unet.layout.layers)), range(len(layout.norm_elements))
+    kv, stats = ([layout.view(parts, what, i) for i in layers] for what in ("values", "stats"))
+    norm = [layout.view(parts, "norm", i) for i in norms]
+    return StylePages(
+        layers=tuple((x[:, 0], x[:, 1]) for x in kv),
+        # [slots, 3, heads, d] -> [3, slots, heads, d]
+        means=tuple(x[:, 0].transpose(0, 1) for x in stats),
+        variances=tuple(x[:, 1].transpose(0, 1) for x in stats),
+        norm_means=tuple(x[:, 0] for x in norm),
+        norm_variances=tuple(x[:, 1] for x in norm),
+        norm_elements=layout.norm_elements,
+    )
+
+
+def pages_of(banks: Iterable[StyleBank]) -> int:
+    """How many pages banks have, of all steps, branches and references."""
+    return sum(bank.info.steps * len(bank.info.branches) * bank.info.references for bank in banks)
+
+
+def _restored(stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Hidden states [layers, tokens, channels] in the model's type; scale [layers, channels] of fp8."""
+    if scale is None:
+        return stored.to(dtype)
+    return dequantise(stored, scale, torch.empty(stored.shape, dtype=dtype, device=stored.device))
 
 
 def _event(stream) -> "torch.cuda.Event":

@@ -25,12 +25,12 @@ from stylefast.code_caches import inductor_cache
 from stylefast.errors import InvalidRequest, MissingDependency
 from stylefast.models.conditioning import ImageKV, StylePages
 from stylefast.models.unet import Resnet, TransformerBlock, UNet
-from stylefast.runtime.bank_pages import BankPages
+from stylefast.runtime.bank_pages import idle_pages
 from stylefast.runtime.compile_cache import CompileCache, default_folder
-from stylefast.runtime.graphs import CudaCapture, StepGraphs
+from stylefast.runtime.graphs import StepGraphs
 from stylefast.runtime.key_values import KeyValuePages
 from stylefast.runtime.latents import LatentSlots
-from stylefast.runtime.step import Backend, StepBuffers, run_step
+from stylefast.runtime.step import Backend, StepBuffers, graphs_for, read_in_place, run_step
 from stylefast.runtime.step_table import StepColumns, StepTable, TableShape
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class CompileBackend(Backend):
             if type(module) in compiled:
                 module.forward = self._region(module, compiled[type(module)])
         if graphs == "auto":
-            graphs = StepGraphs(CudaCapture(unet.device)) if unet.device.type == "cuda" else None
+            graphs = graphs_for(unet.device)
         self._graphs = graphs
         self._cache = None
         if cache is not None and compiler == "inductor":
@@ -90,6 +90,7 @@ class CompileBackend(Backend):
         self._known: set[tuple] = set()
         self._marking = self._warm = self._told = False
         self._masks: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._pages: dict[tuple[int, int], StylePages] = {}
 
     @property
     def compilations(self) -> int:
@@ -103,13 +104,17 @@ class CompileBackend(Backend):
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device: the memory that captured graphs work in, and idle masks."""
+        """Bytes on the device: the memory that captured graphs work in, and idle masks and pages."""
         masks = sum(x.numel() * x.element_size() for levels in self._masks.values() for x in levels)
-        return masks + (self._graphs.nbytes if self._graphs is not None else 0)
+        # all of a size's idle pages lie in one piece of memory
+        pages = sum(idle.layers[0][0].untyped_storage().nbytes() for idle in self._pages.values())
+        return masks + pages + (self._graphs.nbytes if self._graphs is not None else 0)
 
     @torch.inference_mode()
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
         """One step. Equal keys mean equal shapes; buffers that were replaced under one are found out all the same."""
+        # before a capture: memory from within one belongs to its graph
+        buffers = self._with_idle(buffers, state.shape[1:])
 
         def step():
             self._step(key, state, columns, buffers)
@@ -117,15 +122,14 @@ class CompileBackend(Backend):
         if self._graphs is None:
             step()
         else:
-            # masks that are missing are made here: memory from within a capture belongs to its graph
-            self._with_masks(buffers, state.shape[1:])
-            self._graphs.run(key, _read_in_place(state, columns, buffers), step)
+            self._graphs.run(key, read_in_place(state, columns, buffers), step)
 
     def forget(self) -> None:
         """Free the memory of captured graphs; compiled code stays."""
         if self._graphs is not None:
             self._graphs.forget()
         self._masks.clear()
+        self._pages.clear()
 
     def warm_up(
         self, latent_shape: tuple[int, int, int], rows: Sequence[int], images: bool = False, references: int = 1,
@@ -152,18 +156,16 @@ class CompileBackend(Backend):
         text, pictures = KeyValuePages(layout, 77, pooled, *place), None
         if images:
             pictures = KeyValuePages(layout, 4, 0, *place)
-        pool = BankPages(unet, latent_shape[1:], slots=2)
         shape = TableShape(
             rows, rows, references, int(images), True, len(layout.layers), len(layout.modules), latent_shape
         )
         state, table = LatentSlots(latent_shape, unet.device), StepTable(shape, unet.device)
         image_kv = None if pictures is None else ImageKV(pictures.layers, pictures.lengths)
-        buffers = StepBuffers(text.layers, text.extra, image_kv, pool.pages, ())
+        buffers = self._with_idle(StepBuffers(text.layers, text.extra, image_kv, None, ()), latent_shape[1:])
         self._step(("warm-up", shape), state, table.columns, buffers)
 
     def _step(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
         fresh, before = key not in self._known, self.compilations
-        buffers = self._with_masks(buffers, state.shape[1:])
         buffers = buffers._replace(
             text_kv=_as_inference(buffers.text_kv), image_kv=_as_inference(buffers.image_kv),
             pages=_as_inference(buffers.pages), masks=_as_inference(buffers.masks),
@@ -195,8 +197,15 @@ class CompileBackend(Backend):
         if self._cache is not None:
             self._cache.save()
 
-    def _with_masks(self, buffers: StepBuffers, latent_size: tuple[int, int]) -> StepBuffers:
-        """The same with masks that no row uses, where there are none: the first real one must not compile anything."""
+    def _with_idle(self, buffers: StepBuffers, latent_size: tuple[int, int]) -> StepBuffers:
+        """The same with bank pages and masks that no row uses, where there are none: the first real ones must not
+        compile anything."""
+        if buffers.pages is not None:
+            self._pages.pop(latent_size, None)
+        else:
+            if latent_size not in self._pages:
+                self._pages[latent_size] = idle_pages(self._unet, latent_size)
+            buffers = buffers._replace(pages=self._pages[latent_size])
         if buffers.image_kv is None:
             # not read
             return buffers._replace(masks=())
@@ -297,16 +306,6 @@ def _as_inference(value):
             return value
         return type(value)(*parts) if isinstance(value, (ImageKV, StylePages)) else tuple(parts)
     return value
-
-
-def _read_in_place(state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> list[torch.Tensor]:
-    """One tensor of every buffer that a step reads where it lies; each is replaced along with its like."""
-    found = [state.latents, columns.slot, buffers.text_kv[0][0], buffers.pooled]
-    if buffers.image_kv is not None:
-        found += [buffers.image_kv.layers[0][0], buffers.image_kv.lengths]
-    if buffers.pages is not None:
-        found.append(buffers.pages.layers[0][0])
-    return found + list(buffers.masks[:1])
 
 
 def _check_toolchain(device: torch.device) -> None:

@@ -3,7 +3,7 @@
 `Runtime` knows nothing of jobs, threads and pictures' files. Who calls it holds its `lock`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from stylefast.errors import ExportError, InvalidRequest, NumericsError, OutOfMemory, StyleFastError
 from stylefast.models.conditioning import RowFeatures
 from stylefast.models.unet import UNet
-from stylefast.runtime.bank_pages import BankPages
+from stylefast.runtime.bank_pages import BankPages, pages_of
 from stylefast.runtime.conditions import ConditionStore
 from stylefast.runtime.fair_lock import FairLock
 from stylefast.runtime.group import Group, Pin
@@ -21,6 +21,7 @@ from stylefast.runtime.memory import MemoryBudget, is_out_of_memory
 from stylefast.runtime.step import Backend, StepBuffers, run_step
 from stylefast.runtime.step_table import StepTable, TableShape, bank_keys
 from stylefast.runtime.trajectory import Trajectory
+from stylefast.styles.bank import StyleBank
 
 # shapes of batches whose tables are kept
 _TABLES = 32
@@ -110,7 +111,7 @@ class Runtime:
         return self.latents[group.latent_shape].latents[group.shown]
 
     def denoised_of(self, group: Group) -> torch.Tensor:
-        """Those pictures [shown, channels, h, w] as the last step saw them behind the noise; before any, latents."""
+        """Those pictures [shown, channels, h, w] as the last step saw them behind the noise, or latents before any."""
         state = self.latents[group.latent_shape]
         return state.history[:, 0][group.shown] if group.step else state.latents[group.shown]
 
@@ -179,7 +180,7 @@ class Runtime:
         self.budget.check(self.unet, sum(g.rows for g in groups), latent_shape[1:])
         keys = [bank_keys(g) for g in groups]
         flat = [key for group_keys in keys for key in group_keys]
-        pages = self._pages_for(latent_shape[1:], flat)
+        pages = self._pages_for(latent_shape[1:], {bank for bank, *_ in flat})
         slots = pages.hold(flat) if flat else np.zeros(0, dtype=np.int64)
         try:
             # features are those of the group's own rows, so no idle ones
@@ -237,22 +238,47 @@ class Runtime:
         return TableShape(rows, pictures, references, segments, norms, len(layout.layers), len(layout.modules),
                           groups[0].latent_shape)  # fmt: skip
 
-    def _pages_for(self, latent_size: tuple[int, int], keys: Sequence[tuple]) -> BankPages | None:
-        """The pool of a size: made when the first bank wants it, or at once where shapes must repeat."""
-        wanted = bool(keys) or bool(self.buckets) and not self.backend.pads_columns
-        if latent_size not in self.bank_pages and wanted:
+    def _pages_for(self, latent_size: tuple[int, int], banks: Collection[StyleBank]) -> BankPages | None:
+        """The pool of a size with room for all pages of `banks`, as far as the budget allows.
+
+        It comes with the first bank, grows when others come, and is there for batches without one where shapes repeat.
+        """
+        pool = self.bank_pages.get(latent_size)
+        if not banks:
+            return pool if self.buckets and not self.backend.pads_columns else None
+        if pool is None:
             self._drop_idle_pools(latent_size)
-            others = list(self.bank_pages.values())
-            try:
-                slots = self.budget.bank_slots(self.unet, latent_size, others)
-            except OutOfMemory:
-                if keys:
-                    raise
-                return None  # no bank wants it, and none will find room
-            blocks = self.budget.host_blocks(self.unet, latent_size, sum(pool.host_bytes for pool in others))
-            slots = min(slots, self.backend.limits.get("pages", slots))
-            self.bank_pages[latent_size] = BankPages(self.unet, latent_size, slots, blocks)
-        return self.bank_pages.get(latent_size) if wanted else None
+            others = sum(other.host_bytes for other in self.bank_pages.values())
+            slots = min(self._most_slots(latent_size), pages_of(banks))
+            pool = BankPages(self.unet, latent_size, slots, self.budget.host_room(self.unet.device, others))
+            pool.expected(banks)
+            self.bank_pages[latent_size] = pool
+        elif (wanted := pool.expected(banks)) > pool.slots:
+            # twice as many, so that with ever more banks it does not have to grow with each of them
+            self._grow(pool, max(wanted, 2 * pool.slots))
+        return pool
+
+    def _grow(self, pool: BankPages, wanted: int) -> None:
+        """Make a pool larger if the budget allows; one that is too small for all its banks serves them as well."""
+        try:
+            slots = min(self._most_slots(pool.latent_size, pool), wanted)
+        except OutOfMemory:
+            return
+        if slots <= pool.slots:
+            return
+        try:
+            pool.grow(slots)
+        except BaseException:
+            if not pool.slots:
+                pool.close()
+                del self.bank_pages[pool.latent_size]
+            raise
+
+    def _most_slots(self, latent_size: tuple[int, int], pool: BankPages | None = None) -> int:
+        """Pages that a size may hold; `pool`: the one it has. Raises OutOfMemory where not even one fits."""
+        others = [other for size, other in self.bank_pages.items() if size != latent_size]
+        slots = self.budget.bank_slots(self.unet, latent_size, others, 0 if pool is None else pool.nbytes)
+        return min(slots, self.backend.limits.get("pages", slots))
 
     def _drop_idle_latents(self) -> None:
         """Free the latents of sizes that nobody works at but for the last few, which are likely to come again."""

@@ -5,6 +5,8 @@ threads bring pages from the file (or from ordinary memory) into pinned blocks s
 blocks that are wanted again, by the next picture in the same style, are still there.
 """
 
+import itertools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,24 +18,50 @@ from stylefast.runtime.page_layout import PageLayout
 from stylefast.runtime.page_pool import PagePool, PoolFull
 from stylefast.styles.bank import StyleBank
 
+logger = logging.getLogger(__name__)
+
 _THREADS = 4
+# bytes of a chunk, unless a single block is larger
+_MOST_CHUNK = 2**30
+
+
+def chunk_of(block_bytes: int, room: int, pinned: bool) -> tuple[int, int]:
+    """(blocks, bytes) of the chunks in which pinned memory is taken; (0, 0) where `room` bytes hold none.
+
+    PyTorch rounds what is pinned up to a power of two, so as many blocks share a chunk as leave least of it unused.
+    """
+    found, best = (0, 0), 0.0
+    for count in itertools.count(1):
+        used = count * block_bytes
+        held = 1 << (used - 1).bit_length() if pinned else used
+        if held > room or count > 1 and held > _MOST_CHUNK:
+            return found
+        if used / held > best:
+            found, best = (count, held), used / held
 
 
 class HostPages:
-    """`blocks` blocks of `block_bytes`, filled in the background. Not thread-safe: one thread asks.
+    """As many blocks of `block_bytes` as `room` bytes hold, filled in the background. One thread asks.
 
-    pinned: page-locked, as devices want them; False for tests on machines without one.
+    Memory is taken a chunk at a time, when its first block is wanted: page-locking takes a second for a few gigabytes,
+    and a service whose styles fit on the device needs none. pinned: page-locked, as devices want them; False for tests
+    on machines without one.
     """
 
-    def __init__(self, blocks: int, block_bytes: int, pinned: bool):
-        self._blocks = torch.empty(blocks, block_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self._pool, self._engine = PagePool(blocks), CopyEngine(threads=_THREADS)
+    def __init__(self, room: int, block_bytes: int, pinned: bool):
+        self._block_bytes, self._pinned = block_bytes, pinned
+        self._in_chunk, self._chunk_bytes = chunk_of(block_bytes, room, pinned)
+        count = room // self._chunk_bytes if self._in_chunk else 0
+        self._chunks: list[torch.Tensor | None] = [None] * count
+        self._refused = False  # the system gives no more
+        self.blocks = count * self._in_chunk
+        self._pool, self._engine = PagePool(self.blocks), CopyEngine(threads=_THREADS)
         self._tickets: dict[int, Ticket] = {}  # of blocks that are being filled
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks."""
-        return self._blocks.numel()
+        """Bytes of the chunks that were taken so far."""
+        return self._chunk_bytes * sum(chunk is not None for chunk in self._chunks)
 
     def stats(self):
         """What the pool of blocks holds."""
@@ -44,7 +72,11 @@ class HostPages:
         self._settle()
         claim = self._pool.prefetch(keys)
         for i in np.flatnonzero(claim.claimed):
-            self._start(int(claim.slots[i]), banks[i], places[i], layout)
+            slot = int(claim.slots[i])
+            if self._taken(slot):
+                self._start(slot, banks[i], places[i], layout)
+            else:
+                self._pool.failed(np.array([slot]))
 
     def hold(self, key: np.ndarray, bank: StyleBank, place: tuple, layout: PageLayout) -> torch.Tensor | None:
         """Pin a page and return its block [nbytes of the layout], waiting for it; None where there is no room.
@@ -58,6 +90,10 @@ class HostPages:
         except PoolFull:
             return None
         slot = int(claim.slots[0])
+        if claim.claimed[0] and not self._taken(slot):
+            self._pool.failed(np.array([slot]))
+            self._pool.release(key[None])
+            return None
         if claim.claimed[0]:
             self._start(slot, bank, place, layout)
         ticket = self._tickets.pop(slot, None)
@@ -70,7 +106,7 @@ class HostPages:
                 self._pool.release(key[None])
                 raise
             self._pool.filled(np.array([slot]))
-        return self._blocks[slot, : layout.nbytes]
+        return self._of(slot, layout)[0]
 
     def release(self, key: np.ndarray) -> None:
         """Unpin a page."""
@@ -87,11 +123,33 @@ class HostPages:
 
     def _start(self, slot: int, bank: StyleBank, place: tuple, layout: PageLayout) -> None:
         try:
-            parts = layout.split(self._blocks[:, : layout.nbytes])
-            self._tickets[slot] = self._engine.copy(*layout.copies(bank, place, parts, slot))
+            parts = layout.split(self._of(slot, layout))
+            self._tickets[slot] = self._engine.copy(*layout.copies(bank, place, parts, 0))
         except BaseException:
             self._pool.failed(np.array([slot]))
             raise
+
+    def _of(self, slot: int, layout: PageLayout) -> torch.Tensor:
+        """A block [1, nbytes of the layout]."""
+        chunk, place = divmod(slot, self._in_chunk)
+        return self._chunks[chunk][place : place + 1, : layout.nbytes]
+
+    def _taken(self, slot: int) -> bool:
+        """Whether a block has memory, which is taken here if it is the first one of its chunk."""
+        chunk = slot // self._in_chunk
+        if self._chunks[chunk] is None and not self._refused:
+            try:
+                self._chunks[chunk] = torch.empty(
+                    self._in_chunk, self._block_bytes, dtype=torch.uint8, pin_memory=self._pinned
+                )
+            except RuntimeError as error:
+                self._refused = True
+                logger.warning(
+                    "no more than %.1f GiB of host memory can be pinned for style banks, and %.1f GiB may be; further "
+                    "pages come straight from their banks, which is slower (%s)",
+                    self.nbytes / 2**30, self._chunk_bytes * len(self._chunks) / 2**30, str(error).splitlines()[0],
+                )  # fmt: skip
+        return self._chunks[chunk] is not None
 
     def _settle(self) -> None:
         """Report what the threads have finished."""

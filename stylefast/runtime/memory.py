@@ -78,19 +78,24 @@ class MemoryBudget:
                 f"{free / 2**30:.1f} GiB{limit} are free; ask for fewer or smaller pictures at once"
             )
 
-    def bank_slots(self, unet: UNet, latent_size: tuple[int, int], others: Iterable[HasBytes] = ()) -> int:
+    def bank_slots(
+        self, unet: UNet, latent_size: tuple[int, int], others: Iterable[HasBytes] = (), own: int = 0
+    ) -> int:
         """Pages of style banks that the pool of a size may hold, the pools of other sizes counted in.
 
+        own: bytes of the pool that the new one is to take the place of.
         Raises OutOfMemory if not even one fits.
         """
         page, taken = PageLayout(unet, latent_size, unet.dtype).nbytes, sum(pool.nbytes for pool in others)
         free = self.free(unet.device)
+        free = None if free is None else free + own
         if self.banks is not None:
             room = self.banks - taken
             # a limit holds for everything, and batches want their half of what it leaves
             room = room if free is None or self.limit is None else min(room, free // 2)
         else:
-            free = available_memory(unet.device) if free is None else free
+            if free is None and (found := available_memory(unet.device)) is not None:
+                free = found + own
             room = int((free if free is not None else 2**31) * _BANK_SHARE.get(unet.device.type, 0.2))
         slots = min(room // page, _MOST_SLOTS)
         if slots < 1:
@@ -100,14 +105,13 @@ class MemoryBudget:
             )
         return int(slots)
 
-
-    def host_blocks(self, unet: UNet, latent_size: tuple[int, int], others: int = 0) -> int:
-        """Pages that the pinned tier of a size may hold; `others`: bytes of the tiers of other sizes."""
-        if unet.device.type != "cuda":
+    def host_room(self, device: torch.device, others: int = 0) -> int:
+        """Bytes that the pinned tier of a size may take; `others`: bytes of the tiers of other sizes."""
+        if device.type != "cuda":
             return 0
         free = available_memory("cpu")
         room = self.host if self.host is not None else int(_HOST_SHARE * free) if free is not None else 2**32
-        return max(0, int((room - others) // PageLayout(unet, latent_size, unet.dtype).nbytes))
+        return max(0, room - others)
 
 
 def row_bytes(unet: UNet, latent_size: tuple[int, int]) -> int:

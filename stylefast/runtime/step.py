@@ -12,6 +12,7 @@ from stylefast.models.conditioning import ImageKV, KeyValue, RowFeatures, StyleP
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.unet import UNet
+from stylefast.runtime.graphs import CudaCapture, StepGraphs
 from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.step_table import StepColumns
 
@@ -117,12 +118,55 @@ class Backend:
 
 
 class TorchBackend(Backend):
-    """Runs a step as it is written."""
+    """Runs a step as it is written.
+
+    graphs: what captures and replays steps; "auto": CUDA graphs on a GPU, where launching a step's thousands of kernels
+    takes longer than running them; none on a CPU. None: every step is launched kernel by kernel.
+    """
 
     name = "torch"
 
-    def __init__(self, unet: UNet):
-        self._unet = unet
+    def __init__(self, unet: UNet, graphs: StepGraphs | None | str = "auto"):
+        self._unet, self._graphs = unet, graphs_for(unet.device) if graphs == "auto" else graphs
 
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
-        run_step(self._unet, state, columns, buffers)
+        def step():
+            run_step(self._unet, state, columns, buffers)
+
+        if self._graphs is None:
+            step()
+        else:
+            self._graphs.run(key, read_in_place(state, columns, buffers), step)
+
+    def forget(self) -> None:
+        """Free the memory of captured graphs."""
+        if self._graphs is not None:
+            self._graphs.forget()
+
+    def close(self) -> None:
+        self.forget()
+
+    @property
+    def captures(self) -> int:
+        """CUDA graphs that are ready to be replayed."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that captured graphs work in."""
+        return 0 if self._graphs is None else self._graphs.nbytes
+
+
+def graphs_for(device: torch.device) -> StepGraphs | None:
+    """What captures steps on a device: CUDA graphs on a GPU, nothing elsewhere."""
+    return StepGraphs(CudaCapture(device)) if device.type == "cuda" else None
+
+
+def read_in_place(state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> list[torch.Tensor]:
+    """One tensor of every buffer that a step reads where it lies; each is replaced along with its like."""
+    found = [state.latents, columns.slot, buffers.text_kv[0][0], buffers.pooled]
+    if buffers.image_kv is not None:
+        found += [buffers.image_kv.layers[0][0], buffers.image_kv.lengths]
+    if buffers.pages is not None:
+        found.append(buffers.pages.layers[0][0])
+    return found + list(buffers.masks[:1])

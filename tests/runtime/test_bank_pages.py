@@ -3,16 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stylefast as sf
 from stylefast.errors import OutOfMemory, StyleError
 from stylefast.models.unet import UNet
-from stylefast.runtime.bank_pages import BankPages
+from stylefast.runtime.bank_pages import BankPages, idle_pages
+from stylefast.runtime.host_pages import chunk_of
 from stylefast.runtime.page_layout import PageLayout
 from tests.engine.scene import sharp_pipeline
 
 SETTINGS = {"steps": 4, "size": (48, 32)}
 LATENTS = (8, 12)
+MIB, GIB = 2**20, 2**30
 KINDS = [("kv", "fp32"), ("kv", "fp16"), ("kv", "fp8"), ("hidden", "fp32"), ("hidden", "fp8")]
 
 
@@ -39,7 +42,7 @@ def keys(bank, step):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " in ".join(kind))
 def test_host_blocks_bring_the_same_pages_as_the_tensors_themselves(engine, banks, kind):
-    straight, staged = BankPages(engine.unet, LATENTS, 4), BankPages(engine.unet, LATENTS, 4, host_blocks=4)
+    straight, staged = BankPages(engine.unet, LATENTS, 4), BankPages(engine.unet, LATENTS, 4, host_room=2**22)
     for step in range(SETTINGS["steps"]):
         wanted = keys(banks[kind], step)
         if step + 1 < SETTINGS["steps"]:
@@ -162,3 +165,158 @@ def test_pages_of_a_model_in_half_precision(engine, banks):
     k = banks[KINDS[0]].tensors["kv.0"][1, 0, 0, 0]
     assert torch.equal(pages.pages.layers[0][0][slots[0]], k.bfloat16())
     assert np.unique(slots).size == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_buckets": (2, 4)}], ids=["batches as they come", "batches in buckets"])
+def test_a_request_without_a_bank_takes_no_room_for_pages(options):
+    engine = sf.Engine.from_pipeline(sharp_pipeline(), **options)
+    engine.generate("a cat", output="latents", **SETTINGS)
+    assert engine.runtime.bank_pages == {}
+
+
+def test_the_pool_has_room_for_the_banks_that_were_read_and_grows_with_others(engine, banks):
+    runtime, each = engine.runtime, 2 * SETTINGS["steps"]
+
+    def read(*kinds):
+        requests = [sf.Request("a cat", style=sf.StyleAligned(banks[kind]), **SETTINGS) for kind in kinds]
+        latents = engine.generate(requests, output="latents").latents
+        return latents, runtime.bank_pages[LATENTS]
+
+    alone, pool = read(KINDS[0])
+    assert pool.slots == each and pool.nbytes == each * sum(part.nbytes for part in pool.layout.parts)
+    read(KINDS[0])
+    assert pool.slots == each and pool.stats().misses == each  # all were still there
+    before = pool.pages.layers[0][0].data_ptr()
+    both, same = read(KINDS[1], KINDS[0])
+    assert same is pool and pool.slots == 2 * each and pool.pages.layers[0][0].data_ptr() != before
+    assert (both[1] - alone[0]).abs().max() <= 2e-5 * alone[0].abs().max()
+    read(KINDS[2])
+    assert pool.slots == 4 * each, "it grows to twice its size, not for every bank"
+    assert runtime.unet.device.type == "cpu" and pool.host_bytes == 0
+
+
+def test_a_pool_that_can_not_grow_serves_its_banks_all_the_same(banks, monkeypatch):
+    engine = sf.Engine.from_pipeline(sharp_pipeline())
+    read = [sf.Request("a cat", style=sf.StyleAligned(banks[kind]), **SETTINGS) for kind in KINDS[:2]]
+    expected = engine.generate(read[1], output="latents").latents
+    engine = sf.Engine.from_pipeline(sharp_pipeline())
+    engine.generate(read[0], output="latents")
+    (pool,) = engine.runtime.bank_pages.values()
+    allocate, sizes = pool.layout.allocate, []
+
+    def scarce(pages, device):
+        sizes.append(pages)
+        if pages > 8:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+        return allocate(pages, device)
+
+    monkeypatch.setattr(pool.layout, "allocate", scarce)
+    with pytest.raises(OutOfMemory):
+        engine.generate(read[1], output="latents")
+    assert sizes == [16, 8] and pool.slots == 8
+    (latents,) = engine.generate(read[1], output="latents").latents
+    assert torch.equal(latents, expected[0]) and sizes == [16, 8]
+
+
+def test_other_pools_and_the_budget_bound_what_a_pool_grows_to(banks):
+    page = PageLayout(sf.Engine.from_pipeline(sharp_pipeline()).unet, LATENTS, torch.float32).nbytes
+    engine = sf.Engine.from_pipeline(sharp_pipeline(), bank_memory=11 * page)
+    for kind in KINDS[:2]:
+        engine.generate(sf.Request("a cat", style=sf.StyleAligned(banks[kind]), **SETTINGS), output="latents")
+    assert engine.runtime.bank_pages[LATENTS].slots == 11
+
+
+@pytest.mark.parametrize(
+    ("block", "room", "pinned", "expected"),
+    [
+        (402 * MIB, 30 * GIB, True, (1, 512 * MIB)),  # a page of SDXL; two would leave as much of 1 GiB unused
+        (100 * MIB, 30 * GIB, True, (5, 512 * MIB)),
+        (70 * MIB, 30 * GIB, True, (7, 512 * MIB)),
+        (100 * MIB, 500 * MIB, True, (1, 128 * MIB)),
+        (1500 * MIB, 30 * GIB, True, (1, 2 * GIB)),  # larger than a chunk should be, and yet one piece
+        (100 * MIB, 127 * MIB, True, (0, 0)),
+        (128 * MIB, 30 * GIB, True, (1, 128 * MIB)),
+        (100 * MIB, 350 * MIB, False, (1, 100 * MIB)),
+    ],
+    ids=lambda value: value if isinstance(value, bool) else str(value if isinstance(value, tuple) else value // MIB),
+)  # fmt: skip
+def test_pinned_memory_is_taken_in_chunks_of_which_little_is_lost_to_rounding(block, room, pinned, expected):
+    assert chunk_of(block, room, pinned) == expected
+
+
+def test_host_memory_is_taken_when_it_is_wanted_a_chunk_at_a_time(engine, banks, monkeypatch):
+    bank, made = banks[KINDS[0]], []
+    pages = BankPages(engine.unet, LATENTS, 4, host_room=6 * PageLayout(engine.unet, LATENTS, torch.float32).nbytes)
+    empty = torch.empty
+
+    def counted(*shape, **options):
+        made.append(shape) if "pin_memory" in options else None
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    assert pages.host_bytes == 0 and pages._host.blocks == 6
+    pages.release(keys(bank, 0)) if pages.hold(keys(bank, 0)) is not None else None
+    assert pages.host_bytes == 2 * pages.layout.nbytes
+    pages.prefetch((), keys(bank, 1))
+    assert pages.host_bytes == 4 * pages.layout.nbytes and len(made) == 4
+    pages.close()
+
+
+def test_where_no_more_memory_can_be_pinned_pages_come_from_their_banks_and_that_is_said_once(
+    engine, banks, monkeypatch, caplog
+):
+    bank, empty, left = banks[KINDS[0]], torch.empty, [1]
+    pages = BankPages(engine.unet, LATENTS, 8, host_room=8 * PageLayout(engine.unet, LATENTS, torch.float32).nbytes)
+
+    def scarce(*shape, **options):
+        if "pin_memory" in options:
+            if not left:
+                raise RuntimeError("CUDA error: out of memory")
+            left.pop()
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    straight = BankPages(engine.unet, LATENTS, 8)
+    for step in range(SETTINGS["steps"]):
+        pages.prefetch((), keys(bank, step))
+        slots, others = pages.hold(keys(bank, step)), straight.hold(keys(bank, step))
+        for a, b in zip(content(pages, slots[1]), content(straight, others[1]), strict=True):
+            assert torch.equal(a, b)
+    assert pages.host_bytes == pages.layout.nbytes and caplog.text.count("can be pinned") == 1
+    assert pages._host.stats().loading == 0
+    pages.close()
+
+
+def test_idle_pages_look_like_real_ones_in_the_room_of_one(engine):
+    real, idle = BankPages(engine.unet, LATENTS, 2), idle_pages(engine.unet, LATENTS)
+
+    def looks(pages):
+        tensors = [*(x for pair in pages.layers for x in pair), *pages.means, *pages.variances]
+        tensors += [*pages.norm_means, *pages.norm_variances]
+        return [(x.shape, x.stride(), x.dtype) for x in tensors]
+
+    assert looks(idle) == looks(real.pages) and idle.norm_elements == real.pages.norm_elements
+    held = idle.layers[0][0].untyped_storage()
+    assert held.nbytes() < 0.75 * real.nbytes
+    assert all(x.untyped_storage().data_ptr() == held.data_ptr() for pair in idle.layers for x in pair)
+
+
+class Called(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view  # of the operations that are more than another look at the same memory
+        return function(*args, **kwargs or {})
+
+
+def test_an_fp8_page_is_unpacked_in_a_few_launches_however_many_layers_it_has(engine, banks):
+    """On a GPU every operation is a launch; layer by layer they were hundreds for a page of SDXL."""
+    pages = BankPages(engine.unet, LATENTS, 4)
+    bank = banks[KINDS[2]]
+    layout = pages._layout_of(bank)
+    parts = layout.allocate(1, engine.unet.device)
+    with torch.inference_mode(), Called() as called:
+        pages._unpack(bank, layout, parts, 0)
+    assert called.count <= len(pages.layout.parts) < len(engine.unet.layout.layers)
