@@ -117,6 +117,8 @@ class Engine:
             # half of what a limit leaves; the rest is for pictures
             room = None if self.budget.limit is None else (self.budget.limit - held_bytes(self)) // 2
             pack(self.unet, room)
+        with self.runtime.lock:
+            pass  # on a GPU the runtime's stream now comes after what was loaded on the present one
 
     @classmethod
     def from_pretrained(
@@ -200,10 +202,12 @@ class Engine:
         """
         loaded = load_adapter(file, image_encoder, self._components, self.unet)
         name = name or Path(file).stem
-        self.adapters[name] = adapter, encoder = self.runtime.backend.adapter(*loaded)
-        if self.runtime.buckets:
-            # shapes must repeat, so a batch has room for pictures before the first one comes
-            with self.runtime.lock:
+        adapter, encoder = self.runtime.backend.adapter(*loaded)
+        # the lock also orders what was loaded before what others do with it
+        with self.runtime.lock:
+            self.adapters[name] = adapter, encoder
+            if self.runtime.buckets:
+                # shapes must repeat, so a batch has room for pictures before the first one comes
                 self.runtime.conditions.make_image_pages(len(adapter.negative_tokens(encoder)))
         return name
 
@@ -406,7 +410,11 @@ class Engine:
     def _finish(self, job: Job, latents: dict[int, torch.Tensor]) -> Result:
         for entry in job.metadata:
             entry["loras"] = self.loras.scales  # which may have changed while the job waited, but not since it runs
-        return self._result([latents[i] for i in range(len(job.requests))], job.metadata, job.output)
+        result = self._result([latents[i] for i in range(len(job.requests))], job.metadata, job.output)
+        if job.output == "latents":
+            # whoever reads them does so in another thread, on a stream that this one does not know
+            self.runtime.lock.wait()
+        return result
 
     def _current_fingerprint(self) -> str:
         loras = self.loras.fingerprint

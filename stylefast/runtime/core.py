@@ -14,12 +14,12 @@ from stylefast.models.conditioning import RowFeatures
 from stylefast.models.unet import UNet
 from stylefast.runtime.bank_pages import BankPages, pages_of
 from stylefast.runtime.conditions import ConditionStore
-from stylefast.runtime.fair_lock import FairLock
 from stylefast.runtime.group import Group, Pin
 from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory
 from stylefast.runtime.step import Backend, StepBuffers, run_step
 from stylefast.runtime.step_table import StepTable, TableShape, bank_keys
+from stylefast.runtime.stream_lock import StreamLock
 from stylefast.runtime.trajectory import Trajectory
 from stylefast.styles.bank import StyleBank
 
@@ -41,7 +41,7 @@ class Runtime:
     ):  # fmt: skip
         self.unet, self.conditions, self.backend, self.budget = unet, conditions, backend, budget
         self.buckets = tuple(buckets) or backend.buckets
-        self.lock = FairLock()
+        self.lock = StreamLock(unet.device)
         self.latents: dict[tuple[int, int, int], LatentSlots] = {}
         self.bank_pages: dict[tuple[int, int], BankPages] = {}
         self._tables: dict[TableShape, StepTable] = {}

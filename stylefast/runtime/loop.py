@@ -41,8 +41,9 @@ def denoise(
                     done |= results(runtime, group)
             if callback is not None:
                 shown = [runtime.shown_of(g) for g in running]
-        if callback is not None and shown:
-            callback(step + 1, total, torch.cat(shown))
+                shown = runtime.lock.lend(torch.cat(shown)) if shown else None
+        if callback is not None and shown is not None:
+            callback(step + 1, total, shown)
         running = [g for g in running if not g.finished]
         if not running:
             break
@@ -75,7 +76,7 @@ def denoise_all(
 
 def results(runtime: Runtime, group: Group) -> dict[int, torch.Tensor]:
     """Output number -> latents [channels, h, w] of the pictures that somebody asked for."""
-    latents = runtime.latents_of(group)
+    latents = runtime.lock.lend(runtime.latents_of(group))
     return {t.output: latents[i] for i, t in enumerate(group.trajectories) if t.output is not None}
 
 
