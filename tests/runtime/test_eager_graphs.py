@@ -1,4 +1,4 @@
-"""Steps of the backend "torch" as CUDA graphs, on stand-ins: what a step may not do to be captured; what is kept."""
+"""Steps of the backend "torch" as CUDA graphs, on stand-ins: what a step may do to be captured, and what is kept."""
 
 import numpy as np
 import pytest
