@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/installed.stamp
 EXTENSION := $(VENV)/extension.stamp
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: all venv extension demo test test-slow lint tiny bench gpu clean
+.PHONY: all venv extension demo test test-slow lint tiny bench gpu gpu-wheels clean
 
 all: venv
 
@@ -64,6 +64,10 @@ bench: venv
 # PARTS="tests", "kernels", "runtime" or "exports" gives all the time to one part; "exports" runs only if it is named
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(PARTS)
+
+# what `make gpu` needs of pure Python, into build/gpu-wheels, to be carried to a GPU machine without a network
+gpu-wheels:
+	$(PYTHON) -m benchmarks.gpu_wheels
 
 # the environment stays: it is the costly part, and `rm -r .venv` is short
 clean:

@@ -3,8 +3,9 @@
 Builds the C++ extension in place where there is a compiler, runs the tests marked `gpu`, then the benchmarks of the
 kernels and of the engine, which share the time that is left. `make gpu PARTS=runtime` gives all of it to one of the
 parts tests, kernels, runtime and exports; the engine's whole list wants a call of its own, and so do exported engines,
-which run only if they are named: compiling SDXL takes minutes. Nothing is installed and no network is used; the
-engine's benchmarks need diffusers, and runtimes of exports that are not installed are skipped and named in the results.
+which run only if they are named: compiling SDXL takes minutes. Nothing is installed and no network is used; what is
+missing of pure Python, such as the diffusers that the engine needs, is taken from build/gpu-wheels (`make gpu-wheels`),
+and runtimes of exports that are not installed are skipped and named in the results.
 A failing part does not keep the others from running. Results also go to the folder that the environment variable OUT
 names. Exit code: 1 if tests failed or could not run, plus 2 if the kernels' benchmarks did not finish, plus 4 if the
 engine's did not finish or missed a goal, plus 8 if the exports' did not finish.
@@ -22,6 +23,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks import gpu_wheels
+
+REMEDY = "run `make gpu-wheels` where there is a network, and carry build/gpu-wheels along"
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "benchmarks" / "results"
 
@@ -45,6 +49,8 @@ def main(argv: Sequence[str] = ()) -> int:
         return sum(FAILURES[part] for part in parts)
     logs = Path(os.environ["OUT"]) if os.environ.get("OUT") else CHECKOUT / "build" / "gpu"
     logs.mkdir(parents=True, exist_ok=True)
+    if brought := gpu_wheels.bring():
+        print(f"from {gpu_wheels.WHEELS.relative_to(CHECKOUT)}: {', '.join(brought)}", flush=True)
 
     # beside the tests, which don't need it, and over before anything is timed
     build = threading.Thread(target=build_extension, args=(logs,))
@@ -52,7 +58,7 @@ def main(argv: Sequence[str] = ()) -> int:
     codes: dict[str, int | None] = {}
     missing = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
     if "tests" in parts and missing:
-        print(f"tests: NOT RUN, {' and '.join(missing)} missing in {sys.executable}; bring wheels", flush=True)
+        print(f"tests: NOT RUN, {' and '.join(missing)} missing in {sys.executable}; {REMEDY}", flush=True)
         codes["tests"] = None
     elif "tests" in parts:
         codes["tests"] = run("tests", test_command(), TEST_SECONDS, logs)
@@ -67,7 +73,7 @@ def main(argv: Sequence[str] = ()) -> int:
         if part not in parts:
             continue
         if find_spec("diffusers") is None:
-            print(f"{part}: NOT RUN, diffusers missing in {sys.executable}; bring its wheel", flush=True)
+            print(f"{part}: NOT RUN, diffusers missing in {sys.executable}; {REMEDY}", flush=True)
             codes[part] = None
             continue
         left = 60 * MINUTES - (time.monotonic() - start)

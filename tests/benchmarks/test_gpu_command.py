@@ -1,10 +1,14 @@
 """`make gpu`: every step runs whatever the others did, in its time, and the exit code tells them apart."""
 
+import subprocess
 import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_wheels
 
 
 @pytest.fixture
@@ -13,6 +17,7 @@ def steps(monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setattr(gpu, "unusable", lambda: "")
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu.gpu_wheels, "bring", lambda: [])
 
     def main(*parts, **codes):
         commands = {}
@@ -89,7 +94,8 @@ def test_without_diffusers_the_engine_is_said_not_to_run(steps, monkeypatch, cap
     monkeypatch.setattr(gpu, "find_spec", lambda name: name != "diffusers" or None)
     code, commands = steps()
     assert code == gpu.RUNTIME_FAILED and "runtime" not in commands
-    assert "NOT RUN, diffusers missing" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "NOT RUN, diffusers missing" in out and "make gpu-wheels" in out
 
 
 def test_an_unknown_part_is_an_error_of_one_line(capsys):
@@ -109,3 +115,45 @@ def test_exported_engines_share_the_time_with_the_engine_if_both_are_named(steps
     code, commands = steps("runtime", "exports", runtime=1)
     assert code == gpu.RUNTIME_FAILED and commands.keys() & set(gpu.PARTS) == {"runtime", "exports"}
     assert float(commands["runtime"][-1]) < gpu.MINUTES / 2 < float(commands["exports"][-1])
+
+
+def _wheel(folder, name, files):
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as content:
+        for file, text in {f"{name}-1.0.dist-info/METADATA": f"Name: {name}\nVersion: 1.0\n", **files}.items():
+            content.writestr(file, text)
+
+
+def test_carried_wheels_are_used_where_their_package_is_missing_and_nowhere_else(tmp_path, monkeypatch):
+    wheels, unpacked = tmp_path / "wheels", tmp_path / "unpacked"
+    wheels.mkdir()
+    _wheel(wheels, "carried_thing", {"carried_thing/__init__.py": "VALUE = 7\n"})
+    _wheel(wheels, "pytest", {"pytest/__init__.py": "raise ImportError('the wrong one')\n"})
+    (wheels / "compiled-1.0-cp311-cp311-linux_x86_64.whl").write_bytes(b"no zip")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    assert gpu_wheels.bring(wheels, unpacked) == ["carried_thing"]
+    assert sys.path[-1] == str(unpacked) and not (unpacked / "pytest").exists()
+    found = subprocess.run(
+        [sys.executable, "-c", "import carried_thing; print(carried_thing.VALUE)"], capture_output=True, text=True
+    )
+    assert found.stdout == "7\n", found.stderr
+    assert gpu_wheels.bring(tmp_path / "nothing", unpacked) == [] and not unpacked.exists()
+
+
+def test_wheels_are_fetched_as_pinned_and_of_pure_python_alone(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def run(command):
+        asked.append((command, Path(command[command.index("-c") + 1]).read_text()))
+        return SimpleNamespace(returncode=len(asked) - 1)
+
+    (tmp_path / "old.whl").write_bytes(b"")
+    (tmp_path / "mine.txt").write_bytes(b"")
+    monkeypatch.setattr(gpu_wheels.subprocess, "run", run)
+    assert gpu_wheels.main([str(tmp_path)]) == 0 and "0 wheels" in capsys.readouterr().out
+    command, constraints = asked[0]
+    assert {"diffusers", "pytest", "--no-deps", "--only-binary=:all:"} <= set(command)
+    assert command[command.index("--platform") + 1] == "any"
+    assert "diffusers==" in constraints and "hypothesis" not in constraints
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert gpu_wheels.main([str(tmp_path)]) == 1 and "could not fetch" in capsys.readouterr().err
