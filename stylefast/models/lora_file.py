@@ -157,7 +157,8 @@ def _roles(entries: Iterable[str], file: str, piece: _Piece, metadata) -> dict[s
             continue
         found = split_key(key)
         if found is None and key.startswith(PEFT_PREFIX) and key.endswith((".weight", ".bias")):
-            found = key.rpartition(".")[0], f"whole_{key.rpartition('.')[2]}"
+            # trained as they are; beside a LoRA, peft calls the layer itself `base_layer`
+            found = key.rpartition(".")[0].removesuffix(".base_layer"), f"whole_{key.rpartition('.')[2]}"
         if found is None:
             rest.append(key)
         else:
