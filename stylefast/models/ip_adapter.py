@@ -18,6 +18,7 @@ from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.pictures import PictureSource
 from stylefast.models.tensor_files import PICKLE_ENDINGS, Entry, flat_entries, open_tensors
+from stylefast.models.weight_files import WeightHeader, recognise
 
 # what the published adapters were trained with, by kind and width: (encoder, its folder beside the adapters)
 _ENCODERS = {
@@ -259,8 +260,10 @@ def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple
     if face:
         raise AdapterError(f"{name} is {face}, which stylefast does not run; use a global or plus IP-Adapter")
     if not shapes or not any(key.startswith("ip_adapter.") for key in entries):
-        raise AdapterError(f"{name} is no IP-Adapter: it needs keys image_proj.* and ip_adapter.*, and has "
-                           f"{', '.join(list(entries)[:3])[:200] or 'none'}")  # fmt: skip
+        header = WeightHeader(Path(name), {key: ("", entry.shape) for key, entry in entries.items()}, {})
+        raise AdapterError(
+            f"{name} is no IP-Adapter, which has keys image_proj.* and ip_adapter.*, but: {recognise(header)[:300]}"
+        )
 
     with torch.device("meta"):
         if _is_matrix(shapes, "proj.weight"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from stylefast import values
-from stylefast.errors import InvalidRequest
+from stylefast.errors import AdapterError, InvalidRequest
 from stylefast.models.lora_changes import Change
 from stylefast.models.lora_file import read_lora
 from stylefast.models.lora_names import PARTS
@@ -59,7 +59,8 @@ class LoraSet:
         """Put a LoRA (a file, or a folder with one) on the model; gives back its name, by default the file's.
 
         Raises ModelNotFound, ModelFormatError for files that can't be read, AdapterError for those that are no LoRA, of
-        an unknown kind or layout, or made for other shapes, and InvalidRequest for a name that is taken.
+        an unknown kind or layout, made for other shapes, or too strong for the weights' type, and InvalidRequest for a
+        name that is taken. The model then stays as it was.
         """
         scale, path = _checked_scale(scale), values.path("a LoRA", source)
         if name is not None:
@@ -70,24 +71,18 @@ class LoraSet:
             raise InvalidRequest(f"a LoRA named {name!r} is on already; set_scale() changes it, name= tells two apart")
         with self._guard():
             self._loras[name], self._digests[name], self._scales[name] = lora.changes, lora.digest, scale
-            try:
-                self._rebuild(lora.changes)
-            except BaseException:
-                # out of memory, say; the model must not be left with half of it
-                self._forget(name)
-                self._rebuild(lora.changes)
-                raise
+            self._rebuild(lora.changes, undo=lambda: self._forget(name))
         return name
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Change the strength of a LoRA; 0 leaves the model as it was without it."""
+        """Change the strength of a LoRA; 0 leaves the model as it was without it. Raises as `add` does."""
         if not isinstance(name, str) or name not in self._loras:
             known = f"there are: {', '.join(self._loras) or 'none'}{values.did_you_mean(name, self._loras)}"
             raise InvalidRequest(f"no LoRA named {values.quoted(name)} is on; {known}")
-        scale = _checked_scale(scale)
+        scale, before = _checked_scale(scale), self._scales[name]
         with self._guard():
             self._scales[name] = scale
-            self._rebuild(self._loras[name])
+            self._rebuild(self._loras[name], undo=lambda: self._scales.update({name: before}))
 
     def remove(self, name: str) -> None:
         """Take a LoRA off; the weights are again, bit by bit, what they would be had it never been there."""
@@ -103,8 +98,17 @@ class LoraSet:
         for table in (self._loras, self._scales, self._digests):
             table.pop(name)
 
+    def _rebuild(self, keys: Iterable[tuple[str, str]], undo: Callable[[], None]) -> None:
+        try:
+            self._write(keys)
+        except BaseException:
+            # out of memory, say; the model must not be left with half of a LoRA
+            undo()
+            self._write(keys)
+            raise
+
     @torch.no_grad()
-    def _rebuild(self, keys: Iterable[tuple[str, str]]) -> None:
+    def _write(self, keys: Iterable[tuple[str, str]]) -> None:
         for key in keys:
             weight = self._weights[key[0]][key[1]]
             on = [(self._scales[n], lora[key]) for n, lora in self._loras.items() if key in lora and self._scales[n]]
@@ -122,6 +126,12 @@ class LoraSet:
             total = base.clone()
             for scale, change in on:
                 total += scale * change.delta(base)
+            total = total.to(weight.dtype)
+            if not torch.isfinite(total).all():
+                raise AdapterError(
+                    f"{'.'.join(key)} would not be finite in {weight.dtype} with the scales "
+                    f"{', '.join(f'{name}: {scale:g}' for name, scale in self._scales.items())}; lower them"
+                )
             weight.copy_(total)
 
 

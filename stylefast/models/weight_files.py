@@ -24,6 +24,10 @@ _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
+_LORA = (
+    "lora_down", "lora_up", "lora_A", "lora_B", ".lora.down", "_lora.down", "lora_linear_layer", "hada_w1", "lokr_w",
+    ".w_norm", "dora_scale", "oft_blocks", "bundle_emb.",
+)  # fmt: skip
 _FOREIGN = (
     (b"<!DOCTYPE", "a web page; the download went to a login or error page"),
     (b"<!doctype", "a web page; the download went to a login or error page"),
@@ -144,10 +148,10 @@ def recognise(header: WeightHeader) -> str:
     """Say in words what a weight file is, from its keys: "SDXL checkpoint", "LoRA", "IP-Adapter", ..."""
     names, text = header.tensors, " ".join(header.tensors)
     unet = "model.diffusion_model."
-    if any(mark in text for mark in ("lora_down", "lora_up", "lora_A", "lora_B", ".lora.down", "hada_w1", "lokr_w")):
-        return "LoRA"
     if header.has("ip_adapter.") or header.has("image_proj."):
         return "IP-Adapter"
+    if any(mark in text for mark in _LORA):
+        return "LoRA"
     if "double_blocks." in text:
         return "Flux checkpoint"
     if "joint_blocks." in text:

@@ -228,7 +228,7 @@ def _sd15(layout):
         (lambda s: _with(s, "image_proj", foreign=torch.zeros(1)), r"image_proj\.foreign"),
         (lambda s: s | {"optimizer": {"step": torch.zeros(1)}}, r"optimizer\.step"),
         (lambda s: {"ip_adapter": s["ip_adapter"]}, "no IP-Adapter"),
-        (lambda s: {"unet": {"weight": torch.zeros(1)}}, "no IP-Adapter"),
+        (lambda s: {"unet": {"x.lora_A.weight": torch.zeros(1)}}, "no IP-Adapter, .* but: LoRA"),
     ],
     ids=["missing layer", "foreign layer", "wrong width", "faceid lora", "faceid resampler", "faceid portrait",
          "instantid", "full-face adapter", "unknown projection",

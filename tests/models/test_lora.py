@@ -95,6 +95,41 @@ def test_taking_loras_off_restores_every_bit_also_in_half_precision(files):
     assert loras.touched == () and loras.scales == {} and loras.fingerprint == ""
 
 
+def test_a_lora_that_overflows_the_weights_type_or_fails_midway_leaves_the_model_as_it_was(
+    files, tmp_path, monkeypatch
+):
+    components = from_pipeline(small_pipeline().to(dtype=torch.float16))
+    before = clones(components)
+    strong = {key: 1000 * value for key, value in load_file(files["other"]).items()}
+    save_file(strong, tmp_path / "strong.safetensors")
+    with pytest.raises(AdapterError, match=r"not be finite in torch.float16 with the scales strong: 1000"):
+        apply_lora(components, tmp_path / "strong.safetensors", scale=1000)
+    assert_equal_bits(components, before)
+    loras = apply_lora(components, files["other"], scale=0.5)
+    loras.add(tmp_path / "strong.safetensors", 1e-3)
+    before = clones(components)
+    with pytest.raises(AdapterError, match="lower them"):
+        loras.set_scale("strong", -1000)
+    assert_equal_bits(components, before)
+    loras.remove("strong")
+    before = clones(components)
+    calls = []
+
+    def fails(change, weight):
+        calls.append(weight)
+        if len(calls) == 5:
+            raise MemoryError
+        return torch.ones_like(weight)
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr("stylefast.models.lora_changes.LowRank.delta", fails)
+        loras.set_scale("other", 1.0)
+    assert loras.scales == {"other": 0.5}
+    loras.clear()
+    loras.add(files["other"], 0.5)
+    assert_equal_bits(components, before)
+
+
 def test_scale_zero_leaves_the_model_as_it_is(files):
     components = from_pipeline(small_pipeline())
     before = clones(components)
