@@ -255,6 +255,7 @@ class Engine:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         spacing: str | None = None,
+        clip_skip: int | None = 0,
         callback: StepCallback | None = None,
         output: str = "pil",
     ) -> Result:
@@ -278,7 +279,7 @@ class Engine:
         prompts = prompts_of(prompts)
         shared = {"negative_prompt": negative_prompt, "style": style, "steps": steps, "guidance": guidance,
                   "size": size, "scheduler": scheduler, "guidance_rescale": guidance_rescale,
-                  "guidance_interval": guidance_interval, "spacing": spacing}  # fmt: skip
+                  "guidance_interval": guidance_interval, "spacing": spacing, "clip_skip": clip_skip}  # fmt: skip
         seeds = values.seeds("seed", seed, len(prompts))
         requests = [p if isinstance(p, Request) else Request(p, seed=s, **shared) for p, s in zip(prompts, seeds)]
         # written down first: a value that can't be recorded must not cost finished pictures

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from stylefast.errors import ModelFormatError, PromptError, StyleError
+from stylefast.errors import InvalidRequest, ModelFormatError, PromptError, StyleError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _encoder_lock = threading.Lock()
 class TextStates:
     """What the UNet is conditioned on for one prompt."""
 
-    hidden: Tensor  # [tokens, cross_dim]: second-to-last states of both encoders, side by side
+    hidden: Tensor  # [tokens, cross_dim]: second-to-last states of both encoders (or earlier ones), side by side
     pooled: Tensor  # [pooled_dim]: projected state of encoder 2 at the end of the text
 
 
@@ -89,15 +89,22 @@ class _Sequence:
 
 
 class TextRunner(Protocol):
-    """What runs the text encoders: PyTorch (`TorchText`), or exported graphs in its place."""
+    """What runs the text encoders: PyTorch (`TorchText`), or exported graphs in its place.
+
+    most_skipped: the most layers that it can leave out before the second-to-last.
+    """
+
+    most_skipped: int
 
     def __call__(
-        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[Tensor], ends: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[Tensor], ends: Sequence[tuple[int, int]],
+        skips: Sequence[int],
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Run encoder `index` (0 or 1) on token ids [prompts][tokens]; an id -1 - r stands for the vector `rows[r]`.
 
-        Returns the second-to-last states [prompts, tokens, width], and from encoder 2 the projected last state
-        [pooled_dim] at each (prompt, position) of `ends`; every prompt has one at least.
+        Returns the second-to-last states [prompts, tokens, width], or those that lie `skips` [prompts] layers before,
+        and from encoder 2 the projected last state [pooled_dim] at each (prompt, position) of `ends`; every prompt has
+        one at least.
         """
 
 
@@ -153,6 +160,7 @@ class TextEncoder:
         self,
         prompts: Sequence[Prompt],
         pooled_policy: Sequence[str] | str = "eos",
+        clip_skip: Sequence[int] | int = 0,
         *,
         known_names: Collection[str] = (),
     ) -> list[TextStates]:
@@ -161,28 +169,35 @@ class TextEncoder:
         `pooled_policy`, one for all or one per prompt: "eos" pools at the first end-of-text token; "first_added_token"
         pools where diffusers does for added tokens under SDXL's configs (`eos_token_id` 2): at the first placeholder,
         on its last vector. A prompt without placeholder pools at the end of the text either way.
+        `clip_skip`, one for all or one per prompt: how many layers before SDXL's second-to-last the states are taken,
+        as diffusers' SDXL pipelines count; the pooled state is the last layer's always.
         `known_names`: styles that exist; a `<name>` of them without vectors is an error instead of ordinary text.
         Gradients flow to vectors that ask for them, never to the encoders.
 
         Text beyond `max_tokens` is cut with one logged warning per call. Raises PromptError where a placeholder falls
-        beyond it, StyleError where vectors do not fit the encoders.
+        beyond it, StyleError where vectors do not fit the encoders, InvalidRequest for a `clip_skip` beyond them.
         """
         prompts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
         policies = [pooled_policy] * len(prompts) if isinstance(pooled_policy, str) else list(pooled_policy)
         self._check(prompts, policies, known_names)
+        skips = [clip_skip] * len(prompts) if isinstance(clip_skip, int) else list(clip_skip)
+        for skip in {*skips}:
+            self.check_clip_skip(skip)
 
         distinct: dict[tuple, int] = {}
         batch: list[Prompt] = []
+        batch_skips: list[int] = []
         places: list[int | None] = []
-        for prompt in prompts:
+        for prompt, skip in zip(prompts, skips, strict=True):
             if prompt.text is None and self.force_zeros:
                 places.append(None)
                 continue
             prompt = Prompt("") if prompt.text is None else prompt
-            key = prompt.identity()
+            key = (skip, prompt.identity())
             if key not in distinct:
                 distinct[key] = len(batch)
                 batch.append(prompt)
+                batch_skips.append(skip)
             places.append(distinct[key])
 
         learning = any(rows.requires_grad for p in batch for name in p.placeholders() for rows in p.vectors[name])
@@ -192,11 +207,20 @@ class TextEncoder:
                 (None, 0) if place is None else (place, sequences[1][0][place].position(policy))
                 for place, policy in zip(places, policies, strict=True)
             ]
-            hidden, pooled = self._run(sequences, [pair for pair in wanted if pair[0] is not None])
+            hidden, pooled = self._run(sequences, [pair for pair in wanted if pair[0] is not None], batch_skips)
             states = {pair: TextStates(hidden[pair[0]], pooled[pair]) for pair in pooled}
             if None in places:
                 states[None, 0] = self._zeros()
         return [states[pair] for pair in wanted]
+
+    def check_clip_skip(self, skip: int) -> None:
+        """Raise InvalidRequest where the encoders have no states so many layers before their second-to-last."""
+        most = self.runner.most_skipped
+        if skip > most:
+            raise InvalidRequest(
+                f"clip_skip is {skip}, and this engine's text encoders can skip {most} layers before the second-to-last"
+                + ("" if most else ", being exported graphs: load the model with backend='torch', or leave it at 0")
+            )
 
     def _check(self, prompts: list[Prompt], policies: list[str], known_names: Collection[str]) -> None:
         if len(policies) != len(prompts):
@@ -248,15 +272,16 @@ class TextEncoder:
         return found
 
     def _run(
-        self, tokens: list[tuple[list[_Sequence], list[Tensor]]], wanted: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor | None, dict[tuple[int, int], Tensor]]:
+        self, tokens: list[tuple[list[_Sequence], list[Tensor]]], wanted: Sequence[tuple[int, int]],
+        skips: Sequence[int],
+    ) -> tuple[Tensor | None, dict[tuple[int, int], Tensor]]:  # fmt: skip
         # -> hidden [prompts, tokens, cross_dim]; pooled [pooled_dim] for each (prompt, position) of `wanted`
         ends = list(dict.fromkeys(wanted))
         if not ends:
             return None, {}
         hidden = []
         for index, (sequences, rows) in enumerate(tokens):
-            states, pooled = self.runner(index, [s.ids for s in sequences], rows, ends)
+            states, pooled = self.runner(index, [s.ids for s in sequences], rows, ends, skips)
             hidden.append(states)
         states = torch.cat([h.to(hidden[1].device) for h in hidden], dim=-1).to(hidden[1].dtype)
         return states, dict(zip(ends, pooled, strict=True))
@@ -304,10 +329,13 @@ class TorchText:
     def __init__(self, encoders: Sequence[torch.nn.Module]):
         self._encoders = tuple(encoders)
         self._table_names = tuple(_table_name(encoder) for encoder in encoders)
+        # the first states are those of the embedding, which no layer made
+        self.most_skipped = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
 
     def __call__(
-        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[Tensor], ends: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[Tensor], ends: Sequence[tuple[int, int]],
+        skips: Sequence[int],
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         encoder = self._encoders[index]
         used = sorted({token for sequence in ids for token in sequence if token >= 0})
         renamed = {token: place for place, token in enumerate(used)}
@@ -324,7 +352,10 @@ class TorchText:
         project = getattr(encoder, "text_projection", None)
         last = outputs.last_hidden_state  # [prompts, tokens, width]
         pooled = [] if project is None else [project(last[prompt, position]) for prompt, position in ends]
-        return outputs.hidden_states[-2], pooled
+        states = outputs.hidden_states
+        if not any(skips):
+            return states[-2], pooled
+        return torch.stack([states[-2 - skip][prompt] for prompt, skip in enumerate(skips)]), pooled
 
 
 def _further_vectors(tokenizer, rows: int) -> dict[int, list[int]]:

@@ -142,24 +142,26 @@ class ConditionStore:
     def _encode_text(self, trajectories: Sequence[Trajectory], conditions: Conditions) -> None:
         revision = self._revision()
         wanted: dict[tuple[Trajectory, str], list[tuple]] = {}  # keys per step
-        prompts: dict[tuple, tuple[Prompt, str]] = {}
+        prompts: dict[tuple, tuple[Prompt, str, int]] = {}
         for t in trajectories:
             placed, negative = placed_styles(t.request.styles_of(DreamStyler), t.prompt, t.request.negative_prompt)
             policy, null_policy = pooled_policy_of(placed), pooled_policy_of(negative)
             for branch, per_step in _branch_prompts(t, placed, negative, self._train_timesteps).items():
-                pooling = null_policy if branch == NULL else policy
+                # the null branch skips no layers, as in diffusers
+                pooling, skip = (null_policy, 0) if branch == NULL else (policy, t.request.clip_skip)
                 # one Prompt object serves many steps
                 distinct = {id(prompt): prompt for prompt in per_step}
-                keys = {place: (revision, pooling, prompt.identity()) for place, prompt in distinct.items()}
+                keys = {place: (revision, pooling, skip, prompt.identity()) for place, prompt in distinct.items()}
                 for place, prompt in distinct.items():
-                    prompts.setdefault(keys[place], (prompt, pooling))
+                    prompts.setdefault(keys[place], (prompt, pooling, skip))
                 wanted[t, branch] = [keys[id(prompt)] for prompt in per_step]
 
         pages = {key: self.text.find(key) for key in prompts}
         conditions.held_text += [page for page in pages.values() if page is not None]
         missing = [key for key, page in pages.items() if page is None]
         if missing:
-            states = self.text_encoder.encode([prompts[k][0] for k in missing], [prompts[k][1] for k in missing])
+            texts, poolings, skips = zip(*(prompts[key] for key in missing), strict=True)
+            states = self.text_encoder.encode(texts, poolings, skips)
             hidden = torch.stack([state.hidden for state in states]).to(self.unet.device, self.unet.dtype)
             pooled = torch.stack([state.pooled for state in states])
             made = self.text.add(missing, self.unet.project_text(hidden), pooled)

@@ -55,7 +55,9 @@ class GraphPart:
 
 
 class GraphText:
-    """Both text encoders as graphs; a `models.text.TextRunner`. No gradients flow."""
+    """Both text encoders as graphs; a `models.text.TextRunner`. No gradients flow, and no layers are skipped."""
+
+    most_skipped = 0
 
     def __init__(self, text_encoder: TextEncoder, parts: tuple[GraphPart, GraphPart]):
         self._parts, self._widths = parts, text_encoder.widths
@@ -71,8 +73,9 @@ class GraphText:
                 )
 
     def __call__(
-        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[torch.Tensor], ends: Sequence[tuple[int, int]]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[torch.Tensor], ends: Sequence[tuple[int, int]],
+        skips: Sequence[int],
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
         if torch.is_grad_enabled() and any(row.requires_grad for row in rows):
             raise InvalidRequest(
                 "no gradients flow through exported text encoders; load the model with backend='torch' to learn vectors"

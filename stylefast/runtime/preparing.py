@@ -75,6 +75,7 @@ class Preparer:
             style.layer_mask(self.runtime.unet.layout)
         for request in requests:
             self._check_stages(request)
+            self.runtime.conditions.text_encoder.check_clip_skip(request.clip_skip)
             self.runtime.conditions.check(request.styles_of(InstantStyle))
             if request.aligned is not None and request.aligned.bank is not None:
                 self._check_bank(request)

@@ -34,6 +34,8 @@ class Request:
         guidance_rescale: in [0, 1]; pulls the guided prediction's deviation back (arXiv 2305.08891, section 3.4).
         guidance_interval: (start, end) in fractions of the steps; step i of n is guided if start <= i / n < end, and
             elsewhere runs the prompt's branch alone (arXiv 2404.07724), which halves the work of that step.
+        clip_skip: how many layers before SDXL's second-to-last the prompt's text states are taken, as diffusers' SDXL
+            pipelines count; None is 0. The negative prompt's are the second-to-last's always.
 
     Raises InvalidRequest for anything out of range.
     """
@@ -49,6 +51,7 @@ class Request:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     spacing: str | None = None
+    clip_skip: int | None = 0
 
     def __post_init__(self):
         checked = {name: values.prompt(name, getattr(self, name)) for name in ("prompt", "negative_prompt")}
@@ -60,6 +63,7 @@ class Request:
         checked["guidance_interval"] = values.fractions("guidance_interval", self.guidance_interval)
         checked["seed"] = values.seed("seed", self.seed)
         checked["scheduler"] = values.text("scheduler", self.scheduler)
+        checked["clip_skip"] = 0 if self.clip_skip is None else values.whole_number("clip_skip", self.clip_skip, 0, 99)
         if self.size is not None:
             checked["size"] = check_size(self.size)
         if self.spacing is not None:

@@ -90,7 +90,7 @@ def plan_trajectories(
             own = ()
             if picture is None:
                 own = (*target.weights.items(), target.request.guidance_rescale, target.request.guidance_interval)
-            key = (id(style), i, *_pace(target), target.request.negative_prompt, *own)
+            key = (id(style), i, *_pace(target), target.request.negative_prompt, target.request.clip_skip, *own)
             key += tuple(id(other) for other in shared_styles(target.request))
             if key not in hidden:
                 hidden[key] = _reference(target, style, picture)
@@ -123,7 +123,7 @@ def _reference(target: Trajectory, style: StyleAligned, picture) -> Trajectory:
         reference.picture = picture
     else:
         # what a bank holds was made without the reader's other styles
-        reference.request = replace(request, style=(), negative_prompt=style.bank.info.negative_prompt)
+        reference.request = replace(request, style=(), negative_prompt=style.bank.info.negative_prompt, clip_skip=0)
         reference.prompt, reference.held = style.bank.info.prompt, (style.bank, picture)
     return reference
 

@@ -51,6 +51,30 @@ def test_a_negative_prompt_equals_diffusers(pipe, draw):
     assert (actual[0] - draw(PROMPTS, seed=7, steps=4)[0]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("negative", ["", "oil painting"], ids=["", "negative"])
+def test_clip_skip_equals_diffusers(pipe, draw, negative):
+    options = {"negative_prompt": [negative] * 2} if negative else {}
+    actual = draw(PROMPTS, clip_skip=1, negative_prompt=negative, seed=7, steps=2)
+    close(actual, theirs(pipe, PROMPTS, clip_skip=1, steps=2, **options))
+    assert (actual[0] - draw(PROMPTS, negative_prompt=negative, seed=7, steps=2)[0]).abs().max() > 1e-2
+
+
+def test_requests_that_skip_other_layers_share_a_batch_and_no_pages(engine):
+    requests = [sf.Request("a cat", steps=2, clip_skip=skip, size=SIZE) for skip in (0, 1, None)]
+    together = engine.generate(requests, output="latents")
+    alone = [engine.generate(request, output="latents").latents[0] for request in requests]
+    close(together.latents, alone)
+    assert (alone[0] - alone[1]).abs().max() > 1e-2
+    assert [entry["call"]["requests"][i]["clip_skip"] for i, entry in enumerate(together.metadata)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("skip, said", [(2, "can skip 1 layers"), (-1, "clip_skip is -1"), (True, "clip_skip is True"),
+                                        (1.0, "clip_skip is 1.0"), ("2", "clip_skip is '2'")], ids=str)
+def test_layers_that_can_not_be_skipped_are_refused_before_anything_runs(engine, skip, said):
+    with pytest.raises(sf.errors.InvalidRequest, match=said):
+        engine.submit(sf.Request("a cat", steps=2, clip_skip=skip))
+
+
 @pytest.mark.parametrize("size", [(40, 56), (72, 24), (16, 16)], ids=str)
 def test_sizes_that_do_not_halve_evenly_equal_diffusers(pipe, draw, size):
     close(draw(PROMPTS, size=size, seed=7, steps=4), theirs(pipe, PROMPTS, size=size))

@@ -7,6 +7,8 @@ import torch
 from PIL import ImageOps
 
 import stylefast as sf
+from stylefast.runtime.trajectory import plan_trajectories
+from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.guidance import StyleContextGuidance
 from tests.engine.scene import (
     RUN,
@@ -154,3 +156,11 @@ def test_the_metadata_names_every_picture_and_the_call(engine):
     result = engine.generate(["a cat", "a dog"], seed=5, size=SIZE, steps=1, output="latents")
     assert [(entry["index"], entry["seed"]) for entry in result.metadata] == [(0, 5), (1, 6)]
     assert len(result.metadata[0]["call"]["requests"]) == 2 and result.images == []
+
+
+def test_readers_that_skip_other_layers_do_not_share_a_references_text():
+    style = sf.StyleAligned(prompt="a neon cat")
+    requests = [sf.Request("a dog", style=style, clip_skip=skip) for skip in (0, 1, 1)]
+    schedule = named_schedule("euler", 4)
+    found = plan_trajectories(requests, lambda request: schedule, (16, 16))
+    assert [trajectory.request.clip_skip for trajectory in found] == [0, 1, 1, 0, 1]

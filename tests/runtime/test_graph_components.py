@@ -188,6 +188,11 @@ def test_gradients_through_exported_text_encoders_are_refused(through_graphs):
         through_graphs[0].text_encoder.encode([Prompt("a <x>", {"x": vectors})])
 
 
+def test_skipped_layers_are_refused_where_the_text_encoders_are_graphs(through_graphs):
+    with pytest.raises(InvalidRequest, match="clip_skip is 1.*exported graphs.*backend='torch'"):
+        through_graphs[0].submit(sf.Request("a fish", clip_skip=1))
+
+
 def test_graphs_of_another_model_are_refused(parts, plain):
     graphs, _ = graphs_of(parts)
     with pytest.raises(EngineMismatch, match="tokens"):
