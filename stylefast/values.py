@@ -236,12 +236,14 @@ def load_json(
     error: type = InvalidRequest,
     largest: int = JSON_BYTES,
     deepest: int = JSON_DEPTH,
+    infinite: bool = False,
 ) -> Any:
     """Parse JSON that others wrote; `what` names it in messages ("the request file calls.json").
 
     A byte order mark is passed over, UTF-16 and UTF-32 are read. Refused are more than `largest` bytes or characters,
-    more than `deepest` levels, names that occur twice in an object, NaN and infinities (written out, or as 1e999),
-    whole numbers of more than 100 digits, and, given a `kind` (dict or list), anything else at the top.
+    more than `deepest` levels, names that occur twice in an object, NaN and infinities (as 1e999, and written out
+    unless `infinite`: Python writes `-Infinity` into configs), whole numbers of more than 100 digits, and, given a
+    `kind` (dict or list), anything else at the top.
     """
     if len(content) > largest:
         raise error(f"{what} has {len(content)} bytes; at most {largest} are read")
@@ -249,8 +251,8 @@ def load_json(
         if not isinstance(content, str):
             content = bytes(content).decode(json.detect_encoding(bytes(content)))
         found = json.loads(
-            content.removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=_no_constant,
-            parse_float=_finite, parse_int=_short_int,
+            content.removeprefix("\ufeff"), object_pairs_hook=_object,
+            parse_constant=_infinity if infinite else _no_constant, parse_float=_finite, parse_int=_short_int,
         )  # fmt: skip
         _check_depth(found, deepest)
     except RecursionError:
@@ -266,8 +268,9 @@ def load_json(
 
 
 def read_json(
-    file: str | Path, what: str, *, kind: type | None = None, error: type = InvalidRequest, largest: int = JSON_BYTES
-) -> Any:
+    file: str | Path, what: str, *, kind: type | None = None, error: type = InvalidRequest, largest: int = JSON_BYTES,
+    infinite: bool = False,
+) -> Any:  # fmt: skip
     """Read and parse a JSON file as `load_json` does; a file that is missing or can't be read is the same error."""
     place = path(what, file, error=error)
     try:
@@ -280,7 +283,7 @@ def read_json(
         raise error(f"{what} can't be read: {cause.strerror or cause} ({shown_path(place)})") from cause
     if len(content) > largest:
         raise error(f"{what} is longer than the {largest} bytes that are read ({shown_path(place)})")
-    return load_json(content, what, kind=kind, error=error, largest=largest)
+    return load_json(content, what, kind=kind, error=error, largest=largest, infinite=infinite)
 
 
 def _range(low: float | None, high: float | None) -> str:
@@ -334,6 +337,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(word: str):
     raise ValueError(f"{word} is no number of JSON")
+
+
+def _infinity(word: str) -> float:
+    return float(word) if word != "NaN" else _no_constant(word)
 
 
 def _finite(digits: str) -> float:

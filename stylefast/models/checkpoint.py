@@ -9,14 +9,23 @@ from typing import Any
 import torch
 
 from stylefast import values
-from stylefast.errors import InvalidRequest, ModelError, ModelFormatError, ModelNotFound
+from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound
 from stylefast.models import single_file
+from stylefast.models.config_check import (
+    check_image_encoder,
+    check_model_index,
+    check_text_encoder,
+    check_unet,
+    checked_scheduler,
+)
 from stylefast.models.config_files import build, read_config, style_modules
 from stylefast.models.hub import HubOptions, hub_folder, is_hub_id, is_whole, present, wanted_files
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.layout import STYLE_MODULE, AttentionLayout, UNetShape
 from stylefast.models.packed import channels_last
+from stylefast.models.pipeline_check import check_pipeline, check_same_latents, check_vae_module, inner, unet_weights
 from stylefast.models.quantised import check_storage
+from stylefast.models.single_file_marks import check_marks, marked_scheduler, marked_size, marked_vae
 from stylefast.models.stored_tensors import load_weights
 from stylefast.models.tokenizers import find_tokenizers, given_folder, has_vocabulary, tokenizers_in
 from stylefast.models.vae import check_state, fill, infer_vae_config, load_vae, vae_from_folder, vae_from_original
@@ -110,8 +119,8 @@ def load_components(
             path = _find_on_hub(source, path, dtype, variant, vae, tokenizer, hub)
         components = _from_folder(path, dtype, device, vae, variant, tokenizer, hub)
     components = predicting(components, prediction_type)
-    _check_parts_fit(components)
     components.name = str(source) if str(source) == "tiny" or is_hub_id(str(source)) else path.name
+    _check_parts_fit(components)
     components.fingerprint = fingerprint(components)
     return components
 
@@ -120,38 +129,34 @@ def from_pipeline(pipeline) -> Components:
     """Components of an existing diffusers SDXL pipeline: storage is shared, the pipeline is left as it is, but for the
     memory format of its UNet's convolutions on a GPU, which becomes channels last.
 
-    An IP-Adapter loaded into the pipeline is left out. Raises ModelFormatError for a pipeline of another model, and
-    ModelError if its weights are not at hand (offloaded layer by layer, or LoRA layers that are not fused).
+    What it carries beside its weights is taken over, refused or said to be left out, see `statements.IN_MEMORY`.
+    Raises ModelFormatError for a pipeline of another model, ModelError for one that draws otherwise than its weights
+    say, or whose weights are not at hand.
     """
-    parts = {part: getattr(pipeline, part, None)
-             for part in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")}
-    absent = [part for part, value in parts.items() if value is None]
-    if absent:
-        raise ModelFormatError(f"{type(pipeline).__name__} has no {', '.join(absent)}; an SDXL base pipeline is needed")
-    unet = getattr(parts["unet"], "_orig_mod", parts["unet"])
+    check_pipeline(pipeline)
+    unet = inner(pipeline.unet)
     # the pipeline's own parameters, so that storage stays shared
     channels_last(dict(unet.named_parameters()))
-    # an IP-Adapter's layers sit in the processors and in the projection of image embeddings
-    state = {name: value for name, value in unet.state_dict().items()
-             if ".processor." not in name and not name.startswith("encoder_hid_proj.")}
-    if any(".lora_A." in name or ".base_layer." in name for name in state):
-        raise ModelError("the pipeline holds LoRA layers; call fuse_lora() and unload_lora_weights() on it first")
-    if any(value.is_meta for value in state.values()):
-        raise ModelError("the pipeline's UNet is offloaded; give a pipeline without enable_sequential_cpu_offload()")
-    config = dict(unet.config) | {"encoder_hid_dim_type": None}
+    state = unet_weights(unet)
+    config = dict(unet.config)
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":
+        config["encoder_hid_dim_type"] = None
     extractor = getattr(pipeline, "feature_extractor", None)
     components = Components(
         unet_config=_complete_unet_config(config, state, "the pipeline's UNet"),
         unet_state=state,
-        vae=getattr(parts["vae"], "_orig_mod", parts["vae"]),
-        text_encoders=tuple(getattr(parts[p], "_orig_mod", parts[p]) for p in ("text_encoder", "text_encoder_2")),
-        tokenizers=(parts["tokenizer"], parts["tokenizer_2"]),
-        scheduler_config=dict(parts["scheduler"].config),
+        vae=inner(pipeline.vae),
+        text_encoders=(inner(pipeline.text_encoder), inner(pipeline.text_encoder_2)),
+        tokenizers=(pipeline.tokenizer, pipeline.tokenizer_2),
+        scheduler_config=checked_scheduler(
+            {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}, "the pipeline"
+        ),
         force_zeros=bool(pipeline.config.get("force_zeros_for_empty_prompt", True)),
         image_encoder=getattr(pipeline, "image_encoder", None),
         feature_extractor=extractor.to_dict() if extractor is not None else None,
         name=str(pipeline.config.get("_name_or_path") or "pipeline"),
     )
+    _check_parts_fit(components)
     components.fingerprint = fingerprint(components)
     return components
 
@@ -267,11 +272,19 @@ def _find_on_hub(source, path: Path, dtype, variant, vae, tokenizer, hub: HubOpt
 
 def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubOptions) -> Components:
     index = read_config(folder / "model_index.json", folder)
+    if not (folder / "unet" / "config.json").is_file():
+        check_model_index(index, folder.name)  # a family without a UNet is named by its class
     own_vae = vae is None
     parts = [part for part in _PARTS if own_vae or part != "vae"]
     configs = {part: read_config(folder / part / "config.json", folder) for part in parts
                if part != "image_encoder" or (folder / part / "config.json").is_file()}
     _check_is_sdxl(configs["unet"], f"{folder.name} ({index.get('_class_name', 'no pipeline class')})")
+    check_model_index(index, folder.name)
+    named = index.get("scheduler")
+    scheduler = checked_scheduler(
+        read_config(folder / "scheduler" / "scheduler_config.json", folder), folder.name,
+        named[-1] if isinstance(named, list) and named else None,
+    )  # fmt: skip
     half = dtype != torch.float32
     headers: dict[str, list[WeightHeader]] = {}
     for part in configs:
@@ -284,6 +297,12 @@ def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubO
             tensors |= load_weights(header.path, dtype=dtype, device=device)
         return tensors
 
+    if own_vae:
+        decoder = vae_from_folder(folder / "vae", dtype=dtype, device=device, variant=variant)
+    else:
+        decoder = load_vae(vae, dtype=dtype, device=device, hub=replace(hub, revision=None))
+        if (folder / "vae" / "config.json").is_file():
+            check_same_latents(read_config(folder / "vae" / "config.json", folder), decoder, folder.name)
     unet_state = state("unet")
     extractor = folder / "feature_extractor" / "preprocessor_config.json"
     adapters = sorted((folder / "ip_adapter").glob("*.safetensors"))
@@ -291,15 +310,14 @@ def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubO
     return Components(
         unet_config=unet_config,
         unet_state=unet_state,
-        vae=vae_from_folder(folder / "vae", dtype=dtype, device=device, variant=variant) if own_vae
-        else load_vae(vae, dtype=dtype, device=device, hub=replace(hub, revision=None)),
+        vae=decoder,
         text_encoders=(
             _clip("CLIPTextModel", configs["text_encoder"], state("text_encoder"), f"{folder.name}/text_encoder"),
             _clip("CLIPTextModelWithProjection", configs["text_encoder_2"], state("text_encoder_2"),
                   f"{folder.name}/text_encoder_2"),
         ),
         tokenizers=tokenizers_in(folder if tokenizer is None else given_folder(tokenizer)),
-        scheduler_config=read_config(folder / "scheduler" / "scheduler_config.json", folder),
+        scheduler_config=scheduler,
         force_zeros=bool(index.get("force_zeros_for_empty_prompt", True)),
         image_encoder=_clip("CLIPVisionModelWithProjection", configs["image_encoder"], state("image_encoder"),
                             f"{folder.name}/image_encoder") if "image_encoder" in configs else None,
@@ -317,7 +335,12 @@ def _from_file(path: Path, dtype, device, vae, hub: HubOptions, config, tokenize
     check_storage(header.tensors, path.name)
     require_memory(header.elements() * dtype.itemsize, device, path.name)
     config = None if config is None else given_folder(config)
-    unet_config = single_file.config_from_folder(config, "unet") or single_file.infer_unet_config(header)
+    check_marks(header)
+    scheduler = marked_scheduler(header, single_file.config_from_folder(config, "scheduler"))
+    unet_config = single_file.config_from_folder(config, "unet")
+    if unet_config is None:
+        unet_config = single_file.infer_unet_config(header)
+        unet_config["sample_size"] = marked_size(header) or unet_config["sample_size"]
     text_configs = tuple(single_file.config_from_folder(config, part) for part in ("text_encoder", "text_encoder_2"))
     if None in text_configs:
         text_configs = single_file.infer_text_configs(header)
@@ -328,11 +351,13 @@ def _from_file(path: Path, dtype, device, vae, hub: HubOptions, config, tokenize
     )
     if vae is None:
         vae_config = single_file.config_from_folder(config, "vae") or infer_vae_config(header, single_file.VAE)
+        vae_config |= marked_vae(header)
         held = torch.float32 if dtype == torch.float16 and vae_config.get("force_upcast", True) else dtype
         loaded = load_weights(path, dtype=held, device=device, prefix=single_file.VAE)
         vae = vae_from_original(vae_config, loaded, path.name)
     else:
         vae = load_vae(vae, dtype=dtype, device=device, hub=replace(hub, revision=None))
+        check_same_latents(marked_vae(header), vae, path.name)
 
     texts = single_file.convert_text_encoders(
         load_weights(path, dtype=dtype, device=device, prefix="conditioner.embedders."), text_configs[1]
@@ -346,7 +371,7 @@ def _from_file(path: Path, dtype, device, vae, hub: HubOptions, config, tokenize
             _clip("CLIPTextModelWithProjection", text_configs[1], texts[1], path.name),
         ),
         tokenizers=tokenizers,
-        scheduler_config=single_file.config_from_folder(config, "scheduler") or single_file.scheduler_config(header),
+        scheduler_config=scheduler,
         force_zeros=True,
     )
 
@@ -371,9 +396,10 @@ def _complete_unet_config(config: Mapping, state: dict[str, torch.Tensor], what:
     from diffusers import UNet2DConditionModel
 
     _check_is_sdxl(config, what)
+    check_unet(config, what)
     plain = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
-        layers = UNetShape.from_config(plain ).layers
+        layers = UNetShape.from_config(plain).layers
     except ModelFormatError as error:
         raise ModelFormatError(f"the config of {what} describes no UNet: {error}") from error
     if layers > len(state):
@@ -387,6 +413,7 @@ def _clip(kind: str, config: Mapping, state: dict[str, torch.Tensor], what: str)
     """A CLIP text or vision model around the tensors of `state`."""
     import transformers
 
+    (check_image_encoder if "Vision" in kind else check_text_encoder)(config, what)
     model_class = getattr(transformers, kind)
     model = build(lambda: model_class(model_class.config_class.from_dict(dict(config))), config, len(state), what)
     expected = model.state_dict()
@@ -424,8 +451,4 @@ def _check_parts_fit(components: Components) -> None:
             f"the UNet takes {added} numbers beside the time step (projection_class_embeddings_input_dim), the second "
             f"text encoder gives {pooled} and the picture's sizes {ids}; they don't belong together"
         )
-    latents = components.vae.config.get("latent_channels", config["in_channels"])
-    if latents != config["in_channels"]:
-        raise ModelFormatError(
-            f"the VAE has {latents} latent channels, the UNet {config['in_channels']}; use a VAE for SDXL"
-        )
+    check_vae_module(components.vae, components.name, config["in_channels"])

@@ -25,7 +25,7 @@ def read_config(file: Path, folder: Path) -> dict[str, Any]:
     name = file.relative_to(folder)
     if not file.is_file():
         raise ModelNotFound(f"{name} is missing in {folder}; a diffusers SDXL folder has it")
-    return values.read_json(file, f"{name} in {folder}", kind=dict, error=ModelFormatError)
+    return values.read_json(file, f"{name} in {folder}", kind=dict, error=ModelFormatError, infinite=True)
 
 
 def build(make: Callable[[], Built], config: Mapping, tensors: int, what: str) -> Built:

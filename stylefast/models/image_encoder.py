@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 from stylefast.errors import AdapterError, InvalidRequest, ModelFormatError
+from stylefast.models.config_check import check_feature_extractor
 from stylefast.models.pictures import PictureSource, open_picture
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -87,6 +88,7 @@ class ImageEncoder:
         self.image_size: int = config.image_size
 
         processor = dict(processor_config or {})
+        check_feature_extractor(processor, "the image processor")
         crop_size = _edge(processor.get("crop_size", self.image_size))
         if crop_size != self.image_size:
             raise ModelFormatError(

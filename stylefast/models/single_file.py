@@ -28,17 +28,6 @@ _TEXT_PREFIXES = (
 VAE = "first_stage_model."
 _HEAD_WIDTH = 64
 
-SDXL_SCHEDULER_CONFIG = {
-    "_class_name": "EulerDiscreteScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-}
-
 
 def check_single_file(header: WeightHeader, needs_vae: bool) -> None:
     """Raise ModelFormatError unless the file is a whole SDXL checkpoint; the message names what it is instead."""
@@ -227,16 +216,6 @@ def _pooled_width(header: WeightHeader) -> int:
     raise ModelFormatError(
         f"{header.path.name} lacks {TEXT_2}text_projection (or text_projection.weight); the file is incomplete"
     )
-
-
-def scheduler_config(header: WeightHeader) -> dict:
-    """SDXL's scheduler config; v-prediction and zero terminal SNR where the file says so (keys `v_pred`, `ztsnr`)."""
-    config = dict(SDXL_SCHEDULER_CONFIG)
-    if "v_pred" in header.tensors or header.metadata.get("modelspec.prediction_type") == "v":
-        config["prediction_type"] = "v_prediction"
-    if "ztsnr" in header.tensors:
-        config["rescale_betas_zero_snr"] = True
-    return config
 
 
 def convert_unet(state: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:

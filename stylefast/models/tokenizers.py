@@ -5,6 +5,8 @@ from pathlib import Path
 
 from stylefast import values
 from stylefast.errors import ModelFormatError, ModelNotFound
+from stylefast.models.config_check import check_tokenizer
+from stylefast.models.config_files import read_config
 from stylefast.models.hub import HubOptions, hub_folder, wanted_files
 from stylefast.models.weight_files import offline
 
@@ -67,6 +69,9 @@ def _tokenizer(folder: Path, **arguments):
 
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise ModelNotFound(f"{folder} holds no CLIP tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    if (folder / "tokenizer_config.json").is_file():
+        config = read_config(folder / "tokenizer_config.json", folder)
+        check_tokenizer(config, f"the tokenizer in {folder.name}")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:

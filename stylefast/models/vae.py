@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound, NumericsError
+from stylefast.models.config_check import check_vae
 from stylefast.models.config_files import build, read_config
 from stylefast.models.hub import AS_USUAL, HubOptions, hub_folder, is_hub_id, pick_weights, present, wanted_files
 from stylefast.models.stored_tensors import load_weights
@@ -79,6 +80,7 @@ def build_vae(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
     kind = config.get("_class_name", "AutoencoderKL")
     if kind not in kinds:
         raise ModelFormatError(f"{what} is an {kind}; SDXL works with {' or '.join(kinds)}")
+    check_vae(config, what)
     plain = {k: v for k, v in config.items() if k != "_class_name"}
     vae = build(lambda: kinds[kind].from_config(plain), plain, len(state), what)
     # VAEs saved by early diffusers name the attention of the middle block in another way

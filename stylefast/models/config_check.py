@@ -1,0 +1,214 @@
+"""Holds the configs of a model against `statements`: what they say is done, refused by name, or makes no difference."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from stylefast.errors import ModelFormatError
+from stylefast.models.statements import (
+    DISTILLED,
+    EDM,
+    EDM_SCHEDULERS,
+    FEATURE_EXTRACTOR,
+    IMAGE_ENCODER,
+    MODEL_INDEX,
+    PARTS,
+    PIPELINES,
+    SCHEDULER,
+    TEXT_ENCODER,
+    TINY_VAE,
+    TOKENIZER,
+    UNET,
+    VAE,
+    VP_SCHEDULERS,
+    Rules,
+)
+from stylefast.values import quoted
+
+logger = logging.getLogger(__name__)
+
+# what diffusers' schedulers mean by a key that a config does not carry; sampling takes SDXL's values for the rest
+_MISSING = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+            "prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0}  # fmt: skip
+_SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_DDIM = {"timestep_spacing": "leading", "set_alpha_to_one": True, "clip_sample": True}
+_DDPM = {"timestep_spacing": "leading", "clip_sample": True}
+_LCM = {**_SDXL_BETAS, "beta_schedule": "scaled_linear", "timestep_spacing": "leading", "set_alpha_to_one": True}
+_MISSING_IN: Mapping[str, Mapping[str, Any]] = {
+    "DDIMScheduler": _DDIM,
+    "DDIMParallelScheduler": _DDIM,
+    "DDPMScheduler": _DDPM,
+    "DDPMParallelScheduler": _DDPM,
+    "PNDMScheduler": {"timestep_spacing": "leading"},
+    "HeunDiscreteScheduler": _SDXL_BETAS,
+    "KDPM2DiscreteScheduler": _SDXL_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _SDXL_BETAS,
+    "DPMSolverSDEScheduler": _SDXL_BETAS,
+    "LCMScheduler": _LCM,
+    "TCDScheduler": _LCM,
+}
+_DDPM_KIND = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")
+# the classes whose steps clip x0 where their config says so
+_CLIP_KEYS: Mapping[str, tuple[str, ...]] = {
+    "clip_sample": (*_DDPM_KIND, "HeunDiscreteScheduler", "LCMScheduler"),
+    "thresholding": (*_DDPM_KIND, "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+                     "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "LCMScheduler",
+                     "EDMDPMSolverMultistepScheduler"),
+}  # fmt: skip
+# what EDM's classes read; the rest of their configs is left over from other schedulers
+_EDM_READS = ("num_train_timesteps", "prediction_type", "sigma_min", "sigma_max", "final_sigmas_type", "thresholding",
+              "lower_order_final", "euler_at_final", *EDM)  # fmt: skip
+
+
+def checked_scheduler(config: Mapping, what: str, class_name: str | None = None) -> dict[str, Any]:
+    """A scheduler config that is sampled as it says, with what it leaves out filled in as diffusers has it.
+
+    what: names the model in messages. class_name: of the scheduler, where the config does not carry it.
+    Raises ModelFormatError for a scheduler or a setting that is not supported.
+    """
+    config = _mapping(config, f"the scheduler config of {what}")
+    name = config.get("_class_name") or class_name
+    if name not in (*VP_SCHEDULERS, *EDM_SCHEDULERS):
+        raise ModelFormatError(
+            f"the scheduler of {what} is {quoted(name)}{_kind_of(name)}; models that are sampled with timesteps "
+            f"({', '.join(VP_SCHEDULERS[:3])}, ...) or in EDM's form ({' or '.join(EDM_SCHEDULERS)}) are supported"
+        )
+    edm = name in EDM_SCHEDULERS
+    filled = {**({} if edm else {**_MISSING, **_MISSING_IN.get(name, {})}), **config, "_class_name": name}
+    unread = {key for key in filled if edm and key in SCHEDULER and key not in _EDM_READS}
+    unread |= {key for key, classes in _CLIP_KEYS.items() if name not in classes}
+    rules: Rules = {**SCHEDULER, **EDM} if edm else SCHEDULER
+    check_config(rules, filled, f"the scheduler ({name}) of {what}", "scheduler/scheduler_config.json", unread=unread)
+    if edm and config.get("prediction_type", "epsilon") == "sample":
+        raise ModelFormatError(
+            f"the scheduler ({name}) of {what} says prediction_type='sample', and EDM's preconditioning knows epsilon "
+            "and v_prediction"
+        )
+    betas = config.get("trained_betas")
+    if betas is not None and len(betas) != filled["num_train_timesteps"]:
+        raise ModelFormatError(
+            f"the scheduler ({name}) of {what} has {len(betas)} trained_betas for {filled['num_train_timesteps']} "
+            "num_train_timesteps; they must be as many"
+        )
+    if name in DISTILLED:
+        logger.warning("%s comes with %s: it was distilled to few steps, for requests with scheduler=%r", what, name,
+                       DISTILLED[name])  # fmt: skip
+    return filled
+
+
+def check_unet(config: Mapping, what: str) -> None:
+    """Raises ModelFormatError for a UNet config that asks for what the UNet does not compute."""
+    _check_class(config, ("UNet2DConditionModel",), f"the UNet of {what}")
+    check_config(UNET, config, f"the UNet of {what}", "unet/config.json")
+
+
+def check_vae(config: Mapping, what: str, latent_channels: int | None = None) -> None:
+    """Raises ModelFormatError for a VAE config that asks for what is not done, or for latents other than the UNet's."""
+    config = _mapping(config, f"the VAE config of {what}")
+    tiny = config.get("_class_name") == "AutoencoderTiny"
+    check_config(TINY_VAE if tiny else VAE, config, f"the VAE of {what}", "vae/config.json")
+    channels = config.get("latent_channels", 4)
+    if latent_channels is not None and channels != latent_channels:
+        raise ModelFormatError(
+            f"the VAE has {quoted(channels)} latent channels, the UNet {latent_channels}; use a VAE for SDXL"
+        )
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if (mean is None) != (deviation is None):
+        raise ModelFormatError(f"the VAE of {what} has only one of latents_mean and latents_std; it needs both or none")
+    for name, values in (("latents_mean", mean), ("latents_std", deviation)):
+        if values is not None and (not _numbers(values) or len(values) != channels):
+            raise ModelFormatError(
+                f"the VAE of {what} has {name}={quoted(values)}; it must be {channels} numbers, one for each channel"
+            )
+    if deviation is not None and min(deviation) <= 0:
+        raise ModelFormatError(f"the VAE of {what} has latents_std={quoted(deviation)}; deviations are above 0")
+    scale = config.get("scaling_factor", 1.0)
+    if not _numbers([scale]) or scale <= 0:
+        raise ModelFormatError(f"the VAE of {what} has scaling_factor={quoted(scale)}; it must be a number above 0")
+
+
+def check_text_encoder(config: Mapping, what: str) -> None:
+    """Raises ModelFormatError for a text encoder that is not CLIP's."""
+    check_config(TEXT_ENCODER, config, what, "its config.json", strict=False)
+
+
+def check_image_encoder(config: Mapping, what: str) -> None:
+    """Raises ModelFormatError for an image encoder that is not CLIP's."""
+    check_config(IMAGE_ENCODER, config, what, "its config.json", strict=False)
+
+
+def check_tokenizer(config: Mapping, what: str) -> None:
+    """Raises ModelFormatError for a tokenizer that is not CLIP's or that cuts texts in another way."""
+    check_config(TOKENIZER, config, what, "its tokenizer_config.json", strict=False)
+
+
+def check_feature_extractor(config: Mapping, what: str) -> None:
+    """Raises ModelFormatError for an image processor that prepares pictures in another way than CLIP's."""
+    check_config(FEATURE_EXTRACTOR, config, what, "its preprocessor_config.json", strict=False)
+
+
+def check_model_index(index: Mapping, what: str) -> None:
+    """Raises ModelFormatError for a pipeline of another kind, or one with parts that would be left out."""
+    index = _mapping(index, f"model_index.json of {what}")
+    _check_class(index, PIPELINES, what)
+    for key, value in index.items():
+        if key in PARTS or key not in MODEL_INDEX and isinstance(value, (list, tuple)):
+            if value is None or value == [None, None] or key in PARTS:
+                continue
+            raise ModelFormatError(
+                f"{what} has a part {key!r} ({quoted(value[-1] if value else value)}) that is not supported and would "
+                "be left out; take a pipeline without it, or take the part out of model_index.json"
+            )
+        check_config(MODEL_INDEX, {key: value}, what, "model_index.json")
+
+
+def check_config(
+    rules: Rules, config: Mapping, what: str, file: str, *, strict: bool = True, unread: frozenset | set = frozenset()
+) -> None:
+    """Hold the keys of a config, all but private ones and `unread`, against `rules`.
+
+    A key that no rule knows is refused unless it is switched off (null, false or empty); with strict=False, for
+    configs that a library builds its own modules from, it is said in the log.
+
+    Raises ModelFormatError.
+    """
+    for key, value in _mapping(config, f"the config of {what}").items():
+        if str(key).startswith("_") or key in unread:
+            continue
+        rule = rules.get(key)
+        if rule is None:
+            if value in (None, False, "", [], {}, ()):
+                continue
+            said = f"{what} says {key}={quoted(value)}, which is unknown here and may change its pictures"
+            if strict:
+                raise ModelFormatError(f"{said}; if it does not, take it out of {file}")
+            logger.warning("%s; it is left to the library that builds the part", said)
+        elif not rule.takes(value):
+            needed = f"it must be {rule.kind}" if rule.kind else f"supported is {' or '.join(map(repr, rule.allowed))}"
+            raise ModelFormatError(f"{what} says {key}={quoted(value)}, and {needed} ({rule.why}); see {file}")
+
+
+def _check_class(config: Mapping, known: tuple[str, ...], what: str) -> None:
+    name = _mapping(config, what).get("_class_name")
+    if name is not None and name not in known:
+        raise ModelFormatError(
+            f"{what} is of the class {quoted(name)}; {' or '.join(known)} is supported"
+        )
+
+
+def _kind_of(name) -> str:
+    return " (flow matching)" if isinstance(name, str) and name.startswith("Flow") else ""
+
+
+def _mapping(config, what: str) -> Mapping:
+    if not isinstance(config, Mapping):
+        raise ModelFormatError(f"{what} holds {quoted(config)} where an object is expected")
+    # arrays and tensors, which a config in memory may hold, as JSON would
+    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in config.items()}
+
+
+def _numbers(values) -> bool:
+    return isinstance(values, (list, tuple)) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in values
+    )

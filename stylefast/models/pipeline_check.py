@@ -1,0 +1,187 @@
+"""What a diffusers pipeline in memory carries beside its weights: taken over, refused by name, or said to be left out.
+
+Hooks, processors and methods that were put on a module change what the pipeline draws and are in no state dict.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from stylefast.errors import ModelError, ModelFormatError
+from stylefast.models.config_check import check_config, check_text_encoder, check_vae
+from stylefast.models.statements import MODEL_INDEX, PARTS, PIPELINES
+from stylefast.values import quoted
+
+logger = logging.getLogger(__name__)
+
+_PLAIN_ATTENTION = ("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "XFormersAttnProcessor",
+                    "SlicedAttnProcessor", "FusedAttnProcessor2_0", "XLAFlashAttnProcessor2_0")  # fmt: skip
+_IMAGE_ATTENTION = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
+_LIBRARIES = ("torch", "diffusers", "transformers")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FUSED = (".to_qkv.", ".to_kv.")
+_FREEU = ("s1", "s2", "b1", "b2")
+
+
+def check_pipeline(pipeline) -> None:
+    """Raises ModelFormatError or ModelError for what would change the pipeline's pictures and not the engine's."""
+    name = type(pipeline).__name__
+    absent = [part for part in PARTS[:7] if getattr(pipeline, part, None) is None]
+    if absent:
+        raise ModelFormatError(f"{name} has no {', '.join(absent)}; an SDXL base pipeline is needed")
+    if not {kind.__name__ for kind in type(pipeline).__mro__} & {*PIPELINES}:
+        raise ModelFormatError(
+            f"{name} draws in another way than {PIPELINES[0]}, which is supported; to take its model without that, "
+            f"give {PIPELINES[0]}.from_pipe(pipe)"
+        )
+    further = [part for part, value in pipeline.components.items() if part not in PARTS and value is not None]
+    if further:
+        raise ModelFormatError(
+            f"the pipeline has parts that would be left out ({', '.join(further)}); to take its model without them, "
+            f"give {PIPELINES[0]}.from_pipe(pipe)"
+        )
+    settings = {key: value for key, value in pipeline.config.items() if key not in PARTS}
+    check_config(MODEL_INDEX, settings, f"the pipeline ({name})", "its config")
+    if getattr(pipeline, "watermark", None) is not None:
+        logger.warning("the pipeline marks its pictures with an invisible watermark, and the engine's have none")
+    _check_scheduler(pipeline.scheduler)
+    _check_unet(inner(pipeline.unet))
+    for part in ("text_encoder", "text_encoder_2"):
+        encoder = inner(getattr(pipeline, part))
+        _check_modules(f"the pipeline's {part}", encoder)
+        check_text_encoder(encoder.config.to_dict(), f"the pipeline's {part}")
+    check_vae_module(pipeline.vae, "the pipeline")
+
+
+def check_vae_module(vae: nn.Module, what: str, latent_channels: int | None = None) -> None:
+    """Raises ModelFormatError for a module that is no VAE of SDXL's, or decodes latents of other channels."""
+    vae = inner(vae)
+    kinds = {kind.__name__ for kind in type(vae).__mro__} & {"AutoencoderKL", "AutoencoderTiny"}
+    if not kinds:
+        raise ModelFormatError(
+            f"the VAE of {what} is a {type(vae).__name__}; AutoencoderKL and AutoencoderTiny are supported"
+        )
+    check_vae({**vae.config, "_class_name": kinds.pop()}, what, latent_channels)
+
+
+def check_same_latents(own: Mapping, vae: nn.Module, what: str) -> None:
+    """Raises ModelFormatError for a VAE in place of the model's own, of config `own`, that normalises otherwise."""
+    theirs = inner(vae).config
+    for key in ("latents_mean", "latents_std"):
+        expected, found = own.get(key), theirs.get(key)
+        if (expected is None) != (found is None) or (expected is not None and [*expected] != [*found]):
+            raise ModelFormatError(
+                f"{what} works on latents of {key}={quoted(expected)}, the VAE given in place of its own on "
+                f"{quoted(found)}; use a VAE of this model's family"
+            )
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """The module inside one that `torch.compile` returned."""
+    return getattr(module, "_orig_mod", module)
+
+
+def unet_weights(unet: nn.Module) -> dict[str, torch.Tensor]:
+    """The UNet's own weights by diffusers' names; an IP-Adapter's and fused projections are left out.
+
+    Raises ModelError for weights that are quantised, of several types, not at hand, or out of step with fused ones.
+    """
+    state = {name.replace("_orig_mod.", ""): value for name, value in unet.state_dict().items()}
+    # an IP-Adapter's layers sit in the processors and in the projection of image embeddings
+    own = {name: value for name, value in state.items()
+           if ".processor." not in name and not name.startswith("encoder_hid_proj.")}  # fmt: skip
+    if len(own) < len(state):
+        logger.warning("the pipeline's IP-Adapter is left out; engine.load_adapter(file) loads it")
+    if any(value.is_meta for value in own.values()):
+        raise ModelError("the pipeline's UNet is offloaded; give a pipeline without enable_sequential_cpu_offload()")
+    foreign = {type(value).__name__ for value in own.values()} - {"Tensor", "Parameter"}
+    if foreign:
+        raise ModelError(f"the pipeline's UNet is quantised ({', '.join(foreign)}); load it in 16 or 32 bits")
+    types = {value.dtype for value in own.values()}
+    if len(types) > 1 or not types <= {*_FLOATS}:
+        shown = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
+        raise ModelError(
+            f"the pipeline's UNet holds weights in {shown}; it needs one of float32, float16 and bfloat16 throughout, "
+            "as pipe.to(torch.float16) gives it"
+        )
+    plain = {name: value for name, value in own.items() if not any(mark in name for mark in _FUSED)}
+    if any(type(one).__name__.startswith("Fused") for one in unet.attn_processors.values()):
+        _check_fused(own, plain)
+    return plain
+
+
+def _check_fused(state: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> None:
+    for name in state.keys() - plain.keys():
+        place, fused, kind = name.rsplit(".", 2)
+        if kind == "weight":
+            parts = [plain[f"{place}.to_{letter}.weight"] for letter in fused.removeprefix("to_")]
+            if not torch.equal(torch.cat(parts), state[name]):
+                raise ModelError(
+                    f"{place} has fused projections that differ from those they were made of; call "
+                    "unfuse_qkv_projections() on the pipeline before its weights change"
+                )
+
+
+def _check_scheduler(scheduler) -> None:
+    """Raises ModelError for a scheduler whose noise levels are not those of its config."""
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    if levels is None:
+        return
+    fresh = type(scheduler).from_config(scheduler.config).alphas_cumprod
+    if levels.shape != fresh.shape or not torch.allclose(levels.cpu(), fresh, rtol=1e-5, atol=0):
+        raise ModelError(
+            f"the noise levels of the pipeline's {type(scheduler).__name__} are not those of its config; say in the "
+            "config how they are made (rescale_betas_zero_snr, trained_betas)"
+        )
+
+
+def _check_unet(unet: nn.Module) -> None:
+    if "UNet2DConditionModel" not in {kind.__name__ for kind in type(unet).__mro__}:
+        raise ModelFormatError(f"the pipeline's UNet is a {type(unet).__name__}; UNet2DConditionModel is supported")
+    _check_modules("the pipeline's unet", unet)
+    hooked = [name for name, one in unet.named_modules() if one._forward_hooks or one._forward_pre_hooks]
+    if hooked:
+        raise ModelError(
+            f"the pipeline's UNet has forward hooks ({hooked[0] or 'on itself'}), which the engine would not call; "
+            "remove them"
+        )
+    if any(getattr(block, key, None) is not None for block in unet.up_blocks for key in _FREEU):
+        raise ModelError("FreeU is on in the pipeline and not supported; call disable_freeu() on it")
+    for place, processor in unet.attn_processors.items():
+        kind = type(processor)
+        own = kind.__module__.split(".")[0] == "diffusers"
+        if not own or kind.__name__ not in (*_PLAIN_ATTENTION, *_IMAGE_ATTENTION):
+            raise ModelError(
+                f"the pipeline's UNet has an attention processor {kind.__name__} ({place}), which the engine would not "
+                "call; unet.set_default_attn_processor() takes it off"
+            )
+
+
+def _check_modules(what: str, module: nn.Module) -> None:
+    """Raises ModelError for modules whose work is not their class's own: wrapped, patched, hooked or quantised."""
+    for name, one in module.named_modules():
+        place, kind = name or "itself", type(one)
+        library = kind.__module__.split(".")[0]
+        if library == "peft":
+            raise ModelError(
+                f"{what} holds LoRA layers ({place}); call fuse_lora() and unload_lora_weights() on the pipeline first"
+            )
+        if library not in _LIBRARIES:
+            raise ModelError(
+                f"{what} has a {kind.__name__} of {library} ({place}), quantised or patched; load the model in 16 or "
+                "32 bits without it"
+            )
+        hooks = getattr(getattr(one, "_diffusers_hook", None), "hooks", {})
+        if hooks:
+            raise ModelError(
+                f"{what} has diffusers' hook {', '.join(hooks)} ({place}), which is not supported; load the pipeline "
+                "without it"
+            )
+        if "forward" in vars(one) and not hasattr(one, "_hf_hook") and not hasattr(one, "_diffusers_hook"):
+            raise ModelError(
+                f"the forward of {what} was replaced ({place}), by DeepCache or its like; take that off the pipeline"
+            )
+        if any(parameter.is_meta for parameter in one.parameters(recurse=False)):
+            raise ModelError(f"{what} is offloaded; give a pipeline without enable_sequential_cpu_offload()")
