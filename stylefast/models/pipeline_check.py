@@ -36,13 +36,15 @@ def check_pipeline(pipeline) -> None:
             f"{name} draws in another way than {PIPELINES[0]}, which is supported; to take its model without that, "
             f"give {PIPELINES[0]}.from_pipe(pipe)"
         )
-    further = [part for part, value in pipeline.components.items() if part not in PARTS and value is not None]
+    # parts are stored by their class, as (library, name)
+    parts = [key for key, value in pipeline.config.items() if isinstance(value, (list, tuple))]
+    further = [part for part in parts if part not in PARTS and getattr(pipeline, part, None) is not None]
     if further:
         raise ModelFormatError(
             f"the pipeline has parts that would be left out ({', '.join(further)}); to take its model without them, "
             f"give {PIPELINES[0]}.from_pipe(pipe)"
         )
-    settings = {key: value for key, value in pipeline.config.items() if key not in PARTS}
+    settings = {key: value for key, value in pipeline.config.items() if key not in parts}
     check_config(MODEL_INDEX, settings, f"the pipeline ({name})", "its config")
     if getattr(pipeline, "watermark", None) is not None:
         logger.warning("the pipeline marks its pictures with an invisible watermark, and the engine's have none")
@@ -179,7 +181,8 @@ def _check_modules(what: str, module: nn.Module) -> None:
                 f"{what} has diffusers' hook {', '.join(hooks)} ({place}), which is not supported; load the pipeline "
                 "without it"
             )
-        if "forward" in vars(one) and not hasattr(one, "_hf_hook") and not hasattr(one, "_diffusers_hook"):
+        wrapped = any(hasattr(one, mark) for mark in ("_hf_hook", "_diffusers_hook", "_orig_mod"))
+        if "forward" in vars(one) and not wrapped:
             raise ModelError(
                 f"the forward of {what} was replaced ({place}), by DeepCache or its like; take that off the pipeline"
             )

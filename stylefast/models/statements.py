@@ -234,8 +234,9 @@ TOKENIZER: Rules = {
     **_only("tokenizer_class", ("CLIPTokenizer", "CLIPTokenizerFast", None), "both text encoders read CLIP's tokens"),
     **_each("model_max_length", "a prompt's length, where the encoder takes as many"),
     **_each("bos_token eos_token pad_token unk_token errors add_prefix_space added_tokens_decoder "
-            "additional_special_tokens extra_special_tokens do_lower_case special_tokens_map",
+            "additional_special_tokens extra_special_tokens special_tokens_map",
             "transformers' own tokenizer is built from it"),
+    **_only("do_lower_case", (True, None), "texts are put into lower case"),
     **_only("padding_side truncation_side", ("right", None), "prompts are padded and cut at their end"),
     **_only("split_special_tokens", _OFF, "an end token in the text ends it"),
     **_only("add_bos_token add_eos_token", (True, None), "a prompt has both"),

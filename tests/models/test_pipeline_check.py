@@ -1,0 +1,180 @@
+"""What a pipeline in memory carries beside its weights is taken over, refused by name, or said to be left out."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import nn
+
+from stylefast.errors import ModelError, ModelFormatError
+from stylefast.models.checkpoint import from_pipeline, load_components
+from stylefast.models.layout import AttentionLayout
+from stylefast.models.pipeline_check import unet_weights
+from tests.small_adapter import global_adapter
+from tests.small_checkpoints import write_folder
+from tests.small_sdxl import small_pipeline, small_tiny_vae, small_unet_config, small_vae_config
+
+
+@pytest.fixture(scope="module")
+def original():
+    shallow = small_unet_config(depth=(1, 1, 1), layers_per_block=1)
+    return small_pipeline(seed=3, unet_config=shallow)
+
+
+@pytest.fixture
+def pipe(original):
+    """A pipeline of its own, for a test to change."""
+    parts = copy.deepcopy(original.components)
+    made = type(original)(**parts, force_zeros_for_empty_prompt=True, add_watermarker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def refused(pipe, words, error=ModelError):
+    with pytest.raises(error, match=words):
+        from_pipeline(pipe)
+
+
+def test_a_plain_pipeline_is_taken_without_a_word(pipe, caplog):
+    from_pipeline(pipe)
+    assert not caplog.records
+
+
+def test_freeu_is_refused_until_it_is_off(pipe):
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    refused(pipe, "FreeU.*disable_freeu")
+    pipe.disable_freeu()
+    from_pipeline(pipe)
+
+
+def test_fused_projections_give_the_weights_they_were_made_of(pipe, original):
+    pipe.fuse_qkv_projections()
+    state = from_pipeline(pipe).unet_state
+    expected = original.unet.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    with torch.no_grad():
+        next(one for name, one in pipe.unet.named_parameters() if "attn1.to_k." in name).add_(1.0)
+    refused(pipe, "fused projections that differ.*unfuse_qkv_projections")
+
+
+class OwnProcessor:
+    def __call__(self, attention, hidden_states, *arguments, **options):
+        return hidden_states
+
+
+def test_attention_of_ones_own_is_refused_and_that_of_libraries_is_not(pipe):
+    pipe.enable_attention_slicing()
+    from_pipeline(pipe)
+    pipe.unet.set_attn_processor(AttnProcessor())
+    from_pipeline(pipe)
+    pipe.unet.set_attn_processor({**dict.fromkeys(pipe.unet.attn_processors, AttnProcessor2_0()),
+                                  next(iter(pipe.unet.attn_processors)): OwnProcessor()})  # fmt: skip
+    refused(pipe, "OwnProcessor.*set_default_attn_processor")
+
+
+class OwnBlock(nn.Linear):
+    pass
+
+
+CARRIED = {
+    "a forward put on a block": (
+        lambda pipe: setattr(pipe.unet.mid_block, "forward", lambda *_, **__: None), "forward.*replaced.*mid_block"),
+    "a forward hook": (lambda pipe: pipe.unet.conv_in.register_forward_hook(lambda *_: None), "forward hooks.*conv_in"),
+    "a hook before forward": (lambda pipe: pipe.unet.register_forward_pre_hook(lambda *_: None), "on itself"),
+    "a class put on a layer": (
+        lambda pipe: setattr(pipe.unet.time_embedding.linear_1, "__class__", OwnBlock), "OwnBlock.*or patched"),
+    "layerwise casting": (
+        lambda pipe: pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32), "layerwise_casting"),
+    "group offload": (
+        lambda pipe: pipe.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level"),
+        "group_offloading"),
+    "weights of two types": (lambda pipe: pipe.unet.conv_in.half(), "float16, float32.*pipe.to"),
+    "double precision": (lambda pipe: pipe.unet.double(), "float64"),
+    "weights that are not there": (lambda pipe: pipe.unet.conv_in.to("meta"), "offloaded"),
+    "a text encoder that is not there": (lambda pipe: pipe.text_encoder.to("meta"), "text_encoder is offloaded"),
+    "levels changed by hand": (
+        lambda pipe: setattr(pipe.scheduler, "alphas_cumprod", pipe.scheduler.alphas_cumprod**2), "noise levels"),
+    "flow matching": (
+        lambda pipe: pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler()), "flow matching"),
+    "clipping": (
+        lambda pipe: pipe.register_modules(scheduler=DDIMScheduler(clip_sample=True)), "clip_sample=True"),
+    "another UNet": (lambda pipe: setattr(pipe, "unet", nn.Linear(1, 1)), "UNet is a Linear"),
+    "another VAE": (lambda pipe: setattr(pipe, "vae", nn.Linear(1, 1)), "VAE of the pipeline is a Linear"),
+    "latents of other channels": (
+        lambda pipe: setattr(pipe, "vae", type(pipe.vae)(**small_vae_config(latent_channels=16))), "16 channels"),
+    "a refiner's settings": (
+        lambda pipe: pipe.register_to_config(requires_aesthetics_score=True), "requires_aesthetics_score"),
+    "a further part": (
+        lambda pipe: pipe.register_modules(second_scheduler=DDIMScheduler()), "left out .second_scheduler.*from_pipe"),
+    "a missing part": (lambda pipe: setattr(pipe, "text_encoder", None), "has no text_encoder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CARRIED)
+def test_refuses_by_name(pipe, what):
+    put, words = CARRIED[what]
+    put(pipe)
+    refused(pipe, words)
+
+
+def test_lora_layers_are_refused_on_text_encoders_too(pipe):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), pipe.text_encoder_2)
+    refused(pipe, "text_encoder_2 holds LoRA layers.*unload_lora_weights")
+
+
+def test_a_quantised_tensor_is_refused(original):
+    class Packed(torch.Tensor):
+        pass
+
+    unet = copy.deepcopy(original.unet)
+    weight = unet.conv_in.weight.detach()
+    unet.state_dict = lambda: {"conv_in.weight": weight.as_subclass(Packed)}
+    with pytest.raises(ModelError, match="quantised .Packed."):
+        unet_weights(unet)
+
+
+def test_a_pipeline_with_a_controlnet_is_refused_with_the_way_to_leave_it_out(original):
+    from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, StableDiffusionXLImg2ImgPipeline
+
+    controlnet = ControlNetModel.from_unet(original.unet)
+    refused(StableDiffusionXLControlNetPipeline(**original.components, controlnet=controlnet, add_watermarker=False),
+            "ControlNetPipeline draws in another way.*from_pipe", ModelFormatError)  # fmt: skip
+    from_pipeline(StableDiffusionXLImg2ImgPipeline(**original.components, add_watermarker=False))
+
+
+def test_a_loaded_ip_adapter_and_a_watermarker_are_left_out_and_said(pipe, original, caplog):
+    pipe.unet._load_ip_adapter_weights([global_adapter(AttentionLayout.from_config(dict(pipe.unet.config)))])
+    pipe.watermark = object()
+    with caplog.at_level(logging.WARNING):
+        components = from_pipeline(pipe)
+    assert components.unet_state.keys() == original.unet.state_dict().keys()
+    assert "IP-Adapter is left out" in caplog.text and "watermark" in caplog.text
+
+
+def test_compiled_modules_and_a_tiny_vae_are_taken(pipe, original):
+    pipe.unet = torch.compile(pipe.unet)
+    pipe.unet._orig_mod.mid_block = torch.compile(pipe.unet._orig_mod.mid_block)
+    pipe.vae = torch.compile(small_tiny_vae())
+    components = from_pipeline(pipe)
+    assert components.unet_state.keys() == original.unet.state_dict().keys()
+    assert type(components.vae).__name__ == "AutoencoderTiny"
+
+
+def test_the_scheduler_is_known_by_its_class(pipe):
+    pipe.scheduler = EDMEulerScheduler()
+    assert from_pipeline(pipe).scheduler_config["_class_name"] == "EDMEulerScheduler"
+
+
+def test_a_vae_in_place_of_one_that_normalises_latents_is_refused(tmp_path):
+    normalised = small_vae_config(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    folder = write_folder(small_pipeline(vae_config=normalised), tmp_path / "model")
+    plain = small_pipeline(seed=1).vae
+    with pytest.raises(ModelFormatError, match="latents_mean=.*in place of its own on None"):
+        load_components(folder, vae=plain)
+    assert load_components(folder, vae=load_components(folder).vae).vae.config["latents_std"] == [2.0] * 4
