@@ -50,12 +50,13 @@ class Rule:
 
     @property
     def verdict(self) -> str:
-        """ "done", "irrelevant" or "refused but for ..."."""
+        """ "done", "irrelevant", or the values that are done while others are refused."""
         if self.irrelevant:
             return "irrelevant"
         if self.allowed is None:
             return "done"
-        return f"refused but for {', '.join(f'`{_json(value)}`' for value in self.allowed)}"
+        shown = dict.fromkeys(f"`{_json(value)}`" for value in self.allowed)
+        return f"{', '.join(shown)} done, others refused"
 
     def takes(self, value) -> bool:
         """Whether a value (as JSON holds it) may stand there."""
@@ -71,11 +72,17 @@ def _number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _pair(value) -> tuple:
+    return tuple(value) if isinstance(value, (list, tuple)) and len(value) == 2 else (value,)
+
+
 KINDS: Mapping[str, Callable[[object], bool]] = {
     "a number": _number,
     "a number or null": lambda value: value is None or _number(value),
     "a whole number from 1 to 100000": lambda value: type(value) is int and 1 <= value <= 100_000,
     "a whole number": lambda value: type(value) is int and abs(value) <= 100_000,
+    "a whole number, two of them, or null": lambda value: value is None
+    or all(type(side) is int and 1 <= side <= 100_000 for side in _pair(value)),
     "true or false": lambda value: value is None or isinstance(value, bool),
     "a list of numbers, or null": lambda value: value is None
     or (isinstance(value, (list, tuple)) and all(map(_number, value))),
@@ -145,21 +152,25 @@ EDM: Rules = {
 }
 
 UNET: Rules = {
-    **_each("sample_size", "the size of a picture where a request names none"),
+    **_each("sample_size", "the size of a picture where a request names none", "a whole number, two of them, or null"),
     **_only("in_channels out_channels", (4,), "inpainting and editing models take more, models of other latents too"),
     **_only("center_input_sample", _OFF, "inputs are not rescaled"),
-    **_each("flip_sin_to_cos freq_shift", "the embedding of timesteps and sizes"),
+    **_each("flip_sin_to_cos", "the embedding of timesteps and sizes", "true or false"),
+    **_each("freq_shift", "the embedding of timesteps and sizes", "a number"),
     **_each("down_block_types up_block_types", "where attention sits; of `DownBlock2D`, `CrossAttnDownBlock2D` and "
             "their like upwards, others are refused"),
     **_each("mid_block_type block_out_channels layers_per_block transformer_layers_per_block "
-            "reverse_transformer_layers_per_block attention_head_dim num_attention_heads cross_attention_dim "
-            "norm_num_groups norm_eps use_linear_projection", "the shape of the network"),
+            "reverse_transformer_layers_per_block attention_head_dim num_attention_heads use_linear_projection",
+            "the shape of the network"),
+    **_each("cross_attention_dim norm_num_groups", "the shape of the network", "a whole number from 1 to 100000"),
+    **_each("norm_eps", "what norms add to variances", "a number"),
     **_only("only_cross_attention dual_cross_attention", _OFF, "a block has a self- and a cross-attention"),
     **_only("mid_block_only_cross_attention", _OFF, "a block has a self- and a cross-attention"),
     **_only("downsample_padding", (1,), "as SDXL's"),
     **_only("mid_block_scale_factor resnet_out_scale_factor", (1,), "outputs of blocks are not rescaled"),
     **_no_matter("dropout", "none at inference"),
-    **_no_matter("upcast_attention", "scores and softmax are taken in float32 in every type"),
+    **_no_matter("upcast_attention", "the engine's kernels take scores and softmax in float32; TensorRT's choose for "
+                 "themselves"),
     **_only("act_fn", ("silu",), "as SDXL's"),
     **_only("encoder_hid_dim", (None,), "text states are not projected"),
     **_only("encoder_hid_dim_type", (None,), "`ip_image_proj`, which a loaded IP-Adapter writes there, is left out of "
@@ -168,7 +179,7 @@ UNET: Rules = {
     **_only("class_embeddings_concat", _OFF, "there are no classes"),
     **_only("addition_embed_type", ("text_time",), "pooled text and sizes, as SDXL's"),
     **_each("addition_time_embed_dim projection_class_embeddings_input_dim", "the embedding of sizes; 2560 is the "
-            "refiner's and refused"),
+            "refiner's and refused", "a whole number from 1 to 100000"),
     **_no_matter("addition_embed_type_num_heads", "read for other kinds of addition_embed_type"),
     **_only("resnet_time_scale_shift", ("default",), "the time embedding is added"),
     **_only("resnet_skip_time_act", _OFF, "the time embedding is activated in every block"),
@@ -282,7 +293,7 @@ def _same(value, allowed) -> bool:
 def _json(value) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return str(value)
+    return str(value).replace("-inf", "-Infinity")
 
 
 # what a single file says beside its weights: key or metadata -> (verdict, why)
@@ -306,7 +317,7 @@ SINGLE_FILE: Mapping[str, tuple[str, str]] = {
 
 # what a pipeline in memory carries -> (verdict, why)
 IN_MEMORY: Mapping[str, tuple[str, str]] = {
-    "its class": ("refused but for the three of SDXL's", "ControlNet, PAG and editing pipelines do more; "
+    "its class": ("SDXL's three done, others refused", "ControlNet, PAG and editing pipelines do more; "
                   "`StableDiffusionXLPipeline.from_pipe(pipe)` leaves that out knowingly"),
     "other parts (`controlnet`, `adapter`)": ("refused", "they would be left out"),
     "a scheduler whose levels were changed by hand": ("refused", "its config no longer says what it does"),

@@ -105,7 +105,7 @@ CARRIED = {
     "another UNet": (lambda pipe: setattr(pipe, "unet", nn.Linear(1, 1)), "UNet is a Linear"),
     "another VAE": (lambda pipe: setattr(pipe, "vae", nn.Linear(1, 1)), "VAE of the pipeline is a Linear"),
     "latents of other channels": (
-        lambda pipe: setattr(pipe, "vae", type(pipe.vae)(**small_vae_config(latent_channels=16))), "16 channels"),
+        lambda pipe: setattr(pipe, "vae", type(pipe.vae)(**small_vae_config(latent_channels=16))), "16 latent"),
     "a refiner's settings": (
         lambda pipe: pipe.register_to_config(requires_aesthetics_score=True), "requires_aesthetics_score"),
     "a further part": (

@@ -199,9 +199,8 @@ OTHER_UNETS = {
     "time_embedding_act_fn": "silu", "timestep_post_act": "silu", "time_cond_proj_dim": 256, "conv_in_kernel": 1,
     "conv_out_kernel": 1, "attention_type": "gated", "cross_attention_norm": "layer_norm", "in_channels": 9,
     "out_channels": 8, "addition_embed_type": "text", "mid_block_only_cross_attention": True,
-    "quantization_config": {"bits": 4}, "block_warp": 2,
-    "down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "quantization_config": {"bits": 4}, "block_warp": 2, "cross_attention_dim": [64, 64, 64], "norm_num_groups": None,
+    "sample_size": "128", "freq_shift": None, "norm_eps": "small", "addition_time_embed_dim": 8.5,
 }  # fmt: skip
 
 
@@ -223,7 +222,7 @@ OTHER_VAES = {
     "too few means": ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 4}, "latents_mean=.*4 numbers"),
     "no deviation": ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "above 0"),
     "words": ({"latents_mean": ["a"] * 4, "latents_std": [1.0] * 4}, "4 numbers"),
-    "another depth of latents": ({"latent_channels": 16}, "16 channels and the UNet of 4"),
+    "another depth of latents": ({"latent_channels": 16}, "16 latent channels, the UNet 4"),
     "pictures with alpha": ({"in_channels": 4}, "in_channels=4"),
     "a scale of zero": ({"scaling_factor": 0.0}, "scaling_factor=0.0"),
     "what nobody knows": ({"patch": 2}, "patch=2"),
