@@ -9,6 +9,7 @@ from pathlib import Path
 from stylefast.commands.bank_report import CONTENTS, shown_bytes
 from stylefast.commands.generate import (
     DEFAULT_MODEL,
+    SCHEDULERS_HELP,
     ModelChoice,
     add_model_arguments,
     check_schedules,
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("sampling; what pictures must have to use the bank").add_argument
     group("--steps", type=int, help="denoising steps (default: 30)")
-    group("--scheduler", metavar="NAME", help="as of `stylefast generate` (default: euler)")
+    group("--scheduler", metavar="NAME", help=f"{SCHEDULERS_HELP} (default: euler)")
     group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
     group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
     group("--guidance", type=float, help="of a reference that is made from a prompt; 1 or less bakes a bank for "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stylefast.commands.bank_report import shown_bytes
 from stylefast.commands.generate import DEFAULT_MODEL
+from stylefast.commands.parser import Parser
 from stylefast.errors import EngineMismatch, InvalidRequest
 
 SUMMARY = "Write a model for other runtimes, every style and strength being an input."
@@ -41,14 +42,16 @@ KINDS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """One command per kind; None means that an option was not given."""
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    parser.set_defaults(run=parser.show_help)
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND")
     for kind, (summary, examples) in KINDS.items():
         own = kinds.add_parser(
             kind, help=summary, description=summary, epilog=f"examples:\n{examples}\n", allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
+        own.set_defaults(run=run)
         _add_common(own, kind)
         if kind == "tensorrt":
             _add_tensorrt(own)

@@ -32,6 +32,13 @@ _CALL_OPTIONS = (
     "method", "style_prompt", "adain", "shift", "layers", "share_group_norm", "blocks", "scale", "content",
     "content_scale", "learned", "context",
 )  # fmt: skip
+# written out, since the tables that hold the names load torch
+SCHEDULERS_HELP = """\
+ddim, euler, euler_karras, euler_exponential, euler_ancestral, dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_exponential,
+dpmpp_2m_sde, dpmpp_2m_sde_karras, dpmpp_2m_sde_exponential, dpmpp_3m, dpmpp_3m_karras, dpmpp_3m_exponential,
+dpmpp_3m_sde, dpmpp_3m_sde_karras, dpmpp_3m_sde_exponential, dpmpp_sde, dpmpp_sde_karras, dpmpp_sde_exponential,
+unipc, unipc_karras, unipc_exponential, lcm, tcd, or for few-step models: sdxl_turbo, sdxl_lightning,
+sdxl_lightning_1step, hyper_sd, hyper_sd_unified, hyper_sd_1step_unet"""
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _INTERVAL = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*")
 
@@ -56,11 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group("--guidance-rescale", type=float, help="0 to 1; pulls the contrast of strong guidance back (default: 0)")
     group("--seed", type=int, help="of the first picture; the next ones count up; -1 draws one (default: 0)")
     group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
-    group("--scheduler", metavar="NAME", help="ddim, euler, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, "
-          "dpmpp_3m_sde, dpmpp_sde, unipc, lcm or tcd; euler, unipc and the dpmpp ones also with _karras or "
-          "_exponential behind them; or a preset for few-step models: sdxl_turbo, sdxl_lightning, "
-          "sdxl_lightning_1step, hyper_sd, hyper_sd_unified or hyper_sd_1step_unet "
-          "(default: euler, or that of --style)")  # fmt: skip
+    group("--scheduler", metavar="NAME", help=f"{SCHEDULERS_HELP} (default: euler, or that of --style)")
     group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
     group("--guidance-interval", metavar="A-B", help="fractions of the steps in which guidance acts, e.g. 0-0.8 "
           "(default: 0-1)")  # fmt: skip

@@ -19,7 +19,7 @@ from stylefast.models.config_check import (
     checked_scheduler,
 )
 from stylefast.models.config_files import build, read_config, style_modules
-from stylefast.models.hub import HubOptions, hub_folder, is_hub_id, is_whole, present, wanted_files
+from stylefast.models.hub import HubOptions, cached_ids, hub_folder, is_hub_id, is_whole, present, wanted_files
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.layout import STYLE_MODULE, AttentionLayout, UNetShape
 from stylefast.models.packed import channels_last
@@ -249,7 +249,7 @@ def _find_on_hub(source, path: Path, dtype, variant, vae, tokenizer, hub: HubOpt
     if path.suffix in (".safetensors", *PICKLED) or not is_hub_id(str(source)):
         raise ModelNotFound(
             f"nothing at {path}; give 'tiny', a diffusers folder, a .safetensors file, or a hub id such as "
-            "'stabilityai/stable-diffusion-xl-base-1.0'"
+            f"'stabilityai/stable-diffusion-xl-base-1.0'{_meant(str(source), path)}"
         )
     half = dtype != torch.float32
     # what the caller gives by hand is neither missed nor fetched
@@ -268,6 +268,12 @@ def _find_on_hub(source, path: Path, dtype, variant, vae, tokenizer, hub: HubOpt
         return wanted_files(names, half, variant, (*parts, *configs))
 
     return hub_folder(str(source), complete, select, hub)
+
+
+def _meant(source: str, path: Path) -> str:
+    """What a name of nothing was probably meant to be: the embedded model, a cached one, or one beside it."""
+    beside = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return values.did_you_mean(source, ("tiny", *cached_ids(), *beside))
 
 
 def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubOptions) -> Components:

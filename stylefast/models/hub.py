@@ -56,6 +56,15 @@ def is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(source)) and not source.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
 
 
+def cached_ids() -> list[str]:
+    """Ids of the repositories in the hub's cache, whole or not."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
+    names = [entry.name for entry in folder.glob("models--*")] if folder.is_dir() else []
+    return sorted(name.removeprefix("models--").replace("--", "/") for name in names)
+
+
 def pick_weights(names: Iterable[str], half: bool, variant: str | None = "auto") -> list[str]:
     """The weight files to load among the file names of one component's folder; empty if there are none.
 
@@ -178,8 +187,9 @@ def _how_to_get(repo_id: str, reason: str, options: HubOptions) -> str:
 
     name, cache = repo_id.split("/")[-1], options.cache_dir or huggingface_hub.constants.HF_HUB_CACHE
     which = "" if options.revision is None else f" --revision {options.revision}"
+    near = values.did_you_mean(repo_id, [known for known in cached_ids() if known != repo_id])
     return (
         f"{repo_id!r} is not whole in the cache ({cache}) and {reason}. On a machine with "
         f"network run `hf download {repo_id}{which} --local-dir {name}` (formerly `huggingface-cli download`), copy "
-        f"the folder {name} here and give its path instead of the id; model='tiny' needs no download"
+        f"the folder {name} here and give its path instead of the id; model='tiny' needs no download{near}"
     )

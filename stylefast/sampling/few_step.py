@@ -8,7 +8,7 @@ from stylefast import values
 from stylefast.errors import InvalidRequest
 from stylefast.sampling.edm import check_edm, is_edm
 from stylefast.sampling.noise_levels import SDXL_SCHEDULER
-from stylefast.sampling.schedule import SCHEDULERS, Schedule, make_schedule
+from stylefast.sampling.schedule import KARRAS_SCHEDULERS, SCHEDULER_NAMES, SCHEDULERS, Schedule, make_schedule
 from stylefast.sampling.spacing import EXPONENTIAL, KARRAS
 
 
@@ -70,10 +70,14 @@ def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spac
 
     Raises InvalidRequest for an unknown name, a count or a spacing that it does not take.
     """
-    known = tuple(dict.fromkeys((*SCHEDULERS, *FEW_STEP_PRESETS)))
-    if values.text("scheduler", name).removesuffix(f"_{KARRAS}").removesuffix(f"_{EXPONENTIAL}") not in known:
-        values.one_of("scheduler", name, known)
-    if name not in FEW_STEP_PRESETS or name in SCHEDULERS:
+    base = values.text("scheduler", name).removesuffix(f"_{KARRAS}").removesuffix(f"_{EXPONENTIAL}")
+    if base not in SCHEDULERS and name not in FEW_STEP_PRESETS:
+        raise InvalidRequest(
+            f"scheduler {values.quoted(name)} is unknown; choose one of {', '.join(SCHEDULERS)}, or with "
+            f"'_{KARRAS}' or '_{EXPONENTIAL}' behind it one of {', '.join(KARRAS_SCHEDULERS)}, or a preset for few-step models: "
+            f"{', '.join(FEW_STEP_PRESETS)}{values.did_you_mean(name, (*SCHEDULER_NAMES, *FEW_STEP_PRESETS))}"
+        )
+    if base in SCHEDULERS:
         return make_schedule(name, steps, config, spacing=spacing)
     if is_edm(config):
         check_edm(name, config)

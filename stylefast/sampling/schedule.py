@@ -42,6 +42,8 @@ SCHEDULERS = (
 KARRAS_SCHEDULERS = ("euler", "dpmpp_2m", "unipc", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde", "dpmpp_sde")
 # those that take explicit timesteps
 TIMESTEP_SCHEDULERS = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde", "dpmpp_sde", "lcm", "tcd")
+# every name that `make_schedule` takes
+SCHEDULER_NAMES = (*SCHEDULERS, *(f"{name}_{ending}" for ending in (KARRAS, EXPONENTIAL) for name in KARRAS_SCHEDULERS))
 MAX_STEPS = 1000
 
 _DEFAULT_ETA = {"ddim": 0.0, "tcd": 0.3}
@@ -234,7 +236,7 @@ def _split(name: str) -> tuple[str, str | None]:
         raise InvalidRequest(
             f"scheduler {values.quoted(name)} is unknown; choose one of {', '.join(SCHEDULERS)}, or with '_{KARRAS}' "
             f"or '_{EXPONENTIAL}' behind it one of {', '.join(KARRAS_SCHEDULERS)}"
-            f"{values.did_you_mean(name, SCHEDULERS)}"
+            f"{values.did_you_mean(name, SCHEDULER_NAMES)}"
         )
     return base, suffix
 

@@ -419,7 +419,7 @@ def _checked_blocks(blocks) -> str | dict | tuple[str, ...]:
         if _spelled(blocks) not in PRESETS:
             raise StyleError(
                 f"blocks={values.quoted(blocks)} is no preset; there are {', '.join(map(repr, PRESETS))}; layer names "
-                f"go in a list, as in [{STYLE_MODULE!r}]{values.did_you_mean(_spelled(blocks), PRESETS)}"
+                f"go in a list, as in [{STYLE_MODULE!r}]{values.did_you_mean(blocks, (*PRESETS, *_ALIASES))}"
             )
         return str.__str__(blocks)
     if isinstance(blocks, Mapping):

@@ -155,6 +155,7 @@ class StyleAligned:
                 raise StyleError(
                     f"layers={values.quoted(self.layers)} matches no self-attention layer; modules are "
                     f"{', '.join(layout.modules)}"
+                    f"{values.did_you_mean(patterns[0], {name.split('.')[0] for name in names} | {*layout.modules})}"
                 )
         return chosen & ~plain_layers(len(names), self.only_self_level)
 

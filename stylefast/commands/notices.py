@@ -1,0 +1,36 @@
+"""What the package warns of while a command runs, as lines on stderr."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """Show the package's log from WARNING up as lines on stderr, above a progress bar if there is one."""
+    handler, logger = _Lines(logging.WARNING), logging.getLogger("stylefast")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def warn(message: str) -> None:
+    """Print a warning of the command line itself."""
+    say(f"warning: {message}")
+
+
+def say(line: str) -> None:
+    """Print one line on stderr, above a progress bar if there is one."""
+    line, bars = " ".join(line.split()), sys.modules.get("tqdm")
+    if bars is None:
+        print(line, file=sys.stderr)
+    else:
+        bars.tqdm.write(line, file=sys.stderr)

@@ -1,0 +1,80 @@
+"""The argument parser: one line for what is wrong, with the help that knows better and the word that was meant."""
+
+import argparse
+import textwrap
+
+from stylefast import values
+from stylefast.errors import InvalidRequest
+
+_SHOWN = 200  # characters of what was typed that a message quotes
+# options as other tools name them -> ours
+_ELSEWHERE = {
+    "--prompt": "the prompt without an option in front",
+    "--guidance-scale": "--guidance",
+    "--cfg": "--guidance",
+    "--cfg-scale": "--guidance",
+    "--num-inference-steps": "--steps",
+    "--num-images": "--count",
+    "--num-images-per-prompt": "--count",
+    "--batch-size": "--count",
+    "--sampler": "--scheduler",
+    "--width": "--size WIDTHxHEIGHT",
+    "--height": "--size WIDTHxHEIGHT",
+    "--resolution": "--size WIDTHxHEIGHT",
+    "--ip-adapter": "--adapter",
+    "--precision": "--dtype",
+    "--checkpoint": "--model",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a bad argument as this project does: one line, no usage above it.
+
+    What a subcommand does not know is an error of that subcommand, so that its own help is named.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse as argparse does. Raises InvalidRequest for arguments that are left over."""
+        namespace, left = super().parse_known_args(args, namespace)
+        if left:
+            shown = textwrap.shorten(" ".join(left), _SHOWN, placeholder=" ...")
+            self.error(f"unrecognized arguments: {shown}{self._meant(left[0])}")
+        return namespace, left
+
+    def show_help(self, arguments: argparse.Namespace) -> int:
+        """Print the help; the `run` of a command that needs another word behind it."""
+        self.print_help()
+        return 0
+
+    def error(self, message):
+        """Raise InvalidRequest with the message and the help to look at."""
+        raise InvalidRequest(f"{message} (see `{self.prog} --help`)")
+
+    def _meant(self, word: str) -> str:
+        name, _, _ = word.partition("=")
+        if not name.startswith("-"):
+            return "; write all prompts together, before the options or after them" if self._takes_prompts() else ""
+        if name in _ELSEWHERE and self._takes_prompts():
+            return f"; here that is {_ELSEWHERE[name]}"
+        below = self._subparsers_by_name()
+        home = next((other for other, parser in below.items() if name in parser._option_string_actions), None)
+        if home is not None:
+            return f"; it stands behind the command: {self.prog} {home} ... {name}"
+        return values.did_you_mean(name, self._option_string_actions)
+
+    def _subparsers_by_name(self) -> dict[str, "Parser"]:
+        found = {}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found |= action.choices
+        return found
+
+    def _takes_prompts(self) -> bool:
+        return any(action.dest == "prompts" for action in self._actions)
+
+    def _check_value(self, action, value):
+        if action.choices is None or value in action.choices:
+            return
+        choices = ", ".join(map(str, action.choices))
+        meant = values.did_you_mean(value, map(str, action.choices))
+        raise argparse.ArgumentError(action, f"invalid choice: {value!r}; choose from {choices}{meant}")
