@@ -47,8 +47,7 @@ def run_again(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(_comparison(before, result.images[place], arguments.source), file=sys.stderr)
     kept = Result([result.images[place]], [result.latents[place]], [now])
-    for path in save(destination, kept, choice, arguments.grid):
-        print(path)
+    save(destination, kept, choice, arguments.grid)
     return 0
 
 

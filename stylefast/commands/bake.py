@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Bake the style and print the file's path."""
+    from stylefast.commands.folder_lock import beside, only_writer
     from stylefast.runtime.baking import bake_request
 
     choice = ModelChoice.of(arguments)
@@ -75,12 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
     request = bake_request(style, settings)
     check_schedules([request])
     out = _target(arguments, style)
-    engine = load(choice, arguments.quiet)
-    store = arguments.store or "kv"
-    if not arguments.quiet:
-        print(_plan(engine, request, store, arguments.store_dtype or "auto", out), file=sys.stderr)
-    start = time.perf_counter()
-    _bake(engine, style, settings, store, out, arguments)
+    # two that bake one file would both work for it, and one in vain
+    with only_writer(out, beside(out), patience=0, required=True):
+        engine = load(choice, arguments.quiet)
+        store = arguments.store or "kv"
+        if not arguments.quiet:
+            print(_plan(engine, request, store, arguments.store_dtype or "auto", out), file=sys.stderr)
+        start = time.perf_counter()
+        _bake(engine, style, settings, store, out, arguments)
     if not arguments.quiet:
         size, seconds = shown_bytes(out.stat().st_size), time.perf_counter() - start
         print(f"{out}: {size} in {seconds:.1f} s; use it with\n  {_use(arguments, choice, out)}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -59,25 +60,56 @@ class Chapter:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make all pictures in a new folder, then give it its name; an older demo there is replaced."""
-    out = Path(arguments.out)
+    from stylefast.commands.folder_lock import beside, only_writer
+
+    out = Path(arguments.out).expanduser().absolute()
     _check_folder(out, arguments.overwrite)
     choice = generate.ModelChoice.of(arguments)
     chapters = plan(choice.folder)
-    engine = generate.load(choice, arguments.quiet)
-    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        part.mkdir(parents=True)
-        (part / MARK).touch()
-        _make_all(chapters, engine, choice, arguments, part)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(part, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with only_writer(out, beside(out), patience=0, required=True):
+            _remove_parts(out)
+            part = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+            try:
+                part.mkdir()
+                (part / MARK).touch()
+                engine = generate.load(choice, arguments.quiet)
+                _make_all(chapters, engine, choice, arguments, part)
+                _replace(out, part)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise InvalidRequest(f"can't write {out} ({error.strerror or error}); choose another --out") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    print(out / PAGE)
+    if not arguments.quiet:
+        print(f"open {(out / PAGE).as_uri()}", file=sys.stderr)
+    print(Path(arguments.out) / PAGE)
     return 0
+
+
+def _replace(out: Path, part: Path) -> None:
+    """Give a finished demo its name; the one that has it stays whole until then."""
+    old = out.with_name(f"{part.name}-old")
+    if out.exists():
+        os.rename(out, old)
+    try:
+        os.rename(part, out)
+    except OSError:
+        if old.exists():
+            os.rename(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_parts(out: Path) -> None:
+    """Remove what demos left that were killed; if that was between two names, the older one comes back."""
+    parts = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}(-old)?")
+    for path in sorted(out.parent.iterdir()):
+        match = parts.fullmatch(path.name)
+        if match and match[1] and not out.exists():
+            os.rename(path, out)
+        elif match and (path / MARK).is_file() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def plan(model_folder: Path) -> tuple[Chapter, ...]:
@@ -190,7 +222,7 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
                 requests = generate.requests_of(parsed, choice.folder)
                 destination = Destination(folder / call.name, [request.prompt for request in requests])
                 result = generate.make(engine, requests, quiet=True)
-                paths = generate.save(destination, result, choice, parsed.grid)
+                paths = generate.save(destination, result, choice, parsed.grid, show=False)
                 figures = [presentation.Figure(f"{call.name}/{path.name}", request.prompt)
                            for path, request in zip(paths, requests, strict=True)]  # fmt: skip
                 if call.reference is not None:

@@ -1,21 +1,28 @@
 """Where pictures go, and what is written into them: numbered names, whole files or none, records in PNG text chunks."""
 
+import errno
 import json
 import os
 import re
-import secrets
+import shutil
+import tempfile
 from collections.abc import Sequence
+from io import BytesIO
+from itertools import count
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from stylefast.errors import ImageError, InvalidRequest
+from stylefast.commands.folder_lock import LOCK, only_writer, remove_parts, write_whole
+from stylefast.errors import ImageError, InvalidRequest, StyleFastError
 from stylefast.values import load_json
 
 CHUNK = "stylefast"
 # above this a chunk is compressed; some readers refuse long plain ones
 PLAIN_LIMIT = 60_000
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LEAST = 1024  # bytes; no picture with its record takes less
 _NUMBER = re.compile(r"(\d{4,})-.*\.png")
 _SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M",
              "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m": "DPM++ 3M", "dpmpp_3m_sde": "DPM++ 3M SDE",
@@ -24,63 +31,122 @@ _SPREADS = {"_karras": " Karras", "_exponential": " Exponential"}
 
 
 class Destination:
-    """The files of one call, chosen before any work is done.
+    """The files of one call.
 
     `out` ending in ".png" is a file (numbered behind its stem for several prompts), anything else a folder of files
     `0001-a-fish.png`. Without `overwrite`, numbers go on behind those in the folder, and a file that exists is refused.
-    Raises InvalidRequest.
+    What can't be written to is refused here, before any work is done; names are taken when the pictures are written, so
+    that several calls may write to one folder at once. Raises InvalidRequest.
     """
 
     def __init__(self, out: str | Path, prompts: Sequence[str], overwrite: bool = False):
         out, self.overwrite = Path(out).expanduser(), overwrite
+        self._slugs = [slug(prompt) for prompt in prompts]
         if out.suffix.lower() in (".jpg", ".jpeg", ".webp"):
             raise InvalidRequest(f"--out is {out}; pictures are written as PNG, so that they carry their settings")
-        if out.suffix.lower() == ".png":
-            self.folder = out.parent
-            names = [out.name] if len(prompts) == 1 else [f"{out.stem}-{i}.png" for i in range(1, len(prompts) + 1)]
-            grid = f"{out.stem}-grid.png"
-        else:
-            self.folder = out
-            first = 1 if overwrite else _highest_number(out) + 1
-            names = [f"{first + i:04d}-{slug(prompt)}.png" for i, prompt in enumerate(prompts)]
-            grid = f"{first:04d}-grid.png"
-        self.paths, self.grid = [self.folder / name for name in names], self.folder / grid
-        self._check(self.paths)
+        self._file = out if out.suffix.lower() == ".png" else None
+        self.folder = out if self._file is None else out.parent
+        self._check()
 
-    def write(self, images: Sequence[Image.Image], metadata: Sequence[dict], sheet: Image.Image | None) -> list[Path]:
-        """Write all pictures, then give them their names; returns the paths."""
-        wanted = [(path, image, png_info(one)) for path, image, one in zip(self.paths, images, metadata, strict=True)]
+    def write(
+        self, images: Sequence[Image.Image], metadata: Sequence[dict], sheet: Image.Image | None = None
+    ) -> tuple[list[Path], StyleFastError | None]:
+        """Write the pictures, then the sheet; the paths of all that were written, and what went wrong, if anything.
+
+        No file is ever half there. Pictures that are written stay whatever becomes of the others, and those that find
+        no room in the folder go to the system's folder for temporary files.
+        """
+        wanted = [_encoded(image, png_info(one)) for image, one in zip(images, metadata, strict=True)]
         if sheet is not None:
-            wanted.append((self.grid, sheet, None))
-        self._check([path for path, _, _ in wanted])
-        parts = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path, _, _ in wanted]
+            wanted.append(_encoded(sheet, None))
+        written: list[Path] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for part, (_, image, info) in zip(parts, wanted):
-                image.save(part, "PNG", pnginfo=info)
-            for part, (path, _, _) in zip(parts, wanted):
-                os.replace(part, path)
+            with only_writer(self.folder, self.folder / LOCK) as alone:
+                if alone:
+                    remove_parts(self.folder)
+                return written, self._write(wanted, written)
         except OSError as error:
-            reason = error.strerror or error
-            raise InvalidRequest(f"can't write to {self.folder} ({reason}); choose another --out") from error
-        finally:
-            for part in parts:
-                # the parent may be a file, which is no folder to look into
-                if part.parent.is_dir():
-                    part.unlink(missing_ok=True)
-        return [path for path, _, _ in wanted]
+            return written, self._rescue(wanted[len(written) :], written, error)
 
-    def _check(self, paths: Sequence[Path]) -> None:
+    def _write(self, wanted: Sequence[bytes], written: list[Path]) -> StyleFastError | None:
+        number = first = 1 if self.overwrite else _highest_number(self.folder) + 1
+        problem = None
+        for place, content in enumerate(wanted):
+            is_sheet = place == len(self._slugs)
+            path = self._path(place, number, first, is_sheet)
+            while True:
+                try:
+                    write_whole(path, content, self.overwrite)
+                    break
+                except FileExistsError:
+                    # of a program that does not hold the lock
+                    if self._file is None and not is_sheet:
+                        number = _highest_number(self.folder) + 1
+                        path = self._path(place, number, first, is_sheet)
+                        continue
+                    taken, path = path, _free_name(path)
+                    problem = StyleFastError(
+                        f"{taken} was made by another program in the meantime and stays as it is; what was to go there "
+                        f"is {path}"
+                    )
+            first = number if place == 0 else first
+            number += 1
+            written.append(path)
+        return problem
+
+    def _path(self, place: int, number: int, first: int, is_sheet: bool) -> Path:
+        if self._file is None:
+            return self.folder / (f"{first:04d}-grid.png" if is_sheet else f"{number:04d}-{self._slugs[place]}.png")
+        if is_sheet:
+            return self._file.with_name(f"{self._file.stem}-grid.png")
+        return self._file if len(self._slugs) == 1 else self._file.with_name(f"{self._file.stem}-{place + 1}.png")
+
+    def _rescue(self, left: Sequence[bytes], written: list[Path], error: OSError) -> StyleFastError:
+        """Keep what could not be written where there is room; what to say of it."""
+        full = error.errno in _NO_ROOM
+        message = f"can't write to {self.folder} ({'the disk is full' if full else error.strerror or error})"
+        if written:
+            message += f"; {len(written)} of {len(written) + len(left)} files were written there and stay"
+        shelter = None
+        try:
+            shelter = Path(tempfile.mkdtemp(prefix="stylefast-"))
+            for number, content in enumerate(left, len(written) + 1):
+                path = shelter / f"{number:04d}.png"
+                write_whole(path, content, overwrite=False)
+                written.append(path)
+            message += f"; {'the others' if len(written) > len(left) else 'the pictures'} are in {shelter}"
+        except OSError:
+            # no room there either; what did find some stays
+            if shelter is not None and not any(shelter.iterdir()):
+                shelter.rmdir()
+            message += ", and there is no room for the others in the folder for temporary files"
+        if full:
+            return StyleFastError(f"{message}; free some room, or choose another --out")
+        return InvalidRequest(f"{message}; choose another --out")
+
+    def _check(self) -> None:
         holder = next((parent for parent in (self.folder, *self.folder.parents) if parent.exists()), Path())
         if not holder.is_dir():
             raise InvalidRequest(f"{holder} is a file, so no folder of that name can be made; choose another --out")
         if not os.access(holder, os.W_OK):
             raise InvalidRequest(f"{holder} can't be written to; choose another --out")
-        for path in paths:
+        if shutil.disk_usage(holder).free < _LEAST * len(self._slugs):
+            raise StyleFastError(f"the disk of {holder} is full; free some room, or choose another --out")
+        if self._file is None:
+            return
+        for place in range(len(self._slugs)):
+            path = self._path(place, 1, 1, is_sheet=False)
             if path.is_dir():
                 raise InvalidRequest(f"{path} is a folder; choose another --out")
             if path.exists() and not self.overwrite:
                 raise InvalidRequest(f"{path} exists; pass --overwrite to replace it, or choose another --out")
+
+
+def _encoded(image: Image.Image, info: PngInfo | None) -> bytes:
+    stream = BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
 
 
 def png_info(metadata: dict) -> PngInfo:
@@ -154,6 +220,11 @@ def _highest_number(folder: Path) -> int:
     if not folder.is_dir():
         return 0
     return max((int(match[1]) for file in folder.iterdir() if (match := _NUMBER.fullmatch(file.name))), default=0)
+
+
+def _free_name(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(free for free in numbered if not free.exists())
 
 
 def slug(prompt: str) -> str:

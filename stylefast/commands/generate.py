@@ -199,8 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
     destination = Destination(arguments.out, [request.prompt for request in requests], arguments.overwrite)
     engine = load(choice, arguments.quiet)
     result = make(engine, requests, arguments.quiet)
-    for path in save(destination, result, choice, arguments.grid):
-        print(path)
+    save(destination, result, choice, arguments.grid)
     return 0
 
 
@@ -308,8 +307,11 @@ def make(engine, requests: Sequence, quiet: bool):
         return engine.generate(list(requests), callback=advance)
 
 
-def save(destination, result, choice: ModelChoice, grid: bool | None) -> list[Path]:
-    """Write pictures with their record inside, and the grid; all paths written."""
+def save(destination, result, choice: ModelChoice, grid: bool | None, show: bool = True) -> list[Path]:
+    """Write pictures with their record inside, and the grid; all paths, which are printed unless `show` is False.
+
+    Raises InvalidRequest and StyleFastError for pictures that could not be written, once the others are shown.
+    """
     metadata = [
         {**one, "size": list(image.size), "load": choice.recorded()}
         for one, image in zip(result.metadata, result.images, strict=True)
@@ -319,4 +321,10 @@ def save(destination, result, choice: ModelChoice, grid: bool | None) -> list[Pa
         from stylefast.presentation import picture_grid
 
         sheet = picture_grid(result.images)
-    return destination.write(result.images, metadata, sheet)
+    paths, problem = destination.write(result.images, metadata, sheet)
+    if show:
+        for path in paths:
+            print(path)
+    if problem is not None:
+        raise problem
+    return paths

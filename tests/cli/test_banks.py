@@ -7,6 +7,7 @@ import shlex
 import pytest
 from PIL import Image
 
+from stylefast.commands.folder_lock import beside, only_writer
 from stylefast.runtime import baking
 from stylefast.styles import bank_file
 from tests.cli.conftest import pixels
@@ -152,6 +153,14 @@ def test_an_interrupted_bake_leaves_nothing_and_keeps_what_was_there(stylefast, 
     target.write_bytes(b"precious")
     assert_one_line(*stylefast(*words, "--overwrite")[::2], 130, "interrupted")
     assert list(tmp_path.iterdir()) == [target] and target.read_bytes() == b"precious"
+
+
+def test_a_bank_that_another_process_is_baking_is_not_baked_twice(stylefast, tmp_path):
+    target = tmp_path / "x.bank"
+    words = ("bake", "--style-prompt", "x", "--model", tmp_path / "not-even-loaded", "--out", target)
+    with only_writer(target, beside(target)):
+        assert_one_line(*stylefast(*words)[::2], 2, f"another stylefast writes to {target}; wait for it")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_line_before_anything_runs(stylefast, model_folder, tmp_path, monkeypatch):
