@@ -1,49 +1,58 @@
 """`stylefast generate --from picture.png`: the whole recorded call once more, of which this one picture is kept."""
 
 import argparse
+import shlex
 import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageChops
 
 from stylefast.commands.files import Destination, read_metadata
-from stylefast.commands.generate import RECORDED, ModelChoice, check_schedules, load, make, save
+from stylefast.commands.generate import check_schedules, load, make, save
+from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, RECORDED, Lora, ModelChoice
+from stylefast.commands.notices import warn
 from stylefast.engine import Result
 from stylefast.errors import InvalidRequest, ModelError
 from stylefast.record import from_record
+
+_SHOWN = 600  # characters of what a picture names that a message shows
 
 
 def run_again(arguments: argparse.Namespace) -> int:
     """Make the picture again and say whether its pixels are the same.
 
     All pictures of the call are made, since a batch of another size rounds differently and a group's first picture is
-    the reference of the others. Raises ModelError when the model has other weights and --force is not given.
+    the reference of the others. What the picture names is not loaded without the user's word, since a picture may come
+    from anywhere. Raises ModelError when model or LoRAs have other weights and --force is not given.
     """
     metadata, before = read_metadata(arguments.source)
-    if metadata.get("loras"):
-        raise InvalidRequest(
-            f"{arguments.source} was made with LoRAs ({', '.join(metadata['loras'])}), which the command line can't "
-            "load; make it again from Python: engine.load_lora, then stylefast.record.from_record"
-        )
-    choice = ModelChoice.of(arguments, _recorded_choice(metadata))
+    recorded = _recorded_choice(metadata)
+    if not arguments.load_recorded:
+        _check_asked_for(arguments, recorded, metadata)
+    choice = ModelChoice.of(arguments, recorded)
+    if not arguments.load_recorded and _from_cache(arguments, recorded):
+        choice = replace(choice, cached_only=True)  # what the cache lacks is not fetched
+    _check_loras(choice, metadata, arguments)
     requests = from_record(metadata["call"], Path(arguments.source).resolve().parent, choice.folder)
     check_schedules(requests)
     place = metadata["index"]
     destination = Destination(arguments.out, [requests[place].prompt], arguments.overwrite)
     engine = load(choice, arguments.quiet)
     if engine.fingerprint != metadata["fingerprint"]:
-        message = (
+        _refuse_unless_forced(
+            arguments,
             f"{choice.model} has other weights (fingerprint {engine.fingerprint[:12]}) than the model that made "
-            f"{arguments.source} ({metadata['fingerprint'][:12]})"
-        )
-        if not arguments.force:
-            raise ModelError(f"{message}; name the right one with --model, or pass --force for another picture")
-        _warn(message)
+            f"{arguments.source} ({metadata['fingerprint'][:12]})", "--model",
+        )  # fmt: skip
     result = make(engine, requests, arguments.quiet)
     now = result.metadata[place]
     for key in ("versions", "device", "dtype"):
         if now.get(key) != metadata.get(key):
-            _warn(f"{key} differ: {now.get(key)} now, {metadata.get(key)} then; pixels may differ slightly")
+            warn(f"{key} differ: {now.get(key)} now, {metadata.get(key)} then; pixels may differ slightly")
     if not arguments.quiet:
         print(_comparison(before, result.images[place], arguments.source), file=sys.stderr)
     kept = Result([result.images[place]], [result.latents[place]], [now])
@@ -51,13 +60,111 @@ def run_again(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _recorded_choice(metadata: dict) -> dict:
+def _recorded_choice(metadata: Mapping) -> dict[str, Any]:
     """What the picture's model was loaded from; pictures saved from Python know no more than its name."""
     recorded = metadata.get("load")
     if not isinstance(recorded, dict):
-        return {"model": metadata.get("model"), "dtype": metadata.get("dtype")}
+        recorded = {"model": metadata.get("model")}
     known = {name: value for name, value in recorded.items() if name in RECORDED and isinstance(value, str)}
-    return {"dtype": metadata.get("dtype")} | known
+    known["lora"] = tuple(lora for lora, _ in _recorded_loras(metadata))
+    dtype = metadata.get("dtype")
+    return {"dtype": dtype if isinstance(dtype, str) else None} | known
+
+
+def _recorded_loras(metadata: Mapping) -> list[tuple[Lora, str]]:
+    """The LoRAs that were on, with the digest of each. Raises InvalidRequest for entries that are none."""
+    recorded = metadata.get("load")
+    entries = recorded.get("lora", []) if isinstance(recorded, dict) else []
+    try:
+        return [(Lora(str(entry["path"]), float(entry["scale"])), str(entry["sha256"])) for entry in entries]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"the recorded LoRAs are damaged ({error}); use an unedited picture") from error
+
+
+def _check_asked_for(arguments: argparse.Namespace, recorded: Mapping, metadata: Mapping) -> None:
+    """Raise InvalidRequest for files that only the picture names: it may come from anybody."""
+    named = {}
+    for name in PATHS:
+        value = recorded.get(name)
+        if value is None or getattr(arguments, name) is not None or _is_at_hand(name, value):
+            continue
+        named[f"the {name.replace('_', ' ')} {value}"] = [f"--{name.replace('_', '-')}", value]
+    if arguments.lora is None:
+        named |= {f"the LoRA {lora.path}": ["--lora", lora.words()] for lora in recorded["lora"]}
+    options = [word for words in named.values() for word in words]
+    styles = [f"the style file {path}" for path in _style_files(metadata["call"])]
+    if not named and not styles:
+        return
+    by_hand = f", or with {shlex.join(options)}" if not styles else ""
+    raise InvalidRequest(
+        f"{arguments.source} wants {', '.join([*named, *styles])[:_SHOWN]} to be loaded, and a picture may come from "
+        f"anybody; if you know it, say so with --load-recorded{by_hand[:_SHOWN]}"
+    )
+
+
+def _from_cache(arguments: argparse.Namespace, recorded: Mapping) -> bool:
+    """Whether the picture, and not the user, names something that comes from the hub's cache."""
+    values = (recorded.get(name) for name in PATHS if getattr(arguments, name) is None)
+    return any(value is not None and value != DEFAULT_MODEL for value in values)
+
+
+def _is_at_hand(name: str, value: str) -> bool:
+    """Whether it comes with stylefast, or is a repository of the hub that was fetched before."""
+    from stylefast.models.hub import cached_ids, is_hub_id
+
+    if name == "model" and value == DEFAULT_MODEL:
+        return True
+    return is_hub_id(value) and not Path(value).expanduser().exists() and value in cached_ids()
+
+
+def _style_files(call: Mapping) -> Iterator[str]:
+    """Paths of the banks and learned styles of a recorded call, but for those that come with the model.
+
+    Pictures are left out: they are no more than looked at, and their pixels are compared with the recorded ones.
+    """
+    requests = call["requests"]
+    places = [call.get("styles"), *(one.get("style") for one in requests if isinstance(one, Mapping))]
+    for place in places:
+        named = isinstance(place, Mapping) and "kind" not in place and "type" not in place
+        styles = place.values() if named else place if isinstance(place, (list, tuple)) else [place]
+        for style in styles:
+            if isinstance(style, Mapping):
+                yield from _files_of(style)
+
+
+def _files_of(style: Mapping) -> Iterator[str]:
+    from stylefast.record_values import is_bank
+
+    stages = style.get("stages")
+    sources = [style.get("embedding"), style.get("path"), *(stages.values() if isinstance(stages, Mapping) else ())]
+    if is_bank(style.get("reference")):
+        sources.append(style["reference"])
+    for source in sources:
+        paths = source.get("path") if isinstance(source, Mapping) else source
+        yield from (one for one in (paths if isinstance(paths, (list, tuple)) else [paths]) if isinstance(one, str))
+
+
+def _check_loras(choice: ModelChoice, metadata: Mapping, arguments: argparse.Namespace) -> None:
+    """Raise unless the LoRAs are those that made the picture; compared by content before anything is loaded."""
+    on = metadata.get("loras")
+    on = on if isinstance(on, dict) else {}
+    if on and not choice.lora:
+        shown = ", ".join(f"{name} at {scale}" for name, scale in on.items())[:_SHOWN]
+        raise InvalidRequest(f"{arguments.source} was made with LoRAs ({shown}); name their files: --lora FILE:SCALE")
+    then = sorted((digest, lora.scale) for lora, digest in _recorded_loras(metadata))
+    now = sorted((lora.digest(), lora.scale) for lora in choice.lora)
+    if (then and now != then) or Counter(str(scale) for _, scale in now) != Counter(map(str, on.values())):
+        shown = ", ".join(lora.words() for lora in choice.lora) or "none"
+        _refuse_unless_forced(
+            arguments, f"the LoRAs ({shown}) have other content or strengths than those that made {arguments.source}",
+            "--lora",
+        )  # fmt: skip
+
+
+def _refuse_unless_forced(arguments: argparse.Namespace, message: str, option: str) -> None:
+    if not arguments.force:
+        raise ModelError(f"{message}; name the right one with {option}, or pass --force for another picture")
+    warn(message)
 
 
 def _comparison(before: Image.Image, after: Image.Image, name: str) -> str:
@@ -67,7 +174,3 @@ def _comparison(before: Image.Image, after: Image.Image, name: str) -> str:
     if largest == 0:
         return f"same pixels as {name}"
     return f"warning: pixels differ from {name} by up to {largest} of 255"
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

@@ -8,15 +8,13 @@ from pathlib import Path
 
 from stylefast.commands.bank_report import CONTENTS, shown_bytes
 from stylefast.commands.generate import (
-    DEFAULT_MODEL,
     SCHEDULERS_HELP,
-    ModelChoice,
-    add_model_arguments,
     check_schedules,
     load,
     sampling_settings,
     with_preset_guidance,
 )
+from stylefast.commands.model_options import DEFAULT_MODEL, ModelChoice, add_model_arguments
 from stylefast.commands.style_options import find_pictures, one_or_all, parse_names
 from stylefast.errors import InvalidRequest
 
@@ -174,4 +172,6 @@ def _use(arguments: argparse.Namespace, choice: ModelChoice, out: Path) -> str:
         if getattr(arguments, name) is not None:
             words += [f"--{name}", getattr(arguments, name)]
     words += ["--model", choice.model] if choice.model != DEFAULT_MODEL else []
+    words += [word for lora in choice.lora for word in ("--lora", lora.words())]
+    words += ["--prediction-type", choice.prediction_type] if choice.prediction_type is not None else []
     return shlex.join(words)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stylefast.commands import generate
+from stylefast.commands.model_options import ModelChoice, add_model_arguments
 from stylefast.errors import InvalidRequest, StyleError
 
 SUMMARY = "Make pictures in every style that the embedded model shows, and a page that compares them."
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that holds other files")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    generate.add_model_arguments(parser)
+    add_model_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     out = Path(arguments.out).expanduser().absolute()
     _check_folder(out, arguments.overwrite)
-    choice = generate.ModelChoice.of(arguments)
+    choice = ModelChoice.of(arguments)
     chapters = plan(choice.folder)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -191,12 +192,9 @@ def _composed_chapter(reference: str, learned: str) -> Chapter:
     return Chapter("All three at once", text, calls)
 
 
-def command_of(call: Call, arguments: argparse.Namespace, folder: str) -> list[str]:
+def command_of(call: Call, choice: ModelChoice, steps: int, folder: str) -> list[str]:
     """The words of the command line that makes a call's pictures."""
-    words = ["stylefast", "generate", *call.words, "--steps", str(arguments.steps), "--no-grid"]
-    for name in generate.ModelChoice.__dataclass_fields__:
-        if getattr(arguments, name) is not None:
-            words += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
+    words = ["stylefast", "generate", *call.words, "--steps", str(steps), "--no-grid", *choice.words()]
     return [*words, "--out", folder]
 
 
@@ -217,7 +215,7 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
             rows = []
             for call in chapter.calls:
                 bar.set_description(call.name)
-                command = command_of(call, arguments, str(Path(arguments.out) / call.name))
+                command = command_of(call, choice, arguments.steps, str(Path(arguments.out) / call.name))
                 parsed = parser.parse_args(command[2:])
                 requests = generate.requests_of(parsed, choice.folder)
                 destination = Destination(folder / call.name, [request.prompt for request in requests])

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from stylefast.commands.bank_report import shown_bytes
-from stylefast.commands.generate import DEFAULT_MODEL
+from stylefast.commands.model_options import DEFAULT_MODEL
 from stylefast.commands.parser import Parser
 from stylefast.errors import EngineMismatch, InvalidRequest
 

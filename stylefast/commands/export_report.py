@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stylefast.commands.bank_report import shown_bytes
-from stylefast.commands.generate import DEFAULT_MODEL, EXPORTED_BACKENDS
+from stylefast.commands.model_options import DEFAULT_MODEL, EXPORTED_BACKENDS
 
 _BACKENDS = dict(zip(("onnx", "tensorrt", "aoti"), EXPORTED_BACKENDS))
 

@@ -4,9 +4,9 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from stylefast.commands.model_options import ModelChoice, add_model_arguments
 from stylefast.errors import InvalidRequest
 
 SUMMARY = "Make pictures from prompts, in a style."
@@ -15,20 +15,16 @@ EXAMPLES = """examples:
   stylefast generate "a fish" --style-image photo.jpg --method instant --scale 0.8 --content "a dog"
   stylefast generate "a cat" "a boat" --style-prompt "a fox, watercolor" --shift 1 --seed 7
   stylefast generate "a fish" "a house" --style brand.bank
+  stylefast generate "a cat" -n 4 --lora watercolor.safetensors:0.8 --model my-sdxl
   stylefast generate --requests calls.json --out pictures
   stylefast generate --from pictures/0001-a-fish.png --out again.png
 """
-DEFAULT_MODEL, DEFAULT_OUT = "tiny", "pictures"
-# backends that run what `stylefast export` wrote
-EXPORTED_BACKENDS = ("onnxruntime", "tensorrt", "aoti")
-# options of the model that name files or folders, or ids of the hub
-_PATHS = ("model", "adapter", "image_encoder", "vae")
-# what pictures remember of it, so that --from loads it again; the rest belongs to the machine
-RECORDED = (*_PATHS, "dtype")
+DEFAULT_OUT = "pictures"
+MAX_PICTURES = 1000  # of one call
 # what --from and --requests bring themselves
 _CALL_OPTIONS = (
-    "prompts", "negative", "steps", "guidance", "guidance_rescale", "guidance_interval", "spacing", "seed",
-    "size", "scheduler", "style", "style_image",
+    "prompts", "count", "negative", "steps", "guidance", "guidance_rescale", "guidance_interval", "spacing", "seed",
+    "clip_skip", "size", "scheduler", "style", "style_image",
     "method", "style_prompt", "adain", "shift", "layers", "share_group_norm", "blocks", "scale", "content",
     "content_scale", "learned", "context",
 )  # fmt: skip
@@ -39,7 +35,6 @@ dpmpp_2m_sde, dpmpp_2m_sde_karras, dpmpp_2m_sde_exponential, dpmpp_3m, dpmpp_3m_
 dpmpp_3m_sde, dpmpp_3m_sde_karras, dpmpp_3m_sde_exponential, dpmpp_sde, dpmpp_sde_karras, dpmpp_sde_exponential,
 unipc, unipc_karras, unipc_exponential, lcm, tcd, or for few-step models: sdxl_turbo, sdxl_lightning,
 sdxl_lightning_1step, hyper_sd, hyper_sd_unified, hyper_sd_1step_unet"""
-_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _INTERVAL = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*")
 
 
@@ -53,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress, only the files on stdout")
     add("--requests", metavar="FILE.json", help="make the requests of this file instead of prompts given here")
     add("--from", dest="source", metavar="PICTURE.png", help="make this picture again, pixel by pixel")
-    add("--force", action="store_true", help="with --from: go on although the model has other weights")
+    add("--force", action="store_true", help="with --from: go on although the model or a LoRA has other weights")
+    add("--load-recorded", action="store_true", help="with --from: load the models, LoRAs and style files that the "
+        "picture names; without it, only what comes with stylefast, is in the hub's cache, or is given here"
+        )  # fmt: skip
+    add("-n", "--count", type=int, metavar="N", help="pictures of each prompt, whose seeds count up (default: 1)")
 
     group = parser.add_argument_group("sampling").add_argument
     group("--negative", metavar="TEXT", help="what to lead away from")
@@ -67,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
     group("--guidance-interval", metavar="A-B", help="fractions of the steps in which guidance acts, e.g. 0-0.8 "
           "(default: 0-1)")  # fmt: skip
+
+    group("--clip-skip", type=int, metavar="N", help="take the text encoders' states N layers earlier, as diffusers "
+          "counts them (default: 0)")  # fmt: skip
 
     group = parser.add_argument_group("style").add_argument
     group("--style", action="append", metavar="FILE.bank", help="a style that `stylefast bake` wrote, in place of "
@@ -93,92 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
           "comes with the model; may be repeated")  # fmt: skip
     group("--context", metavar="TEXT", help="words on the content, placed before the learned style's clause")
     add_model_arguments(parser)
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say what is loaded and where it runs."""
-    group = parser.add_argument_group("model").add_argument
-    group("--model", metavar="NAME", help="tiny (comes with stylefast, the default), a diffusers folder, a "
-          ".safetensors file, or a hub id")  # fmt: skip
-    group("--adapter", metavar="FILE", help="IP-Adapter (default: the one that comes with the model, if any)")
-    group("--image-encoder", metavar="DIR", help="CLIP image encoder of --adapter (default: the model's own)")
-    group("--vae", metavar="NAME", help="a VAE in place of the model's own")
-    group("--device", help="auto, cpu, cuda or cuda:1 (default: auto)")
-    group("--dtype", help="auto, float32, bfloat16 or float16 (default: auto)")
-    group("--backend", choices=("auto", "torch", "compile", *EXPORTED_BACKENDS), help="what runs the steps; the last "
-          "three run what `stylefast export` wrote (default: auto)")  # fmt: skip
-    group("--engines", metavar="FOLDER", help="an export for --backend; without it, onnxruntime and aoti export the "
-          "model once into the cache folder")  # fmt: skip
-    group("--trust", metavar="DIGEST", help="run engines that others wrote, which are code; the digest is what "
-          "`stylefast export` printed there")  # fmt: skip
-    group("--memory-limit", metavar="BYTES", help="for all that the engine holds on its device, e.g. 8GB")
-    group("--bank-memory", metavar="BYTES", help="for the pages of style banks there, e.g. 512MiB")
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """What to load and where it runs. None is the engine's default.
-
-    Raises InvalidRequest for limits that are no number of bytes, and for engines that the backend does not read.
-    """
-
-    model: str = DEFAULT_MODEL
-    adapter: str | None = None
-    image_encoder: str | None = None
-    vae: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    backend: str | None = None
-    engines: str | None = None
-    trust: str | None = None
-    memory_limit: str | None = None
-    bank_memory: str | None = None
-
-    def __post_init__(self):
-        from stylefast.runtime.memory import parse_bytes
-
-        parse_bytes("--memory-limit", self.memory_limit)
-        parse_bytes("--bank-memory", self.bank_memory)
-        exported = ", ".join(EXPORTED_BACKENDS)
-        if self.engines is not None and self.backend not in EXPORTED_BACKENDS:
-            raise InvalidRequest(f"--engines is read by the backends {exported}; give --backend as well")
-        if self.backend == "tensorrt" and self.engines is None:
-            raise InvalidRequest("--backend tensorrt needs --engines FOLDER, which `stylefast export tensorrt` makes")
-        if self.trust is not None and self.engines is None:
-            raise InvalidRequest("--trust vouches for the folder of --engines; give that as well")
-        if self.trust is not None and not _DIGEST.fullmatch(self.trust):
-            raise InvalidRequest(f"--trust is {self.trust!r}; a digest is 64 hex digits (`stylefast export` prints it)")
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace, recorded: dict | None = None) -> "ModelChoice":
-        """The options given, else those recorded. Paths become absolute."""
-        values = {name: value for name, value in (recorded or {}).items() if value is not None}
-        for name in cls.__dataclass_fields__:
-            value = getattr(arguments, name)
-            if value is not None:
-                path = Path(value).expanduser()
-                is_path = name in (*_PATHS, "engines") and value != DEFAULT_MODEL and path.exists()
-                values[name] = str(path.resolve()) if is_path else value
-        return cls(**values)
-
-    @property
-    def folder(self) -> Path:
-        """Where the model's own references and learned styles would be."""
-        from stylefast.models.checkpoint import TINY
-
-        return TINY if self.model == DEFAULT_MODEL else Path(self.model)
-
-    def load(self):
-        """The engine."""
-        from stylefast.engine import Engine
-
-        given = {name: value for name, value in asdict(self).items() if name != "model" and value is not None}
-        return Engine.from_pretrained(self.model, **given)
-
-    def recorded(self) -> dict[str, str]:
-        """What is kept in the pictures."""
-        given = {name: getattr(self, name) for name in RECORDED}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -211,24 +127,38 @@ def _check_combination(arguments: argparse.Namespace) -> None:
             raise InvalidRequest(f"{option} brings all settings of the call with it; drop {shown}")
     if arguments.source is not None and arguments.requests is not None:
         raise InvalidRequest("--from and --requests exclude each other; give one")
-    if arguments.force and arguments.source is None:
-        raise InvalidRequest("--force belongs to --from")
+    for option in ("force", "load_recorded"):
+        if getattr(arguments, option) and arguments.source is None:
+            raise InvalidRequest(f"--{option.replace('_', '-')} belongs to --from")
     if not arguments.prompts and arguments.source is None and arguments.requests is None:
         raise InvalidRequest('no prompt was given; say what the picture shows, e.g. stylefast generate "a fish"')
 
 
 def requests_of(arguments: argparse.Namespace, model_folder: Path) -> list:
-    """One Request per prompt, seeds counting up. Raises InvalidRequest and its kin."""
+    """--count Requests per prompt, seeds counting up. Raises InvalidRequest and its kin."""
     from stylefast.commands.style_options import bank_settings, styles_of
     from stylefast.runtime.request import Request
     from stylefast.values import seeds
 
     styles, given = styles_of(arguments, model_folder), sampling_settings(arguments)
+    if arguments.clip_skip is not None:
+        given["clip_skip"] = arguments.clip_skip
     if arguments.guidance_interval is not None:
         given["guidance_interval"] = parse_interval(arguments.guidance_interval)
     settings = with_preset_guidance(bank_settings(styles, given) | given)
-    numbered = zip(arguments.prompts, seeds("--seed", arguments.seed or 0, len(arguments.prompts)), strict=True)
+    prompts = [prompt for prompt in arguments.prompts for _ in range(_count(arguments))]
+    numbered = zip(prompts, seeds("--seed", arguments.seed or 0, len(prompts)), strict=True)
     return [Request(prompt, seed=seed, style=styles, **settings) for prompt, seed in numbered]
+
+
+def _count(arguments: argparse.Namespace) -> int:
+    count = 1 if arguments.count is None else arguments.count
+    if not 1 <= count * len(arguments.prompts) <= MAX_PICTURES:
+        raise InvalidRequest(
+            f"--count is {count} for {len(arguments.prompts)} prompts; it must be at least 1, and a call makes at most "
+            f"{MAX_PICTURES} pictures"
+        )
+    return count
 
 
 def sampling_settings(arguments: argparse.Namespace) -> dict:

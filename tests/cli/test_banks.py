@@ -89,7 +89,7 @@ def test_from_makes_a_banks_picture_again_or_says_what_became_of_the_bank(bake, 
     bank = tmp_path / "x.bank"
     bake("--style-image", "blot", *FEW, "--out", bank)
     path = generate("a cat", "a dog", "--style", bank, "--shift", "1", "--no-grid", "--out", tmp_path / "first")[1]
-    words = ("generate", "--from", path, "--out", tmp_path / "again.png")
+    words = ("generate", "--from", path, "--out", tmp_path / "again.png", "--load-recorded")
     code, out, err = stylefast(*words)
     assert code == 0 and "same pixels" in err and "warning" not in err
     bake("--style-image", "splash", *FEW, "--out", bank, "--overwrite")

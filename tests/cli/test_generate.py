@@ -27,7 +27,7 @@ STYLED_CALLS = {
 @pytest.mark.parametrize("words", STYLED_CALLS.values(), ids=STYLED_CALLS.keys())
 def test_from_makes_the_same_pixels_again(generate, stylefast, model_folder, tmp_path, words):
     last = generate(*words, *FEW, "--seed", "5", "--no-grid", "--out", tmp_path / "first")[-1]
-    code, out, err = stylefast("generate", "--from", last, "--out", tmp_path / "again.png")
+    code, out, err = stylefast("generate", "--from", last, "--out", tmp_path / "again.png", "--load-recorded")
     assert code == 0, err
     assert "same pixels" in err and "warning" not in err
     assert pixels(out.strip()) == pixels(last)
@@ -89,7 +89,7 @@ def test_pictures_carry_a_record_and_the_line_that_other_tools_read(generate, tm
 def test_prompts_beyond_latin_letters_survive(generate, stylefast, tmp_path):
     path = generate("a cat 猫 ✨", *FEW, "--out", tmp_path / "a.png")[0]
     assert Image.open(path).info["parameters"].startswith("a cat 猫 ✨\n")
-    code, out, err = stylefast("generate", "--from", path, "--out", tmp_path / "b.png")
+    code, out, err = stylefast("generate", "--from", path, "--out", tmp_path / "b.png", "--load-recorded")
     assert code == 0 and "same pixels" in err
 
 
@@ -113,14 +113,15 @@ def test_a_request_file_with_shared_inline_and_no_style(generate, tmp_path, phot
 def test_one_picture_of_a_call_is_made_again_with_its_group(generate, stylefast, tmp_path):
     words = ("a cat in neon style", "a dog", "a house", "--method", "aligned", *FEW)
     paths = generate(*words, "--no-grid", "--out", tmp_path)
-    code, out, err = stylefast("generate", "--from", paths[1], "--out", tmp_path / "again.png")
+    code, out, err = stylefast("generate", "--from", paths[1], "--out", tmp_path / "again.png", "--load-recorded")
     assert code == 0 and pixels(out.strip()) == pixels(paths[1])
 
 
 def test_a_picture_made_again_can_be_made_again(generate, stylefast, tmp_path):
     path = generate("a cat", "a dog", *FEW, "--no-grid", "--out", tmp_path / "first")[1]
-    stylefast("generate", "--from", path, "--out", tmp_path / "second.png")
-    code, out, err = stylefast("generate", "--from", tmp_path / "second.png", "--out", tmp_path / "third.png")
+    second, third = tmp_path / "second.png", tmp_path / "third.png"
+    stylefast("generate", "--load-recorded", "--from", path, "--out", second)
+    code, out, err = stylefast("generate", "--load-recorded", "--from", second, "--out", third)
     assert code == 0 and pixels(out.strip()) == pixels(path)
 
 
@@ -140,7 +141,7 @@ def test_a_model_with_other_weights_is_refused_unless_forced(generate, stylefast
 def test_a_reference_that_changed_since_is_refused(generate, stylefast, tmp_path, photo):
     path = generate("a cat", "--style-image", photo, *FEW, "--out", tmp_path / "a.png")[0]
     Image.new("RGB", (80, 60), "red").save(photo)
-    code, out, err = stylefast("generate", "--from", path, "--out", tmp_path / "b.png")
+    code, out, err = stylefast("generate", "--from", path, "--out", tmp_path / "b.png", "--load-recorded")
     assert code == 2 and "other pixels" in err and err.count("\n") == 1
 
 
@@ -149,5 +150,6 @@ def test_a_model_moved_elsewhere_is_named_with_model(generate, stylefast, model_
     shutil.copytree(model_folder, moved)
     words = ("a cat", "--style-image", "blot", "--learned", "chalk", *FEW)
     path = generate(*words, "--out", tmp_path / "a.png")[0]
-    code, out, err = stylefast("generate", "--from", path, "--model", moved, "--out", tmp_path / "b.png")
+    words = ("generate", "--from", path, "--model", moved, "--load-recorded", "--out", tmp_path / "b.png")
+    code, out, err = stylefast(*words)
     assert code == 0 and pixels(out.strip()) == pixels(path)

@@ -27,7 +27,8 @@ def test_a_guidance_interval_and_a_spacing_change_the_picture_and_are_recorded(g
     whole = generate(*words, tmp_path / "whole.png", "--guidance-interval", "0-1.0")[0]
     assert pixels(plain) == pixels(whole)
     for path in (cut, spaced):
-        code, _, err = stylefast("generate", "--from", path, "--out", tmp_path / "again.png", "--overwrite")
+        words = ("--load-recorded", "--out", tmp_path / "again.png", "--overwrite")
+        code, _, err = stylefast("generate", "--from", path, *words)
         assert code == 0 and "same pixels" in err
 
 

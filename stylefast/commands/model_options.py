@@ -1,0 +1,183 @@
+"""Options that say what is loaded and where it runs, and what pictures remember of it."""
+
+import argparse
+import hashlib
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from stylefast.errors import InvalidRequest, did_you_mean
+
+DEFAULT_MODEL = "tiny"
+# backends that run what `stylefast export` wrote
+EXPORTED_BACKENDS = ("onnxruntime", "tensorrt", "aoti")
+# options of the model that name files or folders, or ids of the hub
+PATHS = ("model", "adapter", "image_encoder", "vae")
+# what pictures remember of it, so that --from loads it again; the rest belongs to the machine
+RECORDED = (*PATHS, "dtype", "prediction_type")
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say what is loaded and where it runs."""
+    group = parser.add_argument_group("model").add_argument
+    group("--model", metavar="NAME", help="tiny (comes with stylefast, the default), a diffusers folder, a "
+          ".safetensors file, or a hub id")  # fmt: skip
+    group("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA to put on the model, at this strength "
+          "(default: 1); may be repeated")  # fmt: skip
+    group("--adapter", metavar="FILE", help="IP-Adapter (default: the one that comes with the model, if any)")
+    group("--image-encoder", metavar="DIR", help="CLIP image encoder of --adapter (default: the model's own)")
+    group("--vae", metavar="NAME", help="a VAE in place of the model's own")
+    group("--prediction-type", choices=("epsilon", "v_prediction"), help="what the UNet predicts, for checkpoints that "
+          "don't say or say wrong (default: as the model says)")  # fmt: skip
+    group("--device", help="auto, cpu, cuda or cuda:1 (default: auto)")
+    group("--dtype", help="auto, float32, bfloat16 or float16 (default: auto)")
+    group("--backend", choices=("auto", "torch", "compile", *EXPORTED_BACKENDS), help="what runs the steps; the last "
+          "three run what `stylefast export` wrote (default: auto)")  # fmt: skip
+    group("--engines", metavar="FOLDER", help="an export for --backend; without it, onnxruntime and aoti export the "
+          "model once into the cache folder, which takes minutes")  # fmt: skip
+    group("--trust", metavar="DIGEST", help="run engines that others wrote, which are code; the digest is what "
+          "`stylefast export` printed there")  # fmt: skip
+    group("--memory-limit", metavar="BYTES", help="for all that the engine holds on its device, e.g. 8GB")
+    group("--bank-memory", metavar="BYTES", help="for the pages of style banks there, e.g. 512MiB")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, or a folder with one, and the strength at which it is put on."""
+
+    path: str
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, text: str) -> "Lora":
+        """From "FILE" or "FILE:SCALE". Raises InvalidRequest for a file that is not there."""
+        path, scale = text, 1.0
+        before, colon, after = text.rpartition(":")
+        if colon and not Path(text).expanduser().exists():
+            try:
+                path, scale = before, float(after)
+            except ValueError:
+                path = text
+        found = Path(path).expanduser()
+        if not path or not found.exists():
+            beside = [entry.name for entry in found.parent.iterdir()] if found.parent.is_dir() else []
+            raise InvalidRequest(f"--lora: there is no file at {path!r}{did_you_mean(found.name, beside)}")
+        return cls(str(found.resolve()), scale)
+
+    def words(self) -> str:
+        """As it is given on the command line."""
+        return self.path if self.scale == 1 else f"{self.path}:{self.scale:g}"
+
+    def digest(self) -> str:
+        """64 hex digits of the content, of a folder those of its weights. Raises InvalidRequest."""
+        path, digest = Path(self.path), hashlib.sha256()
+        try:
+            for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise InvalidRequest(f"the LoRA {path} can't be read ({error.strerror or error})") from error
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What to load and where it runs. None is the engine's default.
+
+    `cached_only`: nothing is downloaded. Raises InvalidRequest for limits that are no number of bytes, for engines that
+    the backend does not read, and for LoRAs that it can't take.
+    """
+
+    model: str = DEFAULT_MODEL
+    lora: tuple[Lora, ...] = ()
+    adapter: str | None = None
+    image_encoder: str | None = None
+    vae: str | None = None
+    prediction_type: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    backend: str | None = None
+    engines: str | None = None
+    trust: str | None = None
+    memory_limit: str | None = None
+    bank_memory: str | None = None
+    cached_only: bool = False
+
+    def __post_init__(self):
+        from stylefast.runtime.memory import parse_bytes
+
+        parse_bytes("--memory-limit", self.memory_limit)
+        parse_bytes("--bank-memory", self.bank_memory)
+        exported = ", ".join(EXPORTED_BACKENDS)
+        if self.engines is not None and self.backend not in EXPORTED_BACKENDS:
+            raise InvalidRequest(f"--engines is read by the backends {exported}; give --backend as well")
+        if self.backend == "tensorrt" and self.engines is None:
+            raise InvalidRequest("--backend tensorrt needs --engines FOLDER, which `stylefast export tensorrt` makes")
+        if self.trust is not None and self.engines is None:
+            raise InvalidRequest("--trust vouches for the folder of --engines; give that as well")
+        if self.trust is not None and not _DIGEST.fullmatch(self.trust):
+            raise InvalidRequest(f"--trust is {self.trust!r}; a digest is 64 hex digits (`stylefast export` prints it)")
+        if self.lora and self.backend == "onnxruntime" and self.engines is None:
+            raise InvalidRequest(
+                "the graphs that --backend onnxruntime exports by itself hold the model's weights without a LoRA; take "
+                "another backend, or --engines with an export that has it"
+            )
+        paths = [lora.path for lora in self.lora]
+        twice = next((path for path in paths if paths.count(path) > 1), None)
+        if twice is not None:
+            raise InvalidRequest(f"--lora names {twice} twice; give it once, with the strength that you mean")
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, recorded: dict[str, Any] | None = None) -> "ModelChoice":
+        """The options given, else those recorded. Paths become absolute."""
+        values = {name: value for name, value in (recorded or {}).items() if value is not None}
+        for name in (f.name for f in fields(cls)):
+            value = getattr(arguments, name, None)
+            if name == "lora" and value is not None:
+                values[name] = tuple(Lora.of(text) for text in value)
+            elif value is not None:
+                path = Path(value).expanduser()
+                is_path = name in (*PATHS, "engines") and value != DEFAULT_MODEL and path.exists()
+                values[name] = str(path.resolve()) if is_path else value
+        return cls(**values)
+
+    @property
+    def folder(self) -> Path:
+        """Where the model's own references and learned styles would be."""
+        from stylefast.models.checkpoint import TINY
+
+        return TINY if self.model == DEFAULT_MODEL else Path(self.model)
+
+    def load(self):
+        """The engine, with its LoRAs on."""
+        from stylefast.engine import Engine
+
+        given = {name: value for name, value in asdict(self).items() if name != "model" and value is not None}
+        del given["lora"]
+        if given.pop("cached_only"):
+            given["local_files_only"] = True
+        engine = Engine.from_pretrained(self.model, **given)
+        names: list[str] = []
+        for lora in self.lora:
+            stem = Path(lora.path).stem
+            name = stem if stem not in names else f"{stem}-{len(names) + 1}"
+            names.append(engine.load_lora(lora.path, lora.scale, name))
+        return engine
+
+    def recorded(self) -> dict[str, Any]:
+        """What is kept in the pictures."""
+        given: dict[str, Any] = {name: getattr(self, name) for name in RECORDED}
+        if self.lora:
+            given["lora"] = [asdict(lora) | {"sha256": lora.digest()} for lora in self.lora]
+        return {name: value for name, value in given.items() if value is not None}
+
+    def words(self) -> list[str]:
+        """The options, as they are given on the command line."""
+        words = [word for lora in self.lora for word in ("--lora", lora.words())]
+        for f in fields(self):
+            if f.name in ("lora", "cached_only") or getattr(self, f.name) == f.default:
+                continue
+            words += [f"--{f.name.replace('_', '-')}", getattr(self, f.name)]
+        return words
