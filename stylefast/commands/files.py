@@ -209,7 +209,7 @@ def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
         metadata = load_json(text, "their text", kind=dict)
         place, call, fingerprint = metadata["index"], metadata["call"], metadata["fingerprint"]
         whole = isinstance(fingerprint, str) and isinstance(place, int) and 0 <= place < len(call["requests"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (InvalidRequest, KeyError, TypeError) as error:
         raise InvalidRequest(f"the settings in {path} are damaged ({error}); use an unedited copy") from error
     if not whole:
         raise InvalidRequest(f"the settings in {path} are damaged (index {place!r}); use an unedited copy")

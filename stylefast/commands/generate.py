@@ -20,7 +20,6 @@ EXAMPLES = """examples:
   stylefast generate --from pictures/0001-a-fish.png --out again.png
 """
 DEFAULT_OUT = "pictures"
-MAX_PICTURES = 1000  # of one call
 # what --from and --requests bring themselves
 _CALL_OPTIONS = (
     "prompts", "count", "negative", "steps", "guidance", "guidance_rescale", "guidance_interval", "spacing", "seed",
@@ -152,11 +151,13 @@ def requests_of(arguments: argparse.Namespace, model_folder: Path) -> list:
 
 
 def _count(arguments: argparse.Namespace) -> int:
+    from stylefast.record import MAX_REQUESTS
+
     count = 1 if arguments.count is None else arguments.count
-    if not 1 <= count * len(arguments.prompts) <= MAX_PICTURES:
+    if not 1 <= count * len(arguments.prompts) <= MAX_REQUESTS:
         raise InvalidRequest(
             f"--count is {count} for {len(arguments.prompts)} prompts; it must be at least 1, and a call makes at most "
-            f"{MAX_PICTURES} pictures"
+            f"{MAX_REQUESTS} pictures"
         )
     return count
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from stylefast.errors import InvalidRequest, did_you_mean
+from stylefast.errors import InvalidRequest
+from stylefast.values import did_you_mean
 
 DEFAULT_MODEL = "tiny"
 # backends that run what `stylefast export` wrote
@@ -132,16 +133,16 @@ class ModelChoice:
     @classmethod
     def of(cls, arguments: argparse.Namespace, recorded: dict[str, Any] | None = None) -> "ModelChoice":
         """The options given, else those recorded. Paths become absolute."""
-        values = {name: value for name, value in (recorded or {}).items() if value is not None}
+        chosen = {name: value for name, value in (recorded or {}).items() if value is not None}
         for name in (f.name for f in fields(cls)):
             value = getattr(arguments, name, None)
             if name == "lora" and value is not None:
-                values[name] = tuple(Lora.of(text) for text in value)
+                chosen[name] = tuple(Lora.of(text) for text in value)
             elif value is not None:
                 path = Path(value).expanduser()
                 is_path = name in (*PATHS, "engines") and value != DEFAULT_MODEL and path.exists()
-                values[name] = str(path.resolve()) if is_path else value
-        return cls(**values)
+                chosen[name] = str(path.resolve()) if is_path else value
+        return cls(**chosen)
 
     @property
     def folder(self) -> Path:

@@ -272,8 +272,11 @@ def _find_on_hub(source, path: Path, dtype, variant, vae, tokenizer, hub: HubOpt
 
 def _meant(source: str, path: Path) -> str:
     """What a name of nothing was probably meant to be: the embedded model, a cached one, or one beside it."""
-    beside = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return values.did_you_mean(source, ("tiny", *cached_ids(), *beside))
+    meant = values.did_you_mean(source, ("tiny", *cached_ids()))
+    if meant or not path.parent.is_dir():
+        return meant
+    beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".safetensors"]
+    return values.did_you_mean(path.name, beside)
 
 
 def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubOptions) -> Components:

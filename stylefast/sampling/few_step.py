@@ -74,9 +74,9 @@ def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spac
     if base not in SCHEDULERS and name not in FEW_STEP_PRESETS:
         meant = values.did_you_mean(name, (*SCHEDULER_NAMES, *FEW_STEP_PRESETS))
         raise InvalidRequest(
-            f"scheduler {values.quoted(name)} is unknown; choose one of {', '.join(SCHEDULERS)}, or with "
-            f"'_{KARRAS}' or '_{EXPONENTIAL}' behind it one of {', '.join(KARRAS_SCHEDULERS)}, or a preset for "
-            f"few-step models: {', '.join(FEW_STEP_PRESETS)}{meant}"
+            f"scheduler is {values.quoted(name)}; there are {', '.join(SCHEDULERS)}, with '_{KARRAS}' or "
+            f"'_{EXPONENTIAL}' behind them {', '.join(KARRAS_SCHEDULERS)}, and for few-step models "
+            f"{', '.join(FEW_STEP_PRESETS)}{meant}"
         )
     if base in SCHEDULERS:
         return make_schedule(name, steps, config, spacing=spacing)

@@ -106,6 +106,12 @@ def test_a_folder_below_a_file_is_refused(stylefast, model_folder, photo):
     "content, message",
     [
         ("{", "is no valid JSON"),
+        ('[{"prompt": "a cat", "prompt": "a dog"}]', "'prompt'"),
+        ('[{"prompt": "a cat", "guidance": NaN}]', "NaN"),
+        ('[{"prompt": "a cat", "guidance": 1e999}]', "1e999"),
+        ("[" * 100_000, "nested too deep"),
+        (json.dumps(["a cat"] * 1001), "has 1001 requests; at most 1000"),
+        (" " * 2**24 + " []", "16777216 bytes"),
         ("[]", "a list of at least one request"),
         ('[{"promt": "a cat"}]', "unknown field 'promt'; the known ones are prompt, negative_prompt, style"),
         ('[{"prompt": "a cat"}, {"prompt": ""}]', "request 1: the prompt is empty"),
@@ -113,12 +119,19 @@ def test_a_folder_below_a_file_is_refused(stylefast, model_folder, photo):
         ('[{"prompt": "a cat", "style": {"kind": "Cubism"}}]', "style kind 'Cubism' is unknown"),
         ('[{"prompt": "a cat", "style": {"kind": "InstantStyle", "image": "gone.png"}}]', "there is no picture at"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_a_bad_request_file_is_one_line(stylefast, tmp_path, content, message):
     (tmp_path / "calls.json").write_text(content)
     code, _, err = stylefast("generate", "--requests", tmp_path / "calls.json", "--out", tmp_path / "out")
     assert_one_line(code, err, 2, message)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_request_file_may_begin_with_a_byte_order_mark(generate, tmp_path, encoding):
+    (tmp_path / "calls.json").write_text('[{"prompt": "a café", "steps": 1, "guidance": 1}]', encoding=encoding)
+    assert len(generate("--requests", tmp_path / "calls.json", "--out", tmp_path / "out")) == 1
 
 
 def test_a_picture_without_settings_is_named(stylefast, model_folder):
