@@ -186,6 +186,13 @@ EXPORTS: Mapping[str, Callable[..., Manifest]] = {
 }
 
 
+# what a person is told before an export that they did not ask for by name
+_DURATIONS = {
+    "onnx": "half a minute for a small model and several minutes for one of SDXL's size",
+    "aoti": "a minute or two for a small model and up to an hour for one of SDXL's size, since it is compiled",
+}
+
+
 def ensure(source: Source, options: Options, folder: Path) -> Path:
     """An export in `folder`, made if it is not there; another process that makes it is waited for.
 
@@ -195,8 +202,8 @@ def ensure(source: Source, options: Options, folder: Path) -> Path:
     while not (folder / MANIFEST).is_file():
         if not said:
             logger.warning(
-                "%s is exported once to %s (%s, %s); later starts find it there", source.name, folder, options.kind,
-                options.dtype,
+                "%s is exported once to %s (%s, %s), which takes %s; later starts find it there", source.name, folder,
+                options.kind, options.dtype, _DURATIONS.get(options.kind, "a while"),
             )  # fmt: skip
             said = True
         folder.parent.mkdir(parents=True, exist_ok=True)

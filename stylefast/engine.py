@@ -41,6 +41,7 @@ from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Job
 from stylefast.runtime.loop import StepCallback, denoise_all
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory, parse_bytes
+from stylefast.runtime.notices import Notices
 from stylefast.runtime.options import (
     as_list,
     buckets_of,
@@ -92,6 +93,7 @@ class Engine:
             components.unet_state, components.text_encoders, guard=lambda: self.runtime.changing_weights()
         )
         self._process, self._closed = os.getpid(), False
+        self._warn = Notices(self.name, components.known_words)
         scheduler_config = components.scheduler_config
         store = ConditionStore(
             self.unet, self.text_encoder, self.adapters, scheduler_config.get("num_train_timesteps", 1000),
@@ -282,6 +284,7 @@ class Engine:
                   "guidance_interval": guidance_interval, "spacing": spacing, "clip_skip": clip_skip}  # fmt: skip
         seeds = values.seeds("seed", seed, len(prompts))
         requests = [p if isinstance(p, Request) else Request(p, seed=s, **shared) for p, s in zip(prompts, seeds)]
+        self._warn(requests)
         # written down first: a value that can't be recorded must not cost finished pictures
         written = self._metadata(requests)
         try:
@@ -321,6 +324,7 @@ class Engine:
         check_output(output)
         check_deadline(deadline)
         self._preparer.check(requests)
+        self._warn(requests)
         job = Job(requests, self._loop.cancel, deadline, output, self._metadata(requests))
         self._loop.submit(job)
         return job
@@ -382,8 +386,10 @@ class Engine:
         self._check_open()
         options = {"steps": steps, "scheduler": scheduler, "size": size, "guidance": guidance, "spacing": spacing,
                    "negative_prompt": negative_prompt, "guidance_rescale": guidance_rescale}  # fmt: skip
+        request = bake_request(style, options)
+        self._warn([request], baking=True)
         return bake(
-            self._preparer, bake_request(style, options), store=store, dtype=dtype, path=path, overwrite=overwrite,
+            self._preparer, request, store=store, dtype=dtype, path=path, overwrite=overwrite,
             callback=callback, styles_digest=style_digest, version=stylefast.__version__,
         )  # fmt: skip
 

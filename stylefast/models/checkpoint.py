@@ -21,6 +21,7 @@ from stylefast.models.config_check import (
 from stylefast.models.config_files import build, read_config, style_modules
 from stylefast.models.hub import HubOptions, cached_ids, hub_folder, is_hub_id, is_whole, present, wanted_files
 from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.known_words import known_words
 from stylefast.models.layout import STYLE_MODULE, AttentionLayout, UNetShape
 from stylefast.models.packed import channels_last
 from stylefast.models.pipeline_check import check_pipeline, check_same_latents, check_vae_module, inner, unet_weights
@@ -61,6 +62,7 @@ class Components:
     style_paths: Mapping[str, Path] = field(default_factory=dict)  # learned styles shipped in the folder `styles`
     reference_paths: Mapping[str, Path] = field(default_factory=dict)  # example pictures in the folder `references`
     style_modules: tuple[str, ...] = (STYLE_MODULE,)  # attention modules that carry style, of `stylefast.json`
+    known_words: tuple[str, ...] | None = None  # all that the text encoders were trained on; None: any text
 
 
 def load_components(
@@ -334,6 +336,7 @@ def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubO
         adapter_path=adapters[0] if adapters else None,
         style_paths={file.stem: file for file in sorted((folder / "styles").glob("*.safetensors"))},
         reference_paths={file.stem: file for file in sorted((folder / "references").glob("*.png"))},
+        known_words=known_words(folder),
         style_modules=style_modules(folder, AttentionLayout.from_config(unet_config).modules, (STYLE_MODULE,)),
     )
 

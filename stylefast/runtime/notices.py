@@ -1,0 +1,85 @@
+"""What is taken as it is and will disappoint: words that the model does not know, styles with nothing to align with."""
+
+import difflib
+import logging
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+from stylefast.runtime.request import Request
+from stylefast.styles.dream_styler import DreamStyler
+from stylefast.styles.instant_style import InstantStyle
+
+logger = logging.getLogger(__name__)
+
+# words of letters, and numbers that stand alone; the 1.0 of a weight is no word
+_WORD = re.compile(r"[^\W\d_]+|(?<!\S)\d+(?!\S)")
+_SHOWN = 12  # words that a warning lists
+
+
+class Notices:
+    """Warns, once a call, of requests that the model `name` can't do justice to.
+
+    known_words: all that the model's text encoders were trained on, in lower case; None: any text, as SDXL's were.
+    """
+
+    def __init__(self, name: str, known_words: Collection[str] | None):
+        self._name, self._known = name, tuple(known_words or ())
+
+    def __call__(self, requests: Sequence[Request], baking: bool = False) -> None:
+        """Look at the requests of one call. `baking`: of a request that stands for a bank's readers, at its styles."""
+        unknown = self._unknown_words([text for request in requests for text in _texts(request)[baking:]])
+        if unknown:
+            known, rest = ", ".join(self._known[:_SHOWN]), len(self._known) - _SHOWN
+            logger.warning(
+                "the model %s does not know %s %s, which will mean nothing to it; it knows %s%s", self._name,
+                "the word" if len(unknown) == 1 else "the words", self._listed(unknown), known,
+                f" and {rest} more words" if rest > 0 else "",
+            )  # fmt: skip
+        lonely = [] if baking else alone(requests)
+        if lonely:
+            logger.warning(
+                "%s: StyleAligned() has neither reference nor prompt, and no other picture of this call carries the "
+                "same object, so there is nothing to align with and the picture is plain; give it a reference or a "
+                "prompt, or several prompts to one style", "; ".join(f"request {i}" for i in lonely),
+            )  # fmt: skip
+
+    def _unknown_words(self, texts: Iterable[str]) -> list[str]:
+        """Words that the model was never trained on, in order, each once."""
+        if not self._known:
+            return []
+        return list(dict.fromkeys(word for text in texts for word in _WORD.findall(text.lower())
+                                  if word not in self._known))  # fmt: skip
+
+    def _listed(self, words: list[str]) -> str:
+        shown = [word[:40] for word in words[:_SHOWN]]
+        near = [difflib.get_close_matches(word, self._known, n=1, cutoff=0.7) for word in shown]
+        listed = [f"{word!r} ({close[0]}?)" if close else repr(word) for word, close in zip(shown, near, strict=True)]
+        return ", ".join(listed) + (f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else "")
+
+
+def alone(requests: Sequence[Request]) -> list[int]:
+    """Places of the requests whose StyleAligned makes the first picture the reference, and who are the only ones."""
+    groups: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        style = request.aligned
+        if style is not None and style.reference is None and style.prompt is None:
+            groups.setdefault(id(style), []).append(i)
+    return [members[0] for members in groups.values() if len(members) == 1]
+
+
+def _texts(request: Request) -> list[str]:
+    """What the text encoders read of a request, its prompt first, without the places of learned tokens."""
+    texts = [request.prompt, request.negative_prompt]
+    if request.aligned is not None:
+        texts.append(request.aligned.prompt)
+    texts += [style.content for style in request.styles_of(InstantStyle)]
+    learned = request.styles_of(DreamStyler)
+    texts += [style.context for style in learned]
+    slots = [f"<{style.name}>" for style in learned] + (["{style}", "{context}"] if learned else [])
+    read = []
+    for text in texts:
+        if isinstance(text, str):
+            for slot in slots:
+                text = text.replace(slot, " ")
+            read.append(text)
+    return read
