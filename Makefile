@@ -1,4 +1,4 @@
-# make        environment and C++ extension      make test   lint and the tests
+# make        environment and C++ extension      make test   lint and the tests, with the packages that they need
 # make demo   pictures in build/demo             make tiny   train the embedded model again
 # make bench  kernels and engine on the CPU      make gpu    GPU tests and benchmarks, on a machine that has one
 PYTHON ?= python3
@@ -12,15 +12,23 @@ JOBS ?= 2
 PIP_FLAGS ?=
 
 BIN := $(VENV)/bin
+# what running it takes; what tests and benchmarks take on top of it, in the same environment; the C++ extension
 INSTALLED := $(VENV)/installed.stamp
+DEV := $(VENV)/dev.stamp
 EXTENSION := $(VENV)/extension.stamp
+LOG := build/setup.log
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_FLAGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+# $(call logged,commands): their output goes to the log, of which the end is shown if they fail
+logged = mkdir -p $(dir $(LOG)); { $(1); } >>$(LOG) 2>&1 || { tail -n 15 $(LOG); echo "that failed; all of it is in $(LOG)"; exit 1; }
 
-.PHONY: all venv extension demo test test-slow lint tiny bench gpu gpu-wheels clean
+.PHONY: all venv dev extension demo test test-slow lint tiny bench gpu gpu-wheels clean
 
 all: venv
 
 venv: $(INSTALLED) $(EXTENSION)
+
+dev: venv $(DEV)
 
 extension: $(EXTENSION)
 
@@ -28,35 +36,42 @@ $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "stylefast needs Python 3.11 or newer, but $(PYTHON) is `$(PYTHON) --version 2>&1`;" \
 	       "name another one: make PYTHON=python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) setuptools wheel
-	STYLEFAST_EXTENSION=0 $(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) --no-build-isolation -e '.[dev]'
-	# of this package the tests use the server alone, and it asks for an old numpy
-	test "`uname -sm`" != "Linux x86_64" || \
-	  $(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(PIP_FLAGS) --no-deps nvidia-pytriton
-	touch $@
+	@echo "installing stylefast and what it runs on into $(VENV); the first time this takes minutes ($(LOG))"
+	@$(call logged,test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
+	@$(call logged,$(PIP) setuptools wheel && STYLEFAST_EXTENSION=0 $(PIP) --no-build-isolation -e .)
+	@touch $@
+
+$(DEV): $(INSTALLED)
+	@echo "adding what the tests need to $(VENV) ($(LOG))"
+	@$(call logged,STYLEFAST_EXTENSION=0 $(PIP) --no-build-isolation -e '.[dev]')
+	@# of this package the tests use the server alone, and it asks for an old numpy
+	@$(call logged,test "`uname -sm`" != "Linux x86_64" || $(PIP) --no-deps nvidia-pytriton)
+	@touch $@
 
 $(EXTENSION): $(INSTALLED) $(wildcard csrc/*)
-	$(BIN)/python setup.py -q build_ext --inplace
-	touch $@
+	@echo "building the C++ extension ($(LOG))"
+	@$(call logged,$(BIN)/python setup.py -q build_ext --inplace)
+	@ls stylefast/_C*.so >/dev/null 2>&1 || echo "it could not be built ($(LOG) says why); stylefast runs without it, slower"
+	@touch $@
 
 demo: venv
-	$(BIN)/stylefast demo --out build/demo
+	@echo "making pictures with the embedded model"
+	@$(BIN)/stylefast demo --out build/demo >/dev/null
 
 test: lint
 	$(PYTEST) -m "not slow and not gpu and not soak"
 
-test-slow: venv
+test-slow: dev
 	$(PYTEST) -m "slow and not gpu"
 
-lint: venv
+lint: dev
 	$(BIN)/ruff check .
 
-tiny: venv
+tiny: dev
 	$(BIN)/python -m stylefast.training.tiny
 
 # writes benchmarks/results/kernels-cpu.json and runtime-cpu.json; takes half an hour, on a machine with nothing else to do
-bench: venv
+bench: dev
 	$(BIN)/python -m benchmarks kernels --device cpu
 	$(BIN)/python -m benchmarks runtime --device cpu
 
