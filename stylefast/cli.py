@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code that `stylefast --help` lists; errors are one line on stderr."""
     with Signals() as signals:
         try:
-            from stylefast.commands.notices import warnings_on_stderr
+            from stylefast.commands.notices import names_as_they_are, warnings_on_stderr
 
+            names_as_they_are()
             arguments = build_parser().parse_args(argv)
             with warnings_on_stderr():
                 return arguments.run(arguments)

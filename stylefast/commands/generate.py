@@ -218,7 +218,11 @@ def check_schedules(requests: Sequence) -> None:
 
 def load(choice: ModelChoice, quiet: bool):
     """The engine, with a word on stderr while it loads."""
-    if not quiet:
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()  # those of downloads
+    else:
         print(f"loading {choice.model} ...", file=sys.stderr)
     return choice.load()
 

@@ -72,10 +72,11 @@ class Lora:
         return self.path if self.scale == 1 else f"{self.path}:{self.scale:g}"
 
     def digest(self) -> str:
-        """64 hex digits of the content, of a folder those of its weights. Raises InvalidRequest."""
+        """64 hex digits of the content, of a folder those of its weights and configs. Raises InvalidRequest."""
         path, digest = Path(self.path), hashlib.sha256()
         try:
-            for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            inside = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
+            for file in inside if path.is_dir() else [path]:
                 with file.open("rb") as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:

@@ -22,6 +22,12 @@ class _Lines(logging.Handler):
         say(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
+def names_as_they_are() -> None:
+    """Let file names that are no UTF-8 through to stdout as the bytes that they are."""
+    if hasattr(sys.stdout, "reconfigure"):  # a stand-in may have none
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 def warn(message: str) -> None:
     """Print a warning of the command line itself."""
     say(f"warning: {message}")
