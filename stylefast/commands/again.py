@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 
 from stylefast.commands.files import Destination, read_metadata
 from stylefast.commands.generate import check_schedules, load, make, save
-from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, RECORDED, Lora, ModelChoice
+from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, PREDICTION_TYPES, RECORDED, Lora, ModelChoice
 from stylefast.commands.notices import warn
 from stylefast.engine import Result
 from stylefast.errors import InvalidRequest, ModelError
@@ -64,7 +64,8 @@ def _recorded_choice(metadata: Mapping) -> dict[str, Any]:
     """What the picture's model was loaded from; pictures saved from Python know no more than its name."""
     recorded = metadata.get("load")
     if not isinstance(recorded, dict):
-        recorded = {"model": metadata.get("model")}
+        kind = metadata.get("prediction_type")
+        recorded = {"model": metadata.get("model"), "prediction_type": kind if kind in PREDICTION_TYPES else None}
     known = {name: value for name, value in recorded.items() if name in RECORDED and isinstance(value, str)}
     known["lora"] = tuple(lora for lora, _ in _recorded_loras(metadata))
     dtype = metadata.get("dtype")

@@ -11,6 +11,7 @@ from stylefast.errors import InvalidRequest
 from stylefast.values import did_you_mean
 
 DEFAULT_MODEL = "tiny"
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 # backends that run what `stylefast export` wrote
 EXPORTED_BACKENDS = ("onnxruntime", "tensorrt", "aoti")
 # options of the model that name files or folders, or ids of the hub
@@ -30,7 +31,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group("--adapter", metavar="FILE", help="IP-Adapter (default: the one that comes with the model, if any)")
     group("--image-encoder", metavar="DIR", help="CLIP image encoder of --adapter (default: the model's own)")
     group("--vae", metavar="NAME", help="a VAE in place of the model's own")
-    group("--prediction-type", choices=("epsilon", "v_prediction"), help="what the UNet predicts, for checkpoints that "
+    group("--prediction-type", choices=PREDICTION_TYPES, help="what the UNet predicts, for checkpoints that "
           "don't say or say wrong (default: as the model says)")  # fmt: skip
     group("--device", help="auto, cpu, cuda or cuda:1 (default: auto)")
     group("--dtype", help="auto, float32, bfloat16 or float16 (default: auto)")
