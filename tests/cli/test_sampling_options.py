@@ -32,6 +32,17 @@ def test_a_guidance_interval_and_a_spacing_change_the_picture_and_are_recorded(g
         assert code == 0 and "same pixels" in err
 
 
+def test_a_prediction_type_changes_the_picture_and_is_recorded(generate, stylefast, tmp_path):
+    words = ("a cat", "--steps", "2", "--out")
+    plain = generate(*words, tmp_path / "plain.png")[0]
+    same = generate(*words, tmp_path / "same.png", "--prediction-type", "epsilon")[0]
+    other = generate(*words, tmp_path / "other.png", "--prediction-type", "v_prediction")[0]
+    assert pixels(plain) == pixels(same) != pixels(other)
+    assert json.loads(Image.open(other).info["stylefast"])["load"]["prediction_type"] == "v_prediction"
+    code, _, err = stylefast("generate", "--from", other, "--load-recorded", "--out", tmp_path / "again.png")
+    assert code == 0 and "same pixels" in err
+
+
 @pytest.mark.parametrize("scheduler", FEW_STEP_PRESETS)
 def test_a_few_step_preset_brings_its_guidance(generate, tmp_path, scheduler):
     words = ("a cat", "--scheduler", scheduler, "--steps", FEW_STEP_PRESETS[scheduler].steps[0], "--out", tmp_path)
