@@ -5,6 +5,7 @@ Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter", 2023, equation 5:
 cross-attention's own and `K_image = tokens W_k`, `V_image = tokens W_v` come from the adapter.
 """
 
+import os
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stylefast import values
 from stylefast.errors import AdapterError, ModelNotFound
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.layout import AttentionLayout
@@ -241,14 +243,15 @@ def _read(source: str | Path | Mapping) -> tuple[dict[str, Entry], str]:
     """All tensors under flat keys, and a name for messages."""
     if isinstance(source, Mapping):
         return flat_entries(source, "the adapter"), "the adapter"
-    path = Path(source)
-    if path.is_dir():
+    path = values.path("an adapter", source)
+    if os.path.isdir(path):
         endings = (".safetensors", *PICKLE_ENDINGS)
         files = sorted(f.name for f in path.iterdir() if f.suffix in endings)
         raise ModelNotFound(f"{path} is a folder; name one adapter file in it: {', '.join(files) or 'it has none'}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelNotFound(
-            f"there is no adapter at {path}; download one out of h94/IP-Adapter's sdxl_models and pass its path"
+            f"there is no adapter at {values.quoted(str(path))}; download one out of h94/IP-Adapter's sdxl_models and "
+            "pass its path"
         )
     return open_tensors(path)[0], path.name
 

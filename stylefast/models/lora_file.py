@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stylefast import values
 from stylefast.errors import AdapterError, ModelNotFound
 from stylefast.models import peft_config
 from stylefast.models.lora_changes import Change, Difference, Replacement, Scaling, ShapeMismatch, change_of
@@ -85,7 +87,8 @@ def read_lora(source: str | Path, weights: Mapping[str, Mapping[str, Tensor]]) -
 
 def _pieces(source: str | Path) -> list[_Piece]:
     path = Path(source)
-    if path.is_dir():
+    # unlike Path's own questions, os.path's are answered for names that the system can't hold, too
+    if os.path.isdir(path):
         if (path / peft_config.FILE).is_file():
             return [_Piece(_only_file(path, "adapter_model.*"), peft_config.read_folder_config(path))]
         parts = [part for part in PARTS if (path / part / peft_config.FILE).is_file()]
@@ -95,8 +98,9 @@ def _pieces(source: str | Path) -> list[_Piece]:
                 for part in parts
             ]
         return [_Piece(_only_file(path, "*"))]
-    if not path.is_file():
-        raise ModelNotFound(f"no LoRA file at {path}; get one by `hf download <id> --local-dir loras`, give its path")
+    if not os.path.isfile(path):
+        raise ModelNotFound(f"no LoRA file at {values.quoted(str(path))}; get one by `hf download <id> --local-dir "
+                            "loras`, give its path")  # fmt: skip
     beside = path.name.startswith("adapter_model.") and (path.parent / peft_config.FILE).is_file()
     return [_Piece(path, peft_config.read_folder_config(path.parent) if beside else None)]
 
@@ -126,7 +130,7 @@ def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, s
         if "up_bias" in found.tensors and not rank:
             raise AdapterError(f"{file}: {found.spelled[:200]} has the bias of a LoRA and no factors; it is damaged")
         for name, tensors in _by_weight(module, found.tensors).items():
-            where = f"{file}: {found.spelled}"
+            where = f"{file}: {found.spelled[:200]}"
             weight = weights[part].get(name)
             if weight is None:
                 raise AdapterError(f"{where} changes {part}.{name}, which this model does not have")

@@ -49,7 +49,7 @@ def read_single(source: str | os.PathLike, name: str | None = None) -> StyleFile
     `name` picks one of several embeddings in a LoRA file.
     """
     path = values.path("a learned style", source, error=StyleError)
-    if path.is_dir():
+    if os.path.isdir(path):
         return read_pair(*(_in_folder(path, stem) for stem in PAIR_NAMES))
     content, metadata = _read(path, name)
     content = _unwrapped(content)
@@ -109,8 +109,8 @@ def _in_folder(folder: Path, stem: str) -> Path:
 
 
 def _read(path: Path, name: str | None = None) -> tuple[Mapping | Tensor, dict[str, str]]:
-    if not path.is_file():
-        raise StyleError(f"there is no style file at {path}; check the path")
+    if not os.path.isfile(path):
+        raise StyleError(f"there is no style file at {values.quoted(str(path))}; check the path")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(16)

@@ -68,8 +68,8 @@ def split_image_embeds(embeds: Tensor, adapter: IPAdapter) -> tuple[Tensor, Tens
 
 
 def _from_file(path: Path):
-    if not path.is_file():
-        raise StyleError(f"there is no file of image embeddings at {path}; check the path")
+    if not os.path.isfile(path):
+        raise StyleError(f"there is no file of image embeddings at {values.quoted(str(path))}; check the path")
     if path.stat().st_size > 8 * MAX_VALUES:
         raise StyleError(f"{path} has {path.stat().st_size} bytes; image embeddings have a few kilobytes a picture")
     try:

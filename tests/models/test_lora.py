@@ -209,6 +209,8 @@ def test_what_is_no_lora_is_refused(components, tmp_path):
         apply_lora(components, tmp_path / "lora.bin")
     with pytest.raises(ModelNotFound, match="no LoRA file"):
         apply_lora(components, tmp_path / "absent.safetensors")
+    with pytest.raises(ModelNotFound, match="no LoRA file"):
+        apply_lora(components, "x" * 1000)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelNotFound, match="holds 0 LoRA files"):
         apply_lora(components, tmp_path / "empty")
