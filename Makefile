@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 DEV := $(VENV)/dev.stamp
 EXTENSION := $(VENV)/extension.stamp
-LOG := build/setup.log
+LOG := $(VENV)/setup.log
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_FLAGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 # $(call logged,commands): their output goes to the log, of which the end is shown if they fail
