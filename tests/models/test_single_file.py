@@ -11,8 +11,9 @@ from stylefast.errors import ModelFormatError
 from stylefast.models.checkpoint import load_components
 from stylefast.models.quantised import check_storage, dequantised
 from stylefast.models.single_file import convert_text_encoders, infer_unet_config
+from stylefast.models.stored_tensors import load_weights
 from stylefast.models.unet import UNet
-from stylefast.models.weight_files import WeightHeader, load_weights, read_header
+from stylefast.models.weight_files import WeightHeader, read_header
 from tests.small_checkpoints import original_unet, write_folder, write_single_file
 from tests.small_families import PUBLISHED, family_config
 from tests.small_sdxl import small_pipeline, small_tokenizer
