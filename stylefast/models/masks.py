@@ -1,6 +1,5 @@
 """Masks say where in the picture an image prompt acts; here they become one weight per attention query."""
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from stylefast.errors import ImageError, InvalidRequest
-from stylefast.models.pictures import BLACK, PictureSource, open_picture
+from stylefast.models.pictures import BLACK, PictureSource, open_picture, say_once
 
 
 def load_mask(mask: PictureSource | torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
@@ -28,7 +27,7 @@ def load_mask(mask: PictureSource | torch.Tensor, size: tuple[int, int] | None =
     values = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(grey.height, grey.width)
     acting = (values.float() / 255 >= 0.5).float()
     if not acting.any():
-        warnings.warn("a mask is dark or transparent everywhere, so its picture acts nowhere", stacklevel=1)
+        say_once(f"a mask of {grey.width}x{grey.height} is dark or transparent everywhere; its picture acts nowhere")
     return acting
 
 

@@ -1,10 +1,10 @@
 """Opens pictures that people hand in, and refuses what is damaged, disguised or absurd before it is decoded."""
 
+import logging
 import os
 import stat
-import warnings
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from io import BytesIO
 from typing import Any, BinaryIO, TypeAlias
 
@@ -13,6 +13,8 @@ from PIL import Image, ImageOps, features
 
 from stylefast import values
 from stylefast.errors import ImageError
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # the last one where Pillow was built with it
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -38,7 +40,7 @@ def open_picture(source: PictureSource, ground: tuple[int, int, int, int] = WHIT
     `source` is a path, the bytes of a file, a PIL image, or an array `[h, w]`, `[h, w, 1]`, `[h, w, 3]` or
     `[h, w, 4]` (uint8, uint16, bool, or floats in [0, 1]). EXIF orientation is applied, transparency is laid over
     `ground`, grey, palette, CMYK, 16-bit and floating point pictures are converted. Of an animation or of several pages
-    the first is taken, which a warning says; of the several pictures that phones put into one JPEG, the photo.
+    the first is taken, which a logged warning says; of the several pictures that phones put into one JPEG, the photo.
 
     Raises ImageError for files that are missing, damaged, truncated, no regular file or none of FORMATS, and for
     pictures above 16.8 megapixels, with a side below 16 pixels, or more than 32 times as long as wide. The size is
@@ -80,6 +82,12 @@ def check_sources(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
     if isinstance(given, (str, os.PathLike)):
         values.path(name, given, error=ImageError)
     return given
+
+
+@lru_cache(maxsize=256)
+def say_once(message: str) -> None:
+    """Log a warning, unless it was logged before: a call opens its pictures several times."""
+    logger.warning(message)
 
 
 @cache
@@ -164,7 +172,7 @@ def _decode(image: Image.Image, name: str, ground: tuple[int, ...], from_file: b
         _check_size(image.size, name)
         if from_file and image.format != "MPO" and getattr(image, "is_animated", False):
             what = "pages" if image.format == "TIFF" else "frames"
-            warnings.warn(f"{name} has several {what}; the first one is used", stacklevel=1)
+            say_once(f"{name} has several {what}; the first one is used")
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image), name, ground)
     except (ImageError, MemoryError):

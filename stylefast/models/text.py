@@ -26,6 +26,8 @@ _HIGHEST_ID_ENDS = 2
 
 # functional_call swaps the embedding table inside the module while it runs; two engines may share one encoder
 _encoder_lock = threading.Lock()
+# transformers' tokenizers are written in Rust and refuse two callers at once
+_tokenizer_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +224,14 @@ class TextEncoder:
                 + ("" if most else ", being exported graphs: load the model with backend='torch', or leave it at 0")
             )
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise what `encode` would raise for `prompts`, without running an encoder."""
+        self._check(list(prompts), ["eos"] * len(prompts), ())
+        for prompt in prompts:
+            # only a placeholder may fall beyond the window
+            for index, tokenizer in enumerate(self.tokenizers if prompt.placeholders() else ()):
+                self._tokenize(prompt, tokenizer, index, [])
+
     def _check(self, prompts: list[Prompt], policies: list[str], known_names: Collection[str]) -> None:
         if len(policies) != len(prompts):
             raise PromptError(
@@ -301,7 +311,8 @@ class TextEncoder:
                 rows.extend(vectors.unbind())
                 spans.append((name, len(content)))
             elif piece:
-                ids = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+                with _tokenizer_lock:
+                    ids = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
                 content += _with_further(ids, self._further[index])
 
         # place 0 holds the start token and the last place the end token

@@ -191,6 +191,14 @@ def available_memory(device) -> int | None:
     return min(limits, default=None)
 
 
+def total_memory(device) -> int | None:
+    """Bytes that `device` has, in use or not; None where the system does not tell."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else None
+
+
 def require_memory(needed: int, device, what: str) -> None:
     """Raise OutOfMemory, naming both figures, if `needed` bytes do not fit on `device`."""
     free = available_memory(device)

@@ -130,6 +130,31 @@ class ConditionStore:
             raise
         return conditions
 
+    def check(self, t: Trajectory) -> int:
+        """Raise what `encode` would raise for one trajectory, without running an encoder.
+
+        Returns the number of image segments that its rows have at most.
+        """
+        placed, negative = placed_styles(t.request.styles_of(DreamStyler), t.prompt, t.request.negative_prompt)
+        pooled_policy_of(placed)
+        pooled_policy_of(negative)
+        per_branch = _branch_prompts(t, placed, negative, self._train_timesteps, say=False)
+        self.text_encoder.check(list({id(p): p for per_step in per_branch.values() for p in per_step}.values()))
+        segments = dict.fromkeys(t.branches, 0)
+        for style in t.request.styles_of(InstantStyle):
+            adapter, encoder = self._adapter(style)
+            style.check_adapter(adapter, self.text_encoder.encoders[1].text_projection.weight.shape[0])
+            if style.image_embeds is None:
+                adapter.check_encoder(encoder)
+            for i, segment in enumerate(style.segments):
+                strengths = style.strengths(self.unet.layout, NULL in t.branches, i)
+                if isinstance(segment.mask, torch.Tensor):
+                    load_mask(segment.mask, (t.size[1], t.size[0]))
+                for branch in t.branches:
+                    parts = strengths[:1] if branch in CONDITIONAL_BRANCHES else strengths[1:]
+                    segments[branch] += sum(bool(part.any()) for part in parts)
+        return max(segments.values(), default=0)
+
     def release(self, conditions: Conditions) -> None:
         """Give back all pages of `conditions`; a second time does nothing."""
         self.text.release(conditions.held_text)
@@ -216,11 +241,6 @@ class ConditionStore:
         self.make_image_pages(len(tokens))
         return self.images.add([key], adapter.key_values(tokens[None]))[0]
 
-    def check(self, styles: Sequence[InstantStyle]) -> None:
-        """Raise AdapterError or StyleError for styles that the adapters at hand can't do."""
-        for style in styles:
-            style.check_adapter(self._adapter(style)[0])
-
     def _adapter(self, style: InstantStyle) -> tuple[IPAdapter, ImageEncoder]:
         if not self.adapters:
             raise StyleError(
@@ -250,18 +270,18 @@ class ConditionStore:
 
 
 def _branch_prompts(
-    t: Trajectory, placed: list[DreamStyler], negative: list[DreamStyler], train_timesteps: int
+    t: Trajectory, placed: list[DreamStyler], negative: list[DreamStyler], train_timesteps: int, say: bool = True
 ) -> dict[str, list[Prompt]]:
     """Branch -> one Prompt per step, for the branches that the trajectory has rows in."""
     steps = t.schedule.steps
     timesteps = t.schedule.timesteps.clamp(0, train_timesteps)
     text_branches = [branch for branch in t.branches if branch != NULL]
     if placed and t.prompt:
-        per_branch = prompts_per_step(placed, t.prompt, timesteps, text_branches, train_timesteps)
+        per_branch = prompts_per_step(placed, t.prompt, timesteps, text_branches, train_timesteps, say=say)
     else:
         # without a learned style, a reference's rows for its readers' branches all see the reference's prompt
         per_branch = dict.fromkeys(text_branches, [Prompt(t.prompt)] * steps)
     if NULL in t.branches:
-        null = negative_prompts(negative, t.request.negative_prompt, timesteps, train_timesteps)
+        null = negative_prompts(negative, t.request.negative_prompt, timesteps, train_timesteps, say=say)
         per_branch = {NULL: null, **per_branch}
     return per_branch

@@ -147,6 +147,20 @@ class GraphBackend(Backend):
         table = columns.table
         references, segments = table.self_page.shape[1], table.image_page.shape[1]
         flavour = "banked" if buffers.pages is not None else "live" if references else "plain"
+        sizes = {"rows": len(columns.row_picture), "height": latent_size[0], "width": latent_size[1]}
+        return self._able(flavour, references, segments, sizes)
+
+    def check(
+        self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool
+    ) -> None:
+        """Raise EngineMismatch where no graph could do a step of such a group."""
+        flavour = "banked" if banked else "live" if references else "plain"
+        # smaller batches are filled up
+        rows = max([rows, *self.buckets[:1]])
+        self._able(flavour, references, segments, {"rows": rows, "height": latent_size[0], "width": latent_size[1]})
+
+    def _able(self, flavour: str, references: int, segments: int, sizes: Mapping[str, int]) -> "_Loaded":
+        """The smallest graph that can do a step. Raises EngineMismatch."""
         able = [
             graph for graph in self._graphs
             if FLAVOURS.index(graph.shape.flavour) >= FLAVOURS.index(flavour)
@@ -154,7 +168,6 @@ class GraphBackend(Backend):
         ]  # fmt: skip
         if not able:
             raise EngineMismatch(self._lacking(flavour, references, segments))
-        sizes = {"rows": len(columns.row_picture), "height": latent_size[0], "width": latent_size[1]}
         refused = []
         for graph in able:
             beyond = graph.beyond(sizes)
@@ -162,7 +175,7 @@ class GraphBackend(Backend):
                 return graph
             refused.append(f"{graph.shape.flavour}: {beyond}")
         raise EngineMismatch(
-            f"no graph was made for a step of {sizes['rows']} rows at {latent_size[1]}x{latent_size[0]} latents "
+            f"no graph was made for a step of {sizes['rows']} rows at {sizes['width']}x{sizes['height']} latents "
             f"({'; '.join(refused)}); ask for another size or fewer pictures at once, or export for this one"
         )
 

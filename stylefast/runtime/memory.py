@@ -16,7 +16,7 @@ from stylefast import values
 from stylefast.errors import InvalidRequest, OutOfMemory
 from stylefast.models.packed import unfolds
 from stylefast.models.unet import UNet
-from stylefast.models.weight_files import available_memory
+from stylefast.models.weight_files import available_memory, total_memory
 from stylefast.runtime.page_layout import PageLayout
 
 # peak of live feature maps in units of one at the finest level; with SDXL's layout at 128x128 latents, fp32 on a CPU,
@@ -76,6 +76,18 @@ class MemoryBudget:
             raise OutOfMemory(
                 f"a batch of {rows} rows at {width}x{height} latents needs about {needed / 2**30:.1f} GiB, "
                 f"{free / 2**30:.1f} GiB{limit} are free; ask for fewer or smaller pictures at once"
+            )
+
+    def check_ever(self, unet: UNet, rows: int, latent_size: tuple[int, int]) -> None:
+        """Raise OutOfMemory if such a call can't fit even when everything else is done."""
+        most = total_memory(unet.device) if self.limit is None else self.limit
+        needed = rows * row_bytes(unet, latent_size)
+        if most is not None and needed > most:
+            height, width = latent_size
+            what = f"{unet.device} has" if self.limit is None else "the limit is"
+            raise OutOfMemory(
+                f"a batch of {rows} rows at {width}x{height} latents needs about {needed / 2**30:.1f} GiB, and {what} "
+                f"{most / 2**30:.1f} GiB; ask for a smaller picture, or fewer that depend on one another"
             )
 
     def bank_slots(

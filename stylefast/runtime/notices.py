@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
 
+from stylefast.runtime.prompt_syntax import warn_of_instructions
 from stylefast.runtime.request import Request
 from stylefast.styles.dream_styler import DreamStyler
 from stylefast.styles.instant_style import InstantStyle
@@ -27,6 +28,7 @@ class Notices:
 
     def __call__(self, requests: Sequence[Request], baking: bool = False) -> None:
         """Look at the requests of one call. `baking`: of a request that stands for a bank's readers, at its styles."""
+        warn_of_instructions(requests)
         unknown = self._unknown_words([text for request in requests for text in _texts(request)[baking:]])
         if unknown:
             known, rest = ", ".join(self._known[:_SHOWN]), len(self._known) - _SHOWN

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from stylefast.errors import StyleError
+from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models import vae as vaes
 from stylefast.models.pictures import open_picture
 from stylefast.runtime.core import Runtime
@@ -16,7 +16,6 @@ from stylefast.sampling.edm import is_edm
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.schedule import Schedule, schedule_digest
 from stylefast.styles.dream_styler import DreamStyler, check_places
-from stylefast.styles.instant_style import InstantStyle
 
 
 class Preparer:
@@ -70,21 +69,36 @@ class Preparer:
         return self.runtime.admit(trajectories, self.latent_shape(trajectories[0].size), pins)
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raise what can be told without running anything: styles for other layers, banks that don't fit, schedules."""
+        """Raise what can be told without running anything.
+
+        Styles for other layers, adapters, masks, learned vectors and places of their tokens, banks that don't fit,
+        schedules, and sizes for which there is never enough memory or no exported graph.
+        """
         for style in {request.aligned for request in requests} - {None}:
             style.layer_mask(self.runtime.unet.layout)
         for request in requests:
             self._check_stages(request)
             self.runtime.conditions.text_encoder.check_clip_skip(request.clip_skip)
-            self.runtime.conditions.check(request.styles_of(InstantStyle))
             if request.aligned is not None and request.aligned.bank is not None:
                 self._check_bank(request)
-        for trajectory in plan_trajectories(requests, self.schedule, self.native_size):
-            trajectory.step_weights  # noqa: B018  an interval between two steps is an error here
-            learned = trajectory.request.styles_of(DreamStyler)
-            if learned and trajectory.prompt:
-                texts = trajectory.prompt, trajectory.request.negative_prompt
-                check_places(learned, *texts, guided=NULL in trajectory.branches)
+        trajectories = plan_trajectories(requests, self.schedule, self.native_size)
+        for t in trajectories:
+            learned = t.request.styles_of(DreamStyler)
+            if learned and t.prompt:
+                check_places(learned, t.prompt, t.request.negative_prompt, guided=NULL in t.branches)
+        segments = {t: self.runtime.conditions.check(t) for t in trajectories}
+        for group in connected(trajectories):
+            self._check_room(group, max(segments[t] for t in group))
+
+    def _check_room(self, group: Sequence[Trajectory], segments: int) -> None:
+        """Raise OutOfMemory or ExportError for a group that could not run even alone."""
+        latent_size = self.latent_shape(group[0].size)[1:]
+        # at least so many: readers may need further branches of a reference
+        rows = max(sum(len(t.step_weights[step]) for t in group) for step in range(group[0].schedule.steps))
+        banked = [t.bank.info.references for t in group if t.bank is not None]
+        references = max([*banked, *(len(t.references) for t in group)])
+        self.runtime.budget.check_ever(self.runtime.unet, rows, latent_size)
+        self.runtime.backend.check(rows, latent_size, references, segments, bool(banked))
 
     def schedule(self, request: Request) -> Schedule:
         """The request's steps. Raises InvalidRequest for an unknown scheduler or a count it can't take."""
@@ -94,6 +108,8 @@ class Preparer:
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(channels, h, w) of the latents of a picture of (width, height)."""
         width, height = check_size(size)
+        if width % self.downscale or height % self.downscale:
+            raise InvalidRequest(f"size is {width}x{height}; this model's must be divisible by {self.downscale}")
         return self.runtime.unet.config["in_channels"], height // self.downscale, width // self.downscale
 
     def _check_stages(self, request: Request) -> None:

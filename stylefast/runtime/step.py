@@ -98,6 +98,14 @@ class Backend:
         """
         raise NotImplementedError
 
+    def check(
+        self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool
+    ) -> None:
+        """Raise ExportError if a group of `rows` rows or more can't be run; asked before its job is taken.
+
+        latent_size: (height, width). references, segments: the most that a row reads. banked: whether of a bank.
+        """
+
     def serve(self, engine: Any) -> None:
         """Take over other parts of an engine that has just been made, such as its text encoders."""
 

@@ -234,17 +234,20 @@ def prompts_per_step(
     timesteps: Sequence[float] | Tensor,
     branches: Sequence[str] = ("full",),
     num_train_timesteps: int = 1000,
+    *,
+    say: bool = True,
 ) -> dict[str, list[Prompt]]:
     """The Prompt of every branch at every step, ready for `TextEncoder.encode`.
 
     `timesteps`: [steps], what the UNet is told. Steps of the same stages share one Prompt object per branch; the
-    context branch is the same object at every step. Warns (log) where a mixed stage is not visited by any step.
+    context branch is the same object at every step. Warns (log) where a mixed stage is not visited by any step, unless
+    `say` is off.
     """
     texts = branch_prompts(styles, prompt)
     unknown = [branch for branch in branches if branch not in texts]
     if unknown:
         raise InvalidRequest(f"text branch {unknown[0]!r} is unknown; there are {', '.join(TEXT_BRANCHES)}")
-    steps = _stages_per_step(styles, timesteps, num_train_timesteps)
+    steps = _stages_per_step(styles, timesteps, num_train_timesteps, say)
     made: dict[tuple, Prompt] = {}
     for branch in branches:
         for stages in steps:
@@ -256,13 +259,18 @@ def prompts_per_step(
 
 
 def negative_prompts(
-    styles: Sequence[DreamStyler], text: str, timesteps: Sequence[float] | Tensor, num_train_timesteps: int = 1000
+    styles: Sequence[DreamStyler],
+    text: str,
+    timesteps: Sequence[float] | Tensor,
+    num_train_timesteps: int = 1000,
+    *,
+    say: bool = True,
 ) -> list[Prompt]:
     """The Prompt of the null branch at every step; an empty text is the model's own null prompt.
 
     `styles`: those that the text names. Steps of the same stages share one Prompt object.
     """
-    steps = _stages_per_step(styles, timesteps, num_train_timesteps)
+    steps = _stages_per_step(styles, timesteps, num_train_timesteps, say)
     made = {
         stages: Prompt(text or None, {s.name: s.stage_vectors(k) for s, k in zip(styles, stages, strict=True)})
         for stages in set(steps)
@@ -270,11 +278,13 @@ def negative_prompts(
     return [made[stages] for stages in steps]
 
 
-def _stages_per_step(styles: Sequence[DreamStyler], timesteps, num_train_timesteps: int) -> list[tuple[int, ...]]:
+def _stages_per_step(
+    styles: Sequence[DreamStyler], timesteps, num_train_timesteps: int, say: bool = True
+) -> list[tuple[int, ...]]:
     steps = [tuple(stage_of(t, style.stage_count, num_train_timesteps) for style in styles) for t in timesteps]
     for place, style in enumerate(styles):
         idle = sorted(set(style.stages) - {stages[place] for stages in steps})
-        if idle:
+        if idle and say:
             logger.warning("no step visits stage(s) %s of the style %r; mixing there changes nothing", idle, style.name)
     return steps
 

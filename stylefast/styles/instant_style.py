@@ -239,13 +239,19 @@ class InstantStyle:
                 swapped[composed] = self.style_boost
         return usual, swapped
 
-    def check_adapter(self, adapter: IPAdapter) -> None:
-        """Raise AdapterError or StyleError for what this style can't do with an adapter, before anything is encoded."""
+    def check_adapter(self, adapter: IPAdapter, text_dim: int) -> None:
+        """Raise AdapterError or StyleError for what this style can't do with an adapter, before anything is encoded.
+
+        `text_dim`: width of the embedding of words.
+        """
         if self.content is not None and adapter.kind != "global":
             raise AdapterError(
                 f"content={values.quoted(self.content)} can't be subtracted from a plus adapter's patch features; use "
                 "a global adapter (ip-adapter_sdxl), or leave content None"
             )
+        if self.content is not None:
+            shape = tuple(self.content.shape) if isinstance(self.content, torch.Tensor) else (text_dim,)
+            _check_space(shape, adapter.embed_dim)
         if self.image_embeds is not None:
             features, negative = split_image_embeds(self.image_embeds, adapter)
             adapter.check_features(features)
@@ -261,9 +267,9 @@ class InstantStyle:
         encoder. It is needed if `self.content` holds words. Raises AdapterError if the adapter can't subtract.
         """
         embedding = self.content if isinstance(self.content, torch.Tensor) else content
-        self.check_adapter(adapter)
         if isinstance(self.content, str) and embedding is None:
             raise StyleError(f"content={values.quoted(self.content)} needs its text embedding; pass content=[dim]")
+        self.check_adapter(adapter, 0 if embedding is None else embedding.shape[-1])
         negative = None
         if self.image_embeds is not None:
             features, negative = split_image_embeds(self.image_embeds, adapter)
@@ -291,14 +297,17 @@ def subtract_content(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scal
             f"content can be subtracted from embeddings [n, dim], not from features {list(image_embeds.shape)}; plus "
             "adapters read patch features: use a global adapter, or leave content None"
         )
-    text_embeds = text_embeds[None] if text_embeds.ndim == 1 else text_embeds
-    if text_embeds.shape != (1, image_embeds.shape[1]):
+    _check_space(tuple(text_embeds.shape), image_embeds.shape[1])
+    return image_embeds - scale * text_embeds.reshape(1, -1).to(image_embeds)
+
+
+def _check_space(shape: tuple[int, ...], width: int) -> None:
+    if shape not in ((width,), (1, width)):
         raise AdapterError(
-            f"the content's text embedding is {list(text_embeds.shape)}, the image embedding {image_embeds.shape[1]} "
-            "wide: they share no space. ip-adapter_sdxl (ViT-bigG) matches SDXL's second text encoder; for ViT-H pass "
-            "content= an embedding [1024] of the ViT-H text tower"
+            f"the content's text embedding is {list(shape)}, the image embedding {width} wide: they share no space. "
+            "ip-adapter_sdxl (ViT-bigG) matches SDXL's second text encoder; for ViT-H pass content= an embedding "
+            "[1024] of the ViT-H text tower"
         )
-    return image_embeds - scale * text_embeds.to(image_embeds)
 
 
 def _ramp(value: Callable[[float], float]) -> Callable[[Sequence[str]], list[float]]:

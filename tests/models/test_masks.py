@@ -5,6 +5,7 @@ from PIL import Image
 
 from stylefast.errors import ImageError, InvalidRequest
 from stylefast.models.masks import load_mask, mask_vectors
+from stylefast.models.pictures import say_once
 
 
 def diffusers_vector(mask, queries):
@@ -114,11 +115,14 @@ def test_what_is_drawn_acts_and_a_transparent_ground_does_not(kind):
     assert torch.equal(load_mask(HALVES[kind]), torch.from_numpy(LEFT).float())
 
 
-def test_an_array_of_zeros_and_ones_out_of_255_is_refused_and_one_that_acts_nowhere_is_told_of():
+def test_an_array_of_zeros_and_ones_out_of_255_is_refused_and_one_that_acts_nowhere_is_told_of(caplog):
+    say_once.cache_clear()
     with pytest.raises(ImageError, match=r"nothing but 0 and 1, where white is 255; pass mask.astype\(bool\)"):
         load_mask(LEFT.astype(np.uint8))
-    with pytest.warns(UserWarning, match="acts nowhere"):
+    for _ in range(2):
         load_mask(drawn("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)))
+    assert [record.message for record in caplog.records if "acts nowhere" in record.message] != []
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""What other programs read as instructions inside a prompt, and what is encoded as words here."""
+
+import logging
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from stylefast.runtime.request import Request
+from stylefast.styles.dream_styler import DreamStyler
+from stylefast.styles.instant_style import InstantStyle
+from stylefast.values import quoted
+
+logger = logging.getLogger(__name__)
+
+# such characters stand for themselves elsewhere too
+_ESCAPED = re.compile(r"\\[\\()\[\]{}<>:|]")
+_NUMBER = r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*"
+# (what it is called, how it looks, where there is another way the way)
+_INSTRUCTIONS = (
+    ("a tag", re.compile(r"<\s*(?:lora|lyco|hypernet|lbw)\s*:[^<>]*>", re.IGNORECASE), "put LoRAs on with load_lora"),
+    ("a weight", re.compile(rf"[(\[][^()\[\]]*:{_NUMBER}[)\]]"), ""),
+    ("a weight", re.compile(rf"\S::{_NUMBER}(?=\s|,|$)"), ""),
+    ("a weight", re.compile(r"(?:[^\W\d_]{2,}|\))(?:\+\++|--+)(?=[\s,.)]|$)|\)[-+](?=[\s,.)]|$)"), ""),
+    ("a weight", re.compile(rf"\){_NUMBER}(?=[\s,.)]|$)(?<=[\d.])"), ""),
+    ("a change or choice between steps", re.compile(r"\[[^\[\]]*[|:][^\[\]]*\]"), ""),
+    ("a choice", re.compile(r"\{[^{}]*\|[^{}]*\}"), ""),
+    ("a wildcard", re.compile(r"(?<!\w)__[\w/*-]+__(?!\w)"), ""),
+    ("an embedding", re.compile(r"\bembedding:\S+", re.IGNORECASE), "give learned styles as DreamStyler(file)"),
+    ("an option", re.compile(r"(?:^|\s)--(?:ar|v|s|q|c|no|niji|seed|style|stylize|chaos)\b[^-]*"), ""),
+    ("a keyword", re.compile(r"(?<!\S)(?:BREAK|ADDCOMM|ADDBASE|ADDCOL|ADDROW)(?!\S)"), ""),
+)
+# a keyword only among words in small letters
+_AND = re.compile(r"(?<!\S)AND(?!\S)")
+_BRACKETS = re.compile(r"\([^()]*\w[^()]*\)|\[[^\[\]]*\w[^\[\]]*\]")
+_MOST_SHOWN = 4
+
+
+def instructions(text: str) -> dict[str, tuple[str, str]]:
+    """Find instructions of A1111, ComfyUI, InvokeAI, compel and Midjourney in a prompt.
+
+    Returns what was written -> (what it is elsewhere, another way to it or "").
+    """
+    plain = _ESCAPED.sub(" ", text)
+    found: dict[str, tuple[str, str]] = {}
+    for kind, pattern, way in _INSTRUCTIONS:
+        for match in pattern.finditer(plain):
+            written = match[0].strip()
+            # a part of what was found already says nothing new
+            if not any(written in other for other in found):
+                found[written] = kind, way
+    if _AND.search(plain) and re.search(r"[a-z]", plain):
+        found["AND"] = "a keyword", ""
+    return found
+
+
+def warn_of_instructions(requests: Sequence[Request]) -> None:
+    """Log one warning for each request whose texts hold instructions, and one for brackets of any kind."""
+    bracketed = False
+    for request in requests:
+        found: dict[str, tuple[str, str]] = {}
+        for text in _texts(request):
+            found |= instructions(text)
+            bracketed |= _BRACKETS.search(_ESCAPED.sub(" ", text)) is not None
+        if found:
+            shown = ", ".join(f"{quoted(written)} ({kind})" for written, (kind, _) in list(found.items())[:_MOST_SHOWN])
+            more = f" and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
+            ways = "".join(f"; {way}" for way in dict.fromkeys(way for _, way in found.values()) if way)
+            logger.warning(
+                "the prompt %s holds %s%s: other programs read that as instructions, here it is encoded as words, "
+                "letter by letter; take it out, or write \\( and \\) for brackets that are meant%s",
+                quoted(request.prompt), shown, more, ways,
+            )  # fmt: skip
+            bracketed = False
+    if bracketed:
+        _say_of_brackets()
+
+
+@lru_cache(maxsize=1)
+def _say_of_brackets() -> None:
+    logger.warning(
+        "brackets in prompts are encoded as they are; where other programs read (x) as a weight of 1.1 and [x] as one "
+        "of 0.9, they weigh nothing here (said once)"
+    )
+
+
+def _texts(request: Request) -> list[str]:
+    """What the text encoders read of a request."""
+    texts = [request.prompt, request.negative_prompt]
+    texts += [style.prompt for style in (request.aligned,) if style is not None and style.prompt]
+    texts += [style.content for style in request.styles_of(InstantStyle) if isinstance(style.content, str)]
+    return texts + [style.context for style in request.styles_of(DreamStyler) if style.context]

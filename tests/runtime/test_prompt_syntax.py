@@ -1,0 +1,77 @@
+"""What other programs read as instructions in a prompt is told of, once a request; ordinary prose is not."""
+
+import pytest
+
+from stylefast.runtime import prompt_syntax
+from stylefast.runtime.prompt_syntax import instructions, warn_of_instructions
+from stylefast.runtime.request import Request
+from stylefast.styles.style_aligned import StyleAligned
+
+INSTRUCTIONS = {
+    "a (fish:1.2)": "(fish:1.2)", "a (fish:1.0), ((red:.5))": "(fish:1.0)", "a [fish:0.8]": "[fish:0.8]",
+    "(a fish, in a bowl: 1.3 )": "(a fish, in a bowl: 1.3 )", "fish <lora:water color:0.8>": "<lora:water color:0.8>",
+    "<LyCO:x:1:lbw=ALL> fish": "<LyCO:x:1:lbw=ALL>", "a fish BREAK a cat": "BREAK", "a fish AND a cat :1.2": "AND",
+    "a fish++": "fish++", "a fish--, red": "fish--", "(a fish)++": ")++", "(a fish)1.3": ")1.3", "(a fish)-": ")-",
+    "a {red|blue} fish": "{red|blue}", "a __color__ fish": "__color__", "[fish:cat:0.5]": "[fish:cat:0.5]",
+    "[fish|cat] in a bowl": "[fish|cat]", "embedding:negativeXL, ugly": "embedding:negativeXL,",
+    "a fish --ar 16:9": "--ar 16:9", "fish::2 cat::1": "h::2",
+}  # fmt: skip
+PROSE = [
+    "a fish", "a fish (red)", "a portrait (1890) by nobody", r"a \(fish:1.2\)", r"a fish \[red:0.5\]", "at 12:30, noon",
+    "A CAT AND A DOG", "a break in the clouds", "C++ code on a screen", "18+ years, size 2+1", "a fish :-) (:",
+    "ratio 16:9",
+    "a {style} fish, {prompt}", "a <chalk> fish", "snake_case__name", "well-known -- or not -- fish", "the year 19--",
+    "a fish, in the style of {style}, {context}", "a_fish__", "rock'n'roll & jazz | blues", "time: 5", "(note: red)",
+]  # fmt: skip
+
+
+@pytest.fixture
+def said(caplog):
+    """Messages of a call with these requests."""
+
+    def said(*requests):
+        caplog.clear()
+        warn_of_instructions(requests)
+        return [record.getMessage() for record in caplog.records]
+
+    return said
+
+
+@pytest.mark.parametrize("text", INSTRUCTIONS)
+def test_an_instruction_is_found_as_it_is_written(text):
+    assert INSTRUCTIONS[text] in instructions(text)
+
+
+@pytest.mark.parametrize("text", PROSE)
+def test_prose_holds_no_instruction(text):
+    assert instructions(text) == {}
+
+
+def test_a_request_gets_one_warning_that_quotes_what_it_holds(said):
+    style = StyleAligned(prompt="a (fox:1.5)")
+    first, second = said(Request("a (fish:1.2) BREAK a <lora:x:0.8>", "(ugly:1.4)", style), Request("b (cat:0.5)"))
+    for part in (
+        "'(fish:1.2)' (a weight)",
+        "'BREAK' (a keyword)",
+        "<lora:x:0.8>",
+        "load_lora",
+        "encoded as words",
+        "and 1 more",
+    ):
+        assert part in first
+    assert "'(cat:0.5)'" in second
+
+
+def test_plain_brackets_are_told_of_once_and_never_beside_a_weight(said):
+    prompt_syntax._say_of_brackets.cache_clear()
+    assert said(Request("a fish")) == []
+    (message,) = said(Request("a ((red)) fish"), Request("a [blue] fish"))
+    assert "they weigh nothing here" in message
+    assert said(Request("a (green) fish")) == []
+    assert said(Request(r"a \(green\) fish")) == []
+
+
+def test_a_long_prompt_of_brackets_is_read_in_linear_time():
+    # a pattern that backtracks would take minutes
+    for text in ("(" * 30_000, "[a|" * 10_000, "<lora:" * 5_000, "{a|" * 9_000, "a:1" * 9_000, "__a" * 9_000):
+        instructions(text)
