@@ -322,7 +322,7 @@ class Engine:
         if not requests or not all(isinstance(one, Request) for one in requests):
             raise InvalidRequest("submit takes a Request, or a list of them; wrap a prompt as sf.Request('a boat')")
         check_output(output)
-        check_deadline(deadline)
+        deadline = check_deadline(deadline)
         self._preparer.check(requests)
         self._warn(requests)
         job = Job(requests, self._loop.cancel, deadline, output, self._metadata(requests))

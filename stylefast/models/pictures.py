@@ -69,11 +69,15 @@ def check_sources(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
 
     Raises ImageError for other types and for an empty list.
     """
-    if isinstance(given, (list, tuple)):
-        several = values.several(name, given, most=_MOST_SOURCES, error=ImageError)
-        if not several:
-            raise ImageError(f"{name} is an empty list; give at least one picture")
-        return tuple(check_sources(f"{name}[{i}]", one, more) for i, one in enumerate(several))
+    if not isinstance(given, (list, tuple)):
+        return _check_source(name, given, more)
+    several = values.several(name, given, most=_MOST_SOURCES, error=ImageError)
+    if not several:
+        raise ImageError(f"{name} is an empty list; give at least one picture")
+    return tuple(_check_source(f"{name}[{i}]", one, more) for i, one in enumerate(several))
+
+
+def _check_source(name: str, given: Any, more: tuple[type, ...]) -> Any:
     if not isinstance(given, (*_KINDS, *more)):
         raise ImageError(
             f"{name} is {values.quoted(given)} ({type(given).__name__}); a picture is a path, bytes, a PIL image or an "

@@ -16,10 +16,9 @@ def check_output(name: str) -> None:
     values.one_of("output", name, OUTPUTS)
 
 
-def check_deadline(seconds: float | None) -> None:
-    """Raise InvalidRequest for a deadline that is no number of seconds above 0."""
-    if seconds is not None:
-        values.real_number("deadline", seconds, above=0, also=(math.inf,))
+def check_deadline(seconds: float | None) -> float | None:
+    """A number of seconds above 0, or None. Raises InvalidRequest."""
+    return None if seconds is None else values.real_number("deadline", seconds, above=0, also=(math.inf,))
 
 
 def buckets_of(given: Sequence[int]) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ def warn_of_instructions(requests: Sequence[Request]) -> None:
             ways = "".join(f"; {way}" for way in dict.fromkeys(way for _, way in found.values()) if way)
             logger.warning(
                 "the prompt %s holds %s%s: other programs read that as instructions, here it is encoded as words, "
-                "letter by letter; take it out, or write \\( and \\) for brackets that are meant%s",
+                "letter by letter; take it out%s",
                 quoted(request.prompt), shown, more, ways,
             )  # fmt: skip
             bracketed = False

@@ -34,7 +34,7 @@ def ddim_invert(
     Returns [steps + 1, C, h, w], the noisiest first and `clean` last. Raises InvalidRequest for bad arguments.
     """
     alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
-    values.whole_number("steps", steps, 1, len(alphas))
+    steps = values.whole_number("steps", steps, 1, len(alphas))
     if prediction_type not in ("epsilon", "v_prediction"):
         raise InvalidRequest(f"inversion knows epsilon and v_prediction, not {prediction_type!r}")
     if clean.ndim != 3:

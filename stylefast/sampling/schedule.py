@@ -153,7 +153,7 @@ def make_schedule(
         _check_edm_arguments(base, spacing, timesteps, config)
         # keys of other schedulers, which those of EDM don't read
         config |= {"use_karras_sigmas": False, "use_exponential_sigmas": False, "timestep_spacing": "leading"}
-    _check(base, steps, config)
+    steps = _check(base, steps, config)
     levels = _levels(name, base, suffix, {KARRAS: karras, EXPONENTIAL: exponential}, config)
     eta = _eta(base, eta)
     given = None if timesteps is None else _given(base, steps, levels, spacing, timesteps, config)
@@ -288,9 +288,10 @@ def _check_edm_arguments(base: str, spacing: str | None, timesteps: Sequence[int
             )
 
 
-def _check(base: str, steps: int, config: Mapping) -> None:
+def _check(base: str, steps: int, config: Mapping) -> int:
+    """The steps as a plain number, if base and config can do them."""
     limit = min(MAX_STEPS, config["num_train_timesteps"])
-    values.whole_number("steps", steps, 1, limit)
+    steps = values.whole_number("steps", steps, 1, limit)
     if config["timestep_spacing"] not in SPACINGS:
         raise InvalidRequest(
             f"timestep spacing {config['timestep_spacing']!r} is unknown; choose one of {', '.join(SPACINGS)}"
@@ -310,3 +311,4 @@ def _check(base: str, steps: int, config: Mapping) -> None:
         raise InvalidRequest(
             f"{base} with lambda_min_clipped={config['lambda_min_clipped']} is not supported; leave it out"
         )
+    return steps
