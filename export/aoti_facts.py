@@ -3,18 +3,19 @@
 PyTorch only warns where a package was made by another version or on another machine; here it is refused.
 """
 
-import json
 import platform
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stylefast import values
 from stylefast.errors import EngineMismatch, ExportError
 from stylefast.export.unet_graph import DIMENSIONS, GraphShape, Tensor, graph_inputs, graph_output, with_tokens
 from stylefast.models.unet import UNet
@@ -44,9 +45,10 @@ def package_facts(path: str | Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("_metadata.json")]
-            found = [json.loads(archive.read(name)).get(KEY) for name in names]
-        facts = next((json.loads(text) for text in found if text), None)
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+            read = partial(values.load_json, what="its metadata", kind=dict)
+            found = [read(archive.read(name)).get(KEY) for name in names]
+        facts = next((read(text) for text in found if text), None)
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise ExportError(f"{path} is truncated, damaged or no package ({error}); export the model again") from error
     if not isinstance(facts, dict):
         raise ExportError(f"{path} is a package that stylefast has not written; run `stylefast export aoti`")

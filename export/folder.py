@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stylefast import values
 from stylefast.code_caches import foreign
 from stylefast.errors import ExportError, InvalidRequest, ModelFormatError, StyleFastError
 from stylefast.export.manifest import MANIFEST, FileEntry, Manifest, check_files, file_entry
@@ -160,7 +161,7 @@ class UnfinishedExport:
         if stranger is not None:
             raise ExportError(f"{stranger}, and stands where files are collected; remove it, or choose another folder")
         try:
-            record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+            record = values.load_json((self.path / RECORD).read_bytes(), "the record", error=ModelFormatError)
             arguments = record["arguments"]
             graphs = {
                 name: {"files": tuple(FileEntry(**entry) for entry in graph["files"]), "detail": graph["detail"]}

@@ -9,13 +9,13 @@ A file without a GPU's name holds for every GPU of its capability and was reason
 --tune` writes measured ones. The folder in `STYLEFAST_TUNING`, if set, is read before the committed files.
 """
 
-import json
 import math
 import os
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stylefast import values
 from stylefast.errors import InvalidRequest
 
 FOLDER = Path(__file__).parent / "tuning"
@@ -74,7 +74,7 @@ def tunings() -> tuple[Tuning, ...]:
 
 def _read(path: Path) -> Tuning:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = values.read_json(path, "it", kind=dict)
         operations = {
             name: [(entry["key"], entry["config"]) for entry in entries] for name, entries in data["operations"].items()
         }

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stylefast import values
 from stylefast.errors import ImageError, ModelFormatError, ModelNotFound
 
 SIZE = 64
@@ -78,7 +79,11 @@ def load_classifier(path: str | Path | None = None) -> PictureClassifier:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            names = {kind: tuple(json.loads(value)) for kind, value in metadata.items() if kind != "format"}
+            names = {
+                kind: tuple(values.load_json(value, kind, kind=list))
+                for kind, value in metadata.items()
+                if kind != "format"
+            }
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         classifier = PictureClassifier(**names)
         classifier.load_state_dict(state)

@@ -347,9 +347,9 @@ def test_several_styles_and_pictures_find_their_places(requests):
 @pytest.mark.parametrize(
     "order, error, wanted",
     [
-        (b"{", InvalidRequest, "no JSON"),
-        (b"\xff\xfe", InvalidRequest, "no JSON"),
-        (b"[" * 100_000, InvalidRequest, "no JSON"),
+        (b"{", InvalidRequest, "no valid JSON"),
+        (b"\xff\xfe", InvalidRequest, "no valid JSON"),
+        (b"[" * 100_000, InvalidRequest, "no valid JSON"),
         (b'{"prompt": "a"}' + b" " * 2**20, InvalidRequest, "bytes"),
         (b"[]", InvalidRequest, "object"),
         ({}, PromptError, "NoneType"),

@@ -4,7 +4,6 @@ Pictures are named by number, and banks and learned styles by the names that the
 a path, so that no client reads the server's files.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import stylefast as sf
 from stylefast.errors import ImageError, InvalidRequest, StyleError
+from stylefast.values import did_you_mean, load_json, quoted, real_number, seeds, whole_number
 
 _SHARED = ("negative_prompt", "steps", "guidance", "size", "scheduler", "guidance_rescale", "guidance_interval",
            "spacing")  # fmt: skip
@@ -43,14 +43,17 @@ class Shelf:
         if self.banks is None:
             raise StyleError("this server has no style banks; name its folder when the repository is written")
         known = sorted(path.stem for path in self.banks.glob("*.bank"))
-        if name not in known:
-            raise StyleError(f"bank {name!r} is not on this server; there are {', '.join(known) or 'none'}")
+        if not isinstance(name, str) or name not in known:
+            raise StyleError(f"bank {quoted(name)} is not on this server; there are {', '.join(known) or 'none'}")
         return sf.StyleBank.load(self.banks / f"{name}.bank")
 
     def style(self, name: Any) -> Path:
         """The file of a learned style. Raises StyleError."""
         if not isinstance(name, str) or name not in self.learned:
-            raise StyleError(f"learned style {name!r} is not in this model; there are {', '.join(self.learned)}")
+            raise StyleError(
+                f"learned style {quoted(name)} is not in this model; there are {', '.join(self.learned)}"
+                f"{did_you_mean(name, self.learned)}"
+            )
         return self.learned[name]
 
 
@@ -62,16 +65,15 @@ def read_order(text: bytes, pictures: Sequence[bytes], shelf: Shelf) -> Order:
     prompts = prompts if isinstance(prompts, list) else [prompts]
     if not 1 <= len(prompts) <= _MOST_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts; a request takes 1 to {_MOST_PROMPTS}")
-    seed = given.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InvalidRequest(f"seed is {seed!r}; it must be a whole number")
+    numbered = zip(prompts, seeds("seed", given.get("seed", 0), len(prompts)), strict=True)
     shared = {name: given[name] for name in _SHARED if name in given}
     shared["style"] = _styles(given.get("style"), pictures, shelf)
-    every = given.get("preview_every", 0)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-        raise InvalidRequest(f"preview_every is {every!r}; it must be a whole number of steps, 0 for no previews")
-    requests = tuple(sf.Request(prompt, seed=seed + i, **shared) for i, prompt in enumerate(prompts))
-    return Order(requests, every, given.get("deadline"))
+    every = whole_number("preview_every", given.get("preview_every", 0), 0)
+    deadline = given.get("deadline")
+    if deadline is not None:
+        deadline = real_number("deadline", deadline, above=0)
+    requests = tuple(sf.Request(prompt, seed=seed, **shared) for prompt, seed in numbered)
+    return Order(requests, every, deadline)
 
 
 def split_pictures(content: bytes, lengths: Sequence[int]) -> list[bytes]:
@@ -85,15 +87,10 @@ def split_pictures(content: bytes, lengths: Sequence[int]) -> list[bytes]:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    if len(text) > _LARGEST_TEXT:
-        raise InvalidRequest(f"the request has {len(text)} bytes; at most {_LARGEST_TEXT} are taken")
     try:
-        given = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f'the request is no JSON ({error}); send e.g. {{"prompt": "a boat"}}') from error
-    if not isinstance(given, dict):
-        raise InvalidRequest(f"the request is a JSON {type(given).__name__}; it must be an object")
-    return given
+        return load_json(text, "the request", kind=dict, largest=_LARGEST_TEXT)
+    except InvalidRequest as error:
+        raise InvalidRequest(f'{error}; send e.g. {{"prompt": "a boat"}}') from error
 
 
 def _styles(given: Any, pictures: Sequence[bytes], shelf: Shelf) -> list:
@@ -102,12 +99,13 @@ def _styles(given: Any, pictures: Sequence[bytes], shelf: Shelf) -> list:
     makers: dict[str, Callable[..., Any]] = {"aligned": _aligned, "instant": _instant, "learned": _learned}
     styles = []
     for entry in given if isinstance(given, list) else [given]:
-        if not isinstance(entry, dict) or entry.get("method") not in makers:
-            raise StyleError(f"style is {entry!r}; it must be an object with a method out of {', '.join(makers)}")
+        method = entry.get("method") if isinstance(entry, dict) else None
+        if not isinstance(method, str) or method not in makers:
+            raise StyleError(f"style is {quoted(entry)}; it must be an object with a method out of {', '.join(makers)}")
         arguments = {name: value for name, value in entry.items() if name != "method"}
         for name in _PICTURES & arguments.keys():
             arguments[name] = _picture(name, arguments[name], pictures)
-        styles.append(makers[entry["method"]](arguments, shelf))
+        styles.append(makers[method](arguments, shelf))
     return styles
 
 
@@ -140,7 +138,8 @@ def _picture(name: str, given: Any, pictures: Sequence[bytes]) -> Any:
     if isinstance(given, list):
         return [_picture(name, one, pictures) for one in given]
     if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < len(pictures):
-        raise ImageError(f"{name} is {given!r}; {len(pictures)} pictures were sent, and are named by number from 0")
+        shown = quoted(given)
+        raise ImageError(f"{name} is {shown}; {len(pictures)} pictures were sent, and are named by number from 0")
     return pictures[given]
 
 
@@ -151,4 +150,6 @@ def _arguments_of(kind: type) -> tuple[str, ...]:
 def _only(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise InvalidRequest(f"{what} has no {unknown[0]!r}; it takes {', '.join(known)}")
+        raise InvalidRequest(
+            f"{what} has no {quoted(unknown[0])}; it takes {', '.join(known)}{did_you_mean(unknown[0], known)}"
+        )
