@@ -349,7 +349,7 @@ def test_several_styles_and_pictures_find_their_places(requests):
     [
         (b"{", InvalidRequest, "no valid JSON"),
         (b"\xff\xfe", InvalidRequest, "no valid JSON"),
-        (b"[" * 100_000, InvalidRequest, "no valid JSON"),
+        (b"[" * 100_000, InvalidRequest, "nested too deep"),
         (b'{"prompt": "a"}' + b" " * 2**20, InvalidRequest, "bytes"),
         (b"[]", InvalidRequest, "object"),
         ({}, PromptError, "NoneType"),
