@@ -1,11 +1,15 @@
 """One small model for all tests of the engine: diffusers' pipeline and the engine on the same weights."""
 
+from functools import cache, partial
+
 import pytest
 import torch
 
 import stylefast as sf
+from stylefast.kernels import registry
 from stylefast.models import packed
 from tests.engine.scene import EMBED_DIM, SIZE, STEPS, sharp_pipeline
+from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, nudged, wide
 from tests.oracle.instant_style import random_adapter
 
 
@@ -66,3 +70,28 @@ def draw(engine):
         return using.generate(prompts, style, **{"size": SIZE, "steps": STEPS, "output": "latents"} | options).latents
 
     return draw
+
+
+@pytest.fixture(scope="package")
+def drawn(pipe, adapter_files, engine, draw):
+    """`draw` for comparisons of one call with another: a `Measured`, by an engine whose models are in fp64."""
+
+    @cache
+    def other(change, *further, adapters):
+        using = sf.Engine.from_pipeline(change(pipe, *further))
+        for file in adapter_files[:adapters]:
+            using.load_adapter(file)
+        return using
+
+    def drawn(prompts, style=None, *, using=engine, in_fp64=None, **options):
+        def run(*change):
+            return draw(in_fp64 or prompts, style, using=other(*change, adapters=len(using.adapters)), **options)
+
+        def exact():
+            with registry.using("torch"):  # the one form that takes fp64
+                return run(wide)
+
+        roundings = [partial(run, nudged, seed) for seed in SEEDS_OF_ROUNDINGS]
+        return Measured(draw(prompts, style, using=using, **options), exact, roundings)
+
+    return drawn

@@ -39,8 +39,8 @@ def sharp_pipeline(seed: int = 1, prediction_type: str = "epsilon"):
     return pipe
 
 
-def close(actual, expected, tolerance: float = 1e-5):
-    """Equal to `tolerance` of the largest value in `expected`."""
+def near(actual, expected, tolerance: float):
+    """Equal to `tolerance` of the largest value in `expected`, where the two differ by more than rounding."""
     actual = torch.stack(list(actual)) if isinstance(actual, (list, tuple)) else actual
     expected = torch.stack(list(expected)) if isinstance(expected, (list, tuple)) else expected
     assert actual.shape == expected.shape
@@ -79,7 +79,7 @@ def guided(pipe, prompts, seeds, *, guidance: float = 5.0, negative: str | None 
 
 
 def by_step(pipe, prompts, seeds, within, guidance: float = 5.0, **options) -> torch.Tensor:
-    """The oracle under classifier-free guidance, every step inside the context manager `within(step)`."""
+    """The oracle under classifier-free guidance, every step inside the context manager `within(unet, step)`."""
     options = RUN | options
     (null, null_pooled), (full, full_pooled) = encode(pipe, prompts)
     height, width = options["size"]
@@ -88,13 +88,13 @@ def by_step(pipe, prompts, seeds, within, guidance: float = 5.0, **options) -> t
 
     def predict(latents, timestep, step):
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
-        with within(step), torch.no_grad():
+        with within(pipe.unet, step), torch.no_grad():
             output = pipe.unet(latents.repeat(2, 1, 1, 1), timestep, states, added_cond_kwargs=conditions).sample
         return generation.classifier_free(guidance)(*output.chunk(2))
 
     scheduler = make_scheduler(options["scheduler"], pipe.scheduler.config)
     shape = (4, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-    return sample(predict, scheduler, options["steps"], shape, seeds)
+    return sample(predict, scheduler, options["steps"], shape, seeds, dtype=pipe.unet.dtype)
 
 
 def clean_latents(pipe, picture: Image.Image) -> torch.Tensor:
@@ -144,6 +144,6 @@ class StageTexts:
 
 
 __all__ = [
-    "EMBED_DIM", "RUN", "SIZE", "STEPS", "StageTexts", "apart", "by_step", "clean_latents", "close", "embeds",
-    "encode", "guided", "learned", "picture_noise", "sharp_pipeline", "small_picture",
+    "EMBED_DIM", "RUN", "SIZE", "STEPS", "StageTexts", "apart", "by_step", "clean_latents", "embeds",
+    "encode", "guided", "learned", "near", "picture_noise", "sharp_pipeline", "small_picture",
 ]

@@ -8,7 +8,8 @@ import torch
 import stylefast as sf
 from stylefast.sampling.guidance import StyleContextGuidance
 from stylefast.styles.embeddings import StageEmbedding
-from tests.engine.scene import RUN, SIZE, StageTexts, apart, close, encode, guided, learned
+from tests.engine.scene import RUN, SIZE, StageTexts, apart, encode, guided, learned
+from tests.fp64 import close, measured
 from tests.oracle import generation
 from tests.oracle.dream_styler import stage_of, style_and_context
 
@@ -43,28 +44,28 @@ def literal(pipe, embedding, weights=None, full=FULL, context=PROMPTS, style=STY
 def test_every_step_reads_the_vectors_of_its_stage(pipe, draw, scheduler, stages, vectors):
     embedding = learned(stages=stages, vectors=vectors)
     actual = draw(PROMPTS, sf.DreamStyler(embedding), seed=30, scheduler=scheduler, steps=5)
-    close(actual, literal(pipe, embedding, scheduler=scheduler, steps=5))
+    close(actual, measured(literal, pipe, embedding, scheduler=scheduler, steps=5))
     apart(actual, draw(PROMPTS, seed=30, scheduler=scheduler, steps=5))
 
 
 def test_without_guidance_only_the_full_prompt_runs(pipe, draw):
     embedding = learned()
     texts = StageTexts(pipe, embedding)
-    expected = generation.generate(pipe, lambda timestep: (texts(FULL, timestep),), lambda only: only, seeds=SEEDS,
-                                   **RUN)
+    expected = measured(generation.generate, pipe, lambda timestep: (texts(FULL, timestep),), lambda only: only,
+                        seeds=SEEDS, **RUN)
     close(draw(PROMPTS, sf.DreamStyler(embedding), seed=30, guidance=1.0), expected)
 
 
 def test_context_stands_between_the_opening_and_the_style(pipe, draw):
     embedding, words = learned(), "on a red house"
     actual = draw(PROMPTS, sf.DreamStyler(embedding, context=words), seed=30)
-    close(actual, literal(pipe, embedding, full=[f"{p}, {words}, in the style of {{}}" for p in PROMPTS]))
+    close(actual, measured(literal, pipe, embedding, full=[f"{p}, {words}, in the style of {{}}" for p in PROMPTS]))
 
 
 def test_a_token_in_the_prompt_stays_where_it_is(pipe, draw):
     embedding = learned()
     actual = draw(["a <sks> cat", "a house of <sks>"], sf.DreamStyler(embedding), seed=30)
-    close(actual, literal(pipe, embedding, full=["a {} cat", "a house of {}"]))
+    close(actual, measured(literal, pipe, embedding, full=["a {} cat", "a house of {}"]))
 
 
 # in the negative prompt
@@ -104,10 +105,10 @@ def test_collapsed_guidance_equals_the_four_branches(pipe, draw, weights, conven
     embedding = learned()
     guidance = StyleContextGuidance(*weights, convention)
     actual = draw(PROMPTS, sf.DreamStyler(embedding, guidance=guidance), seed=30)
-    close(actual, literal(pipe, embedding, weights, convention=convention))
+    close(actual, measured(literal, pipe, embedding, weights, convention=convention))
 
 
-def test_equal_weights_of_style_and_context_are_plain_guidance_in_two_branches(engine, draw, monkeypatch):
+def test_equal_weights_of_style_and_context_are_plain_guidance_in_two_branches(engine, draw, drawn, monkeypatch):
     embedding, rows = learned(), []
     forward = engine.unet.forward
     monkeypatch.setattr(engine.unet, "forward", lambda latents, *rest, **named: rows.append(len(latents)) or forward(
@@ -115,7 +116,7 @@ def test_equal_weights_of_style_and_context_are_plain_guidance_in_two_branches(e
     equal = sf.DreamStyler(embedding, guidance=StyleContextGuidance(2.0, 2.0, 3.0))
     actual = draw(PROMPTS, equal, seed=30)
     assert rows == [4, 4, 4]
-    close(actual, draw(PROMPTS, sf.DreamStyler(embedding), seed=30, guidance=5.0))
+    close(actual, drawn(PROMPTS, sf.DreamStyler(embedding), seed=30, guidance=5.0))
 
 
 def test_guidance_rescale_takes_the_deviation_of_the_full_branch(pipe, draw):
@@ -127,8 +128,9 @@ def test_guidance_rescale_takes_the_deviation_of_the_full_branch(pipe, draw):
         guided = style_and_context(null, context, style, full, *weights, "code")
         return generation.rescaled(guided, full, 0.6)
 
-    expected = generation.generate(
-        pipe, lambda t: (null, texts.plain(PROMPTS), texts(STYLE, t), texts(FULL, t)), combine, seeds=SEEDS, **RUN
+    expected = measured(
+        generation.generate, pipe, lambda t: (null, texts.plain(PROMPTS), texts(STYLE, t), texts(FULL, t)), combine,
+        seeds=SEEDS, **RUN
     )
     style = sf.DreamStyler(embedding, guidance=StyleContextGuidance(*weights))
     close(draw(PROMPTS, style, seed=30, guidance_rescale=0.6), expected)
@@ -145,7 +147,7 @@ def test_equal_vectors_in_all_stages_are_one_vector_bit_for_bit(draw, vectors):
         assert torch.equal(one, many)
 
 
-def test_requests_in_different_stages_equal_solo_runs(draw):
+def test_requests_in_different_stages_equal_solo_runs(draw, drawn):
     style, other = sf.DreamStyler(learned()), sf.DreamStyler(learned("abc", stages=3, seed=1))
     requests = [
         sf.Request("a cat", style=style, seed=1, steps=5, size=SIZE),
@@ -155,7 +157,7 @@ def test_requests_in_different_stages_equal_solo_runs(draw):
         sf.Request("a dog", seed=5, steps=4, size=SIZE),
     ]
     for request, together in zip(requests, draw(requests)):
-        close(draw(request), [together])
+        close([together], drawn(request))
 
 
 @pytest.mark.parametrize("stage", [5, 3, 2, 0])
@@ -181,7 +183,8 @@ def test_mixing_takes_the_vectors_of_the_other_style_at_that_stage(pipe, draw):
     one, other = learned(), learned("other", seed=9)
     mixed = StageEmbedding("sks", *(torch.cat([a[:4], b[4:5], a[5:]]) for a, b in (
         (one.clip_l, other.clip_l), (one.clip_g, other.clip_g))))
-    close(draw(PROMPTS, sf.DreamStyler(one, stages={4: other}), seed=30, steps=5), literal(pipe, mixed, steps=5))
+    actual = draw(PROMPTS, sf.DreamStyler(one, stages={4: other}), seed=30, steps=5)
+    close(actual, measured(literal, pipe, mixed, steps=5))
 
 
 # with StyleAligned: every branch reads its own branch of the reference
@@ -203,10 +206,10 @@ def test_every_branch_reads_its_own_branch_of_the_reference(pipe, draw, guidance
     sharing = {"shift": 0.3, "share_group_norm": True}
     if guidance == 1:
         texts = StageTexts(pipe, embedding)
-        expected = generation.generate(pipe, lambda timestep: (texts(FULL, timestep),), lambda only: only,
+        expected = measured(generation.generate, pipe, lambda timestep: (texts(FULL, timestep),), lambda only: only,
                                        seeds=SEEDS, sharing=sharing, **RUN)
     else:
-        expected = literal(pipe, embedding, weights, sharing=sharing)
+        expected = measured(literal, pipe, embedding, weights, sharing=sharing)
     close(actual, expected)
 
 
@@ -216,12 +219,12 @@ def test_a_hidden_reference_wears_the_learned_style_unless_told_otherwise(pipe, 
     seeds = [8, *SEEDS]
     full = ["a dog, in the style of {}", *FULL]
     shared = draw(PROMPTS, [sf.StyleAligned(prompt="a dog", seed=8), style], seed=30)
-    expected = literal(pipe, embedding, weights, full=full, context=["a dog", *PROMPTS], style=STYLE[:1] * 3,
+    expected = measured(literal, pipe, embedding, weights, full=full, context=["a dog", *PROMPTS], style=STYLE[:1] * 3,
                        sharing={}, seeds=seeds)
     close(shared, expected[1:])
 
     bare = draw(PROMPTS, [sf.StyleAligned(prompt="a dog", seed=8, share_styles=False), style], seed=30)
-    expected = literal(pipe, embedding, weights, full=["a dog", *FULL], context=["a dog", *PROMPTS],
+    expected = measured(literal, pipe, embedding, weights, full=["a dog", *FULL], context=["a dog", *PROMPTS],
                        style=["a dog", *STYLE], sharing={}, seeds=seeds)
     close(bare, expected[1:])
     apart(bare, shared)
@@ -237,7 +240,7 @@ def test_a_reference_without_the_learned_style_serves_branches_it_does_not_need_
                    seed=31, size=SIZE, steps=3),
     ]
     reference, target = draw(requests)
-    close([reference], guided(pipe, ["a dog"], [30]))
+    close([reference], measured(guided, pipe, ["a dog"], [30]))
 
     texts = StageTexts(pipe, embedding)
     null, _ = encode(pipe, PROMPTS)
@@ -246,8 +249,8 @@ def test_a_reference_without_the_learned_style_serves_branches_it_does_not_need_
         whole = style_and_context(null, context, style, full, *weights, "code")
         return torch.stack([generation.classifier_free(5.0)(null[:1], full[:1])[0], whole[1]])
 
-    expected = generation.generate(
-        pipe,
+    expected = measured(
+        generation.generate, pipe,
         lambda t: (null, *(texts(["a dog", prompts[1]], t) for prompts in (PROMPTS, STYLE, FULL))),
         combine, seeds=SEEDS, sharing={}, **RUN,
     )

@@ -9,7 +9,8 @@ from PIL import Image
 
 import stylefast as sf
 from stylefast.errors import AdapterError, StyleError
-from tests.engine.scene import SIZE, apart, by_step, close, embeds, guided, small_picture
+from tests.engine.scene import SIZE, apart, by_step, embeds, guided, small_picture
+from tests.fp64 import close, measured
 from tests.oracle.generation import Pictures
 from tests.oracle.instant_style import STYLE, STYLE_AND_LAYOUT, Segment, image_tokens, row_adapters
 
@@ -29,8 +30,8 @@ BLOCKS = {
 
 
 @pytest.fixture(scope="module")
-def plain(draw):
-    return draw(PROMPTS, seed=30)
+def plain(drawn):
+    return drawn(PROMPTS, seed=30)
 
 
 @pytest.fixture(scope="module")
@@ -83,25 +84,27 @@ def scaled(scale, factor):
 @pytest.mark.parametrize(("blocks", "scale"), BLOCKS.values(), ids=BLOCKS)
 def test_blocks_equal_the_scales_of_diffusers(pipe, adapters, draw, plain, blocks, scale, strength):
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE, blocks, strength), seed=30)
-    expected = guided(pipe, PROMPTS, SEEDS, pictures=pictures(adapters, pipe, scaled(scale, strength), PICTURE))
+    styled = pictures(adapters, pipe, scaled(scale, strength), PICTURE)
+    expected = measured(guided, pipe, PROMPTS, SEEDS, pictures=styled)
     close(actual, expected)
-    apart(actual, plain)
+    apart(actual, plain.value)
 
 
 def test_without_guidance_it_equals_diffusers(pipe, adapters, draw):
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE), seed=30, guidance=1.0)
-    close(actual, guided(pipe, PROMPTS, SEEDS, guidance=1.0, pictures=pictures(adapters, pipe, STYLE, PICTURE)))
+    styled = pictures(adapters, pipe, STYLE, PICTURE)
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, guidance=1.0, pictures=styled))
 
 
-def test_several_pictures_share_one_softmax_as_in_diffusers(pipe, adapters, draw):
+def test_several_pictures_share_one_softmax_as_in_diffusers(pipe, adapters, draw, drawn):
     images = [PICTURE, OTHER, THIRD]
     actual = draw(PROMPTS, sf.InstantStyle(images, "all", 0.7), seed=30)
-    close(actual, guided(pipe, PROMPTS, SEEDS, pictures=pictures(adapters, pipe, 0.7, *images)))
-    close(draw(PROMPTS, sf.InstantStyle(images[::-1], "all", 0.7), seed=30), actual)
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, pictures=pictures(adapters, pipe, 0.7, *images)))
+    close(actual, drawn(PROMPTS, sf.InstantStyle(images[::-1], "all", 0.7), seed=30))
 
 
-def test_a_picture_listed_twice_is_the_picture_once(draw):
-    once = draw(PROMPTS, sf.InstantStyle(PICTURE), seed=30)
+def test_a_picture_listed_twice_is_the_picture_once(draw, drawn):
+    once = drawn(PROMPTS, sf.InstantStyle(PICTURE), seed=30)
     close(draw(PROMPTS, sf.InstantStyle([PICTURE, PICTURE]), seed=30), once)
 
 
@@ -115,7 +118,7 @@ def test_embeddings_from_diffusers_equal_their_pictures(engine, pipe, draw):
 def test_a_mask_bounds_the_picture_as_in_diffusers(pipe, adapters, draw):
     mask = half_mask()
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE, "all", mask=mask), seed=30)
-    close(actual, guided(pipe, PROMPTS, SEEDS, pictures=pictures(adapters, pipe, 1.0, PICTURE, masks=[mask])))
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, pictures=pictures(adapters, pipe, 1.0, PICTURE, masks=[mask])))
     apart(actual, draw(PROMPTS, sf.InstantStyle(PICTURE, "all"), seed=30))
 
 
@@ -123,7 +126,7 @@ def test_masked_pictures_have_a_softmax_and_a_scale_each_as_in_diffusers(pipe, a
     masks = [half_mask(), half_mask(left=False)]
     actual = draw(PROMPTS, sf.InstantStyle([PICTURE, OTHER], "all", [0.9, 0.5], mask=masks), seed=30)
     scale = [[0.9, 0.5]]
-    expected = guided(pipe, PROMPTS, SEEDS, pictures=Pictures(
+    expected = measured(guided, pipe, PROMPTS, SEEDS, pictures=Pictures(
         adapters[:1], scale, [embeds(pipe, PICTURE, OTHER)], [torch.stack([binary(mask) for mask in masks])[None]]
     ))
     close(actual, expected)
@@ -135,37 +138,37 @@ def test_masks_of_ones_are_not_the_shared_softmax(draw):
     apart(masked, draw(PROMPTS, sf.InstantStyle([PICTURE, OTHER], "all"), seed=30))
 
 
-def test_a_mask_tensor_is_the_mask_picture(draw):
+def test_a_mask_tensor_is_the_mask_picture(draw, drawn):
     options = {"image": PICTURE, "blocks": "all"}
     as_tensor = draw(PROMPTS, sf.InstantStyle(mask=binary(half_mask()), **options), seed=30)
-    close(as_tensor, draw(PROMPTS, sf.InstantStyle(mask=half_mask(), **options), seed=30))
+    close(as_tensor, drawn(PROMPTS, sf.InstantStyle(mask=half_mask(), **options), seed=30))
 
 
 def test_several_adapters_add_up_as_in_diffusers(pipe, adapters, draw, two_adapter_engine):
     styles = [sf.InstantStyle(PICTURE, adapter="a"), sf.InstantStyle([OTHER, THIRD], "all", 0.4, adapter="b")]
     actual = draw(PROMPTS, styles, using=two_adapter_engine, seed=30)
     both = Pictures(adapters, [STYLE, 0.4], [embeds(pipe, PICTURE), embeds(pipe, OTHER, THIRD)])
-    close(actual, guided(pipe, PROMPTS, SEEDS, pictures=both))
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, pictures=both))
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
-def test_content_is_subtracted_from_the_embedding(pipe, adapters, draw, plain, scale):
+def test_content_is_subtracted_from_the_embedding(pipe, adapters, draw, drawn, plain, scale):
     style = sf.InstantStyle(PICTURE, "all", content="a cat", content_scale=scale)
     *_, pooled, _ = pipe.encode_prompt("a cat", do_classifier_free_guidance=True)
     edited = embeds(pipe, PICTURE) - scale * pooled.detach()
     actual = draw(PROMPTS, style, seed=30)
-    close(actual, guided(pipe, PROMPTS, SEEDS, pictures=Pictures(adapters[:1], [1.0], [edited])))
-    untouched = draw(PROMPTS, sf.InstantStyle(PICTURE, "all"), seed=30)
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, pictures=Pictures(adapters[:1], [1.0], [edited])))
+    untouched = drawn(PROMPTS, sf.InstantStyle(PICTURE, "all"), seed=30)
     if scale:
-        apart(actual, untouched)
+        apart(actual, untouched.value)
     else:
         close(actual, untouched)
 
 
-def test_content_as_an_embedding_is_the_content_in_words(pipe, draw):
+def test_content_as_an_embedding_is_the_content_in_words(pipe, draw, drawn):
     *_, pooled, _ = pipe.encode_prompt("a cat", do_classifier_free_guidance=True)
     as_embedding = draw(PROMPTS, sf.InstantStyle(PICTURE, content=pooled[0].detach()), seed=30)
-    close(as_embedding, draw(PROMPTS, sf.InstantStyle(PICTURE, content="a cat"), seed=30))
+    close(as_embedding, drawn(PROMPTS, sf.InstantStyle(PICTURE, content="a cat"), seed=30))
 
 
 # row by row against the literal attention
@@ -174,20 +177,21 @@ def test_content_as_an_embedding_is_the_content_in_words(pipe, draw):
 def test_a_negative_picture_takes_the_place_of_no_picture(pipe, adapters, draw):
     tokens, negative = (image_tokens(adapters[0], embeds(pipe, image)[0, 0]) for image in (PICTURE, OTHER))
     strengths = {STYLE_MODULE: 0.8}
-    expected = guided(pipe, PROMPTS, SEEDS, segments=[segment(adapters[0], negative, tokens, strengths, strengths)])
+    literal = segment(adapters[0], negative, tokens, strengths, strengths)
+    expected = measured(guided, pipe, PROMPTS, SEEDS, segments=[literal])
     close(draw(PROMPTS, sf.InstantStyle(PICTURE, scale=0.8, negative_image=OTHER), seed=30), expected)
 
 
-def test_precise_style_pushes_the_layout_from_the_null_branch(pipe, adapters, draw):
+def test_precise_style_pushes_the_layout_from_the_null_branch(pipe, adapters, draw, drawn):
     tokens, nothing = image_tokens(adapters[0], embeds(pipe, PICTURE)[0, 0]), no_picture(pipe, adapters[0])
     style = {STYLE_MODULE: 0.8}
     literal = [segment(adapters[0], tokens, tokens, {LAYOUT_MODULE: 0.6}, {}),
                segment(adapters[0], nothing, tokens, style, style)]
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE, "precise", 0.8, style_boost=0.6), seed=30)
-    close(actual, guided(pipe, PROMPTS, SEEDS, segments=literal))
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, segments=literal))
     # without the boost nothing is left in the layout block, in neither branch
     boostless = draw(PROMPTS, sf.InstantStyle(PICTURE, "precise", 0.8, style_boost=0.0), seed=30)
-    close(boostless, draw(PROMPTS, sf.InstantStyle(PICTURE, "style", 0.8), seed=30))
+    close(boostless, drawn(PROMPTS, sf.InstantStyle(PICTURE, "style", 0.8), seed=30))
     apart(actual, boostless)
 
 
@@ -198,7 +202,7 @@ def test_precise_composition_pushes_the_style_from_the_null_branch(pipe, adapter
     literal = [segment(adapters[0], tokens, tokens, boosted, {}),
                segment(adapters[0], nothing, tokens, layout, layout)]
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE, "composition precise", 0.9, composition_boost=0.5), seed=30)
-    close(actual, guided(pipe, PROMPTS, SEEDS, segments=literal))
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, segments=literal))
 
 
 @pytest.mark.parametrize(("preset", "weight"), [
@@ -212,7 +216,7 @@ def test_eased_presets_weigh_the_modules_in_execution_order(pipe, adapters, draw
     strengths = {module: 0.7 * weight(t) for t, module in enumerate(modules)}
     literal = segment(adapters[0], no_picture(pipe, adapters[0]), tokens, strengths, strengths)
     close(draw(PROMPTS, sf.InstantStyle(PICTURE, preset, 0.7), seed=30),
-          guided(pipe, PROMPTS, SEEDS, segments=[literal]))
+          measured(guided, pipe, PROMPTS, SEEDS, segments=[literal]))
 
 
 def test_two_styles_of_one_adapter_add_up(pipe, adapters, draw):
@@ -222,7 +226,7 @@ def test_two_styles_of_one_adapter_add_up(pipe, adapters, draw):
         tokens = image_tokens(adapters[0], embeds(pipe, image)[0, 0])
         parts.append(segment(adapters[0], nothing, tokens, strengths, strengths))
     styles = [sf.InstantStyle(PICTURE), sf.InstantStyle(OTHER, "style+layout", 0.5)]
-    close(draw(PROMPTS, styles, seed=30), guided(pipe, PROMPTS, SEEDS, segments=parts))
+    close(draw(PROMPTS, styles, seed=30), measured(guided, pipe, PROMPTS, SEEDS, segments=parts))
 
 
 @pytest.mark.parametrize("window", [(0.0, 0.5), (0.5, 1.0), (0.25, 0.75)], ids=str)
@@ -230,11 +234,11 @@ def test_outside_of_its_window_a_style_does_nothing(pipe, adapters, draw, window
     tokens, strengths = image_tokens(adapters[0], embeds(pipe, PICTURE)[0, 0]), {STYLE_MODULE: 1.0}
     literal = segment(adapters[0], no_picture(pipe, adapters[0]), tokens, strengths, strengths)
 
-    def within(step):
-        return row_adapters(pipe.unet, [literal]) if window[0] <= step / 4 < window[1] else nullcontext()
+    def within(unet, step):
+        return row_adapters(unet, [literal]) if window[0] <= step / 4 < window[1] else nullcontext()
 
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE, window=window), seed=30, steps=4)
-    close(actual, by_step(pipe, PROMPTS, SEEDS, within, steps=4))
+    close(actual, measured(by_step, pipe, PROMPTS, SEEDS, within, steps=4))
 
 
 # identities
@@ -242,17 +246,17 @@ def test_outside_of_its_window_a_style_does_nothing(pipe, adapters, draw, window
 
 @pytest.mark.parametrize("blocks", ["style", "all", "ease in"])
 def test_scale_0_is_the_base_model_bit_for_bit(draw, plain, blocks):
-    for off, base in zip(draw(PROMPTS, sf.InstantStyle(PICTURE, blocks, 0.0), seed=30), plain):
+    for off, base in zip(draw(PROMPTS, sf.InstantStyle(PICTURE, blocks, 0.0), seed=30), plain.value):
         assert torch.equal(off, base)
 
 
-def test_a_batch_of_different_styles_equals_single_runs(draw):
+def test_a_batch_of_different_styles_equals_single_runs(draw, drawn):
     styles = [sf.InstantStyle(PICTURE), sf.InstantStyle([OTHER, THIRD], "all", 0.4), None,
               sf.InstantStyle(THIRD, "precise", 0.9), sf.InstantStyle(OTHER, "layout", 1.3, mask=half_mask()),
               [sf.InstantStyle(PICTURE, scale=-0.5), sf.InstantStyle(OTHER, "layout", window=(0.3, 1.0))]]
     requests = [sf.Request("a cat", seed=seed, style=style, size=SIZE, steps=3) for seed, style in enumerate(styles)]
     for request, together in zip(requests, draw(requests)):
-        close(draw(request), [together])
+        close([together], drawn(request))
 
 
 def test_groups_of_one_batch_are_isolated(draw):

@@ -7,12 +7,14 @@ import textwrap
 import weakref
 
 import pytest
+import torch
 
 import stylefast as sf
 from stylefast.errors import InvalidRequest, OutOfMemory
 from stylefast.runtime.memory import parse_bytes, row_bytes
-from tests.engine.scene import SIZE, STEPS, close, small_picture
+from tests.engine.scene import SIZE, STEPS, small_picture
 from tests.engine.watch import WAIT, Watch, submit
+from tests.fp64 import close
 
 PICTURE = small_picture(1, (48, 40))
 
@@ -86,19 +88,25 @@ def test_bytes_are_read_in_the_usual_spellings():
         8 * 10**9, 8 * 2**30, 1500, 77, 77, 77, None]  # fmt: skip
 
 
+def test_a_row_takes_more_where_convolutions_write_out_their_windows(fresh):
+    plain = row_bytes(fresh.unet, (8, 12))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert row_bytes(fresh.unet, (8, 12)) > 1.5 * plain
+
+
 def limit_for(engine, rows) -> int:
     """A limit with room for about that many rows beside what the engine holds."""
     return engine.memory()["held"] + int(row_bytes(engine.unet, (8, 12)) * (rows + 0.9))
 
 
-def test_batches_are_split_to_keep_the_limit(pipe, fresh, monkeypatch):
+def test_batches_are_split_to_keep_the_limit(pipe, fresh, monkeypatch, drawn):
     prompts = ["a cat", "a dog", "a house", "neon", "oil"]
-    expected = fresh.generate(prompts, steps=STEPS, size=SIZE, output="latents").latents
+    expected = drawn(prompts, using=fresh)
     engine = sf.Engine.from_pipeline(pipe, memory_limit=limit_for(fresh, 6))
     watch = Watch(engine, monkeypatch)
     jobs = watch.together(*(lambda p=p, i=i: submit(engine, p, seed=i) for i, p in enumerate(prompts)))
-    for job, latents in zip(jobs, expected):
-        close(job.result(WAIT).latents, [latents])
+    for i, job in enumerate(jobs):
+        close(job.result(WAIT).latents, expected[i : i + 1])
     assert 4 <= max(watch.rows) <= 6
     calls = watch.calls
     close(engine.generate(prompts, steps=STEPS, size=SIZE, output="latents").latents, expected)

@@ -7,8 +7,9 @@ import torch
 
 import stylefast as sf
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.engine.scene import SIZE, STEPS, apart, close, encode, learned, small_picture
+from tests.engine.scene import SIZE, STEPS, apart, encode, learned, small_picture
 from tests.engine.watch import WAIT, Watch, request, settled, submit
+from tests.fp64 import close, measured
 from tests.oracle import generation
 from tests.oracle.sampler import make_scheduler, sample
 from tests.oracle.style_aligned import Sharing, guidance_layout, shared
@@ -26,8 +27,7 @@ def bank(engine):
     return engine.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
 
 
-@pytest.fixture(scope="module")
-def different(bank):
+def kinds(bank):
     """Requests of every style, strength, guidance, step count, sampler, seed and noise stage, and rows per step."""
     aligned = {"shift": 0.5, "share_group_norm": True}
     context = StyleContextGuidance(0.5, 3.0, 5.0)
@@ -52,28 +52,38 @@ def different(bank):
     }  # fmt: skip
 
 
-def test_all_share_one_call_a_step_and_give_what_they_give_alone(engine, watch, different, draw):
-    alone = {name: draw([one])[0] for name, (one, _) in different.items()}
+@pytest.fixture(scope="module")
+def different(bank):
+    return kinds(bank)
+
+
+@pytest.fixture(scope="module")
+def alone(different, drawn):
+    """What each gives alone. A bank serves the model it is of; in its place a model in fp64 takes the picture."""
+    live = kinds(PICTURE)
+    return {name: drawn([one], in_fp64=[live[name][0]]) for name, (one, _) in different.items()}
+
+
+def test_all_share_one_call_a_step_and_give_what_they_give_alone(engine, watch, different, alone):
     calls = watch.calls
     jobs = watch.together(*(lambda one=one: engine.submit(one, output="latents") for one, _ in different.values()))
     together = {name: job.result(WAIT).latents[0] for name, job in zip(different, jobs)}
     for name, latents in together.items():
-        close([latents], [alone[name]], 1e-4)
+        close([latents], alone[name])
     planned = [rows for _, rows in different.values()]
     longest = max(map(len, planned))
     assert watch.rows[calls:] == [sum(rows[i] for rows in planned if i < len(rows)) for i in range(longest)]
     assert settled(engine)
 
 
-def test_each_may_join_at_any_step(engine, watch, different, draw):
-    alone = {name: draw([one])[0] for name, (one, _) in different.items()}
+def test_each_may_join_at_any_step(engine, watch, different, alone):
     calls, jobs = watch.calls, {}
     for i, (name, (one, _)) in enumerate(different.items()):
         watch.at[calls + i] = lambda name=name, one=one: jobs.update({name: engine.submit(one, output="latents")})
     host = submit(engine, "oil", steps=len(different) + 8)
     host.result(WAIT)
     for name, job in jobs.items():
-        close(job.result(WAIT).latents, [alone[name]], 1e-4)
+        close(job.result(WAIT).latents, alone[name])
     assert len(jobs) == len(different) and watch.calls - calls == len(different) + 8
 
 
@@ -86,7 +96,7 @@ def literal(pipe, prompts, within=None, sharing=None, *, steps, scheduler="euler
 
     def predict(latents, timestep, step):
         guided = step in (range(steps) if within is None else within)
-        states, pooled = (torch.cat(parts) for parts in zip(*((null, full) if guided else (full,))))
+        states, pooled = (torch.cat(parts).to(pipe.unet.dtype) for parts in zip(*((null, full) if guided else (full,))))
         time_ids = torch.tensor([[SIZE[1], SIZE[0], 0, 0, SIZE[1], SIZE[0]]], dtype=torch.float32)
         conditions = {"text_embeds": pooled, "time_ids": time_ids.repeat(len(states), 1)}
         with ExitStack() as stack:
@@ -100,7 +110,7 @@ def literal(pipe, prompts, within=None, sharing=None, *, steps, scheduler="euler
 
     noise_schedule = make_scheduler(scheduler, {**pipe.scheduler.config, **dict(config)})
     shape = (4, SIZE[1] // 4, SIZE[0] // 4)
-    return sample(predict, noise_schedule, steps, shape, [seed + i for i in range(len(prompts))])
+    return sample(predict, noise_schedule, steps, shape, [seed + i for i in range(len(prompts))], dtype=pipe.unet.dtype)
 
 
 INTERVALS = {"the end unguided": (0.0, 0.6), "the start unguided": (0.4, 1.0), "the middle guided": (0.2, 0.8)}
@@ -111,7 +121,7 @@ def test_outside_its_interval_a_request_runs_one_branch_as_a_literal_loop_does(p
     within = [i for i in range(5) if interval[0] <= i / 5 < interval[1]]
     latents = submit(engine, seed=7, steps=5, guidance_interval=interval).result(WAIT).latents
     assert watch.rows == [2 if i in within else 1 for i in range(5)]
-    close(latents, literal(pipe, ["a cat"], within, steps=5, seed=7))
+    close(latents, measured(literal, pipe, ["a cat"], within, steps=5, seed=7))
     apart(latents, literal(pipe, ["a cat"], steps=5, seed=7))
 
 
@@ -122,17 +132,17 @@ def test_a_group_with_a_reference_keeps_an_interval_together(pipe, engine, watch
     latents = engine.submit(requests, output="latents").result(WAIT).latents
     assert watch.rows == [3, 6, 6, 6, 3]
     sharing = {"share_group_norm": True, "shift": 0.5}
-    close(latents, literal(pipe, ["a cat", "a dog", "neon"], (1, 2, 3), sharing, steps=5))
+    close(latents, measured(literal, pipe, ["a cat", "a dog", "neon"], (1, 2, 3), sharing, steps=5))
 
 
-def test_a_reference_runs_the_null_branch_as_long_as_one_of_its_readers_does(engine, watch, draw):
+def test_a_reference_runs_the_null_branch_as_long_as_one_of_its_readers_does(engine, watch, drawn):
     style = sf.StyleAligned(OTHER)
     requests = [request(style=style, steps=4, guidance_interval=(0.0, 0.5)),
                 request("a dog", style=style, steps=4, seed=1, guidance_interval=(0.5, 1.0))]  # fmt: skip
     together = engine.submit(requests, output="latents").result(WAIT).latents
     assert watch.rows == [5, 5, 5, 5]
     for one, latents in zip(requests, together):
-        close([latents], draw([one]))
+        close([latents], drawn([one]))
 
 
 @pytest.mark.parametrize(("scheduler", "steps", "as_diffusers"), [
@@ -145,10 +155,10 @@ def test_few_step_models_run_one_branch_as_they_are_published(pipe, engine, watc
     latents = submit(engine, scheduler=scheduler, steps=steps, guidance=1.0, seed=3).result(WAIT).latents
     assert watch.rows == [1] * steps
     name, config = as_diffusers
-    close(latents, literal(pipe, ["a cat"], (), steps=steps, scheduler=name, config=config, seed=3))
+    close(latents, measured(literal, pipe, ["a cat"], (), steps=steps, scheduler=name, config=config, seed=3))
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_a_request_chooses_its_spacing(pipe, engine, spacing):
     latents = submit(engine, spacing=spacing, seed=3, steps=4).result(WAIT).latents
-    close(latents, literal(pipe, ["a cat"], steps=4, config={"timestep_spacing": spacing}, seed=3))
+    close(latents, measured(literal, pipe, ["a cat"], steps=4, config={"timestep_spacing": spacing}, seed=3))

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import stylefast as sf
-from tests.engine.scene import SIZE, close, sharp_pipeline
+from tests.engine.scene import SIZE, sharp_pipeline
+from tests.fp64 import close, measured
 from tests.oracle.sampler import SCHEDULERS, generators
 
 ALL = SCHEDULERS | {"unipc_karras": (diffusers.UniPCMultistepScheduler, {"use_karras_sigmas": True})}
@@ -25,13 +26,13 @@ def theirs(pipe, prompts, scheduler="euler", seed=7, size=SIZE, guidance=5.0, st
 
 @pytest.mark.parametrize("scheduler", ALL)
 def test_guided_pictures_equal_the_pipeline_of_diffusers(pipe, draw, scheduler):
-    close(draw(PROMPTS, scheduler=scheduler, seed=7, steps=4), theirs(pipe, PROMPTS, scheduler))
+    close(draw(PROMPTS, scheduler=scheduler, seed=7, steps=4), measured(theirs, pipe, PROMPTS, scheduler))
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler_ancestral", "lcm"])
 def test_unguided_pictures_equal_the_pipeline_of_diffusers(pipe, draw, scheduler):
     actual = draw(PROMPTS, scheduler=scheduler, guidance=1.0, seed=7, steps=4)
-    close(actual, theirs(pipe, PROMPTS, scheduler, guidance=1.0))
+    close(actual, measured(theirs, pipe, PROMPTS, scheduler, guidance=1.0))
 
 
 def test_guidance_below_1_is_guidance_off(draw):
@@ -41,13 +42,13 @@ def test_guidance_below_1_is_guidance_off(draw):
 
 def test_guidance_rescale_equals_diffusers(pipe, draw):
     actual = draw(PROMPTS, guidance=9.0, guidance_rescale=0.7, seed=7, steps=4)
-    close(actual, theirs(pipe, PROMPTS, guidance=9.0, guidance_rescale=0.7))
+    close(actual, measured(theirs, pipe, PROMPTS, guidance=9.0, guidance_rescale=0.7))
     assert (actual[0] - draw(PROMPTS, guidance=9.0, seed=7, steps=4)[0]).abs().max() > 1e-2
 
 
 def test_a_negative_prompt_equals_diffusers(pipe, draw):
     actual = draw(PROMPTS, negative_prompt="oil painting", seed=7, steps=4)
-    close(actual, theirs(pipe, PROMPTS, negative_prompt=["oil painting"] * 2))
+    close(actual, measured(theirs, pipe, PROMPTS, negative_prompt=["oil painting"] * 2))
     assert (actual[0] - draw(PROMPTS, seed=7, steps=4)[0]).abs().max() > 1e-2
 
 
@@ -77,7 +78,7 @@ def test_layers_that_can_not_be_skipped_are_refused_before_anything_runs(engine,
 
 @pytest.mark.parametrize("size", [(40, 56), (72, 24), (16, 16)], ids=str)
 def test_sizes_that_do_not_halve_evenly_equal_diffusers(pipe, draw, size):
-    close(draw(PROMPTS, size=size, seed=7, steps=4), theirs(pipe, PROMPTS, size=size))
+    close(draw(PROMPTS, size=size, seed=7, steps=4), measured(theirs, pipe, PROMPTS, size=size))
 
 
 def test_a_model_without_zeros_for_the_null_prompt_encodes_the_empty_text():
@@ -85,7 +86,7 @@ def test_a_model_without_zeros_for_the_null_prompt_encodes_the_empty_text():
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
     engine = sf.Engine.from_pipeline(pipe)
     actual = engine.generate(PROMPTS, size=SIZE, steps=3, seed=7, output="latents").latents
-    close(actual, theirs(pipe, PROMPTS, steps=3))
+    close(actual, measured(theirs, pipe, PROMPTS, steps=3))
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "unipc"])
@@ -93,12 +94,12 @@ def test_a_model_that_predicts_velocity_equals_diffusers(scheduler):
     pipe = sharp_pipeline(prediction_type="v_prediction")
     engine = sf.Engine.from_pipeline(pipe)
     actual = engine.generate(PROMPTS, size=SIZE, steps=3, seed=7, scheduler=scheduler, output="latents").latents
-    close(actual, theirs(pipe, PROMPTS, scheduler, steps=3))
+    close(actual, measured(theirs, pipe, PROMPTS, scheduler, steps=3))
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "euler_ancestral", "lcm"])
-def test_a_seed_means_the_same_picture_at_every_batch_size(draw, scheduler):
-    together = draw(["a cat", "a dog", "a house"], seed=20, scheduler=scheduler)
+def test_a_seed_means_the_same_picture_at_every_batch_size(draw, drawn, scheduler):
+    together = drawn(["a cat", "a dog", "a house"], seed=20, scheduler=scheduler)
     close(draw("a house", seed=22, scheduler=scheduler), together[2:])
 
 

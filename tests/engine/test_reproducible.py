@@ -6,8 +6,9 @@ import torch
 import stylefast as sf
 from stylefast.kernels import registry
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.engine.scene import close, learned, small_picture
+from tests.engine.scene import learned, small_picture
 from tests.engine.watch import WAIT, Watch, request, submit
+from tests.fp64 import close
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
 BUCKETS = (2, 4, 8, 16)
@@ -137,14 +138,14 @@ def test_joining_at_any_step_changes_no_bit_within_a_bucket(bucketed, banks, mon
 
 
 @pytest.mark.parametrize("buckets", [(), BUCKETS], ids=["as they come", "buckets"])
-def test_alone_and_in_batches_of_all_sizes_a_picture_is_nearly_the_same(engine, bucketed, banks, buckets):
+def test_alone_and_in_batches_of_all_sizes_a_picture_is_nearly_the_same(engine, bucketed, banks, buckets, drawn):
     using = bucketed if buckets else engine
     wanted = request(style=[sf.StyleAligned(PICTURE), sf.InstantStyle(OTHER)], seed=3)
-    alone = using.generate(wanted, output="latents").latents
+    alone = drawn(wanted, using=using)
     for others in (1, 2, 5):
         requests = [wanted, *(request("a dog", seed=i) for i in range(others))]
-        close(using.generate(requests, output="latents").latents[:1], alone, 1e-4)
-        close(using.generate(requests[::-1], output="latents").latents[-1:], alone, 1e-4)
+        close(using.generate(requests, output="latents").latents[:1], alone)
+        close(using.generate(requests[::-1], output="latents").latents[-1:], alone)
 
 
 def test_the_same_batch_twice_gives_the_same_bits_without_buckets_too(engine):

@@ -16,13 +16,13 @@ from tests.engine.scene import (
     StageTexts,
     apart,
     clean_latents,
-    close,
     embeds,
     encode,
     learned,
     picture_noise,
     small_picture,
 )
+from tests.fp64 import close, measured
 from tests.oracle import generation
 from tests.oracle.dream_styler import style_and_context
 from tests.oracle.generation import Pictures
@@ -76,7 +76,7 @@ def test_three_styles_compose_in_one_request(pipe, adapters, draw, reference):
         sf.DreamStyler(embedding, guidance=StyleContextGuidance(*WEIGHTS)),
     ]
     actual = draw(["a cat", "a red house"], styles, seed=30)
-    expected = literal_composition(pipe, adapters[0], embedding, references, pinned)
+    expected = measured(literal_composition, pipe, adapters[0], embedding, references, pinned)
     close(actual, expected[-2:])
     # none of the three is idle
     for kept in ([1, 2], [0, 2], [0, 1]):
@@ -101,22 +101,22 @@ def different_requests():
     ]
 
 
-def test_a_list_of_different_requests_equals_solo_runs_with_one_unet_call_a_step_and_size(engine, draw, calls):
+def test_a_list_of_different_requests_equals_solo_runs_with_one_unet_call_a_step_and_size(engine, draw, drawn, calls):
     requests = different_requests()
     together = draw(requests)
     sizes = [size for _, size in calls]
     assert sizes.count((8, 12)) == 5 and sizes.count((16, 16)) == 4 and len(sizes) == 9
     for request, latents in zip(requests, together):
-        close(draw(request), [latents])
+        close([latents], drawn(request))
 
 
-def test_the_order_of_requests_is_the_order_of_the_results(draw):
+def test_the_order_of_requests_is_the_order_of_the_results(draw, drawn):
     requests = [sf.Request("a cat", seed=seed, size=size, steps=steps)
                 for seed, (size, steps) in enumerate([(SIZE, 1), ((64, 64), 2), (SIZE, 3), ((64, 64), 1), (SIZE, 2)])]
     order = [3, 0, 4, 2, 1]
-    together = draw(requests)
+    together = drawn(requests)
     for place, latents in zip(order, draw([requests[i] for i in order])):
-        close([latents], [together[place]])
+        close(latents, together[place])
 
 
 def test_readers_of_one_style_object_share_its_reference_rows(draw, calls):
@@ -132,13 +132,13 @@ def test_finished_requests_take_no_rows(draw, calls):
     assert [rows for rows, _ in calls] == [5, 3, 1]
 
 
-def test_prompts_and_requests_mix_and_prompts_take_the_settings_of_the_call(draw):
+def test_prompts_and_requests_mix_and_prompts_take_the_settings_of_the_call(draw, drawn):
     request = sf.Request("a dog", steps=2, seed=9, guidance=2.0, size=SIZE)
     options = {"seed": 4, "guidance": 3.0, "negative_prompt": "oil"}
     first, second, third = draw(["a cat", request, "a house"], sf.InstantStyle(PICTURE), **options)
-    close([first], draw("a cat", sf.InstantStyle(PICTURE), **options))
-    close([second], draw(request))
-    close([third], draw("a house", sf.InstantStyle(PICTURE), **options | {"seed": 6}))
+    close([first], drawn("a cat", sf.InstantStyle(PICTURE), **options))
+    close([second], drawn(request))
+    close([third], drawn("a house", sf.InstantStyle(PICTURE), **options | {"seed": 6}))
 
 
 def test_a_request_does_not_depend_on_what_ran_before(engine, draw):

@@ -12,7 +12,8 @@ import stylefast as sf
 from stylefast.errors import StyleError
 from stylefast.runtime import pinning
 from stylefast.styles.style_aligned import plain_layers
-from tests.engine.scene import SIZE, apart, by_step, clean_latents, close, encode, guided, picture_noise, small_picture
+from tests.engine.scene import SIZE, apart, by_step, clean_latents, encode, guided, picture_noise, small_picture
+from tests.fp64 import close, measured
 from tests.oracle import generation
 from tests.oracle.style_aligned import Sharing, guidance_layout, shared
 from tests.oracle.style_aligned import plain_layers as literal_plain_layers
@@ -28,8 +29,8 @@ SETTINGS = SETTINGS | {
 
 
 @pytest.fixture(scope="module")
-def plain(draw):
-    return draw(PROMPTS, seed=30)
+def plain(drawn):
+    return drawn(PROMPTS, seed=30)
 
 
 # the first prompt as the reference
@@ -38,9 +39,9 @@ def plain(draw):
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_the_first_prompt_lends_its_style_as_in_the_oracle(pipe, draw, plain, setting):
     actual = draw(PROMPTS, sf.StyleAligned(**setting), seed=30)
-    close(actual, guided(pipe, PROMPTS, SEEDS, sharing=setting))
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, sharing=setting))
     close(actual[:1], plain[:1])
-    apart(actual[1:], plain[1:])
+    apart(actual[1:], plain.value[1:])
 
 
 @pytest.mark.parametrize("group_norm", [False, True], ids=["", "group_norm"])
@@ -48,21 +49,24 @@ def test_full_sharing_equals_the_oracle_and_changes_the_first_prompt_too(pipe, d
     style = sf.StyleAligned(full_attention_share=True, share_group_norm=group_norm, adain={"q": 1.0}, shift=0.7)
     sharing = {"full_attention_share": True, "groups": (0, 0, 0, 1, 1, 1), "share_group_norm": group_norm}
     actual = draw(PROMPTS, style, seed=30)
-    close(actual, guided(pipe, PROMPTS, SEEDS, sharing=sharing))
-    apart(actual, plain)
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, sharing=sharing))
+    apart(actual, plain.value)
 
 
 @pytest.mark.parametrize("scheduler", ["euler_ancestral", "dpmpp_2m", "unipc", "lcm"])
 def test_other_samplers_equal_the_oracle(pipe, draw, scheduler):
     actual = draw(PROMPTS, sf.StyleAligned(), seed=30, scheduler=scheduler)
-    close(actual, guided(pipe, PROMPTS, SEEDS, sharing={}, scheduler=scheduler))
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, sharing={}, scheduler=scheduler))
 
 
 def test_outside_of_its_window_a_style_does_nothing(pipe, draw):
     actual = draw(PROMPTS, sf.StyleAligned(window=(0.25, 0.5), share_group_norm=True), seed=30, steps=4)
     sharing = Sharing(guidance_layout(3), share_group_norm=True)
-    close(actual, by_step(pipe, PROMPTS, SEEDS, lambda step: shared(pipe.unet, sharing if step == 1 else None),
-                          steps=4))
+
+    def within(unet, step):
+        return shared(unet, sharing if step == 1 else None)
+
+    close(actual, measured(by_step, pipe, PROMPTS, SEEDS, within, steps=4))
 
 
 # references of their own
@@ -71,7 +75,7 @@ def test_outside_of_its_window_a_style_does_nothing(pipe, draw):
 def test_a_prompt_makes_a_hidden_reference_with_the_seed_of_the_style(pipe, draw):
     style = sf.StyleAligned(prompt="fish of neon", seed=99, shift=0.5, share_group_norm=True)
     actual = draw(PROMPTS, style, seed=30, scheduler="euler_ancestral")
-    expected = guided(pipe, ["fish of neon", *PROMPTS], [99, *SEEDS], scheduler="euler_ancestral",
+    expected = measured(guided, pipe, ["fish of neon", *PROMPTS], [99, *SEEDS], scheduler="euler_ancestral",
                       sharing={"shift": 0.5, "share_group_norm": True})
     close(actual, expected[1:])
     assert len(actual) == 3
@@ -85,9 +89,9 @@ def test_a_real_picture_is_pinned_to_the_noise_level_of_every_step(pipe, draw, s
     actual = draw(PROMPTS, style, seed=30, scheduler=scheduler)
     pinned = clean_latents(pipe, ImageOps.fit(picture, SIZE)), picture_noise(77)
     null, full = encode(pipe, [caption or "", *PROMPTS])
-    expected = generation.generate(
-        pipe, lambda timestep: (null, full), generation.classifier_free(5.0), scheduler=scheduler, steps=3,
-        seeds=SEEDS, size=(32, 48), pinned=pinned, sharing={"shift": log(2), "share_group_norm": True},
+    expected = measured(
+        generation.generate, pipe, lambda timestep: (null, full), generation.classifier_free(5.0), scheduler=scheduler,
+        steps=3, seeds=SEEDS, size=(32, 48), pinned=pinned, sharing={"shift": log(2), "share_group_norm": True},
     )
     close(actual, expected)
 
@@ -96,60 +100,62 @@ def test_a_picture_pinned_without_guidance_equals_the_oracle(pipe, draw):
     picture = small_picture(4, SIZE)
     actual = draw(PROMPTS, sf.StyleAligned(reference=picture, prompt="a fish"), seed=30, guidance=1.0)
     _, full = encode(pipe, ["a fish", *PROMPTS])
-    expected = generation.generate(
-        pipe, lambda timestep: (full,), lambda only: only, scheduler="euler", steps=3, seeds=SEEDS, size=(32, 48),
+    expected = measured(
+        generation.generate, pipe, lambda timestep: (full,), lambda only: only, scheduler="euler", steps=3,
+        seeds=SEEDS, size=(32, 48),
         pinned=(clean_latents(pipe, picture), picture_noise(0)), sharing={},
     )
     close(actual, expected)
 
 
-def test_a_picture_listed_twice_is_a_shift_of_log_2(draw):
+def test_a_picture_listed_twice_is_a_shift_of_log_2(draw, drawn):
     picture = small_picture(4)
     twice = draw(PROMPTS, sf.StyleAligned(reference=[picture, picture]), seed=30)
-    close(twice, draw(PROMPTS, sf.StyleAligned(reference=picture, shift=log(2)), seed=30))
+    close(twice, drawn(PROMPTS, sf.StyleAligned(reference=picture, shift=log(2)), seed=30))
 
 
-def test_of_several_pictures_the_first_gives_the_statistics_and_all_give_tokens(draw):
+def test_of_several_pictures_the_first_gives_the_statistics_and_all_give_tokens(draw, drawn):
     one, two = small_picture(4), small_picture(5)
     both = draw(PROMPTS, sf.StyleAligned(reference=[one, two]), seed=30)
     apart(both, draw(PROMPTS, sf.StyleAligned(reference=[two, one]), seed=30))
     apart(both, draw(PROMPTS, sf.StyleAligned(reference=one), seed=30))
     tokens_only = draw(PROMPTS, sf.StyleAligned(reference=[one, two], adain=()), seed=30)
-    close(tokens_only, draw(PROMPTS, sf.StyleAligned(reference=[two, one], adain=()), seed=30))
+    close(tokens_only, drawn(PROMPTS, sf.StyleAligned(reference=[two, one], adain=()), seed=30))
 
 
 # the acceptance list of the specification
 
 
-def test_a_target_does_not_depend_on_the_other_targets_their_number_and_order(draw):
+def test_a_target_does_not_depend_on_the_other_targets_their_number_and_order(draw, drawn):
     style = sf.StyleAligned(share_group_norm=True)
     first, *targets = [sf.Request(prompt, seed=seed, style=style, size=SIZE, steps=3)
                        for prompt, seed in zip([*PROMPTS, "fish in neon"], range(30, 34))]
-    together = draw([first, *targets])
+    together = drawn([first, *targets])
     for order in ([0], [2, 1, 0], [1, 2]):
-        close(draw([first, *(targets[i] for i in order)])[1:], [together[1 + i] for i in order])
+        for i, latents in zip(order, draw([first, *(targets[i] for i in order)])[1:]):
+            close(latents, together[1 + i])
 
 
 @pytest.mark.parametrize("group_norm", [False, True], ids=["", "group_norm"])
 @pytest.mark.parametrize("shift", [0.0, log(2), -3.0])
-def test_a_target_with_everything_of_the_reference_is_the_reference(draw, shift, group_norm):
+def test_a_target_with_everything_of_the_reference_is_the_reference(drawn, shift, group_norm):
     def pair(**options):
         style = sf.StyleAligned(shift=shift, share_group_norm=group_norm, **options)
-        return draw([sf.Request("a cat", seed=3, style=style, size=SIZE, steps=3)] * 2)
+        return drawn([sf.Request("a cat", seed=3, style=style, size=SIZE, steps=3)] * 2)
 
     same, rescaled = pair(), pair(scale=0.5)
-    close(same[1:], same[:1])
-    apart(rescaled[1:], rescaled[:1])
+    close(same.value[1:], same[:1])
+    apart(rescaled.value[1:], rescaled.value[:1])
 
 
-def test_shift_minus_infinity_is_adain_alone(draw):
+def test_shift_minus_infinity_is_adain_alone(draw, drawn):
     muted = draw(PROMPTS, sf.StyleAligned(shift=-inf), seed=30)
-    close(muted, draw(PROMPTS, sf.StyleAligned(share_attention=False), seed=30))
+    close(muted, drawn(PROMPTS, sf.StyleAligned(share_attention=False), seed=30))
 
 
 def test_scale_0_gives_uniform_logits_and_does_not_turn_sharing_off(pipe, draw):
     actual = draw(PROMPTS, sf.StyleAligned(scale=0.0), seed=30)
-    close(actual, guided(pipe, PROMPTS, SEEDS, sharing={"scale": 0.0}))
+    close(actual, measured(guided, pipe, PROMPTS, SEEDS, sharing={"scale": 0.0}))
     apart(actual[1:], draw(PROMPTS, sf.StyleAligned(share_attention=False), seed=30)[1:])
 
 
@@ -162,15 +168,16 @@ def test_only_self_level_leaves_the_published_layers_plain(count, level):
 
 
 @pytest.mark.parametrize(("level", "same_as"), [(0.001, 0.0), (0.999, 1.0)])
-def test_levels_that_round_to_no_layer_are_the_nearest_end(draw, level, same_as):
+def test_levels_that_round_to_no_layer_are_the_nearest_end(draw, drawn, level, same_as):
     close(draw(PROMPTS, sf.StyleAligned(only_self_level=level), seed=30),
-          draw(PROMPTS, sf.StyleAligned(only_self_level=same_as), seed=30))
+          drawn(PROMPTS, sf.StyleAligned(only_self_level=same_as), seed=30))
 
 
 @pytest.mark.parametrize("pictures", [1, 2, 3])
 def test_without_guidance_the_first_prompt_is_the_only_reference(pipe, draw, pictures):
     actual = draw(PROMPTS[:pictures], sf.StyleAligned(share_group_norm=True), seed=30, guidance=1.0)
-    expected = guided(pipe, PROMPTS[:pictures], SEEDS[:pictures], guidance=1.0, sharing={"share_group_norm": True})
+    expected = measured(guided, pipe, PROMPTS[:pictures], SEEDS[:pictures], guidance=1.0,
+                        sharing={"share_group_norm": True})
     close(actual, expected)
 
 
@@ -183,7 +190,7 @@ def test_readers_with_and_without_guidance_share_a_reference(pipe, draw):
     requests = [sf.Request(prompt, seed=seed, style=style, guidance=guidance, size=SIZE, steps=3)
                 for prompt, seed, guidance in zip(PROMPTS, SEEDS, (1.0, 5.0, 1.0))]
     unguided, between, third = draw(requests)
-    literal = guided(pipe, PROMPTS, SEEDS, guidance=1.0, sharing={})
+    literal = measured(guided, pipe, PROMPTS, SEEDS, guidance=1.0, sharing={})
     close([unguided, third], literal[[0, 2]])
 
     # the guided target reads, in each of its branches, the same branch of the unguided reference
@@ -193,38 +200,40 @@ def test_readers_with_and_without_guidance_share_a_reference(pipe, draw):
         both = generation.classifier_free(5.0)(null_prediction, full_prediction)
         return torch.stack([full_prediction[0], both[1]])
 
-    expected = generation.generate(pipe, lambda timestep: (null, full), combine, scheduler="euler", steps=3,
+    expected = measured(generation.generate, pipe, lambda timestep: (null, full), combine, scheduler="euler", steps=3,
                                    seeds=SEEDS[:2], size=(32, 48), sharing={})
     close([between], expected[1:])
 
 
-def test_readers_that_differ_in_guidance_rescale_have_references_of_their_own(draw):
+def test_readers_that_differ_in_guidance_rescale_have_references_of_their_own(draw, drawn):
     style = sf.StyleAligned(prompt="fish of neon", seed=99)
     requests = [sf.Request(prompt, seed=3, style=style, guidance_rescale=rescale, guidance=8.0, size=SIZE, steps=3)
                 for prompt, rescale in (("a cat", 0.0), ("a dog", 0.8))]
     for request, together in zip(requests, draw(requests)):
-        close(draw(request), [together])
+        close([together], drawn(request))
 
 
-def test_readers_of_a_picture_share_its_rows_whatever_their_guidance(engine, draw, monkeypatch):
+def test_readers_of_a_picture_share_its_rows_whatever_their_guidance(engine, draw, drawn, monkeypatch):
     style = sf.StyleAligned(reference=small_picture(4))
     requests = [sf.Request("a cat", seed=3, style=style, guidance=guidance, size=SIZE, steps=3)
                 for guidance in (1.0, 4.0, 8.0)]
-    alone = [draw(request)[0] for request in requests]
+    alone = [drawn(request) for request in requests]
     rows, forward = [], engine.unet.forward
     monkeypatch.setattr(engine.unet, "forward", lambda latents, *rest, **named: rows.append(len(latents)) or forward(
         latents, *rest, **named))
-    close(draw(requests), alone)
+    together = draw(requests)
     assert rows == [1 + 2 + 2 + 2] * 3
+    for one, latents in zip(alone, together):
+        close([latents], one)
 
 
-def test_two_styles_make_two_groups(draw):
+def test_two_styles_make_two_groups(draw, drawn):
     first, second = sf.StyleAligned(), sf.StyleAligned(scale=0.5, mode="swap")
     requests = [sf.Request(f"a {word}", seed=seed, style=style, size=SIZE, steps=3) for seed, (word, style) in
                 enumerate([("cat", first), ("dog", second), ("house", first), ("fish", second), ("oil", None)])]
     together = draw(requests)
     for members in ([0, 2], [1, 3], [4]):
-        close(draw([requests[i] for i in members]), [together[i] for i in members])
+        close([together[i] for i in members], drawn([requests[i] for i in members]))
 
 
 def test_a_plain_call_after_a_styled_one_is_bit_equal_and_the_weights_are_untouched(engine, draw):
@@ -242,8 +251,8 @@ def test_a_plain_call_after_a_styled_one_is_bit_equal_and_the_weights_are_untouc
 def test_full_sharing_with_a_window_equals_the_oracle(pipe, draw):
     actual = draw(PROMPTS[:2], sf.StyleAligned(full_attention_share=True, window=(0.0, 0.5)), seed=30)
     sharing = Sharing(guidance_layout(2), full_attention_share=True, groups=(0, 0, 1, 1))
-    expected = by_step(pipe, PROMPTS[:2], SEEDS[:2],
-                       lambda step: shared(pipe.unet, sharing) if step < 2 else nullcontext())
+    expected = measured(by_step, pipe, PROMPTS[:2], SEEDS[:2],
+                       lambda unet, step: shared(unet, sharing) if step < 2 else nullcontext())
     close(actual, expected)
 
 
@@ -297,7 +306,7 @@ def test_an_inverted_picture_is_pinned_as_in_the_authors_notebook(pipe, draw, mo
     config = {**pipe.scheduler.config, "steps_offset": 0, "set_alpha_to_one": False, "clip_sample": False}
     monkeypatch.setattr(generation, "make_scheduler", lambda *_: DDIMScheduler.from_config(config))
     null, full = encode(pipe, ["a fish", *PROMPTS])
-    expected = generation.generate(pipe, lambda timestep: (null, full), generation.classifier_free(2.0),
+    expected = measured(generation.generate, pipe, lambda timestep: (null, full), generation.classifier_free(2.0),
                                    scheduler="ddim", steps=steps, seeds=SEEDS, size=(32, 48), pinned=pinned,
                                    sharing={})  # fmt: skip
     close(actual, expected)

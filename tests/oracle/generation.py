@@ -58,7 +58,7 @@ def generate(pipe, branches: Callable[[float], Sequence[Text]], combine: Callabl
 
     def predict(latents, timestep, step):
         texts = branches(float(timestep))
-        states, pooled = (torch.cat(parts) for parts in zip(*texts))
+        states, pooled = (torch.cat(parts).to(pipe.unet.dtype) for parts in zip(*texts))
         time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(states), 1)
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
         options = {}
@@ -84,4 +84,4 @@ def generate(pipe, branches: Callable[[float], Sequence[Text]], combine: Callabl
         if sharing is not None:
             references = guidance_layout(rows_per_branch, len(branches(0.0)))
             stack.enter_context(shared(pipe.unet, Sharing(references, **sharing)))
-        return sample(predict, noise_schedule, steps, shape, seeds, pinned)
+        return sample(predict, noise_schedule, steps, shape, seeds, pinned, pipe.unet.dtype)

@@ -34,8 +34,9 @@ def draw(noise: list[torch.Generator], shape) -> torch.Tensor:
     return torch.cat([torch.randn((1, *shape), generator=generator) for generator in noise])
 
 
-def sample(predict: Callable, scheduler, steps: int, shape, seeds: Sequence[int], pinned=None) -> torch.Tensor:
-    """Run the loop and return the latents [images, *shape].
+def sample(predict: Callable, scheduler, steps: int, shape, seeds: Sequence[int], pinned=None,
+           dtype=torch.float32) -> torch.Tensor:
+    """Run the loop and return the latents [images, *shape] in `dtype`; the noise is the same in any.
 
     `predict(latents, timestep, step)` gives the guided prediction for latents as the UNet wants them. `pinned`, if
     given, is (clean latents [1, *shape], noise [1, *shape]) of a reference picture that stands before the images: at
@@ -44,14 +45,14 @@ def sample(predict: Callable, scheduler, steps: int, shape, seeds: Sequence[int]
     """
     noise = generators(seeds)
     scheduler.set_timesteps(steps)
-    latents = draw(noise, shape) * scheduler.init_noise_sigma
+    latents = draw(noise, shape).to(dtype) * scheduler.init_noise_sigma
     options = {"generator": noise} if "generator" in signature(scheduler.step).parameters else {}
     for step, timestep in enumerate(scheduler.timesteps):
         batch = latents
         if pinned is not None:
             given = isinstance(pinned, list)
             reference = pinned[step][None] if given else scheduler.add_noise(*pinned, timestep[None])
-            batch = torch.cat([reference, latents])
+            batch = torch.cat([reference.to(dtype), latents])
         prediction = predict(scheduler.scale_model_input(batch, timestep), timestep, step)
         latents = scheduler.step(prediction[len(batch) - len(latents):], timestep, latents, **options).prev_sample
     return latents

@@ -1,9 +1,10 @@
-"""Our UNet, driven by row tables written by hand, against the literal oracle on diffusers' UNet: fp32, 1e-5.
+"""Our UNet, driven by row tables written by hand, against the literal oracle on diffusers' UNet, both held to fp64.
 
-On PyTorch's own attention, which rounds as diffusers does; test_fused_unet.py holds the fused kernels against fp64.
+On PyTorch's own attention, which rounds as diffusers does; test_fused_unet.py holds the fused kernels.
 """
 
 from dataclasses import replace
+from functools import partial
 from math import inf, log
 
 import pytest
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from stylefast.kernels import registry
 from stylefast.kernels.adain_affine import adain_affine
 from stylefast.kernels.token_stats import token_stats
+from tests.fp64 import close, measured
 from tests.oracle import instant_style as ip
 from tests.oracle.rows import image_columns, plain_rows, run, share
 from tests.oracle.small import forward, random_inputs
@@ -34,14 +36,20 @@ def adapters(theirs):
     return [ip.random_adapter(theirs, 16, seed) for seed in (5, 6)]
 
 
-def close(actual, expected):
-    """Equal to 1e-5 of the largest value in `expected`."""
-    assert torch.isfinite(actual).all()
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
 def oracle(unet, inputs, sharing=None):
     with shared(unet, sharing):
+        return forward(unet, inputs)
+
+
+def adapted(unet, inputs, adapters, scales, embeds, masks=None, sharing=None):
+    """diffusers' UNet with its own adapters."""
+    with ip.diffusers_adapters(unet, adapters, scales), shared(unet, sharing):
+        return forward(unet, inputs, embeds, masks)
+
+
+def literal(unet, inputs, *segments):
+    """diffusers' UNet with the literal attention."""
+    with ip.row_adapters(unet, segments):
         return forward(unet, inputs)
 
 
@@ -67,7 +75,7 @@ def everywhere(unet, strength):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_plain_rows_equal_diffusers(theirs, ours, size, rows):
     inputs = random_inputs(rows, 1, *size, timestep=None)
-    close(styled(ours, inputs), forward(theirs, inputs))
+    close(styled(ours, inputs), measured(forward, theirs, inputs))
 
 
 def test_the_weights_are_shared_with_the_state_dict(theirs, ours):
@@ -90,32 +98,32 @@ def test_layers_and_modules_are_counted_as_diffusers_does(theirs, ours):
 def test_style_aligned_equals_the_literal_oracle(theirs, ours, setting):
     inputs, sharing = random_inputs(6), Sharing(guidance_layout(3), **setting)
     actual = styled(ours, inputs, sharing)
-    close(actual, oracle(theirs, inputs, sharing))
-    close(actual[[0, 3]], forward(theirs, inputs.rows([0, 3])))
+    close(actual, measured(oracle, theirs, inputs, sharing))
+    close(actual[[0, 3]], measured(forward, theirs, inputs.rows([0, 3])))
 
 
 @pytest.mark.parametrize("size", [SIZES["wide"], SIZES["tall_and_odd"]], ids=["wide", "tall_and_odd"])
 def test_style_aligned_holds_at_other_sizes(theirs, ours, size):
     inputs = random_inputs(4, 2, *size)
     sharing = Sharing(guidance_layout(2), shift=log(2), scale=0.8, share_group_norm=True)
-    close(styled(ours, inputs, sharing), oracle(theirs, inputs, sharing))
+    close(styled(ours, inputs, sharing), measured(oracle, theirs, inputs, sharing))
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
 def test_only_self_level_leaves_the_same_layers_plain(theirs, ours, level):
     inputs, sharing = random_inputs(2), Sharing((0, 0), only_self_level=level)
-    close(styled(ours, inputs, sharing), oracle(theirs, inputs, sharing))
+    close(styled(ours, inputs, sharing), measured(oracle, theirs, inputs, sharing))
 
 
 def test_full_sharing_equals_one_flat_sequence(theirs, ours):
     inputs = random_inputs(6)
     sharing = Sharing(guidance_layout(3), full_attention_share=True, groups=(0, 0, 0, 1, 1, 1))
-    close(styled(ours, inputs, sharing, references=2), oracle(theirs, inputs, sharing))
+    close(styled(ours, inputs, sharing, references=2), measured(oracle, theirs, inputs, sharing))
 
 
 def test_a_target_does_not_see_the_other_targets(ours):
     inputs = random_inputs(4)
-    together = styled(ours, inputs, Sharing((0, 0, 0, 0), share_group_norm=True))
+    together = measured(styled, ours, inputs, Sharing((0, 0, 0, 0), share_group_norm=True))
     for order in ([0, 2], [0, 3, 1, 2], [0, 1]):
         some = styled(ours, inputs.rows(order), Sharing((0,) * len(order), share_group_norm=True))
         close(some, together[order])
@@ -126,7 +134,7 @@ def test_a_target_does_not_see_the_other_targets(ours):
 def test_a_target_with_everything_of_the_reference_is_the_reference(theirs, ours, shift, group_norm):
     inputs = random_inputs(2).rows([1, 1])
     sharing = Sharing((0, 0), shift=shift, share_group_norm=group_norm)
-    close(styled(ours, inputs, sharing), forward(theirs, inputs))
+    close(styled(ours, inputs, sharing), measured(forward, theirs, inputs))
     rescaled = styled(ours, inputs, replace(sharing, scale=0.5))
     assert (rescaled[1] - rescaled[0]).abs().max() > 1e-3
 
@@ -135,19 +143,19 @@ def test_shift_log_2_is_the_reference_listed_twice(ours):
     inputs, once = random_inputs(3), Sharing((0, 0, 0))
     table = share(plain_rows(ours.layout, 3, references=2), ours.layout, once)
     table.self_page[1:, 1] = table.self_page[1:, 0]
-    close(run(ours, inputs, table), styled(ours, inputs, replace(once, shift=log(2))))
+    close(run(ours, inputs, table), measured(styled, ours, inputs, replace(once, shift=log(2))))
 
 
 def test_shift_minus_infinity_is_adain_alone(theirs, ours):
     inputs = random_inputs(3)
     muted, unshared = Sharing((0, 0, 0), shift=-inf), Sharing((0, 0, 0), share_attention=False)
-    close(styled(ours, inputs, muted), oracle(theirs, inputs, unshared))
+    close(styled(ours, inputs, muted), measured(oracle, theirs, inputs, unshared))
 
 
 def test_scale_0_gives_uniform_logits_and_does_not_turn_sharing_off(theirs, ours):
     inputs, sharing = random_inputs(3), Sharing((0, 0, 0), scale=0.0)
     actual = styled(ours, inputs, sharing)
-    close(actual, oracle(theirs, inputs, sharing))
+    close(actual, measured(oracle, theirs, inputs, sharing))
     assert (actual - styled(ours, inputs, replace(sharing, share_attention=False)))[1:].abs().max() > 1e-3
 
 
@@ -168,7 +176,7 @@ def test_adain_gives_the_reference_statistics_over_tokens():
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 def test_without_guidance_the_rows_equal_those_of_the_guided_batch(ours, rows):
     inputs = random_inputs(2 * rows)
-    guided = styled(ours, inputs, Sharing(guidance_layout(rows), share_group_norm=True))
+    guided = measured(styled, ours, inputs, Sharing(guidance_layout(rows), share_group_norm=True))
     for half in (range(rows), range(rows, 2 * rows)):
         alone = styled(ours, inputs.rows(list(half)), Sharing((0,) * rows, share_group_norm=True))
         close(alone, guided[list(half)])
@@ -180,7 +188,7 @@ def test_every_branch_attends_to_its_own_reference(theirs, ours, branches):
     actual = styled(ours, inputs, sharing)
     for branch in range(branches):
         pair = inputs.rows([2 * branch, 2 * branch + 1])
-        close(actual[2 * branch : 2 * branch + 2], oracle(theirs, pair, Sharing((0, 0), shift=0.2)))
+        close(actual[2 * branch : 2 * branch + 2], measured(oracle, theirs, pair, Sharing((0, 0), shift=0.2)))
 
 
 def test_different_settings_share_a_batch(theirs, ours):
@@ -199,8 +207,8 @@ def test_different_settings_share_a_batch(theirs, ours):
         table = share(table, ours.layout, Sharing(references, **setting), rows=[target])
     actual = run(ours, inputs, table)
     for pair, setting in settings.items():
-        close(actual[list(pair)], oracle(theirs, inputs.rows(list(pair)), Sharing((0, 0), **setting)))
-    close(actual[6:], forward(theirs, inputs.rows([6, 7])))
+        close(actual[list(pair)], measured(oracle, theirs, inputs.rows(list(pair)), Sharing((0, 0), **setting)))
+    close(actual[6:], measured(forward, theirs, inputs.rows([6, 7])))
 
 
 def test_rows_in_different_noise_stages_equal_solo_runs(theirs, ours):
@@ -209,7 +217,7 @@ def test_rows_in_different_noise_stages_equal_solo_runs(theirs, ours):
     actual = run(ours, inputs, table)
     for row, page in enumerate(table.text_page):
         solo = replace(inputs.rows([row]), text=inputs.text[[int(page)]])
-        close(actual[[row]], forward(theirs, solo))
+        close(actual[[row]], measured(forward, theirs, solo))
 
 
 # instant style
@@ -244,8 +252,7 @@ def test_instant_style_equals_the_adapter_of_diffusers(theirs, ours, adapters, s
     inputs, embeds = random_inputs(4, timestep=None), embeddings(4)
     strengths = everywhere(ours, scale) if strengths is None else strengths
     strengths = {module: torch.full((4,), value) for module, value in strengths.items()}
-    with ip.diffusers_adapters(theirs, adapters[:1], scale):
-        expected = forward(theirs, inputs, [embeds])
+    expected = measured(adapted, theirs, inputs, adapters[:1], scale, [embeds])
     actual = image_rows(ours, inputs, [segment(adapters[0], embeds[:, 0], strengths)])
     close(actual, expected)
     assert (actual - forward(theirs, inputs)).abs().max() > 1e-2
@@ -259,8 +266,7 @@ def test_strength_0_is_the_base_model_bit_for_bit(ours, adapters):
 
 def test_several_pictures_share_one_softmax(theirs, ours, adapters):
     inputs, embeds = random_inputs(2), embeddings(2, images=3)
-    with ip.diffusers_adapters(theirs, adapters[:1], 0.8):
-        expected = forward(theirs, inputs, [embeds])
+    expected = measured(adapted, theirs, inputs, adapters[:1], 0.8, [embeds])
     strengths = everywhere(ours, torch.full((2,), 0.8))
     separate_pages = [segment(adapters[0], embeds[:, image], strengths) for image in range(3)]
     close(image_rows(ours, inputs, separate_pages, groups=[0, 0, 0]), expected)
@@ -270,7 +276,7 @@ def test_several_pictures_share_one_softmax(theirs, ours, adapters):
 
 def test_the_same_picture_twice_is_the_picture_once(ours, adapters):
     inputs, once = random_inputs(2), segment(adapters[0], embeddings(2)[:, 0], everywhere(ours, torch.ones(2)))
-    close(image_rows(ours, inputs, [once, once], groups=[0, 0]), image_rows(ours, inputs, [once]))
+    close(image_rows(ours, inputs, [once, once], groups=[0, 0]), measured(image_rows, ours, inputs, [once]))
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -278,8 +284,7 @@ def test_masked_pictures_have_a_softmax_each(theirs, ours, adapters, size):
     inputs, embeds = random_inputs(2, 3, *size), embeddings(2, images=2)
     masks = torch.zeros(2, 8 * size[0], 8 * size[1])
     masks[0, :, : 4 * size[1] - 5], masks[1, 7:] = 1, 1
-    with ip.diffusers_adapters(theirs, adapters[:1], 0.9):
-        expected = forward(theirs, inputs, [embeds], [masks[None]])
+    expected = measured(adapted, theirs, inputs, adapters[:1], 0.9, [embeds], [masks[None]])
     strengths = everywhere(ours, torch.full((2,), 0.9))
     parts = [segment(adapters[0], embeds[:, image], strengths, masks[image]) for image in range(2)]
     close(image_rows(ours, inputs, parts), expected)
@@ -295,9 +300,7 @@ def test_all_ones_masks_are_not_the_shared_softmax(ours, adapters):
 
 def test_several_adapters_add_up(theirs, ours, adapters):
     inputs, embeds = random_inputs(3), [embeddings(3, 1), embeddings(3, 2, images=2)]
-    scales = [ip.STYLE, 0.4]
-    with ip.diffusers_adapters(theirs, adapters, scales):
-        expected = forward(theirs, inputs, embeds)
+    expected = measured(adapted, theirs, inputs, adapters, [ip.STYLE, 0.4], embeds)
     parts = [segment(adapters[0], embeds[0][:, 0], {STYLE: torch.ones(3)})]
     second = ip.image_tokens(adapters[1], embeds[1]).flatten(1, 2)
     parts.append(ip.Segment(adapters[1], second, everywhere(ours, torch.full((3,), 0.4))))
@@ -310,11 +313,10 @@ def test_different_styles_and_strengths_share_a_batch(theirs, ours, adapters):
                  for number, module in enumerate(ours.layout.modules)}
     part = segment(adapters[0], embeds[:, 0], strengths)
     actual = image_rows(ours, inputs, [part])
-    with ip.row_adapters(theirs, [part]):
-        close(actual, forward(theirs, inputs))
+    close(actual, measured(literal, theirs, inputs, part))
     for row in range(4):
         alone = ip.Segment(adapters[0], part.tokens[[row]], {name: value[[row]] for name, value in strengths.items()})
-        close(actual[[row]], image_rows(ours, inputs.rows([row]), [alone]))
+        close(actual[[row]], measured(image_rows, ours, inputs.rows([row]), [alone]))
 
 
 def test_precise_style_pushes_the_layout_from_the_unconditional_row(theirs, ours, adapters):
@@ -322,8 +324,7 @@ def test_precise_style_pushes_the_layout_from_the_unconditional_row(theirs, ours
     # row 0 is unconditional: it alone gets the picture at the layout block, the other row alone at the style block
     precise = ip.Segment(adapters[0], tokens, {LAYOUT: torch.tensor([1.0, 0.0]), STYLE: torch.tensor([0.0, 0.7])})
     actual = image_rows(ours, inputs, [precise])
-    with ip.row_adapters(theirs, [precise]):
-        close(actual, forward(theirs, inputs))
+    close(actual, measured(literal, theirs, inputs, precise))
     style_only = ip.Segment(adapters[0], tokens, {STYLE: torch.tensor([0.0, 0.7])})
     without = image_rows(ours, inputs, [style_only])
     assert torch.equal(without[1], actual[1]) and (without[0] - actual[0]).abs().max() > 1e-3
@@ -335,8 +336,7 @@ def test_precise_style_pushes_the_layout_from_the_unconditional_row(theirs, ours
 def test_style_aligned_leaves_the_adapter_in_place(theirs, ours, adapters):
     inputs, embeds = random_inputs(6), embeddings(6)
     sharing = Sharing(guidance_layout(3), shift=log(2), share_group_norm=True)
-    with ip.diffusers_adapters(theirs, adapters[:1], ip.STYLE_AND_LAYOUT), shared(theirs, sharing):
-        expected = forward(theirs, inputs, [embeds])
+    expected = measured(adapted, theirs, inputs, adapters[:1], ip.STYLE_AND_LAYOUT, [embeds], sharing=sharing)
     part = segment(adapters[0], embeds[:, 0], {STYLE: torch.ones(6), LAYOUT: torch.ones(6)})
     actual = image_rows(ours, inputs, [part], sharing=sharing)
     close(actual, expected)
@@ -372,5 +372,5 @@ def test_the_whole_unet_compiles_into_one_graph_that_serves_other_styles_too(our
     inputs = random_inputs(3)
     for sharing in (Sharing((0, 0, 0)), Sharing((0, 0, 2), scale=0.5, shift=0.3, mode="swap")):
         table = share(plain_rows(ours.layout, 3), ours.layout, sharing)
-        close(run(compiled, inputs, table), run(ours, inputs, table))
+        close(run(compiled, inputs, table), measured(partial(run, table=table), ours, inputs))
     assert counter.frame_count == 1

@@ -3,6 +3,7 @@
 import gc
 import logging
 import weakref
+from functools import cache, partial
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from PIL import Image
 
 import stylefast as sf
 from stylefast.errors import InvalidRequest, MissingDependency
+from stylefast.kernels import registry
 from stylefast.models.unet import UNet
 from stylefast.runtime import compiled
 from stylefast.runtime.compiled import BUCKETS, CompileBackend
 from stylefast.runtime.graphs import Captured, StepGraphs
 from stylefast.runtime.request import Request
-from tests.engine.scene import EMBED_DIM, SIZE, STEPS, close, learned, sharp_pipeline
+from tests.engine.scene import EMBED_DIM, SIZE, STEPS, learned, sharp_pipeline
+from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, nudged, wide
 from tests.oracle.instant_style import random_adapter
 from tests.small_adapter import small_picture
 from tests.small_sdxl import small_unet_config
@@ -31,8 +34,8 @@ def make(tmp_path_factory):
     pipe, file = sharp_pipeline(), tmp_path_factory.mktemp("adapter") / "a.bin"
     torch.save(random_adapter(pipe.unet, EMBED_DIM, 5), file)
 
-    def make(backend=None):
-        engine = sf.Engine.from_pipeline(pipe)
+    def make(backend=None, change=lambda pipe: pipe):
+        engine = sf.Engine.from_pipeline(change(pipe))
         engine.load_adapter(file)
         if backend is not None:
             engine.runtime.backend = backend(engine.unet)
@@ -85,20 +88,24 @@ def draw(engine, prompts, style=None, **options):
 
 @pytest.fixture(scope="module")
 def bank(plain):
-    return plain.bake(sf.StyleAligned(prompt="a dog in neon style", seed=5), steps=STEPS, size=SIZE)
+    return plain.bake(sf.StyleAligned(OTHER), steps=STEPS, size=SIZE)
 
 
 @pytest.fixture(scope="module")
 def styles(bank):
+    return styles_with(partial(sf.StyleAligned, bank))
+
+
+def styles_with(banked):
     mask = Image.new("L", SIZE)
     mask.paste(255, (0, 0, SIZE[0] // 2, SIZE[1]))
     return {
         "none": None,
         "live StyleAligned": sf.StyleAligned(prompt="a dog in neon style", seed=5),
-        "banked StyleAligned": sf.StyleAligned(bank, share_group_norm=True, shift=0.5),
-        "swap": sf.StyleAligned(bank, mode="swap", scale=0.7),
+        "banked StyleAligned": banked(share_group_norm=True, shift=0.5),
+        "swap": banked(mode="swap", scale=0.7),
         "InstantStyle": sf.InstantStyle(PICTURE, scale=0.8),
-        "InstantStyle and a bank": [sf.InstantStyle(OTHER, scale=1.3), sf.StyleAligned(bank)],
+        "InstantStyle and a bank": [sf.InstantStyle(OTHER, scale=1.3), banked()],
         "InstantStyle in a mask": sf.InstantStyle(PICTURE, mask=mask),
         "DreamStyler": sf.DreamStyler(learned()),
     }
@@ -119,14 +126,37 @@ def mixed(styles, seed=0) -> list[Request]:
     return found
 
 
+@pytest.fixture(scope="module")
+def drawn(make, plain, styles):
+    """What the plain engine draws for `work(styles)`, which gives arguments of `draw`, and how to draw it in fp64."""
+    live = styles_with(partial(sf.StyleAligned, OTHER))  # a bank fits its own model alone
+
+    @cache
+    def other(change, *further):
+        return make(change=lambda pipe: change(pipe, *further))
+
+    def drawn(work, **options):
+        def run(*change):
+            return draw(other(*change), *work(live), **options)
+
+        def exact():
+            with registry.using("torch"):  # the one form that takes fp64
+                return run(wide)
+
+        roundings = [partial(run, nudged, seed) for seed in SEEDS_OF_ROUNDINGS]
+        return Measured(draw(plain, *work(styles), **options), exact, roundings)
+
+    return drawn
+
+
 @pytest.mark.parametrize("name", STYLES)
-def test_compiled_equals_plain(traced, plain, styles, name):
+def test_compiled_equals_plain(traced, drawn, styles, name):
     prompts = ["a sks cat", "a house in sks style"]
-    close(draw(traced, prompts, styles[name], seed=3), draw(plain, prompts, styles[name], seed=3))
+    close(draw(traced, prompts, styles[name], seed=3), drawn(lambda styles: (prompts, styles[name]), seed=3))
 
 
-def test_a_mixed_batch_equals_the_plain_one(traced, plain, styles):
-    close(draw(traced, mixed(styles)), draw(plain, mixed(styles)))
+def test_a_mixed_batch_equals_the_plain_one(traced, drawn, styles):
+    close(draw(traced, mixed(styles)), drawn(lambda styles: (mixed(styles),)))
 
 
 def test_equal_blocks_share_their_code_and_so_do_batch_sizes_but_not_picture_sizes(make):
@@ -213,7 +243,7 @@ def test_idle_rows_change_no_bit_of_the_others(traced, styles):
 
 def test_baking_runs_on_the_unet_itself(traced, plain, bank):
     before = traced.runtime.backend.compilations
-    baked = traced.bake(sf.StyleAligned(prompt="a dog in neon style", seed=5), steps=STEPS, size=SIZE)
+    baked = traced.bake(sf.StyleAligned(OTHER), steps=STEPS, size=SIZE)
     assert traced.runtime.backend.compilations == before
     for name, tensor in bank.tensors.items():
         torch.testing.assert_close(baked.tensors[name], tensor, msg=name)
@@ -244,9 +274,10 @@ def replaying(traced):
     return traced, capture
 
 
-def test_steps_are_replayed_from_the_third_on_and_give_the_same_pictures(replaying, plain, styles):
+def test_steps_are_replayed_from_the_third_on_and_give_the_same_pictures(replaying, drawn, styles):
     engine, capture = replaying
-    close(draw(engine, "a cat", styles["InstantStyle"], steps=6), draw(plain, "a cat", styles["InstantStyle"], steps=6))
+    replayed = draw(engine, "a cat", styles["InstantStyle"], steps=6)
+    close(replayed, drawn(lambda styles: ("a cat", styles["InstantStyle"]), steps=6))
     assert capture.replays == 4 and engine.runtime.backend.captures == 1
     # another style and strength of the same shape, in the same graph
     draw(engine, "a house", styles["InstantStyle and a bank"])

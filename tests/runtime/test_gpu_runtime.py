@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stylefast as sf
-from tests.engine.scene import close, sharp_pipeline, small_picture
+from tests.engine.scene import near, sharp_pipeline, small_picture
 
 pytestmark = pytest.mark.gpu
 PICTURE = small_picture(1, (48, 40))
@@ -40,7 +40,7 @@ def latents(engine, style=None, prompts=("a cat", "a dog"), **options):
 def test_cached_equals_batched(plain, source, store):
     bank = plain.bake(sf.StyleAligned(**source), **SETTINGS, store=store)
     live = latents(plain, sf.StyleAligned(**source, share_group_norm=True))
-    close(latents(plain, sf.StyleAligned(bank, share_group_norm=True)), live, TOLERANCE)
+    near(latents(plain, sf.StyleAligned(bank, share_group_norm=True)), live, TOLERANCE)
 
 
 def test_pages_that_stream_equal_pages_that_stay(plain, tmp_path):
@@ -50,7 +50,7 @@ def test_pages_that_stream_equal_pages_that_stay(plain, tmp_path):
     narrow = engine(bank_memory=4 * page + 1)
     expected = latents(plain, sf.StyleAligned(bank))
     for _ in range(3):
-        close(latents(narrow, sf.StyleAligned(bank)), expected, TOLERANCE)
+        near(latents(narrow, sf.StyleAligned(bank)), expected, TOLERANCE)
     torch.cuda.synchronize()
     assert narrow.runtime.bank_pages[(8, 12)].stats().pinned == 0
 
@@ -63,7 +63,7 @@ def test_captured_steps_equal_steps_that_run(plain):
     captured.runtime.buckets = captured.runtime.backend.buckets
     bank = plain.bake(sf.StyleAligned(PICTURE), **SETTINGS)
     for style in (None, sf.StyleAligned(PICTURE), sf.StyleAligned(bank), sf.StyleAligned(bank, scale=0.5, shift=1.0)):
-        close(latents(captured, style), latents(plain, style), TOLERANCE)
+        near(latents(captured, style), latents(plain, style), TOLERANCE)
     assert captured.runtime.backend.captures > 0
 
 
@@ -74,7 +74,7 @@ def test_a_request_is_the_same_alone_and_in_company(plain, scheduler):
     jobs = [plain.submit(sf.Request(p, style=style if i % 2 else None, seed=3 + i, scheduler=scheduler, **SETTINGS),
                          output="latents") for i, p in enumerate(["neon", "oil", "a fish"])]  # fmt: skip
     again = plain.submit(sf.Request("a cat", style=style, seed=3, scheduler=scheduler, **SETTINGS), output="latents")
-    close([again.result(60).latents[0].cpu()], alone, TOLERANCE)
+    near([again.result(60).latents[0].cpu()], alone, TOLERANCE)
     for job in jobs:
         job.result(60)
     plain.close()

@@ -12,7 +12,7 @@ from stylefast.runtime.backends import check_backend
 from stylefast.runtime.graph_backend import Graph, GraphBackend
 from stylefast.runtime.step import TorchBackend
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.engine.scene import SIZE, apart, close, learned, small_picture
+from tests.engine.scene import SIZE, apart, learned, near, small_picture
 from tests.engine.watch import WAIT, request
 from tests.small_graphs import SHAPES, TorchSession, micro_pipeline, write_adapter
 
@@ -117,7 +117,7 @@ NEEDED = {
 def test_pictures_are_those_of_the_torch_backend_and_the_smallest_graph_makes_them(make, torch_engine, requests, what):
     engine, sessions = make(*SHAPES)
     assert engine.runtime.backend.loaded == ()
-    close(draw(engine, *requests[what]), draw(torch_engine, *requests[what]), 1e-4)
+    near(draw(engine, *requests[what]), draw(torch_engine, *requests[what]), 1e-4)
     assert engine.runtime.backend.loaded == (NEEDED[what],)
     (session,) = sessions.values()
     assert len(session.calls) == STEPS
@@ -126,14 +126,14 @@ def test_pictures_are_those_of_the_torch_backend_and_the_smallest_graph_makes_th
 def test_a_mixed_batch_shares_one_call_a_step(make, torch_engine, requests):
     engine, sessions = make(SHAPES[2], SHAPES[0])
     every = [one for several in requests.values() for one in several]
-    close(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
     assert engine.runtime.calls == STEPS and engine.runtime.backend.loaded == ("banked",)
 
 
 @pytest.mark.parametrize("what", NEEDED)
 def test_a_larger_graph_does_what_smaller_ones_would(make, torch_engine, requests, what):
     engine, sessions = make(GraphShape("banked", 3, 4))
-    close(draw(engine, *requests[what]), draw(torch_engine, *requests[what]), 1e-4)
+    near(draw(engine, *requests[what]), draw(torch_engine, *requests[what]), 1e-4)
 
 
 def test_columns_that_a_batch_has_not_are_idle(make, requests):
@@ -187,7 +187,7 @@ def test_of_two_graphs_of_a_flavour_the_one_with_fewer_columns_is_taken(make, re
 
 def test_buckets_pad_rows_and_keep_the_smallest_graph(make, torch_engine, requests):
     engine, sessions = make(*SHAPES, batch_buckets=(5,))
-    close(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
+    near(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
     assert engine.runtime.backend.loaded == ("plain",) and not engine.runtime.bank_pages
     assert all(len(given["latents"]) == 5 for given in sessions[0].calls)
 
@@ -219,14 +219,14 @@ def test_pictures_that_need_no_missing_graph_are_finished_all_the_same(make, tor
         with pytest.raises(EngineMismatch, match="banked graph"):
             engine.submit(requests["a bank"], output="latents")
     for name, job in jobs.items():
-        close(job.result(WAIT).latents, draw(torch_engine, *requests[name]), 1e-4)
+        near(job.result(WAIT).latents, draw(torch_engine, *requests[name]), 1e-4)
 
 
 def test_a_batch_is_divided_among_graphs_where_none_can_do_all_of_it(make, torch_engine, requests):
     engine, sessions = make(GraphShape("plain", 0, 2), GraphShape("live", 1, 0))
     names = ("two picture prompts", "two pictures in one style")
     every = [one for name in names for one in requests[name]]
-    close(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
     assert sorted(sessions) == [0, 1]
 
 
@@ -248,7 +248,7 @@ class Failing(TorchSession):
 def test_a_session_that_fails_costs_no_picture_that_runs_without_the_others(make, torch_engine, requests, error):
     engine, _ = make(lambda unet: Graph(SHAPES[1], Failing(unet, SHAPES[1], error, most=4)))
     every = [*requests["plain"], *requests["two pictures in one style"], *requests["unguided, other sampler"]]
-    close(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
 
 
 def test_a_session_that_always_fails_fails_the_pictures_and_not_the_engine(make):
@@ -280,7 +280,7 @@ def test_graphs_of_fewer_rows_take_a_batch_in_parts(make, torch_engine):
 
     engine, _ = make(graph)
     every = [request("a cat", seed=i) for i in range(5)]
-    close(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
     assert engine.runtime.calls == 3 * STEPS
 
 
@@ -293,7 +293,7 @@ def test_graphs_of_one_row_count_get_batches_filled_up(make, torch_engine, reque
 
     engine, _ = make(graph)
     for name in ("plain", "two pictures in one style"):
-        close(draw(engine, *requests[name]), draw(torch_engine, *requests[name]), 1e-4)
+        near(draw(engine, *requests[name]), draw(torch_engine, *requests[name]), 1e-4)
     assert {len(given["latents"]) for given in session[0].calls} == {6}
 
 
@@ -320,8 +320,8 @@ def test_pages_and_masks_that_rows_read_are_picked_out_where_a_graph_does_not_ta
     engine, _ = make(graph)
     masked = requests["a picture prompt under a mask"]
     both = [*masked, request("a dog", style=sf.InstantStyle(OTHER, "all", 0.5, mask=1 - half_mask()), seed=3)]
-    close(draw(engine, *both), draw(torch_engine, *both), 1e-4)
-    close(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
+    near(draw(engine, *both), draw(torch_engine, *both), 1e-4)
+    near(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
     for given in session[0].calls:
         counts = (given["text_kv_0"].shape[2], given["pooled"].shape[0], given["image_kv_1"].shape[2],
                   given["image_lengths"].shape[0], given["mask_0"].shape[0], given["mask_1"].shape[0])  # fmt: skip
@@ -336,7 +336,7 @@ def test_a_step_that_reads_more_pages_than_a_graph_takes_is_refused(make):
 
 def test_a_pool_has_no_more_pages_than_graphs_can_read(make, torch_engine, requests):
     engine, _ = make(lambda unet: Graph(SHAPES[2], TorchSession(unet, SHAPES[2]), {"pages": (1, 3)}))
-    close(draw(engine, *requests["a bank"]), draw(torch_engine, *requests["a bank"]), 1e-4)
+    near(draw(engine, *requests["a bank"]), draw(torch_engine, *requests["a bank"]), 1e-4)
     (pool,) = engine.runtime.bank_pages.values()
     assert pool.slots == 3
 
