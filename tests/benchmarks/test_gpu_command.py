@@ -70,7 +70,7 @@ def test_a_machine_without_a_gpu_is_an_error_of_one_line(monkeypatch, capsys):
 def test_a_step_that_takes_too_long_is_stopped_with_its_children(tmp_path, capsys):
     program = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'input()'])"
     slow = program.replace("input()", "import time; time.sleep(60)")
-    assert gpu.run("slow", [sys.executable, "-c", slow], 1.0, tmp_path) is None
+    assert gpu.run("slow", [sys.executable, "-c", slow], 5.0, tmp_path) is None
     assert (tmp_path / "slow.log").read_text() == "begun\n" and "stopped" in capsys.readouterr().out
 
 

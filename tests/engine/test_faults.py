@@ -12,7 +12,9 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, OutOfMemory, StyleError
-from tests.engine.scene import SIZE, STEPS, close, sharp_pipeline, small_picture
+from tests.engine.scene import SIZE, STEPS, sharp_pipeline, small_picture
+from tests.engine.watch import WAIT, Clock
+from tests.fp64 import close
 from tests.small_checkpoints import random_lora, write_peft_lora
 
 PICTURE = small_picture(1, (48, 40))
@@ -31,11 +33,11 @@ def draw(engine, *requests, **options):
     return engine.generate(list(requests), output="latents", **options).latents
 
 
-def test_requests_of_other_spacings_share_no_reference(engine):
+def test_requests_of_other_spacings_share_no_reference(engine, drawn):
     style = sf.StyleAligned(prompt="a dog")
     requests = [sf.Request("a cat", style=style, seed=i, spacing=s, **K) for i, s in enumerate(("leading", "trailing"))]
     for request, together in zip(requests, draw(engine, *requests)):
-        close([together], draw(engine, request))
+        close([together], drawn(request))
     group = sf.StyleAligned()
     with pytest.raises(InvalidRequest, match="spacing"):
         draw(engine, *(sf.Request("a cat", style=group, spacing=s, **K) for s in ("leading", "trailing")))
@@ -168,28 +170,29 @@ def test_a_finished_job_does_not_keep_the_model():
 
 
 def test_waiting_in_vain_leaves_no_watcher(engine):
-    job = engine.submit(sf.Request("a cat", steps=60, size=SIZE), output="latents")
-
     async def wait():
         for _ in range(5):
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(job._as_future(), 0.001)
 
-    asyncio.run(wait())
-    assert not job._watchers
-    job.cancel()
+    with engine.runtime.lock:  # without which no step is made
+        job = engine.submit(sf.Request("a cat", steps=60, size=SIZE), output="latents")
+        asyncio.run(wait())
+        assert not job._watchers
+        job.cancel()
 
 
-def test_a_deadline_counts_while_others_work(engine):
-    late = []
+def test_a_deadline_counts_while_others_work(engine, monkeypatch):
+    late, clock = [], Clock(monkeypatch)
 
     def hold(step, steps, latents):
         if step == 1:
             late.append(engine.submit(sf.Request("a cat", **K), deadline=0.01))
+        clock.pass_by(0.006)
 
-    draw(engine, sf.Request("a dog", steps=12, size=(256, 256)), callback=hold)
+    draw(engine, sf.Request("a dog", steps=12, size=(64, 64)), callback=hold)
     with pytest.raises(DeadlineExceeded):
-        late[0].result(60)
+        late[0].result(WAIT)
 
 
 WRONG = {

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import weakref
 
 import numpy as np
@@ -16,8 +15,9 @@ import torch
 import stylefast as sf
 from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, JobCancelled, QueueFull
 from stylefast.runtime import batching
-from tests.engine.scene import SIZE, STEPS, close, small_picture
-from tests.engine.watch import WAIT, Watch, held, request, settled, submit
+from tests.engine.scene import SIZE, STEPS, near, small_picture
+from tests.engine.watch import WAIT, Clock, Watch, held, request, settled, submit, until
+from tests.fp64 import close
 
 PICTURE = small_picture(1, (48, 40))
 
@@ -38,18 +38,18 @@ def bank(engine):
     return engine.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
 
 
-def test_a_job_gives_what_generate_gives(engine, draw):
+def test_a_job_gives_what_generate_gives(engine, drawn):
     job = submit(engine, seed=4, output="pil")
     result = job.result(WAIT)
-    close(result.latents, draw("a cat", seed=4))
+    close(result.latents, drawn("a cat", seed=4))
     assert job.status == "done" and job.done() and job.step == job.steps == STEPS
     assert result.images[0].size == SIZE and result.metadata[0]["seed"] == 4
 
 
-def test_several_requests_of_a_job_come_back_in_order_whatever_their_sizes_and_steps(engine, draw):
+def test_several_requests_of_a_job_come_back_in_order_whatever_their_sizes_and_steps(engine, drawn):
     requests = [request("a dog", seed=1, steps=2), request("a cat", seed=2, size=(64, 64)), request(seed=3)]
     for one, latents in zip(requests, engine.submit(requests, output="latents").result(WAIT).latents):
-        close([latents], draw([one]))
+        close([latents], drawn([one]))
 
 
 def test_what_is_not_done_in_time_is_a_timeout_and_goes_on(engine, watch):
@@ -111,8 +111,9 @@ def test_a_job_that_is_over_can_not_be_cancelled(engine):
     job = submit(engine)
     job.result(WAIT)
     assert not job.cancel() and job.status == "done"
-    cancelled = submit(engine)
-    cancelled.cancel()
+    with engine.runtime.lock:
+        cancelled = submit(engine)
+        cancelled.cancel()
     with pytest.raises(JobCancelled):
         cancelled.result(WAIT)
     assert not cancelled.cancel()
@@ -128,15 +129,16 @@ def test_cancelling_in_the_last_step_is_still_cancelling(engine, watch):
     assert told == [True] and settled(engine)
 
 
-def test_the_others_do_not_notice_that_one_of_them_is_cancelled(engine, watch, draw):
-    expected = [draw("a cat", seed=1)[0], draw("a house", seed=3)[0]]
+def test_the_others_do_not_notice_that_one_of_them_is_cancelled(engine, watch, drawn):
+    expected = [drawn("a cat", seed=1), drawn("a house", seed=3)]
     calls = watch.calls
     first, second, third = watch.together(*(
         lambda prompt=prompt, seed=seed: submit(engine, prompt, seed=seed)
         for prompt, seed in (("a cat", 1), ("a dog", 2), ("a house", 3))
     ))  # fmt: skip
     watch.at[calls + 1] = second.cancel
-    close([first.result(WAIT).latents[0], third.result(WAIT).latents[0]], expected)
+    for job, alone in zip((first, third), expected):
+        close(job.result(WAIT).latents, alone)
     assert second.status == "cancelled" and watch.rows[calls:] == [6, 6, 4]
 
 
@@ -163,12 +165,13 @@ def test_many_threads_may_cancel_the_same_and_other_jobs(engine, idle):
 # deadlines and queues
 
 
-def test_a_job_whose_deadline_passes_while_it_runs_fails_and_frees_all(engine, watch):
-    watch.before = lambda latents: time.sleep(0.05)
+def test_a_job_whose_deadline_passes_while_it_runs_fails_and_frees_all(engine, watch, monkeypatch):
+    clock = Clock(monkeypatch)
+    watch.at[2] = lambda: clock.pass_by(0.3)
     late, calm = watch.together(
         lambda: submit(engine, steps=40, deadline=0.2), lambda: submit(engine, "a dog", steps=8, deadline=60)
     )
-    with pytest.raises(DeadlineExceeded, match=r"deadline of 0.2 seconds passed at step \d+ of 40"):
+    with pytest.raises(DeadlineExceeded, match=r"deadline of 0.2 seconds passed at step [23] of 40"):
         late.result(WAIT)
     assert len(calm.result(WAIT).latents) == 1 and late.status == "failed" and settled(engine)
 
@@ -176,10 +179,11 @@ def test_a_job_whose_deadline_passes_while_it_runs_fails_and_frees_all(engine, w
 def test_a_job_whose_deadline_passes_while_it_waits_fails_without_a_step(engine, watch, monkeypatch):
     monkeypatch.setattr(batching, "MOST_PICTURES", 1)
     reached, go = watch.gate(0)
+    clock = Clock(monkeypatch)
     first = submit(engine)
     assert reached.wait(WAIT)
     late = submit(engine, deadline=0.01)
-    time.sleep(0.02)
+    clock.pass_by(0.02)
     go.set()
     with pytest.raises(DeadlineExceeded, match="step 0"):
         late.result(WAIT)
@@ -214,7 +218,7 @@ def test_closing_fails_what_runs_and_what_waits_and_takes_no_more(pipe, monkeypa
         running = submit(engine)
         assert reached.wait(WAIT)
         waiting = submit(engine)
-        threading.Timer(0.05, go.set).start()
+        threading.Thread(target=lambda: until(lambda: engine._loop._closed) and go.set()).start()
     for job in (running, waiting):
         with pytest.raises(EngineClosed, match="closed before the job was done"):
             job.result(WAIT)
@@ -238,7 +242,6 @@ def test_an_engine_that_was_dropped_leaves_no_thread(pipe, monkeypatch):
     engine = sf.Engine.from_pipeline(pipe)
     submit(engine).result(WAIT)
     thread, gone = engine._loop._thread, weakref.ref(engine._loop)
-    assert thread is None or thread.is_alive()
     del engine
     if thread is not None:
         thread.join(WAIT)
@@ -251,8 +254,7 @@ def test_after_a_pause_the_next_job_starts_another_thread(pipe, monkeypatch):
     engine = sf.Engine.from_pipeline(pipe)
     for _ in range(3):
         submit(engine, steps=1).result(WAIT)
-        time.sleep(0.05)
-        assert engine._loop._thread is None
+        assert until(lambda: engine._loop._thread is None)
 
 
 def test_a_program_that_ends_with_jobs_on_their_way_ends_well():
@@ -283,7 +285,7 @@ def test_callbacks_are_called_once_also_when_the_job_is_over(engine):
     assert settled(engine) and seen == ["done", "done"]
 
 
-def test_a_callback_that_raises_harms_nobody(engine, watch, draw, caplog):
+def test_a_callback_that_raises_harms_nobody(engine, watch, drawn, caplog):
     def bad(job):
         raise ZeroDivisionError("mine")
 
@@ -292,15 +294,16 @@ def test_a_callback_that_raises_harms_nobody(engine, watch, draw, caplog):
     first.add_done_callback(bad)
     first.add_done_callback(lambda job: seen.append(job.status))
     assert len(first.result(WAIT).latents) == 1
-    close(second.result(WAIT).latents, draw("a dog", seed=2))
+    close(second.result(WAIT).latents, drawn("a dog", seed=2))
     assert seen == ["done"] and "ZeroDivisionError: mine" in caplog.text
     first.add_done_callback(bad)  # at once, and no more than that
 
 
 def test_a_job_can_be_awaited_with_its_result_or_its_error(engine):
     async def main():
-        good, bad = submit(engine), submit(engine, "a dog", steps=60)
-        bad.cancel()
+        with engine.runtime.lock:
+            good, bad = submit(engine), submit(engine, "a dog", steps=60)
+            bad.cancel()
         result = await good
         with pytest.raises(JobCancelled):
             await bad
@@ -310,30 +313,40 @@ def test_a_job_can_be_awaited_with_its_result_or_its_error(engine):
     assert first is second and len(first.latents) == 1
 
 
-async def _previews(job, pause=0.0):
-    seen = []
+async def _previews(job, seen=None):
+    seen = [] if seen is None else seen
     async for preview in job:
         seen.append(preview)
-        await asyncio.sleep(pause)
     return seen
 
 
-def test_previews_come_in_order_and_the_last_one_always(engine, watch):
-    watch.before = lambda latents: time.sleep(0.02)
+def _watched_from_the_start(engine, watch, jobs, **options):
+    """Submit a job whose first step waits until somebody watches it."""
+    watch.at[watch.calls] = lambda: until(lambda: jobs and jobs[0].wants_previews)
+    jobs.append(submit(engine, **options))
+    return jobs[0]
 
-    async def main():
-        return await _previews(submit(engine, steps=6))
 
-    steps = [preview.step for preview in asyncio.run(main())]
-    assert steps == sorted(set(steps)) and steps[-1] == 6 and len(steps) >= 4
+def test_a_reader_who_keeps_up_sees_every_step_in_order(engine, watch):
+    seen, jobs = [], []
+    # every step waits until the one before has been seen
+    watch.before = lambda latents: until(lambda: len(seen) >= watch.calls - 1)
+    asyncio.run(_previews(_watched_from_the_start(engine, watch, jobs, steps=6), seen))
+    assert [preview.step for preview in seen] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_slow_reader_skips_previews_but_not_the_last(engine, idle):
-    async def main():
-        return await _previews(submit(engine, steps=80), pause=0.05)
+    seen, jobs = [], []
+    idle.at[10] = lambda: until(lambda: seen)
 
-    steps = [preview.step for preview in asyncio.run(main())]
-    assert steps == sorted(set(steps)) and steps[-1] == 80 and len(steps) < 60
+    async def main():
+        async for preview in _watched_from_the_start(engine, idle, jobs, steps=80):
+            seen.append(preview.step)
+            if len(seen) == 1:  # busy with the first one until all is over
+                await asyncio.to_thread(jobs[0].result, WAIT)
+
+    asyncio.run(main())
+    assert seen[0] <= 10 and seen[1:] == [80]
 
 
 def test_the_last_preview_is_the_picture_in_small():
@@ -346,24 +359,29 @@ def test_the_last_preview_is_the_picture_in_small():
 
     preview, result = asyncio.run(main())
     tiny.close()
-    close(preview.latents, result.latents)  # no noise is left after the last step
+    near(preview.latents, result.latents, 1e-5)  # no noise is left after the last step
     image, (small,) = torch.from_numpy(result.images[0]), preview.images()
     small = torch.from_numpy(np.array(small.resize(image.shape[1::-1]))).float()
     assert torch.corrcoef(torch.stack([image.flatten(), small.flatten()]))[0, 1] > 0.8
 
 
 def test_previews_of_a_failed_job_end_with_its_error(engine, watch):
+    _, go = watch.gate(30)
+
     async def main():
         job = submit(engine, steps=60)
         async for preview in job:
             if preview.step >= 2:
                 job.cancel()
+                go.set()
 
     with pytest.raises(JobCancelled):
         asyncio.run(main())
 
 
 def test_a_reader_that_leaves_stops_the_making_of_previews(engine, idle):
+    _, go = idle.gate(100)
+
     async def main():
         job = submit(engine, steps=200)
         previews = aiter(job)
@@ -372,6 +390,7 @@ def test_a_reader_that_leaves_stops_the_making_of_previews(engine, idle):
         await previews.aclose()
         assert not job.wants_previews
         job.cancel()
+        go.set()
 
     asyncio.run(main())
     assert settled(engine)

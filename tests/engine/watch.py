@@ -1,13 +1,40 @@
 """The UNet's calls as a test sees them: counted, replaced, or with something happening in their midst."""
 
 import threading
+import time
 
 import torch
 
 import stylefast as sf
+from stylefast.runtime import batching, jobs
 from tests.engine.scene import SIZE, STEPS
 
-WAIT = 60  # seconds, for what takes one; a test that hangs should fail
+WAIT = 180  # seconds, for what takes one on a machine with nothing else to do; a test that hangs should fail
+
+
+def until(condition) -> bool:
+    """Wait for a condition that another thread makes true; False if it never comes."""
+    end = time.monotonic() + WAIT
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+class Clock:
+    """What jobs and their loop take for the time: it stands still but for `pass_by`."""
+
+    def __init__(self, monkeypatch):
+        self._now = time.monotonic()
+        for module in (batching, jobs):
+            monkeypatch.setattr(module, "time", self)
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def pass_by(self, seconds: float) -> None:
+        self._now += seconds
 
 
 class Watch:
@@ -72,8 +99,4 @@ def held(engine) -> dict[str, int]:
 
 def settled(engine) -> bool:
     """Whether nothing is held once the loop has had its turn."""
-    for _ in range(200):
-        if not any(held(engine).values()):
-            return True
-        threading.Event().wait(0.01)
-    return False
+    return until(lambda: not any(held(engine).values()))

@@ -5,10 +5,8 @@ import errno
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-from threading import Timer
 from types import ModuleType
 from typing import NamedTuple
 
@@ -337,9 +335,10 @@ def test_two_processes_that_want_the_same_export_make_it_once(source, tmp_path, 
     check_files(folder, read_manifest(folder))
     # once it is there, nothing is looked at but that
     monkeypatch.setitem(pipeline.EXPORTS, "onnx", None)
-    start = time.perf_counter()
-    assert pipeline.ensure(source, options(components=("unet",)), folder) == folder
-    assert time.perf_counter() - start < 0.05 and not caplog.records
+    for file in folder.iterdir():
+        if file.name != pipeline.MANIFEST:
+            file.unlink()
+    assert pipeline.ensure(source, options(components=("unet",)), folder) == folder and not caplog.records
 
 
 def quickly(source, folder, given, progress=None):
@@ -376,14 +375,18 @@ def test_who_waits_for_a_process_that_dies_makes_the_export_itself(source, tmp_p
         return quickly(*given)
 
     monkeypatch.setitem(pipeline.EXPORTS, "onnx", counted)
-    death = Timer(0.7, process.kill)  # which leaves the lock's file behind
+    held = pipeline._held
+
+    def held_by_one_that_dies_then(lock):
+        answer = held(lock)
+        process.kill()  # which leaves the lock's file behind
+        process.wait()
+        return answer
+
+    monkeypatch.setattr(pipeline, "_held", held_by_one_that_dies_then)
     try:
-        death.start()
-        start = time.perf_counter()
         assert pipeline.ensure(source, options(), folder) == folder and len(tried) == 2
-        assert 0.4 < time.perf_counter() - start < 20
     finally:
-        death.cancel()
         process.kill()
         process.communicate()
 
