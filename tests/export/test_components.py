@@ -143,8 +143,13 @@ def error(found, exact) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize("name", NAMES)
+# of two components with the same operators, one is run in float16 too
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in NAMES]
+    + [(name, torch.float16) for name in NAMES if name not in ("text_encoder", "image_projector", "vae_decoder tiny")],
+    ids=str,
+)
 def test_the_graphs_error_is_at_most_twice_that_of_pytorch_in_the_same_type(exported, name, dtype):
     this = case(name)
     component, path = exported(name, dtype)

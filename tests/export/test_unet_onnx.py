@@ -102,8 +102,13 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).pow(2).mean().sqrt())
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
+# the last shape has every operator of the others, so 16-bit types are run on it and on the plainest
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [pytest.param(shape, torch.float32, id=f"{name}-float32") for name, shape in zip(NAMES, SHAPES)]
+    + [pytest.param(shape, dtype, id=f"{name}-{str(dtype)[6:]}") for name, shape in ((NAMES[0], SHAPES[0]),
+       (NAMES[-1], SHAPES[-1])) for dtype in (torch.float16, torch.bfloat16)],
+)  # fmt: skip
 def test_the_error_is_at_most_twice_that_of_pytorch_in_the_same_type(unets, exported, shape, dtype):
     path = exported(shape, dtype)
     model = emulated(path) if dtype == torch.bfloat16 else str(path)
