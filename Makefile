@@ -1,4 +1,5 @@
 # make        environment and C++ extension      make test   lint and the tests, with the packages that they need
+#                                                make smoke  a test of each kind, in half a minute
 # make demo   pictures in build/demo             make tiny   train the embedded model again
 # make bench  kernels and engine on the CPU      make gpu    GPU tests and benchmarks, on a machine that has one
 PYTHON ?= python3
@@ -22,7 +23,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfil
 # $(call logged,commands): their output goes to the log, of which the end is shown if they fail
 logged = mkdir -p $(dir $(LOG)); { $(1); } >>$(LOG) 2>&1 || { tail -n 15 $(LOG); echo "that failed; all of it is in $(LOG)"; exit 1; }
 
-.PHONY: all venv dev extension demo test test-slow lint tiny bench gpu gpu-wheels clean
+FAST := not slow and not gpu and not soak
+# the CPU that test-cpu runs the tests as: avx2, default, or the first one below this machine's (docs/testing.md)
+LEVEL ?= lesser
+AT_LEVEL = env `$(BIN)/python tests/cpu_levels.py $(LEVEL)`
+
+
+.PHONY: all venv dev extension demo test test-cpu test-slow smoke lint tiny bench gpu gpu-wheels clean
 
 all: venv
 
@@ -58,8 +65,17 @@ demo: venv
 	@echo "making pictures with the embedded model"
 	@$(BIN)/stylefast demo --out build/demo >/dev/null
 
+# all of it as this CPU computes, then what depends on a CPU's sums as a lesser one does
 test: lint
-	$(PYTEST) -m "not slow and not gpu and not soak"
+	$(PYTEST) -m "$(FAST)" --durations=30
+	$(AT_LEVEL) $(PYTEST) -m "numerics and $(FAST)"
+
+# all of it as on a lesser CPU: make test-cpu LEVEL=default
+test-cpu: dev
+	$(AT_LEVEL) $(PYTEST) -m "$(FAST)"
+
+smoke: dev
+	$(PYTEST) -m smoke `$(BIN)/python tests/smoke.py`
 
 test-slow: dev
 	$(PYTEST) -m "slow and not gpu"

@@ -62,11 +62,12 @@ std::string instruction_set() {
     static const std::vector<std::string> usable = usable_sets();
     const char* cap = std::getenv("STYLEFAST_CPU");
     if (cap == nullptr || *cap == '\0') return usable.empty() ? "" : usable.back();
+    if (cap == std::string("none")) return "";
     if (std::find(usable.begin(), usable.end(), cap) != usable.end()) return cap;
-    std::string there;
-    for (const std::string& set : usable) there += (there.empty() ? "" : ", ") + set;
+    std::string there = "none";
+    for (const std::string& set : usable) there += ", " + set;
     throw std::invalid_argument(std::string("STYLEFAST_CPU is '") + cap + "', but the sets usable here are: " +
-                                (there.empty() ? "none" : there));
+                                there);
 }
 
 }  // namespace stylefast

@@ -328,7 +328,7 @@ def _without_extension() -> str:
     if module is None:
         return extension_error()
     if not instruction_set():
-        return "this CPU has neither AVX-512 nor AVX2 with FMA"
+        return "STYLEFAST_CPU is none, or this CPU has neither AVX-512 nor AVX2 with FMA"
     return ""
 
 

@@ -1,13 +1,17 @@
 """What all tests share: seeds, no network, and the checkout's files."""
 
 import os
+import re
 import subprocess
 import sys
+from functools import cache
 from glob import glob
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.smoke import SMOKE
 
 # before any import of transformers or diffusers, which read them once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,7 +37,50 @@ settings.load_profile("stylefast")
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
+# words of a module that compares floating-point results; what it finds may depend on the order of a CPU's sums
+_COMPARES = re.compile(r"\b(fp64|near_fp64|allclose|assert_close|near|psnr|isclose|bit_equal|torch\.equal)\b")
+# they compare too, but what programs computed that choose their instructions without regard to PyTorch's
+_ELSEWHERE = ("benchmarks", "cli", "docs", "export", "packaging", "training", "evaluation")
+_COMPILED = ("test_compiled", "test_graph_", "test_onnxruntime_backend", "test_interpreted", "test_custom_ops")
+# they are about what happens when; the numbers beside it are those of test_requests.py and test_mixed_batches.py
+_EVENTS = ("test_batching", "test_errors", "test_faults", "test_jobs", "test_memory")
+
+
+@cache
+def _is_numeric(path: Path) -> bool:
+    if path.parent.name in _ELSEWHERE or path.name.startswith(_COMPILED + _EVENTS):
+        return False
+    return _COMPARES.search(path.read_text()) is not None
+
+
+def pytest_terminal_summary(terminalreporter):
+    if "STYLEFAST_TEST_LEVEL" in os.environ:
+        from tests.cpu_levels import ran_as
+
+        terminalreporter.write_line(ran_as())
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if _is_numeric(item.path):
+            item.add_marker("numerics")
+        name = item.nodeid.split("[")[0]
+        if name in SMOKE or name.split("::")[0] in SMOKE:
+            item.add_marker("smoke")
+    _skip_gpu(items)
+    _skip_vectors(items)
+
+
+def _skip_vectors(items):
+    if os.environ.get("STYLEFAST_CPU") != "none":
+        return
+    for item in items:
+        named = item.path.name.startswith(("test_cpp_", "test_fused_")) or "cpp" in re.split(r"[\[\]-]", item.name)[1:]
+        if named and item.path.parent.name in ("kernels", "oracle", "engine"):
+            item.add_marker(pytest.mark.skip(reason="STYLEFAST_CPU=none leaves the work to PyTorch"))
+
+
+def _skip_gpu(items):
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return
