@@ -9,6 +9,7 @@ BENCHMARKS = {
     "exports": "benchmarks.exports",
     "gpu": "benchmarks.gpu",
     "kernels": "benchmarks.kernels.command",
+    "reading": "benchmarks.reading",
     "runtime": "benchmarks.runtime.command",
     "startup": "benchmarks.startup",
     "tiny_quality": "benchmarks.tiny_quality",

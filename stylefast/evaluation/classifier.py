@@ -15,6 +15,7 @@ from torch import nn
 
 from stylefast import values
 from stylefast.errors import ImageError, ModelFormatError, ModelNotFound
+from stylefast.models.stored_tensors import StoredTensors
 
 SIZE = 64
 _WIDTHS = (24, 40, 72, 88)
@@ -70,24 +71,20 @@ def load_classifier(path: str | Path | None = None) -> PictureClassifier:
 
     Raises `ModelNotFound` where no file is and `ModelFormatError` where it is another kind of file.
     """
-    from safetensors import SafetensorError, safe_open
-
     if path is None:
         path = Path(__file__).resolve().parent.parent / "models" / "tiny" / "classifier.safetensors"
     if not Path(path).is_file():
         raise ModelNotFound(f"no classifier at {path}; make it: `python -m stylefast.training.tiny --stage classifier`")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = {
-                kind: tuple(values.load_json(value, kind, kind=list))
-                for kind, value in metadata.items()
-                if kind != "format"
-            }
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        stored = StoredTensors(path)
+        names = {
+            kind: tuple(values.load_json(value, kind, kind=list))
+            for kind, value in stored.header.metadata.items()
+            if kind != "format"
+        }
         classifier = PictureClassifier(**names)
-        classifier.load_state_dict(state)
-    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
+        classifier.load_state_dict(dict(stored))
+    except (ModelFormatError, TypeError, ValueError, RuntimeError) as error:
         raise ModelFormatError(f"{path} does not hold a picture classifier: {error}") from error
     return classifier.float().eval()
 

@@ -12,6 +12,7 @@ import torch
 
 from stylefast.errors import ModelFormatError
 from stylefast.models.config_check import checked_scheduler
+from stylefast.models.stored_tensors import StoredTensors
 from stylefast.models.weight_files import WeightHeader
 from stylefast.values import quoted
 
@@ -133,10 +134,7 @@ def _marked(header: WeightHeader) -> dict | None:
 
 
 def _tensor(header: WeightHeader, name: str) -> torch.Tensor:
-    from safetensors import safe_open
-
-    with safe_open(str(header.path), framework="pt") as file:
-        return file.get_tensor(name)
+    return StoredTensors(header.path)[name]
 
 
 def _shown(config: Mapping) -> str:

@@ -38,16 +38,20 @@ class Span(NamedTuple):
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a safetensors file by name; looking one up reads it, into memory of its own.
 
-    what: how messages name the file, error: the class of its errors. The file stays open, so replacing it by another
-    (as every `save` and `bake` here does) changes nothing; writing into it or cutting it short is noticed.
+    what: how messages name the file; error: the class of its errors; any_ending: as in `read_header`. The file stays
+    open, so replacing it by another (as every `save` and `bake` here does) changes nothing; writing into it or cutting
+    it short is noticed.
 
     Raises ModelNotFound and ModelFormatError as `read_header` does.
     """
 
-    def __init__(self, path: str | Path, what: str | None = None, error: type[Exception] = ModelFormatError):
+    def __init__(
+        self, path: str | Path, what: str | None = None, error: type[Exception] = ModelFormatError,
+        any_ending: bool = False,
+    ):  # fmt: skip
         self.path, self._error = Path(path), error
         self._what = what or self.path.name
-        self.header, self.descriptor = _open(self.path)
+        self.header, self.descriptor = _open(self.path, any_ending)
         self._close = weakref.finalize(self, os.close, self.descriptor)
         self._state = _state(self.descriptor)
 
@@ -151,15 +155,15 @@ def load_weights(path: str | Path, *, dtype: torch.dtype, device, prefix: str = 
     return dequantised(tensors, dtype, stored.path.name)
 
 
-def _open(path: Path) -> tuple[WeightHeader, int]:
+def _open(path: Path, any_ending: bool) -> tuple[WeightHeader, int]:
     """Header and descriptor of one and the same file, though another may take its name meanwhile."""
     while True:
-        header = read_header(path)
+        header = read_header(path, any_ending=any_ending)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ModelFormatError(f"can't read {path.name}: {error.strerror or error}") from error
-        if read_header(path) == header and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        if read_header(path, any_ending=any_ending) == header and os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return header, descriptor
         os.close(descriptor)
 

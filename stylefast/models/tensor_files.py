@@ -5,16 +5,14 @@ so that code in them never runs.
 """
 
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from stylefast.errors import ModelFormatError
-from stylefast.models.weight_files import read_header
+from stylefast.models.stored_tensors import StoredTensors
 
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".ipadpt")
 
@@ -33,19 +31,16 @@ def is_pickle(path: Path) -> bool:
     return not _is_safetensors(start) and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80")
 
 
-def load_pickle(path: Path, *, mapped: bool = False) -> Any:
+def load_pickle(path: Path) -> Any:
     """Load what PyTorch wrote, as far as it is tensors and plain values.
 
-    `mapped` leaves large tensors in the file until they are copied out, which must be before the file may change.
     Raises ModelFormatError for damaged files and for those that would run code.
     """
     try:
-        # given a path, torch goes by its ending; given a stream, it can't map
-        mapped = mapped and path.suffix in PICKLE_ENDINGS and zipfile.is_zipfile(path)
-        with warnings.catch_warnings(), nullcontext(path) if mapped else path.open("rb") as source:
+        with warnings.catch_warnings(), path.open("rb") as source:
             # torch warns of its own deprecated storage classes, which the file has and the user can't change
             warnings.simplefilter("ignore")
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(source, map_location="cpu", weights_only=True)
     # torch reports bad archives, cut pickles and forbidden code by many types of error
     except Exception as error:
         raise ModelFormatError(
@@ -59,22 +54,9 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
     Raises ModelFormatError, saying what the file is, if it is none.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix not in PICKLE_ENDINGS:
-        read_header(path)  # which has a name for web pages, LFS pointers and files that are cut short or contradictory
-    try:
-        file = safe_open(str(path), framework="pt", device="cpu")
-        # a copy, since the file's own pages would change, or end the process, when the file is written anew
-        entries = {
-            name: Entry(tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name).clone())
-            for name in file.keys()  # noqa: SIM118 (the handle is no dictionary)
-        }
-        return entries, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ModelFormatError(
-            f"{path.name} is no readable safetensors file: {_first_line(error)}; fetch it again"
-        ) from error
+    stored = StoredTensors(path, any_ending=path.suffix in PICKLE_ENDINGS)
+    entries = {name: Entry(stored.shape(name), lambda name=name: stored.read(name)) for name in stored}
+    return entries, dict(stored.header.metadata)
 
 
 def open_tensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -84,7 +66,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """
     if not is_pickle(path):
         return open_safetensors(path)
-    return flat_entries(load_pickle(path, mapped=True), path.name), {}
+    return flat_entries(load_pickle(path), path.name), {}
 
 
 def flat_entries(content: Any, name: str) -> dict[str, Entry]:

@@ -63,8 +63,8 @@ class WeightHeader:
         return sum(_product(shape) for name, (_, shape) in self.tensors.items() if name.startswith(prefix))
 
 
-def read_header(path: str | Path) -> WeightHeader:
-    """Read and check the header of a `.safetensors` file.
+def read_header(path: str | Path, *, any_ending: bool = False) -> WeightHeader:
+    """Read and check the header of a `.safetensors` file; `any_ending`: also of one with the name of a pickle.
 
     Raises ModelNotFound if nothing is there, ModelFormatError if the file is a pickle, a web page, a Git LFS pointer,
     damaged or cut short.
@@ -72,7 +72,7 @@ def read_header(path: str | Path) -> WeightHeader:
     path = Path(path)
     if not path.is_file():
         raise ModelNotFound(f"no file at {path}")
-    if path.suffix in PICKLED:
+    if path.suffix in PICKLED and not any_ending:
         raise ModelFormatError(
             f"{path.name} is a pickled file, and opening one runs whatever code is in it; "
             "get the .safetensors edition, or convert it on a machine where you trust it"

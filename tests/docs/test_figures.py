@@ -99,3 +99,15 @@ def test_what_the_page_of_banks_says_of_bytes_is_what_is_counted_and_measured(ch
     ]  # fmt: skip
     words = [f"({step / 1e6:.0f} MB, one step in fp16, took {seconds:.2f} s on the CPU above" for seconds in checked]
     assert any(one in banks_in_words for one in words)
+
+
+def test_what_reading_costs_is_that_of_its_results_file(checkout):
+    joined, found = " ".join((checkout / "docs" / "banks.md").read_text().split()), []
+    for content in recorded(checkout, "reading-cpu.json"):
+        pages, weights = content["results"]["pages"], content["results"]["weights"]
+        words = (
+            f"takes {pages['read_seconds']:.2f} s read and {pages['mapped_seconds']:.2f} s mapped; weights into memory "
+            f"of their own {weights['read_seconds']:.2f} s read, and {weights['mapped_seconds']:.2f} s mapped"
+        )
+        found.append(words in joined)
+    assert any(found)
