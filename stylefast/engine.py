@@ -25,7 +25,7 @@ from stylefast.models.checkpoint import (
 )
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
-from stylefast.models.load_options import sort_options
+from stylefast.models.load_options import check_engine_options, sort_options
 from stylefast.models.lora import LoraSet
 from stylefast.models.packed import channels_last, pack
 from stylefast.models.text import TextEncoder
@@ -194,6 +194,7 @@ class Engine:
 
         options: backend, memory_limit, ... as in `from_pretrained`.
         """
+        check_engine_options(options, _OWN)
         return cls(from_pipeline(pipeline), **options)
 
     def load_adapter(self, file: str | Path, image_encoder: str | Path | None = None, name: str | None = None) -> str:
@@ -439,6 +440,8 @@ class Engine:
         return metadata(requests, stylefast.__version__, model)
 
 
-_LOADING = tuple(
-    name for name, one in signature(Engine.from_pretrained).parameters.items() if one.kind is one.KEYWORD_ONLY
-)
+def _options_of(function) -> tuple[str, ...]:
+    return tuple(name for name, one in signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY)
+
+
+_OWN, _LOADING = _options_of(Engine.__init__), _options_of(Engine.from_pretrained)

@@ -207,7 +207,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
         raise InvalidRequest(
             f"device {values.quoted(device)} is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:1'"
         ) from error
-    if device.type not in ("cpu", "cuda", "meta"):
+    if device.type not in ("cpu", "cuda"):
         raise InvalidRequest(f"device is '{device}'; pictures are made on 'cpu' or 'cuda'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidRequest(
@@ -457,7 +457,10 @@ def _check_parts_fit(components: Components) -> None:
             f"the text encoders are {widths[0]} and {widths[1]} wide, the UNet's cross-attention takes {cross}; they "
             "don't belong together"
         )
-    pooled, ids = encoders[1].config.projection_dim, 6 * config["addition_time_embed_dim"]
+    ids = 6 * values.whole_number(
+        "addition_time_embed_dim of the UNet's config", config.get("addition_time_embed_dim"), 1, error=ModelFormatError
+    )
+    pooled = encoders[1].config.projection_dim
     if pooled + ids != added:
         raise ModelFormatError(
             f"the UNet takes {added} numbers beside the time step (projection_class_embeddings_input_dim), the second "

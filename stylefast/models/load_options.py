@@ -86,6 +86,25 @@ def sort_options(
     return options, dtype, device
 
 
+def check_engine_options(given: Mapping[str, Any], own: tuple[str, ...]) -> None:
+    """Raise InvalidRequest for options beside those of an engine (`own`) where the model is there already."""
+    for name in given:
+        if name in own:
+            continue
+        if name in ("dtype", "torch_dtype", "device", "device_map"):
+            way_out = "move it first: pipeline.to('cuda', torch.float16)"
+        elif name in ("vae", "adapter", "image_encoder", "tokenizer"):
+            way_out = "put the part into the pipeline, or use Engine.from_pretrained, or engine.load_adapter"
+        elif name in PASSED_ON or name in _OTHER_NAMES or name in _REFUSED:
+            way_out = "it is for Engine.from_pretrained, which loads a model"
+        else:
+            raise InvalidRequest(
+                f"{values.quoted(name)} is no option of an engine; there are {', '.join(own)}"
+                f"{values.did_you_mean(name, own)}"
+            )
+        raise InvalidRequest(f"{name}= means nothing for a pipeline that is loaded; {way_out}")
+
+
 def _instead(name: str, ours: str, value: Any, own: Any) -> Any:
     """The value of another name for one of our options, which must not contradict it."""
     def spelled(one: Any) -> str:

@@ -88,6 +88,16 @@ def test_an_engine_takes_them_and_refuses_unknown_ones_before_it_loads(monkeypat
         sf.Engine.from_pretrained("tiny", torch_dtype=torch.bfloat16, cache_dir="here")
 
 
+@pytest.mark.parametrize("name, said", [
+    ("torch_dtype", "pipeline.to"), ("device", "pipeline.to"), ("vae", "put the part into the pipeline"),
+    ("revision", "Engine.from_pretrained"), ("safety_checker", "Engine.from_pretrained"),
+    ("bakend", "did you mean 'backend'"),
+])
+def test_options_that_mean_nothing_for_a_pipeline_are_refused(name, said):
+    with pytest.raises(InvalidRequest, match=f"{name}.*{said}"):
+        sf.Engine.from_pipeline(None, **{name: None})
+
+
 @pytest.mark.parametrize("options, said", [
     ({"revision": "main"}, "revision= and force_download= are for ids on the hub"),
     ({"force_download": True}, "revision= and force_download= are for ids on the hub"),
