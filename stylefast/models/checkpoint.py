@@ -179,7 +179,7 @@ def load_image_encoder(source: str | Path, *, dtype: torch.dtype, device: torch.
 
     Raises ModelNotFound where no such folder is, ModelFormatError where it holds another model.
     """
-    folder = Path(source).expanduser()
+    folder = values.path("image_encoder", source)
     if not (folder / "config.json").is_file():
         raise ModelNotFound(
             f"no image encoder at {folder}; give the folder with its config.json, e.g. models/image_encoder (ViT-H) or "
@@ -221,7 +221,7 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
     """"auto" is float32 on the CPU and float16 on a GPU; otherwise float32, float16 or bfloat16, also as "fp16" etc."""
     names = {"float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
              "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else dtype
     chosen = values.one_of("dtype", name, ("auto", *names))
     if chosen == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16

@@ -53,7 +53,7 @@ AS_USUAL = HubOptions()
 
 def is_hub_id(source: str) -> bool:
     """Whether `source` has the form owner/name (and is no path to a file)."""
-    return bool(_HUB_ID.fullmatch(source)) and not source.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
+    return bool(_HUB_ID.fullmatch(source)) and not source.endswith((".safetensors", ".ckpt", ".pt", ".bin", ".gguf"))
 
 
 def cached_ids() -> list[str]:

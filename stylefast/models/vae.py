@@ -12,6 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from stylefast import values
 from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound, NumericsError
 from stylefast.models.config_check import check_vae
 from stylefast.models.config_files import build, read_config
@@ -43,7 +44,7 @@ def load_vae(
     """
     if isinstance(source, nn.Module):
         return source
-    path = Path(source).expanduser()
+    path = values.path("the VAE (vae=, preview=)", source)
     if path.is_file():
         return _from_file(path, dtype, device, config)
     if not path.is_dir():

@@ -108,6 +108,10 @@ def test_options_that_mean_nothing_for_a_pipeline_are_refused(name, said):
     ({"cache_dir": 3}, "cache_dir is 3"),
     ({"config": "somewhere"}, "config= is for single files"),
     ({"variant": 3}, "variant is 3"),
+    ({"vae": 3}, "the VAE .* is 3"),
+    ({"tokenizer": 3}, "tokenizers or configs is 3"),
+    ({"dtype": torch.float64}, "dtype is 'float64'.*did you mean 'float16'"),
+    ({"device": "mps"}, "device is 'mps'"),
     ({"prediction_type": "v"}, "prediction_type is 'v'; there are epsilon, v_prediction"),
 ], ids=str)
 def test_options_that_mean_nothing_for_a_folder_are_refused(options, said, folder):
