@@ -257,7 +257,8 @@ def _find(text: str, model_folder: Path, base: Path | None, kind: str, what: str
         return str(known[text])
     names = f"; with the model come {', '.join(known)}" if known else ""
     shown = values.shown_path(path if text.strip() else text)
-    raise error(f"there is no {what} at {shown}; check the path{names}{values.did_you_mean(text, known)}")
+    near = values.did_you_mean(text, known) or values.did_you_mean_beside(path)
+    raise error(f"there is no {what} at {shown}; check the path{names}{near}")
 
 
 def _form(entry, forms: tuple[str, ...], what: str, error: type) -> str:

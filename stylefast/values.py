@@ -6,6 +6,7 @@ included, are taken where Python's are; bools are never numbers.
 """
 
 import difflib
+import itertools
 import json
 import math
 import operator
@@ -19,6 +20,7 @@ from typing import Any
 
 from stylefast.errors import InvalidRequest, PromptError
 
+_NEIGHBOURS = 2000  # entries of a folder that are looked at for a near name
 QUOTED = 200  # characters of a value in a message
 MAX_PROMPT = 32_000
 MAX_SEED = 2**64 - 1
@@ -143,6 +145,21 @@ def did_you_mean(value: Any, known: Iterable[str]) -> str:
     spelled = {one.casefold(): one for one in known}
     near = difflib.get_close_matches(value.casefold(), spelled, n=1, cutoff=0.6)
     return f"; did you mean {quoted(spelled[near[0]])}?" if near else ""
+
+
+def did_you_mean_beside(missing: Path, suffixes: Iterable[str] = ()) -> str:
+    """Write the end of a message on a path that is not there: a name in its folder that is near, if there is one.
+
+    `suffixes`: of the files that count; folders always do, and without suffixes all files.
+    """
+    wanted = tuple(suffixes)
+    try:
+        with os.scandir(missing.parent) as entries:
+            beside = [entry.name for entry in itertools.islice(entries, _NEIGHBOURS)
+                      if not wanted or entry.is_dir() or Path(entry.name).suffix.lower() in wanted]  # fmt: skip
+    except OSError:  # no folder, or none that may be looked into
+        return ""
+    return did_you_mean(missing.name, beside)
 
 
 def several(name: str, value: Any, *, least: int = 0, most: int | None = None, error: type = InvalidRequest) -> list:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from itertools import count
@@ -192,13 +193,17 @@ def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
     """The record inside a picture, and its pixels. Raises ImageError, and InvalidRequest where there is no record."""
     path = Path(path).expanduser()
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
+        with warnings.catch_warnings():
+            # a picture that unpacks to gigabytes is none of ours
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path, formats=["PNG"])
+        with picture:
             picture.load()
             text = picture.info.get(CHUNK)
             pixels = picture.convert("RGB")
     except FileNotFoundError as error:
         raise ImageError(f"there is no picture at {path}; check the path") from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{path} can't be read as PNG ({error}); settings survive only in the file as made") from error
     if text is None:
         raise InvalidRequest(

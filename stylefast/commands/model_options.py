@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stylefast.errors import InvalidRequest
-from stylefast.values import did_you_mean
+from stylefast.values import did_you_mean_beside
 
 DEFAULT_MODEL = "tiny"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -64,8 +64,7 @@ class Lora:
                 path = text
         found = Path(path).expanduser()
         if not path or not found.exists():
-            beside = [entry.name for entry in found.parent.iterdir()] if found.parent.is_dir() else []
-            raise InvalidRequest(f"--lora: there is no file at {path!r}{did_you_mean(found.name, beside)}")
+            raise InvalidRequest(f"--lora: there is no file at {path!r}{did_you_mean_beside(found)}")
         return cls(str(found.resolve()), scale)
 
     def words(self) -> str:

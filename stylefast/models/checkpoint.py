@@ -275,10 +275,7 @@ def _find_on_hub(source, path: Path, dtype, variant, vae, tokenizer, hub: HubOpt
 def _meant(source: str, path: Path) -> str:
     """What a name of nothing was probably meant to be: the embedded model, a cached one, or one beside it."""
     meant = values.did_you_mean(source, ("tiny", *cached_ids()))
-    if meant or not path.parent.is_dir():
-        return meant
-    beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".safetensors"]
-    return values.did_you_mean(path.name, beside)
+    return meant or values.did_you_mean_beside(path, (".safetensors",))
 
 
 def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubOptions) -> Components:

@@ -139,6 +139,21 @@ def test_a_picture_without_settings_is_named(stylefast, model_folder):
     assert_one_line(code, err, 2, "carries no settings")
 
 
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_a_picture_that_unpacks_to_gigabytes_is_refused_unread(stylefast, tmp_path, side):
+    import struct
+    import zlib
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    (tmp_path / "x.png").write_bytes(content)
+    code, _, err = stylefast("generate", "--from", tmp_path / "x.png")
+    assert_one_line(code, err, 2, "can't be read as PNG")
+
+
 @pytest.mark.parametrize("change", [{"index": 7}, {"call": 3}, {"index": None}], ids=str)
 def test_damaged_settings_are_named(stylefast, tmp_path, change):
     from PIL import Image

@@ -54,11 +54,22 @@ def test_a_misspelt_word_is_answered_with_the_one_that_was_meant(stylefast, word
     assert out == ""
 
 
-def test_a_model_beside_the_one_that_was_named_is_offered(stylefast, tmp_path):
+BESIDE = {
+    "a model": (("--model", "my-sdlx"), 1, "did you mean 'my-sdxl'?"),
+    "a bank": (("--style", "brnd.bank"), 2, "did you mean 'brand.bank'?"),
+    "a LoRA": (("--lora", "brnad.safetensors:0.5"), 2, "did you mean 'brand.safetensors'?"),
+    "a picture": (("--style-image", "phto.jpg"), 2, "did you mean 'photo.jpg'?"),
+}
+
+
+@pytest.mark.parametrize("words, code, message", BESIDE.values(), ids=BESIDE.keys())
+def test_a_file_beside_the_one_that_was_named_is_offered(stylefast, tmp_path, monkeypatch, words, code, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "my-sdxl").mkdir()
-    (tmp_path / "my-sdlx.txt").touch()
-    code, _, err = stylefast("generate", "x", "--model", tmp_path / "my-sdlx", "--quiet")
-    assert_one_line(code, err, 1, "did you mean 'my-sdxl'?")
+    for name in ("my-sdlx.txt", "brand.bank", "brnd.bnk", "brand.safetensors", "photo.jpg"):
+        (tmp_path / name).touch()
+    found, _, err = stylefast("generate", "x", "--quiet", *words)
+    assert_one_line(found, err, code, message)
 
 
 def test_a_long_word_is_quoted_in_part(stylefast):
