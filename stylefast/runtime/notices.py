@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from stylefast.runtime.prompt_syntax import warn_of_instructions
+from stylefast.runtime.prompt_syntax import instructions, warn_of_instructions
 from stylefast.runtime.request import Request
 from stylefast.styles.dream_styler import DreamStyler
 from stylefast.styles.instant_style import InstantStyle
@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 # words of letters, and numbers that stand alone; the 1.0 of a weight is no word
 _WORD = re.compile(r"[^\W\d_]+|(?<!\S)\d+(?!\S)")
+# other programs' instructions that hold no words for the text encoders
+_WORDLESS = ("a tag", "an embedding", "an option", "a wildcard", "a keyword")
 _SHOWN = 12  # words that a warning lists
 
 
@@ -49,8 +51,13 @@ class Notices:
         """Words that the model was never trained on, in order, each once."""
         if not self._known:
             return []
-        return list(dict.fromkeys(word for text in texts for word in _WORD.findall(text.lower())
-                                  if word not in self._known))  # fmt: skip
+        words: dict[str, None] = {}
+        for text in texts:
+            for written, (kind, _) in instructions(text).items():
+                if kind in _WORDLESS:  # which are told of already
+                    text = text.replace(written, " ")
+            words |= dict.fromkeys(word for word in _WORD.findall(text.lower()) if word not in self._known)
+        return list(words)
 
     def _listed(self, words: list[str]) -> str:
         shown = [word[:40] for word in words[:_SHOWN]]

@@ -32,14 +32,22 @@ def test_a_guidance_interval_and_a_spacing_change_the_picture_and_are_recorded(g
         assert code == 0 and "same pixels" in err
 
 
-def test_a_prediction_type_changes_the_picture_and_is_recorded(generate, stylefast, tmp_path):
+SHELL = {
+    "prediction type": (("--prediction-type", "epsilon"), ("--prediction-type", "v_prediction")),
+    "clip skip": (("--clip-skip", "0"), ("--clip-skip", "1")),
+}
+
+
+@pytest.mark.parametrize("same, other", SHELL.values(), ids=SHELL.keys())
+def test_what_is_said_in_the_shell_changes_the_picture_and_from_says_it_again(
+    generate, stylefast, tmp_path, same, other
+):
     words = ("a cat", "--steps", "2", "--out")
     plain = generate(*words, tmp_path / "plain.png")[0]
-    same = generate(*words, tmp_path / "same.png", "--prediction-type", "epsilon")[0]
-    other = generate(*words, tmp_path / "other.png", "--prediction-type", "v_prediction")[0]
-    assert pixels(plain) == pixels(same) != pixels(other)
-    assert json.loads(Image.open(other).info["stylefast"])["load"]["prediction_type"] == "v_prediction"
-    code, _, err = stylefast("generate", "--from", other, "--load-recorded", "--out", tmp_path / "again.png")
+    assert pixels(plain) == pixels(generate(*words, tmp_path / "same.png", *same)[0])
+    changed = generate(*words, tmp_path / "other.png", *other)[0]
+    assert pixels(plain) != pixels(changed)
+    code, _, err = stylefast("generate", "--from", changed, "--load-recorded", "--out", tmp_path / "again.png")
     assert code == 0 and "same pixels" in err
 
 

@@ -44,9 +44,16 @@ def test_unknown_words_of_a_call_are_one_warning_with_the_known_ones_nearby(said
     assert "the words 'dragon', 'watercolour' (watercolor?), 'fishes' (fish?), 'ugly', '3', which" in warning
 
 
-@pytest.mark.parametrize("text", ["a FISH in Neon style.", "a (fish:1.2), cat-boat", "two cup and three moon", "."])
+@pytest.mark.parametrize("text", ["a FISH in Neon style.", "a fish, cat-boat", "two cup and three moon", "."])
 def test_known_words_are_no_reason_to_warn(said, text):
     assert said(sf.Request(text)) == []
+
+
+@pytest.mark.parametrize("text", ["a (fish:1.2)", "a fish BREAK a cat", "a fish <lora:paint:0.8>", "a fish --ar 3:2"])
+def test_what_another_program_reads_as_an_instruction_is_not_called_an_unknown_word_as_well(said, text):
+    (warning,) = said(sf.Request(text))
+    assert "other programs read that as instructions" in warning
+    assert len(said(sf.Request(text.replace("fish", "dragon")))) == 2
 
 
 def test_all_texts_that_are_encoded_are_read_and_learned_tokens_are_no_words(said):
