@@ -151,8 +151,9 @@ def from_pipeline(pipeline) -> Components:
         text_encoders=(inner(pipeline.text_encoder), inner(pipeline.text_encoder_2)),
         tokenizers=(pipeline.tokenizer, pipeline.tokenizer_2),
         scheduler_config=checked_scheduler(
-            {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}, "the pipeline"
-        ),
+            {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}, "the pipeline",
+            file="from_config(pipe.scheduler.config, ...), which takes other values",
+        ),  # fmt: skip
         force_zeros=bool(pipeline.config.get("force_zeros_for_empty_prompt", True)),
         image_encoder=getattr(pipeline, "image_encoder", None),
         feature_extractor=extractor.to_dict() if extractor is not None else None,

@@ -61,10 +61,13 @@ _EDM_READS = ("num_train_timesteps", "prediction_type", "sigma_min", "sigma_max"
               "lower_order_final", "euler_at_final", *EDM)  # fmt: skip
 
 
-def checked_scheduler(config: Mapping, what: str, class_name: str | None = None) -> dict[str, Any]:
+def checked_scheduler(
+    config: Mapping, what: str, class_name: str | None = None, file: str = "scheduler/scheduler_config.json"
+) -> dict[str, Any]:
     """A scheduler config that is sampled as it says, with what it leaves out filled in as diffusers has it.
 
-    what: names the model in messages. class_name: of the scheduler, where the config does not carry it.
+    what: names the model in messages. class_name: of the scheduler, where the config does not carry it. file: where
+    the config is changed.
     Raises ModelFormatError for a scheduler or a setting that is not supported.
     """
     config = _mapping(config, f"the scheduler config of {what}")
@@ -79,7 +82,7 @@ def checked_scheduler(config: Mapping, what: str, class_name: str | None = None)
     unread = {key for key in filled if edm and key in SCHEDULER and key not in _EDM_READS}
     unread |= {key for key, classes in _CLIP_KEYS.items() if name not in classes}
     rules: Rules = {**SCHEDULER, **EDM} if edm else SCHEDULER
-    check_config(rules, filled, f"the scheduler ({name}) of {what}", "scheduler/scheduler_config.json", unread=unread)
+    check_config(rules, filled, f"the scheduler ({name}) of {what}", file, unread=unread)
     if edm and config.get("prediction_type", "epsilon") == "sample":
         raise ModelFormatError(
             f"the scheduler ({name}) of {what} says prediction_type='sample', and EDM's preconditioning knows epsilon "
@@ -185,8 +188,10 @@ def check_config(
                 raise ModelFormatError(f"{said}; if it does not, take it out of {file}")
             logger.warning("%s; it is left to the library that builds the part", said)
         elif not rule.takes(value):
-            needed = f"it must be {rule.kind}" if rule.kind else f"supported is {' or '.join(map(repr, rule.allowed))}"
-            raise ModelFormatError(f"{what} says {key}={quoted(value)}, and {needed} ({rule.why}); see {file}")
+            needed = rule.kind or " or ".join(map(repr, rule.allowed))
+            raise ModelFormatError(
+                f"{what} says {key}={quoted(value)}, and it must be {needed} to be supported ({rule.why}); see {file}"
+            )
 
 
 def _check_class(config: Mapping, known: tuple[str, ...], what: str) -> None:
