@@ -57,13 +57,13 @@ def test_host_blocks_bring_the_same_pages_as_the_tensors_themselves(engine, bank
     staged.close()
 
 
-@pytest.mark.parametrize("host_blocks", [0, 4], ids=["straight", "through host blocks"])
+@pytest.mark.parametrize("host_room", [0, 2**22], ids=["straight", "through host blocks"])
 def test_pages_come_from_a_banks_file_and_one_that_was_cut_short_stops_its_readers_alone(
-    engine, banks, tmp_path, host_blocks
+    engine, banks, tmp_path, host_room
 ):
     kept = banks["kv", "fp16"]
     stored = sf.StyleBank.load(kept.save(tmp_path / "brand.bank"))
-    pages = BankPages(engine.unet, LATENTS, 8, host_blocks=host_blocks)
+    pages = BankPages(engine.unet, LATENTS, 8, host_room=host_room)
     slots, wanted = pages.hold(keys(stored, 0)), pages.hold(keys(kept, 0))
     for slot, other in zip(slots, wanted):
         assert all(torch.equal(a, b) for a, b in zip(content(pages, slot), content(pages, other), strict=True))
@@ -76,7 +76,7 @@ def test_pages_come_from_a_banks_file_and_one_that_was_cut_short_stops_its_reade
     pages.hold(keys(kept, 1))
     for held in (keys(stored, 0), keys(kept, 0), keys(kept, 1)):
         pages.release(held)
-    assert pages.stats().pinned == 0 and (not host_blocks or pages._host.stats().pinned == 0)
+    assert pages.stats().pinned == 0 and (not host_room or pages._host.stats().pinned == 0)
     pages.close()
 
 
