@@ -223,6 +223,7 @@ def test_banks_that_do_not_all_fit_take_turns_and_one_too_large_alone_fails(pipe
     styles = [sf.StyleAligned(PICTURE), sf.StyleAligned(prompt="neon"), sf.StyleAligned([PICTURE, PICTURE])]
     banks = [plenty.bake(style, steps=STEPS, size=SIZE) for style in styles]
     expected = [drawn("a cat", style, using=plenty) for style in styles[:2]]
+    plenty.generate("a cat", sf.StyleAligned(banks[0]), steps=STEPS, size=SIZE, output="latents")
     page = plenty.runtime.bank_pages[8, 12].layout.nbytes
     engine = sf.Engine.from_pipeline(pipe, bank_memory=3 * page)  # two pages a job and step with guidance
     watch = Watch(engine, monkeypatch)

@@ -1,6 +1,7 @@
 """Requests with nothing in common share UNet calls, and each gives what it gives alone."""
 
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -27,16 +28,16 @@ def bank(engine):
     return engine.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
 
 
-def kinds(bank):
+def kinds(banked):
     """Requests of every style, strength, guidance, step count, sampler, seed and noise stage, and rows per step."""
     aligned = {"shift": 0.5, "share_group_norm": True}
     context = StyleContextGuidance(0.5, 3.0, 5.0)
     return {
         "plain": (request(seed=1), [2] * 3),
         "unguided, few steps": (request("a dog", guidance=1.0, steps=2, scheduler="lcm", seed=2), [1] * 2),
-        "bank": (request(style=sf.StyleAligned(bank, **aligned), seed=3), [2] * 3),
+        "bank": (request(style=banked(**aligned), seed=3), [2] * 3),
         "the same bank, swapped and weaker": (
-            request("neon", style=sf.StyleAligned(bank, mode="swap", scale=0.7), guidance=8.0, seed=2**40), [2] * 3),
+            request("neon", style=banked(mode="swap", scale=0.7), guidance=8.0, seed=2**40), [2] * 3),
         "live picture": (request(style=sf.StyleAligned(OTHER, **aligned), steps=4, scheduler="ddim"), [4] * 4),
         "live prompt": (request(style=sf.StyleAligned(prompt="oil"), steps=5, scheduler="dpmpp_2m_karras"), [4] * 5),
         "InstantStyle": (request(style=sf.InstantStyle([PICTURE, OTHER], "all", 0.6), scheduler="unipc"), [2] * 3),
@@ -44,7 +45,7 @@ def kinds(bank):
         "DreamStyler at another, four branches": (
             request("a dog", style=sf.DreamStyler(learned(), guidance=context), steps=5), [4] * 5),
         "all three": (
-            request(style=[sf.StyleAligned(bank), sf.InstantStyle(PICTURE), sf.DreamStyler(learned())],
+            request(style=[banked(), sf.InstantStyle(PICTURE), sf.DreamStyler(learned())],
                     guidance_rescale=0.5, scheduler="euler"), [2] * 3),
         "guided in the middle": (request("a house", steps=5, guidance_interval=(0.2, 0.8)), [1, 2, 2, 2, 1]),
         "exponential": (request(scheduler="dpmpp_sde_exponential", seed=9), [2] * 3),
@@ -54,13 +55,13 @@ def kinds(bank):
 
 @pytest.fixture(scope="module")
 def different(bank):
-    return kinds(bank)
+    return kinds(partial(sf.StyleAligned, bank))
 
 
 @pytest.fixture(scope="module")
 def alone(different, drawn):
     """What each gives alone. A bank serves the model it is of; in its place a model in fp64 takes the picture."""
-    live = kinds(PICTURE)
+    live = kinds(partial(sf.StyleAligned, PICTURE, share_styles=False))
     return {name: drawn([one], in_fp64=[live[name][0]]) for name, (one, _) in different.items()}
 
 

@@ -129,7 +129,7 @@ def mixed(styles, seed=0) -> list[Request]:
 @pytest.fixture(scope="module")
 def drawn(make, plain, styles):
     """What the plain engine draws for `work(styles)`, which gives arguments of `draw`, and how to draw it in fp64."""
-    live = styles_with(partial(sf.StyleAligned, OTHER))  # a bank fits its own model alone
+    live = styles_with(partial(sf.StyleAligned, OTHER, share_styles=False))  # a bank fits its own model alone
 
     @cache
     def other(change, *further):
