@@ -14,13 +14,13 @@ from stylefast.commands.style_options import parse_blocks
 from stylefast.errors import StyleFastError
 from stylefast.export.manifest import Manifest
 from stylefast.export.options import Options
-from stylefast.models.checkpoint import TINY
+from stylefast.models.checkpoint import TINY, resolve_device
 from stylefast.models.masks import load_mask
 from stylefast.models.pictures import open_picture
 from stylefast.models.weight_files import read_header
 from stylefast.record import from_record, to_record
 from stylefast.runtime.memory import parse_bytes
-from stylefast.runtime.options import buckets_of, check_deadline, check_output, count_of, device_of, prompts_of
+from stylefast.runtime.options import buckets_of, check_deadline, check_output, count_of, prompts_of
 from stylefast.runtime.request import Request
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.guidance import GuidanceInterval, StyleContextGuidance, guidance_weights
@@ -52,7 +52,7 @@ CALLS = {
     "the prompts of a call": prompts_of,
     "an output": check_output,
     "a deadline": check_deadline,
-    "a device": device_of,
+    "a device": resolve_device,
     "buckets": buckets_of,
     "a count": lambda value: count_of("max_pending", value),
     "bytes": lambda value: parse_bytes("memory_limit", value),
