@@ -106,6 +106,7 @@ class Engine:
         self._preparer = Preparer(
             self.runtime, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
         )
+        _check_part("preview", preview)
         self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, preview)
         runner.serve(self)
         self._loop = BatchLoop(
@@ -177,6 +178,9 @@ class Engine:
         check_backend(backend, engines, trust)
         options, dtype, device = sort_options(options, _LOADING, dtype, device)
         place = resolve_device(device)
+        _check_part("vae", vae)
+        for file in [] if isinstance(adapter, str) else as_list(adapter):
+            values.path("adapter", file)
         components = load_components(source, dtype=resolve_dtype(dtype, place), device=place, vae=vae, **options)
         engine = cls(
             components, backend=backend, engines=engines, trust=trust, memory_limit=memory_limit,
@@ -203,6 +207,9 @@ class Engine:
         `image_encoder` is the folder of its CLIP image encoder; None takes the model's own.
         Raises AdapterError when the two don't belong together, or no image encoder is known.
         """
+        values.path("an adapter", file)
+        if name is not None:
+            values.text("an adapter's name", name, empty=False)
         loaded = load_adapter(file, image_encoder, self._components, self.unet)
         name = name or Path(file).stem
         adapter, encoder = self.runtime.backend.adapter(*loaded)
@@ -438,6 +445,12 @@ class Engine:
                  "prediction_type": self._components.scheduler_config.get("prediction_type", "epsilon"),
                  "loras": self.loras.scales}  # fmt: skip
         return metadata(requests, stylefast.__version__, model)
+
+
+def _check_part(name: str, part: Any) -> None:
+    """Raise InvalidRequest for what is neither None, nor a module, nor the path or hub id of one."""
+    if part is not None and not isinstance(part, torch.nn.Module):
+        values.path(name, part)
 
 
 def _options_of(function) -> tuple[str, ...]:

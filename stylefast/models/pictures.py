@@ -128,7 +128,10 @@ def _identified(stream: BinaryIO, name: str) -> Image.Image:
 
     `Image.open` would say the same, and warn on the terminal of sizes that are refused here anyway.
     """
-    start, damaged = stream.read(16), None
+    try:
+        start, damaged = stream.read(16), None
+    except OSError as error:
+        raise ImageError(f"{name} can't be read: {error.strerror or error}") from error
     for form in readable_formats():
         factory, accepts = Image.OPEN[form]
         answer = accepts is None or accepts(start)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stylefast import values
 from stylefast.errors import JobCancelled
 from stylefast.runtime.group import Group
 from stylefast.runtime.request import Request
@@ -80,6 +82,8 @@ class Job:
         Raises what the job failed with: JobCancelled, DeadlineExceeded, NumericsError, OutOfMemory, EngineClosed,
         InvalidRequest and its kin; TimeoutError if it is not over within `timeout` seconds (it goes on then).
         """
+        if timeout is not None:
+            timeout = min(values.real_number("timeout", timeout, 0, also=(math.inf,)), threading.TIMEOUT_MAX)
         if not self._finished.wait(timeout):
             raise TimeoutError(f"the job is {self.status} at step {self.step} of {self.steps} after {timeout} seconds")
         if self._error is not None:

@@ -120,3 +120,13 @@ def test_the_largest_seed_of_64_bits_makes_a_picture_and_counts_on_from_zero(eng
     last, first = engine.generate(["a cat"] * 2, seed=2**64 - 1, output="latents", size=SIZE, steps=1).latents
     zero = engine.generate("a cat", seed=0, output="latents", size=SIZE, steps=1).latents[0]
     assert not torch.equal(last, zero) and torch.allclose(first, zero, atol=1e-4)
+
+
+@pytest.mark.parametrize("call", [
+    lambda e: e.load_adapter([]), lambda e: e.load_adapter("a.bin", name=5), lambda e: e.load_lora([]),
+    lambda e: sf.Engine(e._components, preview=5), lambda e: sf.Engine.from_pretrained("tiny", vae=5),
+    lambda e: sf.Engine.from_pretrained("tiny", adapter=[5]), lambda e: sf.Engine.from_pretrained([]),
+], ids=range(7))  # fmt: skip
+def test_what_is_no_path_is_refused_wherever_something_is_loaded(engine, call):
+    with pytest.raises(InvalidRequest):
+        call(engine)
