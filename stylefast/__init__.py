@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import spec_from_file_location
 from pathlib import Path
 
-from stylefast import errors
+from stylefast import errors, threads
 
 __version__ = "0.1.0"
 
@@ -50,6 +50,7 @@ class _CheckoutFinder:
         return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
 
 
+threads.wait_asleep()
 if _CheckoutFinder.folders:
     sys.meta_path.insert(0, _CheckoutFinder)
 

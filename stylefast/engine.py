@@ -1,7 +1,6 @@
 """The facade: one loaded model and all that can be asked of it."""
 
-import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 import stylefast
 from stylefast import values
-from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory
+from stylefast.errors import InvalidRequest, OutOfMemory
 from stylefast.export.options import Source
 from stylefast.models import vae as vaes
 from stylefast.models.adapter_loading import load_adapter
@@ -32,6 +31,7 @@ from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.record import metadata, style_digest
 from stylefast.runtime.accounting import check_limit, held_bytes, memory_report
+from stylefast.runtime.admission import Admission
 from stylefast.runtime.backends import check_backend, make_backend
 from stylefast.runtime.baking import BakeCallback, bake, bake_request
 from stylefast.runtime.batching import BatchLoop
@@ -54,6 +54,7 @@ from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
 from stylefast.runtime.results import Result
 from stylefast.styles.bank import StyleBank
+from stylefast.threads import fit_to_quota
 
 __all__ = ["Engine", "Request", "Result"]
 
@@ -81,6 +82,7 @@ class Engine:
         prediction_type: str | None = None,
     ):
         components = predicting(components, prediction_type)
+        fit_to_quota()
         self._components = components
         self.name, self.fingerprint = components.name, components.fingerprint
         channels_last(components.unet_state)
@@ -92,7 +94,6 @@ class Engine:
         self.loras = LoraSet(
             components.unet_state, components.text_encoders, guard=lambda: self.runtime.changing_weights()
         )
-        self._process, self._closed = os.getpid(), False
         self._warn = Notices(self.name, components.known_words)
         scheduler_config = components.scheduler_config
         store = ConditionStore(
@@ -207,6 +208,7 @@ class Engine:
         `image_encoder` is the folder of its CLIP image encoder; None takes the model's own.
         Raises AdapterError when the two don't belong together, or no image encoder is known.
         """
+        self.runtime.check_open()
         values.path("an adapter", file)
         if name is not None:
             values.text("an adapter's name", name, empty=False)
@@ -229,6 +231,7 @@ class Engine:
         Raises ModelNotFound, ModelFormatError, AdapterError if it does not fit, InvalidRequest while pictures are on
         their way: half of their steps would see other weights.
         """
+        self.runtime.check_open()
         return self.loras.add(source, scale, name)
 
     @property
@@ -283,22 +286,21 @@ class Engine:
         Raises InvalidRequest and its kin (PromptError, StyleError, ImageError) before any work is done, NumericsError
         when latents turn NaN, OutOfMemory when the batch does not fit.
         """
-        self._check_open()
+        self.runtime.check_open()
         check_output(output)
         values.function("callback", callback, "(step, steps, latents)")
         prompts = prompts_of(prompts)
         shared = {"negative_prompt": negative_prompt, "style": style, "steps": steps, "guidance": guidance,
                   "size": size, "scheduler": scheduler, "guidance_rescale": guidance_rescale,
                   "guidance_interval": guidance_interval, "spacing": spacing, "clip_skip": clip_skip}  # fmt: skip
+        self._open(output)
         seeds = values.seeds("seed", seed, len(prompts))
         requests = [p if isinstance(p, Request) else Request(p, seed=s, **shared) for p, s in zip(prompts, seeds)]
         self._warn(requests)
         # written down first: a value that can't be recorded must not cost finished pictures
         written = self._metadata(requests)
         try:
-            latents = self._sample(requests, callback)
-            with self.runtime.lock:
-                return self._result(latents, written, output)
+            return _exhausted(self._result(self._sample(requests, callback), written, output))
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
                 raise
@@ -325,7 +327,7 @@ class Engine:
         and its kin for what can be seen to be wrong before anything runs, QueueFull where more jobs wait than
         `max_pending`, and EngineClosed.
         """
-        self._check_open()
+        self.runtime.check_open()
         requests = as_list(request)
         if not requests or not all(isinstance(one, Request) for one in requests):
             raise InvalidRequest("submit takes a Request, or a list of them; wrap a prompt as sf.Request('a boat')")
@@ -333,7 +335,10 @@ class Engine:
         deadline = check_deadline(deadline)
         self._preparer.check(requests)
         self._warn(requests)
-        job = Job(requests, self._loop.cancel, deadline, output, self._metadata(requests))
+        self._open(output)
+        job = Job(
+            requests, self._loop.cancel, deadline, output, self._metadata(requests), inside=self._loop.inside
+        )  # fmt: skip
         self._loop.submit(job)
         return job
 
@@ -342,11 +347,12 @@ class Engine:
         return memory_report(self)
 
     def close(self) -> None:
-        """Take no more work; jobs that are not done fail with EngineClosed. Called by `with engine:` too."""
-        self._closed = True
+        """Take no more work; jobs that are not done fail with EngineClosed. Called by `with engine:` too.
+
+        So do `generate` and `bake` in other threads, after their present step. In a forked process nothing is freed.
+        """
         self._loop.close()
-        with self.runtime.lock:
-            self.runtime.backend.close()
+        self.runtime.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -391,7 +397,7 @@ class Engine:
         Raises StyleError and InvalidRequest for what can't be baked, NumericsError when the reference's features are
         not finite, OutOfMemory when it does not fit into memory or onto the disk.
         """
-        self._check_open()
+        self.runtime.check_open()
         options = {"steps": steps, "scheduler": scheduler, "size": size, "guidance": guidance, "spacing": spacing,
                    "negative_prompt": negative_prompt, "guidance_rescale": guidance_rescale}  # fmt: skip
         request = bake_request(style, options)
@@ -402,34 +408,37 @@ class Engine:
         )  # fmt: skip
 
     def _sample(self, requests: Sequence[Request], callback: StepCallback | None) -> list[torch.Tensor]:
-        runtime = self.runtime
-        with runtime.lock:
-            groups = self._preparer.groups(requests)
-        done = denoise_all(runtime, groups, callback)
+        with Admission(self._preparer, self._preparer.trajectories(requests)) as admission:
+            done = denoise_all(self.runtime, admission.run(), callback)
         return [done[i] for i in range(len(requests))]
 
-    def _result(self, latents: list[torch.Tensor], written: list[dict], output: str) -> Result:
-        images = [] if output == "latents" else self.decoder.images(latents)
+    def _result(
+        self, latents: list[torch.Tensor], written: list[dict], output: str
+    ) -> Generator[None, None, Result]:
+        """Yields between pictures, and returns the result."""
+        images = []
+        if output != "latents":
+            images = yield from self.decoder.images(latents, self.runtime.beside)
         if output == "np":
             images = [image.permute(1, 2, 0).cpu().numpy() for image in images]
         elif output == "pil":
             images = [to_pil(image) for image in images]
         return Result(images, latents, written)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineClosed("the engine was closed; load another one")
-        if os.getpid() != self._process:
-            raise EngineClosed("the engine was loaded in another process, whose threads are not here; load one here")
+    def _open(self, output: str) -> None:
+        if output != "latents":
+            self.decoder.open()
 
-    def _finish(self, job: Job, latents: dict[int, torch.Tensor]) -> Result:
+    def _finish(self, job: Job, latents: dict[int, torch.Tensor]) -> Generator[None, None, Result]:
         for entry in job.metadata:
             entry["loras"] = self.loras.scales  # which may have changed while the job waited, but not since it runs
-        result = self._result([latents[i] for i in range(len(job.requests))], job.metadata, job.output)
+        return self._made(job, [latents[i] for i in range(len(job.requests))])
+
+    def _made(self, job: Job, latents: list[torch.Tensor]) -> Generator[None, None, Result]:
         if job.output == "latents":
             # whoever reads them does so in another thread, on a stream that this one does not know
             self.runtime.lock.wait()
-        return result
+        return (yield from self._result(latents, job.metadata, job.output))
 
     def _current_fingerprint(self) -> str:
         loras = self.loras.fingerprint
@@ -458,3 +467,12 @@ def _options_of(function) -> tuple[str, ...]:
 
 
 _OWN, _LOADING = _options_of(Engine.__init__), _options_of(Engine.from_pretrained)
+
+
+def _exhausted(pieces: Generator[None, None, Result]) -> Result:
+    """What a generator returns, in one go."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value

@@ -10,6 +10,8 @@ import torch
 from stylefast import values
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.conditioning import RowFeatures
+from stylefast.runtime.admission import Admission
+from stylefast.runtime.core import Runtime
 from stylefast.runtime.group import Group
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
@@ -79,38 +81,33 @@ def bake(
 
 
 def _run(preparer: Preparer, references: Sequence[Trajectory], writer: BankWriter, callback) -> None:
-    runtime, steps = preparer.runtime, references[0].schedule.steps
-    with runtime.lock:
-        groups = [preparer.admit([reference]) for reference in references]
-    try:
+    steps = references[0].schedule.steps
+    with Admission(preparer, references) as admission:
+        groups = admission.run()
         for step in range(steps):
-            with runtime.lock:
-                for number, group in enumerate(groups):
-                    _step(runtime, group, number, writer)
+            for number, group in enumerate(groups):
+                _step(preparer.runtime, group, number, writer)
             if callback is not None:
                 callback(step + 1, steps)
-    finally:
-        with runtime.lock:
-            for group in groups:
-                runtime.retire(group)
 
 
-def _step(runtime, group: Group, number: int, writer: BankWriter) -> None:
-    """One step of a reference; its features and latents go to the bank."""
+def _step(runtime: Runtime, group: Group, number: int, writer: BankWriter) -> None:
+    """One step of a reference; its features and latents go to the bank, which is written without the lock."""
     step = group.step
-    if writer.info.store == "latents":
-        writer.put_latents(step, number, runtime.latents_of(group)[0])
-        error = runtime.advance([group]).get(group)
-    else:
-        features = RowFeatures()
+    features = None if writer.info.store == "latents" else RowFeatures()
+    with runtime.lock:
+        before = runtime.latents_of(group)[0] if features is None else None
         error = runtime.advance([group], features).get(group)
-        if error is None:
-            for row, branch in enumerate(group.phase(step).branch):
-                writer.put(step, BRANCHES[branch], number, _of_row(features, row, writer.info.layers))
+        after = runtime.latents_of(group)[0] if group.finished else None
     if error is not None:
         raise error
+    if features is None:
+        writer.put_latents(step, number, before)
+    else:
+        for row, branch in enumerate(group.phase(step).branch):
+            writer.put(step, BRANCHES[branch], number, _of_row(features, row, writer.info.layers))
     if group.finished:
-        writer.put_latents(step + 1, number, runtime.latents_of(group)[0])
+        writer.put_latents(step + 1, number, after)
 
 
 def _of_row(features: RowFeatures, row: int, layers: Sequence[int]) -> ReferenceFeatures:

@@ -1,16 +1,19 @@
 """Continuous batching: one thread that runs the steps of all jobs, and jobs that join and leave between steps.
 
 Every step the loop takes the groups that have waited longest for one, all of one size, as many as fit. So jobs of
-different styles, samplers, step counts and guidance share a UNet call, one that came late joins at the next step, and
-a long job can't keep a short one waiting: where not all fit, they take turns.
+different styles, samplers, step counts and guidance share a UNet call, one that came late joins as soon as its prompts
+and pictures are encoded, and a long job can't keep a short one waiting: where not all fit, they take turns. What a job
+needs beside steps is done by a helper while steps go on.
 """
 
 import atexit
+import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +27,10 @@ from stylefast.errors import (
     QueueFull,
     StyleFastError,
 )
+from stylefast.runtime.admission import Admission
 from stylefast.runtime.core import Runtime
 from stylefast.runtime.group import Group
+from stylefast.runtime.helper import AGAIN, Helper
 from stylefast.runtime.jobs import Job, Preview
 from stylefast.runtime.loop import results
 from stylefast.runtime.memory import give_back, is_out_of_memory
@@ -35,21 +40,24 @@ from stylefast.runtime.preparing import Preparer
 MOST_PICTURES = 256
 # seconds without work after which the thread ends; the next job starts another
 _IDLE_SECONDS = 2.0
+# seconds between two attempts to join, and between two looks at deadlines, while nothing else is to be done
+_PAUSE_SECONDS = 0.02
 _started: "weakref.WeakSet[BatchLoop]" = weakref.WeakSet()
 
 
 class BatchLoop:
     """Runs jobs of one runtime.
 
-    finish: (job, latents by output number) -> the job's result. max_rows: rows of one UNet call; None: what fits into
-    memory. max_pending: jobs that may wait; None: any number.
+    finish: (job, latents by output number) -> a generator that yields between pieces of work and returns the job's
+    result; called when the last step is done, and run beside later ones. max_rows: rows of one UNet call; None: what
+    fits into memory. max_pending: jobs that may wait; None: any number.
     """
 
     def __init__(
         self,
         runtime: Runtime,
         preparer: Preparer,
-        finish: Callable[[Job, Mapping[int, torch.Tensor]], Any],
+        finish: Callable[[Job, Mapping[int, torch.Tensor]], Generator[None, None, Any]],
         decode_preview: Callable[[torch.Tensor], list],
         max_rows: int | None = None,
         max_pending: int | None = None,
@@ -63,8 +71,11 @@ class BatchLoop:
         self._jobs: dict[Group, Job] = {}
         self._turns: dict[Group, int] = {}  # when a group last had a step
         self._turn = 0
+        self._joining: dict[Job, _Joining] = {}
+        self._leaving: set[Job] = set()  # whose pictures are being decoded
+        self._helper = Helper(lambda: _IDLE_SECONDS)
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
 
     @property
     def pending(self) -> int:
@@ -73,9 +84,13 @@ class BatchLoop:
 
     @property
     def running(self) -> int:
-        """Jobs in the batch."""
+        """Jobs in the batch, about to join it, or done but for the decoding."""
         with self._changed:
-            return len({id(job) for job in self._jobs.values()})
+            return len({*self._jobs.values(), *self._joining, *self._leaving})
+
+    def inside(self) -> bool:
+        """Whether the caller is a thread that jobs can't do without."""
+        return threading.current_thread() is self._thread or self._helper.inside
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises QueueFull, and EngineClosed after `close`."""
@@ -103,22 +118,29 @@ class BatchLoop:
             job.finish(error=_cancelled(job))
 
     def close(self) -> None:
-        """Stop after the present step; jobs that are not over fail with EngineClosed."""
+        """Stop after the present step; jobs that are not over fail with EngineClosed.
+
+        In a process that was forked from the loop's there is nothing to stop.
+        """
+        if os.getpid() != self._process:
+            self._closed = True
+            return
         with self._changed:
             self._closed = True
             thread = self._thread
             self._changed.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        self._helper.close(_closed())
 
     def _run(self) -> None:
         while True:
-            if not (self._queue or self._jobs):
+            if not (self._queue or self._jobs or self._joining):
                 give_back()
             with self._changed:
-                if not (self._queue or self._jobs or self._closed):
+                if not (self._queue or self._jobs or self._joining or self._closed):
                     self._changed.wait(_IDLE_SECONDS)
-                if self._closed or not (self._queue or self._jobs):
+                if self._closed or not (self._queue or self._jobs or self._joining):
                     self._thread = None
                     break
             try:
@@ -126,10 +148,13 @@ class BatchLoop:
             except BaseException as error:  # a bug or a broken device: nobody may wait for ever
                 self._fail_all(error)
         if self._closed:
-            self._fail_all(EngineClosed("the engine was closed before the job was done"))
+            self._fail_all(_closed())
 
     def _turn_over(self) -> None:
         """What happens between two steps, and a step."""
+        with self._changed:
+            if not (self._queue or self._jobs) and all(joining.waits for joining in self._joining.values()):
+                self._changed.wait(_PAUSE_SECONDS)
         with self._runtime.lock:
             pass  # others may take their steps first, and meanwhile deadlines pass
         self._drop()
@@ -156,6 +181,8 @@ class BatchLoop:
             self._end(self._jobs.get(group), error)
         for job in list({id(self._jobs[g]): self._jobs[g] for g in going if g in self._jobs}.values()):
             stepped = [g for g in going if g in job.groups]
+            if job in self._joining:  # the steps of an inversion are none of the picture's
+                continue
             job.step = max(job.step, *(g.step for g in stepped))
             if job.wants_previews:
                 for group in stepped:
@@ -170,7 +197,7 @@ class BatchLoop:
             late = [job for job in self._queue if job.expires is not None and now >= job.expires]
             for job in late:
                 self._queue.remove(job)
-            running = list({id(job): job for job in self._jobs.values()}.values())
+            running = dict.fromkeys([*self._jobs.values(), *self._joining])
         for job in late:
             job.finish(error=_late(job))
         for job in running:
@@ -180,34 +207,105 @@ class BatchLoop:
                 self._end(job, _late(job))
 
     def _admit(self) -> None:
-        """Let waiting jobs join, first come first served."""
+        """Let waiting jobs join, first come first served.
+
+        Beside a running batch they do so as soon as the helper has encoded what they need; where nothing runs, nothing
+        has to wait for that, and those who wait begin together.
+        """
+        alone = not self._jobs
+        for job, joining in list(self._joining.items()):
+            self._go_on(job, joining, alone)
         while True:
             with self._changed:
-                if not self._queue or sum(g.pictures for g in self._jobs) >= MOST_PICTURES:
+                taken = sum(g.pictures for g in self._jobs) + sum(len(job.requests) for job in self._joining)
+                if not self._queue or taken >= MOST_PICTURES:
                     return
                 job = self._queue.popleft()
             if job.cancelled:
                 job.finish(error=_cancelled(job))
                 continue
             try:
-                with self._runtime.lock:
-                    groups = self._preparer.groups(job.requests)
-            except BaseException as error:
-                if is_out_of_memory(error) and self._jobs:
-                    # when others are done there is more room
-                    with self._changed:
-                        self._queue.appendleft(job)
-                    return
-                job.finish(error=_as_memory(error) if is_out_of_memory(error) else error)
-                if not isinstance(error, Exception):
-                    raise
+                if job.trajectories is None:
+                    job.trajectories = self._preparer.trajectories(job.requests)
+            except Exception as error:
+                job.finish(error=error)
                 continue
-            job.groups, job.running = list(groups), list(groups)
             with self._changed:
-                self._jobs |= dict.fromkeys(groups, job)
-            # as if it had just had a step: where not all fit, it takes its turn behind those who wait already
-            self._turns |= dict.fromkeys(groups, self._turn)
-            job.start()
+                joining = self._joining[job] = _Joining(Admission(self._preparer, job.trajectories))
+            if not self._go_on(job, joining, alone):
+                return
+
+    def _go_on(self, job: Job, joining: "_Joining", alone: bool) -> bool:
+        """Admit a job as far as that goes without waiting, or to its end or first step where `alone`.
+
+        False where there is no room and it was put back into the queue.
+        """
+        admission = joining.admission
+        try:
+            while not any(group in self._jobs for group in joining.inversions):
+                if joining.waits:
+                    return True
+                call, joining.call = joining.call, None
+                if call is not None and call.error is not None:
+                    admission.fail(call.error)
+                wanted = admission.advance(None if call is None else call.value)
+                if wanted is None:
+                    self._join(job, admission)
+                    return True
+                if callable(wanted):
+                    joining.call = self._beside(wanted, alone)
+                else:
+                    joining.inversions = wanted
+                    self._enter(job, wanted)
+        except BaseException as error:
+            trajectories = job.trajectories
+            self._leave(job)
+            # when others are done there is more room
+            if is_out_of_memory(error) and (self._jobs or self._joining):
+                job.trajectories = trajectories
+                with self._changed:
+                    self._queue.appendleft(job)
+                    if not self._jobs:
+                        self._changed.wait(_PAUSE_SECONDS)  # for those who are joining
+                return False
+            job.finish(error=_as_memory(error) if is_out_of_memory(error) else error)
+            if not isinstance(error, Exception):
+                raise
+        return True
+
+    def _beside(self, wanted: Callable[[], Any], alone: bool) -> "_Call":
+        """Have a call made by the helper, or, where no steps would wait for it, by this thread."""
+        call = _Call()
+        if alone:
+            try:
+                call.value = self._runtime.beside(wanted)
+            except BaseException as error:  # raised where the admission goes on
+                call.error = error
+            call.over = True
+            return call
+
+        def then(value: Any, error: BaseException | None) -> None:
+            with self._changed:
+                call.value, call.error, call.over = value, error, True
+                self._changed.notify_all()
+
+        self._helper.run(lambda: self._runtime.beside(wanted), then)
+        return call
+
+    def _join(self, job: Job, admission: Admission) -> None:
+        job.running = list(admission.groups)
+        self._enter(job, admission.groups)
+        with self._changed:
+            del self._joining[job]
+        job.admission = admission
+
+    def _enter(self, job: Job, groups: list[Group]) -> None:
+        job.groups += groups
+        with self._changed:
+            self._jobs |= dict.fromkeys(groups, job)
+        # as if it had just had a step: where not all fit, it takes its turn behind those who wait already
+        self._turns |= dict.fromkeys(groups, self._turn)
+        job.start()
 
     def _choose(self) -> list[Group]:
         """Groups of the size whose turn it is, those that waited longest first, as many as fit."""
@@ -229,30 +327,44 @@ class BatchLoop:
         """A group has had its last step: keep its pictures, or return what is wrong with them."""
         job = self._jobs[group]
         error = self._runtime.finite(group)
-        if error is None:
+        if error is not None:
+            return error
+        if job in self._joining:
+            with self._changed:
+                del self._jobs[group]
+            self._turns.pop(group, None)
+            job.groups.remove(group)
+        else:
             job.latents |= results(self._runtime, group)
             job.running.remove(group)
-        return error
+        return None
 
     def _deliver(self, job: Job) -> None:
-        """All groups of a job are done: make its result."""
-        self._leave(job)
+        """All groups of a job are done: have its result made beside the steps of others."""
         if job.cancelled:  # in its last step
-            job.finish(error=_cancelled(job))
+            self._end(job, _cancelled(job))
             return
         if job.expires is not None and time.monotonic() >= job.expires:
-            job.finish(error=_late(job))
+            self._end(job, _late(job))
             return
         try:
-            with self._runtime.lock:
-                result = self._finish(job, job.latents)
-        except BaseException as error:
-            job.finish(error=_as_memory(error) if is_out_of_memory(error) else error)
-            if not isinstance(error, Exception):
-                raise
+            making = self._finish(job, job.latents)
+        except Exception as error:
+            self._end(job, error)
             return
+        with self._changed:
+            self._leaving.add(job)
         job.latents = {}
-        job.finish(result)
+        self._leave(job)
+
+        def then(result: Any, error: BaseException | None) -> None:
+            with self._changed:
+                self._leaving.discard(job)
+            if error is not None and is_out_of_memory(error):
+                error = _as_memory(error)
+            job.finish(result, error)
+
+        self._helper.run(_pieces(job, making), then)
 
     def _show(self, job: Job, group: Group) -> None:
         with self._runtime.lock:
@@ -268,18 +380,19 @@ class BatchLoop:
 
     def _leave(self, job: Job) -> None:
         """Take a job's groups out of the batch and give back all that they hold."""
-        with self._runtime.lock:
-            for group in job.groups:
-                self._runtime.retire(group)
         with self._changed:
+            joining = self._joining.pop(job, None)
             for group in job.groups:
                 self._jobs.pop(group, None)
                 self._turns.pop(group, None)
-        job.groups, job.running = [], []
+        for admission in (joining.admission if joining is not None else None, job.admission):
+            if admission is not None:
+                admission.close()
+        job.groups, job.running, job.admission, job.trajectories = [], [], None, None
 
     def _fail_all(self, error: BaseException) -> None:
         with self._changed:
-            waiting, running = list(self._queue), list({id(j): j for j in self._jobs.values()}.values())
+            waiting, running = list(self._queue), dict.fromkeys([*self._jobs.values(), *self._joining])
             self._queue.clear()
         for job in running:
             self._end(job, error)
@@ -287,11 +400,54 @@ class BatchLoop:
             job.finish(error=error)
 
 
+@dataclass(eq=False)
+class _Call:
+    """A call that an admission wants, made beside the steps."""
+
+    over: bool = False
+    value: Any = None
+    error: BaseException | None = None
+
+
+@dataclass(eq=False)
+class _Joining:
+    """A job that is about to join: what it waits for."""
+
+    admission: Admission
+    call: _Call | None = None
+    inversions: list[Group] = field(default_factory=list)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its call is not over."""
+        return self.call is not None and not self.call.over
+
+
+def _pieces(job: Job, making: Generator[None, None, Any]) -> Callable[[], Any]:
+    """A task of the helper: the next piece of a job's result, until it is whole or the job was cancelled."""
+
+    def piece() -> Any:
+        if job.cancelled:
+            making.close()
+            raise _cancelled(job)
+        try:
+            next(making)
+        except StopIteration as end:
+            return end.value
+        return AGAIN
+
+    return piece
+
+
 @atexit.register
 def _close_all() -> None:
     """A thread in the midst of a step when Python goes down would take the process with it."""
     for loop in list(_started):
         loop.close()
+
+
+def _closed() -> EngineClosed:
+    return EngineClosed("the engine was closed before the job was done")
 
 
 def _cancelled(job: Job) -> JobCancelled:

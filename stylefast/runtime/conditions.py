@@ -5,8 +5,10 @@ pages by number, and going to another noise stage is another number. Pages outli
 that the next one with the same prompt or the same style object finds them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +54,21 @@ class Conditions:
     held_text: list[int] = field(default_factory=list)
     held_images: list[int] = field(default_factory=list)
     held_masks: dict[tuple[InstantStyle, int], int] = field(default_factory=dict)  # of a style's segments
+
+
+@dataclass
+class Encoded:
+    """What some trajectories need, made and held; to be given back to the store once their conditions are gathered."""
+
+    held_text: list[int] = field(default_factory=list)
+    held_images: list[int] = field(default_factory=list)
+    masks: dict[tuple[InstantStyle, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)  # of segments
+
+
+# yields calls of encoders, is sent what they return, and returns the pages
+Encoding = Generator[Callable[[], Any], Any, Encoded]
+# prompts that one call of the text encoders takes
+_PROMPTS = 8
 
 
 class MaskTable:
@@ -113,25 +130,53 @@ class ConditionStore:
         masks = sum(x.numel() * x.element_size() for table in self.masks.values() for x in table.levels)
         return self.text.nbytes + (self.images.nbytes if self.images is not None else 0) + masks
 
-    @torch.inference_mode()
-    def encode(self, trajectories: Sequence[Trajectory], latent_size: tuple[int, int]) -> Conditions:
-        """Encode all that `trajectories` need and does not exist yet; `latent_size` is (height, width).
+    def encoding(self, trajectories: Sequence[Trajectory], latent_size: tuple[int, int]) -> Encoding:
+        """Make all that `trajectories`, of one size, need and that does not exist yet; `latent_size`: (height, width).
 
-        Raises PromptError, StyleError, AdapterError or ImageError for what can't be encoded, and holds no pages then.
+        A generator, so that nothing slow is done while others wait: it yields calls of encoders and readers of files,
+        which touch nothing here and may run beside steps, is sent what each returned, and keeps that. Raises
+        PromptError, StyleError, AdapterError or ImageError for what can't be encoded, and holds no pages then.
+        """
+        made = Encoded()
+        try:
+            yield from self._encode_texts(trajectories, made)
+            for style in dict.fromkeys(s for t in trajectories for s in t.request.styles_of(InstantStyle)):
+                yield from self._encode_pictures(style, made)
+                yield from self._read_masks(style, trajectories[0].size, latent_size, made)
+        except BaseException:
+            self.drop(made)
+            raise
+        return made
+
+    def drop(self, made: Encoded) -> None:
+        """Give back the pages of `made`; a second time does nothing."""
+        self.text.release(made.held_text)
+        if made.held_images:
+            self.images.release(made.held_images)
+        made.held_text, made.held_images = [], []
+
+    @torch.inference_mode()
+    def gather(self, trajectories: Sequence[Trajectory], latent_size: tuple[int, int], made: Encoded) -> Conditions:
+        """Look up who of `trajectories` reads which pages; all of them were encoded, and `made` still holds them.
+
+        Raises StyleError for strengths that a style can't have here, and holds no pages then.
         """
         conditions = Conditions(latent_size)
         try:
-            self._encode_text(trajectories, conditions)
             for t in trajectories:
+                for branch, keys in self._text_keys(t).items():
+                    held = {key: self.text.find(key) for key, _ in dict.fromkeys(keys)}
+                    conditions.held_text += held.values()
+                    conditions.text_pages[t, branch] = np.array([held[key] for key, _ in keys], dtype=np.int64)
                 for branch in t.branches:
-                    conditions.image_segments[t, branch] = self._segments(t, branch, conditions)
+                    conditions.image_segments[t, branch] = self._segments(t, branch, conditions, made)
         except BaseException:
             self.release(conditions)
             raise
         return conditions
 
     def check(self, t: Trajectory) -> int:
-        """Raise what `encode` would raise for one trajectory, without running an encoder.
+        """Raise what `encoding` would raise for one trajectory, without running an encoder.
 
         Returns the number of image segments that its rows have at most.
         """
@@ -164,43 +209,98 @@ class ConditionStore:
             self.masks[conditions.latent_size].release(list(conditions.held_masks.values()))
         conditions.held_text, conditions.held_images, conditions.held_masks = [], [], {}
 
-    def _encode_text(self, trajectories: Sequence[Trajectory], conditions: Conditions) -> None:
-        revision = self._revision()
-        wanted: dict[tuple[Trajectory, str], list[tuple]] = {}  # keys per step
-        prompts: dict[tuple, tuple[Prompt, str, int]] = {}
+    def _encode_texts(self, trajectories: Sequence[Trajectory], made: Encoded) -> Encoding:
+        prompts: dict[tuple, Prompt] = {}
         for t in trajectories:
-            placed, negative = placed_styles(t.request.styles_of(DreamStyler), t.prompt, t.request.negative_prompt)
-            policy, null_policy = pooled_policy_of(placed), pooled_policy_of(negative)
-            for branch, per_step in _branch_prompts(t, placed, negative, self._train_timesteps).items():
-                # the null branch skips no layers, as in diffusers
-                pooling, skip = (null_policy, 0) if branch == NULL else (policy, t.request.clip_skip)
-                # one Prompt object serves many steps
-                distinct = {id(prompt): prompt for prompt in per_step}
-                keys = {place: (revision, pooling, skip, prompt.identity()) for place, prompt in distinct.items()}
-                for place, prompt in distinct.items():
-                    prompts.setdefault(keys[place], (prompt, pooling, skip))
-                wanted[t, branch] = [keys[id(prompt)] for prompt in per_step]
+            for keys in self._text_keys(t).values():
+                prompts |= dict(keys)
+        missing = []
+        for key in prompts:
+            page = self.text.find(key)
+            if page is None:
+                missing.append(key)
+            else:
+                made.held_text.append(page)
+        for start in range(0, len(missing), _PROMPTS):
+            keys = missing[start : start + _PROMPTS]
+            poolings, skips = [pooling for _, pooling, _, _ in keys], [skip for _, _, skip, _ in keys]
+            layers, pooled = yield partial(self._text_states, [prompts[key] for key in keys], poolings, skips)
+            # another request may have brought some of them meanwhile
+            found = [self.text.find(key) for key in keys]
+            made.held_text += [page for page in found if page is not None]
+            absent = [i for i, page in enumerate(found) if page is None]
+            if absent:
+                with torch.inference_mode():
+                    layers = [None if pair is None else tuple(x[absent] for x in pair) for pair in layers]
+                    made.held_text += self.text.add([keys[i] for i in absent], layers, pooled[absent])
 
-        pages = {key: self.text.find(key) for key in prompts}
-        conditions.held_text += [page for page in pages.values() if page is not None]
-        missing = [key for key, page in pages.items() if page is None]
-        if missing:
-            texts, poolings, skips = zip(*(prompts[key] for key in missing), strict=True)
-            states = self.text_encoder.encode(texts, poolings, skips)
-            hidden = torch.stack([state.hidden for state in states]).to(self.unet.device, self.unet.dtype)
-            pooled = torch.stack([state.pooled for state in states])
-            made = self.text.add(missing, self.unet.project_text(hidden), pooled)
-            conditions.held_text += made
-            pages |= dict(zip(missing, made, strict=True))
-        for row, row_keys in wanted.items():
-            conditions.text_pages[row] = np.array([pages[key] for key in row_keys], dtype=np.int64)
+    def _text_keys(self, t: Trajectory) -> dict[str, list[tuple[tuple, Prompt]]]:
+        """Branch -> per step the page's key and the prompt to make it of."""
+        revision = self._revision()
+        placed, negative = placed_styles(t.request.styles_of(DreamStyler), t.prompt, t.request.negative_prompt)
+        policy, null_policy = pooled_policy_of(placed), pooled_policy_of(negative)
+        found = {}
+        for branch, per_step in _branch_prompts(t, placed, negative, self._train_timesteps).items():
+            # the null branch skips no layers, as in diffusers
+            pooling, skip = (null_policy, 0) if branch == NULL else (policy, t.request.clip_skip)
+            # one Prompt object serves many steps
+            distinct = {id(prompt): ((revision, pooling, skip, prompt.identity()), prompt) for prompt in per_step}
+            found[branch] = [distinct[id(prompt)] for prompt in per_step]
+        return found
 
-    def _segments(self, t: Trajectory, branch: str, conditions: Conditions) -> list[ImageSegment]:
+    @torch.inference_mode()
+    def _text_states(self, prompts: Sequence[Prompt], poolings: Sequence[str], skips: Sequence[int]) -> tuple:
+        """Keys and values per layer, and pooled states, of prompts."""
+        states = self.text_encoder.encode(prompts, poolings, skips)
+        hidden = torch.stack([state.hidden for state in states]).to(self.unet.device, self.unet.dtype)
+        return self.unet.project_text(hidden), torch.stack([state.pooled for state in states])
+
+    def _encode_pictures(self, style: InstantStyle, made: Encoded) -> Encoding:
+        adapter, encoder = self._adapter(style)
+        keys = _image_keys(style, adapter)
+        pages = [None if self.images is None else self.images.find(key) for key in keys]
+        made.held_images += [page for page in pages if page is not None]
+        if None not in pages:
+            return
+        tokens, projected = yield partial(self._image_states, style, adapter, encoder)
+        for key, one, layers, page in zip(keys, tokens, projected, pages):
+            if page is None:
+                self.make_image_pages(len(one))
+                page = self.images.find(key)
+                with torch.inference_mode():
+                    made.held_images.append(self.images.add([key], layers)[0] if page is None else page)
+
+    @torch.inference_mode()
+    def _image_states(self, style: InstantStyle, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[list, list]:
+        """Tokens of a style's segments and of its negative, and keys and values of each."""
+        content = None
+        if isinstance(style.content, str):
+            content = self.text_encoder.encode([Prompt(style.content)])[0].pooled
+        found = style.tokens(adapter, encoder, content)
+        tokens = [*found.image, found.negative]
+        return tokens, [adapter.key_values(one[None]) for one in tokens]
+
+    def _read_masks(
+        self, style: InstantStyle, size: tuple[int, int], latent_size: tuple[int, int], made: Encoded
+    ) -> Encoding:
+        for i, segment in enumerate(style.segments):
+            if segment.mask is not None:
+                levels = self._mask_table(latent_size).sizes
+                read = lambda mask=segment.mask, levels=levels: mask_vectors(  # noqa: E731
+                    load_mask(mask, (size[1], size[0])), levels
+                )
+                made.masks[style, i] = yield read
+
+    def _segments(self, t: Trajectory, branch: str, conditions: Conditions, made: Encoded) -> list[ImageSegment]:
         """The image segments of one row; those of strength 0 in every module are left out."""
         found = []
         for style in t.request.styles_of(InstantStyle):
-            image_pages, negative = self._image_pages(style, conditions)
-            masks = [self._mask(style, i, t.size, conditions) for i in range(len(style.segments))]
+            held = [self.images.find(key) for key in _image_keys(style, self._adapter(style)[0])]
+            conditions.held_images += [page for page in held if page is not None]
+            if None in held:
+                raise StyleError("the style's adapter was loaded anew while the request joined; send it again")
+            *image_pages, negative = held
+            masks = [self._mask(style, i, conditions, made) for i in range(len(style.segments))]
             guided = NULL in t.branches
             for i, (page, mask) in enumerate(zip(image_pages, masks, strict=True)):
                 strengths = style.strengths(self.unet.layout, guided, i)
@@ -212,34 +312,11 @@ class ConditionStore:
                           if bool(strength.any())]  # fmt: skip
         return found
 
-    def _image_pages(self, style: InstantStyle, conditions: Conditions) -> tuple[list[int], int]:
-        """Pages of a style's segments and of its negative tokens."""
-        adapter, encoder = self._adapter(style)
-        # the style object itself is the key, and thereby stays alive as long as its pages
-        keys = [(adapter, style, i) for i in range(len(style.segments))]
-        keys.append((adapter, style if style.own_negative else None, -1))
-        pages = [None if self.images is None else self.images.find(key) for key in keys]
-        conditions.held_images += [page for page in pages if page is not None]
-        if None in pages:
-            content = None
-            if isinstance(style.content, str):
-                content = self.text_encoder.encode([Prompt(style.content)])[0].pooled
-            tokens = style.tokens(adapter, encoder, content)
-            for i, one in enumerate([*tokens.image, tokens.negative]):
-                if pages[i] is None:
-                    pages[i] = self._add_image(keys[i], adapter, one)
-                    conditions.held_images.append(pages[i])
-        return pages[:-1], pages[-1]
-
     @torch.inference_mode()
     def make_image_pages(self, tokens: int) -> None:
         """Make room for pictures of so many tokens, if there is none."""
         if self.images is None:
             self.images = KeyValuePages(self.unet.layout, tokens, 0, self.unet.device, self.unet.dtype)
-
-    def _add_image(self, key, adapter: IPAdapter, tokens: torch.Tensor) -> int:
-        self.make_image_pages(len(tokens))
-        return self.images.add([key], adapter.key_values(tokens[None]))[0]
 
     def _adapter(self, style: InstantStyle) -> tuple[IPAdapter, ImageEncoder]:
         if not self.adapters:
@@ -256,17 +333,25 @@ class ConditionStore:
             raise StyleError(f"adapter {style.adapter!r} is not loaded; loaded are {', '.join(self.adapters)}")
         return self.adapters[style.adapter]
 
-    def _mask(self, style: InstantStyle, segment: int, size: tuple[int, int], conditions: Conditions) -> int:
-        mask, latent_size = style.segments[segment].mask, conditions.latent_size
-        if mask is None:
+    def _mask_table(self, latent_size: tuple[int, int]) -> MaskTable:
+        if latent_size not in self.masks:
+            self.masks[latent_size] = MaskTable(self.unet.attention_sizes(*latent_size), self.unet.device)
+        return self.masks[latent_size]
+
+    def _mask(self, style: InstantStyle, segment: int, conditions: Conditions, made: Encoded) -> int:
+        if style.segments[segment].mask is None:
             return -1
         if (style, segment) not in conditions.held_masks:
-            if latent_size not in self.masks:
-                self.masks[latent_size] = MaskTable(self.unet.attention_sizes(*latent_size), self.unet.device)
-            table = self.masks[latent_size]
-            vectors = mask_vectors(load_mask(mask, (size[1], size[0])), table.sizes)
-            conditions.held_masks[style, segment] = table.add(vectors)
+            table = self._mask_table(conditions.latent_size)
+            conditions.held_masks[style, segment] = table.add(made.masks[style, segment])
         return conditions.held_masks[style, segment]
+
+
+def _image_keys(style: InstantStyle, adapter: IPAdapter) -> list[tuple]:
+    """Of the pages of a style's segments, and last of its negative tokens."""
+    # the style object itself is the key, and thereby stays alive as long as its pages
+    keys = [(adapter, style, i) for i in range(len(style.segments))]
+    return [*keys, (adapter, style if style.own_negative else None, -1)]
 
 
 def _branch_prompts(

@@ -4,6 +4,7 @@ Style banks are read from their files into pinned blocks while the model runs. T
 extension is built and by the twin below where it isn't.
 """
 
+import ctypes
 import os
 import queue
 import threading
@@ -86,7 +87,7 @@ class CopyEngine:
             self.backend, self._engine = "cpp", extension().CopyEngine(threads, capacity)
         self._held = deque()  # (raw ticket, its tensors): their memory must stay until the copies are done
         # also at exit, before the modules are torn down
-        self._finalizer = weakref.finalize(self, self._engine.close)
+        self._finalizer = weakref.finalize(self, _close, self._engine, os.getpid())
 
     def copy(self, sources: Sequence[torch.Tensor | Span], destinations: Sequence[torch.Tensor]) -> Ticket:
         """Copy sources[i], a tensor or a part of a file, into destinations[i], bytes as they are, in this order.
@@ -214,6 +215,15 @@ class _Engine:
                 self.closed = True
                 self.queue.put(None)
                 self.thread.join()
+
+
+def _close(engine, process: int) -> None:
+    """Stop an engine's threads; in a forked process, where they never were, leave it as it is for ever."""
+    if os.getpid() == process:
+        engine.close()
+    else:
+        # its destructor would wait for them
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
 
 
 def _read(span: Span, destination: torch.Tensor) -> int:

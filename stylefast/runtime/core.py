@@ -3,25 +3,29 @@
 `Runtime` knows nothing of jobs, threads and pictures' files. Who calls it holds its `lock`.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from stylefast.errors import ExportError, InvalidRequest, NumericsError, OutOfMemory, StyleFastError
+from stylefast.errors import EngineClosed, ExportError, InvalidRequest, NumericsError, OutOfMemory, StyleFastError
 from stylefast.models.conditioning import RowFeatures
 from stylefast.models.unet import UNet
 from stylefast.runtime.bank_pages import BankPages, pages_of
-from stylefast.runtime.conditions import ConditionStore
+from stylefast.runtime.conditions import Conditions, ConditionStore
 from stylefast.runtime.group import Group, Pin
 from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory
 from stylefast.runtime.step import Backend, StepBuffers, run_step
 from stylefast.runtime.step_table import StepTable, TableShape, bank_keys
-from stylefast.runtime.stream_lock import StreamLock
+from stylefast.runtime.stream_lock import SideStream, StreamLock
 from stylefast.runtime.trajectory import Trajectory
 from stylefast.styles.bank import StyleBank
+
+Value = TypeVar("Value")
 
 # shapes of batches whose tables are kept
 _TABLES = 32
@@ -42,6 +46,9 @@ class Runtime:
         self.unet, self.conditions, self.backend, self.budget = unet, conditions, backend, budget
         self.buckets = tuple(buckets) or backend.buckets
         self.lock = StreamLock(unet.device)
+        self.closed, self._process = False, os.getpid()
+        self.joining = 0  # admissions under way
+        self._beside = SideStream(unet.device)
         self.latents: dict[tuple[int, int, int], LatentSlots] = {}
         self.bank_pages: dict[tuple[int, int], BankPages] = {}
         self._tables: dict[TableShape, StepTable] = {}
@@ -49,16 +56,48 @@ class Runtime:
         self.steps_run = 0
         self.calls = 0  # of the UNet
 
+    def beside(self, call: Callable[[], Value]) -> Value:
+        """Call what runs beside steps: encoders, decoders, readers of files. Without the lock, one at a time.
+
+        What is called must touch no pages, slots or tables, and must not ask for the lock.
+        """
+        with self._beside:
+            self.check_open()
+            return self._beside.call(call, self.lock)
+
+    def close(self) -> None:
+        """Take no more work, and free what the backend holds once the present step is done.
+
+        In a process that was forked from its own nothing is freed: what would do it is not there.
+        """
+        self.closed = True
+        if os.getpid() == self._process:
+            with self._beside, self.lock:
+                self.backend.close()
+
+    def check_open(self) -> None:
+        """Raise EngineClosed once the engine was closed, and in a process that was forked from its own."""
+        if self.closed:
+            raise EngineClosed("the engine was closed; load another one")
+        self.check_process()
+
+    def check_process(self) -> None:
+        """Raise EngineClosed in a process that was forked from the engine's: its threads are not there."""
+        if os.getpid() != self._process:
+            raise EngineClosed("the engine was loaded in another process, whose threads are not here; load one here")
+
     @torch.inference_mode()
     def admit(
-        self, trajectories: Sequence[Trajectory], latent_shape: tuple[int, int, int], pins: Mapping[Trajectory, Pin]
-    ) -> Group:
-        """Encode what a group needs and give it slots.
+        self, trajectories: Sequence[Trajectory], conditions: Conditions, latent_shape: tuple[int, int, int],
+        pins: Mapping[Trajectory, Pin],
+    ) -> Group:  # fmt: skip
+        """Make a group of trajectories and give it slots; it gives back the conditions when it retires.
 
-        Raises what `ConditionStore.encode` raises, and OutOfMemory for a group that can't fit even alone.
+        Raises OutOfMemory for a group that can't fit even alone, and StyleError for contradictions in its styles; the
+        conditions are then given back at once.
         """
-        conditions = self.conditions.encode(trajectories, latent_shape[1:])
         try:
+            self.check_open()
             group = Group(trajectories, conditions, pins, self.unet.layout, latent_shape)
             self.budget.check(self.unet, group.rows, latent_shape[1:])
             if latent_shape not in self.latents:
@@ -90,12 +129,11 @@ class Runtime:
 
         Raises InvalidRequest while pictures are on their way: half of their steps would see other weights.
         """
+        self.check_process()
         with self.lock:
-            if self.pictures:
-                raise InvalidRequest(
-                    f"{self.pictures} pictures are on their way, and weights can't change under them; wait until their "
-                    "jobs are done"
-                )
+            if self.pictures or self.joining:
+                busy = f"{self.pictures} pictures are on their way" if self.pictures else "a request is about to join"
+                raise InvalidRequest(f"{busy}, and weights can't change under them; wait until their jobs are done")
             try:
                 yield
             finally:
@@ -126,8 +164,9 @@ class Runtime:
 
         Where memory runs out, or an exported graph can't do a batch, the batch is halved and tried again, down to
         single groups: only a group that can't be run alone fails. On a CPU a picture whose latents are no longer finite
-        fails with the step, on a GPU when `finite` is asked.
+        fails with the step, on a GPU when `finite` is asked. Raises EngineClosed once the engine was closed.
         """
+        self.check_open()
         failed: dict[Group, StyleFastError] = {}
         fits, short = True, False
         try:
@@ -150,6 +189,8 @@ class Runtime:
             return {**self.advance(groups[:half]), **self.advance(groups[half:])}
         for group in groups:
             group.step += 1
+            if group.trail is not None:
+                group.trail.append(self.latents_of(group)[0])
             if self.unet.device.type == "cpu":
                 bad = self.finite(group)
                 if bad is not None:

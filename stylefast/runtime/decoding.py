@@ -1,7 +1,8 @@
 """Latents to pictures: the VAE in groups of equal size, and quick previews."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 
 import torch
 
@@ -34,25 +35,33 @@ class Decoder:
         """
         self._run, self._dtype = run, dtype
 
-    @torch.inference_mode()
-    def images(self, latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """[3, height, width] in 0..1 for each of `latents` [channels, h, w], neighbours of equal size together.
+    def open(self) -> None:
+        """Open what decodes in place of the VAE, so that what is wrong with it shows before steps are spent.
 
-        Raises NumericsError and OutOfMemory, see `vae.decode`.
+        Raises what its file is refused with.
+        """
+        if hasattr(self._run, "open"):
+            self._run.open()
+
+    def images(
+        self, latents: Sequence[torch.Tensor], beside: Callable[[Callable[[], torch.Tensor]], torch.Tensor]
+    ) -> Generator[None, None, list[torch.Tensor]]:
+        """[3, height, width] in 0..1 for each of `latents` [channels, h, w]; yields after each.
+
+        beside: how the VAE is called, `Runtime.beside`. Raises NumericsError and OutOfMemory, see `vae.decode`.
         """
         images: list[torch.Tensor] = []
-        start = 0
-        while start < len(latents):
-            stop = start + 1
-            while stop < len(latents) and latents[stop].shape == latents[start].shape:
-                stop += 1
-            stacked = torch.stack(list(latents[start:stop]))
-            memory = None if self._budget.limit is None else self._budget.free(stacked.device)
-            images += list(
-                vaes.decode(self.vae, stacked, tile="auto", memory=memory, decode_dtype=self._dtype, run=self._run)
-            )
-            start = stop
+        for one in latents:
+            images.append(beside(partial(self._decode, one)))
+            yield
         return images
+
+    @torch.inference_mode()
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        memory = None if self._budget.limit is None else self._budget.free(latents.device)
+        return vaes.decode(
+            self.vae, latents[None], tile="auto", memory=memory, decode_dtype=self._dtype, run=self._run
+        )[0]  # fmt: skip
 
     def previews(self, latents: torch.Tensor) -> list:
         """Quick PIL pictures of latents [n, channels, h, w]."""

@@ -4,21 +4,32 @@ The step loop takes and leaves its lock without pause, and Python's own lock may
 seconds: another call, a bake, an admission.
 """
 
+import os
 import threading
 from collections import deque
 
 
 class FairLock:
-    """First come, first served; may be taken again by the thread that holds it. A context manager."""
+    """First come, first served; may be taken again by the thread that holds it. A context manager.
+
+    In a forked process, whose only thread is the one that forked, it is free unless that thread holds it.
+    """
 
     def __init__(self):
-        self._guard = threading.Lock()
+        self._depth, self._owner = 0, None
+        self._make()
+
+    def _make(self) -> None:
+        self._process, self._guard = os.getpid(), threading.Lock()
         self._waiting: deque[threading.Event] = deque()
-        self._owner: int | None = None
-        self._depth = 0
+        if self._owner != threading.get_ident():
+            self._owner: int | None = None
+            self._depth = 0
 
     def __enter__(self) -> "FairLock":
         me = threading.get_ident()
+        if self._process != os.getpid():
+            self._make()
         with self._guard:
             if self._owner == me:
                 self._depth += 1
@@ -39,6 +50,8 @@ class FairLock:
         return self
 
     def __exit__(self, *_) -> None:
+        if self._process != os.getpid():
+            self._make()
         with self._guard:
             self._depth -= 1
             if self._depth == 0:

@@ -7,6 +7,7 @@ not (pictures, masks, pages) is idle. All tensors of one shape stay where they a
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.row_table import NO_PAGE, PLAIN
 from stylefast.models.unet import UNet
 from stylefast.runtime.graph_components import GraphComponents
+from stylefast.runtime.group import Group
 from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.step import Backend, StepBuffers, advance, see
 from stylefast.runtime.step_table import StepColumns
@@ -143,24 +145,35 @@ class GraphBackend(Backend):
             graph.close()
         self._components.close()
 
+    def ready(self, group: Group) -> Callable[[], None] | None:
+        """Opens the session of the graph that would run the group alone; what no graph can do the step will say."""
+        phases = [group.phase(step) for step in range(group.steps)]
+        banked = any(reference.bank is not None for phase in phases for row in phase.references for reference in row)
+        references = max(phase.width for phase in phases)
+        segments = max(phase.segment_width for phase in phases)
+        try:
+            graph = self._able(banked, references, segments, group.rows, group.latent_shape[1:])
+        except EngineMismatch:
+            return None
+        return None if graph.opened else graph.session
+
     def _choose(self, columns: StepColumns, buffers: StepBuffers, latent_size: tuple[int, int]) -> "_Loaded":
         table = columns.table
         references, segments = table.self_page.shape[1], table.image_page.shape[1]
-        flavour = "banked" if buffers.pages is not None else "live" if references else "plain"
-        sizes = {"rows": len(columns.row_picture), "height": latent_size[0], "width": latent_size[1]}
-        return self._able(flavour, references, segments, sizes)
+        return self._able(buffers.pages is not None, references, segments, len(columns.row_picture), latent_size)
 
     def check(
         self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool
     ) -> None:
         """Raise EngineMismatch where no graph could do a step of such a group."""
-        flavour = "banked" if banked else "live" if references else "plain"
         # smaller batches are filled up
-        rows = max([rows, *self.buckets[:1]])
-        self._able(flavour, references, segments, {"rows": rows, "height": latent_size[0], "width": latent_size[1]})
+        self._able(banked, references, segments, max([rows, *self.buckets[:1]]), latent_size)
 
-    def _able(self, flavour: str, references: int, segments: int, sizes: Mapping[str, int]) -> "_Loaded":
+    def _able(
+        self, banked: bool, references: int, segments: int, rows: int, latent_size: tuple[int, int]
+    ) -> "_Loaded":
         """The smallest graph that can do a step. Raises EngineMismatch."""
+        flavour = "banked" if banked else "live" if references else "plain"
         able = [
             graph for graph in self._graphs
             if FLAVOURS.index(graph.shape.flavour) >= FLAVOURS.index(flavour)
@@ -168,6 +181,7 @@ class GraphBackend(Backend):
         ]  # fmt: skip
         if not able:
             raise EngineMismatch(self._lacking(flavour, references, segments))
+        sizes = {"rows": rows, "height": latent_size[0], "width": latent_size[1]}
         refused = []
         for graph in able:
             beyond = graph.beyond(sizes)
@@ -226,6 +240,7 @@ class _Loaded:
         self.inputs = graph_inputs(unet, graph.shape)
         self._session = self._given if hasattr(self._given, "run") else None
         self._broken: ExportError | None = None
+        self._opening = Lock()
 
     @property
     def opened(self) -> bool:
@@ -236,16 +251,18 @@ class _Loaded:
         return getattr(self._session, "nbytes", self._nbytes) if self.opened else 0
 
     def session(self):
-        if self._broken is not None:
-            raise self._broken
-        if self._session is None:
-            try:
-                self._session = self._given()
-            except ExportError as error:
-                # its files are as they are, and looking at all of them takes seconds
-                self._broken = error
-                raise
-        return self._session
+        # a step may want it while it is being opened beside the steps
+        with self._opening:
+            if self._broken is not None:
+                raise self._broken
+            if self._session is None:
+                try:
+                    self._session = self._given()
+                except ExportError as error:
+                    # its files are as they are, and looking at all of them takes seconds
+                    self._broken = error
+                    raise
+            return self._session
 
     def close(self) -> None:
         if hasattr(self._session, "close"):

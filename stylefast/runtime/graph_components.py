@@ -39,11 +39,15 @@ class GraphPart:
         """Bytes that the open session holds; 0 before."""
         return 0 if self._session is None else getattr(self._session, "nbytes", 0)
 
-    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Run on contiguous inputs and write to `outputs`, which are all that the graph has."""
+    def open(self) -> None:
+        """Open the session, if it isn't. Raises what its file is refused with."""
         with self._opening:
             if self._session is None:
                 self._session = self._load()
+
+    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        """Run on contiguous inputs and write to `outputs`, which are all that the graph has."""
+        self.open()
         self._session.run({name: x.contiguous() for name, x in inputs.items()}, outputs)
 
     def close(self) -> None:
@@ -187,6 +191,10 @@ class GraphDecoder:
 
     def __init__(self, part: GraphPart, factor: int):
         self._part, self._factor = part, factor
+
+    def open(self) -> None:
+        """Open the session before it is needed."""
+        self._part.open()
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:  # [n, C, h, w] -> [n, 3, H, W]
         height, width = (side * self._factor for side in latents.shape[2:])

@@ -34,6 +34,8 @@ class Group:
         self.latent_shape = latent_shape  # (channels, h, w)
         self.step = 0
         self.put(np.zeros(0, dtype=np.int64), torch.device("cpu"))
+        # of an inversion, all latents [channels, h, w] that it has passed, the first before any step
+        self.trail = [trajectories[0].start] if trajectories[0].start is not None else None
         self._generators = {t: torch.Generator("cpu").manual_seed(t.request.seed) for t in trajectories}
         self._drawn: tuple[int, torch.Tensor] = (-1, torch.zeros(0))
 
@@ -90,10 +92,7 @@ class Group:
 
     def first_latents(self) -> torch.Tensor:
         """Latents before step 0, [pictures, channels, h, w] float32."""
-        return torch.stack([
-            self.pins[t](0).float().cpu() if t in self.pins else self._noise_of(t) * t.schedule.init_noise_scale
-            for t in self.trajectories
-        ])  # fmt: skip
+        return torch.stack([self._first_of(t) for t in self.trajectories])
 
     def noise(self) -> torch.Tensor:
         """What the present step adds, [pictures, channels, h, w]. Drawn once, however often asked."""
@@ -106,6 +105,13 @@ class Group:
                     noise[i] = self._noise_of(t)
             self._drawn = (self.step, noise)
         return self._drawn[1]
+
+    def _first_of(self, t: Trajectory) -> torch.Tensor:
+        if t in self.pins:
+            return self.pins[t](0).float().cpu()
+        if t.start is not None:
+            return t.start.float().cpu()
+        return self._noise_of(t) * t.schedule.init_noise_scale
 
     def _noise_of(self, t: Trajectory) -> torch.Tensor:
         return torch.randn(self.latent_shape, generator=self._generators[t], dtype=torch.float32)

@@ -3,18 +3,21 @@
 import asyncio
 import logging
 import math
+import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from stylefast import values
-from stylefast.errors import JobCancelled
+from stylefast.errors import EngineClosed, InvalidRequest, JobCancelled
+from stylefast.runtime.admission import Admission
 from stylefast.runtime.group import Group
 from stylefast.runtime.request import Request
+from stylefast.runtime.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +51,22 @@ class Job:
 
     def __init__(
         self, requests: Sequence[Request], cancel: Callable[["Job"], None], deadline: float | None = None,
-        output: str = "pil", metadata: Sequence[dict] = (),
+        output: str = "pil", metadata: Sequence[dict] = (), inside: Callable[[], bool] = lambda: False,
     ):  # fmt: skip
         self.requests, self.output, self.metadata = tuple(requests), output, list(metadata)
         self.step, self.steps = 0, max(request.steps for request in requests)
         self.submitted = time.monotonic()
         self.expires = None if deadline is None else self.submitted + deadline
-        self._cancel = cancel
-        self._lock = threading.Lock()
+        self._cancel, self._inside, self._process = cancel, inside, os.getpid()
+        self._lock = threading.RLock()  # a reader may be let go of at any moment, under it too
         self._finished = threading.Event()
         self._status = QUEUED
         self._result: Any = None
         self._error: BaseException | None = None
         self._watchers: list[Callable[[Preview | None], None]] = []
         # of the batch loop
+        self.trajectories: list[Trajectory] | None = None
+        self.admission: Admission | None = None
         self.groups: list[Group] = []
         self.running: list[Group] = []
         self.latents: dict[int, torch.Tensor] = {}
@@ -81,10 +86,20 @@ class Job:
 
         Raises what the job failed with: JobCancelled, DeadlineExceeded, NumericsError, OutOfMemory, EngineClosed,
         InvalidRequest and its kin; TimeoutError if it is not over within `timeout` seconds (it goes on then).
+        InvalidRequest too where waiting would keep the job from going on: in a callback, which runs in a thread of the
+        engine. EngineClosed for a job that is not over in a process that was forked from its own.
         """
         if timeout is not None:
             timeout = min(values.real_number("timeout", timeout, 0, also=(math.inf,)), threading.TIMEOUT_MAX)
-        if not self._finished.wait(timeout):
+        if not self.done():
+            self._check_process()
+            if self._inside():
+                raise InvalidRequest(
+                    f"the job is {self.status}, and this callback runs in the thread that its steps or its pictures "
+                    "wait for; take the result in another thread, or give the job a callback of its own"
+                )
+        # whatever is over can be read without a lock, which in a forked process may be held for ever
+        if not (self.done() or self._finished.wait(timeout)):
             raise TimeoutError(f"the job is {self.status} at step {self.step} of {self.steps} after {timeout} seconds")
         if self._error is not None:
             raise self._error
@@ -95,16 +110,19 @@ class Job:
         return self._error
 
     def cancel(self) -> bool:
-        """Stop it: at once if it waits, after the present step if it runs. False if it was over already."""
-        if self.done():
+        """Stop it: at once if it waits, after the present step if it runs. False if it was over already.
+
+        False too in a process that was forked from its own: it runs there, if anywhere.
+        """
+        if self.done() or os.getpid() != self._process:
             return False
         self._cancel(self)
         return True
 
     def add_done_callback(self, call: Callable[["Job"], None]) -> None:
-        """Have `call(job)` called when it is over, from the loop's thread; at once if it is over already.
+        """Have `call(job)` called when it is over, from a thread of the engine; at once if it is over already.
 
-        What it raises is logged and harms nobody.
+        What it raises is logged, and other jobs go on. It must not wait for jobs of the same engine.
         """
 
         def tell(preview: Preview | None) -> None:
@@ -114,33 +132,11 @@ class Job:
         self._watch(tell, wants_previews=False)
 
     def __await__(self):
+        """The result, or what the job failed with; a task that is cancelled while it waits cancels the job."""
         return self._as_future().__await__()
 
-    async def __aiter__(self) -> AsyncIterator[Preview]:
-        loop, latest = asyncio.get_running_loop(), asyncio.Queue()
-
-        def tell(preview: Preview | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(latest.put_nowait, preview)
-
-        self._watch(tell)
-        try:
-            while True:
-                preview = await latest.get()
-                while not latest.empty():
-                    # a newer one makes those before it worthless
-                    newer = latest.get_nowait()
-                    if newer is None:
-                        latest.put_nowait(None)
-                        break
-                    preview = newer
-                if preview is None:
-                    break
-                yield preview
-        finally:
-            self._forget(tell)
-        if self._error is not None:
-            raise self._error
+    def __aiter__(self) -> "Previews":
+        return Previews(self)
 
     async def _as_future(self):
         loop = asyncio.get_running_loop()
@@ -153,11 +149,22 @@ class Job:
         self._watch(tell, wants_previews=False)
         try:
             await over.wait()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
         finally:
             self._forget(tell)
         return self.result(0)
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise EngineClosed(
+                f"the job was {self.status} in another process when this one was forked from it; it goes on there"
+            )
+
     def _watch(self, tell: Callable[[Preview | None], None], wants_previews: bool = True) -> None:
+        if not self.done():
+            self._check_process()
         with self._lock:
             if not self.done():
                 tell.wants_previews = wants_previews
@@ -173,6 +180,8 @@ class Job:
                 logger.exception("what watches a job at step %d of %d raised", self.step, self.steps)
 
     def _forget(self, tell) -> None:
+        if os.getpid() != self._process:
+            return
         with self._lock:
             if tell in self._watchers:
                 self._watchers.remove(tell)
@@ -204,13 +213,81 @@ class Job:
             self._status = DONE if error is None else CANCELLED if isinstance(error, JobCancelled) else FAILED
             self._finished.set()
             watchers, self._watchers = self._watchers, []
-            self._cancel = _nothing_to_cancel  # else a finished job would keep the whole model alive
+            # else a finished job would keep the whole model alive
+            self._cancel, self._inside = _nothing_to_cancel, bool
         self._tell(watchers, None)
         return True
+
+
+class Previews:
+    """The previews of a job in an event loop, as `async for` takes them; ends with the job, and raises its error.
+
+    A reader whose task is cancelled cancels the job; one that merely leaves does not.
+    """
+
+    def __init__(self, job: Job):
+        self._job, self._over = job, False
+        self._reader: asyncio.Task | None = None
+        self._latest: asyncio.Queue | None = None
+        self._tell: Callable[[Preview | None], None] | None = None
+
+    def __aiter__(self) -> "Previews":
+        return self
+
+    async def __anext__(self) -> Preview:
+        if self._over:
+            raise StopAsyncIteration
+        latest, self._reader = self._begin(), asyncio.current_task()
+        try:
+            preview = await latest.get()
+        except asyncio.CancelledError:
+            self._leave()
+            raise
+        while preview is not None and not latest.empty():
+            # a newer one makes those before it worthless
+            newer = latest.get_nowait()
+            if newer is None:
+                latest.put_nowait(None)
+                break
+            preview = newer
+        if preview is not None:
+            return preview
+        self._leave()
+        error = self._job.exception()
+        raise StopAsyncIteration if error is None else error
+
+    async def aclose(self) -> None:
+        """Stop reading; no previews are made for this reader any more."""
+        self._leave()
+
+    def __del__(self):
+        self._leave()
+
+    def _begin(self) -> asyncio.Queue:
+        if self._latest is None:
+            loop, latest = asyncio.get_running_loop(), asyncio.Queue()
+
+            def tell(preview: Preview | None) -> None:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(latest.put_nowait, preview)
+
+            self._latest, self._tell = latest, tell
+            self._job._watch(tell)
+        return self._latest
+
+    def _leave(self) -> None:
+        if self._over:
+            return
+        self._over = True
+        if self._tell is not None:
+            self._job._forget(self._tell)
+        # a task may be cancelled while it does something else with a preview, and then lets go of this
+        if self._reader is not None and (self._reader.cancelling() or self._reader.cancelled()):
+            self._job.cancel()
 
 
 def _nothing_to_cancel(job: Job) -> None:
     """What a finished job does on `cancel`."""
 
 
-__all__ = ["CANCELLED", "DONE", "FAILED", "QUEUED", "RUNNING", "Job", "Preview"]
+__all__ = ["CANCELLED", "DONE", "FAILED", "QUEUED", "RUNNING", "Job", "Preview", "Previews"]

@@ -4,20 +4,17 @@ A pin is a function of the step, 0 to the schedule's last plus one, to latents [
 for a pinned picture is thrown away.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from stylefast.errors import StyleError
-from stylefast.runtime.conditions import ConditionStore
-from stylefast.runtime.group import Group, Pin
+from stylefast.runtime.group import Pin
 from stylefast.runtime.request import Request
-from stylefast.runtime.step_table import StepTable, TableShape
 from stylefast.runtime.trajectory import FULL, NULL, Trajectory
 from stylefast.sampling.edm import is_edm
-from stylefast.sampling.inversion import ddim_invert, pinned_latents
+from stylefast.sampling.inversion import inversion_schedule, pinned_latents
 from stylefast.sampling.noise_levels import alphas_cumprod
 from stylefast.styles.bank import StyleBank
 
@@ -63,34 +60,26 @@ def latents_pin(bank: StyleBank, number: int) -> Pin:
     return lambda step: held[step, number]
 
 
-@torch.inference_mode()
-def inverted_pin(t: Trajectory, clean: torch.Tensor, store: ConditionStore, config: Mapping, guidance: float) -> Pin:
-    """The picture's DDIM inversion under the reference's prompt at `guidance`; costs as much as making one picture."""
-    unet = store.unet
-    request = replace(t.request, style=(), guidance=guidance, guidance_interval=(0.0, 1.0))
+def inversion_of(t: Trajectory, config: Mapping) -> Trajectory:
+    """The way of the reference `t` from its picture up to noise, under its prompt and the style's inversion guidance.
+
+    A trajectory like others: it shares UNet calls, takes its turns, and costs as much as making one picture. Its
+    `start`, the picture's latents, is yet to be set. Raises InvalidRequest for a model whose output can't be inverted.
+    """
+    guidance = t.reference_of.inversion_guidance
+    request = replace(
+        t.request, style=(), guidance=guidance, guidance_interval=(0.0, 1.0), guidance_rescale=0.0
+    )  # fmt: skip
+    schedule = inversion_schedule(
+        alphas_cumprod(config), t.schedule.steps, config.get("prediction_type", "epsilon")
+    )  # fmt: skip
     weights = {NULL: 1 - guidance, FULL: guidance} if guidance > 1 else {FULL: 1.0}
-    walker = Trajectory(request, t.prompt, t.schedule, t.size, weights, branches=tuple(weights))
-    conditions = store.encode([walker], clean.shape[1:])
-    try:
-        group = Group([walker], conditions, {}, unet.layout, tuple(clean.shape))
-        group.slots = np.zeros(1, dtype=np.int64)
-        rows, layout = group.rows, unet.layout
-        shape = TableShape(rows, 1, 0, 0, False, len(layout.layers), len(layout.modules), group.latent_shape)
-        columns = StepTable(shape, unet.device)
-        columns.fill([group], [np.zeros(0, dtype=np.int64)])
-        table = columns.columns.table
-        pooled, time_ids = store.text.extra[table.text_page], columns.columns.time_ids.expand(rows, -1)
+    return Trajectory(request, t.prompt, schedule, t.size, weights, branches=tuple(weights))
 
-        def predict(latents: torch.Tensor, timestep: float) -> torch.Tensor:
-            embedding = unet.embed(torch.full((rows,), timestep, device=unet.device), pooled, time_ids)
-            stacked = latents.to(unet.dtype).expand(rows, *latents.shape)
-            outputs = unet(stacked, embedding, store.text.layers, None, table).float()
-            return torch.einsum("b,bchw->chw", torch.tensor(list(weights.values()), device=unet.device), outputs)
 
-        trajectory = ddim_invert(
-            predict, clean, alphas_cumprod(config), t.schedule.steps, config.get("prediction_type", "epsilon")
-        )
-    finally:
-        store.release(conditions)
-    offset = min(round(_OFFSET_SHARE * t.schedule.steps), t.schedule.steps - 1)
+def inverted_pin(trail: Sequence[torch.Tensor]) -> Pin:
+    """The latents [channels, h, w] that an inversion passed, the picture's own first."""
+    trajectory = torch.stack(list(trail)[::-1]).float().cpu()
+    steps = len(trajectory) - 1
+    offset = min(round(_OFFSET_SHARE * steps), steps - 1)
     return lambda step: pinned_latents(trajectory, step, offset)

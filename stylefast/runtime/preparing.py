@@ -1,4 +1,4 @@
-"""From requests to groups that can run: schedules, banks that fit, reference pictures as latents, slots and pages."""
+"""From requests to trajectories that can run: schedules, banks that fit, reference pictures as latents."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,8 +8,7 @@ from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models import vae as vaes
 from stylefast.models.pictures import open_picture
 from stylefast.runtime.core import Runtime
-from stylefast.runtime.group import Group, Pin
-from stylefast.runtime.pinning import forward_pin, inverted_pin, latents_pin, scheduler_config
+from stylefast.runtime.pinning import inversion_of, scheduler_config
 from stylefast.runtime.request import Request, check_size
 from stylefast.runtime.trajectory import NULL, Trajectory, connected, plan_trajectories
 from stylefast.sampling.edm import is_edm
@@ -19,7 +18,7 @@ from stylefast.styles.dream_styler import DreamStyler, check_places
 
 
 class Preparer:
-    """Turns requests into groups of one runtime.
+    """Turns requests into trajectories of one model.
 
     scheduler_config: the model's, in diffusers' format. native_size: (width, height) in pixels. fingerprint: gives that
     of the model as it is now, LoRAs included.
@@ -34,39 +33,10 @@ class Preparer:
         self._config = scheduler_config
         self.downscale = vaes.downscale(vae)
 
-    def groups(self, requests: Sequence[Request]) -> list[Group]:
-        """Groups that make the pictures of `requests`, admitted, in the order of their first picture.
-
-        All or nothing. Raises InvalidRequest and its kin for what can't be made.
-        """
+    def trajectories(self, requests: Sequence[Request]) -> list[Trajectory]:
+        """All pictures that `requests` need, references included. Raises as `check` does."""
         self.check(requests)
-        trajectories = plan_trajectories(requests, self.schedule, self.native_size)
-        by_size: dict[tuple[int, int], list[Trajectory]] = {}
-        for t in trajectories:
-            by_size.setdefault(t.size, []).append(t)
-        groups: list[Group] = []
-        held = []
-        store = self.runtime.conditions
-        try:
-            for size, members in by_size.items():
-                shape = self.latent_shape(size)
-                # all prompts in one call of the encoders; each group then finds its pages
-                held.append(store.encode(members, shape[1:]))
-                for one in connected(members):
-                    groups.append(self.admit(one))
-        except BaseException:
-            for group in groups:
-                self.runtime.retire(group)
-            raise
-        finally:
-            for conditions in held:
-                store.release(conditions)
-        return groups
-
-    def admit(self, trajectories: Sequence[Trajectory]) -> Group:
-        """One group of connected trajectories, admitted."""
-        pins = {t: self._pin(t) for t in trajectories if t.pinned}
-        return self.runtime.admit(trajectories, self.latent_shape(trajectories[0].size), pins)
+        return plan_trajectories(requests, self.schedule, self.native_size)
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raise what can be told without running anything.
@@ -86,6 +56,8 @@ class Preparer:
             learned = t.request.styles_of(DreamStyler)
             if learned and t.prompt:
                 check_places(learned, t.prompt, t.request.negative_prompt, guided=NULL in t.branches)
+            if t.inverted:
+                self.inversion(t)
         segments = {t: self.runtime.conditions.check(t) for t in trajectories}
         for group in connected(trajectories):
             self._check_room(group, max(segments[t] for t in group))
@@ -132,16 +104,11 @@ class Preparer:
         # last, since it differs wherever the steps or the sampler do
         bank.check_fits(schedule=schedule_digest(schedule))
 
-    def _pin(self, t: Trajectory) -> Pin:
-        """How the reference `t` is held at every step."""
-        if t.held is not None:
-            return latents_pin(*t.held)
-        clean, style = self._encode_picture(t), t.reference_of
-        if style.noise == "forward":
-            return forward_pin(t, clean)
-        return inverted_pin(t, clean, self.runtime.conditions, self._config, style.inversion_guidance)
+    def inversion(self, t: Trajectory) -> Trajectory:
+        """The inversion that the pinned reference `t` needs before it; see `pinning.inversion_of`."""
+        return inversion_of(t, self._config)
 
-    def _encode_picture(self, t: Trajectory) -> torch.Tensor:
+    def encode_picture(self, t: Trajectory) -> torch.Tensor:
         """A reference picture, scaled to cover the size and cropped in the middle, as latents [channels, h, w]."""
         from PIL import ImageOps
 

@@ -1,8 +1,8 @@
 """One denoising step as a function of tensors that stay where they are: what is captured and compiled."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,9 @@ from stylefast.models.unet import UNet
 from stylefast.runtime.graphs import CudaCapture, StepGraphs
 from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.step_table import StepColumns
+
+if TYPE_CHECKING:
+    from stylefast.runtime.group import Group
 
 
 class StepBuffers(NamedTuple):
@@ -105,6 +108,13 @@ class Backend:
 
         latent_size: (height, width). references, segments: the most that a row reads. banked: whether of a bank.
         """
+
+    def ready(self, group: "Group") -> Callable[[], None] | None:
+        """What must be done before the first step of a group and takes long, such as opening a file; None: nothing.
+
+        It is called beside the steps of others, so it must not touch what `run` works with.
+        """
+        return None
 
     def serve(self, engine: Any) -> None:
         """Take over other parts of an engine that has just been made, such as its text encoders."""

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
+
 from stylefast.errors import InvalidRequest
 from stylefast.runtime.request import Request
 from stylefast.sampling.guidance import BRANCHES, GuidanceInterval, branch_weights_per_step, guidance_weights
@@ -35,6 +37,8 @@ class Trajectory:
     bank: StyleBank | None = None  # the baked style whose pages it reads
     picture: object | None = None  # a real reference: its latents are the noised picture at every step
     held: tuple[StyleBank, int] | None = None  # a reference run again from a bank's latents: which of its references
+    start: torch.Tensor | None = None  # an inversion's: the latents [channels, h, w] that it begins with
+    pin: tuple[str, Callable[[int], torch.Tensor]] | None = None  # a reference's, and the model that it was made with
     reference_of: StyleAligned | None = None  # the style whose reference this trajectory is
     aligned: StyleAligned | None = None  # how this trajectory reads its references
     leads: bool = False  # first of a group whose members are each other's references
@@ -43,6 +47,11 @@ class Trajectory:
     def pinned(self) -> bool:
         """Whether its latents are given at every step instead of predicted."""
         return self.picture is not None or self.held is not None
+
+    @property
+    def inverted(self) -> bool:
+        """Whether it is pinned to its picture's DDIM inversion."""
+        return self.picture is not None and self.reference_of.noise == "ddim"
 
     def require(self, branches: Sequence[str]):
         """Make sure that rows for `branches` run."""

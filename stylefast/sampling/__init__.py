@@ -8,7 +8,7 @@ from stylefast.sampling.guidance import (
     branch_weights_per_step,
     guidance_weights,
 )
-from stylefast.sampling.inversion import ddim_invert, pinned_latents
+from stylefast.sampling.inversion import ddim_invert, inversion_schedule, pinned_latents
 from stylefast.sampling.noise_levels import SDXL_SCHEDULER, alphas_cumprod
 from stylefast.sampling.schedule import (
     KARRAS_SCHEDULERS,
@@ -34,6 +34,7 @@ __all__ = [
     "branch_weights_per_step",
     "ddim_invert",
     "guidance_weights",
+    "inversion_schedule",
     "make_schedule",
     "pinned_latents",
     "schedule_digest",

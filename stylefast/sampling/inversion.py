@@ -11,6 +11,25 @@ import torch
 
 from stylefast import values
 from stylefast.errors import InvalidRequest
+from stylefast.sampling.schedule import Schedule
+from stylefast.sampling.tables import LATENTS, NEXT_LATENTS, X0, forward_of
+
+
+def inversion_schedule(
+    alphas_cumprod: np.ndarray | torch.Tensor, steps: int = 50, prediction_type: str = "epsilon"
+) -> Schedule:
+    """Lay out the steps from a clean latent up to noise, as `ddim_invert` walks them.
+
+    The update is linear in the latents and the model's output, so it is a schedule like any sampler's, whose x0 is the
+    predicted noise. Sampling starts at the clean latent. Raises InvalidRequest for bad arguments.
+    """
+    timesteps, output, factors, levels = _coefficients(alphas_cumprod, steps, prediction_type)
+    steps = len(timesteps)
+    update = torch.zeros(steps, 2, 6)
+    update[:, NEXT_LATENTS, LATENTS], update[:, NEXT_LATENTS, X0] = torch.from_numpy(factors.T).float()
+    forward = torch.from_numpy(forward_of(levels)).float()
+    return Schedule("ddim_inversion", torch.from_numpy(timesteps).float(), torch.ones(steps),
+                    torch.from_numpy(output).float(), update, forward, init_noise_scale=1.0)  # fmt: skip
 
 
 def ddim_invert(
@@ -33,27 +52,35 @@ def ddim_invert(
 
     Returns [steps + 1, C, h, w], the noisiest first and `clean` last. Raises InvalidRequest for bad arguments.
     """
-    alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+    if clean.ndim != 3:
+        raise InvalidRequest(f"inversion takes one latent [C, h, w], not {tuple(clean.shape)}")
+    timesteps, output, factors, _ = _coefficients(alphas_cumprod, steps, prediction_type)
+    latents, trajectory = clean, [clean]
+    for timestep, of_noise, of_step in zip(timesteps.tolist(), output.tolist(), factors.tolist(), strict=True):
+        predicted = predict(latents, timestep)
+        noise = predicted if of_noise == [0, 1] else of_noise[0] * latents + of_noise[1] * predicted
+        latents = of_step[0] * latents + of_step[1] * noise
+        trajectory.append(latents)
+    return torch.stack(trajectory[::-1])
+
+
+def _coefficients(alphas_cumprod, steps: int, prediction_type: str) -> tuple[np.ndarray, ...]:
+    """Per step, float64: timestep [steps]; the noise from (latents, output) [steps, 2]; the next latents from
+    (latents, noise) [steps, 2]; and the levels that are passed [steps + 1]."""
+    alphas = np.asarray(alphas_cumprod, dtype=np.float64)
     steps = values.whole_number("steps", steps, 1, len(alphas))
     if prediction_type not in ("epsilon", "v_prediction"):
         raise InvalidRequest(f"inversion knows epsilon and v_prediction, not {prediction_type!r}")
-    if clean.ndim != 3:
-        raise InvalidRequest(f"inversion takes one latent [C, h, w], not {tuple(clean.shape)}")
-
-    latents = clean
-    trajectory = [clean]
-    abar_from = float(alphas[0])
-    for timestep in range(0, steps * (len(alphas) // steps), len(alphas) // steps):
-        abar_to = float(alphas[timestep])
-        output = predict(latents, float(timestep))
-        if prediction_type == "v_prediction":
-            output = abar_from**0.5 * output + (1 - abar_from) ** 0.5 * latents
-        # x0 is put into the step at once: at equal levels the factors are exactly 1 and 0
-        ratio = (abar_to / abar_from) ** 0.5
-        latents = ratio * latents + ((1 - abar_to) ** 0.5 - ratio * (1 - abar_from) ** 0.5) * output
-        trajectory.append(latents)
-        abar_from = abar_to
-    return torch.stack(trajectory[::-1])
+    timesteps = np.arange(steps) * (len(alphas) // steps)
+    levels = alphas[np.concatenate([[0], timesteps])]
+    source, target = levels[:-1], levels[1:]
+    output = np.stack([np.zeros(steps), np.ones(steps)], axis=1)
+    if prediction_type == "v_prediction":
+        output = np.stack([np.sqrt(1 - source), np.sqrt(source)], axis=1)
+    # x0 is put into the step at once: at equal levels the factors are exactly 1 and 0
+    ratio = np.sqrt(target / source)
+    factors = np.stack([ratio, np.sqrt(1 - target) - ratio * np.sqrt(1 - source)], axis=1)
+    return timesteps.astype(np.float64), output, factors, levels
 
 
 def pinned_latents(trajectory: torch.Tensor, step: int, offset: int = 5) -> torch.Tensor:

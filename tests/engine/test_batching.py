@@ -1,6 +1,7 @@
 """The running batch: who joins when, whose turn it is, and what one job's failure means to the others."""
 
 import threading
+import time
 import weakref
 
 import pytest
@@ -42,13 +43,44 @@ def calls_until_done(watch, jobs) -> dict:
 
 
 def test_a_job_joins_at_the_next_step_and_leaves_after_its_last(engine, watch, drawn):
-    jobs = []
-    watch.at[1] = lambda: jobs.append(submit(engine, "a dog", seed=2, steps=2))
+    expected = drawn("a cat", seed=1, steps=5), drawn("a dog", seed=2, steps=2)  # whose prompts are known from then on
+    jobs, calls = [], watch.calls
+    watch.at[calls + 1] = lambda: jobs.append(submit(engine, "a dog", seed=2, steps=2))
     first = submit(engine, seed=1, steps=5)
     latents = first.result(WAIT).latents
-    assert watch.rows == [2, 2, 4, 4, 2]
-    close(jobs[0].result(WAIT).latents, drawn("a dog", seed=2, steps=2))
-    close(latents, drawn("a cat", seed=1, steps=5))
+    assert watch.rows[calls:] == [2, 2, 4, 4, 2]
+    close(jobs[0].result(WAIT).latents, expected[1])
+    close(latents, expected[0])
+
+
+def test_steps_go_on_while_a_request_that_joins_is_encoded(engine, watch, monkeypatch):
+    engine.runtime.conditions.text.forget_idle()
+    encode, passed = engine.text_encoder.encode, threading.Event()
+
+    def slow(prompts, *rest):
+        if any("dog" in (prompt.text or "") for prompt in prompts):
+            assert passed.wait(WAIT)
+        return encode(prompts, *rest)
+
+    monkeypatch.setattr(engine.text_encoder, "encode", slow)
+    second = []
+    watch.at[1] = lambda: second.append(submit(engine, "a dog", steps=2))
+    watch.at[4] = passed.set
+    watch.before = lambda latents: time.sleep(0.005)
+    submit(engine, steps=60).result(WAIT)
+    second[0].result(WAIT)
+    assert watch.rows[:5] == [2] * 5 and 4 in watch.rows and settled(engine)
+
+
+def test_steps_go_on_while_a_finished_picture_is_decoded(engine, watch, monkeypatch):
+    decode, passed = engine.decoder._decode, threading.Event()
+    monkeypatch.setattr(engine.decoder, "_decode", lambda latents: passed.wait(WAIT) and decode(latents))
+    first, second = watch.together(
+        lambda: submit(engine, output="pil"), lambda: submit(engine, "a dog", steps=STEPS + 4, output="latents")
+    )
+    watch.at[STEPS + 2] = passed.set
+    second.result(WAIT)
+    assert first.result(WAIT).images[0].size == SIZE and settled(engine)
 
 
 def test_sizes_take_turns_with_a_call_for_each(engine, idle):
@@ -193,15 +225,16 @@ def test_a_step_that_is_tried_again_does_not_hold_what_the_failed_one_had(engine
 
 def test_a_job_that_finds_no_room_to_join_waits_for_the_others(engine, watch, monkeypatch, drawn):
     expected = drawn("a dog", seed=2)
-    encode, refusals = engine.runtime.conditions.encode, []
+    admit, refusals = engine.runtime.admit, []
 
-    def full(trajectories, size):
-        if any(t.prompt == "a dog" for t in trajectories) and engine._loop.running:
+    def full(trajectories, *rest):
+        if any(t.prompt == "a dog" for t in trajectories) and engine._loop.running > 1:
             refusals.append(1)
+            engine.runtime.conditions.release(rest[0])
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode(trajectories, size)
+        return admit(trajectories, *rest)
 
-    monkeypatch.setattr(engine.runtime.conditions, "encode", full)
+    monkeypatch.setattr(engine.runtime, "admit", full)
     first, second = watch.together(lambda: submit(engine), lambda: submit(engine, "a dog", seed=2))
     close(second.result(WAIT).latents, expected)
     assert first.done() and refusals
@@ -212,7 +245,7 @@ def test_a_job_that_can_not_even_join_an_empty_batch_fails(engine, monkeypatch, 
     def full(*arguments):
         raise error("no room")
 
-    monkeypatch.setattr(engine.runtime.conditions, "encode", full)
+    monkeypatch.setattr(engine.runtime.conditions, "gather", full)
     with pytest.raises(OutOfMemory, match="does not fit into memory.*no room"):
         submit(engine).result(WAIT)
     assert settled(engine)
@@ -259,8 +292,8 @@ def poison(engine, monkeypatch, prompt):
     admit = engine.runtime.admit
 
     @torch.inference_mode()
-    def poisoned(trajectories, shape, pins):
-        group = admit(trajectories, shape, pins)
+    def poisoned(trajectories, *rest):
+        group = admit(trajectories, *rest)
         for (t, branch), pages in group.conditions.text_pages.items():
             if branch == "full" and t.prompt == prompt:
                 for k, v in engine.runtime.conditions.text.layers:
@@ -344,14 +377,14 @@ def test_an_exception_in_a_step_fails_the_jobs_of_its_batch_and_the_loop_lives_o
 
 
 def test_an_exception_while_decoding_fails_its_job_alone(engine, watch, monkeypatch, draw):
-    images = engine.decoder.images
+    decode = engine.decoder._decode
 
     def broken(latents):
-        if latents[0].shape == (4, 16, 16):
+        if latents.shape == (4, 16, 16):
             raise RuntimeError("bad decoder")
-        return images(latents)
+        return decode(latents)
 
-    monkeypatch.setattr(engine.decoder, "images", broken)
+    monkeypatch.setattr(engine.decoder, "_decode", broken)
     bad, good = watch.together(
         lambda: submit(engine, size=LARGE, output="pil"), lambda: submit(engine, "a dog", output="pil")
     )

@@ -404,9 +404,9 @@ def test_previews_leave_out_references_and_hold_all_pictures_of_the_job(engine):
     assert [len(preview.latents) for preview in asyncio.run(main())][-1] == 2
 
 
-def test_a_reader_whose_loop_is_gone_harms_nobody(engine, watch):
+def test_a_reader_whose_loop_ends_cancels_its_job_and_no_other(engine, watch):
     reached, go = watch.gate(1)
-    job = submit(engine)
+    job, other = watch.together(lambda: submit(engine), lambda: submit(engine, "a dog"))
 
     async def leave():
         asyncio.ensure_future(_previews(job))
@@ -415,4 +415,75 @@ def test_a_reader_whose_loop_is_gone_harms_nobody(engine, watch):
 
     asyncio.run(leave())
     go.set()
-    assert len(job.result(WAIT).latents) == 1
+    assert len(other.result(WAIT).latents) == 1
+    with pytest.raises(JobCancelled):
+        job.result(WAIT)
+
+
+# a task that is cancelled
+
+
+def test_a_task_that_gives_up_waiting_cancels_its_job(engine, watch):
+    reached, go = watch.gate(1)
+    job = submit(engine, steps=60)
+
+    async def main():
+        assert await asyncio.to_thread(reached.wait, WAIT)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(job, 0.01)
+
+    asyncio.run(main())
+    go.set()
+    with pytest.raises(JobCancelled):
+        job.result(WAIT)
+    assert not job._watchers and watch.calls <= 3 and settled(engine)
+
+
+def test_a_job_behind_a_shield_goes_on_when_its_waiter_is_cancelled(engine, watch):
+    async def main():
+        job = submit(engine)
+        waiting = asyncio.shield(asyncio.ensure_future(job._as_future()))
+        task = asyncio.ensure_future(asyncio.wait_for(waiting, WAIT))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await job
+
+    assert len(asyncio.run(main()).latents) == 1
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["while it waits for one", "while it does something with one"])
+def test_a_reader_of_previews_that_is_cancelled_cancels_its_job(engine, watch, busy):
+    _, go = watch.gate(2)
+    job, seen = submit(engine, steps=60), []
+
+    async def read():
+        async for preview in job:
+            seen.append(preview)
+            if busy:
+                await asyncio.sleep(WAIT)
+
+    async def main():
+        task = asyncio.ensure_future(read())
+        while not seen:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    go.set()
+    with pytest.raises(JobCancelled):
+        job.result(WAIT)
+    assert settled(engine)
+
+
+def test_a_reader_that_breaks_off_may_still_wait_for_the_result(engine, watch):
+    async def main():
+        job = submit(engine, steps=6)
+        async for _ in job:
+            break
+        return await job
+
+    assert len(asyncio.run(main()).latents) == 1

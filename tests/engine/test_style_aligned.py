@@ -10,7 +10,7 @@ from PIL import ImageOps
 
 import stylefast as sf
 from stylefast.errors import StyleError
-from stylefast.runtime import pinning
+from stylefast.runtime import admission
 from stylefast.styles.style_aligned import plain_layers
 from tests.engine.scene import SIZE, apart, by_step, clean_latents, encode, guided, picture_noise, small_picture
 from tests.fp64 import close, measured
@@ -279,8 +279,8 @@ def literal_inversion(pipe, clean, caption: str, steps: int, guidance: float) ->
 
 def test_the_inversion_of_a_picture_follows_the_equations(pipe, draw, monkeypatch):
     picture, found = small_picture(4, SIZE), []
-    invert = pinning.ddim_invert
-    monkeypatch.setattr(pinning, "ddim_invert", lambda *rest: found.append(invert(*rest)) or found[-1])
+    pin = admission.inverted_pin
+    monkeypatch.setattr(admission, "inverted_pin", lambda trail: found.append(torch.stack(trail[::-1])) or pin(trail))
     style = sf.StyleAligned(reference=picture, prompt="a fish", noise="ddim", inversion_guidance=1.5)
     draw(PROMPTS, style, seed=30, scheduler="ddim", steps=4)
 
@@ -297,7 +297,8 @@ def test_the_inversion_of_a_picture_follows_the_equations(pipe, draw, monkeypatc
 def test_an_inverted_picture_is_pinned_as_in_the_authors_notebook(pipe, draw, monkeypatch):
     picture, steps = small_picture(4, SIZE), 12
     trajectory = literal_inversion(pipe, clean_latents(pipe, picture)[0], "a fish", steps, 2.0)
-    monkeypatch.setattr(pinning, "ddim_invert", lambda *_: torch.stack(trajectory))
+    pin = admission.inverted_pin
+    monkeypatch.setattr(admission, "inverted_pin", lambda trail: pin(trajectory[::-1]))
     style = sf.StyleAligned(reference=picture, prompt="a fish", noise="ddim")
     actual = draw(PROMPTS, style, seed=30, scheduler="ddim", steps=steps, guidance=2.0)
 

@@ -11,8 +11,9 @@ BELOW_ENGINE = {
 
 # area -> what it may import beside itself; a name with a dot is a single module of an area
 ALLOWED = {
-    "__init__": {"errors"},
+    "__init__": {"errors", "threads"},
     "errors": set(),
+    "threads": set(),
     "values": {"errors"},
     "_C": set(),
     "code_caches": {"errors", "values"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "record_values": {"errors", "values", "models", "styles"},
     "record": BELOW_ENGINE | {"record_values"},
     # the package itself, for the version that goes into a picture's metadata
-    "engine": BELOW_ENGINE | {"record", "record_values", "stylefast"},
+    "engine": BELOW_ENGINE | {"record", "record_values", "stylefast", "threads"},
     "presentation": {"errors", "values"},
     "training": {"errors", "values", "kernels", "models", "styles", "sampling", "evaluation"},
     "evaluation": {"errors", "values", "kernels", "models", "styles"},

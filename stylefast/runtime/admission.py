@@ -1,0 +1,153 @@
+"""How pictures join: what they need is made bit by bit, so that nothing slow is done while others wait for a step.
+
+Encoders, readers of files and the VAE run beside the steps; the DDIM inversion of a reference is a group that makes
+its steps in the batch like any other; what remains under the runtime's lock is writing pages and slots.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from stylefast.runtime.conditions import Encoded
+from stylefast.runtime.group import Group, Pin
+from stylefast.runtime.loop import denoise
+from stylefast.runtime.pinning import forward_pin, inverted_pin, latents_pin
+from stylefast.runtime.preparing import Preparer
+from stylefast.runtime.results import joined
+from stylefast.runtime.trajectory import Trajectory, connected
+
+# what an admission waits for: a call to make with `Runtime.beside`, or groups to run to their end
+Wanted = Callable[[], Any] | list[Group]
+
+
+class Admission:
+    """Trajectories on their way into a runtime. `groups` are those admitted so far, in the order of their pictures.
+
+    Whoever runs steps asks `advance` what is wanted next until it is None; `run` does that in the caller's thread.
+    All or nothing: when `advance` raises, or after `close`, nothing is held. A context manager that closes.
+    """
+
+    def __init__(self, preparer: Preparer, trajectories: Sequence[Trajectory]):
+        self._preparer, self._runtime = preparer, preparer.runtime
+        self.groups: list[Group] = []
+        self._inversions: list[Group] = []
+        self._going = self._go(trajectories)
+        self._begun = False
+
+    def advance(self, value: Any = None) -> Wanted | None:
+        """Go on until something is wanted, which is returned, or all is admitted: None. Not under the lock.
+
+        value: what the call returned that was wanted last. Raises InvalidRequest and its kin for what can't be made,
+        OutOfMemory for what finds no room.
+        """
+        with self._runtime.lock:
+            try:
+                wanted = self._going.send(value if self._begun else None)
+                self._begun = True
+                return wanted
+            except StopIteration:
+                return None
+
+    def fail(self, error: BaseException) -> None:
+        """Tell it that the call wanted last raised `error`; raises that again."""
+        with self._runtime.lock:
+            self._going.throw(error)
+
+    def run(self) -> list[Group]:
+        """Admit all, in the caller's thread. Raises as `advance` does, and what calls and inversions raise."""
+        value = None
+        while (wanted := self.advance(value)) is not None:
+            if callable(wanted):
+                value = self._runtime.beside(wanted)
+            else:
+                value, errors = None, denoise(self._runtime, wanted)[1]
+                if errors:
+                    raise joined(errors)
+        return self.groups
+
+    def close(self) -> None:
+        """Give back all that is held; a second time does nothing."""
+        with self._runtime.lock:
+            self._going.close()
+            for group in [*self.groups, *self._inversions]:
+                self._runtime.retire(group)
+            self.groups, self._inversions = [], []
+
+    def __enter__(self) -> "Admission":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _go(self, trajectories: Sequence[Trajectory]) -> Generator[Wanted, Any, None]:
+        """Runs under the lock between what it yields."""
+        runtime, store = self._runtime, self._runtime.conditions
+        by_size: dict[tuple[int, int], list[Trajectory]] = {}
+        for t in trajectories:
+            by_size.setdefault(t.size, []).append(t)
+        made: Encoded | None = None
+        runtime.joining += 1
+        try:
+            for size, members in by_size.items():
+                shape = self._preparer.latent_shape(size)
+                pins = yield from self._pins([t for t in members if t.pinned])
+                made = yield from store.encoding(members, shape[1:])
+                for one in connected(members):
+                    group = self._admit(one, made, {t: pins[t] for t in one if t in pins})
+                    self.groups.append(group)
+                    opening = runtime.backend.ready(group)
+                    if opening is not None:
+                        yield opening
+                store.drop(made)
+        except BaseException:
+            for group in [*self.groups, *self._inversions]:
+                runtime.retire(group)
+            self.groups, self._inversions = [], []
+            raise
+        finally:
+            if made is not None:
+                store.drop(made)
+            runtime.joining -= 1
+
+    def _admit(self, trajectories: Sequence[Trajectory], made: Encoded, pins: dict[Trajectory, Pin]) -> Group:
+        shape = self._preparer.latent_shape(trajectories[0].size)
+        conditions = self._runtime.conditions.gather(trajectories, shape[1:], made)
+        return self._runtime.admit(trajectories, conditions, shape, pins)
+
+    def _pins(self, references: Sequence[Trajectory]) -> Generator[Wanted, Any, dict[Trajectory, Pin]]:
+        """How references are held at every step."""
+        pins, inversions, model = {}, {}, self._preparer.fingerprint()
+        for t in references:
+            if t.pin is not None and t.pin[0] == model:
+                continue  # from an attempt that found no room
+            if t.held is not None:
+                t.pin = model, latents_pin(*t.held)
+                continue
+            clean: torch.Tensor = yield partial(self._preparer.encode_picture, t)
+            if t.inverted:
+                inversions[t] = yield from self._invert(t, clean)
+            else:
+                t.pin = model, forward_pin(t, clean)
+        if inversions:
+            yield list(inversions.values())
+        for t, group in inversions.items():
+            t.pin = model, inverted_pin(group.trail)
+            self._runtime.retire(group)
+            self._inversions.remove(group)
+        for t in references:
+            pins[t] = t.pin[1]
+        return pins
+
+    def _invert(self, t: Trajectory, clean: torch.Tensor) -> Generator[Wanted, Any, Group]:
+        """The group that walks the picture of `t` up to noise."""
+        inversion, store = self._preparer.inversion(t), self._runtime.conditions
+        inversion.start = clean
+        made = yield from store.encoding([inversion], tuple(clean.shape[1:]))
+        try:
+            group = self._admit([inversion], made, {})
+        finally:
+            store.drop(made)
+        self._inversions.append(group)
+        return group

@@ -1,0 +1,289 @@
+"""How work ends: after a fork, in callbacks, when an engine is closed or a call interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+import stylefast as sf
+from stylefast.errors import EngineClosed, InvalidRequest
+from stylefast.runtime.copy_engine import CopyEngine
+from stylefast.runtime.fair_lock import FairLock
+from tests.engine.scene import SIZE, STEPS, small_picture
+from tests.engine.watch import WAIT, Watch, held, request, settled, submit
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+PICTURE = small_picture(1, (48, 40))
+
+
+@pytest.fixture
+def watch(engine, monkeypatch):
+    return Watch(engine, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def own(pipe):
+    """An engine that a test may close."""
+    return lambda: sf.Engine.from_pipeline(pipe)
+
+
+def in_child(work) -> int:
+    """The exit code of a forked process that runs `work`; one that hangs is killed and has -9."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(3 * WAIT)  # also where Python code no longer runs
+        try:
+            work()
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def refused(call) -> None:
+    with pytest.raises(EngineClosed, match="another process"):
+        call()
+
+
+# forked processes
+
+
+@needs_fork
+def test_nothing_hangs_in_a_process_that_was_forked_from_a_busy_engine(engine, watch):
+    over = submit(engine, "a dog")
+    over.result(WAIT)
+    # in the midst of a step, which holds the runtime's lock
+    reached, go = watch.gate(watch.calls)
+    job = submit(engine)
+    assert reached.wait(WAIT)
+
+    def work():
+        for call in (job.result, lambda: job.add_done_callback(print), lambda: submit(engine),
+                     lambda: engine.generate("a cat", steps=1, size=SIZE), lambda: engine.load_lora("x.safetensors"),
+                     lambda: engine.bake(sf.StyleAligned(PICTURE), steps=1, size=SIZE),
+                     lambda: engine.load_adapter("x.safetensors")):  # fmt: skip
+            refused(call)
+        assert not job.cancel() and over.result().latents
+        with engine:
+            engine.memory()
+        engine.close()
+
+    code = in_child(work)
+    go.set()
+    assert code == 0 and job.result(WAIT).latents and settled(engine)
+
+
+@needs_fork
+def test_a_forked_process_leaves_python_at_once():
+    program = """
+        import os, signal, sys, time
+        import stylefast as sf
+        from tests.engine.scene import sharp_pipeline
+        from tests.engine.watch import submit
+        engine = sf.Engine.from_pipeline(sharp_pipeline())
+        job = submit(engine, steps=500)
+        while not job.step:
+            time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(200)
+            del engine, job
+            sys.exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=4 * WAIT)
+    assert (done.returncode, done.stdout.strip()) == (0, "7"), done.stderr
+
+
+@needs_fork
+@pytest.mark.parametrize("mine", [False, True], ids=["another thread's", "the forking thread's"])
+def test_a_lock_that_was_held_at_a_fork_is_free_in_the_child(mine):
+    lock, taken, leave = FairLock(), threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            taken.set()
+            assert leave.wait(WAIT)
+
+    def work():
+        with lock:
+            pass
+        other = threading.Thread(target=lock.__enter__)
+        other.start()
+        other.join(0.05 if mine else WAIT)
+        assert other.is_alive() == mine  # what this thread holds stays held
+
+    if mine:
+        with lock:
+            assert in_child(work) == 0
+        return
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(WAIT)
+    code = in_child(work)
+    leave.set()
+    thread.join(WAIT)
+    assert code == 0
+
+
+@needs_fork
+@pytest.mark.parametrize("backend", ["cpp", "python"])
+def test_a_copy_engine_of_the_parent_is_left_alone_in_the_child(backend):
+    if backend == "cpp":
+        pytest.importorskip("stylefast._C")
+    engine = CopyEngine(backend=backend)
+
+    def work():
+        engine.close()
+        engine.__dict__.clear()  # lets go of the engine in C++ too
+
+    assert in_child(work) == 0
+    engine.close()
+
+
+# callbacks
+
+
+def test_waiting_for_a_job_in_a_callback_of_its_engine_is_an_error_at_once(engine):
+    caught, done = [], threading.Event()
+
+    def again(job):
+        try:
+            submit(engine, "a dog").result()
+        except InvalidRequest as error:
+            caught.append(str(error))
+        done.set()
+
+    submit(engine).add_done_callback(again)
+    assert done.wait(WAIT) and "this callback runs in the thread" in caught[0]
+    late, done = submit(engine, deadline=1e-6), threading.Event()
+    late.add_done_callback(again)
+    assert done.is_set() or len(caught) >= 1
+    assert settled(engine)
+
+
+def test_the_result_of_a_finished_job_may_be_taken_in_its_callback(engine):
+    found, done = [], threading.Event()
+    submit(engine).add_done_callback(lambda job: (found.append(job.result()), done.set()))
+    assert done.wait(WAIT) and len(found[0].latents) == 1
+
+
+# closing and interrupting
+
+
+@pytest.mark.parametrize("what", ["generate", "bake"])
+def test_closing_ends_calls_of_other_threads_after_their_step(own, monkeypatch, what):
+    engine = own()
+    watch = Watch(engine, monkeypatch)
+    reached, go = watch.gate(1)
+    ends = []
+
+    def call():
+        with pytest.raises(EngineClosed, match="closed"):
+            if what == "generate":
+                engine.generate("a cat", steps=60, size=SIZE)
+            else:
+                engine.bake(sf.StyleAligned(PICTURE), steps=60, size=SIZE)
+        ends.append(watch.calls)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert reached.wait(WAIT)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine.runtime.closed:
+        pass
+    go.set()
+    thread.join(WAIT)
+    closing.join(WAIT)
+    assert ends == [2] and held(engine) == dict.fromkeys(held(engine), 0)
+
+
+def test_closing_while_pictures_are_decoded_ends_the_call(own, monkeypatch):
+    engine = own()
+    decode = engine.decoder._decode
+    monkeypatch.setattr(engine.decoder, "_decode", lambda latents: (engine.close(), decode(latents))[1])
+    with pytest.raises(EngineClosed, match="closed"):
+        engine.generate(["a cat", "a dog"], steps=1, size=SIZE)
+
+
+@pytest.mark.parametrize("moment", ["step", "inversion", "encoding", "decoding"])
+def test_an_interrupted_call_gives_back_all_it_holds(engine, watch, monkeypatch, moment):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    style = sf.StyleAligned(PICTURE, noise="ddim") if moment == "inversion" else None
+    engine.runtime.conditions.text.forget_idle()
+    if moment == "encoding":
+        monkeypatch.setattr(engine.text_encoder, "encode", interrupt)
+    elif moment == "decoding":
+        monkeypatch.setattr(engine.decoder, "_decode", interrupt)
+    else:
+        watch.at[1] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate("a cat", style, steps=STEPS, size=SIZE, scheduler="ddim")
+    assert not any(held(engine).values()) and not engine.runtime.joining
+    monkeypatch.undo()
+    assert submit(engine).result(WAIT).latents
+
+
+# inversions
+
+
+def test_an_inversion_shares_calls_with_jobs_on_their_way_and_counts_no_steps(engine, watch, draw):
+    style = sf.StyleAligned(PICTURE, prompt="a fish", noise="ddim")
+    expected = draw("a cat", style, seed=1, scheduler="ddim"), draw("a dog", seed=2, steps=9)
+    calls, seen = watch.calls, []
+    first, second = watch.together(
+        lambda: submit(engine, style=style, seed=1, scheduler="ddim"), lambda: submit(engine, "a dog", seed=2, steps=9)
+    )
+    first.add_done_callback(lambda job: seen.append(job.step))
+    for job, latents in zip((first, second), expected):
+        assert (job.result(WAIT).latents[0] - latents[0]).abs().max() <= 1e-4 * latents[0].abs().max()
+    # with the other job: three steps of the inversion, then three of the picture and its reference
+    assert watch.rows[calls:] == [4] * 3 + [6] * 3 + [2] * 3 and seen == [STEPS] and settled(engine)
+
+
+def test_a_job_that_is_cancelled_in_its_inversion_gives_back_all(engine, watch):
+    jobs = []
+    watch.at[1] = lambda: jobs[0].cancel()
+    with engine.runtime.lock:
+        jobs.append(submit(engine, style=sf.StyleAligned(PICTURE, noise="ddim"), scheduler="ddim"))
+    with pytest.raises(sf.errors.JobCancelled, match="step 0"):
+        jobs[0].result(WAIT)
+    assert watch.calls == 2 and settled(engine) and not engine.runtime.joining
+
+
+def test_an_inversion_that_fails_fails_its_job_alone(engine, watch, monkeypatch):
+    forward = engine.unet.forward
+
+    def sick(latents, embedding, text_kv, image_kv, rows, *rest, **named):
+        output = forward(latents, embedding, text_kv, image_kv, rows, *rest, **named)
+        return output * (float("nan") if watch.calls == 2 else 1)
+
+    monkeypatch.setattr(engine.unet, "forward", sick)
+    job = submit(engine, style=sf.StyleAligned(PICTURE, noise="ddim"), scheduler="ddim")
+    with pytest.raises(sf.errors.NumericsError, match="reference"):
+        job.result(WAIT)
+    assert settled(engine) and submit(engine).result(WAIT).latents
+
+
+def test_weights_do_not_change_while_a_request_is_about_to_join(engine, watch, monkeypatch):
+    style, caught = sf.StyleAligned(PICTURE), []
+
+    def try_it(t):
+        with pytest.raises(InvalidRequest, match="about to join.*wait"), engine.runtime.changing_weights():
+            pass
+        caught.append(1)
+        return encode(t)
+
+    encode = engine._preparer.encode_picture
+    monkeypatch.setattr(engine._preparer, "encode_picture", try_it)
+    engine.generate(request(style=style))
+    assert caught == [1]
