@@ -9,6 +9,7 @@ BENCHMARKS = {
     "exports": "benchmarks.exports",
     "gpu": "benchmarks.gpu",
     "kernels": "benchmarks.kernels.command",
+    "load": "benchmarks.load",
     "reading": "benchmarks.reading",
     "runtime": "benchmarks.runtime.command",
     "startup": "benchmarks.startup",

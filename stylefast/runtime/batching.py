@@ -13,15 +13,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from stylefast.errors import (
-    DeadlineExceeded,
     EngineClosed,
-    JobCancelled,
     NumericsError,
     OutOfMemory,
     QueueFull,
@@ -30,8 +27,9 @@ from stylefast.errors import (
 from stylefast.runtime.admission import Admission
 from stylefast.runtime.core import Runtime
 from stylefast.runtime.group import Group
-from stylefast.runtime.helper import AGAIN, Helper
+from stylefast.runtime.helper import Helper
 from stylefast.runtime.jobs import Job, Preview
+from stylefast.runtime.joining import Call, Joining, cancelled, pieces, too_late
 from stylefast.runtime.loop import results
 from stylefast.runtime.memory import give_back, is_out_of_memory
 from stylefast.runtime.preparing import Preparer
@@ -71,7 +69,7 @@ class BatchLoop:
         self._jobs: dict[Group, Job] = {}
         self._turns: dict[Group, int] = {}  # when a group last had a step
         self._turn = 0
-        self._joining: dict[Job, _Joining] = {}
+        self._joining: dict[Job, Joining] = {}
         self._leaving: set[Job] = set()  # whose pictures are being decoded
         self._helper = Helper(lambda: _IDLE_SECONDS)
         self._thread: threading.Thread | None = None
@@ -115,7 +113,7 @@ class BatchLoop:
                 self._queue.remove(job)
             self._changed.notify_all()
         if waiting:
-            job.finish(error=_cancelled(job))
+            job.finish(error=cancelled(job))
 
     def close(self) -> None:
         """Stop after the present step; jobs that are not over fail with EngineClosed.
@@ -199,12 +197,12 @@ class BatchLoop:
                 self._queue.remove(job)
             running = dict.fromkeys([*self._jobs.values(), *self._joining])
         for job in late:
-            job.finish(error=_late(job))
+            job.finish(error=too_late(job))
         for job in running:
             if job.cancelled:
-                self._end(job, _cancelled(job))
+                self._end(job, cancelled(job))
             elif job.expires is not None and now >= job.expires:
-                self._end(job, _late(job))
+                self._end(job, too_late(job))
 
     def _admit(self) -> None:
         """Let waiting jobs join, first come first served.
@@ -222,7 +220,7 @@ class BatchLoop:
                     return
                 job = self._queue.popleft()
             if job.cancelled:
-                job.finish(error=_cancelled(job))
+                job.finish(error=cancelled(job))
                 continue
             try:
                 if job.trajectories is None:
@@ -231,11 +229,11 @@ class BatchLoop:
                 job.finish(error=error)
                 continue
             with self._changed:
-                joining = self._joining[job] = _Joining(Admission(self._preparer, job.trajectories))
+                joining = self._joining[job] = Joining(Admission(self._preparer, job.trajectories))
             if not self._go_on(job, joining, alone):
                 return
 
-    def _go_on(self, job: Job, joining: "_Joining", alone: bool) -> bool:
+    def _go_on(self, job: Job, joining: Joining, alone: bool) -> bool:
         """Admit a job as far as that goes without waiting, or to its end or first step where `alone`.
 
         False where there is no room and it was put back into the queue.
@@ -261,21 +259,21 @@ class BatchLoop:
             trajectories = job.trajectories
             self._leave(job)
             # when others are done there is more room
-            if is_out_of_memory(error) and (self._jobs or self._joining):
+            if is_out_of_memory(error) and (self._jobs or self._joining or self._leaving):
                 job.trajectories = trajectories
                 with self._changed:
                     self._queue.appendleft(job)
                     if not self._jobs:
-                        self._changed.wait(_PAUSE_SECONDS)  # for those who are joining
+                        self._changed.wait(_PAUSE_SECONDS)  # for those who are joining or decoded
                 return False
             job.finish(error=_as_memory(error) if is_out_of_memory(error) else error)
             if not isinstance(error, Exception):
                 raise
         return True
 
-    def _beside(self, wanted: Callable[[], Any], alone: bool) -> "_Call":
+    def _beside(self, wanted: Callable[[], Any], alone: bool) -> Call:
         """Have a call made by the helper, or, where no steps would wait for it, by this thread."""
-        call = _Call()
+        call = Call()
         if alone:
             try:
                 call.value = self._runtime.beside(wanted)
@@ -342,10 +340,10 @@ class BatchLoop:
     def _deliver(self, job: Job) -> None:
         """All groups of a job are done: have its result made beside the steps of others."""
         if job.cancelled:  # in its last step
-            self._end(job, _cancelled(job))
+            self._end(job, cancelled(job))
             return
         if job.expires is not None and time.monotonic() >= job.expires:
-            self._end(job, _late(job))
+            self._end(job, too_late(job))
             return
         try:
             making = self._finish(job, job.latents)
@@ -364,7 +362,7 @@ class BatchLoop:
                 error = _as_memory(error)
             job.finish(result, error)
 
-        self._helper.run(_pieces(job, making), then)
+        self._helper.run(pieces(job, making), then)
 
     def _show(self, job: Job, group: Group) -> None:
         with self._runtime.lock:
@@ -400,45 +398,6 @@ class BatchLoop:
             job.finish(error=error)
 
 
-@dataclass(eq=False)
-class _Call:
-    """A call that an admission wants, made beside the steps."""
-
-    over: bool = False
-    value: Any = None
-    error: BaseException | None = None
-
-
-@dataclass(eq=False)
-class _Joining:
-    """A job that is about to join: what it waits for."""
-
-    admission: Admission
-    call: _Call | None = None
-    inversions: list[Group] = field(default_factory=list)
-
-    @property
-    def waits(self) -> bool:
-        """Whether its call is not over."""
-        return self.call is not None and not self.call.over
-
-
-def _pieces(job: Job, making: Generator[None, None, Any]) -> Callable[[], Any]:
-    """A task of the helper: the next piece of a job's result, until it is whole or the job was cancelled."""
-
-    def piece() -> Any:
-        if job.cancelled:
-            making.close()
-            raise _cancelled(job)
-        try:
-            next(making)
-        except StopIteration as end:
-            return end.value
-        return AGAIN
-
-    return piece
-
-
 @atexit.register
 def _close_all() -> None:
     """A thread in the midst of a step when Python goes down would take the process with it."""
@@ -448,15 +407,6 @@ def _close_all() -> None:
 
 def _closed() -> EngineClosed:
     return EngineClosed("the engine was closed before the job was done")
-
-
-def _cancelled(job: Job) -> JobCancelled:
-    return JobCancelled(f"the job was cancelled at step {job.step} of {job.steps}")
-
-
-def _late(job: Job) -> DeadlineExceeded:
-    given = job.expires - job.submitted
-    return DeadlineExceeded(f"the deadline of {given:g} seconds passed at step {job.step} of {job.steps}")
 
 
 def _as_memory(error: BaseException) -> StyleFastError:

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 import stylefast as sf
-from stylefast.errors import EngineClosed, InvalidRequest
+from stylefast.errors import EngineClosed, ExportError, InvalidRequest
 from stylefast.runtime.copy_engine import CopyEngine
 from stylefast.runtime.fair_lock import FairLock
 from tests.engine.scene import SIZE, STEPS, small_picture
@@ -231,6 +231,24 @@ def test_an_interrupted_call_gives_back_all_it_holds(engine, watch, monkeypatch,
     assert not any(held(engine).values()) and not engine.runtime.joining
     monkeypatch.undo()
     assert submit(engine).result(WAIT).latents
+
+
+class Damaged:
+    """A decoder in place of the VAE's whose file can't be opened."""
+
+    def open(self):
+        raise ExportError("vae_decoder.onnx was altered")
+
+    def __call__(self, latents):
+        raise AssertionError("it was used without being opened")
+
+
+def test_a_damaged_decoder_is_refused_before_any_step(engine, watch, monkeypatch):
+    monkeypatch.setattr(engine.decoder, "_run", Damaged())
+    for call in (lambda: engine.generate(request()), lambda: submit(engine, output="pil")):
+        with pytest.raises(ExportError, match="altered"):
+            call()
+    assert watch.calls == 0 and len(submit(engine, output="latents").result(WAIT).latents) == 1
 
 
 # inversions

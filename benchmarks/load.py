@@ -1,0 +1,243 @@
+"""Measures an engine under load: what a running job waits for beside others, and what a busy machine costs.
+
+    python -m benchmarks load [--only gap,busy] [--minutes 10] [--out FILE]
+
+Two kinds of cases on the embedded model, on a CPU. "gap ...": a job of many steps runs while something else is asked
+of the engine; how long it stands still between two steps, against the slowest step of anybody in that time. "busy":
+eight pictures in a process of their own, alone and beside a process that burns all cores, in turn.
+Writes benchmarks/results/load-cpu.json. Exit code as `python -m benchmarks runtime`.
+"""
+
+import argparse
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import stylefast as sf
+from benchmarks.kernels.measure import Budget
+from benchmarks.runtime.cases import Case, Figure, Outcome
+from benchmarks.runtime.command import run, summary_text
+from stylefast.errors import InvalidRequest
+
+RESULTS = Path(__file__).parent / "results" / "load-cpu.json"
+MOST_GAP, MOST_COST = 2.0, 3.0
+LONG = 900  # steps of the job that is watched; it is cancelled when enough was seen
+QUIET_STEPS = 20  # before and after what is asked
+PICTURES, STEPS, ROUNDS = 8, 6, 3
+DRAW = f"""
+import time, stylefast as sf
+engine = sf.Engine.from_pretrained("tiny", device="cpu")
+engine.generate(["a fish"] * {PICTURES}, steps=1)
+for _ in range({ROUNDS}):
+    input()
+    start = time.perf_counter()
+    engine.generate(["a fish"] * {PICTURES}, steps={STEPS})
+    print(time.perf_counter() - start, flush=True)
+"""
+BURN = "import os\nfor _ in range(os.cpu_count() - 1):\n    if not os.fork(): break\nwhile True: pass"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--only", help="beginnings of the names of the cases to measure, by commas")
+    parser.add_argument("--minutes", type=float, default=10.0, help="cases that can't be done by then are not begun")
+    parser.add_argument("--out", type=Path, help="file to write (with --only: none unless given)")
+    arguments = parser.parse_args(argv)
+    chosen = cases()
+    if arguments.only:
+        chosen = [case for case in chosen if case.name.startswith(tuple(arguments.only.split(",")))]
+        if not chosen:
+            print(f"error: --only names no case; there are {', '.join(c.name for c in cases())}", file=sys.stderr)
+            return 2
+    path = arguments.out or (None if arguments.only else RESULTS)
+    content = run(chosen, "cpu", False, Budget(arguments.minutes), path)
+    print(summary_text(content, path))
+    return 1 if content["unproved"] else 0
+
+
+def cases() -> list[Case]:
+    """Every kind of request beside a running job, and a busy machine."""
+    return [*(gap(name, what, ask) for name, (what, ask) in BESIDE.items()), busy()]
+
+
+# beside a running job
+
+
+class Watched:
+    """A long job of an engine: when its steps began and ended, and how long anybody's steps took."""
+
+    def __init__(self, engine: sf.Engine):
+        self.steps: list[tuple[float, float]] = []
+        self.slowest = 0.0
+        advance = engine.runtime.advance
+
+        def timed(groups, *rest):
+            start = time.perf_counter()
+            failed = advance(groups, *rest)
+            end = time.perf_counter()
+            self.slowest = max(self.slowest, end - start)
+            if any(group.steps == LONG for group in groups):
+                self.steps.append((start, end))
+            return failed
+
+        engine.runtime.advance = timed
+        self.job = engine.submit(sf.Request("a fish in the sea", steps=LONG), output="latents")
+        self.go_on()
+        self.steps.clear()
+        self.slowest = 0.0
+
+    def go_on(self) -> None:
+        """Wait for some more steps."""
+        seen = len(self.steps)
+        while len(self.steps) < seen + QUIET_STEPS and not self.job.done():
+            time.sleep(0.01)
+
+    @property
+    def gap(self) -> float:
+        """Seconds of the longest time between the end of one step and the beginning of the next."""
+        return max((b[0] - a[1] for a, b in zip(self.steps, self.steps[1:])), default=math.nan)
+
+
+def gap(name: str, what: str, ask: Callable[[sf.Engine], Any]) -> Case:
+    """The largest gap in a running job beside one kind of request."""
+    expected = Figure("largest gap / slowest step", None, MOST_GAP, at_most=True)
+
+    def measure(budget: Budget) -> Outcome:
+        engine = sf.Engine.from_pretrained("tiny", device="cpu")
+        try:
+            watched = Watched(engine)
+            start = time.perf_counter()
+            answer = ask(engine)
+            seconds = time.perf_counter() - start
+            watched.go_on()
+        finally:
+            engine.close()
+        figure = Figure(expected.what, watched.gap / watched.slowest, MOST_GAP, at_most=True)
+        details = {"gap_ms": round(1e3 * watched.gap, 1), "slowest_step_ms": round(1e3 * watched.slowest, 1),
+                   "request_s": round(seconds, 2), "steps_meanwhile": len(watched.steps) - QUIET_STEPS}  # fmt: skip
+        if isinstance(answer, str):
+            details["answer"] = answer
+        return Outcome(figures=[figure], details=details)
+
+    return Case(f"gap: {name}", f"a running job beside {what}", measure, (expected,))
+
+
+def _drawn(**options) -> Callable[[sf.Engine], Any]:
+    return lambda engine: engine.submit(sf.Request("a house on a hill", **{"steps": 6} | options)).result().images
+
+
+def _picture(engine: sf.Engine) -> Path:
+    return next(iter(engine.references().values()))
+
+
+def _inverted(engine: sf.Engine) -> Any:
+    style = sf.StyleAligned(_picture(engine), prompt="a fish", noise="ddim")
+    return _drawn(style=style, scheduler="ddim", steps=20)(engine)
+
+
+def _lora(engine: sf.Engine) -> str:
+    try:
+        with engine.runtime.changing_weights():
+            return "taken"
+    except InvalidRequest as refusal:
+        return f"refused: {refusal}"
+
+
+def _adapter(engine: sf.Engine) -> Any:
+    return engine.load_adapter(engine._components.adapter_path, name="again")
+
+
+def _export(engine: sf.Engine) -> Any:
+    """Another engine of the process exports the model and opens the graphs that it needs."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("STYLEFAST_CACHE")
+        os.environ["STYLEFAST_CACHE"] = folder
+        try:
+            other = sf.Engine.from_pretrained("tiny", device="cpu", backend="onnxruntime")
+        finally:
+            os.environ.pop("STYLEFAST_CACHE")
+            if before is not None:
+                os.environ["STYLEFAST_CACHE"] = before
+        with other:
+            return other.generate("a fish", steps=1).images
+
+
+BESIDE: dict[str, tuple[str, Callable[[sf.Engine], Any]]] = {
+    "nothing": ("nothing else", lambda engine: time.sleep(0.5)),
+    "prompt": ("a request with a new prompt", _drawn()),
+    "picture": ("an InstantStyle request with a new picture",
+                lambda engine: _drawn(style=sf.InstantStyle(_picture(engine)))(engine)),
+    "reference": ("a StyleAligned request with a new picture",
+                  lambda engine: _drawn(style=sf.StyleAligned(_picture(engine)))(engine)),
+    "inversion": ("a StyleAligned request with noise='ddim', 20 steps", _inverted),
+    "generate": ("a call of generate", lambda engine: engine.generate("a boat", steps=6).images),
+    "bake": ("baking a style of 6 steps",
+             lambda engine: engine.bake(sf.StyleAligned(_picture(engine)), steps=6).info.steps),
+    "adapter": ("loading an adapter", _adapter),
+    "lora": ("putting a LoRA on", _lora),
+    "size": ("the first request of another size", _drawn(size=(96, 64))),
+    "decode": ("decoding a picture of 16 times the area", _drawn(size=(256, 256), steps=1)),
+    "export": ("another engine's first export and graphs", _export),
+}  # fmt: skip
+
+
+# on a busy machine
+
+
+def busy() -> Case:
+    """What a second process that burns all cores costs."""
+    expected = Figure("busy / idle", None, MOST_COST, at_most=True)
+    spinning = Figure("busy / idle with threads that spin, as without stylefast's setting", None)
+    what = f"{PICTURES} pictures of {STEPS} steps in a process of their own, alone and beside a busy loop per core"
+
+    def measure(budget: Budget) -> Outcome:
+        figures, details = [], {}
+        for figure, policy in ((expected, None), (spinning, "active")):
+            alone, beside = in_turn(policy)
+            cost = sorted(b / a for a, b in zip(alone, beside))[len(alone) // 2]
+            figures.append(Figure(figure.what, cost, figure.goal, figure.at_most))
+            details |= {f"alone_s {policy or 'asleep'}": [round(x, 2) for x in alone],
+                        f"busy_s {policy or 'asleep'}": [round(x, 2) for x in beside]}  # fmt: skip
+        return Outcome(figures=figures, details=details)
+
+    return Case("busy", what, measure, (expected, spinning), seconds=60)
+
+
+def in_turn(policy: str | None) -> tuple[list[float], list[float]]:
+    """Seconds of every round without and with the burning process; policy: OMP_WAIT_POLICY, None: stylefast's."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
+    if policy is not None:
+        environment["OMP_WAIT_POLICY"] = policy
+    programs = [subprocess.Popen([sys.executable, "-c", DRAW], env=environment, text=True, stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE) for _ in range(2)]  # fmt: skip
+    times: tuple[list[float], list[float]] = ([], [])
+    try:
+        for _ in range(ROUNDS):
+            for program, found, burning in zip(programs, times, (False, True)):
+                burner = subprocess.Popen([sys.executable, "-c", BURN], start_new_session=True) if burning else None
+                try:
+                    program.stdin.write("\n")
+                    program.stdin.flush()
+                    found.append(float(program.stdout.readline()))
+                finally:
+                    if burner is not None:
+                        os.killpg(burner.pid, signal.SIGKILL)
+                        burner.wait()
+    finally:
+        for program in programs:
+            program.stdin.close()
+            program.kill()
+            program.wait()
+    return times
+
+
+if __name__ == "__main__":
+    sys.exit(main())
