@@ -160,6 +160,15 @@ def _mapped(value, of_tensor: Callable, of_module: Callable):
     return value
 
 
+def engine_of(pipe):
+    """An engine on a pipeline, also on one in fp64, which users are refused."""
+    import stylefast as sf
+    from stylefast.models import pipeline_check
+
+    with mock.patch.object(pipeline_check, "_FLOATS", (*pipeline_check._FLOATS, torch.float64)):
+        return sf.Engine.from_pipeline(pipe)
+
+
 @contextmanager
 def _noise_of_fp32():
     # a generator gives other numbers in fp64

@@ -9,7 +9,7 @@ import stylefast as sf
 from stylefast.kernels import registry
 from stylefast.models import packed
 from tests.engine.scene import EMBED_DIM, SIZE, STEPS, sharp_pipeline
-from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, nudged, wide
+from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, engine_of, nudged, wide
 from tests.oracle.instant_style import random_adapter
 
 
@@ -78,7 +78,7 @@ def drawn(pipe, adapter_files, engine, draw):
 
     @cache
     def other(change, *further, adapters):
-        using = sf.Engine.from_pipeline(change(pipe, *further))
+        using = engine_of(change(pipe, *further))
         for file in adapter_files[:adapters]:
             using.load_adapter(file)
         return using

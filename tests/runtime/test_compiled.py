@@ -18,7 +18,7 @@ from stylefast.runtime.compiled import BUCKETS, CompileBackend
 from stylefast.runtime.graphs import Captured, StepGraphs
 from stylefast.runtime.request import Request
 from tests.engine.scene import EMBED_DIM, SIZE, STEPS, learned, sharp_pipeline
-from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, nudged, wide
+from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
 from tests.oracle.instant_style import random_adapter
 from tests.small_adapter import small_picture
 from tests.small_sdxl import small_unet_config
@@ -35,7 +35,7 @@ def make(tmp_path_factory):
     torch.save(random_adapter(pipe.unet, EMBED_DIM, 5), file)
 
     def make(backend=None, change=lambda pipe: pipe):
-        engine = sf.Engine.from_pipeline(change(pipe))
+        engine = engine_of(change(pipe))
         engine.load_adapter(file)
         if backend is not None:
             engine.runtime.backend = backend(engine.unet)
