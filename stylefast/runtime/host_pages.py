@@ -81,13 +81,8 @@ class HostPages:
     def hold(self, key: np.ndarray, bank: StyleBank, place: tuple, layout: PageLayout) -> torch.Tensor | None:
         """Pin a page and return its block [nbytes of the layout], waiting for it; None where there is no room.
 
-<<<<<<< HEAD
         `release` it when the device has read it. Raises StyleError for a bank whose file can't be read or was written
         to meanwhile.
-=======
-        Raises StyleError for a bank whose file can't be read or was written to. `release` the page when the device has
-        read it.
->>>>>>> a15766f (make: gpu-wheels fetches what a GPU machine without a network lacks of pure Python, and gpu uses it)
         """
         self._settle()
         try:
