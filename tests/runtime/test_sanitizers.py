@@ -13,23 +13,26 @@ ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=1:halt_on_error=1",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1",
+    "OMP_NUM_THREADS": "1",  # what OpenMP orders a sanitizer can't see
 }
 
 
-def run(command):
+def run(command, seconds=300):
     return subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=300, env={**os.environ, **ENVIRONMENT}
-    )
+        [str(word) for word in command], capture_output=True, text=True, timeout=seconds,
+        env={**os.environ, **ENVIRONMENT},
+    )  # fmt: skip
 
 
-def build(folder, sources, *flags):
+def build(folder, sources, *flags, seconds=300):
     """The built program and the compiler's answer."""
     compiler = shutil.which("g++")
     if not compiler:
         pytest.skip("no g++ here")
     program = folder / "program"
-    options = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", *flags]
-    return program, run([compiler, *options, *sources, "-o", program])
+    options = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    # libraries behind the sources that want them
+    return program, run([compiler, *options, *sources, *flags, "-o", program], seconds)
 
 
 def launcher(folder, flag):
@@ -86,3 +89,28 @@ def test_planner_pool_and_copies_allocate_nothing_once_they_are_warm(tmp_path):
     # one that allocates in every round is noticed
     done = run([program, "allocate"])
     assert (done.returncode, done.stdout) == (1, "100 allocations in 100 rounds\n")
+
+
+@pytest.mark.slow
+def test_the_cpu_kernels_share_nothing_between_threads_but_what_they_may(tmp_path):
+    """The operations as they are cut into pieces, on threads that the sanitizer sees; OpenMP's it does not."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    words = launcher(tmp_path, "-fsanitize=thread")
+    csrc = PROGRAMS.parents[1] / "csrc"
+    names = ["arguments", "cpu_features", "attention_operations", "streaming_operations", "attention_avx2",
+             "attention_avx512", "attention_avx512_bf16", "streaming_avx2", "streaming_avx512"]  # fmt: skip
+    torch_flags = [f"-isystem{path}" for path in include_paths()]
+    torch_flags += [f"-L{path}" for path in library_paths()] + [f"-Wl,-rpath,{path}" for path in library_paths()]
+    # the last -std counts
+    program, built = build(
+        tmp_path, [PROGRAMS / "operation_threads.cpp", *(csrc / f"{name}.cpp" for name in names)],
+        "-std=c++20", "-fsanitize=thread", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-error=tsan",
+        f"-I{PROGRAMS / 'threads'}", *torch_flags, "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-ltorch",
+        seconds=1500,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr[-3000:]
+    done = run([*words, program])
+    assert done.returncode == 0 and "operations on" in done.stdout, done.stdout + done.stderr[-5000:]
+    planted = run([*words, program, "race"])
+    assert planted.returncode != 0 and "data race" in planted.stderr
