@@ -10,7 +10,7 @@ import torch
 import stylefast as sf
 from stylefast.errors import NumericsError, OutOfMemory
 from stylefast.runtime.group import Group
-from tests.engine.scene import SIZE, STEPS, learned, small_picture
+from tests.engine.scene import SIZE, STEPS, small_picture
 from tests.engine.watch import WAIT, Watch, held, request, settled, submit
 from tests.fp64 import close
 
@@ -393,13 +393,17 @@ def test_an_exception_while_decoding_fails_its_job_alone(engine, watch, monkeypa
     assert good.result(WAIT).images[0].size == SIZE and settled(engine)
 
 
-def test_an_exception_while_joining_fails_the_job_alone(engine, watch, drawn):
-    first, bad = watch.together(
-        lambda: submit(engine, seed=1), lambda: submit(engine, "a cat " * 60, style=sf.DreamStyler(learned()))
-    )
-    with pytest.raises(sf.errors.PromptError, match="shorten"):
+def test_an_exception_while_joining_fails_the_job_alone(engine, watch, monkeypatch, drawn):
+    def gone(reference):
+        raise sf.errors.ImageError("the picture was removed since the request was checked")
+
+    monkeypatch.setattr(engine._preparer, "encode_picture", gone)
+    style = sf.StyleAligned(small_picture(3))
+    first, bad = watch.together(lambda: submit(engine, seed=1), lambda: submit(engine, style=style))
+    with pytest.raises(sf.errors.ImageError, match="was removed"):
         bad.result(WAIT)
     close(first.result(WAIT).latents, drawn("a cat", seed=1))
+    assert settled(engine)
 
 
 def test_a_group_that_can_not_tell_its_rows_harms_nobody(engine, watch, monkeypatch, drawn):
