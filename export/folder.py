@@ -227,7 +227,7 @@ def check_target(folder: str | Path, overwrite: bool = False) -> Path:
     Raises InvalidRequest if it is a file, can't be written, holds something while overwrite=False, or holds anything
     but an export: that is never replaced.
     """
-    target = Path(os.path.realpath(Path(folder).expanduser()))
+    target = Path(os.path.realpath(values.path("the folder of an export", folder)))
     if target.exists() and not target.is_dir():
         raise InvalidRequest(f"{target} is a file; an export is a folder, so choose another name")
     holder = next(parent for parent in target.parents if parent.exists()) if target.parent != target else target

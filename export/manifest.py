@@ -209,7 +209,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises ModelNotFound if there is no export, ModelFormatError if its manifest is damaged or of another format.
     """
-    folder = Path(folder).expanduser()
+    folder = values.path("the folder of an export", folder)
     path = folder / MANIFEST
     if not folder.is_dir():
         raise ModelNotFound(f"there is no export at {folder}; make it with `stylefast export`, or check the path")

@@ -27,6 +27,8 @@ MAX_SEED = 2**64 - 1
 # a strength multiplies the model's own numbers, and half precision ends at 65504
 MAX_STRENGTH = 10_000.0
 JSON_BYTES, JSON_DEPTH, JSON_DIGITS = 16 * 2**20, 64, 100
+# what file systems hold; a longer name can't even be looked for
+NAME_BYTES, PATH_BYTES = 255, 4095
 _LONG_INT = 1024  # bits of whole numbers that are still written out; Python refuses to print very long ones
 
 
@@ -224,12 +226,22 @@ def path(name: str, value: Any, *, error: type = InvalidRequest) -> Path:
         shown = None
     if not isinstance(shown, str):
         raise error(f"{name} is {quoted(value)}; it must be a path")
-    if not text(name, shown, longest=32_000, error=error) or "\0" in shown:
-        raise error(f"{name} is {quoted(shown)}; a path has at least one character, and none is NUL")
+    return typed_path(name, text(name, shown, error=error), error=error)
+
+
+def typed_path(name: str, typed: str, *, error: type = InvalidRequest) -> Path:
+    """Return the path that was typed on a command line: as `path`, but its names need not be whole characters."""
+    if not typed or "\0" in typed:
+        raise error(f"{name} is {quoted(typed)}; a path has at least one character, and none is NUL")
     try:
-        return Path(shown).expanduser()
+        found = Path(typed).expanduser()
     except RuntimeError as cause:
-        raise error(f"{name} is {quoted(shown)}, and that user's home folder is unknown; write it out") from cause
+        raise error(f"{name} is {quoted(typed)}, and that user's home folder is unknown; write it out") from cause
+    if len(os.fsencode(found)) > PATH_BYTES or any(len(os.fsencode(part)) > NAME_BYTES for part in found.parts):
+        raise error(
+            f"{name} is {quoted(typed)}; names of files have at most {NAME_BYTES} bytes, and paths {PATH_BYTES}"
+        )
+    return found
 
 
 def shown_path(place: str | os.PathLike) -> str:

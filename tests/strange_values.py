@@ -14,8 +14,10 @@ class Unprintable:
     __repr__ = __str__ = __len__ = __bool__ = __index__ = __float__ = __eq__ = __hash__ = _refuse
 
 
-TEXTS = ["", " ", "a fish", "\ud83d", "a \udc00 fish", "\0", "x" * 40_000, "true", "7", "1e999", "../..", "/", "<a>",
-         "{style}"]  # fmt: skip
+TEXTS = [
+    "", " ", "a fish", "\ud83d", "a \udc00 fish", "\0", "x" * 40_000, "x" * 300, "x/" * 3000, "~no-such-user", "true",
+    "7", "1e999", "../..", "/", "<a>", "{style}",
+]  # fmt: skip
 NUMBERS = [
     0, 1, -1, 7, 2**31, 2**53 + 1, 2**63, 2**64 - 1, 2**64, 10**400, 10**5000, -(10**400), 0.5, -0.0, 1e308, -1e308,
     5e-324, float("inf"), float("-inf"), float("nan"), True, False, None,

@@ -130,7 +130,7 @@ def test_seeds_count_up_within_64_bits_or_are_given_one_by_one():
         values.seeds("seed", [1, "7"], 2)
 
 
-@pytest.mark.parametrize("value", ["", "a\0b", b"a", 5, "\ud83d", None])
+@pytest.mark.parametrize("value", ["", "a\0b", b"a", 5, "\ud83d", None, "é" * 128, "a/" * 2049, "~no-such-user/a"])
 def test_what_can_be_no_path_is_refused(value):
     with pytest.raises(InvalidRequest, match="the file"):
         values.path("the file", value)

@@ -17,6 +17,7 @@ from stylefast.commands.generate import (
 from stylefast.commands.model_options import DEFAULT_MODEL, ModelChoice, add_model_arguments
 from stylefast.commands.style_options import find_pictures, one_or_all, parse_names
 from stylefast.errors import InvalidRequest
+from stylefast.values import typed_path
 
 SUMMARY = "Run a style's reference once and keep it in a file, from which later pictures take the style."
 EXAMPLES = """examples:
@@ -116,7 +117,7 @@ def _target(arguments: argparse.Namespace, style) -> Path:
     from stylefast.commands.files import slug
 
     if arguments.out is not None:
-        out = Path(arguments.out).expanduser()
+        out = typed_path("--out", arguments.out)
     else:
         out = Path((Path(style.references[0]).stem if style.references else slug(style.prompt)) + SUFFIX)
     if out.is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 from stylefast.commands import generate
 from stylefast.commands.model_options import ModelChoice, add_model_arguments
 from stylefast.errors import InvalidRequest, StyleError
+from stylefast.values import typed_path
 
 SUMMARY = "Make pictures in every style that the embedded model shows, and a page that compares them."
 EXAMPLES = """examples:
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Make all pictures in a new folder, then give it its name; an older demo there is replaced."""
     from stylefast.commands.folder_lock import beside, only_writer
 
-    out = Path(arguments.out).expanduser().absolute()
+    out = typed_path("--out", arguments.out).absolute()
     _check_folder(out, arguments.overwrite)
     choice = ModelChoice.of(arguments)
     chapters = plan(choice.folder)

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from stylefast.commands.folder_lock import LOCK, only_writer, remove_parts, write_whole
 from stylefast.errors import ImageError, InvalidRequest, StyleFastError
-from stylefast.values import load_json
+from stylefast.values import load_json, typed_path
 
 CHUNK = "stylefast"
 # above this a chunk is compressed; some readers refuse long plain ones
@@ -41,7 +41,7 @@ class Destination:
     """
 
     def __init__(self, out: str | Path, prompts: Sequence[str], overwrite: bool = False):
-        out, self.overwrite = Path(out).expanduser(), overwrite
+        out, self.overwrite = typed_path("--out", os.fspath(out)), overwrite
         self._slugs = [slug(prompt) for prompt in prompts]
         if out.suffix.lower() in (".jpg", ".jpeg", ".webp"):
             raise InvalidRequest(f"--out is {out}; pictures are written as PNG, so that they carry their settings")
@@ -191,7 +191,7 @@ def sampler_name(scheduler: str) -> str:
 
 def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
     """The record inside a picture, and its pixels. Raises ImageError, and InvalidRequest where there is no record."""
-    path = Path(path).expanduser()
+    path = typed_path("--from", os.fspath(path))
     try:
         with warnings.catch_warnings():
             # a picture that unpacks to gigabytes is none of ours

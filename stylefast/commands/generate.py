@@ -199,7 +199,7 @@ def read_requests(file: Path, model_folder: Path) -> list:
     from stylefast.record import from_record
     from stylefast.values import read_json
 
-    return from_record(read_json(file, f"the request file {file}"), file.resolve().parent, model_folder)
+    return from_record(read_json(file, f"the request file {file}"), file.expanduser().resolve().parent, model_folder)
 
 
 def check_schedules(requests: Sequence) -> None:

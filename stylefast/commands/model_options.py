@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stylefast.errors import InvalidRequest
-from stylefast.values import did_you_mean_beside
+from stylefast.values import did_you_mean_beside, quoted, typed_path
 
 DEFAULT_MODEL = "tiny"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -57,13 +57,13 @@ class Lora:
         """From "FILE" or "FILE:SCALE". Raises InvalidRequest for a file that is not there."""
         path, scale = text, 1.0
         before, colon, after = text.rpartition(":")
-        if colon and not Path(text).expanduser().exists():
+        if colon and not typed_path("--lora", text).exists():
             try:
                 path, scale = before, float(after)
             except ValueError:
                 path = text
-        found = Path(path).expanduser()
-        if not path or not found.exists():
+        found = typed_path("--lora", path)
+        if not found.exists():
             raise InvalidRequest(f"--lora: there is no file at {path!r}{did_you_mean_beside(found)}")
         return cls(str(found.resolve()), scale)
 
@@ -79,8 +79,9 @@ class Lora:
             for file in inside if path.is_dir() else [path]:
                 with file.open("rb") as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise InvalidRequest(f"the LoRA {path} can't be read ({error.strerror or error})") from error
+        except (OSError, ValueError) as error:  # the latter for a NUL in a recorded path
+            reason = getattr(error, "strerror", None) or error
+            raise InvalidRequest(f"the LoRA {quoted(self.path)} can't be read ({reason})") from error
         return digest.hexdigest()
 
 
@@ -139,10 +140,11 @@ class ModelChoice:
             value = getattr(arguments, name, None)
             if name == "lora" and value is not None:
                 chosen[name] = tuple(Lora.of(text) for text in value)
+            elif value is not None and name in (*PATHS, "engines") and value != DEFAULT_MODEL:
+                path = typed_path(f"--{name.replace('_', '-')}", value)
+                chosen[name] = str(path.resolve()) if path.exists() else value
             elif value is not None:
-                path = Path(value).expanduser()
-                is_path = name in (*PATHS, "engines") and value != DEFAULT_MODEL and path.exists()
-                chosen[name] = str(path.resolve()) if is_path else value
+                chosen[name] = value
         return cls(**chosen)
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stylefast.errors import InvalidRequest, StyleError
-from stylefast.values import load_json
+from stylefast.values import load_json, typed_path
 
 _ALIGNED = ("style_prompt", "adain", "shift", "layers", "share_group_norm")
 _INSTANT = ("blocks", "content", "content_scale")
@@ -84,7 +84,7 @@ def _bank(text: str):
     from stylefast.models.pictures import SUFFIXES
     from stylefast.styles.bank import StyleBank
 
-    path = Path(text).expanduser()
+    path = typed_path("--style", text, error=StyleError)
     if path.suffix.lower() in SUFFIXES:
         raise StyleError(f"--style is {text}, a picture; use --style-image, or bake it: stylefast bake --style-image")
     return StyleBank.load(path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stylefast import values
 from stylefast.code_caches import private_folder, replaceable
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, ModelFormatError
 from stylefast.export.manifest import CODE, SHOWN_DIGITS
@@ -77,8 +78,8 @@ def make_backend(
         from stylefast.export.sessions import require_onnxruntime
 
         require_onnxruntime(unet.device)
-    folder = _exported_folder(EXPORTED[backend], source()) if engines is None else Path(engines)
-    return _exported(backend, unet, folder.expanduser(), trust, lambda: source().fingerprint)
+    folder = _exported_folder(EXPORTED[backend], source()) if engines is None else values.path("engines", engines)
+    return _exported(backend, unet, folder, trust, lambda: source().fingerprint)
 
 
 def _exported_folder(kind: str, source: Any) -> Path:

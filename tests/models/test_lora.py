@@ -210,7 +210,7 @@ def test_what_is_no_lora_is_refused(components, tmp_path):
         apply_lora(components, tmp_path / "lora.bin")
     with pytest.raises(ModelNotFound, match="no LoRA file"):
         apply_lora(components, tmp_path / "absent.safetensors")
-    with pytest.raises(ModelNotFound, match="no LoRA file"):
+    with pytest.raises(InvalidRequest, match="a LoRA is 'xxx.*at most 255 bytes"):
         apply_lora(components, "x" * 1000)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelNotFound, match="holds 0 LoRA files"):
