@@ -1,6 +1,7 @@
 """`stylefast generate --from picture.png`: the whole recorded call once more, of which this one picture is kept."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections import Counter
@@ -37,7 +38,7 @@ def run_again(arguments: argparse.Namespace) -> int:
     if not arguments.load_recorded and _from_cache(arguments, recorded):
         choice = replace(choice, cached_only=True)  # what the cache lacks is not fetched
     _check_loras(choice, metadata, arguments)
-    requests = from_record(metadata["call"], Path(arguments.source).resolve().parent, choice.folder)
+    requests = from_record(metadata["call"], Path(arguments.source).expanduser().resolve().parent, choice.folder)
     check_schedules(requests)
     place = metadata["index"]
     destination = Destination(arguments.out, [requests[place].prompt], arguments.overwrite)
@@ -115,11 +116,11 @@ def _is_at_hand(name: str, value: str) -> bool:
 
     if name == "model" and value == DEFAULT_MODEL:
         return True
-    return is_hub_id(value) and not Path(value).expanduser().exists() and value in cached_ids()
+    return is_hub_id(value) and value in cached_ids() and not os.path.exists(value)
 
 
 def _style_files(call: Mapping) -> Iterator[str]:
-    """Paths of the banks and learned styles of a recorded call, but for those that come with the model.
+    """Paths of the banks, learned styles and image embeddings of a recorded call that don't come with the model.
 
     Pictures are left out: they are no more than looked at, and their pixels are compared with the recorded ones.
     """
@@ -137,7 +138,8 @@ def _files_of(style: Mapping) -> Iterator[str]:
     from stylefast.record_values import is_bank
 
     stages = style.get("stages")
-    sources = [style.get("embedding"), style.get("path"), *(stages.values() if isinstance(stages, Mapping) else ())]
+    sources = [style.get("embedding"), style.get("path"), style.get("image_embeds")]
+    sources += stages.values() if isinstance(stages, Mapping) else ()
     if is_bank(style.get("reference")):
         sources.append(style["reference"])
     for source in sources:

@@ -72,6 +72,8 @@ NAMED = {
                         "the style file /l.bin", "--load-recorded"),
     "a learned style of two files": ({}, {"styles": [{"type": "dream_styler", "path": ["/l.pt", "/g.pt"]}]},
                                      "the style file /l.pt, the style file /g.pt", "--load-recorded"),
+    "image embeddings": ({}, {"styles": [{"kind": "InstantStyle", "image_embeds": {"path": "/e.pt"}}]},
+                         "the style file /e.pt", "--load-recorded"),
     "a stage": ({}, {"styles": [{"kind": "DreamStyler", "embedding": {"shipped": "styles/chalk.safetensors"},
                                  "stages": {"0": {"path": "/l.bin"}}}]}, "the style file /l.bin", "--load-recorded"),
 }  # fmt: skip
