@@ -7,6 +7,7 @@ reads the manifest, checks that the files are those that were written (`check_fi
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -211,9 +212,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     folder = values.path("the folder of an export", folder)
     path = folder / MANIFEST
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ModelNotFound(f"there is no export at {folder}; make it with `stylefast export`, or check the path")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelNotFound(
             f"{folder} has no {MANIFEST}, so it is no export, or one that was not finished; run `stylefast export` "
             "with the same arguments to go on with it"

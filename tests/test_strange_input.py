@@ -3,6 +3,7 @@
 import json
 import struct
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from stylefast.export.options import Options
 from stylefast.models.checkpoint import TINY, resolve_device
 from stylefast.models.masks import load_mask
 from stylefast.models.pictures import open_picture
+from stylefast.models.tensor_files import open_tensors
 from stylefast.models.weight_files import read_header
 from stylefast.record import from_record, to_record
 from stylefast.runtime.memory import parse_bytes
@@ -29,6 +31,7 @@ from stylefast.styles.bank import StyleBank
 from stylefast.styles.bank_info import BankInfo
 from stylefast.styles.dream_styler import DreamStyler
 from stylefast.styles.embeddings import StageEmbedding, load_embedding
+from stylefast.styles.image_embeds import read_image_embeds
 from stylefast.styles.instant_style import InstantStyle
 from stylefast.styles.style_aligned import StyleAligned
 from tests.small_bank import small_bank, small_info
@@ -225,3 +228,16 @@ def test_a_file_of_deeply_nested_metadata_is_no_bank(tmp_path):
         save_file({"a": torch.zeros(1)}, tmp_path / "a.bank", {METADATA: text, CHECKSUM: "0" * 64})
         with pytest.raises(StyleFastError, match="a.bank"):
             StyleBank.load(tmp_path / "a.bank")
+
+
+@pytest.mark.parametrize("read", [read_header, open_tensors, load_embedding, read_image_embeds, StyleBank.load])
+def test_a_file_that_may_not_be_read_is_refused_by_our_error(read, tmp_path, monkeypatch):
+    (tmp_path / "x.safetensors").write_bytes(b"secret")
+
+    def denied(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    # who runs tests as root may read anything
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(StyleFastError, match="can't read .*Permission denied"):
+        read(tmp_path / "x.safetensors")

@@ -1,6 +1,7 @@
 """From any form of an SDXL checkpoint to its `Components`: diffusers folder, hub id, single file, pipeline, "tiny"."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,18 +107,18 @@ def load_components(
         if not (TINY / "model_index.json").is_file():
             raise ModelNotFound(f"the embedded model is not in this installation ({TINY}); install the package again")
         path = TINY
-    if path.exists() and (revision is not None or hub.force_download):
+    if os.path.exists(path) and (revision is not None or hub.force_download):
         raise InvalidRequest(
             f"revision= and force_download= are for ids on the hub; {source} is on this machine: leave them out"
         )
-    if path.is_file():
+    if os.path.isfile(path):
         if variant not in (None, "auto"):
             raise InvalidRequest(f"variant={variant!r} picks among the files of a folder; {path.name} is one file")
         components = _from_file(path, dtype, device, vae, hub, config, tokenizer)
     else:
         if config is not None:
             raise InvalidRequest(f"config= is for single files; {source} is a folder with configs of its own")
-        if not path.is_dir():
+        if not os.path.isdir(path):
             path = _find_on_hub(source, path, dtype, variant, vae, tokenizer, hub)
         components = _from_folder(path, dtype, device, vae, variant, tokenizer, hub)
     components = predicting(components, prediction_type)
@@ -181,7 +182,7 @@ def load_image_encoder(source: str | Path, *, dtype: torch.dtype, device: torch.
     Raises ModelNotFound where no such folder is, ModelFormatError where it holds another model.
     """
     folder = values.path("image_encoder", source)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise ModelNotFound(
             f"no image encoder at {folder}; give the folder with its config.json, e.g. models/image_encoder (ViT-H) or "
             "sdxl_models/image_encoder (ViT-bigG) of a download of h94/IP-Adapter"

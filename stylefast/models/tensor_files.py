@@ -25,10 +25,21 @@ class Entry(NamedTuple):
 
 
 def is_pickle(path: Path) -> bool:
-    """Tell whether the file is PyTorch's: a zip archive, or the bare pickle of an old version."""
-    with path.open("rb") as file:
-        start = file.read(9)
+    """Tell whether the file is PyTorch's: a zip archive, or the bare pickle of an old version.
+
+    Raises ModelFormatError for a file that can't be read.
+    """
+    start = first_bytes(path)
     return not _is_safetensors(start) and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80")
+
+
+def first_bytes(path: Path) -> bytes:
+    """Read the beginning of a file, by which its kind is known. Raises ModelFormatError for one that can't be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(16)
+    except OSError as error:
+        raise ModelFormatError(f"can't read {path.name}: {error.strerror or error}") from error
 
 
 def load_pickle(path: Path) -> Any:

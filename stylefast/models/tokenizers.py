@@ -1,5 +1,6 @@
 """The two CLIP tokenizers of an SDXL model, from wherever they may lie."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ _TOKENIZER_SOURCES = ("stabilityai/stable-diffusion-xl-base-1.0", "openai/clip-v
 def given_folder(given) -> Path:
     """The folder that a caller names for tokenizers or configs. Raises ModelNotFound where there is none."""
     folder = values.path("the folder of tokenizers or configs", given)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ModelNotFound(f"no folder at {folder}; tokenizer= and config= take a folder on this machine")
     return folder
 

@@ -5,6 +5,7 @@ AutoencoderKL and AutoencoderTiny are diffusers'. The stock SDXL VAE overflows i
 """
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakSet
@@ -45,9 +46,9 @@ def load_vae(
     if isinstance(source, nn.Module):
         return source
     path = values.path("the VAE (vae=, preview=)", source)
-    if path.is_file():
+    if os.path.isfile(path):
         return _from_file(path, dtype, device, config)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         if not is_hub_id(str(source)):
             raise ModelNotFound(f"no VAE at {path}; give a folder, a .safetensors file or a hub id such as "
                                 "'madebyollin/sdxl-vae-fp16-fix'")

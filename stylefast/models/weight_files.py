@@ -70,15 +70,19 @@ def read_header(path: str | Path, *, any_ending: bool = False) -> WeightHeader:
     damaged or cut short.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelNotFound(f"no file at {path}")
     if path.suffix in PICKLED and not any_ending:
         raise ModelFormatError(
             f"{path.name} is a pickled file, and opening one runs whatever code is in it; "
             "get the .safetensors edition, or convert it on a machine where you trust it"
         )
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ModelFormatError(f"can't read {path.name}: {error.strerror or error}") from error
+    with file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(64)
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
         fits = 2 <= length <= min(_HEADER_LIMIT, size - 8)

@@ -160,7 +160,7 @@ def read_bank(path: str | Path) -> tuple[str, str, StoredTensors]:
     Raises StyleError if nothing is there, or if the file is no safetensors file, is cut short, or holds no bank.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         near = values.did_you_mean_beside(path, (".bank",))
         raise StyleError(f"there is no style bank at {path}; check the path{near}")
     try:

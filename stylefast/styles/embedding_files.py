@@ -12,7 +12,7 @@ from torch import Tensor
 from stylefast import values
 from stylefast.errors import ModelFormatError, StyleError
 from stylefast.models.lora_file import BUNDLE
-from stylefast.models.tensor_files import Entry, is_pickle, load_pickle, open_safetensors
+from stylefast.models.tensor_files import Entry, first_bytes, is_pickle, load_pickle, open_safetensors
 
 MAX_BYTES = 256 * 2**20
 PAIR_NAMES = ("learned_embeds", "learned_embeds_2")
@@ -111,9 +111,10 @@ def _in_folder(folder: Path, stem: str) -> Path:
 def _read(path: Path, name: str | None = None) -> tuple[Mapping | Tensor, dict[str, str]]:
     if not os.path.isfile(path):
         raise StyleError(f"there is no style file at {values.quoted(str(path))}; check the path")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(16)
+    try:
+        head, size = first_bytes(path), path.stat().st_size
+    except ModelFormatError as error:
+        raise StyleError(str(error)) from error
     entries, metadata = {}, {}
     if head[8:9] == b"{":
         try:
