@@ -5,10 +5,9 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from stylefast.runtime.prompt_syntax import instructions, warn_of_instructions
+from stylefast.runtime.prompt_syntax import instructions, texts_of, warn_of_instructions
 from stylefast.runtime.request import Request
 from stylefast.styles.dream_styler import DreamStyler
-from stylefast.styles.instant_style import InstantStyle
 
 logger = logging.getLogger(__name__)
 
@@ -78,17 +77,11 @@ def alone(requests: Sequence[Request]) -> list[int]:
 
 def _texts(request: Request) -> list[str]:
     """What the text encoders read of a request, its prompt first, without the places of learned tokens."""
-    texts = [request.prompt, request.negative_prompt]
-    if request.aligned is not None:
-        texts.append(request.aligned.prompt)
-    texts += [style.content for style in request.styles_of(InstantStyle)]
     learned = request.styles_of(DreamStyler)
-    texts += [style.context for style in learned]
     slots = [f"<{style.name}>" for style in learned] + (["{style}", "{context}"] if learned else [])
     read = []
-    for text in texts:
-        if isinstance(text, str):
-            for slot in slots:
-                text = text.replace(slot, " ")
-            read.append(text)
+    for text in texts_of(request):
+        for slot in slots:
+            text = text.replace(slot, " ")
+        read.append(text)
     return read

@@ -54,11 +54,14 @@ def instructions(text: str) -> dict[str, tuple[str, str]]:
 
 
 def warn_of_instructions(requests: Sequence[Request]) -> None:
-    """Log one warning for each request whose texts hold instructions, and one for brackets of any kind."""
+    """Log one warning for each request whose texts hold instructions, and one for brackets of any kind.
+
+    Requests of the same texts, as pictures of one prompt, share theirs.
+    """
     bracketed = False
-    for request in requests:
+    for texts in dict.fromkeys(tuple(texts_of(request)) for request in requests):
         found: dict[str, tuple[str, str]] = {}
-        for text in _texts(request):
+        for text in texts:
             found |= instructions(text)
             bracketed |= _BRACKETS.search(_ESCAPED.sub(" ", text)) is not None
         if found:
@@ -68,7 +71,7 @@ def warn_of_instructions(requests: Sequence[Request]) -> None:
             logger.warning(
                 "the prompt %s holds %s%s: other programs read that as instructions, here it is encoded as words, "
                 "letter by letter; take it out%s",
-                quoted(request.prompt), shown, more, ways,
+                quoted(texts[0]), shown, more, ways,
             )  # fmt: skip
             bracketed = False
     if bracketed:
@@ -83,8 +86,8 @@ def _say_of_brackets() -> None:
     )
 
 
-def _texts(request: Request) -> list[str]:
-    """What the text encoders read of a request."""
+def texts_of(request: Request) -> list[str]:
+    """List what the text encoders read of a request: the prompt, the negative prompt, and what its styles say."""
     texts = [request.prompt, request.negative_prompt]
     texts += [style.prompt for style in (request.aligned,) if style is not None and style.prompt]
     texts += [style.content for style in request.styles_of(InstantStyle) if isinstance(style.content, str)]

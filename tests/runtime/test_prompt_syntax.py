@@ -60,6 +60,7 @@ def test_a_request_gets_one_warning_that_quotes_what_it_holds(said):
     ):
         assert part in first
     assert "'(cat:0.5)'" in second
+    assert len(said(*(Request("a (fish:1.2)", seed=seed) for seed in range(4)))) == 1
 
 
 def test_plain_brackets_are_told_of_once_and_never_beside_a_weight(said):
