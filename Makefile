@@ -28,7 +28,6 @@ FAST := not slow and not gpu and not soak
 LEVEL ?= lesser
 AT_LEVEL = env `$(BIN)/python tests/cpu_levels.py $(LEVEL)`
 
-
 .PHONY: all venv dev extension demo test test-cpu test-slow smoke lint tiny bench gpu gpu-wheels clean
 
 all: venv

@@ -92,7 +92,6 @@ class ModuleNames:
         plain = _without_text_model(plain.replace(".processor.", "."), ".")
         return [(part, self._dotted[part][plain]) for part in parts if plain in self._dotted[part]]
 
-
     def shape(self, part: str, module: str) -> tuple[int, ...]:
         """Give the shape of a module's weight."""
         return tuple(self._weights[part][f"{module}.weight"].shape)
