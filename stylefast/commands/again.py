@@ -42,6 +42,7 @@ def run_again(arguments: argparse.Namespace) -> int:
     check_schedules(requests)
     place = metadata["index"]
     destination = Destination(arguments.out, [requests[place].prompt], arguments.overwrite)
+    loaded = choice.recorded()
     engine = load(choice, arguments.quiet)
     if engine.fingerprint != metadata["fingerprint"]:
         _refuse_unless_forced(
@@ -57,7 +58,7 @@ def run_again(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(_comparison(before, result.images[place], arguments.source), file=sys.stderr)
     kept = Result([result.images[place]], [result.latents[place]], [now])
-    save(destination, kept, choice, arguments.grid)
+    save(destination, kept, loaded, arguments.grid)
     return 0
 
 

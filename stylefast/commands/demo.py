@@ -209,7 +209,7 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
 
     parser = argparse.ArgumentParser()
     generate.add_arguments(parser)
-    sections, sheet = [], []
+    sections, sheet, loaded = [], [], choice.recorded()
     calls = sum(len(chapter.calls) for chapter in chapters)
     with tqdm(total=calls, unit="row", disable=arguments.quiet, file=sys.stderr) as bar:
         for chapter in chapters:
@@ -221,7 +221,7 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
                 requests = generate.requests_of(parsed, choice.folder)
                 destination = Destination(folder / call.name, [request.prompt for request in requests])
                 result = generate.make(engine, requests, quiet=True)
-                paths = generate.save(destination, result, choice, parsed.grid, show=False)
+                paths = generate.save(destination, result, loaded, parsed.grid, show=False)
                 figures = [presentation.Figure(f"{call.name}/{path.name}", request.prompt)
                            for path, request in zip(paths, requests, strict=True)]  # fmt: skip
                 if call.reference is not None:

@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stylefast.commands.model_options import ModelChoice, add_model_arguments
@@ -112,9 +112,10 @@ def run(arguments: argparse.Namespace) -> int:
         requests = requests_of(arguments, choice.folder)
     check_schedules(requests)
     destination = Destination(arguments.out, [request.prompt for request in requests], arguments.overwrite)
+    loaded = choice.recorded()  # now: a file that is gone or changed later must not cost finished pictures
     engine = load(choice, arguments.quiet)
     result = make(engine, requests, arguments.quiet)
-    save(destination, result, choice, arguments.grid)
+    save(destination, result, loaded, arguments.grid)
     return 0
 
 
@@ -242,13 +243,15 @@ def make(engine, requests: Sequence, quiet: bool):
         return engine.generate(list(requests), callback=advance)
 
 
-def save(destination, result, choice: ModelChoice, grid: bool | None, show: bool = True) -> list[Path]:
+def save(destination, result, loaded: Mapping, grid: bool | None, show: bool = True) -> list[Path]:
     """Write pictures with their record inside, and the grid; all paths, which are printed unless `show` is False.
+
+    loaded: what the model was loaded from, `ModelChoice.recorded`.
 
     Raises InvalidRequest and StyleFastError for pictures that could not be written, once the others are shown.
     """
     metadata = [
-        {**one, "size": list(image.size), "load": choice.recorded()}
+        {**one, "size": list(image.size), "load": dict(loaded)}
         for one, image in zip(result.metadata, result.images, strict=True)
     ]
     sheet = None

@@ -6,10 +6,13 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from stylefast.commands.generate import ModelChoice
-from stylefast.commands.model_options import Lora
+from stylefast.commands import generate
+from stylefast.commands.files import read_metadata
+from stylefast.commands.model_options import Lora, ModelChoice
 from stylefast.errors import InvalidRequest
 from stylefast.models import hub
+from stylefast.record import metadata
+from stylefast.runtime.results import Result
 from tests.cli.conftest import pixels
 from tests.cli.test_errors import assert_one_line
 from tests.small_checkpoints import random_lora, write_peft_lora
@@ -211,3 +214,21 @@ def test_a_count_makes_several_pictures_of_each_prompt_whose_seeds_go_on(generat
 def test_a_count_that_is_none_is_refused(stylefast, tmp_path, count):
     code, _, err = stylefast("generate", "a cat", "a dog", f"--count={count}", "--model", tmp_path / "gone")
     assert_one_line(code, err, 2, "invalid int value" if count == "many" else f"--count is {count} for 2 prompts")
+
+
+def test_a_lora_that_is_gone_when_the_pictures_are_done_costs_none(stylefast, monkeypatch, tmp_path):
+    lora = tmp_path / "l.safetensors"
+    lora.write_bytes(b"weights")
+    digest = Lora(str(lora)).digest()
+
+    def make(engine, requests, quiet):
+        lora.unlink()
+        facts = metadata(requests, "0.1.0", {"model": "tiny", "fingerprint": "ab" * 32})
+        return Result([Image.new("RGB", (64, 64))], [None], facts)
+
+    monkeypatch.setattr(ModelChoice, "load", lambda choice: None)
+    monkeypatch.setattr(generate, "make", make)
+    code, _, err = stylefast("generate", "a fish", "--lora", lora, "--out", tmp_path / "y.png", "--quiet")
+    assert code == 0, err
+    found, _ = read_metadata(tmp_path / "y.png")
+    assert found["load"]["lora"] == [{"path": str(lora), "scale": 1.0, "sha256": digest}]
