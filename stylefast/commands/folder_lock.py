@@ -15,7 +15,8 @@ from stylefast.commands.notices import warn
 from stylefast.errors import InvalidRequest
 
 LOCK = ".stylefast.lock"
-_PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
+# of pictures alone: a bank that is being baked into the same folder has a temporary much like them
+_PART = re.compile(r"\..+\.png\.[0-9a-f]{8}\.part", re.IGNORECASE)
 PATIENCE = 60.0  # seconds; writing the pictures of a call takes less
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -77,7 +78,7 @@ def _locked(lock: Path, target: Path, patience: float) -> int | None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove temporary files that a writer left when it was killed. For the holder of the folder's lock."""
+    """Remove temporary files of pictures that a writer left when it was killed. For the holder of the folder's lock."""
     for path in folder.iterdir():
         if _PART.fullmatch(path.name) and not path.is_dir():
             with contextlib.suppress(FileNotFoundError, PermissionError):  # somebody else's

@@ -86,8 +86,11 @@ def test_what_a_killed_writer_left_is_removed_and_its_lock_holds_nobody_up(tmp_p
     (tmp_path / ".0001-a-fish.png.0123abcd.part").write_bytes(b"half")
     (tmp_path / folder_lock.LOCK).touch()
     (tmp_path / ".hidden").touch()
+    (tmp_path / ".brand.bank.4711.0123abcd.part").touch()  # of a bake, which has a lock of its own
     assert write(Destination(tmp_path, ["a fish"]), 1) == (["0001-a-fish.png"], None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "0001-a-fish.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".brand.bank.4711.0123abcd.part", ".hidden", "0001-a-fish.png"
+    ]  # fmt: skip
 
 
 def test_a_writer_that_hangs_is_not_waited_for_for_ever_and_keeps_its_files(tmp_path, monkeypatch, capsys):
