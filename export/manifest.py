@@ -213,7 +213,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     folder = values.path("the folder of an export", folder)
     path = folder / MANIFEST
     if not os.path.isdir(folder):
-        raise ModelNotFound(f"there is no export at {folder}; make it with `stylefast export`, or check the path")
+        shown = values.shown_path(folder)
+        raise ModelNotFound(f"there is no export at {shown}; make it with `stylefast export`, or check the path")
     if not os.path.isfile(path):
         raise ModelNotFound(
             f"{folder} has no {MANIFEST}, so it is no export, or one that was not finished; run `stylefast export` "

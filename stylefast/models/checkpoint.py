@@ -109,7 +109,8 @@ def load_components(
         path = TINY
     if os.path.exists(path) and (revision is not None or hub.force_download):
         raise InvalidRequest(
-            f"revision= and force_download= are for ids on the hub; {source} is on this machine: leave them out"
+            f"revision= and force_download= are for ids on the hub; {values.shown_path(path)} is on this machine: "
+            "leave them out"
         )
     if os.path.isfile(path):
         if variant not in (None, "auto"):
@@ -184,8 +185,8 @@ def load_image_encoder(source: str | Path, *, dtype: torch.dtype, device: torch.
     folder = values.path("image_encoder", source)
     if not os.path.isfile(folder / "config.json"):
         raise ModelNotFound(
-            f"no image encoder at {folder}; give the folder with its config.json, e.g. models/image_encoder (ViT-H) or "
-            "sdxl_models/image_encoder (ViT-bigG) of a download of h94/IP-Adapter"
+            f"no image encoder at {values.shown_path(folder)}; give the folder with its config.json, e.g. "
+            "models/image_encoder (ViT-H) or sdxl_models/image_encoder (ViT-bigG) of a download of h94/IP-Adapter"
         )
     config = read_config(folder / "config.json", folder)
     if "image_size" not in config:
@@ -252,8 +253,8 @@ def fingerprint(components: Components) -> str:
 def _find_on_hub(source, path: Path, dtype, variant, vae, tokenizer, hub: HubOptions) -> Path:
     if path.suffix in (".safetensors", *PICKLED) or not is_hub_id(str(source)):
         raise ModelNotFound(
-            f"nothing at {path}; give 'tiny', a diffusers folder, a .safetensors file, or a hub id such as "
-            f"'stabilityai/stable-diffusion-xl-base-1.0'{_meant(str(source), path)}"
+            f"nothing at {values.shown_path(path)}; give 'tiny', a diffusers folder, a .safetensors file, or a hub id "
+            f"such as 'stabilityai/stable-diffusion-xl-base-1.0'{_meant(str(source), path)}"
         )
     half = dtype != torch.float32
     # what the caller gives by hand is neither missed nor fetched

@@ -149,7 +149,12 @@ def hub_folder(
     from the repository's list are downloaded. Raises ModelNotFound, saying what to fetch and where to put it.
     """
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         folder = Path(huggingface_hub.snapshot_download(repo_id, local_files_only=True, **options.cached))
@@ -157,6 +162,10 @@ def hub_folder(
             return folder
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError as error:
+        raise ModelNotFound(
+            f"nothing is at {values.quoted(repo_id)}, which can't be an id on the hub either; check the path"
+        ) from error
     if options.local_files_only or offline():
         raise ModelNotFound(_how_to_get(repo_id, "downloads are switched off", options))
     try:

@@ -18,7 +18,8 @@ def given_folder(given) -> Path:
     """The folder that a caller names for tokenizers or configs. Raises ModelNotFound where there is none."""
     folder = values.path("the folder of tokenizers or configs", given)
     if not os.path.isdir(folder):
-        raise ModelNotFound(f"no folder at {folder}; tokenizer= and config= take a folder on this machine")
+        shown = values.shown_path(folder)
+        raise ModelNotFound(f"no folder at {shown}; tokenizer= and config= take a folder on this machine")
     return folder
 
 

@@ -50,8 +50,8 @@ def load_vae(
         return _from_file(path, dtype, device, config)
     if not os.path.isdir(path):
         if not is_hub_id(str(source)):
-            raise ModelNotFound(f"no VAE at {path}; give a folder, a .safetensors file or a hub id such as "
-                                "'madebyollin/sdxl-vae-fp16-fix'")
+            raise ModelNotFound(f"no VAE at {values.shown_path(path)}; give a folder, a .safetensors file or a hub id "
+                                "such as 'madebyollin/sdxl-vae-fp16-fix'")  # fmt: skip
         half = dtype != torch.float32
         path = hub_folder(
             str(source), lambda folder: _vae_folder(folder) is not None,

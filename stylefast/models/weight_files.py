@@ -71,7 +71,7 @@ def read_header(path: str | Path, *, any_ending: bool = False) -> WeightHeader:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise ModelNotFound(f"no file at {path}")
+        raise ModelNotFound(f"no file at {values.shown_path(path)}")
     if path.suffix in PICKLED and not any_ending:
         raise ModelFormatError(
             f"{path.name} is a pickled file, and opening one runs whatever code is in it; "

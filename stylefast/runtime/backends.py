@@ -27,18 +27,20 @@ def check_backend(backend: Any, engines: str | Path | None = None, trust: str | 
     if not isinstance(backend, str):
         if not (isinstance(backend, Backend) or callable(backend)):
             raise InvalidRequest(
-                f"backend is {backend!r}; give a name ({', '.join(BACKENDS)}), a runtime.step.Backend, or a function "
-                "that makes one of the UNet"
+                f"backend is {values.quoted(backend)}; give a name ({', '.join(BACKENDS)}), a runtime.step.Backend, or "
+                "a function that makes one of the UNet"
             )
     elif backend not in BACKENDS:
-        raise InvalidRequest(f"backend is {backend!r}; there are {', '.join(BACKENDS)}")
+        raise InvalidRequest(f"backend is {values.quoted(backend)}; there are {', '.join(BACKENDS)}")
     for name, value in (("engines", engines), ("trust", trust)):
         if value is not None and (not isinstance(backend, str) or backend not in EXPORTED):
             raise InvalidRequest(f"{name} is for exported engines; take it out, or choose {', '.join(EXPORTED)}")
     if engines is not None and not isinstance(engines, str | Path):
-        raise InvalidRequest(f"engines is {engines!r}; give the path of an export folder")
+        raise InvalidRequest(f"engines is {values.quoted(engines)}; give the path of an export folder")
     if trust is not None and not isinstance(trust, str):
-        raise InvalidRequest(f"trust is {trust!r}; give the digest that `stylefast export` printed, 64 hex digits")
+        raise InvalidRequest(
+            f"trust is {values.quoted(trust)}; give the digest that `stylefast export` printed, 64 hex digits"
+        )
     if backend == "tensorrt" and engines is None:
         raise InvalidRequest("backend 'tensorrt' needs engines=FOLDER; `stylefast export tensorrt` makes one")
 

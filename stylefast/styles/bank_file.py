@@ -162,7 +162,7 @@ def read_bank(path: str | Path) -> tuple[str, str, StoredTensors]:
     path = Path(path)
     if not os.path.isfile(path):
         near = values.did_you_mean_beside(path, (".bank",))
-        raise StyleError(f"there is no style bank at {path}; check the path{near}")
+        raise StyleError(f"there is no style bank at {values.shown_path(path)}; check the path{near}")
     try:
         tensors = StoredTensors(path, f"the style bank {path}", StyleError)
     except (ModelNotFound, ModelFormatError) as error:

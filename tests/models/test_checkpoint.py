@@ -240,6 +240,12 @@ def test_a_path_with_nothing_at_it_is_not_taken_for_a_hub_id(source):
         load_components(source)
 
 
+@pytest.mark.parametrize("source", ["a/b..c", "a/b.git", "a/" + "b" * 200])
+def test_what_only_looks_like_a_hub_id_is_not_found(source):
+    with pytest.raises(ModelNotFound, match="can't be an id on the hub"):
+        load_components(source)
+
+
 def test_a_file_cut_short_is_refused_with_both_sizes(single_file, folder, tmp_path):
     whole = single_file.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-1000])
