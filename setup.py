@@ -131,7 +131,9 @@ class OptionalBuild(build_ext):
             )
 
 
-def build_command() -> type[build_ext]:
+def build_command(extensions: list[Extension]) -> type[build_ext]:
+    if not extensions:
+        return OptionalBuild  # importing torch takes seconds, three times in an install
     try:
         from torch.utils.cpp_extension import BuildExtension
     except ImportError:
@@ -140,12 +142,13 @@ def build_command() -> type[build_ext]:
     return type("OptionalTorchBuild", (OptionalBuild, BuildExtension), {})
 
 
+modules = extensions()
 setup(
     packages=packages(),
     package_dir=PACKAGE_DIRS,
     package_data={"stylefast.models": ["tiny/**/*"], "stylefast.kernels": ["tuning/*.json"],
                   "stylefast.export": ["triton_repo/models/*.py"]},
     include_package_data=False,
-    ext_modules=extensions(),
-    cmdclass={"build_ext": build_command()},
+    ext_modules=modules,
+    cmdclass={"build_ext": build_command(modules)},
 )

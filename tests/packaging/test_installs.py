@@ -18,14 +18,18 @@ PROJECT = ["pyproject.toml", "setup.py", "LICENSE", "README.md", "csrc", "stylef
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 # the origins of the packages, without running the operations and so without torch, which the extension alone loads
-REPORT = """
+ORIGINS = """
 import importlib.util, json, sys
 import stylefast, stylefast.export
-from stylefast._extension import extension, extension_error
-torch = "torch" in sys.modules
+assert "torch" not in sys.modules, "import stylefast loaded torch"
 origins = {"stylefast": stylefast.__file__, "export": stylefast.export.__file__}
 origins["kernels"] = importlib.util.find_spec("stylefast.kernels").origin
-print(json.dumps([origins, extension() is not None, extension_error(), torch]))
+print(json.dumps(origins))
+"""
+EXTENSION = """
+import json
+from stylefast._extension import extension, extension_error
+print(json.dumps([extension() is not None, extension_error()]))
 """
 FOREIGN = 'import sys\nname = "of Hugging Face"\nfrom kernels.layer import mode\n'
 
@@ -50,12 +54,17 @@ class Place:
         return subprocess.run([str(self.python), "-c", code], cwd=cwd, env={**environment, **variables},
                               capture_output=True, text=True)
 
-    def report(self, cwd: Path, **variables: str) -> tuple[dict[str, Path], bool, str]:
-        done = self.run(REPORT, cwd, **variables)
+    def origins(self, cwd: Path, **variables: str) -> dict[str, Path]:
+        """Where each package is imported from by a program that is run in a folder."""
+        done = self.run(ORIGINS, cwd, **variables)
         assert done.returncode == 0, done.stderr
-        origins, extension, reason, torch = json.loads(done.stdout)
-        assert not torch, "import stylefast loaded torch"
-        return {name: Path(origin) for name, origin in origins.items()}, extension, reason
+        return {name: Path(origin) for name, origin in json.loads(done.stdout).items()}
+
+    def extension(self, cwd: Path) -> tuple[bool, str]:
+        """Whether the C++ extension loads, and if not, why."""
+        done = self.run(EXTENSION, cwd)
+        assert done.returncode == 0, done.stderr
+        return tuple(json.loads(done.stdout))
 
 
 def copy_project(source: Path, target: Path) -> Path:
@@ -103,50 +112,70 @@ def strict(make_place):
     return place
 
 
+def put_where_a_build_looks(extension: Path, checkout: Path) -> None:
+    """Put what was built for one checkout where another's build finds it; no older than the sources, it is taken."""
+    platform = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    folder = checkout / "build" / platform / "stylefast"
+    folder.mkdir(parents=True)
+    shutil.copy2(extension, folder)
+
+
 @pytest.fixture(scope="module")
-def normal(make_place):
+def normal(make_place, checkout):
     place = make_place()
+    # `make extension` has compiled the same sources with the same command
+    for built in checkout.glob(f"stylefast/_C{sysconfig.get_config_var('EXT_SUFFIX')}"):
+        put_where_a_build_looks(built, place.checkout)
     place.pip(str(place.checkout))
     return place
 
 
 def test_a_bare_checkout_imports_from_its_root(bare):
-    origins, _, reason = bare.report(bare.checkout)
+    origins = bare.origins(bare.checkout)
     assert all(origin.is_relative_to(bare.checkout) for origin in origins.values()), origins
     assert origins["kernels"] == bare.checkout / "kernels" / "__init__.py"
-    assert "make extension" in reason
+    assert "make extension" in bare.extension(bare.checkout)[1]
 
 
 def test_a_bare_checkout_on_the_path_imports_from_elsewhere(bare, tmp_path):
-    origins, _, _ = bare.report(tmp_path, PYTHONPATH=str(bare.checkout))
+    origins = bare.origins(tmp_path, PYTHONPATH=str(bare.checkout))
     assert all(origin.is_relative_to(bare.checkout) for origin in origins.values()), origins
 
 
 @pytest.mark.parametrize("at_root", [True, False], ids=["from its root", "from elsewhere"])
 def test_an_editable_install_imports_the_checkout(editable, tmp_path, at_root):
-    origins, _, _ = editable.report(editable.checkout if at_root else tmp_path)
+    origins = editable.origins(editable.checkout if at_root else tmp_path)
     assert all(origin.is_relative_to(editable.checkout) for origin in origins.values()), origins
 
 
 @pytest.mark.parametrize("at_root", [True, False], ids=["from its root", "from elsewhere"])
 def test_a_strict_editable_install_imports_the_checkout(strict, tmp_path, at_root):
-    origins, _, _ = strict.report(strict.checkout if at_root else tmp_path)
+    origins = strict.origins(strict.checkout if at_root else tmp_path)
     assert all(origin.resolve().is_relative_to(strict.checkout) for origin in origins.values()), origins
 
 
 def test_a_normal_install_imports_itself_from_elsewhere(normal, tmp_path):
-    origins, extension, reason = normal.report(tmp_path)
+    origins = normal.origins(tmp_path)
     assert all(origin.is_relative_to(normal.site) for origin in origins.values()), origins
+    extension, reason = normal.extension(tmp_path)
+    assert extension == (COMPILER is not None), reason
+
+
+@pytest.mark.slow
+def test_an_install_where_nothing_was_built_compiles_the_extension(make_place, tmp_path):
+    place = make_place()
+    place.pip(str(place.checkout))
+    extension, reason = place.extension(tmp_path)
     assert extension == (COMPILER is not None), reason
 
 
 def test_a_normal_install_leaves_the_word_to_the_checkout_at_its_root(normal):
-    origins, _, _ = normal.report(normal.checkout)
+    origins = normal.origins(normal.checkout)
     assert all(origin.is_relative_to(normal.checkout) for origin in origins.values()), origins
 
 
 def test_a_checkout_takes_its_own_kernels_beside_an_editable_install_of_another(editable, bare):
-    origins, _, _ = editable.report(bare.checkout)
+    origins = editable.origins(bare.checkout)
     assert all(origin.is_relative_to(bare.checkout) for origin in origins.values()), origins
 
 
@@ -170,8 +199,9 @@ def test_every_subpackage_and_data_folder_reaches_the_install(normal, checkout):
 def test_without_a_compiler_the_install_is_pure_python_and_says_why(make_place, tmp_path):
     place = make_place()
     place.pip(str(place.checkout), CC="no-such-compiler", CXX="no-such-compiler")
-    origins, extension, reason = place.report(tmp_path)
-    assert origins["stylefast"].is_relative_to(place.site) and not extension
+    assert place.origins(tmp_path)["stylefast"].is_relative_to(place.site)
+    extension, reason = place.extension(tmp_path)
+    assert not extension
     assert "compiler" in reason and "make extension" in reason
 
 
@@ -179,8 +209,9 @@ def test_without_torch_at_build_time_the_install_is_pure_python_and_says_why(mak
     place = make_place()
     (tmp_path / "torch.py").write_text("raise ImportError('hidden')\n")
     place.pip(str(place.checkout), PYTHONPATH=str(tmp_path))
-    origins, extension, reason = place.report(tmp_path.parent)
-    assert origins["stylefast"].is_relative_to(place.site) and not extension
+    assert place.origins(tmp_path.parent)["stylefast"].is_relative_to(place.site)
+    extension, reason = place.extension(tmp_path.parent)
+    assert not extension
     assert "torch" in reason and "--no-build-isolation" in reason
 
 
