@@ -117,6 +117,11 @@ def compiler_is_clang() -> bool:
 class OptionalBuild(build_ext):
     """Builds the extension if it can; otherwise says what is missing and lets the pure-Python install go on."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        if os.environ.get("STYLEFAST_EXTENSION") == "keep":
+            self.force = False  # which torch sets: keep what lies in the build folder and is no older than its sources
+
     def run(self):
         if not self.extensions:
             return

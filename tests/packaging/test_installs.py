@@ -126,7 +126,7 @@ def normal(make_place, checkout):
     # `make extension` has compiled the same sources with the same command
     for built in checkout.glob(f"stylefast/_C{sysconfig.get_config_var('EXT_SUFFIX')}"):
         put_where_a_build_looks(built, place.checkout)
-    place.pip(str(place.checkout))
+    place.pip(str(place.checkout), STYLEFAST_EXTENSION="keep")
     return place
 
 
