@@ -17,21 +17,22 @@ from stylefast.runtime import compiled
 from stylefast.runtime.compiled import BUCKETS, CompileBackend
 from stylefast.runtime.graphs import Captured, StepGraphs
 from stylefast.runtime.request import Request
-from tests.engine.scene import EMBED_DIM, SIZE, STEPS, learned, sharp_pipeline
+from tests.engine.scene import EMBED_DIM, SIZE, STEPS, learned
 from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
 from tests.oracle.instant_style import random_adapter
 from tests.small_adapter import small_picture
+from tests.small_graphs import micro_pipeline
 from tests.small_sdxl import small_unet_config
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
-# the two transformer and twelve resnet shapes among the small model's 34 blocks
-SHAPES = 14
+# the two transformer and seven resnet shapes of the micro model
+SHAPES = 9
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """An engine on the small model, with an adapter, running on the backend that `backend(unet)` makes."""
-    pipe, file = sharp_pipeline(), tmp_path_factory.mktemp("adapter") / "a.bin"
+    """An engine on the micro model, with an adapter, running on the backend that `backend(unet)` makes."""
+    pipe, file = micro_pipeline(), tmp_path_factory.mktemp("adapter") / "a.bin"
     torch.save(random_adapter(pipe.unet, EMBED_DIM, 5), file)
 
     def make(backend=None, change=lambda pipe: pipe):
