@@ -50,11 +50,10 @@ print(json.dumps(found))
 CASES = {
     **{f"{chip} banked": (chip, "float16", 64, {"banked": True, "even": 1024}) for chip in
        ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")},
-    "live, two parts": ("sm89", "bfloat16", 64, {"parts": 2}),
+    "live, older PTX": ("sm89", "bfloat16", 64, {"parts": 2, "ptx_version": 86}),
     "fp32, odd heads": ("sm89", "float32", 40, {"banked": True}),
     "little shared memory": ("sm89", "float16", 64, {"even": 1024, "shared_limit": 24 * 1024}),
     "no shared memory": ("sm89", "float16", 64, {"shared_limit": 100}),
-    "an older PTX": ("sm89", "float16", 64, {"ptx_version": 86}),
 }  # fmt: skip
 
 
@@ -90,7 +89,7 @@ def test_the_entry_takes_inputs_then_numbers_then_the_output_and_nothing_else(co
 
 
 def test_a_live_kernel_has_no_arguments_for_a_pool(compiled):
-    kernel = compiled["live, two parts"]
+    kernel = compiled["live, older PTX"]
     assert kernel["code"] == 0, kernel["said"]
     numbers = ["rows", "tokens", "heads", "references"]
     assert kernel["arguments"] == [*PLUGINS["shared_attention"], *numbers, "out"]
@@ -112,7 +111,7 @@ def test_a_limit_that_nothing_fits_is_an_error_that_names_both(compiled):
 
 
 def test_the_version_of_ptx_is_that_asked_for(compiled):
-    assert ".version 8.8" in compiled["sm89 banked"]["ptx"] and ".version 8.6" in compiled["an older PTX"]["ptx"]
+    assert ".version 8.8" in compiled["sm89 banked"]["ptx"] and ".version 8.6" in compiled["live, older PTX"]["ptx"]
 
 
 def test_ptx_names_no_files_of_the_machine_that_compiled_it(compiled, checkout):
