@@ -33,7 +33,7 @@ class Bench:
 
     def __init__(self, quick: bool, device: str):
         self.quick, self.device = quick, device
-        self.scene = Scene(self._model, steps=4 if quick else STEPS, pictures=True)
+        self.scene = Scene(self._model, steps=3 if quick else STEPS, pictures=True)
         self.few = Scene(lambda: self.scene.model, steps=2 if quick else FEW_STEPS)
         self.rounds = 1 if quick else ROUNDS
 
@@ -53,7 +53,10 @@ class Bench:
         """The same model with room for pages of a few steps only: the others come from the host, every time."""
         options = {} if self.quick else {"backend": "compile", "bank_memory": STREAMED}
         model = self.scene.model
-        engine = Engine.from_pipeline(model.published.pipeline, **options)
+        # the published form has put processors of its own into the pipeline's UNet, which the engine refuses
+        pipeline = copy.copy(model.published.pipeline)
+        pipeline.unet = _without_processors(pipeline.unet)
+        engine = Engine.from_pipeline(pipeline, **options)
         return Scene(lambda: Model(model.name, engine, model.published, model.size), self.scene.steps, pictures=True,
                      banks=self.scene.banks)  # fmt: skip
 
@@ -68,16 +71,20 @@ class Bench:
     @cached_property
     def compiled_plain(self) -> Published:
         """diffusers' plain UNet under `torch.compile`, channels-last, with fused projections."""
-        from diffusers import UNet2DConditionModel
-
         pipeline = self.scene.model.published.pipeline
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(pipeline.unet.config)
-        # the values of the pipeline's UNet without its processors
-        unet.load_state_dict(pipeline.unet.state_dict(), assign=True)
-        unet = _channels_last(unet.eval())
+        unet = _channels_last(_without_processors(pipeline.unet))
         unet.fuse_qkv_projections()
         return Published(pipeline, unet=unet, call=torch.compile(unet, **MAX_AUTOTUNE), plain=True)
+
+
+def _without_processors(unet):
+    """A UNet of diffusers with the attention it is made with, on the weights of one whose attention was replaced."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        plain = UNet2DConditionModel.from_config(unet.config)
+    plain.load_state_dict(unet.state_dict(), assign=True)
+    return plain.eval()
 
 
 def cases(quick: bool = False, device: str = "cuda") -> list[Case]:
