@@ -1,4 +1,8 @@
-"""What pyproject.toml can't say: packages that live in sibling folders, and a C++ extension that may be absent."""
+"""What pyproject.toml can't say: packages that live in sibling folders, and a C++ extension that may be absent.
+
+The variable STYLEFAST_EXTENSION is "0" to install without the extension, and "keep" to take the one that lies in the
+build folder if it is no older than its sources, which torch would compile anew.
+"""
 
 import os
 import shlex
