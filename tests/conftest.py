@@ -41,16 +41,26 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 _COMPARES = re.compile(r"\b(fp64|near_fp64|allclose|assert_close|near|psnr|isclose|bit_equal|torch\.equal)\b")
 # they compare too, but what programs computed that choose their instructions without regard to PyTorch's
 _ELSEWHERE = ("benchmarks", "cli", "docs", "export", "packaging", "training", "evaluation")
-_COMPILED = ("test_compiled", "test_graph_", "test_onnxruntime_backend", "test_interpreted", "test_custom_ops")
+_COMPILED = ("test_compiled", "test_graph_", "test_onnxruntime_backend", "test_interpreted", "test_gpu_",
+             "test_custom_ops")  # fmt: skip
+# bits that are written, read and moved, with no sum over them
+_COPIED = ("test_bank_file", "test_copy_engine", "test_record")
 # they are about what happens when; the numbers beside it are those of test_requests.py and test_mixed_batches.py
 _EVENTS = ("test_batching", "test_errors", "test_faults", "test_jobs", "test_memory")
 
 
 @cache
 def _is_numeric(path: Path) -> bool:
-    if path.parent.name in _ELSEWHERE or path.name.startswith(_COMPILED + _EVENTS):
+    if path.parent.name in _ELSEWHERE or path.name.startswith(_COMPILED + _EVENTS + _COPIED):
         return False
     return _COMPARES.search(path.read_text()) is not None
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out whole modules of which no test would run: importing ONNX, TensorRT and the like takes seconds."""
+    only = re.fullmatch(r"numerics( and (?!.*\bor\b).*)?", config.option.markexpr or "")
+    is_module = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if only and is_module and not _is_numeric(collection_path) else None
 
 
 def pytest_terminal_summary(terminalreporter):
