@@ -17,7 +17,7 @@ INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpre
 # two layers of SDXL at 1024 x 1024 pixels, and one of 1152 x 896, whose token count no tile divides
 SIZES = {
     "cuda": [(4096, 4096, 10), (1024, 1024, 20), (1008, 1008, 20)],
-    "cpu": [(64, 64, 1), (32, 64, 2), (37, 29, 1)],
+    "cpu": [(32, 32, 1), (16, 32, 2), (19, 13, 1)],
 }
 MARKS = {"cuda": pytest.mark.gpu, "cpu": INTERPRETED}
 CASES = [

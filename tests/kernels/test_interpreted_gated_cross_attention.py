@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpret
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
-def _case(tokens=19, text_tokens=21, d=32, dtype=torch.float32, seed=0):
+def _case(tokens=7, text_tokens=21, d=32, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -59,7 +59,7 @@ def _check(form, case, tolerance=1e-5):
 @pytest.mark.parametrize("groups", [[0, 1, 2], [7, 7, 7], [3, 0, 3]], ids=["separate", "one for all", "first and last"])
 @pytest.mark.parametrize("masked", [False, True], ids=["without masks", "with masks"])
 def test_segments_and_their_softmaxes_equal_the_reference(form, groups, masked):
-    case = _case()
+    case = _case(tokens=19)  # two tiles of queries, the second not full
     case["group"] = torch.tensor([groups]).repeat(ROWS, 1)
     if not masked:
         case["masks"] = case["mask_index"] = None
@@ -68,8 +68,8 @@ def test_segments_and_their_softmaxes_equal_the_reference(form, groups, masked):
 
 @each_form
 @pytest.mark.parametrize("d", [40, 80, 128])
-def test_head_sizes_that_are_no_power_of_two_equal_the_reference(form, d):
-    _check(form, _case(tokens=17, d=d))
+def test_head_sizes_from_odd_to_large_equal_the_reference(form, d):
+    _check(form, _case(d=d))
 
 
 @each_form
@@ -140,7 +140,7 @@ def test_an_empty_page_adds_nothing(form):
 
 @each_form
 def test_strided_views_of_projections_and_tables_are_taken_as_they_are(form):
-    case = _case()
+    case = _case(tokens=19)
     for name in ("q", "text_k", "text_v", "image_k", "image_v"):
         wide = torch.full((*case[name].shape[:3], 3, case[name].shape[3]), math.nan)
         wide[:, :, :, 1] = case[name]
@@ -154,7 +154,7 @@ def test_strided_views_of_projections_and_tables_are_taken_as_they_are(form):
 
 @each_form
 def test_output_may_be_strided(form):
-    case = _case()
+    case = _case(tokens=19)
     wide = torch.full((ROWS, 19, HEADS, 40), math.nan)
     gated_cross_attention(*(case[name] for name in NAMES), wide[..., :32], config=FORMS[form])
     torch.testing.assert_close(wide[..., :32], gated_cross_attention_ref(**case), rtol=1e-5, atol=1e-5)
