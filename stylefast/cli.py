@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             # a library that is stopped while it loads may say that it can't be imported
             if signals.received is not None or isinstance(error, KeyboardInterrupt):
-                return _report(f"{signals.word}; no half-written file was left behind", signals.exit_code)
+                return _report(f"{signals.word}; what was being written is not there in halves", signals.exit_code)
             return _report(*_in_words(error))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-# slot 0 belongs to nobody: idle places of a padded batch read and write it
+# slot 0 holds no picture: idle places of a padded batch read and write it
 _FIRST_SLOTS = 2
 # of all buffers ever made, so that no two have the same
 _generations = itertools.count(1)

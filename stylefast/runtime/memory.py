@@ -1,7 +1,7 @@
 """How much memory there is for batches and for the pages of style banks, asked before it is used.
 
-A GPU's allocator can be asked forgiveness; a kernel's out-of-memory killer asks nobody. So rows of a batch are counted
-beforehand, and the limit that a user sets is divided up here.
+Running out of memory on a GPU can be caught and tried again; Linux' out-of-memory killer can't. So the rows of a batch
+are counted beforehand, and the limit that a user sets is divided up here.
 """
 
 import ctypes
