@@ -108,9 +108,9 @@ def test_a_picture_listed_twice_is_the_picture_once(draw, drawn):
     close(draw(PROMPTS, sf.InstantStyle([PICTURE, PICTURE]), seed=30), once)
 
 
-def test_embeddings_from_diffusers_equal_their_pictures(engine, pipe, draw):
+def test_embeddings_from_diffusers_equal_their_pictures(engine, pipe, draw, drawn):
     style = sf.InstantStyle(image_embeds=[embeds(pipe, PICTURE, OTHER)])
-    close(draw(PROMPTS, style, seed=30), draw(PROMPTS, sf.InstantStyle([PICTURE, OTHER]), seed=30))
+    close(draw(PROMPTS, style, seed=30), drawn(PROMPTS, sf.InstantStyle([PICTURE, OTHER]), seed=30))
     with pytest.raises(AdapterError, match="reads features"):
         engine.submit(sf.Request("a cat", style=sf.InstantStyle(image_embeds=torch.zeros(1, 7))))
 

@@ -92,9 +92,10 @@ class RowCrossAttention:
         for segment in self.segments:
             if self.module not in segment.strengths:
                 continue
-            weights = segment.adapter["ip_adapter"]
-            image = _attend(query, segment.tokens @ weights[f"{self.number}.to_k_ip.weight"].T,
-                            segment.tokens @ weights[f"{self.number}.to_v_ip.weight"].T)
+            key, value = (segment.adapter["ip_adapter"][f"{self.number}.to_{part}_ip.weight"] for part in "kv")
+            # in fp64, if the UNet is: the same numbers, exactly
+            tokens, key, value = (x.to(query.dtype) for x in (segment.tokens, key, value))
+            image = _attend(query, tokens @ key.T, tokens @ value.T)
             if segment.mask is not None:
                 image = image * IPAdapterMaskProcessor.downsample(segment.mask[None], *image.shape)
             out = out + segment.strengths[self.module][:, None, None] * image

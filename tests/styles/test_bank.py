@@ -234,7 +234,7 @@ def test_metadata_with_missing_or_unknown_fields_is_refused():
     with pytest.raises(StyleError, match="lacks or adds 'colour'"):
         BankInfo.from_json(content | {"colour": "red"})
     content.pop("seed")
-    with pytest.raises(StyleError, match="lacks or adds seed"):
+    with pytest.raises(StyleError, match="lacks or adds 'seed'"):
         BankInfo.from_json(content)
     # another format is named as such, whatever its fields are
     with pytest.raises(StyleError, match="has format 3"):

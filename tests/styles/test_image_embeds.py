@@ -13,6 +13,7 @@ from stylefast.styles.instant_style import InstantStyle
 from tests.small_adapter import CROSS_DIM, global_adapter, plus_adapter, small_layout, small_picture, small_vision_model
 
 PICTURES = [small_picture(seed) for seed in (1, 2)]
+TEXT_DIM = 48  # of the second text encoder, as wide as the global adapter's pictures
 MASKS = [torch.zeros(16, 16), torch.ones(16, 16)]
 
 
@@ -144,7 +145,7 @@ def test_what_can_be_no_embeddings_is_refused_at_once(options, message):
 )
 def test_embeddings_of_another_adapter_are_refused_before_anything_is_encoded(adapters, kind, shape, options, message):
     with pytest.raises((StyleError, AdapterError), match=message):
-        InstantStyle(image_embeds=torch.zeros(shape), **options).check_adapter(adapters[kind])
+        InstantStyle(image_embeds=torch.zeros(shape), **options).check_adapter(adapters[kind], TEXT_DIM)
 
 
 def test_files_that_hold_something_else_are_refused(tmp_path):
