@@ -170,7 +170,7 @@ LORA_WORDS = {
     "a missing file": (("{lora}x",), "there is no file at"),
     "a misspelt file": (("{folder}/brnd.safetensors:0.5",), "did you mean 'brand.safetensors'?"),
     "a strength that is none": (("{lora}:much",), "there is no file at"),
-    "nothing": (("",), "there is no file at ''"),
+    "nothing": (("",), "--lora is ''; a path has at least one character"),
     "the same twice": (("{lora}", "{lora}:0.5"), "twice; give it once"),
 }
 

@@ -74,26 +74,32 @@ def test_a_token_in_the_prompt_stays_where_it_is(pipe, draw):
 @pytest.mark.parametrize("policy", ["eos", "first_added_token"])
 def test_a_style_that_only_the_negative_prompt_names_acts_there_alone(pipe, draw, policy):
     embedding = learned(stages=3, vectors=2, pooled_policy=policy)
+    expected = measured(negative_alone, pipe, embedding)
+    actual = draw(PROMPTS, sf.DreamStyler(embedding), seed=30, negative_prompt="a <sks> dog")
+    if policy == "eos":
+        close(actual, expected)
+    else:
+        apart(actual, expected.value)
+
+
+def negative_alone(pipe, embedding):
+    """A learned style in the negative prompt of both pictures, and plain prompts."""
     texts = StageTexts(pipe, embedding)
     _, plain = encode(pipe, PROMPTS)
-    expected = generation.generate(
+    return generation.generate(
         pipe, lambda t: (texts(["a {} dog"] * 2, t), plain), generation.classifier_free(5.0), seeds=SEEDS,
         **RUN | {"null_branches": (0,)},
     )  # fmt: skip
-    if policy == "eos":
-        close(draw(PROMPTS, sf.DreamStyler(embedding), seed=30, negative_prompt="a <sks> dog"), expected)
-    else:
-        apart(draw(PROMPTS, sf.DreamStyler(embedding), seed=30, negative_prompt="a <sks> dog"), expected)
 
 
-def test_the_reference_of_a_shared_attention_has_the_styles_of_its_negative_prompt(draw):
+def test_the_reference_of_a_shared_attention_has_the_styles_of_its_negative_prompt(draw, drawn):
     bad, good = sf.DreamStyler(learned("bad")), sf.DreamStyler(learned("good", seed=1))
     alone = sf.StyleAligned(prompt="a dog", share_styles=False, seed=3)
     settings = {"seed": 30, "negative_prompt": "<bad>"}
     # the style of the prompt is not shared, so leaving it out leaves the reference as it is
-    expected = draw("a cat <good>", [sf.StyleAligned(prompt="a dog", seed=3), bad], **settings)
+    expected = drawn("a cat <good>", [sf.StyleAligned(prompt="a dog", seed=3), bad], **settings)
     close(draw("a cat <good>", [alone, bad], **settings), expected)
-    apart(draw("a cat <good>", [alone, bad, good], **settings), expected)
+    apart(draw("a cat <good>", [alone, bad, good], **settings), expected.value)
 
 
 # style and context guidance

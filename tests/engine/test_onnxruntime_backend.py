@@ -152,11 +152,10 @@ def test_another_flavour_than_those_exported_is_refused_and_the_others_go_on(mic
     manifest = read_manifest(copy)
     write_manifest(copy, replace(manifest, graphs=tuple(g for g in manifest.graphs if g.flavour != "banked")))
     with sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy) as engine:
-        with engine.runtime.lock:
-            jobs = [engine.submit(requests[case], output="np") for case in ("a bank of two references", "plain")]
         with pytest.raises(EngineMismatch, match=r"banked graph \(references 2.*export onnx --flavour banked"):
-            jobs[0].result(WAIT)
-        assert psnr(jobs[1].result(WAIT).images, eager.generate(requests["plain"], output="np").images) >= 60
+            engine.submit(requests["a bank of two references"], output="np")
+        job = engine.submit(requests["plain"], output="np")
+        assert psnr(job.result(WAIT).images, eager.generate(requests["plain"], output="np").images) >= 60
 
 
 def test_a_lora_makes_the_graphs_stale_until_it_is_taken_off(folder, tmp_path):
@@ -241,7 +240,7 @@ def test_a_closed_engine_counts_no_graphs(micro, folder):
 
 def test_pictures_on_their_way_when_the_engine_is_closed_end_with_that(micro, folder):
     engine = sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=folder)
-    with pytest.raises(EngineClosed, match="was closed while"):
+    with pytest.raises(EngineClosed, match="was closed"):
         engine.generate(request(), callback=lambda *_: engine.close())
 
 
