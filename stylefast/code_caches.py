@@ -92,11 +92,16 @@ def inductor_cache(folder: str | Path | None = None) -> Iterator[None]:
 
     Whichever it is, another user must not be able to write to it; else a private one is used, with a warning.
     """
+    import torch
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     before = os.environ.get(_INDUCTOR)
     wanted = before if folder is None or before not in (None, default_cache_dir()) else str(folder)
-    os.environ[_INDUCTOR] = str(_checked(wanted or default_cache_dir(), "compiled code"))
+    if wanted is None:
+        # PyTorch finds graphs again without a look at what ATEN_CPU_CAPABILITY says, and code that was generated for
+        # vectors of another width writes beyond the ends of tensors
+        wanted = os.path.join(default_cache_dir(), f"stylefast-{torch.backends.cpu.get_cpu_capability().lower()}")
+    os.environ[_INDUCTOR] = str(_checked(wanted, "compiled code"))
     try:
         yield
     finally:

@@ -7,8 +7,10 @@ PyTorch, oneDNN, MKL and our own kernels use. It can't take instructions away fr
 itself, nor from ONNX Runtime and TensorRT.
 """
 
+import getpass
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 NAME = "STYLEFAST_TEST_LEVEL"  # set beside the others, so that a run says what it ran as
@@ -34,7 +36,10 @@ def variables(level: str) -> dict[str, str]:
         level = "avx2" if has_avx512() else "default"
     if level not in LEVELS:
         sys.exit(f"there is no CPU level {level!r}; there are {', '.join(LEVELS)} and lesser")
-    return {**LEVELS[level], NAME: level}
+    # PyTorch's compiler finds graphs again without a look at ATEN_CPU_CAPABILITY: code that it generated for vectors of
+    # another width would be compiled for this one, and writes beyond the ends of tensors
+    code = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{level}")
+    return {**LEVELS[level], NAME: level, "TORCHINDUCTOR_CACHE_DIR": str(code)}
 
 
 def has_avx512() -> bool:
