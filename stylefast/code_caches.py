@@ -96,8 +96,11 @@ def inductor_cache(folder: str | Path | None = None) -> Iterator[None]:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     before = os.environ.get(_INDUCTOR)
-    wanted = before if folder is None or before not in (None, default_cache_dir()) else str(folder)
-    if wanted is None:
+    if before not in (None, default_cache_dir()):
+        wanted = before
+    elif folder is not None:
+        wanted = str(folder)
+    else:
         # PyTorch finds graphs again without a look at what ATEN_CPU_CAPABILITY says, and code that was generated for
         # vectors of another width writes beyond the ends of tensors
         wanted = os.path.join(default_cache_dir(), f"stylefast-{torch.backends.cpu.get_cpu_capability().lower()}")

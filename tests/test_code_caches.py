@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from stylefast import code_caches
 from stylefast.code_caches import foreign, foreign_below, inductor_cache, private_folder, replaceable
@@ -121,6 +122,16 @@ def test_pytorchs_cache_is_private_while_something_compiles(cache, monkeypatch):
     with inductor_cache():
         assert os.environ[variable] != str(cache)
     assert os.environ[variable] == str(cache)
+
+
+def test_code_for_vectors_of_another_width_is_not_found(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    found = []
+    for capability in ("AVX2", "AVX512", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        with inductor_cache():
+            found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert found[0] == found[2] != found[1]
 
 
 def test_tritons_cache_is_private_before_the_first_launch(cache, monkeypatch):
