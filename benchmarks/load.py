@@ -30,7 +30,8 @@ RESULTS = Path(__file__).parent / "results" / "load-cpu.json"
 MOST_GAP, MOST_COST = 2.0, 3.0
 LONG = 900  # steps of the job that is watched; it is cancelled when enough was seen
 QUIET_STEPS = 20  # before and after what is asked
-PICTURES, STEPS, ROUNDS = 8, 6, 3
+PICTURES, STEPS, ROUNDS = 8, 20, 3
+BURNING = 1.0  # seconds that the other process burns before anything is timed
 DRAW = f"""
 import time, stylefast as sf
 engine = sf.Engine.from_pretrained("tiny", device="cpu")
@@ -41,6 +42,13 @@ for _ in range({ROUNDS}):
     engine.generate(["a fish"] * {PICTURES}, steps={STEPS})
     print(time.perf_counter() - start, flush=True)
 """
+# how threads wait: as stylefast has it, and in other ways
+WAITING = {
+    "shortly": "spin shortly, then sleep: stylefast's setting",
+    "asleep": "sleep at once: `OMP_WAIT_POLICY=passive`",
+    "spinning": "spin for milliseconds: torch imported first",
+}
+SPINNING = "import torch\n" + DRAW  # its threads wait as PyTorch's do by default
 BURN = "import os\nfor _ in range(os.cpu_count() - 1):\n    if not os.fork(): break\nwhile True: pass"
 
 
@@ -68,6 +76,26 @@ def cases() -> list[Case]:
     return [*(gap(name, what, ask) for name, (what, ask) in BESIDE.items()), busy()]
 
 
+def markdown(content: dict[str, Any]) -> str:
+    """The tables of docs/serving.md, of a results file."""
+    lines = ["| a running job beside | largest gap | slowest step then (alone) | gap / step |", "|---|---|---|---|"]
+    for result in content["results"]:
+        name, _, case = result["case"].partition(": ")
+        if name == "gap":
+            what, seen = result["what"].removeprefix("a running job beside "), result["details"]
+            note = " (refused)" if str(seen.get("answer", "")).startswith("refused") else ""
+            lines.append(
+                f"| {what}{note} | {seen['gap_ms']:.0f} ms | {seen['slowest_step_ms']:.0f} ms "
+                f"({seen['slowest_step_alone_ms']:.0f} ms) | {result['figures'][0]['value']:.2f} |"
+            )
+    busy = next(result for result in content["results"] if result["case"] == "busy")
+    lines += ["", "| threads that wait | idle machine | a busy loop on every core | |", "|---|---|---|---|"]
+    for how, what in WAITING.items():
+        idle, beside = (_median(busy["details"][f"{when} {how}"]) for when in ("alone_s", "busy_s"))
+        lines.append(f"| {what} | {idle:.1f} s | {beside:.1f} s | {beside / idle:.1f}x |")
+    return "\n".join(lines)
+
+
 # beside a running job
 
 
@@ -89,10 +117,12 @@ class Watched:
             return failed
 
         engine.runtime.advance = timed
-        self.job = engine.submit(sf.Request("a fish in the sea", steps=LONG), output="latents")
-        self.go_on()
-        self.steps.clear()
+        self.job = engine.submit(sf.Request("a fish", steps=LONG), output="latents")
+        self.go_on()  # the first steps make what the others keep
         self.slowest = 0.0
+        self.go_on()
+        self.alone, self.slowest = self.slowest, 0.0
+        self.steps.clear()
 
     def go_on(self) -> None:
         """Wait for some more steps."""
@@ -121,8 +151,11 @@ def gap(name: str, what: str, ask: Callable[[sf.Engine], Any]) -> Case:
         finally:
             engine.close()
         figure = Figure(expected.what, watched.gap / watched.slowest, MOST_GAP, at_most=True)
-        details = {"gap_ms": round(1e3 * watched.gap, 1), "slowest_step_ms": round(1e3 * watched.slowest, 1),
-                   "request_s": round(seconds, 2), "steps_meanwhile": len(watched.steps) - QUIET_STEPS}  # fmt: skip
+        details = {
+            "gap_ms": round(1e3 * watched.gap, 1), "slowest_step_ms": round(1e3 * watched.slowest, 1),
+            "slowest_step_alone_ms": round(1e3 * watched.alone, 1), "request_s": round(seconds, 2),
+            "steps_meanwhile": len(watched.steps) - QUIET_STEPS,
+        }  # fmt: skip
         if isinstance(answer, str):
             details["answer"] = answer
         return Outcome(figures=[figure], details=details)
@@ -131,7 +164,7 @@ def gap(name: str, what: str, ask: Callable[[sf.Engine], Any]) -> Case:
 
 
 def _drawn(**options) -> Callable[[sf.Engine], Any]:
-    return lambda engine: engine.submit(sf.Request("a house on a hill", **{"steps": 6} | options)).result().images
+    return lambda engine: engine.submit(sf.Request("a house", **{"steps": 6} | options)).result().images
 
 
 def _picture(engine: sf.Engine) -> Path:
@@ -195,47 +228,51 @@ BESIDE: dict[str, tuple[str, Callable[[sf.Engine], Any]]] = {
 def busy() -> Case:
     """What a second process that burns all cores costs."""
     expected = Figure("busy / idle", None, MOST_COST, at_most=True)
-    spinning = Figure("busy / idle with threads that spin, as without stylefast's setting", None)
     what = f"{PICTURES} pictures of {STEPS} steps in a process of their own, alone and beside a busy loop per core"
 
     def measure(budget: Budget) -> Outcome:
         figures, details = [], {}
-        for figure, policy in ((expected, None), (spinning, "active")):
-            alone, beside = in_turn(policy)
-            cost = sorted(b / a for a, b in zip(alone, beside))[len(alone) // 2]
-            figures.append(Figure(figure.what, cost, figure.goal, figure.at_most))
-            details |= {f"alone_s {policy or 'asleep'}": [round(x, 2) for x in alone],
-                        f"busy_s {policy or 'asleep'}": [round(x, 2) for x in beside]}  # fmt: skip
+        for how in WAITING:
+            alone, beside = in_turn(SPINNING if how == "spinning" else DRAW,
+                                    {"OMP_WAIT_POLICY": "passive"} if how == "asleep" else {})  # fmt: skip
+            cost = _median([b / a for a, b in zip(alone, beside)])
+            goal = MOST_COST if how == "shortly" else None
+            figures.append(Figure(f"busy / idle{'' if goal else f', threads {how}'}", cost, goal, at_most=True))
+            details |= {f"alone_s {how}": [round(x, 2) for x in alone], f"busy_s {how}": [round(x, 2) for x in beside]}
         return Outcome(figures=figures, details=details)
 
-    return Case("busy", what, measure, (expected, spinning), seconds=60)
+    return Case("busy", what, measure, (expected,), seconds=200)
 
 
-def in_turn(policy: str | None) -> tuple[list[float], list[float]]:
-    """Seconds of every round without and with the burning process; policy: OMP_WAIT_POLICY, None: stylefast's."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
-    if policy is not None:
-        environment["OMP_WAIT_POLICY"] = policy
-    programs = [subprocess.Popen([sys.executable, "-c", DRAW], env=environment, text=True, stdin=subprocess.PIPE,
-                                 stdout=subprocess.PIPE) for _ in range(2)]  # fmt: skip
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def in_turn(program: str, given: dict[str, str]) -> tuple[list[float], list[float]]:
+    """Seconds of every round of a program without and with the burning process; given: environment variables."""
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+    environment = {k: v for k, v in os.environ.items() if k not in ours} | given
+    started = [subprocess.Popen([sys.executable, "-c", program], env=environment, text=True, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE) for _ in range(2)]  # fmt: skip
     times: tuple[list[float], list[float]] = ([], [])
     try:
         for _ in range(ROUNDS):
-            for program, found, burning in zip(programs, times, (False, True)):
+            for process, found, burning in zip(started, times, (False, True)):
                 burner = subprocess.Popen([sys.executable, "-c", BURN], start_new_session=True) if burning else None
                 try:
-                    program.stdin.write("\n")
-                    program.stdin.flush()
-                    found.append(float(program.stdout.readline()))
+                    time.sleep(BURNING)
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+                    found.append(float(process.stdout.readline()))
                 finally:
                     if burner is not None:
                         os.killpg(burner.pid, signal.SIGKILL)
                         burner.wait()
     finally:
-        for program in programs:
-            program.stdin.close()
-            program.kill()
-            program.wait()
+        for process in started:
+            process.stdin.close()
+            process.kill()
+            process.wait()
     return times
 
 

@@ -44,6 +44,7 @@ from stylefast.export.tensorrt_profiles import Profile
 from stylefast.export.unet_graph import GraphShape, graph_inputs
 from stylefast.models import vae as vaes
 from stylefast.models.unet import UNet
+from stylefast.threads import giving_way
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ def ensure(source: Source, options: Options, folder: Path) -> Path:
             said = True
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with silent_exporters():
+            with silent_exporters(), giving_way():
                 EXPORTS[options.kind](source, folder, options)
         except (ExportError, InvalidRequest):
             lock = folder.with_name(f"{folder.name}.part.lock")

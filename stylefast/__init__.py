@@ -50,7 +50,7 @@ class _CheckoutFinder:
         return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
 
 
-threads.wait_asleep()
+threads.wait_shortly()
 if _CheckoutFinder.folders:
     sys.meta_path.insert(0, _CheckoutFinder)
 

@@ -1,35 +1,67 @@
 """How many OpenMP threads there are, and how they wait for one another: what a busy machine's time depends on.
 
 A step is thousands of small parallel loops. Threads that spin at the end of each use up their share of a busy core with
-waiting, and are then put aside while the others wait for them: steps took fifty times as long. Threads that sleep cost
-a wake-up for each loop, and their share of the machine is all they need.
+waiting, and are then put aside while the others wait for them: steps took fifty times as long. Threads that sleep at
+once pay a wake-up for each loop. Those that spin for about the time between two loops, and then sleep, are nearly as
+fast as the first on an idle machine and take little more than their share of a busy one (`python -m benchmarks load`).
 """
 
 import logging
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 # what says how threads wait, or that somebody has thought about it
 WAIT_POLICY = "OMP_WAIT_POLICY"
-_CHOSEN = (WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SPIN_COUNT = "GOMP_SPINCOUNT"  # of GNU's runtime, which PyTorch's wheels for Linux bring
+SHORT_SPIN = "4000"
+_CHOSEN = (WAIT_POLICY, SPIN_COUNT, "KMP_BLOCKTIME")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _fitted = False
+# seconds after which a thread that computes in Python lets another one run, in `giving_way`
+SHORT_TURNS = 0.0003
+_turns_lock = threading.Lock()
+_giving_way, _turns_before = 0, 0.0
 
 
-def wait_asleep() -> None:
-    """Have OpenMP's threads sleep while they wait, unless the environment says how they wait.
+def wait_shortly() -> None:
+    """Have OpenMP's threads spin shortly and then sleep while they wait, unless the environment says how they wait.
 
     The runtime reads the environment when it is loaded, with torch; where torch is there already, this changes nothing
-    but programs that this one starts.
+    but programs that this one starts. Other runtimes than GNU's sleep at once.
     """
     if not any(name in os.environ for name in _CHOSEN):
-        os.environ[WAIT_POLICY] = "passive"
+        os.environ.update({WAIT_POLICY: "passive", SPIN_COUNT: SHORT_SPIN})
         if "torch" in sys.modules:
-            logger.info("torch was imported before stylefast, so its threads spin while they wait, which is slow on a "
-                        "busy machine; import stylefast first, or set %s=passive", WAIT_POLICY)  # fmt: skip
+            logger.info("torch was imported before stylefast, so its threads spin long while they wait, slow on a "
+                        "busy machine; import stylefast first, or set %s=%s", SPIN_COUNT, SHORT_SPIN)  # fmt: skip
+
+
+@contextmanager
+def giving_way() -> Iterator[None]:
+    """Let other threads run Python after 0.3 ms instead of 5, during minutes of work in Python such as an export.
+
+    A step asks for the interpreter's lock at each of its thousands of calls, and waited a turn of the other thread each
+    time: seconds, for a step of a tenth of one. It concerns the whole process, and is put back after the last use.
+    """
+    global _giving_way, _turns_before
+    with _turns_lock:
+        if not _giving_way:
+            _turns_before = sys.getswitchinterval()
+            sys.setswitchinterval(min(SHORT_TURNS, _turns_before))
+        _giving_way += 1
+    try:
+        yield
+    finally:
+        with _turns_lock:
+            _giving_way -= 1
+            if not _giving_way:
+                sys.setswitchinterval(_turns_before)
 
 
 def fit_to_quota() -> None:

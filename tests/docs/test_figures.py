@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import banks, export_sdxl
+from benchmarks import banks, export_sdxl, load
 from benchmarks.kernels.report import markdown
 from benchmarks.runtime.report import markdown as runtime_table
 
@@ -39,6 +39,12 @@ def test_what_the_page_of_banks_says_of_speed_is_that_of_the_results_file(checko
                  f"banks {times['eight banks / one bank']:.2f} times as long as one bank")  # fmt: skip
         found.append(runtime_table(content["results"]) in page and words in joined)
     assert any(found)
+
+
+def test_what_the_page_of_serving_says_of_load_is_that_of_the_results_file(checkout):
+    # otherwise: paste what `benchmarks.load.markdown` makes of the file into docs/serving.md
+    page = (checkout / "docs" / "serving.md").read_text()
+    assert any(load.markdown(content) in page for content in recorded(checkout, "load-cpu.json"))
 
 
 @pytest.mark.parametrize("table", [banks.modes_table, banks.layers_table], ids=["kinds of storage", "fewer layers"])

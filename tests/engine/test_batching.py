@@ -1,7 +1,6 @@
 """The running batch: who joins when, whose turn it is, and what one job's failure means to the others."""
 
 import threading
-import time
 import weakref
 
 import pytest
@@ -11,7 +10,7 @@ import stylefast as sf
 from stylefast.errors import NumericsError, OutOfMemory
 from stylefast.runtime.group import Group
 from tests.engine.scene import SIZE, STEPS, small_picture
-from tests.engine.watch import WAIT, Watch, held, request, settled, submit
+from tests.engine.watch import WAIT, Watch, held, request, settled, submit, until
 from tests.fp64 import close
 
 PICTURE = small_picture(1, (48, 40))
@@ -66,9 +65,9 @@ def test_steps_go_on_while_a_request_that_joins_is_encoded(engine, watch, monkey
     second = []
     watch.at[1] = lambda: second.append(submit(engine, "a dog", steps=2))
     watch.at[4] = passed.set
-    watch.before = lambda latents: time.sleep(0.005)
-    submit(engine, steps=60).result(WAIT)
-    second[0].result(WAIT)
+    first = submit(engine, steps=1000)
+    assert until(lambda: second) and second[0].result(WAIT)
+    first.cancel()
     assert watch.rows[:5] == [2] * 5 and 4 in watch.rows and settled(engine)
 
 

@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import textwrap
+import threading
 import weakref
 
 import pytest
@@ -13,10 +14,10 @@ import stylefast as sf
 from stylefast.errors import InvalidRequest, OutOfMemory
 from stylefast.runtime.memory import parse_bytes, row_bytes
 from tests.engine.scene import SIZE, STEPS, small_picture
-from tests.engine.watch import WAIT, Watch, submit
+from tests.engine.watch import WAIT, Watch, request, settled, submit
 from tests.fp64 import close
 
-PICTURE = small_picture(1, (48, 40))
+PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
 
 
 @pytest.fixture
@@ -157,6 +158,56 @@ def test_the_steady_state_makes_no_tables_plans_or_pages(fresh, monkeypatch):
     for job in jobs:
         job.result(WAIT)
     assert len(seen) == 210 and len(set(seen[5:-1])) == 1
+
+
+def test_a_limit_and_buckets_are_kept_while_many_threads_ask_for_everything(pipe, fresh, monkeypatch, drawn):
+    bank = fresh.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
+    limit, seen = limit_for(fresh, 9), []
+    engine = sf.Engine.from_pipeline(pipe, memory_limit=limit, batch_buckets=(2, 4, 8))
+    advance = engine.runtime.advance
+
+    def noted(groups, *rest):
+        failed = advance(groups, *rest)
+        seen.append(engine.memory()["held"])
+        return failed
+
+    monkeypatch.setattr(engine.runtime, "advance", noted)
+    watch, outcomes = Watch(engine, monkeypatch), []
+    styles = ((), sf.StyleAligned(bank), sf.StyleAligned(OTHER), sf.StyleAligned(prompt="oil"))
+
+    def ask(thread):
+        for turn in range(4):
+            name = (thread + turn) % 6
+            try:
+                if name == 4:
+                    outcome = submit(engine, size=(64, 64), seed=thread).result(WAIT)
+                elif name == 5:
+                    outcome = submit(engine, size=(512, 512)).result(WAIT)
+                elif thread % 2:
+                    outcome = engine.generate([request(style=styles[name])], output="latents")
+                else:
+                    outcome = submit(engine, style=styles[name]).result(WAIT)
+                outcomes.append((name, outcome.latents))
+            except Exception as error:
+                outcomes.append((name, error))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert len(outcomes) == 24
+    # in fp32 a bank gives what its reference gives
+    expected = [drawn("a cat", style, using=fresh) for style in ((), sf.StyleAligned(PICTURE), *styles[2:])]
+    for name, outcome in outcomes:
+        if name == 5:  # larger than the limit alone
+            assert isinstance(outcome, OutOfMemory), outcome
+        elif name < 4:
+            close(outcome, expected[name])
+        else:
+            assert outcome[0].shape == (4, 16, 16)
+    assert set(watch.rows) <= {2, 4, 8} and max(seen) <= limit
+    assert settled(engine)
 
 
 @pytest.mark.slow

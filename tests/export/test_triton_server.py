@@ -191,23 +191,33 @@ def test_a_stream_that_is_cancelled_stops_the_loop(server):
     assert server.calls("unet_plain") == stopped + 1
 
 
+def fill_slots(server: TritonServer, streams: ExitStack) -> None:
+    """Ask for as many pictures as are drawn at once, and wait until each is being drawn."""
+    for seed in range(SLOTS):
+        stream = streams.enter_context(server.ask(LARGE | {"seed": seed, "preview_every": 20}))
+        assert next(iter(stream)).step < LARGE["steps"]
+
+
 def test_requests_beyond_slots_and_queue_are_rejected_at_once(server):
+    from tritonclient.utils import InferenceServerException
+
     with ExitStack() as streams:
-        for seed in range(SLOTS + QUEUE):
-            streams.enter_context(server.ask(LARGE | {"seed": seed}))
-            time.sleep(0.2)  # in this order
+        fill_slots(server, streams)
         before = server.calls("unet_plain")
-        assert "Exceeds maximum queue size" in error_of(server, LARGE)
+        waiting = [streams.enter_context(server.ask(LARGE | {"seed": seed})) for seed in range(QUEUE + 1)]
+        wait_for(lambda: any(stream.answered for stream in waiting))
+        (rejected,) = (stream for stream in waiting if stream.answered)
+        with pytest.raises(InferenceServerException, match="Exceeds maximum queue size"):
+            next(iter(rejected))
         assert server.calls("unet_plain") - before < LARGE["steps"]  # while those before it still ran
+        assert sum(stream.answered for stream in waiting) == 0
     # those in the queue were cancelled too, and leave it when their turn comes
     wait_for(lambda: draws(server))
 
 
 def test_a_request_that_waits_longer_than_its_timeout_is_rejected(server):
     with ExitStack() as streams:
-        for seed in range(SLOTS):
-            streams.enter_context(server.ask(LARGE | {"seed": seed}))
-            time.sleep(0.2)
+        fill_slots(server, streams)
         assert "timeout expired" in error_of(server, LARGE, timeout=100_000)
 
 

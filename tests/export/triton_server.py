@@ -96,6 +96,11 @@ class Stream:
         self._client.stop_stream(cancel_requests=True)
         self._client.close()
 
+    @property
+    def answered(self) -> bool:
+        """Whether an answer, or an error, has come that nobody took yet."""
+        return not self._answers.empty()
+
     def __iter__(self) -> Iterator[Answer]:
         final = False
         while not final:

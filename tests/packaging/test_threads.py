@@ -17,14 +17,23 @@ def environment_of(program: str, **given: str) -> str:
                           check=True).stdout.strip()  # fmt: skip
 
 
-def test_threads_sleep_while_they_wait_and_torch_is_not_loaded_for_it():
-    assert environment_of("import stylefast, sys; assert 'torch' not in sys.modules") == "passive None"
+def test_threads_spin_shortly_while_they_wait_and_torch_is_not_loaded_for_it():
+    assert environment_of("import stylefast, sys; assert 'torch' not in sys.modules") == "passive 4000"
 
 
 @pytest.mark.parametrize("given", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "1000"}], ids=str)
 def test_what_the_environment_says_of_waiting_is_left_as_it_is(given):
     expected = f"{given.get('OMP_WAIT_POLICY')} {given.get('GOMP_SPINCOUNT')}"
     assert environment_of("import stylefast", **given) == expected
+
+
+def test_long_work_beside_steps_gives_way_until_the_last_of_it_is_over():
+    before = sys.getswitchinterval()
+    with threads.giving_way():
+        with pytest.raises(KeyError), threads.giving_way():
+            raise KeyError
+        assert sys.getswitchinterval() == pytest.approx(threads.SHORT_TURNS, rel=0.01)
+    assert sys.getswitchinterval() == before
 
 
 FILES = {
