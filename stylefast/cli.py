@@ -1,6 +1,7 @@
 """The command `stylefast`. Each subcommand lives in `stylefast.commands`, and loads torch only when it runs."""
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from stylefast.errors import InvalidRequest, StyleFastError
 
 COMMANDS = ("generate", "bake", "export", "demo", "bench", "info")
 DEBUG = "STYLEFAST_DEBUG"
-BAD_INPUT, FAILED = 2, 1
+BAD_INPUT, FAILED, UNREAD = 2, 1, 141
 
 
 def build_parser():
@@ -25,8 +26,8 @@ def build_parser():
         prog="stylefast",
         description="Style-conditioned SDXL pictures: StyleAligned, InstantStyle and DreamStyler in one engine.",
         epilog='example: stylefast generate "a fish" "a house" --style-image photo.jpg\n\n'
-        "exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 129 hung up;\n"
-        "errors are one line on stderr",
+        "exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 129 hung up,\n"
+        "141 output that nobody reads; errors are one line on stderr",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"stylefast {stylefast.__version__}")
@@ -52,14 +53,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             names_as_they_are()
             arguments = build_parser().parse_args(argv)
             with warnings_on_stderr():
-                return arguments.run(arguments)
+                code = arguments.run(arguments)
+            return code if _is_read() else UNREAD
         except SystemExit as stop:  # --help and --version
-            return int(stop.code or 0)
+            return int(stop.code or 0) if _is_read() else UNREAD
         except (Exception, KeyboardInterrupt) as error:
             # a library that is stopped while it loads may say that it can't be imported
             if signals.received is not None or isinstance(error, KeyboardInterrupt):
                 return _report(f"{signals.word}; what was being written is not there in halves", signals.exit_code)
+            if isinstance(error, BrokenPipeError) and not _is_read():
+                return UNREAD
             return _report(*_in_words(error))
+
+
+def _is_read() -> bool:
+    """Write out what was printed; False where the reader is gone, as in `stylefast info | head -1`."""
+    try:
+        sys.stdout.flush()
+        output = sys.stdout.fileno()
+    except BrokenPipeError:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # a stream of the caller's that is no file
+        return True
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return True
+    # or Python would try again at its end, and complain
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return False
 
 
 def _in_words(error: BaseException) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import stylefast
+from stylefast import values
 from stylefast.commands.bank_report import bank_lines, collect_bank
 from stylefast.commands.export_report import collect_engines, engines_lines
 from stylefast.errors import InvalidRequest
@@ -128,9 +129,10 @@ def _hub_cache() -> dict[str, Any]:
 
 def _is_sdxl(index: Path) -> bool:
     try:
-        return "StableDiffusionXL" in json.loads(index.read_text()).get("_class_name", "")
-    except (OSError, ValueError, AttributeError):
+        name = values.read_json(index, "the model's index", kind=dict).get("_class_name")
+    except InvalidRequest:
         return False
+    return isinstance(name, str) and "StableDiffusionXL" in name
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

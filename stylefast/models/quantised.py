@@ -7,17 +7,18 @@ tensor, or one for each output channel. ComfyUI writes it in two spellings, `lay
 (`scale_input`, `input_scale`) are for chips that multiply in float8; what computes in 16 or 32 bits does not need them.
 """
 
-import json
 import re
 from collections.abc import Mapping
 
 import torch
 
+from stylefast import values
 from stylefast.errors import ModelFormatError
 
 _SCALES = ("scale_weight", "weight_scale")
 _UNUSED = ("scale_input", "input_scale", "comfy_quant", "scaled_fp8")
 _KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_LONGEST_NOTE = 10_000  # bytes
 _WAY_OUT = "get the edition in float16, bfloat16 or float8, or convert it with the tool that made it"
 
 # what only such a file's tensors are called, and what the format is called
@@ -88,10 +89,11 @@ def _fits(weight: tuple[int, ...], factor: tuple[int, ...]) -> bool:
 
 
 def _check_note(name: str, value: torch.Tensor, what: str) -> None:
-    try:
-        note = json.loads(bytes(value.to(torch.uint8).flatten().tolist()))
-        kind = note["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelFormatError(f"{what} holds a note {name} that can't be read ({error}); {_WAY_OUT}") from error
+    if value.numel() > _LONGEST_NOTE:
+        raise ModelFormatError(f"{what} holds a note {name} of {value.numel()} bytes; {_WAY_OUT}")
+    note = values.load_json(
+        bytes(value.to(torch.uint8).flatten().tolist()), f"the note {name} of {what}", kind=dict, error=ModelFormatError
+    )
+    kind = note.get("format")
     if kind not in _KNOWN_FORMATS:
-        raise ModelFormatError(f"{what} holds weights in the format {str(kind)[:100]!r} ({name}); {_WAY_OUT}")
+        raise ModelFormatError(f"{what} holds weights in the format {values.quoted(kind)} ({name}); {_WAY_OUT}")

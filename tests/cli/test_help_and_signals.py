@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -127,6 +129,16 @@ def test_a_library_that_is_interrupted_while_it_loads_is_not_called_missing(styl
     stopping(run)
     code, _, err = stylefast("generate", "x")
     assert_one_line(code, err, 130, "interrupted")
+
+
+@pytest.mark.parametrize("words", [("--version",), ("generate", "--help")], ids=" ".join)
+def test_output_that_nobody_reads_is_no_error(checkout, words):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "stylefast.cli", *words], cwd=checkout, stdout=write, text=True,
+                          stderr=subprocess.PIPE)  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_handlers_of_signals_are_given_back(stylefast, stopping):

@@ -208,7 +208,9 @@ def test_factors_for_blocks_of_a_weight_are_refused():
         check_storage(tensors, "model.safetensors")
 
 
-@pytest.mark.parametrize("note", [b'{"format": "mxfp8"}', b"not json", b"[]", b"{}"], ids=bytes.decode)
+@pytest.mark.parametrize("note", [
+    b'{"format": "mxfp8"}', b"not json", b"[]", b"{}", b'{"format": 1, "format": 2}', b"[" * 9000, b" " * 20_000,
+], ids=lambda note: note[:30].decode())
 def test_a_note_of_a_format_that_is_not_read_is_refused(note):
     tensors = {"a.weight": torch.zeros(2, 2), "a.comfy_quant": torch.tensor(list(note), dtype=torch.uint8)}
     with pytest.raises(ModelFormatError, match=r"a\.comfy_quant"):
