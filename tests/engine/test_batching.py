@@ -65,7 +65,7 @@ def test_steps_go_on_while_a_request_that_joins_is_encoded(engine, watch, monkey
     second = []
     watch.at[1] = lambda: second.append(submit(engine, "a dog", steps=2))
     watch.at[4] = passed.set
-    first = submit(engine, steps=1000)
+    first = submit(engine, steps=900)
     assert until(lambda: second) and second[0].result(WAIT)
     first.cancel()
     assert watch.rows[:5] == [2] * 5 and 4 in watch.rows and settled(engine)

@@ -30,7 +30,7 @@ ALLOWED = {
     "presentation": {"errors", "values"},
     "training": {"errors", "values", "kernels", "models", "styles", "sampling", "evaluation"},
     "evaluation": {"errors", "values", "kernels", "models", "styles"},
-    "export": {"errors", "values", "code_caches", "kernels", "models"},
+    "export": {"errors", "values", "code_caches", "threads", "kernels", "models"},
     "serving": {"errors", "values", "engine", "stylefast"},
     "integrations": {"errors", "values", "engine", "serving", "stylefast"},
 }
