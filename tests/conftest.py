@@ -1,5 +1,6 @@
 """What all tests share: seeds, no network, and the checkout's files."""
 
+import gc
 import os
 import re
 import subprocess
@@ -54,6 +55,16 @@ def _is_numeric(path: Path) -> bool:
     if path.parent.name in _ELSEWHERE or path.name.startswith(_COMPILED + _EVENTS + _COPIED):
         return False
     return _COMPARES.search(path.read_text()) is not None
+
+
+def pytest_collection_finish():
+    """What was imported so far stays to the end: collections of garbage needn't look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or extension modules would complain of what outlives them
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -367,6 +367,7 @@ def test_the_full_list_of_the_cpu_carries_the_goals():
 
 def test_the_list_of_the_gpu_runs_on_a_small_model(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(host, "SWITCHES", 2)
     found = command.run(cuda.cases(quick=True, device="cpu"), "cpu", True, Budget(10), None)
     missing = {f["what"] for r in found["results"] for f in r["figures"] if f["verdict"] == NOT_MEASURED}
     # two steps more of a small model may be lost in the noise
