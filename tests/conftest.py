@@ -45,7 +45,8 @@ _ELSEWHERE = ("benchmarks", "cli", "docs", "export", "packaging", "training", "e
 _COMPILED = ("test_compiled", "test_graph_", "test_onnxruntime_backend", "test_interpreted", "test_gpu_",
              "test_custom_ops")  # fmt: skip
 # bits that are written, read and moved, with no sum over them
-_COPIED = ("test_bank_file", "test_copy_engine", "test_record")
+_COPIED = ("test_bank_file", "test_copy_engine", "test_load_options", "test_pipeline_check", "test_record",
+           "test_single_file")  # fmt: skip
 # they are about what happens when; the numbers beside it are those of test_requests.py and test_mixed_batches.py
 _EVENTS = ("test_batching", "test_errors", "test_faults", "test_jobs", "test_memory")
 
