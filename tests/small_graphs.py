@@ -26,6 +26,14 @@ def micro_config() -> dict:
     )  # fmt: skip
 
 
+def small_config() -> dict:
+    """The micro model, attending where its features are large and in its middle: two levels, 4 attention layers."""
+    return micro_config() | {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+
+
 def micro_pipeline(seed: int = 3):
     """A random pipeline around a micro UNet, with an image encoder."""
     from diffusers import UNet2DConditionModel
@@ -39,6 +47,20 @@ def micro_pipeline(seed: int = 3):
         image_encoder=small_vision_model(seed, projection_dim=EMBED_DIM),
         feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     )
+    return pipe
+
+
+def nano_pipeline(seed: int = 3):
+    """The micro pipeline around a UNet of one level, all of which attends, in 4 layers."""
+    from diffusers import UNet2DConditionModel
+
+    pipe = micro_pipeline(seed)
+    torch.manual_seed(seed)
+    pipe.unet = UNet2DConditionModel(**small_unet_config(
+        widths=(32,), depth=(1,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )).eval()  # fmt: skip
+    sharpen(pipe.unet.requires_grad_(False), seed)
     return pipe
 
 

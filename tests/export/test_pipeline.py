@@ -30,9 +30,7 @@ from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from tests.engine.scene import small_picture
 from tests.engine.watch import request
-from tests.oracle.small import sharpen
-from tests.small_graphs import micro_pipeline, write_adapter
-from tests.small_sdxl import small_unet_config
+from tests.small_graphs import nano_pipeline, write_adapter
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -41,20 +39,6 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 TARGETS = ("sm89", "sm120")
 OTHERS = ("vae_decoder", "text_encoder", "text_encoder_2", "text_projector", "image_encoder", "image_projector")
 NAMES = {torch.float16: "HALF", torch.float32: "FLOAT", torch.int64: "INT64", torch.bool: "BOOL"}
-
-
-def nano_pipeline(seed: int = 3):
-    """The micro pipeline around a UNet of one level, all of which attends, in 4 layers."""
-    from diffusers import UNet2DConditionModel
-
-    pipe = micro_pipeline(seed)
-    torch.manual_seed(seed)
-    pipe.unet = UNet2DConditionModel(**small_unet_config(
-        widths=(32,), depth=(1,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-    )).eval()  # fmt: skip
-    sharpen(pipe.unet.requires_grad_(False), seed)
-    return pipe
 
 
 def source_of(pipe, dtype=torch.float32, adapter: Path | None = None, name: str = "nano") -> Source:
@@ -304,7 +288,8 @@ import sys
 from pathlib import Path
 from stylefast.export import pipeline
 from stylefast.export.options import Options
-from tests.export.test_pipeline import nano_pipeline, source_of
+from tests.export.test_pipeline import source_of
+from tests.small_graphs import nano_pipeline
 folder = Path(sys.argv[1])
 source, made, export_unet = source_of(nano_pipeline()), [], pipeline.export_unet
 def counted(*given, **named):

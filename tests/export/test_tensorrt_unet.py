@@ -1,4 +1,4 @@
-"""Real TensorRT-RTX engines of the embedded model, built without a GPU for two chips, and what is in them."""
+"""Real TensorRT-RTX engines of whole UNets, built without a GPU for two chips, and what is in them."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ import torch
 from stylefast.export.tensorrt_build import build_engine
 from stylefast.export.tensorrt_profiles import Profile
 from stylefast.export.unet_graph import GraphShape, graph_inputs
+from stylefast.models.unet import UNet
+from tests.small_graphs import small_config
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -14,8 +16,15 @@ pytest.importorskip("tensorrt_rtx")
 NAMES = {torch.float16: "HALF", torch.float32: "FLOAT", torch.int64: "INT64", torch.bool: "BOOL"}
 
 
-@pytest.fixture(scope="module")
-def unet():
+def small():
+    """Two levels, both of which attend."""
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(**small_config()).requires_grad_(False)
+    return UNet.from_state(dict(model.config), {name: x.half() for name, x in model.state_dict().items()})
+
+
+def embedded():
     from stylefast.engine import Engine
     from stylefast.models.packed import unpack
 
@@ -24,11 +33,16 @@ def unet():
     return found.half()
 
 
-@pytest.mark.parametrize("flavour", ["live", "banked"])
-def test_the_embedded_model_builds_for_two_chips_with_its_style_attention_fused(unet, flavour, tmp_path):
+# a banked graph does all that a live one does; live engines are built in test_pipeline.py
+@pytest.mark.parametrize(
+    ("model", "flavour"),
+    [(small, "banked"), pytest.param(embedded, "live", marks=pytest.mark.slow),
+     pytest.param(embedded, "banked", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_model_builds_for_two_chips_with_its_style_attention_fused(model, flavour, tmp_path):
     from stylefast.export.onnx_graphs import export_unet
 
-    shape = GraphShape(flavour)
+    unet, shape = model(), GraphShape(flavour)
     graph, _ = export_unet(unet, shape, tmp_path)
     profile = Profile.parse("rows=1:4:8,size=32x32:64x64:64x96,pages=1:2:8", scale=4)
     inputs = graph_inputs(unet, shape)

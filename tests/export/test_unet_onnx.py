@@ -23,21 +23,13 @@ from stylefast.models.unet import UNet
 from tests.export.bfloat16 import emulated
 from tests.oracle.small import sharpen
 from tests.small_families import family_config
-from tests.small_graphs import micro_config
+from tests.small_graphs import micro_config, small_config
 
 SHAPES = (GraphShape("plain", segments=0), GraphShape("plain", segments=2), GraphShape("live", 2, 3),
           GraphShape("banked", 1, 1), GraphShape("banked", 2, 2))  # fmt: skip
 NAMES = ("plain without pictures", "plain", "live", "banked", "banked with two references")
 # (rows, height, width) in latents: odd ones, one row, the least size
 SIZES = ((4, 12, 10), (3, 9, 13), (1, 8, 8), (7, 11, 8))
-
-
-def small_config() -> dict:
-    """The micro model, attending where its features are large and in its middle: two levels, 4 attention layers."""
-    return micro_config() | {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
 
 
 def unet_of(dtype: torch.dtype) -> UNet:
