@@ -16,7 +16,8 @@ from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.unet import UNet
 from tests.small_adapter import CROSS_DIM, global_adapter, plus_adapter, small_layout, small_vision_model
-from tests.small_sdxl import small_tiny_vae, small_unet_config, small_vae_config
+from tests.small_graphs import small_config
+from tests.small_sdxl import small_tiny_vae, small_vae_config
 from tests.small_text import small_text_parts
 
 onnx = pytest.importorskip("onnx")
@@ -73,10 +74,14 @@ def projected_picture(adapter, inputs):
 
 
 def small_vae():
+    """Of two levels; the tiny VAE enlarges twice."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(3)
-    return AutoencoderKL(**small_vae_config()).eval()
+    return AutoencoderKL(**small_vae_config(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 64),
+    )).eval()  # fmt: skip
 
 
 @cache
@@ -87,7 +92,7 @@ def case(name: str) -> Case:
         model = small_text_parts()[1][name == "text_encoder_2"]
         return Case(model, text_encoder, encoded, TEXT_SIZES)
     if name == "text_projector":
-        unet = UNet(small_unet_config()).eval().requires_grad_(False)
+        unet = UNet(small_config()).eval().requires_grad_(False)
         run = lambda unet, inputs: packed(unet.layout, unet.project_text(inputs["states"]), inputs["states"])  # noqa: E731
         return Case(unet, lambda u, dtype: text_projector(u, dtype, 24), run, ({"text_pages": 1}, {"text_pages": 5}))
     if name == "image_encoder":
