@@ -8,7 +8,7 @@ import torch
 import stylefast as sf
 from stylefast.kernels import registry
 from stylefast.models import packed
-from tests.engine.scene import EMBED_DIM, SIZE, STEPS, sharp_pipeline
+from tests.engine.scene import EMBED_DIM, RUN, SIZE, sharp_pipeline
 from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, engine_of, nudged, wide
 from tests.oracle.instant_style import random_adapter
 
@@ -67,7 +67,8 @@ def draw(engine):
     """Latents of a call of the engine, at the small size and few steps unless told otherwise."""
 
     def draw(prompts, style=None, *, using=engine, **options):
-        return using.generate(prompts, style, **{"size": SIZE, "steps": STEPS, "output": "latents"} | options).latents
+        options = {"size": SIZE, "steps": RUN["steps"], "output": "latents"} | options
+        return using.generate(prompts, style, **options).latents
 
     return draw
 

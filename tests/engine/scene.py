@@ -8,14 +8,15 @@ from stylefast.styles.embeddings import StageEmbedding
 from tests.oracle import generation
 from tests.oracle.dream_styler import Encoder, stage_of
 from tests.oracle.sampler import make_scheduler, sample
-from tests.oracle.small import sharpen
+from tests.oracle.small import SMALL, sharpen
 from tests.small_adapter import small_picture, small_vision_model
 from tests.small_sdxl import small_pipeline, small_unet_config
 
 EMBED_DIM = 32  # of the image encoder and of text encoder 2, so that content can be subtracted
 SIZE = (48, 32)  # (width, height) in pixels; the oracle and diffusers take (height, width)
-RUN = {"scheduler": "euler", "steps": 3, "size": (32, 48)}  # of the oracle's loop
-STEPS = 3
+# of the oracle's loop and of `draw`: a first step and a last one; samplers of higher order need a third
+RUN = {"scheduler": "euler", "steps": 2, "size": (32, 48)}
+STEPS = 3  # of requests that meet others on their way
 
 
 def sharp_pipeline(seed: int = 1, prediction_type: str = "epsilon"):
@@ -26,7 +27,7 @@ def sharp_pipeline(seed: int = 1, prediction_type: str = "epsilon"):
     pipe = small_pipeline(seed)
     # diffusers' own initialisation is calm enough for 1e-5 to survive some steps; sharpened, it hides no mistake
     torch.manual_seed(seed)
-    pipe.unet = UNet2DConditionModel(**small_unet_config(widths=(32, 64, 128), head_width=32)).eval()
+    pipe.unet = UNet2DConditionModel(**small_unet_config(**SMALL)).eval()
     sharpen(pipe.unet.requires_grad_(False), seed)
     # a config that a scheduler made of its own defaults would not hand them on
     config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}

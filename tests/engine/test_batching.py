@@ -182,7 +182,7 @@ def out_of_memory_above(rows, error=torch.OutOfMemoryError):
 def test_out_of_memory_splits_the_batch_and_nobody_notices(engine, watch, drawn, error):
     prompts = ["a cat", "a dog", "a house", "neon", "oil"]
     options = {"scheduler": "euler_ancestral"}  # noise must be drawn once however often a step is tried
-    expected = [drawn(prompt, seed=i, **options) for i, prompt in enumerate(prompts)]
+    expected = [drawn(prompt, seed=i, steps=STEPS, **options) for i, prompt in enumerate(prompts)]
     watch.before, calls = out_of_memory_above(4, error), watch.calls
     jobs = watch.together(*(
         lambda prompt=prompt, i=i: submit(engine, prompt, seed=i, **options) for i, prompt in enumerate(prompts)
@@ -193,7 +193,7 @@ def test_out_of_memory_splits_the_batch_and_nobody_notices(engine, watch, drawn,
 
 
 def test_only_the_job_that_does_not_fit_alone_fails(engine, watch, drawn):
-    expected = drawn("a dog", seed=2)
+    expected = drawn("a dog", seed=2, steps=STEPS)
     style = sf.StyleAligned()
     watch.before = out_of_memory_above(4)
     big, small = watch.together(
@@ -223,7 +223,7 @@ def test_a_step_that_is_tried_again_does_not_hold_what_the_failed_one_had(engine
 
 
 def test_a_job_that_finds_no_room_to_join_waits_for_the_others(engine, watch, monkeypatch, drawn):
-    expected = drawn("a dog", seed=2)
+    expected = drawn("a dog", seed=2, steps=STEPS)
     admit, refusals = engine.runtime.admit, []
 
     def full(trajectories, *rest):
@@ -254,7 +254,7 @@ def test_banks_that_do_not_all_fit_take_turns_and_one_too_large_alone_fails(pipe
     plenty = sf.Engine.from_pipeline(pipe)
     styles = [sf.StyleAligned(PICTURE), sf.StyleAligned(prompt="neon"), sf.StyleAligned([PICTURE, PICTURE])]
     banks = [plenty.bake(style, steps=STEPS, size=SIZE) for style in styles]
-    expected = [drawn("a cat", style, using=plenty) for style in styles[:2]]
+    expected = [drawn("a cat", style, using=plenty, steps=STEPS) for style in styles[:2]]
     plenty.generate("a cat", sf.StyleAligned(banks[0]), steps=STEPS, size=SIZE, output="latents")
     page = plenty.runtime.bank_pages[8, 12].layout.nbytes
     engine = sf.Engine.from_pipeline(pipe, bank_memory=3 * page)  # two pages a job and step with guidance
@@ -328,7 +328,7 @@ def test_nan_fails_the_request_alone_and_the_others_keep_every_bit(bucketed, mon
 
 
 def test_a_reference_of_nan_fails_its_readers_only(engine, watch, monkeypatch, drawn):
-    expected = drawn("a house", seed=3)
+    expected = drawn("a house", seed=3, steps=STEPS)
     poison(engine, monkeypatch, "a sick dog")
     sick, well = watch.together(
         lambda: submit(engine, style=sf.StyleAligned(prompt="a sick dog")), lambda: submit(engine, "a house", seed=3)
@@ -349,7 +349,7 @@ def test_nan_in_one_request_of_a_job_names_its_picture(engine, monkeypatch):
 
 
 def test_slots_that_held_nan_serve_the_next_request_well(engine, monkeypatch, drawn):
-    expected = drawn("a house", seed=3)
+    expected = drawn("a house", seed=3, steps=STEPS)
     with monkeypatch.context() as patch:
         poison(engine, patch, "a sick dog")
         with pytest.raises(NumericsError):
@@ -371,8 +371,8 @@ def test_an_exception_in_a_step_fails_the_jobs_of_its_batch_and_the_loop_lives_o
     for job in jobs:
         with pytest.raises(RuntimeError, match="boom"):
             job.result(WAIT)
-    close(waiting[0].result(WAIT).latents, drawn("a house", seed=3, size=LARGE))
-    close(submit(engine, seed=4).result(WAIT).latents, drawn("a cat", seed=4))
+    close(waiting[0].result(WAIT).latents, drawn("a house", seed=3, size=LARGE, steps=STEPS))
+    close(submit(engine, seed=4).result(WAIT).latents, drawn("a cat", seed=4, steps=STEPS))
 
 
 def test_an_exception_while_decoding_fails_its_job_alone(engine, watch, monkeypatch, draw):
@@ -401,7 +401,7 @@ def test_an_exception_while_joining_fails_the_job_alone(engine, watch, monkeypat
     first, bad = watch.together(lambda: submit(engine, seed=1), lambda: submit(engine, style=style))
     with pytest.raises(sf.errors.ImageError, match="was removed"):
         bad.result(WAIT)
-    close(first.result(WAIT).latents, drawn("a cat", seed=1))
+    close(first.result(WAIT).latents, drawn("a cat", seed=1, steps=STEPS))
     assert settled(engine)
 
 
@@ -417,7 +417,7 @@ def test_a_group_that_can_not_tell_its_rows_harms_nobody(engine, watch, monkeypa
     good, bad = watch.together(lambda: submit(engine, seed=1), lambda: submit(engine, "a dog"))
     with pytest.raises(KeyError):
         bad.result(WAIT)
-    close(good.result(WAIT).latents, drawn("a cat", seed=1))
+    close(good.result(WAIT).latents, drawn("a cat", seed=1, steps=STEPS))
     assert settled(engine)
 
 
@@ -425,7 +425,7 @@ def test_a_group_that_can_not_tell_its_rows_harms_nobody(engine, watch, monkeypa
 
 
 def test_generate_submit_and_bake_run_side_by_side_from_many_threads(engine, draw, drawn):
-    expected = {prompt: drawn(prompt, seed=5) for prompt in ("a cat", "a dog", "a house", "neon")}
+    expected = {prompt: drawn(prompt, seed=5, steps=STEPS) for prompt in ("a cat", "a dog", "a house", "neon")}
     solo = engine.bake(sf.StyleAligned(prompt="oil"), steps=STEPS, size=SIZE)
     outcomes, errors = {}, []
 
@@ -435,7 +435,7 @@ def test_generate_submit_and_bake_run_side_by_side_from_many_threads(engine, dra
         except Exception as error:
             errors.append(error)
 
-    work = {("generate", p): lambda p=p: draw(p, seed=5) for p in expected}
+    work = {("generate", p): lambda p=p: draw(p, seed=5, steps=STEPS) for p in expected}
     work |= {("submit", p): lambda p=p: submit(engine, p, seed=5).result(WAIT).latents for p in expected}
     work["bake", ""] = lambda: engine.bake(sf.StyleAligned(prompt="oil"), steps=STEPS, size=SIZE)
     threads = [threading.Thread(target=run, args=pair) for pair in work.items()]

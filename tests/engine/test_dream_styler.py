@@ -39,8 +39,9 @@ def literal(pipe, embedding, weights=None, full=FULL, context=PROMPTS, style=STY
                                **RUN | {"null_branches": (0, 1)} | options)
 
 
-@pytest.mark.parametrize(("stages", "vectors"), [(6, 1), (1, 1), (4, 2)])
-@pytest.mark.parametrize("scheduler", ["euler", "ddim", "dpmpp_2m_karras"])
+@pytest.mark.parametrize(("scheduler", "stages", "vectors"), [
+    ("euler", 6, 1), ("euler", 1, 1), ("ddim", 4, 2), ("dpmpp_2m_karras", 6, 1), ("dpmpp_2m_karras", 4, 2),
+])  # fmt: skip
 def test_every_step_reads_the_vectors_of_its_stage(pipe, draw, scheduler, stages, vectors):
     embedding = learned(stages=stages, vectors=vectors)
     actual = draw(PROMPTS, sf.DreamStyler(embedding), seed=30, scheduler=scheduler, steps=5)
@@ -121,7 +122,7 @@ def test_equal_weights_of_style_and_context_are_plain_guidance_in_two_branches(e
         latents, *rest, **named))
     equal = sf.DreamStyler(embedding, guidance=StyleContextGuidance(2.0, 2.0, 3.0))
     actual = draw(PROMPTS, equal, seed=30)
-    assert rows == [4, 4, 4]
+    assert rows == [4, 4]
     close(actual, drawn(PROMPTS, sf.DreamStyler(embedding), seed=30, guidance=5.0))
 
 
@@ -241,9 +242,9 @@ def test_a_reference_without_the_learned_style_serves_branches_it_does_not_need_
     embedding, weights = learned(), (0.5, 3.0, 5.0)
     aligned = sf.StyleAligned()
     requests = [
-        sf.Request("a dog", style=aligned, seed=30, size=SIZE, steps=3),
+        sf.Request("a dog", style=aligned, seed=30, size=SIZE, steps=2),
         sf.Request(PROMPTS[1], style=[aligned, sf.DreamStyler(embedding, guidance=StyleContextGuidance(*weights))],
-                   seed=31, size=SIZE, steps=3),
+                   seed=31, size=SIZE, steps=2),
     ]
     reference, target = draw(requests)
     close([reference], measured(guided, pipe, ["a dog"], [30]))

@@ -256,7 +256,7 @@ def test_a_damaged_decoder_is_refused_before_any_step(engine, watch, monkeypatch
 
 def test_an_inversion_shares_calls_with_jobs_on_their_way_and_counts_no_steps(engine, watch, draw):
     style = sf.StyleAligned(PICTURE, prompt="a fish", noise="ddim")
-    expected = draw("a cat", style, seed=1, scheduler="ddim"), draw("a dog", seed=2, steps=9)
+    expected = draw("a cat", style, seed=1, scheduler="ddim", steps=STEPS), draw("a dog", seed=2, steps=9)
     calls, seen = watch.calls, []
     first, second = watch.together(
         lambda: submit(engine, style=style, seed=1, scheduler="ddim"), lambda: submit(engine, "a dog", seed=2, steps=9)

@@ -80,8 +80,10 @@ def scaled(scale, factor):
 # against diffusers' own adapter
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.4])
-@pytest.mark.parametrize(("blocks", "scale"), BLOCKS.values(), ids=BLOCKS)
+# a strength multiplies what the blocks are given, whatever they are
+@pytest.mark.parametrize(("blocks", "scale", "strength"), [
+    *((*block, 0.4) for block in BLOCKS.values()), (*BLOCKS["style"], 1.0), (*BLOCKS["dictionary"], 1.0),
+], ids=[*BLOCKS, "style in full", "dictionary in full"])  # fmt: skip
 def test_blocks_equal_the_scales_of_diffusers(pipe, adapters, draw, plain, blocks, scale, strength):
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE, blocks, strength), seed=30)
     styled = pictures(adapters, pipe, scaled(scale, strength), PICTURE)
@@ -265,7 +267,7 @@ def test_groups_of_one_batch_are_isolated(draw):
     def batch(picture):
         first, second = sf.InstantStyle(picture), sf.InstantStyle(THIRD, "all")
         styles = [[shared, first], [shared, first], [other, second], [other, second]]
-        return draw([sf.Request("a cat", seed=seed, style=style, size=SIZE, steps=3)
+        return draw([sf.Request("a cat", seed=seed, style=style, size=SIZE, steps=2)
                      for seed, style in enumerate(styles)])
 
     before, after = batch(PICTURE), batch(OTHER)
@@ -279,7 +281,7 @@ def test_a_new_style_of_the_reference_alone_reaches_its_targets(draw):
 
     def batch(style):
         styles = [[shared, style] if style else shared, shared]
-        return draw([sf.Request("a cat", seed=seed, style=s, size=SIZE, steps=3) for seed, s in enumerate(styles)])
+        return draw([sf.Request("a cat", seed=seed, style=s, size=SIZE, steps=2) for seed, s in enumerate(styles)])
 
     apart(batch(sf.InstantStyle(PICTURE)), batch(None))
 

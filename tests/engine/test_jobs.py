@@ -41,7 +41,7 @@ def bank(engine):
 def test_a_job_gives_what_generate_gives(engine, drawn):
     job = submit(engine, seed=4, output="pil")
     result = job.result(WAIT)
-    close(result.latents, drawn("a cat", seed=4))
+    close(result.latents, drawn("a cat", seed=4, steps=STEPS))
     assert job.status == "done" and job.done() and job.step == job.steps == STEPS
     assert result.images[0].size == SIZE and result.metadata[0]["seed"] == 4
 
@@ -130,7 +130,7 @@ def test_cancelling_in_the_last_step_is_still_cancelling(engine, watch):
 
 
 def test_the_others_do_not_notice_that_one_of_them_is_cancelled(engine, watch, drawn):
-    expected = [drawn("a cat", seed=1), drawn("a house", seed=3)]
+    expected = [drawn("a cat", seed=1, steps=STEPS), drawn("a house", seed=3, steps=STEPS)]
     calls = watch.calls
     first, second, third = watch.together(*(
         lambda prompt=prompt, seed=seed: submit(engine, prompt, seed=seed)
@@ -294,7 +294,7 @@ def test_a_callback_that_raises_harms_nobody(engine, watch, drawn, caplog):
     first.add_done_callback(bad)
     first.add_done_callback(lambda job: seen.append(job.status))
     assert len(first.result(WAIT).latents) == 1
-    close(second.result(WAIT).latents, drawn("a dog", seed=2))
+    close(second.result(WAIT).latents, drawn("a dog", seed=2, steps=STEPS))
     assert seen == ["done"] and "ZeroDivisionError: mine" in caplog.text
     first.add_done_callback(bad)  # at once, and no more than that
 

@@ -6,11 +6,11 @@ import torch
 import stylefast as sf
 from stylefast.models import packed
 from stylefast.models.checkpoint import from_pipeline
-from tests.engine.scene import SIZE, STEPS, sharp_pipeline, small_picture
+from tests.engine.scene import RUN, SIZE, sharp_pipeline, small_picture
 from tests.fp64 import close
 
 PICTURE = small_picture(1, (48, 40))
-CALL = {"size": SIZE, "steps": STEPS, "output": "latents", "seed": 3}
+CALL = {"size": SIZE, "steps": RUN["steps"], "output": "latents", "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_packed_pictures_stay_near_plain_ones(packed_engine, drawn):
 
 
 def test_cached_equals_batched_with_packed_weights(packed_engine, drawn):
-    settings = {"size": SIZE, "steps": STEPS}
+    settings = {"size": SIZE, "steps": RUN["steps"]}
     for source in ({"reference": PICTURE}, {"prompt": "a dog", "seed": 2}):
         bank = packed_engine.bake(sf.StyleAligned(**source), **settings)
         live = drawn(["a cat", "a fish"], sf.StyleAligned(**source), seed=3, using=packed_engine)

@@ -122,7 +122,7 @@ def test_the_order_of_requests_is_the_order_of_the_results(draw, drawn):
 def test_readers_of_one_style_object_share_its_reference_rows(draw, calls):
     style = sf.StyleAligned(reference=OTHER)
     draw(["a cat", "a dog", "a house"], style)
-    assert calls == [(8, (8, 12))] * 3
+    assert calls == [(8, (8, 12))] * 2
 
 
 def test_finished_requests_take_no_rows(draw, calls):
