@@ -101,12 +101,13 @@ def small_text_encoders(seed=0, width=32, layers=2, heads=2):
     return tuple(_randomised(encoder, seed + 1 + i).eval() for i, encoder in enumerate((first, second)))
 
 
-def small_pipeline(seed=0, unet_config=None, vae_config=None, text_width=32, text_heads=2):
+def small_pipeline(seed=0, unet_config=None, vae_config=None, text_width=32, text_heads=2, unet=None):
     """A random StableDiffusionXLPipeline; fp32, CPU, a new one at each call, equal for equal seeds."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     first, second = small_text_encoders(seed, text_width, heads=text_heads)
-    unet = UNet2DConditionModel(**(unet_config or small_unet_config()))
+    if unet is None:
+        unet = _randomised(UNet2DConditionModel(**(unet_config or small_unet_config())), seed + 4)
     vae = AutoencoderKL(**(vae_config or small_vae_config()))
     pipeline = StableDiffusionXLPipeline(
         vae=_randomised(vae, seed + 3).eval(),
@@ -114,7 +115,7 @@ def small_pipeline(seed=0, unet_config=None, vae_config=None, text_width=32, tex
         text_encoder_2=second,
         tokenizer=small_tokenizer(),
         tokenizer_2=small_tokenizer(pad_token="!"),
-        unet=_randomised(unet, seed + 4).eval(),
+        unet=unet.eval(),
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
             steps_offset=1,

@@ -24,11 +24,11 @@ def sharp_pipeline(seed: int = 1, prediction_type: str = "epsilon"):
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPImageProcessor
 
-    pipe = small_pipeline(seed)
     # diffusers' own initialisation is calm enough for 1e-5 to survive some steps; sharpened, it hides no mistake
     torch.manual_seed(seed)
-    pipe.unet = UNet2DConditionModel(**small_unet_config(**SMALL)).eval()
-    sharpen(pipe.unet.requires_grad_(False), seed)
+    unet = UNet2DConditionModel(**small_unet_config(**SMALL))
+    sharpen(unet.requires_grad_(False), seed)
+    pipe = small_pipeline(seed, unet=unet)
     # a config that a scheduler made of its own defaults would not hand them on
     config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
     pipe.scheduler = EulerDiscreteScheduler.from_config(config | {"prediction_type": prediction_type})

@@ -14,7 +14,7 @@ from stylefast.errors import EngineClosed, ExportError, InvalidRequest
 from stylefast.runtime.copy_engine import CopyEngine
 from stylefast.runtime.fair_lock import FairLock
 from tests.engine.scene import SIZE, STEPS, small_picture
-from tests.engine.watch import WAIT, Watch, held, request, settled, submit
+from tests.engine.watch import WAIT, Watch, held, request, settled, submit, until
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 PICTURE = small_picture(1, (48, 40))
@@ -94,6 +94,7 @@ def test_a_forked_process_leaves_python_at_once():
             signal.alarm(200)
             del engine, job
             sys.exit(7)
+        job.cancel()  # the child has its own copy of a busy engine by now
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
@@ -197,8 +198,7 @@ def test_closing_ends_calls_of_other_threads_after_their_step(own, monkeypatch, 
     assert reached.wait(WAIT)
     closing = threading.Thread(target=engine.close)
     closing.start()
-    while not engine.runtime.closed:
-        pass
+    assert until(lambda: engine.runtime.closed)
     go.set()
     thread.join(WAIT)
     closing.join(WAIT)

@@ -261,12 +261,11 @@ def test_a_program_that_ends_with_jobs_on_their_way_ends_well():
     program = """
         import stylefast as sf
         from tests.engine.scene import sharp_pipeline
-        from tests.engine.watch import submit
+        from tests.engine.watch import submit, until
         engine = sf.Engine.from_pipeline(sharp_pipeline())
         for i in range(3):
             job = submit(engine, seed=i, steps=500)
-        while not job.step:
-            pass
+        assert until(lambda: job.step)
         print("left")
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
