@@ -51,23 +51,34 @@ def test_prompts_give_the_content_and_the_style_they_name(engine, classifier):
     assert sum(f[1] == a[1] for f, a in zip(found, asked, strict=True)) >= 10
 
 
+TARGETS = ["a house", "a boat"]
+
+
+def share(engine, classifier, hidden: bool | None) -> float:
+    """The share of targets in the style of a fish that is drawn first, or by `hidden` beside them; None: by nothing."""
+    requests, wanted = [], []
+    for i, style in enumerate(STYLES):
+        name = f"a fish in {style} style"
+        aligned = sf.StyleAligned(prompt=name if hidden else None, shift=1.0, share_group_norm=True)
+        for j, prompt in enumerate([name, *TARGETS] if hidden is False else TARGETS):
+            requests.append(sf.Request(prompt, style=None if hidden is None else aligned, seed=10 * i + j, **RUN))
+            wanted.append(style if prompt in TARGETS else None)
+    found = names(classifier, engine.generate(requests).images)
+    hits = [f[1] == style for f, style in zip(found, wanted, strict=True) if style]
+    return sum(hits) / len(hits)
+
+
+@pytest.fixture(scope="module")
+def share_of_chance(engine, classifier):
+    return share(engine, classifier, None)
+
+
 @pytest.mark.parametrize("hidden", [False, True], ids=["the first prompt", "a prompt of its own"])
-def test_style_aligned_carries_the_references_style_to_prompts_that_do_not_name_it(engine, classifier, hidden):
-    targets = ["a house", "a cat", "a boat", "a mushroom"]
-
-    def share(aligned: bool) -> float:
-        requests, wanted = [], []
-        for i, style in enumerate(STYLES):
-            name = f"a fish in {style} style"
-            sharing = sf.StyleAligned(prompt=name if hidden else None, shift=1.0, share_group_norm=True)
-            for j, prompt in enumerate(targets if hidden else [name, *targets]):
-                requests.append(sf.Request(prompt, style=sharing if aligned else None, seed=10 * i + j, **RUN))
-                wanted.append(style if prompt in targets else None)
-        found = names(classifier, engine.generate(requests).images)
-        hits = [f[1] == style for f, style in zip(found, wanted, strict=True) if style]
-        return sum(hits) / len(hits)
-
-    assert share(aligned=True) >= 2 * share(aligned=False) + 0.1
+def test_style_aligned_carries_the_references_style_to_prompts_that_do_not_name_it(
+    engine, classifier, share_of_chance, hidden
+):
+    # two targets of every style; the shares on more pictures stand in docs/quality.md
+    assert share(engine, classifier, hidden) >= max(0.5, 2 * share_of_chance + 0.1)
 
 
 @pytest.mark.parametrize(("blocks", "least"), [("all", 0.7), ("style", 0.55)])
