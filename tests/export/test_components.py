@@ -14,6 +14,7 @@ from stylefast.export.image_graphs import decoder_digest, decoder_dtype, image_e
 from stylefast.export.text_graphs import text_encoder, text_projector
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.layout import AttentionLayout
 from stylefast.models.unet import UNet
 from tests.small_adapter import CROSS_DIM, global_adapter, plus_adapter, small_layout, small_vision_model
 from tests.small_graphs import small_config
@@ -99,9 +100,12 @@ def case(name: str) -> Case:
         make = lambda model, dtype: image_encoder(ImageEncoder(model), dtype)  # noqa: E731
         return Case(small_vision_model(), make, seen, ({"pictures": 1}, {"pictures": 3}))
     if name.startswith("image_projector"):
-        state = {"image_projector": global_adapter, "image_projector plus": plus_adapter}[name](small_layout())
-        some = MODULES if name == "image_projector" else None
-        adapter = IPAdapter.load(state, small_layout(), CROSS_DIM, modules=some)
+        # packing many layers, and some of them without weights, is the same for either kind
+        make, layout, some = {
+            "image_projector": (global_adapter, small_layout(), MODULES),
+            "image_projector plus": (plus_adapter, AttentionLayout.from_config(small_config()), None),
+        }[name]
+        adapter = IPAdapter.load(make(layout), layout, CROSS_DIM, modules=some)
         patches = {} if name == "image_projector" else {"patches": 17}
         sizes = ({"image_pages": 1} | patches, {"image_pages": 5} | patches)
         return Case(adapter, image_projector, projected_picture, sizes)
