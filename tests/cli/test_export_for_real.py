@@ -83,16 +83,25 @@ def nano(machine):
     return write_folder(nano_pipeline(), machine.folder / "nano")
 
 
+@pytest.fixture(scope="module", params=["nano", pytest.param("tiny", marks=pytest.mark.slow)])
+def fresh(request, nano, tmp_path_factory):
+    """(a machine with empty caches, a model): a small one, or the embedded one."""
+    return Machine(tmp_path_factory.mktemp("home")), nano if request.param == "nano" else "tiny"
+
+
 @pytest.fixture(scope="module")
-def first(machine):
+def first(fresh):
     """The first picture through ONNX Runtime, for which the model is exported."""
+    machine, model = fresh
     assert not machine.cache.exists()
-    return machine("generate", "a fish", "--steps", 4, "--backend", "onnxruntime", "--out", "first")
+    return machine("generate", "a fish", "--model", model, "--steps", 4, "--backend", "onnxruntime", "--out", "first")
 
 
-def test_onnxruntime_exports_the_model_once_and_says_so(machine, first):
+def test_onnxruntime_exports_the_model_once_and_says_so(fresh, first):
+    machine, model = fresh
     said = [line for line in first.err.splitlines() if "is exported once to" in line]
-    assert len(said) == 1 and str(machine.cache / "engines") in said[0] and said[0].startswith("warning: tiny ")
+    assert len(said) == 1 and str(machine.cache / "engines") in said[0]
+    assert said[0].startswith(f"warning: {Path(model).name} ")
     assert "Warning" not in first.err and "torchvision" not in first.err
     (folder,) = (machine.cache / "engines").iterdir()
     manifest = read_manifest(folder)
@@ -101,9 +110,10 @@ def test_onnxruntime_exports_the_model_once_and_says_so(machine, first):
     assert list(machine.folder.glob("first/*.png"))
 
 
-def test_the_second_start_finds_the_export_and_makes_none(machine, first):
+def test_the_second_start_finds_the_export_and_makes_none(fresh, first):
+    machine, model = fresh
     before = (machine.cache / "engines").stat().st_mtime_ns
-    assert psnr(machine.pixels("--backend", "onnxruntime"), by_pytorch("tiny")) >= 40
+    assert psnr(machine.pixels("--model", model, "--backend", "onnxruntime"), by_pytorch(model)) >= 40
     assert (machine.cache / "engines").stat().st_mtime_ns == before
 
 
@@ -117,7 +127,8 @@ def test_pictures_through_an_export_folder_are_those_of_pytorch(machine, nano):
     assert not [path.name for path in machine.folder.iterdir() if path.name.startswith("graphs.")]
 
 
-def test_a_weight_file_that_was_altered_is_refused_in_one_line(machine, first):
+def test_a_weight_file_that_was_altered_is_refused_in_one_line(fresh, first):
+    machine, model = fresh
     (folder,) = (machine.cache / "engines").iterdir()
     damaged = machine.folder / "damaged"
     shutil.copytree(folder, damaged)
@@ -127,8 +138,8 @@ def test_a_weight_file_that_was_altered_is_refused_in_one_line(machine, first):
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    words = ("generate", "a fish", "--steps", 4, "--quiet", "--backend", "onnxruntime", "--engines", damaged)
-    done = machine(*words, "--out", "unmade", code=1)
+    words = ("generate", "a fish", "--model", model, "--steps", 4, "--quiet", "--backend", "onnxruntime")
+    done = machine(*words, "--engines", damaged, "--out", "unmade", code=1)
     assert done.err.startswith("error: altered: ") and weights.name in done.err and done.err.count("\n") == 1
     assert done.out == "" and not list(machine.folder.glob("unmade/*"))
     told = machine("info", "--engines", damaged, code=1)
