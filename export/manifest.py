@@ -235,6 +235,7 @@ def file_entry(folder: Path, name: str) -> FileEntry:
 
 def sha256_of(path: Path) -> str:
     """64 hex digits of a file's bytes, read in pieces."""
+    values.no_device("the export's file", path, error=ExportError)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_CHUNK):

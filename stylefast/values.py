@@ -13,6 +13,7 @@ import operator
 import os
 import reprlib
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -242,6 +243,16 @@ def typed_path(name: str, typed: str, *, error: type = InvalidRequest) -> Path:
             f"{name} is {quoted(typed)}; names of files have at most {NAME_BYTES} bytes, and paths {PATH_BYTES}"
         )
     return found
+
+
+def no_device(what: str, place: str | os.PathLike, *, error: type = InvalidRequest) -> None:
+    """Refuse what is there and is neither a file nor a folder: reading a pipe or a device may never end."""
+    try:
+        mode = os.stat(place).st_mode
+    except (OSError, ValueError):  # what is not there is said where it is opened
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise error(f"{what} {shown_path(place)} is a pipe or a device, not a file; give the path of a file")
 
 
 def shown_path(place: str | os.PathLike) -> str:

@@ -191,18 +191,18 @@ def sampler_name(scheduler: str) -> str:
 
 def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
     """The record inside a picture, and its pixels. Raises ImageError, and InvalidRequest where there is no record."""
+    from stylefast.models.pictures import open_file
+
     path = typed_path("--from", os.fspath(path))
+    stream = open_file(path)
     try:
-        with warnings.catch_warnings():
+        with stream, warnings.catch_warnings():
             # a picture that unpacks to gigabytes is none of ours
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(path, formats=["PNG"])
-        with picture:
-            picture.load()
-            text = picture.info.get(CHUNK)
-            pixels = picture.convert("RGB")
-    except FileNotFoundError as error:
-        raise ImageError(f"there is no picture at {path}; check the path") from error
+            with Image.open(stream, formats=["PNG"]) as picture:
+                picture.load()
+                text = picture.info.get(CHUNK)
+                pixels = picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{path} can't be read as PNG ({error}); settings survive only in the file as made") from error
     if text is None:

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from io import BytesIO
+from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
@@ -107,6 +108,11 @@ def _open_path(source: str | os.PathLike) -> tuple[str, BinaryIO]:
     if isinstance(text, str) and text.startswith(("http://", "https://", "data:")):
         raise ImageError(f"{values.quoted(text)} is an address, not a file; download the picture and pass its path")
     path = values.path("the picture's path", source, error=ImageError)
+    return values.shown_path(path), open_file(path)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file that should hold a picture. Raises ImageError for what is missing, a folder, a pipe or a device."""
     shown = values.shown_path(path)
     try:
         # a pipe without a writer would otherwise be waited for
@@ -120,7 +126,7 @@ def _open_path(source: str | os.PathLike) -> tuple[str, BinaryIO]:
         os.close(descriptor)
         what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device, not a file"
         raise ImageError(f"{shown} is {what}; pass the path of one picture")
-    return shown, os.fdopen(descriptor, "rb")
+    return os.fdopen(descriptor, "rb")
 
 
 def _identified(stream: BinaryIO, name: str) -> Image.Image:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from stylefast import values
 from stylefast.errors import ModelFormatError
 from stylefast.models.stored_tensors import StoredTensors
 
@@ -35,6 +36,7 @@ def is_pickle(path: Path) -> bool:
 
 def first_bytes(path: Path) -> bytes:
     """Read the beginning of a file, by which its kind is known. Raises ModelFormatError for one that can't be read."""
+    values.no_device("the file", path, error=ModelFormatError)
     try:
         with path.open("rb") as file:
             return file.read(16)

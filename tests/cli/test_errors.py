@@ -55,6 +55,12 @@ BAD_WORDS = {
     "a bank and instant without picture": (("a cat", "--style", "x.bank", "--method", "instant"), "needs a picture"),
     "a missing request file": (("--requests", "gone.json"), "the request file gone.json: there is no file"),
     "from a missing picture": (("--from", "gone.png"), "there is no picture at gone.png"),
+    "from a device": (("--from", "/dev/zero"), "/dev/zero is a pipe or a device, not a file"),
+    "from a folder": (("--from", "/dev"), "/dev is a folder; pass the path of one picture"),
+    "requests from a device": (("--requests", "/dev/zero"), "there is no file at /dev/zero"),
+    "a device as bank": (("a cat", "--style", "/dev/zero"), "/dev/zero"),
+    "a device as learned style": (("a cat", "--learned", "/dev/zero"), "/dev/zero"),
+    "a device as picture": (("a cat", "--style-image", "/dev/zero"), "/dev/zero is a pipe or a device"),
     "from a photo": (("--from", "{photo}"), "can't be read as PNG"),
     "force without from": (("--force", "a cat"), "--force belongs to --from"),
 }

@@ -1,6 +1,7 @@
 """Every published layout of a LoRA file is read: each module with its own alpha and rank, and no tensor passed over."""
 
 import json
+import os
 import re
 
 import pytest
@@ -448,6 +449,13 @@ def test_an_embedding_in_the_file_is_announced_and_the_rest_used(weights, tmp_pa
     bundled = {f"bundle_emb.chalk.{key}": torch.zeros(2, 4) for key in ("clip_l", "clip_g")}
     assert len(read(tmp_path, weights, sound() | bundled).changes) == 1
     assert "embedding chalk" in caplog.text and "DreamStyler(" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])
+def test_a_pipe_in_a_folder_is_not_waited_for(name, weights, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelFormatError, match="is a pipe or a device"):
+        read_lora(tmp_path, weights)
 
 
 def test_a_folder_must_hold_one_lora(weights, tmp_path):
