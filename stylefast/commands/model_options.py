@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stylefast.errors import InvalidRequest
-from stylefast.values import did_you_mean_beside, quoted, typed_path
+from stylefast.values import did_you_mean_beside, no_device, quoted, typed_path
 
 DEFAULT_MODEL = "tiny"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -65,6 +65,7 @@ class Lora:
         found = typed_path("--lora", path)
         if not found.exists():
             raise InvalidRequest(f"--lora: there is no file at {path!r}{did_you_mean_beside(found)}")
+        no_device("--lora:", found)
         return cls(str(found.resolve()), scale)
 
     def words(self) -> str:
@@ -72,14 +73,16 @@ class Lora:
         return self.path if self.scale == 1 else f"{self.path}:{self.scale:g}"
 
     def digest(self) -> str:
-        """64 hex digits of the content, of a folder those of its weights and configs. Raises InvalidRequest."""
-        path, digest = Path(self.path), hashlib.sha256()
+        """64 hex digits of all that is read of it: weights, and peft's config beside them. Raises InvalidRequest."""
+        from stylefast.models.lora_file import files_of
+
+        digest = hashlib.sha256()
         try:
-            inside = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
-            for file in inside if path.is_dir() else [path]:
+            for file in files_of(self.path):
+                no_device("the LoRA", file)
                 with file.open("rb") as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except (OSError, ValueError) as error:  # the latter for a NUL in a recorded path
+        except OSError as error:
             reason = getattr(error, "strerror", None) or error
             raise InvalidRequest(f"the LoRA {quoted(self.path)} can't be read ({reason})") from error
         return digest.hexdigest()

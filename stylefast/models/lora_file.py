@@ -85,24 +85,38 @@ def read_lora(source: str | Path, weights: Mapping[str, Mapping[str, Tensor]]) -
     return LoraFile(path.stem if path.is_file() else pieces[0].path.stem, digest.hexdigest(), changes)
 
 
+def files_of(source: str | Path) -> list[Path]:
+    """List the files of which a LoRA is read, in the order of their names. Raises ModelNotFound where there is none."""
+    places = _places(source)
+    return sorted({file for file, config, _ in places for file in (file, config) if file is not None})
+
+
 def _pieces(source: str | Path) -> list[_Piece]:
+    return [
+        _Piece(file, None if config is None else peft_config.read_folder_config(config.parent), part)
+        for file, config, part in _places(source)
+    ]
+
+
+def _places(source: str | Path) -> list[tuple[Path, Path | None, str | None]]:
+    """(file, config of peft beside it, part that it is for) of each file of weights."""
     path = Path(source)
     # unlike Path's own questions, os.path's are answered for names that the system can't hold, too
     if os.path.isdir(path):
         if (path / peft_config.FILE).is_file():
-            return [_Piece(_only_file(path, "adapter_model.*"), peft_config.read_folder_config(path))]
+            return [(_only_file(path, "adapter_model.*"), path / peft_config.FILE, None)]
         parts = [part for part in PARTS if (path / part / peft_config.FILE).is_file()]
         if parts:
             return [
-                _Piece(_only_file(path / part, "adapter_model.*"), peft_config.read_folder_config(path / part), part)
-                for part in parts
+                (_only_file(path / part, "adapter_model.*"), path / part / peft_config.FILE, part) for part in parts
             ]
-        return [_Piece(_only_file(path, "*"))]
+        return [(_only_file(path, "*"), None, None)]
     if not os.path.isfile(path):
+        values.no_device("the LoRA", path, error=ModelNotFound)
         raise ModelNotFound(f"no LoRA file at {values.quoted(str(path))}; get one by `hf download <id> --local-dir "
                             "loras`, give its path")  # fmt: skip
     beside = path.name.startswith("adapter_model.") and (path.parent / peft_config.FILE).is_file()
-    return [_Piece(path, peft_config.read_folder_config(path.parent) if beside else None)]
+    return [(path, path.parent / peft_config.FILE if beside else None, None)]
 
 
 def _only_file(folder: Path, pattern: str) -> Path:

@@ -1,6 +1,7 @@
 """`generate --from`: what a picture names is loaded with the user's word only; and LoRAs on the command line."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -123,6 +124,30 @@ def test_damaged_loras_of_a_record_are_named(asked, again, lora):
     assert_one_line(code, err, 2, "the recorded LoRAs are damaged")
 
 
+def test_a_picture_that_names_a_pipe_or_a_device_as_lora_holds_nothing_up(asked, again, tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    # the folder holds the pipe alone
+    for place in ("/dev/zero", tmp_path / "pipe.safetensors", tmp_path):
+        code, err = again({"lora": [{"path": str(place), "scale": 1, "sha256": "ab" * 32}]}, "--load-recorded")
+        assert_one_line(code, err, 2, "is a pipe or a device, not a file")
+    assert asked == []
+
+
+def test_what_a_lora_is_read_from_is_what_its_digest_tells_apart(tmp_path):
+    for name in ("adapter_model.bin", "adapter_config.json"):
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "README.md").write_bytes(b"1")
+    for source in (tmp_path, tmp_path / "adapter_model.bin"):
+        before = Lora(str(source)).digest()
+        (tmp_path / "README.md").write_bytes(b"2")
+        assert Lora(str(source)).digest() == before
+        for name in ("adapter_model.bin", "adapter_config.json"):
+            (tmp_path / name).write_bytes(b"2")
+            assert Lora(str(source)).digest() != before
+            (tmp_path / name).write_bytes(b"1")
+        assert Lora(str(source)).digest() == before
+
+
 def test_loras_of_a_picture_from_python_are_asked_for(asked, again):
     code, err = again({"model": "tiny"}, loras={"brand": 0.8})
     assert_one_line(code, err, 2, "was made with LoRAs (brand at 0.8); name their files: --lora FILE:SCALE")
@@ -170,6 +195,8 @@ LORA_WORDS = {
     "a missing file": (("{lora}x",), "there is no file at"),
     "a misspelt file": (("{folder}/brnd.safetensors:0.5",), "did you mean 'brand.safetensors'?"),
     "a strength that is none": (("{lora}:much",), "there is no file at"),
+    "a device": (("/dev/zero",), "--lora: /dev/zero is a pipe or a device, not a file"),
+    "a device at a strength": (("/dev/zero:0.5",), "--lora: /dev/zero is a pipe or a device, not a file"),
     "nothing": (("",), "--lora is ''; a path has at least one character"),
     "the same twice": (("{lora}", "{lora}:0.5"), "twice; give it once"),
 }
