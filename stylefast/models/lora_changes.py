@@ -260,7 +260,7 @@ def _product(factors: tuple[Tensor, ...], weight: Tensor) -> Tensor:
 def _lengths(value: Tensor, role: str, shape: tuple[int, ...], where: str) -> Tensor:
     """The magnitude as [out] or [1, in]."""
     # peft has one length per output always; LyCORIS writes [out, 1, ..] or, by default, one per input as [1, in, ..]
-    per_output = role == "magnitude" or value.ndim == 1 or value.shape[0] == shape[0] or value.numel() != shape[1]
+    per_output = role == "magnitude" or value.ndim < 2 or value.shape[0] == shape[0] or value.numel() != shape[1]
     if value.numel() != shape[0 if per_output else 1]:
         raise AdapterError(
             f"{where} has a magnitude of {list(value.shape)}; a weight of {list(shape)} takes one length per output or "

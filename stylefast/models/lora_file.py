@@ -17,6 +17,7 @@ from stylefast.models import peft_config
 from stylefast.models.lora_changes import Change, Difference, Replacement, Scaling, ShapeMismatch, change_of
 from stylefast.models.lora_names import PARTS, PEFT_PREFIX, ModuleNames, split_key
 from stylefast.models.peft_config import PeftConfig
+from stylefast.models.quantised import WAY_OUT, check_names
 from stylefast.models.tensor_files import PICKLE_ENDINGS, open_tensors
 from stylefast.models.weight_files import WeightHeader, recognise
 
@@ -140,7 +141,9 @@ def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, s
     for (part, module), found in modules.items():
         scaling, alpha = _scaling(found, part, configs.get(part), file)
         idle += alpha == 0
-        rank = len(found.tensors.get("down", ()))  # which the bias of a LoRA's second layer is scaled by too
+        down = found.tensors.get("down")
+        # which the bias of a LoRA's second layer is scaled by too
+        rank = down.shape[0] if down is not None and down.ndim else 0
         if "up_bias" in found.tensors and not rank:
             raise AdapterError(f"{file}: {found.spelled[:200]} has the bias of a LoRA and no factors; it is damaged")
         for name, tensors in _by_weight(module, found.tensors).items():
@@ -183,6 +186,7 @@ def _roles(entries: Iterable[str], file: str, piece: _Piece, metadata) -> dict[s
             roles[key] = found
     if any(key.startswith(("ip_adapter.", "image_proj.")) for key in entries):
         raise AdapterError(f"{file} is no LoRA but: IP-Adapter; give it as adapter=, or to engine.load_adapter")
+    check_names(entries, file)
     for pattern, method in _METHODS:
         example = next((key for key in entries if re.search(pattern, key)), None)
         if example is not None:
@@ -216,7 +220,7 @@ def _modules(roles, entries, names: ModuleNames, piece: _Piece) -> tuple[dict[tu
         module = modules.setdefault(places[spelled], _Module(spelled))
         if role in module.tensors:
             raise AdapterError(f"{piece.path.name} holds {role} of {spelled[:200]} twice, as {key[:200]} too")
-        module.tensors[role] = _finite(entries[key].read(), key, piece.path.name)
+        module.tensors[role] = _finite(entries[key].read(), key, role, piece.path.name)
     # what holds an alpha alone changes nothing, wherever it lies: cutting layers out of a file often leaves them
     changing = {spelled for spelled, role in roles.values() if role != "alpha"}
     return modules, [spelled for spelled, place in places.items() if place is None and spelled in changing]
@@ -229,14 +233,21 @@ def _part_by_shape(roles, entries, names: ModuleNames) -> str | None:
         found = names.find(spelled) if role in ("down", "up") else []
         if len(found) > 1:
             axis = 1 if role == "down" else 0
+            if len(entries[key].shape) <= axis:
+                continue  # damaged, which is said where it is read
             fits = {part for part, module in found if names.shape(part, module)[axis] == entries[key].shape[axis]}
             fitting = fits if fitting is None else fitting & fits
     return fitting.pop() if fitting is not None and len(fitting) == 1 else None
 
 
-def _finite(tensor: Tensor, key: str, file: str) -> Tensor:
+def _finite(tensor: Tensor, key: str, role: str, file: str) -> Tensor:
+    # an alpha is often written as a whole number; factors in integers or powers of two lack their scales
+    integer = not tensor.dtype.is_floating_point and role != "alpha"
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise AdapterError(f"{file}: {key[:200]} is of type {tensor.dtype}; weights are floating-point numbers")
+    if integer or re.search("e8m0|float4", str(tensor.dtype)):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise AdapterError(f"{file} holds {key[:200]} as {kind}, quantised in a way that is not read; {WAY_OUT}")
     if not torch.isfinite(tensor.float()).all():
         raise AdapterError(f"{file}: {key[:200]} holds NaN or infinity; the file is damaged, or training diverged")
     return tensor

@@ -8,7 +8,7 @@ tensor, or one for each output channel. ComfyUI writes it in two spellings, `lay
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -19,7 +19,7 @@ _SCALES = ("scale_weight", "weight_scale")
 _UNUSED = ("scale_input", "input_scale", "comfy_quant", "scaled_fp8")
 _KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _LONGEST_NOTE = 10_000  # bytes
-_WAY_OUT = "get the edition in float16, bfloat16 or float8, or convert it with the tool that made it"
+WAY_OUT = "get the edition in float16, bfloat16 or float8, or convert it with the tool that made it"
 
 # what only such a file's tensors are called, and what the format is called
 _PACKED = (
@@ -37,25 +37,30 @@ def check_storage(tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str)
 
     tensors: name -> (type as safetensors spells it, shape). what: the file's name, for the message.
     """
-    for mark, meaning in _PACKED:
-        found = next((name for name in tensors if mark.search(name)), None)
-        if found is not None:
-            raise ModelFormatError(f"{what} holds {meaning} ({found}), which are not read; {_WAY_OUT}")
+    check_names(tensors, what)
     for name, (kind, shape) in tensors.items():
         if not name.endswith((".weight", ".bias")):
             continue
         if not kind.startswith(("F", "BF")) or kind.startswith(("F4", "F6", "F8_E8M0")):
-            raise ModelFormatError(f"{what} holds {name} as {kind}, quantised in a way that is not read; {_WAY_OUT}")
+            raise ModelFormatError(f"{what} holds {name} as {kind}, quantised in a way that is not read; {WAY_OUT}")
         layer, _, _ = name.rpartition(".")
         scale = next((f"{layer}.{spelling}" for spelling in _SCALES if f"{layer}.{spelling}" in tensors), None)
         if scale is not None and name.endswith(".weight") and not _fits(shape, tensors[scale][1]):
             raise ModelFormatError(
                 f"{what} scales {name} {list(shape)} by factors {list(tensors[scale][1])}; one, or one for each output "
-                f"channel, can be read: {_WAY_OUT}"
+                f"channel, can be read: {WAY_OUT}"
             )
     bare = [n for n in tensors if n.endswith(_SCALES) and f"{n.rpartition('.')[0]}.weight" not in tensors]
     if bare:
-        raise ModelFormatError(f"{what} holds the factor {bare[0]} without the weight that it scales; {_WAY_OUT}")
+        raise ModelFormatError(f"{what} holds the factor {bare[0]} without the weight that it scales; {WAY_OUT}")
+
+
+def check_names(names: Iterable[str], what: str) -> None:
+    """Raise ModelFormatError for names that only packed weights have, naming the format."""
+    for mark, meaning in _PACKED:
+        found = next((name for name in names if mark.search(name)), None)
+        if found is not None:
+            raise ModelFormatError(f"{what} holds {meaning} ({found[:200]}), which are not read; {WAY_OUT}")
 
 
 def dequantised(tensors: dict[str, torch.Tensor], dtype: torch.dtype, what: str) -> dict[str, torch.Tensor]:
@@ -90,10 +95,10 @@ def _fits(weight: tuple[int, ...], factor: tuple[int, ...]) -> bool:
 
 def _check_note(name: str, value: torch.Tensor, what: str) -> None:
     if value.numel() > _LONGEST_NOTE:
-        raise ModelFormatError(f"{what} holds a note {name} of {value.numel()} bytes; {_WAY_OUT}")
+        raise ModelFormatError(f"{what} holds a note {name} of {value.numel()} bytes; {WAY_OUT}")
     note = values.load_json(
         bytes(value.to(torch.uint8).flatten().tolist()), f"the note {name} of {what}", kind=dict, error=ModelFormatError
     )
     kind = note.get("format")
     if kind not in _KNOWN_FORMATS:
-        raise ModelFormatError(f"{what} holds weights in the format {values.quoted(kind)} ({name}); {_WAY_OUT}")
+        raise ModelFormatError(f"{what} holds weights in the format {values.quoted(kind)} ({name}); {WAY_OUT}")

@@ -417,6 +417,11 @@ def test_metadata_names_the_model_of_a_file_that_fits_nowhere(weights, tmp_path)
         ({"A": torch.zeros(2, 9)}, r"changes a weight of \[8, 9\], this model's has \[8, 8\]"),
         ({"B": None}, "make no change"),
         ({"A": torch.zeros(2)}, "ranks differ"),
+        ({"A": torch.tensor(1.0)}, "ranks differ"),
+        ({"B": torch.tensor(1.0)}, "ranks differ"),
+        ({"A": torch.ones(2, 8, dtype=torch.int8)}, "as int8, quantised in a way that is not read; get the edition"),
+        ({"B": torch.ones(8, 2, dtype=torch.uint8)}, "as uint8, quantised"),
+        ({"A": torch.ones(2, 8).to(torch.float8_e8m0fnu)}, "as float8_e8m0fnu, quantised"),
     ],
 )
 def test_damaged_factors_are_refused_by_name(changes, message, weights, tmp_path):
@@ -424,6 +429,19 @@ def test_damaged_factors_are_refused_by_name(changes, message, weights, tmp_path
     with pytest.raises(AdapterError, match=message) as caught:
         read(tmp_path, weights, {key: value for key, value in state.items() if value is not None})
     assert "to_q" in str(caught.value)
+
+
+def test_numbers_without_axes_are_refused_wherever_they_stand(weights, tmp_path):
+    with pytest.raises(AdapterError, match=r"magnitude of \[\]"):
+        read(tmp_path, weights, sound() | {f"unet.{ATTENTION}.to_q.dora_scale": torch.tensor(1.0)})
+    state = {f"{LAYER}.q_proj.lora_{way}.weight": torch.tensor(1.0) for way in ("down", "up")}
+    with pytest.raises(AdapterError, match="does not say to which text encoder"):
+        read(tmp_path, weights, state)
+
+
+def test_packed_weights_are_refused_by_the_name_of_their_format(weights, tmp_path):
+    with pytest.raises(ModelFormatError, match="8-bit weights of bitsandbytes"):
+        read(tmp_path, weights, sound() | {f"unet.{ATTENTION}.to_q.lora_A.SCB": torch.ones(2)})
 
 
 def test_alphas_that_are_no_number_are_refused(weights, tmp_path):
