@@ -155,6 +155,9 @@ def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, s
                 changes[part, name] = _change(tensors, tuple(weight.shape), scaling, rank, where)
             except ShapeMismatch as error:
                 misfits.append(error)
+        config = configs.get(part)
+        if config is not None and rank:
+            config.check_module(_as_trained(found.spelled, part), found.tensors, rank)
     if misfits:
         raise AdapterError(
             f"{file} does not fit this model: {misfits[0]}, and {len(misfits) - 1} more differ; it was made for "
@@ -164,6 +167,12 @@ def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, s
         raise _unknown_layers(file, unknown, len(modules), entries, metadata)
     if not changes:
         raise AdapterError(f"{file} changes nothing; it holds alphas or embeddings alone")
+    for part in dict.fromkeys(part for part, _ in modules):
+        config = configs.get(part)
+        if config is not None:
+            here = {module: found.tensors for (place, module), found in modules.items() if place == part}
+            with_lora = {module for module, tensors in here.items() if "down" in tensors}
+            config.check_whole(weights[part], {name for place, name in changes if place == part}, with_lora)
     if idle:
         logger.warning("%s gives %d of its %d layers the alpha 0; they change nothing", file, idle, len(modules))
     _announce_embeddings(entries, piece.path)
@@ -265,13 +274,17 @@ def _scaling(module: _Module, part: str, config: PeftConfig | None, file: str) -
                                "one number")  # fmt: skip
         return Scaling(float(alpha)), float(alpha)
     if config is not None:
-        trained = module.spelled.removeprefix(PEFT_PREFIX).removeprefix(f"{part}.").removeprefix(PEFT_PREFIX)
-        scaling = config.scaling(trained)
+        scaling = config.scaling(_as_trained(module.spelled, part))
         return scaling, scaling.alpha
     if module.spelled.startswith(PEFT_PREFIX):
         raise AdapterError(f"{file} was written by peft, whose alphas stand in {peft_config.FILE}; put that beside it, "
                            "and give the folder")  # fmt: skip
     return Scaling(None), None
+
+
+def _as_trained(spelled: str, part: str) -> str:
+    """The module's name in the model that was trained."""
+    return spelled.removeprefix(PEFT_PREFIX).removeprefix(f"{part}.").removeprefix(PEFT_PREFIX)
 
 
 def _by_weight(module: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -4,7 +4,7 @@ It stands in `adapter_config.json` in peft's own folders, and in the metadata of
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ METADATA = "lora_adapter_metadata"
 # what decides how training went, or where modules lie, which the tensors' names and shapes say anyway. A linear layer's
 # weight is never stored the other way round here, so peft itself sets fan_in_fan_out back
 _WITHOUT_EFFECT = {
-    "r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
-    "fan_in_fan_out", "bias", "modules_to_save", "use_dora", "lora_bias", "task_type", "auto_mapping", "peft_version",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
+    "fan_in_fan_out", "task_type", "auto_mapping", "peft_version",
     "base_model_name_or_path", "revision", "inference_mode", "megatron_config", "megatron_core", "qalora_group_size",
     "runtime_config", "eva_config", "loftq_config", "ensure_weight_tying",
 }  # fmt: skip
 _READ = {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights"}
+# what the tensors say themselves, and are compared with: a file that lacks some of them is incomplete
+_COMPARED = {"r", "rank_pattern", "use_dora", "lora_bias", "bias", "modules_to_save"}
+_BIASES = ("none", "all", "lora_only")
 # starting values that leave the base model as it is; others are taken off its weights, which the file does not hold
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PATTERNS = 2000
@@ -38,13 +41,58 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # pattern of a module's name -> its alpha
     rank_stabilised: bool = False
     part: str | None = None  # that the config says it was trained on
+    where: str = FILE  # in messages
+    rank: int | None = None  # None: not said
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    decomposed: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    saved_modules: tuple[str, ...] = ()
 
     def scaling(self, module: str) -> Scaling:
         """Give the scaling of a module, called as in the model that was trained."""
-        for pattern, alpha in self.alpha_pattern.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return Scaling(alpha, self.rank_stabilised)
-        return Scaling(self.alpha, self.rank_stabilised)
+        pattern = _matching(self.alpha_pattern, module)
+        return Scaling(self.alpha if pattern is None else self.alpha_pattern[pattern], self.rank_stabilised)
+
+    def check_module(self, module: str, roles: Collection[str], rank: int) -> None:
+        """Raise AdapterError unless the tensors of a module's LoRA are those that the settings speak of."""
+        pattern = _matching(self.rank_pattern, module)
+        said = self.rank if pattern is None else self.rank_pattern[pattern]
+        if said is not None and said != rank:
+            setting = f"r={said}" if pattern is None else f"rank_pattern={values.quoted({pattern: said})}"
+            raise self._incomplete(setting, f"the tensors of {module[:200]} have the rank {rank}")
+        if self.decomposed and "magnitude" not in roles:
+            raise self._incomplete("use_dora=True", f"{module[:200]} has no lora_magnitude_vector")
+        if self.lora_bias and "up_bias" not in roles:
+            raise self._incomplete("lora_bias=True", f"{module[:200]} has no lora_B.bias")
+
+    def check_whole(self, weights: Collection[str], changed: Collection[str], with_lora: Collection[str]) -> None:
+        """Raise AdapterError unless the weights that the settings call trained are `changed`.
+
+        weights: names of the model's; with_lora: modules that have a LoRA.
+        """
+        if self.bias != "none":
+            biases = [name for name in weights if name.endswith(".bias")]
+            wanted = [name for name in biases if self.bias == "all" or name.removesuffix(".bias") in with_lora]
+            self._check_held(f"bias={self.bias!r}", wanted, changed)
+        for module in self.saved_modules:
+            place = re.compile(rf"{re.escape(module)}\.(.*\.)?[^.]+$")
+            wanted = [name for name in weights if place.search(name)]
+            if not wanted:
+                raise self._incomplete(self._saved(), f"neither the model nor the file has {module[:200]}")
+            self._check_held(self._saved(), wanted, changed)
+
+    def _check_held(self, setting: str, wanted: Collection[str], changed: Collection[str]) -> None:
+        missing = [name for name in wanted if name not in changed]
+        if missing:
+            raise self._incomplete(setting, f"of {len(wanted)} such tensors {len(missing)} are missing: {missing[0]}")
+
+    def _saved(self) -> str:
+        return f"modules_to_save={values.quoted(list(self.saved_modules))}"
+
+    def _incomplete(self, setting: str, found: str) -> AdapterError:
+        return AdapterError(f"{self.where} says {setting}, but {found}; the adapter is incomplete, or the settings are "
+                            "another's: save it with peft again")  # fmt: skip
 
 
 def read_folder_config(folder: Path) -> PeftConfig:
@@ -79,7 +127,7 @@ def parse(given: Mapping[str, Any], where: str) -> PeftConfig:
     if kind != "LORA":
         raise AdapterError(f"{where} says peft_type {values.quoted(kind)}; of peft's methods LORA is read")
     for name, value in given.items():
-        if name not in _WITHOUT_EFFECT | _READ and value:
+        if name not in _WITHOUT_EFFECT | _READ | _COMPARED and value:
             raise AdapterError(f"{where} sets {name[:200]}={values.quoted(value)}, which is not known here; merge the "
                                "adapter into its model with peft, or train without it")  # fmt: skip
     start = given.get("init_lora_weights", True)
@@ -87,19 +135,49 @@ def parse(given: Mapping[str, Any], where: str) -> PeftConfig:
         raise AdapterError(f"{where} says init_lora_weights={values.quoted(start)}, which also changed the base model; "
                            "save it with path_initial_model_for_weight_conversion=")  # fmt: skip
     stabilised = values.flag(f"use_rslora in {where}", given.get("use_rslora", False), error=ModelFormatError)
-    patterns = given.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or len(patterns) > _PATTERNS:
-        raise ModelFormatError(f"alpha_pattern in {where} is no dictionary of at most {_PATTERNS} names")
-    checked = {_pattern(key, where): _alpha(value, where) for key, value in patterns.items()}
-    # peft's own default, which its files always spell out
-    return PeftConfig(_alpha(given.get("lora_alpha", 8), where), checked, stabilised, _trained_part(given))
+    decomposed, lora_bias = (
+        values.flag(f"{name} in {where}", given.get(name) or False, error=ModelFormatError)
+        for name in ("use_dora", "lora_bias")
+    )
+    saved = values.several(f"modules_to_save in {where}", given.get("modules_to_save") or (), error=ModelFormatError)
+    rank = given.get("r")
+    return PeftConfig(
+        # peft's own default, which its files always spell out
+        _alpha(given.get("lora_alpha", 8), where),
+        _patterns("alpha_pattern", given, where, _alpha),
+        stabilised,
+        _trained_part(given),
+        where,
+        None if rank is None else _rank(rank, where),
+        _patterns("rank_pattern", given, where, _rank),
+        decomposed,
+        lora_bias,
+        values.one_of(f"bias in {where}", given.get("bias") or "none", _BIASES, error=ModelFormatError),
+        tuple(values.text(f"modules_to_save in {where}", name, empty=False, error=ModelFormatError) for name in saved),
+    )
 
 
 def _alpha(value, where: str) -> float:
     return values.real_number(f"the alpha in {where}", value, error=ModelFormatError)
 
 
-def _pattern(text: str, where: str) -> str:
+def _rank(value, where: str) -> int:
+    return values.whole_number(f"the rank in {where}", value, 1, error=ModelFormatError)
+
+
+def _patterns(name: str, given: Mapping[str, Any], where: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
+    patterns = given.get(name) or {}
+    if not isinstance(patterns, dict) or len(patterns) > _PATTERNS:
+        raise ModelFormatError(f"{name} in {where} is no dictionary of at most {_PATTERNS} names")
+    return {_pattern(key, name, where): check(value, where) for key, value in patterns.items()}
+
+
+def _matching(patterns: Iterable[str], module: str) -> str | None:
+    """The first pattern that means a module."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
+
+
+def _pattern(text: str, name: str, where: str) -> str:
     # a pattern is a module's name or a regular expression; one from a stranger's file must not run for hours
     tame = len(text) <= 300 and not re.search(r"\)[*+?{]", text) and len(re.findall(r"[*+?{]", text)) <= 4
     try:
@@ -107,7 +185,7 @@ def _pattern(text: str, where: str) -> str:
     except re.error:
         tame = False
     if not tame:
-        raise AdapterError(f"alpha_pattern in {where} has {values.quoted(text)}; name modules, or use a plain pattern")
+        raise AdapterError(f"{name} in {where} has {values.quoted(text)}; name modules, or use a plain pattern")
     return text
 
 

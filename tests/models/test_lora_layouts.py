@@ -247,7 +247,7 @@ def peft_state(rank=2):
 
 def test_peft_s_patterns_and_rank_stabilised_scaling_are_followed(weights, tmp_path):
     state = peft_state(rank=4)
-    folder = peft_folder(tmp_path / "style", state, use_rslora=True, alpha_pattern={"attn2.to_k": 3, "to_x": 9})
+    folder = peft_folder(tmp_path / "style", state, r=4, use_rslora=True, alpha_pattern={"attn2.to_k": 3, "to_x": 9})
     for source in (folder, folder / "adapter_model.safetensors"):
         lora = read_lora(source, weights)
         for module, alpha in ((f"{ATTENTION}.to_q", 6), (f"{BLOCK}.attn2.to_k", 3)):
@@ -319,8 +319,59 @@ def test_settings_of_peft_that_are_not_done_are_refused_by_name(config, message,
         read_lora(peft_folder(tmp_path, peft_state(), **config), weights)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 64}, "r=64, but the tensors of down_blocks.1"),
+        ({"rank_pattern": {"attn2.to_k": 8}}, "rank_pattern={'attn2.to_k': 8}, but the tensors of"),
+        ({"use_dora": True}, "use_dora=True, but down_blocks.1"),
+        ({"lora_bias": True}, "lora_bias=True, but down_blocks.1"),
+        ({"bias": "all"}, "bias='all', but of 4 such tensors 4 are missing: conv_in.bias"),
+        ({"modules_to_save": ["conv_in"]}, "modules_to_save=['conv_in'], but of 2 such tensors 2 are missing"),
+        ({"modules_to_save": ["gone"]}, "neither the model nor the file has gone"),
+    ],
+)
+def test_an_adapter_without_what_its_settings_speak_of_is_refused_by_their_names(config, message, weights, tmp_path):
+    with pytest.raises(AdapterError, match=re.escape(message)) as caught:
+        read_lora(peft_folder(tmp_path / "a", peft_state(), **config), weights)
+    assert "adapter_config.json says" in str(caught.value)
+    state = {key.replace("base_model.model.", "unet."): value for key, value in peft_state().items()}
+    said = {f"unet.{name}": value for name, value in ({"r": 2, "lora_alpha": 5} | config).items()}
+    with pytest.raises(AdapterError, match=re.escape(message)):
+        read(tmp_path, weights, state, {"lora_adapter_metadata": json.dumps(said)})
+
+
+def test_biases_of_the_layers_that_have_a_lora_are_missed_where_the_layers_have_some(weights, tmp_path):
+    assert len(read_lora(peft_folder(tmp_path / "1", peft_state(), bias="lora_only"), weights).changes) == 2
+    key = f"base_model.model.{ATTENTION}.to_out.0"
+    down, up = factors((8, 8), 2)
+    state = peft_state() | {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+    with pytest.raises(AdapterError, match=r"bias='lora_only', but of 1 such tensors 1 are missing: .*to_out.0.bias"):
+        read_lora(peft_folder(tmp_path / "2", state, bias="lora_only"), weights)
+    state[f"{key}.base_layer.bias"] = torch.zeros(8)
+    assert len(read_lora(peft_folder(tmp_path / "3", state, bias="lora_only"), weights).changes) == 4
+
+
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"bias": "lora_only"}, {"use_dora": True}, {"lora_bias": True},
+                                      {"rank_pattern": {"to_k": 1}, "modules_to_save": ["conv_in", "time_embedding"]},
+                                      {"use_rslora": True, "modules_to_save": []}], ids=str)  # fmt: skip
+def test_what_peft_saves_of_each_kind_is_whole(settings, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(4, 6, 3), "attn": torch.nn.ModuleDict()})
+    model["time_embedding"] = torch.nn.Sequential(torch.nn.Linear(6, 8))
+    model["attn"].update({"to_k": torch.nn.Linear(8, 8, "lora_bias" in settings), "to_out": torch.nn.Linear(8, 8)})
+    weights = {"unet": {name: value.clone() for name, value in model.state_dict().items()}}
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["to_k", "to_out"], **settings))
+    peft.save_pretrained(tmp_path)
+    lora = read_lora(tmp_path, weights | {"text_encoder": {}, "text_encoder_2": {}})
+    assert {("unet", "attn.to_k.weight"), ("unet", "attn.to_out.weight")} <= lora.changes.keys()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"lora_alpha": "8"}', '{"lora_alpha": 1e999}',
-                                  '{"use_rslora": "false"}', '{"alpha_pattern": [1]}'])  # fmt: skip
+                                  '{"use_rslora": "false"}', '{"use_dora": "no"}', '{"r": 0}', '{"bias": "some"}',
+                                  '{"modules_to_save": "conv_in"}', '{"rank_pattern": {"to_k": 1.5}}',
+                                  '{"alpha_pattern": [1]}'])  # fmt: skip
 def test_a_damaged_config_of_peft_is_refused(text, weights, tmp_path):
     folder = peft_folder(tmp_path, peft_state())
     (folder / "adapter_config.json").write_text(text)
