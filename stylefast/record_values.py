@@ -95,6 +95,7 @@ class Store:
 
     def tensor(self, value: torch.Tensor, source: str | None = None) -> dict[str, Any]:
         """The entry of a mask or an embedding that was given as a tensor, or read from the file `source`."""
+        values.dense_tensor("a tensor", value, error=ImageError)
         content = _pack({"tensor": value})
         entry = {"sha256": hashlib.sha256(content).hexdigest()}
         if source is not None:

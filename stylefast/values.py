@@ -11,6 +11,7 @@ import json
 import math
 import operator
 import os
+import re
 import reprlib
 import secrets
 import stat
@@ -30,6 +31,7 @@ MAX_STRENGTH = 10_000.0
 JSON_BYTES, JSON_DEPTH, JSON_DIGITS = 16 * 2**20, 64, 100
 # what file systems hold; a longer name can't even be looked for
 NAME_BYTES, PATH_BYTES = 255, 4095
+_NUMBERS = re.compile(r"bool|u?int(8|16|32|64)|b?float(16|32|64)|float8_\w+|complex(32|64|128)")
 _LONG_INT = 1024  # bits of whole numbers that are still written out; Python refuses to print very long ones
 
 
@@ -243,6 +245,22 @@ def typed_path(name: str, typed: str, *, error: type = InvalidRequest) -> Path:
             f"{name} is {quoted(typed)}; names of files have at most {NAME_BYTES} bytes, and paths {PATH_BYTES}"
         )
     return found
+
+
+def dense_tensor(name: str, value: Any, *, error: type = InvalidRequest) -> None:
+    """Refuse a torch tensor whose numbers are not at hand: sparse, nested, quantised, or on the device meta."""
+    kind, layout = str(value.dtype).removeprefix("torch."), str(value.layout).removeprefix("torch.")
+    if layout != "strided" or value.is_nested:
+        found, way = f"a tensor of layout {layout}", "give it dense"
+    elif value.is_meta:
+        found, way = "a tensor on the device meta, which holds no numbers", "load them first"
+    elif value.is_quantized:
+        found, way = f"a quantised tensor ({kind})", "give it as floats: .dequantize()"
+    elif not _NUMBERS.fullmatch(kind):
+        found, way = f"a tensor of {kind}, which are no plain numbers", "convert it to float32"
+    else:
+        return
+    raise error(f"{name} is {found}; {way}")
 
 
 def no_device(what: str, place: str | os.PathLike, *, error: type = InvalidRequest) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from stylefast import values
 from stylefast.errors import ImageError, InvalidRequest
 from stylefast.models.pictures import BLACK, PictureSource, open_picture, say_once
 
@@ -24,8 +25,8 @@ def load_mask(mask: PictureSource | torch.Tensor, size: tuple[int, int] | None =
     grey = open_mask(mask).convert("L")
     if size is not None and grey.size != (size[1], size[0]):
         grey = grey.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    values = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(grey.height, grey.width)
-    acting = (values.float() / 255 >= 0.5).float()
+    shades = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(grey.height, grey.width)
+    acting = (shades.float() / 255 >= 0.5).float()
     if not acting.any():
         say_once(f"a mask of {grey.width}x{grey.height} is dark or transparent everywhere; its picture acts nowhere")
     return acting
@@ -63,7 +64,7 @@ def check_mask_shape(mask: PictureSource | torch.Tensor, size: tuple[int, int]) 
     """Raise ImageError for a tensor that does not fit (height, width); other masks are scaled to it."""
     if not isinstance(mask, torch.Tensor):
         return
-    if mask.ndim != 2 or mask.numel() == 0 or mask.layout != torch.strided or mask.is_meta:
+    if mask.ndim != 2 or mask.numel() == 0:
         raise ImageError(f"a mask tensor has the shape [height, width], not {list(mask.shape)}")
     if tuple(mask.shape) != tuple(size):
         raise ImageError(
@@ -73,6 +74,8 @@ def check_mask_shape(mask: PictureSource | torch.Tensor, size: tuple[int, int]) 
 
 
 def _check_tensor(mask: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    # first, since nested tensors don't even have a shape
+    values.dense_tensor("a mask", mask, error=ImageError)
     check_mask_shape(mask, tuple(mask.shape) if size is None else size)
     if mask.is_complex():
         raise ImageError(f"a mask holds real numbers, this one {mask.dtype}")

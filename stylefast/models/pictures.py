@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, features
 
 from stylefast import values
@@ -47,12 +48,17 @@ def open_picture(source: PictureSource, ground: tuple[int, int, int, int] = WHIT
     pictures above 16.8 megapixels, with a side below 16 pixels, or more than 32 times as long as wide. The size is
     read from the header, so a small file that would unpack to gigabytes costs nothing.
     """
+    _check_array("the picture", source)
     if isinstance(source, np.ndarray):
         return _from_array(source, ground)
     if isinstance(source, Image.Image):
         return _decode(source, "the picture", ground)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        name, stream = f"the picture ({len(source)} bytes)", BytesIO(source)
+        try:
+            content = bytes(source)  # the view of a stranger may be of any stride, or released
+        except ValueError as error:
+            raise ImageError(f"the picture's memoryview can't be read: {error}") from error
+        name, stream = f"the picture ({len(content)} bytes)", BytesIO(content)
     elif isinstance(source, (str, os.PathLike)):
         name, stream = _open_path(source)
     else:
@@ -86,7 +92,15 @@ def _check_source(name: str, given: Any, more: tuple[type, ...]) -> Any:
         )
     if isinstance(given, (str, os.PathLike)):
         values.path(name, given, error=ImageError)
+    elif isinstance(given, torch.Tensor):
+        values.dense_tensor(name, given, error=ImageError)
+    _check_array(name, given)
     return given
+
+
+def _check_array(name: str, given: Any) -> None:
+    if np.ma.is_masked(given):
+        raise ImageError(f"{name} is a masked array, whose mask pictures do not have; give it filled: .filled(255)")
 
 
 @lru_cache(maxsize=256)

@@ -99,6 +99,7 @@ def flat_entries(content: Any, name: str) -> dict[str, Entry]:
     for key, value in flat.items():
         if not isinstance(value, torch.Tensor):
             raise ModelFormatError(f"{name} holds a {type(value).__name__} under {key[:200]!r}, not a tensor")
+        values.dense_tensor(f"{key[:200]} of {name}", value, error=ModelFormatError)
     return {key: Entry(tuple(value.shape), lambda value=value: value.detach().clone()) for key, value in flat.items()}
 
 

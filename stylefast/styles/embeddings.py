@@ -50,11 +50,13 @@ class StageEmbedding:
         values.text("a style's name", self.name, longest=_LONGEST_NAME, error=StyleError)
         for key in ("clip_l", "clip_g"):
             rows = getattr(self, key)
+            if isinstance(rows, Tensor):
+                values.dense_tensor(f"{key} of the style {self.name!r}", rows, error=StyleError)
             whole = isinstance(rows, Tensor) and rows.ndim == 3 and rows.numel() and not rows.is_complex()
-            if not whole or rows.is_meta:
+            if not whole:
                 found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
                 raise StyleError(f"{key} of the style {self.name!r} is {found}; it must be [stages, vectors, width]")
-            if not torch.isfinite(rows).all():
+            if not torch.isfinite(rows.float()).all():
                 raise StyleError(f"{key} of the style {self.name!r} holds NaN or infinity; train or export it again")
             object.__setattr__(self, key, rows.float())
         if self.clip_l.shape[:2] != self.clip_g.shape[:2]:

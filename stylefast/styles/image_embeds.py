@@ -36,6 +36,7 @@ def read_image_embeds(source) -> tuple[Tensor, str | None]:
     if not isinstance(source, Tensor) or not source.is_floating_point():
         what = f"a tensor of {source.dtype}" if isinstance(source, Tensor) else values.quoted(source)
         raise StyleError(f"image_embeds is {what}; give floating-point numbers [pictures, width] as a tensor or a file")
+    values.dense_tensor("image_embeds", source, error=StyleError)
     if not 1 <= source.ndim <= 4 or not 0 < source.numel() <= MAX_VALUES:
         raise StyleError(f"image_embeds has the shape {list(source.shape)}; it must be [pictures, width], or what "
                          "prepare_ip_adapter_image_embeds gives")  # fmt: skip

@@ -6,6 +6,10 @@ from PIL import Image
 from stylefast.errors import ImageError, InvalidRequest
 from stylefast.models.masks import load_mask, mask_vectors
 from stylefast.models.pictures import say_once
+from stylefast.record_values import Store
+from stylefast.styles.embeddings import StageEmbedding
+from stylefast.styles.image_embeds import read_image_embeds
+from stylefast.styles.instant_style import InstantStyle
 
 
 def diffusers_vector(mask, queries):
@@ -133,13 +137,41 @@ def test_an_array_of_zeros_and_ones_out_of_255_is_refused_and_one_that_acts_nowh
         (torch.full((16, 16), float("nan")), "nan"),
         (torch.zeros(8, 9), "8 x 9.*16 x 16"),
         (torch.zeros(16, 16, dtype=torch.complex64), "real numbers"),
-        (torch.zeros(16, 16, device="meta"), r"\[height, width\]"),
     ],
-    ids=["three dimensions", "beyond one", "nan", "another size", "complex", "without content"],
+    ids=["three dimensions", "beyond one", "nan", "another size", "complex"],
 )
 def test_tensors_that_are_no_masks_are_refused(mask, words):
     with pytest.raises(ImageError, match=words):
         load_mask(mask, (16, 16))
+
+
+WITHOUT_NUMBERS = {
+    "meta": (torch.zeros(16, 16, device="meta"), "is a tensor on the device meta, which holds no numbers; load them"),
+    "sparse": (torch.ones(16, 16).to_sparse(), "is a tensor of layout sparse_coo; give it dense"),
+    "quantised": (torch._empty_affine_quantized((16, 16), scale=1, zero_point=0, dtype=torch.quint8),
+                  r"is a quantised tensor \(quint8\)"),
+    "bits": (torch.zeros(16, 16, dtype=torch.uint8).view(torch.bits8), "a tensor of bits8, which are no plain numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask, words", WITHOUT_NUMBERS.values(), ids=WITHOUT_NUMBERS)
+def test_tensors_without_numbers_at_hand_are_refused_wherever_they_are_given(mask, words, tmp_path):
+    for call in (
+        lambda: load_mask(mask),
+        lambda: load_mask(mask, (16, 16)),
+        lambda: InstantStyle("a.png", mask=mask),
+        lambda: InstantStyle("a.png", mask=[mask]),
+        lambda: Store(tmp_path).tensor(mask),
+        lambda: StageEmbedding("chalk", mask, mask),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            call()
+
+
+def test_embeddings_without_numbers_at_hand_are_refused():
+    for name in ("meta", "sparse"):
+        with pytest.raises(InvalidRequest, match=f"image_embeds {WITHOUT_NUMBERS[name][1]}"):
+            read_image_embeds(WITHOUT_NUMBERS[name][0])
 
 
 def test_feature_maps_without_extent_are_refused():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from stylefast.errors import ImageError
-from stylefast.models.pictures import open_picture, readable_formats, say_once
+from stylefast.models.pictures import check_sources, open_picture, readable_formats, say_once
 from tests.small_adapter import small_picture
 
 
@@ -224,6 +224,26 @@ def test_paths_that_lead_nowhere_say_so(tmp_path):
 def test_values_that_are_no_picture_are_refused(source, words):
     with pytest.raises(ImageError, match=words):
         open_picture(source)
+
+
+def test_a_masked_array_is_refused_where_something_is_masked():
+    pixels = np.ma.array(np.full((20, 20, 3), 9, np.uint8))
+    assert open_picture(pixels).getpixel((3, 3)) == (9, 9, 9)
+    pixels[3, 3] = np.ma.masked
+    for call in (open_picture, lambda source: check_sources("image", [source])):
+        with pytest.raises(ImageError, match=r"a masked array, whose mask pictures do not have; .*filled\(255\)"):
+            call(pixels)
+
+
+def test_a_memoryview_of_any_stride_is_read_and_a_released_one_named():
+    data = encoded(small_picture())
+    spread = bytes(byte for one in data for byte in (one, 0))
+    expected = open_picture(data).tobytes()
+    assert open_picture(memoryview(spread)[::2]).tobytes() == expected
+    view = memoryview(data)
+    view.release()
+    with pytest.raises(ImageError, match="can't be read"):
+        open_picture(view)
 
 
 def test_floats_and_bools_become_grey():

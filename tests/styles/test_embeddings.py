@@ -272,3 +272,9 @@ def test_vectors_for_encoders_that_sdxl_does_not_have_are_refused_by_name(tmp_pa
     for file in ("sd3", "lora"):
         with pytest.raises(StyleError, match=f"also holds {key}"):
             load_embedding(tmp_path / f"{file}.safetensors")
+
+
+def test_vectors_of_any_plain_type_become_float32():
+    for kind in (torch.float8_e4m3fn, torch.float16, torch.uint8):
+        rows = torch.ones(1, 1, 8).to(kind)
+        assert torch.equal(StageEmbedding("chalk", rows, rows).clip_l, torch.ones(1, 1, 8))
