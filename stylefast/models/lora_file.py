@@ -38,6 +38,8 @@ _OTHER_MODELS = (
     (r"joint_(transformer_)?blocks[._]|^lora_te3_|^text_encoder_3\.", "Stable Diffusion 3"),
     (r"^lora_prior_", "Stable Cascade"),
 )
+# an adapter's name, which peft leaves out of files
+_NAMED = re.compile(r"\.lora_(A|B|magnitude_vector)\.([^.]+)\.(?:weight|bias)$")
 _CROSS_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
 
 
@@ -201,9 +203,22 @@ def _roles(entries: Iterable[str], file: str, piece: _Piece, metadata) -> dict[s
         if example is not None:
             raise AdapterError(f"{file} is {method} ({example[:200]}); read are LoRA, LoCon, LoHa, LoKr, DoRA and full "
                                "differences: merge it into a checkpoint with the tool that made it")  # fmt: skip
+    named = next((found for key in rest if (found := _NAMED.search(key))), None)
+    if named is not None:
+        raise AdapterError(
+            f"{file} holds an adapter under its name in memory, {values.quoted(named[2])} ({named.string[:200]}); save "
+            "it with peft's save_pretrained, which leaves the name out"
+        )
+    if not roles and not rest and entries:
+        raise AdapterError(f"{file} holds learned embeddings alone ({_some(list(entries))}) and no LoRA; give it as "
+                           "style=DreamStyler(file)")  # fmt: skip
     if not roles:
         header = WeightHeader(piece.path, {key: ("", entry.shape) for key, entry in entries.items()}, metadata)
-        raise AdapterError(f"{file} is no LoRA but: {recognise(header)}")
+        kind = recognise(header)
+        if kind == "LoRA":
+            raise AdapterError(f"{file} is a LoRA in a layout that is not known ({_some(rest)}); convert it with the "
+                               "tool that made it")  # fmt: skip
+        raise AdapterError(f"{file} is no LoRA but: {kind}")
     if rest:
         raise AdapterError(f"{file} holds {_some(rest)}, which belong to no known kind of LoRA; its layout is unknown, "
                            "so nothing of it was used")  # fmt: skip

@@ -527,6 +527,21 @@ def test_a_pipe_in_a_folder_is_not_waited_for(name, weights, tmp_path):
         read_lora(tmp_path, weights)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["bundle_emb.chalk.clip_l", "bundle_emb.chalk.clip_g"], "holds learned embeddings alone .*DreamStyler"),
+        (["unet.x.lora_A.mine.weight", "unet.x.lora_B.mine.weight"], "name in memory, 'mine' .*save_pretrained"),
+        (["lora_unet_x.lora_down.sideways"], r"layout that is not known \(lora_unet_x.lora_down.sideways\)"),
+    ],
+    ids=["embeddings", "a name", "another layout"],
+)
+def test_a_file_that_is_nearly_a_lora_is_told_what_it_is(keys, message, weights, tmp_path):
+    with pytest.raises(AdapterError, match=message) as caught:
+        read(tmp_path, weights, {key: torch.zeros(2, 2) for key in keys})
+    assert "no LoRA but: LoRA" not in str(caught.value)
+
+
 def test_a_folder_must_hold_one_lora(weights, tmp_path):
     save_file(sound(), tmp_path / "a.safetensors")
     save_file(sound(), tmp_path / "b.safetensors")
