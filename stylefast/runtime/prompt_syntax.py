@@ -59,19 +59,22 @@ def warn_of_instructions(requests: Sequence[Request]) -> None:
     Requests of the same texts, as pictures of one prompt, share theirs.
     """
     bracketed = False
-    for texts in dict.fromkeys(tuple(texts_of(request)) for request in requests):
+    for texts in dict.fromkeys(tuple(_named_texts(request)) for request in requests):
         found: dict[str, tuple[str, str]] = {}
-        for text in texts:
-            found |= instructions(text)
+        holding = []
+        for name, text in texts:
+            held = instructions(text)
+            found |= held
+            holding += [f"{name} {quoted(text)}"] if held else []
             bracketed |= _BRACKETS.search(_ESCAPED.sub(" ", text)) is not None
         if found:
             shown = ", ".join(f"{quoted(written)} ({kind})" for written, (kind, _) in list(found.items())[:_MOST_SHOWN])
             more = f" and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
             ways = "".join(f"; {way}" for way in dict.fromkeys(way for _, way in found.values()) if way)
             logger.warning(
-                "the prompt %s holds %s%s: other programs read that as instructions, here it is encoded as words, "
+                "%s hold%s %s%s: other programs read that as instructions, here it is encoded as words, "
                 "letter by letter; take it out%s",
-                quoted(texts[0]), shown, more, ways,
+                " and ".join(holding), "s" if len(holding) == 1 else "", shown, more, ways,
             )  # fmt: skip
             bracketed = False
     if bracketed:
@@ -88,7 +91,14 @@ def _say_of_brackets() -> None:
 
 def texts_of(request: Request) -> list[str]:
     """List what the text encoders read of a request: the prompt, the negative prompt, and what its styles say."""
-    texts = [request.prompt, request.negative_prompt]
-    texts += [style.prompt for style in (request.aligned,) if style is not None and style.prompt]
-    texts += [style.content for style in request.styles_of(InstantStyle) if isinstance(style.content, str)]
-    return texts + [style.context for style in request.styles_of(DreamStyler) if style.context]
+    return [text for _, text in _named_texts(request)]
+
+
+def _named_texts(request: Request) -> list[tuple[str, str]]:
+    texts = [("the prompt", request.prompt), ("the negative prompt", request.negative_prompt)]
+    if request.aligned is not None and request.aligned.prompt:
+        texts.append(("the style's prompt", request.aligned.prompt))
+    contents = (style.content for style in request.styles_of(InstantStyle))
+    texts += [("the style's content", content) for content in contents if isinstance(content, str)]
+    contexts = (style.context for style in request.styles_of(DreamStyler))
+    return texts + [("the style's context", context) for context in contexts if context]

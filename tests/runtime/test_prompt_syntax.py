@@ -63,6 +63,15 @@ def test_a_request_gets_one_warning_that_quotes_what_it_holds(said):
     assert len(said(*(Request("a (fish:1.2)", seed=seed) for seed in range(4)))) == 1
 
 
+def test_the_text_that_holds_the_instruction_is_the_one_that_is_quoted(said):
+    (message,) = said(Request("a plain fish", "(ugly:1.4)"))
+    assert message.startswith("the negative prompt '(ugly:1.4)' holds ") and "plain fish" not in message
+    (message,) = said(Request("a fish", style=StyleAligned(prompt="a (fox:1.5)")))
+    assert message.startswith("the style's prompt 'a (fox:1.5)' holds ")
+    (message,) = said(Request("a (cat:2)", "(ugly:1.4)"))
+    assert message.startswith("the prompt 'a (cat:2)' and the negative prompt '(ugly:1.4)' hold ")
+
+
 def test_plain_brackets_are_told_of_once_and_never_beside_a_weight(said):
     prompt_syntax._say_of_brackets.cache_clear()
     assert said(Request("a fish")) == []
