@@ -325,8 +325,8 @@ def _disk_error(error: BaseException | None, target: Path) -> OSError | None:
 
 
 def _check_room(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(_beside(target, ".part")).free
-    if needed > free:
+    free = values.free_bytes(_beside(target, ".part"))
+    if free is not None and needed > free:
         raise ExportError(
             f"the export takes another {needed / 1e9:.3g} GB, and the disk of {target} has {free / 1e9:.3g} GB free; "
             "free some room, export fewer flavours, or choose a folder on another disk"

@@ -14,6 +14,7 @@ import os
 import re
 import reprlib
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
@@ -271,6 +272,12 @@ def no_device(what: str, place: str | os.PathLike, *, error: type = InvalidReque
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise error(f"{what} {shown_path(place)} is a pipe or a device, not a file; give the path of a file")
+
+
+def free_bytes(folder: str | os.PathLike) -> int | None:
+    """Give the room left on the disk of a folder; None for file systems that have no such figure, such as /proc."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else None
 
 
 def shown_path(place: str | os.PathLike) -> str:

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from stylefast.commands.folder_lock import LOCK, only_writer, remove_parts, write_whole
 from stylefast.errors import ImageError, InvalidRequest, StyleFastError
-from stylefast.values import load_json, typed_path
+from stylefast.values import free_bytes, load_json, typed_path
 
 CHUNK = "stylefast"
 # above this a chunk is compressed; some readers refuse long plain ones
@@ -132,7 +131,15 @@ class Destination:
             raise InvalidRequest(f"{holder} is a file, so no folder of that name can be made; choose another --out")
         if not os.access(holder, os.W_OK):
             raise InvalidRequest(f"{holder} can't be written to; choose another --out")
-        if shutil.disk_usage(holder).free < _LEAST * len(self._slugs):
+        free = free_bytes(holder)
+        if free is None:
+            # what it takes shows when a file is made
+            try:
+                with tempfile.TemporaryFile(dir=holder):
+                    pass
+            except OSError as error:
+                raise InvalidRequest(f"{holder} takes no files ({error.strerror}); choose another --out") from error
+        elif free < _LEAST * len(self._slugs):
             raise StyleFastError(f"the disk of {holder} is full; free some room, or choose another --out")
         if self._file is None:
             return

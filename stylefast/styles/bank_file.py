@@ -18,7 +18,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import struct
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -133,14 +132,15 @@ class BankFile:
             # between creation and lock another writer took it for stale and removed it
             os.close(self._descriptor)
         try:
-            if shutil.disk_usage(self.path.parent).free < size:
+            free = values.free_bytes(self.path.parent)
+            if free is not None and free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             # a sparse file would meet a full disk only when a mapped page is written, as a fatal signal
             os.posix_fallocate(self._descriptor, 0, size)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            free = shutil.disk_usage(self.path.parent).free
+            free = values.free_bytes(self.path.parent) or 0
             raise OutOfMemory(
                 f"the bank {self.path.name} takes {size / 1e9:.3g} GB ({size} bytes) and {self.path.parent} has "
                 f"{free / 1e9:.3g} GB ({free} bytes) free or allowed; free space, save it elsewhere, or bake fewer "

@@ -3,13 +3,13 @@
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 from PIL import Image
 
 from stylefast.commands.folder_lock import beside, only_writer
 from stylefast.runtime import baking
-from stylefast.styles import bank_file
 from tests.cli.conftest import pixels
 from tests.cli.test_errors import assert_one_line
 
@@ -165,9 +165,9 @@ def test_a_bank_that_another_process_is_baking_is_not_baked_twice(stylefast, tmp
 
 def test_a_full_disk_is_one_line_before_anything_runs(stylefast, model_folder, tmp_path, monkeypatch):
     class Full:
-        free = 1000
+        free, total = 1000, 9000
 
-    monkeypatch.setattr(bank_file.shutil, "disk_usage", lambda path: Full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Full)
     monkeypatch.setattr(baking, "_step", lambda *arguments: pytest.fail("the model ran"))
     words = ("bake", "--style-image", "blot", *FEW, "--model", model_folder, "--quiet", "--out", tmp_path / "x.bank")
     assert_one_line(*stylefast(*words)[::2], 1, "free or allowed")

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -172,9 +173,18 @@ def test_a_file_beyond_the_limit_of_the_system_leaves_no_half_picture(checkout, 
 
 
 def test_a_full_disk_is_seen_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100, "total": 9000}))
     with pytest.raises(StyleFastError, match="the disk of .* is full"):
         Destination(tmp_path / "out", ["a fish"])
+
+
+def test_a_file_system_without_a_size_is_tried_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda path, mode: True)
+    with pytest.raises(InvalidRequest, match=r"/proc takes no files \(.*\); choose another --out"):
+        Destination("/proc/x", ["a fish"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0, "total": 0}))
+    Destination(tmp_path / "out", ["a fish"])
+    assert list(tmp_path.iterdir()) == []
 
 
 AS_NOBODY = """

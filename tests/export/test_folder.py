@@ -316,7 +316,7 @@ def test_too_little_room_is_told_before_anything_is_written(tmp_path):
 
 def test_room_for_what_is_finished_is_not_asked_for_again(tmp_path, monkeypatch):
     interrupted(tmp_path / "export")
-    usage = type("Usage", (), {"free": 10})
+    usage = type("Usage", (), {"free": 10, "total": 90})
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
     export_to(tmp_path / "export", needed=16)  # of which 6 are there
 
