@@ -25,6 +25,7 @@ from stylefast.models.hub import HubOptions, cached_ids, hub_folder, is_hub_id, 
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.known_words import known_words
 from stylefast.models.layout import STYLE_MODULE, AttentionLayout, UNetShape
+from stylefast.models.own_work import Made, check_as_made, made_modules
 from stylefast.models.packed import channels_last
 from stylefast.models.pipeline_check import check_pipeline, check_same_latents, check_vae_module, inner, unet_weights
 from stylefast.models.quantised import check_storage
@@ -42,8 +43,8 @@ from stylefast.models.weight_files import (
 TINY = Path(__file__).parent / "tiny"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "image_encoder")
-# (config, tensors) -> (shapes, complete config): making diffusers' UNet is half of the time that a small engine takes
-_UNETS: dict[tuple[str, int], tuple[dict[str, tuple], dict[str, Any]]] = {}
+# (config, tensors) -> (shapes, complete config, modules): making diffusers' UNet is half of what a small engine takes
+_UNETS: dict[tuple[str, int], tuple[dict[str, tuple], dict[str, Any], Made]] = {}
 _MOST_UNETS = 8
 _CONFIG_PARTS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 
@@ -150,8 +151,10 @@ def from_pipeline(pipeline) -> Components:
     if config.get("encoder_hid_dim_type") == "ip_image_proj":
         config["encoder_hid_dim_type"] = None
     extractor = getattr(pipeline, "feature_extractor", None)
+    complete, made = _made_unet(config, state, "the pipeline's UNet")
+    check_as_made("the pipeline's UNet", unet, made)
     components = Components(
-        unet_config=_complete_unet_config(config, state, "the pipeline's UNet"),
+        unet_config=complete,
         unet_state=state,
         vae=inner(pipeline.vae),
         text_encoders=(inner(pipeline.text_encoder), inner(pipeline.text_encoder_2)),
@@ -409,6 +412,11 @@ def _check_is_sdxl(config: Mapping, what: str) -> None:
 
 def _complete_unet_config(config: Mapping, state: dict[str, torch.Tensor], what: str) -> dict[str, Any]:
     """Fill diffusers' defaults into a UNet config, and check that the weights are those of such a UNet."""
+    return _made_unet(config, state, what)[0]
+
+
+def _made_unet(config: Mapping, state: dict[str, torch.Tensor], what: str) -> tuple[dict[str, Any], Made]:
+    """The complete config of a UNet, whose weights are checked to be those of such a UNet, and what it is made of."""
     from diffusers import UNet2DConditionModel
 
     _check_is_sdxl(config, what)
@@ -425,13 +433,14 @@ def _complete_unet_config(config: Mapping, state: dict[str, torch.Tensor], what:
     if made is None:
         unet = build(lambda: UNet2DConditionModel.from_config(plain), plain, len(state), what)
         shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
-        made = shapes, {name: value for name, value in dict(unet.config).items() if not name.startswith("_")}
+        complete = {name: value for name, value in dict(unet.config).items() if not name.startswith("_")}
+        made = shapes, complete, made_modules(unet)
         if len(_UNETS) >= _MOST_UNETS:
             _UNETS.clear()
         _UNETS[key] = made
-    shapes, complete = made
+    shapes, complete, modules = made
     check_state(shapes, state, what)
-    return copy.deepcopy(complete)
+    return copy.deepcopy(complete), modules
 
 
 def _clip(kind: str, config: Mapping, state: dict[str, torch.Tensor], what: str):

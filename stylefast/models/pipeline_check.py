@@ -11,6 +11,7 @@ from torch import nn
 
 from stylefast.errors import ModelError, ModelFormatError
 from stylefast.models.config_check import check_config, check_text_encoder, check_vae
+from stylefast.models.own_work import replaced_method
 from stylefast.models.statements import MODEL_INDEX, PARTS, PIPELINES
 from stylefast.values import quoted
 
@@ -58,12 +59,21 @@ def check_pipeline(pipeline) -> None:
 
 
 def check_vae_module(vae: nn.Module, what: str, latent_channels: int | None = None) -> None:
-    """Raises ModelFormatError for a module that is no VAE of SDXL's, or decodes latents of other channels."""
+    """Raises ModelFormatError for a module that is no VAE of SDXL's, or decodes latents of other channels.
+
+    And ModelError for one with a method of its own in place of its class's.
+    """
     vae = inner(vae)
     kinds = {kind.__name__ for kind in type(vae).__mro__} & {"AutoencoderKL", "AutoencoderTiny"}
     if not kinds:
         raise ModelFormatError(
             f"the VAE of {what} is a {type(vae).__name__}; AutoencoderKL and AutoencoderTiny are supported"
+        )
+    # its encoder and decoder run as they are, but are called one by one
+    if method := replaced_method(vae):
+        raise ModelError(
+            f"the method {method} of the VAE of {what} was replaced, and the engine would not call it; take that off, "
+            "or load the VAE anew"
         )
     check_vae({**vae.config, "_class_name": kinds.pop()}, what, latent_channels)
 
@@ -149,6 +159,12 @@ def _check_unet(unet: nn.Module) -> None:
             f"the pipeline's UNet has forward hooks ({hooked[0] or 'on itself'}), which the engine would not call; "
             "remove them"
         )
+    drops = [name for name, one in unet.named_modules() if one.training and isinstance(one, nn.Dropout) and one.p > 0]
+    if drops:
+        raise ModelError(
+            f"the pipeline's UNet is in training mode and has dropout ({drops[0]}), which the engine does not do; call "
+            "eval() on it"
+        )
     if any(getattr(block, key, None) is not None for block in unet.up_blocks for key in _FREEU):
         raise ModelError("FreeU is on in the pipeline and not supported; call disable_freeu() on it")
     for place, processor in unet.attn_processors.items():
@@ -181,10 +197,10 @@ def _check_modules(what: str, module: nn.Module) -> None:
                 f"{what} has diffusers' hook {', '.join(hooks)} ({place}), which is not supported; load the pipeline "
                 "without it"
             )
-        wrapped = any(hasattr(one, mark) for mark in ("_hf_hook", "_diffusers_hook", "_orig_mod"))
-        if "forward" in vars(one) and not wrapped:
+        if method := replaced_method(one):
             raise ModelError(
-                f"the forward of {what} was replaced ({place}), by DeepCache or its like; take that off the pipeline"
+                f"the method {method} of {what} was replaced ({place}), by DeepCache, seamless tiling or their like; "
+                "take that off the pipeline"
             )
         if any(parameter.is_meta for parameter in one.parameters(recurse=False)):
             raise ModelError(f"{what} is offloaded; give a pipeline without enable_sequential_cpu_offload()")

@@ -333,6 +333,11 @@ IN_MEMORY: Mapping[str, tuple[str, str]] = {
     "sequential and group offload": ("refused", "the weights are not at hand"),
     "layerwise casting, caches, layer skips (diffusers' hooks)": ("refused", "by the hook's name"),
     "hooks and methods put on the UNet (DeepCache, ToMe, PAG)": ("refused", "the UNet's own forward is not called"),
+    "layers and attributes of the UNet that its config does not make (seamless tiling by `padding_mode`, other "
+    "activations, eps or scales), and dropout in training mode": ("refused", "the engine makes its UNet of config and "
+                                                                  "weights"),
+    "methods put on a text encoder or on the VAE itself (`vae.decode`)": ("refused", "by the method's name"),
+    "layers of the VAE changed by hand": ("done", "its encoder and decoder run as they are"),
     "quantised layers (bitsandbytes, torchao, quanto, GGUF)": ("refused", "take weights in 16 or 32 bits"),
     "weights of several types in the UNet": ("refused", "`pipe.to(dtype)`"),
     "compiled modules": ("done", "the module inside is used"),

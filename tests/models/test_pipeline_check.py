@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
@@ -80,6 +81,17 @@ class OwnBlock(nn.Linear):
     pass
 
 
+def change(model, kind, **attributes):
+    for one in model.modules():
+        if isinstance(one, kind):
+            vars(one).update(attributes)
+
+
+def hooked(model, **attributes):
+    vars(model).update(attributes)
+    add_hook_to_module(model, ModelHook())
+
+
 CARRIED = {
     "a forward put on a block": (
         lambda pipe: setattr(pipe.unet.mid_block, "forward", lambda *_, **__: None), "forward.*replaced.*mid_block"),
@@ -87,6 +99,30 @@ CARRIED = {
     "a hook before forward": (lambda pipe: pipe.unet.register_forward_pre_hook(lambda *_: None), "on itself"),
     "a class put on a layer": (
         lambda pipe: setattr(pipe.unet.time_embedding.linear_1, "__class__", OwnBlock), "OwnBlock.*or patched"),
+    "seamless tiling": (lambda pipe: change(pipe.unet, nn.Conv2d, padding_mode="circular"),
+                        "padding_mode='circular' at conv_in where its config makes 'zeros'"),
+    "a layer's own method": (
+        lambda pipe: setattr(pipe.unet.conv_in, "_conv_forward", lambda x, *_: x), "method _conv_forward.*conv_in"),
+    "a method of a text encoder's layer": (
+        lambda pipe: change(pipe.text_encoder_2, nn.Linear, forward=lambda x: x),
+        "method forward of the pipeline's text_encoder_2"),
+    "a patch under a hook": (lambda pipe: hooked(pipe.unet, forward=lambda *_, **__: None), "method forward.*itself"),
+    "the VAE's decoding": (lambda pipe: setattr(pipe.vae, "decode", lambda *_, **__: None), "method decode of the VAE"),
+    "another eps": (lambda pipe: change(pipe.unet, nn.GroupNorm, eps=0.3), "eps=0.3 at .*1e-05"),
+    "another activation": (
+        lambda pipe: setattr(pipe.unet.mid_block.resnets[0], "nonlinearity", nn.ReLU()),
+        "a ReLU at mid_block.resnets.0.nonlinearity where its config makes a SiLU"),
+    "a layer more": (
+        lambda pipe: setattr(pipe.unet.mid_block.resnets[0], "upsample", nn.AvgPool2d(1)), "AvgPool2d.*makes nothing"),
+    "another scale": (
+        lambda pipe: setattr(pipe.unet.mid_block.resnets[0], "output_scale_factor", torch.tensor(2.0)),
+        "output_scale_factor=tensor"),
+    "rescaled attention": (
+        lambda pipe: change(pipe.unet, type(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1),
+                            rescale_output_factor=2.0), "rescale_output_factor=2.0"),
+    "another embedding of time": (
+        lambda pipe: setattr(pipe.unet.time_proj, "flip_sin_to_cos", False), "flip_sin_to_cos=False at time_proj"),
+    "dropout": (lambda pipe: change(pipe.unet.train(), nn.Dropout, p=0.5), "training mode and has dropout.*eval"),
     "layerwise casting": (
         lambda pipe: pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32), "layerwise_casting"),
     "group offload": (
@@ -119,6 +155,28 @@ def test_refuses_by_name(pipe, what):
     put, words = CARRIED[what]
     put(pipe)
     refused(pipe, words)
+
+
+def test_what_libraries_set_in_ordinary_use_is_taken(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.vae.enable_tiling()
+    pipe.unet.to = lambda *_: pipe.unet  # as accelerate does with a model that is spread over devices
+    pipe.unet.requires_grad_(False).enable_gradient_checkpointing()
+    pipe.unet.train()
+    pipe.unet.set_attention_slice("max")
+    pipe.unet.register_to_config(sample_size=32)
+    change(pipe.unet, nn.Dropout, p=0.1)
+    change(pipe.vae, nn.Conv2d, padding_mode="circular")
+    hooked(pipe.unet.conv_in)
+    pipe.unet.eval()
+    from_pipeline(pipe)
+
+
+def test_a_vae_given_by_hand_with_another_decode_is_refused(original):
+    vae = copy.deepcopy(original.vae)
+    vae.decode = lambda *_, **__: None
+    with pytest.raises(ModelError, match="decode of the VAE"):
+        load_components("tiny", vae=vae)
 
 
 def test_lora_layers_are_refused_on_text_encoders_too(pipe):
