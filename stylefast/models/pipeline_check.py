@@ -11,7 +11,7 @@ from torch import nn
 
 from stylefast.errors import ModelError, ModelFormatError
 from stylefast.models.config_check import check_config, check_text_encoder, check_vae
-from stylefast.models.own_work import replaced_method
+from stylefast.models.own_work import overriding, replaced_method
 from stylefast.models.statements import MODEL_INDEX, PARTS, PIPELINES
 from stylefast.values import quoted
 
@@ -23,6 +23,9 @@ _IMAGE_ATTENTION = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAd
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FUSED = (".to_qkv.", ".to_kv.")
+# modules of diffusers whose methods load, save and place pipelines, and draw nothing
+_BOOKKEEPING = ("diffusers.pipelines.pipeline_utils", "diffusers.configuration_utils", "diffusers.utils",
+                "diffusers.loaders.lora", "diffusers.loaders.single_file", "diffusers.loaders.ip_adapter")  # fmt: skip
 _FREEU = ("s1", "s2", "b1", "b2")
 
 
@@ -32,10 +35,17 @@ def check_pipeline(pipeline) -> None:
     absent = [part for part in PARTS[:7] if getattr(pipeline, part, None) is None]
     if absent:
         raise ModelFormatError(f"{name} has no {', '.join(absent)}; an SDXL base pipeline is needed")
-    if not {kind.__name__ for kind in type(pipeline).__mro__} & {*PIPELINES}:
+    base, own = overriding(pipeline, "diffusers", _BOOKKEEPING)
+    if base is None or base.__name__ not in PIPELINES:
         raise ModelFormatError(
             f"{name} draws in another way than {PIPELINES[0]}, which is supported; to take its model without that, "
             f"give {PIPELINES[0]}.from_pipe(pipe)"
+        )
+    if own:
+        raise ModelFormatError(
+            f"the pipeline ({name}) has {', '.join(own[:5])}{', ...' if len(own) > 5 else ''} of its own in place of "
+            f"{base.__name__}'s, which the engine would not call; to take its model without that, give "
+            f"{PIPELINES[0]}.from_pipe(pipe), or {PIPELINES[0]}(**pipe.components)"
         )
     # parts are stored by their class, as (library, name)
     parts = [key for key, value in pipeline.config.items() if isinstance(value, (list, tuple))]

@@ -319,6 +319,9 @@ SINGLE_FILE: Mapping[str, tuple[str, str]] = {
 IN_MEMORY: Mapping[str, tuple[str, str]] = {
     "its class": ("SDXL's three done, others refused", "ControlNet, PAG and editing pipelines do more; "
                   "`StableDiffusionXLPipeline.from_pipe(pipe)` leaves that out knowingly"),
+    "a class or a pipeline with methods of its own (`encode_prompt`, `prepare_latents`)": (
+        "refused", "the same `from_pipe` takes its model; a class that replaces none of SDXL's is taken",
+    ),
     "other parts (`controlnet`, `adapter`)": ("refused", "they would be left out"),
     "a scheduler whose levels were changed by hand": ("refused", "its config no longer says what it does"),
     "FreeU": ("refused", "`disable_freeu()`"),

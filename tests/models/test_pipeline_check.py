@@ -6,7 +6,12 @@ import logging
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
@@ -204,6 +209,51 @@ def test_a_pipeline_with_a_controlnet_is_refused_with_the_way_to_leave_it_out(or
     refused(StableDiffusionXLControlNetPipeline(**original.components, controlnet=controlnet, add_watermarker=False),
             "ControlNetPipeline draws in another way.*from_pipe", ModelFormatError)  # fmt: skip
     from_pipeline(StableDiffusionXLImg2ImgPipeline(**original.components, add_watermarker=False))
+
+
+class Plain(StableDiffusionXLPipeline):
+    _optional_components = StableDiffusionXLPipeline._optional_components
+
+    def __init__(self, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder=None,
+                 feature_extractor=None, force_zeros_for_empty_prompt=True):  # fmt: skip
+        super().__init__(vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder,
+                         feature_extractor, force_zeros_for_empty_prompt, add_watermarker=False)  # fmt: skip
+
+    def save_pretrained(self, folder):
+        raise NotImplementedError
+
+    def draw(self):
+        return self("a cat")
+
+
+class Own(Plain):
+    def encode_prompt(self, *arguments, **options):
+        return super().encode_prompt(*arguments, **options)
+
+    @property
+    def guidance_scale(self):
+        return 1.0
+
+
+class Further(Own):
+    pass
+
+
+def test_a_class_of_ones_own_is_taken_if_it_draws_as_diffusers_does(original):
+    from_pipeline(Plain(**original.components))
+    for kind in (Own, Further):
+        own = kind(**original.components)
+        refused(own, f"pipeline .{kind.__name__}. has encode_prompt, guidance_scale of its own.*from_pipe",
+                ModelFormatError)  # fmt: skip
+    from_pipeline(StableDiffusionXLPipeline.from_pipe(own))
+    from_pipeline(StableDiffusionXLPipeline(**own.components, add_watermarker=False))
+
+
+def test_a_method_put_on_the_pipeline_is_refused(pipe):
+    pipe.unload_lora_weights = pipe.to = lambda *_: None
+    from_pipeline(pipe)
+    pipe._get_add_time_ids = lambda *_: None
+    refused(pipe, "has _get_add_time_ids of its own", ModelFormatError)
 
 
 def test_a_loaded_ip_adapter_and_a_watermarker_are_left_out_and_said(pipe, original, caplog):
