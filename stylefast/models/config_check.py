@@ -60,6 +60,8 @@ _CLIP_KEYS: Mapping[str, tuple[str, ...]] = {
 _EDM_READS = ("num_train_timesteps", "prediction_type", "sigma_min", "sigma_max", "final_sigmas_type", "thresholding",
               "lower_order_final", "euler_at_final", *EDM)  # fmt: skip
 
+_EDM_ENDS = {"sigma_min": 0.002, "sigma_max": 80.0}  # where a config does not say
+
 
 def checked_scheduler(
     config: Mapping, what: str, class_name: str | None = None, file: str = "scheduler/scheduler_config.json"
@@ -88,12 +90,7 @@ def checked_scheduler(
             f"the scheduler ({name}) of {what} says prediction_type='sample', and EDM's preconditioning knows epsilon "
             "and v_prediction"
         )
-    betas = config.get("trained_betas")
-    if betas is not None and len(betas) != filled["num_train_timesteps"]:
-        raise ModelFormatError(
-            f"the scheduler ({name}) of {what} has {len(betas)} trained_betas for {filled['num_train_timesteps']} "
-            "num_train_timesteps; they must be as many"
-        )
+    _check_levels(filled, f"the scheduler ({name}) of {what}", edm)
     if name in DISTILLED:
         logger.warning("%s comes with %s: it was distilled to few steps, for requests with scheduler=%r", what, name,
                        DISTILLED[name])  # fmt: skip
@@ -192,6 +189,34 @@ def check_config(
             raise ModelFormatError(
                 f"{what} says {key}={quoted(value)}, and it must be {needed} to be supported ({rule.why}); see {file}"
             )
+
+
+def _check_levels(config: Mapping, what: str, edm: bool) -> None:
+    """Raises ModelFormatError for noise levels that don't rise, or that lie where no level can."""
+    low, high = (config.get(key, _EDM_ENDS[key] if edm else None) for key in ("sigma_min", "sigma_max"))
+    if low is not None and high is not None and low >= high:
+        raise ModelFormatError(f"{what} has sigma_min={quoted(low)} and sigma_max={quoted(high)}; the first is smaller")
+    betas = config.get("trained_betas")
+    if edm:
+        return
+    if betas is None:
+        start, end = config["beta_start"], config["beta_end"]
+        if config["beta_schedule"] != "squaredcos_cap_v2" and start >= end:
+            raise ModelFormatError(
+                f"{what} has beta_start={quoted(start)} and beta_end={quoted(end)}; the first is smaller"
+            )
+        return
+    if len(betas) != config["num_train_timesteps"]:
+        raise ModelFormatError(
+            f"{what} has {len(betas)} trained_betas for {config['num_train_timesteps']} num_train_timesteps; they must "
+            "be as many"
+        )
+    # with zero terminal SNR the last one is 1
+    rising = betas[:-1] if config.get("rescale_betas_zero_snr") and betas[-1] == 1 else betas
+    odd = next((i for i, beta in enumerate(rising) if not 0 < beta < 1), None)
+    if odd is not None:
+        raise ModelFormatError(f"{what} has {quoted(betas[odd])} as number {odd} of its trained_betas; each is above 0 "
+                               "and below 1")  # fmt: skip
 
 
 def _check_class(config: Mapping, known: tuple[str, ...], what: str) -> None:

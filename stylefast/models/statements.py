@@ -78,7 +78,9 @@ def _pair(value) -> tuple:
 
 KINDS: Mapping[str, Callable[[object], bool]] = {
     "a number": _number,
-    "a number or null": lambda value: value is None or _number(value),
+    "a number above 0": lambda value: _number(value) and value > 0,
+    "a number above 0, or null": lambda value: value is None or (_number(value) and value > 0),
+    "a number above 0 and below 1": lambda value: _number(value) and 0 < value < 1,
     "a whole number from 1 to 100000": lambda value: type(value) is int and 1 <= value <= 100_000,
     "a whole number": lambda value: type(value) is int and abs(value) <= 100_000,
     "a whole number, two of them, or null": lambda value: value is None
@@ -107,8 +109,8 @@ _QUANTISED = _only("quantization_config", (None,), "quantised layers are not loa
 
 SCHEDULER: Rules = {
     **_each("num_train_timesteps", "how many noise levels the model was trained at", "a whole number from 1 to 100000"),
-    **_each("beta_start beta_end", "those noise levels", "a number"),
-    **_each("trained_betas", "those noise levels, one by one", "a list of numbers, or null"),
+    **_each("beta_start beta_end", "those noise levels, which rise", "a number above 0 and below 1"),
+    **_each("trained_betas", "those noise levels, one by one, each above 0 and below 1", "a list of numbers, or null"),
     **_only("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), "how those levels are spread"),
     **_each("rescale_betas_zero_snr", "the last level is pure noise", "true or false"),
     **_only("prediction_type", ("epsilon", "v_prediction", "sample"), "what the model's output means"),
@@ -117,7 +119,8 @@ SCHEDULER: Rules = {
     **_each("set_alpha_to_one", "the end of ddim's path", "true or false"),
     **_only("final_sigmas_type", ("zero", "sigma_min"), "the end of the path"),
     **_each("use_karras_sigmas use_exponential_sigmas", "for the samplers that have such a form", "true or false"),
-    **_each("sigma_min sigma_max", "the ends of Karras' and exponential levels, and of EDM's", "a number or null"),
+    **_each("sigma_min sigma_max", "the ends of Karras' and exponential levels, and of EDM's",
+            "a number above 0, or null"),
     **_only("use_beta_sigmas use_lu_lambdas", _OFF, "these spreads of noise levels are not made"),
     **_only("use_flow_sigmas use_dynamic_shifting invert_sigmas stochastic_sampling", _OFF,
             "no flow matching is done"),
@@ -147,7 +150,7 @@ SCHEDULER: Rules = {
 }  # fmt: skip
 # of EDM's classes alone
 EDM: Rules = {
-    **_each("sigma_data rho", "EDM's preconditioning and noise levels", "a number"),
+    **_each("sigma_data rho", "EDM's preconditioning and noise levels", "a number above 0"),
     **_only("sigma_schedule", ("karras", "exponential"), "how EDM's noise levels are spread"),
 }
 

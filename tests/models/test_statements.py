@@ -134,6 +134,9 @@ PUBLISHED = {
     "EDM with what another scheduler left": {**SDXL, "_class_name": "EDMEulerScheduler", "beta_schedule": "odd",
                                              "timestep_type": "continuous"},
     "an unknown switch that is off": {**SDXL, "rephase": False, "more": None, "_private": 3},
+    "zero terminal SNR in its betas": {**SDXL, "rescale_betas_zero_snr": True, "trained_betas": [*[0.01] * 999, 1.0]},
+    "betas that are not read": {**SDXL, "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.1, "beta_end": 0.02},
+    "a largest level alone": {**SDXL, "sigma_min": None, "sigma_max": 10.0},
     "arrays": {**SDXL, "trained_betas": np.linspace(0.001, 0.01, 1000)},
 }  # fmt: skip
 
@@ -170,6 +173,18 @@ REFUSED = {
     "a switch in quotes": ({"rescale_betas_zero_snr": "no"}, "true or false"),
     "betas that are not as many": ({"trained_betas": [0.1, 0.2]}, "2 trained_betas for 1000"),
     "betas that are no numbers": ({"trained_betas": ["a"]}, "a list of numbers"),
+    "betas of nothing": ({"trained_betas": [0.0, *[0.1] * 999]}, "0.0 as number 0 of its trained_betas"),
+    "betas above 1": ({"trained_betas": [*[0.1] * 999, 2.0]}, "2.0 as number 999"),
+    "a last beta of 1": ({"trained_betas": [*[0.1] * 999, 1.0]}, "1.0 as number 999"),
+    "betas that fall": ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start=0.5 and beta_end=0.1"),
+    "betas that stay": ({"beta_start": 0.1, "beta_end": 0.1}, "beta_start=0.1 and beta_end=0.1"),
+    "an end above 1": ({"beta_end": 2.0}, "beta_end=2.0, and it must be a number above 0 and below 1"),
+    "a start of 0": ({"beta_start": 0}, "beta_start=0,"),
+    "levels below 0": ({"sigma_min": -1}, "sigma_min=-1, and it must be a number above 0, or null"),
+    "levels of 0": ({"sigma_max": 0.0}, "sigma_max=0.0"),
+    "levels that fall": ({"sigma_min": 5, "sigma_max": 1}, "sigma_min=5 and sigma_max=1"),
+    "EDM's levels that fall": ({"_class_name": "EDMEulerScheduler", "sigma_min": 90.0}, "=90.0 and sigma_max=80"),
+    "EDM of nothing": ({"_class_name": "EDMEulerScheduler", "sigma_data": 0}, "sigma_data=0,.*above 0"),
     "unknown betas": ({"beta_schedule": "sigmoid"}, "sigmoid"),
     "unknown spacing": ({"timestep_spacing": "even"}, "even"),
 }
