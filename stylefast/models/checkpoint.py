@@ -163,7 +163,7 @@ def from_pipeline(pipeline) -> Components:
             {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}, "the pipeline",
             file="from_config(pipe.scheduler.config, ...), which takes other values",
         ),  # fmt: skip
-        force_zeros=bool(pipeline.config.get("force_zeros_for_empty_prompt", True)),
+        force_zeros=pipeline.config.get("force_zeros_for_empty_prompt", True),
         image_encoder=getattr(pipeline, "image_encoder", None),
         feature_extractor=extractor.to_dict() if extractor is not None else None,
         name=str(pipeline.config.get("_name_or_path") or "pipeline"),
@@ -336,7 +336,7 @@ def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubO
         ),
         tokenizers=tokenizers_in(folder if tokenizer is None else given_folder(tokenizer)),
         scheduler_config=scheduler,
-        force_zeros=bool(index.get("force_zeros_for_empty_prompt", True)),
+        force_zeros=index.get("force_zeros_for_empty_prompt", True),
         image_encoder=_clip("CLIPVisionModelWithProjection", configs["image_encoder"], state("image_encoder"),
                             f"{folder.name}/image_encoder") if "image_encoder" in configs else None,
         feature_extractor=read_config(extractor, folder) if extractor.is_file() else None,

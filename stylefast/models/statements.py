@@ -85,6 +85,7 @@ KINDS: Mapping[str, Callable[[object], bool]] = {
     "a whole number": lambda value: type(value) is int and abs(value) <= 100_000,
     "a whole number, two of them, or null": lambda value: value is None
     or all(type(side) is int and 1 <= side <= 100_000 for side in _pair(value)),
+    "true or false, and not null": lambda value: isinstance(value, bool),
     "true or false": lambda value: value is None or isinstance(value, bool),
     "a list of numbers, or null": lambda value: value is None
     or (isinstance(value, (list, tuple)) and all(map(_number, value))),
@@ -204,7 +205,7 @@ VAE: Rules = {
     **_each("scaling_factor", "latents are multiplied by it"),
     **_each("latents_mean latents_std", "latents are normalised by them (Playground v2.5); one alone is refused"),
     **_only("shift_factor", (None, 0), "no SDXL pipeline shifts by one number"),
-    **_each("force_upcast", "a VAE that float16 overflows is decoded in another type"),
+    **_each("force_upcast", "a VAE that float16 overflows is decoded in another type", "true or false"),
     **_no_matter("sample_size", "tiles go by memory"),
     **_QUANTISED,
 }  # fmt: skip
@@ -278,7 +279,7 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenize
          "feature_extractor")  # fmt: skip
 MODEL_INDEX: Rules = {
     **_each(" ".join(PARTS), "loaded; a part of another name (`controlnet`, `adapter`) is refused unless it is null"),
-    **_each("force_zeros_for_empty_prompt", "what an empty negative prompt means"),
+    **_each("force_zeros_for_empty_prompt", "what an empty negative prompt means", "true or false, and not null"),
     **_only("requires_aesthetics_score", _OFF, "the refiner's conditioning is not done"),
     **_only("is_cosxl_edit", _OFF, "editing models are not done"),
     **_no_matter("add_watermarker", "pictures get no invisible watermark"),

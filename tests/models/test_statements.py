@@ -239,6 +239,7 @@ OTHER_VAES = {
     "words": ({"latents_mean": ["a"] * 4, "latents_std": [1.0] * 4}, "4 numbers"),
     "another depth of latents": ({"latent_channels": 16}, "16 latent channels, the UNet 4"),
     "pictures with alpha": ({"in_channels": 4}, "in_channels=4"),
+    "a switch in quotes": ({"force_upcast": "no"}, "force_upcast='no', and it must be true or false"),
     "a scale of zero": ({"scaling_factor": 0.0}, "scaling_factor=0.0"),
     "what nobody knows": ({"patch": 2}, "patch=2"),
 }
@@ -307,6 +308,8 @@ INDEX_REFUSED = {
     "ControlNet": ({"controlnet": ["diffusers", "ControlNetModel"]}, "part 'controlnet'.*ControlNetModel"),
     "a T2I adapter": ({"adapter": ["diffusers", "T2IAdapter"]}, "part 'adapter'"),
     "the refiner's conditioning": ({"requires_aesthetics_score": True}, "requires_aesthetics_score"),
+    "a switch in quotes": ({"force_zeros_for_empty_prompt": "false"}, "='false', and it must be true or false"),
+    "a switch that is null": ({"force_zeros_for_empty_prompt": None}, "=None, and it must be true or false"),
     "CosXL edit": ({"is_cosxl_edit": True}, "is_cosxl_edit"),
     "what nobody knows": ({"guidance_embedding": 3}, "guidance_embedding=3"),
 }
