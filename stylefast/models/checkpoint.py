@@ -19,6 +19,7 @@ from stylefast.models.config_check import (
     check_text_encoder,
     check_unet,
     checked_scheduler,
+    indexed_scheduler,
 )
 from stylefast.models.config_files import build, read_config, style_modules
 from stylefast.models.hub import HubOptions, cached_ids, hub_folder, is_hub_id, is_whole, present, wanted_files
@@ -297,12 +298,10 @@ def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubO
     configs = {part: read_config(folder / part / "config.json", folder) for part in parts
                if part != "image_encoder" or (folder / part / "config.json").is_file()}
     _check_is_sdxl(configs["unet"], f"{folder.name} ({index.get('_class_name', 'no pipeline class')})")
-    check_model_index(index, folder.name)
-    named = index.get("scheduler")
-    scheduler = checked_scheduler(
-        read_config(folder / "scheduler" / "scheduler_config.json", folder), folder.name,
-        named[-1] if isinstance(named, list) and named else None,
-    )  # fmt: skip
+    given = (() if own_vae else ("vae",)) + (() if tokenizer is None else ("tokenizer", "tokenizer_2"))
+    check_model_index(index, folder.name, given)
+    scheduler = read_config(folder / "scheduler" / "scheduler_config.json", folder)
+    scheduler = checked_scheduler(indexed_scheduler(index, scheduler, folder.name), folder.name)
     half = dtype != torch.float32
     headers: dict[str, list[WeightHeader]] = {}
     for part in configs:

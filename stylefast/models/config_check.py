@@ -13,6 +13,8 @@ from stylefast.models.statements import (
     FEATURE_EXTRACTOR,
     IMAGE_ENCODER,
     MODEL_INDEX,
+    OPTIONAL_PARTS,
+    PART_CLASSES,
     PARTS,
     PIPELINES,
     SCHEDULER,
@@ -148,19 +150,66 @@ def check_feature_extractor(config: Mapping, what: str) -> None:
     check_config(FEATURE_EXTRACTOR, config, what, "its preprocessor_config.json", strict=False)
 
 
-def check_model_index(index: Mapping, what: str) -> None:
-    """Raises ModelFormatError for a pipeline of another kind, or one with parts that would be left out."""
+def check_model_index(index: Mapping, what: str, given: tuple[str, ...] = ()) -> None:
+    """Raises ModelFormatError for a pipeline of another kind, or one with parts that would be left out.
+
+    given: parts that come from elsewhere, whatever the index says of them.
+    """
     index = _mapping(index, f"model_index.json of {what}")
     _check_class(index, PIPELINES, what)
     for key, value in index.items():
-        if key in PARTS or key not in MODEL_INDEX and isinstance(value, (list, tuple)):
-            if value is None or value == [None, None] or key in PARTS:
+        if key in PARTS:
+            if key not in given:
+                _check_part(key, value, what)
+            continue
+        if key not in MODEL_INDEX and isinstance(value, (list, tuple)):
+            if value == [None, None]:
                 continue
             raise ModelFormatError(
                 f"{what} has a part {key!r} ({quoted(value[-1] if value else value)}) that is not supported and would "
                 "be left out; take a pipeline without it, or take the part out of model_index.json"
             )
         check_config(MODEL_INDEX, {key: value}, what, "model_index.json")
+
+
+def indexed_scheduler(index: Mapping, config: Mapping, what: str) -> dict[str, Any]:
+    """The config of a folder's scheduler, of the class that model_index.json names, as diffusers loads it.
+
+    Raises ModelFormatError for a class of the index that is not supported.
+    """
+    config, named = _mapping(config, f"the scheduler config of {what}"), index.get("scheduler")
+    if named is None:
+        return config
+    kind, own = named[-1], config.get("_class_name")
+    if own not in (None, kind):
+        if kind not in (*VP_SCHEDULERS, *EDM_SCHEDULERS):
+            raise ModelFormatError(
+                f"model_index.json of {what} names the scheduler {quoted(kind)}{_kind_of(kind)}, which is not "
+                f"supported, and scheduler/scheduler_config.json {quoted(own)}; correct the one that is wrong"
+            )
+        logger.warning("model_index.json of %s names the scheduler %s, and scheduler/scheduler_config.json %s; the "
+                       "first counts, as in diffusers", what, kind, quoted(own))  # fmt: skip
+    return {**config, "_class_name": kind}
+
+
+def _check_part(key: str, value: Any, what: str) -> None:
+    """Raises ModelFormatError for a part of model_index.json that is not there, or that is of another class."""
+    known = PART_CLASSES.get(key)  # a scheduler's class is looked at beside its config
+    library = "diffusers" if key in ("unet", "vae", "scheduler") else "transformers"
+    example = quoted([library, (known or VP_SCHEDULERS)[0]])
+    if value in (None, [None, None]):
+        if key not in OPTIONAL_PARTS:
+            raise ModelFormatError(
+                f"model_index.json of {what} says {key}={quoted(value)}, which is none, and an SDXL model has one; "
+                f"write its library and class there, such as {example}"
+            )
+        return
+    pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(one, str) for one in value)
+    if not pair or value[0] not in ("diffusers", "transformers") or (known is not None and value[1] not in known):
+        raise ModelFormatError(
+            f"model_index.json of {what} says {key}={quoted(value)}, and {example} or the like is supported; correct "
+            "it where it is wrong"
+        )
 
 
 def check_config(

@@ -277,8 +277,24 @@ FEATURE_EXTRACTOR: Rules = {
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "image_encoder",
          "feature_extractor")  # fmt: skip
+_CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+# the classes that model_index.json may name for a part; a scheduler's are above
+PART_CLASSES: Mapping[str, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": _CLIP_TOKENIZERS,
+    "tokenizer_2": _CLIP_TOKENIZERS,
+    "image_encoder": ("CLIPVisionModelWithProjection",),
+    "feature_extractor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil",
+                          "CLIPFeatureExtractor"),
+}  # fmt: skip
+OPTIONAL_PARTS = ("image_encoder", "feature_extractor")
 MODEL_INDEX: Rules = {
-    **_each(" ".join(PARTS), "loaded; a part of another name (`controlnet`, `adapter`) is refused unless it is null"),
+    **_each(" ".join(PARTS), "loaded; a part of another class is refused, and one that is null but for the last two. "
+            "The scheduler's class counts before that in its own config, which is said. A part of another name "
+            "(`controlnet`, `adapter`) is refused unless it is null"),
     **_each("force_zeros_for_empty_prompt", "what an empty negative prompt means", "true or false, and not null"),
     **_only("requires_aesthetics_score", _OFF, "the refiner's conditioning is not done"),
     **_only("is_cosxl_edit", _OFF, "editing models are not done"),

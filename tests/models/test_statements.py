@@ -21,6 +21,7 @@ from stylefast.models.config_check import (
     check_unet,
     check_vae,
     checked_scheduler,
+    indexed_scheduler,
 )
 from stylefast.sampling.edm import EDM_CLASSES
 from tests.small_sdxl import small_unet_config, small_vae_config
@@ -301,6 +302,27 @@ def test_pipelines_of_sdxls_parts_are_taken(kind):
     check_model_index({**INDEX, "_class_name": kind}, "it")
 
 
+def test_parts_that_are_given_by_hand_need_no_place_in_the_index():
+    check_model_index({**INDEX, "vae": [None, None], "image_encoder": None}, "it", ("vae",))
+
+
+def test_the_scheduler_is_of_the_class_that_the_index_names(caplog):
+    index = {**INDEX, "scheduler": ["diffusers", "DDIMScheduler"]}
+    check_model_index(index, "it")
+    for own in ({"_class_name": "DDIMScheduler"}, {}):
+        assert indexed_scheduler(index, own, "it") == {"_class_name": "DDIMScheduler"}
+    assert indexed_scheduler(INDEX, SDXL, "it") == SDXL and not caplog.records
+    with caplog.at_level(logging.WARNING):
+        found = checked_scheduler(indexed_scheduler(index, SDXL, "it"), "it")
+    assert found == {**SDXL, "_class_name": "DDIMScheduler"}
+    assert "names the scheduler DDIMScheduler" in caplog.text and "'EulerDiscreteScheduler'" in caplog.text
+    with pytest.raises(ModelFormatError, match="clip_sample=True"):
+        checked_scheduler(indexed_scheduler(index, {**SDXL, "clip_sample": True}, "it"), "it")
+    index = {**INDEX, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    with pytest.raises(ModelFormatError, match="flow matching.*and scheduler/.*'EulerDiscreteScheduler'"):
+        indexed_scheduler(index, SDXL, "it")
+
+
 INDEX_REFUSED = {
     "another family": ({"_class_name": "FluxPipeline"}, "FluxPipeline"),
     "editing": ({"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}, "InstructPix2Pix"),
@@ -310,6 +332,14 @@ INDEX_REFUSED = {
     "the refiner's conditioning": ({"requires_aesthetics_score": True}, "requires_aesthetics_score"),
     "a switch in quotes": ({"force_zeros_for_empty_prompt": "false"}, "='false', and it must be true or false"),
     "a switch that is null": ({"force_zeros_for_empty_prompt": None}, "=None, and it must be true or false"),
+    "no text encoder": ({"text_encoder": [None, None]}, "text_encoder=.None, None., which is none.*'CLIPTextModel'"),
+    "no scheduler": ({"scheduler": None}, "scheduler=None, which is none.*'EulerDiscreteScheduler'"),
+    "another UNet": ({"unet": ["diffusers", "UNetMotionModel"]}, "UNetMotionModel.*'UNet2DConditionModel'"),
+    "a UNet of one's own code": ({"unet": ["my_unet", "UNet2DConditionModel"]}, "'my_unet'"),
+    "a part in other words": ({"unet": "x"}, "unet='x', and .'diffusers', 'UNet2DConditionModel'."),
+    "a part without its class": ({"vae": ["diffusers"]}, "vae=.'diffusers'., and"),
+    "a class that is no name": ({"vae": ["diffusers", ["AutoencoderKL"]]}, "vae="),
+    "the encoders in each other's place": ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "WithProjection"),
     "CosXL edit": ({"is_cosxl_edit": True}, "is_cosxl_edit"),
     "what nobody knows": ({"guidance_embedding": 3}, "guidance_embedding=3"),
 }
