@@ -373,3 +373,15 @@ def test_the_real_sdxl_config_has_its_published_parameters_and_attention_calls()
     for layer in layout.layers:
         module = unet.get_submodule(layer.name)
         assert (module.attn1.heads, module.attn1.inner_dim) == (layer.heads, layer.channels)
+
+
+def test_an_index_that_contradicts_its_folder_is_done_as_diffusers_does_or_refused(pipeline, folder, tmp_path, caplog):
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    index = json.loads((folder / "model_index.json").read_text())
+    write = (changed / "model_index.json").write_text
+    write(json.dumps({**index, "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"], "vae": [None, None]}))
+    components = load_components(changed, vae=pipeline.vae)
+    assert components.scheduler_config["_class_name"] == "EulerAncestralDiscreteScheduler"
+    assert "the first counts" in caplog.text
+    with pytest.raises(ModelFormatError, match="vae=.None, None., which is none"):
+        load_components(changed)
