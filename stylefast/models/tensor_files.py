@@ -79,14 +79,15 @@ def open_tensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """
     if not is_pickle(path):
         return open_safetensors(path)
-    return flat_entries(load_pickle(path), path.name), {}
+    return flat_entries(load_pickle(path), path.name, stored=True), {}
 
 
-def flat_entries(content: Any, name: str) -> dict[str, Entry]:
+def flat_entries(content: Any, name: str, stored: bool = False) -> dict[str, Entry]:
     """Lay a pickled dictionary out flat: {"image_proj": {"norm": ..}} has the key "image_proj.norm".
 
     The wrapper `state_dict` that training programs put around weights falls away. Raises ModelFormatError for content
-    that is no dictionary of tensors; `name` is the file's in messages.
+    that is no dictionary of dense tensors; `name` is the file's in messages. Of what is `stored`, all numbers must be
+    there; a model in memory may be an empty one, on the device meta.
     """
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -99,7 +100,8 @@ def flat_entries(content: Any, name: str) -> dict[str, Entry]:
     for key, value in flat.items():
         if not isinstance(value, torch.Tensor):
             raise ModelFormatError(f"{name} holds a {type(value).__name__} under {key[:200]!r}, not a tensor")
-        values.dense_tensor(f"{key[:200]} of {name}", value, error=ModelFormatError)
+        if stored or not value.is_meta:
+            values.dense_tensor(f"{key[:200]} of {name}", value, error=ModelFormatError)
     return {key: Entry(tuple(value.shape), lambda value=value: value.detach().clone()) for key, value in flat.items()}
 
 

@@ -542,6 +542,13 @@ def test_a_file_that_is_nearly_a_lora_is_told_what_it_is(keys, message, weights,
     assert "no LoRA but: LoRA" not in str(caught.value)
 
 
+def test_pickled_tensors_without_numbers_at_hand_are_refused(weights, tmp_path):
+    for tensor, message in ((torch.ones(2, 8).to_sparse(), "sparse_coo"), (torch.ones(2, 8, device="meta"), "meta")):
+        torch.save(sound() | {f"unet.{ATTENTION}.to_q.lora_A.weight": tensor}, tmp_path / "a.bin")
+        with pytest.raises(ModelFormatError, match=message):
+            read_lora(tmp_path / "a.bin", weights)
+
+
 def test_a_folder_must_hold_one_lora(weights, tmp_path):
     save_file(sound(), tmp_path / "a.safetensors")
     save_file(sound(), tmp_path / "b.safetensors")
