@@ -251,7 +251,9 @@ def typed_path(name: str, typed: str, *, error: type = InvalidRequest) -> Path:
 def dense_tensor(name: str, value: Any, *, error: type = InvalidRequest) -> None:
     """Refuse a torch tensor whose numbers are not at hand: sparse, nested, quantised, or on the device meta."""
     kind, layout = str(value.dtype).removeprefix("torch."), str(value.layout).removeprefix("torch.")
-    if layout != "strided" or value.is_nested:
+    if value.is_nested:
+        found, way = "a nested tensor", "give it dense"
+    elif layout != "strided":
         found, way = f"a tensor of layout {layout}", "give it dense"
     elif value.is_meta:
         found, way = "a tensor on the device meta, which holds no numbers", "load them first"

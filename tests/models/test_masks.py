@@ -168,6 +168,11 @@ def test_tensors_without_numbers_at_hand_are_refused_wherever_they_are_given(mas
             call()
 
 
+def test_a_nested_tensor_is_no_mask():
+    with pytest.raises(ImageError, match="is a nested tensor; give it dense"):
+        load_mask(torch.nested.nested_tensor([torch.ones(16), torch.ones(9)], layout=torch.jagged))
+
+
 def test_embeddings_without_numbers_at_hand_are_refused():
     for name in ("meta", "sparse"):
         with pytest.raises(InvalidRequest, match=f"image_embeds {WITHOUT_NUMBERS[name][1]}"):
