@@ -65,10 +65,20 @@ class Linear(_Packable, nn.Linear):
 
     def forward(self, x):  # [.., in_features]
         # few rows too, although a plain product is quicker there: it rounds a row by its place among the others
-        packed = self.packed(x, ())
-        if packed is None:
+        weight = self.packed(x, ())
+        if weight is None and self._few_rows(x):
+            weight = self.weight  # oneDNN takes it as it is, as fast as MKL, which on AVX2 sums the last rows otherwise
+        if weight is None:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
+
+    def _few_rows(self, x: torch.Tensor) -> bool:
+        """Whether an input has one row a picture, as the time embedding's, and oneDNN can take it."""
+        return (
+            x.ndim == 2 and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+            and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+            and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        )  # fmt: skip
 
     def _pack(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)

@@ -129,3 +129,14 @@ def test_a_layout_changes_pictures_by_rounding_only(pipe, bare_engine, monkeypat
     expected = bare_engine.generate("a cat", **CALL).latents
     for found, other in zip(engine.generate("a cat", **CALL).latents, expected, strict=True):
         assert float((found - other).abs().max()) <= 5e-5 * float(other.abs().max())
+
+
+@pytest.mark.parametrize("width", [32, 320])
+@pytest.mark.parametrize("rows", [2, 4, 8, 16])
+def test_a_row_has_the_same_bits_at_every_place_without_packed_weights_too(rows, width):
+    layer = packed.Linear(width, 2 * width)
+    with torch.inference_mode():
+        found = layer(torch.randn(1, width).expand(rows, -1).contiguous())
+        plain = torch.nn.functional.linear(torch.ones(1, width), layer.weight, layer.bias)
+        assert torch.equal(found, found[:1].expand(rows, -1))
+        assert torch.allclose(layer(torch.ones(1, width)), plain, atol=1e-5)
