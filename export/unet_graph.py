@@ -312,7 +312,7 @@ def dynamic_shapes(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | Non
 
 @contextmanager
 def _quickly() -> Iterator[None]:
-    """Leave out what PyTorch does for each operation of a trace and costs a third of its time, with the same graph.
+    """Leave out what PyTorch does for each operation of a trace and costs much of its time, with the same graph.
 
     Its cache of shapes has to prove symbolic sizes equal before it may answer, which takes longer than to compute them
     again. Which line of Python made a node is read by nothing here: nodes are named after their modules.

@@ -1,8 +1,8 @@
 """How many OpenMP threads there are, and how they wait for one another: what a busy machine's time depends on.
 
 A step is thousands of small parallel loops. Threads that spin at the end of each use up their share of a busy core with
-waiting, and are then put aside while the others wait for them: steps took fifty times as long. Threads that sleep at
-once pay a wake-up for each loop. Those that spin for about the time between two loops, and then sleep, are nearly as
+waiting, and are then put aside while the others wait for them: steps took ten times as long. Threads that sleep at
+once pay a wake-up for each loop. Those that spin shortly, and then sleep, are nearly as
 fast as the first on an idle machine and take little more than their share of a busy one (`python -m benchmarks load`).
 """
 

@@ -13,6 +13,7 @@ import torch
 from stylefast import values
 from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound
 from stylefast.models import single_file
+from stylefast.models.changed_modules import Made, check_as_made, made_modules
 from stylefast.models.config_check import (
     check_image_encoder,
     check_model_index,
@@ -26,7 +27,6 @@ from stylefast.models.hub import HubOptions, cached_ids, hub_folder, is_hub_id, 
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.known_words import known_words
 from stylefast.models.layout import STYLE_MODULE, AttentionLayout, UNetShape
-from stylefast.models.own_work import Made, check_as_made, made_modules
 from stylefast.models.packed import channels_last
 from stylefast.models.pipeline_check import check_pipeline, check_same_latents, check_vae_module, inner, unet_weights
 from stylefast.models.quantised import check_storage
@@ -44,7 +44,7 @@ from stylefast.models.weight_files import (
 TINY = Path(__file__).parent / "tiny"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "image_encoder")
-# (config, tensors) -> (shapes, complete config, modules): making diffusers' UNet is half of what a small engine takes
+# (config, tensors) -> (shapes, complete config, modules): making diffusers' UNet takes a while
 _UNETS: dict[tuple[str, int], tuple[dict[str, tuple], dict[str, Any], Made]] = {}
 _MOST_UNETS = 8
 _CONFIG_PARTS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from stylefast.errors import ModelError, ModelFormatError
+from stylefast.models.changed_modules import overriding, replaced_method
 from stylefast.models.config_check import check_config, check_text_encoder, check_vae
-from stylefast.models.own_work import overriding, replaced_method
 from stylefast.models.statements import MODEL_INDEX, PARTS, PIPELINES
 from stylefast.values import quoted
 
