@@ -1,4 +1,7 @@
-"""Exports through the real commands, each in a process of its own, with nothing in the caches."""
+"""Exports through the real commands, each in a process of its own, with nothing in the caches.
+
+The two that export for the first time start Python anew, the others fork (tests/forked.py).
+"""
 
 import json
 import os
@@ -14,6 +17,7 @@ from PIL import Image
 
 import stylefast as sf
 from stylefast.export.manifest import MANIFEST, check_files, read_manifest
+from tests import forked
 from tests.small_checkpoints import write_folder
 from tests.small_graphs import nano_pipeline
 
@@ -27,7 +31,6 @@ _MOVED = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "STYL
 
 
 class Done(NamedTuple):
-    code: int
     out: str
     err: str
 
@@ -38,17 +41,23 @@ class Machine:
     def __init__(self, folder: Path):
         self.folder, self.cache = folder, folder / "cache"
 
+    def start(self, *words) -> Done:
+        """`stylefast` with some words, on one thread, in a new Python; it must end well."""
+        command = [sys.executable, "-m", "stylefast.cli", *map(str, words)]
+        done = subprocess.run(command, env=self._environment(), cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return Done(done.stdout, done.stderr)
+
     def __call__(self, *words, code: int = 0) -> Done:
-        """`stylefast` with some words, on one thread; it must end with this code."""
-        environment = {name: value for name, value in os.environ.items() if name not in _MOVED}
-        environment |= {"HOME": str(self.folder), "STYLEFAST_CACHE": str(self.cache), "PYTHONPATH": str(CHECKOUT),
-                        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-m", "stylefast.cli", *map(str, words)], env=environment, cwd=self.folder,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        return Done(done.returncode, done.stdout, done.stderr)
+        """`stylefast` with some words, on one thread, in a fork; it must end with this code."""
+        found, out, err = forked.stylefast(list(map(str, words)), self._environment(), self.folder)
+        assert found == code, err
+        return Done(out, err)
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name not in _MOVED}
+        return kept | {"HOME": str(self.folder), "STYLEFAST_CACHE": str(self.cache), "PYTHONPATH": str(CHECKOUT),
+                       "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
 
     def pixels(self, *words) -> np.ndarray:
         """Of the picture that `stylefast generate` makes of a fish in four steps."""
@@ -94,7 +103,8 @@ def first(fresh):
     """The first picture through ONNX Runtime, for which the model is exported."""
     machine, model = fresh
     assert not machine.cache.exists()
-    return machine("generate", "a fish", "--model", model, "--steps", 4, "--backend", "onnxruntime", "--out", "first")
+    return machine.start("generate", "a fish", "--model", model, "--steps", 4, "--backend", "onnxruntime", "--out",
+                         "first")  # fmt: skip
 
 
 def test_onnxruntime_exports_the_model_once_and_says_so(fresh, first):
@@ -148,7 +158,7 @@ def test_a_weight_file_that_was_altered_is_refused_in_one_line(fresh, first):
 
 def test_an_engine_for_an_rtx_chip_is_built_without_a_gpu(machine, nano):
     pytest.importorskip("tensorrt_rtx")
-    done = machine("export", "tensorrt", "--model", nano, "--target", "sm89", "--flavour", "live")
+    done = machine.start("export", "tensorrt", "--model", nano, "--target", "sm89", "--flavour", "live")
     folder = machine.folder / "nano-tensorrt"
     assert done.out == f"{folder}\n"
     manifest = read_manifest(folder)

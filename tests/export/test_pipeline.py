@@ -28,6 +28,7 @@ from stylefast.models.adapter_loading import load_adapter
 from stylefast.models.checkpoint import from_pipeline
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
+from tests import forked
 from tests.engine.scene import small_picture
 from tests.engine.watch import request
 from tests.small_graphs import nano_pipeline, write_adapter
@@ -35,7 +36,6 @@ from tests.small_graphs import nano_pipeline, write_adapter
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 TARGETS = ("sm89", "sm120")
 OTHERS = ("vae_decoder", "text_encoder", "text_encoder_2", "text_projector", "image_encoder", "image_projector")
 NAMES = {torch.float16: "HALF", torch.float32: "FLOAT", torch.int64: "INT64", torch.bool: "BOOL"}
@@ -282,53 +282,49 @@ def test_the_texts_of_a_model_with_another_window_are_as_long(pipe, tmp_path):
     assert psnr(ours, expected.images) >= 60
 
 
-# wants an export at the same time as the test; says whether it made it
-_ONE_OF_TWO = """
-import sys
-from pathlib import Path
-from stylefast.export import pipeline
-from stylefast.export.options import Options
-from tests.export.test_pipeline import source_of
-from tests.small_graphs import nano_pipeline
-folder = Path(sys.argv[1])
-source, made, export_unet = source_of(nano_pipeline()), [], pipeline.export_unet
-def counted(*given, **named):
-    made.append(None)
-    return export_unet(*given, **named)
-pipeline.export_unet = counted
-print("ready", flush=True)
-sys.stdin.readline()
-found = pipeline.ensure(source, Options("onnx", flavours=("plain",), components=("unet",)), folder)
-print("made", len(made), found == folder)
-"""
-
-
-def test_two_processes_that_want_the_same_export_make_it_once(source, tmp_path, monkeypatch, caplog):
-    folder = tmp_path / "engines" / "nano"
-    folder.parent.mkdir()
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
-    other = subprocess.Popen([sys.executable, "-c", _ONE_OF_TWO, str(folder)], env=environment, text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    made, export_unet = [], pipeline.export_unet
+def counting(made: list):
+    """`export_unet` that adds to `made` when it is called."""
+    export_unet = pipeline.export_unet
 
     def counted(*given, **named):
         made.append(None)
         return export_unet(*given, **named)
 
-    monkeypatch.setattr(pipeline, "export_unet", counted)
+    return counted
+
+
+def one_of_two(folder: Path, end, err: Path) -> None:
+    """Want an export at the same time as the test, and tell it whether this process made it; run in another process."""
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+    source, made = source_of(nano_pipeline()), []
+    pipeline.export_unet = counting(made)
+    end.send("ready")
+    end.recv()
+    found = pipeline.ensure(source, options(flavours=("plain",), components=("unet",)), folder)
+    end.send((len(made), found == folder))
+
+
+def test_two_processes_that_want_the_same_export_make_it_once(source, tmp_path, monkeypatch, caplog):
+    folder, err, made = tmp_path / "engines" / "nano", tmp_path / "err", []
+    folder.parent.mkdir()
+    end, its_end = forked.pipe()
+    other = forked.process(one_of_two, folder, its_end, err)
+    other.start()
+    its_end.close()
+    monkeypatch.setattr(pipeline, "export_unet", counting(made))
     given = options(flavours=("plain",), components=("unet",))
     try:
-        assert other.stdout.readline() == "ready\n", other.communicate()[1]
-        other.stdin.write("go\n")
-        other.stdin.flush()
+        assert end.recv() == "ready"
+        end.send("go")
         assert pipeline.ensure(source, given, folder) == folder
-        out, err = other.communicate(timeout=300)
+        assert end.recv() == (1 - len(made), True)
+        other.join(300)
     finally:
         other.kill()
-        other.wait()
-    assert other.returncode == 0 and out == f"made {1 - len(made)} True\n", err
+        other.join()
+    assert other.exitcode == 0
     # whoever came second
-    assert "is exported once to" in err or "is exported once to" in caplog.text
+    assert "is exported once to" in err.read_text() or "is exported once to" in caplog.text
     caplog.clear()
     check_files(folder, read_manifest(folder))
     # once it is there, nothing is looked at but that

@@ -35,6 +35,11 @@ mostly = st.sampled_from([True, True, True, False])
 token_counts = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 95, 96, 97, 127, 129, 193, 200]))
 
 
+def forms() -> list[str]:
+    """The forms that run here. A drawn case costs more than the calls that it tests, so both forms share it."""
+    return ["torch"] if switched_off or os.environ.get("STYLEFAST_CPU") == "none" else ["torch", "cpp"]
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 

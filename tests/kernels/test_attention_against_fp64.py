@@ -5,7 +5,6 @@ What a call must not read holds NaN.
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +14,6 @@ from stylefast.kernels import registry
 from stylefast.kernels.gated_cross_attention import gated_cross_attention_ref
 from stylefast.kernels.shared_attention import CONCAT, FP8, PLAIN, SWAP, shared_attention_ref
 from tests.kernels.near_fp64 import (
-    FORMS,
     HEAD_SIZES,
     HIDDEN,
     LAYOUTS,
@@ -23,6 +21,7 @@ from tests.kernels.near_fp64 import (
     attend,
     doubled,
     dtypes,
+    forms,
     generator,
     laid_out,
     layouts,
@@ -34,6 +33,18 @@ from tests.kernels.near_fp64 import (
     table,
     token_counts,
 )
+
+
+def in_every_form(name, case, layout):
+    """The operation's result by every form that runs here, each in memory laid out like this."""
+    q = case["q"]
+    for form in forms():
+        out = None if layout == "new" else laid_out(torch.full(q.shape, math.nan, dtype=q.dtype), layout)
+        with registry.using(form, name):
+            found = getattr(kernels, name)(**case, out=out)
+        assert out is None or found is out
+        yield found
+
 
 # shared attention
 
@@ -144,20 +155,16 @@ def composed_shared(
     return out
 
 
-@pytest.mark.parametrize("form", FORMS)
 @many_examples
 @given(case=shared_cases())
-def test_shared_attention_is_as_near_to_the_formula_as_pytorch(form, case):
+def test_shared_attention_is_as_near_to_the_formula_as_pytorch(case):
     layout = case.pop("out")
     exact, composed = shared_attention_ref(**doubled(case)), composed_shared(**case)
-    out = None if layout == "new" else laid_out(torch.full(case["q"].shape, math.nan, dtype=case["q"].dtype), layout)
-    with registry.using(form, "shared_attention"):
-        found = kernels.shared_attention(**case, out=out)
-    assert out is None or found is out
     shifts = case["shift"][case["shift"].isfinite()]
     scales = case["scale"][case["scale"].isfinite()]
     largest = max([1.0, *shifts.abs().flatten().tolist(), *(5 * scales.abs()).flatten().tolist()])
-    assert_as_near_as_pytorch(found, composed, exact, largest)
+    for found in in_every_form("shared_attention", case, layout):
+        assert_as_near_as_pytorch(found, composed, exact, largest)
 
 
 # gated cross-attention
@@ -246,16 +253,12 @@ def composed_gated(
     return out
 
 
-@pytest.mark.parametrize("form", FORMS)
 @many_examples
 @given(case=gated_cases())
-def test_gated_cross_attention_is_as_near_to_the_formula_as_pytorch(form, case):
+def test_gated_cross_attention_is_as_near_to_the_formula_as_pytorch(case):
     layout = case.pop("out")
     exact, composed = gated_cross_attention_ref(**doubled(case)), composed_gated(**case)
-    out = None if layout == "new" else laid_out(torch.full(case["q"].shape, math.nan, dtype=case["q"].dtype), layout)
-    with registry.using(form, "gated_cross_attention"):
-        found = kernels.gated_cross_attention(**case, out=out)
-    assert out is None or found is out
     # weights are rounded, so errors grow with the values that they average, however small the average comes out
     size = float(case["text_v"].nan_to_num().abs().max()) if case["text_v"].numel() else None
-    assert_as_near_as_pytorch(found, composed, exact, size=size)
+    for found in in_every_form("gated_cross_attention", case, layout):
+        assert_as_near_as_pytorch(found, composed, exact, size=size)

@@ -12,7 +12,6 @@ from PIL import Image
 import stylefast as sf
 from stylefast.errors import InvalidRequest, MissingDependency
 from stylefast.kernels import registry
-from stylefast.models.unet import UNet
 from stylefast.runtime import compiled
 from stylefast.runtime.compiled import BUCKETS, CompileBackend
 from stylefast.runtime.graphs import Captured, StepGraphs
@@ -21,18 +20,18 @@ from tests.engine.scene import EMBED_DIM, SIZE, STEPS, learned
 from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
 from tests.oracle.instant_style import random_adapter
 from tests.small_adapter import small_picture
-from tests.small_graphs import micro_pipeline
-from tests.small_sdxl import small_unet_config
+from tests.small_graphs import nano_pipeline
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
-# the two transformer and seven resnet shapes of the micro model
-SHAPES = 9
+# the nano model has four transformer blocks of one shape, and five resnets of two
+TRANSFORMERS = 1
+SHAPES = TRANSFORMERS + 2
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """An engine on the micro model, with an adapter, running on the backend that `backend(unet)` makes."""
-    pipe, file = micro_pipeline(), tmp_path_factory.mktemp("adapter") / "a.bin"
+    """An engine on the nano model, with an adapter, running on the backend that `backend(unet)` makes."""
+    pipe, file = nano_pipeline(), tmp_path_factory.mktemp("adapter") / "a.bin"
     torch.save(random_adapter(pipe.unet, EMBED_DIM, 5), file)
 
     def make(backend=None, change=lambda pipe: pipe):
@@ -199,9 +198,9 @@ def test_several_references_compile_one_set_of_transformer_blocks_whatever_their
     draw(traced, "a cat", sf.StyleAligned([PICTURE]))
     before = traced.runtime.backend.compilations
     draw(traced, "a cat", sf.StyleAligned([PICTURE, OTHER]))
-    assert traced.runtime.backend.compilations == before + 2
+    assert traced.runtime.backend.compilations == before + TRANSFORMERS
     draw(traced, "a cat", sf.StyleAligned([PICTURE, OTHER, PICTURE]))
-    assert traced.runtime.backend.compilations == before + 2
+    assert traced.runtime.backend.compilations == before + TRANSFORMERS
 
 
 def _told(caplog):
@@ -212,11 +211,11 @@ def test_warm_up_compiles_all_that_requests_need(make, styles, caplog):
     engine = make(_traced_only)
     backend, shape = engine.runtime.backend, (4, SIZE[1] // 4, SIZE[0] // 4)
     assert backend.warm_up(shape, [4]) == SHAPES
-    assert backend.warm_up(shape, [2, 8], images=True) == 2
+    assert backend.warm_up(shape, [2, 8], images=True) == TRANSFORMERS
     with caplog.at_level(logging.WARNING, "stylefast"):
         draw(engine, ["a cat", "a house"], styles["live StyleAligned"])
         draw(engine, "a sks cat", styles["InstantStyle and a bank"])
-        assert backend.compilations == SHAPES + 2 and not _told(caplog)
+        assert backend.compilations == SHAPES + TRANSFORMERS and not _told(caplog)
         draw(engine, "a cat", size=(32, 32), steps=1)
         draw(engine, "a cat", size=(32, 32), guidance=1.0, steps=1)
     (record,) = _told(caplog)
@@ -310,12 +309,8 @@ def test_forgetting_frees_graphs_and_keeps_code(replaying, styles):
     assert backend.compilations == count
 
 
-def test_a_backend_is_freed_with_its_code():
-    config = small_unet_config(widths=(32, 32, 32), head_width=32, layers_per_block=1)
-    with torch.device("meta"):
-        shapes = {name: x.shape for name, x in UNet(config).state_dict().items()}
-    unet = UNet.from_state(config, {name: torch.randn(shape) for name, shape in shapes.items()})
-    backend = _traced_only(unet)
+def test_a_backend_is_freed_with_its_code(plain):
+    backend = _traced_only(plain.unet)
     assert backend.warm_up((4, 8, 8), [2]) > 0
     twin = weakref.ref(backend._twin)
     del backend
