@@ -48,7 +48,7 @@ _COMPILED = ("test_compiled", "test_graph_", "test_onnxruntime_backend", "test_i
 _COPIED = ("test_bank_file", "test_copy_engine", "test_load_options", "test_pipeline_check", "test_record",
            "test_single_file")  # fmt: skip
 # they are about what happens when; the numbers beside it are those of test_requests.py and test_mixed_batches.py
-_EVENTS = ("test_batching", "test_errors", "test_faults", "test_jobs", "test_memory")
+_EVENTS = ("test_batching", "test_endings", "test_errors", "test_faults", "test_jobs", "test_memory")
 
 
 @cache

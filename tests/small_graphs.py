@@ -50,16 +50,33 @@ def micro_pipeline(seed: int = 3):
     return pipe
 
 
+def small_graph_pipeline(seed: int = 3):
+    """The micro pipeline around a UNet of `small_config`."""
+    return _around(small_config(), seed)
+
+
 def nano_pipeline(seed: int = 3):
     """The micro pipeline around a UNet of one level, all of which attends, in 4 layers."""
+    return _around(small_unet_config(
+        widths=(32,), depth=(1,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    ), seed)  # fmt: skip
+
+
+def one_layer_pipeline(seed: int = 3):
+    """The micro pipeline around a UNet that attends in one layer, of which graphs have every input all the same."""
+    return _around(small_unet_config(
+        widths=(32,), depth=(1,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None, up_block_types=("UpBlock2D",),
+    ), seed)  # fmt: skip
+
+
+def _around(config: dict, seed: int):
     from diffusers import UNet2DConditionModel
 
     pipe = micro_pipeline(seed)
     torch.manual_seed(seed)
-    pipe.unet = UNet2DConditionModel(**small_unet_config(
-        widths=(32,), depth=(1,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-    )).eval()  # fmt: skip
+    pipe.unet = UNet2DConditionModel(**config).eval()
     sharpen(pipe.unet.requires_grad_(False), seed)
     return pipe
 

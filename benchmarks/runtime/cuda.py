@@ -33,13 +33,13 @@ class Bench:
 
     def __init__(self, quick: bool, device: str):
         self.quick, self.device = quick, device
-        self.scene = Scene(self._model, steps=3 if quick else STEPS, pictures=True)
-        self.few = Scene(lambda: self.scene.model, steps=2 if quick else FEW_STEPS)
+        self.scene = Scene(self._model, steps=2 if quick else STEPS, pictures=True)
+        self.few = Scene(lambda: self.scene.model, steps=1 if quick else FEW_STEPS)
         self.rounds = 1 if quick else ROUNDS
 
     def _model(self) -> Model:
         if self.quick:
-            config = unet_config((32, 64, 64), cross_dim=128, pooled_dim=64, time_dim=16, side=16, depth=(1, 1, 1))
+            config = unet_config((32, 64, 64), cross_dim=128, pooled_dim=64, time_dim=16, side=8, depth=(1, 1, 1))
             vae = vae_config((32, 32, 32, 32), 1)
             return random_model("small", config, (64, 64), vae, self.device, torch.float32)
         return sdxl_model(self.device, backend="compile", bank_memory=RESIDENT)

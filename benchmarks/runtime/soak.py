@@ -35,7 +35,7 @@ class Tally:
 
 def cases(quick: bool) -> list[Case]:
     """The soak as a case."""
-    count, warm_up, stretch = (12, 4, 4) if quick else (REQUESTS, WARM_UP, STRETCH)
+    count, warm_up, stretch = (9, 3, 3) if quick else (REQUESTS, WARM_UP, STRETCH)
     what = (
         f"{count} requests of random style, strength, guidance, steps, scheduler and size from {CLIENTS} clients, with "
         f"cancels and deadlines, on the embedded model; resident memory after every {stretch}, {warm_up} to warm up"

@@ -3,7 +3,8 @@
 PyTorch reorders a convolution's weights at every call and sends float32 matrix products to a library that is slow on
 some CPUs. oneDNN, which PyTorch carries, is faster on all we measured once it may keep a packed copy of the weights.
 The copy doubles a layer's memory; the weights themselves stay as they are and shared, and a copy whose weights were
-written since (a LoRA) is made again.
+written since (a LoRA) is made again. The packed kernels add up longer chains of products than the others, so their
+results are rounded a few times as much (tests/engine/test_packed.py has the bounds).
 """
 
 import logging

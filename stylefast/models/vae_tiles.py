@@ -35,19 +35,20 @@ class DecodePlan:
 
 
 def decode_bytes(vae: nn.Module, pixels: int, dtype: torch.dtype) -> int:
-    """Upper estimate of the memory that decoding a picture of so many pixels takes at its peak, weights apart.
+    """Upper estimate of the memory that decoding a picture of so many pixels takes at its peak, beside the weights.
 
     The peak lies in the first residual block at full resolution. Per pixel, counted from the allocations of decoders
     of three shapes, 3 (channels_last) to 4.5 tensors of the width that enters this block are alive; 5 are assumed, for
     the convolutions' workspace. Where convolutions write out their windows, on CPUs without instructions for `dtype`,
-    12 are alive.
+    12 are alive. A convolution may hold its weights a second time, in an order of its own.
     """
     config = vae.config
     # an AutoencoderKL lists its widths from the encoder's entry on, so the decoder's last levels are the first two
     widths = config.get("block_out_channels") or config["decoder_block_out_channels"][::-1]
     item = torch.empty((), dtype=dtype).element_size()
     alive = LIVE_WIDTHS + (UNFOLDED_WIDTHS if unfolds(next(vae.parameters()).device, dtype) else 0)
-    return pixels * alive * max(widths[:2]) * item
+    reordered = max(weight.numel() for weight in vae.decoder.parameters())
+    return (pixels * alive * max(widths[:2]) + reordered) * item
 
 
 def plan_decode(vae: nn.Module, shape, factor: int, dtype: torch.dtype, tile, budget: int | None) -> DecodePlan:

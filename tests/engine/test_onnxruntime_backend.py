@@ -27,18 +27,18 @@ from stylefast.runtime import backends
 from tests.engine.scene import SIZE, learned, small_picture
 from tests.engine.watch import WAIT, request
 from tests.small_checkpoints import random_lora, write_peft_lora
-from tests.small_graphs import TorchSession, export_folder, micro_pipeline, write_adapter, write_manifest
+from tests.small_graphs import TorchSession, export_folder, small_graph_pipeline, write_adapter, write_manifest
 
 pytest.importorskip("onnxruntime")
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
-STYLE = ["up_blocks.0.attentions.1"]
+STYLE = ["up_blocks.1.attentions.1"]
 SHAPES = (GraphShape("plain", segments=1), GraphShape("live", 2, 2), GraphShape("banked", 2, 2))
 
 
 @pytest.fixture(scope="module")
 def micro():
-    return micro_pipeline()
+    return small_graph_pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_another_flavour_than_those_exported_is_refused_and_the_others_go_on(mic
 
 
 def test_a_lora_makes_the_graphs_stale_until_it_is_taken_off(folder, tmp_path):
-    pipe = micro_pipeline()  # whose weights change
+    pipe = small_graph_pipeline()  # whose weights change
     lora = write_peft_lora(random_lora(pipe, seed=1), tmp_path / "style.safetensors")
     with sf.Engine.from_pipeline(pipe, backend="onnxruntime", engines=folder) as engine:
         plain = engine.generate(request(), output="latents").latents[0]
@@ -324,7 +324,7 @@ class FollowingSession(TorchSession):
 
 
 def test_graphs_without_weights_of_their_own_follow_a_lora(folder, copy, monkeypatch, tmp_path):
-    pipe, manifest = micro_pipeline(), read_manifest(copy)
+    pipe, manifest = small_graph_pipeline(), read_manifest(copy)
     bare = tuple(replace(graph, extra={"weights": False}) for graph in manifest.graphs)
     write_manifest(copy, replace(manifest, kind="aoti", target="cpu", graphs=bare))
     lora = write_peft_lora(random_lora(pipe, seed=1), tmp_path / "style.safetensors")

@@ -7,7 +7,7 @@ import stylefast as sf
 from stylefast.evaluation.classifier import classify, load_classifier
 from stylefast.training.pictures import CONTENTS, STYLES, render
 
-RUN = {"steps": 12, "guidance": 4.0}
+RUN = {"steps": 8, "guidance": 4.0}
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from stylefast.export.triton_repo import Serving, Shape, write_repository
 from stylefast.export.triton_repo.config import InstanceGroup, ModelConfig, QueuePolicy, TensorConfig, Warmup
 from stylefast.export.triton_repo.pbtxt import Enum, read_text, write_text
 from tests.small_adapter import small_picture
-from tests.small_graphs import nano_pipeline, write_manifest
+from tests.small_graphs import one_layer_pipeline, write_manifest
 
 ONNX_TYPES = {1: "TYPE_FP32", 7: "TYPE_INT64", 9: "TYPE_BOOL"}
 FLAVOURS = ("plain", "banked")
@@ -161,13 +161,13 @@ def source(tmp_path_factory):
     from stylefast.export.options import load_source
     from tests.small_checkpoints import write_folder
 
-    folder = write_folder(nano_pipeline(), tmp_path_factory.mktemp("nano") / "nano")
+    folder = write_folder(one_layer_pipeline(), tmp_path_factory.mktemp("model") / "model")
     return load_source(folder, "float32")
 
 
 @pytest.fixture(scope="module")
 def export(source, tmp_path_factory):
-    """An ONNX export of a nano model: two flavours of its UNet and a text encoder."""
+    """An ONNX export of a model of one attention layer: two flavours of its UNet and a text encoder."""
     pytest.importorskip("onnxscript")
     from stylefast.export.options import Options
     from stylefast.export.pipeline import export_onnx

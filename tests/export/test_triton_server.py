@@ -19,7 +19,7 @@ from tests.export.triton_server import Answer, TritonServer, log_end, missing, t
 from tests.oracle.instant_style import random_adapter
 from tests.small_adapter import small_picture
 from tests.small_checkpoints import write_folder
-from tests.small_graphs import micro_pipeline
+from tests.small_graphs import nano_pipeline
 
 reason = missing()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
@@ -32,8 +32,8 @@ LARGE = {"prompt": "a fish", "size": [160, 160], "steps": 900}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with a micro model and an IP-Adapter beside it."""
-    folder, pipe = tmp_path_factory.mktemp("micro"), micro_pipeline()
+    """A folder with a nano model and an IP-Adapter beside it."""
+    folder, pipe = tmp_path_factory.mktemp("nano"), nano_pipeline()
     torch.save(random_adapter(pipe.unet, EMBED_DIM, 5), folder / "adapter.bin")
     return write_folder(pipe, folder / "model")
 
@@ -45,7 +45,7 @@ def engine(model):
 
 @pytest.fixture(scope="module")
 def running(model, tmp_path_factory):
-    """A server with the micro model."""
+    """A server with the nano model."""
     from stylefast.export.options import Options, load_source
     from stylefast.export.pipeline import export_onnx
 

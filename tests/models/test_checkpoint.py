@@ -13,6 +13,7 @@ from stylefast.errors import InvalidRequest, ModelError, ModelFormatError, Model
 from stylefast.models import checkpoint, hub, weight_files
 from stylefast.models.checkpoint import from_pipeline, load_components, resolve_dtype
 from stylefast.models.layout import AttentionLayout
+from tests.fp64 import close, measured
 from tests.small_checkpoints import (
     random_lora,
     write_folder,
@@ -53,21 +54,29 @@ def empty_cache(monkeypatch, tmp_path):
 
 def assert_same_model(components, pipeline):
     """Equal UNet weights; equal outputs up to the summation order that a tensor's place in memory decides."""
-    tolerance = {"rtol": 0, "atol": 1e-5}
+
+    @torch.no_grad()
+    def states(encoder):
+        return encoder(ids, output_hidden_states=True).hidden_states[-2]
+
+    @torch.no_grad()
+    def output(encoder):
+        return encoder(ids)[0]
+
+    @torch.no_grad()
+    def pictures(vae, latents):
+        return vae.decode(latents).sample
+
     expected = pipeline.unet.state_dict()
     assert components.unet_state.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(components.unet_state[name], value), name
     ids = pipeline.tokenizer(["a cat in neon style"], padding="max_length", return_tensors="pt")["input_ids"]
     for ours, theirs in zip(components.text_encoders, (pipeline.text_encoder, pipeline.text_encoder_2)):
-        with torch.no_grad():
-            states = [encoder(ids, output_hidden_states=True) for encoder in (ours, theirs)]
-        torch.testing.assert_close(states[0].hidden_states[-2], states[1].hidden_states[-2], **tolerance)
-        torch.testing.assert_close(states[0][0], states[1][0], **tolerance)
+        close(states(ours), measured(states, theirs))
+        close(output(ours), measured(output, theirs))
     latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        pictures = [vae.decode(latents).sample for vae in (components.vae, pipeline.vae)]
-    torch.testing.assert_close(*pictures, **tolerance)
+    close(pictures(components.vae, latents), measured(pictures, pipeline.vae, latents))
     for ours, theirs in zip(components.tokenizers, (pipeline.tokenizer, pipeline.tokenizer_2)):
         text = {"padding": "max_length", "max_length": 12}
         assert ours("a dog, a fish", **text)["input_ids"] == theirs("a dog, a fish", **text)["input_ids"]

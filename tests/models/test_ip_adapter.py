@@ -6,6 +6,7 @@ from stylefast.errors import AdapterError, InvalidRequest, ModelFormatError, Mod
 from stylefast.models.image_encoder import ImageEncoder, preprocess
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import LAYOUT_MODULE, STYLE_MODULE, AttentionLayout
+from tests.fp64 import close, measured
 from tests.small_adapter import (
     CROSS_DIM,
     SDXL_UNET_CONFIG,
@@ -18,6 +19,7 @@ from tests.small_adapter import (
     small_vision_model,
 )
 
+# of pixels, which are scaled one by one: there are no sums whose order could differ
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -41,6 +43,11 @@ def diffusers_projection(state):
     return UNet2DConditionLoadersMixin()._convert_ip_adapter_image_proj_to_diffusers(
         state["image_proj"], low_cpu_mem_usage=False
     )
+
+
+@torch.no_grad()
+def projected(projection, features):
+    return projection(features)
 
 
 def clip_processor(**options):
@@ -114,9 +121,8 @@ def test_key_values_are_the_file_matrices_per_layer_with_heads_split(layout):
     for i, (layer, pair) in enumerate(zip(layout.layers, pairs)):
         for which, got in zip("kv", pair):
             weight = state["ip_adapter"][f"{layout.ip_adapter_key(i)}.to_{which}_ip.weight"]
-            expected = (tokens @ weight.T).reshape(3, 4, layer.heads, -1)
-            assert got.shape == expected.shape
-            torch.testing.assert_close(got, expected, **CLOSE)
+            assert got.shape == (3, 4, layer.heads, layer.channels // layer.heads)
+            close(got.flatten(2), measured(torch.nn.functional.linear, tokens, weight))
 
 
 def test_only_the_named_modules_are_read(tmp_path, layout):
@@ -145,31 +151,33 @@ def test_half_precision_files_load_in_the_type_asked_for(layout):
 def test_tokens_equal_those_of_diffusers(layout, make, shape):
     state = make(layout)
     features = torch.randn(shape, generator=torch.Generator().manual_seed(6))
-    with torch.no_grad():
-        expected = diffusers_projection(state)(features)
-    torch.testing.assert_close(load(state, layout).tokens(features), expected, **CLOSE)
+    close(load(state, layout).tokens(features), measured(projected, diffusers_projection(state), features))
 
 
 def test_global_negative_tokens_are_the_normalised_bias_and_not_zero(layout):
     state = global_adapter(layout)
     projector = state["image_proj"]
-    expected = torch.nn.functional.layer_norm(
-        projector["proj.bias"].reshape(4, CROSS_DIM), (CROSS_DIM,), projector["norm.weight"], projector["norm.bias"]
+    expected = measured(
+        torch.nn.functional.layer_norm, projector["proj.bias"].reshape(4, CROSS_DIM), (CROSS_DIM,),
+        projector["norm.weight"], projector["norm.bias"],
     )
     negative = load(state, layout).negative_tokens()
-    torch.testing.assert_close(negative, expected, **CLOSE)
+    close(negative, expected)
     assert negative.abs().mean() > 0.5
 
 
 def test_plus_negative_tokens_come_from_zeros_after_normalisation(layout, encoder):
     state = plus_adapter(layout)
-    with torch.no_grad():
-        blank = encoder.vision_model(torch.zeros(1, 3, 32, 32), output_hidden_states=True).hidden_states[-2]
-        expected = diffusers_projection(state)(blank)[0]
+
+    def of_zeros(vision_model, projection, zeros):
+        with torch.no_grad():
+            return projection(vision_model(zeros, output_hidden_states=True).hidden_states[-2])[0]
+
+    expected = measured(of_zeros, encoder.vision_model, diffusers_projection(state), torch.zeros(1, 3, 32, 32))
     adapter = load(state, layout)
-    torch.testing.assert_close(adapter.negative_tokens(encoder), expected, **CLOSE)
+    close(adapter.negative_tokens(encoder), expected)
     black = adapter.tokens(encoder.patches([np.zeros((32, 32, 3), dtype=np.uint8)]))[0]
-    assert (black - expected).abs().max() > 1e-3
+    assert (black - expected.value).abs().max() > 1e-3
 
 
 def test_plus_negative_tokens_follow_a_change_of_encoder(layout, encoder):
@@ -186,14 +194,16 @@ def test_order_and_repetition_of_pictures_do_not_change_attention(layout, encode
     features = adapter.features(encoder, [small_picture(seed) for seed in range(3)])
     tokens = adapter.tokens(features)
 
-    def image_term(order, layer=0):
-        k, v = adapter.key_values(tokens[order].flatten(0, 1)[None])[layer]
-        query = torch.randn(1, k.shape[2], 9, k.shape[3], generator=torch.Generator().manual_seed(7))
+    def image_term(adapter, tokens):
+        k, v = adapter.key_values(tokens.flatten(0, 1)[None])[0]
+        query = torch.randn(1, k.shape[2], 9, k.shape[3], generator=torch.Generator().manual_seed(7)).to(k.dtype)
         return torch.nn.functional.scaled_dot_product_attention(query, k.transpose(1, 2), v.transpose(1, 2))
 
-    torch.testing.assert_close(image_term([0, 1, 2]), image_term([2, 0, 1]), **CLOSE)
-    torch.testing.assert_close(image_term([0]), image_term([0, 0]), **CLOSE)
-    assert (image_term([0, 1, 2]) - (image_term([0]) + image_term([1]) + image_term([2]))).abs().max() > 0.1
+    together = measured(image_term, adapter, tokens)
+    alone = [measured(image_term, adapter, tokens[[i]]) for i in range(3)]
+    close(image_term(adapter, tokens[[2, 0, 1]]), together)
+    close(image_term(adapter, tokens[[0, 0]]), alone[0])
+    assert (together.value - sum(one.value for one in alone)).abs().max() > 0.1
 
 
 # --- what does not fit
@@ -366,10 +376,18 @@ def test_pad_keeps_the_aspect_and_fills_up_with_the_mean_colour():
 
 def test_embeddings_and_patches_are_those_of_transformers(encoder):
     pictures = [small_picture(0), small_picture(1, (32, 70))]
-    with torch.no_grad():
-        expected = encoder.vision_model(encoder.pixels(pictures), output_hidden_states=True)
-    torch.testing.assert_close(encoder.embed(pictures), expected.image_embeds, **CLOSE)
-    torch.testing.assert_close(encoder.patches(pictures), expected.hidden_states[-2], **CLOSE)
+    pixels = encoder.pixels(pictures)
+
+    @torch.no_grad()
+    def embeds(model, pixels):
+        return model(pixels).image_embeds
+
+    @torch.no_grad()
+    def patches(model, pixels):
+        return model(pixels, output_hidden_states=True).hidden_states[-2]
+
+    close(encoder.embed(pictures), measured(embeds, encoder.vision_model, pixels))
+    close(encoder.patches(pictures), measured(patches, encoder.vision_model, pixels))
     assert encoder.embed(pictures).shape == (2, 48) and encoder.patches(pictures).shape == (2, 17, 40)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from stylefast.errors import ModelFormatError, PromptError, StyleError
 from stylefast.models.text import Prompt, TextEncoder
+from tests.fp64 import close, measured
 from tests.small_text import small_pipeline, small_text_parts
 
 WIDTHS = (32, 48)
@@ -23,9 +24,23 @@ def encoder():
     return TextEncoder(*small_text_parts(), force_zeros=True)
 
 
-def stock_states(pipe, text, **arguments):
+def stock_state(pipe, index, text, **arguments):
     with torch.no_grad():
-        return pipe.encode_prompt(text, device="cpu", do_classifier_free_guidance=True, **arguments)
+        return pipe.encode_prompt(text, device="cpu", do_classifier_free_guidance=True, **arguments)[index][0]
+
+
+def stock_states(pipe, text, **arguments):
+    """diffusers' hidden states of the prompt and of the negative one, then the pooled states of both."""
+    return [measured(stock_state, pipe, index, text, **arguments) for index in range(4)]
+
+
+def state(parts, field, prompt, policy="eos"):
+    """What our encoder on these tokenizers and models gives for one prompt alone."""
+    return getattr(TextEncoder(*parts, force_zeros=True).encode([prompt], policy)[0], field)
+
+
+def parts_of(encoder):
+    return encoder.tokenizers, encoder.encoders
 
 
 def pipeline_with_added_tokens(**styles):
@@ -47,7 +62,7 @@ def test_plain_prompts_equal_diffusers(encoder, text, negative):
     states = encoder.encode([Prompt(text), Prompt(negative)])
     found = (states[0].hidden, states[1].hidden, states[0].pooled, states[1].pooled)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs[0], atol=1e-5, rtol=0)
+        close(ours, theirs)
 
 
 def test_null_prompt_is_the_empty_text_where_the_model_does_not_force_zeros():
@@ -74,20 +89,20 @@ def test_placeholders_equal_added_tokens_of_diffusers(encoder, count):
     prompt = Prompt(text, {"brand": rows})
     (ours,) = encoder.encode([prompt])
     (compatible,) = encoder.encode([prompt], "first_added_token")
-    torch.testing.assert_close(ours.hidden, hidden[0], atol=1e-5, rtol=0)
+    close(ours.hidden, hidden)
     # diffusers pools at the largest id, which is the last vector of the added token
-    torch.testing.assert_close(compatible.pooled, pooled[0], atol=1e-5, rtol=0)
-    assert (ours.pooled - pooled[0]).abs().max() > 0.1
+    close(compatible.pooled, pooled)
+    assert (ours.pooled - pooled.value).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("text", ["a <sks> cat", "a cat, <sks>", "<sks>, <sks> on a house", "<sks> <one>", "a <one>"])
 def test_tokens_added_to_the_tokenizers_equal_diffusers_also_where_one_stands_for_several_vectors(text):
     pipe = pipeline_with_added_tokens(sks=vectors(3), one=vectors(1, seed=1))
-    expected = stock_states(pipe, text)
+    hidden, _, pooled, _ = stock_states(pipe, text)
     encoder = TextEncoder((pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2), True)
-    state = encoder.encode([Prompt(text)])[0]
-    for ours, theirs in zip((state.hidden, state.pooled), (expected[0], expected[2]), strict=True):
-        torch.testing.assert_close(ours, theirs[0], atol=1e-5, rtol=0)
+    states = encoder.encode([Prompt(text)])[0]
+    close(states.hidden, hidden)
+    close(states.pooled, pooled)
 
 
 def test_a_token_whose_further_vectors_are_spelled_out_is_not_doubled():
@@ -109,11 +124,13 @@ def test_pooling_at_the_end_equals_the_state_at_the_end_token(encoder):
     pipe = pipeline_with_added_tokens(brand=rows)
     text = "a cat in the style of <brand>"
     ids = pipe.tokenizer_2(f"{text} <brand>_1", padding="max_length", return_tensors="pt").input_ids
-    with torch.no_grad():
-        last = pipe.text_encoder_2(ids).last_hidden_state[0]
-        expected = pipe.text_encoder_2.text_projection(last[ids[0].tolist().index(540)])
+
+    def at_the_end(model):
+        with torch.no_grad():
+            return model.text_projection(model(ids).last_hidden_state[0, ids[0].tolist().index(540)])
+
     (states,) = encoder.encode([Prompt(text, {"brand": rows})])
-    torch.testing.assert_close(states.pooled, expected, atol=1e-5, rtol=0)
+    close(states.pooled, measured(at_the_end, pipe.text_encoder_2))
 
 
 def test_two_styles_in_one_prompt_equal_two_added_tokens(encoder):
@@ -121,7 +138,7 @@ def test_two_styles_in_one_prompt_equal_two_added_tokens(encoder):
     text = "a cat in the style of <one>, <two>"
     hidden = stock_states(pipeline_with_added_tokens(one=first, two=second), text)[0]
     (states,) = encoder.encode([Prompt(text, {"two": second, "one": first, "absent": vectors(1, 3)})])
-    torch.testing.assert_close(states.hidden, hidden[0], atol=1e-5, rtol=0)
+    close(states.hidden, hidden)
 
 
 def test_ids_equal_added_tokens_except_at_the_placeholder(encoder):
@@ -145,9 +162,8 @@ def test_mixed_batch_equals_single_encodings(encoder):
     policies = ["eos", "first_added_token", "eos", "eos", "first_added_token"]
     together = encoder.encode(prompts, policies)
     for prompt, policy, states in zip(prompts, policies, together, strict=True):
-        (alone,) = encoder.encode([prompt], policy)
-        torch.testing.assert_close(states.hidden, alone.hidden, atol=1e-5, rtol=0)
-        torch.testing.assert_close(states.pooled, alone.pooled, atol=1e-5, rtol=0)
+        for field in ("hidden", "pooled"):
+            close(getattr(states, field), measured(state, parts_of(encoder), field, prompt, policy))
 
 
 def test_equal_prompts_are_encoded_once(encoder):
@@ -174,11 +190,11 @@ def test_encoding_changes_nothing_in_the_models(encoder):
 
 def test_threads_can_share_the_encoders(encoder):
     prompts = [Prompt("a <x> cat", {"x": vectors(1, seed)}) for seed in range(8)]
-    expected = [encoder.encode([prompt])[0] for prompt in prompts]
+    expected = [measured(state, parts_of(encoder), "hidden", prompt) for prompt in prompts]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda prompt: encoder.encode([prompt])[0], prompts * 4))
     for ours, theirs in zip(found, expected * 4, strict=True):
-        torch.testing.assert_close(ours.hidden, theirs.hidden, atol=1e-5, rtol=0)
+        close(ours.hidden, theirs)
 
 
 def test_gradients_reach_the_vectors_and_nothing_else(encoder):
@@ -196,7 +212,7 @@ def test_gradients_reach_the_vectors_and_nothing_else(encoder):
 def test_unregistered_angle_brackets_are_ordinary_text(encoder):
     expected = stock_states(small_pipeline(encoder.tokenizers, encoder.encoders), "a <foo> cat")[0]
     (states,) = encoder.encode([Prompt("a <foo> cat", {"bar": vectors(1)})])
-    torch.testing.assert_close(states.hidden, expected[0], atol=1e-5, rtol=0)
+    close(states.hidden, expected)
 
 
 def test_registered_name_without_vectors_is_refused(encoder):
@@ -206,11 +222,11 @@ def test_registered_name_without_vectors_is_refused(encoder):
 
 def test_overlong_prompt_is_cut_as_in_diffusers_with_one_warning(encoder, caplog):
     text = "a " * 70 + "red house on the painting dog cat"
-    expected = stock_states(small_pipeline(encoder.tokenizers, encoder.encoders), text)
+    hidden, _, pooled, _ = stock_states(small_pipeline(encoder.tokenizers, encoder.encoders), text)
     with caplog.at_level(logging.WARNING, logger="stylefast"):
         states = encoder.encode([Prompt(text), Prompt(text + " cat")])
-    torch.testing.assert_close(states[0].hidden, expected[0][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(states[0].pooled, expected[2][0], atol=1e-5, rtol=0)
+    close(states[0].hidden, hidden)
+    close(states[0].pooled, pooled)
     (record,) = [r for r in caplog.records if r.name == "stylefast.models.text"]
     assert "77 tokens" in record.getMessage() and "'dog cat'" in record.getMessage()
 

@@ -15,6 +15,7 @@ from stylefast.models import vae as vaes
 from stylefast.models.checkpoint import TINY
 from stylefast.models.vae import decode, decoding_dtype, downscale, encode, load_vae
 from stylefast.models.vae_copies import copied_bytes, release_copies, working_decoder, working_encoder
+from tests.fp64 import close, measured
 from tests.small_checkpoints import original_vae, write_vae_folder
 from tests.small_sdxl import small_pipeline, small_tiny_vae, small_vae_config
 
@@ -31,42 +32,63 @@ def seeded(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
+@torch.no_grad()
+def decoded(vae, latents):
+    """Pictures by diffusers' own VAE."""
+    return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encoded(vae, pictures):
+    """Latents by diffusers' own VAE."""
+    return vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
+
+
 def test_decoding_equals_diffusers_pipeline():
-    pipeline = small_pipeline(seed=2)
-    latents = seeded(2, 4, 6, 10)
-    with torch.no_grad():
-        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-    expected = pipeline.image_processor.postprocess(decoded, output_type="pt")
-    torch.testing.assert_close(decode(pipeline.vae, latents), expected, rtol=0, atol=1e-5)
+    @torch.no_grad()
+    def theirs(pipeline, latents):
+        images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+        return pipeline.image_processor.postprocess(images, output_type="pt")
+
+    pipeline, latents = small_pipeline(seed=2), seeded(2, 4, 6, 10)
+    close(decode(pipeline.vae, latents), measured(theirs, pipeline, latents))
 
 
 def test_encoding_is_the_scaled_mean(vae):
     pictures = seeded(2, 3, 24, 40).clamp(-1, 1)
-    with torch.no_grad():
-        expected = vae.encode(pictures).latent_dist.mode() * 0.13025
-    torch.testing.assert_close(encode(vae, pictures), expected, rtol=0, atol=1e-5)
+    assert vae.config.scaling_factor == 0.13025
+    close(encode(vae, pictures), measured(encoded, vae, pictures))
 
 
 def test_means_and_deviations_of_latents_are_applied_when_the_config_has_them():
     mean, std = [0.1, -0.2, 0.3, 0.0], [0.5, 2.0, 1.0, 0.8]
-    pipeline = small_pipeline(vae_config=small_vae_config(latents_mean=mean, latents_std=std))
-    latents = seeded(1, 4, 4, 4)
+    vae = small_pipeline(vae_config=small_vae_config(latents_mean=mean, latents_std=std)).vae
+    latents, pictures = seeded(1, 4, 4, 4), seeded(1, 3, 16, 16)
     m, s = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
-    with torch.no_grad():
-        expected = pipeline.vae.decode(latents * s / 0.13025 + m).sample / 2 + 0.5
-        encoded = (pipeline.vae.encode(seeded(1, 3, 16, 16)).latent_dist.mean - m) * 0.13025 / s
-    torch.testing.assert_close(decode(pipeline.vae, latents), expected.clamp(0, 1), rtol=0, atol=1e-5)
-    torch.testing.assert_close(encode(pipeline.vae, seeded(1, 3, 16, 16)), encoded, rtol=0, atol=1e-5)
+
+    @torch.no_grad()
+    def moved(vae, latents, m, s):
+        return (vae.decode(latents * s / 0.13025 + m).sample / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def moved_back(vae, pictures, m, s):
+        return (vae.encode(pictures).latent_dist.mean - m) * 0.13025 / s
+
+    close(decode(vae, latents), measured(moved, vae, latents, m, s))
+    close(encode(vae, pictures), measured(moved_back, vae, pictures, m, s))
 
 
 def test_the_tiny_vae_equals_diffusers():
     vae = small_tiny_vae()
     latents, pictures = seeded(2, 4, 5, 7), seeded(1, 3, 16, 24).clamp(-1, 1)
-    with torch.no_grad():
-        expected = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-        torch.testing.assert_close(decode(vae, latents), expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(encode(vae, pictures), vae.encode(pictures).latents, rtol=0, atol=1e-5)
-    assert downscale(vae) == 4
+    assert downscale(vae) == 4 and vae.config.scaling_factor == 1
+    close(decode(vae, latents), measured(decoded, vae, latents))
+
+    @torch.no_grad()
+    def latents_of(vae, pictures):
+        return vae.encode(pictures).latents
+
+    close(encode(vae, pictures), measured(latents_of, vae, pictures))
 
 
 def test_a_stock_vae_in_half_precision_is_held_in_float32_and_an_fp16_fix_is_not(vae, tmp_path):
@@ -94,7 +116,7 @@ def test_a_pipelines_half_precision_vae_is_decoded_in_float32_and_stays_untouche
 
 def test_files_in_both_layouts_give_the_same_vae(vae, tmp_path):
     latents = seeded(1, 4, 4, 4)
-    expected = decode(vae, latents)
+    expected = measured(decoded, vae, latents)
     folder = write_vae_folder(vae, tmp_path / "folder")
     (tmp_path / "bare").mkdir()
     save_file(load_file(folder / "diffusion_pytorch_model.safetensors"), tmp_path / "bare" / "diffusers.safetensors")
@@ -104,7 +126,7 @@ def test_files_in_both_layouts_give_the_same_vae(vae, tmp_path):
     save_file(whole, tmp_path / "bare" / "prefixed.safetensors")
     for source in (folder, folder / "diffusion_pytorch_model.safetensors", *sorted((tmp_path / "bare").iterdir())):
         loaded = load_vae(source, **CPU)
-        torch.testing.assert_close(decode(loaded, latents), expected, rtol=0, atol=1e-5)
+        close(decode(loaded, latents), expected)
         assert loaded.config["force_upcast"]
 
 
@@ -124,7 +146,7 @@ def test_vaes_with_attention_named_as_in_early_diffusers_load(vae, tmp_path):
     assert any(".query." in name for name in state)
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
     latents = seeded(1, 4, 4, 4)
-    torch.testing.assert_close(decode(load_vae(folder, **CPU), latents), decode(vae, latents), rtol=0, atol=1e-5)
+    close(decode(load_vae(folder, **CPU), latents), measured(decoded, vae, latents))
 
 
 def test_a_tiny_vae_folder_and_file_load(tmp_path):
@@ -132,7 +154,7 @@ def test_a_tiny_vae_folder_and_file_load(tmp_path):
     folder = write_vae_folder(vae, tmp_path / "taesd")
     latents = seeded(1, 4, 4, 4)
     for source in (folder, folder / "diffusion_pytorch_model.safetensors"):
-        torch.testing.assert_close(decode(load_vae(source, **CPU), latents), decode(vae, latents), rtol=0, atol=1e-5)
+        close(decode(load_vae(source, **CPU), latents), measured(decoded, vae, latents))
     assert next(load_vae(folder, **HALF).parameters()).dtype == torch.float16
 
 
@@ -234,7 +256,7 @@ def test_a_copy_in_another_type_is_made_once_until_the_weights_change(vae):
     with torch.no_grad():
         half.decoder.conv_out.bias += 0.25
     assert working_decoder(half, torch.float32) is not made
-    torch.testing.assert_close(decode(half, latents), decode(with_weights_as(torch.float32, half), latents))
+    close(decode(half, latents), measured(decoded, with_weights_as(torch.float32, half), latents))
     assert steps_apart(decode(half, latents), before) > 1
 
 
@@ -270,10 +292,10 @@ def test_copies_made_in_inference_mode_serve_outside_it(vae):
 
 def test_a_picture_that_overflows_in_float16_is_decoded_in_float32_with_one_warning(vae, caplog):
     large, latents = overflowing(vae), seeded(3, 4, 3, 5)
-    expected = decode(large, latents)
+    expected = measured(decoded, large, latents)
     with caplog.at_level(logging.INFO, logger="stylefast.models.vae"):
         for _ in range(2):
-            torch.testing.assert_close(decode(large, latents, decode_dtype=torch.float16), expected, rtol=0, atol=1e-5)
+            close(decode(large, latents, decode_dtype=torch.float16), expected)
     levels = [record.levelno for record in caplog.records if "overflows in torch.float16" in record.getMessage()]
     assert levels == [logging.WARNING, logging.INFO]
 
@@ -292,7 +314,7 @@ def test_only_the_picture_that_overflows_is_decoded_again(vae, monkeypatch):
     monkeypatch.setattr(vaes, "decode_unchecked", spoiling)
     again = decode(vae, latents, decode_dtype=torch.bfloat16)
     assert calls == [(3, torch.bfloat16), (1, torch.float32)]
-    torch.testing.assert_close(again[1], decode(vae, latents)[1], rtol=0, atol=1e-5)
+    close(again[1], measured(decoded, vae, latents)[1])
     assert not torch.equal(again[0], decode(vae, latents)[0])
 
 

@@ -4,21 +4,18 @@ On PyTorch's own attention, which rounds as diffusers does; test_fused_unet.py h
 """
 
 from dataclasses import replace
-from functools import partial
 from math import inf, log
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from stylefast.kernels import registry
 from stylefast.kernels.adain_affine import adain_affine
 from stylefast.kernels.token_stats import token_stats
-from stylefast.models.unet import UNet
 from tests.fp64 import close, measured
 from tests.oracle import instant_style as ip
 from tests.oracle.rows import image_columns, plain_rows, run, share
-from tests.oracle.small import CONFIG, forward, random_inputs, random_unet
+from tests.oracle.small import forward, random_inputs
 from tests.oracle.style_aligned import Sharing, adain, guidance_layout, shared
 from tests.oracle.test_oracle import SETTINGS
 
@@ -361,20 +358,3 @@ def test_groups_of_one_batch_are_isolated(ours, adapters):
     assert torch.equal(after[3:], before[3:])
     # a new style picture of the reference alone reaches all of its group, through keys and values
     assert (after[:3] - before[:3]).abs().amax((1, 2, 3)).min() > 1e-3
-
-
-# compiled
-
-
-def test_the_whole_unet_compiles_into_one_graph_that_serves_other_styles_too():
-    # every kind of block and two transformer blocks in one: more of each would only be traced again
-    config = CONFIG | {"layers_per_block": 1}
-    ours = UNet.from_state(config, random_unet(config=config).state_dict()).eval()
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(ours, backend=counter, fullgraph=True)
-    inputs = random_inputs(3)
-    for sharing in (Sharing((0, 0, 0)), Sharing((0, 0, 2), scale=0.5, shift=0.3, mode="swap")):
-        table = share(plain_rows(ours.layout, 3), ours.layout, sharing)
-        close(run(compiled, inputs, table), measured(partial(run, table=table), ours, inputs))
-    assert counter.frame_count == 1

@@ -8,6 +8,7 @@ from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import LAYOUT_MODULE, STYLE_MODULE, AttentionLayout
 from stylefast.styles.instant_style import PRESETS, InstantStyle, subtract_content
+from tests.fp64 import close, measured
 from tests.small_adapter import (
     CROSS_DIM,
     SDXL_UNET_CONFIG,
@@ -240,13 +241,16 @@ def test_content_is_subtracted_before_the_projector_and_from_the_positive_side_a
     shown = [small_picture(seed) for seed in range(pictures)]
     text = torch.randn(48, generator=torch.Generator().manual_seed(1))
     tokens = InstantStyle(shown, content="a fox", content_scale=0.7).tokens(adapter, encoder, content=text)
+
+    def literal(projector, embeds, text):
+        embeds = embeds - 0.7 * text
+        return torch.nn.functional.layer_norm(
+            (embeds @ projector["proj.weight"].T + projector["proj.bias"]).reshape(-1, CROSS_DIM),
+            (CROSS_DIM,), projector["norm.weight"], projector["norm.bias"],
+        )
+
     projector = global_adapter(small_layout())["image_proj"]
-    embeds = encoder.embed(shown) - 0.7 * text
-    expected = torch.nn.functional.layer_norm(
-        (embeds @ projector["proj.weight"].T + projector["proj.bias"]).reshape(-1, CROSS_DIM),
-        (CROSS_DIM,), projector["norm.weight"], projector["norm.bias"],
-    )
-    torch.testing.assert_close(tokens.image[0], expected, atol=1e-5, rtol=1e-5)
+    close(tokens.image[0], measured(literal, projector, encoder.embed(shown), text))
     assert torch.equal(tokens.negative, adapter.negative_tokens())
     given = InstantStyle(shown, content=text, content_scale=0.7).tokens(adapter, encoder)
     assert torch.equal(given.image[0], tokens.image[0])
@@ -260,12 +264,16 @@ def test_subtraction_equals_embeddings_prepared_for_diffusers(adapter, encoder):
     projection = UNet2DConditionLoadersMixin()._convert_ip_adapter_image_proj_to_diffusers(
         global_adapter(small_layout())["image_proj"], low_cpu_mem_usage=False
     )
-    prepared = subtract_content(encoder.embed(shown), text, 0.5)
-    with torch.no_grad():
-        negative, positive = projection(torch.cat([torch.zeros_like(prepared), prepared])).chunk(2)
+
+    @torch.no_grad()
+    def prepared(projection, embeds, text):
+        embeds = subtract_content(embeds, text, 0.5)
+        return projection(torch.cat([torch.zeros_like(embeds[:1]), embeds]))
+
+    expected = measured(prepared, projection, encoder.embed(shown), text)
     tokens = InstantStyle(shown, content="a fox").tokens(adapter, encoder, content=text)
-    torch.testing.assert_close(tokens.image[0], positive.flatten(0, 1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(tokens.negative, negative[0], atol=1e-5, rtol=1e-5)
+    close(tokens.image[0].unflatten(0, (2, -1)), expected[1:])
+    close(tokens.negative, expected[0])
 
 
 def test_content_is_refused_where_it_has_no_meaning(adapter, encoder):
