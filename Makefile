@@ -74,7 +74,7 @@ test-cpu: dev
 	$(AT_LEVEL) $(PYTEST) -m "$(FAST)"
 
 smoke: dev
-	$(PYTEST) -m smoke `$(BIN)/python tests/smoke.py`
+	$(PYTEST) -m smoke
 
 test-slow: dev
 	$(PYTEST) -m "slow and not gpu"

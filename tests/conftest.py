@@ -71,9 +71,13 @@ def pytest_unconfigure():
 
 def pytest_ignore_collect(collection_path, config):
     """Leave out whole modules of which no test would run: importing ONNX, TensorRT and the like takes seconds."""
-    only = re.fullmatch(r"numerics( and (?!.*\bor\b).*)?", config.option.markexpr or "")
-    is_module = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    return True if only and is_module and not _is_numeric(collection_path) else None
+    only = re.fullmatch(r"(numerics|smoke)( and (?!.*\bor\b).*)?", config.option.markexpr or "")
+    if not only or not collection_path.name.startswith("test_") or collection_path.suffix != ".py":
+        return None
+    if only[1] == "numerics":
+        return None if _is_numeric(collection_path) else True
+    name = collection_path.relative_to(CHECKOUT).as_posix()
+    return None if any(test.split("::")[0] == name for test in SMOKE) else True
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,9 +1,4 @@
-"""The tests of `make smoke`, and what each stands for.
-
-    python -m pytest -m smoke $(python tests/smoke.py)
-
-Prints their names; the marker alone does too, but looks through all tests first.
-"""
+"""The tests of `make smoke`, which have the marker `smoke`, and what each stands for."""
 
 SMOKE = {
     "tests/packaging/test_import_direction.py": "no module imports one of a higher layer",
@@ -24,6 +19,3 @@ SMOKE = {
     "tests/cli/test_generate.py::test_from_makes_the_same_pixels_again":
         "the command line writes a picture and makes it again from its record",
 }  # fmt: skip
-
-if __name__ == "__main__":
-    print(*SMOKE)
