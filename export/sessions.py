@@ -22,6 +22,9 @@ _TYPES = {
 _NUMBERS = {dtype: number for number, (dtype, _) in _TYPES.items()}
 _DTYPES = {f"tensor({name})": dtype for dtype, name in _TYPES.values()}
 _CUDA = "CUDAExecutionProvider"
+# how long ONNX Runtime's threads spin before they sleep: about as long as OpenMP's, for the reasons in
+# `stylefast.threads`. By default they spin longer, which costs a busy machine dearly and an idle one gains nothing by
+_SPIN = ("session.intra_op.spin_duration_us", "30")
 # what ONNX Runtime says of a graph that is whole, but not for it
 _FOREIGN = ("unsupported model ir version", "opset", "not implemented")
 _NO_KERNEL = "could not find an implementation"
@@ -67,6 +70,7 @@ class OrtSession:
             self._stream = torch.cuda.Stream(self.device)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+        options.add_session_config_entry(*_SPIN)
         # only what is fatal: errors come as exceptions, and would stand on stderr as well
         options.log_severity_level = 4
         chosen = list(providers) if providers is not None else self._providers()

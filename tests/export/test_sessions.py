@@ -65,6 +65,11 @@ def test_outputs_are_written_where_they_are_wanted_however_many_rows(product):
         torch.testing.assert_close(y, a @ weight, rtol=1e-4, atol=1e-4)
 
 
+def test_threads_of_the_runtime_spin_shortly_while_they_wait(product):
+    options = OrtSession(product[0])._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "30"
+
+
 def test_inputs_that_are_not_contiguous_are_read_right(product):
     path, weight = product
     a = torch.randn(WIDTH, 6)
