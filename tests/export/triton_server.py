@@ -127,7 +127,7 @@ def triton_server(repository: Path, folder: Path) -> Iterator[TritonServer]:
         _binary(), f"--model-repository={repository}", f"--backend-directory={_backends(folder)}",
         "--model-control-mode=explicit", "--load-model=*", "--disable-auto-complete-config", "--allow-http=false",
         "--allow-metrics=false", "--grpc-address=127.0.0.1", f"--grpc-port={address.rpartition(':')[2]}",
-        "--exit-timeout-secs=20", "--log-info=false", "--pinned-memory-pool-byte-size=0",
+        "--exit-timeout-secs=5", "--log-info=false", "--pinned-memory-pool-byte-size=0",
     ]  # fmt: skip
     with log.open("wb") as output:
         # a group of its own, so that the backend's processes go with it
