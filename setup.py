@@ -155,8 +155,11 @@ modules = extensions()
 setup(
     packages=packages(),
     package_dir=PACKAGE_DIRS,
-    package_data={"stylefast.models": ["tiny/**/*"], "stylefast.kernels": ["tuning/*.json"],
-                  "stylefast.export": ["triton_repo/models/*.py"]},
+    package_data={
+        "stylefast.models": ["tiny/**/*"],
+        "stylefast.kernels": ["tuning/*.json"],
+        "stylefast.export": ["triton_repo/models/*.py"],
+    },
     include_package_data=False,
     ext_modules=modules,
     cmdclass={"build_ext": build_command(modules)},

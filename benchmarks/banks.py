@@ -57,13 +57,20 @@ def counted_modes(config: Mapping, row_flop: int, size=SIZE, steps: int = STEPS)
     for store, kind in MODES:
         dtype = DTYPES[kind]
         # one picture of latents serves both halves
-        step = 4 * math.prod(shapes.latents) if store == "latents" else len(HALVES) * page_bytes(
-            config, size, store, dtype
-        )  # fmt: skip
-        found.append({
-            "store": store, "type": kind, "bytes": bank_bytes(config, size, steps, len(HALVES), 1, store, dtype),
-            "step_bytes": step, "added_flop": len(HALVES) * added[store],
-        })  # fmt: skip
+        step = (
+            4 * math.prod(shapes.latents)
+            if store == "latents"
+            else len(HALVES) * page_bytes(config, size, store, dtype)
+        )
+        found.append(
+            {
+                "store": store,
+                "type": kind,
+                "bytes": bank_bytes(config, size, steps, len(HALVES), 1, store, dtype),
+                "step_bytes": step,
+                "added_flop": len(HALVES) * added[store],
+            }
+        )
     return found
 
 
@@ -83,11 +90,16 @@ def counted_layers(config: Mapping, size=SIZE, steps: int = STEPS) -> list[dict[
     for what, chosen, halves, store in kinds:
         for kind in ("fp16", "fp8"):
             step = halves * page_bytes(config, size, store, DTYPES[kind], chosen)
-            found.append({
-                "what": what, "layers": len(chosen), "type": kind,
-                "bytes": bank_bytes(config, size, steps, halves, 1, store, DTYPES[kind], chosen), "step_bytes": step,
-                "bus_ms": {name: round(1e3 * step / rate, 1) for name, rate in BUSES.items()},
-            })  # fmt: skip
+            found.append(
+                {
+                    "what": what,
+                    "layers": len(chosen),
+                    "type": kind,
+                    "bytes": bank_bytes(config, size, steps, halves, 1, store, DTYPES[kind], chosen),
+                    "step_bytes": step,
+                    "bus_ms": {name: round(1e3 * step / rate, 1) for name, rate in BUSES.items()},
+                }
+            )
     return found
 
 
@@ -98,10 +110,11 @@ def row_flop(config: Mapping) -> int:
     side, pooled = config["sample_size"], _pooled_width(config)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         UNet2DConditionModel(**_arguments(config))(
-            torch.zeros(1, config["in_channels"], side, side), torch.tensor(1.0),
+            torch.zeros(1, config["in_channels"], side, side),
+            torch.tensor(1.0),
             torch.zeros(1, 77, config["cross_attention_dim"]),
             added_cond_kwargs={"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)},
-        )  # fmt: skip
+        )
     return counter.get_total_flops()
 
 
@@ -126,7 +139,7 @@ def projecting_unet(config: Mapping, seed: int = 0) -> UNet:
             for projection in (attention.to_k, attention.to_v):
                 weight = torch.empty(layer.channels, layer.channels).normal_(
                     0.0, layer.channels**-0.5, generator=generator
-                )  # fmt: skip
+                )
                 projection.weight = nn.Parameter(weight, requires_grad=False)
                 pack(projection)
             # enough tokens for the packed form, which is made at the first call
@@ -156,10 +169,16 @@ def fetched(unet: UNet, size, rounds: int) -> Iterator[tuple[str, str, dict[str,
             del bank, keys
         # the first round maps the file
         seconds = statistics.median(samples[1:])
-        yield store, kind, {
-            "seconds": _shown(seconds), "first_seconds": _shown(samples[0]),
-            "samples_s": [_shown(sample) for sample in samples[1:]], "check_seconds": _shown(checked),
-        }  # fmt: skip
+        yield (
+            store,
+            kind,
+            {
+                "seconds": _shown(seconds),
+                "first_seconds": _shown(samples[0]),
+                "samples_s": [_shown(sample) for sample in samples[1:]],
+                "check_seconds": _shown(checked),
+            },
+        )
     pages.close()
 
 
@@ -167,11 +186,28 @@ def _written(path: Path, unet: UNet, shapes: BankShapes, features: ReferenceFeat
     layers = tuple(range(len(shapes.layers)))
     _, height, width = shapes.latents
     info = BankInfo(
-        format=FORMAT, model="random", fingerprint="0" * 64, store=store, dtype=DTYPES[kind], scheduler="euler",
-        schedule="0" * 64, steps=1, size=(8 * width, 8 * height), guidance=None, guidance_rescale=None,
-        branches=HALVES, negative_prompt="", prompt="", seed=0, noise="forward", references=1, layers=layers,
-        styles="", created=datetime.now(UTC).isoformat(timespec="seconds"), stylefast=sf.__version__,
-    )  # fmt: skip
+        format=FORMAT,
+        model="random",
+        fingerprint="0" * 64,
+        store=store,
+        dtype=DTYPES[kind],
+        scheduler="euler",
+        schedule="0" * 64,
+        steps=1,
+        size=(8 * width, 8 * height),
+        guidance=None,
+        guidance_rescale=None,
+        branches=HALVES,
+        negative_prompt="",
+        prompt="",
+        seed=0,
+        noise="forward",
+        references=1,
+        layers=layers,
+        styles="",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        stylefast=sf.__version__,
+    )
     with BankWriter(info, shapes, path) as writer:
         for half in HALVES:
             writer.put(0, half, 0, features)
@@ -194,9 +230,10 @@ def _features(shapes: BankShapes) -> ReferenceFeatures:
         )
     return ReferenceFeatures(
         {i: of_shape[shape] for i, shape in enumerate(shapes.layers)},
-        tuple(draw(groups) for groups in shapes.groups), tuple(draw(groups).square() for groups in shapes.groups),
+        tuple(draw(groups) for groups in shapes.groups),
+        tuple(draw(groups).square() for groups in shapes.groups),
         shapes.norm_elements,
-    )  # fmt: skip
+    )
 
 
 def errors(steps: int, targets: int) -> dict[str, dict[str, float]]:
@@ -208,8 +245,9 @@ def errors(steps: int, targets: int) -> dict[str, dict[str, float]]:
     engine = sf.Engine.from_pretrained("tiny", device="cpu", dtype="float32")
     settings = {"steps": steps, "seed": 11}
     styles = [
-        sf.StyleAligned(prompt=REFERENCE, seed=REFERENCE_SEED), sf.StyleAligned(engine.references()["watercolor"])
-    ]  # fmt: skip
+        sf.StyleAligned(prompt=REFERENCE, seed=REFERENCE_SEED),
+        sf.StyleAligned(engine.references()["watercolor"]),
+    ]
     live = [engine.generate(PROMPTS[:targets], style, **settings) for style in styles]
     plain = engine.generate(PROMPTS[:targets], **settings)
     found = {"no style": _apart([plain] * len(styles), live)}
@@ -224,14 +262,18 @@ def errors(steps: int, targets: int) -> dict[str, dict[str, float]]:
 
 def _apart(results: list, expected: list) -> dict[str, float]:
     pairs = list(zip(results, expected, strict=True))
-    bytes_off = np.stack([
-        np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16))
-        for one, other in pairs for a, b in zip(one.images, other.images, strict=True)
-    ])  # fmt: skip
+    bytes_off = np.stack(
+        [
+            np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16))
+            for one, other in pairs
+            for a, b in zip(one.images, other.images, strict=True)
+        ]
+    )
     latents = max(
         ((a - b).abs().max() / b.abs().max()).item()
-        for one, other in pairs for a, b in zip(one.latents, other.latents, strict=True)
-    )  # fmt: skip
+        for one, other in pairs
+        for a, b in zip(one.latents, other.latents, strict=True)
+    )
     return {"latents": float(f"{latents:.2g}"), "max_255": int(bytes_off.max()), "mean_255": _shown(bytes_off.mean())}
 
 

@@ -29,13 +29,22 @@ RESULT = Path(__file__).parent / "results" / "export-sdxl.json"
 PROFILE = "rows=2:2:4,size=1024x1024,pages=1:1:2"
 # of SDXL base 1.0, as published
 CONFIG = {
-    "sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 class RandomWeights(Mapping):
@@ -78,8 +87,13 @@ def write_onnx(folder: Path, flavour: str, dtype: torch.dtype) -> dict:
     entry, weights = export_unet(unet, GraphShape(flavour), folder, weights=weights, state=RandomWeights(unet, dtype))
     stored.write_text(json.dumps(weights.tensors))
     graph = folder / entry.file
-    return {"graph_bytes": graph.stat().st_size, "weight_bytes": weights.path.stat().st_size,
-            "inputs": len(entry.inputs), "opset": entry.opset, **_check(graph)}  # fmt: skip
+    return {
+        "graph_bytes": graph.stat().st_size,
+        "weight_bytes": weights.path.stat().st_size,
+        "inputs": len(entry.inputs),
+        "opset": entry.opset,
+        **_check(graph),
+    }
 
 
 def _check(graph: Path) -> dict:
@@ -101,11 +115,17 @@ def build(folder: Path, flavour: str, targets: list[str], dtype: torch.dtype) ->
     path.unlink()
     layers = report.layers
     return {
-        "engine_bytes": report.bytes, "own_peak_gb": round(report.peak_memory / 1e9, 2), "package": report.package,
-        "version": report.version, "targets": targets, "profile": PROFILE, "attentions": report.network.attentions,
-        "fused_attentions": layers and layers.fused_attentions, "kernels": layers and layers.kernels,
+        "engine_bytes": report.bytes,
+        "own_peak_gb": round(report.peak_memory / 1e9, 2),
+        "package": report.package,
+        "version": report.version,
+        "targets": targets,
+        "profile": PROFILE,
+        "attentions": report.network.attentions,
+        "fused_attentions": layers and layers.fused_attentions,
+        "kernels": layers and layers.kernels,
         "plugins": list(report.network.plugins),
-    }  # fmt: skip
+    }
 
 
 def in_process(stage: list[str]) -> dict:
@@ -122,8 +142,17 @@ def in_process(stage: list[str]) -> dict:
 
 def markdown(content: dict) -> str:
     """The rows of a results file as the table of docs/export.md."""
-    names = ("flavour", "inputs", "ONNX: seconds", "peak", "weights, graph", "engine: seconds", "peak", "size",
-             "attentions fused")  # fmt: skip
+    names = (
+        "flavour",
+        "inputs",
+        "ONNX: seconds",
+        "peak",
+        "weights, graph",
+        "engine: seconds",
+        "peak",
+        "size",
+        "attentions fused",
+    )
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     rows = {(row["flavour"], row["stage"]): row for row in content["rows"]}
     for flavour in dict.fromkeys(row["flavour"] for row in content["rows"]):
@@ -156,9 +185,13 @@ def main() -> int:
         return 0
     shutil.rmtree(arguments.folder, ignore_errors=True)
     arguments.folder.mkdir(parents=True)
-    result = {"benchmark": "export_sdxl", "environment": environment("cpu"), "dtype": "float16",
-              "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-              "rows": []}  # fmt: skip
+    result = {
+        "benchmark": "export_sdxl",
+        "environment": environment("cpu"),
+        "dtype": "float16",
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "rows": [],
+    }
     try:
         for flavour in arguments.flavours.split(","):
             for stage in ("onnx", "tensorrt"):

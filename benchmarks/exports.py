@@ -181,8 +181,12 @@ def exporting(bench: Bench, backend: str) -> Case:
         seconds, manifest = bench.export(backend)
         graphs = {graph.label: _of_graph(manifest, graph) for graph in manifest.graphs}
         figures = [Figure("seconds", seconds, unit="s"), Figure("size", manifest.bytes / 1e6, unit="MB")]
-        details = {"target": manifest.target, "dtype": manifest.dtype, "toolchain": manifest.toolchain,
-                   "graphs": graphs}  # fmt: skip
+        details = {
+            "target": manifest.target,
+            "dtype": manifest.dtype,
+            "toolchain": manifest.toolchain,
+            "graphs": graphs,
+        }
         return Outcome(figures=figures, details=details)
 
     what = "from the loaded model to the folder with its manifest"
@@ -216,12 +220,15 @@ def speed(bench: Bench, side: int, n: int) -> Case:
         scenes = {name: bench.scene(name, side) for name in names}
         runs = {name: scenes[name].plain(n) for name in names}
         found = race(runs, bench.rounds, budget, warm_ups=int(not bench.quick), cuda=bench.device == "cuda")
-        figures = [Figure(f"{name}, a picture", float(np.median(samples)) / n, unit="s")
-                   for name, samples in found.times.items()]  # fmt: skip
+        figures = [
+            Figure(f"{name}, a picture", float(np.median(samples)) / n, unit="s")
+            for name, samples in found.times.items()
+        ]
         figures += [Ratio(bench.peer, name).figure(found.times, found.failures) for name in ready]
         if bench.device == "cuda" and bench.peer in found.results:
-            figures += [_apart(name, found.results[name], found.results[bench.peer])
-                        for name in ready if name in found.results]  # fmt: skip
+            figures += [
+                _apart(name, found.results[name], found.results[bench.peer]) for name in ready if name in found.results
+            ]
         return Outcome(found.times, figures, {"skipped": missing, "failures": found.failures})
 
     pictures = "1 picture" if n == 1 else f"{n} pictures"
@@ -243,11 +250,13 @@ def _styled(scene: Scene) -> dict[str, Callable[[], list]]:
     engine = scene.model.engine
     pictures, learned = engine.references(), engine.styles()
     runs = (
-        scene.plain(4), scene.uncached_set(3), scene.cached(2),
+        scene.plain(4),
+        scene.uncached_set(3),
+        scene.cached(2),
         lambda: scene.drawn(PROMPTS[:2], sf.InstantStyle(pictures["neon"], scale=0.8)),
         lambda: scene.drawn(PROMPTS[:2], sf.DreamStyler(learned["chalk"])),
         lambda: scene.drawn(mixes.mixed_styles(scene)),
-    )  # fmt: skip
+    )
     return dict(zip(STYLES, runs, strict=True))
 
 
@@ -260,9 +269,13 @@ def _of_graph(manifest: Manifest, graph) -> dict[str, Any]:
     if "build" in graph.extra:
         build = graph.extra["build"]
         layers = build["layers"] or {}
-        found |= {"seconds": round(build["seconds"], 1), "builder_gb": round(build["peak_memory"] / 1e9, 2),
-                  "fused_attentions": layers.get("fused_attentions"), "kernels": layers.get("kernels"),
-                  "plugins": len(build["network"]["plugins"])}  # fmt: skip
+        found |= {
+            "seconds": round(build["seconds"], 1),
+            "builder_gb": round(build["peak_memory"] / 1e9, 2),
+            "fused_attentions": layers.get("fused_attentions"),
+            "kernels": layers.get("kernels"),
+            "plugins": len(build["network"]["plugins"]),
+        }
     return found
 
 

@@ -84,8 +84,10 @@ def main(argv: Sequence[str] = ()) -> int:
         shutil.copy(path, logs)
 
     said = "; ".join(f"{part}: {verdict(code)}" for part, code in codes.items())
-    print(f"{said}; {time.monotonic() - start:.0f} s; "
-          f"results: {', '.join(path.name for path in written) or 'none'}, logs in {logs}")  # fmt: skip
+    print(
+        f"{said}; {time.monotonic() - start:.0f} s; "
+        f"results: {', '.join(path.name for path in written) or 'none'}, logs in {logs}"
+    )
     return sum(FAILURES[part] for part, code in codes.items() if code != 0)
 
 
@@ -130,9 +132,15 @@ def run(name: str, command: Sequence[str], seconds: float, logs: Path) -> int | 
     print(f"--- {name}: {' '.join(command)}", flush=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
-    )  # fmt: skip
+        command,
+        cwd=CHECKOUT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     over = threading.Event()
 
     def stop():

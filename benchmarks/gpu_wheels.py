@@ -23,10 +23,24 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 WHEELS, UNPACKED = CHECKOUT / "build" / "gpu-wheels", CHECKOUT / "build" / "gpu-packages"
 # what engine, tests and benchmarks import, and of what that needs the part in pure Python
 PACKAGES = (
-    "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "importlib_metadata", "zipp",
-    "pytest", "pytest-xdist", "execnet", "iniconfig", "pluggy", "Pygments", "packaging", "hypothesis",
-    "sortedcontainers", "tqdm",
-)  # fmt: skip
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "huggingface_hub",
+    "importlib_metadata",
+    "zipp",
+    "pytest",
+    "pytest-xdist",
+    "execnet",
+    "iniconfig",
+    "pluggy",
+    "Pygments",
+    "packaging",
+    "hypothesis",
+    "sortedcontainers",
+    "tqdm",
+)
 # of these the newest wheels are compiled, and the last pure one does as well
 UNPINNED = ("hypothesis",)
 PURE = "-none-any.whl"
@@ -42,8 +56,23 @@ def download(folder: Path = WHEELS) -> int:
         constraints = Path(temporary, "constraints.txt")
         constraints.write_text("\n".join(line for line in pinned if line.split("==")[0] not in UNPINNED))
         # a platform of no machine, so that pip finds nothing but pure Python
-        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "--platform", "any", "-c", str(constraints), "-d", str(folder), *PACKAGES]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--platform",
+            "any",
+            "-c",
+            str(constraints),
+            "-d",
+            str(folder),
+            *PACKAGES,
+        ]
         if subprocess.run(command).returncode:
             print("error: pip could not fetch the wheels; its message is above", file=sys.stderr)
             return 1

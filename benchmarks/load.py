@@ -152,10 +152,12 @@ def gap(name: str, what: str, ask: Callable[[sf.Engine], Any]) -> Case:
             engine.close()
         figure = Figure(expected.what, watched.gap / watched.slowest, MOST_GAP, at_most=True)
         details = {
-            "gap_ms": round(1e3 * watched.gap, 1), "slowest_step_ms": round(1e3 * watched.slowest, 1),
-            "slowest_step_alone_ms": round(1e3 * watched.alone, 1), "request_s": round(seconds, 2),
+            "gap_ms": round(1e3 * watched.gap, 1),
+            "slowest_step_ms": round(1e3 * watched.slowest, 1),
+            "slowest_step_alone_ms": round(1e3 * watched.alone, 1),
+            "request_s": round(seconds, 2),
             "steps_meanwhile": len(watched.steps) - QUIET_STEPS,
-        }  # fmt: skip
+        }
         if isinstance(answer, str):
             details["answer"] = answer
         return Outcome(figures=[figure], details=details)
@@ -206,20 +208,26 @@ def _export(engine: sf.Engine) -> Any:
 BESIDE: dict[str, tuple[str, Callable[[sf.Engine], Any]]] = {
     "nothing": ("nothing else", lambda engine: time.sleep(0.5)),
     "prompt": ("a request with a new prompt", _drawn()),
-    "picture": ("an InstantStyle request with a new picture",
-                lambda engine: _drawn(style=sf.InstantStyle(_picture(engine)))(engine)),
-    "reference": ("a StyleAligned request with a new picture",
-                  lambda engine: _drawn(style=sf.StyleAligned(_picture(engine)))(engine)),
+    "picture": (
+        "an InstantStyle request with a new picture",
+        lambda engine: _drawn(style=sf.InstantStyle(_picture(engine)))(engine),
+    ),
+    "reference": (
+        "a StyleAligned request with a new picture",
+        lambda engine: _drawn(style=sf.StyleAligned(_picture(engine)))(engine),
+    ),
     "inversion": ("a StyleAligned request with noise='ddim', 20 steps", _inverted),
     "generate": ("a call of generate", lambda engine: engine.generate("a boat", steps=6).images),
-    "bake": ("baking a style of 6 steps",
-             lambda engine: engine.bake(sf.StyleAligned(_picture(engine)), steps=6).info.steps),
+    "bake": (
+        "baking a style of 6 steps",
+        lambda engine: engine.bake(sf.StyleAligned(_picture(engine)), steps=6).info.steps,
+    ),
     "adapter": ("loading an adapter", _adapter),
     "lora": ("putting a LoRA on", _lora),
     "size": ("the first request of another size", _drawn(size=(96, 64))),
     "decode": ("decoding a picture of 16 times the area", _drawn(size=(256, 256), steps=1)),
     "export": ("another engine's first export and graphs", _export),
-}  # fmt: skip
+}
 
 
 # on a busy machine
@@ -233,8 +241,9 @@ def busy() -> Case:
     def measure(budget: Budget) -> Outcome:
         figures, details = [], {}
         for how in WAITING:
-            alone, beside = in_turn(SPINNING if how == "spinning" else DRAW,
-                                    {"OMP_WAIT_POLICY": "passive"} if how == "asleep" else {})  # fmt: skip
+            alone, beside = in_turn(
+                SPINNING if how == "spinning" else DRAW, {"OMP_WAIT_POLICY": "passive"} if how == "asleep" else {}
+            )
             cost = _median([b / a for a, b in zip(alone, beside)])
             goal = MOST_COST if how == "shortly" else None
             figures.append(Figure(f"busy / idle{'' if goal else f', threads {how}'}", cost, goal, at_most=True))
@@ -252,8 +261,12 @@ def in_turn(program: str, given: dict[str, str]) -> tuple[list[float], list[floa
     """Seconds of every round of a program without and with the burning process; given: environment variables."""
     ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
     environment = {k: v for k, v in os.environ.items() if k not in ours} | given
-    started = [subprocess.Popen([sys.executable, "-c", program], env=environment, text=True, stdin=subprocess.PIPE,
-                                stdout=subprocess.PIPE) for _ in range(2)]  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
     times: tuple[list[float], list[float]] = ([], [])
     try:
         for _ in range(ROUNDS):

@@ -74,7 +74,7 @@ def measured(path: Path, blocks: list[torch.Tensor], rounds: int) -> dict:
             "mapped_seconds": round(statistics.median(a for a, _ in runs), 4),
             "read_seconds": round(statistics.median(b for _, b in runs), 4),
             "read_to_mapped": round(statistics.median(b / a for a, b in runs), 3),
-        }  # fmt: skip
+        }
     return found
 
 

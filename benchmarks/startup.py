@@ -39,7 +39,7 @@ _CLOCK = "import time\nstart = time.perf_counter()\ndef mark():\n    global star
 
 def seconds(source: str) -> float:
     """Wall time of `source` in a fresh interpreter, from its last `mark()`."""
-    lines = source.replace('; ', ';').replace(';', '\n')
+    lines = source.replace("; ", ";").replace(";", "\n")
     program = f"{_CLOCK}{lines}\nprint('seconds', time.perf_counter() - start)"
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     return float(output.rsplit("seconds", 1)[1])
@@ -55,10 +55,13 @@ def main() -> None:
         "median": {name: statistics.median(values) for name, values in runs.items()},
         "runs": runs,
         "environment": {
-            "cpu_count": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
-            "torch": torch.__version__, "stylefast": sf.__version__,
+            "cpu_count": os.cpu_count(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "stylefast": sf.__version__,
         },
-    }  # fmt: skip
+    }
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["median"], indent=1))

@@ -108,9 +108,7 @@ def measure(bench: Bench) -> dict:
         "aligned_paper": (aligned(), False),
         "aligned_group_norm": (aligned(share_group_norm=True), False),
         "aligned_shift_1_group_norm": (aligned(shift=1.0, share_group_norm=True), False),
-        "aligned_shift_1_group_norm_adain_v": (
-            aligned(shift=1.0, share_group_norm=True, adain=("q", "k", "v")), False
-        ),
+        "aligned_shift_1_group_norm_adain_v": (aligned(shift=1.0, share_group_norm=True, adain=("q", "k", "v")), False),
         "aligned_picture_shift_1_group_norm": (aligned(shift=1.0, share_group_norm=True), True),
         "instant_style": (instant(blocks="style"), True),
         "instant_sdxl_style_block": (instant(blocks=["up_blocks.0.attentions.1"]), True),
@@ -140,12 +138,15 @@ def main() -> None:
         "model": {"name": bench.engine.name, "fingerprint": bench.engine.fingerprint},
         "settings": {**bench.settings, "sets": arguments.sets, "targets_per_set": TARGETS},
         "environment": {
-            "cpu_count": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
-            "torch": torch.__version__, "stylefast": sf.__version__,
+            "cpu_count": os.cpu_count(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "stylefast": sf.__version__,
         },
         "prompts": prompts,
         **measure(bench),
-    }  # fmt: skip
+    }
     result["seconds"] = round(time.perf_counter() - start, 1)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {arguments.out}")

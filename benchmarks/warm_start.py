@@ -56,8 +56,19 @@ def first_picture(backend: str, device: str, engines: Path | None, steps: int, c
 
 def exported(backend: str, device: str, folder: Path, caches: Path) -> float:
     """Make the export that a backend runs, of the smallest graph that does StyleAligned; the seconds it took."""
-    arguments = ["-m", "stylefast.cli", "export", EXPORTS[backend], "--model", "tiny", "--flavour", "live",
-                 "--out", str(folder), "--quiet"]  # fmt: skip
+    arguments = [
+        "-m",
+        "stylefast.cli",
+        "export",
+        EXPORTS[backend],
+        "--model",
+        "tiny",
+        "--flavour",
+        "live",
+        "--out",
+        str(folder),
+        "--quiet",
+    ]
     arguments += ["--target", device] if backend == "aoti" else ["--components", "unet"]
     start = time.time()
     _run(arguments, caches)

@@ -9,11 +9,11 @@ namespace stylefast {
 struct SharedAttention {
     std::int64_t rows, tokens, heads, d, chunk;
     Tokens q, k, v, out;
-    std::int64_t references;      // pages a row may read
-    const std::int64_t* page;     // [rows, references]
-    const std::int64_t* mode;     // [rows]: 0 plain, 1 concat, 2 swap
-    const float *scale, *shift;   // [rows, references]
-    Channels gain, offset;        // n = moved: q and k, or q, k and v; data is null without AdaIN
+    std::int64_t references;     // pages a row may read
+    const std::int64_t* page;    // [rows, references]
+    const std::int64_t* mode;    // [rows]: 0 plain, 1 concat, 2 swap
+    const float *scale, *shift;  // [rows, references]
+    Channels gain, offset;       // n = moved: q and k, or q, k and v; data is null without AdaIN
     std::int64_t moved;
     std::int64_t pages, page_tokens;
     Tokens pool_k, pool_v;

@@ -88,8 +88,8 @@ void shared_attention(const std::string& set, const at::Tensor& q, const at::Ten
     a.scale = keep(contiguous("scale", scale, at::ScalarType::Float, {a.rows, a.references})).const_data_ptr<float>();
     a.shift = keep(contiguous("shift", shift, at::ScalarType::Float, {a.rows, a.references})).const_data_ptr<float>();
     if (gain || offset) {
-        for (const auto& [name, source, to] : {std::make_tuple("gain", &gain, &a.gain),
-                                               std::make_tuple("offset", &offset, &a.offset)}) {
+        for (const auto& [name, source, to] :
+             {std::make_tuple("gain", &gain, &a.gain), std::make_tuple("offset", &offset, &a.offset)}) {
             const at::Tensor& x = keep(channels_side_by_side(name, need(name, *source), 4));
             if (a.moved != 0 && a.moved != x.size(0)) refuse("gain and offset must move as many tensors");
             a.moved = x.size(0);
@@ -118,10 +118,10 @@ void shared_attention(const std::string& set, const at::Tensor& q, const at::Ten
 
 void gated_cross_attention(const std::string& set, const at::Tensor& q, const at::Tensor& text_k,
                            const at::Tensor& text_v, const at::Tensor& text_page, const OptionalTensor& image_k,
-                           const OptionalTensor& image_v,
-                           const OptionalTensor& image_lengths, const OptionalTensor& image_page,
-                           const OptionalTensor& strength, const OptionalTensor& group, const OptionalTensor& masks,
-                           const OptionalTensor& mask_index, const at::Tensor& out) {
+                           const OptionalTensor& image_v, const OptionalTensor& image_lengths,
+                           const OptionalTensor& image_page, const OptionalTensor& strength,
+                           const OptionalTensor& group, const OptionalTensor& masks, const OptionalTensor& mask_index,
+                           const at::Tensor& out) {
     GatedCrossAttention a{};
     a.q = tokens_of("q", q);
     if (a.q.type == Element::f8) refuse("q is fp8, which no cross-attention takes");
@@ -157,8 +157,8 @@ void gated_cross_attention(const std::string& set, const at::Tensor& q, const at
         a.image_page = integers("image_page", *image_page, shape, -1, pages);
         a.strength = keep(contiguous("strength", need("strength", strength), at::ScalarType::Float, shape))
                          .const_data_ptr<float>();
-        a.group = keep(contiguous("group", need("group", group), at::ScalarType::Long, shape))
-                      .const_data_ptr<std::int64_t>();
+        a.group =
+            keep(contiguous("group", need("group", group), at::ScalarType::Long, shape)).const_data_ptr<std::int64_t>();
         if (masks && mask_index) {
             const at::Tensor& vectors = keep(channels_side_by_side("masks", *masks, 2));
             if (vectors.size(1) != a.tokens) refuse("masks must be [masks, tokens of q]");

@@ -32,8 +32,8 @@ std::int64_t plan(stylefast::BatchPlanner& planner, const Int64Array& images, co
         page.ndim() != 2 || page.shape(0) != rows || order.size() != rows) {
         throw std::invalid_argument("the arrays' lengths do not fit each other");
     }
-    const stylefast::Batch batch{images.data(), branches.data(), offsets.data(), reference_images.data(),
-                                 reference_pages.data(), rows, entries};
+    const stylefast::Batch batch{
+        images.data(), branches.data(), offsets.data(), reference_images.data(), reference_pages.data(), rows, entries};
     const std::int64_t width = page.shape(1);
     std::int64_t *const page_data = page.mutable_data(), *const order_data = order.mutable_data();
     const py::gil_scoped_release release;
@@ -175,8 +175,8 @@ PYBIND11_MODULE(_C, module) {
                py::arg("out"));
     module.def("gated_cross_attention", released(&stylefast::gated_cross_attention), py::arg("q"), py::arg("text_k"),
                py::arg("text_v"), py::arg("text_page"), py::arg("image_k"), py::arg("image_v"),
-               py::arg("image_lengths"), py::arg("image_page"), py::arg("strength"), py::arg("group"),
-               py::arg("masks"), py::arg("mask_index"), py::arg("out"));
+               py::arg("image_lengths"), py::arg("image_page"), py::arg("strength"), py::arg("group"), py::arg("masks"),
+               py::arg("mask_index"), py::arg("out"));
     module.def("token_stats", released(&stylefast::token_stats), py::arg("xs"), py::arg("mean"), py::arg("variance"));
     module.def("adain_affine", released(&stylefast::adain_affine), py::arg("mean"), py::arg("variance"),
                py::arg("page"), py::arg("strength"), py::arg("pool_mean"), py::arg("pool_variance"), py::arg("gain"),

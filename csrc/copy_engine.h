@@ -14,7 +14,7 @@ namespace stylefast {
 // One queue for all lists: chunks are counted from the first one ever given, and `completed` is the number before which
 // everything is copied. A ticket is therefore two numbers, and nothing has to be kept for it.
 class CopyEngine {
-public:
+  public:
     struct Ticket {
         std::int64_t first, chunks;
     };
@@ -44,7 +44,7 @@ public:
     // Copies what is queued and ends the threads. Again: nothing.
     void close();
 
-private:
+  private:
     struct Chunk {
         std::int64_t source = 0;  // an address, or an offset in the file
         void* destination = nullptr;

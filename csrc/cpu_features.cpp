@@ -66,8 +66,7 @@ std::string instruction_set() {
     if (std::find(usable.begin(), usable.end(), cap) != usable.end()) return cap;
     std::string there = "none";
     for (const std::string& set : usable) there += ", " + set;
-    throw std::invalid_argument(std::string("STYLEFAST_CPU is '") + cap + "', but the sets usable here are: " +
-                                there);
+    throw std::invalid_argument(std::string("STYLEFAST_CPU is '") + cap + "', but the sets usable here are: " + there);
 }
 
 }  // namespace stylefast

@@ -3,9 +3,7 @@
 struct FloatCompute {
     static constexpr int values = 1;
 
-    static STYLEFAST_INLINE Floats step(Floats sum, Floats left, Floats right) {
-        return Vector::fma(left, right, sum);
-    }
+    static STYLEFAST_INLINE Floats step(Floats sum, Floats left, Floats right) { return Vector::fma(left, right, sum); }
 
     // 2^x on [0, 1) to 1.6e-7, exactly 1 at 0 so that a maximum that stays rescales by 1
     struct Exp2 {

@@ -49,8 +49,8 @@ inline std::int64_t gated_members(const GatedCrossAttention& a, std::int64_t row
                                   const GatedScratch& parts) {
     GatedMember* members = parts.members;
     const std::int64_t text = a.text_page[row];
-    members[0] = {rows_of(a.text_k, text, head), rows_of(a.text_v, text, head), a.text_tokens, 0, 0.0f, nullptr,
-                  nullptr, -1};
+    members[0] = {
+        rows_of(a.text_k, text, head), rows_of(a.text_v, text, head), a.text_tokens, 0, 0.0f, nullptr, nullptr, -1};
     std::int64_t count = 1;
     const std::int64_t* page = a.image_page + row * a.segments;
     const float* strength = a.strength + row * a.segments;
@@ -62,9 +62,14 @@ inline std::int64_t gated_members(const GatedCrossAttention& a, std::int64_t row
         for (std::int64_t t = s; t < a.segments && !led; ++t) {
             if (!active(t) || group[t] != group[s]) continue;
             const std::int64_t mask = a.masks ? a.mask_index[row * a.segments + t] : -1;
-            members[count] = {rows_of(a.image_k, page[t], head), rows_of(a.image_v, page[t], head),
-                              a.image_lengths[page[t]], 0, strength[t],
-                              mask >= 0 ? a.masks + mask * a.mask_row : nullptr, parts.gates + (count - 1) * L, s};
+            members[count] = {rows_of(a.image_k, page[t], head),
+                              rows_of(a.image_v, page[t], head),
+                              a.image_lengths[page[t]],
+                              0,
+                              strength[t],
+                              mask >= 0 ? a.masks + mask * a.mask_row : nullptr,
+                              parts.gates + (count - 1) * L,
+                              s};
             ++count;
         }
     }

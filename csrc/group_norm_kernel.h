@@ -131,9 +131,9 @@ STYLEFAST_INLINE Moments pooled(const GroupNorm& a, std::int64_t row, std::int64
     if (page < 0) return own;
     const bool live = page < a.rows;
     const std::int64_t here = page * a.groups + group, entry = page - a.rows;
-    // a row's own statistics are rounded as a bank stores them, so that a baked reference and a live one give equal bits
-    const float other_mean =
-        live ? static_cast<float>(a.mean[here]) : a.pool_mean[entry * a.pool_mean_page + group];
+    // a row's own statistics are rounded as a bank stores them, so that a baked reference and a live one give equal
+    // bits
+    const float other_mean = live ? static_cast<float>(a.mean[here]) : a.pool_mean[entry * a.pool_mean_page + group];
     const float other_variance =
         live ? static_cast<float>(a.variance[here]) : a.pool_variance[entry * a.pool_variance_page + group];
     const double elements = static_cast<double>(a.channels / a.groups * a.positions);

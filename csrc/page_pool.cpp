@@ -238,8 +238,7 @@ void PagePool::prefetch(const std::int64_t* keys, std::int64_t count, std::int64
         slots[i] = find_fresh(key);
         claimed[i] = false;
         if (slots[i] != kNone) continue;
-        const bool oldest_gives_way =
-            oldest_ != kNone && (pages_[oldest_].call != call_ || pages_[oldest_].place > i);
+        const bool oldest_gives_way = oldest_ != kNone && (pages_[oldest_].call != call_ || pages_[oldest_].place > i);
         if (free_ == kNone && !oldest_gives_way) continue;
         slots[i] = make_page(key);
         claimed[i] = true;
@@ -286,7 +285,8 @@ WaitResult PagePool::wait(const std::int64_t* slots, std::int64_t count, std::ch
     check_slots(slots, count);
     for (std::int64_t i = 0; i < count; ++i) {
         if (pages_[slots[i]].pins == 0) {
-            throw std::logic_error("slot " + std::to_string(slots[i]) + " is not pinned; acquire a page to wait for it");
+            throw std::logic_error("slot " + std::to_string(slots[i]) +
+                                   " is not pinned; acquire a page to wait for it");
         }
     }
     const auto all = [&](auto&& holds) { return std::all_of(slots, slots + count, holds); };
@@ -294,9 +294,8 @@ WaitResult PagePool::wait(const std::int64_t* slots, std::int64_t count, std::ch
         return all([&](std::int64_t slot) { return pages_[slot].state != PageState::kLoading; });
     });
     if (!ended) return WaitResult::kPending;
-    const bool ready = all([&](std::int64_t slot) {
-        return pages_[slot].state == PageState::kResident && pages_[slot].pins > 0;
-    });
+    const bool ready =
+        all([&](std::int64_t slot) { return pages_[slot].state == PageState::kResident && pages_[slot].pins > 0; });
     return ready ? WaitResult::kReady : WaitResult::kFailed;
 }
 
@@ -356,9 +355,9 @@ std::int64_t PagePool::list(std::int64_t* rows) const {
     const auto write = [&](std::int64_t slot) {
         const Page& page = pages_[slot];
         std::int64_t* row = rows + kColumns * count++;
-        const std::int64_t values[kColumns] = {
-            page.key.style, page.key.step, page.key.branch, page.key.reference, slot,
-            static_cast<std::int64_t>(page.state), page.pins, page.stale};
+        const std::int64_t values[kColumns] = {page.key.style,     page.key.step, page.key.branch,
+                                               page.key.reference, slot,          static_cast<std::int64_t>(page.state),
+                                               page.pins,          page.stale};
         std::copy(values, values + kColumns, row);
     };
     for (std::int64_t slot = oldest_; slot != kNone; slot = pages_[slot].next) write(slot);

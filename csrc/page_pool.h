@@ -33,12 +33,12 @@ enum class PageState : std::int64_t { kFree, kLoading, kResident, kFailed };
 
 enum class WaitResult { kReady, kFailed, kPending };
 
-// Keys are `count` x 4 numbers (style, step, branch, reference). A page that was dropped, or whose load failed, while it
-// was pinned is *stale*: it keeps its slot until its pins are gone, and the next acquire or prefetch of its key makes a
-// new page. Since releases name keys, not slots, pins from before and after can't be told apart: the new page takes the
-// old one's pins over, and both stay until all are returned.
+// Keys are `count` x 4 numbers (style, step, branch, reference). A page that was dropped, or whose load failed, while
+// it was pinned is *stale*: it keeps its slot until its pins are gone, and the next acquire or prefetch of its key
+// makes a new page. Since releases name keys, not slots, pins from before and after can't be told apart: the new page
+// takes the old one's pins over, and both stay until all are returned.
 class PagePool {
-public:
+  public:
     explicit PagePool(std::int64_t slots);  // std::invalid_argument below 0
     PagePool(const PagePool&) = delete;
     PagePool& operator=(const PagePool&) = delete;
@@ -75,7 +75,7 @@ public:
 
     std::int64_t slots() const { return static_cast<std::int64_t>(pages_.size()); }
 
-private:
+  private:
     struct Page {
         PageKey key;
         PageState state = PageState::kFree;

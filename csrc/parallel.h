@@ -16,7 +16,7 @@
 
 namespace stylefast {
 
-constexpr std::int64_t kBytesPerThread = 128 << 10;  // below that a thread costs more than it brings
+constexpr std::int64_t kBytesPerThread = 128 << 10;                   // below that a thread costs more than it brings
 constexpr std::int64_t kLeastRange = 64 << 10, kMostRange = 8 << 20;  // bytes
 constexpr std::int64_t kRangesPerThread = 8;
 constexpr std::int64_t kLeastHuge = 4 << 20;  // bytes
@@ -69,9 +69,8 @@ void run_pieces(std::int64_t pieces, std::int64_t bytes, std::size_t scratch, co
     if (workers == 1) return run(0, pieces, scratch ? thread_scratch(scratch) : nullptr);
     const std::int64_t share = pieces * each / (kRangesPerThread * workers);
     const std::int64_t range = std::max<std::int64_t>(1, std::clamp(share, kLeastRange, kMostRange) / each);
-    run_units((pieces + range - 1) / range, workers, scratch, [&](std::int64_t unit, char* mine) {
-        run(unit * range, std::min(pieces, (unit + 1) * range), mine);
-    });
+    run_units((pieces + range - 1) / range, workers, scratch,
+              [&](std::int64_t unit, char* mine) { run(unit * range, std::min(pieces, (unit + 1) * range), mine); });
 }
 
 }  // namespace stylefast

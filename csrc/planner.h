@@ -10,9 +10,9 @@ namespace stylefast {
 
 // The references of row r are entries offsets[r] to offsets[r + 1] of reference_images and reference_pages.
 struct Batch {
-    const std::int64_t* images;    // [rows]
-    const std::int64_t* branches;  // [rows], 0 to 3
-    const std::int64_t* offsets;   // [rows + 1]
+    const std::int64_t* images;            // [rows]
+    const std::int64_t* branches;          // [rows], 0 to 3
+    const std::int64_t* offsets;           // [rows + 1]
     const std::int64_t* reference_images;  // [entries]
     const std::int64_t* reference_pages;   // [entries], -1: the row of that image in the same branch
     std::int64_t rows, entries;
@@ -21,7 +21,7 @@ struct Batch {
 // Keeps its scratch from batch to batch, so that it stops allocating once it has seen the largest one. For one thread
 // at a time.
 class BatchPlanner {
-public:
+  public:
     // Fills page [rows, width] (-1 where a row has no further reference) and order [rows], a permutation of the rows.
     // A page of the bank (reference_pages >= 0) becomes rows + page. Returns the most references that a row has.
     // Throws std::invalid_argument for values out of range, for more references than width, for two rows of one image
@@ -29,7 +29,7 @@ public:
     // itself; page and order then hold anything.
     std::int64_t plan(const Batch& batch, bool mutual, std::int64_t width, std::int64_t* page, std::int64_t* order);
 
-private:
+  private:
     void index_rows(const Batch& batch);
     std::int64_t find_row(const Batch& batch, std::int64_t image, std::int64_t branch) const;
     void resolve(const Batch& batch, bool mutual, std::int64_t width, std::int64_t* page);
@@ -37,8 +37,8 @@ private:
     std::int64_t find_root(std::int64_t row);
     void join(std::int64_t a, std::int64_t b);
 
-    std::vector<std::int64_t> by_image_;  // rows by (image, branch)
-    std::vector<std::int64_t> parent_;    // of each row, in the forest of rows that share pages
+    std::vector<std::int64_t> by_image_;                          // rows by (image, branch)
+    std::vector<std::int64_t> parent_;                            // of each row, in the forest of rows that share pages
     std::vector<std::pair<std::int64_t, std::int64_t>> readers_;  // (bank page, row that reads it)
 };
 

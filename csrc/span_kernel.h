@@ -9,11 +9,11 @@ template <Element type>
 constexpr std::int64_t kBytes = type == Element::f32 ? 4 : 2;
 
 // calls function<type>(arguments...) for the type that `element` names; fp8 never comes here
-#define STYLEFAST_BY_TYPE(element, function, ...)                               \
-    switch (element) {                                                          \
-        case Element::f32: function<Element::f32>(__VA_ARGS__); break;          \
-        case Element::bf16: function<Element::bf16>(__VA_ARGS__); break;        \
-        default: function<Element::f16>(__VA_ARGS__); break;                    \
+#define STYLEFAST_BY_TYPE(element, function, ...)                        \
+    switch (element) {                                                   \
+        case Element::f32: function<Element::f32>(__VA_ARGS__); break;   \
+        case Element::bf16: function<Element::bf16>(__VA_ARGS__); break; \
+        default: function<Element::f16>(__VA_ARGS__); break;             \
     }
 
 STYLEFAST_INLINE std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }

@@ -48,8 +48,8 @@ struct GroupNorm {
     bool channels_last, silu;
     double eps;
     Lines x, out;
-    const char *weight, *bias;  // of x's type
-    const std::int64_t* page;   // [rows] as in AdainAffine, null without
+    const char *weight, *bias;               // of x's type
+    const std::int64_t* page;                // [rows] as in AdainAffine, null without
     const float *pool_mean, *pool_variance;  // [pages, groups], groups side by side
     std::int64_t pool_mean_page, pool_variance_page;
     double pool_elements;
@@ -65,10 +65,10 @@ struct GroupNorm {
 struct GuidedStep {
     static constexpr std::int64_t block = 1024;  // numbers
     static constexpr std::int64_t branches = 4, full = 3, terms = 6;
-    std::int64_t pictures, numbers, blocks;  // numbers of a picture and the blocks they make
+    std::int64_t pictures, numbers, blocks;                    // numbers of a picture and the blocks they make
     Lines latents, anchor, noise, predictions, newest, older;  // the two of history
     Lines next_latents, next_anchor, next_newest, next_older;
-    const std::int64_t* branch_rows;  // [pictures, branches]; -1 none
+    const std::int64_t* branch_rows;                  // [pictures, branches]; -1 none
     const float *branch_weights, *denoised, *update;  // [pictures, branches], [pictures, 2], [pictures, 2, terms]
     const float* factor;                              // [pictures], on the output
 

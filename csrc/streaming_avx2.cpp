@@ -27,8 +27,8 @@ namespace {
 #include "token_stats_kernel.h"
 
 const StreamingKernels kKernels = {
-    token_stats,   adain_affine,  dequantise,     geglu,     layer_norm,
-    block_moments, group_moments, channel_tables, normalise, output_moments, guided_step,
+    token_stats,   adain_affine,   dequantise, geglu,          layer_norm,  block_moments,
+    group_moments, channel_tables, normalise,  output_moments, guided_step,
 };
 
 }  // namespace

@@ -40,8 +40,10 @@ std::optional<Lines> even_rows(const char* name, const at::Tensor& x) {
     std::int64_t row = columns, next = -1;  // strides of a row and of the next dimension outwards
     for (std::int64_t dim = last - 1; dim >= 0; --dim) {
         if (x.size(dim) == 1) continue;
-        if (next < 0) row = x.stride(dim);
-        else if (x.stride(dim) != next) return std::nullopt;
+        if (next < 0)
+            row = x.stride(dim);
+        else if (x.stride(dim) != next)
+            return std::nullopt;
         next = x.stride(dim) * x.size(dim);
     }
     return Lines{data_of(x), float_of(name, x), row * static_cast<std::int64_t>(x.element_size())};
@@ -312,10 +314,9 @@ void group_norm_silu(const std::string& set, const at::Tensor& x, std::int64_t g
     a.table = table.get();
 
     const std::int64_t pieces = a.channels_last ? a.rows * a.blocks : moments;
-    run_pieces(pieces, x.numel() * size / pieces, a.channels_last ? channels_scratch(a) : 0,
-               [&](std::int64_t first, std::int64_t last, char* scratch) {
-                   kernels.block_moments(a, first, last, scratch);
-               });
+    run_pieces(
+        pieces, x.numel() * size / pieces, a.channels_last ? channels_scratch(a) : 0,
+        [&](std::int64_t first, std::int64_t last, char* scratch) { kernels.block_moments(a, first, last, scratch); });
     run_pieces(a.rows, a.blocks * groups * 32, 0,
                [&](std::int64_t first, std::int64_t last, char*) { kernels.group_moments(a, first, last); });
     kernels.channel_tables(a, 0, a.rows);

@@ -12,8 +12,8 @@ using Floats = Vector::Floats;
 constexpr int W = Vector::lanes;
 constexpr int N = Vector::group_vectors;
 constexpr int M = Vector::block_rows;
-constexpr int L = W * N;     // queries of a group
-constexpr int kTile = 96;    // keys of a tile: even, and a multiple of M
+constexpr int L = W * N;   // queries of a group
+constexpr int kTile = 96;  // keys of a tile: even, and a multiple of M
 constexpr float kLowest = -__FLT_MAX__;
 constexpr float kLog2E = 1.44269504088896340736f;
 

@@ -75,9 +75,14 @@ class AotiReport:
 
 
 def export_aoti(
-    unet: UNet, shape: GraphShape, path: str | Path, *, fixed: Mapping[str, int] | None = None,
-    device: str | torch.device = "cpu", weights: bool = True,
-) -> AotiReport:  # fmt: skip
+    unet: UNet,
+    shape: GraphShape,
+    path: str | Path,
+    *,
+    fixed: Mapping[str, int] | None = None,
+    device: str | torch.device = "cpu",
+    weights: bool = True,
+) -> AotiReport:
     """Compile a UNet for this machine's CPU or GPU into the package `path`, a file that ends in .pt2.
 
     fixed: sizes that may not vary, of `unet_graph.DIMENSIONS`; all others do. weights: False leaves them out, and

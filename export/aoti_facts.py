@@ -22,9 +22,19 @@ from stylefast.models.unet import UNet
 
 KEY, _FORMAT = "stylefast", 1  # KEY: what the facts are stored under
 _FACTS = {
-    "shape", "fixed", "inputs", "outputs", "sizes", "target", "toolchain", "machine", "instructions", "operations",
-    "weights", "parameters",
-}  # fmt: skip
+    "shape",
+    "fixed",
+    "inputs",
+    "outputs",
+    "sizes",
+    "target",
+    "toolchain",
+    "machine",
+    "instructions",
+    "operations",
+    "weights",
+    "parameters",
+}
 _SHAPE = {field.name for field in fields(GraphShape)}
 # of what PyTorch knows of a CPU, what no compiler uses of its own accord
 _UNUSED = {"clflush", "clflushopt", "clwb", "sha", "aes"}

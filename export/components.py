@@ -44,9 +44,15 @@ DIMENSIONS = {
 }
 # to trace with: all different and above 1, so that nothing takes one dimension for another or for 1
 _EXAMPLES = {
-    "prompts": 3, "vectors": 5, "text_pages": 3, "pictures": 2, "image_pages": 3, "patches": 11, "height": 6,
+    "prompts": 3,
+    "vectors": 5,
+    "text_pages": 3,
+    "pictures": 2,
+    "image_pages": 3,
+    "patches": 11,
+    "height": 6,
     "width": 10,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,18 +147,30 @@ def export_component(
     program = component.trace(fixed)
     inputs, outputs = ([_fixed(t, fixed) for t in tensors] for tensors in (component.inputs, component.outputs))
     model = torch.onnx.export(
-        program, dynamo=True, opset_version=opset, verbose=False, optimize=True,
-        input_names=[t.name for t in inputs], output_names=[t.name for t in outputs],
-    ).model  # fmt: skip
+        program,
+        dynamo=True,
+        opset_version=opset,
+        verbose=False,
+        optimize=True,
+        input_names=[t.name for t in inputs],
+        output_names=[t.name for t in outputs],
+    ).model
     _name_dimensions(model, inputs, outputs)
     path, weights = Path(folder) / f"{component.name}.onnx", None
     if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LARGEST_FILE:
         weights = write_weights(model, path.with_name(f"{path.name}.data"))
     files = save_model(model, path, {"component": component.name, **(metadata or {})}, weights)
     return GraphEntry(
-        component.name, path.name, files, {}, _described(inputs), _described(outputs), fixed, opset,
+        component.name,
+        path.name,
+        files,
+        {},
+        _described(inputs),
+        _described(outputs),
+        fixed,
+        opset,
         dict(component.facts),
-    )  # fmt: skip
+    )
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:

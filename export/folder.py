@@ -51,8 +51,10 @@ class UnfinishedExport:
         found = self._graphs.get(name)
         if found is None:
             return None
-        whole = all(_is_plain_file(self.path / entry.name) and file_entry(self.path, entry.name) == entry
-                    for entry in found["files"])  # fmt: skip
+        whole = all(
+            _is_plain_file(self.path / entry.name) and file_entry(self.path, entry.name) == entry
+            for entry in found["files"]
+        )
         if whole:
             return found["detail"]
         self._say(f"the files of {name} in {self.path} are not as they were written; it is made again")

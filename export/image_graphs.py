@@ -85,24 +85,29 @@ def image_encoder(encoder: ImageEncoder, dtype: torch.dtype) -> Component:
     side = encoder.image_size
     patches = module.embeddings.position_embedding.num_embeddings
     return Component(
-        "image_encoder", module, dtype, (Tensor("pixels", dtype, ("pictures", 3, side, side)),),
+        "image_encoder",
+        module,
+        dtype,
+        (Tensor("pixels", dtype, ("pictures", 3, side, side)),),
         (
             Tensor("embeds", dtype, ("pictures", encoder.embed_dim)),
             Tensor("patches", dtype, ("pictures", patches, encoder.hidden_size)),
         ),
         facts={"weights": image_encoder_digest(encoder)},
-    )  # fmt: skip
+    )
 
 
 def image_projector(adapter: IPAdapter, dtype: torch.dtype) -> Component:
     """An adapter as a component: features of pictures (embeddings, or patches for "plus") to keys and values."""
     patches = () if adapter.kind == "global" else ("patches",)
     return Component(
-        "image_projector", in_type(ImageProjector(adapter), dtype), dtype,
+        "image_projector",
+        in_type(ImageProjector(adapter), dtype),
+        dtype,
         (Tensor("features", dtype, ("image_pages", *patches, adapter.embed_dim)),),
         packed_key_values(adapter.layout, "image_kv", dtype, "image_pages", adapter.token_count),
         facts={"kind": adapter.kind, "weights": adapter_digest(adapter)},
-    )  # fmt: skip
+    )
 
 
 def vae_decoder(vae: nn.Module, dtype: torch.dtype) -> Component:
@@ -116,11 +121,13 @@ def vae_decoder(vae: nn.Module, dtype: torch.dtype) -> Component:
     shared = {id(t): t for t in (*decoder.parameters(), *decoder.buffers())}
     decoder = _without_branches(copy.deepcopy(decoder, shared))
     return Component(
-        "vae_decoder", DecoderGraph(decoder), dtype,
+        "vae_decoder",
+        DecoderGraph(decoder),
+        dtype,
         (Tensor("latents", dtype, ("pictures", vae.config["latent_channels"], "height", "width")),),
         (Tensor("pixels", dtype, ("pictures", 3, f"{factor}*height", f"{factor}*width")),),
         facts={"factor": factor, "weights": decoder_digest(vae)},
-    )  # fmt: skip
+    )
 
 
 def decoder_dtype(vae: nn.Module, asked: torch.dtype) -> torch.dtype:
@@ -157,6 +164,14 @@ def _without_branches(module: nn.Module) -> nn.Module:
 
 
 __all__ = [
-    "DecoderGraph", "ImageGraph", "ImageProjector", "adapter_digest", "decoder_digest", "decoder_dtype",
-    "image_encoder", "image_encoder_digest", "image_projector", "vae_decoder",
-]  # fmt: skip
+    "DecoderGraph",
+    "ImageGraph",
+    "ImageProjector",
+    "adapter_digest",
+    "decoder_digest",
+    "decoder_dtype",
+    "image_encoder",
+    "image_encoder_digest",
+    "image_projector",
+    "vae_decoder",
+]

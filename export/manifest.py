@@ -25,8 +25,14 @@ KINDS = ("onnx", "tensorrt", "aoti", "triton-repo")
 # kinds whose files are programs for this machine, and not only numbers and standard operators
 CODE = ("tensorrt", "aoti", "triton-repo")
 COMPONENTS = (
-    "unet", "vae_decoder", "text_encoder", "text_encoder_2", "text_projector", "image_encoder", "image_projector",
-)  # fmt: skip
+    "unet",
+    "vae_decoder",
+    "text_encoder",
+    "text_encoder_2",
+    "text_projector",
+    "image_encoder",
+    "image_projector",
+)
 ANY_TARGET = "any"
 SHOWN_DIGITS = 12
 _LARGEST_MANIFEST = 16 * 2**20
@@ -184,10 +190,13 @@ class Manifest:
         if isinstance(found, Mapping):
             _check_format(found.get("format"))
         _check_fields("the manifest", found, {f.name for f in fields(cls)})
-        return cls(**dict(found) | {
-            "graphs": tuple(graph_from_json(graph) for graph in _tuple("graphs", found["graphs"])),
-            "files": tuple(_file_from_json(entry) for entry in _tuple("files", found["files"])),
-        })  # fmt: skip
+        return cls(
+            **dict(found)
+            | {
+                "graphs": tuple(graph_from_json(graph) for graph in _tuple("graphs", found["graphs"])),
+                "files": tuple(_file_from_json(entry) for entry in _tuple("files", found["files"])),
+            }
+        )
 
 
 def graph_to_json(graph: GraphEntry) -> dict[str, Any]:
@@ -243,9 +252,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_files(
-    folder: str | Path, manifest: Manifest, names: Iterable[str] | None = None, deep: bool = True
-) -> None:
+def check_files(folder: str | Path, manifest: Manifest, names: Iterable[str] | None = None, deep: bool = True) -> None:
     """Raise ExportError for the first file that is missing, truncated or altered.
 
     names: only these of the manifest's files. deep: compare hashes (a few seconds for SDXL), not only sizes.
@@ -289,9 +296,7 @@ def _file_problem(path: Path, entry: FileEntry, external_data: bool, deep: bool)
     except OSError as error:
         return f"unreadable: {path} ({error.strerror or error})"
     if found != entry.sha256:
-        return (
-            f"altered: {path} has sha256 {found[:SHOWN_DIGITS]} where {MANIFEST} says {entry.sha256[:SHOWN_DIGITS]}"
-        )
+        return f"altered: {path} has sha256 {found[:SHOWN_DIGITS]} where {MANIFEST} says {entry.sha256[:SHOWN_DIGITS]}"
     return None
 
 

@@ -76,9 +76,14 @@ def save_model(model, path: Path, metadata: Mapping[str, str], weights: WeightFi
             if place is None or place.length != held.nbytes:
                 raise ExportError(f"{weights.path.name} holds no {value.name} of {held.nbytes} bytes")
             value.const_value = ir.ExternalTensor(
-                weights.path.name, place.offset, place.length, held.dtype, shape=held.shape, name=value.name,
+                weights.path.name,
+                place.offset,
+                place.length,
+                held.dtype,
+                shape=held.shape,
+                name=value.name,
                 base_dir=weights.path.parent,
-            )  # fmt: skip
+            )
     path.write_bytes(ir.to_proto(model).SerializeToString())
     try:
         onnx.checker.check_model(str(path), full_check=weights is None)

@@ -46,8 +46,9 @@ def export_unet(
     phase(0, 0, "tracing")
     program = trace(unet, shape, fixed)
     inputs, output = graph_inputs(unet, shape), graph_output(unet)
-    model = onnx_model(program, [_fixed(t, unet, fixed) for t in inputs], _fixed(output, unet, fixed), opset, state,
-                       operations)  # fmt: skip
+    model = onnx_model(
+        program, [_fixed(t, unet, fixed) for t in inputs], _fixed(output, unet, fixed), opset, state, operations
+    )
     if weights is None:
         weights = write_weights(
             model, folder / WEIGHTS, lambda done, total: phase(done >> 20, total >> 20, "writing weights (MiB)")

@@ -71,9 +71,22 @@ class OnnxOperations:
     # operations
 
     def shared_attention(
-        self, q, k, v, page, modes, scale, shift, gain=None, offset=None, pool_k=None, pool_v=None, pool_k_scale=None,
-        pool_v_scale=None, bias=None,
-    ):  # fmt: skip
+        self,
+        q,
+        k,
+        v,
+        page,
+        modes,
+        scale,
+        shift,
+        gain=None,
+        offset=None,
+        pool_k=None,
+        pool_v=None,
+        pool_k_scale=None,
+        pool_v_scale=None,
+        bias=None,
+    ):
         """Pages have as many tokens as the rows; `bias` and float8 pages have no form here."""
         op, kind = self.op, _kind(q)
         references = page.shape[1]
@@ -133,9 +146,20 @@ class OnnxOperations:
         return op.Where(self.along_rows(seen_any, 4), out, zero)
 
     def gated_cross_attention(
-        self, q, text_k, text_v, text_page, image_k=None, image_v=None, image_lengths=None, image_page=None,
-        strength=None, group=None, masks=None, mask_index=None,
-    ):  # fmt: skip
+        self,
+        q,
+        text_k,
+        text_v,
+        text_page,
+        image_k=None,
+        image_v=None,
+        image_lengths=None,
+        image_page=None,
+        strength=None,
+        group=None,
+        masks=None,
+        mask_index=None,
+    ):
         """Text, and one attention over all picture tokens for each segment, whose values alone it takes."""
         op, kind = self.op, _kind(q)
         out = self.attend(q, op.Gather(text_k, text_page, axis=0), op.Gather(text_v, text_page, axis=0))
@@ -203,9 +227,18 @@ class OnnxOperations:
         return gain, offset
 
     def group_norm_silu(
-        self, x, groups: int, weight, bias, eps: float, silu: bool, page=None, pool_mean=None, pool_variance=None,
+        self,
+        x,
+        groups: int,
+        weight,
+        bias,
+        eps: float,
+        silu: bool,
+        page=None,
+        pool_mean=None,
+        pool_variance=None,
         pool_elements=0,
-    ):  # fmt: skip
+    ):
         """Pages have the size of the rows that read them, so `pool_elements` is what a row has."""
         op, kind = self.op, _kind(x)
         by_group, shape = self.ints(0, groups, -1), op.Shape(x)
@@ -266,4 +299,3 @@ def _like(value, typed):
     if value is not typed:
         value.dtype, value.shape = typed.dtype, typed.shape
     return value
-

@@ -19,9 +19,14 @@ LATEST_OPSET = 23
 _OPSETS = {torch.float32: 20, torch.float16: 20, torch.bfloat16: 22}  # the first whose operators take the type
 _PREFIX = "unet."  # of the UNet's modules in what is traced
 _ONNX_TYPES = {
-    torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.bool: 9, torch.float16: 10, torch.float64: 11,
+    torch.float32: 1,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.float64: 11,
     torch.bfloat16: 16,
-}  # fmt: skip
+}
 
 
 def check_opset(opset: int | None, dtype: torch.dtype) -> int:
@@ -80,9 +85,12 @@ class NodeMaker:
             ir = self._ir
             count = 2 if kind == "Split" else 1
             made = ir.node(
-                kind, inputs=[self._value(x) for x in inputs], attributes=attributes, num_outputs=count,
+                kind,
+                inputs=[self._value(x) for x in inputs],
+                attributes=attributes,
+                num_outputs=count,
                 name=f"{self.place}/{kind}_{len(self.nodes)}",
-            )  # fmt: skip
+            )
             for i, value in enumerate(made.outputs):
                 value.name = f"v{len(self.nodes)}" + (f"_{i}" if i else "")
             self.nodes.append(made)
@@ -99,8 +107,9 @@ class NodeMaker:
         """An initialiser of a small tensor."""
         key = (value.dtype, tuple(value.shape), tuple(value.flatten().tolist()))
         if key not in self._constants:
-            self._constants[key] = self.initializer(f"constant_{len(self._constants)}", value.shape, value.dtype,
-                                                    lambda: value)  # fmt: skip
+            self._constants[key] = self.initializer(
+                f"constant_{len(self._constants)}", value.shape, value.dtype, lambda: value
+            )
         return self._constants[key]
 
     def initializer(self, name: str, shape, dtype: torch.dtype, read: Callable[[], torch.Tensor]):
@@ -119,9 +128,12 @@ class NodeMaker:
 
 class _Writer:
     def __init__(
-        self, program: torch.export.ExportedProgram, opset: int, weights: Mapping[str, torch.Tensor] | None,
+        self,
+        program: torch.export.ExportedProgram,
+        opset: int,
+        weights: Mapping[str, torch.Tensor] | None,
         operations: type[OnnxOperations],
-    ):  # fmt: skip
+    ):
         import onnx_ir as ir
 
         self.ir, self.program, self.opset = ir, program, opset
@@ -131,8 +143,9 @@ class _Writer:
         self.sizes: dict[tuple, Any] = {}
         self.weights = weights or {name.removeprefix(_PREFIX): x for name, x in program.state_dict.items()}
         self.parameters: dict[str, str] = {
-            **program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers
-        }  # fmt: skip
+            **program.graph_signature.inputs_to_parameters,
+            **program.graph_signature.inputs_to_buffers,
+        }
         self.constants = {
             spec.arg.name: program.constants[spec.target]
             for spec in program.graph_signature.input_specs
@@ -161,9 +174,13 @@ class _Writer:
         result.name = output.name
         result.shape, result.type = ir.Shape(output.dims), ir.TensorType(ir.DataType(_ONNX_TYPES[output.dtype]))
         graph = ir.Graph(
-            given, [result], nodes=self.op.nodes, initializers=tuple(self.op.initializers.values()),
-            opset_imports={"": self.opset} | self.styles.domains, name="unet",
-        )  # fmt: skip
+            given,
+            [result],
+            nodes=self.op.nodes,
+            initializers=tuple(self.op.initializers.values()),
+            opset_imports={"": self.opset} | self.styles.domains,
+            name="unet",
+        )
         # version 10 knows all types that are written and is what the oldest runtimes in use still read
         model = ir.Model(graph, ir_version=10, producer_name="stylefast")
         _tidy(model)
@@ -171,9 +188,7 @@ class _Writer:
 
     def _matrices(self) -> set[str]:
         """Placeholders of parameters that linear layers multiply with."""
-        return {
-            node.args[1].name for node in self.program.graph.nodes if node.target is torch.ops.aten.linear.default
-        }
+        return {node.args[1].name for node in self.program.graph.nodes if node.target is torch.ops.aten.linear.default}
 
     def _input(self, tensor):
         ir = self.ir
@@ -184,9 +199,7 @@ class _Writer:
         name = self.parameters[node.name].removeprefix(_PREFIX)
         weight = self.weights[name]
         shape = tuple(reversed(weight.shape)) if transposed else tuple(weight.shape)
-        self.values[node] = self.op.initializer(
-            name, shape, weight.dtype, lambda: weight_array(weight, transposed)
-        )
+        self.values[node] = self.op.initializer(name, shape, weight.dtype, lambda: weight_array(weight, transposed))
 
     def _call(self, node: torch.fx.Node) -> None:
         target = node.target
@@ -284,9 +297,13 @@ def _conv2d(w, node, x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilati
     height, width = padding
     inputs = (x, weight) if bias is None else (x, weight, bias)
     return w.op.Conv(
-        *inputs, strides=list(stride), pads=[height, width, height, width], dilations=list(dilation), group=groups,
+        *inputs,
+        strides=list(stride),
+        pads=[height, width, height, width],
+        dilations=list(dilation),
+        group=groups,
         kernel_shape=[int(side) for side in weight.shape[2:]],
-    )  # fmt: skip
+    )
 
 
 def _index(w, node, x, indices):

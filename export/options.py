@@ -214,8 +214,15 @@ class Source:
         }
         # a fingerprint looks at some of the tensors, and other weights must not be taken for these
         parts = [sampled_digest(module) for module in (self.unet, self.vae, *self.text_encoder.encoders)]
-        return {"model": self.name, "fingerprint": self.fingerprint, "parts": parts, "adapters": adapters,
-                "stylefast": self.version, "code": code_digest(), **_versions()}  # fmt: skip
+        return {
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "parts": parts,
+            "adapters": adapters,
+            "stylefast": self.version,
+            "code": code_digest(),
+            **_versions(),
+        }
 
     def fixed(self, options: Options) -> dict[str, int]:
         """Dimensions that the options give one size: {} or height and width in latents. Raises InvalidRequest."""

@@ -144,10 +144,15 @@ def export_aoti(source: Source, folder: Path, options: Options, progress: Progre
                 path = out.path / f"{label}{SUFFIX}"
                 report = export_aoti(source.unet, shape, path, fixed=fixed, device=device, weights=False)
                 return GraphEntry(
-                    "unet", path.name, (path.name,), shape.to_dict(), described(report.inputs),
-                    described(report.outputs), fixed,
+                    "unet",
+                    path.name,
+                    (path.name,),
+                    shape.to_dict(),
+                    described(report.inputs),
+                    described(report.outputs),
+                    fixed,
                     extra={"seconds": round(report.seconds, 1), "operations": report.operations, "weights": False},
-                )  # fmt: skip
+                )
 
             graphs.append(_once(out, label, compile_))
         progress.graph("", len(graphs), len(graphs))
@@ -165,15 +170,26 @@ def export_triton_repo(source: Source, folder: Path, options: Options, progress:
     beside = folder.with_name(f"{folder.name}.part.graphs")  # a name that only unfinished exports have
     if graphs is None:
         graphs = beside
-        settings = {"dtype": options.dtype, "flavours": options.flavours, "references": options.references,
-                    "segments": options.segments, "size": options.size, "opset": options.opset,
-                    "components": options.components}  # fmt: skip
+        settings = {
+            "dtype": options.dtype,
+            "flavours": options.flavours,
+            "references": options.references,
+            "segments": options.segments,
+            "size": options.size,
+            "opset": options.opset,
+            "components": options.components,
+        }
         export_onnx(source, beside, Options(kind="onnx", overwrite=True, **settings), progress)
     try:
         return write_repository(
-            graphs, folder, unet=source.unet, model=source.origin or source.name,
-            serving=Serving(runner=options.runner), downscale=vaes.downscale(source.vae), overwrite=options.overwrite,
-        )  # fmt: skip
+            graphs,
+            folder,
+            unet=source.unet,
+            model=source.origin or source.name,
+            serving=Serving(runner=options.runner),
+            downscale=vaes.downscale(source.vae),
+            overwrite=options.overwrite,
+        )
     finally:
         if graphs == beside:
             shutil.rmtree(beside, ignore_errors=True)
@@ -203,9 +219,13 @@ def ensure(source: Source, options: Options, folder: Path) -> Path:
     while not (folder / MANIFEST).is_file():
         if not said:
             logger.warning(
-                "%s is exported once to %s (%s, %s), which takes %s; later starts find it there", source.name, folder,
-                options.kind, options.dtype, _DURATIONS.get(options.kind, "a while"),
-            )  # fmt: skip
+                "%s is exported once to %s (%s, %s), which takes %s; later starts find it there",
+                source.name,
+                folder,
+                options.kind,
+                options.dtype,
+                _DURATIONS.get(options.kind, "a while"),
+            )
             said = True
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -256,9 +276,13 @@ def _held(lock: Path) -> bool:
 def _publishing(source: Source, folder: Path, options: Options, progress: Progress):
     names = source.components(options)
     estimate = estimate_export(
-        source.unet.config, options.torch_dtype, options.flavours if "unet" in names else (), options.kind,
-        source.other_bytes, options.onnx is not None,
-    )  # fmt: skip
+        source.unet.config,
+        options.torch_dtype,
+        options.flavours if "unet" in names else (),
+        options.kind,
+        source.other_bytes,
+        options.onnx is not None,
+    )
     arguments = {"options": options.to_json(), "source": source.identity()}
     return publishing(folder, options.overwrite, arguments=arguments, needed=estimate.disk, say=progress.say)
 
@@ -287,10 +311,16 @@ def _unet_graphs(source, out: UnfinishedExport, options, progress, fixed, operat
             found = out.finished(WEIGHTS)
             stored = found and {name: StoredTensor(*place) for name, place in found.items()}
             entry, weights = export_unet(
-                source.unet, shape, out.path, weights=stored and WeightFile(out.path / WEIGHTS, stored),
-                opset=options.opset, fixed=fixed, metadata=_metadata(source), phase=progress.phase,
+                source.unet,
+                shape,
+                out.path,
+                weights=stored and WeightFile(out.path / WEIGHTS, stored),
+                opset=options.opset,
+                fixed=fixed,
+                metadata=_metadata(source),
+                phase=progress.phase,
                 operations=operations,
-            )  # fmt: skip
+            )
             entry = replace(entry, extra={DIGEST: sampled_digest(source.unet)})
             if not found:
                 out.record(WEIGHTS, [WEIGHTS], {name: list(place) for name, place in weights.tensors.items()})
@@ -354,9 +384,16 @@ def _scratch_graphs(source, folder: Path, shapes, options, progress, operations)
     for number, shape in enumerate(shapes):
         progress.graph(f"graph of unet-{shape.flavour}", number, len(shapes))
         entry, weights = export_unet(
-            source.unet, shape, folder, weights=weights, opset=options.opset, fixed=source.fixed(options),
-            metadata=_metadata(source), phase=progress.phase, operations=operations,
-        )  # fmt: skip
+            source.unet,
+            shape,
+            folder,
+            weights=weights,
+            opset=options.opset,
+            fixed=source.fixed(options),
+            metadata=_metadata(source),
+            phase=progress.phase,
+            operations=operations,
+        )
         graphs[shape.flavour] = (folder, replace(entry, extra={DIGEST: sampled_digest(source.unet)}))
     return graphs
 
@@ -367,15 +404,18 @@ def _engine(unet: UNet, folder: Path, graphs: Path, graph: GraphEntry, options, 
     inputs = graph_inputs(unet, shape)
     name = f"{graph.label}.{'-'.join(options.targets)}.engine"
     report = build_engine(
-        graphs / graph.file, folder / name, options.targets, [p.shapes(inputs, unet.attention_sizes) for p in profiles],
-        refittable=options.refit, timing_cache=folder / TIMING_CACHE, progress=progress.phase,
+        graphs / graph.file,
+        folder / name,
+        options.targets,
+        [p.shapes(inputs, unet.attention_sizes) for p in profiles],
+        refittable=options.refit,
+        timing_cache=folder / TIMING_CACHE,
+        progress=progress.phase,
         plugins=options.attention == "plugin",
-    )  # fmt: skip
+    )
     extra = {"profiles": [p.to_dict() for p in profiles], "attention": options.attention, "build": report.to_dict()}
     extra |= {key: value for key, value in graph.extra.items() if key == DIGEST}
-    return GraphEntry(
-        "unet", name, (name,), graph.shape, graph.inputs, graph.outputs, graph.fixed, graph.opset, extra
-    )  # fmt: skip
+    return GraphEntry("unet", name, (name,), graph.shape, graph.inputs, graph.outputs, graph.fixed, graph.opset, extra)
 
 
 def _profiles(source: Source, options: Options) -> list[Profile]:
@@ -394,10 +434,17 @@ def _metadata(source: Source) -> dict[str, str]:
 
 def _manifest(source, options, out: UnfinishedExport, graphs, target: str, toolchain, profiles=None) -> Manifest:
     return Manifest(
-        kind=options.kind, stylefast=source.version, model=source.name, fingerprint=source.fingerprint,
-        dtype=options.dtype, target=target, toolchain={"torch": torch.__version__, **toolchain}, graphs=tuple(graphs),
-        files=out.files, profiles=profiles or {},
-    )  # fmt: skip
+        kind=options.kind,
+        stylefast=source.version,
+        model=source.name,
+        fingerprint=source.fingerprint,
+        dtype=options.dtype,
+        target=target,
+        toolchain={"torch": torch.__version__, **toolchain},
+        graphs=tuple(graphs),
+        files=out.files,
+        profiles=profiles or {},
+    )
 
 
 def _versions(*packages: str) -> dict[str, Any]:

@@ -15,10 +15,16 @@ from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, Missin
 
 # ONNX's number of an element type -> (torch's type, the name that ONNX Runtime gives it)
 _TYPES = {
-    1: (torch.float32, "float"), 2: (torch.uint8, "uint8"), 3: (torch.int8, "int8"), 6: (torch.int32, "int32"),
-    7: (torch.int64, "int64"), 9: (torch.bool, "bool"), 10: (torch.float16, "float16"),
-    11: (torch.float64, "double"), 16: (torch.bfloat16, "bfloat16"),
-}  # fmt: skip
+    1: (torch.float32, "float"),
+    2: (torch.uint8, "uint8"),
+    3: (torch.int8, "int8"),
+    6: (torch.int32, "int32"),
+    7: (torch.int64, "int64"),
+    9: (torch.bool, "bool"),
+    10: (torch.float16, "float16"),
+    11: (torch.float64, "double"),
+    16: (torch.bfloat16, "bfloat16"),
+}
 _NUMBERS = {dtype: number for number, (dtype, _) in _TYPES.items()}
 _DTYPES = {f"tensor({name})": dtype for dtype, name in _TYPES.values()}
 _CUDA = "CUDAExecutionProvider"
@@ -56,9 +62,12 @@ class OrtSession:
     """
 
     def __init__(
-        self, path: str | Path, device: str | torch.device = "cpu", threads: int | None = None,
+        self,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        threads: int | None = None,
         providers: Sequence | None = None,
-    ):  # fmt: skip
+    ):
         self.path, self.device = Path(path).expanduser(), torch.device(device)
         runtime = require_onnxruntime(self.device if providers is None else "cpu")
         if not self.path.is_file():

@@ -150,9 +150,15 @@ def forwarder(trt: ModuleType):
 def torch_dtype(trt: ModuleType, dtype) -> torch.dtype:
     """The torch type of a TensorRT type; ExportError for one that tensors don't have."""
     names = {
-        "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32,
-        "INT64": torch.int64, "BOOL": torch.bool, "INT8": torch.int8, "UINT8": torch.uint8,
-    }  # fmt: skip
+        "FLOAT": torch.float32,
+        "HALF": torch.float16,
+        "BF16": torch.bfloat16,
+        "INT32": torch.int32,
+        "INT64": torch.int64,
+        "BOOL": torch.bool,
+        "INT8": torch.int8,
+        "UINT8": torch.uint8,
+    }
     for name, found in names.items():
         if dtype == getattr(trt.DataType, name, None):
             return found
@@ -232,6 +238,17 @@ def _here(trt: ModuleType) -> str:
 
 
 __all__ = [
-    "DATA_CENTRE", "PACKAGES", "RTX", "check_buildable", "forwarder", "load_package", "open_engine", "package_of",
-    "package_of_plan", "plan_header", "present_target", "read_plan", "torch_dtype",
-]  # fmt: skip
+    "DATA_CENTRE",
+    "PACKAGES",
+    "RTX",
+    "check_buildable",
+    "forwarder",
+    "load_package",
+    "open_engine",
+    "package_of",
+    "package_of_plan",
+    "plan_header",
+    "present_target",
+    "read_plan",
+    "torch_dtype",
+]

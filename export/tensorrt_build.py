@@ -60,10 +60,18 @@ class BuildReport:
 
 
 def build_engine(
-    onnx_path: str | Path, path: str | Path, targets: Sequence[str], profiles: Sequence[Shapes], *,
-    refittable: bool = False, timing_cache: str | Path | None = None, memory_limit: int | None = None,
-    progress: Progress | None = None, package: str | None = None, plugins: bool = False,
-) -> BuildReport:  # fmt: skip
+    onnx_path: str | Path,
+    path: str | Path,
+    targets: Sequence[str],
+    profiles: Sequence[Shapes],
+    *,
+    refittable: bool = False,
+    timing_cache: str | Path | None = None,
+    memory_limit: int | None = None,
+    progress: Progress | None = None,
+    package: str | None = None,
+    plugins: bool = False,
+) -> BuildReport:
     """Build the engine of an ONNX file and write it to `path`, whole or not at all.
 
     targets: chips by name, see `tensorrt_api`; several of them share one engine. profiles: of `Profile.shapes`, one or
@@ -87,10 +95,16 @@ def build_engine(
         scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
     with scratch as folder:
         order = Order(
-            onnx_path=str(onnx_path), folder=folder, package=package, targets=list(targets), profiles=list(profiles),
-            refittable=refittable, timing_cache=str(Path(timing_cache).absolute()) if timing_cache else None,
-            memory_limit=memory_limit, plugins=plugins,
-        )  # fmt: skip
+            onnx_path=str(onnx_path),
+            folder=folder,
+            package=package,
+            targets=list(targets),
+            profiles=list(profiles),
+            refittable=refittable,
+            timing_cache=str(Path(timing_cache).absolute()) if timing_cache else None,
+            memory_limit=memory_limit,
+            plugins=plugins,
+        )
         found = _work(order, path, progress)
         with writing(path):
             if timing_cache is not None:
@@ -98,10 +112,16 @@ def build_engine(
             os.replace(Path(folder) / PLAN, path)
     layers, network = found.pop("layers"), found.pop("network")
     return BuildReport(
-        path=path, package=package, targets=tuple(targets), seconds=time.perf_counter() - started,
-        bytes=path.stat().st_size, refittable=refittable, network=NetworkSummary(**_tuples(network)),
-        layers=layers and EngineLayers(**_tuples(layers)), **found,
-    )  # fmt: skip
+        path=path,
+        package=package,
+        targets=tuple(targets),
+        seconds=time.perf_counter() - started,
+        bytes=path.stat().st_size,
+        refittable=refittable,
+        network=NetworkSummary(**_tuples(network)),
+        layers=layers and EngineLayers(**_tuples(layers)),
+        **found,
+    )
 
 
 def _work(order: Order, path: Path, progress: Progress | None) -> dict:
@@ -111,9 +131,14 @@ def _work(order: Order, path: Path, progress: Progress | None) -> dict:
     stderr = Path(order.folder) / _STDERR
     with writing(path), open(stderr, "wb") as noise:
         worker = subprocess.Popen(
-            [sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, text=True,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-c", _START],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
     try:
         with suppress(BrokenPipeError):  # how it ended is told below
             worker.stdin.write(json.dumps(asdict(order)) + "\n")

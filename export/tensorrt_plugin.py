@@ -115,9 +115,16 @@ def register_plugin(
         # 0 is TensorRT's number for the tactic of a plugin that names none
         config = configs[tactic - 1 if tactic else 0]
         return compiler(
-            chip, dtype, d, banked=banked, parts=parts, even=even, config=config, shared_limit=shared_limit,
+            chip,
+            dtype,
+            d,
+            banked=banked,
+            parts=parts,
+            even=even,
+            config=config,
+            shared_limit=shared_limit,
             ptx_version=ptx_version,
-        )  # fmt: skip
+        )
 
     for name, inputs in PLUGINS.items():
         _register(trt, trtp, name, inputs, kernel, len(configs))
@@ -207,9 +214,22 @@ class PluginOperations(OnnxOperations):
     domains = {NAMESPACE: 1}
 
     def shared_attention(
-        self, q, k, v, page, modes, scale, shift, gain=None, offset=None, pool_k=None, pool_v=None, pool_k_scale=None,
-        pool_v_scale=None, bias=None,
-    ):  # fmt: skip
+        self,
+        q,
+        k,
+        v,
+        page,
+        modes,
+        scale,
+        shift,
+        gain=None,
+        offset=None,
+        pool_k=None,
+        pool_v=None,
+        pool_k_scale=None,
+        pool_v_scale=None,
+        bias=None,
+    ):
         if page.shape[1] == 0:
             return super().shared_attention(q, k, v, page, modes, scale, shift)
         instead = 'export with attention="standard"'
@@ -232,9 +252,12 @@ class PluginOperations(OnnxOperations):
 
         nodes = self.op.nodes
         node = ir.node(
-            plugin, inputs=inputs, domain=NAMESPACE, name=f"{self.op.place}/{plugin}_{len(nodes)}",
+            plugin,
+            inputs=inputs,
+            domain=NAMESPACE,
+            name=f"{self.op.place}/{plugin}_{len(nodes)}",
             attributes={"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1},
-        )  # fmt: skip
+        )
         node.outputs[0].name = f"v{len(nodes)}"
         nodes.append(node)
         return node.outputs[0]

@@ -12,9 +12,12 @@ from stylefast.export.tensorrt_build import write_whole
 
 
 def refit(
-    engine_path: str | Path, weights: str | Path | Mapping[str, torch.Tensor], out: str | Path | None = None, *,
+    engine_path: str | Path,
+    weights: str | Path | Mapping[str, torch.Tensor],
+    out: str | Path | None = None,
+    *,
     trt: ModuleType | None = None,
-) -> tuple[str, ...]:  # fmt: skip
+) -> tuple[str, ...]:
     """Put new weights into an engine; returns the names of all weights that it can take, which are ONNX's initialisers.
 
     weights: an ONNX file of the same graph, whose weights all go in, or tensors by name, for those that change; they

@@ -103,10 +103,17 @@ class TensorRTSession:
     """
 
     def __init__(
-        self, path: str | Path, device: str | torch.device = "cuda", *, cuda_graphs: bool = True,
-        by_address: Collection[str] = BY_ADDRESS, shapes_kept: int = 8, kernels: str | Path | None = None,
-        trt: ModuleType | None = None, queue: GpuQueue | None = None,
-    ):  # fmt: skip
+        self,
+        path: str | Path,
+        device: str | torch.device = "cuda",
+        *,
+        cuda_graphs: bool = True,
+        by_address: Collection[str] = BY_ADDRESS,
+        shapes_kept: int = 8,
+        kernels: str | Path | None = None,
+        trt: ModuleType | None = None,
+        queue: GpuQueue | None = None,
+    ):
         self.path, self.cuda_graphs, self.shapes_kept = Path(path).expanduser(), cuda_graphs, shapes_kept
         if shapes_kept < 1:
             raise InvalidRequest(f"shapes_kept is {shapes_kept}; it must be 1 or more")

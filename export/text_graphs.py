@@ -91,12 +91,14 @@ class TextProjector(nn.Module):
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(
-            torch.stack([
-                torch.stack([projection(states).unflatten(-1, (heads, -1)) for projection in pair])
-                for pair in zip(keys, values, strict=True)
-            ])
+            torch.stack(
+                [
+                    torch.stack([projection(states).unflatten(-1, (heads, -1)) for projection in pair])
+                    for pair in zip(keys, values, strict=True)
+                ]
+            )
             for keys, values, heads in zip(self.keys, self.values, self.heads, strict=True)
-        )  # fmt: skip
+        )
 
 
 def text_encoder(encoder: nn.Module, dtype: torch.dtype) -> Component:
@@ -113,20 +115,27 @@ def text_encoder(encoder: nn.Module, dtype: torch.dtype) -> Component:
         inputs.append(Tensor("position", torch.int64, ("prompts",)))
         outputs.append(Tensor("pooled", dtype, ("prompts", module.projection.out_features)))
     return Component(
-        "text_encoder_2" if second else "text_encoder", module, dtype, tuple(inputs), tuple(outputs),
+        "text_encoder_2" if second else "text_encoder",
+        module,
+        dtype,
+        tuple(inputs),
+        tuple(outputs),
         # examples read learned vectors too, of which there are at least 2
-        limits={"ids": module.vocabulary + 2, "position": tokens}, facts={"vocabulary": module.vocabulary},
-    )  # fmt: skip
+        limits={"ids": module.vocabulary + 2, "position": tokens},
+        facts={"vocabulary": module.vocabulary},
+    )
 
 
 def text_projector(unet: UNet, dtype: torch.dtype, tokens: int = TEXT_TOKENS) -> Component:
     """The UNet's projections of text states, which stay constant over the steps, as a component."""
     dims = (unet.config["cross_attention_dim"],)
     return Component(
-        "text_projector", in_type(TextProjector(unet), dtype), dtype,
+        "text_projector",
+        in_type(TextProjector(unet), dtype),
+        dtype,
         (Tensor("states", dtype, ("text_pages", tokens, *dims)),),
         packed_key_values(unet.layout, "text_kv", dtype, "text_pages", tokens),
-    )  # fmt: skip
+    )
 
 
 def packed_key_values(layout, name: str, dtype: torch.dtype, pages: str, tokens: int | str) -> tuple[Tensor, ...]:

@@ -191,9 +191,11 @@ class UNetGraph(nn.Module):
         if not self.shape.segments:
             nobody = torch.empty(rows, 0, dtype=torch.int64, device=device)
             columns |= {
-                "image_page": nobody, "image_group": nobody, "image_mask": nobody,
+                "image_page": nobody,
+                "image_group": nobody,
+                "image_mask": nobody,
                 "image_strength": torch.empty(rows, 0, len(layout.modules), device=device),
-            }  # fmt: skip
+            }
         return RowTable(**{name: columns[name] for name in RowTable._fields})
 
     def _unpacked(self, given: Mapping[str, torch.Tensor], name: str) -> tuple[KeyValue, ...]:
@@ -353,7 +355,18 @@ def trace(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None)
 
 
 __all__ = [
-    "DIMENSIONS", "FLAVOURS", "OUTPUT", "TEXT_TOKENS", "GraphShape", "Tensor", "UNetGraph", "dynamic_shapes",
-    "example_inputs", "example_sizes", "graph_inputs", "graph_output", "trace", "with_tokens",
-]  # fmt: skip
-
+    "DIMENSIONS",
+    "FLAVOURS",
+    "OUTPUT",
+    "TEXT_TOKENS",
+    "GraphShape",
+    "Tensor",
+    "UNetGraph",
+    "dynamic_shapes",
+    "example_inputs",
+    "example_sizes",
+    "graph_inputs",
+    "graph_output",
+    "trace",
+    "with_tokens",
+]

@@ -1,6 +1,6 @@
 """Stored fp8 numbers back to floats: what a style bank holds of keys, values or hidden states.
 
-    out = values * scale                               one scale per (group, channel), shared by the group's tokens
+out = values * scale                               one scale per (group, channel), shared by the group's tokens
 """
 
 import torch

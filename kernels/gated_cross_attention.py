@@ -87,8 +87,19 @@ def gated_cross_attention(
     if masks is not None and masks.ndim and masks.shape[0] == 0:
         masks = None
     arguments = (
-        q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
-    )  # fmt: skip
+        q,
+        text_k,
+        text_v,
+        text_page,
+        image_k,
+        image_v,
+        image_lengths,
+        image_page,
+        strength,
+        group,
+        masks,
+        mask_index,
+    )
     if not trusted():
         _check(*arguments)
     if out is None:
@@ -112,9 +123,13 @@ def _check(
     checks.shape("text_v", text_v, pages=text_k.shape[0], tokens=text_k.shape[1], heads=heads, d=width)
     checks.shape("text_page", text_page, rows=rows)
     images = {
-        "image_k": image_k, "image_v": image_v, "image_lengths": image_lengths, "image_page": image_page,
-        "strength": strength, "group": group,
-    }  # fmt: skip
+        "image_k": image_k,
+        "image_v": image_v,
+        "image_lengths": image_lengths,
+        "image_page": image_page,
+        "strength": strength,
+        "group": group,
+    }
     missing = [name for name, x in images.items() if x is None]
     if missing and len(missing) < len(images):
         raise InvalidRequest(f"image segments need all of {', '.join(images)}; {', '.join(missing)} is missing")

@@ -1,7 +1,7 @@
 """GEGLU: the gated half of a feed-forward layer (Shazeer, arXiv 2002.05202).
 
-    [hidden, gate] = x along the last dimension
-    out = hidden * gelu(gate)                          gelu(g) = g (1 + erf(g / sqrt 2)) / 2
+[hidden, gate] = x along the last dimension
+out = hidden * gelu(gate)                          gelu(g) = g (1 + erf(g / sqrt 2)) / 2
 """
 
 import torch

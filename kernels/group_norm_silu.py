@@ -105,9 +105,7 @@ def _check(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, p
             checks.dtype(name, x_, torch.float32)
         if pool_elements < 1:
             raise InvalidRequest(f"pool_elements must say how many elements a group had, not {pool_elements}")
-    checks.together(
-        "x", x=x, weight=weight, bias=bias, page=page, pool_mean=pool_mean, pool_variance=pool_variance
-    )
+    checks.together("x", x=x, weight=weight, bias=bias, page=page, pool_mean=pool_mean, pool_variance=pool_variance)
 
 
 def _check_values(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):

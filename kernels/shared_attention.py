@@ -204,9 +204,22 @@ def _check(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool
             raise InvalidRequest(f"bias covers {bias.shape[1]} tokens a page, but the longest page has {longest}")
     checks.dense_channels(q=q, k=k, v=v)
     checks.together(
-        "q", q=q, k=k, v=v, page=page, mode=mode, scale=scale, shift=shift, gain=gain, offset=offset, pool_k=pool_k,
-        pool_v=pool_v, pool_k_scale=pool_k_scale, pool_v_scale=pool_v_scale, bias=bias,
-    )  # fmt: skip
+        "q",
+        q=q,
+        k=k,
+        v=v,
+        page=page,
+        mode=mode,
+        scale=scale,
+        shift=shift,
+        gain=gain,
+        offset=offset,
+        pool_k=pool_k,
+        pool_v=pool_v,
+        pool_k_scale=pool_k_scale,
+        pool_v_scale=pool_v_scale,
+        bias=bias,
+    )
 
 
 def _check_values(

@@ -36,9 +36,13 @@ def build_parser():
     for name in COMMANDS:
         command = import_module(f"stylefast.commands.{name}")
         subparser = subparsers.add_parser(
-            name, help=command.SUMMARY, description=command.SUMMARY, epilog=command.EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        )  # fmt: skip
+            name,
+            help=command.SUMMARY,
+            description=command.SUMMARY,
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         subparser.set_defaults(run=command.run)
         command.add_arguments(subparser)
     return parser

@@ -81,8 +81,11 @@ def private_folder(wanted: str | Path, what: str, reason: str | None = None) -> 
     other = _own_temporary(what)
     logger.warning(
         "%s in %s is code and could come from another user: %s; it is ignored, and this process uses %s instead",
-        what, wanted, reason, other,
-    )  # fmt: skip
+        what,
+        wanted,
+        reason,
+        other,
+    )
     return other
 
 

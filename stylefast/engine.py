@@ -97,11 +97,17 @@ class Engine:
         self._warn = Notices(self.name, components.known_words)
         scheduler_config = components.scheduler_config
         store = ConditionStore(
-            self.unet, self.text_encoder, self.adapters, scheduler_config.get("num_train_timesteps", 1000),
+            self.unet,
+            self.text_encoder,
+            self.adapters,
+            scheduler_config.get("num_train_timesteps", 1000),
             revision=lambda: self.loras.fingerprint,
-        )  # fmt: skip
-        self.budget = MemoryBudget(parse_bytes("memory_limit", memory_limit), parse_bytes("bank_memory", bank_memory),
-                                   parse_bytes("host_memory", host_memory))  # fmt: skip
+        )
+        self.budget = MemoryBudget(
+            parse_bytes("memory_limit", memory_limit),
+            parse_bytes("bank_memory", bank_memory),
+            parse_bytes("host_memory", host_memory),
+        )
         runner = make_backend(backend, self.unet, engines, trust, source=self._source)
         self.runtime = Runtime(self.unet, store, runner, self.budget, buckets_of(batch_buckets))
         self._preparer = Preparer(
@@ -111,9 +117,13 @@ class Engine:
         self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, preview)
         runner.serve(self)
         self._loop = BatchLoop(
-            self.runtime, self._preparer, self._finish, self.decoder.previews,
-            count_of("max_batch_rows", max_batch_rows), count_of("max_pending", max_pending),
-        )  # fmt: skip
+            self.runtime,
+            self._preparer,
+            self._finish,
+            self.decoder.previews,
+            count_of("max_batch_rows", max_batch_rows),
+            count_of("max_pending", max_pending),
+        )
         self.budget.watch(lambda: held_bytes(self))
         if self.budget.limit is not None:
             check_limit(self)
@@ -184,10 +194,19 @@ class Engine:
             values.path("adapter", file)
         components = load_components(source, dtype=resolve_dtype(dtype, place), device=place, vae=vae, **options)
         engine = cls(
-            components, backend=backend, engines=engines, trust=trust, memory_limit=memory_limit,
-            bank_memory=bank_memory, host_memory=host_memory, batch_buckets=batch_buckets,
-            max_batch_rows=max_batch_rows, max_pending=max_pending, preview=preview, prediction_type=prediction_type,
-        )  # fmt: skip
+            components,
+            backend=backend,
+            engines=engines,
+            trust=trust,
+            memory_limit=memory_limit,
+            bank_memory=bank_memory,
+            host_memory=host_memory,
+            batch_buckets=batch_buckets,
+            max_batch_rows=max_batch_rows,
+            max_pending=max_pending,
+            preview=preview,
+            prediction_type=prediction_type,
+        )
         files = as_list(components.adapter_path if adapter == "auto" else adapter)
         for file in files:
             engine.load_adapter(file, image_encoder)
@@ -290,9 +309,18 @@ class Engine:
         check_output(output)
         values.function("callback", callback, "(step, steps, latents)")
         prompts = prompts_of(prompts)
-        shared = {"negative_prompt": negative_prompt, "style": style, "steps": steps, "guidance": guidance,
-                  "size": size, "scheduler": scheduler, "guidance_rescale": guidance_rescale,
-                  "guidance_interval": guidance_interval, "spacing": spacing, "clip_skip": clip_skip}  # fmt: skip
+        shared = {
+            "negative_prompt": negative_prompt,
+            "style": style,
+            "steps": steps,
+            "guidance": guidance,
+            "size": size,
+            "scheduler": scheduler,
+            "guidance_rescale": guidance_rescale,
+            "guidance_interval": guidance_interval,
+            "spacing": spacing,
+            "clip_skip": clip_skip,
+        }
         self._open(output)
         seeds = values.seeds("seed", seed, len(prompts))
         requests = [p if isinstance(p, Request) else Request(p, seed=s, **shared) for p, s in zip(prompts, seeds)]
@@ -336,9 +364,7 @@ class Engine:
         self._preparer.check(requests)
         self._warn(requests)
         self._open(output)
-        job = Job(
-            requests, self._loop.cancel, deadline, output, self._metadata(requests), inside=self._loop.inside
-        )  # fmt: skip
+        job = Job(requests, self._loop.cancel, deadline, output, self._metadata(requests), inside=self._loop.inside)
         self._loop.submit(job)
         return job
 
@@ -398,23 +424,35 @@ class Engine:
         not finite, OutOfMemory when it does not fit into memory or onto the disk.
         """
         self.runtime.check_open()
-        options = {"steps": steps, "scheduler": scheduler, "size": size, "guidance": guidance, "spacing": spacing,
-                   "negative_prompt": negative_prompt, "guidance_rescale": guidance_rescale}  # fmt: skip
+        options = {
+            "steps": steps,
+            "scheduler": scheduler,
+            "size": size,
+            "guidance": guidance,
+            "spacing": spacing,
+            "negative_prompt": negative_prompt,
+            "guidance_rescale": guidance_rescale,
+        }
         request = bake_request(style, options)
         self._warn([request], baking=True)
         return bake(
-            self._preparer, request, store=store, dtype=dtype, path=path, overwrite=overwrite,
-            callback=callback, styles_digest=style_digest, version=stylefast.__version__,
-        )  # fmt: skip
+            self._preparer,
+            request,
+            store=store,
+            dtype=dtype,
+            path=path,
+            overwrite=overwrite,
+            callback=callback,
+            styles_digest=style_digest,
+            version=stylefast.__version__,
+        )
 
     def _sample(self, requests: Sequence[Request], callback: StepCallback | None) -> list[torch.Tensor]:
         with Admission(self._preparer, self._preparer.trajectories(requests)) as admission:
             done = denoise_all(self.runtime, admission.run(), callback)
         return [done[i] for i in range(len(requests))]
 
-    def _result(
-        self, latents: list[torch.Tensor], written: list[dict], output: str
-    ) -> Generator[None, None, Result]:
+    def _result(self, latents: list[torch.Tensor], written: list[dict], output: str) -> Generator[None, None, Result]:
         """Yields between pictures, and returns the result."""
         images = []
         if output != "latents":
@@ -445,14 +483,26 @@ class Engine:
         return f"{self.fingerprint}+{loras[:16]}" if loras else self.fingerprint
 
     def _source(self) -> Source:
-        return Source(self.name, self._current_fingerprint(), self.unet, self.vae, self.text_encoder, self.adapters,
-                      stylefast.__version__)  # fmt: skip
+        return Source(
+            self.name,
+            self._current_fingerprint(),
+            self.unet,
+            self.vae,
+            self.text_encoder,
+            self.adapters,
+            stylefast.__version__,
+        )
 
     def _metadata(self, requests: Sequence[Request]) -> list[dict]:
-        model = {"model": self.name, "fingerprint": self.fingerprint, "device": str(self.unet.device),
-                 "backend": self.runtime.backend.name, "dtype": str(self.unet.dtype).removeprefix("torch."),
-                 "prediction_type": self._components.scheduler_config.get("prediction_type", "epsilon"),
-                 "loras": self.loras.scales}  # fmt: skip
+        model = {
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "device": str(self.unet.device),
+            "backend": self.runtime.backend.name,
+            "dtype": str(self.unet.dtype).removeprefix("torch."),
+            "prediction_type": self._components.scheduler_config.get("prediction_type", "epsilon"),
+            "loras": self.loras.scales,
+        }
         return metadata(requests, stylefast.__version__, model)
 
 

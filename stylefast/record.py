@@ -61,9 +61,7 @@ def to_record(requests: Sequence[Request], model_folder: Path = TINY) -> dict[st
     return {"format": FORMAT, "styles": styles, "requests": entries}
 
 
-def from_record(
-    record: Mapping | Sequence, base: str | Path | None = None, model_folder: Path = TINY
-) -> list[Request]:
+def from_record(record: Mapping | Sequence, base: str | Path | None = None, model_folder: Path = TINY) -> list[Request]:
     """The requests of a record, or of a file that somebody wrote.
 
     `record`: what `to_record` gives; or a list of requests; or {"requests": [...], "styles": [...] or {name: ...}}.

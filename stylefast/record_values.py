@@ -269,9 +269,7 @@ def _form(entry, forms: tuple[str, ...], what: str, error: type) -> str:
         raise error(f"{what} is given by {shown}; give its path, or one of {', '.join(forms[:-1])}")
     unknown = [name for name in entry if name not in (found[0], "sha256", "name", "pooled_policy")]
     if unknown:
-        raise error(
-            f"{what} has the unknown field {quoted(unknown[0])}; the known ones are {', '.join(forms)}, sha256"
-        )
+        raise error(f"{what} has the unknown field {quoted(unknown[0])}; the known ones are {', '.join(forms)}, sha256")
     if found[0] == "in_memory":
         raise StyleError(
             f"the call used {_word(entry['in_memory'])} from memory (sha256 {_word(entry.get('sha256'))[:12]}), too "

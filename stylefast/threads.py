@@ -38,8 +38,12 @@ def wait_shortly() -> None:
     if not any(name in os.environ for name in _CHOSEN):
         os.environ.update({WAIT_POLICY: "passive", SPIN_COUNT: SHORT_SPIN})
         if "torch" in sys.modules:
-            logger.info("torch was imported before stylefast, so its threads spin long while they wait, slow on a "
-                        "busy machine; import stylefast first, or set %s=%s", SPIN_COUNT, SHORT_SPIN)  # fmt: skip
+            logger.info(
+                "torch was imported before stylefast, so its threads spin long while they wait, slow on a "
+                "busy machine; import stylefast first, or set %s=%s",
+                SPIN_COUNT,
+                SHORT_SPIN,
+            )
 
 
 @contextmanager
@@ -81,8 +85,12 @@ def fit_to_quota() -> None:
         return
     most = max(1, int(quota))
     if torch.get_num_threads() > most:
-        logger.info("%d CPU threads instead of %d: this process has the time of %.1f cores",
-                    most, torch.get_num_threads(), quota)  # fmt: skip
+        logger.info(
+            "%d CPU threads instead of %d: this process has the time of %.1f cores",
+            most,
+            torch.get_num_threads(),
+            quota,
+        )
         torch.set_num_threads(most)
 
 

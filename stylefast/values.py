@@ -161,8 +161,11 @@ def did_you_mean_beside(missing: Path, suffixes: Iterable[str] = ()) -> str:
     wanted = tuple(suffixes)
     try:
         with os.scandir(missing.parent) as entries:
-            beside = [entry.name for entry in itertools.islice(entries, _NEIGHBOURS)
-                      if not wanted or entry.is_dir() or Path(entry.name).suffix.lower() in wanted]  # fmt: skip
+            beside = [
+                entry.name
+                for entry in itertools.islice(entries, _NEIGHBOURS)
+                if not wanted or entry.is_dir() or Path(entry.name).suffix.lower() in wanted
+            ]
     except OSError:  # no folder, or none that may be looked into
         return ""
     return did_you_mean(missing.name, beside)
@@ -318,9 +321,12 @@ def load_json(
         if not isinstance(content, str):
             content = bytes(content).decode(json.detect_encoding(bytes(content)))
         found = json.loads(
-            content.removeprefix("\ufeff"), object_pairs_hook=_object,
-            parse_constant=_infinity if infinite else _no_constant, parse_float=_finite, parse_int=_short_int,
-        )  # fmt: skip
+            content.removeprefix("\ufeff"),
+            object_pairs_hook=_object,
+            parse_constant=_infinity if infinite else _no_constant,
+            parse_float=_finite,
+            parse_int=_short_int,
+        )
         _check_depth(found, deepest)
     except RecursionError:
         raise error(f"{what} is nested too deep; at most {deepest} levels are read") from None
@@ -335,9 +341,14 @@ def load_json(
 
 
 def read_json(
-    file: str | Path, what: str, *, kind: type | None = None, error: type = InvalidRequest, largest: int = JSON_BYTES,
+    file: str | Path,
+    what: str,
+    *,
+    kind: type | None = None,
+    error: type = InvalidRequest,
+    largest: int = JSON_BYTES,
     infinite: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """Read and parse a JSON file as `load_json` does; a file that is missing or can't be read is the same error."""
     place = path(what, file, error=error)
     try:

@@ -42,11 +42,23 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 _COMPARES = re.compile(r"\b(fp64|near_fp64|allclose|assert_close|near|psnr|isclose|bit_equal|torch\.equal)\b")
 # they compare too, but what programs computed that choose their instructions without regard to PyTorch's
 _ELSEWHERE = ("benchmarks", "cli", "docs", "export", "packaging", "training", "evaluation")
-_COMPILED = ("test_compiled", "test_graph_", "test_onnxruntime_backend", "test_interpreted", "test_gpu_",
-             "test_custom_ops")  # fmt: skip
+_COMPILED = (
+    "test_compiled",
+    "test_graph_",
+    "test_onnxruntime_backend",
+    "test_interpreted",
+    "test_gpu_",
+    "test_custom_ops",
+)
 # bits that are written, read and moved, with no sum over them
-_COPIED = ("test_bank_file", "test_copy_engine", "test_load_options", "test_pipeline_check", "test_record",
-           "test_single_file")  # fmt: skip
+_COPIED = (
+    "test_bank_file",
+    "test_copy_engine",
+    "test_load_options",
+    "test_pipeline_check",
+    "test_record",
+    "test_single_file",
+)
 # they are about what happens when; the numbers beside it are those of test_requests.py and test_mixed_batches.py
 _EVENTS = ("test_batching", "test_endings", "test_errors", "test_faults", "test_jobs", "test_memory")
 

@@ -12,11 +12,21 @@ from pathlib import Path
 
 # what the commands load; a module that is not installed is left out
 IMPORTED = (
-    "stylefast.engine", "stylefast.export.pipeline", "stylefast.export.onnx_graphs", "stylefast.commands.generate",
-    "stylefast.commands.export", "stylefast.commands.info", "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip", "onnx", "onnxscript",
-    "onnxruntime", "torch.export", "torch._inductor.config",
-)  # fmt: skip
+    "stylefast.engine",
+    "stylefast.export.pipeline",
+    "stylefast.export.onnx_graphs",
+    "stylefast.commands.generate",
+    "stylefast.commands.export",
+    "stylefast.commands.info",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "transformers.models.clip.modeling_clip",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "torch.export",
+    "torch._inductor.config",
+)
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(IMPORTED))

@@ -8,9 +8,21 @@ from stylefast.kernels.gpu.shared_attention import shared_attention
 from stylefast.kernels.shared_attention import CONCAT, PLAIN, SWAP, Affine, shared_attention_ref
 
 ORDER = (
-    "q", "k", "v", "page", "mode", "scale", "shift", "gain", "offset", "pool_k", "pool_v", "pool_k_scale",
-    "pool_v_scale", "bias",
-)  # fmt: skip
+    "q",
+    "k",
+    "v",
+    "page",
+    "mode",
+    "scale",
+    "shift",
+    "gain",
+    "offset",
+    "pool_k",
+    "pool_v",
+    "pool_k_scale",
+    "pool_v_scale",
+    "bias",
+)
 
 # rows 0 to 3 are the batch, 4 and 5 the pool
 MIXES = {

@@ -33,8 +33,8 @@ def layer_weights(layout: AttentionLayout, cross_dim: int = CROSS_DIM, seed: int
     """`{k}.to_k_ip.weight` and `{k}.to_v_ip.weight` of every layer, k odd."""
     draw = torch.Generator().manual_seed(seed)
     return {
-        f"{layout.ip_adapter_key(i)}.to_{which}_ip.weight":
-            torch.randn(layer.channels, cross_dim, generator=draw) / cross_dim**0.5
+        f"{layout.ip_adapter_key(i)}.to_{which}_ip.weight": torch.randn(layer.channels, cross_dim, generator=draw)
+        / cross_dim**0.5
         for i, layer in enumerate(layout.layers)
         for which in "kv"
     }
@@ -58,8 +58,13 @@ def global_adapter(
 
 
 def plus_adapter(
-    layout: AttentionLayout, cross_dim: int = CROSS_DIM, embed_dim: int = 40, width: int = 32, heads: int = 2,
-    tokens: int = 16, seed: int = 0,
+    layout: AttentionLayout,
+    cross_dim: int = CROSS_DIM,
+    embed_dim: int = 40,
+    width: int = 32,
+    heads: int = 2,
+    tokens: int = 16,
+    seed: int = 0,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """ip-adapter-plus_sdxl_vit-h's layout, nested as in a .bin; `embed_dim` is the encoder's hidden size."""
     draw = torch.Generator().manual_seed(seed + 2)
@@ -76,8 +81,10 @@ def plus_adapter(
     inner = 64 * heads
     projector = {
         "latents": torch.randn(1, tokens, width, generator=draw),
-        "proj_in.weight": matrix(width, embed_dim), "proj_in.bias": torch.randn(width, generator=draw),
-        "proj_out.weight": matrix(cross_dim, width), "proj_out.bias": torch.randn(cross_dim, generator=draw),
+        "proj_in.weight": matrix(width, embed_dim),
+        "proj_in.bias": torch.randn(width, generator=draw),
+        "proj_out.weight": matrix(cross_dim, width),
+        "proj_out.bias": torch.randn(cross_dim, generator=draw),
         **norm("norm_out", cross_dim),
     }
     for i in range(4):
@@ -110,8 +117,13 @@ def small_vision_model(seed: int = 0, projection_dim: int = 48, hidden_size: int
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = CLIPVisionConfig(
-            hidden_size=hidden_size, intermediate_size=64, projection_dim=projection_dim, num_hidden_layers=3,
-            num_attention_heads=4, image_size=image_size, patch_size=8,
+            hidden_size=hidden_size,
+            intermediate_size=64,
+            projection_dim=projection_dim,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=image_size,
+            patch_size=8,
         )
         return CLIPVisionModelWithProjection(config).eval()
 

@@ -5,8 +5,14 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def write_folder(pipeline, folder, variant=None):
@@ -45,13 +51,17 @@ def original_unet(unet):
 def original_unet_name(name, config):
     """`down_blocks.1.attentions.0...` -> `input_blocks.4.1...`"""
     outside = {
-        "conv_in.": "input_blocks.0.0.", "time_embedding.linear_1.": "time_embed.0.",
-        "time_embedding.linear_2.": "time_embed.2.", "add_embedding.linear_1.": "label_emb.0.0.",
-        "add_embedding.linear_2.": "label_emb.0.2.", "conv_norm_out.": "out.0.", "conv_out.": "out.2.",
+        "conv_in.": "input_blocks.0.0.",
+        "time_embedding.linear_1.": "time_embed.0.",
+        "time_embedding.linear_2.": "time_embed.2.",
+        "add_embedding.linear_1.": "label_emb.0.0.",
+        "add_embedding.linear_2.": "label_emb.0.2.",
+        "conv_norm_out.": "out.0.",
+        "conv_out.": "out.2.",
     }
     for start, original in outside.items():
         if name.startswith(start):
-            return original + name[len(start):]
+            return original + name[len(start) :]
     parts = name.split(".")
     per_block = config["layers_per_block"] + 1
     if parts[0] == "mid_block":
@@ -116,8 +126,13 @@ def open_clip(encoder):
         for kind in ("weight", "bias"):
             fused = [state[f"{source}self_attn.{p}_proj.{kind}"] for p in "qkv"]
             renamed[f"{target}attn.in_proj_{kind}"] = torch.cat(fused)
-            for before, after in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"),
-                                  ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+            for before, after in (
+                ("self_attn.out_proj", "attn.out_proj"),
+                ("layer_norm1", "ln_1"),
+                ("layer_norm2", "ln_2"),
+                ("mlp.fc1", "mlp.c_fc"),
+                ("mlp.fc2", "mlp.c_proj"),
+            ):
                 renamed[f"{target}{after}.{kind}"] = state[f"{source}{before}.{kind}"]
     return renamed
 

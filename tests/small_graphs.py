@@ -21,9 +21,13 @@ SHAPES = (GraphShape("plain", segments=2), GraphShape("live", 1, 2), GraphShape(
 def micro_config() -> dict:
     """SDXL's architecture with two levels, both attending, and one resnet to a block: 7 attention layers."""
     return small_unet_config(
-        widths=(32, 64), head_width=16, depth=(1, 1), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-    )  # fmt: skip
+        widths=(32, 64),
+        head_width=16,
+        depth=(1, 1),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+    )
 
 
 def small_config() -> dict:
@@ -57,18 +61,31 @@ def small_graph_pipeline(seed: int = 3):
 
 def nano_pipeline(seed: int = 3):
     """The micro pipeline around a UNet of one level, all of which attends, in 4 layers."""
-    return _around(small_unet_config(
-        widths=(32,), depth=(1,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-    ), seed)  # fmt: skip
+    return _around(
+        small_unet_config(
+            widths=(32,),
+            depth=(1,),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+        ),
+        seed,
+    )
 
 
 def one_layer_pipeline(seed: int = 3):
     """The micro pipeline around a UNet that attends in one layer, of which graphs have every input all the same."""
-    return _around(small_unet_config(
-        widths=(32,), depth=(1,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None, up_block_types=("UpBlock2D",),
-    ), seed)  # fmt: skip
+    return _around(
+        small_unet_config(
+            widths=(32,),
+            depth=(1,),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",),
+            mid_block_type=None,
+            up_block_types=("UpBlock2D",),
+        ),
+        seed,
+    )
 
 
 def _around(config: dict, seed: int):
@@ -97,10 +114,16 @@ def export_folder(unet, folder: Path, shapes=SHAPES, fixed=None, fingerprint: st
         graphs.append(entry)
     names = dict.fromkeys(name for entry in graphs for name in entry.files)
     fields = {
-        "kind": "onnx", "stylefast": stylefast.__version__, "model": "micro", "fingerprint": fingerprint,
-        "dtype": str(unet.dtype).removeprefix("torch."), "target": "any", "toolchain": {}, "graphs": tuple(graphs),
+        "kind": "onnx",
+        "stylefast": stylefast.__version__,
+        "model": "micro",
+        "fingerprint": fingerprint,
+        "dtype": str(unet.dtype).removeprefix("torch."),
+        "target": "any",
+        "toolchain": {},
+        "graphs": tuple(graphs),
         "files": tuple(file_entry(folder, name) for name in names),
-    }  # fmt: skip
+    }
     manifest = Manifest(**fields | changes)
     write_manifest(folder, manifest)
     return manifest

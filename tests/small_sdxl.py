@@ -37,8 +37,14 @@ def small_unet_config(widths=(32, 64, 64), head_width=16, depth=(1, 1, 2), cross
 def sdxl_unet_config():
     """The published config of SDXL base 1.0's UNet (2,567,463,684 parameters)."""
     return small_unet_config(
-        widths=(320, 640, 1280), head_width=64, depth=(1, 2, 10), cross_dim=2048, pooled_dim=1280,
-        sample_size=128, addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        widths=(320, 640, 1280),
+        head_width=64,
+        depth=(1, 2, 10),
+        cross_dim=2048,
+        pooled_dim=1280,
+        sample_size=128,
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
     )
 
 
@@ -117,7 +123,10 @@ def small_pipeline(seed=0, unet_config=None, vae_config=None, text_width=32, tex
         tokenizer_2=small_tokenizer(pad_token="!"),
         unet=unet.eval(),
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
             steps_offset=1,
         ),
         force_zeros_for_empty_prompt=True,
@@ -132,8 +141,10 @@ def small_tiny_vae(seed=0):
     from diffusers import AutoencoderTiny
 
     vae = AutoencoderTiny(
-        encoder_block_out_channels=(16, 16, 16), decoder_block_out_channels=(16, 16, 16),
-        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
+        encoder_block_out_channels=(16, 16, 16),
+        decoder_block_out_channels=(16, 16, 16),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
     )
     return _randomised(vae, seed).eval()
 

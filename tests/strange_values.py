@@ -15,20 +15,78 @@ class Unprintable:
 
 
 TEXTS = [
-    "", " ", "a fish", "\ud83d", "a \udc00 fish", "\0", "x" * 40_000, "x" * 300, "x/" * 3000, "~no-such-user", "true",
-    "7", "1e999", "../..", "/", "<a>", "{style}",
-]  # fmt: skip
+    "",
+    " ",
+    "a fish",
+    "\ud83d",
+    "a \udc00 fish",
+    "\0",
+    "x" * 40_000,
+    "x" * 300,
+    "x/" * 3000,
+    "~no-such-user",
+    "true",
+    "7",
+    "1e999",
+    "../..",
+    "/",
+    "<a>",
+    "{style}",
+]
 NUMBERS = [
-    0, 1, -1, 7, 2**31, 2**53 + 1, 2**63, 2**64 - 1, 2**64, 10**400, 10**5000, -(10**400), 0.5, -0.0, 1e308, -1e308,
-    5e-324, float("inf"), float("-inf"), float("nan"), True, False, None,
-]  # fmt: skip
+    0,
+    1,
+    -1,
+    7,
+    2**31,
+    2**53 + 1,
+    2**63,
+    2**64 - 1,
+    2**64,
+    10**400,
+    10**5000,
+    -(10**400),
+    0.5,
+    -0.0,
+    1e308,
+    -1e308,
+    5e-324,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    True,
+    False,
+    None,
+]
 # of Python alone
 OBJECTS = [
-    b"abc", bytearray(3), 1j, object(), type, len, range(3), {1, 2}, frozenset("qk"), slice(1), Unprintable(),
-    np.int64(5), np.uint8(3), np.float32(0.5), np.bool_(True), np.array(5), np.array([1, 2]), np.zeros((0, 3)),
-    np.array("5"), np.array(None), torch.tensor(5), torch.tensor(0.5), torch.tensor([1.0]), torch.tensor(True),
-    torch.tensor(1j), torch.zeros(0),
-]  # fmt: skip
+    b"abc",
+    bytearray(3),
+    1j,
+    object(),
+    type,
+    len,
+    range(3),
+    {1, 2},
+    frozenset("qk"),
+    slice(1),
+    Unprintable(),
+    np.int64(5),
+    np.uint8(3),
+    np.float32(0.5),
+    np.bool_(True),
+    np.array(5),
+    np.array([1, 2]),
+    np.zeros((0, 3)),
+    np.array("5"),
+    np.array(None),
+    torch.tensor(5),
+    torch.tensor(0.5),
+    torch.tensor([1.0]),
+    torch.tensor(True),
+    torch.tensor(1j),
+    torch.zeros(0),
+]
 
 
 def deep(levels: int, wrap=lambda inner: [inner]):
@@ -55,10 +113,14 @@ def _containers(inner):
 
 
 json_values = st.one_of(
-    st.recursive(_scalars, _containers, max_leaves=6), st.builds(deep, st.sampled_from([1, 70, 3000])),
+    st.recursive(_scalars, _containers, max_leaves=6),
+    st.builds(deep, st.sampled_from([1, 70, 3000])),
     st.builds(lambda levels: deep(levels, lambda inner: {"kind": inner}), st.sampled_from([1, 70, 3000])),
-)  # fmt: skip
+)
 python_values = st.one_of(
-    json_values, _one_of(OBJECTS), st.lists(_one_of([*OBJECTS, *NUMBERS]), max_size=3),
-    st.tuples(_scalars, _scalars), st.dictionaries(st.sampled_from([1, None, ("a",), "q", 0.5]), _scalars, max_size=2),
-)  # fmt: skip
+    json_values,
+    _one_of(OBJECTS),
+    st.lists(_one_of([*OBJECTS, *NUMBERS]), max_size=3),
+    st.tuples(_scalars, _scalars),
+    st.dictionaries(st.sampled_from([1, None, ("a",), "q", 0.5]), _scalars, max_size=2),
+)

@@ -62,23 +62,44 @@ def styles(picture, learned):
     mask = torch.zeros(16, 16)
     mask[:, :8] = 0.3
     return {
-        "aligned": StyleAligned(picture, "a fox", adain={"q": 1.0, "k": 0.25}, scale=0.5, shift=1.5, mode="swap",
-                                layers=["up_blocks"], only_self_level=0.25, share_group_norm=True, seed=4,
-                                share_styles=False, window=(0.1, 0.9)),
+        "aligned": StyleAligned(
+            picture,
+            "a fox",
+            adain={"q": 1.0, "k": 0.25},
+            scale=0.5,
+            shift=1.5,
+            mode="swap",
+            layers=["up_blocks"],
+            only_self_level=0.25,
+            share_group_norm=True,
+            seed=4,
+            share_styles=False,
+            window=(0.1, 0.9),
+        ),
         "aligned without sharing": StyleAligned(shift=-float("inf"), adain=()),
         "aligned by values": StyleAligned(adain=["v"]),
         "aligned to two pictures": StyleAligned([picture, small_picture(3)]),
-        "instant": InstantStyle(picture, blocks={"up": {"block_0": [0.0, 1.0, 0.0]}}, scale=0.5, content="a fox",
-                                content_scale=0.25, window=(0.0, 0.5), crop="pad", negative_image=small_picture(2)),
+        "instant": InstantStyle(
+            picture,
+            blocks={"up": {"block_0": [0.0, 1.0, 0.0]}},
+            scale=0.5,
+            content="a fox",
+            content_scale=0.25,
+            window=(0.0, 0.5),
+            crop="pad",
+            negative_image=small_picture(2),
+        ),
         "instant from an array": InstantStyle(np.array(small_picture(4)), blocks=["up_blocks.0.attentions.1"]),
-        "instant with masks": InstantStyle([picture, small_picture(5)], mask=[small_picture(6), mask],
-                                           scale=[1.0, 0.5]),
+        "instant with masks": InstantStyle(
+            [picture, small_picture(5)], mask=[small_picture(6), mask], scale=[1.0, 0.5]
+        ),
         "instant with an embedding": InstantStyle(picture, content=torch.randn(7), composition_scale=0.5),
-        "learned from a file": DreamStyler(learned, context="a moon",
-                                           guidance=StyleContextGuidance(1.0, 2.0, 3.0, "paper")),
+        "learned from a file": DreamStyler(
+            learned, context="a moon", guidance=StyleContextGuidance(1.0, 2.0, 3.0, "paper")
+        ),
         "learned from memory": DreamStyler(embedding("ink"), name="pen", template="{style} {prompt}"),
         "learned and mixed": DreamStyler(learned, stages={0: embedding("ink", seed=1), 2: embedding("one", 1, seed=2)}),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", styles("x.png", embedding()).keys())
@@ -186,8 +207,12 @@ def test_a_style_written_by_hand_may_be_spelled_in_several_ways(picture, kind, k
 
 def test_styles_are_referred_to_by_number_or_name(picture):
     style = {"kind": "StyleAligned", "reference": picture}
-    named = from_record({"styles": {"brand": style}, "requests": [{"prompt": "a", "style": "brand"},
-                                                                  {"prompt": "b", "style": ["brand"]}]})  # fmt: skip
+    named = from_record(
+        {
+            "styles": {"brand": style},
+            "requests": [{"prompt": "a", "style": "brand"}, {"prompt": "b", "style": ["brand"]}],
+        }
+    )
     listed = from_record({"styles": [style], "requests": [{"prompt": "a", "style": 0, "size": "64x128"}]})
     assert named[0].aligned is named[1].aligned
     assert listed[0].aligned.reference == picture and listed[0].size == (64, 128)

@@ -123,16 +123,25 @@ def test_a_file_of_requests_is_read_or_refused(content, tmp_path_factory):
     refused_or_done(read_requests, file, TINY)
 
 
-@pytest.mark.parametrize("content", [
-    "[" * 200_000, '{"requests": ' * 200_000, '[{"prompt": "a", "prompt": "b"}]', '[{"prompt": "a", "seed": 1e999}]',
-    f'[{{"prompt": "a", "seed": {"9" * 400}}}]', '[{"prompt": "\\ud83d"}]', '[{"prompt": "a", "steps": NaN}]',
-    '[{"prompt": "a", "style": {"kind": "StyleAligned", "scale": 1e308}}]',
-    '[{"prompt": "a", "style": {"kind": "StyleAligned", "layers": [1]}}]',
-    '[{"prompt": "a", "style": {"kind": "StyleAligned", "share_group_norm": "false"}}]',
-    '[{"prompt": "a", "style": {"kind": "InstantStyle", "image": "neon", "adapter": []}}]',
-    '[{"prompt": "a", "style": {"kind": "DreamStyler", "embedding": "chalk", "stages": {"9999999999": "chalk"}}}]',
-    '[{"prompt": "a", "size": "99999999999999999999x64"}]',
-], ids=range(13))  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 200_000,
+        '{"requests": ' * 200_000,
+        '[{"prompt": "a", "prompt": "b"}]',
+        '[{"prompt": "a", "seed": 1e999}]',
+        f'[{{"prompt": "a", "seed": {"9" * 400}}}]',
+        '[{"prompt": "\\ud83d"}]',
+        '[{"prompt": "a", "steps": NaN}]',
+        '[{"prompt": "a", "style": {"kind": "StyleAligned", "scale": 1e308}}]',
+        '[{"prompt": "a", "style": {"kind": "StyleAligned", "layers": [1]}}]',
+        '[{"prompt": "a", "style": {"kind": "StyleAligned", "share_group_norm": "false"}}]',
+        '[{"prompt": "a", "style": {"kind": "InstantStyle", "image": "neon", "adapter": []}}]',
+        '[{"prompt": "a", "style": {"kind": "DreamStyler", "embedding": "chalk", "stages": {"9999999999": "chalk"}}}]',
+        '[{"prompt": "a", "size": "99999999999999999999x64"}]',
+    ],
+    ids=range(13),
+)
 def test_what_json_can_carry_is_refused_by_name(content, tmp_path):
     (tmp_path / "calls.json").write_text(content)
     with pytest.raises(StyleFastError):
@@ -183,10 +192,19 @@ def test_a_header_that_contradicts_itself_is_refused(kind, tmp_path):
         read_header(header_file(tmp_path / "a.safetensors", json.dumps(BROKEN[kind]).encode()))
 
 
-@pytest.mark.parametrize("header", [
-    b"[" * 200_000, b'{"a":' * 200_000, b'{"a": 1, "a": 2}', b"{" + b"9" * 5000 + b"}", b'{"a": 1e999}', b"{\xff}",
-    b'{"__metadata__": {"x": "\\ud83d"}}',
-], ids=range(7))  # fmt: skip
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+        b'{"a": 1, "a": 2}',
+        b"{" + b"9" * 5000 + b"}",
+        b'{"a": 1e999}',
+        b"{\xff}",
+        b'{"__metadata__": {"x": "\\ud83d"}}',
+    ],
+    ids=range(7),
+)
 def test_a_header_of_hostile_json_is_refused_or_read(header, tmp_path):
     refused_or_done(read_header, header_file(tmp_path / "a.safetensors", header, 0))
 
@@ -209,10 +227,23 @@ def test_a_sound_header_that_begins_like_a_pickle_is_read(tmp_path):
     assert read_header(header_file(tmp_path / "a.safetensors", header)).shape("a") == (4, 4)
 
 
-@pytest.mark.parametrize("change", [
-    {"steps": "2"}, {"steps": 1e308}, {"layers": [[0]]}, {"branches": [["full"]]}, {"size": {"a": 1}}, {"format": [1]},
-    {"prompt": "\ud83d"}, {"seed": 2**64}, {"guidance": "5"}, {"references": True}, {"dtype": ["float32"]},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": "2"},
+        {"steps": 1e308},
+        {"layers": [[0]]},
+        {"branches": [["full"]]},
+        {"size": {"a": 1}},
+        {"format": [1]},
+        {"prompt": "\ud83d"},
+        {"seed": 2**64},
+        {"guidance": "5"},
+        {"references": True},
+        {"dtype": ["float32"]},
+    ],
+    ids=str,
+)
 def test_a_banks_metadata_that_makes_no_sense_is_refused(change, tmp_path):
     info = small_bank().info.to_json()
     with pytest.raises(StyleFastError):

@@ -146,15 +146,29 @@ def test_json_is_read_with_and_without_a_byte_order_mark(content):
     assert values.load_json(content, "the file", kind=list) == [1]
 
 
-@pytest.mark.parametrize("content, said", [
-    ('{"steps": 1, "steps": 2}', "'steps' occurs twice in one object"),
-    ("[NaN]", "NaN is no number"), ("[-Infinity]", "Infinity is no number"), ("[1e999]", "1e999 is too large"),
-    ("[-1e999]", "too large"), (f"[{'9' * 400}]", "a whole number has 400 digits"), (f"[{'9' * 9000}]", "9000 digits"),
-    ("[" * 200_000, "nested too deep"), ('{"a":' * 200_000, "nested too deep"),
-    ("[" * 65 + "]" * 65, "nested too deep; at most 64"), ("{", "no valid JSON .*line 1 column 2"), ("", "no valid"),
-    (b"\xff\xfe\xfd", "no text in UTF-8"), (b"\xe9a", "no text in UTF-8"), ("7", "holds 7 where a list is expected"),
-    ('{"a": 1}', "where a list is expected"), (" " * 1001, "has 1001 bytes; at most 1000"),
-], ids=range(17))  # fmt: skip
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ('{"steps": 1, "steps": 2}', "'steps' occurs twice in one object"),
+        ("[NaN]", "NaN is no number"),
+        ("[-Infinity]", "Infinity is no number"),
+        ("[1e999]", "1e999 is too large"),
+        ("[-1e999]", "too large"),
+        (f"[{'9' * 400}]", "a whole number has 400 digits"),
+        (f"[{'9' * 9000}]", "9000 digits"),
+        ("[" * 200_000, "nested too deep"),
+        ('{"a":' * 200_000, "nested too deep"),
+        ("[" * 65 + "]" * 65, "nested too deep; at most 64"),
+        ("{", "no valid JSON .*line 1 column 2"),
+        ("", "no valid"),
+        (b"\xff\xfe\xfd", "no text in UTF-8"),
+        (b"\xe9a", "no text in UTF-8"),
+        ("7", "holds 7 where a list is expected"),
+        ('{"a": 1}', "where a list is expected"),
+        (" " * 1001, "has 1001 bytes; at most 1000"),
+    ],
+    ids=range(17),
+)
 def test_json_that_is_broken_or_ambiguous_is_refused(content, said):
     largest = 1000 if len(content) == 1001 else values.JSON_BYTES
     with pytest.raises(StyleError, match=f"^the request file .*{said}"):

@@ -89,8 +89,13 @@ class _Scene:
 
     def __init__(self, tokens: int, heads: int, rows: int, pages: int, dtype: torch.dtype, device: str):
         self.tokens, self.heads, self.rows, self.pages, self.dtype, self.device = (
-            tokens, heads, rows, pages, dtype, device
-        )  # fmt: skip
+            tokens,
+            heads,
+            rows,
+            pages,
+            dtype,
+            device,
+        )
 
     def case(self, comparisons: list, entrants: Callable[["_Scene"], Entrants], prefix: str = "") -> Case:
         shape = f"{prefix}{self.rows}x{self.tokens}x({self.tokens}+{self.tokens})x{self.heads}x{WIDTH}"
@@ -111,12 +116,20 @@ class _Scene:
         pages = torch.arange(self.pages, device=self.device).repeat_interleave(self.rows // self.pages) + self.rows
         ones = torch.ones(self.rows, 1, device=self.device)
         return {
-            "q": q, "k": k[: self.rows], "v": v[: self.rows], "pool_k": k[self.rows :], "pool_v": v[self.rows :],
-            "page": pages[:, None], "mode": torch.full((self.rows,), CONCAT, device=self.device),
-            "scale": ones, "shift": torch.zeros_like(ones), "page_q": page_q,
-            "strength": torch.ones(self.rows, 2, device=self.device), "pool_mean": pool_mean,
+            "q": q,
+            "k": k[: self.rows],
+            "v": v[: self.rows],
+            "pool_k": k[self.rows :],
+            "pool_v": v[self.rows :],
+            "page": pages[:, None],
+            "mode": torch.full((self.rows,), CONCAT, device=self.device),
+            "scale": ones,
+            "shift": torch.zeros_like(ones),
+            "page_q": page_q,
+            "strength": torch.ones(self.rows, 2, device=self.device),
+            "pool_mean": pool_mean,
             "pool_variance": pool_variance,
-        }  # fmt: skip
+        }
 
     def input_sets(self) -> list[dict[str, Any]]:
         size = torch.empty(0, dtype=self.dtype).element_size()

@@ -54,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.only:
         wanted = arguments.only.split(",")
         if unknown := sorted(set(wanted) - {case.operation for case in cases}):
-            print(f"error: --only names {', '.join(unknown)}; there are "
-                  f"{', '.join(dict.fromkeys(case.operation for case in cases))}", file=sys.stderr)  # fmt: skip
+            print(
+                f"error: --only names {', '.join(unknown)}; there are "
+                f"{', '.join(dict.fromkeys(case.operation for case in cases))}",
+                file=sys.stderr,
+            )
             return 2
         cases = [case for case in cases if case.operation in wanted]
     timer = cuda_timer if arguments.device == "cuda" else cpu_timer(**(QUICK_TIMER if arguments.quick else {}))

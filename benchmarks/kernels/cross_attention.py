@@ -77,9 +77,17 @@ def _inputs(tokens, heads, rows, image_tokens, dtype, device, seed):
     )
     row = torch.arange(rows, device=device)
     return (
-        q, text_k, text_v, row, image_k, image_v, torch.full((rows,), image_tokens, device=device), row[:, None],
-        torch.full((rows, 1), STRENGTH, device=device), torch.zeros(rows, 1, dtype=torch.int64, device=device),
-    )  # fmt: skip
+        q,
+        text_k,
+        text_v,
+        row,
+        image_k,
+        image_v,
+        torch.full((rows,), image_tokens, device=device),
+        row[:, None],
+        torch.full((rows, 1), STRENGTH, device=device),
+        torch.zeros(rows, 1, dtype=torch.int64, device=device),
+    )
 
 
 def _gathered(s):

@@ -44,20 +44,26 @@ def _cases(rows: int, pictures: int, tokens: int, side: int, dtype, device: str,
         (_Operation("token_stats", _token_stats(rows, tokens)), f"q and k {tensor}", 2 * values, goals),
         (
             _Operation("group_norm_silu", _group_norm_silu(rows, side), last=(True,)),
-            f"[{rows}, 320, {side}, {side}] channels last", 2 * picture, goals,
+            f"[{rows}, 320, {side}, {side}] channels last",
+            2 * picture,
+            goals,
         ),
         (_Operation("geglu", _geglu(rows, tokens)), f"[{rows}, {tokens}, 5120]", 12 * values, goals),
         (_Operation("add_layer_norm", _add_layer_norm(rows, tokens)), tensor, 4 * values, goals),
         (
             _Operation("guided_step", _guided_step(pictures, side, 0.0)),
-            f"{pictures} x [4, {side}, {side}]", step, goals,
+            f"{pictures} x [4, {side}, {side}]",
+            step,
+            goals,
         ),
         # rescale reads predictions twice by its nature, so the goals above don't fit it
         (
             _Operation("guided_step", _guided_step(pictures, side, 0.7), peer=plain.rescaled_guided_step),
-            f"{pictures} x [4, {side}, {side}] rescale", step, {},
+            f"{pictures} x [4, {side}, {side}] rescale",
+            step,
+            {},
         ),
-    ]  # fmt: skip
+    ]
     return [
         _case(operation, shape, dtype, device, traffic, wanted, compiled)
         for operation, shape, traffic, wanted in operations
@@ -148,7 +154,11 @@ def _guided_step(pictures: int, side: int, rescale: float) -> Callable:
         index = torch.arange(pictures, device=device)
         unused = torch.full_like(index, -1)
         return (
-            latents, anchor, history, predictions, torch.stack([index, unused, unused, index + pictures], 1),
+            latents,
+            anchor,
+            history,
+            predictions,
+            torch.stack([index, unused, unused, index + pictures], 1),
             torch.tensor([-4.0, 0.0, 0.0, 5.0], device=device).repeat(pictures, 1),
             torch.full((pictures,), rescale, device=device),
             torch.tensor([1.0, -0.8], device=device).repeat(pictures, 1),
@@ -156,6 +166,6 @@ def _guided_step(pictures: int, side: int, rescale: float) -> Callable:
                 pictures, 1, 1
             ),
             noise,
-        )  # fmt: skip
+        )
 
     return make

@@ -95,9 +95,7 @@ class Race:
     results: dict[str, Any]
 
 
-def race(
-    runs: Mapping[str, Run], rounds: int, budget: Budget, *, warm_ups: int = 1, cuda: bool = False
-) -> Race:
+def race(runs: Mapping[str, Run], rounds: int, budget: Budget, *, warm_ups: int = 1, cuda: bool = False) -> Race:
     """Every contestant in turn, A B C A B C, for `rounds` rounds, or fewer if the next would overrun the budget.
 
     A contestant that raises is out and the others go on. `warm_ups` rounds are not counted.

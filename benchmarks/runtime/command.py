@@ -60,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.only:
         wanted = tuple(arguments.only.split(","))
         if unknown := [name for name in wanted if not any(case.name.startswith(name) for case in cases)]:
-            print(f"error: --only names {', '.join(unknown)}; there are {', '.join(c.name for c in cases)}",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"error: --only names {', '.join(unknown)}; there are {', '.join(c.name for c in cases)}",
+                file=sys.stderr,
+            )
             return 2
         cases = [case for case in cases if case.name.startswith(wanted)]
     whole = not (arguments.quick or arguments.only)

@@ -42,11 +42,18 @@ def check(scene: Scene, n: int = 2) -> Case:
     def measure(budget: Budget) -> Outcome:
         ours, theirs = scene.uncached(n)(), scene.published(n)()[1:]
         largest = max(latents.abs().max().item() for latents in theirs)
-        return Outcome(figures=[
-            Figure(expected.what, deviation(ours, theirs), expected.goal, at_most=True,
-                   note=f"latents reach {largest:.3g}"),
-            Figure("cached - uncached", deviation(scene.cached(n)(), ours), note="the bank as `bake` stores it"),
-        ])  # fmt: skip
+        return Outcome(
+            figures=[
+                Figure(
+                    expected.what,
+                    deviation(ours, theirs),
+                    expected.goal,
+                    at_most=True,
+                    note=f"latents reach {largest:.3g}",
+                ),
+                Figure("cached - uncached", deviation(scene.cached(n)(), ours), note="the bank as `bake` stores it"),
+            ]
+        )
 
     what = f"largest difference of latents after {scene.steps} steps, {n} pictures, same seeds and noise"
     return Case(CHECK, what, measure, (expected,))
@@ -55,8 +62,11 @@ def check(scene: Scene, n: int = 2) -> Case:
 def speed(name: str, scene: Scene, n: int, rounds: int, goals: tuple[float | None, float | None]) -> Case:
     """Cached against uncached and published, text encoding included and the VAE left out on all sides."""
     over_uncached, over_published = goals
-    ratios = [Ratio("uncached", "cached", over_uncached), Ratio("published", "cached", over_published),
-              Ratio("published", "uncached")]  # fmt: skip
+    ratios = [
+        Ratio("uncached", "cached", over_uncached),
+        Ratio("published", "cached", over_published),
+        Ratio("published", "uncached"),
+    ]
     if n == 1:
         ratios.append(Ratio("cached", "plain"))
 
@@ -79,8 +89,10 @@ def speed(name: str, scene: Scene, n: int, rounds: int, goals: tuple[float | Non
 
 def mixed(scene: Scene, rounds: int) -> Case:
     """Eight styles in one batch against one style, at the same number of rows."""
-    ratios = (Ratio("eight styles", "one style", MIXED_GOAL, at_most=True),
-              Ratio("eight banks", "one bank", MIXED_GOAL, at_most=True))  # fmt: skip
+    ratios = (
+        Ratio("eight styles", "one style", MIXED_GOAL, at_most=True),
+        Ratio("eight banks", "one bank", MIXED_GOAL, at_most=True),
+    )
 
     def measure(budget: Budget) -> Outcome:
         batches = {

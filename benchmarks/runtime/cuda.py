@@ -57,8 +57,12 @@ class Bench:
         pipeline = copy.copy(model.published.pipeline)
         pipeline.unet = _without_processors(pipeline.unet)
         engine = Engine.from_pipeline(pipeline, **options)
-        return Scene(lambda: Model(model.name, engine, model.published, model.size), self.scene.steps, pictures=True,
-                     banks=self.scene.banks)  # fmt: skip
+        return Scene(
+            lambda: Model(model.name, engine, model.published, model.size),
+            self.scene.steps,
+            pictures=True,
+            banks=self.scene.banks,
+        )
 
     @cached_property
     def compiled(self) -> Published:
@@ -109,8 +113,11 @@ def against_published(bench: Bench, n: int, cached, uncached, inside) -> Case:
     def ratio(over: str, under: str, goal) -> Ratio:
         return Ratio(over, under, goal and goal[1], label=goal[0] if goal else "")
 
-    ratios = (ratio("published", "cached", cached), ratio("published", "uncached", uncached),
-              ratio("uncached", "cached", inside))  # fmt: skip
+    ratios = (
+        ratio("published", "cached", cached),
+        ratio("published", "uncached", uncached),
+        ratio("uncached", "cached", inside),
+    )
 
     def measure(budget: Budget) -> Outcome:
         scene = bench.scene
@@ -156,8 +163,10 @@ def step(bench: Bench) -> Case:
             ]
         return Outcome(times, figures, {"failures": failures, "peak_tflops": round(peak / 1e12, 1)})
 
-    what = f"a plain guided step of the engine, from runs of {bench.scene.steps} and {bench.few.steps} steps; peak is "\
-           "this run's bf16 matrix product of 8192^3"  # fmt: skip
+    what = (
+        f"a plain guided step of the engine, from runs of {bench.scene.steps} and {bench.few.steps} steps; peak is "
+        "this run's bf16 matrix product of 8192^3"
+    )
     return Case("step", what, measure, expected, 30)
 
 
@@ -175,8 +184,10 @@ def host_side(bench: Bench) -> Case:
 
 def streamed(bench: Bench) -> Case:
     """Pages that come from the host against pages that stay on the device."""
-    ratios = (Ratio("streamed fp8 n=1", "resident fp8 n=1", 1.03, at_most=True, label="B4"),
-              Ratio("streamed n=2", "resident n=2", 1.03, at_most=True, label="B4"))  # fmt: skip
+    ratios = (
+        Ratio("streamed fp8 n=1", "resident fp8 n=1", 1.03, at_most=True, label="B4"),
+        Ratio("streamed n=2", "resident n=2", 1.03, at_most=True, label="B4"),
+    )
 
     def measure(budget: Budget) -> Outcome:
         # both banks are baked on the engine that has the room
@@ -192,8 +203,10 @@ def streamed(bench: Bench) -> Case:
 
 def compiled(bench: Bench, n: int, cached: float, uncached: float | None) -> Case:
     """The published form under torch.compile."""
-    ratios = (Ratio("compiled", "cached", cached, label="B2"),
-              Ratio("compiled", "uncached", uncached, label="B2" if uncached else ""))  # fmt: skip
+    ratios = (
+        Ratio("compiled", "cached", cached, label="B2"),
+        Ratio("compiled", "uncached", uncached, label="B2" if uncached else ""),
+    )
 
     def measure(budget: Budget) -> Outcome:
         scene = bench.scene

@@ -7,9 +7,15 @@ from benchmarks.runtime.scene import PROMPTS, REFERENCE, REFERENCE_SEED, SEED, S
 
 BATCH = 8
 BAKED = (
-    REFERENCE, "a fish in watercolor style", "a fish in woodcut style", "a fish in glass style",
-    "a house in neon style", "a house in watercolor style", "a cat in woodcut style", "a cat in glass style",
-)  # fmt: skip
+    REFERENCE,
+    "a fish in watercolor style",
+    "a fish in woodcut style",
+    "a fish in glass style",
+    "a house in neon style",
+    "a house in watercolor style",
+    "a cat in woodcut style",
+    "a cat in glass style",
+)
 
 
 def one_live_style(scene: Scene) -> list[sf.Request]:

@@ -78,7 +78,12 @@ def sdxl_config() -> dict:
 
 
 def unet_config(
-    widths: tuple[int, int, int], *, cross_dim: int, pooled_dim: int, time_dim: int, side: int,
+    widths: tuple[int, int, int],
+    *,
+    cross_dim: int,
+    pooled_dim: int,
+    time_dim: int,
+    side: int,
     depth: tuple[int, int, int] = (1, 2, 10),
 ) -> dict:
     """Arguments of diffusers' UNet2DConditionModel for SDXL's layout.
@@ -119,12 +124,18 @@ def random_pipeline(unet: Mapping, text_widths: tuple[int, int], vae: Mapping, d
     tokenizers = [CLIPTokenizer.from_pretrained(TINY / part) for part in ("tokenizer", "tokenizer_2")]
     texts = [
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-            num_attention_heads=width // HEAD_WIDTH, projection_dim=width, max_position_embeddings=77,
-            eos_token_id=tokenizer.eos_token_id, hidden_act=act,
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=width // HEAD_WIDTH,
+            projection_dim=width,
+            max_position_embeddings=77,
+            eos_token_id=tokenizer.eos_token_id,
+            hidden_act=act,
         )
         for tokenizer, width, act in zip(tokenizers, text_widths, ("quick_gelu", "gelu"), strict=True)
-    ]  # fmt: skip
+    ]
     # UNet and VAE are made without memory and filled in place: at full size a detour through fp32 would cost minutes.
     # Text encoders have buffers of their own
     with torch.device("meta"):

@@ -43,9 +43,9 @@ def adain(states: torch.Tensor) -> torch.Tensor:
 
 def align(unet) -> None:
     """Make every self-attention of diffusers' `unet` a `SharedAttention`, for good."""
-    unet.set_attn_processor({
-        name: SharedAttention() if ".attn1." in name else kept for name, kept in unet.attn_processors.items()
-    })  # fmt: skip
+    unet.set_attn_processor(
+        {name: SharedAttention() if ".attn1." in name else kept for name, kept in unet.attn_processors.items()}
+    )
 
 
 class Published:

@@ -36,8 +36,10 @@ def block(result: dict[str, Any]) -> str:
     width = max([len(name) for name in result["times"]] + [len(f["what"]) for f in result["figures"]] + [1])
     for name, times in result["times"].items():
         count = len(times["samples_s"])
-        lines.append(f"  {name:<{width}}  {times['median_s']:>8.4g} s  best {times['min_s']:.4g} s"
-                     f"  spread {times['spread']:.1%}  ({count} sample{'s' if count > 1 else ''})")  # fmt: skip
+        lines.append(
+            f"  {name:<{width}}  {times['median_s']:>8.4g} s  best {times['min_s']:.4g} s"
+            f"  spread {times['spread']:.1%}  ({count} sample{'s' if count > 1 else ''})"
+        )
     for f in result["figures"]:
         value = f["note"] if f["verdict"] == NOT_MEASURED else f"{f['value']:>8.4g} {f['unit']}"
         label = f"{f['label']}: " if f["label"] else ""

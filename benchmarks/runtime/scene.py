@@ -78,8 +78,9 @@ class Scene:
 
     def published(self, n: int, form=None) -> Run:
         """The reference and `n` pictures as published; `form` is a `Published` other than the model's own."""
-        return lambda: self._by(form or self.model.published, (REFERENCE, *PROMPTS[:n]),
-                                (REFERENCE_SEED, *range(SEED, SEED + n)))  # fmt: skip
+        return lambda: self._by(
+            form or self.model.published, (REFERENCE, *PROMPTS[:n]), (REFERENCE_SEED, *range(SEED, SEED + n))
+        )
 
     def plainly_published(self, n: int, form) -> Run:
         """`n` pictures by diffusers' UNet without a style."""

@@ -54,11 +54,13 @@ def cases(quick: bool) -> list[Case]:
         finally:
             engine.close()
         values = (growth(tally.megabytes[warm_up // stretch - 1 :]), kept, len(tally.errors))
-        figures = [
-            Figure(e.what, value, e.goal, e.at_most, e.unit) for e, value in zip(expected, values, strict=True)
-        ]
-        details = {"ends": dict(tally.ends), "errors": tally.errors[:10], "megabytes": tally.megabytes,
-                   "seconds": round(tally.seconds, 1)}  # fmt: skip
+        figures = [Figure(e.what, value, e.goal, e.at_most, e.unit) for e, value in zip(expected, values, strict=True)]
+        details = {
+            "ends": dict(tally.ends),
+            "errors": tally.errors[:10],
+            "megabytes": tally.megabytes,
+            "seconds": round(tally.seconds, 1),
+        }
         return Outcome(figures=figures, details=details)
 
     return [Case("soak", what, measure, expected)]
@@ -139,10 +141,15 @@ class Mix:
             style = sf.StyleAligned(bank, scale=choose.uniform(0.5, 1.2), shift=choose.choice((0.0, 0.7)))
             return sf.Request(prompt, style=style, seed=seed, **bank.settings)
         return sf.Request(
-            prompt, style=choose.choice(self.styles), steps=choose.randint(1, 6), size=choose.choice(self.sizes),
-            guidance=choose.choice((0.0, 3.0, 5.0, 7.5)), guidance_rescale=choose.choice((0.0, 0.5)), seed=seed,
+            prompt,
+            style=choose.choice(self.styles),
+            steps=choose.randint(1, 6),
+            size=choose.choice(self.sizes),
+            guidance=choose.choice((0.0, 3.0, 5.0, 7.5)),
+            guidance_rescale=choose.choice((0.0, 0.5)),
+            seed=seed,
             scheduler=choose.choice(("euler", "ddim", "euler_ancestral", "dpmpp_2m", "unipc")),
-        )  # fmt: skip
+        )
 
 
 def growth(megabytes: list[float]) -> float:

@@ -14,9 +14,14 @@ from stylefast.export.triton_repo.pbtxt import Enum, as_list, read_text, write_t
 
 # a type's name in torch -> in Triton
 DATA_TYPES = {
-    "bool": "TYPE_BOOL", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "int64": "TYPE_INT64",
-    "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float32": "TYPE_FP32",
-}  # fmt: skip
+    "bool": "TYPE_BOOL",
+    "uint8": "TYPE_UINT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "float32": "TYPE_FP32",
+}
 KINDS = ("KIND_AUTO", "KIND_CPU", "KIND_GPU")
 TIMEOUT_ACTIONS = ("REJECT", "DELAY")
 # platforms of servers that carry the backend, and the backend of our own Python models
@@ -98,9 +103,11 @@ class QueuePolicy:
 
     def message(self) -> dict[str, Any]:
         return {
-            "timeout_action": Enum(self.action), "default_timeout_microseconds": self.timeout_microseconds,
-            "allow_timeout_override": True, "max_queue_size": self.max_queue_size,
-        }  # fmt: skip
+            "timeout_action": Enum(self.action),
+            "default_timeout_microseconds": self.timeout_microseconds,
+            "allow_timeout_override": True,
+            "max_queue_size": self.max_queue_size,
+        }
 
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> "QueuePolicy":
@@ -124,10 +131,9 @@ class Warmup:
 
     def message(self) -> dict[str, Any]:
         inputs = [
-            {"key": t.name,
-             "value": {"data_type": Enum(t.data_type), "dims": list(t.dims), "zero_data": True}}
+            {"key": t.name, "value": {"data_type": Enum(t.data_type), "dims": list(t.dims), "zero_data": True}}
             for t in self.inputs
-        ]  # fmt: skip
+        ]
         return {"name": self.name, "batch_size": 1, "inputs": inputs}
 
     @classmethod
@@ -199,11 +205,25 @@ class ModelConfig:
 
     @classmethod
     def _of(cls, message: Mapping[str, Any]) -> "ModelConfig":
-        _known("a model", message, (
-            "name", "backend", "platform", "max_batch_size", "default_model_filename", "input", "output",
-            "instance_group", "version_policy", "dynamic_batching", "model_transaction_policy", "model_warmup",
-            "parameters",
-        ))  # fmt: skip
+        _known(
+            "a model",
+            message,
+            (
+                "name",
+                "backend",
+                "platform",
+                "max_batch_size",
+                "default_model_filename",
+                "input",
+                "output",
+                "instance_group",
+                "version_policy",
+                "dynamic_batching",
+                "model_transaction_policy",
+                "model_warmup",
+                "parameters",
+            ),
+        )
         if message["max_batch_size"] != 0 or message["version_policy"] != {"latest": {"num_versions": 1}}:
             raise ModelFormatError("config.pbtxt has another max_batch_size or version_policy than stylefast writes")
         return cls(

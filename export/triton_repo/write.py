@@ -142,8 +142,12 @@ def write_repository(
         graphs = [_write_graph(written, folder, graph, configs[graph.label], hashes) for graph in manifest.graphs]
         _write_model(written, loop, _LOOP_FILES)
         made = replace(
-            manifest, kind="triton-repo", target=serving.device, graphs=tuple(graphs), files=written.files,
-        )  # fmt: skip
+            manifest,
+            kind="triton-repo",
+            target=serving.device,
+            graphs=tuple(graphs),
+            files=written.files,
+        )
         written.complete(made)
     return made
 
@@ -165,22 +169,38 @@ def graph_config(
     file = graph.file.rpartition("/")[2]
     parameters = {"graph": file, "FORCE_CPU_ONLY_INPUT_TENSORS": "no"} if platform == "python" else {}
     return ModelConfig(
-        model_name(graph), platform, tuple(inputs), tuple(outputs), _instances(serving), serving.queue,
-        tuple(warmups.values()), file="" if platform == "python" else file, parameters=parameters,
-    )  # fmt: skip
+        model_name(graph),
+        platform,
+        tuple(inputs),
+        tuple(outputs),
+        _instances(serving),
+        serving.queue,
+        tuple(warmups.values()),
+        file="" if platform == "python" else file,
+        parameters=parameters,
+    )
 
 
 def loop_config(manifest: Manifest, model: str, serving: Serving) -> ModelConfig:
     """The config of the loop; every parameter is JSON."""
     graphs = {model_name(graph): graph_to_json(graph) for graph in manifest.graphs}
     parameters = {
-        "model": model, "fingerprint": manifest.fingerprint, "graphs": graphs, "slots": serving.slots,
-        "banks": serving.banks, "engine": {"device": serving.device, "dtype": manifest.dtype, **serving.engine},
-    }  # fmt: skip
+        "model": model,
+        "fingerprint": manifest.fingerprint,
+        "graphs": graphs,
+        "slots": serving.slots,
+        "banks": serving.banks,
+        "engine": {"device": serving.device, "dtype": manifest.dtype, **serving.engine},
+    }
     return ModelConfig(
-        LOOP, "python", _INPUTS, _OUTPUTS, queue=serving.queue, decoupled=True,
+        LOOP,
+        "python",
+        _INPUTS,
+        _OUTPUTS,
+        queue=serving.queue,
+        decoupled=True,
         parameters={name: json.dumps(value) for name, value in parameters.items()},
-    )  # fmt: skip
+    )
 
 
 def model_name(graph: GraphEntry) -> str:
@@ -267,9 +287,12 @@ def _place(source: Path, written: UnfinishedExport, name: str, sha256: str) -> N
 
 
 def _write_model(
-    written: UnfinishedExport, config: ModelConfig, python: Mapping[str, str], files: Sequence[str] = (),
+    written: UnfinishedExport,
+    config: ModelConfig,
+    python: Mapping[str, str],
+    files: Sequence[str] = (),
     detail: Any = True,
-) -> None:  # fmt: skip
+) -> None:
     """config.pbtxt and the Python files of a model (name there -> name in `models`), recorded with its `files`."""
     folder = written.path / config.name / VERSION
     folder.mkdir(parents=True, exist_ok=True)

@@ -100,12 +100,27 @@ def adain_affine(
     block = config["block"]
     with device_of(mean):
         adain_affine_kernel[(rows * tensors, triton.cdiv(columns, block))](
-            mean, variance, page, strength, pool_mean, pool_variance, gain, offset, rows, pages, columns, tensors,
-            *mean.stride()[:2], *variance.stride()[:2], *pool_strides, *page.stride(), *strength.stride(),
+            mean,
+            variance,
+            page,
+            strength,
+            pool_mean,
+            pool_variance,
+            gain,
+            offset,
+            rows,
+            pages,
+            columns,
+            tensors,
+            *mean.stride()[:2],
+            *variance.stride()[:2],
+            *pool_strides,
+            *page.stride(),
+            *strength.stride(),
             HAS_POOL=pool_mean is not None,
             BLOCK=block,
             **compiler_options(config),
-        )  # fmt: skip
+        )
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

@@ -44,17 +44,27 @@ def dequantise(scale: torch.Tensor, codes: torch.Tensor, out: torch.Tensor) -> N
     grid = (groups * triton.cdiv(tokens, _TOKENS), triton.cdiv(channels, _CHANNELS))
     with device_of(scale):
         dequantise_kernel[grid](
-            scale.contiguous(), codes.contiguous(), out, tokens, channels,
-            TOKENS=_TOKENS, CHANNELS=_CHANNELS, num_warps=_WARPS,
-        )  # fmt: skip
+            scale.contiguous(),
+            codes.contiguous(),
+            out,
+            tokens,
+            channels,
+            TOKENS=_TOKENS,
+            CHANNELS=_CHANNELS,
+            num_warps=_WARPS,
+        )
 
 
 def specialisations(capability: int) -> list[Specialisation]:
     """One per type of the model."""
     return [
         specialisation(
-            f"dequantise to {kind}", dequantise_kernel, {"scale": "*fp32", "codes": "*u8", "out": f"*{kind}"},
-            {"TOKENS": _TOKENS, "CHANNELS": _CHANNELS}, divisible=("channels",), num_warps=_WARPS,
+            f"dequantise to {kind}",
+            dequantise_kernel,
+            {"scale": "*fp32", "codes": "*u8", "out": f"*{kind}"},
+            {"TOKENS": _TOKENS, "CHANNELS": _CHANNELS},
+            divisible=("channels",),
+            num_warps=_WARPS,
         )
         for kind in ("fp32", "bf16", "fp16")
-    ]  # fmt: skip
+    ]

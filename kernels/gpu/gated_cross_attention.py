@@ -24,17 +24,41 @@ LOG2_E = math.log2(math.e)
 _UNSEEN = tl.constexpr(-1e30)  # below every score, yet finite: taken from itself it gives no NaN
 
 TABLES = [
-    "tokens", "text_tokens", "text_pages", "image_tokens", "image_pages", "mask_count", "text_page_row", "length_page",
-    "image_page_row", "image_page_segment", "strength_row", "strength_segment", "group_row", "group_segment",
-    "mask_row", "mask_token", "mask_index_row", "mask_index_segment",
-]  # fmt: skip
+    "tokens",
+    "text_tokens",
+    "text_pages",
+    "image_tokens",
+    "image_pages",
+    "mask_count",
+    "text_page_row",
+    "length_page",
+    "image_page_row",
+    "image_page_segment",
+    "strength_row",
+    "strength_segment",
+    "group_row",
+    "group_segment",
+    "mask_row",
+    "mask_token",
+    "mask_index_row",
+    "mask_index_segment",
+]
 
 
 @triton.jit
 def _segment_state(
-    row, segment, image_page, strength, group, image_page_row, image_page_segment, strength_row, strength_segment,
-    group_row, group_segment,
-):  # fmt: skip
+    row,
+    segment,
+    image_page,
+    strength,
+    group,
+    image_page_row,
+    image_page_segment,
+    strength_row,
+    strength_segment,
+    group_row,
+    group_segment,
+):
     """Page, whether the segment is in use, and the number of its softmax."""
     page = tl.load(image_page + row * image_page_row + segment * image_page_segment)
     amount = tl.load(strength + row * strength_row + segment * strength_segment)
@@ -44,9 +68,22 @@ def _segment_state(
 
 @triton.jit
 def _segment_gate(
-    row, segment, token, reads, tokens, strength, masks, mask_index, mask_count,
-    strength_row, strength_segment, mask_row, mask_token, mask_index_row, mask_index_segment,
-):  # fmt: skip
+    row,
+    segment,
+    token,
+    reads,
+    tokens,
+    strength,
+    masks,
+    mask_index,
+    mask_count,
+    strength_row,
+    strength_segment,
+    mask_row,
+    mask_token,
+    mask_index_row,
+    mask_index_segment,
+):
     """strength * mask of one segment for the tile's tokens, fp32; NaN where the mask's index is out of range."""
     amount = tl.load(strength + row * strength_row + segment * strength_segment, mask=reads, other=0.0)
     gate = tl.zeros_like(token).to(tl.float32) + amount
@@ -73,22 +110,62 @@ def _shares(owner, segment, row, group, group_row, group_segment, SEGMENTS: tl.c
 @triton.jit(do_not_specialize=TABLES)
 def _one_tile(
     q,  # [rows, tokens, heads, d]
-    text_k, text_v,  # [text pages, text tokens, heads, d]
+    text_k,
+    text_v,  # [text pages, text tokens, heads, d]
     text_page,  # [rows]
-    image_k, image_v,  # [image pages, image tokens, heads, d]
+    image_k,
+    image_v,  # [image pages, image tokens, heads, d]
     image_lengths,  # [image pages]
-    image_page, strength, group,  # [rows, segments]
+    image_page,
+    strength,
+    group,  # [rows, segments]
     masks,  # [masks, tokens]
     mask_index,  # [rows, segments]
     out,  # [rows, tokens, heads, d]
-    scale, tokens, text_tokens, text_pages, image_tokens, image_pages, mask_count,
-    q_row, q_token, q_head, text_k_page, text_k_token, text_k_head, text_v_page, text_v_token, text_v_head,
-    text_page_row, image_k_page, image_k_token, image_k_head, image_v_page, image_v_token, image_v_head, length_page,
-    image_page_row, image_page_segment, strength_row, strength_segment, group_row, group_segment,
-    mask_row, mask_token, mask_index_row, mask_index_segment, out_row, out_token, out_head,
-    D: tl.constexpr, D_PADDED: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
-    SEGMENTS: tl.constexpr, SEGMENT_COLUMNS: tl.constexpr,
-):  # fmt: skip
+    scale,
+    tokens,
+    text_tokens,
+    text_pages,
+    image_tokens,
+    image_pages,
+    mask_count,
+    q_row,
+    q_token,
+    q_head,
+    text_k_page,
+    text_k_token,
+    text_k_head,
+    text_v_page,
+    text_v_token,
+    text_v_head,
+    text_page_row,
+    image_k_page,
+    image_k_token,
+    image_k_head,
+    image_v_page,
+    image_v_token,
+    image_v_head,
+    length_page,
+    image_page_row,
+    image_page_segment,
+    strength_row,
+    strength_segment,
+    group_row,
+    group_segment,
+    mask_row,
+    mask_token,
+    mask_index_row,
+    mask_index_segment,
+    out_row,
+    out_token,
+    out_head,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENT_COLUMNS: tl.constexpr,
+):
     """Columns: the text's tokens, then SEGMENT_COLUMNS for each segment. `scale` is log2(e) / sqrt(d)."""
     token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     head = tl.program_id(1)
@@ -112,9 +189,18 @@ def _one_tile(
     values = tl.load(value[:, None] + channel[None, :], mask=live[:, None] & in_d[None, :], other=0.0)
     for s in tl.static_range(SEGMENTS):
         page, active, number = _segment_state(
-            row, s, image_page, strength, group, image_page_row, image_page_segment, strength_row, strength_segment,
-            group_row, group_segment,
-        )  # fmt: skip
+            row,
+            s,
+            image_page,
+            strength,
+            group,
+            image_page_row,
+            image_page_segment,
+            strength_row,
+            strength_segment,
+            group_row,
+            group_segment,
+        )
         broken = broken | (active & (page >= image_pages))
         active = active & (page < image_pages)
         page = tl.where(active, page, 0)
@@ -143,13 +229,35 @@ def _one_tile(
     factors = (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     for s in tl.static_range(SEGMENTS):
         page, active, number = _segment_state(
-            row, s, image_page, strength, group, image_page_row, image_page_segment, strength_row, strength_segment,
-            group_row, group_segment,
-        )  # fmt: skip
+            row,
+            s,
+            image_page,
+            strength,
+            group,
+            image_page_row,
+            image_page_segment,
+            strength_row,
+            strength_segment,
+            group_row,
+            group_segment,
+        )
         gate = _segment_gate(
-            row, s, token, active, tokens, strength, masks, mask_index, mask_count,
-            strength_row, strength_segment, mask_row, mask_token, mask_index_row, mask_index_segment,
-        )  # fmt: skip
+            row,
+            s,
+            token,
+            active,
+            tokens,
+            strength,
+            masks,
+            mask_index,
+            mask_count,
+            strength_row,
+            strength_segment,
+            mask_row,
+            mask_token,
+            mask_index_row,
+            mask_index_segment,
+        )
         shares = _shares(owner, s, row, group, group_row, group_segment, SEGMENTS)
         total = tl.sum(tl.where(shares, weights, 0.0), 1)
         factors = tl.where((owner == s)[None, :], (gate / tl.where(total > 0, total, 1.0))[:, None], factors)
@@ -162,9 +270,21 @@ def _one_tile(
 
 @triton.jit
 def _attend(
-    query, k, v, stride_k, stride_v, length, gate, scale, peak, total, gathered,
-    D: tl.constexpr, D_PADDED: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    query,
+    k,
+    v,
+    stride_k,
+    stride_v,
+    length,
+    gate,
+    scale,
+    peak,
+    total,
+    gathered,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """Takes `length` tokens at k, v into a running softmax: its maximum, its sum and its gated values."""
     channel = tl.arange(0, D_PADDED)
     for start in range(0, length, KEYS):
@@ -189,14 +309,62 @@ def _attend(
 
 @triton.jit(do_not_specialize=[*TABLES, "segments"])
 def _online(
-    q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index, out,
-    scale, tokens, text_tokens, text_pages, image_tokens, image_pages, mask_count,
-    q_row, q_token, q_head, text_k_page, text_k_token, text_k_head, text_v_page, text_v_token, text_v_head,
-    text_page_row, image_k_page, image_k_token, image_k_head, image_v_page, image_v_token, image_v_head, length_page,
-    image_page_row, image_page_segment, strength_row, strength_segment, group_row, group_segment,
-    mask_row, mask_token, mask_index_row, mask_index_segment, out_row, out_token, out_head,
-    segments, D: tl.constexpr, D_PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    q,
+    text_k,
+    text_v,
+    text_page,
+    image_k,
+    image_v,
+    image_lengths,
+    image_page,
+    strength,
+    group,
+    masks,
+    mask_index,
+    out,
+    scale,
+    tokens,
+    text_tokens,
+    text_pages,
+    image_tokens,
+    image_pages,
+    mask_count,
+    q_row,
+    q_token,
+    q_head,
+    text_k_page,
+    text_k_token,
+    text_k_head,
+    text_v_page,
+    text_v_token,
+    text_v_head,
+    text_page_row,
+    image_k_page,
+    image_k_token,
+    image_k_head,
+    image_v_page,
+    image_v_token,
+    image_v_head,
+    length_page,
+    image_page_row,
+    image_page_segment,
+    strength_row,
+    strength_segment,
+    group_row,
+    group_segment,
+    mask_row,
+    mask_token,
+    mask_index_row,
+    mask_index_segment,
+    out_row,
+    out_token,
+    out_head,
+    segments,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """Arguments as `_one_tile`, for any number of keys and segments."""
     token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     head = tl.program_id(1)
@@ -214,45 +382,107 @@ def _online(
     broken = (page < 0) | (page >= text_pages)
     page = tl.where(broken, 0, page)
     peak, total, gathered = _attend(
-        query, text_k + page * text_k_page + head * text_k_head, text_v + page * text_v_page + head * text_v_head,
-        text_k_token, text_v_token, tl.where(broken, 0, text_tokens), nothing + 1.0, scale, unseen, nothing, empty,
-        D, D_PADDED, KEYS,
-    )  # fmt: skip
+        query,
+        text_k + page * text_k_page + head * text_k_head,
+        text_v + page * text_v_page + head * text_v_head,
+        text_k_token,
+        text_v_token,
+        tl.where(broken, 0, text_tokens),
+        nothing + 1.0,
+        scale,
+        unseen,
+        nothing,
+        empty,
+        D,
+        D_PADDED,
+        KEYS,
+    )
     result = gathered * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
 
     if image_k is not None:
         for s in range(0, segments):
             page, leads, number = _segment_state(
-                row, s, image_page, strength, group, image_page_row, image_page_segment, strength_row,
-                strength_segment, group_row, group_segment,
-            )  # fmt: skip
+                row,
+                s,
+                image_page,
+                strength,
+                group,
+                image_page_row,
+                image_page_segment,
+                strength_row,
+                strength_segment,
+                group_row,
+                group_segment,
+            )
             for t in range(0, s):
                 earlier, active, other = _segment_state(
-                    row, t, image_page, strength, group, image_page_row, image_page_segment, strength_row,
-                    strength_segment, group_row, group_segment,
-                )  # fmt: skip
+                    row,
+                    t,
+                    image_page,
+                    strength,
+                    group,
+                    image_page_row,
+                    image_page_segment,
+                    strength_row,
+                    strength_segment,
+                    group_row,
+                    group_segment,
+                )
                 leads = leads & ((active == 0) | (other != number))
             if leads:  # the first of its softmax; the others are taken in with it
                 peak, total, gathered = unseen, nothing, empty
                 for t in range(s, segments):
                     page, active, other = _segment_state(
-                        row, t, image_page, strength, group, image_page_row, image_page_segment, strength_row,
-                        strength_segment, group_row, group_segment,
-                    )  # fmt: skip
+                        row,
+                        t,
+                        image_page,
+                        strength,
+                        group,
+                        image_page_row,
+                        image_page_segment,
+                        strength_row,
+                        strength_segment,
+                        group_row,
+                        group_segment,
+                    )
                     active = active & (other == number)
                     broken = broken | (active & (page >= image_pages))
                     active = active & (page < image_pages)
                     page = tl.where(active, page, 0)
                     length = tl.load(image_lengths + page * length_page, mask=active, other=0).to(tl.int32)
                     gate = _segment_gate(
-                        row, t, token, active, tokens, strength, masks, mask_index, mask_count, strength_row,
-                        strength_segment, mask_row, mask_token, mask_index_row, mask_index_segment,
-                    )  # fmt: skip
+                        row,
+                        t,
+                        token,
+                        active,
+                        tokens,
+                        strength,
+                        masks,
+                        mask_index,
+                        mask_count,
+                        strength_row,
+                        strength_segment,
+                        mask_row,
+                        mask_token,
+                        mask_index_row,
+                        mask_index_segment,
+                    )
                     peak, total, gathered = _attend(
-                        query, image_k + page * image_k_page + head * image_k_head,
-                        image_v + page * image_v_page + head * image_v_head, image_k_token, image_v_token,
-                        tl.minimum(length, image_tokens), gate, scale, peak, total, gathered, D, D_PADDED, KEYS,
-                    )  # fmt: skip
+                        query,
+                        image_k + page * image_k_page + head * image_k_head,
+                        image_v + page * image_v_page + head * image_v_head,
+                        image_k_token,
+                        image_v_token,
+                        tl.minimum(length, image_tokens),
+                        gate,
+                        scale,
+                        peak,
+                        total,
+                        gathered,
+                        D,
+                        D_PADDED,
+                        KEYS,
+                    )
                 result += gathered * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
 
     result = tl.where(broken, float("nan"), result)
@@ -296,25 +526,60 @@ def gated_cross_attention(
     text_tokens, image_tokens = text_k.shape[1], image_k.shape[1] if segments else 0
     columns, segment_columns = one_tile_columns(text_tokens, segments, image_tokens)
     arguments = (
-        q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index,
-        out, LOG2_E / math.sqrt(d), tokens, text_tokens, text_k.shape[0], image_tokens,
-        image_k.shape[0] if segments else 0, 0 if masks is None else masks.shape[0],
-        *q.stride()[:3], *text_k.stride()[:3], *text_v.stride()[:3], *text_page.stride(),
-        *_strides(image_k, 3), *_strides(image_v, 3), *_strides(image_lengths, 1), *_strides(image_page, 2),
-        *_strides(strength, 2), *_strides(group, 2), *_strides(masks, 2), *_strides(mask_index, 2), *out.stride()[:3],
-    )  # fmt: skip
+        q,
+        text_k,
+        text_v,
+        text_page,
+        image_k,
+        image_v,
+        image_lengths,
+        image_page,
+        strength,
+        group,
+        masks,
+        mask_index,
+        out,
+        LOG2_E / math.sqrt(d),
+        tokens,
+        text_tokens,
+        text_k.shape[0],
+        image_tokens,
+        image_k.shape[0] if segments else 0,
+        0 if masks is None else masks.shape[0],
+        *q.stride()[:3],
+        *text_k.stride()[:3],
+        *text_v.stride()[:3],
+        *text_page.stride(),
+        *_strides(image_k, 3),
+        *_strides(image_v, 3),
+        *_strides(image_lengths, 1),
+        *_strides(image_page, 2),
+        *_strides(strength, 2),
+        *_strides(group, 2),
+        *_strides(masks, 2),
+        *_strides(mask_index, 2),
+        *out.stride()[:3],
+    )
     sizes = {"D": d, "D_PADDED": max(16, power_of_two(d)), "QUERIES": queries}
     grid = (triton.cdiv(tokens, queries), heads, rows)
     with device_of(q):
         if columns <= config["columns"] and segments <= config["segments"]:
             _one_tile[grid](
-                *arguments, **sizes, COLUMNS=columns, SEGMENTS=segments, SEGMENT_COLUMNS=segment_columns,
+                *arguments,
+                **sizes,
+                COLUMNS=columns,
+                SEGMENTS=segments,
+                SEGMENT_COLUMNS=segment_columns,
                 **compiler_options(config),
-            )  # fmt: skip
+            )
         else:
             _online[grid](
-                *arguments, segments, **sizes, KEYS=config["keys"], **compiler_options(config),
-            )  # fmt: skip
+                *arguments,
+                segments,
+                **sizes,
+                KEYS=config["keys"],
+                **compiler_options(config),
+            )
 
 
 def specialisations(capability: int) -> list[Specialisation]:
@@ -324,25 +589,35 @@ def specialisations(capability: int) -> list[Specialisation]:
         kind = "*bf16" if key["bits"] == 16 else "*fp32"
         sides = ("q", "text_k", "text_v", "image_k", "image_v", "out")
         pointers = {
-            **dict.fromkeys(sides, kind), **dict.fromkeys(("strength", "masks"), "*fp32"),
+            **dict.fromkeys(sides, kind),
+            **dict.fromkeys(("strength", "masks"), "*fp32"),
             **dict.fromkeys(("text_page", "image_lengths", "image_page", "group", "mask_index"), "*i64"),
-        }  # fmt: skip
+        }
         sizes = {"D": key["d"], "D_PADDED": max(16, power_of_two(key["d"])), "QUERIES": config["queries"]}
         divisible = [f"{side}_{part}" for side in sides for part in ("row", "page", "token", "head")]
         if config["columns"]:
             tile = {**sizes, "COLUMNS": config["columns"], "SEGMENTS": config["segments"], "SEGMENT_COLUMNS": 16}
             found.append(
                 specialisation(
-                    f"gated_cross_attention one tile {key}", _one_tile, pointers, tile, divisible,
+                    f"gated_cross_attention one tile {key}",
+                    _one_tile,
+                    pointers,
+                    tile,
+                    divisible,
                     config["num_warps"],
                 )
-            )  # fmt: skip
+            )
         found.append(
             specialisation(
-                f"gated_cross_attention online {key}", _online, pointers, {**sizes, "KEYS": config["keys"]}, divisible,
-                config["num_warps"], config["num_stages"],
+                f"gated_cross_attention online {key}",
+                _online,
+                pointers,
+                {**sizes, "KEYS": config["keys"]},
+                divisible,
+                config["num_warps"],
+                config["num_stages"],
             )
-        )  # fmt: skip
+        )
     return found
 
 

@@ -20,8 +20,13 @@ _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 def _geglu(
     x,  # [rows, 2 * inner]
     out,  # [rows, inner]
-    rows, inner, x_row, out_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    rows,
+    inner,
+    x_row,
+    out_row,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < inner)
@@ -45,18 +50,28 @@ def geglu(x: torch.Tensor, out: torch.Tensor, config: Config | None = None) -> N
     grid = (triton.cdiv(rows, config["rows"]), triton.cdiv(inner, config["columns"]))
     with device_of(x):
         _geglu[grid](
-            x, out, rows, inner, x.stride(0), out.stride(0), ROWS=config["rows"], COLUMNS=config["columns"],
+            x,
+            out,
+            rows,
+            inner,
+            x.stride(0),
+            out.stride(0),
+            ROWS=config["rows"],
+            COLUMNS=config["columns"],
             **compiler_options(config),
-        )  # fmt: skip
+        )
 
 
 def specialisations(capability: int) -> list[Specialisation]:
     """Every committed configuration of this chip, for rows on 16-byte boundaries."""
     return [
         specialisation(
-            f"geglu {key}", _geglu, pointers=dict.fromkeys(("x", "out"), "*bf16" if key["bits"] == 16 else "*fp32"),
-            constants={"ROWS": config["rows"], "COLUMNS": config["columns"]}, divisible=("inner", "x_row", "out_row"),
+            f"geglu {key}",
+            _geglu,
+            pointers=dict.fromkeys(("x", "out"), "*bf16" if key["bits"] == 16 else "*fp32"),
+            constants={"ROWS": config["rows"], "COLUMNS": config["columns"]},
+            divisible=("inner", "x_row", "out_row"),
             num_warps=config["num_warps"],
         )
         for key, config in configurations("geglu", capability)
-    ]  # fmt: skip
+    ]

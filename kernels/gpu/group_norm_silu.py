@@ -24,19 +24,38 @@ from stylefast.kernels.gpu.launch import (
 from stylefast.kernels.gpu.moments import add_to_moments, merge_moments
 
 TABLES = [
-    "groups", "splits", "tiles", "rows", "page_stride", "pages", "pool_elements",
-    "pool_mean_page", "pool_mean_group", "pool_variance_page", "pool_variance_group",
-]  # fmt: skip
+    "groups",
+    "splits",
+    "tiles",
+    "rows",
+    "page_stride",
+    "pages",
+    "pool_elements",
+    "pool_mean_page",
+    "pool_mean_group",
+    "pool_variance_page",
+    "pool_variance_group",
+]
 
 
 @triton.jit(do_not_specialize=["groups", "splits", "tiles"])
 def _statistics(
     x,  # [rows, channels, positions]
     moments,  # [rows, groups, splits, 3]: count, mean, spread
-    channels, positions, groups, splits, tiles, x_row, x_channel, x_position,
-    GROUP_CHANNELS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-):  # fmt: skip
+    channels,
+    positions,
+    groups,
+    splits,
+    tiles,
+    x_row,
+    x_channel,
+    x_position,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
     """One program: GROUPS groups of one row over `tiles` tiles of positions."""
     split = tl.program_id(0)
     first_group = tl.program_id(1) * GROUPS
@@ -93,16 +112,39 @@ def _group_moments(moments, row, group, known, groups, splits, SPLITS: tl.conste
 def _apply(
     x,  # [rows, channels, positions]
     moments,  # [rows, groups, splits, 3]
-    weight, bias,  # [channels]
+    weight,
+    bias,  # [channels]
     page,  # [rows] or None
-    pool_mean, pool_variance,  # [pages, groups] or None
+    pool_mean,
+    pool_variance,  # [pages, groups] or None
     out,  # [rows, channels, positions]
-    eps, channels, positions, groups, splits, rows, tiles, page_stride, pages, pool_elements,
-    pool_mean_page, pool_mean_group, pool_variance_page, pool_variance_group,
-    x_row, x_channel, x_position, out_row, out_channel, out_position,
-    GROUP_CHANNELS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SPLITS: tl.constexpr,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    eps,
+    channels,
+    positions,
+    groups,
+    splits,
+    rows,
+    tiles,
+    page_stride,
+    pages,
+    pool_elements,
+    pool_mean_page,
+    pool_mean_group,
+    pool_variance_page,
+    pool_variance_group,
+    x_row,
+    x_channel,
+    x_position,
+    out_row,
+    out_channel,
+    out_position,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """One program: CHANNELS channels of one row over `tiles` tiles of positions."""
     begin = tl.program_id(0) * tiles * POSITIONS
     first_channel = tl.program_id(1) * CHANNELS
@@ -210,12 +252,36 @@ def group_norm_silu(
             x, moments, sizes[0], length, groups, splits, tiles, *sizes[2:], **tile, **compiler_options(config)
         )
         _apply[(triton.cdiv(pieces, repeats), triton.cdiv(channels, applied["CHANNELS"]), rows)](
-            x, moments, weight, bias, page, pool_mean, pool_variance, out, eps, channels, positions, groups, splits,
-            rows, repeats, 0 if page is None else page.stride(0),
-            0 if pool_mean is None else pool_mean.shape[0], pool_elements, *pool,
-            x.stride(0), x.stride(1), x_position, out.stride(0), out.stride(1), out_position,
-            **applied, SPLITS=power_of_two(config["splits"]), SILU=silu, **compiler_options(config),
-        )  # fmt: skip
+            x,
+            moments,
+            weight,
+            bias,
+            page,
+            pool_mean,
+            pool_variance,
+            out,
+            eps,
+            channels,
+            positions,
+            groups,
+            splits,
+            rows,
+            repeats,
+            0 if page is None else page.stride(0),
+            0 if pool_mean is None else pool_mean.shape[0],
+            pool_elements,
+            *pool,
+            x.stride(0),
+            x.stride(1),
+            x_position,
+            out.stride(0),
+            out.stride(1),
+            out_position,
+            **applied,
+            SPLITS=power_of_two(config["splits"]),
+            SILU=silu,
+            **compiler_options(config),
+        )
 
 
 def statistics_tile(group_channels: int, groups: int, elements: int, element_size: int) -> dict[str, int]:
@@ -227,9 +293,12 @@ def statistics_tile(group_channels: int, groups: int, elements: int, element_siz
     together = aligned[0] if aligned else most
     wide = power_of_two(together * group_channels)
     return {
-        "GROUP_CHANNELS": group_channels, "GROUPS": together, "GROUPS_PADDED": power_of_two(together),
-        "CHANNELS": wide, "POSITIONS": max(1, elements // wide),
-    }  # fmt: skip
+        "GROUP_CHANNELS": group_channels,
+        "GROUPS": together,
+        "GROUPS_PADDED": power_of_two(together),
+        "CHANNELS": wide,
+        "POSITIONS": max(1, elements // wide),
+    }
 
 
 def apply_tile(
@@ -244,8 +313,11 @@ def apply_tile(
         wide = min(max(1, elements // long), power_of_two(channels))
     touched = min((wide - 1 + group_channels - 1) // group_channels + 1, groups)
     return {
-        "GROUP_CHANNELS": group_channels, "GROUPS_PADDED": power_of_two(touched), "CHANNELS": wide, "POSITIONS": long,
-    }  # fmt: skip
+        "GROUP_CHANNELS": group_channels,
+        "GROUPS_PADDED": power_of_two(touched),
+        "CHANNELS": wide,
+        "POSITIONS": long,
+    }
 
 
 def specialisations(capability: int) -> list[Specialisation]:
@@ -262,24 +334,32 @@ def specialisations(capability: int) -> list[Specialisation]:
         other = "channel" if along == "position" else "position"
         found.append(
             specialisation(
-                f"group_norm_silu statistics {key}", _statistics, pointers={"x": kind, "moments": "*fp32"},
-                constants={**tile, f"x_{along}": 1}, divisible=("channels", "positions", "x_row", f"x_{other}"),
+                f"group_norm_silu statistics {key}",
+                _statistics,
+                pointers={"x": kind, "moments": "*fp32"},
+                constants={**tile, f"x_{along}": 1},
+                divisible=("channels", "positions", "x_row", f"x_{other}"),
                 num_warps=config["num_warps"],
             )
-        )  # fmt: skip
+        )
         found.append(
             specialisation(
-                f"group_norm_silu {key}", _apply,
+                f"group_norm_silu {key}",
+                _apply,
                 pointers={
-                    **dict.fromkeys(("x", "weight", "bias", "out"), kind), "page": "*i64",
+                    **dict.fromkeys(("x", "weight", "bias", "out"), kind),
+                    "page": "*i64",
                     **dict.fromkeys(("moments", "pool_mean", "pool_variance"), "*fp32"),
                 },
                 constants={
                     **apply_tile(4096, group_channels * groups, group_channels, groups, layout, elements),
-                    f"x_{along}": 1, f"out_{along}": 1, "SPLITS": power_of_two(config["splits"]), "SILU": True,
+                    f"x_{along}": 1,
+                    f"out_{along}": 1,
+                    "SPLITS": power_of_two(config["splits"]),
+                    "SILU": True,
                 },
                 divisible=("channels", "positions", "x_row", f"x_{other}", "out_row", f"out_{other}"),
                 num_warps=config["num_warps"],
             )
-        )  # fmt: skip
+        )
     return found

@@ -31,10 +31,21 @@ _FULL = tl.constexpr(3)  # column of the "full" branch in branch_rows and branch
 _BRANCHES = tl.constexpr(4)
 
 TABLES = [
-    "positions", "rows", "splits", "tiles", "branch_rows_image", "branch_rows_branch",
-    "branch_weights_image", "branch_weights_branch", "rescale_image", "denoised_image", "denoised_term",
-    "update_image", "update_target", "update_term",
-]  # fmt: skip
+    "positions",
+    "rows",
+    "splits",
+    "tiles",
+    "branch_rows_image",
+    "branch_rows_branch",
+    "branch_weights_image",
+    "branch_weights_branch",
+    "rescale_image",
+    "denoised_image",
+    "denoised_term",
+    "update_image",
+    "update_target",
+    "update_term",
+]
 
 
 @triton.jit
@@ -47,9 +58,20 @@ def _places(element, positions, channel_stride, position_stride, PACKED: tl.cons
 
 @triton.jit
 def _combined(
-    image, element, place, elements, predictions, branch_rows, branch_weights, rows, prediction_row, branch_rows_image,
-    branch_rows_branch, branch_weights_image, branch_weights_branch,
-):  # fmt: skip
+    image,
+    element,
+    place,
+    elements,
+    predictions,
+    branch_rows,
+    branch_weights,
+    rows,
+    prediction_row,
+    branch_rows_image,
+    branch_rows_branch,
+    branch_weights_image,
+    branch_weights_branch,
+):
     """sum_b w_b prediction[row_b]; NaN where a row that is used lies outside."""
     output = tl.zeros_like(place).to(tl.float32)
     for branch in tl.static_range(_BRANCHES):
@@ -66,13 +88,26 @@ def _combined(
 @triton.jit(do_not_specialize=TABLES)
 def _deviations(
     predictions,  # [rows, channels, positions]
-    branch_rows, branch_weights,  # [images, 4]
+    branch_rows,
+    branch_weights,  # [images, 4]
     rescale,  # [images]
     moments,  # [images, splits, 2 (output, full prediction), 3 (count, mean, spread)]
-    elements, positions, rows, splits, tiles, prediction_row, prediction_channel, prediction_position,
-    branch_rows_image, branch_rows_branch, branch_weights_image, branch_weights_branch, rescale_image,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    elements,
+    positions,
+    rows,
+    splits,
+    tiles,
+    prediction_row,
+    prediction_channel,
+    prediction_position,
+    branch_rows_image,
+    branch_rows_branch,
+    branch_weights_image,
+    branch_weights_branch,
+    rescale_image,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     split = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     full = tl.load(branch_rows + image * branch_rows_image + _FULL * branch_rows_branch)
@@ -90,9 +125,20 @@ def _deviations(
             element = start + lane
             place = _places(element, positions, prediction_channel, prediction_position, PACKED)
             output = _combined(
-                image, element, place, elements, predictions, branch_rows, branch_weights, rows, prediction_row,
-                branch_rows_image, branch_rows_branch, branch_weights_image, branch_weights_branch,
-            )  # fmt: skip
+                image,
+                element,
+                place,
+                elements,
+                predictions,
+                branch_rows,
+                branch_weights,
+                rows,
+                prediction_row,
+                branch_rows_image,
+                branch_rows_branch,
+                branch_weights_image,
+                branch_weights_branch,
+            )
             inside = element < tl.where(full < rows, elements, 0)
             values = tl.load(predictions + full * prediction_row + place, mask=inside, other=0.0)
             values = tl.where(full < rows, values.to(tl.float32), float("nan"))
@@ -118,9 +164,11 @@ def _deviation(moments, image, splits, which: tl.constexpr, reads, SPLITS: tl.co
     inside = split < tl.where(reads, splits, 0)
     place = moments + (image * splits + split) * 6 + which * 3
     count, mean, spread = merge_moments(
-        tl.load(place, mask=inside, other=0.0), tl.load(place + 1, mask=inside, other=0.0),
-        tl.load(place + 2, mask=inside, other=0.0), 0,
-    )  # fmt: skip
+        tl.load(place, mask=inside, other=0.0),
+        tl.load(place + 1, mask=inside, other=0.0),
+        tl.load(place + 2, mask=inside, other=0.0),
+        0,
+    )
     return tl.sqrt(spread / tl.maximum(count - 1.0, 1.0))
 
 
@@ -138,23 +186,50 @@ def _scaled(coefficient, values):
 
 @triton.jit(do_not_specialize=TABLES)
 def _step(
-    latents, anchor,  # [images, channels, positions]
+    latents,
+    anchor,  # [images, channels, positions]
     history,  # [images, 2, channels, positions]
     predictions,  # [rows, channels, positions]
-    branch_rows, branch_weights,  # [images, 4]
+    branch_rows,
+    branch_weights,  # [images, 4]
     rescale,  # [images]
     denoised,  # [images, 2]
     update,  # [images, 2, 6]
     noise,  # [images, channels, positions]
     moments,  # as `_deviations` writes them
-    next_latents, next_anchor, next_history,
-    elements, positions, rows, splits, prediction_row, prediction_channel, prediction_position,
-    branch_rows_image, branch_rows_branch, branch_weights_image, branch_weights_branch, rescale_image,
-    denoised_image, denoised_term, update_image, update_target, update_term,
-    latents_image, anchor_image, history_image, history_age, noise_image,
-    next_latents_image, next_anchor_image, next_history_image, next_history_age,
-    PACKED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    next_latents,
+    next_anchor,
+    next_history,
+    elements,
+    positions,
+    rows,
+    splits,
+    prediction_row,
+    prediction_channel,
+    prediction_position,
+    branch_rows_image,
+    branch_rows_branch,
+    branch_weights_image,
+    branch_weights_branch,
+    rescale_image,
+    denoised_image,
+    denoised_term,
+    update_image,
+    update_target,
+    update_term,
+    latents_image,
+    anchor_image,
+    history_image,
+    history_age,
+    noise_image,
+    next_latents_image,
+    next_anchor_image,
+    next_history_image,
+    next_history_age,
+    PACKED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     image = tl.program_id(1).to(tl.int64)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
@@ -163,9 +238,20 @@ def _step(
     d0 = tl.load(denoised + image * denoised_image)
     d1 = tl.load(denoised + image * denoised_image + denoised_term)
     output = _combined(
-        image, element, place, tl.where(d1 != 0.0, elements, 0), predictions, branch_rows, branch_weights, rows,
-        prediction_row, branch_rows_image, branch_rows_branch, branch_weights_image, branch_weights_branch,
-    )  # fmt: skip
+        image,
+        element,
+        place,
+        tl.where(d1 != 0.0, elements, 0),
+        predictions,
+        branch_rows,
+        branch_weights,
+        rows,
+        prediction_row,
+        branch_rows_image,
+        branch_rows_branch,
+        branch_weights_image,
+        branch_weights_branch,
+    )
     full = tl.load(branch_rows + image * branch_rows_image + _FULL * branch_rows_branch)
     strength = tl.load(rescale + image * rescale_image)
     rescales = (strength != 0.0) & (full >= 0) & (elements > 1)
@@ -235,9 +321,14 @@ def guided_step(
     if latents.numel() == 0:
         return
     for name, tensor in (
-        ("latents", latents), ("anchor", anchor), ("history", history), ("noise", noise),
-        ("next_latents", next_latents), ("next_anchor", next_anchor), ("next_history", next_history),
-    ):  # fmt: skip
+        ("latents", latents),
+        ("anchor", anchor),
+        ("history", history),
+        ("noise", noise),
+        ("next_latents", next_latents),
+        ("next_anchor", next_anchor),
+        ("next_history", next_history),
+    ):
         picture = tensor[0, 0] if tensor.ndim == 5 else tensor[0]
         if not picture.is_contiguous():
             raise InvalidRequest(f"{name} has pictures with strides {list(picture.stride())}; pass it .contiguous()")
@@ -254,17 +345,57 @@ def guided_step(
     branches = (*branch_rows.stride(), *branch_weights.stride(), *rescale.stride())
     with device_of(latents):
         _deviations[(splits, images)](
-            predictions, branch_rows, branch_weights, rescale, moments, elements, positions, len(predictions), splits,
-            tiles, *prediction, *branches, PACKED=packed, BLOCK=block, **compiler_options(config),
-        )  # fmt: skip
+            predictions,
+            branch_rows,
+            branch_weights,
+            rescale,
+            moments,
+            elements,
+            positions,
+            len(predictions),
+            splits,
+            tiles,
+            *prediction,
+            *branches,
+            PACKED=packed,
+            BLOCK=block,
+            **compiler_options(config),
+        )
         _step[(triton.cdiv(elements, block), images)](
-            latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise,
-            moments, next_latents, next_anchor, next_history, elements, positions, len(predictions), splits,
-            *prediction, *branches, *denoised.stride(), *update.stride(),
-            latents.stride(0), anchor.stride(0), *history.stride()[:2], noise.stride(0),
-            next_latents.stride(0), next_anchor.stride(0), *next_history.stride()[:2],
-            PACKED=packed, SPLITS=power_of_two(config["splits"]), BLOCK=block, **compiler_options(config),
-        )  # fmt: skip
+            latents,
+            anchor,
+            history,
+            predictions,
+            branch_rows,
+            branch_weights,
+            rescale,
+            denoised,
+            update,
+            noise,
+            moments,
+            next_latents,
+            next_anchor,
+            next_history,
+            elements,
+            positions,
+            len(predictions),
+            splits,
+            *prediction,
+            *branches,
+            *denoised.stride(),
+            *update.stride(),
+            latents.stride(0),
+            anchor.stride(0),
+            *history.stride()[:2],
+            noise.stride(0),
+            next_latents.stride(0),
+            next_anchor.stride(0),
+            *next_history.stride()[:2],
+            PACKED=packed,
+            SPLITS=power_of_two(config["splits"]),
+            BLOCK=block,
+            **compiler_options(config),
+        )
 
 
 def _strides(predictions: torch.Tensor) -> tuple[int, int]:
@@ -281,23 +412,34 @@ def specialisations(capability: int) -> list[Specialisation]:
         sizes = {"PACKED": True, "BLOCK": config["block"]}
         found.append(
             specialisation(
-                "guided_step deviations", _deviations, pointers={"predictions": "*bf16", **tables}, constants=sizes,
-                divisible=("elements", "prediction_row"), num_warps=config["num_warps"],
+                "guided_step deviations",
+                _deviations,
+                pointers={"predictions": "*bf16", **tables},
+                constants=sizes,
+                divisible=("elements", "prediction_row"),
+                num_warps=config["num_warps"],
             )
-        )  # fmt: skip
+        )
         found.append(
             specialisation(
-                "guided_step", _step,
+                "guided_step",
+                _step,
                 pointers={
-                    "predictions": "*bf16", **tables, "denoised": "*fp32", "update": "*fp32",
+                    "predictions": "*bf16",
+                    **tables,
+                    "denoised": "*fp32",
+                    "update": "*fp32",
                     **dict.fromkeys(state, "*fp32"),
                 },
                 constants={**sizes, "SPLITS": power_of_two(config["splits"])},
                 divisible=(
-                    "elements", "prediction_row", "history_age", "next_history_age",
+                    "elements",
+                    "prediction_row",
+                    "history_age",
+                    "next_history_age",
                     *(f"{name}_image" for name in state),
                 ),
                 num_warps=config["num_warps"],
             )
-        )  # fmt: skip
+        )
     return found

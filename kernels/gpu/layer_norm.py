@@ -1,6 +1,6 @@
 """Layer norm in Triton, alone or after adding a residual; a row is held in registers, so its mean may be large.
 
-    out = (x - mean) / sqrt(variance + eps) * weight + bias      over the last dimension, biased variance, fp32 inside
+out = (x - mean) / sqrt(variance + eps) * weight + bias      over the last dimension, biased variance, fp32 inside
 """
 
 import torch
@@ -17,12 +17,22 @@ MAX_COLUMNS = 8192  # a row beyond this would leave the registers
 
 @triton.jit(do_not_specialize=["rows"])
 def _layer_norm(
-    x, residual,  # [rows, columns]; residual may be None
-    weight, bias,  # [columns] or None
+    x,
+    residual,  # [rows, columns]; residual may be None
+    weight,
+    bias,  # [columns] or None
     total,  # [rows, columns]: x + residual, or None without one
     out,  # [rows, columns]
-    eps, rows, columns, x_row, residual_row, total_row, out_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    eps,
+    rows,
+    columns,
+    x_row,
+    residual_row,
+    total_row,
+    out_row,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, COLUMNS)
     in_row = (column < columns)[None, :]
@@ -88,10 +98,23 @@ def _launch(x, residual, weight, bias, eps, total, out, config):
     together = max(1, config["elements"] // padded)  # rows of one program
     with device_of(x):
         _layer_norm[(triton.cdiv(x.shape[0], together),)](
-            x, residual, weight, bias, total, out, eps, x.shape[0], columns, x.stride(0),
-            0 if residual is None else residual.stride(0), 0 if total is None else total.stride(0), out.stride(0),
-            ROWS=together, COLUMNS=padded, **compiler_options(config),
-        )  # fmt: skip
+            x,
+            residual,
+            weight,
+            bias,
+            total,
+            out,
+            eps,
+            x.shape[0],
+            columns,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            0 if total is None else total.stride(0),
+            out.stride(0),
+            ROWS=together,
+            COLUMNS=padded,
+            **compiler_options(config),
+        )
 
 
 def specialisations(capability: int) -> list[Specialisation]:
@@ -102,10 +125,12 @@ def specialisations(capability: int) -> list[Specialisation]:
         kind = "*bf16" if key["bits"] == 16 else "*fp32"
         found.append(
             specialisation(
-                f"add_layer_norm {key}", _layer_norm,
+                f"add_layer_norm {key}",
+                _layer_norm,
                 pointers=dict.fromkeys(("x", "residual", "weight", "bias", "total", "out"), kind),
                 constants={"ROWS": max(1, config["elements"] // padded), "COLUMNS": padded},
-                divisible=("columns", "x_row", "residual_row", "total_row", "out_row"), num_warps=config["num_warps"],
+                divisible=("columns", "x_row", "residual_row", "total_row", "out_row"),
+                num_warps=config["num_warps"],
             )
-        )  # fmt: skip
+        )
     return found

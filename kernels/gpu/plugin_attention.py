@@ -62,14 +62,67 @@ def shared_attention_plugin(
     row = tokens * token
     pool_page = page_tokens * token
     pointers_kernel(
-        q, k, v, out, page, mode, scale, shift, gain, offset, pool_k, pool_v, None, None, None,
-        rows, tokens, heads, references, pages, page_tokens,
-        row, token, head, row, token, head, row, token, head, row, token, head,
-        references, 1, 1, references, 1, references, 1,
-        pool_page, token, head, pool_page, token, head,
-        0, 0,
-        D, FACTOR, TENSORS, POOL, False, EVEN, ALIGN, BLOCK_M, BLOCK_N, BLOCK_D, EXP2, PRECISION,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        out,
+        page,
+        mode,
+        scale,
+        shift,
+        gain,
+        offset,
+        pool_k,
+        pool_v,
+        None,
+        None,
+        None,
+        rows,
+        tokens,
+        heads,
+        references,
+        pages,
+        page_tokens,
+        row,
+        token,
+        head,
+        row,
+        token,
+        head,
+        row,
+        token,
+        head,
+        row,
+        token,
+        head,
+        references,
+        1,
+        1,
+        references,
+        1,
+        references,
+        1,
+        pool_page,
+        token,
+        head,
+        pool_page,
+        token,
+        head,
+        0,
+        0,
+        D,
+        FACTOR,
+        TENSORS,
+        POOL,
+        False,
+        EVEN,
+        ALIGN,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        EXP2,
+        PRECISION,
+    )
 
 
 def launch(
@@ -94,11 +147,27 @@ def launch(
     even = is_even(config, tokens, page_tokens)
     with device_of(q):
         shared_attention_plugin[(triton.cdiv(tokens, config["block_m"]) * rows * heads,)](
-            q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v,
-            rows, tokens, heads, page.shape[1], pages, page_tokens, out,
+            q,
+            k,
+            v,
+            page,
+            mode,
+            scale,
+            shift,
+            gain,
+            offset,
+            pool_k,
+            pool_v,
+            rows,
+            tokens,
+            heads,
+            page.shape[1],
+            pages,
+            page_tokens,
+            out,
             **constants(d, q.dtype, gain.shape[0], pool_k is not None, even, config),
             **compiler_options(config),
-        )  # fmt: skip
+        )
 
 
 def is_even(config: Config, *counts: int) -> bool:
@@ -109,11 +178,18 @@ def is_even(config: Config, *counts: int) -> bool:
 def constants(d: int, dtype: torch.dtype, parts: int, banked: bool, even: bool, config: Config) -> dict[str, Any]:
     """The kernel's constants: heads of d channels, AdaIN of `parts` of q, k and v, with or without pages of a bank."""
     return {
-        "D": d, "FACTOR": math.log2(math.e) / math.sqrt(d), "TENSORS": parts, "POOL": "native" if banked else "none",
-        "EVEN": even, "ALIGN": ALIGN, "BLOCK_M": config["block_m"],
-        "BLOCK_N": config["block_n"] if even else masked_block(config["block_n"]), "BLOCK_D": padded(d),
-        "EXP2": share(config["exp2"]), "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-    }  # fmt: skip
+        "D": d,
+        "FACTOR": math.log2(math.e) / math.sqrt(d),
+        "TENSORS": parts,
+        "POOL": "native" if banked else "none",
+        "EVEN": even,
+        "ALIGN": ALIGN,
+        "BLOCK_M": config["block_m"],
+        "BLOCK_N": config["block_n"] if even else masked_block(config["block_n"]),
+        "BLOCK_D": padded(d),
+        "EXP2": share(config["exp2"]),
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
 
 
 def specialise(d: int, dtype: torch.dtype, parts: int, banked: bool, even: bool, config: Config) -> Specialisation:
@@ -127,8 +203,12 @@ def specialise(d: int, dtype: torch.dtype, parts: int, banked: bool, even: bool,
         fixed |= {"pages": 0, "page_tokens": 0}
     kind = f"{'banked' if banked else 'live'}{' masked' * (not even)}"
     made = specialisation(
-        f"shared_attention plugin {short} d={d} adain={parts} {kind}", shared_attention_plugin, types, fixed,
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
-    )  # fmt: skip
+        f"shared_attention plugin {short} d={d} adain={parts} {kind}",
+        shared_attention_plugin,
+        types,
+        fixed,
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
     lines = {(i,) for i, name in enumerate(shared_attention_plugin.arg_names) if name in _LINES}
     return made._replace(attrs={index: found for index, found in made.attrs.items() if index in lines})

@@ -62,9 +62,23 @@ def shared_attention(
         hopper.launch(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, out, config)
     else:
         pointers.launch(
-            q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias, out,
+            q,
+            k,
+            v,
+            page,
+            mode,
+            scale,
+            shift,
+            gain,
+            offset,
+            pool_k,
+            pool_v,
+            pool_k_scale,
+            pool_v_scale,
+            bias,
+            out,
             config,
-        )  # fmt: skip
+        )
 
 
 def form_for(
@@ -132,7 +146,7 @@ def _say_far() -> None:
     # of all reasons the one that has to do with neither the model nor the request, and may come and go
     logger.warning(
         "bank pages and activations lie more than a terabyte apart, as expandable segments of PyTorch's allocator may "
-        "put them; shared_attention takes its slower form \"pointers\" for such calls. Without expandable_segments in "
+        'put them; shared_attention takes its slower form "pointers" for such calls. Without expandable_segments in '
         "PYTORCH_CUDA_ALLOC_CONF it does not happen"
     )
 
@@ -160,9 +174,13 @@ def candidates(key: Key) -> list[Config]:
 
 def _config(form: str, block_m: int, block_n: int, num_warps: int, num_stages: int, exp2: int) -> Config:
     return {
-        "form": form, "block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages,
+        "form": form,
+        "block_m": block_m,
+        "block_n": block_n,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
         "exp2": exp2,
-    }  # fmt: skip
+    }
 
 
 def specialisations(capability: int) -> list[Specialisation]:
@@ -189,17 +207,28 @@ def _pointers(d: int, dtype: str, tensors: int, pool: str, bias: bool, config: C
     types |= {"scale": "*fp32", "shift": "*fp32", "gain": affine, "offset": affine, "bias": "*fp32" if bias else "none"}
     types |= {"pool_k": stored, "pool_v": stored, "pool_k_scale": scales, "pool_v_scale": scales}
     constants = {
-        "D": d, "FACTOR": math.log2(math.e) / math.sqrt(d), "TENSORS": tensors, "POOL": pool, "HAS_BIAS": bias,
-        "EVEN": not bias, "ALIGN": ALIGN, "BLOCK_M": config["block_m"],
+        "D": d,
+        "FACTOR": math.log2(math.e) / math.sqrt(d),
+        "TENSORS": tensors,
+        "POOL": pool,
+        "HAS_BIAS": bias,
+        "EVEN": not bias,
+        "ALIGN": ALIGN,
+        "BLOCK_M": config["block_m"],
         "BLOCK_N": pointers.masked_block(config["block_n"]) if bias else config["block_n"],
-        "BLOCK_D": pointers.padded(d), "EXP2": config["exp2"],
+        "BLOCK_D": pointers.padded(d),
+        "EXP2": config["exp2"],
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-    }  # fmt: skip
+    }
     name = f"shared_attention {dtype} d={d} adain={tensors} pages={pool}{' bias, masked' * bias}"
     return specialisation(
-        name, pointers.pointers_kernel, types, constants,
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
-    )  # fmt: skip
+        name,
+        pointers.pointers_kernel,
+        types,
+        constants,
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
 
 
 def _specialised(config: Config) -> list[Specialisation]:
@@ -213,9 +242,15 @@ def _specialised(config: Config) -> list[Specialisation]:
             types |= {"scale": "*fp32", "shift": "*fp32", "pool_k": stored, "pool_v": stored}
             types |= dict.fromkeys(("gain", "offset", "constant"), affine)
             constants = {
-                "D": d, "FACTOR": factor, "HAS_PAGE": paged, "HAS_POOL": pool, "TENSORS": tensors,
-                "BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"], "EXP2": config["exp2"],
-            }  # fmt: skip
+                "D": d,
+                "FACTOR": factor,
+                "HAS_PAGE": paged,
+                "HAS_POOL": pool,
+                "TENSORS": tensors,
+                "BLOCK_M": config["block_m"],
+                "BLOCK_N": config["block_n"],
+                "EXP2": config["exp2"],
+            }
             compiles.append(
                 specialisation(
                     f"shared_attention warp-specialised {dtype} adain={tensors} page={paged} pool={pool}",
@@ -224,7 +259,7 @@ def _specialised(config: Config) -> list[Specialisation]:
                     constants,
                     num_warps=config["num_warps"],
                     num_stages=config["num_stages"],
-                )  # fmt: skip
+                )
             )
         types = {"q": f"*{dtype}", "page": "*i64", "mode": "*i64"}
         types |= dict.fromkeys(("gain", "offset", "constant"), "*fp32")

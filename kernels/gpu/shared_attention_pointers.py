@@ -265,15 +265,52 @@ def pointers_kernel(
 
             peak -= constant
             acc, total, peak = _attend(
-                acc, total, peak, query, k_segment, v_segment, k_stride, v_stride, count, factor, page_bias, bias_token,
-                ~own, D, BLOCK_D, BLOCK_N, EVEN, HAS_BIAS, False, EXP2, PRECISION,
-            )  # fmt: skip
+                acc,
+                total,
+                peak,
+                query,
+                k_segment,
+                v_segment,
+                k_stride,
+                v_stride,
+                count,
+                factor,
+                page_bias,
+                bias_token,
+                ~own,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                EVEN,
+                HAS_BIAS,
+                False,
+                EXP2,
+                PRECISION,
+            )
             if POOL == "fp8" or POOL == "codes":
                 acc, total, peak = _attend(
-                    acc, total, peak, query, pool_k_segment, pool_v_segment, pool_k_token * ALIGN,
-                    pool_v_token * ALIGN, tl.where(live, 0, page_tokens), factor, page_bias, bias_token,
-                    True, D, BLOCK_D, BLOCK_N, EVEN, HAS_BIAS, POOL == "codes", EXP2, PRECISION,
-                )  # fmt: skip
+                    acc,
+                    total,
+                    peak,
+                    query,
+                    pool_k_segment,
+                    pool_v_segment,
+                    pool_k_token * ALIGN,
+                    pool_v_token * ALIGN,
+                    tl.where(live, 0, page_tokens),
+                    factor,
+                    page_bias,
+                    bias_token,
+                    True,
+                    D,
+                    BLOCK_D,
+                    BLOCK_N,
+                    EVEN,
+                    HAS_BIAS,
+                    POOL == "codes",
+                    EXP2,
+                    PRECISION,
+                )
                 acc = acc * _unit(pool_v_scale + scales, stored_fp8)[None, :]
             peak += constant
             if TENSORS == 3:
@@ -332,10 +369,32 @@ def launch(
 
     with device_of(q):
         pointers_kernel[(triton.cdiv(tokens, block_m) * rows * heads,)](
-            q, k, v, target, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias,
-            rows, tokens, heads, page.shape[1], pages, page_tokens,
+            q,
+            k,
+            v,
+            target,
+            page,
+            mode,
+            scale,
+            shift,
+            gain,
+            offset,
+            pool_k,
+            pool_v,
+            pool_k_scale,
+            pool_v_scale,
+            bias,
+            rows,
+            tokens,
+            heads,
+            page.shape[1],
+            pages,
+            page_tokens,
             *(s // ALIGN for x in (q, k, v, target) for s in strides(x)),
-            *page.stride(), *mode.stride(), *scale.stride(), *shift.stride(),
+            *page.stride(),
+            *mode.stride(),
+            *scale.stride(),
+            *shift.stride(),
             *pool_strides,
             *((0, 0) if bias is None else bias.stride()),
             D=d,
@@ -351,7 +410,7 @@ def launch(
             EXP2=share(config["exp2"]),
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             **compiler_options(config),
-        )  # fmt: skip
+        )
         if target is not out:
             out.copy_(target)
 

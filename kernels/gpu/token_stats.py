@@ -149,7 +149,14 @@ def token_stats(
         parts = torch.empty((2, splits, *mean.shape), dtype=torch.float32, device=x.device).unbind()
     with device_of(x):
         token_stats_kernel[(programs * splits,)](
-            x, y, z, *parts, rows, tokens, heads, splits,
+            x,
+            y,
+            z,
+            *parts,
+            rows,
+            tokens,
+            heads,
+            splits,
             *(s // ALIGN for t in (x, y, z) for s in strides(t)),
             D=d,
             BLOCK_D=power_of_two(d),
@@ -158,17 +165,21 @@ def token_stats(
             SPLIT=splits > 1,
             ALIGN=ALIGN,
             **compiler_options(config),
-        )  # fmt: skip
+        )
         if splits > 1:
             merge_stats_kernel[(programs,)](
-                *parts, mean, variance, tokens, splits,
+                *parts,
+                mean,
+                variance,
+                tokens,
+                splits,
                 D=d,
                 BLOCK_D=power_of_two(d),
                 BLOCK_S=power_of_two(splits),
                 STRETCH=stretch,
                 num_warps=4,
                 enable_fp_fusion=True,
-            )  # fmt: skip
+            )
 
 
 def specialisations(capability: int) -> list[Specialisation]:
@@ -177,9 +188,13 @@ def specialisations(capability: int) -> list[Specialisation]:
     for key, config in configurations("token_stats", capability):
         for dtype, split in (("bf16", True), ("fp32", False)):
             constants = {
-                "D": key["d"], "BLOCK_D": power_of_two(key["d"]), "BLOCK_T": config["block_t"],
-                "STRETCH": config["stretch"], "SPLIT": split, "ALIGN": ALIGN,
-            }  # fmt: skip
+                "D": key["d"],
+                "BLOCK_D": power_of_two(key["d"]),
+                "BLOCK_T": config["block_t"],
+                "STRETCH": config["stretch"],
+                "SPLIT": split,
+                "ALIGN": ALIGN,
+            }
             compiles.append(
                 specialisation(
                     f"token_stats {dtype} d={key['d']}{' split' * split}",

@@ -242,9 +242,20 @@ def _shared_attention(key, size, device, seed):
         page, ones, pool_k, pool_v, gain, offset = page[:, :0], ones[:, :0], None, None, None, None
     mode = torch.ones(size.rows, dtype=torch.int64, device=device)
     inputs = (
-        q, k[: size.rows], v[: size.rows], page, mode, ones, torch.zeros_like(ones), gain, offset, pool_k, pool_v,
-        *scales, None,
-    )  # fmt: skip
+        q,
+        k[: size.rows],
+        v[: size.rows],
+        page,
+        mode,
+        ones,
+        torch.zeros_like(ones),
+        gain,
+        offset,
+        pool_k,
+        pool_v,
+        *scales,
+        None,
+    )
     return inputs, (torch.empty_like(q),)
 
 
@@ -305,10 +316,17 @@ def _guided_step(key, size, device, seed):
     index = torch.arange(images, device=device)
     unused = torch.full_like(index, -1)
     inputs = (
-        latents, anchor, history, make(2 * images, *picture), torch.stack([index, unused, unused, index + images], 1),
-        torch.tensor([-4.0, 0.0, 0.0, 5.0], device=device).repeat(images, 1), make.full((images,), 0.7),
-        torch.tensor([1.0, -0.8], device=device).repeat(images, 1), make.full((images, 2, 6), 0.2), noise,
-    )  # fmt: skip
+        latents,
+        anchor,
+        history,
+        make(2 * images, *picture),
+        torch.stack([index, unused, unused, index + images], 1),
+        torch.tensor([-4.0, 0.0, 0.0, 5.0], device=device).repeat(images, 1),
+        make.full((images,), 0.7),
+        torch.tensor([1.0, -0.8], device=device).repeat(images, 1),
+        make.full((images, 2, 6), 0.2),
+        noise,
+    )
     return inputs, (next_latents, next_anchor, next_history)
 
 

@@ -48,8 +48,9 @@ def run_again(arguments: argparse.Namespace) -> int:
         _refuse_unless_forced(
             arguments,
             f"{choice.model} has other weights (fingerprint {engine.fingerprint[:12]}) than the model that made "
-            f"{arguments.source} ({metadata['fingerprint'][:12]})", "--model",
-        )  # fmt: skip
+            f"{arguments.source} ({metadata['fingerprint'][:12]})",
+            "--model",
+        )
     result = make(engine, requests, arguments.quiet)
     now = result.metadata[place]
     for key in ("versions", "device", "dtype"):
@@ -160,9 +161,10 @@ def _check_loras(choice: ModelChoice, metadata: Mapping, arguments: argparse.Nam
     if (then and now != then) or Counter(str(scale) for _, scale in now) != Counter(map(str, on.values())):
         shown = ", ".join(lora.words() for lora in choice.lora) or "none"
         _refuse_unless_forced(
-            arguments, f"the LoRAs ({shown}) have other content or strengths than those that made {arguments.source}",
+            arguments,
+            f"the LoRAs ({shown}) have other content or strengths than those that made {arguments.source}",
             "--lora",
-        )  # fmt: skip
+        )
 
 
 def _refuse_unless_forced(arguments: argparse.Namespace, message: str, option: str) -> None:

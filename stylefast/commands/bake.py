@@ -36,30 +36,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress, only the file on stdout")
 
     group = parser.add_argument_group("reference").add_argument
-    group("--style-image", action="append", metavar="PICTURE", help="a file, or the name of a picture that comes with "
-          "the model (see `stylefast info`); may be repeated")  # fmt: skip
-    group("--style-prompt", metavar="TEXT", help="what the reference shows; without --style-image, the reference is "
-          "made from it")  # fmt: skip
+    group(
+        "--style-image",
+        action="append",
+        metavar="PICTURE",
+        help="a file, or the name of a picture that comes with the model (see `stylefast info`); may be repeated",
+    )
+    group(
+        "--style-prompt",
+        metavar="TEXT",
+        help="what the reference shows; without --style-image, the reference is made from it",
+    )
     group("--seed", type=int, help="of the reference's noise (default: 0)")
-    group("--noise", choices=("forward", "ddim"), help="how a picture is brought to a step's noise level; ddim inverts "
-          "it under --style-prompt and needs --scheduler ddim (default: forward)")  # fmt: skip
+    group(
+        "--noise",
+        choices=("forward", "ddim"),
+        help="how a picture is brought to a step's noise level; ddim inverts "
+        "it under --style-prompt and needs --scheduler ddim (default: forward)",
+    )
 
     group = parser.add_argument_group("sampling; what pictures must have to use the bank").add_argument
     group("--steps", type=int, help="denoising steps (default: 30)")
     group("--scheduler", metavar="NAME", help=f"{SCHEDULERS_HELP} (default: euler)")
     group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
     group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
-    group("--guidance", type=float, help="of a reference that is made from a prompt; 1 or less bakes a bank for "
-          "pictures without guidance, of half the size (default: 1 for lcm, tcd and the few-step presets, else 5)"
-          )  # fmt: skip
+    group(
+        "--guidance",
+        type=float,
+        help="of a reference that is made from a prompt; 1 or less bakes a bank for "
+        "pictures without guidance, of half the size (default: 1 for lcm, tcd and the few-step presets, else 5)",
+    )
     group("--guidance-rescale", type=float, help="of a reference that is made from a prompt (default: 0)")
     group("--negative", metavar="TEXT", help="what the reference leads away from")
 
     group = parser.add_argument_group("storage").add_argument
-    group("--store", choices=tuple(CONTENTS), help="kv: keys and values, largest and fastest; hidden: the states they "
-          "are projected from, half as large; latents: kilobytes, the reference runs again (default: kv)")  # fmt: skip
-    group("--store-dtype", choices=("auto", "fp32", "fp16", "bf16", "fp8"), help="of what is stored (default: auto, "
-          "the model's)")  # fmt: skip
+    group(
+        "--store",
+        choices=tuple(CONTENTS),
+        help="kv: keys and values, largest and fastest; hidden: the states they "
+        "are projected from, half as large; latents: kilobytes, the reference runs again (default: kv)",
+    )
+    group(
+        "--store-dtype",
+        choices=("auto", "fp32", "fp16", "bf16", "fp8"),
+        help="of what is stored (default: auto, the model's)",
+    )
     group("--layers", metavar="NAMES", help="all (default), or parts of layer names: up_blocks,mid_block")
     add_model_arguments(parser)
 
@@ -141,9 +162,16 @@ def _plan(engine, request, store: str, dtype: str, out: Path) -> str:
     kind = str(engine.unet.dtype).removeprefix("torch.") if dtype == "auto" else DTYPES[dtype]
     layers = style.layer_mask(engine.unet.layout).nonzero().flatten().tolist()
     expected = bank_bytes(
-        engine.unet.config, (width, height), request.steps, len(guidance_weights(request.guidance)),
-        len(style.references) or 1, store, kind, layers, engine.downscale,
-    )  # fmt: skip
+        engine.unet.config,
+        (width, height),
+        request.steps,
+        len(guidance_weights(request.guidance)),
+        len(style.references) or 1,
+        store,
+        kind,
+        layers,
+        engine.downscale,
+    )
     content = CONTENTS[store] if store == "latents" else f"{CONTENTS[store]} in {kind}"
     return (
         f"baking {out}: {request.steps} steps of {request.scheduler} at {width}x{height}, {content}, "
@@ -161,9 +189,14 @@ def _bake(engine, style, settings: dict, store: str, out: Path, arguments: argpa
             bar.refresh()
 
         engine.bake(
-            style, **settings, store=store, dtype=arguments.store_dtype or "auto", path=out,
-            overwrite=arguments.overwrite, callback=advance,
-        )  # fmt: skip
+            style,
+            **settings,
+            store=store,
+            dtype=arguments.store_dtype or "auto",
+            path=out,
+            overwrite=arguments.overwrite,
+            callback=advance,
+        )
 
 
 def _use(arguments: argparse.Namespace, choice: ModelChoice, out: Path) -> str:

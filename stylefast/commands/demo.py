@@ -124,8 +124,13 @@ def plan(model_folder: Path) -> tuple[Chapter, ...]:
             f"the demo needs a reference picture and a learned style that come with the model; {model_folder} has "
             f"{len(references)} and {len(learned)}; leave --model out to use the embedded one"
         )
-    return (_aligned_chapter(), _picture_chapter(references), _instant_chapter(references[0]),
-            _learned_chapter(learned[0]), _composed_chapter(references[-1], learned[0]))  # fmt: skip
+    return (
+        _aligned_chapter(),
+        _picture_chapter(references),
+        _instant_chapter(references[0]),
+        _learned_chapter(learned[0]),
+        _composed_chapter(references[-1], learned[0]),
+    )
 
 
 def _aligned_chapter() -> Chapter:
@@ -133,23 +138,36 @@ def _aligned_chapter() -> Chapter:
     for i, style in enumerate(STYLES):
         prompts = (f"a fish in {style} style", *(f"a {content}" for content in CONTENTS))
         seed = ("--seed", str(10 * i))
-        calls.append(Call(f"aligned-{style}", f"{style}, StyleAligned: the first picture is the reference",
-                          (*prompts, *seed, "--method", "aligned", *ALIGNED)))  # fmt: skip
+        calls.append(
+            Call(
+                f"aligned-{style}",
+                f"{style}, StyleAligned: the first picture is the reference",
+                (*prompts, *seed, "--method", "aligned", *ALIGNED),
+            )
+        )
         calls.append(Call(f"plain-{style}", f"{style}, the same prompts and seeds without it", (*prompts, *seed)))
-    text = ("Only the first prompt names a style. With StyleAligned, the other pictures share self-attention with the "
-            "first and take its style; without it, each has a style of its own.")  # fmt: skip
+    text = (
+        "Only the first prompt names a style. With StyleAligned, the other pictures share self-attention with the "
+        "first and take its style; without it, each has a style of its own."
+    )
     return Chapter("StyleAligned: one style for a set of prompts", text, tuple(calls))
 
 
 def _picture_chapter(references: Sequence[str]) -> Chapter:
     prompts = (*(f"a {content}" for content in CONTENTS), "--seed", "50")
     calls = [
-        Call(f"aligned-picture-{name}", f"in the style of the picture {name}",
-             (*prompts, "--style-image", name, *ALIGNED), name)
+        Call(
+            f"aligned-picture-{name}",
+            f"in the style of the picture {name}",
+            (*prompts, "--style-image", name, *ALIGNED),
+            name,
+        )
         for name in references[:2]
-    ]  # fmt: skip
-    text = ("The reference is a picture from a file: at every step it is brought to that step's noise level and "
-            "attended to.")  # fmt: skip
+    ]
+    text = (
+        "The reference is a picture from a file: at every step it is brought to that step's noise level and "
+        "attended to."
+    )
     plain = Call("plain-picture", "the same prompts and seeds without it", prompts)
     return Chapter("StyleAligned: the style of a real picture", text, (*calls, plain))
 
@@ -157,15 +175,17 @@ def _picture_chapter(references: Sequence[str]) -> Chapter:
 def _instant_chapter(reference: str) -> Chapter:
     prompts = ("a house", "a flower", "a rocket", "--seed", "70", "--style-image", reference, "--method", "instant")
     calls = [
-        Call(f"instant-{strength}", f"the style blocks, strength {strength}",
-             (*prompts, "--scale", strength), reference)
+        Call(
+            f"instant-{strength}", f"the style blocks, strength {strength}", (*prompts, "--scale", strength), reference
+        )
         for strength in STRENGTHS
-    ]  # fmt: skip
+    ]
     everywhere = (*prompts, "--scale", "1", "--blocks", "all")
     calls.append(Call("instant-all", "all blocks, strength 1", everywhere, reference))
-    text = ("The picture acts through an IP-Adapter in the attention modules that carry style: in SDXL that is one of "
-            "eleven, in this small model the three of up_blocks.1. Prompts and seeds are the same in every row."
-            )  # fmt: skip
+    text = (
+        "The picture acts through an IP-Adapter in the attention modules that carry style: in SDXL that is one of "
+        "eleven, in this small model the three of up_blocks.1. Prompts and seeds are the same in every row."
+    )
     return Chapter("InstantStyle: strength, and where it acts", text, tuple(calls))
 
 
@@ -175,8 +195,10 @@ def _learned_chapter(learned: str) -> Chapter:
         Call("learned", f"the learned style {learned}", (*prompts, "--learned", learned)),
         Call("plain-learned", "the same prompts and seeds without it", prompts),
     )
-    text = ("A style that the model was never trained on, learned as one token with vectors of its own for each stage "
-            "of the noise.")  # fmt: skip
+    text = (
+        "A style that the model was never trained on, learned as one token with vectors of its own for each stage "
+        "of the noise."
+    )
     return Chapter("DreamStyler: a learned style", text, calls)
 
 
@@ -184,12 +206,18 @@ def _composed_chapter(reference: str, learned: str) -> Chapter:
     prompts = (*(f"a {content}" for content in CONTENTS), "--seed", "110", "--style-image", reference)
     both = ("--method", "both", "--scale", "0.6")
     calls = (
-        Call("composed", f"StyleAligned and InstantStyle with {reference}, DreamStyler with {learned}",
-             (*prompts, *both, "--learned", learned), reference),
+        Call(
+            "composed",
+            f"StyleAligned and InstantStyle with {reference}, DreamStyler with {learned}",
+            (*prompts, *both, "--learned", learned),
+            reference,
+        ),
         Call("composed-two", "without the learned style", (*prompts, *both), reference),
-    )  # fmt: skip
-    text = ("The three methods work on different columns of one table, so they compose: shared self-attention, image "
-            "tokens, text.")  # fmt: skip
+    )
+    text = (
+        "The three methods work on different columns of one table, so they compose: shared self-attention, image "
+        "tokens, text."
+    )
     return Chapter("All three at once", text, calls)
 
 
@@ -222,8 +250,10 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
                 destination = Destination(folder / call.name, [request.prompt for request in requests])
                 result = generate.make(engine, requests, quiet=True)
                 paths = generate.save(destination, result, loaded, parsed.grid, show=False)
-                figures = [presentation.Figure(f"{call.name}/{path.name}", request.prompt)
-                           for path, request in zip(paths, requests, strict=True)]  # fmt: skip
+                figures = [
+                    presentation.Figure(f"{call.name}/{path.name}", request.prompt)
+                    for path, request in zip(paths, requests, strict=True)
+                ]
                 if call.reference is not None:
                     copy = _copy_reference(Path(find_picture(call.reference, choice.folder)), folder)
                     figures.insert(0, presentation.Figure(copy, f"reference: {call.reference}", is_reference=True))
@@ -233,8 +263,9 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
                 sheet.append((call.title, [presentation.fitted(picture, size) for picture in pictures]))
                 bar.update()
             sections.append(presentation.Section(chapter.title, chapter.text, tuple(rows)))
-    text = ("Content comes from the prompt, style from a reference. Below each row stands the command that makes it "
-            "again.")  # fmt: skip
+    text = (
+        "Content comes from the prompt, style from a reference. Below each row stands the command that makes it again."
+    )
     page = presentation.html_page("stylefast: the demo", text, sections, SHOWN_WIDTH)
     (folder / PAGE).write_text(page, encoding="utf-8")
     presentation.labelled_sheet(sheet, scale=2 if size[0] <= 256 else 1).save(folder / SHEET)

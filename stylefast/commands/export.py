@@ -36,8 +36,7 @@ KINDS = {
     ),
     "triton-repo": (
         "A model repository for NVIDIA's Triton Inference Server, which makes whole pictures.",
-        "  stylefast export triton-repo --model tiny --out repository\n"
-        "  tritonserver --model-repository repository",
+        "  stylefast export triton-repo --model tiny --out repository\n  tritonserver --model-repository repository",
     ),
 }
 
@@ -48,9 +47,13 @@ def add_arguments(parser: Parser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND")
     for kind, (summary, examples) in KINDS.items():
         own = kinds.add_parser(
-            kind, help=summary, description=summary, epilog=f"examples:\n{examples}\n", allow_abbrev=False,
+            kind,
+            help=summary,
+            description=summary,
+            epilog=f"examples:\n{examples}\n",
+            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         own.set_defaults(run=run)
         _add_common(own, kind)
         if kind == "tensorrt":
@@ -59,8 +62,12 @@ def add_arguments(parser: Parser) -> None:
             own.add_argument("--target", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
         if kind == "triton-repo":
             own.add_argument("--onnx", metavar="FOLDER", type=Path, help="use the graphs of this export")
-            own.add_argument("--runner", choices=("python", "onnxruntime"), help="what runs the graphs: stylefast in "
-                             "the server's Python, or the server's own ONNX Runtime (default: python)")  # fmt: skip
+            own.add_argument(
+                "--runner",
+                choices=("python", "onnxruntime"),
+                help="what runs the graphs: stylefast in "
+                "the server's Python, or the server's own ONNX Runtime (default: python)",
+            )
 
 
 def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -70,25 +77,43 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
     add("--quiet", action="store_true", help="no progress, only the folder on stdout")
 
     group = parser.add_argument_group("model").add_argument
-    group("--model", metavar="NAME", default=DEFAULT_MODEL, help="tiny (comes with stylefast, the default), a "
-          "diffusers folder, a .safetensors file, or a hub id")  # fmt: skip
+    group(
+        "--model",
+        metavar="NAME",
+        default=DEFAULT_MODEL,
+        help="tiny (comes with stylefast, the default), a diffusers folder, a .safetensors file, or a hub id",
+    )
     group("--adapter", metavar="FILE", help="IP-Adapter (default: the one that comes with the model, if any)")
     group("--image-encoder", metavar="DIR", help="CLIP image encoder of --adapter (default: the model's own)")
     group("--vae", metavar="NAME", help="a VAE in place of the model's own")
-    group("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: float16 "
-          "for TensorRT, else what `generate` takes on the device)")  # fmt: skip
+    group(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of weights and activations (default: float16 for TensorRT, else what `generate` takes on the device)",
+    )
 
     group = parser.add_argument_group("graphs").add_argument
     flavours = "live,banked" if kind == "tensorrt" else "live,banked,plain"
-    group("--flavour", metavar="NAMES", help="of the UNet: plain (no references), live (references are pictures of the "
-          f"batch), banked (also baked styles); each can do what the one before it can (default: {flavours})"
-          )  # fmt: skip
+    group(
+        "--flavour",
+        metavar="NAMES",
+        help="of the UNet: plain (no references), live (references are pictures of the "
+        f"batch), banked (also baked styles); each can do what the one before it can (default: {flavours})",
+    )
     if kind in ("onnx", "triton-repo"):
-        group("--components", metavar="NAMES", help="all, or of unet, vae_decoder, text_encoder, text_encoder_2, "
-              "text_projector, image_encoder, image_projector (default: all that the model has)")  # fmt: skip
+        group(
+            "--components",
+            metavar="NAMES",
+            help="all, or of unet, vae_decoder, text_encoder, text_encoder_2, "
+            "text_projector, image_encoder, image_projector (default: all that the model has)",
+        )
     group("--references", type=int, metavar="N", help="most references of a picture (default: 1)")
-    group("--segments", type=int, metavar="N", help="most style pictures of a picture, through the IP-Adapter; 0 "
-          "leaves it out (default: 2)")  # fmt: skip
+    group(
+        "--segments",
+        type=int,
+        metavar="N",
+        help="most style pictures of a picture, through the IP-Adapter; 0 leaves it out (default: 2)",
+    )
     group("--size", metavar="fixed|WxH", help="one size in pixels, or fixed: the model's own (default: any size)")
     if kind != "aoti":
         group("--opset", type=int, metavar="N", help="of ONNX (default: 20, for bfloat16 22)")
@@ -96,14 +121,27 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
 
 def _add_tensorrt(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("TensorRT").add_argument
-    group("--target", metavar="CHIPS", help="sm80, sm86, sm89, sm120, ...; several in one engine: sm89,sm120 (default: "
-          "the GPU that is here)")  # fmt: skip
-    group("--profile", action="append", metavar="RANGES", help="sizes to build for, least:best:most, e.g. "
-          "rows=1:4:8,size=512x512:1024x1024:1024x1536; may be repeated")  # fmt: skip
-    group("--refit", action="store_true", help="engines whose weights can be replaced, for LoRAs; building one takes "
-          "a GPU")  # fmt: skip
-    group("--attention", choices=("standard", "plugin"), help="style attention as standard operators, or as a plugin "
-          "with stylefast's kernel (default: standard)")  # fmt: skip
+    group(
+        "--target",
+        metavar="CHIPS",
+        help="sm80, sm86, sm89, sm120, ...; several in one engine: sm89,sm120 (default: the GPU that is here)",
+    )
+    group(
+        "--profile",
+        action="append",
+        metavar="RANGES",
+        help="sizes to build for, least:best:most, e.g. rows=1:4:8,size=512x512:1024x1024:1024x1536; may be repeated",
+    )
+    group(
+        "--refit",
+        action="store_true",
+        help="engines whose weights can be replaced, for LoRAs; building one takes a GPU",
+    )
+    group(
+        "--attention",
+        choices=("standard", "plugin"),
+        help="style attention as standard operators, or as a plugin with stylefast's kernel (default: standard)",
+    )
     group("--onnx", metavar="FOLDER", type=Path, help="build from the graphs of this export")
 
 
@@ -234,10 +272,14 @@ def _load(arguments: argparse.Namespace, options):
     from stylefast.export.options import load_source
 
     return load_source(
-        arguments.model, options.dtype, device="cuda" if options.targets == ("cuda",) else "cpu",
-        adapter=arguments.adapter, image_encoder=arguments.image_encoder, vae=arguments.vae,
+        arguments.model,
+        options.dtype,
+        device="cuda" if options.targets == ("cuda",) else "cpu",
+        adapter=arguments.adapter,
+        image_encoder=arguments.image_encoder,
+        vae=arguments.vae,
         version=stylefast.__version__,
-    )  # fmt: skip
+    )
 
 
 def _plan(source, options, components: tuple[str, ...], out: Path) -> list[str]:
@@ -246,9 +288,13 @@ def _plan(source, options, components: tuple[str, ...], out: Path) -> list[str]:
     from stylefast.models.weight_files import available_memory
 
     estimate = estimate_export(
-        source.unet.config, options.torch_dtype, options.flavours if "unet" in components else (), options.kind,
-        source.other_bytes, options.onnx is not None,
-    )  # fmt: skip
+        source.unet.config,
+        options.torch_dtype,
+        options.flavours if "unet" in components else (),
+        options.kind,
+        source.other_bytes,
+        options.onnx is not None,
+    )
     graphs = [f"unet ({', '.join(options.flavours)})" if name == "unet" else name for name in components]
     target = f" for {', '.join(options.targets)}" if options.targets else ""
     lines = [
@@ -264,8 +310,12 @@ def _export(source, out: Path, options, quiet: bool):
     """The manifest of what was exported."""
     from stylefast.export import pipeline
 
-    exports = {"onnx": pipeline.export_onnx, "tensorrt": partial(pipeline.export_tensorrt, keep_source=False),
-               "aoti": pipeline.export_aoti, "triton-repo": pipeline.export_triton_repo}  # fmt: skip
+    exports = {
+        "onnx": pipeline.export_onnx,
+        "tensorrt": partial(pipeline.export_tensorrt, keep_source=False),
+        "aoti": pipeline.export_aoti,
+        "triton-repo": pipeline.export_triton_repo,
+    }
     bars = Bars(quiet)
     try:
         with pipeline.silent_exporters():

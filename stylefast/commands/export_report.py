@@ -35,13 +35,14 @@ def collect_engines(folder: Path) -> dict[str, Any]:
         "unaltered": not problems,
         "problems": problems,
         "untrusted": untrusted,
-        "manifest": manifest.to_json() | {
+        "manifest": manifest.to_json()
+        | {
             "graphs": [
                 graph_to_json(graph) | {"label": graph.label, "bytes": {name: sizes[name] for name in graph.files}}
                 for graph in manifest.graphs
             ]
         },
-    }  # fmt: skip
+    }
 
 
 def engines_lines(found: dict[str, Any]) -> list[str]:

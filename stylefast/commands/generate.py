@@ -22,11 +22,33 @@ EXAMPLES = """examples:
 DEFAULT_OUT = "pictures"
 # what --from and --requests bring themselves
 _CALL_OPTIONS = (
-    "prompts", "count", "negative", "steps", "guidance", "guidance_rescale", "guidance_interval", "spacing", "seed",
-    "clip_skip", "size", "scheduler", "style", "style_image",
-    "method", "style_prompt", "adain", "shift", "layers", "share_group_norm", "blocks", "scale", "content",
-    "content_scale", "learned", "context",
-)  # fmt: skip
+    "prompts",
+    "count",
+    "negative",
+    "steps",
+    "guidance",
+    "guidance_rescale",
+    "guidance_interval",
+    "spacing",
+    "seed",
+    "clip_skip",
+    "size",
+    "scheduler",
+    "style",
+    "style_image",
+    "method",
+    "style_prompt",
+    "adain",
+    "shift",
+    "layers",
+    "share_group_norm",
+    "blocks",
+    "scale",
+    "content",
+    "content_scale",
+    "learned",
+    "context",
+)
 # written out, since the tables that hold the names load torch
 SCHEDULERS_HELP = """\
 ddim, euler, euler_karras, euler_exponential, euler_ancestral, dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_exponential,
@@ -48,50 +70,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--requests", metavar="FILE.json", help="make the requests of this file instead of prompts given here")
     add("--from", dest="source", metavar="PICTURE.png", help="make this picture again, pixel by pixel")
     add("--force", action="store_true", help="with --from: go on although the model or a LoRA has other weights")
-    add("--load-recorded", action="store_true", help="with --from: load the models, LoRAs and style files that the "
-        "picture names; without it, only what comes with stylefast, is in the hub's cache, or is given here"
-        )  # fmt: skip
+    add(
+        "--load-recorded",
+        action="store_true",
+        help="with --from: load the models, LoRAs and style files that the "
+        "picture names; without it, only what comes with stylefast, is in the hub's cache, or is given here",
+    )
     add("-n", "--count", type=int, metavar="N", help="pictures of each prompt, whose seeds count up (default: 1)")
 
     group = parser.add_argument_group("sampling").add_argument
     group("--negative", metavar="TEXT", help="what to lead away from")
     group("--steps", type=int, help="denoising steps (default: 30, or those of --style)")
-    group("--guidance", type=float, help="classifier-free guidance; 1 or less turns it off (default: that of --style, "
-          "1 for lcm, tcd and the few-step presets, else 5)")  # fmt: skip
+    group(
+        "--guidance",
+        type=float,
+        help="classifier-free guidance; 1 or less turns it off (default: that of --style, "
+        "1 for lcm, tcd and the few-step presets, else 5)",
+    )
     group("--guidance-rescale", type=float, help="0 to 1; pulls the contrast of strong guidance back (default: 0)")
     group("--seed", type=int, help="of the first picture; the next ones count up; -1 draws one (default: 0)")
     group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
     group("--scheduler", metavar="NAME", help=f"{SCHEDULERS_HELP} (default: euler, or that of --style)")
     group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
-    group("--guidance-interval", metavar="A-B", help="fractions of the steps in which guidance acts, e.g. 0-0.8 "
-          "(default: 0-1)")  # fmt: skip
+    group(
+        "--guidance-interval",
+        metavar="A-B",
+        help="fractions of the steps in which guidance acts, e.g. 0-0.8 (default: 0-1)",
+    )
 
-    group("--clip-skip", type=int, metavar="N", help="take the text encoders' states N layers earlier, as diffusers "
-          "counts them (default: 0)")  # fmt: skip
+    group(
+        "--clip-skip",
+        type=int,
+        metavar="N",
+        help="take the text encoders' states N layers earlier, as diffusers counts them (default: 0)",
+    )
 
     group = parser.add_argument_group("style").add_argument
-    group("--style", action="append", metavar="FILE.bank", help="a style that `stylefast bake` wrote, in place of "
-          "aligned's reference; brings its own steps, scheduler and size; may stand beside --method instant with a "
-          "--style-image")  # fmt: skip
-    group("--style-image", action="append", metavar="PICTURE", help="reference picture: a file, or the name of one "
-          "that comes with the model (see `stylefast info`); may be repeated")  # fmt: skip
-    group("--method", choices=("aligned", "instant", "both"), help="aligned: StyleAligned, shared self-attention; "
-          "instant: InstantStyle, through the IP-Adapter; both (default: aligned, if a reference is given). `--method "
-          "aligned` without a reference aligns all pictures to the first")  # fmt: skip
-    group("--style-prompt", metavar="TEXT", help="aligned: what the reference shows; without --style-image, the "
-          "reference is made from it")  # fmt: skip
+    group(
+        "--style",
+        action="append",
+        metavar="FILE.bank",
+        help="a style that `stylefast bake` wrote, in place of "
+        "aligned's reference; brings its own steps, scheduler and size; may stand beside --method instant with a "
+        "--style-image",
+    )
+    group(
+        "--style-image",
+        action="append",
+        metavar="PICTURE",
+        help="reference picture: a file, or the name of one "
+        "that comes with the model (see `stylefast info`); may be repeated",
+    )
+    group(
+        "--method",
+        choices=("aligned", "instant", "both"),
+        help="aligned: StyleAligned, shared self-attention; "
+        "instant: InstantStyle, through the IP-Adapter; both (default: aligned, if a reference is given). `--method "
+        "aligned` without a reference aligns all pictures to the first",
+    )
+    group(
+        "--style-prompt",
+        metavar="TEXT",
+        help="aligned: what the reference shows; without --style-image, the reference is made from it",
+    )
     group("--adain", metavar="PARTS", help="aligned: q,k (default), or with strengths: q=1,k=0.5, or none")
     group("--shift", type=float, help="aligned: added to the logits against the reference; 1 to 2 is a stronger style")
     group("--layers", metavar="NAMES", help="aligned: all (default), or parts of layer names: up_blocks,mid_block")
     group("--share-group-norm", action="store_true", default=None, help="aligned: share group norm statistics as well")
-    group("--blocks", metavar="PRESET", help="instant: style (default), layout, style+layout, all, ..., or a JSON "
-          "object, or parts of layer names: up_blocks.0.attentions.1")  # fmt: skip
-    group("--scale", type=float, help="instant, both: strength of the adapter; aligned: factor on the logits against "
-          "the reference (default: 1)")  # fmt: skip
+    group(
+        "--blocks",
+        metavar="PRESET",
+        help="instant: style (default), layout, style+layout, all, ..., or a JSON "
+        "object, or parts of layer names: up_blocks.0.attentions.1",
+    )
+    group(
+        "--scale",
+        type=float,
+        help="instant, both: strength of the adapter; aligned: factor on the logits against the reference (default: 1)",
+    )
     group("--content", metavar="TEXT", help="instant: what the picture shows, to be subtracted from its embedding")
     group("--content-scale", type=float, help="instant: how much of --content is subtracted (default: 0.5)")
-    group("--learned", action="append", metavar="NAME|FILE", help="a learned style: a file, or the name of one that "
-          "comes with the model; may be repeated")  # fmt: skip
+    group(
+        "--learned",
+        action="append",
+        metavar="NAME|FILE",
+        help="a learned style: a file, or the name of one that comes with the model; may be repeated",
+    )
     group("--context", metavar="TEXT", help="words on the content, placed before the learned style's clause")
     add_model_arguments(parser)
 
@@ -211,9 +275,7 @@ def check_schedules(requests: Sequence) -> None:
     from stylefast.sampling.noise_levels import SDXL_SCHEDULER
 
     for request in requests:
-        named_schedule(
-            request.scheduler, request.steps, scheduler_config(request, SDXL_SCHEDULER), request.spacing
-        )
+        named_schedule(request.scheduler, request.steps, scheduler_config(request, SDXL_SCHEDULER), request.spacing)
         branch_weights_per_step({}, request.steps, GuidanceInterval(*request.guidance_interval))
 
 

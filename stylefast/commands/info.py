@@ -21,8 +21,20 @@ EXAMPLES = """examples:
   stylefast info --bank brand.bank
   stylefast info --engines tiny-onnx
 """
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "triton", "onnx",
-            "onnxruntime", "tensorrt", "tensorrt-rtx")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "triton",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 # the same package by the name of its edition
 _EDITIONS = {"onnxruntime": ("onnxruntime-gpu",), "tensorrt": ("tensorrt-cu13", "tensorrt-cu12")}
 
@@ -30,10 +42,20 @@ _EDITIONS = {"onnxruntime": ("onnxruntime-gpu",), "tensorrt": ("tensorrt-cu13", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options."""
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
-    parser.add_argument("--bank", metavar="FILE.bank", type=Path, help="say what this style bank was made from, its "
-                        "size, and whether it is as it was written (exit code 1 if not)")  # fmt: skip
-    parser.add_argument("--engines", metavar="FOLDER", type=Path, help="say what this export holds, whether its files "
-                        "are as they were written (exit code 1 if not), and whether they may be run")  # fmt: skip
+    parser.add_argument(
+        "--bank",
+        metavar="FILE.bank",
+        type=Path,
+        help="say what this style bank was made from, its "
+        "size, and whether it is as it was written (exit code 1 if not)",
+    )
+    parser.add_argument(
+        "--engines",
+        metavar="FOLDER",
+        type=Path,
+        help="say what this export holds, whether its files "
+        "are as they were written (exit code 1 if not), and whether they may be run",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

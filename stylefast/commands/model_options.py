@@ -24,23 +24,43 @@ _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say what is loaded and where it runs."""
     group = parser.add_argument_group("model").add_argument
-    group("--model", metavar="NAME", help="tiny (comes with stylefast, the default), a diffusers folder, a "
-          ".safetensors file, or a hub id")  # fmt: skip
-    group("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA to put on the model, at this strength "
-          "(default: 1); may be repeated")  # fmt: skip
+    group(
+        "--model",
+        metavar="NAME",
+        help="tiny (comes with stylefast, the default), a diffusers folder, a .safetensors file, or a hub id",
+    )
+    group(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="a LoRA to put on the model, at this strength (default: 1); may be repeated",
+    )
     group("--adapter", metavar="FILE", help="IP-Adapter (default: the one that comes with the model, if any)")
     group("--image-encoder", metavar="DIR", help="CLIP image encoder of --adapter (default: the model's own)")
     group("--vae", metavar="NAME", help="a VAE in place of the model's own")
-    group("--prediction-type", choices=PREDICTION_TYPES, help="what the UNet predicts, for checkpoints that "
-          "don't say or say wrong (default: as the model says)")  # fmt: skip
+    group(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="what the UNet predicts, for checkpoints that don't say or say wrong (default: as the model says)",
+    )
     group("--device", help="auto, cpu, cuda or cuda:1 (default: auto)")
     group("--dtype", help="auto, float32, bfloat16 or float16 (default: auto)")
-    group("--backend", choices=("auto", "torch", "compile", *EXPORTED_BACKENDS), help="what runs the steps; the last "
-          "three run what `stylefast export` wrote (default: auto)")  # fmt: skip
-    group("--engines", metavar="FOLDER", help="an export for --backend; without it, onnxruntime and aoti export the "
-          "model once into the cache folder, which takes minutes")  # fmt: skip
-    group("--trust", metavar="DIGEST", help="run engines that others wrote, which are code; the digest is what "
-          "`stylefast export` printed there")  # fmt: skip
+    group(
+        "--backend",
+        choices=("auto", "torch", "compile", *EXPORTED_BACKENDS),
+        help="what runs the steps; the last three run what `stylefast export` wrote (default: auto)",
+    )
+    group(
+        "--engines",
+        metavar="FOLDER",
+        help="an export for --backend; without it, onnxruntime and aoti export the "
+        "model once into the cache folder, which takes minutes",
+    )
+    group(
+        "--trust",
+        metavar="DIGEST",
+        help="run engines that others wrote, which are code; the digest is what `stylefast export` printed there",
+    )
     group("--memory-limit", metavar="BYTES", help="for all that the engine holds on its device, e.g. 8GB")
     group("--bank-memory", metavar="BYTES", help="for the pages of style banks there, e.g. 512MiB")
 

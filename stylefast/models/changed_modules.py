@@ -15,16 +15,34 @@ from stylefast.values import quoted
 Made = Mapping[str, tuple[type, Mapping[str, Any]]]  # each module's class and plain attributes, by its name
 
 # set in ordinary use and without effect on a picture, or checked elsewhere
-_NO_MATTER = frozenset((
-    "training", "gradient_checkpointing", "p", "dropout", "inplace", "name", "sample_size", "sliceable_head_dim",
-    "upcast_attention", "upcast_softmax", "fused_projections", "encoder_hid_proj",
-))  # fmt: skip
+_NO_MATTER = frozenset(
+    (
+        "training",
+        "gradient_checkpointing",
+        "p",
+        "dropout",
+        "inplace",
+        "name",
+        "sample_size",
+        "sliceable_head_dim",
+        "upcast_attention",
+        "upcast_softmax",
+        "fused_projections",
+        "encoder_hid_proj",
+    )
+)
 # modules that are left out by name, or are copies of others
 _BESIDE = frozenset(("processor", "encoder_hid_proj", "to_qkv", "to_kv"))
 # methods of every module that are part of its work; the rest of what the base classes have is bookkeeping
 _CALLED = frozenset(("forward", "_call_impl", "_wrapped_call_impl"))
-_BASES = ("torch.nn.modules.module", "diffusers.models.modeling_utils", "transformers.modeling_utils",
-          "diffusers.configuration_utils", "diffusers.utils", "transformers.utils")  # fmt: skip
+_BASES = (
+    "torch.nn.modules.module",
+    "diffusers.models.modeling_utils",
+    "transformers.modeling_utils",
+    "diffusers.configuration_utils",
+    "diffusers.utils",
+    "transformers.utils",
+)
 _MISSING, _OTHER = object(), object()
 
 
@@ -73,10 +91,16 @@ def overriding(thing: Any, library: str, bookkeeping: tuple[str, ...]) -> tuple[
 def made_modules(model: nn.Module) -> Made:
     """What `check_as_made` compares: taken of a model that was made from its config and nothing else."""
     return {
-        name: (type(one), {key: _plain(value) for key, value in vars(one).items()
-                           if key not in _NO_MATTER and not key.startswith("_") and _plain(value) is not _OTHER})
+        name: (
+            type(one),
+            {
+                key: _plain(value)
+                for key, value in vars(one).items()
+                if key not in _NO_MATTER and not key.startswith("_") and _plain(value) is not _OTHER
+            },
+        )
         for name, one in model.named_modules(remove_duplicate=False)
-    }  # fmt: skip
+    }
 
 
 def check_as_made(what: str, model: nn.Module, made: Made) -> None:

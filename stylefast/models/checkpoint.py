@@ -161,9 +161,10 @@ def from_pipeline(pipeline) -> Components:
         text_encoders=(inner(pipeline.text_encoder), inner(pipeline.text_encoder_2)),
         tokenizers=(pipeline.tokenizer, pipeline.tokenizer_2),
         scheduler_config=checked_scheduler(
-            {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}, "the pipeline",
+            {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__},
+            "the pipeline",
             file="from_config(pipe.scheduler.config, ...), which takes other values",
-        ),  # fmt: skip
+        ),
         force_zeros=pipeline.config.get("force_zeros_for_empty_prompt", True),
         image_encoder=getattr(pipeline, "image_encoder", None),
         feature_extractor=extractor.to_dict() if extractor is not None else None,
@@ -209,7 +210,10 @@ def load_image_encoder(source: str | Path, *, dtype: torch.dtype, device: torch.
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """"auto" is the first CUDA GPU where there is one, else the CPU. Raises InvalidRequest for one that is absent."""
+    """Return the device that is meant; "auto" is the first CUDA GPU where there is one, else the CPU.
+
+    Raises InvalidRequest for one that is absent.
+    """
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -229,9 +233,18 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 
 def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """"auto" is float32 on the CPU and float16 on a GPU; otherwise float32, float16 or bfloat16, also as "fp16" etc."""
-    names = {"float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
-             "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+    """Return the type that is meant: float32, float16 or bfloat16, also as "fp16" etc.
+
+    "auto" is float32 on the CPU and float16 on a GPU.
+    """
+    names = {
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+    }
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else dtype
     chosen = values.one_of("dtype", name, ("auto", *names))
     if chosen == "auto":
@@ -295,8 +308,11 @@ def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubO
         check_model_index(index, folder.name)  # a family without a UNet is named by its class
     own_vae = vae is None
     parts = [part for part in _PARTS if own_vae or part != "vae"]
-    configs = {part: read_config(folder / part / "config.json", folder) for part in parts
-               if part != "image_encoder" or (folder / part / "config.json").is_file()}
+    configs = {
+        part: read_config(folder / part / "config.json", folder)
+        for part in parts
+        if part != "image_encoder" or (folder / part / "config.json").is_file()
+    }
     _check_is_sdxl(configs["unet"], f"{folder.name} ({index.get('_class_name', 'no pipeline class')})")
     given = (() if own_vae else ("vae",)) + (() if tokenizer is None else ("tokenizer", "tokenizer_2"))
     check_model_index(index, folder.name, given)
@@ -330,14 +346,24 @@ def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubO
         vae=decoder,
         text_encoders=(
             _clip("CLIPTextModel", configs["text_encoder"], state("text_encoder"), f"{folder.name}/text_encoder"),
-            _clip("CLIPTextModelWithProjection", configs["text_encoder_2"], state("text_encoder_2"),
-                  f"{folder.name}/text_encoder_2"),
+            _clip(
+                "CLIPTextModelWithProjection",
+                configs["text_encoder_2"],
+                state("text_encoder_2"),
+                f"{folder.name}/text_encoder_2",
+            ),
         ),
         tokenizers=tokenizers_in(folder if tokenizer is None else given_folder(tokenizer)),
         scheduler_config=scheduler,
         force_zeros=index.get("force_zeros_for_empty_prompt", True),
-        image_encoder=_clip("CLIPVisionModelWithProjection", configs["image_encoder"], state("image_encoder"),
-                            f"{folder.name}/image_encoder") if "image_encoder" in configs else None,
+        image_encoder=_clip(
+            "CLIPVisionModelWithProjection",
+            configs["image_encoder"],
+            state("image_encoder"),
+            f"{folder.name}/image_encoder",
+        )
+        if "image_encoder" in configs
+        else None,
         feature_extractor=read_config(extractor, folder) if extractor.is_file() else None,
         adapter_path=adapters[0] if adapters else None,
         style_paths={file.stem: file for file in sorted((folder / "styles").glob("*.safetensors"))},
@@ -458,8 +484,11 @@ def _clip(kind: str, config: Mapping, state: dict[str, torch.Tensor], what: str)
         state = {name.removeprefix(tower): value for name, value in state.items()}
     elif state and not any(name.startswith(tower) for name in state):
         state = {f"{tower}{name}": value for name, value in state.items()}
-    fill(model, {name: value for name, value in state.items() if name in expected or name != "text_projection.weight"},
-         what)
+    fill(
+        model,
+        {name: value for name, value in state.items() if name in expected or name != "text_projection.weight"},
+        what,
+    )
     device = next(iter(state.values())).device
     for module in model.modules():
         ids = getattr(module, "position_ids", None)

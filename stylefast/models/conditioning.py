@@ -119,15 +119,28 @@ class Conditioning(NamedTuple):
         rows, pages, features = self.rows, self.pages, self.features
         keep = None if features is None else partial(features.keep_attention, layer)
         if self.modes is None:
-            return SelfInputs(rows.self_page, rows.self_mode, rows.self_scale, rows.self_shift, rows.adain_page,
-                              rows.adain_strength, keep=keep)  # fmt: skip
+            return SelfInputs(
+                rows.self_page,
+                rows.self_mode,
+                rows.self_scale,
+                rows.self_shift,
+                rows.adain_page,
+                rows.adain_strength,
+                keep=keep,
+            )
         pool = {}
         if pages is not None:
             pool = {"pool": pages.layers[layer], "pool_stats": (pages.means[layer], pages.variances[layer])}
         return SelfInputs(
-            rows.self_page, self.modes[layer], rows.self_scale, rows.self_shift, self.adain_pages[layer],
-            rows.adain_strength, keep=keep, **pool,
-        )  # fmt: skip
+            rows.self_page,
+            self.modes[layer],
+            rows.self_scale,
+            rows.self_shift,
+            self.adain_pages[layer],
+            rows.adain_strength,
+            keep=keep,
+            **pool,
+        )
 
     def cross_attention(self, layer: int, module: int, level: int) -> CrossInputs:
         """What cross-attention `layer` of attention module `module` reads."""
@@ -135,9 +148,14 @@ class Conditioning(NamedTuple):
         if self.image_kv is not None:
             masks = self.masks[level] if self.masks else None
             images = (
-                *self.image_kv.layers[layer], self.image_kv.lengths, rows.image_page,
-                rows.image_strength[:, :, module], rows.image_group, masks, rows.image_mask,
-            )  # fmt: skip
+                *self.image_kv.layers[layer],
+                self.image_kv.lengths,
+                rows.image_page,
+                rows.image_strength[:, :, module],
+                rows.image_group,
+                masks,
+                rows.image_mask,
+            )
         return CrossInputs(*self.text_kv[layer], rows.text_page, images)
 
     def norm(self, index: int) -> NormInputs:

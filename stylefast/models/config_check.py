@@ -31,8 +31,15 @@ from stylefast.values import quoted
 logger = logging.getLogger(__name__)
 
 # what diffusers' schedulers mean by a key that a config does not carry; sampling takes SDXL's values for the rest
-_MISSING = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
-            "prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0}  # fmt: skip
+_MISSING = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+}
 _SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _DDIM = {"timestep_spacing": "leading", "set_alpha_to_one": True, "clip_sample": True}
 _DDPM = {"timestep_spacing": "leading", "clip_sample": True}
@@ -54,13 +61,29 @@ _DDPM_KIND = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMPa
 # the classes whose steps clip x0 where their config says so
 _CLIP_KEYS: Mapping[str, tuple[str, ...]] = {
     "clip_sample": (*_DDPM_KIND, "HeunDiscreteScheduler", "LCMScheduler"),
-    "thresholding": (*_DDPM_KIND, "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
-                     "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "LCMScheduler",
-                     "EDMDPMSolverMultistepScheduler"),
-}  # fmt: skip
+    "thresholding": (
+        *_DDPM_KIND,
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "DEISMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "SASolverScheduler",
+        "LCMScheduler",
+        "EDMDPMSolverMultistepScheduler",
+    ),
+}
 # what EDM's classes read; the rest of their configs is left over from other schedulers
-_EDM_READS = ("num_train_timesteps", "prediction_type", "sigma_min", "sigma_max", "final_sigmas_type", "thresholding",
-              "lower_order_final", "euler_at_final", *EDM)  # fmt: skip
+_EDM_READS = (
+    "num_train_timesteps",
+    "prediction_type",
+    "sigma_min",
+    "sigma_max",
+    "final_sigmas_type",
+    "thresholding",
+    "lower_order_final",
+    "euler_at_final",
+    *EDM,
+)
 
 _EDM_ENDS = {"sigma_min": 0.002, "sigma_max": 80.0}  # where a config does not say
 
@@ -94,8 +117,12 @@ def checked_scheduler(
         )
     _check_levels(filled, f"the scheduler ({name}) of {what}", edm)
     if name in DISTILLED:
-        logger.warning("%s comes with %s: it was distilled to few steps, for requests with scheduler=%r", what, name,
-                       DISTILLED[name])  # fmt: skip
+        logger.warning(
+            "%s comes with %s: it was distilled to few steps, for requests with scheduler=%r",
+            what,
+            name,
+            DISTILLED[name],
+        )
     return filled
 
 
@@ -187,8 +214,13 @@ def indexed_scheduler(index: Mapping, config: Mapping, what: str) -> dict[str, A
                 f"model_index.json of {what} names the scheduler {quoted(kind)}{_kind_of(kind)}, which is not "
                 f"supported, and scheduler/scheduler_config.json {quoted(own)}; correct the one that is wrong"
             )
-        logger.warning("model_index.json of %s names the scheduler %s, and scheduler/scheduler_config.json %s; the "
-                       "first counts, as in diffusers", what, kind, quoted(own))  # fmt: skip
+        logger.warning(
+            "model_index.json of %s names the scheduler %s, and scheduler/scheduler_config.json %s; the "
+            "first counts, as in diffusers",
+            what,
+            kind,
+            quoted(own),
+        )
     return {**config, "_class_name": kind}
 
 
@@ -264,16 +296,15 @@ def _check_levels(config: Mapping, what: str, edm: bool) -> None:
     rising = betas[:-1] if config.get("rescale_betas_zero_snr") and betas[-1] == 1 else betas
     odd = next((i for i, beta in enumerate(rising) if not 0 < beta < 1), None)
     if odd is not None:
-        raise ModelFormatError(f"{what} has {quoted(betas[odd])} as number {odd} of its trained_betas; each is above 0 "
-                               "and below 1")  # fmt: skip
+        raise ModelFormatError(
+            f"{what} has {quoted(betas[odd])} as number {odd} of its trained_betas; each is above 0 and below 1"
+        )
 
 
 def _check_class(config: Mapping, known: tuple[str, ...], what: str) -> None:
     name = _mapping(config, what).get("_class_name")
     if name is not None and name not in known:
-        raise ModelFormatError(
-            f"{what} is of the class {quoted(name)}; {' or '.join(known)} is supported"
-        )
+        raise ModelFormatError(f"{what} is of the class {quoted(name)}; {' or '.join(known)} is supported")
 
 
 def _kind_of(name) -> str:

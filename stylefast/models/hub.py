@@ -131,7 +131,7 @@ def wanted_files(names: Iterable[str], half: bool, variant: str | None, componen
     wanted = [name for name in names if name == "model_index.json"]
     for component in components:
         lead = f"{component}/" if component else ""
-        inside = [n[len(lead):] for n in names if n.startswith(lead) and "/" not in n[len(lead):]]
+        inside = [n[len(lead) :] for n in names if n.startswith(lead) and "/" not in n[len(lead) :]]
         texts = [n for n in inside if n.endswith((".json", ".txt")) and ".index." not in n and n != "model_index.json"]
         wanted += [lead + name for name in texts + pick_weights(inside, half, variant)]
     return wanted
@@ -172,9 +172,12 @@ def hub_folder(
         api = huggingface_hub.HfApi(token=options.token)
         listing = api.model_info(repo_id, revision=options.revision, timeout=15).siblings
         folder = huggingface_hub.snapshot_download(
-            repo_id, allow_patterns=select([file.rfilename for file in listing]), token=options.token,
-            force_download=options.force_download, **options.cached,
-        )  # fmt: skip
+            repo_id,
+            allow_patterns=select([file.rfilename for file in listing]),
+            token=options.token,
+            force_download=options.force_download,
+            **options.cached,
+        )
     except RevisionNotFoundError as error:
         raise ModelNotFound(f"{repo_id!r} has no revision {options.revision!r} on the hub; check its name") from error
     except RepositoryNotFoundError as error:

@@ -57,7 +57,7 @@ def preprocess(
     # padding is zero after normalisation: the mean colour
     padded = torch.zeros(3, size, size)
     top, left = (size - pixels.shape[1]) // 2, (size - pixels.shape[2]) // 2
-    padded[:, top:top + pixels.shape[1], left:left + pixels.shape[2]] = pixels
+    padded[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
     return padded
 
 

@@ -74,20 +74,25 @@ class _ResamplerAttention(nn.Module):
 class Resampler(nn.Module):
     """The Perceiver resampler of the plus adapters: patch features to a fixed number of tokens."""
 
-    def __init__(self, embed_dim: int, width: int, inner: int, hidden: int, depth: int, token_count: int,
-                 cross_dim: int):
+    def __init__(
+        self, embed_dim: int, width: int, inner: int, hidden: int, depth: int, token_count: int, cross_dim: int
+    ):
         super().__init__()
         self.token_count = token_count
         self.latents = nn.Parameter(torch.empty(1, token_count, width))
         self.proj_in = nn.Linear(embed_dim, width)
         self.layers = nn.ModuleList(
-            nn.ModuleList([
-                _ResamplerAttention(width, inner),
-                nn.Sequential(
-                    nn.LayerNorm(width), nn.Linear(width, hidden, bias=False), nn.GELU(),
-                    nn.Linear(hidden, width, bias=False),
-                ),
-            ])
+            nn.ModuleList(
+                [
+                    _ResamplerAttention(width, inner),
+                    nn.Sequential(
+                        nn.LayerNorm(width),
+                        nn.Linear(width, hidden, bias=False),
+                        nn.GELU(),
+                        nn.Linear(hidden, width, bias=False),
+                    ),
+                ]
+            )
             for _ in range(depth)
         )
         self.proj_out = nn.Linear(width, cross_dim)
@@ -110,8 +115,16 @@ class IPAdapter(nn.Module):
     `token_count` the number of tokens it makes of one picture, `cross_dim` their width.
     """
 
-    def __init__(self, kind: str, projector: nn.Module, key_values: Mapping[int, nn.Linear], layout: AttentionLayout,
-                 embed_dim: int, cross_dim: int, name: str):
+    def __init__(
+        self,
+        kind: str,
+        projector: nn.Module,
+        key_values: Mapping[int, nn.Linear],
+        layout: AttentionLayout,
+        embed_dim: int,
+        cross_dim: int,
+        name: str,
+    ):
         super().__init__()
         self.kind, self.embed_dim, self.cross_dim, self.name = kind, embed_dim, cross_dim, name
         self.token_count: int = projector.token_count
@@ -168,8 +181,10 @@ class IPAdapter(nn.Module):
             return
         what = "embeddings" if self.kind == "global" else "patch features"
         right = _ENCODERS.get((self.kind, self.embed_dim))
-        way_out = f"use {right[0]}, folder {right[1]!r} of h94/IP-Adapter" if right else (
-            "load the image encoder that the adapter was trained with"
+        way_out = (
+            f"use {right[0]}, folder {right[1]!r} of h94/IP-Adapter"
+            if right
+            else ("load the image encoder that the adapter was trained with")
         )
         raise AdapterError(
             f"{self.name} ({self.kind}) reads {what} {self.embed_dim} wide, the image encoder gives {given} "
@@ -286,8 +301,12 @@ def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple
                 raise AdapterError(f"{name}'s resampler is {inner} wide inside; heads of {_RESAMPLER_HEAD} don't fit")
             depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers."))
             projector = Resampler(
-                embed_dim=shapes["proj_in.weight"][1], width=shapes["latents"][2], inner=inner,
-                hidden=shapes["layers.0.1.1.weight"][0], depth=depth, token_count=shapes["latents"][1],
+                embed_dim=shapes["proj_in.weight"][1],
+                width=shapes["latents"][2],
+                inner=inner,
+                hidden=shapes["layers.0.1.1.weight"][0],
+                depth=depth,
+                token_count=shapes["latents"][1],
                 cross_dim=cross_dim,
             )
         else:

@@ -62,10 +62,14 @@ class UNetShape:
         heads = _integers(config, heads_key, blocks, _MOST_CHANNELS)
         resnets = _integers(config, "layers_per_block", blocks, _MOST_LAYERS)
         attends = [
-            _kinds(config, f"{way}_block_types", blocks, {f"{way.capitalize()}Block2D": False,
-                                                          f"CrossAttn{way.capitalize()}Block2D": True})
+            _kinds(
+                config,
+                f"{way}_block_types",
+                blocks,
+                {f"{way.capitalize()}Block2D": False, f"CrossAttn{way.capitalize()}Block2D": True},
+            )
             for way in ("down", "up")
-        ]  # fmt: skip
+        ]
         key, back = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
         given = config.get(key, 1)
         per_block = list(given) if isinstance(given, (list, tuple)) else [given] * blocks
@@ -141,21 +145,33 @@ class AttentionLayout:
         shape = UNetShape.from_config(config)
         last = len(shape.down) - 1
         # (module name, block counted from the finest feature map, shape of the block, transformer depth)
-        down = [(f"down_blocks.{i}.attentions.{a}", i, block, depth)
-                for i, block in enumerate(shape.down) for a, depth in enumerate(block.depths)]  # fmt: skip
+        down = [
+            (f"down_blocks.{i}.attentions.{a}", i, block, depth)
+            for i, block in enumerate(shape.down)
+            for a, depth in enumerate(block.depths)
+        ]
         mid = [("mid_block.attentions.0", last, shape.mid, depth) for depth in (shape.mid.depths if shape.mid else ())]
-        up = [(f"up_blocks.{i}.attentions.{a}", last - i, block, depth)
-              for i, block in enumerate(shape.up) for a, depth in enumerate(block.depths)]  # fmt: skip
+        up = [
+            (f"up_blocks.{i}.attentions.{a}", last - i, block, depth)
+            for i, block in enumerate(shape.up)
+            for a, depth in enumerate(block.depths)
+        ]
 
         # an attention without transformer blocks has nothing that a style could act on
         modules = tuple(name for name, _, _, depth in down + mid + up if depth)
         feature_maps = tuple(sorted({i for _, i, _, depth in down + mid + up if depth}))
         layers = tuple(
-            AttentionLayer(f"{name}.transformer_blocks.{t}", name, modules.index(name), feature_maps.index(i),
-                           block.channels, block.heads)
+            AttentionLayer(
+                f"{name}.transformer_blocks.{t}",
+                name,
+                modules.index(name),
+                feature_maps.index(i),
+                block.channels,
+                block.heads,
+            )
             for name, i, block, depth in down + up + mid
             for t in range(depth)
-        )  # fmt: skip
+        )
         if not layers:
             raise ModelFormatError("the UNet's config has no attention; an SDXL model attends to its prompt")
         return cls(layers, modules, feature_maps=feature_maps)

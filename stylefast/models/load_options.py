@@ -47,7 +47,7 @@ _REFUSED: dict[str, tuple[tuple, str]] = {
     "feature_extractor": ((None,), "image_encoder= takes a folder with an encoder and its preprocessor_config.json"),
     "controlnet": ((None,), "ControlNets are not run"),
     "force_zeros_for_empty_prompt": ((None,), "the model's own model_index.json says so; change it there"),
-}  # fmt: skip
+}
 
 
 def sort_options(
@@ -107,6 +107,7 @@ def check_engine_options(given: Mapping[str, Any], own: tuple[str, ...]) -> None
 
 def _instead(name: str, ours: str, value: Any, own: Any) -> Any:
     """The value of another name for one of our options, which must not contradict it."""
+
     def spelled(one: Any) -> str:
         return str(one).removeprefix("torch.")
 

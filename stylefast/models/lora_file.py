@@ -26,13 +26,17 @@ logger = logging.getLogger(__name__)
 BUNDLE = "bundle_emb."  # learned embeddings that OneTrainer and others put beside a LoRA
 # what other methods call their tensors, and their names
 _METHODS = (
-    (r"\.oft_(blocks|diag|R)\b", "OFT or BOFT"), (r"\.on_input$", "(IA)^3"),
-    (r"\.(a1|a2|b1|b2|bm)\.weight$", "GLoRA"), (r"\bvera_lambda_", "VeRA"),
-    (r"\.lora_embedding_[AB]\b", "LoRA of an embedding table"), (r"_custom_diffusion\.", "Custom Diffusion"),
-    (r"^lllite_", "ControlNet-LLLite"), (r"^lora_controlnet$", "Control-LoRA"),
+    (r"\.oft_(blocks|diag|R)\b", "OFT or BOFT"),
+    (r"\.on_input$", "(IA)^3"),
+    (r"\.(a1|a2|b1|b2|bm)\.weight$", "GLoRA"),
+    (r"\bvera_lambda_", "VeRA"),
+    (r"\.lora_embedding_[AB]\b", "LoRA of an embedding table"),
+    (r"_custom_diffusion\.", "Custom Diffusion"),
+    (r"^lllite_", "ControlNet-LLLite"),
+    (r"^lora_controlnet$", "Control-LoRA"),
     (r"\bmotion_modules\.", "AnimateDiff motion LoRA"),
     (r"\.bias_(indices|values|size)$", "LyCORIS with sparse biases"),
-)  # fmt: skip
+)
 _OTHER_MODELS = (
     (r"(double|single)_blocks[._]|single_transformer_blocks[._]", "Flux"),
     (r"joint_(transformer_)?blocks[._]|^lora_te3_|^text_encoder_3\.", "Stable Diffusion 3"),
@@ -116,8 +120,10 @@ def _places(source: str | Path) -> list[tuple[Path, Path | None, str | None]]:
         return [(_only_file(path, "*"), None, None)]
     if not os.path.isfile(path):
         values.no_device("the LoRA", path, error=ModelNotFound)
-        raise ModelNotFound(f"no LoRA file at {values.quoted(str(path))}; get one by `hf download <id> --local-dir "
-                            "loras`, give its path")  # fmt: skip
+        raise ModelNotFound(
+            f"no LoRA file at {values.quoted(str(path))}; get one by `hf download <id> --local-dir "
+            "loras`, give its path"
+        )
     beside = path.name.startswith("adapter_model.") and (path.parent / peft_config.FILE).is_file()
     return [(path, path.parent / peft_config.FILE if beside else None, None)]
 
@@ -201,8 +207,10 @@ def _roles(entries: Iterable[str], file: str, piece: _Piece, metadata) -> dict[s
     for pattern, method in _METHODS:
         example = next((key for key in entries if re.search(pattern, key)), None)
         if example is not None:
-            raise AdapterError(f"{file} is {method} ({example[:200]}); read are LoRA, LoCon, LoHa, LoKr, DoRA and full "
-                               "differences: merge it into a checkpoint with the tool that made it")  # fmt: skip
+            raise AdapterError(
+                f"{file} is {method} ({example[:200]}); read are LoRA, LoCon, LoHa, LoKr, DoRA and full "
+                "differences: merge it into a checkpoint with the tool that made it"
+            )
     named = next((found for key in rest if (found := _NAMED.search(key))), None)
     if named is not None:
         raise AdapterError(
@@ -210,18 +218,23 @@ def _roles(entries: Iterable[str], file: str, piece: _Piece, metadata) -> dict[s
             "it with peft's save_pretrained, which leaves the name out"
         )
     if not roles and not rest and entries:
-        raise AdapterError(f"{file} holds learned embeddings alone ({_some(list(entries))}) and no LoRA; give it as "
-                           "style=DreamStyler(file)")  # fmt: skip
+        raise AdapterError(
+            f"{file} holds learned embeddings alone ({_some(list(entries))}) and no LoRA; give it as "
+            "style=DreamStyler(file)"
+        )
     if not roles:
         header = WeightHeader(piece.path, {key: ("", entry.shape) for key, entry in entries.items()}, metadata)
         kind = recognise(header)
         if kind == "LoRA":
-            raise AdapterError(f"{file} is a LoRA in a layout that is not known ({_some(rest)}); convert it with the "
-                               "tool that made it")  # fmt: skip
+            raise AdapterError(
+                f"{file} is a LoRA in a layout that is not known ({_some(rest)}); convert it with the tool that made it"
+            )
         raise AdapterError(f"{file} is no LoRA but: {kind}")
     if rest:
-        raise AdapterError(f"{file} holds {_some(rest)}, which belong to no known kind of LoRA; its layout is unknown, "
-                           "so nothing of it was used")  # fmt: skip
+        raise AdapterError(
+            f"{file} holds {_some(rest)}, which belong to no known kind of LoRA; its layout is unknown, "
+            "so nothing of it was used"
+        )
     return roles
 
 
@@ -285,15 +298,18 @@ def _scaling(module: _Module, part: str, config: PeftConfig | None, file: str) -
         return Scaling(None), None  # full differences have no rank, and so no alpha
     if alpha is not None:
         if alpha.numel() != 1:
-            raise AdapterError(f"{file}: the alpha of {module.spelled[:200]} has the shape {list(alpha.shape)}; it is "
-                               "one number")  # fmt: skip
+            raise AdapterError(
+                f"{file}: the alpha of {module.spelled[:200]} has the shape {list(alpha.shape)}; it is one number"
+            )
         return Scaling(float(alpha)), float(alpha)
     if config is not None:
         scaling = config.scaling(_as_trained(module.spelled, part))
         return scaling, scaling.alpha
     if module.spelled.startswith(PEFT_PREFIX):
-        raise AdapterError(f"{file} was written by peft, whose alphas stand in {peft_config.FILE}; put that beside it, "
-                           "and give the folder")  # fmt: skip
+        raise AdapterError(
+            f"{file} was written by peft, whose alphas stand in {peft_config.FILE}; put that beside it, "
+            "and give the folder"
+        )
     return Scaling(None), None
 
 
@@ -330,8 +346,10 @@ def _unknown_layers(file: str, unknown: list[str], matched: int, entries, metada
     if not matched:
         why = f"it was made for another model{family}" if family else "the layout of its keys is unknown"
         return AdapterError(f"{file} names no layer of this model ({_some(unknown)}); {why}")
-    why = f"it was made for another model{family}" if family else (
-        "they are of an unknown layout, or of a model with more layers; nothing of the file was used"
+    why = (
+        f"it was made for another model{family}"
+        if family
+        else ("they are of an unknown layout, or of a model with more layers; nothing of the file was used")
     )
     return AdapterError(
         f"{file} changes {matched + len(unknown)} layers, of which this model has {matched}; unknown are "
@@ -359,9 +377,13 @@ def _announce_embeddings(entries: Iterable[str], path: Path) -> None:
     if bundled:
         logger.warning(
             "%s also holds the learned embedding %s, which a LoRA does not put into prompts; for that give "
-            "style=DreamStyler(%r%s) and write <%s> in the prompt", path.name, ", ".join(bundled), str(path),
-            f", name={bundled[0]!r}" if len(bundled) > 1 else "", bundled[0],
-        )  # fmt: skip
+            "style=DreamStyler(%r%s) and write <%s> in the prompt",
+            path.name,
+            ", ".join(bundled),
+            str(path),
+            f", name={bundled[0]!r}" if len(bundled) > 1 else "",
+            bundled[0],
+        )
 
 
 def _some(keys: Sequence[str]) -> str:

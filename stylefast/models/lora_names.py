@@ -16,40 +16,75 @@ PEFT_PREFIX = "base_model.model."
 
 # prefix -> the part that it stands for; longer ones before those that they begin with
 _DOTTED = {
-    "model.diffusion_model.": "unet", "diffusion_model.": "unet", "unet.": "unet",
-    "text_encoder_2.": "text_encoder_2", "text_encoder.": "text_encoder",
-    "text_encoders.clip_l.transformer.": "text_encoder", "text_encoders.clip_g.transformer.": "text_encoder_2",
-    "clip_l.": "text_encoder", "clip_g.": "text_encoder_2",
+    "model.diffusion_model.": "unet",
+    "diffusion_model.": "unet",
+    "unet.": "unet",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder.": "text_encoder",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "clip_l.": "text_encoder",
+    "clip_g.": "text_encoder_2",
 }
 _FLAT = {
-    "lora_unet_": "unet", "lycoris_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
+    "lora_unet_": "unet",
+    "lycoris_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }
 
 # ending of a key -> what the tensor is. Until late 2023 diffusers hung LoRAs on attention processors
 # (`to_q_lora.down.weight`) and called those of text encoders `lora_linear_layer`
 _ROLES = {
-    ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid", ".lora_up.bias": "up_bias",
-    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_B.bias": "up_bias",
-    ".lora.down.weight": "down", ".lora.up.weight": "up", ".lora.up.bias": "up_bias", ".lora.alpha": "alpha",
-    "_lora.down.weight": "down", "_lora.up.weight": "up", "_lora.alpha": "alpha",
-    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up", ".lora_linear_layer.alpha": "alpha",
-    ".alpha": "alpha", ".dora_scale": "dora_scale", ".lora_magnitude_vector": "magnitude",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_mid.weight": "mid",
+    ".lora_up.bias": "up_bias",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_B.bias": "up_bias",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora.up.bias": "up_bias",
+    ".lora.alpha": "alpha",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    "_lora.alpha": "alpha",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_linear_layer.alpha": "alpha",
+    ".alpha": "alpha",
+    ".dora_scale": "dora_scale",
+    ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
-    ".diff": "diff", ".diff_b": "diff_b", ".w_norm": "diff", ".b_norm": "diff_b",
-}  # fmt: skip
+    ".diff": "diff",
+    ".diff_b": "diff_b",
+    ".w_norm": "diff",
+    ".b_norm": "diff_b",
+}
 _ROLES |= {f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 _ROLES |= {f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 # peft keeps the adapter's name in keys that were not saved by itself
 _ADAPTER_NAME = re.compile(r"\.default(_\d+)?(?=\.weight$|\.bias$|$)")
 
-_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 _OUTSIDE = {
-    "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0",
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
-}  # fmt: skip
+}
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -118,8 +153,11 @@ def original_names(modules: Iterable[str]) -> dict[str, str]:
             places[f"{block}.downsamplers.0.conv"] = f"input_blocks.{here}.0.op"
             here += 1
     attends = any(module.startswith("mid_block.attentions.") for module in modules)
-    places |= {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-               "mid_block.resnets.1": f"middle_block.{1 + attends}"}  # fmt: skip
+    places |= {
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": f"middle_block.{1 + attends}",
+    }
     here = 0
     for i in count():
         block = f"up_blocks.{i}"

@@ -55,9 +55,7 @@ def mask_vectors(mask: PictureSource | torch.Tensor, sizes: Sequence[tuple[int, 
     for size in sizes:
         if len(size) != 2 or min(size) < 1:
             raise InvalidRequest(f"a feature map has a height and a width of at least 1, not {tuple(size)}")
-    return tuple(
-        F.interpolate(grid, size=tuple(size), mode="bicubic", align_corners=False).flatten() for size in sizes
-    )
+    return tuple(F.interpolate(grid, size=tuple(size), mode="bicubic", align_corners=False).flatten() for size in sizes)
 
 
 def check_mask_shape(mask: PictureSource | torch.Tensor, size: tuple[int, int]) -> None:

@@ -76,10 +76,14 @@ class Linear(_Packable, nn.Linear):
     def _few_rows(self, x: torch.Tensor) -> bool:
         """Whether an input has one row a picture, as the time embedding's, and oneDNN can take it."""
         return (
-            x.ndim == 2 and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
-            and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-            and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-        )  # fmt: skip
+            x.ndim == 2
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled
+        )
 
     def _pack(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)

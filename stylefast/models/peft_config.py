@@ -19,11 +19,26 @@ METADATA = "lora_adapter_metadata"
 # what decides how training went, or where modules lie, which the tensors' names and shapes say anyway. A linear layer's
 # weight is never stored the other way round here, so peft itself sets fan_in_fan_out back
 _WITHOUT_EFFECT = {
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
-    "fan_in_fan_out", "task_type", "auto_mapping", "peft_version",
-    "base_model_name_or_path", "revision", "inference_mode", "megatron_config", "megatron_core", "qalora_group_size",
-    "runtime_config", "eva_config", "loftq_config", "ensure_weight_tying",
-}  # fmt: skip
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "megatron_config",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "eva_config",
+    "loftq_config",
+    "ensure_weight_tying",
+}
 _READ = {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights"}
 # what the tensors say themselves, and are compared with: a file that lacks some of them is incomplete
 _COMPARED = {"r", "rank_pattern", "use_dora", "lora_bias", "bias", "modules_to_save"}
@@ -91,8 +106,10 @@ class PeftConfig:
         return f"modules_to_save={values.quoted(list(self.saved_modules))}"
 
     def _incomplete(self, setting: str, found: str) -> AdapterError:
-        return AdapterError(f"{self.where} says {setting}, but {found}; the adapter is incomplete, or the settings are "
-                            "another's: save it with peft again")  # fmt: skip
+        return AdapterError(
+            f"{self.where} says {setting}, but {found}; the adapter is incomplete, or the settings are "
+            "another's: save it with peft again"
+        )
 
 
 def read_folder_config(folder: Path) -> PeftConfig:
@@ -128,12 +145,16 @@ def parse(given: Mapping[str, Any], where: str) -> PeftConfig:
         raise AdapterError(f"{where} says peft_type {values.quoted(kind)}; of peft's methods LORA is read")
     for name, value in given.items():
         if name not in _WITHOUT_EFFECT | _READ | _COMPARED and value:
-            raise AdapterError(f"{where} sets {name[:200]}={values.quoted(value)}, which is not known here; merge the "
-                               "adapter into its model with peft, or train without it")  # fmt: skip
+            raise AdapterError(
+                f"{where} sets {name[:200]}={values.quoted(value)}, which is not known here; merge the "
+                "adapter into its model with peft, or train without it"
+            )
     start = given.get("init_lora_weights", True)
     if not isinstance(start, (bool, str, type(None))) or start not in _PLAIN_STARTS:
-        raise AdapterError(f"{where} says init_lora_weights={values.quoted(start)}, which also changed the base model; "
-                           "save it with path_initial_model_for_weight_conversion=")  # fmt: skip
+        raise AdapterError(
+            f"{where} says init_lora_weights={values.quoted(start)}, which also changed the base model; "
+            "save it with path_initial_model_for_weight_conversion="
+        )
     stabilised = values.flag(f"use_rslora in {where}", given.get("use_rslora", False), error=ModelFormatError)
     decomposed, lora_bias = (
         values.flag(f"{name} in {where}", given.get(name) or False, error=ModelFormatError)
@@ -192,5 +213,8 @@ def _pattern(text: str, name: str, where: str) -> str:
 def _trained_part(given: Mapping) -> str | None:
     mapping = given.get("auto_mapping")
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    return {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder",
-            "CLIPTextModelWithProjection": "text_encoder_2"}.get(name if isinstance(name, str) else "")  # fmt: skip
+    return {
+        "UNet2DConditionModel": "unet",
+        "CLIPTextModel": "text_encoder",
+        "CLIPTextModelWithProjection": "text_encoder_2",
+    }.get(name if isinstance(name, str) else "")

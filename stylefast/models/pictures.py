@@ -31,9 +31,14 @@ _MOST_SOURCES = 256
 # (place, mark, name) of formats that people often hand in and that Pillow does not read
 _FOREIGN = (
     *((4, b"ftyp" + brand, "HEIC") for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")),
-    (0, b"%PDF", "PDF"), (0, b"8BPS", "Photoshop"), (0, b"<svg", "SVG"), (0, b"<?xml", "SVG or XML"),
-    (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cJXL ", "JPEG XL"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
-)  # fmt: skip
+    (0, b"%PDF", "PDF"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "SVG or XML"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+)
 
 
 def open_picture(source: PictureSource, ground: tuple[int, int, int, int] = WHITE) -> Image.Image:

@@ -17,15 +17,28 @@ from stylefast.values import quoted
 
 logger = logging.getLogger(__name__)
 
-_PLAIN_ATTENTION = ("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "XFormersAttnProcessor",
-                    "SlicedAttnProcessor", "FusedAttnProcessor2_0", "XLAFlashAttnProcessor2_0")  # fmt: skip
+_PLAIN_ATTENTION = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "XFormersAttnProcessor",
+    "SlicedAttnProcessor",
+    "FusedAttnProcessor2_0",
+    "XLAFlashAttnProcessor2_0",
+)
 _IMAGE_ATTENTION = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FUSED = (".to_qkv.", ".to_kv.")
 # modules of diffusers whose methods load, save and place pipelines, and draw nothing
-_BOOKKEEPING = ("diffusers.pipelines.pipeline_utils", "diffusers.configuration_utils", "diffusers.utils",
-                "diffusers.loaders.lora", "diffusers.loaders.single_file", "diffusers.loaders.ip_adapter")  # fmt: skip
+_BOOKKEEPING = (
+    "diffusers.pipelines.pipeline_utils",
+    "diffusers.configuration_utils",
+    "diffusers.utils",
+    "diffusers.loaders.lora",
+    "diffusers.loaders.single_file",
+    "diffusers.loaders.ip_adapter",
+)
 _FREEU = ("s1", "s2", "b1", "b2")
 
 
@@ -112,8 +125,11 @@ def unet_weights(unet: nn.Module) -> dict[str, torch.Tensor]:
     """
     state = {name.replace("_orig_mod.", ""): value for name, value in unet.state_dict().items()}
     # an IP-Adapter's layers sit in the processors and in the projection of image embeddings
-    own = {name: value for name, value in state.items()
-           if ".processor." not in name and not name.startswith("encoder_hid_proj.")}  # fmt: skip
+    own = {
+        name: value
+        for name, value in state.items()
+        if ".processor." not in name and not name.startswith("encoder_hid_proj.")
+    }
     if len(own) < len(state):
         logger.warning("the pipeline's IP-Adapter is left out; engine.load_adapter(file) loads it")
     if any(value.is_meta for value in own.values()):

@@ -29,7 +29,7 @@ _PACKED = (
     (re.compile(r"\.weight_scale_2$"), "4-bit floats in blocks (nvfp4)"),
     (re.compile(r"\.(smooth_factor|wscales)$"), "4-bit weights of SVDQuant (nunchaku)"),
     (re.compile(r"\.weight\._(data|scale)$"), "integers of optimum-quanto"),
-)  # fmt: skip
+)
 
 
 def check_storage(tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:

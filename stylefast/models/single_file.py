@@ -42,8 +42,10 @@ def check_single_file(header: WeightHeader, needs_vae: bool) -> None:
         raise ModelFormatError(f"{name} is a {kind}; an SDXL base checkpoint is needed")
     channels = header.shape(f"{UNET}input_blocks.0.0.weight")[1]
     if channels != 4:
-        raise ModelFormatError(f"{name} is an SDXL model with {channels} input channels (inpainting or editing); "
-                               "a text-to-image model has 4")
+        raise ModelFormatError(
+            f"{name} is an SDXL model with {channels} input channels (inpainting or editing); "
+            "a text-to-image model has 4"
+        )
     for prefix, part in ((TEXT, "first text encoder"), (TEXT_2, "second text encoder"), (VAE, "VAE")):
         if not header.has(prefix) and (part != "VAE" or needs_vae):
             way_out = "give vae=" if part == "VAE" else "use the whole checkpoint, or a diffusers folder"
@@ -67,8 +69,10 @@ def infer_unet_config(header: WeightHeader) -> dict:
         down[-1].append(_depth(header, f"{block}.1."))
     resnets = [len(block) for block in down]
     places = iter(range(_count(header, f"{UNET}output_blocks.")))
-    up = [[_depth(header, f"{UNET}output_blocks.{next(places, -1)}.1.") for _ in range(count + 1)]
-          for count in reversed(resnets)]  # fmt: skip
+    up = [
+        [_depth(header, f"{UNET}output_blocks.{next(places, -1)}.1.") for _ in range(count + 1)]
+        for count in reversed(resnets)
+    ]
     middle = _depth(header, f"{UNET}middle_block.1.")
     mid_type = "UNetMidBlock2DCrossAttn" if middle is not None else None
     if middle is None and header.has(f"{UNET}middle_block.0."):
@@ -159,7 +163,7 @@ def infer_text_configs(header: WeightHeader) -> tuple[dict, dict]:
         return header.tensors[names[name]][1]
 
     def layers(names: dict[str, str], prefix: str) -> int:
-        return len({name[len(prefix):].split(".")[0] for name in names if name.startswith(prefix)})
+        return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
 
     configs = []
     for names, projection, activation in ((first, None, "quick_gelu"), (second, _pooled_width(header), "gelu")):
@@ -179,13 +183,22 @@ def infer_text_configs(header: WeightHeader) -> tuple[dict, dict]:
                 f"{header.path.name} has a text encoder {width} channels wide, which 64-wide heads do not divide; give "
                 "config=, a folder with text_encoder/config.json and text_encoder_2/config.json"
             )
-        configs.append({
-            "vocab_size": vocab, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": depth,
-            "num_attention_heads": width // _HEAD_WIDTH, "max_position_embeddings": positions,
-            "projection_dim": projection or width, "hidden_act": activation,
-            # transformers reads 2 as "the highest id ends the prompt", which holds for every CLIP vocabulary
-            "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
-        })
+        configs.append(
+            {
+                "vocab_size": vocab,
+                "hidden_size": width,
+                "intermediate_size": inner,
+                "num_hidden_layers": depth,
+                "num_attention_heads": width // _HEAD_WIDTH,
+                "max_position_embeddings": positions,
+                "projection_dim": projection or width,
+                "hidden_act": activation,
+                # transformers reads 2 as "the highest id ends the prompt", which holds for every CLIP vocabulary
+                "bos_token_id": 0,
+                "pad_token_id": 1,
+                "eos_token_id": 2,
+            }
+        )
     return configs[0], configs[1]
 
 
@@ -200,7 +213,7 @@ def text_names(names: Iterable[str], index: int) -> dict[str, str]:
     for name in names:
         prefix = next(filter(name.startswith, _TEXT_PREFIXES[index]), None)
         if prefix is not None:
-            found.setdefault(name[len(prefix):], name)
+            found.setdefault(name[len(prefix) :], name)
     if any(name.startswith("text_model.") for name in found) or "token_embedding.weight" in found:
         return found
     bare = ("embeddings.", "encoder.", "final_layer_norm.")
@@ -266,7 +279,7 @@ def config_from_folder(config: Path | None, part: str) -> dict | None:
 
 def _count(header: WeightHeader, prefix: str) -> int:
     """How many different numbers follow `prefix` in the tensors' names."""
-    return len({name[len(prefix):].split(".")[0] for name in header.tensors if name.startswith(prefix)})
+    return len({name[len(prefix) :].split(".")[0] for name in header.tensors if name.startswith(prefix)})
 
 
 def _single(layers_per_block) -> int:

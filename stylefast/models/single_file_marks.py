@@ -29,10 +29,20 @@ SDXL_SCHEDULER_CONFIG = {
     "steps_offset": 1,
 }
 # as their authors sample them; the noise levels of CosXL are in the file
-_PLAYGROUND = {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon", "sigma_min": 0.002,
-               "sigma_max": 80.0, "sigma_data": 0.5}  # fmt: skip
-_COSXL = {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction", "sigma_min": 0.002,
-          "sigma_data": 1.0, "sigma_schedule": "exponential"}  # fmt: skip
+_PLAYGROUND = {
+    "_class_name": "EDMDPMSolverMultistepScheduler",
+    "prediction_type": "epsilon",
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+}
+_COSXL = {
+    "_class_name": "EDMEulerScheduler",
+    "prediction_type": "v_prediction",
+    "sigma_min": 0.002,
+    "sigma_data": 1.0,
+    "sigma_schedule": "exponential",
+}
 _PLAYGROUND_SCALING_FACTOR = 0.5
 _MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 _PARTS = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.", "first_stage_model.")
@@ -42,8 +52,13 @@ _LEFT_BEHIND = re.compile(
     r"model_ema\.|denoiser\.|(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|"
     r"lvlb_weights|scale_factor|global_step|state_dict|scaled_fp8)$"
 )
-_PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
-                "v-prediction": "v_prediction"}  # fmt: skip
+_PREDICTIONS = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "v-prediction": "v_prediction",
+}
 _ELSE = ("refiner", "inpaint", "edit", "lora", "controlnet", "textual-inversion", "hypernetwork", "locon", "lyco")
 
 
@@ -65,8 +80,9 @@ def marked_scheduler(header: WeightHeader, given: Mapping | None = None) -> dict
     if "ztsnr" in header.tensors:
         config["rescale_betas_zero_snr"] = True
     if said not in (None, config["prediction_type"]):
-        logger.warning("the metadata of %s say %s, and its keys %s; the keys count", name, said,
-                       config["prediction_type"])  # fmt: skip
+        logger.warning(
+            "the metadata of %s say %s, and its keys %s; the keys count", name, said, config["prediction_type"]
+        )
     if given is None:
         return checked_scheduler(config, name)
     given = checked_scheduler(given, f"the config folder of {name}")
@@ -108,16 +124,27 @@ def check_marks(header: WeightHeader) -> None:
         raise ModelFormatError(f"{name} has only one of edm_mean and edm_std; it needs both or none")
     layer = metadata.get("modelspec.encoder_layer")
     if layer not in (None, "", "2"):
-        logger.warning("%s was trained on the text encoders' layer %s from the end; it is read as SDXL, at the second",
-                       name, quoted(layer))  # fmt: skip
+        logger.warning(
+            "%s was trained on the text encoders' layer %s from the end; it is read as SDXL, at the second",
+            name,
+            quoted(layer),
+        )
     steps = metadata.get("modelspec.timestep_range")
     if steps is not None and re.sub(r"\s", "", steps) not in ("0,1000", "0,999", "0-1000", "0-999", ""):
         logger.warning("%s was trained on the timesteps %s; it is run at all of them", name, quoted(steps))
-    further = sorted(key for key in header.tensors
-                     if not key.startswith(_PARTS) and key not in _MARKS and not _LEFT_BEHIND.match(key))  # fmt: skip
+    further = sorted(
+        key
+        for key in header.tensors
+        if not key.startswith(_PARTS) and key not in _MARKS and not _LEFT_BEHIND.match(key)
+    )
     if further:
-        logger.warning("%s holds %d tensors that no part of SDXL has, which are left out: %s%s", name, len(further),
-                       ", ".join(further[:3])[:200], ", ..." if len(further) > 3 else "")  # fmt: skip
+        logger.warning(
+            "%s holds %d tensors that no part of SDXL has, which are left out: %s%s",
+            name,
+            len(further),
+            ", ".join(further[:3])[:200],
+            ", ..." if len(further) > 3 else "",
+        )
 
 
 def _marked(header: WeightHeader) -> dict | None:
@@ -125,8 +152,11 @@ def _marked(header: WeightHeader) -> dict | None:
     if "edm_mean" in header.tensors:
         return dict(_PLAYGROUND)
     if "edm_vpred.sigma_max" in header.tensors:
-        ends = {end: float(_tensor(header, f"edm_vpred.{end}").flatten()[0]) for end in ("sigma_max", "sigma_min")
-                if f"edm_vpred.{end}" in header.tensors}  # fmt: skip
+        ends = {
+            end: float(_tensor(header, f"edm_vpred.{end}").flatten()[0])
+            for end in ("sigma_max", "sigma_min")
+            if f"edm_vpred.{end}" in header.tensors
+        }
         return _COSXL | ends
     if "v_pred" in header.tensors:
         return {**SDXL_SCHEDULER_CONFIG, "prediction_type": "v_prediction"}

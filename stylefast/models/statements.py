@@ -83,12 +83,14 @@ KINDS: Mapping[str, Callable[[object], bool]] = {
     "a number above 0 and below 1": lambda value: _number(value) and 0 < value < 1,
     "a whole number from 1 to 100000": lambda value: type(value) is int and 1 <= value <= 100_000,
     "a whole number": lambda value: type(value) is int and abs(value) <= 100_000,
-    "a whole number, two of them, or null": lambda value: value is None
-    or all(type(side) is int and 1 <= side <= 100_000 for side in _pair(value)),
+    "a whole number, two of them, or null": lambda value: (
+        value is None or all(type(side) is int and 1 <= side <= 100_000 for side in _pair(value))
+    ),
     "true or false, and not null": lambda value: isinstance(value, bool),
     "true or false": lambda value: value is None or isinstance(value, bool),
-    "a list of numbers, or null": lambda value: value is None
-    or (isinstance(value, (list, tuple)) and all(map(_number, value))),
+    "a list of numbers, or null": lambda value: (
+        value is None or (isinstance(value, (list, tuple)) and all(map(_number, value)))
+    ),
 }
 
 
@@ -120,18 +122,18 @@ SCHEDULER: Rules = {
     **_each("set_alpha_to_one", "the end of ddim's path", "true or false"),
     **_only("final_sigmas_type", ("zero", "sigma_min"), "the end of the path"),
     **_each("use_karras_sigmas use_exponential_sigmas", "for the samplers that have such a form", "true or false"),
-    **_each("sigma_min sigma_max", "the ends of Karras' and exponential levels, and of EDM's",
-            "a number above 0, or null"),
+    **_each(
+        "sigma_min sigma_max", "the ends of Karras' and exponential levels, and of EDM's", "a number above 0, or null"
+    ),
     **_only("use_beta_sigmas use_lu_lambdas", _OFF, "these spreads of noise levels are not made"),
-    **_only("use_flow_sigmas use_dynamic_shifting invert_sigmas stochastic_sampling", _OFF,
-            "no flow matching is done"),
+    **_only("use_flow_sigmas use_dynamic_shifting invert_sigmas stochastic_sampling", _OFF, "no flow matching is done"),
     **_only("interpolation_type", ("linear",), "levels between timesteps are interpolated linearly"),
     **_only("timestep_type", ("discrete",), "the model is told timesteps; models of continuous levels come as EDM"),
     **_each("lower_order_final euler_at_final", "the last steps of dpmpp and unipc", "true or false"),
-    **_each("disable_corrector", "the steps that unipc does not correct",
-            "a list of numbers, or null"),
-    **_each("original_inference_steps", "the steps that lcm and tcd were distilled on",
-            "a whole number from 1 to 100000"),
+    **_each("disable_corrector", "the steps that unipc does not correct", "a list of numbers, or null"),
+    **_each(
+        "original_inference_steps", "the steps that lcm and tcd were distilled on", "a whole number from 1 to 100000"
+    ),
     **_each("timestep_scaling", "how lcm's x0 leaves the latents", "a number"),
     **_only("lambda_min_clipped", (-math.inf, "-Infinity", "-inf", None), "dpmpp's levels are not clipped"),
     **_only(
@@ -139,8 +141,11 @@ SCHEDULER: Rules = {
         (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
         "a model that predicts variances too has twice the output channels",
     ),
-    **_only("thresholding clip_sample", _OFF, "x0 is never clipped; refused where the model's own sampler would do it, "
-            "and for requests whose sampler would"),
+    **_only(
+        "thresholding clip_sample",
+        _OFF,
+        "x0 is never clipped; refused where the model's own sampler would do it, and for requests whose sampler would",
+    ),
     **_no_matter("sample_max_value dynamic_thresholding_ratio clip_sample_range", "read where x0 is clipped"),
     **_no_matter("flow_shift time_shift_type shift_terminal", "read where flow matching is done"),
     **_no_matter(
@@ -148,7 +153,7 @@ SCHEDULER: Rules = {
         "skip_prk_steps noise_sampler_seed",
         "settings of a sampler; the request names the sampler (`dpmpp_2m_sde`), and a seed its noise",
     ),
-}  # fmt: skip
+}
 # of EDM's classes alone
 EDM: Rules = {
     **_each("sigma_data rho", "EDM's preconditioning and noise levels", "a number above 0"),
@@ -161,11 +166,15 @@ UNET: Rules = {
     **_only("center_input_sample", _OFF, "inputs are not rescaled"),
     **_each("flip_sin_to_cos", "the embedding of timesteps and sizes", "true or false"),
     **_each("freq_shift", "the embedding of timesteps and sizes", "a number"),
-    **_each("down_block_types up_block_types", "where attention sits; of `DownBlock2D`, `CrossAttnDownBlock2D` and "
-            "their like upwards, others are refused"),
-    **_each("mid_block_type block_out_channels layers_per_block transformer_layers_per_block "
-            "reverse_transformer_layers_per_block attention_head_dim num_attention_heads use_linear_projection",
-            "the shape of the network"),
+    **_each(
+        "down_block_types up_block_types",
+        "where attention sits; of `DownBlock2D`, `CrossAttnDownBlock2D` and their like upwards, others are refused",
+    ),
+    **_each(
+        "mid_block_type block_out_channels layers_per_block transformer_layers_per_block "
+        "reverse_transformer_layers_per_block attention_head_dim num_attention_heads use_linear_projection",
+        "the shape of the network",
+    ),
     **_each("cross_attention_dim norm_num_groups", "the shape of the network", "a whole number from 1 to 100000"),
     **_each("norm_eps", "what norms add to variances", "a number"),
     **_only("only_cross_attention dual_cross_attention", _OFF, "a block has a self- and a cross-attention"),
@@ -173,54 +182,70 @@ UNET: Rules = {
     **_only("downsample_padding", (1,), "as SDXL's"),
     **_only("mid_block_scale_factor resnet_out_scale_factor", (1,), "outputs of blocks are not rescaled"),
     **_no_matter("dropout", "none at inference"),
-    **_no_matter("upcast_attention", "the engine's kernels take scores and softmax in float32; TensorRT's choose for "
-                 "themselves"),
+    **_no_matter(
+        "upcast_attention", "the engine's kernels take scores and softmax in float32; TensorRT's choose for themselves"
+    ),
     **_only("act_fn", ("silu",), "as SDXL's"),
     **_only("encoder_hid_dim", (None,), "text states are not projected"),
-    **_only("encoder_hid_dim_type", (None,), "`ip_image_proj`, which a loaded IP-Adapter writes there, is left out of "
-            "a pipeline in memory and said"),
+    **_only(
+        "encoder_hid_dim_type",
+        (None,),
+        "`ip_image_proj`, which a loaded IP-Adapter writes there, is left out of a pipeline in memory and said",
+    ),
     **_only("class_embed_type num_class_embeds", (None,), "there are no classes"),
     **_only("class_embeddings_concat", _OFF, "there are no classes"),
     **_only("addition_embed_type", ("text_time",), "pooled text and sizes, as SDXL's"),
-    **_each("addition_time_embed_dim projection_class_embeddings_input_dim", "the embedding of sizes; 2560 is the "
-            "refiner's and refused", "a whole number from 1 to 100000"),
+    **_each(
+        "addition_time_embed_dim projection_class_embeddings_input_dim",
+        "the embedding of sizes; 2560 is the refiner's and refused",
+        "a whole number from 1 to 100000",
+    ),
     **_no_matter("addition_embed_type_num_heads", "read for other kinds of addition_embed_type"),
     **_only("resnet_time_scale_shift", ("default",), "the time embedding is added"),
     **_only("resnet_skip_time_act", _OFF, "the time embedding is activated in every block"),
     **_only("time_embedding_type", ("positional",), "as SDXL's"),
     **_only("time_embedding_dim time_embedding_act_fn timestep_post_act", (None,), "as SDXL's"),
-    **_only("time_cond_proj_dim", (None,), "a model that is told the guidance scale (LCM's full models); use a base "
-            "model with the LCM LoRA"),
+    **_only(
+        "time_cond_proj_dim",
+        (None,),
+        "a model that is told the guidance scale (LCM's full models); use a base model with the LCM LoRA",
+    ),
     **_only("conv_in_kernel conv_out_kernel", (3,), "as SDXL's"),
     **_only("attention_type", ("default",), "GLIGEN's gated attention is not done"),
     **_only("cross_attention_norm", (None,), "text states are not normalised"),
     **_QUANTISED,
-}  # fmt: skip
+}
 
 VAE: Rules = {
     **_only("in_channels out_channels", (3,), "pictures are RGB"),
     **_each("latent_channels", "as many as the UNet has, or refused"),
-    **_each("down_block_types up_block_types block_out_channels layers_per_block act_fn norm_num_groups use_quant_conv "
-            "use_post_quant_conv mid_block_add_attention", "diffusers' own module is built from it"),
+    **_each(
+        "down_block_types up_block_types block_out_channels layers_per_block act_fn norm_num_groups use_quant_conv "
+        "use_post_quant_conv mid_block_add_attention",
+        "diffusers' own module is built from it",
+    ),
     **_each("scaling_factor", "latents are multiplied by it"),
     **_each("latents_mean latents_std", "latents are normalised by them (Playground v2.5); one alone is refused"),
     **_only("shift_factor", (None, 0), "no SDXL pipeline shifts by one number"),
     **_each("force_upcast", "a VAE that float16 overflows is decoded in another type", "true or false"),
     **_no_matter("sample_size", "tiles go by memory"),
     **_QUANTISED,
-}  # fmt: skip
+}
 TINY_VAE: Rules = {
     **_only("in_channels out_channels", (3,), "pictures are RGB"),
     **_each("latent_channels", "as many as the UNet has, or refused"),
-    **_each("encoder_block_out_channels decoder_block_out_channels act_fn upsample_fn num_encoder_blocks "
-            "num_decoder_blocks block_out_channels", "diffusers' own module is built from it"),
+    **_each(
+        "encoder_block_out_channels decoder_block_out_channels act_fn upsample_fn num_encoder_blocks "
+        "num_decoder_blocks block_out_channels",
+        "diffusers' own module is built from it",
+    ),
     **_only("upsampling_scaling_factor", (2,), "a level doubles the side"),
     **_each("scaling_factor", "latents are multiplied by it"),
     **_only("shift_factor", (None, 0), "no SDXL pipeline shifts by one number"),
     **_no_matter("latent_magnitude latent_shift", "for latents that are stored in 8 bits"),
     **_no_matter("force_upcast", "it runs in every type"),
     **_QUANTISED,
-}  # fmt: skip
+}
 
 _TRANSFORMERS = _no_matter(
     "architectures transformers_version torch_dtype dtype initializer_factor initializer_range attention_dropout "
@@ -228,55 +253,80 @@ _TRANSFORMERS = _no_matter(
     "problem_type return_dict use_cache gradient_checkpointing torchscript pruned_heads tie_word_embeddings "
     "attn_implementation",
     "about training, other tasks, or the type that the files were saved in",
-)  # fmt: skip
+)
 TEXT_ENCODER: Rules = {
     **_only("model_type", ("clip_text_model", "clip"), "both text encoders are CLIP's"),
-    **_each("vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads "
-            "max_position_embeddings hidden_act layer_norm_eps", _LIBRARY),
+    **_each(
+        "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads "
+        "max_position_embeddings hidden_act layer_norm_eps",
+        _LIBRARY,
+    ),
     **_each("eos_token_id", "where the prompt is pooled; 2 means at the highest id"),
     **_no_matter("bos_token_id pad_token_id", "the tokenizer's are used"),
     **_TRANSFORMERS,
     **_QUANTISED,
-}  # fmt: skip
+}
 IMAGE_ENCODER: Rules = {
     **_only("model_type", ("clip_vision_model", "clip"), "IP-Adapter's image encoders are CLIP's"),
-    **_each("hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads num_channels "
-            "image_size patch_size hidden_act layer_norm_eps", _LIBRARY),
+    **_each(
+        "hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads num_channels "
+        "image_size patch_size hidden_act layer_norm_eps",
+        _LIBRARY,
+    ),
     **_TRANSFORMERS,
     **_QUANTISED,
-}  # fmt: skip
+}
 TOKENIZER: Rules = {
     **_only("tokenizer_class", ("CLIPTokenizer", "CLIPTokenizerFast", None), "both text encoders read CLIP's tokens"),
     **_each("model_max_length", "a prompt's length, where the encoder takes as many"),
-    **_each("bos_token eos_token pad_token unk_token errors add_prefix_space added_tokens_decoder "
-            "additional_special_tokens extra_special_tokens special_tokens_map",
-            "transformers' own tokenizer is built from it"),
+    **_each(
+        "bos_token eos_token pad_token unk_token errors add_prefix_space added_tokens_decoder "
+        "additional_special_tokens extra_special_tokens special_tokens_map",
+        "transformers' own tokenizer is built from it",
+    ),
     **_only("do_lower_case", (True, None), "texts are put into lower case"),
     **_only("padding_side truncation_side", ("right", None), "prompts are padded and cut at their end"),
     **_only("split_special_tokens", _OFF, "an end token in the text ends it"),
     **_only("add_bos_token add_eos_token", (True, None), "a prompt has both"),
-    **_no_matter("backend tokenizer_file special_tokens_map_file name_or_path processor_class is_local "
-                 "local_files_only clean_up_tokenization_spaces use_fast chat_template max_length stride "
-                 "truncation_strategy tokenizer_type", "about files, other tasks, or decoding"),
-}  # fmt: skip
+    **_no_matter(
+        "backend tokenizer_file special_tokens_map_file name_or_path processor_class is_local "
+        "local_files_only clean_up_tokenization_spaces use_fast chat_template max_length stride "
+        "truncation_strategy tokenizer_type",
+        "about files, other tasks, or decoding",
+    ),
+}
 FEATURE_EXTRACTOR: Rules = {
-    **_only("image_processor_type feature_extractor_type",
-            ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor", None),
-            "pictures are prepared as CLIP's processor does"),
+    **_only(
+        "image_processor_type feature_extractor_type",
+        ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor", None),
+        "pictures are prepared as CLIP's processor does",
+    ),
     **_each("size crop_size image_mean image_std", "how a picture is scaled, cut and normalised"),
     **_only("do_resize do_center_crop do_rescale do_normalize", (True, None), "as CLIP's processor"),
     **_only("rescale_factor", (1 / 255, None), "pixels run from 0 to 1"),
     **_only("resample", (3, None), "bicubic"),
     **_no_matter("do_convert_rgb", "every picture becomes RGB"),
-    **_no_matter("processor_class data_format input_data_format default_to_square device disable_grouping "
-                 "return_tensors use_square_size", "about files and tensors"),
+    **_no_matter(
+        "processor_class data_format input_data_format default_to_square device disable_grouping "
+        "return_tensors use_square_size",
+        "about files and tensors",
+    ),
     **_only("do_pad", _OFF, "pictures are not padded"),
     **_only("pad_size", (None,), "pictures are not padded"),
-}  # fmt: skip
+}
 
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "image_encoder",
-         "feature_extractor")  # fmt: skip
+PARTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+    "image_encoder",
+    "feature_extractor",
+)
 _CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 # the classes that model_index.json may name for a part; a scheduler's are above
 PART_CLASSES: Mapping[str, tuple[str, ...]] = {
@@ -287,14 +337,21 @@ PART_CLASSES: Mapping[str, tuple[str, ...]] = {
     "tokenizer": _CLIP_TOKENIZERS,
     "tokenizer_2": _CLIP_TOKENIZERS,
     "image_encoder": ("CLIPVisionModelWithProjection",),
-    "feature_extractor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil",
-                          "CLIPFeatureExtractor"),
-}  # fmt: skip
+    "feature_extractor": (
+        "CLIPImageProcessor",
+        "CLIPImageProcessorFast",
+        "CLIPImageProcessorPil",
+        "CLIPFeatureExtractor",
+    ),
+}
 OPTIONAL_PARTS = ("image_encoder", "feature_extractor")
 MODEL_INDEX: Rules = {
-    **_each(" ".join(PARTS), "loaded; a part of another class is refused, and one that is null but for the last two. "
-            "The scheduler's class counts before that in its own config, which is said. A part of another name "
-            "(`controlnet`, `adapter`) is refused unless it is null"),
+    **_each(
+        " ".join(PARTS),
+        "loaded; a part of another class is refused, and one that is null but for the last two. "
+        "The scheduler's class counts before that in its own config, which is said. A part of another name "
+        "(`controlnet`, `adapter`) is refused unless it is null",
+    ),
     **_each("force_zeros_for_empty_prompt", "what an empty negative prompt means", "true or false, and not null"),
     **_only("requires_aesthetics_score", _OFF, "the refiner's conditioning is not done"),
     **_only("is_cosxl_edit", _OFF, "editing models are not done"),
@@ -323,7 +380,8 @@ SINGLE_FILE: Mapping[str, tuple[str, str]] = {
     "edm_mean, edm_std": ("done", "EDM as Playground v2.5 has it, and latents normalised by these"),
     "edm_vpred.sigma_max, edm_vpred.sigma_min": ("done", "EDM with v-prediction between these levels (CosXL)"),
     "modelspec.prediction_type, modelspec.predict_key": (
-        "done", "`epsilon` or `v`; others are refused. Where a key above says otherwise, that counts, and it is said",
+        "done",
+        "`epsilon` or `v`; others are refused. Where a key above says otherwise, that counts, and it is said",
     ),
     "modelspec.architecture": ("refused for a refiner, an editing model, an adapter", "others are SDXL's"),
     "modelspec.resolution": ("done", "the size of a picture where a request names none"),
@@ -333,14 +391,18 @@ SINGLE_FILE: Mapping[str, tuple[str, str]] = {
     "denoiser.sigmas, alphas_cumprod, betas, ...": ("irrelevant", "merges copy them from their base"),
     "model_ema.*": ("irrelevant", "averaged weights, kept for training"),
     "other tensors": ("said", "left out by name"),
-}  # fmt: skip
+}
 
 # what a pipeline in memory carries -> (verdict, why)
 IN_MEMORY: Mapping[str, tuple[str, str]] = {
-    "its class": ("SDXL's three done, others refused", "ControlNet, PAG and editing pipelines do more; "
-                  "`StableDiffusionXLPipeline.from_pipe(pipe)` leaves that out knowingly"),
+    "its class": (
+        "SDXL's three done, others refused",
+        "ControlNet, PAG and editing pipelines do more; "
+        "`StableDiffusionXLPipeline.from_pipe(pipe)` leaves that out knowingly",
+    ),
     "a class or a pipeline with methods of its own (`encode_prompt`, `prepare_latents`)": (
-        "refused", "the same `from_pipe` takes its model; a class that replaces none of SDXL's is taken",
+        "refused",
+        "the same `from_pipe` takes its model; a class that replaces none of SDXL's is taken",
     ),
     "other parts (`controlnet`, `adapter`)": ("refused", "they would be left out"),
     "a scheduler whose levels were changed by hand": ("refused", "its config no longer says what it does"),
@@ -357,8 +419,10 @@ IN_MEMORY: Mapping[str, tuple[str, str]] = {
     "layerwise casting, caches, layer skips (diffusers' hooks)": ("refused", "by the hook's name"),
     "hooks and methods put on the UNet (DeepCache, ToMe, PAG)": ("refused", "the UNet's own forward is not called"),
     "layers and attributes of the UNet that its config does not make (seamless tiling by `padding_mode`, other "
-    "activations, eps or scales), and dropout in training mode": ("refused", "the engine makes its UNet of config and "
-                                                                  "weights"),
+    "activations, eps or scales), and dropout in training mode": (
+        "refused",
+        "the engine makes its UNet of config and weights",
+    ),
     "methods put on a text encoder or on the VAE itself (`vae.decode`)": ("refused", "by the method's name"),
     "layers of the VAE changed by hand": ("done", "its encoder and decoder run as they are"),
     "quantised layers (bitsandbytes, torchao, quanto, GGUF)": ("refused", "take weights in 16 or 32 bits"),
@@ -366,4 +430,4 @@ IN_MEMORY: Mapping[str, tuple[str, str]] = {
     "compiled modules": ("done", "the module inside is used"),
     "VAE slicing and tiling, forward chunking": ("irrelevant", "the engine cuts its own batches and tiles"),
     "a watermarker": ("left out and said", "pictures get no invisible watermark"),
-}  # fmt: skip
+}

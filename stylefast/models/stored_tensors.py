@@ -18,12 +18,26 @@ from stylefast.models.quantised import check_storage, dequantised
 from stylefast.models.weight_files import WeightHeader, read_header
 
 _DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 _CHUNK = 2**24  # bytes
 
 
@@ -46,9 +60,12 @@ class StoredTensors(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, path: str | Path, what: str | None = None, error: type[Exception] = ModelFormatError,
+        self,
+        path: str | Path,
+        what: str | None = None,
+        error: type[Exception] = ModelFormatError,
         any_ending: bool = False,
-    ):  # fmt: skip
+    ):
         self.path, self._error = Path(path), error
         self._what = what or self.path.name
         self.header, self.descriptor = _open(self.path, any_ending)

@@ -99,9 +99,13 @@ class TextRunner(Protocol):
     most_skipped: int
 
     def __call__(
-        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[Tensor], ends: Sequence[tuple[int, int]],
+        self,
+        index: int,
+        ids: Sequence[Sequence[int]],
+        rows: Sequence[Tensor],
+        ends: Sequence[tuple[int, int]],
         skips: Sequence[int],
-    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run encoder `index` (0 or 1) on token ids [prompts][tokens]; an id -1 - r stands for the vector `rows[r]`.
 
         Returns the second-to-last states [prompts, tokens, width], or those that lie `skips` [prompts] layers before,
@@ -282,9 +286,11 @@ class TextEncoder:
         return found
 
     def _run(
-        self, tokens: list[tuple[list[_Sequence], list[Tensor]]], wanted: Sequence[tuple[int, int]],
+        self,
+        tokens: list[tuple[list[_Sequence], list[Tensor]]],
+        wanted: Sequence[tuple[int, int]],
         skips: Sequence[int],
-    ) -> tuple[Tensor | None, dict[tuple[int, int], Tensor]]:  # fmt: skip
+    ) -> tuple[Tensor | None, dict[tuple[int, int], Tensor]]:
         # -> hidden [prompts, tokens, cross_dim]; pooled [pooled_dim] for each (prompt, position) of `wanted`
         ends = list(dict.fromkeys(wanted))
         if not ends:
@@ -344,9 +350,13 @@ class TorchText:
         self.most_skipped = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
 
     def __call__(
-        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[Tensor], ends: Sequence[tuple[int, int]],
+        self,
+        index: int,
+        ids: Sequence[Sequence[int]],
+        rows: Sequence[Tensor],
+        ends: Sequence[tuple[int, int]],
         skips: Sequence[int],
-    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    ) -> tuple[Tensor, list[Tensor]]:
         encoder = self._encoders[index]
         used = sorted({token for sequence in ids for token in sequence if token >= 0})
         renamed = {token: place for place, token in enumerate(used)}

@@ -51,9 +51,7 @@ class GroupNorm(nn.Module):
     def forward(self, x, inputs: NormInputs, silu: bool = True):  # [rows, channels, h, w]
         if inputs.keep is not None:
             inputs.keep(x, self.groups)
-        return group_norm_silu(
-            x, self.groups, self.weight, self.bias, self.eps, silu, inputs.page, *inputs.pool
-        )
+        return group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, silu, inputs.page, *inputs.pool)
 
 
 class SelfAttention(nn.Module):
@@ -83,9 +81,12 @@ class SelfAttention(nn.Module):
     def _adain(self, q, k, v, inputs: SelfInputs) -> Affine:
         """Gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
         return adain_affine(
-            *token_stats(q, k, v), inputs.adain_page, inputs.adain_strength, *inputs.pool_stats,
+            *token_stats(q, k, v),
+            inputs.adain_page,
+            inputs.adain_strength,
+            *inputs.pool_stats,
             check_finite=False,  # a picture that overflows is reported by the loop and must not stop the others here
-        )  # fmt: skip
+        )
 
 
 class CrossAttention(nn.Module):

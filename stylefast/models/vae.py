@@ -50,12 +50,16 @@ def load_vae(
         return _from_file(path, dtype, device, config)
     if not os.path.isdir(path):
         if not is_hub_id(str(source)):
-            raise ModelNotFound(f"no VAE at {values.shown_path(path)}; give a folder, a .safetensors file or a hub id "
-                                "such as 'madebyollin/sdxl-vae-fp16-fix'")  # fmt: skip
+            raise ModelNotFound(
+                f"no VAE at {values.shown_path(path)}; give a folder, a .safetensors file or a hub id "
+                "such as 'madebyollin/sdxl-vae-fp16-fix'"
+            )
         half = dtype != torch.float32
         path = hub_folder(
-            str(source), lambda folder: _vae_folder(folder) is not None,
-            lambda names: wanted_files(names, half, variant, ("", "vae")), hub,
+            str(source),
+            lambda folder: _vae_folder(folder) is not None,
+            lambda names: wanted_files(names, half, variant, ("", "vae")),
+            hub,
         )
     folder = _vae_folder(path)
     if folder is None:
@@ -106,10 +110,16 @@ def fill(module: nn.Module, state: dict[str, torch.Tensor], what: str) -> nn.Mod
 def check_state(expected: dict[str, tuple], state: dict[str, torch.Tensor], what: str) -> None:
     """Raise ModelFormatError unless `state` has exactly the names and shapes of `expected`."""
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    wrong = [f"{n}: {tuple(state[n].shape)} instead of {shape}" for n, shape in expected.items()
-             if n in state and tuple(state[n].shape) != shape]
-    parts = [f"{len(names)} {label} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-             for label, names in (("missing", missing), ("unexpected", extra), ("of wrong shape", wrong)) if names]
+    wrong = [
+        f"{n}: {tuple(state[n].shape)} instead of {shape}"
+        for n, shape in expected.items()
+        if n in state and tuple(state[n].shape) != shape
+    ]
+    parts = [
+        f"{len(names)} {label} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for label, names in (("missing", missing), ("unexpected", extra), ("of wrong shape", wrong))
+        if names
+    ]
     if parts:
         raise ModelFormatError(f"the weights of {what} do not fit its config: {'; '.join(parts)}")
 
@@ -207,9 +217,13 @@ def decode(
 
 @torch.no_grad()
 def decode_unchecked(
-    vae: nn.Module, latents: torch.Tensor, dtype: torch.dtype, tile: int | str | None = None,
-    memory: int | None = None, run: DecoderRun | None = None,
-) -> torch.Tensor:  # fmt: skip
+    vae: nn.Module,
+    latents: torch.Tensor,
+    dtype: torch.dtype,
+    tile: int | str | None = None,
+    memory: int | None = None,
+    run: DecoderRun | None = None,
+) -> torch.Tensor:
     """Pictures around -1..1 as the VAE gives them, finite or not: [n, C, h, w] to float32 [n, 3, H, W].
 
     No look at the values and so no wait for the device; the rest as `decode` has it.
@@ -338,8 +352,10 @@ def _warn_once(vae: nn.Module, dtype: torch.dtype) -> None:
     level = logging.INFO if vae in _overflowed else logging.WARNING
     _overflowed.add(vae)
     logger.log(
-        level, "the VAE overflows in %s; pictures where it does are decoded again in float32. "
-        "Use vae='madebyollin/sdxl-vae-fp16-fix', or decode in float32 from the start", dtype,
+        level,
+        "the VAE overflows in %s; pictures where it does are decoded again in float32. "
+        "Use vae='madebyollin/sdxl-vae-fp16-fix', or decode in float32 from the start",
+        dtype,
     )
 
 

@@ -81,9 +81,7 @@ def plan_decode(vae: nn.Module, shape, factor: int, dtype: torch.dtype, tile, bu
             f"{budget / 1e6:.3g} MB may be used; free memory, raise the limit, or decode fewer or smaller pictures"
         )
     side = SMALLEST_TILE
-    while side < LARGEST_TILE and (
-        room is None or decode_bytes(vae, ((side + 8) * factor) ** 2, dtype) <= room
-    ):
+    while side < LARGEST_TILE and (room is None or decode_bytes(vae, ((side + 8) * factor) ** 2, dtype) <= room):
         side += 8
     return DecodePlan(1, side)
 

@@ -20,14 +20,44 @@ _HEADER_LIMIT = 100 * 2**20
 _MOST_AXES = 16
 # bits of one number
 _BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
 _LORA = (
-    "lora_down", "lora_up", "lora_A", "lora_B", ".lora.down", "_lora.down", "lora_linear_layer", "hada_w1", "lokr_w",
-    ".w_norm", "dora_scale", "oft_blocks", "bundle_emb.",
-)  # fmt: skip
+    "lora_down",
+    "lora_up",
+    "lora_A",
+    "lora_B",
+    ".lora.down",
+    "_lora.down",
+    "lora_linear_layer",
+    "hada_w1",
+    "lokr_w",
+    ".w_norm",
+    "dora_scale",
+    "oft_blocks",
+    "bundle_emb.",
+)
 _FOREIGN = (
     (b"<!DOCTYPE", "a web page; the download went to a login or error page"),
     (b"<!doctype", "a web page; the download went to a login or error page"),
@@ -135,8 +165,9 @@ def _checked_entry(damaged: str, name: str, entry) -> tuple[tuple[int, ...], int
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in found]
     if missing:
         raise ModelFormatError(f"{what} has no {missing[0]}; fetch the file again")
-    kind = values.one_of(f"{what} has a type that safetensors does not know; dtype", found["dtype"], _BITS,
-                         error=ModelFormatError)  # fmt: skip
+    kind = values.one_of(
+        f"{what} has a type that safetensors does not know; dtype", found["dtype"], _BITS, error=ModelFormatError
+    )
     sides = values.several(f"{what}: shape", found["shape"], most=_MOST_AXES, error=ModelFormatError)
     shape = tuple(values.whole_number(f"{what}: shape", side, 0, error=ModelFormatError) for side in sides)
     offsets = values.several(f"{what}: data_offsets", found["data_offsets"], least=2, most=2, error=ModelFormatError)

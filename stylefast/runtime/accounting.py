@@ -37,8 +37,10 @@ def memory_report(engine) -> dict[str, Any]:
     report = {
         "model": _model(engine),
         "banks": banks,
-        "conditions": {"text": runtime.conditions.text.nbytes,
-                       "others": runtime.conditions.nbytes - runtime.conditions.text.nbytes},
+        "conditions": {
+            "text": runtime.conditions.text.nbytes,
+            "others": runtime.conditions.nbytes - runtime.conditions.text.nbytes,
+        },
         "latents": sum(slots.nbytes for slots in list(runtime.latents.values())),
         "graphs": runtime.backend.nbytes,
         "workspace": {
@@ -48,7 +50,7 @@ def memory_report(engine) -> dict[str, Any]:
         "held": held_bytes(engine),
         "limit": engine.budget.limit,
         "process": {"resident": resident_bytes()},
-    }  # fmt: skip
+    }
     if device.type == "cuda":
         report["process"]["reserved"] = torch.cuda.memory_reserved(device)
     return report

@@ -92,10 +92,12 @@ def _exported_folder(kind: str, source: Any) -> Path:
 
     unet = source.unet
     options = Options(
-        kind, str(unet.dtype).removeprefix("torch."), targets=(unet.device.type,) if kind == "aoti" else (),
+        kind,
+        str(unet.dtype).removeprefix("torch."),
+        targets=(unet.device.type,) if kind == "aoti" else (),
         # compiling takes a minute and more for each flavour, and the last can do what the others can
         flavours=("banked",) if kind == "aoti" else (),
-    )  # fmt: skip
+    )
     made_of = json.dumps([source.identity(), options.to_json()], sort_keys=True)
     digest = hashlib.sha256(made_of.encode()).hexdigest()
     engines = default_folder() / "engines"
@@ -124,8 +126,13 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
     check_trust(folder, manifest, trust)
     # LoRAs may yet be put on
     checkpoint = replace(manifest, fingerprint=_checkpoint(manifest.fingerprint))
-    check_fits(checkpoint, kind=EXPORTED[backend], fingerprint=_checkpoint(fingerprint()), dtype=unet.dtype,
-               target=_target(backend, unet.device))  # fmt: skip
+    check_fits(
+        checkpoint,
+        kind=EXPORTED[backend],
+        fingerprint=_checkpoint(fingerprint()),
+        dtype=unet.dtype,
+        target=_target(backend, unet.device),
+    )
     graphs, own_weights = {}, False
     for entry in manifest.graphs:
         if entry.component == "unet":

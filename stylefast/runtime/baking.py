@@ -65,15 +65,28 @@ def bake(
     layers = tuple(style.layer_mask(layout).nonzero().flatten().tolist()) if store != "latents" else ()
     generated = not style.references
     info = BankInfo(
-        format=FORMAT, model=preparer.model, fingerprint=preparer.fingerprint(), store=store, dtype=kind,
-        scheduler=request.scheduler, schedule=schedule_digest(target.schedule), steps=request.steps, size=target.size,
+        format=FORMAT,
+        model=preparer.model,
+        fingerprint=preparer.fingerprint(),
+        store=store,
+        dtype=kind,
+        scheduler=request.scheduler,
+        schedule=schedule_digest(target.schedule),
+        steps=request.steps,
+        size=target.size,
         guidance=float(request.guidance) if generated else None,
-        guidance_rescale=float(request.guidance_rescale) if generated else None, branches=target.branches,
-        negative_prompt=request.negative_prompt, prompt=style.prompt or "", seed=style.seed,
-        noise="generated" if generated else style.noise, references=len(references), layers=layers,
-        styles=styles_digest(others), created=datetime.now(UTC).isoformat(timespec="seconds"),
+        guidance_rescale=float(request.guidance_rescale) if generated else None,
+        branches=target.branches,
+        negative_prompt=request.negative_prompt,
+        prompt=style.prompt or "",
+        seed=style.seed,
+        noise="generated" if generated else style.noise,
+        references=len(references),
+        layers=layers,
+        styles=styles_digest(others),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         stylefast=version,
-    )  # fmt: skip
+    )
     shapes = BankShapes.from_config(preparer.runtime.unet.config, target.size, preparer.downscale)
     with BankWriter(info, shapes, path, overwrite) as writer:
         _run(preparer, references, writer, callback)
@@ -117,9 +130,11 @@ def _of_row(features: RowFeatures, row: int, layers: Sequence[int]) -> Reference
         per_layer[layer] = LayerFeatures(hidden[row], k[row], v[row], mean[:, row], variance[:, row])
     norms = range(len(features.norms))
     return ReferenceFeatures(
-        per_layer, tuple(features.norms[i][0][row] for i in norms), tuple(features.norms[i][1][row] for i in norms),
+        per_layer,
+        tuple(features.norms[i][0][row] for i in norms),
+        tuple(features.norms[i][1][row] for i in norms),
         tuple(features.norm_elements[i] for i in norms),
-    )  # fmt: skip
+    )
 
 
 def _check(style, store: str, dtype: str, model_dtype: torch.dtype) -> str:

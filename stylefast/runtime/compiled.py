@@ -62,9 +62,12 @@ class CompileBackend(Backend):
     buckets: tuple[int, ...] = BUCKETS
 
     def __init__(
-        self, unet: UNet, cache: str | Path | None = "auto", compiler: str = "inductor",
+        self,
+        unet: UNet,
+        cache: str | Path | None = "auto",
+        compiler: str = "inductor",
         graphs: StepGraphs | None | str = "auto",
-    ):  # fmt: skip
+    ):
         if compiler not in COMPILERS:
             raise InvalidRequest(f"compiler is {compiler!r}; there are {', '.join(COMPILERS)}")
         if compiler == "inductor":
@@ -132,8 +135,12 @@ class CompileBackend(Backend):
         self._pages.clear()
 
     def warm_up(
-        self, latent_shape: tuple[int, int, int], rows: Sequence[int], images: bool = False, references: int = 1,
-    ) -> int:  # fmt: skip
+        self,
+        latent_shape: tuple[int, int, int],
+        rows: Sequence[int],
+        images: bool = False,
+        references: int = 1,
+    ) -> int:
         """Compile ahead of use for latents [channels, h, w] and batches of these row counts; the regions compiled.
 
         images: whether requests will bring pictures (InstantStyle); references: the most that a row attends to.
@@ -167,9 +174,11 @@ class CompileBackend(Backend):
     def _step(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
         fresh, before = key not in self._known, self.compilations
         buffers = buffers._replace(
-            text_kv=_as_inference(buffers.text_kv), image_kv=_as_inference(buffers.image_kv),
-            pages=_as_inference(buffers.pages), masks=_as_inference(buffers.masks),
-        )  # fmt: skip
+            text_kv=_as_inference(buffers.text_kv),
+            image_kv=_as_inference(buffers.image_kv),
+            pages=_as_inference(buffers.pages),
+            masks=_as_inference(buffers.masks),
+        )
         # marks are read when something compiles, which a shape that was seen before does not
         self._marking = fresh
         # entered at every step: something may have to be compiled all the same
@@ -192,8 +201,12 @@ class CompileBackend(Backend):
             logger.warning(
                 "%d regions were compiled after warm_up, for %d rows at latents %s with %d columns of references and "
                 "%d of pictures; add this case to warm_up, or expect such a pause once for each",
-                new, rows, "x".join(map(str, latent_shape)), columns.table.self_page.shape[1], pictures,
-            )  # fmt: skip
+                new,
+                rows,
+                "x".join(map(str, latent_shape)),
+                columns.table.self_page.shape[1],
+                pictures,
+            )
         if self._cache is not None:
             self._cache.save()
 

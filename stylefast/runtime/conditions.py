@@ -103,9 +103,13 @@ class ConditionStore:
     """
 
     def __init__(
-        self, unet: UNet, text_encoder: TextEncoder, adapters: Mapping[str, tuple[IPAdapter, ImageEncoder]],
-        train_timesteps: int, revision=lambda: None,
-    ):  # fmt: skip
+        self,
+        unet: UNet,
+        text_encoder: TextEncoder,
+        adapters: Mapping[str, tuple[IPAdapter, ImageEncoder]],
+        train_timesteps: int,
+        revision=lambda: None,
+    ):
         self.unet, self.text_encoder, self.adapters = unet, text_encoder, adapters
         self._train_timesteps, self._revision = train_timesteps, revision
         pooled = text_encoder.encoders[1].text_projection.weight.shape[0]
@@ -308,8 +312,11 @@ class ConditionStore:
                     entries = [(page, strengths.conditional)]
                 else:
                     entries = [(page, strengths.unconditional_image), (negative, strengths.unconditional_negative)]
-                found += [ImageSegment(p, mask, strength.float().numpy(), style) for p, strength in entries
-                          if bool(strength.any())]  # fmt: skip
+                found += [
+                    ImageSegment(p, mask, strength.float().numpy(), style)
+                    for p, strength in entries
+                    if bool(strength.any())
+                ]
         return found
 
     @torch.inference_mode()

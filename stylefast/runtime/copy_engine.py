@@ -152,8 +152,9 @@ def _lists(backend, sources, destinations):
         return [source if isinstance(source, Span) else _bytes_of(source) for source in sources], destinations
     columns = (
         [source.offset if isinstance(source, Span) else source.data_ptr() for source in sources],
-        [t.data_ptr() for t in destinations], [source.nbytes for source in sources],
-    )  # fmt: skip
+        [t.data_ptr() for t in destinations],
+        [source.nbytes for source in sources],
+    )
     files = [source.file.descriptor if isinstance(source, Span) else -1 for source in sources]
     return (*(np.array(column, dtype=np.int64) for column in columns), np.array(files, dtype=np.int32))
 

@@ -40,9 +40,13 @@ class Runtime:
     """
 
     def __init__(
-        self, unet: UNet, conditions: ConditionStore, backend: Backend, budget: MemoryBudget,
+        self,
+        unet: UNet,
+        conditions: ConditionStore,
+        backend: Backend,
+        budget: MemoryBudget,
         buckets: Sequence[int] = (),
-    ):  # fmt: skip
+    ):
         self.unet, self.conditions, self.backend, self.budget = unet, conditions, backend, budget
         self.buckets = tuple(buckets) or backend.buckets
         self.lock = StreamLock(unet.device)
@@ -88,9 +92,12 @@ class Runtime:
 
     @torch.inference_mode()
     def admit(
-        self, trajectories: Sequence[Trajectory], conditions: Conditions, latent_shape: tuple[int, int, int],
+        self,
+        trajectories: Sequence[Trajectory],
+        conditions: Conditions,
+        latent_shape: tuple[int, int, int],
         pins: Mapping[Trajectory, Pin],
-    ) -> Group:  # fmt: skip
+    ) -> Group:
         """Make a group of trajectories and give it slots; it gives back the conditions when it retires.
 
         Raises OutOfMemory for a group that can't fit even alone, and StyleError for contradictions in its styles; the
@@ -236,10 +243,13 @@ class Runtime:
             state, store = self.latents[latent_shape], self.conditions
             masks = store.masks.get(latent_shape[1:])
             buffers = StepBuffers(
-                store.text.layers, store.text.extra, store.image_kv if shape.segments else None,
-                pages.pages if pages is not None else None, masks.levels if masks is not None else (),
+                store.text.layers,
+                store.text.extra,
+                store.image_kv if shape.segments else None,
+                pages.pages if pages is not None else None,
+                masks.levels if masks is not None else (),
                 self._packed(latent_shape[1:]),
-            )  # fmt: skip
+            )
             key = (shape, state.generation, store.generation, id(pages))
             if features is None:
                 self.backend.run(key, state, table.columns, buffers)
@@ -276,8 +286,9 @@ class Runtime:
         if padded and not self.backend.pads_columns:
             references = _power_of_two(references)
             segments = _power_of_two(segments) if self.conditions.images is not None else 0
-        return TableShape(rows, pictures, references, segments, norms, len(layout.layers), len(layout.modules),
-                          groups[0].latent_shape)  # fmt: skip
+        return TableShape(
+            rows, pictures, references, segments, norms, len(layout.layers), len(layout.modules), groups[0].latent_shape
+        )
 
     def _pages_for(self, latent_size: tuple[int, int], banks: Collection[StyleBank]) -> BankPages | None:
         """The pool of a size with room for all pages of `banks`, as far as the budget allows.

@@ -61,7 +61,7 @@ class Decoder:
         memory = None if self._budget.limit is None else self._budget.free(latents.device)
         return vaes.decode(
             self.vae, latents[None], tile="auto", memory=memory, decode_dtype=self._dtype, run=self._run
-        )[0]  # fmt: skip
+        )[0]
 
     def previews(self, latents: torch.Tensor) -> list:
         """Quick PIL pictures of latents [n, channels, h, w]."""

@@ -38,10 +38,18 @@ from stylefast.runtime.step_table import StepColumns
 _SHAPES = 32
 # what a row holds in columns that it does not use; `image_group` counts on, so that no two segments share a softmax
 _IDLE = {
-    "self_page": NO_PAGE, "self_scale": 1, "self_shift": 0, "self_mode": PLAIN, "self_layers": False,
-    "adain_page": NO_PAGE, "adain_strength": 0, "norm_page": NO_PAGE, "image_page": NO_PAGE, "image_strength": 0,
+    "self_page": NO_PAGE,
+    "self_scale": 1,
+    "self_shift": 0,
+    "self_mode": PLAIN,
+    "self_layers": False,
+    "adain_page": NO_PAGE,
+    "adain_strength": 0,
+    "norm_page": NO_PAGE,
+    "image_page": NO_PAGE,
+    "image_strength": 0,
     "image_mask": -1,
-}  # fmt: skip
+}
 # dimension -> the column that says which of its pages or masks a row reads
 _PICKS = {"text_pages": "text_page", "image_pages": "image_page", "masks": "image_mask"}
 _COMMANDS = {"onnxruntime": "onnx"}  # backend -> kind of export, where the names differ
@@ -74,9 +82,13 @@ class GraphBackend(Backend):
     pads_columns = True
 
     def __init__(
-        self, unet: UNet, graphs: Mapping[str, Graph | tuple], name: str = "graphs",
-        stale: Callable[[], str | None] = lambda: None, components: GraphComponents | None = None,
-    ):  # fmt: skip
+        self,
+        unet: UNet,
+        graphs: Mapping[str, Graph | tuple],
+        name: str = "graphs",
+        stale: Callable[[], str | None] = lambda: None,
+        components: GraphComponents | None = None,
+    ):
         if not graphs:
             raise EngineMismatch(f"the export holds no UNet graph; run `stylefast export {_COMMANDS.get(name, name)}`")
         self.name, self._unet, self._stale, self._closed = name, unet, stale, False
@@ -162,23 +174,21 @@ class GraphBackend(Backend):
         references, segments = table.self_page.shape[1], table.image_page.shape[1]
         return self._able(buffers.pages is not None, references, segments, len(columns.row_picture), latent_size)
 
-    def check(
-        self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool
-    ) -> None:
+    def check(self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool) -> None:
         """Raise EngineMismatch where no graph could do a step of such a group."""
         # smaller batches are filled up
         self._able(banked, references, segments, max([rows, *self.buckets[:1]]), latent_size)
 
-    def _able(
-        self, banked: bool, references: int, segments: int, rows: int, latent_size: tuple[int, int]
-    ) -> "_Loaded":
+    def _able(self, banked: bool, references: int, segments: int, rows: int, latent_size: tuple[int, int]) -> "_Loaded":
         """The smallest graph that can do a step. Raises EngineMismatch."""
         flavour = "banked" if banked else "live" if references else "plain"
         able = [
-            graph for graph in self._graphs
+            graph
+            for graph in self._graphs
             if FLAVOURS.index(graph.shape.flavour) >= FLAVOURS.index(flavour)
-            and graph.shape.references >= references and graph.shape.segments >= segments
-        ]  # fmt: skip
+            and graph.shape.references >= references
+            and graph.shape.segments >= segments
+        ]
         if not able:
             raise EngineMismatch(self._lacking(flavour, references, segments))
         sizes = {"rows": rows, "height": latent_size[0], "width": latent_size[1]}
@@ -195,9 +205,7 @@ class GraphBackend(Backend):
 
     def _lacking(self, flavour: str, references: int, segments: int) -> str:
         """What a batch needs, what there is, and how to come by it."""
-        at_hand = ", ".join(
-            f"{g.shape.flavour} ({g.shape.references}, {g.shape.segments})" for g in self._graphs
-        )
+        at_hand = ", ".join(f"{g.shape.flavour} ({g.shape.references}, {g.shape.segments})" for g in self._graphs)
         options = f"--flavour {flavour}"
         if flavour != "plain":
             options += f" --references {max(1, references)}"

@@ -77,9 +77,13 @@ class GraphText:
                 )
 
     def __call__(
-        self, index: int, ids: Sequence[Sequence[int]], rows: Sequence[torch.Tensor], ends: Sequence[tuple[int, int]],
+        self,
+        index: int,
+        ids: Sequence[Sequence[int]],
+        rows: Sequence[torch.Tensor],
+        ends: Sequence[tuple[int, int]],
         skips: Sequence[int],
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         if torch.is_grad_enabled() and any(row.requires_grad for row in rows):
             raise InvalidRequest(
                 "no gradients flow through exported text encoders; load the model with backend='torch' to learn vectors"
@@ -100,9 +104,7 @@ class GraphText:
         position = torch.tensor([position for _, position in ends], device=device)
         hidden = torch.empty(len(ends), ids.shape[1], width, dtype=part.dtype, device=device)
         pooled = torch.empty(len(ends), self._pooled, dtype=part.dtype, device=device)
-        part.run(
-            {"ids": ids[prompts], "extra": extra, "position": position}, {"hidden": hidden, "pooled": pooled}
-        )
+        part.run({"ids": ids[prompts], "extra": extra, "position": position}, {"hidden": hidden, "pooled": pooled})
         order = [prompt for prompt, _ in ends]
         first = torch.tensor([order.index(prompt) for prompt in range(len(numbers))], device=device)
         return hidden[first], list(pooled.unbind())
@@ -218,11 +220,13 @@ class GraphComponents:
 
         Raises ModelFormatError for an entry whose outputs have no type that is known.
         """
-        return cls({
-            entry.component: GraphPart(partial(open_session, entry), _output_dtype(entry), entry.extra)
-            for entry in entries
-            if entry.component != "unet"
-        })  # fmt: skip
+        return cls(
+            {
+                entry.component: GraphPart(partial(open_session, entry), _output_dtype(entry), entry.extra)
+                for entry in entries
+                if entry.component != "unet"
+            }
+        )
 
     def install(self, engine) -> tuple[str, ...]:
         """Put the graphs behind an engine's text encoder, text projection and decoder; returns their names.
@@ -297,6 +301,11 @@ def _packed(name: str, layout: AttentionLayout, like: torch.Tensor, pages: int, 
 
 
 __all__ = [
-    "GraphAdapter", "GraphComponents", "GraphDecoder", "GraphImageEncoder", "GraphPart", "GraphText",
+    "GraphAdapter",
+    "GraphComponents",
+    "GraphDecoder",
+    "GraphImageEncoder",
+    "GraphPart",
+    "GraphText",
     "GraphTextProjector",
-]  # fmt: skip
+]

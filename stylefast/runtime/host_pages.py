@@ -147,8 +147,10 @@ class HostPages:
                 logger.warning(
                     "no more than %.1f GiB of host memory can be pinned for style banks, and %.1f GiB may be; further "
                     "pages come straight from their banks, which is slower (%s)",
-                    self.nbytes / 2**30, self._chunk_bytes * len(self._chunks) / 2**30, str(error).splitlines()[0],
-                )  # fmt: skip
+                    self.nbytes / 2**30,
+                    self._chunk_bytes * len(self._chunks) / 2**30,
+                    str(error).splitlines()[0],
+                )
         return self._chunks[chunk] is not None
 
     def _settle(self) -> None:

@@ -50,9 +50,14 @@ class Job:
     """
 
     def __init__(
-        self, requests: Sequence[Request], cancel: Callable[["Job"], None], deadline: float | None = None,
-        output: str = "pil", metadata: Sequence[dict] = (), inside: Callable[[], bool] = lambda: False,
-    ):  # fmt: skip
+        self,
+        requests: Sequence[Request],
+        cancel: Callable[["Job"], None],
+        deadline: float | None = None,
+        output: str = "pil",
+        metadata: Sequence[dict] = (),
+        inside: Callable[[], bool] = lambda: False,
+    ):
         self.requests, self.output, self.metadata = tuple(requests), output, list(metadata)
         self.step, self.steps = 0, max(request.steps for request in requests)
         self.submitted = time.monotonic()

@@ -34,17 +34,21 @@ class Notices:
         if unknown:
             known, rest = ", ".join(self._known[:_SHOWN]), len(self._known) - _SHOWN
             logger.warning(
-                "the model %s does not know %s %s, which will mean nothing to it; it knows %s%s", self._name,
-                "the word" if len(unknown) == 1 else "the words", self._listed(unknown), known,
+                "the model %s does not know %s %s, which will mean nothing to it; it knows %s%s",
+                self._name,
+                "the word" if len(unknown) == 1 else "the words",
+                self._listed(unknown),
+                known,
                 f" and {rest} more words" if rest > 0 else "",
-            )  # fmt: skip
+            )
         lonely = [] if baking else alone(requests)
         if lonely:
             logger.warning(
                 "%s: StyleAligned() has neither reference nor prompt, and no other picture of this call carries the "
                 "same object, so there is nothing to align with and the picture is plain; give it a reference or a "
-                "prompt, or several prompts to one style", "; ".join(f"request {i}" for i in lonely),
-            )  # fmt: skip
+                "prompt, or several prompts to one style",
+                "; ".join(f"request {i}" for i in lonely),
+            )
 
     def _unknown_words(self, texts: Iterable[str]) -> list[str]:
         """Words that the model was never trained on, in order, each once."""

@@ -67,12 +67,8 @@ def inversion_of(t: Trajectory, config: Mapping) -> Trajectory:
     `start`, the picture's latents, is yet to be set. Raises InvalidRequest for a model whose output can't be inverted.
     """
     guidance = t.reference_of.inversion_guidance
-    request = replace(
-        t.request, style=(), guidance=guidance, guidance_interval=(0.0, 1.0), guidance_rescale=0.0
-    )  # fmt: skip
-    schedule = inversion_schedule(
-        alphas_cumprod(config), t.schedule.steps, config.get("prediction_type", "epsilon")
-    )  # fmt: skip
+    request = replace(t.request, style=(), guidance=guidance, guidance_interval=(0.0, 1.0), guidance_rescale=0.0)
+    schedule = inversion_schedule(alphas_cumprod(config), t.schedule.steps, config.get("prediction_type", "epsilon"))
     weights = {NULL: 1 - guidance, FULL: guidance} if guidance > 1 else {FULL: 1.0}
     return Trajectory(request, t.prompt, schedule, t.size, weights, branches=tuple(weights))
 

@@ -170,8 +170,13 @@ def _row_name(image: int, branch: int) -> str:
 
 def _check_batch(branches, offsets, reference_images, reference_pages, page_out, order_out, rows) -> int:
     entries = reference_images.size
-    if not (branches.size == order_out.size == rows and offsets.size == rows + 1 and reference_pages.size == entries
-            and page_out.ndim == 2 and len(page_out) == rows):  # fmt: skip
+    if not (
+        branches.size == order_out.size == rows
+        and offsets.size == rows + 1
+        and reference_pages.size == entries
+        and page_out.ndim == 2
+        and len(page_out) == rows
+    ):
         raise InvalidRequest("the arrays' lengths do not fit each other")
     if offsets[0] != 0 or offsets[-1] != entries:
         raise InvalidRequest(f"offsets must run from 0 to the number of references, {entries}")

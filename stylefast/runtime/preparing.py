@@ -25,9 +25,14 @@ class Preparer:
     """
 
     def __init__(
-        self, runtime: Runtime, vae: torch.nn.Module, scheduler_config: Mapping, native_size: tuple[int, int],
-        model: str, fingerprint: Callable[[], str],
-    ):  # fmt: skip
+        self,
+        runtime: Runtime,
+        vae: torch.nn.Module,
+        scheduler_config: Mapping,
+        native_size: tuple[int, int],
+        model: str,
+        fingerprint: Callable[[], str],
+    ):
         self.runtime, self.vae, self.native_size = runtime, vae, native_size
         self.model, self.fingerprint = model, fingerprint
         self._config = scheduler_config
@@ -98,9 +103,14 @@ class Preparer:
         layers = request.aligned.layer_mask(self.runtime.unet.layout).nonzero().flatten().tolist()
         target = plan_trajectories([request], lambda _: schedule, self.native_size)[0]
         bank.check_fits(
-            model=self.model, fingerprint=self.fingerprint(), scheduler=request.scheduler, steps=request.steps,
-            size=request.size or self.native_size, branches=target.branches, layers=tuple(layers),
-        )  # fmt: skip
+            model=self.model,
+            fingerprint=self.fingerprint(),
+            scheduler=request.scheduler,
+            steps=request.steps,
+            size=request.size or self.native_size,
+            branches=target.branches,
+            layers=tuple(layers),
+        )
         # last, since it differs wherever the steps or the sampler do
         bank.check_fits(schedule=schedule_digest(schedule))
 

@@ -74,8 +74,12 @@ def warn_of_instructions(requests: Sequence[Request]) -> None:
             logger.warning(
                 "%s hold%s %s%s: other programs read that as instructions, here it is encoded as words, "
                 "letter by letter; take it out%s",
-                " and ".join(holding), "s" if len(holding) == 1 else "", shown, more, ways,
-            )  # fmt: skip
+                " and ".join(holding),
+                "s" if len(holding) == 1 else "",
+                shown,
+                more,
+                ways,
+            )
             bracketed = False
     if bracketed:
         _say_of_brackets()

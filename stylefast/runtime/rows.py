@@ -67,15 +67,17 @@ class Phase:
 def phase_key(trajectories: Sequence[Trajectory], conditions: Conditions, step: int) -> tuple:
     """Equal for steps of one group that have equal rows."""
     branches = branches_at(trajectories, step)
-    segments = [s.style.active(step, t.schedule.steps)
-                for t in trajectories for b in t.branches for s in conditions.image_segments[t, b]]  # fmt: skip
+    segments = [
+        s.style.active(step, t.schedule.steps)
+        for t in trajectories
+        for b in t.branches
+        for s in conditions.image_segments[t, b]
+    ]
     weights = tuple(tuple(t.step_weights[step]) for t in trajectories)
     return tuple(branches.values()), weights, tuple(t.shares(step) for t in trajectories), tuple(segments)
 
 
-def make_phase(
-    trajectories: Sequence[Trajectory], conditions: Conditions, layout: AttentionLayout, step: int
-) -> Phase:
+def make_phase(trajectories: Sequence[Trajectory], conditions: Conditions, layout: AttentionLayout, step: int) -> Phase:
     """The rows of a group at `step`, and at all steps of an equal `phase_key`."""
     number = {t: i for i, t in enumerate(trajectories)}
     rows = [(t, branch) for t, branches in branches_at(trajectories, step).items() for branch in branches]
@@ -92,11 +94,12 @@ def make_phase(
         adain_strength=np.zeros((count, len(PARTS)), dtype=np.float32),
         takes_adain=np.zeros(count, dtype=bool),
         takes_norms=np.zeros(count, dtype=bool),
-        segments=[[s for s in conditions.image_segments[row] if s.style.active(step, row[0].schedule.steps)]
-                  for row in rows],
+        segments=[
+            [s for s in conditions.image_segments[row] if s.style.active(step, row[0].schedule.steps)] for row in rows
+        ],
         weights=np.zeros((len(trajectories), len(BRANCHES)), dtype=np.float32),
         mutual=any(t.aligned is not None and t.aligned.full_attention_share for t in trajectories),
-    )  # fmt: skip
+    )
     masks: dict[int, np.ndarray] = {}
     for row, (t, branch) in enumerate(rows):
         phase.weights[number[t], phase.branch[row]] = t.step_weights[step].get(branch, 0.0)

@@ -55,9 +55,15 @@ def run_step(
             columns.timestep[picture], buffers.pooled[columns.table.text_page], columns.time_ids[picture]
         )
         output = unet(
-            seen, embedding, buffers.text_kv, buffers.image_kv, columns.table, buffers.pages, buffers.masks,
+            seen,
+            embedding,
+            buffers.text_kv,
+            buffers.image_kv,
+            columns.table,
+            buffers.pages,
+            buffers.masks,
             features=features,
-        )  # fmt: skip
+        )
         advance(state, columns, latents, output)
 
 
@@ -71,9 +77,17 @@ def advance(state: LatentSlots, columns: StepColumns, latents: torch.Tensor, out
     """Guidance and the sampler's update: from the model's output [rows, channels, h, w] to the next latents."""
     slot = columns.slot
     latents, anchor, history = guided_step(
-        latents, state.anchor[slot], state.history[slot], output, columns.branch_rows, columns.branch_weights,
-        columns.rescale, columns.denoised, columns.update, columns.noise,
-    )  # fmt: skip
+        latents,
+        state.anchor[slot],
+        state.history[slot],
+        output,
+        columns.branch_rows,
+        columns.branch_weights,
+        columns.rescale,
+        columns.denoised,
+        columns.update,
+        columns.noise,
+    )
     finite = torch.isfinite(latents).flatten(1).all(1)
     # all writes last: where memory runs out before, the step can be run again
     state.latents[slot], state.anchor[slot], state.history[slot] = latents, anchor, history
@@ -101,9 +115,7 @@ class Backend:
         """
         raise NotImplementedError
 
-    def check(
-        self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool
-    ) -> None:
+    def check(self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool) -> None:
         """Raise ExportError if a group of `rows` rows or more can't be run; asked before its job is taken.
 
         latent_size: (height, width). references, segments: the most that a row reads. banked: whether of a bank.

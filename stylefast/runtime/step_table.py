@@ -63,17 +63,31 @@ class StepTable:
         self.shape, self._device = shape, device
         r, p, w, s = shape.rows, shape.pictures, shape.references, shape.segments
         self._layout = {
-            "self_page": ("int", (r, w)), "self_mode": ("int", (r,)), "self_layers": ("bool", (r, shape.layers)),
-            "self_scale": ("float", (r, w)), "self_shift": ("float", (r, w)), "adain_page": ("int", (r,)),
-            "adain_strength": ("float", (r, 3)), "norm_page": ("int", (r if shape.norms else 0,)),
-            "text_page": ("int", (r,)), "image_page": ("int", (r, s)),
-            "image_strength": ("float", (r, s, shape.modules)), "image_group": ("int", (r, s)),
+            "self_page": ("int", (r, w)),
+            "self_mode": ("int", (r,)),
+            "self_layers": ("bool", (r, shape.layers)),
+            "self_scale": ("float", (r, w)),
+            "self_shift": ("float", (r, w)),
+            "adain_page": ("int", (r,)),
+            "adain_strength": ("float", (r, 3)),
+            "norm_page": ("int", (r if shape.norms else 0,)),
+            "text_page": ("int", (r,)),
+            "image_page": ("int", (r, s)),
+            "image_strength": ("float", (r, s, shape.modules)),
+            "image_group": ("int", (r, s)),
             "image_mask": ("int", (r, s)),
-            "row_picture": ("int", (r,)), "slot": ("int", (p,)), "branch_rows": ("int", (p, len(BRANCHES))),
-            "branch_weights": ("float", (p, len(BRANCHES))), "timestep": ("float", (p,)),
-            "input_scale": ("float", (p,)), "time_ids": ("float", (p, 6)), "rescale": ("float", (p,)),
-            "denoised": ("float", (p, 2)), "update": ("float", (p, 2, 6)), "noise": ("noise", (p, *shape.latents)),
-        }  # fmt: skip
+            "row_picture": ("int", (r,)),
+            "slot": ("int", (p,)),
+            "branch_rows": ("int", (p, len(BRANCHES))),
+            "branch_weights": ("float", (p, len(BRANCHES))),
+            "timestep": ("float", (p,)),
+            "input_scale": ("float", (p,)),
+            "time_ids": ("float", (p, 6)),
+            "rescale": ("float", (p,)),
+            "denoised": ("float", (p, 2)),
+            "update": ("float", (p, 2, 6)),
+            "noise": ("noise", (p, *shape.latents)),
+        }
         on_host = device.type == "cpu"
         self._hosts = [self._buffers(torch.device("cpu"), pinned=not on_host) for _ in range(1 if on_host else _RING)]
         self._events = [None] * len(self._hosts)
@@ -135,8 +149,20 @@ class StepTable:
         arrays["self_layers"].fill(False)
         for name in ("adain_page", "norm_page", "image_page", "image_mask", "branch_rows"):
             arrays[name].fill(-1)
-        for name in ("adain_strength", "image_strength", "branch_weights", "rescale", "denoised", "update", "noise",
-                     "timestep", "self_shift", "slot", "row_picture", "text_page"):  # fmt: skip
+        for name in (
+            "adain_strength",
+            "image_strength",
+            "branch_weights",
+            "rescale",
+            "denoised",
+            "update",
+            "noise",
+            "timestep",
+            "self_shift",
+            "slot",
+            "row_picture",
+            "text_page",
+        ):
             arrays[name].fill(0)
         arrays["self_scale"].fill(1)
         arrays["input_scale"].fill(1)

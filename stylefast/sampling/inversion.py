@@ -28,8 +28,15 @@ def inversion_schedule(
     update = torch.zeros(steps, 2, 6)
     update[:, NEXT_LATENTS, LATENTS], update[:, NEXT_LATENTS, X0] = torch.from_numpy(factors.T).float()
     forward = torch.from_numpy(forward_of(levels)).float()
-    return Schedule("ddim_inversion", torch.from_numpy(timesteps).float(), torch.ones(steps),
-                    torch.from_numpy(output).float(), update, forward, init_noise_scale=1.0)  # fmt: skip
+    return Schedule(
+        "ddim_inversion",
+        torch.from_numpy(timesteps).float(),
+        torch.ones(steps),
+        torch.from_numpy(output).float(),
+        update,
+        forward,
+        init_noise_scale=1.0,
+    )
 
 
 def ddim_invert(

@@ -213,9 +213,10 @@ class BankWriter:
         specs = _specs(info, shapes)
         self._file = BankFile(path, specs, _metadata(info, shapes), overwrite) if path is not None else None
         self._tensors = (
-            self._file.tensors if self._file is not None
+            self._file.tensors
+            if self._file is not None
             else {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
-        )  # fmt: skip
+        )
         latents_from = 0 if info.store == "latents" else info.steps
         self._awaited = set(itertools.product(range(latents_from, info.steps + 1), range(info.references)))
         if info.store != "latents":
@@ -374,9 +375,14 @@ def _fp8_scale(x: Tensor) -> Tensor:
 
 def _specs(info: BankInfo, shapes: BankShapes) -> dict[str, TensorSpec]:
     return bank_tensors(
-        shapes, steps=info.steps, branches=len(info.branches), references=info.references, store=info.store,
-        dtype=info.dtype, layers=info.layers,
-    )  # fmt: skip
+        shapes,
+        steps=info.steps,
+        branches=len(info.branches),
+        references=info.references,
+        store=info.store,
+        dtype=info.dtype,
+        layers=info.layers,
+    )
 
 
 def _metadata(info: BankInfo, shapes: BankShapes) -> str:

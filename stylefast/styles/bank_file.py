@@ -243,8 +243,10 @@ def _lay_out(specs: Mapping[str, TensorSpec], metadata: str) -> tuple[bytes, dic
     for name in sorted(specs, key=place):
         starts[name], end = end, end + specs[name].nbytes
         header[name] = {
-            "dtype": _CODES[specs[name].dtype], "shape": specs[name].shape, "data_offsets": (starts[name], end)
-        }  # fmt: skip
+            "dtype": _CODES[specs[name].dtype],
+            "shape": specs[name].shape,
+            "data_offsets": (starts[name], end),
+        }
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _PAGE)
     begin = 8 + len(text)

@@ -49,8 +49,17 @@ class BankInfo:
             checked[name] = tuple(values.several(_what(name), getattr(self, name), error=StyleError))
         for name, allowed in (("store", STORES), ("dtype", DTYPES), ("noise", NOISES)):
             checked[name] = values.one_of(_what(name), getattr(self, name), allowed, error=StyleError)
-        for name in ("model", "fingerprint", "scheduler", "schedule", "negative_prompt", "prompt", "styles", "created",
-                     "stylefast"):  # fmt: skip
+        for name in (
+            "model",
+            "fingerprint",
+            "scheduler",
+            "schedule",
+            "negative_prompt",
+            "prompt",
+            "styles",
+            "created",
+            "stylefast",
+        ):
             checked[name] = values.text(_what(name), getattr(self, name), error=StyleError)
         for name, least, most in (("steps", 1, None), ("references", 1, None), ("seed", 0, values.MAX_SEED)):
             checked[name] = values.whole_number(_what(name), getattr(self, name), least, most, error=StyleError)

@@ -168,11 +168,15 @@ def check_places(styles: Sequence[DreamStyler], prompt: str, negative_prompt: st
             )
         if style.context is not None or style.guidance is not None:
             given = "context" if style.context is not None else "guidance"
-            raise StyleError(f"{given}= of the style <{style.name}> is about the prompt, but only the negative prompt "
-                             "names it; leave it out, or name the style in the prompt")  # fmt: skip
+            raise StyleError(
+                f"{given}= of the style <{style.name}> is about the prompt, but only the negative prompt "
+                "names it; leave it out, or name the style in the prompt"
+            )
         if "{style}" in prompt and not placed:
-            raise PromptError(f"the prompt has a {{style}}, but only the negative prompt names <{style.name}>; name it "
-                              "in both, or take the {style} out")  # fmt: skip
+            raise PromptError(
+                f"the prompt has a {{style}}, but only the negative prompt names <{style.name}>; name it "
+                "in both, or take the {style} out"
+            )
     if placed:
         branch_prompts(placed, prompt)
 

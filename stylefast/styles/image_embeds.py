@@ -30,16 +30,20 @@ def read_image_embeds(source) -> tuple[Tensor, str | None]:
         source, path = _from_file(place), str(place)
     if isinstance(source, (list, tuple)):
         if len(source) != 1:
-            raise StyleError(f"image_embeds is a list of {len(source)}; diffusers has one tensor per adapter: give "
-                             "each to an InstantStyle of its own")  # fmt: skip
+            raise StyleError(
+                f"image_embeds is a list of {len(source)}; diffusers has one tensor per adapter: give "
+                "each to an InstantStyle of its own"
+            )
         source = source[0]
     if not isinstance(source, Tensor) or not source.is_floating_point():
         what = f"a tensor of {source.dtype}" if isinstance(source, Tensor) else values.quoted(source)
         raise StyleError(f"image_embeds is {what}; give floating-point numbers [pictures, width] as a tensor or a file")
     values.dense_tensor("image_embeds", source, error=StyleError)
     if not 1 <= source.ndim <= 4 or not 0 < source.numel() <= MAX_VALUES:
-        raise StyleError(f"image_embeds has the shape {list(source.shape)}; it must be [pictures, width], or what "
-                         "prepare_ip_adapter_image_embeds gives")  # fmt: skip
+        raise StyleError(
+            f"image_embeds has the shape {list(source.shape)}; it must be [pictures, width], or what "
+            "prepare_ip_adapter_image_embeds gives"
+        )
     # a copy, since a request's pictures must not change with the caller's tensor
     found = source.detach().to("cpu", torch.float32, copy=True)
     if not torch.isfinite(found).all():
@@ -59,8 +63,10 @@ def split_image_embeds(embeds: Tensor, adapter: IPAdapter) -> tuple[Tensor, Tens
     if embeds.ndim == axes:
         return embeds, None
     if embeds.ndim != axes + 1 or len(embeds) > 2:
-        raise StyleError(f"image_embeds has the shape {list(embeds.shape)}; {adapter.name} ({adapter.kind}) takes "
-                         f"{shape}, or two of these stacked, that of no picture first")  # fmt: skip
+        raise StyleError(
+            f"image_embeds has the shape {list(embeds.shape)}; {adapter.name} ({adapter.kind}) takes "
+            f"{shape}, or two of these stacked, that of no picture first"
+        )
     if len(embeds) == 1:
         return embeds[0], None
     negative = embeds[0]

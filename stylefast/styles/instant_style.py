@@ -113,8 +113,10 @@ class InstantStyle:
             if self.image is not None:
                 raise StyleError("image and image_embeds are given; the pictures come from one of them")
             if self.crop != "center" and self.negative_image is None:
-                raise StyleError(f"crop={values.quoted(self.crop)} has no part in image_embeds, whose pictures were "
-                                 "cropped when they were encoded; leave it out")  # fmt: skip
+                raise StyleError(
+                    f"crop={values.quoted(self.crop)} has no part in image_embeds, whose pictures were "
+                    "cropped when they were encoded; leave it out"
+                )
             checked["image_embeds"], checked["embeds_source"] = read_image_embeds(self.image_embeds)
         elif self.image is None or (isinstance(self.image, (list, tuple)) and not self.image):
             raise StyleError("InstantStyle needs at least one picture; pass image= or image_embeds=")
@@ -257,8 +259,9 @@ class InstantStyle:
             adapter.check_features(features)
             self._check_counts(len(features))
             if negative is not None and self.negative_image is not None:
-                raise StyleError("negative_image is given, and image_embeds holds what stands in its place; leave one "
-                                 "of them out")  # fmt: skip
+                raise StyleError(
+                    "negative_image is given, and image_embeds holds what stands in its place; leave one of them out"
+                )
 
     def tokens(self, adapter: IPAdapter, encoder: ImageEncoder, content: torch.Tensor | None = None) -> StyleTokens:
         """Encode the pictures.
@@ -332,16 +335,29 @@ _WITHOUT_MODULES = {
 }
 _PRECISE = ("style transfer precise", "composition precise")
 PRESETS = (
-    "style transfer", "composition", "style and composition", "strong style transfer", "strong style and composition",
-    *_PRECISE, *_WITHOUT_MODULES,
+    "style transfer",
+    "composition",
+    "style and composition",
+    "strong style transfer",
+    "strong style and composition",
+    *_PRECISE,
+    *_WITHOUT_MODULES,
 )
 _ALIASES = {
-    "style": "style transfer", "layout": "composition", "composition transfer": "composition",
-    "style+layout": "style and composition", "layout+style": "style and composition",
-    "style layout": "style and composition", "style+composition": "style and composition",
-    "strong": "strong style transfer", "style strong": "strong style transfer",
-    "precise": "style transfer precise", "style precise": "style transfer precise",
-    "layout precise": "composition precise", "linear": "all", "full": "all",
+    "style": "style transfer",
+    "layout": "composition",
+    "composition transfer": "composition",
+    "style+layout": "style and composition",
+    "layout+style": "style and composition",
+    "style layout": "style and composition",
+    "style+composition": "style and composition",
+    "strong": "strong style transfer",
+    "style strong": "strong style transfer",
+    "precise": "style transfer precise",
+    "style precise": "style transfer precise",
+    "layout precise": "composition precise",
+    "linear": "all",
+    "full": "all",
 }
 
 

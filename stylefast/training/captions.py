@@ -10,18 +10,48 @@ _GRAMMAR = (
 )
 WORDS = (*_GRAMMAR, *CONTENTS, *STYLES, *PALETTES)
 
-_CONTENT_ONLY = ("a {c}", "a {c}", "a {c}", "{c}", "the {c}", "a picture of a {c}", "a painting of a {c}",
-                 "a drawing of a {c}", "a photo of a {c}", "an image of a {c}")  # fmt: skip
-_STYLE_ONLY = ("{s} style", "{s}", "{s} art", "a picture in {s} style", "a painting in the style of {s}",
-               "in {s} style", "{s} style, {p} palette",
-               "a {s} painting, {p} palette", "a {s} picture with {p} colors")  # fmt: skip
+_CONTENT_ONLY = (
+    "a {c}",
+    "a {c}",
+    "a {c}",
+    "{c}",
+    "the {c}",
+    "a picture of a {c}",
+    "a painting of a {c}",
+    "a drawing of a {c}",
+    "a photo of a {c}",
+    "an image of a {c}",
+)
+_STYLE_ONLY = (
+    "{s} style",
+    "{s}",
+    "{s} art",
+    "a picture in {s} style",
+    "a painting in the style of {s}",
+    "in {s} style",
+    "{s} style, {p} palette",
+    "a {s} painting, {p} palette",
+    "a {s} picture with {p} colors",
+)
 _PALETTE_ONLY = ("a {c}, {p} palette", "a {c} with {p} colors", "{p} palette", "a picture with a {p} palette")
 _FULL = (
-    "a {c} in {s} style", "a {c} in {s} style", "a {c} in {s} style", "a {c}, {s} style", "{c}, {s}", "a {s} {c}",
-    "a {s} drawing of a {c}", "a {s} painting of a {c}", "a {s} picture of a {c}", "a painting of a {c} in {s} style",
-    "a picture of a {c} in the style of {s}", "a painting of a {c} in the style of {s}", "a {c} in the style of {s}",
-    "{s} style, a {c}", "{s} art of a {c}", "the {c} in {s} style",
-)  # fmt: skip
+    "a {c} in {s} style",
+    "a {c} in {s} style",
+    "a {c} in {s} style",
+    "a {c}, {s} style",
+    "{c}, {s}",
+    "a {s} {c}",
+    "a {s} drawing of a {c}",
+    "a {s} painting of a {c}",
+    "a {s} picture of a {c}",
+    "a painting of a {c} in {s} style",
+    "a picture of a {c} in the style of {s}",
+    "a painting of a {c} in the style of {s}",
+    "a {c} in the style of {s}",
+    "{s} style, a {c}",
+    "{s} art of a {c}",
+    "the {c} in {s} style",
+)
 _PALETTE_ENDINGS = (", {p} palette", ", {p} palette", ", {p} palette", " with {p} colors", " in a {p} palette")
 _STYLE_ENDINGS = (" in {s} style", " in {s} style", ", {s} style", " in the style of {s}", ", {s} art")
 _UNKNOWN_WORD_SHARE = 0.06

@@ -158,9 +158,19 @@ def _rocket() -> list:
 
 
 _SHAPES = {
-    "star": _star, "heart": _heart, "moon": _moon, "house": _house, "tree": _tree, "fish": _fish, "cat": _cat,
-    "boat": _boat, "flower": _flower, "mushroom": _mushroom, "cup": _cup, "rocket": _rocket,
-}  # fmt: skip
+    "star": _star,
+    "heart": _heart,
+    "moon": _moon,
+    "house": _house,
+    "tree": _tree,
+    "fish": _fish,
+    "cat": _cat,
+    "boat": _boat,
+    "flower": _flower,
+    "mushroom": _mushroom,
+    "cup": _cup,
+    "rocket": _rocket,
+}
 
 
 def _masks(rng: np.random.Generator, content: str, size: int) -> np.ndarray:

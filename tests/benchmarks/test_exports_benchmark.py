@@ -16,10 +16,16 @@ from stylefast.errors import ExportError, MissingDependency
 from stylefast.export.manifest import FileEntry, GraphEntry, Manifest
 
 MANIFEST = Manifest(
-    "onnx", "1", "tiny", "f" * 64, "float32", "any", {"onnx": "1"},
+    "onnx",
+    "1",
+    "tiny",
+    "f" * 64,
+    "float32",
+    "any",
+    {"onnx": "1"},
     (GraphEntry("unet", "a.onnx", ("a.onnx", "w"), {"flavour": "live"}, extra={"seconds": 2.0}),),
     (FileEntry("a.onnx", 1000, "0" * 64), FileEntry("w", 1_999_000, "0" * 64)),
-)  # fmt: skip
+)
 
 
 class Draws:
@@ -81,7 +87,12 @@ def test_every_case_has_its_figures_and_goals(bench):
     code, found = bench()
     sizes = [f"{side} px n={n}" for side in (64, 256) for n in (1, 4)]
     assert code == 0 and list(found) == [
-        "export onnx", "export aoti", "export tensorrt", "onnxruntime pictures", "aoti pictures", *sizes
+        "export onnx",
+        "export aoti",
+        "export tensorrt",
+        "onnxruntime pictures",
+        "aoti pictures",
+        *sizes,
     ]
     made = found["export onnx"]
     assert figures(made)["seconds"]["value"] == 12 and figures(made)["size"]["value"] == 2
@@ -138,10 +149,13 @@ def test_the_lowest_of_several_pictures_counts():
 
 @pytest.mark.parametrize(
     "words, part",
-    [(("--device", "cuda"), "needs a CUDA device"), (("--minutes", "0"), "--minutes is 0"),
-     (("--backends", "tensorrt"), "on cpu there are onnxruntime, aoti")],
+    [
+        (("--device", "cuda"), "needs a CUDA device"),
+        (("--minutes", "0"), "--minutes is 0"),
+        (("--backends", "tensorrt"), "on cpu there are onnxruntime, aoti"),
+    ],
     ids=["no GPU", "no time", "a backend that does not run here"],
-)  # fmt: skip
+)
 def test_bad_arguments_exit_with_two_and_one_line(bench, monkeypatch, capsys, words, part):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, found = bench(*words)

@@ -36,11 +36,27 @@ def steps(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "codes, expected",
-    [({}, 0), ({"tests": 1}, 1), ({"tests": None}, 1), ({"kernels": 2}, 2), ({"tests": 1, "kernels": None}, 3),
-     ({"runtime": 1}, 4), ({"tests": 1, "kernels": 1, "runtime": None}, 7), ({"extension": 1}, 0)],
-    ids=["all pass", "a test fails", "tests take too long", "kernels crash", "both", "the engine misses a goal",
-         "nothing works", "the build alone is optional"],
-)  # fmt: skip
+    [
+        ({}, 0),
+        ({"tests": 1}, 1),
+        ({"tests": None}, 1),
+        ({"kernels": 2}, 2),
+        ({"tests": 1, "kernels": None}, 3),
+        ({"runtime": 1}, 4),
+        ({"tests": 1, "kernels": 1, "runtime": None}, 7),
+        ({"extension": 1}, 0),
+    ],
+    ids=[
+        "all pass",
+        "a test fails",
+        "tests take too long",
+        "kernels crash",
+        "both",
+        "the engine misses a goal",
+        "nothing works",
+        "the build alone is optional",
+    ],
+)
 def test_the_exit_code_tells_tests_and_benchmarks_apart(steps, codes, expected, capsys):
     code, commands = steps(**codes)
     assert code == expected and {"tests", "kernels", "runtime"} <= commands.keys()

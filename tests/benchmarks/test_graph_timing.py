@@ -69,9 +69,14 @@ def device(monkeypatch):
         yield
 
     stand_ins = {
-        "Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": Stream, "stream": stream,
-        "current_stream": Stream, "synchronize": lambda: None,
-    }  # fmt: skip
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "Stream": Stream,
+        "stream": stream,
+        "current_stream": Stream,
+        "synchronize": lambda: None,
+    }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     return device

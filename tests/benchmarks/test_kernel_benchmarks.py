@@ -34,9 +34,14 @@ def test_a_quick_run_on_the_cpu_measures_every_row_and_writes_its_file(tmp_path,
     found = json.loads(path.read_text())
     assert found["not_measured"] == [] and found["quick"]
     assert {r["operation"] for r in found["results"]} == {
-        "shared_attention", "gated_cross_attention", "token_stats", "group_norm_silu", "geglu", "add_layer_norm",
+        "shared_attention",
+        "gated_cross_attention",
+        "token_stats",
+        "group_norm_silu",
+        "geglu",
+        "add_layer_norm",
         "guided_step",
-    }  # fmt: skip
+    }
     assert found["ceilings"]["matmul"].keys() == {"fp32", "bf16"} and found["ceilings"]["copy"] > 0
     assert {"cpu", "cpu_features", "cores", "threads", "torch", "python", "date", "stylefast", "commit"} <= (
         found["environment"].keys()
@@ -206,9 +211,12 @@ def test_a_missed_goal_is_an_exit_code_only_with_check(goal, words, code, monkey
 
 @pytest.mark.parametrize(
     "words, part",
-    [(["--device", "cuda"], "needs a CUDA device"), (["--only", "gelu"], "gelu; there are shared_attention"),
-     (["--threads", "0"], "--threads is 0")],
-)  # fmt: skip
+    [
+        (["--device", "cuda"], "needs a CUDA device"),
+        (["--only", "gelu"], "gelu; there are shared_attention"),
+        (["--threads", "0"], "--threads is 0"),
+    ],
+)
 def test_what_cannot_be_measured_is_an_error_of_one_line(words, part, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(words) == 2

@@ -33,8 +33,11 @@ from tests.fp64 import close, measured
 from tests.oracle.style_aligned import Sharing, guidance_layout, shared
 
 MET, MISSED, NO_GOAL, NOT_MEASURED = (
-    kernel_report.MET, kernel_report.MISSED, kernel_report.NO_GOAL, kernel_report.NOT_MEASURED
-)  # fmt: skip
+    kernel_report.MET,
+    kernel_report.MISSED,
+    kernel_report.NO_GOAL,
+    kernel_report.NOT_MEASURED,
+)
 SMALL = {"cross_dim": 128, "pooled_dim": 64, "time_dim": 16, "side": 8, "depth": (1, 1, 2)}
 
 
@@ -52,8 +55,12 @@ def unet_call(pipeline, rows, seed=0):
         return torch.randn(shape, generator=generator)
 
     conditions = {"text_embeds": draw(rows, 64), "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]]).repeat(rows, 1)}
-    return {"sample": draw(rows, 4, 8, 8), "timestep": torch.tensor(500.0),
-            "encoder_hidden_states": draw(rows, 77, 128), "added_cond_kwargs": conditions}  # fmt: skip
+    return {
+        "sample": draw(rows, 4, 8, 8),
+        "timestep": torch.tensor(500.0),
+        "encoder_hidden_states": draw(rows, 77, 128),
+        "added_cond_kwargs": conditions,
+    }
 
 
 @torch.no_grad()
@@ -87,10 +94,12 @@ def test_adain_gives_every_row_the_statistics_of_the_first_of_its_half():
 def test_the_published_form_compiles_into_one_graph_without_a_break():
     # every kind of block, as few of each as there can be: tracing them is what takes long
     config = unet_config((32, 64, 64), **SMALL | {"depth": (1, 1)}) | {
-        "block_out_channels": (32, 64), "attention_head_dim": (1, 1), "layers_per_block": 1,
+        "block_out_channels": (32, 64),
+        "attention_head_dim": (1, 1),
+        "layers_per_block": 1,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
+    }
     pipeline = random_pipeline(config, (64, 64), vae_config((32, 32), 1), "cpu", torch.float32)
     align(pipeline.unet)
     call = unet_call(pipeline, 4)
@@ -138,14 +147,30 @@ def test_the_half_width_model_has_half_of_sdxls_widths_at_its_full_depth():
 @pytest.mark.parametrize(
     "figure, verdict",
     [
-        (Figure("a", 1.7, 1.7), MET), (Figure("a", 1.699, 1.7), MISSED), (Figure("a", 1.69999, 1.7), MET),
-        (Figure("a", 1.1, 1.1, at_most=True), MET), (Figure("a", 1.101, 1.1, at_most=True), MISSED),
-        (Figure("a", 0, 0, at_most=True), MET), (Figure("a", 3.0), NO_GOAL), (Figure("a", None, 2.0), NOT_MEASURED),
-        (Figure("a", float("nan"), 1e-3, at_most=True), MISSED), (Figure("a", float("nan"), 1.0), MISSED),
+        (Figure("a", 1.7, 1.7), MET),
+        (Figure("a", 1.699, 1.7), MISSED),
+        (Figure("a", 1.69999, 1.7), MET),
+        (Figure("a", 1.1, 1.1, at_most=True), MET),
+        (Figure("a", 1.101, 1.1, at_most=True), MISSED),
+        (Figure("a", 0, 0, at_most=True), MET),
+        (Figure("a", 3.0), NO_GOAL),
+        (Figure("a", None, 2.0), NOT_MEASURED),
+        (Figure("a", float("nan"), 1e-3, at_most=True), MISSED),
+        (Figure("a", float("nan"), 1.0), MISSED),
     ],
-    ids=["at the bound", "below", "as it is printed", "at most", "above", "nothing", "no goal", "no value",
-         "NaN is no small error", "NaN is no speed"],
-)  # fmt: skip
+    ids=[
+        "at the bound",
+        "below",
+        "as it is printed",
+        "at most",
+        "above",
+        "nothing",
+        "no goal",
+        "no value",
+        "NaN is no small error",
+        "NaN is no speed",
+    ],
+)
 def test_a_verdict_goes_by_the_figure_as_it_is_recorded(figure, verdict):
     assert figure.verdict == verdict
 
@@ -216,8 +241,13 @@ def test_every_sample_and_verdict_is_written_and_met_goals_exit_with_zero(run_ca
     code, found = run_cases([Case("one", "what it is", outcome_of(1e-4), EXPECTED)])
     assert code == 0 and found["unproved"] == []
     result = found["results"][0]
-    assert result["times"]["a"] == {"median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "spread": 1.0,
-                                    "samples_s": [1.0, 3.0, 2.0]}  # fmt: skip
+    assert result["times"]["a"] == {
+        "median_s": 2.0,
+        "min_s": 1.0,
+        "max_s": 3.0,
+        "spread": 1.0,
+        "samples_s": [1.0, 3.0, 2.0],
+    }
     assert result["figures"][0]["verdict"] == MET and {"cpu", "threads", "torch"} <= found["environment"].keys()
     out = capsys.readouterr().out
     assert "one: what it is" in out and "1 goals met, 0 missed or not measured" in out
@@ -252,11 +282,13 @@ def test_a_case_that_would_overrun_is_skipped_and_says_so(run_cases):
 @pytest.mark.parametrize(
     "words, part",
     [
-        (("--only", "nothing"), "--only names nothing; there are one"), (("--threads", "0"), "--threads is 0"),
-        (("--minutes", "0"), "--minutes is 0"), (("--device", "cuda"), "needs a CUDA device"),
+        (("--only", "nothing"), "--only names nothing; there are one"),
+        (("--threads", "0"), "--threads is 0"),
+        (("--minutes", "0"), "--minutes is 0"),
+        (("--device", "cuda"), "needs a CUDA device"),
     ],
     ids=["an unknown case", "no threads", "no time", "no GPU"],
-)  # fmt: skip
+)
 def test_bad_arguments_exit_with_two_and_one_line(run_cases, monkeypatch, capsys, words, part):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, found = run_cases([Case("one", "w", failing, EXPECTED)], *words)
@@ -298,10 +330,14 @@ class FakeEngine:
 
 @pytest.mark.parametrize(
     "ends, wrong",
-    [({}, 0), ({"late": InvalidRequest("too late")}, 0), ({"bad": InvalidRequest("broke")}, 1),
-     ({"bad": KeyError("a bug"), "late": KeyError("a bug")}, 1)],
+    [
+        ({}, 0),
+        ({"late": InvalidRequest("too late")}, 0),
+        ({"bad": InvalidRequest("broke")}, 1),
+        ({"bad": KeyError("a bug"), "late": KeyError("a bug")}, 1),
+    ],
     ids=["all is well", "a deadline passes", "a request fails", "a bug shows"],
-)  # fmt: skip
+)
 def test_the_soak_tells_wanted_ends_from_failures(ends, wrong):
     mix = SimpleNamespace(request=lambda choose: choose.choice(["good", "bad"]))
     ended = [soak.one_request(FakeEngine(ends), mix, random.Random(seed)) for seed in range(60)]

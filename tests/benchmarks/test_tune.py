@@ -163,6 +163,12 @@ def test_neighbours_change_one_setting_and_leave_words_alone():
     changed = [[name for name in config if other[name] != config[name]] for other in found]
     assert all(len(names) == 1 and names != ["form"] for names in changed)
     assert {(n[0], c[n[0]]) for n, c in zip(changed, found)} == {
-        ("block_m", 64), ("block_m", 256), ("num_warps", 4), ("num_warps", 16), ("num_stages", 2), ("num_stages", 4),
-        ("exp2", 4), ("exp2", 8),
-    }  # fmt: skip
+        ("block_m", 64),
+        ("block_m", 256),
+        ("num_warps", 4),
+        ("num_warps", 16),
+        ("num_stages", 2),
+        ("num_stages", 4),
+        ("exp2", 4),
+        ("exp2", 8),
+    }

@@ -51,13 +51,15 @@ SAME_STYLES = {
     "hidden states": (("--style-prompt", "a fox", "--store", "hidden"), ()),
     "latents": (("--style-image", "blot", "--store", "latents"), ("--layers", "up_blocks")),
     "some layers": (("--style-image", "blot", "--layers", "up_blocks"), ("--layers", "up_blocks")),
-    "another schedule": (("--style-image", "blot", "--scheduler", "dpmpp_2m", "--spacing", "trailing"),
-                         ("--spacing", "trailing")),
+    "another schedule": (
+        ("--style-image", "blot", "--scheduler", "dpmpp_2m", "--spacing", "trailing"),
+        ("--spacing", "trailing"),
+    ),
     "without guidance": (("--style-prompt", "a fox", "--guidance", "1"), ()),
     "a picture without guidance": (("--style-image", "blot", "--guidance", "1"), ()),
     "a few-step preset": (("--style-image", "blot", "--scheduler", "sdxl_lightning"), ()),
     "another size": (("--style-image", "blot", "--size", "64x32"), ()),
-}  # fmt: skip
+}
 SAMPLING = ("--steps", "2")
 
 
@@ -68,8 +70,16 @@ def test_a_bank_gives_the_pictures_of_its_reference(bake, generate, tmp_path, re
     live = [word for word in reference if word not in ("--store", "hidden", "latents")]
     live += [word for word in reading if word not in live]
     uncached = generate("a cat", "a dog", *live, *SAMPLING, "--no-grid", "--out", tmp_path / "live")
-    plain = generate("a cat", "a dog", *SAMPLING, "--size", "64x32" if "64x32" in reference else "64x64",
-                     "--no-grid", "--out", tmp_path / "plain")  # fmt: skip
+    plain = generate(
+        "a cat",
+        "a dog",
+        *SAMPLING,
+        "--size",
+        "64x32" if "64x32" in reference else "64x64",
+        "--no-grid",
+        "--out",
+        tmp_path / "plain",
+    )
     for i in range(2):
         assert largest_difference(cached[i], uncached[i]) <= 1
         assert largest_difference(cached[i], plain[i]) > 1

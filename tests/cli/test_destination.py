@@ -50,8 +50,10 @@ def write(destination, count, sheet=None):
 def test_calls_that_write_to_one_folder_at_once_all_get_their_pictures(checkout, tmp_path):
     start = str(time.time() + 1.5)
     words = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
-    running = [subprocess.Popen([*words, str(colour), start], cwd=checkout, stdout=subprocess.PIPE, text=True)
-               for colour in range(4)]  # fmt: skip
+    running = [
+        subprocess.Popen([*words, str(colour), start], cwd=checkout, stdout=subprocess.PIPE, text=True)
+        for colour in range(4)
+    ]
     shown = [process.communicate(timeout=120)[0].split() for process in running]
     assert [process.returncode for process in running] == [0] * 4
     for colour, paths in enumerate(shown):
@@ -90,8 +92,10 @@ def test_what_a_killed_writer_left_is_removed_and_its_lock_holds_nobody_up(tmp_p
     (tmp_path / ".brand.bank.4711.0123abcd.part").touch()  # of a bake, which has a lock of its own
     assert write(Destination(tmp_path, ["a fish"]), 1) == (["0001-a-fish.png"], None)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".brand.bank.4711.0123abcd.part", ".hidden", "0001-a-fish.png"
-    ]  # fmt: skip
+        ".brand.bank.4711.0123abcd.part",
+        ".hidden",
+        "0001-a-fish.png",
+    ]
 
 
 def test_a_writer_that_hangs_is_not_waited_for_for_ever_and_keeps_its_files(tmp_path, monkeypatch, capsys):
@@ -166,8 +170,13 @@ print(*destination.write([Image.new("RGB", (64, 64)), noise], [{}] * 2))
 
 
 def test_a_file_beyond_the_limit_of_the_system_leaves_no_half_picture(checkout, tmp_path):
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path / "out")], cwd=checkout, capture_output=True,
-                          text=True, env={**os.environ, "TMPDIR": str(tmp_path)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "out")],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
     assert done.returncode == 0 and "the disk is full" in done.stdout and "no room for the others" in done.stdout
     assert [path.name for path in tmp_path.rglob("*") if not path.is_dir()] == ["0001-a-fish.png"]
 
@@ -206,8 +215,9 @@ def test_a_folder_of_another_user_is_refused_before_any_work(checkout, tmp_path)
         # pytest's own folders are this user's alone; processes of pytest-xdist have one more
         if folder == tmp_path or folder.name.startswith(("pytest-", "popen-")):
             folder.chmod(0o755)
-    done = subprocess.run([sys.executable, "-c", AS_NOBODY, str(tmp_path / "out")], cwd=checkout, capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, str(tmp_path / "out")], cwd=checkout, capture_output=True, text=True
+    )
     assert "can't be written to; choose another --out" in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -39,8 +39,17 @@ def export_files(source, folder, options, progress):
             graphs.append(GraphEntry("unet", file, (file,), shape.to_dict(), fixed=source.fixed(options), opset=20))
         progress.graph("done", len(options.shapes), len(options.shapes))
         target = ",".join(options.targets) or "any"
-        manifest = Manifest(options.kind, source.version, source.name, source.fingerprint, options.dtype, target,
-                            {"maker": "1.0"}, tuple(graphs), export.files)  # fmt: skip
+        manifest = Manifest(
+            options.kind,
+            source.version,
+            source.name,
+            source.fingerprint,
+            options.dtype,
+            target,
+            {"maker": "1.0"},
+            tuple(graphs),
+            export.files,
+        )
         export.complete(manifest)
     return manifest
 
@@ -109,9 +118,26 @@ def test_the_last_line_is_a_command_that_generate_understands(export, model_fold
 
 
 def test_options_reach_the_pipeline(export, pipeline, tmp_path):
-    words = ("--flavour", "plain, live", "--references", 2, "--segments", 0, "--size", "64x128", "--dtype", "bfloat16",
-             "--profile", "rows=1:2:4,size=64x64", "--profile", "rows=8",
-             "--target", "sm86", "--opset", "22")  # fmt: skip
+    words = (
+        "--flavour",
+        "plain, live",
+        "--references",
+        2,
+        "--segments",
+        0,
+        "--size",
+        "64x128",
+        "--dtype",
+        "bfloat16",
+        "--profile",
+        "rows=1:2:4,size=64x64",
+        "--profile",
+        "rows=8",
+        "--target",
+        "sm86",
+        "--opset",
+        "22",
+    )
     code, _, err = export("tensorrt", *words, "--out", tmp_path / "engines", "--quiet")
     assert code == 0 and err == ""
     options = pipeline.calls[0][2]
@@ -247,14 +273,36 @@ def test_engines_from_graphs_take_over_what_these_settle(export, pipeline, graph
     ],
 )
 def test_options_that_contradict_the_graphs_are_refused(stylefast, graphs, tmp_path, words, message):
-    code, _, err = stylefast("export", "tensorrt", "--model", tmp_path / "gone", "--onnx", graphs, "--target", "sm89",
-                             "--out", tmp_path / "engines", *words)  # fmt: skip
+    code, _, err = stylefast(
+        "export",
+        "tensorrt",
+        "--model",
+        tmp_path / "gone",
+        "--onnx",
+        graphs,
+        "--target",
+        "sm89",
+        "--out",
+        tmp_path / "engines",
+        *words,
+    )
     assert code in (1, 2) and message in err and err.count("\n") == 1
 
 
 def test_graphs_of_another_model_are_refused(stylefast, graphs, tmp_path):
-    code, _, err = stylefast("export", "tensorrt", "--model", "tiny", "--onnx", graphs, "--target", "sm89",
-                             "--out", tmp_path / "engines", "--quiet")  # fmt: skip
+    code, _, err = stylefast(
+        "export",
+        "tensorrt",
+        "--model",
+        "tiny",
+        "--onnx",
+        graphs,
+        "--target",
+        "sm89",
+        "--out",
+        tmp_path / "engines",
+        "--quiet",
+    )
     assert code == 1 and "made from other weights" in err and not (tmp_path / "engines").exists()
     code, _, err = stylefast("export", "tensorrt", "--onnx", tmp_path / "gone", "--target", "sm89")
     assert code == 1 and "there is no export at" in err

@@ -56,8 +56,13 @@ class Machine:
 
     def _environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in _MOVED}
-        return kept | {"HOME": str(self.folder), "STYLEFAST_CACHE": str(self.cache), "PYTHONPATH": str(CHECKOUT),
-                       "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+        return kept | {
+            "HOME": str(self.folder),
+            "STYLEFAST_CACHE": str(self.cache),
+            "PYTHONPATH": str(CHECKOUT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
 
     def pixels(self, *words) -> np.ndarray:
         """Of the picture that `stylefast generate` makes of a fish in four steps."""
@@ -103,8 +108,9 @@ def first(fresh):
     """The first picture through ONNX Runtime, for which the model is exported."""
     machine, model = fresh
     assert not machine.cache.exists()
-    return machine.start("generate", "a fish", "--model", model, "--steps", 4, "--backend", "onnxruntime", "--out",
-                         "first")  # fmt: skip
+    return machine.start(
+        "generate", "a fish", "--model", model, "--steps", 4, "--backend", "onnxruntime", "--out", "first"
+    )
 
 
 def test_onnxruntime_exports_the_model_once_and_says_so(fresh, first):
@@ -128,8 +134,18 @@ def test_the_second_start_finds_the_export_and_makes_none(fresh, first):
 
 
 def test_pictures_through_an_export_folder_are_those_of_pytorch(machine, nano):
-    done = machine("export", "onnx", "--model", nano, "--flavour", "plain", "--components", "unet,text_projector",
-                   "--out", "graphs")  # fmt: skip
+    done = machine(
+        "export",
+        "onnx",
+        "--model",
+        nano,
+        "--flavour",
+        "plain",
+        "--components",
+        "unet,text_projector",
+        "--out",
+        "graphs",
+    )
     folder = machine.folder / "graphs"
     assert done.out == f"{folder}\n" and "use it with" in done.err
     drawn = machine.pixels("--model", nano, "--backend", "onnxruntime", "--engines", "graphs")
@@ -174,6 +190,18 @@ def test_an_engine_for_an_rtx_chip_is_built_without_a_gpu(machine, nano):
     told = json.loads(machine("info", "--engines", folder, "--json").out)
     assert told["unaltered"] and told["untrusted"] is None and told["digest"] == manifest.digest
     # an engine is for GPUs, and there is none
-    refused = machine("generate", "a fish", "--model", nano, "--backend", "tensorrt", "--engines", folder, "--dtype",
-                      "float16", "--quiet", code=1)  # fmt: skip
+    refused = machine(
+        "generate",
+        "a fish",
+        "--model",
+        nano,
+        "--backend",
+        "tensorrt",
+        "--engines",
+        folder,
+        "--dtype",
+        "float16",
+        "--quiet",
+        code=1,
+    )
     assert "TensorRT runs on NVIDIA GPUs" in refused.err and refused.err.count("\n") == 1

@@ -95,14 +95,18 @@ def test_prompts_beyond_latin_letters_survive(generate, stylefast, tmp_path):
 
 def test_a_request_file_with_shared_inline_and_no_style(generate, tmp_path, photo):
     file = tmp_path / "calls.json"
-    file.write_text(json.dumps({
-        "styles": {"brand": {"type": "style_aligned", "reference": "photo.jpg", "shift": 1.0}},
-        "requests": [
-            {"prompt": "a cat", "style": "brand", "steps": 2},
-            {"prompt": "a dog", "style": ["brand", {"kind": "DreamStyler", "embedding": "chalk"}], "steps": 3},
-            {"prompt": "a house", "steps": 2, "size": "64x64", "guidance": 1},
-        ],
-    }))  # fmt: skip
+    file.write_text(
+        json.dumps(
+            {
+                "styles": {"brand": {"type": "style_aligned", "reference": "photo.jpg", "shift": 1.0}},
+                "requests": [
+                    {"prompt": "a cat", "style": "brand", "steps": 2},
+                    {"prompt": "a dog", "style": ["brand", {"kind": "DreamStyler", "embedding": "chalk"}], "steps": 3},
+                    {"prompt": "a house", "steps": 2, "size": "64x64", "guidance": 1},
+                ],
+            }
+        )
+    )
     together = generate("--requests", file, "--no-grid", "--out", tmp_path / "together")
     alone = generate("a cat", "--style-image", photo, "--shift", "1", "--steps", "2", "--out", tmp_path / "alone.png")
     assert len(together) == 3

@@ -135,8 +135,9 @@ def test_a_library_that_is_interrupted_while_it_loads_is_not_called_missing(styl
 def test_output_that_nobody_reads_is_no_error(checkout, words):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "stylefast.cli", *words], cwd=checkout, stdout=write, text=True,
-                          stderr=subprocess.PIPE)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "stylefast.cli", *words], cwd=checkout, stdout=write, text=True, stderr=subprocess.PIPE
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 

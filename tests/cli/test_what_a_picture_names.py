@@ -68,19 +68,51 @@ NAMED = {
     "a VAE": ({"model": "tiny", "vae": "/x.safetensors"}, {}, "the vae /x.safetensors", "--vae /x.safetensors"),
     "an adapter": ({"adapter": "/a.bin"}, {}, "the adapter /a.bin", "--adapter /a.bin"),
     "an image encoder": ({"image_encoder": "/e"}, {}, "the image encoder /e", "--image-encoder /e"),
-    "a LoRA": ({"lora": [{"path": "/l.safetensors", "scale": 0.5, "sha256": ""}]}, {}, "the LoRA /l.safetensors",
-               "--lora /l.safetensors:0.5"),
-    "a bank": ({}, {"styles": [{"kind": "StyleAligned", "reference": {"bank": {}, "path": "/x.bank"}}]},
-               "the style file /x.bank", "--load-recorded"),
-    "a learned style": ({}, {"styles": [{"kind": "DreamStyler", "embedding": {"path": "/l.bin"}}]},
-                        "the style file /l.bin", "--load-recorded"),
-    "a learned style of two files": ({}, {"styles": [{"type": "dream_styler", "path": ["/l.pt", "/g.pt"]}]},
-                                     "the style file /l.pt, the style file /g.pt", "--load-recorded"),
-    "image embeddings": ({}, {"styles": [{"kind": "InstantStyle", "image_embeds": {"path": "/e.pt"}}]},
-                         "the style file /e.pt", "--load-recorded"),
-    "a stage": ({}, {"styles": [{"kind": "DreamStyler", "embedding": {"shipped": "styles/chalk.safetensors"},
-                                 "stages": {"0": {"path": "/l.bin"}}}]}, "the style file /l.bin", "--load-recorded"),
-}  # fmt: skip
+    "a LoRA": (
+        {"lora": [{"path": "/l.safetensors", "scale": 0.5, "sha256": ""}]},
+        {},
+        "the LoRA /l.safetensors",
+        "--lora /l.safetensors:0.5",
+    ),
+    "a bank": (
+        {},
+        {"styles": [{"kind": "StyleAligned", "reference": {"bank": {}, "path": "/x.bank"}}]},
+        "the style file /x.bank",
+        "--load-recorded",
+    ),
+    "a learned style": (
+        {},
+        {"styles": [{"kind": "DreamStyler", "embedding": {"path": "/l.bin"}}]},
+        "the style file /l.bin",
+        "--load-recorded",
+    ),
+    "a learned style of two files": (
+        {},
+        {"styles": [{"type": "dream_styler", "path": ["/l.pt", "/g.pt"]}]},
+        "the style file /l.pt, the style file /g.pt",
+        "--load-recorded",
+    ),
+    "image embeddings": (
+        {},
+        {"styles": [{"kind": "InstantStyle", "image_embeds": {"path": "/e.pt"}}]},
+        "the style file /e.pt",
+        "--load-recorded",
+    ),
+    "a stage": (
+        {},
+        {
+            "styles": [
+                {
+                    "kind": "DreamStyler",
+                    "embedding": {"shipped": "styles/chalk.safetensors"},
+                    "stages": {"0": {"path": "/l.bin"}},
+                }
+            ]
+        },
+        "the style file /l.bin",
+        "--load-recorded",
+    ),
+}
 
 
 @pytest.mark.parametrize("load, record, named, option", NAMED.values(), ids=NAMED.keys())
@@ -233,7 +265,11 @@ def test_a_lora_for_graphs_that_hold_other_weights_is_refused(lora_file):
 def test_a_count_makes_several_pictures_of_each_prompt_whose_seeds_go_on(generate, tmp_path):
     paths = generate("a cat", "a dog", "-n", "2", "--seed", "5", *FEW, "--no-grid", "--out", tmp_path)
     assert [path.rpartition("/")[2] for path in paths] == [
-        "0001-a-cat.png", "0002-a-cat.png", "0003-a-dog.png", "0004-a-dog.png"]  # fmt: skip
+        "0001-a-cat.png",
+        "0002-a-cat.png",
+        "0003-a-dog.png",
+        "0004-a-dog.png",
+    ]
     assert [json.loads(Image.open(path).info["stylefast"])["seed"] for path in paths] == [5, 6, 7, 8]
 
 

@@ -35,8 +35,10 @@ def test_what_the_page_of_banks_says_of_speed_is_that_of_the_results_file(checko
     for content in recorded(checkout, "runtime-cpu.json"):
         mixed = next(result for result in content["results"] if result["case"].startswith("mixed"))
         times = {figure["what"]: figure["value"] for figure in mixed["figures"]}
-        words = (f"take {times['eight styles / one style']:.2f} times as long as eight pictures of one style, eight "
-                 f"banks {times['eight banks / one bank']:.2f} times as long as one bank")  # fmt: skip
+        words = (
+            f"take {times['eight styles / one style']:.2f} times as long as eight pictures of one style, eight "
+            f"banks {times['eight banks / one bank']:.2f} times as long as one bank"
+        )
         found.append(runtime_table(content["results"]) in page and words in joined)
     assert any(found)
 
@@ -100,9 +102,11 @@ def test_what_the_page_of_banks_says_of_bytes_is_what_is_counted_and_measured(ch
     values = sum(2 * 2 * layer.tokens * layer.channels for layer in layers)
     assert f"which is {100 * (1 - 2 * values / step):.1f} % of an fp16 bank" in banks_in_words
     checked = [
-        mode["fetch"]["check_seconds"] for content in recorded(checkout, "banks-cpu.json") for mode in content["modes"]
+        mode["fetch"]["check_seconds"]
+        for content in recorded(checkout, "banks-cpu.json")
+        for mode in content["modes"]
         if (mode["store"], mode["type"]) == ("kv", "fp16")
-    ]  # fmt: skip
+    ]
     words = [f"({step / 1e6:.0f} MB, one step in fp16, took {seconds:.2f} s on the CPU above" for seconds in checked]
     assert any(one in banks_in_words for one in words)
 

@@ -122,8 +122,11 @@ class StageTexts:
 
     def __init__(self, pipe, embedding: StageEmbedding):
         self.stages, self.vectors = embedding.stages, embedding.clip_l.shape[1]
-        rows = {self._token(stage, n): (embedding.clip_l[stage, n], embedding.clip_g[stage, n])
-                for stage in range(self.stages) for n in range(self.vectors)}
+        rows = {
+            self._token(stage, n): (embedding.clip_l[stage, n], embedding.clip_g[stage, n])
+            for stage in range(self.stages)
+            for n in range(self.vectors)
+        }
         self.encoder, self.memo = Encoder(pipe, rows), {}
 
     def _token(self, stage: int, n: int) -> str:
@@ -145,6 +148,20 @@ class StageTexts:
 
 
 __all__ = [
-    "EMBED_DIM", "RUN", "SIZE", "STEPS", "StageTexts", "apart", "by_step", "clean_latents", "embeds",
-    "encode", "guided", "learned", "near", "picture_noise", "sharp_pipeline", "small_picture",
+    "EMBED_DIM",
+    "RUN",
+    "SIZE",
+    "STEPS",
+    "StageTexts",
+    "apart",
+    "by_step",
+    "clean_latents",
+    "embeds",
+    "encode",
+    "guided",
+    "learned",
+    "near",
+    "picture_noise",
+    "sharp_pipeline",
+    "small_picture",
 ]

@@ -49,10 +49,13 @@ def bank_of(engine):
 # the source decides what lies in the pages, the use how they are read; the most pages are read in every way
 PAIRS = [
     *(("two pictures", use) for use in USES),
-    ("a picture", "concat"), ("a picture", "swap with shared norms"),
-    ("a picture with a caption", "concat"), ("a picture with a caption", "AdaIN of values, no shared attention"),
-    ("a prompt", "concat"), ("a prompt", "the up blocks in a window"),
-]  # fmt: skip
+    ("a picture", "concat"),
+    ("a picture", "swap with shared norms"),
+    ("a picture with a caption", "concat"),
+    ("a picture with a caption", "AdaIN of values, no shared attention"),
+    ("a prompt", "concat"),
+    ("a prompt", "the up blocks in a window"),
+]
 
 
 @pytest.mark.parametrize(("source", "use"), PAIRS)
@@ -118,12 +121,16 @@ def test_an_inverted_picture_can_be_baked(engine, draw, drawn):
     close(draw("a cat", sf.StyleAligned(bank), scheduler="ddim"), live)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"steps": 4}, "steps=2.*steps=4"),
-    ({"scheduler": "ddim"}, "scheduler='euler'.*scheduler='ddim'"),
-    ({"size": (64, 64)}, r"size=\(48, 32\).*size=\(64, 64\)"),
-    ({"spacing": "trailing"}, "schedule is .*noise levels"),
-], ids=["steps", "scheduler", "size", "spacing"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 4}, "steps=2.*steps=4"),
+        ({"scheduler": "ddim"}, "scheduler='euler'.*scheduler='ddim'"),
+        ({"size": (64, 64)}, r"size=\(48, 32\).*size=\(64, 64\)"),
+        ({"spacing": "trailing"}, "schedule is .*noise levels"),
+    ],
+    ids=["steps", "scheduler", "size", "spacing"],
+)
 def test_a_request_that_the_bank_does_not_fit_is_refused(draw, bank_of, change, message):
     with pytest.raises(StyleError, match=f"(?s){message}"):
         draw("a cat", sf.StyleAligned(bank_of("a picture")), **change)
@@ -174,9 +181,12 @@ NOT_BAKED = {
     "the first prompt": (lambda: sf.StyleAligned(), {}, "first prompt.*prompt or a picture"),
     "an unknown store": (lambda: sf.StyleAligned(PICTURE), {"store": "all"}, "'all'.*kv, hidden, latents"),
     "an unknown type": (lambda: sf.StyleAligned(PICTURE), {"dtype": "int4"}, "'int4'.*fp8"),
-    "other styles in latents": (lambda: [sf.StyleAligned(PICTURE), sf.InstantStyle(PICTURE)], {"store": "latents"},
-                                "keeps no other styles"),
-}  # fmt: skip
+    "other styles in latents": (
+        lambda: [sf.StyleAligned(PICTURE), sf.InstantStyle(PICTURE)],
+        {"store": "latents"},
+        "keeps no other styles",
+    ),
+}
 
 
 @pytest.mark.parametrize(("style", "options", "message"), NOT_BAKED.values(), ids=NOT_BAKED)

@@ -184,9 +184,9 @@ def test_out_of_memory_splits_the_batch_and_nobody_notices(engine, watch, drawn,
     options = {"scheduler": "euler_ancestral"}  # noise must be drawn once however often a step is tried
     expected = [drawn(prompt, seed=i, steps=STEPS, **options) for i, prompt in enumerate(prompts)]
     watch.before, calls = out_of_memory_above(4, error), watch.calls
-    jobs = watch.together(*(
-        lambda prompt=prompt, i=i: submit(engine, prompt, seed=i, **options) for i, prompt in enumerate(prompts)
-    ))  # fmt: skip
+    jobs = watch.together(
+        *(lambda prompt=prompt, i=i: submit(engine, prompt, seed=i, **options) for i, prompt in enumerate(prompts))
+    )
     for job, latents in zip(jobs, expected):
         close(job.result(WAIT).latents, latents)
     assert watch.rows[calls:] == [10, 4, 6, 2, 4] * STEPS
@@ -308,8 +308,9 @@ def test_nan_fails_the_request_alone_and_the_others_keep_every_bit(bucketed, mon
     def run(middle):
         jobs = watch.together(
             lambda: submit(bucketed, "a cat", seed=1, style=sf.StyleAligned(PICTURE)),
-            lambda: submit(bucketed, middle, seed=2), lambda: submit(bucketed, "a house", seed=3, steps=2 * STEPS),
-        )  # fmt: skip
+            lambda: submit(bucketed, middle, seed=2),
+            lambda: submit(bucketed, "a house", seed=3, steps=2 * STEPS),
+        )
         done = [job.result(WAIT).latents[0] for job in jobs if job is not jobs[1]]
         return jobs[1], done
 
@@ -448,8 +449,10 @@ def test_generate_submit_and_bake_run_side_by_side_from_many_threads(engine, dra
         close(outcomes["generate", prompt], latents)
         close(outcomes["submit", prompt], latents)
     baked = outcomes["bake", ""]
-    assert all(torch.allclose(baked.tensors[name].float(), solo.tensors[name].float(), atol=1e-5, rtol=1e-4)
-               for name in solo.tensors)  # fmt: skip
+    assert all(
+        torch.allclose(baked.tensors[name].float(), solo.tensors[name].float(), atol=1e-5, rtol=1e-4)
+        for name in solo.tensors
+    )
     assert settled(engine)
 
 

@@ -18,30 +18,51 @@ FULL = [f"{prompt}, in the style of {{}}" for prompt in PROMPTS]
 STYLE = ["A painting in the style of {}"] * 2
 
 
-def literal(pipe, embedding, weights=None, full=FULL, context=PROMPTS, style=STYLE, convention="code", guidance=5.0,
-            sharing=None, seeds=SEEDS, **options):
+def literal(
+    pipe,
+    embedding,
+    weights=None,
+    full=FULL,
+    context=PROMPTS,
+    style=STYLE,
+    convention="code",
+    guidance=5.0,
+    sharing=None,
+    seeds=SEEDS,
+    **options,
+):
     """The oracle with learned tokens; `weights` (style, context, negative) ask for all four branches."""
     texts = StageTexts(pipe, embedding)
     null, _ = encode(pipe, full)
     if weights is None:
+
         def branches(timestep):
             return null, texts(full, timestep)
 
         combine = generation.classifier_free(guidance)
     else:
+
         def branches(timestep):
             return null, texts.plain(context), texts(style, timestep), texts(full, timestep)
 
         def combine(null, context, style, full):
             return style_and_context(null, context, style, full, *weights, convention)
 
-    return generation.generate(pipe, branches, combine, seeds=seeds, sharing=sharing,
-                               **RUN | {"null_branches": (0, 1)} | options)
+    return generation.generate(
+        pipe, branches, combine, seeds=seeds, sharing=sharing, **RUN | {"null_branches": (0, 1)} | options
+    )
 
 
-@pytest.mark.parametrize(("scheduler", "stages", "vectors"), [
-    ("euler", 6, 1), ("euler", 1, 1), ("ddim", 4, 2), ("dpmpp_2m_karras", 6, 1), ("dpmpp_2m_karras", 4, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scheduler", "stages", "vectors"),
+    [
+        ("euler", 6, 1),
+        ("euler", 1, 1),
+        ("ddim", 4, 2),
+        ("dpmpp_2m_karras", 6, 1),
+        ("dpmpp_2m_karras", 4, 2),
+    ],
+)
 def test_every_step_reads_the_vectors_of_its_stage(pipe, draw, scheduler, stages, vectors):
     embedding = learned(stages=stages, vectors=vectors)
     actual = draw(PROMPTS, sf.DreamStyler(embedding), seed=30, scheduler=scheduler, steps=5)
@@ -52,8 +73,9 @@ def test_every_step_reads_the_vectors_of_its_stage(pipe, draw, scheduler, stages
 def test_without_guidance_only_the_full_prompt_runs(pipe, draw):
     embedding = learned()
     texts = StageTexts(pipe, embedding)
-    expected = measured(generation.generate, pipe, lambda timestep: (texts(FULL, timestep),), lambda only: only,
-                        seeds=SEEDS, **RUN)
+    expected = measured(
+        generation.generate, pipe, lambda timestep: (texts(FULL, timestep),), lambda only: only, seeds=SEEDS, **RUN
+    )
     close(draw(PROMPTS, sf.DreamStyler(embedding), seed=30, guidance=1.0), expected)
 
 
@@ -88,9 +110,12 @@ def negative_alone(pipe, embedding):
     texts = StageTexts(pipe, embedding)
     _, plain = encode(pipe, PROMPTS)
     return generation.generate(
-        pipe, lambda t: (texts(["a {} dog"] * 2, t), plain), generation.classifier_free(5.0), seeds=SEEDS,
+        pipe,
+        lambda t: (texts(["a {} dog"] * 2, t), plain),
+        generation.classifier_free(5.0),
+        seeds=SEEDS,
         **RUN | {"null_branches": (0,)},
-    )  # fmt: skip
+    )
 
 
 def test_the_reference_of_a_shared_attention_has_the_styles_of_its_negative_prompt(draw, drawn):
@@ -118,8 +143,11 @@ def test_collapsed_guidance_equals_the_four_branches(pipe, draw, weights, conven
 def test_equal_weights_of_style_and_context_are_plain_guidance_in_two_branches(engine, draw, drawn, monkeypatch):
     embedding, rows = learned(), []
     forward = engine.unet.forward
-    monkeypatch.setattr(engine.unet, "forward", lambda latents, *rest, **named: rows.append(len(latents)) or forward(
-        latents, *rest, **named))
+    monkeypatch.setattr(
+        engine.unet,
+        "forward",
+        lambda latents, *rest, **named: rows.append(len(latents)) or forward(latents, *rest, **named),
+    )
     equal = sf.DreamStyler(embedding, guidance=StyleContextGuidance(2.0, 2.0, 3.0))
     actual = draw(PROMPTS, equal, seed=30)
     assert rows == [4, 4]
@@ -136,8 +164,12 @@ def test_guidance_rescale_takes_the_deviation_of_the_full_branch(pipe, draw):
         return generation.rescaled(guided, full, 0.6)
 
     expected = measured(
-        generation.generate, pipe, lambda t: (null, texts.plain(PROMPTS), texts(STYLE, t), texts(FULL, t)), combine,
-        seeds=SEEDS, **RUN
+        generation.generate,
+        pipe,
+        lambda t: (null, texts.plain(PROMPTS), texts(STYLE, t), texts(FULL, t)),
+        combine,
+        seeds=SEEDS,
+        **RUN,
     )
     style = sf.DreamStyler(embedding, guidance=StyleContextGuidance(*weights))
     close(draw(PROMPTS, style, seed=30, guidance_rescale=0.6), expected)
@@ -173,8 +205,14 @@ def test_a_mixed_stage_leaves_the_steps_before_it_bit_identical(engine, stage):
 
     def trajectory(style):
         seen = []
-        engine.generate("a cat", style, size=SIZE, steps=steps, output="latents",
-                        callback=lambda step, total, latents: seen.append(latents.clone()))
+        engine.generate(
+            "a cat",
+            style,
+            size=SIZE,
+            steps=steps,
+            output="latents",
+            callback=lambda step, total, latents: seen.append(latents.clone()),
+        )
         return seen
 
     base = trajectory(sf.DreamStyler(embedding))
@@ -188,8 +226,9 @@ def test_a_mixed_stage_leaves_the_steps_before_it_bit_identical(engine, stage):
 
 def test_mixing_takes_the_vectors_of_the_other_style_at_that_stage(pipe, draw):
     one, other = learned(), learned("other", seed=9)
-    mixed = StageEmbedding("sks", *(torch.cat([a[:4], b[4:5], a[5:]]) for a, b in (
-        (one.clip_l, other.clip_l), (one.clip_g, other.clip_g))))
+    mixed = StageEmbedding(
+        "sks", *(torch.cat([a[:4], b[4:5], a[5:]]) for a, b in ((one.clip_l, other.clip_l), (one.clip_g, other.clip_g)))
+    )
     actual = draw(PROMPTS, sf.DreamStyler(one, stages={4: other}), seed=30, steps=5)
     close(actual, measured(literal, pipe, mixed, steps=5))
 
@@ -213,8 +252,15 @@ def test_every_branch_reads_its_own_branch_of_the_reference(pipe, draw, guidance
     sharing = {"shift": 0.3, "share_group_norm": True}
     if guidance == 1:
         texts = StageTexts(pipe, embedding)
-        expected = measured(generation.generate, pipe, lambda timestep: (texts(FULL, timestep),), lambda only: only,
-                                       seeds=SEEDS, sharing=sharing, **RUN)
+        expected = measured(
+            generation.generate,
+            pipe,
+            lambda timestep: (texts(FULL, timestep),),
+            lambda only: only,
+            seeds=SEEDS,
+            sharing=sharing,
+            **RUN,
+        )
     else:
         expected = measured(literal, pipe, embedding, weights, sharing=sharing)
     close(actual, expected)
@@ -226,13 +272,31 @@ def test_a_hidden_reference_wears_the_learned_style_unless_told_otherwise(pipe, 
     seeds = [8, *SEEDS]
     full = ["a dog, in the style of {}", *FULL]
     shared = draw(PROMPTS, [sf.StyleAligned(prompt="a dog", seed=8), style], seed=30)
-    expected = measured(literal, pipe, embedding, weights, full=full, context=["a dog", *PROMPTS], style=STYLE[:1] * 3,
-                       sharing={}, seeds=seeds)
+    expected = measured(
+        literal,
+        pipe,
+        embedding,
+        weights,
+        full=full,
+        context=["a dog", *PROMPTS],
+        style=STYLE[:1] * 3,
+        sharing={},
+        seeds=seeds,
+    )
     close(shared, expected[1:])
 
     bare = draw(PROMPTS, [sf.StyleAligned(prompt="a dog", seed=8, share_styles=False), style], seed=30)
-    expected = measured(literal, pipe, embedding, weights, full=["a dog", *FULL], context=["a dog", *PROMPTS],
-                       style=["a dog", *STYLE], sharing={}, seeds=seeds)
+    expected = measured(
+        literal,
+        pipe,
+        embedding,
+        weights,
+        full=["a dog", *FULL],
+        context=["a dog", *PROMPTS],
+        style=["a dog", *STYLE],
+        sharing={},
+        seeds=seeds,
+    )
     close(bare, expected[1:])
     apart(bare, shared)
 
@@ -243,8 +307,13 @@ def test_a_reference_without_the_learned_style_serves_branches_it_does_not_need_
     aligned = sf.StyleAligned()
     requests = [
         sf.Request("a dog", style=aligned, seed=30, size=SIZE, steps=2),
-        sf.Request(PROMPTS[1], style=[aligned, sf.DreamStyler(embedding, guidance=StyleContextGuidance(*weights))],
-                   seed=31, size=SIZE, steps=2),
+        sf.Request(
+            PROMPTS[1],
+            style=[aligned, sf.DreamStyler(embedding, guidance=StyleContextGuidance(*weights))],
+            seed=31,
+            size=SIZE,
+            steps=2,
+        ),
     ]
     reference, target = draw(requests)
     close([reference], measured(guided, pipe, ["a dog"], [30]))
@@ -257,8 +326,12 @@ def test_a_reference_without_the_learned_style_serves_branches_it_does_not_need_
         return torch.stack([generation.classifier_free(5.0)(null[:1], full[:1])[0], whole[1]])
 
     expected = measured(
-        generation.generate, pipe,
+        generation.generate,
+        pipe,
         lambda t: (null, *(texts(["a dog", prompts[1]], t) for prompts in (PROMPTS, STYLE, FULL))),
-        combine, seeds=SEEDS, sharing={}, **RUN,
+        combine,
+        seeds=SEEDS,
+        sharing={},
+        **RUN,
     )
     close([target], expected[1:])

@@ -10,8 +10,13 @@ from tests.engine.scene import SIZE, STEPS, learned, sharp_pipeline
 from tests.small_adapter import small_picture
 
 PLAYGROUND = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": "epsilon"}
-COSXL = {"sigma_min": 0.002, "sigma_max": 120.0, "sigma_data": 1.0, "prediction_type": "v_prediction",
-         "sigma_schedule": "exponential"}  # fmt: skip
+COSXL = {
+    "sigma_min": 0.002,
+    "sigma_max": 120.0,
+    "sigma_data": 1.0,
+    "prediction_type": "v_prediction",
+    "sigma_schedule": "exponential",
+}
 MODELS = {
     "playground": (EDMDPMSolverMultistepScheduler(**PLAYGROUND), "dpmpp_2m"),
     "cosxl": (EDMEulerScheduler(**COSXL), "euler"),
@@ -38,8 +43,19 @@ def test_draws_what_diffusers_draws(pipe, model):
 
     def stock(dtype):
         pipe.to(dtype)
-        return pipe("a cat", num_inference_steps=STEPS, width=SIZE[0], height=SIZE[1], guidance_scale=5.0,
-                    latents=noise.to(dtype), output_type="latent").images[0].double()  # fmt: skip
+        return (
+            pipe(
+                "a cat",
+                num_inference_steps=STEPS,
+                width=SIZE[0],
+                height=SIZE[1],
+                guidance_scale=5.0,
+                latents=noise.to(dtype),
+                output_type="latent",
+            )
+            .images[0]
+            .double()
+        )
 
     theirs = stock(torch.float32)
     exact = stock(torch.float64)

@@ -64,10 +64,15 @@ def test_nothing_hangs_in_a_process_that_was_forked_from_a_busy_engine(engine, w
     assert reached.wait(WAIT)
 
     def work():
-        for call in (job.result, lambda: job.add_done_callback(print), lambda: submit(engine),
-                     lambda: engine.generate("a cat", steps=1, size=SIZE), lambda: engine.load_lora("x.safetensors"),
-                     lambda: engine.bake(sf.StyleAligned(PICTURE), steps=1, size=SIZE),
-                     lambda: engine.load_adapter("x.safetensors")):  # fmt: skip
+        for call in (
+            job.result,
+            lambda: job.add_done_callback(print),
+            lambda: submit(engine),
+            lambda: engine.generate("a cat", steps=1, size=SIZE),
+            lambda: engine.load_lora("x.safetensors"),
+            lambda: engine.bake(sf.StyleAligned(PICTURE), steps=1, size=SIZE),
+            lambda: engine.load_adapter("x.safetensors"),
+        ):
             refused(call)
         assert not job.cancel() and over.result().latents
         with engine:

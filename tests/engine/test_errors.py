@@ -41,16 +41,28 @@ ARGUMENTS = {
     "no_such_layer": (StyleError, {"style": sf.StyleAligned(layers="head")}, "'head'.*up_blocks.0.attentions.1"),
     "no_such_block": (StyleError, {"style": sf.InstantStyle(PICTURE, ["head"])}, "head.*up_blocks.0.attentions.1"),
     "no_such_adapter": (StyleError, {"style": sf.InstantStyle(PICTURE, adapter="c")}, "'c'.*loaded are a"),
-    "precise_without_guidance": (StyleError, {"style": sf.InstantStyle(PICTURE, "precise"), "guidance": 1.0},
-                                 "'precise'.*guidance > 1.*'style'"),
-    "vectors_of_another_model": (StyleError, {"style": sf.DreamStyler(
-        StageEmbedding("sks", torch.ones(1, 1, 8), torch.ones(1, 1, 9)))}, "8 and 9.*32 and 32"),
-    "mask_of_another_size": (ImageError, {"style": sf.InstantStyle(PICTURE, mask=torch.ones(8, 8))},
-                             "8 x 8.*32 x 48.*picture"),
+    "precise_without_guidance": (
+        StyleError,
+        {"style": sf.InstantStyle(PICTURE, "precise"), "guidance": 1.0},
+        "'precise'.*guidance > 1.*'style'",
+    ),
+    "vectors_of_another_model": (
+        StyleError,
+        {"style": sf.DreamStyler(StageEmbedding("sks", torch.ones(1, 1, 8), torch.ones(1, 1, 9)))},
+        "8 and 9.*32 and 32",
+    ),
+    "mask_of_another_size": (
+        ImageError,
+        {"style": sf.InstantStyle(PICTURE, mask=torch.ones(8, 8))},
+        "8 x 8.*32 x 48.*picture",
+    ),
     "content_of_another_width": (AdapterError, {"style": sf.InstantStyle(PICTURE, content=torch.ones(16))}, "16.*32"),
     "two_styles_of_one_name": (StyleError, {"style": [sf.DreamStyler(learned()), sf.DreamStyler(learned())]}, "'sks'"),
-    "two_kinds_of_pooling": (StyleError, {"style": [
-        sf.DreamStyler(learned()), sf.DreamStyler(learned("abc", pooled_policy="first_added_token"))]}, "sks.*abc"),
+    "two_kinds_of_pooling": (
+        StyleError,
+        {"style": [sf.DreamStyler(learned()), sf.DreamStyler(learned("abc", pooled_policy="first_added_token"))]},
+        "sks.*abc",
+    ),
 }
 PROMPTS = {
     "none": ([], "one or several"),

@@ -113,8 +113,11 @@ def test_the_default_type_of_others_does_not_change_pictures(own):
 def test_a_closed_engine_takes_no_work():
     engine = sf.Engine.from_pipeline(sharp_pipeline())
     engine.close()
-    calls = [lambda: engine.generate("a cat", **K), lambda: engine.submit(sf.Request("a cat", **K)),
-             lambda: engine.bake(sf.StyleAligned(PICTURE), **K)]  # fmt: skip
+    calls = [
+        lambda: engine.generate("a cat", **K),
+        lambda: engine.submit(sf.Request("a cat", **K)),
+        lambda: engine.bake(sf.StyleAligned(PICTURE), **K),
+    ]
     for call in calls:
         with pytest.raises(EngineClosed):
             call()

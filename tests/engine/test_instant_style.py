@@ -59,9 +59,10 @@ def half_mask(size=SIZE, left=True):
 def segment(adapter, null_tokens, full_tokens, null_strengths, full_strengths, count=2):
     """Tokens [t, cross_dim] and {module: strength} of the null rows and of the full rows, `count` rows each."""
     tokens = torch.stack([null_tokens] * count + [full_tokens] * count)
-    strengths = {module: torch.tensor([null_strengths.get(module, 0.0)] * count
-                                      + [full_strengths.get(module, 0.0)] * count)
-                 for module in {**null_strengths, **full_strengths}}
+    strengths = {
+        module: torch.tensor([null_strengths.get(module, 0.0)] * count + [full_strengths.get(module, 0.0)] * count)
+        for module in {**null_strengths, **full_strengths}
+    }
     return Segment(adapter, tokens, strengths)
 
 
@@ -81,9 +82,15 @@ def scaled(scale, factor):
 
 
 # a strength multiplies what the blocks are given, whatever they are
-@pytest.mark.parametrize(("blocks", "scale", "strength"), [
-    *((*block, 0.4) for block in BLOCKS.values()), (*BLOCKS["style"], 1.0), (*BLOCKS["dictionary"], 1.0),
-], ids=[*BLOCKS, "style in full", "dictionary in full"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("blocks", "scale", "strength"),
+    [
+        *((*block, 0.4) for block in BLOCKS.values()),
+        (*BLOCKS["style"], 1.0),
+        (*BLOCKS["dictionary"], 1.0),
+    ],
+    ids=[*BLOCKS, "style in full", "dictionary in full"],
+)
 def test_blocks_equal_the_scales_of_diffusers(pipe, adapters, draw, plain, blocks, scale, strength):
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE, blocks, strength), seed=30)
     styled = pictures(adapters, pipe, scaled(scale, strength), PICTURE)
@@ -128,9 +135,15 @@ def test_masked_pictures_have_a_softmax_and_a_scale_each_as_in_diffusers(pipe, a
     masks = [half_mask(), half_mask(left=False)]
     actual = draw(PROMPTS, sf.InstantStyle([PICTURE, OTHER], "all", [0.9, 0.5], mask=masks), seed=30)
     scale = [[0.9, 0.5]]
-    expected = measured(guided, pipe, PROMPTS, SEEDS, pictures=Pictures(
-        adapters[:1], scale, [embeds(pipe, PICTURE, OTHER)], [torch.stack([binary(mask) for mask in masks])[None]]
-    ))
+    expected = measured(
+        guided,
+        pipe,
+        PROMPTS,
+        SEEDS,
+        pictures=Pictures(
+            adapters[:1], scale, [embeds(pipe, PICTURE, OTHER)], [torch.stack([binary(mask) for mask in masks])[None]]
+        ),
+    )
     close(actual, expected)
 
 
@@ -187,8 +200,10 @@ def test_a_negative_picture_takes_the_place_of_no_picture(pipe, adapters, draw):
 def test_precise_style_pushes_the_layout_from_the_null_branch(pipe, adapters, draw, drawn):
     tokens, nothing = image_tokens(adapters[0], embeds(pipe, PICTURE)[0, 0]), no_picture(pipe, adapters[0])
     style = {STYLE_MODULE: 0.8}
-    literal = [segment(adapters[0], tokens, tokens, {LAYOUT_MODULE: 0.6}, {}),
-               segment(adapters[0], nothing, tokens, style, style)]
+    literal = [
+        segment(adapters[0], tokens, tokens, {LAYOUT_MODULE: 0.6}, {}),
+        segment(adapters[0], nothing, tokens, style, style),
+    ]
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE, "precise", 0.8, style_boost=0.6), seed=30)
     close(actual, measured(guided, pipe, PROMPTS, SEEDS, segments=literal))
     # without the boost nothing is left in the layout block, in neither branch
@@ -201,24 +216,29 @@ def test_precise_composition_pushes_the_style_from_the_null_branch(pipe, adapter
     tokens, nothing = image_tokens(adapters[0], embeds(pipe, PICTURE)[0, 0]), no_picture(pipe, adapters[0])
     boosted = {module: 0.05 for module in modules if module != LAYOUT_MODULE} | {STYLE_MODULE: 0.5}
     layout = {LAYOUT_MODULE: 0.9}
-    literal = [segment(adapters[0], tokens, tokens, boosted, {}),
-               segment(adapters[0], nothing, tokens, layout, layout)]
+    literal = [segment(adapters[0], tokens, tokens, boosted, {}), segment(adapters[0], nothing, tokens, layout, layout)]
     actual = draw(PROMPTS, sf.InstantStyle(PICTURE, "composition precise", 0.9, composition_boost=0.5), seed=30)
     close(actual, measured(guided, pipe, PROMPTS, SEEDS, segments=literal))
 
 
-@pytest.mark.parametrize(("preset", "weight"), [
-    ("ease in", lambda t: 0.05 + 0.95 * (1 - t / 11)),
-    ("ease out", lambda t: 0.05 + 0.95 * t / 11),
-    ("ease in out", lambda t: 0.05 + 0.95 * (1 - abs(t - 5.5) / 5.5)),
-    ("reverse in out", lambda t: 0.05 + 0.95 * abs(t - 5.5) / 5.5),
-], ids=["in", "out", "in_out", "reverse"])
+@pytest.mark.parametrize(
+    ("preset", "weight"),
+    [
+        ("ease in", lambda t: 0.05 + 0.95 * (1 - t / 11)),
+        ("ease out", lambda t: 0.05 + 0.95 * t / 11),
+        ("ease in out", lambda t: 0.05 + 0.95 * (1 - abs(t - 5.5) / 5.5)),
+        ("reverse in out", lambda t: 0.05 + 0.95 * abs(t - 5.5) / 5.5),
+    ],
+    ids=["in", "out", "in_out", "reverse"],
+)
 def test_eased_presets_weigh_the_modules_in_execution_order(pipe, adapters, draw, modules, preset, weight):
     tokens = image_tokens(adapters[0], embeds(pipe, PICTURE)[0, 0])
     strengths = {module: 0.7 * weight(t) for t, module in enumerate(modules)}
     literal = segment(adapters[0], no_picture(pipe, adapters[0]), tokens, strengths, strengths)
-    close(draw(PROMPTS, sf.InstantStyle(PICTURE, preset, 0.7), seed=30),
-          measured(guided, pipe, PROMPTS, SEEDS, segments=[literal]))
+    close(
+        draw(PROMPTS, sf.InstantStyle(PICTURE, preset, 0.7), seed=30),
+        measured(guided, pipe, PROMPTS, SEEDS, segments=[literal]),
+    )
 
 
 def test_two_styles_of_one_adapter_add_up(pipe, adapters, draw):
@@ -253,9 +273,14 @@ def test_scale_0_is_the_base_model_bit_for_bit(draw, plain, blocks):
 
 
 def test_a_batch_of_different_styles_equals_single_runs(draw, drawn):
-    styles = [sf.InstantStyle(PICTURE), sf.InstantStyle([OTHER, THIRD], "all", 0.4), None,
-              sf.InstantStyle(THIRD, "precise", 0.9), sf.InstantStyle(OTHER, "layout", 1.3, mask=half_mask()),
-              [sf.InstantStyle(PICTURE, scale=-0.5), sf.InstantStyle(OTHER, "layout", window=(0.3, 1.0))]]
+    styles = [
+        sf.InstantStyle(PICTURE),
+        sf.InstantStyle([OTHER, THIRD], "all", 0.4),
+        None,
+        sf.InstantStyle(THIRD, "precise", 0.9),
+        sf.InstantStyle(OTHER, "layout", 1.3, mask=half_mask()),
+        [sf.InstantStyle(PICTURE, scale=-0.5), sf.InstantStyle(OTHER, "layout", window=(0.3, 1.0))],
+    ]
     requests = [sf.Request("a cat", seed=seed, style=style, size=SIZE, steps=3) for seed, style in enumerate(styles)]
     for request, together in zip(requests, draw(requests)):
         close([together], drawn(request))
@@ -267,8 +292,9 @@ def test_groups_of_one_batch_are_isolated(draw):
     def batch(picture):
         first, second = sf.InstantStyle(picture), sf.InstantStyle(THIRD, "all")
         styles = [[shared, first], [shared, first], [other, second], [other, second]]
-        return draw([sf.Request("a cat", seed=seed, style=style, size=SIZE, steps=2)
-                     for seed, style in enumerate(styles)])
+        return draw(
+            [sf.Request("a cat", seed=seed, style=style, size=SIZE, steps=2) for seed, style in enumerate(styles)]
+        )
 
     before, after = batch(PICTURE), batch(OTHER)
     for old, new in zip(before[2:], after[2:]):

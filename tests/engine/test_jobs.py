@@ -61,10 +61,16 @@ def test_what_is_not_done_in_time_is_a_timeout_and_goes_on(engine, watch):
     assert len(job.result(WAIT).latents) == 1
 
 
-@pytest.mark.parametrize("bad", [
-    {"scheduler": "eule"}, {"steps": 4, "guidance_interval": (0.55, 0.6)}, {"spacing": "wide"},
-    {"scheduler": "sdxl_turbo", "spacing": "leading"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"scheduler": "eule"},
+        {"steps": 4, "guidance_interval": (0.55, 0.6)},
+        {"spacing": "wide"},
+        {"scheduler": "sdxl_turbo", "spacing": "leading"},
+    ],
+    ids=str,
+)
 def test_a_request_that_no_step_can_run_is_refused_at_the_door(engine, bad):
     with pytest.raises(InvalidRequest):
         submit(engine, **bad)
@@ -132,10 +138,12 @@ def test_cancelling_in_the_last_step_is_still_cancelling(engine, watch):
 def test_the_others_do_not_notice_that_one_of_them_is_cancelled(engine, watch, drawn):
     expected = [drawn("a cat", seed=1, steps=STEPS), drawn("a house", seed=3, steps=STEPS)]
     calls = watch.calls
-    first, second, third = watch.together(*(
-        lambda prompt=prompt, seed=seed: submit(engine, prompt, seed=seed)
-        for prompt, seed in (("a cat", 1), ("a dog", 2), ("a house", 3))
-    ))  # fmt: skip
+    first, second, third = watch.together(
+        *(
+            lambda prompt=prompt, seed=seed: submit(engine, prompt, seed=seed)
+            for prompt, seed in (("a cat", 1), ("a dog", 2), ("a house", 3))
+        )
+    )
     watch.at[calls + 1] = second.cancel
     for job, alone in zip((first, third), expected):
         close(job.result(WAIT).latents, alone)

@@ -29,9 +29,13 @@ def fresh(pipe):
 def parts(report) -> int:
     """The sum that "held" should be."""
     return (
-        sum(report["model"].values()) + sum(pool["bytes"] for pool in report["banks"].values())
-        + sum(report["conditions"].values()) + report["latents"] + report["graphs"] + report["workspace"]["tables"]
-    )  # fmt: skip
+        sum(report["model"].values())
+        + sum(pool["bytes"] for pool in report["banks"].values())
+        + sum(report["conditions"].values())
+        + report["latents"]
+        + report["graphs"]
+        + report["workspace"]["tables"]
+    )
 
 
 def test_the_parts_add_up_before_and_after_work(fresh):
@@ -86,7 +90,14 @@ def test_a_limit_that_is_no_number_of_bytes_is_refused(pipe, limit):
 
 def test_bytes_are_read_in_the_usual_spellings():
     assert [parse_bytes("x", text) for text in ("8GB", "8 GiB", "1.5kb", 77, "77", "77B", None)] == [
-        8 * 10**9, 8 * 2**30, 1500, 77, 77, 77, None]  # fmt: skip
+        8 * 10**9,
+        8 * 2**30,
+        1500,
+        77,
+        77,
+        77,
+        None,
+    ]
 
 
 def test_a_row_takes_more_where_convolutions_write_out_their_windows(fresh):
@@ -152,8 +163,16 @@ def test_the_steady_state_makes_no_tables_plans_or_pages(fresh, monkeypatch):
     def note(latents):
         table = next(iter(runtime._tables.values()))
         text = runtime.conditions.text
-        seen.append((len(runtime._tables), id(table), tuple(map(id, table._plans.values())), text.used,
-                     runtime.conditions.generation, next(iter(runtime.latents.values())).generation))  # fmt: skip
+        seen.append(
+            (
+                len(runtime._tables),
+                id(table),
+                tuple(map(id, table._plans.values())),
+                text.used,
+                runtime.conditions.generation,
+                next(iter(runtime.latents.values())).generation,
+            )
+        )
 
     jobs = watch.together(*(lambda i=i: submit(fresh, seed=i, steps=210) for i in range(4)))
     watch.before = note
@@ -200,8 +219,9 @@ def test_a_limit_and_buckets_are_kept_while_many_threads_ask_for_everything(pipe
         thread.join(WAIT)
     assert len(outcomes) == 24
     # in fp32 a bank gives what its reference gives
-    expected = [drawn("a cat", style, using=fresh, steps=STEPS)
-                for style in ((), sf.StyleAligned(PICTURE), *styles[2:])]  # fmt: skip
+    expected = [
+        drawn("a cat", style, using=fresh, steps=STEPS) for style in ((), sf.StyleAligned(PICTURE), *styles[2:])
+    ]
     for name, outcome in outcomes:
         if name == 5:  # larger than the limit alone
             assert isinstance(outcome, OutOfMemory), outcome

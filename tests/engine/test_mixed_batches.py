@@ -37,20 +37,29 @@ def kinds(banked):
         "unguided, few steps": (request("a dog", guidance=1.0, steps=2, scheduler="lcm", seed=2), [1] * 2),
         "bank": (request(style=banked(**aligned), seed=3), [2] * 3),
         "the same bank, swapped and weaker": (
-            request("neon", style=banked(mode="swap", scale=0.7), guidance=8.0, seed=2**40), [2] * 3),
+            request("neon", style=banked(mode="swap", scale=0.7), guidance=8.0, seed=2**40),
+            [2] * 3,
+        ),
         "live picture": (request(style=sf.StyleAligned(OTHER, **aligned), steps=4, scheduler="ddim"), [4] * 4),
         "live prompt": (request(style=sf.StyleAligned(prompt="oil"), steps=5, scheduler="dpmpp_2m_karras"), [4] * 5),
         "InstantStyle": (request(style=sf.InstantStyle([PICTURE, OTHER], "all", 0.6), scheduler="unipc"), [2] * 3),
         "DreamStyler at one step count": (request("a dog", style=sf.DreamStyler(learned())), [2] * 3),
         "DreamStyler at another, four branches": (
-            request("a dog", style=sf.DreamStyler(learned(), guidance=context), steps=5), [4] * 5),
+            request("a dog", style=sf.DreamStyler(learned(), guidance=context), steps=5),
+            [4] * 5,
+        ),
         "all three": (
-            request(style=[banked(), sf.InstantStyle(PICTURE), sf.DreamStyler(learned())],
-                    guidance_rescale=0.5, scheduler="euler"), [2] * 3),
+            request(
+                style=[banked(), sf.InstantStyle(PICTURE), sf.DreamStyler(learned())],
+                guidance_rescale=0.5,
+                scheduler="euler",
+            ),
+            [2] * 3,
+        ),
         "guided in the middle": (request("a house", steps=5, guidance_interval=(0.2, 0.8)), [1, 2, 2, 2, 1]),
         "exponential": (request(scheduler="dpmpp_sde_exponential", seed=9), [2] * 3),
         "trailing": (request(scheduler="dpmpp_2m", spacing="trailing", seed=10), [2] * 3),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +137,10 @@ def test_outside_its_interval_a_request_runs_one_branch_as_a_literal_loop_does(p
 
 def test_a_group_with_a_reference_keeps_an_interval_together(pipe, engine, watch):
     style = sf.StyleAligned(share_group_norm=True, shift=0.5)
-    requests = [request(p, style=style, seed=i, steps=5, guidance_interval=(0.2, 0.8))
-                for i, p in enumerate(("a cat", "a dog", "neon"))]  # fmt: skip
+    requests = [
+        request(p, style=style, seed=i, steps=5, guidance_interval=(0.2, 0.8))
+        for i, p in enumerate(("a cat", "a dog", "neon"))
+    ]
     latents = engine.submit(requests, output="latents").result(WAIT).latents
     assert watch.rows == [3, 6, 6, 6, 3]
     sharing = {"share_group_norm": True, "shift": 0.5}
@@ -138,20 +149,26 @@ def test_a_group_with_a_reference_keeps_an_interval_together(pipe, engine, watch
 
 def test_a_reference_runs_the_null_branch_as_long_as_one_of_its_readers_does(engine, watch, drawn):
     style = sf.StyleAligned(OTHER)
-    requests = [request(style=style, steps=4, guidance_interval=(0.0, 0.5)),
-                request("a dog", style=style, steps=4, seed=1, guidance_interval=(0.5, 1.0))]  # fmt: skip
+    requests = [
+        request(style=style, steps=4, guidance_interval=(0.0, 0.5)),
+        request("a dog", style=style, steps=4, seed=1, guidance_interval=(0.5, 1.0)),
+    ]
     together = engine.submit(requests, output="latents").result(WAIT).latents
     assert watch.rows == [5, 5, 5, 5]
     for one, latents in zip(requests, together):
         close([latents], drawn([one]))
 
 
-@pytest.mark.parametrize(("scheduler", "steps", "as_diffusers"), [
-    ("sdxl_lightning", 4, ("euler", {"timestep_spacing": "trailing"})),
-    ("sdxl_turbo", 2, ("euler_ancestral", {"timestep_spacing": "trailing"})),
-    ("lcm", 4, ("lcm", {})),
-    ("hyper_sd", 2, ("ddim", {"timestep_spacing": "trailing"})),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "as_diffusers"),
+    [
+        ("sdxl_lightning", 4, ("euler", {"timestep_spacing": "trailing"})),
+        ("sdxl_turbo", 2, ("euler_ancestral", {"timestep_spacing": "trailing"})),
+        ("lcm", 4, ("lcm", {})),
+        ("hyper_sd", 2, ("ddim", {"timestep_spacing": "trailing"})),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_few_step_models_run_one_branch_as_they_are_published(pipe, engine, watch, scheduler, steps, as_diffusers):
     latents = submit(engine, scheduler=scheduler, steps=steps, guidance=1.0, seed=3).result(WAIT).latents
     assert watch.rows == [1] * steps

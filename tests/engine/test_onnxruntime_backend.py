@@ -102,20 +102,27 @@ def requests(bank):
         "plain, another sampler, an odd size": [request("a dog", size=odd, scheduler="euler_ancestral", guidance=1.0)],
         "two pictures in one style": [request(p, style=shared, seed=i) for i, p in enumerate(("a cat", "neon"))],
         "a live picture with AdaIN, swapped": [
-            request(style=sf.StyleAligned(OTHER, mode="swap", adain={"q": 1.0, "k": 0.5, "v": 1.0}), seed=3)],
+            request(style=sf.StyleAligned(OTHER, mode="swap", adain={"q": 1.0, "k": 0.5, "v": 1.0}), seed=3)
+        ],
         "a picture prompt under a mask": [request(style=sf.InstantStyle(PICTURE, "all", 0.7, mask=half_mask()))],
         "a bank of two references": [request(style=sf.StyleAligned(bank, shift=0.5, share_group_norm=True), seed=4)],
         "learned tokens": [request(style=sf.DreamStyler(learned()), seed=5)],
         "a bank, a picture and learned tokens": [
-            request(style=[sf.StyleAligned(bank), sf.InstantStyle(OTHER, STYLE), sf.DreamStyler(learned())], seed=6)],
-    }  # fmt: skip
+            request(style=[sf.StyleAligned(bank), sf.InstantStyle(OTHER, STYLE), sf.DreamStyler(learned())], seed=6)
+        ],
+    }
 
 
 CASES = (
-    "plain", "plain, another sampler, an odd size", "two pictures in one style", "a live picture with AdaIN, swapped",
-    "a picture prompt under a mask", "a bank of two references", "learned tokens",
+    "plain",
+    "plain, another sampler, an odd size",
+    "two pictures in one style",
+    "a live picture with AdaIN, swapped",
+    "a picture prompt under a mask",
+    "a bank of two references",
+    "learned tokens",
     "a bank, a picture and learned tokens",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -181,18 +188,31 @@ def test_graphs_of_a_model_with_a_lora_wait_for_the_lora(micro, copy):
         engine.generate(request(), output="latents")
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"fingerprint": "0" * 64}, EngineMismatch, "made from other weights.*000000000000"),
-    ({"dtype": "float16"}, EngineMismatch, "has dtype float16, the model float32"),
-    ({"kind": "aoti"}, EngineMismatch, "kind aoti, not onnx"),
-    ({"graphs": ()}, EngineMismatch, "no UNet graph"),
-    ({"shape": {"flavour": "live"}}, ModelFormatError, "shape of unet-live .*export again"),
-    ({"extra": {"weights": "no"}}, ModelFormatError, "weights in unet-.* 'no'.*true or false"),
-    ({"profiles": {"unet-plain": 3}}, ModelFormatError, "profiles of unet-plain are 3.*export again"),
-    ({"profiles": {"unet-plain": [{"rows": ["a", "b", "c"]}]}}, ModelFormatError, "profiles of unet-plain are"),
-    ({"profiles": {"unet-plain": [{"rows": [1, 2]}]}}, ModelFormatError, "profiles of unet-plain are"),
-], ids=["another model", "another type", "another kind", "no graph", "another version", "weights that are neither",
-        "profiles that are a number", "profiles of words", "profiles without a most"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"fingerprint": "0" * 64}, EngineMismatch, "made from other weights.*000000000000"),
+        ({"dtype": "float16"}, EngineMismatch, "has dtype float16, the model float32"),
+        ({"kind": "aoti"}, EngineMismatch, "kind aoti, not onnx"),
+        ({"graphs": ()}, EngineMismatch, "no UNet graph"),
+        ({"shape": {"flavour": "live"}}, ModelFormatError, "shape of unet-live .*export again"),
+        ({"extra": {"weights": "no"}}, ModelFormatError, "weights in unet-.* 'no'.*true or false"),
+        ({"profiles": {"unet-plain": 3}}, ModelFormatError, "profiles of unet-plain are 3.*export again"),
+        ({"profiles": {"unet-plain": [{"rows": ["a", "b", "c"]}]}}, ModelFormatError, "profiles of unet-plain are"),
+        ({"profiles": {"unet-plain": [{"rows": [1, 2]}]}}, ModelFormatError, "profiles of unet-plain are"),
+    ],
+    ids=[
+        "another model",
+        "another type",
+        "another kind",
+        "no graph",
+        "another version",
+        "weights that are neither",
+        "profiles that are a number",
+        "profiles of words",
+        "profiles without a most",
+    ],
+)
 def test_an_export_that_does_not_fit_is_refused_at_once(micro, copy, changes, error, message):
     manifest = read_manifest(copy)
     if changes.keys() & {"shape", "extra"}:
@@ -210,12 +230,16 @@ def test_a_part_without_outputs_is_refused_at_once(micro, copy):
         sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda inputs: inputs[1:], r"gives its graphs latents as float32 .*no such input; export again"),
-    (lambda inputs: [[inputs[0][0], "float64", inputs[0][2]], *inputs[1:]], r"the file has float64"),
-    (lambda inputs: [[*inputs[0][:2], [*inputs[0][2][:1], 99, *inputs[0][2][2:]]], *inputs[1:]], r"'rows', 99"),
-    (lambda inputs: [*inputs, ["strength", "float32", ["rows"]]], "takes strength, which graphs no longer have"),
-], ids=["one input less", "another type", "another size", "one input more"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda inputs: inputs[1:], r"gives its graphs latents as float32 .*no such input; export again"),
+        (lambda inputs: [[inputs[0][0], "float64", inputs[0][2]], *inputs[1:]], r"the file has float64"),
+        (lambda inputs: [[*inputs[0][:2], [*inputs[0][2][:1], 99, *inputs[0][2][2:]]], *inputs[1:]], r"'rows', 99"),
+        (lambda inputs: [*inputs, ["strength", "float32", ["rows"]]], "takes strength, which graphs no longer have"),
+    ],
+    ids=["one input less", "another type", "another size", "one input more"],
+)
 def test_an_export_by_another_state_of_the_code_is_refused_at_once(micro, copy, change, message):
     manifest = read_manifest(copy)
     graph = replace(manifest.graphs[0], inputs=change(list(manifest.graphs[0].inputs)))

@@ -24,8 +24,6 @@ def packed_engine(pipe):
     return engine
 
 
-
-
 @pytest.mark.parametrize("rows", [16, 33, 200])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_a_packed_linear_layer_errs_as_pytorch_does(rows, bias):

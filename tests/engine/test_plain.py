@@ -20,8 +20,16 @@ def theirs(pipe, prompts, scheduler="euler", seed=7, size=SIZE, guidance=5.0, st
     zeros = pipe.config.force_zeros_for_empty_prompt
     other = diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
     other.set_progress_bar_config(disable=True)
-    return other(prompts, num_inference_steps=steps, guidance_scale=guidance, width=size[0], height=size[1],
-                 generator=generators(range(seed, seed + len(prompts))), output_type=output, **options).images
+    return other(
+        prompts,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        width=size[0],
+        height=size[1],
+        generator=generators(range(seed, seed + len(prompts))),
+        output_type=output,
+        **options,
+    ).images
 
 
 @pytest.mark.parametrize("scheduler", ALL)
@@ -70,8 +78,17 @@ def test_requests_that_skip_other_layers_share_a_batch_and_no_pages(engine, draw
     assert [entry["call"]["requests"][i]["clip_skip"] for i, entry in enumerate(together.metadata)] == [0, 1, 0]
 
 
-@pytest.mark.parametrize("skip, said", [(2, "can skip 1 layers"), (-1, "clip_skip is -1"), (True, "clip_skip is True"),
-                                        (1.0, "clip_skip is 1.0"), ("2", "clip_skip is '2'")], ids=str)
+@pytest.mark.parametrize(
+    "skip, said",
+    [
+        (2, "can skip 1 layers"),
+        (-1, "clip_skip is -1"),
+        (True, "clip_skip is True"),
+        (1.0, "clip_skip is 1.0"),
+        ("2", "clip_skip is '2'"),
+    ],
+    ids=str,
+)
 def test_layers_that_can_not_be_skipped_are_refused_before_anything_runs(engine, skip, said):
     with pytest.raises(sf.errors.InvalidRequest, match=said):
         engine.submit(sf.Request("a cat", steps=2, clip_skip=skip))

@@ -62,9 +62,22 @@ def neighbours(kind, banks) -> list[sf.Request]:
     }[kind]()
 
 
-KINDS = ["plain", "fewer than the bucket holds", "unguided", "of other samplers", "live", "live with two pictures",
-         "banks", "banks of two pictures, norms shared", "InstantStyle", "InstantStyle with two pictures",
-         "led by the first", "mutual", "DreamStyler in four branches", "InstantStyle on a bank"]  # fmt: skip
+KINDS = [
+    "plain",
+    "fewer than the bucket holds",
+    "unguided",
+    "of other samplers",
+    "live",
+    "live with two pictures",
+    "banks",
+    "banks of two pictures, norms shared",
+    "InstantStyle",
+    "InstantStyle with two pictures",
+    "led by the first",
+    "mutual",
+    "DreamStyler in four branches",
+    "InstantStyle on a bank",
+]
 TARGETS = {
     "plain": lambda banks: None,
     "bank": lambda banks: sf.StyleAligned(banks[0]),
@@ -132,9 +145,12 @@ def test_joining_at_any_step_changes_no_bit_within_a_bucket(bucketed, banks, mon
     for at in range(3):
         jobs, calls = [], watch.calls
         watch.at[calls + at] = lambda jobs=jobs: jobs.append(submit(bucketed, style=style, seed=3, steps=STEPS))
-        hosts = watch.together(*(
-            lambda p=p, at=at: submit(bucketed, p, steps=6, seed=at, scheduler="ddim") for p in ("a dog", "neon", "oil")
-        ))  # fmt: skip
+        hosts = watch.together(
+            *(
+                lambda p=p, at=at: submit(bucketed, p, steps=6, seed=at, scheduler="ddim")
+                for p in ("a dog", "neon", "oil")
+            )
+        )
         for host in hosts:
             host.result(WAIT)
         assert watch.rows[calls:] == [8] * 6

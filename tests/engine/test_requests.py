@@ -55,9 +55,12 @@ def literal_composition(pipe, adapter, embedding, references, pinned):
         pipe,
         lambda t: (null, texts.plain(prompts), texts(style, t), texts(full, t)),
         lambda *branches: style_and_context(*branches, *WEIGHTS, "code"),
-        seeds=([] if pinned else [8] * len(references)) + [30, 31], pinned=pinned,
+        seeds=([] if pinned else [8] * len(references)) + [30, 31],
+        pinned=pinned,
         pictures=Pictures([adapter], [{"up": {"block_0": [0.0, 0.6, 0.0]}}], [embeds(pipe, PICTURE)]),
-        null_branches=(0, 1), sharing={"shift": 0.4, "scale": 0.9, "share_group_norm": True}, **RUN,
+        null_branches=(0, 1),
+        sharing={"shift": 0.4, "scale": 0.9, "share_group_norm": True},
+        **RUN,
     )
 
 
@@ -67,8 +70,11 @@ def test_three_styles_compose_in_one_request(pipe, adapters, draw, reference):
     options, references, pinned = {
         "first_prompt": ({}, [], None),
         "hidden_prompt": ({"prompt": "a dog", "seed": 8}, ["a dog"], None),
-        "picture": ({"reference": OTHER, "prompt": "a dog", "seed": 8}, ["a dog"],
-                    (clean_latents(pipe, ImageOps.fit(OTHER, SIZE)), picture_noise(8))),
+        "picture": (
+            {"reference": OTHER, "prompt": "a dog", "seed": 8},
+            ["a dog"],
+            (clean_latents(pipe, ImageOps.fit(OTHER, SIZE)), picture_noise(8)),
+        ),
     }[reference]
     styles = [
         sf.StyleAligned(shift=0.4, scale=0.9, share_group_norm=True, **options),
@@ -91,13 +97,34 @@ def different_requests():
     return [
         sf.Request("a cat", style=[aligned, sf.InstantStyle(PICTURE, scale=0.7)], steps=3, seed=1, **small),
         sf.Request("a dog", style=stages, steps=5, seed=9, scheduler="ddim", **small),
-        sf.Request("a house", style=sf.InstantStyle([PICTURE, OTHER], "all", 0.4), guidance=1.0, steps=4, seed=5,
-                   scheduler="lcm", **small),
-        sf.Request("a fish", style=sf.StyleAligned(prompt="oil painting", mode="swap", layers="up_blocks"), steps=4,
-                   seed=2**40, guidance=8.0, guidance_rescale=0.5, scheduler="unipc", size=(64, 64)),
+        sf.Request(
+            "a house",
+            style=sf.InstantStyle([PICTURE, OTHER], "all", 0.4),
+            guidance=1.0,
+            steps=4,
+            seed=5,
+            scheduler="lcm",
+            **small,
+        ),
+        sf.Request(
+            "a fish",
+            style=sf.StyleAligned(prompt="oil painting", mode="swap", layers="up_blocks"),
+            steps=4,
+            seed=2**40,
+            guidance=8.0,
+            guidance_rescale=0.5,
+            scheduler="unipc",
+            size=(64, 64),
+        ),
         sf.Request("neon", negative_prompt="oil", steps=2, seed=3, guidance=3.0, scheduler="euler_ancestral", **small),
-        sf.Request("a dog", style=[sf.StyleAligned(prompt="a cat", adain={"q": 0.4}), stages,
-                                   sf.InstantStyle(OTHER, "precise")], steps=5, seed=4, scheduler="dpmpp_2m", **small),
+        sf.Request(
+            "a dog",
+            style=[sf.StyleAligned(prompt="a cat", adain={"q": 0.4}), stages, sf.InstantStyle(OTHER, "precise")],
+            steps=5,
+            seed=4,
+            scheduler="dpmpp_2m",
+            **small,
+        ),
     ]
 
 
@@ -111,8 +138,10 @@ def test_a_list_of_different_requests_equals_solo_runs_with_one_unet_call_a_step
 
 
 def test_the_order_of_requests_is_the_order_of_the_results(draw, drawn):
-    requests = [sf.Request("a cat", seed=seed, size=size, steps=steps)
-                for seed, (size, steps) in enumerate([(SIZE, 1), ((64, 64), 2), (SIZE, 3), ((64, 64), 1), (SIZE, 2)])]
+    requests = [
+        sf.Request("a cat", seed=seed, size=size, steps=steps)
+        for seed, (size, steps) in enumerate([(SIZE, 1), ((64, 64), 2), (SIZE, 3), ((64, 64), 1), (SIZE, 2)])
+    ]
     order = [3, 0, 4, 2, 1]
     together = drawn(requests)
     for place, latents in zip(order, draw([requests[i] for i in order])):
@@ -126,8 +155,10 @@ def test_readers_of_one_style_object_share_its_reference_rows(draw, calls):
 
 
 def test_finished_requests_take_no_rows(draw, calls):
-    requests = [sf.Request("a cat", steps=steps, size=SIZE, guidance=guidance)
-                for steps, guidance in ((1, 5.0), (3, 1.0), (2, 5.0))]
+    requests = [
+        sf.Request("a cat", steps=steps, size=SIZE, guidance=guidance)
+        for steps, guidance in ((1, 5.0), (3, 1.0), (2, 5.0))
+    ]
     draw(requests)
     assert [rows for rows, _ in calls] == [5, 3, 1]
 

@@ -76,25 +76,28 @@ def test_a_banks_place_is_checked_before_it_is_baked(idle, path):
 # what used to fail the job is refused by `submit`
 
 
-
 REFUSED = {
     "a token beyond the window": (PromptError, {"prompt": "a cat " * 60, "style": sf.DreamStyler(learned())}),
     "two styles of one name": (StyleError, {"style": [sf.DreamStyler(learned()), sf.DreamStyler(learned())]}),
-    "vectors of another model": (StyleError, {"style": sf.DreamStyler(
-        StageEmbedding("sks", torch.ones(1, 1, 8), torch.ones(1, 1, 9)))}),
+    "vectors of another model": (
+        StyleError,
+        {"style": sf.DreamStyler(StageEmbedding("sks", torch.ones(1, 1, 8), torch.ones(1, 1, 9)))},
+    ),
     "a context without a place": (PromptError, {"prompt": "a <sks>", "style": sf.DreamStyler(learned(), context="x")}),
     "an adapter that is missing": (StyleError, {"style": sf.InstantStyle(PICTURE, adapter="c")}),
     "a preset without guidance": (StyleError, {"style": sf.InstantStyle(PICTURE, "precise"), "guidance": 1.0}),
     "a block that the model lacks": (StyleError, {"style": sf.InstantStyle(PICTURE, ["head"])}),
     "a mask of another size": (ImageError, {"style": sf.InstantStyle(PICTURE, mask=torch.ones(8, 8))}),
     "a mask beyond one": (ImageError, {"style": sf.InstantStyle(PICTURE, mask=torch.full((32, 48), 2.0))}),
-    "a mask of zeros and ones in bytes": (ImageError, {"style": sf.InstantStyle(
-        PICTURE, mask=np.eye(32, dtype=np.uint8))}),
+    "a mask of zeros and ones in bytes": (
+        ImageError,
+        {"style": sf.InstantStyle(PICTURE, mask=np.eye(32, dtype=np.uint8))},
+    ),
     "content of another width": (AdapterError, {"style": sf.InstantStyle(PICTURE, content=torch.ones(16))}),
     "a picture that is none": (ImageError, {"style": sf.StyleAligned(reference=b"no picture")}),
     "a size beyond all memory": (OutOfMemory, {"size": (8192, 8192)}),
     "a scheduler in disguise": (InvalidRequest, {"scheduler": "eulr"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -122,11 +125,19 @@ def test_the_largest_seed_of_64_bits_makes_a_picture_and_counts_on_from_zero(eng
     assert not torch.equal(last, zero) and torch.allclose(first, zero, atol=1e-4)
 
 
-@pytest.mark.parametrize("call", [
-    lambda e: e.load_adapter([]), lambda e: e.load_adapter("a.bin", name=5), lambda e: e.load_lora([]),
-    lambda e: sf.Engine(e._components, preview=5), lambda e: sf.Engine.from_pretrained("tiny", vae=5),
-    lambda e: sf.Engine.from_pretrained("tiny", adapter=[5]), lambda e: sf.Engine.from_pretrained([]),
-], ids=range(7))  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda e: e.load_adapter([]),
+        lambda e: e.load_adapter("a.bin", name=5),
+        lambda e: e.load_lora([]),
+        lambda e: sf.Engine(e._components, preview=5),
+        lambda e: sf.Engine.from_pretrained("tiny", vae=5),
+        lambda e: sf.Engine.from_pretrained("tiny", adapter=[5]),
+        lambda e: sf.Engine.from_pretrained([]),
+    ],
+    ids=range(7),
+)
 def test_what_is_no_path_is_refused_wherever_something_is_loaded(engine, call):
     with pytest.raises(InvalidRequest):
         call(engine)

@@ -23,8 +23,14 @@ PROMPTS, SEEDS = ["a cat in oil", "a dog", "a house"], [30, 31, 32]
 SETTINGS = SETTINGS | {
     "swap_in_the_up_blocks": {"mode": "swap", "layers": ("up_blocks.1",)},
     "most_layers_plain": {"only_self_level": 0.8},
-    "everything_at_once": {"adain": {"q": 0.3, "v": 0.8}, "scale": 0.7, "shift": 0.4, "share_group_norm": True,
-                           "layers": ("up_blocks", "mid_block"), "only_self_level": 0.2},
+    "everything_at_once": {
+        "adain": {"q": 0.3, "v": 0.8},
+        "scale": 0.7,
+        "shift": 0.4,
+        "share_group_norm": True,
+        "layers": ("up_blocks", "mid_block"),
+        "only_self_level": 0.2,
+    },
 }
 
 
@@ -75,16 +81,30 @@ def test_outside_of_its_window_a_style_does_nothing(pipe, draw):
 def test_a_prompt_makes_a_hidden_reference_with_the_seed_of_the_style(pipe, draw):
     style = sf.StyleAligned(prompt="fish of neon", seed=99, shift=0.5, share_group_norm=True)
     actual = draw(PROMPTS, style, seed=30, scheduler="euler_ancestral", steps=3)
-    expected = measured(guided, pipe, ["fish of neon", *PROMPTS], [99, *SEEDS], scheduler="euler_ancestral", steps=3,
-                      sharing={"shift": 0.5, "share_group_norm": True})
+    expected = measured(
+        guided,
+        pipe,
+        ["fish of neon", *PROMPTS],
+        [99, *SEEDS],
+        scheduler="euler_ancestral",
+        steps=3,
+        sharing={"shift": 0.5, "share_group_norm": True},
+    )
     close(actual, expected[1:])
     assert len(actual) == 3
 
 
 # the caption is text and the scheduler decides the noise: neither knows of the other
-@pytest.mark.parametrize(("scheduler", "caption"), [
-    ("euler", None), ("euler", "a house in neon"), ("ddim", None), ("dpmpp_2m", "a house in neon"), ("lcm", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scheduler", "caption"),
+    [
+        ("euler", None),
+        ("euler", "a house in neon"),
+        ("ddim", None),
+        ("dpmpp_2m", "a house in neon"),
+        ("lcm", None),
+    ],
+)
 def test_a_real_picture_is_pinned_to_the_noise_level_of_every_step(pipe, draw, scheduler, caption):
     picture = small_picture(4, (90, 70))
     style = sf.StyleAligned(reference=picture, prompt=caption, seed=77, shift=log(2), share_group_norm=True)
@@ -92,8 +112,16 @@ def test_a_real_picture_is_pinned_to_the_noise_level_of_every_step(pipe, draw, s
     pinned = clean_latents(pipe, ImageOps.fit(picture, SIZE)), picture_noise(77)
     null, full = encode(pipe, [caption or "", *PROMPTS])
     expected = measured(
-        generation.generate, pipe, lambda timestep: (null, full), generation.classifier_free(5.0), scheduler=scheduler,
-        steps=3, seeds=SEEDS, size=(32, 48), pinned=pinned, sharing={"shift": log(2), "share_group_norm": True},
+        generation.generate,
+        pipe,
+        lambda timestep: (null, full),
+        generation.classifier_free(5.0),
+        scheduler=scheduler,
+        steps=3,
+        seeds=SEEDS,
+        size=(32, 48),
+        pinned=pinned,
+        sharing={"shift": log(2), "share_group_norm": True},
     )
     close(actual, expected)
 
@@ -103,9 +131,16 @@ def test_a_picture_pinned_without_guidance_equals_the_oracle(pipe, draw):
     actual = draw(PROMPTS, sf.StyleAligned(reference=picture, prompt="a fish"), seed=30, guidance=1.0, steps=3)
     _, full = encode(pipe, ["a fish", *PROMPTS])
     expected = measured(
-        generation.generate, pipe, lambda timestep: (full,), lambda only: only, scheduler="euler", steps=3,
-        seeds=SEEDS, size=(32, 48),
-        pinned=(clean_latents(pipe, picture), picture_noise(0)), sharing={},
+        generation.generate,
+        pipe,
+        lambda timestep: (full,),
+        lambda only: only,
+        scheduler="euler",
+        steps=3,
+        seeds=SEEDS,
+        size=(32, 48),
+        pinned=(clean_latents(pipe, picture), picture_noise(0)),
+        sharing={},
     )
     close(actual, expected)
 
@@ -130,8 +165,10 @@ def test_of_several_pictures_the_first_gives_the_statistics_and_all_give_tokens(
 
 def test_a_target_does_not_depend_on_the_other_targets_their_number_and_order(draw, drawn):
     style = sf.StyleAligned(share_group_norm=True)
-    first, *targets = [sf.Request(prompt, seed=seed, style=style, size=SIZE, steps=2)
-                       for prompt, seed in zip([*PROMPTS, "fish in neon"], range(30, 34))]
+    first, *targets = [
+        sf.Request(prompt, seed=seed, style=style, size=SIZE, steps=2)
+        for prompt, seed in zip([*PROMPTS, "fish in neon"], range(30, 34))
+    ]
     together = drawn([first, *targets])
     for order in ([0], [2, 1, 0], [1, 2]):
         for i, latents in zip(order, draw([first, *(targets[i] for i in order)])[1:]):
@@ -170,15 +207,18 @@ def test_only_self_level_leaves_the_published_layers_plain(count, level):
 
 @pytest.mark.parametrize(("level", "same_as"), [(0.001, 0.0), (0.999, 1.0)])
 def test_levels_that_round_to_no_layer_are_the_nearest_end(draw, drawn, level, same_as):
-    close(draw(PROMPTS, sf.StyleAligned(only_self_level=level), seed=30),
-          drawn(PROMPTS, sf.StyleAligned(only_self_level=same_as), seed=30))
+    close(
+        draw(PROMPTS, sf.StyleAligned(only_self_level=level), seed=30),
+        drawn(PROMPTS, sf.StyleAligned(only_self_level=same_as), seed=30),
+    )
 
 
 @pytest.mark.parametrize("pictures", [1, 2, 3])
 def test_without_guidance_the_first_prompt_is_the_only_reference(pipe, draw, pictures):
     actual = draw(PROMPTS[:pictures], sf.StyleAligned(share_group_norm=True), seed=30, guidance=1.0)
-    expected = measured(guided, pipe, PROMPTS[:pictures], SEEDS[:pictures], guidance=1.0,
-                        sharing={"share_group_norm": True})
+    expected = measured(
+        guided, pipe, PROMPTS[:pictures], SEEDS[:pictures], guidance=1.0, sharing={"share_group_norm": True}
+    )
     close(actual, expected)
 
 
@@ -188,8 +228,10 @@ def test_a_batch_of_one_is_plain(draw, plain):
 
 def test_readers_with_and_without_guidance_share_a_reference(pipe, draw):
     style = sf.StyleAligned()
-    requests = [sf.Request(prompt, seed=seed, style=style, guidance=guidance, size=SIZE, steps=2)
-                for prompt, seed, guidance in zip(PROMPTS, SEEDS, (1.0, 5.0, 1.0))]
+    requests = [
+        sf.Request(prompt, seed=seed, style=style, guidance=guidance, size=SIZE, steps=2)
+        for prompt, seed, guidance in zip(PROMPTS, SEEDS, (1.0, 5.0, 1.0))
+    ]
     unguided, between, third = draw(requests)
     literal = measured(guided, pipe, PROMPTS, SEEDS, guidance=1.0, sharing={})
     close([unguided, third], literal[[0, 2]])
@@ -201,27 +243,42 @@ def test_readers_with_and_without_guidance_share_a_reference(pipe, draw):
         both = generation.classifier_free(5.0)(null_prediction, full_prediction)
         return torch.stack([full_prediction[0], both[1]])
 
-    expected = measured(generation.generate, pipe, lambda timestep: (null, full), combine, scheduler="euler", steps=2,
-                                   seeds=SEEDS[:2], size=(32, 48), sharing={})
+    expected = measured(
+        generation.generate,
+        pipe,
+        lambda timestep: (null, full),
+        combine,
+        scheduler="euler",
+        steps=2,
+        seeds=SEEDS[:2],
+        size=(32, 48),
+        sharing={},
+    )
     close([between], expected[1:])
 
 
 def test_readers_that_differ_in_guidance_rescale_have_references_of_their_own(draw, drawn):
     style = sf.StyleAligned(prompt="fish of neon", seed=99)
-    requests = [sf.Request(prompt, seed=3, style=style, guidance_rescale=rescale, guidance=8.0, size=SIZE, steps=2)
-                for prompt, rescale in (("a cat", 0.0), ("a dog", 0.8))]
+    requests = [
+        sf.Request(prompt, seed=3, style=style, guidance_rescale=rescale, guidance=8.0, size=SIZE, steps=2)
+        for prompt, rescale in (("a cat", 0.0), ("a dog", 0.8))
+    ]
     for request, together in zip(requests, draw(requests)):
         close([together], drawn(request))
 
 
 def test_readers_of_a_picture_share_its_rows_whatever_their_guidance(engine, draw, drawn, monkeypatch):
     style = sf.StyleAligned(reference=small_picture(4))
-    requests = [sf.Request("a cat", seed=3, style=style, guidance=guidance, size=SIZE, steps=2)
-                for guidance in (1.0, 4.0, 8.0)]
+    requests = [
+        sf.Request("a cat", seed=3, style=style, guidance=guidance, size=SIZE, steps=2) for guidance in (1.0, 4.0, 8.0)
+    ]
     alone = [drawn(request) for request in requests]
     rows, forward = [], engine.unet.forward
-    monkeypatch.setattr(engine.unet, "forward", lambda latents, *rest, **named: rows.append(len(latents)) or forward(
-        latents, *rest, **named))
+    monkeypatch.setattr(
+        engine.unet,
+        "forward",
+        lambda latents, *rest, **named: rows.append(len(latents)) or forward(latents, *rest, **named),
+    )
     together = draw(requests)
     assert rows == [1 + 2 + 2 + 2] * 2
     for one, latents in zip(alone, together):
@@ -230,8 +287,12 @@ def test_readers_of_a_picture_share_its_rows_whatever_their_guidance(engine, dra
 
 def test_two_styles_make_two_groups(draw, drawn):
     first, second = sf.StyleAligned(), sf.StyleAligned(scale=0.5, mode="swap")
-    requests = [sf.Request(f"a {word}", seed=seed, style=style, size=SIZE, steps=2) for seed, (word, style) in
-                enumerate([("cat", first), ("dog", second), ("house", first), ("fish", second), ("oil", None)])]
+    requests = [
+        sf.Request(f"a {word}", seed=seed, style=style, size=SIZE, steps=2)
+        for seed, (word, style) in enumerate(
+            [("cat", first), ("dog", second), ("house", first), ("fish", second), ("oil", None)]
+        )
+    ]
     together = draw(requests)
     for members in ([0, 2], [1, 3], [4]):
         close([together[i] for i in members], drawn([requests[i] for i in members]))
@@ -252,8 +313,14 @@ def test_a_plain_call_after_a_styled_one_is_bit_equal_and_the_weights_are_untouc
 def test_full_sharing_with_a_window_equals_the_oracle(pipe, draw):
     actual = draw(PROMPTS[:2], sf.StyleAligned(full_attention_share=True, window=(0.0, 0.5)), seed=30, steps=3)
     sharing = Sharing(guidance_layout(2), full_attention_share=True, groups=(0, 0, 1, 1))
-    expected = measured(by_step, pipe, PROMPTS[:2], SEEDS[:2],
-                       lambda unet, step: shared(unet, sharing) if step < 2 else nullcontext(), steps=3)
+    expected = measured(
+        by_step,
+        pipe,
+        PROMPTS[:2],
+        SEEDS[:2],
+        lambda unet, step: shared(unet, sharing) if step < 2 else nullcontext(),
+        steps=3,
+    )
     close(actual, expected)
 
 
@@ -308,9 +375,18 @@ def test_an_inverted_picture_is_pinned_as_in_the_authors_notebook(pipe, draw, mo
     config = {**pipe.scheduler.config, "steps_offset": 0, "set_alpha_to_one": False, "clip_sample": False}
     monkeypatch.setattr(generation, "make_scheduler", lambda *_: DDIMScheduler.from_config(config))
     null, full = encode(pipe, ["a fish", *prompts])
-    expected = measured(generation.generate, pipe, lambda timestep: (null, full), generation.classifier_free(2.0),
-                                   scheduler="ddim", steps=steps, seeds=SEEDS[:1], size=(32, 48), pinned=pinned,
-                                   sharing={})  # fmt: skip
+    expected = measured(
+        generation.generate,
+        pipe,
+        lambda timestep: (null, full),
+        generation.classifier_free(2.0),
+        scheduler="ddim",
+        steps=steps,
+        seeds=SEEDS[:1],
+        size=(32, 48),
+        pinned=pinned,
+        sharing={},
+    )
     close(actual, expected)
     forward = sf.StyleAligned(reference=picture, prompt="a fish")
     apart(actual, draw(prompts, forward, seed=30, scheduler="ddim", steps=steps, guidance=2.0))

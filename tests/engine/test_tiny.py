@@ -15,8 +15,15 @@ def test_stock_diffusers_draws_the_same_latents():
     prompts = ["a fish in neon style", "a cat"]
 
     def theirs(pipe):
-        return pipe(prompts, num_inference_steps=3, guidance_scale=5.0, height=64, width=64, output_type="latent",
-                    generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)]).images  # fmt: skip
+        return pipe(
+            prompts,
+            num_inference_steps=3,
+            guidance_scale=5.0,
+            height=64,
+            width=64,
+            output_type="latent",
+            generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        ).images
 
     engine = sf.Engine.from_pretrained("tiny", device="cpu")
     close(engine.generate(prompts, steps=3, seed=5, output="latents").latents, measured(theirs, pipe))

@@ -280,10 +280,19 @@ def stream_of(handle: int) -> CpuQueue:
 def fake_tensorrt() -> ModuleType:
     """The module, as `tensorrt_rtx`."""
     for name in (
-        "ILogger", "DataType", "TensorIOMode", "ExecutionContextAllocationStrategy", "EngineValidity", "Runtime",
-        "DynamicShapesKernelSpecializationStrategy", "EngineInvalidityDiagnostics", "IRuntimeCache", "Refitter",
-        "SerializationFlag", "LayerInformationFormat",
-    ):  # fmt: skip
+        "ILogger",
+        "DataType",
+        "TensorIOMode",
+        "ExecutionContextAllocationStrategy",
+        "EngineValidity",
+        "Runtime",
+        "DynamicShapesKernelSpecializationStrategy",
+        "EngineInvalidityDiagnostics",
+        "IRuntimeCache",
+        "Refitter",
+        "SerializationFlag",
+        "LayerInformationFormat",
+    ):
         setattr(trt, name, globals()[name])
     trt.Weights = lambda dtype, address, count: (dtype, address, count)
     trt.validity = (EngineValidity.VALID, 0)

@@ -31,9 +31,13 @@ ROWS, SIZES = (1, 3, 8), ((8, 8), (9, 14))
 def micro_unet(seed=0, dtype=torch.float32, levels=1):
     """Two attention layers in the middle; with two levels it holds every kind of code that there is to compile."""
     config = small_unet_config(
-        widths=(32, 64)[:levels], depth=(1, 2)[-levels:], layers_per_block=1, sample_size=8,
-        down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
-    )  # fmt: skip
+        widths=(32, 64)[:levels],
+        depth=(1, 2)[-levels:],
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("DownBlock2D",) * levels,
+        up_block_types=("UpBlock2D",) * levels,
+    )
     with torch.device("meta"):
         shapes = UNet(config).state_dict()
     draw, state = torch.Generator().manual_seed(seed), {}
@@ -250,10 +254,16 @@ def _with(name, change):
         (_with("image_lengths", lambda x: x.fill_(5)), InvalidRequest, "image_lengths holds 5"),
     ],
     ids=[
-        "an input too few", "an input too many", "another type", "rows that differ", "columns that differ",
-        "a text page out of range", "a style page out of range", "a length out of range",
+        "an input too few",
+        "an input too many",
+        "another type",
+        "rows that differ",
+        "columns that differ",
+        "a text page out of range",
+        "a style page out of range",
+        "a length out of range",
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_and_the_session_goes_on(session, change, kind, text):
     inputs = inputs_of(micro_unet(), session.shape, 2)
     before = session.run(inputs)["output"]
@@ -335,8 +345,16 @@ def test_a_package_whose_code_is_damaged_is_an_export_error(package, tmp_path):
         ({"format": 2}, "another version of stylefast"),
         ({"shape": {"flavour": "banked", "references": 2}}, "another version of stylefast"),
     ],
-    ids=["PyTorch", "a GPU", "a machine", "instructions", "operations", "operations that it lacks", "a format",
-         "a graph's shape"],
+    ids=[
+        "PyTorch",
+        "a GPU",
+        "a machine",
+        "instructions",
+        "operations",
+        "operations that it lacks",
+        "a format",
+        "a graph's shape",
+    ],
 )
 def test_a_package_for_another_machine_or_version_is_a_mismatch(package, tmp_path, facts, text):
     other = rewritten(package(), tmp_path / "other.pt2", **facts)

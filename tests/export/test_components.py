@@ -84,10 +84,14 @@ def small_vae():
     from diffusers import AutoencoderKL
 
     torch.manual_seed(3)
-    return AutoencoderKL(**small_vae_config(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 64), layers_per_block=0,
-    )).eval()  # fmt: skip
+    return AutoencoderKL(
+        **small_vae_config(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(32, 64),
+            layers_per_block=0,
+        )
+    ).eval()
 
 
 @cache
@@ -118,9 +122,10 @@ def case(name: str, dtype: torch.dtype = torch.float32) -> Case:
         state = (plus_adapter if plus else global_adapter)(layout)
         # of the four layers that read patches, the first or the first two
         state["image_proj"] = {
-            key: x for key, x in state["image_proj"].items()
+            key: x
+            for key, x in state["image_proj"].items()
             if not key.startswith("layers.") or int(key.split(".")[1]) < depth - 1
-        }  # fmt: skip
+        }
         adapter = IPAdapter.load(state, layout, CROSS_DIM, modules=None if plus else MODULES)
         patches = {"patches": 17} if plus else {}
         sizes = ({"image_pages": 1} | patches, {"image_pages": 5} | patches)
@@ -135,10 +140,18 @@ def case(name: str, dtype: torch.dtype = torch.float32) -> Case:
 # exported in one of the types: the first text encoder in float16, without a projection, and the second in float32
 F32, F16 = torch.float32, torch.float16
 EXPORTS = (
-    ("text_encoder", F16), ("text_encoder_2", F32), ("text_projector", F16), ("image_encoder", F32),
-    ("image_encoder", F16), ("image_projector", F32), ("image_projector plus", F32), ("image_projector plus", F16),
-    ("vae_decoder", F32), ("vae_decoder", F16), ("vae_decoder tiny", F32),
-)  # fmt: skip
+    ("text_encoder", F16),
+    ("text_encoder_2", F32),
+    ("text_projector", F16),
+    ("image_encoder", F32),
+    ("image_encoder", F16),
+    ("image_projector", F32),
+    ("image_projector plus", F32),
+    ("image_projector plus", F16),
+    ("vae_decoder", F32),
+    ("vae_decoder", F16),
+    ("vae_decoder tiny", F32),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -304,9 +317,10 @@ def test_bfloat16_is_written_with_operators_that_take_it(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fixed, named", [({"rows": 2}, "rows"), ({"height": 1}, "height"), ({"width": True}, "width")],
+    "fixed, named",
+    [({"rows": 2}, "rows"), ({"height": 1}, "height"), ({"width": True}, "width")],
     ids=["a dimension it lacks", "too small", "no number"],
-)  # fmt: skip
+)
 def test_sizes_that_cannot_be_fixed_are_named(fixed, named):
     with pytest.raises(InvalidRequest, match=named):
         vae_decoder(small_tiny_vae(), torch.float32).trace(fixed)
@@ -336,9 +350,11 @@ def test_a_float16_model_decodes_in_float32_where_its_vae_overflows():
 def test_digests_tell_weights_names_and_types_apart():
     state = {"a": torch.ones(2, 3), "b": torch.zeros(2)}
     others = [
-        {"a": torch.ones(3, 2), "b": torch.zeros(2)}, {"a": torch.ones(2, 3).half(), "b": torch.zeros(2)},
-        {"a": torch.ones(2, 3), "c": torch.zeros(2)}, {"a": torch.ones(2, 3), "b": torch.tensor([0, 1e-9])},
-    ]  # fmt: skip
+        {"a": torch.ones(3, 2), "b": torch.zeros(2)},
+        {"a": torch.ones(2, 3).half(), "b": torch.zeros(2)},
+        {"a": torch.ones(2, 3), "c": torch.zeros(2)},
+        {"a": torch.ones(2, 3), "b": torch.tensor([0, 1e-9])},
+    ]
     assert weights_digest(dict(reversed(state.items()))) == weights_digest(state)
     assert len({weights_digest(other) for other in [state, *others]}) == 5
     vae = small_vae()

@@ -36,19 +36,30 @@ def manifest_of(folder, kind="onnx", **changes):
     folder.chmod(0o755)
     graphs = (
         GraphEntry(
-            "unet", "unet-live.onnx", ("unet-live.onnx", "unet-live.onnx.data"),
+            "unet",
+            "unet-live.onnx",
+            ("unet-live.onnx", "unet-live.onnx.data"),
             shape={"flavour": "live", "references": 1, "segments": 2},
             inputs=(("latents", "float16", ("rows", 4, "height", "width")), ("timestep", "float32", ("rows",))),
             outputs=(("output", "float16", ("rows", 4, "height", "width")),),
-            fixed={"rows": 2}, opset=20, extra={"layers": 70},
+            fixed={"rows": 2},
+            opset=20,
+            extra={"layers": 70},
         ),
         GraphEntry("vae_decoder", "vae_decoder.onnx", ("vae_decoder.onnx",)),
-    )  # fmt: skip
+    )
     given = {
-        "kind": kind, "stylefast": "0.1.0", "model": "tiny", "fingerprint": "ab" * 32, "dtype": "float16",
-        "target": "any", "toolchain": {"onnx": "1.23.0"}, "graphs": graphs,
-        "files": tuple(file_entry(folder, name) for name in CONTENT), "profiles": {"unet-live": ["rows=1:4:8"]},
-    }  # fmt: skip
+        "kind": kind,
+        "stylefast": "0.1.0",
+        "model": "tiny",
+        "fingerprint": "ab" * 32,
+        "dtype": "float16",
+        "target": "any",
+        "toolchain": {"onnx": "1.23.0"},
+        "graphs": graphs,
+        "files": tuple(file_entry(folder, name) for name in CONTENT),
+        "profiles": {"unet-live": ["rows=1:4:8"]},
+    }
     manifest = Manifest(**given | changes)
     (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=3))
     (folder / MANIFEST).chmod(0o644)
@@ -69,11 +80,18 @@ def test_a_manifest_comes_back_from_its_file_with_the_same_digest(tmp_path):
 def test_the_digest_changes_with_every_field(tmp_path):
     manifest = manifest_of(tmp_path)
     changes = [
-        {"kind": "aoti"}, {"stylefast": "9"}, {"model": "x"}, {"fingerprint": "x"}, {"dtype": "float32"},
-        {"target": "sm89"}, {"toolchain": {}}, {"profiles": {}}, {"graphs": manifest.graphs[:1]},
+        {"kind": "aoti"},
+        {"stylefast": "9"},
+        {"model": "x"},
+        {"fingerprint": "x"},
+        {"dtype": "float32"},
+        {"target": "sm89"},
+        {"toolchain": {}},
+        {"profiles": {}},
+        {"graphs": manifest.graphs[:1]},
         {"graphs": (replace(manifest.graphs[0], opset=21), manifest.graphs[1])},
         {"files": (*manifest.files[:2], replace(manifest.files[2], sha256="0" * 64))},
-    ]  # fmt: skip
+    ]
     digests = {manifest.digest, *(replace(manifest, **change).digest for change in changes)}
     assert len(digests) == len(changes) + 1
 

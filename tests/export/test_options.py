@@ -18,8 +18,10 @@ def test_defaults_depend_on_the_kind():
     assert engines.flavours == ("live", "banked") and engines.components == ("unet",)
     shapes = Options("aoti", targets=("cpu",), references=3, segments=0).shapes
     assert [(shape.flavour, shape.references, shape.segments) for shape in shapes] == [
-        ("live", 3, 0), ("banked", 3, 0), ("plain", 0, 0),
-    ]  # fmt: skip
+        ("live", 3, 0),
+        ("banked", 3, 0),
+        ("plain", 0, 0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +124,9 @@ def test_sizes_are_in_pixels_outside_and_in_latents_inside(source):
     assert source.fixed(Options("onnx", size=NATIVE)) == {"height": side, "width": side}
     scale = width // side
     assert source.fixed(Options("onnx", size=(2 * width, height))) == {
-        "height": height // scale, "width": 2 * width // scale,
-    }  # fmt: skip
+        "height": height // scale,
+        "width": 2 * width // scale,
+    }
 
 
 def test_components_that_need_an_adapter_are_left_out_without_one(source):

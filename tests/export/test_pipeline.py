@@ -196,9 +196,10 @@ def test_a_stopped_export_leaves_what_is_finished_beside_the_target_and_nothing_
 
 def test_an_export_goes_on_where_it_was_stopped(runs):
     assert runs.made == [
-        ["unet-live"], ["unet-banked", "unet-plain", "vae_decoder", "text_encoder"],
+        ["unet-live"],
+        ["unet-banked", "unet-plain", "vae_decoder", "text_encoder"],
         ["text_encoder_2", "text_projector", "image_encoder", "image_projector"],
-    ]  # fmt: skip
+    ]
     assert not runs.logs[0].said
     assert "goes on with" in runs.logs[1].said[0] and "unet-live" in runs.logs[1].said[0]
     assert "text_encoder" in runs.logs[2].said[0]
@@ -497,16 +498,24 @@ def compiled(unet, shape, path, *, fixed, device, weights):
 
 def test_packages_share_the_models_weights_and_are_gone_on_with(source, tmp_path, monkeypatch):
     given = options("aoti", targets=("cpu",), size=NATIVE)
-    monkeypatch.setattr(aoti, "export_aoti", lambda unet, shape, *rest, **named: (
-        compiled(unet, shape, *rest, **named) if shape.flavour == "live" else (_ for _ in ()).throw(ExportError("no"))
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        aoti,
+        "export_aoti",
+        lambda unet, shape, *rest, **named: (
+            compiled(unet, shape, *rest, **named)
+            if shape.flavour == "live"
+            else (_ for _ in ()).throw(ExportError("no"))
+        ),
+    )
     with pytest.raises(ExportError, match="no"):
         pipeline.export_aoti(source, tmp_path / "packages", given)
     assert files_of(tmp_path) == {f"packages.part/{name}" for name in (RECORD, "unet-live.pt2")}
     made = []
-    monkeypatch.setattr(aoti, "export_aoti", lambda unet, shape, *rest, **named: (
-        made.append(shape.flavour) or compiled(unet, shape, *rest, **named)
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        aoti,
+        "export_aoti",
+        lambda unet, shape, *rest, **named: made.append(shape.flavour) or compiled(unet, shape, *rest, **named),
+    )
     manifest = pipeline.export_aoti(source, tmp_path / "packages", given)
     assert made == ["banked", "plain"] and read_manifest(tmp_path / "packages") == manifest
     assert (manifest.kind, manifest.target) == ("aoti", "cpu") and manifest.toolchain == {"torch": torch.__version__}
@@ -519,8 +528,9 @@ def test_packages_share_the_models_weights_and_are_gone_on_with(source, tmp_path
 @pytest.mark.slow
 def test_a_real_package_makes_the_pictures_of_pytorch(tmp_path):
     pipe = nano_pipeline()
-    manifest = pipeline.export_aoti(source_of(pipe), tmp_path / "packages", options("aoti", targets=("cpu",),
-                                                                                     flavours=("live",)))  # fmt: skip
+    manifest = pipeline.export_aoti(
+        source_of(pipe), tmp_path / "packages", options("aoti", targets=("cpu",), flavours=("live",))
+    )
     (graph,) = manifest.graphs
     assert any("shared_attention" in name for name in graph.extra["operations"]) and graph.extra["seconds"] > 0
     every = [request(p, seed=i, style=sf.StyleAligned()) for i, p in enumerate(("a cat", "a dog"))]
@@ -540,9 +550,16 @@ def test_a_real_package_makes_the_pictures_of_pytorch(tmp_path):
         ("tensorrt", {"targets": ("sm89",), "refit": True}, EngineMismatch, "takes a GPU to build"),
         ("aoti", {"targets": ("cuda",)}, InvalidRequest, "machine that has one, and this has none"),
     ],
-    ids=["a part that is missing", "too many references", "too many rows", "half a latent", "two packages at once",
-         "weights that can be replaced", "a package for a GPU"],
-)  # fmt: skip
+    ids=[
+        "a part that is missing",
+        "too many references",
+        "too many rows",
+        "half a latent",
+        "two packages at once",
+        "weights that can be replaced",
+        "a package for a GPU",
+    ],
+)
 def test_what_can_not_be_leaves_nothing_behind(pipe, tmp_path, monkeypatch, kind, given, error, message):
     if kind == "tensorrt":
         pytest.importorskip("tensorrt_rtx")

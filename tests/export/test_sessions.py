@@ -17,14 +17,17 @@ TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16, torch.int64: 7
 
 def save(path, nodes, inputs, outputs, weights=(), opset=20, ir=10):
     """Write a graph; inputs and outputs are (name, torch type, dims), weights go to a file beside it."""
+
     def info(name, dtype, dims):
         return onnx.helper.make_tensor_value_info(name, TYPES[dtype], dims)
 
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node(op, sources, targets, **attributes) for op, sources, targets, attributes in nodes],
-        "graph", [info(*one) for one in inputs], [info(*one) for one in outputs],
+        "graph",
+        [info(*one) for one in inputs],
+        [info(*one) for one in outputs],
         [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in weights],
-    )  # fmt: skip
+    )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=ir)
     onnx.save(model, path, save_as_external_data=bool(weights), location=f"{path.name}.data", size_threshold=0)
     return path
@@ -35,9 +38,12 @@ def product(tmp_path):
     """y = a @ w [rows, WIDTH], and w."""
     weight = torch.randn(WIDTH, WIDTH)
     path = save(
-        tmp_path / "product.onnx", [("MatMul", ["a", "w"], ["y"], {})], [("a", torch.float32, ["rows", WIDTH])],
-        [("y", torch.float32, ["rows", WIDTH])], [("w", weight)],
-    )  # fmt: skip
+        tmp_path / "product.onnx",
+        [("MatMul", ["a", "w"], ["y"], {})],
+        [("a", torch.float32, ["rows", WIDTH])],
+        [("y", torch.float32, ["rows", WIDTH])],
+        [("w", weight)],
+    )
     return path, weight
 
 
@@ -78,19 +84,27 @@ def test_inputs_that_are_not_contiguous_are_read_right(product):
 
 
 def test_an_output_whose_shape_follows_from_values_is_made_by_the_runtime(tmp_path):
-    path = save(tmp_path / "nonzero.onnx", [("NonZero", ["x"], ["y"], {})], [("x", torch.float32, ["rows"])],
-                [("y", torch.int64, [1, "found"])])  # fmt: skip
+    path = save(
+        tmp_path / "nonzero.onnx",
+        [("NonZero", ["x"], ["y"], {})],
+        [("x", torch.float32, ["rows"])],
+        [("y", torch.int64, [1, "found"])],
+    )
     assert OrtSession(path).run({"x": torch.tensor([0.0, 2.0, 0.0, 3.0])})["y"].tolist() == [[1, 3]]
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "error", "message"), [
-    ({}, {}, InvalidRequest, "needs input 'a'; its inputs are a"),
-    ({"a": (2, WIDTH), "b": (1,)}, {}, InvalidRequest, "has no input 'b'"),
-    ({"a": (2, WIDTH - 1)}, {}, EngineMismatch, r"shape \[2, 299\].*exported for \['rows', 300\]"),
-    ({"a": (2, 1, WIDTH)}, {}, EngineMismatch, r"shape \[2, 1, 300\]"),
-    ({"a": (2, WIDTH)}, {"z": (2, WIDTH)}, InvalidRequest, "no output 'z'; it has y"),
-    ({"a": (2, WIDTH)}, {"y": (3, WIDTH)}, InvalidRequest, r"it must be float32 \[2, 300\] on cpu"),
-], ids=["missing", "unknown", "width", "dimensions", "unknown output", "output's shape"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "error", "message"),
+    [
+        ({}, {}, InvalidRequest, "needs input 'a'; its inputs are a"),
+        ({"a": (2, WIDTH), "b": (1,)}, {}, InvalidRequest, "has no input 'b'"),
+        ({"a": (2, WIDTH - 1)}, {}, EngineMismatch, r"shape \[2, 299\].*exported for \['rows', 300\]"),
+        ({"a": (2, 1, WIDTH)}, {}, EngineMismatch, r"shape \[2, 1, 300\]"),
+        ({"a": (2, WIDTH)}, {"z": (2, WIDTH)}, InvalidRequest, "no output 'z'; it has y"),
+        ({"a": (2, WIDTH)}, {"y": (3, WIDTH)}, InvalidRequest, r"it must be float32 \[2, 300\] on cpu"),
+    ],
+    ids=["missing", "unknown", "width", "dimensions", "unknown output", "output's shape"],
+)
 def test_tensors_that_do_not_fit_are_refused(product, inputs, outputs, error, message):
     session = OrtSession(product[0])
     with pytest.raises(error, match=message):
@@ -120,9 +134,12 @@ DAMAGES = {
     "an empty file": (lambda path, data: path.write_bytes(b""), ExportError, "truncated or damaged"),
     "another file": (lambda path, data: path.write_bytes(b"no graph " * 9), ExportError, "truncated or damaged"),
     "no data": (lambda path, data: data.unlink(), ExportError, "external data is missing or truncated"),
-    "half of the data": (lambda path, data: data.write_bytes(data.read_bytes()[:999]), ExportError,
-                         "external data is missing or truncated"),
-}  # fmt: skip
+    "half of the data": (
+        lambda path, data: data.write_bytes(data.read_bytes()[:999]),
+        ExportError,
+        "external data is missing or truncated",
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

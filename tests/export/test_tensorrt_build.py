@@ -42,11 +42,12 @@ def attention(path, kind=np.float16, external=False, op="Softmax"):
         helper.make_node("MatMul", ["found", "weight"], ["out"]),
     ]
     graph = helper.make_graph(
-        nodes, "attention",
+        nodes,
+        "attention",
         [helper.make_tensor_value_info(name, number, dims(name)) for name in ("q", "k", "v", "mask")],
         [helper.make_tensor_value_info("out", number, dims("out"))],
         [onnx.numpy_helper.from_array(projection(kind), "weight")],
-    )  # fmt: skip
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=0)
     return path
@@ -162,7 +163,7 @@ def test_an_interrupted_build_leaves_what_was_there(tmp_path, error):
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed, most likely as memory ran out"),
         ("import sys; print('the ground shook', file=sys.stderr); sys.exit(7)", "ended with 7: the ground shook"),
-        ("import sys; print('{\"oserror\": [28, \"no space\"]}'); sys.stdout.flush()", "disk of .* is full"),
+        ('import sys; print(\'{"oserror": [28, "no space"]}\'); sys.stdout.flush()', "disk of .* is full"),
     ],
 )
 def test_a_builder_that_dies_is_an_error_that_says_how(tmp_path, monkeypatch, code, named):

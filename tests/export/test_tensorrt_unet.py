@@ -36,9 +36,12 @@ def embedded():
 # a banked graph does all that a live one does; live engines are built in test_pipeline.py
 @pytest.mark.parametrize(
     ("model", "flavour"),
-    [(small, "banked"), pytest.param(embedded, "live", marks=pytest.mark.slow),
-     pytest.param(embedded, "banked", marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        (small, "banked"),
+        pytest.param(embedded, "live", marks=pytest.mark.slow),
+        pytest.param(embedded, "banked", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_builds_for_two_chips_with_its_style_attention_fused(model, flavour, tmp_path):
     from stylefast.export.onnx_graphs import export_unet
 
@@ -48,9 +51,12 @@ def test_a_model_builds_for_two_chips_with_its_style_attention_fused(model, flav
     inputs = graph_inputs(unet, shape)
     shapes, phases = profile.shapes(inputs, unet.attention_sizes), set()
     report = build_engine(
-        tmp_path / graph.file, tmp_path / "unet.engine", ["sm89", "sm120"], [shapes],
+        tmp_path / graph.file,
+        tmp_path / "unet.engine",
+        ["sm89", "sm120"],
+        [shapes],
         progress=lambda done, total, phase: phases.add(phase),
-    )  # fmt: skip
+    )
     found = {name: (kind, dims) for name, kind, dims in report.network.inputs}
     assert found == {
         tensor.name: (NAMES[tensor.dtype], tuple(-1 if isinstance(d, str) else d for d in tensor.dims))

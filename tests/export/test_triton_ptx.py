@@ -48,13 +48,15 @@ for case, (chip, dtype, d, more) in json.loads(input()).items():
 print(json.dumps(found))
 """
 CASES = {
-    **{f"{chip} banked": (chip, "float16", 64, {"banked": True, "even": 1024}) for chip in
-       ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")},
+    **{
+        f"{chip} banked": (chip, "float16", 64, {"banked": True, "even": 1024})
+        for chip in ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+    },
     "live, older PTX": ("sm89", "bfloat16", 64, {"parts": 2, "ptx_version": 86}),
     "fp32, odd heads": ("sm89", "float32", 40, {"banked": True}),
     "little shared memory": ("sm89", "float16", 64, {"even": 1024, "shared_limit": 24 * 1024}),
     "no shared memory": ("sm89", "float16", 64, {"shared_limit": 100}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,13 @@ def compiled(checkout):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(checkout)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], input=json.dumps(CASES), capture_output=True, text=True, env=environment,
+        [sys.executable, "-c", COMPILE],
+        input=json.dumps(CASES),
+        capture_output=True,
+        text=True,
+        env=environment,
         timeout=600,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -168,9 +174,13 @@ def test_the_driver_runs_the_ptx_from_these_arguments_alone(tokens, even):
     rows, tokens, heads, _ = case["q"].shape
     case |= {"page": case["page"].int(), "mode": case["mode"].int(), "out": torch.full_like(case["q"], float("nan"))}
     numbers = {
-        "rows": rows, "tokens": tokens, "heads": heads, "references": case["page"].shape[1],
-        "pages": case["pool_k"].shape[0], "page_tokens": case["pool_k"].shape[1],
-    }  # fmt: skip
+        "rows": rows,
+        "tokens": tokens,
+        "heads": heads,
+        "references": case["page"].shape[1],
+        "pages": case["pool_k"].shape[0],
+        "page_tokens": case["pool_k"].shape[1],
+    }
     values = [
         ctypes.c_int(numbers[name]) if name in numbers else ctypes.c_void_p(case[name].data_ptr())
         for name in kernel.arguments

@@ -88,10 +88,15 @@ def test_a_text_that_is_none_is_refused_with_its_line(text, wanted):
 # configs
 
 CONFIG = ModelConfig(
-    "unet_live", "onnxruntime_onnx", (TensorConfig("x", "TYPE_FP16", (-1, 4)), TensorConfig("m", "TYPE_BOOL", (-1,))),
-    (TensorConfig("y", "TYPE_FP16", (-1, 4)),), (InstanceGroup("KIND_GPU", 2, (0, 1)),), QueuePolicy(3, 5_000, "DELAY"),
-    (Warmup("one", (TensorConfig("x", "TYPE_FP16", (2, 4)), TensorConfig("m", "TYPE_BOOL", (2,)))),), file="a.onnx",
-)  # fmt: skip
+    "unet_live",
+    "onnxruntime_onnx",
+    (TensorConfig("x", "TYPE_FP16", (-1, 4)), TensorConfig("m", "TYPE_BOOL", (-1,))),
+    (TensorConfig("y", "TYPE_FP16", (-1, 4)),),
+    (InstanceGroup("KIND_GPU", 2, (0, 1)),),
+    QueuePolicy(3, 5_000, "DELAY"),
+    (Warmup("one", (TensorConfig("x", "TYPE_FP16", (2, 4)), TensorConfig("m", "TYPE_BOOL", (2,)))),),
+    file="a.onnx",
+)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +116,12 @@ def test_a_config_reads_back_as_it_was_written(config):
 @pytest.mark.parametrize(
     "change",
     [
-        {"name": "../x"}, {"platform": "pytorch"}, {"outputs": CONFIG.inputs}, {"inputs": ()},
+        {"name": "../x"},
+        {"platform": "pytorch"},
+        {"outputs": CONFIG.inputs},
+        {"inputs": ()},
     ],
-)  # fmt: skip
+)
 def test_a_config_with_impossible_values_is_refused(change):
     with pytest.raises(InvalidRequest):
         replace(CONFIG, **change)
@@ -122,15 +130,25 @@ def test_a_config_with_impossible_values_is_refused(change):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: TensorConfig("x", "FP16", (1,)), lambda: TensorConfig("x", "TYPE_FP16", (-2,)),
-        lambda: TensorConfig("x", "TYPE_FP16", ()), lambda: InstanceGroup("KIND_TPU"), lambda: InstanceGroup(count=0),
-        lambda: InstanceGroup("KIND_CPU", 1, (0,)), lambda: QueuePolicy(0), lambda: QueuePolicy(action="DROP"),
-        lambda: Warmup("w", (TensorConfig("x", "TYPE_FP16", (-1,)),)), lambda: Shape(0, 64),
-        lambda: Shape(64, 64, True), lambda: Serving("vllm"),
-        lambda: Serving(device="tpu"), lambda: Serving("tensorrt"), lambda: Serving(slots=0),
-        lambda: Serving(engine={"backend": "torch"}), lambda: Serving(engine={"vae": object()}),
+        lambda: TensorConfig("x", "FP16", (1,)),
+        lambda: TensorConfig("x", "TYPE_FP16", (-2,)),
+        lambda: TensorConfig("x", "TYPE_FP16", ()),
+        lambda: InstanceGroup("KIND_TPU"),
+        lambda: InstanceGroup(count=0),
+        lambda: InstanceGroup("KIND_CPU", 1, (0,)),
+        lambda: QueuePolicy(0),
+        lambda: QueuePolicy(action="DROP"),
+        lambda: Warmup("w", (TensorConfig("x", "TYPE_FP16", (-1,)),)),
+        lambda: Shape(0, 64),
+        lambda: Shape(64, 64, True),
+        lambda: Serving("vllm"),
+        lambda: Serving(device="tpu"),
+        lambda: Serving("tensorrt"),
+        lambda: Serving(slots=0),
+        lambda: Serving(engine={"backend": "torch"}),
+        lambda: Serving(engine={"vae": object()}),
     ],
-)  # fmt: skip
+)
 def test_a_setting_out_of_range_is_refused(make):
     with pytest.raises(InvalidRequest):
         make()
@@ -202,10 +220,13 @@ def test_names_types_and_dimensions_are_those_of_the_graphs(source, export, tmp_
         assert (config.name, config.platform) == (name, platform)
         for tensors, values in ((config.inputs, model.input), (config.outputs, model.output)):
             found = [
-                (v.name, ONNX_TYPES[v.type.tensor_type.elem_type],
-                 tuple(-1 if d.dim_param else d.dim_value for d in v.type.tensor_type.shape.dim))
+                (
+                    v.name,
+                    ONNX_TYPES[v.type.tensor_type.elem_type],
+                    tuple(-1 if d.dim_param else d.dim_value for d in v.type.tensor_type.shape.dim),
+                )
                 for v in values
-            ]  # fmt: skip
+            ]
             assert [(t.name, t.data_type, t.dims) for t in tensors] == found
         assert len(config.warmups) == (2 if graph.component == "unet" else 1)
         for warmup in config.warmups:
@@ -224,8 +245,11 @@ def test_the_tree_holds_each_graph_and_the_loop_and_the_hash_of_every_file(sourc
     check_files(out, written)
     tree = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert tree == {entry.name for entry in written.files} | {MANIFEST}
-    graphs = {"unet_plain": {"unet-plain.onnx", "unet.weights"}, "unet_banked": {"unet-banked.onnx", "unet.weights"},
-              "text_encoder": {"text_encoder.onnx"}}  # fmt: skip
+    graphs = {
+        "unet_plain": {"unet-plain.onnx", "unet.weights"},
+        "unet_banked": {"unet-banked.onnx", "unet.weights"},
+        "text_encoder": {"text_encoder.onnx"},
+    }
     expected = {f"{name}/1/{file}" for name, files in graphs.items() for file in files | python}
     expected |= {f"stylefast/1/{file}" for file in ("model.py", "bls_session.py", "json_request.py")}
     expected |= {f"{name}/config.pbtxt" for name in (*graphs, "stylefast")}
@@ -286,8 +310,10 @@ def test_engines_of_tensorrt_rtx_are_not_given_to_the_tensorrt_backend(source, a
     write_repository(altered, tmp_path / "out", unet=source.unet, model="tiny", serving=serving)
     config = ModelConfig.from_pbtxt((tmp_path / "out/unet_plain/config.pbtxt").read_text())
     assert (config.platform, config.file, config.instances) == (
-        "tensorrt_plan", "unet-plain.onnx", (InstanceGroup("KIND_GPU"),)
-    )  # fmt: skip
+        "tensorrt_plan",
+        "unet-plain.onnx",
+        (InstanceGroup("KIND_GPU"),),
+    )
 
 
 def test_a_folder_without_export_and_sizes_between_latents_are_refused(source, export, tmp_path):
@@ -323,12 +349,23 @@ def read(requests, tmp_path):
 
 
 def test_a_request_becomes_one_picture_per_prompt_with_seeds_that_count_up(read):
-    order = read({"prompt": ["a cat", "a dog"], "seed": 7, "steps": 4, "size": [64, 48], "preview_every": 2,
-                  "guidance_interval": [0, 0.5], "scheduler": "dpmpp_2m", "negative_prompt": "fog",
-                  "style": {"method": "aligned", "reference": 0, "adain": {"q": 0.5}, "window": [0, 0.5]}})  # fmt: skip
+    order = read(
+        {
+            "prompt": ["a cat", "a dog"],
+            "seed": 7,
+            "steps": 4,
+            "size": [64, 48],
+            "preview_every": 2,
+            "guidance_interval": [0, 0.5],
+            "scheduler": "dpmpp_2m",
+            "negative_prompt": "fog",
+            "style": {"method": "aligned", "reference": 0, "adain": {"q": 0.5}, "window": [0, 0.5]},
+        }
+    )
     assert [(r.prompt, r.seed, r.steps, r.size, r.negative_prompt) for r in order.requests] == [
-        ("a cat", 7, 4, (64, 48), "fog"), ("a dog", 8, 4, (64, 48), "fog")
-    ]  # fmt: skip
+        ("a cat", 7, 4, (64, 48), "fog"),
+        ("a dog", 8, 4, (64, 48), "fog"),
+    ]
     assert order.preview_every == 2 and order.deadline is None
     # one object, so that the pictures of a request share its reference
     assert order.requests[0].aligned is order.requests[1].aligned

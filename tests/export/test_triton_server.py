@@ -54,9 +54,14 @@ def running(model, tmp_path_factory):
     export_onnx(source, folder / "onnx", Options("onnx", flavours=("plain", "live"), components=COMPONENTS))
     serving = Serving(slots=SLOTS, queue=QueuePolicy(QUEUE), engine={"adapter": adapter})
     write_repository(
-        folder / "onnx", folder / "repository", unet=source.unet, model=str(model), serving=serving,
-        shapes=[Shape(64, 64), Shape(64, 96, 4)], downscale=4,
-    )  # fmt: skip
+        folder / "onnx",
+        folder / "repository",
+        unet=source.unet,
+        model=str(model),
+        serving=serving,
+        shapes=[Shape(64, 64), Shape(64, 96, 4)],
+        downscale=4,
+    )
     with triton_server(folder / "repository", folder) as server:
         yield server
 
@@ -130,22 +135,41 @@ INSTANT = {"method": "instant", "image": 0, "blocks": "all"}
         (ALIGNED, 0, lambda _: sf.StyleAligned(prompt="a house", adain={"q": 0.5}, shift=0.5), "live"),
         ({"method": "aligned", "reference": 1}, 2, lambda given: sf.StyleAligned(given[1]), "live"),
         (INSTANT, 1, lambda given: sf.InstantStyle(given[0], "all"), "plain"),
-        ([ALIGNED | {"share_group_norm": True}, INSTANT | {"scale": 0.5}], 1,
-         lambda given: [sf.StyleAligned(prompt="a house", adain={"q": 0.5}, shift=0.5, share_group_norm=True),
-                        sf.InstantStyle(given[0], "all", 0.5)], "live"),
+        (
+            [ALIGNED | {"share_group_norm": True}, INSTANT | {"scale": 0.5}],
+            1,
+            lambda given: [
+                sf.StyleAligned(prompt="a house", adain={"q": 0.5}, shift=0.5, share_group_norm=True),
+                sf.InstantStyle(given[0], "all", 0.5),
+            ],
+            "live",
+        ),
     ],
     ids=["no style", "a reference prompt", "a reference picture", "an InstantStyle picture", "both"],
-)  # fmt: skip
+)
 def test_pictures_are_those_of_the_engine(server, engine, style, pictures, make, flavour):
     files = [png(small_picture(seed)) for seed in range(pictures)]
     steps = server.calls(f"unet_{flavour}")
-    order = {"prompt": ["a cat", "a dog in oil"], "seed": 4, "steps": 3, "size": [56, 72], "scheduler": "dpmpp_2m",
-             "guidance": 4.0, "negative_prompt": "neon"}  # fmt: skip
+    order = {
+        "prompt": ["a cat", "a dog in oil"],
+        "seed": 4,
+        "steps": 3,
+        "size": [56, 72],
+        "scheduler": "dpmpp_2m",
+        "guidance": 4.0,
+        "negative_prompt": "neon",
+    }
     answer = server.picture(order | ({} if style is None else {"style": style}), files)
     expected = engine.generate(
-        ["a cat", "a dog in oil"], make(files), seed=4, steps=3, size=(56, 72), scheduler="dpmpp_2m", guidance=4.0,
+        ["a cat", "a dog in oil"],
+        make(files),
+        seed=4,
+        steps=3,
+        size=(56, 72),
+        scheduler="dpmpp_2m",
+        guidance=4.0,
         negative_prompt="neon",
-    )  # fmt: skip
+    )
     assert psnr(answer, expected) >= 40
     assert (answer.step, answer.steps, answer.final) == (3, 3, True)
     assert [entry["seed"] for entry in answer.metadata] == [4, 5]
@@ -268,9 +292,13 @@ def test_a_repository_of_the_embedded_model_draws_what_the_engine_draws(tmp_path
     options = Options("onnx", flavours=("plain", "banked"), components=("unet", "vae_decoder"))
     export_onnx(source, tmp_path / "onnx", options)
     write_repository(
-        tmp_path / "onnx", tmp_path / "repository", unet=source.unet, model="tiny",
-        serving=Serving(banks=str(banks)), downscale=downscale(source.vae),
-    )  # fmt: skip
+        tmp_path / "onnx",
+        tmp_path / "repository",
+        unet=source.unet,
+        model="tiny",
+        serving=Serving(banks=str(banks)),
+        downscale=downscale(source.vae),
+    )
     banks.mkdir()
     engine = sf.Engine.from_pretrained("tiny", device="cpu")
     bank = engine.bake(sf.StyleAligned(prompt="a boat"), steps=4, path=banks / "boat.bank")

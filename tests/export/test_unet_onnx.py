@@ -26,8 +26,13 @@ from tests.small_families import family_config
 from tests.small_graphs import small_config
 from tests.small_sdxl import small_unet_config
 
-SHAPES = (GraphShape("plain", segments=0), GraphShape("plain", segments=2), GraphShape("live", 2, 3),
-          GraphShape("banked", 1, 1), GraphShape("banked", 2, 2))  # fmt: skip
+SHAPES = (
+    GraphShape("plain", segments=0),
+    GraphShape("plain", segments=2),
+    GraphShape("live", 2, 3),
+    GraphShape("banked", 1, 1),
+    GraphShape("banked", 2, 2),
+)
 NAMES = ("plain without pictures", "plain", "live", "banked", "banked with two references")
 # (rows, height, width) in latents: odd ones, one row, the least size
 SIZES = ((4, 12, 10), (3, 9, 13), (1, 8, 8), (7, 11, 8))
@@ -40,9 +45,14 @@ def least_config(levels: int) -> dict:
     """
     down, up = ("CrossAttnDownBlock2D", "UpBlock2D") if levels == 2 else ("DownBlock2D", "CrossAttnUpBlock2D")
     return small_unet_config(
-        widths=(32, 64)[:levels], head_width=16, depth=(1, 1)[:levels], layers_per_block=1, mid_block_type=None,
-        down_block_types=(down,) * levels, up_block_types=(up,) * levels,
-    )  # fmt: skip
+        widths=(32, 64)[:levels],
+        head_width=16,
+        depth=(1, 1)[:levels],
+        layers_per_block=1,
+        mid_block_type=None,
+        down_block_types=(down,) * levels,
+        up_block_types=(up,) * levels,
+    )
 
 
 @cache
@@ -141,9 +151,11 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [pytest.param(shape, torch.float32, id=f"{name}-float32") for name, shape in zip(NAMES, SHAPES)]
-    + [pytest.param(SHAPES[i], dtype, id=f"{NAMES[i]}-{str(dtype)[6:]}")
-       for i, dtype in ((0, torch.float16), (-1, torch.float16), (-1, torch.bfloat16))],
-)  # fmt: skip
+    + [
+        pytest.param(SHAPES[i], dtype, id=f"{NAMES[i]}-{str(dtype)[6:]}")
+        for i, dtype in ((0, torch.float16), (-1, torch.float16), (-1, torch.bfloat16))
+    ],
+)
 def test_the_error_is_at_most_twice_that_of_pytorch_in_the_same_type(exported, shape, dtype):
     path, unet = exported(shape, dtype), unet_for(shape, dtype)
     model = emulated(path) if dtype == torch.bfloat16 else str(path)
@@ -173,9 +185,19 @@ def test_another_style_another_strength_and_another_page_change_the_picture(expo
     inputs["self_mode"][:], inputs["self_layers"][:], inputs["adain_strength"][:] = 1, True, 1.0
     inputs["image_page"][:], inputs["image_mask"][:], inputs["image_strength"][:] = 0, -1, 1.0
     before = run(path, inputs)
-    for name, value in (("self_page", 3), ("self_shift", 1.5), ("self_scale", 0.3), ("self_mode", 2),
-                        ("adain_page", 3), ("adain_strength", 0.2), ("norm_page", -1), ("image_strength", 0.1),
-                        ("image_page", 1), ("image_mask", 0), ("text_page", 2)):  # fmt: skip
+    for name, value in (
+        ("self_page", 3),
+        ("self_shift", 1.5),
+        ("self_scale", 0.3),
+        ("self_mode", 2),
+        ("adain_page", 3),
+        ("adain_strength", 0.2),
+        ("norm_page", -1),
+        ("image_strength", 0.1),
+        ("image_page", 1),
+        ("image_mask", 0),
+        ("text_page", 2),
+    ):
         changed = inputs | {name: torch.full_like(inputs[name], value)}
         assert (run(path, changed) - before).abs().max() > 1e-3, name
 
@@ -216,8 +238,11 @@ def test_plain_rows_of_a_live_graph_are_those_of_a_plain_one(exported):
     inputs = inputs_of(unet_for(live, torch.float32), live, (3, 9, 11), 2)
     inputs["self_page"][:], inputs["norm_page"][:], inputs["image_page"][:] = -1, -1, -1
     alone = {name: inputs[name] for name in UNetGraph(unet_for(plain, torch.float32), plain).names}
-    alone |= {name: x[:, :2].contiguous() for name, x in alone.items() if name.startswith("image_") and x.ndim > 1
-              and x.shape[:2] == (3, 3)}  # fmt: skip
+    alone |= {
+        name: x[:, :2].contiguous()
+        for name, x in alone.items()
+        if name.startswith("image_") and x.ndim > 1 and x.shape[:2] == (3, 3)
+    }
     found = run(str(exported(live, torch.float32)), inputs)
     assert (found - run(str(exported(plain, torch.float32)), alone)).abs().max() < 1e-5
 
@@ -304,8 +329,9 @@ def test_a_model_without_weights_is_written_from_a_state(tmp_path):
     assert (run(str(tmp_path / entry.file), inputs) - eager(unet, shape, inputs)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("changes", [{"flavour": "bank"}, {"references": 0}, {"references": 17}, {"segments": -1},
-                                     {"segments": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{"flavour": "bank"}, {"references": 0}, {"references": 17}, {"segments": -1}, {"segments": True}]
+)
 def test_a_shape_out_of_range_is_refused(changes):
     with pytest.raises(InvalidRequest):
         GraphShape(**{"flavour": "live"} | changes)

@@ -124,17 +124,30 @@ def triton_server(repository: Path, folder: Path) -> Iterator[TritonServer]:
     log = folder / "server.log"
     address = f"127.0.0.1:{_free_port()}"
     command = [
-        _binary(), f"--model-repository={repository}", f"--backend-directory={_backends(folder)}",
-        "--model-control-mode=explicit", "--load-model=*", "--disable-auto-complete-config", "--allow-http=false",
-        "--allow-metrics=false", "--grpc-address=127.0.0.1", f"--grpc-port={address.rpartition(':')[2]}",
-        "--exit-timeout-secs=5", "--log-info=false", "--pinned-memory-pool-byte-size=0",
-    ]  # fmt: skip
+        _binary(),
+        f"--model-repository={repository}",
+        f"--backend-directory={_backends(folder)}",
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        "--disable-auto-complete-config",
+        "--allow-http=false",
+        "--allow-metrics=false",
+        "--grpc-address=127.0.0.1",
+        f"--grpc-port={address.rpartition(':')[2]}",
+        "--exit-timeout-secs=5",
+        "--log-info=false",
+        "--pinned-memory-pool-byte-size=0",
+    ]
     with log.open("wb") as output:
         # a group of its own, so that the backend's processes go with it
         process = subprocess.Popen(
-            list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, env=_environment(), cwd=folder,
+            list(map(str, command)),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            cwd=folder,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             server = TritonServer(address, log)
             _wait_until_ready(server, process)

@@ -76,14 +76,34 @@ def mixed_case(dtype, width, tokens, page_tokens=23, heads=2):
     page = torch.tensor([[-1, -1, -1], [0, 5, -1], [7, 7, 3], [2, 6, 5], [-1, 1, -1]])
     mode = torch.tensor([CONCAT, CONCAT, SWAP, PLAIN, CONCAT])
     return dict(
-        q=q, k=k, v=v, page=page, mode=mode, scale=normal(5, 3, seed=5), shift=normal(5, 3, seed=6),
-        gain=normal(3, 5, heads, width, seed=7) * 0.3 + 1, offset=normal(3, 5, heads, width, seed=8) * 0.3,
-        pool=(pool_k, pool_v, None, None), bias=normal(8, max(tokens, page_tokens), seed=9),
-    )  # fmt: skip
+        q=q,
+        k=k,
+        v=v,
+        page=page,
+        mode=mode,
+        scale=normal(5, 3, seed=5),
+        shift=normal(5, 3, seed=6),
+        gain=normal(3, 5, heads, width, seed=7) * 0.3 + 1,
+        offset=normal(3, 5, heads, width, seed=8) * 0.3,
+        pool=(pool_k, pool_v, None, None),
+        bias=normal(8, max(tokens, page_tokens), seed=9),
+    )
 
 
-GATED = ("q", "text_k", "text_v", "text_page", "image_k", "image_v", "image_lengths", "image_page", "strength", "group",
-         "masks", "mask_index")  # fmt: skip
+GATED = (
+    "q",
+    "text_k",
+    "text_v",
+    "text_page",
+    "image_k",
+    "image_v",
+    "image_lengths",
+    "image_page",
+    "strength",
+    "group",
+    "masks",
+    "mask_index",
+)
 
 
 def gated(**case):
@@ -93,8 +113,20 @@ def gated(**case):
     return out
 
 
-def gated_formula(q, text_k, text_v, text_page, image_k=None, image_v=None, image_lengths=None, image_page=None,
-                  strength=None, group=None, masks=None, mask_index=None):  # fmt: skip
+def gated_formula(
+    q,
+    text_k,
+    text_v,
+    text_page,
+    image_k=None,
+    image_v=None,
+    image_lengths=None,
+    image_page=None,
+    strength=None,
+    group=None,
+    masks=None,
+    mask_index=None,
+):
     out = torch.zeros(q.shape, dtype=torch.float64)
     for row in range(len(q)):
         query, page = q[row].double(), int(text_page[row])
@@ -125,13 +157,19 @@ def gated_case(dtype, width=64, tokens=65, text_tokens=77, image_tokens=17, head
         for page, length in enumerate(lengths):
             x[page, length:] = math.nan  # padding
     return dict(
-        q=normal(4, tokens, heads, width, seed=0, dtype=dtype), text_k=text[0], text_v=text[1],
-        text_page=torch.tensor([0, 1, 1, 0]), image_k=image[0], image_v=image[1], image_lengths=lengths,
+        q=normal(4, tokens, heads, width, seed=0, dtype=dtype),
+        text_k=text[0],
+        text_v=text[1],
+        text_page=torch.tensor([0, 1, 1, 0]),
+        image_k=image[0],
+        image_v=image[1],
+        image_lengths=lengths,
         image_page=torch.tensor([[0, -1, -1], [1, 2, 3], [3, 0, 2], [2, 1, 1]]),
         strength=torch.tensor([[0.7, 5.0, 1.0], [1.0, -0.4, 0.3], [0.5, 0.0, 1.5], [0.0, 0.0, 0.0]]),
         group=torch.tensor([[0, 0, 0], [7, 2, 7], [1, 1, 1], [0, 1, 2]]),
-        masks=normal(2, tokens, seed=5), mask_index=torch.tensor([[-1, 0, 0], [1, -1, 0], [0, 0, 1], [0, 0, 0]]),
-    )  # fmt: skip
+        masks=normal(2, tokens, seed=5),
+        mask_index=torch.tensor([[-1, 0, 0], [1, -1, 0], [0, 0, 1], [0, 0, 0]]),
+    )
 
 
 def statistics(*xs):

@@ -112,10 +112,17 @@ def step_case(pictures=3, shape=(4, 9, 11), state=torch.float32, network=torch.f
     rows = torch.randperm(3 * pictures, generator=torch.Generator().manual_seed(5))
     branch_rows = torch.stack([rows[:pictures], torch.full((pictures,), -1), *rows[pictures:].view(2, pictures)], 1)
     return dict(
-        latents=latents, anchor=anchor, history=history, predictions=predictions, branch_rows=branch_rows,
-        branch_weights=normal(pictures, 4, seed=6), rescale=torch.linspace(0, 1, pictures),
-        denoised=normal(pictures, 2, seed=7), update=normal(pictures, 2, 6, seed=8), noise=noise,
-    )  # fmt: skip
+        latents=latents,
+        anchor=anchor,
+        history=history,
+        predictions=predictions,
+        branch_rows=branch_rows,
+        branch_weights=normal(pictures, 4, seed=6),
+        rescale=torch.linspace(0, 1, pictures),
+        denoised=normal(pictures, 2, seed=7),
+        update=normal(pictures, 2, 6, seed=8),
+        noise=noise,
+    )
 
 
 def step(case, **given):
@@ -136,10 +143,15 @@ def every_operation(rows=3):
     case = step_case(shape=(4, 80, 81))
     page = [1] * rows
     return (
-        geglu(tokens), layer_norm(tokens, *parameters), *add_layer_norm(tokens, residual, *parameters),
-        group_norm(x, 4, weight, bias, page=page), group_norm(last, 4, weight, bias, page=page), *stats, *step(case),
+        geglu(tokens),
+        layer_norm(tokens, *parameters),
+        *add_layer_norm(tokens, residual, *parameters),
+        group_norm(x, 4, weight, bias, page=page),
+        group_norm(last, 4, weight, bias, page=page),
+        *stats,
+        *step(case),
         *adain_affine(*stats, torch.tensor(page), torch.ones(rows, 2), None, None),
-    )  # fmt: skip
+    )
 
 
 def refused(match):

@@ -103,10 +103,14 @@ def shared_cases(draw):
     if rows > 1 and draw(st.booleans()):
         q = q[:1].expand(rows, -1, -1, -1)
     arguments = {
-        "q": q, "k": k, "v": v, "page": table(torch.tensor(page).reshape(rows, references).long(), spread),
-        "mode": torch.tensor(mode).long().repeat_interleave(2)[::2], "scale": table(scale, spread),
+        "q": q,
+        "k": k,
+        "v": v,
+        "page": table(torch.tensor(page).reshape(rows, references).long(), spread),
+        "mode": torch.tensor(mode).long().repeat_interleave(2)[::2],
+        "scale": table(scale, spread),
         "shift": table(shift, spread),
-    }  # fmt: skip
+    }
     if parts:
         arguments["affine"] = kernels.Affine(gain, offset.transpose(1, 2).contiguous().transpose(1, 2))
     if pages:
@@ -121,9 +125,20 @@ def shared_cases(draw):
 
 
 def composed_shared(
-    q, k, v, page, mode, scale, shift, affine=None, pool_k=None, pool_v=None, bias=None, pool_k_scale=None,
-    pool_v_scale=None
-):  # fmt: skip
+    q,
+    k,
+    v,
+    page,
+    mode,
+    scale,
+    shift,
+    affine=None,
+    pool_k=None,
+    pool_v=None,
+    bias=None,
+    pool_k_scale=None,
+    pool_v_scale=None,
+):
     """What one writes without this operation: AdaIN, concatenation and PyTorch's attention, in the input's type."""
     rows, out = len(q), torch.zeros_like(q)
     for row in range(rows):
@@ -196,12 +211,16 @@ def gated_cases(draw):
         mask_index = [[draw(st.integers(-1, masks - 1)) for _ in row] for row in page]
         read = {
             p: mask_index[row][s]
-            for row in range(rows) for s, p in enumerate(page[row]) if p >= 0 and strength[row, s] != 0
-        }  # fmt: skip
+            for row in range(rows)
+            for s, p in enumerate(page[row])
+            if p >= 0 and strength[row, s] != 0
+        }
         seen_masks = {
             mask_index[row][s]
-            for row in range(rows) for s, p in enumerate(page[row]) if p >= 0 and strength[row, s] != 0
-        }  # fmt: skip
+            for row in range(rows)
+            for s, p in enumerate(page[row])
+            if p >= 0 and strength[row, s] != 0
+        }
         for x in image:
             for p in range(pages):
                 x[p, lengths[p] if p in read else 0 :] = math.nan
@@ -210,12 +229,15 @@ def gated_cases(draw):
         strength[page < 0] = math.nan
         spread = draw(st.booleans())
         arguments |= {
-            "image_k": laid_out(image[0], draw(layouts)), "image_v": laid_out(image[1], draw(layouts)),
-            "image_lengths": torch.tensor(lengths).long(), "image_page": table(page.long(), spread),
+            "image_k": laid_out(image[0], draw(layouts)),
+            "image_v": laid_out(image[1], draw(layouts)),
+            "image_lengths": torch.tensor(lengths).long(),
+            "image_page": table(page.long(), spread),
             "strength": table(strength, spread),
             "group": torch.tensor([[draw(st.integers(-5, -4)) for _ in row] for row in page]).reshape(rows, -1).long()
-            if rows * segments else torch.zeros(rows, segments).long(),
-        }  # fmt: skip
+            if rows * segments
+            else torch.zeros(rows, segments).long(),
+        }
         if masks:
             arguments |= {
                 "masks": torch.full((masks, 2 * tokens), math.nan)[:, ::2].copy_(mask),
@@ -229,9 +251,19 @@ def gated_cases(draw):
 
 
 def composed_gated(
-    q, text_k, text_v, text_page, image_k=None, image_v=None, image_lengths=None, image_page=None, strength=None,
-    group=None, masks=None, mask_index=None
-):  # fmt: skip
+    q,
+    text_k,
+    text_v,
+    text_page,
+    image_k=None,
+    image_v=None,
+    image_lengths=None,
+    image_page=None,
+    strength=None,
+    group=None,
+    masks=None,
+    mask_index=None,
+):
     """Attention to the text and to every group of images, added up in the input's type."""
     out = torch.zeros_like(q)
     for row, page in enumerate(text_page.tolist()):

@@ -28,7 +28,8 @@ SHARED = {
     "a page behind the last": (lambda: _shared(page=torch.tensor([[0], [2]])), r"page holds 2, .* lie in \[-1, 1\]"),
     "a page below -1": (lambda: _shared(page=torch.tensor([[0], [-2]])), r"page holds -2, .* lie in \[-1, 1\]"),
     "a page of a pool that is too small": (
-        lambda: _shared(page=torch.tensor([[0], [4]]), pool_k=_pool(), pool_v=_pool()), r"page holds 4, .*\[-1, 3\]"
+        lambda: _shared(page=torch.tensor([[0], [4]]), pool_k=_pool(), pool_v=_pool()),
+        r"page holds 4, .*\[-1, 3\]",
     ),
     "pages as 32-bit integers": (lambda: _shared(page=torch.tensor([[0], [1]]).int()), "page must be torch.int64"),
     "an unknown mode": (lambda: _shared(mode=torch.tensor([0, 3])), r"mode holds 3, .* lie in \[0, 2\]"),
@@ -36,27 +37,33 @@ SHARED = {
     "a shift in half precision": (lambda: _shared(shift=torch.zeros(2, 1).half()), "shift must be torch.float32"),
     "keys of a pool without values": (lambda: _shared(pool_k=_pool()), "pool_k and pool_v go together"),
     "a pool of another head size": (
-        lambda: _shared(pool_k=torch.randn(1, 5, 2, 16), pool_v=torch.randn(1, 5, 2, 16)), "d=32"
+        lambda: _shared(pool_k=torch.randn(1, 5, 2, 16), pool_v=torch.randn(1, 5, 2, 16)),
+        "d=32",
     ),
     "a pool of another type": (lambda: _shared(pool_k=_pool(torch.half), pool_v=_pool(torch.half)), "pool_k must be"),
     "fp8 pages without scales": (
-        lambda: _shared(pool_k=_pool(torch.float8_e4m3fn), pool_v=_pool(torch.float8_e4m3fn)), "pool_k_scale"
+        lambda: _shared(pool_k=_pool(torch.float8_e4m3fn), pool_v=_pool(torch.float8_e4m3fn)),
+        "pool_k_scale",
     ),
     "scales without fp8 pages": (
-        lambda: _shared(pool_k=_pool(), pool_v=_pool(), pool_k_scale=torch.ones(2, 2, 32)), "only with those"
+        lambda: _shared(pool_k=_pool(), pool_v=_pool(), pool_k_scale=torch.ones(2, 2, 32)),
+        "only with those",
     ),
     "a bias that is too short": (lambda: _shared(bias=torch.zeros(2, 5)), "bias covers 5 tokens .* has 6"),
     "an affine of other rows": (
-        lambda: _shared(affine=kernels.Affine(*torch.ones(2, 3, 1, 2, 32))), r"affine.gain must have shape"
+        lambda: _shared(affine=kernels.Affine(*torch.ones(2, 3, 1, 2, 32))),
+        r"affine.gain must have shape",
     ),
     "a strided last dimension": (
-        lambda: _shared(q=torch.randn(2, 6, 32, 2).transpose(2, 3)), "q must have stride 1 in its last dimension, not 2"
+        lambda: _shared(q=torch.randn(2, 6, 32, 2).transpose(2, 3)),
+        "q must have stride 1 in its last dimension, not 2",
     ),
     "an out of another shape": (lambda: _shared(out=torch.empty(2, 6, 2, 16)), "out must have shape"),
     "an out that overlaps itself": (
-        lambda: _shared(out=torch.empty(2, 1, 2, 32).expand(2, 6, 2, 32)), "out overlaps itself"
+        lambda: _shared(out=torch.empty(2, 1, 2, 32).expand(2, 6, 2, 32)),
+        "out overlaps itself",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -107,10 +114,17 @@ def _gated(**changes):
     text = torch.randn(1, 7, HEADS, WIDTH)
     image = torch.randn(2, 4, HEADS, WIDTH)
     arguments = {
-        "q": torch.randn(ROWS, TOKENS, HEADS, WIDTH), "text_k": text, "text_v": text, "text_page": torch.tensor([0, 0]),
-        "image_k": image, "image_v": image, "image_lengths": torch.tensor([4, 2]),
-        "image_page": torch.tensor([[0], [1]]), "strength": torch.ones(2, 1), "group": torch.zeros(2, 1).long(),
-    }  # fmt: skip
+        "q": torch.randn(ROWS, TOKENS, HEADS, WIDTH),
+        "text_k": text,
+        "text_v": text,
+        "text_page": torch.tensor([0, 0]),
+        "image_k": image,
+        "image_v": image,
+        "image_lengths": torch.tensor([4, 2]),
+        "image_page": torch.tensor([[0], [1]]),
+        "strength": torch.ones(2, 1),
+        "group": torch.zeros(2, 1).long(),
+    }
     return kernels.gated_cross_attention(**(arguments | changes))
 
 
@@ -122,15 +136,18 @@ GATED = {
     "a strength table of other segments": (lambda: _gated(strength=torch.ones(2, 2)), "strength must have shape"),
     "strengths left out": (lambda: _gated(strength=None), "image segments need all of .*; strength is missing"),
     "a mask behind the last": (
-        lambda: _gated(masks=torch.ones(1, 6), mask_index=torch.ones(2, 1).long()), "mask_index holds 1"
+        lambda: _gated(masks=torch.ones(1, 6), mask_index=torch.ones(2, 1).long()),
+        "mask_index holds 1",
     ),
     "masks of another token count": (
-        lambda: _gated(masks=torch.ones(1, 5), mask_index=torch.zeros(2, 1).long()), "masks must have shape"
+        lambda: _gated(masks=torch.ones(1, 5), mask_index=torch.zeros(2, 1).long()),
+        "masks must have shape",
     ),
     "no text": (lambda: _gated(text_k=torch.ones(1, 0, 2, 32), text_v=torch.ones(1, 0, 2, 32)), "at least one page"),
     "masks without their index": (lambda: _gated(masks=torch.ones(1, 6)), "masks need mask_index"),
     "a mask as a number": (
-        lambda: _gated(masks=torch.tensor(1.0), mask_index=torch.zeros(2, 1).long()), "masks must have shape"
+        lambda: _gated(masks=torch.tensor(1.0), mask_index=torch.zeros(2, 1).long()),
+        "masks must have shape",
     ),
     "half-precision text": (lambda: _gated(text_k=torch.randn(1, 7, 2, 32).half()), "text_k must be torch.float32"),
 }
@@ -161,10 +178,17 @@ def _stored(*shape):
 def _step(**changes):
     x = torch.randn(1, 4, 2, 2)
     arguments = {
-        "latents": x, "anchor": x, "history": torch.randn(1, 2, 4, 2, 2), "predictions": torch.randn(2, 4, 2, 2),
-        "branch_rows": torch.tensor([[0, -1, -1, 1]]), "branch_weights": torch.ones(1, 4), "rescale": torch.zeros(1),
-        "denoised": torch.ones(1, 2), "update": torch.ones(1, 2, 6), "noise": x,
-    }  # fmt: skip
+        "latents": x,
+        "anchor": x,
+        "history": torch.randn(1, 2, 4, 2, 2),
+        "predictions": torch.randn(2, 4, 2, 2),
+        "branch_rows": torch.tensor([[0, -1, -1, 1]]),
+        "branch_weights": torch.ones(1, 4),
+        "rescale": torch.zeros(1),
+        "denoised": torch.ones(1, 2),
+        "update": torch.ones(1, 2, 6),
+        "noise": x,
+    }
     return kernels.guided_step(**(arguments | changes))
 
 
@@ -177,10 +201,12 @@ OTHERS = {
     "an infinite pool variance": (lambda: _adain(page=2, **_statistics(0.0, math.inf)), "pool_variance holds inf"),
     "a negative pool variance": (lambda: _adain(page=2, **_statistics(0.0, -1.0)), "pool_variance holds -1.0"),
     "own statistics that are not a number": (
-        lambda: _adain(mean=torch.full((1, ROWS, HEADS, WIDTH), math.nan)), "mean holds nan"
+        lambda: _adain(mean=torch.full((1, ROWS, HEADS, WIDTH), math.nan)),
+        "mean holds nan",
     ),
     "a negative own variance": (
-        lambda: _adain(variance=torch.full((1, ROWS, HEADS, WIDTH), -2.0)), "variance holds -2.0"
+        lambda: _adain(variance=torch.full((1, ROWS, HEADS, WIDTH), -2.0)),
+        "variance holds -2.0",
     ),
     "parameters of another half precision": (
         lambda: kernels.layer_norm(torch.ones(2, 8).half(), torch.ones(8).bfloat16(), torch.ones(8).bfloat16()),
@@ -194,20 +220,24 @@ OTHERS = {
     ),
     "branch rows as floats": (lambda: _step(branch_rows=torch.zeros(1, 4)), "branch_rows must be torch.int64"),
     "a branch row behind the last": (
-        lambda: _step(branch_rows=torch.full((1, 4), 2)), r"branch_rows holds 2, .* lie in \[-1, 1\]"
+        lambda: _step(branch_rows=torch.full((1, 4), 2)),
+        r"branch_rows holds 2, .* lie in \[-1, 1\]",
     ),
     "a rescale above 1": (lambda: _step(rescale=torch.full((1,), 9.0)), "rescale holds 9.0"),
     "latents as integers": (lambda: _step(latents=torch.ones(1, 4, 2, 2).long()), "latents must be"),
     "statistics of no tokens": (lambda: kernels.token_stats(torch.ones(1, 0, 2, 4)), "at least 1 token"),
     "statistics of four tensors": (lambda: kernels.token_stats(*[torch.ones(1, 2, 2, 4)] * 4), "1 to 3 tensors, not 4"),
     "stored values that are no fp8": (
-        lambda: kernels.dequantise(torch.ones(1, 2, 3), torch.ones(1, 3)), "values must be torch.float8_e4m3fn, not"
+        lambda: kernels.dequantise(torch.ones(1, 2, 3), torch.ones(1, 3)),
+        "values must be torch.float8_e4m3fn, not",
     ),
     "a scale of other channels": (
-        lambda: kernels.dequantise(_stored(1, 2, 3), torch.ones(1, 4)), r"scale must have shape \[groups=1, chann"
+        lambda: kernels.dequantise(_stored(1, 2, 3), torch.ones(1, 4)),
+        r"scale must have shape \[groups=1, chann",
     ),
     "a place of another shape": (
-        lambda: kernels.dequantise(_stored(1, 2, 3), torch.ones(1, 3), torch.empty(2, 2, 3)), "out must have shape"
+        lambda: kernels.dequantise(_stored(1, 2, 3), torch.ones(1, 3), torch.empty(2, 2, 3)),
+        "out must have shape",
     ),
     "an odd geglu": (lambda: kernels.geglu(torch.ones(2, 5)), r"splits .* in two, but x has shape \[2, 5\]"),
     "a norm of other channels": (
@@ -215,10 +245,12 @@ OTHERS = {
         r"weight must have shape \[channels=8\]",
     ),
     "a layer norm without eps": (
-        lambda: kernels.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8), 0.0), "eps must be above 0, not 0.0"
+        lambda: kernels.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8), 0.0),
+        "eps must be above 0, not 0.0",
     ),
     "a residual of another shape": (
-        lambda: kernels.add_layer_norm(torch.ones(2, 8), torch.ones(1, 8), torch.ones(8), torch.ones(8)), "residual"
+        lambda: kernels.add_layer_norm(torch.ones(2, 8), torch.ones(1, 8), torch.ones(8), torch.ones(8)),
+        "residual",
     ),
     "groups that do not divide the channels": (
         lambda: kernels.group_norm_silu(torch.ones(1, 8, 2, 2), 3, torch.ones(8), torch.ones(8), 1e-5, True),
@@ -226,12 +258,19 @@ OTHERS = {
     ),
     "a pool without its element count": (
         lambda: kernels.group_norm_silu(
-            torch.ones(1, 8, 2, 2), 4, torch.ones(8), torch.ones(8), 1e-5, True, torch.tensor([1]),
-            torch.ones(1, 4), torch.ones(1, 4),
+            torch.ones(1, 8, 2, 2),
+            4,
+            torch.ones(8),
+            torch.ones(8),
+            1e-5,
+            True,
+            torch.tensor([1]),
+            torch.ones(1, 4),
+            torch.ones(1, 4),
         ),
         "pool_elements must say",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)

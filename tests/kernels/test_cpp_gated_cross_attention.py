@@ -84,12 +84,15 @@ def test_gated_attention_gives_the_same_bits_on_one_thread_and_on_many(instructi
     assert torch.equal(alone, together)
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("text_page", 2, "text_page is 2, but it must be from 0 to 1"),
-    ("image_page", 4, "image_page is 4, but it must be from -1 to 3"),
-    ("image_lengths", 18, "image_lengths is 18, but it must be from 0 to 17"),
-    ("mask_index", 2, "mask_index is 2, but it must be from -1 to 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("text_page", 2, "text_page is 2, but it must be from 0 to 1"),
+        ("image_page", 4, "image_page is 4, but it must be from -1 to 3"),
+        ("image_lengths", 18, "image_lengths is 18, but it must be from 0 to 17"),
+        ("mask_index", 2, "mask_index is 2, but it must be from -1 to 1"),
+    ],
+)
 def test_gated_attention_refuses_an_index_out_of_range_with_its_limit(name, value, message):
     case = gated_case(torch.float32)
     case[name].view(-1)[-1] = value

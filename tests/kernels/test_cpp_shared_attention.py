@@ -205,13 +205,16 @@ def test_other_python_threads_run_while_it_computes():
     assert any(turns() > 100 for _ in range(20))
 
 
-@pytest.mark.parametrize("page, mode, message", [
-    (5, CONCAT, "page is 5, but it must be from -1 to 4"),
-    (-2, CONCAT, "page is -2"),
-    (2**40, PLAIN, "page is 1099511627776"),
-    (1, 3, "mode is 3, but it must be from 0 to 2"),
-    (1, -1, "mode is -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "page, mode, message",
+    [
+        (5, CONCAT, "page is 5, but it must be from -1 to 4"),
+        (-2, CONCAT, "page is -2"),
+        (2**40, PLAIN, "page is 1099511627776"),
+        (1, 3, "mode is 3, but it must be from 0 to 2"),
+        (1, -1, "mode is -1"),
+    ],
+)
 def test_an_index_out_of_range_is_refused_with_its_limit(page, mode, message):
     q = torch.zeros(2, 3, 1, 32)
     pool = (torch.zeros(3, 3, 1, 32), torch.zeros(3, 3, 1, 32), None, None)
@@ -219,16 +222,22 @@ def test_an_index_out_of_range_is_refused_with_its_limit(page, mode, message):
         shared(q, q, q, [[-1], [page]], [PLAIN, mode], pool=pool)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(q=torch.zeros(2, 3, 1, 48), k=torch.zeros(2, 3, 1, 48), v=torch.zeros(2, 3, 1, 48)), "head size is 48"),
-    (dict(k=torch.zeros(2, 4, 1, 32)), "k does not have the shape"),
-    (dict(v=torch.zeros(2, 3, 1, 32, dtype=torch.float16)), "v does not have the type"),
-    (dict(q=torch.zeros(2, 3, 1, 64)[..., ::2]), "stride 2 between channels"),
-    (dict(q=torch.zeros(2, 3, 1, 32, dtype=torch.float64)), "Double"),
-    (dict(pool=(torch.zeros(1, 3, 1, 32, dtype=torch.float8_e4m3fn),) * 2 + (None, None)), "pool_k_scale is missing"),
-    (dict(bias=torch.zeros(2, 2)), "bias must be"),
-    (dict(gain=torch.ones(3, 2, 1, 32)), "offset is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(q=torch.zeros(2, 3, 1, 48), k=torch.zeros(2, 3, 1, 48), v=torch.zeros(2, 3, 1, 48)), "head size is 48"),
+        (dict(k=torch.zeros(2, 4, 1, 32)), "k does not have the shape"),
+        (dict(v=torch.zeros(2, 3, 1, 32, dtype=torch.float16)), "v does not have the type"),
+        (dict(q=torch.zeros(2, 3, 1, 64)[..., ::2]), "stride 2 between channels"),
+        (dict(q=torch.zeros(2, 3, 1, 32, dtype=torch.float64)), "Double"),
+        (
+            dict(pool=(torch.zeros(1, 3, 1, 32, dtype=torch.float8_e4m3fn),) * 2 + (None, None)),
+            "pool_k_scale is missing",
+        ),
+        (dict(bias=torch.zeros(2, 2)), "bias must be"),
+        (dict(gain=torch.ones(3, 2, 1, 32)), "offset is missing"),
+    ],
+)
 def test_tensors_that_no_kernel_takes_are_refused(change, message):
     q = torch.zeros(2, 3, 1, 32)
     with pytest.raises(ValueError, match=message):

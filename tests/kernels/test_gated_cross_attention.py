@@ -19,13 +19,19 @@ def _case(seed=0, segments=2):
     q, text = draw(ROWS, TOKENS, HEADS, WIDTH), draw(2, 3, 7, HEADS, WIDTH)
     image = draw(2, 3, 5, HEADS, WIDTH)
     return {
-        "q": q, "text_k": text[0], "text_v": text[1], "text_page": torch.tensor([0, 2, 1, 1]),
-        "image_k": image[0], "image_v": image[1], "image_lengths": torch.tensor([4, 5, 2]),
+        "q": q,
+        "text_k": text[0],
+        "text_v": text[1],
+        "text_page": torch.tensor([0, 2, 1, 1]),
+        "image_k": image[0],
+        "image_v": image[1],
+        "image_lengths": torch.tensor([4, 5, 2]),
         "image_page": torch.tensor([[0, 1], [2, -1], [-1, -1], [1, 2]])[:, :segments],
         "strength": torch.tensor([[0.6, 1.2], [1.0, 0.0], [1.0, 1.0], [-0.5, 2.0]])[:, :segments],
         "group": torch.arange(segments).expand(ROWS, -1),
-        "masks": draw(2, TOKENS).abs(), "mask_index": torch.tensor([[-1, 0], [1, -1], [-1, -1], [0, 1]])[:, :segments],
-    }  # fmt: skip
+        "masks": draw(2, TOKENS).abs(),
+        "mask_index": torch.tensor([[-1, 0], [1, -1], [-1, -1], [0, 1]])[:, :segments],
+    }
 
 
 @pytest.mark.parametrize("group", ["separate softmaxes", "one softmax"])

@@ -15,10 +15,25 @@ from tests.kernels.cuda_graphs import capture_and_replay
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 SHAPES = {
-    "64 x 64 latents": (4096, 10, 64), "32 x 32 latents": (1024, 20, 64), "odd": (331, 5, 40), "wide": (515, 4, 128),
-}  # fmt: skip
-NAMES = ("q", "text_k", "text_v", "text_page", "image_k", "image_v", "image_lengths", "image_page", "strength", "group",
-         "masks", "mask_index")  # fmt: skip
+    "64 x 64 latents": (4096, 10, 64),
+    "32 x 32 latents": (1024, 20, 64),
+    "odd": (331, 5, 40),
+    "wide": (515, 4, 128),
+}
+NAMES = (
+    "q",
+    "text_k",
+    "text_v",
+    "text_page",
+    "image_k",
+    "image_v",
+    "image_lengths",
+    "image_page",
+    "strength",
+    "group",
+    "masks",
+    "mask_index",
+)
 
 
 def _case(tokens, heads, d, dtype, segments=1, text_tokens=77, image_tokens=16):
@@ -32,15 +47,18 @@ def _case(tokens, heads, d, dtype, segments=1, text_tokens=77, image_tokens=16):
 
     return {
         "q": draw(4, tokens, heads, d).to(dtype),
-        "text_k": draw(3, text_tokens, heads, d).to(dtype), "text_v": draw(3, text_tokens, heads, d).to(dtype),
+        "text_k": draw(3, text_tokens, heads, d).to(dtype),
+        "text_v": draw(3, text_tokens, heads, d).to(dtype),
         "text_page": torch.tensor([0, 2, 1, 1], device=DEVICE),
-        "image_k": draw(3, image_tokens, heads, d).to(dtype), "image_v": draw(3, image_tokens, heads, d).to(dtype),
+        "image_k": draw(3, image_tokens, heads, d).to(dtype),
+        "image_v": draw(3, image_tokens, heads, d).to(dtype),
         "image_lengths": torch.tensor([image_tokens, 4, image_tokens - 1], device=DEVICE),
         "image_page": table([[0, 1, 2, 0], [2, -1, 1, 1], [-1, -1, -1, -1], [1, 2, 0, 2]]),
         "strength": table([[0.6, 1.2, 0.3, 1.0], [1.0, 1.0, 0.0, 0.5], [1.0, 1.0, 1.0, 1.0], [-0.5, 2.0, 0.7, 0.1]]),
         "group": table([[0, 1, 2, 3], [0, 1, 2, 2], [0, 0, 0, 0], [1, 0, 1, 0]]),
-        "masks": draw(2, tokens).abs(), "mask_index": table([[-1, 0, 1, -1], [1, -1, 0, 0], [-1] * 4, [0, 1, -1, -1]]),
-    }  # fmt: skip
+        "masks": draw(2, tokens).abs(),
+        "mask_index": table([[-1, 0, 1, -1], [1, -1, 0, 0], [-1] * 4, [0, 1, -1, -1]]),
+    }
 
 
 def _run(case, config=None):
@@ -73,8 +91,10 @@ def test_error_is_at_most_twice_that_of_two_sdpa_calls(shape, dtype):
     assert ours.max() <= 2 * peer.max() + 1e-6
 
 
-@pytest.mark.parametrize("segments, text_tokens, image_tokens", [(0, 77, 16), (1, 77, 16), (3, 77, 16), (4, 77, 4),
-                                                                 (4, 77, 16), (2, 154, 16), (1, 77, 257)])  # fmt: skip
+@pytest.mark.parametrize(
+    "segments, text_tokens, image_tokens",
+    [(0, 77, 16), (1, 77, 16), (3, 77, 16), (4, 77, 4), (4, 77, 16), (2, 154, 16), (1, 77, 257)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_mix_of_segments_equals_the_reference(segments, text_tokens, image_tokens, dtype):
     case = _case(*SHAPES["32 x 32 latents"], dtype, segments, text_tokens, image_tokens)

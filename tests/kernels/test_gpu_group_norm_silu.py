@@ -15,9 +15,15 @@ from tests.kernels.cuda_graphs import capture_and_replay
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 SHAPES = [
-    (2, 320, 128, 128), (4, 640, 64, 64), (2, 960, 64, 64), (8, 1280, 32, 32), (2, 2560, 32, 32),
-    (1, 512, 128, 128), (1, 128, 512, 512), (3, 320, 37, 53),
-]  # fmt: skip
+    (2, 320, 128, 128),
+    (4, 640, 64, 64),
+    (2, 960, 64, 64),
+    (8, 1280, 32, 32),
+    (2, 2560, 32, 32),
+    (1, 512, 128, 128),
+    (1, 128, 512, 512),
+    (3, 320, 37, 53),
+]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -28,9 +34,16 @@ def _case(shape, layout, dtype):
     weight, bias = torch.randn(2, channels, device=DEVICE)
     return {
         "x": (torch.randn(shape, device=DEVICE) * 2 + 1).to(dtype).contiguous(memory_format=LAYOUTS[layout]),
-        "groups": 32, "weight": weight.to(dtype), "bias": bias.to(dtype), "eps": 1e-5, "silu": True, "page": None,
-        "pool_mean": None, "pool_variance": None, "pool_elements": 0,
-    }  # fmt: skip
+        "groups": 32,
+        "weight": weight.to(dtype),
+        "bias": bias.to(dtype),
+        "eps": 1e-5,
+        "silu": True,
+        "page": None,
+        "pool_mean": None,
+        "pool_variance": None,
+        "pool_elements": 0,
+    }
 
 
 def _run(case):
@@ -60,9 +73,11 @@ def test_error_is_at_most_twice_that_of_pytorch(shape, layout, dtype):
 def test_pooled_statistics_equal_the_reference(layout, dtype):
     case = _case((4, 640, 64, 64), layout, dtype)
     case |= {
-        "page": torch.tensor([-1, 0, 5, 4], device=DEVICE), "pool_mean": torch.randn(2, 32, device=DEVICE),
-        "pool_variance": torch.rand(2, 32, device=DEVICE), "pool_elements": 20 * 1024,
-    }  # fmt: skip
+        "page": torch.tensor([-1, 0, 5, 4], device=DEVICE),
+        "pool_mean": torch.randn(2, 32, device=DEVICE),
+        "pool_variance": torch.rand(2, 32, device=DEVICE),
+        "pool_elements": 20 * 1024,
+    }
     bound = {torch.bfloat16: 2e-2, torch.float32: 2e-5}[dtype]
     torch.testing.assert_close(_run(case), group_norm_silu_ref(**case), rtol=bound, atol=bound)
 

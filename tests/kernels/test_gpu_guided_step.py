@@ -23,15 +23,21 @@ def _case(picture, images=4, prediction=torch.bfloat16, state=torch.float32):
         return torch.randn(*shape, device=DEVICE)
 
     rows = torch.tensor([[0, 1, 2, 3], [4, -1, -1, 5], [-1, -1, -1, 6], [-1, -1, 2, -1]], device=DEVICE)
-    weights = torch.tensor([[-2.0, 0.5, 1.0, 1.5], [-4.0, 9.0, 9.0, 5.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]],
-                           device=DEVICE)  # fmt: skip
+    weights = torch.tensor(
+        [[-2.0, 0.5, 1.0, 1.5], [-4.0, 9.0, 9.0, 5.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]], device=DEVICE
+    )
     return {
-        "latents": draw(images, *picture).to(state), "anchor": draw(images, *picture).to(state),
-        "history": draw(images, 2, *picture).to(state), "predictions": (draw(7, *picture) * 3 + 1).to(prediction),
-        "branch_rows": rows[:images], "branch_weights": weights[:images],
+        "latents": draw(images, *picture).to(state),
+        "anchor": draw(images, *picture).to(state),
+        "history": draw(images, 2, *picture).to(state),
+        "predictions": (draw(7, *picture) * 3 + 1).to(prediction),
+        "branch_rows": rows[:images],
+        "branch_weights": weights[:images],
         "rescale": torch.tensor([0.7, 0.0, 1.0, 0.5], device=DEVICE)[:images],
-        "denoised": draw(images, 2), "update": draw(images, 2, 6), "noise": draw(images, *picture).to(state),
-    }  # fmt: skip
+        "denoised": draw(images, 2),
+        "update": draw(images, 2, 6),
+        "noise": draw(images, *picture).to(state),
+    }
 
 
 def _outputs(case):

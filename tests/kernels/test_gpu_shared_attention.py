@@ -59,8 +59,13 @@ def test_16_bit_errors_are_at_most_twice_those_of_pytorch(device, tokens, page_t
             config = _config(device, chosen)
             if device == "cuda" and chosen != form:
                 config = {
-                    "form": chosen, "block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3, "exp2": 8,
-                }  # fmt: skip
+                    "form": chosen,
+                    "block_m": 128,
+                    "block_n": 64,
+                    "num_warps": 8,
+                    "num_stages": 3,
+                    "exp2": 8,
+                }
             error = (run(case, config).double() - exact).abs().max().item()
             assert error <= 2 * sdpa_error(case, exact), (dtype, chosen)
 

@@ -8,8 +8,18 @@ import torch
 from stylefast.errors import InvalidRequest
 from stylefast.kernels.guided_step import guided_step, guided_step_ref
 
-NAMES = ("latents", "anchor", "history", "predictions", "branch_rows", "branch_weights", "rescale", "denoised",
-         "update", "noise")
+NAMES = (
+    "latents",
+    "anchor",
+    "history",
+    "predictions",
+    "branch_rows",
+    "branch_weights",
+    "rescale",
+    "denoised",
+    "update",
+    "noise",
+)
 
 
 def batch(images=5, picture=(4, 5, 7), seed=0):
@@ -58,8 +68,9 @@ def test_strided_and_channels_last_inputs_give_the_same():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_combined_in_float32(dtype):
     args = batch()
-    half = {k: v.to(dtype) if k in ("latents", "anchor", "history", "predictions", "noise") else v
-            for k, v in args.items()}
+    half = {
+        k: v.to(dtype) if k in ("latents", "anchor", "history", "predictions", "noise") else v for k, v in args.items()
+    }
     exact = {k: v.float() if v.is_floating_point() else v for k, v in half.items()}
     for got, literal, expected in zip(guided_step(**half), guided_step_ref(**half), guided_step(**exact), strict=True):
         assert got.dtype == literal.dtype == dtype
@@ -109,7 +120,10 @@ def test_rescale_equals_diffusers(strength):
     expected = rescale_noise_cfg(guided, full, guidance_rescale=strength)
     zeros = torch.zeros(3, 4, 6, 6)
     args = {
-        "latents": zeros, "anchor": zeros, "history": torch.zeros(3, 2, 4, 6, 6), "noise": zeros,
+        "latents": zeros,
+        "anchor": zeros,
+        "history": torch.zeros(3, 2, 4, 6, 6),
+        "noise": zeros,
         "predictions": torch.cat([null, full]),
         "branch_rows": torch.tensor([[i, -1, -1, 3 + i] for i in range(3)]),
         "branch_weights": torch.tensor([[-4.0, 0.0, 0.0, 5.0]]).expand(3, 4),

@@ -16,8 +16,20 @@ FORMS = {
     "online": {"queries": 16, "columns": 0, "segments": 0, "keys": 16, "num_warps": 4, "num_stages": 1},
 }
 ROWS, HEADS = 4, 2
-NAMES = ("q", "text_k", "text_v", "text_page", "image_k", "image_v", "image_lengths", "image_page", "strength", "group",
-         "masks", "mask_index")  # fmt: skip
+NAMES = (
+    "q",
+    "text_k",
+    "text_v",
+    "text_page",
+    "image_k",
+    "image_v",
+    "image_lengths",
+    "image_page",
+    "strength",
+    "group",
+    "masks",
+    "mask_index",
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a CUDA device is")
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -31,16 +43,18 @@ def _case(tokens=7, text_tokens=21, d=32, dtype=torch.float32, seed=0):
 
     return {
         "q": draw(ROWS, tokens, HEADS, d).to(dtype),
-        "text_k": draw(3, text_tokens, HEADS, d).to(dtype), "text_v": draw(3, text_tokens, HEADS, d).to(dtype),
+        "text_k": draw(3, text_tokens, HEADS, d).to(dtype),
+        "text_v": draw(3, text_tokens, HEADS, d).to(dtype),
         "text_page": torch.tensor([0, 2, 1, 1]),
-        "image_k": draw(3, 5, HEADS, d).to(dtype), "image_v": draw(3, 5, HEADS, d).to(dtype),
+        "image_k": draw(3, 5, HEADS, d).to(dtype),
+        "image_v": draw(3, 5, HEADS, d).to(dtype),
         "image_lengths": torch.tensor([4, 5, 2]),
         "image_page": torch.tensor([[0, 1, 2], [2, -1, 2], [-1, -1, -1], [1, 2, 0]]),
         "strength": torch.tensor([[0.6, 1.2, 0.3], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [-0.5, 2.0, 0.7]]),
         "group": torch.arange(3).repeat(ROWS, 1),
         "masks": draw(2, tokens).abs(),
         "mask_index": torch.tensor([[-1, 0, 1], [1, -1, 0], [-1, -1, -1], [0, 1, -1]]),
-    }  # fmt: skip
+    }
 
 
 def _run(form, case):
@@ -50,9 +64,7 @@ def _run(form, case):
 
 
 def _check(form, case, tolerance=1e-5):
-    torch.testing.assert_close(
-        _run(form, case), gated_cross_attention_ref(**case), rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(_run(form, case), gated_cross_attention_ref(**case), rtol=tolerance, atol=tolerance)
 
 
 @each_form
@@ -87,8 +99,10 @@ def test_text_alone_equals_the_reference(form):
     case = _case()
     _check(form, {name: case[name] for name in NAMES[:4]})
     no_segments = {name: case[name][:, :0] for name in ("image_page", "strength", "group")}
-    assert torch.equal(_run(form, {**case, **no_segments, "masks": None, "mask_index": None}),
-                       _run(form, {name: case[name] for name in NAMES[:4]}))  # fmt: skip
+    assert torch.equal(
+        _run(form, {**case, **no_segments, "masks": None, "mask_index": None}),
+        _run(form, {name: case[name] for name in NAMES[:4]}),
+    )
 
 
 def test_more_keys_than_a_tile_holds_take_the_online_form():

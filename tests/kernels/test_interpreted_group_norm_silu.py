@@ -24,10 +24,17 @@ def _case(layout, rows=3, channels=24, height=7, width=9, groups=4, dtype=torch.
     x = torch.randn(rows, channels, height, width, generator=generator) * 1.7 + offset
     weight, bias = torch.randn(2, channels, generator=generator)
     return {
-        "x": x.to(dtype).contiguous(memory_format=LAYOUTS[layout]), "groups": groups, "weight": weight.to(dtype),
-        "bias": bias.to(dtype), "eps": 1e-5, "silu": True, "page": None, "pool_mean": None, "pool_variance": None,
+        "x": x.to(dtype).contiguous(memory_format=LAYOUTS[layout]),
+        "groups": groups,
+        "weight": weight.to(dtype),
+        "bias": bias.to(dtype),
+        "eps": 1e-5,
+        "silu": True,
+        "page": None,
+        "pool_mean": None,
+        "pool_variance": None,
         "pool_elements": 0,
-    }  # fmt: skip
+    }
 
 
 def _run(case, config=SMALL):
@@ -41,8 +48,10 @@ def _check(case, tolerance=2e-5, config=SMALL):
 
 
 @each_layout
-@pytest.mark.parametrize("channels, groups, silu", [(24, 4, True), (24, 4, False), (40, 4, True), (12, 12, True),
-                                                    (10, 1, False), (6, 3, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "channels, groups, silu",
+    [(24, 4, True), (24, 4, False), (40, 4, True), (12, 12, True), (10, 1, False), (6, 3, True)],
+)
 def test_every_grouping_equals_the_reference(layout, channels, groups, silu):
     _check({**_case(layout, channels=channels, groups=groups), "silu": silu})
 
@@ -54,8 +63,11 @@ def test_pictures_of_any_size_equal_the_reference(layout, height, width):
 
 
 @each_layout
-@pytest.mark.parametrize("config", [None, {**SMALL, "splits": 1}, {**SMALL, "programs": 1000}],
-                         ids=["as committed", "one piece", "many pieces"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [None, {**SMALL, "splits": 1}, {**SMALL, "programs": 1000}],
+    ids=["as committed", "one piece", "many pieces"],
+)
 def test_the_cut_into_pieces_does_not_matter(layout, config):
     _check(_case(layout), config=config)
 
@@ -94,9 +106,11 @@ def test_statistics_are_pooled_with_rows_of_the_batch(layout):
 def test_statistics_are_pooled_with_a_pool_of_another_size(layout):
     case = _case(layout, rows=4)
     case |= {
-        "page": torch.tensor([4, -1, 5, 0]), "pool_mean": torch.randn(2, 4), "pool_variance": torch.rand(2, 4),
+        "page": torch.tensor([4, -1, 5, 0]),
+        "pool_mean": torch.randn(2, 4),
+        "pool_variance": torch.rand(2, 4),
         "pool_elements": 100,
-    }  # fmt: skip
+    }
     _check(case)
     for name in ("pool_mean", "pool_variance"):
         case[name] = case[name].t().contiguous().t()
@@ -108,9 +122,11 @@ def test_statistics_are_pooled_with_a_pool_of_another_size(layout):
 def test_a_page_that_no_row_uses_may_hold_nan(layout):
     case = _case(layout)
     case |= {
-        "page": torch.tensor([-1, 3, -1]), "pool_mean": torch.tensor([[0.5] * 4, [math.nan] * 4]),
-        "pool_variance": torch.tensor([[0.5] * 4, [math.nan] * 4]), "pool_elements": 30,
-    }  # fmt: skip
+        "page": torch.tensor([-1, 3, -1]),
+        "pool_mean": torch.tensor([[0.5] * 4, [math.nan] * 4]),
+        "pool_variance": torch.tensor([[0.5] * 4, [math.nan] * 4]),
+        "pool_elements": 30,
+    }
     _check(case)
 
 

@@ -26,14 +26,19 @@ def _case(channels=4, height=7, width=5, state=torch.float32, prediction=torch.f
 
     picture = (channels, height, width)
     return {
-        "latents": draw(IMAGES, *picture).to(state), "anchor": draw(IMAGES, *picture).to(state),
-        "history": draw(IMAGES, 2, *picture).to(state), "predictions": (draw(ROWS, *picture) * 3 + 1).to(prediction),
+        "latents": draw(IMAGES, *picture).to(state),
+        "anchor": draw(IMAGES, *picture).to(state),
+        "history": draw(IMAGES, 2, *picture).to(state),
+        "predictions": (draw(ROWS, *picture) * 3 + 1).to(prediction),
         "branch_rows": torch.tensor([[0, 1, 2, 3], [4, -1, -1, 5], [-1, -1, -1, 6], [-1, -1, 2, -1]]),
-        "branch_weights": torch.tensor([[-2.0, 0.5, 1.0, 1.5], [-4.0, 9.0, 9.0, 5.0], [0.0, 0.0, 0.0, 1.0],
-                                        [0.0, 0.0, 1.0, 0.0]]),
-        "rescale": torch.tensor([0.7, 0.0, 1.0, 0.5]), "denoised": draw(IMAGES, 2), "update": draw(IMAGES, 2, 6),
+        "branch_weights": torch.tensor(
+            [[-2.0, 0.5, 1.0, 1.5], [-4.0, 9.0, 9.0, 5.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]]
+        ),
+        "rescale": torch.tensor([0.7, 0.0, 1.0, 0.5]),
+        "denoised": draw(IMAGES, 2),
+        "update": draw(IMAGES, 2, 6),
         "noise": draw(IMAGES, *picture).to(state),
-    }  # fmt: skip
+    }
 
 
 def _run(case, config=SMALL):

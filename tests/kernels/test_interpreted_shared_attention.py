@@ -59,8 +59,10 @@ def test_the_warp_specialised_form_equals_the_reference(mix, affine):
 
 
 # channels and tokens are masked apart, so one of the two varies at a time
-@pytest.mark.parametrize("tokens, page_tokens, width", [(1, 7, 32), (32, 64, 32), (33, 5, 32), (47, 32, 32),
-                                                        (33, 5, 40), (33, 5, 64), (17, 5, 80)])  # fmt: skip
+@pytest.mark.parametrize(
+    "tokens, page_tokens, width",
+    [(1, 7, 32), (32, 64, 32), (33, 5, 32), (47, 32, 32), (33, 5, 40), (33, 5, 64), (17, 5, 80)],
+)
 def test_any_token_count_and_head_size_is_taken(tokens, page_tokens, width):
     _assert_close(make_case("two references, some missing", tokens, page_tokens, 1, width), POINTERS)
 

@@ -74,9 +74,7 @@ def test_strided_views_of_a_fused_projection_are_taken_as_they_are():
 
 def test_a_shift_of_log_2_equals_listing_the_reference_twice(qkv):
     once = shared_attention(*qkv, *_segments([[-1], [0], [0], [0]], [PLAIN, CONCAT, CONCAT, CONCAT], 1.0, math.log(2)))
-    twice = shared_attention(
-        *qkv, *_segments([[-1, -1], [0, 0], [0, 0], [0, 0]], [PLAIN, CONCAT, CONCAT, CONCAT])
-    )
+    twice = shared_attention(*qkv, *_segments([[-1, -1], [0, 0], [0, 0], [0, 0]], [PLAIN, CONCAT, CONCAT, CONCAT]))
     torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
 
 
@@ -165,7 +163,7 @@ def test_low_precision_is_no_worse_than_twice_pytorchs_own_error(qkv, dtype):
     arguments = _segments([[-1], [0], [0], [0]], [PLAIN, CONCAT, SWAP, CONCAT], 1.0, 0.5)
     truth = shared_attention_ref(q.float(), k.float(), v.float(), *arguments)
     plain = _segments([[-1]] * 4, [PLAIN] * 4)
-    own = (shared_attention(q, k, v, *plain).float() - shared_attention_ref(q.float(), k.float(), v.float(), *plain))
+    own = shared_attention(q, k, v, *plain).float() - shared_attention_ref(q.float(), k.float(), v.float(), *plain)
     error = shared_attention(q, k, v, *arguments).float() - truth
     assert error.abs().max() <= 2 * own.abs().max() + torch.finfo(dtype).eps
 
@@ -201,8 +199,14 @@ def test_adain_keeps_its_digits_where_the_mean_is_large(qkv, dtype):
     page = torch.zeros(ROWS, 1).long()
     affine = adain_affine(*token_stats(q, k, v), page[:, 0], torch.ones(ROWS, 3))
     truth = shared_attention_ref(
-        q.double(), k.double(), v.double(), page, torch.full((ROWS,), CONCAT), torch.ones(ROWS, 1),
-        torch.zeros(ROWS, 1), Affine(affine.gain.double(), affine.offset.double()),
-    )  # fmt: skip
+        q.double(),
+        k.double(),
+        v.double(),
+        page,
+        torch.full((ROWS,), CONCAT),
+        torch.ones(ROWS, 1),
+        torch.zeros(ROWS, 1),
+        Affine(affine.gain.double(), affine.offset.double()),
+    )
     error = shared_attention(q, k, v, page, affine=affine).double() - truth
     assert error.abs().max() <= 5 * torch.finfo(dtype).eps * truth.abs().max()

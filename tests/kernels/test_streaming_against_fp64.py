@@ -40,10 +40,17 @@ from tests.kernels.near_fp64 import (
 @pytest.mark.parametrize("form", FORMS)
 @examples
 @given(
-    seed=seeds, rows=row_counts, tokens=token_counts, heads=st.integers(1, 3), dtype=dtypes,
-    width=st.sampled_from([8, 24, *HEAD_SIZES]), count=st.integers(1, 3), centre=st.sampled_from([0.0, -3.0, 200.0]),
-    spread=st.sampled_from([0.0, 0.01, 1.0, 50.0]), views=st.lists(layouts, min_size=3, max_size=3),
-)  # fmt: skip
+    seed=seeds,
+    rows=row_counts,
+    tokens=token_counts,
+    heads=st.integers(1, 3),
+    dtype=dtypes,
+    width=st.sampled_from([8, 24, *HEAD_SIZES]),
+    count=st.integers(1, 3),
+    centre=st.sampled_from([0.0, -3.0, 200.0]),
+    spread=st.sampled_from([0.0, 0.01, 1.0, 50.0]),
+    views=st.lists(layouts, min_size=3, max_size=3),
+)
 def test_token_stats_are_as_near_to_double_precision_as_pytorch(
     form, seed, rows, tokens, heads, dtype, width, count, centre, spread, views
 ):
@@ -66,9 +73,14 @@ def test_token_stats_are_as_near_to_double_precision_as_pytorch(
 
 @examples
 @given(
-    seed=seeds, parts=st.integers(1, 3), rows=row_counts, pages=st.integers(0, 2), data=st.data(),
-    constant=st.booleans(), spread=st.booleans(),
-)  # fmt: skip
+    seed=seeds,
+    parts=st.integers(1, 3),
+    rows=row_counts,
+    pages=st.integers(0, 2),
+    data=st.data(),
+    constant=st.booleans(),
+    spread=st.booleans(),
+)
 def test_affine_is_the_formula_and_untouched_where_nothing_moves(seed, parts, rows, pages, data, constant, spread):
     random = generator(seed)
     page = torch.tensor([data.draw(st.integers(-1, rows + pages - 1)) for _ in range(rows)]).long()
@@ -102,9 +114,13 @@ def test_affine_is_the_formula_and_untouched_where_nothing_moves(seed, parts, ro
 
 @examples
 @given(
-    seed=seeds, lead=st.lists(st.integers(0, 4), max_size=3), inner=st.integers(0, 70), dtype=dtypes,
-    size=st.sampled_from([0.1, 1.0, 6.0]), gaps=st.booleans(),
-)  # fmt: skip
+    seed=seeds,
+    lead=st.lists(st.integers(0, 4), max_size=3),
+    inner=st.integers(0, 70),
+    dtype=dtypes,
+    size=st.sampled_from([0.1, 1.0, 6.0]),
+    gaps=st.booleans(),
+)
 def test_geglu_is_as_near_to_the_formula_as_pytorch(seed, lead, inner, dtype, size, gaps):
     x = (normal(generator(seed), *lead, 2 * inner) * size).to(dtype)
     view = x.new_full((*lead, 2 * inner + 5), math.nan)[..., 2 : 2 * inner + 2].copy_(x) if gaps else x
@@ -116,9 +132,14 @@ def test_geglu_is_as_near_to_the_formula_as_pytorch(seed, lead, inner, dtype, si
 
 @examples
 @given(
-    seed=seeds, lead=st.lists(st.integers(0, 5), max_size=3), channels=st.integers(1, 90), dtype=dtypes,
-    centre=st.sampled_from([0.0, 30.0]), gaps=st.booleans(), residual_gaps=st.booleans(),
-)  # fmt: skip
+    seed=seeds,
+    lead=st.lists(st.integers(0, 5), max_size=3),
+    channels=st.integers(1, 90),
+    dtype=dtypes,
+    centre=st.sampled_from([0.0, 30.0]),
+    gaps=st.booleans(),
+    residual_gaps=st.booleans(),
+)
 def test_layer_norms_are_as_near_to_the_formula_as_pytorch(seed, lead, channels, dtype, centre, gaps, residual_gaps):
     random = generator(seed)
 
@@ -144,13 +165,19 @@ def test_layer_norms_are_as_near_to_the_formula_as_pytorch(seed, lead, channels,
 
 @examples
 @given(
-    seed=seeds, rows=row_counts, groups=st.integers(1, 4), per_group=st.integers(1, 5), h=st.integers(2, 7),
-    w=st.integers(1, 7), dtype=dtypes, silu=st.booleans(), pages=st.integers(0, 2),
-    layout=st.sampled_from(["contiguous", "channels last", "sliced"]), data=st.data(),
-)  # fmt: skip
-def test_group_norm_is_the_formula_with_any_page(
-    seed, rows, groups, per_group, h, w, dtype, silu, pages, layout, data
-):  # fmt: skip
+    seed=seeds,
+    rows=row_counts,
+    groups=st.integers(1, 4),
+    per_group=st.integers(1, 5),
+    h=st.integers(2, 7),
+    w=st.integers(1, 7),
+    dtype=dtypes,
+    silu=st.booleans(),
+    pages=st.integers(0, 2),
+    layout=st.sampled_from(["contiguous", "channels last", "sliced"]),
+    data=st.data(),
+)
+def test_group_norm_is_the_formula_with_any_page(seed, rows, groups, per_group, h, w, dtype, silu, pages, layout, data):
     random, channels = generator(seed), groups * per_group
     x = (normal(random, rows, channels, h, w) * 2 + 1).to(dtype)
     if layout == "channels last" and rows:
@@ -173,9 +200,14 @@ def test_group_norm_is_the_formula_with_any_page(
 
 @examples
 @given(
-    seed=seeds, images=st.sampled_from([2, 3, 1, 0]), shape=st.tuples(*[st.integers(1, 5)] * 3), dtype=dtypes,
-    predictions=st.integers(1, 5), data=st.data(), gaps=st.booleans(),
-)  # fmt: skip
+    seed=seeds,
+    images=st.sampled_from([2, 3, 1, 0]),
+    shape=st.tuples(*[st.integers(1, 5)] * 3),
+    dtype=dtypes,
+    predictions=st.integers(1, 5),
+    data=st.data(),
+    gaps=st.booleans(),
+)
 def test_guided_step_is_the_formula_and_leaves_out_what_weighs_nothing(
     seed, images, shape, dtype, predictions, data, gaps
 ):

@@ -234,8 +234,13 @@ def test_a_network_error_is_no_stack_trace_but_says_what_to_download(failure, em
 def test_a_download_takes_only_the_edition_that_will_be_loaded(folder):
     plain = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
     half = [name.replace(".safetensors", ".fp16.safetensors") for name in plain if name.endswith(".safetensors")]
-    others = ["sd_xl_base_1.0.safetensors", "unet/model.onnx", "unet/diffusion_pytorch_model.bin", "README.md",
-              "vae_1_0/diffusion_pytorch_model.safetensors"]
+    others = [
+        "sd_xl_base_1.0.safetensors",
+        "unet/model.onnx",
+        "unet/diffusion_pytorch_model.bin",
+        "README.md",
+        "vae_1_0/diffusion_pytorch_model.safetensors",
+    ]
     parts = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
     chosen = hub.wanted_files(plain + half + others, False, "auto", parts)
     assert sorted(chosen) == sorted(plain)
@@ -269,9 +274,14 @@ def test_a_single_file_without_text_encoders_is_refused(single_file, folder, tmp
         load_components(tmp_path / "unet_only.safetensors", config=folder)
 
 
-@pytest.mark.parametrize("part, file", [
-    ("unet", "config.json"), ("scheduler", "scheduler_config.json"), (".", "model_index.json"),
-])
+@pytest.mark.parametrize(
+    "part, file",
+    [
+        ("unet", "config.json"),
+        ("scheduler", "scheduler_config.json"),
+        (".", "model_index.json"),
+    ],
+)
 def test_a_folder_that_lacks_a_config_is_refused(part, file, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / part / file).unlink()
@@ -287,14 +297,18 @@ def test_a_folder_with_pickled_weights_alone_is_refused(folder, tmp_path):
         load_components(tmp_path / "model")
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"addition_embed_type": None, "cross_attention_dim": 768}, "Stable Diffusion 1"),
-    ({"projection_class_embeddings_input_dim": 2560}, "refiner"),
-    ({"in_channels": 9}, "9 input channels"),
-    ({"cross_attention_dim": 48}, "of wrong shape"),
-    ({"layers_per_block": 3}, "missing"),
-    ({"block_out_channels": [32, 64]}, "describes no UNet"),
-], ids=["sd 1.5", "refiner", "inpainting", "other width", "more layers", "nonsense"])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"addition_embed_type": None, "cross_attention_dim": 768}, "Stable Diffusion 1"),
+        ({"projection_class_embeddings_input_dim": 2560}, "refiner"),
+        ({"in_channels": 9}, "9 input channels"),
+        ({"cross_attention_dim": 48}, "of wrong shape"),
+        ({"layers_per_block": 3}, "missing"),
+        ({"block_out_channels": [32, 64]}, "describes no UNet"),
+    ],
+    ids=["sd 1.5", "refiner", "inpainting", "other width", "more layers", "nonsense"],
+)
 def test_a_folder_whose_config_is_not_that_of_its_weights_is_refused(change, said, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model" / "unet" / "config.json"
@@ -344,10 +358,16 @@ def test_from_pipeline_refuses_a_pipeline_of_another_family():
         from_pipeline(pipeline)
 
 
-@pytest.mark.parametrize("dtype, device, expected", [
-    ("auto", "cpu", torch.float32), ("auto", "cuda", torch.float16), ("bf16", "cpu", torch.bfloat16),
-    (torch.float16, "cpu", torch.float16), ("float32", "cuda", torch.float32),
-])
+@pytest.mark.parametrize(
+    "dtype, device, expected",
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda", torch.float16),
+        ("bf16", "cpu", torch.bfloat16),
+        (torch.float16, "cpu", torch.float16),
+        ("float32", "cuda", torch.float32),
+    ],
+)
 def test_dtype_names(dtype, device, expected):
     assert resolve_dtype(dtype, torch.device(device)) is expected
 

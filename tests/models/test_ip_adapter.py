@@ -67,19 +67,26 @@ def test_sdxl_has_seventy_layers_with_odd_keys_and_mid_last():
     for i, layer in enumerate(layout.layers):
         keys.setdefault(layer.module, []).append(layout.ip_adapter_key(i))
     assert {module: (ks[0], ks[-1]) for module, ks in keys.items()} == {
-        "down_blocks.1.attentions.0": (1, 3), "down_blocks.1.attentions.1": (5, 7),
-        "down_blocks.2.attentions.0": (9, 27), LAYOUT_MODULE: (29, 47),
-        "up_blocks.0.attentions.0": (49, 67), STYLE_MODULE: (69, 87), "up_blocks.0.attentions.2": (89, 107),
-        "up_blocks.1.attentions.0": (109, 111), "up_blocks.1.attentions.1": (113, 115),
-        "up_blocks.1.attentions.2": (117, 119), "mid_block.attentions.0": (121, 139),
+        "down_blocks.1.attentions.0": (1, 3),
+        "down_blocks.1.attentions.1": (5, 7),
+        "down_blocks.2.attentions.0": (9, 27),
+        LAYOUT_MODULE: (29, 47),
+        "up_blocks.0.attentions.0": (49, 67),
+        STYLE_MODULE: (69, 87),
+        "up_blocks.0.attentions.2": (89, 107),
+        "up_blocks.1.attentions.0": (109, 111),
+        "up_blocks.1.attentions.1": (113, 115),
+        "up_blocks.1.attentions.2": (117, 119),
+        "mid_block.attentions.0": (121, 139),
     }
     assert [k for ks in keys.values() for k in ks] == list(range(1, 140, 2))
 
 
 def test_sdxl_adapter_has_the_published_number_of_parameters():
     with torch.device("meta"):
-        adapter = IPAdapter.load(_meta_sdxl_global(), AttentionLayout.from_config(SDXL_UNET_CONFIG), 2048,
-                                 device="meta")
+        adapter = IPAdapter.load(
+            _meta_sdxl_global(), AttentionLayout.from_config(SDXL_UNET_CONFIG), 2048, device="meta"
+        )
     assert sum(p.numel() for p in adapter.parameters()) == 351_285_248
     assert sum(p.numel() for p in adapter.layer_projections.parameters()) == 340_787_200
 
@@ -97,8 +104,9 @@ def _meta_sdxl_global():
 # --- loading
 
 
-@pytest.mark.parametrize("make, kind, embed_dim, tokens", [(global_adapter, "global", 48, 4),
-                                                           (plus_adapter, "plus", 40, 16)])
+@pytest.mark.parametrize(
+    "make, kind, embed_dim, tokens", [(global_adapter, "global", 48, 4), (plus_adapter, "plus", 40, 16)]
+)
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
 def test_files_load_and_their_kind_is_recognised_from_the_keys(tmp_path, layout, make, kind, embed_dim, tokens, suffix):
     state = make(layout)
@@ -158,8 +166,11 @@ def test_global_negative_tokens_are_the_normalised_bias_and_not_zero(layout):
     state = global_adapter(layout)
     projector = state["image_proj"]
     expected = measured(
-        torch.nn.functional.layer_norm, projector["proj.bias"].reshape(4, CROSS_DIM), (CROSS_DIM,),
-        projector["norm.weight"], projector["norm.bias"],
+        torch.nn.functional.layer_norm,
+        projector["proj.bias"].reshape(4, CROSS_DIM),
+        (CROSS_DIM,),
+        projector["norm.weight"],
+        projector["norm.bias"],
     )
     negative = load(state, layout).negative_tokens()
     close(negative, expected)
@@ -230,8 +241,10 @@ def _sd15(layout):
         (lambda s: _with(s, "ip_adapter", **{"0.to_q_lora.up.weight": torch.zeros(2, 2)}), "FaceID"),
         (lambda s: s | {"image_proj": {"perceiver_resampler.proj_in.weight": torch.zeros(2, 2)}}, "FaceID-Plus"),
         (lambda s: s | {"image_proj": {"proj.0.weight": torch.zeros(2, 512)}}, r"FaceID adapter \(portrait\)"),
-        (lambda s: s | {"image_proj": {"latents": torch.zeros(1, 2, 4), "proj_in.weight": torch.zeros(4, 512)}},
-         "InstantID"),
+        (
+            lambda s: s | {"image_proj": {"latents": torch.zeros(1, 2, 4), "proj_in.weight": torch.zeros(4, 512)}},
+            "InstantID",
+        ),
         (lambda s: s | {"image_proj": {"proj.0.weight": torch.zeros(2, 2)}}, "full-face"),
         (lambda s: s | {"image_proj": {"mapper.weight": torch.zeros(2, 2)}}, "unknown kind.*mapper.weight"),
         (lambda s: _without(s, "image_proj", "norm.bias"), r"lacks image_proj\.norm\.bias"),
@@ -240,9 +253,22 @@ def _sd15(layout):
         (lambda s: {"ip_adapter": s["ip_adapter"]}, "no IP-Adapter"),
         (lambda s: {"unet": {"x.lora_A.weight": torch.zeros(1)}}, "no IP-Adapter, .* but: LoRA"),
     ],
-    ids=["missing layer", "foreign layer", "wrong width", "faceid lora", "faceid resampler", "faceid portrait",
-         "instantid", "full-face adapter", "unknown projection",
-         "missing projection", "foreign projection", "foreign part", "no projection", "another model"],
+    ids=[
+        "missing layer",
+        "foreign layer",
+        "wrong width",
+        "faceid lora",
+        "faceid resampler",
+        "faceid portrait",
+        "instantid",
+        "full-face adapter",
+        "unknown projection",
+        "missing projection",
+        "foreign projection",
+        "foreign part",
+        "no projection",
+        "another model",
+    ],
 )
 def test_an_adapter_that_does_not_fit_says_which_key_and_which_shape(layout, spoil, words):
     with pytest.raises(AdapterError, match=words):
@@ -352,8 +378,12 @@ def test_preprocessing_equals_clip_image_processor(size):
 
 def test_preprocessing_equals_clip_image_processor_where_the_crop_is_smaller_than_the_short_side():
     picture = small_picture(3, (77, 61))
-    config = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32},
-              "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
+    config = {
+        "size": {"shortest_edge": 40},
+        "crop_size": {"height": 32, "width": 32},
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.2, 0.3, 0.25],
+    }
     expected = torch.as_tensor(np.array(clip_processor(**config)(picture, return_tensors="np")["pixel_values"]))
     pixels = ImageEncoder(small_vision_model(), config).pixels([picture])
     torch.testing.assert_close(pixels, expected.float(), **CLOSE)

@@ -37,35 +37,45 @@ def sort(dtype="auto", device="auto", **options):
     return sort_options(options, ("adapter", "dtype", "device"), dtype, device)
 
 
-@pytest.mark.parametrize("given, expected", [
-    ({"torch_dtype": torch.float16}, ({}, torch.float16, "auto")),
-    ({"torch_dtype": "float16", "dtype": torch.float16}, ({}, "float16", "auto")),
-    ({"torch_dtype": "auto"}, ({}, "auto", "auto")),
-    ({"torch_dtype": None}, ({}, "auto", "auto")),
-    ({"device_map": "cuda"}, ({}, "auto", "cuda")),
-    ({"use_auth_token": "hf_x"}, ({"token": "hf_x"}, "auto", "auto")),
-    ({"revision": "main", "variant": "fp16"}, ({"revision": "main", "variant": "fp16"}, "auto", "auto")),
-    ({"use_safetensors": True, "safety_checker": None, "low_cpu_mem_usage": True, "add_watermarker": False}, (
-        {}, "auto", "auto")),
-], ids=str)
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"torch_dtype": torch.float16}, ({}, torch.float16, "auto")),
+        ({"torch_dtype": "float16", "dtype": torch.float16}, ({}, "float16", "auto")),
+        ({"torch_dtype": "auto"}, ({}, "auto", "auto")),
+        ({"torch_dtype": None}, ({}, "auto", "auto")),
+        ({"device_map": "cuda"}, ({}, "auto", "cuda")),
+        ({"use_auth_token": "hf_x"}, ({"token": "hf_x"}, "auto", "auto")),
+        ({"revision": "main", "variant": "fp16"}, ({"revision": "main", "variant": "fp16"}, "auto", "auto")),
+        (
+            {"use_safetensors": True, "safety_checker": None, "low_cpu_mem_usage": True, "add_watermarker": False},
+            ({}, "auto", "auto"),
+        ),
+    ],
+    ids=str,
+)
 def test_options_are_done_under_their_own_name(given, expected):
     assert sort(**given) == expected
 
 
-@pytest.mark.parametrize("given, said", [
-    ({"torch_dtype": torch.float16, "dtype": "bfloat16"}, "torch_dtype is .*float16 and dtype 'bfloat16'"),
-    ({"device_map": "balanced"}, "device='cuda'"),
-    ({"use_safetensors": False}, "use_safetensors=False is not done here"),
-    ({"use_safetensors": 1}, "use_safetensors=1 is not done here"),
-    ({"safety_checker": "a checker"}, "SDXL has none"),
-    ({"scheduler": "euler"}, "a request names its sampler"),
-    ({"quantization_config": {}}, "dtype='float16'"),
-    ({"proxies": {"https": "x"}}, "HTTPS_PROXY"),
-    ({"token": "a", "use_auth_token": "b"}, "mean the same"),
-    ({"revison": "main"}, "'revison' is no option.*did you mean 'revision'"),
-    ({"adaptor": "x"}, "did you mean 'adapter'"),
-    ({"torch_dtpye": "x"}, "did you mean 'torch_dtype'"),
-], ids=str)
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"torch_dtype": torch.float16, "dtype": "bfloat16"}, "torch_dtype is .*float16 and dtype 'bfloat16'"),
+        ({"device_map": "balanced"}, "device='cuda'"),
+        ({"use_safetensors": False}, "use_safetensors=False is not done here"),
+        ({"use_safetensors": 1}, "use_safetensors=1 is not done here"),
+        ({"safety_checker": "a checker"}, "SDXL has none"),
+        ({"scheduler": "euler"}, "a request names its sampler"),
+        ({"quantization_config": {}}, "dtype='float16'"),
+        ({"proxies": {"https": "x"}}, "HTTPS_PROXY"),
+        ({"token": "a", "use_auth_token": "b"}, "mean the same"),
+        ({"revison": "main"}, "'revison' is no option.*did you mean 'revision'"),
+        ({"adaptor": "x"}, "did you mean 'adapter'"),
+        ({"torch_dtpye": "x"}, "did you mean 'torch_dtype'"),
+    ],
+    ids=str,
+)
 def test_other_options_are_refused_by_name(given, said):
     with pytest.raises(InvalidRequest, match=said):
         sort(**given)
@@ -88,32 +98,42 @@ def test_an_engine_takes_them_and_refuses_unknown_ones_before_it_loads(monkeypat
         sf.Engine.from_pretrained("tiny", torch_dtype=torch.bfloat16, cache_dir="here")
 
 
-@pytest.mark.parametrize("name, said", [
-    ("torch_dtype", "pipeline.to"), ("device", "pipeline.to"), ("vae", "put the part into the pipeline"),
-    ("revision", "Engine.from_pretrained"), ("safety_checker", "Engine.from_pretrained"),
-    ("bakend", "did you mean 'backend'"),
-])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("torch_dtype", "pipeline.to"),
+        ("device", "pipeline.to"),
+        ("vae", "put the part into the pipeline"),
+        ("revision", "Engine.from_pretrained"),
+        ("safety_checker", "Engine.from_pretrained"),
+        ("bakend", "did you mean 'backend'"),
+    ],
+)
 def test_options_that_mean_nothing_for_a_pipeline_are_refused(name, said):
     with pytest.raises(InvalidRequest, match=f"{name}.*{said}"):
         sf.Engine.from_pipeline(None, **{name: None})
 
 
-@pytest.mark.parametrize("options, said", [
-    ({"revision": "main"}, "revision= and force_download= are for ids on the hub"),
-    ({"force_download": True}, "revision= and force_download= are for ids on the hub"),
-    ({"force_download": True, "local_files_only": True}, "contradict"),
-    ({"force_download": "yes"}, "force_download is 'yes'"),
-    ({"revision": 3}, "revision is 3"),
-    ({"token": 3}, "token is a int"),
-    ({"cache_dir": 3}, "cache_dir is 3"),
-    ({"config": "somewhere"}, "config= is for single files"),
-    ({"variant": 3}, "variant is 3"),
-    ({"vae": 3}, "the VAE .* is 3"),
-    ({"tokenizer": 3}, "tokenizers or configs is 3"),
-    ({"dtype": torch.float64}, "dtype is 'float64'.*did you mean 'float16'"),
-    ({"device": "mps"}, "device is 'mps'"),
-    ({"prediction_type": "v"}, "prediction_type is 'v'; there are epsilon, v_prediction"),
-], ids=str)
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"revision": "main"}, "revision= and force_download= are for ids on the hub"),
+        ({"force_download": True}, "revision= and force_download= are for ids on the hub"),
+        ({"force_download": True, "local_files_only": True}, "contradict"),
+        ({"force_download": "yes"}, "force_download is 'yes'"),
+        ({"revision": 3}, "revision is 3"),
+        ({"token": 3}, "token is a int"),
+        ({"cache_dir": 3}, "cache_dir is 3"),
+        ({"config": "somewhere"}, "config= is for single files"),
+        ({"variant": 3}, "variant is 3"),
+        ({"vae": 3}, "the VAE .* is 3"),
+        ({"tokenizer": 3}, "tokenizers or configs is 3"),
+        ({"dtype": torch.float64}, "dtype is 'float64'.*did you mean 'float16'"),
+        ({"device": "mps"}, "device is 'mps'"),
+        ({"prediction_type": "v"}, "prediction_type is 'v'; there are epsilon, v_prediction"),
+    ],
+    ids=str,
+)
 def test_options_that_mean_nothing_for_a_folder_are_refused(options, said, folder):
     with pytest.raises(InvalidRequest, match=said):
         load_components(folder, **options)
@@ -178,8 +198,15 @@ def test_a_part_that_is_given_by_hand_is_not_missed_in_a_snapshot(snapshot, tmp_
         cached(snapshot, tokenizer=tmp_path / "given", local_files_only=True)
 
 
-@pytest.mark.parametrize("lost", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer_2/vocab.json",
-                                  "text_encoder_2/model.safetensors"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer_2/vocab.json",
+        "text_encoder_2/model.safetensors",
+    ],
+)
 def test_a_snapshot_that_lacks_any_needed_file_is_completed_from_the_hub(lost, snapshot):
     names = [lost] if lost != "tokenizer_2/vocab.json" else [lost, "tokenizer_2/tokenizer.json"]
     for name in names:
@@ -232,15 +259,29 @@ def test_a_missing_shard_is_named(own):
     assert not is_whole(own / "unet", half=False)
 
 
-@pytest.mark.parametrize("names, expected", [
-    (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model-00001-of-00003.safetensors"],
-     ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
-    (["model.fp16-00002-of-00002.safetensors"],
-     ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"]),
-    (["model-00001-of-00002.fp16.safetensors"],
-     ["model-00001-of-00002.fp16.safetensors", "model-00002-of-00002.fp16.safetensors"]),
-    (["model-00001-of-00000.safetensors", "model-1-of-999999999999.safetensors"], []),
-], ids=["two sets", "mark in front", "mark behind", "no set"])
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (
+            [
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
+                "model-00001-of-00003.safetensors",
+            ],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ),
+        (
+            ["model.fp16-00002-of-00002.safetensors"],
+            ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"],
+        ),
+        (
+            ["model-00001-of-00002.fp16.safetensors"],
+            ["model-00001-of-00002.fp16.safetensors", "model-00002-of-00002.fp16.safetensors"],
+        ),
+        (["model-00001-of-00000.safetensors", "model-1-of-999999999999.safetensors"], []),
+    ],
+    ids=["two sets", "mark in front", "mark behind", "no set"],
+)
 def test_shards_are_taken_as_one_whole_set(names, expected):
     assert pick_weights(names, half=False) == expected
 
@@ -248,16 +289,20 @@ def test_shards_are_taken_as_one_whole_set(names, expected):
 # configs that were edited or damaged
 
 
-@pytest.mark.parametrize("file, content, said", [
-    ("model_index.json", b"{", "model_index.json in .* is no valid JSON"),
-    ("unet/config.json", b"[]", "unet/config.json in .* where an object is expected"),
-    ("vae/config.json", b"\xff\xfe\xff", "config.json in .*"),
-    ("text_encoder/config.json", b"[" * 200_000, "nested too deep"),
-    ("stylefast.json", b'{"style_modules": "up_blocks"}', "must be a list"),
-    ("stylefast.json", b'{"style_modules": ["up_blocks.9.attentions.0"]}', "'up_blocks.9.attentions.0'; there"),
-    ("stylefast.json", b'{"style_module": []}', "holds style_modules alone"),
-    ("stylefast.json", b"{}", "holds style_modules alone"),
-], ids=lambda value: value if isinstance(value, str) and "." in value else "")
+@pytest.mark.parametrize(
+    "file, content, said",
+    [
+        ("model_index.json", b"{", "model_index.json in .* is no valid JSON"),
+        ("unet/config.json", b"[]", "unet/config.json in .* where an object is expected"),
+        ("vae/config.json", b"\xff\xfe\xff", "config.json in .*"),
+        ("text_encoder/config.json", b"[" * 200_000, "nested too deep"),
+        ("stylefast.json", b'{"style_modules": "up_blocks"}', "must be a list"),
+        ("stylefast.json", b'{"style_modules": ["up_blocks.9.attentions.0"]}', "'up_blocks.9.attentions.0'; there"),
+        ("stylefast.json", b'{"style_module": []}', "holds style_modules alone"),
+        ("stylefast.json", b"{}", "holds style_modules alone"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
+)
 def test_a_damaged_json_file_is_named(file, content, said, own):
     (own / file).write_bytes(content)
     with pytest.raises(ModelFormatError, match=said):
@@ -270,21 +315,25 @@ def test_a_byte_order_mark_in_a_config_is_passed_over(own):
     assert load_components(own).unet_config["in_channels"] == 4
 
 
-@pytest.mark.parametrize("part, change, said", [
-    ("unet", {"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
-    ("unet", {"layers_per_block": 500, "transformer_layers_per_block": 500}, "layers, and its weights only"),
-    ("unet", {"block_out_channels": [32, 64, 10**12]}, "block_out_channels"),
-    ("unet", {"norm_num_groups": 0}, "norm_num_groups=0, and it must be a whole number from 1"),
-    ("unet", {"cross_attention_dim": "64"}, "cross_attention_dim='64', and it must be a whole number"),
-    ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
-    ("text_encoder", {"hidden_size": 10**10}, "hidden_size=10000000000, a number that no model has"),
-    ("text_encoder", {"hidden_size": None}, "describes no model of its kind"),
-    ("text_encoder_2", {"num_attention_heads": 0}, "describes no model of its kind"),
-    ("text_encoder_2", {"vocab_size": 2**30}, "do not fit its config"),
-    ("vae", {"layers_per_block": 10**9}, "layers_per_block=1000000000"),
-    ("vae", {"block_out_channels": [32] * 100}, "100 entries for block_out_channels"),
-    ("vae", {"down_block_types": ["x"]}, "describes no model of its kind"),
-], ids=str)
+@pytest.mark.parametrize(
+    "part, change, said",
+    [
+        ("unet", {"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
+        ("unet", {"layers_per_block": 500, "transformer_layers_per_block": 500}, "layers, and its weights only"),
+        ("unet", {"block_out_channels": [32, 64, 10**12]}, "block_out_channels"),
+        ("unet", {"norm_num_groups": 0}, "norm_num_groups=0, and it must be a whole number from 1"),
+        ("unet", {"cross_attention_dim": "64"}, "cross_attention_dim='64', and it must be a whole number"),
+        ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+        ("text_encoder", {"hidden_size": 10**10}, "hidden_size=10000000000, a number that no model has"),
+        ("text_encoder", {"hidden_size": None}, "describes no model of its kind"),
+        ("text_encoder_2", {"num_attention_heads": 0}, "describes no model of its kind"),
+        ("text_encoder_2", {"vocab_size": 2**30}, "do not fit its config"),
+        ("vae", {"layers_per_block": 10**9}, "layers_per_block=1000000000"),
+        ("vae", {"block_out_channels": [32] * 100}, "100 entries for block_out_channels"),
+        ("vae", {"down_block_types": ["x"]}, "describes no model of its kind"),
+    ],
+    ids=str,
+)
 def test_sizes_that_no_model_has_are_refused_at_once(part, change, said, own):
     file = own / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))

@@ -49,8 +49,9 @@ def test_a_linear_layer_may_be_stored_as_a_convolution_of_one_pixel_and_back():
 
 def test_low_rank_with_a_middle_kernel():
     tensors = {"down": draw(3, 8, 1, 1), "up": draw(6, 3, 1, 1), "mid": draw(3, 3, 3, 3)}
-    assert_delta(tensors, CONVOLUTION, Scaling(1.5), lambda t: 0.5 * tucker(
-        t["mid"], t["down"].flatten(1), t["up"].flatten(1).T))  # fmt: skip
+    assert_delta(
+        tensors, CONVOLUTION, Scaling(1.5), lambda t: 0.5 * tucker(t["mid"], t["down"].flatten(1), t["up"].flatten(1).T)
+    )
 
 
 @pytest.mark.parametrize("shape", [LINEAR, CONVOLUTION], ids=str)
@@ -58,18 +59,32 @@ def test_hadamard_product(shape):
     inner = torch.Size(shape[1:]).numel()
     tensors = {f"hada_w{p}_a": draw(6, 2, seed=p) for p in (1, 2)}
     tensors |= {f"hada_w{p}_b": draw(2, inner, seed=p) for p in (1, 2)}
-    assert_delta(tensors, shape, Scaling(3.0), lambda t: 1.5 * (t["hada_w1_a"] @ t["hada_w1_b"])
-                 * (t["hada_w2_a"] @ t["hada_w2_b"]))  # fmt: skip
+    assert_delta(
+        tensors,
+        shape,
+        Scaling(3.0),
+        lambda t: 1.5 * (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"]),
+    )
 
 
 def test_hadamard_product_with_middle_kernels():
     tensors = {}
     for p in (1, 2):
-        tensors |= {f"hada_w{p}_a": draw(2, 6, seed=p), f"hada_w{p}_b": draw(2, 8, seed=p),
-                    f"hada_t{p}": draw(2, 2, 3, 3, seed=p)}  # fmt: skip
-    assert_delta(tensors, CONVOLUTION, Scaling(1.0), lambda t: 0.5
-                 * tucker(t["hada_t1"], t["hada_w1_b"], t["hada_w1_a"])
-                 * tucker(t["hada_t2"], t["hada_w2_b"], t["hada_w2_a"]))  # fmt: skip
+        tensors |= {
+            f"hada_w{p}_a": draw(2, 6, seed=p),
+            f"hada_w{p}_b": draw(2, 8, seed=p),
+            f"hada_t{p}": draw(2, 2, 3, 3, seed=p),
+        }
+    assert_delta(
+        tensors,
+        CONVOLUTION,
+        Scaling(1.0),
+        lambda t: (
+            0.5
+            * tucker(t["hada_t1"], t["hada_w1_b"], t["hada_w1_a"])
+            * tucker(t["hada_t2"], t["hada_w2_b"], t["hada_w2_a"])
+        ),
+    )
 
 
 def kron(first, second):
@@ -106,9 +121,9 @@ def test_kronecker_product_for_a_convolution(stored):
         else:
             whole = tucker(t["lokr_t2"], t["lokr_w2_b"], t["lokr_w2_a"])
         scale = 1.0 if stored == "whole" else 0.5
-        return scale * torch.stack([
-            torch.stack([kron(t["lokr_w1"], whole[:, :, y, x]) for x in range(3)], -1) for y in range(3)
-        ], -2)  # fmt: skip
+        return scale * torch.stack(
+            [torch.stack([kron(t["lokr_w1"], whole[:, :, y, x]) for x in range(3)], -1) for y in range(3)], -2
+        )
 
     assert_delta({"lokr_w1": draw(2, 4)} | second, CONVOLUTION, Scaling(1.0), expected)
 

@@ -266,10 +266,16 @@ def test_what_peft_itself_saves_changes_weights_as_peft_merges_it(tmp_path):
     unet = UNet2DConditionModel(**small_unet_config(layers_per_block=1, depth=(1, 1, 1)))
     weights = {name: value.clone() for name, value in unet.state_dict().items()}
     config = LoraConfig(
-        r=4, lora_alpha=7, target_modules=["to_q", "to_k", "conv1", "ff.net.2"], init_lora_weights=False, use_dora=True,
-        rank_pattern={"attn2.to_k": 2}, alpha_pattern={"down_blocks.1.*attn1.to_q": 3}, modules_to_save=["conv_in"],
+        r=4,
+        lora_alpha=7,
+        target_modules=["to_q", "to_k", "conv1", "ff.net.2"],
+        init_lora_weights=False,
+        use_dora=True,
+        rank_pattern={"attn2.to_k": 2},
+        alpha_pattern={"down_blocks.1.*attn1.to_q": 3},
+        modules_to_save=["conv_in"],
         bias="lora_only",
-    )  # fmt: skip
+    )
     model = get_peft_model(unet, config)
     with torch.no_grad():
         model.base_model.model.conv_in.modules_to_save["default"].weight += 1
@@ -352,9 +358,18 @@ def test_biases_of_the_layers_that_have_a_lora_are_missed_where_the_layers_have_
     assert len(read_lora(peft_folder(tmp_path / "3", state, bias="lora_only"), weights).changes) == 4
 
 
-@pytest.mark.parametrize("settings", [{"bias": "all"}, {"bias": "lora_only"}, {"use_dora": True}, {"lora_bias": True},
-                                      {"rank_pattern": {"to_k": 1}, "modules_to_save": ["conv_in", "time_embedding"]},
-                                      {"use_rslora": True, "modules_to_save": []}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"rank_pattern": {"to_k": 1}, "modules_to_save": ["conv_in", "time_embedding"]},
+        {"use_rslora": True, "modules_to_save": []},
+    ],
+    ids=str,
+)
 def test_what_peft_saves_of_each_kind_is_whole(settings, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -368,10 +383,23 @@ def test_what_peft_saves_of_each_kind_is_whole(settings, tmp_path):
     assert {("unet", "attn.to_k.weight"), ("unet", "attn.to_out.weight")} <= lora.changes.keys()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"lora_alpha": "8"}', '{"lora_alpha": 1e999}',
-                                  '{"use_rslora": "false"}', '{"use_dora": "no"}', '{"r": 0}', '{"bias": "some"}',
-                                  '{"modules_to_save": "conv_in"}', '{"rank_pattern": {"to_k": 1.5}}',
-                                  '{"alpha_pattern": [1]}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"lora_alpha": "8"}',
+        '{"lora_alpha": 1e999}',
+        '{"use_rslora": "false"}',
+        '{"use_dora": "no"}',
+        '{"r": 0}',
+        '{"bias": "some"}',
+        '{"modules_to_save": "conv_in"}',
+        '{"rank_pattern": {"to_k": 1.5}}',
+        '{"alpha_pattern": [1]}',
+    ],
+)
 def test_a_damaged_config_of_peft_is_refused(text, weights, tmp_path):
     folder = peft_folder(tmp_path, peft_state())
     (folder / "adapter_config.json").write_text(text)

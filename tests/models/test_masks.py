@@ -37,9 +37,10 @@ def edge(height, width, at):
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
 def test_mask_vectors_equal_the_downsampling_of_diffusers(height, width, sizes):
-    for mask in (edge(height, width, width * 503 // 1024), torch.rand(
-        height, width, generator=torch.Generator().manual_seed(1)
-    )):
+    for mask in (
+        edge(height, width, width * 503 // 1024),
+        torch.rand(height, width, generator=torch.Generator().manual_seed(1)),
+    ):
         for vector, (h, w) in zip(mask_vectors(mask, sizes), sizes):
             assert vector.shape == (h * w,)
             assert torch.equal(vector, diffusers_vector(mask, h * w))
@@ -148,10 +149,12 @@ def test_tensors_that_are_no_masks_are_refused(mask, words):
 WITHOUT_NUMBERS = {
     "meta": (torch.zeros(16, 16, device="meta"), "is a tensor on the device meta, which holds no numbers; load them"),
     "sparse": (torch.ones(16, 16).to_sparse(), "is a tensor of layout sparse_coo; give it dense"),
-    "quantised": (torch._empty_affine_quantized((16, 16), scale=1, zero_point=0, dtype=torch.quint8),
-                  r"is a quantised tensor \(quint8\)"),
+    "quantised": (
+        torch._empty_affine_quantized((16, 16), scale=1, zero_point=0, dtype=torch.quint8),
+        r"is a quantised tensor \(quint8\)",
+    ),
     "bits": (torch.zeros(16, 16, dtype=torch.uint8).view(torch.bits8), "a tensor of bits8, which are no plain numbers"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mask, words", WITHOUT_NUMBERS.values(), ids=WITHOUT_NUMBERS)

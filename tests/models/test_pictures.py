@@ -21,6 +21,7 @@ def encoded(image, format="PNG", **options):
 
 def png_header(width, height, depth=8, colour=2):
     """A PNG that claims a size and holds next to nothing."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -33,8 +34,15 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
     picture = small_picture()
     path = tmp_path / "a.png"
     picture.save(path)
-    for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes()), picture, np.array(picture),
-                   np.array(picture) / 255.0):
+    for source in (
+        path,
+        str(path),
+        path.read_bytes(),
+        bytearray(path.read_bytes()),
+        picture,
+        np.array(picture),
+        np.array(picture) / 255.0,
+    ):
         opened = open_picture(source)
         assert opened.mode == "RGB"
         assert np.array_equal(np.array(opened), np.array(picture))
@@ -55,11 +63,19 @@ def test_other_formats_are_refused_even_under_a_png_name(tmp_path, format):
         open_picture(path)
 
 
-@pytest.mark.parametrize("content, said", [
-    (b"", "another kind"), (b"<svg></svg>", "an? SVG"), (b"SIMPLE  =              T", "another kind"),
-    (b"\x89PNG\r\n\x1a\n", "damaged"), (b"\0\0\0\x24ftypheic" + bytes(50), "but a HEIC file; save it as PNG or JPEG"),
-    (b"\0\0\0\x1cftypmif1" + bytes(50), "HEIC"), (b"%PDF-1.7", "PDF"), (b"BM" + bytes(4), "damaged|another kind"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "another kind"),
+        (b"<svg></svg>", "an? SVG"),
+        (b"SIMPLE  =              T", "another kind"),
+        (b"\x89PNG\r\n\x1a\n", "damaged"),
+        (b"\0\0\0\x24ftypheic" + bytes(50), "but a HEIC file; save it as PNG or JPEG"),
+        (b"\0\0\0\x1cftypmif1" + bytes(50), "HEIC"),
+        (b"%PDF-1.7", "PDF"),
+        (b"BM" + bytes(4), "damaged|another kind"),
+    ],
+)
 def test_what_is_no_picture_is_refused_by_its_true_name(content, said):
     with pytest.raises(ImageError, match=said):
         open_picture(content)
@@ -199,8 +215,12 @@ def test_a_pipe_and_a_device_are_refused_without_waiting_for_them(tmp_path):
 
 def test_paths_that_lead_nowhere_say_so(tmp_path):
     for source, words in (
-        (tmp_path / "absent.png", "no picture at"), (tmp_path, "folder"), ("https://example.org/a.png", "download"),
-        ("a\0b.png", "none is NUL"), ("\ud83d.png", "surrogate|path"), ("", "at least one character"),
+        (tmp_path / "absent.png", "no picture at"),
+        (tmp_path, "folder"),
+        ("https://example.org/a.png", "download"),
+        ("a\0b.png", "none is NUL"),
+        ("\ud83d.png", "surrogate|path"),
+        ("", "at least one character"),
     ):
         with pytest.raises(ImageError, match=words):
             open_picture(source)

@@ -77,8 +77,12 @@ def test_attention_of_ones_own_is_refused_and_that_of_libraries_is_not(pipe):
     from_pipeline(pipe)
     pipe.unet.set_attn_processor(AttnProcessor())
     from_pipeline(pipe)
-    pipe.unet.set_attn_processor({**dict.fromkeys(pipe.unet.attn_processors, AttnProcessor2_0()),
-                                  next(iter(pipe.unet.attn_processors)): OwnProcessor()})  # fmt: skip
+    pipe.unet.set_attn_processor(
+        {
+            **dict.fromkeys(pipe.unet.attn_processors, AttnProcessor2_0()),
+            next(iter(pipe.unet.attn_processors)): OwnProcessor(),
+        }
+    )
     refused(pipe, "OwnProcessor.*set_default_attn_processor")
 
 
@@ -99,60 +103,87 @@ def hooked(model, **attributes):
 
 CARRIED = {
     "a forward put on a block": (
-        lambda pipe: setattr(pipe.unet.mid_block, "forward", lambda *_, **__: None), "forward.*replaced.*mid_block"),
+        lambda pipe: setattr(pipe.unet.mid_block, "forward", lambda *_, **__: None),
+        "forward.*replaced.*mid_block",
+    ),
     "a forward hook": (lambda pipe: pipe.unet.conv_in.register_forward_hook(lambda *_: None), "forward hooks.*conv_in"),
     "a hook before forward": (lambda pipe: pipe.unet.register_forward_pre_hook(lambda *_: None), "on itself"),
     "a class put on a layer": (
-        lambda pipe: setattr(pipe.unet.time_embedding.linear_1, "__class__", OwnBlock), "OwnBlock.*or patched"),
-    "seamless tiling": (lambda pipe: change(pipe.unet, nn.Conv2d, padding_mode="circular"),
-                        "padding_mode='circular' at conv_in where its config makes 'zeros'"),
+        lambda pipe: setattr(pipe.unet.time_embedding.linear_1, "__class__", OwnBlock),
+        "OwnBlock.*or patched",
+    ),
+    "seamless tiling": (
+        lambda pipe: change(pipe.unet, nn.Conv2d, padding_mode="circular"),
+        "padding_mode='circular' at conv_in where its config makes 'zeros'",
+    ),
     "a layer's own method": (
-        lambda pipe: setattr(pipe.unet.conv_in, "_conv_forward", lambda x, *_: x), "method _conv_forward.*conv_in"),
+        lambda pipe: setattr(pipe.unet.conv_in, "_conv_forward", lambda x, *_: x),
+        "method _conv_forward.*conv_in",
+    ),
     "a method of a text encoder's layer": (
         lambda pipe: change(pipe.text_encoder_2, nn.Linear, forward=lambda x: x),
-        "method forward of the pipeline's text_encoder_2"),
+        "method forward of the pipeline's text_encoder_2",
+    ),
     "a patch under a hook": (lambda pipe: hooked(pipe.unet, forward=lambda *_, **__: None), "method forward.*itself"),
     "the VAE's decoding": (lambda pipe: setattr(pipe.vae, "decode", lambda *_, **__: None), "method decode of the VAE"),
     "another eps": (lambda pipe: change(pipe.unet, nn.GroupNorm, eps=0.3), "eps=0.3 at .*1e-05"),
     "another activation": (
         lambda pipe: setattr(pipe.unet.mid_block.resnets[0], "nonlinearity", nn.ReLU()),
-        "a ReLU at mid_block.resnets.0.nonlinearity where its config makes a SiLU"),
+        "a ReLU at mid_block.resnets.0.nonlinearity where its config makes a SiLU",
+    ),
     "a layer more": (
-        lambda pipe: setattr(pipe.unet.mid_block.resnets[0], "upsample", nn.AvgPool2d(1)), "AvgPool2d.*makes nothing"),
+        lambda pipe: setattr(pipe.unet.mid_block.resnets[0], "upsample", nn.AvgPool2d(1)),
+        "AvgPool2d.*makes nothing",
+    ),
     "another scale": (
         lambda pipe: setattr(pipe.unet.mid_block.resnets[0], "output_scale_factor", torch.tensor(2.0)),
-        "output_scale_factor=tensor"),
+        "output_scale_factor=tensor",
+    ),
     "rescaled attention": (
-        lambda pipe: change(pipe.unet, type(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1),
-                            rescale_output_factor=2.0), "rescale_output_factor=2.0"),
+        lambda pipe: change(
+            pipe.unet, type(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1), rescale_output_factor=2.0
+        ),
+        "rescale_output_factor=2.0",
+    ),
     "another embedding of time": (
-        lambda pipe: setattr(pipe.unet.time_proj, "flip_sin_to_cos", False), "flip_sin_to_cos=False at time_proj"),
+        lambda pipe: setattr(pipe.unet.time_proj, "flip_sin_to_cos", False),
+        "flip_sin_to_cos=False at time_proj",
+    ),
     "dropout": (lambda pipe: change(pipe.unet.train(), nn.Dropout, p=0.5), "training mode and has dropout.*eval"),
     "layerwise casting": (
-        lambda pipe: pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32), "layerwise_casting"),
+        lambda pipe: pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+        "layerwise_casting",
+    ),
     "group offload": (
         lambda pipe: pipe.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level"),
-        "group_offloading"),
+        "group_offloading",
+    ),
     "weights of two types": (lambda pipe: pipe.unet.conv_in.half(), "float16, float32.*pipe.to"),
     "double precision": (lambda pipe: pipe.unet.double(), "float64"),
     "weights that are not there": (lambda pipe: pipe.unet.conv_in.to("meta"), "offloaded"),
     "a text encoder that is not there": (lambda pipe: pipe.text_encoder.to("meta"), "text_encoder is offloaded"),
     "levels changed by hand": (
-        lambda pipe: setattr(pipe.scheduler, "alphas_cumprod", pipe.scheduler.alphas_cumprod**2), "noise levels"),
-    "flow matching": (
-        lambda pipe: pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler()), "flow matching"),
-    "clipping": (
-        lambda pipe: pipe.register_modules(scheduler=DDIMScheduler(clip_sample=True)), "clip_sample=True"),
+        lambda pipe: setattr(pipe.scheduler, "alphas_cumprod", pipe.scheduler.alphas_cumprod**2),
+        "noise levels",
+    ),
+    "flow matching": (lambda pipe: pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler()), "flow matching"),
+    "clipping": (lambda pipe: pipe.register_modules(scheduler=DDIMScheduler(clip_sample=True)), "clip_sample=True"),
     "another UNet": (lambda pipe: setattr(pipe, "unet", nn.Linear(1, 1)), "UNet is a Linear"),
     "another VAE": (lambda pipe: setattr(pipe, "vae", nn.Linear(1, 1)), "VAE of the pipeline is a Linear"),
     "latents of other channels": (
-        lambda pipe: setattr(pipe, "vae", type(pipe.vae)(**small_vae_config(latent_channels=16))), "16 latent"),
+        lambda pipe: setattr(pipe, "vae", type(pipe.vae)(**small_vae_config(latent_channels=16))),
+        "16 latent",
+    ),
     "a refiner's settings": (
-        lambda pipe: pipe.register_to_config(requires_aesthetics_score=True), "requires_aesthetics_score"),
+        lambda pipe: pipe.register_to_config(requires_aesthetics_score=True),
+        "requires_aesthetics_score",
+    ),
     "a further part": (
-        lambda pipe: pipe.register_modules(second_scheduler=DDIMScheduler()), "left out .second_scheduler.*from_pipe"),
+        lambda pipe: pipe.register_modules(second_scheduler=DDIMScheduler()),
+        "left out .second_scheduler.*from_pipe",
+    ),
     "a missing part": (lambda pipe: setattr(pipe, "text_encoder", None), "has no text_encoder"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", CARRIED)
@@ -206,18 +237,43 @@ def test_a_pipeline_with_a_controlnet_is_refused_with_the_way_to_leave_it_out(or
     from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, StableDiffusionXLImg2ImgPipeline
 
     controlnet = ControlNetModel.from_unet(original.unet)
-    refused(StableDiffusionXLControlNetPipeline(**original.components, controlnet=controlnet, add_watermarker=False),
-            "ControlNetPipeline draws in another way.*from_pipe", ModelFormatError)  # fmt: skip
+    refused(
+        StableDiffusionXLControlNetPipeline(**original.components, controlnet=controlnet, add_watermarker=False),
+        "ControlNetPipeline draws in another way.*from_pipe",
+        ModelFormatError,
+    )
     from_pipeline(StableDiffusionXLImg2ImgPipeline(**original.components, add_watermarker=False))
 
 
 class Plain(StableDiffusionXLPipeline):
     _optional_components = StableDiffusionXLPipeline._optional_components
 
-    def __init__(self, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder=None,
-                 feature_extractor=None, force_zeros_for_empty_prompt=True):  # fmt: skip
-        super().__init__(vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder,
-                         feature_extractor, force_zeros_for_empty_prompt, add_watermarker=False)  # fmt: skip
+    def __init__(
+        self,
+        vae,
+        text_encoder,
+        text_encoder_2,
+        tokenizer,
+        tokenizer_2,
+        unet,
+        scheduler,
+        image_encoder=None,
+        feature_extractor=None,
+        force_zeros_for_empty_prompt=True,
+    ):
+        super().__init__(
+            vae,
+            text_encoder,
+            text_encoder_2,
+            tokenizer,
+            tokenizer_2,
+            unet,
+            scheduler,
+            image_encoder,
+            feature_extractor,
+            force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        )
 
     def save_pretrained(self, folder):
         raise NotImplementedError
@@ -243,8 +299,9 @@ def test_a_class_of_ones_own_is_taken_if_it_draws_as_diffusers_does(original):
     from_pipeline(Plain(**original.components))
     for kind in (Own, Further):
         own = kind(**original.components)
-        refused(own, f"pipeline .{kind.__name__}. has encode_prompt, guidance_scale of its own.*from_pipe",
-                ModelFormatError)  # fmt: skip
+        refused(
+            own, f"pipeline .{kind.__name__}. has encode_prompt, guidance_scale of its own.*from_pipe", ModelFormatError
+        )
     from_pipeline(StableDiffusionXLPipeline.from_pipe(own))
     from_pipeline(StableDiffusionXLPipeline(**own.components, add_watermarker=False))
 

@@ -19,8 +19,12 @@ from tests.small_families import PUBLISHED, family_config
 from tests.small_sdxl import small_pipeline, small_tokenizer
 
 PROJECTION = "conditioner.embedders.1.model.text_projection"
-WIDE = {"block_out_channels": (64, 64, 128), "attention_head_dim": (1, 1, 2), "cross_attention_dim": 128,
-        "projection_class_embeddings_input_dim": 64 + 6 * 8}  # heads 64 wide, which files are read with
+WIDE = {
+    "block_out_channels": (64, 64, 128),
+    "attention_head_dim": (1, 1, 2),
+    "cross_attention_dim": 128,
+    "projection_class_embeddings_input_dim": 64 + 6 * 8,
+}  # heads 64 wide, which files are read with
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +95,27 @@ def transformers_layout(state, pipeline, prefix, tower="text_model."):
     return kept
 
 
-@pytest.mark.parametrize("spelling", ["a linear layer's", "transformers' layout", "transformers' without text_model",
-                                      "transformers' under a second prefix", "transformers' with OpenCLIP's matrix",
-                                      "first encoder without text_model"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "a linear layer's",
+        "transformers' layout",
+        "transformers' without text_model",
+        "transformers' under a second prefix",
+        "transformers' with OpenCLIP's matrix",
+        "first encoder without text_model",
+    ],
+)
 def test_every_spelling_of_the_text_encoders_gives_the_same_tensors(spelling, state, pipeline):
     canonical = convert_text_encoders(state, {"hidden_size": 32})
     state, second = dict(state), "conditioner.embedders.1."
     if spelling == "a linear layer's":
         state[f"{PROJECTION}.weight"] = state.pop(PROJECTION).T.contiguous()
     elif spelling == "first encoder without text_model":
-        state = {name.replace("embedders.0.transformer.text_model.", "embedders.0.transformer."): value
-                 for name, value in state.items()}
+        state = {
+            name.replace("embedders.0.transformer.text_model.", "embedders.0.transformer."): value
+            for name, value in state.items()
+        }
     elif spelling == "transformers' without text_model":
         state = transformers_layout(state, pipeline, f"{second}transformer.", tower="")
     elif spelling == "transformers' under a second prefix":
@@ -187,16 +201,20 @@ def test_plain_float8_files_are_read_as_they_are(kind, state, folder, tmp_path):
     assert torch.equal(found.unet_state["conv_out.weight"], held[name].to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("extra, said", [
-    ({"a.weight.quant_state.bitsandbytes__nf4": "U8"}, "bitsandbytes \\(nf4"),
-    ({"a.weight.absmax": "F32"}, "bitsandbytes \\(nf4"),
-    ({"a.SCB": "F32", "a.weight": "I8"}, "bitsandbytes \\(int8"),
-    ({"a.qweight": "I32", "a.qzeros": "I32"}, "GPTQ"),
-    ({"a.weight": "U8", "a.weight_scale": "F8_E4M3", "a.weight_scale_2": "F32"}, "nvfp4"),
-    ({"a.weight._data": "I8", "a.weight._scale": "F32"}, "quanto"),
-    ({"a.weight": "I8", "a.weight_scale": "F32"}, "a.weight as I8"),
-    ({"a.scale_weight": "F32"}, "without the weight"),
-], ids=lambda value: "" if isinstance(value, dict) else value)
+@pytest.mark.parametrize(
+    "extra, said",
+    [
+        ({"a.weight.quant_state.bitsandbytes__nf4": "U8"}, "bitsandbytes \\(nf4"),
+        ({"a.weight.absmax": "F32"}, "bitsandbytes \\(nf4"),
+        ({"a.SCB": "F32", "a.weight": "I8"}, "bitsandbytes \\(int8"),
+        ({"a.qweight": "I32", "a.qzeros": "I32"}, "GPTQ"),
+        ({"a.weight": "U8", "a.weight_scale": "F8_E4M3", "a.weight_scale_2": "F32"}, "nvfp4"),
+        ({"a.weight._data": "I8", "a.weight._scale": "F32"}, "quanto"),
+        ({"a.weight": "I8", "a.weight_scale": "F32"}, "a.weight as I8"),
+        ({"a.scale_weight": "F32"}, "without the weight"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
 def test_weights_packed_in_another_way_are_refused_by_the_formats_name(extra, said):
     with pytest.raises(ModelFormatError, match=f"model.safetensors.*{said}"):
         check_storage({name: (kind, (4, 4)) for name, kind in extra.items()}, "model.safetensors")
@@ -208,9 +226,19 @@ def test_factors_for_blocks_of_a_weight_are_refused():
         check_storage(tensors, "model.safetensors")
 
 
-@pytest.mark.parametrize("note", [
-    b'{"format": "mxfp8"}', b"not json", b"[]", b"{}", b'{"format": 1, "format": 2}', b"[" * 9000, b" " * 20_000,
-], ids=lambda note: note[:30].decode())
+@pytest.mark.parametrize(
+    "note",
+    [
+        b'{"format": "mxfp8"}',
+        b"not json",
+        b"[]",
+        b"{}",
+        b'{"format": 1, "format": 2}',
+        b"[" * 9000,
+        b" " * 20_000,
+    ],
+    ids=lambda note: note[:30].decode(),
+)
 def test_a_note_of_a_format_that_is_not_read_is_refused(note):
     tensors = {"a.weight": torch.zeros(2, 2), "a.comfy_quant": torch.tensor(list(note), dtype=torch.uint8)}
     with pytest.raises(ModelFormatError, match=r"a\.comfy_quant"):

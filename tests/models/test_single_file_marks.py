@@ -46,13 +46,21 @@ def test_keys_tell_v_prediction_zero_snr_and_edm(header):
     scheduler(header(v_pred=EMPTY), prediction_type="v_prediction", rescale_betas_zero_snr=None)
     scheduler(header(v_pred=EMPTY, ztsnr=EMPTY), prediction_type="v_prediction", rescale_betas_zero_snr=True)
     cosxl = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor([0.003])}
-    scheduler(header(**cosxl), _class_name="EDMEulerScheduler", prediction_type="v_prediction", sigma_max=120.0,
-              sigma_min=0.003, sigma_data=1.0)  # fmt: skip
+    scheduler(
+        header(**cosxl),
+        _class_name="EDMEulerScheduler",
+        prediction_type="v_prediction",
+        sigma_max=120.0,
+        sigma_min=0.003,
+        sigma_data=1.0,
+    )
     playground = header(edm_mean=torch.tensor([-1.5, 2.0, -1.0, 2.5]).view(1, 4, 1, 1), edm_std=torch.full((4,), 8.0))
     scheduler(playground, _class_name="EDMDPMSolverMultistepScheduler", prediction_type="epsilon", sigma_data=0.5)
     assert marked_vae(playground) == {
-        "latents_mean": [-1.5, 2.0, -1.0, 2.5], "latents_std": [8.0] * 4, "scaling_factor": 0.5,
-    }  # fmt: skip
+        "latents_mean": [-1.5, 2.0, -1.0, 2.5],
+        "latents_std": [8.0] * 4,
+        "scaling_factor": 0.5,
+    }
 
 
 @pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
@@ -84,8 +92,9 @@ def test_the_resolution_is_the_native_size(header):
     assert marked_size(header({"modelspec.resolution": "512"})) is None
 
 
-@pytest.mark.parametrize("kind", ["stable-diffusion-xl-v1-refiner", "stable-diffusion-xl-v1-base/lora",
-                                  "stable-diffusion-xl-v1-edit"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", ["stable-diffusion-xl-v1-refiner", "stable-diffusion-xl-v1-base/lora", "stable-diffusion-xl-v1-edit"]
+)
 def test_a_file_that_calls_itself_something_else_is_refused(header, kind):
     check_marks(header({"modelspec.architecture": "stable-diffusion-xl-v1-base"}))
     with pytest.raises(ModelFormatError, match=f"call it '{kind}'"):
@@ -102,8 +111,12 @@ def test_what_is_left_out_or_not_done_is_said_and_what_training_left_is_not(head
     with caplog.at_level(logging.WARNING):
         check_marks(header({"modelspec.title": "a", "ss_steps": "3", "modelspec.timestep_range": "0, 1000"}, **left))
         assert not caplog.records
-        check_marks(header({"modelspec.encoder_layer": "1", "modelspec.timestep_range": "0,200"},
-                           **{"conditioner.embedders.2.w": EMPTY}))  # fmt: skip
+        check_marks(
+            header(
+                {"modelspec.encoder_layer": "1", "modelspec.timestep_range": "0,200"},
+                **{"conditioner.embedders.2.w": EMPTY},
+            )
+        )
     assert "layer '1'" in caplog.text and "'0,200'" in caplog.text and "conditioner.embedders.2.w" in caplog.text
 
 

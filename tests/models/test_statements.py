@@ -58,8 +58,16 @@ def test_a_key_that_a_config_leaves_out_means_what_diffusers_means(name):
     theirs = defaults(getattr(schedulers, name))
     switched_off = {key: False for key in ("clip_sample", "thresholding") if key in theirs}
     filled = checked_scheduler({"_class_name": name, **switched_off}, "it")
-    for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset",
-                "timestep_spacing", "set_alpha_to_one"):  # fmt: skip
+    for key in (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "prediction_type",
+        "steps_offset",
+        "timestep_spacing",
+        "set_alpha_to_one",
+    ):
         if key in theirs and (name, key) != ("PNDMScheduler", "set_alpha_to_one"):  # false there and for SDXL
             assert filled[key] == theirs[key], key
 
@@ -81,65 +89,138 @@ def test_every_setting_of_diffusers_modules_has_a_verdict(part):
     assert not defaults(kind).keys() - rules.keys()
 
 
-@pytest.mark.parametrize("config, rules", [
-    (CLIPTextConfig(), statements.TEXT_ENCODER), (CLIPVisionConfig(), statements.IMAGE_ENCODER),
-    (CLIPImageProcessor(), statements.FEATURE_EXTRACTOR),
-], ids=["text encoder", "image encoder", "image processor"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, rules",
+    [
+        (CLIPTextConfig(), statements.TEXT_ENCODER),
+        (CLIPVisionConfig(), statements.IMAGE_ENCODER),
+        (CLIPImageProcessor(), statements.FEATURE_EXTRACTOR),
+    ],
+    ids=["text encoder", "image encoder", "image processor"],
+)
 def test_every_setting_of_transformers_parts_has_a_verdict(config, rules):
     assert not {key for key in config.to_dict() if not key.startswith("_")} - rules.keys()
 
 
 SDXL = {
-    "_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.19.0.dev0", "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False, "interpolation_type": "linear",
-    "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0, "set_alpha_to_one": False,
-    "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None,
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
     "use_karras_sigmas": False,
-}  # fmt: skip
+}
 DPM = {
-    "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "dynamic_thresholding_ratio": 0.995,
-    "euler_at_final": False, "lambda_min_clipped": -math.inf, "lower_order_final": True, "num_train_timesteps": 1000,
-    "prediction_type": "epsilon", "sample_max_value": 1.0, "solver_order": 2, "solver_type": "midpoint",
-    "steps_offset": 1, "thresholding": False, "timestep_spacing": "leading", "trained_betas": None,
-    "use_karras_sigmas": True, "use_lu_lambdas": False, "variance_type": None,
-}  # fmt: skip
+    "_class_name": "DPMSolverMultistepScheduler",
+    "algorithm_type": "dpmsolver++",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "dynamic_thresholding_ratio": 0.995,
+    "euler_at_final": False,
+    "lambda_min_clipped": -math.inf,
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "steps_offset": 1,
+    "thresholding": False,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": True,
+    "use_lu_lambdas": False,
+    "variance_type": None,
+}
 PUBLISHED = {
     "SDXL base, refiner": SDXL,
     "Turbo": {**SDXL, "_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
     "Lightning": {**SDXL, "timestep_spacing": "trailing"},
-    "LCM": {**SDXL, "_class_name": "LCMScheduler", "original_inference_steps": 50, "thresholding": False,
-            "timestep_scaling": 10.0, "rescale_betas_zero_snr": False, "clip_sample_range": 1.0},
+    "LCM": {
+        **SDXL,
+        "_class_name": "LCMScheduler",
+        "original_inference_steps": 50,
+        "thresholding": False,
+        "timestep_scaling": 10.0,
+        "rescale_betas_zero_snr": False,
+        "clip_sample_range": 1.0,
+    },
     "Playground v2": {**SDXL, "_class_name": "EulerAncestralDiscreteScheduler"},
     "Playground v2.5": {
-        "_class_name": "EDMDPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++",
-        "dynamic_thresholding_ratio": 0.995, "euler_at_final": False, "final_sigmas_type": "zero",
-        "lower_order_final": True, "num_train_timesteps": 1000, "prediction_type": "epsilon", "rho": 7.0,
-        "sample_max_value": 1.0, "sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002, "solver_order": 2,
-        "solver_type": "midpoint", "thresholding": False},
-    "CosXL": {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction", "sigma_max": 120.0,
-              "sigma_min": 0.002, "sigma_data": 1.0, "sigma_schedule": "exponential"},
-    "NoobAI v-prediction": {**SDXL, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-                            "timestep_spacing": "trailing", "final_sigmas_type": "zero", "sigma_max": None,
-                            "sigma_min": None, "timestep_type": "discrete"},
+        "_class_name": "EDMDPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "dynamic_thresholding_ratio": 0.995,
+        "euler_at_final": False,
+        "final_sigmas_type": "zero",
+        "lower_order_final": True,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "rho": 7.0,
+        "sample_max_value": 1.0,
+        "sigma_data": 0.5,
+        "sigma_max": 80.0,
+        "sigma_min": 0.002,
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "thresholding": False,
+    },
+    "CosXL": {
+        "_class_name": "EDMEulerScheduler",
+        "prediction_type": "v_prediction",
+        "sigma_max": 120.0,
+        "sigma_min": 0.002,
+        "sigma_data": 1.0,
+        "sigma_schedule": "exponential",
+    },
+    "NoobAI v-prediction": {
+        **SDXL,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "final_sigmas_type": "zero",
+        "sigma_max": None,
+        "sigma_min": None,
+        "timestep_type": "discrete",
+    },
     "Animagine": {**SDXL, "_class_name": "EulerAncestralDiscreteScheduler", "rescale_betas_zero_snr": False},
     "SSD-1B, Vega": {**SDXL, "final_sigmas_type": "zero"},
     "Koala": {**SDXL, "use_exponential_sigmas": False, "use_beta_sigmas": False},
     "a merge with DPM++": DPM,
     "DDIM": {**SDXL, "_class_name": "DDIMScheduler", "thresholding": False, "rescale_betas_zero_snr": False},
     "PNDM": {**SDXL, "_class_name": "PNDMScheduler"},
-    "UniPC": {**DPM, "_class_name": "UniPCMultistepScheduler", "predict_x0": True, "solver_type": "bh2",
-              "solver_p": None, "disable_corrector": []},
+    "UniPC": {
+        **DPM,
+        "_class_name": "UniPCMultistepScheduler",
+        "predict_x0": True,
+        "solver_type": "bh2",
+        "solver_p": None,
+        "disable_corrector": [],
+    },
     "a minus infinity in quotes": {**DPM, "lambda_min_clipped": "-Infinity"},
     "left over from a sampler that clips": {**SDXL, "clip_sample": True, "thresholding": True},
-    "EDM with what another scheduler left": {**SDXL, "_class_name": "EDMEulerScheduler", "beta_schedule": "odd",
-                                             "timestep_type": "continuous"},
+    "EDM with what another scheduler left": {
+        **SDXL,
+        "_class_name": "EDMEulerScheduler",
+        "beta_schedule": "odd",
+        "timestep_type": "continuous",
+    },
     "an unknown switch that is off": {**SDXL, "rephase": False, "more": None, "_private": 3},
     "zero terminal SNR in its betas": {**SDXL, "rescale_betas_zero_snr": True, "trained_betas": [*[0.01] * 999, 1.0]},
     "betas that are not read": {**SDXL, "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.1, "beta_end": 0.02},
     "a largest level alone": {**SDXL, "sigma_min": None, "sigma_max": 10.0},
     "arrays": {**SDXL, "trained_betas": np.linspace(0.001, 0.01, 1000)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -207,17 +288,42 @@ def test_a_distilled_model_says_which_sampler_it_is_for(caplog):
 
 # settings of other architectures, one value each; what is not here takes any value
 OTHER_UNETS = {
-    "center_input_sample": True, "only_cross_attention": [True, False, False], "dual_cross_attention": True,
-    "downsample_padding": 0, "mid_block_scale_factor": 1.4, "resnet_out_scale_factor": 0.7, "act_fn": "gelu",
-    "encoder_hid_dim": 1024, "encoder_hid_dim_type": "text_proj", "class_embed_type": "projection",
-    "num_class_embeds": 10, "class_embeddings_concat": True, "resnet_time_scale_shift": "scale_shift",
-    "resnet_skip_time_act": True, "time_embedding_type": "fourier", "time_embedding_dim": 512,
-    "time_embedding_act_fn": "silu", "timestep_post_act": "silu", "time_cond_proj_dim": 256, "conv_in_kernel": 1,
-    "conv_out_kernel": 1, "attention_type": "gated", "cross_attention_norm": "layer_norm", "in_channels": 9,
-    "out_channels": 8, "addition_embed_type": "text", "mid_block_only_cross_attention": True,
-    "quantization_config": {"bits": 4}, "block_warp": 2, "cross_attention_dim": [64, 64, 64], "norm_num_groups": None,
-    "sample_size": "128", "freq_shift": None, "norm_eps": "small", "addition_time_embed_dim": 8.5,
-}  # fmt: skip
+    "center_input_sample": True,
+    "only_cross_attention": [True, False, False],
+    "dual_cross_attention": True,
+    "downsample_padding": 0,
+    "mid_block_scale_factor": 1.4,
+    "resnet_out_scale_factor": 0.7,
+    "act_fn": "gelu",
+    "encoder_hid_dim": 1024,
+    "encoder_hid_dim_type": "text_proj",
+    "class_embed_type": "projection",
+    "num_class_embeds": 10,
+    "class_embeddings_concat": True,
+    "resnet_time_scale_shift": "scale_shift",
+    "resnet_skip_time_act": True,
+    "time_embedding_type": "fourier",
+    "time_embedding_dim": 512,
+    "time_embedding_act_fn": "silu",
+    "timestep_post_act": "silu",
+    "time_cond_proj_dim": 256,
+    "conv_in_kernel": 1,
+    "conv_out_kernel": 1,
+    "attention_type": "gated",
+    "cross_attention_norm": "layer_norm",
+    "in_channels": 9,
+    "out_channels": 8,
+    "addition_embed_type": "text",
+    "mid_block_only_cross_attention": True,
+    "quantization_config": {"bits": 4},
+    "block_warp": 2,
+    "cross_attention_dim": [64, 64, 64],
+    "norm_num_groups": None,
+    "sample_size": "128",
+    "freq_shift": None,
+    "norm_eps": "small",
+    "addition_time_embed_dim": 8.5,
+}
 
 
 @pytest.mark.parametrize("key", OTHER_UNETS)
@@ -291,10 +397,16 @@ def test_what_a_library_gets_and_the_tables_do_not_know_is_said(caplog):
 
 
 INDEX = {
-    "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0", "force_zeros_for_empty_prompt": True,
-    "add_watermarker": None, "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-    "image_encoder": [None, None], "feature_extractor": [None, None], "controlnet": [None, None],
-}  # fmt: skip
+    "_class_name": "StableDiffusionXLPipeline",
+    "_diffusers_version": "0.19.0",
+    "force_zeros_for_empty_prompt": True,
+    "add_watermarker": None,
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "image_encoder": [None, None],
+    "feature_extractor": [None, None],
+    "controlnet": [None, None],
+}
 
 
 @pytest.mark.parametrize("kind", [*statements.PIPELINES, None])

@@ -36,9 +36,13 @@ def bake(unet: UNet, inputs) -> StylePages:
 
                 handles.append(getattr(module, part).register_forward_hook(keep))
         elif isinstance(module, GroupNorm):
-            handles.append(module.register_forward_pre_hook(
-                lambda module, args: norms.update({module.index: args[0].flatten(2).unflatten(1, (module.groups, -1))})
-            ))  # fmt: skip
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda module, args: norms.update(
+                        {module.index: args[0].flatten(2).unflatten(1, (module.groups, -1))}
+                    )
+                )
+            )
     run(unet, inputs, plain_rows(unet.layout, len(inputs.latents)))
     for handle in handles:
         handle.remove()
@@ -66,8 +70,14 @@ def run_with_pages(unet: UNet, inputs, table, pages: StylePages) -> torch.Tensor
 def test_a_page_of_the_bank_equals_the_live_reference(models, mode, shared_norms):
     _, unet = models
     inputs = random_inputs(3)
-    sharing = Sharing(references=[0, 0, 0], mode=mode, scale=0.8, shift=0.7, share_group_norm=shared_norms,
-                      adain={"q": 1.0, "k": 0.5, "v": 1.0})  # fmt: skip
+    sharing = Sharing(
+        references=[0, 0, 0],
+        mode=mode,
+        scale=0.8,
+        shift=0.7,
+        share_group_norm=shared_norms,
+        adain={"q": 1.0, "k": 0.5, "v": 1.0},
+    )
     live = measured(partial(run, table=share(plain_rows(unet.layout, 3), unet.layout, sharing)), unet, inputs)
 
     pages = bake(unet, inputs.rows([REFERENCE]))
@@ -75,9 +85,12 @@ def test_a_page_of_the_bank_equals_the_live_reference(models, mode, shared_norms
     table = share(plain_rows(unet.layout, 3), unet.layout, sharing)
     table = type(table)(*(column[TARGETS] for column in table))
     # page 0 of the pool stands behind the two rows of the batch
-    table = table._replace(self_page=torch.full((2, 1), 2), adain_page=torch.full((2,), 2),
-                           norm_page=torch.full((2,), 2 if shared_norms else -1),
-                           text_page=torch.arange(2))  # fmt: skip
+    table = table._replace(
+        self_page=torch.full((2, 1), 2),
+        adain_page=torch.full((2,), 2),
+        norm_page=torch.full((2,), 2 if shared_norms else -1),
+        text_page=torch.arange(2),
+    )
     banked = run_with_pages(unet, targets, table, pages)
     assert not torch.allclose(live.value[TARGETS], run(unet, targets, plain_rows(unet.layout, 2)), atol=1e-2)
     close(banked, live[TARGETS])
@@ -88,9 +101,13 @@ def test_controlnet_residuals_enter_as_in_diffusers(models):
     inputs = random_inputs(2)
     shapes, handles = [], []
     for block in [oracle.conv_in, *oracle.down_blocks]:
-        handles.append(block.register_forward_hook(lambda _, __, out: shapes.extend(
-            [out.shape] if isinstance(out, torch.Tensor) else [skip.shape for skip in out[1]]
-        )))  # fmt: skip
+        handles.append(
+            block.register_forward_hook(
+                lambda _, __, out: shapes.extend(
+                    [out.shape] if isinstance(out, torch.Tensor) else [skip.shape for skip in out[1]]
+                )
+            )
+        )
     conditions = {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
     with torch.no_grad():
         oracle(inputs.latents, inputs.timesteps, inputs.text, added_cond_kwargs=conditions)
@@ -103,9 +120,13 @@ def test_controlnet_residuals_enter_as_in_diffusers(models):
     def theirs(oracle, inputs, conditions, skips, middle):
         with torch.no_grad():
             return oracle(
-                inputs.latents, inputs.timesteps, inputs.text, added_cond_kwargs=conditions,
-                down_block_additional_residuals=list(skips), mid_block_additional_residual=middle,
-            ).sample  # fmt: skip
+                inputs.latents,
+                inputs.timesteps,
+                inputs.text,
+                added_cond_kwargs=conditions,
+                down_block_additional_residuals=list(skips),
+                mid_block_additional_residual=middle,
+            ).sample
 
     with torch.no_grad():
         time = unet.embed(inputs.timesteps, inputs.pooled, inputs.time_ids)

@@ -40,15 +40,19 @@ def test_a_file_that_is_no_sdxl_checkpoint_is_refused_by_its_true_name(name, tmp
         load_components(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("content, said", [
-    (b"<!DOCTYPE html><html><body>Log in</body></html>", "web page"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 6938040682\n", "git lfs pull"),
-    (b"PK\x03\x04" + bytes(100), "pickled"),
-    (b"", "no valid safetensors header"),
-    (b"\xff" * 64, "no valid safetensors header"),
-    (b"\x10" + bytes(7) + b"{not json at all" + bytes(20), "damaged"),
-    (b"\x02" + bytes(7) + b"[]", "damaged"),
-], ids=["web page", "lfs pointer", "zip", "empty", "noise", "broken json", "json of another kind"])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"<!DOCTYPE html><html><body>Log in</body></html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 6938040682\n", "git lfs pull"),
+        (b"PK\x03\x04" + bytes(100), "pickled"),
+        (b"", "no valid safetensors header"),
+        (b"\xff" * 64, "no valid safetensors header"),
+        (b"\x10" + bytes(7) + b"{not json at all" + bytes(20), "damaged"),
+        (b"\x02" + bytes(7) + b"[]", "damaged"),
+    ],
+    ids=["web page", "lfs pointer", "zip", "empty", "noise", "broken json", "json of another kind"],
+)
 def test_a_file_that_is_no_safetensors_is_refused(content, said, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelFormatError, match=said):

@@ -20,8 +20,9 @@ def style_first(null, style, full, style_weight: float, context_weight: float) -
     return null + style_weight * (style - null) + context_weight * (full - style)
 
 
-def style_and_context(null, context, style, full, style_weight: float, context_weight: float, null_weight: float,
-                      convention: str) -> torch.Tensor:
+def style_and_context(
+    null, context, style, full, style_weight: float, context_weight: float, null_weight: float, convention: str
+) -> torch.Tensor:
     """Eq. 11: both sums of differences and a push away from null; the released code halves each difference."""
     half = {"paper": 1.0, "code": 0.5}[convention]
     return (

@@ -42,9 +42,21 @@ def classifier_free(guidance: float, rescale: float = 0.0) -> Callable:
     return combine
 
 
-def generate(pipe, branches: Callable[[float], Sequence[Text]], combine: Callable, *, scheduler: str, steps: int,
-             seeds: Sequence[int], size: tuple[int, int], sharing: dict | None = None, pinned=None,
-             pictures: Pictures | None = None, segments: Sequence[Segment] = (), null_branches=(0,)) -> torch.Tensor:
+def generate(
+    pipe,
+    branches: Callable[[float], Sequence[Text]],
+    combine: Callable,
+    *,
+    scheduler: str,
+    steps: int,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    sharing: dict | None = None,
+    pinned=None,
+    pictures: Pictures | None = None,
+    segments: Sequence[Segment] = (),
+    null_branches=(0,),
+) -> torch.Tensor:
     """Latents [pictures, 4, h, w] after `steps` steps, for pixels `size` (height, width).
 
     `branches(timestep)` gives the text of every guidance branch, one entry a row; rows are branch-major. `combine`
@@ -64,16 +76,21 @@ def generate(pipe, branches: Callable[[float], Sequence[Text]], combine: Callabl
         options = {}
         if pictures is not None:
             conditions["image_embeds"] = [
-                torch.cat([embeds.repeat(rows_per_branch, 1, 1) * (branch not in null_branches)
-                           for branch in range(len(texts))])
+                torch.cat(
+                    [
+                        embeds.repeat(rows_per_branch, 1, 1) * (branch not in null_branches)
+                        for branch in range(len(texts))
+                    ]
+                )
                 for embeds in pictures.embeds
             ]
             if pictures.masks is not None:
                 options["ip_adapter_masks"] = list(pictures.masks)
         batch = latents.repeat(len(texts), 1, 1, 1)
         with torch.no_grad():
-            output = pipe.unet(batch, timestep, states, added_cond_kwargs=conditions,
-                               cross_attention_kwargs=options or None).sample
+            output = pipe.unet(
+                batch, timestep, states, added_cond_kwargs=conditions, cross_attention_kwargs=options or None
+            ).sample
         return combine(*output.chunk(len(texts)))
 
     with ExitStack() as stack:

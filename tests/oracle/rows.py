@@ -37,10 +37,12 @@ def share(table: RowTable, layout: AttentionLayout, sharing: Sharing, rows=None)
     """Write StyleAligned's columns; only for `rows` if they are given. A row that names itself stays plain."""
     table = RowTable(*(column.clone() for column in table))
     plain = plain_layers(len(layout.layers), sharing.only_self_level)
-    active = torch.tensor([
-        not alone and any(part in f"{layer.name}.attn1.processor" for part in sharing.layers)
-        for layer, alone in zip(layout.layers, plain, strict=True)
-    ])
+    active = torch.tensor(
+        [
+            not alone and any(part in f"{layer.name}.attn1.processor" for part in sharing.layers)
+            for layer, alone in zip(layout.layers, plain, strict=True)
+        ]
+    )
     for row in range(len(table.self_page)) if rows is None else rows:
         reference = sharing.references[row]
         if sharing.full_attention_share:
@@ -62,8 +64,9 @@ def share(table: RowTable, layout: AttentionLayout, sharing: Sharing, rows=None)
     return table
 
 
-def image_columns(table: RowTable, layout: AttentionLayout, unet: UNet, segments: list[Segment], sizes,
-                  groups=None) -> tuple[RowTable, ImageKV, tuple[torch.Tensor, ...]]:
+def image_columns(
+    table: RowTable, layout: AttentionLayout, unet: UNet, segments: list[Segment], sizes, groups=None
+) -> tuple[RowTable, ImageKV, tuple[torch.Tensor, ...]]:
     """Write the image columns for `segments`, with their keys, values and mask vectors made here.
 
     Every segment has one page a row, so page number = segment * rows + row. Masks come from diffusers.
@@ -75,10 +78,13 @@ def image_columns(table: RowTable, layout: AttentionLayout, unet: UNet, segments
     table = RowTable(*(column.clone() for column in table))
     masked = [index for index, segment in enumerate(segments) if segment.mask is not None]
     masks = tuple(
-        torch.cat([torch.ones(0, height * width)] + [
-            IPAdapterMaskProcessor.downsample(segments[index].mask[None], 1, height * width, 1)[..., 0]
-            for index in masked
-        ])
+        torch.cat(
+            [torch.ones(0, height * width)]
+            + [
+                IPAdapterMaskProcessor.downsample(segments[index].mask[None], 1, height * width, 1)[..., 0]
+                for index in masked
+            ]
+        )
         for height, width in sizes
     )
     for index, segment in enumerate(segments):

@@ -34,8 +34,9 @@ def draw(noise: list[torch.Generator], shape) -> torch.Tensor:
     return torch.cat([torch.randn((1, *shape), generator=generator) for generator in noise])
 
 
-def sample(predict: Callable, scheduler, steps: int, shape, seeds: Sequence[int], pinned=None,
-           dtype=torch.float32) -> torch.Tensor:
+def sample(
+    predict: Callable, scheduler, steps: int, shape, seeds: Sequence[int], pinned=None, dtype=torch.float32
+) -> torch.Tensor:
     """Run the loop and return the latents [images, *shape] in `dtype`; the noise is the same in any.
 
     `predict(latents, timestep, step)` gives the guided prediction for latents as the UNet wants them. `pinned`, if
@@ -54,7 +55,7 @@ def sample(predict: Callable, scheduler, steps: int, shape, seeds: Sequence[int]
             reference = pinned[step][None] if given else scheduler.add_noise(*pinned, timestep[None])
             batch = torch.cat([reference.to(dtype), latents])
         prediction = predict(scheduler.scale_model_input(batch, timestep), timestep, step)
-        latents = scheduler.step(prediction[len(batch) - len(latents):], timestep, latents, **options).prev_sample
+        latents = scheduler.step(prediction[len(batch) - len(latents) :], timestep, latents, **options).prev_sample
     return latents
 
 

@@ -72,5 +72,10 @@ def forward(unet, inputs: Inputs, image_embeds=None, masks=None) -> torch.Tensor
         conditions["image_embeds"] = image_embeds
     options = {} if masks is None else {"ip_adapter_masks": masks}
     with torch.no_grad():
-        return unet(inputs.latents, inputs.timesteps, inputs.text, added_cond_kwargs=conditions,
-                    cross_attention_kwargs=options or None).sample
+        return unet(
+            inputs.latents,
+            inputs.timesteps,
+            inputs.text,
+            added_cond_kwargs=conditions,
+            cross_attention_kwargs=options or None,
+        ).sample

@@ -70,8 +70,9 @@ class SharedSelfAttention:
         if self.sharing.full_attention_share:
             return self._full(attn, hidden_states)
         sharing, references = self.sharing, list(self.sharing.references)
-        query, key, value = (_split(projection(hidden_states), attn.heads)
-                             for projection in (attn.to_q, attn.to_k, attn.to_v))  # [rows, heads, tokens, d]
+        query, key, value = (
+            _split(projection(hidden_states), attn.heads) for projection in (attn.to_q, attn.to_k, attn.to_v)
+        )  # [rows, heads, tokens, d]
         query, key, value = (
             tensor.lerp(adain(tensor, tensor[references]), sharing.adain[name]) if name in sharing.adain else tensor
             for name, tensor in (("q", query), ("k", key), ("v", value))
@@ -95,8 +96,9 @@ class SharedSelfAttention:
         for group in groups.unique():
             mine = hidden_states[groups == group]  # [images, tokens, channels]
             sequence = mine.reshape(1, -1, mine.shape[-1])
-            query, key, value = (_split(projection(sequence), attn.heads)
-                                 for projection in (attn.to_q, attn.to_k, attn.to_v))
+            query, key, value = (
+                _split(projection(sequence), attn.heads) for projection in (attn.to_q, attn.to_k, attn.to_v)
+            )
             out[groups == group] = _merge(attn, _attend(query, key, value, torch.zeros(1))).reshape(mine.shape)
         return out
 

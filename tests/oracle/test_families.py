@@ -19,8 +19,9 @@ from tests.small_sdxl import small_unet_config
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request):
     """(diffusers' UNet, ours on the same weights) in fp64, so that another order of sums does not show."""
-    config = family_config(request.param, cross_attention_dim=CROSS_DIM,
-                           projection_class_embeddings_input_dim=POOLED_DIM + 6 * 8)
+    config = family_config(
+        request.param, cross_attention_dim=CROSS_DIM, projection_class_embeddings_input_dim=POOLED_DIM + 6 * 8
+    )
     torch.manual_seed(0)
     theirs = UNet2DConditionModel(**config).eval().requires_grad_(False)
     sharpen(theirs, 0)
@@ -93,24 +94,32 @@ def test_a_banks_shapes_are_those_of_the_unet(pair):
     ]
 
 
-
-@pytest.mark.parametrize("changes, said", [
-    ({"transformer_layers_per_block": [1, [1, 1], [2, 2]]}, "reverse_transformer_layers_per_block must be there"),
-    ({"transformer_layers_per_block": [1, [1], [2, 2]], "reverse_transformer_layers_per_block": [1, 1, 1]},
-     r"\[1\] for a block of 2 attentions"),
-    ({"transformer_layers_per_block": [1, 1]}, "3 entries are needed"),
-    ({"transformer_layers_per_block": [1, 1, -1]}, "-1 for a block"),
-    ({"transformer_layers_per_block": [1, 1, "2"]}, "'2' for a block"),
-    ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type is 'UNetMidBlock2DSimpleCrossAttn'"),
-    ({"down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D", "CrossAttnDownBlock2D")}, "SimpleCrossAttn"),
-    ({"up_block_types": None}, "up_block_types is None"),
-    ({"block_out_channels": (32, 64, 10**9)}, "block_out_channels"),
-    ({"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
-    ({"layers_per_block": [2, 2]}, "layers_per_block"),
-    ({"attention_head_dim": 3}, "3 attention heads .* do not divide 64"),
-    ({"attention_head_dim": "8"}, "attention_head_dim is '8'"),
-    ({"transformer_layers_per_block": 0}, "no attention"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"transformer_layers_per_block": [1, [1, 1], [2, 2]]}, "reverse_transformer_layers_per_block must be there"),
+        (
+            {"transformer_layers_per_block": [1, [1], [2, 2]], "reverse_transformer_layers_per_block": [1, 1, 1]},
+            r"\[1\] for a block of 2 attentions",
+        ),
+        ({"transformer_layers_per_block": [1, 1]}, "3 entries are needed"),
+        ({"transformer_layers_per_block": [1, 1, -1]}, "-1 for a block"),
+        ({"transformer_layers_per_block": [1, 1, "2"]}, "'2' for a block"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type is 'UNetMidBlock2DSimpleCrossAttn'"),
+        (
+            {"down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D", "CrossAttnDownBlock2D")},
+            "SimpleCrossAttn",
+        ),
+        ({"up_block_types": None}, "up_block_types is None"),
+        ({"block_out_channels": (32, 64, 10**9)}, "block_out_channels"),
+        ({"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
+        ({"layers_per_block": [2, 2]}, "layers_per_block"),
+        ({"attention_head_dim": 3}, "3 attention heads .* do not divide 64"),
+        ({"attention_head_dim": "8"}, "attention_head_dim is '8'"),
+        ({"transformer_layers_per_block": 0}, "no attention"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_config_of_other_blocks_is_refused_by_the_key(changes, said):
     with pytest.raises(ModelFormatError, match=said):
         AttentionLayout.from_config(small_unet_config(**changes))

@@ -86,9 +86,25 @@ def test_adain_gives_the_statistics_of_the_reference():
     torch.testing.assert_close(out.std(-2), (3 * style).std(-2), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("level", "count"), [(0.0, 0), (0.02, 1), (0.05, 4), (0.1, 7), (0.2, 14), (0.3, 24), (0.4, 35),
-                                              (0.5, 35), (0.6, 35), (0.7, 46), (0.8, 56), (0.9, 63), (0.95, 66),
-                                              (1.0, 70)])
+@pytest.mark.parametrize(
+    ("level", "count"),
+    [
+        (0.0, 0),
+        (0.02, 1),
+        (0.05, 4),
+        (0.1, 7),
+        (0.2, 14),
+        (0.3, 24),
+        (0.4, 35),
+        (0.5, 35),
+        (0.6, 35),
+        (0.7, 46),
+        (0.8, 56),
+        (0.9, 63),
+        (0.95, 66),
+        (1.0, 70),
+    ],
+)
 def test_counts_of_plain_layers_are_the_published_table(level, count):
     assert sum(plain_layers(70, level)) == count
 
@@ -132,8 +148,23 @@ def test_equation_11_sums_equations_9_and_10():
     torch.testing.assert_close(both - null, (first - null) + (second - null))
 
 
-@pytest.mark.parametrize(("timestep", "stage"), [(0, 0), (166, 0), (167, 1), (333, 1), (334, 2), (499, 2), (500, 3),
-                                                 (666, 3), (667, 4), (833, 4), (834, 5), (999, 5)])
+@pytest.mark.parametrize(
+    ("timestep", "stage"),
+    [
+        (0, 0),
+        (166, 0),
+        (167, 1),
+        (333, 1),
+        (334, 2),
+        (499, 2),
+        (500, 3),
+        (666, 3),
+        (667, 4),
+        (833, 4),
+        (834, 5),
+        (999, 5),
+    ],
+)
 def test_stages_change_at_the_published_timesteps(timestep, stage):
     assert dream_styler.stage_of(timestep, 6) == stage
 
@@ -177,12 +208,27 @@ def test_the_loop_equals_the_pipeline_of_diffusers():
     pipe = small_pipeline(seed=3)
     prompts, seeds = ["a cat", "neon fish in oil"], [11, 12]
     null, full = generation.encode(pipe, prompts, "a dog")
-    actual = generation.generate(pipe, lambda timestep: (null, full), generation.classifier_free(4.0, 0.3),
-                                 scheduler="euler_ancestral", steps=3, seeds=seeds, size=(32, 48))
+    actual = generation.generate(
+        pipe,
+        lambda timestep: (null, full),
+        generation.classifier_free(4.0, 0.3),
+        scheduler="euler_ancestral",
+        steps=3,
+        seeds=seeds,
+        size=(32, 48),
+    )
     pipe.scheduler = sampler.make_scheduler("euler_ancestral", pipe.scheduler.config)
-    expected = pipe(prompts, negative_prompt=["a dog"] * 2, height=32, width=48, num_inference_steps=3,
-                    guidance_scale=4.0, guidance_rescale=0.3, generator=sampler.generators(seeds),
-                    output_type="latent").images
+    expected = pipe(
+        prompts,
+        negative_prompt=["a dog"] * 2,
+        height=32,
+        width=48,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        guidance_rescale=0.3,
+        generator=sampler.generators(seeds),
+        output_type="latent",
+    ).images
     torch.testing.assert_close(actual, expected)
 
 

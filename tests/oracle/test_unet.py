@@ -240,8 +240,10 @@ SCALES = {
     "weak_style": ({"up": {"block_0": [0.0, 0.35, 0.0]}}, {STYLE: 0.35}),
     "all": (0.7, None),
     "negative": (-0.5, None),
-    "mid_and_a_whole_block": ({"mid": 0.5, "up": {"block_1": 0.8}}, {"mid_block.attentions.0": 0.5} | {
-        f"up_blocks.1.attentions.{i}": 0.8 for i in range(3)}),
+    "mid_and_a_whole_block": (
+        {"mid": 0.5, "up": {"block_1": 0.8}},
+        {"mid_block.attentions.0": 0.5} | {f"up_blocks.1.attentions.{i}": 0.8 for i in range(3)},
+    ),
 }
 
 
@@ -290,8 +292,10 @@ def test_masked_pictures_have_a_softmax_each(theirs, ours, adapters, size):
 
 def test_all_ones_masks_are_not_the_shared_softmax(ours, adapters):
     inputs, embeds = random_inputs(2), embeddings(2, images=2)
-    parts = [segment(adapters[0], embeds[:, image], everywhere(ours, torch.ones(2)), torch.ones(64, 64))
-             for image in range(2)]
+    parts = [
+        segment(adapters[0], embeds[:, image], everywhere(ours, torch.ones(2)), torch.ones(64, 64))
+        for image in range(2)
+    ]
     together = image_rows(ours, inputs, parts, groups=[0, 0])
     assert (image_rows(ours, inputs, parts) - together).abs().max() > 1e-2
 
@@ -307,8 +311,10 @@ def test_several_adapters_add_up(theirs, ours, adapters):
 
 def test_different_styles_and_strengths_share_a_batch(theirs, ours, adapters):
     inputs, embeds = random_inputs(4, timestep=None), embeddings(4)
-    strengths = {module: torch.rand(4, generator=torch.Generator().manual_seed(number)) * 2 - 0.5
-                 for number, module in enumerate(ours.layout.modules)}
+    strengths = {
+        module: torch.rand(4, generator=torch.Generator().manual_seed(number)) * 2 - 0.5
+        for number, module in enumerate(ours.layout.modules)
+    }
     part = segment(adapters[0], embeds[:, 0], strengths)
     actual = image_rows(ours, inputs, [part])
     close(actual, measured(literal, theirs, inputs, part))

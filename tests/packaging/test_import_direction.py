@@ -6,8 +6,17 @@ from pathlib import Path
 import pytest
 
 BELOW_ENGINE = {
-    "errors", "values", "_extension", "code_caches", "kernels", "models", "export", "styles", "sampling", "runtime",
-}  # fmt: skip
+    "errors",
+    "values",
+    "_extension",
+    "code_caches",
+    "kernels",
+    "models",
+    "export",
+    "styles",
+    "sampling",
+    "runtime",
+}
 
 # area -> what it may import beside itself; a name with a dot is a single module of an area
 ALLOWED = {

@@ -43,16 +43,30 @@ class Place:
     checkout: Path
 
     def pip(self, *arguments: str, **variables: str) -> None:
-        command = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "-q", "--no-deps",
-                   "--no-build-isolation", "--no-index", "--ignore-installed", "--disable-pip-version-check"]
-        done = subprocess.run([*command, *arguments], cwd=self.site, env={**os.environ, **variables},
-                              capture_output=True, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(self.python),
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--ignore-installed",
+            "--disable-pip-version-check",
+        ]
+        done = subprocess.run(
+            [*command, *arguments], cwd=self.site, env={**os.environ, **variables}, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     def run(self, code: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        return subprocess.run([str(self.python), "-c", code], cwd=cwd, env={**environment, **variables},
-                              capture_output=True, text=True)
+        return subprocess.run(
+            [str(self.python), "-c", code], cwd=cwd, env={**environment, **variables}, capture_output=True, text=True
+        )
 
     def origins(self, cwd: Path, **variables: str) -> dict[str, Path]:
         """Where each package is imported from by a program that is run in a folder."""

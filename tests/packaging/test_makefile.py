@@ -18,8 +18,14 @@ def make(checkout, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 
     def run(*words):
-        return subprocess.run(["make", "--no-print-directory", *words, *variables], cwd=checkout, env=environment,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        return subprocess.run(
+            ["make", "--no-print-directory", *words, *variables],
+            cwd=checkout,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     return run
 

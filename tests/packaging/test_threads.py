@@ -13,8 +13,9 @@ from stylefast import threads
 def environment_of(program: str, **given: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if name not in threads._CHOSEN}
     program += "; import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
-    return subprocess.run([sys.executable, "-c", program], env=inherited | given, capture_output=True, text=True,
-                          check=True).stdout.strip()  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", program], env=inherited | given, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_threads_spin_shortly_while_they_wait_and_torch_is_not_loaded_for_it():
@@ -60,9 +61,16 @@ def test_the_quota_is_read_from_the_control_groups(tmp_path, files, group, expec
     assert threads.cpu_quota(tmp_path / "root", own) == expected
 
 
-@pytest.mark.parametrize("variables, asked, quota, expected", [
-    ({}, 8, 2.5, 2), ({}, 8, 0.3, 1), ({}, 2, 4.0, 2), ({}, 8, None, 8), ({"OMP_NUM_THREADS": "8"}, 8, 2.0, 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variables, asked, quota, expected",
+    [
+        ({}, 8, 2.5, 2),
+        ({}, 8, 0.3, 1),
+        ({}, 2, 4.0, 2),
+        ({}, 8, None, 8),
+        ({"OMP_NUM_THREADS": "8"}, 8, 2.0, 8),
+    ],
+)
 def test_there_are_no_more_threads_than_a_quota_has_time_for(monkeypatch, variables, asked, quota, expected):
     counts = [asked]
     monkeypatch.setattr(threads, "_fitted", False)

@@ -84,8 +84,11 @@ def test_pages_come_from_a_banks_file_and_one_that_was_cut_short_stops_its_reade
     pages.close()
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [(KINDS[1], 1e-3), (KINDS[2], 0.07), (KINDS[3], 1e-5), (KINDS[4], 0.1)],
-                         ids=lambda x: " in ".join(x) if isinstance(x, tuple) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [(KINDS[1], 1e-3), (KINDS[2], 0.07), (KINDS[3], 1e-5), (KINDS[4], 0.1)],
+    ids=lambda x: " in ".join(x) if isinstance(x, tuple) else "",
+)
 def test_every_kind_of_storage_becomes_the_models_own(engine, banks, kind, tolerance):
     pages = BankPages(engine.unet, LATENTS, 8)
     plain, other = (pages.hold(keys(banks[k], 2)) for k in (KINDS[0], kind))
@@ -250,7 +253,7 @@ def test_other_pools_and_the_budget_bound_what_a_pool_grows_to(banks):
         (100 * MIB, 350 * MIB, False, (1, 100 * MIB)),
     ],
     ids=lambda value: value if isinstance(value, bool) else str(value if isinstance(value, tuple) else value // MIB),
-)  # fmt: skip
+)
 def test_pinned_memory_is_taken_in_chunks_of_which_little_is_lost_to_rounding(block, room, pinned, expected):
     assert chunk_of(block, room, pinned) == expected
 

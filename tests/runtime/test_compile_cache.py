@@ -190,8 +190,14 @@ def test_a_second_process_generates_no_code(tmp_path, checkout):
         (tmp_path / start).mkdir()
         environment = os.environ | {"TMPDIR": str(tmp_path / start), "PYTHONPATH": str(checkout)}
         environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
-        done = subprocess.run([sys.executable, "-c", START, str(tmp_path / "cache")], cwd=checkout, env=environment,
-                              capture_output=True, text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", START, str(tmp_path / "cache")],
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         found.append([int(word) for word in done.stdout.split()])
     (regions, _, misses), (again, hits, none) = found

@@ -111,8 +111,16 @@ def styles_with(banked):
     }
 
 
-STYLES = ("none", "live StyleAligned", "banked StyleAligned", "swap", "InstantStyle", "InstantStyle and a bank",
-          "InstantStyle in a mask", "DreamStyler")  # fmt: skip
+STYLES = (
+    "none",
+    "live StyleAligned",
+    "banked StyleAligned",
+    "swap",
+    "InstantStyle",
+    "InstantStyle and a bank",
+    "InstantStyle in a mask",
+    "DreamStyler",
+)
 
 
 def mixed(styles, seed=0) -> list[Request]:
@@ -187,8 +195,12 @@ def test_nothing_is_compiled_again_for_another_style_strength_guidance_sampler_s
         draw(engine, "a house", guidance=guidance, scheduler=scheduler, steps=steps, guidance_rescale=0.3)
     # as many rows, and more pages of text than there was room for at first
     for seed in range(3):
-        draw(engine, [f"a cat {seed}", f"a dog {seed}", f"a fish {seed}", f"a house {seed}"],
-             styles["InstantStyle and a bank"], seed=seed)  # fmt: skip
+        draw(
+            engine,
+            [f"a cat {seed}", f"a dog {seed}", f"a fish {seed}", f"a house {seed}"],
+            styles["InstantStyle and a bank"],
+            seed=seed,
+        )
     draw(engine, ["a sks cat", "a sks dog", "a sks fish"], styles["DreamStyler"], steps=5)
     assert len(engine.runtime.conditions.text) > 8
     assert backend.compilations == before
@@ -231,9 +243,11 @@ def test_warm_up_refuses_what_is_no_row_count(traced, rows):
 def test_idle_rows_change_no_bit_of_the_others(traced, styles):
     assert 8 in BUCKETS and 7 not in BUCKETS
     lone = Request("a cat", seed=1, guidance=1.0, steps=STEPS, size=SIZE)
-    others = [Request("a house", seed=2, steps=STEPS, size=SIZE, style=styles["InstantStyle and a bank"]),
-              Request("a fish", seed=3, steps=STEPS, size=SIZE),
-              Request("a dog", seed=4, steps=STEPS, size=SIZE)]  # fmt: skip
+    others = [
+        Request("a house", seed=2, steps=STEPS, size=SIZE, style=styles["InstantStyle and a bank"]),
+        Request("a fish", seed=3, steps=STEPS, size=SIZE),
+        Request("a dog", seed=4, steps=STEPS, size=SIZE),
+    ]
     idle = draw(traced, [lone, *others])  # 7 rows in a table of 8
     extra = Request("neon", seed=5, guidance=1.0, steps=STEPS, size=SIZE, style=styles["InstantStyle"])
     full = draw(traced, [lone, *others, extra])

@@ -32,10 +32,12 @@ def buffers_of(unet, banks=True, pictures=True, masks=True) -> StepBuffers:
     image = KeyValuePages(unet.layout, 4, 0, unet.device, unet.dtype)
     sizes = unet.attention_sizes(*LATENTS[1:])
     return StepBuffers(
-        text.layers, text.extra, ImageKV(image.layers, image.lengths) if pictures else None,
+        text.layers,
+        text.extra,
+        ImageKV(image.layers, image.lengths) if pictures else None,
         BankPages(unet, LATENTS[1:], 2).pages if banks else None,
         tuple(torch.zeros(2, h * w, device=unet.device) for h, w in sizes) if masks else (),
-    )  # fmt: skip
+    )
 
 
 def table_of(unet, rows=4) -> StepTable:
@@ -92,10 +94,16 @@ def test_a_step_on_a_gpu_asks_the_host_for_nothing_so_that_it_can_be_captured():
 
 
 @pytest.mark.parametrize(
-    "ask", [lambda x: x.sum().item(), lambda x: x + torch.ones(3).to(x.device),
-            lambda x: x + torch.tensor([1.0, 2, 3], device=x.device), lambda x: x[[0, 2]], lambda x: x[x > 0]],
+    "ask",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x + torch.ones(3).to(x.device),
+        lambda x: x + torch.tensor([1.0, 2, 3], device=x.device),
+        lambda x: x[[0, 2]],
+        lambda x: x[x > 0],
+    ],
     ids=["a value", "a copy", "a list of numbers", "a list of places", "a count"],
-)  # fmt: skip
+)
 def test_what_waits_for_the_device_is_noticed(ask):
     with ListWatch(), HostWatch(), pytest.raises((AssertionError, RuntimeError)):
         ask(torch.empty(3, device="meta"))

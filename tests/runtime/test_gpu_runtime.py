@@ -71,8 +71,12 @@ def test_captured_steps_equal_steps_that_run(plain):
 def test_a_request_is_the_same_alone_and_in_company(plain, scheduler):
     style = sf.StyleAligned(PICTURE)
     alone = latents(plain, style, ["a cat"], scheduler=scheduler)
-    jobs = [plain.submit(sf.Request(p, style=style if i % 2 else None, seed=3 + i, scheduler=scheduler, **SETTINGS),
-                         output="latents") for i, p in enumerate(["neon", "oil", "a fish"])]  # fmt: skip
+    jobs = [
+        plain.submit(
+            sf.Request(p, style=style if i % 2 else None, seed=3 + i, scheduler=scheduler, **SETTINGS), output="latents"
+        )
+        for i, p in enumerate(["neon", "oil", "a fish"])
+    ]
     again = plain.submit(sf.Request("a cat", style=style, seed=3, scheduler=scheduler, **SETTINGS), output="latents")
     near([again.result(60).latents[0].cpu()], alone, TOLERANCE)
     for job in jobs:

@@ -96,21 +96,29 @@ def requests(bank):
         "unguided, other sampler": [request("a dog", guidance=1.0, scheduler="euler_ancestral", seed=2)],
         "two pictures in one style": [request(p, style=shared, seed=i) for i, p in enumerate(("a cat", "neon"))],
         "a live picture with AdaIN": [
-            request(style=sf.StyleAligned(OTHER, mode="swap", adain={"q": 1.0, "k": 0.5, "v": 1.0}), seed=3)],
+            request(style=sf.StyleAligned(OTHER, mode="swap", adain={"q": 1.0, "k": 0.5, "v": 1.0}), seed=3)
+        ],
         "a picture prompt under a mask": [request(style=sf.InstantStyle(PICTURE, "all", 0.7, mask=half_mask()))],
         "two picture prompts": [request(style=[sf.InstantStyle(PICTURE, STYLE), sf.InstantStyle(OTHER, "all", 0.4)])],
         "a bank": [request(style=sf.StyleAligned(bank, shift=0.5, share_group_norm=True), seed=4)],
         "learned tokens in four branches": [request(style=sf.DreamStyler(learned(), guidance=context), seed=5)],
         "a bank, a picture and learned tokens": [
-            request(style=[sf.StyleAligned(bank), sf.InstantStyle(PICTURE, STYLE), sf.DreamStyler(learned())], seed=6)],
-    }  # fmt: skip
+            request(style=[sf.StyleAligned(bank), sf.InstantStyle(PICTURE, STYLE), sf.DreamStyler(learned())], seed=6)
+        ],
+    }
 
 
 NEEDED = {
-    "plain": "plain", "unguided, other sampler": "plain", "two pictures in one style": "live",
-    "a live picture with AdaIN": "live", "a picture prompt under a mask": "plain", "two picture prompts": "plain",
-    "a bank": "banked", "learned tokens in four branches": "plain", "a bank, a picture and learned tokens": "banked",
-}  # fmt: skip
+    "plain": "plain",
+    "unguided, other sampler": "plain",
+    "two pictures in one style": "live",
+    "a live picture with AdaIN": "live",
+    "a picture prompt under a mask": "plain",
+    "two picture prompts": "plain",
+    "a bank": "banked",
+    "learned tokens in four branches": "plain",
+    "a bank, a picture and learned tokens": "banked",
+}
 
 
 @pytest.mark.parametrize("what", NEEDED)
@@ -299,11 +307,15 @@ def test_graphs_of_one_row_count_get_batches_filled_up(make, torch_engine, reque
     assert {len(given["latents"]) for given in session[0].calls} == {6}
 
 
-@pytest.mark.parametrize(("ranges", "message"), [
-    ({"width": (16, 32)}, "width 12 is not in 16 to 32.*another size"),
-    ({"height": (8, 8), "width": (8, 8)}, "2 rows at 12x8 latents.*width 12 is not in 8 to 8"),
-    ({"rows": (1, 1)}, "rows 2 is not in 1 to 1"),
-], ids=["width", "fixed size", "rows"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ({"width": (16, 32)}, "width 12 is not in 16 to 32.*another size"),
+        ({"height": (8, 8), "width": (8, 8)}, "2 rows at 12x8 latents.*width 12 is not in 8 to 8"),
+        ({"rows": (1, 1)}, "rows 2 is not in 1 to 1"),
+    ],
+    ids=["width", "fixed size", "rows"],
+)
 def test_a_size_outside_of_a_graphs_ranges_is_refused(make, ranges, message):
     engine, _ = make(lambda unet: Graph(SHAPES[0], TorchSession(unet, SHAPES[0]), ranges))
     with pytest.raises(EngineMismatch, match=message):
@@ -311,8 +323,9 @@ def test_a_size_outside_of_a_graphs_ranges_is_refused(make, ranges, message):
 
 
 @pytest.mark.parametrize("taken", [(1, 4), (4, 4), (300, 400)], ids=["fewer", "one number", "more"])
-def test_pages_and_masks_that_rows_read_are_picked_out_where_a_graph_does_not_take_all(make, torch_engine, requests,
-                                                                                      taken):
+def test_pages_and_masks_that_rows_read_are_picked_out_where_a_graph_does_not_take_all(
+    make, torch_engine, requests, taken
+):
     session, shape, ranges = [], GraphShape("plain", 0, 1), dict.fromkeys(("text_pages", "image_pages", "masks"), taken)
 
     def graph(unet):
@@ -325,8 +338,14 @@ def test_pages_and_masks_that_rows_read_are_picked_out_where_a_graph_does_not_ta
     near(draw(engine, *both), draw(torch_engine, *both), 1e-4)
     near(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
     for given in session[0].calls:
-        counts = (given["text_kv_0"].shape[2], given["pooled"].shape[0], given["image_kv_1"].shape[2],
-                  given["image_lengths"].shape[0], given["mask_0"].shape[0], given["mask_1"].shape[0])  # fmt: skip
+        counts = (
+            given["text_kv_0"].shape[2],
+            given["pooled"].shape[0],
+            given["image_kv_1"].shape[2],
+            given["image_lengths"].shape[0],
+            given["mask_0"].shape[0],
+            given["mask_1"].shape[0],
+        )
         assert all(taken[0] <= count <= taken[1] for count in counts)
 
 
@@ -396,14 +415,18 @@ def test_a_backend_of_ones_own_runs_the_steps(pipe):
     assert sf.Engine.from_pipeline(pipe, backend=again).runtime.backend is again
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("cuda",), "backend is 'cuda'; there are auto, torch, compile, onnxruntime, tensorrt, aoti"),
-    ((7,), "backend is 7; give a name"),
-    (("torch", "/tmp/x"), "engines is for exported engines.*choose onnxruntime"),
-    (("compile", None, "abc"), "trust is for exported engines"),
-    (("tensorrt",), "needs engines=FOLDER.*stylefast export tensorrt"),
-    ((TorchBackend, "/tmp/x"), "engines is for exported engines"),
-], ids=["unknown", "a number", "engines for torch", "trust for compile", "no folder", "for ones own"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cuda",), "backend is 'cuda'; there are auto, torch, compile, onnxruntime, tensorrt, aoti"),
+        ((7,), "backend is 7; give a name"),
+        (("torch", "/tmp/x"), "engines is for exported engines.*choose onnxruntime"),
+        (("compile", None, "abc"), "trust is for exported engines"),
+        (("tensorrt",), "needs engines=FOLDER.*stylefast export tensorrt"),
+        ((TorchBackend, "/tmp/x"), "engines is for exported engines"),
+    ],
+    ids=["unknown", "a number", "engines for torch", "trust for compile", "no folder", "for ones own"],
+)
 def test_backends_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(InvalidRequest, match=message):
         check_backend(*arguments)

@@ -56,8 +56,10 @@ def parts(tmp_path_factory):
     components = [
         *(text_encoder(one, dtype) for one in engine.text_encoder.encoders),
         text_projector(engine.unet, dtype, engine.text_encoder.max_tokens),
-        image_encoder(encoder, dtype), image_projector(adapter, dtype), vae_decoder(engine.vae, dtype),
-    ]  # fmt: skip
+        image_encoder(encoder, dtype),
+        image_projector(adapter, dtype),
+        vae_decoder(engine.vae, dtype),
+    ]
     folder, found = tmp_path_factory.mktemp("tiny"), {}
     for component in components:
         found[component.name] = folder, export_component(component, folder)
@@ -77,6 +79,7 @@ def graphs_of(parts) -> tuple[GraphComponents, dict[str, Counted]]:
 
 def lock(module):
     """Have a module raise when it is called."""
+
     def refuse(*_):
         raise AssertionError(f"{type(module).__name__} ran in PyTorch")
 
@@ -135,8 +138,14 @@ def test_pictures_of_every_method_are_those_of_pytorch(through_graphs, plain):
         sf.Request("a cat", seed=6, style=aligned, **RUN),
     ]
     same_pictures(engine, plain, requests)
-    assert opened.keys() == {"text_encoder", "text_encoder_2", "text_projector", "image_encoder", "image_projector",
-                             "vae_decoder"}  # fmt: skip
+    assert opened.keys() == {
+        "text_encoder",
+        "text_encoder_2",
+        "text_projector",
+        "image_encoder",
+        "image_projector",
+        "vae_decoder",
+    }
     assert all(session.runs for session in opened.values())
 
 
@@ -210,8 +219,9 @@ def test_skipped_layers_are_refused_where_the_text_encoders_are_graphs(through_g
 def test_graphs_of_another_model_are_refused(parts, plain):
     graphs, _ = graphs_of(parts)
     with pytest.raises(EngineMismatch, match="tokens"):
-        GraphText(TextEncoder(*small_text_parts(), True),
-                  (graphs.parts["text_encoder"], graphs.parts["text_encoder_2"]))  # fmt: skip
+        GraphText(
+            TextEncoder(*small_text_parts(), True), (graphs.parts["text_encoder"], graphs.parts["text_encoder_2"])
+        )
     other = sf.Engine.from_pretrained("tiny", device="cpu", vae=small_tiny_vae())
     with pytest.raises(EngineMismatch, match="VAE"):
         graphs.install(other)

@@ -132,8 +132,10 @@ def test_the_pools_bytes_add_up_and_are_free_when_the_last_graph_goes():
     assert recorder.log[-1] == "warm"
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("operation not permitted\n when stream is capturing"),
-                                     torch.OutOfMemoryError("CUDA out of memory")])  # fmt: skip
+@pytest.mark.parametrize(
+    "failure",
+    [RuntimeError("operation not permitted\n when stream is capturing"), torch.OutOfMemoryError("CUDA out of memory")],
+)
 def test_a_step_that_can_not_be_captured_runs_without_and_says_so_once(failure, caplog):
     recorder, (runs, step), buffers = Recorder(failure=failure), _counter(), _buffers()
     graphs = StepGraphs(recorder)
@@ -273,13 +275,18 @@ DEVICE = torch.device("cuda", 1)
 def gpu(monkeypatch):
     gpu = Gpu()
     stand_ins = {
-        "Stream": lambda device: gpu.stream("side"), "stream": gpu.on, "CUDAGraph": gpu.graph,
-        "device": lambda which: nullcontext(), "current_stream": lambda device: gpu.stream("current"),
-        "graph_pool_handle": lambda: next(gpu.pools), "mem_get_info": lambda device: (gpu.free, 10_000),
+        "Stream": lambda device: gpu.stream("side"),
+        "stream": gpu.on,
+        "CUDAGraph": gpu.graph,
+        "device": lambda which: nullcontext(),
+        "current_stream": lambda device: gpu.stream("current"),
+        "graph_pool_handle": lambda: next(gpu.pools),
+        "mem_get_info": lambda device: (gpu.free, 10_000),
         "synchronize": lambda device: gpu.log.append(f"synchronise {device}"),
-        "empty_cache": lambda: gpu.log.append("empty"), "memory_reserved": lambda device: gpu.reserved,
+        "empty_cache": lambda: gpu.log.append("empty"),
+        "memory_reserved": lambda device: gpu.reserved,
         "memory_allocated": lambda device: 300,
-    }  # fmt: skip
+    }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", gpu.end, raising=False)
@@ -314,10 +321,16 @@ def broken_step():
 
 
 @pytest.mark.parametrize(
-    "refused, step", [("begin", int), ("end", int), ("instantiate", int), ("", broken_step), ("end", broken_step)],
-    ids=["capture that does not begin", "invalidated capture", "graph that is refused", "step that fails",
-         "step that invalidates the capture"],
-)  # fmt: skip
+    "refused, step",
+    [("begin", int), ("end", int), ("instantiate", int), ("", broken_step), ("end", broken_step)],
+    ids=[
+        "capture that does not begin",
+        "invalidated capture",
+        "graph that is refused",
+        "step that fails",
+        "step that invalidates the capture",
+    ],
+)
 def test_stream_and_allocator_are_as_before_after_a(gpu, refused, step):
     capture, gpu.refuses = CudaCapture(DEVICE), refused
     with pytest.raises(RuntimeError, match="not permitted" if step is broken_step else "CUDA"):

@@ -39,8 +39,9 @@ def declared(unet, prefix, **sizes):
     sizes = with_tokens(unet, {"height": LATENTS[0], "width": LATENTS[1]} | sizes)
     return {
         x.name: (x.dtype, tuple(sizes.get(d, d) for d in x.dims))
-        for x in graph_inputs(unet, GraphShape("banked", 2, 2)) if x.name.startswith(prefix)
-    }  # fmt: skip
+        for x in graph_inputs(unet, GraphShape("banked", 2, 2))
+        if x.name.startswith(prefix)
+    }
 
 
 def found(tensors):
@@ -87,10 +88,12 @@ def test_what_kernels_read_of_bank_pages_are_parts_of_the_packed_tensors(unet, p
 def test_growing_keeps_the_layout_and_what_is_stored(unet, text, wider):
     def values(count, tokens, start):
         return [
-            tuple(torch.full((count, tokens, one.heads, one.channels // one.heads), float(start + 2 * i + side))
-                  for side in range(2))
+            tuple(
+                torch.full((count, tokens, one.heads, one.channels // one.heads), float(start + 2 * i + side))
+                for side in range(2)
+            )
             for i, one in enumerate(unet.layout.layers)
-        ]  # fmt: skip
+        ]
 
     first = text.add([*range(FIRST_PAGES)], values(FIRST_PAGES, 7, 1))
     before = text.packed

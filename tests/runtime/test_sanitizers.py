@@ -19,9 +19,12 @@ ENVIRONMENT = {
 
 def run(command, seconds=300):
     return subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=seconds,
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
         env={**os.environ, **ENVIRONMENT},
-    )  # fmt: skip
+    )
 
 
 def build(folder, sources, *flags, seconds=300):
@@ -98,17 +101,36 @@ def test_the_cpu_kernels_share_nothing_between_threads_but_what_they_may(tmp_pat
 
     words = launcher(tmp_path, "-fsanitize=thread")
     csrc = PROGRAMS.parents[1] / "csrc"
-    names = ["arguments", "cpu_features", "attention_operations", "streaming_operations", "attention_avx2",
-             "attention_avx512", "attention_avx512_bf16", "streaming_avx2", "streaming_avx512"]  # fmt: skip
+    names = [
+        "arguments",
+        "cpu_features",
+        "attention_operations",
+        "streaming_operations",
+        "attention_avx2",
+        "attention_avx512",
+        "attention_avx512_bf16",
+        "streaming_avx2",
+        "streaming_avx512",
+    ]
     torch_flags = [f"-isystem{path}" for path in include_paths()]
     torch_flags += [f"-L{path}" for path in library_paths()] + [f"-Wl,-rpath,{path}" for path in library_paths()]
     # the last -std counts
     program, built = build(
-        tmp_path, [PROGRAMS / "operation_threads.cpp", *(csrc / f"{name}.cpp" for name in names)],
-        "-std=c++20", "-fsanitize=thread", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-error=tsan",
-        f"-I{PROGRAMS / 'threads'}", *torch_flags, "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-ltorch",
+        tmp_path,
+        [PROGRAMS / "operation_threads.cpp", *(csrc / f"{name}.cpp" for name in names)],
+        "-std=c++20",
+        "-fsanitize=thread",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+        "-Wno-error=tsan",
+        f"-I{PROGRAMS / 'threads'}",
+        *torch_flags,
+        "-Wl,--no-as-needed",
+        "-ltorch_cpu",
+        "-lc10",
+        "-ltorch",
         seconds=1500,
-    )  # fmt: skip
+    )
     assert built.returncode == 0, built.stderr[-3000:]
     done = run([*words, program])
     assert done.returncode == 0 and "operations on" in done.stdout, done.stdout + done.stderr[-5000:]

@@ -85,8 +85,11 @@ def test_rows_that_nobody_uses_are_plain_and_nobody_reads_them(group_of, table_o
     group = group_of(*(Request(p, steps=3, style=style) for p in ("a cat", "a dog")))
     table = table_of(8, 8, references=2, norms=True)
     # what a larger batch left behind must not stay
-    fill(table, group_of(*(Request("a cat", steps=3, style=StyleAligned(full_attention_share=True)),) * 2),
-         group_of(Request("a cat", steps=3), Request("a cat", steps=3)))  # fmt: skip
+    fill(
+        table,
+        group_of(*(Request("a cat", steps=3, style=StyleAligned(full_attention_share=True)),) * 2),
+        group_of(Request("a cat", steps=3), Request("a cat", steps=3)),
+    )
     columns = fill(table, group)
     assert columns.table.self_mode[4:].tolist() == [PLAIN] * 4
     for name in ("self_page", "adain_page", "norm_page"):

@@ -19,9 +19,10 @@ def gpu(monkeypatch):
 
     def stream(name):
         return SimpleNamespace(
-            name=name, synchronize=lambda: state.log.append(f"host waits for {name}"),
+            name=name,
+            synchronize=lambda: state.log.append(f"host waits for {name}"),
             wait_stream=lambda other: state.log.append(f"{name} waits for {other.name}"),
-        )  # fmt: skip
+        )
 
     def current(device=DEVICE):
         assert device == DEVICE, "the current device's stream is that of another GPU"
@@ -52,9 +53,13 @@ def test_holders_work_on_one_stream_between_what_their_own_has_before_and_after(
                 gpu.log.append(f"work on {gpu.current().name}")
             assert gpu.current().name == name
     assert gpu.log == [
-        "runtime waits for first", "work on runtime", "first waits for runtime",
-        "runtime waits for second", "work on runtime", "second waits for runtime",
-    ]  # fmt: skip
+        "runtime waits for first",
+        "work on runtime",
+        "first waits for runtime",
+        "runtime waits for second",
+        "work on runtime",
+        "second waits for runtime",
+    ]
 
 
 def test_only_the_outermost_hold_changes_streams(gpu):

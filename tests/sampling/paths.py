@@ -91,9 +91,15 @@ def our_path(schedule, seed=0):
         output = toy_model(seen, schedule.timesteps[i])
         noise = torch.randn(SHAPE, generator=generator) if schedule.uses_noise else torch.zeros(SHAPE)
         latents, anchor, history = guided_step(
-            latents, anchor, history, output, *one_branch, schedule.denoised[i : i + 1], schedule.update[i : i + 1],
+            latents,
+            anchor,
+            history,
+            output,
+            *one_branch,
+            schedule.denoised[i : i + 1],
+            schedule.update[i : i + 1],
             noise,
-        )  # fmt: skip
+        )
         inputs.append(seen)
         path.append(latents)
     return inputs, path

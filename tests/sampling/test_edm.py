@@ -92,8 +92,9 @@ def test_the_config_or_the_name_says_how_noise_levels_are_spread():
     assert not torch.equal(karras.forward, exponential.forward)
     assert torch.equal(make_schedule("euler_exponential", 9, {**EULER, **COSXL}).forward, exponential.forward)
     # left over from another scheduler's config; those of EDM don't read it
-    assert torch.equal(make_schedule("euler", 9, {**EULER, **COSXL, "use_exponential_sigmas": True}).forward,
-                       karras.forward)  # fmt: skip
+    assert torch.equal(
+        make_schedule("euler", 9, {**EULER, **COSXL, "use_exponential_sigmas": True}).forward, karras.forward
+    )
 
 
 def test_a_key_that_the_config_does_not_carry_means_what_diffusers_means():

@@ -9,24 +9,36 @@ from tests.sampling.paths import assert_schedule_walks
 
 # the scheduler config that SDXL and the models made from it are published with
 SDXL = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-    "interpolation_type": "linear", "num_train_timesteps": 1000, "prediction_type": "epsilon",
-    "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
     "use_karras_sigmas": False,
-}  # fmt: skip
+}
 
 # what their model cards say: scheduler class, its options, arguments of set_timesteps, eta
 PUBLISHED = {
     "sdxl_turbo": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, {}, None),
     "sdxl_lightning": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, {}, None),
     "sdxl_lightning_1step": (
-        "EulerDiscreteScheduler", {"timestep_spacing": "trailing", "prediction_type": "sample"}, {}, None),
+        "EulerDiscreteScheduler",
+        {"timestep_spacing": "trailing", "prediction_type": "sample"},
+        {},
+        None,
+    ),
     "lcm": ("LCMScheduler", {}, {}, None),
     "hyper_sd": ("DDIMScheduler", {"timestep_spacing": "trailing"}, {}, None),
     "hyper_sd_unified": ("TCDScheduler", {}, {}, 1.0),
     "hyper_sd_1step_unet": ("LCMScheduler", {}, {"timesteps": [800]}, None),
     "tcd": ("TCDScheduler", {}, {}, 0.3),
-}  # fmt: skip
+}
 
 
 def test_every_preset_is_compared():

@@ -106,9 +106,17 @@ def test_style_context_guidance_refuses_bad_values_at_the_door(bad):
 
 @pytest.mark.parametrize(
     "interval, steps, guided",
-    [((0, 1), 7, range(7)), ((0, 0.8), 10, range(8)), ((0, 0.3), 10, range(3)), ((0.2, 0.7), 10, range(2, 7)),
-     ((0.5, 1), 5, range(3, 5)), ((0.1, 0.9), 30, range(3, 27)), ((0, 0.01), 4, range(1)), ((0, 1), 1, range(1))],
-)  # fmt: skip
+    [
+        ((0, 1), 7, range(7)),
+        ((0, 0.8), 10, range(8)),
+        ((0, 0.3), 10, range(3)),
+        ((0.2, 0.7), 10, range(2, 7)),
+        ((0.5, 1), 5, range(3, 5)),
+        ((0.1, 0.9), 30, range(3, 27)),
+        ((0, 0.01), 4, range(1)),
+        ((0, 1), 1, range(1)),
+    ],
+)
 def test_guidance_acts_within_its_interval_and_the_full_branch_alone_outside(interval, steps, guided):
     weights = guidance_weights(5.0, StyleContextGuidance())
     per_step = branch_weights_per_step(weights, steps, GuidanceInterval(*interval))
@@ -117,9 +125,10 @@ def test_guidance_acts_within_its_interval_and_the_full_branch_alone_outside(int
 
 def test_the_whole_interval_guides_every_step_of_any_count():
     for steps in range(1, 200):
-        assert branch_weights_per_step({"null": -4.0, "full": 5.0}, steps, GuidanceInterval()) == [
-            {"null": -4.0, "full": 5.0}
-        ] * steps
+        assert (
+            branch_weights_per_step({"null": -4.0, "full": 5.0}, steps, GuidanceInterval())
+            == [{"null": -4.0, "full": 5.0}] * steps
+        )
 
 
 def test_weights_of_a_step_can_be_changed_without_touching_the_others():
@@ -137,9 +146,12 @@ def test_a_guidance_interval_is_checked_at_the_door(bad):
 
 @pytest.mark.parametrize(
     "weights, steps, interval, words",
-    [({"full": 1.0}, 4, (0.51, 0.52), "widen"), ({"full": 1.0}, 0, (0, 1), "at least 1"),
-     ({"content": 1.0}, 4, (0, 1), "content")],
-)  # fmt: skip
+    [
+        ({"full": 1.0}, 4, (0.51, 0.52), "widen"),
+        ({"full": 1.0}, 0, (0, 1), "at least 1"),
+        ({"content": 1.0}, 4, (0, 1), "content"),
+    ],
+)
 def test_weights_per_step_refuse_what_they_can_not_mean(weights, steps, interval, words):
     with pytest.raises(InvalidRequest, match=words):
         branch_weights_per_step(weights, steps, GuidanceInterval(*interval))

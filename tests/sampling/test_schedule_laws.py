@@ -137,9 +137,18 @@ def test_thirty_steps_are_laid_out_without_a_loop_over_the_thousand_of_training_
 
 
 def test_the_digest_tells_schedules_apart_and_is_the_same_for_the_same():
-    asked = [("euler", 5, {}), ("euler", 6, {}), ("euler_karras", 5, {}), ("euler_ancestral", 5, {}), ("ddim", 5, {}),
-             ("euler", 5, {"prediction_type": "v_prediction"}), ("euler", 5, {"beta_end": 0.0121}),
-             ("euler", 5, {"timestep_spacing": "trailing"}), ("tcd", 5, {}), ("lcm", 5, {})]  # fmt: skip
+    asked = [
+        ("euler", 5, {}),
+        ("euler", 6, {}),
+        ("euler_karras", 5, {}),
+        ("euler_ancestral", 5, {}),
+        ("ddim", 5, {}),
+        ("euler", 5, {"prediction_type": "v_prediction"}),
+        ("euler", 5, {"beta_end": 0.0121}),
+        ("euler", 5, {"timestep_spacing": "trailing"}),
+        ("tcd", 5, {}),
+        ("lcm", 5, {}),
+    ]
     digests = [schedule_digest(make_schedule(*one)) for one in asked]
     assert len(set(digests)) == len(asked) and all(len(d) == 16 and int(d, 16) >= 0 for d in digests)
     unshared = make_schedule("euler", 5, {"comment": bytearray()})
@@ -171,8 +180,14 @@ def test_the_digest_is_the_same_on_every_machine():
     assert {name: schedule_digest(make_schedule(name, 30)) for name in RECORDED} == RECORDED
 
 
-@pytest.mark.parametrize("betas", [{"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}, {},
-                                   {"beta_schedule": "linear", "num_train_timesteps": 77}])
+@pytest.mark.parametrize(
+    "betas",
+    [
+        {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        {},
+        {"beta_schedule": "linear", "num_train_timesteps": 77},
+    ],
+)
 def test_noise_levels_are_those_of_torch_in_float32(betas):
     config = {**SDXL_SCHEDULER, **betas}
     root = 0.5 if config["beta_schedule"] == "scaled_linear" else 1
@@ -201,7 +216,10 @@ BAD_REQUESTS = {
     "timesteps and spacing": (("euler", 1), {"timesteps": [800], "spacing": "trailing"}, "drop one"),
     "two kinds of levels": (("euler_karras", 5), {"exponential": True}, "at once"),
     "two kinds of levels in the config": (
-        ("euler", 5, {"use_karras_sigmas": True, "use_exponential_sigmas": True}), {}, "at once"),
+        ("euler", 5, {"use_karras_sigmas": True, "use_exponential_sigmas": True}),
+        {},
+        "at once",
+    ),
     "exponential without its form": (("tcd_exponential", 5), {}, "exponential"),
     "two suffixes": (("euler_karras_exponential", 5), {}, "unknown"),
     "spacing of a sampler with its own": (("lcm", 4), {"spacing": "trailing"}, "by itself"),

@@ -17,16 +17,31 @@ MULTISTEP = ["dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde", "unipc"]
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_equals_diffusers(steps, eta, prediction):
-    assert_same_path("ddim", {**SDXL, "clip_sample": False, "steps_offset": 1, "prediction_type": prediction,
-                              "set_alpha_to_one": False, "timestep_spacing": "leading"}, steps, eta=eta)
+    assert_same_path(
+        "ddim",
+        {
+            **SDXL,
+            "clip_sample": False,
+            "steps_offset": 1,
+            "prediction_type": prediction,
+            "set_alpha_to_one": False,
+            "timestep_spacing": "leading",
+        },
+        steps,
+        eta=eta,
+    )
 
 
 @pytest.mark.parametrize("spacing", SPACED)
 @pytest.mark.parametrize("to_one", [True, False])
 def test_ddim_equals_diffusers_in_every_spacing_also_where_steps_do_not_divide(spacing, to_one):
     for steps in (7, 30):
-        assert_same_path("ddim", {**SDXL, "clip_sample": False, "steps_offset": 0, "set_alpha_to_one": to_one,
-                                  "timestep_spacing": spacing}, steps, eta=0.5)
+        assert_same_path(
+            "ddim",
+            {**SDXL, "clip_sample": False, "steps_offset": 0, "set_alpha_to_one": to_one, "timestep_spacing": spacing},
+            steps,
+            eta=0.5,
+        )
 
 
 @pytest.mark.parametrize("steps", [4, 50])
@@ -57,8 +72,11 @@ def test_euler_equals_diffusers(karras, steps, spacing, prediction):
 @pytest.mark.parametrize("spacing", SPACED)
 @pytest.mark.parametrize("steps", STEPS)
 def test_euler_ancestral_equals_diffusers(steps, spacing, prediction):
-    assert_same_path("euler_ancestral", {**SDXL, "steps_offset": 1, "timestep_spacing": spacing,
-                                         "prediction_type": prediction}, steps)
+    assert_same_path(
+        "euler_ancestral",
+        {**SDXL, "steps_offset": 1, "timestep_spacing": spacing, "prediction_type": prediction},
+        steps,
+    )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -82,16 +100,20 @@ def test_dpmpp_sde_equals_diffusers(form, prediction):
 @pytest.mark.parametrize("name", ["euler", *MULTISTEP])
 def test_exponential_levels_equal_diffusers(name, prediction):
     for steps in STEPS:
-        assert_same_path(name + "_exponential", {**SDXL, "steps_offset": 1, "timestep_spacing": "leading",
-                                                 "prediction_type": prediction}, steps)
+        assert_same_path(
+            name + "_exponential",
+            {**SDXL, "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": prediction},
+            steps,
+        )
 
 
 @pytest.mark.parametrize("levels", ["", "_karras", "_exponential"], ids=["trained levels", "karras", "exponential"])
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc"])
 def test_a_path_that_ends_at_the_smallest_noise_level_equals_diffusers(name, levels):
     for steps in (4, 20):
-        assert_same_path(name + levels, {**SDXL, "timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"},
-                         steps)
+        assert_same_path(
+            name + levels, {**SDXL, "timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"}, steps
+        )
 
 
 @pytest.mark.parametrize("name", ["dpmpp_3m", "dpmpp_3m_sde"])
@@ -121,18 +143,30 @@ def test_euler_ancestral_ends_clean_whatever_the_config_says_of_other_samplers()
 
 
 def test_orders_at_the_end_equal_diffusers():
-    assert_same_path("dpmpp_2m", {**SDXL, "timestep_spacing": "linspace", "euler_at_final": True,
-                                  "final_sigmas_type": "sigma_min"}, 20)
-    assert_same_path("dpmpp_2m", {**SDXL, "timestep_spacing": "linspace", "lower_order_final": False,
-                                  "final_sigmas_type": "sigma_min"}, 6)
-    assert_same_path("unipc", {**SDXL, "timestep_spacing": "linspace", "lower_order_final": False,
-                               "final_sigmas_type": "sigma_min"}, 6)
+    assert_same_path(
+        "dpmpp_2m",
+        {**SDXL, "timestep_spacing": "linspace", "euler_at_final": True, "final_sigmas_type": "sigma_min"},
+        20,
+    )
+    assert_same_path(
+        "dpmpp_2m",
+        {**SDXL, "timestep_spacing": "linspace", "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+        6,
+    )
+    assert_same_path(
+        "unipc",
+        {**SDXL, "timestep_spacing": "linspace", "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+        6,
+    )
     assert_same_path("unipc", {**SDXL, "timestep_spacing": "linspace", "disable_corrector": [0, 1]}, 6)
     for steps in (6, 7):
         assert_same_path("dpmpp_sde", {**SDXL, "lower_order_final": False, "final_sigmas_type": "sigma_min"}, steps)
     for name in ("dpmpp_3m", "dpmpp_3m_sde"):
-        assert_same_path(name, {**SDXL, "timestep_spacing": "linspace", "lower_order_final": False,
-                                "final_sigmas_type": "sigma_min"}, 6)
+        assert_same_path(
+            name,
+            {**SDXL, "timestep_spacing": "linspace", "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+            6,
+        )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -166,10 +200,15 @@ def test_explicit_timesteps_equal_diffusers(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("betas", [{"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
-                                   {"beta_schedule": "squaredcos_cap_v2"},
-                                   {"trained_betas": np.linspace(1e-4, 0.015, 1000).tolist()}],
-                         ids=["linear", "cosine", "given"])
+@pytest.mark.parametrize(
+    "betas",
+    [
+        {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": np.linspace(1e-4, 0.015, 1000).tolist()},
+    ],
+    ids=["linear", "cosine", "given"],
+)
 def test_other_noise_schedules_equal_diffusers(name, betas):
     config = {**betas, "prediction_type": "v_prediction"}
     config |= {"ddim": {"clip_sample": False, "steps_offset": 1}, "lcm": {}, "tcd": {}}.get(
@@ -182,8 +221,7 @@ def test_other_noise_schedules_equal_diffusers(name, betas):
 
 @pytest.mark.parametrize("name", [n for n in SCHEDULERS if n != "dpmpp_sde"])
 def test_zero_terminal_snr_with_v_prediction_equals_diffusers(name):
-    config = {**SDXL, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-              "timestep_spacing": "trailing"}
+    config = {**SDXL, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     config |= {"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}
     # diffusers' Euler takes the difference of two float32 numbers near 4096 in its first step, and is off itself
     assert_same_path(name, config, 10, tolerance=1e-4 if name.startswith("euler") else 1e-5)
@@ -192,16 +230,16 @@ def test_zero_terminal_snr_with_v_prediction_equals_diffusers(name):
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
 @pytest.mark.parametrize("levels", ["_karras", "_exponential"])
 def test_zero_terminal_snr_with_spread_levels_equals_diffusers(name, levels):
-    config = {**SDXL, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-              "timestep_spacing": "trailing"}
+    config = {**SDXL, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     assert_same_path(name + levels, config, 10, tolerance=1e-4 if name == "euler" else 1e-5)
 
 
 def test_zero_terminal_snr_for_dpmpp_sde_is_what_diffusers_has_for_its_other_solvers():
     """diffusers' singlestep solver has no such setting; put into it, the levels of the others give our path."""
     config = {**SDXL, "prediction_type": "v_prediction"}
-    scheduler, other = diffusers_scheduler("dpmpp_sde", config), diffusers_scheduler(
-        "dpmpp_2m", {**config, "rescale_betas_zero_snr": True}
+    scheduler, other = (
+        diffusers_scheduler("dpmpp_sde", config),
+        diffusers_scheduler("dpmpp_2m", {**config, "rescale_betas_zero_snr": True}),
     )
     scheduler.alphas_cumprod = other.alphas_cumprod
     scheduler.set_timesteps(10)

@@ -148,9 +148,19 @@ def changed(layer=1, **parts):
         ((0, "full", 0), random_features()._replace(norm_means=()), "norm_means has 0 entries; the model has 2"),
         ((0, "full", 0), random_features()._replace(norm_elements=(30, 13)), "norm_elements.*24x40 pixels"),
     ],
-    ids=["a step too far", "a negative step", "a branch it lacks", "a reference too many", "keys of another size",
-         "no values", "statistics of two parts", "a layer missing", "no norms", "norms of another size"],
-)  # fmt: skip
+    ids=[
+        "a step too far",
+        "a negative step",
+        "a branch it lacks",
+        "a reference too many",
+        "keys of another size",
+        "no values",
+        "statistics of two parts",
+        "a layer missing",
+        "no norms",
+        "norms of another size",
+    ],
+)
 def test_features_that_do_not_fit_the_bank_are_refused(place, features, said):
     with pytest.raises(StyleError, match=said):
         BankWriter(small_info(), SHAPES).put(*place, features)
@@ -171,10 +181,13 @@ def test_latents_that_do_not_fit_the_bank_are_refused():
         writer.put(0, "full", 0, random_features())
 
 
-@pytest.mark.parametrize("store, said", [
-    ("kv", "5 entries were not put, among them the latents of step 2, reference 0"),
-    ("latents", "6 entries were not put, among them the latents of step 0, reference 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "store, said",
+    [
+        ("kv", "5 entries were not put, among them the latents of step 2, reference 0"),
+        ("latents", "6 entries were not put, among them the latents of step 0, reference 0"),
+    ],
+)
 def test_an_incomplete_bank_can_not_be_finished(store, said):
     writer = BankWriter(small_info(store=store), SHAPES)
     if store == "kv":
@@ -187,8 +200,11 @@ def test_an_incomplete_bank_can_not_be_finished(store, said):
 def test_a_finished_writer_takes_nothing_more():
     writer = fill(BankWriter(small_info(), SHAPES))
     writer.finish()
-    for call in (writer.finish, lambda: writer.put(0, "full", 0, random_features()),
-                 lambda: writer.put_latents(2, 0, torch.zeros(SHAPES.latents))):  # fmt: skip
+    for call in (
+        writer.finish,
+        lambda: writer.put(0, "full", 0, random_features()),
+        lambda: writer.put_latents(2, 0, torch.zeros(SHAPES.latents)),
+    ):
         with pytest.raises(StyleError, match="this bank is finished"):
             call()
 
@@ -264,8 +280,11 @@ def test_a_request_of_the_same_kind_fits():
 @pytest.mark.parametrize(
     "field, asked, said",
     [
-        ("steps", 20, "was baked with steps=2, but steps=20 is asked for; "
-                      "bake the style again with steps=20, or ask for steps=2"),
+        (
+            "steps",
+            20,
+            "was baked with steps=2, but steps=20 is asked for; bake the style again with steps=20, or ask for steps=2",
+        ),
         ("scheduler", "ddim", "scheduler='euler', but scheduler='ddim' is asked for"),
         ("size", (40, 24), "size=(24, 40), but size=(40, 24)"),
         ("guidance", 4.0, "guidance=5.0, but guidance=4.0"),
@@ -341,9 +360,7 @@ def test_sdxl_at_30_steps_takes_25_gigabytes_of_keys_and_values():
     config, size = sdxl_unet_config(), (1024, 1024)
     shapes = BankShapes.from_config(config, size)
     assert len(shapes.layers) == 70 and shapes.latents == (4, 128, 128)
-    tensors = bank_tensors(
-        shapes, steps=30, branches=2, references=1, store="kv", dtype="float16", layers=range(70)
-    )
+    tensors = bank_tensors(shapes, steps=30, branches=2, references=1, store="kv", dtype="float16", layers=range(70))
     assert sum(spec.nbytes for name, spec in tensors.items() if name.startswith("kv.")) == 25_165_824_000
     whole = bank_bytes(config, size, 30)
     assert whole == sum(spec.nbytes for spec in tensors.values()) == pytest.approx(25.2e9, rel=0.01)
@@ -353,22 +370,34 @@ def test_sdxl_at_30_steps_takes_25_gigabytes_of_keys_and_values():
     assert bank_bytes(config, size, 30, store="latents") == 31 * 4 * 128 * 128 * 4
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda config: bank_bytes(config, (1024, 1020), 30), "1024x1020; both sides must be multiples of 8"),
-    (lambda config: bank_bytes(config, (0, 64), 30), "0x64"),
-    (lambda config: bank_bytes(config, (64, 64), 30, store="all"), "store is 'all'"),
-    (lambda config: bank_bytes(config, (64, 64), 30, dtype="int4"), "'int4'; it must be one of"),
-    (lambda config: bank_bytes(config, (64, 64), 30, layers=(70,)), "no self-attention layer 70"),
-    (lambda config: page_bytes(config, (64, 64), "latents"), "a bank of latents has no pages"),
-], ids=["an odd side", "no width", "an unknown store", "an unknown type", "an unknown layer", "pages"])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda config: bank_bytes(config, (1024, 1020), 30), "1024x1020; both sides must be multiples of 8"),
+        (lambda config: bank_bytes(config, (0, 64), 30), "0x64"),
+        (lambda config: bank_bytes(config, (64, 64), 30, store="all"), "store is 'all'"),
+        (lambda config: bank_bytes(config, (64, 64), 30, dtype="int4"), "'int4'; it must be one of"),
+        (lambda config: bank_bytes(config, (64, 64), 30, layers=(70,)), "no self-attention layer 70"),
+        (lambda config: page_bytes(config, (64, 64), "latents"), "a bank of latents has no pages"),
+    ],
+    ids=["an odd side", "no width", "an unknown store", "an unknown type", "an unknown layer", "pages"],
+)
 def test_sizes_that_can_not_be_counted_are_refused(call, said):
     with pytest.raises(StyleError, match=said):
         call(sdxl_unet_config())
 
 
-@pytest.mark.parametrize("changes", [
-    {"layers": ()}, {"layers": ((15, 2, 0),)}, {"groups": (4,)}, {"latents": (4, 5)}, {"norm_elements": (30, 1.5)},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": ()},
+        {"layers": ((15, 2, 0),)},
+        {"groups": (4,)},
+        {"latents": (4, 5)},
+        {"norm_elements": (30, 1.5)},
+    ],
+    ids=str,
+)
 def test_shapes_that_make_no_sense_are_refused(changes):
     with pytest.raises(StyleError, match="shapes"):
         dataclasses.replace(SHAPES, **changes)

@@ -113,10 +113,16 @@ def _copied_over(file, other):
         target.write(other.read_bytes())
 
 
-@pytest.mark.parametrize("change", [
-    lambda file, other: os.truncate(file, file.stat().st_size // 2), lambda file, other: os.truncate(file, 0),
-    _copied_over, lambda file, other: os.utime(file, (1, 1)),
-], ids=["cut short", "emptied", "another bank copied over it", "written in place"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file, other: os.truncate(file, file.stat().st_size // 2),
+        lambda file, other: os.truncate(file, 0),
+        _copied_over,
+        lambda file, other: os.utime(file, (1, 1)),
+    ],
+    ids=["cut short", "emptied", "another bank copied over it", "written in place"],
+)
 def test_a_file_that_changes_while_it_is_in_use_is_an_error_not_the_end(tmp_path, change):
     file, other = tmp_path / "brand.bank", tmp_path / "other.bank"
     small_bank().save(file)
@@ -246,14 +252,16 @@ SPOILT = {
     "a bank without one tensor": (tensors_with(lambda t: t.pop("mean.1")), "lacks mean.1 .1 tensors missing, 0 too"),
     "a bank with a tensor more": (tensors_with(lambda t: t.update(x=torch.zeros(1))), "holds x, which a bank of its"),
     "a bank with a tensor of another shape": (
-        tensors_with(lambda t: t.update({"kv.1": t["kv.1"][:1].clone()})), r"kv.1 .* \(1, 2, 2, 2, 6, 1, 5\) where",
+        tensors_with(lambda t: t.update({"kv.1": t["kv.1"][:1].clone()})),
+        r"kv.1 .* \(1, 2, 2, 2, 6, 1, 5\) where",
     ),
     "a bank with a tensor of another type": (
-        tensors_with(lambda t: t.update(latents=t["latents"].half())), "latents .* is torch.float16 .* announces",
+        tensors_with(lambda t: t.update(latents=t["latents"].half())),
+        "latents .* is torch.float16 .* announces",
     ),
     "a bank that announces more steps": (lambda path: rewrite(path, steps=3), r"announces .*\(3, 2, 2,"),
     "a bank that announces another store": (lambda path: rewrite(path, store="hidden"), "lacks hidden.0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SPOILT)
@@ -295,9 +303,12 @@ def test_a_damaged_header_is_refused_wherever_the_damage_is(byte, tmp_path):
 
 def test_places_that_can_not_be_written_are_refused_before_anything_is_computed(tmp_path):
     (tmp_path / "folder").mkdir()
-    for name, said in [("nowhere/brand.bank", "there is no folder"), ("folder", "is a folder; give the bank a file"),
-                       ("brand.bin", "taken for a pickle; name it brand.bank"),
-                       ("b" * 250 + ".bank", "can't write the bank .*File name too long")]:  # fmt: skip
+    for name, said in [
+        ("nowhere/brand.bank", "there is no folder"),
+        ("folder", "is a folder; give the bank a file"),
+        ("brand.bin", "taken for a pickle; name it brand.bank"),
+        ("b" * 250 + ".bank", "can't write the bank .*File name too long"),
+    ]:
         with pytest.raises(StyleError, match=said):
             BankWriter(small_info(), SHAPES, tmp_path / name)
     assert os.listdir(tmp_path) == ["folder"]
@@ -338,9 +349,16 @@ def test_a_bank_that_is_larger_than_the_disk_is_refused_with_both_figures(tmp_pa
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("code, error", [
-    (errno.ENOSPC, OutOfMemory), (errno.EDQUOT, OutOfMemory), (errno.EFBIG, OutOfMemory), (errno.EIO, StyleError),
-], ids=["disk full", "quota used up", "file too large", "disk broken"])  # fmt: skip
+@pytest.mark.parametrize(
+    "code, error",
+    [
+        (errno.ENOSPC, OutOfMemory),
+        (errno.EDQUOT, OutOfMemory),
+        (errno.EFBIG, OutOfMemory),
+        (errno.EIO, StyleError),
+    ],
+    ids=["disk full", "quota used up", "file too large", "disk broken"],
+)
 def test_a_disk_that_fails_to_allocate_is_reported_and_nothing_is_left(code, error, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(code, os.strerror(code))
@@ -369,9 +387,12 @@ def test_a_disk_that_fails_at_the_end_keeps_the_old_file(call, tmp_path, monkeyp
 def start(code: str, checkout: Path, *arguments) -> subprocess.Popen:
     source = f"import sys, time\nfrom tests.small_bank import *\n{code}"
     return subprocess.Popen(
-        [sys.executable, "-c", source, *map(str, arguments)], cwd=checkout, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", source, *map(str, arguments)],
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def test_a_writer_that_is_killed_leaves_the_old_file_and_the_next_one_cleans_up(tmp_path, checkout):

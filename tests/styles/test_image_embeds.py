@@ -31,9 +31,12 @@ def adapters():
 def forms(features, blank):
     """The same features as people hand them in."""
     return {
-        "bare": features, "in a list": [features], "without guidance": features[None],
-        "with guidance": torch.stack([blank.expand_as(features), features]), "in half precision": features.half(),
-    }  # fmt: skip
+        "bare": features,
+        "in a list": [features],
+        "without guidance": features[None],
+        "with guidance": torch.stack([blank.expand_as(features), features]),
+        "in half precision": features.half(),
+    }
 
 
 @pytest.mark.parametrize("kind", ["global", "plus"])
@@ -56,8 +59,9 @@ def test_one_picture_needs_no_axis_of_its_own(adapters, encoder):
     for adapter in adapters.values():
         features = adapter.features(encoder, PICTURES[:1])
         style = InstantStyle(image_embeds=features[0])
-        assert torch.equal(style.tokens(adapter, encoder).image[0], InstantStyle(PICTURES[:1]).tokens(
-            adapter, encoder).image[0])  # fmt: skip
+        assert torch.equal(
+            style.tokens(adapter, encoder).image[0], InstantStyle(PICTURES[:1]).tokens(adapter, encoder).image[0]
+        )
 
 
 def test_negative_embeddings_that_differ_are_all_seen(adapters, encoder):

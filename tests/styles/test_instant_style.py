@@ -135,7 +135,7 @@ def test_dictionaries_mean_what_they_mean_in_diffusers(scale):
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(norm_num_groups=8, use_linear_projection=True, **SMALL_UNET_CONFIG)
-    theirs, = _maybe_expand_lora_scales(unet, [scale], default_scale=0.0)
+    (theirs,) = _maybe_expand_lora_scales(unet, [scale], default_scale=0.0)
     ours = InstantStyle("a.png", blocks=scale).strengths(small_layout(), False).conditional.tolist()
     assert ours == pytest.approx([theirs[module] for module in small_layout().modules])
 
@@ -190,7 +190,8 @@ def test_pictures_without_masks_share_one_segment():
 def test_masks_give_each_picture_a_segment_and_may_give_it_a_scale():
     style = InstantStyle(["a.png", "b.png"], mask=["m.png", None], scale=[0.4, 0.9])
     assert [(s.pictures, s.mask, s.scale) for s in style.segments] == [
-        (("a.png",), "m.png", 0.4), (("b.png",), None, 0.9)
+        (("a.png",), "m.png", 0.4),
+        (("b.png",), None, 0.9),
     ]
     assert style.strengths(LAYOUT, True, segment=1).conditional.tolist() == table(_6=0.9)
     assert [s.scale for s in InstantStyle(["a.png", "b.png"], mask=["m", "n"], scale=0.7).segments] == [0.7, 0.7]
@@ -246,7 +247,9 @@ def test_content_is_subtracted_before_the_projector_and_from_the_positive_side_a
         embeds = embeds - 0.7 * text
         return torch.nn.functional.layer_norm(
             (embeds @ projector["proj.weight"].T + projector["proj.bias"]).reshape(-1, CROSS_DIM),
-            (CROSS_DIM,), projector["norm.weight"], projector["norm.bias"],
+            (CROSS_DIM,),
+            projector["norm.weight"],
+            projector["norm.bias"],
         )
 
     projector = global_adapter(small_layout())["image_proj"]

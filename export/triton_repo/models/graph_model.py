@@ -49,9 +49,9 @@ class TritonPythonModel:
             pb_utils.Logger.log_error(traceback.format_exc())
             return _failed(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
         wanted = set(request.requested_output_names())
-        return pb_utils.InferenceResponse([
-            pb_utils.Tensor.from_dlpack(name, value.contiguous()) for name, value in found.items() if name in wanted
-        ])  # fmt: skip
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor.from_dlpack(name, value.contiguous()) for name, value in found.items() if name in wanted]
+        )
 
     def _tensor(self, request, name: str) -> torch.Tensor:
         return torch.from_dlpack(pb_utils.get_input_tensor_by_name(request, name)).to(self._device)

@@ -13,8 +13,16 @@ import stylefast as sf
 from stylefast.errors import ImageError, InvalidRequest, StyleError
 from stylefast.values import did_you_mean, load_json, quoted, real_number, seeds, whole_number
 
-_SHARED = ("negative_prompt", "steps", "guidance", "size", "scheduler", "guidance_rescale", "guidance_interval",
-           "spacing")  # fmt: skip
+_SHARED = (
+    "negative_prompt",
+    "steps",
+    "guidance",
+    "size",
+    "scheduler",
+    "guidance_rescale",
+    "guidance_interval",
+    "spacing",
+)
 _FIELDS = ("prompt", "seed", "style", "preview_every", "deadline", *_SHARED)
 _MOST_PROMPTS = 64
 _LARGEST_TEXT = 2**20

@@ -98,12 +98,13 @@ class TritonPythonModel:
 
         graphs = {
             graph.label: Graph(
-                GraphShape.from_dict(graph.shape), session(graph),
+                GraphShape.from_dict(graph.shape),
+                session(graph),
                 {name: (size, size) for name, size in graph.fixed.items()},
             )
             for graph in self._graphs.values()
             if graph.component == "unet"
-        }  # fmt: skip
+        }
         return GraphBackend(unet, graphs, "triton", components=GraphComponents.of(self._graphs.values(), session))
 
     def _accept(self, request) -> None:
@@ -170,9 +171,12 @@ def _refuse(client: Client, error: Exception) -> None:
         pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
         message = f"the server failed with {type(error).__name__}; its log says more"
     table = {
-        InvalidRequest: codes.INVALID_ARG, JobCancelled: codes.CANCELLED, QueueFull: codes.UNAVAILABLE,
-        OutOfMemory: codes.UNAVAILABLE, EngineClosed: codes.UNAVAILABLE,
-    }  # fmt: skip
+        InvalidRequest: codes.INVALID_ARG,
+        JobCancelled: codes.CANCELLED,
+        QueueFull: codes.UNAVAILABLE,
+        OutOfMemory: codes.UNAVAILABLE,
+        EngineClosed: codes.UNAVAILABLE,
+    }
     code = next((code for kind, code in table.items() if isinstance(error, kind)), codes.INTERNAL)
     failed = pb_utils.InferenceResponse(error=codes(message, code))
     client.send(failed, last=True)
