@@ -1,4 +1,5 @@
-# make        environment and C++ extension      make test   lint and the tests, with the packages that they need
+# make        environment and C++ extension      make test   `make check` and the tests, with the packages that they need
+#                                                make check  format, lint and types; `make format` applies the first
 #                                                make smoke  a test of each kind, in half a minute
 # make demo   pictures in build/demo             make tiny   train the embedded model again
 # make bench  kernels and engine on the CPU      make gpu    GPU tests and benchmarks, on a machine that has one
@@ -28,7 +29,7 @@ FAST := not slow and not gpu and not soak
 LEVEL ?= lesser
 AT_LEVEL = env `$(BIN)/python tests/cpu_levels.py $(LEVEL)`
 
-.PHONY: all venv dev extension demo test test-cpu test-slow smoke lint tiny bench gpu gpu-wheels clean
+.PHONY: all venv dev extension demo test test-cpu test-slow smoke check format tiny bench gpu gpu-wheels clean
 
 all: venv
 
@@ -65,7 +66,7 @@ demo: venv
 	@$(BIN)/stylefast demo --out build/demo >/dev/null
 
 # all of it as this CPU computes, then what depends on a CPU's sums as a lesser one does
-test: lint
+test: check
 	$(PYTEST) -m "$(FAST)" --durations=30
 	$(AT_LEVEL) $(PYTEST) -m "numerics and $(FAST)"
 
@@ -79,8 +80,17 @@ smoke: dev
 test-slow: dev
 	$(PYTEST) -m "slow and not gpu"
 
-lint: dev
+CPP := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp)
+check: dev
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/python tests/type_check.py
+
+format: dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
 
 tiny: dev
 	$(BIN)/python -m stylefast.training.tiny

@@ -156,6 +156,7 @@ setup(
     packages=packages(),
     package_dir=PACKAGE_DIRS,
     package_data={
+        "stylefast": ["py.typed", "_C.pyi"],
         "stylefast.models": ["tiny/**/*"],
         "stylefast.kernels": ["tuning/*.json"],
         "stylefast.export": ["triton_repo/models/*.py"],

@@ -73,7 +73,8 @@ Call rows(at::ScalarType type) {
     const Tensor codes = (50 * at::randn({6, 200, 330})).to(at::kFloat8_e4m3fn), scale = at::rand({6, 330});
     return [=](const std::string& set) {
         const Tensor gated = at::empty({700, 160}, x.options()), normed = at::empty_like(x);
-        const Tensor total = at::empty_like(x), both = at::empty_like(x), values = at::empty({6, 200, 330}, x.options());
+        const Tensor total = at::empty_like(x), both = at::empty_like(x),
+                     values = at::empty({6, 200, 330}, x.options());
         stylefast::geglu(set, x, gated);
         stylefast::layer_norm(set, x, weight, bias, 1e-5, normed);
         stylefast::add_layer_norm(set, x, residual, weight, bias, 1e-5, total, both);
@@ -101,8 +102,8 @@ Call step() {
     const Tensor update = at::rand({2, 2, 6});
     return [=](const std::string& set) {
         Outputs outputs{at::empty_like(latents), at::empty_like(latents), at::empty_like(history)};
-        stylefast::guided_step(set, latents, anchor, history, predictions, branches, weights, rescale, denoised,
-                               update, noise, outputs[0], outputs[1], outputs[2]);
+        stylefast::guided_step(set, latents, anchor, history, predictions, branches, weights, rescale, denoised, update,
+                               noise, outputs[0], outputs[1], outputs[2]);
         return outputs;
     };
 }
@@ -130,10 +131,13 @@ int main(int count, char**) {
     int calls = 0;
     for (const at::ScalarType type : {at::kFloat, at::kBFloat16, at::kHalf}) {
         const std::vector<std::pair<const char*, Call>> operations{
-            {"shared_attention", shared(type)}, {"gated_cross_attention", gated(type)},
-            {"token_stats and adain_affine", statistics(type)}, {"operations on rows", rows(type)},
+            {"shared_attention", shared(type)},
+            {"gated_cross_attention", gated(type)},
+            {"token_stats and adain_affine", statistics(type)},
+            {"operations on rows", rows(type)},
             {"group_norm_silu", groups(type, at::MemoryFormat::Contiguous)},
-            {"group_norm_silu, channels last", groups(type, at::MemoryFormat::ChannelsLast)}, {"guided_step", step()}};
+            {"group_norm_silu, channels last", groups(type, at::MemoryFormat::ChannelsLast)},
+            {"guided_step", step()}};
         for (const std::string& set : sets) {
             for (const auto& [what, call] : operations) {
                 const Outputs expected = call(set);

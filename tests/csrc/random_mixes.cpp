@@ -33,7 +33,7 @@ void demand(bool holds, const char* what) {
 struct Scene {
     PagePool pool{kSlots};
     CopyEngine engine{3, 8};
-    std::vector<std::int64_t> store = std::vector<std::int64_t>(kKeys * kWords);   // what every page holds
+    std::vector<std::int64_t> store = std::vector<std::int64_t>(kKeys * kWords);    // what every page holds
     std::vector<std::int64_t> blocks = std::vector<std::int64_t>(kSlots * kWords);  // the slots
     std::atomic<bool> ended{false};
     std::atomic<long> refused{0}, broken{0};
@@ -44,7 +44,7 @@ struct Scene {
 };
 
 class Worker {
-public:
+  public:
     Worker(Scene& scene, unsigned seed) : scene_(scene), random_(seed) {}
 
     void read() {
@@ -88,7 +88,7 @@ public:
         }
     }
 
-private:
+  private:
     std::int64_t below(std::int64_t limit) { return static_cast<std::int64_t>(random_() % limit); }
 
     std::int64_t draw() {
@@ -180,7 +180,7 @@ int main() {
     demand(stats.pinned == 0 && stats.loading == 0, "pages held at the end");
     demand(scene.pool.clear() == 0 && scene.pool.stats().resident == 0, "pages left after clear");
     demand(stats.hits > 0 && stats.misses > 0 && stats.evictions > 0, "the mix: something never happened");
-    std::printf("%lld hits, %lld misses, %lld evictions, %ld refused, %ld broken\n",
-                static_cast<long long>(stats.hits), static_cast<long long>(stats.misses),
-                static_cast<long long>(stats.evictions), scene.refused.load(), scene.broken.load());
+    std::printf("%lld hits, %lld misses, %lld evictions, %ld refused, %ld broken\n", static_cast<long long>(stats.hits),
+                static_cast<long long>(stats.misses), static_cast<long long>(stats.evictions), scene.refused.load(),
+                scene.broken.load());
 }

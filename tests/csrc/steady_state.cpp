@@ -58,7 +58,7 @@ namespace {
 constexpr std::int64_t kRows = 48, kWidth = 3, kSlots = 64, kPages = 24, kChunks = 40, kChunkBytes = 256;
 
 class Mix {
-public:
+  public:
     Mix() : pool_(kSlots), engine_(2, 16), blocks_(2 * kChunks * kChunkBytes) {}
 
     void round(bool largest) {
@@ -67,7 +67,7 @@ public:
         copy(largest ? kChunks : below(kChunks + 1));
     }
 
-private:
+  private:
     std::int64_t below(std::int64_t limit) { return static_cast<std::int64_t>(random_() % limit); }
 
     // the first rows are references of the others; every target takes up to kWidth of them or pages of the bank

@@ -52,7 +52,7 @@ def test_the_demo_needs_the_run_time_package_alone(make):
 
 
 def test_the_tests_add_what_they_need_to_the_same_environment(make):
-    done = make("-n", "lint")
+    done = make("-n", "check")
     assert done.returncode == 0 and done.stdout.index("-e .") < done.stdout.index("-e '.[dev]'"), done.stdout
 
 
