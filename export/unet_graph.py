@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from stylefast.errors import ExportError, InvalidRequest
-from stylefast.kernels.shared_attention import PLAIN
 from stylefast.models.conditioning import ImageKV, KeyValue, StylePages
-from stylefast.models.row_table import NO_PAGE, RowTable
+from stylefast.models.layout import AttentionLayout
+from stylefast.models.row_table import COLUMNS, IMAGE, SHARING, TEXT, RowTable
 from stylefast.models.unet import GroupNorm, UNet
 
 FLAVOURS = ("plain", "live", "banked")
@@ -97,44 +97,36 @@ DIMENSIONS = {
 def graph_inputs(unet: UNet, shape: GraphShape) -> list[Tensor]:
     """The inputs of a UNet's graph, in order."""
     layout, dtype, i64, f32 = unet.layout, unet.dtype, torch.int64, torch.float32
-    layers, modules, r, s = len(layout.layers), len(layout.modules), shape.references, shape.segments
+    sizes = _sizes(layout, shape) | {"rows": "rows", "norm_rows": "rows"}
     pooled = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
     levels = [layout.at_level(level) for level in range(layout.levels)]
     heads = [layout.layers[found[0]].heads for found in levels]
     widths = [layout.layers[found[0]].channels // count for found, count in zip(levels, heads)]
     norms = [m for m in unet.modules() if isinstance(m, GroupNorm)]
 
+    def of_table(part: str) -> list[Tensor]:
+        columns = [(name, column) for name, column in COLUMNS.items() if column.part == part]
+        return [Tensor(name, column.dtype, column.shape(sizes)) for name, column in columns]
+
     found = [
         Tensor("latents", dtype, ("rows", unet.config["in_channels"], "height", "width")),
         Tensor("timestep", f32, ("rows",)),
         Tensor("pooled", dtype, ("text_pages", pooled)),
         Tensor("time_ids", f32, ("rows", 6)),
-        Tensor("text_page", i64, ("rows",)),
+        *of_table(TEXT),
     ]
     for level, (members, h, d) in enumerate(zip(levels, heads, widths)):
         found.append(Tensor(f"text_kv_{level}", dtype, (len(members), 2, "text_pages", shape.text_tokens, h, d)))
-    if s:
+    if shape.segments:
         for level, (members, h, d) in enumerate(zip(levels, heads, widths)):
             found.append(Tensor(f"image_kv_{level}", dtype, (len(members), 2, "image_pages", "image_tokens", h, d)))
         found += [
             Tensor("image_lengths", i64, ("image_pages",)),
-            Tensor("image_page", i64, ("rows", s)),
-            Tensor("image_strength", f32, ("rows", s, modules)),
-            Tensor("image_group", i64, ("rows", s)),
-            Tensor("image_mask", i64, ("rows", s)),
+            *of_table(IMAGE),
             *(Tensor(f"mask_{level}", f32, ("masks", f"tokens_{level}")) for level in range(len(levels))),
         ]
     if shape.shares:
-        found += [
-            Tensor("self_page", i64, ("rows", r)),
-            Tensor("self_mode", i64, ("rows",)),
-            Tensor("self_layers", torch.bool, ("rows", layers)),
-            Tensor("self_scale", f32, ("rows", r)),
-            Tensor("self_shift", f32, ("rows", r)),
-            Tensor("adain_page", i64, ("rows",)),
-            Tensor("adain_strength", f32, ("rows", 3)),
-            Tensor("norm_page", i64, ("rows",)),
-        ]
+        found += of_table(SHARING)
     if shape.flavour == "banked":
         for level, (members, h, d) in enumerate(zip(levels, heads, widths)):
             count = len(members)
@@ -142,6 +134,16 @@ def graph_inputs(unet: UNet, shape: GraphShape) -> list[Tensor]:
             found.append(Tensor(f"page_stats_{level}", f32, ("pages", count, 2, 3, h, d)))
         found.append(Tensor("page_norms", f32, ("pages", len(norms), 2, norms[0].groups)))
     return found
+
+
+def _sizes(layout: AttentionLayout, shape: GraphShape) -> dict[str, int | str]:
+    """Return the sizes of the row table's columns, rows apart."""
+    return {
+        "references": shape.references,
+        "segments": shape.segments,
+        "layers": len(layout.layers),
+        "modules": len(layout.modules),
+    }
 
 
 def graph_output(unet: UNet) -> Tensor:
@@ -174,29 +176,15 @@ class UNetGraph(nn.Module):
 
     def _table(self, given: Mapping[str, torch.Tensor]) -> RowTable:
         """The row table, with columns that no row uses where the graph has no inputs for them."""
-        rows, columns = given["latents"].shape[0], dict(given)
-        device = given["latents"].device
-        layout = self.unet.layout
-        if not self.shape.shares:
-            columns |= {
-                "self_page": torch.empty(rows, 0, dtype=torch.int64, device=device),
-                "self_mode": torch.full((rows,), PLAIN, device=device),
-                "self_layers": torch.zeros(rows, len(layout.layers), dtype=torch.bool, device=device),
-                "self_scale": torch.empty(rows, 0, device=device),
-                "self_shift": torch.empty(rows, 0, device=device),
-                "adain_page": torch.full((rows,), NO_PAGE, device=device),
-                "adain_strength": torch.zeros(rows, 3, device=device),
-                "norm_page": torch.empty(0, dtype=torch.int64, device=device),
+        latents = given["latents"]
+        # a graph without references has no rows that share norms either
+        sizes = _sizes(self.unet.layout, self.shape) | {"rows": latents.shape[0], "norm_rows": 0}
+        return RowTable(
+            **{
+                name: given[name] if name in given else column.filled(column.shape(sizes), latents.device)
+                for name, column in COLUMNS.items()
             }
-        if not self.shape.segments:
-            nobody = torch.empty(rows, 0, dtype=torch.int64, device=device)
-            columns |= {
-                "image_page": nobody,
-                "image_group": nobody,
-                "image_mask": nobody,
-                "image_strength": torch.empty(rows, 0, len(layout.modules), device=device),
-            }
-        return RowTable(**{name: columns[name] for name in RowTable._fields})
+        )
 
     def _unpacked(self, given: Mapping[str, torch.Tensor], name: str) -> tuple[KeyValue, ...]:
         """Keys and values per layer, from one tensor [layers, 2, pages, tokens, heads, d] per level."""

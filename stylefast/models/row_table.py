@@ -5,17 +5,55 @@ of different styles share one UNet call, strengths change without a recompile, a
 
 **Pages.** A page is a set of reference keys and values. Page `p < rows` is row `p` of this very batch (a live
 reference); page `p >= rows` is page `p - rows` of the style bank's pool that accompanies the batch; -1 is none.
+
+**Columns** are declared once, as the fields of `RowTable`: the buffers of a step, the inputs of exported graphs, the
+tests' tables and the table in docs/architecture.md are derived from `COLUMNS`.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 
 from stylefast.kernels.shared_attention import CONCAT, PLAIN, SWAP
 
-__all__ = ["CONCAT", "NO_PAGE", "PLAIN", "SWAP", "RowTable"]
+__all__ = ["COLUMNS", "CONCAT", "NO_PAGE", "PLAIN", "SWAP", "Column", "RowTable"]
 
 NO_PAGE = -1
+I64, F32, BOOL = torch.int64, torch.float32, torch.bool
+TEXT, SHARING, IMAGE = "text", "sharing", "image"
+
+
+class Column(NamedTuple):
+    """What a column of the row table is.
+
+    dims: names of sizes ("rows", "references", "segments", "layers", "modules"; "norm_rows" is rows, or 0 where no row
+    shares group norms) or numbers. idle: the value where no style writes; None numbers the last dimension. part: what a
+    graph without references, or without image segments, lacks; writer, meaning: for people.
+    """
+
+    dtype: torch.dtype
+    dims: tuple[str | int, ...]
+    idle: float | None
+    part: str
+    writer: str
+    meaning: str
+
+    def shape(self, sizes: Mapping[str, Any]) -> tuple:
+        """Return the dimensions with the names in `sizes` replaced, by numbers or by other names."""
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
+
+    def filled(self, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return a tensor of idle values. Works on the symbolic sizes of a trace."""
+        if any(isinstance(dim, int) and dim == 0 for dim in shape):
+            return torch.empty(tuple(shape), dtype=self.dtype, device=device)
+        if self.idle is None:
+            return torch.arange(shape[-1], dtype=self.dtype, device=device).expand(tuple(shape)).clone()
+        return torch.full(tuple(shape), self.idle, dtype=self.dtype, device=device)
+
+
+_ALIGNED, _INSTANT, _PROMPT = "StyleAligned", "InstantStyle", "the prompt, DreamStyler"
+_PER_REFERENCE, _PER_SEGMENT = ("rows", "references"), ("rows", "segments")
 
 
 class RowTable(NamedTuple):
@@ -26,22 +64,64 @@ class RowTable(NamedTuple):
     """
 
     # self-attention
-    self_page: torch.Tensor  # [rows, R] int64: the references a row attends to beside itself; -1: none
-    self_mode: torch.Tensor  # [rows] int64: PLAIN, CONCAT (own and reference tokens), SWAP (reference tokens only)
-    self_layers: torch.Tensor  # [rows, L] bool: layers on which the mode and AdaIN apply; elsewhere the row is plain
-    self_scale: torch.Tensor  # [rows, R] float32: multiplies the logits against a reference
-    self_shift: torch.Tensor  # [rows, R] float32: added to them, after scaling
-    # whose token statistics AdaIN takes, in rows that attend to a page; for AdaIN alone, hide it by a shift of -inf
-    adain_page: torch.Tensor  # [rows] int64; -1: none
-    adain_strength: torch.Tensor  # [rows, 3] float32 in [0, 1]: for queries, keys, values
-    norm_page: torch.Tensor  # [rows] int64: whose statistics group norms pool with; -1: none; [0] if no row shares
+    self_page: Annotated[
+        torch.Tensor,
+        Column(I64, _PER_REFERENCE, NO_PAGE, SHARING, _ALIGNED, "pages that a row attends to besides itself; -1: none"),
+    ]
+    self_mode: Annotated[
+        torch.Tensor,
+        Column(I64, ("rows",), PLAIN, SHARING, _ALIGNED, "PLAIN, CONCAT (own and reference tokens), SWAP (only those)"),
+    ]
+    self_layers: Annotated[
+        torch.Tensor,
+        Column(BOOL, ("rows", "layers"), False, SHARING, _ALIGNED, "layers on which the mode and AdaIN apply"),
+    ]
+    self_scale: Annotated[
+        torch.Tensor, Column(F32, _PER_REFERENCE, 1, SHARING, _ALIGNED, "multiplies the logits of a reference")
+    ]
+    self_shift: Annotated[
+        torch.Tensor, Column(F32, _PER_REFERENCE, 0, SHARING, _ALIGNED, "added to them after scaling; -inf hides them")
+    ]
+    adain_page: Annotated[
+        torch.Tensor,
+        Column(I64, ("rows",), NO_PAGE, SHARING, _ALIGNED, "whose token statistics AdaIN takes, in rows with a page"),
+    ]
+    adain_strength: Annotated[
+        torch.Tensor,
+        Column(F32, ("rows", 3), 0, SHARING, _ALIGNED, "0 to 1, for queries, keys and values"),
+    ]
+    norm_page: Annotated[
+        torch.Tensor,
+        Column(I64, ("norm_rows",), NO_PAGE, SHARING, _ALIGNED, "whose statistics group norms pool with; -1: none"),
+    ]
     # cross-attention
-    text_page: torch.Tensor  # [rows] int64: index into the text keys and values
-    image_page: torch.Tensor  # [rows, S] int64: index into the image keys and values; -1: none
-    image_strength: torch.Tensor  # [rows, S, M] float32: weight of a segment's attention output in each module
-    image_group: torch.Tensor  # [rows, S] int64: segments of a row with equal numbers share one softmax
-    image_mask: torch.Tensor  # [rows, S] int64: index into the masks; -1: everywhere
+    text_page: Annotated[
+        torch.Tensor, Column(I64, ("rows",), 0, TEXT, _PROMPT, "index into the text's keys and values")
+    ]
+    image_page: Annotated[
+        torch.Tensor,
+        Column(I64, _PER_SEGMENT, NO_PAGE, IMAGE, _INSTANT, "index into the image prompts' keys and values; -1: none"),
+    ]
+    image_strength: Annotated[
+        torch.Tensor,
+        Column(F32, ("rows", "segments", "modules"), 0, IMAGE, _INSTANT, "weight of a segment's output in each module"),
+    ]
+    image_group: Annotated[
+        torch.Tensor,
+        Column(I64, _PER_SEGMENT, None, IMAGE, _INSTANT, "segments of a row with equal numbers share one softmax"),
+    ]
+    image_mask: Annotated[
+        torch.Tensor, Column(I64, _PER_SEGMENT, -1, IMAGE, _INSTANT, "index into the masks; -1: everywhere")
+    ]
 
     def to(self, device: torch.device | str) -> "RowTable":
-        """The same table on another device."""
+        """Return the same table on another device."""
         return RowTable(*(column.to(device) for column in self))
+
+
+def _declared() -> dict[str, Column]:
+    hints = get_type_hints(RowTable, include_extras=True)
+    return {name: hints[name].__metadata__[0] for name in RowTable._fields}
+
+
+COLUMNS = _declared()

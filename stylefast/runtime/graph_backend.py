@@ -26,7 +26,7 @@ from stylefast.export.unet_graph import (
 from stylefast.kernels.registry import trusting
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
-from stylefast.models.row_table import NO_PAGE, PLAIN
+from stylefast.models.row_table import COLUMNS
 from stylefast.models.unet import UNet
 from stylefast.runtime.graph_components import GraphComponents
 from stylefast.runtime.group import Group
@@ -36,20 +36,6 @@ from stylefast.runtime.step_table import StepColumns
 
 # shapes of batches whose tensors are kept
 _SHAPES = 32
-# what a row holds in columns that it does not use; `image_group` counts on, so that no two segments share a softmax
-_IDLE = {
-    "self_page": NO_PAGE,
-    "self_scale": 1,
-    "self_shift": 0,
-    "self_mode": PLAIN,
-    "self_layers": False,
-    "adain_page": NO_PAGE,
-    "adain_strength": 0,
-    "norm_page": NO_PAGE,
-    "image_page": NO_PAGE,
-    "image_strength": 0,
-    "image_mask": -1,
-}
 # dimension -> the column that says which of its pages or masks a row reads
 _PICKS = {"text_pages": "text_page", "image_pages": "image_page", "masks": "image_mask"}
 _COMMANDS = {"onnxruntime": "onnx"}  # backend -> kind of export, where the names differ
@@ -300,7 +286,7 @@ class _Prepared:
         }
         self.output = torch.empty([sizes.get(d, d) for d in output.dims], dtype=output.dtype, device=device)
         self._inputs = graph.inputs
-        self._columns = [x for x in graph.inputs if x.name in _IDLE or x.name in ("text_page", "image_group")]
+        self._columns = [x for x in graph.inputs if x.name in COLUMNS]
         self._device, self._rows = device, rows
 
     def tensors(self) -> list[torch.Tensor]:
@@ -350,10 +336,7 @@ class _Prepared:
         """A column with idle places behind those that the table has."""
         name = tensor.name
         if name not in self._own:
-            idle = torch.full(dims, _IDLE.get(name, 0), dtype=tensor.dtype, device=self._device)
-            if name == "image_group":
-                idle += torch.arange(dims[1], device=self._device)
-            self._own[name] = idle
+            self._own[name] = COLUMNS[name].filled(dims, self._device)
         if column.numel():
             self._own[name][:, : column.shape[1]] = column
         return self._own[name]

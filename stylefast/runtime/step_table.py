@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from stylefast.models.row_table import NO_PAGE, PLAIN, RowTable
+from stylefast.models.row_table import COLUMNS, NO_PAGE, RowTable
 from stylefast.runtime.group import Group
 from stylefast.runtime.planner import plan_segments
 from stylefast.runtime.rows import Phase
@@ -24,6 +24,7 @@ _RING = 4
 _PLANS = 8
 # noise has a buffer of its own, since it is by far the largest and most samplers need none
 _KINDS = {"int": torch.int64, "float": torch.float32, "bool": torch.bool, "noise": torch.float32}
+_KIND_OF = {torch.int64: "int", torch.float32: "float", torch.bool: "bool"}
 
 
 class TableShape(NamedTuple):
@@ -61,21 +62,9 @@ class StepTable:
 
     def __init__(self, shape: TableShape, device: torch.device):
         self.shape, self._device = shape, device
-        r, p, w, s = shape.rows, shape.pictures, shape.references, shape.segments
-        self._layout = {
-            "self_page": ("int", (r, w)),
-            "self_mode": ("int", (r,)),
-            "self_layers": ("bool", (r, shape.layers)),
-            "self_scale": ("float", (r, w)),
-            "self_shift": ("float", (r, w)),
-            "adain_page": ("int", (r,)),
-            "adain_strength": ("float", (r, 3)),
-            "norm_page": ("int", (r if shape.norms else 0,)),
-            "text_page": ("int", (r,)),
-            "image_page": ("int", (r, s)),
-            "image_strength": ("float", (r, s, shape.modules)),
-            "image_group": ("int", (r, s)),
-            "image_mask": ("int", (r, s)),
+        r, p = shape.rows, shape.pictures
+        sizes = shape._asdict() | {"norm_rows": r if shape.norms else 0}
+        self._layout = {name: (_KIND_OF[column.dtype], column.shape(sizes)) for name, column in COLUMNS.items()} | {
             "row_picture": ("int", (r,)),
             "slot": ("int", (p,)),
             "branch_rows": ("int", (p, len(BRANCHES))),
@@ -144,29 +133,12 @@ class StepTable:
         """Everything that does not change with the step."""
         shape, plan = self.shape, _Plan(groups, phases, self.shape)
         count, pictures = plan.rows, plan.pictures
-        arrays["self_page"].fill(NO_PAGE)
-        arrays["self_mode"].fill(PLAIN)
-        arrays["self_layers"].fill(False)
-        for name in ("adain_page", "norm_page", "image_page", "image_mask", "branch_rows"):
-            arrays[name].fill(-1)
-        for name in (
-            "adain_strength",
-            "image_strength",
-            "branch_weights",
-            "rescale",
-            "denoised",
-            "update",
-            "noise",
-            "timestep",
-            "self_shift",
-            "slot",
-            "row_picture",
-            "text_page",
-        ):
+        for name, column in COLUMNS.items():
+            arrays[name][...] = np.arange(arrays[name].shape[-1]) if column.idle is None else column.idle
+        for name in ("branch_weights", "rescale", "denoised", "update", "noise", "timestep", "slot", "row_picture"):
             arrays[name].fill(0)
-        arrays["self_scale"].fill(1)
+        arrays["branch_rows"].fill(-1)
         arrays["input_scale"].fill(1)
-        arrays["image_group"][:] = np.arange(shape.segments)
         side = [8 * x for x in (shape.latents[1], shape.latents[2])]
         arrays["time_ids"][:] = [*side, 0, 0, *side]
         if shape.rows > count:

@@ -3,7 +3,7 @@
 import torch
 
 from stylefast.models.layout import AttentionLayout
-from stylefast.models.row_table import CONCAT, NO_PAGE, PLAIN, SWAP, RowTable
+from stylefast.models.row_table import COLUMNS, CONCAT, SWAP, RowTable
 from stylefast.models.unet import ImageKV, UNet
 from tests.oracle.instant_style import Segment
 from tests.oracle.small import Inputs
@@ -12,25 +12,10 @@ from tests.oracle.style_aligned import Sharing, plain_layers
 
 def plain_rows(layout: AttentionLayout, rows: int, references: int = 1, segments: int = 1) -> RowTable:
     """`rows` rows without any style; row i reads text page i."""
-
-    def full(*shape, value=0, dtype=torch.int64):
-        return torch.full((rows, *shape), value, dtype=dtype)
-
-    return RowTable(
-        self_page=full(references, value=NO_PAGE),
-        self_mode=full(value=PLAIN),
-        self_layers=full(len(layout.layers), value=False, dtype=torch.bool),
-        self_scale=full(references, value=1.0, dtype=torch.float32),
-        self_shift=full(references, value=0.0, dtype=torch.float32),
-        adain_page=full(value=NO_PAGE),
-        adain_strength=full(3, value=0.0, dtype=torch.float32),
-        norm_page=full(value=NO_PAGE),
-        text_page=torch.arange(rows),
-        image_page=full(segments, value=NO_PAGE),
-        image_strength=full(segments, len(layout.modules), value=0.0, dtype=torch.float32),
-        image_group=torch.arange(segments).repeat(rows, 1),
-        image_mask=full(segments, value=-1),
-    )
+    sizes = {"rows": rows, "norm_rows": rows, "references": references, "segments": segments}
+    sizes |= {"layers": len(layout.layers), "modules": len(layout.modules)}
+    columns = {name: column.filled(column.shape(sizes)) for name, column in COLUMNS.items()}
+    return RowTable(**columns | {"text_page": torch.arange(rows)})
 
 
 def share(table: RowTable, layout: AttentionLayout, sharing: Sharing, rows=None) -> RowTable:
