@@ -4,7 +4,6 @@ A protobuf can't exceed 2 GB, and the three flavours of a UNet hold the same wei
 once, tensor by tensor, and `save_model` writes graphs that refer to that file.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -91,18 +90,6 @@ def save_model(model, path: Path, metadata: Mapping[str, str], weights: WeightFi
         path.unlink(missing_ok=True)
         raise ExportError(f"the graph {path.name} is not valid ONNX: {' '.join(str(error).split())[:600]}") from error
     return (path.name,) if weights is None else (path.name, weights.path.name)
-
-
-def read_model(path: Path):
-    """The graph of an ONNX file without its large tensors. Raises ExportError for files that are none."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
-        what = re.sub(r"\s+", " ", str(error))[:200]
-        raise ExportError(f"{path} is no readable ONNX model ({what}); export it again") from error
 
 
 def _large(model) -> Iterable:

@@ -75,11 +75,6 @@ def full_caption(content: str, style: str, palette: str) -> str:
     return f"a {content} in {style} style, {palette} palette"
 
 
-def content_caption(rng: np.random.Generator, content: str) -> str:
-    """A training caption that names the content only."""
-    return _pick(rng, _CONTENT_ONLY).format(c=content)
-
-
 def single_caption(rng: np.random.Generator, content: str, style: str, palette: str) -> str | None:
     """A training caption of a picture of one object; `None` stands for the empty prompt's zeroed embeddings."""
     kind = rng.random()
