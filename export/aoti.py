@@ -1,11 +1,12 @@
 """AOTInductor packages: the UNet's graph compiled ahead of time, so that a process starts without a compiler.
 
-stylefast's operations stay custom ops in there: a package calls `torch.ops.stylefast.*`, which choose their kernels on
-the machine that it runs on, and only what lies between them is generated code. That code is bound to a version of
-PyTorch and to the instructions of the CPU or the architecture of the GPU it was made on. A package says all that in its
-metadata, which `AotiSession` reads before it loads anything.
+stylefast's operations stay custom ops: a package calls `torch.ops.stylefast.*`, which choose kernels on the machine
+that runs it, and only the code between them is generated. That code requires the PyTorch version and the CPU
+instructions or GPU architecture that it was compiled with. A package records these in its metadata, which `AotiSession`
+reads before it loads anything.
 
-Weights lie in the package, or stay outside (`weights=False`) and are the engine's own tensors, held once in memory.
+Weights are part of the package, or stay outside (`weights=False`) and are the engine's own tensors, held once in
+memory.
 """
 
 import json
@@ -46,21 +47,21 @@ from stylefast.models.unet import UNet
 
 SUFFIX = ".pt2"
 _MODEL = "model"  # the name PyTorch gives a package's only model
-_WEIGHT = "unet."  # in front of a parameter's name in the graph
+_WEIGHT = "unet."  # prefix of parameter names in the graph
 _SETTINGS = {
-    # biases of a few channels would be written into the code, where no other weights can replace them
+    # biases of few channels would otherwise be compiled into the code and could not be replaced
     "always_keep_tensor_constants": True,
-    # as many threads as the process that runs it has, not as many as the one that made it
+    # use the thread count of the running process, not that of the exporting one
     "cpp.dynamic_threads": True,
 }
 
 
 @dataclass(frozen=True)
 class AotiReport:
-    """What `export_aoti` made.
+    """Result of `export_aoti`.
 
     target: "cpu" or a GPU's architecture, such as "sm90"; toolchain: name -> version; operations: custom op -> its
-    calls in the graph; weights: whether they lie in the package.
+    calls in the graph; weights: whether the package contains them.
     """
 
     path: Path
@@ -85,13 +86,13 @@ def export_aoti(
 ) -> AotiReport:
     """Compile a UNet for this machine's CPU or GPU into the package `path`, a file that ends in .pt2.
 
-    fixed: sizes that may not vary, of `unet_graph.DIMENSIONS`; all others do. weights: False leaves them out, and
-    `AotiSession.set_weights` must be called before the first run; the UNet may then lie on the meta device. The UNet is
-    left as it is, wherever it lies.
+    fixed: sizes that don't vary, of `unet_graph.DIMENSIONS`; all others may. weights: False leaves them out;
+    `AotiSession.set_weights` must then be called before the first run, and the UNet may be on the meta device. The UNet
+    is not modified or moved.
 
     Raises MissingDependency without a C++ compiler or, for a GPU, without Triton; InvalidRequest for arguments that
-    don't fit; ExportError if PyTorch can't compile the graph or the file can't be written. Until it is whole, nothing
-    is at `path`.
+    don't fit; ExportError if PyTorch can't compile the graph or the file can't be written. `path` is written
+    atomically.
     """
     path, device = Path(path).expanduser(), torch.device(device)
     _check_request(unet, path, device, weights)
@@ -111,7 +112,7 @@ def export_aoti(
     }
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, about itself
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own deprecations
             part = os.path.join(folder, path.name)
             with inductor_cache():
                 torch._inductor.aoti_compile_and_package(program, package_path=part, inductor_configs=settings)
@@ -120,7 +121,7 @@ def export_aoti(
         raise ExportError(f"{path} can't be written: {error.strerror or error}") from error
     except StyleFastError:
         raise
-    except Exception as error:  # of many types, which have no common root
+    except Exception as error:  # of many types without a common base
         raise ExportError(
             f"PyTorch {torch.__version__} could not compile the UNet ({shape.flavour}) for {facts['target']}: "
             f"{_line(error)}. Sizes that are fixed (fixed={{'height': .., 'width': ..}}) are easier on it"
@@ -131,12 +132,12 @@ def export_aoti(
 
 
 class AotiSession:
-    """A package, loaded and ready to run. A package is code: check who wrote it before.
+    """Loaded package, ready to run. A package is code: check its origin first.
 
-    device: "cpu" or "cuda:<number>". One run at a time; a second thread waits.
+    device: "cpu" or "cuda:<number>". Runs are serialised: a second thread waits.
 
     Raises ExportError for a file that is missing, truncated or foreign, or that PyTorch can't load; EngineMismatch for
-    one that was made with another PyTorch or stylefast, or for another kind of CPU or GPU.
+    one made with another version of PyTorch or stylefast, or for another kind of CPU or GPU.
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
@@ -154,7 +155,7 @@ class AotiSession:
         self._own_bytes = self.path.stat().st_size
         index = -1 if self.device.index is None else self.device.index
         try:
-            # what torch._inductor.aoti_load_package does, without importing a compiler, which takes seconds
+            # same as torch._inductor.aoti_load_package, which imports a compiler and takes seconds
             loader = torch._C._aoti.AOTIModelPackageLoader(str(self.path), _MODEL, True, 1, index)
         except (RuntimeError, OSError) as error:
             raise ExportError(
@@ -164,15 +165,14 @@ class AotiSession:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the package, which is about what it takes in memory; weights that are shared don't count."""
+        """Return the package's size in bytes, about its memory use; shared weights don't count."""
         return self._own_bytes if self._loader is not None else 0
 
     def set_weights(self, state: Mapping[str, torch.Tensor]) -> int:
-        """Run with these weights from now on: a UNet's `state_dict()`. The bytes that had to be copied.
+        """Use these weights, a UNet's `state_dict()`, from the next run on; return the number of bytes copied.
 
-        Tensors are taken as they are, not copied, so what is written to them later counts at the next run; but a copy
-        is made of one whose strides are not those that the package was compiled for. Weights that lie in the package
-        keep their memory.
+        Tensors are shared, so later writes to them affect the next run, except those whose strides differ from those
+        that the package was compiled for: these are copied. Weights inside the package keep their memory.
 
         Raises EngineMismatch for weights that are missing or of other types or shapes, InvalidRequest for tensors on
         another device.
@@ -200,21 +200,22 @@ class AotiSession:
                     copied += x.numel() * x.element_size()
                 taken[_WEIGHT + name] = x
             self._loader.load_constants(taken, False, True, True)
-            # the package holds addresses, and this the tensors
+            # the package stores only addresses; keep the tensors alive
             self._weights, self._ready = taken, True
         return copied
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Run the graph; returns its output by name.
+        """Run the graph and return its output by name.
 
         inputs: every input of the graph, on the session's device. outputs: a tensor that "output" is copied to, of its
-        type and shape; without one, what the package made is handed over. On a GPU all happens on torch's current
+        type and shape; without one, the package's own tensor is returned. On a GPU all work is on torch's current
         stream.
 
-        Raises EngineMismatch for tensors and sizes that the package was not made for, InvalidRequest for names that it
-        does not have and an output that can't be written to, OutOfMemory, and ExportError for whatever fails inside.
+        Raises EngineMismatch for tensors and sizes that the package was not made for, InvalidRequest for unknown or
+        missing names and an output of another type, shape or device, OutOfMemory, and ExportError for any other
+        failure.
         """
         sizes = self._check(inputs)
         if self.device.type == "cpu":
@@ -245,7 +246,7 @@ class AotiSession:
         return given
 
     def close(self) -> None:
-        """Free the code and the weights; a second time does nothing."""
+        """Free the code and the weights; idempotent."""
         with self._lock:
             self._loader = self._weights = None
 
@@ -254,7 +255,11 @@ class AotiSession:
             raise ExportError(f"the session of {self.path.name} was closed; open another one")
 
     def _check(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Sizes of the dimensions that have names. The generated code checks nothing: it would read astray."""
+        """Return the sizes of named dimensions.
+
+        Raises InvalidRequest or EngineMismatch for unfit inputs: generated code has no checks and would read out of
+        bounds.
+        """
         if inputs.keys() != self.inputs.keys():
             missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
             what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
@@ -298,7 +303,7 @@ class AotiSession:
 
 
 def _check_pages(inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> None:
-    """Raise InvalidRequest for an index out of range, of which generated code makes an end of the process."""
+    """Raise InvalidRequest for an index out of range, on which generated code would crash the process."""
     pages = sizes["rows"] + sizes.get("pages", 0)
     ranges = {
         "text_page": (0, sizes["text_pages"], "pages of text"),
@@ -328,7 +333,7 @@ def _check_request(unet: UNet, path: Path, device: torch.device, weights: bool) 
 
 
 def _check_toolchain(device: torch.device) -> None:
-    # for a GPU too: what launches its kernels is C++
+    # also for GPUs, whose kernels are launched from C++
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl") if name):
         raise MissingDependency(
             "AOTInductor generates C++ and no compiler was found (CXX, g++, clang++, cl); install one, or export on "
@@ -342,9 +347,9 @@ def _check_toolchain(device: torch.device) -> None:
 
 
 def _twin(unet: UNet, device: torch.device, weights: bool) -> UNet:
-    """The UNet on a device, as the engine would lay it out there, and without packed copies; else with its own tensors.
+    """Return an unpacked UNet on a device in the engine's memory layout; it shares tensors if none have to be moved.
 
-    Without weights, those that would have to be moved are not: their values are of no interest.
+    Without weights, uninitialised tensors stand in for moved ones, because their values are not needed.
     """
     state = dict(unet.state_dict())
     if not _same_device(unet.device, device):
@@ -364,7 +369,7 @@ def _operations(program: torch.export.ExportedProgram) -> dict[str, int]:
 
 
 def _parameters(program: torch.export.ExportedProgram) -> dict[str, list]:
-    """Type, shape and strides of the weights that the graph reads; projections of the text it does not."""
+    """Return type, shape and strides of the weights that the graph reads; it doesn't read the text projections."""
     found = {}
     for node in program.graph.nodes:
         name = program.graph_signature.inputs_to_parameters.get(node.name)
@@ -375,7 +380,7 @@ def _parameters(program: torch.export.ExportedProgram) -> dict[str, list]:
 
 
 def _lies(x: torch.Tensor, strides: list[int]) -> bool:
-    """Whether the strides are these, but for those of dimensions of 1, which nothing is multiplied by."""
+    """Return whether strides match, ignoring size-1 dimensions."""
     return all(have == want or side == 1 for have, want, side in zip(x.stride(), strides, x.shape))
 
 
@@ -384,7 +389,7 @@ def _same_device(one: torch.device, other: torch.device) -> bool:
 
 
 def _line(error: Exception) -> str:
-    """The message on one line, without the stack that PyTorch appends to those from Python."""
+    """Return the message on one line, without the Python stack that PyTorch appends."""
     return " ".join(str(error).split()).split(" At: ")[0][:400]
 
 

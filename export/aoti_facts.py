@@ -1,6 +1,6 @@
-"""What an AOTInductor package says of itself, and whether its code can run here.
+"""Metadata of an AOTInductor package, and checks that its code can run here.
 
-PyTorch only warns where a package was made by another version or on another machine; here it is refused.
+PyTorch only warns about a package from another version or machine; here it is refused.
 """
 
 import platform
@@ -20,7 +20,7 @@ from stylefast.errors import EngineMismatch, ExportError
 from stylefast.export.unet_graph import DIMENSIONS, GraphShape, Tensor, graph_inputs, graph_output, with_tokens
 from stylefast.models.unet import UNet
 
-KEY, _FORMAT = "stylefast", 1  # KEY: what the facts are stored under
+KEY, _FORMAT = "stylefast", 1  # KEY: metadata key of the facts
 _FACTS = {
     "shape",
     "fixed",
@@ -36,18 +36,19 @@ _FACTS = {
     "parameters",
 }
 _SHAPE = {field.name for field in fields(GraphShape)}
-# of what PyTorch knows of a CPU, what no compiler uses of its own accord
+# features PyTorch reports that compilers never use on their own
 _UNUSED = {"clflush", "clflushopt", "clwb", "sha", "aes"}
 
 
 def package_facts(path: str | Path) -> dict[str, Any]:
-    """What a package says of itself; nothing in it is run.
+    """Return a package's metadata without running any of its code.
 
     "shape" (of a `GraphShape`), "fixed", "inputs" and "outputs" ([name, type, dims]), "sizes" (dimension -> least and
-    most), "target", "toolchain", "weights" (whether they lie in it), "parameters" (name -> type, shape, strides),
+    most), "target", "toolchain", "weights" (whether it contains them), "parameters" (name -> type, shape, strides),
     "operations" (custom op -> its schema), "machine" and "instructions" of the CPU.
 
-    Raises ExportError for a file that is missing, truncated, or no package of stylefast's.
+    Raises ExportError for a file that is missing, truncated, or not a stylefast package, and EngineMismatch for one of
+    another stylefast version.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -88,7 +89,7 @@ def facts_of(unet: UNet, shape: GraphShape, fixed: dict[str, int], device: torch
 
 
 def check_machine(name: str, facts: Mapping[str, Any], device: torch.device) -> None:
-    """Raise EngineMismatch where a package's code can't run."""
+    """Raise EngineMismatch if a package's code can't run on this machine and device."""
     made, here = facts["toolchain"]["torch"], torch.__version__
     if made != here:
         raise EngineMismatch(
@@ -119,7 +120,7 @@ def check_machine(name: str, facts: Mapping[str, Any], device: torch.device) -> 
 
 
 def target_of(device: str | torch.device) -> str:
-    """What a device is called as a target: "cpu", or a GPU's architecture, such as "sm90"."""
+    """Return a device's target name: "cpu", or a GPU's architecture, such as "sm90"."""
     device = torch.device(device)
     if device.type == "cpu":
         return "cpu"
@@ -143,7 +144,7 @@ def _machine() -> str:
 
 
 def _instructions() -> set[str]:
-    """Extensions of this CPU that generated code may use: it is compiled for the very CPU it was made on."""
+    """Return the CPU extensions that code generated here may use: it is compiled for this machine's CPU."""
     return {name for name, there in torch.cpu.get_capabilities().items() if there is True} - _UNUSED
 
 

@@ -1,8 +1,8 @@
-"""What stands around the UNet as graphs of flat tensors: text encoders, VAE decoder, image encoder and projections.
+"""Model parts around the UNet as graphs of flat tensors: text encoders, VAE decoder, image encoder and projections.
 
-A `Component` is a module whose forward takes tensors in the order of `inputs` and gives those of `outputs`. The modules
-are made in `text_graphs` and `image_graphs`; here they are traced and written as ONNX. LoRAs are part of the weights
-that are written, learned vectors and strengths are not.
+A `Component` is a module whose forward takes tensors in the order of `inputs` and returns those of `outputs`.
+`text_graphs` and `image_graphs` create the modules; here they are traced and written as ONNX. The written weights
+include LoRAs, but not learned vectors and strengths.
 
     text_encoder       ids, extra                  -> hidden
     text_encoder_2     ids, extra, position        -> hidden, pooled
@@ -28,7 +28,7 @@ from stylefast.export.onnx_file import require_onnx, save_model, write_weights
 from stylefast.export.onnx_writer import check_opset
 from stylefast.export.unet_graph import Tensor
 
-# beyond this a protobuf file can't hold the weights with room for the graph; they go into a file beside it
+# protobuf files are limited to 2 GB, so larger weights go into a separate file, which leaves room for the graph
 LARGEST_FILE = 10**9
 
 # name of a dimension that may vary -> (least, most) that a graph without profiles is exported for
@@ -42,7 +42,7 @@ DIMENSIONS = {
     "height": (2, 1024),
     "width": (2, 1024),
 }
-# to trace with: all different and above 1, so that nothing takes one dimension for another or for 1
+# for tracing: all different and above 1, so that no dimension is mistaken for another or for 1
 _EXAMPLES = {
     "prompts": 3,
     "vectors": 5,
@@ -57,10 +57,10 @@ _EXAMPLES = {
 
 @dataclass(frozen=True, eq=False)
 class Component:
-    """One module to export, and what goes in and comes out.
+    """One module to export, with its inputs and outputs.
 
-    dtype: of its weights and floating inputs. limits: input name -> values that its integers stay below.
-    facts: what a loader wants to know beside shapes, for the manifest; plain values.
+    dtype: of its weights and floating inputs. limits: input name -> exclusive upper bound of its integers. facts: what
+    a loader needs besides shapes, for the manifest; plain values.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Component:
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """Names of the dimensions of its inputs that may vary."""
+        """Return the names of its inputs' dimensions that may vary."""
         return tuple(dict.fromkeys(d for tensor in self.inputs for d in tensor.dims if isinstance(d, str)))
 
     @property
@@ -81,7 +81,7 @@ class Component:
         return next(self.module.parameters()).device
 
     def sizes(self, fixed: Mapping[str, int] | None = None) -> dict[str, int]:
-        """Sizes to trace with: those in `fixed`, else examples. Raises InvalidRequest for dimensions it lacks."""
+        """Return sizes to trace with: those in `fixed`, else examples. Raises InvalidRequest for unfit ones."""
         fixed = dict(fixed or {})
         for name, value in fixed.items():
             if name not in self.dimensions:
@@ -93,7 +93,7 @@ class Component:
         return {name: _EXAMPLES[name] for name in self.dimensions} | fixed
 
     def example_inputs(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
-        """Random inputs by name; numbers are drawn on the CPU from `seed`."""
+        """Return random inputs by name; numbers are drawn on the CPU from `seed`."""
         draw, made = torch.Generator().manual_seed(seed), {}
         for tensor in self.inputs:
             dims = tuple(sizes[d] if isinstance(d, str) else d for d in tensor.dims)
@@ -105,7 +105,7 @@ class Component:
         return made
 
     def dynamic_shapes(self, fixed: Mapping[str, int] | None = None) -> tuple[dict, ...]:
-        """For `torch.export`: which dimensions of every input may vary; those in `fixed` don't."""
+        """Return, for `torch.export`, the dimensions of every input that may vary; those in `fixed` don't."""
         named = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in DIMENSIONS.items()}
         return tuple(
             {i: named[d] for i, d in enumerate(tensor.dims) if isinstance(d, str) and d not in (fixed or {})}
@@ -113,7 +113,7 @@ class Component:
         )
 
     def trace(self, fixed: Mapping[str, int] | None = None) -> torch.export.ExportedProgram:
-        """The graph, in PyTorch's own operations; `fixed` are sizes that may not vary."""
+        """Return the graph in PyTorch's own operations; `fixed` are sizes that don't vary."""
         inputs = tuple(self.example_inputs(self.sizes(fixed)).values())
         with torch.no_grad():
             return torch.export.export(
@@ -129,13 +129,14 @@ def export_component(
     fixed: Mapping[str, int] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> GraphEntry:
-    """Write `<component>.onnx` to a folder, and beside it `<component>.onnx.data` for weights beyond LARGEST_FILE.
+    """Write `<component>.onnx` to a folder, with `<component>.onnx.data` for weights beyond LARGEST_FILE.
 
-    opset: of ONNX's operators; None: the oldest that takes the component's type. fixed: dimensions that get one size.
-    metadata: strings that go into the file. Returns its entry for the manifest, with the component's facts in `extra`.
+    opset: version of ONNX's operators; None: the oldest that supports the component's type. fixed: dimensions that get
+    one size. metadata: strings that go into the file. Returns its entry for the manifest, with the component's facts in
+    `extra`.
 
     Raises MissingDependency without onnx and onnxscript, ExportError, InvalidRequest for sizes that can't be fixed, and
-    OSError as the disk does.
+    OSError from the file system.
     """
     require_onnx()
     if find_spec("onnxscript") is None:
@@ -174,7 +175,7 @@ def export_component(
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of tensors with their names, types and shapes: whether a graph was made from these weights."""
+    """Return the sha256 of tensors with their names, types and shapes, which identifies the weights of a graph."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -184,14 +185,14 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module itself if its weights are of this type, else a copy in it."""
+    """Return the module itself if its weights are of this type, else a copy in it."""
     if all(p.dtype == dtype for p in module.parameters()):
         return module
     return copy.deepcopy(module).to(dtype)
 
 
 def _fixed(tensor: Tensor, fixed: Mapping[str, int]) -> Tensor:
-    """With numbers in place of the names of fixed dimensions; "4*height" is one of an output."""
+    """Replace the names of fixed dimensions by numbers; an output's may have a factor, as in "4*height"."""
 
     def known(dim: int | str) -> int | str:
         factor, _, name = str(dim).rpartition("*")
@@ -205,7 +206,7 @@ def _described(tensors: Sequence[Tensor]) -> tuple[tuple, ...]:
 
 
 def _name_dimensions(model, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """Give the graph's inputs and outputs their dimensions' names, whatever names the tracer made of them."""
+    """Give the graph's inputs and outputs their dimensions' names in place of the tracer's."""
     import onnx_ir as ir
 
     for values, tensors in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):

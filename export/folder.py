@@ -1,8 +1,8 @@
-"""Export folders appear whole or not at all, and an export that was stopped goes on where it was.
+"""Export folders that appear complete or not at all; an interrupted export can be resumed.
 
-Files are written to `<folder>.part`, which is moved to its name at the end. In it, `unfinished.json` records what is
-finished, with hashes, and which arguments it was made with: started again with the same ones, an export takes it over.
-A lock beside it, `<folder>.part.lock`, keeps a second export away; that of a process that died holds nobody back.
+Files are written to `<folder>.part`, which is renamed at the end. In it, `unfinished.json` records finished files, with
+hashes, and the arguments they were made with: an export started again with the same arguments resumes from it. A lock
+next to it, `<folder>.part.lock`, keeps out a second export; the lock of a process that died blocks no other.
 """
 
 import errno
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 RECORD = "unfinished.json"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# nobody else may write to what is published: engines are code
+# published files must not be writable by other users, because engines are code
 _OTHERS_WRITE = 0o022
 
 
 class UnfinishedExport:
-    """A folder that is being filled, at `path`. Made by `publishing`.
+    """Folder being filled, at `path`. Created by `publishing`.
 
-    For every graph: ask `finished`; if it says None, write the files below `path` and call `record`. At the end hand
-    the manifest to `complete`.
+    For every graph: call `finished`; if it returns None, write the files below `path` and call `record`. At the end
+    pass the manifest to `complete`.
     """
 
     def __init__(self, target: Path, arguments: str, say: Callable[[str], None]):
@@ -47,7 +47,7 @@ class UnfinishedExport:
         self.sweep()
 
     def finished(self, name: str) -> Any | None:
-        """What `record` was given for it if its files are there as they were written, else None."""
+        """Return the detail that `record` stored for a graph if its files are unchanged, else None."""
         found = self._graphs.get(name)
         if found is None:
             return None
@@ -63,9 +63,9 @@ class UnfinishedExport:
         return None
 
     def record(self, name: str, files: Sequence[str], detail: Any = True) -> tuple[FileEntry, ...]:
-        """Say that the files, paths below `path`, are finished; returns their entries for the manifest.
+        """Record files, paths below `path`, as finished; return their entries for the manifest.
 
-        detail: JSON that `finished` gives back, such as a graph's entry. Recording a name again replaces it.
+        detail: JSON that `finished` returns, such as a graph's entry. Recording a name again replaces it.
         """
         for file in files:
             _close_to_others(self.path / file)
@@ -76,16 +76,16 @@ class UnfinishedExport:
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        """Of all that is recorded, each file once, in the order of recording."""
+        """Return the entries of all recorded files, each file once, in the order of recording."""
         return tuple({entry.name: entry for graph in self._graphs.values() for entry in graph["files"]}.values())
 
     @property
     def finished_bytes(self) -> int:
-        """What recorded files take on the disk."""
+        """Return the bytes of recorded files on the disk."""
         return sum(entry.bytes for entry in self.files)
 
     def complete(self, manifest: Manifest) -> None:
-        """Hand over the manifest; the folder is published with it when `publishing` ends. Raises ExportError."""
+        """Set the manifest; `publishing` publishes the folder at its end. Raises ExportError for unrecorded files."""
         recorded = set(self.files)
         unrecorded = [entry.name for entry in manifest.files if entry not in recorded]
         if unrecorded:
@@ -93,12 +93,12 @@ class UnfinishedExport:
         self._manifest = manifest
 
     def sweep(self) -> list[str]:
-        """Remove all that is not recorded; the names of the files that went."""
+        """Remove all files that are not recorded; return their names."""
         if not self.path.is_dir():
             return []
         gone = []
         keep = {self.path / entry.name for entry in self.files} | {self.path / RECORD}
-        for path in sorted(self.path.rglob("*"), reverse=True):  # what is in a folder before the folder
+        for path in sorted(self.path.rglob("*"), reverse=True):  # contents before their folder
             if path.is_dir() and not path.is_symlink():
                 if not any(path.iterdir()):
                     path.rmdir()
@@ -108,12 +108,12 @@ class UnfinishedExport:
         return gone
 
     def discard_if_empty(self) -> None:
-        """Remove the folder if nothing in it is worth going on with."""
+        """Remove the folder if it has nothing to resume from."""
         if not self._graphs:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:
-        """Write the manifest and give the folder its name; what was there before goes. Raises ExportError.
+        """Write the manifest and rename the folder to its target, replacing an old export. Raises ExportError.
 
         Recorded files that the manifest does not list, such as graphs that engines were built from, are removed.
         """
@@ -125,7 +125,7 @@ class UnfinishedExport:
         for entry in self.files:
             if entry.name not in listed:
                 (self.path / entry.name).unlink(missing_ok=True)
-        # hashes were taken when the files were recorded; one that vanished since must not go unnoticed
+        # files were hashed when recorded; check again that none vanished since
         check_files(self.path, self._manifest, deep=False)
         text = json.dumps(self._manifest.to_json(), indent=1)
         (self.path / MANIFEST).write_text(text, encoding="utf-8")
@@ -142,7 +142,7 @@ class UnfinishedExport:
         if occupied:
             os.rename(self.target, aside)
         try:
-            os.rename(self.path, self.target)  # onto an empty folder, too
+            os.rename(self.path, self.target)  # also replaces an empty folder
         except OSError:
             if occupied:
                 os.rename(aside, self.target)
@@ -151,12 +151,12 @@ class UnfinishedExport:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _take_over(self) -> dict[str, dict]:
-        """What an earlier export of the same arguments recorded; anything else in the folder is removed."""
+        """Return what an earlier export with the same arguments recorded, or {} to start anew. Raises ExportError."""
         if not os.path.lexists(self.path):
             return {}
         stranger = None if self.path.is_dir() else f"{self.path} is no folder"
         recorded = (self.path / RECORD).is_file()
-        # what others put in its place would be theirs; files are hashed before they are taken over
+        # another user's files must not be trusted or removed; our own are hashed before they are reused
         stranger = stranger or foreign(self.path, (RECORD,) if recorded else (), above=False)
         if stranger is None and not recorded and any(path.name != f"{RECORD}.new" for path in self.path.iterdir()):
             stranger = f"{self.path} was not left by an export"
@@ -201,13 +201,13 @@ def publishing(
     needed: int = 0,
     say: Callable[[str], None] = logger.info,
 ) -> Iterator[UnfinishedExport]:
-    """Fill an export folder that appears when the block ends, and only then.
+    """Fill an export folder that appears only when the block ends without error.
 
-    arguments: JSON of all that decides what the files will be; an unfinished export is gone on with only if they are
-    the same. needed: bytes that the export will take on the disk. say: is told when one is taken over or starts anew.
+    arguments: JSON of all that determines the files; an unfinished export is resumed only if they are the same. needed:
+    bytes that the export will take on the disk. say: called with a message when an export is resumed or starts anew.
 
-    If the block fails, what it recorded is kept for the next time, and the rest removed. Raises InvalidRequest if the
-    target can't be (see `check_target`), ExportError if another export is on its way to it or the disk is full.
+    If the block fails, recorded files are kept for the next run, and the rest removed. Raises InvalidRequest for an
+    unfit target (see `check_target`), ExportError if another export to it is in progress or the disk is full.
     """
     target = check_target(folder, overwrite)
     with _disk_errors(target), _only_one(target):
@@ -224,10 +224,10 @@ def publishing(
 
 
 def check_target(folder: str | Path, overwrite: bool = False) -> Path:
-    """The absolute path that an export may be written to; of a link, what it points to.
+    """Return the absolute path that an export may be written to, with links resolved.
 
-    Raises InvalidRequest if it is a file, can't be written, holds something while overwrite=False, or holds anything
-    but an export: that is never replaced.
+    Raises InvalidRequest if it is a file, can't be written, holds an export while overwrite=False, or holds anything
+    else, which is never replaced.
     """
     target = Path(os.path.realpath(values.path("the folder of an export", folder)))
     if target.exists() and not target.is_dir():
@@ -249,12 +249,12 @@ def _clean_up(export: UnfinishedExport) -> None:
     try:
         export.sweep()
         export.discard_if_empty()
-    except OSError as error:  # the failure that brought us here says more
+    except OSError as error:  # the failure that led here is more informative
         logger.warning("%s could not be cleaned up (%s)", export.path, error)
 
 
 def _put_back(target: Path) -> None:
-    """Finish what a process was killed at between moving an old export aside and removing it."""
+    """Finish a replacement that was interrupted between moving the old export aside and removing it."""
     aside = _beside(target, ".replaced")
     if not os.path.lexists(aside):
         return
@@ -268,7 +268,7 @@ def _put_back(target: Path) -> None:
 
 @contextmanager
 def _only_one(target: Path) -> Iterator[None]:
-    """Hold the target's lock. Raises ExportError if somebody else does."""
+    """Hold the target's lock. Raises ExportError if another process holds it."""
     path = _beside(target, ".part.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -282,7 +282,7 @@ def _only_one(target: Path) -> Iterator[None]:
                 f"another export to {target} is running ({f'process {holder}' if holder else 'since just now'}); wait "
                 "for it, stop it, or choose another folder"
             ) from error
-        # who held it before removes the file at the end, and then this is no longer the one at that path
+        # the previous holder removes the file when done, in which case this descriptor is of the removed file
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             break
         os.close(descriptor)
@@ -297,7 +297,7 @@ def _only_one(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """Errors of the disk, our own or from deep within a library, as ExportError."""
+    """Turn file-system errors, also from deep within a library, into ExportError."""
     try:
         yield
     except StyleFastError:
@@ -315,7 +315,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
 
 
 def _disk_error(error: BaseException | None, target: Path) -> OSError | None:
-    """The error of a full disk, or one that names a file of this export, among an error and what caused it."""
+    """Return the error of a full disk or of one of this export's files from a chain of causes, or None."""
     ours = (str(target), str(_beside(target, ".part")))
     while error is not None:
         if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""Image encoder, an adapter's projections and the VAE's decoder, as modules on flat tensors."""
+"""Image encoder, adapter projections and VAE decoder, as modules on flat tensors."""
 
 import copy
 
@@ -17,7 +17,7 @@ from stylefast.models.vae_copies import working_decoder
 
 
 class ImageGraph(nn.Module):
-    """Prepared pixels [pictures, 3, side, side] to projected embeddings, and to features before the last layer."""
+    """Image encoder: prepared pixels [pictures, 3, side, side] to projected embeddings and second-to-last features."""
 
     def __init__(self, vision_model: nn.Module):
         super().__init__()
@@ -33,8 +33,10 @@ class ImageGraph(nn.Module):
 
 
 class ImageProjector(nn.Module):
-    """What an adapter reads of pictures to keys and values of every level's layers, packed; a layer that the adapter
-    was loaded without reads zeros."""
+    """Adapter projections: image features to packed keys and values of every level's layers.
+
+    Layers that the adapter was not loaded for get zeros.
+    """
 
     def __init__(self, adapter: IPAdapter):
         super().__init__()
@@ -58,7 +60,7 @@ class ImageProjector(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Latents as the VAE itself has them, without scale and shift, to pictures around -1..1."""
+    """VAE decoder: latents in the VAE's own range, without scale and shift, to pictures around -1..1."""
 
     def __init__(self, decoder: nn.Module):
         super().__init__()
@@ -69,7 +71,7 @@ class DecoderGraph(nn.Module):
 
 
 class _Enlarge(nn.Module):
-    """Twice the size and a convolution: diffusers' Upsample2D without its branches on the size of the batch."""
+    """Upsampling by 2 and a convolution: diffusers' Upsample2D without its branches on the batch size."""
 
     def __init__(self, conv: nn.Module):
         super().__init__()
@@ -80,7 +82,7 @@ class _Enlarge(nn.Module):
 
 
 def image_encoder(encoder: ImageEncoder, dtype: torch.dtype) -> Component:
-    """A CLIP image encoder as a component; it takes pixels as `ImageEncoder.pixels` prepares them."""
+    """Return a CLIP image encoder as a component; it takes pixels as `ImageEncoder.pixels` prepares them."""
     module = ImageGraph(in_type(encoder.vision_model, dtype))
     side = encoder.image_size
     patches = module.embeddings.position_embedding.num_embeddings
@@ -98,7 +100,7 @@ def image_encoder(encoder: ImageEncoder, dtype: torch.dtype) -> Component:
 
 
 def image_projector(adapter: IPAdapter, dtype: torch.dtype) -> Component:
-    """An adapter as a component: features of pictures (embeddings, or patches for "plus") to keys and values."""
+    """Return an adapter as a component: image features (embeddings, or patches for "plus") to keys and values."""
     patches = () if adapter.kind == "global" else ("patches",)
     return Component(
         "image_projector",
@@ -111,13 +113,13 @@ def image_projector(adapter: IPAdapter, dtype: torch.dtype) -> Component:
 
 
 def vae_decoder(vae: nn.Module, dtype: torch.dtype) -> Component:
-    """A VAE's decoder in `dtype`, whatever the VAE is held in; `decoder_dtype` says what suits it.
+    """Return a VAE's decoder in `dtype` as a component; see `decoder_dtype` for the choice of type.
 
-    Latents go in unscaled: `latents / scaling_factor`, or what the VAE's config has for mean and deviation.
+    Input latents are unscaled: `latents / scaling_factor`, or by mean and deviation if the VAE's config has those.
     """
     decoder = working_decoder(vae, dtype)
     factor = vaes.downscale(vae)
-    # the modules are copied, the weights are not
+    # copies the modules, shares the weights
     shared = {id(t): t for t in (*decoder.parameters(), *decoder.buffers())}
     decoder = _without_branches(copy.deepcopy(decoder, shared))
     return Component(
@@ -131,23 +133,23 @@ def vae_decoder(vae: nn.Module, dtype: torch.dtype) -> Component:
 
 
 def decoder_dtype(vae: nn.Module, asked: torch.dtype) -> torch.dtype:
-    """What a VAE's decoder is exported in for a model in `asked`: float32 where it overflows in float16."""
+    """Return the type to export a VAE's decoder in for a model in `asked`: float32 if it would overflow in float16."""
     overflows = type(vae).__name__ != "AutoencoderTiny" and vae.config.get("force_upcast", True)
     return torch.float32 if asked == torch.float16 and overflows else asked
 
 
 def image_encoder_digest(encoder: ImageEncoder) -> str:
-    """Identity of an image encoder's weights, as its exported graph's facts have it under "weights"."""
+    """Return the digest of an image encoder's weights, which its exported graph's facts hold under "weights"."""
     return weights_digest(encoder.vision_model.state_dict())
 
 
 def adapter_digest(adapter: IPAdapter) -> str:
-    """Identity of an adapter's weights in the type and for the layers that it was loaded in."""
+    """Return the digest of an adapter's weights, in the type and for the layers that it was loaded with."""
     return weights_digest(adapter.state_dict())
 
 
 def decoder_digest(vae: nn.Module) -> str:
-    """Identity of the weights of a VAE's decoding half."""
+    """Return the digest of the weights of a VAE's decoding half."""
     halves = ("decoder.", "post_quant_conv.")
     return weights_digest({name: tensor for name, tensor in vae.state_dict().items() if name.startswith(halves)})
 

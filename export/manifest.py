@@ -1,8 +1,8 @@
-"""What an export folder holds: its graphs, what they were made from and for, and the hash of every file.
+"""Manifest of an export folder: its graphs, their source and target, and the hash of every file.
 
-`manifest.json` is written last, so a folder without one is no export. An engine file is code: whoever loads one first
-reads the manifest, checks that the files are those that were written (`check_files`), that somebody vouches for them
-(`check_trust`) and that they were made for this model and chip (`check_fits`). Nothing here imports torch.
+`manifest.json` is written last, so a folder without one is not an export. An engine file is code: before loading one,
+read the manifest and check that files are unchanged (`check_files`), trusted (`check_trust`) and made for this model
+and chip (`check_fits`). Nothing here imports torch.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from stylefast.values import quoted
 MANIFEST = "manifest.json"
 FORMAT = 1
 KINDS = ("onnx", "tensorrt", "aoti", "triton-repo")
-# kinds whose files are programs for this machine, and not only numbers and standard operators
+# kinds whose files are executable code, not only numbers and standard operators
 CODE = ("tensorrt", "aoti", "triton-repo")
 COMPONENTS = (
     "unet",
@@ -62,9 +62,9 @@ class FileEntry:
 class GraphEntry:
     """One exported graph. Raises ModelFormatError.
 
-    component: one of COMPONENTS. file: the one to open; files: all that it needs, external data too. shape: of a UNet,
-    the fields of its `GraphShape`. inputs, outputs: (name, type's name, dims), dims being numbers or, where they may
-    vary, names. fixed: dimension -> its only size. opset: of ONNX. extra: what a kind adds for itself.
+    component: one of COMPONENTS. file: the one to open; files: all that it needs, including external data. shape: of a
+    UNet, the fields of its `GraphShape`. inputs, outputs: (name, type's name, dims), dims being numbers, or names if
+    they may vary. fixed: dimension -> its only size. opset: of ONNX. extra: values specific to a kind.
     """
 
     component: str
@@ -106,22 +106,22 @@ class GraphEntry:
 
     @property
     def label(self) -> str:
-        """ "unet-live", "vae_decoder": how messages call it."""
+        """Return the name used in messages: "unet-live" or "vae_decoder", for example."""
         return "-".join(filter(None, (self.component, self.flavour)))
 
     @property
     def flavour(self) -> str | None:
-        """Of a UNet, "plain", "live" or "banked"."""
+        """Return a UNet's flavour: "plain", "live" or "banked"; None for other components."""
         return self.shape.get("flavour")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in an export folder and what it was made from and for. Raises ModelFormatError.
+    """Content of an export folder, its source and its target. Raises ModelFormatError.
 
     stylefast: the version that wrote it. fingerprint: of the weights. dtype: "float16". target: "any", "cpu", "cuda",
-    or chips joined by commas ("sm89,sm120"). toolchain: what made the files, name -> version. profiles: ranges of
-    sizes that engines were built for, by graph's label.
+    or chips joined by commas ("sm89,sm120"). toolchain: packages that made the files, name -> version. profiles: ranges
+    of sizes that engines were built for, by the graph's label.
     """
 
     kind: str
@@ -158,27 +158,27 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """sha256 of the manifest, 64 hex digits. As it holds the hash of every file, it stands for the whole folder."""
+        """Return the manifest's sha256, 64 hex digits; it covers the whole folder by the hashes of all files."""
         canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The single targets."""
+        """Return the targets, split at commas."""
         return tuple(part.strip() for part in self.target.split(","))
 
     @property
     def bytes(self) -> int:
-        """Of all files together."""
+        """Return the size of all files together."""
         return sum(entry.bytes for entry in self.files)
 
     def graph(self, component: str, flavour: str | None = None) -> GraphEntry | None:
-        """The graph of a component, of a UNet in one flavour; None if the folder has none."""
+        """Return the graph of a component, of a UNet in one flavour; None if the folder has none."""
         wanted = (graph for graph in self.graphs if (graph.component, graph.flavour) == (component, flavour))
         return next(wanted, None)
 
     def to_json(self) -> dict[str, Any]:
-        """Ready for `json.dumps`, and what `from_json` reads."""
+        """Return a dictionary for `json.dumps`, which `from_json` reads."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         found["graphs"] = [graph_to_json(graph) for graph in self.graphs]
         found["files"] = [{f.name: getattr(entry, f.name) for f in fields(entry)} for entry in self.files]
@@ -186,7 +186,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, found: Any) -> "Manifest":
-        """Back from `to_json`. Raises ModelFormatError for anything else."""
+        """Return the manifest from the result of `to_json`. Raises ModelFormatError for anything else."""
         if isinstance(found, Mapping):
             _check_format(found.get("format"))
         _check_fields("the manifest", found, {f.name for f in fields(cls)})
@@ -200,7 +200,7 @@ class Manifest:
 
 
 def graph_to_json(graph: GraphEntry) -> dict[str, Any]:
-    """Ready for `json.dumps`: lists in place of tuples."""
+    """Return a dictionary for `json.dumps`, with lists in place of tuples."""
     found = {f.name: getattr(graph, f.name) for f in fields(graph)}
     found["files"] = list(graph.files)
     for name in ("inputs", "outputs"):
@@ -209,13 +209,13 @@ def graph_to_json(graph: GraphEntry) -> dict[str, Any]:
 
 
 def graph_from_json(found: Any) -> GraphEntry:
-    """Back from `graph_to_json`. Raises ModelFormatError."""
+    """Return the entry from the result of `graph_to_json`. Raises ModelFormatError."""
     _check_fields("a graph", found, {f.name for f in fields(GraphEntry)})
     return GraphEntry(**found)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of an export folder; its files are not looked at.
+    """Read the manifest of an export folder, without checking its files.
 
     Raises ModelNotFound if there is no export, ModelFormatError if its manifest is damaged or of another format.
     """
@@ -237,13 +237,13 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def file_entry(folder: Path, name: str) -> FileEntry:
-    """The entry of a file as it is now."""
+    """Return the entry of a file in its current state."""
     path = folder / name
     return FileEntry(name, path.stat().st_size, sha256_of(path))
 
 
 def sha256_of(path: Path) -> str:
-    """64 hex digits of a file's bytes, read in pieces."""
+    """Return a file's sha256, 64 hex digits; it is read in pieces."""
     values.no_device("the export's file", path, error=ExportError)
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -265,7 +265,10 @@ def check_files(folder: str | Path, manifest: Manifest, names: Iterable[str] | N
 def file_problems(
     folder: str | Path, manifest: Manifest, names: Iterable[str] | None = None, deep: bool = True
 ) -> dict[str, str]:
-    """File -> what is wrong with it, in the manifest's order; empty if all is well. See `check_files`."""
+    """Return a problem per file, in the manifest's order; empty if all files are fine. Arguments as `check_files`.
+
+    Raises ExportError for `names` that the manifest doesn't list.
+    """
     folder = Path(folder).expanduser()
     wanted = None if names is None else set(names)
     known = {entry.name: entry for entry in manifest.files}
@@ -278,7 +281,7 @@ def file_problems(
     def problem(entry: FileEntry) -> str | None:
         return _file_problem(folder / entry.name, entry, entry.name in data, deep)
 
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing leaves the interpreter free
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing releases the GIL
         found = list(pool.map(problem, entries))
     return {entry.name: what for entry, what in zip(entries, found) if what is not None}
 
@@ -309,14 +312,14 @@ def check_fits(
     target: str | None = None,
     toolchain: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise EngineMismatch for the first of these that the export was not made for; None is not compared.
+    """Raise EngineMismatch for the first argument that the export was not made for; None is not compared.
 
-    dtype: a torch type or its name. target: one, e.g. "sm89". toolchain: versions at hand of packages whose files only
-    load in the version that made them.
+    dtype: a torch type or its name. target: one, e.g. "sm89". toolchain: installed versions of packages whose files
+    load only in the version that made them.
     """
     if kind is not None and manifest.kind != kind:
         raise EngineMismatch(f"the export is of kind {manifest.kind}, not {kind}; run `stylefast export {kind}`")
-    # weights of another type have another fingerprint, and the type is what can be chosen
+    # type before fingerprint: it changes the fingerprint, and users can choose it
     if dtype is not None and manifest.dtype != str(dtype).removeprefix("torch."):
         wanted = str(dtype).removeprefix("torch.")
         raise EngineMismatch(
@@ -352,7 +355,7 @@ def _check_format(found: Any) -> None:
 
 
 def _check_name(name: Any) -> None:
-    """A file's path must stay in the folder, also on systems with other separators."""
+    """Check that a file's path stays in the folder, also on systems with other separators. Raises ModelFormatError."""
     parts = values.text(f"{MANIFEST}: a file's name", name, error=ModelFormatError).split("/")
     if not parts or any(part in ("", ".", "..") or set(part) & set("\\:\0") for part in parts) or name == MANIFEST:
         raise ModelFormatError(
@@ -361,7 +364,7 @@ def _check_name(name: Any) -> None:
 
 
 def _tensor(what: str, found: Any) -> tuple[str, str, tuple[int | str, ...]]:
-    """(name, type's name, dims) of an input or output."""
+    """Return (name, type's name, dims) of an input or output. Raises ModelFormatError."""
     if isinstance(found, list | tuple) and len(found) == 3 and isinstance(found[2], list | tuple):
         name, dtype, dims = found
         sized = all(isinstance(dim, int | str) and not isinstance(dim, bool) for dim in dims)

@@ -1,7 +1,7 @@
-"""ONNX models on disk: weights in a file beside the graph, which several graphs of one model share.
+"""ONNX models on disk: weights in a separate file, which the graphs of one model share.
 
-A protobuf can't exceed 2 GB, and the three flavours of a UNet hold the same weights. So `write_weights` writes them
-once, tensor by tensor, and `save_model` writes graphs that refer to that file.
+A protobuf can't exceed 2 GB, and a UNet's three flavours have the same weights. `write_weights` writes them once,
+tensor by tensor, and `save_model` writes graphs that refer to that file.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,12 +14,12 @@ from stylefast.errors import ExportError, MissingDependency
 
 # smaller tensors stay in the graph, where shape inference can see them
 INLINE_BYTES = 4096
-_ALIGN = 4096  # so that a reader can map every tensor
+_ALIGN = 4096  # so that readers can memory-map every tensor
 WeightProgress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in a weight file."""
+    """Position of a tensor in a weight file."""
 
     offset: int
     length: int
@@ -33,7 +33,7 @@ class WeightFile(NamedTuple):
 
 
 def require_onnx() -> None:
-    """Raises MissingDependency where ONNX models can't be written."""
+    """Raise MissingDependency if ONNX models can't be written."""
     for package in ("onnx", "onnx_ir"):
         try:
             __import__(package)
@@ -45,7 +45,7 @@ def require_onnx() -> None:
 
 
 def write_weights(model, path: Path, progress: WeightProgress | None = None) -> WeightFile:
-    """Write the large initialisers of a model, one at a time. Raises OSError as the disk does."""
+    """Write the large initialisers of a model, one at a time. Raises OSError from the file system."""
     large = [value.const_value for value in _large(model)]
     total, done, stored = sum(tensor.nbytes for tensor in large), 0, {}
     with path.open("wb") as file:
@@ -60,10 +60,10 @@ def write_weights(model, path: Path, progress: WeightProgress | None = None) -> 
 
 
 def save_model(model, path: Path, metadata: Mapping[str, str], weights: WeightFile | None = None) -> tuple[str, ...]:
-    """Write a graph and have it checked. Returns the names of the files that it needs, its own first.
+    """Write and check a graph. Returns the names of the files that it needs, its own first.
 
     model: an `onnx_ir.Model`; weights: a file in the same folder that holds its large initialisers; None: the graph
-    holds them all. Raises ExportError for a graph that ONNX's checker refuses, and OSError as the disk does.
+    holds them all. Raises ExportError for a graph that ONNX's checker refuses, and OSError from the file system.
     """
     import onnx
     import onnx_ir as ir
@@ -97,9 +97,9 @@ def _large(model) -> Iterable:
 
 
 def _bytes(tensor) -> memoryview | bytes:
-    made = tensor.raw() if callable(tensor.raw) else tensor  # a lazy tensor is read now, and not kept
+    made = tensor.raw() if callable(tensor.raw) else tensor  # read a lazy tensor now, and don't keep it
     held = made.raw
     if isinstance(held, torch.Tensor):
-        # no copy, whatever the type
+        # no copy on the host for any type
         return memoryview(held.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return made.tobytes()

@@ -1,4 +1,4 @@
-"""The UNet as ONNX files: one graph for each flavour, all on one file of weights."""
+"""The UNet as ONNX files: one graph per flavour, all with one file of weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from stylefast.models.unet import UNet
 
 WEIGHTS = "unet.weights"
 
-# (done, total, what), of the graph that is being written
+# (done, total, step) of the graph being written
 Phase = Callable[[int, int, str], None]
 
 
@@ -34,12 +34,12 @@ def export_unet(
 ) -> tuple[GraphEntry, WeightFile]:
     """Write `unet-<flavour>.onnx` to a folder. Returns its entry for the manifest, and the file of weights.
 
-    weights: those that another flavour wrote to the same folder; None: written to `unet.weights`. opset: of ONNX's
-    operators; None: the oldest that takes the UNet's type. fixed: dimensions that get one size. metadata: goes into
-    the file. state: the parameters by name, where the UNet lies on the meta device; they are read one by one.
-    operations: how style attention is written.
+    weights: the file that another flavour wrote to the same folder; None: write `unet.weights`. opset: version of
+    ONNX's operators; None: the oldest that supports the UNet's type. fixed: dimensions that get one size. metadata:
+    strings that go into the file. state: the parameters by name if the UNet is on the meta device; they are read one by
+    one. operations: how style attention is written.
 
-    Raises MissingDependency without onnx, ExportError, and OSError as the disk does.
+    Raises MissingDependency without onnx, ExportError, and OSError from the file system.
     """
     require_onnx()
     opset = check_opset(opset, unet.dtype)
@@ -64,9 +64,9 @@ def export_unet(
 
 
 def refit_weights(unet: UNet, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The UNet's present weights (LoRAs included) as the initialisers of its graphs hold them, by their names.
+    """Return the UNet's current weights (LoRAs included) in the layout of its graphs' initialisers, by name.
 
-    names: of initialisers; those that are no parameters, such as constants, are passed over.
+    names: of initialisers; those that are not parameters, such as constants, are ignored.
     """
     held = unet.state_dict()
     matrices = {f"{n}.weight" for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -74,12 +74,12 @@ def refit_weights(unet: UNet, names: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def described(tensors: Sequence[Tensor]) -> tuple[tuple, ...]:
-    """Inputs or outputs as manifests hold them: name, type, dimensions."""
+    """Return inputs or outputs in the manifest's form: name, type, dimensions."""
     return tuple((t.name, str(t.dtype).removeprefix("torch."), t.dims) for t in tensors)
 
 
 def _fixed(tensor: Tensor, unet: UNet, fixed: Mapping[str, int] | None) -> Tensor:
-    """With numbers in place of the names of fixed dimensions."""
+    """Replace the names of fixed dimensions by numbers."""
     known = dict(fixed or {})
     if {"height", "width"} <= known.keys():
         sizes = unet.attention_sizes(known["height"], known["width"])

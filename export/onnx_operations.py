@@ -1,10 +1,10 @@
-"""stylefast's operations in terms that ONNX has: how the custom ops of a traced graph are written down.
+"""stylefast's operations in ONNX: how the custom ops of a traced graph are written.
 
-The same formulas as in `stylefast.kernels`, without a look at any value: every row carries every segment, hidden by its
-mask where it has none. Attention stays the pattern that runtimes fuse (product, mask, softmax, product); token
-statistics, AdaIN's gains and pooled norms are worked out in float32 whatever the model's type.
+The formulas are those of `stylefast.kernels`, without data-dependent control flow: every row carries every segment,
+masked out where unused. Attention keeps the pattern that runtimes fuse (product, mask, softmax, product); token
+statistics, AdaIN's gains and pooled norms are computed in float32 for every model type.
 
-Attention could be written otherwise in one place, `OnnxOperations.attend`.
+To write attention differently, override `OnnxOperations.attend`.
 """
 
 import math
@@ -14,15 +14,15 @@ from stylefast.kernels.shared_attention import PLAIN, SWAP
 
 # element types by ONNX's numbers
 FLOAT, INT64, FLOAT16, BFLOAT16 = 1, 7, 10, 16
-# the largest finite number: some fused kernels make NaN of the difference of two infinities
+# largest finite numbers: some fused kernels return NaN for the difference of two infinities
 _LOWEST = {FLOAT: -3.4028234663852886e38, FLOAT16: -65504.0, BFLOAT16: -3.3895313892515355e38}
 
 
 class OnnxOperations:
-    """A method for each operation, by its name, that takes what the custom op takes and gives ONNX values.
+    """ONNX forms of the operations, one method per custom op, with the op's arguments and ONNX values as results.
 
-    op: makes nodes, `onnx_writer.NodeMaker`; opset: the version of ONNX's operators. `domains` are others that a graph
-    with these operations imports, name -> version.
+    op: creates nodes, an `onnx_writer.NodeMaker`; opset: version of ONNX's operators. `domains` are additional ones
+    that a graph with these operations imports, name -> version.
     """
 
     domains: dict[str, int] = {}
@@ -30,7 +30,7 @@ class OnnxOperations:
     def __init__(self, op, opset: int):
         self.op, self.opset = op, opset
 
-    # pieces
+    # building blocks
 
     def ints(self, *values: int):
         return self.op.Constant(value_ints=list(values))
@@ -40,23 +40,23 @@ class OnnxOperations:
         return scalar if kind == FLOAT else self.op.Cast(scalar, to=kind)
 
     def to(self, x, kind: int, known: int | None = None):
-        """x in another element type; `known` is the type that x has, where that is certain."""
+        """Cast x to another element type; `known` is x's own type, if certain."""
         return x if known == kind else self.op.Cast(x, to=kind)
 
     def size(self, x, dim: int):
-        """[1] int64: the length of one dimension."""
+        """Return the length of one dimension, [1] int64."""
         return self.op.Shape(x, start=dim, end=dim + 1)
 
     def column(self, table, index: int):
-        """One column [rows] of a table [rows, columns]."""
+        """Return one column [rows] of a table [rows, columns]."""
         return self.op.Gather(table, self.op.Constant(value_int=index), axis=1)
 
     def along_rows(self, x, dims: int):
-        """[rows] -> [rows, 1, 1, ..] of `dims` dimensions."""
+        """Reshape [rows] to [rows, 1, 1, ..] of `dims` dimensions."""
         return self.op.Unsqueeze(x, self.ints(*range(1, dims)))
 
     def attend(self, q, k, v, mask=None):
-        """softmax(q k^T / sqrt(d) + mask) v, [rows, tokens, heads, d] in and out; mask [rows, 1, 1, keys]."""
+        """Return softmax(q k^T / sqrt(d) + mask) v, [rows, tokens, heads, d] in and out; mask [rows, 1, 1, keys]."""
         op, kind, width = self.op, _kind(q), q.shape[3]
         q = op.Mul(op.Transpose(q, perm=[0, 2, 1, 3]), self.number(1 / math.sqrt(width), kind))
         logits = op.MatMul(q, op.Transpose(k, perm=[0, 2, 3, 1]))
@@ -87,12 +87,12 @@ class OnnxOperations:
         pool_v_scale=None,
         bias=None,
     ):
-        """Pages have as many tokens as the rows; `bias` and float8 pages have no form here."""
+        """Write shared attention; pages have as many tokens as rows, `bias` and float8 pages are not supported."""
         op, kind = self.op, _kind(q)
         references = page.shape[1]
         if references == 0:
             return self.attend(q, k, v)
-        # of the table, which all layers share: equal nodes are written once
+        # row count from the table, which all layers share, so that equal nodes are deduplicated
         rows, tokens = self.size(page, 0), self.size(q, 1)
         zero, lowest, nobody = self.number(0, kind), self.number(_LOWEST[kind], kind), self.ints(0)
         is_styled = op.Not(op.Equal(modes, self.ints(PLAIN)))  # [rows]
@@ -123,7 +123,7 @@ class OnnxOperations:
             visible = op.Not(op.IsInf(shifts, detect_positive=0))
             seen = op.And(used[r], visible)
             of_batch = op.Less(p, rows)
-            # a hidden segment reads its own row: another's NaN would pass even through the weight 0
+            # a hidden segment reads its own row, because NaN in another would survive the weight 0
             live = op.Where(op.And(seen, of_batch), p, own_row)
             page_k, page_v = op.Gather(k, live, axis=0), op.Gather(v, live, axis=0)
             if pool_k is not None:
@@ -160,7 +160,7 @@ class OnnxOperations:
         masks=None,
         mask_index=None,
     ):
-        """Text, and one attention over all picture tokens for each segment, whose values alone it takes."""
+        """Write text attention plus, per segment, attention over all image tokens with the segment's values only."""
         op, kind = self.op, _kind(q)
         out = self.attend(q, op.Gather(text_k, text_page, axis=0), op.Gather(text_v, text_page, axis=0))
         if image_page is None or image_page.shape[1] == 0:
@@ -239,7 +239,7 @@ class OnnxOperations:
         pool_variance=None,
         pool_elements=0,
     ):
-        """Pages have the size of the rows that read them, so `pool_elements` is what a row has."""
+        """Write group norm; pages have the size of the rows that read them, so `pool_elements` is a row's own count."""
         op, kind = self.op, _kind(x)
         by_group, shape = self.ints(0, groups, -1), op.Shape(x)
         if page is None:
@@ -256,7 +256,7 @@ class OnnxOperations:
             all_variances = op.Concat(variance, op.Unsqueeze(pool_variance, last), axis=0)
         takes = op.GreaterOrEqual(page, self.ints(0))
         source = op.Where(takes, page, self.ints(0))
-        # equal numbers of elements: the mean of the means, and the mean of the variances plus their distance
+        # element counts are equal: mean of the means, mean of the variances plus squared half distance of the means
         other_mean, other_variance = op.Gather(all_means, source, axis=0), op.Gather(all_variances, source, axis=0)
         half = self.number(0.5, FLOAT)
         apart = op.Mul(op.Sub(other_mean, mean), half)
@@ -295,7 +295,7 @@ def _kind(x) -> int:
 
 
 def _like(value, typed):
-    """A value made here, with the element type and dimensions of one that the exporter knows."""
+    """Give a new value the element type and dimensions of one that the exporter knows."""
     if value is not typed:
         value.dtype, value.shape = typed.dtype, typed.shape
     return value

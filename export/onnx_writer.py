@@ -1,10 +1,10 @@
-"""From a traced UNet to an ONNX model: every node of the trace is written down by the function of its name.
+"""Conversion of a traced UNet to an ONNX model: each traced node is written by the function registered for its name.
 
-PyTorch's own exporter would do it, too, and does for the other parts of the model; with its passes over symbolic shapes
-it takes minutes for a UNet where this takes seconds, and this one keeps the names: initialisers are called like the
-parameters they hold, so that an engine can be refitted by name, and nodes like the modules they stand for.
+PyTorch's own exporter could do this, and does for the model's other parts, but its passes over symbolic shapes take
+minutes for a UNet where this takes seconds. This writer also keeps names: initialisers are called like the parameters
+they hold, so that an engine can be refitted by name, and nodes like the modules they come from.
 
-Matrices of linear layers are stored transposed, [in, out], as ONNX's MatMul wants them.
+Matrices of linear layers are stored transposed, [in, out], as ONNX's MatMul requires.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,8 @@ from stylefast.errors import ExportError, InvalidRequest
 from stylefast.export.onnx_operations import OnnxOperations
 
 LATEST_OPSET = 23
-_OPSETS = {torch.float32: 20, torch.float16: 20, torch.bfloat16: 22}  # the first whose operators take the type
-_PREFIX = "unet."  # of the UNet's modules in what is traced
+_OPSETS = {torch.float32: 20, torch.float16: 20, torch.bfloat16: 22}  # the first whose operators support the type
+_PREFIX = "unet."  # prefix of the UNet's modules in the trace
 _ONNX_TYPES = {
     torch.float32: 1,
     torch.int32: 6,
@@ -30,7 +30,7 @@ _ONNX_TYPES = {
 
 
 def check_opset(opset: int | None, dtype: torch.dtype) -> int:
-    """The version of ONNX's operators to write; None: the oldest that will do. Raises InvalidRequest."""
+    """Return the opset to write; None: the oldest that supports `dtype`. Raises InvalidRequest."""
     least = _OPSETS[dtype]
     if opset is None:
         return least
@@ -48,24 +48,24 @@ def onnx_model(
     weights: Mapping[str, torch.Tensor] | None = None,
     operations: type[OnnxOperations] = OnnxOperations,
 ):
-    """The ONNX model (an `onnx_ir.Model`) of a traced graph.
+    """Return the ONNX model (an `onnx_ir.Model`) of a traced graph.
 
-    inputs, output: what they are called and which dimensions vary, as `unet_graph.Tensor`; weights: the UNet's
-    parameters by name where the trace, made on the meta device, has none; they are read when the model is saved.
-    operations: how stylefast's own ops are written. Raises ExportError for an operation that has no form here.
+    inputs, output: their names and varying dimensions, as `unet_graph.Tensor`; weights: the UNet's parameters by name,
+    if the trace was made on the meta device and has none; they are read when the model is saved. operations: how
+    stylefast's own ops are written. Raises ExportError for an unsupported operation.
     """
     return _Writer(program, opset, weights, operations).write(inputs, output)
 
 
 def weight_array(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """A parameter as an initialiser holds it."""
+    """Return a parameter in the layout of its initialiser."""
     return weight.detach().t().contiguous() if transposed else weight.detach().contiguous()
 
 
 class NodeMaker:
-    """ONNX's operators as methods: each call adds a node and gives its output, or its outputs.
+    """ONNX's operators as methods: each call adds a node and returns its output, or its outputs.
 
-    Equal constants are one initialiser.
+    Equal constants share one initialiser.
     """
 
     def __init__(self, opset: int):
@@ -74,7 +74,7 @@ class NodeMaker:
         self._ir, self._opset = ir, opset
         self.nodes: list = []
         self.initializers: dict[str, Any] = {}
-        self.place = ""  # of the nodes made now: the module that they stand for
+        self.place = ""  # module that new nodes are named after
         self._constants: dict[tuple, Any] = {}
 
     def __getattr__(self, kind: str) -> Callable:
@@ -104,7 +104,7 @@ class NodeMaker:
         return self.constant(torch.tensor(value_int if value_ints is None else value_ints, dtype=torch.int64))
 
     def constant(self, value: torch.Tensor):
-        """An initialiser of a small tensor."""
+        """Return an initialiser of a small tensor."""
         key = (value.dtype, tuple(value.shape), tuple(value.flatten().tolist()))
         if key not in self._constants:
             self._constants[key] = self.initializer(
@@ -113,7 +113,7 @@ class NodeMaker:
         return self._constants[key]
 
     def initializer(self, name: str, shape, dtype: torch.dtype, read: Callable[[], torch.Tensor]):
-        """An initialiser whose content is read when the model is saved."""
+        """Return an initialiser whose content is read when the model is saved."""
         from onnx_ir.tensor_adapters import TorchTensor
 
         ir, kind = self._ir, self._ir.DataType(_ONNX_TYPES[dtype])
@@ -181,13 +181,13 @@ class _Writer:
             opset_imports={"": self.opset} | self.styles.domains,
             name="unet",
         )
-        # version 10 knows all types that are written and is what the oldest runtimes in use still read
+        # version 10 covers all written types, and the oldest runtimes in use can read it
         model = ir.Model(graph, ir_version=10, producer_name="stylefast")
         _tidy(model)
         return model
 
     def _matrices(self) -> set[str]:
-        """Placeholders of parameters that linear layers multiply with."""
+        """Return the placeholders of parameters that linear layers multiply with."""
         return {node.args[1].name for node in self.program.graph.nodes if node.target is torch.ops.aten.linear.default}
 
     def _input(self, tensor):
@@ -220,7 +220,7 @@ class _Writer:
         self._describe(node.meta.get("val"), result)
 
     def _describe(self, meta, value) -> None:
-        """Element type and known dimensions, which later nodes ask for."""
+        """Set the element type and known dimensions, which later nodes read."""
         if isinstance(meta, (tuple, list)):
             for one, made in zip(meta, value, strict=True):
                 self._describe(one, made)
@@ -237,7 +237,7 @@ class _Writer:
             return [self._argument(one) for one in x]
         return x
 
-    # what the functions below need
+    # used by the functions below
 
     def size(self, x, dim: int):
         key = (x, dim)
@@ -246,7 +246,7 @@ class _Writer:
         return self.sizes[key]
 
     def length(self, x):
-        """A number of the trace, known or not, as a tensor [1] of int64."""
+        """Return a number of the trace, known or not, as a tensor [1] of int64."""
         return self.op.Constant(value_ints=[x]) if isinstance(x, int) else x
 
     def lengths(self, sizes: Sequence):
@@ -268,7 +268,7 @@ def _rank(node: torch.fx.Node) -> int:
 
 def _binary(kind: str) -> Callable:
     def form(w: _Writer, node, a, b):
-        # PyTorch promotes what ONNX wants equal
+        # PyTorch promotes operand types; ONNX requires equal ones
         dtype = _dtype(node)
         parts = []
         for source, x in zip(node.args, (a, b), strict=True):
@@ -356,7 +356,7 @@ _FORMS: Mapping[str, Callable] = {
     "operator.add": _numbers("Add"),
     "operator.sub": _numbers("Sub"),
     "operator.mul": _numbers("Mul"),
-    "operator.floordiv": _numbers("Div"),  # sizes are positive, where both round alike
+    "operator.floordiv": _numbers("Div"),  # same as floor, as sizes are positive
     "operator.getitem": lambda w, node, x, i: x[i],
     "aten._assert_tensor_metadata.default": lambda w, node, *_, **__: None,
     "aten.linear.default": _linear,
@@ -388,7 +388,7 @@ _FORMS: Mapping[str, Callable] = {
 
 
 def _tidy(model) -> None:
-    """Equal nodes once, nodes and initialisers that nobody reads not at all."""
+    """Deduplicate equal nodes, and drop unused nodes and initialisers."""
     from onnx_ir.passes import PassManager, common
 
     PassManager([common.RemoveUnusedNodesPass(), common.CommonSubexpressionEliminationPass()])(model)

@@ -1,4 +1,4 @@
-"""What an export is asked for and what it is made from: `Options`, `Source`, and `Progress`, which follows it."""
+"""Request, source and progress of an export: `Options`, `Source` and `Progress`."""
 
 import hashlib
 import importlib.util
@@ -30,7 +30,7 @@ from stylefast.models.unet import UNet
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ATTENTION = ("standard", "plugin")
 RUNNERS = ("python", "onnxruntime")
-DIGEST = "digest"  # in the extra of a UNet's graph: `sampled_digest` of the weights in it
+DIGEST = "digest"  # key in `extra` of a UNet's graph: `sampled_digest` of its weights
 NATIVE = "native"
 ALL = "all"
 DEFAULT_FLAVOURS = {
@@ -43,23 +43,23 @@ DEFAULT_COMPONENTS = {"onnx": (ALL,), "tensorrt": ("unet",), "aoti": ("unet",), 
 _MOST_NAMES = 64
 _AOTI_TARGETS = ("cpu", "cuda")
 _NEEDS_ADAPTER = ("image_encoder", "image_projector")
-# packages beside torch that decide what a graph looks like
+# packages besides torch that affect the graphs
 _EXPORTERS = ("diffusers", "onnx", "onnxscript", "transformers", "triton")
-# packages whose absence can be told before a model is loaded
+# packages whose absence can be reported before a model is loaded
 _PACKAGES = {"onnx": ("onnx", "onnxscript"), "tensorrt": ("onnx", "onnxscript"), "triton-repo": ("onnx", "onnxscript")}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to export. Raises InvalidRequest.
+    """Options of an export. Raises InvalidRequest.
 
     kind: "onnx", "tensorrt", "aoti" or "triton-repo". dtype: of weights and activations. flavours, references,
-    segments: see `GraphShape`. targets: for TensorRT chips such as "sm89"; for AOTInductor "cpu" or "cuda"; else none.
-    profiles: TensorRT's ranges of sizes, as text that its builder reads. opset: of
-    ONNX; None: the oldest that takes the type. size: None for any size, NATIVE for the
-    model's own, or (width, height) in pixels. components: names of COMPONENTS, or ("all",) for those that the model
-    has. refit: TensorRT engines whose weights can be replaced. attention: "plugin" for our own kernel in TensorRT.
-    onnx: an export of kind "onnx" to build from. runner: what runs the graphs of a Triton repository.
+    segments: see `GraphShape`. targets: chips such as "sm89" for TensorRT, "cpu" or "cuda" for AOTInductor, else none.
+    profiles: TensorRT's ranges of sizes, as text for `Profile.parse`. opset: of ONNX; None: the oldest that supports
+    the type. size: None for any size, NATIVE for the model's own, or (width, height) in pixels. components: names of
+    COMPONENTS, or ("all",) for those that the model has. refit: TensorRT engines whose weights can be replaced.
+    attention: "plugin" for our own kernel in TensorRT. onnx: an export of kind "onnx" to build from. runner: how a
+    Triton repository runs its graphs.
     """
 
     kind: str
@@ -115,7 +115,7 @@ class Options:
 
     @property
     def shapes(self) -> tuple[GraphShape, ...]:
-        """One per flavour."""
+        """Return one shape per flavour."""
         return tuple(GraphShape(flavour, self.references, self.segments) for flavour in self.flavours)
 
     @property
@@ -123,7 +123,7 @@ class Options:
         return DTYPES[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        """All that decides what the files will be; with the source's `identity`, it tells one export from another."""
+        """Return all options that determine the files; with the source's `identity`, they identify an export."""
         found = asdict(self)
         del found["overwrite"]
         return found | {"onnx": None if self.onnx is None else str(self.onnx.resolve())}
@@ -134,7 +134,7 @@ class Options:
                 raise InvalidRequest("TensorRT builds for a chip; say which, e.g. --target sm89 (RTX 40) or sm89,sm120")
             package_of(self.targets)
             for text in self.profiles:
-                Profile.parse(text, scale=2)  # how many pixels a latent has is the model's to say
+                Profile.parse(text, scale=2)  # the real scale is known once the model is loaded
         elif self.kind == "aoti":
             if len(self.targets) != 1 or self.targets[0] not in _AOTI_TARGETS:
                 shown = ", ".join(map(str, self.targets)) or "missing"
@@ -156,7 +156,7 @@ class Options:
         object.__setattr__(self, "size", tuple(sides))
 
     def _check_belongs(self) -> None:
-        """Options of one kind do nothing in another, so they are refused there."""
+        """Raise InvalidRequest for options that this kind of export does not use, and for conflicting ones."""
         owners = {
             "profiles": (self.profiles, ("tensorrt",)),
             "refit": (self.refit, ("tensorrt",)),
@@ -175,10 +175,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded model to export. Make one with `load_source`, or from the parts of an engine.
+    """Loaded model to export, from `load_source` or from the parts of an engine.
 
-    unet: its weights not packed. adapters: name -> IP-Adapter and its image encoder. version: stylefast's. origin:
-    what `Engine.from_pretrained` loads the model from; empty where that is not known.
+    unet: with unpacked weights. adapters: name -> IP-Adapter and its image encoder. version: stylefast's. origin:
+    argument of `Engine.from_pretrained` that loads the model; empty if unknown.
     """
 
     name: str
@@ -192,7 +192,7 @@ class Source:
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(width, height) in pixels that the model was trained at."""
+        """Return (width, height) in pixels that the model was trained at."""
         side = self.unet.config.get("sample_size") or 128
         height, width = side if isinstance(side, list | tuple) else (side, side)
         scale = vaes.downscale(self.vae)
@@ -200,19 +200,19 @@ class Source:
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of all weights but the UNet's."""
+        """Return the bytes of all weights except the UNet's."""
         modules = [self.vae, *self.text_encoder.encoders]
         for adapter, encoder in self.adapters.values():
             modules += [adapter, encoder.vision_model]
         return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
     def identity(self) -> dict[str, Any]:
-        """What tells this source from others, for `folder.publishing`."""
+        """Return what identifies this source and the code and packages that export it, for `folder.publishing`."""
         adapters = {
             name: [sampled_digest(adapter), sampled_digest(encoder.vision_model)]
             for name, (adapter, encoder) in self.adapters.items()
         }
-        # a fingerprint looks at some of the tensors, and other weights must not be taken for these
+        # a fingerprint covers only some tensors; sampling all of them tells other weights apart
         parts = [sampled_digest(module) for module in (self.unet, self.vae, *self.text_encoder.encoders)]
         return {
             "model": self.name,
@@ -225,7 +225,7 @@ class Source:
         }
 
     def fixed(self, options: Options) -> dict[str, int]:
-        """Dimensions that the options give one size: {} or height and width in latents. Raises InvalidRequest."""
+        """Return the dimensions that the options fix: {}, or height and width in latents. Raises InvalidRequest."""
         if options.size is None:
             return {}
         width, height = self.native_size if options.size == NATIVE else options.size
@@ -235,7 +235,7 @@ class Source:
         return {"height": height // scale, "width": width // scale}
 
     def components(self, options: Options) -> tuple[str, ...]:
-        """The components to export. Raises ModelError for one that the model does not have."""
+        """Return the components to export. Raises ModelError for one that the model does not have."""
         absent = () if self.adapters else _NEEDS_ADAPTER
         if options.components == (ALL,):
             return tuple(name for name in COMPONENTS if name not in absent)
@@ -246,16 +246,16 @@ class Source:
 
 
 class Progress:
-    """Follows an export; this one keeps silent. A graph begins, and has phases of which some report steps."""
+    """Listener of an export; this one ignores all calls. Graphs have phases, some of which report steps."""
 
     def graph(self, name: str, number: int, total: int) -> None:
-        """Graph `number` of `total`, counted from 0, begins; number == total when all are finished."""
+        """Begin graph `number` of `total`, counted from 0; number == total when all are finished."""
 
     def phase(self, done: int, total: int, name: str) -> None:
-        """`done` of `total` steps of a phase of the current graph; total 0: nobody knows how many there are."""
+        """Report `done` of `total` steps of a phase of the current graph; total 0 means unknown."""
 
     def say(self, text: str) -> None:
-        """A line on what happens: a resumed export, a graph taken over."""
+        """Report an event in one line: a resumed export, a reused graph."""
 
 
 def load_source(
@@ -268,7 +268,7 @@ def load_source(
     vae: str | Path | None = None,
     version: str = "",
 ) -> Source:
-    """Load a model as the engine does, for export. adapter: None takes the one that comes with the model, if any.
+    """Load a model as the engine does, for export. adapter: None takes the model's own, if any.
 
     Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest.
     """
@@ -285,15 +285,16 @@ def load_source(
 
 
 def require_toolchain(options: Options) -> None:
-    """Raise what can be told before a model is loaded: MissingDependency, and EngineMismatch for a chip or a way of
-    building that needs a GPU where there is none.
+    """Raise errors that can be found before a model is loaded.
+
+    These are MissingDependency, and EngineMismatch for a chip or a way of building that needs a GPU if none is present.
     """
     packages = _PACKAGES.get(options.kind, ())
     if options.kind == "tensorrt":
         package = package_of(options.targets)
         check_buildable(package, options.targets, options.refit)
         if importlib.util.find_spec(package) is None:
-            load_package(package)  # says how to get it
+            load_package(package)  # raises, with instructions to install it
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependency(
@@ -304,7 +305,7 @@ def require_toolchain(options: Options) -> None:
 
 @cache
 def code_digest() -> str:
-    """Tell one state of the code that decides what a graph is from another: the exporters, operations and models."""
+    """Return a digest of the code that determines the graphs: exporters, operations and models."""
     digest = hashlib.sha256()
     for package in (export, kernels, models):
         root = Path(package.__path__[0])
@@ -314,7 +315,7 @@ def code_digest() -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Of the packages that trace and write graphs; an empty one is not installed."""
+    """Return versions of the packages that trace and write graphs; "" if not installed."""
     found = {"torch": torch.__version__}
     for name in _EXPORTERS:
         try:
@@ -325,7 +326,7 @@ def _versions() -> dict[str, str]:
 
 
 def sampled_digest(module: torch.nn.Module) -> str:
-    """Tells one module's weights from another's: names, shapes, types and up to 256 values of every tensor."""
+    """Return a digest that identifies a module's weights: names, shapes, types and up to 256 values of every tensor."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         values = value.detach().reshape(-1)

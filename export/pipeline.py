@@ -1,7 +1,7 @@
 """Whole exports: from a loaded model to a folder with a manifest.
 
-Each kind makes its graphs one after the other within `publishing`, so that the folder appears when all are there and a
-second run goes on where the first was stopped.
+Each kind creates its graphs one after the other within `publishing`, so that the folder appears when all are finished,
+and a second run resumes an interrupted one.
 """
 
 import fcntl
@@ -49,15 +49,15 @@ from stylefast.threads import giving_way
 logger = logging.getLogger(__name__)
 
 TIMING_CACHE = "timing.cache"
-_SCRATCH = "graphs"  # of a TensorRT export: what the engines are built from
-# how long one process waits for another that makes the same export
+_SCRATCH = "graphs"  # in a TensorRT export: the graphs to build engines from
+# seconds to wait for another process that creates the same export
 _PATIENCE = 3600
 
 
 def export_onnx(source: Source, folder: Path, options: Options, progress: Progress | None = None) -> Manifest:
-    """ONNX graphs of the UNet's flavours, which share one file of weights, and of the model's other parts.
+    """Export ONNX graphs of the UNet's flavours, which share one file of weights, and of the model's other parts.
 
-    Raises MissingDependency, ModelError for a part that the model lacks, ExportError, and what `publishing` raises.
+    Raises MissingDependency, ModelError for a part that the model lacks, ExportError, and the errors of `publishing`.
     """
     progress = progress or Progress()
     require_onnx()
@@ -79,11 +79,11 @@ def export_onnx(source: Source, folder: Path, options: Options, progress: Progre
 def export_tensorrt(
     source: Source, folder: Path, options: Options, progress: Progress | None = None, keep_source: bool = True
 ) -> Manifest:
-    """TensorRT engines of the UNet's flavours, each for all targets of `options` and with all profiles.
+    """Build TensorRT engines of the UNet's flavours, each for all targets of `options` and with all profiles.
 
-    Graphs are those of `options.onnx`, or made on the way. keep_source: False drops the UNet's weights when the graphs
-    are written: the builder alone needs more than three times their memory. Raises what `export_onnx` and
-    `build_engine` raise.
+    Graphs come from `options.onnx`, or are exported temporarily. keep_source: False drops the UNet's weights once the
+    graphs are written: the builder alone needs more than three times their memory. Raises the errors of `export_onnx`
+    and `build_engine`.
     """
     from stylefast.export.tensorrt_api import check_buildable, load_package, package_of
 
@@ -97,7 +97,7 @@ def export_tensorrt(
     with _publishing(source, folder, options, progress) as out:
         old, total = out.target / TIMING_CACHE, len(options.flavours)
         if old.is_file() and not (out.path / TIMING_CACHE).exists():
-            shutil.copyfile(old, out.path / TIMING_CACHE)  # rebuilding is quicker with what was timed before
+            shutil.copyfile(old, out.path / TIMING_CACHE)  # reuse earlier timings to speed up the build
         missing = [shape for shape in _shapes(source, options) if out.finished(f"unet-{shape.flavour}") is None]
         if given is None:
             graphs = _scratch_graphs(source, out.path / _SCRATCH, missing, options, progress, operations)
@@ -124,10 +124,10 @@ def export_tensorrt(
 
 
 def export_aoti(source: Source, folder: Path, options: Options, progress: Progress | None = None) -> Manifest:
-    """AOTInductor packages of the UNet's flavours, for this machine's CPU or GPU.
+    """Compile AOTInductor packages of the UNet's flavours, for this machine's CPU or GPU.
 
-    Weights stay outside: a package runs on those that the engine holds, LoRAs included. Raises what `aoti.export_aoti`
-    and `publishing` raise.
+    Weights stay outside: a package runs on the engine's, LoRAs included. Raises the errors of `aoti.export_aoti` and
+    `publishing`.
     """
     from stylefast.export.aoti import SUFFIX, export_aoti, target_of
 
@@ -162,12 +162,12 @@ def export_aoti(source: Source, folder: Path, options: Options, progress: Progre
 
 
 def export_triton_repo(source: Source, folder: Path, options: Options, progress: Progress | None = None) -> Manifest:
-    """A model repository for Triton Inference Server, from `options.onnx` or from graphs made on the way."""
+    """Write a model repository for Triton Inference Server, from `options.onnx` or from temporary graphs."""
     from stylefast.export.triton_repo.write import Serving, write_repository
 
     progress = progress or Progress()
     graphs = options.onnx
-    beside = folder.with_name(f"{folder.name}.part.graphs")  # a name that only unfinished exports have
+    beside = folder.with_name(f"{folder.name}.part.graphs")  # a suffix used only by unfinished exports
     if graphs is None:
         graphs = beside
         settings = {
@@ -203,7 +203,7 @@ EXPORTS: Mapping[str, Callable[..., Manifest]] = {
 }
 
 
-# what a person is told before an export that they did not ask for by name
+# for the warning before an automatic export
 _DURATIONS = {
     "onnx": "half a minute for a small model and several minutes for one of SDXL's size",
     "aoti": "a minute or two for a small model and up to an hour for one of SDXL's size, since it is compiled",
@@ -211,9 +211,9 @@ _DURATIONS = {
 
 
 def ensure(source: Source, options: Options, folder: Path) -> Path:
-    """An export in `folder`, made if it is not there; another process that makes it is waited for.
+    """Return `folder`, exporting to it first if it has no export; wait if another process is exporting to it.
 
-    Raises what the export raises.
+    Raises the errors of the export.
     """
     deadline, said = time.monotonic() + _PATIENCE, False
     while not (folder / MANIFEST).is_file():
@@ -233,7 +233,7 @@ def ensure(source: Source, options: Options, folder: Path) -> Path:
                 EXPORTS[options.kind](source, folder, options)
         except (ExportError, InvalidRequest):
             lock = folder.with_name(f"{folder.name}.part.lock")
-            # somebody else's export is on its way, or was finished between two looks
+            # another process's export is in progress, or finished between the two checks
             if not (folder / MANIFEST).is_file() and not _held(lock):
                 raise
             while _held(lock) and not (folder / MANIFEST).is_file():
@@ -245,7 +245,7 @@ def ensure(source: Source, options: Options, folder: Path) -> Path:
 
 @contextmanager
 def silent_exporters() -> Iterator[None]:
-    """Without what PyTorch's exporters say of packages that are not needed, and of changes in PyTorch itself."""
+    """Silence PyTorch's exporters about optional packages and about deprecations in PyTorch itself."""
     log = logging.getLogger("torch.onnx")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -259,7 +259,7 @@ def silent_exporters() -> Iterator[None]:
 
 
 def _held(lock: Path) -> bool:
-    """Whether a process that lives has the lock; the file of one that died stays behind."""
+    """Return whether a live process holds the lock; the file of a dead one may remain."""
     try:
         descriptor = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:
@@ -292,7 +292,7 @@ def _shapes(source: Source, options: Options) -> list[GraphShape]:
 
 
 def _once(out: UnfinishedExport, name: str, make: Callable[[], GraphEntry]) -> GraphEntry:
-    """A graph's entry: of an earlier run that was stopped, or made now."""
+    """Return a graph's entry, from an interrupted earlier run or newly made."""
     found = out.finished(name)
     if found is not None:
         return graph_from_json(found)
@@ -337,7 +337,7 @@ def _component(source: Source, folder: Path, name: str, options: Options, fixed:
 
 
 def make_component(source: Source, name: str, dtype: torch.dtype) -> Component:
-    """A part of a model as a graph's module, by its name. Raises ModelError for one that the model lacks."""
+    """Return a part of a model as a component, by its name. Raises ModelError for one that the model lacks."""
     from stylefast.export import image_graphs, text_graphs
 
     if name in ("image_encoder", "image_projector"):
@@ -355,14 +355,14 @@ def make_component(source: Source, name: str, dtype: torch.dtype) -> Component:
 
 
 def _operations(options: Options, trt) -> type[OnnxOperations]:
-    """How the graphs of an engine write style attention."""
+    """Return how the graphs of an engine write style attention. Raises the plugin's errors before the build."""
     if options.attention == "standard":
         return OnnxOperations
     from stylefast.export.tensorrt_plugin import PluginOperations, register_plugin
 
     if len(options.targets) > 1:
         raise InvalidRequest("the attention plugin carries code for one chip; export for each target by itself")
-    register_plugin(trt, options.targets[0])  # what is missing is said now; the builder's process does it again
+    register_plugin(trt, options.targets[0])  # to report missing parts now; the builder process registers it again
     return PluginOperations
 
 
@@ -378,7 +378,7 @@ def _given_graphs(options: Options, source: Source) -> Manifest:
 
 
 def _scratch_graphs(source, folder: Path, shapes, options, progress, operations) -> dict[str, tuple[Path, GraphEntry]]:
-    """Graphs that a builder reads and that are removed again: flavour -> folder and entry."""
+    """Write temporary graphs for the builder: flavour -> folder and entry."""
     folder.mkdir(exist_ok=True)
     graphs, weights = {}, None
     for number, shape in enumerate(shapes):
@@ -419,7 +419,7 @@ def _engine(unet: UNet, folder: Path, graphs: Path, graph: GraphEntry, options, 
 
 
 def _profiles(source: Source, options: Options) -> list[Profile]:
-    """Those that were asked for; else one at the fixed size, or the model's own."""
+    """Return the requested profiles; else one at the fixed size, or at the model's own."""
     scale, fixed = vaes.downscale(source.vae), source.fixed(options)
     if options.profiles:
         return [Profile.parse(text, scale) for text in options.profiles]

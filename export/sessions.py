@@ -1,6 +1,6 @@
-"""Exported ONNX graphs that run on torch tensors: ONNX Runtime reads and writes them where they lie.
+"""Exported ONNX graphs that run on torch tensors, which ONNX Runtime reads and writes in place.
 
-Every session of an exported graph, whatever runs it, has `run(inputs, outputs)` and `close()`.
+Every session of an exported graph, in any runtime, has `run(inputs, outputs)` and `close()`.
 """
 
 import re
@@ -13,7 +13,7 @@ import torch
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory
 
-# ONNX's number of an element type -> (torch's type, the name that ONNX Runtime gives it)
+# ONNX's number of an element type -> (torch's type, ONNX Runtime's name)
 _TYPES = {
     1: (torch.float32, "float"),
     2: (torch.uint8, "uint8"),
@@ -28,17 +28,17 @@ _TYPES = {
 _NUMBERS = {dtype: number for number, (dtype, _) in _TYPES.items()}
 _DTYPES = {f"tensor({name})": dtype for dtype, name in _TYPES.values()}
 _CUDA = "CUDAExecutionProvider"
-# how long ONNX Runtime's threads spin before they sleep: about as long as OpenMP's, for the reasons in
-# `stylefast.threads`. By default they spin longer, which costs a busy machine dearly and an idle one gains nothing by
+# microseconds that ONNX Runtime's threads spin before they sleep: about as long as OpenMP's, for the reasons in
+# `stylefast.threads`. The longer default slows down a busy machine and gains nothing on an idle one
 _SPIN = ("session.intra_op.spin_duration_us", "30")
-# what ONNX Runtime says of a graph that is whole, but not for it
+# messages of ONNX Runtime for valid graphs that this version can't run
 _FOREIGN = ("unsupported model ir version", "opset", "not implemented")
 _NO_KERNEL = "could not find an implementation"
 _DATA = ("external data", "external initializer", "initializer")
 
 
 class Session(Protocol):
-    """An exported graph that is ready to run."""
+    """Exported graph, ready to run."""
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None = None
@@ -50,15 +50,14 @@ class Session(Protocol):
 
 
 class OrtSession:
-    """An ONNX file in ONNX Runtime, with its graph optimisations on.
+    """ONNX file in ONNX Runtime, with graph optimisations on.
 
-    device: "cpu", or "cuda:0" with `onnxruntime-gpu`, whose kernels then run on a stream of the session's own between
-    what torch's current stream has before and after. threads: of one operator on a CPU; None: as many as torch has.
-    providers: ONNX Runtime's execution providers in place of those of the device.
+    device: "cpu", or "cuda:0" with `onnxruntime-gpu`, whose kernels run on the session's own stream, ordered with
+    torch's current stream before and after. threads: of one operator on a CPU; None: torch's thread count. providers:
+    ONNX Runtime's execution providers, in place of the device's.
 
-    Raises MissingDependency without ONNX Runtime, or without its CUDA provider where it is asked for; ExportError for a
-    file that is missing, truncated or damaged, or whose external data is; EngineMismatch for a graph that this
-    version can't run.
+    Raises MissingDependency without ONNX Runtime, or without its CUDA provider if needed; ExportError for a file that
+    is missing, truncated or damaged, or whose external data is; EngineMismatch for a graph that this version can't run.
     """
 
     def __init__(
@@ -80,12 +79,12 @@ class OrtSession:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
         options.add_session_config_entry(*_SPIN)
-        # only what is fatal: errors come as exceptions, and would stand on stderr as well
+        # only fatal errors: others are raised as exceptions and would also be printed to stderr
         options.log_severity_level = 4
         chosen = list(providers) if providers is not None else self._providers()
         try:
             self._session = runtime.InferenceSession(str(self.path), options, providers=chosen)
-        except Exception as error:  # of ONNX Runtime's own types, which have no common root
+        except Exception as error:  # ONNX Runtime's own types, without a common base
             raise _loading(self.path, error) from error
         if self._stream is not None and providers is None and _CUDA not in self._session.get_providers():
             raise ExportError(
@@ -97,19 +96,19 @@ class OrtSession:
         self._run_options = runtime.RunOptions()
         self._run_options.log_severity_level = 4
         if self._stream is not None:
-            # streams wait for one another, the host for none
+            # streams wait for each other; the host doesn't wait
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Run the graph; returns its outputs by name.
+        """Run the graph and return its outputs by name.
 
         inputs: every input of the graph, on the session's device. outputs: tensors to write to, contiguous and of the
-        right shape; those that are not given are made. On a GPU the results are there for torch's current stream.
+        right shape; missing ones are allocated. On a GPU the results are ready in the order of torch's current stream.
 
-        Raises EngineMismatch for tensors that the graph was not exported for, InvalidRequest for names that it does not
-        have and outputs that can't be written to, OutOfMemory, and ExportError for whatever fails inside.
+        Raises EngineMismatch for tensors that the graph was not exported for, InvalidRequest for unknown or missing
+        names and for unfit outputs, OutOfMemory, and ExportError for any other failure.
         """
         if self._session is None:
             raise ExportError(f"the session of {self.path.name} was closed; open another one")
@@ -120,7 +119,7 @@ class OrtSession:
             raise InvalidRequest(f"{self.path.name} has no output {unknown[0]!r}; it has {', '.join(self.outputs)}")
         binding = self._session.io_binding()
         place = (self.device.type, self.device.index or 0)
-        held = []  # until the graph has run: what is bound is an address
+        held = []  # keep tensors alive until the graph has run, because bindings are addresses
         for name, x in inputs.items():
             held.append(_somewhere(x.contiguous()))
             binding.bind_input(name, *place, _NUMBERS[x.dtype], list(x.shape), held[-1].data_ptr())
@@ -156,7 +155,7 @@ class OrtSession:
         return {name: results[name] for name in self.outputs}
 
     def close(self) -> None:
-        """Free the graph and its weights; a second time does nothing."""
+        """Free the graph and its weights; idempotent."""
         if self._stream is not None:
             self._stream.synchronize()
         self._session = None
@@ -165,11 +164,11 @@ class OrtSession:
         if self._stream is None:
             return ["CPUExecutionProvider"]
         options = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}
-        # what has no CUDA kernel, such as arithmetic on shapes
+        # for operators without a CUDA kernel, such as arithmetic on shapes
         return [(_CUDA, options), "CPUExecutionProvider"]
 
     def _check(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Sizes of the dimensions that have names. Raises InvalidRequest and EngineMismatch."""
+        """Return the sizes of named dimensions. Raises InvalidRequest and EngineMismatch for unfit inputs."""
         if inputs.keys() != self.inputs.keys():
             missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
             what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
@@ -209,7 +208,7 @@ class OrtSession:
 
 
 def require_onnxruntime(device: str | torch.device = "cpu") -> Any:
-    """The module `onnxruntime`. Raises MissingDependency where it, or its part for a device, is not installed."""
+    """Return the module `onnxruntime`. Raises MissingDependency if it, or its CUDA part if needed, is not installed."""
     place = torch.device(device)
     if place.type not in ("cpu", "cuda"):
         raise InvalidRequest(f"device is {str(device)!r}; ONNX graphs run on 'cpu' and 'cuda:<number>'")
@@ -229,7 +228,7 @@ def require_onnxruntime(device: str | torch.device = "cpu") -> Any:
 
 
 def _somewhere(x: torch.Tensor) -> torch.Tensor:
-    """The tensor, or one with an address in place of an empty one, which has none."""
+    """Return the tensor, or for an empty one, which has no address, a substitute with an address."""
     return x if x.numel() else torch.zeros(1, dtype=x.dtype, device=x.device)
 
 
@@ -242,7 +241,7 @@ def _sizes(sizes: Mapping[str, int], dims: Sequence) -> str:
 
 
 def _line(error: Exception) -> str:
-    """ONNX Runtime's message on one line, without the codes and source files in front of it."""
+    """Return ONNX Runtime's message on one line, without leading codes and source paths."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     return re.sub(r"\S*/(\w+\.(?:cc|h|cpp):\d+) ", r"\1 ", text)[:400]

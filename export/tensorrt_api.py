@@ -1,8 +1,8 @@
-"""The one door to TensorRT's two packages: which builds and runs what, how it is loaded, and how it logs.
+"""Wrapper around the two TensorRT packages: their targets, loading, logging and engine files.
 
-`tensorrt_rtx` builds for the chips of workstations and for the A100 on any machine, without a GPU, several chips in one
-engine. `tensorrt` knows the data-centre chips too, but builds only for the GPU that is present. A target is named after
-its compute capability: "sm89" is an RTX 4090 or an L4, "sm90" an H100 or H200.
+`tensorrt_rtx` builds for workstation chips and for the A100 on any machine, without a GPU, several chips in one engine.
+`tensorrt` also supports data-centre chips, but builds only for the GPU that is present. A target is named after its
+compute capability: "sm89" is an RTX 4090 or an L4, "sm90" an H100 or H200.
 """
 
 import importlib
@@ -22,7 +22,7 @@ PACKAGES = {
     DATA_CENTRE: ("sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "sm121"),
 }
 
-# where the first bytes of an engine say which package wrote it, its size, and the version
+# offsets in an engine's header: size and version; the magic at its start tells the package
 _MAGIC = {b"vtrt": RTX, b"ftrt": DATA_CENTRE}
 _SIZE_AT, _VERSION_AT, _HEADER = 16, 24, 32
 
@@ -30,10 +30,10 @@ log = logging.getLogger("stylefast.export.tensorrt")
 
 
 def package_of(targets: Sequence[str], package: str | None = None) -> str:
-    """The package that builds one engine for all of `targets`; `package` asks for one by name.
+    """Return the package that builds one engine for all of `targets`; `package` requests one by name.
 
-    `tensorrt_rtx` wherever it knows all of them, as it needs no GPU. InvalidRequest for a target that there is not, one
-    named twice, several that no package builds together, or none.
+    `tensorrt_rtx` is preferred if it supports all of them, because it needs no GPU. Raises InvalidRequest for an
+    unknown target, duplicates, several that no package builds together, or none.
     """
     named = list(targets)
     if isinstance(targets, str) or not named:
@@ -59,7 +59,7 @@ def package_of(targets: Sequence[str], package: str | None = None) -> str:
 
 
 def load_package(package: str) -> ModuleType:
-    """The package itself. MissingDependency says how it gets installed."""
+    """Import and return the package. Raises MissingDependency with instructions to install it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -74,7 +74,7 @@ def load_package(package: str) -> ModuleType:
 
 
 def present_target(device: torch.device | str | None = None) -> str | None:
-    """The name of the chip of a CUDA device, or None where there is none."""
+    """Return the target name of a CUDA device, or None without CUDA."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -82,11 +82,11 @@ def present_target(device: torch.device | str | None = None) -> str | None:
 
 
 def check_buildable(package: str, targets: Sequence[str], refittable: bool = False) -> None:
-    """EngineMismatch where `package` can't build for `targets` on this machine."""
+    """Raise EngineMismatch if `package` can't build for `targets` on this machine."""
     present = present_target()
     if package == RTX:
         if refittable and present is None:
-            # 1.7 compiles the kernels that rearrange weights while it builds, and loads them
+            # tensorrt_rtx 1.7 compiles and loads weight-rearranging kernels during such builds
             raise EngineMismatch(
                 "a refittable engine takes a GPU to build, also with 'tensorrt_rtx', and none is present; build one "
                 "that is not, and build again when weights change"
@@ -98,9 +98,9 @@ def check_buildable(package: str, targets: Sequence[str], refittable: bool = Fal
 
 
 def plan_header(head: bytes) -> tuple[str, str, int]:
-    """From the first 32 bytes of an engine file: its package, that package's version, and the least size in bytes.
+    """Return an engine file's package, that package's version and its least size in bytes, from its first 32 bytes.
 
-    ExportError where these are not the beginning of an engine.
+    Raises ExportError if these are not the beginning of an engine.
     """
     if len(head) < _HEADER:
         raise ExportError(f"the engine is truncated: it has {len(head)} bytes, less than its header's {_HEADER}")
@@ -111,16 +111,16 @@ def plan_header(head: bytes) -> tuple[str, str, int]:
 
 
 def forwarder(trt: ModuleType):
-    """A logger for `trt` that hands its lines to `logging`; it keeps the last errors, and what layers were built.
+    """Return a logger for `trt` that forwards its lines to `logging`, and keeps the last errors and the list of layers.
 
-    `errors` are the last error lines. `layers` is the listing of the engine's layers that the builder prints, which is
-    all there is to inspect on a machine without a GPU.
+    `errors` are the last error lines. `layers` is the listing of the engine's layers that the builder prints, the only
+    way to inspect an engine on a machine without a GPU.
     """
     severity = trt.ILogger.Severity
     levels = {
         severity.INTERNAL_ERROR: logging.ERROR,
         severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.DEBUG,  # remarks on types and initializers, hundreds of them
+        severity.WARNING: logging.DEBUG,  # hundreds of remarks on types and initializers
         severity.INFO: logging.DEBUG,
     }
 
@@ -136,19 +136,19 @@ def forwarder(trt: ModuleType):
             elif level == severity.VERBOSE:
                 if message.startswith("Layers:"):
                     self.layers.append(message)
-                # too many to hand on: over a hundred thousand lines for a UNet
+                # too many to forward: over a hundred thousand lines for a UNet
                 return
             log.log(levels[level], "%s: %s", trt.__name__, message.strip())
 
         def last_errors(self) -> str:
-            """The last error lines in one, or that there were none."""
+            """Return the last error lines joined, or a note that TensorRT gave none."""
             return " | ".join(self.errors) or "TensorRT gave no reason"
 
     return Forwarder()
 
 
 def torch_dtype(trt: ModuleType, dtype) -> torch.dtype:
-    """The torch type of a TensorRT type; ExportError for one that tensors don't have."""
+    """Return the torch type of a TensorRT type. Raises ExportError for an unsupported one."""
     names = {
         "FLOAT": torch.float32,
         "HALF": torch.float16,
@@ -166,16 +166,16 @@ def torch_dtype(trt: ModuleType, dtype) -> torch.dtype:
 
 
 def open_engine(trt: ModuleType, logger, path: Path):
-    """The runtime and the engine of a file, on torch's current CUDA device; the engine dies with its runtime.
+    """Return runtime and engine of a file, on torch's current CUDA device; the engine must not outlive its runtime.
 
-    EngineMismatch for one of another chip or version, ExportError for one that is damaged.
+    Raises EngineMismatch for one of another chip or version, OutOfMemory, and ExportError for one that is damaged.
     """
     plan = read_plan(path)
     package, version, _ = plan_header(plan)
     if package != trt.__name__:
         raise EngineMismatch(f"{path.name} is an engine of the package {package!r}, not {trt.__name__!r}")
     runtime = trt.Runtime(logger)
-    # a check of its own, as what fails later only says so in the log
+    # separate check, because a failed load gives its reason only in the log
     if hasattr(runtime, "get_engine_validity"):
         validity, causes = runtime.get_engine_validity(plan[: runtime.engine_header_size])
         if validity == trt.EngineValidity.INVALID:
@@ -192,7 +192,7 @@ def open_engine(trt: ModuleType, logger, path: Path):
 
 
 def package_of_plan(path: Path) -> str:
-    """The package that wrote an engine file, and that runs it. ExportError where it is none."""
+    """Return the package that wrote an engine file and can run it. Raises ExportError if it is not an engine."""
     try:
         with open(path, "rb") as file:
             head = file.read(_HEADER)
@@ -202,7 +202,7 @@ def package_of_plan(path: Path) -> str:
 
 
 def read_plan(path: Path) -> bytes:
-    """An engine file's bytes. ExportError where there is none, or less than its header says."""
+    """Return an engine file's bytes. Raises ExportError if it is missing or shorter than its header says."""
     try:
         plan = path.read_bytes()
     except OSError as error:

@@ -1,7 +1,7 @@
 """TensorRT engines from ONNX files: strongly typed, with optimisation profiles, for one chip or several.
 
-The builder runs in a process of its own (`tensorrt_worker`): it looks up from its work too seldom to be interrupted,
-holds several times an engine's size, and is what the kernel kills where that is not there.
+The builder runs in a separate process (`tensorrt_worker`): it rarely checks for interrupts, takes several times an
+engine's size in memory, and is killed by the kernel if memory runs out.
 """
 
 import errno
@@ -35,10 +35,10 @@ log = logging.getLogger("stylefast.export.tensorrt")
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was built: for whom, by which version, in how many seconds, and what came of the graph.
+    """Result of a build: targets, TensorRT version, duration, and a summary of network and engine.
 
-    layers: of all profiles; None where the package prints no listing. timing_cache: whether a cache was read.
-    peak_memory: of the building process, in bytes.
+    layers: of all profiles; None if the package prints no listing. timing_cache: whether a cache was read. peak_memory:
+    of the building process, in bytes.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class BuildReport:
     layers: EngineLayers | None
 
     def to_dict(self) -> dict:
-        """As manifests hold it."""
+        """Return the fields in the manifest's form."""
         found = asdict(self) | {"path": self.path.name, "targets": list(self.targets)}
         return found | {"layers": self.layers and self.layers.to_dict()}
 
@@ -72,18 +72,18 @@ def build_engine(
     package: str | None = None,
     plugins: bool = False,
 ) -> BuildReport:
-    """Build the engine of an ONNX file and write it to `path`, whole or not at all.
+    """Build the engine of an ONNX file and write it to `path` atomically.
 
-    targets: chips by name, see `tensorrt_api`; several of them share one engine. profiles: of `Profile.shapes`, one or
-    more where a dimension of the graph may vary. refittable: weights can be replaced later (`tensorrt_refit`), at some
-    cost of speed; such builds take a GPU. timing_cache: a file that is read if it is there, and written. memory_limit:
-    of the chip's memory that a layer may use, in bytes. progress: called with (done, total, phase); phases lie within
-    one another. package: "tensorrt" or "tensorrt_rtx" where both know the target. plugins: the graph's style attention
-    is that of `tensorrt_plugin`.
+    targets: chips by name, see `tensorrt_api`; several of them share one engine. profiles: from `Profile.shapes`, at
+    least one if a dimension of the graph may vary. refittable: weights can be replaced later (`tensorrt_refit`), at
+    some cost of speed; such builds need a GPU. timing_cache: a file that is read if it exists, and written.
+    memory_limit: bytes of the chip's memory that a layer may use. progress: called with (done, total, phase); phases
+    are nested. package: "tensorrt" or "tensorrt_rtx" if both support the target. plugins: whether the graph's style
+    attention is that of `tensorrt_plugin`.
 
-    Interrupted, it leaves nothing behind. Raises MissingDependency; InvalidRequest for targets and profiles that can't
-    be; EngineMismatch where a GPU would have to be present; ExportError for a graph that is refused, a build that fails
-    or is killed as memory runs out, and a disk that is full.
+    An interrupt leaves no files behind. Raises MissingDependency; InvalidRequest for invalid targets and profiles;
+    EngineMismatch if a required GPU is not present; ExportError for a graph that TensorRT refuses, a build that fails
+    or is killed because memory ran out, and a full disk.
     """
     onnx_path, path = Path(onnx_path).absolute(), Path(path).absolute()
     package = package_of(targets, package)
@@ -125,8 +125,8 @@ def build_engine(
 
 
 def _work(order: Order, path: Path, progress: Progress | None) -> dict:
-    """What the worker says in the end; its errors are raised."""
-    # the same code as here, wherever it comes from
+    """Run the worker and return its result; raise its errors."""
+    # let the worker import the same code as this process
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     stderr = Path(order.folder) / _STDERR
     with writing(path), open(stderr, "wb") as noise:
@@ -140,7 +140,7 @@ def _work(order: Order, path: Path, progress: Progress | None) -> dict:
             start_new_session=True,
         )
     try:
-        with suppress(BrokenPipeError):  # how it ended is told below
+        with suppress(BrokenPipeError):  # its exit is reported below
             worker.stdin.write(json.dumps(asdict(order)) + "\n")
             worker.stdin.flush()
         for line in worker.stdout:
@@ -159,7 +159,7 @@ def _work(order: Order, path: Path, progress: Progress | None) -> dict:
                 return said["result"]
         code = worker.wait()
     finally:
-        # nothing of it is needed any more, whatever has happened
+        # the worker has no further use in any case
         worker.kill()
         worker.wait()
         with suppress(BrokenPipeError):
@@ -175,7 +175,7 @@ def _work(order: Order, path: Path, progress: Progress | None) -> dict:
 
 
 def _tuples(found):
-    """JSON's lists as the tuples that they were."""
+    """Turn JSON's lists back into tuples."""
     if isinstance(found, dict):
         return {name: _tuples(value) for name, value in found.items()}
     return tuple(_tuples(value) for value in found) if isinstance(found, list) else found
@@ -183,7 +183,7 @@ def _tuples(found):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors of writing to `path` or to files beside it as ExportError."""
+    """Turn errors of writing to `path` or to files next to it into ExportError."""
     try:
         yield
     except OSError as error:
@@ -195,7 +195,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, data) -> None:
-    """Write bytes to `path` so that it holds all of them, or what it held before. ExportError for a full disk."""
+    """Write bytes to `path` atomically. Raises ExportError for a full disk."""
     with writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = Path(folder) / PLAN
         file.write_bytes(memoryview(data))

@@ -1,8 +1,8 @@
-"""What became of a graph in TensorRT: its inputs, its layers, and whether attention was fused.
+"""Summaries of a graph in TensorRT: its inputs, its layers, and whether attention was fused.
 
-On a machine without a GPU no engine can be opened, so that what is looked at is the parsed network and the listing of
-layers that the builder prints at its end (`tensorrt_api.forwarder` keeps it). With a GPU the engine's own inspector
-prints the same listing.
+Engines can't be opened without a GPU; instead, the parsed network is inspected, and the listing of layers that the
+builder prints at its end (kept by `tensorrt_api.forwarder`). With a GPU the engine's own inspector prints the same
+listing.
 """
 
 import re
@@ -11,17 +11,17 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 
 _LAYER = re.compile(r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>\w*), ", re.MULTILINE)
-# kernels that hold queries, softmax and values of one attention
+# kernels that contain queries, softmax and values of one attention
 _FUSED = re.compile(r"mha|fmha|flash|attention_v", re.IGNORECASE)
-# they order streams, and compute nothing
+# these only order streams
 _WAITING = ("signal", "wait", "shape_call")
 
 
 @dataclass(frozen=True)
 class NetworkSummary:
-    """A parsed network: inputs and outputs as (name, type's name, dims with -1 where they vary), layers by type.
+    """Parsed network: inputs and outputs as (name, type's name, dims, -1 for varying ones), layers by type.
 
-    attentions: how many the network has. plugins: names of layers that are no standard operators.
+    attentions: their number. plugins: names of layers that are not standard operators.
     """
 
     inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -33,9 +33,9 @@ class NetworkSummary:
 
 @dataclass(frozen=True)
 class EngineLayers:
-    """The layers of a built engine: how many by kind, and in how many kernels an attention was fused.
+    """Layers of a built engine: their number by kind, and the number of kernels with fused attention.
 
-    kinds that TensorRT names: "kgen" is a kernel generated for several operators, "gemm" and "correlation" are matrix
+    kinds are TensorRT's: "kgen" is a kernel generated for several operators, "gemm" and "correlation" are matrix
     products and convolutions, "runtime_fusion" either with what follows it.
     """
 
@@ -45,7 +45,7 @@ class EngineLayers:
 
     @property
     def kernels(self) -> int:
-        """Layers that compute something."""
+        """Return the number of layers that compute something."""
         return sum(count for kind, count in self.kinds.items() if kind not in _WAITING)
 
     def to_dict(self) -> dict:
@@ -53,7 +53,7 @@ class EngineLayers:
 
 
 def summarise_network(trt: ModuleType, network) -> NetworkSummary:
-    """Of an INetworkDefinition, after parsing."""
+    """Summarise an INetworkDefinition after parsing."""
 
     def tensor(found) -> tuple[str, str, tuple[int, ...]]:
         return found.name, found.dtype.name, tuple(found.shape)
@@ -75,7 +75,7 @@ def summarise_network(trt: ModuleType, network) -> NetworkSummary:
 
 
 def read_layers(listing: str) -> EngineLayers | None:
-    """From a listing of layers as TensorRT prints it; None where it has none."""
+    """Summarise a listing of layers as TensorRT prints it; None if it has none."""
     found = [(match["name"], match["kind"]) for match in _LAYER.finditer(listing)]
     if not found:
         return None
@@ -87,7 +87,7 @@ def read_layers(listing: str) -> EngineLayers | None:
 
 
 def inspect_engine(trt: ModuleType, engine) -> EngineLayers | None:
-    """Of an engine that was opened, which takes a GPU; None where it was built without names of layers."""
+    """Summarise an opened engine, which needs a GPU; None if it was built without layer names."""
     return read_layers(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE))
 
 

@@ -1,25 +1,25 @@
-"""Shared self-attention as a TensorRT plugin that carries our Triton kernel's PTX: attention="plugin".
+"""Shared self-attention as a TensorRT plugin that contains our Triton kernel's PTX: attention="plugin".
 
-The plugin is one of TensorRT's quickly deployable ones, compiled ahead of time: while an engine is built,
-`tensorrt.plugin` asks for PTX and a launch, and puts both into the engine, which needs neither Python nor this package
-to run. Two plugins, as one has a fixed number of inputs:
+The plugin is one of TensorRT's quickly deployable plugins, compiled ahead of time: during an engine's build,
+`tensorrt.plugin` requests PTX and launch parameters and stores both in the engine, which needs neither Python nor this
+package to run. Two plugins are needed, because a plugin has a fixed number of inputs:
 
     stylefast::shared_attention          rows read other rows of the batch       9 inputs
     stylefast::shared_attention_banked   rows read pages of style banks too     11 inputs
 
-It needs the package `tensorrt` 10.9 or later. `tensorrt_rtx` has no plugins compiled ahead of time; there, and where a
-call has no references, attention stays what it is with attention="standard", the default: standard operators.
+Both need the package `tensorrt` 10.9 or later. `tensorrt_rtx` has no plugins compiled ahead of time; there, and for
+calls without references, attention stays in standard operators, as with attention="standard", the default.
 
-What ahead-of-time plugins allow decides the kernel's form (`kernels.gpu.plugin_attention`): one kernel, no workspace,
-no tensor maps, whole numbers as the only scalars, arguments in the order inputs, numbers, outputs. Pools of pages come
-in dense, so TensorRT copies a layer's part of a packed page tensor first.
+Limits of ahead-of-time plugins determine the kernel's form (`kernels.gpu.plugin_attention`): one kernel, no workspace,
+no tensor maps, integers as the only scalars, arguments in the order inputs, integers, outputs. Pools of pages must be
+dense, so TensorRT first copies a layer's part of a packed page tensor.
 
-TensorRT 11.1 and 11.2 leak a CUDA module every time the shapes of a context change under such a plugin (TensorRT issue
-4849). Give each size a profile and a context of its own, with min = opt = max; shapes that are known while building
-also spare the kernel its masks.
+TensorRT 11.1 and 11.2 leak a CUDA module at every change of a context's shapes under such a plugin (TensorRT issue
+4849). Give each size its own profile and context, with min = opt = max; shapes that are known at build time also let
+the kernel skip its masks.
 
-Give `PluginOperations` to the writer of the ONNX file, and call `register_plugin` before the file is parsed, in that
-process.
+Pass `PluginOperations` to the writer of the ONNX file, and call `register_plugin` before the file is parsed, in the
+process that parses it.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,18 +40,18 @@ from stylefast.kernels.shared_attention import HEAD_SIZES
 
 NAMESPACE, VERSION = "stylefast", "1"
 _LIVE = ("q", "k", "v", "page", "mode", "scale", "shift", "gain", "offset")
-# plugin -> its inputs, in order; the one output has the shape and type of q
+# plugin -> its inputs, in order; the single output has the shape and type of q
 PLUGINS = {"shared_attention": _LIVE, "shared_attention_banked": (*_LIVE, "pool_k", "pool_v")}
 _INT32 = 6  # among ONNX's element types
 _OF_PAGES, _OF_NUMBERS = ("page", "mode"), ("scale", "shift", "gain", "offset")
 
-_registered: dict[ModuleType, tuple] = {}  # tensorrt -> what its plugins were registered with
+_registered: dict[ModuleType, tuple] = {}  # tensorrt -> settings of its registered plugins
 
 
 def plugin_api(trt: ModuleType | None = None) -> ModuleType:
-    """`tensorrt.plugin` of a TensorRT that can hold plugins compiled ahead of time.
+    """Return `tensorrt.plugin` of a TensorRT that supports plugins compiled ahead of time.
 
-    trt: the module, by default `tensorrt`. Raises MissingDependency where there is none and EngineMismatch where it
+    trt: the module, by default `tensorrt`. Raises MissingDependency if it is not installed and EngineMismatch if it
     lacks such plugins, as TensorRT-RTX does.
     """
     instead = 'export with attention="standard", which needs no plugin'
@@ -86,15 +86,16 @@ def register_plugin(
     ptx_version: int | None = PTX_VERSION,
     compiler: Callable[..., CompiledKernel] = compile_ptx,
 ) -> tuple[str, ...]:
-    """Make both plugins known to TensorRT in this process. Returns their names.
+    """Register both plugins with TensorRT in this process. Returns their names.
 
-    trt: the module, by default `tensorrt`. chip: "sm89", by default that of the current CUDA device; engines are built
-    for the GPU that builds them. configs: launch configurations that TensorRT times against one another, by default
-    the committed one alone. shared_limit, ptx_version: as in `compile_ptx`; shared_limit stays at what every launcher
-    grants as TensorRT's documentation does not say whether it asks for more. compiler: in place of `compile_ptx`.
+    trt: the module, by default `tensorrt`. chip: "sm89", by default the current CUDA device's; engines are built for
+    the GPU that builds them. configs: launch configurations that TensorRT compares by timing, by default only the
+    committed one. shared_limit, ptx_version: as in `compile_ptx`; the default of shared_limit is available in every
+    launcher, because TensorRT's documentation does not say whether it requests more. compiler: replaces `compile_ptx`.
 
-    A second call with the same values does nothing. Raises what `plugin_api` and `compile_ptx` raise, and ExportError
-    for a second call with other values: TensorRT keeps what was registered first.
+    A second call with the same values does nothing. Raises the errors of `plugin_api` and `chip_capability`, and
+    ExportError without a chip or for a second call with other values: TensorRT keeps the first registration. Errors of
+    `compile_ptx` appear during the build.
     """
     trtp = plugin_api(trt)
     trt = trt or import_module("tensorrt")
@@ -112,7 +113,7 @@ def register_plugin(
 
     @cache
     def kernel(tactic: int, dtype: torch.dtype, d: int, banked: bool, parts: int, even: int) -> CompiledKernel:
-        # 0 is TensorRT's number for the tactic of a plugin that names none
+        # 0 is TensorRT's number for the default tactic
         config = configs[tactic - 1 if tactic else 0]
         return compiler(
             chip,
@@ -155,7 +156,7 @@ def _register(trt, trtp, name: str, inputs: tuple[str, ...], kernel: Callable, t
         d, parts = q.shape[3], gain.shape[0]
         if min(d, parts) < 0:
             raise ExportError(f"{NAMESPACE}::{name} needs a fixed number of channels and of AdaIN's parts")
-        # -1 is a dimension that varies
+        # -1 is a varying dimension
         counts = [q.shape[1]] if pool is None else [q.shape[1], pool.shape[1]]
         even = gcd(*counts) if min(counts) > 0 else 0
         found = kernel(tactic, dtype_of(q), d, pool is not None, parts, even)
@@ -188,7 +189,7 @@ def _register(trt, trtp, name: str, inputs: tuple[str, ...], kernel: Callable, t
 
 
 def _annotate(function: Callable, parameters: dict[str, Any], result: Any) -> None:
-    """Give a function of any arguments the signature that `tensorrt.plugin` reads names and types from."""
+    """Give a variadic function the signature from which `tensorrt.plugin` reads names and types."""
     named = [Parameter(x, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for x, kind in parameters.items()]
     function.__signature__ = Signature(named, return_annotation=result)
 
@@ -204,11 +205,11 @@ def _current_chip() -> str:
 
 
 class PluginOperations(OnnxOperations):
-    """`OnnxOperations` that leave shared attention as a node of the plugin, for graphs that TensorRT alone reads.
+    """`OnnxOperations` that write shared attention as a node of the plugin, for graphs that only TensorRT reads.
 
-    Nodes are of domain "stylefast", are called like the plugin, and have the attributes that TensorRT's parser looks
-    for: plugin_namespace, plugin_version, and aot = 1. A call without references stays in standard operators. Raises
-    ExportError for a call that the plugin can't take.
+    Nodes have the domain "stylefast", the plugin's name, and the attributes that TensorRT's parser reads:
+    plugin_namespace, plugin_version, and aot = 1. A call without references stays in standard operators. Raises
+    ExportError for an unsupported call.
     """
 
     domains = {NAMESPACE: 1}

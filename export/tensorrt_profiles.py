@@ -1,11 +1,11 @@
-"""Optimisation profiles: the sizes that a TensorRT engine takes, and those that it is tuned for.
+"""Optimisation profiles: the sizes that a TensorRT engine accepts, and those that it is tuned for.
 
 Written as text, one profile is
 
     rows=1:4:8,size=512x512:1024x1024:1024x1536,pages=1:2:8
 
-with the least, the usual and the most of each; one number alone means that it does not vary. `size` is a picture's
-width x height in pixels, `latents` the same in latent elements. What is not named follows from the rest (`Profile`).
+with the least, usual and most of each; a single number fixes the dimension. `size` is a picture's width x height in
+pixels, `latents` the same in latent elements. Omitted values follow from the rest (`Profile`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +14,15 @@ from dataclasses import dataclass, fields
 from stylefast.errors import InvalidRequest
 from stylefast.export.unet_graph import DIMENSIONS, Tensor
 
-LATENT_PIXELS = 8  # SDXL's latent elements are squares of so many pixels
+LATENT_PIXELS = 8  # width in pixels of one of SDXL's latent elements
 
-# dims (least, usual, most) of every input whose dims vary
+# dims (least, usual, most) of every input with varying dims
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
 class Range:
-    """The least, the usual and the most of a dimension. InvalidRequest unless 1 <= least <= usual <= most."""
+    """Least, usual and most of a dimension. Raises InvalidRequest unless 1 <= least <= usual <= most."""
 
     least: int
     usual: int
@@ -46,10 +46,10 @@ def _fixed(size: int) -> Range:
 
 @dataclass(frozen=True)
 class Profile:
-    """One profile's ranges; `height` and `width` are latent elements, `image_tokens` those of one picture.
+    """Ranges of one profile; `height` and `width` are latent elements, `image_tokens` those of one picture.
 
-    Where a count is None it follows from the rows: a text page for each, two pictures and one mask for each of these at
-    most. Ranges have to lie within what graphs are exported for (`unet_graph.DIMENSIONS`), else InvalidRequest.
+    A count of None follows from the rows: per row, at most one text page, two pictures, and one mask per picture.
+    Raises InvalidRequest for ranges outside those that graphs are exported for (`unet_graph.DIMENSIONS`).
     """
 
     rows: Range = Range(1, 4, 8)
@@ -80,9 +80,9 @@ class Profile:
 
     @classmethod
     def parse(cls, text: str, scale: int = LATENT_PIXELS) -> "Profile":
-        """From the text that the module describes. InvalidRequest names the part that can't be read.
+        """Parse the text that the module describes. Raises InvalidRequest, naming the part that can't be read.
 
-        scale: how many pixels wide a latent element of the model is.
+        scale: width in pixels of the model's latent elements.
         """
         given: dict[str, Range] = {}
         known = [*DIMENSIONS, "size", "latents"]
@@ -106,22 +106,22 @@ class Profile:
         return cls(**given)
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """Return the text that `parse` reads."""
         return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
     def to_dict(self) -> dict[str, list[int]]:
-        """Dimension -> [least, usual, most], as manifests hold it."""
+        """Return dimension -> [least, usual, most], the manifest's form."""
         return {field.name: list(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Sequence[int]]) -> "Profile":
-        """Back from `to_dict`."""
+        """Return the profile from the result of `to_dict`."""
         return cls(**{name: Range(*numbers) for name, numbers in found.items()})
 
     def sizes(self, attention_sizes: Callable[[int, int], Sequence[tuple[int, int]]] | None = None) -> list[dict]:
-        """The least, usual and most sizes, by the names of dimensions.
+        """Return the least, usual and most sizes, by the names of dimensions.
 
-        attention_sizes: of the UNet; with it the token counts of attention levels are among them.
+        attention_sizes: of the UNet; adds the token counts of attention levels.
         """
         corners = []
         for corner in range(3):
@@ -135,9 +135,9 @@ class Profile:
     def shapes(
         self, inputs: Sequence[Tensor], attention_sizes: Callable[[int, int], Sequence[tuple[int, int]]] | None = None
     ) -> Shapes:
-        """Least, usual and most shape of every input of which a dimension may vary.
+        """Return the least, usual and most shape of every input with a varying dimension.
 
-        inputs: of `unet_graph.graph_inputs`, or of another component's graph. attention_sizes: see `sizes`.
+        inputs: from `unet_graph.graph_inputs`, or of another component's graph. attention_sizes: see `sizes`.
         """
         corners = self.sizes(attention_sizes)
         found: Shapes = {}
@@ -158,7 +158,7 @@ def _number(text: str, part: str) -> int:
 
 
 def _pair(text: str, part: str, unit: int) -> tuple[int, int]:
-    """Width and height in latent elements."""
+    """Return width and height in latent elements."""
     sides = text.lower().split("x")
     if len(sides) != 2:
         raise InvalidRequest(f"{text.strip()!r} in {part.strip()!r} is no size; write width x height, as 1024x768")

@@ -1,4 +1,4 @@
-"""New weights for a TensorRT engine that was built for it: a LoRA is merged without another build."""
+"""Refitting of TensorRT engines: new weights, such as a merged LoRA, without another build."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,16 +18,16 @@ def refit(
     *,
     trt: ModuleType | None = None,
 ) -> tuple[str, ...]:
-    """Put new weights into an engine; returns the names of all weights that it can take, which are ONNX's initialisers.
+    """Put new weights into an engine; return the names of all its refittable weights, which are ONNX's initialisers.
 
-    weights: an ONNX file of the same graph, whose weights all go in, or tensors by name, for those that change; they
-    have the shape and type of the initialiser, which the exporter may have transposed. out: where to write the engine;
-    None: to `engine_path`, whose hash in the manifest is then another. The engine can be refitted again. trt: the
-    package, if it is not that of the file.
+    weights: an ONNX file of the same graph, all of whose weights are used, or the changed tensors by name, with the
+    shape and type of the initialiser, which the exporter may have transposed. out: path of the new engine; None
+    overwrites `engine_path`, whose hash then differs from the manifest's. The engine can be refitted again. trt: the
+    package, if not the file's.
 
-    Runs on torch's current CUDA device; EngineMismatch where there is none, where the engine was built for another, and
-    where it was not built to be refitted. InvalidRequest for names and sizes that the engine does not have; ExportError
-    for weights that would be missing, and a full disk.
+    Runs on torch's current CUDA device. Raises EngineMismatch without one, for an engine built for another chip, and
+    for one not built to be refitted; InvalidRequest for names, sizes and types that the engine does not have;
+    ExportError for missing weights, and a full disk.
     """
     engine_path = Path(engine_path)
     package = package_of_plan(engine_path)
@@ -59,7 +59,7 @@ def refit(
 
 
 def _set(trt: ModuleType, logger, refitter, names: tuple[str, ...], weights: Mapping[str, torch.Tensor]) -> list:
-    """Returns what has to live until the engine is refitted."""
+    """Set the weights; return the tensors that must stay alive until the engine is refitted."""
     types = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
     held = []
     for name, tensor in weights.items():

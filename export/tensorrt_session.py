@@ -1,7 +1,7 @@
-"""TensorRT engines that run on torch tensors: on a stream of their own, recorded as CUDA graphs.
+"""TensorRT engines that run on torch tensors, on the session's own stream, recorded as CUDA graphs.
 
-Large inputs that stay as they are for a whole request, keys and values above all, are read where they lie. The others
-are copied into buffers with addresses of their own, so that a recorded graph finds them in the same place every time.
+Large inputs that stay constant for a whole request, mainly keys and values, are read in place. The others are copied
+into buffers with fixed addresses, which recorded graphs require.
 """
 
 import logging
@@ -23,9 +23,9 @@ from stylefast.export.tensorrt_build import write_whole
 from stylefast.export.tensorrt_inspect import EngineLayers, inspect_engine
 from stylefast.kernels.gpu.capture import capture
 
-# inputs whose names begin so are read where they lie
+# name prefixes of inputs that are read in place
 BY_ADDRESS = ("text_kv_", "image_kv_", "page_kv_", "page_stats_", "page_norms")
-ALIGNMENT = 256  # bytes, of every address that TensorRT is given
+ALIGNMENT = 256  # bytes, for every address that TensorRT is given
 
 log = logging.getLogger("stylefast.export.tensorrt")
 
@@ -33,7 +33,7 @@ Bounds = tuple[tuple[int, ...], tuple[int, ...]]  # least and most shape of an i
 
 
 class GpuQueue:
-    """A CUDA stream of its own, with what a session does on it; tests have another that runs on the CPU."""
+    """A session's own CUDA stream and its operations; tests replace it with a CPU version."""
 
     def __init__(self, device: torch.device):
         if not torch.cuda.is_available():
@@ -43,18 +43,18 @@ class GpuQueue:
 
     @property
     def handle(self) -> int:
-        """The stream as TensorRT takes it."""
+        """Return the stream in TensorRT's form."""
         return self.stream.cuda_stream
 
     @contextmanager
     def here(self) -> Iterator[None]:
-        """With the device as torch's current one."""
+        """Make the device torch's current one."""
         with torch.cuda.device(self.device):
             yield
 
     @contextmanager
     def ordered(self) -> Iterator[None]:
-        """On the stream, between what torch's current stream has before and what it gets after."""
+        """Use the stream, ordered after earlier and before later work of torch's current stream."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         try:
@@ -64,42 +64,43 @@ class GpuQueue:
             current.wait_stream(self.stream)
 
     def record(self, call: Callable[[], None]) -> Any:
-        """What `call` puts on the stream as a graph with `replay()`; nothing runs yet."""
+        """Record the work that `call` puts on the stream as a graph with `replay()`; nothing runs yet."""
         return capture(call, self.stream)
 
     def wait(self) -> None:
-        """Until all that was put on the stream is done."""
+        """Wait until all work on the stream is done."""
         self.stream.synchronize()
 
 
 @dataclass
 class _Shaped:
-    """What a session keeps for inputs of certain shapes: a context that is set to them, and its recorded graph.
+    """State kept for one set of input shapes: a context set to them, and its recorded graph.
 
-    A context of its own for each, as a recorded graph reads shapes where its context holds them.
+    Each has its own context, because a recorded graph reads shapes from its context's memory.
     """
 
     context: Any
-    inputs: dict[str, torch.Tensor]  # the buffers of those that are copied
+    inputs: dict[str, torch.Tensor]  # buffers of copied inputs
     outputs: dict[str, torch.Tensor]
-    bound: dict[str, int] = field(default_factory=dict)  # addresses of the last run that was no replay
-    recorded: dict[str, int] = field(default_factory=dict)  # and those in the graph
+    bound: dict[str, int] = field(default_factory=dict)  # addresses of the last run that was not a replay
+    recorded: dict[str, int] = field(default_factory=dict)  # addresses in the graph
     graph: Any = None
     ran: bool = False
     recordable: bool = True
 
 
 class TensorRTSession:
-    """A TensorRT engine on a CUDA device.
+    """TensorRT engine on a CUDA device.
 
     cuda_graphs: record the engine's work when the same shapes come at the same addresses twice in a row, and replay it
-    from then on. by_address: beginnings of the names of inputs that are not copied: contiguous, at addresses that are
-    multiples of 256 bytes, and best the same ones for many runs. shapes_kept: for how many different shapes contexts
-    and graphs are kept; the one that was unused for longest goes. kernels: a file with what `tensorrt_rtx` compiled for
-    this GPU; read if it is there, and written by `close`.
+    from then on. by_address: name prefixes of inputs that are not copied; these must be contiguous, at multiples of 256
+    bytes, and best stay the same for many runs. shapes_kept: max number of shape sets whose contexts and graphs are
+    kept; the least recently used is dropped. kernels: cache file of the kernels that `tensorrt_rtx` compiled for this
+    GPU; read if it exists, and written by `close`.
 
-    An engine is code: check that somebody vouches for it first (`export.trust`). Raises MissingDependency;
-    EngineMismatch for an engine of another chip or version, ExportError for one that is damaged or truncated.
+    An engine is code: check first that it is trusted (`export.trust`). Raises MissingDependency; InvalidRequest for bad
+    arguments; EngineMismatch without CUDA or for an engine of another chip or version; OutOfMemory; ExportError for a
+    damaged or truncated engine.
     """
 
     def __init__(
@@ -132,9 +133,9 @@ class TensorRTSession:
             self._runtime, self._engine = open_engine(self._trt, self._logger, self.path)
             self._describe()
             self._config, self._cache = self._runtime_config()
-            # on the queue's stream, where they are used: memory freed elsewhere may still be written to
+            # allocate on the queue's stream, where the buffers are used: memory freed elsewhere may still be written to
             with self._queue.ordered():
-                # the scratch memory of all contexts, as only one of them runs at a time
+                # all contexts share one scratch buffer, because only one runs at a time
                 self._scratch = self._buffer(self._engine.device_memory_size_v2)
                 self._static = {
                     name: self._buffer(max(self._bytes(name, most) for _, most in self._bounds[name]))
@@ -144,12 +145,12 @@ class TensorRTSession:
 
     @property
     def layers(self) -> EngineLayers | None:
-        """The engine's layers, as far as it was built with their names."""
+        """Return the engine's layers; None if it was built without their names."""
         return inspect_engine(self._trt, self._open())
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device of the engine, its scratch memory and its buffers."""
+        """Return the bytes on the device of the engine, its scratch memory and its buffers."""
         if self._engine is None:
             return 0
         held = [self._scratch, *self._static.values()]
@@ -158,14 +159,13 @@ class TensorRTSession:
     def run(
         self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Run the engine; returns its outputs by name, there for torch's current stream.
+        """Run the engine and return its outputs by name, ready in the order of torch's current stream.
 
-        inputs: every input of the engine, on its device. outputs: tensors to write to; those that are not given are
-        made.
+        inputs: every input of the engine, on its device. outputs: tensors to write to; missing ones are allocated.
 
-        Raises EngineMismatch for shapes and types that it was not built for, InvalidRequest for names that it does not
-        have and tensors that can't be read or written where they lie, OutOfMemory, and ExportError for whatever fails
-        inside.
+        Raises EngineMismatch for shapes and types that it was not built for, InvalidRequest for unknown or missing
+        names and for tensors that can't be read or written in place, OutOfMemory, and ExportError for any other
+        failure.
         """
         given = dict(outputs or {})
         with self._lock:
@@ -177,7 +177,7 @@ class TensorRTSession:
             with self._queue.here():
                 shaped = self._shaped(shapes)
                 self._check_outputs(shaped, given)
-                # made here, on torch's current stream, to whose order their memory goes back
+                # allocated on torch's current stream, to which the allocator returns their memory
                 results = {n: given[n] if n in given else torch.empty_like(x) for n, x in shaped.outputs.items()}
                 addresses = {name: x.data_ptr() for name, x in inputs.items() if name not in shaped.inputs}
                 with self._queue.ordered():
@@ -189,7 +189,7 @@ class TensorRTSession:
         return results
 
     def close(self) -> None:
-        """Free the engine and all that was recorded, and keep the compiled kernels; a second time does nothing."""
+        """Free the engine and all recorded graphs, and write the kernel cache; idempotent."""
         with self._lock:
             if self._engine is None:
                 return
@@ -201,7 +201,7 @@ class TensorRTSession:
                 self._kept.clear()
                 self._static.clear()
                 self._scratch = self._config = self._cache = None
-                # the engine before its runtime
+                # the engine must be freed before its runtime
                 self._engine = None
                 self._runtime = None
 
@@ -211,7 +211,7 @@ class TensorRTSession:
         return self._engine
 
     def _describe(self) -> None:
-        """Inputs and outputs by name as (type, dims with -1 where they vary), and every profile's bounds."""
+        """Set inputs and outputs by name as (type, dims, -1 for varying ones), and every profile's bounds."""
         engine, trt = self._engine, self._trt
         self.inputs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.outputs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -231,13 +231,13 @@ class TensorRTSession:
                 self._bounds[name] = [(found[1], found[1])] * self.profiles
 
     def _runtime_config(self) -> tuple[Any, Any]:
-        """How contexts are made, and the cache of compiled kernels; (None, None) for a package that has neither."""
+        """Return the contexts' configuration and the cache of compiled kernels, or (None, None) for `tensorrt`."""
         trt = self._trt
         if not hasattr(trt, "IRuntimeCache"):
             return None, None
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        # kernels for a shape are compiled when it first comes: a recorded graph would keep those that stand in for them
+        # compile a shape's kernels at its first use: a recorded graph would keep the fallback kernels
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         cache = config.create_runtime_cache()
         if self._kernels is not None and self._kernels.is_file() and not cache.deserialize(self._kernels.read_bytes()):
@@ -252,7 +252,7 @@ class TensorRTSession:
         return math.prod(shape) * self.inputs[name][0].itemsize
 
     def _check(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-        """The inputs' shapes. Raises InvalidRequest and EngineMismatch."""
+        """Return the inputs' shapes. Raises InvalidRequest and EngineMismatch."""
         if inputs.keys() != self.inputs.keys():
             missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
             what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
@@ -276,7 +276,7 @@ class TensorRTSession:
         return {name: tuple(x.shape) for name, x in inputs.items()}
 
     def _profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The tightest profile that takes the shapes."""
+        """Return the tightest profile that accepts the shapes. Raises EngineMismatch if none does."""
         outside = []
         fitting = []
         for profile in range(self.profiles):
@@ -300,7 +300,7 @@ class TensorRTSession:
             return self._kept[key]
         profile = self._profile(shapes)
         if len(self._kept) >= self.shapes_kept:
-            self._queue.wait()  # for what may still run in it
+            self._queue.wait()  # the evicted context may still be running
             self._kept.popitem(last=False)
         with self._queue.ordered():
             shaped = self._kept[key] = self._new_shaped(profile, shapes)
@@ -343,7 +343,7 @@ class TensorRTSession:
                 )
 
     def _execute(self, shaped: _Shaped, addresses: dict[str, int]) -> None:
-        """Replay, or run and, where the run before it had the same addresses, record."""
+        """Replay the graph; else run, and record if the previous run had the same addresses."""
         if shaped.graph is not None and shaped.recorded == addresses:
             shaped.graph.replay()
             return
@@ -353,7 +353,7 @@ class TensorRTSession:
                     raise self._failure(f"refuses the address of {name}")
             shaped.bound = addresses
         elif shaped.ran and shaped.recordable and self.cuda_graphs:
-            # of a context that has run: the first run sets up what can't be recorded
+            # record only after a run, because the first one does setup that can't be recorded
             shaped.graph, shaped.recorded = None, addresses
             try:
                 shaped.graph = self._queue.record(lambda: self._enqueue(shaped))

@@ -1,7 +1,7 @@
-"""The process that builds a TensorRT engine, so that a build can be stopped, and its memory is given back.
+"""Process that builds a TensorRT engine, so that builds can be stopped and their memory is freed.
 
 `tensorrt_build` starts it, writes one order to its stdin, as a line of JSON, and reads lines of JSON from its stdout
-until one has a result or an error. It ends when its stdin does.
+until one has a result or an error. The process exits when its stdin closes.
 """
 
 import json
@@ -20,14 +20,14 @@ from stylefast.export.tensorrt_api import RTX, forwarder, load_package
 from stylefast.export.tensorrt_inspect import read_layers, summarise_network
 from stylefast.export.tensorrt_profiles import Shapes
 
-PLAN, CACHE = "plan", "timing.cache"  # what is written to an order's folder
+PLAN, CACHE = "plan", "timing.cache"  # files in an order's folder
 
 log = logging.getLogger("stylefast.export.tensorrt")
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be built; see `tensorrt_build.build_engine`. Results go to `folder`."""
+    """Specification of a build; see `tensorrt_build.build_engine`. Results go to `folder`."""
 
     onnx_path: str
     folder: str
@@ -41,7 +41,7 @@ class Order:
 
 
 def build(order: Order, progress: Callable[[int, int, str], None]) -> dict:
-    """Build in this process; returns what `BuildReport` has beyond the order."""
+    """Build in this process; return the fields of `BuildReport` that the order lacks."""
     trt = load_package(order.package)
     if order.plugins:
         from stylefast.export.tensorrt_plugin import register_plugin
@@ -51,7 +51,7 @@ def build(order: Order, progress: Callable[[int, int, str], None]) -> dict:
     builder = trt.Builder(logger)
     network = parse(trt, logger, builder, Path(order.onnx_path))
     config = builder.create_builder_config()
-    # names and kernels of layers stay readable, in the builder's listing and in the engine
+    # keep names and kernels of layers readable, in the builder's listing and in the engine
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _monitor(trt, progress)
     if order.memory_limit is not None:
@@ -59,7 +59,7 @@ def build(order: Order, progress: Callable[[int, int, str], None]) -> dict:
     if order.refittable:
         config.set_flag(trt.BuilderFlag.REFIT)
     if order.package == RTX:
-        # without it memory that a kernel needs is taken while it runs, which CUDA graphs can't record
+        # otherwise kernels allocate memory while they run, which CUDA graphs can't record
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(order.targets)
         for i, target in enumerate(order.targets):
@@ -83,8 +83,8 @@ def build(order: Order, progress: Callable[[int, int, str], None]) -> dict:
 
 
 def parse(trt: ModuleType, logger, builder, onnx_path: Path):
-    """The network of an ONNX file, external data read from beside it. ExportError names the nodes that are refused."""
-    # TensorRT 11 and tensorrt_rtx have nothing else; TensorRT 10 has to be told
+    """Return the network of an ONNX file with its external data. Raises ExportError, naming the refused nodes."""
+    # TensorRT 10 needs the flag; TensorRT 11 and tensorrt_rtx are always strongly typed
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx_path)):
@@ -134,13 +134,13 @@ def _check_corners(number: int, name: str, dims: tuple[int, ...], corners: list[
 
 
 def _read_timing_cache(trt: ModuleType, config, path: Path) -> bool:
-    """Whether the file was there and fits; else the build goes on with an empty cache."""
+    """Return whether the file existed and fits; if not, the build continues with an empty cache."""
     try:
         data = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise ExportError(f"the timing cache {path} can't be read: {error}") from error
     cache = config.create_timing_cache(data)
-    # of bytes that are no cache TensorRT makes an empty one, and says nothing
+    # for bytes that are no cache TensorRT silently creates an empty one
     read = cache is not None and (not data or bytes(cache.serialize()) == data or bool(cache.queryKeys()))
     if read and config.set_timing_cache(cache, False):
         return bool(data)
@@ -181,8 +181,8 @@ class _ToParent(logging.Handler):
 
 
 def main() -> None:
-    """Read an order, build, and tell how it went."""
-    # libraries print to stdout as they like, so that the parent has a descriptor of its own
+    """Read an order, build, and send the outcome."""
+    # libraries may print to stdout, so answers go through a duplicate descriptor
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -191,7 +191,7 @@ def main() -> None:
         answers.flush()
 
     order = Order(**json.loads(sys.stdin.readline()))
-    # a parent that is gone can stop nobody
+    # exit if the parent is gone, because nothing else would stop the build
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     log.setLevel(logging.DEBUG)
     log.addHandler(_ToParent(send))
@@ -203,7 +203,7 @@ def main() -> None:
     except OSError as error:
         send({"oserror": [error.errno, str(error)]})
     answers.flush()
-    # unloading takes seconds, and what was written is closed
+    # unloading takes seconds, and all files are closed
     os._exit(0)
 
 

@@ -1,7 +1,7 @@
 """Text encoders and the projection of their states, as modules on flat tensors.
 
-The encoders are written out here over the weights of transformers' CLIP: a causal mask that is a constant, learned
-vectors as an input, and no layer that nothing reads.
+The encoders are reimplemented here on the weights of transformers' CLIP: the causal mask is a constant, learned vectors
+are an input, and unused layers are left out.
 """
 
 from collections.abc import Sequence
@@ -41,10 +41,10 @@ def _attention(attention: nn.Module, x: torch.Tensor, mask: torch.Tensor | None)
 
 
 class TextGraph(nn.Module):
-    """Token ids and learned vectors to the second-to-last states, and with a projection to the pooled state.
+    """Text encoder: token ids and learned vectors to second-to-last states, with a projection also to the pooled state.
 
-    ids [prompts, tokens] int64; ids from the vocabulary's size on are rows of `extra` [vectors, width], which may have
-    none. position [prompts] is the token whose last state is projected.
+    ids [prompts, tokens] int64; ids >= the vocabulary's size are rows of `extra` [vectors, width], which may be empty.
+    position [prompts] is the token whose last state is projected.
     """
 
     def __init__(self, encoder: nn.Module):
@@ -58,7 +58,7 @@ class TextGraph(nn.Module):
             self.end, self.norm = ClipLayers(layers[-1:]), text.final_layer_norm
         self.vocabulary = self.table.num_embeddings
         tokens, dtype = self.places.num_embeddings, self.table.weight.dtype
-        # finite, as some fused kernels make NaN of the difference of two infinities
+        # finite, because some fused kernels return NaN for the difference of two infinities
         mask = torch.full((tokens, tokens), torch.finfo(dtype).min, dtype=dtype, device=self.table.weight.device)
         self.register_buffer("mask", mask.triu_(1), persistent=False)
 
@@ -66,7 +66,7 @@ class TextGraph(nn.Module):
         self, ids: torch.Tensor, extra: torch.Tensor, position: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         known = ids < self.vocabulary
-        # one row more than there are, so that there is something to read where no vector was learned
+        # one extra row, so that the lookup also works without learned vectors
         learned = torch.cat([extra, self.places.weight[:1]])
         words, vectors = torch.where(known, ids, 0), torch.where(known, 0, ids - self.vocabulary)
         x = torch.where(known[..., None], self.table(words), learned[vectors])  # [prompts, tokens, width]
@@ -79,7 +79,7 @@ class TextGraph(nn.Module):
 
 
 class TextProjector(nn.Module):
-    """Text states [text_pages, tokens, cross_dim] to keys and values of every level's layers, packed."""
+    """Text projections: states [text_pages, tokens, cross_dim] to packed keys and values of every level's layers."""
 
     def __init__(self, unet: UNet):
         super().__init__()
@@ -102,7 +102,10 @@ class TextProjector(nn.Module):
 
 
 def text_encoder(encoder: nn.Module, dtype: torch.dtype) -> Component:
-    """transformers' CLIPTextModel (SDXL's first) or CLIPTextModelWithProjection (its second) as a component."""
+    """Return a CLIPTextModel (SDXL's first) or CLIPTextModelWithProjection (its second) as a component.
+
+    Raises ExportError for another kind of encoder.
+    """
     text = getattr(encoder, "text_model", encoder)
     if not hasattr(text, "encoder") or not hasattr(text, "final_layer_norm"):
         raise ExportError(f"the text encoder is a {type(encoder).__name__}; a CLIP text model can be exported")
@@ -120,14 +123,14 @@ def text_encoder(encoder: nn.Module, dtype: torch.dtype) -> Component:
         dtype,
         tuple(inputs),
         tuple(outputs),
-        # examples read learned vectors too, of which there are at least 2
+        # examples also read learned vectors, of which example sizes have at least 2
         limits={"ids": module.vocabulary + 2, "position": tokens},
         facts={"vocabulary": module.vocabulary},
     )
 
 
 def text_projector(unet: UNet, dtype: torch.dtype, tokens: int = TEXT_TOKENS) -> Component:
-    """The UNet's projections of text states, which stay constant over the steps, as a component."""
+    """Return the UNet's projections of text states, which stay constant over the steps, as a component."""
     dims = (unet.config["cross_attention_dim"],)
     return Component(
         "text_projector",
@@ -139,7 +142,7 @@ def text_projector(unet: UNet, dtype: torch.dtype, tokens: int = TEXT_TOKENS) ->
 
 
 def packed_key_values(layout, name: str, dtype: torch.dtype, pages: str, tokens: int | str) -> tuple[Tensor, ...]:
-    """One tensor [layers of the level, 2, pages, tokens, heads, d] for each level, as the UNet's graphs read them."""
+    """Return one tensor [layers of the level, 2, pages, tokens, heads, d] per level, as the UNet's graphs read them."""
     found = []
     for level in range(layout.levels):
         members = [layer for layer in layout.layers if layer.level == level]

@@ -1,7 +1,7 @@
 """The Triton kernel of shared attention as PTX, for runtimes that launch it without Triton. Needs no GPU.
 
-What comes out takes the arguments that it lists and no others: the two pointers to scratch memory that Triton adds to
-every kernel are gone, which is possible as this kernel uses neither.
+The PTX takes only the listed arguments: the two pointers to scratch memory that Triton adds to every kernel are
+removed, which is possible because this kernel uses neither.
 """
 
 import re
@@ -18,20 +18,20 @@ from stylefast.kernels.shared_attention import HEAD_SIZES
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = 80
-# what a launcher gives a block that has not asked the driver for more
+# shared memory of a block that has not requested more from the driver
 SHARED_LIMIT = 48 * 1024
-# that of CUDA 12.9: the first that knows every chip of `kernels/tuning`; younger drivers read it too
+# version of CUDA 12.9, the first that supports every chip of `kernels/tuning`; newer drivers read it too
 PTX_VERSION = 88
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One kernel, ready for `cuModuleLoadData`.
+    """Compiled kernel, ready for `cuModuleLoadData`.
 
-    ptx: its text. name: the entry's. shared: dynamic shared memory of a block, bytes. warps: of a block.
-    arguments: names in order; tensors are pointers, those of `SIZES` in kernels.gpu.plugin_attention are int32.
-    block_m: query tokens of a block; the grid is ceil(tokens / block_m) * rows * heads blocks along x.
-    config: what it was compiled with, after it was made to fit.
+    ptx: its text. name: the entry's. shared: bytes of dynamic shared memory per block. warps: per block. arguments:
+    names in order; tensors are pointers, those of `SIZES` in kernels.gpu.plugin_attention are int32. block_m: query
+    tokens per block; the grid is ceil(tokens / block_m) * rows * heads blocks along x. config: the one it was compiled
+    with, after reduction to fit.
     """
 
     ptx: str
@@ -55,12 +55,12 @@ def compile_ptx(
     shared_limit: int = SHARED_LIMIT,
     ptx_version: int | None = PTX_VERSION,
 ) -> CompiledKernel:
-    """Shared attention with AdaIN, for heads of d channels.
+    """Compile shared attention with AdaIN, for heads of d channels.
 
-    chip: "sm89". banked: with pages of a bank. parts: of q, k and v that AdaIN moves, 2 or 3. even: a number that
-    divides the tokens of rows and pages, 0 where none is known; a kernel whose tiles end there needs no masks.
-    config: of `kernels/tuning`, by default the committed one of the chip; fewer stages and smaller tiles are taken
-    until a block needs at most shared_limit bytes. ptx_version: 88 is PTX 8.8; None takes Triton's newest.
+    chip: "sm89". banked: with pages of a bank. parts: of q, k and v that AdaIN moves, 2 or 3. even: a divisor of the
+    tokens of rows and pages, 0 if unknown; if it is a multiple of the key tile, the kernel needs no masks. config: from
+    `kernels/tuning`, by default the committed one of the chip; stages and tiles are reduced until a block needs at most
+    shared_limit bytes. ptx_version: 88 is PTX 8.8; None takes Triton's newest.
 
     Raises EngineMismatch for a chip that is too old, InvalidRequest for other values out of range, MissingDependency
     without Triton, and ExportError if the kernel does not compile or fit, or if Triton interprets kernels.
@@ -101,9 +101,9 @@ def compile_ptx(
 
 
 def chip_capability(chip: str) -> int:
-    """The number in a chip's name, 89 for "sm89".
+    """Return the number in a chip's name, 89 for "sm89".
 
-    Raises InvalidRequest for what is no chip, EngineMismatch for one that the kernels don't run on.
+    Raises InvalidRequest for an invalid name, EngineMismatch for a chip that the kernels don't support.
     """
     found = re.fullmatch(r"sm_?(\d{2,3})", chip) if isinstance(chip, str) else None
     if found is None:
@@ -118,7 +118,7 @@ def chip_capability(chip: str) -> int:
 
 
 def without_scratch(ptx: str, name: str, arguments: int) -> str:
-    """PTX whose entry `name` takes its first `arguments` parameters alone.
+    """Return PTX whose entry `name` takes only its first `arguments` parameters.
 
     Raises ExportError if it reads one of the others, or has fewer.
     """
@@ -137,7 +137,7 @@ def without_scratch(ptx: str, name: str, arguments: int) -> str:
 
 
 def _smaller(config: Config) -> Iterator[Config]:
-    """The configuration and, in the order of what they cost, those that need less shared memory."""
+    """Yield the configuration, then, in the order of their cost, those that need less shared memory."""
     block_m, block_n = config["block_m"], config["block_n"]
     for m, n in ((block_m, block_n), (block_m, block_n // 2), (block_m // 2, block_n), (block_m // 2, block_n // 2)):
         if min(m, n) >= 16:
@@ -162,10 +162,10 @@ def _compile(made: Any, capability: int, ptx_version: int | None) -> Any:
         options["ptx_version"] = ptx_version
     try:
         with triton.knobs.compilation.scope():
-            # it would carry the paths of this machine's files
+            # line info would contain local file paths
             triton.knobs.compilation.disable_line_info = True
             return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    except Exception as error:  # whatever the compiler raises
+    except Exception as error:  # any compiler error
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise ExportError(f"{made.name} does not compile for sm{capability}: {text[-400:]}") from error
 

@@ -1,4 +1,4 @@
-"""Whether the files of an export may be run: engines are code, and code needs somebody to vouch for it."""
+"""Trust check of an export's files: engines are code, so their origin must be trusted."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from stylefast.export.manifest import CODE, MANIFEST, SHOWN_DIGITS, Manifest
 
 
 def check_trust(folder: str | Path, manifest: Manifest, trust: str | None = None) -> None:
-    """Raise UntrustedEngine if files that are code may come from somebody else.
+    """Raise UntrustedEngine if files that are code may come from another user.
 
-    They are trusted if the folder and all of its files belong to this user or root, and no other user can write to them
-    or rename a folder above them; or if `trust` is the manifest's digest. ONNX files need no trust. Hashes are compared
-    by `check_files`: a digest says nothing of files that were not compared with it.
+    Files are trusted if the folder and all of its files belong to this user or root, and no other user can write to
+    them or rename a folder above them; or if `trust` is the manifest's digest. ONNX files need no trust. A digest
+    covers only files that `check_files` has compared with the manifest.
     """
     folder = Path(folder).expanduser()
     if trust is not None:

@@ -1,14 +1,14 @@
-"""The UNet as a graph of flat tensors: styles, strengths and references are inputs, and only weights are baked in.
+"""The UNet as a graph of flat tensors: styles, strengths and references are inputs; only weights are constants.
 
-`UNetGraph` is what gets exported, to ONNX, TensorRT and AOTInductor alike, and `GraphShape` says what its inputs are
-called and how large they may be. Three flavours, each of which can do all that the one before it can:
+`UNetGraph` is exported to ONNX, TensorRT and AOTInductor; `GraphShape` determines its inputs. It has three flavours,
+each a superset of the one before:
 
     plain     rows attend to themselves and to text, and to picture segments where `segments` is above 0
     live      rows also attend to other rows of the batch (StyleAligned), with AdaIN and shared group norms
-    banked    rows also attend to pages of style banks, which come in as inputs
+    banked    rows also attend to pages of style banks, which are inputs
 
-Keys and values of all layers of one attention level travel in one tensor, so that SDXL's 70 layers take 2 inputs each
-for text, pictures and pages. The row table's columns are inputs under their own names (`models.row_table`).
+Keys and values of all layers of one attention level share one tensor, so that SDXL's 70 layers take 2 inputs each for
+text, pictures and pages. The row table's columns are inputs under their own names (`models.row_table`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,11 +31,11 @@ TEXT_TOKENS = 77
 
 @dataclass(frozen=True)
 class GraphShape:
-    """What a UNet graph is exported for.
+    """Flavour and fixed sizes of a UNet graph.
 
     flavour: see the module. references: columns of `self_page`, the most references of a row; segments: columns of
-    `image_page`, the most pictures of a row; text_tokens: what the text encoders read. All are fixed in the graph; row,
-    page and mask counts and the picture's size are not.
+    `image_page`, the most pictures of a row; text_tokens: the text encoders' token count. Row, page and mask counts and
+    the picture's size may vary.
     """
 
     flavour: str = "live"
@@ -57,12 +57,12 @@ class GraphShape:
 
     @property
     def shares(self) -> bool:
-        """Whether rows may have references."""
+        """Return whether rows may have references."""
         return self.flavour != "plain"
 
     @classmethod
     def from_dict(cls, found: Mapping) -> "GraphShape":
-        """Back from `dict(...)` of the fields, as manifests hold it."""
+        """Return the shape from the result of `to_dict`, which manifests hold."""
         return cls(**{field.name: found[field.name] for field in fields(cls)})
 
     def to_dict(self) -> dict:
@@ -71,7 +71,7 @@ class GraphShape:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input or output of a graph: its type, and its dimensions as numbers or, where they may vary, as names.
+    """Input or output of a graph: its type, and its dimensions as numbers or, if they may vary, as names.
 
     Names are those of `DIMENSIONS`, or "tokens_<level>" for the feature map of an attention level.
     """
@@ -95,7 +95,7 @@ DIMENSIONS = {
 
 
 def graph_inputs(unet: UNet, shape: GraphShape) -> list[Tensor]:
-    """The inputs of a UNet's graph, in order."""
+    """Return the inputs of a UNet's graph, in order."""
     layout, dtype, i64, f32 = unet.layout, unet.dtype, torch.int64, torch.float32
     sizes = _sizes(layout, shape) | {"rows": "rows", "norm_rows": "rows"}
     pooled = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
@@ -147,14 +147,14 @@ def _sizes(layout: AttentionLayout, shape: GraphShape) -> dict[str, int | str]:
 
 
 def graph_output(unet: UNet) -> Tensor:
-    """The one output of a UNet's graph."""
+    """Return the one output of a UNet's graph."""
     return Tensor(OUTPUT, unet.dtype, ("rows", unet.config["out_channels"], "height", "width"))
 
 
 class UNetGraph(nn.Module):
-    """A UNet call on the inputs that `graph_inputs` lists, in their order. Returns [rows, channels, height, width].
+    """UNet call on the inputs that `graph_inputs` lists, in their order. Returns [rows, channels, height, width].
 
-    Traced, exported and compiled; the engine calls `UNet` itself.
+    For tracing only; the engine calls `UNet` itself.
     """
 
     def __init__(self, unet: UNet, shape: GraphShape):
@@ -175,7 +175,7 @@ class UNetGraph(nn.Module):
         return unet(latents, embedding, self._unpacked(given, "text_kv"), images, table, pages, masks)
 
     def _table(self, given: Mapping[str, torch.Tensor]) -> RowTable:
-        """The row table, with columns that no row uses where the graph has no inputs for them."""
+        """Return the row table, with idle columns in place of inputs that the graph lacks."""
         latents = given["latents"]
         # a graph without references has no rows that share norms either
         sizes = _sizes(self.unet.layout, self.shape) | {"rows": latents.shape[0], "norm_rows": 0}
@@ -187,11 +187,11 @@ class UNetGraph(nn.Module):
         )
 
     def _unpacked(self, given: Mapping[str, torch.Tensor], name: str) -> tuple[KeyValue, ...]:
-        """Keys and values per layer, from one tensor [layers, 2, pages, tokens, heads, d] per level."""
+        """Return keys and values per layer, from one tensor [layers, 2, pages, tokens, heads, d] per level."""
         return tuple((packed[0], packed[1]) for packed in self._layers(given, name, 0))
 
     def _layers(self, given: Mapping[str, torch.Tensor], name: str, dim: int) -> list[torch.Tensor]:
-        """What every layer has of a packed tensor, whose layers stand along `dim`."""
+        """Return every layer's part of a packed tensor, whose layers are along `dim`."""
         found: list[torch.Tensor | None] = [None] * len(self.unet.layout.layers)
         for level in range(self.unet.layout.levels):
             for place, layer in enumerate(self.unet.layout.at_level(level)):
@@ -214,7 +214,7 @@ class UNetGraph(nn.Module):
 
 
 def example_sizes(unet: UNet, latent_size: tuple[int, int] | None = None) -> dict[str, int]:
-    """Sizes to trace with: all different and above 1, so that nothing takes one dimension for another or for 1."""
+    """Return sizes to trace with: all different and above 1, so that no dimension is mistaken for another or for 1."""
     side = unet.config.get("sample_size") or 128
     height, width = latent_size or ((side, side) if isinstance(side, int) else side)
     sizes = {"rows": 4, "text_pages": 3, "image_pages": 5, "image_tokens": 6, "masks": 7, "pages": 2}
@@ -222,13 +222,13 @@ def example_sizes(unet: UNet, latent_size: tuple[int, int] | None = None) -> dic
 
 
 def with_tokens(unet: UNet, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The same, with the token counts of attention levels that follow from height and width."""
+    """Return `sizes` with the token counts of attention levels, which follow from height and width."""
     maps = unet.attention_sizes(sizes["height"], sizes["width"])
     return dict(sizes) | {f"tokens_{level}": h * w for level, (h, w) in enumerate(maps)}
 
 
 def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random inputs that a request could have brought, by name: every mode, strengths of 0 too, and pages in use.
+    """Return random but valid inputs by name: every mode, some strengths of 0, and pages in use.
 
     sizes: of all dimensions of `graph_inputs`; numbers are drawn on the CPU from `seed`.
     """
@@ -283,14 +283,14 @@ def _concrete(unet: UNet, shape: GraphShape, sizes: Mapping[str, int]) -> Iterat
 
 
 def dynamic_shapes(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None) -> tuple[dict, ...]:
-    """For `torch.export`: which dimensions of every input may vary; those in `fixed` don't."""
+    """Return, for `torch.export`, the dimensions of every input that may vary; those in `fixed` don't."""
     fixed = dict(fixed or {})
     if {"height", "width"} <= fixed.keys():
         fixed = with_tokens(unet, fixed)
     named = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in DIMENSIONS.items()}
 
     def dims(tensor: Tensor) -> dict:
-        # token counts follow from height and width, which the exporter works out
+        # token counts follow from height and width; the exporter derives them
         return {
             i: named.get(d, torch.export.Dim.AUTO)
             for i, d in enumerate(tensor.dims)
@@ -302,15 +302,15 @@ def dynamic_shapes(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | Non
 
 @contextmanager
 def _quickly() -> Iterator[None]:
-    """Leave out what PyTorch does for each operation of a trace and costs much of its time, with the same graph.
+    """Disable PyTorch's per-operation work that slows down tracing without changing the graph.
 
-    Its cache of shapes has to prove symbolic sizes equal before it may answer, which takes longer than to compute them
-    again. Which line of Python made a node is read by nothing here: nodes are named after their modules.
+    Its shape cache must prove symbolic sizes equal before each hit, which takes longer than recomputing shapes. Nodes'
+    stack traces are not used here: nodes are named after their modules.
     """
     from torch._dynamo import config as dynamo
     from torch.fx import config as fx
 
-    stacks = getattr(fx, "do_not_emit_stack_traces", False)  # PyTorch releases without it keep the lines
+    stacks = getattr(fx, "do_not_emit_stack_traces", False)  # PyTorch releases without the option keep the traces
     fx.do_not_emit_stack_traces = True
     try:
         with dynamo.patch(fake_tensor_cache_enabled=False):
@@ -320,10 +320,11 @@ def _quickly() -> Iterator[None]:
 
 
 def trace(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None) -> torch.export.ExportedProgram:
-    """The graph with stylefast's custom operations in it; `fixed` are sizes that may not vary.
+    """Return the graph with stylefast's custom operations in it; `fixed` are sizes that don't vary.
 
-    All operations of the graph work on CPUs and GPUs; the UNet may lie on the meta device, without weights.
-    Raises ExportError for a UNet whose smallest pictures would have an empty or single-valued middle.
+    All operations of the graph work on CPUs and GPUs; the UNet may be on the meta device, without weights. Raises
+    ExportError for a UNet whose smallest pictures would have an empty or single-valued middle, InvalidRequest for an
+    unknown dimension.
     """
     halvings = len(unet.down_blocks) - 1
     if DIMENSIONS["height"][0] <= 2**halvings:

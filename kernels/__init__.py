@@ -1,11 +1,12 @@
-"""The operations of stylefast, one file each; import them as `stylefast.kernels`.
+"""Operations of stylefast, one per file; import them as `stylefast.kernels`.
 
-Every file holds the formula and the shapes, `*_ref` in plain PyTorch to read and to test against, the public function
-of its name, and its custom op with the forms that `registry` chooses from: Triton (in `gpu/`), C++ (in csrc/), PyTorch.
+Each file holds the formula and shapes, a plain PyTorch `*_ref` to read and to test against, the public function of the
+same name, and its custom op with the backends that `registry` chooses from: Triton (in `gpu/`), C++ (in csrc/),
+PyTorch.
 """
 
 if __name__ == "kernels":
-    # a checkout on sys.path offers this folder under the name of Hugging Face's package; step aside for it
+    # with a checkout on sys.path, this folder shadows Hugging Face's `kernels` package; load that one instead
     import sys
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
@@ -17,8 +18,8 @@ if __name__ == "kernels":
         sys.modules[__name__] = _module = module_from_spec(_spec)
         _spec.loader.exec_module(_module)
     else:
-        # transformers and diffusers import whatever is called `kernels` to ask for its version, so importing this must
-        # work; only taking something from it is an error
+        # transformers and diffusers import any package called `kernels` to read its version, so the import must succeed
+        # and only attribute access fails
         def __getattr__(name):
             if name.startswith("__"):
                 raise AttributeError(name)

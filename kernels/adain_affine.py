@@ -1,7 +1,7 @@
-"""AdaIN's gains and offsets from two sets of token statistics.
+"""Gains and offsets of AdaIN from two sets of token statistics.
 
-AdaIN(x, y) = std(y) * (x - mean(x)) / std(x) + mean(y) with std = sqrt(variance + 1e-5) is affine in x. With a strength
-s in [0, 1] that moves x part of the way:
+AdaIN(x, y) = std(y) * (x - mean(x)) / std(x) + mean(y) with std = sqrt(variance + 1e-5) is affine in x. A strength s in
+[0, 1] applies it partially:
 
     ratio = sqrt((variance_y + 1e-5) / (variance_x + 1e-5))
     gain  = 1 + s (ratio - 1)           offset = s (mean_y - ratio mean_x)
@@ -28,7 +28,7 @@ def adain_affine_ref(
     pool_mean: torch.Tensor | None = None,  # [parts, pages, heads, d]
     pool_variance: torch.Tensor | None = None,
 ) -> Affine:
-    """The formula above, one part and row at a time."""
+    """Evaluate the formula above, one part and row at a time."""
     gain, offset = torch.ones_like(mean), torch.zeros_like(mean)
     parts, rows = mean.shape[:2]
     for part in range(parts):
@@ -54,16 +54,16 @@ def adain_affine(
     pool_variance: torch.Tensor | None = None,
     check_finite: bool = True,
 ) -> Affine:
-    """Gain and offset that move every row towards the statistics of its page.
+    """Return the gain and offset that move each row towards the statistics of its page.
 
     mean, variance [parts, rows, heads, d] fp32, from `token_stats` (3 parts: queries, keys, values); page [rows] int64,
-    p < rows is row p, p >= rows entry p - rows of pool_mean, pool_variance [parts, pages, heads, d], -1 none; strength
-    [rows, parts] in [0, 1]. Rows without a page, and parts of strength 0, get exactly gain 1 and offset 0 whatever the
-    statistics hold. Returns Affine of two tensors like mean.
+    p < rows is row p, p >= rows is entry p - rows of pool_mean, pool_variance [parts, pages, heads, d], -1 is none;
+    strength [rows, parts] in [0, 1]. Rows without a page, and parts of strength 0, get exactly gain 1 and offset 0,
+    even if their statistics are NaN. Returns Affine of two tensors like mean.
 
     Raises InvalidRequest, a ValueError, for shapes that don't fit and, on CPUs or under STYLEFAST_CHECKS=1, for a page
     or strength out of range and for statistics in use that are not finite or a negative variance. `check_finite=False`
-    leaves out the last: where activations overflowed, the gains of the rows concerned are not finite either.
+    skips the check of statistics: if activations overflowed, the gains of those rows are not finite either.
     """
     if not trusted():
         _check(mean, variance, page, strength, pool_mean, pool_variance)

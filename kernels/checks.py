@@ -1,4 +1,4 @@
-"""Checks at the door of the operations: each raises InvalidRequest, a ValueError, naming the value and the limit."""
+"""Argument checks of the operations: each raises InvalidRequest, a ValueError, naming the value and the limit."""
 
 import numpy as np
 import torch
@@ -7,27 +7,27 @@ from stylefast.errors import InvalidRequest
 
 
 def shape(name: str, tensor: torch.Tensor, **expected: int) -> None:
-    """The tensor has these named dimensions in this order; a dimension given as -1 is free."""
+    """Raise InvalidRequest unless the tensor has these named dimensions in this order; -1 accepts any size."""
     sizes = tuple(expected.values())
-    # no `in`: a compiler's symbolic sizes compare with numbers, but are not found among them
+    # no `in`: symbolic sizes under torch.compile support comparison with numbers but not membership tests
     if tensor.ndim != len(sizes) or any(want != -1 and want != have for want, have in zip(sizes, tensor.shape)):
         wanted = ", ".join(key if size == -1 else f"{key}={size}" for key, size in expected.items())
         raise InvalidRequest(f"{name} must have shape [{wanted}], not {list(tensor.shape)}")
 
 
 def dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
-    """The tensor has one of these types."""
+    """Raise InvalidRequest unless the tensor has one of these types."""
     if tensor.dtype not in allowed:
         raise InvalidRequest(f"{name} must be {' or '.join(map(str, allowed))}, not {tensor.dtype}")
 
 
 def floating(name: str, tensor: torch.Tensor) -> None:
-    """The tensor holds floats of 16, 32 or 64 bits."""
+    """Raise InvalidRequest unless the tensor holds floats of 16, 32 or 64 bits."""
     dtype(name, tensor, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def together(first: str, **tensors: torch.Tensor | None) -> None:
-    """All tensors are on the device of the one called `first`."""
+    """Raise InvalidRequest unless all tensors are on the device of the one called `first`."""
     device = tensors[first].device
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
@@ -35,7 +35,7 @@ def together(first: str, **tensors: torch.Tensor | None) -> None:
 
 
 def dense_channels(**tensors: torch.Tensor) -> None:
-    """The last dimension of each tensor is contiguous; any other strides do."""
+    """Raise InvalidRequest unless the last dimension of each tensor is contiguous; other strides are free."""
     for name, tensor in tensors.items():
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise InvalidRequest(
@@ -44,7 +44,7 @@ def dense_channels(**tensors: torch.Tensor) -> None:
 
 
 def integers_within(name: str, tensor: torch.Tensor, low: int, high: int, meaning: str) -> None:
-    """low <= every value < high. Reads the tensor on the host."""
+    """Raise InvalidRequest unless low <= every value < high. Synchronises with the device."""
     if tensor.numel() == 0:
         return
     least, most = (int(value) for value in torch.aminmax(tensor))
@@ -54,7 +54,7 @@ def integers_within(name: str, tensor: torch.Tensor, low: int, high: int, meanin
 
 
 def numbers_within(name: str, tensor: torch.Tensor, low: float, high: float) -> None:
-    """Every value is a number in [low, high]. Reads the tensor on the host."""
+    """Raise InvalidRequest unless every value is a number in [low, high]. Synchronises with the device."""
     if tensor.numel() == 0:
         return
     least, most = (float(value) for value in torch.aminmax(tensor.detach()))
@@ -65,7 +65,7 @@ def numbers_within(name: str, tensor: torch.Tensor, low: float, high: float) -> 
 
 
 def apart(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
-    """`out` shares no memory with an input, and no two of its elements share theirs."""
+    """Raise InvalidRequest if `out` overlaps itself or an input in memory."""
     if out.numel() == 0:
         return
     reach = 1
@@ -89,7 +89,7 @@ def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 class _Addresses:
-    """Where a tensor's bytes lie, for numpy; they are never read, so any device's addresses do."""
+    """Address range of a tensor as a numpy array interface; never dereferenced, so device pointers work too."""
 
     def __init__(self, tensor: torch.Tensor):
         size = tensor.element_size()

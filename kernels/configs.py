@@ -1,12 +1,12 @@
-"""Launch configurations of the Triton kernels: committed JSON per GPU, picked by nearest match, never searched for.
+"""Launch configurations of the Triton kernels: committed JSON per GPU, nearest match, no search at run time.
 
 `kernels/tuning/*.json` holds one file per GPU:
 
     {"gpu": "NVIDIA H200", "capability": 90, "measured": {...} or null,
      "operations": {"geglu": [{"key": {"columns": 2560, "bits": 16}, "config": {"num_warps": 4}}, ...]}}
 
-A file without a GPU's name holds for every GPU of its capability and was reasoned, not measured. `stylefast bench
---tune` writes measured ones. The folder in `STYLEFAST_TUNING`, if set, is read before the committed files.
+A file whose "gpu" is null applies to every GPU of its capability and was chosen by reasoning, not measured. `stylefast
+bench --tune` writes measured ones. The folder in `STYLEFAST_TUNING`, if set, is read before the committed files.
 """
 
 import math
@@ -25,7 +25,7 @@ Config = dict[str, int | float | str | bool]
 
 
 class Tuning(NamedTuple):
-    """One file."""
+    """Content of one tuning file."""
 
     path: Path
     gpu: str | None
@@ -35,11 +35,11 @@ class Tuning(NamedTuple):
 
 
 def configuration(operation: str, capability: int, gpu: str | None = None, **key: int | float | str) -> Config:
-    """The configuration of the nearest committed key on the nearest GPU.
+    """Return the configuration of the nearest committed key on the nearest GPU.
 
     The file is that of the GPU's name, else of its capability, else of the highest capability below it. Within the
-    file an entry matches if its words equal those asked for; of the matching ones the nearest in numbers is taken,
-    by the sum of |log2(asked / committed)|. Raises InvalidRequest where nothing matches.
+    file, an entry matches if its string values equal those asked for; of the matching entries the one with the smallest
+    sum of |log2(asked / committed)| over its numbers is taken. Raises InvalidRequest if nothing matches.
     """
     for tuning in _preference(capability, gpu):
         entries = tuning.operations.get(operation, ())
@@ -53,7 +53,7 @@ def configuration(operation: str, capability: int, gpu: str | None = None, **key
 
 
 def configurations(operation: str, capability: int) -> list[tuple[Key, Config]]:
-    """Every entry that a GPU of this capability may be given, for ahead-of-time compiles."""
+    """Return every entry that may serve a GPU of this capability, for ahead-of-time compilation."""
     found = [entry for tuning in _preference(capability, None) for entry in tuning.operations.get(operation, ())]
     named = [t for t in tunings() if t.gpu is not None and t.capability == capability]
     found += [entry for tuning in named for entry in tuning.operations.get(operation, ())]
@@ -61,13 +61,13 @@ def configurations(operation: str, capability: int) -> list[tuple[Key, Config]]:
 
 
 def source(capability: int, gpu: str | None = None) -> Tuning | None:
-    """The file that a GPU is served from first."""
+    """Return the file that is tried first for a GPU, or None."""
     return next(iter(_preference(capability, gpu)), None)
 
 
 @cache
 def tunings() -> tuple[Tuning, ...]:
-    """All files, those of `STYLEFAST_TUNING` first. Raises InvalidRequest for a damaged one."""
+    """Return all files, those of `STYLEFAST_TUNING` first. Raises InvalidRequest for a damaged one."""
     folders = [Path(folder) for folder in (os.environ.get("STYLEFAST_TUNING"), FOLDER) if folder]
     return tuple(_read(path) for folder in folders for path in sorted(folder.glob("*.json")))
 

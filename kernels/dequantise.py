@@ -1,6 +1,6 @@
-"""Stored fp8 numbers back to floats: what a style bank holds of keys, values or hidden states.
+"""Dequantisation of the fp8 keys, values and hidden states of a style bank.
 
-out = values * scale                               one scale per (group, channel), shared by the group's tokens
+out = values * scale                           one scale per (group, channel), shared by the group's tokens
 """
 
 import torch
@@ -13,15 +13,15 @@ FP8 = torch.float8_e4m3fn
 
 
 def dequantise_ref(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The formula above in fp32, spelled out. values [groups, tokens, channels], scale [groups, channels]."""
+    """Evaluate the formula above in fp32. values [groups, tokens, channels], scale [groups, channels]."""
     return values.float() * scale[:, None]
 
 
 def dequantise(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """values * scale: values [groups, tokens, channels] float8_e4m3fn, scale [groups, channels] fp32.
+    """Return values * scale: values [groups, tokens, channels] float8_e4m3fn, scale [groups, channels] fp32.
 
     out: a contiguous tensor of that shape, fp32, bf16 or fp16, that is written and returned; each number is rounded
-    once. None: a new one in fp32. Raises InvalidRequest, a ValueError, for other shapes and types.
+    once. None allocates an fp32 tensor. Raises InvalidRequest, a ValueError, for other shapes and types.
     """
     checks.shape("values", values, groups=-1, tokens=-1, channels=-1)
     checks.dtype("values", values, FP8)
@@ -56,7 +56,8 @@ def _triton(scale, codes, out):
     launch(scale, codes, out)
 
 
-# the scale comes first, of a type that all forms take; and bits in place of fp8, with which PyTorch can do little
+# scale comes first because backends are chosen by the first tensor's type, and fp8 is passed as bytes because PyTorch
+# supports few operations on it
 _dequantise = Operation(
     "dequantise",
     "(Tensor scale, Tensor codes) -> Tensor",

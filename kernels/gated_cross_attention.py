@@ -1,10 +1,10 @@
-"""Gated cross-attention: text plus up to S image segments, each with its own softmax and its own strength.
+"""Gated cross-attention over text and up to S image segments, each with its own softmax and strength.
 
     out = softmax(Q K_text^T / sqrt(d)) V_text + sum_s strength_s * mask_s * softmax(Q K_s^T / sqrt(d)) V_s
 
 (IP-Adapter, arXiv 2308.06721, equation 5; InstantStyle, arXiv 2404.02733, sets the strength per attention module.)
-Segments of a row that carry the same group number share one softmax; each keeps its strength and mask.
-A strength of 0 leaves a segment out altogether: it costs nothing, and a NaN in its keys or values goes nowhere.
+Segments of a row with the same group number share one softmax; each keeps its own strength and mask. A segment of
+strength 0 is skipped: it costs nothing, and NaN in its keys or values has no effect.
 """
 
 import math
@@ -32,7 +32,7 @@ def gated_cross_attention_ref(
     masks: torch.Tensor | None = None,  # [masks, tokens] fp32
     mask_index: torch.Tensor | None = None,  # [rows, S] int64; -1: everywhere
 ) -> torch.Tensor:
-    """The formula above, one row at a time, in fp32 or, for fp64 input, in fp64. Returns [rows, tokens, heads, d]."""
+    """Evaluate the formula above row by row, in fp32 or, for fp64 input, in fp64. Returns [rows, tokens, heads, d]."""
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty_like(q)
     for row in range(q.shape[0]):
@@ -73,13 +73,13 @@ def gated_cross_attention(
     mask_index: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gated cross-attention in one kernel, the custom op `torch.ops.stylefast.gated_cross_attention`.
+    """Compute gated cross-attention in one kernel, the custom op `torch.ops.stylefast.gated_cross_attention`.
 
-    q [rows, tokens, heads, d]; text_k, text_v [text pages, text tokens, heads, d]; text_page [rows] int64. Images, all
-    or none of: image_k, image_v [image pages, image tokens, heads, d], image_lengths [image pages] int64 (tokens in
-    use), image_page [rows, S] int64 (-1: none), strength [rows, S] fp32, group [rows, S] int64; to confine segments,
-    masks [masks, tokens] fp32 with mask_index [rows, S] int64 (-1: everywhere). A negative strength subtracts. Returns
-    [rows, tokens, heads, d], contiguous, or fills `out`.
+    q [rows, tokens, heads, d]; text_k, text_v [text pages, text tokens, heads, d]; text_page [rows] int64. For images,
+    give all or none of: image_k, image_v [image pages, image tokens, heads, d], image_lengths [image pages] int64
+    (tokens in use), image_page [rows, S] int64 (-1: none), strength [rows, S] fp32, group [rows, S] int64; masks
+    [masks, tokens] fp32 with mask_index [rows, S] int64 (-1: everywhere) confine segments. A negative strength
+    subtracts. Returns [rows, tokens, heads, d], contiguous, or fills `out`.
 
     Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, for an `out` that overlaps an
     input, and on CPUs, or under STYLEFAST_CHECKS=1, for a page, length or mask out of range.
@@ -184,7 +184,7 @@ def _outputs(q, *others):
 def _torch(
     q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
 ):
-    """On PyTorch's attention kernels, one call for every kind of segment over the rows that use it. Reads the host."""
+    """Compute with PyTorch's attention kernels, one call per combination of segments. Synchronises with the device."""
     out = attend(q, text_k[text_page], text_v[text_page]).contiguous()
     if image_page is None or image_page.shape[1] == 0 or q.numel() == 0:
         return out
@@ -223,7 +223,7 @@ def _torch(
 def _traceable(
     q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
 ):
-    """The same without a look at the tables on the host: every row carries every segment, hidden where it has none."""
+    """Compute without reading tensors on the host: every row carries every segment, masked out where unused."""
     out = attend(q, text_k[text_page], text_v[text_page])
     if image_page is None or image_page.shape[1] == 0 or image_k.shape[0] == 0:
         return out.contiguous()
@@ -232,14 +232,14 @@ def _traceable(
     page = image_page.clamp(min=0)
     token = torch.arange(image_k.shape[1], device=q.device)
     there = active[:, :, None] & (token < image_lengths[page][:, :, None])  # [rows, S, image tokens]
-    # zeros where nothing is there: a NaN must not meet the weight 0
+    # zeros where masked: 0 * NaN would be NaN
     keys, values = (torch.where(there[..., None, None], x[page], 0).to(exact) for x in (image_k, image_v))
     logits = torch.einsum("rqhd,rskhd->rhqsk", q.to(exact), keys) / math.sqrt(q.shape[-1])
     total = out.to(exact)
     everywhere = torch.arange(q.shape[0], device=q.device)
     for s in range(image_page.shape[1]):
         members = there & (group == group[:, s, None])[:, :, None]
-        # a segment without a member takes the weight of nothing instead of NaN
+        # for an inactive segment nothing is masked, which avoids the NaN of a fully masked softmax
         seen = members | ~active[:, s, None, None]
         weights = torch.softmax(logits.masked_fill(~seen[:, None, None], -math.inf).flatten(3), -1)
         weights = weights.unflatten(3, logits.shape[3:])[:, :, :, s]  # [rows, heads, tokens, image tokens]
@@ -260,7 +260,7 @@ def _gate(strength, masks, mask_index, index, segment, q):
 
 
 def _weighted(query, keys, values, gates=None):
-    """softmax(query keys^T / sqrt(d)) * gates @ values for one row: [tokens, heads, d]."""
+    """Return softmax(query keys^T / sqrt(d)) * gates @ values for one row: [tokens, heads, d]."""
     weights = torch.softmax(torch.einsum("qhd,khd->hqk", query, keys) / math.sqrt(query.shape[-1]), -1)
     return torch.einsum("hqk,khd->qhd", weights if gates is None else weights * gates, values)
 

@@ -1,7 +1,7 @@
-"""GEGLU: the gated half of a feed-forward layer (Shazeer, arXiv 2002.05202).
+"""GEGLU, the gated activation of a feed-forward layer (Shazeer, arXiv 2002.05202).
 
 [hidden, gate] = x along the last dimension
-out = hidden * gelu(gate)                          gelu(g) = g (1 + erf(g / sqrt 2)) / 2
+out = hidden * gelu(gate)                      gelu(g) = g (1 + erf(g / sqrt 2)) / 2
 """
 
 import torch
@@ -14,16 +14,16 @@ from stylefast.kernels.registry import Operation, trusted
 
 
 def geglu_ref(x: torch.Tensor) -> torch.Tensor:
-    """The formula above in fp32 or, for fp64 input, in fp64. x [..., 2 inner] -> [..., inner]."""
+    """Evaluate the formula above in fp32 or, for fp64 input, in fp64. x [..., 2 inner] -> [..., inner]."""
     exact = x.double() if x.dtype == torch.float64 else x.float()
     hidden, gate = exact.chunk(2, dim=-1)
     return (hidden * gate * (1 + torch.erf(gate / 2**0.5)) / 2).to(x.dtype)
 
 
 def geglu(x: torch.Tensor) -> torch.Tensor:
-    """hidden * gelu(gate) with the exact gelu: x [..., 2 inner] -> [..., inner], contiguous.
+    """Return hidden * gelu(gate) with the exact gelu: x [..., 2 inner] -> [..., inner], contiguous.
 
-    Raises InvalidRequest, a ValueError, where the last dimension is odd or strided.
+    Raises InvalidRequest, a ValueError, if the last dimension is odd or strided.
     """
     if trusted():
         return _geglu(x)
@@ -44,7 +44,7 @@ def _torch(x):
 
 
 def _cpp(x, out):
-    # a copy only where the leading dimensions are no evenly spaced rows
+    # reshape copies only if the leading dimensions don't collapse into evenly spaced rows
     extension().geglu(x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]))
 
 

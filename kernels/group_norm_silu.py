@@ -1,7 +1,7 @@
-"""Group norm, optionally followed by SiLU, optionally with statistics pooled with a reference.
+"""Group norm with optional SiLU and optional pooling of statistics with a reference.
 
 StyleAligned's `share_group_norm` runs a group norm over the target and its reference together. Only two floats per
-(row, group) of the reference matter: with n own and n_r reference elements,
+(row, group) of the reference are needed: with n own and n_r reference elements,
 
     m = (n m_t + n_r m_r) / (n + n_r)        v = (n (v_t + (m_t - m)^2) + n_r (v_r + (m_r - m)^2)) / (n + n_r)
 
@@ -29,7 +29,7 @@ def group_norm_silu_ref(
     pool_variance: torch.Tensor | None = None,
     pool_elements: int = 0,  # elements per group behind a pool entry
 ) -> torch.Tensor:
-    """The norm over concatenated elements where the reference is in the batch. Returns x's shape and type."""
+    """Normalise over concatenated elements if the reference is in the batch. Returns x's shape and type."""
     rows, exact = x.shape[0], torch.promote_types(x.dtype, torch.float32)
     flat = x.to(exact).reshape(rows, groups, x[0, 0].numel() * x.shape[1] // groups)
     out = torch.empty_like(flat)
@@ -61,11 +61,12 @@ def group_norm_silu(
     pool_variance: torch.Tensor | None = None,
     pool_elements: int | None = 0,
 ) -> torch.Tensor:
-    """Group norm and SiLU with pooled statistics, the custom op `torch.ops.stylefast.group_norm_silu`.
+    """Apply group norm and SiLU with pooled statistics, the custom op `torch.ops.stylefast.group_norm_silu`.
 
     x [rows, channels, h, w], contiguous or channels-last; weight, bias [channels]; page [rows] int64 or empty: p < rows
-    pools with row p, p >= rows with pool_mean, pool_variance [pages, groups] fp32 of pool_elements elements each (None:
-    as many as x has), -1 is the plain norm. Returns x's shape, type and memory format.
+    pools with row p, p >= rows with entry p - rows of pool_mean, pool_variance [pages, groups] fp32, taken over
+    pool_elements elements each (None: as many as x has), -1 is the plain norm. Returns x's shape, type and memory
+    format.
 
     Raises InvalidRequest, a ValueError, for shapes and types that don't fit and, on CPUs or under STYLEFAST_CHECKS=1,
     for a page out of range and for pool statistics that are not finite or a negative variance.
@@ -168,7 +169,7 @@ def _pooled_norm(x, groups, weight, bias, eps, silu, page, pool_mean, pool_varia
 
 
 def pooled_stats(mean, variance, elements, other_mean, other_variance, other_elements):
-    """Mean and biased variance of two sets taken together, from those of each; shapes broadcast."""
+    """Return mean and biased variance of the union of two sets, from those of each; shapes broadcast."""
     total = elements + other_elements
     pooled_mean = (elements * mean + other_elements * other_mean) / total
     spread = elements * (variance + (mean - pooled_mean) ** 2)
@@ -177,7 +178,7 @@ def pooled_stats(mean, variance, elements, other_mean, other_variance, other_ele
 
 
 def _cpp(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out):
-    # a copy only where x is neither contiguous nor channels-last
+    # copies only if x is neither contiguous nor channels-last
     x, parameters = x.contiguous(memory_format=_memory_format(x)), (weight.contiguous(), bias.contiguous())
     extension().group_norm_silu(x, groups, *parameters, eps, silu, page, pool_mean, pool_variance, pool_elements, out)
 
@@ -186,7 +187,7 @@ def _triton(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, 
     from stylefast.kernels.gpu.group_norm_silu import group_norm_silu as launch
 
     height, width = x.shape[2:]
-    # one stride must reach all h * w positions; slices of rows or channels are taken as they are
+    # the kernel walks all h * w positions with one stride; slices of rows or channels need no copy
     if height > 1 and width > 1 and x.stride(2) != width * x.stride(3):
         x = x.contiguous()
     launch(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out)

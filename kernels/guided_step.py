@@ -1,4 +1,4 @@
-"""guided_step: combine the branch predictions of every picture and advance it by one sampler step.
+"""guided_step: combine the branch predictions of each picture and advance it by one sampler step.
 
 For picture p with branch rows b, weights w and this step's coefficients (`stylefast.sampling.Schedule`):
 
@@ -9,8 +9,8 @@ For picture p with branch rows b, weights w and this step's coefficients (`style
     history'         = (x0, history[0])
 
 The second line is guidance rescale (Lin et al. 2024, Eq. 15 and 16). Terms with coefficient zero and branches with
-weight zero or row -1 are left out, not multiplied: what they hold, NaN included, has no effect, but for the full branch
-where rescale takes its deviation. All sums are float32.
+weight zero or row -1 are left out, not multiplied, so NaN in them has no effect; the full branch still counts if
+rescale takes its deviation. All sums are float32.
 """
 
 import torch
@@ -34,7 +34,7 @@ def guided_step_ref(
     update: torch.Tensor,
     noise: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`guided_step` written out, picture by picture and term by term."""
+    """Compute `guided_step` picture by picture and term by term."""
     next_latents, next_anchor = torch.empty_like(latents), torch.empty_like(anchor)
     next_history = torch.empty_like(history)
     exact = torch.promote_types(latents.dtype, torch.float32)
@@ -73,16 +73,16 @@ def guided_step(
     update: torch.Tensor,
     noise: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One sampler step for all pictures of a batch, whatever their samplers and guidance.
+    """Advance all pictures of a batch by one sampler step; samplers and guidance may differ.
 
     latents, anchor, noise [images, C, h, w]; history [images, 2, C, h, w], the x0 of the last step and of the one
-    before; predictions [rows, C, h, w]; branch_rows [images, 4] int64, rows of the branches null, context, style,
-    full, -1 where a picture has none; branch_weights [images, 4]; rescale [images] in [0, 1]; denoised [images, 2];
-    update [images, 2, 6].
+    before; predictions [rows, C, h, w]; branch_rows [images, 4] int64, rows of the branches null, context, style, full,
+    -1 where a picture has none; branch_weights [images, 4]; rescale [images] in [0, 1]; denoised [images, 2]; update
+    [images, 2, 6].
 
-    Returns new (latents, anchor, history) in the types of the old; nothing is changed in place. A picture without a
-    full branch, or whose output is constant, is not rescaled. Raises InvalidRequest, a ValueError, for shapes that
-    don't fit and, on CPUs or under STYLEFAST_CHECKS=1, for branch rows and rescales out of range.
+    Returns new (latents, anchor, history) in the types of the old; arguments are not modified. A picture without a full
+    branch, or whose output is constant, is not rescaled. Raises InvalidRequest, a ValueError, for shapes that don't fit
+    and, on CPUs or under STYLEFAST_CHECKS=1, for branch rows and rescales out of range.
     """
     tables = (branch_rows, branch_weights, rescale, denoised, update)
     arguments = (latents, anchor, history, predictions, *tables, noise)
@@ -98,7 +98,7 @@ def _outputs(latents, anchor, history, *others):
 def _torch(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise):
     exact = torch.promote_types(latents.dtype, torch.float32)
     output = torch.zeros_like(latents, dtype=exact)
-    if predictions.shape[0] == 0:  # no branch anywhere, which the sums below could not gather
+    if predictions.shape[0] == 0:  # no prediction rows at all: the gather below needs at least one
         predictions = predictions.new_zeros(1, *latents.shape[1:])
     for branch in range(branch_rows.shape[1]):
         rows = branch_rows[:, branch]
@@ -116,7 +116,7 @@ def _torch(latents, anchor, history, predictions, branch_rows, branch_weights, r
 
 
 def _weighted(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    # weight [images], values [images, C, h, w]; zero weight gives zero whatever the values
+    # weight [images], values [images, C, h, w]; zero weight gives zero even for NaN
     weight = weight.to(values.dtype).view(-1, 1, 1, 1)
     return torch.where(weight != 0, weight * values, 0.0)
 
@@ -134,7 +134,7 @@ def _rescale_factor(
 
 
 def _deviation(pictures: torch.Tensor) -> torch.Tensor:
-    # unbiased, [images]; 0 for pictures of a single value, where torch.std has NaN and a warning
+    # unbiased, [images]; 0 for single-value pictures, for which torch.std returns NaN and warns
     flat = pictures.flatten(1)
     centred = flat - flat.mean(dim=1, keepdim=True)
     return (centred.square().sum(dim=1) / max(flat.shape[1] - 1, 1)).sqrt()

@@ -1,9 +1,9 @@
-"""Layer norm, alone or behind a residual sum.
+"""Layer norm, alone or after adding a residual.
 
     total = x + residual         out = (total - mean(total)) / sqrt(var(total) + eps) * weight + bias
 
-over the last dimension, with the biased variance. A transformer block adds and normalises three times; in one kernel
-the sum is read back from registers instead of memory.
+over the last dimension, with the biased variance. A transformer block adds and normalises three times; the fused kernel
+reads the sum from registers instead of memory.
 """
 
 import torch
@@ -14,11 +14,11 @@ from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation, trusted
 
-MAX_CHANNELS = 8192  # that the Triton form holds in registers
+MAX_CHANNELS = 8192  # the Triton form holds a row in registers
 
 
 def layer_norm_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """The formula above without residual, in fp32 or, for fp64 input, in fp64."""
+    """Evaluate the formula above without residual, in fp32 or, for fp64 input, in fp64."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(exact)
     centred = wide - wide.mean(-1, keepdim=True)
@@ -27,7 +27,7 @@ def layer_norm_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ep
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """Layer norm over the last dimension: x [..., channels], weight and bias [channels] -> x's shape, contiguous.
+    """Apply layer norm over the last dimension: x [..., channels], weight and bias [channels] -> x's shape, contiguous.
 
     Raises InvalidRequest, a ValueError, for shapes, types or eps that don't fit.
     """
@@ -39,7 +39,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + residual, rounded to their common type, and its layer norm: two tensors of x's shape, contiguous.
+    """Return x + residual, rounded to their common type, and its layer norm: two tensors of x's shape, contiguous.
 
     Raises InvalidRequest, a ValueError, for shapes, types or eps that don't fit.
     """
@@ -101,7 +101,7 @@ def _rows(x):
 
 
 def _cpp(x, weight, bias, eps, out):
-    # copies only where the leading dimensions are no evenly spaced rows
+    # reshape copies only if the leading dimensions don't collapse into evenly spaced rows
     extension().layer_norm(_rows(x), weight.contiguous(), bias.contiguous(), eps, _rows(out))
 
 

@@ -1,11 +1,11 @@
-"""Which backend runs an operation, and why the others don't.
+"""Choice of the backend that runs an operation, with the reasons against the others.
 
-Every operation is a PyTorch custom op `torch.ops.stylefast.<name>` with three forms behind it: `triton` for CUDA
-devices, `cpp` for CPUs, `torch` for everything. The first form in that order that doesn't refuse a call runs it. The
-environment variable `STYLEFAST_KERNELS` forces a backend, and forcing what can't run is an error that says why:
+Every operation is a PyTorch custom op `torch.ops.stylefast.<name>` with three backends: `triton` for CUDA devices,
+`cpp` for CPUs, `torch` for everything. A call runs on the first of these that doesn't refuse it. The environment
+variable `STYLEFAST_KERNELS` forces a backend; forcing one that can't run is an error that says why:
 
     STYLEFAST_KERNELS=torch                          every operation
-    STYLEFAST_KERNELS=cpp,geglu=torch                every operation but one
+    STYLEFAST_KERNELS=cpp,geglu=torch                all operations except one
     STYLEFAST_KERNELS=shared_attention=torch         one operation; the others choose as usual
 """
 
@@ -40,11 +40,11 @@ class Operation:
     schema      of the custom op, without its name
     outputs     arguments -> new tensor or tuple of tensors with the result's shape, type and strides; also the fake
     forms       backend -> function; `torch` takes the arguments and returns the result, `triton` and `cpp` take the
-                arguments followed by the outputs and fill these
-    refuse      (backend, arguments) -> why the backend can't take the call, or ""; devices, types and absent packages
-                are the registry's to judge
+                arguments followed by the outputs, which they fill
+    refuse      (backend, arguments) -> why the backend can't take the call, or ""; the registry checks devices,
+                types and missing packages itself
     values      arguments -> None; reads tensors on the host and raises InvalidRequest for values out of range
-    traceable   the torch form without a look at values on the host, for a compiler that differentiates it
+    traceable   the torch form without host reads, for compilers that differentiate it
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Operation:
     ):
         self.name, self.outputs, self.forms, self.refuse, self.values = name, outputs, forms, refuse, values
         self.traceable = traceable or forms["torch"]
-        self._choices: dict[tuple, str] = {}  # backend by kind of call, for trusted ones
+        self._choices: dict[tuple, str] = {}  # backend by signature of a trusted call
         _define(name, schema, self.run, outputs)
         self.op = getattr(torch.ops.stylefast, name).default
         _operations[name] = self
 
     def __call__(self, *arguments):
-        """The custom op, or the torch form itself where a gradient is wanted: only that one has a backward."""
+        """Call the custom op, or the torch form itself if a gradient is needed: only that one has a backward."""
         if trusted():
             return self._run_trusted(arguments)
         if not _wants_gradient(arguments):
@@ -82,7 +82,7 @@ class Operation:
         return self._torch(arguments)
 
     def run(self, *arguments):
-        """Choose a backend and run it: what stands behind the custom op."""
+        """Choose a backend and run it; the implementation of the custom op."""
         backend = self._admit(arguments)
         if backend == "torch":
             return self._torch(arguments)
@@ -93,7 +93,7 @@ class Operation:
         return results
 
     def _run_trusted(self, arguments: tuple):
-        """What `run` does, without looking at anything but types and the last dimension."""
+        """Run a trusted call; its backend is cached by device, types and last dimension."""
         first = next(_tensors(arguments))
         types = [x.dtype if isinstance(x, torch.Tensor) else x is None for x in arguments]
         key = (first.device, first.shape[-1], *types)
@@ -107,7 +107,7 @@ class Operation:
         return results
 
     def into(self, name: str, schema: str) -> Callable[..., None]:
-        """A second custom op of one output that is given as the last argument and written in place."""
+        """Register and return a variant of the op that writes its single output into the last argument."""
 
         def run(*arguments):
             *inputs, out = arguments
@@ -142,13 +142,13 @@ class Operation:
         device = _device(arguments).type
         if not torch.is_autocast_enabled(device):
             return self.forms["torch"](*arguments)
-        # the operation rounds where it says, not where autocast would
+        # the operation defines its own rounding; autocast must not change it
         with torch.autocast(device, enabled=False):
             return self.forms["torch"](*arguments)
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    # inputs keep the strides they have in eager mode: kernels read views of fused projections as they are
+    # keep the strides of eager mode: kernels read views of fused projections without copies
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     _library.define(name + schema, tags=tags)
     for device in ("CPU", "CUDA"):
@@ -157,25 +157,25 @@ def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[...,
 
 
 def choose(operation: Operation, arguments: tuple) -> tuple[str, str]:
-    """The backend for a call and the reason for it. Raises InvalidRequest if a forced backend can't take the call."""
+    """Return the backend for a call and the reason. Raises InvalidRequest if a forced backend can't take the call."""
     return _choose(operation, _device(arguments).type, lambda backend: refusal(operation, backend, arguments))
 
 
 def refusal(operation: Operation, backend: str, arguments: tuple) -> str:
-    """Why a backend can't take a call; the empty string if it can."""
+    """Return why a backend can't take a call, or "" if it can."""
     first = next(_tensors(arguments))
     return _unfit(backend, first.device, first.dtype) or operation.refuse(backend, arguments)
 
 
 def operation(name: str) -> Operation:
-    """The operation of that name. Raises InvalidRequest with the names there are."""
+    """Return the operation of that name. Raises InvalidRequest, listing the known names."""
     if name not in _operations:
         raise InvalidRequest(f"there is no operation {name!r}; there are {', '.join(sorted(_operations))}")
     return _operations[name]
 
 
 def instruction_set() -> str:
-    """What the C++ forms compute with: "avx512_bf16", "avx512", "avx2", or "" where the extension or the CPU lacks it.
+    """Return the instruction set of the C++ forms: "avx512_bf16", "avx512", "avx2", or "" if unavailable.
 
     Raises InvalidRequest if the environment's STYLEFAST_CPU names a set that is not usable here.
     """
@@ -187,10 +187,10 @@ def instruction_set() -> str:
 
 
 def report(device: torch.device | str | None = None) -> list[dict[str, Any]]:
-    """What would run each operation on a device, for bfloat16 on CUDA and float32 on a CPU.
+    """List the backend of each operation on a device, for bfloat16 on CUDA and float32 on a CPU.
 
-    One dict an operation: `operation`, `backend` (None if what is forced can't run), `reason`, and `refused`, a dict
-    backend -> reason. The device defaults to cuda where there is one.
+    One dict per operation: `operation`, `backend` (None if the forced one can't run), `reason`, and `refused`, a dict
+    backend -> reason. The device defaults to cuda if available.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -211,7 +211,7 @@ def report(device: torch.device | str | None = None) -> list[dict[str, Any]]:
 def using(backend: str, operation: str | None = None) -> Iterator[None]:
     """Force a backend for one operation, or for all, as `STYLEFAST_KERNELS` does.
 
-    The innermost use wins, and any wins over the environment. Not for several threads at once.
+    The innermost use wins, and any wins over the environment. Not thread-safe.
     """
     _check_rule(backend, operation, "registry.using")
     _using.append((backend, operation))
@@ -223,10 +223,10 @@ def using(backend: str, operation: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def trusting() -> Iterator[None]:
-    """Take what this thread passes to operations as it is: no checks, no dispatcher, no gradients.
+    """Skip checks, dispatcher and gradients for operations called by this thread.
 
-    For callers that made every argument themselves and call often, such as a sampler's steps under inference mode. What
-    forces a backend or asks for checks (STYLEFAST_KERNELS, `using`, STYLEFAST_CHECKS=1) turns the trust off.
+    For callers that create all arguments themselves and call often, such as sampler steps under inference mode. Has no
+    effect if a backend is forced or checks are requested (STYLEFAST_KERNELS, `using`, STYLEFAST_CHECKS=1).
     """
     before = getattr(_local, "trusted", False)
     _local.trusted = not (_checks_values() or _using or os.environ.get(VARIABLE))
@@ -237,12 +237,12 @@ def trusting() -> Iterator[None]:
 
 
 def trusted() -> bool:
-    """Whether this thread's arguments are taken as they are; never while a compiler looks."""
+    """Return whether this thread skips checks; always False under torch.compile."""
     return not torch.compiler.is_compiling() and getattr(_local, "trusted", False)
 
 
 def _forced(entry: Operation) -> tuple[str | None, str]:
-    """The backend that is forced for an operation, if any, and what forces it."""
+    """Return the backend that is forced for an operation, or None, and where it was set."""
     for backend, name in reversed(_using):
         if name in (None, entry.name):
             return backend, "registry.using"
@@ -296,7 +296,7 @@ def _choose(entry: Operation, device: str, refuse: Callable[[str], str]) -> tupl
 
 
 def _unfit(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a backend can't take tensors of this device and type, whatever the operation and their shapes."""
+    """Return why a backend can't take tensors of this device and type, for any operation and shape; "" if it can."""
     if backend == "torch":
         return ""
     if backend == "triton":
@@ -335,7 +335,7 @@ def _without_extension() -> str:
 def _wants_gradient(arguments: Sequence[Any]) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments)):
         return True
-    # forward-mode derivatives, which a compiler has no part in
+    # forward-mode derivatives; torch.compile does not trace them
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in _tensors(arguments))

@@ -1,4 +1,4 @@
-"""Shared self-attention: rows attend to their own tokens and to those of 0..R reference pages.
+"""Shared self-attention: rows attend to their own tokens and to those of up to R reference pages.
 
 For a row with queries Q, own keys and values K, V, and for each reference segment r the keys K_r, V_r of its page:
 
@@ -7,12 +7,11 @@ For a row with queries Q, own keys and values K, V, and for each reference segme
     swap:    the same without the own segment
     plain:   softmax(Q K^T / sqrt(d)) V
 
-(StyleAligned, arXiv 2312.02133, figure 4; swap is Visual Style Prompting, arXiv 2402.12974.) The reference's keys come
-in raw: AdaIN of the reference with itself is the identity. A row that names no page is plain.
+(StyleAligned, arXiv 2312.02133, figure 4; swap is Visual Style Prompting, arXiv 2402.12974.) The reference's keys are
+used raw: AdaIN of the reference with itself is the identity. A row without a page is plain.
 
-A page index p < rows is row p of this batch (a live reference), p >= rows is page p - rows of the pool, -1 is none.
-A segment with shift -inf is hidden: it is not read, but AdaIN applies as if it were seen. A row that sees nothing at
-all gives 0.
+A page index p < rows is row p of this batch (a live reference), p >= rows is page p - rows of the pool, -1 is none. A
+segment with shift -inf is hidden: it is not read, but AdaIN still applies to the row. A row that sees no token gives 0.
 """
 
 import math
@@ -27,14 +26,14 @@ from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation, trusted
 
 PLAIN, CONCAT, SWAP = 0, 1, 2
-HEAD_SIZES = (32, 40, 64, 80, 128)  # those with a fused form; others run in PyTorch's own
+HEAD_SIZES = (32, 40, 64, 80, 128)  # with a fused form; other sizes run in PyTorch
 FP8 = torch.float8_e4m3fn
 
 
 class Affine(NamedTuple):
     """AdaIN as x * gain + offset: two fp32 tensors [parts, rows, heads, d].
 
-    The parts are queries, keys and values, or queries and keys alone, which leaves the values as they are.
+    The parts are queries, keys and values, or only queries and keys, which leaves the values unchanged.
     """
 
     gain: torch.Tensor
@@ -56,7 +55,7 @@ def shared_attention_ref(
     pool_k_scale: torch.Tensor | None = None,  # [pages, heads, d] fp32, with fp8 pages
     pool_v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The formula above, row by row, all logits in memory, computed in fp32 or, for fp64 input, in fp64.
+    """Evaluate the formula above row by row, all logits in memory, in fp32 or, for fp64 input, in fp64.
 
     Returns [rows, tokens, heads, d] in q's type.
     """
@@ -112,19 +111,18 @@ def shared_attention(
     pool_v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Shared self-attention in one kernel, the custom op `torch.ops.stylefast.shared_attention`.
+    """Compute shared self-attention in one kernel, the custom op `torch.ops.stylefast.shared_attention`.
 
-    q, k, v [rows, tokens, heads, d], views with any strides but a contiguous last dimension; page [rows, R] int64,
-    mode [rows] int64 (default: concat), scale and shift [rows, R] fp32 (default: 1 and 0); affine from `adain_affine`,
-    of 3 parts or of 2 (queries and keys); pool_k, pool_v [pages, page tokens, heads, d] in q's type, or in
-    float8_e4m3fn with pool_k_scale, pool_v_scale [pages, heads, d] or [heads, d] fp32; bias [rows + pages, tokens of
-    the longest page] fp32. softmax runs in fp32, logarithms are natural. Returns [rows, tokens, heads, d], contiguous,
-    or fills `out`.
+    q, k, v [rows, tokens, heads, d], with any strides but a contiguous last dimension; page [rows, R] int64, mode
+    [rows] int64 (default: concat), scale and shift [rows, R] fp32 (default: 1 and 0); affine from `adain_affine`, of 3
+    parts or of 2 (queries and keys); pool_k, pool_v [pages, page tokens, heads, d] in q's type, or in float8_e4m3fn
+    with pool_k_scale, pool_v_scale [pages, heads, d] or [heads, d] fp32; bias
+    [rows + pages, tokens of the longest page] fp32. Softmax runs in fp32; shift and bias are in natural-log units.
+    Returns [rows, tokens, heads, d], contiguous, or fills `out`.
 
     Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, for an `out` that overlaps an
-    input, and on CPUs for a page or mode out of range. CUDA tensors are not read back for that: there a page out of
-    range makes its row NaN, unless the environment has STYLEFAST_CHECKS=1, which checks at the price of a
-    synchronisation.
+    input, and on CPUs for a page or mode out of range. On CUDA a page out of range makes its row NaN, without a
+    synchronisation, unless STYLEFAST_CHECKS=1 is set in the environment.
     """
     rows = q.shape[0] if q.ndim else 0
     if page is None:
@@ -150,7 +148,7 @@ def shared_attention(
 
 
 def _per_page(scale: torch.Tensor | None, pool: torch.Tensor | None) -> torch.Tensor | None:
-    """A scale that all pages share, given as [heads, d], once for each."""
+    """Expand a scale shared by all pages, [heads, d], to one per page."""
     if scale is None or pool is None or scale.ndim != 2:
         return scale
     return scale.expand(pool.shape[0], *scale.shape).contiguous()
@@ -231,7 +229,7 @@ def _check_values(
 
 
 def refuse_head_size(backend: str, arguments: tuple) -> str:
-    """Why a fused form can't take the heads of q, the first argument; "" if it can."""
+    """Return why a fused form can't take the head size of q, the first argument; "" if it can."""
     width = arguments[0].shape[-1]
     if backend != "torch" and width not in HEAD_SIZES:
         return f"head size {width} is not one of {', '.join(map(str, HEAD_SIZES))}"
@@ -245,7 +243,7 @@ def _outputs(q, *others) -> torch.Tensor:
 def _torch(
     q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias
 ) -> torch.Tensor:
-    """On PyTorch's attention kernels: rows are gathered by what they attend to, one call per kind. Reads the host."""
+    """Compute with PyTorch's attention kernels, one call per `_kind` of row. Synchronises with the device."""
     rows = q.shape[0]
     if page.shape[1] == 0 or q.numel() == 0:
         return attend(q, k, v).contiguous()
@@ -297,7 +295,7 @@ def _torch(
 
 
 def _kind(mode: int, pages: list[int], shifts: list[float], rows: int) -> tuple:
-    """What a row attends to beside itself: its mode and the source of every segment that it sees."""
+    """Return a row's mode and the source of each segment it sees, or (PLAIN,) for a row without pages."""
     if mode == PLAIN or all(p < 0 for p in pages):
         return (PLAIN,)
     seen = [(r, p) for r, (p, shift) in enumerate(zip(pages, shifts)) if p >= 0 and shift != -math.inf]
@@ -307,14 +305,14 @@ def _kind(mode: int, pages: list[int], shifts: list[float], rows: int) -> tuple:
 def _pages(pool: torch.Tensor, scale: torch.Tensor | None, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if scale is None:
         return pool[index]
-    # gathered as bytes: indexing is not defined for float8 everywhere
+    # gathered as bytes: not every device can index float8
     return (pool.view(torch.uint8)[index].view(FP8).float() * scale[index, None]).to(dtype)
 
 
 def _traceable(
     q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias
 ) -> torch.Tensor:
-    """The same without a look at the tables on the host: every row carries every segment, hidden where it has none."""
+    """Compute without reading tensors on the host: every row carries every segment, masked out where unused."""
     rows, tokens = q.shape[:2]
     if page.shape[1] == 0:
         return attend(q, k, v).contiguous()
@@ -337,7 +335,7 @@ def _traceable(
             sources.append((pooled, p >= rows, pool_k, pool_v, pool_k_scale, pool_v_scale))
         for index, here, source_k, source_v, k_scale, v_scale in sources:
             seen = used[:, r] & here & (shift[:, r] != -math.inf)
-            # zeros where nothing is seen: a NaN there must not meet the weight 0
+            # zeros where masked: 0 * NaN would be NaN
             page_k, page_v = (
                 torch.where(seen[:, None, None, None], _pages(x, x_scale, index, q.dtype), 0)
                 for x, x_scale in ((source_k, k_scale), (source_v, v_scale))
@@ -359,7 +357,7 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 
 
 def _moved(x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """x [rows, tokens, heads, d] with AdaIN's gain and offset [rows, heads, d], rounded once."""
+    """Apply AdaIN's gain and offset [rows, heads, d] to x [rows, tokens, heads, d], rounding once."""
     return (x.to(_exact(x.dtype)) * gain[:, None] + offset[:, None]).to(x.dtype)
 
 
@@ -368,7 +366,7 @@ def _scaled(page_k: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def attend(q, k, v, mask=None):
-    """PyTorch's own attention, [rows, tokens, heads, d] in and out."""
+    """Run PyTorch's own attention, [rows, tokens, heads, d] in and out."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
@@ -383,7 +381,7 @@ def _triton(*arguments) -> None:
     launch(*arguments)
 
 
-# "modes": PyTorch's functionalisation calls an op by keywords and has a `mode` of its own
+# named "modes" because functionalisation passes arguments by keyword and has a `mode` of its own
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor page, Tensor modes, Tensor scale, Tensor shift, Tensor? gain, "
     "Tensor? offset, Tensor? pool_k, Tensor? pool_v, Tensor? pool_k_scale, Tensor? pool_v_scale, Tensor? bias"

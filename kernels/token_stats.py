@@ -1,9 +1,9 @@
-"""Token statistics and the affine form of AdaIN.
+"""Mean and variance over tokens, the statistics of AdaIN.
 
 StyleAligned (arXiv 2312.02133, section 3.2) normalises the queries and keys of a target to the statistics of its
 reference: AdaIN(x, y) = std(y) * (x - mean(x)) / std(x) + mean(y), over tokens, per row, head and channel, with the
-unbiased variance and 1e-5 inside the root. That is one gain and one offset per (row, head, channel), so it can be
-applied where x is loaded and needs no pass of its own.
+unbiased variance and 1e-5 inside the root. That is one gain and one offset per (row, head, channel), so it is applied
+when x is loaded and needs no extra pass.
 """
 
 import torch
@@ -15,7 +15,7 @@ from stylefast.kernels.registry import Operation, trusted
 
 
 def token_stats_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance over tokens, spelled out.
+    """Compute mean and unbiased variance over tokens in plain PyTorch.
 
     x: [rows, tokens, heads, d], any float type, any strides. Returns two fp32 tensors [rows, heads, d], or fp64 for
     fp64 input. The variance of a single token is 0.
@@ -28,11 +28,11 @@ def token_stats_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def token_stats(x: torch.Tensor, *more: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance over tokens, of up to three tensors in one pass.
+    """Return mean and unbiased variance over tokens, of up to three tensors in one pass.
 
-    Each [rows, tokens, heads, d], of one shape and type; strides may differ, the last dimension is contiguous. Returns
-    two fp32 tensors: [rows, heads, d] for one tensor, [tensors, rows, heads, d] for several. Raises InvalidRequest, a
-    ValueError, for other shapes, and for no tokens at all.
+    Each is [rows, tokens, heads, d], all of one shape and type; strides may differ, the last dimension is contiguous.
+    Returns two fp32 tensors: [rows, heads, d] for one tensor, [tensors, rows, heads, d] for several. Raises
+    InvalidRequest, a ValueError, for other shapes, types or strides, and if there are no tokens.
     """
     tensors = [x, *more]
     if trusted():

@@ -1,7 +1,7 @@
-"""What Triton is told about a model: `config.pbtxt` from frozen dataclasses, and back.
+"""Triton's `config.pbtxt` of a model: written from frozen dataclasses, and read back.
 
-Only what our repository uses. `max_batch_size` is 0 throughout: the rows of a UNet call, its pages and its masks are
-counted apart, so no first dimension is "the batch"; batching is the loop's business, which knows the steps.
+Covers only what our repository uses. `max_batch_size` is 0 throughout: rows, pages and masks of a UNet call have
+separate counts, so no first dimension is "the batch"; the denoising loop does the batching, because it knows the steps.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from stylefast.errors import InvalidRequest, ModelFormatError
 from stylefast.export.triton_repo.pbtxt import Enum, as_list, read_text, write_text
 
-# a type's name in torch -> in Triton
+# torch's type name -> Triton's
 DATA_TYPES = {
     "bool": "TYPE_BOOL",
     "uint8": "TYPE_UINT8",
@@ -24,7 +24,7 @@ DATA_TYPES = {
 }
 KINDS = ("KIND_AUTO", "KIND_CPU", "KIND_GPU")
 TIMEOUT_ACTIONS = ("REJECT", "DELAY")
-# platforms of servers that carry the backend, and the backend of our own Python models
+# platforms of servers that include the backend; our own Python models use the backend "python"
 PLATFORMS = ("onnxruntime_onnx", "tensorrt_plan")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -41,7 +41,7 @@ def _whole(what: str, value: int, least: int) -> None:
 
 @dataclass(frozen=True)
 class TensorConfig:
-    """An input or output: `dims` as numbers, -1 where they vary. Raises InvalidRequest."""
+    """Input or output: `dims` as numbers, -1 for varying ones. Raises InvalidRequest."""
 
     name: str
     data_type: str
@@ -66,7 +66,7 @@ class TensorConfig:
 
 @dataclass(frozen=True)
 class InstanceGroup:
-    """How many copies of a model run, and where: `gpus` are those of KIND_GPU, all if none is named."""
+    """Number and place of a model's copies: `gpus` are those of KIND_GPU, empty for all."""
 
     kind: str = "KIND_CPU"
     count: int = 1
@@ -90,7 +90,7 @@ class InstanceGroup:
 
 @dataclass(frozen=True)
 class QueuePolicy:
-    """How many requests may wait, and how long before `action`; a request may bring a shorter time of its own."""
+    """Limits of a queue: its length, and the waiting time before `action`; requests may override the time."""
 
     max_queue_size: int = 64
     timeout_microseconds: int = 60_000_000
@@ -119,7 +119,7 @@ class QueuePolicy:
 
 @dataclass(frozen=True)
 class Warmup:
-    """One request of zeros that a model answers before it counts as ready; `inputs` have no -1 among their dims."""
+    """Request of zeros that a model answers before it counts as ready; `inputs` have no varying dims."""
 
     name: str
     inputs: tuple[TensorConfig, ...]
@@ -149,7 +149,7 @@ class Warmup:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model of the repository.
+    """Configuration of one model of the repository.
 
     platform: one of PLATFORMS, or "python" for a model.py. file: what a platform loads. parameters: strings for a
     model.py.
@@ -175,7 +175,7 @@ class ModelConfig:
             raise InvalidRequest(f"{self.name} needs inputs and outputs with different names, not {', '.join(names)}")
 
     def to_pbtxt(self) -> str:
-        """The text of config.pbtxt."""
+        """Return the text of config.pbtxt."""
         runs = {"backend": "python"} if self.platform == "python" else {"platform": self.platform}
         message: dict[str, Any] = {"name": self.name} | runs | {"max_batch_size": 0}
         if self.file:
@@ -184,7 +184,7 @@ class ModelConfig:
         message["output"] = [tensor.message() for tensor in self.outputs]
         message["instance_group"] = [group.message() for group in self.instances]
         message["version_policy"] = {"latest": {"num_versions": 1}}
-        # of a dynamic batcher, with batches of one request: it is the scheduler that has a queue policy
+        # a dynamic batcher with batches of one request, because only its scheduler has a queue policy
         message["dynamic_batching"] = {"default_queue_policy": self.queue.message()}
         if self.decoupled:
             message["model_transaction_policy"] = {"decoupled": True}
@@ -196,7 +196,7 @@ class ModelConfig:
 
     @classmethod
     def from_pbtxt(cls, text: str) -> "ModelConfig":
-        """Back from `to_pbtxt`. Raises ModelFormatError for what it can't have written, InvalidRequest for values."""
+        """Parse the text of `to_pbtxt`. Raises ModelFormatError for other text, InvalidRequest for invalid values."""
         message = read_text(text)
         try:
             return cls._of(message)

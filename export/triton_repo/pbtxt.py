@@ -1,8 +1,8 @@
-"""Protobuf's text format, as much of it as Triton's `config.pbtxt` uses.
+"""Protobuf's text format, limited to what Triton's `config.pbtxt` uses.
 
 A message is a dictionary: field -> a string, a number, a boolean, an `Enum`, another message, or a list of these for a
-repeated field. Maps are repeated messages of `key` and `value`, as protobuf has them. Reading gives a list wherever a
-field stood more than once or in brackets; nothing here knows which fields a config may have.
+repeated field. Maps are repeated messages of `key` and `value`, as in protobuf. The reader returns a list for a field
+that occurs more than once or in brackets; it does not know which fields a config may have.
 """
 
 import re
@@ -24,25 +24,25 @@ _DEEPEST = 64
 
 
 class Enum(str):
-    """A value that stands without quotes, such as TYPE_FP32."""
+    """A value written without quotes, such as TYPE_FP32."""
 
     __slots__ = ()
 
 
 def write_text(message: Mapping[str, Any]) -> str:
-    """A message as text, one field a line. Empty lists are left out: text has no such thing."""
+    """Return a message as text, one field per line. Empty lists are omitted, because the format can't express them."""
     return "".join(f"{line}\n" for line in _lines(message))
 
 
 def read_text(text: str) -> dict[str, Any]:
-    """The message of a text. Raises ModelFormatError with the line where it can't be read."""
+    """Parse a text into its message. Raises ModelFormatError with the line of the problem."""
     tokens = _Tokens(text)
     message = _read_message(tokens, None, 0)
     return message
 
 
 def as_list(value: Any) -> list:
-    """A field that may stand several times: absent, once or often."""
+    """Return the value of a repeated field as a list, whether it occurs never, once or more often."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
@@ -72,7 +72,7 @@ def _scalar(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, Enum) or not isinstance(value, str):
         return str(value)
-    # octal bytes, so that the file stays ASCII and means the same everywhere
+    # octal bytes keep the file ASCII, independent of encodings
     return '"' + "".join(_escaped(byte) for byte in value.encode()) + '"'
 
 
@@ -83,7 +83,7 @@ def _escaped(byte: int) -> str:
 
 
 class _Tokens:
-    """The tokens of a text, with a look at the next one."""
+    """Tokens of a text, with one token of lookahead."""
 
     def __init__(self, text: str):
         self._text, self._place = text, 0
@@ -105,7 +105,7 @@ class _Tokens:
                 return
 
     def take(self, mark: str) -> bool:
-        """Go over a mark if it comes next."""
+        """Consume a mark if it is next; return whether it was."""
         here = self.kind == "mark" and self.text == mark
         if here:
             self.step()
@@ -158,7 +158,7 @@ def _read_value(tokens: _Tokens, colon: bool, depth: int) -> Any:
     if kind == "word":
         return {"true": True, "false": False}.get(text, Enum(text))
     pieces = [text]
-    while tokens.kind == "string":  # strings that stand side by side are one
+    while tokens.kind == "string":  # adjacent strings are concatenated
         pieces.append(tokens.text)
         tokens.step()
     return "".join(map(_unquoted, pieces))
@@ -169,7 +169,7 @@ def _unquoted(text: str) -> str:
         code = found.group(1)
         return chr(int(code, 8) % 256) if code[0] in "01234567" else _ESCAPES.get(code, code)
 
-    # what stands there plainly may be any character; escapes are bytes of UTF-8
+    # unescaped text may contain any character; escapes are bytes of UTF-8
     latin = text[1:-1].encode().decode("latin-1")
     return re.sub(r"\\([0-7]{1,3}|.)", byte, latin).encode("latin-1").decode(errors="replace")
 

@@ -1,11 +1,11 @@
-"""Writes the model repository: one model for each exported graph, and the loop that calls them.
+"""Writer of the model repository: one model per exported graph, and the loop that calls them.
 
-    <out>/manifest.json                  what is there, with the hash of every file
+    <out>/manifest.json                  content, with the hash of every file
     <out>/unet_live/config.pbtxt         one for each flavour, and 1/unet-live.onnx, 1/model.py
     <out>/text_encoder, text_encoder_2, text_projector, image_encoder, image_projector, vae_decoder
     <out>/stylefast/                     the loop: a Python model, decoupled, that calls the others step by step
 
-The Python files are copies of those in `models`, which run in the server and not here.
+The Python files are copies of those in `models`, which run only in the server.
 """
 
 import json
@@ -41,7 +41,7 @@ RUNNERS = {
 }
 _MODELS = Path(__file__).parent / "models"
 _LOOP_FILES = {"model.py": "loop_model.py", "bls_session.py": "bls_session.py", "json_request.py": "json_request.py"}
-# sizes of the first step of a server that nobody has asked for pictures; pages of text come in eights
+# warm-up sizes; text pages come in multiples of eight
 _FIRST = {"text_pages": 8, "prompts": 2}
 _INPUTS = (
     TensorConfig("request", "TYPE_UINT8", (-1,)),
@@ -58,7 +58,7 @@ _OUTPUTS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """A UNet call that models answer once before they count as ready: (width, height) in pixels, and rows."""
+    """Size of a UNet call that models answer once before they count as ready: pixels and rows."""
 
     width: int
     height: int
@@ -73,12 +73,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Serving:
-    """How the server runs the models. Raises InvalidRequest.
+    """Options for running the models in the server. Raises InvalidRequest.
 
     runner: "python" runs ONNX graphs in our own Python models; "onnxruntime" and "tensorrt" in the server's backends of
-    that name. device: "cpu" or "cuda". slots: requests in the batch at once; more wait in the queue. queue: of the
-    loop. banks: folder on the server with style banks, which requests then name. engine: further options of
-    `Engine.from_pretrained` for the loop ("memory_limit", "max_batch_rows", "adapter"), values that JSON has.
+    that name. device: "cpu" or "cuda". slots: max number of requests in the batch; others wait in the queue. queue:
+    policy of every model. banks: folder of style banks on the server, which requests refer to by name. engine: further
+    options of `Engine.from_pretrained` for the loop ("memory_limit", "max_batch_rows", "adapter"), as JSON values.
     """
 
     runner: str = "python"
@@ -118,12 +118,12 @@ def write_repository(
     trust: str | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a model repository from an export folder; returns its manifest.
+    """Write a model repository from an export folder; return its manifest.
 
     export: an export of kind "onnx" or "tensorrt" with a UNet in it. unet: the exported one, for its layout, with or
-    without weights. model: what the loop gives to `Engine.from_pretrained` on the server: "tiny", a folder there, a hub
-    id. shapes: see `Shape`; None: one picture of the model's own size. downscale: the VAE's pixels per latent. trust:
-    as for an engine. The folder appears whole or not at all.
+    without weights. model: argument of the loop's `Engine.from_pretrained` on the server: "tiny", a folder there, or a
+    hub id. shapes: see `Shape`; None: one picture of the model's own size. downscale: the VAE's pixels per latent.
+    trust: as for an engine. The folder appears complete or not at all.
 
     Raises InvalidRequest, ModelNotFound, ModelFormatError, ExportError, EngineMismatch and UntrustedEngine.
     """
@@ -155,7 +155,7 @@ def write_repository(
 def graph_config(
     graph: GraphEntry, unet: UNet, serving: Serving, shapes: Sequence[Shape], downscale: int
 ) -> ModelConfig:
-    """The config of the model that runs one graph."""
+    """Return the config of the model that runs one graph."""
     _, platform = RUNNERS[serving.runner]
     inputs, outputs = ([_tensor(t) for t in tensors] for tensors in (graph.inputs, graph.outputs))
     warmups = {}
@@ -164,7 +164,7 @@ def graph_config(
         sizes = with_tokens(unet, sizes | graph.fixed)
         dims = [tuple(sizes.get(d, 1) if isinstance(d, str) else d for d in dims) for _, _, dims in graph.inputs]
         tensors = tuple(replace(tensor, dims=d) for tensor, d in zip(inputs, dims))
-        # shapes that a graph does not tell apart are one
+        # different shapes may give a graph the same inputs
         warmups.setdefault(tensors, Warmup(f"{shape.width}x{shape.height}, {shape.rows} rows", tensors))
     file = graph.file.rpartition("/")[2]
     parameters = {"graph": file, "FORCE_CPU_ONLY_INPUT_TENSORS": "no"} if platform == "python" else {}
@@ -182,7 +182,7 @@ def graph_config(
 
 
 def loop_config(manifest: Manifest, model: str, serving: Serving) -> ModelConfig:
-    """The config of the loop; every parameter is JSON."""
+    """Return the config of the loop; every parameter is JSON."""
     graphs = {model_name(graph): graph_to_json(graph) for graph in manifest.graphs}
     parameters = {
         "model": model,
@@ -204,7 +204,7 @@ def loop_config(manifest: Manifest, model: str, serving: Serving) -> ModelConfig
 
 
 def model_name(graph: GraphEntry) -> str:
-    """What the server calls a graph: "unet_live", "vae_decoder"."""
+    """Return a graph's model name on the server: "unet_live" or "vae_decoder", for example."""
     return graph.label.replace("-", "_")
 
 
@@ -251,7 +251,7 @@ def _instances(serving: Serving) -> tuple[InstanceGroup, ...]:
 
 
 def _sources() -> dict[str, str]:
-    """The Python files that are copied, whose changes make an unfinished repository start anew."""
+    """Return the copied Python files; changes to them make an unfinished repository start anew."""
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(_MODELS.glob("*.py"))}
 
 
@@ -261,7 +261,7 @@ def _write_graph(
     done = written.finished(config.name)
     if done is not None:
         return graph_from_json(done)
-    # side by side, whatever folder they were in: a graph names its external data by file
+    # all files in one folder, because a graph refers to its external data by file name
     place = f"{config.name}/{VERSION}"
     names = {file: f"{place}/{file.rpartition('/')[2]}" for file in graph.files}
     moved = replace(graph, file=names[graph.file], files=tuple(names.values()))
@@ -274,7 +274,7 @@ def _write_graph(
 
 
 def _place(source: Path, written: UnfinishedExport, name: str, sha256: str) -> None:
-    """Copy a file, or link to it where another model has it already: the UNet's flavours share their weights."""
+    """Copy a file, or link it to an equal one of another model: the UNet's flavours share their weights."""
     path = written.path / name
     for entry in written.files:
         if entry.sha256 == sha256:
@@ -282,7 +282,7 @@ def _place(source: Path, written: UnfinishedExport, name: str, sha256: str) -> N
                 os.link(written.path / entry.name, path)
                 return
             except OSError:
-                break  # a file system without links
+                break  # file system without hard links
     shutil.copyfile(source, path)
 
 
@@ -293,7 +293,7 @@ def _write_model(
     files: Sequence[str] = (),
     detail: Any = True,
 ) -> None:
-    """config.pbtxt and the Python files of a model (name there -> name in `models`), recorded with its `files`."""
+    """Write config.pbtxt and a model's Python files (name there -> name in `models`); record them with `files`."""
     folder = written.path / config.name / VERSION
     folder.mkdir(parents=True, exist_ok=True)
     for name, template in python.items():

@@ -1,4 +1,4 @@
-"""Triton kernels and their launchers, one operation a file; importing them needs the triton package.
+"""Triton kernels and their launchers, one operation per file; importing them needs the triton package.
 
-The public operations in the folder above check arguments and choose a backend; nothing here is called directly.
+The public operations in the parent folder check arguments and choose a backend; don't call these launchers directly.
 """

@@ -1,4 +1,4 @@
-"""AdaIN's gain and offset per (row, head, channel), from the statistics of each row and of the page it follows."""
+"""AdaIN's gain and offset per (row, head, channel), from the statistics of each row and of its page."""
 
 import torch
 import triton
@@ -124,12 +124,12 @@ def adain_affine(
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """x [tensors, rows, heads, d] whose heads and channels are one run of memory, a copy if they are not."""
+    """Return x [tensors, rows, heads, d] with heads and channels contiguous, copied only if they are not."""
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """The committed configurations with a pool and without."""
+    """List the compiles of all committed configurations, with and without a pool."""
     compiles = []
     for _, config in configurations("adain_affine", capability):
         for pool in (False, True):

@@ -1,9 +1,9 @@
-"""The ahead-of-time gate: every kernel in every committed configuration, compiled for every chip, with no GPU.
+"""Ahead-of-time check: compile every kernel in every committed configuration for every chip, without a GPU.
 
     python -m stylefast.kernels.gpu.ahead --chips 80,90 --operations shared_attention,geglu --json report.json
 
-A kernel that uses stack (its registers spill) or more shared memory than a block of that chip may have does not pass,
-nor does one that fails to compile. Each `kernels/gpu/<operation>.py` lists its own by `specialisations(capability)`.
+A kernel fails if it does not compile, uses stack (its registers spill), or takes more shared memory than a block of
+that chip may have. Each `kernels/gpu/<operation>.py` lists its compiles in `specialisations(capability)`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# what a block may take, bytes; CUDA programming guide, table of technical specifications per compute capability
+# bytes per block; CUDA programming guide, table of technical specifications per compute capability
 SHARED_LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 OPERATIONS = (
@@ -38,7 +38,7 @@ OPERATIONS = (
 
 
 class Specialisation(NamedTuple):
-    """One compile: a kernel with the types of its arguments, its constants and its options."""
+    """One compile: a kernel with its argument types, constants and options."""
 
     name: str
     kernel: Any  # a triton.jit function
@@ -49,7 +49,7 @@ class Specialisation(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What one compile came to; error is None where it compiled."""
+    """Result of one compile; error is None if it succeeded."""
 
     name: str
     capability: int
@@ -61,7 +61,7 @@ class Report(NamedTuple):
     error: str | None
 
     def problem(self) -> str | None:
-        """Why this kernel may not be committed, or None."""
+        """Return why this kernel fails the check, or None if it passes."""
         limit = SHARED_LIMITS[self.capability]
         if self.error is not None:
             return f"does not compile: {self.error}"
@@ -73,7 +73,7 @@ class Report(NamedTuple):
 
 
 def compile_ahead(specialisation: Specialisation, capability: int) -> Report:
-    """Compile for a chip and read the cubin's resources. Needs a process without TRITON_INTERPRET."""
+    """Compile for a chip and read the cubin's resource usage. Needs a process without TRITON_INTERPRET."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -85,7 +85,7 @@ def compile_ahead(specialisation: Specialisation, capability: int) -> Report:
         options = {"enable_fp_fusion": True, **options}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         registers, stack, local = _resources(compiled.asm["cubin"])
-    except Exception as error:  # whatever the compiler raises is the finding
+    except Exception as error:  # any compiler error is a result
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Report(name, capability, 0, 0, 0, 0, time.perf_counter() - started, text[-600:])
     seconds = time.perf_counter() - started
@@ -93,13 +93,13 @@ def compile_ahead(specialisation: Specialisation, capability: int) -> Report:
 
 
 def compile_operation(operation: str, capability: int) -> list[Report]:
-    """Every specialisation of one operation on one chip. An operation with a dot is a module of its own."""
+    """Compile every specialisation of an operation for a chip. A name with a dot is imported as a module."""
     module = import_module(operation if "." in operation else f"stylefast.kernels.gpu.{operation}")
     return [compile_ahead(specialisation, capability) for specialisation in module.specialisations(capability)]
 
 
 def compile_all(operations: list[str], chips: list[int], jobs: int) -> list[Report]:
-    """All operations on all chips in `jobs` fresh processes, which inherit this one's environment."""
+    """Compile all operations for all chips in `jobs` new processes, which inherit this one's environment."""
     pairs = [(operation, chip) for operation in operations for chip in chips]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(compile_operation, *pair) for pair in pairs]
@@ -107,7 +107,7 @@ def compile_all(operations: list[str], chips: list[int], jobs: int) -> list[Repo
 
 
 def _resources(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, stack and local bytes of a thread, from the cubin's resource report."""
+    """Return a thread's registers, stack bytes and local bytes from the cubin's resource report."""
     import triton
 
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -132,7 +132,7 @@ def _chips(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command above; returns 1 if any kernel does not pass."""
+    """Run the command above; return 1 if any kernel fails."""
     parser = argparse.ArgumentParser(prog="python -m stylefast.kernels.gpu.ahead", description=__doc__.split("\n")[0])
     parser.add_argument("--chips", type=_chips, default=list(SHARED_LIMITS), help="compute capabilities, as 80,90")
     parser.add_argument("--operations", type=lambda text: text.split(","), default=list(OPERATIONS))
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the reports there")
     given = parser.parse_args(arguments)
 
-    # interpreted kernels don't compile; the workers inherit this
+    # interpreted kernels don't compile; the workers inherit the environment
     os.environ.pop("TRITON_INTERPRET", None)
     started = time.perf_counter()
     reports = compile_all(given.operations, given.chips, given.jobs)

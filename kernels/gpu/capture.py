@@ -1,10 +1,9 @@
-"""CUDA graphs of work that was prepared beforehand: captured without waiting for the device, and cleaned up after one
-that fails.
+"""CUDA graph capture that doesn't synchronise the device and recovers from failed captures.
 
-`torch.cuda.graph` waits for the device and empties the allocator's cache at every capture, which stalls whoever else
-uses the card. Its exit ends the capture before it restores the stream: where ending raises, as it does for every
-capture that was invalidated, the thread stays on the side stream, and the allocator takes the capture for still
-running. Here the stream is restored by its own context whatever happens, and the allocator is told.
+`torch.cuda.graph` synchronises the device and empties the allocator's cache at every capture, which stalls other users
+of the GPU. It also ends the capture before it restores the stream: if ending raises, as it does for every invalidated
+capture, the thread stays on the side stream, and the allocator assumes that the capture is still running. Here a
+context manager restores the stream in every case, and the allocator is told that the capture has ended.
 """
 
 import contextlib
@@ -13,28 +12,28 @@ from typing import Any
 
 import torch
 
-# graphs whose capture could not be ended: PyTorch's allocator of pinned memory may still ask them whether a stream is
-# theirs, so they must not be freed
+# graphs whose capture could not be ended; kept alive because PyTorch's pinned-memory allocator may still query them
+# about a stream
 _broken: list[torch.cuda.CUDAGraph] = []
 
 
 def capture(
     call: Callable[[], None], stream: torch.cuda.Stream, pool: Any = None, room: int | None = None
 ) -> torch.cuda.CUDAGraph:
-    """Record what `call` puts on `stream`, a side stream, as a graph with `replay()`; nothing runs.
+    """Record the work that `call` puts on `stream`, a side stream, as a graph with `replay()`; nothing runs.
 
-    pool: memory that graphs share, of `torch.cuda.graph_pool_handle`; None: one of its own. room: bytes that `call`
-    allocates, as far as known: PyTorch can't give back what it keeps for later while a capture is under way, so that
-    is done before, if the device has less than that free. Other threads may allocate and wait meanwhile.
+    pool: memory pool to share between graphs, from `torch.cuda.graph_pool_handle`; None creates one. room: bytes that
+    `call` allocates, if known. PyTorch can't free cached memory during a capture, so the cache is emptied first if the
+    device has less than that free. Other threads may allocate and synchronise during the capture.
 
-    Raises whatever `call` or CUDA raises; stream, device and allocator are then as they were, but the pool must not be
+    Raises the errors of `call` and CUDA; stream, device and allocator are then restored, but the pool must not be
     used again.
     """
     device, pool = stream.device, torch.cuda.graph_pool_handle() if pool is None else pool
     if room is not None and torch.cuda.mem_get_info(device)[0] < room:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-    # in this order, as the stream's context makes its device the current one
+    # order matters: the stream's context also makes its device current
     with torch.cuda.device(device), torch.cuda.stream(stream):
         graph = torch.cuda.CUDAGraph()
         try:
@@ -48,8 +47,8 @@ def capture(
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
-    """End a capture that failed, and tell PyTorch's allocator if CUDA's refusal kept PyTorch from doing so."""
-    # the first error is the one to tell: these are its consequences, or say that there is nothing to end
+    """End a failed capture, and tell PyTorch's allocator if a CUDA error kept PyTorch from doing so."""
+    # keep the first error: those raised here are its consequences, or say that no capture is active
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
     end, release = (getattr(torch._C, f"_cuda_{name}", None) for name in ("endAllocateToPool", "releasePool"))
@@ -57,7 +56,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> No
         try:
             end(device.index, pool)
         except RuntimeError:
-            pass  # ended in order
+            pass  # capture was ended properly
         else:
             release(device.index, pool)
             _broken.append(graph)

@@ -1,6 +1,6 @@
-"""Stored fp8 times the scale of its channel, in Triton. Each byte is read once and written once.
+"""Dequantisation of fp8 in Triton: value times channel scale. Each byte is read once and written once.
 
-The bits are decoded by hand, which no chip is too old for and costs nothing beside the memory.
+The bits are decoded in software, which works on every chip and costs nothing in a memory-bound kernel.
 """
 
 import torch
@@ -11,7 +11,7 @@ from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import device_of, specialisation
 from stylefast.kernels.gpu.shared_attention_pointers import decode_fp8
 
-# a tile of 2048 numbers for 4 warps: 16 bytes a thread are read, and its scales once for all tokens of the tile
+# a tile of 2048 numbers for 4 warps: each thread reads 16 bytes, and its scales once for all tokens of the tile
 _TOKENS, _CHANNELS, _WARPS = 8, 256, 4
 
 
@@ -56,7 +56,7 @@ def dequantise(scale: torch.Tensor, codes: torch.Tensor, out: torch.Tensor) -> N
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """One per type of the model."""
+    """List one compile per output type."""
     return [
         specialisation(
             f"dequantise to {kind}",

@@ -1,9 +1,9 @@
 """2 ** x for a softmax, partly on the FMA pipe.
 
-At 64 channels a head's softmax needs as many exponentials as its matrix products leave time for, and the special
-function unit makes 16 a clock. A cubic after Cody and Waite makes them on the much wider FMA pipe instead: with
-x = n + f, n an integer and f in [-0.5, 0.5], 2**f is the minimax cubic below (relative error 7.5e-5, a 26th of what
-rounding to bf16 costs) and n is added to its exponent bits.
+At 64 channels per head, a softmax's exponentials take as long as its matrix products, because the special function unit
+makes 16 a clock. A cubic after Cody and Waite computes some of them on the much wider FMA pipe: with x = n + f, n an
+integer and f in [-0.5, 0.5], 2**f is the minimax cubic below (relative error 7.5e-5, 1/26 of the error of rounding to
+bf16), and n is added to its exponent bits.
 """
 
 import struct
@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 CUBIC = (0.05517149, 0.24261094, 0.69326099, 0.99992808)  # highest power first
-# adding it rounds to the nearest integer and leaves that in the low bits of the mantissa
+# adding it rounds to the nearest integer and leaves that integer in the low mantissa bits
 ROUND = 1.5 * 2**23
 LOWEST = -126.0  # 2 ** LOWEST is the smallest normal fp32 number
 
 
 def _packed(lanes: int) -> str:
-    """PTX for `lanes` values: the last by the cubic, the others by the special function unit.
+    """Return PTX for `lanes` values: the last by the cubic, the others by the special function unit.
 
     Results stay in scratch registers until every operand is read, so an output may share a register with an input.
     """
@@ -57,7 +57,7 @@ _LOWEST = tl.constexpr(LOWEST)
 
 @triton.jit
 def cubic_exp2(x):
-    """2 ** x for x <= 0, any shape, fp32; below 2 ** -126 the result stays there instead of reaching 0."""
+    """Compute 2 ** x for x <= 0, any shape, fp32; results are clamped to at least 2 ** -126 instead of reaching 0."""
     x = tl.maximum(x, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
     t = x + _ROUND
     f = x - (t - _ROUND)
@@ -67,10 +67,10 @@ def cubic_exp2(x):
 
 @triton.jit
 def exp2(x, SHARE: tl.constexpr):
-    """2 ** x for x <= 0, -inf allowed, any shape, fp32.
+    """Compute 2 ** x for x <= 0, -inf allowed, any shape, fp32.
 
     SHARE 0: all by the special function unit; 4 or 8: every fourth or eighth value by the cubic; 1: all by the cubic,
-    the only form of it that the interpreter can run.
+    the only cubic form that the interpreter can run.
     """
     if SHARE == 4:
         return tl.inline_asm_elementwise(
@@ -85,5 +85,5 @@ def exp2(x, SHARE: tl.constexpr):
 
 
 def share(configured: int) -> int:
-    """The SHARE for `exp2` that a configuration means; the interpreter runs no PTX and takes the cubic throughout."""
+    """Return the SHARE of `exp2` for a configured value; the interpreter can't run PTX and always uses the cubic."""
     return 1 if configured and triton.knobs.runtime.interpret else configured

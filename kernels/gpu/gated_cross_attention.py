@@ -2,11 +2,11 @@
 
     out = softmax(Q K_text^T / sqrt(d)) V_text + sum_s strength_s * mask_s * softmax(Q K_s^T / sqrt(d)) V_s
 
-Two forms. Where few segments and all keys fit into one tile of up to 128 columns, `_one_tile` loads text and image
-tokens side by side, takes one Q K^T, a maximum and a sum per softmax from column masks, and one P V in which every
-column already carries its gate. Otherwise `_online` runs over key tiles softmax by softmax. Both go query tile first,
-then head, then row, so programs that run together share their keys in the cache. A segment of strength 0 or page -1 is
-never read.
+If the segments are few and all keys fit into one tile of up to 128 columns, `_one_tile` loads text and image tokens
+side by side and computes one Q K^T, a maximum and a sum per softmax by column masks, and one P V with each column
+scaled by its gate. Otherwise `_online` loops over key tiles, one softmax after another. Grids order query tiles first,
+then heads, then rows, so that concurrent programs share keys in the cache. A segment of strength 0 or page -1 is never
+read.
 """
 
 import math
@@ -21,7 +21,7 @@ from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import compiler_options, device_of, power_of_two, settings, specialisation
 
 LOG2_E = math.log2(math.e)
-_UNSEEN = tl.constexpr(-1e30)  # below every score, yet finite: taken from itself it gives no NaN
+_UNSEEN = tl.constexpr(-1e30)  # below every score, yet finite: subtracted from itself it gives no NaN
 
 TABLES = [
     "tokens",
@@ -59,7 +59,7 @@ def _segment_state(
     group_row,
     group_segment,
 ):
-    """Page, whether the segment is in use, and the number of its softmax."""
+    """Return the segment's page, whether it is in use, and the number of its softmax."""
     page = tl.load(image_page + row * image_page_row + segment * image_page_segment)
     amount = tl.load(strength + row * strength_row + segment * strength_segment)
     number = tl.load(group + row * group_row + segment * group_segment)
@@ -84,7 +84,7 @@ def _segment_gate(
     mask_index_row,
     mask_index_segment,
 ):
-    """strength * mask of one segment for the tile's tokens, fp32; NaN where the mask's index is out of range."""
+    """Return strength * mask of one segment for the tile's tokens, fp32; NaN if the mask's index is out of range."""
     amount = tl.load(strength + row * strength_row + segment * strength_segment, mask=reads, other=0.0)
     gate = tl.zeros_like(token).to(tl.float32) + amount
     if masks is not None:
@@ -98,7 +98,7 @@ def _segment_gate(
 
 @triton.jit
 def _shares(owner, segment, row, group, group_row, group_segment, SEGMENTS: tl.constexpr):
-    """Which columns belong to the softmax of `segment`: its own and those of segments with the same number."""
+    """Return a mask of the columns in the softmax of `segment`: its own and those of segments with the same number."""
     number = tl.load(group + row * group_row + segment * group_segment)
     shares = owner == segment
     for s in tl.static_range(SEGMENTS):
@@ -166,7 +166,10 @@ def _one_tile(
     SEGMENTS: tl.constexpr,
     SEGMENT_COLUMNS: tl.constexpr,
 ):
-    """Columns: the text's tokens, then SEGMENT_COLUMNS for each segment. `scale` is log2(e) / sqrt(d)."""
+    """Compute all softmaxes in one tile.
+
+    Columns: the text's tokens, then SEGMENT_COLUMNS for each segment. `scale` is log2(e) / sqrt(d).
+    """
     token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -216,7 +219,7 @@ def _one_tile(
     scores = tl.dot(query, keys, input_precision="ieee") * scale  # [queries, columns]
     scores = tl.where(live[None, :], scores, _UNSEEN)
 
-    # each column takes the maximum and the sum over its own softmax, as `owner` numbers them: -1 for the text
+    # each column takes the maximum and sum of its own softmax; `owner` is its segment, or -1 for text
     owner = tl.where(in_text, -1, (column - text_tokens) // SEGMENT_COLUMNS)
     peaks = tl.max(tl.where(in_text[None, :], scores, _UNSEEN), 1)[:, None]
     for s in tl.static_range(SEGMENTS):
@@ -285,7 +288,7 @@ def _attend(
     D_PADDED: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Takes `length` tokens at k, v into a running softmax: its maximum, its sum and its gated values."""
+    """Add `length` tokens at k, v to a running softmax: its maximum, sum and gated values."""
     channel = tl.arange(0, D_PADDED)
     for start in range(0, length, KEYS):
         place = start + tl.arange(0, KEYS)
@@ -365,7 +368,7 @@ def _online(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Arguments as `_one_tile`, for any number of keys and segments."""
+    """Compute one softmax after another, for any number of keys and segments. Arguments as `_one_tile`."""
     token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -429,7 +432,7 @@ def _online(
                     group_segment,
                 )
                 leads = leads & ((active == 0) | (other != number))
-            if leads:  # the first of its softmax; the others are taken in with it
+            if leads:  # first of its softmax; the others are processed with it
                 peak, total, gathered = unseen, nothing, empty
                 for t in range(s, segments):
                     page, active, other = _segment_state(
@@ -506,10 +509,10 @@ def gated_cross_attention(
     out: torch.Tensor,
     config: Config | None = None,
 ) -> None:
-    """Writes the gated cross-attention into `out`; arguments as the operation's own, already checked.
+    """Write the gated cross-attention into `out`; arguments as the public operation's, already checked.
 
-    A row with an index out of range becomes NaN, and nothing outside is read. Raises InvalidRequest for bf16 on the
-    CPU, whose bits Triton's interpreter would multiply as integers.
+    A row with an index out of range becomes NaN, without out-of-bounds reads. Raises InvalidRequest for bf16 on the
+    CPU, because Triton's interpreter would multiply its bits as integers.
     """
     if q.dtype == torch.bfloat16 and not q.is_cuda:
         raise InvalidRequest("Triton's interpreter multiplies no bfloat16 matrices; use float16 or float32 on the CPU")
@@ -583,7 +586,7 @@ def gated_cross_attention(
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """Both forms of every committed configuration, with as many masked segments as a tile may hold."""
+    """List both forms of every committed configuration, with the maximum number of segments per tile, all masked."""
     found = []
     for key, config in configurations("gated_cross_attention", capability):
         kind = "*bf16" if key["bits"] == 16 else "*fp32"
@@ -622,7 +625,7 @@ def specialisations(capability: int) -> list[Specialisation]:
 
 
 def one_tile_columns(text_tokens: int, segments: int, image_tokens: int) -> tuple[int, int]:
-    """Columns of the tile that would hold everything (a power of two), and those of one segment."""
+    """Return the columns of the tile that would hold everything (a power of two), and those of one segment."""
     segment_columns = power_of_two(image_tokens)
     return max(32, power_of_two(text_tokens + segments * segment_columns)), segment_columns
 

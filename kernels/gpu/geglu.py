@@ -38,9 +38,9 @@ def _geglu(
 
 
 def geglu(x: torch.Tensor, out: torch.Tensor, config: Config | None = None) -> None:
-    """Writes hidden * gelu(gate) of x [..., 2 * inner] into out [..., inner].
+    """Write hidden * gelu(gate) of x [..., 2 * inner] into out [..., inner].
 
-    Rows may lie apart; raises InvalidRequest where the leading dimensions are not evenly spaced.
+    Rows may be strided. Raises InvalidRequest if the leading dimensions are not evenly spaced.
     """
     if out.numel() == 0:
         return
@@ -63,7 +63,7 @@ def geglu(x: torch.Tensor, out: torch.Tensor, config: Config | None = None) -> N
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """Every committed configuration of this chip, for rows on 16-byte boundaries."""
+    """List every committed configuration of this chip, for rows on 16-byte boundaries."""
     return [
         specialisation(
             f"geglu {key}",

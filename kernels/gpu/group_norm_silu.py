@@ -1,9 +1,10 @@
-"""Group norm with SiLU in Triton, statistics pooled with a reference where asked; two launches, no copy.
+"""Group norm with SiLU in Triton, with optional pooling of statistics with a reference; two launches, no copy.
 
-The first takes mean and spread of every (row, group) over pieces of its positions, the second merges the pieces,
-blends them with those of the row's page and writes the result. Both read tiles [channels, positions] by strides, so
-contiguous and channels_last are one kernel: in the first a contiguous group is one long channel, in channels_last a
-tile spans several whole groups, so that neighbouring channels are read together. Everything is fp32 inside.
+The first computes mean and spread of every (row, group) over splits of its positions; the second merges the splits,
+pools them with the statistics of the row's page and writes the result. Both read tiles [channels, positions] by
+strides, so one kernel serves contiguous and channels_last: in the first launch a contiguous group is one long channel,
+and a channels_last tile spans several whole groups so that neighbouring channels are read together. All arithmetic is
+fp32.
 """
 
 import torch
@@ -56,7 +57,7 @@ def _statistics(
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """One program: GROUPS groups of one row over `tiles` tiles of positions."""
+    """Compute the moments of GROUPS groups of one row over `tiles` tiles of positions per program."""
     split = tl.program_id(0)
     first_group = tl.program_id(1) * GROUPS
     row = tl.program_id(2).to(tl.int64)
@@ -78,7 +79,7 @@ def _statistics(
         step += 1.0
 
     lane = tl.arange(0, POSITIONS)
-    seen = tl.maximum(end - begin - lane + POSITIONS - 1, 0) // POSITIONS  # values that lane has taken
+    seen = tl.maximum(end - begin - lane + POSITIONS - 1, 0) // POSITIONS  # number of values per lane
     counts = tl.where(in_block[:, None], seen[None, :], 0).to(tl.float32)
     count, mean, spread = merge_moments(counts, mean, spread, 1)  # [channels]
     group = tl.arange(0, GROUPS_PADDED)
@@ -97,7 +98,7 @@ def _statistics(
 
 @triton.jit
 def _group_moments(moments, row, group, known, groups, splits, SPLITS: tl.constexpr):
-    """Count, mean and biased variance of `group` [n] in one row; zeros from group `known` on."""
+    """Return count, mean and biased variance of `group` [n] in one row; zeros for groups >= `known`."""
     split = tl.arange(0, SPLITS)
     place = moments + ((row * groups + group[:, None]) * splits + split[None, :]) * 3
     inside = (group < known)[:, None] & (split < splits)[None, :]
@@ -145,7 +146,7 @@ def _apply(
     POSITIONS: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """One program: CHANNELS channels of one row over `tiles` tiles of positions."""
+    """Normalise CHANNELS channels of one row over `tiles` tiles of positions per program."""
     begin = tl.program_id(0) * tiles * POSITIONS
     first_channel = tl.program_id(1) * CHANNELS
     row = tl.program_id(2).to(tl.int64)
@@ -174,7 +175,7 @@ def _apply(
             ).to(tl.float32)
         total = tl.maximum(count + other_count, 1.0)
         off = other_mean - mean
-        share = other_count / total  # 0 for a row without a page, which leaves its own statistics as they are
+        share = other_count / total  # 0 for a row without a page, which keeps its own statistics
         mean += off * share
         variance += (other_variance - variance) * share + off * off * share * (1 - share)
         mean = tl.where(other >= rows + pages, float("nan"), mean)
@@ -213,10 +214,10 @@ def group_norm_silu(
     out: torch.Tensor,
     config: Config | None = None,
 ) -> None:
-    """Writes the norm of x [rows, channels, h, w] into `out`; arguments as the operation's own, already checked.
+    """Write the norm of x [rows, channels, h, w] into `out`; arguments as the public operation's, already checked.
 
     A row whose page is out of range becomes NaN. Raises InvalidRequest for an x that is neither contiguous nor
-    channels_last (slices of such along rows or channels are fine), and for pictures of 2**31 elements.
+    channels_last (row or channel slices of these are fine), and for pictures that span 2**31 elements or more.
     """
     if x.numel() == 0:
         return
@@ -225,11 +226,11 @@ def group_norm_silu(
     x_position, out_position = position_stride("x", x), position_stride("out", out)
     if (reach := positions * max(x_position, out_position)) >= 2**31:
         raise InvalidRequest(f"a picture of x may reach over 2**31 - 1 elements, not {reach}; norm it in parts")
-    packed = x.stride(1) == positions and x_position == 1  # a group is one run of memory
+    packed = x.stride(1) == positions and x_position == 1  # a group is contiguous in memory
     layout = "contiguous" if x_position == 1 else "channels_last"
     config = settings("group_norm_silu", x, config, layout=layout, bits=x.element_size() * 8)
     if packed:
-        # the first launch takes a group as one long channel
+        # the first launch treats a group as one long channel
         sizes = (groups, group_channels * positions, x.stride(0), group_channels * positions, 1)
         tile = statistics_tile(1, 1, config["elements"], x.element_size())
     else:
@@ -285,7 +286,7 @@ def group_norm_silu(
 
 
 def statistics_tile(group_channels: int, groups: int, elements: int, element_size: int) -> dict[str, int]:
-    """Tile of the first launch: as many whole groups as fit 128 channels, their start on 16 bytes where possible."""
+    """Return the tile of the first launch: as many whole groups as fit 128 channels, 16-byte aligned if possible."""
     if group_channels == 1 and groups == 1:
         return {"GROUP_CHANNELS": 1, "GROUPS": 1, "GROUPS_PADDED": 1, "CHANNELS": 1, "POSITIONS": elements}
     most = min(max(1, 128 // group_channels), groups)
@@ -304,7 +305,7 @@ def statistics_tile(group_channels: int, groups: int, elements: int, element_siz
 def apply_tile(
     positions: int, channels: int, group_channels: int, groups: int, layout: str, elements: int
 ) -> dict[str, int]:
-    """Tile of the second launch: long along the dimension that lies together in memory."""
+    """Return the tile of the second launch: long along the dimension that is contiguous in memory."""
     if layout == "channels_last":
         wide = min(64, power_of_two(channels))
         long = max(1, elements // wide)
@@ -321,7 +322,7 @@ def apply_tile(
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """Both launches of every committed configuration, at 20 channels a group and with a pool."""
+    """List both launches of every committed configuration, at 20 channels per group and with a pool."""
     found = []
     group_channels, groups = 20, 32
     for key, config in configurations("group_norm_silu", capability):

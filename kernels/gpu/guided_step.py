@@ -1,4 +1,4 @@
-"""guided_step in Triton: combines the branches of every picture and moves it one sampler step, in two launches.
+"""guided_step in Triton: combine the branches of each picture and advance it by one sampler step, in two launches.
 
     output           = sum_b w_b prediction[row_b]
     output          <- output * (1 - rescale + rescale * std(prediction[full]) / std(output))      where rescale > 0
@@ -6,8 +6,8 @@
     latents', anchor' = update @ (latents, anchor, x0, history[0], history[1], noise)
     history'         = (x0, history[0])
 
-The first launch takes the two deviations over pieces of the pictures that are rescaled and leaves the others at once;
-the second does the rest. What has coefficient zero, or a branch of row -1, is not read. All sums are fp32.
+The first launch computes the two deviations of rescaled pictures, in splits, and skips the others; the second does the
+rest. Terms with coefficient zero and branches of row -1 are not read. All sums are fp32.
 """
 
 import torch
@@ -50,7 +50,7 @@ TABLES = [
 
 @triton.jit
 def _places(element, positions, channel_stride, position_stride, PACKED: tl.constexpr):
-    """Offsets of a picture's elements, counted channel by channel, in a prediction."""
+    """Return the offsets in a prediction of a picture's elements, which are counted channel by channel."""
     if PACKED:
         return element
     return element // positions * channel_stride + element % positions * position_stride
@@ -72,7 +72,7 @@ def _combined(
     branch_weights_image,
     branch_weights_branch,
 ):
-    """sum_b w_b prediction[row_b]; NaN where a row that is used lies outside."""
+    """Return sum_b w_b prediction[row_b]; NaN if a row in use is out of range."""
     output = tl.zeros_like(place).to(tl.float32)
     for branch in tl.static_range(_BRANCHES):
         row = tl.load(branch_rows + image * branch_rows_image + branch * branch_rows_branch)
@@ -159,7 +159,7 @@ def _deviations(
 
 @triton.jit
 def _deviation(moments, image, splits, which: tl.constexpr, reads, SPLITS: tl.constexpr):
-    """Unbiased standard deviation of the output (0) or of the full prediction (1); 0 for a single value."""
+    """Return the unbiased standard deviation of the output (0) or of the full prediction (1); 0 for a single value."""
     split = tl.arange(0, SPLITS)
     inside = split < tl.where(reads, splits, 0)
     place = moments + (image * splits + split) * 6 + which * 3
@@ -174,7 +174,7 @@ def _deviation(moments, image, splits, which: tl.constexpr, reads, SPLITS: tl.co
 
 @triton.jit
 def _term(values, element, elements, first, second, third):
-    """Elements of one picture, not read where all three coefficients are zero."""
+    """Load elements of one picture; not read if all three coefficients are zero."""
     used = (first != 0.0) | (second != 0.0) | (third != 0.0)
     return tl.load(values + element, mask=element < tl.where(used, elements, 0), other=0.0).to(tl.float32)
 
@@ -277,7 +277,7 @@ def _step(
     b5 = tl.load(row + 5 * update_term)
 
     old = history + image * history_image
-    last = tl.load(old + element, mask=inside, other=0.0)  # always: it moves on
+    last = tl.load(old + element, mask=inside, other=0.0)  # always read: it becomes the older history entry
     before = _term(old + history_age, element, elements, 0.0, a4, b4)
     now = _term(latents + image * latents_image, element, elements, d0, a0, b0)
     fixed = _term(anchor + image * anchor_image, element, elements, 0.0, a1, b1)
@@ -313,10 +313,10 @@ def guided_step(
     next_history: torch.Tensor,
     config: Config | None = None,
 ) -> None:
-    """Writes one sampler step of all pictures into the three `next_*`; arguments as the operation's own.
+    """Write one sampler step of all pictures into the three `next_*`; arguments as the public operation's.
 
-    Predictions may be contiguous or channels_last; of all others each picture must be contiguous, else InvalidRequest.
-    A picture that uses a row out of range becomes NaN.
+    Predictions may be contiguous or channels_last; pictures of all other tensors must be contiguous, or InvalidRequest
+    is raised. A picture that uses a row out of range becomes NaN.
     """
     if latents.numel() == 0:
         return
@@ -337,7 +337,7 @@ def guided_step(
     config = settings("guided_step", latents, config, elements=elements)
     block = config["block"]
     splits = min(config["splits"], triton.cdiv(elements, block))
-    tiles = triton.cdiv(triton.cdiv(elements, splits), block)  # of one piece
+    tiles = triton.cdiv(triton.cdiv(elements, splits), block)  # per split
     splits = triton.cdiv(elements, tiles * block)
     moments = torch.empty(images, splits, 6, dtype=torch.float32, device=latents.device)
     packed = len(predictions) == 0 or predictions[0].is_contiguous()
@@ -399,12 +399,12 @@ def guided_step(
 
 
 def _strides(predictions: torch.Tensor) -> tuple[int, int]:
-    # of a channel and of a position
+    # of channels and of positions
     return predictions.stride(1), position_stride("predictions", predictions)
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """Both launches of every committed configuration, for bf16 predictions and fp32 state."""
+    """List both launches of every committed configuration, for bf16 predictions and fp32 state."""
     found = []
     tables = {"branch_rows": "*i64", "branch_weights": "*fp32", "rescale": "*fp32", "moments": "*fp32"}
     state = ("latents", "anchor", "history", "noise", "next_latents", "next_anchor", "next_history")

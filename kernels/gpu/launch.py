@@ -1,4 +1,4 @@
-"""What launchers need before they launch (a configuration, the device, tensors seen as rows) and ahead of it."""
+"""Launch configuration, device selection and strides for the launchers, and their ahead-of-time specialisations."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,11 +12,11 @@ from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configuration
 from stylefast.kernels.gpu.ahead import Specialisation
 
-INTERPRETED_CAPABILITY = 90  # whose configurations CPU tensors take in Triton's interpreter
+INTERPRETED_CAPABILITY = 90  # capability whose configurations CPU tensors use in Triton's interpreter
 
 
 def settings(operation: str, x: torch.Tensor, config: Config | None, **key: int | float | str) -> Config:
-    """The given configuration, or the committed one that is nearest to `key` on the GPU that holds x."""
+    """Return the given configuration, or the committed one nearest to `key` on the GPU that holds x."""
     if config is not None:
         return config
     if not x.is_cuda:
@@ -26,7 +26,7 @@ def settings(operation: str, x: torch.Tensor, config: Config | None, **key: int 
 
 
 def compiler_options(config: Config) -> dict[str, int | bool]:
-    """Triton's options for a configuration: its warps and stages, and a * b + c in one instruction.
+    """Return Triton's options for a configuration: its warps and stages, and fused multiply-add.
 
     Triton 3.6 fuses by default, 3.9 does not.
     """
@@ -34,7 +34,7 @@ def compiler_options(config: Config) -> dict[str, int | bool]:
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager:
-    """Triton launches on the current device; this makes it the one that holds x."""
+    """Return a context that makes x's device current, because Triton launches on the current device."""
     if not x.is_cuda:
         return nullcontext()
     guard_triton_cache()
@@ -42,7 +42,7 @@ def device_of(x: torch.Tensor) -> AbstractContextManager:
 
 
 def as_rows(name: str, x: torch.Tensor) -> torch.Tensor:
-    """x [..., columns] as [rows, columns] without a copy. Raises InvalidRequest where its strides don't allow that."""
+    """View x [..., columns] as [rows, columns] without a copy. Raises InvalidRequest if its strides forbid it."""
     try:
         rows = x.view(-1, x.shape[-1])
     except RuntimeError:
@@ -56,9 +56,9 @@ def as_rows(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def position_stride(name: str, x: torch.Tensor) -> int:
-    """The stride of the h * w positions of x [rows, channels, h, w] taken as one dimension.
+    """Return the stride of the h * w positions of x [rows, channels, h, w] taken as one dimension.
 
-    Raises InvalidRequest where no single stride reaches them all.
+    Raises InvalidRequest if no single stride reaches them all.
     """
     _, _, height, width = x.shape
     if width == 1:
@@ -71,7 +71,7 @@ def position_stride(name: str, x: torch.Tensor) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n (and at least 1)."""
+    """Return the smallest power of two that is at least n (and at least 1)."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -84,11 +84,11 @@ def specialisation(
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Specialisation:
-    """What an ahead-of-time compile of `kernel` needs.
+    """Return the specialisation of `kernel` for an ahead-of-time compile.
 
-    pointers gives each pointer's type, on a 16-byte boundary as PyTorch's are; divisible names integers that are
-    multiples of 16. A pointer of type "none" is an argument that is None. Scalars called eps or scale are fp32, all
-    other arguments i32.
+    pointers gives each pointer's type, all 16-byte aligned as PyTorch's are; divisible names integers that are
+    multiples of 16. Type "none" marks an argument that is None. Scalars called eps or scale are fp32, all other
+    arguments i32.
     """
     absent = {argument: None for argument, kind in pointers.items() if kind == "none"}
     constants = {**constants, **absent}

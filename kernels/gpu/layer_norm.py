@@ -1,4 +1,4 @@
-"""Layer norm in Triton, alone or after adding a residual; a row is held in registers, so its mean may be large.
+"""Layer norm in Triton, alone or after adding a residual; two passes over registers, safe for large means.
 
 out = (x - mean) / sqrt(variance + eps) * weight + bias      over the last dimension, biased variance, fp32 inside
 """
@@ -12,7 +12,7 @@ from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import as_rows, compiler_options, device_of, power_of_two, settings, specialisation
 
-MAX_COLUMNS = 8192  # a row beyond this would leave the registers
+MAX_COLUMNS = 8192  # a longer row would spill from the registers
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -40,7 +40,7 @@ def _layer_norm(
     values = tl.load(x + row * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
         values += tl.load(residual + row * residual_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        rounded = values.to(total.dtype.element_ty)  # what is normalised is what the next residual will see
+        rounded = values.to(total.dtype.element_ty)  # normalise the rounded sum, which is also the next residual
         tl.store(total + row * total_row + column[None, :], rounded, mask=inside)
         values = rounded.to(tl.float32)
 
@@ -63,9 +63,9 @@ def layer_norm(
     out: torch.Tensor,
     config: Config | None = None,
 ) -> None:
-    """Writes the layer norm of x [..., columns] into `out`.
+    """Write the layer norm of x [..., columns] into `out`.
 
-    Raises InvalidRequest for rows that are not evenly spaced, and beyond 8192 columns.
+    Raises InvalidRequest for rows that are not evenly spaced and for more than 8192 columns.
     """
     _launch(x, None, weight, bias, eps, None, out, config)
 
@@ -80,7 +80,7 @@ def add_layer_norm(
     out: torch.Tensor,
     config: Config | None = None,
 ) -> None:
-    """Writes x + residual, rounded to x's type, into `total` and its layer norm into `out`; errors as `layer_norm`."""
+    """Write x + residual, rounded, into `total` and the layer norm of that into `out`; errors as `layer_norm`."""
     _launch(x, residual, weight, bias, eps, total, out, config)
 
 
@@ -118,7 +118,7 @@ def _launch(x, residual, weight, bias, eps, total, out, config):
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """Every committed configuration of this chip, with a residual, which takes the most registers."""
+    """List every committed configuration of this chip, with a residual, which takes the most registers."""
     found = []
     for key, config in configurations("layer_norm", capability):
         padded = power_of_two(key["columns"])

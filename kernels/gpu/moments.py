@@ -1,4 +1,4 @@
-"""Mean and variance in one pass over any number of tiles, safe where the mean is large against the spread (Welford)."""
+"""One-pass mean and variance over any number of tiles, accurate even for means far above the spread (Welford)."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def add_to_moments(x, valid, step, mean, spread):
-    """Takes one more value into every element's mean and spread (sum of squared deviations).
+    """Add one value to every element's mean and spread (sum of squared deviations).
 
-    Before it each element has seen `step` values; where `valid` is false nothing changes, which must then stay so.
+    Each element must have seen `step` values so far. Elements with `valid` false are unchanged and must stay invalid in
+    later steps.
     """
     delta = x - mean
     grown = mean + delta * (1.0 / (step + 1))
@@ -17,7 +18,7 @@ def add_to_moments(x, valid, step, mean, spread):
 
 @triton.jit
 def merge_moments(count, mean, spread, axis: tl.constexpr):
-    """Count, mean and spread of all sets along `axis` taken together; a set of count 0 adds nothing."""
+    """Return count, mean and spread of the union of all sets along `axis`; a set of count 0 adds nothing."""
     total = tl.sum(count, axis)
     centre = tl.sum(count * mean, axis) / tl.maximum(total, 1.0)
     off = mean - tl.expand_dims(centre, axis)

@@ -1,8 +1,8 @@
 """Shared self-attention, form "pointers", with the arguments of a TensorRT plugin.
 
-An ahead-of-time plugin hands a kernel its inputs, then whole numbers, then its outputs, and nothing else: every tensor
-is contiguous, strides follow from sizes, and what is neither a tensor nor a whole number is a constant of the kernel.
-Pages and modes come as int32, so that a program reads them in one instruction.
+An ahead-of-time plugin passes only inputs, then integers, then outputs to a kernel: every tensor is contiguous, strides
+follow from sizes, and all other parameters are constants of the kernel. Pages and modes are int32, so that a program
+reads each in one instruction.
 """
 
 import math
@@ -20,7 +20,7 @@ from stylefast.kernels.gpu.shared_attention_pointers import masked_block, padded
 from stylefast.kernels.gpu.strides import ALIGN
 
 SIZES = ("rows", "tokens", "heads", "references", "pages", "page_tokens")
-# read in whole lines, from the start of a tensor; the tables may begin anywhere
+# read in 16-byte vectors from the start of a tensor; the tables may start at any address
 _LINES = ("q", "k", "v", "gain", "offset", "pool_k", "pool_v", "out")
 
 
@@ -140,8 +140,10 @@ def launch(
     out: torch.Tensor,
     config: Config,
 ) -> None:
-    """Fill `out` as the plugin does, from contiguous tensors of its types: page and mode int32, scale, shift, gain and
-    offset fp32, all others of one type."""
+    """Fill `out` as the plugin does, from contiguous tensors of the plugin's types.
+
+    page and mode are int32, scale, shift, gain and offset fp32, all others of one type.
+    """
     rows, tokens, heads, d = q.shape
     pages, page_tokens = (0, 0) if pool_k is None else pool_k.shape[:2]
     even = is_even(config, tokens, page_tokens)
@@ -171,12 +173,12 @@ def launch(
 
 
 def is_even(config: Config, *counts: int) -> bool:
-    """Whether tiles of keys end where these numbers of tokens do, so that none needs a mask."""
+    """Return whether these token counts are multiples of the key tile, so that no tile needs a mask."""
     return all(count % config["block_n"] == 0 for count in counts)
 
 
 def constants(d: int, dtype: torch.dtype, parts: int, banked: bool, even: bool, config: Config) -> dict[str, Any]:
-    """The kernel's constants: heads of d channels, AdaIN of `parts` of q, k and v, with or without pages of a bank."""
+    """Return the kernel's constants: d channels per head, AdaIN of `parts` of q, k and v, bank pages or none."""
     return {
         "D": d,
         "FACTOR": math.log2(math.e) / math.sqrt(d),
@@ -193,7 +195,7 @@ def constants(d: int, dtype: torch.dtype, parts: int, banked: bool, even: bool, 
 
 
 def specialise(d: int, dtype: torch.dtype, parts: int, banked: bool, even: bool, config: Config) -> Specialisation:
-    """What an ahead-of-time compile of the kernel needs; see `constants`."""
+    """Return the specialisation for an ahead-of-time compile of the kernel; arguments as `constants`."""
     short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     types = dict.fromkeys(("q", "k", "v", "out"), f"*{short}") | {"page": "*i32", "mode": "*i32"}
     types |= dict.fromkeys(("scale", "shift", "gain", "offset"), "*fp32")

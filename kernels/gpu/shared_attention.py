@@ -1,4 +1,4 @@
-"""Shared self-attention on a GPU: which form runs a call, and with which configuration.
+"""Choice of form and configuration for shared self-attention on a GPU.
 
 "warp_specialised" is for SDXL's calls on compute capability 9.0; "pointers" takes every call on every chip.
 """
@@ -41,11 +41,11 @@ def shared_attention(
     out: torch.Tensor,
     config: Config | None = None,
 ) -> None:
-    """Fill `out` [rows, tokens, heads, d]; arguments as the public operation's, whose checks are taken as done.
+    """Fill `out` [rows, tokens, heads, d]; arguments as the public operation's, already checked.
 
-    gain and offset are [3, rows, heads, d], or [2, rows, heads, d] where the values stay as they are, which is cheaper.
-    A row that names a page outside [-1, rows + pages) comes out as NaN. Reads nothing on the host. Raises
-    InvalidRequest for a given configuration of a form that does not fit the call, and for bf16 in the interpreter.
+    gain and offset are [3, rows, heads, d], or [2, rows, heads, d] if the values stay unchanged, which is cheaper. A
+    row with a page outside [-1, rows + pages) becomes NaN. Doesn't synchronise. Raises InvalidRequest if the form of a
+    given configuration does not fit the call, and for bf16 in the interpreter.
     """
     if out.numel() == 0:
         return
@@ -92,7 +92,7 @@ def form_for(
     bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> tuple[str, str]:
-    """The form that runs a call, and why it is not the warp-specialised one ("" if it is)."""
+    """Return the form that runs a call, and why it is not the warp-specialised one ("" if it is)."""
     config = _specialised_config(q.device, tuple(_key(q, pool_k).items()))
     if config is None:
         return "pointers", "no configuration of the warp-specialised form for this chip, type and kind of page"
@@ -110,7 +110,7 @@ def _specialised_config(device: torch.device, key: tuple) -> Config | None:
 
 
 def _misfit(q, k, v, page, gain, pool_k, pool_v, bias, out, config: Config) -> str:
-    """Why the warp-specialised form can't take a call, "" if it can."""
+    """Return why the warp-specialised form can't take a call, "" if it can."""
     tokens, d = q.shape[1], q.shape[3]
     block_n = config["block_n"]
     if d != SPECIALISED_WIDTH:
@@ -143,7 +143,7 @@ def _misfit(q, k, v, page, gain, pool_k, pool_v, bias, out, config: Config) -> s
 
 @cache
 def _say_far() -> None:
-    # of all reasons the one that has to do with neither the model nor the request, and may come and go
+    # the only reason that depends on neither the model nor the request, and it may come and go
     logger.warning(
         "bank pages and activations lie more than a terabyte apart, as expandable segments of PyTorch's allocator may "
         'put them; shared_attention takes its slower form "pointers" for such calls. Without expandable_segments in '
@@ -157,7 +157,7 @@ def _key(q: torch.Tensor, pool_k: torch.Tensor | None) -> Key:
 
 
 def candidates(key: Key) -> list[Config]:
-    """What is worth timing for a key of the tuning files."""
+    """Return the configurations worth timing for a key of the tuning files."""
     if key["form"] == "warp_specialised":
         shapes = [(128, 128, 2), (128, 128, 3), (128, 64, 2), (128, 64, 3), (256, 64, 2), (128, 256, 2)]
         return [_config(key["form"], m, n, 4, stages, exp2) for m, n, stages in shapes for exp2 in (0, 4, 8)]
@@ -168,7 +168,7 @@ def candidates(key: Key) -> list[Config]:
     found = [
         _config(key["form"], *shape, stages, exp2) for shape in shapes for stages in (2, 3, 4) for exp2 in (0, 4, 8)
     ]
-    # chips before 8.9 have no conversion from fp8 and can only decode it
+    # chips before 8.9 can't convert from fp8 and must decode it
     return found if key["page"] == "native" else found + [config | {"decode": True} for config in found]
 
 
@@ -184,7 +184,7 @@ def _config(form: str, block_m: int, block_n: int, num_warps: int, num_stages: i
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """Every committed configuration with the kinds of call it must serve."""
+    """List every committed configuration with the kinds of call it must serve."""
     compiles = []
     for key, config in configurations("shared_attention", capability):
         if key["form"] == "warp_specialised":

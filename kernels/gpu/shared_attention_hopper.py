@@ -1,13 +1,14 @@
 """Shared self-attention, form "warp_specialised", for compute capability 9.0.
 
-One warp group fetches keys and values by the tensor memory accelerator, two compute; the compiler makes that split of
-a single loop without an `else`, over tiles of the own tokens first and of one page after them. Both must come out of
-one descriptor, whichever memory they lie in: its outermost dimension has two entries, and their distance is its stride.
+One warp group fetches keys and values by the tensor memory accelerator, two compute. The compiler splits only a single
+loop without an `else`, so one loop runs over the tiles of the own tokens, then over those of one page. Both segments
+must come from one descriptor, wherever they are in memory: its outermost dimension has two entries, and their distance
+is its stride.
 
-What differs between the two segments is picked per tile: the query copy (as a sum in which one term is 0, exact and
-cheaper than a choice), its factor, and the constant per query that AdaIN's offset of the keys adds. That constant is
-a sum over channels, which the compiler can't split over warp groups, so a small kernel makes it first. The values'
-gain meets the accumulator on the first tile of the page, their offset at the end.
+The differences between the two segments are selected per tile: the query copy (as a sum in which one term is 0, exact
+and cheaper than a select), its factor, and the constant per query that AdaIN's offset of the keys adds. That constant
+is a sum over channels, which the compiler can't split over warp groups, so a small kernel computes it first. The
+values' gain is applied to the accumulator at the first tile of the page, their offset at the end.
 """
 
 import contextvars
@@ -23,7 +24,7 @@ from stylefast.kernels.gpu.exp2 import exp2, share
 from stylefast.kernels.gpu.launch import compiler_options, device_of
 from stylefast.kernels.gpu.strides import strides
 
-STRIDE_LIMIT = 2**40  # bytes: strides of a tensor map are below it, and the distance of two segments is one
+STRIDE_LIMIT = 2**40  # bytes: limit of a tensor map's strides, one of which is the distance of the two segments
 
 _FLOOR = tl.constexpr(-1e30)
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -36,8 +37,11 @@ _RUNTIME += [f"{x}_{dim}" for x in ("pool_k", "pool_v") for dim in ("page", "hea
 
 @triton.jit
 def _both(own, other, other_tokens, fallback):
-    """One descriptor's view of two segments: its first element, the stride between them in units of 8 elements, and
-    the places of the own and of the other one. Addresses of bf16 or fp16."""
+    """Return one descriptor's view of two segments of bf16 or fp16.
+
+    That is the first element, the stride between the segments in units of 8 elements, and the indices of the own and of
+    the other segment.
+    """
     apart = tl.where(other_tokens > 0, (other.to(tl.int64) - own.to(tl.int64)) // 16, 0)
     first = tl.where(apart < 0, other, own)
     stride = tl.where(apart == 0, fallback.to(tl.int64), tl.abs(apart))
@@ -46,11 +50,11 @@ def _both(own, other, other_tokens, fallback):
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_UNALIGNED)
 def warp_specialised_kernel(
-    q,  # [rows, tokens, heads, D]; strides of rows, tokens and heads come in units of 8 elements, as all below
+    q,  # [rows, tokens, heads, D]; strides of rows, tokens and heads in units of 8 elements, as for all tensors below
     k,
     v,
     out,
-    constant,  # [rows, heads, tokens], of the own keys, in log2 units
+    constant,  # [rows, heads, tokens], from the offset of the own keys, in log2 units
     page,  # [rows, 1] int64
     mode,  # [rows] int64
     scale,  # [rows, 1]
@@ -88,12 +92,12 @@ def warp_specialised_kernel(
     FACTOR: tl.constexpr,  # log2(e) / sqrt(D)
     HAS_PAGE: tl.constexpr,
     HAS_POOL: tl.constexpr,
-    TENSORS: tl.constexpr,  # with AdaIN: none 0, queries and keys 2, values too 3
+    TENSORS: tl.constexpr,  # AdaIN: 0 none, 2 queries and keys, 3 also values
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EXP2: tl.constexpr,
 ):
-    # by head, then row, then tile: rows that share a page run side by side and find its bytes in L2
+    # by head, then row, then tile: rows that share a page run concurrently and share its bytes in L2
     tiles = tl.cdiv(tokens, BLOCK_M)
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles % rows).to(tl.int64)
@@ -225,7 +229,7 @@ def query_constant_kernel(
     FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What the offset of the own keys adds to every score of a query: (q gain + offset).offset_k log2(e) / sqrt(D)."""
+    """Compute what the own keys' offset adds to each score of a query: (q gain + offset).offset_k log2(e) / sqrt(D)."""
     row = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     used = (tl.load(mode + row * mode_row) != 0) & (tl.load(page + row * page_row) >= 0)
@@ -258,14 +262,14 @@ def launch(
     out: torch.Tensor,
     config: Config,
 ) -> None:
-    """Fill `out`. That the arguments fit this form is `form_for`'s to say, in shared_attention.py."""
-    # an allocator is a context variable, and a launch is no reason to replace that of the application around it
+    """Fill `out`. The caller checks by `form_for` (shared_attention.py) that the arguments fit this form."""
+    # Triton's allocator is a context variable; run in a copied context to leave the application's own in place
     fill = partial(_fill, q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, out, config)
     if not q.is_cuda:
         fill()
         return
     context = contextvars.copy_context()
-    context.run(triton.set_allocator, _scratch)  # descriptors made on the device lie in scratch memory
+    context.run(triton.set_allocator, _scratch)  # descriptors made on the device need scratch memory
     context.run(fill)
 
 

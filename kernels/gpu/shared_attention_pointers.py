@@ -1,18 +1,18 @@
 """Shared self-attention, form "pointers": every chip, every stride, every mix of rows.
 
-A program holds one tile of one row's queries and walks that row's segments, its own tokens first, then its pages,
-with one running softmax. What differs between segments is folded where it costs nothing per score:
+A program holds one tile of one row's queries and loops over that row's segments, its own tokens first, then its pages,
+with one running softmax. Differences between segments are folded in without cost per score:
 
     AdaIN of the queries     where the tile is loaded, again for every segment
     AdaIN of the own keys    q.(g k + o) = (q g).k + q.o: a factor on the query tile and a constant per query
-    AdaIN of the own values  sum p (g v + o) = g (sum p v) + o (sum p): on the accumulator, once the segment is through
-    scale of a page          its sign on the query tile, its size in the factor 1 / sqrt(d) that a score takes anyway
+    AdaIN of the own values  sum p (g v + o) = g (sum p v) + o (sum p): on the accumulator, after the segment
+    scale of a page          its sign on the query tile, its magnitude in the factor 1 / sqrt(d), applied anyway
     shift of a page          a constant per segment
     scale of fp8 keys        a factor on the query tile
     scale of fp8 values      on the accumulator, around the segment
 
-A constant moves the running maximum and no score. A segment that is hidden or absent is a loop of no iterations, so a
-row in plain mode pays for plain attention.
+A constant shifts the running maximum instead of each score. A hidden or absent segment is skipped, so a row in plain
+mode costs as much as plain attention.
 """
 
 import math
@@ -26,12 +26,12 @@ from stylefast.kernels.gpu.exp2 import exp2, share
 from stylefast.kernels.gpu.launch import compiler_options, device_of, power_of_two
 from stylefast.kernels.gpu.strides import ALIGN, aligned, aligned_like, is_aligned, strides
 
-# below every score, yet finite: a tile of nothing but hidden tokens subtracts it from -inf without a NaN
+# below every score, yet finite: in a tile of only hidden tokens, -inf minus it is no NaN
 _FLOOR = tl.constexpr(-1e30)
 _LOG2_E = tl.constexpr(math.log2(math.e))
-# what stands for an fp8 scale of 0, whose channel then comes out below 1e-11 instead of 0 / 0
+# replaces an fp8 scale of 0, so that its channel comes out below 1e-11 instead of 0 / 0
 _TINY = tl.constexpr(2.0**-60)
-# sizes and strides vary from call to call and must not each bring a compile
+# sizes and strides vary from call to call and must not cause recompilation
 _RUNTIME = ["rows", "tokens", "heads", "references", "pages", "page_tokens", "bias_page", "bias_token"]
 _RUNTIME += ["page_row", "page_reference", "mode_row", "scale_row", "scale_reference", "shift_row", "shift_reference"]
 _RUNTIME += [f"{x}_{dim}" for x in ("q", "k", "v", "out") for dim in ("row", "token", "head")]
@@ -41,7 +41,7 @@ _UNALIGNED = ["page", "mode", "scale", "shift", "bias"]
 
 @triton.jit
 def decode_fp8(code, dtype: tl.constexpr):
-    """float8_e4m3fn bits in uint8 -> dtype, for chips without the conversion."""
+    """Decode float8_e4m3fn bits in uint8 to dtype, for chips without the conversion."""
     bits = code.to(tl.int32)
     magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * (2.0**120)
     magnitude = tl.where((bits & 0x7F) == 0x7F, float("nan"), magnitude)
@@ -50,7 +50,7 @@ def decode_fp8(code, dtype: tl.constexpr):
 
 @triton.jit
 def _unit(scales, mask):
-    """The scale of fp8 values, 1 where the mask is off. [block_d]"""
+    """Return the scale of fp8 values, 1 where the mask is off. [block_d]"""
     unit = tl.load(scales, mask=mask, other=1.0)
     return tl.where(tl.abs(unit) < _TINY, _TINY, unit)
 
@@ -69,7 +69,7 @@ def _attend(
     factor,  # of the products, >= 0, in log2 units
     bias,  # of the segment's first token
     bias_stride,
-    biased,  # whether this segment has one
+    biased,  # whether this segment has a bias
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -79,7 +79,7 @@ def _attend(
     EXP2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One segment of the online softmax."""
+    """Add one segment to the online softmax."""
     channel = tl.arange(0, BLOCK_D)
     token = tl.arange(0, BLOCK_N)
     k_offsets = token[:, None] * k_stride + channel[None, :]
@@ -122,7 +122,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_UNALIGNED)
 def pointers_kernel(
-    q,  # [rows, tokens, heads, D]; strides of rows, tokens and heads come in units of ALIGN
+    q,  # [rows, tokens, heads, D]; strides of rows, tokens and heads in units of ALIGN
     k,
     v,
     out,
@@ -172,8 +172,8 @@ def pointers_kernel(
     bias_token,
     D: tl.constexpr,
     FACTOR: tl.constexpr,  # log2(e) / sqrt(D)
-    TENSORS: tl.constexpr,  # with AdaIN: none 0, queries and keys 2, values too 3
-    POOL: tl.constexpr,  # "none", "native", "fp8", or "codes": fp8 as uint8, to be decoded
+    TENSORS: tl.constexpr,  # AdaIN: 0 none, 2 queries and keys, 3 also values
+    POOL: tl.constexpr,  # "none", "native", "fp8", or "codes": fp8 as uint8, decoded by `decode_fp8`
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,  # BLOCK_N divides tokens and page_tokens
     ALIGN: tl.constexpr,
@@ -183,7 +183,7 @@ def pointers_kernel(
     EXP2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # by head, then row, then tile: rows that share a page run side by side and find its bytes in L2
+    # by head, then row, then tile: rows that share a page run concurrently and share its bytes in L2
     tiles = tl.cdiv(tokens, BLOCK_M)
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles % rows).to(tl.int64)
@@ -204,16 +204,16 @@ def pointers_kernel(
     stored = (token < tokens)[:, None] & within[None, :]
     q_tile = q + (row * q_row + head * q_head) * ALIGN + token.to(tl.int64)[:, None] * (q_token * ALIGN)
     q_tile += channel[None, :]
-    affine = (row * heads + head) * D + channel  # in gain and offset
+    affine = (row * heads + head) * D + channel  # offset into gain and offset
     next_tensor = rows.to(tl.int64) * heads * D
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], _FLOOR, tl.float32)
 
-    # addresses kept over the segments would cost more registers than they are worth
+    # without LICM: keeping addresses across segments costs more registers than it saves
     for segment in tl.range(0, references + 1, disable_licm=True):
-        # segment 0 is the row's own tokens, a page of raw keys like the others but for its AdaIN
+        # segment 0 is the row's own tokens, handled like a page of raw keys, with AdaIN in addition
         own = segment == 0
         reference = used & (segment > 0)
         r = tl.maximum(segment - 1, 0)
@@ -318,7 +318,7 @@ def pointers_kernel(
                 offset_v = tl.load(offset + 2 * next_tensor + affine, mask=changed_own, other=0.0)
                 acc = acc * gain_v[None, :] + total[:, None] * offset_v[None, :]
 
-    # a row that saw no token gives 0; the cubic's weights never reach 0, so its maximum tells
+    # a row that saw no token gives 0; detected by the maximum, because weights from the cubic never reach 0
     saw = peak > 0.5 * _FLOOR
     inverse = tl.where(saw, 1.0 / tl.where(saw, total, 1.0), 0.0)
     acc = acc * inverse[:, None]
@@ -345,7 +345,7 @@ def launch(
     out: torch.Tensor,
     config: Config,
 ) -> None:
-    """Fill `out`; every call fits this form. Tensors that are not `aligned` are copied first."""
+    """Fill `out`; this form takes every call. Tensors that are not `aligned` are copied first."""
     rows, tokens, heads, d = q.shape
     q, k, v, pool_k, pool_v = (x if x is None else aligned(x) for x in (q, k, v, pool_k, pool_v))
     target = out if is_aligned(out) else aligned_like(out)
@@ -416,10 +416,10 @@ def launch(
 
 
 def masked_block(block_n: int) -> int:
-    """Keys of a tile that is masked or biased: half as many, as each brings one more value to hold."""
+    """Return the keys per tile for masked or biased calls: half as many, because each adds a value to hold."""
     return max(16, block_n // 2)
 
 
 def padded(d: int) -> int:
-    """Channels of a tile that holds d."""
+    """Return the channels of a tile that holds d."""
     return max(16, power_of_two(d))

@@ -1,6 +1,6 @@
-"""Times of GPU work: replays of CUDA graphs, contestants in turns.
+"""Timing of GPU work: replays of CUDA graphs, contestants in turns.
 
-Launch gaps and host work stay out, and what a GPU's clocks do meanwhile meets every contestant alike.
+Launch gaps and host work are excluded, and changes of the GPU's clocks affect all contestants alike.
 """
 
 import math
@@ -11,28 +11,28 @@ from typing import NamedTuple
 import torch
 
 ROUNDS = 21
-GRAPH_MILLISECONDS = 2.0  # a graph holds as many launches as this takes
+GRAPH_MILLISECONDS = 2.0  # target length of a graph
 MOST_LAUNCHES = 64
 
 
 class Times(NamedTuple):
-    """Milliseconds of every sample by contestant, and why those that are missing could not run."""
+    """Milliseconds of every sample by contestant, and the errors of those that could not run."""
 
     samples: dict[str, list[float]]
     failures: dict[str, str]
 
 
 def graph_milliseconds(calls: Mapping[str, Callable[[int], object]], sets: int = 1, rounds: int = ROUNDS) -> Times:
-    """Milliseconds of one call of each contestant, `rounds` samples each.
+    """Time one call of each contestant in milliseconds, `rounds` samples each.
 
-    A contestant gets the number of an input set in [0, sets) with every call, in order, so that data which would fit
-    in the L2 is not found there. It must neither synchronise nor read device tensors on the host.
+    Each call receives the number of an input set in [0, sets), in order, so that inputs are not found in the L2. Calls
+    must neither synchronise nor read device tensors on the host.
     """
     graphs, failures = {}, {}
     for name, call in calls.items():
         try:
             graphs[name] = _captured(call, sets)
-        except Exception as error:  # whatever refuses: the other contestants are still to be timed
+        except Exception as error:  # one contestant's failure must not stop the others
             torch.cuda.synchronize()
             failures[name] = one_line(error)
     samples: dict[str, list[float]] = {name: [] for name in graphs}
@@ -43,7 +43,10 @@ def graph_milliseconds(calls: Mapping[str, Callable[[int], object]], sets: int =
 
 
 def one_line(error: Exception) -> str:
-    """Kind and message of an error, shortened; of paths only the last part, as figures travel to other machines."""
+    """Return kind and message of an error, shortened.
+
+    Paths are cut to their last part, because results are copied to other machines.
+    """
     message = re.sub(r"(?<![\w/:])/(?:[\w.+@-]+/)+", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {message[:300]}"
 
@@ -69,7 +72,7 @@ def _captured(call: Callable[[int], object], sets: int) -> tuple[torch.cuda.CUDA
 
 
 def _elapsed(work: Callable[[], object]) -> float:
-    """Milliseconds on the device."""
+    """Run `work` and return its milliseconds on the device."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()

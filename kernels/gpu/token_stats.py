@@ -1,8 +1,8 @@
-"""Mean and unbiased variance over tokens, of up to three tensors in one launch.
+"""Mean and unbiased variance over tokens, of up to three tensors per launch.
 
 A program takes one head of one row and a stretch of its tokens. Every element of its tile runs Welford's recurrence
 over the tiles, and the columns are merged once, by count, mean and sum of squared deviations (Chan, Golub, LeVeque
-1979); so nothing is lost where a mean is large beside its deviation. The length of a stretch does not depend on the
+1979), so no precision is lost if the mean is large relative to the deviation. A stretch's length does not depend on the
 batch, so neither does a row's result. Rows of more than one stretch take a second, small launch.
 """
 
@@ -21,9 +21,9 @@ _STRIDES = [f"{x}_{dim}" for x in ("x", "y", "z") for dim in ("row", "token", "h
 
 @triton.jit
 def _merge(mean, m2, count):
-    """Statistics of all rows of [n, d] partial ones; count [n] fp32. Returns mean and m2 [d]."""
+    """Merge the statistics of [n, d] parts; count [n] fp32. Returns mean and m2 [d]."""
     total = tl.maximum(tl.sum(count, 0), 1.0)
-    # about the first part's mean, which is never empty: a large mean then costs no digits
+    # relative to the first part's mean, which is never empty, so that a large mean loses no precision
     first = tl.sum(tl.where((tl.arange(0, mean.shape[0]) == 0)[:, None], mean, 0.0), 0)
     centred = tl.where((count > 0)[:, None], mean - first[None, :], 0.0)
     shift = tl.sum(centred * count[:, None], 0) / total
@@ -85,7 +85,7 @@ def token_stats_kernel(
         tile = base + start * stride.to(tl.int64) * ALIGN + offsets
         value = tl.load(tile, mask=inside[:, None] & within[None, :], other=0).to(tl.float32)
         count += inside.to(tl.float32)
-        step = tl.where(inside, 1.0 / tl.maximum(count, 1.0), 0.0)  # 0 leaves the statistics alone
+        step = tl.where(inside, 1.0 / tl.maximum(count, 1.0), 0.0)  # 0 keeps the statistics unchanged
         delta = tl.where(inside[:, None], value - seen_mean, 0.0)
         seen_mean += delta * step[:, None]
         seen_m2 += tl.where(inside[:, None], delta * (value - seen_mean), 0.0)
@@ -132,7 +132,7 @@ def token_stats(
 ) -> None:
     """Fill mean and variance, contiguous fp32 [tensors, rows, heads, d], of 1 to 3 tensors [rows, tokens, heads, d].
 
-    The tensors share shape and type, not strides. The variance of one token is 0.
+    The tensors have one shape and type; strides may differ. The variance of one token is 0.
     """
     x = xs[0]
     rows, tokens, heads, d = x.shape
@@ -183,7 +183,7 @@ def token_stats(
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """The committed configurations at many stretches and at one."""
+    """List the committed configurations with many stretches and with one."""
     compiles = []
     for key, config in configurations("token_stats", capability):
         for dtype, split in (("bf16", True), ("fp32", False)):

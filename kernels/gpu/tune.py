@@ -1,9 +1,9 @@
-"""Finds launch configurations on the GPU at hand: what `stylefast bench --tune` runs, never a server.
+"""Search for launch configurations on the local GPU: run by `stylefast bench --tune`, never by a server.
 
-For every committed key of an operation the committed configurations of all chips are timed at SDXL's shapes, then what
-lies around the best of them, one setting at a time, until nothing is faster. A module of this folder that offers
-`candidates(key) -> list[dict]` names the configurations itself. One whose result is not that of the committed
-configuration is never taken.
+For each committed key of an operation, the committed configurations of all chips are timed at SDXL's shapes, then the
+neighbours of the best, one setting at a time, until none is faster. A module of this folder may define
+`candidates(key) -> list[dict]` to list the configurations itself. A configuration whose result differs from that of the
+committed one is never taken.
 """
 
 import importlib
@@ -26,9 +26,9 @@ from stylefast.kernels.gpu.timing import Times, graph_milliseconds
 
 Timer = Callable[[Mapping[str, Callable[[int], object]], int], Times]
 
-# the launcher that an operation is timed by; others have a module and a function of their own name
+# launcher to time an operation by, where module and function don't have its name
 LAUNCHERS = {"layer_norm": ("layer_norm", "add_layer_norm")}
-# in the order in which they are neighbours; exp2 0 is the form that both others start from
+# ordered so that adjacent values are neighbours; exp2 0 is in the middle because both others start from it
 CHOICES: dict[str, tuple] = {"num_warps": (1, 2, 4, 8, 16), "exp2": (4, 0, 8), "num_stages": (1, 2, 3, 4, 5)}
 TOGETHER, FINALISTS = 8, 4  # configurations timed in turns
 FASTER = 0.99  # a neighbour must take at most this share of the best time to replace it
@@ -53,11 +53,11 @@ def tune(
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
-    """The content of a tuning file for this GPU.
+    """Search configurations and return the content of a tuning file for this GPU.
 
-    operations: their names, None for all that have committed configurations. Keys that are not begun after `minutes`
-    keep their committed configuration, with no time beside it. Raises InvalidRequest without a CUDA device and for an
-    operation that has no configurations.
+    operations: names, or None for all that have committed configurations. Keys not started within `minutes` keep their
+    committed configuration and get no time. Raises InvalidRequest without a CUDA device and for an operation that has
+    no configurations.
     """
     gpu, capability = _gpu(device)
     known = sorted({name for tuning in configs.tunings() for name in tuning.operations})
@@ -91,7 +91,7 @@ def tune(
 
 
 def write(content: dict[str, Any], folder: Path) -> Path:
-    """The content as <gpu>.json in a folder, one entry a line. Returns the file."""
+    """Write the content to <gpu>.json in a folder, one entry per line. Returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{re.sub(r'[^a-z0-9]+', '-', content['gpu'].lower()).strip('-')}.json"
     operations = ",\n".join(
@@ -104,7 +104,7 @@ def write(content: dict[str, Any], folder: Path) -> Path:
 
 
 def neighbours(config: Config) -> list[Config]:
-    """Configurations that differ in one setting: the next choices of those in CHOICES, else half and double."""
+    """Return configurations that differ in one setting: adjacent values for those in CHOICES, else half and double."""
     found = []
     for name, value in config.items():
         if isinstance(value, (str, bool)):
@@ -136,7 +136,7 @@ def _keys(operation: str, capability: int) -> list[Key]:
 def _search(
     operation: str, key: Key, committed: Config, device: str, timer: Timer, size: Size, end: float, clock: Callable
 ) -> tuple[Config, float | None, int]:
-    """The fastest configuration, its milliseconds and how many were tried; the committed one if none could run."""
+    """Return the fastest configuration, its milliseconds and the number tried; the committed one if none could run."""
     module, function = LAUNCHERS.get(operation, (operation, operation))
     module = importlib.import_module(f"stylefast.kernels.gpu.{module}")
     launch = getattr(module, function)
@@ -151,7 +151,7 @@ def _search(
     known: dict[str, Config] = {}
 
     def time_some(candidates: Sequence[Config]) -> None:
-        """A few at a time, so that the time to spend is looked at between them."""
+        """Time a few at a time, checking the time limit in between."""
         new = {json.dumps(c, sort_keys=True): c for c in candidates}
         new = [(name, c) for name, c in new.items() if name not in known]
         for first in range(0, len(new), TOGETHER):
@@ -174,7 +174,7 @@ def _search(
             break
     if not times:
         return committed, None, len(known)
-    # those at the top once more, in turns: they were timed at different moments
+    # time the best again in turns, because their first times are from different moments
     finalists = sorted(times, key=times.get)[:FINALISTS]
     final = timer({name: call(known[name]) for name in finalists}, len(sets)).samples
     best = min(final, key=lambda name: statistics.median(final[name]))
@@ -195,13 +195,13 @@ def _results(run: Callable[[int], object], outputs: Sequence[torch.Tensor]) -> l
 def _agrees(run: Callable[[int], object], outputs: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
     try:
         found = _results(run, outputs)
-    except Exception:  # too much shared memory, a shape the compiler refuses: no configuration for this GPU
+    except Exception:  # e.g. too much shared memory or an unsupported shape: unusable on this GPU
         return False
     return all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(found, right))
 
 
 def _sets(arguments: tuple[Sequence, Sequence], device: str) -> int:
-    """Input sets that together don't fit in the L2 twice over."""
+    """Return the number of input sets that fill at least twice the L2 together, at most 8."""
     tensors = [x for part in arguments for x in part if isinstance(x, torch.Tensor)]
     used = sum(x.numel() * x.element_size() for x in tensors)
     cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
@@ -209,12 +209,12 @@ def _sets(arguments: tuple[Sequence, Sequence], device: str) -> int:
 
 
 class _Maker:
-    """Random tensors of one seed."""
+    """Generator of random tensors from one seed."""
 
     def __init__(self, key: Key, device: str, seed: int):
         self.device = device
         self.generator = torch.Generator(device).manual_seed(seed)
-        # the interpreter on CPUs multiplies no bf16 matrices
+        # Triton's interpreter can't multiply bf16 matrices on CPUs
         half = torch.bfloat16 if device == "cuda" else torch.float16
         self.dtype = torch.float32 if key.get("bits") == 32 else half
 
@@ -229,7 +229,7 @@ def _shared_attention(key, size, device, seed):
     make, d = _Maker(key, device, seed), key["d"]
     shape, pages = (size.rows, size.tokens, size.heads, d), 2
     q = make(*shape)
-    # one buffer for own and page tokens, as the runtime keeps them
+    # own and page tokens in one buffer, as in the runtime
     k, v = (make(size.rows + pages, *shape[1:]) for _ in range(2))
     pool_k, pool_v, scales = k[size.rows :], v[size.rows :], (None, None)
     if key.get("page") == "fp8":
@@ -330,7 +330,7 @@ def _guided_step(key, size, device, seed):
     return inputs, (next_latents, next_anchor, next_history)
 
 
-# operation -> (key, size, device, seed) -> arguments of its launcher, and the tensors that it fills
+# operation -> (key, size, device, seed) -> arguments of its launcher, and its output tensors
 ARGUMENTS: dict[str, Callable[[Key, Size, str, int], tuple[Sequence, Sequence]]] = {
     "shared_attention": _shared_attention,
     "gated_cross_attention": _gated_cross_attention,

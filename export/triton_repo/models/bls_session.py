@@ -1,4 +1,4 @@
-"""A graph that another model of this server runs: looks like a session of `stylefast.export.sessions`."""
+"""A graph run by another model of this server, with the interface of `stylefast.export.sessions`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,12 +9,12 @@ from stylefast.errors import ExportError, JobCancelled, OutOfMemory, QueueFull
 
 
 class BlsSession:
-    """Sends its inputs to `model`, which stands in the same repository, and waits for the outputs.
+    """Session that sends its inputs to `model` in the same repository and waits for the outputs.
 
-    outputs: names, in order. before: called before every request, in the thread that makes it.
+    outputs: names, in order. before: called before every request, in the calling thread.
     """
 
-    nbytes = 0  # the weights are the other model's
+    nbytes = 0  # the weights belong to the other model
 
     def __init__(
         self, model: str, outputs: Sequence[str], device: torch.device, before: Callable[[], None] = lambda: None
@@ -28,13 +28,14 @@ class BlsSession:
     def run(
         self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Outputs by name; those in `outputs` are written into the tensors given there.
+        """Return outputs by name; those in `outputs` are written into the given tensors.
 
-        Raises ExportError with the other model's message; QueueFull, OutOfMemory and JobCancelled where it says so.
+        Raises ExportError with the other model's message, or QueueFull, OutOfMemory or JobCancelled, depending on its
+        error code.
         """
         self._before()
         if self._device.type == "cuda":
-            # what is sent is read on streams that know nothing of torch's
+            # inputs are read on streams that are not ordered with torch's
             torch.cuda.current_stream(self._device).synchronize()
         options = {} if self._memory is None else {"preferred_memory": self._memory}
         request = pb_utils.InferenceRequest(
@@ -52,16 +53,16 @@ class BlsSession:
             if outputs and name in outputs:
                 found[name] = outputs[name].copy_(value)
             else:
-                # the server takes the memory back with the response
+                # the server frees this memory with the response
                 found[name] = value.to(self._device, copy=True)
         return found
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, because the session holds no resources."""
 
     def _error(self, error) -> Exception:
         codes, message = pb_utils.TritonError, f"model {self.model}: {error.message()}"
         if error.code() == codes.UNAVAILABLE:
-            # of the server's own messages, this one means that there is no room in the queue
+            # among the server's messages with this code, those about a queue mean that it is full
             return QueueFull(message) if "queue" in message else OutOfMemory(message)
         return JobCancelled(message) if error.code() == codes.CANCELLED else ExportError(message)

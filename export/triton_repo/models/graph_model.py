@@ -1,7 +1,7 @@
 """One exported ONNX graph in ONNX Runtime: Triton's Python backend loads this file as `model.py`.
 
-For servers without the onnxruntime backend. Tensors travel as DLPack, since a server's `as_numpy` misreads every array
-where it was built for another major version of numpy than the one installed.
+For servers without the onnxruntime backend. Tensors are passed as DLPack, because a server's `as_numpy` misreads every
+array if the server was built for another major version of numpy than the installed one.
 """
 
 import json
@@ -16,7 +16,7 @@ from stylefast.export.sessions import OrtSession
 
 
 class TritonPythonModel:
-    """What the backend calls."""
+    """Entry points of Triton's Python backend."""
 
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
@@ -45,7 +45,7 @@ class TritonPythonModel:
             return _failed(str(error), pb_utils.TritonError.UNAVAILABLE)
         except StyleFastError as error:
             return _failed(str(error), pb_utils.TritonError.INTERNAL)
-        except Exception as error:  # a bug must not take the process down, and with it all requests that wait
+        except Exception as error:  # a bug must not stop the process with all its waiting requests
             pb_utils.Logger.log_error(traceback.format_exc())
             return _failed(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
         wanted = set(request.requested_output_names())

@@ -1,7 +1,7 @@
-"""What a client sends, as requests of the engine: a JSON object, and pictures beside it.
+"""Conversion of client requests, a JSON object and pictures, to requests of the engine.
 
-Pictures are named by number, and banks and learned styles by the names that the server knows: nothing in a request is
-a path, so that no client reads the server's files.
+Pictures are referred to by number, banks and learned styles by names that the server knows: a request contains no
+paths, so clients can't read the server's files.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +26,13 @@ _SHARED = (
 _FIELDS = ("prompt", "seed", "style", "preview_every", "deadline", *_SHARED)
 _MOST_PROMPTS = 64
 _LARGEST_TEXT = 2**20
-# arguments of the styles that are pictures
+# style arguments that are pictures
 _PICTURES = {"reference", "image", "mask", "negative_image"}
 
 
 @dataclass(frozen=True)
 class Order:
-    """What one client wants: pictures that are made together, and how it wants to hear of them."""
+    """One client's order: pictures that are made together, and options of the answers."""
 
     requests: tuple[sf.Request, ...]
     preview_every: int  # steps; 0: no previews
@@ -41,13 +41,13 @@ class Order:
 
 @dataclass(frozen=True)
 class Shelf:
-    """Where the styles that a request names are found: a folder of banks, and learned styles by name."""
+    """Source of the styles that a request names: a folder of banks, and learned styles by name."""
 
     banks: Path | None
     learned: Mapping[str, Path]
 
     def bank(self, name: Any) -> sf.StyleBank:
-        """The bank of a name. Raises StyleError."""
+        """Load the bank of a name. Raises StyleError."""
         if self.banks is None:
             raise StyleError("this server has no style banks; name its folder when the repository is written")
         known = sorted(path.stem for path in self.banks.glob("*.bank"))
@@ -56,7 +56,7 @@ class Shelf:
         return sf.StyleBank.load(self.banks / f"{name}.bank")
 
     def style(self, name: Any) -> Path:
-        """The file of a learned style. Raises StyleError."""
+        """Return the file of a learned style. Raises StyleError."""
         if not isinstance(name, str) or name not in self.learned:
             raise StyleError(
                 f"learned style {quoted(name)} is not in this model; there are {', '.join(self.learned)}"
@@ -66,7 +66,7 @@ class Shelf:
 
 
 def read_order(text: bytes, pictures: Sequence[bytes], shelf: Shelf) -> Order:
-    """The order in a request's JSON. Raises InvalidRequest and its kin."""
+    """Parse a request's JSON into an order. Raises InvalidRequest and its subclasses."""
     given = _parse(text)
     _only("the request", given, _FIELDS)
     prompts = given.get("prompt")
@@ -85,7 +85,7 @@ def read_order(text: bytes, pictures: Sequence[bytes], shelf: Shelf) -> Order:
 
 
 def split_pictures(content: bytes, lengths: Sequence[int]) -> list[bytes]:
-    """Files that were sent one behind the other. Raises ImageError."""
+    """Split concatenated files. Raises ImageError."""
     if any(length < 1 for length in lengths) or sum(lengths) != len(content):
         raise ImageError(
             f"picture_bytes says {list(lengths)}, and pictures holds {len(content)} bytes; give the length of each file"
@@ -140,7 +140,7 @@ def _learned(arguments: dict[str, Any], shelf: Shelf) -> sf.DreamStyler:
 
 
 def _picture(name: str, given: Any, pictures: Sequence[bytes]) -> Any:
-    """The bytes of a picture that is given by its number, or of several."""
+    """Return the bytes of the picture or pictures given by number. Raises ImageError."""
     if given is None:
         return None
     if isinstance(given, list):

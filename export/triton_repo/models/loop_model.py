@@ -1,7 +1,7 @@
 """The denoising loop as a BLS model: Triton's Python backend loads this file as `model.py`.
 
-A stylefast engine in the server: requests of all clients and styles share the steps of one batch, and join and leave it
-between steps. What the engine computes with graphs, other models of this repository run.
+A stylefast engine runs in the server: requests of all clients and styles share the steps of one batch, and join and
+leave it between steps. Other models of this repository run the engine's graphs.
 """
 
 import asyncio
@@ -33,22 +33,22 @@ from stylefast.runtime.jobs import Job
 
 
 class Client:
-    """Who waits for a request's answers.
+    """Receiver of a request's answers.
 
-    Triton forgets a request with its last answer, and a question about it afterwards, or at that moment, would bring
-    the whole server down: so the two never meet.
+    Triton frees a request with its last answer; a cancellation query during or after that would crash the whole server,
+    so a lock separates the two.
     """
 
     def __init__(self, sender):
         self._sender, self._lock, self._answered = sender, threading.Lock(), False
 
     def gone(self) -> bool:
-        """Whether the client cancelled; never after the last answer."""
+        """Return whether the client cancelled; False after the last answer."""
         with self._lock:
             return not self._answered and self._sender.is_cancelled()
 
     def send(self, response, last: bool = False) -> None:
-        """Send an answer; nothing after the last one."""
+        """Send an answer; ignored after the last one."""
         with self._lock:
             if self._answered:
                 return
@@ -57,7 +57,7 @@ class Client:
 
 
 class TritonPythonModel:
-    """What the backend calls."""
+    """Entry points of Triton's Python backend."""
 
     def initialize(self, args: dict[str, str]) -> None:
         given = json.loads(args["model_config"])["parameters"]
@@ -92,7 +92,7 @@ class TritonPythonModel:
         models = {graph.label: model for model, graph in self._graphs.items()}
 
         def session(graph: GraphEntry) -> BlsSession:
-            # once a step: the UNet is what every step calls
+            # the UNet is called at every step, so cancellations are checked once a step
             before = {"before": self._drop_cancelled} if graph.component == "unet" else {}
             return BlsSession(models[graph.label], [name for name, _, _ in graph.outputs], unet.device, **before)
 
@@ -128,7 +128,7 @@ class TritonPythonModel:
             if preview_every:
                 due = preview_every
                 async for preview in job:
-                    # steps that passed while one was sent are skipped; the last one is the picture itself
+                    # steps that passed during a send are skipped; the final answer covers the last step
                     if due <= preview.step < preview.steps:
                         client.send(_response(preview.images(), preview.step, preview.steps))
                         due = preview.step + preview_every
@@ -143,7 +143,7 @@ class TritonPythonModel:
                 self._changed.notify_all()
 
     def _drop_cancelled(self) -> None:
-        """Called before every step."""
+        """Cancel the jobs of clients that cancelled; called before every step."""
         with self._changed:
             active = list(self._active.items())
         for job, client in active:
@@ -189,6 +189,6 @@ def _tell_bugs(answer) -> None:
 
 
 def _bytes(request, name: str) -> bytes:
-    """A tensor of bytes; nothing where the client sent none."""
+    """Return a tensor's bytes; empty if the client sent none."""
     found = pb_utils.get_input_tensor_by_name(request, name)
     return b"" if found is None else torch.from_dlpack(found).cpu().numpy().tobytes()
