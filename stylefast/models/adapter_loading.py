@@ -1,4 +1,4 @@
-"""An IP-Adapter together with the image encoder that it was trained with."""
+"""Loading of an IP-Adapter together with its image encoder."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from stylefast.models.unet import UNet
 def load_adapter(
     file: str | Path, image_encoder: str | Path | None, components: Components, unet: UNet
 ) -> tuple[IPAdapter, ImageEncoder]:
-    """The adapter of a file, for `unet`, and its encoder: that of a folder, or for None the model's own.
+    """Load an adapter file for `unet`, and its encoder from the folder `image_encoder` (None: the model's own).
 
-    Raises AdapterError when the two don't belong together, or no image encoder is known.
+    Raises AdapterError if the two don't fit together, or if there is no image encoder.
     """
     adapter = IPAdapter.load(
         file, unet.layout, unet.config["cross_attention_dim"], dtype=unet.dtype, device=unet.device

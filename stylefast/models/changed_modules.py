@@ -1,6 +1,6 @@
-"""Finds what was changed by hand on modules in memory: methods put on one instance, other layers, other attributes.
+"""Detection of manual changes to modules in memory: methods replaced on an instance, other layers or attributes.
 
-None of that is in a state dict, so a model that is rebuilt from config and weights would draw without it.
+State dicts don't hold such changes, so a model rebuilt from config and weights would lose them.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from torch import nn
 from stylefast.errors import ModelError
 from stylefast.values import quoted
 
-Made = Mapping[str, tuple[type, Mapping[str, Any]]]  # each module's class and plain attributes, by its name
+Made = Mapping[str, tuple[type, Mapping[str, Any]]]  # module name -> class and plain attributes
 
-# set in ordinary use and without effect on a picture, or checked elsewhere
+# attributes that ordinary use sets without effect on pictures, or that are checked elsewhere
 _NO_MATTER = frozenset(
     (
         "training",
@@ -31,9 +31,9 @@ _NO_MATTER = frozenset(
         "encoder_hid_proj",
     )
 )
-# modules that are left out by name, or are copies of others
+# modules to skip: handled elsewhere, or copies of others
 _BESIDE = frozenset(("processor", "encoder_hid_proj", "to_qkv", "to_kv"))
-# methods of every module that are part of its work; the rest of what the base classes have is bookkeeping
+# base class methods that affect a module's output; the others are bookkeeping
 _CALLED = frozenset(("forward", "_call_impl", "_wrapped_call_impl"))
 _BASES = (
     "torch.nn.modules.module",
@@ -47,9 +47,10 @@ _MISSING, _OTHER = object(), object()
 
 
 def replaced_method(module: nn.Module) -> str | None:
-    """The name of a method that this one instance has in place of its class's; None where there is none.
+    """Return the name of a method replaced on this instance, or None.
 
-    A forward that accelerate or `torch.compile` wrapped counts as its class's where the one inside is.
+    A forward wrapped by accelerate counts as replaced only if the wrapped one is; diffusers' hooks and modules wrapped
+    by `torch.compile` don't count.
     """
     if "_orig_mod" in module._modules:
         return None
@@ -69,10 +70,10 @@ def replaced_method(module: nn.Module) -> str | None:
 
 
 def overriding(thing: Any, library: str, bookkeeping: tuple[str, ...]) -> tuple[type | None, list[str]]:
-    """The first class of `library` that a thing is of, and what takes the place of its methods and properties.
+    """Return the object's first base class from `library`, and the methods and properties of it that are overridden.
 
-    That is what the thing's own subclasses define, and what was put on the instance; `__init__` is not counted, nor
-    what the modules of `bookkeeping` define.
+    Overrides come from subclasses or from the instance; `__init__` and methods defined in the modules of `bookkeeping`
+    don't count. Returns (None, []) for objects of other libraries.
     """
     line = type(thing).__mro__
     base = next((kind for kind in line if kind.__module__.split(".")[0] == library), None)
@@ -89,7 +90,7 @@ def overriding(thing: Any, library: str, bookkeeping: tuple[str, ...]) -> tuple[
 
 
 def made_modules(model: nn.Module) -> Made:
-    """What `check_as_made` compares: taken of a model that was made from its config and nothing else."""
+    """Return the reference for `check_as_made`, given a model built from its config alone."""
     return {
         name: (
             type(one),
@@ -104,7 +105,7 @@ def made_modules(model: nn.Module) -> Made:
 
 
 def check_as_made(what: str, model: nn.Module, made: Made) -> None:
-    """Raises ModelError, naming place and attribute, for a model whose modules are not as its config makes them."""
+    """Raise ModelError, naming module and attribute, if the model's modules differ from those its config builds."""
     for name, one in model.named_modules(remove_duplicate=False):
         parts = name.split(".")
         if "_orig_mod" in one._modules or _BESIDE & {*parts}:
@@ -131,7 +132,7 @@ def _is_method(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be compared: numbers, strings, None, tuples of them, and functions by their names."""
+    """Return a comparable form: numbers, strings, None, tuples of them, names of functions and types, else _OTHER."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

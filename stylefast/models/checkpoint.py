@@ -1,4 +1,4 @@
-"""From any form of an SDXL checkpoint to its `Components`: diffusers folder, hub id, single file, pipeline, "tiny"."""
+"""Loading of SDXL `Components` from a diffusers folder, hub id, single file, pipeline, or "tiny"."""
 
 import copy
 import hashlib
@@ -44,7 +44,7 @@ from stylefast.models.weight_files import (
 TINY = Path(__file__).parent / "tiny"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "image_encoder")
-# (config, tensors) -> (shapes, complete config, modules): making diffusers' UNet takes a while
+# (config, tensors) -> (shapes, complete config, modules), cached because building diffusers' UNet is slow
 _UNETS: dict[tuple[str, int], tuple[dict[str, tuple], dict[str, Any], Made]] = {}
 _MOST_UNETS = 8
 _CONFIG_PARTS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
@@ -52,24 +52,24 @@ _CONFIG_PARTS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 
 @dataclass
 class Components:
-    """The parts of one SDXL model, loaded. `unet_state` has diffusers' names; modules are in eval mode."""
+    """Loaded parts of one SDXL model. `unet_state` uses diffusers' names; modules are in eval mode."""
 
-    unet_config: dict[str, Any]  # complete: diffusers' defaults are filled in
+    unet_config: dict[str, Any]  # complete, with diffusers' defaults
     unet_state: dict[str, torch.Tensor]
     vae: torch.nn.Module  # AutoencoderKL or AutoencoderTiny
     text_encoders: tuple  # (CLIPTextModel, CLIPTextModelWithProjection)
     tokenizers: tuple
     scheduler_config: dict[str, Any]
-    force_zeros: bool  # without a negative prompt, the null branch gets zeros for its text
-    image_encoder: torch.nn.Module | None = None  # CLIPVisionModelWithProjection, where the checkpoint brings one
+    force_zeros: bool  # without a negative prompt, the null branch's text states are zeros
+    image_encoder: torch.nn.Module | None = None  # CLIPVisionModelWithProjection, if the checkpoint has one
     feature_extractor: dict[str, Any] | None = None  # its CLIPImageProcessor config
     name: str = ""
     fingerprint: str = ""
     adapter_path: Path | None = None  # an IP-Adapter shipped in the folder `ip_adapter`
     style_paths: Mapping[str, Path] = field(default_factory=dict)  # learned styles shipped in the folder `styles`
     reference_paths: Mapping[str, Path] = field(default_factory=dict)  # example pictures in the folder `references`
-    style_modules: tuple[str, ...] = (STYLE_MODULE,)  # attention modules that carry style, of `stylefast.json`
-    known_words: tuple[str, ...] | None = None  # all that the text encoders were trained on; None: any text
+    style_modules: tuple[str, ...] = (STYLE_MODULE,)  # attention modules that carry style, from `stylefast.json`
+    known_words: tuple[str, ...] | None = None  # the only words the text encoders were trained on; None: any text
 
 
 def load_components(
@@ -92,12 +92,12 @@ def load_components(
 
     source: "tiny" (the embedded model), a diffusers folder, a hub id, or a `.safetensors` file in the original layout.
     dtype: "auto" is float32 on the CPU and float16 on a GPU. vae: see `vae.load_vae`; replaces the checkpoint's own.
-    variant: which edition of a folder's weights; "auto" prefers "fp16" for 16-bit types and takes what there is.
-    config: for a single file only: a folder with the JSON configs of a diffusers folder; otherwise they are inferred.
-    tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or a CLIP tokenizer; None: the folder's own, and for a
-    single file those of `config`, then those beside the file, in the cache, on the hub.
+    variant: edition of a folder's weights; "auto" prefers "fp16" for 16-bit types, but uses any edition there is.
+    config: for a single file only: a folder with the JSON configs of a diffusers folder; None: inferred.
+    tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or a CLIP tokenizer; None: the folder's own, or for a
+    single file the first found in `config`, next to the file, in the cache, on the hub.
     revision, cache_dir, token, force_download, local_files_only: for hub ids; see `hub.HubOptions`.
-    prediction_type: "epsilon" or "v_prediction", for a model whose files don't say what it predicts; None: as they say.
+    prediction_type: "epsilon" or "v_prediction", overrides the model's files; None: as they say.
 
     Raises ModelNotFound, ModelFormatError, OutOfMemory (before anything is loaded), InvalidRequest.
     """
@@ -136,16 +136,16 @@ def load_components(
 
 
 def from_pipeline(pipeline) -> Components:
-    """Components of an existing diffusers SDXL pipeline: storage is shared, the pipeline is left as it is, but for the
-    memory format of its UNet's convolutions on a GPU, which becomes channels last.
+    """Build Components that share storage with a diffusers SDXL pipeline.
 
-    What it carries beside its weights is taken over, refused or said to be left out, see `statements.IN_MEMORY`.
-    Raises ModelFormatError for a pipeline of another model, ModelError for one that draws otherwise than its weights
-    say, or whose weights are not at hand.
+    The pipeline stays unchanged, except that its UNet's convolutions on a GPU become channels last. Settings other than
+    weights are taken over, rejected, or reported as ignored, see `statements.IN_MEMORY`. Raises ModelFormatError for
+    a pipeline of another model, ModelError if its output doesn't follow from its weights, or if its weights are
+    unavailable.
     """
     check_pipeline(pipeline)
     unet = inner(pipeline.unet)
-    # the pipeline's own parameters, so that storage stays shared
+    # convert the pipeline's own parameters, so that storage stays shared
     channels_last(dict(unet.named_parameters()))
     state = unet_weights(unet)
     config = dict(unet.config)
@@ -176,9 +176,9 @@ def from_pipeline(pipeline) -> Components:
 
 
 def predicting(components: Components, prediction_type: str | None) -> Components:
-    """The same model, taken to predict noise ("epsilon") or velocity ("v_prediction"); None leaves it as it says.
+    """Return the model with its prediction set to noise ("epsilon") or velocity ("v_prediction"); None: unchanged.
 
-    Raises InvalidRequest for anything else.
+    Raises InvalidRequest for other types.
     """
     if prediction_type is None:
         return components
@@ -189,7 +189,7 @@ def predicting(components: Components, prediction_type: str | None) -> Component
 def load_image_encoder(source: str | Path, *, dtype: torch.dtype, device: torch.device | str) -> ImageEncoder:
     """Load the CLIP image encoder of an IP-Adapter from a folder with config.json and .safetensors weights.
 
-    Raises ModelNotFound where no such folder is, ModelFormatError where it holds another model.
+    Raises ModelNotFound if there is no such folder, ModelFormatError if it holds another model.
     """
     folder = values.path("image_encoder", source)
     if not os.path.isfile(folder / "config.json"):
@@ -210,9 +210,9 @@ def load_image_encoder(source: str | Path, *, dtype: torch.dtype, device: torch.
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """Return the device that is meant; "auto" is the first CUDA GPU where there is one, else the CPU.
+    """Return the torch.device; "auto" is the current CUDA GPU if there is one, else the CPU.
 
-    Raises InvalidRequest for one that is absent.
+    Raises InvalidRequest for an unknown, unsupported or absent device.
     """
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -233,9 +233,9 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 
 def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """Return the type that is meant: float32, float16 or bfloat16, also as "fp16" etc.
+    """Return the torch.dtype: float32, float16 or bfloat16, also given as "fp16" etc.
 
-    "auto" is float32 on the CPU and float16 on a GPU.
+    "auto" is float32 on the CPU and float16 on a GPU. Raises InvalidRequest for other types.
     """
     names = {
         "float32": torch.float32,
@@ -253,8 +253,9 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
 
 
 def fingerprint(components: Components) -> str:
-    """64 hex digits that tell one set of weights from another: all names, shapes and types, and 256 values each of
-    some 48 tensors spread over UNet, text encoders and VAE. Takes milliseconds.
+    """Return 64 hex digits that identify the weights, within milliseconds.
+
+    Hashes all names, shapes and types, and 256 values each of about 48 tensors across UNet, text encoders and VAE.
     """
     first, second = components.text_encoders
     tensors = {f"unet.{name}": value for name, value in components.unet_state.items()}
@@ -278,7 +279,7 @@ def _find_on_hub(source, path: Path, dtype, variant, vae, tokenizer, hub: HubOpt
             f"such as 'stabilityai/stable-diffusion-xl-base-1.0'{_meant(str(source), path)}"
         )
     half = dtype != torch.float32
-    # what the caller gives by hand is neither missed nor fetched
+    # parts given by the caller are neither required nor downloaded
     parts = [part for part in _PARTS if vae is None or part != "vae"]
     configs = [part for part in _CONFIG_PARTS if tokenizer is None or not part.startswith("tokenizer")]
 
@@ -297,7 +298,7 @@ def _find_on_hub(source, path: Path, dtype, variant, vae, tokenizer, hub: HubOpt
 
 
 def _meant(source: str, path: Path) -> str:
-    """What a name of nothing was probably meant to be: the embedded model, a cached one, or one beside it."""
+    """Suggest the intended model for a path that doesn't exist: the embedded one, a cached one, or a nearby file."""
     meant = values.did_you_mean(source, ("tiny", *cached_ids()))
     return meant or values.did_you_mean_beside(path, (".safetensors",))
 
@@ -305,7 +306,7 @@ def _meant(source: str, path: Path) -> str:
 def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubOptions) -> Components:
     index = read_config(folder / "model_index.json", folder)
     if not (folder / "unet" / "config.json").is_file():
-        check_model_index(index, folder.name)  # a family without a UNet is named by its class
+        check_model_index(index, folder.name)  # names the class of model families without a UNet
     own_vae = vae is None
     parts = [part for part in _PARTS if own_vae or part != "vae"]
     configs = {
@@ -436,12 +437,12 @@ def _check_is_sdxl(config: Mapping, what: str) -> None:
 
 
 def _complete_unet_config(config: Mapping, state: dict[str, torch.Tensor], what: str) -> dict[str, Any]:
-    """Fill diffusers' defaults into a UNet config, and check that the weights are those of such a UNet."""
+    """Fill diffusers' defaults into a UNet config, and check that the weights fit it. Raises ModelFormatError."""
     return _made_unet(config, state, what)[0]
 
 
 def _made_unet(config: Mapping, state: dict[str, torch.Tensor], what: str) -> tuple[dict[str, Any], Made]:
-    """The complete config of a UNet, whose weights are checked to be those of such a UNet, and what it is made of."""
+    """Return a UNet's complete config and its modules, after checking that the weights fit. Raises ModelFormatError."""
     from diffusers import UNet2DConditionModel
 
     _check_is_sdxl(config, what)
@@ -469,7 +470,7 @@ def _made_unet(config: Mapping, state: dict[str, torch.Tensor], what: str) -> tu
 
 
 def _clip(kind: str, config: Mapping, state: dict[str, torch.Tensor], what: str):
-    """A CLIP text or vision model around the tensors of `state`."""
+    """Build a CLIP text or vision model around the tensors of `state`. Raises ModelFormatError if they don't fit."""
     import transformers
 
     (check_image_encoder if "Vision" in kind else check_text_encoder)(config, what)
@@ -479,7 +480,7 @@ def _clip(kind: str, config: Mapping, state: dict[str, torch.Tensor], what: str)
     tower = "vision_model." if "Vision" in kind else "text_model."
     state = {name: value for name, value in state.items() if not name.endswith("embeddings.position_ids")}
     state = single_file.with_linear_projection(state)
-    # files always hold the tower's prefix; some versions of transformers dropped it from the module
+    # files always contain the tower's prefix, some versions of transformers dropped it from the module
     if not any(name.startswith(tower) for name in expected):
         state = {name.removeprefix(tower): value for name, value in state.items()}
     elif state and not any(name.startswith(tower) for name in state):
@@ -498,7 +499,7 @@ def _clip(kind: str, config: Mapping, state: dict[str, torch.Tensor], what: str)
 
 
 def _check_parts_fit(components: Components) -> None:
-    """Raise ModelFormatError where sound parts don't belong together, which would show at the end of a run."""
+    """Raise ModelFormatError if parts don't fit together, which would otherwise only fail late in a run."""
     config, encoders = components.unet_config, components.text_encoders
     widths = tuple(encoder.config.hidden_size for encoder in encoders)
     cross, added = config["cross_attention_dim"], config["projection_class_embeddings_input_dim"]

@@ -1,4 +1,4 @@
-"""What the layers of the UNet read and leave behind: text, pictures, pages, and the row table cut into layers."""
+"""Inputs and stored features of the UNet's layers: text, pictures, bank pages, and the row table per layer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,26 +17,26 @@ class ImageKV(NamedTuple):
     """Image keys and values of every layer, padded to one token count."""
 
     layers: tuple[KeyValue, ...]
-    lengths: torch.Tensor  # [image pages] int64: tokens in use
+    lengths: torch.Tensor  # [image pages] int64: number of valid tokens
 
 
 class StylePages(NamedTuple):
-    """One step of a style bank: what reference rows would have offered, without running them."""
+    """One step of a style bank: the features of reference rows that need not run."""
 
     layers: tuple[KeyValue, ...]  # raw keys and values per self-attention layer
     means: tuple[torch.Tensor, ...]  # per layer [3, pages, heads, d]: token means of queries, keys, values
     variances: tuple[torch.Tensor, ...]
     norm_means: tuple[torch.Tensor, ...]  # per group norm [pages, groups], in module order
     norm_variances: tuple[torch.Tensor, ...]
-    norm_elements: tuple[int | None, ...]  # numbers behind each; None: as many as in the row that reads them
+    norm_elements: tuple[int | None, ...]  # elements per statistic; None: as many as in the reading row
 
 
 class RowFeatures:
-    """What rows offer to others that take them as a reference, kept while they run: the content of a style bank.
+    """Features of running rows, recorded for a style bank that lets other rows use them as a reference.
 
     `layers[i]` holds (hidden [rows, tokens, channels], keys, values [rows, tokens, heads, d], means, variances
     [3, rows, heads, d] of queries, keys, values) of self-attention layer i; `norms[i]` the (mean, variance)
-    [rows, groups] of group norm i and `norm_elements[i]` how many numbers each of them covers.
+    [rows, groups] of group norm i and `norm_elements[i]` the number of elements in each.
     """
 
     def __init__(self):
@@ -45,33 +45,33 @@ class RowFeatures:
         self.norm_elements: dict[int, int] = {}
 
     def keep_attention(self, layer: int, hidden, q, k, v):
-        """Take the features of one self-attention layer."""
+        """Record the features of one self-attention layer."""
         self.layers[layer] = (hidden, k, v, *token_stats(q, k, v))
 
     def keep_norm(self, index: int, x, groups: int):
-        """Take the statistics that group norm `index` sees: biased variances, as in the norm."""
-        # as exact as the norm's own sums, which a reader of the bank must not be able to tell apart
+        """Record the statistics of group norm `index`, with biased variances as in the norm."""
+        # double precision matches the norm's own sums, so that bank readers get the same result as live references
         flat = x.double().reshape(len(x), groups, -1)
         self.norms[index] = (flat.mean(-1).float(), flat.var(-1, unbiased=False).float())
         self.norm_elements[index] = flat.shape[-1]
 
 
 class SelfInputs(NamedTuple):
-    """The columns of the row table that one self-attention layer reads, and the pages it may read."""
+    """Columns of the row table for one self-attention layer, and the pages it may read."""
 
     page: torch.Tensor  # [rows, R]
-    mode: torch.Tensor  # [rows], PLAIN where the layer is not active
+    mode: torch.Tensor  # [rows], PLAIN if the layer is inactive
     scale: torch.Tensor  # [rows, R]
     shift: torch.Tensor
-    adain_page: torch.Tensor  # [rows], NO_PAGE where the layer is not active
+    adain_page: torch.Tensor  # [rows], NO_PAGE if the layer is inactive
     adain_strength: torch.Tensor  # [rows, 3]
     pool: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # keys, values
     pool_stats: tuple[torch.Tensor, ...] = ()  # means, variances
-    keep: Callable[..., None] | None = None  # of `RowFeatures`, where a reference is baked
+    keep: Callable[..., None] | None = None  # method of `RowFeatures`, while baking a reference
 
 
 class CrossInputs(NamedTuple):
-    """What one cross-attention layer reads: text, and image segments where there are any."""
+    """Inputs of one cross-attention layer: text, and image segments if any."""
 
     text_k: torch.Tensor  # [text pages, tokens, heads, d]
     text_v: torch.Tensor
@@ -80,7 +80,7 @@ class CrossInputs(NamedTuple):
 
 
 class NormInputs(NamedTuple):
-    """Whose statistics one group norm pools with."""
+    """Pages whose statistics one group norm pools with its own."""
 
     page: torch.Tensor  # [rows], or [0] if no row shares
     pool: tuple = ()  # means, variances [pages, groups], elements
@@ -88,10 +88,9 @@ class NormInputs(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """Everything beside the feature map that a block may look at, and what each layer sees of it.
+    """All inputs of a block other than the feature map, split by layer.
 
-    Layers take plain tensors and no number that says which layer they are, so that blocks of equal shape share one
-    compiled region.
+    Layers take plain tensors and no layer index, so that blocks of equal shape share one compiled region.
     """
 
     time: torch.Tensor  # [rows, time channels], after SiLU
@@ -101,13 +100,13 @@ class Conditioning(NamedTuple):
     pages: StylePages | None
     masks: tuple[torch.Tensor, ...]  # per attention level [masks, tokens]
     features: RowFeatures | None = None
-    # for all layers at once, as so many small operations would cost as much as the attention of a small batch
-    modes: torch.Tensor | None = None  # [layers, rows], PLAIN where a layer is not active
-    adain_pages: torch.Tensor | None = None  # [layers, rows], NO_PAGE where a layer is not active
+    # computed for all layers at once: per layer, these small operations would cost as much as a small batch's attention
+    modes: torch.Tensor | None = None  # [layers, rows], PLAIN if a layer is inactive
+    adain_pages: torch.Tensor | None = None  # [layers, rows], NO_PAGE if a layer is inactive
 
     @classmethod
     def of(cls, time, rows: RowTable, *others) -> "Conditioning":
-        """With modes and AdaIN pages of every layer worked out; `others` as the fields up to `features`."""
+        """Build with the modes and AdaIN pages of every layer computed; `others`: the fields up to `features`."""
         if rows.self_page.shape[1] == 0:
             return cls(time, rows, *others)
         active = rows.self_layers.T
@@ -115,7 +114,7 @@ class Conditioning(NamedTuple):
         return cls(time, rows, *others, modes, torch.where(active, rows.adain_page, NO_PAGE))
 
     def self_attention(self, layer: int) -> SelfInputs:
-        """What self-attention `layer` reads."""
+        """Return the inputs of self-attention `layer`."""
         rows, pages, features = self.rows, self.pages, self.features
         keep = None if features is None else partial(features.keep_attention, layer)
         if self.modes is None:
@@ -143,7 +142,7 @@ class Conditioning(NamedTuple):
         )
 
     def cross_attention(self, layer: int, module: int, level: int) -> CrossInputs:
-        """What cross-attention `layer` of attention module `module` reads."""
+        """Return the inputs of cross-attention `layer` in attention module `module` at attention level `level`."""
         rows, images = self.rows, ()
         if self.image_kv is not None:
             masks = self.masks[level] if self.masks else None
@@ -159,7 +158,7 @@ class Conditioning(NamedTuple):
         return CrossInputs(*self.text_kv[layer], rows.text_page, images)
 
     def norm(self, index: int) -> NormInputs:
-        """What group norm `index` reads."""
+        """Return the inputs of group norm `index`."""
         pages, pool = self.pages, ()
         if pages is not None and self.rows.norm_page.shape[0]:
             pool = (pages.norm_means[index], pages.norm_variances[index], pages.norm_elements[index])

@@ -1,4 +1,4 @@
-"""Holds the configs of a model against `statements`: what they say is done, refused by name, or makes no difference."""
+"""Checks of a model's configs against `statements`: each setting is supported, rejected by name, or irrelevant."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ from stylefast.values import quoted
 
 logger = logging.getLogger(__name__)
 
-# what diffusers' schedulers mean by a key that a config does not carry; sampling takes SDXL's values for the rest
+# defaults of diffusers' schedulers for keys missing from a config; for other keys, sampling uses SDXL's values
 _MISSING = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -58,7 +58,7 @@ _MISSING_IN: Mapping[str, Mapping[str, Any]] = {
     "TCDScheduler": _LCM,
 }
 _DDPM_KIND = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")
-# the classes whose steps clip x0 where their config says so
+# classes whose steps clip x0 if their config says so
 _CLIP_KEYS: Mapping[str, tuple[str, ...]] = {
     "clip_sample": (*_DDPM_KIND, "HeunDiscreteScheduler", "LCMScheduler"),
     "thresholding": (
@@ -72,7 +72,7 @@ _CLIP_KEYS: Mapping[str, tuple[str, ...]] = {
         "EDMDPMSolverMultistepScheduler",
     ),
 }
-# what EDM's classes read; the rest of their configs is left over from other schedulers
+# keys that EDM classes read; others in their configs are left over from other schedulers
 _EDM_READS = (
     "num_train_timesteps",
     "prediction_type",
@@ -85,17 +85,17 @@ _EDM_READS = (
     *EDM,
 )
 
-_EDM_ENDS = {"sigma_min": 0.002, "sigma_max": 80.0}  # where a config does not say
+_EDM_ENDS = {"sigma_min": 0.002, "sigma_max": 80.0}  # defaults
 
 
 def checked_scheduler(
     config: Mapping, what: str, class_name: str | None = None, file: str = "scheduler/scheduler_config.json"
 ) -> dict[str, Any]:
-    """A scheduler config that is sampled as it says, with what it leaves out filled in as diffusers has it.
+    """Return a supported scheduler config with missing keys set to diffusers' defaults.
 
-    what: names the model in messages. class_name: of the scheduler, where the config does not carry it. file: where
-    the config is changed.
-    Raises ModelFormatError for a scheduler or a setting that is not supported.
+    what: the model's name in messages. class_name: the scheduler's class, if the config lacks it. file: the place to
+    edit the config, for messages.
+    Raises ModelFormatError for an unsupported scheduler or setting.
     """
     config = _mapping(config, f"the scheduler config of {what}")
     name = config.get("_class_name") or class_name
@@ -127,13 +127,13 @@ def checked_scheduler(
 
 
 def check_unet(config: Mapping, what: str) -> None:
-    """Raises ModelFormatError for a UNet config that asks for what the UNet does not compute."""
+    """Raise ModelFormatError for a UNet config with unsupported settings."""
     _check_class(config, ("UNet2DConditionModel",), f"the UNet of {what}")
     check_config(UNET, config, f"the UNet of {what}", "unet/config.json")
 
 
 def check_vae(config: Mapping, what: str, latent_channels: int | None = None) -> None:
-    """Raises ModelFormatError for a VAE config that asks for what is not done, or for latents other than the UNet's."""
+    """Raise ModelFormatError for a VAE config with unsupported settings, or with other latents than the UNet's."""
     config = _mapping(config, f"the VAE config of {what}")
     tiny = config.get("_class_name") == "AutoencoderTiny"
     check_config(TINY_VAE if tiny else VAE, config, f"the VAE of {what}", "vae/config.json")
@@ -158,29 +158,29 @@ def check_vae(config: Mapping, what: str, latent_channels: int | None = None) ->
 
 
 def check_text_encoder(config: Mapping, what: str) -> None:
-    """Raises ModelFormatError for a text encoder that is not CLIP's."""
+    """Raise ModelFormatError for a text encoder other than CLIP's."""
     check_config(TEXT_ENCODER, config, what, "its config.json", strict=False)
 
 
 def check_image_encoder(config: Mapping, what: str) -> None:
-    """Raises ModelFormatError for an image encoder that is not CLIP's."""
+    """Raise ModelFormatError for an image encoder other than CLIP's."""
     check_config(IMAGE_ENCODER, config, what, "its config.json", strict=False)
 
 
 def check_tokenizer(config: Mapping, what: str) -> None:
-    """Raises ModelFormatError for a tokenizer that is not CLIP's or that cuts texts in another way."""
+    """Raise ModelFormatError for a tokenizer that is not CLIP's or that tokenizes differently."""
     check_config(TOKENIZER, config, what, "its tokenizer_config.json", strict=False)
 
 
 def check_feature_extractor(config: Mapping, what: str) -> None:
-    """Raises ModelFormatError for an image processor that prepares pictures in another way than CLIP's."""
+    """Raise ModelFormatError for an image processor that prepares pictures differently from CLIP's."""
     check_config(FEATURE_EXTRACTOR, config, what, "its preprocessor_config.json", strict=False)
 
 
 def check_model_index(index: Mapping, what: str, given: tuple[str, ...] = ()) -> None:
-    """Raises ModelFormatError for a pipeline of another kind, or one with parts that would be left out.
+    """Raise ModelFormatError for a pipeline of another kind, or one with unsupported parts.
 
-    given: parts that come from elsewhere, whatever the index says of them.
+    given: parts that the caller provides, so that their entries are not checked.
     """
     index = _mapping(index, f"model_index.json of {what}")
     _check_class(index, PIPELINES, what)
@@ -200,9 +200,9 @@ def check_model_index(index: Mapping, what: str, given: tuple[str, ...] = ()) ->
 
 
 def indexed_scheduler(index: Mapping, config: Mapping, what: str) -> dict[str, Any]:
-    """The config of a folder's scheduler, of the class that model_index.json names, as diffusers loads it.
+    """Return a folder's scheduler config with the class named in model_index.json, as diffusers loads it.
 
-    Raises ModelFormatError for a class of the index that is not supported.
+    Raises ModelFormatError if the two files differ and the index names an unsupported class.
     """
     config, named = _mapping(config, f"the scheduler config of {what}"), index.get("scheduler")
     if named is None:
@@ -225,8 +225,8 @@ def indexed_scheduler(index: Mapping, config: Mapping, what: str) -> dict[str, A
 
 
 def _check_part(key: str, value: Any, what: str) -> None:
-    """Raises ModelFormatError for a part of model_index.json that is not there, or that is of another class."""
-    known = PART_CLASSES.get(key)  # a scheduler's class is looked at beside its config
+    """Raise ModelFormatError for a part of model_index.json that is missing or of another class."""
+    known = PART_CLASSES.get(key)  # a scheduler's class is checked together with its config
     library = "diffusers" if key in ("unet", "vae", "scheduler") else "transformers"
     example = quoted([library, (known or VP_SCHEDULERS)[0]])
     if value in (None, [None, None]):
@@ -247,10 +247,10 @@ def _check_part(key: str, value: Any, what: str) -> None:
 def check_config(
     rules: Rules, config: Mapping, what: str, file: str, *, strict: bool = True, unread: frozenset | set = frozenset()
 ) -> None:
-    """Hold the keys of a config, all but private ones and `unread`, against `rules`.
+    """Check the keys of a config, except private ones and `unread`, against `rules`.
 
-    A key that no rule knows is refused unless it is switched off (null, false or empty); with strict=False, for
-    configs that a library builds its own modules from, it is said in the log.
+    Keys without a rule are rejected unless switched off (null, false or empty); with strict=False, for configs from
+    which a library builds its own modules, they are only logged.
 
     Raises ModelFormatError.
     """
@@ -273,7 +273,7 @@ def check_config(
 
 
 def _check_levels(config: Mapping, what: str, edm: bool) -> None:
-    """Raises ModelFormatError for noise levels that don't rise, or that lie where no level can."""
+    """Raise ModelFormatError for noise levels that don't rise or are out of range."""
     low, high = (config.get(key, _EDM_ENDS[key] if edm else None) for key in ("sigma_min", "sigma_max"))
     if low is not None and high is not None and low >= high:
         raise ModelFormatError(f"{what} has sigma_min={quoted(low)} and sigma_max={quoted(high)}; the first is smaller")
@@ -292,7 +292,7 @@ def _check_levels(config: Mapping, what: str, edm: bool) -> None:
             f"{what} has {len(betas)} trained_betas for {config['num_train_timesteps']} num_train_timesteps; they must "
             "be as many"
         )
-    # with zero terminal SNR the last one is 1
+    # with zero terminal SNR the last beta is 1
     rising = betas[:-1] if config.get("rescale_betas_zero_snr") and betas[-1] == 1 else betas
     odd = next((i for i, beta in enumerate(rising) if not 0 < beta < 1), None)
     if odd is not None:
@@ -314,7 +314,7 @@ def _kind_of(name) -> str:
 def _mapping(config, what: str) -> Mapping:
     if not isinstance(config, Mapping):
         raise ModelFormatError(f"{what} holds {quoted(config)} where an object is expected")
-    # arrays and tensors, which a config in memory may hold, as JSON would
+    # configs in memory may hold arrays and tensors; convert them to lists, as in JSON
     return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in config.items()}
 
 

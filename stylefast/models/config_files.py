@@ -1,5 +1,5 @@
-"""The JSON files beside a model's weights, read with care: people edit them, downloads end early, and a number in one
-of them decides how much a library builds.
+"""Defensive reading of a model's JSON files: they get edited and truncated, and their numbers decide how much a library
+allocates.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,15 +12,15 @@ from stylefast import values
 from stylefast.errors import ModelFormatError, ModelNotFound
 
 Built = TypeVar("Built")
-_LARGEST = 2**31  # of any number in a config; widths and vocabularies stay far below
+_LARGEST = 2**31  # limit for integers in a config; widths and vocabularies are far smaller
 _DEPTHS = ("num_hidden_layers", "layers_per_block", "num_encoder_blocks", "num_decoder_blocks")
-_MOST_ENTRIES = 64  # of a list in a config
+_MOST_ENTRIES = 64  # limit for lists in a config
 
 
 def read_config(file: Path, folder: Path) -> dict[str, Any]:
     """Read one JSON file of a model's folder as a dictionary.
 
-    Raises ModelNotFound where it is missing, ModelFormatError for anything but a JSON object.
+    Raises ModelNotFound if it is missing, ModelFormatError if it is not a JSON object.
     """
     name = file.relative_to(folder)
     if not file.is_file():
@@ -29,10 +29,10 @@ def read_config(file: Path, folder: Path) -> dict[str, Any]:
 
 
 def build(make: Callable[[], Built], config: Mapping, tensors: int, what: str) -> Built:
-    """Make a module of a config on the meta device, where it takes no memory.
+    """Build a config's module on the meta device, where it takes no memory.
 
-    tensors: how many there are in the files, which no count of layers exceeds. Raises ModelFormatError for a config
-    that describes nothing that can be built, naming the key where it is known.
+    tensors: number of tensors in the files, an upper bound for layer counts. Raises ModelFormatError, naming the key
+    if known, for a config that can't be built.
     """
     for key, value in config.items():
         _check_size(key, value, what)
@@ -44,15 +44,15 @@ def build(make: Callable[[], Built], config: Mapping, tensors: int, what: str) -
     try:
         with torch.device("meta"):
             return make()
-    except Exception as error:  # other libraries' constructors raise anything for values that they don't expect
+    except Exception as error:  # other libraries' constructors raise arbitrary errors for unexpected values
         reason = values.quoted(" ".join(str(error).split()))
         raise ModelFormatError(f"the config of {what} describes no model of its kind ({reason})") from error
 
 
 def style_modules(folder: Path, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
-    """The attention modules that carry style, of a folder's `stylefast.json`; `default` where there is none.
+    """Return the attention modules that carry style, from a folder's `stylefast.json`, or `default` without one.
 
-    Raises ModelFormatError for other keys, and for modules that are not among `known`.
+    Raises ModelFormatError for other keys, and for modules not in `known`.
     """
     file = folder / "stylefast.json"
     if not file.is_file():

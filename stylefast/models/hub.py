@@ -1,4 +1,4 @@
-"""From a hub id to a folder on this machine: the cache first, then a download of only the files that are needed."""
+"""Local folders for hub ids: from the cache if complete, else by downloading only the needed files."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -16,11 +16,11 @@ _MOST_SHARDS = 1000
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How the hub is asked.
+    """Options of hub access.
 
-    revision: a branch, tag or commit; None: the main branch. cache_dir: the cache in place of Hugging Face's own.
-    token: of a user; True or None takes the one that is stored on this machine, False none. force_download: fetch even
-    what is cached. local_files_only: never ask the network. Raises InvalidRequest.
+    revision: a branch, tag or commit; None: the main branch. cache_dir: cache folder instead of Hugging Face's default.
+    token: a user token; True or None uses the locally stored one, False none. force_download: download even cached
+    files. local_files_only: never use the network. Raises InvalidRequest.
     """
 
     revision: str | None = None
@@ -31,7 +31,7 @@ class HubOptions:
 
     def __post_init__(self):
         for name in ("force_download", "local_files_only"):
-            # None is what a caller passes on that leaves the choice to us
+            # callers pass None for the default
             object.__setattr__(self, name, values.flag(name, getattr(self, name) or False))
         if self.revision is not None:
             values.text("revision", self.revision, longest=200, empty=False)
@@ -44,7 +44,7 @@ class HubOptions:
 
     @property
     def cached(self) -> dict:
-        """Where a snapshot in the cache is looked for, as arguments of huggingface_hub."""
+        """Return the arguments with which huggingface_hub locates a snapshot in the cache."""
         return {"revision": self.revision, "cache_dir": self.cache_dir}
 
 
@@ -52,12 +52,12 @@ AS_USUAL = HubOptions()
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form owner/name (and is no path to a file)."""
+    """Return whether `source` has the form owner/name and no weight file's ending."""
     return bool(_HUB_ID.fullmatch(source)) and not source.endswith((".safetensors", ".ckpt", ".pt", ".bin", ".gguf"))
 
 
 def cached_ids() -> list[str]:
-    """Ids of the repositories in the hub's cache, whole or not."""
+    """List the ids of all repositories in the hub's cache, complete or not."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE)
@@ -66,11 +66,11 @@ def cached_ids() -> list[str]:
 
 
 def pick_weights(names: Iterable[str], half: bool, variant: str | None = "auto") -> list[str]:
-    """The weight files to load among the file names of one component's folder; empty if there are none.
+    """Return the weight files to load out of the file names in one component's folder; empty if there are none.
 
-    `half`: 16-bit files are preferred, else 32-bit ones; either is taken if it is the only one. `variant` other than
-    "auto" (None for the plain files, or a name such as "fp16") allows only that one. Of several shards, all are given,
-    those that are missing too.
+    `half`: prefer 16-bit files, else 32-bit ones; if only one kind exists, it is used. `variant` other than "auto"
+    (None for the plain files, or a name such as "fp16") allows only that one. For sharded weights all shards are
+    returned, including missing ones.
     """
     names = set(names)
     order = (("fp16", None) if half else (None, "fp16")) if variant == "auto" else (variant,)
@@ -79,29 +79,29 @@ def pick_weights(names: Iterable[str], half: bool, variant: str | None = "auto")
         for stem in _WEIGHT_STEMS:
             if f"{stem}{mark}.safetensors" in names:
                 return [f"{stem}{mark}.safetensors"]
-            # both spellings are published: model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
+            # two spellings are in use: model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
             tag = re.escape(mark)
             shard = re.compile(rf"({stem}(?:{tag})?-)\d{{1,6}}-of-(\d{{1,6}})((?:{tag})?\.safetensors)")
             sets = {match.group(1, 2, 3) for match in map(shard.fullmatch, names) if match}
-            # the file's mark stands in front or behind
+            # the variant may come before or after the shard number
             sets = [found for found in sets if not mark or mark in found[0] or found[2].startswith(mark)]
             whole = {found: _shards(*found) for found in sorted(sets)}
             if whole:
-                # of two sets the one that is complete, else the one that lacks least
+                # prefer the set with the fewest missing files
                 return min(whole.values(), key=lambda files: len(set(files) - names))
     return []
 
 
 def _shards(start: str, count: str, end: str) -> list[str]:
-    """The names of all files of a set of shards."""
+    """Return the file names of a set of shards, at most _MOST_SHARDS."""
     most = min(int(count), _MOST_SHARDS)
     return [f"{start}{i:0{len(count)}}-of-{count}{end}" for i in range(1, most + 1)]
 
 
 def present(folder: Path, half: bool, variant: str | None = "auto") -> list[str]:
-    """The weight files of one component's folder, as of `pick_weights`.
+    """Return the weight files of one component's folder, chosen by `pick_weights`.
 
-    Raises ModelNotFound where there are none, saying what is there instead, and where shards are missing.
+    Raises ModelNotFound if there are none, listing the files found instead, or if shards are missing.
     """
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     files = pick_weights(names, half, variant)
@@ -119,14 +119,14 @@ def present(folder: Path, half: bool, variant: str | None = "auto") -> list[str]
 
 
 def is_whole(folder: Path, half: bool, variant: str | None = "auto") -> bool:
-    """Whether a component's folder holds its config and all files of its weights."""
+    """Return whether a component's folder holds its config and all of its weight files."""
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     files = pick_weights(names, half, variant)
     return bool(files) and all((folder / name).is_file() for name in (*files, "config.json"))
 
 
 def wanted_files(names: Iterable[str], half: bool, variant: str | None, components: Iterable[str]) -> list[str]:
-    """Of all file names of a repository, those that loading `components` ("" is the root itself) will read."""
+    """Return the file names of a repository that loading `components` ("" is the root) will read."""
     names = list(names)
     wanted = [name for name in names if name == "model_index.json"]
     for component in components:
@@ -143,10 +143,10 @@ def hub_folder(
     select: Callable[[list[str]], list[str]],
     options: HubOptions = AS_USUAL,
 ) -> Path:
-    """Folder of a hub repository's snapshot.
+    """Return the folder of a hub repository's snapshot.
 
-    A cached snapshot that is `complete` is taken without asking the network; otherwise the files that `select` picks
-    from the repository's list are downloaded. Raises ModelNotFound, saying what to fetch and where to put it.
+    A cached snapshot that is `complete` is used without network access; otherwise the files that `select` picks from
+    the repository's list are downloaded. Raises ModelNotFound, saying what to fetch and where to put it.
     """
     import huggingface_hub
     from huggingface_hub.errors import (
@@ -185,7 +185,7 @@ def hub_folder(
             f"the hub has no model {repo_id!r} that you may read; check the name, or `hf auth login` if it is private"
         ) from error
     except Exception as error:
-        # the hub's client lets every kind of network error through; to the caller all mean the same
+        # the hub's client raises many kinds of network errors; callers need only one
         reason = f"the hub can't be reached ({' '.join([type(error).__name__, *str(error).splitlines()[:1]])})"
         raise ModelNotFound(_how_to_get(repo_id, reason, options)) from error
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""The CLIP image encoder behind IP-Adapter: pictures to one embedding, or to patch features."""
+"""CLIP image encoder for IP-Adapter: turns pictures into one embedding each, or into patch features."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,12 +25,11 @@ def preprocess(
     *,
     short_side: int | None = None,
 ) -> torch.Tensor:
-    """A picture as the encoder sees it: `[3, size, size]` float32, normalised with `mean` and `std`.
+    """Return a picture as the encoder's input: `[3, size, size]` float32, normalised with `mean` and `std`.
 
-    `crop`: "center" scales the short side to `short_side` (by default `size`) and cuts the middle out, as
-    CLIPImageProcessor does, so the edges of long pictures are lost; "squash" scales both sides, which keeps all and
-    changes the aspect; "pad" scales the long side and fills up with the mean colour. Raises ImageError and
-    InvalidRequest.
+    `crop`: "center" scales the short side to `short_side` (default `size`) and crops the centre, as CLIPImageProcessor
+    does, so the ends of long pictures are lost; "squash" scales both sides, which keeps everything but changes the
+    aspect; "pad" scales the long side to `size` and pads with the mean colour. Raises ImageError and InvalidRequest.
     """
     check_crop(crop)
     picture = open_picture(image)
@@ -47,14 +46,14 @@ def preprocess(
         else:
             picture = _resize(picture, int(short * width / height), short)
         left, top = (picture.width - size) // 2, (picture.height - size) // 2
-        # beyond the border the crop is black, as CLIPImageProcessor has it where crop_size exceeds the short side
+        # a crop beyond the border is black there, as in CLIPImageProcessor if crop_size exceeds the short side
         picture = picture.crop((left, top, left + size, top + size))
 
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255).permute(2, 0, 1)
     pixels = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     if pixels.shape[1:] == (size, size):
         return pixels.contiguous()
-    # padding is zero after normalisation: the mean colour
+    # zero after normalisation is the mean colour
     padded = torch.zeros(3, size, size)
     top, left = (size - pixels.shape[1]) // 2, (size - pixels.shape[2]) // 2
     padded[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
@@ -62,17 +61,17 @@ def preprocess(
 
 
 def check_crop(crop: str) -> None:
-    """Raises InvalidRequest for anything but "center", "squash" or "pad"."""
+    """Raise InvalidRequest for anything but "center", "squash" or "pad"."""
     if crop not in CROPS:
         raise InvalidRequest(f"crop={crop!r} is unknown; it is one of {', '.join(map(repr, CROPS))}")
 
 
 class ImageEncoder:
-    """A CLIP vision model with projection, and how pictures are prepared for it.
+    """A CLIP vision model with projection, and its picture preprocessing.
 
     `vision_model` is transformers' CLIPVisionModelWithProjection, `processor_config` the content of its
     preprocessor_config.json (a mapping), or None for CLIP's defaults at the model's own size.
-    Raises ModelFormatError where the two do not belong together.
+    Raises ModelFormatError if the two don't fit together.
     """
 
     def __init__(self, vision_model: nn.Module, processor_config: Mapping | None = None):
@@ -108,12 +107,12 @@ class ImageEncoder:
         return self.vision_model.visual_projection.weight.dtype
 
     def to(self, *args, **kwargs) -> "ImageEncoder":
-        """Moves the model; returns itself."""
+        """Move the model and return self."""
         self.vision_model.to(*args, **kwargs)
         return self
 
     def pixels(self, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
-        """Pictures as the encoder's input `[n, 3, image_size, image_size]`."""
+        """Return pictures as the encoder's input `[n, 3, image_size, image_size]`."""
         if not isinstance(images, (list, tuple)) or not images:
             raise InvalidRequest("the image encoder takes a list of one or more pictures")
         prepared = [
@@ -124,19 +123,19 @@ class ImageEncoder:
 
     @torch.no_grad()
     def embed(self, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
-        """Projected class embeddings `[n, embed_dim]`, not normalised to unit length."""
+        """Return projected class embeddings `[n, embed_dim]`, not normalised to unit length."""
         return self._embeds(self.pixels(images, crop))
 
     @torch.no_grad()
     def patches(self, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
-        """Features before the last layer, class token first: `[n, 1 + patches, hidden_size]`."""
+        """Return the features before the last layer, class token first: `[n, 1 + patches, hidden_size]`."""
         return self._features(self.pixels(images, crop))
 
     @torch.no_grad()
     def blank_patches(self) -> torch.Tensor:
-        """Patch features of the "no picture" that plus adapters were trained with: `[1, 1 + patches, hidden_size]`.
+        """Return patch features of the "no picture" used to train plus adapters: `[1, 1 + patches, hidden_size]`.
 
-        That is a picture of zeros after normalisation: the mean colour, not black.
+        That picture is zero after normalisation: the mean colour, not black.
         """
         size = self.image_size
         return self._features(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))
@@ -156,7 +155,10 @@ def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _edge(size: int | Mapping) -> int:
-    """The side length that a processor config means: a number, {"shortest_edge": n} or {"height": n, "width": n}."""
+    """Return the side length in a processor config: a number, {"shortest_edge": n} or {"height": n, "width": n}.
+
+    Raises ModelFormatError for other sizes.
+    """
     if isinstance(size, int):
         return size
     if "shortest_edge" in size:

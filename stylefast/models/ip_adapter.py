@@ -1,4 +1,4 @@
-"""IP-Adapter: image features to tokens, and tokens to the extra keys and values of every cross-attention.
+"""IP-Adapter: turns image features into tokens, and tokens into extra keys and values of every cross-attention.
 
 Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter", 2023, equation 5:
 `out = softmax(Q K^T / sqrt(d)) V + strength * softmax(Q K_image^T / sqrt(d)) V_image`, where Q, K, V are the text
@@ -22,21 +22,21 @@ from stylefast.models.pictures import PictureSource
 from stylefast.models.tensor_files import PICKLE_ENDINGS, Entry, flat_entries, open_tensors
 from stylefast.models.weight_files import WeightHeader, recognise
 
-# what the published adapters were trained with, by kind and width: (encoder, its folder beside the adapters)
+# (kind, width) of published adapters -> (encoder they were trained with, its folder in h94/IP-Adapter)
 _ENCODERS = {
     ("global", 1280): ("OpenCLIP ViT-bigG/14", "sdxl_models/image_encoder"),
     ("global", 1024): ("OpenCLIP ViT-H/14", "models/image_encoder"),
     ("plus", 1280): ("OpenCLIP ViT-H/14", "models/image_encoder"),
 }
-_FACE_WIDTH = 512  # of InsightFace's embeddings
-# every published resampler has heads of this width; the file does not say it
+_FACE_WIDTH = 512  # width of InsightFace's embeddings
+# head width of every published resampler; files don't state it
 _RESAMPLER_HEAD = 64
 
 KeyValues = tuple[tuple[torch.Tensor, torch.Tensor] | None, ...]
 
 
 class GlobalProjector(nn.Module):
-    """One image embedding to a few tokens: `LayerNorm(reshape(W e + b))`."""
+    """Projector of one image embedding to a few tokens: `LayerNorm(reshape(W e + b))`."""
 
     def __init__(self, embed_dim: int, cross_dim: int, token_count: int):
         super().__init__()
@@ -45,12 +45,12 @@ class GlobalProjector(nn.Module):
         self.norm = nn.LayerNorm(cross_dim)
 
     def forward(self, embeds: torch.Tensor) -> torch.Tensor:
-        """`[n, embed_dim]` -> `[n, token_count, cross_dim]`."""
+        """Project `[n, embed_dim]` to `[n, token_count, cross_dim]`."""
         return self.norm(self.proj(embeds).unflatten(-1, (self.token_count, -1)))
 
 
 class _ResamplerAttention(nn.Module):
-    """Learned queries read the image features and one another; names follow the published files."""
+    """Attention of learned queries to the image features and to one another; names follow the published files."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -61,7 +61,7 @@ class _ResamplerAttention(nn.Module):
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def forward(self, features: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """`[n, tokens, width]`, `[n, queries, width]` -> `[n, queries, width]`."""
+        """Map features `[n, tokens, width]` and queries `[n, queries, width]` to `[n, queries, width]`."""
         queries = self.norm2(queries)
         seen = torch.cat([self.norm1(features), queries], dim=1)
         q, k, v = (
@@ -72,7 +72,7 @@ class _ResamplerAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """The Perceiver resampler of the plus adapters: patch features to a fixed number of tokens."""
+    """Perceiver resampler of the plus adapters, from patch features to a fixed number of tokens."""
 
     def __init__(
         self, embed_dim: int, width: int, inner: int, hidden: int, depth: int, token_count: int, cross_dim: int
@@ -99,7 +99,7 @@ class Resampler(nn.Module):
         self.norm_out = nn.LayerNorm(cross_dim)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`[n, tokens, embed_dim]` -> `[n, token_count, cross_dim]`."""
+        """Map `[n, tokens, embed_dim]` to `[n, token_count, cross_dim]`."""
         features = self.proj_in(features)
         queries = self.latents.expand(features.shape[0], -1, -1)
         for attention, feed_forward in self.layers:
@@ -109,10 +109,10 @@ class Resampler(nn.Module):
 
 
 class IPAdapter(nn.Module):
-    """One loaded adapter; make it with `IPAdapter.load`.
+    """One loaded adapter, created by `IPAdapter.load`.
 
-    `kind` is "global" (reads one embedding) or "plus" (reads patch features), `embed_dim` the width it reads,
-    `token_count` the number of tokens it makes of one picture, `cross_dim` their width.
+    `kind` is "global" (reads one embedding) or "plus" (reads patch features), `embed_dim` its input width,
+    `token_count` the number of tokens per picture, `cross_dim` their width.
     """
 
     def __init__(
@@ -130,9 +130,9 @@ class IPAdapter(nn.Module):
         self.token_count: int = projector.token_count
         self.layout = layout
         self.projector = projector
-        # registry index of a layer -> its key and value projections, stacked to one matrix
+        # registry index of a layer -> its key and value projections, stacked into one matrix
         self.layer_projections = nn.ModuleDict({str(layer): linear for layer, linear in key_values.items()})
-        # (encoder, device, type, tokens) of the last call; weak, so that a dropped encoder frees its memory
+        # (encoder, device, type, tokens) of the last call; the reference is weak, so that dropping the encoder frees it
         self._negative: tuple | None = None
         self.requires_grad_(False).eval()
 
@@ -149,11 +149,11 @@ class IPAdapter(nn.Module):
     ) -> "IPAdapter":
         """Load a published adapter: a `.safetensors` file, a `.bin` file, or its state dict, nested or flat.
 
-        The kind is recognised from the keys. `modules` (names out of `layout.modules`) restricts what is read: for
-        the style module alone that is 20 of 140 matrices. `key_values` then holds None for the other layers.
+        The kind is recognised by the keys. `modules` (names from `layout.modules`) restricts what is read: the style
+        module alone needs 20 of 140 matrices. `key_values` then returns None for the other layers.
 
-        Raises ModelNotFound, ModelFormatError for files that can't be read, and AdapterError for kinds that are not
-        supported (FaceID, InstantID, full-face) and for adapters of another base model, naming the shapes.
+        Raises ModelNotFound, ModelFormatError for files that can't be read, and AdapterError for unsupported kinds
+        (FaceID, InstantID, full-face) and for adapters of another base model, naming the shapes.
         """
         entries, name = _read(source)
         kind, projector = _projector(entries, cross_dim, name)
@@ -175,7 +175,7 @@ class IPAdapter(nn.Module):
         return cls(kind, projector, linears, layout, embed_dim, cross_dim, name)
 
     def check_encoder(self, encoder: ImageEncoder) -> None:
-        """Raises AdapterError if this adapter was not made for the image encoder, and says for which it was."""
+        """Raise AdapterError, naming the right encoder, if the adapter was trained with another image encoder."""
         given = encoder.embed_dim if self.kind == "global" else encoder.hidden_size
         if given == self.embed_dim:
             return
@@ -192,12 +192,15 @@ class IPAdapter(nn.Module):
         )
 
     def features(self, encoder: ImageEncoder, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
-        """What this kind reads of pictures: `[n, embed_dim]` (global) or `[n, patches, embed_dim]` (plus)."""
+        """Encode pictures into input features: `[n, embed_dim]` (global) or `[n, patches, embed_dim]` (plus).
+
+        Raises AdapterError for another encoder than the adapter's.
+        """
         self.check_encoder(encoder)
         return encoder.embed(images, crop) if self.kind == "global" else encoder.patches(images, crop)
 
     def check_features(self, features: torch.Tensor) -> None:
-        """Raise AdapterError for features of another width or number of axes than this adapter reads."""
+        """Raise AdapterError unless the features have this adapter's input width and number of axes."""
         dims = 2 if self.kind == "global" else 3
         if features.ndim != dims or features.shape[-1] != self.embed_dim:
             shape = f"[n, {self.embed_dim}]" if dims == 2 else f"[n, patches, {self.embed_dim}]"
@@ -205,7 +208,7 @@ class IPAdapter(nn.Module):
 
     @torch.no_grad()
     def tokens(self, features: torch.Tensor) -> torch.Tensor:
-        """Image tokens `[n, token_count, cross_dim]` of the features of n pictures."""
+        """Return image tokens `[n, token_count, cross_dim]` for the features of n pictures."""
         self.check_features(features)
         weight = next(self.projector.parameters())
         return self._project(features.to(weight.device, weight.dtype))
@@ -214,10 +217,10 @@ class IPAdapter(nn.Module):
         return self.projector(features)
 
     def negative_tokens(self, encoder: ImageEncoder | None = None) -> torch.Tensor:
-        """Tokens of "no picture" `[token_count, cross_dim]`, for the unconditional branch; computed once.
+        """Return the cached tokens of "no picture" `[token_count, cross_dim]`, for the unconditional branch.
 
-        Global: those of a zero embedding, hence `LayerNorm(bias)`, not zeros. Plus: those of a picture of zeros after
-        normalisation, for which `encoder` is needed.
+        Global: from a zero embedding, hence `LayerNorm(bias)`, not zeros. Plus: from a picture that is zero after
+        normalisation, which needs `encoder`. Raises AdapterError if it is missing or another one.
         """
         if self.kind == "plus":
             if encoder is None:
@@ -236,9 +239,9 @@ class IPAdapter(nn.Module):
 
     @torch.no_grad()
     def key_values(self, tokens: torch.Tensor) -> KeyValues:
-        """Keys and values of image tokens `[pages, t, cross_dim]`, per layer in registry order.
+        """Return keys and values of image tokens `[pages, t, cross_dim]`, per layer in registry order.
 
-        Each is a pair of `[pages, t, heads, head_dim]`, or None for a layer that `modules` left out.
+        Each is a pair of `[pages, t, heads, head_dim]`, or None for a layer outside `modules`.
         """
         if tokens.ndim != 3 or tokens.shape[-1] != self.cross_dim:
             raise AdapterError(f"{self.name} takes tokens [pages, t, {self.cross_dim}], not {list(tokens.shape)}")
@@ -255,7 +258,7 @@ class IPAdapter(nn.Module):
 
 
 def _read(source: str | Path | Mapping) -> tuple[dict[str, Entry], str]:
-    """All tensors under flat keys, and a name for messages."""
+    """Return all tensors under flat keys, and a name for messages. Raises ModelNotFound."""
     if isinstance(source, Mapping):
         return flat_entries(source, "the adapter"), "the adapter"
     path = values.path("an adapter", source)
@@ -272,7 +275,10 @@ def _read(source: str | Path | Mapping) -> tuple[dict[str, Entry], str]:
 
 
 def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple[str, nn.Module]:
-    """The kind, and an empty projector of the file's dimensions; every key and shape of it is checked."""
+    """Return the kind, and an empty projector of the file's dimensions, whose keys and shapes are checked.
+
+    Raises AdapterError.
+    """
     shapes = {key.removeprefix("image_proj."): e.shape for key, e in entries.items() if key.startswith("image_proj.")}
     face = _face_kind(entries, shapes)
     if face:
@@ -323,7 +329,7 @@ def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple
 
 
 def _face_kind(entries: Mapping[str, Entry], shapes: Mapping[str, tuple]) -> str | None:
-    """The name of an adapter that reads faces instead of pictures."""
+    """Return the kind of an adapter that reads faces instead of pictures, or None."""
     if any(key.startswith("perceiver_resampler.") for key in shapes):
         return "a FaceID-Plus adapter"
     if any("_lora" in key for key in entries):

@@ -1,4 +1,4 @@
-"""The vocabulary of a small model, whose text encoders were trained on a list of words and on nothing else."""
+"""Vocabulary of a small model whose text encoders were trained on a fixed list of words."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ FILE = "known_words.json"
 
 
 def known_words(folder: Path) -> tuple[str, ...] | None:
-    """Read the words that a model folder's `known_words.json` lists, in lower case; None where there is no such file.
+    """Read the words in a model folder's `known_words.json`, in lower case; return None without such a file.
 
-    Raises ModelFormatError for a file that is no list of words.
+    Raises ModelFormatError if the file is not a list of words.
     """
     file = folder / FILE
     if not file.is_file():

@@ -1,11 +1,11 @@
-"""Where the attention layers of an SDXL-shaped UNet sit, computed from its config alone.
+"""Layout of the attention layers of an SDXL-shaped UNet, computed from its config alone.
 
-`UNetShape` reads what a config says about blocks; whatever counts blocks or layers takes it from there.
+`UNetShape` is the only reader of a config's blocks; all code that counts blocks or layers uses it.
 
 Two orders matter and are easy to confuse:
 
 - **modules** (11 in SDXL: `down_blocks.1.attentions.0` ... `up_blocks.1.attentions.2`) are listed in execution order
-  (down, mid, up): the order in which users of block weights count them;
+  (down, mid, up): the order of users' block weights;
 - **layers** (70 in SDXL, one per transformer block, each with one self- and one cross-attention) are listed in the
   order of diffusers' `attn_processors` (down, up, mid): the order of IP-Adapter's keys and of `only_self_level`.
 """
@@ -31,8 +31,8 @@ class BlockShape:
     channels: int
     heads: int
     resnets: int
-    # transformer blocks of the attention behind each resnet (in the middle block: behind the first); empty where the
-    # block does not attend; 0 is an attention of two projections alone
+    # transformer blocks of the attention after each resnet (in the middle block: after the first); empty if the block
+    # does not attend; 0 means an attention of just two projections
     depths: tuple[int, ...]
 
 
@@ -40,7 +40,7 @@ class BlockShape:
 class UNetShape:
     """The blocks of an SDXL-shaped UNet, which differ among SDXL (70 layers), SSD-1B, Vega and Koala.
 
-    `down` and `up` stand in execution order. `mid` has two resnets with an attention between them, one resnet alone
+    `down` and `up` are in execution order. `mid` has two resnets with an attention between them, only one resnet
     (SSD-1B, Vega), or is missing (Koala-700M).
     """
 
@@ -50,9 +50,9 @@ class UNetShape:
 
     @classmethod
     def from_config(cls, config: Mapping) -> "UNetShape":
-        """Read a UNet config in diffusers' format.
+        """Read a UNet config in diffusers format.
 
-        Raises ModelFormatError for values of the wrong type, numbers that no UNet has, and blocks of other kinds.
+        Raises ModelFormatError for values of the wrong type, numbers out of range, and unknown kinds of blocks.
         """
         channels = _integers(config, "block_out_channels", None, _MOST_CHANNELS)
         blocks = len(channels)
@@ -103,7 +103,7 @@ class UNetShape:
             )
         mid = None
         if kind is not None:
-            # of a list, the middle block's one attention takes the first entry
+            # of a list, the middle block's single attention uses the first entry
             attending = kind == _MID_CROSS
             depths = block(blocks - 1, 1, attending, key, per_block[-1]).depths
             mid = BlockShape(channels[-1], heads[-1], 1 + attending, depths)
@@ -111,7 +111,7 @@ class UNetShape:
 
     @property
     def layers(self) -> int:
-        """Resnets and transformer blocks in all."""
+        """Count all resnets and transformer blocks."""
         blocks = [*self.down, *self.up, *([self.mid] if self.mid else [])]
         return sum(block.resnets + sum(block.depths) for block in blocks)
 
@@ -122,26 +122,26 @@ class AttentionLayer:
 
     name: str  # e.g. "up_blocks.0.attentions.1.transformer_blocks.3"
     module: str  # e.g. "up_blocks.0.attentions.1"
-    module_index: int  # place of the module in execution order
-    level: int  # 0: the finest feature map that carries attention, 1: the next, ...
+    module_index: int  # position of the module in execution order
+    level: int  # 0: the finest feature map with attention, 1: the next, ...
     channels: int
     heads: int
 
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """All attention of one UNet; `layers` in registry order, `modules` in execution order."""
+    """All attention layers of one UNet; `layers` in registry order, `modules` in execution order."""
 
     layers: tuple[AttentionLayer, ...]
     modules: tuple[str, ...]
-    # where a picture's style enters; SDXL's unless the model says otherwise
+    # modules that carry style; SDXL's unless the model names others
     style_modules: tuple[str, ...] = (STYLE_MODULE,)
-    # for each attention level, how many times its feature map is halved
+    # number of halvings of each attention level's feature map
     feature_maps: tuple[int, ...] = (1, 2)
 
     @classmethod
     def from_config(cls, config: Mapping) -> "AttentionLayout":
-        """Read a UNet config in diffusers' format. Raises ModelFormatError for a config that is no UNet's."""
+        """Read a UNet config in diffusers format. Raises ModelFormatError if it is invalid or has no attention."""
         shape = UNetShape.from_config(config)
         last = len(shape.down) - 1
         # (module name, block counted from the finest feature map, shape of the block, transformer depth)
@@ -157,7 +157,7 @@ class AttentionLayout:
             for a, depth in enumerate(block.depths)
         ]
 
-        # an attention without transformer blocks has nothing that a style could act on
+        # styles can't act on an attention without transformer blocks
         modules = tuple(name for name, _, _, depth in down + mid + up if depth)
         feature_maps = tuple(sorted({i for _, i, _, depth in down + mid + up if depth}))
         layers = tuple(
@@ -178,25 +178,25 @@ class AttentionLayout:
 
     @cached_property
     def levels(self) -> int:
-        """Number of distinct feature-map sizes that carry attention (2 in SDXL)."""
+        """Return the number of distinct feature-map sizes with attention (2 in SDXL)."""
         return len(self.feature_maps)
 
     def at_level(self, level: int) -> list[int]:
-        """The layers of an attention level, in registry order: how tensors hold them that pack a level's layers."""
+        """Return an attention level's layers in registry order, the order of tensors that pack a level's layers."""
         return [i for i, layer in enumerate(self.layers) if layer.level == level]
 
     @cached_property
     def layer_index(self) -> dict[str, int]:
-        """Name of a transformer block -> its place in registry order."""
+        """Return name of a transformer block -> its index in registry order."""
         return {layer.name: i for i, layer in enumerate(self.layers)}
 
     def ip_adapter_key(self, layer: int) -> int:
-        """The number that IP-Adapter files give to layer `layer`: odd, because self-attention is counted too."""
+        """Return the number of layer `layer` in IP-Adapter files: odd, because they count self-attention too."""
         return 2 * layer + 1
 
 
 def _integers(config: Mapping, key: str, count: int | None, most: int) -> tuple[int, ...]:
-    """A number for each block; one number stands for all. Raises ModelFormatError."""
+    """Return a number for each block; a single number applies to all. Raises ModelFormatError."""
     value = config.get(key)
     many = value if isinstance(value, (list, tuple)) else [value] * (count or 1)
     fits = count is None or len(many) == count
@@ -208,7 +208,7 @@ def _integers(config: Mapping, key: str, count: int | None, most: int) -> tuple[
 
 
 def _kinds(config: Mapping, key: str, count: int, known: Mapping[str, bool]) -> list[bool]:
-    """Which blocks attend. Raises ModelFormatError for blocks that are not known."""
+    """Return whether each block attends. Raises ModelFormatError for unknown blocks."""
     kinds = config.get(key)
     if not isinstance(kinds, (list, tuple)) or len(kinds) != count or any(str(kind) not in known for kind in kinds):
         raise ModelFormatError(f"{key} is {values.quoted(kinds)}; {count} blocks are needed, of {' or '.join(known)}")
@@ -216,9 +216,12 @@ def _kinds(config: Mapping, key: str, count: int, known: Mapping[str, bool]) -> 
 
 
 def _depths(key: str, value, count: int) -> tuple[int, ...]:
-    """Transformer depths of a block's `count` attentions: one number for all, or one each. Raises ModelFormatError."""
+    """Return the transformer depths of a block's `count` attentions, from one number for all or one each.
+
+    Raises ModelFormatError.
+    """
     many = list(value) if isinstance(value, (list, tuple)) else [value] * count
-    # entries beyond the block's layers say nothing, as in diffusers; the weights must fit either way
+    # entries beyond the block's layers are ignored, as in diffusers; the weights must fit either way
     many = many[:count]
     sound = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MOST_LAYERS for n in many)
     if len(many) < count or not sound:

@@ -1,6 +1,6 @@
-"""Options of loading a model as users of diffusers type them: done under their own name, or refused by name.
+"""Loading options under diffusers' names: mapped to the engine's own options, or rejected by name.
 
-`Engine.from_pretrained` names its own options; what comes beside them is sorted here.
+`Engine.from_pretrained` declares its own options; all further ones are handled here.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from stylefast.errors import InvalidRequest
 PASSED_ON = ("variant", "local_files_only", "config", "tokenizer", "revision", "cache_dir", "token", "force_download")
 _OTHER_NAMES = {"use_auth_token": "token", "original_config": "config", "original_config_file": "config"}
 
-# option -> (values that ask for what is done anyway, why others are refused and what to do instead)
+# option -> (values that match what is done anyway, why others are rejected and what to do instead)
 _REFUSED: dict[str, tuple[tuple, str]] = {
     "use_safetensors": ((None, True), "pickled weights are not read; get the .safetensors edition"),
     "low_cpu_mem_usage": ((None, True), "weights are never loaded twice; leave it out"),
@@ -53,11 +53,11 @@ _REFUSED: dict[str, tuple[tuple, str]] = {
 def sort_options(
     given: Mapping[str, Any], own: tuple[str, ...], dtype: Any, device: Any
 ) -> tuple[dict[str, Any], Any, Any]:
-    """Sort what was given beside an engine's own options.
+    """Sort options given in addition to an engine's own.
 
     own: names of the engine's options, for "did you mean". Returns (arguments for `load_components`, dtype, device);
-    the latter two are what was given, or what `torch_dtype` and `device_map` say in their place. Raises InvalidRequest
-    for an option that is unknown, contradicts another, or asks for what is not done.
+    `torch_dtype` and `device_map` replace the latter two. Raises InvalidRequest for an option that is unknown,
+    contradicts another, or is not supported.
     """
     options = {}
     for name, value in given.items():
@@ -87,7 +87,7 @@ def sort_options(
 
 
 def check_engine_options(given: Mapping[str, Any], own: tuple[str, ...]) -> None:
-    """Raise InvalidRequest for options beside those of an engine (`own`) where the model is there already."""
+    """Raise InvalidRequest for options other than the engine's `own`, for an engine whose model is already loaded."""
     for name in given:
         if name in own:
             continue
@@ -106,7 +106,7 @@ def check_engine_options(given: Mapping[str, Any], own: tuple[str, ...]) -> None
 
 
 def _instead(name: str, ours: str, value: Any, own: Any) -> Any:
-    """The value of another name for one of our options, which must not contradict it."""
+    """Return the value of an alias of one of our options. Raises InvalidRequest if it contradicts that option."""
 
     def spelled(one: Any) -> str:
         return str(one).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""LoRA: changes to a loaded model's weights that come off again, W' = W + sum over LoRAs of scale * delta(W).
+"""LoRA: removable changes to a loaded model's weights, W' = W + sum over LoRAs of scale * delta(W).
 
-`lora_file` reads the file and says what each weight's change is; it is made here, in place, in the tensors that UNet
-and text encoders already share, so nothing is renamed or rebuilt. The touched weights' originals are kept on the CPU:
-taking a LoRA off restores every bit.
+`lora_file` reads each weight's change from the file; this module applies it in place, in the tensors that UNet and text
+encoders already share, so nothing is renamed or rebuilt. Originals of changed weights are kept on the CPU, so that
+removing a LoRA restores every bit.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ def _checked_scale(scale) -> float:
 
 
 class LoraSet:
-    """The LoRAs on one model. Several may be applied; each keeps its own scale and can be changed or taken off alone.
+    """The LoRAs on one model; several can be active, each with its own scale and removable on its own.
 
     Weights are changed in place. A model made by `from_pipeline` shares them with its pipeline, which then changes too.
-    `guard` gives a context manager in which weights may change; it may refuse by raising.
+    `guard` returns a context manager in which weights may change; it may raise to prevent that.
     """
 
     def __init__(self, unet_state, text_encoders, guard: Callable[[], AbstractContextManager] = nullcontext):
@@ -41,26 +41,26 @@ class LoraSet:
 
     @property
     def scales(self) -> dict[str, float]:
-        """Name -> scale of every LoRA that is on."""
+        """Return name -> scale of every active LoRA."""
         return dict(self._scales)
 
     @property
     def touched(self) -> tuple[str, ...]:
-        """Names of all changed weights, with their part in front: "unet.down_blocks.1....to_q.weight"."""
+        """Return the names of all changed weights, prefixed by their part: "unet.down_blocks.1....to_q.weight"."""
         return tuple(sorted(f"{part}.{name}" for part, name in self._originals))
 
     @property
     def fingerprint(self) -> str:
-        """Tells one combination of files and scales from another; empty if no LoRA is on."""
+        """Return a digest of the LoRAs' files and scales; empty if none is active or all scales are 0."""
         parts = sorted(f"{self._digests[name]} {scale}" for name, scale in self._scales.items() if scale != 0)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
 
     def add(self, source: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """Put a LoRA (a file, or a folder with one) on the model; gives back its name, by default the file's.
+        """Apply a LoRA (a file, or a folder with one) to the model. Returns its name, by default the file's.
 
-        Raises ModelNotFound, ModelFormatError for files that can't be read, AdapterError for those that are no LoRA, of
-        an unknown kind or layout, made for other shapes, or too strong for the weights' type, and InvalidRequest for a
-        name that is taken. The model then stays as it was.
+        Raises ModelNotFound, ModelFormatError for files that can't be read, AdapterError for files that are not a LoRA,
+        have an unknown kind or layout, are made for other shapes, or are too strong for the weights' type, and
+        InvalidRequest for a name that is taken. The model is then unchanged.
         """
         scale, path = _checked_scale(scale), values.path("a LoRA", source)
         if name is not None:
@@ -75,7 +75,7 @@ class LoraSet:
         return name
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Change the strength of a LoRA; 0 leaves the model as it was without it. Raises as `add` does."""
+        """Set a LoRA's scale; 0 gives the model without it. Raises InvalidRequest, or AdapterError if too strong."""
         if not isinstance(name, str) or name not in self._loras:
             known = f"there are: {', '.join(self._loras) or 'none'}{values.did_you_mean(name, self._loras)}"
             raise InvalidRequest(f"no LoRA named {values.quoted(name)} is on; {known}")
@@ -85,12 +85,12 @@ class LoraSet:
             self._rebuild(self._loras[name], undo=lambda: self._scales.update({name: before}))
 
     def remove(self, name: str) -> None:
-        """Take a LoRA off; the weights are again, bit by bit, what they would be had it never been there."""
+        """Remove a LoRA; the weights become bit-identical to those without it. Raises as `set_scale` does."""
         self.set_scale(name, 0.0)
         self._forget(name)
 
     def clear(self) -> None:
-        """Take all off."""
+        """Remove all LoRAs."""
         for name in list(self._loras):
             self.remove(name)
 
@@ -102,7 +102,7 @@ class LoraSet:
         try:
             self._write(keys)
         except BaseException:
-            # out of memory, say; the model must not be left with half of a LoRA
+            # on any error, such as out of memory, undo so that no LoRA stays half applied
             undo()
             self._write(keys)
             raise
@@ -121,7 +121,7 @@ class LoraSet:
                 weight.copy_(original)
                 del self._originals[key]
                 continue
-            # always from the original and in float32: adding and subtracting in place would drift
+            # start from the original, in float32: adding and subtracting in place would drift
             base = original.to(weight.device, torch.float32)
             total = base.clone()
             for scale, change in on:
@@ -136,7 +136,7 @@ class LoraSet:
 
 
 def apply_lora(components, source: str | Path, scale: float = 1.0) -> LoraSet:
-    """Put a LoRA on loaded `Components`; `.remove(name)` or `.clear()` on the result takes it off, `.add` adds more."""
+    """Apply a LoRA to loaded `Components`; the result's `remove(name)` or `clear()` undoes it, `add` adds more."""
     loras = LoraSet(components.unet_state, components.text_encoders)
     loras.add(source, scale)
     return loras

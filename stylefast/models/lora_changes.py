@@ -1,4 +1,4 @@
-"""What the tensors of one module in a LoRA file mean: the change of a weight, in float32, from the weight itself.
+"""Weight changes given by the tensors of one module in a LoRA file, computed in float32 from the weight itself.
 
     LoRA   W' = W + s B A                      with a middle kernel M (LoCon): s sum_ij B_i M_ij A_j
     LoHa   W' = W + s (B1 A1) * (B2 A2)
@@ -6,7 +6,7 @@
     full   W' = W + D
     DoRA   W' = m V / |V|, V = W + (any of the above), |.| over the inputs of an output or the other way round
 
-where s = alpha / rank, and alpha = rank where a file holds none.
+where s = alpha / rank, and alpha = rank if the file has none.
 """
 
 import math
@@ -24,7 +24,7 @@ class Change(Protocol):
     """A change of one weight."""
 
     def delta(self, weight: Tensor) -> Tensor:
-        """Give what is added to `weight` at scale 1: float32, in its shape and on its device."""
+        """Return the tensor added to `weight` at scale 1: float32, with its shape and device."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LowRank:
     mid: Tensor | None = None
 
     def delta(self, weight: Tensor) -> Tensor:
-        """Give scaling * up (mid) down."""
+        """Return scaling * up (mid) down."""
         up, down = _at(self.up, weight), _at(self.down, weight)
         if self.mid is None:
             product = up @ down
@@ -55,21 +55,21 @@ class Hadamard:
     scaling: float
 
     def delta(self, weight: Tensor) -> Tensor:
-        """Give scaling * first * second, elementwise."""
+        """Return scaling * first * second, elementwise."""
         first, second = (_product(factors, weight) for factors in (self.first, self.second))
         return (self.scaling * first * second).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
 class Kronecker:
-    """LoKr: the Kronecker product of two small matrices; each whole, or the factors of one as in `Hadamard`."""
+    """LoKr: the Kronecker product of two small matrices, each given whole or in factors as in `Hadamard`."""
 
     first: tuple[Tensor, ...]
     second: tuple[Tensor, ...]
     scaling: float
 
     def delta(self, weight: Tensor) -> Tensor:
-        """Give scaling * (first kron second)."""
+        """Return scaling * (first kron second)."""
         # torch.kron fails on some strides
         first, second = (_product(factors, weight).contiguous() for factors in (self.first, self.second))
         return (self.scaling * torch.kron(first, second)).reshape(weight.shape)
@@ -77,23 +77,23 @@ class Kronecker:
 
 @dataclass(frozen=True)
 class Difference:
-    """A change that is stored whole, in the weight's shape."""
+    """A change stored in full, in the weight's shape."""
 
     value: Tensor
 
     def delta(self, weight: Tensor) -> Tensor:
-        """Give the stored values."""
+        """Return the stored values."""
         return _at(self.value, weight).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A weight that was trained itself and stored whole."""
+    """A trained weight stored in full."""
 
     value: Tensor
 
     def delta(self, weight: Tensor) -> Tensor:
-        """Give the way from the model's weight to the stored one."""
+        """Return the stored weight minus the model's."""
         return _at(self.value, weight).reshape(weight.shape) - weight.float()
 
 
@@ -101,14 +101,14 @@ class Replacement:
 class Decomposed:
     """DoRA: the changed weight keeps its direction and gets the length `magnitude`, [out] or [1, in].
 
-    A scale other than 1 goes part of the way from W to W', as ComfyUI has it; peft scales V alone and keeps the length.
+    A scale other than 1 interpolates between W and W', as in ComfyUI; peft scales only V and keeps the length.
     """
 
     change: Change
     magnitude: Tensor
 
     def delta(self, weight: Tensor) -> Tensor:
-        """Give magnitude * V / |V| - W."""
+        """Return magnitude * V / |V| - W."""
         changed = weight.float() + self.change.delta(weight)
         flat = changed.flatten(1) if self.magnitude.ndim == 1 else changed.transpose(0, 1).flatten(1)
         along = (-1, 1) if self.magnitude.ndim == 1 else (1, -1)
@@ -120,8 +120,8 @@ class Decomposed:
 def change_of(tensors: Mapping[str, Tensor], shape: tuple[int, ...], scaling: "Scaling", where: str) -> Change:
     """Build the change of a weight [out, in, ...] of `shape` from a module's tensors by role, without alpha and biases.
 
-    Raises AdapterError, naming the module (`where`), for tensors that do not belong together, and ShapeMismatch for
-    those that belong to a weight of another shape.
+    Raises AdapterError, naming the module (`where`), for tensors that don't fit together, and ShapeMismatch for a
+    weight of another shape.
     """
     lengths = [role for role in ("magnitude", "dora_scale") if role in tensors]
     roles = set(tensors) - set(lengths)
@@ -146,7 +146,7 @@ def change_of(tensors: Mapping[str, Tensor], shape: tuple[int, ...], scaling: "S
 
 
 class ShapeMismatch(AdapterError):
-    """A change that is made for a weight of another shape."""
+    """Error for a change made for a weight of another shape."""
 
     def __init__(self, where: str, found: tuple[int, ...], shape: tuple[int, ...]):
         super().__init__(f"{where} changes a weight of {list(found)}, this model's has {list(shape)}")
@@ -154,13 +154,13 @@ class ShapeMismatch(AdapterError):
 
 @dataclass(frozen=True)
 class Scaling:
-    """The factor of a module's product: alpha / rank, or alpha / sqrt(rank); alpha None stands for the rank."""
+    """Factor of a module's product: alpha / rank, or alpha / sqrt(rank); alpha None gives 1."""
 
     alpha: float | None
     rank_stabilised: bool = False
 
     def of(self, rank: int) -> float:
-        """Give the factor at a rank."""
+        """Return the factor at a rank."""
         if self.alpha is None:
             return 1.0
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
@@ -178,7 +178,7 @@ def _low_rank(tensors, shape, scaling: Scaling, where: str) -> LowRank:
         if not square or up.numel() != up.shape[0] * rank:
             raise AdapterError(f"{where} has factors {_shapes(up, mid, down)}, which do not belong together")
         found = (up.shape[0], down.shape[1], *mid.shape[2:])
-    # a linear layer is at times stored as a convolution of one pixel, and the other way round
+    # linear layers are sometimes stored as 1x1 convolutions, and vice versa
     if _without_pixels(found) != _without_pixels(shape):
         raise ShapeMismatch(where, found, shape)
     return LowRank(up.flatten(1), down.flatten(1), scaling.of(rank), mid)
@@ -209,7 +209,7 @@ def _kronecker(tensors, shape, scaling: Scaling, where: str) -> Kronecker:
     (out1, in1), (out2, in2) = (_flat_shape(pair, shape) for pair in pairs)
     if (out1 * out2, in1 * in2) != (shape[0], math.prod(shape[1:])):
         raise ShapeMismatch(where, (out1 * out2, in1 * in2), (shape[0], math.prod(shape[1:])))
-    # two whole matrices have no rank, and LyCORIS then writes an alpha that means nothing
+    # two whole matrices have no rank; LyCORIS then writes a meaningless alpha
     return Kronecker(pairs[0], pairs[1], scaling.of(ranks[-1]) if ranks else 1.0)
 
 
@@ -258,8 +258,8 @@ def _product(factors: tuple[Tensor, ...], weight: Tensor) -> Tensor:
 
 
 def _lengths(value: Tensor, role: str, shape: tuple[int, ...], where: str) -> Tensor:
-    """The magnitude as [out] or [1, in]."""
-    # peft has one length per output always; LyCORIS writes [out, 1, ..] or, by default, one per input as [1, in, ..]
+    """Return the magnitude as [out] or [1, in]. Raises AdapterError for other sizes."""
+    # peft always writes one length per output; LyCORIS writes [out, 1, ..] or, by default, one per input as [1, in, ..]
     per_output = role == "magnitude" or value.ndim < 2 or value.shape[0] == shape[0] or value.numel() != shape[1]
     if value.numel() != shape[0 if per_output else 1]:
         raise AdapterError(

@@ -1,4 +1,4 @@
-"""Reads a LoRA in any published layout into changes of this model's weights; every tensor in it is used or named."""
+"""Reader of LoRAs in all published layouts; every tensor in a file is either used or named in an error or warning."""
 
 import hashlib
 import logging
@@ -23,8 +23,8 @@ from stylefast.models.weight_files import WeightHeader, recognise
 
 logger = logging.getLogger(__name__)
 
-BUNDLE = "bundle_emb."  # learned embeddings that OneTrainer and others put beside a LoRA
-# what other methods call their tensors, and their names
+BUNDLE = "bundle_emb."  # learned embeddings that OneTrainer and others store in LoRA files
+# key patterns of other methods -> their names
 _METHODS = (
     (r"\.oft_(blocks|diag|R)\b", "OFT or BOFT"),
     (r"\.on_input$", "(IA)^3"),
@@ -42,23 +42,23 @@ _OTHER_MODELS = (
     (r"joint_(transformer_)?blocks[._]|^lora_te3_|^text_encoder_3\.", "Stable Diffusion 3"),
     (r"^lora_prior_", "Stable Cascade"),
 )
-# an adapter's name, which peft leaves out of files
+# an adapter's name, which peft omits when saving
 _NAMED = re.compile(r"\.lora_(A|B|magnitude_vector)\.([^.]+)\.(?:weight|bias)$")
 _CROSS_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA as read: what it changes, {(part, name of the weight): change}."""
+    """A LoRA as read; `changes` maps (part, name of the weight) to its change."""
 
     name: str
-    digest: str  # sha256 of all that was read
+    digest: str  # SHA-256 of all files read
     changes: Mapping[tuple[str, str], Change]
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A file of a LoRA, the settings beside it, and the part that it is for, where its place says so."""
+    """A file of a LoRA, its settings, and its part if the folder name gives one."""
 
     path: Path
     config: PeftConfig | None = None
@@ -67,7 +67,7 @@ class _Piece:
 
 @dataclass
 class _Module:
-    """The tensors of one module by role, and how the file spells it."""
+    """The tensors of one module by role, and its spelling in the file."""
 
     spelled: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -76,8 +76,8 @@ class _Module:
 def read_lora(source: str | Path, weights: Mapping[str, Mapping[str, Tensor]]) -> LoraFile:
     """Read a LoRA file, or a folder with one, for a model with these weights (part -> name -> tensor).
 
-    Raises ModelNotFound, ModelFormatError for files that can't be read, and AdapterError for what is no LoRA, is of a
-    kind or layout that is not known, is damaged, or was made for other shapes.
+    Raises ModelNotFound, ModelFormatError for files that can't be read, and AdapterError for files that are not a LoRA,
+    have an unknown kind or layout, are damaged, or were made for other shapes.
     """
     pieces, names = _pieces(source), ModuleNames(weights)
     digest, changes = hashlib.sha256(), {}
@@ -93,7 +93,7 @@ def read_lora(source: str | Path, weights: Mapping[str, Mapping[str, Tensor]]) -
 
 
 def files_of(source: str | Path) -> list[Path]:
-    """List the files of which a LoRA is read, in the order of their names. Raises ModelNotFound where there is none."""
+    """List the files of a LoRA, sorted by path. Raises ModelNotFound if there is none."""
     places = _places(source)
     return sorted({file for file, config, _ in places for file in (file, config) if file is not None})
 
@@ -106,9 +106,9 @@ def _pieces(source: str | Path) -> list[_Piece]:
 
 
 def _places(source: str | Path) -> list[tuple[Path, Path | None, str | None]]:
-    """(file, config of peft beside it, part that it is for) of each file of weights."""
+    """Return (file, its peft config, its part) of each weight file. Raises ModelNotFound."""
     path = Path(source)
-    # unlike Path's own questions, os.path's are answered for names that the system can't hold, too
+    # unlike Path's methods, os.path's don't raise for names that the system can't represent
     if os.path.isdir(path):
         if (path / peft_config.FILE).is_file():
             return [(_only_file(path, "adapter_model.*"), path / peft_config.FILE, None)]
@@ -150,7 +150,7 @@ def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, s
         scaling, alpha = _scaling(found, part, configs.get(part), file)
         idle += alpha == 0
         down = found.tensors.get("down")
-        # which the bias of a LoRA's second layer is scaled by too
+        # also needed to scale the bias of a LoRA's second layer
         rank = down.shape[0] if down is not None and down.ndim else 0
         if "up_bias" in found.tensors and not rank:
             raise AdapterError(f"{file}: {found.spelled[:200]} has the bias of a LoRA and no factors; it is damaged")
@@ -188,14 +188,14 @@ def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, s
 
 
 def _roles(entries: Iterable[str], file: str, piece: _Piece, metadata) -> dict[str, tuple[str, str]]:
-    """Key -> (module as spelled, role) of every tensor; raises AdapterError for those that are no part of a LoRA."""
+    """Return key -> (module as spelled, role) of every tensor. Raises AdapterError for tensors not part of a LoRA."""
     roles, rest = {}, []
     for key in entries:
         if key.startswith(BUNDLE):
             continue
         found = split_key(key)
         if found is None and key.startswith(PEFT_PREFIX) and key.endswith((".weight", ".bias")):
-            # trained as they are; beside a LoRA, peft calls the layer itself `base_layer`
+            # fully trained tensors; peft names the original layer of a LoRA `base_layer`
             found = key.rpartition(".")[0].removesuffix(".base_layer"), f"whole_{key.rpartition('.')[2]}"
         if found is None:
             rest.append(key)
@@ -239,7 +239,7 @@ def _roles(entries: Iterable[str], file: str, piece: _Piece, metadata) -> dict[s
 
 
 def _modules(roles, entries, names: ModuleNames, piece: _Piece) -> tuple[dict[tuple[str, str], _Module], list[str]]:
-    """The tensors by module of this model, and the modules that it does not have."""
+    """Return the tensors by module of this model, and the spellings of modules it lacks. Raises AdapterError."""
     default = piece.part or (piece.config.part if piece.config else None) or _part_by_shape(roles, entries, names)
     modules: dict[tuple[str, str], _Module] = {}
     places: dict[str, tuple[str, str] | None] = {}
@@ -258,27 +258,27 @@ def _modules(roles, entries, names: ModuleNames, piece: _Piece) -> tuple[dict[tu
         if role in module.tensors:
             raise AdapterError(f"{piece.path.name} holds {role} of {spelled[:200]} twice, as {key[:200]} too")
         module.tensors[role] = _finite(entries[key].read(), key, role, piece.path.name)
-    # what holds an alpha alone changes nothing, wherever it lies: cutting layers out of a file often leaves them
+    # ignore modules with only an alpha, which change nothing: removing layers from a file often leaves those behind
     changing = {spelled for spelled, role in roles.values() if role != "alpha"}
     return modules, [spelled for spelled, place in places.items() if place is None and spelled in changing]
 
 
 def _part_by_shape(roles, entries, names: ModuleNames) -> str | None:
-    """The one text encoder that names without a prefix can belong to by the shapes; None if all or none can."""
+    """Return the only text encoder whose shapes fit the names without a prefix; None if several or none fit."""
     fitting: set[str] | None = None
     for key, (spelled, role) in roles.items():
         found = names.find(spelled) if role in ("down", "up") else []
         if len(found) > 1:
             axis = 1 if role == "down" else 0
             if len(entries[key].shape) <= axis:
-                continue  # damaged, which is said where it is read
+                continue  # damaged, reported when read
             fits = {part for part, module in found if names.shape(part, module)[axis] == entries[key].shape[axis]}
             fitting = fits if fitting is None else fitting & fits
     return fitting.pop() if fitting is not None and len(fitting) == 1 else None
 
 
 def _finite(tensor: Tensor, key: str, role: str, file: str) -> Tensor:
-    # an alpha is often written as a whole number; factors in integers or powers of two lack their scales
+    # alphas are often integers; factors stored as integers or powers of two lack their scales
     integer = not tensor.dtype.is_floating_point and role != "alpha"
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise AdapterError(f"{file}: {key[:200]} is of type {tensor.dtype}; weights are floating-point numbers")
@@ -291,11 +291,11 @@ def _finite(tensor: Tensor, key: str, role: str, file: str) -> Tensor:
 
 
 def _scaling(module: _Module, part: str, config: PeftConfig | None, file: str) -> tuple[Scaling, float | None]:
-    """The module's scaling, and its alpha if one is said."""
+    """Return the module's scaling, and its alpha or None. Raises AdapterError."""
     alpha = module.tensors.pop("alpha", None)
     factors = module.tensors.keys() - {"diff", "diff_b", "whole_weight", "whole_bias"}
     if not factors:
-        return Scaling(None), None  # full differences have no rank, and so no alpha
+        return Scaling(None), None  # full differences have neither rank nor alpha
     if alpha is not None:
         if alpha.numel() != 1:
             raise AdapterError(
@@ -314,7 +314,7 @@ def _scaling(module: _Module, part: str, config: PeftConfig | None, file: str) -
 
 
 def _as_trained(spelled: str, part: str) -> str:
-    """The module's name in the model that was trained."""
+    """Return the module's name in the trained model."""
     return spelled.removeprefix(PEFT_PREFIX).removeprefix(f"{part}.").removeprefix(PEFT_PREFIX)
 
 
@@ -358,7 +358,7 @@ def _unknown_layers(file: str, unknown: list[str], matched: int, entries, metada
 
 
 def _family(entries, metadata: Mapping[str, str]) -> str:
-    """The model that a file was made for, as " (Stable Diffusion 1)", where keys, shapes or metadata prove it."""
+    """Return the file's base model, such as " (Stable Diffusion 1)", if keys, shapes or metadata show it, else ""."""
     for pattern, model in _OTHER_MODELS:
         if any(re.search(pattern, key) for key in entries):
             return f" ({model})"

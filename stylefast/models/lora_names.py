@@ -1,8 +1,8 @@
-"""How LoRA files name the modules of a model, and how they name the tensors that belong to one.
+"""Names of modules and their tensors in LoRA files.
 
-Every trainer spells modules in its own way: with diffusers' names or those of the original SDXL code, with dots or
-with underscores in their place, behind one of many prefixes. All spellings of this model's own modules are written down
-once, so that a name is looked up and never guessed.
+Trainers spell modules differently: with diffusers' names or those of the original SDXL code, with dots or underscores,
+with one of many prefixes. All spellings of the model's modules are tabulated once, so that names are looked up, never
+guessed.
 """
 
 import re
@@ -14,7 +14,7 @@ import torch
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 PEFT_PREFIX = "base_model.model."
 
-# prefix -> the part that it stands for; longer ones before those that they begin with
+# prefix -> its part; a prefix comes before shorter ones that it starts with
 _DOTTED = {
     "model.diffusion_model.": "unet",
     "diffusion_model.": "unet",
@@ -34,8 +34,8 @@ _FLAT = {
     "lora_te_": "text_encoder",
 }
 
-# ending of a key -> what the tensor is. Until late 2023 diffusers hung LoRAs on attention processors
-# (`to_q_lora.down.weight`) and called those of text encoders `lora_linear_layer`
+# ending of a key -> the tensor's role. Until late 2023 diffusers attached LoRAs to attention processors
+# (`to_q_lora.down.weight`) and named those of text encoders `lora_linear_layer`
 _ROLES = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -65,7 +65,7 @@ _ROLES = {
 }
 _ROLES |= {f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 _ROLES |= {f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
-# peft keeps the adapter's name in keys that were not saved by itself
+# peft's own save function drops the adapter's name from keys, other tools keep it
 _ADAPTER_NAME = re.compile(r"\.default(_\d+)?(?=\.weight$|\.bias$|$)")
 
 _RESNET = {
@@ -88,16 +88,16 @@ _OUTSIDE = {
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """Split a key into (module as the file spells it, role of the tensor); None for an ending that no LoRA has."""
+    """Split a key into (module as spelled in the file, role of the tensor); return None for an unknown ending."""
     bare = _ADAPTER_NAME.sub("", key)
     ending = next((bare[i:] for i in range(len(bare)) if bare[i:] in _ROLES), None)
     return None if ending is None else (bare.removesuffix(ending), _ROLES[ending])
 
 
 class ModuleNames:
-    """Finds the module of a model that a LoRA file means.
+    """Lookup of a model's modules by their spellings in LoRA files.
 
-    `weights`: per part the model's tensors by name, UNets under diffusers' names and text encoders under transformers'.
+    `weights`: per part, the model's tensors by name, with diffusers' names for UNets, transformers' for text encoders.
     """
 
     def __init__(self, weights: Mapping[str, Mapping[str, torch.Tensor]]):
@@ -111,9 +111,9 @@ class ModuleNames:
             self._flat[part] = {spelled.replace(".", "_"): module for spelled, module in spellings.items()}
 
     def find(self, spelled: str, default: str | None = None) -> list[tuple[str, str]]:
-        """Give the modules (part, name) that a spelling can mean; none where it means nothing here.
+        """Return the modules (part, name) that match a spelling, possibly none.
 
-        Without a prefix a name may belong to either text encoder; `default` is the part that is then meant.
+        Names without a prefix may match both text encoders; `default` restricts them to one part.
         """
         for prefix, part in _FLAT.items():
             if spelled.startswith(prefix):
@@ -128,14 +128,14 @@ class ModuleNames:
         return [(part, self._dotted[part][plain]) for part in parts if plain in self._dotted[part]]
 
     def shape(self, part: str, module: str) -> tuple[int, ...]:
-        """Give the shape of a module's weight."""
+        """Return the shape of a module's weight."""
         return tuple(self._weights[part][f"{module}.weight"].shape)
 
 
 def original_names(modules: Iterable[str]) -> dict[str, str]:
-    """Map a UNet's modules from diffusers' names to those of the original SDXL code, as far as that has them.
+    """Map a UNet's modules from diffusers' names to those of the original SDXL code, if it has them.
 
-    The original numbers all blocks through; how many each level has is counted in the modules themselves.
+    The original numbers blocks consecutively across levels; the blocks per level are counted from the modules.
     """
     modules = list(modules)
     counted = {block: len(numbers) for block, numbers in _resnets(modules).items()}
@@ -199,7 +199,7 @@ def _resnets(modules: Iterable[str]) -> dict[str, set[str]]:
 def _unet_spellings(modules: list[str]) -> dict[str, str]:
     spellings = {module: module for module in modules}
     spellings |= {original: module for module, original in original_names(modules).items()}
-    # diffusers' processors and some trainers leave the number of an attention's output layer out
+    # diffusers' processors and some trainers omit the index of an attention's output layer
     return spellings | {s.removesuffix(".0"): m for s, m in spellings.items() if s.endswith(".to_out.0")}
 
 
@@ -211,5 +211,5 @@ def _text_spellings(modules: list[str]) -> dict[str, str]:
 
 
 def _without_text_model(name: str, separator: str) -> str:
-    # transformers has this level in some versions and some classes only
+    # only some versions and classes of transformers have this level
     return name.removeprefix(f"text_model{separator}")

@@ -1,4 +1,4 @@
-"""Masks say where in the picture an image prompt acts; here they become one weight per attention query."""
+"""Masks that limit an image prompt to parts of the picture, converted to one weight per attention query."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from stylefast.models.pictures import BLACK, PictureSource, open_picture, say_on
 
 
 def load_mask(mask: PictureSource | torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """A mask as zeros and ones `[height, width]`: white acts, black and transparent do not; the threshold is mid grey.
+    """Load a mask as zeros and ones `[height, width]`: white is active, black and transparent are not.
 
-    `size` is (height, width) of the picture to make; a mask of another size is scaled to it (Lanczos, as diffusers'
-    `IPAdapterMaskProcessor` does). Arrays may hold bools, uint8, uint16 or floats in [0, 1]. A tensor `[height, width]`
-    in [0, 1] is taken as it is, soft edges included; it must already have the right size. Warns of a picture that acts
-    nowhere. Raises ImageError.
+    The threshold is mid grey. `size` is (height, width) of the picture to make; a mask of another size is scaled to it
+    (Lanczos, as in diffusers' `IPAdapterMaskProcessor`). Arrays may hold bools, uint8, uint16 or floats in [0, 1].
+    A tensor `[height, width]` in [0, 1] is used unchanged, soft edges included; it must already have the right size.
+    Warns if the mask is inactive everywhere. Raises ImageError.
     """
     if isinstance(mask, torch.Tensor):
         return _check_tensor(mask, size)
@@ -33,7 +33,7 @@ def load_mask(mask: PictureSource | torch.Tensor, size: tuple[int, int] | None =
 
 
 def open_mask(mask: PictureSource) -> Image.Image:
-    """A mask that is no tensor as an RGB picture, with black where it is transparent. Raises ImageError."""
+    """Open a mask other than a tensor as an RGB picture, with transparent parts black. Raises ImageError."""
     picture = open_picture(mask, BLACK)
     if isinstance(mask, np.ndarray) and mask.dtype.kind == "u" and mask.max() == 1:
         raise ImageError(
@@ -44,12 +44,12 @@ def open_mask(mask: PictureSource) -> Image.Image:
 
 
 def mask_vectors(mask: PictureSource | torch.Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
-    """The mask's weight at every attention query: for each feature map (h, w) in `sizes` a vector `[h * w]`, float32.
+    """Return the mask's weight at every attention query: a float32 vector `[h * w]` per feature map (h, w) in `sizes`.
 
-    `mask` is anything `load_mask` takes, at the resolution and aspect of the picture to make. Equal to diffusers'
+    `mask` is anything `load_mask` accepts, at the resolution and aspect of the picture to make. Equal to diffusers'
     `IPAdapterMaskProcessor.downsample`: bicubic without antialiasing, which reads 4 x 4 pixels per query, so hard
-    edges overshoot to about -0.1 and 1.1 and regions thinner than a query can vanish. Where diffusers guesses h and w
-    from the mask's aspect, they are given here.
+    edges overshoot to about -0.1 and 1.1 and regions thinner than a query can vanish. Unlike in diffusers, h and w are
+    given, not guessed from the mask's aspect. Raises ImageError and InvalidRequest.
     """
     grid = load_mask(mask)[None, None]
     for size in sizes:
@@ -59,7 +59,7 @@ def mask_vectors(mask: PictureSource | torch.Tensor, sizes: Sequence[tuple[int, 
 
 
 def check_mask_shape(mask: PictureSource | torch.Tensor, size: tuple[int, int]) -> None:
-    """Raise ImageError for a tensor that does not fit (height, width); other masks are scaled to it."""
+    """Raise ImageError for a tensor that is not (height, width) in size; other masks are scaled to it."""
     if not isinstance(mask, torch.Tensor):
         return
     if mask.ndim != 2 or mask.numel() == 0:
@@ -72,14 +72,14 @@ def check_mask_shape(mask: PictureSource | torch.Tensor, size: tuple[int, int]) 
 
 
 def _check_tensor(mask: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
-    # first, since nested tensors don't even have a shape
+    # checked first, since nested tensors don't have a shape
     values.dense_tensor("a mask", mask, error=ImageError)
     check_mask_shape(mask, tuple(mask.shape) if size is None else size)
     if mask.is_complex():
         raise ImageError(f"a mask holds real numbers, this one {mask.dtype}")
     mask = mask.detach().float().cpu()
     low, high = mask.min().item(), mask.max().item()
-    # written so that NaN fails it too
+    # phrased so that NaN fails too
     if not (low >= 0 and high <= 1):
         raise ImageError(f"a mask holds values in [0, 1], this one from {low:g} to {high:g}")
     return mask

@@ -1,10 +1,10 @@
-"""Linear layers and convolutions whose weights also lie in the order that the CPU's matrix kernels want.
+"""Linear layers and convolutions that also keep weights packed in the layout of the CPU's matrix kernels.
 
 PyTorch reorders a convolution's weights at every call and sends float32 matrix products to a library that is slow on
-some CPUs. oneDNN, which PyTorch carries, is faster on all we measured once it may keep a packed copy of the weights.
-The copy doubles a layer's memory; the weights themselves stay as they are and shared, and a copy whose weights were
-written since (a LoRA) is made again. The packed kernels add up longer chains of products than the others, so their
-results are rounded a few times as much (tests/engine/test_packed.py has the bounds).
+some CPUs. PyTorch's bundled oneDNN was faster on all CPUs measured if it keeps a packed copy of the weights. The copy
+doubles a layer's memory; the weights themselves stay unchanged and shared, and a copy is remade after its weights were
+written (by a LoRA). The packed kernels accumulate longer chains of products than the others, so their rounding error is
+a few times larger (tests/engine/test_packed.py has the bounds).
 """
 
 import logging
@@ -19,24 +19,24 @@ from stylefast.models.weight_files import available_memory
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "STYLEFAST_PACKED"  # "0" keeps weights from being packed
+VARIABLE = "STYLEFAST_PACKED"  # "0" disables packing
 
 DTYPES = (torch.float32, torch.bfloat16)
-# of the memory that is free, what packed copies may take
+# share of free memory for packed copies
 _SHARE = 0.5
-# picture sizes for which a convolution keeps packed weights
+# number of picture sizes for which a convolution keeps packed weights
 _MOST_COPIES = 4
 
 
 class _Packable:
-    """What `Linear` and `Conv2d` have in common: packed copies by what they are packed for, made when first needed."""
+    """Base of `Linear` and `Conv2d` with lazily made packed copies, one per input shape key."""
 
     _wanted = False
     _copies: dict[tuple, torch.Tensor]
     _stamp: tuple = ()
 
     def packed(self, x: torch.Tensor, key: tuple) -> torch.Tensor | None:
-        """The packed weights for an input, made anew where the weights changed; None where the layer is not packed."""
+        """Return the packed weights for an input, remade if the weights changed; None if the layer is not packed."""
         if not self._wanted or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return None
         if self._stamp != _stamp(self.weight):
@@ -57,24 +57,26 @@ class _Packable:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed copies."""
+        """Return the bytes of the packed copies."""
         return len(self._copies) * self.weight.numel() * self.weight.element_size() if self._wanted else 0
 
 
 class Linear(_Packable, nn.Linear):
-    """`nn.Linear`, packed or not."""
+    """`nn.Linear` with optional packing."""
 
     def forward(self, x):  # [.., in_features]
-        # few rows too, although a plain product is quicker there: it rounds a row by its place among the others
+        # also for few rows, where a plain product is faster but rounds a row depending on its position in the batch
         weight = self.packed(x, ())
         if weight is None and self._few_rows(x):
-            weight = self.weight  # oneDNN takes it as it is, as fast as MKL, which on AVX2 sums the last rows otherwise
+            weight = (
+                self.weight
+            )  # oneDNN without packing is as fast as MKL, which on AVX2 sums the last rows differently
         if weight is None:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
 
     def _few_rows(self, x: torch.Tensor) -> bool:
-        """Whether an input has one row a picture, as the time embedding's, and oneDNN can take it."""
+        """Return whether an input has one row per picture, as in the time embedding, and oneDNN supports it."""
         return (
             x.ndim == 2
             and x.device.type == "cpu"
@@ -90,10 +92,10 @@ class Linear(_Packable, nn.Linear):
 
 
 class Conv2d(_Packable, nn.Conv2d):
-    """`nn.Conv2d`, packed or not; what is packed gives channels-last."""
+    """`nn.Conv2d` with optional packing; packed convolutions return channels-last tensors."""
 
     def forward(self, x):  # [n, in_channels, h, w]
-        # a copy packed for another picture size can be far slower than none
+        # a copy packed for another picture size can be far slower than no copy
         packed = self.packed(x, tuple(x.shape[2:]))
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
@@ -108,9 +110,9 @@ class Conv2d(_Packable, nn.Conv2d):
 
 
 def pack(module: nn.Module, room: int | None = None) -> bool:
-    """Pack all layers of a module on a CPU; whether it was done. What keeps it from being done is logged.
+    """Pack all layers of a module on a CPU. Returns whether it was done; logs the reason if not.
 
-    room: bytes that the copies may take; None: half of what is free.
+    room: bytes that the copies may take; None: half of the free memory.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, _Packable)]
     why = _refusal(layers, room)
@@ -123,15 +125,15 @@ def pack(module: nn.Module, room: int | None = None) -> bool:
 
 
 def wants_channels_last(device: torch.device) -> bool:
-    """Whether convolutions on a device are fastest with channels last: a GPU's matrix units want them so."""
+    """Return whether convolutions on a device are fastest with channels last, the layout of GPU matrix units."""
     return device.type == "cuda"
 
 
 def channels_last(state: Mapping[str, torch.Tensor]) -> None:
-    """Lay convolutions' weights out with channels last, where their device wants them so; activations follow them.
+    """Convert convolution weights to channels last if that is fastest on their device; activations follow.
 
-    The tensors stay the same objects: what a module, a state dict and a pipeline share, they still share if they share
-    the object. Of a module, give its parameters rather than its state dict, whose tensors are others.
+    The tensor objects stay the same, so modules, state dicts and pipelines that share an object still share it. For a
+    module, pass its parameters, not its state dict, which holds other objects.
     """
     for weight in state.values():
         if weight.ndim == 4 and wants_channels_last(weight.device):
@@ -146,15 +148,14 @@ def unpack(module: nn.Module) -> None:
 
 
 def packed_bytes(module: nn.Module) -> int:
-    """Bytes of all packed copies of a module."""
+    """Return the bytes of all packed copies of a module."""
     return sum(layer.packed_bytes for layer in module.modules() if isinstance(layer, _Packable))
 
 
 def unfolds(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether convolutions write out all windows of their input, nine values for one: on CPUs, where oneDNN stays away.
+    """Return whether convolutions materialise all windows of their input, nine values for each: on CPUs without oneDNN.
 
-    PyTorch leaves 16-bit types to oneDNN only where this CPU has instructions for them, or may use them: oneDNN reads
-    ONEDNN_MAX_CPU_ISA.
+    PyTorch uses oneDNN for 16-bit types only if the CPU has instructions for them, and ONEDNN_MAX_CPU_ISA allows them.
     """
     if device.type != "cpu":
         return False

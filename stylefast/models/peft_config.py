@@ -1,6 +1,6 @@
-"""What peft writes beside a LoRA's tensors: alphas, their exceptions per module, and settings that change the meaning.
+"""peft's settings of a LoRA: alphas, their exceptions per module, and options that change the tensors' meaning.
 
-It stands in `adapter_config.json` in peft's own folders, and in the metadata of files that diffusers writes.
+They are in `adapter_config.json` in peft's own folders, and in the metadata of files that diffusers writes.
 """
 
 import re
@@ -16,8 +16,8 @@ from stylefast.models.lora_names import PARTS
 
 FILE = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
-# what decides how training went, or where modules lie, which the tensors' names and shapes say anyway. A linear layer's
-# weight is never stored the other way round here, so peft itself sets fan_in_fan_out back
+# settings of training, or of module locations, which the tensors' names and shapes show anyway. These models' linear
+# weights are never transposed, so peft itself resets fan_in_fan_out
 _WITHOUT_EFFECT = {
     "target_modules",
     "exclude_modules",
@@ -40,24 +40,24 @@ _WITHOUT_EFFECT = {
     "ensure_weight_tying",
 }
 _READ = {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights"}
-# what the tensors say themselves, and are compared with: a file that lacks some of them is incomplete
+# settings that the tensors must match; a file with missing tensors is incomplete
 _COMPARED = {"r", "rank_pattern", "use_dora", "lora_bias", "bias", "modules_to_save"}
 _BIASES = ("none", "all", "lora_only")
-# starting values that leave the base model as it is; others are taken off its weights, which the file does not hold
+# initialisations that leave the base model unchanged; others are subtracted from its weights, which the file lacks
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PATTERNS = 2000
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The settings of one LoRA, or of one part of it."""
+    """Settings of one LoRA, or of one part of it."""
 
     alpha: float
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # pattern of a module's name -> its alpha
     rank_stabilised: bool = False
-    part: str | None = None  # that the config says it was trained on
-    where: str = FILE  # in messages
-    rank: int | None = None  # None: not said
+    part: str | None = None  # the trained part, if the config names it
+    where: str = FILE  # location for messages
+    rank: int | None = None  # None: not given
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     decomposed: bool = False
     lora_bias: bool = False
@@ -65,12 +65,12 @@ class PeftConfig:
     saved_modules: tuple[str, ...] = ()
 
     def scaling(self, module: str) -> Scaling:
-        """Give the scaling of a module, called as in the model that was trained."""
+        """Return the scaling of a module, given its name in the trained model."""
         pattern = _matching(self.alpha_pattern, module)
         return Scaling(self.alpha if pattern is None else self.alpha_pattern[pattern], self.rank_stabilised)
 
     def check_module(self, module: str, roles: Collection[str], rank: int) -> None:
-        """Raise AdapterError unless the tensors of a module's LoRA are those that the settings speak of."""
+        """Raise AdapterError unless the tensors of a module's LoRA match the settings."""
         pattern = _matching(self.rank_pattern, module)
         said = self.rank if pattern is None else self.rank_pattern[pattern]
         if said is not None and said != rank:
@@ -82,9 +82,9 @@ class PeftConfig:
             raise self._incomplete("lora_bias=True", f"{module[:200]} has no lora_B.bias")
 
     def check_whole(self, weights: Collection[str], changed: Collection[str], with_lora: Collection[str]) -> None:
-        """Raise AdapterError unless the weights that the settings call trained are `changed`.
+        """Raise AdapterError unless all weights that the settings mark as trained are in `changed`.
 
-        weights: names of the model's; with_lora: modules that have a LoRA.
+        weights: names of the model's weights; with_lora: modules that have a LoRA.
         """
         if self.bias != "none":
             biases = [name for name in weights if name.endswith(".bias")]
@@ -119,7 +119,7 @@ def read_folder_config(folder: Path) -> PeftConfig:
 
 
 def read_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
-    """Read what diffusers wrote into a file's metadata: part -> config; empty where there is none."""
+    """Read diffusers' entry in a file's metadata as part -> config, empty without it. Raises as `parse` does."""
     if METADATA not in metadata:
         return {}
     given = values.load_json(metadata[METADATA], f"{METADATA} of {where}", kind=dict, error=ModelFormatError)
@@ -135,10 +135,10 @@ def read_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConf
 
 
 def parse(given: Mapping[str, Any], where: str) -> PeftConfig:
-    """Check a config; `where` says in messages where it stands.
+    """Check and parse a config; `where` is its location for messages.
 
-    Raises AdapterError for methods other than LoRA and for every setting that is neither done nor without effect,
-    ModelFormatError for values of other kinds.
+    Raises AdapterError for methods other than LoRA and for unsupported settings that have an effect, ModelFormatError
+    for values of the wrong type.
     """
     kind = given.get("peft_type") or "LORA"
     if kind != "LORA":
@@ -163,7 +163,7 @@ def parse(given: Mapping[str, Any], where: str) -> PeftConfig:
     saved = values.several(f"modules_to_save in {where}", given.get("modules_to_save") or (), error=ModelFormatError)
     rank = given.get("r")
     return PeftConfig(
-        # peft's own default, which its files always spell out
+        # peft's default; its files always state it
         _alpha(given.get("lora_alpha", 8), where),
         _patterns("alpha_pattern", given, where, _alpha),
         stabilised,
@@ -194,12 +194,12 @@ def _patterns(name: str, given: Mapping[str, Any], where: str, check: Callable[[
 
 
 def _matching(patterns: Iterable[str], module: str) -> str | None:
-    """The first pattern that means a module."""
+    """Return the first pattern that matches a module, or None."""
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
 
 
 def _pattern(text: str, name: str, where: str) -> str:
-    # a pattern is a module's name or a regular expression; one from a stranger's file must not run for hours
+    # a pattern is a module's name or a regular expression; limit it, since untrusted expressions could run for hours
     tame = len(text) <= 300 and not re.search(r"\)[*+?{]", text) and len(re.findall(r"[*+?{]", text)) <= 4
     try:
         re.compile(text)

@@ -1,4 +1,4 @@
-"""Opens pictures that people hand in, and refuses what is damaged, disguised or absurd before it is decoded."""
+"""Opening of untrusted pictures; damaged, disguised or absurdly sized ones are rejected before decoding if possible."""
 
 import logging
 import os
@@ -18,17 +18,17 @@ from stylefast.errors import ImageError
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # the last one where Pillow was built with it
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # AVIF only if Pillow was built with it
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MAX_PIXELS = 4096 * 4096
 MIN_SIDE = 16
-MAX_ASPECT = 32  # the image encoder scales the short side to its own size; a long thin strip would explode there
+MAX_ASPECT = 32  # the image encoder scales the short side to its own size; a long thin strip would become huge
 WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 
 PictureSource: TypeAlias = str | os.PathLike | bytes | Image.Image | np.ndarray
 _KINDS = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
 _MOST_SOURCES = 256
-# (place, mark, name) of formats that people often hand in and that Pillow does not read
+# (offset, magic bytes, name) of common formats that Pillow does not read
 _FOREIGN = (
     *((4, b"ftyp" + brand, "HEIC") for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")),
     (0, b"%PDF", "PDF"),
@@ -42,16 +42,16 @@ _FOREIGN = (
 
 
 def open_picture(source: PictureSource, ground: tuple[int, int, int, int] = WHITE) -> Image.Image:
-    """A picture as 8-bit RGB, upright.
+    """Open a picture as upright 8-bit RGB.
 
     `source` is a path, the bytes of a file, a PIL image, or an array `[h, w]`, `[h, w, 1]`, `[h, w, 3]` or
-    `[h, w, 4]` (uint8, uint16, bool, or floats in [0, 1]). EXIF orientation is applied, transparency is laid over
-    `ground`, grey, palette, CMYK, 16-bit and floating point pictures are converted. Of an animation or of several pages
-    the first is taken, which a logged warning says; of the several pictures that phones put into one JPEG, the photo.
+    `[h, w, 4]` (uint8, uint16, bool, or floats in [0, 1]). EXIF orientation is applied, transparency is composited over
+    `ground`, grey, palette, CMYK, 16-bit and floating point pictures are converted. For animations and multi-page files
+    the first frame is used, with a logged warning; for phone JPEGs with several pictures, the photo.
 
-    Raises ImageError for files that are missing, damaged, truncated, no regular file or none of FORMATS, and for
+    Raises ImageError for files that are missing, damaged, truncated, not regular files or not in FORMATS, and for
     pictures above 16.8 megapixels, with a side below 16 pixels, or more than 32 times as long as wide. The size is
-    read from the header, so a small file that would unpack to gigabytes costs nothing.
+    read from the header, so that a small file that would unpack to gigabytes is rejected cheaply.
     """
     _check_array("the picture", source)
     if isinstance(source, np.ndarray):
@@ -60,7 +60,7 @@ def open_picture(source: PictureSource, ground: tuple[int, int, int, int] = WHIT
         return _decode(source, "the picture", ground)
     if isinstance(source, (bytes, bytearray, memoryview)):
         try:
-            content = bytes(source)  # the view of a stranger may be of any stride, or released
+            content = bytes(source)  # a caller's view may have any stride, or be released
         except ValueError as error:
             raise ImageError(f"the picture's memoryview can't be read: {error}") from error
         name, stream = f"the picture ({len(content)} bytes)", BytesIO(content)
@@ -77,9 +77,9 @@ def open_picture(source: PictureSource, ground: tuple[int, int, int, int] = WHIT
 
 
 def check_sources(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
-    """A picture source, or a list of them as a tuple, checked for its type alone; `more` are further types.
+    """Check only the types of a picture source or a list of them, and return it, a list as a tuple.
 
-    Raises ImageError for other types and for an empty list.
+    more: further allowed types. Raises ImageError for other types and for an empty list.
     """
     if not isinstance(given, (list, tuple)):
         return _check_source(name, given, more)
@@ -110,13 +110,13 @@ def _check_array(name: str, given: Any) -> None:
 
 @lru_cache(maxsize=256)
 def say_once(message: str) -> None:
-    """Log a warning, unless it was logged before: a call opens its pictures several times."""
+    """Log a warning unless it was logged recently, since one call opens its pictures several times."""
     logger.warning(message)
 
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Those of FORMATS that this machine's Pillow reads, and HEIF where a plugin for it was registered."""
+    """Return the FORMATS that the installed Pillow reads, and HEIF if a plugin for it is registered."""
     Image.init()
     known = tuple(form for form in FORMATS if form in Image.OPEN and (form != "AVIF" or features.check("avif")))
     return known + (("HEIF",) if "HEIF" in Image.OPEN else ())
@@ -131,10 +131,10 @@ def _open_path(source: str | os.PathLike) -> tuple[str, BinaryIO]:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file that should hold a picture. Raises ImageError for what is missing, a folder, a pipe or a device."""
+    """Open a picture file. Raises ImageError if it is missing, unreadable, a folder, a pipe or a device."""
     shown = values.shown_path(path)
     try:
-        # a pipe without a writer would otherwise be waited for
+        # O_NONBLOCK, since opening a pipe without a writer would block
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise ImageError(f"there is no picture at {shown}; check the path") from error
@@ -149,9 +149,9 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def _identified(stream: BinaryIO, name: str) -> Image.Image:
-    """The picture in a stream, of which the header alone was read.
+    """Return the picture in a stream after reading only its header. Raises ImageError.
 
-    `Image.open` would say the same, and warn on the terminal of sizes that are refused here anyway.
+    `Image.open` would do the same, but warn on the terminal about sizes that are rejected here anyway.
     """
     try:
         start, damaged = stream.read(16), None
@@ -160,17 +160,17 @@ def _identified(stream: BinaryIO, name: str) -> Image.Image:
     for form in readable_formats():
         factory, accepts = Image.OPEN[form]
         answer = accepts is None or accepts(start)
-        # a text is the plugin's word for "mine, but I can't read it"
+        # plugins return a string for files of their format that they can't read
         if not answer or isinstance(answer, str):
             continue
         stream.seek(0)
         try:
             return factory(stream, "")
-        except SyntaxError as error:  # Pillow's word for "another format", also where the header is damaged
+        except SyntaxError as error:  # raised by Pillow for other formats and for damaged headers
             damaged = error
         except MemoryError:
             raise
-        except Exception as error:  # its decoders raise whatever a damaged header makes them stumble over
+        except Exception as error:  # Pillow's decoders raise arbitrary errors for damaged headers
             raise ImageError(f"{name} can't be read: {error}; save it anew as PNG") from error
     foreign = next((kind for place, mark, kind in _FOREIGN if start[place:].startswith(mark)), None)
     if damaged is not None and foreign is None:
@@ -209,7 +209,7 @@ def _decode(image: Image.Image, name: str, ground: tuple[int, ...], from_file: b
         return _to_rgb(ImageOps.exif_transpose(image), name, ground)
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # decoders raise whatever damaged pixels make them stumble over
+    except Exception as error:  # decoders raise arbitrary errors for damaged pixels
         raise ImageError(f"{name} is damaged or cut short: {error}; save it anew as PNG") from error
 
 
@@ -248,11 +248,11 @@ def _from_array(pixels: np.ndarray, ground: tuple[int, ...], name: str = "the ar
         )
     if pixels.size == 0:
         raise ImageError(f"an array of shape {_shape(pixels.shape)} holds no pixels")
-    # before any copy is made: an array that is broadcast may be huge and cost nothing as long as nobody looks
+    # checked before any copy is made: a broadcast array takes no memory, but its copy may be huge
     _check_size((pixels.shape[1], pixels.shape[0]), name)
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = float(pixels.min()), float(pixels.max())
-        # written so that NaN fails it too
+        # phrased so that NaN fails too
         if not (low >= 0 and high <= 1):
             raise ImageError(
                 f"{name} holds values from {low:g} to {high:g}; a picture's are in [0, 1]; divide by its maximum or "

@@ -1,6 +1,6 @@
-"""What a diffusers pipeline in memory carries beside its weights: taken over, refused by name, or said to be left out.
+"""Checks of a diffusers pipeline in memory: everything but its weights is taken over, rejected by name, or reported.
 
-Hooks, processors and methods that were put on a module change what the pipeline draws and are in no state dict.
+Hooks, processors and methods attached to a module change the pipeline's pictures, but are not in a state dict.
 """
 
 import logging
@@ -30,7 +30,7 @@ _IMAGE_ATTENTION = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAd
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FUSED = (".to_qkv.", ".to_kv.")
-# modules of diffusers whose methods load, save and place pipelines, and draw nothing
+# diffusers modules whose methods load, save and place pipelines, without effect on pictures
 _BOOKKEEPING = (
     "diffusers.pipelines.pipeline_utils",
     "diffusers.configuration_utils",
@@ -43,7 +43,7 @@ _FREEU = ("s1", "s2", "b1", "b2")
 
 
 def check_pipeline(pipeline) -> None:
-    """Raises ModelFormatError or ModelError for what would change the pipeline's pictures and not the engine's."""
+    """Raise ModelFormatError or ModelError for settings that change the pipeline's pictures but not the engine's."""
     name = type(pipeline).__name__
     absent = [part for part in PARTS[:7] if getattr(pipeline, part, None) is None]
     if absent:
@@ -60,7 +60,7 @@ def check_pipeline(pipeline) -> None:
             f"{base.__name__}'s, which the engine would not call; to take its model without that, give "
             f"{PIPELINES[0]}.from_pipe(pipe), or {PIPELINES[0]}(**pipe.components)"
         )
-    # parts are stored by their class, as (library, name)
+    # in the config, parts are stored as (library, class name)
     parts = [key for key, value in pipeline.config.items() if isinstance(value, (list, tuple))]
     further = [part for part in parts if part not in PARTS and getattr(pipeline, part, None) is not None]
     if further:
@@ -82,9 +82,9 @@ def check_pipeline(pipeline) -> None:
 
 
 def check_vae_module(vae: nn.Module, what: str, latent_channels: int | None = None) -> None:
-    """Raises ModelFormatError for a module that is no VAE of SDXL's, or decodes latents of other channels.
+    """Raise ModelFormatError for a module that is not an SDXL VAE or has another number of latent channels.
 
-    And ModelError for one with a method of its own in place of its class's.
+    Raises ModelError for one with a replaced method.
     """
     vae = inner(vae)
     kinds = {kind.__name__ for kind in type(vae).__mro__} & {"AutoencoderKL", "AutoencoderTiny"}
@@ -92,7 +92,7 @@ def check_vae_module(vae: nn.Module, what: str, latent_channels: int | None = No
         raise ModelFormatError(
             f"the VAE of {what} is a {type(vae).__name__}; AutoencoderKL and AutoencoderTiny are supported"
         )
-    # its encoder and decoder run as they are, but are called one by one
+    # only its encoder and decoder are called, as they are
     if method := replaced_method(vae):
         raise ModelError(
             f"the method {method} of the VAE of {what} was replaced, and the engine would not call it; take that off, "
@@ -102,7 +102,7 @@ def check_vae_module(vae: nn.Module, what: str, latent_channels: int | None = No
 
 
 def check_same_latents(own: Mapping, vae: nn.Module, what: str) -> None:
-    """Raises ModelFormatError for a VAE in place of the model's own, of config `own`, that normalises otherwise."""
+    """Raise ModelFormatError if a VAE normalises latents differently from the model's own, of config `own`."""
     theirs = inner(vae).config
     for key in ("latents_mean", "latents_std"):
         expected, found = own.get(key), theirs.get(key)
@@ -114,17 +114,17 @@ def check_same_latents(own: Mapping, vae: nn.Module, what: str) -> None:
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """The module inside one that `torch.compile` returned."""
+    """Return the module wrapped by `torch.compile`, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 
 def unet_weights(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """The UNet's own weights by diffusers' names; an IP-Adapter's and fused projections are left out.
+    """Return the UNet's own weights by diffusers' names, without an IP-Adapter's and fused projections.
 
-    Raises ModelError for weights that are quantised, of several types, not at hand, or out of step with fused ones.
+    Raises ModelError for weights that are quantised, of several types, offloaded, or different from fused ones.
     """
     state = {name.replace("_orig_mod.", ""): value for name, value in unet.state_dict().items()}
-    # an IP-Adapter's layers sit in the processors and in the projection of image embeddings
+    # an IP-Adapter's layers are in the processors and in the projection of image embeddings
     own = {
         name: value
         for name, value in state.items()
@@ -163,7 +163,7 @@ def _check_fused(state: dict[str, torch.Tensor], plain: dict[str, torch.Tensor])
 
 
 def _check_scheduler(scheduler) -> None:
-    """Raises ModelError for a scheduler whose noise levels are not those of its config."""
+    """Raise ModelError for a scheduler whose noise levels are not those of its config."""
     levels = getattr(scheduler, "alphas_cumprod", None)
     if levels is None:
         return
@@ -204,7 +204,7 @@ def _check_unet(unet: nn.Module) -> None:
 
 
 def _check_modules(what: str, module: nn.Module) -> None:
-    """Raises ModelError for modules whose work is not their class's own: wrapped, patched, hooked or quantised."""
+    """Raise ModelError for modules that don't behave like their class: wrapped, patched, hooked or quantised."""
     for name, one in module.named_modules():
         place, kind = name or "itself", type(one)
         library = kind.__module__.split(".")[0]

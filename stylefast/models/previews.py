@@ -1,4 +1,4 @@
-"""Quick looks at unfinished pictures: a tiny decoder, or a linear map from latents to colours where there is none."""
+"""Fast previews of unfinished pictures by a tiny decoder, or else by a linear map from latents to colours."""
 
 from dataclasses import dataclass
 from threading import Lock
@@ -12,14 +12,14 @@ from stylefast.errors import InvalidRequest, ModelFormatError
 from stylefast.models.vae import decode, decode_unchecked, decoding_dtype, downscale, encode, load_vae
 from stylefast.models.vae_copies import weights_stamp
 
-FIT_SIDE = 16  # latents along a side of the pictures that the linear map is fitted on
+FIT_SIDE = 16  # side, in latents, of the pictures used to fit the linear map
 FIT_PICTURES = 8
 RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
 class LinearColours:
-    """colour = weight @ latent + bias, in 0..1: weight [3, C], bias [3], both float32."""
+    """Linear map colour = weight @ latent + bias, in 0..1: weight [3, C], bias [3], both float32."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -30,11 +30,11 @@ _fitting = Lock()
 
 
 class PreviewDecoder:
-    """Latents to 8-bit pictures, fast and never failing on what the latents hold.
+    """Fast decoder of latents to 8-bit pictures that accepts any latent values; created by `load`.
 
-    Made by `load`. `kind` is "tiny" (an AutoencoderTiny such as TAESD: sharp, a few per cent of a full decode) or
-    "linear" (one matrix per latent, each a flat square of the picture: next to nothing). Latents that are still noisy
-    give noisy previews; give the step's estimate of the clean latents where there is one.
+    `kind` is "tiny" (an AutoencoderTiny such as TAESD: sharp, at a few per cent of a full decode's cost) or "linear"
+    (a flat square of colour per latent, at almost no cost). Noisy latents give noisy previews; pass the step's estimate
+    of the clean latents if available.
     """
 
     def __init__(self, channels: int, factor: int, tiny: nn.Module | None, colours: LinearColours | None):
@@ -43,11 +43,11 @@ class PreviewDecoder:
 
     @classmethod
     def load(cls, source, vae: nn.Module, dtype: torch.dtype, device) -> "PreviewDecoder":
-        """A decoder of previews for the latents of `vae`.
+        """Load a preview decoder for the latents of `vae`.
 
-        source: an AutoencoderTiny, its folder, file or hub id ("madebyollin/taesdxl"), held in `dtype` on `device`
-        (a module stays as it is); None fits a linear map to `vae`. Raises ModelNotFound, ModelFormatError if it is
-        another kind of VAE or decodes other latents.
+        source: an AutoencoderTiny, its folder, file or hub id ("madebyollin/taesdxl"), loaded as `dtype` on `device`
+        (a module is used unchanged); None fits a linear map to `vae`. Raises ModelNotFound, or ModelFormatError for
+        another kind of VAE or other latents.
         """
         channels, factor = vae.config["latent_channels"], downscale(vae)
         if source is None:
@@ -69,14 +69,14 @@ class PreviewDecoder:
 
     @property
     def kind(self) -> str:
-        """Which of the two it is: "tiny" or "linear"."""
+        """Return "tiny" or "linear"."""
         return "linear" if self._tiny is None else "tiny"
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Previews of latents [n, C, h, w]: uint8 [n, h * factor, w * factor, 3] on the latents' device.
+        """Decode latents [n, C, h, w] to previews: uint8 [n, h * factor, w * factor, 3] on the latents' device.
 
-        Pixels that are not finite are black. Raises InvalidRequest at another shape.
+        Values that are not finite become 0. Raises InvalidRequest for another shape.
         """
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise InvalidRequest(
@@ -92,10 +92,10 @@ class PreviewDecoder:
 
 
 def fit_colours(vae: nn.Module) -> LinearColours:
-    """The linear map that best gives, from a latent of `vae`, the mean colour of the pixels it stands for.
+    """Fit the linear map from a latent of `vae` to the mean colour of its pixels.
 
-    Least squares over the latents of seeded coloured blocks, and the blocks as `vae` draws them. Kept for each VAE
-    until its weights change.
+    Least squares over the latents of seeded coloured blocks, and the blocks as decoded by `vae`. Cached per VAE until
+    its weights change.
     """
     with _fitting:
         stamp = weights_stamp(vae)
@@ -106,7 +106,7 @@ def fit_colours(vae: nn.Module) -> LinearColours:
 
 
 def colour_blocks(side: int) -> torch.Tensor:
-    """Seeded pictures of 5x5 blocks of random colours, [FIT_PICTURES, 3, side, side] in -1..1."""
+    """Return seeded pictures of 5x5 blocks of random colours, [FIT_PICTURES, 3, side, side] in -1..1."""
     generator = torch.Generator().manual_seed(1)
     colours = torch.rand(FIT_PICTURES, 3, 5, 5, generator=generator) * 2 - 1
     return F.interpolate(colours, (side, side), mode="nearest")
@@ -115,22 +115,22 @@ def colour_blocks(side: int) -> torch.Tensor:
 def _fit(vae: nn.Module) -> LinearColours:
     factor, device = downscale(vae), next(vae.parameters()).device
     with torch.inference_mode(False), torch.no_grad():
-        # two at a time: at SDXL's size the activations should stay a footnote
+        # two at a time keeps activations small at SDXL's size
         latents = [encode(vae, part.to(device)) for part in colour_blocks(FIT_SIDE * factor).split(2)]
-        # what is decoded fits better than what was encoded: the decoder's own colours are the ones to foretell
+        # fit to the decoded colours, not the encoded ones, since previews predict the decoder's output
         drawn = torch.cat([F.avg_pool2d(decode(vae, part), factor).cpu() for part in latents])
         known = torch.cat(latents).cpu().movedim(1, -1).flatten(0, -2).double()  # [squares, C]
         wanted = drawn.movedim(1, -1).flatten(0, -2).double()  # [squares, 3]
         mean, middle = known.mean(0), wanted.mean(0)
         known, wanted = known - mean, wanted - middle
-        # a share of the latents' own variance keeps a channel that never moves from blowing up
+        # damping by a share of the latents' variance keeps constant channels from getting huge weights
         damping = RIDGE * known.square().sum() / known.shape[1] * torch.eye(known.shape[1], dtype=torch.float64)
         weight = torch.linalg.solve(known.T @ known + damping, known.T @ wanted).T  # [3, C]
         return LinearColours(weight.float(), (middle - weight @ mean).float())
 
 
 def _bytes(pictures: torch.Tensor) -> torch.Tensor:
-    """0..1 to uint8; what is not finite becomes 0."""
+    """Convert 0..1 to uint8; values that are not finite become 0."""
     return (pictures.nan_to_num(0, 0, 0).clamp(0, 1) * 255).round().to(torch.uint8)
 
 

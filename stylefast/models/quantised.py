@@ -1,10 +1,9 @@
-"""Weights that a file holds in fewer bits: 8-bit floats are read, with their scales where there are any; what packs
-numbers in other ways is refused by its name.
+"""Weights stored in fewer bits: 8-bit floats are read, with scales if any; other packed formats are rejected by name.
 
-A scaled float8 weight w of a layer comes with a factor s beside it, and stands for s * w; there is one factor for the
-tensor, or one for each output channel. ComfyUI writes it in two spellings, `layer.scale_weight` with a marker
-`scaled_fp8` for the whole model, and `layer.weight_scale` with a note `layer.comfy_quant` on how. Scales of inputs
-(`scale_input`, `input_scale`) are for chips that multiply in float8; what computes in 16 or 32 bits does not need them.
+A layer's scaled float8 weight w comes with a factor s, one for the tensor or one for each output channel, and means
+s * w. ComfyUI uses two spellings: `layer.scale_weight` with a marker `scaled_fp8` for the whole model, and
+`layer.weight_scale` with a note `layer.comfy_quant` on the format. Input scales (`scale_input`, `input_scale`) are only
+for float8 arithmetic; computing in 16 or 32 bits does not need them.
 """
 
 import re
@@ -21,7 +20,7 @@ _KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _LONGEST_NOTE = 10_000  # bytes
 WAY_OUT = "get the edition in float16, bfloat16 or float8, or convert it with the tool that made it"
 
-# what only such a file's tensors are called, and what the format is called
+# (pattern of tensor names specific to a packed format, name of the format)
 _PACKED = (
     (re.compile(r"\.quant_state\.bitsandbytes__|\.(nested_)?absmax$"), "4-bit weights of bitsandbytes (nf4, fp4)"),
     (re.compile(r"(^|\.)(SCB|weight_format)$"), "8-bit weights of bitsandbytes (int8)"),
@@ -56,7 +55,7 @@ def check_storage(tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str)
 
 
 def check_names(names: Iterable[str], what: str) -> None:
-    """Raise ModelFormatError for names that only packed weights have, naming the format."""
+    """Raise ModelFormatError for names specific to packed weights, naming the format."""
     for mark, meaning in _PACKED:
         found = next((name for name in names if mark.search(name)), None)
         if found is not None:
@@ -64,9 +63,9 @@ def check_names(names: Iterable[str], what: str) -> None:
 
 
 def dequantised(tensors: dict[str, torch.Tensor], dtype: torch.dtype, what: str) -> dict[str, torch.Tensor]:
-    """The model's own tensors, floating ones in `dtype`: scaled weights multiplied out in float32, notes left out.
+    """Return the model's own tensors, floating ones in `dtype`, with scales applied in float32 and notes dropped.
 
-    Raises ModelFormatError where a note names a format that is not read.
+    Raises ModelFormatError if a note names an unsupported format.
     """
     plain = {}
     for name, value in tensors.items():
@@ -78,7 +77,7 @@ def dequantised(tensors: dict[str, torch.Tensor], dtype: torch.dtype, what: str)
         factors = [tensors[f"{layer}.{s}"] for s in _SCALES if f"{layer}.{s}" in tensors] if last == "weight" else []
         if factors:
             factor = factors[0].float()
-            # one for each output channel stands along the first dimension
+            # per-channel factors apply along the first dimension
             factor = factor.reshape(-1, *[1] * (value.ndim - 1)) if factor.numel() > 1 else factor.reshape(())
             value = value.float() * factor
         plain[name] = value.to(dtype) if value.is_floating_point() else value

@@ -1,10 +1,10 @@
-"""The row table: everything that tells one row of a UNet batch from another, as tensors.
+"""The row table: all per-row differences within a UNet batch, as tensors.
 
-A row is (request, image, guidance branch). Styles are columns of this table and nothing else, which is why requests
-of different styles share one UNet call, strengths change without a recompile, and styles compose.
+A row is (request, image, guidance branch). Styles are nothing but columns of this table, so requests with different
+styles share one UNet call, strengths change without a recompile, and styles compose.
 
-**Pages.** A page is a set of reference keys and values. Page `p < rows` is row `p` of this very batch (a live
-reference); page `p >= rows` is page `p - rows` of the style bank's pool that accompanies the batch; -1 is none.
+**Pages.** A page is a set of reference keys and values. Page `p < rows` is row `p` of the same batch (a live
+reference); page `p >= rows` is page `p - rows` of the batch's style bank pool; -1 is none.
 
 **Columns** are declared once, as the fields of `RowTable`: the buffers of a step, the inputs of exported graphs, the
 tests' tables and the table in docs/architecture.md are derived from `COLUMNS`.
@@ -59,8 +59,8 @@ _PER_REFERENCE, _PER_SEGMENT = ("rows", "references"), ("rows", "segments")
 class RowTable(NamedTuple):
     """Columns for `rows` rows; L self-attention layers, M attention modules, R reference and S image segments.
 
-    Layers are counted in registry order, modules in execution order (`models.layout`). A NamedTuple of tensors is a
-    pytree: `torch.compile` and `torch.export` take it as it is.
+    Layers are in registry order, modules in execution order (`models.layout`). A NamedTuple of tensors is a pytree,
+    so `torch.compile` and `torch.export` accept it directly.
     """
 
     # self-attention

@@ -1,9 +1,9 @@
 """SDXL in one `.safetensors` file, in the original layout: `model.diffusion_model.*`, `conditioner.embedders.*`,
 `first_stage_model.*`.
 
-The keys are renamed by diffusers' own converters. Configs are not in the file: they are inferred from the shapes, for
-which two facts must be taken from SDXL itself: attention heads are 64 wide, and group norms have 32 groups. A model
-that differs there needs a `config` folder (the JSON files of a diffusers folder).
+diffusers' converters rename the keys. The file has no configs: they are inferred from the shapes, assuming SDXL's
+64-wide attention heads and 32 groups per group norm. Models that differ there need a `config` folder (the JSON files
+of a diffusers folder).
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,10 +19,10 @@ from stylefast.models.weight_files import WeightHeader, recognise
 UNET = "model.diffusion_model."
 TEXT = "conditioner.embedders.0."
 TEXT_2 = "conditioner.embedders.1."
-# the longer ones first: what follows them is a name within the encoder
+# longer prefixes first; the name within the encoder follows the prefix
 _TEXT_PREFIXES = (
     (f"{TEXT}transformer.",),
-    # transformers' layout under OpenCLIP's prefix, and under its own
+    # transformers' layout with OpenCLIP's prefix, and with its own
     (f"{TEXT_2}model.transformer.text_model.", f"{TEXT_2}model.", f"{TEXT_2}transformer."),
 )
 VAE = "first_stage_model."
@@ -30,7 +30,7 @@ _HEAD_WIDTH = 64
 
 
 def check_single_file(header: WeightHeader, needs_vae: bool) -> None:
-    """Raise ModelFormatError unless the file is a whole SDXL checkpoint; the message names what it is instead."""
+    """Raise ModelFormatError, naming the file's actual kind, unless it is a complete SDXL checkpoint."""
     name, kind = header.path.name, recognise(header)
     if kind == "LoRA":
         raise ModelFormatError(f"{name} is a LoRA, not a checkpoint; load a base model and add it with apply_lora")
@@ -53,11 +53,11 @@ def check_single_file(header: WeightHeader, needs_vae: bool) -> None:
 
 
 def infer_unet_config(header: WeightHeader) -> dict:
-    """diffusers' UNet config from the names and shapes of the original layout, for SDXL and its smaller relatives.
+    """Infer diffusers' UNet config from names and shapes in the original layout, for SDXL and smaller variants.
 
     Raises ModelFormatError for a UNet that diffusers' config can't describe, or that is incomplete.
     """
-    # one list for each block: the transformer depths behind its resnets, None where there is no attention
+    # one list per block: the transformer depths after its resnets, None for no attention
     down, channels = [[]], []
     for i in range(1, _count(header, f"{UNET}input_blocks.")):
         block = f"{UNET}input_blocks.{i}"
@@ -113,14 +113,14 @@ def infer_unet_config(header: WeightHeader) -> dict:
 
 
 def _depth(header: WeightHeader, prefix: str) -> int | None:
-    """Transformer blocks of the attention at `prefix`; None where there is none (0 is one of projections alone)."""
+    """Count the transformer blocks of the attention at `prefix`; None without attention, 0 for projections only."""
     if f"{prefix}proj_in.weight" not in header.tensors:
         return None
     return _count(header, f"{prefix}transformer_blocks.")
 
 
 def _attends(header: WeightHeader, block: list[int | None]) -> bool:
-    """Whether a block attends. Raises ModelFormatError where only some of its layers do."""
+    """Return whether a block attends. Raises ModelFormatError if only some of its layers do."""
     if None in block and any(depth is not None for depth in block):
         raise ModelFormatError(
             f"{header.path.name} has a UNet whose blocks attend in some layers and not in others ({block}); in "
@@ -130,7 +130,10 @@ def _attends(header: WeightHeader, block: list[int | None]) -> bool:
 
 
 def _transformer_depths(header: WeightHeader, down: list, middle: int | None, up: list) -> dict:
-    """The depths in the config's words: a number for each block, or lists where layers differ."""
+    """Return the depths as config entries: a number per block, or lists where layers differ.
+
+    Raises ModelFormatError for depths that the config can't express.
+    """
 
     def short(block: list) -> int | list:
         plain = [1 if depth is None else depth for depth in block]
@@ -138,7 +141,7 @@ def _transformer_depths(header: WeightHeader, down: list, middle: int | None, up
 
     depths, backwards = [short(block) for block in down], [short(block) for block in up]
     if middle is not None:
-        # the config gives the middle the depth of the last block, or of that one's first layer
+        # in the config, the middle has the depth of the last block, or of that block's first layer
         last = depths[-1] if isinstance(depths[-1], int) else depths[-1][0]
         if down[-1][0] is None:
             depths[-1] = middle
@@ -154,7 +157,10 @@ def _transformer_depths(header: WeightHeader, down: list, middle: int | None, up
 
 
 def infer_text_configs(header: WeightHeader) -> tuple[dict, dict]:
-    """CLIPTextConfig arguments of both encoders: CLIP-L with quick GELU, OpenCLIP bigG with GELU."""
+    """Infer CLIPTextConfig arguments of both encoders: CLIP-L with quick GELU, OpenCLIP bigG with GELU.
+
+    Raises ModelFormatError for missing tensors, or widths that 64-wide heads don't divide.
+    """
     first, second = text_names(header.tensors, 0), text_names(header.tensors, 1)
 
     def shape(names: dict[str, str], name: str) -> tuple[int, ...]:
@@ -193,7 +199,7 @@ def infer_text_configs(header: WeightHeader) -> tuple[dict, dict]:
                 "max_position_embeddings": positions,
                 "projection_dim": projection or width,
                 "hidden_act": activation,
-                # transformers reads 2 as "the highest id ends the prompt", which holds for every CLIP vocabulary
+                # transformers interprets 2 as "the highest id ends the prompt", which holds for every CLIP vocabulary
                 "bos_token_id": 0,
                 "pad_token_id": 1,
                 "eos_token_id": 2,
@@ -203,11 +209,11 @@ def infer_text_configs(header: WeightHeader) -> tuple[dict, dict]:
 
 
 def text_names(names: Iterable[str], index: int) -> dict[str, str]:
-    """Name within text encoder `index` (0 or 1) -> name in the file, for all tensors of that encoder.
+    """Return name within text encoder `index` (0 or 1) -> name in the file, for all tensors of that encoder.
 
-    Files hold the encoders in OpenCLIP's layout (`transformer.resblocks.`) or in transformers', with or without
-    `text_model.` in front; the latter is put there. The projection is `text_projection` where a matrix multiplies from
-    the right, [in, out], and `text_projection.weight` where it is a linear layer's, [out, in].
+    Files have the encoders in OpenCLIP's layout (`transformer.resblocks.`) or in transformers', with or without the
+    prefix `text_model.`, which is added if missing. The projection is `text_projection` if it is a matrix that
+    multiplies from the right, [in, out], and `text_projection.weight` if it is a linear layer's weight, [out, in].
     """
     found = {}
     for name in names:
@@ -221,7 +227,7 @@ def text_names(names: Iterable[str], index: int) -> dict[str, str]:
 
 
 def _pooled_width(header: WeightHeader) -> int:
-    """Width of the second text encoder's projected state."""
+    """Return the width of the second text encoder's projected state. Raises ModelFormatError if it is missing."""
     names = text_names(header.tensors, 1)
     for spelling, side in (("text_projection", 1), ("text_projection.weight", 0)):
         if spelling in names:
@@ -232,20 +238,20 @@ def _pooled_width(header: WeightHeader) -> int:
 
 
 def convert_unet(state: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
-    """UNet tensors (names with their prefix) under diffusers' names; storage is shared."""
+    """Rename UNet tensors (with prefix) to diffusers' names; storage is shared."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     return convert_ldm_unet_checkpoint(state, {**config, "layers_per_block": _single(config["layers_per_block"])})
 
 
 def convert_text_encoders(state: dict[str, torch.Tensor], second_config: Mapping) -> tuple[dict, dict]:
-    """Tensors of both text encoders under transformers' names, each beginning with `text_model.` or a projection.
+    """Rename tensors of both text encoders to transformers' names (`text_model.` prefix, or the projection).
 
-    second_config: the CLIPTextConfig arguments of the second one.
+    second_config: CLIPTextConfig arguments of the second encoder.
     """
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-    # the converter asks a model for the width of its states
+    # the converter reads the width of the states from a model
     second = SimpleNamespace(config=SimpleNamespace(hidden_size=second_config["hidden_size"]))
     converted = []
     for index in range(2):
@@ -261,7 +267,7 @@ def convert_text_encoders(state: dict[str, torch.Tensor], second_config: Mapping
 
 
 def with_linear_projection(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same with OpenCLIP's `text_projection`, which multiplies from the right, as a linear layer's weight."""
+    """Convert OpenCLIP's `text_projection`, which multiplies from the right, to a linear layer's weight."""
     if "text_projection" not in state:
         return state
     rest = {name: value for name, value in state.items() if name != "text_projection"}
@@ -269,7 +275,7 @@ def with_linear_projection(state: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def config_from_folder(config: Path | None, part: str) -> dict | None:
-    """The JSON config of one part ("unet", "text_encoder", ..., "scheduler") in a config folder, if it is there."""
+    """Read the JSON config of one part ("unet", "text_encoder", ..., "scheduler") in a config folder, if present."""
     if config is None:
         return None
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -278,7 +284,7 @@ def config_from_folder(config: Path | None, part: str) -> dict | None:
 
 
 def _count(header: WeightHeader, prefix: str) -> int:
-    """How many different numbers follow `prefix` in the tensors' names."""
+    """Count the different numbers that follow `prefix` in the tensors' names."""
     return len({name[len(prefix) :].split(".")[0] for name in header.tensors if name.startswith(prefix)})
 
 

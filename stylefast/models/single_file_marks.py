@@ -1,7 +1,7 @@
-"""What a single file says of itself beside its weights: marks among its keys, and metadata.
+"""Marker keys and metadata of a single file.
 
 `v_pred` and `ztsnr` mark v-prediction and zero terminal SNR, `edm_vpred.*` CosXL's noise levels, and `edm_mean` and
-`edm_std` Playground v2.5, whose latents they normalise. Metadata is that of the model spec (`modelspec.*`).
+`edm_std` Playground v2.5, whose latents they normalise. Metadata follows the model spec (`modelspec.*`).
 """
 
 import logging
@@ -28,7 +28,7 @@ SDXL_SCHEDULER_CONFIG = {
     "timestep_spacing": "leading",
     "steps_offset": 1,
 }
-# as their authors sample them; the noise levels of CosXL are in the file
+# the authors' sampler settings; CosXL's noise levels are in the file
 _PLAYGROUND = {
     "_class_name": "EDMDPMSolverMultistepScheduler",
     "prediction_type": "epsilon",
@@ -46,8 +46,8 @@ _COSXL = {
 _PLAYGROUND_SCALING_FACTOR = 0.5
 _MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 _PARTS = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.", "first_stage_model.")
-# what training leaves behind: averaged weights, and the noise schedule, which merges copy from their base; and the mark
-# of scaled weights, which `quantised` reads
+# leftovers of training (averaged weights, and the noise schedule, which merges copy from their base), and the marker of
+# scaled weights, which `quantised` reads
 _LEFT_BEHIND = re.compile(
     r"model_ema\.|denoiser\.|(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|"
     r"lvlb_weights|scale_factor|global_step|state_dict|scaled_fp8)$"
@@ -63,10 +63,10 @@ _ELSE = ("refiner", "inpaint", "edit", "lora", "controlnet", "textual-inversion"
 
 
 def marked_scheduler(header: WeightHeader, given: Mapping | None = None) -> dict:
-    """The scheduler config that the file's marks and metadata ask for, SDXL's where they say nothing.
+    """Return the scheduler config given by the file's markers and metadata, with SDXL's values as defaults.
 
-    given: the config of a folder that the caller gave for this file, which then counts.
-    Raises ModelFormatError where the two contradict each other, and for a prediction that is unknown.
+    given: the scheduler config of the caller's config folder, which takes precedence.
+    Raises ModelFormatError if the two contradict each other, and for an unknown or unsupported prediction or setting.
     """
     name, metadata = header.path.name, header.metadata
     said = metadata.get("modelspec.prediction_type", metadata.get("modelspec.predict_key"))
@@ -96,7 +96,7 @@ def marked_scheduler(header: WeightHeader, given: Mapping | None = None) -> dict
 
 
 def marked_vae(header: WeightHeader) -> dict:
-    """What the file's marks change in its VAE's config; empty for SDXL's own."""
+    """Return the changes that the file's markers make to its VAE's config; empty for SDXL's own."""
     if not {"edm_mean", "edm_std"} <= header.tensors.keys():
         return {}
     mean, deviation = (_tensor(header, name).flatten().tolist() for name in ("edm_mean", "edm_std"))
@@ -104,7 +104,7 @@ def marked_vae(header: WeightHeader) -> dict:
 
 
 def marked_size(header: WeightHeader) -> list[int] | None:
-    """(height, width) in latents of the pictures that the file was trained on, if its metadata say so."""
+    """Return the training size as [height, width] in latents, if the metadata state it."""
     found = re.fullmatch(r"(\d{2,4})x(\d{2,4})", header.metadata.get("modelspec.resolution", ""))
     if found is None or any(int(side) % 8 for side in found.groups()):
         return None
@@ -113,7 +113,7 @@ def marked_size(header: WeightHeader) -> list[int] | None:
 
 
 def check_marks(header: WeightHeader) -> None:
-    """Raises ModelFormatError for a file that calls itself something else than a base model; says what is left out."""
+    """Raise ModelFormatError if the metadata or markers are not a base model's; log ignored settings and tensors."""
     name, metadata = header.path.name, header.metadata
     architecture = metadata.get("modelspec.architecture", "")
     if any(kind in architecture.lower() for kind in _ELSE):
@@ -148,7 +148,7 @@ def check_marks(header: WeightHeader) -> None:
 
 
 def _marked(header: WeightHeader) -> dict | None:
-    # the scheduler config of the marks among the keys that say what the model predicts
+    # the scheduler config given by the marker keys, None without any
     if "edm_mean" in header.tensors:
         return dict(_PLAYGROUND)
     if "edm_vpred.sigma_max" in header.tensors:

@@ -1,7 +1,7 @@
-"""What a model can say of itself in its configs, and what becomes of it: one table for each kind of config, as data.
+"""Supported settings of a model's configs: one table of rules for each kind of config.
 
-A key that is not in its table is new or foreign, and no picture may depend on it unseen; `config_check` refuses it.
-docs/models.md shows these tables, and the tests hold both to the signatures of diffusers' and transformers' classes.
+Keys missing from their table are new or foreign and might affect pictures, so `config_check` rejects them.
+docs/models.md shows these tables; tests compare both with the signatures of diffusers' and transformers' classes.
 """
 
 import math
@@ -30,17 +30,16 @@ VP_SCHEDULERS = (
     "TCDScheduler",
 )
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-# the sampler that a distilled model needs, whatever a request asks for
+# scheduler class of a distilled model -> the sampler it needs
 DISTILLED = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of one key.
+    """Rule for one key.
 
-    why: what is done with it, or why it makes no difference. allowed: the values that are taken, others being refused;
-    None takes all. irrelevant: whether no value makes a difference to a picture. kind: what a value must be, as `KINDS`
-    names it.
+    why: its use, or the reason why it has no effect. allowed: the accepted values; None accepts all. irrelevant:
+    whether it has no effect on pictures. kind: the name in `KINDS` of the check that values must pass.
     """
 
     why: str
@@ -50,7 +49,7 @@ class Rule:
 
     @property
     def verdict(self) -> str:
-        """ "done", "irrelevant", or the values that are done while others are refused."""
+        """Return "done", "irrelevant", or the values that are done while others are refused."""
         if self.irrelevant:
             return "irrelevant"
         if self.allowed is None:
@@ -59,7 +58,7 @@ class Rule:
         return f"{', '.join(shown)} done, others refused"
 
     def takes(self, value) -> bool:
-        """Whether a value (as JSON holds it) may stand there."""
+        """Return whether a value (as in JSON) is accepted."""
         if self.kind is not None:
             return KINDS[self.kind](value)
         return self.allowed is None or any(_same(value, one) for one in self.allowed)
@@ -154,7 +153,7 @@ SCHEDULER: Rules = {
         "settings of a sampler; the request names the sampler (`dpmpp_2m_sde`), and a seed its noise",
     ),
 }
-# of EDM's classes alone
+# keys of EDM classes only
 EDM: Rules = {
     **_each("sigma_data rho", "EDM's preconditioning and noise levels", "a number above 0"),
     **_only("sigma_schedule", ("karras", "exponential"), "how EDM's noise levels are spread"),
@@ -328,7 +327,7 @@ PARTS = (
     "feature_extractor",
 )
 _CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-# the classes that model_index.json may name for a part; a scheduler's are above
+# classes that model_index.json may name for a part; scheduler classes are listed above
 PART_CLASSES: Mapping[str, tuple[str, ...]] = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
@@ -373,7 +372,7 @@ def _json(value) -> str:
     return str(value).replace("-inf", "-Infinity")
 
 
-# what a single file says beside its weights: key or metadata -> (verdict, why)
+# settings in a single file: key or metadata -> (verdict, why)
 SINGLE_FILE: Mapping[str, tuple[str, str]] = {
     "v_pred": ("done", "v-prediction"),
     "ztsnr": ("done", "zero terminal SNR"),
@@ -393,7 +392,7 @@ SINGLE_FILE: Mapping[str, tuple[str, str]] = {
     "other tensors": ("said", "left out by name"),
 }
 
-# what a pipeline in memory carries -> (verdict, why)
+# properties of a pipeline in memory -> (verdict, why)
 IN_MEMORY: Mapping[str, tuple[str, str]] = {
     "its class": (
         "SDXL's three done, others refused",

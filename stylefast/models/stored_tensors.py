@@ -1,7 +1,7 @@
-"""Tensors in safetensors files, read when they are wanted and never mapped.
+"""Tensors in safetensors files, read on demand and never memory-mapped.
 
-A mapped file that is cut short while it is in use ends the process with SIGBUS, and `cp new.bank brand.bank` does just
-that; one that is written anew changes under whoever uses it. A file that is read says so instead.
+Truncating a mapped file during use, as `cp new.bank brand.bank` does, kills the process by SIGBUS; rewriting it
+silently changes its users' data. Reading detects both and raises an error.
 """
 
 import os
@@ -42,7 +42,7 @@ _CHUNK = 2**24  # bytes
 
 
 class Span(NamedTuple):
-    """Bytes of a file: a tensor, or a part of one that lies in one piece."""
+    """Byte range of a file that holds a tensor or a contiguous part of one."""
 
     file: "StoredTensors"
     offset: int
@@ -50,11 +50,11 @@ class Span(NamedTuple):
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name; looking one up reads it, into memory of its own.
+    """The tensors of a safetensors file by name; each look-up reads a tensor into new memory.
 
-    what: how messages name the file; error: the class of its errors; any_ending: as in `read_header`. The file stays
-    open, so replacing it by another (as every `save` and `bake` here does) changes nothing; writing into it or cutting
-    it short is noticed.
+    what: the file's name in messages; error: the class of its errors; any_ending: as in `read_header`. The file stays
+    open, so replacing it by another (as every `save` and `bake` here does) has no effect; writing into it or truncating
+    it is detected.
 
     Raises ModelNotFound and ModelFormatError as `read_header` does.
     """
@@ -85,7 +85,7 @@ class StoredTensors(Mapping[str, Tensor]):
         return name in self.header.tensors
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type of a tensor. Raises `error` for one that PyTorch does not have."""
+        """Return the type of a tensor. Raises `error` for a type that PyTorch lacks."""
         kind = self.header.tensors[name][0]
         if kind not in _DTYPES:
             raise self._error(f"{self._what} holds {name} in {kind}, which PyTorch can't read")
@@ -96,7 +96,7 @@ class StoredTensors(Mapping[str, Tensor]):
         return self.header.tensors[name][1]
 
     def span(self, name: str, place: Sequence[int] = ()) -> Span:
-        """Return where a tensor lies, or its part [place] of the leading dimensions."""
+        """Return the span of a tensor, or of its part at the leading indices `place`. Raises IndexError."""
         offset, nbytes = self.header.offsets[name], _nbytes(self.dtype(name), self.shape(name))
         for index, side in zip(place, self.shape(name)):
             if not 0 <= index < side:
@@ -106,7 +106,7 @@ class StoredTensors(Mapping[str, Tensor]):
         return Span(self, offset, nbytes)
 
     def read(self, name: str, place: Sequence[int] = ()) -> Tensor:
-        """Read a tensor, or its part [place] of the leading dimensions, into new memory.
+        """Read a tensor, or its part at the leading indices `place`, into new memory.
 
         Raises `error` if the file can't be read, or was written to since it was opened.
         """
@@ -116,7 +116,7 @@ class StoredTensors(Mapping[str, Tensor]):
         return found
 
     def read_into(self, span: Span, target: Tensor) -> None:
-        """Read bytes into a contiguous tensor of the CPU that has as many. Raises `error`; see `check`."""
+        """Read bytes into a contiguous CPU tensor of equal size. Raises `error` as `read` does; see also `check`."""
         content = memoryview(target.detach().reshape(-1).view(torch.uint8).numpy())
         done = 0
         try:
@@ -129,7 +129,7 @@ class StoredTensors(Mapping[str, Tensor]):
             raise self.unreadable(error.strerror or str(error)) from error
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Read the bytes of a tensor piece by piece; a piece is valid until the next one is asked for."""
+        """Yield the bytes of a tensor piece by piece; each piece is valid only until the next one is read."""
         span = self.span(name)
         buffer = torch.empty(min(span.nbytes, _CHUNK), dtype=torch.uint8)
         for start in range(0, span.nbytes, _CHUNK):
@@ -138,20 +138,20 @@ class StoredTensors(Mapping[str, Tensor]):
             yield memoryview(piece.numpy())
 
     def check(self) -> None:
-        """Raise `error` if the file was written to or cut short since it was opened; what was read may be mixed."""
+        """Raise `error` if the file was modified or truncated since it was opened, so that data read may be mixed."""
         if _state(self.descriptor) != self._state:
             raise self.changed()
 
     def unreadable(self, reason: str) -> Exception:
-        """Return the error of a file that the system can't read."""
+        """Return the error for a file that can't be read."""
         return self._error(f"can't read {self._what}: {reason}")
 
     def close(self) -> None:
-        """Close the file; nothing can be read any more."""
+        """Close the file; later reads fail."""
         self._close()
 
     def changed(self) -> Exception:
-        """Return the error of a file that was written to, or cut short, while it was in use."""
+        """Return the error for a file that was modified or truncated during use."""
         return self._error(
             f"{self._what} was written to while it was in use; load it again, and replace such files by renaming "
             "(mv), not by copying over them (cp)"
@@ -159,10 +159,10 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def load_weights(path: str | Path, *, dtype: torch.dtype, device, prefix: str = "") -> dict[str, Tensor]:
-    """Load all tensors whose name starts with `prefix`, floating ones in `dtype`; names are kept as they are.
+    """Load all tensors whose name starts with `prefix`, floating ones in `dtype`; names are unchanged.
 
-    Weights in scaled float8 come multiplied out. Raises ModelNotFound, and ModelFormatError for a damaged file and for
-    weights packed in a way that is not read.
+    Scales of float8 weights are applied. Raises ModelNotFound, and ModelFormatError for a damaged file or an
+    unsupported packed format.
     """
     stored = StoredTensors(path)
     names = [name for name in stored if name.startswith(prefix)]
@@ -173,7 +173,7 @@ def load_weights(path: str | Path, *, dtype: torch.dtype, device, prefix: str = 
 
 
 def _open(path: Path, any_ending: bool) -> tuple[WeightHeader, int]:
-    """Header and descriptor of one and the same file, though another may take its name meanwhile."""
+    """Return header and descriptor of the same file, even if the path is replaced meanwhile."""
     while True:
         header = read_header(path, any_ending=any_ending)
         try:

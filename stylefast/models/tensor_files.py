@@ -1,7 +1,7 @@
-"""Files of tensors that people pass around: LoRAs, image adapters, learned vectors, image embeddings.
+"""Shared tensor files: LoRAs, image adapters, learned vectors, image embeddings.
 
-What a file is stands in its first bytes; endings are often wrong. Pickles are read as tensors alone (`weights_only`),
-so that code in them never runs.
+File types are recognised by the first bytes, since endings are often wrong. Pickles are loaded with `weights_only`, so
+that code in them never runs.
 """
 
 import warnings
@@ -19,14 +19,14 @@ PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".ipadpt")
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: its shape, known before anything is read, and a way to read it."""
+    """One tensor of a file: its shape, known without reading it, and a function that reads it."""
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
 
 
 def is_pickle(path: Path) -> bool:
-    """Tell whether the file is PyTorch's: a zip archive, or the bare pickle of an old version.
+    """Return whether the file was written by PyTorch: a zip archive, or a bare pickle of old versions.
 
     Raises ModelFormatError for a file that can't be read.
     """
@@ -35,7 +35,7 @@ def is_pickle(path: Path) -> bool:
 
 
 def first_bytes(path: Path) -> bytes:
-    """Read the beginning of a file, by which its kind is known. Raises ModelFormatError for one that can't be read."""
+    """Read the first 16 bytes of a file, which show its type. Raises ModelFormatError if it can't be read."""
     values.no_device("the file", path, error=ModelFormatError)
     try:
         with path.open("rb") as file:
@@ -45,16 +45,16 @@ def first_bytes(path: Path) -> bytes:
 
 
 def load_pickle(path: Path) -> Any:
-    """Load what PyTorch wrote, as far as it is tensors and plain values.
+    """Load a PyTorch file that holds only tensors and plain values.
 
-    Raises ModelFormatError for damaged files and for those that would run code.
+    Raises ModelFormatError for damaged files and for files that would run code.
     """
     try:
         with warnings.catch_warnings(), path.open("rb") as source:
-            # torch warns of its own deprecated storage classes, which the file has and the user can't change
+            # torch warns about deprecated storage classes in the file, which users can't change
             warnings.simplefilter("ignore")
             return torch.load(source, map_location="cpu", weights_only=True)
-    # torch reports bad archives, cut pickles and forbidden code by many types of error
+    # torch raises many error types for bad archives, truncated pickles and forbidden code
     except Exception as error:
         raise ModelFormatError(
             f"{path.name} can't be read as tensors alone ({_first_line(error)}); it is damaged, or a pickle that "
@@ -63,9 +63,9 @@ def load_pickle(path: Path) -> Any:
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Open a safetensors file: its tensors by name, none of them read yet, and its free-form metadata.
+    """Open a safetensors file; returns its tensors by name, not read yet, and its free-form metadata.
 
-    Raises ModelFormatError, saying what the file is, if it is none.
+    Raises ModelFormatError, naming the actual format, for other files.
     """
     stored = StoredTensors(path, any_ending=path.suffix in PICKLE_ENDINGS)
     entries = {name: Entry(stored.shape(name), lambda name=name: stored.read(name)) for name in stored}
@@ -73,7 +73,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def open_tensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Open a file of tensors, safetensors or pickled: its tensors by (flat) name, and its metadata.
+    """Open a safetensors or pickle file; returns its tensors by (flat) name, and its metadata.
 
     Raises ModelFormatError for anything else.
     """
@@ -83,11 +83,11 @@ def open_tensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def flat_entries(content: Any, name: str, stored: bool = False) -> dict[str, Entry]:
-    """Lay a pickled dictionary out flat: {"image_proj": {"norm": ..}} has the key "image_proj.norm".
+    """Flatten a pickled dictionary: {"image_proj": {"norm": ..}} becomes the key "image_proj.norm".
 
-    The wrapper `state_dict` that training programs put around weights falls away. Raises ModelFormatError for content
-    that is no dictionary of dense tensors; `name` is the file's in messages. Of what is `stored`, all numbers must be
-    there; a model in memory may be an empty one, on the device meta.
+    A `state_dict` wrapper, as written by training programs, is removed. `name` is the file's name in messages. `stored`
+    content must not have meta tensors, which models in memory may have. Raises ModelFormatError for anything but a
+    dictionary of dense tensors.
     """
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -106,7 +106,7 @@ def flat_entries(content: Any, name: str, stored: bool = False) -> dict[str, Ent
 
 
 def _is_safetensors(start: bytes) -> bool:
-    # eight bytes of length, then JSON; a zip archive has its version in the ninth byte, a pickle its second frame
+    # eight bytes of length, then JSON; the ninth byte is never "{" in zip archives (version flags) and pickles
     return start[8:9] == b"{"
 
 

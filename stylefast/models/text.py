@@ -1,8 +1,8 @@
-"""Prompts to conditioning: both text encoders of SDXL, with learned vectors placed into prompts at call time.
+"""Encoding of prompts by SDXL's two text encoders, with learned vectors inserted at call time.
 
-A placeholder is written `<name>` in the text and comes with its vectors in `Prompt.vectors`. Neither the tokenizers nor
-the embedding tables grow: each call runs the encoders over a small table that holds just the rows this call needs, so
-any number of styles and noise stages share one batched call and nothing has to be unloaded afterwards.
+A placeholder is written `<name>` in the text; its vectors are in `Prompt.vectors`. Neither tokenizers nor embedding
+tables grow: each call runs the encoders with a small table of just the rows it needs, so any number of styles and noise
+stages share one batched call and nothing has to be unloaded afterwards.
 """
 
 import logging
@@ -21,30 +21,30 @@ from stylefast.errors import InvalidRequest, ModelFormatError, PromptError, Styl
 logger = logging.getLogger(__name__)
 
 POOLED_POLICIES = ("eos", "first_added_token")
-# the `eos_token_id` of a config that means: the end of a prompt is its highest id
+# `eos_token_id` of configs in which the highest id of a prompt marks its end
 _HIGHEST_ID_ENDS = 2
 
-# functional_call swaps the embedding table inside the module while it runs; two engines may share one encoder
+# functional_call swaps the module's embedding table during the call, and two engines may share one encoder
 _encoder_lock = threading.Lock()
-# transformers' tokenizers are written in Rust and refuse two callers at once
+# transformers' Rust tokenizers raise if called concurrently
 _tokenizer_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
 class TextStates:
-    """What the UNet is conditioned on for one prompt."""
+    """The UNet's text conditioning for one prompt."""
 
-    hidden: Tensor  # [tokens, cross_dim]: second-to-last states of both encoders (or earlier ones), side by side
+    hidden: Tensor  # [tokens, cross_dim]: second-to-last (or earlier) states of both encoders, concatenated
     pooled: Tensor  # [pooled_dim]: projected state of encoder 2 at the end of the text
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A text and the vectors of the placeholders in it.
+    """A text and the vectors of its placeholders.
 
-    `text` None is the null prompt of models that were trained with zeros for it. `vectors` maps a placeholder's name to
-    its rows for encoder 1 and encoder 2, `[n, width 1]` and `[n, width 2]`; `<name>` in the text then stands for n
-    tokens. Names that do not occur in the text are ignored; `<other>` without vectors is ordinary text.
+    `text` None is the null prompt, zeros in models trained that way. `vectors` maps a placeholder's name to its rows
+    for encoder 1 and encoder 2, `[n, width 1]` and `[n, width 2]`; `<name>` in the text then means n tokens. Names that
+    do not occur in the text are ignored; `<other>` without vectors is ordinary text.
     """
 
     text: str | None
@@ -62,12 +62,12 @@ class Prompt:
                 )
 
     def placeholders(self) -> list[str]:
-        """Names with vectors that occur in the text, in order of first occurrence."""
+        """Return the names with vectors that occur in the text, in order of first occurrence."""
         found = [name for name in self.vectors if self.text and f"<{name}>" in self.text]
         return sorted(found, key=lambda name: self.text.index(f"<{name}>"))
 
     def identity(self) -> tuple:
-        """Equal for prompts that are encoded alike; vectors that learn stay apart, for their gradients."""
+        """Return a key that is equal for prompts with equal encodings; trainable vectors compare by object."""
         parts = []
         for name in self.placeholders():
             for rows in self.vectors[name]:
@@ -78,22 +78,22 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Token ids of one prompt, padded; a negative id -1 - r means row r of the learned vectors of this call."""
+    """Padded token ids of one prompt; a negative id -1 - r means row r of the call's learned vectors."""
 
     ids: list[int]
     end: int  # index of the first end-of-text token
     added: int  # index of the last vector of the first placeholder; `end` if there is none
-    cut: str  # the words that did not fit
+    cut: str  # words that did not fit
 
     def position(self, policy: str) -> int:
-        """Where the prompt is pooled under a policy."""
+        """Return the position at which the prompt is pooled under a policy."""
         return self.end if policy == "eos" else self.added
 
 
 class TextRunner(Protocol):
-    """What runs the text encoders: PyTorch (`TorchText`), or exported graphs in its place.
+    """Runner of the text encoders: PyTorch (`TorchText`) or exported graphs.
 
-    most_skipped: the most layers that it can leave out before the second-to-last.
+    most_skipped: the largest supported number of layers to skip before the second-to-last.
     """
 
     most_skipped: int
@@ -106,20 +106,20 @@ class TextRunner(Protocol):
         ends: Sequence[tuple[int, int]],
         skips: Sequence[int],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run encoder `index` (0 or 1) on token ids [prompts][tokens]; an id -1 - r stands for the vector `rows[r]`.
+        """Run encoder `index` (0 or 1) on token ids [prompts][tokens]; an id -1 - r means the vector `rows[r]`.
 
-        Returns the second-to-last states [prompts, tokens, width], or those that lie `skips` [prompts] layers before,
-        and from encoder 2 the projected last state [pooled_dim] at each (prompt, position) of `ends`; every prompt has
-        one at least.
+        Returns the second-to-last states [prompts, tokens, width], or those `skips` [prompts] layers earlier, and from
+        encoder 2 the projected last state [pooled_dim] at each (prompt, position) of `ends`; every prompt has at least
+        one.
         """
 
 
 class TextEncoder:
     """Both text encoders of an SDXL-shaped model with their tokenizers.
 
-    `force_zeros`: the null prompt is zeros (SDXL base) instead of the encoding of the empty text. `runner` is what runs
-    the encoders and may be replaced.
-    Raises ModelFormatError where the parts do not belong together.
+    `force_zeros`: the null prompt is zeros (SDXL base) instead of the encoding of the empty text. `runner` runs the
+    encoders and may be replaced.
+    Raises ModelFormatError if the parts don't fit together.
     """
 
     def __init__(self, tokenizers: Sequence, encoders: Sequence[torch.nn.Module], force_zeros: bool):
@@ -159,7 +159,7 @@ class TextEncoder:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Widths of the token embeddings of encoder 1 and encoder 2: (768, 1280) for SDXL."""
+        """Return the widths of the token embeddings of encoder 1 and encoder 2: (768, 1280) for SDXL."""
         return tuple(encoder.get_input_embeddings().weight.shape[1] for encoder in self.encoders)
 
     def encode(
@@ -173,15 +173,15 @@ class TextEncoder:
         """Encode prompts in one batched call per encoder; equal prompts are encoded once and share their tensors.
 
         `pooled_policy`, one for all or one per prompt: "eos" pools at the first end-of-text token; "first_added_token"
-        pools where diffusers does for added tokens under SDXL's configs (`eos_token_id` 2): at the first placeholder,
-        on its last vector. A prompt without placeholder pools at the end of the text either way.
-        `clip_skip`, one for all or one per prompt: how many layers before SDXL's second-to-last the states are taken,
-        as diffusers' SDXL pipelines count; the pooled state is the last layer's always.
-        `known_names`: styles that exist; a `<name>` of them without vectors is an error instead of ordinary text.
-        Gradients flow to vectors that ask for them, never to the encoders.
+        pools as diffusers does for added tokens under SDXL's configs (`eos_token_id` 2): at the first placeholder,
+        on its last vector. Prompts without placeholders pool at the end of the text either way.
+        `clip_skip`, one for all or one per prompt: number of layers to skip before SDXL's second-to-last, counted as in
+        diffusers' SDXL pipelines; the pooled state is always the last layer's.
+        `known_names`: existing styles, for which a `<name>` without vectors is an error instead of ordinary text.
+        Gradients flow to vectors that require them, never to the encoders.
 
-        Text beyond `max_tokens` is cut with one logged warning per call. Raises PromptError where a placeholder falls
-        beyond it, StyleError where vectors do not fit the encoders, InvalidRequest for a `clip_skip` beyond them.
+        Text beyond `max_tokens` is cut with one logged warning per call. Raises PromptError if a placeholder is beyond
+        it, StyleError if vectors do not fit the encoders, InvalidRequest if `clip_skip` is too large.
         """
         prompts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
         policies = [pooled_policy] * len(prompts) if isinstance(pooled_policy, str) else list(pooled_policy)
@@ -220,7 +220,7 @@ class TextEncoder:
         return [states[pair] for pair in wanted]
 
     def check_clip_skip(self, skip: int) -> None:
-        """Raise InvalidRequest where the encoders have no states so many layers before their second-to-last."""
+        """Raise InvalidRequest if the encoders can't skip that many layers before the second-to-last."""
         most = self.runner.most_skipped
         if skip > most:
             raise InvalidRequest(
@@ -229,10 +229,10 @@ class TextEncoder:
             )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise what `encode` would raise for `prompts`, without running an encoder."""
+        """Raise the errors that `encode` would raise for `prompts`, without running an encoder."""
         self._check(list(prompts), ["eos"] * len(prompts), ())
         for prompt in prompts:
-            # only a placeholder may fall beyond the window
+            # only placeholders beyond the window raise
             for index, tokenizer in enumerate(self.tokenizers if prompt.placeholders() else ()):
                 self._tokenize(prompt, tokenizer, index, [])
 
@@ -268,7 +268,7 @@ class TextEncoder:
         return TextStates(hidden, torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
 
     def _tokenized(self, batch: list[Prompt]) -> list[tuple[list[_Sequence], list[Tensor]]]:
-        """For each encoder the prompts' sequences, and the learned vectors that they name; tells of words cut off."""
+        """Return, per encoder, the prompts' sequences and their learned vectors; log words that were cut."""
         found, cut = [], {}
         for index, tokenizer in enumerate(self.tokenizers):
             rows: list[Tensor] = []
@@ -304,7 +304,7 @@ class TextEncoder:
 
     def _tokenize(self, prompt: Prompt, tokenizer, index: int, rows: list[Tensor]) -> _Sequence:
         names = prompt.placeholders()
-        # an odd place holds a placeholder; without any, the text is one piece
+        # pieces at odd indices are placeholders; without any, the text is one piece
         slots = "|".join(re.escape(f"<{name}>") for name in names)
         pieces = re.split(f"({slots})", prompt.text) if names else [prompt.text]
         content: list[int] = []
@@ -321,7 +321,7 @@ class TextEncoder:
                     ids = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
                 content += _with_further(ids, self._further[index])
 
-        # place 0 holds the start token and the last place the end token
+        # the start and end tokens take one position each
         room = self.max_tokens - 2
         for name, last in spans:
             if last > room:
@@ -332,8 +332,8 @@ class TextEncoder:
                 )
         cut = tokenizer.decode([token for token in content[room:] if token >= 0]).strip()
         ids = [tokenizer.bos_token_id, *content[:room], tokenizer.eos_token_id]
-        # an end token typed into the text ends it for the pooling, as it does in transformers; under the published
-        # configs transformers takes the highest id for the end, which a token added to the tokenizer exceeds
+        # as in transformers, an end token typed into the text ends it for the pooling; under the published configs
+        # transformers uses the highest id as end, and tokens added to the tokenizer have higher ids
         legacy = self.encoders[index].config.eos_token_id == _HIGHEST_ID_ENDS
         end = ids.index(max(ids) if legacy else tokenizer.eos_token_id)
         ids += [tokenizer.pad_token_id] * (self.max_tokens - len(ids))
@@ -341,12 +341,12 @@ class TextEncoder:
 
 
 class TorchText:
-    """Runs both text encoders as the PyTorch modules they are; a `TextRunner`."""
+    """`TextRunner` that calls both text encoders as PyTorch modules."""
 
     def __init__(self, encoders: Sequence[torch.nn.Module]):
         self._encoders = tuple(encoders)
         self._table_names = tuple(_table_name(encoder) for encoder in encoders)
-        # the first states are those of the embedding, which no layer made
+        # the first hidden states are the embeddings, not a layer's output
         self.most_skipped = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
 
     def __call__(
@@ -380,7 +380,7 @@ class TorchText:
 
 
 def _further_vectors(tokenizer, rows: int) -> dict[int, list[int]]:
-    """Ids of the added tokens that stand for several vectors -> ids of those behind the first.
+    """Return id of each added token that means several vectors -> ids of the vectors after the first.
 
     diffusers stores the vectors of one embedding as the tokens `<name>`, `<name>_1`, `<name>_2`, ..., and `<name>` in a
     prompt means all of them. Raises ModelFormatError for tokens beyond the encoder's table of `rows` embeddings.
@@ -403,7 +403,7 @@ def _further_vectors(tokenizer, rows: int) -> dict[int, list[int]]:
 
 
 def _with_further(ids: Sequence[int], further: Mapping[int, list[int]]) -> list[int]:
-    """Token ids in which the first vector of an embedding is followed by its others, where the text has not said so."""
+    """Insert an embedding's further token ids after its first, unless the text already contains them."""
     found = []
     for place, token in enumerate(ids):
         found.append(token)

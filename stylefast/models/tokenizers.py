@@ -1,4 +1,4 @@
-"""The two CLIP tokenizers of an SDXL model, from wherever they may lie."""
+"""Lookup and loading of an SDXL model's two CLIP tokenizers."""
 
 import os
 from dataclasses import replace
@@ -15,7 +15,7 @@ _TOKENIZER_SOURCES = ("stabilityai/stable-diffusion-xl-base-1.0", "openai/clip-v
 
 
 def given_folder(given) -> Path:
-    """The folder that a caller names for tokenizers or configs. Raises ModelNotFound where there is none."""
+    """Return the folder that a caller gives for tokenizers or configs. Raises ModelNotFound if it doesn't exist."""
     folder = values.path("the folder of tokenizers or configs", given)
     if not os.path.isdir(folder):
         shown = values.shown_path(folder)
@@ -24,12 +24,15 @@ def given_folder(given) -> Path:
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether a folder holds a CLIP tokenizer."""
+    """Return whether a folder holds a CLIP tokenizer."""
     return any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json"))
 
 
 def tokenizers_in(folder: Path) -> tuple:
-    """Both tokenizers of a folder: its `tokenizer` and `tokenizer_2`, or one for both in the folder itself."""
+    """Load both tokenizers of a folder, from `tokenizer` and `tokenizer_2`, or from the folder itself for both.
+
+    Raises ModelNotFound and ModelFormatError.
+    """
     if not (folder / "tokenizer").is_dir() and has_vocabulary(folder):
         # one vocabulary serves both encoders; the second pads with "!", id 0
         return _tokenizer(folder), _tokenizer(folder, pad_token="!")
@@ -37,7 +40,11 @@ def tokenizers_in(folder: Path) -> tuple:
 
 
 def find_tokenizers(path: Path, given, config: Path | None, hub: HubOptions) -> tuple:
-    """Tokenizers for a single file, which holds none: from where the caller says, beside it, the cache, the hub."""
+    """Load tokenizers for a single file, which has none, from the first place that has them.
+
+    The places are `given` (alone, if not None), `config`, the file's folder, the cache, the hub. Raises ModelNotFound
+    and ModelFormatError.
+    """
     if given is not None:
         return tokenizers_in(given_folder(given))
     for folder in filter(None, (config, path.parent)):
@@ -49,7 +56,7 @@ def find_tokenizers(path: Path, given, config: Path | None, hub: HubOptions) -> 
 
     for repo_id in _TOKENIZER_SOURCES:
         try:
-            # the last one is small enough to fetch; the first is only looked up in the cache
+            # only the last source is small enough to download; the first is used only if cached
             cached_only = hub.local_files_only or repo_id != _TOKENIZER_SOURCES[-1]
             asked = replace(hub, revision=None, force_download=False, local_files_only=cached_only)
             folder = hub_folder(repo_id, holds_one, lambda names: wanted_files(names, False, "none", ("",)), asked)

@@ -1,13 +1,12 @@
 """SDXL's UNet as a pure function of explicit tensors.
 
-The module tree and parameter names are diffusers', so its state dict loads as it is and the storage stays shared. What
-differs is the forward: every attention call and every group norm reads its part of the row table, so styles need no
-processors, hooks or hidden context. In a self-attention the order is
+The module tree and parameter names are diffusers', so its state dict loads unchanged and storage stays shared. Only the
+forward differs: every attention call and every group norm reads its part of the row table, so styles need no
+processors, hooks or hidden context. The order in a self-attention is
 
     project -> token statistics -> AdaIN as gain and offset -> shared attention over own and reference tokens -> out
 
-and it is written down once, in `SelfAttention.forward`. `Conditioning` cuts the
-row table into what each layer reads.
+and is implemented only in `SelfAttention.forward`. `Conditioning` splits the row table by layer.
 """
 
 import math
@@ -40,13 +39,13 @@ from stylefast.models.row_table import RowTable
 
 
 class GroupNorm(nn.Module):
-    """Group norm (and SiLU) whose statistics may pool with those of a reference page."""
+    """Group norm (and SiLU) whose statistics can be pooled with those of a reference page."""
 
     def __init__(self, groups: int, channels: int, eps: float):
         super().__init__()
         self.groups, self.eps = groups, eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.index = -1  # place among the UNet's group norms, set by UNet
+        self.index = -1  # index among the UNet's group norms, set by UNet
 
     def forward(self, x, inputs: NormInputs, silu: bool = True):  # [rows, channels, h, w]
         if inputs.keep is not None:
@@ -64,7 +63,7 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def key_values(self, hidden) -> KeyValue:  # [pages, tokens, channels], normed
-        """Keys and values of hidden states that a bank holds in their place."""
+        """Project hidden states, such as those stored in a bank, to keys and values."""
         return _split(self.to_k(hidden), self.heads), _split(self.to_v(hidden), self.heads)
 
     def forward(self, x, inputs: SelfInputs):  # [rows, tokens, channels]
@@ -79,13 +78,13 @@ class SelfAttention(nn.Module):
         return self.to_out[0](out.flatten(2))
 
     def _adain(self, q, k, v, inputs: SelfInputs) -> Affine:
-        """Gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
+        """Return gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
         return adain_affine(
             *token_stats(q, k, v),
             inputs.adain_page,
             inputs.adain_strength,
             *inputs.pool_stats,
-            check_finite=False,  # a picture that overflows is reported by the loop and must not stop the others here
+            check_finite=False,  # the loop reports overflowing pictures, which must not stop the others here
         )
 
 
@@ -119,7 +118,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        # index 1 is diffusers' dropout, which holds no parameters
+        # index 1 is diffusers' dropout, which has no parameters
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
     def forward(self, x):
@@ -182,7 +181,7 @@ class Resnet(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Halves the feature map by a strided convolution, or enlarges it to `size` and convolves."""
+    """Strided convolution that halves the feature map, or upsampling to `size` and a convolution."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
@@ -193,7 +192,7 @@ class Resampler(nn.Module):
 
 
 class Block(nn.Module):
-    """Resnets, each followed by a transformer where the block attends, then a resampler."""
+    """Resnets, each followed by a transformer if the block attends, then an optional resampler."""
 
     def __init__(self, resnets: list[Resnet], attentions: list[Transformer], sampler: Resampler | None, kind: str):
         super().__init__()
@@ -205,12 +204,12 @@ class Block(nn.Module):
         self.kind, self.attends, self.resamples = kind, bool(attentions), sampler is not None
 
     def resnet(self, i: int, x, condition: Conditioning):
-        """Resnet `i` alone."""
+        """Run only resnet `i`."""
         resnet = self.resnets[i]
         return resnet(x, condition.time, condition.norm(resnet.norm1.index), condition.norm(resnet.norm2.index))
 
     def layer(self, i: int, x, condition: Conditioning):
-        """Resnet `i` and its transformer, if the block attends."""
+        """Run resnet `i` and, if the block attends, its transformer."""
         x = self.resnet(i, x, condition)
         return self.attentions[i](x, condition) if self.attends else x
 
@@ -230,7 +229,7 @@ class TimestepEmbedding(nn.Module):
 class UNet(nn.Module):
     """SDXL's UNet for any config of that architecture; see the module's docstring.
 
-    `UNet.from_state` is the usual way in. Raises `ModelFormatError` for configs of other architectures.
+    Usually created by `UNet.from_state`. Raises `ModelFormatError` for configs of other architectures.
     """
 
     def __init__(self, config: dict):
@@ -283,7 +282,7 @@ class UNet(nn.Module):
     def from_state(cls, config: dict, state: dict[str, torch.Tensor]) -> "UNet":
         """Build from diffusers' config and state dict; the parameters are the state's own tensors, not copies.
 
-        Raises `ModelFormatError` when keys or shapes don't fit the config.
+        Raises `ModelFormatError` if keys or shapes don't fit the config.
         """
         with torch.device("meta"):
             unet = cls(config)
@@ -303,7 +302,7 @@ class UNet(nn.Module):
         return self.conv_in.weight.device
 
     def embed(self, timesteps: torch.Tensor, pooled: torch.Tensor, time_ids: torch.Tensor) -> torch.Tensor:
-        """Time embedding: timesteps [rows], pooled text [rows, d], time ids [rows, 6] -> [rows, time channels]."""
+        """Embed timesteps [rows], pooled text [rows, d] and time ids [rows, 6] as [rows, time channels]."""
         flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
         time = _sinusoids(timesteps, self.config["block_out_channels"][0], flip, shift)
         ids = _sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"], flip, shift)
@@ -311,12 +310,12 @@ class UNet(nn.Module):
         return self.time_embedding(time.to(self.dtype)) + self.add_embedding(added)
 
     def project_text(self, states: torch.Tensor) -> tuple[KeyValue, ...]:
-        """Text states [pages, tokens, cross_dim] -> keys and values per layer; they stay constant over the steps."""
+        """Project text states [pages, tokens, cross_dim] to keys and values per layer, the same for all steps."""
         blocks = (self.get_submodule(layer.name) for layer in self.layout.layers)
         return tuple(block.attn2.key_values(states) for block in blocks)
 
     def attention_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Feature-map sizes (h, w) of the levels that carry attention, for latents of `height` x `width`."""
+        """Return feature-map sizes (h, w) of the levels with attention, for latents of `height` x `width`."""
         sizes = [(height, width)]
         for _ in self.down_blocks[:-1]:
             sizes.append(tuple(math.ceil(side / 2) for side in sizes[-1]))
@@ -332,9 +331,9 @@ class UNet(nn.Module):
         pages: StylePages | None = None,
         masks: tuple[torch.Tensor, ...] = (),  # per attention level [masks, tokens]
         residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,  # a ControlNet's: skips, middle
-        features: RowFeatures | None = None,  # takes what the rows offer as references
+        features: RowFeatures | None = None,  # records the rows' features as references
     ) -> torch.Tensor:
-        """One denoising evaluation. Returns the model output [rows, 4, h, w]."""
+        """Evaluate the model once. Returns its output [rows, 4, h, w]."""
         condition = Conditioning.of(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks, features)
         x = self.conv_in(latents)
         skips = [x]
@@ -368,12 +367,12 @@ def _affine(norm: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor, float]:
 
 
 def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[rows, tokens, channels] -> [rows, tokens, heads, d]"""
+    """Split [rows, tokens, channels] into [rows, tokens, heads, d]."""
     return x.unflatten(-1, (heads, -1))
 
 
 def _sinusoids(values: torch.Tensor, channels: int, flip_sin_to_cos: bool, shift: float) -> torch.Tensor:
-    """Sinusoidal embedding of values [n] -> [n, channels], fp32."""
+    """Return the sinusoidal embedding of values [n]: [n, channels], fp32."""
     half = channels // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=values.device).float() / (half - shift))
     angles = values.float()[:, None] * frequencies
@@ -382,7 +381,7 @@ def _sinusoids(values: torch.Tensor, channels: int, flip_sin_to_cos: bool, shift
 
 
 def _check(config: dict):
-    """Refuse what this UNet does not compute."""
+    """Raise ModelFormatError for settings that this UNet does not implement."""
     demands = {
         "addition_embed_type": ("text_time",),
         "use_linear_projection": (True,),

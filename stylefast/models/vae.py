@@ -1,7 +1,7 @@
-"""Between pictures and latents: loading a VAE, and `encode` and `decode` that hide the differences between kinds.
+"""Loading of VAEs, and `encode` and `decode`, which hide the differences between their kinds.
 
-AutoencoderKL and AutoencoderTiny are diffusers'. The stock SDXL VAE overflows in float16 (its config says
-`force_upcast`); `decoding_dtype` tells what it is decoded in instead. The fp16-fix VAE says False and is run as it is.
+AutoencoderKL and AutoencoderTiny are diffusers'. The stock SDXL VAE overflows in float16 (its config sets
+`force_upcast`); `decoding_dtype` returns the type used instead. The fp16-fix VAE has it off and runs in float16.
 """
 
 import logging
@@ -27,7 +27,7 @@ SDXL_SCALING_FACTOR = 0.13025
 DECODE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FREE_SHARE = 0.8
 
-# takes unscaled latents [n, C, h, w] to pictures [n, 3, H, W] around -1..1
+# maps unscaled latents [n, C, h, w] to pictures [n, 3, H, W] around -1..1
 DecoderRun = Callable[[torch.Tensor], torch.Tensor]
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ def load_vae(
 ) -> nn.Module:
     """Load a VAE: a folder (or one with `vae/` in it), a `.safetensors` file in either layout, or a hub id.
 
-    A module is given back as it is. A file takes its config from `config` (a dict), from a `config.json` beside it, or
-    from its shapes; in the last case `force_upcast` is assumed, since no key tells an fp16-fix VAE from the stock one.
-    In float16, a VAE with `force_upcast` is held in float32. Raises ModelNotFound, ModelFormatError.
+    A module is returned unchanged. A file's config comes from `config` (a dict), from a `config.json` next to it, or
+    from its shapes; the last assumes `force_upcast`, since no key distinguishes an fp16-fix VAE from the stock one.
+    In float16, a VAE with `force_upcast` is loaded as float32. Raises ModelNotFound, ModelFormatError.
     """
     if isinstance(source, nn.Module):
         return source
@@ -68,7 +68,7 @@ def load_vae(
 
 
 def vae_from_folder(folder: Path, *, dtype: torch.dtype, device, variant="auto") -> nn.Module:
-    """Load the VAE whose `config.json` lies in `folder`."""
+    """Load the VAE from the folder of its `config.json`. Raises ModelNotFound, ModelFormatError."""
     config = read_config(folder / "config.json", folder)
     files = present(folder, dtype != torch.float32, variant)
     state = {}
@@ -79,7 +79,10 @@ def vae_from_folder(folder: Path, *, dtype: torch.dtype, device, variant="auto")
 
 
 def build_vae(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
-    """Make the module of a config (AutoencoderKL unless it names AutoencoderTiny) around the tensors of `state`."""
+    """Build the module of a config (AutoencoderKL unless it names AutoencoderTiny) around the tensors of `state`.
+
+    Raises ModelFormatError.
+    """
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -89,7 +92,7 @@ def build_vae(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
     check_vae(config, what)
     plain = {k: v for k, v in config.items() if k != "_class_name"}
     vae = build(lambda: kinds[kind].from_config(plain), plain, len(state), what)
-    # VAEs saved by early diffusers name the attention of the middle block in another way
+    # VAEs saved by early diffusers use other names for the middle block's attention
     old = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
     for before, after in old:
         state = {
@@ -100,7 +103,10 @@ def build_vae(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
 
 
 def fill(module: nn.Module, state: dict[str, torch.Tensor], what: str) -> nn.Module:
-    """Give a module built on the meta device the tensors of `state` (no copy), and say what is missing or too much."""
+    """Assign the tensors of `state`, without copying, to a module built on the meta device.
+
+    Raises ModelFormatError, naming missing and unexpected tensors, if they don't fit.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_state(expected, state, what)
     module.load_state_dict(state, assign=True)
@@ -125,16 +131,17 @@ def check_state(expected: dict[str, tuple], state: dict[str, torch.Tensor], what
 
 
 def downscale(vae: nn.Module) -> int:
-    """Pixels per latent along one side (8 for SDXL)."""
+    """Return the pixels per latent along one side (8 for SDXL)."""
     config = vae.config
     widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
     return 2 ** (len(widths) - 1)
 
 
 def encode(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Latents of pictures: the mean of the posterior, scaled as the UNet expects.
+    """Encode pictures to latents: the posterior's mean, scaled as the UNet expects.
 
     images: [n, 3, H, W] in -1..1, H and W divisible by `downscale(vae)`. Returns float32 [n, C, H/f, W/f].
+    Raises InvalidRequest for another shape, NumericsError for NaN or infinity.
     """
     factor = downscale(vae)
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
@@ -144,7 +151,7 @@ def encode(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
         )
     _onload(vae)
     weight = next(vae.parameters())
-    # never bfloat16 in place of float16: these latents steer a whole run, and are made once
+    # never bfloat16 instead of float16: precision matters more than speed here, since these latents affect a whole run
     held = _held_in({"_class_name": type(vae).__name__, **vae.config}, weight.dtype)
     with torch.no_grad():
         encoded = working_encoder(vae, held)(images.to(weight.device, held))
@@ -155,11 +162,11 @@ def encode(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def decoding_dtype(vae: nn.Module, asked: torch.dtype | None = None) -> torch.dtype:
-    """What a VAE is decoded in when a model works in `asked` (None: the type of the VAE's own weights).
+    """Return the decoding type of a VAE for a model in `asked` (None: the type of the VAE's own weights).
 
-    That type itself, but for float16: a VAE with `force_upcast` then runs in bfloat16 on CUDA devices that have it,
-    which moves colours by less than one step of 255 on average, and in float32 on others. On the CPU it is always
-    float32, since float16 convolutions are far slower there.
+    It is `asked` itself, except for float16: a VAE with `force_upcast` then runs in bfloat16 on CUDA devices that have
+    it, which changes colours by less than one step of 255 on average, and in float32 on others. On the CPU float16
+    always becomes float32, since float16 convolutions are far slower there.
     """
     weight = next(vae.parameters())
     asked = asked or weight.dtype
@@ -182,18 +189,18 @@ def decode(
     decode_dtype: torch.dtype | None = None,
     run: DecoderRun | None = None,
 ) -> torch.Tensor:
-    """Pictures of latents [n, C, h, w]: float32 [n, 3, H, W] in 0..1.
+    """Decode latents [n, C, h, w] to pictures: float32 [n, 3, H, W] in 0..1.
 
-    tile: None decodes each picture whole; a number of pixels is the side of overlapping tiles; "auto" decodes whole
-    what fits into `memory` bytes (None: four fifths of what is free on the device) up to 2048x2048 pixels, as many
-    pictures at a time as fit, and the rest in the largest tiles that do. A tile's norms and attention see the tile
-    alone: the tests hold the embedded model's pictures, in tiles of half their side, to 3 steps of 255 from the
-    whole on average and 60 at most, and a picture made of four unlike ones to 7 and 90.
-    decode_dtype: float32, bfloat16 or float16, used as it is; None: `decoding_dtype(vae)`.
-    run: what decodes in that type in place of the VAE's own decoder, such as an exported graph.
-    A picture that is not finite in a half type though its latents are is decoded again in float32 by the VAE itself,
-    with a warning once for each VAE. Raises NumericsError at NaN or infinity that remain, OutOfMemory if not even small
-    tiles fit.
+    tile: None decodes each picture whole; a number of pixels is the side of overlapping tiles; "auto" decodes pictures
+    of up to 2048x2048 pixels whole, as many at a time as fit into `memory` bytes (None: four fifths of the device's
+    free memory), and others in the largest tiles that fit. A tile's norms and attention only cover that tile: tests
+    bound the difference from whole pictures, for the embedded model and tiles of half the side, to 3 steps of 255 on
+    average and 60 at most, and for a picture composed of four different ones to 7 and 90.
+    decode_dtype: float32, bfloat16 or float16, used as given; None: `decoding_dtype(vae)`.
+    run: decoder in that type that replaces the VAE's own, such as an exported graph.
+    If a picture of finite latents is not finite in a half type, the VAE itself decodes it again in float32, with one
+    warning per VAE. Raises NumericsError for NaN or infinity that remain, OutOfMemory if not even small tiles fit,
+    InvalidRequest for other arguments.
     """
     channels = vae.config["latent_channels"]
     if latents.ndim != 4 or latents.shape[1] != channels:
@@ -224,9 +231,9 @@ def decode_unchecked(
     memory: int | None = None,
     run: DecoderRun | None = None,
 ) -> torch.Tensor:
-    """Pictures around -1..1 as the VAE gives them, finite or not: [n, C, h, w] to float32 [n, 3, H, W].
+    """Decode latents [n, C, h, w] to raw pictures around -1..1, finite or not: float32 [n, 3, H, W].
 
-    No look at the values and so no wait for the device; the rest as `decode` has it.
+    Values are not checked, so there is no device synchronisation; arguments as in `decode`.
     """
     factor, device = downscale(vae), next(vae.parameters()).device
     run = run or _own_decoder(vae, dtype)
@@ -249,7 +256,10 @@ def _own_decoder(vae: nn.Module, dtype: torch.dtype) -> DecoderRun:
 
 
 def infer_vae_config(header: WeightHeader, prefix: str = "") -> dict:
-    """AutoencoderKL config from a file's shapes, in the original layout (`prefix` cut off) or in diffusers'."""
+    """Infer an AutoencoderKL config from a file's shapes, in the original layout or in diffusers', after `prefix`.
+
+    Raises ModelFormatError.
+    """
     original = f"{prefix}decoder.mid.block_1.conv1.weight" in header.tensors
     level = "encoder.down.{}.block.{}" if original else "encoder.down_blocks.{}.resnets.{}"
     widths = []
@@ -277,7 +287,10 @@ def infer_vae_config(header: WeightHeader, prefix: str = "") -> dict:
 
 
 def vae_from_original(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
-    """Make the module from tensors in the original (ldm) layout, with or without the prefix `first_stage_model.`"""
+    """Build the module from tensors in the original (ldm) layout, with or without the prefix `first_stage_model.`.
+
+    Raises ModelFormatError.
+    """
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     return build_vae(config, convert_ldm_vae_checkpoint(state, config), what)
@@ -302,7 +315,7 @@ def _from_file(path: Path, dtype, device, config) -> nn.Module:
 
 
 def _vae_folder(path: Path) -> Path | None:
-    """The folder with an autoencoder's config and weights: `path` itself, or `vae` in it."""
+    """Return the folder with an autoencoder's config and weights, `path` itself or its `vae`, or None."""
     for folder in (path, path / "vae"):
         file = folder / "config.json"
         if not file.is_file() or not _names_autoencoder(read_config(file, folder)):
@@ -317,20 +330,20 @@ def _names_autoencoder(config) -> bool:
 
 
 def _held_in(config, dtype: torch.dtype) -> torch.dtype:
-    """float32 for a VAE that overflows in float16; AutoencoderTiny and fp16-fix do not."""
+    """Return `dtype`, or float32 for a VAE that overflows in float16, unlike AutoencoderTiny and fp16-fix."""
     tiny = config.get("_class_name") == "AutoencoderTiny"
     return torch.float32 if dtype == torch.float16 and not tiny and config.get("force_upcast", True) else dtype
 
 
 def _onload(vae: nn.Module) -> None:
-    """Bring back weights that accelerate moved off the device, as diffusers' own `encode` and `decode` do."""
+    """Move weights offloaded by accelerate back to the device, as diffusers' own `encode` and `decode` do."""
     hook = getattr(vae, "_hf_hook", None)
     if hasattr(hook, "pre_forward"):
         hook.pre_forward(vae)
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware."""
+    """Return whether `device` multiplies bfloat16 matrices in hardware."""
     if device.type != "cuda":
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -343,7 +356,7 @@ def _budget(device: torch.device, memory: int | None) -> int | None:
     if free is None:
         return None
     if device.type == "cuda":
-        # PyTorch keeps what it freed; the device counts it as taken
+        # the device counts memory that PyTorch's allocator caches as used
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(FREE_SHARE * free)
 
@@ -360,7 +373,7 @@ def _warn_once(vae: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _affine(vae: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(shift, scale), both [1, C, 1, 1] or scalars: latents = (encoded - shift) * scale."""
+    """Return (shift, scale), both [1, C, 1, 1] or scalars: latents = (encoded - shift) * scale."""
     config = vae.config
     scale = torch.tensor(float(config["scaling_factor"]), device=latents.device)
     shift = torch.zeros((), device=latents.device)

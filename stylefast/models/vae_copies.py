@@ -1,7 +1,7 @@
-"""A VAE's encoder and decoder in the type and memory format they run in, without touching the VAE itself.
+"""A VAE's encoder and decoder in the type and memory format in which they run, without changing the VAE itself.
 
-The module may belong to a user's pipeline, so where its weights are of another type or layout, a private copy of that
-half is made once and kept as long as the VAE lives. At SDXL's size a decoder copy takes 99 MB in half precision and
+The module may belong to a user's pipeline, so if its weights have another type or layout, a private copy of that half
+is made once and kept for the lifetime of the VAE. At SDXL's size a decoder copy takes 99 MB in half precision and
 198 MB in float32, an encoder copy 137 MB in float32.
 """
 
@@ -25,9 +25,9 @@ _making = Lock()
 
 
 def working_decoder(vae: nn.Module, dtype: torch.dtype) -> nn.Sequential:
-    """What takes unscaled latents `[n, C, h, w]` to pictures `[n, 3, H, W]` around -1..1, in `dtype`.
+    """Return the decoder in `dtype`, from unscaled latents `[n, C, h, w]` to pictures `[n, 3, H, W]` around -1..1.
 
-    It shares the VAE's weights where they are of this type already; on CUDA they are wanted in channels_last as well.
+    It shares the VAE's weights if they have this type already and, on CUDA, are in channels_last.
     """
     post = getattr(vae, "post_quant_conv", None)
     halves = [vae.decoder] if post is None else [post, vae.decoder]
@@ -35,14 +35,14 @@ def working_decoder(vae: nn.Module, dtype: torch.dtype) -> nn.Sequential:
 
 
 def working_encoder(vae: nn.Module, dtype: torch.dtype) -> nn.Sequential:
-    """What takes pictures `[n, 3, H, W]` to the posterior's moments (or an AutoencoderTiny's latents), in `dtype`."""
+    """Return the encoder in `dtype`, from pictures `[n, 3, H, W]` to moments (AutoencoderTiny: to latents)."""
     quant = getattr(vae, "quant_conv", None)
     halves = [vae.encoder] if quant is None else [vae.encoder, quant]
     return _working(vae, "encoder", nn.Sequential(*halves), dtype, channels_last=False)
 
 
 def copied_bytes(vae: nn.Module) -> int:
-    """Memory that private copies of this VAE's weights take now."""
+    """Return the bytes that private copies of this VAE's weights currently take."""
     shared = {t.data_ptr() for t in (*vae.parameters(), *vae.buffers())}
     with _making:
         kept = list(_copies.get(vae, {}).values())
@@ -51,16 +51,16 @@ def copied_bytes(vae: nn.Module) -> int:
 
 
 def release_copies(vae: nn.Module) -> None:
-    """Drop the private copies; the next call makes them anew.
+    """Drop the private copies; the next call remakes them.
 
-    Needed only after weights were written through `.data`, which PyTorch does not count as a change.
+    Needed only after weights were written through `.data`, which PyTorch's version counter misses.
     """
     with _making:
         _copies.pop(vae, None)
 
 
 def weights_stamp(module: nn.Module) -> tuple:
-    """Changes when a weight is replaced, moved or written in place (except through `.data`)."""
+    """Return a key that changes if a weight is replaced, moved or written in place (except through `.data`)."""
     return tuple(
         (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version)
         for t in (*module.parameters(), *module.buffers())
@@ -75,22 +75,22 @@ def _working(vae, name: str, half: nn.Sequential, dtype, channels_last: bool) ->
         kept = _copies.setdefault(vae, {})
         stamp = weights_stamp(half)
         if key not in kept or kept[key].stamp != stamp:
-            kept.pop(key, None)  # the outdated one goes before the new one takes memory
+            kept.pop(key, None)  # free the outdated copy before the new one takes memory
             kept[key] = _Copy(stamp, _copy(half, dtype, channels_last))
         return kept[key].half
 
 
 def _copy(half: nn.Sequential, dtype, channels_last: bool) -> nn.Sequential:
-    """A deep copy whose weights are converted one by one, so there is never a second copy in the old type."""
+    """Make a deep copy, converting weights one by one so that no second copy in the old type is needed."""
     with torch.inference_mode(False), torch.no_grad():
         converted = {}
         for tensor in (*half.parameters(), *half.buffers()):
             new = _converted(tensor.detach(), dtype, channels_last)
-            # a tensor that needs no conversion is shared; both see one storage
+            # a tensor that needs no conversion shares its storage
             converted[id(tensor)] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
         made = copy.deepcopy(nn.Sequential(*map(_unwrapped, half)), converted).eval()
     if (device := next(made.parameters()).device).type == "cuda":
-        # later calls may come from other streams
+        # wait for the copy, since later calls may use other streams
         torch.cuda.current_stream(device).synchronize()
     return made
 
@@ -102,7 +102,7 @@ def _fits(tensor: torch.Tensor, dtype, channels_last: bool) -> bool:
 
 
 def _converted(tensor: torch.Tensor, dtype, channels_last: bool) -> torch.Tensor:
-    """`tensor` itself if it is right already."""
+    """Convert a tensor's type and layout; return the tensor itself if both are right already."""
     tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if channels_last and tensor.ndim == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
@@ -110,7 +110,7 @@ def _converted(tensor: torch.Tensor, dtype, channels_last: bool) -> torch.Tensor
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside one that `torch.compile` returned, which can't be copied with other weights."""
+    """Return the module wrapped by `torch.compile`, since the wrapper can't be copied with other weights."""
     return getattr(module, "_orig_mod", module)
 
 

@@ -1,8 +1,8 @@
-"""Decoding pictures whose activations do not fit: how much a decode takes, and overlapping tiles instead of the whole.
+"""Memory estimates of VAE decoding, and decoding in overlapping tiles if a whole picture does not fit.
 
-A tile's group norms and its middle block's attention see the tile alone, so tiles differ from the whole picture in
-tone, not only at their borders; the overlap turns the step between neighbours into a ramp. What fits is therefore
-decoded whole.
+A tile's group norms and its middle block's attention cover only that tile, so tiles differ from the whole picture in
+tone, not only at their borders; the overlap turns the step between neighbours into a ramp. Pictures that fit are
+therefore decoded whole.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from stylefast.models.packed import unfolds
 
 WHOLE_PIXELS = 2048 * 2048
 OVERLAP = 0.25
-SMALLEST_TILE = 16  # latents along a side; below, borders take most of a tile
+SMALLEST_TILE = 16  # latents along a side; in smaller tiles borders take up most of the area
 LARGEST_TILE = 128
 LIVE_WIDTHS = 5
-UNFOLDED_WIDTHS = 9  # of a 3x3 convolution that writes out its windows
+UNFOLDED_WIDTHS = 9  # extra tensors for a 3x3 convolution that materialises its windows
 RESULT_BYTES = 2 * 3 * 4  # per pixel: the float32 picture as decoded or summed from tiles, and clamped to 0..1
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """How a batch of equal sizes is decoded: `pictures` at a time whole, or one at a time in tiles of `tile` latents.
+    """Plan for decoding a batch of equal sizes: `pictures` at a time, whole or in tiles of `tile` latents.
 
-    `tile` is None where the picture is decoded whole.
+    `tile` is None for whole pictures; with tiles, `pictures` is 1.
     """
 
     pictures: int
@@ -35,15 +35,15 @@ class DecodePlan:
 
 
 def decode_bytes(vae: nn.Module, pixels: int, dtype: torch.dtype) -> int:
-    """Upper estimate of the memory that decoding a picture of so many pixels takes at its peak, beside the weights.
+    """Estimate an upper bound of the peak memory for decoding a picture of so many pixels, without the weights.
 
-    The peak lies in the first residual block at full resolution. Per pixel, counted from the allocations of decoders
-    of three shapes, 3 (channels_last) to 4.5 tensors of the width that enters this block are alive; 5 are assumed, for
-    the convolutions' workspace. Where convolutions write out their windows, on CPUs without instructions for `dtype`,
-    12 are alive. A convolution may hold its weights a second time, in an order of its own.
+    The peak is in the first residual block at full resolution. Per pixel, counted from the allocations of decoders
+    of three shapes, 3 (channels_last) to 4.5 tensors of the block's input width are alive; 5 are assumed, to allow for
+    the convolutions' workspace. If convolutions materialise their windows, on CPUs without instructions for `dtype`,
+    12 are alive and 14 assumed. A convolution may hold a reordered second copy of its weights.
     """
     config = vae.config
-    # an AutoencoderKL lists its widths from the encoder's entry on, so the decoder's last levels are the first two
+    # an AutoencoderKL lists widths in encoder order, so the decoder's last two levels come first
     widths = config.get("block_out_channels") or config["decoder_block_out_channels"][::-1]
     item = torch.empty((), dtype=dtype).element_size()
     alive = LIVE_WIDTHS + (UNFOLDED_WIDTHS if unfolds(next(vae.parameters()).device, dtype) else 0)
@@ -54,9 +54,9 @@ def decode_bytes(vae: nn.Module, pixels: int, dtype: torch.dtype) -> int:
 def plan_decode(vae: nn.Module, shape, factor: int, dtype: torch.dtype, tile, budget: int | None) -> DecodePlan:
     """Choose between whole pictures and tiles for latents of `shape` [n, C, h, w].
 
-    tile: None (whole), pixels along a side, or "auto": whole up to 2048x2048 pixels in all that fit into `budget`
-    bytes (None: no limit), else tiles, as large as fit. factor: pixels per latent. Raises InvalidRequest; OutOfMemory
-    if not even the smallest tile fits.
+    tile: None (whole), pixels along a side, or "auto": whole up to a total of 2048x2048 pixels that fit into `budget`
+    bytes (None: no limit), else the largest tiles that fit. factor: pixels per latent. Raises InvalidRequest;
+    OutOfMemory if not even the smallest tile fits.
     """
     count, _, height, width = shape
     if tile is None:
@@ -65,7 +65,7 @@ def plan_decode(vae: nn.Module, shape, factor: int, dtype: torch.dtype, tile, bu
         side = _tile_side(tile, factor)
         if max(height, width) > side:
             return DecodePlan(1, side)
-        return DecodePlan(min(count, side**2 // (height * width)))  # no more at a time than a tile holds
+        return DecodePlan(min(count, side**2 // (height * width)))  # at most a tile's area at a time
     pixels = height * width * factor**2
     results = RESULT_BYTES * pixels * count
     room = None if budget is None else budget - results
@@ -87,7 +87,7 @@ def plan_decode(vae: nn.Module, shape, factor: int, dtype: torch.dtype, tile, bu
 
 
 def tile_starts(size: int, tile: int) -> list[int]:
-    """First latents of the tiles along an axis: spread evenly, neighbours sharing at least a quarter of a tile."""
+    """Return the tiles' first latents along an axis, evenly spread; neighbours share at least a quarter of a tile."""
     if tile >= size:
         return [0]
     step = tile - int(tile * OVERLAP + 0.999)
@@ -98,10 +98,10 @@ def tile_starts(size: int, tile: int) -> list[int]:
 def decode_tiles(
     run: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, tile: int, factor: int
 ) -> torch.Tensor:
-    """Pictures [n, 3, h * factor, w * factor], float32, from `run` called on tiles of one picture at a time.
+    """Decode to float32 pictures [n, 3, h * factor, w * factor], calling `run` on tiles of one picture at a time.
 
-    latents: [n, C, h, w]; run: tiles of `tile` latents (less where the picture is smaller) to pictures. All tiles have
-    one shape. Where tiles overlap they are blended linearly.
+    latents: [n, C, h, w]; run: decoder of tiles of `tile` latents (fewer if the picture is smaller). All tiles have the
+    same shape. Overlaps are blended linearly.
     """
     count, _, height, width = latents.shape
     tall, wide = min(tile, height), min(tile, width)
@@ -120,7 +120,7 @@ def decode_tiles(
 
 
 def _blend_weights(starts: list[int], size: int, tile: int, factor: int, device) -> torch.Tensor:
-    """Weight of each tile's pixels along one axis, [tiles, tile * factor]; over all tiles they sum to 1 everywhere."""
+    """Return the weights of each tile's pixels along one axis, [tiles, tile * factor], summing to 1 at every pixel."""
     pixels = tile * factor
     weights = torch.ones(len(starts), pixels, dtype=torch.float64)
     for i, (before, after) in enumerate(zip(starts, starts[1:], strict=False)):
@@ -128,7 +128,7 @@ def _blend_weights(starts: list[int], size: int, tile: int, factor: int, device)
         ramp = (torch.arange(overlap, dtype=torch.float64) + 0.5) / overlap
         weights[i, pixels - overlap :] *= 1 - ramp
         weights[i + 1, :overlap] *= ramp
-    # evenly spread tiles may overlap by more than half, three at a pixel
+    # evenly spread tiles may overlap by more than half, so that three cover a pixel
     total = torch.zeros(size * factor, dtype=torch.float64)
     for start, weight in zip(starts, weights, strict=True):
         total[start * factor : start * factor + pixels] += weight
@@ -138,7 +138,7 @@ def _blend_weights(starts: list[int], size: int, tile: int, factor: int, device)
 
 
 def _tile_side(tile, factor: int) -> int:
-    """Latents along a side of a tile given in pixels; raises InvalidRequest."""
+    """Convert a tile's side from pixels to latents. Raises InvalidRequest."""
     smallest = SMALLEST_TILE * factor
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < smallest or tile % factor:
         raise InvalidRequest(

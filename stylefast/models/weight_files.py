@@ -1,7 +1,7 @@
-"""Weight files on disk: what a `.safetensors` file holds, whether it is whole, and how much memory it will take.
+"""Weight files on disk: content, completeness and memory needs of `.safetensors` files.
 
-Everything here reads the header alone (names, types, shapes), so that a wrong, cut or foreign file is refused with its
-true name before a byte of it is loaded.
+Only the header is read (names, types, shapes), so that wrong, truncated or foreign files are rejected, naming their
+actual kind, before any weights are loaded.
 """
 
 import os
@@ -18,7 +18,7 @@ from stylefast.errors import ModelFormatError, ModelNotFound, OutOfMemory
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _HEADER_LIMIT = 100 * 2**20
 _MOST_AXES = 16
-# bits of one number
+# bits per number
 _BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -71,33 +71,33 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class WeightHeader:
-    """Names, dtypes and shapes of a `.safetensors` file, its free-form metadata, and where each tensor begins."""
+    """Names, dtypes, shapes and offsets of a `.safetensors` file's tensors, and its free-form metadata."""
 
     path: Path
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     metadata: Mapping[str, str]
-    offsets: Mapping[str, int] = field(default_factory=dict)  # name -> byte of the file
+    offsets: Mapping[str, int] = field(default_factory=dict)  # name -> byte offset in the file
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor; raises ModelFormatError if the file does not hold it."""
+        """Return the shape of one tensor. Raises ModelFormatError if the file lacks it."""
         if name not in self.tensors:
             raise ModelFormatError(f"{self.path.name} lacks {name}; the file is incomplete or of another kind")
         return self.tensors[name][1]
 
     def has(self, prefix: str) -> bool:
-        """Whether any tensor's name starts so."""
+        """Return whether any tensor's name starts with `prefix`."""
         return any(name.startswith(prefix) for name in self.tensors)
 
     def elements(self, prefix: str = "") -> int:
-        """Number of values in all tensors whose name starts with `prefix`."""
+        """Count the values in all tensors whose name starts with `prefix`."""
         return sum(_product(shape) for name, (_, shape) in self.tensors.items() if name.startswith(prefix))
 
 
 def read_header(path: str | Path, *, any_ending: bool = False) -> WeightHeader:
-    """Read and check the header of a `.safetensors` file; `any_ending`: also of one with the name of a pickle.
+    """Read and check the header of a `.safetensors` file; `any_ending`: also if the name has a pickle's ending.
 
-    Raises ModelNotFound if nothing is there, ModelFormatError if the file is a pickle, a web page, a Git LFS pointer,
-    damaged or cut short.
+    Raises ModelNotFound if the file doesn't exist, ModelFormatError if it is a pickle, a web page, a Git LFS pointer,
+    damaged or truncated.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -116,7 +116,7 @@ def read_header(path: str | Path, *, any_ending: bool = False) -> WeightHeader:
         start = file.read(64)
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
         fits = 2 <= length <= min(_HEADER_LIMIT, size - 8)
-        # the length of a sound header may begin like another format's mark
+        # the length of a valid header may look like another format's magic bytes
         meaning = next((meaning for mark, meaning in _FOREIGN if start.startswith(mark)), None)
         if meaning is not None and not (fits and start[8:9] == b"{"):
             raise ModelFormatError(f"{path.name} is {meaning}, not safetensors")
@@ -130,7 +130,7 @@ def read_header(path: str | Path, *, any_ending: bool = False) -> WeightHeader:
 
 
 def _parsed(path: Path, raw: bytes, size: int) -> WeightHeader:
-    """The header in `raw` of a file of `size` bytes; every tensor must have its own place, without gaps."""
+    """Parse the header in `raw` of a file of `size` bytes. Raises ModelFormatError, also for overlaps and gaps."""
     damaged = f"the header of {path.name} is damaged"
     header = values.load_json(
         raw, f"{damaged}: it", kind=dict, error=ModelFormatError, largest=_HEADER_LIMIT, deepest=4
@@ -159,7 +159,7 @@ def _parsed(path: Path, raw: bytes, size: int) -> WeightHeader:
 
 
 def _checked_entry(damaged: str, name: str, entry) -> tuple[tuple[int, ...], int, int]:
-    """Shape, first byte and end of one tensor."""
+    """Return shape, first byte and end of one tensor. Raises ModelFormatError."""
     what = f"{damaged}: {values.quoted(name)}"
     found = values.mapping(what, entry, error=ModelFormatError)
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in found]
@@ -180,7 +180,7 @@ def _checked_entry(damaged: str, name: str, entry) -> tuple[tuple[int, ...], int
 
 
 def recognise(header: WeightHeader) -> str:
-    """Say in words what a weight file is, from its keys: "SDXL checkpoint", "LoRA", "IP-Adapter", ..."""
+    """Describe a weight file's kind, by its keys, in words: "SDXL checkpoint", "LoRA", "IP-Adapter", ..."""
     names, text = header.tensors, " ".join(header.tensors)
     unet = "model.diffusion_model."
     if header.has("ip_adapter.") or header.has("image_proj."):
@@ -216,7 +216,7 @@ def recognise(header: WeightHeader) -> str:
 
 
 def available_memory(device) -> int | None:
-    """Bytes free on `device`; None where the system does not tell."""
+    """Return the free bytes on `device`; None if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -227,7 +227,7 @@ def available_memory(device) -> int | None:
 
 
 def total_memory(device) -> int | None:
-    """Bytes that `device` has, in use or not; None where the system does not tell."""
+    """Return the total bytes of `device`, used or not; None if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
@@ -253,7 +253,7 @@ def _machine_memory() -> int | None:
 
 
 def _container_memory(root: str = "/sys/fs/cgroup") -> int | None:
-    """What a memory-limited container may still take; file pages it can drop count as free."""
+    """Return the bytes left in a memory-limited container, counting droppable file pages as free; None: no limit."""
     try:
         limit = Path(root, "memory.max").read_text().strip()
         if limit == "max":
@@ -266,7 +266,7 @@ def _container_memory(root: str = "/sys/fs/cgroup") -> int | None:
 
 
 def offline() -> bool:
-    """Whether the user forbade network access through Hugging Face's environment variables."""
+    """Return whether Hugging Face's environment variables forbid network access."""
     values = (os.environ.get(name, "").lower() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     return any(value in ("1", "true", "yes", "on") for value in values)
 

@@ -1,4 +1,4 @@
-"""Samplers as tables of coefficients, guidance as weights of branches, and inversion of real pictures."""
+"""Samplers as coefficient tables, guidance as branch weights, and inversion of real pictures."""
 
 from stylefast.sampling.few_step import FEW_STEP_PRESETS, FewStepPreset
 from stylefast.sampling.guidance import (

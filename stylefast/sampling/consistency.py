@@ -10,9 +10,9 @@ from stylefast.sampling.tables import LATENTS, NEXT_LATENTS, NOISE, X0, Tables, 
 
 
 def distilled_timesteps(name: str, config: Mapping, steps: int) -> np.ndarray:
-    """[steps] int64, descending: `steps` of the `original_inference_steps` that the model was distilled on.
+    """Return `steps` of the `original_inference_steps` the model was distilled on: [steps] int64, descending.
 
-    Raises InvalidRequest for more steps than those.
+    Raises InvalidRequest if `steps` exceeds `original_inference_steps`.
     """
     original, total = config["original_inference_steps"], config["num_train_timesteps"]
     if steps > original:
@@ -25,9 +25,10 @@ def distilled_timesteps(name: str, config: Mapping, steps: int) -> np.ndarray:
 
 
 def lcm(config: Mapping, timesteps: np.ndarray) -> Tables:
-    """Latent consistency sampling (Luo et al. 2023, Alg. 3): jump to x0, put noise of the next level on it.
+    """Build the tables of latent consistency sampling (Luo et al. 2023, Alg. 3).
 
-    timesteps: [steps] int64. x0 carries the boundary condition c_skip, c_out.
+    Each step jumps to x0, then adds noise of the next level. timesteps: [steps] int64. x0 includes the boundary
+    condition c_skip, c_out.
     """
     abar = alphas_cumprod(config)[timesteps]
     alpha, s = np.sqrt(abar), np.sqrt(1 - abar)
@@ -46,14 +47,15 @@ def lcm(config: Mapping, timesteps: np.ndarray) -> Tables:
 
 
 def tcd(config: Mapping, timesteps: np.ndarray, eta: float) -> Tables:
-    """Trajectory consistency sampling (Zheng et al. 2024, arXiv 2402.19159): jump past the next step, noise up to it.
+    """Build the tables of trajectory consistency sampling (Zheng et al. 2024, arXiv 2402.19159).
 
-    timesteps: [steps] int64. eta: the paper's gamma; the jump goes to `floor((1 - eta) next)`, so that 0 adds no noise
-    and 1 jumps all the way. The path ends at timestep 0, whose small noise stays in the latents.
+    Each step jumps past the next timestep, then adds noise up to it. timesteps: [steps] int64. eta: the paper's gamma;
+    the jump goes to `floor((1 - eta) next)`, so 0 adds no noise and 1 jumps all the way. Sampling ends at timestep 0,
+    whose small noise stays in the latents.
     """
     trained = alphas_cumprod(config)
     then = np.append(timesteps[1:], 0)
-    # in float32, as published samplers take it: in float64 some products fall just short of a whole number
+    # float32, as in published samplers: in float64 some products fall just short of a whole number
     reached = np.floor(np.float32(1 - eta) * then.astype(np.float32)).astype(np.int64)
     abar, abar_then, abar_reached = trained[timesteps], trained[then], trained[reached]
     alpha, s = np.sqrt(abar), np.sqrt(1 - abar)

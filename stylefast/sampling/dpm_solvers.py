@@ -1,11 +1,11 @@
-"""The DPM-Solver++ family: extrapolate x0 in log(alpha / s), on the ODE or on the diffusion SDE.
+"""The DPM-Solver++ family: x0 extrapolated in log(alpha / s), on the ODE or the diffusion SDE.
 
-With h the step in log(alpha / s) and y the rate at which x0 takes over (h on the ODE, 2h on the SDE), a step to the
-next level, marked ', is
+With h the step in log(alpha / s), y the rate at which x0 takes over (h on the ODE, 2h on the SDE) and ' marking the
+next level, a step is
 
     latents' = (s' / s) e^(h - y) latents + alpha' (1 - e^-y) x0 + (correction by past x0) + s' sqrt(1 - e^-2h) noise
 
-the noise being the SDE's alone (DPM-Solver++, Lu et al. 2022, arXiv 2211.01095).
+where only the SDE adds noise (DPM-Solver++, Lu et al. 2022, arXiv 2211.01095).
 """
 
 from collections.abc import Mapping
@@ -29,11 +29,11 @@ from stylefast.sampling.tables import (
 
 
 def dpmpp_multistep(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, *, order: int, sde: bool) -> Tables:
-    """DPM-Solver++(2M) and (3M), and their SDE forms: past x0 come from the last one or two steps.
+    """Build the tables of DPM-Solver++(2M) and (3M) and their SDE forms; past x0 come from the last one or two steps.
 
-    timesteps [steps], sigmas [steps + 1], as of `spacing.multistep_levels`. Order 2 is the midpoint form. Order 3 of
-    the SDE is the "3M SDE" of k-diffusion, whose second step takes the integral form; diffusers writes the sign of one
-    constant in its third-order term the other way, which leaves that term finite as h goes to 0.
+    timesteps [steps], sigmas [steps + 1], from `spacing.multistep_levels`. Order 2 is the midpoint form. Order 3 on
+    the SDE is k-diffusion's "3M SDE", whose second step uses the integral form; diffusers flips the sign of one
+    constant in its third-order term, which leaves that term finite as h goes to 0.
     """
     steps = len(timesteps)
     few = config["lower_order_final"] and steps < 15
@@ -48,7 +48,7 @@ def dpmpp_multistep(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, 
         h, h_last = log_ratio(sigmas[i], sigmas[i + 1]), log_ratio(sigmas[i - 1], sigmas[i])
         y = 2 * h if sde else h
         alpha, _ = alpha_s(sigmas[i + 1])
-        # of x0's first derivative in log(alpha / s), times h
+        # coefficient of x0's first derivative in log(alpha / s), times h
         phi_2 = alpha * (np.expm1(-y) / y + 1)
         if order == 2 or i == 1 or (i == steps - 2 and few):
             slope = (phi_2 if order == 3 and sde else 0.5 * gain) * h / h_last
@@ -56,7 +56,7 @@ def dpmpp_multistep(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, 
             row[PREVIOUS_X0] = -slope
         else:
             h_before = log_ratio(sigmas[i - 2], sigmas[i - 1])
-            # of the second divided difference, times h**2
+            # coefficient of the second divided difference, times h**2
             phi_3 = alpha * ((np.expm1(-y) / y + 1) / y - 0.5)
             bend = (phi_2 * h_last / h - phi_3) * h**2 / (h_last + h_before)
             slope = phi_2 * h / h_last + bend / h_last
@@ -67,11 +67,11 @@ def dpmpp_multistep(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, 
 
 
 def dpmpp_sde(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray) -> Tables:
-    """DPM++ SDE: second-order steps of the SDE, each over two levels with a model evaluation in its middle.
+    """Build the tables of DPM++ SDE: second-order SDE steps over two levels, with a model evaluation in the middle.
 
-    timesteps [steps], sigmas [steps + 1], as of `spacing.multistep_levels`; steps counts evaluations. The first half
-    of a pair is a step of order 1; the second starts anew from the latents before it, the anchor, with noise of its
-    own.
+    timesteps [steps], sigmas [steps + 1], from `spacing.multistep_levels`; steps counts evaluations. The first half
+    of a pair is a first-order step; the second restarts from the latents before the pair, the anchor, with its own
+    noise.
     """
     steps = len(timesteps)
     lower_order_end = config["lower_order_final"] or sigmas[-1] == 0
@@ -90,7 +90,7 @@ def dpmpp_sde(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray) -> Tab
 
 
 def _first_order(row: np.ndarray, start: int, sigma: float, sigma_next: float, sde: bool) -> float:
-    # writes the coefficients of the starting latents (column `start`) and of the noise into `row` [6]; returns x0's
+    # writes the coefficients of the starting latents (column `start`) and the noise into `row` [6]; returns x0's
     alpha, s = alpha_s(np.array([sigma, sigma_next]))
     decay = sigma_next / sigma  # e**-h
     row[start] = s[1] / s[0]

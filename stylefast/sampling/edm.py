@@ -1,8 +1,8 @@
-"""Models that were trained under EDM's preconditioning (Karras et al. 2022), such as Playground v2.5 and CosXL.
+"""Models trained with EDM preconditioning (Karras et al. 2022), such as Playground v2.5 and CosXL.
 
-There are no training timesteps: a latent is `z0 + sigma noise` for any sigma, the model sees it scaled by c_in and is
-told c_noise, and its output stands for x0 by c_skip and c_out. All four are functions of sigma and of sigma_data, the
-deviation of clean latents, so such a model fits the same tables as any other.
+They have no training timesteps: a latent is `z0 + sigma noise` for any sigma, the model receives it scaled by c_in
+along with c_noise, and c_skip and c_out turn its output into x0. All four are functions of sigma and of sigma_data,
+the standard deviation of clean latents, so these models use the same tables as any other.
 """
 
 import math
@@ -13,9 +13,9 @@ import numpy as np
 from stylefast.errors import InvalidRequest
 
 EDM_CLASSES = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-# what a config of these classes means by a key that it does not carry
+# defaults for keys missing from a config of these classes
 EDM_DEFAULTS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0}
-# the samplers that know no timesteps, only noise levels
+# samplers that need noise levels only, not timesteps
 EDM_SCHEDULERS = (
     "euler",
     "euler_ancestral",
@@ -28,12 +28,12 @@ EDM_SCHEDULERS = (
 
 
 def is_edm(config: Mapping) -> bool:
-    """Whether a scheduler config in diffusers' format is one of EDM's."""
+    """Return whether a scheduler config in diffusers format is an EDM config."""
     return config.get("_class_name") in EDM_CLASSES
 
 
 def check_edm(name: str, config: Mapping) -> None:
-    """Raises InvalidRequest for a sampler that EDM models have not, and for settings that make no noise levels."""
+    """Raise InvalidRequest if EDM models don't support the sampler or the settings yield no valid noise levels."""
     if name not in EDM_SCHEDULERS:
         raise InvalidRequest(
             f"scheduler {name!r} walks the training timesteps of a model, and this one ({config['_class_name']}) was "
@@ -59,7 +59,7 @@ def check_edm(name: str, config: Mapping) -> None:
 
 
 def edm_levels(config: Mapping, steps: int, levels: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """What the model is told, c_noise [steps], and sigmas [steps + 1], from sigma_max down to sigma_min and the end.
+    """Return c_noise [steps], the model's time input, and sigmas [steps + 1]: sigma_max to sigma_min, then the end.
 
     levels: "karras" (with the config's rho) or "exponential", instead of the config's sigma_schedule.
     """
@@ -75,7 +75,7 @@ def edm_levels(config: Mapping, steps: int, levels: str | None) -> tuple[np.ndar
 
 
 def preconditioning(config: Mapping, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """c_in [steps], and (c_skip, c_out) [steps, 2], at noise levels sigmas [steps]."""
+    """Return c_in [steps] and (c_skip, c_out) [steps, 2] at noise levels sigmas [steps]."""
     data = _settings(config)["sigma_data"]
     total = sigmas**2 + data**2
     c_out = sigmas * data / np.sqrt(total)
@@ -85,7 +85,7 @@ def preconditioning(config: Mapping, sigmas: np.ndarray) -> tuple[np.ndarray, np
 
 
 def init_noise_scale(config: Mapping) -> float:
-    """What unit noise is multiplied by to start from: the deviation of clean latents of unit size under sigma_max."""
+    """Return the factor for the initial unit noise: the deviation of unit-variance latents plus noise at sigma_max."""
     return math.hypot(_settings(config)["sigma_max"], 1.0)
 
 

@@ -1,4 +1,4 @@
-"""How models that were distilled to a few steps are sampled, as their authors publish them."""
+"""Published sampler settings of few-step distilled models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from stylefast.sampling.spacing import EXPONENTIAL, KARRAS
 class FewStepPreset:
     """Sampler settings of a distilled model. None leaves a setting to the model's config or the sampler.
 
-    steps: the counts it was made for or is published with. guidance: 1, that is off: the model has learnt it.
+    steps: step counts it was trained for or published with. guidance: 1 (off), since guidance is distilled in.
     """
 
     scheduler: str
@@ -28,7 +28,7 @@ class FewStepPreset:
     guidance: float = 1.0
 
     def schedule(self, steps: int, config: Mapping = SDXL_SCHEDULER) -> Schedule:
-        """The schedule of `steps` steps under a scheduler config in diffusers' format.
+        """Return the schedule of `steps` steps for a scheduler config in diffusers format.
 
         Raises InvalidRequest for a count outside `self.steps`.
         """
@@ -51,13 +51,13 @@ class FewStepPreset:
 FEW_STEP_PRESETS: Mapping[str, FewStepPreset] = MappingProxyType(
     {
         "sdxl_turbo": FewStepPreset("euler_ancestral", (1, 2, 3, 4), spacing="trailing"),
-        # a UNet or LoRA for every count
+        # one UNet or LoRA per step count
         "sdxl_lightning": FewStepPreset("euler", (2, 4, 8), spacing="trailing"),
         "sdxl_lightning_1step": FewStepPreset("euler", (1,), spacing="trailing", prediction_type="sample"),
         "lcm": FewStepPreset("lcm", (2, 3, 4, 5, 6, 7, 8)),
-        # a LoRA for every count
+        # one LoRA per step count
         "hyper_sd": FewStepPreset("ddim", (2, 4, 8), spacing="trailing"),
-        # the one-step LoRA, which serves all counts; a lower eta keeps more detail at more steps
+        # the one-step LoRA works for all step counts; a lower eta keeps more detail at higher counts
         "hyper_sd_unified": FewStepPreset("tcd", (1, 2, 3, 4, 5, 6, 7, 8), eta=1.0),
         "hyper_sd_1step_unet": FewStepPreset("lcm", (1,), timesteps=(800,)),
         "tcd": FewStepPreset("tcd", (4, 5, 6, 7, 8), eta=0.3),
@@ -66,9 +66,9 @@ FEW_STEP_PRESETS: Mapping[str, FewStepPreset] = MappingProxyType(
 
 
 def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spacing: str | None = None) -> Schedule:
-    """The schedule of a sampler or of a preset, by its name; what is both, lcm and tcd, takes any number of steps.
+    """Return the schedule of a sampler or preset by name; lcm and tcd, which are both, accept any number of steps.
 
-    Raises InvalidRequest for an unknown name, a count or a spacing that it does not take.
+    Raises InvalidRequest for an unknown name, or a step count or spacing the sampler doesn't support.
     """
     base = values.text("scheduler", name).removesuffix(f"_{KARRAS}").removesuffix(f"_{EXPONENTIAL}")
     if base not in SCHEDULERS and name not in FEW_STEP_PRESETS:

@@ -1,7 +1,7 @@
-"""How the predictions of a picture's branches combine into one.
+"""Weights that combine the branch predictions of a picture.
 
-Four branches exist: "null" (negative or empty prompt), "context" (the prompt without its style), "style" (the style
-without the prompt's content) and "full" (both). Every guidance here is a weighted sum of them.
+The four branches are "null" (negative or empty prompt), "context" (the prompt without its style), "style" (the style
+without the prompt's content) and "full" (both). Each guidance method is a weighted sum of them.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ BRANCHES = ("null", "context", "style", "full")
 CONVENTIONS = ("code", "paper")
 MAX_GUIDANCE = 100
 
-# below this a weight is rounding left over from sums such as 0.1 + 0.2 - 0.3, not worth a UNet evaluation
+# smaller weights are rounding residue of sums such as 0.1 + 0.2 - 0.3, not worth a UNet evaluation
 _NEGLIGIBLE = 1e-9
 
 
@@ -25,8 +25,8 @@ class StyleContextGuidance:
 
         e = e0 + h * [ls (eS - e0) + lc (eF - eS) + lc (eC - e0) + ls (eF - eC)] + ln (eF - e0)
 
-    style, context, negative: ls, lc, ln. convention: "code" has h = 1/2, as the released code; "paper" has h = 1.
-    ls == lc needs neither the context nor the style branch. Raises InvalidRequest for weights outside of 0 to 100.
+    style, context, negative: ls, lc, ln. convention: "code" uses h = 1/2, as in the released code; "paper" uses h = 1.
+    ls == lc needs neither the context nor the style branch. Raises InvalidRequest for weights outside 0 to 100.
     """
 
     style: float = 0.5
@@ -41,18 +41,18 @@ class StyleContextGuidance:
         values.one_of("convention", self.convention, CONVENTIONS)
 
     def collapsed(self) -> tuple[float, float]:
-        """(w, d) of the same guidance written as `(1 - w) e0 + w eF + d (eC - eS)`."""
+        """Return (w, d) of the equivalent form `(1 - w) e0 + w eF + d (eC - eS)`."""
         half = 0.5 if self.convention == "code" else 1.0
         return self.negative + half * (self.style + self.context), half * (self.context - self.style)
 
 
 def guidance_weights(guidance: float, style_context: StyleContextGuidance | None = None) -> dict[str, float]:
-    """Branch -> weight, in the order of BRANCHES; branches of weight zero are left out and need not be evaluated.
+    """Return branch -> weight in the order of BRANCHES, without the zero-weight branches, which need no evaluation.
 
-    Without `style_context` this is classifier-free guidance, `null + guidance (full - null)`; at guidance <= 1 it is
-    off and only "full" remains. With it, `guidance` has no part: `style_context.negative` stands in its place.
+    Without `style_context` this is classifier-free guidance, `null + guidance (full - null)`; guidance <= 1 turns it
+    off and leaves only "full". With `style_context`, `style_context.negative` replaces `guidance`, which is ignored.
 
-    Raises InvalidRequest for a guidance outside of 0 to 100; 0 to 1 turns it off.
+    Raises InvalidRequest if `guidance` is outside 0 to 100.
     """
     guidance = values.real_number("guidance", guidance, 0, MAX_GUIDANCE)
     if style_context is None:
@@ -65,12 +65,12 @@ def guidance_weights(guidance: float, style_context: StyleContextGuidance | None
 
 @dataclass(frozen=True)
 class GuidanceInterval:
-    """The part of the trajectory in which guidance acts (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+    """Interval of the steps in which guidance is applied (Kynkäänniemi et al. 2024, arXiv 2404.07724).
 
     start, end: fractions of the steps, 0 <= start < end <= 1; step i of n is guided if start <= i / n < end. The paper
-    states the interval in sigma. (0, 0.8) cuts guidance off for the last fifth, (0, 1) guides everywhere.
+    states the interval in sigma. (0, 0.8) turns guidance off for the last fifth, (0, 1) guides everywhere.
 
-    Raises InvalidRequest for other numbers.
+    Raises InvalidRequest for other values.
     """
 
     start: float = 0.0
@@ -82,14 +82,14 @@ class GuidanceInterval:
         object.__setattr__(self, "end", end)
 
     def covers(self, step: int, steps: int) -> bool:
-        """Whether `step`, counted from 0, of `steps` is guided."""
+        """Return whether `step` (0-based) of `steps` is guided."""
         return self.start <= step / steps < self.end
 
 
 def branch_weights_per_step(
     weights: dict[str, float], steps: int, interval: GuidanceInterval
 ) -> list[dict[str, float]]:
-    """Branch -> weight for each of `steps` steps: `weights` within the interval, "full" alone outside it.
+    """Return branch -> weight for each of `steps` steps: `weights` within the interval, only "full" outside it.
 
     Raises InvalidRequest for an unknown branch, steps below 1, or an interval that falls between two steps.
     """

@@ -1,7 +1,7 @@
-"""DDIM inversion: the noisy trajectory that DDIM would have walked down to a given picture.
+"""DDIM inversion: the noisy trajectory along which DDIM would have reached a given picture.
 
-StyleAligned's way to take a real picture as reference: its latents are pinned to that trajectory while the targets
-are sampled. The trajectory belongs to one list of timesteps, so it is made anew for each step count.
+StyleAligned uses it to take a real picture as reference: the reference's latents are pinned to the trajectory while
+the targets are sampled. A trajectory belongs to one list of timesteps, so each step count needs its own.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from stylefast.sampling.tables import LATENTS, NEXT_LATENTS, X0, forward_of
 def inversion_schedule(
     alphas_cumprod: np.ndarray | torch.Tensor, steps: int = 50, prediction_type: str = "epsilon"
 ) -> Schedule:
-    """Lay out the steps from a clean latent up to noise, as `ddim_invert` walks them.
+    """Build the schedule from a clean latent up to noise, with the same steps as `ddim_invert`.
 
-    The update is linear in the latents and the model's output, so it is a schedule like any sampler's, whose x0 is the
-    predicted noise. Sampling starts at the clean latent. Raises InvalidRequest for bad arguments.
+    The update is linear in the latents and the model's output, so it fits an ordinary schedule with the predicted
+    noise in place of x0. Sampling starts at the clean latent. Raises InvalidRequest for bad arguments.
     """
     timesteps, output, factors, levels = _coefficients(alphas_cumprod, steps, prediction_type)
     steps = len(timesteps)
@@ -46,18 +46,18 @@ def ddim_invert(
     steps: int = 50,
     prediction_type: str = "epsilon",
 ) -> torch.Tensor:
-    """Walk a clean latent up to noise.
+    """Invert a clean latent step by step up to noise.
 
     predict: (latents [C, h, w], timestep) -> the model's guided output [C, h, w].
     clean: [C, h, w], the scaled mean of the VAE's posterior, in float32 or wider.
-    alphas_cumprod: [train timesteps], as of `noise_levels.alphas_cumprod`.
-    prediction_type: "epsilon" or "v_prediction", what `predict` returns.
+    alphas_cumprod: [train timesteps], from `noise_levels.alphas_cumprod`.
+    prediction_type: "epsilon" or "v_prediction", the type of `predict`'s output.
 
-    For t = 0, r, 2r, ... with r = train timesteps // steps, and s the timestep before (alphas_cumprod[0] before the
+    For t = 0, r, 2r, ... with r = train timesteps // steps, and s the previous timestep (alphas_cumprod[0] before the
     first): x0 = (z - sqrt(1 - abar_s) eps) / sqrt(abar_s), z <- sqrt(abar_t) x0 + sqrt(1 - abar_t) eps. The model
-    is asked at the destination t with the latents of the source s; the first step is therefore an identity.
+    is evaluated at the destination t on the latents of the source s, so the first step is an identity.
 
-    Returns [steps + 1, C, h, w], the noisiest first and `clean` last. Raises InvalidRequest for bad arguments.
+    Returns [steps + 1, C, h, w], noisiest first, `clean` last. Raises InvalidRequest for bad arguments.
     """
     if clean.ndim != 3:
         raise InvalidRequest(f"inversion takes one latent [C, h, w], not {tuple(clean.shape)}")
@@ -72,8 +72,8 @@ def ddim_invert(
 
 
 def _coefficients(alphas_cumprod, steps: int, prediction_type: str) -> tuple[np.ndarray, ...]:
-    """Per step, float64: timestep [steps]; the noise from (latents, output) [steps, 2]; the next latents from
-    (latents, noise) [steps, 2]; and the levels that are passed [steps + 1]."""
+    """Return, in float64, the timesteps [steps]; the coefficients of (latents, output) for the noise [steps, 2] and
+    of (latents, noise) for the next latents [steps, 2]; and the visited levels [steps + 1]."""
     alphas = np.asarray(alphas_cumprod, dtype=np.float64)
     steps = values.whole_number("steps", steps, 1, len(alphas))
     if prediction_type not in ("epsilon", "v_prediction"):
@@ -84,19 +84,19 @@ def _coefficients(alphas_cumprod, steps: int, prediction_type: str) -> tuple[np.
     output = np.stack([np.zeros(steps), np.ones(steps)], axis=1)
     if prediction_type == "v_prediction":
         output = np.stack([np.sqrt(1 - source), np.sqrt(source)], axis=1)
-    # x0 is put into the step at once: at equal levels the factors are exactly 1 and 0
+    # x0 is substituted into the step, so that at equal levels the factors are exactly 1 and 0
     ratio = np.sqrt(target / source)
     factors = np.stack([ratio, np.sqrt(1 - target) - ratio * np.sqrt(1 - source)], axis=1)
     return timesteps.astype(np.float64), output, factors, levels
 
 
 def pinned_latents(trajectory: torch.Tensor, step: int, offset: int = 5) -> torch.Tensor:
-    """The latents [C, h, w] that the reference holds when sampling enters `step`, as in StyleAligned's release.
+    """Return the reference's latents [C, h, w] at the start of `step`, as in StyleAligned's released code.
 
-    Sampling starts at `trajectory[offset]` and after step i takes `trajectory[max(offset + 1, i + 1)]`: for its first
-    steps the reference is less noisy than the timestep the model is told. `step == steps` is the end, the picture.
+    Sampling starts at `trajectory[offset]` and after step i uses `trajectory[max(offset + 1, i + 1)]`, so in the first
+    steps the reference is less noisy than the timestep given to the model. `step == steps` is the finished picture.
 
-    Raises InvalidRequest where the trajectory is shorter than that needs.
+    Raises InvalidRequest if the trajectory is too short for `step` or `offset`.
     """
     last = len(trajectory) - 1
     if not 0 <= step <= last:

@@ -1,10 +1,10 @@
-"""How much noise there is at which training timestep.
+"""Noise levels of the training timesteps.
 
 Notation as in DDIM (Song et al. 2021): a latent at timestep t is `sqrt(abar_t) z0 + sqrt(1 - abar_t) noise`, and
 `sigma_t = sqrt((1 - abar_t) / abar_t)` is its noise level in the variance-exploding form (Karras et al. 2022).
 
-Everything here is plain IEEE arithmetic in a fixed order, so every machine gets the same bits: a schedule that is
-written to a file on one machine is recognised on another.
+Everything here is plain IEEE arithmetic in a fixed order, so results are bit-identical on every machine and a schedule
+digest saved on one machine matches on another.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 
 from stylefast.errors import InvalidRequest
 
-# what a key means when a config does not carry it: the values SDXL was trained and is published with
+# defaults for keys missing from a config: the values SDXL was trained and published with
 SDXL_SCHEDULER: Mapping = MappingProxyType(
     {
         "num_train_timesteps": 1000,
@@ -43,10 +43,10 @@ SDXL_SCHEDULER: Mapping = MappingProxyType(
 
 
 def alphas_cumprod(config: Mapping) -> np.ndarray:
-    """abar_t of every training timestep, [num_train_timesteps] float64.
+    """Return abar_t of every training timestep, [num_train_timesteps] float64.
 
-    Betas and their product are rounded to float32, because models were trained at those levels; everything computed
-    from them is float64. With `rescale_betas_zero_snr` the last entry is exactly 0 (Lin et al. 2024, Alg. 1).
+    Betas and their product are rounded to float32, because models were trained at those levels; later arithmetic is
+    float64. With `rescale_betas_zero_snr` the last entry is exactly 0 (Lin et al. 2024, Alg. 1).
 
     Raises InvalidRequest for an unknown `beta_schedule`.
     """
@@ -58,9 +58,9 @@ def alphas_cumprod(config: Mapping) -> np.ndarray:
 
 
 def training_sigmas(config: Mapping, dtype: type = np.float64) -> np.ndarray:
-    """sigma_t of every training timestep, [num_train_timesteps], ascending, computed in `dtype`.
+    """Return sigma_t of every training timestep, [num_train_timesteps], ascending, computed in `dtype`.
 
-    The pure-noise end of a zero-SNR schedule is held at abar = 2**-24, since its sigma would be infinite.
+    The pure-noise end of a zero-SNR schedule is set to abar = 2**-24, since its sigma would be infinite.
     """
     abar = alphas_cumprod(config).astype(dtype)
     if abar[-1] == 0.0:
@@ -89,7 +89,7 @@ def _betas(config: Mapping) -> np.ndarray:
 
 
 def _line(start: float, end: float, count: int) -> np.ndarray:
-    # torch.linspace in float32: from both ends to the middle, each value rounded once
+    # same bits as torch.linspace in float32: computed from both ends to the middle, each value rounded once
     first, last, steps = np.float32(start), np.float32(end), np.arange(count)
     step = np.float64((last - first) / np.float32(max(count - 1, 1)))
     rising, falling = np.float64(first) + step * steps, np.float64(last) - step * (count - 1 - steps)
@@ -97,7 +97,7 @@ def _line(start: float, end: float, count: int) -> np.ndarray:
 
 
 def _product(betas: np.ndarray) -> np.ndarray:
-    # [num_train_timesteps] float32; the running product is kept in float64, as torch.cumprod does
+    # [num_train_timesteps] float32; the running product is float64, as in torch.cumprod
     return np.cumprod((1 - betas).astype(np.float64)).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""A sampler with its steps laid out: tables that the step loop reads row by row."""
+"""Schedules: precomputed sampler tables that the step loop reads row by row."""
 
 import hashlib
 import math
@@ -38,22 +38,22 @@ SCHEDULERS = (
     "lcm",
     "tcd",
 )
-# those that take the suffixes "_karras" and "_exponential"
+# samplers that accept the suffixes "_karras" and "_exponential"
 KARRAS_SCHEDULERS = ("euler", "dpmpp_2m", "unipc", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde", "dpmpp_sde")
-# those that take explicit timesteps
+# samplers that accept explicit timesteps
 TIMESTEP_SCHEDULERS = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde", "dpmpp_sde", "lcm", "tcd")
-# every name that `make_schedule` takes
+# every name that `make_schedule` accepts
 SCHEDULER_NAMES = (*SCHEDULERS, *(f"{name}_{ending}" for ending in (KARRAS, EXPONENTIAL) for name in KARRAS_SCHEDULERS))
 MAX_STEPS = 1000
 
 _DEFAULT_ETA = {"ddim": 0.0, "tcd": 0.3}
-# their timesteps are laid out in one way only
+# samplers with a fixed timestep layout -> the spacings they accept
 _OWN_SPACING = {"dpmpp_sde": ("linspace",), "lcm": (), "tcd": ()}
 # (order, SDE)
 _MULTISTEP = {"dpmpp_2m": (2, False), "dpmpp_2m_sde": (2, True), "dpmpp_3m": (3, False), "dpmpp_3m_sde": (3, True)}
 
 _DPMPP_UNSUPPORTED = ("thresholding", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
-# settings that would change the samplers named here and that the tables don't hold
+# config settings that would change these samplers and that the tables don't implement
 _UNSUPPORTED = {
     "ddim": ("clip_sample", "thresholding"),
     "lcm": ("clip_sample", "thresholding"),
@@ -70,20 +70,20 @@ _UNSUPPORTED = {
 class Schedule:
     """Coefficients of every step; all tensors float32 on the CPU.
 
-    Step i: the model sees `latents * input_scale[i]` at `timesteps[i]`; `x0 = denoised[i] @ (latents, output)`;
+    Step i: the model receives `latents * input_scale[i]` at `timesteps[i]`; `x0 = denoised[i] @ (latents, output)`;
     `(latents, anchor) = update[i] @ (latents, anchor, x0, x0 of step i - 1, x0 of step i - 2, noise)`.
-    Sampling starts at `init_noise_scale * noise`, with anchor and history zero. For LCM, x0 is the consistency
-    function's value, boundary condition included.
+    Sampling starts at `init_noise_scale * noise`, with anchor and history zero. For LCM, x0 is the value of the
+    consistency function, boundary condition included.
 
-    Schedules are shared between calls of `make_schedule`: take them as constants.
+    `make_schedule` returns shared objects: don't modify them.
     """
 
     name: str
-    timesteps: torch.Tensor  # [steps]: what the UNet is told; fractions occur
+    timesteps: torch.Tensor  # [steps]: the UNet's time input; may be fractional
     input_scale: torch.Tensor  # [steps]
     denoised: torch.Tensor  # [steps, 2]
     update: torch.Tensor  # [steps, 2, 6]
-    forward: torch.Tensor  # [steps + 1, 2]: a clean z0 as held before step i is forward[i] @ (z0, noise)
+    forward: torch.Tensor  # [steps + 1, 2]: a clean z0 noised to the level before step i is forward[i] @ (z0, noise)
     init_noise_scale: float
 
     def __post_init__(self):
@@ -106,12 +106,12 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """How often the UNet is evaluated."""
+        """Return the number of UNet evaluations."""
         return len(self.timesteps)
 
     @property
     def uses_noise(self) -> bool:
-        """Whether any step adds fresh noise."""
+        """Return whether any step adds fresh noise."""
         return bool(self.update[:, :, NOISE].any())
 
 
@@ -127,21 +127,20 @@ def make_schedule(
     prediction_type: str | None = None,
     timesteps: Sequence[int] | None = None,
 ) -> Schedule:
-    """Lay out `steps` steps of the sampler `name`; the same arguments give the same Schedule object again.
+    """Build the schedule of `steps` steps of the sampler `name`; equal arguments return the same Schedule object.
 
     name: one of SCHEDULERS; those in KARRAS_SCHEDULERS also with the suffix "_karras" or "_exponential".
-    steps: how often the UNet is evaluated, for dpmpp_sde too.
-    config: a scheduler config in diffusers' format. It decides the noise levels, the timesteps and what the model
-        predicts; the name alone decides the sampler, so `solver_order`, `algorithm_type` and their like are not
-        read. Keys that are missing have SDXL's values. One of EDM's (`edm.EDM_CLASSES`) takes EDM_SCHEDULERS only.
-    spacing: "leading", "linspace" or "trailing", instead of the config's.
-    karras, exponential: Karras' noise levels, or those even in log sigma; None: as the name's suffix or the config
-        says.
+    steps: number of UNet evaluations, for dpmpp_sde too.
+    config: a scheduler config in diffusers format. It determines the noise levels, the timesteps and the prediction
+        type; the name alone determines the sampler, so `solver_order`, `algorithm_type` and similar keys are ignored.
+        Missing keys default to SDXL's values. EDM configs (`edm.EDM_CLASSES`) support EDM_SCHEDULERS only.
+    spacing: "leading", "linspace" or "trailing", overrides the config's.
+    karras, exponential: Karras noise levels, or levels even in log sigma; None: use the name's suffix or the config.
     eta: the share of fresh noise, in [0, 1], of ddim (default 0) and tcd (its gamma, default 0.3).
-    prediction_type: "epsilon", "v_prediction" or "sample", instead of the config's.
-    timesteps: the timesteps themselves, falling whole numbers, `steps` of them; for TIMESTEP_SCHEDULERS.
+    prediction_type: "epsilon", "v_prediction" or "sample", overrides the config's.
+    timesteps: `steps` explicit timesteps, descending whole numbers; for TIMESTEP_SCHEDULERS.
 
-    Raises InvalidRequest for an unknown name, steps outside 1..1000, or a setting this sampler does not have.
+    Raises InvalidRequest for an unknown name, steps outside 1..1000, or a setting the sampler doesn't support.
     """
     base, suffix = _split(name)
     config = {**SDXL_SCHEDULER, **config}
@@ -151,7 +150,7 @@ def make_schedule(
         config["timestep_spacing"] = spacing
     if is_edm(config):
         _check_edm_arguments(base, spacing, timesteps, config)
-        # keys of other schedulers, which those of EDM don't read
+        # keys that EDM schedulers ignore
         config |= {"use_karras_sigmas": False, "use_exponential_sigmas": False, "timestep_spacing": "leading"}
     steps = _check(base, steps, config)
     levels = _levels(name, base, suffix, {KARRAS: karras, EXPONENTIAL: exponential}, config)
@@ -166,13 +165,13 @@ def make_schedule(
     try:
         frozen = _frozen(config)
     except TypeError:
-        # a value that can't be hashed, hence nothing to remember the schedule under
+        # an unhashable value can't be a cache key
         return _lay_out.__wrapped__(base, steps, levels, eta, given, config)
     return _lay_out(base, steps, levels, eta, given, frozen)
 
 
 def schedule_digest(schedule: Schedule) -> str:
-    """16 hexadecimal digits that tell schedules apart: of the name and the bytes of every table (SHA-256)."""
+    """Return 16 hexadecimal digits of SHA-256 over the schedule's name and the bytes of every table."""
     digest = hashlib.sha256(schedule.name.encode())
     tables = (schedule.timesteps, schedule.input_scale, schedule.denoised, schedule.update, schedule.forward)
     for table in tables:
@@ -212,14 +211,14 @@ def _tables(base: str, steps: int, levels: str | None, eta: float, given: np.nda
         config["timestep_spacing"] = "linspace"
         return dpm_solvers.dpmpp_sde(config, *multistep_levels(config, steps, levels, given, round_karras=True))
     order, sde = _MULTISTEP[base]
-    # the cosine schedule's last timesteps hold so much noise that rounding to whole ones would merge them
+    # the cosine schedule's last timesteps are so noisy that rounding would merge them
     whole = config["beta_schedule"] != "squaredcos_cap_v2"
     visited = multistep_levels(config, steps, levels, given, round_karras=whole)
     return dpm_solvers.dpmpp_multistep(config, *visited, order=order, sde=sde)
 
 
 def _frozen(value) -> Hashable:
-    # equal for equal content, and for a mapping its items; raises TypeError for what can't be hashed
+    # hashable copy that is equal for equal content (a mapping becomes its items); raises TypeError if there is none
     if isinstance(value, Mapping):
         return frozenset((key, _frozen(item)) for key, item in value.items())
     if isinstance(value, (np.ndarray, torch.Tensor)):
@@ -289,7 +288,7 @@ def _check_edm_arguments(base: str, spacing: str | None, timesteps: Sequence[int
 
 
 def _check(base: str, steps: int, config: Mapping) -> int:
-    """The steps as a plain number, if base and config can do them."""
+    """Return the steps as a plain int. Raises InvalidRequest if base or config don't support them."""
     limit = min(MAX_STEPS, config["num_train_timesteps"])
     steps = values.whole_number("steps", steps, 1, limit)
     if config["timestep_spacing"] not in SPACINGS:

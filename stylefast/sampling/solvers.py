@@ -10,10 +10,10 @@ from stylefast.sampling.tables import LATENTS, NEXT_LATENTS, NOISE, X0, Tables, 
 
 
 def ddim(config: Mapping, steps: int, eta: float) -> Tables:
-    """DDIM (Song et al. 2021), Eq. 12 and 16; eta 0 is deterministic, 1 is DDPM's ancestral sampling.
+    """Build the tables of DDIM (Song et al. 2021), Eq. 12 and 16; eta 0 is deterministic, 1 is DDPM ancestral sampling.
 
-    The step length is always `num_train_timesteps // steps`, also where the spacing rounds to other distances: that
-    is what published samplers do and what seeds were shared under.
+    The step length is always `num_train_timesteps // steps`, even if the spacing rounds to other distances: published
+    samplers do the same, and shared seeds depend on it.
     """
     trained = alphas_cumprod(config)
     timesteps = spaced_timesteps(config, steps, open_end=False)
@@ -26,7 +26,7 @@ def ddim(config: Mapping, steps: int, eta: float) -> Tables:
     alpha, s = np.sqrt(abar), np.sqrt(1 - abar)
     variance = (1 - abar_then) / (1 - abar) * (1 - abar / abar_then)
     deviation = eta * np.sqrt(np.maximum(variance, 0.0))
-    # noise = (latents - alpha x0) / s is put into Eq. 12, which leaves no small divisor at the clean end
+    # substituting noise = (latents - alpha x0) / s into Eq. 12 avoids a small divisor at the clean end
     direction = np.sqrt(np.maximum(1 - abar_then - deviation**2, 0.0)) / s
     update = np.zeros((steps, 2, 6))
     update[:, NEXT_LATENTS, LATENTS] = direction
@@ -37,9 +37,9 @@ def ddim(config: Mapping, steps: int, eta: float) -> Tables:
 
 
 def euler(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray) -> Tables:
-    """Euler's method on the probability-flow ODE (Karras et al. 2022, Alg. 1 without its second order).
+    """Build the tables of Euler's method on the probability-flow ODE (Karras et al. 2022, Alg. 1, first order only).
 
-    timesteps [steps], sigmas [steps + 1], as of `spacing.euler_levels`.
+    timesteps [steps], sigmas [steps + 1], from `spacing.euler_levels`.
     """
     update = np.zeros((len(timesteps), 2, 6))
     # latents + (latents - x0) / sigma * (sigma' - sigma)
@@ -50,9 +50,10 @@ def euler(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray) -> Tables:
 
 
 def euler_ancestral(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray) -> Tables:
-    """Euler down to sigma_down, then fresh noise sigma_up, with sigma_down**2 + sigma_up**2 = sigma'**2.
+    """Build the tables of ancestral Euler: a step to sigma_down, then fresh noise of sigma_up.
 
-    timesteps [steps], sigmas [steps + 1], as of `spacing.euler_levels`.
+    sigma_down**2 + sigma_up**2 = sigma'**2, sigma' being the next level. timesteps [steps], sigmas [steps + 1], from
+    `spacing.euler_levels`.
     """
     now, then = sigmas[:-1], sigmas[1:]
     up = then * np.sqrt(now**2 - then**2) / now

@@ -1,4 +1,4 @@
-"""The timesteps and noise levels that a sampler visits."""
+"""Timesteps and noise levels visited by a sampler."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,17 +12,17 @@ from stylefast.sampling.noise_levels import training_sigmas
 
 SPACINGS = ("leading", "linspace", "trailing")
 
-# how noise levels may be spread instead of taking those of evenly spaced timesteps
+# noise level spacings that replace the levels of evenly spaced timesteps
 KARRAS, EXPONENTIAL = "karras", "exponential"
 
 
 def spaced_timesteps(config: Mapping, steps: int, *, open_end: bool, fractional: bool = False) -> np.ndarray:
-    """Descending timesteps of a sampler, [steps] float64 (Lin et al. 2024, Table 2).
+    """Return a sampler's timesteps, descending, [steps] float64 (Lin et al. 2024, Table 2).
 
-    open_end: divide the axis into steps + 1 and leave the last out (multistep solvers), instead of visiting it.
-    fractional: keep fractions that "linspace" yields, instead of rounding.
+    open_end: space steps + 1 points and drop the last one (multistep solvers) instead of visiting it.
+    fractional: keep the fractions that "linspace" yields instead of rounding.
 
-    Raises InvalidRequest for an unknown spacing, or where timesteps would leave the training range.
+    Raises InvalidRequest for an unknown spacing, or if timesteps would leave the training range.
     """
     total, spacing = config["num_train_timesteps"], config["timestep_spacing"]
     points = steps + 1 if open_end else steps
@@ -32,7 +32,7 @@ def spaced_timesteps(config: Mapping, steps: int, *, open_end: bool, fractional:
     elif spacing == "leading":
         timesteps = np.arange(points)[::-1][:steps] * float(total // points) + config["steps_offset"]
     elif spacing == "trailing":
-        # for some counts the quotient rounds down and a further point, -1, would slip in: hence the slice
+        # for some counts the quotient rounds down and arange yields an extra point, -1, which the slice drops
         timesteps = np.arange(total, 0, -total / steps)[:steps].round() - 1
     else:
         raise InvalidRequest(f"timestep spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
@@ -45,7 +45,7 @@ def spaced_timesteps(config: Mapping, steps: int, *, open_end: bool, fractional:
 
 
 def karras_sigmas(config: Mapping, first: float, last: float, steps: int, rho: float = 7.0) -> np.ndarray:
-    """Noise levels spaced by Karras et al. 2022, Eq. 5, from `first` down to `last`: [steps] float64.
+    """Return noise levels spaced as in Karras et al. 2022, Eq. 5, from `first` down to `last`: [steps] float64.
 
     `sigma_max` and `sigma_min` of the config take precedence over `first` and `last`.
     """
@@ -57,16 +57,16 @@ def karras_sigmas(config: Mapping, first: float, last: float, steps: int, rho: f
 
 
 def timesteps_of(sigmas: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """The fractional timesteps at which noise levels `sigmas` were trained, linear in log sigma; same shape.
+    """Return the fractional timesteps of the noise levels `sigmas`, interpolated in log sigma; same shape.
 
-    The logarithms of `trained` are rounded to its dtype.
+    trained: ascending sigmas of the training timesteps; their logarithms are rounded to its dtype.
     """
     logs = np.log(trained.astype(np.float64)).astype(trained.dtype)
     return np.interp(np.log(sigmas), logs, np.arange(len(trained)))
 
 
 def exponential_sigmas(config: Mapping, first: float, last: float, steps: int) -> np.ndarray:
-    """Noise levels evenly spaced in log sigma, from `first` down to `last`: [steps] float64.
+    """Return noise levels evenly spaced in log sigma, from `first` down to `last`: [steps] float64.
 
     `sigma_max` and `sigma_min` of the config take precedence over `first` and `last`.
     """
@@ -78,9 +78,9 @@ def exponential_sigmas(config: Mapping, first: float, last: float, steps: int) -
 def euler_levels(
     config: Mapping, steps: int, levels: str | None, given: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps [steps] and sigmas [steps + 1] of the Euler samplers.
+    """Return timesteps [steps] and sigmas [steps + 1] of the Euler samplers.
 
-    levels: KARRAS, EXPONENTIAL or None. given: explicit timesteps [steps], which leave `levels` no part.
+    levels: KARRAS, EXPONENTIAL or None. given: explicit timesteps [steps], only with levels None.
     """
     _check_final_sigma(config)
     if is_edm(config):
@@ -97,11 +97,11 @@ def euler_levels(
 def multistep_levels(
     config: Mapping, steps: int, levels: str | None, given: np.ndarray | None, *, round_karras: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps [steps] and sigmas [steps + 1] of DPM++ and UniPC; unlike Euler's, `levels` span all trained ones.
+    """Return timesteps [steps] and sigmas [steps + 1] of DPM++ and UniPC; unlike Euler, `levels` span all trained ones.
 
-    The model is told whole timesteps: Karras levels round to them with `round_karras`, else fractions are cut off.
+    With `levels`, timesteps are made whole: rounded for Karras levels with `round_karras`, else truncated.
 
-    Raises InvalidRequest where two steps would share a noise level.
+    Raises InvalidRequest if two steps would share a noise level.
     """
     _check_final_sigma(config)
     if is_edm(config):
@@ -116,8 +116,8 @@ def multistep_levels(
         timesteps = timesteps_of(sigmas, trained).round()
         last = sigmas[-1]
     else:
-        # where fractions are cut, rounding decides whether the noisiest level counts as the last timestep: float32
-        # here gives the timesteps that seeds were shared under
+        # rounding errors decide whether the noisiest level truncates to the last timestep; shared seeds depend on
+        # the float32 result
         rounded = training_sigmas(config, np.float32)
         sigmas = _spread(config, levels, rounded[-1], rounded[0], steps)
         timesteps = np.floor(timesteps_of(sigmas, rounded))
@@ -131,9 +131,9 @@ def multistep_levels(
 
 
 def check_timesteps(timesteps: Sequence[int], steps: int, total: int) -> np.ndarray:
-    """Explicit timesteps as [steps] int64.
+    """Return explicit timesteps as [steps] int64.
 
-    Raises InvalidRequest unless they are `steps` whole numbers, falling, within 0..total - 1.
+    Raises InvalidRequest unless they are `steps` whole numbers, strictly descending, within 0..total - 1.
     """
     given = timesteps.tolist() if isinstance(timesteps, (np.ndarray, torch.Tensor)) else timesteps
     given = [values.whole_number("timesteps", t, 0, total - 1) for t in values.several("timesteps", given)]

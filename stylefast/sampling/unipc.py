@@ -1,4 +1,4 @@
-"""UniPC: a multistep predictor whose last step is corrected once the model has been evaluated at its end."""
+"""UniPC: a multistep predictor that corrects each step once the model has been evaluated at its end."""
 
 from collections.abc import Mapping
 
@@ -20,12 +20,12 @@ from stylefast.sampling.tables import (
 
 
 def unipc(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray) -> Tables:
-    """UniPC, order 2, B2(h) = e**h - 1 (Zhao et al. 2023, Alg. 5 to 8).
+    """Build the tables of UniPC, order 2, B2(h) = e**h - 1 (Zhao et al. 2023, Alg. 5 to 8).
 
-    A step first corrects the latents it was given, now that the model has been evaluated there, then predicts the
-    next ones from the corrected. The correction starts from the corrected latents of the last step: the anchor.
+    A step first uses the new model output to correct its input latents, then predicts the next latents from the
+    corrected ones. The correction starts from the last step's corrected latents, the anchor.
 
-    timesteps [steps], sigmas [steps + 1], as of `spacing.multistep_levels`.
+    timesteps [steps], sigmas [steps + 1], from `spacing.multistep_levels`.
     """
     steps = len(timesteps)
     order_before = 0
@@ -35,7 +35,7 @@ def unipc(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray) -> Tables:
             corrected = _corrector(sigmas, i, order_before)
         else:
             corrected = np.eye(6)[LATENTS]
-        # the second order divides by h, which is infinite on the way to sigma 0 and may be 0 in the last step
+        # order 2 divides by h, which is infinite for a step to sigma 0 and may be 0 in the last step
         first_order_end = config["lower_order_final"] or sigmas[-1] in (0, sigmas[-2])
         order = 1 if i == 0 or (i == steps - 1 and first_order_end) else 2
         update[i, NEXT_ANCHOR] = corrected
@@ -60,7 +60,7 @@ def _predictor(sigmas: np.ndarray, i: int, order: int, corrected: np.ndarray) ->
 
 
 def _corrector(sigmas: np.ndarray, i: int, order: int) -> np.ndarray:
-    # coefficients [6] of the corrected latents at sigmas[i]; `order` is that of the prediction they correct
+    # coefficients [6] of the corrected latents at sigmas[i]; `order` is the order of the corrected prediction
     alpha, s = alpha_s(sigmas[i - 1 : i + 1])
     h = log_ratio(sigmas[i - 1], sigmas[i])
     decay = sigmas[i] / sigmas[i - 1] - 1

@@ -1,18 +1,18 @@
-"""Style banks: what a StyleAligned reference offers at every step, computed once and read for ever.
+"""Style banks: the features that a StyleAligned reference shares at every step, computed once and stored.
 
-The reference never sees its targets, so its keys, values and statistics depend on the style, the model and the
-schedule alone. `BankWriter` collects them step by step, `StyleBank` holds, saves and loads them, and `BankInfo` says
-what they were made from, so that a request they don't fit is refused.
+The reference never attends to its targets, so its keys, values and statistics depend only on the style, the model and
+the schedule. `BankWriter` collects them step by step, `StyleBank` holds, saves and loads them, and `BankInfo` records
+what they were made from, so that requests that don't fit are rejected.
 
 A bank of keys and values, or of the hidden states they are projected from, holds per stored self-attention layer
 
     kv.{layer} [steps, branches, references, 2, tokens, heads, d]    or    hidden.{layer} [.., tokens, channels]
     mean.{layer}, variance.{layer} [steps, branches, references, 3, heads, d]     of queries, keys, values; fp32
-    scale.{layer} [.., 2, heads, d] or [.., channels]      fp32, with fp8: what a stored number is multiplied by
+    scale.{layer} [.., 2, heads, d] or [.., channels]      fp32, fp8 banks only: factor of the stored numbers
 
-beside norm_mean.{i}, norm_variance.{i} [steps, branches, references, groups] of every group norm and the reference's
-final latents [1, references, channels, h, w]. A bank of latents holds latents [steps + 1, references, channels, h, w]
-alone, before every step and at the end: its reference runs again beside its readers.
+and also norm_mean.{i}, norm_variance.{i} [steps, branches, references, groups] of every group norm and the reference's
+final latents [1, references, channels, h, w]. A bank of latents holds only latents
+[steps + 1, references, channels, h, w], before every step and at the end: its reference runs again in each request.
 """
 
 import itertools
@@ -35,7 +35,7 @@ from stylefast.styles.bank_info import BankInfo
 from stylefast.styles.bank_size import BankShapes, TensorSpec, bank_tensors
 
 _FP8_MAX, _FP16_MAX = 448.0, 65504.0
-# what a request may name; everything else about a bank is fixed when it is baked
+# fields that a request can set; the rest is fixed when a bank is baked
 _SETTINGS = ("steps", "scheduler", "size", "guidance", "negative_prompt")
 _DIGESTS = {
     "schedule": "the noise levels of its schedule are others; bake the style again with this model and scheduler",
@@ -45,7 +45,7 @@ _ids = itertools.count(1)
 
 
 class LayerFeatures(NamedTuple):
-    """What one reference offers to one self-attention layer; what a bank's store does not need may be None."""
+    """Features of one reference in one self-attention layer; those that a bank's store does not need may be None."""
 
     hidden: Tensor | None  # [tokens, channels], after the layer norm
     k: Tensor | None  # [tokens, heads, d]
@@ -55,31 +55,31 @@ class LayerFeatures(NamedTuple):
 
 
 class ReferenceFeatures(NamedTuple):
-    """What one reference offers at one step in one branch."""
+    """Features of one reference at one step in one branch."""
 
     layers: Mapping[int, LayerFeatures]
     norm_means: tuple[Tensor, ...]  # [groups] fp32 per group norm, module order
     norm_variances: tuple[Tensor, ...]
-    norm_elements: tuple[int, ...]  # numbers behind one group's statistics
+    norm_elements: tuple[int, ...]  # elements in one group's statistics
 
 
 @dataclass(frozen=True, eq=False)
 class StyleBank:
-    """A finished bank. Its `tensors` are read-only by agreement; of a loaded bank, each look-up reads from the file."""
+    """A finished bank. Treat `tensors` as read-only; in a loaded bank, each look-up reads from the file."""
 
     info: BankInfo
     shapes: BankShapes
     tensors: Mapping[str, Tensor]
     path: Path | None = None
-    checksum: str = ""  # as read; "" for a bank that was never in a file
+    checksum: str = ""  # as read from the file; "" for a bank that was not loaded from one
     id: int = field(default_factory=lambda: next(_ids), init=False)  # unique within the process
 
     @classmethod
     def load(cls, path: str | Path, verify: bool = True) -> "StyleBank":
-        """Open a bank's file; its pages are read when they are wanted.
+        """Open a bank's file; its tensors are read on demand.
 
-        verify: read the file once and compare its checksum. Raises StyleError for a file that is missing, cut short,
-        altered, of another format or no bank, and for tensors that don't belong to what its metadata says.
+        verify: read the whole file once and compare its checksum. Raises StyleError if the file is missing, truncated,
+        altered, of another format or not a bank, or if its tensors don't match its metadata.
         """
         values.flag("verify", verify, error=StyleError)
         path = values.path("a style bank", path, error=StyleError)
@@ -101,10 +101,10 @@ class StyleBank:
         return cls(info, shapes, tensors, path, checksum)
 
     def save(self, path: str | Path, overwrite: bool = True) -> Path:
-        """Write the bank as one safetensors file, whole or not at all. Returns the path.
+        """Write the bank atomically as one safetensors file. Returns the path.
 
-        Raises StyleError if the place can't be written or is taken, and if a bank that was loaded without
-        verification turns out to be altered; OutOfMemory if the disk is too full.
+        Raises StyleError if the path can't be written, if it exists and `overwrite` is off, or if a bank loaded
+        without verification turns out to be altered; OutOfMemory if the disk is too full.
         """
 
         def check(checksum: str):
@@ -114,7 +114,7 @@ class StyleBank:
         return write_bank(path, _metadata(self.info, self.shapes), self.tensors, overwrite, check)
 
     def __deepcopy__(self, memo) -> "StyleBank":
-        return self  # nothing about it changes
+        return self  # immutable
 
     def __reduce__(self):
         if self.path is not None:
@@ -123,31 +123,31 @@ class StyleBank:
 
     @property
     def name(self) -> str:
-        """The file's name, else the reference's prompt, else the number of the bank."""
+        """Return the file's stem, else the reference's prompt, else the bank's number."""
         return self.path.stem if self.path is not None else self.info.prompt or f"bank {self.id}"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(spec.nbytes for spec in specs_of(self.tensors).values())
 
     def source(self, name: str, place: tuple[int, ...]) -> Tensor | Span:
-        """Return the part [place] of the leading dimensions of a tensor, or where in the bank's file it lies."""
+        """Return a tensor at the leading indices `place`, or, for a loaded bank, its span in the file."""
         if isinstance(self.tensors, StoredTensors):
             return self.tensors.span(name, place)
         return self.tensors[name][place]
 
     @property
     def settings(self) -> dict:
-        """What a request must ask for, to be passed on to `Engine.generate`."""
+        """Return the arguments of `Engine.generate` that a request must match."""
         return {name: getattr(self.info, name) for name in _SETTINGS if getattr(self.info, name) is not None}
 
     def check_fits(self, **expected) -> None:
         """Raise StyleError naming the first field of `BankInfo`, in its order, that differs from what is expected.
 
         A guidance of None in the bank fits every guidance. The bank may hold more branches and layers than expected,
-        and a bank of latents fits all of them. `model` is the name to give to the expected fingerprint; as names
-        depend on where a model lies, they are not compared.
+        and a bank of latents fits all of them. `model` names the expected fingerprint in messages; names are not
+        compared, since they depend on the model's location.
         """
         names = [entry.name for entry in fields(BankInfo)]
         unknown = sorted(set(expected) - set(names))
@@ -197,15 +197,15 @@ def _rebuilt(info: BankInfo, shapes: BankShapes, tensors: dict[str, Tensor]) -> 
 
 
 class BankWriter:
-    """Collects a reference's features into a bank, in memory or, given a `path`, in its file as they come.
+    """Collector of a reference's features into a bank, in memory or, given a `path`, directly in its file.
 
         with BankWriter(info, shapes, "brand.bank") as writer:
             writer.put(step, "full", 0, features)       # every step, branch and reference, in any order
             writer.put_latents(step, 0, latents)
             bank = writer.finish()
 
-    Leaving the block without `finish` removes the half-written file. Raises StyleError for a place that can't be
-    written or, with overwrite=False, is taken; OutOfMemory if the disk is too full.
+    Leaving the block without `finish` removes the partial file. Raises StyleError if the path can't be written or,
+    with overwrite=False, exists; OutOfMemory if the disk is too full.
     """
 
     def __init__(self, info: BankInfo, shapes: BankShapes, path: str | Path | None = None, overwrite: bool = True):
@@ -231,11 +231,11 @@ class BankWriter:
             self._file.discard()
 
     def put(self, step: int, branch: str, reference: int, features: ReferenceFeatures) -> None:
-        """Store what `reference` offers at `step` in `branch`, replacing what was put there before.
+        """Store the features of `reference` at `step` in `branch`, replacing earlier ones.
 
-        The tensors may lie on any one device; layers that the bank does not store are passed over. Raises NumericsError
-        for NaN and infinity, StyleError for a place outside the bank, for shapes that don't fit, and for numbers
-        beyond float16.
+        All tensors must be on one device; layers that the bank does not store are ignored. Raises NumericsError for
+        NaN or infinity, StyleError for an index outside the bank, shapes that don't fit, or, in a float16 bank,
+        numbers beyond float16.
         """
         if self.info.store == "latents":
             raise StyleError("a bank of latents takes no features; bake with store='kv' or 'hidden'")
@@ -260,10 +260,10 @@ class BankWriter:
         self._awaited.discard((step, branch, reference))
 
     def put_latents(self, step: int, reference: int, latents: Tensor) -> None:
-        """Store a reference's latents [channels, h, w] before `step`; after the last, `step` is the number of steps.
+        """Store a reference's latents [channels, h, w] before `step`; `step` == steps stores the final latents.
 
-        Banks of features hold that last entry only. Raises StyleError for another step or shape, NumericsError for
-        NaN and infinity.
+        Banks of features hold only the final latents. Raises StyleError for another step or shape, NumericsError for
+        NaN or infinity.
         """
         self._check_open()
         first, last = (0 if self.info.store == "latents" else self.info.steps), self.info.steps
@@ -278,7 +278,7 @@ class BankWriter:
         self._awaited.discard((step, reference))
 
     def finish(self) -> StyleBank:
-        """Check that everything was put, complete the file if there is one, and return the bank."""
+        """Check that no entry is missing, publish the file if any, and return the bank. Raises StyleError."""
         self._check_open()
         if self._awaited:
             place = min(self._awaited, key=lambda entry: (len(entry), entry))
@@ -307,7 +307,7 @@ class BankWriter:
             raise StyleError(f"{what} has the shape {found}; the bank is laid out for {shape}")
 
     def _stored(self, layer: int, features: ReferenceFeatures) -> tuple[Tensor, ...]:
-        """The tensors of one layer that the bank stores: (keys, values) or (hidden states,)."""
+        """Return one layer's tensors to store: (keys, values) or (hidden states,). Raises StyleError for bad shapes."""
         if layer not in features.layers:
             raise StyleError(f"the features lack self-attention layer {layer}, which the bank stores")
         found, shape = features.layers[layer], self.shapes.layers[layer]
@@ -340,7 +340,7 @@ class BankWriter:
             checked += [(f"layer {layer}", found.mean, False), (f"layer {layer}", found.variance, False)]
         for i, pair in enumerate(zip(features.norm_means, features.norm_variances, strict=True)):
             checked += [(f"group norm {i}", x, False) for x in pair]
-        # one transfer for all of them: on a GPU every look at a number waits for the device
+        # one transfer for all peaks, since each device-to-host read synchronises with the GPU
         peaks = torch.stack([x.abs().amax().float() for _, x, _ in checked]).tolist()
         for (what, _, narrowed), peak in zip(checked, peaks, strict=True):
             if not math.isfinite(peak):
@@ -357,7 +357,7 @@ class BankWriter:
         target = self._tensors[f"{self.info.store}.{layer}"][where]
         scales = self._tensors[f"scale.{layer}"][where] if self.info.dtype == "float8_e4m3fn" else None
         for i, x in enumerate(content):
-            # [tokens, channels] fills the page, [tokens, heads, d] its half for keys or for values
+            # hidden states [tokens, channels] fill the page; keys and values [tokens, heads, d] fill half of it each
             part = i if self.info.store == "kv" else slice(None)
             if scales is not None:
                 x = x.float()
@@ -368,7 +368,7 @@ class BankWriter:
 
 
 def _fp8_scale(x: Tensor) -> Tensor:
-    """Per channel over the tokens: max |x| / 448, or 1 where that is zero or has lost its precision."""
+    """Return max |x| / 448 over the tokens per channel, or 1 where that is zero or subnormal."""
     scale = x.abs().amax(0) / _FP8_MAX
     return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
 

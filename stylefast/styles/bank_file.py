@@ -1,13 +1,13 @@
-"""Style banks on disk: safetensors files that are filled in place, appear whole or not at all, and are read by pages.
+"""Style banks on disk: safetensors files that are filled in place, published atomically and read on demand.
 
-A bank of SDXL has some 25 GB, so it is never gathered in memory: a temporary file of the final size is mapped and
-filled page by page, then checked, synced and moved to its name. Finished files are read, never mapped (see
-`models.stored_tensors`). Each writer has a temporary of its own, held under a
-lock: of two writers the last one wins whole, and what a killed one left behind is known by its lock being free.
+An SDXL bank takes about 25 GB, so it is never gathered in memory: a temporary file of the final size is mapped and
+filled page by page, then hashed, synced and renamed. Finished files are read, never mapped (see
+`models.stored_tensors`). Each writer locks its own temporary file: of two writers the last one wins, with a complete
+file, and temporaries of killed writers are recognised by their free locks.
 
 The header's metadata holds two strings: `stylefast_bank`, a JSON object, and `stylefast_bank_sha256`, a hash of that
-string and of every tensor's name, type, shape and bytes in the order of names. It survives any tool that rewrites the
-file in another order.
+string and of every tensor's name, type, shape and bytes in the order of names. The hash stays valid if a tool rewrites
+the file in another order.
 """
 
 import contextlib
@@ -41,21 +41,21 @@ _CODES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-# tensors begin at a page of the system, and at this many bytes within the file where their sizes allow it
+# the tensor data starts at a page boundary; tensors are aligned to 64 bytes where their sizes allow it
 _PAGE = 4096
 _ALIGNMENT = 64
 _HASH_THREADS = 8
 
 
 class BankFile:
-    """A bank's file while it is written: `tensors` are views of the temporary, to be filled before `publish`.
+    """A bank's file during writing: `tensors` are views of the temporary file, to be filled before `publish`.
 
-    `metadata` is the JSON of METADATA. Raises StyleError if the place can't be written or, with overwrite=False, is
-    taken; OutOfMemory if the disk is too full, before anything is computed.
+    `metadata` is the JSON stored under METADATA. Raises StyleError if the path can't be written or, with
+    overwrite=False, exists; OutOfMemory up front if the disk is too full.
     """
 
     def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], metadata: str, overwrite: bool = True):
-        # a symbolic link stays, what it points to is replaced
+        # keep a symbolic link and replace its target
         self.path = Path(os.path.realpath(values.path("a style bank", path, error=StyleError)))
         self.overwrite = values.flag("overwrite", overwrite, error=StyleError)
         self.tensors: dict[str, Tensor] = {}
@@ -81,7 +81,10 @@ class BankFile:
             self.tensors[name] = own.view(spec.dtype).view(spec.shape)
 
     def publish(self, checksum: str) -> Path:
-        """Enter the checksum, bring everything to the disk and give the file its name. Returns the path."""
+        """Write the checksum, sync the file and move it to its final path. Returns the path.
+
+        Raises StyleError if the path can't be written or, with overwrite=False, exists.
+        """
         self.tensors = {}
         try:
             os.pwrite(self._descriptor, checksum.encode(), self._checksum_at)
@@ -90,7 +93,7 @@ class BankFile:
                 os.replace(self._temporary, self.path)
                 self._temporary = None
             else:
-                os.link(self._temporary, self.path)  # unlike a rename, it fails if the name is taken
+                os.link(self._temporary, self.path)  # unlike a rename, fails if the path exists
         except FileExistsError as error:
             raise self._taken() from error
         except OSError as error:
@@ -101,7 +104,7 @@ class BankFile:
         return self.path
 
     def discard(self) -> None:
-        """Remove the temporary, if there still is one; the file at the target stays as it is."""
+        """Remove the temporary file if it still exists; the target file is not touched."""
         self.tensors = {}
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
@@ -121,7 +124,7 @@ class BankFile:
             raise self._taken()
 
     def _reserve(self, size: int) -> None:
-        """Create, lock and allocate the temporary."""
+        """Create, lock and allocate the temporary file. Raises OutOfMemory if the disk is too full."""
         while True:
             name = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
             self._descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -129,13 +132,13 @@ class BankFile:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             if self._temporary.exists():
                 break
-            # between creation and lock another writer took it for stale and removed it
+            # another writer considered it stale and removed it between creation and locking
             os.close(self._descriptor)
         try:
             free = values.free_bytes(self.path.parent)
             if free is not None and free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            # a sparse file would meet a full disk only when a mapped page is written, as a fatal signal
+            # in a sparse file, a full disk would show only as a fatal signal on writing a mapped page
             os.posix_fallocate(self._descriptor, 0, size)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -155,9 +158,9 @@ class BankFile:
 
 
 def read_bank(path: str | Path) -> tuple[str, str, StoredTensors]:
-    """Open a bank's file. Returns its metadata (JSON), its checksum and its tensors by name, none of them read.
+    """Open a bank's file. Returns its metadata (JSON), checksum and tensors by name, whose data is not read yet.
 
-    Raises StyleError if nothing is there, or if the file is no safetensors file, is cut short, or holds no bank.
+    Raises StyleError if the file is missing, truncated, not a safetensors file, or not a bank.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -176,16 +179,16 @@ def read_bank(path: str | Path) -> tuple[str, str, StoredTensors]:
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """Types and shapes of tensors by name; those in a file are not read for it."""
+    """Return types and shapes of tensors by name, without reading the data of stored tensors."""
     if isinstance(tensors, StoredTensors):
         return {name: TensorSpec(tensors.dtype(name), tensors.shape(name)) for name in tensors}
     return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def bank_checksum(metadata: str, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over `metadata` and every tensor in the order of names, as 64 hexadecimal digits.
+    """Return SHA-256 over `metadata` and every tensor in the order of names, as 64 hexadecimal digits.
 
-    The tensors are hashed one by one, several at a time, so that the speed is the disk's and not one core's.
+    Tensors are hashed separately, several in parallel, so that the disk limits the speed rather than one core.
     """
     names, specs = sorted(tensors), specs_of(tensors)
     with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as threads:
@@ -196,7 +199,7 @@ def bank_checksum(metadata: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_specs(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], name: str) -> None:
-    """Raise StyleError unless `tensors` are exactly those that a bank of this kind consists of."""
+    """Raise StyleError unless `tensors` match `specs` exactly in names, types and shapes."""
     missing, extra = sorted(specs.keys() - tensors.keys()), sorted(tensors.keys() - specs.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which a bank of its kind does not have"
@@ -216,7 +219,7 @@ def check_specs(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], 
 def write_bank(
     path: str | Path, metadata: str, tensors: Mapping[str, Tensor], overwrite: bool, check: Callable[[str], None]
 ) -> Path:
-    """Write tensors that exist already, one after the other. `check` sees the checksum before the file is published."""
+    """Write existing tensors one after another. `check` receives the checksum before the file is published."""
     specs = specs_of(tensors)
     file = BankFile(path, specs, metadata, overwrite)
     try:
@@ -231,13 +234,14 @@ def write_bank(
 
 
 def _lay_out(specs: Mapping[str, TensorSpec], metadata: str) -> tuple[bytes, dict[str, int], int]:
-    """(header with an empty checksum, offset of each tensor in the file, size of the file)"""
+    """Return (header with a placeholder checksum, offset of each tensor in the file, size of the file)."""
 
     def place(name):
-        # the format knows no gaps: round sizes first, then wide types before narrow ones, so that all stay aligned
+        # the format allows no gaps: multiples of 64 bytes go first, then wide types before narrow ones, so all stay
+        # aligned to their type
         return (False, 0) if specs[name].nbytes % _ALIGNMENT == 0 else (True, -specs[name].dtype.itemsize)
 
-    # the checksum stands first, where no text of the metadata can be taken for it
+    # the checksum comes first, so that searching for it can't match metadata text
     header = {"__metadata__": {CHECKSUM: _NO_CHECKSUM, "format": "pt", METADATA: metadata}}
     starts, end = {}, 0
     for name in sorted(specs, key=place):
@@ -264,12 +268,12 @@ def _digest(name: str, spec: TensorSpec, tensors: Mapping[str, Tensor]) -> bytes
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove temporaries of this target whose writers are dead: a living one holds the lock."""
+    """Remove temporaries of this target whose writers are dead, that is, whose lock is free."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.\d+\.[0-9a-f]{{8}}\.part")
     for name in os.listdir(target.parent):
         if not pattern.fullmatch(name):
             continue
-        # gone by itself, or someone else's
+        # already removed, or another user's
         with contextlib.suppress(FileNotFoundError, PermissionError):
             descriptor = os.open(target.parent / name, os.O_RDWR)
             try:
@@ -282,7 +286,7 @@ def _remove_stale(target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # some network file systems can't sync folders; the file has its name by now
+    # some network file systems can't sync folders; the file is already in place, so ignore that
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

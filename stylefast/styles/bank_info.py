@@ -1,4 +1,4 @@
-"""What a style bank was made from: the fields by which a request finds out whether the bank fits it."""
+"""Provenance of style banks: the fields that decide whether a bank fits a request."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +14,7 @@ NOISES = ("generated", "forward", "ddim")
 
 @dataclass(frozen=True)
 class BankInfo:
-    """What a bank was made from; `check_fits` compares in the order of these fields. Raises StyleError."""
+    """Provenance of a bank; `StyleBank.check_fits` compares fields in this order. Raises StyleError for bad values."""
 
     format: int
     model: str
@@ -25,16 +25,16 @@ class BankInfo:
     schedule: str  # digest of the schedule's tables
     steps: int
     size: tuple[int, int]  # (width, height) in pixels
-    guidance: float | None  # None for a picture, whose latents don't depend on guidance
+    guidance: float | None  # None for a real picture, whose latents don't depend on guidance
     guidance_rescale: float | None
     branches: tuple[str, ...]
     negative_prompt: str
     prompt: str
     seed: int
-    noise: str  # "generated" from the prompt, or a picture brought to a noise level "forward" or by "ddim" inversion
+    noise: str  # "generated" from the prompt, or a picture noised "forward" or by "ddim" inversion
     references: int
-    layers: tuple[int, ...]  # stored self-attention layers, registry order; none in a bank of latents
-    styles: str  # digest of other styles that the reference shares, "" for none
+    layers: tuple[int, ...]  # stored self-attention layers, registry order; empty in a bank of latents
+    styles: str  # digest of the other styles shared with the reference, "" for none
     created: str  # UTC
     stylefast: str  # version
 
@@ -92,12 +92,15 @@ class BankInfo:
             raise StyleError(f"a bank with store={self.store!r} needs at least one self-attention layer")
 
     def to_json(self) -> dict:
-        """The fields as types that JSON knows, in their order."""
+        """Return the fields in order as JSON-compatible types."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, content: Mapping) -> "BankInfo":
-        """Back from `to_json`. Raises StyleError for another format first, then for missing or unknown fields."""
+        """Build from the output of `to_json`.
+
+        Raises StyleError for another format, then for missing or unknown fields, then for bad values.
+        """
         if not isinstance(content, Mapping):
             raise StyleError(f"the style bank's metadata is a {type(content).__name__} where an object is expected")
         names = [entry.name for entry in fields(cls)]

@@ -1,4 +1,4 @@
-"""Which tensors a style bank consists of, and how many bytes: counted from a UNet's config, before anything is run."""
+"""Tensors and sizes of style banks, computed from a UNet's config alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 
 
 class LayerShape(NamedTuple):
-    """One self-attention layer at one picture size."""
+    """Shape of one self-attention layer at one picture size."""
 
     tokens: int
     heads: int
@@ -27,7 +27,7 @@ class LayerShape(NamedTuple):
 
 
 class TensorSpec(NamedTuple):
-    """Type and shape of a tensor that need not exist yet."""
+    """Type and shape of a tensor, which may not exist yet."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -39,11 +39,11 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class BankShapes:
-    """Shapes of what a reference offers at one picture size, whichever part of it a bank stores."""
+    """Shapes of all features of a reference at one picture size, whether or not a bank stores them."""
 
     layers: tuple[LayerShape, ...]  # every self-attention layer of the UNet, registry order
     groups: tuple[int, ...]  # groups of every group norm, module order
-    norm_elements: tuple[int, ...]  # numbers behind one group's statistics
+    norm_elements: tuple[int, ...]  # elements in one group's statistics
     latents: tuple[int, int, int]  # (channels, height, width)
 
     def __post_init__(self):
@@ -62,9 +62,9 @@ class BankShapes:
 
     @classmethod
     def from_config(cls, config: Mapping, size: tuple[int, int], pixels_per_latent: int = 8) -> "BankShapes":
-        """Shapes for a UNet config in diffusers' format and a picture `size` (width, height) in pixels.
+        """Compute the shapes for a UNet config in diffusers format and a picture `size` (width, height) in pixels.
 
-        Raises StyleError for a size that is no multiple of `pixels_per_latent`.
+        Raises StyleError for a size that is not a multiple of `pixels_per_latent`.
         """
         width, height = size
         if min(size) < pixels_per_latent or width % pixels_per_latent or height % pixels_per_latent:
@@ -93,9 +93,9 @@ def bank_tensors(
     dtype: str,
     layers: Sequence[int],
 ) -> dict[str, TensorSpec]:
-    """Name -> type and shape of every tensor of a bank; per layer and norm [steps, branches, references, ...].
+    """Return name -> type and shape of every tensor of a bank; per layer and norm [steps, branches, references, ...].
 
-    Raises StyleError for a store or type that does not exist, and for a layer that the UNet does not have.
+    Raises StyleError for an unknown store or type, or a layer that the UNet does not have.
     """
     if store not in STORES:
         raise StyleError(f"store is {store!r}; a style bank holds one of {', '.join(STORES)}")
@@ -111,7 +111,7 @@ def bank_tensors(
     for layer in layers:
         shape = shapes.layers[layer]
         heads = (shape.heads, shape.d)
-        # keys and values side by side, so that one reference's page of a layer is one contiguous piece
+        # keys and values are adjacent, so that one reference's page of a layer is contiguous
         inner = (2, shape.tokens, *heads) if store == "kv" else (shape.tokens, shape.channels)
         tensors[f"{store}.{layer}"] = TensorSpec(kept, (*each, *inner))
         if kept == torch.float8_e4m3fn:
@@ -137,10 +137,10 @@ def bank_bytes(
     layers: Sequence[int] | None = None,
     pixels_per_latent: int = 8,
 ) -> int:
-    """Bytes of all tensors of a bank, statistics included; the file's header comes on top of it.
+    """Return the bytes of all tensors of a bank, statistics included, without the file's header.
 
     `size` is (width, height) in pixels, `layers` the stored self-attention layers (None: all). Latents are always
-    float32, so `dtype`, `branches` and `layers` have no part in a bank of latents.
+    float32, so a bank of latents ignores `dtype`, `branches` and `layers`.
     """
     shapes = BankShapes.from_config(unet_config, size, pixels_per_latent)
     return _bytes(shapes, steps, branches, references, store, dtype, layers)
@@ -154,9 +154,9 @@ def page_bytes(
     layers: Sequence[int] | None = None,
     pixels_per_latent: int = 8,
 ) -> int:
-    """Bytes of one page: what a bank holds of one reference at one step in one branch, over all stored layers.
+    """Return the bytes of one page: all data of one reference at one step in one branch, over all stored layers.
 
-    Raises StyleError for a bank of latents, which has no pages: its reference is run again.
+    Raises StyleError for a bank of latents, which has no pages because its reference is run again.
     """
     if store == "latents":
         raise StyleError("a bank of latents has no pages, its reference runs beside its readers; ask for kv or hidden")
@@ -174,7 +174,7 @@ def _bytes(shapes: BankShapes, steps, branches, references, store, dtype, layers
 
 
 def _areas(size: tuple[int, int], levels: int) -> list[int]:
-    """Pixels of the feature maps, finest first; a strided convolution rounds odd sides up."""
+    """Count the pixels of the feature maps, finest first; strided convolutions round odd sides up."""
     areas = []
     for _ in range(levels):
         areas.append(size[0] * size[1])
@@ -183,7 +183,7 @@ def _areas(size: tuple[int, int], levels: int) -> list[int]:
 
 
 def _norms(config: Mapping) -> list[tuple[int, int]]:
-    """(channels, level) of the UNet's group norms in module order: a block's resnets come before its attentions."""
+    """Return (channels, level) of the UNet's group norms in module order: a block's resnets before its attentions."""
     shape = UNetShape.from_config(config)
     last, first = len(shape.down) - 1, shape.down[0].channels
     norms, skips, width = [], [first], first

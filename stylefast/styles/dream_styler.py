@@ -1,12 +1,12 @@
 """DreamStyler: a learned style token with one vector set per noise stage, and the prompts of its guidance branches.
 
-Per request the text branches are
+The text branches of a request are
   full     the whole prompt, with the style token(s),
   context  the prompt without its style clause (no learned token, so the same at every stage),
   style    a content-free sentence with the style token(s),
-and a step at timestep t uses the vectors of stage floor(t T / 1000): stage 0 is the low-noise end. A style that the
-negative prompt names acts there, and in the prompt only if that names it too: most published embeddings for SDXL are
-made to be led away from.
+and a step at timestep t uses the vectors of stage floor(t T / 1000): stage 0 is the low-noise end. A style named in
+the negative prompt acts there, and in the prompt only if that names it too: most published embeddings for SDXL are
+negative embeddings.
 """
 
 import logging
@@ -32,10 +32,10 @@ STYLE_PROMPT = "A painting in the style of {style}"
 
 
 def stage_of(timestep: float, stages: int, num_train_timesteps: int = 1000) -> int:
-    """Noise stage of a timestep: floor(t T / num_train_timesteps), 0 = low noise, T-1 = high noise.
+    """Return the noise stage of a timestep: floor(t T / num_train_timesteps), 0 = low noise, T-1 = high noise.
 
-    Whole timesteps are computed in integers; fractional ones (Karras schedules) may reach `num_train_timesteps`, which
-    belongs to the last stage. Raises InvalidRequest for a timestep outside [0, num_train_timesteps].
+    Whole timesteps use integer arithmetic; fractional ones (Karras schedules) may reach `num_train_timesteps`, which
+    belongs to the last stage. Raises InvalidRequest for a timestep outside [0, num_train_timesteps] or stages below 1.
     """
     t = float(timestep)
     if stages < 1:
@@ -50,14 +50,14 @@ def stage_of(timestep: float, stages: int, num_train_timesteps: int = 1000) -> i
 class DreamStyler:
     """A learned style, as one argument of a request.
 
-    `embedding`: a StageEmbedding, or what `load_embedding` reads (a file, a folder, a pair of files).
+    `embedding`: a StageEmbedding, or a source for `load_embedding` (a file, a folder, a pair of files).
     `context`: words on the content, placed between the prompt's opening and the style clause, or at `{context}`.
     `guidance`: a StyleContextGuidance, or None for plain classifier-free guidance.
-    `stages`: style mixing by stage, {stage: style}, each a DreamStyler, a StageEmbedding or a file; the style named
-    there lends its vectors of that stage (a style of one stage lends its only ones).
-    `name`: the placeholder, `<name>` in prompts; the embedding's own name otherwise.
-    `template`: used for prompts that name neither `{style}` nor `<name>`; without `{style}` in it, such prompts stay as
-    they are. It is not used for a style that the negative prompt names. `style_prompt`: text of the style branch.
+    `stages`: style mixing by stage, {stage: style}, each a DreamStyler, a StageEmbedding or a file, whose vectors
+    replace that stage's (a style of one stage gives its only ones).
+    `name`: the placeholder, `<name>` in prompts; None: the embedding's own name.
+    `template`: applied to prompts that contain neither `{style}` nor `<name>`; without `{style}` in it, such prompts
+    raise PromptError. Not used for a style that the negative prompt names. `style_prompt`: text of the style branch.
     Raises StyleError for files and stages that do not fit.
     """
 
@@ -120,37 +120,37 @@ class DreamStyler:
 
     @property
     def stage_count(self) -> int:
-        """T, the number of noise stages."""
+        """Return T, the number of noise stages."""
         return self.embedding.stages
 
     def stage_vectors(self, stage: int) -> tuple[Tensor, Tensor]:
-        """Vectors of a stage for encoder 1 [n, width 1] and encoder 2 [n, width 2], style mixing applied."""
+        """Return a stage's vectors for encoder 1 [n, width 1] and encoder 2 [n, width 2], style mixing applied."""
         other = self.stages.get(stage)
         if other is None:
             return self.embedding.stage(stage)
         return other.stage(stage if other.stages > 1 else 0)
 
     def branch_prompts(self, prompt: str) -> dict[str, str]:
-        """Texts of the branches "full", "context" and "style" for one prompt; see `branch_prompts`."""
+        """Return the texts of the branches "full", "context" and "style" for one prompt; see `branch_prompts`."""
         return branch_prompts([self], prompt)
 
 
 def placed_styles(
     styles: Sequence[DreamStyler], prompt: str, negative_prompt: str
 ) -> tuple[list[DreamStyler], list[DreamStyler]]:
-    """Tell which styles act in the prompt, and which in the negative prompt; both are possible.
+    """Return the styles that act in the prompt, and those that act in the negative prompt; a style may be in both.
 
-    A style acts in the negative prompt if that names it, `<name>`, and in the prompt if that names it or the negative
-    prompt does not.
+    A style acts in the negative prompt if `<name>` occurs there, and in the prompt if `<name>` occurs there or not in
+    the negative prompt.
     """
     negative = [style for style in styles if f"<{style.name}>" in negative_prompt]
     return [style for style in styles if style not in negative or f"<{style.name}>" in prompt], negative
 
 
 def check_places(styles: Sequence[DreamStyler], prompt: str, negative_prompt: str, guided: bool) -> None:
-    """Refuse what a request's texts and learned styles can't do together, before anything is encoded.
+    """Check that a request's texts and learned styles fit together, before anything is encoded.
 
-    `guided`: whether the negative prompt is used at all. Raises PromptError and StyleError.
+    `guided`: whether the negative prompt is used at all. Raises PromptError or StyleError.
     """
     _check_styles(styles)
     if "{style}" in negative_prompt:
@@ -182,11 +182,11 @@ def check_places(styles: Sequence[DreamStyler], prompt: str, negative_prompt: st
 
 
 def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]:
-    """Texts of the branches "full", "context" and "style" for one prompt with one or several learned styles.
+    """Return the texts of the branches "full", "context" and "style" for one prompt with one or more learned styles.
 
-    `<name>` and `{style}` mark places of tokens; `{style}` takes all styles that the prompt does not name. Styles that
-    the prompt gives no place are added by the first one's template. Contexts go to `{context}`, else before the style
-    clause ("in the style of ..."). Raises PromptError where a text has no place for what it needs.
+    `<name>` and `{style}` mark where tokens go; `{style}` takes all styles that the prompt does not name. Styles that
+    have no place in the prompt are added by the first style's template. Contexts go to `{context}`, else before the
+    style clause ("in the style of ..."). Raises PromptError if a token or context has no place.
     """
     _check_styles(styles)
     if not isinstance(prompt, str) or not prompt.strip():
@@ -201,7 +201,7 @@ def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]
 
     text = prompt.strip()
     if "{style}" not in text and unnamed:
-        # braces that a user wrote must survive, so the slots are filled from left to right without str.format
+        # no str.format: other braces in the user's text must survive
         head, tail = styles[0].template.split("{prompt}", 1)
         text = head + text + tail
         if "{style}" not in text:
@@ -241,11 +241,10 @@ def prompts_per_step(
     *,
     say: bool = True,
 ) -> dict[str, list[Prompt]]:
-    """The Prompt of every branch at every step, ready for `TextEncoder.encode`.
+    """Build the Prompt of every branch at every step, for `TextEncoder.encode`.
 
-    `timesteps`: [steps], what the UNet is told. Steps of the same stages share one Prompt object per branch; the
-    context branch is the same object at every step. Warns (log) where a mixed stage is not visited by any step, unless
-    `say` is off.
+    `timesteps`: [steps], the UNet's time input. Steps of the same stages share one Prompt object per branch; the
+    context branch is one object for all steps. Logs a warning if no step visits a mixed stage, unless `say` is off.
     """
     texts = branch_prompts(styles, prompt)
     unknown = [branch for branch in branches if branch not in texts]
@@ -270,9 +269,9 @@ def negative_prompts(
     *,
     say: bool = True,
 ) -> list[Prompt]:
-    """The Prompt of the null branch at every step; an empty text is the model's own null prompt.
+    """Build the Prompt of the null branch at every step; an empty text means the model's own null prompt.
 
-    `styles`: those that the text names. Steps of the same stages share one Prompt object.
+    `styles`: the styles named in the text. Steps of the same stages share one Prompt object.
     """
     steps = _stages_per_step(styles, timesteps, num_train_timesteps, say)
     made = {
@@ -294,7 +293,7 @@ def _stages_per_step(
 
 
 def pooled_policy_of(styles: Sequence[DreamStyler]) -> str:
-    """Where the pooled state of a prompt with these styles is taken. Raises StyleError where they disagree."""
+    """Return the pooled policy that all styles share, "eos" without styles. Raises StyleError if they disagree."""
     policies = {style.embedding.pooled_policy for style in styles}
     if len(policies) > 1:
         found = ", ".join(f"{style.name}: {style.embedding.pooled_policy}" for style in styles)
@@ -305,7 +304,7 @@ def pooled_policy_of(styles: Sequence[DreamStyler]) -> str:
 def _load(source, name: str | None = None) -> tuple[StageEmbedding, str | tuple[str, ...] | None]:
     if isinstance(source, StageEmbedding):
         return source, None
-    # the model's widths are known only where the style meets the model
+    # widths are checked later, when the model is known
     embedding = load_embedding(source, name, widths=None)
     return embedding, tuple(map(str, source)) if isinstance(source, tuple | list) else str(source)
 

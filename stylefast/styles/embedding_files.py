@@ -1,4 +1,4 @@
-"""What other tools write for a learned style, read into one shape; kinds are told from the keys, not the name."""
+"""Readers of learned styles in many tools' formats, recognised by their keys, not by file names."""
 
 import os
 import re
@@ -22,7 +22,7 @@ _BOTH = (("stages.clip_l", "stages.clip_g"), ("clip_l", "clip_g"), ("text_encode
 
 @dataclass(frozen=True)
 class StyleFile:
-    """Vectors as read: `clip_l` [T, n, width 1], `clip_g` [T, n, width 2], and what the file says of itself."""
+    """Vectors as read: `clip_l` [T, n, width 1], `clip_g` [T, n, width 2], with the file's name and metadata."""
 
     path: str
     name: str
@@ -33,7 +33,7 @@ class StyleFile:
 
 
 def is_pair(source) -> bool:
-    """Whether `source` names two files, or a folder that holds diffusers' two."""
+    """Return whether `source` is a pair of files rather than one path. Raises StyleError if it is neither."""
     if isinstance(source, tuple | list):
         if len(source) != 2:
             raise StyleError(f"{len(source)} files given; a learned style is one file or a pair (encoder 1, encoder 2)")
@@ -44,9 +44,9 @@ def is_pair(source) -> bool:
 
 
 def read_single(source: str | os.PathLike, name: str | None = None) -> StyleFile:
-    """Read one file (or a folder of diffusers' two) that holds the vectors of both encoders.
+    """Read the vectors of both encoders from one file, or from a folder with diffusers' two.
 
-    `name` picks one of several embeddings in a LoRA file.
+    `name` picks one of several embeddings in a LoRA file. Raises StyleError for other files.
     """
     path = values.path("a learned style", source, error=StyleError)
     if os.path.isdir(path):
@@ -75,7 +75,7 @@ def read_single(source: str | os.PathLike, name: str | None = None) -> StyleFile
 
 
 def read_pair(first: str | Path, second: str | Path) -> StyleFile:
-    """Read two files with the vectors of one encoder each, in the order (encoder 1, encoder 2)."""
+    """Read two files with the vectors of one encoder each, in the order (encoder 1, encoder 2). Raises StyleError."""
     first, second = (values.path("a learned style", one, error=StyleError) for one in (first, second))
     tokens, rows = zip(*(_one_encoder(_unwrapped(_read(p)[0]), p) for p in (first, second)), strict=True)
     if rows[0].shape[:2] != rows[1].shape[:2]:
@@ -141,7 +141,7 @@ def _read(path: Path, name: str | None = None) -> tuple[Mapping | Tensor, dict[s
 
 
 def _bundled(path: Path, entries: Mapping[str, Entry], name: str | None) -> dict:
-    """The vectors of an embedding that lies in a LoRA file; `name` picks one of several."""
+    """Read the vectors of an embedding in a LoRA file; `name` picks one of several."""
     keys = [key.removeprefix(BUNDLE) for key in entries if key.startswith(BUNDLE)]
     names = sorted({key.partition(".")[0] for key in keys})
     if len(names) > 1 and name not in names:
@@ -152,7 +152,7 @@ def _bundled(path: Path, entries: Mapping[str, Entry], name: str | None) -> dict
 
 
 def _unwrapped(content) -> Mapping:
-    # A1111 keeps the tensors one level down, some of its exports name the single tensor emb_params
+    # A1111 nests the tensors in string_to_param, sometimes as a prefix of flat keys
     if isinstance(content, Mapping) and isinstance(content.get("string_to_param"), Mapping):
         return dict(content["string_to_param"]) | ({"name": content["name"]} if "name" in content else {})
     if isinstance(content, Mapping):

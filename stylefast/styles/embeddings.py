@@ -1,8 +1,8 @@
 """Learned style vectors and their files: one set of vectors per noise stage and text encoder.
 
-Own files are safetensors of the format `stylefast-msti/1`: `stages.clip_l` [T, n, width 1] and `stages.clip_g`
-[T, n, width 2], stage 0 for the low-noise end, beside `clip_l` [n, width 1] and `clip_g` [n, width 2], a single-stage
-fallback that every other tool reads. Files of other trainers are recognised from their keys.
+The native format is safetensors, `stylefast-msti/1`: `stages.clip_l` [T, n, width 1] and `stages.clip_g`
+[T, n, width 2], stage 0 being the low-noise end, plus `clip_l` [n, width 1] and `clip_g` [n, width 2], a single-stage
+fallback for other tools. Files of other trainers are recognised by their keys.
 """
 
 import os
@@ -75,28 +75,28 @@ class StageEmbedding:
 
     @property
     def stages(self) -> int:
-        """T, the number of noise stages; 1 for ordinary textual inversions."""
+        """Return T, the number of noise stages; 1 for ordinary textual inversions."""
         return self.clip_l.shape[0]
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Widths of the vectors for encoder 1 and encoder 2."""
+        """Return the widths of the vectors for encoder 1 and encoder 2."""
         return self.clip_l.shape[2], self.clip_g.shape[2]
 
     def stage(self, index: int) -> tuple[Tensor, Tensor]:
-        """Vectors of one stage, [n, width 1] and [n, width 2]. Raises StyleError beyond T-1."""
+        """Return the vectors of one stage, [n, width 1] and [n, width 2]. Raises StyleError beyond T-1."""
         if not 0 <= index < self.stages:
             raise StyleError(f"stage {index} of the style {self.name!r} does not exist; it has 0 to {self.stages - 1}")
         return self.clip_l[index], self.clip_g[index]
 
     def collapsed(self) -> "StageEmbedding":
-        """One stage for tools without stages: the mean direction over the stages, at their mean norm."""
+        """Return a single-stage version for tools without stages: the stages' mean direction at their mean norm."""
         return StageEmbedding(
             self.name, _mean_vector(self.clip_l), _mean_vector(self.clip_g), self.pooled_policy, self.metadata
         )
 
     def check_widths(self, widths: tuple[int, int]) -> None:
-        """Raise StyleError unless the vectors are as wide as the text encoders' tables."""
+        """Raise StyleError unless the vectors match the text encoders' embedding widths."""
         if self.widths != tuple(widths):
             raise StyleError(
                 f"the vectors of the style {self.name!r} are {self.widths[0]} and {self.widths[1]} wide, but the text "
@@ -116,10 +116,10 @@ def load_embedding(
     `source`: a file, a folder or a pair of files (encoder 1, encoder 2). Recognised: `stylefast-msti/1`; kohya, A1111
     and ComfyUI files with `clip_l` and `clip_g`; diffusers' `text_encoders_0/1`; diffusers' pair of one-key files (in a
     folder: `learned_embeds.safetensors` and `learned_embeds_2.safetensors`); pairs of A1111 `string_to_param` files, of
-    bare tensors and of DreamStyler `.bin` files with keys `<token>-T{k}`; an embedding inside of a LoRA file
-    (`bundle_emb.NAME.clip_l`), of several the one called `name`. One stage for what has no stages.
-    `name`: the placeholder; the file's own token or stem otherwise. `widths`: what the model takes, None to skip.
-    `pooled_policy`: overrules the file; files that diffusers trains default to "first_added_token", others to "eos".
+    bare tensors and of DreamStyler `.bin` files with keys `<token>-T{k}`; an embedding inside a LoRA file
+    (`bundle_emb.NAME.clip_l`), `name` picking one of several. Formats without stages give one stage.
+    `name`: the placeholder; None: the file's own token or stem. `widths`: the model's widths, None to skip the check.
+    `pooled_policy`: overrides the file; pairs and diffusers files default to "first_added_token", others to "eos".
     Raises StyleError for files that are missing, damaged, foreign, or made for another model.
     """
     file = read_pair(*source) if is_pair(source) else read_single(source, name)
@@ -135,9 +135,9 @@ def load_embedding(
 
 
 def save_embedding(embedding: StageEmbedding, path: str | Path, *, collapsed: bool = False) -> Path:
-    """Write a safetensors file, whole or not at all; returns its path.
+    """Write a safetensors file atomically; returns its path. Raises StyleError if it can't be written.
 
-    `collapsed` leaves out the stages and keeps `clip_l` and `clip_g` alone, for tools that mind further keys.
+    `collapsed` omits the stages and writes only `clip_l` and `clip_g`, for tools that reject further keys.
     """
     single = embedding.collapsed()
     tensors = {"clip_l": single.clip_l[0], "clip_g": single.clip_g[0]}
@@ -186,7 +186,7 @@ def _check_own_format(file: StyleFile) -> None:
 
 
 def _mean_vector(rows: Tensor) -> Tensor:
-    # [T, n, width] -> [1, n, width]; the plain mean is shorter than its parts, and short vectors act weaker
+    # [T, n, width] -> [1, n, width]; rescaled, since the plain mean is shorter than its parts and would act more weakly
     mean = rows.mean(dim=0, keepdim=True)
     if rows.shape[0] == 1:
         return mean

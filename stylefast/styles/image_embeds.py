@@ -1,7 +1,7 @@
-"""Image embeddings that were computed before: from memory, or from a file such as diffusers' users keep.
+"""Precomputed image embeddings, from tensors or files in diffusers format.
 
-diffusers' `prepare_ip_adapter_image_embeds` gives, per adapter, [2, pictures, width] with those of "no picture" first,
-or [1, pictures, width] without guidance; plus adapters have an axis of patches behind the pictures.
+diffusers' `prepare_ip_adapter_image_embeds` returns, per adapter, [2, pictures, width] with those of "no picture"
+first, or [1, pictures, width] without guidance; plus adapters add an axis of patches after the pictures.
 """
 
 import os
@@ -15,14 +15,14 @@ from stylefast.errors import ModelError, StyleError
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.tensor_files import is_pickle, load_pickle, open_safetensors
 
-MAX_VALUES = 2**26  # of one file or tensor: some hundred pictures' patch features
+MAX_VALUES = 2**26  # per file or tensor: patch features of some hundred pictures
 
 
 def read_image_embeds(source) -> tuple[Tensor, str | None]:
-    """Give embeddings as one float tensor, and the path that they were read from.
+    """Return embeddings as one float32 CPU tensor, and the path of their file or None.
 
-    `source`: a tensor, a list with one (diffusers has one tensor per adapter), or a file that holds either, safetensors
-    or pickled. Raises StyleError for anything else, and for values that are not finite.
+    `source`: a tensor, a list with one (diffusers has one tensor per adapter), or a safetensors or pickle file that
+    holds either. Raises StyleError for anything else, and for values that are not finite.
     """
     path = None
     if isinstance(source, (str, os.PathLike)):
@@ -44,7 +44,7 @@ def read_image_embeds(source) -> tuple[Tensor, str | None]:
             f"image_embeds has the shape {list(source.shape)}; it must be [pictures, width], or what "
             "prepare_ip_adapter_image_embeds gives"
         )
-    # a copy, since a request's pictures must not change with the caller's tensor
+    # copied so that later changes of the caller's tensor don't affect the request
     found = source.detach().to("cpu", torch.float32, copy=True)
     if not torch.isfinite(found).all():
         raise StyleError("image_embeds holds NaN or infinity; compute them again")
@@ -52,9 +52,9 @@ def read_image_embeds(source) -> tuple[Tensor, str | None]:
 
 
 def split_image_embeds(embeds: Tensor, adapter: IPAdapter) -> tuple[Tensor, Tensor | None]:
-    """Give what an adapter reads: features [pictures, ...] of the pictures, and of "no picture" where they are in.
+    """Split embeddings into an adapter's features [pictures, ...] and those of "no picture", or None without them.
 
-    Raises StyleError where the shape is none that the adapter's kind has.
+    Raises StyleError if the shape doesn't fit the adapter's kind.
     """
     axes = 2 if adapter.kind == "global" else 3
     shape = "[pictures, width]" if axes == 2 else "[pictures, patches, width]"
@@ -70,7 +70,7 @@ def split_image_embeds(embeds: Tensor, adapter: IPAdapter) -> tuple[Tensor, Tens
     if len(embeds) == 1:
         return embeds[0], None
     negative = embeds[0]
-    # the same for every picture, as a rule; then once is enough
+    # usually the same for every picture; then one is enough
     return embeds[1], negative[:1] if torch.equal(negative, negative[:1].expand_as(negative)) else negative
 
 

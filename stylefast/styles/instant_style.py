@@ -1,4 +1,4 @@
-"""InstantStyle: an image prompt that acts in the attention modules that carry style, and spares those of content.
+"""InstantStyle: an image prompt limited to the attention modules that carry style rather than content.
 
 Wang et al., "InstantStyle: Free Lunch towards Style-Preserving in Text-to-Image Generation", 2024. The method is
 IP-Adapter with one strength per attention module, and, optionally, a content text that is subtracted from the image
@@ -26,7 +26,7 @@ class Strengths(NamedTuple):
     """Weights of the image branch per attention module `[M]`, in execution order.
 
     A conditional row has one segment, the image tokens. An unconditional row has two: the image tokens and the
-    adapter's negative tokens. A module in which a segment's weight is zero leaves it out.
+    adapter's negative tokens. Modules skip segments of weight zero.
     """
 
     conditional: torch.Tensor
@@ -35,15 +35,15 @@ class Strengths(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Pictures whose tokens share one softmax, the mask that bounds them (None: everywhere), and their strength."""
+    """Pictures whose tokens share one softmax, their mask (None: everywhere) and their strength."""
 
-    pictures: tuple[PictureSource, ...]  # none where embeddings stand in their place
+    pictures: tuple[PictureSource, ...]  # empty if embeddings replace them
     mask: PictureSource | torch.Tensor | None
     scale: float
 
 
 class StyleTokens(NamedTuple):
-    """Per segment `[pictures * t, cross_dim]`, and what the unconditional rows see instead `[t, cross_dim]`."""
+    """Image tokens per segment `[pictures * t, cross_dim]`, and the unconditional rows' tokens `[t, cross_dim]`."""
 
     image: tuple[torch.Tensor, ...]
     negative: torch.Tensor
@@ -54,26 +54,26 @@ class InstantStyle:
     """The style of one or several pictures, through an IP-Adapter.
 
     - `image`: a picture or a list; without masks, a list acts like an average (one softmax over all tokens).
-    - `blocks`: where it acts. A preset ("style", "layout", "style+layout", "all", or a name out of `PRESETS`); a
-      dictionary in diffusers' format, `{"down": {"block_2": [0.0, 1.0]}, "mid": 0.5, "up": 1.0}`, where what is not
-      named is 0; or a list of substrings of layer names, `["up_blocks.0.attentions.1"]`.
-    - `scale`: strength, multiplied with the blocks' weights; with masks also one per picture.
+    - `blocks`: where it acts. A preset ("style", "layout", "style+layout", "all", or a name from `PRESETS`); a
+      dictionary in diffusers format, `{"down": {"block_2": [0.0, 1.0]}, "mid": 0.5, "up": 1.0}`, with 0 for blocks
+      not named; or a list of substrings of layer names, `["up_blocks.0.attentions.1"]`.
+    - `scale`: strength, multiplied with the blocks' weights; with masks, optionally one per picture.
     - `composition_scale`: strength in the layout module for the presets that name composition (None: `scale`).
-    - `style_boost`, `composition_boost`: for the presets ending in "precise", the absolute strength with which the
-      unconditional row sees the image, so that guidance leads away from it: in the layout module ("style transfer
-      precise"), or outside of it ("composition precise", a tenth of it outside the style module).
+    - `style_boost`, `composition_boost`: for the presets ending in "precise", the absolute strength of the image in
+      the unconditional row, so that guidance steers away from it: in the layout module ("style transfer precise"), or
+      outside of it ("composition precise", a tenth of it outside the style module).
     - `content`, `content_scale`: what the picture shows, in words, subtracted from its embedding:
       `e_image - content_scale * e_text`. Needs a global adapter whose encoder shares the space of the model's second
       text encoder; an embedding `[dim]` may be given in place of words for other encoders.
-    - `mask`: where it acts in the picture; one per image (None: everywhere), white acts. Each picture then has a
-      softmax of its own.
+    - `mask`: where it acts in the picture, white being active; one per image (None: everywhere). Each picture then
+      has its own softmax.
     - `window`: (start, end) as fractions of the steps; step i of n is inside if start <= i / n < end.
-    - `adapter`: name or path, for engines that hold several; None: the only one.
+    - `adapter`: name or path, for engines with several; None: the only one.
     - `crop`: how pictures become square: "center", "squash" or "pad".
-    - `negative_image`: a picture to lead away from, in place of the adapter's "no picture".
-    - `image_embeds`: in place of `image`, what the image encoder gave for the pictures: a tensor `[pictures, width]`
-      (plus adapters: `[pictures, patches, width]`), or what diffusers' `prepare_ip_adapter_image_embeds` returned, with
-      or without the embeddings of "no picture"; or a file of either.
+    - `negative_image`: a picture to steer away from, instead of the adapter's "no picture".
+    - `image_embeds`: the image encoder's output, instead of `image`: a tensor `[pictures, width]` (plus adapters:
+      `[pictures, patches, width]`), or the result of diffusers' `prepare_ip_adapter_image_embeds`, with or without the
+      embeddings of "no picture"; or a file of either.
 
     Raises StyleError at construction for values out of range.
     """
@@ -133,7 +133,7 @@ class InstantStyle:
         self._check_counts()
 
     def _check_counts(self, embedded: int | None = None) -> None:
-        # how many pictures embeddings stand for shows only beside the adapter
+        # the number of pictures in embeddings is known only together with the adapter
         count = len(self.pictures) if self.image_embeds is None else embedded or len(self.masks) or 1
         if self.masks and len(self.masks) != count:
             raise StyleError(f"{len(self.masks)} masks for {count} pictures; give one for each, or none")
@@ -146,21 +146,21 @@ class InstantStyle:
 
     @property
     def pictures(self) -> tuple[PictureSource, ...]:
-        """The pictures as a tuple, however they were given; none where there are embeddings in their place."""
+        """Return the pictures as a tuple; empty if embeddings replace them."""
         if self.image_embeds is not None:
             return ()
         return tuple(self.image) if isinstance(self.image, (list, tuple)) else (self.image,)
 
     @property
     def masks(self) -> tuple:
-        """One mask per picture, or none at all."""
+        """Return one mask per picture, or an empty tuple."""
         if self.mask is None:
             return ()
         return tuple(self.mask) if isinstance(self.mask, (list, tuple)) else (self.mask,)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """All pictures as one segment, or, with masks, each picture as one of its own."""
+        """Return all pictures as one segment or, with masks, one segment per picture."""
         scales = tuple(self.scale) if isinstance(self.scale, (list, tuple)) else (self.scale,)
         if not self.masks:
             return (Segment(self.pictures, None, float(scales[0])),)
@@ -171,25 +171,25 @@ class InstantStyle:
 
     @property
     def own_negative(self) -> bool:
-        """Whether unconditional rows may see something of this style's own, in place of the adapter's "no picture"."""
+        """Return whether the style may replace the adapter's "no picture" in unconditional rows."""
         return self.negative_image is not None or self.image_embeds is not None
 
     @property
     def needs_guidance(self) -> bool:
-        """Whether the preset works through the unconditional row and so means nothing without guidance."""
+        """Return whether the preset acts through the unconditional row, so that it needs guidance."""
         return isinstance(self.blocks, str) and _spelled(self.blocks) in _PRECISE
 
     def active(self, step: int, steps: int) -> bool:
-        """Whether the style acts in step `step` of `steps`, counted from 0."""
+        """Return whether the style acts in step `step` (0-based) of `steps`."""
         return self.window[0] <= step / steps < self.window[1]
 
     def strengths(self, layout: AttentionLayout, guided: bool, segment: int = 0) -> Strengths:
-        """Weights of segment `segment` per attention module of `layout`.
+        """Return the weights of segment `segment` per attention module of `layout`.
 
-        Plain presets give the negative tokens of the unconditional row the conditional row's weights. In the modules
-        where "precise" presets swap the roles, the conditional row sees no image and the unconditional row sees the
-        image in place of the negative tokens. `guided` is false where no unconditional row exists (guidance <= 1).
-        Raises StyleError if the preset needs one, or the model lacks the modules that `blocks` names.
+        Plain presets weight the unconditional row's negative tokens like the conditional row's image. In the modules
+        where "precise" presets swap the roles, the conditional row gets no image, and the unconditional row gets the
+        image instead of the negative tokens. `guided` is false without an unconditional row (guidance <= 1).
+        Raises StyleError if the preset needs one, or if the model lacks the modules that `blocks` names.
         """
         if self.needs_guidance and not guided:
             raise StyleError(
@@ -204,7 +204,7 @@ class InstantStyle:
         return Strengths(conditional, swapped, conditional.clone())
 
     def _weights(self, layout: AttentionLayout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights of the usual modules, and of those with swapped roles; no module has both."""
+        """Return the weights of the usual modules, and of those with swapped roles; no module has both."""
         modules = layout.modules
         usual, swapped = torch.zeros(len(modules)), torch.zeros(len(modules))
         if isinstance(self.blocks, Mapping):
@@ -216,7 +216,7 @@ class InstantStyle:
         composition = scale if self.composition_scale is None else self.composition_scale
         if preset in _WITHOUT_MODULES:
             return scale * torch.tensor(_WITHOUT_MODULES[preset](modules)), swapped
-        # a smaller model of the family may lack the one module and still take presets that need the other alone
+        # a smaller model of the family may lack one module and still support presets that need only the other
         style = composed = None
         if preset not in ("composition", "strong style transfer", "strong style and composition"):
             style = [_find(module, modules, preset) for module in layout.style_modules]
@@ -242,9 +242,9 @@ class InstantStyle:
         return usual, swapped
 
     def check_adapter(self, adapter: IPAdapter, text_dim: int) -> None:
-        """Raise AdapterError or StyleError for what this style can't do with an adapter, before anything is encoded.
+        """Raise AdapterError or StyleError if the style doesn't fit the adapter, before anything is encoded.
 
-        `text_dim`: width of the embedding of words.
+        `text_dim`: width of the text embedding of `content`.
         """
         if self.content is not None and adapter.kind != "global":
             raise AdapterError(
@@ -266,8 +266,8 @@ class InstantStyle:
     def tokens(self, adapter: IPAdapter, encoder: ImageEncoder, content: torch.Tensor | None = None) -> StyleTokens:
         """Encode the pictures.
 
-        `content` is the embedding `[dim]` of the words in `self.content`: the pooled state of the model's second text
-        encoder. It is needed if `self.content` holds words. Raises AdapterError if the adapter can't subtract.
+        `content`: the embedding `[dim]` of the words in `self.content`, the pooled state of the model's second text
+        encoder; required if `self.content` is text. Raises AdapterError or StyleError as `check_adapter` does.
         """
         embedding = self.content if isinstance(self.content, torch.Tensor) else content
         if isinstance(self.content, str) and embedding is None:
@@ -290,10 +290,10 @@ class InstantStyle:
 
 
 def subtract_content(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: float) -> torch.Tensor:
-    """`e_image - scale * e_text`; neither side is normalised.
+    """Return `e_image - scale * e_text`; neither side is normalised.
 
     `image_embeds` `[n, dim]` are the image encoder's projected embeddings, `text_embeds` `[dim]` or `[1, dim]` the
-    projected end-of-text state of a text tower that shares their space. Raises AdapterError where it does not.
+    projected end-of-text state of a text tower in the same space. Raises AdapterError if the shapes don't fit.
     """
     if image_embeds.ndim != 2:
         raise AdapterError(
@@ -314,7 +314,7 @@ def _check_space(shape: tuple[int, ...], width: int) -> None:
 
 
 def _ramp(value: Callable[[float], float]) -> Callable[[Sequence[str]], list[float]]:
-    """A preset that runs over the modules: `value` of the place as a fraction in [0, 1)."""
+    """Return a preset with the weights 0.05 + 0.95 * `value`(t), t being a module's position in [0, 1)."""
     return lambda modules: [0.05 + 0.95 * value(t / len(modules)) for t in range(len(modules))]
 
 
@@ -362,7 +362,7 @@ _ALIASES = {
 
 
 def _spelled(name: str) -> str:
-    """The name in `PRESETS` that a user's spelling means, or the spelling itself."""
+    """Return the name in `PRESETS` for a user's spelling, or the normalised spelling itself."""
     words = " ".join(name.lower().replace("_", " ").replace("-", " ").split()).replace(" + ", "+")
     return _ALIASES.get(words, words)
 

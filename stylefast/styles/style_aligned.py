@@ -20,7 +20,7 @@ MODES = ("concat", "swap")
 NOISES = ("forward", "ddim")
 PARTS = ("q", "k", "v")
 _FLAGS = ("share_attention", "share_group_norm", "share_layer_norm", "full_attention_share", "share_styles")
-# name -> lowest, highest, and what is let through beside them
+# name -> lowest, highest, further allowed values
 _NUMBERS = {
     "scale": (-values.MAX_STRENGTH, values.MAX_STRENGTH, ()),
     "shift": (-values.MAX_STRENGTH, values.MAX_STRENGTH, (-math.inf,)),
@@ -31,34 +31,33 @@ _NUMBERS = {
 
 @dataclass(frozen=True, eq=False)
 class StyleAligned:
-    """Take the style of a reference through shared self-attention.
+    """Style of a reference, applied through shared self-attention.
 
-    With neither `reference` nor `prompt`, the first prompt of the call that carries this object is the reference.
+    With neither `reference` nor `prompt`, the first prompt of the call with this object is the reference.
 
     Args:
         reference: a picture (path, PIL image), or a list of them; their latents are noised along the schedule. Or a
-            `StyleBank`, whose reference was run once and for all: prompt, seed, noise and share_styles are then the
-            bank's, and the rest of the arguments is free.
+            `StyleBank` with a precomputed reference: prompt, seed, noise and share_styles are then fixed by the bank,
+            the other arguments can be set freely.
         prompt: what the reference shows; without a picture, the reference is generated from it and not returned.
         adain: which of "q", "k", "v" take the reference's token statistics, or their strengths, {"q": 1.0, "k": 0.5}.
-            With several references the statistics are the first one's.
-        scale: multiplies the logits against the reference's tokens; below 1 holds a dominant reference back.
+            With several references, the first one's statistics are used.
+        scale: multiplies the logits of the reference's tokens; values below 1 weaken a dominant reference.
         shift: added to those logits; log(c) counts every reference token c times.
         mode: "concat" (own and reference tokens) or "swap" (reference tokens only, arXiv 2402.12974).
         layers: "all", or substrings of layer names ("up_blocks", "up_blocks.0.attentions.1"); other layers stay plain.
-        only_self_level: fraction of self-attention layers left plain, spread out as in the reference code.
-        share_attention: False keeps AdaIN and leaves the reference's keys and values out.
+        only_self_level: fraction of self-attention layers left plain, distributed as in the reference code.
+        share_attention: False keeps AdaIN and omits the reference's keys and values.
         share_group_norm: pool the statistics of every group norm with the reference's.
-        share_layer_norm: accepted for parity; a layer norm works per token, so this changes nothing.
+        share_layer_norm: accepted for parity; has no effect, since layer norms work per token.
         full_attention_share: the paper's ablation: all pictures attend to all, without AdaIN, scale and shift.
-        noise: how a real picture is brought to a step's noise level. "forward" noises it with one fixed noise; "ddim"
-            inverts it under `prompt`, as the authors' notebook does, for scheduler "ddim" only and at the cost of one
-            more picture.
+        noise: how a real picture is brought to a step's noise level. "forward" adds one fixed noise; "ddim" inverts it
+            under `prompt`, as in the authors' notebook, for scheduler "ddim" only and at the cost of one more picture.
         inversion_guidance: guidance of that inversion.
-        seed: of the reference's noise, None or -1 for a random one (if the reference is the first prompt, it has its
+        seed: seed of the reference's noise, None or -1 for a random one (a reference that is the first prompt uses its
             request's seed).
         share_styles: whether the request's other styles apply to the reference as well.
-        window: (start, end) in fractions of the steps outside of which rows are plain.
+        window: (start, end) in fractions of the steps; outside of it, rows are plain.
 
     Raises StyleError for values out of range.
     """
@@ -118,7 +117,7 @@ class StyleAligned:
             raise StyleError("full_attention_share joins the pictures of one call; it takes no reference or prompt")
 
     def adain_strengths(self) -> dict[str, float]:
-        """Strength per part; parts that are not named are 0."""
+        """Return the strength per named part; other parts are absent and count as 0."""
         if isinstance(self.adain, Mapping):
             return {part: float(strength) for part, strength in self.adain.items()}
         return dict.fromkeys(self.adain, 1.0)
@@ -133,18 +132,18 @@ class StyleAligned:
 
     @property
     def bank(self) -> StyleBank | None:
-        """The style bank that stands in place of a reference, if any."""
+        """Return the style bank given as reference, or None."""
         return self.reference if isinstance(self.reference, StyleBank) else None
 
     @property
     def references(self) -> list:
-        """The reference pictures, possibly none."""
+        """Return the reference pictures, possibly none."""
         if self.reference is None or self.bank is not None:
             return []
         return list(self.reference) if isinstance(self.reference, (list, tuple)) else [self.reference]
 
     def layer_mask(self, layout: AttentionLayout) -> torch.Tensor:
-        """[layers] bool in registry order: where the style applies. Raises StyleError if `layers` matches none."""
+        """Return the layers that use the style, [layers] bool in registry order. Raises StyleError if none match."""
         names = [layer.name for layer in layout.layers]
         if self.layers == "all":
             chosen = torch.ones(len(names), dtype=torch.bool)
@@ -183,9 +182,9 @@ def _checked_adain(adain) -> tuple[str, ...] | dict[str, float]:
 
 
 def plain_layers(count: int, level: float) -> torch.Tensor:
-    """[count] bool: the layers that `only_self_level` leaves plain, by the counting rule of the reference code.
+    """Return the layers that `only_self_level` leaves plain, [count] bool, by the counting rule of the reference code.
 
-    A level that rounds to no layer leaves none plain (from below 1/2) or all (from above).
+    A level too near to 0 or 1 to make up a whole layer leaves none or all plain, respectively.
     """
     inverted = level > 0.5
     switched = int((1 - level if inverted else level) * count)
