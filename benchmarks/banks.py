@@ -1,11 +1,11 @@
-"""What style banks cost at SDXL's size, kind by kind of storage: bytes, time to bring pages, added work, error.
+"""Cost of style banks at SDXL's size, by kind of storage: bytes, time to fetch pages, added work, error.
 
     python -m benchmarks banks --device cpu [--rounds 3]
 
-Writes benchmarks/results/banks-cpu.json. Bytes and work are counted. Times are those of SDXL's own page layout and
-projections at full width, of which nothing else exists: a bank of one step with random content is written for each
-kind, and its two pages are brought from the system's page cache into a pool of two pages in fp32. Errors are those of
-the embedded model's pictures against the same pictures beside a reference that runs along.
+Writes benchmarks/results/banks-cpu.json. Bytes and work are counted. Times are measured with only SDXL's page layout
+and projections at full width: for each kind, a bank of one step with random content is written, and its two pages are
+fetched from the system's page cache into a pool of two fp32 pages. Errors are measured on the embedded model, against
+the same pictures with a live reference.
 """
 
 import argparse
@@ -42,21 +42,21 @@ from stylefast.styles.bank_size import BankShapes, bank_bytes, page_bytes
 RESULTS = Path(__file__).parent / "results"
 SIZE, STEPS, HALVES = (1024, 1024), 30, ("null", "full")
 MODES = [(store, kind) for store in ("kv", "hidden") for kind in DTYPES] + [("latents", "fp32")]
-# bytes a second that a GPU sustains from pinned memory: PCIe 5 and 4, 16 lanes
+# sustained bytes per second from pinned memory to a GPU: PCIe 5 and 4, 16 lanes
 BUSES = {"pcie5": 55e9, "pcie4": 25e9}
 TARGETS = 4
 
 
 def counted_modes(config: Mapping, row_flop: int, size=SIZE, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Of every kind of storage: bytes of the bank and of one step, and the work that it adds to a step."""
+    """Count, for every kind of storage, the bytes of the bank and of one step, and the work added to a step."""
     shapes = BankShapes.from_config(config, size)
-    # keys and values of every layer, a multiplication and an addition each
+    # keys and values of every layer; a multiply-add counts as two operations
     projections = sum(2 * 2 * layer.tokens * layer.channels**2 for layer in shapes.layers)
     added = {"kv": 0, "hidden": projections, "latents": row_flop}
     found = []
     for store, kind in MODES:
         dtype = DTYPES[kind]
-        # one picture of latents serves both halves
+        # one picture's latents serve both halves
         step = (
             4 * math.prod(shapes.latents)
             if store == "latents"
@@ -75,7 +75,7 @@ def counted_modes(config: Mapping, row_flop: int, size=SIZE, steps: int = STEPS)
 
 
 def counted_layers(config: Mapping, size=SIZE, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Of banks with fewer layers or one half: bytes, and milliseconds of a bus for one step's pages."""
+    """Count the bytes of banks with fewer layers or one half, and a bus's milliseconds for one step's pages."""
     layers = AttentionLayout.from_config(config).layers
     up = [i for i, layer in enumerate(layers) if layer.name.startswith("up_blocks")]
     style = [i for i, layer in enumerate(layers) if layer.module == STYLE_MODULE]
@@ -104,7 +104,7 @@ def counted_layers(config: Mapping, size=SIZE, steps: int = STEPS) -> list[dict[
 
 
 def row_flop(config: Mapping) -> int:
-    """Floating point operations of one row of a UNet call, by PyTorch's counter on tensors without memory."""
+    """Count the floating point operations of one row of a UNet call, with PyTorch's counter on meta tensors."""
     from diffusers import UNet2DConditionModel
 
     side, pooled = config["sample_size"], _pooled_width(config)
@@ -119,7 +119,7 @@ def row_flop(config: Mapping) -> int:
 
 
 def whole_config(given: Mapping) -> dict:
-    """A UNet config with diffusers' defaults filled in."""
+    """Return a UNet config with diffusers' defaults filled in."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -127,10 +127,10 @@ def whole_config(given: Mapping) -> dict:
 
 
 def projecting_unet(config: Mapping, seed: int = 0) -> UNet:
-    """A UNet without memory, but for the projections to keys and values, which are random, packed and ready."""
+    """Make a UNet on the meta device, except the projections to keys and values, which are random and packed."""
     with torch.device("meta"):
         unet = UNet(dict(config)).requires_grad_(False).eval()
-    # what tells type and device
+    # the UNet takes its dtype and device from this layer
     unet.conv_in = nn.Conv2d(config["in_channels"], config["block_out_channels"][0], 3, padding=1)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -142,13 +142,13 @@ def projecting_unet(config: Mapping, seed: int = 0) -> UNet:
                 )
                 projection.weight = nn.Parameter(weight, requires_grad=False)
                 pack(projection)
-            # enough tokens for the packed form, which is made at the first call
+            # enough tokens to trigger the packed form, which is built on the first call
             attention.key_values(torch.zeros(1, 64, layer.channels))
     return unet
 
 
 def fetched(unet: UNet, size, rounds: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(store, type, measurement) of bringing the two pages of a step into the pool."""
+    """Yield (store, type, measurement) of fetching the two pages of a step into the pool."""
     shapes = BankShapes.from_config(unet.config, size)
     pages = BankPages(unet, shapes.latents[1:], slots=len(HALVES))
     features = _features(shapes)
@@ -167,7 +167,7 @@ def fetched(unet: UNet, size, rounds: int) -> Iterator[tuple[str, str, dict[str,
                 pages.release(keys)
                 pages.clear()
             del bank, keys
-        # the first round maps the file
+        # the first round reads the file into the page cache
         seconds = statistics.median(samples[1:])
         yield (
             store,
@@ -216,7 +216,7 @@ def _written(path: Path, unet: UNet, shapes: BankShapes, features: ReferenceFeat
 
 
 def _features(shapes: BankShapes) -> ReferenceFeatures:
-    """Random features; layers of one shape hold the same numbers, which no copy can tell."""
+    """Return random features; layers of the same shape share their values, which does not affect copying."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -237,9 +237,9 @@ def _features(shapes: BankShapes) -> ReferenceFeatures:
 
 
 def errors(steps: int, targets: int) -> dict[str, dict[str, float]]:
-    """By "store type", and for "no style": how far pictures are from those beside a live reference.
+    """Return, by "store type" and for "no style", how far pictures are from those with a live reference.
 
-    Two styles, one named by a prompt and one of a picture. "latents": the largest difference over the largest value;
+    Two styles: one named by a prompt and one of a picture. "latents": the largest difference over the largest value;
     "max_255" and "mean_255": of the pictures' bytes.
     """
     engine = sf.Engine.from_pretrained("tiny", device="cpu", dtype="float32")
@@ -278,7 +278,7 @@ def _apart(results: list, expected: list) -> dict[str, float]:
 
 
 def measure(quick: bool, rounds: int) -> dict[str, Any]:
-    """The content of the results file."""
+    """Return the content of the results file."""
     start = time.perf_counter()
     found_environment = environment("cpu")
     given = sdxl_config()
@@ -318,7 +318,7 @@ def measure(quick: bool, rounds: int) -> dict[str, Any]:
 
 
 def modes_table(content: Mapping) -> str:
-    """Every kind of storage as a Markdown table, for docs/banks.md."""
+    """Format every kind of storage as a Markdown table, for docs/banks.md."""
     lines = [
         "| store, type | bank, bytes | one step, bytes | its pages, on this CPU | added work a step | latents off by "
         "| pictures off by: max, mean of 255 |",
@@ -337,7 +337,7 @@ def modes_table(content: Mapping) -> str:
 
 
 def layers_table(content: Mapping) -> str:
-    """Banks of fewer layers, and what a bus needs for them, as a Markdown table."""
+    """Format banks with fewer layers, and their bus times, as a Markdown table."""
     lines = [
         "| what is stored | layers | type | bank, bytes | one step, bytes | PCIe 5, 55 GB/s | PCIe 4, 25 GB/s |",
         "|---|---|---|---|---|---|---|",

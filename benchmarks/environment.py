@@ -1,4 +1,4 @@
-"""What a measurement was taken on: machine, versions, commit, date."""
+"""The environment of a measurement: machine, versions, commit, date."""
 
 import os
 import platform
@@ -12,12 +12,15 @@ import torch
 
 import stylefast
 
-# what the C++ kernels choose their instructions by
+# CPU features by which the C++ kernels select instructions
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16")
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Ready for JSON. `device`: "cpu" or "cuda"; a GPU adds its name, memory, L2, driver, CUDA and cuDNN."""
+    """Return the environment, ready for JSON.
+
+    device: "cpu" or "cuda"; a GPU adds its name, memory, L2, driver, CUDA and cuDNN.
+    """
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "stylefast": stylefast.__version__,
@@ -30,7 +33,7 @@ def environment(device: str) -> dict[str, Any]:
         "cpu_features": cpu_features(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        # of the last minute: near 0 on a machine that has nothing else to do
+        # of the last minute: near 0 on an idle machine
         "load_before": round(os.getloadavg()[0], 2),
     }
     if device == "cuda":
@@ -49,18 +52,18 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def cpu_features() -> list[str]:
-    """Those of `CPU_FEATURES` that this CPU reports; empty where the system does not say."""
+    """Return the `CPU_FEATURES` that this CPU reports; empty if the system does not tell."""
     flags = set(_cpuinfo("flags").split())
     return [name for name in CPU_FEATURES if name in flags]
 
 
 def cpu_model() -> str:
-    """The CPU's name, or its architecture where the system does not say."""
+    """Return the CPU's name, or its architecture if the system does not tell."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
-    """The checkout's commit, "+changes" behind it where files differ from it; None outside git."""
+    """Return the checkout's commit, followed by "+changes" if files differ from it; None outside git."""
     folder = Path(__file__).parent
     head = _output("git", "-C", str(folder), "rev-parse", "--short=12", "HEAD")
     if not head:

@@ -1,7 +1,7 @@
 """SDXL at full size through the exporters: ONNX and TensorRT-RTX engines of all flavours, random weights.
 
-Every stage runs in a process of its own, whose time and peak of memory are taken. Weights are drawn one by one, so that
-nothing but the exporter decides on memory. Takes some 20 GB of disk, and the memory that it reports.
+Every stage runs in its own process, whose time and peak memory are measured. Weights are generated one at a time, so
+that only the exporter determines the memory use. Takes some 20 GB of disk, and the memory that it reports.
 
     python -m benchmarks export_sdxl                         # all flavours, ONNX and an engine for sm89
     python -m benchmarks export_sdxl --flavours banked --targets sm89,sm120
@@ -48,13 +48,13 @@ CONFIG = {
 
 
 class RandomWeights(Mapping):
-    """A UNet's parameters, drawn when they are read and not kept."""
+    """A UNet's parameters, generated on each access and not kept."""
 
     def __init__(self, unet: UNet, dtype: torch.dtype):
         self._held, self._dtype = {name: x.shape for name, x in unet.state_dict().items()}, dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        # unlike one another: builders store equal weights once
+        # all different, because builders store equal weights only once
         shape, draw = self._held[name], torch.Generator().manual_seed(zlib.crc32(name.encode()))
         if len(shape) == 1:
             return torch.full(shape, float(name.endswith("weight")), dtype=self._dtype)
@@ -69,13 +69,13 @@ class RandomWeights(Mapping):
 
 
 def meta_unet(dtype: torch.dtype) -> UNet:
-    """SDXL's UNet without weights."""
+    """Make SDXL's UNet without weights."""
     with torch.device("meta"):
         return UNet(CONFIG).to(dtype).eval().requires_grad_(False)
 
 
 def write_onnx(folder: Path, flavour: str, dtype: torch.dtype) -> dict:
-    """One flavour's graph; the first one in a folder writes the weights, too."""
+    """Export one flavour's graph; the first one in a folder also writes the weights."""
     from stylefast.export.onnx_file import StoredTensor, WeightFile
     from stylefast.export.onnx_graphs import WEIGHTS, export_unet
 
@@ -104,7 +104,7 @@ def _check(graph: Path) -> dict:
 
 
 def build(folder: Path, flavour: str, targets: list[str], dtype: torch.dtype) -> dict:
-    """One flavour's engine, which is removed again when its size is known."""
+    """Build one flavour's engine; it is deleted once its size is known."""
     from stylefast.export.tensorrt_build import build_engine
     from stylefast.export.tensorrt_profiles import Profile
 
@@ -129,7 +129,7 @@ def build(folder: Path, flavour: str, targets: list[str], dtype: torch.dtype) ->
 
 
 def in_process(stage: list[str]) -> dict:
-    """A stage of this file in a fresh process: what it printed, seconds, and the peak of its memory in GB."""
+    """Run a stage of this file in a fresh process; return its output, seconds, and its peak memory in GB."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.export_sdxl", *stage]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
@@ -141,7 +141,7 @@ def in_process(stage: list[str]) -> dict:
 
 
 def markdown(content: dict) -> str:
-    """The rows of a results file as the table of docs/export.md."""
+    """Format a results file as the table of docs/export.md."""
     names = (
         "flavour",
         "inputs",

@@ -1,10 +1,10 @@
-"""Exported engines against the engine as it is written: their pictures, their seconds, and what exporting takes.
+"""Exported engines against the torch or compile backend: their pictures, their seconds, and the cost of exporting.
 
     python -m benchmarks exports                              # the embedded model in fp32: onnxruntime and aoti
-    python -m benchmarks exports --device cuda --minutes 9    # SDXL's size in fp16: they and tensorrt against compile
+    python -m benchmarks exports --device cuda --minutes 9    # SDXL's size in fp16: also tensorrt, against compile
 
-Exports go to a temporary folder. Pictures are compared at equal seeds, by the lowest peak signal-to-noise ratio of a
-case's pictures; contestants take turns. What can't run here stands in the results with the reason. Writes
+Exports go to a temporary folder. Pictures are compared at equal seeds, by the lowest peak signal-to-noise ratio among a
+case's pictures; contestants take turns. Results name what can't run here, with the reason. Writes
 benchmarks/results/exports-<device>.json. Exit code: 0 if every goal of the chosen cases holds, 1 if one was missed or
 could not be measured, 2 for what can't be measured here.
 """
@@ -38,24 +38,24 @@ from stylefast.kernels.gpu.timing import one_line
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = {"onnxruntime": "onnx", "aoti": "aoti", "tensorrt": "tensorrt"}  # backend -> kind of export
-# what exported engines are held against, and which of them run
+# the baseline of exported engines, and the backends that run
 PEERS = {"cpu": "torch", "cuda": "compile"}
 RUN = {"cpu": ("onnxruntime", "aoti"), "cuda": ("onnxruntime", "aoti", "tensorrt")}
 DTYPES = {"cpu": "float32", "cuda": "float16"}
-CHIPS = ("sm89", "sm120")  # for which engines are built on a machine without a GPU
+CHIPS = ("sm89", "sm120")  # targets of engines built on a machine without a GPU
 LEAST_DB = 40.0
 SIDES, COUNTS = {"cpu": (64, 256), "cuda": (1024,)}, (1, 4)
 STEPS = {"cpu": 20, "cuda": 30}
 MINUTES = {"cpu": 60.0, "cuda": 9.0}
-# seconds that must be left to begin, where a model is large
+# seconds that must be left to begin a case with a large model
 LONGEST = {"onnxruntime": 60.0, "aoti": 150.0, "tensorrt": 300.0}
 STYLES = ("plain", "StyleAligned, live", "bank", "InstantStyle", "DreamStyler", "mixed batch of 8")
 
 
 class Bench:
-    """What the cases share, each made when first asked for: exports in `folder`, an engine for every backend.
+    """State shared by the cases, created on first use: exports in `folder`, an engine per backend.
 
-    quick: two steps, one round, and the model that is small.
+    quick: two steps, one round, and a small model.
     """
 
     def __init__(self, device: str, folder: Path, quick: bool = False, backends: Sequence[str] = ()):
@@ -69,7 +69,7 @@ class Bench:
 
     @cached_property
     def pipeline(self):
-        """On a GPU: random weights at SDXL's size."""
+        """Make the pipeline for GPU runs: random weights at SDXL's size."""
         if self.quick:
             unet, texts = unet_config((32, 64, 64), cross_dim=128, pooled_dim=64, time_dim=16, side=16), (64, 64)
             vae = vae_config((32, 32, 32, 32), 1)
@@ -78,7 +78,7 @@ class Bench:
         return random_pipeline(unet, texts, vae, self.device, getattr(torch, self.dtype))
 
     def source(self, dtype: str) -> Source:
-        """The model to export, a new one at each call: an export may take its weights."""
+        """Load the model to export, anew at each call: an export may consume its weights."""
         if self.device == "cpu":
             return load_source("tiny", dtype, version=sf.__version__)
         from stylefast.models.checkpoint import from_pipeline
@@ -91,14 +91,14 @@ class Bench:
         return Source(parts.name, parts.fingerprint, unet, parts.vae, text, {}, sf.__version__)
 
     def options(self, backend: str) -> Options:
-        """What is exported: on a GPU the live graph alone. Raises StyleFastError for what can't run here."""
+        """Return a backend's export options; on a GPU only the live graph. Raises StyleFastError if it can't run."""
         kind, given = KINDS[backend], {"dtype": self.dtype}
         if self.device == "cuda":
             given |= {"flavours": ("live",), "components": ("unet",)}
         if kind == "aoti":
             given["targets"] = (self.device,)
         if kind == "tensorrt" and self.device == "cpu":
-            # built and not run
+            # built but not run
             given |= {"dtype": "float16", "targets": CHIPS, "profiles": ("rows=1:4:8,size=64x64:64x64:256x256",)}
         elif kind == "tensorrt":
             given |= {"targets": (present_target(),), "profiles": ("rows=2:2:8,text_pages=1:2:64",)}
@@ -111,7 +111,7 @@ class Bench:
         return options
 
     def why_not(self, backend: str) -> str:
-        """Why a backend is not exported for here; the empty string if it can be."""
+        """Return why a backend can't be exported for here; "" if it can."""
         try:
             self.options(backend)
         except StyleFastError as error:
@@ -119,7 +119,7 @@ class Bench:
         return ""
 
     def export(self, backend: str) -> tuple[float, Manifest]:
-        """Seconds from the loaded model to the folder, and its manifest."""
+        """Export the loaded model; return the seconds taken and the manifest."""
         options, source = self.options(backend), self.source(self.options(backend).dtype)
         folder = self.folder / backend
         start = time.perf_counter()
@@ -130,7 +130,7 @@ class Bench:
         return seconds, manifest
 
     def engine(self, backend: str) -> sf.Engine:
-        """With the export that was made for it."""
+        """Return the backend's engine, with the export made for it."""
         if backend not in self._engines:
             options = {"backend": backend} | ({"engines": self.made[backend]} if backend in KINDS else {})
             if self.device == "cpu":
@@ -141,7 +141,7 @@ class Bench:
         return self._engines[backend]
 
     def scene(self, backend: str, side: int | None = None) -> Scene:
-        """Pictures of a backend; banks are baked by the first that asks, and shared."""
+        """Return a scene for a backend; banks are baked on first use and shared between backends."""
 
         def model() -> Model:
             engine = self.engine(backend)
@@ -150,7 +150,7 @@ class Bench:
         return Scene(model, self.steps, pictures=self.device == "cpu", side=side, banks=self._banks)
 
     def ready(self) -> tuple[list[str], dict[str, str]]:
-        """The backends whose exports are there; the others with the reason."""
+        """Return the backends whose exports exist, and the others with the reason."""
         missing = {name: self.why_not(name) or "was not exported" for name in self.backends if name not in self.made}
         return [name for name in self.backends if name in self.made], missing
 
@@ -161,7 +161,7 @@ class Bench:
 
 
 def cases(bench: Bench) -> list[Case]:
-    """All cases, in the order in which they need each other."""
+    """Return all cases; exports come before the cases that use them."""
     built = [*bench.backends, *(["tensorrt"] if bench.device == "cpu" and not bench.quick else [])]
     found = [exporting(bench, backend) for backend in built]
     if bench.device == "cpu":
@@ -171,7 +171,7 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def exporting(bench: Bench, backend: str) -> Case:
-    """Seconds and bytes of an export; without figures where it can't be made here."""
+    """Measure seconds and bytes of an export; without figures if it can't be made here."""
     kind = KINDS[backend]
 
     def measure(budget: Budget) -> Outcome:
@@ -195,14 +195,14 @@ def exporting(bench: Bench, backend: str) -> Case:
 
 
 def parity(bench: Bench, backend: str) -> Case:
-    """Pictures of an exported engine and of the peer at equal seeds, style by style."""
+    """Compare pictures of an exported engine and of the peer at equal seeds, style by style."""
     expected = tuple(Figure(name, None, LEAST_DB, unit="dB") for name in STYLES)
 
     def measure(budget: Budget) -> Outcome:
         if backend not in bench.made:
             why = bench.why_not(backend) or "was not exported"
             return Outcome(figures=[Figure(f.what, None, f.goal, unit=f.unit, note=why) for f in expected])
-        # the peer first, whose banks all read
+        # the peer first: it bakes the banks that all read
         drawn = [_styled(bench.scene(name)) for name in (bench.peer, backend)]
         figures = [Figure(style, psnr(drawn[1][style](), drawn[0][style]()), LEAST_DB, unit="dB") for style in STYLES]
         return Outcome(figures=figures)
@@ -212,7 +212,7 @@ def parity(bench: Bench, backend: str) -> Case:
 
 
 def speed(bench: Bench, side: int, n: int) -> Case:
-    """Seconds of a call of `n` plain pictures by the peer and by every exported engine, in turns."""
+    """Measure a call of `n` plain pictures by the peer and every exported engine, in turns."""
 
     def measure(budget: Budget) -> Outcome:
         ready, missing = bench.ready()
@@ -235,18 +235,18 @@ def speed(bench: Bench, side: int, n: int) -> Case:
     what = f"{pictures} of {side}x{side}, {bench.steps} steps, {bench.dtype}, text encoding included" + (
         "" if bench.device == "cpu" else ", no VAE"
     )
-    # compiling is part of the first call
+    # the first call includes compilation
     return Case(f"{side} px n={n}", what, measure, seconds=120.0 if bench.device == "cuda" and n == 1 else 0.0)
 
 
 def psnr(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
-    """The lowest of pictures [height, width, 3] in 0..1, in dB; at most 200, which is equality."""
+    """Return the lowest PSNR of pictures [height, width, 3] in 0..1, in dB; at most 200, for equal pictures."""
     errors = [np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(actual, expected, strict=True)]
     return float(-10 * np.log10(max(*errors, 1e-20)))
 
 
 def _styled(scene: Scene) -> dict[str, Callable[[], list]]:
-    """A run for each of STYLES."""
+    """Return a run for each of STYLES."""
     engine = scene.model.engine
     pictures, learned = engine.references(), engine.styles()
     runs = (
@@ -261,7 +261,7 @@ def _styled(scene: Scene) -> dict[str, Callable[[], list]]:
 
 
 def _of_graph(manifest: Manifest, graph) -> dict[str, Any]:
-    """Bytes of a graph's own file, and what its builder says."""
+    """Return the bytes of a graph's own file, and its builder's statistics."""
     sizes = {entry.name: entry.bytes for entry in manifest.files}
     found: dict[str, Any] = {"bytes": sizes[graph.file]}
     if "seconds" in graph.extra:
@@ -280,14 +280,14 @@ def _of_graph(manifest: Manifest, graph) -> dict[str, Any]:
 
 
 def _apart(name: str, latents: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> Figure:
-    """Root mean square of the difference of latents by that of the latents."""
+    """Return the RMS of the latents' difference relative to the RMS of the expected latents."""
     ours, theirs = (torch.stack([x.float().cpu() for x in found]) for found in (latents, expected))
     value = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
     return Figure(f"{name}, latents apart", value, note="rms, of the latents' own")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see the module."""
+    """Run the command line; see the module."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks exports", description=__doc__.splitlines()[0], allow_abbrev=False
     )

@@ -1,14 +1,14 @@
-"""All that a GPU machine is asked for in one command of at most nine minutes: `make gpu`.
+"""All GPU checks in one command of at most nine minutes: `make gpu`.
 
-Builds the C++ extension in place where there is a compiler, runs the tests marked `gpu`, then the benchmarks of the
-kernels and of the engine, which share the time that is left. `make gpu PARTS=runtime` gives all of it to one of the
-parts tests, kernels, runtime and exports; the engine's whole list wants a call of its own, and so do exported engines,
-which run only if they are named: compiling SDXL takes minutes. Nothing is installed and no network is used; what is
-missing of pure Python, such as the diffusers that the engine needs, is taken from build/gpu-wheels (`make gpu-wheels`),
-and runtimes of exports that are not installed are skipped and named in the results.
-A failing part does not keep the others from running. Results also go to the folder that the environment variable OUT
-names. Exit code: 1 if tests failed or could not run, plus 2 if the kernels' benchmarks did not finish, plus 4 if the
-engine's did not finish or missed a goal, plus 8 if the exports' did not finish.
+Builds the C++ extension in place if there is a compiler, runs the tests marked `gpu`, then the benchmarks of the
+kernels and of the engine, which share the remaining time. `make gpu PARTS=runtime` gives all of it to one of the parts
+tests, kernels, runtime and exports; the engine's whole list needs a call of its own, and so do exported engines, which
+run only if named, because compiling SDXL takes minutes. Nothing is installed and no network is used; missing
+pure-Python packages, such as the diffusers that the engine needs, are taken from build/gpu-wheels (`make gpu-wheels`),
+and missing runtimes of exports are skipped and named in the results.
+A failing part does not stop the others. Results are also copied to the folder in the environment variable OUT. Exit
+code: 1 if tests failed or could not run, plus 2 if the kernels' benchmarks did not finish, plus 4 if the engine's and
+plus 8 if the exports' did not finish or missed a goal.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ REMEDY = "run `make gpu-wheels` where there is a network, and carry build/gpu-wh
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "benchmarks" / "results"
 
-MINUTES = 9.0  # all of it
+MINUTES = 9.0  # for the whole run
 BUILD_SECONDS, TEST_SECONDS = 150, 180
 BENCHMARK_MINUTES = 5.0
-SPARE_SECONDS = 30  # a case that has begun is finished: kept free of the benchmarks' budget
+SPARE_SECONDS = 30  # kept out of the benchmarks' budget, because a started case is finished
 USUAL = ("tests", "kernels", "runtime")
 PARTS = (*USUAL, "exports")
 TESTS_FAILED, BENCHMARKS_FAILED, RUNTIME_FAILED, EXPORTS_FAILED = 1, 2, 4, 8
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] = ()) -> int:
     if brought := gpu_wheels.bring():
         print(f"from {gpu_wheels.WHEELS.relative_to(CHECKOUT)}: {', '.join(brought)}", flush=True)
 
-    # beside the tests, which don't need it, and over before anything is timed
+    # during the tests, which don't need it, and finished before anything is timed
     build = threading.Thread(target=build_extension, args=(logs,))
     build.start()
     codes: dict[str, int | None] = {}
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def unusable() -> str:
-    """Why this Python can't do it; the empty string if it can."""
+    """Return why this Python can't run the checks; "" if it can."""
     if find_spec("torch") is None:
         return f"{sys.executable} has no torch; name another: make gpu GPU_PYTHON=..."
     if find_spec("triton") is None:
@@ -105,7 +105,7 @@ def unusable() -> str:
 
 
 def build_extension(logs: Path) -> None:
-    """The C++ extension in place, or one line on why not."""
+    """Build the C++ extension in place, or print one line on why not."""
     if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
         print("extension: not built, there is no C++ compiler; GPU kernels don't need it", flush=True)
         return
@@ -114,21 +114,21 @@ def build_extension(logs: Path) -> None:
 
 
 def test_command() -> list[str]:
-    """The tests marked `gpu`; in several processes where pytest-xdist is there, as most of their time is compiling."""
+    """Return the command for the tests marked `gpu`; parallel if pytest-xdist exists, as compiling takes most time."""
     processes = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
     folders = ["tests/kernels", *(["tests/runtime"] if find_spec("diffusers") else [])]
     return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *processes, *folders]
 
 
 def benchmark_command(name: str, seconds_left: float) -> list[str]:
-    """A benchmark with the budget that is left."""
+    """Return the command of a benchmark with the remaining budget."""
     most = BENCHMARK_MINUTES if name == "kernels" else MINUTES
     minutes = max(0.5, min(most, (seconds_left - SPARE_SECONDS) / 60))
     return [sys.executable, "-m", "benchmarks", name, "--device", "cuda", "--minutes", f"{minutes:.1f}"]
 
 
 def run(name: str, command: Sequence[str], seconds: float, logs: Path) -> int | None:
-    """Run a step, its output shown and kept as <name>.log. Returns its exit code, or None if its time ran out."""
+    """Run a step, showing its output and saving it as <name>.log. Returns its exit code, or None on a timeout."""
     print(f"--- {name}: {' '.join(command)}", flush=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -145,7 +145,7 @@ def run(name: str, command: Sequence[str], seconds: float, logs: Path) -> int | 
 
     def stop():
         over.set()
-        # its whole process group: a build or pytest has children of its own
+        # the whole process group: a build or pytest has child processes
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -167,7 +167,7 @@ def run(name: str, command: Sequence[str], seconds: float, logs: Path) -> int | 
 
 
 def verdict(code: int | None) -> str:
-    """A step's exit code in words."""
+    """Describe a step's exit code."""
     return "passed" if code == 0 else "not run to the end" if code is None else f"FAILED with exit code {code}"
 
 

@@ -1,10 +1,10 @@
-"""What `make gpu` needs of pure Python, as files that travel with the checkout to a machine without a network.
+"""Pure-Python packages for `make gpu`, as files to copy with the checkout to a machine without a network.
 
     make gpu-wheels     here, where pip reaches an index: wheels into build/gpu-wheels
-    make gpu            there: what is not installed is unpacked into build/gpu-packages and found by its processes
+    make gpu            there: unpack packages that are not installed into build/gpu-packages, for its processes
 
-Compiled packages (torch, triton, numpy, safetensors, tokenizers, pillow) belong to the machine and are not carried.
-Versions are those of constraints.txt. Exit code of the download: 1 if a wheel could not be had.
+Compiled packages (torch, triton, numpy, safetensors, tokenizers, pillow) must be installed on that machine. Versions
+are those of constraints.txt. Exit code of the download: 1 if a wheel was not available.
 """
 
 import os
@@ -21,7 +21,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 WHEELS, UNPACKED = CHECKOUT / "build" / "gpu-wheels", CHECKOUT / "build" / "gpu-packages"
-# what engine, tests and benchmarks import, and of what that needs the part in pure Python
+# imports of the engine, tests and benchmarks, and their pure-Python dependencies
 PACKAGES = (
     "diffusers",
     "transformers",
@@ -41,13 +41,13 @@ PACKAGES = (
     "sortedcontainers",
     "tqdm",
 )
-# of these the newest wheels are compiled, and the last pure one does as well
+# the newest wheels of these are compiled; the last pure-Python one works as well
 UNPINNED = ("hypothesis",)
 PURE = "-none-any.whl"
 
 
 def download(folder: Path = WHEELS) -> int:
-    """Fetch the wheels of `PACKAGES` in place of those in `folder`."""
+    """Download the wheels of `PACKAGES`, replacing those in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.whl"):
         old.unlink()
@@ -55,7 +55,7 @@ def download(folder: Path = WHEELS) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         constraints = Path(temporary, "constraints.txt")
         constraints.write_text("\n".join(line for line in pinned if line.split("==")[0] not in UNPINNED))
-        # a platform of no machine, so that pip finds nothing but pure Python
+        # a nonexistent platform, so that pip finds only pure-Python wheels
         command = [
             sys.executable,
             "-m",
@@ -83,9 +83,9 @@ def download(folder: Path = WHEELS) -> int:
 
 
 def bring(wheels: Path = WHEELS, unpacked: Path = UNPACKED) -> list[str]:
-    """Unpack the wheels of packages that are not installed here, for this process and those that it starts.
+    """Unpack wheels of packages that are not installed here, for this process and its child processes.
 
-    Returns their names. What the machine has is used as it is, whatever its version.
+    Returns their names. Installed packages are used as they are, whatever their version.
     """
     shutil.rmtree(unpacked, ignore_errors=True)
     found = []
@@ -111,7 +111,7 @@ def _installed(name: str) -> bool:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """Download; see the module."""
+    """Run the download; see the module."""
     return download(*map(Path, argv[:1]))
 
 

@@ -1,11 +1,11 @@
-"""Measures an engine under load: what a running job waits for beside others, and what a busy machine costs.
+"""Measure an engine under load: how long other requests delay a running job, and what a busy machine costs.
 
     python -m benchmarks load [--only gap,busy] [--minutes 10] [--out FILE]
 
-Two kinds of cases on the embedded model, on a CPU. "gap ...": a job of many steps runs while something else is asked
-of the engine; how long it stands still between two steps, against the slowest step of anybody in that time. "busy":
-eight pictures in a process of their own, alone and beside a process that burns all cores, in turn.
-Writes benchmarks/results/load-cpu.json. Exit code as `python -m benchmarks runtime`.
+Two kinds of cases on the embedded model, on a CPU. "gap ...": a job of many steps runs while the engine gets another
+request; measures its longest pause between two steps, against the slowest step of any job in that time. "busy": eight
+pictures in a separate process, alone and alongside a process that keeps all cores busy, in turn.
+Writes benchmarks/results/load-cpu.json. Exit code as for `python -m benchmarks runtime`.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from stylefast.errors import InvalidRequest
 
 RESULTS = Path(__file__).parent / "results" / "load-cpu.json"
 MOST_GAP, MOST_COST = 2.0, 3.0
-LONG = 900  # steps of the job that is watched; it is cancelled when enough was seen
-QUIET_STEPS = 20  # before and after what is asked
+LONG = 900  # steps of the watched job, which is cancelled at the end
+QUIET_STEPS = 20  # steps to wait before and after the request
 PICTURES, STEPS, ROUNDS = 8, 20, 3
-BURNING = 1.0  # seconds that the other process burns before anything is timed
+BURNING = 1.0  # seconds of load before anything is timed
 DRAW = f"""
 import time, stylefast as sf
 engine = sf.Engine.from_pretrained("tiny", device="cpu")
@@ -42,18 +42,18 @@ for _ in range({ROUNDS}):
     engine.generate(["a fish"] * {PICTURES}, steps={STEPS})
     print(time.perf_counter() - start, flush=True)
 """
-# how threads wait: as stylefast has it, and in other ways
+# ways for threads to wait: stylefast's setting, and others
 WAITING = {
     "shortly": "spin shortly, then sleep: stylefast's setting",
     "asleep": "sleep at once: `OMP_WAIT_POLICY=passive`",
     "spinning": "spin for milliseconds: torch imported first",
 }
-SPINNING = "import torch\n" + DRAW  # its threads wait as PyTorch's do by default
+SPINNING = "import torch\n" + DRAW  # threads wait as by PyTorch's default
 BURN = "import os\nfor _ in range(os.cpu_count() - 1):\n    if not os.fork(): break\nwhile True: pass"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see the module."""
+    """Run the command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--only", help="beginnings of the names of the cases to measure, by commas")
     parser.add_argument("--minutes", type=float, default=10.0, help="cases that can't be done by then are not begun")
@@ -72,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def cases() -> list[Case]:
-    """Every kind of request beside a running job, and a busy machine."""
+    """Return a case for every kind of request during a running job, and one for a busy machine."""
     return [*(gap(name, what, ask) for name, (what, ask) in BESIDE.items()), busy()]
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The tables of docs/serving.md, of a results file."""
+    """Format a results file as the tables of docs/serving.md."""
     lines = ["| a running job beside | largest gap | slowest step then (alone) | gap / step |", "|---|---|---|---|"]
     for result in content["results"]:
         name, _, case = result["case"].partition(": ")
@@ -96,11 +96,11 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# beside a running job
+# requests during a running job
 
 
 class Watched:
-    """A long job of an engine: when its steps began and ended, and how long anybody's steps took."""
+    """A long job of an engine: start and end of its steps, and the slowest step of any job."""
 
     def __init__(self, engine: sf.Engine):
         self.steps: list[tuple[float, float]] = []
@@ -118,26 +118,26 @@ class Watched:
 
         engine.runtime.advance = timed
         self.job = engine.submit(sf.Request("a fish", steps=LONG), output="latents")
-        self.go_on()  # the first steps make what the others keep
+        self.go_on()  # warm up: the first steps create what later steps reuse
         self.slowest = 0.0
         self.go_on()
         self.alone, self.slowest = self.slowest, 0.0
         self.steps.clear()
 
     def go_on(self) -> None:
-        """Wait for some more steps."""
+        """Wait for `QUIET_STEPS` more steps."""
         seen = len(self.steps)
         while len(self.steps) < seen + QUIET_STEPS and not self.job.done():
             time.sleep(0.01)
 
     @property
     def gap(self) -> float:
-        """Seconds of the longest time between the end of one step and the beginning of the next."""
+        """Return the longest time in seconds between the end of one step and the start of the next."""
         return max((b[0] - a[1] for a, b in zip(self.steps, self.steps[1:])), default=math.nan)
 
 
 def gap(name: str, what: str, ask: Callable[[sf.Engine], Any]) -> Case:
-    """The largest gap in a running job beside one kind of request."""
+    """Measure the largest gap in a running job during one kind of request."""
     expected = Figure("largest gap / slowest step", None, MOST_GAP, at_most=True)
 
     def measure(budget: Budget) -> Outcome:
@@ -191,7 +191,7 @@ def _adapter(engine: sf.Engine) -> Any:
 
 
 def _export(engine: sf.Engine) -> Any:
-    """Another engine of the process exports the model and opens the graphs that it needs."""
+    """Export the model from another engine in this process and open the graphs that it needs."""
     with tempfile.TemporaryDirectory() as folder:
         before = os.environ.get("STYLEFAST_CACHE")
         os.environ["STYLEFAST_CACHE"] = folder
@@ -230,11 +230,11 @@ BESIDE: dict[str, tuple[str, Callable[[sf.Engine], Any]]] = {
 }
 
 
-# on a busy machine
+# a busy machine
 
 
 def busy() -> Case:
-    """What a second process that burns all cores costs."""
+    """Measure the cost of a second process that keeps all cores busy."""
     expected = Figure("busy / idle", None, MOST_COST, at_most=True)
     what = f"{PICTURES} pictures of {STEPS} steps in a process of their own, alone and beside a busy loop per core"
 
@@ -258,7 +258,7 @@ def _median(values: list[float]) -> float:
 
 
 def in_turn(program: str, given: dict[str, str]) -> tuple[list[float], list[float]]:
-    """Seconds of every round of a program without and with the burning process; given: environment variables."""
+    """Return the seconds of every round of a program, without and with load; given: environment variables."""
     ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
     environment = {k: v for k, v in os.environ.items() if k not in ours} | given
     started = [

@@ -1,12 +1,12 @@
-"""What it costs to read files of tensors instead of mapping them: pages of a style bank, and a model's weights.
+"""Cost of reading files of tensors instead of mapping them: pages of a style bank, and a model's weights.
 
     python -m benchmarks reading [--rounds 5] [--megabytes 800]
 
-Writes benchmarks/results/reading-cpu.json. A mapped file that is cut short ends the process, so stylefast reads. Both
-ways bring the same bytes from the system's page cache to the same place, in turn: layer by layer into a block that
-stays (how pages come), and into tensors of their own (how weights come). Mapped weights cost nothing until they are
-used, so they are summed up once in both ways, which touches every byte. There is no goal: this is the price of a
-process that can't be ended by a file.
+Writes benchmarks/results/reading-cpu.json. Truncating a mapped file kills the process, so stylefast reads. Both ways
+copy the same bytes from the system's page cache to the same place, in turn: layer by layer into a permanent block (as
+for pages), and into separate tensors (as for weights). Mapped weights cost nothing until they are used, so both ways
+sum them once, which touches every byte. There is no goal: this is the price of a process that a truncated file can't
+kill.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.kernels.report import write
 from stylefast.models.stored_tensors import StoredTensors
 
 RESULTS = Path(__file__).parent / "results" / "reading-cpu.json"
-TENSORS = 70  # as many as SDXL has self-attention layers
+TENSORS = 70  # the number of SDXL's self-attention layers
 
 
 def pages_mapped(path: Path, blocks: list[torch.Tensor]) -> None:
@@ -58,7 +58,7 @@ def _touch(tensors: list[torch.Tensor]) -> None:
 
 
 def seconds(call: Callable, path: Path, blocks: list[torch.Tensor]) -> float:
-    """Processor time, which other programs on the machine do not lengthen as they do wall time."""
+    """Return CPU time, which load from other programs affects less than wall time."""
     start = time.process_time()
     call(path, blocks)
     return time.process_time() - start

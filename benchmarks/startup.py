@@ -1,8 +1,8 @@
-"""What a person waits for: importing stylefast, loading the embedded model, four pictures of 20 steps.
+"""Startup times: importing stylefast, loading the embedded model, four pictures of 20 steps.
 
     python -m benchmarks.startup [--runs 3]
 
-Each run is a process of its own; writes benchmarks/results/startup.json with the median of the runs and all of them.
+Each run is a separate process; writes benchmarks/results/startup.json with the median of the runs and all of them.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _CLOCK = "import time\nstart = time.perf_counter()\ndef mark():\n    global star
 
 
 def seconds(source: str) -> float:
-    """Wall time of `source` in a fresh interpreter, from its last `mark()`."""
+    """Return the wall time of `source` in a fresh interpreter, from its last `mark()`."""
     lines = source.replace("; ", ";").replace(";", "\n")
     program = f"{_CLOCK}{lines}\nprint('seconds', time.perf_counter() - start)"
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout

@@ -1,9 +1,9 @@
-"""How well the embedded model and the three styles do on it, by the classifier of `stylefast.evaluation`.
+"""Quality of the embedded model and the three styles on it, judged by the classifier of `stylefast.evaluation`.
 
     python -m benchmarks.tiny_quality [--sets 12] [--steps 20] [--sheets build/quality]
 
-Writes benchmarks/results/tiny-quality.json: shares of pictures in which the classifier finds the content and the style
-that were asked for. Contents of the styled sets are named by the prompt, styles by the reference alone.
+Writes benchmarks/results/tiny-quality.json: shares of pictures in which the classifier finds the requested content and
+style. In styled sets the prompt names the content, and only the reference gives the style.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Bench:
         sheet.save(self.sheets / f"{name}.png")
 
     def prompts(self) -> dict:
-        """All combinations of content and style, named in the prompt."""
+        """Measure all combinations of content and style, named in the prompt."""
         pairs = [(content, style) for style in STYLES for content in CONTENTS]
         requests = [
             sf.Request(f"a {content} in {style} style, {PALETTES[i % len(PALETTES)]} palette", seed=i, **self.settings)
@@ -66,7 +66,7 @@ class Bench:
         return {**_shares(right), "held_out": _shares(unseen)}
 
     def styled(self, name: str, make_style, *, picture: bool, count: int = TARGETS) -> dict:
-        """Sets of prompts that name only the content, beside a reference in some style."""
+        """Measure sets of prompts that name only the content, with a reference in some style."""
         rng = np.random.default_rng(7)
         right, shown = [], []
         for k in range(self.sets):
@@ -95,7 +95,7 @@ def _shares(right: list[tuple[bool, bool]]) -> dict:
 
 
 def measure(bench: Bench) -> dict:
-    """Every measurement by name."""
+    """Return every measurement by name."""
 
     def aligned(**changes):
         return lambda drawing, prompt: sf.StyleAligned(drawing, prompt=prompt, **changes)

@@ -1,10 +1,10 @@
-"""From the start of a process to its first picture: compiled anew, compiled ahead of time, exported, or as written.
+"""Time from process start to the first picture: compiled anew, compiled ahead of time, exported, or eager.
 
     python -m benchmarks.warm_start [--device cuda] [--runs 3] [--backends torch,compile,aoti,onnxruntime]
 
-Every run is a process of its own that imports stylefast, loads the embedded model and makes one picture. `compile`
-starts with empty caches, `aoti` and `onnxruntime` with an export on disk, which is made once before and timed apart.
-A backend that can't run here is named in the result with the reason. Writes benchmarks/results/warm-start.json; on a
+Every run is a separate process that imports stylefast, loads the embedded model and makes one picture. `compile` starts
+with empty caches, `aoti` and `onnxruntime` with an export on disk, which is made once beforehand and timed separately.
+A backend that can't run here is listed in the result with the reason. Writes benchmarks/results/warm-start.json; on a
 GPU, warm-start-cuda.json.
 """
 
@@ -24,9 +24,9 @@ from benchmarks.environment import environment
 RESULTS = Path(__file__).parent / "results"
 EXPORTS = {"aoti": "aoti", "onnxruntime": "onnx"}  # backend -> kind of export
 BACKENDS = ("torch", "compile", *EXPORTS)
-# a cold start is to take at least this many times as long as one from a package
+# goal: a cold start takes at least this many times as long as one from a package
 GOAL = 5.0
-# where PyTorch and Triton would find what an earlier process compiled
+# caches of PyTorch and Triton that could hold an earlier process's compiled code
 _CACHES = {"STYLEFAST_CACHE": "stylefast", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 _PROGRAM = """
@@ -42,11 +42,11 @@ print("times", loaded, time.time())
 
 
 class Failed(Exception):
-    """A process that did not make its picture; says why."""
+    """A process did not make its picture; the message says why."""
 
 
 def first_picture(backend: str, device: str, engines: Path | None, steps: int, caches: Path) -> dict[str, float]:
-    """Seconds from the start of a process until the model was loaded, and until its first picture was there."""
+    """Return the seconds from process start until the model was loaded and until the first picture was done."""
     arguments = [backend, device, str(engines or ""), str(steps)]
     start = time.time()
     output = _run(["-c", _PROGRAM, *arguments], caches)
@@ -55,7 +55,7 @@ def first_picture(backend: str, device: str, engines: Path | None, steps: int, c
 
 
 def exported(backend: str, device: str, folder: Path, caches: Path) -> float:
-    """Make the export that a backend runs, of the smallest graph that does StyleAligned; the seconds it took."""
+    """Export the smallest graph that supports StyleAligned for a backend; return the seconds taken."""
     arguments = [
         "-m",
         "stylefast.cli",
@@ -76,7 +76,7 @@ def exported(backend: str, device: str, folder: Path, caches: Path) -> float:
 
 
 def measure(backends: list[str], device: str, runs: int, steps: int) -> dict[str, Any]:
-    """Results by backend; backends take turns, so that none has the machine's best minutes for itself."""
+    """Return results by backend; backends take turns, so that changes in machine load affect all alike."""
     found: dict[str, Any] = {backend: {"runs": []} for backend in backends}
     with tempfile.TemporaryDirectory(prefix="warm-start-") as name:
         root = Path(name)
@@ -88,7 +88,7 @@ def measure(backends: list[str], device: str, runs: int, steps: int) -> dict[str
                 found[backend]["export_seconds"] = round(seconds, 1)
             except Failed as error:
                 found[backend]["failed"] = str(error)
-        # kernels of stylefast's own that a package calls are compiled by the first process and kept on a GPU
+        # stylefast's own kernels in a package are compiled by the first process and cached on a GPU
         kept = root / "kept-caches"
         for number in range(-1, runs):
             for backend, result in found.items():
@@ -101,7 +101,7 @@ def measure(backends: list[str], device: str, runs: int, steps: int) -> dict[str
                 except Failed as error:
                     result["failed"] = str(error)
                     continue
-                # the run before the first fills the disk's cache
+                # the first run only fills the disk cache
                 if number >= 0:
                     result["runs"].append({name: round(value, 2) for name, value in times.items()})
     for result in found.values():

@@ -1,6 +1,6 @@
 """stylefast: StyleAligned, InstantStyle and DreamStyler for SDXL, in one engine and one batch.
 
-Importing this package loads neither torch nor diffusers; the names below load what they need when first used.
+Importing this package loads neither torch nor diffusers; the names below are imported on first use.
 """
 
 import sys
@@ -27,8 +27,8 @@ __all__ = [*_EXPORTS, "errors"]
 
 
 def _sibling_packages() -> dict[str, Path]:
-    # in a checkout `kernels` and `export` stand beside this folder; an installed copy holds them itself, and what is
-    # called `kernels` beside an installed copy is Hugging Face's package
+    # a checkout has `kernels` and `export` next to this folder, an installed copy inside it; a `kernels` package next
+    # to an installed copy is Hugging Face's
     package = Path(__file__).parent
     checkout = package.parent
     if not (checkout / "setup.py").is_file():
@@ -38,7 +38,7 @@ def _sibling_packages() -> dict[str, Path]:
 
 
 class _CheckoutFinder:
-    """Finds `stylefast.kernels` and `stylefast.export` in the folders of a checkout."""
+    """Import hook that finds `stylefast.kernels` and `stylefast.export` in the folders of a checkout."""
 
     folders = _sibling_packages()
 

@@ -3,7 +3,7 @@
 from functools import cache
 from types import ModuleType
 
-# rises with every change of the bindings, so that a stale build is refused instead of called
+# increased with every change of the bindings, so that a stale build is refused instead of called
 INTERFACE = 5
 
 _WAY_OUT = (
@@ -15,7 +15,7 @@ _WAY_OUT = (
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        import torch  # noqa: F401  # the extension is linked against torch's libraries, which this loads
+        import torch  # noqa: F401  # loads torch's libraries, which the extension is linked against
 
         from stylefast import _C
     except ImportError as error:
@@ -27,10 +27,10 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def extension() -> ModuleType | None:
-    """The extension module, or None where it was not built or belongs to another version."""
+    """Return the extension module, or None if it was not built or belongs to another version."""
     return _load()[0]
 
 
 def extension_error() -> str:
-    """Why `extension()` is None and what to do about it; the empty string when it is there."""
+    """Return why `extension()` is None and what to do about it; "" if it is available."""
     return _load()[1]

@@ -1,4 +1,4 @@
-"""The command `stylefast`. Each subcommand lives in `stylefast.commands`, and loads torch only when it runs."""
+"""The command `stylefast`. Each subcommand is a module in `stylefast.commands` and imports torch only when it runs."""
 
 import os
 import select
@@ -15,8 +15,8 @@ BAD_INPUT, FAILED, UNREAD = 2, 1, 141
 
 
 def build_parser():
-    """The `Parser` of all commands; `run` of the parsed arguments is the function to call."""
-    # loaded here, where `main` already takes signals
+    """Return the `Parser` of all commands; it stores the function to call as `run` in the parsed arguments."""
+    # imported here, so that `main` already handles signals
     import argparse
     from importlib import import_module
 
@@ -49,7 +49,7 @@ def build_parser():
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code that `stylefast --help` lists; errors are one line on stderr."""
+    """Run one command and return its exit code (listed by `stylefast --help`); errors are one line on stderr."""
     with Signals() as signals:
         try:
             from stylefast.commands.notices import names_as_they_are, warnings_on_stderr
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as stop:  # --help and --version
             return int(stop.code or 0) if _is_read() else UNREAD
         except (Exception, KeyboardInterrupt) as error:
-            # a library that is stopped while it loads may say that it can't be imported
+            # a library interrupted while it is imported may raise ImportError
             if signals.received is not None or isinstance(error, KeyboardInterrupt):
                 return _report(f"{signals.word}; what was being written is not there in halves", signals.exit_code)
             if isinstance(error, BrokenPipeError) and not _is_read():
@@ -71,30 +71,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_read() -> bool:
-    """Write out what was printed; False where the reader is gone, as in `stylefast info | head -1`."""
+    """Flush stdout; return False if its reader is gone, as in `stylefast info | head -1`."""
     try:
         sys.stdout.flush()
         output = sys.stdout.fileno()
     except BrokenPipeError:
         output = sys.stdout.fileno()
-    except (OSError, ValueError):  # a stream of the caller's that is no file
+    except (OSError, ValueError):  # replaced by the caller with something that is not a file
         return True
     poll = select.poll()
     poll.register(output, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return True
-    # or Python would try again at its end, and complain
+    # otherwise Python flushes again at exit and prints an error
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return False
 
 
 def _in_words(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, and the exit code."""
+    """Return the message and exit code for an error."""
     if isinstance(error, InvalidRequest):
         return str(error), BAD_INPUT
     if isinstance(error, (StyleFastError, OSError)):
         return str(error), FAILED
-    # whatever else breaks is our mistake, and still no reason to show a traceback
+    # other errors are bugs; still, no traceback by default
     return f"unexpected {type(error).__name__}: {error}; {DEBUG}=1 shows where it happened", FAILED
 
 

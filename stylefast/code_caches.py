@@ -1,8 +1,8 @@
-"""Folders from which code is loaded: whether another user could have written what is in them, and private ones instead.
+"""Checks that no other user can have written code loaded from a folder; private folders as the fallback.
 
-Compiled regions, generated C++, Triton's binaries and exported engines are files that a later process runs. They are
-safe if this user or root wrote them and no other user can replace them: neither the files, nor the folders they lie in,
-nor any folder above, whose owner may rename what is in it.
+Compiled regions, generated C++, Triton's binaries and exported engines are files that a later process executes. They
+are safe if this user or root wrote them and no other user can replace the files, the folders that hold them, or any
+folder above, whose owner may rename its contents.
 """
 
 import atexit
@@ -19,16 +19,16 @@ from pathlib import Path, PurePosixPath
 logger = logging.getLogger(__name__)
 
 _ROOT = 0
-# links on one path, as Linux has it
+# max links on one path, as in Linux
 _MOST_LINKS = 40
-# read by PyTorch's and Triton's compilers whenever they look for a file
+# read by PyTorch's and Triton's compilers at every file lookup
 _INDUCTOR, _TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
 
 def replaceable(path: str | Path) -> str | None:
-    """Say why another user could put something else at `path`, through a folder above it; None if none could.
+    """Return the reason why another user could replace `path` through a folder above it; None if none could.
 
-    Folders that don't exist yet count as safe: whoever creates them below a safe folder owns them.
+    Folders that don't exist yet count as safe: whichever user creates them below a safe folder owns them.
     """
     if not hasattr(os, "getuid"):
         return None
@@ -43,9 +43,9 @@ def replaceable(path: str | Path) -> str | None:
 
 
 def foreign(folder: str | Path, names: Iterable[str] = (), above: bool = True) -> str | None:
-    """Say why another user may have written files below `folder`; None if none can have.
+    """Return the reason why another user may have written files below `folder`; None if none can have.
 
-    names: paths of the files, relative to the folder. above: look at the folders above it, too (`replaceable`).
+    names: paths of the files, relative to the folder. above: also check the folders above it (`replaceable`).
     """
     if not hasattr(os, "getuid"):
         return f"this system does not tell whose {folder} is"
@@ -57,9 +57,9 @@ def foreign(folder: str | Path, names: Iterable[str] = (), above: bool = True) -
 
 
 def foreign_below(folder: str | Path) -> str | None:
-    """Say why another user may have written any file in `folder`, however deep; None if none can have.
+    """Return the reason why another user may have written any file in `folder`, at any depth; None if none can have.
 
-    A folder that is not there holds nothing foreign.
+    A missing folder counts as safe if the folders above it are.
     """
     if not hasattr(os, "getuid"):
         return None
@@ -70,10 +70,10 @@ def foreign_below(folder: str | Path) -> str | None:
 
 
 def private_folder(wanted: str | Path, what: str, reason: str | None = None) -> Path:
-    """Return `wanted` if no other user can have written what is in it, else a new empty folder of this process.
+    """Return `wanted` if no other user can have written its contents, else a new empty folder of this process.
 
-    what: what is kept there, for the warning that says why another folder is used. reason: why `wanted` can't be used,
-    where the caller found out already. The other folder is removed when the process ends.
+    what: the folder's contents, named in the warning. reason: why `wanted` can't be used, if already known. The new
+    folder is removed when the process ends.
     """
     reason = reason or foreign_below(wanted)
     if reason is None:
@@ -91,9 +91,10 @@ def private_folder(wanted: str | Path, what: str, reason: str | None = None) -> 
 
 @contextmanager
 def inductor_cache(folder: str | Path | None = None) -> Iterator[None]:
-    """Keep what PyTorch compiles while it lasts in `folder`, unless the environment names another, or in its default.
+    """Keep PyTorch's compile cache in `folder` inside the block; a folder named by the environment takes precedence.
 
-    Whichever it is, another user must not be able to write to it; else a private one is used, with a warning.
+    None: a subfolder of PyTorch's default. If another user can write to the folder, a private one is used, with a
+    warning.
     """
     import torch
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -104,20 +105,20 @@ def inductor_cache(folder: str | Path | None = None) -> Iterator[None]:
     elif folder is not None:
         wanted = str(folder)
     else:
-        # PyTorch finds graphs again without a look at what ATEN_CPU_CAPABILITY says, and code that was generated for
-        # vectors of another width writes beyond the ends of tensors
+        # PyTorch's cache keys ignore ATEN_CPU_CAPABILITY, and code generated for another vector width writes beyond the
+        # ends of tensors
         wanted = os.path.join(default_cache_dir(), f"stylefast-{torch.backends.cpu.get_cpu_capability().lower()}")
     os.environ[_INDUCTOR] = str(_checked(wanted, "compiled code"))
     try:
         yield
     finally:
-        # PyTorch writes its default there as soon as it is asked for
+        # PyTorch sets this variable to its default whenever it looks up the folder
         os.environ[_INDUCTOR] = before if before is not None else default_cache_dir()
 
 
 @cache
 def guard_triton_cache() -> None:
-    """Point Triton to a private cache if another user can write to its own. Once a process, before the first launch."""
+    """Point Triton to a private cache if another user can write to its own. Runs once, before the first launch."""
     import triton
 
     folder = _checked(triton.knobs.cache.dir, "Triton's compiled kernels")
@@ -127,7 +128,7 @@ def guard_triton_cache() -> None:
 
 @cache
 def _checked(wanted: str, what: str) -> Path:
-    # once for each folder: what was safe when the process started stays so, for no other user can write there
+    # cached: no other user can write to a folder that was safe at the start, so it stays safe
     return private_folder(wanted, what)
 
 
@@ -137,7 +138,7 @@ def _own_temporary(what: str) -> Path:
 
     @atexit.register
     def remove():
-        if os.getpid() == owner:  # a forked child leaves it to its parent
+        if os.getpid() == owner:  # a forked child must not remove its parent's folder
             shutil.rmtree(folder, ignore_errors=True)
 
     return folder
@@ -150,7 +151,7 @@ def _everything(folder: Path) -> Iterator[Path]:
 
 
 def _first_foreign(paths: Iterable[Path], strict: bool) -> str | None:
-    """strict: refuse what the user's own group may write, too, which some systems allow by default."""
+    """Return the reason why a path is unsafe; `strict` also refuses paths that the user's own group may write."""
     try:
         for path in paths:
             status = path.lstat()
@@ -166,7 +167,7 @@ def _first_foreign(paths: Iterable[Path], strict: bool) -> str | None:
 
 
 def _folders_above(path: Path) -> Iterator[Path]:
-    """Every folder in which a step of the way to `path` is looked up, those that links lead through included."""
+    """Yield every folder in which a component of `path` is looked up, including those reached through links."""
     todo = list(path.absolute().parts[1:])
     at, links = Path(path.absolute().anchor), 0
     while todo:
@@ -198,7 +199,7 @@ def _open_to_others(folder: Path) -> str | None:
     status = folder.stat()
     if status.st_uid not in (os.getuid(), _ROOT):
         return f"{folder} belongs to user {status.st_uid}, who may rename what is in it"
-    # where the sticky bit is set, as in /tmp, only a file's owner may rename it
+    # with the sticky bit, as in /tmp, only a file's owner may rename it
     if _others_write(status) and not status.st_mode & stat.S_ISVTX:
         return f"others can write to {folder} (mode {stat.S_IMODE(status.st_mode):o}) and may rename what is in it"
     return None
@@ -211,7 +212,7 @@ def _others_write(status: os.stat_result) -> bool:
 
 @cache
 def _is_users_own(group: int) -> bool:
-    """Whether a group is the one that systems make for each user, with nobody else in it."""
+    """Return whether a group is the private one that systems create for each user, without other members."""
     import grp
     import pwd
 

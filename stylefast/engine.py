@@ -1,4 +1,4 @@
-"""The facade: one loaded model and all that can be asked of it."""
+"""The main interface: one loaded model and its operations."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -128,11 +128,11 @@ class Engine:
         if self.budget.limit is not None:
             check_limit(self)
         if self.runtime.backend.name == "torch":
-            # half of what a limit leaves; the rest is for pictures
+            # half of the remaining limit; the rest is for pictures
             room = None if self.budget.limit is None else (self.budget.limit - held_bytes(self)) // 2
             pack(self.unet, room)
         with self.runtime.lock:
-            pass  # on a GPU the runtime's stream now comes after what was loaded on the present one
+            pass  # on a GPU, orders the runtime's stream after the loads on the current stream
 
     @classmethod
     def from_pretrained(
@@ -161,30 +161,30 @@ class Engine:
 
         Args:
             source: "tiny" (shipped with stylefast), a diffusers folder, a `.safetensors` file, or a hub id.
-            adapter: an IP-Adapter file, or several; "auto" takes those that come with the model; None loads none.
+            adapter: an IP-Adapter file, or several; "auto" loads those that come with the model; None loads none.
             image_encoder: folder of the CLIP image encoder that `adapter` was trained with; None: the model's own.
-            device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
+            device: "auto" (CUDA if available), "cpu", "cuda", "cuda:1".
             dtype: "auto" (fp32 on the CPU, fp16 on a GPU), "float32", "bfloat16", "float16", or a torch.dtype.
-            backend: "torch" runs the model as it is written, on a GPU as CUDA graphs; "compile" compiles its blocks,
-                too, and pads batches to a ladder of sizes; "onnxruntime", "tensorrt" and "aoti" run exported graphs; or
-                a `runtime.step.Backend`, or a function of the UNet that makes one. "auto" is "torch".
+            backend: "torch" runs the model eagerly, on a GPU as CUDA graphs; "compile" also compiles its blocks and
+                pads batches to a ladder of sizes; "onnxruntime", "tensorrt" and "aoti" run exported graphs; or a
+                `runtime.step.Backend`, or a function that makes one from the UNet. "auto" is "torch".
             engines: folder of the exported graphs; None: exported once and kept (not for "tensorrt").
-            trust: digest of the manifest in `engines`, for a folder of engines (which are code) from elsewhere.
+            trust: digest of the manifest in `engines`, required for engines (which are code) made elsewhere.
             vae: a VAE in place of the model's own: folder, file, hub id or module.
-            memory_limit: bytes ("8GB") that everything the engine holds on its device may take, model included.
-            bank_memory: bytes for the pages of style banks; None: a share of what is free.
-            host_memory: bytes of pinned memory for pages on their way to a GPU; None: a quarter of what is free.
-            batch_buckets: row counts to which batches are padded; within one a picture's bits don't depend on its
-                neighbours. Empty: batches as they come (or the backend's own ladder).
-            max_batch_rows: rows of one UNet call at most (two a picture with guidance); None: what fits.
-            max_pending: jobs that may wait to join the batch; None: any number.
+            memory_limit: bytes ("8GB") for everything the engine holds on its device, including the model.
+            bank_memory: bytes for the pages of style banks; None: a share of the free memory.
+            host_memory: bytes of pinned memory for pages being copied to a GPU; None: a quarter of the free memory.
+            batch_buckets: row counts to which batches are padded; within one bucket a picture's bits don't depend on
+                the other pictures. Empty: no padding (or the backend's own ladder).
+            max_batch_rows: max rows per UNet call (two per picture with guidance); None: as many as fit.
+            max_pending: max jobs waiting to join the batch; None: any number.
             preview: an AutoencoderTiny for `Job`'s previews (module, folder, file or hub id); None: a linear map.
-            prediction_type: "epsilon" or "v_prediction", for a model whose files don't say what it predicts.
-            options: of loading: variant, tokenizer, config, revision, cache_dir, token, force_download and
-                local_files_only, as `load_components` has them; torch_dtype and other names that diffusers' users type
-                are understood, or refused with what to do instead.
+            prediction_type: "epsilon" or "v_prediction", for a model whose files don't say.
+            options: for loading: variant, tokenizer, config, revision, cache_dir, token, force_download and
+                local_files_only, as in `load_components`; torch_dtype and other diffusers names are accepted, or
+                refused with a hint.
 
-        Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest, ExportError and its kin.
+        Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest, ExportError or a subclass.
         """
         check_backend(backend, engines, trust)
         options, dtype, device = sort_options(options, _LOADING, dtype, device)
@@ -224,8 +224,8 @@ class Engine:
     def load_adapter(self, file: str | Path, image_encoder: str | Path | None = None, name: str | None = None) -> str:
         """Load an IP-Adapter and return the name by which `InstantStyle(adapter=...)` finds it (the file's stem).
 
-        `image_encoder` is the folder of its CLIP image encoder; None takes the model's own.
-        Raises AdapterError when the two don't belong together, or no image encoder is known.
+        `image_encoder` is the folder of its CLIP image encoder; None uses the model's own.
+        Raises AdapterError if the two don't match, or no image encoder is known.
         """
         self.runtime.check_open()
         values.path("an adapter", file)
@@ -234,43 +234,43 @@ class Engine:
         loaded = load_adapter(file, image_encoder, self._components, self.unet)
         name = name or Path(file).stem
         adapter, encoder = self.runtime.backend.adapter(*loaded)
-        # the lock also orders what was loaded before what others do with it
+        # the lock also orders the loaded weights before their use on other streams
         with self.runtime.lock:
             self.adapters[name] = adapter, encoder
             if self.runtime.buckets:
-                # shapes must repeat, so a batch has room for pictures before the first one comes
+                # shapes must repeat, so reserve room for image tokens before the first picture comes
                 self.runtime.conditions.make_image_pages(len(adapter.negative_tokens(encoder)))
         return name
 
     def load_lora(self, source: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """Put a LoRA (a file, or a folder with one) on UNet and text encoders; returns its name, by default the file's.
+        """Apply a LoRA (file or folder) to the UNet and text encoders; return its name, by default the file's.
 
-        Read are LoRA, LoCon, LoHa, LoKr, DoRA and full differences in the layouts of kohya, diffusers, peft, ComfyUI
-        and OneTrainer. An embedding in the same file is announced, and used by `DreamStyler(file)`.
-        Raises ModelNotFound, ModelFormatError, AdapterError if it does not fit, InvalidRequest while pictures are on
-        their way: half of their steps would see other weights.
+        Supports LoRA, LoCon, LoHa, LoKr, DoRA and full differences in the layouts of kohya, diffusers, peft, ComfyUI
+        and OneTrainer. An embedding in the same file is reported, and used by `DreamStyler(file)`.
+        Raises ModelNotFound, ModelFormatError, AdapterError if it does not fit, InvalidRequest while pictures are in
+        progress, since half of their steps would use other weights.
         """
         self.runtime.check_open()
         return self.loras.add(source, scale, name)
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent along one side."""
+        """Return the pixels per latent along one side."""
         return vaes.downscale(self.vae)
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(width, height) in pixels that the model was trained at."""
+        """Return (width, height) in pixels that the model was trained at."""
         side = self.unet.config.get("sample_size") or 128
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
         return width * self.downscale, height * self.downscale
 
     def styles(self) -> dict[str, Path]:
-        """Learned styles that come with the model: name -> file for `DreamStyler`."""
+        """Return the learned styles that come with the model: name -> file for `DreamStyler`."""
         return dict(self._components.style_paths)
 
     def references(self) -> dict[str, Path]:
-        """Example reference pictures that come with the model: name -> file."""
+        """Return the example reference pictures that come with the model: name -> file."""
         return dict(self._components.reference_paths)
 
     def generate(
@@ -291,19 +291,19 @@ class Engine:
         callback: StepCallback | None = None,
         output: str = "pil",
     ) -> Result:
-        """Make one picture per prompt, all in one batch: one UNet call a step for each size.
+        """Make one picture per prompt, all in one batch: one UNet call per step and size.
 
         Args:
             prompts: a prompt or several, or `Request`s (whose own settings then count), or a mix of both.
             style: None, a style or a list of styles, for the prompts given as strings.
-            seed: picture i gets seed + i; or a list with one for each prompt. None or -1 draws one; the seeds that were
-                used are in the result's metadata.
+            seed: picture i gets seed + i; or a list with one for each prompt. None or -1 draws one; the seeds used are
+                in the result's metadata.
             callback: called after every step with (step, steps, latents of the running pictures).
             output: "pil", "np", or "latents" to leave the VAE out.
-            The rest is documented at `Request`.
+            The other arguments are documented in `Request`.
 
-        Raises InvalidRequest and its kin (PromptError, StyleError, ImageError) before any work is done, NumericsError
-        when latents turn NaN, OutOfMemory when the batch does not fit.
+        Raises InvalidRequest or a subclass (PromptError, StyleError, ImageError) before any work is done, NumericsError
+        if latents turn NaN, OutOfMemory if the batch does not fit.
         """
         self.runtime.check_open()
         check_output(output)
@@ -325,7 +325,7 @@ class Engine:
         seeds = values.seeds("seed", seed, len(prompts))
         requests = [p if isinstance(p, Request) else Request(p, seed=s, **shared) for p, s in zip(prompts, seeds)]
         self._warn(requests)
-        # written down first: a value that can't be recorded must not cost finished pictures
+        # first: a value that can't be recorded must not cost finished pictures
         written = self._metadata(requests)
         try:
             return _exhausted(self._result(self._sample(requests, callback), written, output))
@@ -344,16 +344,16 @@ class Engine:
         deadline: float | None = None,
         output: str = "pil",
     ) -> Job:
-        """Add a request to the running batch; it joins at the next step, whatever the others' styles and steps.
+        """Add a request to the running batch; it joins at the next step, regardless of the others' styles and steps.
 
         Args:
             request: one, or several that belong together: under one `StyleAligned()` the first is the reference.
-            deadline: seconds from now after which the job fails with DeadlineExceeded if it is not done.
+            deadline: seconds from now; a job not done by then fails with DeadlineExceeded.
             output: as in `generate`.
 
         Returns a `Job`: `result(timeout=)`, `cancel()`, `await job`, `async for preview in job`. Raises InvalidRequest
-        and its kin for what can be seen to be wrong before anything runs, QueueFull where more jobs wait than
-        `max_pending`, and EngineClosed.
+        or a subclass for errors found before anything runs, QueueFull if `max_pending` jobs are waiting, and
+        EngineClosed.
         """
         self.runtime.check_open()
         requests = as_list(request)
@@ -369,13 +369,14 @@ class Engine:
         return job
 
     def memory(self) -> dict[str, Any]:
-        """Bytes that the engine holds, by what they are for; see `runtime.accounting.memory_report`."""
+        """Return the bytes that the engine holds, by purpose; see `runtime.accounting.memory_report`."""
         return memory_report(self)
 
     def close(self) -> None:
-        """Take no more work; jobs that are not done fail with EngineClosed. Called by `with engine:` too.
+        """Accept no more work; unfinished jobs fail with EngineClosed. Also called at the end of `with engine:`.
 
-        So do `generate` and `bake` in other threads, after their present step. In a forked process nothing is freed.
+        `generate` and `bake` in other threads fail likewise, after their current step. In a forked process nothing is
+        freed.
         """
         self._loop.close()
         self.runtime.close()
@@ -403,25 +404,25 @@ class Engine:
         overwrite: bool = True,
         callback: BakeCallback | None = None,
     ) -> StyleBank:
-        """Run a style's reference once and keep what it offers; `StyleAligned(bank)` then needs no reference rows.
+        """Run a style's reference once and store its features; `StyleAligned(bank)` then needs no reference rows.
 
         Args:
             style: a StyleAligned with a picture or a prompt; or a list with it and the other styles that its reference
-                shares. Its `layers` are those that the bank stores; scale, shift, mode, adain and the sharing of norms
-                are chosen anew wherever the bank is used.
-            steps, scheduler, size, spacing: what requests must have to use the bank. guidance above 1 bakes the null
-                branch too, which requests with guidance need; its value, guidance_rescale and negative_prompt are those
-                of a reference that is generated from a prompt.
+                shares. The bank stores its `layers`; scale, shift, mode, adain and norm sharing are chosen when the
+                bank is used.
+            steps, scheduler, size, spacing: must be equal in requests that use the bank. guidance above 1 also bakes
+                the null branch, which requests with guidance need; its value, guidance_rescale and negative_prompt
+                apply to a reference generated from a prompt.
             store: "kv" (keys and values: largest, fastest), "hidden" (the states they are projected from: half as
-                large, projected when a page is fetched), "latents" (a few kilobytes a step; the reference runs again
-                beside its readers).
+                large, projected when a page is fetched), "latents" (a few kilobytes per step; the reference runs again
+                alongside its readers).
             dtype: of keys, values or states: "auto" (the model's), "fp32", "fp16", "bf16" or "fp8".
-            path: write to this file while baking, so that the bank need not fit into memory; else it stays in memory
+            path: write to this file while baking, so that the bank need not fit into memory; None keeps it in memory
                 until `StyleBank.save`.
             callback: called after every step with (step, steps).
 
-        Raises StyleError and InvalidRequest for what can't be baked, NumericsError when the reference's features are
-        not finite, OutOfMemory when it does not fit into memory or onto the disk.
+        Raises StyleError and InvalidRequest for styles or settings that can't be baked, NumericsError if the
+        reference's features are not finite, OutOfMemory if it does not fit into memory or onto the disk.
         """
         self.runtime.check_open()
         options = {
@@ -453,7 +454,7 @@ class Engine:
         return [done[i] for i in range(len(requests))]
 
     def _result(self, latents: list[torch.Tensor], written: list[dict], output: str) -> Generator[None, None, Result]:
-        """Yields between pictures, and returns the result."""
+        """Yield between pictures, and return the result."""
         images = []
         if output != "latents":
             images = yield from self.decoder.images(latents, self.runtime.beside)
@@ -469,12 +470,12 @@ class Engine:
 
     def _finish(self, job: Job, latents: dict[int, torch.Tensor]) -> Generator[None, None, Result]:
         for entry in job.metadata:
-            entry["loras"] = self.loras.scales  # which may have changed while the job waited, but not since it runs
+            entry["loras"] = self.loras.scales  # may have changed while the job waited, but not while it ran
         return self._made(job, [latents[i] for i in range(len(job.requests))])
 
     def _made(self, job: Job, latents: list[torch.Tensor]) -> Generator[None, None, Result]:
         if job.output == "latents":
-            # whoever reads them does so in another thread, on a stream that this one does not know
+            # latents are read in another thread, on a stream unknown to this one
             self.runtime.lock.wait()
         return (yield from self._result(latents, job.metadata, job.output))
 
@@ -507,7 +508,7 @@ class Engine:
 
 
 def _check_part(name: str, part: Any) -> None:
-    """Raise InvalidRequest for what is neither None, nor a module, nor the path or hub id of one."""
+    """Raise InvalidRequest unless `part` is None, a module, or a path or hub id."""
     if part is not None and not isinstance(part, torch.nn.Module):
         values.path(name, part)
 
@@ -520,7 +521,7 @@ _OWN, _LOADING = _options_of(Engine.__init__), _options_of(Engine.from_pretraine
 
 
 def _exhausted(pieces: Generator[None, None, Result]) -> Result:
-    """What a generator returns, in one go."""
+    """Run a generator to its end and return its result."""
     while True:
         try:
             next(pieces)

@@ -1,6 +1,6 @@
-"""Every error that stylefast raises on purpose: one tree, so a caller can catch as wide or as narrow as it likes.
+"""All errors that stylefast raises deliberately, in one hierarchy, so that callers can catch broadly or narrowly.
 
-Messages name the value, the limit and the way out.
+Messages name the value, the limit and the remedy.
 """
 
 
@@ -33,7 +33,7 @@ class ModelNotFound(ModelError, FileNotFoundError):
 
 
 class ModelFormatError(ModelError):
-    """A file is damaged, foreign, or holds other keys or shapes than its kind demands."""
+    """A file is damaged, of another kind, or lacks the keys or shapes of its kind."""
 
 
 class AdapterError(ModelError):
@@ -41,7 +41,7 @@ class AdapterError(ModelError):
 
 
 class NumericsError(StyleFastError):
-    """NaN or infinity appeared in the latents of a picture; `pictures` are the numbers of those concerned."""
+    """NaN or infinity appeared in the latents of a picture; `pictures` holds the numbers of the affected pictures."""
 
     def __init__(self, *arguments, pictures=()):
         super().__init__(*arguments)
@@ -49,7 +49,7 @@ class NumericsError(StyleFastError):
 
 
 class OutOfMemory(StyleFastError, MemoryError):
-    """The request does not fit into the memory at hand."""
+    """The request does not fit into the available memory."""
 
 
 class JobCancelled(StyleFastError):
@@ -61,11 +61,11 @@ class DeadlineExceeded(StyleFastError, TimeoutError):
 
 
 class QueueFull(StyleFastError):
-    """More jobs wait than the engine takes; try again later."""
+    """More jobs are waiting than the engine accepts; try again later."""
 
 
 class EngineClosed(StyleFastError):
-    """The engine was closed, and takes and finishes no more jobs."""
+    """The engine was closed; it accepts and finishes no more jobs."""
 
 
 class ExportError(StyleFastError):
@@ -77,8 +77,8 @@ class EngineMismatch(ExportError):
 
 
 class UntrustedEngine(ExportError):
-    """An engine file is code, and nobody vouched for this one."""
+    """An engine file contains code and was not marked as trusted."""
 
 
 class MissingDependency(StyleFastError, ImportError):
-    """An optional package is needed for this feature; the message names the extra that brings it."""
+    """An optional package is missing; the message names the extra that installs it."""

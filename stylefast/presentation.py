@@ -1,4 +1,4 @@
-"""Pictures side by side, and a page that shows them with the commands that made each."""
+"""Pictures side by side, and a page that shows them with the commands that made them."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """Pictures made by one command. `title` names what is special, `command` is the line to type."""
+    """Pictures made by one command. `title` says how the row differs, `command` is the line to type."""
 
     title: str
     figures: tuple[Figure, ...]
@@ -42,9 +42,9 @@ class Section:
 
 
 def picture_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures in rows of `columns` (default: as square as possible), each centred in a cell of the largest size.
+    """Arrange pictures in rows of `columns` (default: as square as possible), centred in cells of the largest size.
 
-    Raises InvalidRequest where there is nothing to show.
+    Raises InvalidRequest without pictures.
     """
     if not images:
         raise InvalidRequest("a grid needs at least one picture")
@@ -64,9 +64,9 @@ def picture_grid(images: Sequence[Image.Image], columns: int | None = None) -> I
 
 
 def labelled_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], scale: int = 1) -> Image.Image:
-    """Rows of pictures below a line of text each, enlarged `scale` times without smoothing.
+    """Return rows of pictures, each below a line of text, enlarged `scale` times without smoothing.
 
-    Raises InvalidRequest where there is nothing to show.
+    Raises InvalidRequest without rows.
     """
     if not rows or scale < 1:
         raise InvalidRequest(f"a sheet needs at least one row, and a scale of at least 1 (not {scale})")
@@ -86,12 +86,12 @@ def labelled_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], scale: int
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture scaled to fit into `size`, (width, height), aspect kept."""
+    """Return the picture scaled to fit into `size` (width, height), keeping its aspect ratio."""
     return image if image.size == size else ImageOps.contain(image, size)
 
 
 def html_page(title: str, text: str, sections: Sequence[Section], width: int) -> str:
-    """A page of one file: plain HTML and CSS, pictures by relative path, shown `width` pixels wide with hard pixels."""
+    """Return one page of plain HTML and CSS: pictures by relative path, `width` pixels wide without smoothing."""
     body = "\n".join(_section(section) for section in sections)
     return _PAGE.format(title=escape(title), text=escape(text), width=width, body=body)
 

@@ -1,9 +1,9 @@
-"""A call as JSON: all that decided its pictures, and which requests shared a style object.
+"""A call as JSON: everything that determines its pictures, and which requests shared a style object.
 
-`to_record` writes it, `from_record` reads it back and also reads files that people write by hand. Pictures are stored
-by path, with a digest of their decoded pixels, or inside the record when they came from memory and are small; learned
-vectors likewise. A style of the class StyleAligned that several requests share makes them a group, so styles are listed
-once and requests refer to them by number.
+`to_record` writes it; `from_record` reads it, and also files written by hand. Pictures are stored by path, with a
+digest of their decoded pixels, or inside the record if they came from memory and are small; learned vectors likewise.
+Requests that share one StyleAligned object form a group, so styles are listed once and requests refer to them by
+number.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ MAX_REQUESTS = 1000
 _TOP = ("format", "styles", "requests")
 _KINDS = {kind.__name__: kind for kind in STYLES}
 _PICTURES = {StyleAligned: ("reference",), InstantStyle: ("image", "mask", "negative_image"), DreamStyler: ()}
-# what people call a field by its place in the signature's documentation
 _SIZE = re.compile(r"\s*(\d{1,6})\s*[xX×]\s*(\d{1,6})\s*")
 _STAGE = re.compile(r"'?\d{1,4}'?")  # a whole number or its digits as text
+# other names that people use for a field
 _ALIASES = {DreamStyler: {"path": "embedding"}}
 
 
 def to_record(requests: Sequence[Request], model_folder: Path = TINY) -> dict[str, Any]:
-    """The call as a dictionary that `json.dumps` takes.
+    """Return the call as a dictionary that `json.dumps` accepts.
 
     Files inside `model_folder` are stored relative to it, so that the record works on another machine. Pictures and
     vectors from memory are stored inside as long as they take fewer than 48,000 characters together; larger ones leave
@@ -62,9 +62,9 @@ def to_record(requests: Sequence[Request], model_folder: Path = TINY) -> dict[st
 
 
 def from_record(record: Mapping | Sequence, base: str | Path | None = None, model_folder: Path = TINY) -> list[Request]:
-    """The requests of a record, or of a file that somebody wrote.
+    """Return the requests of a record, or of a file written by hand.
 
-    `record`: what `to_record` gives; or a list of requests; or {"requests": [...], "styles": [...] or {name: ...}}.
+    `record`: the result of `to_record`; or a list of requests; or {"requests": [...], "styles": [...] or {name: ...}}.
     A request's "style" is null, a style written out ({"kind": "InstantStyle" or "instant_style", ...}), the number or
     name of one in "styles", or a list of those. A picture is a path, relative to `base`, or the name of one that ships
     in `model_folder`.
@@ -90,7 +90,7 @@ def from_record(record: Mapping | Sequence, base: str | Path | None = None, mode
 
 
 def metadata(requests: Sequence[Request], version: str, model: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is kept with each picture of a call, enough to make it again: the call, versions, and facts of the model."""
+    """Return each picture's metadata, enough to make it again: the call, versions, and facts about the model."""
     packages = ("torch", "diffusers", "transformers")
     versions = {"stylefast": version, "python": platform.python_version()}
     versions |= {package: importlib.metadata.version(package) for package in packages}
@@ -99,7 +99,7 @@ def metadata(requests: Sequence[Request], version: str, model: Mapping[str, Any]
 
 
 def style_digest(styles: Sequence) -> str:
-    """16 hexadecimal digits that tell what styles say from what others say; empty for no style."""
+    """Return 16 hexadecimal digits that identify the contents of styles; "" for no styles."""
     if not styles:
         return ""
     entries = [_style_entry(style, Store(TINY)) for style in styles]
@@ -125,7 +125,7 @@ def _style_entry(style, store: Store) -> dict[str, Any]:
         elif f.name == "embedding":
             entry[f.name] = store.embedding(value, style.source)
         elif f.name == "stages":
-            # a style that lends one stage is asked for that stage alone
+            # only this stage is used, so only it is stored
             entry[f.name] = {str(stage): store.embedding(other, None, stage) for stage, other in value.items()}
         elif isinstance(value, StyleContextGuidance):
             entry[f.name] = asdict(value)
@@ -139,12 +139,12 @@ def _style_entry(style, store: Store) -> dict[str, Any]:
 def _is_default(value, f) -> bool:
     if value is None or f.default is MISSING or not isinstance(value, (str, bool, int, float, tuple, dict)):
         return value is None
-    # DreamStyler keeps a missing `stages` as an empty dictionary
+    # DreamStyler stores a missing `stages` as an empty dictionary
     return value == f.default or (value == {} and f.default is None)
 
 
 def _plain(value):
-    """A value as JSON can hold it; infinities as text, since JSON has none."""
+    """Return a value in a form that JSON can hold; infinities become text, since JSON has none."""
     if value is None or isinstance(value, (str, bool)):
         return value
     if isinstance(value, Integral):
@@ -243,7 +243,7 @@ def _read_style(entry, sources: Sources):
         elif name == "content" and isinstance(value, Mapping):
             values[name] = sources.tensor(value)
         else:
-            # JSON has no infinities, so a record holds them as text
+            # records hold infinities as text, since JSON has none
             infinite = isinstance(known[name].default, float) and isinstance(value, str) and value in ("inf", "-inf")
             values[name] = float(value) if infinite else value
     style = kind(**values)
@@ -273,7 +273,7 @@ def _read_guidance(value) -> StyleContextGuidance:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) from "1024x768". Raises InvalidRequest."""
+    """Return (1024, 768), width and height, for "1024x768". Raises InvalidRequest."""
     match = _SIZE.fullmatch(text)
     if match is None:
         raise InvalidRequest(f"size is {quoted(text)}; it must be WIDTHxHEIGHT in pixels, e.g. 1024x1024")

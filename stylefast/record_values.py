@@ -21,23 +21,23 @@ from stylefast.styles.embeddings import StageEmbedding
 from stylefast.styles.image_embeds import read_image_embeds
 from stylefast.values import quoted
 
-# larger pictures are not tried: compressing them costs seconds, and hardly any gets that small
+# larger pictures rarely compress to EMBED_LIMIT, and trying takes seconds
 EMBED_PIXELS = 512 * 512
-# of a bank's metadata, those that say where its reference comes from
+# bank metadata that describes the reference
 _BANK_FIELDS = ("prompt", "seed", "noise", "steps", "scheduler", "size", "guidance", "created")
-_LONGEST_BASE64 = 64 * 2**20  # of one entry that others wrote
-EMBED_LIMIT = 48_000  # characters of base64 in one record, so that a picture's metadata stays below 64 KB
+_LONGEST_BASE64 = 64 * 2**20  # limit per entry of records from other sources
+EMBED_LIMIT = 48_000  # base64 characters per record, to keep a picture's metadata below 64 KB
 
 
 def pixel_digest(picture: Image.Image) -> str:
-    """64 hex digits of a picture's size and RGB pixels; equal for a PNG and its lossless copy."""
+    """Return 64 hex digits of a picture's size and RGB pixels; equal for a PNG and its lossless copy."""
     digest = hashlib.sha256(f"{picture.width}x{picture.height} RGB\n".encode())
     digest.update(picture.convert("RGB").tobytes())
     return digest.hexdigest()
 
 
 def vector_digest(embedding: StageEmbedding) -> str:
-    """64 hex digits of all vectors of a learned style and of where it pools."""
+    """Return 64 hex digits of a learned style's vectors and pooling policy."""
     digest = hashlib.sha256(embedding.pooled_policy.encode())
     for rows in (embedding.clip_l, embedding.clip_g):
         digest.update(f"\n{tuple(rows.shape)}\n".encode())
@@ -46,14 +46,14 @@ def vector_digest(embedding: StageEmbedding) -> str:
 
 
 class Store:
-    """Turns pictures, masks and vectors into entries of one record."""
+    """Converter from pictures, masks and vectors to entries of one record."""
 
     def __init__(self, model_folder: Path):
         self.model_folder = Path(model_folder).resolve()
         self.room = EMBED_LIMIT
 
     def picture(self, source, mask: bool = False) -> dict[str, Any] | None:
-        """The entry of a picture or mask, None for no mask. Raises ImageError for what can't be read."""
+        """Return the entry of a picture or mask, None for no mask. Raises ImageError for unreadable files."""
         if source is None:
             return None
         if isinstance(source, torch.Tensor):
@@ -70,14 +70,14 @@ class Store:
         return self._inside("png", stream.getvalue(), what) | entry
 
     def bank(self, bank: StyleBank) -> dict[str, Any]:
-        """The entry of a style bank: where its file is, and what it was baked from."""
+        """Return the entry of a style bank: its file's path, and what it was baked from."""
         made = {name: value for name, value in bank.info.to_json().items() if name in _BANK_FIELDS}
         if bank.path is None:
             return {"bank": made, "in_memory": f"a style bank that was never saved ({bank.name})"}
         return {"bank": made, "sha256": bank.checksum} | self._path(bank.path)
 
     def embedding(self, embedding: StageEmbedding, source, stage: int | None = None) -> dict[str, Any]:
-        """The entry of learned vectors; `source` is where they were read, `stage` the only one that is needed."""
+        """Return the entry of learned vectors, read from `source`; `stage`: store only this stage."""
         if stage is not None:
             rows = slice(stage, stage + 1) if embedding.stages > 1 else slice(None)
             embedding = StageEmbedding(
@@ -94,7 +94,7 @@ class Store:
         return found | {"name": embedding.name, "pooled_policy": embedding.pooled_policy}
 
     def tensor(self, value: torch.Tensor, source: str | None = None) -> dict[str, Any]:
-        """The entry of a mask or an embedding that was given as a tensor, or read from the file `source`."""
+        """Return the entry of a mask or an embedding given as a tensor, or read from the file `source`."""
         values.dense_tensor("a tensor", value, error=ImageError)
         content = _pack({"tensor": value})
         entry = {"sha256": hashlib.sha256(content).hexdigest()}
@@ -117,20 +117,20 @@ class Store:
 
 
 def is_bank(source) -> bool:
-    """Whether a style's reference, or the entry or path of one, is a style bank."""
+    """Return whether a style's reference, or its entry or path, is a style bank."""
     if isinstance(source, Mapping):
         return "bank" in source
     return isinstance(source, StyleBank) or (isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".bank")
 
 
 class Sources:
-    """Turns entries of a record, and what people write in their place, into pictures, masks and vectors."""
+    """Converter from entries of a record, or their handwritten forms, to pictures, masks and vectors."""
 
     def __init__(self, base: Path | None, model_folder: Path):
         self.base, self.model_folder = base, Path(model_folder)
 
     def bank(self, entry) -> StyleBank:
-        """The bank of an entry, or of a path relative to the file that names it. Raises StyleError."""
+        """Return the bank of an entry, or of a path relative to the file that names it. Raises StyleError."""
         if isinstance(entry, str):
             return StyleBank.load(self._absolute(entry))
         described = {key: value for key, value in entry.items() if key != "bank"}
@@ -145,7 +145,7 @@ class Sources:
         return bank
 
     def picture(self, entry, mask: bool = False):
-        """A path as text, a PIL image, a mask tensor, or None for no mask. Raises ImageError and StyleError."""
+        """Return a path as text, a PIL image, a mask tensor, or None for no mask. Raises ImageError and StyleError."""
         opened = open_mask if mask else open_picture
         if entry is None and mask:
             return None
@@ -170,7 +170,7 @@ class Sources:
         return found
 
     def embedding(self, entry) -> tuple[Any, str | None]:
-        """What DreamStyler takes, and the digest that its vectors must have (None: any)."""
+        """Return DreamStyler's argument, and the digest that its vectors must have (None: any)."""
         if isinstance(entry, str):
             return find_learned(entry, self.model_folder, self.base), None
         if isinstance(entry, (list, tuple)) and all(isinstance(one, str) for one in entry):
@@ -187,7 +187,7 @@ class Sources:
         return (tuple(map(self._absolute, path)) if isinstance(path, list) else self._absolute(path)), digest
 
     def check_embedding(self, embedding: StageEmbedding, digest: str, source) -> None:
-        """Raises StyleError unless the vectors are those that were recorded."""
+        """Raise StyleError unless the vectors match the recorded digest."""
         found = vector_digest(embedding)
         if found != digest:
             raise StyleError(
@@ -196,7 +196,7 @@ class Sources:
             )
 
     def image_embeds(self, entry) -> torch.Tensor | str:
-        """Image embeddings as a tensor or the path of their file. Raises StyleError if the file changed since."""
+        """Return image embeddings as a tensor or their file's path. Raises StyleError if the file changed since."""
         if isinstance(entry, str):
             return self._absolute(entry)
         form = _form(entry, ("path", "shipped", "safetensors", "in_memory"), "image embeddings", StyleError)
@@ -213,7 +213,7 @@ class Sources:
         return path
 
     def tensor(self, entry: Mapping) -> torch.Tensor:
-        """A tensor that was given in memory."""
+        """Return a tensor stored inside the record. Raises StyleError if it was too large to be stored."""
         _form(entry, ("safetensors", "in_memory"), "a tensor", StyleError)
         return _unpack(entry["safetensors"], ("tensor",), "a tensor")["tensor"]
 
@@ -231,7 +231,7 @@ class Sources:
 
 
 def shipped(model_folder: Path, kind: str) -> dict[str, Path]:
-    """Name -> file of what ships with a model; `kind` is "styles" (learned ones) or "references" (pictures)."""
+    """Map name -> file of a model's shipped styles or pictures; `kind` is "styles" (learned ones) or "references"."""
     suffixes = (".safetensors",) if kind == "styles" else SUFFIXES
     folder = Path(model_folder) / kind
     files = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -239,12 +239,12 @@ def shipped(model_folder: Path, kind: str) -> dict[str, Path]:
 
 
 def find_picture(text: str, model_folder: Path, base: Path | None = None) -> str:
-    """The path that a user's words mean: a file, or the name of a picture that ships with the model."""
+    """Return the path of a picture given as a file or a shipped picture's name. Raises ImageError."""
     return _find(text, model_folder, base, "references", "picture", ImageError)
 
 
 def find_learned(text: str, model_folder: Path, base: Path | None = None) -> str:
-    """The path that a user's words mean: a file or folder, or the name of a style that ships with the model."""
+    """Return the path of a learned style given as a file, a folder, or a shipped style's name. Raises StyleError."""
     return _find(text, model_folder, base, "styles", "learned style", StyleError)
 
 
@@ -279,7 +279,7 @@ def _form(entry, forms: tuple[str, ...], what: str, error: type) -> str:
 
 
 def _word(text) -> str:
-    """What a record says of itself, in a message: short, and without quotes around it."""
+    """Return a record's own text for use in a message: short, without quotes around it."""
     return quoted(text)[1:-1][:60] if isinstance(text, str) else quoted(text)
 
 
@@ -287,7 +287,7 @@ def _pack(tensors: dict[str, torch.Tensor]) -> bytes:
     from safetensors.torch import save
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    # learned vectors mostly come from 16-bit files: half the room, if nothing is lost
+    # learned vectors mostly come from 16-bit files: store halves if that loses nothing
     if all(v.dtype == torch.float32 and torch.equal(v.half().float(), v) for v in plain.values()):
         return save({name: value.half() for name, value in plain.items()}, {"widened": "float32"})
     return save(plain)

@@ -1,9 +1,9 @@
-"""How many OpenMP threads there are, and how they wait for one another: what a busy machine's time depends on.
+"""Settings of OpenMP threads: how many run and how they wait, which decide the step time on a busy machine.
 
-A step is thousands of small parallel loops. Threads that spin at the end of each use up their share of a busy core with
-waiting, and are then put aside while the others wait for them: steps took ten times as long. Threads that sleep at
-once pay a wake-up for each loop. Those that spin shortly, and then sleep, are nearly as
-fast as the first on an idle machine and take little more than their share of a busy one (`python -m benchmarks load`).
+A step is thousands of small parallel loops. Threads that spin at the end of each loop use up their share of a busy core
+and are then descheduled while the others wait for them, which made steps ten times slower. Threads that sleep at once
+pay a wake-up per loop. Threads that spin briefly and then sleep are nearly as fast as spinning ones on an idle machine,
+and take little more than their share of a busy one (`python -m benchmarks load`).
 """
 
 import logging
@@ -16,24 +16,24 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# what says how threads wait, or that somebody has thought about it
+# if any variable in `_CHOSEN` is set, the user has chosen how threads wait
 WAIT_POLICY = "OMP_WAIT_POLICY"
-SPIN_COUNT = "GOMP_SPINCOUNT"  # of GNU's runtime, which PyTorch's wheels for Linux bring
+SPIN_COUNT = "GOMP_SPINCOUNT"  # read by GNU's runtime, which PyTorch's Linux wheels include
 SHORT_SPIN = "4000"
 _CHOSEN = (WAIT_POLICY, SPIN_COUNT, "KMP_BLOCKTIME")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _fitted = False
-# seconds after which a thread that computes in Python lets another one run, in `giving_way`
+# switch interval in `giving_way`, in seconds
 SHORT_TURNS = 0.0003
 _turns_lock = threading.Lock()
 _giving_way, _turns_before = 0, 0.0
 
 
 def wait_shortly() -> None:
-    """Have OpenMP's threads spin shortly and then sleep while they wait, unless the environment says how they wait.
+    """Make OpenMP threads spin briefly and then sleep while they wait, unless the environment says how they wait.
 
-    The runtime reads the environment when it is loaded, with torch; where torch is there already, this changes nothing
-    but programs that this one starts. Other runtimes than GNU's sleep at once.
+    The runtime reads the environment when torch is loaded; if torch is already loaded, this affects only child
+    processes. Runtimes other than GNU's sleep at once.
     """
     if not any(name in os.environ for name in _CHOSEN):
         os.environ.update({WAIT_POLICY: "passive", SPIN_COUNT: SHORT_SPIN})
@@ -48,10 +48,10 @@ def wait_shortly() -> None:
 
 @contextmanager
 def giving_way() -> Iterator[None]:
-    """Let other threads run Python after 0.3 ms instead of 5, during minutes of work in Python such as an export.
+    """Set Python's switch interval to 0.3 ms instead of 5, during minutes of Python work such as an export.
 
-    A step asks for the interpreter's lock at each of its thousands of calls, and waited a turn of the other thread each
-    time: seconds, for a step of a tenth of one. It concerns the whole process, and is put back after the last use.
+    A step needs the interpreter's lock at each of its thousands of calls and waited one interval of the other thread
+    each time: seconds, for a step of 0.1 s. This affects the whole process; the last user restores the old interval.
     """
     global _giving_way, _turns_before
     with _turns_lock:
@@ -69,10 +69,10 @@ def giving_way() -> Iterator[None]:
 
 
 def fit_to_quota() -> None:
-    """Take no more threads than the processor time that a container gives this process; once, when a model is loaded.
+    """Limit threads to the CPU time that a container grants this process; runs once, when a model is loaded.
 
-    PyTorch counts a machine's cores and knows nothing of quotas. A count in the environment is left as it is, and so is
-    a call of `torch.set_num_threads` after the first model was loaded.
+    PyTorch counts a machine's cores and ignores quotas. A count in the environment is kept, and so is one set with
+    `torch.set_num_threads` after the first model was loaded.
     """
     global _fitted
     if _fitted:
@@ -95,7 +95,7 @@ def fit_to_quota() -> None:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores' worth of time that control groups give this process, the least of all groups above it; None: no limit."""
+    """Return this process's CPU quota in cores, the least of its control groups and those above; None: no limit."""
     found = []
     for folder in _groups(root, own):
         try:
@@ -108,12 +108,12 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
             if limit != "max" and int(limit) > 0:
                 found.append(int(limit) / int(period))
         except (OSError, ValueError, ZeroDivisionError):
-            continue  # a file that can't be read limits nothing that we could know of
+            continue  # ignore limits that can't be read
     return min(found, default=None)
 
 
 def _groups(root: Path, own: Path) -> list[Path]:
-    """The folders of this process's groups and of those above them, in either version of control groups."""
+    """Return the folders of this process's control groups and those above them, for versions 1 and 2."""
     folders = [root, root / "cpu", root / "cpu,cpuacct"]
     try:
         lines = own.read_text().splitlines()

@@ -1,8 +1,8 @@
-"""Checks each kind of value that people, files and clients hand in, and says what is wrong in one way.
+"""Checks for values from users, files and clients, with uniform error messages.
 
-Every function takes the value's name for the message and the class of the error, returns the value as a plain Python
-type, and raises that error for anything else, whatever its `repr` or its size. NumPy's and torch's numbers, 0-d arrays
-included, are taken where Python's are; bools are never numbers.
+Every function takes the value's name for the message and the error class, returns the value as a plain Python type, and
+raises that error for anything else, whatever its `repr` or size. NumPy's and torch's numbers, including 0-d arrays, are
+accepted like Python's; bools are never numbers.
 """
 
 import difflib
@@ -23,17 +23,17 @@ from typing import Any
 
 from stylefast.errors import InvalidRequest, PromptError
 
-_NEIGHBOURS = 2000  # entries of a folder that are looked at for a near name
-QUOTED = 200  # characters of a value in a message
+_NEIGHBOURS = 2000  # max directory entries searched for a similar name
+QUOTED = 200  # max characters of a value in a message
 MAX_PROMPT = 32_000
 MAX_SEED = 2**64 - 1
-# a strength multiplies the model's own numbers, and half precision ends at 65504
+# strengths multiply the model's values, and half precision ends at 65504
 MAX_STRENGTH = 10_000.0
 JSON_BYTES, JSON_DEPTH, JSON_DIGITS = 16 * 2**20, 64, 100
-# what file systems hold; a longer name can't even be looked for
+# limits of file systems; looking up a longer name is an error
 NAME_BYTES, PATH_BYTES = 255, 4095
 _NUMBERS = re.compile(r"bool|u?int(8|16|32|64)|b?float(16|32|64)|float8_\w+|complex(32|64|128)")
-_LONG_INT = 1024  # bits of whole numbers that are still written out; Python refuses to print very long ones
+_LONG_INT = 1024  # longer integers are not printed; Python refuses to print very long ones
 
 
 class _Short(reprlib.Repr):
@@ -55,10 +55,10 @@ _short = _Short()
 
 
 def quoted(value: Any) -> str:
-    """Write a value as messages quote it: its `repr`, in one line of at most 200 characters."""
+    """Return a value as quoted in messages: its `repr`, on one line of at most 200 characters."""
     try:
         shown = _short.repr(value)
-    except Exception:  # a foreign __repr__ or __len__ may raise anything; the message must still come out
+    except Exception:  # a foreign __repr__ or __len__ may raise anything
         shown = f"<{type(value).__name__}>"
     shown = " ".join(shown.encode("utf-8", "backslashreplace").decode().split())
     return shown if len(shown) <= QUOTED else shown[: QUOTED - 3] + "..."
@@ -86,7 +86,7 @@ def real_number(
 ) -> float:
     """Return a finite number from `low` to `high` (None: unbounded), or greater than `above`, as a float.
 
-    `also` names values that are let through beside them, such as `-math.inf`.
+    `also`: further values to accept, such as `-math.inf`.
     """
     number = _float(value)
     if number is not None and number in also:
@@ -101,14 +101,14 @@ def real_number(
 
 
 def flag(name: str, value: Any, *, error: type = InvalidRequest) -> bool:
-    """Return True or False; nothing else counts as either, since "false" in quotes would count as true."""
+    """Return True or False; accept only real bools, since the string "false" is truthy."""
     if isinstance(value, bool) or (_is_bool(value) and getattr(value, "ndim", 0) == 0):
         return bool(value)
     raise error(f"{name} is {quoted(value)}; it must be true or false")
 
 
 def text(name: str, value: Any, *, longest: int | None = None, empty: bool = True, error: type = InvalidRequest) -> str:
-    """Return a string of whole characters, of at most `longest`; with `empty=False` it must hold more than spaces."""
+    """Return a string of at most `longest` characters without lone surrogates; `empty=False` refuses blank ones."""
     if not isinstance(value, str):
         raise error(f"{name} is {quoted(value)} ({type(value).__name__}); it must be a string")
     value = str.__str__(value)
@@ -129,7 +129,7 @@ def text(name: str, value: Any, *, longest: int | None = None, empty: bool = Tru
 def prompt(name: str, value: Any, *, error: type = PromptError) -> str:
     """Return a text for the text encoders, of at most 32,000 characters.
 
-    What is no string raises `error`; too long a text and one cut inside a character raise PromptError.
+    Raises `error` for non-strings; PromptError for text that is too long or cut inside a character.
     """
     if not isinstance(value, str):
         raise error(f"{name} is {quoted(value)} ({type(value).__name__}); it must be a string")
@@ -137,7 +137,7 @@ def prompt(name: str, value: Any, *, error: type = PromptError) -> str:
 
 
 def one_of(name: str, value: Any, known: Iterable[str], *, error: type = InvalidRequest) -> str:
-    """Return one of the `known` names; the message lists them and offers the nearest."""
+    """Return one of the `known` names; the error lists them and suggests the nearest."""
     known = tuple(known)
     if isinstance(value, str) and value in known:
         return str.__str__(value)
@@ -145,7 +145,7 @@ def one_of(name: str, value: Any, known: Iterable[str], *, error: type = Invalid
 
 
 def did_you_mean(value: Any, known: Iterable[str]) -> str:
-    """Write the end of a message, "; did you mean 'euler'?", or nothing where no known name is near."""
+    """Return the end of a message, "; did you mean 'euler'?", or "" if no known name is similar."""
     if not isinstance(value, str) or len(value) > QUOTED:
         return ""
     spelled = {one.casefold(): one for one in known}
@@ -154,9 +154,9 @@ def did_you_mean(value: Any, known: Iterable[str]) -> str:
 
 
 def did_you_mean_beside(missing: Path, suffixes: Iterable[str] = ()) -> str:
-    """Write the end of a message on a path that is not there: a name in its folder that is near, if there is one.
+    """Return the end of a message on a missing path: a similar name in its folder, or "" if there is none.
 
-    `suffixes`: of the files that count; folders always do, and without suffixes all files.
+    `suffixes`: of the files considered (default: all files); folders always are.
     """
     wanted = tuple(suffixes)
     try:
@@ -166,7 +166,7 @@ def did_you_mean_beside(missing: Path, suffixes: Iterable[str] = ()) -> str:
                 for entry in itertools.islice(entries, _NEIGHBOURS)
                 if not wanted or entry.is_dir() or Path(entry.name).suffix.lower() in wanted
             ]
-    except OSError:  # no folder, or none that may be looked into
+    except OSError:  # missing or unreadable folder
         return ""
     return did_you_mean(missing.name, beside)
 
@@ -203,7 +203,7 @@ def fractions(name: str, value: Any, *, error: type = InvalidRequest) -> tuple[f
 
 
 def seed(name: str, value: Any, *, error: type = InvalidRequest) -> int:
-    """Return a seed of 64 bits; None and -1 draw one from the system's entropy, of 32 bits so that it can be typed."""
+    """Return a 64-bit seed; None and -1 draw a random one, of 32 bits so that it can be typed."""
     number = None if value is None else _index(value)
     if value is None or number == -1:
         return secrets.randbits(32)
@@ -215,7 +215,7 @@ def seed(name: str, value: Any, *, error: type = InvalidRequest) -> int:
 
 
 def seeds(name: str, value: Any, count: int, *, error: type = InvalidRequest) -> list[int]:
-    """Return `count` seeds: those of a list of as many, else `value` and the numbers after it, within 64 bits."""
+    """Return `count` seeds: the entries of a list of that length, else `value` and its successors modulo 2^64."""
     if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1:
         given = list(value)
         if len(given) != count:
@@ -226,7 +226,7 @@ def seeds(name: str, value: Any, count: int, *, error: type = InvalidRequest) ->
 
 
 def path(name: str, value: Any, *, error: type = InvalidRequest) -> Path:
-    """Return a path, of anything or nothing that exists; the home folder's `~` is resolved."""
+    """Return a path, whether or not it exists; `~` is expanded."""
     try:
         shown = os.fspath(value)
     except TypeError:
@@ -237,7 +237,7 @@ def path(name: str, value: Any, *, error: type = InvalidRequest) -> Path:
 
 
 def typed_path(name: str, typed: str, *, error: type = InvalidRequest) -> Path:
-    """Return the path that was typed on a command line: as `path`, but its names need not be whole characters."""
+    """Return a path typed on a command line: like `path`, but names may be invalid UTF-8."""
     if not typed or "\0" in typed:
         raise error(f"{name} is {quoted(typed)}; a path has at least one character, and none is NUL")
     try:
@@ -252,7 +252,7 @@ def typed_path(name: str, typed: str, *, error: type = InvalidRequest) -> Path:
 
 
 def dense_tensor(name: str, value: Any, *, error: type = InvalidRequest) -> None:
-    """Refuse a torch tensor whose numbers are not at hand: sparse, nested, quantised, or on the device meta."""
+    """Raise `error` for a torch tensor without plain values: sparse, nested, quantised, or on the meta device."""
     kind, layout = str(value.dtype).removeprefix("torch."), str(value.layout).removeprefix("torch.")
     if value.is_nested:
         found, way = "a nested tensor", "give it dense"
@@ -270,29 +270,29 @@ def dense_tensor(name: str, value: Any, *, error: type = InvalidRequest) -> None
 
 
 def no_device(what: str, place: str | os.PathLike, *, error: type = InvalidRequest) -> None:
-    """Refuse what is there and is neither a file nor a folder: reading a pipe or a device may never end."""
+    """Raise `error` if the path is neither a file nor a folder: reading a pipe or device may never end."""
     try:
         mode = os.stat(place).st_mode
-    except (OSError, ValueError):  # what is not there is said where it is opened
+    except (OSError, ValueError):  # a missing file is reported when it is opened
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise error(f"{what} {shown_path(place)} is a pipe or a device, not a file; give the path of a file")
 
 
 def free_bytes(folder: str | os.PathLike) -> int | None:
-    """Give the room left on the disk of a folder; None for file systems that have no such figure, such as /proc."""
+    """Return a disk's free bytes; None for file systems without that figure, such as /proc."""
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total else None
 
 
 def shown_path(place: str | os.PathLike) -> str:
-    """Write a path as messages have it: as it is, or quoted where it is long or holds what can't be printed."""
+    """Return a path for a message: as it is, or quoted if it is long or unprintable."""
     written = str(place)
     return written if written.isprintable() and 0 < len(written) <= QUOTED else quoted(written)
 
 
 def function(name: str, value: Any, takes: str, *, error: type = InvalidRequest) -> Callable | None:
-    """Return None or something that can be called; `takes` says with what: "(step, steps)"."""
+    """Return a callable or None; `takes` describes its arguments for the message: "(step, steps)"."""
     if value is not None and not callable(value):
         raise error(f"{name} is {quoted(value)}; it must be a function of {takes}, or None")
     return value
@@ -308,12 +308,12 @@ def load_json(
     deepest: int = JSON_DEPTH,
     infinite: bool = False,
 ) -> Any:
-    """Parse JSON that others wrote; `what` names it in messages ("the request file calls.json").
+    """Parse JSON from an untrusted source; `what` names it in messages ("the request file calls.json").
 
-    A byte order mark is passed over, UTF-16 and UTF-32 are read. Refused are more than `largest` bytes or characters,
-    more than `deepest` levels, names that occur twice in an object, NaN and infinities (as 1e999, and written out
+    A byte order mark is ignored; UTF-16 and UTF-32 are accepted. Raises `error` for more than `largest` bytes or
+    characters, more than `deepest` levels, duplicate names in an object, NaN and infinities (as 1e999, and written out
     unless `infinite`: Python writes `-Infinity` into configs), whole numbers of more than 100 digits, and, given a
-    `kind` (dict or list), anything else at the top.
+    `kind` (dict or list), any other type at the top.
     """
     if len(content) > largest:
         raise error(f"{what} has {len(content)} bytes; at most {largest} are read")
@@ -349,13 +349,13 @@ def read_json(
     largest: int = JSON_BYTES,
     infinite: bool = False,
 ) -> Any:
-    """Read and parse a JSON file as `load_json` does; a file that is missing or can't be read is the same error."""
+    """Read and parse a JSON file as `load_json` does; a missing or unreadable file raises the same error."""
     place = path(what, file, error=error)
     try:
         if not place.is_file():
             raise error(f"{what}: there is no file at {shown_path(place)}; check the path")
         with place.open("rb") as stream:
-            # one byte more than is read, so that a file that is too long shows
+            # one extra byte shows whether the file is too long
             content = stream.read(largest + 1)
     except OSError as cause:
         raise error(f"{what} can't be read: {cause.strerror or cause} ({shown_path(place)})") from cause
@@ -375,32 +375,32 @@ def _bound(value: float) -> str:
 
 
 def _is_bool(value: Any) -> bool:
-    # NumPy's and torch's bools have a dtype by that name; "torch.bool" and "bool"
+    # NumPy's and torch's bool dtypes print as "bool" and "torch.bool"
     return str(getattr(value, "dtype", "")).endswith("bool")
 
 
 def _index(value: Any) -> int | None:
-    """A whole number as an int; None for anything else."""
+    """Return a whole number as an int; None for anything else."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or _is_bool(value):
         return None
     try:
         return int(operator.index(value))
-    except Exception:  # objects of others raise what they like in __index__
+    except Exception:  # a foreign __index__ may raise anything
         return None
 
 
 def _float(value: Any) -> float | None:
-    """A real number as a float, NaN and infinities included; None for anything else, and for numbers beyond floats."""
+    """Return a real number as a float, NaN and infinities included; None for other or too large values."""
     if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or _is_bool(value):
         return None
-    # a 0-d array or tensor is no Real, but has an element type
+    # 0-d arrays and tensors are not instances of Real but have a numeric dtype
     if not isinstance(value, Real) and not any(kind in str(getattr(value, "dtype", "")) for kind in ("int", "float")):
         return None
     try:
         return float(value)
-    except Exception:  # complex tensors, numbers of 400 digits, and __float__ of others
+    except Exception:  # complex tensors, 400-digit numbers, a foreign __float__
         return None
 
 

@@ -1,7 +1,7 @@
 """shared_attention at SDXL's shapes: every row attends to its own tokens and to one page of the pool.
 
-The peers get what is good for them: the page's statistics are cached, and where K and V are called concatenated the
-concatenation is not timed.
+The comparison favours the peers: the page's statistics are cached, and "K/V concatenated" excludes the time of the
+concatenation.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ FLASH, FA3, FA4 = "PyTorch's flash SDPA", "FlashAttention-3", "FlashAttention-4"
 
 
 def cpu_cases(quick: bool, features: list[str]) -> list[Case]:
-    """Two rows on one page, fp32 and bf16."""
+    """Return cases of two rows on one page, fp32 and bf16."""
     without_bf16 = "" if "avx512_bf16" in features else "this CPU has no AVX512-BF16"
     cases = []
     for dtype, path_goal, goal, waived in ((torch.float32, 1.1, 0.95, ""), (torch.bfloat16, 2.5, None, without_bf16)):
@@ -47,7 +47,7 @@ def cpu_cases(quick: bool, features: list[str]) -> list[Case]:
 
 
 def cuda_cases(quick: bool, device: str = "cuda") -> list[Case]:
-    """n targets with CFG: 2n rows on two cached pages, bf16."""
+    """Return cases of n targets with CFG: 2n rows on two cached pages, bf16."""
     cases = []
     for targets in (1, 2) if quick else (1, 2, 4, 8):
         for tokens, heads in QUICK if quick else LAYERS:
@@ -69,7 +69,7 @@ def cuda_cases(quick: bool, device: str = "cuda") -> list[Case]:
 
 
 def form_cases(quick: bool, device: str = "cuda") -> list[Case]:
-    """This GPU's committed configuration of each form of the kernel, with each way to compute exp2, at n = 2."""
+    """Compare this GPU's committed configurations of each kernel form, with each way to compute exp2, at n = 2."""
     forms = _forms()
     comparisons = []
     for first, *others in forms.values():
@@ -85,7 +85,7 @@ def form_cases(quick: bool, device: str = "cuda") -> list[Case]:
 
 
 class _Scene:
-    """Inputs of one shape. K, V and the pool lie in one buffer [rows + pages, ...], as the runtime lays them out."""
+    """Inputs of one shape. K, V and the pool share one buffer [rows + pages, ...], as in the runtime."""
 
     def __init__(self, tokens: int, heads: int, rows: int, pages: int, dtype: torch.dtype, device: str):
         self.tokens, self.heads, self.rows, self.pages, self.dtype, self.device = (
@@ -103,7 +103,7 @@ class _Scene:
         return Case("shared_attention", shape, self.dtype, comparisons, lambda: entrants(self), flop=flop)
 
     def inputs(self, seed: int) -> dict[str, Any]:
-        """One input set; styles differ in mean and deviation, so that AdaIN has something to do."""
+        """Return one input set; styles differ in mean and deviation, so that AdaIN changes the values."""
         shape = (self.rows, self.tokens, self.heads, WIDTH)
         both = (self.rows + self.pages, *shape[1:])
         q, k, v = (
@@ -138,19 +138,19 @@ class _Scene:
 
 
 def affine_of(s: dict[str, Any]):
-    """AdaIN's affine form from the statistics of queries and keys, as the paper has it."""
+    """Return AdaIN's affine form from the statistics of queries and keys, as in the paper."""
     mean, variance = token_stats(s["q"], s["k"])
     return adain_affine(mean, variance, s["page"][:, 0], s["strength"], s["pool_mean"], s["pool_variance"])
 
 
 def attend(s: dict[str, Any], affine=None, **pool):
-    """One call of ours; `pool` replaces the bf16 pages."""
+    """Call our kernel once; `pool` replaces the bf16 pages."""
     pool = pool or {"pool_k": s["pool_k"], "pool_v": s["pool_v"]}
     return shared_attention(s["q"], s["k"], s["v"], s["page"], s["mode"], s["scale"], s["shift"], affine, **pool)
 
 
 def exact(s: dict[str, Any], heads: list[int], queries: slice) -> torch.Tensor:
-    """The result for some heads and queries in fp64: [rows, queries, heads, d]."""
+    """Return the result for some heads and queries in fp64: [rows, queries, heads, d]."""
     cut = {name: s[name][:, :, heads].double() for name in ("q", "k", "v", "pool_k", "pool_v", "page_q")}
     pages = s["page"][:, 0] - len(s["q"])
     q = plain.adain(cut["q"], *(x[pages] for x in plain.page_statistics(cut["page_q"])))
@@ -161,7 +161,7 @@ def exact(s: dict[str, Any], heads: list[int], queries: slice) -> torch.Tensor:
 
 
 class _Prepared(NamedTuple):
-    """What a contestant may take as given, for each input set."""
+    """Precomputed values, for each input set, that a contestant may use."""
 
     sets: list[dict[str, Any]]
     affines: list
@@ -184,7 +184,7 @@ def _common(scene: _Scene, given: _Prepared, sdpa: Callable, path: str, concaten
         s = given.sets[i]
         return plain.style_aligned(s["q"], s["k"], s["v"], s["pool_k"], s["pool_v"], *given.targets[i], attend=sdpa)
 
-    # heads and queries spread over the tensor: fp64 for all of them would take longer than the benchmark
+    # a sample of heads and queries: fp64 for all would take longer than the benchmark
     heads, queries = [0, scene.heads - 1], slice(None, None, max(1, scene.tokens // 64))
     return Entrants(
         calls={
@@ -218,7 +218,7 @@ def _cuda_entrants(scene: _Scene) -> Entrants:
     for name, module in ((FA3, "flash_attn_interface"), (FA4, "flash_attn.cute")):
         try:
             function = import_module(module).flash_attn_func
-        except Exception as error:  # absent, or built for another torch, which shows in many ways
+        except Exception as error:  # absent, or built for another torch, which fails in many ways
             entrants.absent[name] = f"{module}: {one_line(error)}"
             continue
         entrants.calls[name] = lambda i, function=function: _first(function(*given.joined[i]))
@@ -226,7 +226,7 @@ def _cuda_entrants(scene: _Scene) -> Entrants:
 
 
 def with_backend(backend: SDPBackend) -> Callable:
-    """`plain.attention` on that backend of SDPA alone."""
+    """Return `plain.attention` restricted to one SDPA backend."""
 
     def attention(q, k, v):
         with sdpa_kernel(backend):
@@ -236,7 +236,7 @@ def with_backend(backend: SDPBackend) -> Callable:
 
 
 def fp8_pool(k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Pages in fp8 e4m3 with a scale per (page, head, channel): value = fp8 * scale."""
+    """Return pages in fp8 e4m3 with a scale per (page, head, channel): value = fp8 * scale."""
     pool = {}
     for name, x in (("k", k), ("v", v)):
         scale = x.float().abs().amax(1).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
@@ -250,7 +250,7 @@ def _first(result):
 
 
 def _forms() -> dict[str, dict[str, Config]]:
-    """Form -> name -> configuration: the committed one of this GPU first, then the same with exp2 in the other ways."""
+    """Map form -> name -> configuration: this GPU's committed one first, then the same with exp2 computed otherwise."""
     major, minor = torch.cuda.get_device_capability()
     gpu, forms = torch.cuda.get_device_name(), {}
     for form in ("warp_specialised", "pointers"):

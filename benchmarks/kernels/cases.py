@@ -1,4 +1,4 @@
-"""What one measurement consists of: contestants over the same inputs, and what is compared with what."""
+"""Parts of a measurement: contestants on the same inputs, and the comparisons between them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,9 +10,9 @@ Call = Callable[[int], object]  # runs a contestant once, on the input set of th
 
 @dataclass(frozen=True)
 class Versus:
-    """`ours` against `peer`, two contestants: the ratio is the peer's time over ours.
+    """Comparison of `ours` with `peer`, two contestants: the ratio is the peer's time over ours.
 
-    `goal`: the least ratio wanted. `waived`: why the goal does not hold on this machine. `errors`: whether both
+    `goal`: the lowest acceptable ratio. `waived`: why the goal does not apply on this machine. `errors`: whether both
     compute the same function, so that their errors against fp64 can be compared; `error_goal`: ours must be at most
     that many times the peer's.
     """
@@ -27,7 +27,7 @@ class Versus:
 
 @dataclass(frozen=True)
 class Share:
-    """`ours` against a ceiling of the same run: the ratio is the rate reached over "matmul" or "copy"."""
+    """Comparison of `ours` with a ceiling of the same run: the ratio is the rate reached over "matmul" or "copy"."""
 
     ours: str
     ceiling: str
@@ -37,13 +37,13 @@ class Share:
 
 @dataclass
 class Entrants:
-    """The contestants of a case, on inputs that exist now."""
+    """The contestants of a case, with allocated inputs."""
 
     calls: dict[str, Call]
     sets: int = 1
-    # contestants that can't be had here, and why
+    # contestants that are unavailable here, with the reason
     absent: dict[str, str] = field(default_factory=dict)
-    # the part of the result that `pick` takes out of a contestant's output, in fp64
+    # the fp64 result, for the part of the output that `pick` extracts
     exact: Callable[[], torch.Tensor] | None = None
     pick: Callable[[object], torch.Tensor] = lambda out: out
 
@@ -57,11 +57,11 @@ class Case:
     dtype: torch.dtype
     comparisons: Sequence[Versus | Share]
     build: Callable[[], Entrants]
-    flop: float = 0.0  # of one call, for operations bound by arithmetic
-    bytes: float = 0.0  # least traffic of one call, for those bound by memory
+    flop: float = 0.0  # of one call, for compute-bound operations
+    bytes: float = 0.0  # minimum traffic of one call, for memory-bound operations
 
     def without_goals(self) -> "Case":
-        """The same for information only."""
+        """Return the same case without goals."""
         return replace(self, comparisons=[_without_goals(c) for c in self.comparisons])
 
 
@@ -71,21 +71,21 @@ def _without_goals(comparison: Versus | Share) -> Versus | Share:
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """A type's short name: fp32, bf16 or fp16."""
+    """Return a type's short name: fp32, bf16 or fp16."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def cache_bytes(device: str) -> int:
-    """Size of a GPU's L2. 0 on a CPU, where contestants in turns evict one another's data."""
+    """Return a GPU's L2 size. 0 on a CPU, where alternating contestants evict one another's data."""
     return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
 
 
 def input_sets(bytes_each: float, cache: float) -> int:
-    """How many input sets to go round, so that none is found in a cache of that many bytes."""
+    """Return the number of input sets to cycle through so that none is still in a cache of that many bytes."""
     return min(16, max(1, -(-int(2 * cache) // max(int(bytes_each), 1))))
 
 
 def normal(*shape: int, dtype: torch.dtype, device: str, seed: int) -> torch.Tensor:
-    """Standard normal values."""
+    """Return standard normal values."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device).to(dtype)

@@ -1,4 +1,4 @@
-"""Measures the kernels and their peers, interleaved in one process, and judges them against the goals.
+"""Measure the kernels and their peers, interleaved in one process, and judge them against the goals.
 
     python -m benchmarks kernels --device cpu [--quick] [--threads 2] [--out FILE] [--check]
     python -m benchmarks kernels --device cuda --minutes 5
@@ -28,7 +28,7 @@ QUICK_TIMER = {"seconds": 0.0, "least": 2, "most": 2, "shortest": 0.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0; 1 with --check if a goal is missed; 2 for what can't be measured here."""
+    """Run the command line. Returns 0; 1 with --check if a goal is missed; 2 if nothing can be measured here."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def cases_for(device: str, quick: bool) -> list[Case]:
-    """Every case of a device; those of --quick carry no goals."""
+    """Return every case of a device; with --quick, without goals."""
     if device == "cpu":
         features = cpu_features()
         cases = [
@@ -91,7 +91,7 @@ def cases_for(device: str, quick: bool) -> list[Case]:
 def run(
     cases: Sequence[Case], timer: Timer, device: str, quick: bool, budget: Budget, path: Path | None
 ) -> dict[str, Any]:
-    """Measure all cases; the file is written anew after each, so a run that is stopped leaves what it has."""
+    """Measure all cases; the file is rewritten after each, so that an aborted run keeps its results."""
     torch.manual_seed(0)
     content: dict[str, Any] = {
         "device": device,
@@ -109,7 +109,7 @@ def run(
         else:
             try:
                 measured = measure_case(case, timer)
-            except Exception as error:  # one case that can't run must not cost the others
+            except Exception as error:  # a case that can't run must not stop the others
                 why = one_line(error)
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -125,7 +125,7 @@ def run(
 
 
 def heading(content: dict[str, Any]) -> str:
-    """Machine, backends and ceilings in a few lines."""
+    """Describe machine, backends and ceilings in a few lines."""
     env, limits = content["environment"], content["ceilings"]
     machine = env.get("gpu") or f"{env['cpu']}, {env['threads']} threads of {env['cores']} cores"
     matmul = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in limits["matmul"].items())
@@ -138,7 +138,7 @@ def heading(content: dict[str, Any]) -> str:
 
 
 def summary_text(content: dict[str, Any], path: Path | None) -> str:
-    """What was missed and what was not measured, last, where it is read."""
+    """List missed goals and missing measurements; printed last so that they are seen."""
     lines = [""]
     lines += [f"MISSED  {line}" for line in content["missed"]]
     lines += [f"not measured  {line}" for line in content["not_measured"]]
@@ -153,7 +153,7 @@ def summary_text(content: dict[str, Any], path: Path | None) -> str:
 
 
 def device_name(device: str) -> str:
-    """The word cpu, or the GPU's name in lower case with dashes: nvidia-h200."""
+    """Return "cpu", or the GPU's name in lower case with dashes: nvidia-h200."""
     if device == "cpu":
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")

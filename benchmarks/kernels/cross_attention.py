@@ -1,6 +1,6 @@
 """gated_cross_attention: text and one image segment, against two SDPA calls and their weighted sum.
 
-The peer gets its K and V gathered by row, and skips masks and groups.
+The peer's K and V are already gathered by row, and it skips masks and groups.
 """
 
 import torch
@@ -24,7 +24,7 @@ SDPA = {
 
 
 def cpu_cases(quick: bool, features: list[str]) -> list[Case]:
-    """Two rows, image segments of 4 and 16 tokens."""
+    """Return cases of two rows, image segments of 4 and 16 tokens."""
     waived = "" if "avx512_bf16" in features else "this CPU has no AVX512-BF16"
     return [
         _case(tokens, heads, 2, image_tokens, dtype, "cpu", [Versus(OURS, TWO_CALLS, goal, why)])
@@ -35,7 +35,7 @@ def cpu_cases(quick: bool, features: list[str]) -> list[Case]:
 
 
 def cuda_cases(quick: bool, device: str = "cuda") -> list[Case]:
-    """2n rows, n = 1 and 4, bf16."""
+    """Return cases of 2n rows, n = 1 and 4, bf16."""
     comparisons = [Versus(OURS, peer, 1.5) for peer in (TWO_CUDNN, TWO_FLASH)]
     return [
         _case(tokens, heads, 2 * targets, image_tokens, torch.bfloat16, device, comparisons, f"n={targets} ")
@@ -70,7 +70,7 @@ def _case(tokens, heads, rows, image_tokens, dtype, device, comparisons, prefix=
 
 
 def _inputs(tokens, heads, rows, image_tokens, dtype, device, seed):
-    """Arguments of `gated_cross_attention`: one text page and one image page a row."""
+    """Return the arguments of `gated_cross_attention`: one text page and one image page per row."""
     q, text_k, text_v, image_k, image_v = (
         normal(rows, count, heads, WIDTH, dtype=dtype, device=device, seed=5 * seed + i)
         for i, count in enumerate((tokens, TEXT_TOKENS, TEXT_TOKENS, image_tokens, image_tokens))
@@ -91,7 +91,7 @@ def _inputs(tokens, heads, rows, image_tokens, dtype, device, seed):
 
 
 def _gathered(s):
-    # page i belongs to row i, so the pages as they are serve the peer
+    # page i belongs to row i, so the peer can use the pages directly
     q, text_k, text_v, _, image_k, image_v, *_ = s
     return q, text_k, text_v, image_k, image_v
 

@@ -1,4 +1,4 @@
-"""Takes times, errors and ceilings. A timer is a function (calls, sets) -> Times, so its device is its own affair."""
+"""Measure times, errors and ceilings. A timer is a function (calls, sets) -> Times that handles its own device."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ Timer = Callable[[Mapping[str, Call], int], Times]
 
 
 class Budget:
-    """Time that may be spent, counted from now."""
+    """A time budget, counted from its creation."""
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic):
         self.minutes, self.clock, self.start = minutes, clock, clock()
@@ -30,9 +30,9 @@ class Budget:
 
 
 def cpu_timer(seconds: float = 15.0, least: int = 5, most: int = 25, shortest: float = 0.02) -> Timer:
-    """Contestants in turns until `seconds` are spent, within `least` and `most` rounds.
+    """Return a timer that runs contestants in turns until `seconds` are spent, within `least` and `most` rounds.
 
-    A sample is at least `shortest` seconds long; shorter calls are repeated and divided.
+    A sample is at least `shortest` seconds long; shorter calls are repeated and the time divided.
     """
 
     def milliseconds(calls: Mapping[str, Call], sets: int) -> Times:
@@ -41,7 +41,7 @@ def cpu_timer(seconds: float = 15.0, least: int = 5, most: int = 25, shortest: f
             try:
                 call(0)
                 repeats[name] = max(1, math.ceil(shortest / max(_seconds(call, 1, sets), 1e-9)))
-            except Exception as error:  # whatever refuses: the other contestants are still to be timed
+            except Exception as error:  # any failure: the other contestants must still be timed
                 failures[name] = one_line(error)
         samples: dict[str, list[float]] = {name: [] for name in repeats}
         start, rounds = time.perf_counter(), 0
@@ -55,12 +55,12 @@ def cpu_timer(seconds: float = 15.0, least: int = 5, most: int = 25, shortest: f
 
 
 def cuda_timer(calls: Mapping[str, Call], sets: int) -> Times:
-    """Replays of CUDA graphs."""
+    """Time replays of CUDA graphs."""
     return graph_milliseconds(calls, sets)
 
 
 def measure_case(case: Case, timer: Timer) -> dict[str, Any]:
-    """Times of every contestant, errors of those that a comparison wants them of, and what could not run."""
+    """Measure times of every contestant, errors for comparisons that need them, and failures."""
     entrants = case.build()
     times = timer(entrants.calls, entrants.sets)
     wanted = {name for c in case.comparisons if getattr(c, "errors", False) for name in (c.ours, c.peer)}
@@ -72,13 +72,13 @@ def measure_case(case: Case, timer: Timer) -> dict[str, Any]:
 
 
 def summary(samples: list[float]) -> dict[str, Any]:
-    """Median and extremes of samples in milliseconds, to four figures."""
+    """Return median and extremes of samples in milliseconds, to four digits."""
     figures = {"median_ms": statistics.median(samples), "min_ms": min(samples), "max_ms": max(samples)}
     return {**{name: float(f"{value:.4g}") for name, value in figures.items()}, "samples": len(samples)}
 
 
 def ceilings(device: str, quick: bool, timer: Timer) -> dict[str, Any]:
-    """Rates of a square matrix product by type, in GFLOP/s, and of a copy, in GB/s read plus written."""
+    """Measure the rates of a square matrix product by type, in GFLOP/s, and of a copy, in GB/s read plus written."""
     size, copied = {"cpu": (2048, 2**28), "cuda": (8192, 2**31)}[device]
     if quick:
         size, copied = 256, 2**22
@@ -101,7 +101,7 @@ def ceilings(device: str, quick: bool, timer: Timer) -> dict[str, Any]:
 
 
 def _errors(entrants: Entrants, names: list[str]) -> dict[str, dict[str, float]]:
-    """Largest and root-mean-square deviation from the fp64 oracle; NaN where an output holds one."""
+    """Return the largest and RMS deviation from the fp64 result; NaN if an output contains one."""
     if entrants.exact is None or not names:
         return {}
     exact = entrants.exact()

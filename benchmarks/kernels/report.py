@@ -1,4 +1,4 @@
-"""Judges measurements against goals; prints them as tables and writes them as JSON."""
+"""Judge measurements against goals; print them as tables and write them as JSON."""
 
 import json
 import math
@@ -11,7 +11,7 @@ MET, MISSED, NO_GOAL, WAIVED, NOT_MEASURED = "met", "MISSED", "no goal", "goal d
 
 
 def result_of(case: Case, measured: dict[str, Any] | None, ceilings: dict[str, Any], why: str = "") -> dict[str, Any]:
-    """One case for the JSON file. `measured` from `measure_case`, or None and the reason."""
+    """Return one case for the JSON file. `measured` comes from `measure_case`, or is None with the reason `why`."""
     measured = measured or {"times": {}, "failures": {}, "errors": {}}
     return {
         "operation": case.operation,
@@ -25,7 +25,7 @@ def result_of(case: Case, measured: dict[str, Any] | None, ceilings: dict[str, A
 
 
 def missed(results: list[dict[str, Any]]) -> list[str]:
-    """One line for every goal that was missed."""
+    """Return one line for every missed goal."""
     lines = []
     for result in results:
         name = f"{result['operation']} {result['shape']} {result['dtype']}"
@@ -40,7 +40,7 @@ def missed(results: list[dict[str, Any]]) -> list[str]:
 
 
 def not_measured(results: list[dict[str, Any]]) -> list[str]:
-    """One line for every comparison that has no figure."""
+    """Return one line for every comparison without a figure."""
     return [
         f"{r['operation']} {r['shape']} {r['dtype']}: {c['ours']} / {c['peer']}: {c['note']}"
         for r in results
@@ -50,12 +50,12 @@ def not_measured(results: list[dict[str, Any]]) -> list[str]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """All comparisons, one block a case."""
+    """Format all comparisons, one block per case."""
     return "\n\n".join(block(result) for result in results)
 
 
 def block(result: dict[str, Any]) -> str:
-    """One case: a line of what it is, a line for every comparison."""
+    """Format one case: a line describing it, and a line per comparison."""
     lines = [("ours", "ms", "against", "ms", "ratio", "goal", "rate", "error")]
     lines += [_line(result, c) for c in result["comparisons"]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -70,7 +70,7 @@ def block(result: dict[str, Any]) -> str:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """The measured comparisons as one Markdown table, for the documentation."""
+    """Format the measured comparisons as one Markdown table, for the documentation."""
     lines = ["| operation, shape, type | ours | against | ratio | goal | error |", "|---|---|---|---|---|---|"]
     for result in results:
         name = f"`{result['operation']}` {result['shape']} {result['dtype']}"
@@ -85,7 +85,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """JSON, whole or not at all; figures that are not finite become null."""
+    """Write JSON atomically; non-finite figures become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -120,7 +120,7 @@ def _judged(case: Case, c: Versus | Share, measured: dict, ceilings: dict, why: 
     elif c.waived:
         verdict, note = WAIVED, f"goal {c.goal:g} does not apply: {c.waived}"
     else:
-        # the figure as it is printed and recorded is the one that counts
+        # judge the rounded figure that is printed and recorded
         verdict, note = (MET if judged["ratio"] >= c.goal else MISSED), ""
     return judged | {"verdict": verdict, "note": note} | _judged_errors(c, measured["errors"])
 
@@ -131,7 +131,7 @@ def _judged_errors(c: Versus | Share, errors: dict[str, dict[str, float]]) -> di
     ours, peer = errors[c.ours], errors[c.peer]
     ratios = [ours[key] / peer[key] if peer[key] else (math.inf if ours[key] else 1.0) for key in ("max", "rms")]
     if any(math.isnan(ratio) for ratio in ratios):
-        worst, verdict = math.nan, MISSED  # a NaN is wrong, goal or not
+        worst, verdict = math.nan, MISSED  # a NaN is wrong, with or without a goal
     else:
         worst = max(ratios)
         verdict = NO_GOAL if c.error_goal is None else MET if worst <= c.error_goal else MISSED
@@ -139,7 +139,7 @@ def _judged_errors(c: Versus | Share, errors: dict[str, dict[str, float]]) -> di
 
 
 def _rate(case: Case, milliseconds: float, ceiling: str) -> float:
-    """GFLOP/s against the matrix product, GB/s against the copy."""
+    """Return GFLOP/s against the matrix product, GB/s against the copy."""
     return (case.flop if ceiling == "matmul" else case.bytes) / milliseconds / 1e6
 
 

@@ -1,6 +1,6 @@
-"""The operations bound by memory: token_stats, group_norm_silu, geglu, add_layer_norm and guided_step.
+"""The memory-bound operations: token_stats, group_norm_silu, geglu, add_layer_norm and guided_step.
 
-Traffic counts every input once and every output once, whatever an implementation reads again.
+Traffic counts every input and output once, even if an implementation reads inputs again.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ EPS = 1e-5
 
 
 def cpu_cases(quick: bool) -> list[Case]:
-    """Sizes of two rows at 1024 x 1024 pixels; for information."""
+    """Return cases at sizes of two rows at 1024 x 1024 pixels, without goals."""
     scale = 32 if quick else 1
     return [
         case
@@ -26,7 +26,7 @@ def cpu_cases(quick: bool) -> list[Case]:
 
 
 def cuda_cases(quick: bool, device: str = "cuda") -> list[Case]:
-    """bf16 at sizes larger than any L2."""
+    """Return bf16 cases at sizes larger than any L2."""
     if quick:
         return _cases(2, 4, 256, 16, torch.bfloat16, device, {})
     return _cases(16, 128, 4096, 128, torch.bfloat16, device, {"copy": 0.85, "compiled": 1.2})
@@ -38,7 +38,7 @@ def _cases(rows: int, pictures: int, tokens: int, side: int, dtype, device: str,
     tensor = f"[{rows}, {tokens}, 640]"
     values = 1.0 * rows * tokens * 640 * size
     picture = 1.0 * rows * 320 * side * side * size
-    # latents, anchor, noise and what replaces them are fp32, predictions and history of the network's type
+    # latents, anchor, noise and updated values are fp32, predictions and history have the network's type
     step = 1.0 * pictures * 4 * side * side * (5 * 4 + 6 * size)
     operations = [
         (_Operation("token_stats", _token_stats(rows, tokens)), f"q and k {tensor}", 2 * values, goals),
@@ -56,7 +56,7 @@ def _cases(rows: int, pictures: int, tokens: int, side: int, dtype, device: str,
             step,
             goals,
         ),
-        # rescale reads predictions twice by its nature, so the goals above don't fit it
+        # rescale must read predictions twice, so the goals above don't apply
         (
             _Operation("guided_step", _guided_step(pictures, side, 0.7), peer=plain.rescaled_guided_step),
             f"{pictures} x [4, {side}, {side}] rescale",
@@ -71,7 +71,7 @@ def _cases(rows: int, pictures: int, tokens: int, side: int, dtype, device: str,
 
 
 class _Operation:
-    """Ours by its name, the peer of the same name unless given, arguments for both, and those for ours alone."""
+    """Our operation `name`, its peer (default: same name in `plain`), arguments for both, and extra ones for ours."""
 
     def __init__(self, name: str, make: Callable, peer: Callable | None = None, last: tuple = ()):
         self.name, self.make, self.last = name, make, last
@@ -104,7 +104,7 @@ def _double(x):
 
 
 def _flat(out) -> torch.Tensor:
-    # the first values of every output: errors of all of them would cost more than the benchmark
+    # only the first values of each output: comparing all would take longer than the benchmark
     parts = out if isinstance(out, tuple) else (out,)
     return torch.cat([part.flatten()[: 2**20].double() for part in parts])
 
@@ -141,7 +141,7 @@ def _add_layer_norm(rows: int, tokens: int) -> Callable:
 
 
 def _guided_step(pictures: int, side: int, rescale: float) -> Callable:
-    """Classifier-free guidance, branches null and full, with coefficients that use every term."""
+    """Return inputs for classifier-free guidance, branches null and full, with coefficients that use every term."""
 
     def make(dtype, device, seed):
         picture = (4, side, side)

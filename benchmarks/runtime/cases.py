@@ -1,4 +1,4 @@
-"""What a measurement of the engine consists of, and how times are taken: whole calls, contestants in turns."""
+"""Parts of an engine measurement, and timing of whole calls with contestants in turns."""
 
 import gc
 import statistics
@@ -18,19 +18,19 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """One number and what is wanted of it: at least `goal`, or at most. Without a value `note` says why."""
+    """One number and its goal: at least `goal`, or at most. Without a value, `note` says why."""
 
     what: str
     value: float | None
     goal: float | None = None
     at_most: bool = False
     unit: str = ""
-    label: str = ""  # of the goal, where a list of goals names it
+    label: str = ""  # the goal's name in a list of goals
     note: str = ""
 
     @property
     def verdict(self) -> str:
-        """Judged by the value as it is printed and recorded, to four figures."""
+        """Return the verdict on the value rounded to four digits, as printed and recorded."""
         if self.value is None:
             return NOT_MEASURED
         if self.goal is None:
@@ -41,7 +41,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median time of `over` by that of `under`, and what is wanted of it."""
+    """Median time of `over` divided by that of `under`, and the goal."""
 
     over: str
     under: str
@@ -50,7 +50,7 @@ class Ratio:
     label: str = ""
 
     def figure(self, times: Mapping[str, Sequence[float]], failures: Mapping[str, str]) -> Figure:
-        """Of measured seconds by contestant; why there are none where one of the two has not run."""
+        """Return the ratio from measured seconds by contestant, or the reason if one of the two has not run."""
         what = f"{self.over} / {self.under}"
         missing = [name for name in (self.over, self.under) if not times.get(name)]
         if missing:
@@ -62,7 +62,7 @@ class Ratio:
 
 @dataclass
 class Outcome:
-    """What a case has found."""
+    """The results of a case."""
 
     times: dict[str, list[float]] = field(default_factory=dict)  # seconds of every sample by contestant
     figures: list[Figure] = field(default_factory=list)
@@ -71,16 +71,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. `expected` are its figures should it not run; `seconds` is the least it needs to be begun."""
+    """One measurement. `expected`: its figures if not run; `seconds`: the time that must be left to start it."""
 
     name: str
-    what: str  # what exactly is compared
+    what: str  # description of the comparison
     measure: Callable[[Budget], Outcome]
     expected: tuple[Ratio | Figure, ...] = ()
     seconds: float = 0.0
 
     def not_measured(self, why: str) -> Outcome:
-        """All expected figures without values."""
+        """Return all expected figures without values."""
         ratios = [e.figure({}, {}) if isinstance(e, Ratio) else e for e in self.expected]
         figures = [Figure(f.what, None, f.goal, f.at_most, f.unit, f.label, why) for f in ratios]
         return Outcome(figures=figures or [Figure(self.name, None, note=why)])
@@ -88,7 +88,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Race:
-    """Times of contestants, and what each gave back last."""
+    """Times of contestants, and the last result of each."""
 
     times: dict[str, list[float]]
     failures: dict[str, str]
@@ -96,9 +96,9 @@ class Race:
 
 
 def race(runs: Mapping[str, Run], rounds: int, budget: Budget, *, warm_ups: int = 1, cuda: bool = False) -> Race:
-    """Every contestant in turn, A B C A B C, for `rounds` rounds, or fewer if the next would overrun the budget.
+    """Run every contestant in turn, A B C A B C, for `rounds` rounds, or fewer if the next would exceed the budget.
 
-    A contestant that raises is out and the others go on. `warm_ups` rounds are not counted.
+    A contestant that raises is dropped and the others continue. `warm_ups` rounds are not counted.
     """
     failures: dict[str, str] = {}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -110,7 +110,7 @@ def race(runs: Mapping[str, Run], rounds: int, budget: Budget, *, warm_ups: int 
                 continue
             try:
                 seconds, results[name] = timed(run, cuda)
-            except Exception as error:  # whatever refuses: the other contestants are still to be timed
+            except Exception as error:  # any failure: the other contestants must still be timed
                 failures[name] = one_line(error)
                 times[name] = []
                 continue
@@ -122,7 +122,7 @@ def race(runs: Mapping[str, Run], rounds: int, budget: Budget, *, warm_ups: int 
 
 
 def timed(run: Run, cuda: bool = False) -> tuple[float, Any]:
-    """Seconds of one call until its work is done on the device, and its result."""
+    """Return the seconds of one call, including its work on the device, and its result."""
     gc.collect()
     if cuda:
         torch.cuda.synchronize()
@@ -134,16 +134,16 @@ def timed(run: Run, cuda: bool = False) -> tuple[float, Any]:
 
 
 def remaining(budget: Budget) -> float:
-    """Seconds that are left."""
+    """Return the seconds that are left."""
     return max(0.0, 60 * budget.minutes - budget.seconds)
 
 
 def deviation(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest difference of two lists of latents; NaN if either holds one."""
+    """Return the largest difference between two lists of latents; NaN if either contains one."""
     pairs = zip(actual, expected, strict=True)
     return max((a.float().cpu() - b.float().cpu()).abs().max().item() for a, b in pairs)
 
 
 def shown(value: float) -> float:
-    """A value to four figures."""
+    """Round a value to four digits."""
     return float(f"{value:.4g}")

@@ -1,9 +1,9 @@
-"""Measures the engine: a cached style against an uncached one and against the published method, mixed batches, soak.
+"""Measure the engine: a cached style against an uncached one and the published method, mixed batches, soak.
 
     python -m benchmarks runtime --device cpu [--minutes 45] [--only check,tiny] [--out FILE]
     python -m benchmarks runtime --device cuda --minutes 9
 
-Prints every case as it is done and writes benchmarks/results/runtime-<device>.json. Contestants take turns in one
+Prints every case when it is done and writes benchmarks/results/runtime-<device>.json. Contestants take turns in one
 process. Exit code: 0 if every goal of the chosen cases holds, 1 if one was missed or could not be measured, 2 for what
 can't be measured here.
 """
@@ -32,7 +32,7 @@ VOID = "the comparison is void: the published form was not shown to draw the eng
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see the module."""
+    """Run the command line; see the module."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(cases: Sequence[Case], device: str, quick: bool, budget: Budget, path: Path | None) -> dict[str, Any]:
-    """Measure all cases; the file is written anew after each, so a run that is stopped leaves what it has."""
+    """Measure all cases; the file is rewritten after each, so that an aborted run keeps its results."""
     content: dict[str, Any] = {
         "device": device,
         "quick": quick,
@@ -101,7 +101,7 @@ def run(cases: Sequence[Case], device: str, quick: bool, budget: Budget, path: P
 
 
 def measured(case: Case, budget: Budget, void: str, clean_up: Callable[[], None] | None = None) -> Outcome:
-    """What a case finds, or why it has found nothing."""
+    """Return a case's outcome, or why it has none."""
     if void:
         return case.not_measured(void)
     if remaining(budget) <= case.seconds:
@@ -110,7 +110,7 @@ def measured(case: Case, budget: Budget, void: str, clean_up: Callable[[], None]
         return case.not_measured(f"skipped, the time budget is {budget.minutes:g} minutes{left}{needs}")
     try:
         return case.measure(budget)
-    except Exception as error:  # one case that can't run must not cost the others
+    except Exception as error:  # a case that can't run must not stop the others
         return case.not_measured(one_line(error))
     finally:
         if clean_up is not None:
@@ -118,7 +118,7 @@ def measured(case: Case, budget: Budget, void: str, clean_up: Callable[[], None]
 
 
 def heading(content: dict[str, Any]) -> str:
-    """Machine, versions and kernel backends in a few lines."""
+    """Describe machine, versions and kernel backends in a few lines."""
     env = content["environment"]
     machine = env.get("gpu") or f"{env['cpu']}, {env['threads']} threads of {env['cores']} cores"
     kernels = ", ".join(f"{row['operation']} {row['backend']}" for row in content["backends"])
@@ -129,7 +129,7 @@ def heading(content: dict[str, Any]) -> str:
 
 
 def summary_text(content: dict[str, Any], path: Path | None) -> str:
-    """What is not shown to hold, last, where it is read."""
+    """List the goals that were not shown to hold; printed last so that they are seen."""
     lines = ["", *content["unproved"]]
     lines.append(
         f"{report.met(content['results'])} goals met, {len(content['unproved'])} missed or not measured, "

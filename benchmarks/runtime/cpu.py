@@ -10,14 +10,16 @@ CHECK = "check"
 CHECKED_WITHIN = 1e-3
 GOALS = {1: (1.7, 2.0), 4: (1.15, None)}  # uncached / cached, published / cached
 MIXED_GOAL = 1.1
-# at its own 64 px the embedded model's deepest layers have 16 tokens, and a matrix product of twice the rows costs a
-# library far less than twice as much: a small model has no reference's worth of work to save there. Shown without goals
+# at its native 64 px the embedded model's deepest layers have 16 tokens, and doubling the rows of a matrix product
+# costs far less than twice the time: leaving out the reference saves little there. Measured without goals
 TINY_SIDE = 256
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """All cases, the cheapest first. `quick` runs the embedded model alone, to see that all runs: it compares pictures
-    of two steps and takes times of one."""
+    """Return all cases, the cheapest first.
+
+    quick: the embedded model alone, to see that everything runs; compares pictures of two steps and times one step.
+    """
     steps, rounds = (2, 1) if quick else (20, 9)
     checked = Scene(tiny_model, steps)
     if quick:
@@ -36,7 +38,7 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def check(scene: Scene, n: int = 2) -> Case:
-    """Without this the comparison is void: the published form and the engine draw the same pictures."""
+    """Check that the published form and the engine draw the same pictures; otherwise the comparison is void."""
     expected = Figure("published - uncached", None, CHECKED_WITHIN, at_most=True)
 
     def measure(budget: Budget) -> Outcome:
@@ -60,7 +62,7 @@ def check(scene: Scene, n: int = 2) -> Case:
 
 
 def speed(name: str, scene: Scene, n: int, rounds: int, goals: tuple[float | None, float | None]) -> Case:
-    """Cached against uncached and published, text encoding included and the VAE left out on all sides."""
+    """Compare cached with uncached and published; text encoding is included, the VAE left out, on all sides."""
     over_uncached, over_published = goals
     ratios = [
         Ratio("uncached", "cached", over_uncached),
@@ -74,7 +76,7 @@ def speed(name: str, scene: Scene, n: int, rounds: int, goals: tuple[float | Non
         runs = {"cached": scene.cached(n), "uncached": scene.uncached(n), "published": scene.published(n)}
         if n == 1:
             runs["plain"] = scene.plain(n)
-        # what is slow to run is warm after the case of one picture
+        # the n=1 case has already warmed up the slow models
         found = race(runs, rounds, budget, warm_ups=int(rounds > 1 and (n == 1 or rounds > 3)))
         figures = [ratio.figure(found.times, found.failures) for ratio in ratios]
         if {"uncached", "published"} <= found.results.keys():
@@ -88,7 +90,7 @@ def speed(name: str, scene: Scene, n: int, rounds: int, goals: tuple[float | Non
 
 
 def mixed(scene: Scene, rounds: int) -> Case:
-    """Eight styles in one batch against one style, at the same number of rows."""
+    """Compare eight styles in one batch with one style, at the same number of rows."""
     ratios = (
         Ratio("eight styles", "one style", MIXED_GOAL, at_most=True),
         Ratio("eight banks", "one bank", MIXED_GOAL, at_most=True),

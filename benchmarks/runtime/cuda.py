@@ -1,7 +1,7 @@
-"""The cases of `--device cuda`: SDXL's UNet and VAE in bf16, 1024x1024, 30 steps with guidance; what tells most first.
+"""The cases of `--device cuda`: SDXL's UNet and VAE in bf16, 1024x1024, 30 steps with guidance; most informative first.
 
 Labels B1 to B4, C and G are the goals of this project's performance plan. Peers that take minutes to compile come last,
-and are not begun unless the time that is left allows it.
+and are started only if enough time is left.
 """
 
 import copy
@@ -19,17 +19,17 @@ from benchmarks.runtime.published import Published
 from benchmarks.runtime.scene import Scene
 from stylefast import Engine
 
-STEPS, FEW_STEPS = 30, 10  # a step's time is a difference of two runs, so that encoding and the VAE drop out
+STEPS, FEW_STEPS = 30, 10  # step time is the difference of two runs, so that encoding and the VAE cancel out
 ROUNDS = 5
-# multiply-adds counted twice; 77 text tokens, 128x128 latents, attention included
+# a multiply-add counts as two; 77 text tokens, 128x128 latents, attention included
 FLOP_PER_ROW = 6.761e12
-RESIDENT, STREAMED = 64 * 2**30, 5 * 2**30  # bytes for pages: two styles of 30 steps in full; some six steps of one
+RESIDENT, STREAMED = 64 * 2**30, 5 * 2**30  # bytes for pages: two full styles of 30 steps; about six steps of one
 SETUP_SECONDS, COMPILE_SECONDS = 60.0, 240.0
 MAX_AUTOTUNE = {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
 
 
 class Bench:
-    """What the cases share, each made when first asked for. `quick` is a small model, on any device."""
+    """State shared by the cases, created on first use. `quick` is a small model, on any device."""
 
     def __init__(self, quick: bool, device: str):
         self.quick, self.device = quick, device
@@ -45,15 +45,15 @@ class Bench:
         return sdxl_model(self.device, backend="compile", bank_memory=RESIDENT)
 
     def race(self, runs, budget: Budget) -> Race:
-        """Contestants in turns, timed until the device is done."""
+        """Run contestants in turns, timed until the device is done."""
         return race(runs, self.rounds, budget, warm_ups=int(not self.quick), cuda=self.device == "cuda")
 
     @cached_property
     def streamed(self) -> Scene:
-        """The same model with room for pages of a few steps only: the others come from the host, every time."""
+        """Return the same model with room for only a few steps' pages: the others come from the host every time."""
         options = {} if self.quick else {"backend": "compile", "bank_memory": STREAMED}
         model = self.scene.model
-        # the published form has put processors of its own into the pipeline's UNet, which the engine refuses
+        # the published form replaced processors in the pipeline's UNet, which the engine refuses
         pipeline = copy.copy(model.published.pipeline)
         pipeline.unet = _without_processors(pipeline.unet)
         engine = Engine.from_pipeline(pipeline, **options)
@@ -66,7 +66,7 @@ class Bench:
 
     @cached_property
     def compiled(self) -> Published:
-        """The published form under `torch.compile`, UNet and VAE in channels-last copies of their own."""
+        """Return the published form under `torch.compile`, with its own channels-last copies of UNet and VAE."""
         pipeline = self.scene.model.published.pipeline
         unet, vae = (_channels_last(part) for part in (pipeline.unet, pipeline.vae))
         call, decode = (torch.compile(part, **MAX_AUTOTUNE) for part in (unet, vae.decode))
@@ -74,7 +74,7 @@ class Bench:
 
     @cached_property
     def compiled_plain(self) -> Published:
-        """diffusers' plain UNet under `torch.compile`, channels-last, with fused projections."""
+        """Return diffusers' plain UNet under `torch.compile`, channels-last, with fused projections."""
         pipeline = self.scene.model.published.pipeline
         unet = _channels_last(_without_processors(pipeline.unet))
         unet.fuse_qkv_projections()
@@ -82,7 +82,7 @@ class Bench:
 
 
 def _without_processors(unet):
-    """A UNet of diffusers with the attention it is made with, on the weights of one whose attention was replaced."""
+    """Return a diffusers UNet with its default attention, sharing the weights of one with replaced attention."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def _without_processors(unet):
 
 
 def cases(quick: bool = False, device: str = "cuda") -> list[Case]:
-    """All cases in the order of what they tell."""
+    """Return all cases, the most informative first."""
     bench = Bench(quick, device)
     return [
         against_published(bench, 1, ("B1", 5.0), ("B1", 2.7), ("B3", 1.80)),
@@ -108,7 +108,7 @@ def cases(quick: bool = False, device: str = "cuda") -> list[Case]:
 
 
 def against_published(bench: Bench, n: int, cached, uncached, inside) -> Case:
-    """Each of the three goals is (label, least ratio) or None."""
+    """Compare with the published method; each of the three goals is (label, least ratio) or None."""
 
     def ratio(over: str, under: str, goal) -> Ratio:
         return Ratio(over, under, goal and goal[1], label=goal[0] if goal else "")
@@ -129,7 +129,7 @@ def against_published(bench: Bench, n: int, cached, uncached, inside) -> Case:
 
 
 def against_uncached(bench: Bench, n: int, goal: float) -> Case:
-    """Inside our engine alone."""
+    """Compare cached with uncached in our engine alone."""
     ratios = (Ratio("uncached", "cached", goal, label="B3"),)
 
     def measure(budget: Budget) -> Outcome:
@@ -141,7 +141,7 @@ def against_uncached(bench: Bench, n: int, goal: float) -> Case:
 
 
 def step(bench: Bench) -> Case:
-    """How near one guided step without a style comes to the rate of a matrix product."""
+    """Compare one guided step without a style with the rate of a matrix product."""
     expected = (
         Figure("share of peak, n=1", None, 0.72, label="C"),
         Figure("share of peak, n=4", None, 0.80, label="C"),
@@ -171,7 +171,7 @@ def step(bench: Bench) -> Case:
 
 
 def host_side(bench: Bench) -> Case:
-    """What the host costs: gaps on the device, CPU time of a step, synchronisations, a change of style, recompiles."""
+    """Measure host overhead: gaps on the device, CPU time of a step, synchronisations, style changes, recompiles."""
     expected = host.EXPECTED
 
     def measure(budget: Budget) -> Outcome:
@@ -183,14 +183,14 @@ def host_side(bench: Bench) -> Case:
 
 
 def streamed(bench: Bench) -> Case:
-    """Pages that come from the host against pages that stay on the device."""
+    """Compare pages copied from the host with pages kept on the device."""
     ratios = (
         Ratio("streamed fp8 n=1", "resident fp8 n=1", 1.03, at_most=True, label="B4"),
         Ratio("streamed n=2", "resident n=2", 1.03, at_most=True, label="B4"),
     )
 
     def measure(budget: Budget) -> Outcome:
-        # both banks are baked on the engine that has the room
+        # bake both banks on the engine that has the room
         fp8 = {"dtype": "float8_e4m3fn"}
         resident = {"resident fp8 n=1": bench.scene.cached(1, **fp8), "resident n=2": bench.scene.cached(2)}
         streaming = bench.streamed
@@ -202,7 +202,7 @@ def streamed(bench: Bench) -> Case:
 
 
 def compiled(bench: Bench, n: int, cached: float, uncached: float | None) -> Case:
-    """The published form under torch.compile."""
+    """Compare with the published form under torch.compile."""
     ratios = (
         Ratio("compiled", "cached", cached, label="B2"),
         Ratio("compiled", "uncached", uncached, label="B2" if uncached else ""),
@@ -226,7 +226,7 @@ def compiled(bench: Bench, n: int, cached: float, uncached: float | None) -> Cas
 
 
 def compiled_step(bench: Bench) -> Case:
-    """A plain guided step against diffusers' UNet as well compiled as it can be."""
+    """Compare a plain guided step with diffusers' UNet, compiled as well as possible."""
     expected = (Figure("compiled / ours", None, 1.45, label="C"),)
 
     def measure(budget: Budget) -> Outcome:
@@ -243,7 +243,7 @@ def compiled_step(bench: Bench) -> Case:
 
 
 def _both(bench: Bench) -> tuple[Scene, Scene]:
-    """Long and short runs that end at the latents."""
+    """Return scenes for long and short runs that end at the latents."""
     return Scene(lambda: bench.scene.model, steps=bench.scene.steps), bench.few
 
 
@@ -252,7 +252,7 @@ def _long_and_short(bench: Bench, name: str, n: int) -> dict:
 
 
 def _seconds_per_step(bench: Bench, found: Race, name: str) -> tuple[float | None, str]:
-    """Median seconds that one more step takes, or why there is no figure."""
+    """Return the median seconds of one additional step, or why there is no figure."""
     ends = [f"{name}, {scene.steps} steps" for scene in _both(bench)]
     if missing := [f"{end}: {found.failures.get(end, 'has not run')}" for end in ends if end not in found.times]:
         return None, "; ".join(missing)
@@ -268,7 +268,7 @@ def _outcome(found: Race, ratios) -> Outcome:
 
 
 def _channels_last(module: torch.nn.Module) -> torch.nn.Module:
-    # a copy, as the eager form and the engine keep reading the original's storage
+    # a copy, because the eager form and the engine keep using the original's storage
     return copy.deepcopy(module).to(memory_format=torch.channels_last)
 
 

@@ -1,4 +1,4 @@
-"""What the host costs on a GPU: gaps between kernels, CPU time of a step, synchronisations, recompiles."""
+"""Host overhead on a GPU: gaps between kernels, CPU time of a step, synchronisations, recompiles."""
 
 import statistics
 import time
@@ -27,7 +27,7 @@ EXPECTED = (
 
 
 def measure(scene: Scene, few: Scene, device: str) -> tuple[list[Figure], dict[str, Any]]:
-    """The figures of `EXPECTED`; `few` has fewer steps, for what does not depend on them."""
+    """Measure the figures of `EXPECTED`; `few` has fewer steps, for figures that don't depend on them."""
     long = Scene(lambda: scene.model, steps=scene.steps, banks=scene.banks)  # ends at the latents
     run = long.cached(1)
     run()
@@ -47,9 +47,9 @@ def measure(scene: Scene, few: Scene, device: str) -> tuple[list[Figure], dict[s
 
 
 def idle_share(run) -> tuple[float | None, dict[str, Any]]:
-    """Share of the middle of a run in which no kernel is at work for longer than a gap between two launches.
+    """Return the share of the middle of a run in which the device idles longer than a gap between two launches.
 
-    Copies are no work here: pages that stream in the background must not hide a waiting device.
+    Copies don't count as work: pages streamed in the background must not hide a waiting device.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -65,7 +65,10 @@ def idle_share(run) -> tuple[float | None, dict[str, Any]]:
 
 
 def shares(spans: list[tuple[float, float]]) -> tuple[float, dict[str, Any]]:
-    """Idle share from `spans` (start, end) in microseconds, sorted; encoding at the start and the end stay out."""
+    """Return the idle share of sorted `spans` (start, end) in microseconds.
+
+    The first 30 % of the run, which include encoding, and the last 5 % are left out.
+    """
     first, last = spans[0][0], max(end for _, end in spans)
     begin, stop = first + 0.3 * (last - first), first + 0.95 * (last - first)
     done, gaps = begin, []
@@ -88,7 +91,7 @@ def shares(spans: list[tuple[float, float]]) -> tuple[float, dict[str, Any]]:
 def before_steps(engine: sf.Engine, call: Callable[[], object]) -> Iterator[None]:
     """Call `call` before every step of an engine.
 
-    A request's own `callback` would be given latents, and what it costs to fetch them would be measured along.
+    A request's own `callback` receives latents, so the cost of fetching them would be included.
     """
     runtime = engine.runtime
     advance = runtime.advance
@@ -105,7 +108,7 @@ def before_steps(engine: sf.Engine, call: Callable[[], object]) -> Iterator[None
 
 
 def cpu_microseconds_per_step(scene: Scene) -> float | None:
-    """Median CPU time that the thread of the step loop spends between two steps, a waiting device left out."""
+    """Return the median CPU time of the step loop's thread between two steps, without waiting for the device."""
     marks: list[float] = []
     style = sf.StyleAligned(scene.bank())
     with before_steps(scene.model.engine, lambda: marks.append(time.thread_time())):
@@ -115,7 +118,7 @@ def cpu_microseconds_per_step(scene: Scene) -> float | None:
 
 
 def synchronisations(scene: Scene) -> int:
-    """How often the host waited for the device from the first step to the last."""
+    """Count how often the host waited for the device between the first step and the last."""
     seen: list[int] = []
     style = sf.StyleAligned(scene.bank())
     before = torch.cuda.get_sync_debug_mode()
@@ -131,7 +134,7 @@ def synchronisations(scene: Scene) -> int:
 
 
 def switch_milliseconds(scene: Scene, device: str) -> float:
-    """How much longer a call takes that has another cached style than the call before it."""
+    """Return the extra time of a call whose cached style differs from that of the call before."""
     runs = [scene.cached(1, prompt=prompt) for prompt in BAKED[:2]]
     for run in runs:
         run()
@@ -145,7 +148,7 @@ def switch_milliseconds(scene: Scene, device: str) -> float:
 
 
 def recompiles(scene: Scene) -> int:
-    """Graphs that are compiled anew when style, strength and mix of a batch of two change."""
+    """Count the graphs that are recompiled when style, strength and mix of a batch of two change."""
     first, second = (scene.bank(prompt) for prompt in BAKED[:2])
     mixes = [
         [sf.StyleAligned(first)] * 2,
@@ -158,7 +161,7 @@ def recompiles(scene: Scene) -> int:
     for styles in mixes:
         settings = {"steps": scene.steps, "guidance": scene.guidance, "size": scene.model.size}
         scene.drawn([sf.Request(PROMPTS[i], style=style, seed=i, **settings) for i, style in enumerate(styles)])
-        # the first batch compiles what there is to compile
+        # the first batch's compilations don't count
         before = _graphs() if before is None else before
     return _graphs() - before
 

@@ -1,4 +1,4 @@
-"""Batches of eight: one style for all, or eight styles; and what each request of the mix is."""
+"""Batches of eight requests, with one style for all or eight styles."""
 
 import math
 
@@ -19,16 +19,16 @@ BAKED = (
 
 
 def one_live_style(scene: Scene) -> list[sf.Request]:
-    """Eight pictures beside one reference that runs along: 18 rows."""
+    """Return eight pictures that share one live reference: 18 rows."""
     style = sf.StyleAligned(prompt=REFERENCE, seed=REFERENCE_SEED)
     return [_request(scene, i, style) for i in range(BATCH)]
 
 
 def mixed_styles(scene: Scene) -> list[sf.Request]:
-    """Eight pictures of eight styles, one of which has a reference that runs along: 18 rows as well.
+    """Return eight pictures of eight styles, one of which has a live reference: also 18 rows.
 
-    Two banks, one of them with a shift and one with a weaker AdaIN, a live reference, a picture's style at two
-    strengths, a learned style, a bank and a picture at once, and no style. Guidance differs wherever no bank fixes it.
+    No style; two banks, the second with a shift and a weaker AdaIN; a live reference; two pictures' styles at two
+    strengths; a learned style; a bank and a picture at once. Guidance differs wherever no bank fixes it.
     """
     engine = scene.model.engine
     pictures, learned = engine.references(), engine.styles()
@@ -46,13 +46,13 @@ def mixed_styles(scene: Scene) -> list[sf.Request]:
 
 
 def one_bank(scene: Scene) -> list[sf.Request]:
-    """Eight pictures of one baked style: 16 rows."""
+    """Return eight pictures of one baked style: 16 rows."""
     style = sf.StyleAligned(scene.bank(BAKED[0]))
     return [_request(scene, i, style) for i in range(BATCH)]
 
 
 def eight_banks(scene: Scene) -> list[sf.Request]:
-    """Eight pictures of eight baked styles with strengths of their own: 16 rows."""
+    """Return eight pictures of eight baked styles with different strengths: 16 rows."""
     styles = [sf.StyleAligned(scene.bank(prompt), scale=1.0 - 0.02 * i) for i, prompt in enumerate(BAKED)]
     return [_request(scene, i, style) for i, style in enumerate(styles)]
 

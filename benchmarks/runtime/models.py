@@ -1,7 +1,7 @@
-"""Models to measure on: the embedded one, and SDXL's layout at half and full width with random weights.
+"""Models to measure: the embedded one, and SDXL's layout at half and full width with random weights.
 
-Speed does not depend on what weights hold as long as activations stay of order one, so matrices are drawn with a
-deviation of 1 / sqrt(inputs). Engine and published form read the same values.
+Speed does not depend on the weights as long as activations stay of order one, so matrices are drawn with a deviation of
+1 / sqrt(inputs). Engine and published form use the same values.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class Model:
 
 
 def tiny_model(device: str = "cpu", **engine_options) -> Model:
-    """The embedded model at its own size, with its adapter; fp32."""
+    """Load the embedded model at its own size, with its adapter; fp32."""
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
     parts = load_components("tiny", dtype=torch.float32, device=device)
@@ -49,31 +49,34 @@ def random_model(
     dtype: torch.dtype,
     **engine_options,
 ) -> Model:
-    """A model of SDXL's layout at the native size of `unet`, a config of `unet_config`; weights are shared."""
+    """Make a model of SDXL's layout at the native size of `unet`, a config of `unet_config`; weights are shared."""
     pipeline = random_pipeline(unet, text_widths, vae, device, dtype)
     engine = Engine.from_pipeline(pipeline, **engine_options)
     return Model(name, engine, Published(pipeline), engine.native_size)
 
 
 def half_width_model(side: int = 32) -> Model:
-    """Half of SDXL's widths at its full depth, `side` x `side` latents, fp32 on the CPU: 0.65e9 parameters."""
+    """Make a model with half of SDXL's widths and full depth, fp32 on the CPU: 0.65e9 parameters.
+
+    side: height and width of the latents.
+    """
     vae = vae_config((32, 32, 32, 32), 1)
     return random_model("half-width SDXL", half_width_config(side), (512, 512), vae, "cpu", torch.float32)
 
 
 def sdxl_model(device: str = "cuda", **engine_options) -> Model:
-    """SDXL's UNet and VAE at 1024x1024 in bf16; the text encoders have its widths and two layers each."""
+    """Make SDXL's UNet and VAE at 1024x1024 in bf16; the text encoders have its widths and two layers each."""
     vae = vae_config((128, 256, 512, 512), 2)
     return random_model("SDXL", sdxl_config(), (768, 1280), vae, device, torch.bfloat16, **engine_options)
 
 
 def half_width_config(side: int) -> dict:
-    """Half of every width of `sdxl_config`."""
+    """Return `sdxl_config` with every width halved."""
     return unet_config((160, 320, 640), cross_dim=1024, pooled_dim=512, time_dim=128, side=side)
 
 
 def sdxl_config() -> dict:
-    """SDXL base's own UNet."""
+    """Return the config of SDXL base's own UNet."""
     return unet_config((320, 640, 1280), cross_dim=2048, pooled_dim=1280, time_dim=256, side=128)
 
 
@@ -86,9 +89,9 @@ def unet_config(
     side: int,
     depth: tuple[int, int, int] = (1, 2, 10),
 ) -> dict:
-    """Arguments of diffusers' UNet2DConditionModel for SDXL's layout.
+    """Return arguments of diffusers' UNet2DConditionModel for SDXL's layout.
 
-    The first width carries no attention; the others must be divisible by the head width 64.
+    The first width has no attention; the others must be divisible by the head width 64.
     """
     return {
         "sample_size": side,
@@ -96,7 +99,7 @@ def unet_config(
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "block_out_channels": widths,
         "transformer_layers_per_block": depth,
-        "attention_head_dim": tuple(max(1, width // HEAD_WIDTH) for width in widths),  # diffusers means: heads
+        "attention_head_dim": tuple(max(1, width // HEAD_WIDTH) for width in widths),  # in diffusers: number of heads
         "cross_attention_dim": cross_dim,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
@@ -106,7 +109,7 @@ def unet_config(
 
 
 def vae_config(widths: tuple[int, ...], layers: int) -> dict:
-    """Arguments of diffusers' AutoencoderKL; a latent covers 2 ** (len(widths) - 1) pixels along a side."""
+    """Return arguments of diffusers' AutoencoderKL; a latent covers 2 ** (len(widths) - 1) pixels along a side."""
     return {
         "down_block_types": ("DownEncoderBlock2D",) * len(widths),
         "up_block_types": ("UpDecoderBlock2D",) * len(widths),
@@ -117,7 +120,7 @@ def vae_config(widths: tuple[int, ...], layers: int) -> dict:
 
 
 def random_pipeline(unet: Mapping, text_widths: tuple[int, int], vae: Mapping, device: str, dtype: torch.dtype):
-    """A diffusers StableDiffusionXLPipeline; its tokenizers are the embedded model's."""
+    """Make a diffusers StableDiffusionXLPipeline with the embedded model's tokenizers."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -136,11 +139,11 @@ def random_pipeline(unet: Mapping, text_widths: tuple[int, int], vae: Mapping, d
         )
         for tokenizer, width, act in zip(tokenizers, text_widths, ("quick_gelu", "gelu"), strict=True)
     ]
-    # UNet and VAE are made without memory and filled in place: at full size a detour through fp32 would cost minutes.
-    # Text encoders have buffers of their own
+    # UNet and VAE are created on the meta device and filled in place: at full size, going through fp32 would take
+    # minutes. Text encoders have their own buffers, so they are created normally
     with torch.device("meta"):
         bare = [UNet2DConditionModel(**unet), AutoencoderKL(**vae)]
-    # the base class's `to`: diffusers' own warns of loading options that matter to trained weights
+    # the base class's `to`: diffusers' own prints warnings that matter only for trained weights
     made = [torch.nn.Module.to(module, dtype).to_empty(device=device) for module in bare]
     made += [CLIPTextModel(texts[0]).to(device, dtype), CLIPTextModelWithProjection(texts[1]).to(device, dtype)]
     for seed, module in enumerate(made, SEED):
@@ -162,7 +165,7 @@ def _pipeline(unet, vae, text_encoders, tokenizers, scheduler):
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
-    """Seeded values for every parameter: gains 1, biases small, matrices by their number of inputs."""
+    """Fill every parameter with seeded values: gains 1, biases small, matrices scaled by their number of inputs."""
     parameters = dict(module.named_parameters())
     generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
     with torch.no_grad():

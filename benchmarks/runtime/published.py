@@ -1,9 +1,9 @@
-"""StyleAligned the way it is published (arXiv 2312.02133): plain PyTorch around diffusers' UNet. The benchmark's peer.
+"""StyleAligned as published (arXiv 2312.02133): plain PyTorch around diffusers' UNet. The benchmark's peer.
 
-One batch holds both halves of classifier-free guidance, `[null 0, null 1, ..., full 0, full 1, ...]`, and picture 0 of
-each half is the reference. In every self-attention the queries and keys of all rows take the reference's token
+One batch holds both halves of classifier-free guidance, `[null 0, null 1, ..., full 0, full 1, ...]`, where picture 0
+of each half is the reference. In every self-attention the queries and keys of all rows take the reference's token
 statistics, the reference's keys and values are expanded to all rows and concatenated to their own, and one
-`scaled_dot_product_attention` runs over everything, the reference's own rows included. Nothing is kept.
+`scaled_dot_product_attention` runs over everything, the reference's own rows included. Nothing is cached.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class SharedAttention:
-    """A processor for self-attention of diffusers' UNet: AdaIN of queries and keys, expand, concatenate, attend."""
+    """Processor for self-attention of diffusers' UNet: AdaIN of queries and keys, expand, concatenate, attend."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         # [rows, tokens, channels] -> [rows, heads, tokens, d]
@@ -29,20 +29,20 @@ class SharedAttention:
 
 
 def of_reference(states: torch.Tensor) -> torch.Tensor:
-    """Every row gets the first row of its half; a copy of the size of `states` [rows, ...]."""
+    """Copy the first row of each half to all its rows; `states` is [rows, ...]."""
     halves = states.unflatten(0, (2, -1))
     return halves[:, :1].expand_as(halves).flatten(0, 1)
 
 
 def adain(states: torch.Tensor) -> torch.Tensor:
-    """Mean and deviation over the tokens of `states` [rows, heads, tokens, d] become the reference's."""
+    """Give `states` [rows, heads, tokens, d] the reference's mean and deviation over tokens."""
     mean = states.mean(-2, keepdim=True)
     deviation = (states.var(-2, keepdim=True) + 1e-5).sqrt()
     return (states - mean) / deviation * of_reference(deviation) + of_reference(mean)
 
 
 def align(unet) -> None:
-    """Make every self-attention of diffusers' `unet` a `SharedAttention`, for good."""
+    """Make every self-attention of diffusers' `unet` a `SharedAttention`, permanently."""
     unet.set_attn_processor(
         {name: SharedAttention() if ".attn1." in name else kept for name, kept in unet.attn_processors.items()}
     )
@@ -51,14 +51,14 @@ def align(unet) -> None:
 class Published:
     """The published method on the parts of a diffusers SDXL pipeline.
 
-    `unet` stands in for the pipeline's own; `call` and `decode` are what evaluates UNet and VAE, such as compiled forms
-    of them. `plain` leaves the attention as it is: diffusers' ordinary sampling.
+    `unet` replaces the pipeline's own; `call` and `decode` evaluate UNet and VAE, for example in compiled form. `plain`
+    keeps the attention: diffusers' ordinary sampling.
     """
 
     def __init__(self, pipeline, *, unet=None, call=None, decode=None, plain: bool = False):
         self.pipeline = pipeline
         self.unet = pipeline.unet if unet is None else unet
-        # a module's truth would be its length
+        # not `call or ...`: a module's truth value may be its length
         self.call = self.unet if call is None else call
         self.decode = pipeline.vae.decode if decode is None else decode
         if not plain:
@@ -68,7 +68,7 @@ class Published:
     def latents(
         self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, size: tuple[int, int]
     ) -> torch.Tensor:
-        """[pictures, channels, h, w] of all prompts, the first being the reference; `size` is (width, height)."""
+        """Return latents [pictures, channels, h, w] of all prompts, the reference first; `size` is (width, height)."""
         pipe, device, dtype = self.pipeline, self.unet.device, self.unet.dtype
         full, null, full_pooled, null_pooled = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=True)
         width, height = size
@@ -97,7 +97,7 @@ class Published:
 
     @torch.no_grad()
     def images(self, prompts: Sequence[str], seeds: Sequence[int], **options) -> list:
-        """Float arrays [height, width, 3] in 0..1 of all prompts; options as for `latents`."""
+        """Return float arrays [height, width, 3] in 0..1 of all prompts; options as for `latents`."""
         vae = self.pipeline.vae
         latents = self.latents(prompts, seeds, **options).to(vae.dtype) / vae.config.scaling_factor
         images = (self.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)

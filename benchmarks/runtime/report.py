@@ -1,4 +1,4 @@
-"""Outcomes as lines for people and as entries for the JSON file."""
+"""Format outcomes as text and as entries of the JSON file."""
 
 import statistics
 from typing import Any
@@ -8,7 +8,7 @@ from benchmarks.runtime.cases import Case, Figure, Outcome, shown
 
 
 def entry(case: Case, outcome: Outcome) -> dict[str, Any]:
-    """One case for the JSON file: every sample, median, extremes and spread, every figure and its verdict."""
+    """Return one case for the JSON file: every sample, median, extremes and spread, every figure and its verdict."""
     return {
         "case": case.name,
         "what": case.what,
@@ -19,7 +19,7 @@ def entry(case: Case, outcome: Outcome) -> dict[str, Any]:
 
 
 def summary(samples: list[float]) -> dict[str, Any]:
-    """Seconds; `spread` is (longest - shortest) / median."""
+    """Summarise samples in seconds; `spread` is (longest - shortest) / median."""
     median = statistics.median(samples)
     return {
         "median_s": shown(median),
@@ -31,7 +31,7 @@ def summary(samples: list[float]) -> dict[str, Any]:
 
 
 def block(result: dict[str, Any]) -> str:
-    """One case of the JSON file: what it is, its times, its figures."""
+    """Format one case of the JSON file: its description, times and figures."""
     lines = [f"{result['case']}: {result['what']}"]
     width = max([len(name) for name in result["times"]] + [len(f["what"]) for f in result["figures"]] + [1])
     for name, times in result["times"].items():
@@ -51,7 +51,7 @@ def block(result: dict[str, Any]) -> str:
 
 
 def unproved(results: list[dict[str, Any]]) -> list[str]:
-    """One line for every goal that was missed, and for every figure that is not there."""
+    """Return one line for every missed goal and every missing figure."""
     lines = []
     for result in results:
         for f in result["figures"]:
@@ -64,7 +64,7 @@ def unproved(results: list[dict[str, Any]]) -> list[str]:
 
 
 def met(results: list[dict[str, Any]]) -> int:
-    """How many goals hold."""
+    """Count the goals that hold."""
     return sum(f["verdict"] == MET for result in results for f in result["figures"])
 
 
@@ -86,7 +86,7 @@ def _bound(figure: dict[str, Any]) -> str:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """The cases of one style at several contestants, as the table in docs/banks.md."""
+    """Format the cases of one style as the table in docs/banks.md, with a column per contestant."""
     names = ("plain", "cached", "uncached", "published")
     lines = [f"| case | {' | '.join(names)} | uncached / cached | published / cached |", "|---|" + "---|" * 6]
     for result in results:

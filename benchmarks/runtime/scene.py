@@ -18,12 +18,12 @@ SEED = 11
 
 @dataclass(eq=False)
 class Scene:
-    """Settings of all runs on one model; the model is made and the style is baked when first asked for."""
+    """Settings of all runs on one model; the model is made and the style baked on first use."""
 
     make: Callable[[], Model]
     steps: int = 20
     guidance: float = 5.0
-    pictures: bool = False  # decode to pictures, or compare latents
+    pictures: bool = False  # True: decode to pictures; False: compare latents
     side: int | None = None  # of square pictures in pixels; None: the model's own size
     banks: dict[str, Any] = field(default_factory=dict)
 
@@ -33,18 +33,18 @@ class Scene:
         return model if self.side is None else replace(model, size=(self.side, self.side))
 
     def bank(self, prompt: str = REFERENCE, seed: int = REFERENCE_SEED, **options):
-        """The bank of a style that is named by a prompt; baked once."""
+        """Return the bank of a style named by a prompt; baked once."""
         key = f"{prompt} {seed} {sorted(options.items())}"
         if key not in self.banks:
             style = sf.StyleAligned(prompt=prompt, seed=seed)
-            # all options are passed as `bake` takes them, so that a bank fits the runs below and no others
+            # pass all options to `bake`, so that a bank fits only the runs below
             self.banks[key] = self.model.engine.bake(
                 style, **{"steps": self.steps, "guidance": self.guidance, "size": self.model.size} | options
             )
         return self.banks[key]
 
     def drawn(self, prompts, style=None, **options) -> list:
-        """What the engine gives for prompts or requests: latents, or arrays of pictures."""
+        """Return the engine's results for prompts or requests: latents, or arrays of pictures."""
         settings = {"steps": self.steps, "guidance": self.guidance, "size": self.model.size, "seed": SEED}
         result = self.model.engine.generate(
             list(prompts), style, output="np" if self.pictures else "latents", **settings | options
@@ -52,16 +52,16 @@ class Scene:
         return result.images if self.pictures else result.latents
 
     def cached(self, n: int, **options) -> Run:
-        """`n` pictures that read a bank; options of `bank`."""
+        """Return a run of `n` pictures that read a bank; options of `bank`."""
         style = sf.StyleAligned(self.bank(**options))
         return lambda: self.drawn(PROMPTS[:n], style)
 
     def uncached(self, n: int) -> Run:
-        """`n` pictures beside their reference, which runs along and is not given back."""
+        """Return a run of `n` pictures with a live reference, which is not returned."""
         return lambda: self.drawn(PROMPTS[:n], sf.StyleAligned(prompt=REFERENCE, seed=REFERENCE_SEED))
 
     def uncached_set(self, n: int) -> Run:
-        """The published set: the reference is the first picture of the call and is decoded like the `n` others."""
+        """Return a run of the published set: the reference is the first picture and is decoded like the `n` others."""
         settings = {"steps": self.steps, "guidance": self.guidance, "size": self.model.size}
 
         def run():
@@ -73,17 +73,17 @@ class Scene:
         return run
 
     def plain(self, n: int) -> Run:
-        """`n` pictures without a style."""
+        """Return a run of `n` pictures without a style."""
         return lambda: self.drawn(PROMPTS[:n])
 
     def published(self, n: int, form=None) -> Run:
-        """The reference and `n` pictures as published; `form` is a `Published` other than the model's own."""
+        """Return a run of the reference and `n` pictures as published; `form` replaces the model's `Published`."""
         return lambda: self._by(
             form or self.model.published, (REFERENCE, *PROMPTS[:n]), (REFERENCE_SEED, *range(SEED, SEED + n))
         )
 
     def plainly_published(self, n: int, form) -> Run:
-        """`n` pictures by diffusers' UNet without a style."""
+        """Return a run of `n` pictures by diffusers' UNet without a style."""
         return lambda: self._by(form, PROMPTS[:n], range(SEED, SEED + n))
 
     def _by(self, form, prompts, seeds) -> list[torch.Tensor]:

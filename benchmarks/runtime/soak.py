@@ -1,4 +1,4 @@
-"""An engine kept busy by several clients for hundreds of requests: memory must stay flat and every page come back."""
+"""A load test of hundreds of requests from several clients: memory must stay flat and every page be released."""
 
 import gc
 import random
@@ -14,27 +14,27 @@ from benchmarks.kernels.measure import Budget
 from benchmarks.runtime.cases import Case, Figure, Outcome
 from stylefast.errors import StyleFastError
 
-# the matrix library keeps what it prepared for every shape, 1,024 of them; until that is full memory grows
+# the matrix library caches prepared data for up to 1,024 shapes; memory grows until that cache is full
 WARM_UP, STRETCH, CLIENTS = 400, 50, 4
 REQUESTS = WARM_UP + 500
 MOST_MEGABYTES = 20.0
 BANK_STEPS = 4
-PATIENCE = 300.0  # seconds that any single request may take
+PATIENCE = 300.0  # max seconds per request
 PAGE_BYTES = 4096
 
 
 @dataclass
 class Tally:
-    """What became of the requests, and resident memory after every stretch in which all clients came to rest."""
+    """Outcomes of the requests, and resident memory after every stretch, when no client is active."""
 
     ends: Counter = field(default_factory=Counter)
-    errors: list[str] = field(default_factory=list)  # of requests that should have ended well
+    errors: list[str] = field(default_factory=list)  # of requests that should have succeeded
     megabytes: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def cases(quick: bool) -> list[Case]:
-    """The soak as a case."""
+    """Return the soak case."""
     count, warm_up, stretch = (9, 3, 3) if quick else (REQUESTS, WARM_UP, STRETCH)
     what = (
         f"{count} requests of random style, strength, guidance, steps, scheduler and size from {CLIENTS} clients, with "
@@ -67,7 +67,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def soak(engine, count: int, stretch: int, clients: int = CLIENTS, seed: int = 0) -> Tally:
-    """`count` requests through `engine.submit`; after every `stretch` all of them are over and memory is read."""
+    """Submit `count` requests; after every `stretch`, wait until all are done and read the memory."""
     mix = Mix(engine)
     tally, lock = Tally(), threading.Lock()
     start = time.perf_counter()
@@ -97,7 +97,7 @@ def soak(engine, count: int, stretch: int, clients: int = CLIENTS, seed: int = 0
 
 
 def one_request(engine, mix: "Mix", choose: random.Random) -> tuple[str, str]:
-    """Submit one request and see it to its end: how it ended, and what was wrong with that, if anything."""
+    """Submit one request and wait for it; return how it ended, and an error message if that was wrong."""
     request = mix.request(choose)
     fate = choose.choices(("wait", "cancel", "deadline"), (8, 1, 1))[0]
     try:
@@ -107,7 +107,7 @@ def one_request(engine, mix: "Mix", choose: random.Random) -> tuple[str, str]:
             job.cancel()
         job.result(timeout=PATIENCE)
     except (StyleFastError, CancelledError) as error:
-        # a cancel or a deadline may come too late to stop anything, but nothing else may end a request
+        # a cancel or deadline may come too late, but nothing else may end a request
         return type(error).__name__, "" if fate != "wait" else f"{request}: {error}"
     except Exception as error:
         return type(error).__name__, f"{request}: {error}"
@@ -115,7 +115,7 @@ def one_request(engine, mix: "Mix", choose: random.Random) -> tuple[str, str]:
 
 
 class Mix:
-    """Draws requests: every kind of style, alone and together, and every other setting at random."""
+    """Generator of random requests: every kind of style, alone and combined, with random other settings."""
 
     def __init__(self, engine):
         pictures, learned = engine.references(), engine.styles()
@@ -133,7 +133,7 @@ class Mix:
         ]
 
     def request(self, choose: random.Random) -> sf.Request:
-        """One request; those that read a bank keep to what it was baked for."""
+        """Return one request; those that read a bank use its settings."""
         prompt = f"a {choose.choice(('cat', 'house', 'boat', 'mushroom'))}"
         seed = choose.randrange(1000)
         if choose.random() < 0.4:
@@ -153,17 +153,17 @@ class Mix:
 
 
 def growth(megabytes: list[float]) -> float:
-    """Highest of the readings above the first of them."""
+    """Return the highest reading minus the first."""
     return max(megabytes) - megabytes[0]
 
 
 def resident_megabytes() -> float:
-    """Memory of this process that lies in RAM, in units of 10^6 bytes."""
+    """Return this process's resident memory in units of 10^6 bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES / 1e6
 
 
 def held(engine) -> int:
-    """Pages of style banks and places of pictures that some request still holds."""
+    """Count the bank pages and latent slots that requests still hold."""
     runtime = engine.runtime
     return sum(pages.stats().pinned for pages in runtime.bank_pages.values()) + sum(
         places.used for places in runtime.latents.values()

@@ -1,4 +1,4 @@
-"""`stylefast generate --from picture.png`: the whole recorded call once more, of which this one picture is kept."""
+"""`stylefast generate --from picture.png`: repeat the whole recorded call and keep this one picture."""
 
 import argparse
 import os
@@ -20,15 +20,15 @@ from stylefast.engine import Result
 from stylefast.errors import InvalidRequest, ModelError
 from stylefast.record import from_record
 
-_SHOWN = 600  # characters of what a picture names that a message shows
+_SHOWN = 600  # max characters of the picture's text quoted in a message
 
 
 def run_again(arguments: argparse.Namespace) -> int:
-    """Make the picture again and say whether its pixels are the same.
+    """Make the picture again and report whether its pixels are the same.
 
-    All pictures of the call are made, since a batch of another size rounds differently and a group's first picture is
-    the reference of the others. What the picture names is not loaded without the user's word, since a picture may come
-    from anywhere. Raises ModelError when model or LoRAs have other weights and --force is not given.
+    All pictures of the call are made: another batch size would round differently, and a group's first picture is the
+    reference of the others. Pictures are untrusted, so files that a picture names are loaded only if the user allows
+    it. Raises ModelError if the model or LoRAs have other weights and --force is not given.
     """
     metadata, before = read_metadata(arguments.source)
     recorded = _recorded_choice(metadata)
@@ -36,7 +36,7 @@ def run_again(arguments: argparse.Namespace) -> int:
         _check_asked_for(arguments, recorded, metadata)
     choice = ModelChoice.of(arguments, recorded)
     if not arguments.load_recorded and _from_cache(arguments, recorded):
-        choice = replace(choice, cached_only=True)  # what the cache lacks is not fetched
+        choice = replace(choice, cached_only=True)  # never download files missing from the cache
     _check_loras(choice, metadata, arguments)
     requests = from_record(metadata["call"], Path(arguments.source).expanduser().resolve().parent, choice.folder)
     check_schedules(requests)
@@ -64,7 +64,7 @@ def run_again(arguments: argparse.Namespace) -> int:
 
 
 def _recorded_choice(metadata: Mapping) -> dict[str, Any]:
-    """What the picture's model was loaded from; pictures saved from Python know no more than its name."""
+    """Return the recorded model options; for pictures saved from Python, only the model's name and types."""
     recorded = metadata.get("load")
     if not isinstance(recorded, dict):
         kind = metadata.get("prediction_type")
@@ -76,7 +76,7 @@ def _recorded_choice(metadata: Mapping) -> dict[str, Any]:
 
 
 def _recorded_loras(metadata: Mapping) -> list[tuple[Lora, str]]:
-    """The LoRAs that were on, with the digest of each. Raises InvalidRequest for entries that are none."""
+    """Return the recorded LoRAs with their digests. Raises InvalidRequest for malformed entries."""
     recorded = metadata.get("load")
     entries = recorded.get("lora", []) if isinstance(recorded, dict) else []
     try:
@@ -86,7 +86,7 @@ def _recorded_loras(metadata: Mapping) -> list[tuple[Lora, str]]:
 
 
 def _check_asked_for(arguments: argparse.Namespace, recorded: Mapping, metadata: Mapping) -> None:
-    """Raise InvalidRequest for files that only the picture names: it may come from anybody."""
+    """Raise InvalidRequest for files named only by the picture, which is untrusted."""
     named = {}
     for name in PATHS:
         value = recorded.get(name)
@@ -107,13 +107,13 @@ def _check_asked_for(arguments: argparse.Namespace, recorded: Mapping, metadata:
 
 
 def _from_cache(arguments: argparse.Namespace, recorded: Mapping) -> bool:
-    """Whether the picture, and not the user, names something that comes from the hub's cache."""
+    """Return whether the picture, not the user, names something that comes from the hub's cache."""
     values = (recorded.get(name) for name in PATHS if getattr(arguments, name) is None)
     return any(value is not None and value != DEFAULT_MODEL for value in values)
 
 
 def _is_at_hand(name: str, value: str) -> bool:
-    """Whether it comes with stylefast, or is a repository of the hub that was fetched before."""
+    """Return whether `value` comes with stylefast or is a hub repository that was downloaded before."""
     from stylefast.models.hub import cached_ids, is_hub_id
 
     if name == "model" and value == DEFAULT_MODEL:
@@ -122,9 +122,9 @@ def _is_at_hand(name: str, value: str) -> bool:
 
 
 def _style_files(call: Mapping) -> Iterator[str]:
-    """Paths of the banks, learned styles and image embeddings of a recorded call that don't come with the model.
+    """Yield the files of banks, learned styles and image embeddings in a recorded call that don't come with the model.
 
-    Pictures are left out: they are no more than looked at, and their pixels are compared with the recorded ones.
+    Pictures are left out: they are only decoded, and their pixels are compared with the recorded ones.
     """
     requests = call["requests"]
     places = [call.get("styles"), *(one.get("style") for one in requests if isinstance(one, Mapping))]
@@ -150,7 +150,7 @@ def _files_of(style: Mapping) -> Iterator[str]:
 
 
 def _check_loras(choice: ModelChoice, metadata: Mapping, arguments: argparse.Namespace) -> None:
-    """Raise unless the LoRAs are those that made the picture; compared by content before anything is loaded."""
+    """Raise unless the LoRAs are those that made the picture; compares contents before anything is loaded."""
     on = metadata.get("loras")
     on = on if isinstance(on, dict) else {}
     if on and not choice.lora:

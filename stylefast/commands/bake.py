@@ -1,4 +1,4 @@
-"""`stylefast bake`: a style's reference runs once, and what it offers is kept in a file for `generate --style`."""
+"""`stylefast bake`: run a style's reference once and keep the result in a file for `generate --style`."""
 
 import argparse
 import shlex
@@ -29,7 +29,7 @@ SUFFIX = ".bank"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options; None means that the option was not given."""
+    """Add all options; None means that the option was not given."""
     add = parser.add_argument
     add("--out", metavar="FILE.bank", help="file to write (default: named after the picture or prompt)")
     add("--overwrite", action="store_true", help="replace a file that exists")
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     request = bake_request(style, settings)
     check_schedules([request])
     out = _target(arguments, style)
-    # two that bake one file would both work for it, and one in vain
+    # a second process baking the same file would waste its work, so it fails at once
     with only_writer(out, beside(out), patience=0, required=True):
         engine = load(choice, arguments.quiet)
         store = arguments.store or "kv"
@@ -134,7 +134,7 @@ def _style(arguments: argparse.Namespace, model_folder: Path):
 
 
 def _target(arguments: argparse.Namespace, style) -> Path:
-    """The file to write, if it can be. Raises InvalidRequest."""
+    """Return the file to write. Raises InvalidRequest if it can't be written."""
     from stylefast.commands.files import slug
 
     if arguments.out is not None:
@@ -153,7 +153,7 @@ def _target(arguments: argparse.Namespace, style) -> Path:
 
 
 def _plan(engine, request, store: str, dtype: str, out: Path) -> str:
-    """What will be baked, and how much room it takes."""
+    """Describe the bank to be baked and its expected size."""
     from stylefast.runtime.baking import DTYPES
     from stylefast.sampling.guidance import guidance_weights
     from stylefast.styles.bank_size import bank_bytes
@@ -200,7 +200,7 @@ def _bake(engine, style, settings: dict, store: str, out: Path, arguments: argpa
 
 
 def _use(arguments: argparse.Namespace, choice: ModelChoice, out: Path) -> str:
-    """The command that uses the bank, with what `generate` can't take from it."""
+    """Return the command that uses the bank, with the options that `generate` can't read from it."""
     words = ["stylefast", "generate", "a fish", "--style", str(out)]
     for name in ("spacing", "layers"):
         if getattr(arguments, name) is not None:

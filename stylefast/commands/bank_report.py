@@ -1,4 +1,4 @@
-"""What a style bank holds, in words: for `stylefast info --bank`, and before and after `stylefast bake`."""
+"""Describe a style bank: for `stylefast info --bank`, and before and after `stylefast bake`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ _BRANCHES = {("full",): "without guidance", ("null", "full"): "with guidance"}
 
 
 def collect_bank(path: Path) -> dict[str, Any]:
-    """What a bank's file says, its bytes, and whether they are those that were written. Raises StyleError."""
+    """Return a bank's metadata, size and checksum, and whether its contents match the checksum. Raises StyleError."""
     from stylefast.styles.bank import StyleBank
     from stylefast.styles.bank_file import bank_checksum, read_bank
 
@@ -25,7 +25,7 @@ def collect_bank(path: Path) -> dict[str, Any]:
 
 
 def bank_lines(found: dict[str, Any]) -> list[str]:
-    """The lines that show what `collect_bank` found."""
+    """Format the result of `collect_bank` as lines."""
     bank = found["bank"]
     width, height = bank["size"]
     if bank["noise"] == "generated":
@@ -50,7 +50,7 @@ def bank_lines(found: dict[str, Any]) -> list[str]:
 
 
 def shown_bytes(count: int) -> str:
-    """ "4.2 MB": three digits and a decimal unit."""
+    """Format a size as three digits and a decimal unit: "4.2 MB"."""
     size, unit = float(count), "bytes"
     for larger in ("KB", "MB", "GB", "TB"):
         if size < 999.5:

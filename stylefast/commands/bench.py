@@ -1,4 +1,4 @@
-"""`stylefast bench`: measure the kernels, or find launch configurations for the GPU at hand."""
+"""`stylefast bench`: measure the kernels, or find launch configurations for this GPU."""
 
 import argparse
 import subprocess
@@ -18,7 +18,7 @@ CHECKOUT = Path(stylefast.__file__).resolve().parent.parent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to measure and for how long."""
+    """Add the options for what to measure and for how long."""
     parser.add_argument("what", nargs="?", choices=("kernels",), help="what to measure; needs a checkout of stylefast")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="with kernels (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure or tune."""
+    """Measure or tune, as the arguments say."""
     if arguments.tune == bool(arguments.what):
         raise InvalidRequest("say either what to measure (stylefast bench kernels) or --tune")
     if arguments.minutes is not None and not arguments.minutes > 0:
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    # a process of its own: benchmarks are no part of the package, and set threads for the whole process
+    # run in a separate process: benchmarks are not part of the package and set the process's thread count
     if not (CHECKOUT / "setup.py").is_file() or not (CHECKOUT / "benchmarks" / "__main__.py").is_file():
         raise StyleFastError(
             f"the benchmarks are not part of an installed stylefast ({CHECKOUT}); run this in a checkout of the project"

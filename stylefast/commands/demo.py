@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   then open build/demo/index.html
 """
 PAGE, SHEET = "index.html", "sheet.png"
-# marks a folder that this command wrote and may replace
+# marker file: this command wrote the folder and may replace it
 MARK = ".stylefast-demo"
 SHOWN_WIDTH = 192  # 3 screen pixels per pixel of the embedded model
 
@@ -33,7 +33,7 @@ STRENGTHS = ("0.25", "0.5", "0.75", "1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options."""
+    """Add all options."""
     parser.add_argument("--out", metavar="DIR", default="stylefast-demo", help="folder to write (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that holds other files")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
@@ -61,7 +61,7 @@ class Chapter:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Make all pictures in a new folder, then give it its name; an older demo there is replaced."""
+    """Make all pictures in a temporary folder, then rename it to --out; an older demo there is replaced."""
     from stylefast.commands.folder_lock import beside, only_writer
 
     out = typed_path("--out", arguments.out).absolute()
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _replace(out: Path, part: Path) -> None:
-    """Give a finished demo its name; the one that has it stays whole until then."""
+    """Rename a finished demo to `out`; the old one stays whole until then."""
     old = out.with_name(f"{part.name}-old")
     if out.exists():
         os.rename(out, old)
@@ -104,7 +104,7 @@ def _replace(out: Path, part: Path) -> None:
 
 
 def _remove_parts(out: Path) -> None:
-    """Remove what demos left that were killed; if that was between two names, the older one comes back."""
+    """Remove leftovers of killed demos; restore the old demo if one was killed between the two renames."""
     parts = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}(-old)?")
     for path in sorted(out.parent.iterdir()):
         match = parts.fullmatch(path.name)
@@ -115,7 +115,7 @@ def _remove_parts(out: Path) -> None:
 
 
 def plan(model_folder: Path) -> tuple[Chapter, ...]:
-    """What the demo shows, with the pictures and learned styles that come with the model. Raises StyleError."""
+    """Return the demo's chapters, using the pictures and learned styles that come with the model. Raises StyleError."""
     from stylefast.record_values import shipped
 
     references, learned = list(shipped(model_folder, "references")), list(shipped(model_folder, "styles"))
@@ -222,7 +222,7 @@ def _composed_chapter(reference: str, learned: str) -> Chapter:
 
 
 def command_of(call: Call, choice: ModelChoice, steps: int, folder: str) -> list[str]:
-    """The words of the command line that makes a call's pictures."""
+    """Return the command line, as words, that makes a call's pictures."""
     words = ["stylefast", "generate", *call.words, "--steps", str(steps), "--no-grid", *choice.words()]
     return [*words, "--out", folder]
 

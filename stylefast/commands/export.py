@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   stylefast export aoti --target cpu --flavour live
   stylefast generate "a fish" --backend onnxruntime --engines engines
 """
-# kind -> what it is, and examples
+# kind -> summary and examples
 KINDS = {
     "onnx": (
         "ONNX graphs, which ONNX Runtime runs on any machine and TensorRT engines are built from.",
@@ -42,7 +42,7 @@ KINDS = {
 
 
 def add_arguments(parser: Parser) -> None:
-    """One command per kind; None means that an option was not given."""
+    """Add one command per kind; None means that an option was not given."""
     parser.set_defaults(run=parser.show_help)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND")
     for kind, (summary, examples) in KINDS.items():
@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(f"loading {arguments.model} ...", file=sys.stderr)
     source = _load(arguments, options)
-    # what this model can't have is refused before any work
+    # fail early on options that this model does not support
     source.fixed(options)
     components = source.components(options)
     if options.onnx is not None:
@@ -174,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         auto = _dtype_here(options.kind, options.targets)
         lines = report_lines(out, manifest, time.perf_counter() - start)
-        if "unet" in components:  # no backend runs without one
+        if "unet" in components:  # every backend needs a UNet
             lines.append(f"use it with\n  {shlex.join(use_words(out, arguments, options, auto))}")
         print("\n".join(lines), file=sys.stderr)
     print(out)
@@ -182,7 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def options_of(arguments: argparse.Namespace):
-    """The `Options` that the command line gives. Raises InvalidRequest."""
+    """Return the `Options` given on the command line. Raises InvalidRequest."""
     from stylefast.export.options import NATIVE, Options
     from stylefast.record import parse_size
 
@@ -209,7 +209,7 @@ def options_of(arguments: argparse.Namespace):
 
 
 def _of_graphs(folder: Path, given: dict) -> dict:
-    """What graphs that are there settle. Raises EngineMismatch where what was `given` contradicts them."""
+    """Return the options fixed by existing graphs. Raises EngineMismatch if `given` contradicts them."""
     from stylefast.export.manifest import check_fits, read_manifest
 
     manifest = read_manifest(folder)
@@ -223,7 +223,7 @@ def _of_graphs(folder: Path, given: dict) -> dict:
             )
     settled = {"dtype": manifest.dtype, "flavours": tuple(shapes)}
     for name in ("references", "segments"):
-        # a plain graph has no references
+        # plain graphs take no references
         counts = {shape[name] for shape in shapes.values() if name == "segments" or shape["flavour"] != "plain"}
         if name in given and counts - {given[name]}:
             raise EngineMismatch(f"{folder} was exported with {counts.pop()} {name}, not {given[name]}; drop --{name}")
@@ -233,20 +233,20 @@ def _of_graphs(folder: Path, given: dict) -> dict:
 
 
 def _dtype_here(kind: str, targets: tuple[str, ...]) -> str:
-    """The name of the type that the engine takes by itself where the export is meant to run."""
+    """Return the dtype that the engine would choose by default on the export's target."""
     from stylefast.models.checkpoint import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
     if kind in ("tensorrt", "aoti"):
         import torch
 
-        # not looked for: TensorRT engines are built on machines without a GPU, too
+        # don't probe for a GPU: TensorRT engines can be built on machines without one
         device = torch.device("cpu" if targets == ("cpu",) else "cuda")
     return str(resolve_dtype("auto", device)).removeprefix("torch.")
 
 
 def _target_here(kind: str) -> tuple[str, ...]:
-    """Of the GPU in this machine; none where there is none, or a kind has no targets."""
+    """Return this machine's GPU as the target, "cpu" for aoti without a GPU; () if there is none to choose."""
     import torch
 
     if kind == "aoti":
@@ -258,7 +258,7 @@ def _target_here(kind: str) -> tuple[str, ...]:
 
 
 def _names(option: str, text: str | None) -> tuple[str, ...]:
-    """("live", "plain") from "live,plain". Raises InvalidRequest."""
+    """Return ("live", "plain") for "live,plain". Raises InvalidRequest."""
     if text is None:
         return ()
     names = tuple(part.strip() for part in text.split(","))
@@ -283,7 +283,7 @@ def _load(arguments: argparse.Namespace, options):
 
 
 def _plan(source, options, components: tuple[str, ...], out: Path) -> list[str]:
-    """What will be exported, what it may take, and a warning if there is less."""
+    """Describe the export and its estimated memory and disk use, with a warning if there is too little memory."""
     from stylefast.export.memory import estimate_export
     from stylefast.models.weight_files import available_memory
 
@@ -307,7 +307,7 @@ def _plan(source, options, components: tuple[str, ...], out: Path) -> list[str]:
 
 
 def _export(source, out: Path, options, quiet: bool):
-    """The manifest of what was exported."""
+    """Export the model and return the manifest."""
     from stylefast.export import pipeline
 
     exports = {
@@ -325,24 +325,24 @@ def _export(source, out: Path, options, quiet: bool):
 
 
 class Bars:
-    """An export's `Progress` on the terminal: one bar over the graphs, one over the steps of what a graph is at."""
+    """Progress bars of an export (its `Progress`): one over the graphs, one over the steps of the current graph."""
 
     def __init__(self, quiet: bool):
         from tqdm import tqdm
 
         self._quiet = quiet
         self._graphs = tqdm(unit="graph", disable=quiet)
-        # None: only on a terminal, since a log would get a line for every step
+        # disable=None shows the bar on a terminal only; a log would get a line per step
         self._steps = tqdm(unit="step", disable=quiet or None, position=1, leave=False)
         self._phase = None
 
     def graph(self, name: str, number: int, total: int) -> None:
-        """Graph `number` of `total` begins; number == total when all are finished."""
+        """Begin graph `number` of `total`; number == total when all are finished."""
         self._graphs.total, self._graphs.n = total, number
         self._graphs.set_description(name)
 
     def phase(self, done: int, total: int, name: str) -> None:
-        """`done` of `total` steps of a phase of the graph; total 0: nobody knows how many."""
+        """Show `done` of `total` steps of a phase of the graph; total 0 means unknown."""
         if name != self._phase:
             self._phase = name
             self._steps.reset(total or None)
@@ -351,11 +351,11 @@ class Bars:
         self._steps.update(done - self._steps.n)
 
     def say(self, text: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         if not self._quiet:
             self._graphs.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Take the bars down."""
+        """Close the bars."""
         self._steps.close()
         self._graphs.close()

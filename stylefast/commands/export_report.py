@@ -1,4 +1,4 @@
-"""What an export folder holds, in words: for `stylefast info --engines`, and at the end of `stylefast export`."""
+"""Describe an export folder: for `stylefast info --engines`, and at the end of `stylefast export`."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ _BACKENDS = dict(zip(("onnx", "tensorrt", "aoti"), EXPORTED_BACKENDS))
 
 
 def collect_engines(folder: Path) -> dict[str, Any]:
-    """What an export's manifest says, what is wrong with its files, and whether they may be run without --trust.
+    """Return an export's manifest, problems with its files, and whether they may be run without --trust.
 
     Raises ModelNotFound, ModelFormatError.
     """
@@ -46,7 +46,7 @@ def collect_engines(folder: Path) -> dict[str, Any]:
 
 
 def engines_lines(found: dict[str, Any]) -> list[str]:
-    """The lines that show what `collect_engines` found."""
+    """Format the result of `collect_engines` as lines."""
     manifest = found["manifest"]
     tools = ", ".join(f"{name} {version}" for name, version in manifest["toolchain"].items())
     made = f"by stylefast {manifest['stylefast'] or 'of unknown version'}"
@@ -70,7 +70,7 @@ def engines_lines(found: dict[str, Any]) -> list[str]:
 
 
 def report_lines(folder: Path, manifest, seconds: float) -> list[str]:
-    """What was written, and the digest by which others can vouch for it."""
+    """Return lines with the files written and the digest to pass to --trust on other machines."""
     lines = [f"{folder}: {len(manifest.graphs)} graphs, {shown_bytes(manifest.bytes)} in {seconds:.0f} s"]
     width = max((len(entry.name) for entry in manifest.files), default=0)
     lines += [f"  {entry.name:{width}}  {shown_bytes(entry.bytes)}" for entry in manifest.files]
@@ -79,7 +79,7 @@ def report_lines(folder: Path, manifest, seconds: float) -> list[str]:
 
 
 def use_words(folder: Path, arguments: argparse.Namespace, options, auto: str) -> list[str]:
-    """The command that uses an export; `auto` is the type that the engine would take by itself."""
+    """Return the command that uses an export; `auto` is the dtype that the engine would choose by default."""
     if options.kind == "triton-repo":
         return ["tritonserver", "--model-repository", str(folder)]
     words = ["stylefast", "generate", "a fish", "--backend", _BACKENDS[options.kind], "--engines", str(folder)]

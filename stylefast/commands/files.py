@@ -1,4 +1,4 @@
-"""Where pictures go, and what is written into them: numbered names, whole files or none, records in PNG text chunks."""
+"""Output files: numbered names, written whole or not at all, with records in PNG text chunks."""
 
 import errno
 import json
@@ -19,10 +19,10 @@ from stylefast.errors import ImageError, InvalidRequest, StyleFastError
 from stylefast.values import free_bytes, load_json, typed_path
 
 CHUNK = "stylefast"
-# above this a chunk is compressed; some readers refuse long plain ones
+# longer chunks are compressed; some readers refuse long plain ones
 PLAIN_LIMIT = 60_000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LEAST = 1024  # bytes; no picture with its record takes less
+_LEAST = 1024  # bytes; a picture with its record always takes more
 _NUMBER = re.compile(r"(\d{4,})-.*\.png")
 _SAMPLERS = {
     "ddim": "DDIM",
@@ -41,12 +41,13 @@ _SPREADS = {"_karras": " Karras", "_exponential": " Exponential"}
 
 
 class Destination:
-    """The files of one call.
+    """The output files of one call.
 
-    `out` ending in ".png" is a file (numbered behind its stem for several prompts), anything else a folder of files
-    `0001-a-fish.png`. Without `overwrite`, numbers go on behind those in the folder, and a file that exists is refused.
-    What can't be written to is refused here, before any work is done; names are taken when the pictures are written, so
-    that several calls may write to one folder at once. Raises InvalidRequest.
+    `out` ending in ".png" is a file (with a number after the stem for several prompts), anything else a folder of files
+    `0001-a-fish.png`. Without `overwrite`, numbering continues after the files in the folder, and an existing file is
+    refused. Unwritable targets are refused here, before any work is done; names are taken when the pictures are
+    written, so that several calls may write to one folder at once. Raises InvalidRequest, and StyleFastError for a full
+    disk.
     """
 
     def __init__(self, out: str | Path, prompts: Sequence[str], overwrite: bool = False):
@@ -61,10 +62,10 @@ class Destination:
     def write(
         self, images: Sequence[Image.Image], metadata: Sequence[dict], sheet: Image.Image | None = None
     ) -> tuple[list[Path], StyleFastError | None]:
-        """Write the pictures, then the sheet; the paths of all that were written, and what went wrong, if anything.
+        """Write the pictures, then the sheet; return the paths written, and the error if something went wrong.
 
-        No file is ever half there. Pictures that are written stay whatever becomes of the others, and those that find
-        no room in the folder go to the system's folder for temporary files.
+        Files are written whole or not at all. Pictures already written are kept if later ones fail, and pictures that
+        don't fit into the folder go to the system's folder for temporary files.
         """
         wanted = [_encoded(image, png_info(one)) for image, one in zip(images, metadata, strict=True)]
         if sheet is not None:
@@ -90,7 +91,7 @@ class Destination:
                     write_whole(path, content, self.overwrite)
                     break
                 except FileExistsError:
-                    # of a program that does not hold the lock
+                    # made by a program that does not hold the lock
                     if self._file is None and not is_sheet:
                         number = _highest_number(self.folder) + 1
                         path = self._path(place, number, first, is_sheet)
@@ -113,7 +114,7 @@ class Destination:
         return self._file if len(self._slugs) == 1 else self._file.with_name(f"{self._file.stem}-{place + 1}.png")
 
     def _rescue(self, left: Sequence[bytes], written: list[Path], error: OSError) -> StyleFastError:
-        """Keep what could not be written where there is room; what to say of it."""
+        """Save the pictures that could not be written in a temporary folder; return the error to report."""
         full = error.errno in _NO_ROOM
         message = f"can't write to {self.folder} ({'the disk is full' if full else error.strerror or error})"
         if written:
@@ -127,7 +128,7 @@ class Destination:
                 written.append(path)
             message += f"; {'the others' if len(written) > len(left) else 'the pictures'} are in {shelter}"
         except OSError:
-            # no room there either; what did find some stays
+            # no room there either; keep what was written
             if shelter is not None and not any(shelter.iterdir()):
                 shelter.rmdir()
             message += ", and there is no room for the others in the folder for temporary files"
@@ -143,7 +144,7 @@ class Destination:
             raise InvalidRequest(f"{holder} can't be written to; choose another --out")
         free = free_bytes(holder)
         if free is None:
-            # what it takes shows when a file is made
+            # free space unknown: test by creating a file
             try:
                 with tempfile.TemporaryFile(dir=holder):
                     pass
@@ -168,7 +169,7 @@ def _encoded(image: Image.Image, info: PngInfo | None) -> bytes:
 
 
 def png_info(metadata: dict) -> PngInfo:
-    """Text chunks "stylefast" (the record, JSON) and "parameters" (the line that other tools read)."""
+    """Return text chunks "stylefast" (the record as JSON) and "parameters" (the line that other tools read)."""
     info = PngInfo()
     text = json.dumps(metadata, separators=(",", ":"))
     info.add_text(CHUNK, text, zip=len(text) > PLAIN_LIMIT)
@@ -177,7 +178,7 @@ def png_info(metadata: dict) -> PngInfo:
 
 
 def parameters_line(metadata: dict) -> str:
-    """Prompt, negative prompt and settings of a picture in the form that A1111 introduced."""
+    """Return a picture's prompt, negative prompt and settings in the form that A1111 introduced."""
     request = metadata["call"]["requests"][metadata["index"]]
     settings = {
         "Steps": request["steps"],
@@ -197,7 +198,7 @@ def parameters_line(metadata: dict) -> str:
 
 
 def sampler_name(scheduler: str) -> str:
-    """A scheduler's name in that form; of a few-step preset, the sampler that it uses."""
+    """Return a scheduler's name in the A1111 form; for a few-step preset, the name of its sampler."""
     from stylefast.sampling.few_step import FEW_STEP_PRESETS
 
     name = FEW_STEP_PRESETS[scheduler].scheduler if scheduler in FEW_STEP_PRESETS else scheduler
@@ -207,14 +208,14 @@ def sampler_name(scheduler: str) -> str:
 
 
 def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
-    """The record inside a picture, and its pixels. Raises ImageError, and InvalidRequest where there is no record."""
+    """Return the record inside a picture, and its pixels. Raises ImageError; InvalidRequest if it has no record."""
     from stylefast.models.pictures import open_file
 
     path = typed_path("--from", os.fspath(path))
     stream = open_file(path)
     try:
         with stream, warnings.catch_warnings():
-            # a picture that unpacks to gigabytes is none of ours
+            # a picture that decompresses to gigabytes was not written by stylefast
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(stream, formats=["PNG"]) as picture:
                 picture.load()
@@ -250,5 +251,5 @@ def _free_name(path: Path) -> Path:
 
 
 def slug(prompt: str) -> str:
-    """A prompt as part of a file name."""
+    """Return a prompt as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"

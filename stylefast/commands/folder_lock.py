@@ -1,4 +1,4 @@
-"""One writer of a folder at a time, and files that appear whole, under a name that nobody else took in between."""
+"""One writer per folder at a time, and files that appear whole without overwriting another program's file."""
 
 import contextlib
 import errno
@@ -15,24 +15,23 @@ from stylefast.commands.notices import warn
 from stylefast.errors import InvalidRequest
 
 LOCK = ".stylefast.lock"
-# of pictures alone: a bank that is being baked into the same folder has a temporary much like them
+# only of pictures: a bank being baked into the same folder has a similar temporary name
 _PART = re.compile(r"\..+\.png\.[0-9a-f]{8}\.part", re.IGNORECASE)
-PATIENCE = 60.0  # seconds; writing the pictures of a call takes less
+PATIENCE = 60.0  # seconds; writing a call's pictures takes less
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 def beside(target: Path) -> Path:
-    """The lock file of something that is yet to be made."""
+    """Return the path of the lock file for a target that does not exist yet."""
     return target.with_name(f".{target.name}.lock")
 
 
 @contextmanager
 def only_writer(target: Path, lock: Path, patience: float = PATIENCE, required: bool = False) -> Iterator[bool]:
-    """Be the only stylefast that writes to `target` while the block runs; whether the lock file is held.
+    """Hold the lock on `target` while the block runs; yield whether it is held.
 
-    The lock of a process that died is free, and a file system without locks does not keep the block from running. Nor
-    does a holder that takes longer than `patience` seconds, but for a lock that is `required`: then InvalidRequest is
-    raised.
+    A dead process holds no lock. The block also runs without the lock on a file system without locks, or if another
+    holder takes longer than `patience` seconds; if `required`, the latter raises InvalidRequest instead.
     """
     try:
         descriptor = _locked(lock, target, patience)
@@ -49,7 +48,7 @@ def only_writer(target: Path, lock: Path, patience: float = PATIENCE, required: 
 
 
 def _locked(lock: Path, target: Path, patience: float) -> int | None:
-    """The lock's descriptor, None where there are no locks. Raises BlockingIOError if another process keeps it."""
+    """Return the lock's descriptor, None without lock support. Raises BlockingIOError if another process keeps it."""
     deadline, said = time.monotonic() + patience, False
     while True:
         try:
@@ -70,7 +69,7 @@ def _locked(lock: Path, target: Path, patience: float) -> int | None:
         except OSError:
             os.close(descriptor)
             return None
-        # who held it before removed the file at the end, and then this is no longer the one at that path
+        # the previous holder deletes the file on release: check that this descriptor is still the file at that path
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 return descriptor
@@ -78,21 +77,21 @@ def _locked(lock: Path, target: Path, patience: float) -> int | None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove temporary files of pictures that a writer left when it was killed. For the holder of the folder's lock."""
+    """Remove temporary picture files of killed writers. The caller must hold the folder's lock."""
     for path in folder.iterdir():
         if _PART.fullmatch(path.name) and not path.is_dir():
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # somebody else's
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file
                 path.unlink()
 
 
 def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
-    """Write a file that appears at once or not at all. Raises FileExistsError if the name is taken, OSError."""
+    """Write a file atomically. Raises FileExistsError if the name is taken, OSError."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "xb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())  # a full disk or quota of a network drive may show only here
+            os.fsync(stream.fileno())  # a full disk or network quota may be reported only here
         if overwrite:
             os.replace(part, path)
         else:
@@ -102,13 +101,13 @@ def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
 
 
 def _give_name(part: Path, path: Path) -> None:
-    """Like a rename, but it fails where the name is taken."""
+    """Rename `part` to `path`; raise FileExistsError if the name is taken."""
     try:
         os.link(part, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # a file system without hard links, such as FAT: take the name with an empty file, and fill it in one move
+        # file system without hard links, such as FAT: reserve the name with an empty file, then replace it atomically
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         try:
             os.replace(part, path)

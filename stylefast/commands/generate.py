@@ -1,4 +1,4 @@
-"""`stylefast generate`: prompts, a styled call from a file, or the call recorded in a picture, to PNG files."""
+"""`stylefast generate`: write PNG files from prompts, a request file, or the call recorded in a picture."""
 
 import argparse
 import re
@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   stylefast generate --from pictures/0001-a-fish.png --out again.png
 """
 DEFAULT_OUT = "pictures"
-# what --from and --requests bring themselves
+# options that --from and --requests replace
 _CALL_OPTIONS = (
     "prompts",
     "count",
@@ -49,7 +49,7 @@ _CALL_OPTIONS = (
     "learned",
     "context",
 )
-# written out, since the tables that hold the names load torch
+# written out, because the tables with the names import torch
 SCHEDULERS_HELP = """\
 ddim, euler, euler_karras, euler_exponential, euler_ancestral, dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_exponential,
 dpmpp_2m_sde, dpmpp_2m_sde_karras, dpmpp_2m_sde_exponential, dpmpp_3m, dpmpp_3m_karras, dpmpp_3m_exponential,
@@ -60,7 +60,7 @@ _INTERVAL = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options; None means that the option was not given."""
+    """Add all options; None means that the option was not given."""
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what each picture shows")
     add("--out", metavar="DIR|FILE.png", default=DEFAULT_OUT, help="folder or file to write to (default: %(default)s)")
@@ -176,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
         requests = requests_of(arguments, choice.folder)
     check_schedules(requests)
     destination = Destination(arguments.out, [request.prompt for request in requests], arguments.overwrite)
-    loaded = choice.recorded()  # now: a file that is gone or changed later must not cost finished pictures
+    loaded = choice.recorded()  # early: a file deleted or changed meanwhile must not cost finished pictures
     engine = load(choice, arguments.quiet)
     result = make(engine, requests, arguments.quiet)
     save(destination, result, loaded, arguments.grid)
@@ -199,7 +199,7 @@ def _check_combination(arguments: argparse.Namespace) -> None:
 
 
 def requests_of(arguments: argparse.Namespace, model_folder: Path) -> list:
-    """--count Requests per prompt, seeds counting up. Raises InvalidRequest and its kin."""
+    """Return --count Requests per prompt, with increasing seeds. Raises InvalidRequest or a subclass."""
     from stylefast.commands.style_options import bank_settings, styles_of
     from stylefast.runtime.request import Request
     from stylefast.values import seeds
@@ -228,7 +228,7 @@ def _count(arguments: argparse.Namespace) -> int:
 
 
 def sampling_settings(arguments: argparse.Namespace) -> dict:
-    """Fields of Request that sampling options were given for. Raises InvalidRequest."""
+    """Return the Request fields given by sampling options. Raises InvalidRequest."""
     from stylefast.record import parse_size
 
     given = {
@@ -244,7 +244,7 @@ def sampling_settings(arguments: argparse.Namespace) -> dict:
 
 
 def with_preset_guidance(settings: dict) -> dict:
-    """`settings` with the guidance that its few-step preset was made for, unless one is there."""
+    """Return `settings` with the guidance that the few-step preset was made for, unless guidance is given."""
     from stylefast.sampling.few_step import FEW_STEP_PRESETS
 
     preset = FEW_STEP_PRESETS.get(settings.get("scheduler"))
@@ -252,7 +252,7 @@ def with_preset_guidance(settings: dict) -> dict:
 
 
 def parse_interval(text: str) -> tuple[float, float]:
-    """(0.0, 0.8) from "0-0.8". Raises InvalidRequest."""
+    """Return (0.0, 0.8) for "0-0.8". Raises InvalidRequest."""
     match = _INTERVAL.fullmatch(text)
     if match is None:
         raise InvalidRequest(f"--guidance-interval is {text!r}; give two fractions of the steps, such as 0-0.8")
@@ -260,7 +260,7 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 
 def read_requests(file: Path, model_folder: Path) -> list:
-    """The requests of a JSON file; paths in it are relative to it. Raises InvalidRequest and its kin."""
+    """Return the requests of a JSON file; relative paths start at its folder. Raises InvalidRequest or a subclass."""
     from stylefast.record import from_record
     from stylefast.values import read_json
 
@@ -268,7 +268,7 @@ def read_requests(file: Path, model_folder: Path) -> list:
 
 
 def check_schedules(requests: Sequence) -> None:
-    """Raises InvalidRequest for schedulers that are unknown or can't take their settings, before a model is loaded."""
+    """Raise InvalidRequest for unknown schedulers or settings they don't accept, before a model is loaded."""
     from stylefast.runtime.pinning import scheduler_config
     from stylefast.sampling.few_step import named_schedule
     from stylefast.sampling.guidance import GuidanceInterval, branch_weights_per_step
@@ -280,24 +280,24 @@ def check_schedules(requests: Sequence) -> None:
 
 
 def load(choice: ModelChoice, quiet: bool):
-    """The engine, with a word on stderr while it loads."""
+    """Load the engine, with a message on stderr."""
     if quiet:
         from huggingface_hub.utils import disable_progress_bars
 
-        disable_progress_bars()  # those of downloads
+        disable_progress_bars()  # of downloads
     else:
         print(f"loading {choice.model} ...", file=sys.stderr)
     return choice.load()
 
 
 def make(engine, requests: Sequence, quiet: bool):
-    """The Result of `requests`, with a progress bar over the steps."""
+    """Return the Result of `requests`, with a progress bar over the steps."""
     from tqdm import tqdm
 
     with tqdm(total=max(request.steps for request in requests), unit="step", disable=quiet) as bar:
 
         def advance(step: int, steps: int, latents) -> None:
-            # sizes run one after the other, each with steps of its own
+            # sizes run one after another, each with its own number of steps
             bar.total = steps
             bar.n = step
             bar.refresh()
@@ -306,7 +306,7 @@ def make(engine, requests: Sequence, quiet: bool):
 
 
 def save(destination, result, loaded: Mapping, grid: bool | None, show: bool = True) -> list[Path]:
-    """Write pictures with their record inside, and the grid; all paths, which are printed unless `show` is False.
+    """Write pictures with their records inside, and the grid; return all paths, and print them unless `show` is False.
 
     loaded: what the model was loaded from, `ModelChoice.recorded`.
 

@@ -1,4 +1,4 @@
-"""`stylefast info`: what was found here, what takes each operation, and why."""
+"""`stylefast info`: versions, devices, models and caches, and the backend of each operation with the reason."""
 
 import argparse
 import json
@@ -35,12 +35,12 @@ PACKAGES = (
     "tensorrt",
     "tensorrt-rtx",
 )
-# the same package by the name of its edition
+# distributions that provide the same package
 _EDITIONS = {"onnxruntime": ("onnxruntime-gpu",), "tensorrt": ("tensorrt-cu13", "tensorrt-cu12")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options."""
+    """Add all options."""
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     parser.add_argument(
         "--bank",
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what `collect`, `collect_bank` or `collect_engines` finds."""
+    """Print the result of `collect`, `collect_bank` or `collect_engines`."""
     if arguments.bank is not None and arguments.engines is not None:
         raise InvalidRequest("--bank and --engines exclude each other; give one")
     if arguments.bank is not None:
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `stylefast info` shows, ready for `json.dumps`."""
+    """Return everything that `stylefast info` shows, ready for `json.dumps`."""
     return {
         "stylefast": stylefast.__version__,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Options that say what is loaded and where it runs, and what pictures remember of it."""
+"""Options for what is loaded and where it runs, and the part of them recorded in pictures."""
 
 import argparse
 import hashlib
@@ -12,17 +12,17 @@ from stylefast.values import did_you_mean_beside, no_device, quoted, typed_path
 
 DEFAULT_MODEL = "tiny"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-# backends that run what `stylefast export` wrote
+# backends that run the output of `stylefast export`
 EXPORTED_BACKENDS = ("onnxruntime", "tensorrt", "aoti")
-# options of the model that name files or folders, or ids of the hub
+# model options that name files, folders or hub ids
 PATHS = ("model", "adapter", "image_encoder", "vae")
-# what pictures remember of it, so that --from loads it again; the rest belongs to the machine
+# recorded in pictures so that --from can load the model again; the other options depend on the machine
 RECORDED = (*PATHS, "dtype", "prediction_type")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say what is loaded and where it runs."""
+    """Add the options for what is loaded and where it runs."""
     group = parser.add_argument_group("model").add_argument
     group(
         "--model",
@@ -67,14 +67,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, or a folder with one, and the strength at which it is put on."""
+    """A LoRA file, or a folder with one, and its strength."""
 
     path: str
     scale: float = 1.0
 
     @classmethod
     def of(cls, text: str) -> "Lora":
-        """From "FILE" or "FILE:SCALE". Raises InvalidRequest for a file that is not there."""
+        """Parse "FILE" or "FILE:SCALE". Raises InvalidRequest for a missing file."""
         path, scale = text, 1.0
         before, colon, after = text.rpartition(":")
         if colon and not typed_path("--lora", text).exists():
@@ -89,11 +89,11 @@ class Lora:
         return cls(str(found.resolve()), scale)
 
     def words(self) -> str:
-        """As it is given on the command line."""
+        """Return the LoRA as given on the command line."""
         return self.path if self.scale == 1 else f"{self.path}:{self.scale:g}"
 
     def digest(self) -> str:
-        """64 hex digits of all that is read of it: weights, and peft's config beside them. Raises InvalidRequest."""
+        """Return a SHA-256 (64 hex digits) of the weights and peft's config, if any. Raises InvalidRequest."""
         from stylefast.models.lora_file import files_of
 
         digest = hashlib.sha256()
@@ -110,10 +110,10 @@ class Lora:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to load and where it runs. None is the engine's default.
+    """What to load and where it runs. None means the engine's default.
 
-    `cached_only`: nothing is downloaded. Raises InvalidRequest for limits that are no number of bytes, for engines that
-    the backend does not read, and for LoRAs that it can't take.
+    `cached_only`: nothing is downloaded. Raises InvalidRequest for malformed memory limits, for engines that the
+    backend does not read, and for LoRAs that it can't take.
     """
 
     model: str = DEFAULT_MODEL
@@ -157,7 +157,7 @@ class ModelChoice:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, recorded: dict[str, Any] | None = None) -> "ModelChoice":
-        """The options given, else those recorded. Paths become absolute."""
+        """Return the options given, with recorded ones as defaults. Paths become absolute."""
         chosen = {name: value for name, value in (recorded or {}).items() if value is not None}
         for name in (f.name for f in fields(cls)):
             value = getattr(arguments, name, None)
@@ -172,13 +172,13 @@ class ModelChoice:
 
     @property
     def folder(self) -> Path:
-        """Where the model's own references and learned styles would be."""
+        """Return the folder in which the model's own references and learned styles are looked for."""
         from stylefast.models.checkpoint import TINY
 
         return TINY if self.model == DEFAULT_MODEL else Path(self.model)
 
     def load(self):
-        """The engine, with its LoRAs on."""
+        """Load the engine and its LoRAs."""
         from stylefast.engine import Engine
 
         given = {name: value for name, value in asdict(self).items() if name != "model" and value is not None}
@@ -194,14 +194,14 @@ class ModelChoice:
         return engine
 
     def recorded(self) -> dict[str, Any]:
-        """What is kept in the pictures."""
+        """Return the part recorded in pictures."""
         given: dict[str, Any] = {name: getattr(self, name) for name in RECORDED}
         if self.lora:
             given["lora"] = [asdict(lora) | {"sha256": lora.digest()} for lora in self.lora]
         return {name: value for name, value in given.items() if value is not None}
 
     def words(self) -> list[str]:
-        """The options, as they are given on the command line."""
+        """Return the options as given on the command line."""
         words = [word for lora in self.lora for word in ("--lora", lora.words())]
         for f in fields(self):
             if f.name in ("lora", "cached_only") or getattr(self, f.name) == f.default:

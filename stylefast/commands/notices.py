@@ -1,4 +1,4 @@
-"""What the package warns of while a command runs, as lines on stderr."""
+"""The package's warnings while a command runs, as lines on stderr."""
 
 import logging
 import sys
@@ -23,8 +23,8 @@ class _Lines(logging.Handler):
 
 
 def names_as_they_are() -> None:
-    """Let file names that are no UTF-8 through to stdout as the bytes that they are."""
-    if hasattr(sys.stdout, "reconfigure"):  # a stand-in may have none
+    """Make stdout write file names that are not valid UTF-8 as their original bytes."""
+    if hasattr(sys.stdout, "reconfigure"):  # a replaced stdout may lack it
         sys.stdout.reconfigure(errors="surrogateescape")
 
 

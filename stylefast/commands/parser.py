@@ -1,4 +1,4 @@
-"""The argument parser: one line for what is wrong, with the help that knows better and the word that was meant."""
+"""The argument parser: one-line errors that name the relevant help and suggest the intended word."""
 
 import argparse
 import textwrap
@@ -6,8 +6,8 @@ import textwrap
 from stylefast import values
 from stylefast.errors import InvalidRequest
 
-_SHOWN = 200  # characters of what was typed that a message quotes
-# options as other tools name them -> ours
+_SHOWN = 200  # max characters of the user's input quoted in a message
+# option names of other tools -> ours
 _ELSEWHERE = {
     "--prompt": "the prompt without an option in front",
     "--guidance-scale": "--guidance",
@@ -28,13 +28,13 @@ _ELSEWHERE = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reports a bad argument as this project does: one line, no usage above it.
+    """argparse with errors in this project's form: one line, without usage above it.
 
-    What a subcommand does not know is an error of that subcommand, so that its own help is named.
+    An argument unknown to a subcommand is reported by that subcommand, so that its own help is named.
     """
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse as argparse does. Raises InvalidRequest for arguments that are left over."""
+        """Parse as argparse does. Raises InvalidRequest for unrecognized arguments."""
         namespace, left = super().parse_known_args(args, namespace)
         if left:
             shown = textwrap.shorten(" ".join(left), _SHOWN, placeholder=" ...")
@@ -42,12 +42,12 @@ class Parser(argparse.ArgumentParser):
         return namespace, left
 
     def show_help(self, arguments: argparse.Namespace) -> int:
-        """Print the help; the `run` of a command that needs another word behind it."""
+        """Print the help; the `run` of a command that needs a subcommand."""
         self.print_help()
         return 0
 
     def error(self, message):
-        """Raise InvalidRequest with the message and the help to look at."""
+        """Raise InvalidRequest with the message and a pointer to the help."""
         raise InvalidRequest(f"{message} (see `{self.prog} --help`)")
 
     def _meant(self, word: str) -> str:

@@ -1,27 +1,27 @@
-"""Signals that ask a command to stop: it cleans up, leaves a word and the exit code that shells expect."""
+"""Signals that stop a command: it cleans up, prints a word and exits with the code that shells expect."""
 
 import signal
 import threading
 from types import FrameType
 
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-if hasattr(signal, "SIGHUP"):  # a terminal that was closed
+if hasattr(signal, "SIGHUP"):  # the terminal was closed
     _WORDS[signal.SIGHUP] = "hung up"
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came. Handlers of ordinary errors don't catch it on the way, as they don't catch Ctrl-C.
+    """Raised on a signal. Like KeyboardInterrupt on Ctrl-C, it is not caught by handlers of ordinary errors.
 
-    A class of its own: Python ends a process by SIGINT, whatever its exit code, once a plain KeyboardInterrupt left
-    code that a C library had evaluated.
+    A subclass, because Python ends a process by SIGINT, whatever its exit code, once a plain KeyboardInterrupt has left
+    code that a C library evaluated.
     """
 
 
 class Signals:
-    """Turns signals into exceptions while a command runs, so that temporary files are removed on the way out.
+    """Context that turns signals into exceptions while a command runs, so that temporary files are removed.
 
-    The first signal raises Stopped; a second one ends the process at once. A signal that was
-    ignored before, as under nohup, stays ignored. Outside the main thread nothing is changed.
+    The first signal raises Stopped; a second one ends the process at once. A signal that was already ignored, as under
+    nohup, stays ignored. Outside the main thread nothing is changed.
     """
 
     def __init__(self):
@@ -30,12 +30,12 @@ class Signals:
 
     @property
     def word(self) -> str:
-        """What became of the command, for a message."""
+        """Return how the command ended, for a message."""
         return _WORDS[self.received or signal.SIGINT]
 
     @property
     def exit_code(self) -> int:
-        """128 and the signal's number."""
+        """Return 128 plus the signal's number."""
         return 128 + (self.received or signal.SIGINT)
 
     def __enter__(self) -> "Signals":

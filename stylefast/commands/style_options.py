@@ -1,4 +1,4 @@
-"""From command-line options to styles; an option that the chosen method has no use for is an error."""
+"""Styles from command-line options; an option that the chosen method does not use is an error."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ _INSTANT = ("blocks", "content", "content_scale")
 
 
 def styles_of(arguments: argparse.Namespace, model_folder: Path) -> list:
-    """The styles that the options ask for, possibly none. Raises InvalidRequest, StyleError and ImageError."""
+    """Return the styles that the options select, possibly none. Raises InvalidRequest, StyleError and ImageError."""
     pictures = find_pictures(arguments.style_image, model_folder)
     methods = _methods(arguments)
     _check_options(arguments, methods)
@@ -26,7 +26,7 @@ def styles_of(arguments: argparse.Namespace, model_folder: Path) -> list:
 
 
 def find_pictures(given: Sequence[str] | None, model_folder: Path) -> list[str]:
-    """Paths of the pictures that --style-image names. Raises StyleError for a style bank, ImageError."""
+    """Return the paths of the pictures that --style-image names. Raises StyleError for a style bank, ImageError."""
     from stylefast.models.pictures import open_picture
     from stylefast.record_values import find_picture, is_bank
 
@@ -40,9 +40,9 @@ def find_pictures(given: Sequence[str] | None, model_folder: Path) -> list[str]:
 
 
 def bank_settings(styles: Sequence, given: Mapping) -> dict:
-    """What a style bank among `styles` asks of its requests; `given` are the settings that the user chose.
+    """Return the request settings required by a style bank among `styles`; {} without a bank.
 
-    Raises StyleError naming the first of them that the bank does not fit.
+    given: the settings that the user chose. Raises StyleError naming the first of them that the bank does not fit.
     """
     bank = next((style.bank for style in styles if getattr(style, "bank", None) is not None), None)
     if bank is None:
@@ -50,12 +50,12 @@ def bank_settings(styles: Sequence, given: Mapping) -> dict:
     bank.check_fits(**{name: given[name] for name in ("scheduler", "steps", "size") if name in given})
     if "guidance" in given:
         bank.check_fits(branches=("null", "full") if given["guidance"] > 1 else ("full",))
-    # where no null branch was baked, guidance would look for one in vain
+    # a bank without a null branch can't serve guidance
     return ({} if "null" in bank.info.branches else {"guidance": 1.0}) | bank.settings
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """Which of "aligned" and "instant" are asked for."""
+    """Return the methods asked for, among "aligned" and "instant"."""
     has_picture, has_prompt = bool(arguments.style_image), arguments.style_prompt is not None
     if arguments.style:
         return _methods_beside_bank(arguments)
@@ -136,12 +136,12 @@ def _learned(arguments: argparse.Namespace, model_folder: Path) -> list:
     from stylefast.styles.dream_styler import DreamStyler
 
     sources = [find_learned(text, model_folder) for text in arguments.learned or []]
-    # one context serves all learned styles of a prompt
+    # the first style's context serves all learned styles of a prompt
     return [DreamStyler(source, context=arguments.context if i == 0 else None) for i, source in enumerate(sources)]
 
 
 def parse_adain(text: str) -> tuple[str, ...] | dict[str, float]:
-    """ "q,k", "q=1,k=0.5" or "none". Raises InvalidRequest."""
+    """Parse "q,k", "q=1,k=0.5" or "none". Raises InvalidRequest."""
     if text.strip() == "none":
         return ()
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -154,19 +154,19 @@ def parse_adain(text: str) -> tuple[str, ...] | dict[str, float]:
 
 
 def parse_blocks(text: str) -> str | list[str] | dict:
-    """A preset's name, a JSON object in diffusers' format, or parts of layer names. Raises InvalidRequest."""
+    """Parse a preset's name, a JSON object in diffusers' format, or parts of layer names. Raises InvalidRequest."""
     if text.lstrip().startswith("{"):
         return load_json(text, "--blocks", kind=dict)
     return parse_names(text) if "_block" in text else text
 
 
 def one_or_all(pictures: list[str]) -> str | list[str] | None:
-    """A style's picture: the only one, or the list of them, or None."""
+    """Return a style's picture: the only one, the list of several, or None."""
     return pictures[0] if len(pictures) == 1 else pictures or None
 
 
 def parse_names(text: str | None) -> str | list[str] | None:
-    """Parts of layer names from "up_blocks,mid_block"; "all" and None as they are."""
+    """Return parts of layer names from "up_blocks,mid_block"; "all" and None as they are."""
     if text is None or text == "all":
         return text
     return [name.strip() for name in text.split(",") if name.strip()]

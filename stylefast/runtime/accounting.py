@@ -1,4 +1,4 @@
-"""What an engine holds, in bytes, and whether that is within its limit."""
+"""Memory held by an engine, in bytes, and the check against its limit."""
 
 import time
 from collections.abc import Iterable
@@ -12,21 +12,21 @@ from stylefast.models.packed import packed_bytes
 from stylefast.models.vae_copies import copied_bytes
 from stylefast.runtime.memory import resident_bytes, row_bytes
 
-# a limit is asked for at every step, and a model has thousands of tensors: they are counted again after that long
+# recount the model's thousands of tensors only after this time, since the limit is checked at every step
 _SECONDS = 2.0
-_counted: WeakKeyDictionary[Any, tuple[float, int]] = WeakKeyDictionary()  # by engine: when, and bytes of the model
+_counted: WeakKeyDictionary[Any, tuple[float, int]] = WeakKeyDictionary()  # engine -> (time, model's bytes)
 
 
 def memory_report(engine) -> dict[str, Any]:
-    """Bytes by what they are for.
+    """Return the bytes held, by purpose.
 
-    "model": UNet, text encoders, VAE (packed weights and copies in other types included), adapters. "banks": the pages
+    "model": UNet, text encoders, VAE (including packed weights and copies in other types), adapters. "banks": the pages
     of style banks on the device, per latent size with the pool's counts. "conditions": keys and values of prompts and
-    pictures. "latents": pictures on their way. "graphs": what the backend prepared. "workspace": tables of steps, and
-    the peak of one row's feature maps by a rough count, for the native size. "held": the sum but for that peak.
-    "limit": what was asked for. "process": this process's resident memory, and on a GPU what PyTorch has reserved.
+    pictures. "latents": pictures in progress. "graphs": memory prepared by the backend. "workspace": step tables, and a
+    rough estimate of the peak of one row's feature maps at the native size. "held": the sum without that peak. "limit":
+    the configured limit. "process": this process's resident memory, and on a GPU the memory reserved by PyTorch.
     """
-    _counted.pop(engine, None)  # what is told is as it is now
+    _counted.pop(engine, None)  # report current values
     runtime = engine.runtime
     width, height = engine.native_size
     device = engine.unet.device
@@ -57,7 +57,7 @@ def memory_report(engine) -> dict[str, Any]:
 
 
 def held_bytes(engine) -> int:
-    """All that the engine keeps between steps; the model's part may be as old as `_SECONDS`."""
+    """Return the bytes that the engine keeps between steps; the model's part may be `_SECONDS` old."""
     runtime, now = engine.runtime, time.monotonic()
     counted, model = _counted.get(engine, (-_SECONDS, 0))
     if now - counted >= _SECONDS:
@@ -74,7 +74,7 @@ def held_bytes(engine) -> int:
 
 
 def check_limit(engine) -> None:
-    """Raise OutOfMemory if the model alone is beyond the limit; on a GPU, have PyTorch keep the limit too."""
+    """Raise OutOfMemory if the model alone exceeds the limit; on a GPU, apply the limit to PyTorch as well."""
     held, limit, device = held_bytes(engine), engine.budget.limit, engine.unet.device
     if held > limit:
         raise OutOfMemory(

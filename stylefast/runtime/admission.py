@@ -1,7 +1,7 @@
-"""How pictures join: what they need is made bit by bit, so that nothing slow is done while others wait for a step.
+"""Admission of pictures: their inputs are made piece by piece, so that slow work does not delay other pictures' steps.
 
-Encoders, readers of files and the VAE run beside the steps; the DDIM inversion of a reference is a group that makes
-its steps in the batch like any other; what remains under the runtime's lock is writing pages and slots.
+Encoders, file reads and the VAE run alongside the steps; the DDIM inversion of a reference is a group that runs its
+steps in the batch like any other. Only writing pages and slots happens under the runtime's lock.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -18,15 +18,16 @@ from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.results import joined
 from stylefast.runtime.trajectory import Trajectory, connected
 
-# what an admission waits for: a call to make with `Runtime.beside`, or groups to run to their end
+# what an admission needs next: a call to make with `Runtime.beside`, or groups to run to their end
 Wanted = Callable[[], Any] | list[Group]
 
 
 class Admission:
-    """Trajectories on their way into a runtime. `groups` are those admitted so far, in the order of their pictures.
+    """Trajectories being admitted to a runtime. `groups` are those admitted so far, in the order of their pictures.
 
-    Whoever runs steps asks `advance` what is wanted next until it is None; `run` does that in the caller's thread.
-    All or nothing: when `advance` raises, or after `close`, nothing is held. A context manager that closes.
+    Callers that run steps ask `advance` for the next piece of work until it returns None; `run` does that in the
+    caller's thread. All or nothing: when `advance` raises, or after `close`, nothing is held. A context manager that
+    closes.
     """
 
     def __init__(self, preparer: Preparer, trajectories: Sequence[Trajectory]):
@@ -37,10 +38,10 @@ class Admission:
         self._begun = False
 
     def advance(self, value: Any = None) -> Wanted | None:
-        """Go on until something is wanted, which is returned, or all is admitted: None. Not under the lock.
+        """Continue until work is needed, and return it; None when all are admitted. Call without the lock.
 
-        value: what the call returned that was wanted last. Raises InvalidRequest and its kin for what can't be made,
-        OutOfMemory for what finds no room.
+        value: the result of the previously returned call. Raises InvalidRequest or a subclass for inputs that can't be
+        made, OutOfMemory if there is no room.
         """
         with self._runtime.lock:
             try:
@@ -51,12 +52,12 @@ class Admission:
                 return None
 
     def fail(self, error: BaseException) -> None:
-        """Tell it that the call wanted last raised `error`; raises that again."""
+        """Report that the previously returned call raised `error`; raise it again."""
         with self._runtime.lock:
             self._going.throw(error)
 
     def run(self) -> list[Group]:
-        """Admit all, in the caller's thread. Raises as `advance` does, and what calls and inversions raise."""
+        """Admit all in the caller's thread. Raises like `advance`, plus errors of calls and inversions."""
         value = None
         while (wanted := self.advance(value)) is not None:
             if callable(wanted):
@@ -68,7 +69,7 @@ class Admission:
         return self.groups
 
     def close(self) -> None:
-        """Give back all that is held; a second time does nothing."""
+        """Release everything held; a second call does nothing."""
         with self._runtime.lock:
             self._going.close()
             for group in [*self.groups, *self._inversions]:
@@ -82,7 +83,7 @@ class Admission:
         self.close()
 
     def _go(self, trajectories: Sequence[Trajectory]) -> Generator[Wanted, Any, None]:
-        """Runs under the lock between what it yields."""
+        """Yield work; runs under the lock between yields."""
         runtime, store = self._runtime, self._runtime.conditions
         by_size: dict[tuple[int, int], list[Trajectory]] = {}
         for t in trajectories:
@@ -117,11 +118,11 @@ class Admission:
         return self._runtime.admit(trajectories, conditions, shape, pins)
 
     def _pins(self, references: Sequence[Trajectory]) -> Generator[Wanted, Any, dict[Trajectory, Pin]]:
-        """How references are held at every step."""
+        """Return the pin of each reference, which fixes its latents at every step."""
         pins, inversions, model = {}, {}, self._preparer.fingerprint()
         for t in references:
             if t.pin is not None and t.pin[0] == model:
-                continue  # from an attempt that found no room
+                continue  # kept from an earlier attempt that ran out of memory
             if t.held is not None:
                 t.pin = model, latents_pin(*t.held)
                 continue
@@ -141,7 +142,7 @@ class Admission:
         return pins
 
     def _invert(self, t: Trajectory, clean: torch.Tensor) -> Generator[Wanted, Any, Group]:
-        """The group that walks the picture of `t` up to noise."""
+        """Return the group that inverts the picture of `t` to noise."""
         inversion, store = self._preparer.inversion(t), self._runtime.conditions
         inversion.start = clean
         made = yield from store.encoding([inversion], tuple(clean.shape[1:]))

@@ -1,4 +1,4 @@
-"""What runs a step: the backends by name, and the exported graphs that some of them run."""
+"""Backends by name, and the exported graphs that some of them run."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ from stylefast.export.manifest import CODE, SHOWN_DIGITS
 from stylefast.models.unet import UNet
 from stylefast.runtime.step import Backend, TorchBackend
 
-# backends of exported graphs -> their kind of export
+# backends of exported graphs -> kind of export
 EXPORTED = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "aoti": "aoti"}
 BACKENDS = ("auto", "torch", "compile", *EXPORTED)
 
 
 def check_backend(backend: Any, engines: str | Path | None = None, trust: str | None = None) -> None:
-    """Raise InvalidRequest for a backend that does not exist, and for `engines` and `trust` that it has no use for."""
+    """Raise InvalidRequest for an unknown backend, or for `engines` or `trust` that the backend does not use."""
     if not isinstance(backend, str):
         if not (isinstance(backend, Backend) or callable(backend)):
             raise InvalidRequest(
@@ -53,15 +53,15 @@ def make_backend(
     *,
     source: Callable[[], Any] | None = None,
 ) -> Backend:
-    """The backend of a name for a UNet; "auto" is "torch".
+    """Make a UNet's backend by name; "auto" is "torch".
 
     backend: a name, a `Backend`, or a function of the UNet that returns one. engines: folder of an export; None:
-    exported once, where the backend can. trust: digest of the manifest of a folder that others can write to. source:
-    gives the model as it is now, an `export.options.Source`, whose fingerprint is "<checkpoint>" or
-    "<checkpoint>+<LoRAs>"; asked at every step of exported graphs, which can't do without.
+    exported once, if the backend supports it. trust: digest of the manifest in a folder that others can write to.
+    source: returns the current model, an `export.options.Source`, whose fingerprint is "<checkpoint>" or
+    "<checkpoint>+<LoRAs>"; called at every step of exported graphs, which require it.
 
-    Raises InvalidRequest; MissingDependency for a compiler or runtime that is not there; for exported graphs
-    ModelNotFound, ModelFormatError, ExportError, EngineMismatch and UntrustedEngine.
+    Raises InvalidRequest; MissingDependency for a missing compiler or runtime; for exported graphs ModelNotFound,
+    ModelFormatError, ExportError, EngineMismatch and UntrustedEngine.
     """
     check_backend(backend, engines, trust)
     if not isinstance(backend, str):
@@ -72,7 +72,7 @@ def make_backend(
     if backend in ("auto", "torch"):
         return TorchBackend(unet)
     if backend == "compile":
-        # brings the compiler, which takes its time
+        # imports the compiler, which is slow
         from stylefast.runtime.compiled import CompileBackend
 
         return CompileBackend(unet)
@@ -85,7 +85,7 @@ def make_backend(
 
 
 def _exported_folder(kind: str, source: Any) -> Path:
-    """The folder of an export of this very model, made if there is none."""
+    """Return the folder of an export of exactly this model; export it if there is none."""
     from stylefast.export import pipeline
     from stylefast.export.options import Options
     from stylefast.runtime.compile_cache import default_folder
@@ -95,7 +95,7 @@ def _exported_folder(kind: str, source: Any) -> Path:
         kind,
         str(unet.dtype).removeprefix("torch."),
         targets=(unet.device.type,) if kind == "aoti" else (),
-        # compiling takes a minute and more for each flavour, and the last can do what the others can
+        # compiling takes over a minute per flavour, and "banked" covers the others
         flavours=("banked",) if kind == "aoti" else (),
     )
     made_of = json.dumps([source.identity(), options.to_json()], sort_keys=True)
@@ -124,7 +124,7 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
 
     manifest = read_manifest(folder)
     check_trust(folder, manifest, trust)
-    # LoRAs may yet be put on
+    # LoRAs may be added later
     checkpoint = replace(manifest, fingerprint=_checkpoint(manifest.fingerprint))
     check_fits(
         checkpoint,
@@ -140,7 +140,7 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
             inside = _weights_inside(entry)
             own_weights |= inside
             made_of = entry.extra.get(DIGEST)
-            # LoRAs of the export may yet be put on; then the fingerprints differ
+            # fingerprints differ while the export's LoRAs are not loaded yet
             if made_of is not None and fingerprint() == manifest.fingerprint and made_of != sampled_digest(unet):
                 raise EngineMismatch(
                     f"{entry.file} in {folder} was made from other weights than those loaded, although their "
@@ -148,7 +148,7 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
                 )
 
             def session(entry=entry, inside=inside):
-                # an engine is code, and damaged weights give pictures that are merely bad
+                # engines contain code, and damaged weights would silently give bad pictures
                 check_files(folder, manifest, entry.files)
                 opened = open_session(backend, folder / entry.file, unet.device)
                 return opened if inside else _SharedWeights(opened, unet, fingerprint)
@@ -177,11 +177,11 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
 
 
 class _SharedWeights:
-    """A session that computes with the UNet's own weights, LoRAs included."""
+    """Session that computes with the UNet's own weights, including LoRAs."""
 
     def __init__(self, session: Any, unet: UNet, fingerprint: Callable[[], str]):
         self._session, self._unet, self._fingerprint = session, unet, fingerprint
-        self._held: str | None = None  # fingerprint of the weights that the session has
+        self._held: str | None = None  # fingerprint of the session's current weights
 
     @property
     def nbytes(self) -> int:
@@ -190,7 +190,7 @@ class _SharedWeights:
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         now = self._fingerprint()
         if now != self._held:
-            # of some the session makes copies, in which a LoRA does not show
+            # the session copies some weights, so LoRA changes must be passed on
             self._session.set_weights(self._unet.state_dict())
             self._held = now
         self._session.run(inputs, outputs)
@@ -200,7 +200,7 @@ class _SharedWeights:
 
 
 def open_session(backend: str, file: Path, device: torch.device):
-    """An exported graph, ready to run. Nothing is checked but what the runtime itself checks."""
+    """Open an exported graph. Only the runtime's own checks apply."""
     if backend == "onnxruntime":
         from stylefast.export.sessions import OrtSession
 
@@ -215,7 +215,7 @@ def open_session(backend: str, file: Path, device: torch.device):
 
 
 def _shape(entry: Any) -> Any:
-    """The `GraphShape` of a manifest's graph."""
+    """Return the `GraphShape` of a manifest's graph. Raises ModelFormatError."""
     from stylefast.export.unet_graph import GraphShape
 
     try:
@@ -228,12 +228,12 @@ def _shape(entry: Any) -> Any:
 
 
 def _check_inputs(folder: Path, entry: Any, wanted: Sequence[Any]) -> None:
-    """Raise EngineMismatch unless a graph of a manifest takes the inputs that this version of stylefast gives it."""
+    """Raise EngineMismatch unless a manifest's graph takes the inputs that this version of stylefast provides."""
     found = {name: (dtype, dims) for name, dtype, dims in entry.inputs}
     for tensor in wanted:
         dtype, dims = found.pop(tensor.name, (None, ()))
         kind = str(tensor.dtype).removeprefix("torch.")
-        # a dimension that may vary can have been given one size
+        # a dynamic dimension may have been exported with a fixed size
         sizes = len(dims) == len(tensor.dims) and all(
             a == b for a, b in zip(dims, tensor.dims) if isinstance(a, int) and isinstance(b, int)
         )
@@ -251,7 +251,7 @@ def _check_inputs(folder: Path, entry: Any, wanted: Sequence[Any]) -> None:
 
 
 def _weights_inside(entry: Any) -> bool:
-    """Whether a manifest's graph holds weights of its own. Raises ModelFormatError."""
+    """Return whether a manifest's graph holds its own weights. Raises ModelFormatError."""
     found = entry.extra.get("weights", True)
     if not isinstance(found, bool):
         raise ModelFormatError(
@@ -261,9 +261,9 @@ def _weights_inside(entry: Any) -> bool:
 
 
 def _ranges(label: str, fixed: Mapping[str, int], profiles: Any) -> dict[str, tuple[int, int]]:
-    """(least, most) of the dimensions that a graph does not take in full; profiles: (least, usual, most) of each.
+    """Return (least, most) of the dimensions that a graph restricts; profiles: (least, usual, most) of each.
 
-    Raises ModelFormatError for profiles that are something else.
+    Raises ModelFormatError for malformed profiles.
     """
     found = {name: (size, size) for name, size in fixed.items()}
     try:
@@ -281,7 +281,7 @@ def _ranges(label: str, fixed: Mapping[str, int], profiles: Any) -> dict[str, tu
 
 
 def _shown(fingerprint: str) -> str:
-    """As messages have it: the checkpoint's first digits, and the LoRAs'."""
+    """Shorten a fingerprint for messages: the first digits of the checkpoint, and of the LoRAs."""
     checkpoint, _, loras = fingerprint.partition("+")
     return f"{checkpoint[:SHOWN_DIGITS]} with LoRAs {loras[:SHOWN_DIGITS]}" if loras else checkpoint[:SHOWN_DIGITS]
 
@@ -291,7 +291,7 @@ def _checkpoint(fingerprint: str) -> str:
 
 
 def _target(backend: str, device: torch.device) -> str:
-    """What an export must have been made for to run here."""
+    """Return the target that an export must have to run here. Raises EngineMismatch."""
     if backend == "tensorrt" and device.type != "cuda":
         raise EngineMismatch("TensorRT runs on NVIDIA GPUs; load the model with device='cuda', or choose onnxruntime")
     if backend == "onnxruntime" or device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Baking: a style's reference runs once, alone, and what it offers at every step is kept in a bank."""
+"""Baking: run a style's reference once, alone, and store its features at every step in a bank."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,7 +39,7 @@ def bake(
     styles_digest: Callable[[Sequence], str],
     version: str,
 ) -> StyleBank:
-    """Run the reference of `request`'s StyleAligned under the request's settings and keep what it offers.
+    """Run the reference of `request`'s StyleAligned under the request's settings and store its features.
 
     The request's prompt does not matter. See `Engine.bake` for the arguments and errors.
     """
@@ -59,7 +59,7 @@ def bake(
             f"{type(others[0]).__name__}; bake with store='kv'{way_out}"
         )
     for reference in references:
-        # on its own, it is asked for its result
+        # run alone, a reference is an output
         reference.output = references.index(reference)
     layout = preparer.runtime.unet.layout
     layers = tuple(style.layer_mask(layout).nonzero().flatten().tolist()) if store != "latents" else ()
@@ -105,7 +105,7 @@ def _run(preparer: Preparer, references: Sequence[Trajectory], writer: BankWrite
 
 
 def _step(runtime: Runtime, group: Group, number: int, writer: BankWriter) -> None:
-    """One step of a reference; its features and latents go to the bank, which is written without the lock."""
+    """Run one step of a reference; write its features and latents to the bank, without holding the lock."""
     step = group.step
     features = None if writer.info.store == "latents" else RowFeatures()
     with runtime.lock:
@@ -138,7 +138,7 @@ def _of_row(features: RowFeatures, row: int, layers: Sequence[int]) -> Reference
 
 
 def _check(style, store: str, dtype: str, model_dtype: torch.dtype) -> str:
-    """The bank's element type by its full name. Raises InvalidRequest and StyleError."""
+    """Return the bank's element type by its full name. Raises InvalidRequest and StyleError."""
     if style is None:
         raise StyleError("nothing to bake: pass a StyleAligned, alone or in a list with styles that it shares")
     if style.bank is not None:
@@ -158,7 +158,7 @@ def _check(style, store: str, dtype: str, model_dtype: torch.dtype) -> str:
 
 
 def bake_request(styles, options: dict) -> Request:
-    """A request that stands for all readers of a bank. Raises InvalidRequest for settings out of range."""
+    """Return a request that represents all readers of a bank. Raises InvalidRequest for settings out of range."""
     request = Request("a reference", style=styles, **options)
     if request.guidance_interval != (0.0, 1.0):
         raise InvalidRequest("a bank serves all guidance intervals; leave guidance_interval out when baking")

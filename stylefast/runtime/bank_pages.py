@@ -1,10 +1,10 @@
-"""Pages of style banks on the device: which are there, who uses them, and how the others come.
+"""Pages of style banks on the device: which are resident, which are in use, and how missing ones are loaded.
 
-A page is what one reference offers in one step and branch. `PagePool` keeps the books (pins, least recently used first
-out); this module moves the bytes. On a GPU pages come from pinned host memory on a stream of their own, a step ahead of
-their use, and into pinned memory from the bank's file a step before that; on a CPU they are copied when they are held.
-The bank's type may differ from the model's, and hidden states are projected to keys and values on the way in, so what
-the kernels read is always the same.
+A page holds one reference's features for one step and branch. `PagePool` does the bookkeeping (pins, least recently
+used evicted first); this module copies the bytes. On a GPU pages are copied from pinned host memory on a separate
+stream, a step ahead of their use, and from the bank's file into pinned memory a step before that; on a CPU they are
+copied when they are held. The bank's type may differ from the model's, and hidden states are projected to keys and
+values while loading, so the kernels always read the same format.
 """
 
 import weakref
@@ -25,16 +25,16 @@ from stylefast.runtime.page_pool import PagePool, PoolFull, PoolStats
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import StyleBank
 
-# (bank, step, place in BRANCHES, which of the bank's references)
+# (bank, step, index in BRANCHES, number of the bank's reference)
 PageKey = tuple[StyleBank, int, int, int]
 
 
 class BankPages:
     """Slots for pages of one latent size.
 
-    `pages` is what the UNet reads, views of the tensors in `packed`, which exported graphs read, by the names of
-    `PageLayout`; all stay where they are until the pool grows. `slots` pages fit, and in the tier between file and
-    device as many as `host_room` bytes hold; 0: pages come straight from the bank's tensors.
+    The UNet reads `pages`, views of the tensors in `packed`; exported graphs read `packed`, by the names of
+    `PageLayout`. All keep their addresses until the pool grows. The device holds `slots` pages, and the tier between
+    file and device as many as fit into `host_room` bytes; 0: pages come straight from the bank's tensors.
     """
 
     def __init__(self, unet: UNet, latent_size: tuple[int, int], slots: int, host_room: int = 0):
@@ -45,8 +45,8 @@ class BankPages:
         on_gpu = unet.device.type == "cuda"
         self._stream = torch.cuda.Stream(unet.device) if on_gpu else None
         self._stage = torch.zeros(0, dtype=torch.uint8, device=unet.device)
-        self._banks: weakref.WeakValueDictionary[int, StyleBank] = weakref.WeakValueDictionary()  # read here, by id
-        # pins to be returned when the device has passed an event: pages read by a step, blocks read by a copy
+        self._banks: weakref.WeakValueDictionary[int, StyleBank] = weakref.WeakValueDictionary()  # by id
+        # pins to return once the device has passed an event: pages read by a step, blocks read by a copy
         self._leaving: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
         self._copying: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
         self._make(slots)
@@ -60,25 +60,25 @@ class BankPages:
         self._kv = [self.layout.view(parts, "values", i) for i in range(len(self._unet.layout.layers))]
         self.pages = _style_pages(self._unet, self.layout, parts)
         if self._stream is not None:
-            # what zeroes the slots runs on the present stream, and must not come after the first page
+            # zeroing the slots runs on the current stream and must finish before the first page is copied
             self._stream.wait_stream(torch.cuda.current_stream(self._unet.device))
 
     def expected(self, banks: Iterable[StyleBank]) -> int:
-        """How many pages these banks have and the others that were read here and still exist; 0 if none is new."""
+        """Count the pages of these banks and of all live banks read here before; 0 if none is new."""
         new = {bank.id: bank for bank in banks if bank.id not in self._banks}
         self._banks.update(new)
         return pages_of(self._banks.values()) if new else 0
 
     def grow(self, slots: int) -> None:
-        """Make room for so many pages in place of as many as there are; those that are here are brought again.
+        """Replace the pool by one of `slots` slots; its pages must be loaded again.
 
-        The tensors in `pages` and `packed` are others then. The old ones go first, so that both need not fit at once.
-        To be called between steps. Raises what PyTorch raises where memory runs out; the pool is then as large as
-        before, or of 0 slots and of no use if not even that fits any more.
+        This replaces the tensors in `pages` and `packed`. The old ones are freed first, so that both need not fit at
+        once. Call it between steps. Raises PyTorch's error if memory runs out; the pool is then as large as before, or
+        has 0 slots and is unusable if even that no longer fits.
         """
         before = self.slots
         if self._stream is not None:
-            # copies that are under way write to memory that is about to be free for others on the present stream
+            # copies in progress write to memory that the current stream may soon reuse
             torch.cuda.current_stream(self._unet.device).wait_stream(self._stream)
         self._leaving.clear()
         self._parts, self.packed, self._kv, self.pages, self.slots = [], {}, [], None, 0
@@ -90,23 +90,23 @@ class BankPages:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots."""
+        """Return the bytes of all slots."""
         return sum(part.nbytes for part in self._parts)
 
     @property
     def host_bytes(self) -> int:
-        """Bytes that the tier in pinned host memory has taken so far."""
+        """Return the bytes that the pinned host tier has allocated so far."""
         return 0 if self._host is None else self._host.nbytes
 
     def stats(self) -> PoolStats:
-        """What the pool holds: slots, resident, pinned pages, hits, misses, evictions."""
+        """Return the pool's counts: slots, resident, pinned pages, hits, misses, evictions."""
         self._reap()
         return self._pool.stats()
 
     def hold(self, keys: Sequence[PageKey]) -> np.ndarray:
-        """Pin pages, bring those that are absent, and return their slots [n] int64, in the order of `keys`.
+        """Pin pages, load missing ones, and return their slots [n] int64, in the order of `keys`.
 
-        A key may occur several times. Raises OutOfMemory if there are more different pages than slots, holding none.
+        A key may occur several times. Raises OutOfMemory, holding none, if there are more distinct pages than slots.
         """
         if not keys:
             return np.zeros(0, dtype=np.int64)
@@ -130,10 +130,10 @@ class BankPages:
         return claim.slots
 
     def prefetch(self, keys: Sequence[PageKey], later: Sequence[PageKey] = ()) -> None:
-        """Start to bring pages that will be held soon, as far as there is room that nobody uses.
+        """Start loading pages that will be held soon, as far as unpinned slots allow.
 
-        `keys` are those of the next step, `later` of the one after it, which come into pinned memory only. Without a
-        tier in host memory and a device to overlap with, there is nothing to gain and nothing is done.
+        `keys` are those of the next step, `later` of the one after it, which are loaded into pinned memory only. Does
+        nothing on a CPU without a host tier.
         """
         if self._stream is not None and keys:
             self._reap()
@@ -146,7 +146,7 @@ class BankPages:
                     self._host.stage(_numbers(fitting), [bank for bank, *_ in fitting], places, layout)
 
     def release(self, keys: Sequence[PageKey]) -> None:
-        """Unpin pages once the step that reads them was launched; on a GPU they stay until it has run."""
+        """Unpin pages once the step that reads them was launched; on a GPU they stay pinned until it has run."""
         if not keys:
             return
         if self._stream is None:
@@ -156,18 +156,18 @@ class BankPages:
         self._reap()
 
     def drop(self, bank: StyleBank) -> None:
-        """Forget the pages of a bank; those in use go when they are released."""
+        """Forget the pages of a bank; those in use are removed when they are released."""
         self._pool.drop(bank.id)
         if self._host is not None:
             self._host.drop(bank.id)
 
     def clear(self) -> None:
-        """Forget all pages that nobody uses."""
+        """Forget all unused pages."""
         self._reap()
         self._pool.clear()
 
     def close(self) -> None:
-        """Stop what runs in the background."""
+        """Stop background threads."""
         if self._host is not None:
             self._host.close()
 
@@ -183,7 +183,7 @@ class BankPages:
                 self._reap()
 
     def _reap(self) -> None:
-        """Unpin what the device has finished reading."""
+        """Unpin pages and blocks that the device has finished reading."""
         while self._leaving and self._leaving[0][0].query():
             self._pool.release(self._leaving.popleft()[1])
         while self._copying and self._copying[0][0].query():
@@ -191,7 +191,7 @@ class BankPages:
 
     @torch.inference_mode()
     def _bring(self, keys: Sequence[PageKey], claim) -> None:
-        """Fill the slots that were claimed, and make the present stream wait for them."""
+        """Fill the claimed slots, and make the current stream wait for them."""
         claimed = [int(i) for i in np.flatnonzero(claim.claimed)]
         pending = [int(claim.slots[i]) for i in claimed]
         try:
@@ -207,7 +207,7 @@ class BankPages:
             torch.cuda.current_stream(self._unet.device).wait_stream(self._stream)
 
     def _fetch(self, key: PageKey, slot: int) -> None:
-        """Bring one page into a slot, through pinned memory where there is some."""
+        """Load one page into a slot, through pinned memory if available."""
         bank, number = key[0], _numbers([key])[0]
         layout = self._layout_of(bank)
         block = None
@@ -231,8 +231,8 @@ class BankPages:
             self._copying.append((_event(self._stream), number))
 
     def _unpack(self, bank: StyleBank, layout: PageLayout, parts: Sequence[torch.Tensor], slot: int) -> None:
-        """From the one page of another layout on the device to a slot of the model's own."""
-        # part by part: layer by layer it would be hundreds of small launches for every page
+        """Convert a page on the device from another layout to the model's own, in a slot."""
+        # copy whole parts: copying per layer would take hundreds of small launches per page
         there = {part.name: stored[0] for part, stored in zip(layout.parts, parts, strict=True)}
         states: dict[int, torch.Tensor] = {}  # hidden states by level
         for name, held in self.packed.items():
@@ -242,7 +242,7 @@ class BankPages:
             elif layout.store == "hidden":
                 states[int(name.removeprefix("page_kv_"))] = _restored(there[name], scale, self._unet.dtype)
             elif scale is not None:
-                # [layers, 2, tokens, heads, d] by [layers, 2, heads, d]
+                # [layers, 2, tokens, heads, d] scaled by [layers, 2, heads, d]
                 stored, out = (x.flatten(3).flatten(0, 1) for x in (there[name], held[slot]))
                 dequantise(stored, scale.flatten(2).flatten(0, 1), out)
             else:
@@ -254,9 +254,9 @@ class BankPages:
                     self._kv[layer][slot, 0], self._kv[layer][slot, 1] = k[0], v[0]
 
     def _staging(self, layout: PageLayout) -> list[torch.Tensor]:
-        """Parts of one page of another layout on the device, for one page at a time."""
+        """Return a device buffer for one page of another layout, split into its parts."""
         if self._stage.numel() < layout.nbytes:
-            # on the stream that fills it, within whose context this is called
+            # allocated on the stream that fills it: the caller has made it current
             self._stage = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self._unet.device)
         return layout.split(self._stage[None, : layout.nbytes])
 
@@ -267,17 +267,17 @@ class BankPages:
         return self._layouts[kind]
 
     def _staged(self, layout: PageLayout) -> bool:
-        """Whether pages of a layout fit into the blocks of the host tier; wider ones than the model's own don't."""
+        """Return whether pages of a layout fit into host blocks, which have the size of the model's own layout."""
         return layout.nbytes <= self.layout.nbytes
 
 
 def _copy_all(sources: Sequence[torch.Tensor | Span], targets: Sequence[torch.Tensor]) -> None:
-    """Copy tensors and parts of files. Raises StyleError for a bank whose file can't be read or was written to."""
+    """Copy tensors and file spans. Raises StyleError if a bank's file can't be read or was modified."""
     files = {}
     for source, target in zip(sources, targets):
         if isinstance(source, Span):
             files[id(source.file)] = source.file
-            # a device can't be read into
+            # files can be read only into host memory
             content = target if target.device.type == "cpu" else torch.empty(target.shape, dtype=target.dtype)
             source.file.read_into(source, content)
             source = content
@@ -288,10 +288,10 @@ def _copy_all(sources: Sequence[torch.Tensor | Span], targets: Sequence[torch.Te
 
 
 def idle_pages(unet: UNet, latent_size: tuple[int, int]) -> StylePages:
-    """Two pages that nothing may read or write, with the shapes and strides of real ones.
+    """Return two dummy pages, never read or written, with the shapes and strides of real ones.
 
-    They lie over one another in zeros that take about one page: a compiler that sees them finds nothing new when the
-    first bank comes.
+    They overlap in zeros of about one page's size. Compiled code that has seen them does not recompile for the first
+    bank.
     """
     layout = PageLayout(unet, latent_size, unet.dtype)
     real = _style_pages(unet, layout, layout.allocate(2, torch.device("meta")))
@@ -313,7 +313,7 @@ def idle_pages(unet: UNet, latent_size: tuple[int, int]) -> StylePages:
 
 
 def _style_pages(unet: UNet, layout: PageLayout, parts: Sequence[torch.Tensor]) -> StylePages:
-    """Views of the parts of a layout as the UNet reads them."""
+    """Return views of a layout's parts in the form that the UNet reads."""
     layers, norms = range(len(unet.layout.layers)), range(len(layout.norm_elements))
     kv, stats = ([layout.view(parts, what, i) for i in layers] for what in ("values", "stats"))
     norm = [layout.view(parts, "norm", i) for i in norms]
@@ -329,12 +329,12 @@ def _style_pages(unet: UNet, layout: PageLayout, parts: Sequence[torch.Tensor]) 
 
 
 def pages_of(banks: Iterable[StyleBank]) -> int:
-    """How many pages banks have, of all steps, branches and references."""
+    """Count the pages of banks, over all steps, branches and references."""
     return sum(bank.info.steps * len(bank.info.branches) * bank.info.references for bank in banks)
 
 
 def _restored(stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Hidden states [layers, tokens, channels] in the model's type; scale [layers, channels] of fp8."""
+    """Return hidden states [layers, tokens, channels] in the model's type; scale [layers, channels] for fp8."""
     if scale is None:
         return stored.to(dtype)
     return dequantise(stored, scale, torch.empty(stored.shape, dtype=dtype, device=stored.device))
@@ -347,7 +347,7 @@ def _event(stream) -> "torch.cuda.Event":
 
 
 def _place(key: PageKey) -> tuple[int, int, int]:
-    """Where a page stands in its bank's tensors: (step, branch, reference)."""
+    """Return a page's indices in its bank's tensors: (step, branch, reference)."""
     bank, step, branch, number = key
     return step, bank.info.branches.index(BRANCHES[branch]), number
 

@@ -1,8 +1,8 @@
-"""What PyTorch compiled, in files that a later process takes up.
+"""Cache files of code compiled by PyTorch, for later processes.
 
-A folder per combination of PyTorch, machine and model; in it one file for each process that compiled something new.
-A file is PyTorch's own archive behind a line that says what it is and a checksum. On a GPU the archive holds all that
-was generated, on a CPU not what the C++ compiler made of it; so there PyTorch's own cache folder is kept beside it.
+A folder per combination of PyTorch, machine and model, with one file per process that compiled something new. A file is
+PyTorch's own archive after an identifying line and a checksum. On a GPU the archive holds all generated code; on a CPU
+it lacks the C++ compiler's output, so PyTorch's own cache folder is kept next to it.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _MOST_FILES = 16
 
 
 def default_folder() -> Path:
-    """`STYLEFAST_CACHE`, or stylefast's folder in the user's cache folder. Raises InvalidRequest if it is relative."""
+    """Return `STYLEFAST_CACHE`, or stylefast's folder in the user's cache. Raises InvalidRequest if it is relative."""
     given = os.environ.get(VARIABLE)
     if given:
         if not Path(given).is_absolute():
@@ -42,26 +42,26 @@ def default_folder() -> Path:
 class CompileCache:
     """The files of one model on one kind of machine, below `folder`.
 
-    A folder to which another user can write, or replace it, is left alone: a private one takes its place.
+    A folder that another user can write to or replace is not used; a private one replaces it.
     """
 
     def __init__(self, folder: Path, config: dict, dtype: torch.dtype, device: torch.device):
         inner = Path("compile", _identity(config, dtype, device))
         reason = replaceable(folder / inner / "any file")
         self.folder = (folder if reason is None else private_folder(folder, "compiled code", reason)) / inner
-        self._loaded: set[tuple[str, str]] = set()  # (kind, key) of what files held
+        self._loaded: set[tuple[str, str]] = set()  # (kind, key) of artifacts in loaded and saved files
         self._saved: Path | None = None  # this process's file
         self._skipped = False
         self._on_cpu = device.type == "cpu"
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """While it lasts, what PyTorch compiles for a CPU is kept here, unless the environment names another folder."""
+        """Keep code compiled for a CPU inside the block here, unless the environment names another folder."""
         with inductor_cache(self.folder / "inductor" if self._on_cpu else None):
             yield
 
     def load(self) -> int:
-        """Hand all files to PyTorch; the artifacts they hold. A file that can't be used is passed over and logged."""
+        """Load all files into PyTorch; return the number of artifacts. Unusable files are skipped and logged."""
         for path in self._files():
             payload = _read(path)
             if payload is None:
@@ -75,10 +75,10 @@ class CompileCache:
         return len(self._loaded)
 
     def save(self) -> Path | None:
-        """Write what this process compiled, if anything in it is new; the file, or None.
+        """Write this process's compiled code if any of it is new; return the file, or None.
 
-        PyTorch collects for the whole process, so what others compiled in it is there, too. A folder that can't be
-        written is logged once: compiled code works without.
+        PyTorch collects for the whole process, so code compiled by other parts of it is included. An unwritable folder
+        is logged once: compiled code works without a cache.
         """
         found = torch.compiler.save_cache_artifacts()
         if found is None or _keys(found[1]) <= self._loaded:
@@ -93,7 +93,7 @@ class CompileCache:
                 logger.warning("compiled code can't be kept in %s (%s); each start is cold", self.folder, error)
             return None
         if self._saved not in (None, path):
-            self._saved.unlink(missing_ok=True)  # the new file holds all that it held
+            self._saved.unlink(missing_ok=True)  # the new file includes its contents
         self._saved = path
         self._loaded |= _keys(info)
         for old in self._files(beyond=True):
@@ -101,7 +101,7 @@ class CompileCache:
         return path
 
     def _files(self, beyond: bool = False) -> list[Path]:
-        """The newest files, the newest first; or those beyond them."""
+        """Return the newest files, newest first; with `beyond`, the remaining ones."""
         dated = []
         for path in self.folder.glob("*.bin"):
             try:
@@ -117,7 +117,7 @@ def _keys(info) -> set[tuple[str, str]]:
 
 
 def _read(path: Path) -> bytes | None:
-    """The archive in a file; None, with a warning, if the file is not whole, not ours, or anyone's to write."""
+    """Return the archive in a file; None, with a warning, if it is damaged, foreign, or writable by others."""
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
@@ -135,7 +135,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, payload: bytes) -> None:
-    """All of it or nothing, whoever else writes."""
+    """Write the file atomically, even with concurrent writers."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
     try:
@@ -148,7 +148,7 @@ def _write(path: Path, payload: bytes) -> None:
 
 
 def _identity(config: dict, dtype: torch.dtype, device: torch.device) -> str:
-    """A digest of all that compiled code depends on and that PyTorch's own keys may not know."""
+    """Return a digest of everything that compiled code depends on but PyTorch's own keys may miss."""
     if device.type == "cuda":
         chip = [torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)]
     else:

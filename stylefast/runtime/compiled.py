@@ -1,11 +1,11 @@
 """The `compile` backend: the UNet's blocks as compiled regions, and on a GPU whole steps as CUDA graphs.
 
 A region is the forward of a transformer block or a resnet. Blocks of equal shape share its code, because their weights
-are arguments like any other. Rows, pages and slots are dynamic dimensions, so a batch of another size and buffers that
-grow compile nothing; the feature map's size is static, since it decides about memory formats and index arithmetic.
-A dimension of 1 is a case of its own to PyTorch's compiler: a single row has regions of its own.
+are ordinary arguments. Rows, pages and slots are dynamic dimensions, so another batch size or larger buffers compile
+nothing; the feature map's size is static, since memory formats and index arithmetic depend on it. PyTorch's compiler
+treats a dimension of 1 separately, so a single row has its own regions.
 
-Strengths, scales, pages, seeds and the sampler's coefficients are contents of tensors, which no compiler looks at.
+Strengths, scales, pages, seeds and the sampler's coefficients are tensor contents, which the compiler ignores.
 """
 
 import logging
@@ -36,26 +36,26 @@ from stylefast.runtime.step_table import StepColumns, StepTable, TableShape
 logger = logging.getLogger(__name__)
 
 COMPILERS = ("inductor", "aot_eager", "eager")
-# a step costs what its rows cost, so idle rows are kept to a fifth; another row count compiles nothing, and on a GPU
-# has a graph of its own
+# idle rows cost as much as real ones, so they are at most a fifth; another row count compiles nothing, but on a GPU
+# needs its own graph
 BUCKETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-# cases of one region, beyond which PyTorch would refuse to compile another: latent sizes times block shapes
+# variants of one region (latent sizes times block shapes) before PyTorch refuses to compile more
 _MOST_CASES = 4096
 _KNOWN_KEYS = 1024
-# masks that nobody uses, for a batch without any: more than one, so that their number is a dynamic dimension
+# idle masks for a batch without any; more than one, so that their number is a dynamic dimension
 _IDLE_MASKS = 4
 
 
 class CompileBackend(Backend):
-    """Runs a step with compiled blocks; in place of `TorchBackend`.
+    """Backend that runs a step with compiled blocks; replaces `TorchBackend`.
 
-    cache: folder for what was compiled, so that a second process starts warm; "auto": `STYLEFAST_CACHE` or
-    ~/.cache/stylefast; None: kept nowhere. What lies there is code that will be run: keep the folder to yourself.
-    compiler: "inductor", or "aot_eager" and "eager", which trace and guard but generate nothing.
-    graphs: what captures and replays steps; "auto": CUDA graphs on a GPU, none on a CPU.
+    cache: folder for compiled code, so that a second process starts warm; "auto": `STYLEFAST_CACHE` or
+    ~/.cache/stylefast; None: not kept. Its contents are executed: make sure that no other user can write to it.
+    compiler: "inductor", or "aot_eager" and "eager", which trace and guard but generate no code.
+    graphs: captures and replays steps; "auto": CUDA graphs on a GPU, none on a CPU.
 
-    The UNet itself is left as it is: regions belong to a twin with the same parameters. Raises MissingDependency where
-    nothing is installed that Inductor can generate code with.
+    The UNet itself is unchanged: regions belong to a twin with the same parameters. Raises MissingDependency if
+    Inductor lacks a compiler: Triton on a GPU, C++ on a CPU.
     """
 
     name = "compile"
@@ -97,26 +97,26 @@ class CompileBackend(Backend):
 
     @property
     def compilations(self) -> int:
-        """Regions compiled so far; those that were found in the cache count, for they are traced, too."""
+        """Count the regions compiled so far, including those found in the cache, which are traced too."""
         return self._count.graphs
 
     @property
     def captures(self) -> int:
-        """CUDA graphs that are ready to be replayed."""
+        """Count the CUDA graphs that are ready for replay."""
         return len(self._graphs) if self._graphs is not None else 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device: the memory that captured graphs work in, and idle masks and pages."""
+        """Return the bytes on the device: memory of captured graphs, idle masks and idle pages."""
         masks = sum(x.numel() * x.element_size() for levels in self._masks.values() for x in levels)
-        # all of a size's idle pages lie in one piece of memory
+        # a size's idle pages share one storage
         pages = sum(idle.layers[0][0].untyped_storage().nbytes() for idle in self._pages.values())
         return masks + pages + (self._graphs.nbytes if self._graphs is not None else 0)
 
     @torch.inference_mode()
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
-        """One step. Equal keys mean equal shapes; buffers that were replaced under one are found out all the same."""
-        # before a capture: memory from within one belongs to its graph
+        """Run one step. Equal keys mean equal shapes; buffers replaced under the same key are detected."""
+        # before a capture: memory allocated within one belongs to its graph
         buffers = self._with_idle(buffers, state.shape[1:])
 
         def step():
@@ -141,10 +141,10 @@ class CompileBackend(Backend):
         images: bool = False,
         references: int = 1,
     ) -> int:
-        """Compile ahead of use for latents [channels, h, w] and batches of these row counts; the regions compiled.
+        """Compile ahead of use for latents [channels, h, w] and these row counts; return the number of regions.
 
-        images: whether requests will bring pictures (InstantStyle); references: the most that a row attends to.
-        Afterwards a shape that compiles nevertheless is logged, once. CUDA graphs are captured when steps are run.
+        images: whether requests will use pictures (InstantStyle); references: the most that a row attends to.
+        Afterwards the first shape that still compiles is logged. CUDA graphs are captured when steps are run.
         """
         if not rows or any(not isinstance(count, int) or count < 1 for count in rows):
             raise InvalidRequest(f"rows is {rows!r}; give row counts of 1 or more, such as (2, 8)")
@@ -156,7 +156,7 @@ class CompileBackend(Backend):
 
     @torch.inference_mode()
     def _warm_step(self, latent_shape: tuple[int, int, int], rows: int, images: bool, references: int) -> None:
-        """One step on zeros, in buffers laid out like the real ones."""
+        """Run one step on zeros, in buffers with the layout of real ones."""
         unet = self._unet
         layout, place = unet.layout, (unet.device, unet.dtype)
         pooled = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
@@ -179,9 +179,9 @@ class CompileBackend(Backend):
             pages=_as_inference(buffers.pages),
             masks=_as_inference(buffers.masks),
         )
-        # marks are read when something compiles, which a shape that was seen before does not
+        # marks are read only while compiling, which happens only for new shapes
         self._marking = fresh
-        # entered at every step: something may have to be compiled all the same
+        # entered at every step, because any step may still compile
         with _symbols_of_their_own(), self._compiling():
             run_step(self._twin, state, columns, buffers)
         self._marking = False
@@ -211,8 +211,7 @@ class CompileBackend(Backend):
             self._cache.save()
 
     def _with_idle(self, buffers: StepBuffers, latent_size: tuple[int, int]) -> StepBuffers:
-        """The same with bank pages and masks that no row uses, where there are none: the first real ones must not
-        compile anything."""
+        """Add unused bank pages and masks if the buffers have none, so that the first real ones compile nothing."""
         if buffers.pages is not None:
             self._pages.pop(latent_size, None)
         else:
@@ -220,7 +219,7 @@ class CompileBackend(Backend):
                 self._pages[latent_size] = idle_pages(self._unet, latent_size)
             buffers = buffers._replace(pages=self._pages[latent_size])
         if buffers.image_kv is None:
-            # not read
+            # not read without pictures
             return buffers._replace(masks=())
         if buffers.masks:
             return buffers
@@ -230,8 +229,8 @@ class CompileBackend(Backend):
         return buffers._replace(masks=self._masks[latent_size])
 
     def _compile(self, forward: Callable) -> Callable:
-        # PyTorch keeps compiled code with the function's code object: a copy dies with this backend, and two backends
-        # in a process don't search through one another's
+        # PyTorch stores compiled code with the function's code object: a copy is freed with this backend, and backends
+        # in one process don't search each other's code
         code = forward.__code__.replace()
         own = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
         return torch.compile(own, backend=self._count, fullgraph=True, dynamic=False)
@@ -246,7 +245,7 @@ class CompileBackend(Backend):
 
 
 class _CountingCompiler:
-    """A compiler by name that counts the graphs it was given."""
+    """Compiler, chosen by name, that counts the graphs it compiles."""
 
     def __init__(self, name: str):
         self._compile, self.graphs = torch._dynamo.lookup_backend(name), 0
@@ -258,7 +257,7 @@ class _CountingCompiler:
 
 @contextmanager
 def _symbols_of_their_own() -> Iterator[None]:
-    """Dimensions that happen to be equal, 8 rows and 8 pages, stay apart; and no limit to the cases of a region."""
+    """Keep dimensions apart that happen to be equal, such as 8 rows and 8 pages, and raise the recompile limit."""
     with ExitStack() as stack:
         limits = {"recompile_limit": _MOST_CASES, "accumulated_recompile_limit": _MOST_CASES}
         stack.enter_context(torch._dynamo.config.patch(**limits))
@@ -267,7 +266,7 @@ def _symbols_of_their_own() -> Iterator[None]:
 
 
 def _mark_dynamic(inputs: Sequence) -> None:
-    """Rows, pages, slots, and columns of references and pictures; of one region's inputs."""
+    """Mark the dynamic dimensions of a region's inputs: rows, pages, slots, columns of references and pictures."""
     for value in inputs:
         if isinstance(value, torch.Tensor):
             _mark(value, 0)  # a feature map or the time embedding: rows
@@ -277,14 +276,14 @@ def _mark_dynamic(inputs: Sequence) -> None:
                 if name == "pool_stats":
                     _mark(tensor, 1)  # [3, pages, heads, d]
                 elif name in ("images", "page", "scale", "shift"):
-                    # keys and values of pictures may grow in tokens; the others have columns of references
+                    # tokens of picture keys and values may grow; the others have columns of references
                     _mark(tensor, 0, *((1,) if tensor.ndim > 1 and not _is_mask(value, tensor) else ()))
                 else:
                     _mark(tensor, 0)
 
 
 def _is_mask(inputs, tensor: torch.Tensor) -> bool:
-    # [masks, tokens], whose tokens are the feature map's
+    # [masks, tokens]: tokens are those of the feature map, which are static
     images = getattr(inputs, "images", ())
     return bool(images) and tensor is images[6]
 
@@ -304,9 +303,9 @@ def _tensors(value) -> Iterator[torch.Tensor]:
 
 
 def _as_inference(value):
-    """The same tensors, as if made in inference mode: compiled code tells the two kinds apart.
+    """Return the tensors as inference-mode tensors: compiled code distinguishes the two kinds.
 
-    Buffers are made in one mode and grow in the other. Those that fit are passed on as they are.
+    Buffers are made in one mode and grow in the other. Tensors that are already right are returned unchanged.
     """
     if isinstance(value, torch.Tensor):
         if value.is_inference():

@@ -1,8 +1,8 @@
-"""What the rows of a batch are conditioned on: pages of text and image keys and values, and masks.
+"""Conditions of a batch's rows: pages of text and image keys and values, and masks.
 
-Every distinct prompt (of a branch, of a noise stage) and every distinct image segment is a page; the row table picks
-pages by number, and going to another noise stage is another number. Pages outlive the request that had them made, so
-that the next one with the same prompt or the same style object finds them.
+Every distinct prompt (per branch and noise stage) and every distinct image segment is a page; the row table selects
+pages by number, so changing the noise stage changes the number. Pages outlive the request that created them, so that
+later requests with the same prompt or style object reuse them.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -36,17 +36,17 @@ CONDITIONAL_BRANCHES = ("full", "style")  # branches that see the style's pictur
 
 @dataclass(frozen=True)
 class ImageSegment:
-    """One image segment of a row: where its tokens are, where it acts and how strongly."""
+    """One image segment of a row: its tokens, where it acts and how strongly."""
 
     page: int
     mask: int  # -1: everywhere
     strength: np.ndarray  # [modules] float32
-    style: InstantStyle  # knows the steps at which the segment acts
+    style: InstantStyle  # determines the steps at which the segment acts
 
 
 @dataclass
 class Conditions:
-    """Who of some trajectories reads which pages; to be given back to the store that made it."""
+    """The pages that each of some trajectories reads; must be released to the store that made it."""
 
     latent_size: tuple[int, int]  # (height, width)
     text_pages: dict[tuple[Trajectory, str], np.ndarray] = field(default_factory=dict)  # [steps] int64
@@ -58,28 +58,28 @@ class Conditions:
 
 @dataclass
 class Encoded:
-    """What some trajectories need, made and held; to be given back to the store once their conditions are gathered."""
+    """Inputs made for some trajectories and held; give them back to the store once the conditions are gathered."""
 
     held_text: list[int] = field(default_factory=list)
     held_images: list[int] = field(default_factory=list)
     masks: dict[tuple[InstantStyle, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)  # of segments
 
 
-# yields calls of encoders, is sent what they return, and returns the pages
+# yields encoder calls, receives their results, and returns the pages
 Encoding = Generator[Callable[[], Any], Any, Encoded]
-# prompts that one call of the text encoders takes
+# prompts per call of the text encoders
 _PROMPTS = 8
 
 
 class MaskTable:
-    """Masks of one latent size, per attention level [masks, tokens], in places that are handed out and taken back."""
+    """Masks of one latent size, per attention level [masks, tokens], in reusable places."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]], device: torch.device):
         self.sizes, self.generation, self._free = list(sizes), 0, []
         self.levels = tuple(torch.zeros(0, h * w, device=device) for h, w in sizes)
 
     def add(self, vectors: Sequence[torch.Tensor]) -> int:
-        """Store a mask, per level [tokens]; its number."""
+        """Store a mask, per level [tokens]; return its number."""
         if not self._free:
             before = len(self.levels[0])
             count = max(4, 2 * before)
@@ -91,15 +91,15 @@ class MaskTable:
         return place
 
     def release(self, places: Sequence[int]) -> None:
-        """Take masks back."""
+        """Release masks."""
         self._free += places
 
 
 class ConditionStore:
-    """All pages of one model, for requests to share.
+    """All pages of one model, shared between requests.
 
-    `adapters` is the engine's own dictionary, so that adapters which are loaded later are found. `revision` is asked
-    for before anything is looked up: pages made under another value (other LoRAs, say) are made again.
+    `adapters` is the engine's own dictionary, so adapters loaded later are found. `revision` is called before every
+    lookup: pages made under another value (for example with other LoRAs) are made again.
     """
 
     def __init__(
@@ -119,27 +119,27 @@ class ConditionStore:
 
     @property
     def image_kv(self) -> ImageKV | None:
-        """Image keys and values as the UNet reads them; None as long as no request had a picture."""
+        """Return image keys and values in the form that the UNet reads; None until a request has a picture."""
         return None if self.images is None else ImageKV(self.images.layers, self.images.lengths)
 
     @property
     def generation(self) -> tuple:
-        """Changes when any buffer is replaced by another."""
+        """Return a value that changes when any buffer is replaced."""
         images = -1 if self.images is None else self.images.generation
         return (self.text.generation, images, *(m.generation for m in self.masks.values()))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages and masks."""
+        """Return the bytes of all pages and masks."""
         masks = sum(x.numel() * x.element_size() for table in self.masks.values() for x in table.levels)
         return self.text.nbytes + (self.images.nbytes if self.images is not None else 0) + masks
 
     def encoding(self, trajectories: Sequence[Trajectory], latent_size: tuple[int, int]) -> Encoding:
-        """Make all that `trajectories`, of one size, need and that does not exist yet; `latent_size`: (height, width).
+        """Make all inputs that `trajectories`, of one size, still need; `latent_size`: (height, width).
 
-        A generator, so that nothing slow is done while others wait: it yields calls of encoders and readers of files,
-        which touch nothing here and may run beside steps, is sent what each returned, and keeps that. Raises
-        PromptError, StyleError, AdapterError or ImageError for what can't be encoded, and holds no pages then.
+        A generator, so that slow work does not block other requests: it yields calls of encoders and file readers,
+        which touch nothing here and may run alongside steps, receives their results, and keeps them. Raises
+        PromptError, StyleError, AdapterError or ImageError for inputs that can't be encoded, and then holds no pages.
         """
         made = Encoded()
         try:
@@ -153,7 +153,7 @@ class ConditionStore:
         return made
 
     def drop(self, made: Encoded) -> None:
-        """Give back the pages of `made`; a second time does nothing."""
+        """Release the pages of `made`; a second call does nothing."""
         self.text.release(made.held_text)
         if made.held_images:
             self.images.release(made.held_images)
@@ -161,9 +161,9 @@ class ConditionStore:
 
     @torch.inference_mode()
     def gather(self, trajectories: Sequence[Trajectory], latent_size: tuple[int, int], made: Encoded) -> Conditions:
-        """Look up who of `trajectories` reads which pages; all of them were encoded, and `made` still holds them.
+        """Look up the pages that each of `trajectories` reads; all were encoded, and `made` still holds them.
 
-        Raises StyleError for strengths that a style can't have here, and holds no pages then.
+        Raises StyleError for strengths that a style can't have here, and then holds no pages.
         """
         conditions = Conditions(latent_size)
         try:
@@ -180,9 +180,9 @@ class ConditionStore:
         return conditions
 
     def check(self, t: Trajectory) -> int:
-        """Raise what `encoding` would raise for one trajectory, without running an encoder.
+        """Raise the errors that `encoding` would raise for one trajectory, without running an encoder.
 
-        Returns the number of image segments that its rows have at most.
+        Returns the largest number of image segments in any of its rows.
         """
         placed, negative = placed_styles(t.request.styles_of(DreamStyler), t.prompt, t.request.negative_prompt)
         pooled_policy_of(placed)
@@ -205,7 +205,7 @@ class ConditionStore:
         return max(segments.values(), default=0)
 
     def release(self, conditions: Conditions) -> None:
-        """Give back all pages of `conditions`; a second time does nothing."""
+        """Release all pages of `conditions`; a second call does nothing."""
         self.text.release(conditions.held_text)
         if conditions.held_images:
             self.images.release(conditions.held_images)
@@ -229,7 +229,7 @@ class ConditionStore:
             keys = missing[start : start + _PROMPTS]
             poolings, skips = [pooling for _, pooling, _, _ in keys], [skip for _, _, skip, _ in keys]
             layers, pooled = yield partial(self._text_states, [prompts[key] for key in keys], poolings, skips)
-            # another request may have brought some of them meanwhile
+            # another request may have added some of them meanwhile
             found = [self.text.find(key) for key in keys]
             made.held_text += [page for page in found if page is not None]
             absent = [i for i, page in enumerate(found) if page is None]
@@ -239,7 +239,7 @@ class ConditionStore:
                     made.held_text += self.text.add([keys[i] for i in absent], layers, pooled[absent])
 
     def _text_keys(self, t: Trajectory) -> dict[str, list[tuple[tuple, Prompt]]]:
-        """Branch -> per step the page's key and the prompt to make it of."""
+        """Map branch -> per step, the page's key and the prompt that makes it."""
         revision = self._revision()
         placed, negative = placed_styles(t.request.styles_of(DreamStyler), t.prompt, t.request.negative_prompt)
         policy, null_policy = pooled_policy_of(placed), pooled_policy_of(negative)
@@ -247,14 +247,14 @@ class ConditionStore:
         for branch, per_step in _branch_prompts(t, placed, negative, self._train_timesteps).items():
             # the null branch skips no layers, as in diffusers
             pooling, skip = (null_policy, 0) if branch == NULL else (policy, t.request.clip_skip)
-            # one Prompt object serves many steps
+            # one Prompt object covers many steps
             distinct = {id(prompt): ((revision, pooling, skip, prompt.identity()), prompt) for prompt in per_step}
             found[branch] = [distinct[id(prompt)] for prompt in per_step]
         return found
 
     @torch.inference_mode()
     def _text_states(self, prompts: Sequence[Prompt], poolings: Sequence[str], skips: Sequence[int]) -> tuple:
-        """Keys and values per layer, and pooled states, of prompts."""
+        """Return keys and values per layer, and pooled states, of prompts."""
         states = self.text_encoder.encode(prompts, poolings, skips)
         hidden = torch.stack([state.hidden for state in states]).to(self.unet.device, self.unet.dtype)
         return self.unet.project_text(hidden), torch.stack([state.pooled for state in states])
@@ -276,7 +276,7 @@ class ConditionStore:
 
     @torch.inference_mode()
     def _image_states(self, style: InstantStyle, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[list, list]:
-        """Tokens of a style's segments and of its negative, and keys and values of each."""
+        """Return tokens of a style's segments and of its negative, and keys and values of each."""
         content = None
         if isinstance(style.content, str):
             content = self.text_encoder.encode([Prompt(style.content)])[0].pooled
@@ -296,7 +296,7 @@ class ConditionStore:
                 made.masks[style, i] = yield read
 
     def _segments(self, t: Trajectory, branch: str, conditions: Conditions, made: Encoded) -> list[ImageSegment]:
-        """The image segments of one row; those of strength 0 in every module are left out."""
+        """Return the image segments of one row, without those of strength 0 in every module."""
         found = []
         for style in t.request.styles_of(InstantStyle):
             held = [self.images.find(key) for key in _image_keys(style, self._adapter(style)[0])]
@@ -321,7 +321,7 @@ class ConditionStore:
 
     @torch.inference_mode()
     def make_image_pages(self, tokens: int) -> None:
-        """Make room for pictures of so many tokens, if there is none."""
+        """Allocate pages for pictures of `tokens` tokens, if none exist yet."""
         if self.images is None:
             self.images = KeyValuePages(self.unet.layout, tokens, 0, self.unet.device, self.unet.dtype)
 
@@ -355,8 +355,8 @@ class ConditionStore:
 
 
 def _image_keys(style: InstantStyle, adapter: IPAdapter) -> list[tuple]:
-    """Of the pages of a style's segments, and last of its negative tokens."""
-    # the style object itself is the key, and thereby stays alive as long as its pages
+    """Return the page keys of a style's segments, followed by that of its negative tokens."""
+    # the style object itself is part of the key, which keeps it alive as long as its pages
     keys = [(adapter, style, i) for i in range(len(style.segments))]
     return [*keys, (adapter, style if style.own_negative else None, -1)]
 
@@ -364,14 +364,14 @@ def _image_keys(style: InstantStyle, adapter: IPAdapter) -> list[tuple]:
 def _branch_prompts(
     t: Trajectory, placed: list[DreamStyler], negative: list[DreamStyler], train_timesteps: int, say: bool = True
 ) -> dict[str, list[Prompt]]:
-    """Branch -> one Prompt per step, for the branches that the trajectory has rows in."""
+    """Map branch -> one Prompt per step, for the branches in which the trajectory has rows."""
     steps = t.schedule.steps
     timesteps = t.schedule.timesteps.clamp(0, train_timesteps)
     text_branches = [branch for branch in t.branches if branch != NULL]
     if placed and t.prompt:
         per_branch = prompts_per_step(placed, t.prompt, timesteps, text_branches, train_timesteps, say=say)
     else:
-        # without a learned style, a reference's rows for its readers' branches all see the reference's prompt
+        # without a learned style, the reference uses its own prompt in all of its readers' branches
         per_branch = dict.fromkeys(text_branches, [Prompt(t.prompt)] * steps)
     if NULL in t.branches:
         null = negative_prompts(negative, t.request.negative_prompt, timesteps, train_timesteps, say=say)

@@ -1,7 +1,7 @@
-"""Copies between tensors of the host, and from files into them, in the background and in the order given.
+"""Background copies between host tensors, and from files into them, in the given order.
 
-Style banks are read from their files into pinned blocks while the model runs. The work is done in C++ where the
-extension is built and by the twin below where it isn't.
+Style banks are read from their files into pinned blocks while the model runs. The work is done in C++ if the extension
+is built, else by the Python twin below.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from stylefast.runtime.planner import BACKENDS
 
 
 class Ticket:
-    """A list of copies under way. Its chunks are done in order, so the first k are there before the others."""
+    """A list of copies in progress. Chunks complete in order: k chunks done means the first k."""
 
     def __init__(self, engine, raw, sources: Sequence[torch.Tensor | Span], outcomes: np.ndarray):
         self._engine, self._raw, self._outcomes = engine, raw, outcomes
@@ -30,27 +30,27 @@ class Ticket:
 
     @property
     def chunks(self) -> int:
-        """How many copies the list has."""
+        """Return the number of copies in the list."""
         return self._raw.chunks
 
     @property
     def done(self) -> bool:
-        """Whether all copies are done."""
+        """Return whether all copies are done."""
         return self.progress() == self.chunks
 
     def progress(self) -> int:
-        """How many copies are done, counted from the first."""
+        """Count the completed copies, which are the first in the list."""
         return self._engine.progress(self._raw)
 
     def wait(self, chunks: int = -1) -> None:
-        """Block until the first `chunks` copies are done, or all where that is -1; without the GIL.
+        """Block until the first `chunks` copies are done (-1: all), without the GIL.
 
-        IndexError for more chunks than the ticket has.
+        Raises IndexError for more chunks than the ticket has.
         """
         self._engine.wait(self._raw, chunks)
 
     def check(self) -> None:
-        """Raise the error of a file that could not be read, or was written to meanwhile, once all copies are done."""
+        """Raise the error of a file that could not be read or was modified; call it when all copies are done."""
         for i, span in self._spans.items():
             outcome = int(self._outcomes[i])
             if outcome > 0:
@@ -62,12 +62,12 @@ class Ticket:
 
 
 class CopyEngine:
-    """Background threads that work off one queue of copies. Thread-safe.
+    """Background threads that process one queue of copies. Thread-safe.
 
     Args:
-        threads: how many copy at the same time; chunks are still reported in order.
+        threads: number of threads; chunks are still reported in order.
         capacity: chunks that may wait before `copy` blocks.
-        backend: "cpp", "python", or "auto" (C++ where it is built). The twin copies with one thread.
+        backend: "cpp", "python", or "auto" (C++ if it is built). The twin copies with one thread.
 
     Raises:
         InvalidRequest: threads or capacity below 1, an unknown backend.
@@ -86,18 +86,18 @@ class CopyEngine:
         else:
             self.backend, self._engine = "cpp", extension().CopyEngine(threads, capacity)
         self._held = deque()  # (raw ticket, its tensors): their memory must stay until the copies are done
-        # also at exit, before the modules are torn down
+        # also runs at exit, before modules are torn down
         self._finalizer = weakref.finalize(self, _close, self._engine, os.getpid())
 
     def copy(self, sources: Sequence[torch.Tensor | Span], destinations: Sequence[torch.Tensor]) -> Ticket:
-        """Copy sources[i], a tensor or a part of a file, into destinations[i], bytes as they are, in this order.
+        """Copy the bytes of sources[i], a tensor or file span, into destinations[i], in this order.
 
-        Tensors and files are kept until they are copied, whatever becomes of the ticket. Blocks, without the GIL, while
-        the queue is full. What goes wrong with a file is the ticket's to say: `Ticket.check`.
+        Tensors and files are kept alive until they are copied, even if the ticket is dropped. Blocks, without the GIL,
+        while the queue is full. File errors are raised by `Ticket.check`.
 
         Raises:
             InvalidRequest: lists of different lengths, tensors that are not on the CPU, not contiguous, of different
-                sizes in bytes, or that overlap.
+            sizes in bytes, or that overlap.
             RuntimeError: after `close`.
         """
         if len(sources) != len(destinations):
@@ -111,7 +111,7 @@ class CopyEngine:
         return Ticket(self._engine, raw, sources, outcomes)
 
     def close(self) -> None:
-        """Finish what is queued and end the threads. Again: nothing."""
+        """Finish the queue and end the threads. A second call does nothing."""
         self._finalizer()
         self._held.clear()
 
@@ -122,7 +122,7 @@ class CopyEngine:
         self.close()
 
     def _let_go(self) -> None:
-        # another thread may take the first entry between look and removal, so take before looking
+        # another thread may remove the first entry after a look at it, so remove it first and put it back if unfinished
         while self._held:
             try:
                 first = self._held.popleft()
@@ -169,14 +169,14 @@ class _RawTicket:
 
 
 class _Engine:
-    """The twin of csrc/copy_engine.cpp, in one thread."""
+    """Python twin of csrc/copy_engine.cpp, with one thread."""
 
     def __init__(self, capacity: int):
         self.queue = queue.Queue(capacity)
         self.changed = threading.Condition()
-        self.lists = threading.Lock()  # held while a list is given, so that lists don't mix
+        self.lists = threading.Lock()  # held while a list is submitted, so that lists don't interleave
         self.closed = False
-        # a daemon: interpreters join other threads before they call finalizers, which is where this one is ended
+        # a daemon thread, since Python joins other threads before it runs the finalizer that ends this one
         self.thread = threading.Thread(target=self.work, daemon=True, name="stylefast-copy")
         self.thread.start()
 
@@ -219,16 +219,16 @@ class _Engine:
 
 
 def _close(engine, process: int) -> None:
-    """Stop an engine's threads; in a forked process, where they never were, leave it as it is for ever."""
+    """Stop an engine's threads; in a forked process, which lacks them, leak the engine instead."""
     if os.getpid() == process:
         engine.close()
     else:
-        # its destructor would wait for them
+        # its destructor would wait for the threads
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
 
 
 def _read(span: Span, destination: torch.Tensor) -> int:
-    """What csrc's engine calls the outcome: 0, -1 where the file ends before, or the system's error number."""
+    """Read a span; return 0, -1 if the file ends early, or an error number, as csrc's engine does."""
     content, done = memoryview(_bytes_of(destination).numpy()), 0
     try:
         while done < span.nbytes:

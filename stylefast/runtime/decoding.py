@@ -1,4 +1,4 @@
-"""Latents to pictures: the VAE in groups of equal size, and quick previews."""
+"""Decoding of latents to pictures by the VAE, and quick previews."""
 
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -12,33 +12,33 @@ from stylefast.runtime.memory import MemoryBudget
 
 
 class Decoder:
-    """Decodes the latents of one model.
+    """Decoder of one model's latents.
 
-    model_dtype: that of the UNet; a VAE that would overflow in it is run in another type (`vaes.decoding_dtype`).
-    preview: an AutoencoderTiny in any form that `PreviewDecoder.load` takes; None fits a linear map when first asked.
+    model_dtype: the UNet's type; a VAE that would overflow in it runs in another one (`vaes.decoding_dtype`).
+    preview: an AutoencoderTiny in any form that `PreviewDecoder.load` accepts; None fits a linear map on first use.
     """
 
     def __init__(self, vae: torch.nn.Module, model_dtype: torch.dtype, budget: MemoryBudget, preview=None):
         self.vae, self._budget = vae, budget
-        # a VAE that float16 can't run was loaded in float32, and may not have to stay there
+        # a VAE that overflows in float16 was loaded in float32, but may decode in bfloat16
         self._dtype = vaes.decoding_dtype(vae, torch.float16 if model_dtype == torch.float16 else None)
         self._run: vaes.DecoderRun | None = None
         self._preview_source, self._preview = preview, None
         self._making = threading.Lock()
         if preview is not None:
-            self._previews()  # what can't be loaded is an error at once
+            self._previews()  # fail at once if it can't be loaded
 
     def decode_by(self, run: vaes.DecoderRun, dtype: torch.dtype) -> None:
-        """Decode pictures by `run`, which works in `dtype`, from now on; previews stay as they are.
+        """Decode pictures with `run`, which works in `dtype`, from now on; previews are unchanged.
 
-        What overflows in it is decoded again by the VAE, in float32.
+        Pictures that overflow are decoded again by the VAE, in float32.
         """
         self._run, self._dtype = run, dtype
 
     def open(self) -> None:
-        """Open what decodes in place of the VAE, so that what is wrong with it shows before steps are spent.
+        """Open the decoder that replaces the VAE, if any, so that its errors show before steps are spent.
 
-        Raises what its file is refused with.
+        Raises the error with which its file is refused.
         """
         if hasattr(self._run, "open"):
             self._run.open()
@@ -46,9 +46,9 @@ class Decoder:
     def images(
         self, latents: Sequence[torch.Tensor], beside: Callable[[Callable[[], torch.Tensor]], torch.Tensor]
     ) -> Generator[None, None, list[torch.Tensor]]:
-        """[3, height, width] in 0..1 for each of `latents` [channels, h, w]; yields after each.
+        """Decode each of `latents` [channels, h, w] to [3, height, width] in 0..1; yield after each.
 
-        beside: how the VAE is called, `Runtime.beside`. Raises NumericsError and OutOfMemory, see `vae.decode`.
+        beside: runs the VAE call, `Runtime.beside`. Raises NumericsError and OutOfMemory, see `vae.decode`.
         """
         images: list[torch.Tensor] = []
         for one in latents:
@@ -64,7 +64,7 @@ class Decoder:
         )[0]
 
     def previews(self, latents: torch.Tensor) -> list:
-        """Quick PIL pictures of latents [n, channels, h, w]."""
+        """Return quick PIL pictures of latents [n, channels, h, w]."""
         from PIL import Image
 
         device = next(self.vae.parameters()).device
@@ -79,7 +79,7 @@ class Decoder:
 
 
 def to_pil(image: torch.Tensor):
-    """[3, height, width] in 0..1 as a PIL image."""
+    """Convert [3, height, width] in 0..1 to a PIL image."""
     from PIL import Image
 
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -1,8 +1,9 @@
-"""A step through exported graphs of the UNet: what the tables and pages hold, bound to a graph's inputs by name.
+"""Steps through exported graphs of the UNet: binds tables and pages to a graph's inputs by name.
 
 The graph is the model's part of a step, from embedding to output; guidance and the sampler's update stay here. Tables
-come as narrow as their batch and are widened to the columns that a graph has; whatever a graph reads and a batch has
-not (pictures, masks, pages) is idle. All tensors of one shape stay where they are, for sessions that replay.
+are only as wide as their batch and are widened to the graph's columns; inputs of the graph that a batch lacks
+(pictures, masks, pages) are filled with idle ones. All tensors of one shape keep their addresses, for sessions that
+replay.
 """
 
 from collections import OrderedDict
@@ -34,9 +35,9 @@ from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.step import Backend, StepBuffers, advance, see
 from stylefast.runtime.step_table import StepColumns
 
-# shapes of batches whose tensors are kept
+# batch shapes whose tensors are kept
 _SHAPES = 32
-# dimension -> the column that says which of its pages or masks a row reads
+# dimension -> the column with the page or mask that each row reads
 _PICKS = {"text_pages": "text_page", "image_pages": "image_page", "masks": "image_mask"}
 _COMMANDS = {"onnxruntime": "onnx"}  # backend -> kind of export, where the names differ
 
@@ -44,9 +45,9 @@ _COMMANDS = {"onnxruntime": "onnx"}  # backend -> kind of export, where the name
 class Graph(NamedTuple):
     """One exported UNet.
 
-    session: has `run(inputs, outputs)` as `export.sessions.Session`, or is a function that opens it when it is first
-    wanted. ranges: dimension (`export.unet_graph.DIMENSIONS`) -> (least, most) that the graph takes, where they are
-    narrower than those. nbytes: what the open session holds, if it has no `nbytes` of its own.
+    session: has `run(inputs, outputs)` like `export.sessions.Session`, or is a function that opens it on first use.
+    ranges: dimension (`export.unet_graph.DIMENSIONS`) -> (least, most) that the graph accepts, if narrower than there.
+    nbytes: bytes of the open session, if it has no `nbytes` of its own.
     """
 
     shape: GraphShape
@@ -56,13 +57,13 @@ class Graph(NamedTuple):
 
 
 class GraphBackend(Backend):
-    """Runs the UNet's part of a step in exported graphs; in place of `TorchBackend`.
+    """Backend that runs the UNet's part of a step in exported graphs; replaces `TorchBackend`.
 
-    graphs: by any names, each a `Graph` or a tuple of its fields; the smallest that can do a batch does it. name: as
-    error messages and `Engine.runtime.backend.name` have it. stale: asked at every step, why the graphs no longer fit
-    the weights; None where they do. components: graphs of the model's other parts.
+    graphs: by any name, each a `Graph` or a tuple of its fields; a batch uses the smallest that fits. name: for error
+    messages and `Engine.runtime.backend.name`. stale: called at every step, returns why the graphs no longer match the
+    weights; None if they do. components: graphs of the model's other parts.
 
-    A batch that no graph can do raises EngineMismatch, whereupon the runtime tries parts of it.
+    Raises EngineMismatch if no graph fits a batch; the runtime then splits the batch and retries.
     """
 
     pads_columns = True
@@ -82,9 +83,9 @@ class GraphBackend(Backend):
         found = [Graph(*graph) for graph in graphs.values()]
         self._graphs = [_Loaded(unet, graph) for graph in sorted(found, key=lambda graph: _size(graph.shape))]
         self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
-        # pages, masks and pictures that nobody reads, by what they are for
+        # unread pages, masks and pictures, by input
         self._idle: dict[tuple, torch.Tensor] = {}
-        # a batch of fewer rows than a graph takes is filled up
+        # smaller batches are padded to the graph's least row count
         self.buckets = tuple(sorted({low for graph in found if (low := graph.ranges.get("rows", (1, 1))[0]) > 1}))
         self.limits = {
             name: max(graph.ranges.get(name, DIMENSIONS[name])[1] for graph in found) for name in ("rows", "pages")
@@ -92,26 +93,26 @@ class GraphBackend(Backend):
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """The flavours whose sessions are open."""
+        """Return the flavours whose sessions are open."""
         return tuple(graph.shape.flavour for graph in self._graphs if graph.opened)
 
     def serve(self, engine) -> None:
-        """Put the graphs of other components behind an engine's classes. Raises EngineMismatch for another VAE's."""
+        """Install the other components' graphs in an engine. Raises EngineMismatch if made from another VAE."""
         self._components.install(engine)
 
     def adapter(self, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[IPAdapter, ImageEncoder]:
-        """In graphs where these very weights were exported; else as they are."""
+        """Return graph versions of both if exactly these weights were exported; else return them unchanged."""
         return self._components.adapter(adapter, encoder)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of idle tensors, of inputs and outputs, and of the sessions that say what they hold."""
+        """Return the bytes of idle tensors, inputs and outputs, and of the open sessions."""
         tensors = [*self._idle.values(), *(x for one in self._prepared.values() for x in one.tensors())]
         return sum(x.nbytes for x in tensors) + sum(graph.nbytes for graph in self._graphs) + self._components.nbytes
 
     @torch.inference_mode()
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
-        """One step. Raises EngineMismatch where no graph can do it, EngineClosed, and whatever a session raises."""
+        """Run one step. Raises EngineMismatch if no graph fits it, EngineClosed, and the session's errors."""
         if self._closed:
             raise EngineClosed("the engine was closed while this ran; load another one")
         why = self._stale()
@@ -131,12 +132,12 @@ class GraphBackend(Backend):
             advance(state, columns, latents, prepared.output)
 
     def forget(self) -> None:
-        """Free what was prepared; sessions stay open."""
+        """Free prepared tensors; sessions stay open."""
         self._prepared.clear()
         self._idle.clear()
 
     def close(self) -> None:
-        """Close the sessions; no step runs after that."""
+        """Close the sessions; no steps can run afterwards."""
         self._closed = True
         self.forget()
         for graph in self._graphs:
@@ -144,7 +145,10 @@ class GraphBackend(Backend):
         self._components.close()
 
     def ready(self, group: Group) -> Callable[[], None] | None:
-        """Opens the session of the graph that would run the group alone; what no graph can do the step will say."""
+        """Return a function that opens the session of the graph for the group alone; None if it is open.
+
+        If no graph fits, returns None as well; the step will raise the error.
+        """
         phases = [group.phase(step) for step in range(group.steps)]
         banked = any(reference.bank is not None for phase in phases for row in phase.references for reference in row)
         references = max(phase.width for phase in phases)
@@ -161,12 +165,12 @@ class GraphBackend(Backend):
         return self._able(buffers.pages is not None, references, segments, len(columns.row_picture), latent_size)
 
     def check(self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool) -> None:
-        """Raise EngineMismatch where no graph could do a step of such a group."""
-        # smaller batches are filled up
+        """Raise EngineMismatch if no graph could run a step of such a group."""
+        # smaller batches are padded
         self._able(banked, references, segments, max([rows, *self.buckets[:1]]), latent_size)
 
     def _able(self, banked: bool, references: int, segments: int, rows: int, latent_size: tuple[int, int]) -> "_Loaded":
-        """The smallest graph that can do a step. Raises EngineMismatch."""
+        """Return the smallest graph that fits a step. Raises EngineMismatch."""
         flavour = "banked" if banked else "live" if references else "plain"
         able = [
             graph
@@ -190,7 +194,7 @@ class GraphBackend(Backend):
         )
 
     def _lacking(self, flavour: str, references: int, segments: int) -> str:
-        """What a batch needs, what there is, and how to come by it."""
+        """Describe the graph that a batch needs, the available ones, and the export command."""
         at_hand = ", ".join(f"{g.shape.flavour} ({g.shape.references}, {g.shape.segments})" for g in self._graphs)
         options = f"--flavour {flavour}"
         if flavour != "plain":
@@ -215,7 +219,7 @@ class GraphBackend(Backend):
         return self._prepared[key]
 
     def _idle_tensor(self, graph: "_Loaded", tensor: Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
-        """As little as the graph takes, for an input that no row reads: zeros, but pictures of one token."""
+        """Return a minimal tensor for an unread input: zeros, but pictures have one token."""
         least = {name: graph.ranges.get(name, (1, 1))[0] for name in DIMENSIONS}
         sizes = with_tokens(self._unet, least | {"height": latent_size[0], "width": latent_size[1]})
         dims = tuple(sizes[d] if isinstance(d, str) else d for d in tensor.dims)
@@ -227,7 +231,7 @@ class GraphBackend(Backend):
 
 
 class _Loaded:
-    """A graph, its inputs, and its session once that is wanted."""
+    """A graph, its inputs, and its session once it is open."""
 
     def __init__(self, unet: UNet, graph: Graph):
         self.shape, self.ranges, self._given, self._nbytes = graph.shape, graph.ranges, graph.session, graph.nbytes
@@ -245,7 +249,7 @@ class _Loaded:
         return getattr(self._session, "nbytes", self._nbytes) if self.opened else 0
 
     def session(self):
-        # a step may want it while it is being opened beside the steps
+        # a step may need the session while another thread is opening it
         with self._opening:
             if self._broken is not None:
                 raise self._broken
@@ -253,7 +257,7 @@ class _Loaded:
                 try:
                     self._session = self._given()
                 except ExportError as error:
-                    # its files are as they are, and looking at all of them takes seconds
+                    # the files won't change, and checking them again takes seconds
                     self._broken = error
                     raise
             return self._session
@@ -264,7 +268,7 @@ class _Loaded:
             self._nbytes = 0
 
     def beyond(self, sizes: Mapping[str, int]) -> str | None:
-        """The first of some sizes that the graph does not take, in words."""
+        """Describe the first size that the graph does not accept; None if all fit."""
         for name, size in sizes.items():
             low, high = self.ranges.get(name, DIMENSIONS[name])
             if not low <= size <= high:
@@ -273,7 +277,7 @@ class _Loaded:
 
 
 class _Prepared:
-    """The tensors of a graph's inputs that are made for every step, and its output, for one shape of batches."""
+    """Input tensors that are written at every step, and the output, for one batch shape."""
 
     def __init__(self, unet: UNet, graph: _Loaded, rows: int, latent_shape: tuple[int, int, int]):
         channels, height, width = latent_shape
@@ -293,7 +297,7 @@ class _Prepared:
         return [*self._own.values(), self.output]
 
     def fill(self, columns: StepColumns, seen: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Inputs by name: what follows from the table and the latents; `seen` [rows, channels, h, w]."""
+        """Return inputs by name, filled from the table and the latents; `seen` [rows, channels, h, w]."""
         picture, table = columns.row_picture, columns.table._asdict()
         self._own["latents"].copy_(seen)
         self._own["timestep"].copy_(columns.timestep[picture])
@@ -306,7 +310,7 @@ class _Prepared:
         return inputs
 
     def within(self, ranges: Mapping[str, tuple[int, int]], inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Inputs in which the pages and masks that rows read stand alone, where a graph does not take all there are."""
+        """Reduce pages and masks to those that rows read, if the graph does not accept all of them."""
         for dimension, column in _PICKS.items():
             holders = [x for x in self._inputs if dimension in x.dims]
             least, most = ranges.get(dimension, DIMENSIONS[dimension])
@@ -333,7 +337,7 @@ class _Prepared:
         return inputs
 
     def _widened(self, tensor: Tensor, column: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-        """A column with idle places behind those that the table has."""
+        """Return a column padded with idle values to the graph's width."""
         name = tensor.name
         if name not in self._own:
             self._own[name] = COLUMNS[name].filled(dims, self._device)

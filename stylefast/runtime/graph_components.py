@@ -1,9 +1,9 @@
-"""Exported graphs in the places of text encoders, projections, image encoder and VAE decoder.
+"""Exported graphs in place of text encoders, projections, image encoder and VAE decoder.
 
-Each class here fills the seam of one class of `stylefast.models`; the rest of the engine can't tell the difference.
-What still runs in PyTorch: tokenizers and the preparation of pictures; the zeros of a null prompt; the embedding of
-pooled text and time; the VAE's encoder (reference pictures) and its scale and shift, the blending of tiles, the second
-try in float32 where a half type overflows; previews; baking; adapters and image encoders that were not exported.
+Each class here replaces one class of `stylefast.models`, with the same interface. Still run in PyTorch: tokenizers and
+the preparation of pictures; the zeros of a null prompt; the embedding of pooled text and time; the VAE's encoder
+(reference pictures) and its scale and shift, the blending of tiles, the retry in float32 after overflow in a half type;
+previews; baking; adapters and image encoders that were not exported.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,9 +25,9 @@ from stylefast.models.text import TextEncoder
 
 
 class GraphPart:
-    """The session of one component, opened when it is first used.
+    """The session of one component, opened on first use.
 
-    load: opens it. facts: what the exporter wrote down about the component (`Component.facts`). dtype: of its numbers.
+    load: opens it. facts: the exporter's notes about the component (`Component.facts`). dtype: element type.
     """
 
     def __init__(self, load: Callable[[], Session], dtype: torch.dtype, facts: Mapping[str, Any] | None = None):
@@ -36,22 +36,22 @@ class GraphPart:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the open session holds; 0 before."""
+        """Return the bytes of the open session; 0 before."""
         return 0 if self._session is None else getattr(self._session, "nbytes", 0)
 
     def open(self) -> None:
-        """Open the session, if it isn't. Raises what its file is refused with."""
+        """Open the session, unless it is open. Raises the error with which its file is refused."""
         with self._opening:
             if self._session is None:
                 self._session = self._load()
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Run on contiguous inputs and write to `outputs`, which are all that the graph has."""
+        """Run on contiguous inputs and write to `outputs`, which must be all outputs of the graph."""
         self.open()
         self._session.run({name: x.contiguous() for name, x in inputs.items()}, outputs)
 
     def close(self) -> None:
-        """Free the session; the next run opens it again."""
+        """Close the session; the next run opens it again."""
         with self._opening:
             if self._session is not None:
                 self._session.close()
@@ -59,7 +59,7 @@ class GraphPart:
 
 
 class GraphText:
-    """Both text encoders as graphs; a `models.text.TextRunner`. No gradients flow, and no layers are skipped."""
+    """Both text encoders as graphs; a `models.text.TextRunner`. Supports neither gradients nor skipped layers."""
 
     most_skipped = 0
 
@@ -99,7 +99,7 @@ class GraphText:
             hidden = torch.empty(*ids.shape, width, dtype=part.dtype, device=device)
             part.run({"ids": ids, "extra": extra}, {"hidden": hidden})
             return hidden, []
-        # a prompt that is pooled at two places runs twice
+        # a prompt pooled at two places runs twice
         prompts = torch.tensor([prompt for prompt, _ in ends], device=device)
         position = torch.tensor([position for _, position in ends], device=device)
         hidden = torch.empty(len(ends), ids.shape[1], width, dtype=part.dtype, device=device)
@@ -131,7 +131,7 @@ class GraphImageEncoder(ImageEncoder):
     """An image encoder whose model is a graph; pictures are prepared as before."""
 
     def __init__(self, encoder: ImageEncoder, part: GraphPart):
-        # the same model, checked already, and the same preparation
+        # reuse the checked model and its preparation
         self.__dict__.update(encoder.__dict__)
         self._part = part
         model = encoder.vision_model.vision_model
@@ -156,8 +156,8 @@ class GraphImageEncoder(ImageEncoder):
 class GraphAdapter(IPAdapter):
     """An adapter whose projections are one graph.
 
-    Its `tokens` are [n, token_count, numbers]: not tokens in the UNet's text space but the keys and values that all
-    layers make of them, side by side. Whoever cuts or joins tokens can do the same with these.
+    Its `tokens` [n, token_count, numbers] are not tokens in the UNet's text space but the concatenated keys and values
+    of all layers. They can be cut and joined like tokens.
     """
 
     def __init__(self, adapter: IPAdapter, part: GraphPart):
@@ -175,7 +175,7 @@ class GraphAdapter(IPAdapter):
         return torch.cat([kv.permute(2, 3, 0, 1, 4, 5).flatten(2) for kv in packed.values()], dim=2)
 
     def key_values(self, tokens: torch.Tensor) -> KeyValues:
-        """Keys and values of what `tokens` gave, [pages, t, numbers], per layer; None where `modules` left one out."""
+        """Return keys and values per layer from `tokens` [pages, t, numbers]; None for layers without a projection."""
         layers, start = self.layout.layers, 0
         pairs: list[KeyValue | None] = [None] * len(layers)
         for members in _levels(self.layout):
@@ -206,9 +206,9 @@ class GraphDecoder:
 
 
 class GraphComponents:
-    """The parts at hand, by component, and how an engine comes to use them.
+    """The available parts, by component, and their installation in an engine.
 
-    A part that is missing leaves that component in PyTorch.
+    A missing part leaves that component in PyTorch.
     """
 
     def __init__(self, parts: Mapping[str, GraphPart]):
@@ -216,9 +216,9 @@ class GraphComponents:
 
     @classmethod
     def of(cls, entries: Iterable[GraphEntry], open_session: Callable[[GraphEntry], Session]) -> "GraphComponents":
-        """The parts that a manifest lists; `open_session` is called for an entry when it is first used.
+        """Return the parts that a manifest lists; `open_session` is called for an entry on first use.
 
-        Raises ModelFormatError for an entry whose outputs have no type that is known.
+        Raises ModelFormatError for an entry whose outputs have an unknown type.
         """
         return cls(
             {
@@ -229,9 +229,10 @@ class GraphComponents:
         )
 
     def install(self, engine) -> tuple[str, ...]:
-        """Put the graphs behind an engine's text encoder, text projection and decoder; returns their names.
+        """Install the graphs in an engine's text encoder, text projection and decoder; return their names.
 
-        Adapters follow by `adapter`. Raises EngineMismatch for a VAE or tokenizer that the graphs were not made for.
+        Adapters are handled by `adapter`. Raises EngineMismatch for a VAE or tokenizer that the graphs were not made
+        for.
         """
         used, parts = [], self.parts
         if {"text_encoder", "text_encoder_2"} <= parts.keys():
@@ -240,7 +241,7 @@ class GraphComponents:
             )
             used += ["text_encoder", "text_encoder_2"]
         if "text_projector" in parts:
-            # the UNet's own method stays for the class; this model asks the graph
+            # override on the instance: the class keeps its own method
             engine.unet.project_text = GraphTextProjector(engine.unet.layout, parts["text_projector"])
             used.append("text_projector")
         if "vae_decoder" in parts:
@@ -255,7 +256,7 @@ class GraphComponents:
         return tuple(used)
 
     def adapter(self, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[IPAdapter, ImageEncoder]:
-        """An adapter and its image encoder, in graphs where these were exported; else as they are."""
+        """Return an adapter and its image encoder as graphs if they were exported; else unchanged."""
         part = self.parts.get("image_projector")
         if part is not None and part.facts.get("weights") == adapter_digest(adapter):
             adapter = GraphAdapter(adapter, part)
@@ -266,11 +267,11 @@ class GraphComponents:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the open sessions hold."""
+        """Return the bytes of the open sessions."""
         return sum(part.nbytes for part in self.parts.values())
 
     def close(self) -> None:
-        """Free all sessions."""
+        """Close all sessions."""
         for part in self.parts.values():
             part.close()
 
@@ -286,12 +287,12 @@ def _output_dtype(entry: GraphEntry) -> torch.dtype:
 
 
 def _levels(layout: AttentionLayout) -> list[list[int]]:
-    """The layers of every level, in the order in which packed tensors hold them."""
+    """Return the layers of every level, in the order of packed tensors."""
     return [layout.at_level(level) for level in range(layout.levels)]
 
 
 def _packed(name: str, layout: AttentionLayout, like: torch.Tensor, pages: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Room for keys and values [layers, 2, pages, tokens, heads, d] of every level."""
+    """Allocate keys and values [layers, 2, pages, tokens, heads, d] for every level."""
     found = {}
     for level, members in enumerate(_levels(layout)):
         layer = layout.layers[members[0]]

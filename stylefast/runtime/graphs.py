@@ -1,8 +1,8 @@
-"""Whole steps as CUDA graphs: a step of a shape that came before is one launch.
+"""Whole steps as CUDA graphs: a step of a known shape is one launch.
 
-All that a step reads and writes lies in buffers that stay where they are, so a graph of it can be replayed on other
-contents. A capture records and runs nothing; so the first steps of a shape run as usual, which also compiles and tunes
-what its kernels need, then one is captured and from there on replayed.
+All buffers of a step keep their addresses, so its graph can be replayed on other contents. A capture records without
+running; so the first steps of a shape run normally, which also compiles and tunes kernels, then one is captured and
+replayed from there on.
 """
 
 import logging
@@ -18,14 +18,14 @@ from stylefast.kernels.gpu.capture import capture
 
 logger = logging.getLogger(__name__)
 
-# steps of a shape that run as they are: the first compiles and tunes, the second fills the side stream's caches
+# steps per shape before the capture: the first compiles and tunes, the second fills the side stream's caches
 WARM_STEPS = 2
-# as many shapes as the runtime keeps tables of
+# the number of shapes whose tables the runtime keeps
 MOST_GRAPHS = 32
 
 
 class Captured(NamedTuple):
-    """A graph, and the bytes by which its capture made the shared pool larger."""
+    """A graph, and the bytes by which its capture enlarged the shared pool."""
 
     replay: Callable[[], None]
     reset: Callable[[], None]
@@ -33,22 +33,22 @@ class Captured(NamedTuple):
 
 
 class Capture(Protocol):
-    """What a device offers to record steps."""
+    """A device's interface to record steps."""
 
     def warm(self, step: Callable[[], None]) -> None:
-        """Run a step where captures will be made."""
+        """Run a step on the stream used for captures."""
 
     def capture(self, step: Callable[[], None]) -> Captured:
-        """Record a step without running it. Raises whatever refuses; the step has not run then."""
+        """Record a step without running it. Raises any error of the capture; the step has not run then."""
 
     def wait(self) -> None:
         """Wait until the device is idle."""
 
 
 class CudaCapture:
-    """CUDA graphs of one device, on a stream and in a memory pool of their own, which all graphs share.
+    """CUDA graphs of one device, on their own stream and in a memory pool that all graphs share.
 
-    They may share it, since replays follow one another on one stream and leave nothing in it.
+    Sharing is safe, because replays follow one another on one stream and leave nothing in the pool.
     """
 
     def __init__(self, device: torch.device):
@@ -64,12 +64,12 @@ class CudaCapture:
 
     def capture(self, step: Callable[[], None]) -> Captured:
         before = torch.cuda.memory_reserved(self._device)
-        # what PyTorch keeps after the warm steps is about what one takes
+        # memory cached by PyTorch after the warm steps is about what one step needs
         kept = before - torch.cuda.memory_allocated(self._device)
         try:
             graph = capture(step, self._side, self._pool, room=kept)
         except BaseException:
-            # what a broken capture leaves a pool in is not defined
+            # the state of a pool after a failed capture is undefined
             self._pool = torch.cuda.graph_pool_handle()
             raise
         return Captured(graph.replay, graph.reset, max(0, torch.cuda.memory_reserved(self._device) - before))
@@ -79,9 +79,9 @@ class CudaCapture:
 
 
 class StepGraphs:
-    """Graphs by key, the least recently used of which go first.
+    """Graphs by key; the least recently used are dropped first.
 
-    limit: graphs that are kept; a shape beyond them is warmed and captured again when it returns.
+    limit: max graphs kept; a dropped shape is warmed and captured again when it returns.
     """
 
     def __init__(self, capture: Capture, limit: int = MOST_GRAPHS):
@@ -90,18 +90,18 @@ class StepGraphs:
         self._pool_bytes = 0
 
     def __len__(self) -> int:
-        """Graphs that can be replayed."""
+        """Count the graphs that can be replayed."""
         return sum(entry.graph is not None for entry in self._entries.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool that the graphs work in; it shrinks when the last of them goes."""
+        """Return the bytes of the graphs' pool, which is freed when the last graph is dropped."""
         return self._pool_bytes
 
     def run(self, key: Hashable, buffers: Sequence[torch.Tensor], step: Callable[[], None]) -> None:
-        """Run `step` once: as it is, or by a replay.
+        """Run `step` once, directly or as a replay.
 
-        buffers: tensors that `step` reads or writes in place. A graph is replayed only on those it was captured with;
+        buffers: tensors that `step` reads or writes in place. A graph is replayed only on the buffers of its capture;
         it keeps none of them alive.
         """
         entry = self._entries.get(key)
@@ -125,7 +125,7 @@ class StepGraphs:
             step()
 
     def forget(self) -> None:
-        """Free all graphs and the memory that they work in."""
+        """Free all graphs and their memory."""
         self._drop(list(self._entries))
 
     def _record(self, entry: "_Entry", step: Callable[[], None]) -> None:
@@ -138,7 +138,7 @@ class StepGraphs:
             return
         try:
             entry.graph = self._capture.capture(step)
-        except Exception as error:  # whatever refuses: the step can still run as it is
+        except Exception as error:  # any failure: the step can still run without a graph
             entry.refused = True
             logger.warning("a step could not be captured as a CUDA graph and runs without: %s", _one_line(error))
             return
@@ -147,7 +147,7 @@ class StepGraphs:
     def _drop(self, keys: Sequence[Hashable]) -> None:
         graphs = [entry.graph for entry in map(self._entries.pop, keys) if entry.graph is not None]
         if graphs:
-            self._capture.wait()  # a replay may still run
+            self._capture.wait()  # a replay may still be running
             for graph in graphs:
                 graph.reset()
         if not len(self):
@@ -155,19 +155,19 @@ class StepGraphs:
 
 
 class _Entry:
-    """What is known of one shape: how often it ran, its graph, and the buffers that it reads."""
+    """State of one shape: its number of steps, its graph, and the buffers that it reads."""
 
     def __init__(self, buffers: Sequence[torch.Tensor]):
         self._buffers = [weakref.ref(x) for x in buffers]
         self.steps, self.refused, self.graph = 0, False, None
 
     def reads(self, buffers: Sequence[torch.Tensor]) -> bool:
-        """Whether these very tensors are the ones."""
+        """Return whether these are exactly the captured tensors."""
         return len(buffers) == len(self._buffers) and all(ref() is x for ref, x in zip(self._buffers, buffers))
 
     @property
     def stale(self) -> bool:
-        """Whether a buffer is gone, so that no step can want this graph again."""
+        """Return whether a buffer is gone, so that this graph can't be used again."""
         return any(ref() is None for ref in self._buffers)
 
 

@@ -1,22 +1,20 @@
-"""A thread beside the step loop, for what would make pictures on their way wait: encoding for those that join, decoding
-for those that are done.
-"""
+"""A thread for slow work outside the step loop: encoding for joining pictures, decoding finished ones."""
 
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-# what a task returns that wants to be called again, after the others had their turn
+# returned by a task that must be called again, after the other tasks had their turn
 AGAIN = object()
-# told what a task returned, or what it raised
+# called with a task's result or error
 Then = Callable[[Any, BaseException | None], None]
 
 
 class Helper:
-    """Works off tasks in turn: functions, called until they return something else than AGAIN.
+    """Runner of tasks in turn: functions that are called until they return something other than AGAIN.
 
-    idle_seconds: without work after which the thread ends; the next task starts another.
+    idle_seconds: time without work after which the thread ends; the next task starts a new one.
     """
 
     def __init__(self, idle_seconds: Callable[[], float]):
@@ -28,11 +26,11 @@ class Helper:
 
     @property
     def inside(self) -> bool:
-        """Whether the caller is this thread."""
+        """Return whether the caller is this thread."""
         return threading.current_thread() is self._thread
 
     def run(self, task: Callable[[], Any], then: Then) -> None:
-        """Begin a task; `then`, which must not raise, is called in the helper's thread when it is over.
+        """Start a task; `then`, which must not raise, is called in the helper's thread when it is done.
 
         After `close`, `then` is called at once.
         """
@@ -48,7 +46,7 @@ class Helper:
             then(None, closed)
 
     def close(self, error: BaseException) -> None:
-        """End after the present call; tasks that are not over end with `error`."""
+        """Stop after the current call; unfinished tasks end with `error`."""
         with self._changed:
             self._closed, thread = error, self._thread
             self._changed.notify_all()
@@ -68,13 +66,13 @@ class Helper:
             value, error = None, None
             try:
                 value = task()
-            except BaseException as raised:  # whatever it is, it belongs to the task
+            except BaseException as raised:  # any error is passed to the task's `then`
                 error = raised
             if value is AGAIN:
                 with self._changed:
                     self._tasks.append((task, then))
             else:
                 then(value, error)
-            del task, then, value, error  # an idle thread keeps nothing alive
+            del task, then, value, error  # an idle thread must keep nothing alive
         for _, then in left:
             then(None, self._closed)

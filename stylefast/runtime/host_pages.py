@@ -1,8 +1,8 @@
-"""Pages of style banks in pinned host memory: between the bank's file and the device.
+"""Pages of style banks in pinned host memory, between the bank's file and the device.
 
-A device reads pinned memory at the full rate of the bus and while it computes; ordinary memory it can't. Background
-threads bring pages from the file (or from ordinary memory) into pinned blocks some steps before they are wanted, and
-blocks that are wanted again, by the next picture in the same style, are still there.
+A device can read pinned memory at the bus's full rate and while it computes, which ordinary memory does not allow.
+Background threads load pages from the file (or from ordinary memory) into pinned blocks some steps before they are
+used, and keep blocks that the next picture in the same style can reuse.
 """
 
 import itertools
@@ -26,9 +26,9 @@ _MOST_CHUNK = 2**30
 
 
 def chunk_of(block_bytes: int, room: int, pinned: bool) -> tuple[int, int]:
-    """(blocks, bytes) of the chunks in which pinned memory is taken; (0, 0) where `room` bytes hold none.
+    """Return (blocks, bytes) of the chunks in which pinned memory is allocated; (0, 0) if none fits into `room` bytes.
 
-    PyTorch rounds what is pinned up to a power of two, so as many blocks share a chunk as leave least of it unused.
+    PyTorch rounds pinned allocations up to a power of two, so the number of blocks per chunk is chosen to waste least.
     """
     found, best = (0, 0), 0.0
     for count in itertools.count(1):
@@ -41,11 +41,11 @@ def chunk_of(block_bytes: int, room: int, pinned: bool) -> tuple[int, int]:
 
 
 class HostPages:
-    """As many blocks of `block_bytes` as `room` bytes hold, filled in the background. One thread asks.
+    """Blocks of `block_bytes`, as many as fit into `room` bytes, filled in the background. For use by one thread.
 
-    Memory is taken a chunk at a time, when its first block is wanted: page-locking takes a second for a few gigabytes,
-    and a service whose styles fit on the device needs none. pinned: page-locked, as devices want them; False for tests
-    on machines without one.
+    Memory is allocated one chunk at a time, when its first block is needed: page-locking takes a second per few
+    gigabytes, and a service whose styles fit on the device needs none. pinned: page-locked, for devices; False for
+    tests on machines without one.
     """
 
     def __init__(self, room: int, block_bytes: int, pinned: bool):
@@ -53,22 +53,22 @@ class HostPages:
         self._in_chunk, self._chunk_bytes = chunk_of(block_bytes, room, pinned)
         count = room // self._chunk_bytes if self._in_chunk else 0
         self._chunks: list[torch.Tensor | None] = [None] * count
-        self._refused = False  # the system gives no more
+        self._refused = False  # the system refused to pin more
         self.blocks = count * self._in_chunk
         self._pool, self._engine = PagePool(self.blocks), CopyEngine(threads=_THREADS)
-        self._tickets: dict[int, Ticket] = {}  # of blocks that are being filled
+        self._tickets: dict[int, Ticket] = {}  # of blocks being filled
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the chunks that were taken so far."""
+        """Return the bytes of the chunks allocated so far."""
         return self._chunk_bytes * sum(chunk is not None for chunk in self._chunks)
 
     def stats(self):
-        """What the pool of blocks holds."""
+        """Return the statistics of the block pool."""
         return self._pool.stats()
 
     def stage(self, keys: np.ndarray, banks: Sequence[StyleBank], places: Sequence[tuple], layout: PageLayout) -> None:
-        """Start to bring pages that will be wanted, as far as there is room: keys [n, 4], their banks and places."""
+        """Start loading pages that will be needed, if there is room: keys [n, 4], their banks and places."""
         self._settle()
         claim = self._pool.prefetch(keys)
         for i in np.flatnonzero(claim.claimed):
@@ -79,10 +79,10 @@ class HostPages:
                 self._pool.failed(np.array([slot]))
 
     def hold(self, key: np.ndarray, bank: StyleBank, place: tuple, layout: PageLayout) -> torch.Tensor | None:
-        """Pin a page and return its block [nbytes of the layout], waiting for it; None where there is no room.
+        """Pin a page, wait for it, and return its block [nbytes of the layout]; None if there is no room.
 
-        `release` it when the device has read it. Raises StyleError for a bank whose file can't be read or was written
-        to meanwhile.
+        Call `release` when the device has read it. Raises StyleError if the bank's file can't be read or was modified
+        meanwhile.
         """
         self._settle()
         try:
@@ -130,12 +130,12 @@ class HostPages:
             raise
 
     def _of(self, slot: int, layout: PageLayout) -> torch.Tensor:
-        """A block [1, nbytes of the layout]."""
+        """Return a block [1, nbytes of the layout]."""
         chunk, place = divmod(slot, self._in_chunk)
         return self._chunks[chunk][place : place + 1, : layout.nbytes]
 
     def _taken(self, slot: int) -> bool:
-        """Whether a block has memory, which is taken here if it is the first one of its chunk."""
+        """Return whether a block has memory; allocate its chunk if this is the first block of it."""
         chunk = slot // self._in_chunk
         if self._chunks[chunk] is None and not self._refused:
             try:
@@ -154,12 +154,12 @@ class HostPages:
         return self._chunks[chunk] is not None
 
     def _settle(self) -> None:
-        """Report what the threads have finished."""
+        """Record finished loads in the pool."""
         for slot in [slot for slot, ticket in self._tickets.items() if ticket.done]:
             ticket = self._tickets.pop(slot)
             try:
                 ticket.check()
             except StyleError:
-                self._pool.failed(np.array([slot]))  # whoever wants the page reads it again, and gets the error
+                self._pool.failed(np.array([slot]))  # the next `hold` of the page reads it again and raises the error
             else:
                 self._pool.filled(np.array([slot]))

@@ -1,4 +1,4 @@
-"""A request that was submitted: its state, its result, and what can be seen on the way."""
+"""A submitted request: its state, its result, and its previews."""
 
 import asyncio
 import logging
@@ -26,27 +26,27 @@ QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed"
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """A job after one of its steps: what the model sees behind the noise.
+    """A job's preview after one of its steps: the model's estimate of the noise-free picture.
 
-    `latents` [pictures, channels, h, w] are those of the pictures asked for, on the CPU; `images()` makes small PIL
-    pictures of them.
+    `latents` [pictures, channels, h, w] are those of the requested pictures, on the CPU; `images()` turns them into
+    small PIL pictures.
     """
 
     step: int  # steps done
-    steps: int  # of all
+    steps: int  # in total
     latents: torch.Tensor
     decode: Callable[[torch.Tensor], list] = field(repr=False)
 
     def images(self) -> list:
-        """PIL images by the engine's preview decoder; cheap next to a step."""
+        """Return PIL images from the engine's preview decoder; cheap compared with a step."""
         return self.decode(self.latents)
 
 
 class Job:
-    """What `Engine.submit` gives back. Its methods may be called from any thread.
+    """The result of `Engine.submit`. Its methods may be called from any thread.
 
-    `await job` and `async for preview in job` work in any event loop; a slow reader of previews misses some, never the
-    last one. `status` is "queued", "running", "done", "failed" or "cancelled"; `step` of `steps` are done.
+    `await job` and `async for preview in job` work in any event loop; a slow reader of previews misses some, but never
+    the last one. `status` is "queued", "running", "done", "failed" or "cancelled"; `step` of `steps` are done.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Job:
         self.submitted = time.monotonic()
         self.expires = None if deadline is None else self.submitted + deadline
         self._cancel, self._inside, self._process = cancel, inside, os.getpid()
-        self._lock = threading.RLock()  # a reader may be let go of at any moment, under it too
+        self._lock = threading.RLock()  # reentrant: a reader may be collected at any time, even under this lock
         self._finished = threading.Event()
         self._status = QUEUED
         self._result: Any = None
         self._error: BaseException | None = None
         self._watchers: list[Callable[[Preview | None], None]] = []
-        # of the batch loop
+        # used by the batch loop
         self.trajectories: list[Trajectory] | None = None
         self.admission: Admission | None = None
         self.groups: list[Group] = []
@@ -79,20 +79,20 @@ class Job:
 
     @property
     def status(self) -> str:
-        """One of "queued", "running", "done", "failed", "cancelled"."""
+        """Return "queued", "running", "done", "failed" or "cancelled"."""
         return self._status
 
     def done(self) -> bool:
-        """Whether it is over, in whatever way."""
+        """Return whether the job has ended, in any way."""
         return self._finished.is_set()
 
     def result(self, timeout: float | None = None):
         """Wait and return the `Result`.
 
-        Raises what the job failed with: JobCancelled, DeadlineExceeded, NumericsError, OutOfMemory, EngineClosed,
-        InvalidRequest and its kin; TimeoutError if it is not over within `timeout` seconds (it goes on then).
-        InvalidRequest too where waiting would keep the job from going on: in a callback, which runs in a thread of the
-        engine. EngineClosed for a job that is not over in a process that was forked from its own.
+        Raises the job's error: JobCancelled, DeadlineExceeded, NumericsError, OutOfMemory, EngineClosed, InvalidRequest
+        or a subclass; TimeoutError if it is not done within `timeout` seconds (it continues then). Also raises
+        InvalidRequest where waiting would block the job: in a callback, which runs in a thread of the engine. Raises
+        EngineClosed for an unfinished job in a process forked from the job's own.
         """
         if timeout is not None:
             timeout = min(values.real_number("timeout", timeout, 0, also=(math.inf,)), threading.TIMEOUT_MAX)
@@ -103,7 +103,7 @@ class Job:
                     f"the job is {self.status}, and this callback runs in the thread that its steps or its pictures "
                     "wait for; take the result in another thread, or give the job a callback of its own"
                 )
-        # whatever is over can be read without a lock, which in a forked process may be held for ever
+        # a finished job is read without the lock, which may be held forever in a forked process
         if not (self.done() or self._finished.wait(timeout)):
             raise TimeoutError(f"the job is {self.status} at step {self.step} of {self.steps} after {timeout} seconds")
         if self._error is not None:
@@ -111,13 +111,13 @@ class Job:
         return self._result
 
     def exception(self) -> BaseException | None:
-        """What it failed with; None if it is not over or went well."""
+        """Return the job's error; None if it is unfinished or succeeded."""
         return self._error
 
     def cancel(self) -> bool:
-        """Stop it: at once if it waits, after the present step if it runs. False if it was over already.
+        """Cancel the job: at once if it waits, after the current step if it runs. Returns False if it has ended.
 
-        False too in a process that was forked from its own: it runs there, if anywhere.
+        Also returns False in a process forked from the job's own, where it does not run.
         """
         if self.done() or os.getpid() != self._process:
             return False
@@ -125,9 +125,9 @@ class Job:
         return True
 
     def add_done_callback(self, call: Callable[["Job"], None]) -> None:
-        """Have `call(job)` called when it is over, from a thread of the engine; at once if it is over already.
+        """Arrange for `call(job)` in a thread of the engine when the job ends; at once if it has ended.
 
-        What it raises is logged, and other jobs go on. It must not wait for jobs of the same engine.
+        Exceptions in it are logged, and other jobs continue. It must not wait for jobs of the same engine.
         """
 
         def tell(preview: Preview | None) -> None:
@@ -137,7 +137,7 @@ class Job:
         self._watch(tell, wants_previews=False)
 
     def __await__(self):
-        """The result, or what the job failed with; a task that is cancelled while it waits cancels the job."""
+        """Wait for the result, or raise the job's error; cancelling the waiting task cancels the job."""
         return self._as_future().__await__()
 
     def __aiter__(self) -> "Previews":
@@ -181,7 +181,7 @@ class Job:
         for tell in watchers:
             try:
                 tell(preview)
-            except BaseException:  # the watcher's own, SystemExit included; the loop has other jobs to run
+            except BaseException:  # errors of the watcher, including SystemExit, must not stop the loop's other jobs
                 logger.exception("what watches a job at step %d of %d raised", self.step, self.steps)
 
     def _forget(self, tell) -> None:
@@ -195,22 +195,22 @@ class Job:
 
     @property
     def wants_previews(self) -> bool:
-        """Whether a preview is worth making."""
+        """Return whether anything reads previews."""
         with self._lock:
             return any(tell.wants_previews for tell in self._watchers)
 
     def start(self) -> None:
-        """It has joined the batch."""
+        """Mark the job as running."""
         self._status = RUNNING
 
     def show(self, preview: Preview) -> None:
-        """Hand a preview to those who watch."""
+        """Pass a preview to all watchers."""
         with self._lock:
             watchers = [tell for tell in self._watchers if tell.wants_previews]
         self._tell(watchers, preview)
 
     def finish(self, result: Any = None, error: BaseException | None = None) -> bool:
-        """It is over; False if it was before."""
+        """End the job; return False if it had already ended."""
         with self._lock:
             if self._finished.is_set():
                 return False
@@ -218,16 +218,16 @@ class Job:
             self._status = DONE if error is None else CANCELLED if isinstance(error, JobCancelled) else FAILED
             self._finished.set()
             watchers, self._watchers = self._watchers, []
-            # else a finished job would keep the whole model alive
+            # otherwise a finished job would keep the whole model alive
             self._cancel, self._inside = _nothing_to_cancel, bool
         self._tell(watchers, None)
         return True
 
 
 class Previews:
-    """The previews of a job in an event loop, as `async for` takes them; ends with the job, and raises its error.
+    """The previews of a job in an event loop, for `async for`; ends with the job, and raises its error.
 
-    A reader whose task is cancelled cancels the job; one that merely leaves does not.
+    Cancelling the reader's task cancels the job; merely leaving the loop does not.
     """
 
     def __init__(self, job: Job):
@@ -249,7 +249,7 @@ class Previews:
             self._leave()
             raise
         while preview is not None and not latest.empty():
-            # a newer one makes those before it worthless
+            # skip to the newest preview
             newer = latest.get_nowait()
             if newer is None:
                 latest.put_nowait(None)
@@ -262,7 +262,7 @@ class Previews:
         raise StopAsyncIteration if error is None else error
 
     async def aclose(self) -> None:
-        """Stop reading; no previews are made for this reader any more."""
+        """Stop reading; no more previews are made for this reader."""
         self._leave()
 
     def __del__(self):
@@ -286,13 +286,13 @@ class Previews:
         self._over = True
         if self._tell is not None:
             self._job._forget(self._tell)
-        # a task may be cancelled while it does something else with a preview, and then lets go of this
+        # a task cancelled while it handles a preview drops this iterator
         if self._reader is not None and (self._reader.cancelling() or self._reader.cancelled()):
             self._job.cancel()
 
 
 def _nothing_to_cancel(job: Job) -> None:
-    """What a finished job does on `cancel`."""
+    """Do nothing: replaces `cancel` of a finished job."""
 
 
 __all__ = ["CANCELLED", "DONE", "FAILED", "QUEUED", "RUNNING", "Job", "Preview", "Previews"]

@@ -1,4 +1,4 @@
-"""What a job of the batch loop waits for before its first step and after its last, and why it may end between."""
+"""States of a job before its first step and after its last, and the errors that end it early."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from stylefast.runtime.jobs import Job
 
 @dataclass(eq=False)
 class Call:
-    """A call that an admission wants, made beside the steps."""
+    """A call that an admission needs, made alongside the steps."""
 
     over: bool = False
     value: Any = None
@@ -22,7 +22,7 @@ class Call:
 
 @dataclass(eq=False)
 class Joining:
-    """A job that is about to join: what it waits for."""
+    """A job that is about to join, and what it waits for."""
 
     admission: Admission
     call: Call | None = None
@@ -30,12 +30,12 @@ class Joining:
 
     @property
     def waits(self) -> bool:
-        """Whether its call is not over."""
+        """Return whether its call is unfinished."""
         return self.call is not None and not self.call.over
 
 
 def pieces(job: Job, making: Generator[None, None, Any]) -> Callable[[], Any]:
-    """A task of the helper: the next piece of a job's result, until it is whole or the job was cancelled."""
+    """Return a helper task that makes a job's result piece by piece, until complete or the job is cancelled."""
 
     def piece() -> Any:
         if job.cancelled:
@@ -51,11 +51,11 @@ def pieces(job: Job, making: Generator[None, None, Any]) -> Callable[[], Any]:
 
 
 def cancelled(job: Job) -> JobCancelled:
-    """The error of a job that was cancelled."""
+    """Return the error of a cancelled job."""
     return JobCancelled(f"the job was cancelled at step {job.step} of {job.steps}")
 
 
 def too_late(job: Job) -> DeadlineExceeded:
-    """The error of a job whose deadline has passed."""
+    """Return the error of a job whose deadline has passed."""
     given = job.expires - job.submitted
     return DeadlineExceeded(f"the deadline of {given:g} seconds passed at step {job.step} of {job.steps}")

@@ -1,9 +1,9 @@
-"""Keys and values of prompts and pictures in pages that are handed out, shared and taken back.
+"""Keys and values of prompts and pictures, in shared pages with reference counts.
 
-Cross-attention's keys and values don't change over the steps, nor from request to request with an equal prompt. So they
-are computed once, kept in pages of buffers that stay where they are (a captured graph or a compiled region reads them
-by page number), and dropped when the room is wanted and nobody uses them. All layers of an attention level share one
-buffer, which is how exported graphs take them.
+Cross-attention's keys and values don't change between steps, nor between requests with equal prompts. So they are
+computed once, kept in pages of buffers with fixed addresses (captured graphs and compiled regions read them by page
+number), and dropped when they are unused and the room is needed. All layers of an attention level share one buffer, as
+exported graphs require.
 """
 
 from collections import OrderedDict
@@ -15,16 +15,16 @@ from stylefast.models.conditioning import KeyValue
 from stylefast.models.layout import AttentionLayout
 
 FIRST_PAGES = 8
-# pages that nobody uses and that are kept for the next request with the same prompt or picture
+# unused pages kept for the next request with the same prompt or picture
 IDLE_PAGES = 64
 
 
 class KeyValuePages:
-    """Pages of keys and values of all cross-attention layers, each with one row of `extra` numbers beside it.
+    """Pages of keys and values of all cross-attention layers, each with one row of `extra` numbers.
 
-    `packed[level]` is [layers of the level, 2, pages, tokens, heads, d], layers in registry order, and `layers[i]` the
-    contiguous views (k, v) [pages, tokens, heads, d] of it; `lengths` [pages] int64 the tokens in use; `extra` [pages,
-    width]. All of them are replaced when the buffers grow, and `generation` rises.
+    `packed[level]` is [layers of the level, 2, pages, tokens, heads, d], layers in registry order, and `layers[i]` its
+    contiguous views (k, v) [pages, tokens, heads, d]; `lengths` [pages] int64 the tokens in use; `extra` [pages,
+    width]. All are replaced when the buffers grow, and `generation` increases.
     """
 
     def __init__(self, layout: AttentionLayout, tokens: int, extra: int, device: torch.device, dtype: torch.dtype):
@@ -42,22 +42,22 @@ class KeyValuePages:
         self._resize(FIRST_PAGES, tokens)
 
     def __len__(self) -> int:
-        """Pages there is room for."""
+        """Return the number of pages that fit."""
         return len(self.lengths)
 
     @property
     def used(self) -> int:
-        """Pages in use."""
+        """Count the pages in use."""
         return len(self._users)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
+        """Return the bytes of all buffers."""
         buffers = [self.lengths, self.extra, *self.packed]
         return sum(x.numel() * x.element_size() for x in buffers)
 
     def find(self, key: Hashable) -> int | None:
-        """The page of a key, which then has one more user; None if there is none."""
+        """Return the page of a key and add one user to it; None if the key is unknown."""
         page = self._page_of.get(key)
         if page is not None:
             self._idle.pop(page, None)
@@ -69,7 +69,7 @@ class KeyValuePages:
     ) -> list[int]:
         """Store new pages, each with one user.
 
-        layers: per layer (k, v) [n, tokens, heads, d], or None where a layer reads zeros; extra: [n, width].
+        layers: per layer (k, v) [n, tokens, heads, d], or None for layers that read zeros; extra: [n, width].
         Returns the n page numbers.
         """
         tokens = next(pair for pair in layers if pair is not None)[0].shape[1]
@@ -94,7 +94,7 @@ class KeyValuePages:
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """Take back one use of each page."""
+        """Remove one user from each page."""
         for page in pages:
             self._users[page] -= 1
             if self._users[page] == 0:
@@ -104,7 +104,7 @@ class KeyValuePages:
             self._forget(next(iter(self._idle)))
 
     def forget_idle(self) -> None:
-        """Drop what nobody uses."""
+        """Drop unused pages."""
         for page in list(self._idle):
             self._forget(page)
 
@@ -138,6 +138,6 @@ class KeyValuePages:
         lengths[:before], extra[:before] = self.lengths, self.extra
         self.packed, self.layers, self.tokens = tuple(packed), tuple(layers), tokens
         self.lengths, self.extra = lengths, extra
-        # the lowest page first
+        # lowest page at the end, so that `pop` takes it first
         self._free = sorted({*self._free, *range(before, pages)}, reverse=True)
         self.generation += 1

@@ -1,7 +1,7 @@
-"""How much memory there is for batches and for the pages of style banks, asked before it is used.
+"""Memory available for batches and style bank pages, checked before it is used.
 
-Running out of memory on a GPU can be caught and tried again; Linux' out-of-memory killer can't. So the rows of a batch
-are counted beforehand, and the limit that a user sets is divided up here.
+A CUDA out-of-memory error can be caught and retried; the Linux out-of-memory killer gives no such chance. So the rows
+of a batch are counted beforehand, and the user's limit is divided here.
 """
 
 import ctypes
@@ -19,12 +19,12 @@ from stylefast.models.unet import UNet
 from stylefast.models.weight_files import available_memory, total_memory
 from stylefast.runtime.page_layout import PageLayout
 
-# peak of live feature maps in units of one at the finest level; with SDXL's layout at 128x128 latents, fp32 on a CPU,
-# resident memory rose by 27
+# peak of live feature maps, in units of one map at the finest level; measured with SDXL's layout at 128x128 latents,
+# fp32 on a CPU: resident memory rose by 27
 _LIVE_MAPS = 40
-# the 3x3 convolution behind the finest level's concatenation: nine values for each of its three maps
+# the 3x3 convolution after the finest level's concatenation: nine values for each of its three maps
 _UNFOLDED_MAPS = 27
-# of what is free, for bank pages, where no limit is given
+# share of free memory for bank pages without a limit
 _BANK_SHARE = {"cpu": 0.2, "cuda": 0.4}
 _MOST_SLOTS = 512
 _HOST_SHARE = 0.25
@@ -33,17 +33,18 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 
 class HasBytes(Protocol):
-    """Anything that knows its size."""
+    """An object that knows its size."""
 
     nbytes: int
 
 
 class MemoryBudget:
-    """What may be used.
+    """Limits on memory use.
 
-    limit: bytes for everything that the engine holds on its device, model included; None: what the device has.
+    limit: bytes for everything that the engine holds on its device, including the model; None: the device's memory.
     banks: bytes for pages of style banks, at most half of what a limit leaves; None: a share of what is left.
-    host: bytes of pinned host memory for pages on their way to a GPU; None: a quarter of what is free. CPUs need none.
+    host: bytes of pinned host memory for pages being copied to a GPU; None: a quarter of the free memory. Unused on
+    CPUs.
     """
 
     def __init__(self, limit: int | None = None, banks: int | None = None, host: int | None = None):
@@ -51,11 +52,11 @@ class MemoryBudget:
         self._held = lambda: 0
 
     def watch(self, held) -> None:
-        """`held()` counts the bytes that the engine holds now; needed before a limit can be kept."""
+        """Set the function that counts the bytes that the engine holds now; needed to enforce a limit."""
         self._held = held
 
     def free(self, device: torch.device) -> int | None:
-        """Bytes that may still be taken; None where nobody can tell, or where asking forgiveness costs nothing."""
+        """Return the available bytes; None if unknown, or on a GPU without a limit, where errors can be caught."""
         found = available_memory(device) if device.type == "cpu" else None
         if self.limit is None:
             return found
@@ -63,12 +64,12 @@ class MemoryBudget:
         return left if found is None else min(found, left)
 
     def rows(self, unet: UNet, latent_size: tuple[int, int]) -> int:
-        """Rows of one UNet call that fit, by a rough count; at least 0."""
+        """Return the estimated number of rows of one UNet call that fit; at least 0."""
         free = self.free(unet.device)
         return 2**20 if free is None else int(free // row_bytes(unet, latent_size))
 
     def check(self, unet: UNet, rows: int, latent_size: tuple[int, int]) -> None:
-        """Raise OutOfMemory if one UNet call of `rows` rows at (height, width) latents can't fit by a rough count."""
+        """Raise OutOfMemory if one UNet call of `rows` rows at (height, width) latents is estimated not to fit."""
         needed, free = rows * row_bytes(unet, latent_size), self.free(unet.device)
         if free is not None and needed > free:
             height, width = latent_size
@@ -79,7 +80,7 @@ class MemoryBudget:
             )
 
     def check_ever(self, unet: UNet, rows: int, latent_size: tuple[int, int]) -> None:
-        """Raise OutOfMemory if such a call can't fit even when everything else is done."""
+        """Raise OutOfMemory if such a call can't fit even with all other work finished."""
         most = total_memory(unet.device) if self.limit is None else self.limit
         needed = rows * row_bytes(unet, latent_size)
         if most is not None and needed > most:
@@ -93,9 +94,9 @@ class MemoryBudget:
     def bank_slots(
         self, unet: UNet, latent_size: tuple[int, int], others: Iterable[HasBytes] = (), own: int = 0
     ) -> int:
-        """Pages of style banks that the pool of a size may hold, the pools of other sizes counted in.
+        """Return the number of bank pages that one size's pool may hold, given the pools of other sizes.
 
-        own: bytes of the pool that the new one is to take the place of.
+        own: bytes of the pool that is replaced.
         Raises OutOfMemory if not even one fits.
         """
         page, taken = PageLayout(unet, latent_size, unet.dtype).nbytes, sum(pool.nbytes for pool in others)
@@ -103,7 +104,7 @@ class MemoryBudget:
         free = None if free is None else free + own
         if self.banks is not None:
             room = self.banks - taken
-            # a limit holds for everything, and batches want their half of what it leaves
+            # the limit covers everything, and half of what it leaves is for batches
             room = room if free is None or self.limit is None else min(room, free // 2)
         else:
             if free is None and (found := available_memory(unet.device)) is not None:
@@ -118,7 +119,7 @@ class MemoryBudget:
         return int(slots)
 
     def host_room(self, device: torch.device, others: int = 0) -> int:
-        """Bytes that the pinned tier of a size may take; `others`: bytes of the tiers of other sizes."""
+        """Return the bytes for one size's pinned tier; `others`: bytes of the tiers of other sizes."""
         if device.type != "cuda":
             return 0
         free = available_memory("cpu")
@@ -127,7 +128,7 @@ class MemoryBudget:
 
 
 def row_bytes(unet: UNet, latent_size: tuple[int, int]) -> int:
-    """Peak of one row's feature maps in a UNet call, by a rough count."""
+    """Estimate the peak bytes of one row's feature maps in a UNet call."""
     height, width = latent_size
     bytes_per_value = torch.finfo(unet.dtype).bits // 8
     maps = _LIVE_MAPS + (_UNFOLDED_MAPS if unfolds(unet.device, unet.dtype) else 0)
@@ -135,14 +136,14 @@ def row_bytes(unet: UNet, latent_size: tuple[int, int]) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` was raised for want of memory: by PyTorch, on the GPU or on the CPU, by Python, or by us."""
+    """Return whether `error` means out of memory: from PyTorch on GPU or CPU, Python, or stylefast."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "not enough memory" in str(error)
     )
 
 
 def parse_bytes(what: str, value: int | str | None) -> int | None:
-    """Bytes of "8GB", "512 MiB" or a number; None stays None. Raises InvalidRequest."""
+    """Return the bytes of "8GB", "512 MiB" or a number; None stays None. Raises InvalidRequest."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -163,7 +164,7 @@ def parse_bytes(what: str, value: int | str | None) -> int | None:
 
 
 def give_back() -> None:
-    """Return to the system what the C library keeps of freed memory, where it can be asked to."""
+    """Return memory that the C library has freed to the system, if it supports that."""
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -178,7 +179,7 @@ def _libc():
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM; 0 where the system does not tell."""
+    """Return this process's resident memory in bytes; 0 if the system does not tell."""
     try:
         with open("/proc/self/statm") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""What is taken as it is and will disappoint: words that the model does not know, styles with nothing to align with."""
+"""Warnings about valid requests that will disappoint: unknown words, styles with nothing to align with."""
 
 import difflib
 import logging
@@ -11,24 +11,24 @@ from stylefast.styles.dream_styler import DreamStyler
 
 logger = logging.getLogger(__name__)
 
-# words of letters, and numbers that stand alone; the 1.0 of a weight is no word
+# words of letters, and standalone numbers; the 1.0 of a weight is not a word
 _WORD = re.compile(r"[^\W\d_]+|(?<!\S)\d+(?!\S)")
-# other programs' instructions that hold no words for the text encoders
+# other programs' instructions without words for the text encoders
 _WORDLESS = ("a tag", "an embedding", "an option", "a wildcard", "a keyword")
-_SHOWN = 12  # words that a warning lists
+_SHOWN = 12  # max words in a warning
 
 
 class Notices:
-    """Warns, once a call, of requests that the model `name` can't do justice to.
+    """Warnings, once per call, about requests that the model `name` can't serve well.
 
-    known_words: all that the model's text encoders were trained on, in lower case; None: any text, as SDXL's were.
+    known_words: all words that the model's text encoders were trained on, in lower case; None: any text, as for SDXL.
     """
 
     def __init__(self, name: str, known_words: Collection[str] | None):
         self._name, self._known = name, tuple(known_words or ())
 
     def __call__(self, requests: Sequence[Request], baking: bool = False) -> None:
-        """Look at the requests of one call. `baking`: of a request that stands for a bank's readers, at its styles."""
+        """Check the requests of one call; `baking`: skip the prompt, a placeholder for those of a bank's readers."""
         warn_of_instructions(requests)
         unknown = self._unknown_words([text for request in requests for text in _texts(request)[baking:]])
         if unknown:
@@ -51,13 +51,13 @@ class Notices:
             )
 
     def _unknown_words(self, texts: Iterable[str]) -> list[str]:
-        """Words that the model was never trained on, in order, each once."""
+        """Return the words that the model was never trained on, in order, each once."""
         if not self._known:
             return []
         words: dict[str, None] = {}
         for text in texts:
             for written, (kind, _) in instructions(text).items():
-                if kind in _WORDLESS:  # which are told of already
+                if kind in _WORDLESS:  # already reported
                     text = text.replace(written, " ")
             words |= dict.fromkeys(word for word in _WORD.findall(text.lower()) if word not in self._known)
         return list(words)
@@ -70,7 +70,7 @@ class Notices:
 
 
 def alone(requests: Sequence[Request]) -> list[int]:
-    """Places of the requests whose StyleAligned makes the first picture the reference, and who are the only ones."""
+    """Return the indices of requests that are alone with a StyleAligned that takes the first picture as reference."""
     groups: dict[int, list[int]] = {}
     for i, request in enumerate(requests):
         style = request.aligned
@@ -80,7 +80,7 @@ def alone(requests: Sequence[Request]) -> list[int]:
 
 
 def _texts(request: Request) -> list[str]:
-    """What the text encoders read of a request, its prompt first, without the places of learned tokens."""
+    """Return the texts that the text encoders read, the prompt first, without learned tokens' placeholders."""
     learned = request.styles_of(DreamStyler)
     slots = [f"<{style.name}>" for style in learned] + (["{style}", "{context}"] if learned else [])
     read = []

@@ -1,4 +1,4 @@
-"""What users pass to an engine, checked and in one form."""
+"""Checks and normalisation of an engine's arguments."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,17 +12,17 @@ OUTPUTS = ("pil", "np", "latents")
 
 
 def check_output(name: str) -> None:
-    """Raise InvalidRequest for a kind of result that does not exist."""
+    """Raise InvalidRequest for an unknown kind of output."""
     values.one_of("output", name, OUTPUTS)
 
 
 def check_deadline(seconds: float | None) -> float | None:
-    """A number of seconds above 0, or None. Raises InvalidRequest."""
+    """Return a number of seconds above 0, or None. Raises InvalidRequest."""
     return None if seconds is None else values.real_number("deadline", seconds, above=0, also=(math.inf,))
 
 
 def buckets_of(given: Sequence[int]) -> tuple[int, ...]:
-    """Row counts that batches are padded to, ascending. Raises InvalidRequest."""
+    """Return the row counts to which batches are padded, ascending. Raises InvalidRequest."""
     counts = values.several("batch_buckets", as_list(given), most=_MOST_BUCKETS)
     buckets = tuple(values.whole_number("batch_buckets", one, 1) for one in counts)
     if list(buckets) != sorted(set(buckets)):
@@ -33,12 +33,12 @@ def buckets_of(given: Sequence[int]) -> tuple[int, ...]:
 
 
 def count_of(name: str, value: int | None) -> int | None:
-    """A whole number of at least 1, or None for no limit. Raises InvalidRequest."""
+    """Return a whole number of at least 1, or None for no limit. Raises InvalidRequest."""
     return None if value is None else values.whole_number(name, value, 1)
 
 
 def prompts_of(given) -> list:
-    """A call's prompts as a list: one text or `Request`, or anything that yields several. Raises InvalidRequest."""
+    """Return a call's prompts, one text or `Request` or an iterable of them, as a list. Raises InvalidRequest."""
     if isinstance(given, (str, Request)):
         return [given]
     if isinstance(given, (bytes, bytearray, Mapping)) or not isinstance(given, Iterable) or _is_scalar(given):
@@ -50,10 +50,10 @@ def prompts_of(given) -> list:
 
 
 def _is_scalar(given) -> bool:
-    # a 0-d array says that it can be iterated over, and can't
+    # 0-d arrays are instances of Iterable but can't be iterated
     return getattr(given, "ndim", 1) == 0
 
 
 def as_list(value) -> list:
-    """None, one thing or several as a list."""
+    """Return None, one value or several as a list."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

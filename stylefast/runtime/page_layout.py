@@ -1,10 +1,10 @@
-"""How one page of a style bank lies in memory: what its layers and norms hold, in a few parts.
+"""Memory layout of one page of a style bank: its layers and norms, grouped into a few parts.
 
 On the device every part is a dense tensor whose first dimension is the page's slot: keys and values of an attention
-level, statistics of a level, group norms. That is what exported graphs read; the kernels read views of one layer,
-`[slots, tokens, heads, d]`, in which tokens have the stride of the batch's own keys, as the fastest attention kernel
-asks for. In host memory a page is one block with the parts behind one another, so that it crosses to the device in as
-many copies as there are parts.
+level, statistics of a level, group norms. Exported graphs read the parts; the kernels read views of one layer, `[slots,
+tokens, heads, d]`, whose token stride equals that of the batch's own keys, as the fastest attention kernel requires. In
+host memory a page is one block with all parts in a row, so that it is copied to the device in as many copies as there
+are parts.
 """
 
 import math
@@ -18,11 +18,11 @@ from stylefast.styles.bank import StyleBank
 from stylefast.styles.bank_size import BankShapes
 
 FP8 = torch.float8_e4m3fn
-_ALIGN = 64  # bytes: of every part of a block, and more than any kernel's vectors
+_ALIGN = 64  # bytes; aligns every part of a block, and exceeds any kernel's vectors
 
 
 class Part(NamedTuple):
-    """One part of a page: where it starts in a block, and the shape that one page has of it."""
+    """One part of a page: its start in a block, and its shape for one page."""
 
     name: str
     start: int  # bytes
@@ -35,13 +35,13 @@ class Part(NamedTuple):
 
 
 class PageLayout:
-    """The parts of a page, and where in them every layer and norm is; a block has `nbytes`.
+    """The parts of a page, and the place of every layer and norm in them; a block has `nbytes`.
 
-    Of every attention level, layers in registry order: "page_kv_<level>" [layers, 2, tokens, heads, d] in `dtype`, or
-    for store="hidden" the hidden states [layers, tokens, channels]; with fp8 their "page_scale_<level>"
-    [layers, 2, heads, d] or [layers, channels]; "page_stats_<level>" [layers, 2, 3, heads, d], the means and variances
-    of queries, keys, values. Of all group norms in module order: "page_norms" [norms, 2, groups], means and variances.
-    All but the keys and values are float32.
+    For every attention level, layers in registry order: "page_kv_<level>" [layers, 2, tokens, heads, d] in `dtype`, or
+    for store="hidden" the hidden states [layers, tokens, channels]; with fp8 their "page_scale_<level>" [layers, 2,
+    heads, d] or [layers, channels]; "page_stats_<level>" [layers, 2, 3, heads, d], the means and variances of queries,
+    keys, values. For all group norms in module order: "page_norms" [norms, 2, groups], means and variances. All but the
+    keys and values (or hidden states) are float32.
     """
 
     def __init__(self, unet: UNet, latent_size: tuple[int, int], dtype: torch.dtype, store: str = "kv"):
@@ -50,7 +50,7 @@ class PageLayout:
         shapes = BankShapes.from_config(unet.config, (width, height), pixels_per_latent=1)
         self.norm_elements = shapes.norm_elements
         self.parts: list[Part] = []
-        self._places: dict[tuple[str, int], tuple[int, int]] = {}  # (part, place in it)
+        self._places: dict[tuple[str, int], tuple[int, int]] = {}  # (part, index in it)
         for level in range(unet.layout.levels):
             layers = unet.layout.at_level(level)
             tokens, heads, d = shapes.layers[layers[0]]
@@ -70,23 +70,23 @@ class PageLayout:
         self.nbytes += -(-self.parts[-1].nbytes // _ALIGN) * _ALIGN
 
     def allocate(self, pages: int, device: torch.device) -> list[torch.Tensor]:
-        """Zeros for so many pages: one tensor [pages, ...] for every part."""
+        """Return zeros for `pages` pages: one tensor [pages, ...] per part."""
         return [torch.zeros(pages, *part.shape, dtype=part.dtype, device=device) for part in self.parts]
 
     def split(self, blocks: torch.Tensor) -> list[torch.Tensor]:
-        """The parts of blocks [pages, nbytes] uint8, as views [pages, ...]."""
+        """Split blocks [pages, nbytes] uint8 into their parts, as views [pages, ...]."""
         return [
             blocks[:, part.start : part.start + part.nbytes].view(part.dtype).unflatten(1, part.shape)
             for part in self.parts
         ]
 
     def view(self, parts: Sequence[torch.Tensor], what: str, index: int) -> torch.Tensor:
-        """What all pages hold of one layer ("values", "scale", "stats") or "norm": [pages, ...]."""
+        """Return a view of one layer ("values", "scale", "stats") or "norm" in all pages: [pages, ...]."""
         part, place = self._places[what, index]
         return parts[part][:, place]
 
     def copies(self, bank: StyleBank, place: tuple[int, int, int], parts: Sequence[torch.Tensor], slot: int):
-        """Return (sources, destinations): what brings the page at `place` (step, branch, reference) into page `slot`.
+        """Return (sources, destinations) that copy the page at `place` (step, branch, reference) into page `slot`.
 
         Sources are tensors, or spans of the bank's file.
         """

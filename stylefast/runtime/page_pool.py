@@ -1,8 +1,8 @@
-"""Which page of a style bank lies in which slot of a tier: the device's buffers or pinned blocks of the host.
+"""Bookkeeping of style bank pages in the slots of a tier: the device's buffers or pinned blocks of the host.
 
-A page is what one (style, step, branch, reference) offers to its readers. The pool keeps the books only; whoever
-claims a page moves its bytes. The work is done in C++ where the extension is built and by the twin below where it
-isn't; both give the same answers and the same messages.
+A page holds the features of one (style, step, branch, reference) for its readers. The pool only keeps records; callers
+that claim a page copy its bytes. The work is done in C++ if the extension is built, else by the Python twin below; both
+give the same results and messages.
 """
 
 import threading
@@ -27,42 +27,42 @@ class PoolFull(StyleFastError, RuntimeError):
 
 
 class Claim(NamedTuple):
-    """Where pages lie, in the order in which they were asked for."""
+    """Slots of pages, in the order of the keys."""
 
     slots: np.ndarray  # [pages] int64; -1: none
     claimed: np.ndarray  # [pages] bool: absent before, so the caller fills the slot and reports `filled` or `failed`
 
 
 class PoolStats(NamedTuple):
-    """Pages by state, and what has happened since the pool was made."""
+    """Counts of pages by state, and of events since the pool was made."""
 
     slots: int
     resident: int
     loading: int
-    pinned: int  # these are also resident or loading
-    hits: int  # of `acquire`; a page that is being loaded counts as there
+    pinned: int  # included in resident or loading
+    hits: int  # of `acquire`; a page being loaded counts as a hit
     misses: int
-    evictions: int  # pages that gave way to others
+    evictions: int  # pages evicted to make room
 
 
 class Page(NamedTuple):
-    """One page of the pool as it is now."""
+    """Snapshot of one page of the pool."""
 
     style: int
     step: int
     branch: int
     reference: int
     slot: int
-    state: str  # one of `STATES` but the first
+    state: str  # one of `STATES` except "free"
     pins: int
-    stale: bool  # dropped or failed: leaves with its last pin, and the next `acquire` makes a new page
+    stale: bool  # dropped or failed: removed with its last pin, and the next `acquire` makes a new page
 
 
 class PagePool:
-    """The pages of one tier: at most `slots` at a time, the least recently used ones giving way. Thread-safe.
+    """The pages of one tier: at most `slots` at a time, the least recently used ones evicted first. Thread-safe.
 
-    Keys are [pages, 4] numbers (style, step, branch, reference). A page is *loading* from the claim to the report of
-    its filler, then *resident*. A pinned page keeps its slot. Releases, claims and drops name keys, so where a page is
+    Keys are [pages, 4] numbers (style, step, branch, reference). A page is *loading* from the claim until its caller
+    reports it, then *resident*. A pinned page keeps its slot. Releases, claims and drops name keys, so if a page is
     dropped while pinned and its key acquired again, old and new pins can't be told apart: both pages stay until all
     pins are returned.
 
@@ -86,11 +86,11 @@ class PagePool:
     def acquire(self, keys: Sequence | np.ndarray) -> Claim:
         """Pin every page, or none.
 
-        An absent page gets a free slot or that of the least recently used page without pins. A key given twice is
-        pinned twice and claimed once.
+        An absent page gets a free slot or that of the least recently used unpinned page. A key given twice is pinned
+        twice and claimed once.
 
         Raises:
-            PoolFull: what is pinned leaves too few slots; nothing has changed.
+            PoolFull: pinned pages leave too few slots; nothing is changed.
         """
         try:
             return Claim(*self._pool.acquire(_keys(keys)))
@@ -98,46 +98,46 @@ class PagePool:
             raise PoolFull(str(error)) from None
 
     def prefetch(self, keys: Sequence | np.ndarray) -> Claim:
-        """As `acquire`, but without pins and without failing: slot -1 where none is to be had.
+        """Claim like `acquire`, but without pins and without failing: slot -1 if none is available.
 
-        Give the keys in the order of their need: no page gives way to a later key of the call, and among the call's own
-        pages the last gives way first. A claimed page keeps its slot until `filled`.
+        Give the keys in the order in which they are needed: no page is evicted for a later key of the call, and of the
+        call's own pages the last is evicted first. A claimed page keeps its slot until `filled`.
         """
         return Claim(*self._pool.prefetch(_keys(keys)))
 
     def filled(self, slots: Sequence | np.ndarray) -> None:
-        """The pages of these slots are loaded. RuntimeError, and nothing changes, where one is not being loaded."""
+        """Report these slots' pages as loaded. Raises RuntimeError if one is not loading; nothing changes."""
         self._pool.filled(_slots(slots))
 
     def failed(self, slots: Sequence | np.ndarray) -> None:
-        """The loads of these slots broke: waiters are told, and the pages leave with their last pin."""
+        """Report that loading these slots failed: wakes waiters, and the pages are removed with their last pin."""
         self._pool.failed(_slots(slots))
 
     def wait(self, slots: Sequence | np.ndarray) -> bool:
-        """Block until none of these pages is being loaded, without the GIL; False if a load failed.
+        """Block until none of these pages is being loaded, without the GIL; return False if a load failed.
 
-        RuntimeError for a slot that nobody has pinned: its page could leave at any moment.
+        Raises RuntimeError for an unpinned slot, whose page could be evicted at any moment.
         """
         return self._pool.wait(_slots(slots))
 
     def release(self, keys: Sequence | np.ndarray) -> None:
-        """Return pins. RuntimeError, and nothing changes, where a page has fewer. The last key was used last."""
+        """Return pins; the last key counts as used last. Raises RuntimeError if a page has fewer; nothing changes."""
         self._pool.release(_keys(keys))
 
     def drop(self, style: int) -> int:
-        """Forget the pages of a style; how many keep their slots for now, because they are pinned or being loaded."""
+        """Forget the pages of a style; return how many keep their slots for now, being pinned or loading."""
         return self._pool.drop(style)
 
     def clear(self) -> int:
-        """Forget all pages; how many keep their slots for now."""
+        """Forget all pages; return how many keep their slots for now."""
         return self._pool.clear()
 
     def stats(self) -> PoolStats:
-        """Counts of pages and of what has happened."""
+        """Return counts of pages and events."""
         return PoolStats(*self._pool.stats())
 
     def pages(self) -> list[Page]:
-        """What lies in the pool: first what may give way, least recently used first, then the rest by slot."""
+        """Return all pages: first the evictable ones, least recently used first, then the rest by slot."""
         rows = self._pool.pages()
         return [Page(*row[:5], STATES[row[5]], row[6], bool(row[7])) for row in np.asarray(rows).tolist()]
 
@@ -171,7 +171,7 @@ class _Page:
 
 
 class _Pool:
-    """The twin of csrc/page_pool.cpp: same arguments, results and messages."""
+    """Python twin of csrc/page_pool.cpp: same arguments, results and messages."""
 
     def __init__(self, slots: int):
         self.slots = [None] * slots
@@ -193,7 +193,7 @@ class _Pool:
                     f"{len(keys)} pages were asked for, {absent} of them absent, but of {slots} slots {pinned} are "
                     f"pinned and {loading} are being loaded; use fewer styles at once or give the pool more slots"
                 )
-            # what is here is pinned first, so that no claim evicts it
+            # pin resident pages first, so that no claim evicts them
             for page in here.values():
                 self.evictable.pop(page.slot, None)
             slots, claimed = [], []
@@ -209,7 +209,7 @@ class _Pool:
     def prefetch(self, keys):
         keys = [tuple(key) for key in keys.tolist()]
         with self.changed:
-            place = {}  # slot of a page that was here -> its first key's number
+            place = {}  # slot of a resident page -> its first key's index
             for i in reversed(range(len(keys))):
                 page = self._fresh(keys[i])
                 if page is not None:
@@ -300,7 +300,7 @@ class _Pool:
         self.free.append(page.slot)
 
     def _settle(self, page):
-        """After the last pin of a page, or its load, has gone."""
+        """Update a page whose last pin or load may have ended."""
         while page is not None and page.pins == 0:
             older, page.older = page.older, None
             if page.state != _LOADING:

@@ -1,7 +1,7 @@
-"""The batch planner: from "this row takes that image as its reference" to pages and an order of the rows.
+"""The batch planner: from references between images to pages and an order of the rows.
 
-The work is done in C++ where the extension is built and by the twin below where it isn't; both give the same arrays
-and the same messages.
+The work is done in C++ if the extension is built, else by the Python twin below; both give the same arrays and
+messages.
 """
 
 import threading
@@ -14,16 +14,16 @@ from stylefast._extension import extension, extension_error
 from stylefast.errors import InvalidRequest, MissingDependency
 
 BACKENDS = ("auto", "cpp", "python")
-LIVE = -1  # in place of a bank page: the reference is an image of this batch
+LIVE = -1  # instead of a bank page: the reference is an image of this batch
 BANK_PAGES = 2**31  # exclusive limit of a bank page's index
 
 _NONE = -1
 _BRANCHES = 4
-_own = threading.local()  # a C++ planner keeps its scratch, so every thread has one of its own
+_own = threading.local()  # a C++ planner keeps scratch memory, so every thread has its own
 
 
 class Segments(NamedTuple):
-    """Whose keys and values each row reads, and how to order the rows so that readers of a page are neighbours."""
+    """The page whose keys and values each row reads, and a row order in which readers of a page are neighbours."""
 
     page: np.ndarray  # [rows, R] int64: a row of the batch, or rows + page of the bank; -1: none
     order: np.ndarray  # [rows] int64: a permutation of the rows
@@ -43,21 +43,22 @@ def plan_segments(
     Args:
         images: for each row the id of its image, any int64.
         branches: for each row its guidance branch, 0 to 3. An image has at most one row per branch.
-        references: for each row a list of (image id, bank page). With a bank page of `LIVE` (-1) the reference is the
-            row of that image in the same branch; with a bank page >= 0 it is that page of the style bank's pool, and
-            the image id is not looked at. Column r of the result belongs to the r-th entry.
-        width: least number of columns R, for shapes that stay the same from batch to batch.
+        references: for each row a list of (image id, bank page). If the bank page is `LIVE` (-1), the reference is the
+            row of that image in the same branch; if it is >= 0, it is that page of the style bank's pool, and the image
+            id is ignored. Column r of the result belongs to the r-th entry.
+        width: least number of columns R, for shapes that don't change between batches.
         mutual: let rows refer to rows that have references themselves, as in full attention sharing. Otherwise such a
             chain is an error: the reference of a style must not depend on its readers.
-        backend: "cpp", "python", or "auto" (C++ where it is built).
+        backend: "cpp", "python", or "auto" (C++ if it is built).
 
     Returns:
-        `Segments`. In `order`, rows connected by shared pages (a live reference among them) are one run, runs come by
-        their first row, and inside a run rows with equal pages are neighbours; else the order of the rows is kept.
+        `Segments`. In `order`, rows connected by shared pages (including live references) form one run, runs are sorted
+        by their first row, and inside a run rows with equal pages are neighbours; otherwise the order of the rows is
+        kept.
 
     Raises:
         InvalidRequest: lengths that differ, values out of range, two rows of one image and branch, a live reference
-            without a row in the branch, a chain.
+        without a row in the branch, a chain.
         MissingDependency: backend "cpp" without the extension.
     """
     if width < 0:
@@ -97,7 +98,7 @@ def plan_arrays(
     *,
     backend: str = "auto",
 ) -> int:
-    """`plan_segments` for a loop that plans every step: ready arrays in, given arrays out, nothing allocated in C++.
+    """Run `plan_segments` for a loop that plans every step: results go to given arrays, and C++ allocates nothing.
 
     All arrays are int64 and contiguous. The references of row r are entries offsets[r] to offsets[r + 1].
 
@@ -109,11 +110,11 @@ def plan_arrays(
         order_out: [rows], overwritten.
 
     Returns:
-        The most references that a row has, at most R.
+        The largest number of references of any row, at most R.
 
     Raises:
         InvalidRequest: as `plan_segments`; also for arrays of another type or shape and for more references than R.
-            `page_out` and `order_out` then hold anything.
+        `page_out` and `order_out` are then undefined.
         MissingDependency: backend "cpp" without the extension.
     """
     planner = _planner(backend)
@@ -131,7 +132,7 @@ def plan_arrays(
 
 
 def _planner(backend: str):
-    """This thread's C++ planner, or None for the twin."""
+    """Return this thread's C++ planner, or None for the twin. Raises InvalidRequest and MissingDependency."""
     if backend not in BACKENDS:
         raise InvalidRequest(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "python":
@@ -192,7 +193,7 @@ def _check_batch(branches, offsets, reference_images, reference_pages, page_out,
 
 
 def _plan_arrays(images, branches, offsets, reference_images, reference_pages, page_out, order_out, mutual) -> int:
-    """The twin of csrc/planner.cpp: same arguments, results and messages."""
+    """Plan like csrc/planner.cpp: same arguments, results and messages."""
     rows = images.size
     most = _check_batch(branches, offsets, reference_images, reference_pages, page_out, order_out, rows)
     images, branches, offsets = images.tolist(), branches.tolist(), offsets.tolist()
@@ -234,7 +235,7 @@ def _plan_arrays(images, branches, offsets, reference_images, reference_pages, p
     width = page_out.shape[1]
     pages = [own + [_NONE] * (width - len(own)) for own in pages]
     page_out[:] = np.array(pages, dtype=np.int64).reshape(rows, width)
-    # sets of rows that share pages, by their first row; within a set, rows of equal pages side by side
+    # sets of rows that share pages, by their first row; within a set, rows with equal pages are adjacent
     order_out[:] = sorted(range(rows), key=lambda row: (_find_root(parent, row), pages[row]))
     return most
 
@@ -247,6 +248,6 @@ def _find_root(parent: list[int], node: int) -> int:
 
 
 def _join(parent: list[int], a: int, b: int) -> None:
-    # the lower root wins, so that a set is known by its first row
+    # the lower root wins, so that a set's root is its first row
     a, b = _find_root(parent, a), _find_root(parent, b)
     parent[max(a, b)] = min(a, b)

@@ -1,4 +1,4 @@
-"""What other programs read as instructions inside a prompt, and what is encoded as words here."""
+"""Detection of other programs' instructions in prompts, which are encoded as plain words here."""
 
 import logging
 import re
@@ -12,10 +12,10 @@ from stylefast.values import quoted
 
 logger = logging.getLogger(__name__)
 
-# such characters stand for themselves elsewhere too
+# escaped characters are literal in other programs too
 _ESCAPED = re.compile(r"\\[\\()\[\]{}<>:|]")
 _NUMBER = r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*"
-# (what it is called, how it looks, where there is another way the way)
+# (name, pattern, alternative in stylefast or "")
 _INSTRUCTIONS = (
     ("a tag", re.compile(r"<\s*(?:lora|lyco|hypernet|lbw)\s*:[^<>]*>", re.IGNORECASE), "put LoRAs on with load_lora"),
     ("a weight", re.compile(rf"[(\[][^()\[\]]*:{_NUMBER}[)\]]"), ""),
@@ -29,7 +29,7 @@ _INSTRUCTIONS = (
     ("an option", re.compile(r"(?:^|\s)--(?:ar|v|s|q|c|no|niji|seed|style|stylize|chaos)\b[^-]*"), ""),
     ("a keyword", re.compile(r"(?<!\S)(?:BREAK|ADDCOMM|ADDBASE|ADDCOL|ADDROW)(?!\S)"), ""),
 )
-# a keyword only among words in small letters
+# a keyword only if the prompt also has lower-case words
 _AND = re.compile(r"(?<!\S)AND(?!\S)")
 _BRACKETS = re.compile(r"\([^()]*\w[^()]*\)|\[[^\[\]]*\w[^\[\]]*\]")
 _MOST_SHOWN = 4
@@ -38,14 +38,14 @@ _MOST_SHOWN = 4
 def instructions(text: str) -> dict[str, tuple[str, str]]:
     """Find instructions of A1111, ComfyUI, InvokeAI, compel and Midjourney in a prompt.
 
-    Returns what was written -> (what it is elsewhere, another way to it or "").
+    Returns the text found -> (its meaning elsewhere, the alternative here or "").
     """
     plain = _ESCAPED.sub(" ", text)
     found: dict[str, tuple[str, str]] = {}
     for kind, pattern, way in _INSTRUCTIONS:
         for match in pattern.finditer(plain):
             written = match[0].strip()
-            # a part of what was found already says nothing new
+            # skip parts of earlier matches
             if not any(written in other for other in found):
                 found[written] = kind, way
     if _AND.search(plain) and re.search(r"[a-z]", plain):
@@ -54,9 +54,9 @@ def instructions(text: str) -> dict[str, tuple[str, str]]:
 
 
 def warn_of_instructions(requests: Sequence[Request]) -> None:
-    """Log one warning for each request whose texts hold instructions, and one for brackets of any kind.
+    """Log one warning for each request whose texts hold instructions, and one for other brackets.
 
-    Requests of the same texts, as pictures of one prompt, share theirs.
+    Requests with the same texts, such as several pictures of one prompt, share a warning.
     """
     bracketed = False
     for texts in dict.fromkeys(tuple(_named_texts(request)) for request in requests):
@@ -94,7 +94,7 @@ def _say_of_brackets() -> None:
 
 
 def texts_of(request: Request) -> list[str]:
-    """List what the text encoders read of a request: the prompt, the negative prompt, and what its styles say."""
+    """List the texts that the text encoders read of a request: prompt, negative prompt, and texts of its styles."""
     return [text for _, text in _named_texts(request)]
 
 

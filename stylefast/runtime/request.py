@@ -1,4 +1,4 @@
-"""One picture that somebody wants."""
+"""The request for one picture."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ MIN_SIDE, MAX_SIDE = 16, 8192
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt and all that decides its picture; equal requests on equal models give equal pictures.
+    """A prompt and all settings that determine its picture; equal requests on equal models give equal pictures.
 
     Args:
         prompt: what the picture shows.
@@ -27,15 +27,15 @@ class Request:
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 or less runs one branch only.
         size: (width, height) in pixels, None for the model's native size.
-        seed: of the picture's own noise generator, 0 to 2^64 - 1; None or -1 draws one, which the request then has.
-        scheduler: a name of `stylefast.sampling.SCHEDULERS`, some also with "_karras" or "_exponential" behind it, or
-            of `FEW_STEP_PRESETS` for models that were distilled to few steps ("sdxl_lightning").
+        seed: of the picture's own noise generator, 0 to 2^64 - 1; None or -1 draws one, which is stored in the request.
+        scheduler: a name of `stylefast.sampling.SCHEDULERS`, some also with the suffix "_karras" or "_exponential", or
+            of `FEW_STEP_PRESETS` for models distilled to few steps ("sdxl_lightning").
         spacing: "leading", "linspace" or "trailing" timesteps; None: the model's own.
         guidance_rescale: in [0, 1]; pulls the guided prediction's deviation back (arXiv 2305.08891, section 3.4).
         guidance_interval: (start, end) in fractions of the steps; step i of n is guided if start <= i / n < end, and
-            elsewhere runs the prompt's branch alone (arXiv 2404.07724), which halves the work of that step.
-        clip_skip: how many layers before SDXL's second-to-last the prompt's text states are taken, as diffusers' SDXL
-            pipelines count; None is 0. The negative prompt's are the second-to-last's always.
+            otherwise runs only the prompt's branch (arXiv 2404.07724), which halves the work of that step.
+        clip_skip: number of layers before SDXL's second-to-last from which the prompt's text states are taken, as in
+            diffusers' SDXL pipelines; None is 0. The negative prompt always uses the second-to-last.
 
     Raises InvalidRequest for anything out of range.
     """
@@ -73,17 +73,17 @@ class Request:
             object.__setattr__(self, name, value)
 
     def styles_of(self, kind: type) -> list:
-        """The request's styles of one class, in order."""
+        """Return the request's styles of one class, in order."""
         return [style for style in self.style if isinstance(style, kind)]
 
     @property
     def aligned(self) -> StyleAligned | None:
-        """The request's StyleAligned, if any."""
+        """Return the request's StyleAligned, if any."""
         return next(iter(self.styles_of(StyleAligned)), None)
 
 
 def normalise_styles(style) -> tuple:
-    """None, a style or a list of styles -> tuple of styles. Raises StyleError for anything else."""
+    """Return a tuple of styles for None, a style or a list of styles. Raises StyleError, InvalidRequest."""
     styles = () if style is None else tuple(style) if isinstance(style, (list, tuple)) else (style,)
     for one in styles:
         if not isinstance(one, STYLES):
@@ -97,7 +97,7 @@ def normalise_styles(style) -> tuple:
 
 
 def check_size(size) -> tuple[int, int]:
-    """(width, height) of whole numbers divisible by 8, from 16 to 8192. Raises InvalidRequest."""
+    """Return (width, height) as whole numbers divisible by 8, from 16 to 8192. Raises InvalidRequest."""
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise InvalidRequest(f"size is {values.quoted(size)}; it must be (width, height) in pixels")
     return tuple(_check_side(name, side) for name, side in zip(("width", "height"), size, strict=True))

@@ -1,4 +1,4 @@
-"""What a call gives back, and one error for many."""
+"""The result of a call, and the combination of several errors into one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from stylefast.runtime.core import not_finite
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What `Engine.generate` gives back, in the order of the prompts.
+    """Result of `Engine.generate`, in the order of the prompts.
 
-    `images`: PIL images, or for output="np" float arrays [height, width, 3] in 0..1, or for "latents" nothing.
-    `latents`: per picture [channels, h, w] fp32, before the VAE. `metadata`: per picture, enough to make it again.
+    `images`: PIL images, or for output="np" float arrays [height, width, 3] in 0..1, or empty for "latents". `latents`:
+    per picture [channels, h, w] fp32, before the VAE. `metadata`: per picture, enough to make it again.
     """
 
     images: list
@@ -23,7 +23,7 @@ class Result:
 
 
 def joined(errors: Sequence[StyleFastError]) -> StyleFastError:
-    """One error for a call in which groups failed: the first, or one that names all pictures that are not finite."""
+    """Return one error for a call with failed groups: the first, or one naming all pictures that are not finite."""
     if all(isinstance(error, NumericsError) for error in errors):
         return not_finite([picture for error in errors for picture in error.pictures])
     return errors[0]

@@ -1,4 +1,4 @@
-"""One denoising step as a function of tensors that stay where they are: what is captured and compiled."""
+"""One denoising step as a function of tensors with fixed addresses, for capturing and compiling."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class StepBuffers(NamedTuple):
-    """Everything that a step reads beside its columns.
+    """Everything that a step reads besides its columns.
 
-    `pages` are there where a row reads a bank, `image_kv` where one may have a picture. `packed` is all that exists of
-    these and of masks, rows that read it or not, by the names of the inputs of exported graphs.
+    `pages` is set if a row reads a bank, `image_kv` if one may have a picture. `packed` has all existing pages and
+    masks, whether or not a row reads them, by the input names of exported graphs.
     """
 
     text_kv: tuple[KeyValue, ...]
@@ -45,9 +45,9 @@ def run_step(
     """Advance the pictures in `columns.slot` by one step, in place.
 
     The model sees every row's picture at its noise level; guidance and the sampler's update combine the rows of a
-    picture. Nothing here waits for the device. `features` takes what the rows offer as references.
+    picture. Nothing here waits for the device. `features` collects the rows' features as references.
     """
-    # every argument is made by the runtime, and checked when it is made
+    # the runtime makes and checks every argument
     with trusting():
         latents, seen = see(state, columns, unet.dtype)
         picture = columns.row_picture
@@ -68,13 +68,13 @@ def run_step(
 
 
 def see(state: LatentSlots, columns: StepColumns, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents [pictures, channels, h, w] float32, what the model sees of them [rows, channels, h, w])."""
+    """Return latents [pictures, channels, h, w] float32, and the model's input for the rows [rows, channels, h, w]."""
     latents = state.latents[columns.slot]
     return latents, (latents * columns.input_scale[:, None, None, None])[columns.row_picture].to(dtype)
 
 
 def advance(state: LatentSlots, columns: StepColumns, latents: torch.Tensor, output: torch.Tensor) -> None:
-    """Guidance and the sampler's update: from the model's output [rows, channels, h, w] to the next latents."""
+    """Apply guidance and the sampler's update to the model's output [rows, channels, h, w]; store the next latents."""
     slot = columns.slot
     latents, anchor, history = guided_step(
         latents,
@@ -89,17 +89,17 @@ def advance(state: LatentSlots, columns: StepColumns, latents: torch.Tensor, out
         columns.noise,
     )
     finite = torch.isfinite(latents).flatten(1).all(1)
-    # all writes last: where memory runs out before, the step can be run again
+    # write last: if memory runs out before, the step can be run again
     state.latents[slot], state.anchor[slot], state.history[slot] = latents, anchor, history
     state.finite[slot] = finite
 
 
 class Backend:
-    """What runs a step; `Engine(backend=...)` takes one of your own.
+    """Runner of steps; `Engine(backend=...)` accepts custom ones.
 
-    name: as `Engine.runtime.backend.name` gives it. buckets: row counts to which batches are padded; empty: a table
-    takes the shape of its batch. pads_columns: whether `run` itself pads columns of references and pictures, so that
-    tables come as narrow as their batch. limits: the most of a graph's dimensions ("rows", "pages") that it can do.
+    name: the value of `Engine.runtime.backend.name`. buckets: row counts to which batches are padded; empty: a table
+    has the shape of its batch. pads_columns: whether `run` itself pads columns of references and pictures, so that
+    tables are only as wide as their batch. limits: the largest graph dimensions ("rows", "pages") that it supports.
     """
 
     name: str = "own"
@@ -108,49 +108,49 @@ class Backend:
     limits: Mapping[str, int] = MappingProxyType({})
 
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> None:
-        """One step; `key` tells shapes and buffers from others, for backends that prepare something for each.
+        """Run one step; `key` identifies shapes and buffers, for backends that prepare something for each.
 
-        Whatever it raises, the pictures must be as before: a step that ran out of memory (`OutOfMemory`) or that can't
-        be run as a whole (`ExportError`) is run again in halves.
+        If it raises, the pictures must be unchanged: a step that ran out of memory (`OutOfMemory`) or that can't be run
+        as a whole (`ExportError`) is run again in halves.
         """
         raise NotImplementedError
 
     def check(self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool) -> None:
-        """Raise ExportError if a group of `rows` rows or more can't be run; asked before its job is taken.
+        """Raise ExportError if a group of `rows` rows or more can't be run; called before its job is accepted.
 
-        latent_size: (height, width). references, segments: the most that a row reads. banked: whether of a bank.
+        latent_size: (height, width). references, segments: the most that a row reads. banked: whether rows read a bank.
         """
 
     def ready(self, group: "Group") -> Callable[[], None] | None:
-        """What must be done before the first step of a group and takes long, such as opening a file; None: nothing.
+        """Return slow work to do before a group's first step, such as opening a file; None: nothing.
 
-        It is called beside the steps of others, so it must not touch what `run` works with.
+        It is called alongside other groups' steps, so it must not touch state used by `run`.
         """
         return None
 
     def serve(self, engine: Any) -> None:
-        """Take over other parts of an engine that has just been made, such as its text encoders."""
+        """Replace other parts of a new engine, such as its text encoders."""
 
     def adapter(self, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[IPAdapter, ImageEncoder]:
-        """An adapter and its image encoder as the engine shall use them."""
+        """Return the adapter and image encoder that the engine should use."""
         return adapter, encoder
 
     def forget(self) -> None:
-        """Drop what was prepared."""
+        """Drop prepared data."""
 
     def close(self) -> None:
-        """Free all that is held outside of Python; called when the engine is closed."""
+        """Free everything held outside of Python; called when the engine is closed."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that preparations hold."""
+        """Return the bytes of prepared data."""
         return 0
 
 
 class TorchBackend(Backend):
-    """Runs a step as it is written.
+    """Backend that runs a step eagerly.
 
-    graphs: what captures and replays steps; "auto": CUDA graphs on a GPU, where launching a step's thousands of kernels
+    graphs: captures and replays steps; "auto": CUDA graphs on a GPU, where launching a step's thousands of kernels
     takes longer than running them; none on a CPU. None: every step is launched kernel by kernel.
     """
 
@@ -178,22 +178,22 @@ class TorchBackend(Backend):
 
     @property
     def captures(self) -> int:
-        """CUDA graphs that are ready to be replayed."""
+        """Count the CUDA graphs that are ready for replay."""
         return 0 if self._graphs is None else len(self._graphs)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that captured graphs work in."""
+        """Return the bytes of captured graphs' memory."""
         return 0 if self._graphs is None else self._graphs.nbytes
 
 
 def graphs_for(device: torch.device) -> StepGraphs | None:
-    """What captures steps on a device: CUDA graphs on a GPU, nothing elsewhere."""
+    """Return the object that captures steps on a device: CUDA graphs on a GPU, None elsewhere."""
     return StepGraphs(CudaCapture(device)) if device.type == "cuda" else None
 
 
 def read_in_place(state: LatentSlots, columns: StepColumns, buffers: StepBuffers) -> list[torch.Tensor]:
-    """One tensor of every buffer that a step reads where it lies; each is replaced along with its like."""
+    """Return one tensor for each set of buffers that a step reads in place and that are replaced together."""
     found = [state.latents, columns.slot, buffers.text_kv[0][0], buffers.pooled]
     if buffers.image_kv is not None:
         found += [buffers.image_kv.layers[0][0], buffers.image_kv.lengths]

@@ -1,8 +1,8 @@
-"""All that one step of a batch is told, in buffers that stay where they are.
+"""All inputs of one step of a batch, in buffers with fixed addresses.
 
-A UNet call and the sampler's update read some twenty small tensors: the row table, who belongs to whom, and the
-coefficients of this step. They are views of a few flat buffers, one per element type, so that a step costs as many
-small copies to the device, and a captured graph finds them at the same addresses at every replay.
+A UNet call and the sampler's update read some twenty small tensors: the row table, the rows of each picture, and the
+coefficients of this step. They are views of a few flat buffers, one per element type, so that a step needs only that
+many small copies to the device, and a captured graph finds them at the same addresses at every replay.
 """
 
 import math
@@ -18,17 +18,17 @@ from stylefast.runtime.planner import plan_segments
 from stylefast.runtime.rows import Phase
 from stylefast.sampling.guidance import BRANCHES
 
-# host buffers in flight: a device that lags behind still reads older ones
+# host buffers in flight: a lagging device still reads older ones
 _RING = 4
-# how batches of groups are laid out, kept for the last few of them
+# max row layouts of recent batches that are kept
 _PLANS = 8
-# noise has a buffer of its own, since it is by far the largest and most samplers need none
+# noise has its own buffer, since it is by far the largest and most samplers need none
 _KINDS = {"int": torch.int64, "float": torch.float32, "bool": torch.bool, "noise": torch.float32}
 _KIND_OF = {torch.int64: "int", torch.float32: "float", torch.bool: "bool"}
 
 
 class TableShape(NamedTuple):
-    """What a compiled step is specialised for."""
+    """The sizes for which a compiled step is specialised."""
 
     rows: int
     pictures: int
@@ -45,7 +45,7 @@ class StepColumns(NamedTuple):
 
     table: RowTable
     row_picture: torch.Tensor  # [rows] int64: the picture of a row
-    slot: torch.Tensor  # [pictures] int64: its place among the latents
+    slot: torch.Tensor  # slot of a picture's latents
     branch_rows: torch.Tensor  # [pictures, 4] int64
     branch_weights: torch.Tensor  # [pictures, 4]
     timestep: torch.Tensor  # [pictures]
@@ -58,7 +58,7 @@ class StepColumns(NamedTuple):
 
 
 class StepTable:
-    """The buffers of one shape, and how groups are written into them."""
+    """The buffers of one shape, filled from groups."""
 
     def __init__(self, shape: TableShape, device: torch.device):
         self.shape, self._device = shape, device
@@ -91,46 +91,46 @@ class StepTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, on the device and on the host."""
+        """Return the bytes of the buffers, on the device and on the host."""
         flats = [*self._hosts, self._flat] if len(self._hosts) > 1 else self._hosts
         return sum(x.numel() * x.element_size() for flat in flats for x in flat.values())
 
     def fill(self, groups: Sequence[Group], pages: Sequence[np.ndarray]) -> None:
-        """Write the present step of `groups`; `pages[i]` are the pool's slots of group i's bank references.
+        """Write the current step of `groups`; `pages[i]` are the pool's slots of group i's bank references.
 
-        They stand in the order of `bank_keys`. Rows and pictures beyond those of the groups become idle ones: plain,
-        on slot 0, whose results nobody reads.
+        Those slots are in the order of `bank_keys`. Rows and pictures beyond those of the groups become idle ones:
+        plain, on slot 0, with unused results.
         """
         turn = self._turn = (self._turn + 1) % len(self._hosts)
         if self._events[turn] is not None:
-            self._events[turn].synchronize()  # passed long ago, unless the device lags by the whole ring
+            self._events[turn].synchronize()  # long passed, unless the device lags by the whole ring
         arrays, phases = self._arrays[turn], [g.phase() for g in groups]
         key = tuple((id(g), id(phase)) for g, phase in zip(groups, phases))
         if self._written[turn] != key or key not in self._plans:
             self._written[turn] = key
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            # the groups and phases are kept in the plan, so that their ids stay theirs
+            # the plan keeps groups and phases alive, so that their ids stay unique
             self._plans[key] = self._write_rows(arrays, groups, phases)
         self._write_step(arrays, self._plans[key], groups, phases, pages)
         if len(self._hosts) > 1:
             noisy = any(g.noisy for g in groups)
             for kind, flat in self._flat.items():
-                # once more after the last noise: even times 0 a NaN in it would spread
+                # copied once more after the last noise: an old NaN would spread even when multiplied by 0
                 if kind != "noise" or noisy or self._noisy:
                     flat.copy_(self._hosts[turn][kind], non_blocking=True)
             self._noisy = noisy
             self._events[turn] = torch.cuda.Event()
-            # the table's device need not be the current one, whose stream `record` would take
+            # `record` would use the current device's stream, and the table may be on another device
             self._events[turn].record(torch.cuda.current_stream(self._device))
 
     def forget(self, group: Group) -> None:
-        """Let go of a group that left: its latents, pictures and banks may be large."""
+        """Drop references to a group that left: its latents, pictures and banks may be large."""
         for key in [key for key, plan in self._plans.items() if group in plan.groups]:
             del self._plans[key]
 
     def _write_rows(self, arrays: dict, groups: Sequence[Group], phases: Sequence[Phase]) -> "_Plan":
-        """Everything that does not change with the step."""
+        """Write all values that do not change between steps."""
         shape, plan = self.shape, _Plan(groups, phases, self.shape)
         count, pictures = plan.rows, plan.pictures
         for name, column in COLUMNS.items():
@@ -162,7 +162,7 @@ class StepTable:
         for g, phase in zip(groups, phases):
             part = slice(start, start + g.pictures)
             arrays["branch_weights"][part], arrays["rescale"][part] = phase.weights, g.rescale
-            # rescaling needs another branch beside the full one
+            # rescaling needs at least two branches
             arrays["rescale"][part][(phase.weights != 0).sum(1) < 2] = 0
             arrays["time_ids"][part], arrays["slot"][part] = g.time_ids, g.slots
             start += g.pictures
@@ -182,7 +182,7 @@ class StepTable:
         if self.shape.references:
             page = plan.self_page
             if plan.bank_places.size:
-                # pages of the pool stand behind all rows of the call, idle ones included
+                # the pool's pages are numbered after all rows of the call, including idle ones
                 page = page.copy()
                 page.reshape(-1)[plan.bank_places] = self.shape.rows + np.concatenate(pages)
             arrays["self_page"][:count] = page
@@ -209,7 +209,7 @@ class StepTable:
 
 
 def bank_keys(group: Group, step: int | None = None) -> list[tuple]:
-    """(bank, step, branch's place in BRANCHES, reference) of every bank page that a group's rows read, row by row."""
+    """List (bank, step, index in BRANCHES, reference) of every bank page that a group's rows read, row by row."""
     step = group.step if step is None else step
     phase = group.phase(step)
     return [
@@ -221,7 +221,7 @@ def bank_keys(group: Group, step: int | None = None) -> list[tuple]:
 
 
 class _Plan:
-    """How the rows of some phases stand in one table: readers of a page side by side."""
+    """Arrangement of some phases' rows in one table, with readers of a page adjacent."""
 
     def __init__(self, groups: Sequence[Group], phases: Sequence[Phase], shape: TableShape):
         self.groups, self.phases = list(groups), list(phases)
@@ -259,5 +259,5 @@ class _Plan:
 
 
 def _padded(count: int) -> int:
-    # every view starts on a multiple of 32 bytes even for single bytes
+    # align every view to at least 32 bytes, even for single-byte elements
     return -(-count // 32) * 32

@@ -1,9 +1,9 @@
 """The runtime's lock, which on a GPU also puts its holders on one stream.
 
-Pages, latents and tables are shared by whoever takes a step: callers of `generate`, each on the stream that is current
-in its thread, and the thread behind `submit`. Two streams know nothing of one another's order. So there is one stream
-for all that the runtime does, and whoever takes the lock works on it: it first waits for what the caller's own stream
-has before, and the caller's stream then waits for it. The host waits for neither.
+Pages, latents and tables are shared by all threads that run steps: callers of `generate`, each on its thread's current
+stream, and the thread behind `submit`. Work on different streams is unordered. So the runtime has one stream, and the
+lock's holder works on it: it first waits for earlier work on the caller's stream, and the caller's stream then waits
+for it. The host waits for neither.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from stylefast.runtime.fair_lock import FairLock
 
 
 class StreamLock(FairLock):
-    """A `FairLock` whose outermost holder has the runtime's stream, and its device, as the current ones."""
+    """A `FairLock` that makes the runtime's stream and device current for its outermost holder."""
 
     def __init__(self, device: torch.device):
         super().__init__()
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._entered = None  # torch's context of the present holder
-        self._caller = None  # and the stream that it came from
+        self._entered = None  # torch's context of the current holder
+        self._caller = None  # the holder's original stream
 
     def __enter__(self) -> "StreamLock":
         super().__enter__()
@@ -46,23 +46,22 @@ class StreamLock(FairLock):
             super().__exit__()
 
     def lend(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor that leaves with the present holder: its memory is not used again before the holder's stream has
-        done with it."""
+        """Mark a tensor that the holder keeps, so that its memory is not reused before the holder's stream is done."""
         if self._stream is not None:
             tensor.record_stream(self._caller)
         return tensor
 
     def wait(self) -> None:
-        """Wait until the device has done all that holders have asked of it."""
+        """Wait until the device has finished all work of holders."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
 class SideStream(FairLock):
-    """The lock of what runs beside steps, and on a GPU its stream: one call at a time, done when it returns.
+    """The lock, and on a GPU the stream, of calls alongside steps: one at a time, finished when it returns.
 
-    The host waits for the device here, and not the runtime's stream: all threads may have the same stream as their
-    own, and through it a step would wait for the end of a call that was begun before it.
+    The host waits for the device here, not the runtime's stream: all threads may share one stream, and through it a
+    step would wait for a call that started before it.
     """
 
     def __init__(self, device: torch.device):
@@ -71,9 +70,9 @@ class SideStream(FairLock):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def call(self, function: Callable[[], Any], reader: StreamLock) -> Any:
-        """Call `function` on this stream; the tensors that it returns are for the caller and for holders of `reader`.
+        """Call `function` on this stream; the caller and holders of `reader` may use the tensors it returns.
 
-        The caller holds this lock.
+        The caller must hold this lock.
         """
         if self._stream is None:
             return function()
@@ -89,7 +88,7 @@ class SideStream(FairLock):
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors on a GPU in nested lists and tuples."""
+    """Return the GPU tensors in nested lists and tuples."""
     if isinstance(value, torch.Tensor):
         return [value] if value.is_cuda else []
     return [x for one in value for x in _tensors(one)] if isinstance(value, (list, tuple)) else []
