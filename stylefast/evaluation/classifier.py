@@ -67,7 +67,7 @@ def save_classifier(classifier: PictureClassifier, path: str | Path) -> None:
 
 
 def load_classifier(path: str | Path | None = None) -> PictureClassifier:
-    """The classifier in `path`, by default the embedded model's, in fp32 and evaluation mode.
+    """Load the classifier in `path`, by default the embedded model's, in fp32 and evaluation mode.
 
     Raises `ModelNotFound` where no file is and `ModelFormatError` where it is another kind of file.
     """

@@ -43,7 +43,7 @@ def score(classifier: PictureClassifier, images: np.ndarray, contents: Sequence[
 
 
 def load_pipeline(folder: str | Path):
-    """The model folder in stock diffusers, fp32, without progress bars."""
+    """Load the model folder in stock diffusers, fp32, without progress bars."""
     from diffusers import StableDiffusionXLPipeline
 
     given = dict(torch_dtype=torch.float32, add_watermarker=False)

@@ -149,7 +149,7 @@ class BatchLoop:
             self._fail_all(_closed())
 
     def _turn_over(self) -> None:
-        """What happens between two steps, and a step."""
+        """Do what is due between two steps, and run a step."""
         with self._changed:
             if not (self._queue or self._jobs) and all(joining.waits for joining in self._joining.values()):
                 self._changed.wait(_PAUSE_SECONDS)
@@ -306,7 +306,7 @@ class BatchLoop:
         job.start()
 
     def _choose(self) -> list[Group]:
-        """Groups of the size whose turn it is, those that waited longest first, as many as fit."""
+        """Return groups of the size that is next: the longest waiting first, as many as fit."""
         waiting = sorted((g for g in self._jobs if not g.finished), key=lambda g: self._turns[g])
         if not waiting:
             return []
@@ -322,7 +322,7 @@ class BatchLoop:
         return sorted(batch, key=order.__getitem__)
 
     def _complete(self, group: Group) -> NumericsError | None:
-        """A group has had its last step: keep its pictures, or return what is wrong with them."""
+        """Keep the pictures of a group after its last step; return the error if they are not finite."""
         job = self._jobs[group]
         error = self._runtime.finite(group)
         if error is not None:
@@ -400,7 +400,7 @@ class BatchLoop:
 
 @atexit.register
 def _close_all() -> None:
-    """A thread in the midst of a step when Python goes down would take the process with it."""
+    """Stop step threads before interpreter shutdown; a running step would crash the process."""
     for loop in list(_started):
         loop.close()
 

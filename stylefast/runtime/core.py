@@ -148,11 +148,11 @@ class Runtime:
                     pool.clear()
 
     def latents_of(self, group: Group) -> torch.Tensor:
-        """A copy of a group's latents [pictures, channels, h, w] as they are now."""
+        """Return a copy of a group's latents [pictures, channels, h, w] as they are now."""
         return self.latents[group.latent_shape].latents[group.places]
 
     def shown_of(self, group: Group) -> torch.Tensor:
-        """The same of the pictures that somebody asked for, references left out; doesn't wait for the device."""
+        """Return those of the requested pictures, without references; does not wait for the device."""
         return self.latents[group.latent_shape].latents[group.shown]
 
     def denoised_of(self, group: Group) -> torch.Tensor:
@@ -205,7 +205,7 @@ class Runtime:
         return failed
 
     def finite(self, group: Group) -> NumericsError | None:
-        """The error of a group in which a picture's latents hold NaN or infinity; waits for the device."""
+        """Return the error of a group with NaN or infinity in its latents, else None; waits for the device."""
         state = self.latents[group.latent_shape]
         good = state.finite[group.places].tolist()
         if all(good):
@@ -291,7 +291,7 @@ class Runtime:
         )
 
     def _pages_for(self, latent_size: tuple[int, int], banks: Collection[StyleBank]) -> BankPages | None:
-        """The pool of a size with room for all pages of `banks`, as far as the budget allows.
+        """Return the pool of a size with room for all pages of `banks`, as far as the budget allows.
 
         It comes with the first bank, grows when others come, and is there for batches without one where shapes repeat.
         """
@@ -352,7 +352,7 @@ class Runtime:
 
 
 def not_finite(pictures: Sequence[int]) -> NumericsError:
-    """The error of pictures with NaN or infinity in their latents; of a reference if none is named."""
+    """Return the error of pictures with NaN or infinity in their latents; of a reference if none is named."""
     pictures = sorted(pictures)
     what = f"picture(s) {', '.join(map(str, pictures))}" if pictures else "the style's reference"
     return NumericsError(

@@ -82,7 +82,7 @@ class Group:
         return self.step >= self.steps
 
     def phase(self, step: int | None = None) -> Phase:
-        """The rows at a step, the present one by default."""
+        """Return the rows at a step, by default the current one."""
         return self._phases[self.step if step is None else step]
 
     @property
@@ -95,7 +95,7 @@ class Group:
         return torch.stack([self._first_of(t) for t in self.trajectories])
 
     def noise(self) -> torch.Tensor:
-        """What the present step adds, [pictures, channels, h, w]. Drawn once, however often asked."""
+        """Return the noise of the current step, [pictures, channels, h, w]; drawn once per step."""
         if self._drawn[0] != self.step:
             noise = torch.zeros(self.pictures, *self.latent_shape)
             for i, t in enumerate(self.trajectories):

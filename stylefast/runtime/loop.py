@@ -81,7 +81,7 @@ def results(runtime: Runtime, group: Group) -> dict[int, torch.Tensor]:
 
 
 def split(runtime: Runtime, groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups in batches of as many rows as memory has room for; a group is never divided."""
+    """Divide groups into batches of as many rows as fit into memory; a group is never divided."""
     room = runtime.rows_that_fit(groups[0].latent_shape[1:]) if groups else 0
     batches: list[list[Group]] = []
     rows = 0

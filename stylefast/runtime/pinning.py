@@ -25,7 +25,7 @@ _OFFSET_SHARE = 0.1
 
 
 def scheduler_config(request: Request, config: Mapping) -> Mapping:
-    """The model's scheduler config, as the request's style needs it.
+    """Return the model's scheduler config, adapted to the request's style.
 
     Raises StyleError for a sampler that can't pin, and for a model that has none that can.
     """
@@ -47,7 +47,7 @@ def scheduler_config(request: Request, config: Mapping) -> Mapping:
 
 
 def forward_pin(t: Trajectory, clean: torch.Tensor) -> Pin:
-    """The picture [channels, h, w] with one fixed noise, of the trajectory's seed, at each step's noise level."""
+    """Pin to the picture [channels, h, w] plus one fixed noise (the trajectory's seed) at each step's noise level."""
     clean = clean.cpu()
     noise = torch.randn(clean.shape, generator=torch.Generator("cpu").manual_seed(t.request.seed), dtype=torch.float32)
     forward = t.schedule.forward.tolist()
@@ -55,13 +55,13 @@ def forward_pin(t: Trajectory, clean: torch.Tensor) -> Pin:
 
 
 def latents_pin(bank: StyleBank, number: int) -> Pin:
-    """The latents that a bank holds for one of its references."""
+    """Pin to the latents that a bank stores for one of its references."""
     held = bank.tensors["latents"]  # [steps + 1, references, channels, h, w]
     return lambda step: held[step, number]
 
 
 def inversion_of(t: Trajectory, config: Mapping) -> Trajectory:
-    """The way of the reference `t` from its picture up to noise, under its prompt and the style's inversion guidance.
+    """Return the trajectory of the reference `t` from its picture up to noise, with its prompt and inversion guidance.
 
     A trajectory like others: it shares UNet calls, takes its turns, and costs as much as making one picture. Its
     `start`, the picture's latents, is yet to be set. Raises InvalidRequest for a model whose output can't be inverted.
@@ -74,7 +74,7 @@ def inversion_of(t: Trajectory, config: Mapping) -> Trajectory:
 
 
 def inverted_pin(trail: Sequence[torch.Tensor]) -> Pin:
-    """The latents [channels, h, w] that an inversion passed, the picture's own first."""
+    """Pin to the latents [channels, h, w] that an inversion passed through, the picture's own first."""
     trajectory = torch.stack(list(trail)[::-1]).float().cpu()
     steps = len(trajectory) - 1
     offset = min(round(_OFFSET_SHARE * steps), steps - 1)

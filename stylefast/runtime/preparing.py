@@ -78,7 +78,7 @@ class Preparer:
         self.runtime.backend.check(rows, latent_size, references, segments, bool(banked))
 
     def schedule(self, request: Request) -> Schedule:
-        """The request's steps. Raises InvalidRequest for an unknown scheduler or a count it can't take."""
+        """Return the request's schedule. Raises InvalidRequest for an unknown scheduler or a count it can't take."""
         config = scheduler_config(request, self._config)
         return named_schedule(request.scheduler, request.steps, config, request.spacing)
 
@@ -115,11 +115,11 @@ class Preparer:
         bank.check_fits(schedule=schedule_digest(schedule))
 
     def inversion(self, t: Trajectory) -> Trajectory:
-        """The inversion that the pinned reference `t` needs before it; see `pinning.inversion_of`."""
+        """Return the inversion that the pinned reference `t` needs first; see `pinning.inversion_of`."""
         return inversion_of(t, self._config)
 
     def encode_picture(self, t: Trajectory) -> torch.Tensor:
-        """A reference picture, scaled to cover the size and cropped in the middle, as latents [channels, h, w]."""
+        """Encode a reference picture, scaled to cover the size and centre-cropped, to latents [channels, h, w]."""
         from PIL import ImageOps
 
         picture = ImageOps.fit(open_picture(t.picture), t.size)

@@ -78,7 +78,7 @@ def phase_key(trajectories: Sequence[Trajectory], conditions: Conditions, step: 
 
 
 def make_phase(trajectories: Sequence[Trajectory], conditions: Conditions, layout: AttentionLayout, step: int) -> Phase:
-    """The rows of a group at `step`, and at all steps of an equal `phase_key`."""
+    """Return the rows of a group at `step`, and at all steps of an equal `phase_key`."""
     number = {t: i for i, t in enumerate(trajectories)}
     rows = [(t, branch) for t, branches in branches_at(trajectories, step).items() for branch in branches]
     count = len(rows)
@@ -111,7 +111,7 @@ def make_phase(trajectories: Sequence[Trajectory], conditions: Conditions, layou
 
 
 def branches_at(trajectories: Sequence[Trajectory], step: int) -> dict[Trajectory, tuple[str, ...]]:
-    """The branches that each trajectory has rows in: its own, and for a reference those of its readers."""
+    """Return the branches that each trajectory has rows in: its own, and for a reference those of its readers."""
     if all(t.step_weights[step] == t.weights for t in trajectories):
         return {t: t.branches for t in trajectories}
     needed = {t: set(t.step_weights[step]) for t in trajectories}

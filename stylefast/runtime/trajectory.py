@@ -138,7 +138,7 @@ def _reference(target: Trajectory, style: StyleAligned, picture) -> Trajectory:
 
 
 def connected(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
-    """Sets of trajectories that look at one another, which must advance together; in order of their first member."""
+    """Return sets of trajectories that reference one another and must advance together, ordered by first member."""
     parent = {t: t for t in trajectories}
 
     def root(t: Trajectory) -> Trajectory:
@@ -156,7 +156,7 @@ def connected(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
 
 
 def shared_styles(request: Request) -> list:
-    """The styles that the reference of a request's StyleAligned has too.
+    """Return the styles that the reference of a request's StyleAligned shares.
 
     All others with `share_styles`, and always those that the negative prompt names, which is the reference's as well.
     """
@@ -167,7 +167,7 @@ def shared_styles(request: Request) -> list:
 
 
 def _join_group(members: list[Trajectory]):
-    """The first member leads; with full sharing everybody attends to everybody."""
+    """Make the first member the reference of the others; with full sharing all attend to all."""
     leader = members[0]
     for member in members[1:]:
         if _pace(member) != _pace(leader):

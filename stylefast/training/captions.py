@@ -62,7 +62,7 @@ def _pick(rng: np.random.Generator, templates: tuple[str, ...]) -> str:
 
 
 def _with_unknown_word(rng: np.random.Generator, caption: str) -> str:
-    """Some captions carry a word of random letters, so that words outside the vocabulary come to mean nothing."""
+    """Add a word of random letters to some captions, so that words outside the vocabulary come to mean nothing."""
     if not caption or rng.random() >= _UNKNOWN_WORD_SHARE:
         return caption
     letters = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(3, 6)))
@@ -76,7 +76,7 @@ def full_caption(content: str, style: str, palette: str) -> str:
 
 
 def single_caption(rng: np.random.Generator, content: str, style: str, palette: str) -> str | None:
-    """A training caption of a picture of one object; `None` stands for the empty prompt's zeroed embeddings."""
+    """Return a training caption of a picture of one object; `None` stands for the empty prompt's zeroed embeddings."""
     kind = rng.random()
     if kind < 0.07:
         return None
@@ -94,7 +94,7 @@ def single_caption(rng: np.random.Generator, content: str, style: str, palette: 
 
 
 def panel_caption(rng: np.random.Generator, contents: list[str], style: str, palette: str) -> str | None:
-    """A training caption of several panels, left to right; most name the contents only, so the style has to come
+    """Return a training caption of several panels, left to right; most name the contents only, so the style has to come
     from the other panels. `None` stands for the empty prompt's zeroed embeddings."""
     kind = rng.random()
     if kind < 0.12:

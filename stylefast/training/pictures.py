@@ -174,7 +174,7 @@ _SHAPES = {
 
 
 def _masks(rng: np.random.Generator, content: str, size: int) -> np.ndarray:
-    """The object at a random place, size and tilt as soft masks `[3, size, size]`."""
+    """Draw the object at a random place, size and tilt as soft masks `[3, size, size]`."""
     board = size * _SUPERSAMPLING
     scale = rng.uniform(0.34, 0.405) * board
     x0, y0 = (0.5 + rng.uniform(-0.05, 0.05, 2)) * board

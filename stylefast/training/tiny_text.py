@@ -14,7 +14,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer():
-    """A CLIPTokenizer in which each known word is one token, other words fall into letters, and EOS has the top id."""
+    """Make a CLIPTokenizer: each known word is one token, other words fall into letters, and EOS has the top id."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -79,7 +79,7 @@ class TextTower(nn.Module):
 
 
 def load_text_tower(folder: Path) -> TextTower:
-    """The tower of a model folder, in fp32 and evaluation mode."""
+    """Load the tower of a model folder, in fp32 and evaluation mode."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")

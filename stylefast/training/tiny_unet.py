@@ -98,7 +98,7 @@ def time_ids(latents: torch.Tensor, panel_sized: torch.Tensor | None = None) -> 
 
 
 def predict_noise(unet, noisy, timesteps, states, pooled, panel_sized=None) -> torch.Tensor:
-    """The UNet's output for noisy latents `[rows, 4, h, w]` under text states and pooled states of the rows."""
+    """Return the UNet's output for noisy latents `[rows, 4, h, w]` under text states and pooled states of the rows."""
     added = dict(text_embeds=pooled, time_ids=time_ids(noisy, panel_sized))
     return unet(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=added).sample
 
