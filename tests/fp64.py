@@ -53,7 +53,7 @@ def measured(function: Callable, *arguments, **named) -> Measured:
     """Call `function`, and keep how to call it in fp64. It draws the same noise both times."""
 
     def exact():
-        with _noise_of_fp32():
+        with noise_of_fp32():
             result = function(*wide(arguments), **wide(named))
         assert result.dtype == torch.float64, f"not computed in fp64, but in {result.dtype}"
         return result
@@ -170,7 +170,7 @@ def engine_of(pipe):
 
 
 @contextmanager
-def _noise_of_fp32():
+def noise_of_fp32():
     # a generator gives other numbers in fp64
     randn = torch.randn
 
