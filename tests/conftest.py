@@ -103,11 +103,31 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if _is_numeric(item.path):
             item.add_marker("numerics")
-        name = item.nodeid.split("[")[0]
-        if name in SMOKE or name.split("::")[0] in SMOKE:
+        if _smoke_names(item.nodeid):
             item.add_marker("smoke")
     _skip_gpu(items)
     _skip_vectors(items)
+
+
+def _smoke_names(nodeid: str) -> set[str]:
+    """Return the entries of tests/smoke.py that mean this test: by its file, its name, or its name with a parameter."""
+    return {nodeid, nodeid.split("[")[0], nodeid.split("::")[0]} & set(SMOKE)
+
+
+_smoke_ran = set()
+
+
+def pytest_runtest_logreport(report):
+    _smoke_ran.update(_smoke_names(report.nodeid))
+
+
+def pytest_sessionfinish(session):
+    """Fail `make smoke` if one of its tests was renamed or removed."""
+    if session.config.option.markexpr != "smoke" or hasattr(session.config, "workerinput"):
+        return
+    if missing := sorted(set(SMOKE) - _smoke_ran):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\ntests/smoke.py names tests that did not run: {', '.join(missing)}")
 
 
 def _skip_vectors(items):

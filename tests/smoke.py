@@ -12,11 +12,11 @@ SMOKE = (
     # a plain guided picture is that of diffusers
     "tests/engine/test_plain.py::test_a_negative_prompt_equals_diffusers",
     # three styles in one request are the literal computation
-    "tests/engine/test_requests.py::test_three_styles_compose_in_one_request",
+    "tests/engine/test_requests.py::test_three_styles_compose_in_one_request[first_prompt]",
     # a baked style is kept in a file and read again
     "tests/engine/test_banks.py::test_a_saved_bank_gives_the_same_bits",
     # a submitted job is done by the engine's thread
     "tests/engine/test_jobs.py::test_a_job_gives_what_generate_gives",
     # the command line writes a picture and makes it again from its record
-    "tests/cli/test_generate.py::test_from_makes_the_same_pixels_again",
+    "tests/cli/test_generate.py::test_from_makes_the_same_pixels_again[all three]",
 )

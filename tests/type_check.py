@@ -1,6 +1,6 @@
 """Check types by the basic rules of pyright, and let no file get worse than `type_errors.json` says.
 
-    python tests/type_check.py            # fails on a file with more errors than it had
+    python tests/type_check.py            # fails if a file has more errors than it had
     python tests/type_check.py --write    # after errors were mended: writes down how many are left
 
 `kernels` and `export` lie outside the package that they are installed in, which a type checker can't know, so it looks
@@ -23,6 +23,8 @@ SETTINGS = {
     "typeCheckingMode": "basic",
     "pythonVersion": "3.11",
     "reportMissingModuleSource": "none",
+    # of optional packages, which not every machine has
+    "reportMissingImports": "none",
 }
 
 
@@ -70,9 +72,9 @@ def main() -> int:
         print(f"{file} has {counts[file]} type errors; {allowed[file]} are allowed")
     fewer = allowed - counts
     if fewer and not worse:
-        print(f"{sum(fewer.values())} type errors fewer than allowed: run python tests/type_check.py --write")
+        print(f"{sum(fewer.values())} fewer than allowed; if they were mended: python tests/type_check.py --write")
     print(f"{sum(counts.values())} type errors in {len(counts)} files")
-    return 1 if worse or fewer else 0
+    return 1 if worse else 0
 
 
 if __name__ == "__main__":
