@@ -180,7 +180,7 @@ def _inverted(engine: sf.Engine) -> Any:
 
 def _lora(engine: sf.Engine) -> str:
     try:
-        with engine.runtime.changing_weights():
+        with engine.scheduler.changing_weights():
             return "taken"
     except InvalidRequest as refusal:
         return f"refused: {refusal}"

@@ -1,6 +1,6 @@
 """The main interface: one loaded model and its operations."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 
 import stylefast
 from stylefast import values
-from stylefast.errors import InvalidRequest, OutOfMemory
+from stylefast.errors import InvalidRequest
 from stylefast.export.options import Source
 from stylefast.models import vae as vaes
 from stylefast.models.adapter_loading import load_adapter
@@ -31,16 +31,13 @@ from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.record import metadata, style_digest
 from stylefast.runtime.accounting import check_limit, held_bytes, memory_report
-from stylefast.runtime.admission import Admission
 from stylefast.runtime.backends import check_backend, make_backend
 from stylefast.runtime.baking import BakeCallback, bake, bake_request
-from stylefast.runtime.batching import BatchLoop
 from stylefast.runtime.conditions import ConditionStore
 from stylefast.runtime.core import Runtime
 from stylefast.runtime.decoding import Decoder, to_pil
-from stylefast.runtime.jobs import Job
-from stylefast.runtime.loop import StepCallback, denoise_all
-from stylefast.runtime.memory import MemoryBudget, is_out_of_memory, parse_bytes
+from stylefast.runtime.jobs import Call, Job, StepCallback
+from stylefast.runtime.memory import MemoryBudget, parse_bytes
 from stylefast.runtime.notices import Notices
 from stylefast.runtime.options import (
     as_list,
@@ -53,6 +50,7 @@ from stylefast.runtime.options import (
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
 from stylefast.runtime.results import Result
+from stylefast.runtime.scheduler import Scheduler
 from stylefast.styles.bank import StyleBank
 from stylefast.threads import fit_to_quota
 
@@ -92,7 +90,7 @@ class Engine:
         self.vae = components.vae
         self.adapters: dict[str, tuple[IPAdapter, ImageEncoder]] = {}
         self.loras = LoraSet(
-            components.unet_state, components.text_encoders, guard=lambda: self.runtime.changing_weights()
+            components.unet_state, components.text_encoders, guard=lambda: self.scheduler.changing_weights()
         )
         self._warn = Notices(self.name, components.known_words)
         scheduler_config = components.scheduler_config
@@ -116,10 +114,9 @@ class Engine:
         _check_part("preview", preview)
         self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, preview)
         runner.serve(self)
-        self._loop = BatchLoop(
+        self.scheduler = Scheduler(
             self.runtime,
             self._preparer,
-            self._finish,
             self.decoder.previews,
             count_of("max_batch_rows", max_batch_rows),
             count_of("max_pending", max_pending),
@@ -131,8 +128,8 @@ class Engine:
             # half of the remaining limit; the rest is for pictures
             room = None if self.budget.limit is None else (self.budget.limit - held_bytes(self)) // 2
             pack(self.unet, room)
-        with self.runtime.lock:
-            pass  # on a GPU, orders the runtime's stream after the loads on the current stream
+        with self.runtime.stream:
+            pass  # on a GPU, orders steps after the loads on the current stream
 
     @classmethod
     def from_pretrained(
@@ -234,8 +231,8 @@ class Engine:
         loaded = load_adapter(file, image_encoder, self._components, self.unet)
         name = name or Path(file).stem
         adapter, encoder = self.runtime.backend.adapter(*loaded)
-        # the lock also orders the loaded weights before their use on other streams
-        with self.runtime.lock:
+        # also orders the loaded weights before their use on the stream of steps
+        with self.scheduler.paused():
             self.adapters[name] = adapter, encoder
             if self.runtime.buckets:
                 # shapes must repeat, so reserve room for image tokens before the first picture comes
@@ -290,16 +287,21 @@ class Engine:
         clip_skip: int | None = 0,
         callback: StepCallback | None = None,
         output: str = "pil",
+        alone: bool = False,
     ) -> Result:
-        """Make one picture per prompt, all in one batch: one UNet call per step and size.
+        """Make one picture per prompt; return when all are done.
+
+        All pictures of a size share one UNet call per step, also with those of other threads' calls and of jobs.
 
         Args:
             prompts: a prompt or several, or `Request`s (whose own settings then count), or a mix of both.
             style: None, a style or a list of styles, for the prompts given as strings.
             seed: picture i gets seed + i; or a list with one for each prompt. None or -1 draws one; the seeds used are
                 in the result's metadata.
-            callback: called after every step with (step, steps, latents of the running pictures).
+            callback: called after every step of a size with (step, steps, latents of the running pictures), in this
+                thread, while the steps of other calls go on.
             output: "pil", "np", or "latents" to leave the VAE out.
+            alone: share no UNet call with other calls and jobs, so that the pictures' bits don't depend on them.
             The other arguments are documented in `Request`.
 
         Raises InvalidRequest or a subclass (PromptError, StyleError, ImageError) before any work is done, NumericsError
@@ -308,6 +310,7 @@ class Engine:
         self.runtime.check_open()
         check_output(output)
         values.function("callback", callback, "(step, steps, latents)")
+        values.flag("alone", alone)
         prompts = prompts_of(prompts)
         shared = {
             "negative_prompt": negative_prompt,
@@ -326,16 +329,9 @@ class Engine:
         requests = [p if isinstance(p, Request) else Request(p, seed=s, **shared) for p, s in zip(prompts, seeds)]
         self._warn(requests)
         # first: a value that can't be recorded must not cost finished pictures
-        written = self._metadata(requests)
-        try:
-            return _exhausted(self._result(self._sample(requests, callback), written, output))
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(
-                f"{len(requests)} pictures don't fit into memory; ask for fewer or smaller ones at once, or load the "
-                f"model in half precision ({str(error).splitlines()[0]})"
-            ) from None
+        job = self._job(Call, requests, output=output, callback=callback, alone=alone)
+        result = self.scheduler.run(job)
+        return replace(result, latents=[self.runtime.stream.lend(one) for one in result.latents])
 
     def submit(
         self,
@@ -361,11 +357,10 @@ class Engine:
             raise InvalidRequest("submit takes a Request, or a list of them; wrap a prompt as sf.Request('a boat')")
         check_output(output)
         deadline = check_deadline(deadline)
-        self._preparer.check(requests)
         self._warn(requests)
         self._open(output)
-        job = Job(requests, self._loop.cancel, deadline, output, self._metadata(requests), inside=self._loop.inside)
-        self._loop.submit(job)
+        job = self._job(Job, requests, output=output, deadline=deadline)
+        self.scheduler.submit(job)
         return job
 
     def memory(self) -> dict[str, Any]:
@@ -378,8 +373,7 @@ class Engine:
         `generate` and `bake` in other threads fail likewise, after their current step. In a forked process nothing is
         freed.
         """
-        self._loop.close()
-        self.runtime.close()
+        self.scheduler.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -437,6 +431,7 @@ class Engine:
         request = bake_request(style, options)
         self._warn([request], baking=True)
         return bake(
+            self.scheduler,
             self._preparer,
             request,
             store=store,
@@ -448,10 +443,18 @@ class Engine:
             version=stylefast.__version__,
         )
 
-    def _sample(self, requests: Sequence[Request], callback: StepCallback | None) -> list[torch.Tensor]:
-        with Admission(self._preparer, self._preparer.trajectories(requests)) as admission:
-            done = denoise_all(self.runtime, admission.run(), callback)
-        return [done[i] for i in range(len(requests))]
+    def _job(self, kind: type[Job], requests: Sequence[Request], **options: Any) -> Job:
+        """Return a job for requests, planned for the model as it is. Raises InvalidRequest or a subclass."""
+        job = kind(
+            requests,
+            self._made,
+            self.scheduler.cancel,
+            metadata=self._metadata(requests),
+            inside=self.scheduler.inside,
+            **options,
+        )
+        job.plan(self._preparer)
+        return job
 
     def _result(self, latents: list[torch.Tensor], written: list[dict], output: str) -> Generator[None, None, Result]:
         """Yield between pictures, and return the result."""
@@ -462,22 +465,17 @@ class Engine:
             images = [image.permute(1, 2, 0).cpu().numpy() for image in images]
         elif output == "pil":
             images = [to_pil(image) for image in images]
-        return Result(images, latents, written)
+        return Result(images, [self.runtime.stream.lend(one) for one in latents], written)
 
     def _open(self, output: str) -> None:
         if output != "latents":
             self.decoder.open()
 
-    def _finish(self, job: Job, latents: dict[int, torch.Tensor]) -> Generator[None, None, Result]:
+    def _made(self, job: Job, latents: Mapping[int, torch.Tensor]) -> Generator[None, None, Result]:
+        """Return the generator of a job's result, see `_result`."""
         for entry in job.metadata:
             entry["loras"] = self.loras.scales  # may have changed while the job waited, but not while it ran
-        return self._made(job, [latents[i] for i in range(len(job.requests))])
-
-    def _made(self, job: Job, latents: list[torch.Tensor]) -> Generator[None, None, Result]:
-        if job.output == "latents":
-            # latents are read in another thread, on a stream unknown to this one
-            self.runtime.lock.wait()
-        return (yield from self._result(latents, job.metadata, job.output))
+        return self._result([latents[i] for i in range(len(job.requests))], job.metadata, job.output)
 
     def _current_fingerprint(self) -> str:
         loras = self.loras.fingerprint
@@ -518,12 +516,3 @@ def _options_of(function) -> tuple[str, ...]:
 
 
 _OWN, _LOADING = _options_of(Engine.__init__), _options_of(Engine.from_pretrained)
-
-
-def _exhausted(pieces: Generator[None, None, Result]) -> Result:
-    """Run a generator to its end and return its result."""
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as end:
-            return end.value

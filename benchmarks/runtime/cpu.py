@@ -1,8 +1,12 @@
 """The cases of `--device cpu`: the embedded model and a half-width SDXL, 20 steps with guidance, fp32."""
 
+from functools import partial
+
+import torch
+
 from benchmarks.kernels.measure import Budget
 from benchmarks.runtime import mixes, soak
-from benchmarks.runtime.cases import Case, Figure, Outcome, Ratio, deviation, race
+from benchmarks.runtime.cases import Case, Figure, Outcome, Ratio, Run, deviation, race
 from benchmarks.runtime.models import half_width_model, tiny_model
 from benchmarks.runtime.scene import Scene
 
@@ -10,6 +14,8 @@ CHECK = "check"
 CHECKED_WITHIN = 1e-3
 GOALS = {1: (1.7, 2.0), 4: (1.15, None)}  # uncached / cached, published / cached
 MIXED_GOAL = 1.1
+# threads that call `generate` at once, against the same requests by `submit`; UNet calls for each step of a request
+THREADS_GOAL, CALLS_GOAL = 1.3, 2
 # at its native 64 px the embedded model's deepest layers have 16 tokens, and doubling the rows of a matrix product
 # costs far less than twice the time: leaving out the reference saves little there. Measured without goals
 TINY_SIDE = 256
@@ -30,7 +36,7 @@ def cases(quick: bool = False) -> list[Case]:
     found += [speed("tiny", tiny, n, rounds, GOALS[n]) for n in (1, 4)]
     if not quick:
         found += [speed("tiny, 64 px", small, n, rounds, (None, None)) for n in (1, 4)]
-    found += [mixed(small, rounds), *soak.cases(quick)]
+    found += [mixed(small, rounds), threads(small, rounds), *soak.cases(quick)]
     if not quick:
         half = Scene(half_width_model)
         found += [speed("half-width", half, 1, 3, GOALS[1]), speed("half-width", half, 4, 2, GOALS[4])]
@@ -114,3 +120,38 @@ def mixed(scene: Scene, rounds: int) -> Case:
         "their own strengths and guidance. 16 rows: one bank for all, against 8 banks"
     )
     return Case("mixed batch of 8", what, measure, ratios)
+
+
+def threads(scene: Scene, rounds: int) -> Case:
+    """Compare eight threads that call `generate` at once with the same eight requests by `submit`."""
+    ratio = Ratio("threads", "submit", THREADS_GOAL, at_most=True)
+    calls = Figure("UNet calls of threads", None, CALLS_GOAL * scene.steps, at_most=True)
+
+    def measure(budget: Budget) -> Outcome:
+        runtime, requests, seen = scene.model.engine.runtime, mixes.plain(scene), {}
+        runs = {
+            "threads": lambda: mixes.by_threads(scene, requests),
+            "submit": lambda: mixes.by_submit(scene, requests),
+        }
+
+        def counted(name: str, run: Run) -> list[torch.Tensor]:
+            before = runtime.calls
+            latents = run()
+            seen.setdefault(name, []).append(runtime.calls - before)
+            return latents
+
+        found = race({n: partial(counted, n, run) for n, run in runs.items()}, rounds, budget, warm_ups=int(rounds > 1))
+        apart = deviation(found.results["threads"], found.results["submit"])
+        return Outcome(
+            found.times,
+            [
+                ratio.figure(found.times, found.failures),
+                Figure(calls.what, max(seen["threads"]), calls.goal, at_most=True),
+                Figure("UNet calls of submit", max(seen["submit"])),
+                Figure("threads - submit", apart, note="largest difference of latents"),
+            ],
+            {"failures": found.failures, "calls": seen},
+        )
+
+    what = f"{mixes.BATCH} plain requests of {scene.steps} steps, each by a thread of its own or all submitted"
+    return Case("eight threads", what, measure, (ratio, calls))

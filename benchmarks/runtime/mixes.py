@@ -1,6 +1,10 @@
 """Batches of eight requests, with one style for all or eight styles."""
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 import stylefast as sf
 from benchmarks.runtime.scene import PROMPTS, REFERENCE, REFERENCE_SEED, SEED, Scene
@@ -55,6 +59,25 @@ def eight_banks(scene: Scene) -> list[sf.Request]:
     """Return eight pictures of eight baked styles with different strengths: 16 rows."""
     styles = [sf.StyleAligned(scene.bank(prompt), scale=1.0 - 0.02 * i) for i, prompt in enumerate(BAKED)]
     return [_request(scene, i, style) for i, style in enumerate(styles)]
+
+
+def plain(scene: Scene) -> list[sf.Request]:
+    """Return eight pictures without a style."""
+    return [_request(scene, i, None) for i in range(BATCH)]
+
+
+def by_threads(scene: Scene, requests: Sequence[sf.Request]) -> list[torch.Tensor]:
+    """Make each request by a call of `generate` in a thread of its own, all at once; return the latents."""
+    engine = scene.model.engine
+    with ThreadPoolExecutor(len(requests)) as pool:
+        results = list(pool.map(lambda request: engine.generate(request, output="latents"), requests))
+    return [result.latents[0] for result in results]
+
+
+def by_submit(scene: Scene, requests: Sequence[sf.Request]) -> list[torch.Tensor]:
+    """Submit all requests, each as a job of its own; return the latents."""
+    jobs = [scene.model.engine.submit(request, output="latents") for request in requests]
+    return [job.result().latents[0] for job in jobs]
 
 
 def _request(scene: Scene, i: int, style, **options) -> sf.Request:

@@ -1,7 +1,7 @@
 """Admission of pictures: their inputs are made piece by piece, so that slow work does not delay other pictures' steps.
 
 Encoders, file reads and the VAE run alongside the steps; the DDIM inversion of a reference is a group that runs its
-steps in the batch like any other. Only writing pages and slots happens under the runtime's lock.
+steps in the batch like any other. Only writing pages and slots happens between two steps.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -12,10 +12,8 @@ import torch
 
 from stylefast.runtime.conditions import Encoded
 from stylefast.runtime.group import Group, Pin
-from stylefast.runtime.loop import denoise
 from stylefast.runtime.pinning import forward_pin, inverted_pin, latents_pin
 from stylefast.runtime.preparing import Preparer
-from stylefast.runtime.results import joined
 from stylefast.runtime.trajectory import Trajectory, connected
 
 # what an admission needs next: a call to make with `Runtime.beside`, or groups to run to their end
@@ -25,9 +23,8 @@ Wanted = Callable[[], Any] | list[Group]
 class Admission:
     """Trajectories being admitted to a runtime. `groups` are those admitted so far, in the order of their pictures.
 
-    Callers that run steps ask `advance` for the next piece of work until it returns None; `run` does that in the
-    caller's thread. All or nothing: when `advance` raises, or after `close`, nothing is held. A context manager that
-    closes.
+    The thread that has the turn asks `advance` for the next piece of work until it returns None. All or nothing: when
+    `advance` raises, or after `close`, nothing is held.
     """
 
     def __init__(self, preparer: Preparer, trajectories: Sequence[Trajectory]):
@@ -38,58 +35,36 @@ class Admission:
         self._begun = False
 
     def advance(self, value: Any = None) -> Wanted | None:
-        """Continue until work is needed, and return it; None when all are admitted. Call without the lock.
+        """Continue until work is needed, and return it; None when all are admitted.
 
         value: the result of the previously returned call. Raises InvalidRequest or a subclass for inputs that can't be
         made, OutOfMemory if there is no room.
         """
-        with self._runtime.lock:
-            try:
-                wanted = self._going.send(value if self._begun else None)
-                self._begun = True
-                return wanted
-            except StopIteration:
-                return None
+        try:
+            wanted = self._going.send(value if self._begun else None)
+            self._begun = True
+            return wanted
+        except StopIteration:
+            return None
 
     def fail(self, error: BaseException) -> None:
         """Report that the previously returned call raised `error`; raise it again."""
-        with self._runtime.lock:
-            self._going.throw(error)
-
-    def run(self) -> list[Group]:
-        """Admit all in the caller's thread. Raises like `advance`, plus errors of calls and inversions."""
-        value = None
-        while (wanted := self.advance(value)) is not None:
-            if callable(wanted):
-                value = self._runtime.beside(wanted)
-            else:
-                value, errors = None, denoise(self._runtime, wanted)[1]
-                if errors:
-                    raise joined(errors)
-        return self.groups
+        self._going.throw(error)
 
     def close(self) -> None:
         """Release everything held; a second call does nothing."""
-        with self._runtime.lock:
-            self._going.close()
-            for group in [*self.groups, *self._inversions]:
-                self._runtime.retire(group)
-            self.groups, self._inversions = [], []
-
-    def __enter__(self) -> "Admission":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+        self._going.close()
+        for group in [*self.groups, *self._inversions]:
+            self._runtime.retire(group)
+        self.groups, self._inversions = [], []
 
     def _go(self, trajectories: Sequence[Trajectory]) -> Generator[Wanted, Any, None]:
-        """Yield work; runs under the lock between yields."""
+        """Yield work; runs between two steps otherwise."""
         runtime, store = self._runtime, self._runtime.conditions
         by_size: dict[tuple[int, int], list[Trajectory]] = {}
         for t in trajectories:
             by_size.setdefault(t.size, []).append(t)
         made: Encoded | None = None
-        runtime.joining += 1
         try:
             for size, members in by_size.items():
                 shape = self._preparer.latent_shape(size)
@@ -110,7 +85,6 @@ class Admission:
         finally:
             if made is not None:
                 store.drop(made)
-            runtime.joining -= 1
 
     def _admit(self, trajectories: Sequence[Trajectory], made: Encoded, pins: dict[Trajectory, Pin]) -> Group:
         shape = self._preparer.latent_shape(trajectories[0].size)

@@ -1,6 +1,6 @@
-"""Baking: run a style's reference once, alone, and store its features at every step in a bank."""
+"""Baking: run a style's reference once and store its features at every step in a bank."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,12 +10,13 @@ import torch
 from stylefast import values
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.conditioning import RowFeatures
-from stylefast.runtime.admission import Admission
 from stylefast.runtime.core import Runtime
 from stylefast.runtime.group import Group
+from stylefast.runtime.jobs import Job
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
-from stylefast.runtime.trajectory import Trajectory, plan_trajectories, shared_styles
+from stylefast.runtime.scheduler import Scheduler
+from stylefast.runtime.trajectory import plan_trajectories, shared_styles
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.sampling.schedule import schedule_digest
 from stylefast.styles.bank import BankWriter, LayerFeatures, ReferenceFeatures, StyleBank
@@ -28,6 +29,7 @@ BakeCallback = Callable[[int, int], None]
 
 
 def bake(
+    scheduler: Scheduler,
     preparer: Preparer,
     request: Request,
     *,
@@ -89,38 +91,68 @@ def bake(
     )
     shapes = BankShapes.from_config(preparer.runtime.unet.config, target.size, preparer.downscale)
     with BankWriter(info, shapes, path, overwrite) as writer:
-        _run(preparer, references, writer, callback)
+        job = BakeJob(request, writer, callback, scheduler.cancel)
+        job.trajectories, job.model = references, info.fingerprint
+        scheduler.run(job)
         return writer.finish()
 
 
-def _run(preparer: Preparer, references: Sequence[Trajectory], writer: BankWriter, callback) -> None:
-    steps = references[0].schedule.steps
-    with Admission(preparer, references) as admission:
-        groups = admission.run()
-        for step in range(steps):
-            for number, group in enumerate(groups):
-                _step(preparer.runtime, group, number, writer)
-            if callback is not None:
-                callback(step + 1, steps)
+class BakeJob(Job):
+    """A call of `bake`: each reference runs alone, and the caller's thread writes what a step gave to the bank."""
 
+    has_caller = collects = True
 
-def _step(runtime: Runtime, group: Group, number: int, writer: BankWriter) -> None:
-    """Run one step of a reference; write its features and latents to the bank, without holding the lock."""
-    step = group.step
-    features = None if writer.info.store == "latents" else RowFeatures()
-    with runtime.lock:
-        before = runtime.latents_of(group)[0] if features is None else None
-        error = runtime.advance([group], features).get(group)
+    def __init__(
+        self,
+        request: Request,
+        writer: BankWriter,
+        callback: BakeCallback | None,
+        cancel: Callable[[Job], None],
+    ):
+        super().__init__([request], _nothing, cancel)
+        self._writer, self._callback = writer, callback
+        self._features: RowFeatures | None = None
+        self._before: torch.Tensor | None = None  # latents [channels, h, w], of a bank that stores them
+
+    def plan(self, preparer: Preparer) -> None:
+        """Refuse to begin with other weights than those that the bank names."""
+        raise StyleError("the model's weights changed while the bake waited for its turn; bake again")
+
+    def before_step(self, runtime: Runtime, group: Group) -> RowFeatures | None:
+        """Keep the latents, or return what takes the features of the rows."""
+        if self._writer.info.store == "latents":
+            self._features, self._before = None, runtime.latents_of(group)[0]
+        else:
+            self._features, self._before = RowFeatures(), None
+        return self._features
+
+    def after_step(self, runtime: Runtime, groups: Sequence[Group]) -> Callable[[], None] | None:
+        """Return what writes the step of a reference, and calls the callback after that of the last reference."""
+        (group,) = groups
+        number, step = self.groups.index(group), group.step - 1
         after = runtime.latents_of(group)[0] if group.finished else None
-    if error is not None:
-        raise error
-    if features is None:
-        writer.put_latents(step, number, before)
-    else:
-        for row, branch in enumerate(group.phase(step).branch):
-            writer.put(step, BRANCHES[branch], number, _of_row(features, row, writer.info.layers))
-    if group.finished:
-        writer.put_latents(step + 1, number, after)
+        branches = group.phase(step).branch
+        told = number == len(self.groups) - 1
+        features, before, writer = self._features, self._before, self._writer
+
+        def write() -> None:
+            if features is None:
+                writer.put_latents(step, number, before)
+            else:
+                for row, branch in enumerate(branches):
+                    writer.put(step, BRANCHES[branch], number, _of_row(features, row, writer.info.layers))
+            if after is not None:
+                writer.put_latents(step + 1, number, after)
+            if told and self._callback is not None:
+                self._callback(step + 1, self.steps)
+
+        return write
+
+
+def _nothing(job: Job, latents: Mapping[int, torch.Tensor]) -> Generator[None, None, None]:
+    """Make no result: the bank is."""
+    return
+    yield
 
 
 def _of_row(features: RowFeatures, row: int, layers: Sequence[int]) -> ReferenceFeatures:

@@ -1,17 +1,16 @@
 """One model with everything that requests share: pages, slots, tables, and the step itself.
 
-`Runtime` knows nothing of jobs, threads and pictures' files. Who calls it holds its `lock`.
+`Runtime` knows nothing of jobs, threads and pictures' files. The scheduler lets one thread at a time use it.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from stylefast.errors import EngineClosed, ExportError, InvalidRequest, NumericsError, OutOfMemory, StyleFastError
+from stylefast.errors import EngineClosed, ExportError, NumericsError, OutOfMemory, StyleFastError
 from stylefast.models.conditioning import RowFeatures
 from stylefast.models.unet import UNet
 from stylefast.runtime.bank_pages import BankPages, pages_of
@@ -21,7 +20,7 @@ from stylefast.runtime.latents import LatentSlots
 from stylefast.runtime.memory import MemoryBudget, is_out_of_memory
 from stylefast.runtime.step import Backend, StepBuffers, run_step
 from stylefast.runtime.step_table import StepTable, TableShape, bank_keys
-from stylefast.runtime.stream_lock import SideStream, StreamLock
+from stylefast.runtime.streams import SideStream, StepStream
 from stylefast.runtime.trajectory import Trajectory
 from stylefast.styles.bank import StyleBank
 
@@ -49,9 +48,8 @@ class Runtime:
     ):
         self.unet, self.conditions, self.backend, self.budget = unet, conditions, backend, budget
         self.buckets = tuple(buckets) or backend.buckets
-        self.lock = StreamLock(unet.device)
+        self.stream = StepStream(unet.device)
         self.closed, self._process = False, os.getpid()
-        self.joining = 0  # admissions under way
         self._beside = SideStream(unet.device)
         self.latents: dict[tuple[int, int, int], LatentSlots] = {}
         self.bank_pages: dict[tuple[int, int], BankPages] = {}
@@ -61,23 +59,21 @@ class Runtime:
         self.calls = 0  # of the UNet
 
     def beside(self, call: Callable[[], Value]) -> Value:
-        """Call what runs beside steps: encoders, decoders, readers of files. Without the lock, one at a time.
+        """Call what runs beside steps: encoders, decoders, readers of files; for one thread at a time.
 
-        What is called must touch no pages, slots or tables, and must not ask for the lock.
+        What is called must touch no pages, slots or tables.
         """
-        with self._beside:
-            self.check_open()
-            return self._beside.call(call, self.lock)
+        self.check_open()
+        return self._beside.call(call, self.stream)
 
     def close(self) -> None:
-        """Take no more work, and free what the backend holds once the present step is done.
+        """Take no more work, and free what the backend holds; no step may be running.
 
         In a process that was forked from its own nothing is freed: what would do it is not there.
         """
         self.closed = True
         if os.getpid() == self._process:
-            with self._beside, self.lock:
-                self.backend.close()
+            self.backend.close()
 
     def check_open(self) -> None:
         """Raise EngineClosed once the engine was closed, and in a process that was forked from its own."""
@@ -130,22 +126,10 @@ class Runtime:
         """Pictures on their way, references included."""
         return sum(slots.used for slots in self.latents.values())
 
-    @contextmanager
-    def changing_weights(self) -> Iterator[None]:
-        """Hold everything while weights change; what was computed with the old ones is dropped.
-
-        Raises InvalidRequest while pictures are on their way: half of their steps would see other weights.
-        """
-        self.check_process()
-        with self.lock:
-            if self.pictures or self.joining:
-                busy = f"{self.pictures} pictures are on their way" if self.pictures else "a request is about to join"
-                raise InvalidRequest(f"{busy}, and weights can't change under them; wait until their jobs are done")
-            try:
-                yield
-            finally:
-                for pool in self.bank_pages.values():
-                    pool.clear()
+    def forget_pages(self) -> None:
+        """Drop the pages of banks that were computed with weights that have changed."""
+        for pool in self.bank_pages.values():
+            pool.clear()
 
     def latents_of(self, group: Group) -> torch.Tensor:
         """Return a copy of a group's latents [pictures, channels, h, w] as they are now."""
@@ -154,6 +138,11 @@ class Runtime:
     def shown_of(self, group: Group) -> torch.Tensor:
         """Return those of the requested pictures, without references; does not wait for the device."""
         return self.latents[group.latent_shape].latents[group.shown]
+
+    def results_of(self, group: Group) -> dict[int, torch.Tensor]:
+        """Return output number -> latents [channels, h, w] of the requested pictures."""
+        latents = self.latents_of(group)
+        return {t.output: latents[i] for i, t in enumerate(group.trajectories) if t.output is not None}
 
     def denoised_of(self, group: Group) -> torch.Tensor:
         """Those pictures [shown, channels, h, w] as the last step saw them behind the noise, or latents before any."""

@@ -1,4 +1,4 @@
-"""A submitted request: its state, its result, and its previews."""
+"""Requests on their way: state, result and previews of those submitted, and those that a caller waits for."""
 
 import asyncio
 import logging
@@ -6,7 +6,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,19 @@ import torch
 
 from stylefast import values
 from stylefast.errors import EngineClosed, InvalidRequest, JobCancelled
-from stylefast.runtime.admission import Admission
+from stylefast.models.conditioning import RowFeatures
+from stylefast.runtime.core import Runtime
 from stylefast.runtime.group import Group
+from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.request import Request
 from stylefast.runtime.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
+
+# makes a job's result of its latents by output number: a generator that yields between pieces of work
+Make = Callable[["Job", Mapping[int, torch.Tensor]], Generator[None, None, Any]]
+# called after every step with (step, steps of the longest request, latents of the pictures asked for and still running)
+StepCallback = Callable[[int, int, torch.Tensor], None]
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 
@@ -49,16 +57,22 @@ class Job:
     the last one. `status` is "queued", "running", "done", "failed" or "cancelled"; `step` of `steps` are done.
     """
 
+    has_caller = False  # whether a caller waits for it and runs its steps
+    collects = False  # whether its groups run alone, one by one, for what `before_step` collects
+
     def __init__(
         self,
         requests: Sequence[Request],
+        make: Make,
         cancel: Callable[["Job"], None],
         deadline: float | None = None,
         output: str = "pil",
         metadata: Sequence[dict] = (),
         inside: Callable[[], bool] = lambda: False,
+        alone: bool = False,
     ):
         self.requests, self.output, self.metadata = tuple(requests), output, list(metadata)
+        self.make, self.alone = make, alone
         self.step, self.steps = 0, max(request.steps for request in requests)
         self.submitted = time.monotonic()
         self.expires = None if deadline is None else self.submitted + deadline
@@ -69,12 +83,15 @@ class Job:
         self._result: Any = None
         self._error: BaseException | None = None
         self._watchers: list[Callable[[Preview | None], None]] = []
-        # used by the batch loop
+        # used by the scheduler
+        self.number = 0  # in the order of arrival
         self.trajectories: list[Trajectory] | None = None
-        self.admission: Admission | None = None
+        self.model: str | None = None  # the fingerprint that `trajectories` were planned for
+        self.admission: Any = None
         self.groups: list[Group] = []
         self.running: list[Group] = []
         self.latents: dict[int, torch.Tensor] = {}
+        self.due: deque[Callable[[], None]] = deque()  # calls to make in the caller's thread before the next step
         self.cancelled = False
 
     @property
@@ -191,7 +208,23 @@ class Job:
             if tell in self._watchers:
                 self._watchers.remove(tell)
 
-    # called by the batch loop
+    # called by the scheduler
+
+    def plan(self, preparer: Preparer) -> None:
+        """Plan the trajectories for the model as it is now. Raises InvalidRequest or a subclass."""
+        self.trajectories, self.model = preparer.trajectories(self.requests), preparer.fingerprint()
+
+    def may_step(self, group: Group) -> bool:
+        """Return whether a group need not wait for others of its job."""
+        return True
+
+    def before_step(self, runtime: Runtime, group: Group) -> RowFeatures | None:
+        """Return what takes the features of the rows in the next step of a group of a job that `collects`."""
+        return None
+
+    def after_step(self, runtime: Runtime, groups: Sequence[Group]) -> Callable[[], None] | None:
+        """Return what the caller's thread has to call after a step of `groups`, if anything."""
+        return None
 
     @property
     def wants_previews(self) -> bool:
@@ -219,9 +252,37 @@ class Job:
             self._finished.set()
             watchers, self._watchers = self._watchers, []
             # otherwise a finished job would keep the whole model alive
-            self._cancel, self._inside = _nothing_to_cancel, bool
+            self._cancel, self._inside, self.make = _nothing_to_cancel, bool, _nothing_to_make
+            self.trajectories = None
         self._tell(watchers, None)
         return True
+
+
+class Call(Job):
+    """A call of `Engine.generate`. Its `callback`, if any, is called in its own thread, and no step waits for that."""
+
+    has_caller = True
+
+    def __init__(self, *arguments: Any, callback: StepCallback | None = None, **options: Any):
+        super().__init__(*arguments, **options)
+        self._callback = callback
+
+    def may_step(self, group: Group) -> bool:
+        """Let all pictures of a size make a step, which the callback sees together, before one makes the next."""
+        return self._callback is None or all(g.step >= min(group.step, g.steps) for g in self._alike(group))
+
+    def after_step(self, runtime: Runtime, groups: Sequence[Group]) -> Callable[[], None] | None:
+        """Return the callback's call once all pictures of the size have made the step."""
+        if self._callback is None:
+            return None
+        alike, step, call = self._alike(groups[0]), groups[0].step, self._callback
+        if any(g.step < min(step, g.steps) for g in alike):
+            return None
+        latents = torch.cat([runtime.shown_of(g) for g in alike if g.step == step])
+        return lambda: call(step, max(g.steps for g in alike), runtime.stream.lend(latents))
+
+    def _alike(self, group: Group) -> list[Group]:
+        return [g for g in self.groups if g.latent_shape == group.latent_shape]
 
 
 class Previews:
@@ -295,4 +356,9 @@ def _nothing_to_cancel(job: Job) -> None:
     """Do nothing: replaces `cancel` of a finished job."""
 
 
-__all__ = ["CANCELLED", "DONE", "FAILED", "QUEUED", "RUNNING", "Job", "Preview", "Previews"]
+def _nothing_to_make(job: Job, latents: Mapping[int, torch.Tensor]) -> Generator[None, None, None]:
+    """Make nothing: replaces `make` of a finished job, which would keep the model alive."""
+    yield
+
+
+__all__ = ["CANCELLED", "DONE", "FAILED", "QUEUED", "RUNNING", "Call", "Job", "Preview", "Previews"]

@@ -25,6 +25,7 @@ class Joining:
     """A job that is about to join, and what it waits for."""
 
     admission: Admission
+    first: bool  # whether it came while nothing ran: no step is made until its inputs are there
     call: Call | None = None
     inversions: list[Group] = field(default_factory=list)
 
@@ -34,10 +35,14 @@ class Joining:
         return self.call is not None and not self.call.over
 
 
-def pieces(job: Job, making: Generator[None, None, Any]) -> Callable[[], Any]:
-    """Return a helper task that makes a job's result piece by piece, until complete or the job is cancelled."""
+def pieces(job: Job, making: Generator[None, None, Any], ready: Callable[[], None]) -> Callable[[], Any]:
+    """Return a helper task that makes a job's result piece by piece, until complete or the job is cancelled.
+
+    ready: waits until the device has computed what the result is made of.
+    """
 
     def piece() -> Any:
+        ready()
         if job.cancelled:
             making.close()
             raise cancelled(job)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stylefast.errors import NumericsError, StyleFastError
+from stylefast.errors import NumericsError
 from stylefast.runtime.core import not_finite
 
 
@@ -22,7 +22,7 @@ class Result:
     metadata: list[dict] = field(repr=False)
 
 
-def joined(errors: Sequence[StyleFastError]) -> StyleFastError:
+def joined(errors: Sequence[Exception]) -> Exception:
     """Return one error for a call with failed groups: the first, or one naming all pictures that are not finite."""
     if all(isinstance(error, NumericsError) for error in errors):
         return not_finite([picture for error in errors for picture in error.pictures])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from stylefast.commands.folder_lock import beside, only_writer
-from stylefast.runtime import baking
+from stylefast.runtime.baking import BakeJob
 from tests.cli.conftest import pixels
 from tests.cli.test_errors import assert_one_line
 
@@ -148,14 +148,14 @@ def test_a_banks_name_comes_from_its_picture(bake, photo, tmp_path, monkeypatch)
 
 
 def test_an_interrupted_bake_leaves_nothing_and_keeps_what_was_there(stylefast, model_folder, tmp_path, monkeypatch):
-    step = baking._step
+    before_step = BakeJob.before_step
 
-    def interrupted(runtime, group, number, writer):
+    def interrupted(job, runtime, group):
         if group.step == 1:
             raise KeyboardInterrupt
-        step(runtime, group, number, writer)
+        return before_step(job, runtime, group)
 
-    monkeypatch.setattr(baking, "_step", interrupted)
+    monkeypatch.setattr(BakeJob, "before_step", interrupted)
     target = tmp_path / "x.bank"
     words = ("bake", "--style-image", "blot", *FEW, "--model", model_folder, "--quiet", "--out", target)
     assert_one_line(*stylefast(*words)[::2], 130, "interrupted")
@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_line_before_anything_runs(stylefast, model_folder, t
         free, total = 1000, 9000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Full)
-    monkeypatch.setattr(baking, "_step", lambda *arguments: pytest.fail("the model ran"))
+    monkeypatch.setattr(BakeJob, "before_step", lambda *arguments: pytest.fail("the model ran"))
     words = ("bake", "--style-image", "blot", *FEW, "--model", model_folder, "--quiet", "--out", tmp_path / "x.bank")
     assert_one_line(*stylefast(*words)[::2], 1, "free or allowed")
     assert not list(tmp_path.iterdir())

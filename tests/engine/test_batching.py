@@ -101,7 +101,7 @@ def test_a_long_job_does_not_keep_short_ones_waiting(engine, idle, rows_at_most)
         ends.append(calls_until_done(idle, short))
 
     idle.at[5] = arrive
-    with engine.runtime.lock:
+    with engine.scheduler.paused():
         long = submit(engine, steps=200)
         ends.append(calls_until_done(idle, [long]))
     for job in (long, *short):
@@ -120,7 +120,7 @@ def test_a_steady_stream_of_short_jobs_does_not_starve_a_long_one(engine, idle, 
             stream.append(submit(engine, "a dog", steps=3))
 
     idle.before = arrive
-    with engine.runtime.lock:
+    with engine.scheduler.paused():
         long = submit(engine, steps=steps)
         ends = calls_until_done(idle, [long])
     long.result(WAIT)
@@ -139,7 +139,7 @@ def test_a_stream_of_one_size_does_not_starve_another(engine, idle, rows_at_most
             stream.append(submit(engine, "a dog", steps=1, size=LARGE))
 
     idle.before = arrive
-    with engine.runtime.lock:
+    with engine.scheduler.paused():
         other = submit(engine, steps=10)
         ends = calls_until_done(idle, [other])
     other.result(WAIT)
@@ -227,7 +227,7 @@ def test_a_job_that_finds_no_room_to_join_waits_for_the_others(engine, watch, mo
     admit, refusals = engine.runtime.admit, []
 
     def full(trajectories, *rest):
-        if any(t.prompt == "a dog" for t in trajectories) and engine._loop.running > 1:
+        if any(t.prompt == "a dog" for t in trajectories) and engine.scheduler.running > 1:
             refusals.append(1)
             engine.runtime.conditions.release(rest[0])
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -12,7 +12,6 @@ import pytest
 import stylefast as sf
 from stylefast.errors import EngineClosed, ExportError, InvalidRequest
 from stylefast.runtime.copy_engine import CopyEngine
-from stylefast.runtime.fair_lock import FairLock
 from tests.engine.scene import SIZE, STEPS, small_picture
 from tests.engine.watch import WAIT, Watch, held, request, settled, submit, until
 from tests.fp64 import close
@@ -106,37 +105,6 @@ def test_a_forked_process_leaves_python_at_once():
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=4 * WAIT)
     assert (done.returncode, done.stdout.strip()) == (0, "7"), done.stderr
-
-
-@needs_fork
-@pytest.mark.parametrize("mine", [False, True], ids=["another thread's", "the forking thread's"])
-def test_a_lock_that_was_held_at_a_fork_is_free_in_the_child(mine):
-    lock, taken, leave = FairLock(), threading.Event(), threading.Event()
-
-    def hold():
-        with lock:
-            taken.set()
-            assert leave.wait(WAIT)
-
-    def work():
-        with lock:
-            pass
-        other = threading.Thread(target=lock.__enter__)
-        other.start()
-        other.join(0.05 if mine else WAIT)
-        assert other.is_alive() == mine  # what this thread holds stays held
-
-    if mine:
-        with lock:
-            assert in_child(work) == 0
-        return
-    thread = threading.Thread(target=hold)
-    thread.start()
-    assert taken.wait(WAIT)
-    code = in_child(work)
-    leave.set()
-    thread.join(WAIT)
-    assert code == 0
 
 
 @needs_fork
@@ -234,7 +202,7 @@ def test_an_interrupted_call_gives_back_all_it_holds(engine, watch, monkeypatch,
         watch.at[1] = interrupt
     with pytest.raises(KeyboardInterrupt):
         engine.generate("a cat", style, steps=STEPS, size=SIZE, scheduler="ddim")
-    assert not any(held(engine).values()) and not engine.runtime.joining
+    assert not any(held(engine).values())
     monkeypatch.undo()
     assert submit(engine).result(WAIT).latents
 
@@ -277,11 +245,11 @@ def test_an_inversion_shares_calls_with_jobs_on_their_way_and_counts_no_steps(en
 def test_a_job_that_is_cancelled_in_its_inversion_gives_back_all(engine, watch):
     jobs = []
     watch.at[1] = lambda: jobs[0].cancel()
-    with engine.runtime.lock:
+    with engine.scheduler.paused():
         jobs.append(submit(engine, style=sf.StyleAligned(PICTURE, noise="ddim"), scheduler="ddim"))
     with pytest.raises(sf.errors.JobCancelled, match="step 0"):
         jobs[0].result(WAIT)
-    assert watch.calls == 2 and settled(engine) and not engine.runtime.joining
+    assert watch.calls == 2 and settled(engine)
 
 
 def test_an_inversion_that_fails_fails_its_job_alone(engine, watch, monkeypatch):
@@ -302,7 +270,7 @@ def test_weights_do_not_change_while_a_request_is_about_to_join(engine, watch, m
     style, caught = sf.StyleAligned(PICTURE), []
 
     def try_it(t):
-        with pytest.raises(InvalidRequest, match="about to join.*wait"), engine.runtime.changing_weights():
+        with pytest.raises(InvalidRequest, match="about to join.*wait"), engine.scheduler.changing_weights():
             pass
         caught.append(1)
         return encode(t)

@@ -178,7 +178,7 @@ def test_waiting_in_vain_leaves_no_watcher(engine):
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(job._as_future()), 0.001)
 
-    with engine.runtime.lock:  # without which no step is made
+    with engine.scheduler.paused():  # without which no step is made
         job = engine.submit(sf.Request("a cat", steps=60, size=SIZE), output="latents")
         asyncio.run(wait())
         assert not job._watchers

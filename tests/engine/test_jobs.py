@@ -14,7 +14,7 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, JobCancelled, QueueFull
-from stylefast.runtime import batching
+from stylefast.runtime import scheduler
 from tests.engine.scene import SIZE, STEPS, near, small_picture
 from tests.engine.watch import WAIT, Clock, Watch, held, request, settled, submit, until
 from tests.fp64 import close
@@ -93,7 +93,7 @@ def test_cancelling_a_running_job_stops_it_within_a_step_and_frees_all_it_holds(
     styles = [sf.StyleAligned(bank), sf.InstantStyle(PICTURE)]
     jobs = []
     watch.at[1] = lambda: jobs[0].cancel()
-    with engine.runtime.lock:
+    with engine.scheduler.paused():
         jobs.append(submit(engine, style=styles))
     with pytest.raises(JobCancelled, match=f"step . of {STEPS}"):
         jobs[0].result(WAIT)
@@ -102,7 +102,7 @@ def test_cancelling_a_running_job_stops_it_within_a_step_and_frees_all_it_holds(
 
 
 def test_cancelling_a_job_that_waits_takes_it_out_at_once(engine, watch, monkeypatch):
-    monkeypatch.setattr(batching, "MOST_PICTURES", 1)
+    monkeypatch.setattr(scheduler, "MOST_PICTURES", 1)
     reached, go = watch.gate(0)
     first = submit(engine)
     assert reached.wait(WAIT)
@@ -117,7 +117,7 @@ def test_a_job_that_is_over_can_not_be_cancelled(engine):
     job = submit(engine)
     job.result(WAIT)
     assert not job.cancel() and job.status == "done"
-    with engine.runtime.lock:
+    with engine.scheduler.paused():
         cancelled = submit(engine)
         cancelled.cancel()
     with pytest.raises(JobCancelled):
@@ -128,7 +128,7 @@ def test_a_job_that_is_over_can_not_be_cancelled(engine):
 def test_cancelling_in_the_last_step_is_still_cancelling(engine, watch):
     jobs, told = [], []
     watch.at[STEPS - 1] = lambda: told.append(jobs[0].cancel())
-    with engine.runtime.lock:
+    with engine.scheduler.paused():
         jobs.append(submit(engine))
     with pytest.raises(JobCancelled):
         jobs[0].result(WAIT)
@@ -185,7 +185,7 @@ def test_a_job_whose_deadline_passes_while_it_runs_fails_and_frees_all(engine, w
 
 
 def test_a_job_whose_deadline_passes_while_it_waits_fails_without_a_step(engine, watch, monkeypatch):
-    monkeypatch.setattr(batching, "MOST_PICTURES", 1)
+    monkeypatch.setattr(scheduler, "MOST_PICTURES", 1)
     reached, go = watch.gate(0)
     clock = Clock(monkeypatch)
     first = submit(engine)
@@ -200,8 +200,8 @@ def test_a_job_whose_deadline_passes_while_it_waits_fails_without_a_step(engine,
 
 
 def test_no_more_jobs_wait_than_allowed(engine, watch, monkeypatch):
-    monkeypatch.setattr(batching, "MOST_PICTURES", 1)
-    monkeypatch.setattr(engine._loop, "max_pending", 2)
+    monkeypatch.setattr(scheduler, "MOST_PICTURES", 1)
+    monkeypatch.setattr(engine.scheduler, "max_pending", 2)
     reached, go = watch.gate(0)
     running = submit(engine)
     assert reached.wait(WAIT)
@@ -219,14 +219,14 @@ def test_no_more_jobs_wait_than_allowed(engine, watch, monkeypatch):
 
 
 def test_closing_fails_what_runs_and_what_waits_and_takes_no_more(pipe, monkeypatch):
-    monkeypatch.setattr(batching, "MOST_PICTURES", 1)
+    monkeypatch.setattr(scheduler, "MOST_PICTURES", 1)
     with sf.Engine.from_pipeline(pipe) as engine:
         watch = Watch(engine, monkeypatch)
         reached, go = watch.gate(1)
         running = submit(engine)
         assert reached.wait(WAIT)
         waiting = submit(engine)
-        threading.Thread(target=lambda: until(lambda: engine._loop._closed) and go.set()).start()
+        threading.Thread(target=lambda: until(lambda: engine.scheduler._closed) and go.set()).start()
     for job in (running, waiting):
         with pytest.raises(EngineClosed, match="closed before the job was done"):
             job.result(WAIT)
@@ -246,10 +246,10 @@ def test_an_engine_can_be_closed_from_a_callback_of_its_own_job(pipe):
 
 
 def test_an_engine_that_was_dropped_leaves_no_thread(pipe, monkeypatch):
-    monkeypatch.setattr(batching, "_IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(scheduler, "_IDLE_SECONDS", 0.1)
     engine = sf.Engine.from_pipeline(pipe)
     submit(engine).result(WAIT)
-    thread, gone = engine._loop._thread, weakref.ref(engine._loop)
+    thread, gone = engine.scheduler._thread, weakref.ref(engine.scheduler)
     del engine
     if thread is not None:
         thread.join(WAIT)
@@ -258,11 +258,11 @@ def test_an_engine_that_was_dropped_leaves_no_thread(pipe, monkeypatch):
 
 
 def test_after_a_pause_the_next_job_starts_another_thread(pipe, monkeypatch):
-    monkeypatch.setattr(batching, "_IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(scheduler, "_IDLE_SECONDS", 0.01)
     engine = sf.Engine.from_pipeline(pipe)
     for _ in range(3):
         submit(engine, steps=1).result(WAIT)
-        assert until(lambda: engine._loop._thread is None)
+        assert until(lambda: engine.scheduler._thread is None)
 
 
 def test_a_program_that_ends_with_jobs_on_their_way_ends_well():
@@ -308,7 +308,7 @@ def test_a_callback_that_raises_harms_nobody(engine, watch, drawn, caplog):
 
 def test_a_job_can_be_awaited_with_its_result_or_its_error(engine):
     async def main():
-        with engine.runtime.lock:
+        with engine.scheduler.paused():
             good, bad = submit(engine), submit(engine, "a dog", steps=60)
             bad.cancel()
         result = await good

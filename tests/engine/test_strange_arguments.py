@@ -17,7 +17,6 @@ from stylefast.errors import (
     StyleError,
     StyleFastError,
 )
-from stylefast.runtime import baking
 from stylefast.styles.embeddings import StageEmbedding
 from tests.engine.scene import SIZE, learned, small_picture
 from tests.strange_values import python_values
@@ -37,9 +36,8 @@ def idle(engine, monkeypatch):
     def stop(*_, **__):
         raise NotRun
 
-    monkeypatch.setattr(engine, "_sample", stop)
-    monkeypatch.setattr(engine._loop, "submit", lambda job: None)
-    monkeypatch.setattr(baking, "_run", stop)
+    monkeypatch.setattr(engine.scheduler, "run", stop)
+    monkeypatch.setattr(engine.scheduler, "submit", lambda job: None)
     return engine
 
 
@@ -107,7 +105,7 @@ def test_submit_refuses_what_can_not_work(engine, kind, monkeypatch):
         monkeypatch.setattr("stylefast.runtime.memory.total_memory", lambda device: 2**20)
     with pytest.raises(error):
         engine.submit(sf.Request(**{"prompt": "a cat"} | K | options))
-    assert engine._loop.pending == engine._loop.running == 0
+    assert engine.scheduler.pending == engine.scheduler.running == 0
 
 
 def test_seeds_are_drawn_or_given_one_by_one_and_recorded(engine):

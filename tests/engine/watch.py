@@ -6,7 +6,7 @@ import time
 import torch
 
 import stylefast as sf
-from stylefast.runtime import batching, jobs
+from stylefast.runtime import jobs, scheduler
 from tests.engine.scene import SIZE, STEPS
 
 WAIT = 180  # seconds, for what takes one on a machine with nothing else to do; a test that hangs should fail
@@ -27,7 +27,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self._now = time.monotonic()
-        for module in (batching, jobs):
+        for module in (scheduler, jobs):
             monkeypatch.setattr(module, "time", self)
 
     def monotonic(self) -> float:
@@ -65,7 +65,7 @@ class Watch:
 
     def together(self, *jobs):
         """Submit callables such that what they submit meets in one batch; what they return."""
-        with self.engine.runtime.lock:  # keeps the loop from its next step
+        with self.engine.scheduler.paused():  # keeps the loop from its next step
             return [job() for job in jobs]
 
     def gate(self, call: int) -> tuple[threading.Event, threading.Event]:
@@ -92,8 +92,8 @@ def held(engine) -> dict[str, int]:
         "images": 0 if images is None else images.used,
         "latents": sum(slots.used for slots in runtime.latents.values()),
         "pinned": sum(pool.stats().pinned for pool in runtime.bank_pages.values()),
-        "running": engine._loop.running,
-        "pending": engine._loop.pending,
+        "running": engine.scheduler.running,
+        "pending": engine.scheduler.pending,
     }
 
 

@@ -1,0 +1,582 @@
+"""The one driver: jobs of all callers, and the thread whose turn it is to run their steps.
+
+`Engine.generate` and `bake` add a job and run steps until it is done; `Engine.submit` adds one and leaves the steps to
+a thread of its own. Only one thread at a time has the turn, and whoever has it runs the steps of all jobs. Before each
+step jobs join and leave; a step takes the groups that have waited longest, all of one size, as many as fit. So jobs of
+different callers, styles, samplers, step counts and guidance share a UNet call, one that came late joins as soon as its
+prompts and pictures are encoded, and a long job can't keep a short one waiting: where not all fit, they take turns.
+Slow work beside steps, encoding and decoding, is done by a helper thread meanwhile.
+"""
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory, QueueFull, StyleFastError
+from stylefast.runtime.admission import Admission
+from stylefast.runtime.core import Runtime
+from stylefast.runtime.group import Group
+from stylefast.runtime.helper import Helper
+from stylefast.runtime.jobs import Job, Preview
+from stylefast.runtime.joining import Call, Joining, cancelled, pieces, too_late
+from stylefast.runtime.memory import give_back, is_out_of_memory
+from stylefast.runtime.preparing import Preparer
+from stylefast.runtime.results import joined
+
+# pictures in progress at once; beyond it jobs wait, as their latents and prompts take memory too
+MOST_PICTURES = 256
+# seconds without work after which the thread behind `submit` ends; the next job starts another
+_IDLE_SECONDS = 2.0
+# seconds between two attempts to join, and between two looks at deadlines, while there is nothing else to do
+_PAUSE_SECONDS = 0.02
+_started: "weakref.WeakSet[Scheduler]" = weakref.WeakSet()
+
+
+class Scheduler:
+    """The jobs of one runtime, and who runs their steps.
+
+    decode_preview: latents to small pictures. max_rows: rows of one UNet call; None: what fits into memory.
+    max_pending: submitted jobs that may wait; None: any number.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        preparer: Preparer,
+        decode_preview: Callable[[Any], list],
+        max_rows: int | None = None,
+        max_pending: int | None = None,
+    ):
+        self._runtime, self._preparer, self._decode_preview = runtime, preparer, decode_preview
+        self.max_pending = max_pending
+        runtime.max_rows = max_rows
+        # guards what follows, and is notified of all that a waiting thread may want to know
+        self._changed = threading.Condition()
+        self._news = 0  # how often it was notified
+        self._holder: int | None = None  # thread that has the turn
+        self._asking = 0  # threads that wait for the turn in order not to step, see `paused`
+        self._queue: deque[Job] = deque()
+        self._count = 0  # jobs so far
+        self._joining: dict[Job, Joining] = {}
+        self._jobs: dict[Group, Job] = {}
+        self._turns: dict[Group, int] = {}  # when a group last had a step
+        self._turn = 0
+        self._leaving: set[Job] = set()  # whose pictures are being decoded
+        self._ended: list[Callable[[], Any]] = []  # what tells of ended jobs, once the turn is given up
+        self._helper = Helper(lambda: _IDLE_SECONDS)
+        self._thread: threading.Thread | None = None  # behind `submit`
+        self._closed, self._process = False, os.getpid()
+
+    @property
+    def pending(self) -> int:
+        """Return the number of jobs that wait to join."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Return the number of jobs in the batch, about to join it, or done but for the decoding."""
+        with self._changed:
+            return len({*self._jobs.values(), *self._joining, *self._leaving})
+
+    def inside(self) -> bool:
+        """Return whether the caller is a thread that jobs can't do without."""
+        return threading.current_thread() is self._thread or self._helper.inside
+
+    # callers
+
+    def submit(self, job: Job) -> None:
+        """Queue a job for the thread behind `submit`. Raises QueueFull, and EngineClosed after `close`."""
+        with self._changed:
+            waiting = sum(not other.has_caller for other in self._queue)
+            if self.max_pending is not None and waiting >= self.max_pending and not self._closed:
+                raise QueueFull(f"{waiting} jobs wait already, the limit is {self.max_pending}; try later")
+            self._add(job)
+            if self._thread is None:
+                _started.add(self)
+                self._thread = threading.Thread(target=self._run_submitted, name="stylefast-steps", daemon=True)
+                self._thread.start()
+
+    def run(self, job: Job) -> Any:
+        """Queue a job and run steps until it is done, or wait while another thread runs them; return its result.
+
+        The job's hooks, see `Job.due`, are called in this thread. Raises the job's error, what a hook raised, and
+        InvalidRequest in a thread that the job would wait for.
+        """
+        if self.inside():
+            raise InvalidRequest(
+                "this callback runs in a thread that steps or pictures wait for, so nothing can be made here; do it in "
+                "another thread, or submit it"
+            )
+        self._add(job)
+        try:
+            while not job.done() or (job.due and job.exception() is None):
+                if job.due:
+                    self._runtime.stream.join()
+                    job.due[0]()
+                    with self._changed:
+                        job.due.popleft()
+                        self._notify()
+                else:
+                    self._drive(lambda: job.done() or bool(job.due))
+        except BaseException:
+            self._abandon(job)
+            raise
+        return job.result()
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job: at once while it waits, else at the next step."""
+        with self._changed:
+            job.cancelled = True
+            waiting = job in self._queue
+            if waiting:
+                self._queue.remove(job)
+            self._notify()
+        if waiting:
+            job.finish(error=cancelled(job))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hold the turn between two steps, to change what steps use; on a GPU also on their stream."""
+        me = threading.get_ident()
+        with self._changed:
+            self._asking += 1
+            self._notify()
+            try:
+                self._changed.wait_for(lambda: self._holder in (None, me))
+            finally:
+                self._asking -= 1
+            before, self._holder = self._holder, me
+        try:
+            with self._runtime.stream:
+                yield
+        finally:
+            self._leave_turn(before)
+
+    @contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """Hold the turn while weights change; what was computed with the old ones is dropped.
+
+        Raises InvalidRequest while pictures are in progress: half of their steps would see other weights.
+        """
+        self._runtime.check_process()
+        with self.paused():
+            if self._runtime.pictures or self._joining:
+                pictures = self._runtime.pictures
+                busy = f"{pictures} pictures are on their way" if pictures else "a request is about to join"
+                raise InvalidRequest(f"{busy}, and weights can't change under them; wait until their jobs are done")
+            try:
+                yield
+            finally:
+                self._runtime.forget_pages()
+
+    def close(self) -> None:
+        """Stop after the current step; jobs that are not done fail with EngineClosed.
+
+        In a process that was forked from the scheduler's there is nothing to stop.
+        """
+        self._runtime.closed = True
+        if os.getpid() != self._process:
+            self._closed = True
+            return
+        with self._changed:
+            self._closed = True
+            thread, mine = self._thread, self._holder == threading.get_ident()
+            self._notify()
+        if mine:  # in a signal's handler, in the midst of a step: ended by `_drive`
+            return
+        with self.paused():
+            self._end_all(_closed())
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._helper.close(_closed())
+        self._runtime.close()
+
+    # the turn
+
+    def _notify(self) -> None:
+        self._news += 1
+        self._changed.notify_all()
+
+    def _add(self, job: Job) -> None:
+        with self._changed:
+            if self._closed:
+                raise EngineClosed("the engine was closed; load another one")
+            self._count += 1
+            job.number = self._count
+            self._queue.append(job)
+            self._notify()
+
+    def _drive(self, over: Callable[[], bool]) -> None:
+        """Run steps until `over`, or until another thread wants the turn; or wait while another thread has it."""
+        with self._changed:
+            self._changed.wait_for(lambda: over() or (self._holder is None and not self._asking))
+            if over():
+                return
+            self._holder = threading.get_ident()
+        try:
+            with self._runtime.stream:
+                while True:
+                    with self._changed:
+                        if self._asking or self._ended or self._closed or over():
+                            break
+                        news = self._news
+                    if not self.step():
+                        self._wait(news)
+                if self._closed:
+                    self._end_all(_closed())
+        except BaseException as error:
+            if not isinstance(error, Exception) and threading.current_thread() is not self._thread:
+                self._begin_again()
+                raise
+            self._end_all(error)  # a bug or a broken device: no caller may wait forever
+        finally:
+            self._leave_turn(None)
+
+    def _wait(self, news: int) -> None:
+        """Wait until there is something to do, or to look at again, since `news`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._news != news, _PAUSE_SECONDS)
+
+    def _leave_turn(self, holder: int | None) -> None:
+        """Give the turn back, then tell of the jobs that ended meanwhile: nothing calls user code during a turn."""
+        with self._changed:
+            ended = []
+            if holder is None:
+                ended, self._ended = self._ended, []
+            self._holder = holder
+            self._notify()
+        for tell in ended:
+            tell()
+        if ended:
+            with self._changed:
+                self._notify()
+
+    def _run_submitted(self) -> None:
+        while True:
+            self._drive(lambda: self._closed or not self._has_submitted())
+            if not self._has_submitted():
+                give_back()
+            with self._changed:
+                if not (self._closed or self._has_submitted()):
+                    self._changed.wait_for(lambda: self._closed or self._has_submitted(), _IDLE_SECONDS)
+                if self._closed or not self._has_submitted():
+                    self._thread = None
+                    return
+
+    def _has_submitted(self) -> bool:
+        """Return whether steps are wanted by a job that no caller runs."""
+        with self._changed:
+            return any(not job.has_caller for jobs in (self._jobs.values(), self._queue, self._joining) for job in jobs)
+
+    # a step
+
+    def step(self) -> bool:
+        """Do what is due between two steps, and run one; return False if there was nothing to do."""
+        self._drop()
+        moved = self._admit()
+        if self._ended:
+            return True  # those who wait for them are told first
+        batch = self._choose()
+        if batch:
+            self._collect(batch, self._advance(batch))
+        return moved or bool(batch)
+
+    def _drop(self) -> None:
+        """End the jobs that were cancelled or are late."""
+        now = time.monotonic()
+        with self._changed:
+            jobs = dict.fromkeys([*self._queue, *self._jobs.values(), *self._joining])
+            ended = {job: cancelled(job) for job in jobs if job.cancelled}
+            ended |= {j: too_late(j) for j in jobs if j not in ended and j.expires is not None and now >= j.expires}
+            for job in ended:
+                if job in self._queue:
+                    self._queue.remove(job)
+        for job, error in ended.items():
+            self._end(job, error)
+
+    def _admit(self) -> bool:
+        """Let waiting jobs join, first come first served; return whether one got further.
+
+        They join as soon as the helper has encoded what they need; those that came while nothing ran begin together.
+        """
+        moved = False
+        for job, joining in list(self._joining.items()):
+            if not joining.waits:
+                moved |= self._go_on(job, joining)
+        while True:
+            with self._changed:
+                taken = sum(g.pictures for g in self._jobs) + sum(len(job.requests) for job in self._joining)
+                if not self._queue or taken >= MOST_PICTURES:
+                    return moved
+                job = self._queue.popleft()
+                first = not any(g.step for g in self._jobs)
+            try:
+                if job.model != self._preparer.fingerprint():
+                    job.plan(self._preparer)
+            except Exception as error:
+                self._end(job, error)
+                continue
+            with self._changed:
+                joining = self._joining[job] = Joining(Admission(self._preparer, job.trajectories), first)
+            if not self._go_on(job, joining):
+                return moved
+            moved = True
+
+    def _go_on(self, job: Job, joining: Joining) -> bool:
+        """Admit a job as far as that goes without waiting; return False if it found no room and was queued again."""
+        admission = joining.admission
+        try:
+            while not any(group in self._jobs for group in joining.inversions):
+                if joining.waits:
+                    return True
+                call, joining.call = joining.call, None
+                if call is not None and call.error is not None:
+                    admission.fail(call.error)
+                wanted = admission.advance(None if call is None else call.value)
+                if wanted is None:
+                    self._join(job, admission)
+                    return True
+                if callable(wanted):
+                    joining.call = self._beside(wanted)
+                else:
+                    joining.inversions = wanted
+                    self._enter(job, wanted)
+        except BaseException as error:
+            if not isinstance(error, Exception) and (call is None or call.error is not error):
+                raise  # Ctrl-C in this thread
+            # when others are done there is more room
+            self._leave(job)
+            if is_out_of_memory(error) and (self._jobs or self._joining or self._leaving):
+                self._queue_again(job)
+                return False
+            self._end(job, _as_memory(job, error) if is_out_of_memory(error) else error)
+        return True
+
+    def _beside(self, wanted: Callable[[], Any]) -> Call:
+        """Have a call made by the helper."""
+        call = Call()
+
+        def then(value: Any, error: BaseException | None) -> None:
+            with self._changed:
+                call.value, call.error, call.over = value, error, True
+                self._notify()
+
+        self._helper.run(lambda: self._runtime.beside(wanted), then)
+        return call
+
+    def _join(self, job: Job, admission: Admission) -> None:
+        job.running = list(admission.groups)
+        self._enter(job, admission.groups)
+        with self._changed:
+            del self._joining[job]
+        job.admission = admission
+
+    def _enter(self, job: Job, groups: list[Group]) -> None:
+        job.groups += groups
+        with self._changed:
+            self._jobs |= dict.fromkeys(groups, job)
+        # as if it had just had a step: where not all fit, it takes its turn behind those who wait already
+        self._turns |= dict.fromkeys(groups, self._turn)
+        job.start()
+
+    def _choose(self) -> list[Group]:
+        """Return groups of the size that is next: the longest waiting first, as many as fit."""
+        if any(joining.first and joining.waits for joining in self._joining.values()):
+            return []
+        waiting = sorted(
+            (g for g, job in self._jobs.items() if not g.finished and not job.due and job.may_step(g)),
+            key=lambda g: (self._turns[g], self._jobs[g].number),
+        )
+        if not waiting:
+            return []
+        first, owner = waiting[0], self._jobs[waiting[0]]
+        if owner.collects:
+            return [first]
+        if owner.alone:
+            waiting = [g for g in waiting if self._jobs[g] is owner]
+        else:
+            waiting = [g for g in waiting if not (self._jobs[g].alone or self._jobs[g].collects)]
+        shape = first.latent_shape
+        room = self._runtime.rows_that_fit(shape[1:])
+        batch, rows = [], 0
+        for group in waiting:
+            if group.latent_shape == shape and (not batch or rows + group.rows <= room):
+                batch.append(group)
+                rows += group.rows
+        for joining in self._joining.values():
+            joining.first = False
+        # in the order in which they came, so that a batch that stays the same is laid out the same
+        order = {g: i for i, g in enumerate(self._jobs)}
+        return sorted(batch, key=lambda g: (self._jobs[g].number, order[g]))
+
+    def _advance(self, batch: Sequence[Group]) -> dict[Group, Exception]:
+        """Run a step of a batch; return the groups that failed, and why."""
+        runtime, owner = self._runtime, self._jobs[batch[0]]
+        collecting = owner.collects and owner not in self._joining
+        try:
+            features = owner.before_step(runtime, batch[0]) if collecting else None
+            failed: dict[Group, Exception] = dict(runtime.advance(batch, features))
+        except Exception as error:  # not known to be of one group alone
+            failed = dict.fromkeys(batch, error)
+        self._turn += 1
+        self._turns |= dict.fromkeys(batch, self._turn)
+        going = [g for g in batch if g not in failed]
+        runtime.prefetch(going)
+        for group in [g for g in going if g.finished]:
+            error = self._complete(group)
+            if error is not None:
+                failed[group] = error
+        return failed
+
+    def _complete(self, group: Group) -> StyleFastError | None:
+        """Keep the pictures of a group after its last step; return the error if they are not finite."""
+        job = self._jobs[group]
+        error = self._runtime.finite(group)
+        if error is not None:
+            return error
+        if job in self._joining:
+            with self._changed:
+                del self._jobs[group]
+            self._turns.pop(group, None)
+            job.groups.remove(group)
+        else:
+            job.latents |= self._runtime.results_of(group)
+            job.running.remove(group)
+        return None
+
+    def _collect(self, batch: Sequence[Group], failed: dict[Group, Exception]) -> None:
+        """End the jobs of groups that failed, and pass on what the others' steps made."""
+        for job in dict.fromkeys(self._jobs[g] for g in failed if g in self._jobs):
+            errors = [error for g, error in failed.items() if self._jobs.get(g) is job]
+            self._end(job, joined(errors))
+        for job in list(dict.fromkeys(self._jobs[g] for g in batch if g in self._jobs)):
+            stepped = [g for g in batch if self._jobs.get(g) is job]
+            if job in self._joining:  # the steps of an inversion are none of the picture's
+                continue
+            job.step = max(job.step, *(g.step for g in stepped))
+            if job.wants_previews:
+                for group in stepped:
+                    self._show(job, group)
+            hook = job.after_step(self._runtime, stepped)
+            if hook is not None:
+                with self._changed:
+                    job.due.append(hook)
+                    self._notify()
+            if not job.running:
+                self._deliver(job)
+
+    def _deliver(self, job: Job) -> None:
+        """Have the result of a job, all of whose groups are done, made beside the steps of others."""
+        if job.cancelled:  # in its last step
+            self._end(job, cancelled(job))
+            return
+        if job.expires is not None and time.monotonic() >= job.expires:
+            self._end(job, too_late(job))
+            return
+        try:
+            making = job.make(job, job.latents)
+        except Exception as error:
+            self._end(job, error)
+            return
+        with self._changed:
+            self._leaving.add(job)
+        job.latents = {}
+        self._leave(job)
+
+        def then(result: Any, error: BaseException | None) -> None:
+            with self._changed:
+                self._leaving.discard(job)
+            if error is not None and is_out_of_memory(error):
+                error = _as_memory(job, error)
+            job.finish(result, error)
+            with self._changed:
+                self._notify()
+
+        self._helper.run(pieces(job, making, self._runtime.stream.mark()), then)
+
+    def _show(self, job: Job, group: Group) -> None:
+        latents = self._runtime.denoised_of(group).float().cpu()
+        job.show(Preview(group.step, group.steps, latents, self._decode_preview))
+
+    # the end of jobs
+
+    def _end(self, job: Job, error: BaseException) -> None:
+        """End a job that waits, joins or runs; those who watch it are told when the turn is given up."""
+        self._leave(job)
+        self._ended.append(partial(job.finish, error=error))
+
+    def _leave(self, job: Job) -> None:
+        """Take a job's groups out of the batch and give back all that they hold."""
+        with self._changed:
+            joining = self._joining.pop(job, None)
+            for group in job.groups:
+                self._jobs.pop(group, None)
+                self._turns.pop(group, None)
+        for admission in (joining.admission if joining is not None else None, job.admission):
+            if admission is not None:
+                admission.close()
+        job.groups, job.running, job.admission = [], [], None
+
+    def _queue_again(self, job: Job) -> None:
+        """Put a job back to the head of the queue; it begins anew."""
+        self._leave(job)
+        job.latents, job.step = {}, 0
+        with self._changed:
+            self._queue.appendleft(job)
+
+    def _end_all(self, error: BaseException) -> None:
+        with self._changed:
+            waiting = list(self._queue)
+            self._queue.clear()
+            jobs = dict.fromkeys([*waiting, *self._jobs.values(), *self._joining])
+        for job in jobs:
+            self._end(job, error)
+
+    def _begin_again(self) -> None:
+        """After a step that Ctrl-C broke off, whose groups may have gone halfway: let all jobs begin anew."""
+        with self._changed:
+            jobs = dict.fromkeys([*self._jobs.values(), *self._joining])
+        for job in reversed(jobs):
+            if job.collects:
+                self._end(job, StyleFastError("Ctrl-C interrupted the step that this was part of; try again"))
+            else:
+                self._queue_again(job)
+
+    def _abandon(self, job: Job) -> None:
+        """End a job whose caller was interrupted."""
+        job.cancelled = True
+        with self.paused():
+            with self._changed:
+                if job in self._queue:
+                    self._queue.remove(job)
+            if not job.done() and job not in self._leaving:
+                self._end(job, cancelled(job))
+
+
+@atexit.register
+def _close_all() -> None:
+    """Stop step threads before interpreter shutdown; a running step would crash the process."""
+    for scheduler in list(_started):
+        scheduler.close()
+
+
+def _closed() -> EngineClosed:
+    return EngineClosed("the engine was closed before the job was done")
+
+
+def _as_memory(job: Job, error: BaseException) -> StyleFastError:
+    if isinstance(error, OutOfMemory):
+        return error
+    count = len(job.requests)
+    what = "the picture does not" if count == 1 else f"{count} pictures don't"
+    return OutOfMemory(
+        f"{what} fit into memory; ask for fewer or smaller ones at once, or load the model in half precision "
+        f"({str(error).partition(chr(10))[0][:200]})"
+    )

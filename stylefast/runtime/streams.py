@@ -1,0 +1,93 @@
+"""A GPU's streams: one for steps, whichever thread runs them, and one for work beside them.
+
+Pages, latents and tables are shared by all threads that run steps, each of which has a current stream of its own. Work
+on different streams is unordered, so steps have one stream: who runs them first waits for earlier work on the caller's
+stream, and the caller's stream then waits for it. The host waits for neither. On a CPU all of this does nothing.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+
+class StepStream:
+    """A context manager in which the stream of steps is current; for one thread at a time, which may enter it again."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._depth = device, 0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._entered: AbstractContextManager | None = None  # torch's context
+        self._caller: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> "StepStream":
+        if self._stream is not None and self._depth == 0:
+            self._caller = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(self._caller)
+            self._entered = torch.cuda.stream(self._stream)
+            self._entered.__enter__()
+        self._depth += 1
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._depth -= 1
+        if self._stream is not None and self._depth == 0:
+            self._entered.__exit__(None, None, None)
+            self._caller.wait_stream(self._stream)
+
+    def join(self) -> None:
+        """Let the calling thread's stream wait for all steps so far."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def lend(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mark a tensor that steps made and the calling thread keeps, so that its memory is not reused too early."""
+        if self._stream is not None:
+            tensor.record_stream(torch.cuda.current_stream(self._device))
+        return tensor
+
+    def mark(self) -> Callable[[], None]:
+        """Return what makes the host wait for all steps so far."""
+        if self._stream is None:
+            return _nothing
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event.synchronize
+
+
+class SideStream:
+    """The stream of calls beside steps, each of which is finished when it returns; for one thread at a time.
+
+    The host waits for the device here, not the stream of steps: through it a step would wait for a call that started
+    before it.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def call(self, function: Callable[[], Any], reader: StepStream) -> Any:
+        """Call `function` on this stream; the caller and `reader` may use the tensors it returns."""
+        if self._stream is None:
+            return function()
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream):
+            value = function()
+        self._stream.synchronize()
+        for tensor in _tensors(value):
+            for stream in (caller, reader._stream):
+                tensor.record_stream(stream)
+        return value
+
+
+def _nothing() -> None:
+    """Wait for nothing: a CPU's work is done when it returns."""
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Return the GPU tensors in nested lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_cuda else []
+    return [x for one in value for x in _tensors(one)] if isinstance(value, (list, tuple)) else []
