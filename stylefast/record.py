@@ -2,44 +2,31 @@
 
 `to_record` writes it; `from_record` reads it, and also files written by hand. Pictures are stored by path, with a
 digest of their decoded pixels, or inside the record if they came from memory and are small; learned vectors likewise.
-Requests that share one StyleAligned object form a group, so styles are listed once and requests refer to them by
-number.
+Requests that share one style object may form a group, so styles are listed once and requests refer to them by number.
+A style writes and reads its own fields (`Style.write_field`, `Style.read_field`).
 """
 
 import hashlib
 import importlib.metadata
 import json
-import math
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
-from numbers import Integral, Real
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stylefast.errors import InvalidRequest, StyleError, StyleFastError
 from stylefast.models.checkpoint import TINY
-from stylefast.record_values import Sources, Store, is_bank
-from stylefast.runtime.request import STYLES, Request
-from stylefast.sampling.guidance import StyleContextGuidance
-from stylefast.styles.dream_styler import DreamStyler
-from stylefast.styles.instant_style import InstantStyle
-from stylefast.styles.style_aligned import StyleAligned
-from stylefast.values import did_you_mean, quoted
+from stylefast.record_values import Sources, Store, plain
+from stylefast.runtime.request import Request
+from stylefast.styles.style import Style, kinds
+from stylefast.values import check_fields, did_you_mean, quoted
 
 FORMAT = "stylefast-call/1"
 MAX_REQUESTS = 1000
 _TOP = ("format", "styles", "requests")
-_KINDS = {kind.__name__: kind for kind in STYLES}
-_PICTURES = {StyleAligned: ("reference",), InstantStyle: ("image", "mask", "negative_image"), DreamStyler: ()}
 _SIZE = re.compile(r"\s*(\d{1,6})\s*[xX×]\s*(\d{1,6})\s*")
-_STAGE = re.compile(r"'?\d{1,4}'?")  # a whole number or its digits as text
-# other names that people use for a field
-_ALIASES = {DreamStyler: {"path": "embedding"}}
 
 
 def to_record(requests: Sequence[Request], model_folder: Path = TINY) -> dict[str, Any]:
@@ -56,7 +43,7 @@ def to_record(requests: Sequence[Request], model_folder: Path = TINY) -> dict[st
             if id(style) not in places:
                 places[id(style)] = len(styles)
                 styles.append(_style_entry(style, store))
-        entry = {f.name: _plain(getattr(request, f.name)) for f in fields(Request) if f.name != "style"}
+        entry = {f.name: plain(getattr(request, f.name)) for f in fields(Request) if f.name != "style"}
         entries.append(entry | {"style": [places[id(style)] for style in request.style]})
     return {"format": FORMAT, "styles": styles, "requests": entries}
 
@@ -76,7 +63,7 @@ def from_record(record: Mapping | Sequence, base: str | Path | None = None, mode
         record = {"requests": record}
     if not isinstance(record, Mapping):
         raise InvalidRequest(f'a call is a list of requests or {{"requests": [...]}}, not {quoted(record)}')
-    _check_fields("the call", record, _TOP)
+    check_fields("the call", record, _TOP)
     if record.get("format", FORMAT) != FORMAT:
         raise InvalidRequest(f"the call has the format {quoted(record['format'])}, not {FORMAT!r}; update stylefast")
     sources = Sources(None if base is None else Path(base), model_folder)
@@ -109,59 +96,20 @@ def style_digest(styles: Sequence) -> str:
 # writing
 
 
-def _style_entry(style, store: Store) -> dict[str, Any]:
-    kind = type(style)
-    entry: dict[str, Any] = {"kind": kind.__name__}
-    for f in fields(kind):
+def _style_entry(style: Style, store: Store) -> dict[str, Any]:
+    entry: dict[str, Any] = {"kind": type(style).__name__}
+    for f in fields(style):
         value = getattr(style, f.name)
-        if not f.init or _is_default(value, f):
-            continue
-        if f.name == "reference" and is_bank(value):
-            entry[f.name] = store.bank(value)
-        elif f.name in _PICTURES[kind]:
-            many = isinstance(value, (list, tuple))
-            entries = [store.picture(one, f.name == "mask") for one in (value if many else [value])]
-            entry[f.name] = entries if many else entries[0]
-        elif f.name == "embedding":
-            entry[f.name] = store.embedding(value, style.source)
-        elif f.name == "stages":
-            # only this stage is used, so only it is stored
-            entry[f.name] = {str(stage): store.embedding(other, None, stage) for stage, other in value.items()}
-        elif isinstance(value, StyleContextGuidance):
-            entry[f.name] = asdict(value)
-        elif isinstance(value, torch.Tensor):
-            entry[f.name] = store.tensor(value, style.embeds_source if f.name == "image_embeds" else None)
-        else:
-            entry[f.name] = _plain(value)
+        if f.init and not _is_default(value, f):
+            entry[f.name] = style.write_field(f.name, value, store)
     return entry
 
 
 def _is_default(value, f) -> bool:
     if value is None or f.default is MISSING or not isinstance(value, (str, bool, int, float, tuple, dict)):
         return value is None
-    # DreamStyler stores a missing `stages` as an empty dictionary
+    # a style may keep a missing dictionary as an empty one
     return value == f.default or (value == {} and f.default is None)
-
-
-def _plain(value):
-    """Return a value in a form that JSON can hold; infinities become text, since JSON has none."""
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (set, frozenset)):
-        value = sorted(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    raise StyleError(
-        f"{quoted(value)} ({type(value).__name__}) can't be written into a record; use numbers, text and lists"
-    )
 
 
 # reading
@@ -180,7 +128,7 @@ def _read_styles(given, sources: Sources) -> dict[int | str, Any]:
 def _read_request(entry, styles: Mapping, sources: Sources) -> Request:
     if not isinstance(entry, Mapping):
         raise InvalidRequest(f'a request is a dictionary such as {{"prompt": "a fish"}}, not {quoted(entry)}')
-    _check_fields("a request", entry, [f.name for f in fields(Request)])
+    check_fields("a request", entry, [f.name for f in fields(Request)])
     if "prompt" not in entry:
         raise InvalidRequest('"prompt" is missing; say what the picture shows, e.g. "prompt": "a fish"')
     values = dict(entry)
@@ -209,67 +157,24 @@ def _read_style(entry, sources: Sources):
     if "kind" in values and "type" in values:
         raise InvalidRequest('a style has "kind" and "type"; they mean the same, so keep one')
     name = values.pop("kind" if "kind" in values else "type", None)
-    kind = next((k for key, k in _KINDS.items() if key.lower() == _squeezed(name)), None)
+    known_kinds = kinds()
+    kind = next((k for key, k in known_kinds.items() if key.lower() == _squeezed(name)), None)
     if kind is None:
         raise StyleError(
-            f"style kind {quoted(name)} is unknown; there are {', '.join(_KINDS)}{did_you_mean(name, _KINDS)}"
+            f"style kind {quoted(name)} is unknown; there are {', '.join(known_kinds)}{did_you_mean(name, known_kinds)}"
         )
-    for alias, field_name in _ALIASES.get(kind, {}).items():
+    for alias, field_name in kind.aliases.items():
         if alias in values and field_name not in values:
             values[field_name] = values.pop(alias)
     known = {f.name: f for f in fields(kind) if f.init}
-    _check_fields(kind.__name__, values, ["kind", *known])
-    missing = [n for n, f in known.items() if f.default is MISSING and n not in values]
+    check_fields(kind.__name__, values, ["kind", *known])
+    missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values]
     if missing:
         raise StyleError(f"{kind.__name__} lacks {missing[0]!r}")
-    digest = None
-    for name, value in values.items():
-        if value is None:
-            continue
-        if name == "reference" and is_bank(value):
-            values[name] = sources.bank(value)
-        elif name in _PICTURES[kind]:
-            many = isinstance(value, (list, tuple))
-            found = [sources.picture(one, name == "mask") for one in (value if many else [value])]
-            values[name] = found if many else found[0]
-        elif name == "embedding":
-            values[name], digest = sources.embedding(value)
-        elif name == "stages":
-            values[name] = _read_stages(value, sources)
-        elif name == "guidance":
-            values[name] = _read_guidance(value)
-        elif name == "image_embeds":
-            values[name] = sources.image_embeds(value)
-        elif name == "content" and isinstance(value, Mapping):
-            values[name] = sources.tensor(value)
-        else:
-            # records hold infinities as text, since JSON has none
-            infinite = isinstance(known[name].default, float) and isinstance(value, str) and value in ("inf", "-inf")
-            values[name] = float(value) if infinite else value
-    style = kind(**values)
-    if digest is not None:
-        sources.check_embedding(style.embedding, digest, style.source)
+    read = {n: None if value is None else kind.read_field(n, value, sources) for n, value in values.items()}
+    style = kind(**read)
+    style.check_recorded(values, sources)
     return style
-
-
-def _read_stages(value, sources: Sources) -> dict[int, Any]:
-    if not isinstance(value, Mapping) or not all(_STAGE.fullmatch(quoted(stage)) for stage in value):
-        raise StyleError(f'stages is {quoted(value)}; it must look like {{"0": "other.safetensors"}}')
-    stages = {}
-    for stage, other in value.items():
-        stages[int(stage)], digest = sources.embedding(other)
-        if digest is not None:
-            lender = DreamStyler(stages[int(stage)])
-            sources.check_embedding(lender.embedding, digest, lender.source)
-    return stages
-
-
-def _read_guidance(value) -> StyleContextGuidance:
-    names = [f.name for f in fields(StyleContextGuidance)]
-    if not isinstance(value, Mapping):
-        raise StyleError(f"guidance is {quoted(value)}; it must be a dictionary of {', '.join(names)}")
-    _check_fields("guidance", value, names)
-    return StyleContextGuidance(**value)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -278,15 +183,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise InvalidRequest(f"size is {quoted(text)}; it must be WIDTHxHEIGHT in pixels, e.g. 1024x1024")
     return int(match[1]), int(match[2])
-
-
-def _check_fields(what: str, given: Mapping, known: Sequence[str]) -> None:
-    unknown = [str(name) for name in given if name not in known]
-    if unknown:
-        raise InvalidRequest(
-            f"{what} has the unknown field {quoted(unknown[0])}; the known ones are {', '.join(known)}"
-            f"{did_you_mean(unknown[0], known)}"
-        )
 
 
 def _in_place(where: str, read, *arguments):

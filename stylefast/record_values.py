@@ -3,9 +3,11 @@
 import base64
 import binascii
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from io import BytesIO
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,10 @@ class Store:
             return self._path(Path(source)) | entry
         return self._inside("safetensors", content, f"a tensor of shape {list(value.shape)}") | entry
 
+    def plain(self, value: Any) -> Any:
+        """Return a value in a form that JSON can hold, see `plain`."""
+        return plain(value)
+
     def _path(self, path: Path) -> dict[str, str]:
         path = path.resolve()
         if path.is_relative_to(self.model_folder):
@@ -128,6 +134,10 @@ class Sources:
 
     def __init__(self, base: Path | None, model_folder: Path):
         self.base, self.model_folder = base, Path(model_folder)
+
+    def is_bank(self, entry) -> bool:
+        """Return whether the entry of a reference, or its path, is a style bank."""
+        return is_bank(entry)
 
     def bank(self, entry) -> StyleBank:
         """Return the bank of an entry, or of a path relative to the file that names it. Raises StyleError."""
@@ -315,3 +325,24 @@ def _decoded(text, what: str, error: type) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError) as cause:
         raise error(f"{what} in the record is no base64 ({cause}); use an undamaged copy of the file") from cause
+
+
+def plain(value: Any) -> Any:
+    """Return a value in a form that JSON can hold; infinities become text, since JSON has none."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    raise StyleError(
+        f"{quoted(value)} ({type(value).__name__}) can't be written into a record; use numbers, text and lists"
+    )

@@ -16,7 +16,7 @@ import reprlib
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -442,3 +442,13 @@ def _check_depth(found: Any, deepest: int) -> None:
             return
         level = [value for values in inner for value in values]
     raise RecursionError
+
+
+def check_fields(what: str, given: Mapping, known: Sequence[str]) -> None:
+    """Raise InvalidRequest for a field of a dictionary that is not known."""
+    unknown = [str(name) for name in given if name not in known]
+    if unknown:
+        raise InvalidRequest(
+            f"{what} has the unknown field {quoted(unknown[0])}; the known ones are {', '.join(known)}"
+            f"{did_you_mean(unknown[0], known)}"
+        )

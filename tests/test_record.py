@@ -129,8 +129,8 @@ def test_every_setting_of_a_request_comes_back():
 def test_requests_that_shared_a_style_object_share_it_again_and_others_do_not():
     shared, twin = StyleAligned(shift=1.0), StyleAligned(shift=1.0)
     found = again([Request("a", style=shared), Request("b", style=[shared]), Request("c", style=twin), Request("d")])
-    assert found[0].aligned is found[1].aligned
-    assert found[2].aligned is not found[0].aligned
+    assert found[0].reader is found[1].reader
+    assert found[2].reader is not found[0].reader
     assert found[3].style == ()
 
 
@@ -165,7 +165,7 @@ def test_a_picture_that_changed_is_refused(picture):
 def test_a_picture_saved_anew_without_loss_is_accepted(picture):
     record = to_record([Request("a", style=StyleAligned(picture))])
     Image.open(picture).save(picture, compress_level=0)
-    assert from_record(record)[0].aligned.reference == picture
+    assert from_record(record)[0].reader.reference == picture
 
 
 def test_a_learned_style_that_changed_is_refused(learned):
@@ -214,8 +214,8 @@ def test_styles_are_referred_to_by_number_or_name(picture):
         }
     )
     listed = from_record({"styles": [style], "requests": [{"prompt": "a", "style": 0, "size": "64x128"}]})
-    assert named[0].aligned is named[1].aligned
-    assert listed[0].aligned.reference == picture and listed[0].size == (64, 128)
+    assert named[0].reader is named[1].reader
+    assert listed[0].reader.reference == picture and listed[0].size == (64, 128)
 
 
 def styled(**style):

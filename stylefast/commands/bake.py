@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _style(arguments: argparse.Namespace, model_folder: Path):
-    from stylefast.styles.style_aligned import StyleAligned
+    from stylefast.styles.style import style_of_option
 
     pictures = find_pictures(arguments.style_image, model_folder)
     if not pictures and arguments.style_prompt is None:
@@ -130,7 +130,7 @@ def _style(arguments: argparse.Namespace, model_folder: Path):
         "noise": arguments.noise,
         "layers": parse_names(arguments.layers),
     }
-    return StyleAligned(**{name: value for name, value in given.items() if value is not None})
+    return style_of_option("aligned")(**{name: value for name, value in given.items() if value is not None})
 
 
 def _target(arguments: argparse.Namespace, style) -> Path:
@@ -140,7 +140,7 @@ def _target(arguments: argparse.Namespace, style) -> Path:
     if arguments.out is not None:
         out = typed_path("--out", arguments.out)
     else:
-        out = Path((Path(style.references[0]).stem if style.references else slug(style.prompt)) + SUFFIX)
+        out = Path((Path(style.reads.pictures[0]).stem if style.reads.pictures else slug(style.reads.prompt)) + SUFFIX)
     if out.is_dir():
         raise InvalidRequest(f"{out} is a folder; give --out a file in it: {out / 'brand'}{SUFFIX}")
     if out.suffix != SUFFIX:
@@ -158,7 +158,7 @@ def _plan(engine, request, store: str, dtype: str, out: Path) -> str:
     from stylefast.sampling.guidance import guidance_weights
     from stylefast.styles.bank_size import bank_bytes
 
-    style, (width, height) = request.aligned, request.size or engine.native_size
+    style, (width, height) = request.reader, request.size or engine.native_size
     kind = str(engine.unet.dtype).removeprefix("torch.") if dtype == "auto" else DTYPES[dtype]
     layers = style.layer_mask(engine.unet.layout).nonzero().flatten().tolist()
     expected = bank_bytes(
@@ -166,7 +166,7 @@ def _plan(engine, request, store: str, dtype: str, out: Path) -> str:
         (width, height),
         request.steps,
         len(guidance_weights(request.guidance)),
-        len(style.references) or 1,
+        len(style.reads.pictures) or 1,
         store,
         kind,
         layers,

@@ -72,7 +72,9 @@ def _methods_beside_bank(arguments: argparse.Namespace) -> tuple[str, ...]:
     if arguments.style_prompt is not None:
         raise InvalidRequest("--style-prompt makes a reference, and --style brings a baked one; drop one of them")
     if arguments.method == "both":
-        raise InvalidRequest("--style stands in place of aligned's reference; for InstantStyle say --method instant")
+        raise InvalidRequest(
+            "--style stands in place of aligned's reference; for a picture as a prompt say --method instant"
+        )
     if arguments.method == "instant" and not arguments.style_image:
         raise InvalidRequest("--method instant needs a picture beside --style; give --style-image photo.jpg")
     if arguments.style_image and arguments.method != "instant":
@@ -105,7 +107,7 @@ def _check_options(arguments: argparse.Namespace, methods: tuple[str, ...]) -> N
 
 
 def _aligned(arguments: argparse.Namespace, pictures: list[str], bank, with_scale: bool):
-    from stylefast.styles.style_aligned import StyleAligned
+    from stylefast.styles.style import style_of_option
 
     given = {
         "reference": bank if bank is not None else one_or_all(pictures),
@@ -116,11 +118,11 @@ def _aligned(arguments: argparse.Namespace, pictures: list[str], bank, with_scal
         "layers": parse_names(arguments.layers),
         "share_group_norm": arguments.share_group_norm,
     }
-    return StyleAligned(**{name: value for name, value in given.items() if value is not None})
+    return style_of_option("aligned")(**{name: value for name, value in given.items() if value is not None})
 
 
 def _instant(arguments: argparse.Namespace, pictures: list[str]):
-    from stylefast.styles.instant_style import InstantStyle
+    from stylefast.styles.style import style_of_option
 
     given = {
         "blocks": None if arguments.blocks is None else parse_blocks(arguments.blocks),
@@ -128,16 +130,18 @@ def _instant(arguments: argparse.Namespace, pictures: list[str]):
         "content": arguments.content,
         "content_scale": arguments.content_scale,
     }
-    return InstantStyle(one_or_all(pictures), **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    return style_of_option("instant")(one_or_all(pictures), **given)
 
 
 def _learned(arguments: argparse.Namespace, model_folder: Path) -> list:
     from stylefast.record_values import find_learned
-    from stylefast.styles.dream_styler import DreamStyler
+    from stylefast.styles.style import style_of_option
 
     sources = [find_learned(text, model_folder) for text in arguments.learned or []]
     # the first style's context serves all learned styles of a prompt
-    return [DreamStyler(source, context=arguments.context if i == 0 else None) for i, source in enumerate(sources)]
+    learned = style_of_option("learned")
+    return [learned(source, context=arguments.context if i == 0 else None) for i, source in enumerate(sources)]
 
 
 def parse_adain(text: str) -> tuple[str, ...] | dict[str, float]:

@@ -41,12 +41,13 @@ def bake(
     styles_digest: Callable[[Sequence], str],
     version: str,
 ) -> StyleBank:
-    """Run the reference of `request`'s StyleAligned under the request's settings and store its features.
+    """Run the reference that `request` reads under the request's settings and store its features.
 
     The request's prompt does not matter. See `Engine.bake` for the arguments and errors.
     """
-    style = request.aligned
+    style = request.reader
     kind = _check(style, store, dtype, preparer.runtime.unet.dtype)
+    wanted = style.reads
     values.function("callback", callback, "(step, steps)")
     values.flag("overwrite", overwrite)
     if path is not None:
@@ -55,7 +56,7 @@ def bake(
     target, *references = plan_trajectories([request], preparer.schedule, preparer.native_size)
     others = shared_styles(request)
     if others and store == "latents":
-        way_out = ", or with share_styles=False" if style.share_styles else ", or take it out of the negative prompt"
+        way_out = ", or with share_styles=False" if wanted.share_styles else ", or take it out of the negative prompt"
         raise StyleError(
             "store='latents' keeps no other styles, and the reference shares "
             f"{type(others[0]).__name__}; bake with store='kv'{way_out}"
@@ -65,7 +66,7 @@ def bake(
         reference.output = references.index(reference)
     layout = preparer.runtime.unet.layout
     layers = tuple(style.layer_mask(layout).nonzero().flatten().tolist()) if store != "latents" else ()
-    generated = not style.references
+    generated = not wanted.pictures
     info = BankInfo(
         format=FORMAT,
         model=preparer.model,
@@ -80,9 +81,9 @@ def bake(
         guidance_rescale=float(request.guidance_rescale) if generated else None,
         branches=target.branches,
         negative_prompt=request.negative_prompt,
-        prompt=style.prompt or "",
-        seed=style.seed,
-        noise="generated" if generated else style.noise,
+        prompt=wanted.prompt or "",
+        seed=wanted.seed,
+        noise="generated" if generated else wanted.noise,
         references=len(references),
         layers=layers,
         styles=styles_digest(others),
@@ -172,10 +173,12 @@ def _of_row(features: RowFeatures, row: int, layers: Sequence[int]) -> Reference
 def _check(style, store: str, dtype: str, model_dtype: torch.dtype) -> str:
     """Return the bank's element type by its full name. Raises InvalidRequest and StyleError."""
     if style is None:
-        raise StyleError("nothing to bake: pass a StyleAligned, alone or in a list with styles that it shares")
-    if style.bank is not None:
+        raise StyleError(
+            "nothing to bake: pass a style that reads a reference, alone or in a list with styles that it shares"
+        )
+    if style.reads.bank is not None:
         raise StyleError("this style is a bank already; use it as it is, or bake its prompt or picture again")
-    if style.reference is None and style.prompt is None:
+    if style.reads.of_call:
         raise StyleError(
             "the style takes the first prompt of a call as its reference; to bake it, give it a prompt or a picture"
         )

@@ -143,7 +143,7 @@ class CompileBackend(Backend):
     ) -> int:
         """Compile ahead of use for latents [channels, h, w] and these row counts; return the number of regions.
 
-        images: whether requests will use pictures (InstantStyle); references: the most that a row attends to.
+        images: whether requests will use pictures as prompts; references: the most that a row attends to.
         Afterwards the first shape that still compiles is logged. CUDA graphs are captured when steps are run.
         """
         if not rows or any(not isinstance(count, int) or count < 1 for count in rows):

@@ -21,15 +21,9 @@ from stylefast.models.masks import load_mask, mask_vectors
 from stylefast.models.text import Prompt, TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.runtime.key_values import KeyValuePages
-from stylefast.runtime.trajectory import NULL, Trajectory
-from stylefast.styles.dream_styler import (
-    DreamStyler,
-    negative_prompts,
-    placed_styles,
-    pooled_policy_of,
-    prompts_per_step,
-)
-from stylefast.styles.instant_style import InstantStyle
+from stylefast.runtime.trajectory import Trajectory
+from stylefast.sampling.guidance import NULL
+from stylefast.styles.style import ImageStyle, Texts, by_kind
 
 CONDITIONAL_BRANCHES = ("full", "style")  # branches that see the style's picture; the others see the negative tokens
 
@@ -41,7 +35,7 @@ class ImageSegment:
     page: int
     mask: int  # -1: everywhere
     strength: np.ndarray  # [modules] float32
-    style: InstantStyle  # determines the steps at which the segment acts
+    style: ImageStyle  # determines the steps at which the segment acts
 
 
 @dataclass
@@ -53,7 +47,7 @@ class Conditions:
     image_segments: dict[tuple[Trajectory, str], list[ImageSegment]] = field(default_factory=dict)
     held_text: list[int] = field(default_factory=list)
     held_images: list[int] = field(default_factory=list)
-    held_masks: dict[tuple[InstantStyle, int], int] = field(default_factory=dict)  # of a style's segments
+    held_masks: dict[tuple[ImageStyle, int], int] = field(default_factory=dict)  # of a style's segments
 
 
 @dataclass
@@ -62,11 +56,13 @@ class Encoded:
 
     held_text: list[int] = field(default_factory=list)
     held_images: list[int] = field(default_factory=list)
-    masks: dict[tuple[InstantStyle, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)  # of segments
+    masks: dict[tuple[ImageStyle, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)  # of segments
 
 
 # yields encoder calls, receives their results, and returns the pages
 Encoding = Generator[Callable[[], Any], Any, Encoded]
+# likewise, and adds what it makes to an `Encoded`
+Making = Generator[Callable[[], Any], Any, None]
 # prompts per call of the text encoders
 _PROMPTS = 8
 
@@ -144,7 +140,7 @@ class ConditionStore:
         made = Encoded()
         try:
             yield from self._encode_texts(trajectories, made)
-            for style in dict.fromkeys(s for t in trajectories for s in t.request.styles_of(InstantStyle)):
+            for style in dict.fromkeys(s for t in trajectories for s in _pictured(t)):
                 yield from self._encode_pictures(style, made)
                 yield from self._read_masks(style, trajectories[0].size, latent_size, made)
         except BaseException:
@@ -184,16 +180,13 @@ class ConditionStore:
 
         Returns the largest number of image segments in any of its rows.
         """
-        placed, negative = placed_styles(t.request.styles_of(DreamStyler), t.prompt, t.request.negative_prompt)
-        pooled_policy_of(placed)
-        pooled_policy_of(negative)
-        per_branch = _branch_prompts(t, placed, negative, self._train_timesteps, say=False)
-        self.text_encoder.check(list({id(p): p for per_step in per_branch.values() for p in per_step}.values()))
+        texts = self._texts(t, say=False, check=True)
+        self.text_encoder.check(list({id(p): p for per_step in texts.per_step.values() for p in per_step}.values()))
         segments = dict.fromkeys(t.branches, 0)
-        for style in t.request.styles_of(InstantStyle):
+        for style in _pictured(t):
             adapter, encoder = self._adapter(style)
             style.check_adapter(adapter, self.text_encoder.encoders[1].text_projection.weight.shape[0])
-            if style.image_embeds is None:
+            if style.needs_encoder:
                 adapter.check_encoder(encoder)
             for i, segment in enumerate(style.segments):
                 strengths = style.strengths(self.unet.layout, NULL in t.branches, i)
@@ -213,7 +206,7 @@ class ConditionStore:
             self.masks[conditions.latent_size].release(list(conditions.held_masks.values()))
         conditions.held_text, conditions.held_images, conditions.held_masks = [], [], {}
 
-    def _encode_texts(self, trajectories: Sequence[Trajectory], made: Encoded) -> Encoding:
+    def _encode_texts(self, trajectories: Sequence[Trajectory], made: Encoded) -> Making:
         prompts: dict[tuple, Prompt] = {}
         for t in trajectories:
             for keys in self._text_keys(t).values():
@@ -238,15 +231,24 @@ class ConditionStore:
                     layers = [None if pair is None else tuple(x[absent] for x in pair) for pair in layers]
                     made.held_text += self.text.add([keys[i] for i in absent], layers, pooled[absent])
 
+    def _texts(self, t: Trajectory, say: bool = True, check: bool = False) -> Texts:
+        """Return the prompts of the branches in which a trajectory has rows. Raises PromptError or StyleError."""
+        # without a style of its own, a reference uses its own prompt in all of its readers' branches
+        timesteps = t.schedule.timesteps.clamp(0, self._train_timesteps)
+        texts = Texts(t.prompt, t.request.negative_prompt, timesteps, self._train_timesteps, t.branches, say)
+        for kind, styles in by_kind(t.request.style).items():
+            if check:
+                kind.check_texts(styles, texts)
+            kind.write_prompts(styles, texts)
+        return texts
+
     def _text_keys(self, t: Trajectory) -> dict[str, list[tuple[tuple, Prompt]]]:
         """Map branch -> per step, the page's key and the prompt that makes it."""
         revision = self._revision()
-        placed, negative = placed_styles(t.request.styles_of(DreamStyler), t.prompt, t.request.negative_prompt)
-        policy, null_policy = pooled_policy_of(placed), pooled_policy_of(negative)
-        found = {}
-        for branch, per_step in _branch_prompts(t, placed, negative, self._train_timesteps).items():
+        texts, found = self._texts(t), {}
+        for branch, per_step in texts.per_step.items():
             # the null branch skips no layers, as in diffusers
-            pooling, skip = (null_policy, 0) if branch == NULL else (policy, t.request.clip_skip)
+            pooling, skip = texts.pooling[branch], 0 if branch == NULL else t.request.clip_skip
             # one Prompt object covers many steps
             distinct = {id(prompt): ((revision, pooling, skip, prompt.identity()), prompt) for prompt in per_step}
             found[branch] = [distinct[id(prompt)] for prompt in per_step]
@@ -259,7 +261,7 @@ class ConditionStore:
         hidden = torch.stack([state.hidden for state in states]).to(self.unet.device, self.unet.dtype)
         return self.unet.project_text(hidden), torch.stack([state.pooled for state in states])
 
-    def _encode_pictures(self, style: InstantStyle, made: Encoded) -> Encoding:
+    def _encode_pictures(self, style: ImageStyle, made: Encoded) -> Making:
         adapter, encoder = self._adapter(style)
         keys = _image_keys(style, adapter)
         pages = [None if self.images is None else self.images.find(key) for key in keys]
@@ -275,18 +277,18 @@ class ConditionStore:
                     made.held_images.append(self.images.add([key], layers)[0] if page is None else page)
 
     @torch.inference_mode()
-    def _image_states(self, style: InstantStyle, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[list, list]:
+    def _image_states(self, style: ImageStyle, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[list, list]:
         """Return tokens of a style's segments and of its negative, and keys and values of each."""
         content = None
-        if isinstance(style.content, str):
-            content = self.text_encoder.encode([Prompt(style.content)])[0].pooled
+        if style.content_text is not None:
+            content = self.text_encoder.encode([Prompt(style.content_text)])[0].pooled
         found = style.tokens(adapter, encoder, content)
         tokens = [*found.image, found.negative]
         return tokens, [adapter.key_values(one[None]) for one in tokens]
 
     def _read_masks(
-        self, style: InstantStyle, size: tuple[int, int], latent_size: tuple[int, int], made: Encoded
-    ) -> Encoding:
+        self, style: ImageStyle, size: tuple[int, int], latent_size: tuple[int, int], made: Encoded
+    ) -> Making:
         for i, segment in enumerate(style.segments):
             if segment.mask is not None:
                 levels = self._mask_table(latent_size).sizes
@@ -298,7 +300,7 @@ class ConditionStore:
     def _segments(self, t: Trajectory, branch: str, conditions: Conditions, made: Encoded) -> list[ImageSegment]:
         """Return the image segments of one row, without those of strength 0 in every module."""
         found = []
-        for style in t.request.styles_of(InstantStyle):
+        for style in _pictured(t):
             held = [self.images.find(key) for key in _image_keys(style, self._adapter(style)[0])]
             conditions.held_images += [page for page in held if page is not None]
             if None in held:
@@ -325,27 +327,29 @@ class ConditionStore:
         if self.images is None:
             self.images = KeyValuePages(self.unet.layout, tokens, 0, self.unet.device, self.unet.dtype)
 
-    def _adapter(self, style: InstantStyle) -> tuple[IPAdapter, ImageEncoder]:
+    def _adapter(self, style: ImageStyle) -> tuple[IPAdapter, ImageEncoder]:
+        wanted = style.adapter
         if not self.adapters:
             raise StyleError(
-                "InstantStyle needs an IP-Adapter and this engine has none; pass adapter='ip-adapter_sdxl.safetensors' "
-                "and its image encoder to Engine.from_pretrained, or call engine.load_adapter"
+                f"{type(style).__name__} needs an IP-Adapter and this engine has none; pass "
+                "adapter='ip-adapter_sdxl.safetensors' and its image encoder to Engine.from_pretrained, or call "
+                "engine.load_adapter"
             )
-        if style.adapter is None:
+        if wanted is None:
             if len(self.adapters) > 1:
                 names = ", ".join(self.adapters)
                 raise StyleError(f"this engine has several adapters ({names}); name one: adapter=...")
             return next(iter(self.adapters.values()))
-        if style.adapter not in self.adapters:
-            raise StyleError(f"adapter {style.adapter!r} is not loaded; loaded are {', '.join(self.adapters)}")
-        return self.adapters[style.adapter]
+        if wanted not in self.adapters:
+            raise StyleError(f"adapter {wanted!r} is not loaded; loaded are {', '.join(self.adapters)}")
+        return self.adapters[wanted]
 
     def _mask_table(self, latent_size: tuple[int, int]) -> MaskTable:
         if latent_size not in self.masks:
             self.masks[latent_size] = MaskTable(self.unet.attention_sizes(*latent_size), self.unet.device)
         return self.masks[latent_size]
 
-    def _mask(self, style: InstantStyle, segment: int, conditions: Conditions, made: Encoded) -> int:
+    def _mask(self, style: ImageStyle, segment: int, conditions: Conditions, made: Encoded) -> int:
         if style.segments[segment].mask is None:
             return -1
         if (style, segment) not in conditions.held_masks:
@@ -354,26 +358,13 @@ class ConditionStore:
         return conditions.held_masks[style, segment]
 
 
-def _image_keys(style: InstantStyle, adapter: IPAdapter) -> list[tuple]:
+def _image_keys(style: ImageStyle, adapter: IPAdapter) -> list[tuple]:
     """Return the page keys of a style's segments, followed by that of its negative tokens."""
     # the style object itself is part of the key, which keeps it alive as long as its pages
     keys = [(adapter, style, i) for i in range(len(style.segments))]
     return [*keys, (adapter, style if style.own_negative else None, -1)]
 
 
-def _branch_prompts(
-    t: Trajectory, placed: list[DreamStyler], negative: list[DreamStyler], train_timesteps: int, say: bool = True
-) -> dict[str, list[Prompt]]:
-    """Map branch -> one Prompt per step, for the branches in which the trajectory has rows."""
-    steps = t.schedule.steps
-    timesteps = t.schedule.timesteps.clamp(0, train_timesteps)
-    text_branches = [branch for branch in t.branches if branch != NULL]
-    if placed and t.prompt:
-        per_branch = prompts_per_step(placed, t.prompt, timesteps, text_branches, train_timesteps, say=say)
-    else:
-        # without a learned style, the reference uses its own prompt in all of its readers' branches
-        per_branch = dict.fromkeys(text_branches, [Prompt(t.prompt)] * steps)
-    if NULL in t.branches:
-        null = negative_prompts(negative, t.request.negative_prompt, timesteps, train_timesteps, say=say)
-        per_branch = {NULL: null, **per_branch}
-    return per_branch
+def _pictured(t: Trajectory) -> list[ImageStyle]:
+    """Return the styles of a trajectory that have pictures as prompts."""
+    return [style for style in t.request.style if isinstance(style, ImageStyle)]

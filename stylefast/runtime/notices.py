@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Sequence
 
 from stylefast.runtime.prompt_syntax import instructions, texts_of, warn_of_instructions
 from stylefast.runtime.request import Request
-from stylefast.styles.dream_styler import DreamStyler
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +43,11 @@ class Notices:
         lonely = [] if baking else alone(requests)
         if lonely:
             logger.warning(
-                "%s: StyleAligned() has neither reference nor prompt, and no other picture of this call carries the "
+                "%s: %s() has neither reference nor prompt, and no other picture of this call carries the "
                 "same object, so there is nothing to align with and the picture is plain; give it a reference or a "
                 "prompt, or several prompts to one style",
                 "; ".join(f"request {i}" for i in lonely),
+                type(requests[lonely[0]].reader).__name__,
             )
 
     def _unknown_words(self, texts: Iterable[str]) -> list[str]:
@@ -70,19 +70,18 @@ class Notices:
 
 
 def alone(requests: Sequence[Request]) -> list[int]:
-    """Return the indices of requests that are alone with a StyleAligned that takes the first picture as reference."""
+    """Return the indices of requests that are alone with a style that takes the first picture as reference."""
     groups: dict[int, list[int]] = {}
     for i, request in enumerate(requests):
-        style = request.aligned
-        if style is not None and style.reference is None and style.prompt is None:
+        style = request.reader
+        if style is not None and style.reads.of_call:
             groups.setdefault(id(style), []).append(i)
     return [members[0] for members in groups.values() if len(members) == 1]
 
 
 def _texts(request: Request) -> list[str]:
     """Return the texts that the text encoders read, the prompt first, without learned tokens' placeholders."""
-    learned = request.styles_of(DreamStyler)
-    slots = [f"<{style.name}>" for style in learned] + (["{style}", "{context}"] if learned else [])
+    slots = [slot for style in request.style for slot in style.placeholders]
     read = []
     for text in texts_of(request):
         for slot in slots:

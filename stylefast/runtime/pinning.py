@@ -12,8 +12,9 @@ import torch
 from stylefast.errors import StyleError
 from stylefast.runtime.group import Pin
 from stylefast.runtime.request import Request
-from stylefast.runtime.trajectory import FULL, NULL, Trajectory
+from stylefast.runtime.trajectory import Trajectory
 from stylefast.sampling.edm import is_edm
+from stylefast.sampling.guidance import FULL, NULL
 from stylefast.sampling.inversion import inversion_schedule, pinned_latents
 from stylefast.sampling.noise_levels import alphas_cumprod
 from stylefast.styles.bank import StyleBank
@@ -29,18 +30,19 @@ def scheduler_config(request: Request, config: Mapping) -> Mapping:
 
     Raises StyleError for a sampler that can't pin, and for a model that has none that can.
     """
-    style = request.aligned
-    noise = None if style is None else style.noise if style.bank is None else style.bank.info.noise
+    style = request.reader
+    wanted = None if style is None else style.reads
+    noise = None if wanted is None else wanted.noise if wanted.bank is None else wanted.bank.info.noise
     if noise != "ddim":
         return config
     if is_edm(config):
         raise StyleError(
-            "StyleAligned noise='ddim' walks DDIM's training timesteps, and this model "
+            f"{type(style).__name__} noise='ddim' walks DDIM's training timesteps, and this model "
             f"({config['_class_name']}) was trained on noise levels instead; use noise='forward'"
         )
     if request.scheduler != "ddim":
         raise StyleError(
-            f"StyleAligned noise='ddim' inverts the picture along DDIM's steps, and the scheduler is "
+            f"{type(style).__name__} noise='ddim' inverts the picture along DDIM's steps, and the scheduler is "
             f"{request.scheduler!r}; use scheduler='ddim', or noise='forward', which fits every scheduler"
         )
     return {**config, **_INVERSION_CONFIG}
@@ -66,7 +68,7 @@ def inversion_of(t: Trajectory, config: Mapping) -> Trajectory:
     A trajectory like others: it shares UNet calls, takes its turns, and costs as much as making one picture. Its
     `start`, the picture's latents, is yet to be set. Raises InvalidRequest for a model whose output can't be inverted.
     """
-    guidance = t.reference_of.inversion_guidance
+    guidance = t.reference_of.reads.inversion_guidance
     request = replace(t.request, style=(), guidance=guidance, guidance_interval=(0.0, 1.0), guidance_rescale=0.0)
     schedule = inversion_schedule(alphas_cumprod(config), t.schedule.steps, config.get("prediction_type", "epsilon"))
     weights = {NULL: 1 - guidance, FULL: guidance} if guidance > 1 else {FULL: 1.0}

@@ -4,17 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from stylefast.errors import InvalidRequest, StyleError
+from stylefast.errors import InvalidRequest
 from stylefast.models import vae as vaes
 from stylefast.models.pictures import open_picture
 from stylefast.runtime.core import Runtime
 from stylefast.runtime.pinning import inversion_of, scheduler_config
 from stylefast.runtime.request import Request, check_size
-from stylefast.runtime.trajectory import NULL, Trajectory, connected, plan_trajectories
+from stylefast.runtime.trajectory import Trajectory, connected, plan_trajectories
 from stylefast.sampling.edm import is_edm
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.schedule import Schedule, schedule_digest
-from stylefast.styles.dream_styler import DreamStyler, check_places
+from stylefast.styles.style import ModelFacts
 
 
 class Preparer:
@@ -49,18 +49,15 @@ class Preparer:
         Styles for other layers, adapters, masks, learned vectors and places of their tokens, banks that don't fit,
         schedules, and sizes for which there is never enough memory or no exported graph.
         """
-        for style in {request.aligned for request in requests} - {None}:
-            style.layer_mask(self.runtime.unet.layout)
+        facts = ModelFacts(self.runtime.unet.layout, self._config["_class_name"] if is_edm(self._config) else None)
+        for style in dict.fromkeys(style for request in requests for style in request.style):
+            style.check(facts)
         for request in requests:
-            self._check_stages(request)
             self.runtime.conditions.text_encoder.check_clip_skip(request.clip_skip)
-            if request.aligned is not None and request.aligned.bank is not None:
+            if request.reader is not None and request.reader.reads.bank is not None:
                 self._check_bank(request)
         trajectories = plan_trajectories(requests, self.schedule, self.native_size)
         for t in trajectories:
-            learned = t.request.styles_of(DreamStyler)
-            if learned and t.prompt:
-                check_places(learned, t.prompt, t.request.negative_prompt, guided=NULL in t.branches)
             if t.inverted:
                 self.inversion(t)
         segments = {t: self.runtime.conditions.check(t) for t in trajectories}
@@ -89,18 +86,9 @@ class Preparer:
             raise InvalidRequest(f"size is {width}x{height}; this model's must be divisible by {self.downscale}")
         return self.runtime.unet.config["in_channels"], height // self.downscale, width // self.downscale
 
-    def _check_stages(self, request: Request) -> None:
-        staged = [style for style in request.styles_of(DreamStyler) if style.stage_count > 1]
-        if staged and is_edm(self._config):
-            raise StyleError(
-                f"<{staged[0].name}> has vectors for {staged[0].stage_count} ranges of training timesteps, "
-                f"and this model ({self._config['_class_name']}) was trained on noise levels instead; use a style of "
-                "one stage"
-            )
-
     def _check_bank(self, request: Request) -> None:
-        bank, schedule = request.aligned.bank, self.schedule(request)
-        layers = request.aligned.layer_mask(self.runtime.unet.layout).nonzero().flatten().tolist()
+        bank, schedule = request.reader.reads.bank, self.schedule(request)
+        layers = request.reader.layer_mask(self.runtime.unet.layout).nonzero().flatten().tolist()
         target = plan_trajectories([request], lambda _: schedule, self.native_size)[0]
         bank.check_fits(
             model=self.model,

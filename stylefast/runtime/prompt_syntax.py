@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from stylefast.runtime.request import Request
-from stylefast.styles.dream_styler import DreamStyler
-from stylefast.styles.instant_style import InstantStyle
 from stylefast.values import quoted
 
 logger = logging.getLogger(__name__)
@@ -25,7 +23,7 @@ _INSTRUCTIONS = (
     ("a change or choice between steps", re.compile(r"\[[^\[\]]*[|:][^\[\]]*\]"), ""),
     ("a choice", re.compile(r"\{[^{}]*\|[^{}]*\}"), ""),
     ("a wildcard", re.compile(r"(?<!\w)__[\w/*-]+__(?!\w)"), ""),
-    ("an embedding", re.compile(r"\bembedding:\S+", re.IGNORECASE), "give learned styles as DreamStyler(file)"),
+    ("an embedding", re.compile(r"\bembedding:\S+", re.IGNORECASE), "give learned styles as files: style="),
     ("an option", re.compile(r"(?:^|\s)--(?:ar|v|s|q|c|no|niji|seed|style|stylize|chaos)\b[^-]*"), ""),
     ("a keyword", re.compile(r"(?<!\S)(?:BREAK|ADDCOMM|ADDBASE|ADDCOL|ADDROW)(?!\S)"), ""),
 )
@@ -100,9 +98,4 @@ def texts_of(request: Request) -> list[str]:
 
 def _named_texts(request: Request) -> list[tuple[str, str]]:
     texts = [("the prompt", request.prompt), ("the negative prompt", request.negative_prompt)]
-    if request.aligned is not None and request.aligned.prompt:
-        texts.append(("the style's prompt", request.aligned.prompt))
-    contents = (style.content for style in request.styles_of(InstantStyle))
-    texts += [("the style's content", content) for content in contents if isinstance(content, str)]
-    contexts = (style.context for style in request.styles_of(DreamStyler))
-    return texts + [("the style's context", context) for context in contexts if context]
+    return texts + [named for style in request.style for named in style.texts]

@@ -7,11 +7,8 @@ from stylefast import values
 from stylefast.errors import InvalidRequest, PromptError, StyleError
 from stylefast.sampling.guidance import MAX_GUIDANCE
 from stylefast.sampling.spacing import SPACINGS
-from stylefast.styles.dream_styler import DreamStyler
-from stylefast.styles.instant_style import InstantStyle
-from stylefast.styles.style_aligned import StyleAligned
+from stylefast.styles.style import ReferenceStyle, Style, kinds
 
-STYLES = (StyleAligned, InstantStyle, DreamStyler)
 MAX_STEPS = 1000
 MIN_SIDE, MAX_SIDE = 16, 8192
 
@@ -23,7 +20,7 @@ class Request:
     Args:
         prompt: what the picture shows.
         negative_prompt: encoded for the null branch of guidance; empty means the model's own null prompt.
-        style: None, a style, or several; at most one StyleAligned.
+        style: None, a style, or several; at most one that reads references.
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 or less runs one branch only.
         size: (width, height) in pixels, None for the model's native size.
@@ -77,22 +74,24 @@ class Request:
         return [style for style in self.style if isinstance(style, kind)]
 
     @property
-    def aligned(self) -> StyleAligned | None:
-        """Return the request's StyleAligned, if any."""
-        return next(iter(self.styles_of(StyleAligned)), None)
+    def reader(self) -> ReferenceStyle | None:
+        """Return the request's style that reads references, if any."""
+        return next((style for style in self.style if isinstance(style, ReferenceStyle)), None)
 
 
 def normalise_styles(style) -> tuple:
     """Return a tuple of styles for None, a style or a list of styles. Raises StyleError, InvalidRequest."""
     styles = () if style is None else tuple(style) if isinstance(style, (list, tuple)) else (style,)
     for one in styles:
-        if not isinstance(one, STYLES):
-            known = ", ".join(kind.__name__ for kind in STYLES)
+        if not isinstance(one, Style):
+            known = ", ".join(kinds())
             raise StyleError(
                 f"style is {values.quoted(one)} ({type(one).__name__}); it must be {known}, or a list of them"
             )
-    if sum(isinstance(one, StyleAligned) for one in styles) > 1:
-        raise InvalidRequest("a request takes one StyleAligned; give it several references: reference=[a, b]")
+    readers = [type(one).__name__ for one in styles if isinstance(one, ReferenceStyle)]
+    if len(readers) > 1:
+        kinds_of = " or ".join(dict.fromkeys(readers))
+        raise InvalidRequest(f"a request takes one {kinds_of}; give it several references: reference=[a, b]")
     return styles
 
 

@@ -4,19 +4,18 @@ Rows stand picture by picture, branch by branch. They stay the same from step to
 so they are made once per such phase and kept.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from stylefast.models.layout import AttentionLayout
-from stylefast.models.row_table import CONCAT, NO_PAGE, PLAIN, SWAP
+from stylefast.models.row_table import NO_PAGE, PLAIN
 from stylefast.runtime.conditions import Conditions, ImageSegment
 from stylefast.runtime.trajectory import Trajectory
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import StyleBank
-from stylefast.styles.style_aligned import PARTS
+from stylefast.styles.style import Style
 
 LIVE = -1
 
@@ -73,8 +72,15 @@ def phase_key(trajectories: Sequence[Trajectory], conditions: Conditions, step: 
         for b in t.branches
         for s in conditions.image_segments[t, b]
     ]
+    writing = [style.active(step, t.schedule.steps) for t in trajectories for style in t.request.style]
     weights = tuple(tuple(t.step_weights[step]) for t in trajectories)
-    return tuple(branches.values()), weights, tuple(t.shares(step) for t in trajectories), tuple(segments)
+    return (
+        tuple(branches.values()),
+        weights,
+        tuple(t.shares(step) for t in trajectories),
+        tuple(segments),
+        tuple(writing),
+    )
 
 
 def make_phase(trajectories: Sequence[Trajectory], conditions: Conditions, layout: AttentionLayout, step: int) -> Phase:
@@ -91,23 +97,26 @@ def make_phase(trajectories: Sequence[Trajectory], conditions: Conditions, layou
         self_layers=np.zeros((count, len(layout.layers)), dtype=bool),
         self_scale=np.ones(count, dtype=np.float32),
         self_shift=np.zeros(count, dtype=np.float32),
-        adain_strength=np.zeros((count, len(PARTS)), dtype=np.float32),
+        adain_strength=np.zeros((count, 3), dtype=np.float32),
         takes_adain=np.zeros(count, dtype=bool),
         takes_norms=np.zeros(count, dtype=bool),
         segments=[
             [s for s in conditions.image_segments[row] if s.style.active(step, row[0].schedule.steps)] for row in rows
         ],
         weights=np.zeros((len(trajectories), len(BRANCHES)), dtype=np.float32),
-        mutual=any(t.aligned is not None and t.aligned.full_attention_share for t in trajectories),
+        mutual=any(t.reader is not None and t.reader.reads.mutual for t in trajectories),
     )
-    masks: dict[int, np.ndarray] = {}
     for row, (t, branch) in enumerate(rows):
         phase.weights[number[t], phase.branch[row]] = t.step_weights[step].get(branch, 0.0)
-        if phase.references[row]:
-            if id(t.aligned) not in masks:
-                masks[id(t.aligned)] = t.aligned.layer_mask(layout).numpy()
-            _write_style(phase, row, t, masks[id(t.aligned)])
+        for style in _writing(t, step):
+            if style is not t.reader or phase.references[row]:
+                style.write_rows(phase, row, layout, t.leads)
     return phase
+
+
+def _writing(t: Trajectory, step: int) -> list[Style]:
+    """Return the styles of a trajectory that may write its rows at a step; of two, the later one has the last word."""
+    return [style for style in t.request.style if style.active(step, t.schedule.steps)]
 
 
 def branches_at(trajectories: Sequence[Trajectory], step: int) -> dict[Trajectory, tuple[str, ...]]:
@@ -127,20 +136,6 @@ def _references(t: Trajectory, number: dict[Trajectory, int]) -> list[Reference]
     if t.bank is not None:
         return [Reference(LIVE, t.bank, i) for i in range(t.bank.info.references)]
     return [Reference(number[reference]) for reference in t.references]
-
-
-def _write_style(phase: Phase, row: int, t: Trajectory, layers: np.ndarray) -> None:
-    style = t.aligned
-    phase.self_mode[row] = SWAP if style.mode == "swap" else CONCAT
-    phase.self_layers[row] = layers
-    # the leader of a group is what the others take statistics from
-    phase.takes_norms[row] = style.share_group_norm and not t.leads
-    if style.full_attention_share:
-        return
-    phase.self_scale[row], phase.self_shift[row] = style.scale, style.shift if style.share_attention else -math.inf
-    phase.takes_adain[row] = True
-    strengths = style.adain_strengths()
-    phase.adain_strength[row] = [strengths.get(part, 0.0) for part in PARTS]
 
 
 __all__ = ["NO_PAGE", "Phase", "Reference", "branches_at", "make_phase", "phase_key"]

@@ -324,7 +324,7 @@ class Scheduler:
                 self._end(job, error)
                 continue
             with self._changed:
-                joining = self._joining[job] = Joining(Admission(self._preparer, job.trajectories), first)
+                joining = self._joining[job] = Joining(Admission(self._preparer, job.trajectories or []), first)
             if not self._go_on(job, joining):
                 return moved
             moved = True

@@ -32,7 +32,7 @@ class StepStream:
 
     def __exit__(self, *_) -> None:
         self._depth -= 1
-        if self._stream is not None and self._depth == 0:
+        if self._stream is not None and self._depth == 0 and self._entered is not None and self._caller is not None:
             self._entered.__exit__(None, None, None)
             self._caller.wait_stream(self._stream)
 
@@ -46,6 +46,11 @@ class StepStream:
         if self._stream is not None:
             tensor.record_stream(torch.cuda.current_stream(self._device))
         return tensor
+
+    def take(self, tensor: torch.Tensor) -> None:
+        """Mark a tensor of another stream that steps will read."""
+        if self._stream is not None:
+            tensor.record_stream(self._stream)
 
     def mark(self) -> Callable[[], None]:
         """Return what makes the host wait for all steps so far."""
@@ -77,8 +82,8 @@ class SideStream:
             value = function()
         self._stream.synchronize()
         for tensor in _tensors(value):
-            for stream in (caller, reader._stream):
-                tensor.record_stream(stream)
+            tensor.record_stream(caller)
+            reader.take(tensor)
         return value
 
 

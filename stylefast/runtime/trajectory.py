@@ -13,13 +13,16 @@ import torch
 
 from stylefast.errors import InvalidRequest
 from stylefast.runtime.request import Request
-from stylefast.sampling.guidance import BRANCHES, GuidanceInterval, branch_weights_per_step, guidance_weights
+from stylefast.sampling.guidance import (
+    BRANCHES,
+    FULL,
+    GuidanceInterval,
+    branch_weights_per_step,
+    guidance_weights,
+)
 from stylefast.sampling.schedule import Schedule
 from stylefast.styles.bank import StyleBank
-from stylefast.styles.dream_styler import DreamStyler, placed_styles
-from stylefast.styles.style_aligned import StyleAligned
-
-FULL, NULL = "full", "null"
+from stylefast.styles.style import ReferenceStyle
 
 
 @dataclass(eq=False)
@@ -39,8 +42,8 @@ class Trajectory:
     held: tuple[StyleBank, int] | None = None  # a reference run again from a bank's latents: which of its references
     start: torch.Tensor | None = None  # an inversion's: the latents [channels, h, w] that it begins with
     pin: tuple[str, Callable[[int], torch.Tensor]] | None = None  # a reference's, and the model that it was made with
-    reference_of: StyleAligned | None = None  # the style whose reference this trajectory is
-    aligned: StyleAligned | None = None  # how this trajectory reads its references
+    reference_of: ReferenceStyle | None = None  # the style whose reference this trajectory is
+    reader: ReferenceStyle | None = None  # how this trajectory reads its references
     leads: bool = False  # first of a group whose members are each other's references
 
     @property
@@ -51,7 +54,7 @@ class Trajectory:
     @property
     def inverted(self) -> bool:
         """Whether it is pinned to its picture's DDIM inversion."""
-        return self.picture is not None and self.reference_of.noise == "ddim"
+        return self.picture is not None and self.reference_of.reads.noise == "ddim"
 
     def require(self, branches: Sequence[str]):
         """Make sure that rows for `branches` run."""
@@ -65,10 +68,9 @@ class Trajectory:
 
     def shares(self, step: int) -> bool:
         """Whether it looks at its references at `step`."""
-        if self.aligned is None or not (self.references or self.bank is not None):
+        if self.reader is None or not (self.references or self.bank is not None):
             return False
-        start, end = self.aligned.window
-        return start <= step / self.schedule.steps < end
+        return self.reader.active(step, self.schedule.steps)
 
 
 def plan_trajectories(
@@ -76,24 +78,24 @@ def plan_trajectories(
 ) -> list[Trajectory]:
     """All trajectories that `requests` need: the targets in their order, then the references that are not returned.
 
-    Requests that carry the same StyleAligned object without reference and prompt form a group led by the first.
+    Requests that carry the same style, whose reference is the call's first picture, form a group led by that.
     Raises InvalidRequest when the members of a group can't run step by step together.
     """
     targets = [_target(i, request, schedule_of(request), native_size) for i, request in enumerate(requests)]
     hidden: dict[tuple, Trajectory] = {}
     groups: dict[int, list[Trajectory]] = {}
     for target in targets:
-        style = target.request.aligned
+        style = target.request.reader
         if style is None:
             continue
-        target.aligned = style
-        if style.reference is None and style.prompt is None:
+        target.reader, wanted = style, style.reads
+        if wanted.of_call:
             groups.setdefault(id(style), []).append(target)
             continue
-        if style.bank is not None and style.bank.info.store != "latents":
-            target.bank = style.bank
+        if wanted.bank is not None and wanted.bank.info.store != "latents":
+            target.bank = wanted.bank
             continue
-        sources = range(style.bank.info.references) if style.bank is not None else style.references or [None]
+        sources = range(wanted.bank.info.references) if wanted.bank is not None else wanted.pictures or [None]
         for i, picture in enumerate(sources):
             # a picture is held at every step's noise level, whatever its readers' guidance
             own = ()
@@ -119,21 +121,22 @@ def plan_trajectories(
 
 
 def _target(index: int, request: Request, schedule: Schedule, native_size) -> Trajectory:
-    context = next((s.guidance for s in request.styles_of(DreamStyler) if s.guidance is not None), None)
+    context = next((s.context_guidance for s in request.style if s.context_guidance is not None), None)
     weights = guidance_weights(request.guidance, context)
     return Trajectory(request, request.prompt, schedule, request.size or native_size, weights, output=index)
 
 
-def _reference(target: Trajectory, style: StyleAligned, picture) -> Trajectory:
-    request = replace(target.request, style=shared_styles(target.request), seed=style.seed)
+def _reference(target: Trajectory, style: ReferenceStyle, picture) -> Trajectory:
+    wanted = style.reads
+    request = replace(target.request, style=shared_styles(target.request), seed=wanted.seed)
     weights = dict(target.weights) if picture is None else {FULL: 1.0}
-    reference = Trajectory(request, style.prompt or "", target.schedule, target.size, weights, reference_of=style)
-    if style.bank is None:
+    reference = Trajectory(request, wanted.prompt or "", target.schedule, target.size, weights, reference_of=style)
+    if wanted.bank is None:
         reference.picture = picture
     else:
         # what a bank holds was made without the reader's other styles
-        reference.request = replace(request, style=(), negative_prompt=style.bank.info.negative_prompt, clip_skip=0)
-        reference.prompt, reference.held = style.bank.info.prompt, (style.bank, picture)
+        reference.request = replace(request, style=(), negative_prompt=wanted.bank.info.negative_prompt, clip_skip=0)
+        reference.prompt, reference.held = wanted.bank.info.prompt, (wanted.bank, picture)
     return reference
 
 
@@ -156,14 +159,13 @@ def connected(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
 
 
 def shared_styles(request: Request) -> list:
-    """Return the styles that the reference of a request's StyleAligned shares.
+    """Return the styles that the reference of a request shares.
 
     All others with `share_styles`, and always those that the negative prompt names, which is the reference's as well.
     """
-    style = request.aligned
-    if style.share_styles:
-        return [other for other in request.style if other is not style]
-    return placed_styles(request.styles_of(DreamStyler), "", request.negative_prompt)[1]
+    reader = request.reader
+    others = [style for style in request.style if style is not reader]
+    return others if reader.reads.share_styles else [s for s in others if s.named_in(request.negative_prompt)]
 
 
 def _join_group(members: list[Trajectory]):
@@ -172,17 +174,17 @@ def _join_group(members: list[Trajectory]):
     for member in members[1:]:
         if _pace(member) != _pace(leader):
             raise InvalidRequest(
-                "requests that share the first prompt's picture as their StyleAligned reference must have equal steps, "
+                "requests that share the first prompt's picture as their reference must have equal steps, "
                 f"scheduler, spacing and size; the first has {_describe(leader)}, another {_describe(member)}. "
                 "Give the style a reference or a prompt of its own to mix them"
             )
         member.references = [leader]
     leader.leads = True
-    if leader.aligned.full_attention_share:
+    if leader.reader.reads.mutual:
         for member in members:
             member.references = [other for other in members if other is not member]
     else:
-        leader.aligned = None
+        leader.reader = None
 
 
 def _pace(trajectory: Trajectory) -> tuple:

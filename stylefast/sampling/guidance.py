@@ -10,6 +10,7 @@ from stylefast import values
 from stylefast.errors import InvalidRequest
 
 BRANCHES = ("null", "context", "style", "full")
+FULL, NULL = "full", "null"
 CONVENTIONS = ("code", "paper")
 MAX_GUIDANCE = 100
 

@@ -13,16 +13,18 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from stylefast import values
 from stylefast.errors import InvalidRequest, PromptError, StyleError
 from stylefast.models.text import Prompt
-from stylefast.sampling.guidance import StyleContextGuidance
+from stylefast.sampling.guidance import NULL, StyleContextGuidance
 from stylefast.styles.embeddings import StageEmbedding, load_embedding
+from stylefast.styles.style import ModelFacts, Style, Texts
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def stage_of(timestep: float, stages: int, num_train_timesteps: int = 1000) -> i
 
 
 @dataclass(frozen=True, eq=False)
-class DreamStyler:
+class DreamStyler(Style):
     """A learned style, as one argument of a request.
 
     `embedding`: a StageEmbedding, or a source for `load_embedding` (a file, a folder, a pair of files).
@@ -69,6 +71,8 @@ class DreamStyler:
     template: str = TEMPLATE
     style_prompt: str = STYLE_PROMPT
     source: str | tuple[str, ...] | None = field(init=False, default=None)
+    option: ClassVar[str] = "learned"
+    aliases: ClassVar[Mapping[str, str]] = {"path": "embedding"}
 
     def __post_init__(self):
         if self.name is not None:
@@ -130,9 +134,120 @@ class DreamStyler:
             return self.embedding.stage(stage)
         return other.stage(stage if other.stages > 1 else 0)
 
+    # for the engine, see `Style`
+
+    def check(self, model: ModelFacts) -> None:
+        """Raise StyleError for stages, which are ranges of timesteps, in a model that has none."""
+        if self.stage_count > 1 and model.trained_on_noise_levels:
+            raise StyleError(
+                f"<{self.name}> has vectors for {self.stage_count} ranges of training timesteps, and this model "
+                f"({model.trained_on_noise_levels}) was trained on noise levels instead; use a style of one stage"
+            )
+
+    @property
+    def context_guidance(self) -> StyleContextGuidance | None:
+        """Return the style and context guidance."""
+        return self.guidance
+
+    def named_in(self, text: str) -> bool:
+        """Return whether a text has the style's placeholder."""
+        return f"<{self.name}>" in text
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Return the context, if there is one."""
+        return [("the style's context", self.context)] if self.context else []
+
+    @property
+    def placeholders(self) -> list[str]:
+        """Return what stands in prompts for the learned token and the context."""
+        return [f"<{self.name}>", "{style}", "{context}"]
+
+    @classmethod
+    def check_texts(cls, styles: Sequence["DreamStyler"], texts: Texts) -> None:
+        """Raise PromptError or StyleError for tokens without a place; see `check_places`."""
+        if texts.prompt:
+            check_places(styles, texts.prompt, texts.negative_prompt, guided=NULL in texts.branches)
+
+    @classmethod
+    def write_prompts(cls, styles: Sequence["DreamStyler"], texts: Texts) -> None:
+        """Put learned tokens and contexts into the prompts, with each step's vectors."""
+        placed, negative = placed_styles(styles, texts.prompt, texts.negative_prompt)
+        policies = {True: pooled_policy_of(negative), False: pooled_policy_of(placed)}
+        texts.pooling |= {branch: policies[branch == NULL] for branch in texts.branches}
+        written = [branch for branch in texts.branches if branch != NULL]
+        if placed and texts.prompt and written:
+            texts.per_step |= _written(placed, texts, written)
+        if NULL in texts.branches and negative:
+            null = texts.negative_prompt, texts.timesteps, texts.train_timesteps
+            texts.per_step[NULL] = negative_prompts(negative, *null, say=texts.say)
+
+    def write_field(self, name: str, value: Any, store: Any) -> Any:
+        """Return a field's value for a record; vectors by their files, if they came from some."""
+        if name == "embedding":
+            return store.embedding(value, self.source)
+        if name == "stages":
+            # only this stage is used, so only it is stored
+            return {str(stage): store.embedding(other, None, stage) for stage, other in value.items()}
+        return asdict(value) if name == "guidance" else super().write_field(name, value, store)
+
+    @classmethod
+    def read_field(cls, name: str, value: Any, sources: Any) -> Any:
+        """Return a field's value from a record; vectors by file, or written out."""
+        if name == "embedding":
+            return sources.embedding(value)[0]
+        if name == "stages":
+            return _read_stages(value, sources)
+        return _read_guidance(value) if name == "guidance" else super().read_field(name, value, sources)
+
+    def check_recorded(self, entry: Mapping[str, Any], sources: Any) -> None:
+        """Raise StyleError if the vectors differ from those recorded."""
+        recorded = entry.get("embedding")
+        digest = recorded.get("sha256") if isinstance(recorded, Mapping) else None
+        if digest is not None:
+            sources.check_embedding(self.embedding, digest, self.source)
+
     def branch_prompts(self, prompt: str) -> dict[str, str]:
         """Return the texts of the branches "full", "context" and "style" for one prompt; see `branch_prompts`."""
         return branch_prompts([self], prompt)
+
+
+_STAGE = re.compile(r"'?\d{1,4}'?")  # a whole number or its digits as text
+
+
+def _read_stages(value: Any, sources: Any) -> dict[int, Any]:
+    if not isinstance(value, Mapping) or not all(_STAGE.fullmatch(values.quoted(stage)) for stage in value):
+        raise StyleError(f'stages is {values.quoted(value)}; it must look like {{"0": "other.safetensors"}}')
+    stages = {}
+    for stage, other in value.items():
+        stages[int(stage)], digest = sources.embedding(other)
+        if digest is not None:
+            lender = DreamStyler(stages[int(stage)])
+            sources.check_embedding(lender.embedding, digest, lender.source)
+    return stages
+
+
+def _read_guidance(value: Any) -> StyleContextGuidance:
+    names = [f.name for f in fields(StyleContextGuidance)]
+    if not isinstance(value, Mapping):
+        raise StyleError(f"guidance is {values.quoted(value)}; it must be a dictionary of {', '.join(names)}")
+    values.check_fields("guidance", value, names)
+    return StyleContextGuidance(**value)
+
+
+def _written(styles: Sequence[DreamStyler], texts: Texts, branches: Sequence[str]) -> dict[str, list[Prompt]]:
+    """Return the branches' prompts with learned tokens in them; another style may have given steps other words."""
+    base = texts.per_step["full" if "full" in branches else branches[0]]
+    found: dict[str, list[Prompt]] = {branch: list(texts.per_step[branch]) for branch in branches}
+    for text in dict.fromkeys(prompt.text or "" for prompt in base):
+        places = [i for i, prompt in enumerate(base) if prompt.text == text]
+        timesteps, say = texts.timesteps[places], texts.say and len(places) == len(base)
+        per_step = prompts_per_step(styles, text, timesteps, branches, texts.train_timesteps, say=say)
+        for branch, prompts in per_step.items():
+            for i, prompt in zip(places, prompts, strict=True):
+                theirs = texts.per_step[branch][i].vectors
+                found[branch][i] = Prompt(prompt.text, {**theirs, **prompt.vectors}) if theirs else prompt
+    return found
 
 
 def placed_styles(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import LAYOUT_MODULE, STYLE_MODULE, AttentionLayout
 from stylefast.models.pictures import PictureSource, check_sources
 from stylefast.styles.image_embeds import read_image_embeds, split_image_embeds
+from stylefast.styles.style import ImageStyle
 
 
 class Strengths(NamedTuple):
@@ -50,7 +51,7 @@ class StyleTokens(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class InstantStyle:
+class InstantStyle(ImageStyle):
     """The style of one or several pictures, through an IP-Adapter.
 
     - `image`: a picture or a list; without masks, a list acts like an average (one softmax over all tokens).
@@ -93,6 +94,9 @@ class InstantStyle:
     composition_scale: float | None = None
     image_embeds: torch.Tensor | str | os.PathLike | None = None
     embeds_source: str | None = field(init=False, default=None)
+    option: ClassVar[str] = "instant"
+    picture_fields: ClassVar[tuple[str, ...]] = ("image", "negative_image")
+    mask_fields: ClassVar[tuple[str, ...]] = ("mask",)
 
     def __post_init__(self):
         checked = {
@@ -179,10 +183,6 @@ class InstantStyle:
         """Return whether the preset acts through the unconditional row, so that it needs guidance."""
         return isinstance(self.blocks, str) and _spelled(self.blocks) in _PRECISE
 
-    def active(self, step: int, steps: int) -> bool:
-        """Return whether the style acts in step `step` (0-based) of `steps`."""
-        return self.window[0] <= step / steps < self.window[1]
-
     def strengths(self, layout: AttentionLayout, guided: bool, segment: int = 0) -> Strengths:
         """Return the weights of segment `segment` per attention module of `layout`.
 
@@ -240,6 +240,38 @@ class InstantStyle:
             if preset == "style transfer precise":
                 swapped[composed] = self.style_boost
         return usual, swapped
+
+    # for the engine, see `Style` and `ImageStyle`
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Return whether pictures go through the adapter's image encoder."""
+        return self.image_embeds is None
+
+    @property
+    def content_text(self) -> str | None:
+        """Return the words whose text embedding `tokens` takes."""
+        return self.content if isinstance(self.content, str) else None
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Return the words that are subtracted, if any."""
+        return [("the style's content", self.content)] if isinstance(self.content, str) else []
+
+    def write_field(self, name: str, value: Any, store: Any) -> Any:
+        """Return a field's value for a record; embeddings by their file, if they came from one."""
+        if name == "image_embeds":
+            return store.tensor(value, self.embeds_source)
+        return super().write_field(name, value, store)
+
+    @classmethod
+    def read_field(cls, name: str, value: Any, sources: Any) -> Any:
+        """Return a field's value from a record; embeddings by file, or written out."""
+        if name == "image_embeds":
+            return sources.image_embeds(value)
+        if name == "content" and isinstance(value, Mapping):
+            return sources.tensor(value)
+        return super().read_field(name, value, sources)
 
     def check_adapter(self, adapter: IPAdapter, text_dim: int) -> None:
         """Raise AdapterError or StyleError if the style doesn't fit the adapter, before anything is encoded.

@@ -4,8 +4,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,8 +14,10 @@ from stylefast import values
 from stylefast.errors import StyleError
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.pictures import check_sources
+from stylefast.models.row_table import CONCAT, SWAP
 from stylefast.sampling.guidance import MAX_GUIDANCE
 from stylefast.styles.bank import StyleBank
+from stylefast.styles.style import ModelFacts, References, ReferenceStyle, Rows
 
 MODES = ("concat", "swap")
 NOISES = ("forward", "ddim")
@@ -30,7 +33,7 @@ _NUMBERS = {
 
 
 @dataclass(frozen=True, eq=False)
-class StyleAligned:
+class StyleAligned(ReferenceStyle):
     """Style of a reference, applied through shared self-attention.
 
     With neither `reference` nor `prompt`, the first prompt of the call with this object is the reference.
@@ -79,6 +82,8 @@ class StyleAligned:
     seed: int | None = 0
     share_styles: bool = True
     window: tuple[float, float] = (0.0, 1.0)
+    option: ClassVar[str] = "aligned"
+    picture_fields: ClassVar[tuple[str, ...]] = ("reference",)
 
     def __post_init__(self):
         checked = {
@@ -144,19 +149,73 @@ class StyleAligned:
 
     def layer_mask(self, layout: AttentionLayout) -> torch.Tensor:
         """Return the layers that use the style, [layers] bool in registry order. Raises StyleError if none match."""
-        names = [layer.name for layer in layout.layers]
-        if self.layers == "all":
-            chosen = torch.ones(len(names), dtype=torch.bool)
-        else:
-            patterns = [self.layers] if isinstance(self.layers, str) else list(self.layers)
-            chosen = torch.tensor([any(pattern in f"{name}." for pattern in patterns) for name in names])
-            if not chosen.any():
-                raise StyleError(
-                    f"layers={values.quoted(self.layers)} matches no self-attention layer; modules are "
-                    f"{', '.join(layout.modules)}"
-                    f"{values.did_you_mean(patterns[0], {name.split('.')[0] for name in names} | {*layout.modules})}"
-                )
-        return chosen & ~plain_layers(len(names), self.only_self_level)
+        chosen = _matching(self.layers, tuple(layer.name for layer in layout.layers), tuple(layout.modules))
+        return chosen & ~plain_layers(len(chosen), self.only_self_level)
+
+    # for the engine, see `Style` and `ReferenceStyle`
+
+    def check(self, model: ModelFacts) -> None:
+        """Raise StyleError if `layers` names none of the model's."""
+        self.layer_mask(model.layout)
+
+    @property
+    def reads(self) -> References:
+        """Return the reference: a bank, pictures, a picture of the prompt, or the call's first picture."""
+        return References(
+            bank=self.bank,
+            pictures=self.references,
+            prompt=self.prompt,
+            seed=self.seed or 0,
+            noise=self.noise,
+            inversion_guidance=self.inversion_guidance,
+            share_styles=self.share_styles,
+            mutual=self.full_attention_share,
+        )
+
+    def write_rows(self, rows: Rows, row: int, layout: AttentionLayout, leads: bool) -> None:
+        """Say how a row reads its references: layers, strengths of their tokens, AdaIN, group norms."""
+        rows.self_mode[row] = SWAP if self.mode == "swap" else CONCAT
+        rows.self_layers[row] = self.layer_mask(layout).numpy()
+        # the first of a group is what the others take statistics from
+        rows.takes_norms[row] = self.share_group_norm and not leads
+        if self.full_attention_share:
+            return
+        rows.self_scale[row], rows.self_shift[row] = self.scale, self.shift if self.share_attention else -math.inf
+        rows.takes_adain[row] = True
+        strengths = self.adain_strengths()
+        rows.adain_strength[row] = [strengths.get(part, 0.0) for part in PARTS]
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Return the prompt of the reference, if it has one."""
+        return [("the style's prompt", self.prompt)] if self.prompt else []
+
+    def write_field(self, name: str, value: Any, store: Any) -> Any:
+        """Return a field's value for a record; a bank by its file."""
+        if name == "reference" and self.bank is not None:
+            return store.bank(value)
+        return super().write_field(name, value, store)
+
+    @classmethod
+    def read_field(cls, name: str, value: Any, sources: Any) -> Any:
+        """Return a field's value from a record; a reference may be a bank."""
+        if name == "reference" and sources.is_bank(value):
+            return sources.bank(value)
+        return super().read_field(name, value, sources)
+
+
+@lru_cache(maxsize=64)
+def _matching(layers: str | tuple[str, ...], names: tuple[str, ...], modules: tuple[str, ...]) -> torch.Tensor:
+    if layers == "all":
+        return torch.ones(len(names), dtype=torch.bool)
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    chosen = torch.tensor([any(pattern in f"{name}." for pattern in patterns) for name in names])
+    if not chosen.any():
+        raise StyleError(
+            f"layers={values.quoted(layers)} matches no self-attention layer; modules are {', '.join(modules)}"
+            f"{values.did_you_mean(patterns[0], {name.split('.')[0] for name in names} | {*modules})}"
+        )
+    return chosen
 
 
 def _checked_layers(layers) -> str | tuple[str, ...]:

@@ -368,8 +368,8 @@ def test_a_request_becomes_one_picture_per_prompt_with_seeds_that_count_up(read)
     ]
     assert order.preview_every == 2 and order.deadline is None
     # one object, so that the pictures of a request share its reference
-    assert order.requests[0].aligned is order.requests[1].aligned
-    assert order.requests[0].aligned.reference == b"picture"
+    assert order.requests[0].reader is order.requests[1].reader
+    assert order.requests[0].reader.reference == b"picture"
 
 
 def test_several_styles_and_pictures_find_their_places(requests):

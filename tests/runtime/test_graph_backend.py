@@ -1,6 +1,7 @@
 """The engine on graphs of flat tensors: the same pictures, by the smallest graph that can, errors that spare others."""
 
 import math
+
 import pytest
 import torch
 

@@ -116,7 +116,7 @@ def test_pages_of_banks_stand_behind_all_rows_idle_ones_included(group_of, table
     bank = SimpleNamespace(id=7, info=info)
     group = group_of(Request("a cat", steps=3))
     (target,) = group.trajectories
-    target.bank, target.aligned = bank, StyleAligned(prompt="neon")
+    target.bank, target.reader = bank, StyleAligned(prompt="neon")
     remade = Group(group.trajectories, group.conditions, {}, layout, SHAPE)
     remade.slots = group.slots
     assert [(key[0], *key[1:]) for key in bank_keys(remade)] == [(bank, 0, 0, 0), (bank, 0, 3, 0)]

@@ -1,0 +1,255 @@
+"""What a style is: the one interface between methods and the engine.
+
+A style is an immutable description of what it adds to a picture. The engine asks it for four things, each of which is
+"nothing" unless it says otherwise: prompts per branch and step (`Style.write_prompts`), columns of the rows
+(`Style.write_rows`), references that its rows look at (`ReferenceStyle`), and pictures as prompts (`ImageStyle`). A new
+method is one class in one file: subclassing `Style` registers it, so that requests, records and request files know it
+by its name. docs/styles.md has an example.
+"""
+
+import importlib
+import importlib.metadata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from stylefast.errors import StyleError
+from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.layout import AttentionLayout
+from stylefast.models.text import Prompt
+from stylefast.sampling.guidance import NULL, StyleContextGuidance
+
+if TYPE_CHECKING:
+    from stylefast.styles.bank import StyleBank
+
+# modules that define the package's own styles, imported when a style is looked up by name
+_OWN = ("style_aligned", "instant_style", "dream_styler")
+# installed packages name modules with further styles in this group of entry points
+ENTRY_POINTS = "stylefast.styles"
+
+
+@dataclass(frozen=True)
+class References:
+    """References that the rows of a style's readers look at.
+
+    They are the pages of a `bank`; or the real `pictures`, noised at each step; or a picture of `prompt`, generated
+    beside its readers; or, without any of these, the first picture of the call that carries the style.
+    """
+
+    bank: "StyleBank | None" = None
+    pictures: Sequence[Any] = ()
+    prompt: str | None = None
+    seed: int = 0
+    noise: str = "forward"  # or "ddim", of real pictures: see `runtime/pinning.py`
+    inversion_guidance: float = 1.0
+    share_styles: bool = True  # whether the request's other styles apply to the reference too
+    mutual: bool = False  # all pictures that carry the style look at one another
+
+    @property
+    def of_call(self) -> bool:
+        """Return whether the reference is the call's first picture with the style."""
+        return self.bank is None and not self.pictures and self.prompt is None
+
+
+class Rows(Protocol):
+    """Columns of the rows of one group that a style may write; `runtime/rows.py: Phase` says what they mean."""
+
+    self_mode: np.ndarray
+    self_layers: np.ndarray
+    self_scale: np.ndarray
+    self_shift: np.ndarray
+    adain_strength: np.ndarray
+    takes_adain: np.ndarray
+    takes_norms: np.ndarray
+    text_page: np.ndarray
+
+
+@dataclass
+class Texts:
+    """The prompts of one picture: those of `branches` in each step. Styles change `per_step` and `pooling`."""
+
+    prompt: str  # as the request has it; empty for a real picture without a caption
+    negative_prompt: str
+    timesteps: torch.Tensor  # [steps], within what the model was trained on
+    train_timesteps: int
+    branches: Sequence[str]
+    say: bool = True  # whether to log what will disappoint
+    per_step: dict[str, list[Prompt]] = field(init=False)
+    pooling: dict[str, str] = field(init=False)  # by branch: where the pooled state is taken
+
+    def __post_init__(self):
+        plain = {b: Prompt(self.negative_prompt or None) if b == NULL else Prompt(self.prompt) for b in self.branches}
+        self.per_step = {branch: [prompt] * len(self.timesteps) for branch, prompt in plain.items()}
+        self.pooling = dict.fromkeys(self.branches, "eos")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a style may ask about the model."""
+
+    layout: AttentionLayout
+    trained_on_noise_levels: str | None  # the class of its scheduler, if it knows no training timesteps
+
+
+_kinds: dict[str, type["Style"]] = {}
+
+
+class Style:
+    """Base class of all styles. Subclasses are frozen dataclasses whose fields are the style's arguments."""
+
+    window: tuple[float, float] = (0.0, 1.0)  # fractions of the steps in which rows are written and pictures act
+    option: ClassVar[str | None] = None  # short name on the command line
+    aliases: ClassVar[Mapping[str, str]] = {}  # other names of fields in request files
+    picture_fields: ClassVar[Sequence[str]] = ()
+    mask_fields: ClassVar[Sequence[str]] = ()
+
+    def __init_subclass__(cls, base: bool = False, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if base:
+            return
+        other = _kinds.get(cls.__name__)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise StyleError(f"{cls.__module__} and {other.__module__} define a style {cls.__name__}; rename one")
+        _kinds[cls.__name__] = cls
+
+    def check(self, model: ModelFacts) -> None:
+        """Raise StyleError if the style doesn't fit the model, before anything runs."""
+
+    @classmethod
+    def check_texts(cls, styles: Sequence[Any], texts: Texts) -> None:
+        """Raise PromptError or StyleError if a request's styles of this class and its texts don't fit together."""
+
+    @property
+    def context_guidance(self) -> StyleContextGuidance | None:
+        """Return weights for the branches "style" and "context", which the picture then has, or None."""
+        return None
+
+    @classmethod
+    def write_prompts(cls, styles: Sequence[Any], texts: Texts) -> None:
+        """Change the prompts of a picture; `styles` are all of its styles of this class."""
+
+    def write_rows(self, rows: Rows, row: int, layout: AttentionLayout, leads: bool) -> None:
+        """Write the columns of one row at steps within `window`.
+
+        leads: the row belongs to the first of pictures that look at one another.
+        """
+
+    def active(self, step: int, steps: int) -> bool:
+        """Return whether step `step` of `steps` lies within the window."""
+        start, end = self.window
+        return start <= step / steps < end
+
+    def named_in(self, text: str) -> bool:
+        """Return whether a text names the style, by a placeholder."""
+        return False
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Return the style's own texts that are encoded, each after what it is: ("the style's prompt", "neon")."""
+        return []
+
+    @property
+    def placeholders(self) -> list[str]:
+        """Return what stands in prompts in place of words."""
+        return []
+
+    def write_field(self, name: str, value: Any, store: Any) -> Any:
+        """Return a field's value for a record, as `json.dumps` accepts it; store: a `record_values.Store`."""
+        if name in (*self.picture_fields, *self.mask_fields):
+            many = isinstance(value, (list, tuple))
+            entries = [store.picture(one, name in self.mask_fields) for one in (value if many else [value])]
+            return entries if many else entries[0]
+        return store.tensor(value) if isinstance(value, torch.Tensor) else store.plain(value)
+
+    @classmethod
+    def read_field(cls, name: str, value: Any, sources: Any) -> Any:
+        """Return a field's value from that of a record; sources: a `record_values.Sources`."""
+        if name in (*cls.picture_fields, *cls.mask_fields):
+            many = isinstance(value, (list, tuple))
+            found = [sources.picture(one, name in cls.mask_fields) for one in (value if many else [value])]
+            return found if many else found[0]
+        default = getattr(cls, name, None)  # a dataclass keeps its fields' defaults there
+        # records hold infinities as text, since JSON has none
+        infinite = isinstance(default, float) and isinstance(value, str) and value in ("inf", "-inf")
+        return float(value) if infinite else value
+
+    def check_recorded(self, entry: Mapping[str, Any], sources: Any) -> None:
+        """Raise StyleError if what the style read differs from what its record says."""
+
+
+class ReferenceStyle(Style, base=True):
+    """Base class of styles whose rows look at references; a request takes one. It writes only rows that have some."""
+
+    @property
+    def reads(self) -> References:
+        """Return the references; unless the class says otherwise, the call's first picture that carries the style."""
+        return References()
+
+    def layer_mask(self, layout: AttentionLayout) -> torch.Tensor:
+        """Return the layers in which rows look at references, [layers] bool."""
+        return torch.ones(len(layout.layers), dtype=torch.bool)
+
+
+class ImageStyle(Style, ABC, base=True):
+    """Base class of styles with pictures as prompts: segments of tokens that rows see through an IP-Adapter."""
+
+    adapter: str | None = None  # name of the adapter; None: the engine's only one
+
+    @property
+    @abstractmethod
+    def segments(self) -> Sequence[Any]:
+        """Return the segments (`instant_style.Segment`), each of which has its tokens, a mask and a strength."""
+
+    @abstractmethod
+    def check_adapter(self, adapter: IPAdapter, text_dim: int) -> None:
+        """Raise AdapterError or StyleError if the style doesn't fit; text_dim: width of text embeddings."""
+
+    @abstractmethod
+    def strengths(self, layout: AttentionLayout, guided: bool, segment: int = 0) -> Any:
+        """Return the weights of a segment per attention module, as `instant_style.Strengths`."""
+
+    @abstractmethod
+    def tokens(self, adapter: IPAdapter, encoder: ImageEncoder, content: torch.Tensor | None = None) -> Any:
+        """Return the tokens of all segments and of unconditional rows, as `instant_style.StyleTokens`."""
+
+    @property
+    def own_negative(self) -> bool:
+        """Return whether unconditional rows see other tokens than the adapter's."""
+        return False
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Return whether pictures go through the adapter's image encoder."""
+        return True
+
+    @property
+    def content_text(self) -> str | None:
+        """Return words whose text embedding `tokens` takes as `content`."""
+        return None
+
+
+def kinds() -> dict[str, type[Style]]:
+    """Return all styles by class name: the package's own, those imported, and those that installed packages name."""
+    own = [importlib.import_module(f"stylefast.styles.{module}").__name__ for module in _OWN]
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        entry_point.load()
+    place = {module: i for i, module in enumerate(own)}
+    return dict(sorted(_kinds.items(), key=lambda item: place.get(item[1].__module__, len(own))))
+
+
+def style_of_option(option: str) -> Callable[..., Style]:
+    """Return the style with a short name on the command line."""
+    return next(kind for kind in kinds().values() if kind.option == option)
+
+
+def by_kind(styles: Sequence[Style]) -> dict[type[Style], list[Style]]:
+    """Return styles by their class, in order."""
+    found: dict[type[Style], list[Style]] = {}
+    for style in styles:
+        found.setdefault(type(style), []).append(style)
+    return found
