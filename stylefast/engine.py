@@ -256,6 +256,11 @@ class Engine:
         return vaes.downscale(self.vae)
 
     @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Return the model's scheduler config in diffusers' format."""
+        return self._components.scheduler_config
+
+    @property
     def native_size(self) -> tuple[int, int]:
         """Return (width, height) in pixels that the model was trained at."""
         side = self.unet.config.get("sample_size") or 128

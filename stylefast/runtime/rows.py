@@ -15,7 +15,7 @@ from stylefast.runtime.conditions import Conditions, ImageSegment
 from stylefast.runtime.trajectory import Trajectory
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import StyleBank
-from stylefast.styles.style import Style
+from stylefast.styles.style import ReferenceStyle, Style
 
 LIVE = -1
 
@@ -109,7 +109,7 @@ def make_phase(trajectories: Sequence[Trajectory], conditions: Conditions, layou
     for row, (t, branch) in enumerate(rows):
         phase.weights[number[t], phase.branch[row]] = t.step_weights[step].get(branch, 0.0)
         for style in _writing(t, step):
-            if style is not t.reader or phase.references[row]:
+            if phase.references[row] or not isinstance(style, ReferenceStyle):
                 style.write_rows(phase, row, layout, t.leads)
     return phase
 

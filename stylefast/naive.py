@@ -1,0 +1,299 @@
+"""The engine in short: requests to rows, rows to the UNet, its outputs to the next latents. Read it from top to bottom.
+
+Everything that makes a picture is here, written as plainly as it can be; every style goes through the same interface
+(`styles/style.py`) as in the engine. What makes serving fast is not: pages, slots, threads, style banks, buckets,
+compiled graphs. docs/architecture.md says which part of the engine stands for which function of this file, and a test
+holds both to the same pictures. Use it to understand, to try a change, and as a reference; serve with `Engine`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from torch import Tensor
+
+from stylefast.errors import InvalidRequest
+from stylefast.kernels.guided_step import guided_step
+from stylefast.models import vae as vaes
+from stylefast.models.conditioning import ImageKV
+from stylefast.models.masks import load_mask, mask_vectors
+from stylefast.models.pictures import open_picture
+from stylefast.models.row_table import COLUMNS, PLAIN, RowTable
+from stylefast.models.text import Prompt
+from stylefast.runtime.request import Request
+from stylefast.sampling.few_step import named_schedule
+from stylefast.sampling.guidance import BRANCHES, FULL, NULL, GuidanceInterval, guidance_weights
+from stylefast.sampling.schedule import Schedule
+from stylefast.styles.style import ImageStyle, ReferenceStyle, Texts, by_kind
+
+
+@dataclass(eq=False)
+class Sample:
+    """One picture in the making: one that was asked for, or a reference that others look at."""
+
+    request: Request  # of a reference: its reader's, with the styles that it shares
+    prompt: str
+    schedule: Schedule
+    size: tuple[int, int]  # (width, height) in pixels
+    weights: dict[str, float]  # of the branches that make up its prediction
+    output: bool = True  # whether it was asked for
+    branches: tuple[str, ...] = ()  # its rows: one for each of its branches and of its readers'
+    reader: ReferenceStyle | None = None  # the style by which it looks at its references
+    references: list["Sample"] = field(default_factory=list)
+    leads: bool = False  # first of those that look at one another
+    picture: object = None  # of a real reference, which is this picture, noised, at every step
+    # made by `prepare`
+    texts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # by branch, per step: hidden, pooled
+    segments: dict[str, list["Segment"]] = field(default_factory=dict)  # by branch
+    random: torch.Generator = field(default_factory=torch.Generator)
+    noise: Tensor = field(default_factory=Tensor)
+    clean: Tensor | None = None  # latents [channels, h, w] of `picture`
+    latents: Tensor = field(default_factory=Tensor)  # with anchor and history, the sampler's memory
+    anchor: Tensor = field(default_factory=Tensor)
+    history: Tensor = field(default_factory=Tensor)
+
+
+@dataclass
+class Segment:
+    """One image prompt of a row: its tokens as keys and values, where it acts, and how strongly."""
+
+    layers: list  # per layer (k, v) [1, tokens, heads, d], or None where the adapter has none
+    mask: tuple[Tensor, ...] | None  # per attention level [tokens]
+    strength: Tensor  # [modules]
+    style: ImageStyle
+
+
+@torch.inference_mode()
+def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
+    """Make the pictures of requests with the models of `engine`; return their latents [channels, h, w] in order.
+
+    Raises InvalidRequest or a subclass for what a request may not say, and for style banks and DDIM inversion.
+    """
+    samples = plan(engine, requests)
+    for sample in samples:
+        prepare(engine, sample)
+    for step in range(max(sample.schedule.steps for sample in samples)):
+        running = [sample for sample in samples if step < sample.schedule.steps]
+        for size in {sample.size: None for sample in running}:
+            advance(engine.unet, [sample for sample in running if sample.size == size], step)
+    return [sample.latents for sample in samples if sample.output]
+
+
+# 1. requests to samples
+
+
+def plan(engine, requests: Sequence[Request]) -> list[Sample]:
+    """Return the samples that requests need: those asked for, in order, then their references."""
+    targets = [_target(engine, request) for request in requests]
+    hidden: list[Sample] = []
+    for target in targets:
+        style = target.reader
+        if style is None:
+            continue
+        wanted = style.reads
+        if wanted.bank is not None or wanted.noise == "ddim":
+            raise InvalidRequest("naive.py has neither style banks nor DDIM inversion; use Engine.generate")
+        if wanted.of_call:
+            together = [other for other in targets if other.reader is style]
+            together[0].leads = True
+            seen = together if wanted.mutual else together[:1]
+            target.references = [other for other in seen if other is not target]
+        else:
+            target.references = [_reference(target, style, picture) for picture in wanted.pictures or [None]]
+            hidden += target.references
+    samples = targets + hidden
+    for sample in samples:
+        sample.branches = tuple(sample.weights)
+    for _ in range(2):  # twice, since those that look at one another may need one another's
+        for sample in samples:
+            for reference in sample.references:
+                both = {*reference.branches, *sample.branches}
+                reference.branches = tuple(branch for branch in BRANCHES if branch in both)
+    return samples
+
+
+def _target(engine, request: Request) -> Sample:
+    schedule = named_schedule(request.scheduler, request.steps, engine.scheduler_config, request.spacing)
+    guidance = [style.context_guidance for style in request.style if style.context_guidance is not None]
+    weights = guidance_weights(request.guidance, guidance[0] if guidance else None)
+    size = request.size or engine.native_size
+    return Sample(request, request.prompt, schedule, size, weights, reader=request.reader)
+
+
+def _reference(target: Sample, style: ReferenceStyle, picture: object) -> Sample:
+    """Return a reference of `target`: a real picture, or one that is generated from the style's own prompt."""
+    wanted = style.reads
+    others = [other for other in target.request.style if other is not style]
+    if not wanted.share_styles:
+        others = [other for other in others if other.named_in(target.request.negative_prompt)]
+    request = replace(target.request, style=others, seed=wanted.seed)
+    weights = {FULL: 1.0} if picture is not None else target.weights
+    return Sample(request, wanted.prompt or "", target.schedule, target.size, weights, output=False, picture=picture)
+
+
+# 2. what a sample reads: its texts, its image prompts, its first latents
+
+
+def prepare(engine, sample: Sample) -> None:
+    """Encode a sample's prompts and pictures, and draw its noise."""
+    trained = engine.scheduler_config.get("num_train_timesteps", 1000)
+    timesteps = sample.schedule.timesteps.clamp(0, trained)
+    texts = Texts(sample.prompt, sample.request.negative_prompt, timesteps, trained, sample.branches)
+    for kind, styles in by_kind(sample.request.style).items():
+        kind.write_prompts(styles, texts)
+    for branch in sample.branches:
+        skip = 0 if branch == NULL else sample.request.clip_skip
+        states = engine.text_encoder.encode(texts.per_step[branch], texts.pooling[branch], skip)
+        sample.texts[branch] = [(state.hidden, state.pooled) for state in states]
+
+    width, height = sample.size
+    latent_size = (height // engine.downscale, width // engine.downscale)
+    sample.segments = {branch: [] for branch in sample.branches}
+    for style in sample.request.style:
+        if isinstance(style, ImageStyle):
+            _image_prompt(engine, sample, style, engine.unet.attention_sizes(*latent_size))
+
+    shape = (engine.unet.config["in_channels"], *latent_size)
+    sample.random.manual_seed(sample.request.seed)
+    sample.noise = torch.randn(shape, generator=sample.random)
+    if sample.picture is not None:
+        fitted = ImageOps.fit(open_picture(sample.picture), sample.size)
+        pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        sample.clean = vaes.encode(engine.vae, pixels)[0].float()
+    sample.latents = sample.noise * sample.schedule.init_noise_scale
+    sample.anchor, sample.history = torch.zeros(shape), torch.zeros(2, *shape)
+
+
+def _image_prompt(engine, sample: Sample, style: ImageStyle, levels: Sequence[tuple[int, int]]) -> None:
+    """Add the segments of a style to the rows of a sample: pictures in conditional rows, "no picture" in the others."""
+    adapter, encoder = engine.adapters[style.adapter or next(iter(engine.adapters))]
+    content = None
+    if style.content_text is not None:
+        content = engine.text_encoder.encode([Prompt(style.content_text)])[0].pooled
+    tokens = style.tokens(adapter, encoder, content)
+    negative = adapter.key_values(tokens.negative[None])
+    for number, (segment, image) in enumerate(zip(style.segments, tokens.image, strict=True)):
+        layers, mask = adapter.key_values(image[None]), None
+        if segment.mask is not None:
+            mask = mask_vectors(load_mask(segment.mask, sample.size[::-1]), levels)
+        strengths = style.strengths(engine.unet.layout, NULL in sample.branches, number)
+        for branch, found in sample.segments.items():
+            if branch in ("full", "style"):
+                entries = [(layers, strengths.conditional)]
+            else:
+                entries = [(layers, strengths.unconditional_image), (negative, strengths.unconditional_negative)]
+            found += [Segment(kv, mask, strength, style) for kv, strength in entries if strength.any()]
+
+
+# 3. samples to rows, and a step
+
+
+class Rows:
+    """Columns of the rows that styles may write; see `RowTable` for their meaning."""
+
+    def __init__(self, count: int, layers: int):
+        self.self_mode = np.full(count, PLAIN, dtype=np.int64)
+        self.self_layers = np.zeros((count, layers), dtype=bool)
+        self.self_scale, self.self_shift = np.ones(count, np.float32), np.zeros(count, np.float32)
+        self.adain_strength = np.zeros((count, 3), dtype=np.float32)
+        self.takes_adain, self.takes_norms = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+
+
+def advance(unet, samples: Sequence[Sample], step: int) -> None:
+    """Make one step of samples of one size, in one UNet call: a row for each branch of each."""
+    for sample in samples:
+        if sample.clean is not None:  # a real reference is where its picture would be at this step
+            signal, noise = sample.schedule.forward[step].tolist()
+            sample.latents = signal * sample.clean + noise * sample.noise
+    rows = [(sample, branch) for sample in samples for branch in sample.branches]
+    of_row = [samples.index(sample) for sample, _ in rows]
+    schedules = [sample.schedule for sample in samples]
+
+    hidden, pooled = (torch.stack([s.texts[branch][step][i] for s, branch in rows]) for i in range(2))
+    image_kv, masks, table = row_table(unet, rows, step)
+    timesteps = torch.stack([schedule.timesteps[step] for schedule in schedules])
+    width, height = samples[0].size
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(rows), dtype=torch.float32)
+    latents = torch.stack([sample.latents for sample in samples])
+    scale = torch.stack([schedule.input_scale[step] for schedule in schedules])
+    seen = (latents * scale[:, None, None, None])[of_row].to(unet.dtype)
+    embedding, text_kv = unet.embed(timesteps[of_row], pooled, time_ids), unet.project_text(hidden.to(unet.dtype))
+    output = unet(seen, embedding, text_kv, image_kv, table, masks=masks)
+
+    branch_rows = torch.full((len(samples), len(BRANCHES)), -1)
+    branch_weights, rescale = torch.zeros(len(samples), len(BRANCHES)), torch.zeros(len(samples))
+    for row, (sample, branch) in enumerate(rows):
+        place = of_row[row], BRANCHES.index(branch)
+        interval = GuidanceInterval(*sample.request.guidance_interval)
+        weights = sample.weights if interval.covers(step, sample.schedule.steps) else {FULL: 1.0}
+        branch_rows[place], branch_weights[place] = row, weights.get(branch, 0.0)
+        if len(weights) > 1:  # a single branch has no deviation to pull back to
+            rescale[of_row[row]] = sample.request.guidance_rescale
+    fresh = [torch.randn(s.latents.shape, generator=s.random) if s.schedule.uses_noise else s.noise for s in samples]
+    anchor, history = torch.stack([s.anchor for s in samples]), torch.stack([s.history for s in samples])
+    denoised, update = (torch.stack([getattr(s, name)[step] for s in schedules]) for name in ("denoised", "update"))
+    rules = branch_rows, branch_weights, rescale, denoised, update
+    found = guided_step(latents, anchor, history, output, *rules, torch.stack(fresh))
+    for sample, *state in zip(samples, *found, strict=True):
+        sample.latents, sample.anchor, sample.history = state
+
+
+def row_table(unet, rows: Sequence[tuple[Sample, str]], step: int) -> tuple[ImageKV | None, tuple, RowTable]:
+    """Return the table of a step's rows, and the image keys, values and masks that it names by number."""
+    layout, place = unet.layout, {row: i for i, row in enumerate(rows)}
+    written, pages, segments = Rows(len(rows), len(layout.layers)), [], []
+    for i, (sample, branch) in enumerate(rows):
+        steps = sample.schedule.steps
+        reading = sample.reader is not None and sample.reader.active(step, steps)
+        # a row looks at its reference's row of the same branch
+        pages.append([place[reference, branch] for reference in sample.references] if reading else [])
+        segments.append([segment for segment in sample.segments[branch] if segment.style.active(step, steps)])
+        for style in sample.request.style:
+            if style.active(step, steps) and (pages[i] or not isinstance(style, ReferenceStyle)):
+                style.write_rows(written, i, layout, sample.leads)
+
+    sizes = {"rows": len(rows), "layers": len(layout.layers), "modules": len(layout.modules)}
+    sizes |= {"references": max(map(len, pages)), "segments": max(map(len, segments))}
+    sizes["norm_rows"] = len(rows) if written.takes_norms.any() else 0
+    table = RowTable(*(column.filled(column.shape(sizes)) for column in COLUMNS.values()))
+    table.text_page[:] = torch.arange(len(rows))
+    for name in ("self_mode", "self_layers", "adain_strength"):
+        getattr(table, name).copy_(torch.from_numpy(getattr(written, name)))
+    images: list[Segment] = []
+    for i, (read, seen) in enumerate(zip(pages, segments, strict=True)):
+        for j, page in enumerate(read):
+            table.self_page[i, j] = page
+            table.self_scale[i, j], table.self_shift[i, j] = float(written.self_scale[i]), float(written.self_shift[i])
+        if read and written.takes_adain[i]:
+            table.adain_page[i] = read[0]
+        if read and written.takes_norms[i]:
+            table.norm_page[i] = read[0]
+        for j, segment in enumerate(seen):
+            table.image_page[i, j] = len(images)
+            table.image_mask[i, j] = len(images) if segment.mask is not None else -1
+            table.image_strength[i, j] = segment.strength
+            images.append(segment)
+    return (_image_kv(unet, images) if images else None), _masks(images), table
+
+
+def _image_kv(unet, images: Sequence[Segment]) -> ImageKV:
+    """Return the keys and values of image prompts, padded to one number of tokens; layers without any are zero."""
+    tokens = [next(pair for pair in segment.layers if pair is not None)[0].shape[1] for segment in images]
+    layers = []
+    for i, layer in enumerate(unet.layout.layers):
+        pair = torch.zeros(2, len(images), max(tokens), layer.heads, layer.channels // layer.heads, dtype=unet.dtype)
+        for page, segment in enumerate(images):
+            if segment.layers[i] is not None:
+                for kind in range(2):
+                    pair[kind, page, : tokens[page]] = segment.layers[i][kind][0]
+        layers.append((pair[0], pair[1]))
+    return ImageKV(tuple(layers), torch.tensor(tokens))
+
+
+def _masks(images: Sequence[Segment]) -> tuple[Tensor, ...]:
+    """Return the masks per attention level [segments, tokens]; () if no segment has one."""
+    sizes = next((tuple(len(level) for level in s.mask) for s in images if s.mask is not None), ())
+    none = tuple(torch.ones(size) for size in sizes)
+    return tuple(torch.stack(level) for level in zip(*(s.mask or none for s in images), strict=True))

@@ -1,0 +1,107 @@
+"""The short form makes the engine's pictures, whatever is mixed."""
+
+import random
+
+import pytest
+
+import stylefast as sf
+from stylefast import naive
+from stylefast.errors import InvalidRequest
+from stylefast.sampling.guidance import StyleContextGuidance
+from tests.engine.scene import SIZE, apart, learned, small_picture
+from tests.fp64 import close
+
+PICTURES = [small_picture(seed, (48, 40)) for seed in (1, 2)]
+LARGE = (64, 64)
+MIXES = 20
+
+
+def reading(draw: random.Random) -> sf.StyleAligned | None:
+    """A way to look at a reference, or none."""
+    how = draw.choice(["none", "first", "all", "prompt", "picture", "pictures"])
+    if how == "none":
+        return None
+    if how == "all":
+        return sf.StyleAligned(full_attention_share=True, share_group_norm=draw.random() < 0.5)
+    reference = {
+        "first": {},
+        "prompt": {"prompt": "a dog", "seed": draw.randrange(9), "share_styles": draw.random() < 0.5},
+        "picture": {"reference": PICTURES[0], "prompt": draw.choice([None, "a house"])},
+        "pictures": {"reference": PICTURES},
+    }[how]
+    return sf.StyleAligned(
+        adain=draw.choice([("q", "k"), {"q": 1.0, "k": 0.5, "v": 0.2}, ()]),
+        scale=draw.choice([1.0, 0.8]),
+        shift=draw.choice([0.0, 0.6, -float("inf")]),
+        layers=draw.choice(["all", "up_blocks"]),
+        share_group_norm=draw.random() < 0.5,
+        window=draw.choice([(0.0, 1.0), (0.3, 1.0)]),
+        **reference,
+    )
+
+
+def picture_prompt(draw: random.Random, mask) -> sf.InstantStyle:
+    return sf.InstantStyle(
+        draw.choice(PICTURES),
+        blocks=draw.choice(["all", "style"]),
+        scale=draw.choice([0.5, 1.0]),
+        mask=draw.choice([None, mask]),
+        window=draw.choice([(0.0, 1.0), (0.0, 0.6)]),
+    )
+
+
+def mix(seed: int) -> list[sf.Request]:
+    """One to four requests of any styles, samplers and sizes; some share one style object."""
+    draw = random.Random(seed)
+    shared, learnt, requests = reading(draw), learned(), []
+    pace = {"steps": draw.choice([2, 3]), "scheduler": draw.choice(["euler", "ddim"]), "size": SIZE}
+    for i in range(draw.randint(1, 4)):
+        joins = shared is not None and draw.random() < 0.7
+        own = {
+            "steps": draw.choice([2, 3, 4]),
+            "scheduler": draw.choice(["euler", "euler_ancestral", "dpmpp_2m", "unipc"]),
+            "size": draw.choice([SIZE, LARGE]),
+        }
+        settings = pace if joins else own
+        styles = [shared] if joins else []
+        if draw.random() < 0.4:
+            styles.append(picture_prompt(draw, small_picture(7, settings["size"])))
+        if draw.random() < 0.4:
+            weights = draw.choice([None, StyleContextGuidance(0.5, 3.0, 4.0)])
+            styles.append(sf.DreamStyler(learnt, guidance=weights))
+        requests.append(
+            sf.Request(
+                draw.choice(["a cat", "a red house", "a fish"]),
+                negative_prompt=draw.choice(["", "a dog"]),
+                style=styles,
+                seed=10 * seed + i,
+                guidance=draw.choice([1.0, 5.0]),
+                guidance_rescale=draw.choice([0.0, 0.4]),
+                guidance_interval=draw.choice([(0.0, 1.0), (0.0, 0.6)]),
+                **settings,
+            )
+        )
+    return requests
+
+
+@pytest.mark.parametrize("seed", range(MIXES))
+def test_the_short_form_makes_the_engines_pictures(engine, drawn, seed):
+    requests = mix(seed)
+    expected = drawn(requests)
+    for i, latents in enumerate(naive.generate(engine, requests)):
+        close(latents, expected[i])
+
+
+def test_styles_are_not_idle_in_it(engine):
+    plain = sf.Request("a cat", steps=2, size=SIZE)
+    styles = [sf.StyleAligned(PICTURES[0]), sf.InstantStyle(PICTURES[1], blocks="all"), sf.DreamStyler(learned())]
+    (expected,) = naive.generate(engine, [plain])
+    for style in styles:
+        (found,) = naive.generate(engine, [sf.Request("a cat", style=style, steps=2, size=SIZE)])
+        apart([found], [expected])
+
+
+def test_what_it_leaves_out_is_refused(engine):
+    inverted = sf.StyleAligned(PICTURES[0], noise="ddim")
+    with pytest.raises(InvalidRequest, match="neither style banks nor DDIM inversion"):
+        naive.generate(engine, [sf.Request("a cat", style=inverted, scheduler="ddim", steps=2, size=SIZE)])
