@@ -410,7 +410,8 @@ def test_a_quick_run_on_the_cpu_measures_every_figure_and_writes_its_file(tmp_pa
     path = tmp_path / "quick.json"
     assert command.main(["--quick", "--out", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert [r["case"] for r in found["results"]] == ["check", "tiny n=1", "tiny n=4", "mixed batch of 8", "soak"]
+    cases = [r["case"] for r in found["results"]]
+    assert cases == ["check", "tiny n=1", "tiny n=4", "mixed batch of 8", "eight threads", "soak"]
     assert found["unproved"] == [] and sum(found["results"][-1]["details"]["ends"].values()) == 9
     assert all(f["goal"] is None for r in found["results"][1:] for f in r["figures"])
 
@@ -422,6 +423,7 @@ def test_the_full_list_of_the_cpu_carries_the_goals():
         assert goals[f"{model} n=1", "published", "cached"] == 2.0
         assert goals[f"{model} n=4", "uncached", "cached"] == 1.15
     assert goals["mixed batch of 8", "eight styles", "one style"] == 1.1
+    assert goals["eight threads", "threads", "submit"] == 1.3
 
 
 @pytest.mark.usefixtures("little_garbage")

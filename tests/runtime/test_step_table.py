@@ -1,5 +1,6 @@
 """What one step of a batch is told: rows in buffers that stay where they are."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,7 +117,8 @@ def test_pages_of_banks_stand_behind_all_rows_idle_ones_included(group_of, table
     bank = SimpleNamespace(id=7, info=info)
     group = group_of(Request("a cat", steps=3))
     (target,) = group.trajectories
-    target.bank, target.reader = bank, StyleAligned(prompt="neon")
+    style = StyleAligned(prompt="neon")
+    target.bank, target.reader, target.request = bank, style, replace(target.request, style=style)
     remade = Group(group.trajectories, group.conditions, {}, layout, SHAPE)
     remade.slots = group.slots
     assert [(key[0], *key[1:]) for key in bank_keys(remade)] == [(bank, 0, 0, 0), (bank, 0, 3, 0)]
