@@ -1,13 +1,14 @@
 """The engine in short: requests to rows, rows to the UNet, its outputs to the next latents. Read it from top to bottom.
 
-Everything that makes a picture is here, written as plainly as it can be; every style goes through the same interface
+What turns a request into latents is here, written as plainly as it can be; every style goes through the same interface
 (`styles/style.py`) as in the engine. What makes serving fast is not: pages, slots, threads, style banks, buckets,
-compiled graphs. docs/architecture.md says which part of the engine stands for which function of this file, and a test
-holds both to the same pictures. Use it to understand, to try a change, and as a reference; serve with `Engine`.
+compiled graphs, GPUs. docs/architecture.md says which part of the engine stands for which function of this file, and a
+test holds both to the same pictures. Use it to understand, to try a change, and as a reference; serve with `Engine`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ from stylefast.models import vae as vaes
 from stylefast.models.conditioning import ImageKV
 from stylefast.models.masks import load_mask, mask_vectors
 from stylefast.models.pictures import open_picture
-from stylefast.models.row_table import COLUMNS, PLAIN, RowTable
+from stylefast.models.row_table import COLUMNS, RowTable
 from stylefast.models.text import Prompt
 from stylefast.runtime.request import Request
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.guidance import BRANCHES, FULL, NULL, GuidanceInterval, guidance_weights
 from stylefast.sampling.schedule import Schedule
-from stylefast.styles.style import ImageStyle, ReferenceStyle, Texts, by_kind
+from stylefast.styles.style import ImageStyle, ReferenceStyle, Rows, Texts, by_kind
 
 
 @dataclass(eq=False)
@@ -43,16 +44,16 @@ class Sample:
     reader: ReferenceStyle | None = None  # the style by which it looks at its references
     references: list["Sample"] = field(default_factory=list)
     leads: bool = False  # first of those that look at one another
-    picture: object = None  # of a real reference, which is this picture, noised, at every step
+    picture: Any = None  # of a real reference, which is this picture, noised, at every step
     # made by `prepare`
     texts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # by branch, per step: hidden, pooled
     segments: dict[str, list["Segment"]] = field(default_factory=dict)  # by branch
     random: torch.Generator = field(default_factory=torch.Generator)
     noise: Tensor = field(default_factory=Tensor)
     clean: Tensor | None = None  # latents [channels, h, w] of `picture`
-    latents: Tensor = field(default_factory=Tensor)  # with anchor and history, the sampler's memory
-    anchor: Tensor = field(default_factory=Tensor)
-    history: Tensor = field(default_factory=Tensor)
+    latents: Tensor = field(default_factory=Tensor)
+    anchor: Tensor = field(default_factory=Tensor)  # latents that some samplers go back to
+    history: Tensor = field(default_factory=Tensor)  # the noise-free estimates of the two steps before
 
 
 @dataclass
@@ -67,9 +68,10 @@ class Segment:
 
 @torch.inference_mode()
 def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
-    """Make the pictures of requests with the models of `engine`; return their latents [channels, h, w] in order.
+    """Make the pictures of requests with the models of `engine`, on a CPU; return their latents [channels, h, w].
 
-    Raises InvalidRequest or a subclass for what a request may not say, and for style banks and DDIM inversion.
+    Nothing is checked: what the engine refuses may fail here, or run. Raises InvalidRequest for style banks and DDIM
+    inversion, which are left out.
     """
     samples = plan(engine, requests)
     for sample in samples:
@@ -93,7 +95,7 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
         if style is None:
             continue
         wanted = style.reads
-        if wanted.bank is not None or wanted.noise == "ddim":
+        if wanted.bank is not None or (wanted.pictures and wanted.noise == "ddim"):
             raise InvalidRequest("naive.py has neither style banks nor DDIM inversion; use Engine.generate")
         if wanted.of_call:
             together = [other for other in targets if other.reader is style]
@@ -122,7 +124,7 @@ def _target(engine, request: Request) -> Sample:
     return Sample(request, request.prompt, schedule, size, weights, reader=request.reader)
 
 
-def _reference(target: Sample, style: ReferenceStyle, picture: object) -> Sample:
+def _reference(target: Sample, style: ReferenceStyle, picture: Any) -> Sample:
     """Return a reference of `target`: a real picture, or one that is generated from the style's own prompt."""
     wanted = style.reads
     others = [other for other in target.request.style if other is not style]
@@ -156,7 +158,7 @@ def prepare(engine, sample: Sample) -> None:
             _image_prompt(engine, sample, style, engine.unet.attention_sizes(*latent_size))
 
     shape = (engine.unet.config["in_channels"], *latent_size)
-    sample.random.manual_seed(sample.request.seed)
+    sample.random.manual_seed(sample.request.seed or 0)
     sample.noise = torch.randn(shape, generator=sample.random)
     if sample.picture is not None:
         fitted = ImageOps.fit(open_picture(sample.picture), sample.size)
@@ -177,7 +179,7 @@ def _image_prompt(engine, sample: Sample, style: ImageStyle, levels: Sequence[tu
     for number, (segment, image) in enumerate(zip(style.segments, tokens.image, strict=True)):
         layers, mask = adapter.key_values(image[None]), None
         if segment.mask is not None:
-            mask = mask_vectors(load_mask(segment.mask, sample.size[::-1]), levels)
+            mask = mask_vectors(load_mask(segment.mask, (sample.size[1], sample.size[0])), levels)
         strengths = style.strengths(engine.unet.layout, NULL in sample.branches, number)
         for branch, found in sample.segments.items():
             if branch in ("full", "style"):
@@ -188,17 +190,6 @@ def _image_prompt(engine, sample: Sample, style: ImageStyle, levels: Sequence[tu
 
 
 # 3. samples to rows, and a step
-
-
-class Rows:
-    """Columns of the rows that styles may write; see `RowTable` for their meaning."""
-
-    def __init__(self, count: int, layers: int):
-        self.self_mode = np.full(count, PLAIN, dtype=np.int64)
-        self.self_layers = np.zeros((count, layers), dtype=bool)
-        self.self_scale, self.self_shift = np.ones(count, np.float32), np.zeros(count, np.float32)
-        self.adain_strength = np.zeros((count, 3), dtype=np.float32)
-        self.takes_adain, self.takes_norms = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
 
 
 def advance(unet, samples: Sequence[Sample], step: int) -> None:
@@ -231,6 +222,7 @@ def advance(unet, samples: Sequence[Sample], step: int) -> None:
         branch_rows[place], branch_weights[place] = row, weights.get(branch, 0.0)
         if len(weights) > 1:  # a single branch has no deviation to pull back to
             rescale[of_row[row]] = sample.request.guidance_rescale
+    # samplers without fresh noise multiply what stands there by 0
     fresh = [torch.randn(s.latents.shape, generator=s.random) if s.schedule.uses_noise else s.noise for s in samples]
     anchor, history = torch.stack([s.anchor for s in samples]), torch.stack([s.history for s in samples])
     denoised, update = (torch.stack([getattr(s, name)[step] for s in schedules]) for name in ("denoised", "update"))
@@ -243,7 +235,7 @@ def advance(unet, samples: Sequence[Sample], step: int) -> None:
 def row_table(unet, rows: Sequence[tuple[Sample, str]], step: int) -> tuple[ImageKV | None, tuple, RowTable]:
     """Return the table of a step's rows, and the image keys, values and masks that it names by number."""
     layout, place = unet.layout, {row: i for i, row in enumerate(rows)}
-    written, pages, segments = Rows(len(rows), len(layout.layers)), [], []
+    written, pages, segments = Rows.idle(len(rows), len(layout.layers)), [], []
     for i, (sample, branch) in enumerate(rows):
         steps = sample.schedule.steps
         reading = sample.reader is not None and sample.reader.active(step, steps)

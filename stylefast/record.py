@@ -20,8 +20,8 @@ from stylefast.errors import InvalidRequest, StyleError, StyleFastError
 from stylefast.models.checkpoint import TINY
 from stylefast.record_values import Sources, Store, plain
 from stylefast.runtime.request import Request
-from stylefast.styles.style import Style, kinds
-from stylefast.values import check_fields, did_you_mean, quoted
+from stylefast.styles.style import Style, find_kind
+from stylefast.values import check_fields, quoted
 
 FORMAT = "stylefast-call/1"
 MAX_REQUESTS = 1000
@@ -107,7 +107,7 @@ def _style_entry(style: Style, store: Store) -> dict[str, Any]:
 
 def _is_default(value, f) -> bool:
     if value is None or f.default is MISSING or not isinstance(value, (str, bool, int, float, tuple, dict)):
-        return value is None
+        return value is None and f.default is None
     # a style may keep a missing dictionary as an empty one
     return value == f.default or (value == {} and f.default is None)
 
@@ -157,12 +157,7 @@ def _read_style(entry, sources: Sources):
     if "kind" in values and "type" in values:
         raise InvalidRequest('a style has "kind" and "type"; they mean the same, so keep one')
     name = values.pop("kind" if "kind" in values else "type", None)
-    known_kinds = kinds()
-    kind = next((k for key, k in known_kinds.items() if key.lower() == _squeezed(name)), None)
-    if kind is None:
-        raise StyleError(
-            f"style kind {quoted(name)} is unknown; there are {', '.join(known_kinds)}{did_you_mean(name, known_kinds)}"
-        )
+    kind = find_kind(name)
     for alias, field_name in kind.aliases.items():
         if alias in values and field_name not in values:
             values[field_name] = values.pop(alias)
@@ -190,7 +185,3 @@ def _in_place(where: str, read, *arguments):
         return read(*arguments)
     except StyleFastError as error:
         raise type(error)(f"{where}: {error}") from error
-
-
-def _squeezed(name) -> str:
-    return name.replace("_", "").replace("-", "").replace(" ", "").lower() if isinstance(name, str) else ""

@@ -174,7 +174,8 @@ def _check(style, store: str, dtype: str, model_dtype: torch.dtype) -> str:
     """Return the bank's element type by its full name. Raises InvalidRequest and StyleError."""
     if style is None:
         raise StyleError(
-            "nothing to bake: pass a style that reads a reference, alone or in a list with styles that it shares"
+            "nothing to bake: pass a style that reads a reference (docs/styles.md), alone or in a list with styles "
+            "that it shares"
         )
     if style.reads.bank is not None:
         raise StyleError("this style is a bank already; use it as it is, or bake its prompt or picture again")

@@ -23,7 +23,7 @@ from stylefast.models.unet import UNet
 from stylefast.runtime.key_values import KeyValuePages
 from stylefast.runtime.trajectory import Trajectory
 from stylefast.sampling.guidance import NULL
-from stylefast.styles.style import ImageStyle, Texts, by_kind
+from stylefast.styles.style import ImageStyle, Texts, asking, by_kind
 
 CONDITIONAL_BRANCHES = ("full", "style")  # branches that see the style's picture; the others see the negative tokens
 
@@ -189,7 +189,7 @@ class ConditionStore:
             if style.needs_encoder:
                 adapter.check_encoder(encoder)
             for i, segment in enumerate(style.segments):
-                strengths = style.strengths(self.unet.layout, NULL in t.branches, i)
+                strengths = self._strengths(style, NULL in t.branches, i)
                 if isinstance(segment.mask, torch.Tensor):
                     load_mask(segment.mask, (t.size[1], t.size[0]))
                 for branch in t.branches:
@@ -237,9 +237,11 @@ class ConditionStore:
         timesteps = t.schedule.timesteps.clamp(0, self._train_timesteps)
         texts = Texts(t.prompt, t.request.negative_prompt, timesteps, self._train_timesteps, t.branches, say)
         for kind, styles in by_kind(t.request.style).items():
-            if check:
-                kind.check_texts(styles, texts)
-            kind.write_prompts(styles, texts)
+            with asking(kind, "write_prompts"):
+                if check:
+                    kind.check_texts(styles, texts)
+                kind.write_prompts(styles, texts)
+            texts.check(kind)
         return texts
 
     def _text_keys(self, t: Trajectory) -> dict[str, list[tuple[tuple, Prompt]]]:
@@ -283,6 +285,11 @@ class ConditionStore:
         if style.content_text is not None:
             content = self.text_encoder.encode([Prompt(style.content_text)])[0].pooled
         found = style.tokens(adapter, encoder, content)
+        if len(found.image) != len(style.segments):
+            raise StyleError(
+                f"the style {type(style).__name__} gives tokens of {len(found.image)} pictures for "
+                f"{len(style.segments)} segments"
+            )
         tokens = [*found.image, found.negative]
         return tokens, [adapter.key_values(one[None]) for one in tokens]
 
@@ -309,7 +316,7 @@ class ConditionStore:
             masks = [self._mask(style, i, conditions, made) for i in range(len(style.segments))]
             guided = NULL in t.branches
             for i, (page, mask) in enumerate(zip(image_pages, masks, strict=True)):
-                strengths = style.strengths(self.unet.layout, guided, i)
+                strengths = self._strengths(style, guided, i)
                 if branch in CONDITIONAL_BRANCHES:
                     entries = [(page, strengths.conditional)]
                 else:
@@ -319,6 +326,17 @@ class ConditionStore:
                     for p, strength in entries
                     if bool(strength.any())
                 ]
+        return found
+
+    def _strengths(self, style: ImageStyle, guided: bool, segment: int) -> Any:
+        with asking(type(style), "strengths"):
+            found, modules = style.strengths(self.unet.layout, guided, segment), len(self.unet.layout.modules)
+            if any(tuple(part.shape) != (modules,) for part in found):
+                shapes = ", ".join(str(list(part.shape)) for part in found)
+                raise StyleError(
+                    f"the style {type(style).__name__} gives strengths of the shapes {shapes}; the model has {modules} "
+                    f"attention modules, so each must be [{modules}]"
+                )
         return found
 
     @torch.inference_mode()

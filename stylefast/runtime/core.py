@@ -4,6 +4,7 @@
 """
 
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
@@ -50,7 +51,7 @@ class Runtime:
         self.buckets = tuple(buckets) or backend.buckets
         self.stream = StepStream(unet.device)
         self.closed, self._process = False, os.getpid()
-        self._beside = SideStream(unet.device)
+        self._beside, self._beside_lock = SideStream(unet.device), threading.RLock()
         self.latents: dict[tuple[int, int, int], LatentSlots] = {}
         self.bank_pages: dict[tuple[int, int], BankPages] = {}
         self._tables: dict[TableShape, StepTable] = {}
@@ -63,8 +64,9 @@ class Runtime:
 
         What is called must touch no pages, slots or tables.
         """
-        self.check_open()
-        return self._beside.call(call, self.stream)
+        with self._beside_lock:
+            self.check_open()
+            return self._beside.call(call, self.stream)
 
     def close(self) -> None:
         """Take no more work, and free what the backend holds; no step may be running.
@@ -73,7 +75,8 @@ class Runtime:
         """
         self.closed = True
         if os.getpid() == self._process:
-            self.backend.close()
+            with self._beside_lock:  # a call may be using what the backend holds
+                self.backend.close()
 
     def check_open(self) -> None:
         """Raise EngineClosed once the engine was closed, and in a process that was forked from its own."""
@@ -267,7 +270,7 @@ class Runtime:
         phases, layout = [g.phase() for g in groups], self.unet.layout
         rows, pictures = sum(p.rows for p in phases), sum(g.pictures for g in groups)
         references, segments = max(p.width for p in phases), max(p.segment_width for p in phases)
-        norms = any(bool(p.takes_norms.any()) for p in phases)
+        norms = any(bool(p.columns.takes_norms.any()) for p in phases)
         if padded:
             # one shape for all mixes: rows and columns that nobody uses are idle
             rows = next((b for b in self.buckets if b >= rows), rows)

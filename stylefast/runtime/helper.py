@@ -37,20 +37,21 @@ class Helper:
         with self._changed:
             closed = self._closed
             if closed is None:
-                self._tasks.append((task, then))
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="stylefast-helper", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._run, name="stylefast-helper", daemon=True)
+                    thread.start()  # waits for the condition, which is held here
+                    self._thread = thread
+                self._tasks.append((task, then))
                 self._changed.notify_all()
         if closed is not None:
             then(None, closed)
 
-    def close(self, error: BaseException) -> None:
-        """Stop after the current call; unfinished tasks end with `error`."""
+    def close(self, error: BaseException, wait: bool = True) -> None:
+        """Stop after the current call, and wait for that; unfinished tasks end with `error`."""
         with self._changed:
             self._closed, thread = error, self._thread
             self._changed.notify_all()
-        if thread is not None and not self.inside:
+        if wait and thread is not None and not self.inside:
             thread.join()
 
     def _run(self) -> None:

@@ -195,11 +195,16 @@ class Job:
         self._tell([tell], None)
 
     def _tell(self, watchers: Sequence[Callable[[Preview | None], None]], preview: Preview | None) -> None:
+        interrupted = None
         for tell in watchers:
             try:
                 tell(preview)
+            except KeyboardInterrupt as error:  # meant for the program, once all have been told
+                interrupted = error
             except BaseException:  # errors of the watcher, including SystemExit, must not stop the loop's other jobs
                 logger.exception("what watches a job at step %d of %d raised", self.step, self.steps)
+        if interrupted is not None:
+            raise interrupted
 
     def _forget(self, tell) -> None:
         if os.getpid() != self._process:

@@ -1,5 +1,6 @@
 """States of a job before its first step and after its last, and the errors that end it early."""
 
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,9 @@ def pieces(job: Job, making: Generator[None, None, Any], ready: Callable[[], Non
     """
 
     def piece() -> Any:
+        if job.expires is not None and time.monotonic() >= job.expires:
+            making.close()
+            raise too_late(job)
         ready()
         if job.cancelled:
             making.close()

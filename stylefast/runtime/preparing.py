@@ -14,7 +14,7 @@ from stylefast.runtime.trajectory import Trajectory, connected, plan_trajectorie
 from stylefast.sampling.edm import is_edm
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.schedule import Schedule, schedule_digest
-from stylefast.styles.style import ModelFacts
+from stylefast.styles.style import ModelFacts, asking
 
 
 class Preparer:
@@ -51,7 +51,8 @@ class Preparer:
         """
         facts = ModelFacts(self.runtime.unet.layout, self._config["_class_name"] if is_edm(self._config) else None)
         for style in dict.fromkeys(style for request in requests for style in request.style):
-            style.check(facts)
+            with asking(type(style), "check"):
+                style.check(facts)
         for request in requests:
             self.runtime.conditions.text_encoder.check_clip_skip(request.clip_skip)
             if request.reader is not None and request.reader.reads.bank is not None:

@@ -23,7 +23,11 @@ _INSTRUCTIONS = (
     ("a change or choice between steps", re.compile(r"\[[^\[\]]*[|:][^\[\]]*\]"), ""),
     ("a choice", re.compile(r"\{[^{}]*\|[^{}]*\}"), ""),
     ("a wildcard", re.compile(r"(?<!\w)__[\w/*-]+__(?!\w)"), ""),
-    ("an embedding", re.compile(r"\bembedding:\S+", re.IGNORECASE), "give learned styles as files: style="),
+    (
+        "an embedding",
+        re.compile(r"\bembedding:\S+", re.IGNORECASE),
+        "give its file as a learned style",
+    ),
     ("an option", re.compile(r"(?:^|\s)--(?:ar|v|s|q|c|no|niji|seed|style|stylize|chaos)\b[^-]*"), ""),
     ("a keyword", re.compile(r"(?<!\S)(?:BREAK|ADDCOMM|ADDBASE|ADDCOL|ADDROW)(?!\S)"), ""),
 )

@@ -7,7 +7,7 @@ from stylefast import values
 from stylefast.errors import InvalidRequest, PromptError, StyleError
 from stylefast.sampling.guidance import MAX_GUIDANCE
 from stylefast.sampling.spacing import SPACINGS
-from stylefast.styles.style import ReferenceStyle, Style, kinds
+from stylefast.styles.style import ReferenceStyle, Style, check_kind, kinds
 
 MAX_STEPS = 1000
 MIN_SIDE, MAX_SIDE = 16, 8192
@@ -88,6 +88,7 @@ def normalise_styles(style) -> tuple:
             raise StyleError(
                 f"style is {values.quoted(one)} ({type(one).__name__}); it must be {known}, or a list of them"
             )
+        check_kind(type(one))
     readers = [type(one).__name__ for one in styles if isinstance(one, ReferenceStyle)]
     if len(readers) > 1:
         kinds_of = " or ".join(dict.fromkeys(readers))

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stylefast.errors import StyleError
 from stylefast.models.layout import AttentionLayout
-from stylefast.models.row_table import NO_PAGE, PLAIN
+from stylefast.models.row_table import CONCAT, NO_PAGE, PLAIN, SWAP
 from stylefast.runtime.conditions import Conditions, ImageSegment
 from stylefast.runtime.trajectory import Trajectory
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import StyleBank
-from stylefast.styles.style import ReferenceStyle, Style
+from stylefast.styles.style import ReferenceStyle, Rows, Style, asking
 
 LIVE = -1
 
@@ -37,13 +38,7 @@ class Phase:
     branch: np.ndarray  # [rows] int64: place in BRANCHES
     text_page: np.ndarray  # [steps, rows] int64
     references: list[list[Reference]]  # per row
-    self_mode: np.ndarray  # [rows] int64
-    self_layers: np.ndarray  # [rows, layers] bool
-    self_scale: np.ndarray  # [rows] float32, of all the row's references
-    self_shift: np.ndarray  # [rows] float32
-    adain_strength: np.ndarray  # [rows, 3] float32
-    takes_adain: np.ndarray  # [rows] bool: from its first reference
-    takes_norms: np.ndarray  # [rows] bool
+    columns: Rows  # what styles have written
     segments: list[list[ImageSegment]]  # per row
     weights: np.ndarray  # [pictures, 4] float32 of the branches
     mutual: bool  # whether references may have references
@@ -87,19 +82,13 @@ def make_phase(trajectories: Sequence[Trajectory], conditions: Conditions, layou
     """Return the rows of a group at `step`, and at all steps of an equal `phase_key`."""
     number = {t: i for i, t in enumerate(trajectories)}
     rows = [(t, branch) for t, branches in branches_at(trajectories, step).items() for branch in branches]
-    count = len(rows)
+    columns = Rows.idle(len(rows), len(layout.layers))
     phase = Phase(
         picture=np.array([number[t] for t, _ in rows], dtype=np.int64),
         branch=np.array([BRANCHES.index(branch) for _, branch in rows], dtype=np.int64),
         text_page=np.stack([conditions.text_pages[row] for row in rows], axis=1),
         references=[_references(t, number) if t.shares(step) else [] for t, _ in rows],
-        self_mode=np.full(count, PLAIN, dtype=np.int64),
-        self_layers=np.zeros((count, len(layout.layers)), dtype=bool),
-        self_scale=np.ones(count, dtype=np.float32),
-        self_shift=np.zeros(count, dtype=np.float32),
-        adain_strength=np.zeros((count, 3), dtype=np.float32),
-        takes_adain=np.zeros(count, dtype=bool),
-        takes_norms=np.zeros(count, dtype=bool),
+        columns=columns,
         segments=[
             [s for s in conditions.image_segments[row] if s.style.active(step, row[0].schedule.steps)] for row in rows
         ],
@@ -110,7 +99,10 @@ def make_phase(trajectories: Sequence[Trajectory], conditions: Conditions, layou
         phase.weights[number[t], phase.branch[row]] = t.step_weights[step].get(branch, 0.0)
         for style in _writing(t, step):
             if phase.references[row] or not isinstance(style, ReferenceStyle):
-                style.write_rows(phase, row, layout, t.leads)
+                with asking(type(style), "write_rows"):
+                    style.write_rows(columns, row, layout, t.leads)
+    if not np.isin(columns.self_mode, (PLAIN, CONCAT, SWAP)).all():
+        raise StyleError(f"a style wrote the mode {columns.self_mode.max()}; it must be PLAIN, CONCAT or SWAP")
     return phase
 
 

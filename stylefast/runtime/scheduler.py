@@ -9,15 +9,18 @@ Slow work beside steps, encoding and decoding, is done by a helper thread meanwh
 """
 
 import atexit
+import logging
 import os
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+
+import torch
 
 from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory, QueueFull, StyleFastError
 from stylefast.runtime.admission import Admission
@@ -29,6 +32,8 @@ from stylefast.runtime.joining import Call, Joining, cancelled, pieces, too_late
 from stylefast.runtime.memory import give_back, is_out_of_memory
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.results import joined
+
+logger = logging.getLogger(__name__)
 
 # pictures in progress at once; beyond it jobs wait, as their latents and prompts take memory too
 MOST_PICTURES = 256
@@ -61,6 +66,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._news = 0  # how often it was notified
         self._holder: int | None = None  # thread that has the turn
+        self._telling: set[int] = set()  # threads that call callbacks of jobs
+        self._stepping = False  # between a step's beginning and the end of its bookkeeping
         self._asking = 0  # threads that wait for the turn in order not to step, see `paused`
         self._queue: deque[Job] = deque()
         self._count = 0  # jobs so far
@@ -72,7 +79,7 @@ class Scheduler:
         self._ended: list[Callable[[], Any]] = []  # what tells of ended jobs, once the turn is given up
         self._helper = Helper(lambda: _IDLE_SECONDS)
         self._thread: threading.Thread | None = None  # behind `submit`
-        self._closed, self._process = False, os.getpid()
+        self._closed, self._close_later, self._process = False, False, os.getpid()
 
     @property
     def pending(self) -> int:
@@ -86,8 +93,9 @@ class Scheduler:
             return len({*self._jobs.values(), *self._joining, *self._leaving})
 
     def inside(self) -> bool:
-        """Return whether the caller is a thread that jobs can't do without."""
-        return threading.current_thread() is self._thread or self._helper.inside
+        """Return whether the caller is a thread that jobs can't do without, as in callbacks and signal handlers."""
+        me = threading.current_thread()
+        return me is self._thread or self._helper.inside or me.ident in (self._holder, *self._telling)
 
     # callers
 
@@ -99,9 +107,13 @@ class Scheduler:
                 raise QueueFull(f"{waiting} jobs wait already, the limit is {self.max_pending}; try later")
             self._add(job)
             if self._thread is None:
-                _started.add(self)
-                self._thread = threading.Thread(target=self._run_submitted, name="stylefast-steps", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run_submitted, name="stylefast-steps", daemon=True)
+                try:
+                    thread.start()
+                except BaseException:
+                    self._queue.remove(job)
+                    raise
+                self._thread = thread
 
     def run(self, job: Job) -> Any:
         """Queue a job and run steps until it is done, or wait while another thread runs them; return its result.
@@ -117,6 +129,7 @@ class Scheduler:
         self._add(job)
         try:
             while not job.done() or (job.due and job.exception() is None):
+                self._runtime.check_process()  # a callback may have forked
                 if job.due:
                     self._runtime.stream.join()
                     job.due[0]()
@@ -189,13 +202,15 @@ class Scheduler:
             self._closed = True
             thread, mine = self._thread, self._holder == threading.get_ident()
             self._notify()
-        if mine:  # in a signal's handler, in the midst of a step: ended by `_drive`
+        if mine:  # in a signal's handler, in the midst of a step: the rest is done when the turn ends
+            self._close_later = True
             return
+        inside = self.inside()  # such a thread may be waited for by another one: it waits for none
         with self.paused():
-            self._end_all(_closed())
-        if thread is not None and thread is not threading.current_thread():
+            pass
+        if thread is not None and not inside:
             thread.join()
-        self._helper.close(_closed())
+        self._helper.close(_closed(), wait=not inside)
         self._runtime.close()
 
     # the turn
@@ -208,6 +223,7 @@ class Scheduler:
         with self._changed:
             if self._closed:
                 raise EngineClosed("the engine was closed; load another one")
+            _started.add(self)
             self._count += 1
             job.number = self._count
             self._queue.append(job)
@@ -221,7 +237,7 @@ class Scheduler:
                 return
             self._holder = threading.get_ident()
         try:
-            with self._runtime.stream:
+            with self._runtime.stream, _own_settings(self._runtime.unet.device):
                 while True:
                     with self._changed:
                         if self._asking or self._ended or self._closed or over():
@@ -229,11 +245,10 @@ class Scheduler:
                         news = self._news
                     if not self.step():
                         self._wait(news)
-                if self._closed:
-                    self._end_all(_closed())
         except BaseException as error:
             if not isinstance(error, Exception) and threading.current_thread() is not self._thread:
-                self._begin_again()
+                if self._stepping:
+                    self._begin_again()
                 raise
             self._end_all(error)  # a bug or a broken device: no caller may wait forever
         finally:
@@ -246,21 +261,35 @@ class Scheduler:
 
     def _leave_turn(self, holder: int | None) -> None:
         """Give the turn back, then tell of the jobs that ended meanwhile: nothing calls user code during a turn."""
+        later = self._close_later and holder is None
+        if self._closed and holder is None:
+            self._end_all(_closed())
+            self._close_later = False
+        me = threading.get_ident()
         with self._changed:
             ended = []
             if holder is None:
                 ended, self._ended = self._ended, []
+                self._telling |= {me} if ended else set()
             self._holder = holder
             self._notify()
-        for tell in ended:
-            tell()
-        if ended:
-            with self._changed:
-                self._notify()
+        try:
+            for tell in ended:
+                tell()
+        finally:
+            if ended:
+                with self._changed:
+                    self._telling.discard(me)
+                    self._notify()
+            if later:
+                self.close()
 
     def _run_submitted(self) -> None:
         while True:
-            self._drive(lambda: self._closed or not self._has_submitted())
+            try:
+                self._drive(lambda: self._closed or not self._has_submitted())
+            except BaseException:  # nobody is there to raise it to, and others' jobs go on
+                logger.exception("the thread that runs submitted jobs goes on after an error")
             if not self._has_submitted():
                 give_back()
             with self._changed:
@@ -285,7 +314,9 @@ class Scheduler:
             return True  # those who wait for them are told first
         batch = self._choose()
         if batch:
+            self._stepping = True
             self._collect(batch, self._advance(batch))
+            self._stepping = False
         return moved or bool(batch)
 
     def _drop(self) -> None:
@@ -309,34 +340,48 @@ class Scheduler:
         moved = False
         for job, joining in list(self._joining.items()):
             if not joining.waits:
-                moved |= self._go_on(job, joining)
+                moved |= bool(self._go_on(job, joining))
         while True:
             with self._changed:
-                taken = sum(g.pictures for g in self._jobs) + sum(len(job.requests) for job in self._joining)
+                # those that wait for a callback may do so until others are done
+                taken = sum(g.pictures for g, job in self._jobs.items() if not job.due)
+                taken += sum(len(job.requests) for job in self._joining)
                 if not self._queue or taken >= MOST_PICTURES:
                     return moved
-                job = self._queue.popleft()
-                first = not any(g.step for g in self._jobs)
+                job = self._queue[0]
+            error = None
             try:
                 if job.model != self._preparer.fingerprint():
                     job.plan(self._preparer)
-            except Exception as error:
-                self._end(job, error)
-                continue
+            except Exception as raised:
+                error = raised
             with self._changed:
-                joining = self._joining[job] = Joining(Admission(self._preparer, job.trajectories or []), first)
-            if not self._go_on(job, joining):
+                if not self._queue or self._queue[0] is not job:
+                    continue  # cancelled meanwhile
+                self._queue.popleft()
+                if error is None:
+                    # what comes while nothing has joined begins together
+                    admission = Admission(self._preparer, job.trajectories or [])
+                    joining = self._joining[job] = Joining(admission, first=not self._jobs)
+            if error is not None:
+                self._end(job, error)
+            elif self._go_on(job, joining) is None:
                 return moved
             moved = True
 
-    def _go_on(self, job: Job, joining: Joining) -> bool:
-        """Admit a job as far as that goes without waiting; return False if it found no room and was queued again."""
-        admission = joining.admission
+    def _go_on(self, job: Job, joining: Joining) -> bool | None:
+        """Admit a job as far as that goes without waiting; return whether it got further.
+
+        Returns None if it found no room and was queued again.
+        """
+        admission, moved = joining.admission, False
+        call = None
         try:
             while not any(group in self._jobs for group in joining.inversions):
                 if joining.waits:
-                    return True
+                    return moved
                 call, joining.call = joining.call, None
+                moved = True
                 if call is not None and call.error is not None:
                     admission.fail(call.error)
                 wanted = admission.advance(None if call is None else call.value)
@@ -353,11 +398,13 @@ class Scheduler:
                 raise  # Ctrl-C in this thread
             # when others are done there is more room
             self._leave(job)
-            if is_out_of_memory(error) and (self._jobs or self._joining or self._leaving):
+            waited_for = self._joining or self._leaving or any(not other.due for other in self._jobs.values())
+            if is_out_of_memory(error) and waited_for:
                 self._queue_again(job)
-                return False
+                return None
             self._end(job, _as_memory(job, error) if is_out_of_memory(error) else error)
-        return True
+            return True
+        return moved
 
     def _beside(self, wanted: Callable[[], Any]) -> Call:
         """Have a call made by the helper."""
@@ -428,9 +475,16 @@ class Scheduler:
         self._turn += 1
         self._turns |= dict.fromkeys(batch, self._turn)
         going = [g for g in batch if g not in failed]
-        runtime.prefetch(going)
+        try:
+            runtime.prefetch(going)
+        except Exception as error:
+            failed |= dict.fromkeys(going, error)
+            going = []
         for group in [g for g in going if g.finished]:
-            error = self._complete(group)
+            try:
+                error: Exception | None = self._complete(group)
+            except Exception as raised:
+                error = raised
             if error is not None:
                 failed[group] = error
         return failed
@@ -454,23 +508,31 @@ class Scheduler:
     def _collect(self, batch: Sequence[Group], failed: dict[Group, Exception]) -> None:
         """End the jobs of groups that failed, and pass on what the others' steps made."""
         for job in dict.fromkeys(self._jobs[g] for g in failed if g in self._jobs):
-            errors = [error for g, error in failed.items() if self._jobs.get(g) is job]
-            self._end(job, joined(errors))
+            error = joined([error for g, error in failed.items() if self._jobs.get(g) is job])
+            self._end(job, _as_memory(job, error) if is_out_of_memory(error) else error)
         for job in list(dict.fromkeys(self._jobs[g] for g in batch if g in self._jobs)):
             stepped = [g for g in batch if self._jobs.get(g) is job]
             if job in self._joining:  # the steps of an inversion are none of the picture's
                 continue
-            job.step = max(job.step, *(g.step for g in stepped))
-            if job.wants_previews:
-                for group in stepped:
-                    self._show(job, group)
-            hook = job.after_step(self._runtime, stepped)
-            if hook is not None:
-                with self._changed:
-                    job.due.append(hook)
-                    self._notify()
+            try:
+                self._pass_on(job, stepped)
+            except Exception as error:
+                self._end(job, _as_memory(job, error) if is_out_of_memory(error) else error)
+                continue
             if not job.running:
                 self._deliver(job)
+
+    def _pass_on(self, job: Job, stepped: Sequence[Group]) -> None:
+        """Show previews of a step of a job's groups, and let its caller know what to call."""
+        job.step = max(job.step, *(g.step for g in stepped))
+        if job.wants_previews:
+            for group in stepped:
+                self._show(job, group)
+        hook = job.after_step(self._runtime, stepped)
+        if hook is not None:
+            with self._changed:
+                job.due.append(hook)
+                self._notify()
 
     def _deliver(self, job: Job) -> None:
         """Have the result of a job, all of whose groups are done, made beside the steps of others."""
@@ -481,14 +543,10 @@ class Scheduler:
             self._end(job, too_late(job))
             return
         try:
-            making = job.make(job, job.latents)
+            task = pieces(job, job.make(job, job.latents), self._runtime.stream.mark())
         except Exception as error:
             self._end(job, error)
             return
-        with self._changed:
-            self._leaving.add(job)
-        job.latents = {}
-        self._leave(job)
 
         def then(result: Any, error: BaseException | None) -> None:
             with self._changed:
@@ -499,7 +557,16 @@ class Scheduler:
             with self._changed:
                 self._notify()
 
-        self._helper.run(pieces(job, making, self._runtime.stream.mark()), then)
+        with self._changed:
+            self._leaving.add(job)
+        try:
+            self._helper.run(task, then)
+        except BaseException:
+            with self._changed:
+                self._leaving.discard(job)
+            raise
+        job.latents = {}
+        self._leave(job)
 
     def _show(self, job: Job, group: Group) -> None:
         latents = self._runtime.denoised_of(group).float().cpu()
@@ -509,8 +576,8 @@ class Scheduler:
 
     def _end(self, job: Job, error: BaseException) -> None:
         """End a job that waits, joins or runs; those who watch it are told when the turn is given up."""
-        self._leave(job)
         self._ended.append(partial(job.finish, error=error))
+        self._leave(job)
 
     def _leave(self, job: Job) -> None:
         """Take a job's groups out of the batch and give back all that they hold."""
@@ -519,10 +586,14 @@ class Scheduler:
             for group in job.groups:
                 self._jobs.pop(group, None)
                 self._turns.pop(group, None)
-        for admission in (joining.admission if joining is not None else None, job.admission):
-            if admission is not None:
-                admission.close()
+        admissions = [joining.admission if joining is not None else None, job.admission]
         job.groups, job.running, job.admission = [], [], None
+        for admission in admissions:
+            if admission is not None:
+                try:
+                    admission.close()
+                except Exception:  # of a broken device; whoever waits for the job must be told all the same
+                    logger.exception("what a job held could not be given back")
 
     def _queue_again(self, job: Job) -> None:
         """Put a job back to the head of the queue; it begins anew."""
@@ -541,6 +612,7 @@ class Scheduler:
 
     def _begin_again(self) -> None:
         """After a step that Ctrl-C broke off, whose groups may have gone halfway: let all jobs begin anew."""
+        self._stepping = False
         with self._changed:
             jobs = dict.fromkeys([*self._jobs.values(), *self._joining])
         for job in reversed(jobs):
@@ -565,6 +637,17 @@ def _close_all() -> None:
     """Stop step threads before interpreter shutdown; a running step would crash the process."""
     for scheduler in list(_started):
         scheduler.close()
+
+
+@contextmanager
+def _own_settings(device: torch.device) -> Iterator[None]:
+    """Run steps of all jobs regardless of what the caller's thread has set for itself: autocast, a default device."""
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 def _closed() -> EngineClosed:

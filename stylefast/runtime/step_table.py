@@ -147,10 +147,10 @@ class StepTable:
         order = plan.order
         arrays["row_picture"][:count] = plan.picture[order]
         for name in ("self_mode", "self_layers", "adain_strength"):
-            arrays[name][:count] = np.concatenate([getattr(phase, name) for phase in phases])[order]
+            arrays[name][:count] = np.concatenate([getattr(phase.columns, name) for phase in phases])[order]
         used = np.arange(shape.references) < plan.width[order, None]
         for name, idle in (("self_scale", 1.0), ("self_shift", 0.0)):
-            values = np.concatenate([getattr(phase, name) for phase in phases])[order, None]
+            values = np.concatenate([getattr(phase.columns, name) for phase in phases])[order, None]
             arrays[name][:count] = np.where(used, values, idle)
         segments = [row for phase in phases for row in phase.segments]
         for row, source in enumerate(order):
@@ -254,8 +254,8 @@ class _Plan:
         self.self_page = np.where(page >= self.rows, NO_PAGE, page)  # bank pages change with the step
         columns = page.shape[1]
         self.bank_places = np.array([place[row] * columns + column for row, column in bank_rows], dtype=np.int64)
-        self.takes_adain = np.concatenate([p.takes_adain for p in phases])[self.order]
-        self.takes_norms = np.concatenate([p.takes_norms for p in phases])[self.order]
+        self.takes_adain = np.concatenate([p.columns.takes_adain for p in phases])[self.order]
+        self.takes_norms = np.concatenate([p.columns.takes_norms for p in phases])[self.order]
 
 
 def _padded(count: int) -> int:

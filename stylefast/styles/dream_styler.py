@@ -171,16 +171,33 @@ class DreamStyler(Style):
 
     @classmethod
     def write_prompts(cls, styles: Sequence["DreamStyler"], texts: Texts) -> None:
-        """Put learned tokens and contexts into the prompts, with each step's vectors."""
+        """Put learned tokens and contexts into the prompts, with each step's vectors.
+
+        The branches "context" and "style" are made of the words of "full".
+        """
         placed, negative = placed_styles(styles, texts.prompt, texts.negative_prompt)
-        policies = {True: pooled_policy_of(negative), False: pooled_policy_of(placed)}
-        texts.pooling |= {branch: policies[branch == NULL] for branch in texts.branches}
+        policy, null_policy = pooled_policy_of(placed), pooled_policy_of(negative)
         written = [branch for branch in texts.branches if branch != NULL]
+        if placed:
+            texts.pooling |= dict.fromkeys(written, policy)
         if placed and texts.prompt and written:
-            texts.per_step |= _written(placed, texts, written)
-        if NULL in texts.branches and negative:
-            null = texts.negative_prompt, texts.timesteps, texts.train_timesteps
-            texts.per_step[NULL] = negative_prompts(negative, *null, say=texts.say)
+            _stages_per_step(placed, texts.timesteps, texts.train_timesteps, texts.say)
+            base = texts.per_step["full" if "full" in written else written[0]]
+            for text, places in _steps_by_text(base):
+                steps = texts.timesteps[places]
+                found = prompts_per_step(placed, text, steps, written, texts.train_timesteps, say=False)
+                for branch, prompts in found.items():
+                    _put(texts.per_step[branch], places, prompts)
+        if negative and NULL in texts.branches:
+            texts.pooling[NULL] = null_policy
+            _stages_per_step(negative, texts.timesteps, texts.train_timesteps, texts.say)
+            for text, places in _steps_by_text(texts.per_step[NULL]):
+                steps = texts.timesteps[places]
+                _put(
+                    texts.per_step[NULL],
+                    places,
+                    negative_prompts(negative, text, steps, texts.train_timesteps, say=False),
+                )
 
     def write_field(self, name: str, value: Any, store: Any) -> Any:
         """Return a field's value for a record; vectors by their files, if they came from some."""
@@ -235,19 +252,19 @@ def _read_guidance(value: Any) -> StyleContextGuidance:
     return StyleContextGuidance(**value)
 
 
-def _written(styles: Sequence[DreamStyler], texts: Texts, branches: Sequence[str]) -> dict[str, list[Prompt]]:
-    """Return the branches' prompts with learned tokens in them; another style may have given steps other words."""
-    base = texts.per_step["full" if "full" in branches else branches[0]]
-    found: dict[str, list[Prompt]] = {branch: list(texts.per_step[branch]) for branch in branches}
-    for text in dict.fromkeys(prompt.text or "" for prompt in base):
-        places = [i for i, prompt in enumerate(base) if prompt.text == text]
-        timesteps, say = texts.timesteps[places], texts.say and len(places) == len(base)
-        per_step = prompts_per_step(styles, text, timesteps, branches, texts.train_timesteps, say=say)
-        for branch, prompts in per_step.items():
-            for i, prompt in zip(places, prompts, strict=True):
-                theirs = texts.per_step[branch][i].vectors
-                found[branch][i] = Prompt(prompt.text, {**theirs, **prompt.vectors}) if theirs else prompt
-    return found
+def _steps_by_text(prompts: Sequence[Prompt]) -> list[tuple[str, list[int]]]:
+    """Return the texts of prompts and the steps that have each; another style may have written several."""
+    found: dict[str, list[int]] = {}
+    for step, prompt in enumerate(prompts):
+        found.setdefault(prompt.text or "", []).append(step)
+    return list(found.items())
+
+
+def _put(into: list[Prompt], steps: Sequence[int], prompts: Sequence[Prompt]) -> None:
+    """Replace prompts at some steps, and keep the vectors of another style's placeholders."""
+    for step, prompt in zip(steps, prompts, strict=True):
+        theirs = into[step].vectors
+        into[step] = Prompt(prompt.text, {**theirs, **prompt.vectors}) if theirs else prompt
 
 
 def placed_styles(

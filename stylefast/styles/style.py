@@ -9,23 +9,31 @@ by its name. docs/styles.md has an example.
 
 import importlib
 import importlib.metadata
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
-from stylefast.errors import StyleError
+from stylefast import values
+from stylefast.errors import StyleError, StyleFastError
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import AttentionLayout
+from stylefast.models.row_table import PLAIN
 from stylefast.models.text import Prompt
 from stylefast.sampling.guidance import NULL, StyleContextGuidance
+from stylefast.values import quoted
 
 if TYPE_CHECKING:
     from stylefast.styles.bank import StyleBank
+
+logger = logging.getLogger(__name__)
 
 # modules that define the package's own styles, imported when a style is looked up by name
 _OWN = ("style_aligned", "instant_style", "dream_styler")
@@ -50,23 +58,37 @@ class References:
     share_styles: bool = True  # whether the request's other styles apply to the reference too
     mutual: bool = False  # all pictures that carry the style look at one another
 
+    def __post_init__(self):
+        if not isinstance(self.pictures, (list, tuple)) or any(picture is None for picture in self.pictures):
+            raise StyleError(f"a reference's pictures are {quoted(self.pictures)}; they must be a list of pictures")
+        if self.bank is not None and not hasattr(self.bank, "info"):
+            raise StyleError(f"a reference's bank is {quoted(self.bank)}; it must be a StyleBank")
+        values.one_of("a reference's noise", self.noise, ("forward", "ddim"), error=StyleError)
+        values.whole_number("a reference's seed", self.seed, error=StyleError)
+
     @property
     def of_call(self) -> bool:
         """Return whether the reference is the call's first picture with the style."""
         return self.bank is None and not self.pictures and self.prompt is None
 
 
-class Rows(Protocol):
-    """Columns of the rows of one group that a style may write; `runtime/rows.py: Phase` says what they mean."""
+class Rows(NamedTuple):
+    """Columns of the rows of one group that styles write; `models/row_table.py` says what they mean."""
 
-    self_mode: np.ndarray
-    self_layers: np.ndarray
-    self_scale: np.ndarray
-    self_shift: np.ndarray
-    adain_strength: np.ndarray
-    takes_adain: np.ndarray
-    takes_norms: np.ndarray
-    text_page: np.ndarray
+    self_mode: np.ndarray  # [rows] int64: PLAIN, CONCAT, SWAP
+    self_layers: np.ndarray  # [rows, layers] bool
+    self_scale: np.ndarray  # [rows] float32, of all the row's references
+    self_shift: np.ndarray  # [rows] float32
+    adain_strength: np.ndarray  # [rows, 3] float32
+    takes_adain: np.ndarray  # [rows] bool: from its first reference
+    takes_norms: np.ndarray  # [rows] bool
+
+    @classmethod
+    def idle(cls, count: int, layers: int) -> "Rows":
+        """Return `count` rows that no style has written."""
+        floats, flags = np.ones(count, np.float32), np.zeros(count, bool)
+        mode, strength = np.full(count, PLAIN, np.int64), np.zeros((count, 3), np.float32)
+        return cls(mode, np.zeros((count, layers), bool), floats, 0 * floats, strength, flags, flags.copy())
 
 
 @dataclass
@@ -87,6 +109,22 @@ class Texts:
         self.per_step = {branch: [prompt] * len(self.timesteps) for branch, prompt in plain.items()}
         self.pooling = dict.fromkeys(self.branches, "eos")
 
+    def check(self, kind: type["Style"]) -> None:
+        """Raise StyleError unless styles of `kind` left a Prompt for each branch and step."""
+        steps = len(self.timesteps)
+        for branch in self.branches:
+            found = self.per_step.get(branch)
+            if not isinstance(found, list) or len(found) != steps or not all(isinstance(p, Prompt) for p in found):
+                raise StyleError(
+                    f"the style {kind.__name__} wrote no list of {steps} Prompts, one for each step, for the branch "
+                    f"{branch!r}"
+                )
+        if unknown := {*self.per_step} - {*self.branches}:
+            raise StyleError(
+                f"the style {kind.__name__} wrote prompts of the branch {min(unknown)!r}; the picture has "
+                f"{', '.join(self.branches)}"
+            )
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -97,6 +135,10 @@ class ModelFacts:
 
 
 _kinds: dict[str, type["Style"]] = {}
+
+
+def _same_module(one: type, other: type) -> bool:
+    return one.__module__ == other.__module__ or "__main__" in (one.__module__, other.__module__)
 
 
 class Style:
@@ -113,7 +155,9 @@ class Style:
         if base:
             return
         other = _kinds.get(cls.__name__)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        # a program that is run and imported is two modules, one of which is called __main__
+        same = other is not None and other.__qualname__ == cls.__qualname__
+        if other is not None and not (same and _same_module(other, cls)):
             raise StyleError(f"{cls.__module__} and {other.__module__} define a style {cls.__name__}; rename one")
         _kinds[cls.__name__] = cls
 
@@ -173,10 +217,11 @@ class Style:
             many = isinstance(value, (list, tuple))
             found = [sources.picture(one, name in cls.mask_fields) for one in (value if many else [value])]
             return found if many else found[0]
-        default = getattr(cls, name, None)  # a dataclass keeps its fields' defaults there
+        if isinstance(value, Mapping) and "sha256" in value:
+            return sources.tensor(value)
         # records hold infinities as text, since JSON has none
-        infinite = isinstance(default, float) and isinstance(value, str) and value in ("inf", "-inf")
-        return float(value) if infinite else value
+        number = isinstance(getattr(cls, name, None), float) or "float" in str(cls.__annotations__.get(name))
+        return float(value) if number and isinstance(value, str) and value in ("inf", "-inf") else value
 
     def check_recorded(self, entry: Mapping[str, Any], sources: Any) -> None:
         """Raise StyleError if what the style read differs from what its record says."""
@@ -234,22 +279,78 @@ class ImageStyle(Style, ABC, base=True):
 
 
 def kinds() -> dict[str, type[Style]]:
-    """Return all styles by class name: the package's own, those imported, and those that installed packages name."""
+    """Return the styles by class name: the package's own, then others that were imported."""
     own = [importlib.import_module(f"stylefast.styles.{module}").__name__ for module in _OWN]
-    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        entry_point.load()
     place = {module: i for i, module in enumerate(own)}
     return dict(sorted(_kinds.items(), key=lambda item: place.get(item[1].__module__, len(own))))
 
 
+def find_kind(name: Any) -> type[Style]:
+    """Return the style of a name, in any spelling: "InstantStyle", "instant_style".
+
+    If no imported style has it, modules that installed packages name are imported. Raises StyleError.
+    """
+    for load in (lambda: None, _load_installed):
+        load()
+        found = kinds()
+        for known, kind in found.items():
+            if known == name or _squeezed(known) == _squeezed(name) != "":
+                return kind
+    raise StyleError(
+        f"style kind {quoted(name)} is unknown; there are {', '.join(found)}{values.did_you_mean(name, found)}"
+    )
+
+
+@cache
+def _load_installed() -> None:
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            entry_point.load()
+        except Exception:  # it is another package's: whatever it raises, other styles must be found
+            logger.exception("the style %s of an installed package can't be loaded", entry_point.name)
+
+
 def style_of_option(option: str) -> Callable[..., Style]:
-    """Return the style with a short name on the command line."""
-    return next(kind for kind in kinds().values() if kind.option == option)
+    """Return the style with a short name on the command line. Raises StyleError."""
+    for kind in kinds().values():
+        if kind.option == option:
+            return kind
+    raise StyleError(f"no style has the short name {quoted(option)}")
+
+
+@cache
+def check_kind(kind: type[Style]) -> None:
+    """Raise StyleError for a class that can't be a style: not a frozen dataclass, compared by value, odd fields."""
+    if not is_dataclass(kind) or kind.__hash__ is not object.__hash__:
+        raise StyleError(f"the style {kind.__name__} must be a @dataclass(frozen=True, eq=False); see docs/styles.md")
+    taken = {"kind", "type"} & {f.name for f in fields(kind)}
+    if taken:
+        raise StyleError(
+            f"the style {kind.__name__} has a field {min(taken)!r}, which in records names its class; rename the field"
+        )
+
+
+@contextmanager
+def asking(kind: type[Style], what: str) -> Iterator[None]:
+    """Name the style in errors that its own code raises by mistake."""
+    try:
+        yield
+    except (StyleFastError, MemoryError):
+        raise
+    except Exception as error:
+        raise StyleError(
+            f"the style {kind.__name__} failed in {what}: {type(error).__name__}: {quoted(str(error))}"
+        ) from error
 
 
 def by_kind(styles: Sequence[Style]) -> dict[type[Style], list[Style]]:
-    """Return styles by their class, in order."""
+    """Return styles by the class whose `write_prompts` they have, in order."""
     found: dict[type[Style], list[Style]] = {}
     for style in styles:
-        found.setdefault(type(style), []).append(style)
+        owner = next(kind for kind in type(style).__mro__ if "write_prompts" in vars(kind))
+        found.setdefault(owner, []).append(style)
     return found
+
+
+def _squeezed(name: Any) -> str:
+    return name.replace("_", "").replace("-", "").replace(" ", "").lower() if isinstance(name, str) else ""

@@ -7,7 +7,7 @@ import torch
 
 from stylefast.errors import StyleError
 from stylefast.styles import style
-from stylefast.styles.style import Style, kinds, style_of_option
+from stylefast.styles.style import Style, find_kind, kinds, style_of_option
 from tests.engine.scene import SIZE
 
 
@@ -32,7 +32,10 @@ def test_installed_packages_name_modules_with_styles(monkeypatch):
     found = {"stylefast.styles": [EntryPoint()]}
     monkeypatch.setattr(style.importlib.metadata, "entry_points", lambda group: found[group])
     monkeypatch.setattr(style, "_kinds", dict(style._kinds))
-    assert kinds()["InstalledStyle"] is loaded[0]
+    monkeypatch.setattr(style, "_load_installed", style._load_installed.__wrapped__)
+    assert find_kind("installed_style") is loaded[0]
+    with pytest.raises(StyleError, match="'Cubism' is unknown; there are StyleAligned.*InstalledStyle"):
+        find_kind("Cubism")
 
 
 def test_a_style_that_says_nothing_changes_nothing(engine):
