@@ -137,6 +137,11 @@ class ModelFacts:
 _kinds: dict[str, type["Style"]] = {}
 
 
+def _import_own() -> list[str]:
+    """Import the package's own styles; return the names of their modules."""
+    return [importlib.import_module(f"stylefast.styles.{module}").__name__ for module in _OWN]
+
+
 def _same_module(one: type, other: type) -> bool:
     return one.__module__ == other.__module__ or "__main__" in (one.__module__, other.__module__)
 
@@ -154,6 +159,8 @@ class Style:
         super().__init_subclass__(**options)
         if base:
             return
+        if not cls.__module__.startswith("stylefast.styles."):
+            _import_own()  # whose names are taken
         other = _kinds.get(cls.__name__)
         # a program that is run and imported is two modules, one of which is called __main__
         same = other is not None and other.__qualname__ == cls.__qualname__
@@ -280,7 +287,7 @@ class ImageStyle(Style, ABC, base=True):
 
 def kinds() -> dict[str, type[Style]]:
     """Return the styles by class name: the package's own, then others that were imported."""
-    own = [importlib.import_module(f"stylefast.styles.{module}").__name__ for module in _OWN]
+    own = _import_own()
     place = {module: i for i, module in enumerate(own)}
     return dict(sorted(_kinds.items(), key=lambda item: place.get(item[1].__module__, len(own))))
 
