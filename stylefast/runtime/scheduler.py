@@ -71,6 +71,7 @@ class Scheduler:
         self._asking = 0  # threads that wait for the turn in order not to step, see `paused`
         self._queue: deque[Job] = deque()
         self._count = 0  # jobs so far
+        self._opening = 0  # number of the last job that begins together with those that have joined
         self._joining: dict[Job, Joining] = {}
         self._jobs: dict[Group, Job] = {}
         self._turns: dict[Group, int] = {}  # when a group last had a step
@@ -360,9 +361,9 @@ class Scheduler:
                     continue  # cancelled meanwhile
                 self._queue.popleft()
                 if error is None:
-                    # what comes while nothing has joined begins together
-                    admission = Admission(self._preparer, job.trajectories or [])
-                    joining = self._joining[job] = Joining(admission, first=not self._jobs)
+                    # what had come when the first of them joined begins together
+                    first = not self._jobs or job.number <= self._opening
+                    joining = self._joining[job] = Joining(Admission(self._preparer, job.trajectories or []), first)
             if error is not None:
                 self._end(job, error)
             elif self._go_on(job, joining) is None:
@@ -428,6 +429,7 @@ class Scheduler:
     def _enter(self, job: Job, groups: list[Group]) -> None:
         job.groups += groups
         with self._changed:
+            self._opening = self._opening if self._jobs else self._count
             self._jobs |= dict.fromkeys(groups, job)
         # as if it had just had a step: where not all fit, it takes its turn behind those who wait already
         self._turns |= dict.fromkeys(groups, self._turn)
@@ -457,6 +459,7 @@ class Scheduler:
             if group.latent_shape == shape and (not batch or rows + group.rows <= room):
                 batch.append(group)
                 rows += group.rows
+        self._opening = 0
         for joining in self._joining.values():
             joining.first = False
         # in the order in which they came, so that a batch that stays the same is laid out the same
