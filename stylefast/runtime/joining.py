@@ -13,7 +13,7 @@ from stylefast.runtime.jobs import Job
 
 
 @dataclass(eq=False)
-class Call:
+class HelperCall:
     """A call that an admission needs, made alongside the steps."""
 
     over: bool = False
@@ -27,7 +27,7 @@ class Joining:
 
     admission: Admission
     first: bool  # whether it came while nothing ran: no step is made until its inputs are there
-    call: Call | None = None
+    call: HelperCall | None = None
     inversions: list[Group] = field(default_factory=list)
 
     @property

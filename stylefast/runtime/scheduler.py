@@ -28,7 +28,7 @@ from stylefast.runtime.core import Runtime
 from stylefast.runtime.group import Group
 from stylefast.runtime.helper import Helper
 from stylefast.runtime.jobs import Job, Preview
-from stylefast.runtime.joining import Call, Joining, cancelled, pieces, too_late
+from stylefast.runtime.joining import HelperCall, Joining, cancelled, pieces, too_late
 from stylefast.runtime.memory import give_back, is_out_of_memory
 from stylefast.runtime.preparing import Preparer
 from stylefast.runtime.results import joined
@@ -251,6 +251,7 @@ class Scheduler:
                 if self._stepping:
                     self._begin_again()
                 raise
+            self._stepping = False
             self._end_all(error)  # a bug or a broken device: no caller may wait forever
         finally:
             self._leave_turn(None)
@@ -403,13 +404,13 @@ class Scheduler:
             if is_out_of_memory(error) and waited_for:
                 self._queue_again(job)
                 return None
-            self._end(job, _as_memory(job, error) if is_out_of_memory(error) else error)
+            self._end(job, error)
             return True
         return moved
 
-    def _beside(self, wanted: Callable[[], Any]) -> Call:
+    def _beside(self, wanted: Callable[[], Any]) -> HelperCall:
         """Have a call made by the helper."""
-        call = Call()
+        call = HelperCall()
 
         def then(value: Any, error: BaseException | None) -> None:
             with self._changed:
@@ -511,8 +512,7 @@ class Scheduler:
     def _collect(self, batch: Sequence[Group], failed: dict[Group, Exception]) -> None:
         """End the jobs of groups that failed, and pass on what the others' steps made."""
         for job in dict.fromkeys(self._jobs[g] for g in failed if g in self._jobs):
-            error = joined([error for g, error in failed.items() if self._jobs.get(g) is job])
-            self._end(job, _as_memory(job, error) if is_out_of_memory(error) else error)
+            self._end(job, joined([error for g, error in failed.items() if self._jobs.get(g) is job]))
         for job in list(dict.fromkeys(self._jobs[g] for g in batch if g in self._jobs)):
             stepped = [g for g in batch if self._jobs.get(g) is job]
             if job in self._joining:  # the steps of an inversion are none of the picture's
@@ -520,7 +520,7 @@ class Scheduler:
             try:
                 self._pass_on(job, stepped)
             except Exception as error:
-                self._end(job, _as_memory(job, error) if is_out_of_memory(error) else error)
+                self._end(job, error)
                 continue
             if not job.running:
                 self._deliver(job)
@@ -550,13 +550,12 @@ class Scheduler:
         except Exception as error:
             self._end(job, error)
             return
+        self._leave(job)
 
         def then(result: Any, error: BaseException | None) -> None:
             with self._changed:
                 self._leaving.discard(job)
-            if error is not None and is_out_of_memory(error):
-                error = _as_memory(job, error)
-            job.finish(result, error)
+            job.finish(result, None if error is None else _named(job, error))
             with self._changed:
                 self._notify()
 
@@ -564,12 +563,15 @@ class Scheduler:
             self._leaving.add(job)
         try:
             self._helper.run(task, then)
-        except BaseException:
+        except BaseException as error:
             with self._changed:
                 self._leaving.discard(job)
+            if isinstance(error, Exception):
+                self._end(job, error)
+                return
+            self._queue_again(job)  # Ctrl-C: it was not handed over
             raise
         job.latents = {}
-        self._leave(job)
 
     def _show(self, job: Job, group: Group) -> None:
         latents = self._runtime.denoised_of(group).float().cpu()
@@ -579,7 +581,7 @@ class Scheduler:
 
     def _end(self, job: Job, error: BaseException) -> None:
         """End a job that waits, joins or runs; those who watch it are told when the turn is given up."""
-        self._ended.append(partial(job.finish, error=error))
+        self._ended.append(partial(job.finish, error=_named(job, error)))
         self._leave(job)
 
     def _leave(self, job: Job) -> None:
@@ -657,8 +659,9 @@ def _closed() -> EngineClosed:
     return EngineClosed("the engine was closed before the job was done")
 
 
-def _as_memory(job: Job, error: BaseException) -> StyleFastError:
-    if isinstance(error, OutOfMemory):
+def _named(job: Job, error: BaseException) -> BaseException:
+    """Return the error of a job; of one that ran out of memory, what its caller can do."""
+    if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
         return error
     count = len(job.requests)
     what = "the picture does not" if count == 1 else f"{count} pictures don't"

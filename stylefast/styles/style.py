@@ -224,7 +224,7 @@ class Style:
             many = isinstance(value, (list, tuple))
             found = [sources.picture(one, name in cls.mask_fields) for one in (value if many else [value])]
             return found if many else found[0]
-        if isinstance(value, Mapping) and "sha256" in value:
+        if isinstance(value, Mapping) and "sha256" in value and {*value} <= {"sha256", "safetensors", "in_memory"}:
             return sources.tensor(value)
         # records hold infinities as text, since JSON has none
         number = isinstance(getattr(cls, name, None), float) or "float" in str(cls.__annotations__.get(name))
