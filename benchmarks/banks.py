@@ -30,10 +30,10 @@ from benchmarks.kernels.report import write
 from benchmarks.runtime.models import sdxl_config, unet_config
 from benchmarks.runtime.scene import PROMPTS, REFERENCE, REFERENCE_SEED
 from stylefast.models.layout import STYLE_MODULE, AttentionLayout
-from stylefast.models.packed import pack
+from stylefast.models.prepacked import pack
 from stylefast.models.unet import UNet
-from stylefast.runtime.baking import DTYPES
-from stylefast.runtime.bank_pages import BankPages
+from stylefast.runtime.banks.baking import DTYPES
+from stylefast.runtime.banks.bank_pages import BankPages
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import BankWriter, LayerFeatures, ReferenceFeatures
 from stylefast.styles.bank_info import FORMAT, BankInfo

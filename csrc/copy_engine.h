@@ -1,5 +1,5 @@
 // Copies lists of memory blocks, and of pieces of files, in the background. Free of any framework; the twin in Python
-// is stylefast/runtime/copy_engine.py. All methods may be called from any thread.
+// is stylefast/runtime/banks/copy_engine.py. All methods may be called from any thread.
 #pragma once
 
 #include <condition_variable>

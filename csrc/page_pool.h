@@ -1,5 +1,5 @@
 // Which page of a style bank lies in which slot of a tier (device buffers, pinned host blocks). Only the books: callers
-// move the bytes. Free of any framework; the twin in Python is stylefast/runtime/page_pool.py, and the tests hold the
+// move the bytes. Free of any framework; the twin in Python is stylefast/runtime/banks/page_pool.py, and the tests hold the
 // two equal, messages included. All methods may be called from any thread.
 #pragma once
 

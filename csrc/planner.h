@@ -1,5 +1,5 @@
 // Which rows of a batch read whose keys and values. Free of any framework; the twin in Python is
-// stylefast/runtime/planner.py, and the tests hold the two equal, messages included.
+// stylefast/runtime/steps/planner.py, and the tests hold the two equal, messages included.
 #pragma once
 
 #include <cstdint>

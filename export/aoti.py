@@ -42,7 +42,7 @@ from stylefast.export.unet_graph import (
     trace,
 )
 from stylefast.kernels.checks import integers_within
-from stylefast.models.packed import channels_last
+from stylefast.models.prepacked import channels_last
 from stylefast.models.unet import UNet
 
 SUFFIX = ".pt2"

@@ -23,7 +23,7 @@ from stylefast.models.adapter_loading import load_adapter
 from stylefast.models.checkpoint import load_components
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
-from stylefast.models.packed import unpack
+from stylefast.models.prepacked import unpack
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from stylefast.errors import ExportError, InvalidRequest
-from stylefast.models.conditioning import ImageKV, KeyValue, StylePages
+from stylefast.models.layer_inputs import ImageKV, KeyValue, StylePages
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.row_table import COLUMNS, IMAGE, SHARING, TEXT, RowTable
 from stylefast.models.unet import GroupNorm, UNet

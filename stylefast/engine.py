@@ -26,20 +26,16 @@ from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.load_options import check_engine_options, sort_options
 from stylefast.models.lora import LoraSet
-from stylefast.models.packed import channels_last, pack
+from stylefast.models.prepacked import channels_last, pack
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.record import metadata, style_digest
-from stylefast.runtime.accounting import check_limit, held_bytes, memory_report
-from stylefast.runtime.backends import check_backend, make_backend
-from stylefast.runtime.baking import BakeCallback, bake, bake_request
-from stylefast.runtime.conditions import ConditionStore
-from stylefast.runtime.core import Runtime
+from stylefast.runtime.backends.choice import check_backend, make_backend
+from stylefast.runtime.banks.baking import BakeCallback, bake, bake_request
 from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Call, Job, StepCallback
-from stylefast.runtime.memory import MemoryBudget, parse_bytes
-from stylefast.runtime.notices import Notices
-from stylefast.runtime.options import (
+from stylefast.runtime.memory import MemoryBudget, check_limit, held_bytes, memory_report, parse_bytes
+from stylefast.runtime.plan.checks import (
     as_list,
     buckets_of,
     check_deadline,
@@ -47,10 +43,12 @@ from stylefast.runtime.options import (
     count_of,
     prompts_of,
 )
-from stylefast.runtime.preparing import Preparer
-from stylefast.runtime.request import Request
-from stylefast.runtime.results import Result
+from stylefast.runtime.plan.notices import Notices
+from stylefast.runtime.plan.request import Request, Result
+from stylefast.runtime.plan.request_planner import RequestPlanner
+from stylefast.runtime.runner import Runner
 from stylefast.runtime.scheduler import Scheduler
+from stylefast.runtime.steps.conditions import ConditionStore
 from stylefast.styles.bank import StyleBank
 from stylefast.threads import fit_to_quota
 
@@ -106,17 +104,17 @@ class Engine:
             parse_bytes("bank_memory", bank_memory),
             parse_bytes("host_memory", host_memory),
         )
-        runner = make_backend(backend, self.unet, engines, trust, source=self._source)
-        self.runtime = Runtime(self.unet, store, runner, self.budget, buckets_of(batch_buckets))
-        self._preparer = Preparer(
-            self.runtime, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
+        chosen = make_backend(backend, self.unet, engines, trust, source=self._source)
+        self.runner = Runner(self.unet, store, chosen, self.budget, buckets_of(batch_buckets))
+        self._planner = RequestPlanner(
+            self.runner, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
         )
         _check_part("preview", preview)
         self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, preview)
-        runner.serve(self)
+        chosen.attach(self)
         self.scheduler = Scheduler(
-            self.runtime,
-            self._preparer,
+            self.runner,
+            self._planner,
             self.decoder.previews,
             count_of("max_batch_rows", max_batch_rows),
             count_of("max_pending", max_pending),
@@ -124,11 +122,11 @@ class Engine:
         self.budget.watch(lambda: held_bytes(self))
         if self.budget.limit is not None:
             check_limit(self)
-        if self.runtime.backend.name == "torch":
+        if self.runner.backend.name == "torch":
             # half of the remaining limit; the rest is for pictures
             room = None if self.budget.limit is None else (self.budget.limit - held_bytes(self)) // 2
             pack(self.unet, room)
-        with self.runtime.stream:
+        with self.runner.stream:
             pass  # on a GPU, orders steps after the loads on the current stream
 
     @classmethod
@@ -164,7 +162,7 @@ class Engine:
             dtype: "auto" (fp32 on the CPU, fp16 on a GPU), "float32", "bfloat16", "float16", or a torch.dtype.
             backend: "torch" runs the model eagerly, on a GPU as CUDA graphs; "compile" also compiles its blocks and
                 pads batches to a ladder of sizes; "onnxruntime", "tensorrt" and "aoti" run exported graphs; or a
-                `runtime.step.Backend`, or a function that makes one from the UNet. "auto" is "torch".
+                `runtime.backends.base.Backend`, or a function that makes one from the UNet. "auto" is "torch".
             engines: folder of the exported graphs; None: exported once and kept (not for "tensorrt").
             trust: digest of the manifest in `engines`, required for engines (which are code) made elsewhere.
             vae: a VAE in place of the model's own: folder, file, hub id or module.
@@ -224,19 +222,19 @@ class Engine:
         `image_encoder` is the folder of its CLIP image encoder; None uses the model's own.
         Raises AdapterError if the two don't match, or no image encoder is known.
         """
-        self.runtime.check_open()
+        self.runner.check_open()
         values.path("an adapter", file)
         if name is not None:
             values.text("an adapter's name", name, empty=False)
         loaded = load_adapter(file, image_encoder, self._components, self.unet)
         name = name or Path(file).stem
-        adapter, encoder = self.runtime.backend.adapter(*loaded)
+        adapter, encoder = self.runner.backend.adapter(*loaded)
         # also orders the loaded weights before their use on the stream of steps
         with self.scheduler.paused():
             self.adapters[name] = adapter, encoder
-            if self.runtime.buckets:
+            if self.runner.buckets:
                 # shapes must repeat, so reserve room for image tokens before the first picture comes
-                self.runtime.conditions.make_image_pages(len(adapter.negative_tokens(encoder)))
+                self.runner.conditions.make_image_pages(len(adapter.negative_tokens(encoder)))
         return name
 
     def load_lora(self, source: str | Path, scale: float = 1.0, name: str | None = None) -> str:
@@ -247,7 +245,7 @@ class Engine:
         Raises ModelNotFound, ModelFormatError, AdapterError if it does not fit, InvalidRequest while pictures are in
         progress, since half of their steps would use other weights.
         """
-        self.runtime.check_open()
+        self.runner.check_open()
         return self.loras.add(source, scale, name)
 
     @property
@@ -312,7 +310,7 @@ class Engine:
         Raises InvalidRequest or a subclass (PromptError, StyleError, ImageError) before any work is done, NumericsError
         if latents turn NaN, OutOfMemory if the batch does not fit.
         """
-        self.runtime.check_open()
+        self.runner.check_open()
         check_output(output)
         values.function("callback", callback, "(step, steps, latents)")
         values.flag("alone", alone)
@@ -336,7 +334,7 @@ class Engine:
         # first: a value that can't be recorded must not cost finished pictures
         job = self._job(Call, requests, output=output, callback=callback, alone=alone)
         result = self.scheduler.run(job)
-        return replace(result, latents=[self.runtime.stream.lend(one) for one in result.latents])
+        return replace(result, latents=[self.runner.stream.lend(one) for one in result.latents])
 
     def submit(
         self,
@@ -356,7 +354,7 @@ class Engine:
         or a subclass for errors found before anything runs, QueueFull if `max_pending` jobs are waiting, and
         EngineClosed.
         """
-        self.runtime.check_open()
+        self.runner.check_open()
         requests = as_list(request)
         if not requests or not all(isinstance(one, Request) for one in requests):
             raise InvalidRequest("submit takes a Request, or a list of them; wrap a prompt as sf.Request('a boat')")
@@ -369,7 +367,7 @@ class Engine:
         return job
 
     def memory(self) -> dict[str, Any]:
-        """Return the bytes that the engine holds, by purpose; see `runtime.accounting.memory_report`."""
+        """Return the bytes that the engine holds, by purpose; see `runtime.memory.memory_report`."""
         return memory_report(self)
 
     def close(self) -> None:
@@ -423,7 +421,7 @@ class Engine:
         Raises StyleError and InvalidRequest for styles or settings that can't be baked, NumericsError if the
         reference's features are not finite, OutOfMemory if it does not fit into memory or onto the disk.
         """
-        self.runtime.check_open()
+        self.runner.check_open()
         options = {
             "steps": steps,
             "scheduler": scheduler,
@@ -437,7 +435,7 @@ class Engine:
         self._warn([request], baking=True)
         return bake(
             self.scheduler,
-            self._preparer,
+            self._planner,
             request,
             store=store,
             dtype=dtype,
@@ -458,19 +456,19 @@ class Engine:
             inside=self.scheduler.inside,
             **options,
         )
-        job.plan(self._preparer)
+        job.plan(self._planner)
         return job
 
     def _result(self, latents: list[torch.Tensor], written: list[dict], output: str) -> Generator[None, None, Result]:
         """Yield between pictures, and return the result."""
         images = []
         if output != "latents":
-            images = yield from self.decoder.images(latents, self.runtime.beside)
+            images = yield from self.decoder.images(latents, self.runner.beside)
         if output == "np":
             images = [image.permute(1, 2, 0).cpu().numpy() for image in images]
         elif output == "pil":
             images = [to_pil(image) for image in images]
-        return Result(images, [self.runtime.stream.lend(one) for one in latents], written)
+        return Result(images, [self.runner.stream.lend(one) for one in latents], written)
 
     def _open(self, output: str) -> None:
         if output != "latents":
@@ -502,7 +500,7 @@ class Engine:
             "model": self.name,
             "fingerprint": self.fingerprint,
             "device": str(self.unet.device),
-            "backend": self.runtime.backend.name,
+            "backend": self.runner.backend.name,
             "dtype": str(self.unet.dtype).removeprefix("torch."),
             "prediction_type": self._components.scheduler_config.get("prediction_type", "epsilon"),
             "loras": self.loras.scales,

@@ -19,7 +19,7 @@ from typing import Any
 from stylefast.errors import InvalidRequest, StyleError, StyleFastError
 from stylefast.models.checkpoint import TINY
 from stylefast.record_values import Sources, Store, plain
-from stylefast.runtime.request import Request
+from stylefast.runtime.plan.request import Request
 from stylefast.styles.style import Style, find_kind
 from stylefast.values import check_fields, quoted
 

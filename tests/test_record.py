@@ -12,7 +12,7 @@ from stylefast.errors import ImageError, InvalidRequest, PromptError, StyleError
 from stylefast.models.pictures import open_picture
 from stylefast.record import from_record, parse_size, to_record
 from stylefast.record_values import vector_digest
-from stylefast.runtime.request import Request
+from stylefast.runtime.plan.request import Request
 from stylefast.sampling.guidance import StyleContextGuidance
 from stylefast.styles.dream_styler import DreamStyler
 from stylefast.styles.embeddings import StageEmbedding, save_embedding

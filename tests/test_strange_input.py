@@ -22,8 +22,8 @@ from stylefast.models.tensor_files import open_tensors
 from stylefast.models.weight_files import read_header
 from stylefast.record import from_record, to_record
 from stylefast.runtime.memory import parse_bytes
-from stylefast.runtime.options import buckets_of, check_deadline, check_output, count_of, prompts_of
-from stylefast.runtime.request import Request
+from stylefast.runtime.plan.checks import buckets_of, check_deadline, check_output, count_of, prompts_of
+from stylefast.runtime.plan.request import Request
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.guidance import GuidanceInterval, StyleContextGuidance, guidance_weights
 from stylefast.sampling.schedule import make_schedule

@@ -128,16 +128,16 @@ def threads(scene: Scene, rounds: int) -> Case:
     calls = Figure("UNet calls of threads", None, CALLS_GOAL * scene.steps, at_most=True)
 
     def measure(budget: Budget) -> Outcome:
-        runtime, requests, seen = scene.model.engine.runtime, mixes.plain(scene), {}
+        runner, requests, seen = scene.model.engine.runner, mixes.plain(scene), {}
         runs = {
             "threads": lambda: mixes.by_threads(scene, requests),
             "submit": lambda: mixes.by_submit(scene, requests),
         }
 
         def counted(name: str, run: Run) -> list[torch.Tensor]:
-            before = runtime.calls
+            before = runner.calls
             latents = run()
-            seen.setdefault(name, []).append(runtime.calls - before)
+            seen.setdefault(name, []).append(runner.calls - before)
             return latents
 
         found = race({n: partial(counted, n, run) for n, run in runs.items()}, rounds, budget, warm_ups=int(rounds > 1))

@@ -93,18 +93,18 @@ def before_steps(engine: sf.Engine, call: Callable[[], object]) -> Iterator[None
 
     A request's own `callback` receives latents, so the cost of fetching them would be included.
     """
-    runtime = engine.runtime
-    advance = runtime.advance
+    runner = engine.runner
+    advance = runner.advance
 
     def advancing(*arguments, **options):
         call()
         return advance(*arguments, **options)
 
-    runtime.advance = advancing
+    runner.advance = advancing
     try:
         yield
     finally:
-        del runtime.advance
+        del runner.advance
 
 
 def cpu_microseconds_per_step(scene: Scene) -> float | None:

@@ -164,7 +164,7 @@ def resident_megabytes() -> float:
 
 def held(engine) -> int:
     """Count the bank pages and latent slots that requests still hold."""
-    runtime = engine.runtime
-    return sum(pages.stats().pinned for pages in runtime.bank_pages.values()) + sum(
-        places.used for places in runtime.latents.values()
+    runner = engine.runner
+    return sum(pages.stats().pinned for pages in runner.bank_pages.values()) + sum(
+        places.used for places in runner.latents.values()
     )

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Bake the style and print the file's path."""
     from stylefast.commands.folder_lock import beside, only_writer
-    from stylefast.runtime.baking import bake_request
+    from stylefast.runtime.banks.baking import bake_request
 
     choice = ModelChoice.of(arguments)
     style = _style(arguments, choice.folder)
@@ -154,7 +154,7 @@ def _target(arguments: argparse.Namespace, style) -> Path:
 
 def _plan(engine, request, store: str, dtype: str, out: Path) -> str:
     """Describe the bank to be baked and its expected size."""
-    from stylefast.runtime.baking import DTYPES
+    from stylefast.runtime.banks.baking import DTYPES
     from stylefast.sampling.guidance import guidance_weights
     from stylefast.styles.bank_size import bank_bytes
 

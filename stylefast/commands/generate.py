@@ -201,7 +201,7 @@ def _check_combination(arguments: argparse.Namespace) -> None:
 def requests_of(arguments: argparse.Namespace, model_folder: Path) -> list:
     """Return --count Requests per prompt, with increasing seeds. Raises InvalidRequest or a subclass."""
     from stylefast.commands.style_options import bank_settings, styles_of
-    from stylefast.runtime.request import Request
+    from stylefast.runtime.plan.request import Request
     from stylefast.values import seeds
 
     styles, given = styles_of(arguments, model_folder), sampling_settings(arguments)
@@ -269,7 +269,7 @@ def read_requests(file: Path, model_folder: Path) -> list:
 
 def check_schedules(requests: Sequence) -> None:
     """Raise InvalidRequest for unknown schedulers or settings they don't accept, before a model is loaded."""
-    from stylefast.runtime.pinning import scheduler_config
+    from stylefast.runtime.plan.pinning import scheduler_config
     from stylefast.sampling.few_step import named_schedule
     from stylefast.sampling.guidance import GuidanceInterval, branch_weights_per_step
     from stylefast.sampling.noise_levels import SDXL_SCHEDULER

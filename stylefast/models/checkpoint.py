@@ -27,8 +27,8 @@ from stylefast.models.hub import HubOptions, cached_ids, hub_folder, is_hub_id, 
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.known_words import known_words
 from stylefast.models.layout import STYLE_MODULE, AttentionLayout, UNetShape
-from stylefast.models.packed import channels_last
 from stylefast.models.pipeline_check import check_pipeline, check_same_latents, check_vae_module, inner, unet_weights
+from stylefast.models.prepacked import channels_last
 from stylefast.models.quantised import check_storage
 from stylefast.models.single_file_marks import check_marks, marked_scheduler, marked_size, marked_vae
 from stylefast.models.stored_tensors import load_weights

@@ -6,7 +6,7 @@ processors, hooks or hidden context. The order in a self-attention is
 
     project -> token statistics -> AdaIN as gain and offset -> shared attention over own and reference tokens -> out
 
-and is implemented only in `SelfAttention.forward`. `Conditioning` splits the row table by layer.
+and is implemented only in `SelfAttention.forward`. `LayerInputs` splits the row table by layer.
 """
 
 import math
@@ -23,18 +23,18 @@ from stylefast.kernels.group_norm_silu import group_norm_silu
 from stylefast.kernels.layer_norm import add_layer_norm, layer_norm
 from stylefast.kernels.shared_attention import Affine, shared_attention
 from stylefast.kernels.token_stats import token_stats
-from stylefast.models.conditioning import (
-    Conditioning,
+from stylefast.models.layer_inputs import (
     CrossInputs,
     ImageKV,
     KeyValue,
+    LayerInputs,
     NormInputs,
     RowFeatures,
     SelfInputs,
     StylePages,
 )
 from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape
-from stylefast.models.packed import Conv2d, Linear
+from stylefast.models.prepacked import Conv2d, Linear
 from stylefast.models.row_table import RowTable
 
 
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(block, layout, cross_dim) for block in blocks)
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x, condition: Conditioning):  # [rows, channels, h, w]
+    def forward(self, x, condition: LayerInputs):  # [rows, channels, h, w]
         height, width = x.shape[2:]
         hidden = self.norm(x, condition.norm(self.norm.index), silu=False).flatten(2).transpose(1, 2)
         hidden = self.proj_in(hidden)
@@ -203,12 +203,12 @@ class Block(nn.Module):
             setattr(self, kind, nn.ModuleList([sampler]))
         self.kind, self.attends, self.resamples = kind, bool(attentions), sampler is not None
 
-    def resnet(self, i: int, x, condition: Conditioning):
+    def resnet(self, i: int, x, condition: LayerInputs):
         """Run only resnet `i`."""
         resnet = self.resnets[i]
         return resnet(x, condition.time, condition.norm(resnet.norm1.index), condition.norm(resnet.norm2.index))
 
-    def layer(self, i: int, x, condition: Conditioning):
+    def layer(self, i: int, x, condition: LayerInputs):
         """Run resnet `i` and, if the block attends, its transformer."""
         x = self.resnet(i, x, condition)
         return self.attentions[i](x, condition) if self.attends else x
@@ -334,7 +334,7 @@ class UNet(nn.Module):
         features: RowFeatures | None = None,  # records the rows' features as references
     ) -> torch.Tensor:
         """Evaluate the model once. Returns its output [rows, 4, h, w]."""
-        condition = Conditioning.of(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks, features)
+        condition = LayerInputs.of(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks, features)
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stylefast.errors import InvalidRequest, OutOfMemory
-from stylefast.models.packed import unfolds
+from stylefast.models.prepacked import unfolds
 
 WHOLE_PIXELS = 2048 * 2048
 OVERLAP = 0.25

@@ -10,28 +10,28 @@ from typing import Any
 
 import torch
 
-from stylefast.runtime.conditions import Encoded
-from stylefast.runtime.group import Group, Pin
-from stylefast.runtime.pinning import forward_pin, inverted_pin, latents_pin
-from stylefast.runtime.preparing import Preparer
-from stylefast.runtime.trajectory import Trajectory, connected
+from stylefast.runtime.plan.pinning import forward_pin, inverted_pin, latents_pin
+from stylefast.runtime.plan.request_planner import RequestPlanner
+from stylefast.runtime.plan.sample import Sample, connected
+from stylefast.runtime.plan.sample_group import Pin, SampleGroup
+from stylefast.runtime.steps.conditions import Encoded
 
-# what an admission needs next: a call to make with `Runtime.beside`, or groups to run to their end
-Wanted = Callable[[], Any] | list[Group]
+# what an admission needs next: a call to make with `Runner.beside`, or groups to run to their end
+Wanted = Callable[[], Any] | list[SampleGroup]
 
 
 class Admission:
-    """Trajectories being admitted to a runtime. `groups` are those admitted so far, in the order of their pictures.
+    """Samples being admitted to a runner. `groups` are those admitted so far, in the order of their pictures.
 
     The thread that has the turn asks `advance` for the next piece of work until it returns None. All or nothing: when
     `advance` raises, or after `close`, nothing is held.
     """
 
-    def __init__(self, preparer: Preparer, trajectories: Sequence[Trajectory]):
-        self._preparer, self._runtime = preparer, preparer.runtime
-        self.groups: list[Group] = []
-        self._inversions: list[Group] = []
-        self._going = self._go(trajectories)
+    def __init__(self, planner: RequestPlanner, samples: Sequence[Sample]):
+        self._planner, self._runner = planner, planner.runner
+        self.groups: list[SampleGroup] = []
+        self._inversions: list[SampleGroup] = []
+        self._going = self._go(samples)
         self._begun = False
 
     def advance(self, value: Any = None) -> Wanted | None:
@@ -55,69 +55,69 @@ class Admission:
         """Release everything held; a second call does nothing."""
         self._going.close()
         for group in [*self.groups, *self._inversions]:
-            self._runtime.retire(group)
+            self._runner.retire(group)
         self.groups, self._inversions = [], []
 
-    def _go(self, trajectories: Sequence[Trajectory]) -> Generator[Wanted, Any, None]:
+    def _go(self, samples: Sequence[Sample]) -> Generator[Wanted, Any, None]:
         """Yield work; runs between two steps otherwise."""
-        runtime, store = self._runtime, self._runtime.conditions
-        by_size: dict[tuple[int, int], list[Trajectory]] = {}
-        for t in trajectories:
-            by_size.setdefault(t.size, []).append(t)
+        runner, store = self._runner, self._runner.conditions
+        by_size: dict[tuple[int, int], list[Sample]] = {}
+        for sample in samples:
+            by_size.setdefault(sample.size, []).append(sample)
         made: Encoded | None = None
         try:
             for size, members in by_size.items():
-                shape = self._preparer.latent_shape(size)
-                pins = yield from self._pins([t for t in members if t.pinned])
+                shape = self._planner.latent_shape(size)
+                pins = yield from self._pins([sample for sample in members if sample.pinned])
                 made = yield from store.encoding(members, shape[1:])
                 for one in connected(members):
-                    group = self._admit(one, made, {t: pins[t] for t in one if t in pins})
+                    group = self._admit(one, made, {sample: pins[sample] for sample in one if sample in pins})
                     self.groups.append(group)
-                    opening = runtime.backend.ready(group)
+                    opening = runner.backend.ready(group)
                     if opening is not None:
                         yield opening
                 store.drop(made)
         except BaseException:
             for group in [*self.groups, *self._inversions]:
-                runtime.retire(group)
+                runner.retire(group)
             self.groups, self._inversions = [], []
             raise
         finally:
             if made is not None:
                 store.drop(made)
 
-    def _admit(self, trajectories: Sequence[Trajectory], made: Encoded, pins: dict[Trajectory, Pin]) -> Group:
-        shape = self._preparer.latent_shape(trajectories[0].size)
-        conditions = self._runtime.conditions.gather(trajectories, shape[1:], made)
-        return self._runtime.admit(trajectories, conditions, shape, pins)
+    def _admit(self, samples: Sequence[Sample], made: Encoded, pins: dict[Sample, Pin]) -> SampleGroup:
+        shape = self._planner.latent_shape(samples[0].size)
+        conditions = self._runner.conditions.gather(samples, shape[1:], made)
+        return self._runner.admit(samples, conditions, shape, pins)
 
-    def _pins(self, references: Sequence[Trajectory]) -> Generator[Wanted, Any, dict[Trajectory, Pin]]:
+    def _pins(self, references: Sequence[Sample]) -> Generator[Wanted, Any, dict[Sample, Pin]]:
         """Return the pin of each reference, which fixes its latents at every step."""
-        pins, inversions, model = {}, {}, self._preparer.fingerprint()
-        for t in references:
-            if t.pin is not None and t.pin[0] == model:
+        pins, inversions, model = {}, {}, self._planner.fingerprint()
+        for sample in references:
+            if sample.pin is not None and sample.pin[0] == model:
                 continue  # kept from an earlier attempt that ran out of memory
-            if t.held is not None:
-                t.pin = model, latents_pin(*t.held)
+            if sample.held is not None:
+                sample.pin = model, latents_pin(*sample.held)
                 continue
-            clean: torch.Tensor = yield partial(self._preparer.encode_picture, t)
-            if t.inverted:
-                inversions[t] = yield from self._invert(t, clean)
+            clean: torch.Tensor = yield partial(self._planner.encode_picture, sample)
+            if sample.inverted:
+                inversions[sample] = yield from self._invert(sample, clean)
             else:
-                t.pin = model, forward_pin(t, clean)
+                sample.pin = model, forward_pin(sample, clean)
         if inversions:
             yield list(inversions.values())
-        for t, group in inversions.items():
-            t.pin = model, inverted_pin(group.trail)
-            self._runtime.retire(group)
+        for sample, group in inversions.items():
+            sample.pin = model, inverted_pin(group.trail)
+            self._runner.retire(group)
             self._inversions.remove(group)
-        for t in references:
-            pins[t] = t.pin[1]
+        for sample in references:
+            pins[sample] = sample.pin[1]
         return pins
 
-    def _invert(self, t: Trajectory, clean: torch.Tensor) -> Generator[Wanted, Any, Group]:
+    def _invert(self, sample: Sample, clean: torch.Tensor) -> Generator[Wanted, Any, SampleGroup]:
         """Return the group that inverts the picture of `t` to noise."""
-        inversion, store = self._preparer.inversion(t), self._runtime.conditions
+        inversion, store = self._planner.inversion(sample), self._runner.conditions
         inversion.start = clean
         made = yield from store.encoding([inversion], tuple(clean.shape[1:]))
         try:

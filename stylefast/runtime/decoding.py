@@ -48,7 +48,7 @@ class Decoder:
     ) -> Generator[None, None, list[torch.Tensor]]:
         """Decode each of `latents` [channels, h, w] to [3, height, width] in 0..1; yield after each.
 
-        beside: runs the VAE call, `Runtime.beside`. Raises NumericsError and OutOfMemory, see `vae.decode`.
+        beside: runs the VAE call, `Runner.beside`. Raises NumericsError and OutOfMemory, see `vae.decode`.
         """
         images: list[torch.Tensor] = []
         for one in latents:

@@ -15,12 +15,12 @@ import torch
 
 from stylefast import values
 from stylefast.errors import EngineClosed, InvalidRequest, JobCancelled
-from stylefast.models.conditioning import RowFeatures
-from stylefast.runtime.core import Runtime
-from stylefast.runtime.group import Group
-from stylefast.runtime.preparing import Preparer
-from stylefast.runtime.request import Request
-from stylefast.runtime.trajectory import Trajectory
+from stylefast.models.layer_inputs import RowFeatures
+from stylefast.runtime.plan.request import Request
+from stylefast.runtime.plan.request_planner import RequestPlanner
+from stylefast.runtime.plan.sample import Sample
+from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +85,11 @@ class Job:
         self._watchers: list[Callable[[Preview | None], None]] = []
         # used by the scheduler
         self.number = 0  # in the order of arrival
-        self.trajectories: list[Trajectory] | None = None
-        self.model: str | None = None  # the fingerprint that `trajectories` were planned for
+        self.samples: list[Sample] | None = None
+        self.model: str | None = None  # the fingerprint that `samples` were planned for
         self.admission: Any = None
-        self.groups: list[Group] = []
-        self.running: list[Group] = []
+        self.groups: list[SampleGroup] = []
+        self.running: list[SampleGroup] = []
         self.latents: dict[int, torch.Tensor] = {}
         self.due: deque[Callable[[], None]] = deque()  # calls to make in the caller's thread before the next step
         self.cancelled = False
@@ -215,19 +215,19 @@ class Job:
 
     # called by the scheduler
 
-    def plan(self, preparer: Preparer) -> None:
-        """Plan the trajectories for the model as it is now. Raises InvalidRequest or a subclass."""
-        self.trajectories, self.model = preparer.trajectories(self.requests), preparer.fingerprint()
+    def plan(self, planner: RequestPlanner) -> None:
+        """Plan the samples for the model as it is now. Raises InvalidRequest or a subclass."""
+        self.samples, self.model = planner.samples(self.requests), planner.fingerprint()
 
-    def may_step(self, group: Group) -> bool:
+    def may_step(self, group: SampleGroup) -> bool:
         """Return whether a group need not wait for others of its job."""
         return True
 
-    def before_step(self, runtime: Runtime, group: Group) -> RowFeatures | None:
+    def before_step(self, runner: Runner, group: SampleGroup) -> RowFeatures | None:
         """Return what takes the features of the rows in the next step of a group of a job that `collects`."""
         return None
 
-    def after_step(self, runtime: Runtime, groups: Sequence[Group]) -> Callable[[], None] | None:
+    def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Callable[[], None] | None:
         """Return what the caller's thread has to call after a step of `groups`, if anything."""
         return None
 
@@ -258,7 +258,7 @@ class Job:
             watchers, self._watchers = self._watchers, []
             # otherwise a finished job would keep the whole model alive
             self._cancel, self._inside, self.make = _nothing_to_cancel, bool, _nothing_to_make
-            self.trajectories = None
+            self.samples = None
         self._tell(watchers, None)
         return True
 
@@ -272,21 +272,21 @@ class Call(Job):
         super().__init__(*arguments, **options)
         self._callback = callback
 
-    def may_step(self, group: Group) -> bool:
+    def may_step(self, group: SampleGroup) -> bool:
         """Let all pictures of a size make a step, which the callback sees together, before one makes the next."""
         return self._callback is None or all(g.step >= min(group.step, g.steps) for g in self._alike(group))
 
-    def after_step(self, runtime: Runtime, groups: Sequence[Group]) -> Callable[[], None] | None:
+    def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Callable[[], None] | None:
         """Return the callback's call once all pictures of the size have made the step."""
         if self._callback is None:
             return None
         alike, step, call = self._alike(groups[0]), groups[0].step, self._callback
         if any(g.step < min(step, g.steps) for g in alike):
             return None
-        latents = torch.cat([runtime.shown_of(g) for g in alike if g.step == step])
-        return lambda: call(step, max(g.steps for g in alike), runtime.stream.lend(latents))
+        latents = torch.cat([runner.shown_of(g) for g in alike if g.step == step])
+        return lambda: call(step, max(g.steps for g in alike), runner.stream.lend(latents))
 
-    def _alike(self, group: Group) -> list[Group]:
+    def _alike(self, group: SampleGroup) -> list[SampleGroup]:
         return [g for g in self.groups if g.latent_shape == group.latent_shape]
 
 

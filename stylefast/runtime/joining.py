@@ -7,9 +7,9 @@ from typing import Any
 
 from stylefast.errors import DeadlineExceeded, JobCancelled
 from stylefast.runtime.admission import Admission
-from stylefast.runtime.group import Group
 from stylefast.runtime.helper import AGAIN
 from stylefast.runtime.jobs import Job
+from stylefast.runtime.plan.sample_group import SampleGroup
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class Joining:
     admission: Admission
     first: bool  # whether it came while nothing ran: no step is made until its inputs are there
     call: HelperCall | None = None
-    inversions: list[Group] = field(default_factory=list)
+    inversions: list[SampleGroup] = field(default_factory=list)
 
     @property
     def waits(self) -> bool:

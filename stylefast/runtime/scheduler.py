@@ -24,14 +24,13 @@ import torch
 
 from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory, QueueFull, StyleFastError
 from stylefast.runtime.admission import Admission
-from stylefast.runtime.core import Runtime
-from stylefast.runtime.group import Group
 from stylefast.runtime.helper import Helper
 from stylefast.runtime.jobs import Job, Preview
 from stylefast.runtime.joining import HelperCall, Joining, cancelled, pieces, too_late
 from stylefast.runtime.memory import give_back, is_out_of_memory
-from stylefast.runtime.preparing import Preparer
-from stylefast.runtime.results import joined
+from stylefast.runtime.plan.request_planner import RequestPlanner
+from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.runner import Runner, joined
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +52,15 @@ class Scheduler:
 
     def __init__(
         self,
-        runtime: Runtime,
-        preparer: Preparer,
+        runner: Runner,
+        planner: RequestPlanner,
         decode_preview: Callable[[Any], list],
         max_rows: int | None = None,
         max_pending: int | None = None,
     ):
-        self._runtime, self._preparer, self._decode_preview = runtime, preparer, decode_preview
+        self._runner, self._planner, self._decode_preview = runner, planner, decode_preview
         self.max_pending = max_pending
-        runtime.max_rows = max_rows
+        runner.max_rows = max_rows
         # guards what follows, and is notified of all that a waiting thread may want to know
         self._changed = threading.Condition()
         self._news = 0  # how often it was notified
@@ -73,8 +72,8 @@ class Scheduler:
         self._count = 0  # jobs so far
         self._opening = 0  # number of the last job that begins together with those that have joined
         self._joining: dict[Job, Joining] = {}
-        self._jobs: dict[Group, Job] = {}
-        self._turns: dict[Group, int] = {}  # when a group last had a step
+        self._jobs: dict[SampleGroup, Job] = {}
+        self._turns: dict[SampleGroup, int] = {}  # when a group last had a step
         self._turn = 0
         self._leaving: set[Job] = set()  # whose pictures are being decoded
         self._ended: list[Callable[[], Any]] = []  # what tells of ended jobs, once the turn is given up
@@ -130,9 +129,9 @@ class Scheduler:
         self._add(job)
         try:
             while not job.done() or (job.due and job.exception() is None):
-                self._runtime.check_process()  # a callback may have forked
+                self._runner.check_process()  # a callback may have forked
                 if job.due:
-                    self._runtime.stream.join()
+                    self._runner.stream.join()
                     job.due[0]()
                     with self._changed:
                         job.due.popleft()
@@ -168,7 +167,7 @@ class Scheduler:
                 self._asking -= 1
             before, self._holder = self._holder, me
         try:
-            with self._runtime.stream:
+            with self._runner.stream:
                 yield
         finally:
             self._leave_turn(before)
@@ -179,23 +178,23 @@ class Scheduler:
 
         Raises InvalidRequest while pictures are in progress: half of their steps would see other weights.
         """
-        self._runtime.check_process()
+        self._runner.check_process()
         with self.paused():
-            if self._runtime.pictures or self._joining:
-                pictures = self._runtime.pictures
+            if self._runner.pictures or self._joining:
+                pictures = self._runner.pictures
                 busy = f"{pictures} pictures are on their way" if pictures else "a request is about to join"
                 raise InvalidRequest(f"{busy}, and weights can't change under them; wait until their jobs are done")
             try:
                 yield
             finally:
-                self._runtime.forget_pages()
+                self._runner.forget_pages()
 
     def close(self) -> None:
         """Stop after the current step; jobs that are not done fail with EngineClosed.
 
         In a process that was forked from the scheduler's there is nothing to stop.
         """
-        self._runtime.closed = True
+        self._runner.closed = True
         if os.getpid() != self._process:
             self._closed = True
             return
@@ -212,7 +211,7 @@ class Scheduler:
         if thread is not None and not inside:
             thread.join()
         self._helper.close(_closed(), wait=not inside)
-        self._runtime.close()
+        self._runner.close()
 
     # the turn
 
@@ -238,7 +237,7 @@ class Scheduler:
                 return
             self._holder = threading.get_ident()
         try:
-            with self._runtime.stream, _own_settings(self._runtime.unet.device):
+            with self._runner.stream, _own_settings(self._runner.unet.device):
                 while True:
                     with self._changed:
                         if self._asking or self._ended or self._closed or over():
@@ -353,8 +352,8 @@ class Scheduler:
                 job = self._queue[0]
             error = None
             try:
-                if job.model != self._preparer.fingerprint():
-                    job.plan(self._preparer)
+                if job.model != self._planner.fingerprint():
+                    job.plan(self._planner)
             except Exception as raised:
                 error = raised
             with self._changed:
@@ -364,7 +363,7 @@ class Scheduler:
                 if error is None:
                     # what had come when the first of them joined begins together
                     first = not self._jobs or job.number <= self._opening
-                    joining = self._joining[job] = Joining(Admission(self._preparer, job.trajectories or []), first)
+                    joining = self._joining[job] = Joining(Admission(self._planner, job.samples or []), first)
             if error is not None:
                 self._end(job, error)
             elif self._go_on(job, joining) is None:
@@ -417,7 +416,7 @@ class Scheduler:
                 call.value, call.error, call.over = value, error, True
                 self._notify()
 
-        self._helper.run(lambda: self._runtime.beside(wanted), then)
+        self._helper.run(lambda: self._runner.beside(wanted), then)
         return call
 
     def _join(self, job: Job, admission: Admission) -> None:
@@ -427,7 +426,7 @@ class Scheduler:
             del self._joining[job]
         job.admission = admission
 
-    def _enter(self, job: Job, groups: list[Group]) -> None:
+    def _enter(self, job: Job, groups: list[SampleGroup]) -> None:
         job.groups += groups
         with self._changed:
             self._opening = self._opening if self._jobs else self._count
@@ -436,7 +435,7 @@ class Scheduler:
         self._turns |= dict.fromkeys(groups, self._turn)
         job.start()
 
-    def _choose(self) -> list[Group]:
+    def _choose(self) -> list[SampleGroup]:
         """Return groups of the size that is next: the longest waiting first, as many as fit."""
         if any(joining.first and joining.waits for joining in self._joining.values()):
             return []
@@ -454,7 +453,7 @@ class Scheduler:
         else:
             waiting = [g for g in waiting if not (self._jobs[g].alone or self._jobs[g].collects)]
         shape = first.latent_shape
-        room = self._runtime.rows_that_fit(shape[1:])
+        room = self._runner.rows_that_fit(shape[1:])
         batch, rows = [], 0
         for group in waiting:
             if group.latent_shape == shape and (not batch or rows + group.rows <= room):
@@ -467,20 +466,20 @@ class Scheduler:
         order = {g: i for i, g in enumerate(self._jobs)}
         return sorted(batch, key=lambda g: (self._jobs[g].number, order[g]))
 
-    def _advance(self, batch: Sequence[Group]) -> dict[Group, Exception]:
+    def _advance(self, batch: Sequence[SampleGroup]) -> dict[SampleGroup, Exception]:
         """Run a step of a batch; return the groups that failed, and why."""
-        runtime, owner = self._runtime, self._jobs[batch[0]]
+        runner, owner = self._runner, self._jobs[batch[0]]
         collecting = owner.collects and owner not in self._joining
         try:
-            features = owner.before_step(runtime, batch[0]) if collecting else None
-            failed: dict[Group, Exception] = dict(runtime.advance(batch, features))
+            features = owner.before_step(runner, batch[0]) if collecting else None
+            failed: dict[SampleGroup, Exception] = dict(runner.advance(batch, features))
         except Exception as error:  # not known to be of one group alone
             failed = dict.fromkeys(batch, error)
         self._turn += 1
         self._turns |= dict.fromkeys(batch, self._turn)
         going = [g for g in batch if g not in failed]
         try:
-            runtime.prefetch(going)
+            runner.prefetch(going)
         except Exception as error:
             failed |= dict.fromkeys(going, error)
             going = []
@@ -493,10 +492,10 @@ class Scheduler:
                 failed[group] = error
         return failed
 
-    def _complete(self, group: Group) -> StyleFastError | None:
+    def _complete(self, group: SampleGroup) -> StyleFastError | None:
         """Keep the pictures of a group after its last step; return the error if they are not finite."""
         job = self._jobs[group]
-        error = self._runtime.finite(group)
+        error = self._runner.finite(group)
         if error is not None:
             return error
         if job in self._joining:
@@ -505,11 +504,11 @@ class Scheduler:
             self._turns.pop(group, None)
             job.groups.remove(group)
         else:
-            job.latents |= self._runtime.results_of(group)
+            job.latents |= self._runner.results_of(group)
             job.running.remove(group)
         return None
 
-    def _collect(self, batch: Sequence[Group], failed: dict[Group, Exception]) -> None:
+    def _collect(self, batch: Sequence[SampleGroup], failed: dict[SampleGroup, Exception]) -> None:
         """End the jobs of groups that failed, and pass on what the others' steps made."""
         for job in dict.fromkeys(self._jobs[g] for g in failed if g in self._jobs):
             self._end(job, joined([error for g, error in failed.items() if self._jobs.get(g) is job]))
@@ -525,13 +524,13 @@ class Scheduler:
             if not job.running:
                 self._deliver(job)
 
-    def _pass_on(self, job: Job, stepped: Sequence[Group]) -> None:
+    def _pass_on(self, job: Job, stepped: Sequence[SampleGroup]) -> None:
         """Show previews of a step of a job's groups, and let its caller know what to call."""
         job.step = max(job.step, *(g.step for g in stepped))
         if job.wants_previews:
             for group in stepped:
                 self._show(job, group)
-        hook = job.after_step(self._runtime, stepped)
+        hook = job.after_step(self._runner, stepped)
         if hook is not None:
             with self._changed:
                 job.due.append(hook)
@@ -546,7 +545,7 @@ class Scheduler:
             self._end(job, too_late(job))
             return
         try:
-            task = pieces(job, job.make(job, job.latents), self._runtime.stream.mark())
+            task = pieces(job, job.make(job, job.latents), self._runner.stream.mark())
         except Exception as error:
             self._end(job, error)
             return
@@ -573,8 +572,8 @@ class Scheduler:
             raise
         job.latents = {}
 
-    def _show(self, job: Job, group: Group) -> None:
-        latents = self._runtime.denoised_of(group).float().cpu()
+    def _show(self, job: Job, group: SampleGroup) -> None:
+        latents = self._runner.denoised_of(group).float().cpu()
         job.show(Preview(group.step, group.steps, latents, self._decode_preview))
 
     # the end of jobs

@@ -1,7 +1,7 @@
-"""DDIM inversion: the noisy trajectory along which DDIM would have reached a given picture.
+"""DDIM inversion: the noisy sample along which DDIM would have reached a given picture.
 
-StyleAligned uses it to take a real picture as reference: the reference's latents are pinned to the trajectory while
-the targets are sampled. A trajectory belongs to one list of timesteps, so each step count needs its own.
+StyleAligned uses it to take a real picture as reference: the reference's latents are pinned to the sample while
+the targets are sampled. A sample belongs to one list of timesteps, so each step count needs its own.
 """
 
 from collections.abc import Callable
@@ -62,13 +62,13 @@ def ddim_invert(
     if clean.ndim != 3:
         raise InvalidRequest(f"inversion takes one latent [C, h, w], not {tuple(clean.shape)}")
     timesteps, output, factors, _ = _coefficients(alphas_cumprod, steps, prediction_type)
-    latents, trajectory = clean, [clean]
+    latents, sample = clean, [clean]
     for timestep, of_noise, of_step in zip(timesteps.tolist(), output.tolist(), factors.tolist(), strict=True):
         predicted = predict(latents, timestep)
         noise = predicted if of_noise == [0, 1] else of_noise[0] * latents + of_noise[1] * predicted
         latents = of_step[0] * latents + of_step[1] * noise
-        trajectory.append(latents)
-    return torch.stack(trajectory[::-1])
+        sample.append(latents)
+    return torch.stack(sample[::-1])
 
 
 def _coefficients(alphas_cumprod, steps: int, prediction_type: str) -> tuple[np.ndarray, ...]:
@@ -90,17 +90,17 @@ def _coefficients(alphas_cumprod, steps: int, prediction_type: str) -> tuple[np.
     return timesteps.astype(np.float64), output, factors, levels
 
 
-def pinned_latents(trajectory: torch.Tensor, step: int, offset: int = 5) -> torch.Tensor:
+def pinned_latents(sample: torch.Tensor, step: int, offset: int = 5) -> torch.Tensor:
     """Return the reference's latents [C, h, w] at the start of `step`, as in StyleAligned's released code.
 
-    Sampling starts at `trajectory[offset]` and after step i uses `trajectory[max(offset + 1, i + 1)]`, so in the first
+    Sampling starts at `sample[offset]` and after step i uses `sample[max(offset + 1, i + 1)]`, so in the first
     steps the reference is less noisy than the timestep given to the model. `step == steps` is the finished picture.
 
-    Raises InvalidRequest if the trajectory is too short for `step` or `offset`.
+    Raises InvalidRequest if the sample is too short for `step` or `offset`.
     """
-    last = len(trajectory) - 1
+    last = len(sample) - 1
     if not 0 <= step <= last:
-        raise InvalidRequest(f"step must lie in 0..{last}, the steps of this trajectory, not {step}")
+        raise InvalidRequest(f"step must lie in 0..{last}, the steps of this sample, not {step}")
     if not 0 <= offset < last:
-        raise InvalidRequest(f"offset must lie in 0..{last - 1}, short of this trajectory's end, not {offset}")
-    return trajectory[offset if step == 0 else max(offset + 1, step)]
+        raise InvalidRequest(f"offset must lie in 0..{last - 1}, short of this sample's end, not {offset}")
+    return sample[offset if step == 0 else max(offset + 1, step)]

@@ -53,7 +53,7 @@ class References:
     pictures: Sequence[Any] = ()
     prompt: str | None = None
     seed: int = 0
-    noise: str = "forward"  # or "ddim", of real pictures: see `runtime/pinning.py`
+    noise: str = "forward"  # or "ddim", of real pictures: see `runtime/plan/pinning.py`
     inversion_guidance: float = 1.0
     share_styles: bool = True  # whether the request's other styles apply to the reference too
     mutual: bool = False  # all pictures that carry the style look at one another

@@ -26,8 +26,8 @@ from benchmarks.runtime.models import (
 from benchmarks.runtime.published import Published, adain, align, of_reference
 from benchmarks.runtime.scene import Scene
 from stylefast.errors import InvalidRequest
-from stylefast.models import packed
-from stylefast.runtime.trajectory import plan_trajectories
+from stylefast.models import prepacked
+from stylefast.runtime.plan.sample import plan_samples
 from stylefast.sampling.schedule import make_schedule
 from tests.fp64 import close, measured
 from tests.oracle.style_aligned import Sharing, guidance_layout, shared
@@ -349,13 +349,13 @@ def test_the_soak_tells_wanted_ends_from_failures(ends, wrong):
 def tiny_scene():
     scene = Scene(tiny_model, steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(packed.VARIABLE, "0")  # its engine computes with PyTorch's own products, as its peer does
+        patch.setenv(prepacked.VARIABLE, "0")  # its engine computes with PyTorch's own products, as its peer does
         assert scene.model
     return scene
 
 
 def test_what_is_counted_between_two_steps_is_not_what_the_benchmark_itself_does(tiny_scene, monkeypatch):
-    runtime, modes = tiny_scene.model.engine.runtime, []
+    runner, modes = tiny_scene.model.engine.runner, []
 
     def fetching(*_):
         raise AssertionError("latents were fetched for a callback")
@@ -364,21 +364,21 @@ def test_what_is_counted_between_two_steps_is_not_what_the_benchmark_itself_does
         # as PyTorch says it in the mode "warn"
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
 
-    monkeypatch.setattr(runtime, "shown_of", fetching)
+    monkeypatch.setattr(runner, "shown_of", fetching)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     assert host.synchronisations(tiny_scene) == 0 and modes == ["warn", 0]
     assert host.cpu_microseconds_per_step(tiny_scene) > 0
-    monkeypatch.setattr(runtime, "prefetch", waiting)
+    monkeypatch.setattr(runner, "prefetch", waiting)
     assert host.synchronisations(tiny_scene) == 1  # between two steps
-    assert "advance" not in vars(runtime), "the engine kept the benchmark's wrapper"
+    assert "advance" not in vars(runner), "the engine kept the benchmark's wrapper"
 
 
 def test_batches_that_are_compared_have_equally_many_rows(tiny_scene):
     def rows(requests):
         schedule = make_schedule("euler", tiny_scene.steps)
-        trajectories = plan_trajectories(requests, lambda request: schedule, tiny_scene.model.size)
-        return sum(len(t.branches) for t in trajectories)
+        samples = plan_samples(requests, lambda request: schedule, tiny_scene.model.size)
+        return sum(len(t.branches) for t in samples)
 
     assert rows(mixes.one_live_style(tiny_scene)) == rows(mixes.mixed_styles(tiny_scene)) == 18
     assert rows(mixes.one_bank(tiny_scene)) == rows(mixes.eight_banks(tiny_scene)) == 16

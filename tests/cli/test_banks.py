@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from stylefast.commands.folder_lock import beside, only_writer
-from stylefast.runtime.baking import BakeJob
+from stylefast.runtime.banks.baking import BakeJob
 from tests.cli.conftest import pixels
 from tests.cli.test_errors import assert_one_line
 
@@ -150,10 +150,10 @@ def test_a_banks_name_comes_from_its_picture(bake, photo, tmp_path, monkeypatch)
 def test_an_interrupted_bake_leaves_nothing_and_keeps_what_was_there(stylefast, model_folder, tmp_path, monkeypatch):
     before_step = BakeJob.before_step
 
-    def interrupted(job, runtime, group):
+    def interrupted(job, runner, group):
         if group.step == 1:
             raise KeyboardInterrupt
-        return before_step(job, runtime, group)
+        return before_step(job, runner, group)
 
     monkeypatch.setattr(BakeJob, "before_step", interrupted)
     target = tmp_path / "x.bank"

@@ -83,9 +83,9 @@ def test_it_is_composed_with_the_three_in_one_call_per_step(engine):
         sf.Request("a cat", style=styles_of(engine), **FEW),
         sf.Request("a cat", style=fading, **FEW),
     ]
-    calls = engine.runtime.calls
+    calls = engine.runner.calls
     found = engine.generate(requests, output="latents").latents
-    assert engine.runtime.calls - calls == FEW["steps"]
+    assert engine.runner.calls - calls == FEW["steps"]
     for latents, request in zip(found, requests):
         torch.testing.assert_close(latents, engine.generate(request, output="latents").latents[0], atol=1e-4, rtol=0)
     assert len({latents.sum().item() for latents in found}) == len(found), "a style changed nothing"

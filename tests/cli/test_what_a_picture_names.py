@@ -13,7 +13,7 @@ from stylefast.commands.model_options import Lora, ModelChoice
 from stylefast.errors import InvalidRequest
 from stylefast.models import hub
 from stylefast.record import metadata
-from stylefast.runtime.results import Result
+from stylefast.runtime.plan.request import Result
 from tests.cli.conftest import pixels
 from tests.cli.test_errors import assert_one_line
 from tests.small_checkpoints import random_lora, write_peft_lora

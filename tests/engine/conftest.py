@@ -7,7 +7,7 @@ import torch
 
 import stylefast as sf
 from stylefast.kernels import registry
-from stylefast.models import packed
+from stylefast.models import prepacked
 from tests.engine.scene import EMBED_DIM, RUN, SIZE, sharp_pipeline
 from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, engine_of, nudged, wide
 from tests.oracle.instant_style import random_adapter
@@ -22,7 +22,7 @@ def pipe():
 def plain_weights():
     """Engines compute with PyTorch's own products, as diffusers does, which the oracles are held to at 1e-5."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(packed.VARIABLE, "0")
+        patch.setenv(prepacked.VARIABLE, "0")
         yield
 
 

@@ -8,7 +8,7 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import NumericsError, OutOfMemory
-from stylefast.runtime.group import Group
+from stylefast.runtime.plan.sample_group import SampleGroup
 from tests.engine.scene import SIZE, STEPS, small_picture
 from tests.engine.watch import WAIT, Watch, held, request, settled, submit, until
 from tests.fp64 import close
@@ -30,7 +30,7 @@ def watch(engine, monkeypatch):
 @pytest.fixture
 def rows_at_most(engine, monkeypatch):
     """Limit the rows of a call."""
-    return lambda count: monkeypatch.setattr(engine.runtime, "max_rows", count)
+    return lambda count: monkeypatch.setattr(engine.runner, "max_rows", count)
 
 
 def calls_until_done(watch, jobs) -> dict:
@@ -53,7 +53,7 @@ def test_a_job_joins_at_the_next_step_and_leaves_after_its_last(engine, watch, d
 
 
 def test_steps_go_on_while_a_request_that_joins_is_encoded(engine, watch, monkeypatch):
-    engine.runtime.conditions.text.forget_idle()
+    engine.runner.conditions.text.forget_idle()
     encode, passed = engine.text_encoder.encode, threading.Event()
 
     def slow(prompts, *rest):
@@ -224,16 +224,16 @@ def test_a_step_that_is_tried_again_does_not_hold_what_the_failed_one_had(engine
 
 def test_a_job_that_finds_no_room_to_join_waits_for_the_others(engine, watch, monkeypatch, drawn):
     expected = drawn("a dog", seed=2, steps=STEPS)
-    admit, refusals = engine.runtime.admit, []
+    admit, refusals = engine.runner.admit, []
 
-    def full(trajectories, *rest):
-        if any(t.prompt == "a dog" for t in trajectories) and engine.scheduler.running > 1:
+    def full(samples, *rest):
+        if any(t.prompt == "a dog" for t in samples) and engine.scheduler.running > 1:
             refusals.append(1)
-            engine.runtime.conditions.release(rest[0])
+            engine.runner.conditions.release(rest[0])
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return admit(trajectories, *rest)
+        return admit(samples, *rest)
 
-    monkeypatch.setattr(engine.runtime, "admit", full)
+    monkeypatch.setattr(engine.runner, "admit", full)
     first, second = watch.together(lambda: submit(engine), lambda: submit(engine, "a dog", seed=2))
     close(second.result(WAIT).latents, expected)
     assert first.done() and refusals
@@ -244,7 +244,7 @@ def test_a_job_that_can_not_even_join_an_empty_batch_fails(engine, monkeypatch, 
     def full(*arguments):
         raise error("no room")
 
-    monkeypatch.setattr(engine.runtime.conditions, "gather", full)
+    monkeypatch.setattr(engine.runner.conditions, "gather", full)
     with pytest.raises(OutOfMemory, match="does not fit into memory.*no room"):
         submit(engine).result(WAIT)
     assert settled(engine)
@@ -256,7 +256,7 @@ def test_banks_that_do_not_all_fit_take_turns_and_one_too_large_alone_fails(pipe
     banks = [plenty.bake(style, steps=STEPS, size=SIZE) for style in styles]
     expected = [drawn("a cat", style, using=plenty, steps=STEPS) for style in styles[:2]]
     plenty.generate("a cat", sf.StyleAligned(banks[0]), steps=STEPS, size=SIZE, output="latents")
-    page = plenty.runtime.bank_pages[8, 12].layout.nbytes
+    page = plenty.runner.bank_pages[8, 12].layout.nbytes
     engine = sf.Engine.from_pipeline(pipe, bank_memory=3 * page)  # two pages a job and step with guidance
     watch = Watch(engine, monkeypatch)
     jobs = watch.together(*(lambda bank=bank: submit(engine, style=sf.StyleAligned(bank)) for bank in banks))
@@ -265,7 +265,7 @@ def test_banks_that_do_not_all_fit_take_turns_and_one_too_large_alone_fails(pipe
     with pytest.raises(OutOfMemory, match="4 pages of style banks.*3 fit.*bank_memory"):
         jobs[2].result(WAIT)
     assert held(engine) == dict.fromkeys(held(engine), 0)
-    assert engine.runtime.bank_pages[8, 12].slots == 3
+    assert engine.runner.bank_pages[8, 12].slots == 3
 
 
 @pytest.mark.parametrize("buckets", [(), (2, 4)], ids=["as they come", "buckets"])
@@ -288,18 +288,18 @@ def bucketed(pipe):
 
 def poison(engine, monkeypatch, prompt):
     """NaN in the page of a prompt's keys and values."""
-    admit = engine.runtime.admit
+    admit = engine.runner.admit
 
     @torch.inference_mode()
-    def poisoned(trajectories, *rest):
-        group = admit(trajectories, *rest)
+    def poisoned(samples, *rest):
+        group = admit(samples, *rest)
         for (t, branch), pages in group.conditions.text_pages.items():
             if branch == "full" and t.prompt == prompt:
-                for k, v in engine.runtime.conditions.text.layers:
+                for k, v in engine.runner.conditions.text.layers:
                     k[pages], v[pages] = torch.nan, torch.nan
         return group
 
-    monkeypatch.setattr(engine.runtime, "admit", poisoned)
+    monkeypatch.setattr(engine.runner, "admit", poisoned)
 
 
 def test_nan_fails_the_request_alone_and_the_others_keep_every_bit(bucketed, monkeypatch, drawn):
@@ -325,7 +325,7 @@ def test_nan_fails_the_request_alone_and_the_others_keep_every_bit(bucketed, mon
     # the last is alone with its own two rows for half of its steps
     close([actual[1]], drawn(request("a house", seed=3, steps=2 * STEPS), using=bucketed))
     assert settled(bucketed)
-    bucketed.runtime.conditions.text.forget_idle()
+    bucketed.runner.conditions.text.forget_idle()
 
 
 def test_a_reference_of_nan_fails_its_readers_only(engine, watch, monkeypatch, drawn):
@@ -337,7 +337,7 @@ def test_a_reference_of_nan_fails_its_readers_only(engine, watch, monkeypatch, d
     with pytest.raises(NumericsError, match="NaN"):
         sick.result(WAIT)
     close(well.result(WAIT).latents, expected)
-    engine.runtime.conditions.text.forget_idle()
+    engine.runner.conditions.text.forget_idle()
 
 
 def test_nan_in_one_request_of_a_job_names_its_picture(engine, monkeypatch):
@@ -346,7 +346,7 @@ def test_nan_in_one_request_of_a_job_names_its_picture(engine, monkeypatch):
     with pytest.raises(NumericsError) as caught:
         job.result(WAIT)
     assert caught.value.pictures == (1,) and settled(engine)
-    engine.runtime.conditions.text.forget_idle()
+    engine.runner.conditions.text.forget_idle()
 
 
 def test_slots_that_held_nan_serve_the_next_request_well(engine, monkeypatch, drawn):
@@ -355,7 +355,7 @@ def test_slots_that_held_nan_serve_the_next_request_well(engine, monkeypatch, dr
         poison(engine, patch, "a sick dog")
         with pytest.raises(NumericsError):
             submit(engine, "a sick dog").result(WAIT)
-    engine.runtime.conditions.text.forget_idle()
+    engine.runner.conditions.text.forget_idle()
     close(submit(engine, "a house", seed=3).result(WAIT).latents, expected)
 
 
@@ -397,7 +397,7 @@ def test_an_exception_while_joining_fails_the_job_alone(engine, watch, monkeypat
     def gone(reference):
         raise sf.errors.ImageError("the picture was removed since the request was checked")
 
-    monkeypatch.setattr(engine._preparer, "encode_picture", gone)
+    monkeypatch.setattr(engine._planner, "encode_picture", gone)
     style = sf.StyleAligned(small_picture(3))
     first, bad = watch.together(lambda: submit(engine, seed=1), lambda: submit(engine, style=style))
     with pytest.raises(sf.errors.ImageError, match="was removed"):
@@ -407,14 +407,14 @@ def test_an_exception_while_joining_fails_the_job_alone(engine, watch, monkeypat
 
 
 def test_a_group_that_can_not_tell_its_rows_harms_nobody(engine, watch, monkeypatch, drawn):
-    make = Group.__init__
+    make = SampleGroup.__init__
 
-    def broken(group, trajectories, *rest):
-        if trajectories[0].prompt == "a dog":
+    def broken(group, samples, *rest):
+        if samples[0].prompt == "a dog":
             raise KeyError("rows")
-        make(group, trajectories, *rest)
+        make(group, samples, *rest)
 
-    monkeypatch.setattr(Group, "__init__", broken)
+    monkeypatch.setattr(SampleGroup, "__init__", broken)
     good, bad = watch.together(lambda: submit(engine, seed=1), lambda: submit(engine, "a dog"))
     with pytest.raises(KeyError):
         bad.result(WAIT)

@@ -203,7 +203,7 @@ def test_requests_in_different_stages_equal_solo_runs(draw, drawn):
 def test_a_mixed_stage_leaves_the_steps_before_it_bit_identical(engine, stage):
     embedding, steps = learned(), 8
 
-    def trajectory(style):
+    def sample(style):
         seen = []
         engine.generate(
             "a cat",
@@ -215,8 +215,8 @@ def test_a_mixed_stage_leaves_the_steps_before_it_bit_identical(engine, stage):
         )
         return seen
 
-    base = trajectory(sf.DreamStyler(embedding))
-    mixed = trajectory(sf.DreamStyler(embedding, stages={stage: learned("other", seed=9)}))
+    base = sample(sf.DreamStyler(embedding))
+    mixed = sample(sf.DreamStyler(embedding, stages={stage: learned("other", seed=9)}))
     timesteps = engine._preparer.schedule(sf.Request("a cat", steps=steps)).timesteps.tolist()
     first = next(i for i, timestep in enumerate(timesteps) if stage_of(timestep, 6) == stage)
     for step in range(steps):

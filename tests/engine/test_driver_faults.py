@@ -11,7 +11,7 @@ import torch
 import stylefast as sf
 from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, OutOfMemory
 from stylefast.runtime import scheduler
-from stylefast.runtime.core import Runtime
+from stylefast.runtime.runner import Runner
 from tests.engine.scene import SIZE, sharp_pipeline, small_picture
 from tests.engine.test_one_driver import Calls, latents
 from tests.engine.watch import WAIT, Clock, Watch, request, settled, submit, until
@@ -56,7 +56,7 @@ def test_a_device_that_stays_broken_keeps_nobody_waiting(own, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     for name in ("advance", "retire"):
-        monkeypatch.setattr(Runtime, name, broken)
+        monkeypatch.setattr(Runner, name, broken)
     found = together(own, lambda: submit(own).result(WAIT), lambda: latents(own, "a dog"))
     assert [type(error) for error in found] == [RuntimeError] * 2
     with pytest.raises(RuntimeError, match="illegal memory access"):
@@ -66,7 +66,7 @@ def test_a_device_that_stays_broken_keeps_nobody_waiting(own, monkeypatch):
 @pytest.mark.parametrize("name", ["shown_of", "results_of"])
 def test_no_memory_for_what_one_call_wants_leaves_the_others_alone(engine, monkeypatch, drawn, name):
     expected = drawn("a dog", seed=2, steps=9)
-    once(monkeypatch, Runtime, name, torch.OutOfMemoryError("CUDA out of memory"))
+    once(monkeypatch, Runner, name, torch.OutOfMemoryError("CUDA out of memory"))
     call, job = together(
         engine,
         lambda: engine.generate(request(), callback=lambda *_: None, output="latents"),
@@ -77,7 +77,7 @@ def test_no_memory_for_what_one_call_wants_leaves_the_others_alone(engine, monke
 
 
 def test_an_error_while_a_result_is_handed_over_ends_the_job(engine, monkeypatch):
-    once(monkeypatch, type(engine.runtime.stream), "mark", RuntimeError("CUDA error: event record"))
+    once(monkeypatch, type(engine.runner.stream), "mark", RuntimeError("CUDA error: event record"))
     with pytest.raises(RuntimeError, match="event record"):
         latents(engine)
     assert settled(engine)
@@ -135,8 +135,8 @@ def test_two_jobs_whose_callbacks_close_the_engine_do_not_wait_for_each_other(pi
 
 @pytest.mark.parametrize("moment", ["a step", "a pause"])
 def test_closing_in_a_signals_handler_is_done_when_the_turn_ends(own, monkeypatch, moment):
-    closed, backend = [], own.runtime.backend.close
-    monkeypatch.setattr(own.runtime.backend, "close", lambda: (closed.append(1), backend()))
+    closed, backend = [], own.runner.backend.close
+    monkeypatch.setattr(own.runner.backend, "close", lambda: (closed.append(1), backend()))
     if moment == "a step":
         Watch(own, monkeypatch).at[1] = own.close
         with pytest.raises(EngineClosed):
@@ -226,14 +226,14 @@ def test_waiting_for_an_encoder_beside_an_inversion_costs_no_time(own, monkeypat
     picture = small_picture(1, (48, 40))
     inverted = request(style=sf.StyleAligned(picture, noise="ddim"), scheduler="ddim")
     own.generate(inverted, output="latents")  # all its prompts are known
-    states, reached, go = own.runtime.conditions._text_states, threading.Event(), threading.Event()
+    states, reached, go = own.runner.conditions._text_states, threading.Event(), threading.Event()
 
     def slow(*arguments):
         reached.set()
         assert go.wait(WAIT)
         return states(*arguments)
 
-    monkeypatch.setattr(own.runtime.conditions, "_text_states", slow)
+    monkeypatch.setattr(own.runner.conditions, "_text_states", slow)
     steps, step = [], own.scheduler.step
     monkeypatch.setattr(own.scheduler, "step", lambda: (steps.append(1), step())[1])
     with own.scheduler.paused():
@@ -248,14 +248,14 @@ def test_waiting_for_an_encoder_beside_an_inversion_costs_no_time(own, monkeypat
 
 
 def test_new_prompts_that_keep_coming_do_not_hold_up_the_first_step(own, monkeypatch):
-    watch, states, jobs = Watch(own, monkeypatch), own.runtime.conditions._text_states, []
+    watch, states, jobs = Watch(own, monkeypatch), own.runner.conditions._text_states, []
 
     def another(*arguments):
         if len(jobs) < 40 and not watch.calls:
             jobs.append(submit(own, f"prompt number {len(jobs)}", steps=1))
         return states(*arguments)
 
-    monkeypatch.setattr(own.runtime.conditions, "_text_states", another)
+    monkeypatch.setattr(own.runner.conditions, "_text_states", another)
     submit(own, "the first of all", steps=1).result(WAIT)
     assert len(jobs) < 10 and all(job.result(WAIT) for job in jobs)
 

@@ -11,7 +11,7 @@ import pytest
 
 import stylefast as sf
 from stylefast.errors import EngineClosed, ExportError, InvalidRequest
-from stylefast.runtime.copy_engine import CopyEngine
+from stylefast.runtime.banks.copy_engine import CopyEngine
 from tests.engine.scene import SIZE, STEPS, small_picture
 from tests.engine.watch import WAIT, Watch, held, request, settled, submit, until
 from tests.fp64 import close
@@ -172,7 +172,7 @@ def test_closing_ends_calls_of_other_threads_after_their_step(own, monkeypatch, 
     assert reached.wait(WAIT)
     closing = threading.Thread(target=engine.close)
     closing.start()
-    assert until(lambda: engine.runtime.closed)
+    assert until(lambda: engine.runner.closed)
     go.set()
     thread.join(WAIT)
     closing.join(WAIT)
@@ -193,7 +193,7 @@ def test_an_interrupted_call_gives_back_all_it_holds(engine, watch, monkeypatch,
         raise KeyboardInterrupt
 
     style = sf.StyleAligned(PICTURE, noise="ddim") if moment == "inversion" else None
-    engine.runtime.conditions.text.forget_idle()
+    engine.runner.conditions.text.forget_idle()
     if moment == "encoding":
         monkeypatch.setattr(engine.text_encoder, "encode", interrupt)
     elif moment == "decoding":

@@ -88,7 +88,7 @@ def test_latents_of_sizes_that_nobody_wants_are_given_back(own):
     engine, _ = own
     for width in range(32, 128, 8):
         draw(engine, sf.Request("a cat", steps=1, size=(width, 32)))
-    assert len(engine.runtime.latents) <= 5
+    assert len(engine.runner.latents) <= 5
 
 
 def test_a_call_in_inference_mode_does_not_spoil_later_ones(own):

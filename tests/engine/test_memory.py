@@ -158,19 +158,19 @@ def test_banks_and_styles_are_let_go_with_the_last_request_that_reads_them(fresh
 
 def test_the_steady_state_makes_no_tables_plans_or_pages(fresh, monkeypatch):
     watch = Watch(fresh, monkeypatch, idle=True)
-    runtime, seen = fresh.runtime, []
+    runner, seen = fresh.runner, []
 
     def note(latents):
-        table = next(iter(runtime._tables.values()))
-        text = runtime.conditions.text
+        table = next(iter(runner._tables.values()))
+        text = runner.conditions.text
         seen.append(
             (
-                len(runtime._tables),
+                len(runner._tables),
                 id(table),
                 tuple(map(id, table._plans.values())),
                 text.used,
-                runtime.conditions.generation,
-                next(iter(runtime.latents.values())).generation,
+                runner.conditions.generation,
+                next(iter(runner.latents.values())).generation,
             )
         )
 
@@ -185,14 +185,14 @@ def test_a_limit_and_buckets_are_kept_while_many_threads_ask_for_everything(pipe
     bank = fresh.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
     limit, seen = limit_for(fresh, 9), []
     engine = sf.Engine.from_pipeline(pipe, memory_limit=limit, batch_buckets=(2, 4, 8))
-    advance = engine.runtime.advance
+    advance = engine.runner.advance
 
     def noted(groups, *rest):
         failed = advance(groups, *rest)
         seen.append(engine.memory()["held"])
         return failed
 
-    monkeypatch.setattr(engine.runtime, "advance", noted)
+    monkeypatch.setattr(engine.runner, "advance", noted)
     watch, outcomes = Watch(engine, monkeypatch), []
     styles = ((), sf.StyleAligned(bank), sf.StyleAligned(OTHER), sf.StyleAligned(prompt="oil"))
 

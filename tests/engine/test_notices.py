@@ -9,7 +9,7 @@ import stylefast as sf
 from stylefast.errors import ModelFormatError
 from stylefast.models.checkpoint import TINY
 from stylefast.models.known_words import known_words
-from stylefast.runtime.notices import Notices
+from stylefast.runtime.plan.notices import Notices
 from stylefast.styles.dream_styler import DreamStyler
 from stylefast.training.captions import WORDS
 

@@ -110,7 +110,7 @@ def test_a_callback_may_generate(engine, watch, drawn):
 
 
 def test_a_callback_sees_all_pictures_of_a_size_at_one_step(engine, watch, monkeypatch):
-    monkeypatch.setattr(engine.runtime, "max_rows", 4)  # two pictures a call
+    monkeypatch.setattr(engine.runner, "max_rows", 4)  # two pictures a call
     seen = []
     requests = [request(seed=i, steps=3) for i in range(3)] + [request(steps=2, size=LARGE)]
     engine.generate(requests, callback=lambda *args: seen.append(args), output="latents")

@@ -23,7 +23,7 @@ from stylefast.export.manifest import MANIFEST, read_manifest
 from stylefast.export.options import DIGEST
 from stylefast.export.unet_graph import GraphShape
 from stylefast.models.unet import UNet
-from stylefast.runtime import backends
+from stylefast.runtime.backends import choice
 from tests.engine.scene import SIZE, learned, small_picture
 from tests.engine.watch import WAIT, request
 from tests.small_checkpoints import random_lora, write_peft_lora
@@ -134,9 +134,9 @@ def test_pictures_are_those_of_pytorch(eager, exported, requests, case):
 
 def test_a_mixed_batch_is_one_call_a_step(eager, exported, requests):
     mixed = [one for case in CASES if "odd size" not in case for one in requests[case]]
-    calls = exported.runtime.calls
+    calls = exported.runner.calls
     pictures = exported.generate(mixed, output="np").images
-    assert exported.runtime.calls - calls == 3
+    assert exported.runner.calls - calls == 3
     assert psnr(pictures, eager.generate(mixed, output="np").images) >= 60
 
 
@@ -148,10 +148,10 @@ def test_jobs_run_through_the_graphs_too(eager, exported, requests):
 
 def test_a_graph_is_loaded_when_it_is_wanted(micro, folder, requests):
     with sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=folder) as engine:
-        assert engine.runtime.backend.name == "onnxruntime" and engine.runtime.backend.loaded == ()
+        assert engine.runner.backend.name == "onnxruntime" and engine.runner.backend.loaded == ()
         before = engine.memory()["graphs"]
         engine.generate(requests["plain"], output="latents")
-        assert engine.runtime.backend.loaded == ("plain",)
+        assert engine.runner.backend.loaded == ("plain",)
         assert engine.memory()["graphs"] >= before + 0.9 * sum(x.nbytes for x in engine.unet.parameters())
 
 
@@ -303,7 +303,7 @@ def test_what_was_altered_is_refused_before_it_is_loaded(micro, copy):
     with sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy) as engine:
         with pytest.raises(ExportError, match="altered: .*unet-plain.onnx has sha256"):
             engine.generate(request(), output="latents")
-        assert engine.runtime.pictures == 0 and engine.runtime.backend.loaded == ()
+        assert engine.runner.pictures == 0 and engine.runner.backend.loaded == ()
 
 
 def test_engines_from_elsewhere_need_the_digest(micro, copy):
@@ -359,7 +359,7 @@ def test_graphs_without_weights_of_their_own_follow_a_lora(folder, copy, monkeyp
         return sf.Engine.from_pipeline(pipe).generate(request(), output="np").images
 
     unet = UNet.from_state(dict(pipe.unet.config), pipe.unet.state_dict())
-    monkeypatch.setattr(backends, "open_session", lambda _, file, __: FollowingSession(unet, shapes[file.name]))
+    monkeypatch.setattr(choice, "open_session", lambda _, file, __: FollowingSession(unet, shapes[file.name]))
     with sf.Engine.from_pipeline(pipe, backend="aoti", engines=copy) as engine:
         before = engine.generate(request(), output="np").images
         assert psnr(before, expected()) >= 60

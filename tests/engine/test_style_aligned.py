@@ -364,14 +364,14 @@ def test_the_inversion_of_a_picture_follows_the_equations(pipe, draw, monkeypatc
 
 def test_an_inverted_picture_is_pinned_as_in_the_authors_notebook(pipe, draw, monkeypatch):
     picture, steps, prompts = small_picture(4, SIZE), 11, PROMPTS[:1]
-    trajectory = literal_inversion(pipe, clean_latents(pipe, picture)[0], "a fish", steps, 2.0)
+    sample = literal_inversion(pipe, clean_latents(pipe, picture)[0], "a fish", steps, 2.0)
     pin = admission.inverted_pin
-    monkeypatch.setattr(admission, "inverted_pin", lambda trail: pin(trajectory[::-1]))
+    monkeypatch.setattr(admission, "inverted_pin", lambda trail: pin(sample[::-1]))
     style = sf.StyleAligned(reference=picture, prompt="a fish", noise="ddim")
     actual = draw(prompts, style, seed=30, scheduler="ddim", steps=steps, guidance=2.0)
 
     # a tenth of the steps in, and one more after the first step
-    pinned = [trajectory[1]] + [trajectory[max(2, step)] for step in range(1, steps)]
+    pinned = [sample[1]] + [sample[max(2, step)] for step in range(1, steps)]
     config = {**pipe.scheduler.config, "steps_offset": 0, "set_alpha_to_one": False, "clip_sample": False}
     monkeypatch.setattr(generation, "make_scheduler", lambda *_: DDIMScheduler.from_config(config))
     null, full = encode(pipe, ["a fish", *prompts])

@@ -86,12 +86,12 @@ def submit(engine, prompt="a cat", *, deadline=None, output="latents", **options
 
 def held(engine) -> dict[str, int]:
     """What jobs hold of an engine: all zeros once they are over."""
-    runtime, images = engine.runtime, engine.runtime.conditions.images
+    runner, images = engine.runner, engine.runner.conditions.images
     return {
-        "text": runtime.conditions.text.used,
+        "text": runner.conditions.text.used,
         "images": 0 if images is None else images.used,
-        "latents": sum(slots.used for slots in runtime.latents.values()),
-        "pinned": sum(pool.stats().pinned for pool in runtime.bank_pages.values()),
+        "latents": sum(slots.used for slots in runner.latents.values()),
+        "pinned": sum(pool.stats().pinned for pool in runner.bank_pages.values()),
         "running": engine.scheduler.running,
         "pending": engine.scheduler.pending,
     }

@@ -192,7 +192,7 @@ class RuntimeConfig:
         self.cache = cache
 
 
-class Runtime:
+class Runner:
     engine_header_size = 32
 
     def __init__(self, logger):

@@ -19,7 +19,7 @@ from stylefast.export import aoti
 from stylefast.export.aoti import AotiSession, export_aoti, package_facts
 from stylefast.export.unet_graph import GraphShape, UNetGraph, example_inputs, with_tokens
 from stylefast.kernels.registry import operation
-from stylefast.models.packed import pack
+from stylefast.models.prepacked import pack
 from stylefast.models.unet import UNet
 from tests.small_sdxl import small_unet_config
 

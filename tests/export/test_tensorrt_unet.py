@@ -26,7 +26,7 @@ def small():
 
 def embedded():
     from stylefast.engine import Engine
-    from stylefast.models.packed import unpack
+    from stylefast.models.prepacked import unpack
 
     found = Engine.from_pretrained("tiny").unet
     unpack(found)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from stylefast.models.conditioning import StylePages
+from stylefast.models.layer_inputs import StylePages
 from stylefast.models.unet import GroupNorm, SelfAttention, UNet
 from tests.fp64 import close, measured
 from tests.oracle.rows import plain_rows, run, share

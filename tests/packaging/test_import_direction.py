@@ -36,7 +36,7 @@ ALLOWED = {
     "record": BELOW_ENGINE | {"record_values"},
     # the package itself, for the version that goes into a picture's metadata
     "engine": BELOW_ENGINE | {"record", "record_values", "stylefast", "threads"},
-    "naive": {"errors", "kernels", "models", "sampling", "styles", "runtime.request"},
+    "naive": {"errors", "kernels", "models", "sampling", "styles", "runtime.plan.request"},
     "presentation": {"errors", "values"},
     "training": {"errors", "values", "kernels", "models", "styles", "sampling", "evaluation"},
     "evaluation": {"errors", "values", "kernels", "models", "styles"},

@@ -11,9 +11,9 @@ import stylefast as sf
 from stylefast.errors import OutOfMemory, StyleError
 from stylefast.kernels import registry
 from stylefast.models.unet import UNet
-from stylefast.runtime.bank_pages import BankPages, idle_pages
-from stylefast.runtime.host_pages import chunk_of
-from stylefast.runtime.page_layout import PageLayout
+from stylefast.runtime.banks.bank_pages import BankPages, idle_pages
+from stylefast.runtime.banks.host_pages import chunk_of
+from stylefast.runtime.banks.page_layout import PageLayout
 from tests.engine.scene import sharp_pipeline
 from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
 
@@ -178,11 +178,11 @@ def test_pages_of_a_model_in_half_precision(engine, banks):
 def test_a_request_without_a_bank_takes_no_room_for_pages(options):
     engine = sf.Engine.from_pipeline(sharp_pipeline(), **options)
     engine.generate("a cat", output="latents", **SETTINGS)
-    assert engine.runtime.bank_pages == {}
+    assert engine.runner.bank_pages == {}
 
 
 def test_the_pool_has_room_for_the_banks_that_were_read_and_grows_with_others(engine, banks):
-    runtime, each = engine.runtime, 2 * SETTINGS["steps"]
+    runner, each = engine.runner, 2 * SETTINGS["steps"]
 
     def live(change, *further):
         style = sf.StyleAligned(prompt="a dog", seed=4)
@@ -193,7 +193,7 @@ def test_the_pool_has_room_for_the_banks_that_were_read_and_grows_with_others(en
     def read(*kinds):
         requests = [sf.Request("a cat", style=sf.StyleAligned(banks[kind]), **SETTINGS) for kind in kinds]
         latents = engine.generate(requests, output="latents").latents
-        return latents, runtime.bank_pages[LATENTS]
+        return latents, runner.bank_pages[LATENTS]
 
     alone, pool = read(KINDS[0])
     assert pool.slots == each and pool.nbytes == each * sum(part.nbytes for part in pool.layout.parts)
@@ -206,7 +206,7 @@ def test_the_pool_has_room_for_the_banks_that_were_read_and_grows_with_others(en
     close(both[1], Measured(alone[0], partial(live, wide), roundings))
     read(KINDS[2])
     assert pool.slots == 4 * each, "it grows to twice its size, not for every bank"
-    assert runtime.unet.device.type == "cpu" and pool.host_bytes == 0
+    assert runner.unet.device.type == "cpu" and pool.host_bytes == 0
 
 
 def test_a_pool_that_can_not_grow_serves_its_banks_all_the_same(banks, monkeypatch):
@@ -215,7 +215,7 @@ def test_a_pool_that_can_not_grow_serves_its_banks_all_the_same(banks, monkeypat
     expected = engine.generate(read[1], output="latents").latents
     engine = sf.Engine.from_pipeline(sharp_pipeline())
     engine.generate(read[0], output="latents")
-    (pool,) = engine.runtime.bank_pages.values()
+    (pool,) = engine.runner.bank_pages.values()
     allocate, sizes = pool.layout.allocate, []
 
     def scarce(pages, device):
@@ -237,7 +237,7 @@ def test_other_pools_and_the_budget_bound_what_a_pool_grows_to(banks):
     engine = sf.Engine.from_pipeline(sharp_pipeline(), bank_memory=11 * page)
     for kind in KINDS[:2]:
         engine.generate(sf.Request("a cat", style=sf.StyleAligned(banks[kind]), **SETTINGS), output="latents")
-    assert engine.runtime.bank_pages[LATENTS].slots == 11
+    assert engine.runner.bank_pages[LATENTS].slots == 11
 
 
 @pytest.mark.parametrize(

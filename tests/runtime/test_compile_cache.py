@@ -10,8 +10,8 @@ import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from stylefast.errors import InvalidRequest
-from stylefast.runtime import compile_cache
-from stylefast.runtime.compile_cache import CompileCache
+from stylefast.runtime.backends import compile_cache
+from stylefast.runtime.backends.compile_cache import CompileCache
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ import sys
 import torch
 from torch._dynamo.utils import counters
 from stylefast.models.unet import UNet
-from stylefast.runtime.compiled import CompileBackend
+from stylefast.runtime.backends.compiled import CompileBackend
 from tests.small_sdxl import small_unet_config
 
 torch.manual_seed(0)

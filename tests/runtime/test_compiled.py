@@ -12,10 +12,10 @@ from PIL import Image
 import stylefast as sf
 from stylefast.errors import InvalidRequest, MissingDependency
 from stylefast.kernels import registry
-from stylefast.runtime import compiled
-from stylefast.runtime.compiled import BUCKETS, CompileBackend
-from stylefast.runtime.graphs import Captured, StepGraphs
-from stylefast.runtime.request import Request
+from stylefast.runtime.backends import compiled
+from stylefast.runtime.backends.compiled import BUCKETS, CompileBackend
+from stylefast.runtime.backends.cuda_graphs import Captured, StepGraphs
+from stylefast.runtime.plan.request import Request
 from tests.engine.scene import EMBED_DIM, SIZE, STEPS, learned
 from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
 from tests.oracle.instant_style import random_adapter
@@ -38,8 +38,8 @@ def make(tmp_path_factory):
         engine = engine_of(change(pipe))
         engine.load_adapter(file)
         if backend is not None:
-            engine.runtime.backend = backend(engine.unet)
-            engine.runtime.buckets = engine.runtime.backend.buckets
+            engine.runner.backend = backend(engine.unet)
+            engine.runner.buckets = engine.runner.backend.buckets
         return engine
 
     return make
@@ -169,7 +169,7 @@ def test_a_mixed_batch_equals_the_plain_one(traced, drawn, styles):
 
 def test_equal_blocks_share_their_code_and_so_do_batch_sizes_but_not_picture_sizes(make):
     engine = make(_traced_only)
-    backend = engine.runtime.backend
+    backend = engine.runner.backend
     # from 16 rows on, convolutions on a single CPU thread are others to PyTorch
     for count in (1, 2, 5, 7):
         draw(engine, ["a cat"] * count, steps=1)
@@ -182,7 +182,7 @@ def test_equal_blocks_share_their_code_and_so_do_batch_sizes_but_not_picture_siz
 
 
 def test_nothing_is_compiled_again_for_another_style_strength_guidance_sampler_seed_or_mix(traced, styles, bank):
-    engine, backend = traced, traced.runtime.backend
+    engine, backend = traced, traced.runner.backend
     draw(engine, "a cat", styles["InstantStyle"])  # the adapter's columns are there from its first use on
     draw(engine, "a cat")
     before = backend.compilations
@@ -202,17 +202,17 @@ def test_nothing_is_compiled_again_for_another_style_strength_guidance_sampler_s
             seed=seed,
         )
     draw(engine, ["a sks cat", "a sks dog", "a sks fish"], styles["DreamStyler"], steps=5)
-    assert len(engine.runtime.conditions.text) > 8
+    assert len(engine.runner.conditions.text) > 8
     assert backend.compilations == before
 
 
 def test_several_references_compile_one_set_of_transformer_blocks_whatever_their_number(traced):
     draw(traced, "a cat", sf.StyleAligned([PICTURE]))
-    before = traced.runtime.backend.compilations
+    before = traced.runner.backend.compilations
     draw(traced, "a cat", sf.StyleAligned([PICTURE, OTHER]))
-    assert traced.runtime.backend.compilations == before + TRANSFORMERS
+    assert traced.runner.backend.compilations == before + TRANSFORMERS
     draw(traced, "a cat", sf.StyleAligned([PICTURE, OTHER, PICTURE]))
-    assert traced.runtime.backend.compilations == before + TRANSFORMERS
+    assert traced.runner.backend.compilations == before + TRANSFORMERS
 
 
 def _told(caplog):
@@ -221,7 +221,7 @@ def _told(caplog):
 
 def test_warm_up_compiles_all_that_requests_need(make, styles, caplog):
     engine = make(_traced_only)
-    backend, shape = engine.runtime.backend, (4, SIZE[1] // 4, SIZE[0] // 4)
+    backend, shape = engine.runner.backend, (4, SIZE[1] // 4, SIZE[0] // 4)
     assert backend.warm_up(shape, [4]) == SHAPES
     assert backend.warm_up(shape, [2, 8], images=True) == TRANSFORMERS
     with caplog.at_level(logging.WARNING, "stylefast"):
@@ -237,7 +237,7 @@ def test_warm_up_compiles_all_that_requests_need(make, styles, caplog):
 @pytest.mark.parametrize("rows", [[], [0], [2, 1.5]])
 def test_warm_up_refuses_what_is_no_row_count(traced, rows):
     with pytest.raises(InvalidRequest, match="rows is"):
-        traced.runtime.backend.warm_up((4, 8, 12), rows)
+        traced.runner.backend.warm_up((4, 8, 12), rows)
 
 
 def test_idle_rows_change_no_bit_of_the_others(traced, styles):
@@ -256,9 +256,9 @@ def test_idle_rows_change_no_bit_of_the_others(traced, styles):
 
 
 def test_baking_runs_on_the_unet_itself(traced, plain, bank):
-    before = traced.runtime.backend.compilations
+    before = traced.runner.backend.compilations
     baked = traced.bake(sf.StyleAligned(OTHER), steps=STEPS, size=SIZE)
-    assert traced.runtime.backend.compilations == before
+    assert traced.runner.backend.compilations == before
     for name, tensor in bank.tensors.items():
         torch.testing.assert_close(baked.tensors[name], tensor, msg=name)
     assert not any("forward" in vars(module) for module in traced.unet.modules())
@@ -282,8 +282,8 @@ def test_weights_that_a_lora_writes_reach_compiled_blocks(traced):
 @pytest.fixture
 def replaying(traced):
     """(engine, capture) with no graph captured yet."""
-    traced.runtime.backend.forget()
-    capture = traced.runtime.backend._graphs._capture
+    traced.runner.backend.reset()
+    capture = traced.runner.backend._graphs._capture
     capture.replays = 0
     return traced, capture
 
@@ -292,32 +292,32 @@ def test_steps_are_replayed_from_the_third_on_and_give_the_same_pictures(replayi
     engine, capture = replaying
     replayed = draw(engine, "a cat", styles["InstantStyle"], steps=6)
     close(replayed, drawn(lambda styles: ("a cat", styles["InstantStyle"]), steps=6))
-    assert capture.replays == 4 and engine.runtime.backend.captures == 1
+    assert capture.replays == 4 and engine.runner.backend.captures == 1
     # another style and strength of the same shape, in the same graph
     draw(engine, "a house", styles["InstantStyle and a bank"])
-    assert capture.replays == 4 + STEPS and engine.runtime.backend.captures == 1
+    assert capture.replays == 4 + STEPS and engine.runner.backend.captures == 1
 
 
 def test_a_graph_goes_when_the_latents_move(replaying):
     engine, _ = replaying
     draw(engine, "a cat", steps=4)
-    assert engine.runtime.backend.captures == 1
-    state = engine.runtime.latents[4, SIZE[1] // 4, SIZE[0] // 4]
+    assert engine.runner.backend.captures == 1
+    state = engine.runner.latents[4, SIZE[1] // 4, SIZE[0] // 4]
     state.release(state.take(torch.zeros(len(state.latents), *state.shape)))
     gc.collect()
     draw(engine, "a cat", steps=2)
-    assert engine.runtime.backend.captures == 0
+    assert engine.runner.backend.captures == 0
     draw(engine, "a cat", steps=2)
-    assert engine.runtime.backend.captures == 1
+    assert engine.runner.backend.captures == 1
 
 
 def test_forgetting_frees_graphs_and_keeps_code(replaying, styles):
     engine, _ = replaying
-    backend = engine.runtime.backend
+    backend = engine.runner.backend
     draw(engine, "a cat", styles["InstantStyle"])
     assert backend.nbytes >= 1000  # as the stand-in says
     count = backend.compilations
-    backend.forget()
+    backend.reset()
     assert backend.nbytes == 0 and backend.captures == 0
     draw(engine, "a cat", styles["InstantStyle"])
     assert backend.compilations == count

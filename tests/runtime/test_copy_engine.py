@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from stylefast.errors import InvalidRequest, MissingDependency, ModelFormatError
 from stylefast.models.stored_tensors import StoredTensors
-from stylefast.runtime import copy_engine
-from stylefast.runtime.copy_engine import CopyEngine
+from stylefast.runtime.banks import copy_engine
+from stylefast.runtime.banks.copy_engine import CopyEngine
 from tests.runtime.backends import backends
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool]
@@ -161,7 +161,7 @@ def test_an_engine_that_is_forgotten_finishes_its_copies(backend):
 @backends
 def test_an_interpreter_ends_with_copies_under_way(backend):
     script = (
-        "import torch; from stylefast.runtime.copy_engine import CopyEngine\n"
+        "import torch; from stylefast.runtime.banks.copy_engine import CopyEngine\n"
         f"engine = CopyEngine(backend={backend!r})\n"
         "ticket = engine.copy([torch.ones(1 << 20)] * 30, [torch.empty(1 << 20) for _ in range(30)])\n"
         "print('end')"

@@ -8,16 +8,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stylefast as sf
 from stylefast.kernels import registry
-from stylefast.models.conditioning import ImageKV
+from stylefast.models.layer_inputs import ImageKV
 from stylefast.models.unet import UNet
-from stylefast.runtime import step
-from stylefast.runtime.backends import make_backend
-from stylefast.runtime.bank_pages import BankPages
-from stylefast.runtime.graphs import Captured, StepGraphs
-from stylefast.runtime.key_values import KeyValuePages
-from stylefast.runtime.latents import LatentSlots
-from stylefast.runtime.step import StepBuffers, TorchBackend, graphs_for, run_step
-from stylefast.runtime.step_table import StepTable, TableShape
+from stylefast.runtime.backends import base
+from stylefast.runtime.backends.base import TorchBackend, graphs_for
+from stylefast.runtime.backends.choice import make_backend
+from stylefast.runtime.backends.cuda_graphs import Captured, StepGraphs
+from stylefast.runtime.banks.bank_pages import BankPages
+from stylefast.runtime.steps.key_values import KeyValuePages
+from stylefast.runtime.steps.latents import LatentSlots
+from stylefast.runtime.steps.step import ModelInputs, run_step
+from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers
 from tests.engine.scene import sharp_pipeline
 from tests.small_sdxl import small_unet_config
 
@@ -25,13 +26,13 @@ LATENTS = (4, 8, 12)
 CPU = torch.device("cpu")
 
 
-def buffers_of(unet, banks=True, pictures=True, masks=True) -> StepBuffers:
+def buffers_of(unet, banks=True, pictures=True, masks=True) -> ModelInputs:
     """Everything that a step can read, empty."""
     pooled = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
     text = KeyValuePages(unet.layout, 77, pooled, unet.device, unet.dtype)
     image = KeyValuePages(unet.layout, 4, 0, unet.device, unet.dtype)
     sizes = unet.attention_sizes(*LATENTS[1:])
-    return StepBuffers(
+    return ModelInputs(
         text.layers,
         text.extra,
         ImageKV(image.layers, image.lengths) if pictures else None,
@@ -40,9 +41,9 @@ def buffers_of(unet, banks=True, pictures=True, masks=True) -> StepBuffers:
     )
 
 
-def table_of(unet, rows=4) -> StepTable:
+def table_of(unet, rows=4) -> StepBuffers:
     layout = unet.layout
-    return StepTable(TableShape(rows, 2, 1, 1, True, len(layout.layers), len(layout.modules), LATENTS), CPU)
+    return StepBuffers(BatchShape(rows, 2, 1, 1, True, len(layout.layers), len(layout.modules), LATENTS), CPU)
 
 
 class HostWatch(TorchDispatchMode):
@@ -148,13 +149,13 @@ def test_the_third_step_of_a_shape_is_captured_and_further_ones_are_replayed(cap
     engine, recorder, plain = captured
     recorder.log.clear()
     latents = engine.generate("a cat", **CALL).latents
-    assert recorder.log == ["warm", "warm", "replay", "replay"] and engine.runtime.backend.captures == 1
+    assert recorder.log == ["warm", "warm", "replay", "replay"] and engine.runner.backend.captures == 1
     assert torch.equal(latents[0], plain.generate("a cat", **CALL).latents[0])
     assert engine.memory()["graphs"] == 70
     # another seed, prompt, sampler and guidance are other contents of the same buffers
     engine.generate("a dog", seed=7, scheduler="dpmpp_2m", guidance=3.0, **CALL)
     assert recorder.log == ["warm", "warm", *["replay"] * 6]
-    engine.runtime.backend.forget()
+    engine.runner.backend.reset()
     assert recorder.log[-1] == "reset" and engine.memory()["graphs"] == 0
 
 
@@ -168,7 +169,7 @@ def test_a_pool_that_comes_or_grows_between_two_steps_is_never_read_by_an_old_gr
 
 def test_a_step_that_can_not_be_captured_runs_as_it_is_written(captured, caplog, monkeypatch):
     engine, recorder, plain = captured
-    engine.runtime.backend.forget()
+    engine.runner.backend.reset()
     monkeypatch.setattr(recorder, "failure", RuntimeError("operation not permitted when stream is capturing"))
     (latents,) = engine.generate("a cat", **CALL).latents
     assert torch.equal(latents, plain.generate("a cat", **CALL).latents[0])
@@ -177,8 +178,8 @@ def test_a_step_that_can_not_be_captured_runs_as_it_is_written(captured, caplog,
 
 def test_auto_captures_on_a_gpu_and_nowhere_else(captured, monkeypatch):
     made = []
-    monkeypatch.setattr(step, "CudaCapture", made.append)
+    monkeypatch.setattr(base, "CudaCapture", made.append)
     assert graphs_for(torch.device("cpu")) is None and made == []
     assert isinstance(graphs_for(torch.device("cuda", 1)), StepGraphs) and made == [torch.device("cuda", 1)]
     _, _, plain = captured
-    assert make_backend("auto", plain.unet).captures == 0 and plain.runtime.backend._graphs is None
+    assert make_backend("auto", plain.unet).captures == 0 and plain.runner.backend._graphs is None

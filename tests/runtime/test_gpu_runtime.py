@@ -45,26 +45,26 @@ def test_cached_equals_batched(plain, source, store):
 
 def test_pages_that_stream_equal_pages_that_stay(plain, tmp_path):
     bank = plain.bake(sf.StyleAligned(PICTURE), **SETTINGS, path=tmp_path / "brand.bank")
-    page = plain.runtime.bank_pages[(8, 12)].layout.nbytes if plain.runtime.bank_pages else 2**20
+    page = plain.runner.bank_pages[(8, 12)].layout.nbytes if plain.runner.bank_pages else 2**20
     # room for the two pages of a step and the two of the next
     narrow = engine(bank_memory=4 * page + 1)
     expected = latents(plain, sf.StyleAligned(bank))
     for _ in range(3):
         near(latents(narrow, sf.StyleAligned(bank)), expected, TOLERANCE)
     torch.cuda.synchronize()
-    assert narrow.runtime.bank_pages[(8, 12)].stats().pinned == 0
+    assert narrow.runner.bank_pages[(8, 12)].stats().pinned == 0
 
 
 def test_captured_steps_equal_steps_that_run(plain):
-    from stylefast.runtime.compiled import CompileBackend
+    from stylefast.runtime.backends.compiled import CompileBackend
 
     captured = engine()
-    captured.runtime.backend = CompileBackend(captured.unet, cache=None, compiler="eager")
-    captured.runtime.buckets = captured.runtime.backend.buckets
+    captured.runner.backend = CompileBackend(captured.unet, cache=None, compiler="eager")
+    captured.runner.buckets = captured.runner.backend.buckets
     bank = plain.bake(sf.StyleAligned(PICTURE), **SETTINGS)
     for style in (None, sf.StyleAligned(PICTURE), sf.StyleAligned(bank), sf.StyleAligned(bank, scale=0.5, shift=1.0)):
         near(latents(captured, style), latents(plain, style), TOLERANCE)
-    assert captured.runtime.backend.captures > 0
+    assert captured.runner.backend.captures > 0
 
 
 @pytest.mark.parametrize("scheduler", ["euler_ancestral", "dpmpp_2m", "unipc"])

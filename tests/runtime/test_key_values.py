@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from stylefast.models.layout import AttentionLayout
-from stylefast.runtime.key_values import FIRST_PAGES, IDLE_PAGES, KeyValuePages
-from stylefast.runtime.latents import LatentSlots
+from stylefast.runtime.steps.key_values import FIRST_PAGES, IDLE_PAGES, KeyValuePages
+from stylefast.runtime.steps.latents import LatentSlots
 from tests.small_sdxl import small_unet_config
 
 TOKENS = 7

@@ -7,9 +7,9 @@ import torch
 
 from stylefast.export.unet_graph import GraphShape, graph_inputs, with_tokens
 from stylefast.models.unet import UNet
-from stylefast.runtime.bank_pages import BankPages
-from stylefast.runtime.key_values import FIRST_PAGES, KeyValuePages
-from stylefast.runtime.page_layout import FP8, PageLayout
+from stylefast.runtime.banks.bank_pages import BankPages
+from stylefast.runtime.banks.page_layout import FP8, PageLayout
+from stylefast.runtime.steps.key_values import FIRST_PAGES, KeyValuePages
 from stylefast.styles.bank_size import page_bytes
 from tests.small_sdxl import small_unet_config
 
@@ -49,18 +49,18 @@ def found(tensors):
 
 
 def test_text_and_pictures_have_the_shapes_that_graphs_declare(unet, text):
-    packed = {f"image_kv_{level}": x for level, x in enumerate(text.packed)}
+    packed = {f"image_kv_{level}": x for level, x in enumerate(text.by_level)}
     assert found(packed) == declared(unet, "image_kv_", image_pages=FIRST_PAGES, image_tokens=7)
-    assert all(x.is_contiguous() for x in text.packed)
+    assert all(x.is_contiguous() for x in text.by_level)
 
 
 def test_bank_pages_have_the_names_and_shapes_that_graphs_declare(unet, pool):
-    assert found(pool.packed) == declared(unet, "page_", pages=SLOTS)
-    assert all(x.is_contiguous() for x in pool.packed.values())
+    assert found(pool.by_name) == declared(unet, "page_", pages=SLOTS)
+    assert all(x.is_contiguous() for x in pool.by_name.values())
 
 
 def test_a_layers_keys_and_values_are_contiguous_parts_of_its_level(unet, text):
-    for level, packed in enumerate(text.packed):
+    for level, packed in enumerate(text.by_level):
         for place, layer in enumerate(unet.layout.at_level(level)):
             for side, x in enumerate(text.layers[layer]):
                 assert x.is_contiguous() and x.data_ptr() == packed[place, side].data_ptr()
@@ -69,10 +69,10 @@ def test_a_layers_keys_and_values_are_contiguous_parts_of_its_level(unet, text):
 
 def test_what_kernels_read_of_bank_pages_are_parts_of_the_packed_tensors(unet, pool):
     pages = pool.pages
-    for name, x in pool.packed.items():
+    for name, x in pool.by_name.items():
         x.copy_(torch.arange(x.numel()).view(x.shape) % 251 + len(name))
     for level in range(unet.layout.levels):
-        kv, stats = pool.packed[f"page_kv_{level}"], pool.packed[f"page_stats_{level}"]
+        kv, stats = pool.by_name[f"page_kv_{level}"], pool.by_name[f"page_stats_{level}"]
         for place, layer in enumerate(unet.layout.at_level(level)):
             for side in range(2):
                 assert torch.equal(pages.layers[layer][side], kv[:, place, side])
@@ -80,8 +80,8 @@ def test_what_kernels_read_of_bank_pages_are_parts_of_the_packed_tensors(unet, p
                 moments = (pages.means, pages.variances)[side][layer]  # [3, slots, heads, d]
                 assert torch.equal(moments, stats[:, place, side].transpose(0, 1))
     for i, (means, variances) in enumerate(zip(pages.norm_means, pages.norm_variances)):
-        assert torch.equal(means, pool.packed["page_norms"][:, i, 0])
-        assert torch.equal(variances, pool.packed["page_norms"][:, i, 1])
+        assert torch.equal(means, pool.by_name["page_norms"][:, i, 0])
+        assert torch.equal(variances, pool.by_name["page_norms"][:, i, 1])
 
 
 @pytest.mark.parametrize("wider", [0, 5])
@@ -96,14 +96,14 @@ def test_growing_keeps_the_layout_and_what_is_stored(unet, text, wider):
         ]
 
     first = text.add([*range(FIRST_PAGES)], values(FIRST_PAGES, 7, 1))
-    before = text.packed
+    before = text.by_level
     (place,) = text.add(["more"], values(1, 7 + wider, 100))
-    assert all(old is not new for old, new in zip(before, text.packed))
+    assert all(old is not new for old, new in zip(before, text.by_level))
     for i, (k, v) in enumerate(text.layers):
         for side, x in enumerate((k, v)):
             assert x.is_contiguous() and x.shape[:2] == (2 * FIRST_PAGES, 7 + wider)
             assert (x[first, :7] == 1 + 2 * i + side).all() and (x[place, : 7 + wider] == 100 + 2 * i + side).all()
-    held = sum(x.nbytes for x in text.packed) + text.lengths.nbytes + text.extra.nbytes
+    held = sum(x.nbytes for x in text.by_level) + text.lengths.nbytes + text.extra.nbytes
     assert text.nbytes == held
 
 

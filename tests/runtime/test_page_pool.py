@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from stylefast.errors import InvalidRequest, MissingDependency, StyleFastError
-from stylefast.runtime import page_pool
-from stylefast.runtime.page_pool import Page, PagePool, PoolFull
+from stylefast.runtime.banks import page_pool
+from stylefast.runtime.banks.page_pool import Page, PagePool, PoolFull
 from tests.runtime.backends import backends
 
 

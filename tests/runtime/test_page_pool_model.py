@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stylefast.runtime.page_pool import PagePool, PoolFull
+from stylefast.runtime.banks.page_pool import PagePool, PoolFull
 from tests.runtime.backends import backends
 
 

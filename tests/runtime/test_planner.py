@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest, MissingDependency
-from stylefast.runtime import planner
-from stylefast.runtime.planner import LIVE, plan_arrays, plan_segments
+from stylefast.runtime.steps import planner
+from stylefast.runtime.steps.planner import LIVE, plan_arrays, plan_segments
 from tests.runtime.backends import backends, needs_extension
 
 

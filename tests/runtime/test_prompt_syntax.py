@@ -2,9 +2,9 @@
 
 import pytest
 
-from stylefast.runtime import prompt_syntax
-from stylefast.runtime.prompt_syntax import instructions, warn_of_instructions
-from stylefast.runtime.request import Request
+from stylefast.runtime.plan import prompt_syntax
+from stylefast.runtime.plan.prompt_syntax import instructions, warn_of_instructions
+from stylefast.runtime.plan.request import Request
 from stylefast.styles.style_aligned import StyleAligned
 
 INSTRUCTIONS = {

@@ -8,7 +8,7 @@ from stylefast.errors import AdapterError, StyleError
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.record import from_record, to_record
-from stylefast.runtime.request import Request
+from stylefast.runtime.plan.request import Request
 from stylefast.styles.instant_style import InstantStyle
 from tests.small_adapter import CROSS_DIM, global_adapter, plus_adapter, small_layout, small_picture, small_vision_model
 

@@ -27,8 +27,8 @@ from stylefast.errors import (
 )
 from stylefast.export.manifest import GraphEntry, graph_from_json
 from stylefast.export.unet_graph import GraphShape
-from stylefast.runtime.graph_backend import Graph, GraphBackend
-from stylefast.runtime.graph_components import GraphComponents
+from stylefast.runtime.backends.exported import ExportedBackend, Graph
+from stylefast.runtime.backends.exported_parts import ExportedParts
 from stylefast.runtime.jobs import Job
 
 
@@ -88,7 +88,7 @@ class TritonPythonModel:
         self._engine.close()
         self._events.call_soon_threadsafe(self._events.stop)
 
-    def _backend(self, unet) -> GraphBackend:
+    def _backend(self, unet) -> ExportedBackend:
         models = {graph.label: model for model, graph in self._graphs.items()}
 
         def session(graph: GraphEntry) -> BlsSession:
@@ -105,7 +105,7 @@ class TritonPythonModel:
             for graph in self._graphs.values()
             if graph.component == "unet"
         }
-        return GraphBackend(unet, graphs, "triton", components=GraphComponents.of(self._graphs.values(), session))
+        return ExportedBackend(unet, graphs, "triton", components=ExportedParts.of(self._graphs.values(), session))
 
     def _accept(self, request) -> None:
         client = Client(request.get_response_sender())

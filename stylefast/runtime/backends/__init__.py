@@ -1,0 +1,1 @@
+"""Ways to run a step: as it is, compiled, captured, or through exported graphs."""

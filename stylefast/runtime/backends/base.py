@@ -1,0 +1,124 @@
+"""The interface of backends, and the backend that runs a step as it is."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.unet import UNet
+from stylefast.runtime.backends.cuda_graphs import CudaCapture, StepGraphs
+from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.steps.latents import LatentSlots
+from stylefast.runtime.steps.step import ModelInputs, run_step
+from stylefast.runtime.steps.step_buffers import StepColumns
+
+
+class Backend:
+    """Runner of steps; `Engine(backend=...)` accepts custom ones.
+
+    name: the value of `Engine.runner.backend.name`. buckets: row counts to which batches are padded; empty: a table
+    has the shape of its batch. pads_columns: whether `run` itself pads columns of references and pictures, so that
+    tables are only as wide as their batch. limits: the largest graph dimensions ("rows", "pages") that it supports.
+    """
+
+    name: str = "own"
+    buckets: tuple[int, ...] = ()
+    pads_columns = False
+    limits: Mapping[str, int] = MappingProxyType({})
+
+    def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:
+        """Run one step; `key` identifies shapes and buffers, for backends that prepare something for each.
+
+        If it raises, the pictures must be unchanged: a step that ran out of memory (`OutOfMemory`) or that can't be run
+        as a whole (`ExportError`) is run again in halves.
+        """
+        raise NotImplementedError
+
+    def check(self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool) -> None:
+        """Raise ExportError if a group of `rows` rows or more can't be run; called before its job is accepted.
+
+        latent_size: (height, width). references, segments: the most that a row reads. banked: whether rows read a bank.
+        """
+
+    def ready(self, group: SampleGroup) -> Callable[[], None] | None:
+        """Return slow work to do before a group's first step, such as opening a file; None: nothing.
+
+        It is called alongside other groups' steps, so it must not touch state used by `run`.
+        """
+        return None
+
+    def attach(self, engine: Any) -> None:
+        """Replace other parts of a new engine, such as its text encoders."""
+
+    def adapter(self, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[IPAdapter, ImageEncoder]:
+        """Return the adapter and image encoder that the engine should use."""
+        return adapter, encoder
+
+    def reset(self) -> None:
+        """Drop prepared data."""
+
+    def close(self) -> None:
+        """Free everything held outside of Python; called when the engine is closed."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of prepared data."""
+        return 0
+
+
+class TorchBackend(Backend):
+    """Backend that runs a step eagerly.
+
+    graphs: captures and replays steps; "auto": CUDA graphs on a GPU, where launching a step's thousands of kernels
+    takes longer than running them; none on a CPU. None: every step is launched kernel by kernel.
+    """
+
+    name = "torch"
+
+    def __init__(self, unet: UNet, graphs: StepGraphs | None | str = "auto"):
+        self._unet, self._graphs = unet, graphs_for(unet.device) if graphs == "auto" else graphs
+
+    def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:
+        def step():
+            run_step(self._unet, state, columns, buffers)
+
+        if self._graphs is None:
+            step()
+        else:
+            self._graphs.run(key, read_in_place(state, columns, buffers), step)
+
+    def reset(self) -> None:
+        """Free the memory of captured graphs."""
+        if self._graphs is not None:
+            self._graphs.reset()
+
+    def close(self) -> None:
+        self.reset()
+
+    @property
+    def captures(self) -> int:
+        """Count the CUDA graphs that are ready for replay."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of captured graphs' memory."""
+        return 0 if self._graphs is None else self._graphs.nbytes
+
+
+def graphs_for(device: torch.device) -> StepGraphs | None:
+    """Return the object that captures steps on a device: CUDA graphs on a GPU, None elsewhere."""
+    return StepGraphs(CudaCapture(device)) if device.type == "cuda" else None
+
+
+def read_in_place(state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> list[torch.Tensor]:
+    """Return one tensor for each set of buffers that a step reads in place and that are replaced together."""
+    found = [state.latents, columns.slot, buffers.text_kv[0][0], buffers.pooled]
+    if buffers.image_kv is not None:
+        found += [buffers.image_kv.layers[0][0], buffers.image_kv.lengths]
+    if buffers.pages is not None:
+        found.append(buffers.pages.layers[0][0])
+    return found + list(buffers.masks[:1])

@@ -1,0 +1,353 @@
+"""Steps through exported graphs of the UNet: binds tables and pages to a graph's inputs by name.
+
+The graph is the model's part of a step, from embedding to output; guidance and the sampler's update stay here. Tables
+are only as wide as their batch and are widened to the graph's columns; inputs of the graph that a batch lacks
+(pictures, masks, pages) are filled with idle ones. All tensors of one shape keep their addresses, for sessions that
+replay.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+
+from stylefast.errors import EngineClosed, EngineMismatch, ExportError
+from stylefast.export.unet_graph import (
+    DIMENSIONS,
+    FLAVOURS,
+    OUTPUT,
+    GraphShape,
+    Tensor,
+    graph_inputs,
+    graph_output,
+    with_tokens,
+)
+from stylefast.kernels.registry import trusting
+from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.row_table import COLUMNS
+from stylefast.models.unet import UNet
+from stylefast.runtime.backends.base import Backend
+from stylefast.runtime.backends.exported_parts import ExportedParts
+from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.steps.latents import LatentSlots
+from stylefast.runtime.steps.step import ModelInputs, model_input, sampler_update
+from stylefast.runtime.steps.step_buffers import StepColumns
+
+# batch shapes whose tensors are kept
+_SHAPES = 32
+# dimension -> the column with the page or mask that each row reads
+_PICKS = {"text_pages": "text_page", "image_pages": "image_page", "masks": "image_mask"}
+_COMMANDS = {"onnxruntime": "onnx"}  # backend -> kind of export, where the names differ
+
+
+class Graph(NamedTuple):
+    """One exported UNet.
+
+    session: has `run(inputs, outputs)` like `export.sessions.Session`, or is a function that opens it on first use.
+    ranges: dimension (`export.unet_graph.DIMENSIONS`) -> (least, most) that the graph accepts, if narrower than there.
+    nbytes: bytes of the open session, if it has no `nbytes` of its own.
+    """
+
+    shape: GraphShape
+    session: Any
+    ranges: Mapping[str, tuple[int, int]] = {}
+    nbytes: int = 0
+
+
+class ExportedBackend(Backend):
+    """Backend that runs the UNet's part of a step in exported graphs; replaces `TorchBackend`.
+
+    graphs: by any name, each a `Graph` or a tuple of its fields; a batch uses the smallest that fits. name: for error
+    messages and `Engine.runner.backend.name`. stale: called at every step, returns why the graphs no longer match the
+    weights; None if they do. components: graphs of the model's other parts.
+
+    Raises EngineMismatch if no graph fits a batch; the runner then splits the batch and retries.
+    """
+
+    pads_columns = True
+
+    def __init__(
+        self,
+        unet: UNet,
+        graphs: Mapping[str, Graph | tuple],
+        name: str = "graphs",
+        stale: Callable[[], str | None] = lambda: None,
+        components: ExportedParts | None = None,
+    ):
+        if not graphs:
+            raise EngineMismatch(f"the export holds no UNet graph; run `stylefast export {_COMMANDS.get(name, name)}`")
+        self.name, self._unet, self._stale, self._closed = name, unet, stale, False
+        self._components = components or ExportedParts({})
+        found = [Graph(*graph) for graph in graphs.values()]
+        self._graphs = [_Loaded(unet, graph) for graph in sorted(found, key=lambda graph: _size(graph.shape))]
+        self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
+        # unread pages, masks and pictures, by input
+        self._idle: dict[tuple, torch.Tensor] = {}
+        # smaller batches are padded to the graph's least row count
+        self.buckets = tuple(sorted({low for graph in found if (low := graph.ranges.get("rows", (1, 1))[0]) > 1}))
+        self.limits = {
+            name: max(graph.ranges.get(name, DIMENSIONS[name])[1] for graph in found) for name in ("rows", "pages")
+        }
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Return the flavours whose sessions are open."""
+        return tuple(graph.shape.flavour for graph in self._graphs if graph.opened)
+
+    def attach(self, engine) -> None:
+        """Install the other components' graphs in an engine. Raises EngineMismatch if made from another VAE."""
+        self._components.install(engine)
+
+    def adapter(self, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[IPAdapter, ImageEncoder]:
+        """Return graph versions of both if exactly these weights were exported; else return them unchanged."""
+        return self._components.adapter(adapter, encoder)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of idle tensors, inputs and outputs, and of the open sessions."""
+        tensors = [*self._idle.values(), *(x for one in self._prepared.values() for x in one.tensors())]
+        return sum(x.nbytes for x in tensors) + sum(graph.nbytes for graph in self._graphs) + self._components.nbytes
+
+    @torch.inference_mode()
+    def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:
+        """Run one step. Raises EngineMismatch if no graph fits it, EngineClosed, and the session's errors."""
+        if self._closed:
+            raise EngineClosed("the engine was closed while this ran; load another one")
+        why = self._stale()
+        if why is not None:
+            raise EngineMismatch(why)
+        with trusting():
+            latents, seen = model_input(state, columns, self._unet.dtype)
+            graph = self._choose(columns, buffers, state.shape[1:])
+            prepared = self._prepare(graph, columns, state.shape)
+            inputs = prepared.fill(columns, seen)
+            for tensor in graph.inputs:
+                if tensor.name not in inputs:
+                    found = buffers.pooled if tensor.name == "pooled" else buffers.graph_inputs.get(tensor.name)
+                    inputs[tensor.name] = self._idle_tensor(graph, tensor, state.shape[1:]) if found is None else found
+            inputs = prepared.within(graph.ranges, {tensor.name: inputs[tensor.name] for tensor in graph.inputs})
+            graph.session().run(inputs, {OUTPUT: prepared.output})
+            sampler_update(state, columns, latents, prepared.output)
+
+    def reset(self) -> None:
+        """Free prepared tensors; sessions stay open."""
+        self._prepared.clear()
+        self._idle.clear()
+
+    def close(self) -> None:
+        """Close the sessions; no steps can run afterwards."""
+        self._closed = True
+        self.reset()
+        for graph in self._graphs:
+            graph.close()
+        self._components.close()
+
+    def ready(self, group: SampleGroup) -> Callable[[], None] | None:
+        """Return a function that opens the session of the graph for the group alone; None if it is open.
+
+        If no graph fits, returns None as well; the step will raise the error.
+        """
+        all_rows = [group.rows_at(step) for step in range(group.steps)]
+        banked = any(
+            reference.bank is not None for group_rows in all_rows for row in group_rows.references for reference in row
+        )
+        references = max(group_rows.width for group_rows in all_rows)
+        segments = max(group_rows.segment_width for group_rows in all_rows)
+        try:
+            graph = self._able(banked, references, segments, group.rows, group.latent_shape[1:])
+        except EngineMismatch:
+            return None
+        return None if graph.opened else graph.session
+
+    def _choose(self, columns: StepColumns, buffers: ModelInputs, latent_size: tuple[int, int]) -> "_Loaded":
+        table = columns.table
+        references, segments = table.self_page.shape[1], table.image_page.shape[1]
+        return self._able(buffers.pages is not None, references, segments, len(columns.row_picture), latent_size)
+
+    def check(self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool) -> None:
+        """Raise EngineMismatch if no graph could run a step of such a group."""
+        # smaller batches are padded
+        self._able(banked, references, segments, max([rows, *self.buckets[:1]]), latent_size)
+
+    def _able(self, banked: bool, references: int, segments: int, rows: int, latent_size: tuple[int, int]) -> "_Loaded":
+        """Return the smallest graph that fits a step. Raises EngineMismatch."""
+        flavour = "banked" if banked else "live" if references else "plain"
+        able = [
+            graph
+            for graph in self._graphs
+            if FLAVOURS.index(graph.shape.flavour) >= FLAVOURS.index(flavour)
+            and graph.shape.references >= references
+            and graph.shape.segments >= segments
+        ]
+        if not able:
+            raise EngineMismatch(self._lacking(flavour, references, segments))
+        sizes = {"rows": rows, "height": latent_size[0], "width": latent_size[1]}
+        refused = []
+        for graph in able:
+            beyond = graph.beyond(sizes)
+            if beyond is None:
+                return graph
+            refused.append(f"{graph.shape.flavour}: {beyond}")
+        raise EngineMismatch(
+            f"no graph was made for a step of {sizes['rows']} rows at {sizes['width']}x{sizes['height']} latents "
+            f"({'; '.join(refused)}); ask for another size or fewer pictures at once, or export for this one"
+        )
+
+    def _lacking(self, flavour: str, references: int, segments: int) -> str:
+        """Describe the graph that a batch needs, the available ones, and the export command."""
+        at_hand = ", ".join(f"{g.shape.flavour} ({g.shape.references}, {g.shape.segments})" for g in self._graphs)
+        options = f"--flavour {flavour}"
+        if flavour != "plain":
+            options += f" --references {max(1, references)}"
+        if segments:
+            options += f" --segments {segments}"
+        return (
+            f"this step needs a {flavour} graph (references {references}, pictures {segments} of a row); at hand are "
+            f"{at_hand}. Run `stylefast export {_COMMANDS.get(self.name, self.name)} {options}`, or take "
+            "backend='torch'"
+        )
+
+    def _prepare(self, graph: "_Loaded", columns: StepColumns, latent_shape: tuple[int, int, int]) -> "_Prepared":
+        table = columns.table
+        widths = (table.self_page.shape[1], table.image_page.shape[1], len(table.norm_page))
+        key = (id(graph), len(columns.row_picture), widths, latent_shape)
+        if key not in self._prepared:
+            if len(self._prepared) >= _SHAPES:
+                self._prepared.popitem(last=False)
+            self._prepared[key] = _Prepared(self._unet, graph, key[1], latent_shape)
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
+
+    def _idle_tensor(self, graph: "_Loaded", tensor: Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
+        """Return a minimal tensor for an unread input: zeros, but pictures have one token."""
+        least = {name: graph.ranges.get(name, (1, 1))[0] for name in DIMENSIONS}
+        sizes = with_tokens(self._unet, least | {"height": latent_size[0], "width": latent_size[1]})
+        dims = tuple(sizes[d] if isinstance(d, str) else d for d in tensor.dims)
+        key = (tensor.name, tensor.dtype, dims)
+        if key not in self._idle:
+            value = 1 if tensor.name == "image_lengths" else 0
+            self._idle[key] = torch.full(dims, value, dtype=tensor.dtype, device=self._unet.device)
+        return self._idle[key]
+
+
+class _Loaded:
+    """A graph, its inputs, and its session once it is open."""
+
+    def __init__(self, unet: UNet, graph: Graph):
+        self.shape, self.ranges, self._given, self._nbytes = graph.shape, graph.ranges, graph.session, graph.nbytes
+        self.inputs = graph_inputs(unet, graph.shape)
+        self._session = self._given if hasattr(self._given, "run") else None
+        self._broken: ExportError | None = None
+        self._opening = Lock()
+
+    @property
+    def opened(self) -> bool:
+        return self._session is not None
+
+    @property
+    def nbytes(self) -> int:
+        return getattr(self._session, "nbytes", self._nbytes) if self.opened else 0
+
+    def session(self):
+        # a step may need the session while another thread is opening it
+        with self._opening:
+            if self._broken is not None:
+                raise self._broken
+            if self._session is None:
+                try:
+                    self._session = self._given()
+                except ExportError as error:
+                    # the files won't change, and checking them again takes seconds
+                    self._broken = error
+                    raise
+            return self._session
+
+    def close(self) -> None:
+        if hasattr(self._session, "close"):
+            self._session.close()
+            self._nbytes = 0
+
+    def beyond(self, sizes: Mapping[str, int]) -> str | None:
+        """Describe the first size that the graph does not accept; None if all fit."""
+        for name, size in sizes.items():
+            low, high = self.ranges.get(name, DIMENSIONS[name])
+            if not low <= size <= high:
+                return f"{name} {size} is not in {low} to {high}"
+        return None
+
+
+class _Prepared:
+    """Input tensors that are written at every step, and the output, for one batch shape."""
+
+    def __init__(self, unet: UNet, graph: _Loaded, rows: int, latent_shape: tuple[int, int, int]):
+        channels, height, width = latent_shape
+        sizes = {"rows": rows, "height": height, "width": width}
+        device, output = unet.device, graph_output(unet)
+        self._own = {
+            "latents": torch.empty(rows, *latent_shape, dtype=unet.dtype, device=device),
+            "timestep": torch.empty(rows, device=device),
+            "time_ids": torch.empty(rows, 6, device=device),
+        }
+        self.output = torch.empty([sizes.get(d, d) for d in output.dims], dtype=output.dtype, device=device)
+        self._inputs = graph.inputs
+        self._columns = [x for x in graph.inputs if x.name in COLUMNS]
+        self._device, self._rows = device, rows
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self._own.values(), self.output]
+
+    def fill(self, columns: StepColumns, seen: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return inputs by name, filled from the table and the latents; `seen` [rows, channels, h, w]."""
+        picture, table = columns.row_picture, columns.table._asdict()
+        self._own["latents"].copy_(seen)
+        self._own["timestep"].copy_(columns.timestep[picture])
+        self._own["time_ids"].copy_(columns.time_ids[picture])
+        inputs = {name: self._own[name] for name in ("latents", "timestep", "time_ids")}
+        for tensor in self._columns:
+            column = table[tensor.name]
+            dims = tuple(self._rows if d == "rows" else d for d in tensor.dims)
+            inputs[tensor.name] = column if tuple(column.shape) == dims else self._widened(tensor, column, dims)
+        return inputs
+
+    def within(self, ranges: Mapping[str, tuple[int, int]], inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Reduce pages and masks to those that rows read, if the graph does not accept all of them."""
+        for dimension, column in _PICKS.items():
+            holders = [x for x in self._inputs if dimension in x.dims]
+            least, most = ranges.get(dimension, DIMENSIONS[dimension])
+            if not holders or least <= inputs[holders[0].name].shape[holders[0].dims.index(dimension)] <= most:
+                continue
+            picked = inputs[column]
+            count = max(picked.numel(), least)
+            if count > most:
+                raise EngineMismatch(
+                    f"a step of {self._rows} rows reads up to {count} {dimension}, and the graph takes {least} to "
+                    f"{most}; export with more, or ask for fewer pictures at once"
+                )
+            index = torch.zeros(count, dtype=torch.int64, device=self._device)
+            index[: picked.numel()] = picked.flatten().clamp(min=0)
+            for x in holders:
+                axis, found = x.dims.index(dimension), inputs[x.name]
+                key = f"{x.name} as picked"
+                if key not in self._own:
+                    shape = (*found.shape[:axis], count, *found.shape[axis + 1 :])
+                    self._own[key] = torch.empty(shape, dtype=found.dtype, device=self._device)
+                inputs[x.name] = torch.index_select(found, axis, index, out=self._own[key])
+            places = torch.arange(picked.numel(), device=self._device).view_as(picked)
+            inputs[column] = torch.where(picked >= 0, places, -1)
+        return inputs
+
+    def _widened(self, tensor: Tensor, column: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+        """Return a column padded with idle values to the graph's width."""
+        name = tensor.name
+        if name not in self._own:
+            self._own[name] = COLUMNS[name].filled(dims, self._device)
+        if column.numel():
+            self._own[name][:, : column.shape[1]] = column
+        return self._own[name]
+
+
+def _size(shape: GraphShape) -> tuple:
+    return FLAVOURS.index(shape.flavour), shape.references, shape.segments

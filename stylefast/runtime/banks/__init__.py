@@ -1,0 +1,1 @@
+"""Style banks: baking, and their pages in host and device memory."""

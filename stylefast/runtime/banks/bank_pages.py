@@ -1,0 +1,356 @@
+"""Pages of style banks on the device: which are resident, which are in use, and how missing ones are loaded.
+
+A page holds one reference's features for one step and branch. `PagePool` does the bookkeeping (pins, least recently
+used evicted first); this module copies the bytes. On a GPU pages are copied from pinned host memory on a separate
+stream, a step ahead of their use, and from the bank's file into pinned memory a step before that; on a CPU they are
+copied when they are held. The bank's type may differ from the model's, and hidden states are projected to keys and
+values while loading, so the kernels always read the same format.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from stylefast.errors import OutOfMemory
+from stylefast.kernels.dequantise import dequantise
+from stylefast.models.layer_inputs import StylePages
+from stylefast.models.stored_tensors import Span
+from stylefast.models.unet import UNet
+from stylefast.runtime.banks.host_pages import HostPages
+from stylefast.runtime.banks.page_layout import PageLayout
+from stylefast.runtime.banks.page_pool import PagePool, PoolFull, PoolStats
+from stylefast.sampling.guidance import BRANCHES
+from stylefast.styles.bank import StyleBank
+
+# (bank, step, index in BRANCHES, number of the bank's reference)
+PageKey = tuple[StyleBank, int, int, int]
+
+
+class BankPages:
+    """Slots for pages of one latent size.
+
+    The UNet reads `pages`, views of the tensors in `by_name`; exported graphs read `by_name`, by the names of
+    `PageLayout`. All keep their addresses until the pool grows. The device holds `slots` pages, and the tier between
+    file and device as many as fit into `host_room` bytes; 0: pages come straight from the bank's tensors.
+    """
+
+    def __init__(self, unet: UNet, latent_size: tuple[int, int], slots: int, host_room: int = 0):
+        self._unet, self.latent_size = unet, latent_size
+        self.layout = PageLayout(unet, latent_size, unet.dtype)
+        self._layouts = {("kv", unet.dtype): self.layout}
+        self._attentions = [unet.get_submodule(layer.name).attn1 for layer in unet.layout.layers]
+        on_gpu = unet.device.type == "cuda"
+        self._stream = torch.cuda.Stream(unet.device) if on_gpu else None
+        self._stage = torch.zeros(0, dtype=torch.uint8, device=unet.device)
+        self._banks: weakref.WeakValueDictionary[int, StyleBank] = weakref.WeakValueDictionary()  # by id
+        # pins to return once the device has passed an event: pages read by a step, blocks read by a copy
+        self._leaving: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
+        self._copying: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
+        self._make(slots)
+        host = HostPages(host_room, self.layout.nbytes, pinned=on_gpu) if host_room else None
+        self._host = host if host is not None and host.blocks else None
+
+    def _make(self, slots: int) -> None:
+        parts, self._pool, self.slots = self.layout.allocate(slots, self._unet.device), PagePool(slots), slots
+        self._parts = parts
+        self.by_name = {part.name: held for part, held in zip(self.layout.parts, parts, strict=True)}
+        self._kv = [self.layout.view(parts, "values", i) for i in range(len(self._unet.layout.layers))]
+        self.pages = _style_pages(self._unet, self.layout, parts)
+        if self._stream is not None:
+            # zeroing the slots runs on the current stream and must finish before the first page is copied
+            self._stream.wait_stream(torch.cuda.current_stream(self._unet.device))
+
+    def expected(self, banks: Iterable[StyleBank]) -> int:
+        """Count the pages of these banks and of all live banks read here before; 0 if none is new."""
+        new = {bank.id: bank for bank in banks if bank.id not in self._banks}
+        self._banks.update(new)
+        return pages_of(self._banks.values()) if new else 0
+
+    def grow(self, slots: int) -> None:
+        """Replace the pool by one of `slots` slots; its pages must be loaded again.
+
+        This replaces the tensors in `pages` and `by_name`. The old ones are freed first, so that both need not fit at
+        once. Call it between steps. Raises PyTorch's error if memory runs out; the pool is then as large as before, or
+        has 0 slots and is unusable if even that no longer fits.
+        """
+        before = self.slots
+        if self._stream is not None:
+            # copies in progress write to memory that the current stream may soon reuse
+            torch.cuda.current_stream(self._unet.device).wait_stream(self._stream)
+        self._leaving.clear()
+        self._parts, self.by_name, self._kv, self.pages, self.slots = [], {}, [], None, 0
+        try:
+            self._make(slots)
+        except BaseException:
+            self._make(before)
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all slots."""
+        return sum(part.nbytes for part in self._parts)
+
+    @property
+    def host_bytes(self) -> int:
+        """Return the bytes that the pinned host tier has allocated so far."""
+        return 0 if self._host is None else self._host.nbytes
+
+    def stats(self) -> PoolStats:
+        """Return the pool's counts: slots, resident, pinned pages, hits, misses, evictions."""
+        self._reap()
+        return self._pool.stats()
+
+    def hold(self, keys: Sequence[PageKey]) -> np.ndarray:
+        """Pin pages, load missing ones, and return their slots [n] int64, in the order of `keys`.
+
+        A key may occur several times. Raises OutOfMemory, holding none, if there are more distinct pages than slots.
+        """
+        if not keys:
+            return np.zeros(0, dtype=np.int64)
+        numbers = _numbers(keys)
+        try:
+            claim = self._acquire(numbers)
+        except PoolFull as error:
+            raise OutOfMemory(
+                f"{len(set(map(tuple, numbers.tolist())))} pages of style banks are wanted in one step at "
+                f"{self.latent_size[1]}x{self.latent_size[0]} latents and {self.slots} fit ({error}); raise "
+                "bank_memory, or ask for fewer styles at once"
+            ) from None
+        try:
+            self._bring(keys, claim)
+        except BaseException:
+            self._pool.release(numbers)
+            raise
+        if not self._pool.wait(claim.slots):
+            self._pool.release(numbers)
+            raise OutOfMemory("a page that another thread was loading could not be loaded; try again")
+        return claim.slots
+
+    def prefetch(self, keys: Sequence[PageKey], later: Sequence[PageKey] = ()) -> None:
+        """Start loading pages that will be held soon, as far as unpinned slots allow.
+
+        `keys` are those of the next step, `later` of the one after it, which are loaded into pinned memory only. Does
+        nothing on a CPU without a host tier.
+        """
+        if self._stream is not None and keys:
+            self._reap()
+            self._bring(keys, self._pool.prefetch(_numbers(keys)))
+        if self._host is not None:
+            for layout in {id(self._layout_of(bank)): self._layout_of(bank) for bank, *_ in later}.values():
+                fitting = [key for key in later if self._layout_of(key[0]) is layout and self._staged(layout)]
+                if fitting:
+                    places = [_place(key) for key in fitting]
+                    self._host.stage(_numbers(fitting), [bank for bank, *_ in fitting], places, layout)
+
+    def release(self, keys: Sequence[PageKey]) -> None:
+        """Unpin pages once the step that reads them was launched; on a GPU they stay pinned until it has run."""
+        if not keys:
+            return
+        if self._stream is None:
+            self._pool.release(_numbers(keys))
+            return
+        self._leaving.append((_event(torch.cuda.current_stream(self._unet.device)), _numbers(keys)))
+        self._reap()
+
+    def drop(self, bank: StyleBank) -> None:
+        """Forget the pages of a bank; those in use are removed when they are released."""
+        self._pool.drop(bank.id)
+        if self._host is not None:
+            self._host.drop(bank.id)
+
+    def clear(self) -> None:
+        """Forget all unused pages."""
+        self._reap()
+        self._pool.clear()
+
+    def close(self) -> None:
+        """Stop background threads."""
+        if self._host is not None:
+            self._host.close()
+
+    def _acquire(self, numbers: np.ndarray):
+        self._reap()
+        while True:
+            try:
+                return self._pool.acquire(numbers)
+            except PoolFull:
+                if not self._leaving:
+                    raise
+                self._leaving[0][0].synchronize()
+                self._reap()
+
+    def _reap(self) -> None:
+        """Unpin pages and blocks that the device has finished reading."""
+        while self._leaving and self._leaving[0][0].query():
+            self._pool.release(self._leaving.popleft()[1])
+        while self._copying and self._copying[0][0].query():
+            self._host.release(self._copying.popleft()[1])
+
+    @torch.inference_mode()
+    def _bring(self, keys: Sequence[PageKey], claim) -> None:
+        """Fill the claimed slots, and make the current stream wait for them."""
+        claimed = [int(i) for i in np.flatnonzero(claim.claimed)]
+        pending = [int(claim.slots[i]) for i in claimed]
+        try:
+            for i, slot in zip(claimed, list(pending)):
+                self._fetch(keys[i], slot)
+                self._pool.filled(np.array([slot]))
+                pending.remove(slot)
+        except BaseException:
+            if pending:
+                self._pool.failed(np.array(pending))
+            raise
+        if claimed and self._stream is not None:
+            torch.cuda.current_stream(self._unet.device).wait_stream(self._stream)
+
+    def _fetch(self, key: PageKey, slot: int) -> None:
+        """Load one page into a slot, through pinned memory if available."""
+        bank, number = key[0], _numbers([key])[0]
+        layout = self._layout_of(bank)
+        block = None
+        if self._host is not None and self._staged(layout):
+            block = self._host.hold(number, bank, _place(key), layout)
+        own = layout is self.layout
+        with torch.cuda.stream(self._stream):
+            target, page = (self._parts, slot) if own else (self._staging(layout), 0)
+            if block is not None:
+                for part, source in zip(target, layout.split(block[None])):
+                    part[page].copy_(source[0], non_blocking=True)
+            else:
+                _copy_all(*layout.copies(bank, _place(key), target, page))
+            if not own:
+                self._unpack(bank, layout, target, slot)
+        if block is None:
+            return
+        if self._stream is None:
+            self._host.release(number)
+        else:
+            self._copying.append((_event(self._stream), number))
+
+    def _unpack(self, bank: StyleBank, layout: PageLayout, parts: Sequence[torch.Tensor], slot: int) -> None:
+        """Convert a page on the device from another layout to the model's own, in a slot."""
+        # copy whole parts: copying per layer would take hundreds of small launches per page
+        there = {part.name: stored[0] for part, stored in zip(layout.parts, parts, strict=True)}
+        states: dict[int, torch.Tensor] = {}  # hidden states by level
+        for name, held in self.by_name.items():
+            scale = there.get(name.replace("page_kv_", "page_scale_"))
+            if not name.startswith("page_kv_"):
+                held[slot].copy_(there[name])
+            elif layout.store == "hidden":
+                states[int(name.removeprefix("page_kv_"))] = _restored(there[name], scale, self._unet.dtype)
+            elif scale is not None:
+                # [layers, 2, tokens, heads, d] scaled by [layers, 2, heads, d]
+                stored, out = (x.flatten(3).flatten(0, 1) for x in (there[name], held[slot]))
+                dequantise(stored, scale.flatten(2).flatten(0, 1), out)
+            else:
+                held[slot].copy_(there[name])
+        for level, hidden in states.items():
+            for place, layer in enumerate(self._unet.layout.at_level(level)):
+                if layer in bank.info.layers:
+                    k, v = self._attentions[layer].key_values(hidden[place][None])
+                    self._kv[layer][slot, 0], self._kv[layer][slot, 1] = k[0], v[0]
+
+    def _staging(self, layout: PageLayout) -> list[torch.Tensor]:
+        """Return a device buffer for one page of another layout, split into its parts."""
+        if self._stage.numel() < layout.nbytes:
+            # allocated on the stream that fills it: the caller has made it current
+            self._stage = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self._unet.device)
+        return layout.split(self._stage[None, : layout.nbytes])
+
+    def _layout_of(self, bank: StyleBank) -> PageLayout:
+        kind = (bank.info.store, getattr(torch, bank.info.dtype))
+        if kind not in self._layouts:
+            self._layouts[kind] = PageLayout(self._unet, self.latent_size, kind[1], kind[0])
+        return self._layouts[kind]
+
+    def _staged(self, layout: PageLayout) -> bool:
+        """Return whether pages of a layout fit into host blocks, which have the size of the model's own layout."""
+        return layout.nbytes <= self.layout.nbytes
+
+
+def _copy_all(sources: Sequence[torch.Tensor | Span], targets: Sequence[torch.Tensor]) -> None:
+    """Copy tensors and file spans. Raises StyleError if a bank's file can't be read or was modified."""
+    files = {}
+    for source, target in zip(sources, targets):
+        if isinstance(source, Span):
+            files[id(source.file)] = source.file
+            # files can be read only into host memory
+            content = target if target.device.type == "cpu" else torch.empty(target.shape, dtype=target.dtype)
+            source.file.read_into(source, content)
+            source = content
+        if source is not target:
+            target.copy_(source, non_blocking=True)
+    for file in files.values():
+        file.check()
+
+
+def idle_pages(unet: UNet, latent_size: tuple[int, int]) -> StylePages:
+    """Return two dummy pages, never read or written, with the shapes and strides of real ones.
+
+    They overlap in zeros of about one page's size. Compiled code that has seen them does not recompile for the first
+    bank.
+    """
+    layout = PageLayout(unet, latent_size, unet.dtype)
+    real = _style_pages(unet, layout, layout.allocate(2, torch.device("meta")))
+
+    def reach(x: torch.Tensor) -> int:
+        return x.element_size() * (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())))
+
+    views = [*(x for pair in real.layers for x in pair), *real.means, *real.variances, *real.norm_means]
+    held = torch.zeros(max(map(reach, views)), dtype=torch.uint8, device=unet.device).untyped_storage()
+
+    def laid(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(0, dtype=x.dtype, device=unet.device).set_(held, 0, x.shape, x.stride())
+
+    return StylePages(
+        tuple((laid(k), laid(v)) for k, v in real.layers),
+        *(tuple(map(laid, field)) for field in real[1:5]),
+        real.norm_elements,
+    )
+
+
+def _style_pages(unet: UNet, layout: PageLayout, parts: Sequence[torch.Tensor]) -> StylePages:
+    """Return views of a layout's parts in the form that the UNet reads."""
+    layers, norms = range(len(unet.layout.layers)), range(len(layout.norm_elements))
+    kv, stats = ([layout.view(parts, what, i) for i in layers] for what in ("values", "stats"))
+    norm = [layout.view(parts, "norm", i) for i in norms]
+    return StylePages(
+        layers=tuple((x[:, 0], x[:, 1]) for x in kv),
+        # [slots, 3, heads, d] -> [3, slots, heads, d]
+        means=tuple(x[:, 0].transpose(0, 1) for x in stats),
+        variances=tuple(x[:, 1].transpose(0, 1) for x in stats),
+        norm_means=tuple(x[:, 0] for x in norm),
+        norm_variances=tuple(x[:, 1] for x in norm),
+        norm_elements=layout.norm_elements,
+    )
+
+
+def pages_of(banks: Iterable[StyleBank]) -> int:
+    """Count the pages of banks, over all steps, branches and references."""
+    return sum(bank.info.steps * len(bank.info.branches) * bank.info.references for bank in banks)
+
+
+def _restored(stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return hidden states [layers, tokens, channels] in the model's type; scale [layers, channels] for fp8."""
+    if scale is None:
+        return stored.to(dtype)
+    return dequantise(stored, scale, torch.empty(stored.shape, dtype=dtype, device=stored.device))
+
+
+def _event(stream) -> "torch.cuda.Event":
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
+def _place(key: PageKey) -> tuple[int, int, int]:
+    """Return a page's indices in its bank's tensors: (step, branch, reference)."""
+    bank, step, branch, number = key
+    return step, bank.info.branches.index(BRANCHES[branch]), number
+
+
+def _numbers(keys: Sequence[PageKey]) -> np.ndarray:
+    return np.array([(bank.id, step, branch, number) for bank, step, branch, number in keys], dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Requests to samples, groups of samples, and the rows of a group."""

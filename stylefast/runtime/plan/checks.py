@@ -1,0 +1,59 @@
+"""Checks and normalisation of an engine's arguments."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from stylefast import values
+from stylefast.errors import InvalidRequest
+from stylefast.runtime.plan.request import Request
+
+_MOST_BUCKETS = 64
+OUTPUTS = ("pil", "np", "latents")
+
+
+def check_output(name: str) -> None:
+    """Raise InvalidRequest for an unknown kind of output."""
+    values.one_of("output", name, OUTPUTS)
+
+
+def check_deadline(seconds: float | None) -> float | None:
+    """Return a number of seconds above 0, or None. Raises InvalidRequest."""
+    return None if seconds is None else values.real_number("deadline", seconds, above=0, also=(math.inf,))
+
+
+def buckets_of(given: Sequence[int]) -> tuple[int, ...]:
+    """Return the row counts to which batches are padded, ascending. Raises InvalidRequest."""
+    counts = values.several("batch_buckets", as_list(given), most=_MOST_BUCKETS)
+    buckets = tuple(values.whole_number("batch_buckets", one, 1) for one in counts)
+    if list(buckets) != sorted(set(buckets)):
+        raise InvalidRequest(
+            f"batch_buckets is {values.quoted(given)}; give ascending row counts such as (2, 4, 8, 16), or none"
+        )
+    return buckets
+
+
+def count_of(name: str, value: int | None) -> int | None:
+    """Return a whole number of at least 1, or None for no limit. Raises InvalidRequest."""
+    return None if value is None else values.whole_number(name, value, 1)
+
+
+def prompts_of(given) -> list:
+    """Return a call's prompts, one text or `Request` or an iterable of them, as a list. Raises InvalidRequest."""
+    if isinstance(given, (str, Request)):
+        return [given]
+    if isinstance(given, (bytes, bytearray, Mapping)) or not isinstance(given, Iterable) or _is_scalar(given):
+        raise InvalidRequest(f"prompts is {values.quoted(given)}; give a text, a Request, or a list of them")
+    prompts = list(given)
+    if not prompts:
+        raise InvalidRequest("no prompt was given; pass one or several")
+    return prompts
+
+
+def _is_scalar(given) -> bool:
+    # 0-d arrays are instances of Iterable but can't be iterated
+    return getattr(given, "ndim", 1) == 0
+
+
+def as_list(value) -> list:
+    """Return None, one value or several as a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,87 @@
+"""Real pictures as references: the latents that a pinned reference holds at every step.
+
+A pin is a function of the step, 0 to the schedule's last plus one, to latents [channels, h, w]. What the model predicts
+for a pinned picture is thrown away.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from stylefast.errors import StyleError
+from stylefast.runtime.plan.request import Request
+from stylefast.runtime.plan.sample import Sample
+from stylefast.runtime.plan.sample_group import Pin
+from stylefast.sampling.edm import is_edm
+from stylefast.sampling.guidance import FULL, NULL
+from stylefast.sampling.inversion import inversion_schedule, pinned_latents
+from stylefast.sampling.noise_levels import alphas_cumprod
+from stylefast.styles.bank import StyleBank
+
+# the authors' sampler for inverted pictures: timesteps from 0, and the first one's noise level at the end
+_INVERSION_CONFIG = {"steps_offset": 0, "set_alpha_to_one": False, "timestep_spacing": "leading"}
+# the reference starts this share of the steps into its sample (5 of 50 in the authors' notebook)
+_OFFSET_SHARE = 0.1
+
+
+def scheduler_config(request: Request, config: Mapping) -> Mapping:
+    """Return the model's scheduler config, adapted to the request's style.
+
+    Raises StyleError for a sampler that can't pin, and for a model that has none that can.
+    """
+    style = request.reader
+    wanted = None if style is None else style.reads
+    noise = None if wanted is None else wanted.noise if wanted.bank is None else wanted.bank.info.noise
+    if noise != "ddim":
+        return config
+    if is_edm(config):
+        raise StyleError(
+            f"{type(style).__name__} noise='ddim' walks DDIM's training timesteps, and this model "
+            f"({config['_class_name']}) was trained on noise levels instead; use noise='forward'"
+        )
+    if request.scheduler != "ddim":
+        raise StyleError(
+            f"{type(style).__name__} noise='ddim' inverts the picture along DDIM's steps, and the scheduler is "
+            f"{request.scheduler!r}; use scheduler='ddim', or noise='forward', which fits every scheduler"
+        )
+    return {**config, **_INVERSION_CONFIG}
+
+
+def forward_pin(sample: Sample, clean: torch.Tensor) -> Pin:
+    """Pin to the picture [channels, h, w] plus one fixed noise (the sample's seed) at each step's noise level."""
+    clean = clean.cpu()
+    noise = torch.randn(
+        clean.shape, generator=torch.Generator("cpu").manual_seed(sample.request.seed), dtype=torch.float32
+    )
+    forward = sample.schedule.forward.tolist()
+    return lambda step: forward[step][0] * clean + forward[step][1] * noise
+
+
+def latents_pin(bank: StyleBank, number: int) -> Pin:
+    """Pin to the latents that a bank stores for one of its references."""
+    held = bank.tensors["latents"]  # [steps + 1, references, channels, h, w]
+    return lambda step: held[step, number]
+
+
+def inversion_of(sample: Sample, config: Mapping) -> Sample:
+    """Return the sample of the reference `t` from its picture up to noise, with its prompt and inversion guidance.
+
+    A sample like others: it shares UNet calls, takes its turns, and costs as much as making one picture. Its
+    `start`, the picture's latents, is yet to be set. Raises InvalidRequest for a model whose output can't be inverted.
+    """
+    guidance = sample.reference_of.reads.inversion_guidance
+    request = replace(sample.request, style=(), guidance=guidance, guidance_interval=(0.0, 1.0), guidance_rescale=0.0)
+    schedule = inversion_schedule(
+        alphas_cumprod(config), sample.schedule.steps, config.get("prediction_type", "epsilon")
+    )
+    weights = {NULL: 1 - guidance, FULL: guidance} if guidance > 1 else {FULL: 1.0}
+    return Sample(request, sample.prompt, schedule, sample.size, weights, branches=tuple(weights))
+
+
+def inverted_pin(trail: Sequence[torch.Tensor]) -> Pin:
+    """Pin to the latents [channels, h, w] that an inversion passed through, the picture's own first."""
+    sample = torch.stack(list(trail)[::-1]).float().cpu()
+    steps = len(sample) - 1
+    offset = min(round(_OFFSET_SHARE * steps), steps - 1)
+    return lambda step: pinned_latents(sample, step, offset)

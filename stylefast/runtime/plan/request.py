@@ -1,0 +1,128 @@
+"""The request for one picture, and the result of a call."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stylefast import values
+from stylefast.errors import InvalidRequest, PromptError, StyleError
+from stylefast.sampling.guidance import MAX_GUIDANCE
+from stylefast.sampling.spacing import SPACINGS
+from stylefast.styles.style import ReferenceStyle, Style, check_kind, kinds
+
+MAX_STEPS = 1000
+MIN_SIDE, MAX_SIDE = 16, 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt and all settings that determine its picture; equal requests on equal models give equal pictures.
+
+    Args:
+        prompt: what the picture shows.
+        negative_prompt: encoded for the null branch of guidance; empty means the model's own null prompt.
+        style: None, a style, or several; at most one that reads references.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 or less runs one branch only.
+        size: (width, height) in pixels, None for the model's native size.
+        seed: of the picture's own noise generator, 0 to 2^64 - 1; None or -1 draws one, which is stored in the request.
+        scheduler: a name of `stylefast.sampling.SCHEDULERS`, some also with the suffix "_karras" or "_exponential", or
+            of `FEW_STEP_PRESETS` for models distilled to few steps ("sdxl_lightning").
+        spacing: "leading", "linspace" or "trailing" timesteps; None: the model's own.
+        guidance_rescale: in [0, 1]; pulls the guided prediction's deviation back (arXiv 2305.08891, section 3.4).
+        guidance_interval: (start, end) in fractions of the steps; step i of n is guided if start <= i / n < end, and
+            otherwise runs only the prompt's branch (arXiv 2404.07724), which halves the work of that step.
+        clip_skip: number of layers before SDXL's second-to-last from which the prompt's text states are taken, as in
+            diffusers' SDXL pipelines; None is 0. The negative prompt always uses the second-to-last.
+
+    Raises InvalidRequest for anything out of range.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    style: Any = None
+    steps: int = 30
+    guidance: float = 5.0
+    size: tuple[int, int] | None = None
+    seed: int | None = 0
+    scheduler: str = "euler"
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    spacing: str | None = None
+    clip_skip: int | None = 0
+
+    def __post_init__(self):
+        checked = {name: values.prompt(name, getattr(self, name)) for name in ("prompt", "negative_prompt")}
+        if not self.prompt.strip():
+            raise PromptError("the prompt is empty; say what the picture shows, e.g. 'a fish'")
+        checked["steps"] = values.whole_number("steps", self.steps, 1, MAX_STEPS)
+        checked["guidance"] = values.real_number("guidance", self.guidance, 0, MAX_GUIDANCE)
+        checked["guidance_rescale"] = values.real_number("guidance_rescale", self.guidance_rescale, 0, 1)
+        checked["guidance_interval"] = values.fractions("guidance_interval", self.guidance_interval)
+        checked["seed"] = values.seed("seed", self.seed)
+        checked["scheduler"] = values.text("scheduler", self.scheduler)
+        checked["clip_skip"] = 0 if self.clip_skip is None else values.whole_number("clip_skip", self.clip_skip, 0, 99)
+        if self.size is not None:
+            checked["size"] = check_size(self.size)
+        if self.spacing is not None:
+            checked["spacing"] = values.one_of("spacing", self.spacing, SPACINGS)
+        checked["style"] = normalise_styles(self.style)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def styles_of(self, kind: type) -> list:
+        """Return the request's styles of one class, in order."""
+        return [style for style in self.style if isinstance(style, kind)]
+
+    @property
+    def reader(self) -> ReferenceStyle | None:
+        """Return the request's style that reads references, if any."""
+        return next((style for style in self.style if isinstance(style, ReferenceStyle)), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Result of `Engine.generate`, in the order of the prompts.
+
+    `images`: PIL images, or for output="np" float arrays [height, width, 3] in 0..1, or empty for "latents". `latents`:
+    per picture [channels, h, w] fp32, before the VAE. `metadata`: per picture, enough to make it again.
+    """
+
+    images: list
+    latents: list[torch.Tensor]
+    metadata: list[dict] = field(repr=False)
+
+
+def normalise_styles(style) -> tuple:
+    """Return a tuple of styles for None, a style or a list of styles. Raises StyleError, InvalidRequest."""
+    styles = () if style is None else tuple(style) if isinstance(style, (list, tuple)) else (style,)
+    for one in styles:
+        if not isinstance(one, Style):
+            known = ", ".join(kinds())
+            raise StyleError(
+                f"style is {values.quoted(one)} ({type(one).__name__}); it must be {known}, or a list of them"
+            )
+        check_kind(type(one))
+    readers = [type(one).__name__ for one in styles if isinstance(one, ReferenceStyle)]
+    if len(readers) > 1:
+        kinds_of = " or ".join(dict.fromkeys(readers))
+        raise InvalidRequest(f"a request takes one {kinds_of}; give it several references: reference=[a, b]")
+    return styles
+
+
+def check_size(size) -> tuple[int, int]:
+    """Return (width, height) as whole numbers divisible by 8, from 16 to 8192. Raises InvalidRequest."""
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise InvalidRequest(f"size is {values.quoted(size)}; it must be (width, height) in pixels")
+    return tuple(_check_side(name, side) for name, side in zip(("width", "height"), size, strict=True))
+
+
+def _check_side(name: str, side) -> int:
+    number = values.whole_number(name, side)
+    if number % 8 or not MIN_SIDE <= number <= MAX_SIDE:
+        nearest = round(min(max(number, MIN_SIDE), MAX_SIDE) / 8) * 8
+        raise InvalidRequest(
+            f"{name} is {values.quoted(side)}; it must be divisible by 8, from {MIN_SIDE} to {MAX_SIDE}; try {nearest}"
+        )
+    return number

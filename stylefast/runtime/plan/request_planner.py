@@ -1,0 +1,118 @@
+"""From requests to samples that can run: schedules, banks that fit, reference pictures as latents."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from stylefast.errors import InvalidRequest
+from stylefast.models import vae as vaes
+from stylefast.models.pictures import open_picture
+from stylefast.runtime.plan.pinning import inversion_of, scheduler_config
+from stylefast.runtime.plan.request import Request, check_size
+from stylefast.runtime.plan.sample import Sample, connected, plan_samples
+from stylefast.runtime.runner import Runner
+from stylefast.sampling.edm import is_edm
+from stylefast.sampling.few_step import named_schedule
+from stylefast.sampling.schedule import Schedule, schedule_digest
+from stylefast.styles.style import ModelFacts, asking
+
+
+class RequestPlanner:
+    """Turns requests into samples of one model.
+
+    scheduler_config: the model's, in diffusers' format. native_size: (width, height) in pixels. fingerprint: gives that
+    of the model as it is now, LoRAs included.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        vae: torch.nn.Module,
+        scheduler_config: Mapping,
+        native_size: tuple[int, int],
+        model: str,
+        fingerprint: Callable[[], str],
+    ):
+        self.runner, self.vae, self.native_size = runner, vae, native_size
+        self.model, self.fingerprint = model, fingerprint
+        self._config = scheduler_config
+        self.downscale = vaes.downscale(vae)
+
+    def samples(self, requests: Sequence[Request]) -> list[Sample]:
+        """All pictures that `requests` need, references included. Raises as `check` does."""
+        self.check(requests)
+        return plan_samples(requests, self.schedule, self.native_size)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise what can be told without running anything.
+
+        Styles for other layers, adapters, masks, learned vectors and places of their tokens, banks that don't fit,
+        schedules, and sizes for which there is never enough memory or no exported graph.
+        """
+        facts = ModelFacts(self.runner.unet.layout, self._config["_class_name"] if is_edm(self._config) else None)
+        for style in dict.fromkeys(style for request in requests for style in request.style):
+            with asking(type(style), "check"):
+                style.check(facts)
+        for request in requests:
+            self.runner.conditions.text_encoder.check_clip_skip(request.clip_skip)
+            if request.reader is not None and request.reader.reads.bank is not None:
+                self._check_bank(request)
+        samples = plan_samples(requests, self.schedule, self.native_size)
+        for sample in samples:
+            if sample.inverted:
+                self.inversion(sample)
+        segments = {sample: self.runner.conditions.check(sample) for sample in samples}
+        for group in connected(samples):
+            self._check_room(group, max(segments[sample] for sample in group))
+
+    def _check_room(self, group: Sequence[Sample], segments: int) -> None:
+        """Raise OutOfMemory or ExportError for a group that could not run even alone."""
+        latent_size = self.latent_shape(group[0].size)[1:]
+        # at least so many: readers may need further branches of a reference
+        rows = max(sum(len(sample.step_weights[step]) for sample in group) for step in range(group[0].schedule.steps))
+        banked = [sample.bank.info.references for sample in group if sample.bank is not None]
+        references = max([*banked, *(len(sample.references) for sample in group)])
+        self.runner.budget.check_ever(self.runner.unet, rows, latent_size)
+        self.runner.backend.check(rows, latent_size, references, segments, bool(banked))
+
+    def schedule(self, request: Request) -> Schedule:
+        """Return the request's schedule. Raises InvalidRequest for an unknown scheduler or a count it can't take."""
+        config = scheduler_config(request, self._config)
+        return named_schedule(request.scheduler, request.steps, config, request.spacing)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(channels, h, w) of the latents of a picture of (width, height)."""
+        width, height = check_size(size)
+        if width % self.downscale or height % self.downscale:
+            raise InvalidRequest(f"size is {width}x{height}; this model's must be divisible by {self.downscale}")
+        return self.runner.unet.config["in_channels"], height // self.downscale, width // self.downscale
+
+    def _check_bank(self, request: Request) -> None:
+        bank, schedule = request.reader.reads.bank, self.schedule(request)
+        layers = request.reader.layer_mask(self.runner.unet.layout).nonzero().flatten().tolist()
+        target = plan_samples([request], lambda _: schedule, self.native_size)[0]
+        bank.check_fits(
+            model=self.model,
+            fingerprint=self.fingerprint(),
+            scheduler=request.scheduler,
+            steps=request.steps,
+            size=request.size or self.native_size,
+            branches=target.branches,
+            layers=tuple(layers),
+        )
+        # last, since it differs wherever the steps or the sampler do
+        bank.check_fits(schedule=schedule_digest(schedule))
+
+    def inversion(self, sample: Sample) -> Sample:
+        """Return the inversion that the pinned reference `t` needs first; see `pinning.inversion_of`."""
+        return inversion_of(sample, self._config)
+
+    def encode_picture(self, sample: Sample) -> torch.Tensor:
+        """Encode a reference picture, scaled to cover the size and centre-cropped, to latents [channels, h, w]."""
+        from PIL import ImageOps
+
+        picture = ImageOps.fit(open_picture(sample.picture), sample.size)
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(1, sample.size[1], sample.size[0], 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.inference_mode():
+            return vaes.encode(self.vae, pixels.to(self.runner.unet.device))[0].float()

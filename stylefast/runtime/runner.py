@@ -1,0 +1,379 @@
+"""One model with everything that requests share: pages, slots, tables, and the step itself.
+
+`Runner` knows nothing of jobs, threads and pictures' files. The scheduler lets one thread at a time use it.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from stylefast.errors import EngineClosed, ExportError, NumericsError, OutOfMemory, StyleFastError
+from stylefast.models.layer_inputs import RowFeatures
+from stylefast.models.unet import UNet
+from stylefast.runtime.backends.base import Backend
+from stylefast.runtime.banks.bank_pages import BankPages, pages_of
+from stylefast.runtime.memory import MemoryBudget, is_out_of_memory
+from stylefast.runtime.plan.sample import Sample
+from stylefast.runtime.plan.sample_group import Pin, SampleGroup
+from stylefast.runtime.steps.conditions import Conditions, ConditionStore
+from stylefast.runtime.steps.latents import LatentSlots
+from stylefast.runtime.steps.step import ModelInputs, run_step
+from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, bank_keys
+from stylefast.runtime.streams import SideStream, StepStream
+from stylefast.styles.bank import StyleBank
+
+Value = TypeVar("Value")
+
+# shapes of batches whose tables are kept
+_TABLES = 32
+# sizes that nobody works at whose latents stay allocated
+_IDLE_SIZES = 3
+
+
+class Runner:
+    """What runs steps of groups.
+
+    buckets: row counts to which batches are padded, ascending, so that shapes repeat; empty: every batch as it is.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        conditions: ConditionStore,
+        backend: Backend,
+        budget: MemoryBudget,
+        buckets: Sequence[int] = (),
+    ):
+        self.unet, self.conditions, self.backend, self.budget = unet, conditions, backend, budget
+        self.buckets = tuple(buckets) or backend.buckets
+        self.stream = StepStream(unet.device)
+        self.closed, self._process = False, os.getpid()
+        self._beside, self._beside_lock = SideStream(unet.device), threading.RLock()
+        self.latents: dict[tuple[int, int, int], LatentSlots] = {}
+        self.bank_pages: dict[tuple[int, int], BankPages] = {}
+        self._tables: dict[BatchShape, StepBuffers] = {}
+        self.max_rows: int | None = None  # of one UNet call, where groups allow it
+        self.steps_run = 0
+        self.calls = 0  # of the UNet
+
+    def beside(self, call: Callable[[], Value]) -> Value:
+        """Call what runs beside steps: encoders, decoders, readers of files; for one thread at a time.
+
+        What is called must touch no pages, slots or tables.
+        """
+        with self._beside_lock:
+            self.check_open()
+            return self._beside.call(call, self.stream)
+
+    def close(self) -> None:
+        """Take no more work, and free what the backend holds; no step may be running.
+
+        In a process that was forked from its own nothing is freed: what would do it is not there.
+        """
+        self.closed = True
+        if os.getpid() == self._process:
+            with self._beside_lock:  # a call may be using what the backend holds
+                self.backend.close()
+
+    def check_open(self) -> None:
+        """Raise EngineClosed once the engine was closed, and in a process that was forked from its own."""
+        if self.closed:
+            raise EngineClosed("the engine was closed; load another one")
+        self.check_process()
+
+    def check_process(self) -> None:
+        """Raise EngineClosed in a process that was forked from the engine's: its threads are not there."""
+        if os.getpid() != self._process:
+            raise EngineClosed("the engine was loaded in another process, whose threads are not here; load one here")
+
+    @torch.inference_mode()
+    def admit(
+        self,
+        samples: Sequence[Sample],
+        conditions: Conditions,
+        latent_shape: tuple[int, int, int],
+        pins: Mapping[Sample, Pin],
+    ) -> SampleGroup:
+        """Make a group of samples and give it slots; it gives back the conditions when it retires.
+
+        Raises OutOfMemory for a group that can't fit even alone, and StyleError for contradictions in its styles; the
+        conditions are then given back at once.
+        """
+        try:
+            self.check_open()
+            group = SampleGroup(samples, conditions, pins, self.unet.layout, latent_shape)
+            self.budget.check(self.unet, group.rows, latent_shape[1:])
+            if latent_shape not in self.latents:
+                self._drop_idle_latents()
+                self.latents[latent_shape] = LatentSlots(latent_shape, self.unet.device)
+            group.put(self.latents[latent_shape].take(group.first_latents()), self.unet.device)
+        except BaseException:
+            self.conditions.release(conditions)
+            raise
+        return group
+
+    def retire(self, group: SampleGroup) -> None:
+        """Give back all that a group holds; a second time does nothing."""
+        self.conditions.release(group.conditions)
+        for table in self._tables.values():
+            table.drop(group)
+        if len(group.slots):
+            self.latents[group.latent_shape].release(group.slots)
+            group.put(np.zeros(0, dtype=np.int64), self.unet.device)
+
+    @property
+    def pictures(self) -> int:
+        """Pictures on their way, references included."""
+        return sum(slots.used for slots in self.latents.values())
+
+    def forget_pages(self) -> None:
+        """Drop the pages of banks that were computed with weights that have changed."""
+        for pool in self.bank_pages.values():
+            pool.clear()
+
+    def latents_of(self, group: SampleGroup) -> torch.Tensor:
+        """Return a copy of a group's latents [pictures, channels, h, w] as they are now."""
+        return self.latents[group.latent_shape].latents[group.places]
+
+    def shown_of(self, group: SampleGroup) -> torch.Tensor:
+        """Return those of the requested pictures, without references; does not wait for the device."""
+        return self.latents[group.latent_shape].latents[group.shown]
+
+    def results_of(self, group: SampleGroup) -> dict[int, torch.Tensor]:
+        """Return output number -> latents [channels, h, w] of the requested pictures."""
+        latents = self.latents_of(group)
+        return {sample.output: latents[i] for i, sample in enumerate(group.samples) if sample.output is not None}
+
+    def denoised_of(self, group: SampleGroup) -> torch.Tensor:
+        """Those pictures [shown, channels, h, w] as the last step saw them behind the noise, or latents before any."""
+        state = self.latents[group.latent_shape]
+        return state.history[:, 0][group.shown] if group.step else state.latents[group.shown]
+
+    def rows_that_fit(self, latent_size: tuple[int, int]) -> int:
+        """Rows of one UNet call that memory has room for, at most `max_rows` and what the backend can do."""
+        room = self.budget.rows(self.unet, latent_size)
+        return min([room, *(limit for limit in (self.max_rows, self.backend.limits.get("rows")) if limit is not None)])
+
+    @torch.inference_mode()
+    def advance(
+        self, groups: Sequence[SampleGroup], features: RowFeatures | None = None
+    ) -> dict[SampleGroup, StyleFastError]:
+        """One step of groups of one size; returns those that failed and why. `features` takes what the rows offer.
+
+        Where memory runs out, or an exported graph can't do a batch, the batch is halved and tried again, down to
+        single groups: only a group that can't be run alone fails. On a CPU a picture whose latents are no longer finite
+        fails with the step, on a GPU when `finite` is asked. Raises EngineClosed once the engine was closed.
+        """
+        self.check_open()
+        failed: dict[SampleGroup, StyleFastError] = {}
+        fits, short = True, False
+        try:
+            self._run(groups, features)
+        except ExportError as error:
+            if len(groups) == 1:
+                return {groups[0]: error}
+            fits = False
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(groups) == 1:
+                return {groups[0]: _no_room(groups[0], error)}
+            fits, short = False, True
+        if not fits:
+            if short:
+                # out of the handler, so that the error no longer keeps the failed call's tensors
+                self.backend.reset()
+            half = len(groups) // 2
+            return {**self.advance(groups[:half]), **self.advance(groups[half:])}
+        for group in groups:
+            group.step += 1
+            if group.trail is not None:
+                group.trail.append(self.latents_of(group)[0])
+            if self.unet.device.type == "cpu":
+                bad = self.finite(group)
+                if bad is not None:
+                    failed[group] = bad
+        return failed
+
+    def finite(self, group: SampleGroup) -> NumericsError | None:
+        """Return the error of a group with NaN or infinity in its latents, else None; waits for the device."""
+        state = self.latents[group.latent_shape]
+        good = state.finite[group.places].tolist()
+        if all(good):
+            return None
+        outputs = [sample.output for sample, fine in zip(group.samples, good, strict=True) if not fine]
+        return not_finite([i for i in outputs if i is not None])
+
+    def prefetch(self, groups: Sequence[SampleGroup]) -> None:
+        """Start to bring the bank pages of the next steps of `groups`."""
+        if self.unet.device.type == "cpu":
+            return  # pages are copied when they are held: there is nothing to overlap with
+        for group in groups:
+            pages = self.bank_pages.get(group.latent_shape[1:])
+            if pages is not None and not group.finished:
+                later = group.step + 1
+                pages.prefetch(bank_keys(group), bank_keys(group, later) if later < group.steps else ())
+
+    def _run(self, groups: Sequence[SampleGroup], features: RowFeatures | None) -> None:
+        latent_shape = groups[0].latent_shape
+        self.budget.check(self.unet, sum(g.rows for g in groups), latent_shape[1:])
+        keys = [bank_keys(g) for g in groups]
+        flat = [key for group_keys in keys for key in group_keys]
+        pages = self._pages_for(latent_shape[1:], {bank for bank, *_ in flat})
+        slots = pages.hold(flat) if flat else np.zeros(0, dtype=np.int64)
+        try:
+            # features are those of the group's own rows, so no idle ones
+            shape = self._shape(groups, padded=bool(self.buckets) and features is None)
+            if shape not in self._tables:
+                if len(self._tables) >= _TABLES:
+                    self._tables.pop(next(iter(self._tables)))
+                self._tables[shape] = StepBuffers(shape, self.unet.device)
+            table = self._tables[shape]
+            bounds = np.cumsum([0, *map(len, keys)])
+            table.fill(groups, [slots[a:b] for a, b in zip(bounds, bounds[1:])])
+            state, store = self.latents[latent_shape], self.conditions
+            masks = store.masks.get(latent_shape[1:])
+            buffers = ModelInputs(
+                store.text.layers,
+                store.text.extra,
+                store.image_kv if shape.segments else None,
+                pages.pages if pages is not None else None,
+                masks.levels if masks is not None else (),
+                self._graph_inputs(latent_shape[1:]),
+            )
+            key = (shape, state.generation, store.generation, id(pages))
+            if features is None:
+                self.backend.run(key, state, table.columns, buffers)
+            else:
+                run_step(self.unet, state, table.columns, buffers, features)
+            self.calls += 1
+            self.steps_run += sum(g.pictures for g in groups)
+        finally:
+            if flat:
+                pages.release(flat)
+
+    def _graph_inputs(self, latent_size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """All pages and masks that there are, by the names of the inputs of exported graphs."""
+        store, pool, found = self.conditions, self.bank_pages.get(latent_size), {}
+        levels = [("text_kv", store.text.by_level)]
+        if store.images is not None:
+            levels.append(("image_kv", store.images.by_level))
+            found["image_lengths"] = store.images.lengths
+        if latent_size in store.masks:
+            levels.append(("mask", store.masks[latent_size].levels))
+        for name, tensors in levels:
+            found |= {f"{name}_{level}": tensor for level, tensor in enumerate(tensors)}
+        return found | (pool.by_name if pool is not None else {})
+
+    def _shape(self, groups: Sequence[SampleGroup], padded: bool) -> BatchShape:
+        all_rows, layout = [g.rows_at() for g in groups], self.unet.layout
+        rows, pictures = sum(p.rows for p in all_rows), sum(g.pictures for g in groups)
+        references, segments = max(p.width for p in all_rows), max(p.segment_width for p in all_rows)
+        norms = any(bool(p.columns.takes_norms.any()) for p in all_rows)
+        if padded:
+            # one shape for all mixes: rows and columns that nobody uses are idle
+            rows = next((b for b in self.buckets if b >= rows), rows)
+            pictures, norms = max(rows, pictures), True
+        if padded and not self.backend.pads_columns:
+            references = _power_of_two(references)
+            segments = _power_of_two(segments) if self.conditions.images is not None else 0
+        return BatchShape(
+            rows, pictures, references, segments, norms, len(layout.layers), len(layout.modules), groups[0].latent_shape
+        )
+
+    def _pages_for(self, latent_size: tuple[int, int], banks: Collection[StyleBank]) -> BankPages | None:
+        """Return the pool of a size with room for all pages of `banks`, as far as the budget allows.
+
+        It comes with the first bank, grows when others come, and is there for batches without one where shapes repeat.
+        """
+        pool = self.bank_pages.get(latent_size)
+        if not banks:
+            return pool if self.buckets and not self.backend.pads_columns else None
+        if pool is None:
+            self._drop_idle_pools(latent_size)
+            others = sum(other.host_bytes for other in self.bank_pages.values())
+            slots = min(self._most_slots(latent_size), pages_of(banks))
+            pool = BankPages(self.unet, latent_size, slots, self.budget.host_room(self.unet.device, others))
+            pool.expected(banks)
+            self.bank_pages[latent_size] = pool
+        elif (wanted := pool.expected(banks)) > pool.slots:
+            # twice as many, so that with ever more banks it does not have to grow with each of them
+            self._grow(pool, max(wanted, 2 * pool.slots))
+        return pool
+
+    def _grow(self, pool: BankPages, wanted: int) -> None:
+        """Make a pool larger if the budget allows; one that is too small for all its banks serves them as well."""
+        try:
+            slots = min(self._most_slots(pool.latent_size, pool), wanted)
+        except OutOfMemory:
+            return
+        if slots <= pool.slots:
+            return
+        try:
+            pool.grow(slots)
+        except BaseException:
+            if not pool.slots:
+                pool.close()
+                del self.bank_pages[pool.latent_size]
+            raise
+
+    def _most_slots(self, latent_size: tuple[int, int], pool: BankPages | None = None) -> int:
+        """Pages that a size may hold; `pool`: the one it has. Raises OutOfMemory where not even one fits."""
+        others = [other for size, other in self.bank_pages.items() if size != latent_size]
+        slots = self.budget.bank_slots(self.unet, latent_size, others, 0 if pool is None else pool.nbytes)
+        return min(slots, self.backend.limits.get("pages", slots))
+
+    def _drop_idle_latents(self) -> None:
+        """Free the latents of sizes that nobody works at but for the last few, which are likely to come again."""
+        idle = [shape for shape, slots in self.latents.items() if not slots.used]
+        for shape in idle[: max(0, len(idle) - _IDLE_SIZES)]:
+            del self.latents[shape]
+
+    def _drop_idle_pools(self, but: tuple[int, int]) -> None:
+        """Free the pools of sizes that nobody works at, so that one of another size finds room."""
+        for size, pool in list(self.bank_pages.items()):
+            busy = any(shape[1:] == size and slots.used for shape, slots in self.latents.items())
+            if size != but and not busy:
+                pool.close()
+                del self.bank_pages[size]
+
+    def table_bytes(self) -> int:
+        """Bytes of all step tables."""
+        return sum(table.nbytes for table in self._tables.values())
+
+
+def not_finite(pictures: Sequence[int]) -> NumericsError:
+    """Return the error of pictures with NaN or infinity in their latents; of a reference if none is named."""
+    pictures = sorted(pictures)
+    what = f"picture(s) {', '.join(map(str, pictures))}" if pictures else "the style's reference"
+    return NumericsError(
+        f"the latents of {what} hold NaN or infinity. "
+        "Try dtype='float32' or 'bfloat16', a lower guidance, or an adapter scale below 2",
+        pictures=pictures,
+    )
+
+
+def joined(errors: Sequence[Exception]) -> Exception:
+    """Return one error for a call with failed groups: the first, or one naming all pictures that are not finite."""
+    if all(isinstance(error, NumericsError) for error in errors):
+        return not_finite([picture for error in errors for picture in error.pictures])
+    return errors[0]
+
+
+def _power_of_two(count: int) -> int:
+    return 1 if count <= 1 else 1 << (count - 1).bit_length()
+
+
+def _no_room(group: SampleGroup, error: BaseException) -> OutOfMemory:
+    if isinstance(error, OutOfMemory):
+        return error
+    outputs = [sample.output for sample in group.samples if sample.output is not None]
+    return OutOfMemory(
+        f"picture(s) {', '.join(map(str, outputs))} don't fit into memory even alone ({group.rows} rows at "
+        f"{group.latent_shape[2]}x{group.latent_shape[1]} latents); ask for smaller ones, or load the model in half "
+        f"precision ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    )

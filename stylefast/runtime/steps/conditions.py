@@ -1,0 +1,390 @@
+"""Conditions of a batch's rows: pages of text and image keys and values, and masks.
+
+Every distinct prompt (per branch and noise stage) and every distinct image segment is a page; the row table selects
+pages by number, so changing the noise stage changes the number. Pages outlive the request that created them, so that
+later requests with the same prompt or style object reuse them.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from stylefast.errors import StyleError
+from stylefast.models.image_encoder import ImageEncoder
+from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.layer_inputs import ImageKV
+from stylefast.models.masks import load_mask, mask_vectors
+from stylefast.models.text import Prompt, TextEncoder
+from stylefast.models.unet import UNet
+from stylefast.runtime.plan.sample import Sample
+from stylefast.runtime.steps.key_values import KeyValuePages
+from stylefast.sampling.guidance import NULL
+from stylefast.styles.style import ImageStyle, Texts, asking, by_kind
+
+CONDITIONAL_BRANCHES = ("full", "style")  # branches that see the style's picture; the others see the negative tokens
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """One image segment of a row: its tokens, where it acts and how strongly."""
+
+    page: int
+    mask: int  # -1: everywhere
+    strength: np.ndarray  # [modules] float32
+    style: ImageStyle  # determines the steps at which the segment acts
+
+
+@dataclass
+class Conditions:
+    """The pages that each of some samples reads; must be released to the store that made it."""
+
+    latent_size: tuple[int, int]  # (height, width)
+    text_pages: dict[tuple[Sample, str], np.ndarray] = field(default_factory=dict)  # [steps] int64
+    image_segments: dict[tuple[Sample, str], list[ImageSegment]] = field(default_factory=dict)
+    held_text: list[int] = field(default_factory=list)
+    held_images: list[int] = field(default_factory=list)
+    held_masks: dict[tuple[ImageStyle, int], int] = field(default_factory=dict)  # of a style's segments
+
+
+@dataclass
+class Encoded:
+    """Inputs made for some samples and held; give them back to the store once the conditions are gathered."""
+
+    held_text: list[int] = field(default_factory=list)
+    held_images: list[int] = field(default_factory=list)
+    masks: dict[tuple[ImageStyle, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)  # of segments
+
+
+# yields encoder calls, receives their results, and returns the pages
+Encoding = Generator[Callable[[], Any], Any, Encoded]
+# likewise, and adds what it makes to an `Encoded`
+Making = Generator[Callable[[], Any], Any, None]
+# prompts per call of the text encoders
+_PROMPTS = 8
+
+
+class MaskTable:
+    """Masks of one latent size, per attention level [masks, tokens], in reusable places."""
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], device: torch.device):
+        self.sizes, self.generation, self._free = list(sizes), 0, []
+        self.levels = tuple(torch.zeros(0, h * w, device=device) for h, w in sizes)
+
+    def add(self, vectors: Sequence[torch.Tensor]) -> int:
+        """Store a mask, per level [tokens]; return its number."""
+        if not self._free:
+            before = len(self.levels[0])
+            count = max(4, 2 * before)
+            self.levels = tuple(torch.cat([x, x.new_zeros(count - before, x.shape[1])]) for x in self.levels)
+            self._free, self.generation = list(range(count - 1, before - 1, -1)), self.generation + 1
+        place = self._free.pop()
+        for level, vector in zip(self.levels, vectors, strict=True):
+            level[place] = vector.to(level)
+        return place
+
+    def release(self, places: Sequence[int]) -> None:
+        """Release masks."""
+        self._free += places
+
+
+class ConditionStore:
+    """All pages of one model, shared between requests.
+
+    `adapters` is the engine's own dictionary, so adapters loaded later are found. `revision` is called before every
+    lookup: pages made under another value (for example with other LoRAs) are made again.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        text_encoder: TextEncoder,
+        adapters: Mapping[str, tuple[IPAdapter, ImageEncoder]],
+        train_timesteps: int,
+        revision=lambda: None,
+    ):
+        self.unet, self.text_encoder, self.adapters = unet, text_encoder, adapters
+        self._train_timesteps, self._revision = train_timesteps, revision
+        pooled = text_encoder.encoders[1].text_projection.weight.shape[0]
+        self.text = KeyValuePages(unet.layout, text_encoder.max_tokens, pooled, unet.device, unet.dtype)
+        self.images: KeyValuePages | None = None
+        self.masks: dict[tuple[int, int], MaskTable] = {}
+
+    @property
+    def image_kv(self) -> ImageKV | None:
+        """Return image keys and values in the form that the UNet reads; None until a request has a picture."""
+        return None if self.images is None else ImageKV(self.images.layers, self.images.lengths)
+
+    @property
+    def generation(self) -> tuple:
+        """Return a value that changes when any buffer is replaced."""
+        images = -1 if self.images is None else self.images.generation
+        return (self.text.generation, images, *(m.generation for m in self.masks.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all pages and masks."""
+        masks = sum(x.numel() * x.element_size() for table in self.masks.values() for x in table.levels)
+        return self.text.nbytes + (self.images.nbytes if self.images is not None else 0) + masks
+
+    def encoding(self, samples: Sequence[Sample], latent_size: tuple[int, int]) -> Encoding:
+        """Make all inputs that `samples`, of one size, still need; `latent_size`: (height, width).
+
+        A generator, so that slow work does not block other requests: it yields calls of encoders and file readers,
+        which touch nothing here and may run alongside steps, receives their results, and keeps them. Raises
+        PromptError, StyleError, AdapterError or ImageError for inputs that can't be encoded, and then holds no pages.
+        """
+        made = Encoded()
+        try:
+            yield from self._encode_texts(samples, made)
+            for style in dict.fromkeys(s for sample in samples for s in _pictured(sample)):
+                yield from self._encode_pictures(style, made)
+                yield from self._read_masks(style, samples[0].size, latent_size, made)
+        except BaseException:
+            self.drop(made)
+            raise
+        return made
+
+    def drop(self, made: Encoded) -> None:
+        """Release the pages of `made`; a second call does nothing."""
+        self.text.release(made.held_text)
+        if made.held_images:
+            self.images.release(made.held_images)
+        made.held_text, made.held_images = [], []
+
+    @torch.inference_mode()
+    def gather(self, samples: Sequence[Sample], latent_size: tuple[int, int], made: Encoded) -> Conditions:
+        """Look up the pages that each of `samples` reads; all were encoded, and `made` still holds them.
+
+        Raises StyleError for strengths that a style can't have here, and then holds no pages.
+        """
+        conditions = Conditions(latent_size)
+        try:
+            for sample in samples:
+                for branch, keys in self._text_keys(sample).items():
+                    held = {key: self.text.find(key) for key, _ in dict.fromkeys(keys)}
+                    conditions.held_text += held.values()
+                    conditions.text_pages[sample, branch] = np.array([held[key] for key, _ in keys], dtype=np.int64)
+                for branch in sample.branches:
+                    conditions.image_segments[sample, branch] = self._segments(sample, branch, conditions, made)
+        except BaseException:
+            self.release(conditions)
+            raise
+        return conditions
+
+    def check(self, sample: Sample) -> int:
+        """Raise the errors that `encoding` would raise for one sample, without running an encoder.
+
+        Returns the largest number of image segments in any of its rows.
+        """
+        texts = self._texts(sample, say=False, check=True)
+        self.text_encoder.check(list({id(p): p for per_step in texts.per_step.values() for p in per_step}.values()))
+        segments = dict.fromkeys(sample.branches, 0)
+        for style in _pictured(sample):
+            adapter, encoder = self._adapter(style)
+            style.check_adapter(adapter, self.text_encoder.encoders[1].text_projection.weight.shape[0])
+            if style.needs_encoder:
+                adapter.check_encoder(encoder)
+            for i, segment in enumerate(style.segments):
+                strengths = self._strengths(style, NULL in sample.branches, i)
+                if isinstance(segment.mask, torch.Tensor):
+                    load_mask(segment.mask, (sample.size[1], sample.size[0]))
+                for branch in sample.branches:
+                    parts = strengths[:1] if branch in CONDITIONAL_BRANCHES else strengths[1:]
+                    segments[branch] += sum(bool(part.any()) for part in parts)
+        return max(segments.values(), default=0)
+
+    def release(self, conditions: Conditions) -> None:
+        """Release all pages of `conditions`; a second call does nothing."""
+        self.text.release(conditions.held_text)
+        if conditions.held_images:
+            self.images.release(conditions.held_images)
+        if conditions.held_masks:
+            self.masks[conditions.latent_size].release(list(conditions.held_masks.values()))
+        conditions.held_text, conditions.held_images, conditions.held_masks = [], [], {}
+
+    def _encode_texts(self, samples: Sequence[Sample], made: Encoded) -> Making:
+        prompts: dict[tuple, Prompt] = {}
+        for sample in samples:
+            for keys in self._text_keys(sample).values():
+                prompts |= dict(keys)
+        missing = []
+        for key in prompts:
+            page = self.text.find(key)
+            if page is None:
+                missing.append(key)
+            else:
+                made.held_text.append(page)
+        for start in range(0, len(missing), _PROMPTS):
+            keys = missing[start : start + _PROMPTS]
+            poolings, skips = [pooling for _, pooling, _, _ in keys], [skip for _, _, skip, _ in keys]
+            layers, pooled = yield partial(self._text_states, [prompts[key] for key in keys], poolings, skips)
+            # another request may have added some of them meanwhile
+            found = [self.text.find(key) for key in keys]
+            made.held_text += [page for page in found if page is not None]
+            absent = [i for i, page in enumerate(found) if page is None]
+            if absent:
+                with torch.inference_mode():
+                    layers = [None if pair is None else tuple(x[absent] for x in pair) for pair in layers]
+                    made.held_text += self.text.add([keys[i] for i in absent], layers, pooled[absent])
+
+    def _texts(self, sample: Sample, say: bool = True, check: bool = False) -> Texts:
+        """Return the prompts of the branches in which a sample has rows. Raises PromptError or StyleError."""
+        # without a style of its own, a reference uses its own prompt in all of its readers' branches
+        timesteps = sample.schedule.timesteps.clamp(0, self._train_timesteps)
+        texts = Texts(
+            sample.prompt, sample.request.negative_prompt, timesteps, self._train_timesteps, sample.branches, say
+        )
+        for kind, styles in by_kind(sample.request.style).items():
+            with asking(kind, "write_prompts"):
+                if check:
+                    kind.check_texts(styles, texts)
+                kind.write_prompts(styles, texts)
+            texts.check(kind)
+        return texts
+
+    def _text_keys(self, sample: Sample) -> dict[str, list[tuple[tuple, Prompt]]]:
+        """Map branch -> per step, the page's key and the prompt that makes it."""
+        revision = self._revision()
+        texts, found = self._texts(sample), {}
+        for branch, per_step in texts.per_step.items():
+            # the null branch skips no layers, as in diffusers
+            pooling, skip = texts.pooling[branch], 0 if branch == NULL else sample.request.clip_skip
+            # one Prompt object covers many steps
+            distinct = {id(prompt): ((revision, pooling, skip, prompt.identity()), prompt) for prompt in per_step}
+            found[branch] = [distinct[id(prompt)] for prompt in per_step]
+        return found
+
+    @torch.inference_mode()
+    def _text_states(self, prompts: Sequence[Prompt], poolings: Sequence[str], skips: Sequence[int]) -> tuple:
+        """Return keys and values per layer, and pooled states, of prompts."""
+        states = self.text_encoder.encode(prompts, poolings, skips)
+        hidden = torch.stack([state.hidden for state in states]).to(self.unet.device, self.unet.dtype)
+        return self.unet.project_text(hidden), torch.stack([state.pooled for state in states])
+
+    def _encode_pictures(self, style: ImageStyle, made: Encoded) -> Making:
+        adapter, encoder = self._adapter(style)
+        keys = _image_keys(style, adapter)
+        pages = [None if self.images is None else self.images.find(key) for key in keys]
+        made.held_images += [page for page in pages if page is not None]
+        if None not in pages:
+            return
+        tokens, projected = yield partial(self._image_states, style, adapter, encoder)
+        for key, one, layers, page in zip(keys, tokens, projected, pages):
+            if page is None:
+                self.make_image_pages(len(one))
+                page = self.images.find(key)
+                with torch.inference_mode():
+                    made.held_images.append(self.images.add([key], layers)[0] if page is None else page)
+
+    @torch.inference_mode()
+    def _image_states(self, style: ImageStyle, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[list, list]:
+        """Return tokens of a style's segments and of its negative, and keys and values of each."""
+        content = None
+        if style.content_text is not None:
+            content = self.text_encoder.encode([Prompt(style.content_text)])[0].pooled
+        found = style.tokens(adapter, encoder, content)
+        if len(found.image) != len(style.segments):
+            raise StyleError(
+                f"the style {type(style).__name__} gives tokens of {len(found.image)} pictures for "
+                f"{len(style.segments)} segments"
+            )
+        tokens = [*found.image, found.negative]
+        return tokens, [adapter.key_values(one[None]) for one in tokens]
+
+    def _read_masks(
+        self, style: ImageStyle, size: tuple[int, int], latent_size: tuple[int, int], made: Encoded
+    ) -> Making:
+        for i, segment in enumerate(style.segments):
+            if segment.mask is not None:
+                levels = self._mask_table(latent_size).sizes
+                read = lambda mask=segment.mask, levels=levels: mask_vectors(  # noqa: E731
+                    load_mask(mask, (size[1], size[0])), levels
+                )
+                made.masks[style, i] = yield read
+
+    def _segments(self, sample: Sample, branch: str, conditions: Conditions, made: Encoded) -> list[ImageSegment]:
+        """Return the image segments of one row, without those of strength 0 in every module."""
+        found = []
+        for style in _pictured(sample):
+            held = [self.images.find(key) for key in _image_keys(style, self._adapter(style)[0])]
+            conditions.held_images += [page for page in held if page is not None]
+            if None in held:
+                raise StyleError("the style's adapter was loaded anew while the request joined; send it again")
+            *image_pages, negative = held
+            masks = [self._mask(style, i, conditions, made) for i in range(len(style.segments))]
+            guided = NULL in sample.branches
+            for i, (page, mask) in enumerate(zip(image_pages, masks, strict=True)):
+                strengths = self._strengths(style, guided, i)
+                if branch in CONDITIONAL_BRANCHES:
+                    entries = [(page, strengths.conditional)]
+                else:
+                    entries = [(page, strengths.unconditional_image), (negative, strengths.unconditional_negative)]
+                found += [
+                    ImageSegment(p, mask, strength.float().numpy(), style)
+                    for p, strength in entries
+                    if bool(strength.any())
+                ]
+        return found
+
+    def _strengths(self, style: ImageStyle, guided: bool, segment: int) -> Any:
+        with asking(type(style), "strengths"):
+            found, modules = style.strengths(self.unet.layout, guided, segment), len(self.unet.layout.modules)
+            if any(tuple(part.shape) != (modules,) for part in found):
+                shapes = ", ".join(str(list(part.shape)) for part in found)
+                raise StyleError(
+                    f"the style {type(style).__name__} gives strengths of the shapes {shapes}; the model has {modules} "
+                    f"attention modules, so each must be [{modules}]"
+                )
+        return found
+
+    @torch.inference_mode()
+    def make_image_pages(self, tokens: int) -> None:
+        """Allocate pages for pictures of `tokens` tokens, if none exist yet."""
+        if self.images is None:
+            self.images = KeyValuePages(self.unet.layout, tokens, 0, self.unet.device, self.unet.dtype)
+
+    def _adapter(self, style: ImageStyle) -> tuple[IPAdapter, ImageEncoder]:
+        wanted = style.adapter
+        if not self.adapters:
+            raise StyleError(
+                f"{type(style).__name__} needs an IP-Adapter and this engine has none; pass "
+                "adapter='ip-adapter_sdxl.safetensors' and its image encoder to Engine.from_pretrained, or call "
+                "engine.load_adapter"
+            )
+        if wanted is None:
+            if len(self.adapters) > 1:
+                names = ", ".join(self.adapters)
+                raise StyleError(f"this engine has several adapters ({names}); name one: adapter=...")
+            return next(iter(self.adapters.values()))
+        if wanted not in self.adapters:
+            raise StyleError(f"adapter {wanted!r} is not loaded; loaded are {', '.join(self.adapters)}")
+        return self.adapters[wanted]
+
+    def _mask_table(self, latent_size: tuple[int, int]) -> MaskTable:
+        if latent_size not in self.masks:
+            self.masks[latent_size] = MaskTable(self.unet.attention_sizes(*latent_size), self.unet.device)
+        return self.masks[latent_size]
+
+    def _mask(self, style: ImageStyle, segment: int, conditions: Conditions, made: Encoded) -> int:
+        if style.segments[segment].mask is None:
+            return -1
+        if (style, segment) not in conditions.held_masks:
+            table = self._mask_table(conditions.latent_size)
+            conditions.held_masks[style, segment] = table.add(made.masks[style, segment])
+        return conditions.held_masks[style, segment]
+
+
+def _image_keys(style: ImageStyle, adapter: IPAdapter) -> list[tuple]:
+    """Return the page keys of a style's segments, followed by that of its negative tokens."""
+    # the style object itself is part of the key, which keeps it alive as long as its pages
+    keys = [(adapter, style, i) for i in range(len(style.segments))]
+    return [*keys, (adapter, style if style.own_negative else None, -1)]
+
+
+def _pictured(sample: Sample) -> list[ImageStyle]:
+    """Return the styles of a sample that have pictures as prompts."""
+    return [style for style in sample.request.style if isinstance(style, ImageStyle)]

@@ -1,0 +1,143 @@
+"""Keys and values of prompts and pictures, in shared pages with reference counts.
+
+Cross-attention's keys and values don't change between steps, nor between requests with equal prompts. So they are
+computed once, kept in pages of buffers with fixed addresses (captured graphs and compiled regions read them by page
+number), and dropped when they are unused and the room is needed. All layers of an attention level share one buffer, as
+exported graphs require.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from stylefast.models.layer_inputs import KeyValue
+from stylefast.models.layout import AttentionLayout
+
+FIRST_PAGES = 8
+# unused pages kept for the next request with the same prompt or picture
+IDLE_PAGES = 64
+
+
+class KeyValuePages:
+    """Pages of keys and values of all cross-attention layers, each with one row of `extra` numbers.
+
+    `by_level[level]` is [layers of the level, 2, pages, tokens, heads, d], layers in registry order; `layers[i]` its
+    contiguous views (k, v) [pages, tokens, heads, d]; `lengths` [pages] int64 the tokens in use; `extra` [pages,
+    width]. All are replaced when the buffers grow, and `generation` increases.
+    """
+
+    def __init__(self, layout: AttentionLayout, tokens: int, extra: int, device: torch.device, dtype: torch.dtype):
+        self._layout, self._device, self._dtype = layout, device, dtype
+        self.tokens, self.generation = tokens, 0
+        self._keys: dict[int, Hashable] = {}
+        self._page_of: dict[Hashable, int] = {}
+        self._users: dict[int, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._free: list[int] = []
+        self.by_level: tuple[torch.Tensor, ...] = ()
+        self.layers: tuple[KeyValue, ...] = ()
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
+        self.extra = torch.zeros(0, extra, device=device, dtype=dtype)
+        self._resize(FIRST_PAGES, tokens)
+
+    def __len__(self) -> int:
+        """Return the number of pages that fit."""
+        return len(self.lengths)
+
+    @property
+    def used(self) -> int:
+        """Count the pages in use."""
+        return len(self._users)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all buffers."""
+        buffers = [self.lengths, self.extra, *self.by_level]
+        return sum(x.numel() * x.element_size() for x in buffers)
+
+    def find(self, key: Hashable) -> int | None:
+        """Return the page of a key and add one user to it; None if the key is unknown."""
+        page = self._page_of.get(key)
+        if page is not None:
+            self._idle.pop(page, None)
+            self._users[page] = self._users.get(page, 0) + 1
+        return page
+
+    def add(
+        self, keys: Sequence[Hashable], layers: Sequence[KeyValue | None], extra: torch.Tensor | None = None
+    ) -> list[int]:
+        """Store new pages, each with one user.
+
+        layers: per layer (k, v) [n, tokens, heads, d], or None for layers that read zeros; extra: [n, width].
+        Returns the n page numbers.
+        """
+        tokens = next(pair for pair in layers if pair is not None)[0].shape[1]
+        if tokens > self.tokens:
+            self._resize(len(self), tokens)
+        pages: list[int] = []
+        try:
+            for _ in keys:
+                pages.append(self._take())
+            index = torch.tensor(pages, device=self._device)
+            for (k, v), pair in zip(self.layers, layers, strict=True):
+                for buffer, values in zip((k, v), pair or (0, 0), strict=True):
+                    buffer[index, :tokens] = values.to(buffer) if isinstance(values, torch.Tensor) else values
+            self.lengths[index] = tokens
+            if extra is not None:
+                self.extra[index] = extra.to(self.extra)
+        except BaseException:
+            self._free += pages
+            raise
+        for key, page in zip(keys, pages, strict=True):
+            self._keys[page], self._page_of[key], self._users[page] = key, page, 1
+        return pages
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Remove one user from each page."""
+        for page in pages:
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                del self._users[page]
+                self._idle[page] = None
+        while len(self._idle) > IDLE_PAGES:
+            self._forget(next(iter(self._idle)))
+
+    def forget_idle(self) -> None:
+        """Drop unused pages."""
+        for page in list(self._idle):
+            self._forget(page)
+
+    def _forget(self, page: int) -> None:
+        del self._idle[page]
+        del self._page_of[self._keys.pop(page)]
+        self._free.append(page)
+
+    def _take(self) -> int:
+        if not self._free and self._idle:
+            self._forget(next(iter(self._idle)))
+        if not self._free:
+            self._resize(2 * len(self), self.tokens)
+        return self._free.pop()
+
+    def _resize(self, pages: int, tokens: int) -> None:
+        before, packed = len(self), []
+        layers: list[KeyValue | None] = [None] * len(self._layout.layers)
+        for level in range(self._layout.levels):
+            members = self._layout.at_level(level)
+            one = self._layout.layers[members[0]]
+            shape = (len(members), 2, pages, tokens, one.heads, one.channels // one.heads)
+            buffer = torch.zeros(shape, device=self._device, dtype=self._dtype)
+            if before:
+                buffer[:, :, :before, : self.tokens] = self.by_level[level]
+            packed.append(buffer)
+            for place, i in enumerate(members):
+                layers[i] = (buffer[place, 0], buffer[place, 1])
+        lengths = self.lengths.new_ones(pages)
+        extra = self.extra.new_zeros(pages, self.extra.shape[1])
+        lengths[:before], extra[:before] = self.lengths, self.extra
+        self.by_level, self.layers, self.tokens = tuple(packed), tuple(layers), tokens
+        self.lengths, self.extra = lengths, extra
+        # lowest page at the end, so that `pop` takes it first
+        self._free = sorted({*self._free, *range(before, pages)}, reverse=True)
+        self.generation += 1

@@ -1,0 +1,263 @@
+"""All inputs of one step of a batch, in buffers with fixed addresses.
+
+A UNet call and the sampler's update read some twenty small tensors: the row table, the rows of each picture, and the
+coefficients of this step. They are views of a few flat buffers, one per element type, so that a step needs only that
+many small copies to the device, and a captured graph finds them at the same addresses at every replay.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stylefast.models.row_table import COLUMNS, NO_PAGE, RowTable
+from stylefast.runtime.plan.group_rows import GroupRows
+from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.steps.planner import plan_segments
+from stylefast.sampling.guidance import BRANCHES
+
+# host buffers in flight: a lagging device still reads older ones
+_RING = 4
+# max row layouts of recent batches that are kept
+_PLANS = 8
+# noise has its own buffer, since it is by far the largest and most samplers need none
+_KINDS = {"int": torch.int64, "float": torch.float32, "bool": torch.bool, "noise": torch.float32}
+_KIND_OF = {torch.int64: "int", torch.float32: "float", torch.bool: "bool"}
+
+
+class BatchShape(NamedTuple):
+    """The sizes for which a compiled step is specialised."""
+
+    rows: int
+    pictures: int
+    references: int  # columns of self_page
+    segments: int  # columns of image_page
+    norms: bool  # whether any row may share group norms
+    layers: int
+    modules: int
+    latents: tuple[int, int, int]  # (channels, h, w)
+
+
+class StepColumns(NamedTuple):
+    """The tensors of one step."""
+
+    table: RowTable
+    row_picture: torch.Tensor  # [rows] int64: the picture of a row
+    slot: torch.Tensor  # slot of a picture's latents
+    branch_rows: torch.Tensor  # [pictures, 4] int64
+    branch_weights: torch.Tensor  # [pictures, 4]
+    timestep: torch.Tensor  # [pictures]
+    input_scale: torch.Tensor  # [pictures]
+    time_ids: torch.Tensor  # [pictures, 6]
+    rescale: torch.Tensor  # [pictures]
+    denoised: torch.Tensor  # [pictures, 2]
+    update: torch.Tensor  # [pictures, 2, 6]
+    noise: torch.Tensor  # [pictures, channels, h, w]
+
+
+class StepBuffers:
+    """The buffers of one shape, filled from groups."""
+
+    def __init__(self, shape: BatchShape, device: torch.device):
+        self.shape, self._device = shape, device
+        r, p = shape.rows, shape.pictures
+        sizes = shape._asdict() | {"norm_rows": r if shape.norms else 0}
+        self._layout = {name: (_KIND_OF[column.dtype], column.shape(sizes)) for name, column in COLUMNS.items()} | {
+            "row_picture": ("int", (r,)),
+            "slot": ("int", (p,)),
+            "branch_rows": ("int", (p, len(BRANCHES))),
+            "branch_weights": ("float", (p, len(BRANCHES))),
+            "timestep": ("float", (p,)),
+            "input_scale": ("float", (p,)),
+            "time_ids": ("float", (p, 6)),
+            "rescale": ("float", (p,)),
+            "denoised": ("float", (p, 2)),
+            "update": ("float", (p, 2, 6)),
+            "noise": ("noise", (p, *shape.latents)),
+        }
+        on_host = device.type == "cpu"
+        self._hosts = [self._buffers(torch.device("cpu"), pinned=not on_host) for _ in range(1 if on_host else _RING)]
+        self._events = [None] * len(self._hosts)
+        self._flat = self._hosts[0] if on_host else self._buffers(device, pinned=False)
+        columns = self._views(self._flat)
+        rows = RowTable(*(columns.pop(name) for name in RowTable._fields))
+        self.columns = StepColumns(rows, **columns)
+        self._arrays = [{k: v.numpy() for k, v in self._views(flat).items()} for flat in self._hosts]
+        self._turn, self._noisy = 0, False
+        self._written: list[tuple] = [()] * len(self._hosts)  # phases that a host buffer holds
+        self._plans: dict[tuple, _Plan] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the buffers, on the device and on the host."""
+        flats = [*self._hosts, self._flat] if len(self._hosts) > 1 else self._hosts
+        return sum(x.numel() * x.element_size() for flat in flats for x in flat.values())
+
+    def fill(self, groups: Sequence[SampleGroup], pages: Sequence[np.ndarray]) -> None:
+        """Write the current step of `groups`; `pages[i]` are the pool's slots of group i's bank references.
+
+        Those slots are in the order of `bank_keys`. Rows and pictures beyond those of the groups become idle ones:
+        plain, on slot 0, with unused results.
+        """
+        turn = self._turn = (self._turn + 1) % len(self._hosts)
+        if self._events[turn] is not None:
+            self._events[turn].synchronize()  # long passed, unless the device lags by the whole ring
+        arrays, all_rows = self._arrays[turn], [g.rows_at() for g in groups]
+        key = tuple((id(g), id(group_rows)) for g, group_rows in zip(groups, all_rows))
+        if self._written[turn] != key or key not in self._plans:
+            self._written[turn] = key
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            # the plan keeps groups and phases alive, so that their ids stay unique
+            self._plans[key] = self._write_rows(arrays, groups, all_rows)
+        self._write_step(arrays, self._plans[key], groups, all_rows, pages)
+        if len(self._hosts) > 1:
+            noisy = any(g.noisy for g in groups)
+            for kind, flat in self._flat.items():
+                # copied once more after the last noise: an old NaN would spread even when multiplied by 0
+                if kind != "noise" or noisy or self._noisy:
+                    flat.copy_(self._hosts[turn][kind], non_blocking=True)
+            self._noisy = noisy
+            self._events[turn] = torch.cuda.Event()
+            # `record` would use the current device's stream, and the table may be on another device
+            self._events[turn].record(torch.cuda.current_stream(self._device))
+
+    def drop(self, group: SampleGroup) -> None:
+        """Drop references to a group that left: its latents, pictures and banks may be large."""
+        for key in [key for key, plan in self._plans.items() if group in plan.groups]:
+            del self._plans[key]
+
+    def _write_rows(self, arrays: dict, groups: Sequence[SampleGroup], all_rows: Sequence[GroupRows]) -> "_Plan":
+        """Write all values that do not change between steps."""
+        shape, plan = self.shape, _Plan(groups, all_rows, self.shape)
+        count, pictures = plan.rows, plan.pictures
+        for name, column in COLUMNS.items():
+            arrays[name][...] = np.arange(arrays[name].shape[-1]) if column.idle is None else column.idle
+        for name in ("branch_weights", "rescale", "denoised", "update", "noise", "timestep", "slot", "row_picture"):
+            arrays[name].fill(0)
+        arrays["branch_rows"].fill(-1)
+        arrays["input_scale"].fill(1)
+        side = [8 * x for x in (shape.latents[1], shape.latents[2])]
+        arrays["time_ids"][:] = [*side, 0, 0, *side]
+        if shape.rows > count:
+            arrays["row_picture"][count:] = min(pictures, shape.pictures - 1)
+
+        order = plan.order
+        arrays["row_picture"][:count] = plan.picture[order]
+        for name in ("self_mode", "self_layers", "adain_strength"):
+            arrays[name][:count] = np.concatenate([getattr(group_rows.columns, name) for group_rows in all_rows])[order]
+        used = np.arange(shape.references) < plan.width[order, None]
+        for name, idle in (("self_scale", 1.0), ("self_shift", 0.0)):
+            values = np.concatenate([getattr(group_rows.columns, name) for group_rows in all_rows])[order, None]
+            arrays[name][:count] = np.where(used, values, idle)
+        segments = [row for group_rows in all_rows for row in group_rows.segments]
+        for row, source in enumerate(order):
+            for i, segment in enumerate(segments[source]):
+                arrays["image_page"][row, i], arrays["image_mask"][row, i] = segment.page, segment.mask
+                arrays["image_strength"][row, i] = segment.strength
+        arrays["branch_rows"][plan.picture[order], plan.branch[order]] = np.arange(count)
+        start = 0
+        for g, group_rows in zip(groups, all_rows):
+            part = slice(start, start + g.pictures)
+            arrays["branch_weights"][part], arrays["rescale"][part] = group_rows.weights, g.rescale
+            # rescaling needs at least two branches
+            arrays["rescale"][part][(group_rows.weights != 0).sum(1) < 2] = 0
+            arrays["time_ids"][part], arrays["slot"][part] = g.time_ids, g.slots
+            start += g.pictures
+        return plan
+
+    def _write_step(self, arrays, plan: "_Plan", groups, all_rows, pages) -> None:
+        count, start = plan.rows, 0
+        for g in groups:
+            part, step = slice(start, start + g.pictures), g.step
+            arrays["timestep"][part], arrays["input_scale"][part] = g.timestep[step], g.input_scale[step]
+            arrays["denoised"][part], arrays["update"][part] = g.denoised[step], g.update[step]
+            if g.noisy:
+                arrays["noise"][part] = g.noise().numpy()
+            start += g.pictures
+        text = [group_rows.text_page[g.step] for g, group_rows in zip(groups, all_rows)]
+        arrays["text_page"][:count] = np.concatenate(text)[plan.order]
+        if self.shape.references:
+            page = plan.self_page
+            if plan.bank_places.size:
+                # the pool's pages are numbered after all rows of the call, including idle ones
+                page = page.copy()
+                page.reshape(-1)[plan.bank_places] = self.shape.rows + np.concatenate(pages)
+            arrays["self_page"][:count] = page
+            arrays["adain_page"][:count] = np.where(plan.takes_adain, page[:, 0], NO_PAGE)
+            if self.shape.norms:
+                arrays["norm_page"][:count] = np.where(plan.takes_norms, page[:, 0], NO_PAGE)
+
+    def _buffers(self, device: torch.device, pinned: bool) -> dict[str, torch.Tensor]:
+        sizes = dict.fromkeys(_KINDS, 0)
+        for kind, shape in self._layout.values():
+            sizes[kind] += _padded(math.prod(shape))
+        return {
+            kind: torch.zeros(size, dtype=_KINDS[kind], device=device, pin_memory=pinned)
+            for kind, size in sizes.items()
+        }
+
+    def _views(self, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        starts, views = dict.fromkeys(flat, 0), {}
+        for name, (kind, shape) in self._layout.items():
+            count = math.prod(shape)
+            views[name] = flat[kind][starts[kind] : starts[kind] + count].view(shape)
+            starts[kind] += _padded(count)
+        return views
+
+
+def bank_keys(group: SampleGroup, step: int | None = None) -> list[tuple]:
+    """List (bank, step, index in BRANCHES, reference) of every bank page that a group's rows read, row by row."""
+    step = group.step if step is None else step
+    group_rows = group.rows_at(step)
+    return [
+        (reference.bank, step, int(branch), reference.number)
+        for branch, references in zip(group_rows.branch, group_rows.references)
+        for reference in references
+        if reference.bank is not None
+    ]
+
+
+class _Plan:
+    """Arrangement of some phases' rows in one table, with readers of a page adjacent."""
+
+    def __init__(self, groups: Sequence[SampleGroup], all_rows: Sequence[GroupRows], shape: BatchShape):
+        self.groups, self.all_rows = list(groups), list(all_rows)
+        self.rows, self.pictures = sum(p.rows for p in all_rows), sum(g.pictures for g in groups)
+        starts = np.cumsum([0, *(g.pictures for g in groups)])
+        self.picture = np.concatenate([group_rows.picture + start for group_rows, start in zip(all_rows, starts)])
+        self.branch = np.concatenate([group_rows.branch for group_rows in all_rows])
+        references, numbers, bank_rows = [], {}, []
+        for group_rows, start in zip(all_rows, starts):
+            for branch, row in zip(group_rows.branch, group_rows.references):
+                entries = []
+                for column, reference in enumerate(row):
+                    if reference.bank is None:
+                        entries.append((int(start) + reference.picture, -1))
+                    else:
+                        key = (reference.bank.id, int(branch), reference.number)
+                        entries.append((0, numbers.setdefault(key, len(numbers))))
+                        bank_rows.append((len(references), column))
+                references.append(entries)
+        self.width = np.array([len(row) for row in references], dtype=np.int64)
+        segments = plan_segments(
+            self.picture, self.branch, references, width=shape.references, mutual=any(p.mutual for p in all_rows)
+        )
+        self.order = segments.order
+        place = np.empty(self.rows, dtype=np.int64)
+        place[self.order] = np.arange(self.rows)
+        page = segments.page
+        live = (page >= 0) & (page < self.rows)
+        page = np.where(live, place[np.where(live, page, 0)], page)[self.order]
+        self.self_page = np.where(page >= self.rows, NO_PAGE, page)  # bank pages change with the step
+        columns = page.shape[1]
+        self.bank_places = np.array([place[row] * columns + column for row, column in bank_rows], dtype=np.int64)
+        self.takes_adain = np.concatenate([p.columns.takes_adain for p in all_rows])[self.order]
+        self.takes_norms = np.concatenate([p.columns.takes_norms for p in all_rows])[self.order]
+
+
+def _padded(count: int) -> int:
+    # align every view to at least 32 bytes, even for single-byte elements
+    return -(-count // 32) * 32

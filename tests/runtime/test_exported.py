@@ -1,0 +1,441 @@
+"""The engine on graphs of flat tensors: the same pictures, by the smallest graph that can, errors that spare others."""
+
+import math
+
+import pytest
+import torch
+
+import stylefast as sf
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, OutOfMemory
+from stylefast.export.unet_graph import GraphShape
+from stylefast.models import prepacked
+from stylefast.models.row_table import NO_PAGE
+from stylefast.runtime.backends.base import TorchBackend
+from stylefast.runtime.backends.choice import check_backend
+from stylefast.runtime.backends.exported import ExportedBackend, Graph
+from stylefast.sampling.guidance import StyleContextGuidance
+from tests.engine.scene import SIZE, apart, learned, near, small_picture
+from tests.engine.watch import WAIT, request
+from tests.small_graphs import SHAPES, TorchSession, micro_pipeline, write_adapter
+
+PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
+STEPS = 3
+STYLE = ["up_blocks.0.attentions.1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_weights():
+    """Both sides compute with PyTorch's own products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(prepacked.VARIABLE, "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return micro_pipeline()
+
+
+@pytest.fixture(scope="module")
+def adapter(pipe, tmp_path_factory):
+    return write_adapter(pipe.unet, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="module")
+def torch_engine(pipe, adapter):
+    engine = sf.Engine.from_pipeline(pipe)
+    engine.load_adapter(adapter)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def bank(torch_engine):
+    return torch_engine.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
+
+
+@pytest.fixture
+def make(pipe, adapter):
+    """An engine on graphs of these shapes (or Graphs made by functions of the UNet), its sessions by place."""
+    engines = []
+
+    def make(*shapes, stale=lambda: None, **options):
+        sessions = {}
+
+        def backend(unet):
+            def graph(i, shape):
+                if not isinstance(shape, GraphShape):
+                    return shape(unet)
+                return Graph(shape, lambda: sessions.setdefault(i, TorchSession(unet, shape)))
+
+            return ExportedBackend(
+                unet, {str(i): graph(i, shape) for i, shape in enumerate(shapes)}, "onnxruntime", stale
+            )
+
+        engine = sf.Engine.from_pipeline(pipe, backend=backend, **options)
+        engine.load_adapter(adapter)
+        engines.append(engine)
+        return engine, sessions
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def draw(engine, *requests):
+    return engine.generate(list(requests), output="latents").latents
+
+
+def half_mask():
+    mask = torch.zeros(SIZE[1], SIZE[0])
+    mask[:, : SIZE[0] // 2 - 3] = 1
+    return mask
+
+
+@pytest.fixture(scope="module")
+def requests(bank):
+    """Requests by what they need, each a group of its own."""
+    shared, context = sf.StyleAligned(shift=0.4, share_group_norm=True), StyleContextGuidance(0.5, 3.0, 5.0)
+    return {
+        "plain": [request("a cat", seed=1)],
+        "unguided, other sampler": [request("a dog", guidance=1.0, scheduler="euler_ancestral", seed=2)],
+        "two pictures in one style": [request(p, style=shared, seed=i) for i, p in enumerate(("a cat", "neon"))],
+        "a live picture with AdaIN": [
+            request(style=sf.StyleAligned(OTHER, mode="swap", adain={"q": 1.0, "k": 0.5, "v": 1.0}), seed=3)
+        ],
+        "a picture prompt under a mask": [request(style=sf.InstantStyle(PICTURE, "all", 0.7, mask=half_mask()))],
+        "two picture prompts": [request(style=[sf.InstantStyle(PICTURE, STYLE), sf.InstantStyle(OTHER, "all", 0.4)])],
+        "a bank": [request(style=sf.StyleAligned(bank, shift=0.5, share_group_norm=True), seed=4)],
+        "learned tokens in four branches": [request(style=sf.DreamStyler(learned(), guidance=context), seed=5)],
+        "a bank, a picture and learned tokens": [
+            request(style=[sf.StyleAligned(bank), sf.InstantStyle(PICTURE, STYLE), sf.DreamStyler(learned())], seed=6)
+        ],
+    }
+
+
+NEEDED = {
+    "plain": "plain",
+    "unguided, other sampler": "plain",
+    "two pictures in one style": "live",
+    "a live picture with AdaIN": "live",
+    "a picture prompt under a mask": "plain",
+    "two picture prompts": "plain",
+    "a bank": "banked",
+    "learned tokens in four branches": "plain",
+    "a bank, a picture and learned tokens": "banked",
+}
+
+
+@pytest.mark.parametrize("what", NEEDED)
+def test_pictures_are_those_of_the_torch_backend_and_the_smallest_graph_makes_them(make, torch_engine, requests, what):
+    engine, sessions = make(*SHAPES)
+    assert engine.runner.backend.loaded == ()
+    near(draw(engine, *requests[what]), draw(torch_engine, *requests[what]), 1e-4)
+    assert engine.runner.backend.loaded == (NEEDED[what],)
+    (session,) = sessions.values()
+    assert len(session.calls) == STEPS
+
+
+def test_a_mixed_batch_shares_one_call_a_step(make, torch_engine, requests):
+    engine, sessions = make(SHAPES[2], SHAPES[0])
+    every = [one for several in requests.values() for one in several]
+    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    assert engine.runner.calls == STEPS
+    # the plain graph is open, for when its requests are alone, and has run nothing
+    assert len(sessions[0].calls) == STEPS and not sessions[1].calls
+
+
+@pytest.mark.parametrize("what", NEEDED)
+def test_a_larger_graph_does_what_smaller_ones_would(make, torch_engine, requests, what):
+    engine, sessions = make(GraphShape("banked", 3, 4))
+    near(draw(engine, *requests[what]), draw(torch_engine, *requests[what]), 1e-4)
+
+
+def test_columns_that_a_batch_has_not_are_idle(make, requests):
+    engine, sessions = make(GraphShape("banked", 3, 4))
+    draw(engine, *requests["two pictures in one style"])
+    for given in sessions[0].calls:
+        rows = len(given["latents"])
+        assert (given["self_page"][:, 1:] == NO_PAGE).all() and (given["self_page"][:, 0] >= 0).any()
+        assert (given["self_scale"][:, 1:] == 1).all() and not given["self_shift"][:, 1:].any()
+        assert (given["image_page"] == NO_PAGE).all() and (given["image_mask"] == -1).all()
+        assert not given["image_strength"].any()
+        assert given["image_group"].tolist() == [[0, 1, 2, 3]] * rows
+        assert given["page_norms"].shape[0] == given["image_lengths"].shape[0] == given["mask_0"].shape[0] == 1
+        assert (given["norm_page"] >= 0).any() and (given["norm_page"] == NO_PAGE).any()
+        assert given["image_lengths"].tolist() == [1], "no picture has no tokens"
+
+
+def test_a_batch_in_which_no_row_shares_norms_has_a_full_column_of_none(make, requests):
+    engine, sessions = make(GraphShape("live", 1, 0))
+    draw(engine, *requests["plain"])
+    assert all(given["norm_page"].tolist() == [NO_PAGE] * 2 for given in sessions[0].calls)
+
+
+def test_tensors_stay_where_they_are_from_step_to_step(make, requests):
+    engine, sessions = make(*SHAPES)
+    draw(engine, *requests["a bank"])
+    draw(engine, *requests["a bank"])
+    places = [{name: x.data_ptr() for name, x in given.items()} for given in sessions[2].calls]
+    assert len(places) == 2 * STEPS and all(one == places[0] for one in places)
+
+
+def test_pages_of_banks_and_prompts_are_read_where_they_lie(make, requests):
+    engine, sessions = make(*SHAPES)
+    draw(engine, *requests["a bank, a picture and learned tokens"])
+    given, store = sessions[2].calls[-1], engine.runner.conditions
+    (pool,) = engine.runner.bank_pages.values()
+    assert all(given[name].data_ptr() == x.data_ptr() for name, x in pool.by_name.items())
+    assert all(given[f"text_kv_{i}"].data_ptr() == x.data_ptr() for i, x in enumerate(store.text.by_level))
+    assert all(given[f"image_kv_{i}"].data_ptr() == x.data_ptr() for i, x in enumerate(store.images.by_level))
+    assert given["image_lengths"].data_ptr() == store.images.lengths.data_ptr()
+    assert given["pooled"].data_ptr() == store.text.extra.data_ptr()
+
+
+def test_of_two_graphs_of_a_flavour_the_one_with_fewer_columns_is_taken(make, requests):
+    engine, sessions = make(GraphShape("live", 4, 4), GraphShape("live", 1, 2), GraphShape("live", 1, 1))
+    draw(engine, *requests["two pictures in one style"])
+    assert list(sessions) == [2]
+    draw(engine, *requests["two picture prompts"])
+    assert sorted(sessions) == [1, 2]
+
+
+def test_buckets_pad_rows_and_keep_the_smallest_graph(make, torch_engine, requests):
+    engine, sessions = make(*SHAPES, batch_buckets=(5,))
+    near(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
+    assert engine.runner.backend.loaded == ("plain",) and not engine.runner.bank_pages
+    assert all(len(given["latents"]) == 5 for given in sessions[0].calls)
+
+
+# what graphs can't do
+
+LACKING = {
+    "a bank": (SHAPES[:2], r"banked graph \(references 1, pictures 0 .*--flavour banked --references 1"),
+    "a live picture with AdaIN": (SHAPES[:1], r"live graph \(references 1.*at hand are plain \(0, 2\)"),
+    "two picture prompts": ([GraphShape("live", 1, 1)], r"plain graph \(references 0, pictures 2.*--segments 2"),
+    "two pictures in one style": ([GraphShape("plain", 0, 0)], "live graph.*stylefast export onnx --flavour live"),
+}
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_a_batch_that_no_graph_can_do_is_refused_with_the_command_that_makes_one(make, requests, what):
+    shapes, message = LACKING[what]
+    engine, sessions = make(*shapes)
+    with pytest.raises(EngineMismatch, match=message):
+        draw(engine, *requests[what])
+    assert engine.runner.pictures == 0 and sessions == {}
+
+
+def test_pictures_that_need_no_missing_graph_are_finished_all_the_same(make, torch_engine, requests):
+    engine, _ = make(*SHAPES[:2])
+    names = ("plain", "a bank", "two pictures in one style", "a picture prompt under a mask")
+    with engine.scheduler.paused():
+        jobs = {name: engine.submit(requests[name], output="latents") for name in names if name != "a bank"}
+        with pytest.raises(EngineMismatch, match="banked graph"):
+            engine.submit(requests["a bank"], output="latents")
+    for name, job in jobs.items():
+        near(job.result(WAIT).latents, draw(torch_engine, *requests[name]), 1e-4)
+
+
+def test_a_batch_is_divided_among_graphs_where_none_can_do_all_of_it(make, torch_engine, requests):
+    engine, sessions = make(GraphShape("plain", 0, 2), GraphShape("live", 1, 0))
+    names = ("two picture prompts", "two pictures in one style")
+    every = [one for name in names for one in requests[name]]
+    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    assert sorted(sessions) == [0, 1]
+
+
+class Failing(TorchSession):
+    """Raises `error` for batches of more rows than `most`."""
+
+    def __init__(self, unet, shape, error, most=0):
+        super().__init__(unet, shape)
+        self.error, self.most = error, most
+
+    def run(self, inputs, outputs):
+        if len(inputs["latents"]) > self.most:
+            outputs["output"].fill_(float("nan"))
+            raise self.error
+        return super().run(inputs, outputs)
+
+
+@pytest.mark.parametrize("error", [ExportError("it broke"), OutOfMemory("no room")], ids=["broken", "no room"])
+def test_a_session_that_fails_costs_no_picture_that_runs_without_the_others(make, torch_engine, requests, error):
+    engine, _ = make(lambda unet: Graph(SHAPES[1], Failing(unet, SHAPES[1], error, most=4)))
+    every = [*requests["plain"], *requests["two pictures in one style"], *requests["unguided, other sampler"]]
+    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+
+
+def test_a_session_that_always_fails_fails_the_pictures_and_not_the_engine(make):
+    engine, _ = make(lambda unet: Graph(SHAPES[1], Failing(unet, SHAPES[1], ExportError("it broke"), most=3)))
+    jobs = [engine.submit(request(guidance=guidance), output="latents") for guidance in (1.0, 5.0)]
+    both = engine.submit([request(style=(one := sf.StyleAligned())), request(style=one)], output="latents")
+    with pytest.raises(ExportError, match="it broke"):
+        both.result(WAIT)
+    assert all(torch.isfinite(job.result(WAIT).latents[0]).all() for job in jobs)
+
+
+def test_a_graph_that_can_not_be_opened_is_tried_once(make, torch_engine, requests):
+    tries = []
+
+    def broken():
+        tries.append(1)
+        raise ExportError("altered")
+
+    engine, _ = make(lambda unet: Graph(SHAPES[1], broken))
+    for _ in range(2):
+        with pytest.raises(ExportError, match="altered"):
+            draw(engine, *requests["plain"], *requests["unguided, other sampler"])
+    assert tries == [1]
+
+
+def test_graphs_of_fewer_rows_take_a_batch_in_parts(make, torch_engine):
+    def graph(unet):
+        return Graph(SHAPES[0], TorchSession(unet, SHAPES[0]), {"rows": (1, 4)})
+
+    engine, _ = make(graph)
+    every = [request("a cat", seed=i) for i in range(5)]
+    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    assert engine.runner.calls == math.ceil(5 * STEPS / 2)
+
+
+def test_graphs_of_one_row_count_get_batches_filled_up(make, torch_engine, requests):
+    session = []
+
+    def graph(unet):
+        session.append(TorchSession(unet, SHAPES[1]))
+        return Graph(SHAPES[1], session[0], {"rows": (6, 6)})
+
+    engine, _ = make(graph)
+    for name in ("plain", "two pictures in one style"):
+        near(draw(engine, *requests[name]), draw(torch_engine, *requests[name]), 1e-4)
+    assert {len(given["latents"]) for given in session[0].calls} == {6}
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ({"width": (16, 32)}, "width 12 is not in 16 to 32.*another size"),
+        ({"height": (8, 8), "width": (8, 8)}, "2 rows at 12x8 latents.*width 12 is not in 8 to 8"),
+        ({"rows": (1, 1)}, "rows 2 is not in 1 to 1"),
+    ],
+    ids=["width", "fixed size", "rows"],
+)
+def test_a_size_outside_of_a_graphs_ranges_is_refused(make, ranges, message):
+    engine, _ = make(lambda unet: Graph(SHAPES[0], TorchSession(unet, SHAPES[0]), ranges))
+    with pytest.raises(EngineMismatch, match=message):
+        draw(engine, request())
+
+
+@pytest.mark.parametrize("taken", [(1, 4), (4, 4), (300, 400)], ids=["fewer", "one number", "more"])
+def test_pages_and_masks_that_rows_read_are_picked_out_where_a_graph_does_not_take_all(
+    make, torch_engine, requests, taken
+):
+    session, shape, ranges = [], GraphShape("plain", 0, 1), dict.fromkeys(("text_pages", "image_pages", "masks"), taken)
+
+    def graph(unet):
+        session.append(TorchSession(unet, shape))
+        return Graph(shape, session[0], ranges)
+
+    engine, _ = make(graph)
+    masked = requests["a picture prompt under a mask"]
+    both = [*masked, request("a dog", style=sf.InstantStyle(OTHER, "all", 0.5, mask=1 - half_mask()), seed=3)]
+    near(draw(engine, *both), draw(torch_engine, *both), 1e-4)
+    near(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
+    for given in session[0].calls:
+        counts = (
+            given["text_kv_0"].shape[2],
+            given["pooled"].shape[0],
+            given["image_kv_1"].shape[2],
+            given["image_lengths"].shape[0],
+            given["mask_0"].shape[0],
+            given["mask_1"].shape[0],
+        )
+        assert all(taken[0] <= count <= taken[1] for count in counts)
+
+
+def test_a_step_that_reads_more_pages_than_a_graph_takes_is_refused(make):
+    engine, _ = make(lambda unet: Graph(SHAPES[0], TorchSession(unet, SHAPES[0]), {"text_pages": (1, 1)}))
+    with pytest.raises(EngineMismatch, match="2 rows reads up to 2 text_pages, and the graph takes 1 to 1"):
+        draw(engine, request())
+
+
+def test_a_pool_has_no_more_pages_than_graphs_can_read(make, torch_engine, requests):
+    engine, _ = make(lambda unet: Graph(SHAPES[2], TorchSession(unet, SHAPES[2]), {"pages": (1, 3)}))
+    near(draw(engine, *requests["a bank"]), draw(torch_engine, *requests["a bank"]), 1e-4)
+    (pool,) = engine.runner.bank_pages.values()
+    assert pool.slots == 3
+
+
+def test_graphs_of_other_weights_are_refused_at_the_next_step(make):
+    reasons = [None]
+    engine, _ = make(*SHAPES, stale=lambda: reasons[0])
+    draw(engine, request())
+    reasons[0] = "the weights have changed"
+    with pytest.raises(EngineMismatch, match="the weights have changed"):
+        draw(engine, request())
+
+
+def test_no_graph_at_all_is_refused(pipe):
+    with pytest.raises(EngineMismatch, match="no UNet graph.*stylefast export onnx"):
+        sf.Engine.from_pipeline(pipe, backend=lambda unet: ExportedBackend(unet, {}, "onnxruntime"))
+
+
+# around it
+
+
+def test_banks_are_baked_beside_graphs(make, torch_engine, bank, requests):
+    engine, _ = make(*SHAPES)
+    own = engine.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
+    for name, tensor in bank.tensors.items():
+        assert torch.equal(tensor, own.tensors[name]), name
+    apart(draw(engine, request(style=sf.StyleAligned(own))), draw(engine, request()))
+
+
+def test_what_is_prepared_is_counted_and_freed_and_closing_closes_sessions(make, requests):
+    engine, sessions = make(SHAPES[2])
+    backend = engine.runner.backend
+    assert backend.nbytes == 0
+    draw(engine, *requests["plain"])
+    idle = sum(x.nbytes for name, x in sessions[0].calls[0].items() if name.startswith(("image_kv", "mask", "page_")))
+    assert backend.nbytes > idle + TorchSession.nbytes and engine.memory()["graphs"] == backend.nbytes
+    backend.reset()
+    assert backend.nbytes == TorchSession.nbytes
+    engine.close()
+    assert sessions[0].closed
+
+
+def test_a_backend_of_ones_own_runs_the_steps(pipe):
+    class Counting(TorchBackend):
+        name, steps = "counting", 0
+
+        def run(self, *arguments):
+            self.steps += 1
+            super().run(*arguments)
+
+    engine = sf.Engine.from_pipeline(pipe, backend=Counting)
+    draw(engine, request())
+    assert (engine.runner.backend.name, engine.runner.backend.steps) == ("counting", STEPS)
+    again = Counting(engine.unet)
+    assert sf.Engine.from_pipeline(pipe, backend=again).runner.backend is again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cuda",), "backend is 'cuda'; there are auto, torch, compile, onnxruntime, tensorrt, aoti"),
+        ((7,), "backend is 7; give a name"),
+        (("torch", "/tmp/x"), "engines is for exported engines.*choose onnxruntime"),
+        (("compile", None, "abc"), "trust is for exported engines"),
+        (("tensorrt",), "needs engines=FOLDER.*stylefast export tensorrt"),
+        ((TorchBackend, "/tmp/x"), "engines is for exported engines"),
+    ],
+    ids=["unknown", "a number", "engines for torch", "trust for compile", "no folder", "for ones own"],
+)
+def test_backends_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(InvalidRequest, match=message):
+        check_backend(*arguments)
+
+
+def test_a_function_that_makes_no_backend_is_refused(pipe):
+    with pytest.raises(InvalidRequest, match="returned 3, which is no runtime.backends.base.Backend"):
+        sf.Engine.from_pipeline(pipe, backend=lambda unet: 3)
