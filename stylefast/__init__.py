@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Engine": "stylefast.engine",
+    "EngineOptions": "stylefast.options",
     "Request": "stylefast.engine",
     "Result": "stylefast.engine",
     "StyleAligned": "stylefast.styles.style_aligned",

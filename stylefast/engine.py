@@ -2,9 +2,8 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,28 +28,26 @@ from stylefast.models.lora import LoraSet
 from stylefast.models.prepacked import channels_last, pack
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
+from stylefast.options import NAMES, OF_LOADED, EngineOptions
 from stylefast.record import metadata, style_digest
 from stylefast.runtime.backends.choice import check_backend, make_backend
 from stylefast.runtime.banks.baking import BakeCallback, bake, bake_request
 from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Call, Job, StepCallback
-from stylefast.runtime.memory import MemoryBudget, check_limit, held_bytes, memory_report, parse_bytes
-from stylefast.runtime.plan.checks import (
-    as_list,
-    buckets_of,
-    check_deadline,
-    check_output,
-    count_of,
-    prompts_of,
-)
+from stylefast.runtime.memory import MemoryBudget, check_limit, held_bytes, memory_report
+from stylefast.runtime.plan.checks import as_list, check_deadline, check_output, prompts_of
 from stylefast.runtime.plan.notices import Notices
-from stylefast.runtime.plan.request import Request, Result
+from stylefast.runtime.plan.request import Request, Result, StyleLike
 from stylefast.runtime.plan.request_planner import RequestPlanner
 from stylefast.runtime.runner import Runner
 from stylefast.runtime.scheduler import Scheduler
 from stylefast.runtime.steps.conditions import ConditionStore
 from stylefast.styles.bank import StyleBank
+from stylefast.styles.style import Style
 from stylefast.threads import fit_to_quota
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
 
 __all__ = ["Engine", "Request", "Result"]
 
@@ -64,20 +61,10 @@ class Engine:
     def __init__(
         self,
         components: Components,
-        *,
-        backend: Any = "auto",
-        engines: str | Path | None = None,
-        trust: str | None = None,
-        memory_limit: int | str | None = None,
-        bank_memory: int | str | None = None,
-        host_memory: int | str | None = None,
-        batch_buckets: Sequence[int] = (),
-        max_batch_rows: int | None = None,
-        max_pending: int | None = None,
-        preview: Any = None,
-        prediction_type: str | None = None,
+        options: EngineOptions | None = None,
     ):
-        components = predicting(components, prediction_type)
+        options = options or EngineOptions()
+        components = predicting(components, options.prediction_type)
         fit_to_quota()
         self._components = components
         self.name, self.fingerprint = components.name, components.fingerprint
@@ -99,25 +86,21 @@ class Engine:
             scheduler_config.get("num_train_timesteps", 1000),
             revision=lambda: self.loras.fingerprint,
         )
-        self.budget = MemoryBudget(
-            parse_bytes("memory_limit", memory_limit),
-            parse_bytes("bank_memory", bank_memory),
-            parse_bytes("host_memory", host_memory),
-        )
-        chosen = make_backend(backend, self.unet, engines, trust, source=self._source)
-        self.runner = Runner(self.unet, store, chosen, self.budget, buckets_of(batch_buckets))
+        self.budget = MemoryBudget(options.memory_limit, options.bank_memory, options.host_memory)
+        chosen = make_backend(options.backend, self.unet, options.engines, options.trust, source=self._source)
+        self.runner = Runner(self.unet, store, chosen, self.budget, options.batch_buckets)
         self._planner = RequestPlanner(
             self.runner, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
         )
-        _check_part("preview", preview)
-        self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, preview)
+        _check_part("preview", options.preview)
+        self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, options.preview)
         chosen.attach(self)
         self.scheduler = Scheduler(
             self.runner,
             self._planner,
             self.decoder.previews,
-            count_of("max_batch_rows", max_batch_rows),
-            count_of("max_pending", max_pending),
+            options.max_batch_rows,
+            options.max_pending,
         )
         self.budget.watch(lambda: held_bytes(self))
         if self.budget.limit is not None:
@@ -130,91 +113,42 @@ class Engine:
             pass  # on a GPU, orders steps after the loads on the current stream
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        adapter: str | Path | Sequence[str | Path] | None = "auto",
-        image_encoder: str | Path | None = None,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        backend: Any = "auto",
-        engines: str | Path | None = None,
-        trust: str | None = None,
-        vae: Any = None,
-        memory_limit: int | str | None = None,
-        bank_memory: int | str | None = None,
-        host_memory: int | str | None = None,
-        batch_buckets: Sequence[int] = (),
-        max_batch_rows: int | None = None,
-        max_pending: int | None = None,
-        preview: Any = None,
-        prediction_type: str | None = None,
-        **options,
-    ) -> "Engine":
+    def from_pretrained(cls, source: str | Path, options: EngineOptions | None = None, **others: Any) -> "Engine":
         """Load a model.
 
         Args:
             source: "tiny" (shipped with stylefast), a diffusers folder, a `.safetensors` file, or a hub id.
-            adapter: an IP-Adapter file, or several; "auto" loads those that come with the model; None loads none.
-            image_encoder: folder of the CLIP image encoder that `adapter` was trained with; None: the model's own.
-            device: "auto" (CUDA if available), "cpu", "cuda", "cuda:1".
-            dtype: "auto" (fp32 on the CPU, fp16 on a GPU), "float32", "bfloat16", "float16", or a torch.dtype.
-            backend: "torch" runs the model eagerly, on a GPU as CUDA graphs; "compile" also compiles its blocks and
-                pads batches to a ladder of sizes; "onnxruntime", "tensorrt" and "aoti" run exported graphs; or a
-                `runtime.backends.base.Backend`, or a function that makes one from the UNet. "auto" is "torch".
-            engines: folder of the exported graphs; None: exported once and kept (not for "tensorrt").
-            trust: digest of the manifest in `engines`, required for engines (which are code) made elsewhere.
-            vae: a VAE in place of the model's own: folder, file, hub id or module.
-            memory_limit: bytes ("8GB") for everything the engine holds on its device, including the model.
-            bank_memory: bytes for the pages of style banks; None: a share of the free memory.
-            host_memory: bytes of pinned memory for pages being copied to a GPU; None: a quarter of the free memory.
-            batch_buckets: row counts to which batches are padded; within one bucket a picture's bits don't depend on
-                the other pictures. Empty: no padding (or the backend's own ladder).
-            max_batch_rows: max rows per UNet call (two per picture with guidance); None: as many as fit.
-            max_pending: max jobs waiting to join the batch; None: any number.
-            preview: an AutoencoderTiny for `Job`'s previews (module, folder, file or hub id); None: a linear map.
-            prediction_type: "epsilon" or "v_prediction", for a model whose files don't say.
-            options: for loading: variant, tokenizer, config, revision, cache_dir, token, force_download and
-                local_files_only, as in `load_components`; torch_dtype and other diffusers names are accepted, or
-                refused with a hint.
+            options: see `stylefast.EngineOptions`.
+            others: options by name, before those in `options` (device="cuda", max_pending=8); and for loading: variant,
+                tokenizer, config, revision, cache_dir, token, force_download and local_files_only, as in
+                `load_components`. torch_dtype and other names of diffusers are accepted, or refused with a hint.
 
         Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest, ExportError or a subclass.
         """
-        check_backend(backend, engines, trust)
-        options, dtype, device = sort_options(options, _LOADING, dtype, device)
+        options, others = EngineOptions.of(options, others)
+        check_backend(options.backend, options.engines, options.trust)
+        others, dtype, device = sort_options(others, NAMES, options.dtype, options.device)
         place = resolve_device(device)
-        _check_part("vae", vae)
-        for file in [] if isinstance(adapter, str) else as_list(adapter):
+        _check_part("vae", options.vae)
+        for file in [] if isinstance(options.adapter, str) else as_list(options.adapter):
             values.path("adapter", file)
-        components = load_components(source, dtype=resolve_dtype(dtype, place), device=place, vae=vae, **options)
-        engine = cls(
-            components,
-            backend=backend,
-            engines=engines,
-            trust=trust,
-            memory_limit=memory_limit,
-            bank_memory=bank_memory,
-            host_memory=host_memory,
-            batch_buckets=batch_buckets,
-            max_batch_rows=max_batch_rows,
-            max_pending=max_pending,
-            preview=preview,
-            prediction_type=prediction_type,
-        )
-        files = as_list(components.adapter_path if adapter == "auto" else adapter)
-        for file in files:
-            engine.load_adapter(file, image_encoder)
+        components = load_components(source, dtype=resolve_dtype(dtype, place), device=place, vae=options.vae, **others)
+        engine = cls(components, options)
+        for file in as_list(components.adapter_path if options.adapter == "auto" else options.adapter):
+            engine.load_adapter(file, options.image_encoder)
         return engine
 
     @classmethod
-    def from_pipeline(cls, pipeline, **options) -> "Engine":
+    def from_pipeline(
+        cls, pipeline: "StableDiffusionXLPipeline", options: EngineOptions | None = None, **others: Any
+    ) -> "Engine":
         """Take over a diffusers `StableDiffusionXLPipeline`; weights are shared and the pipeline stays usable.
 
-        options: backend, memory_limit, ... as in `from_pretrained`.
+        options, others: as in `from_pretrained`, but for those that say what to load. Raises InvalidRequest for these.
         """
-        check_engine_options(options, _OWN)
-        return cls(from_pipeline(pipeline), **options)
+        options, others = EngineOptions.of(options, others)
+        check_engine_options(options.loading() | others, OF_LOADED)
+        return cls(from_pipeline(pipeline), options)
 
     def load_adapter(self, file: str | Path, image_encoder: str | Path | None = None, name: str | None = None) -> str:
         """Load an IP-Adapter and return the name by which `InstantStyle(adapter=...)` finds it (the file's stem).
@@ -276,7 +210,7 @@ class Engine:
     def generate(
         self,
         prompts: str | Request | Sequence[str | Request],
-        style=None,
+        style: StyleLike = None,
         *,
         negative_prompt: str = "",
         steps: int = 30,
@@ -381,12 +315,12 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def bake(
         self,
-        style,
+        style: Style | Sequence[Style],
         steps: int = 30,
         scheduler: str = "euler",
         size: tuple[int, int] | None = None,
@@ -512,10 +446,3 @@ def _check_part(name: str, part: Any) -> None:
     """Raise InvalidRequest unless `part` is None, a module, or a path or hub id."""
     if part is not None and not isinstance(part, torch.nn.Module):
         values.path(name, part)
-
-
-def _options_of(function) -> tuple[str, ...]:
-    return tuple(name for name, one in signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY)
-
-
-_OWN, _LOADING = _options_of(Engine.__init__), _options_of(Engine.from_pretrained)

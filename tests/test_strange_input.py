@@ -20,9 +20,9 @@ from stylefast.models.masks import load_mask
 from stylefast.models.pictures import open_picture
 from stylefast.models.tensor_files import open_tensors
 from stylefast.models.weight_files import read_header
+from stylefast.options import EngineOptions, parse_bytes
 from stylefast.record import from_record, to_record
-from stylefast.runtime.memory import parse_bytes
-from stylefast.runtime.plan.checks import buckets_of, check_deadline, check_output, count_of, prompts_of
+from stylefast.runtime.plan.checks import check_deadline, check_output, prompts_of
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.guidance import GuidanceInterval, StyleContextGuidance, guidance_weights
@@ -56,8 +56,8 @@ CALLS = {
     "an output": check_output,
     "a deadline": check_deadline,
     "a device": resolve_device,
-    "buckets": buckets_of,
-    "a count": lambda value: count_of("max_pending", value),
+    "buckets": lambda value: EngineOptions(batch_buckets=value),
+    "a count": lambda value: EngineOptions(max_pending=value),
     "bytes": lambda value: parse_bytes("memory_limit", value),
     "a picture": open_picture,
     "a mask": load_mask,

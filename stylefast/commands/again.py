@@ -14,10 +14,11 @@ from PIL import Image, ImageChops
 
 from stylefast.commands.files import Destination, read_metadata
 from stylefast.commands.generate import check_schedules, load, make, save
-from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, PREDICTION_TYPES, RECORDED, Lora, ModelChoice
+from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, RECORDED, Lora, ModelChoice
 from stylefast.commands.notices import warn
 from stylefast.engine import Result
 from stylefast.errors import InvalidRequest, ModelError
+from stylefast.options import PREDICTION_TYPES
 from stylefast.record import from_record
 
 _SHOWN = 600  # max characters of the picture's text quoted in a message

@@ -207,5 +207,6 @@ def _use(arguments: argparse.Namespace, choice: ModelChoice, out: Path) -> str:
             words += [f"--{name}", getattr(arguments, name)]
     words += ["--model", choice.model] if choice.model != DEFAULT_MODEL else []
     words += [word for lora in choice.lora for word in ("--lora", lora.words())]
-    words += ["--prediction-type", choice.prediction_type] if choice.prediction_type is not None else []
+    kind = choice.options.get("prediction_type")
+    words += ["--prediction-type", kind] if kind is not None else []
     return shlex.join(words)

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from stylefast.commands.bank_report import shown_bytes
-from stylefast.commands.model_options import DEFAULT_MODEL, EXPORTED_BACKENDS
+from stylefast.commands.model_options import DEFAULT_MODEL
+from stylefast.options import EXPORTED
 
-_BACKENDS = dict(zip(("onnx", "tensorrt", "aoti"), EXPORTED_BACKENDS))
+_BACKENDS = {kind: backend for backend, kind in EXPORTED.items()}
 
 
 def collect_engines(folder: Path) -> dict[str, Any]:

@@ -3,17 +3,16 @@
 import argparse
 import hashlib
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stylefast.errors import InvalidRequest
+from stylefast.options import EXPORTED, FLAGS, parse_bytes
 from stylefast.values import did_you_mean_beside, no_device, quoted, typed_path
 
 DEFAULT_MODEL = "tiny"
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-# backends that run the output of `stylefast export`
-EXPORTED_BACKENDS = ("onnxruntime", "tensorrt", "aoti")
 # model options that name files, folders or hub ids
 PATHS = ("model", "adapter", "image_encoder", "vae")
 # recorded in pictures so that --from can load the model again; the other options depend on the machine
@@ -35,34 +34,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:SCALE]",
         help="a LoRA to put on the model, at this strength (default: 1); may be repeated",
     )
-    group("--adapter", metavar="FILE", help="IP-Adapter (default: the one that comes with the model, if any)")
-    group("--image-encoder", metavar="DIR", help="CLIP image encoder of --adapter (default: the model's own)")
-    group("--vae", metavar="NAME", help="a VAE in place of the model's own")
-    group(
-        "--prediction-type",
-        choices=PREDICTION_TYPES,
-        help="what the UNet predicts, for checkpoints that don't say or say wrong (default: as the model says)",
-    )
-    group("--device", help="auto, cpu, cuda or cuda:1 (default: auto)")
-    group("--dtype", help="auto, float32, bfloat16 or float16 (default: auto)")
-    group(
-        "--backend",
-        choices=("auto", "torch", "compile", *EXPORTED_BACKENDS),
-        help="what runs the steps; the last three run what `stylefast export` wrote (default: auto)",
-    )
-    group(
-        "--engines",
-        metavar="FOLDER",
-        help="an export for --backend; without it, onnxruntime and aoti export the "
-        "model once into the cache folder, which takes minutes",
-    )
-    group(
-        "--trust",
-        metavar="DIGEST",
-        help="run engines that others wrote, which are code; the digest is what `stylefast export` printed there",
-    )
-    group("--memory-limit", metavar="BYTES", help="for all that the engine holds on its device, e.g. 8GB")
-    group("--bank-memory", metavar="BYTES", help="for the pages of style banks there, e.g. 512MiB")
+    for name, option in FLAGS.items():
+        choices = option["choices"]
+        shown = {"choices": choices} if choices else {"metavar": option["flag"]}
+        group(flag(name), help=option["text"], **shown)
+
+
+def flag(name: str) -> str:
+    """Return an option's name on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +90,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to load and where it runs. None means the engine's default.
+    """What to load and where it runs: options of `EngineOptions` as the command line gives them, the others left out.
 
     `cached_only`: nothing is downloaded. Raises InvalidRequest for malformed memory limits, for engines that the
     backend does not read, and for LoRAs that it can't take.
@@ -118,34 +98,22 @@ class ModelChoice:
 
     model: str = DEFAULT_MODEL
     lora: tuple[Lora, ...] = ()
-    adapter: str | None = None
-    image_encoder: str | None = None
-    vae: str | None = None
-    prediction_type: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    backend: str | None = None
-    engines: str | None = None
-    trust: str | None = None
-    memory_limit: str | None = None
-    bank_memory: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict, hash=False)
     cached_only: bool = False
 
     def __post_init__(self):
-        from stylefast.runtime.memory import parse_bytes
-
-        parse_bytes("--memory-limit", self.memory_limit)
-        parse_bytes("--bank-memory", self.bank_memory)
-        exported = ", ".join(EXPORTED_BACKENDS)
-        if self.engines is not None and self.backend not in EXPORTED_BACKENDS:
-            raise InvalidRequest(f"--engines is read by the backends {exported}; give --backend as well")
-        if self.backend == "tensorrt" and self.engines is None:
+        for name in ("memory_limit", "bank_memory", "host_memory"):
+            parse_bytes(flag(name), self.options.get(name))
+        backend, engines, trust = (self.options.get(name) for name in ("backend", "engines", "trust"))
+        if engines is not None and backend not in EXPORTED:
+            raise InvalidRequest(f"--engines is read by the backends {', '.join(EXPORTED)}; give --backend as well")
+        if backend == "tensorrt" and engines is None:
             raise InvalidRequest("--backend tensorrt needs --engines FOLDER, which `stylefast export tensorrt` makes")
-        if self.trust is not None and self.engines is None:
+        if trust is not None and engines is None:
             raise InvalidRequest("--trust vouches for the folder of --engines; give that as well")
-        if self.trust is not None and not _DIGEST.fullmatch(self.trust):
-            raise InvalidRequest(f"--trust is {self.trust!r}; a digest is 64 hex digits (`stylefast export` prints it)")
-        if self.lora and self.backend == "onnxruntime" and self.engines is None:
+        if trust is not None and not _DIGEST.fullmatch(trust):
+            raise InvalidRequest(f"--trust is {trust!r}; a digest is 64 hex digits (`stylefast export` prints it)")
+        if self.lora and backend == "onnxruntime" and engines is None:
             raise InvalidRequest(
                 "the graphs that --backend onnxruntime exports by itself hold the model's weights without a LoRA; take "
                 "another backend, or --engines with an export that has it"
@@ -156,19 +124,20 @@ class ModelChoice:
             raise InvalidRequest(f"--lora names {twice} twice; give it once, with the strength that you mean")
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace, recorded: dict[str, Any] | None = None) -> "ModelChoice":
+    def of(cls, arguments: argparse.Namespace, recorded: Mapping[str, Any] | None = None) -> "ModelChoice":
         """Return the options given, with recorded ones as defaults. Paths become absolute."""
         chosen = {name: value for name, value in (recorded or {}).items() if value is not None}
-        for name in (f.name for f in fields(cls)):
+        for name in ("model", *FLAGS):
             value = getattr(arguments, name, None)
-            if name == "lora" and value is not None:
-                chosen[name] = tuple(Lora.of(text) for text in value)
-            elif value is not None and name in (*PATHS, "engines") and value != DEFAULT_MODEL:
-                path = typed_path(f"--{name.replace('_', '-')}", value)
+            if value is not None and name in (*PATHS, "engines") and value != DEFAULT_MODEL:
+                path = typed_path(flag(name), value)
                 chosen[name] = str(path.resolve()) if path.exists() else value
             elif value is not None:
                 chosen[name] = value
-        return cls(**chosen)
+        if arguments.lora is not None:
+            chosen["lora"] = tuple(Lora.of(text) for text in arguments.lora)
+        own = {name: chosen.pop(name) for name in ("model", "lora") if name in chosen}
+        return cls(**own, options=chosen)
 
     @property
     def folder(self) -> Path:
@@ -181,11 +150,8 @@ class ModelChoice:
         """Load the engine and its LoRAs."""
         from stylefast.engine import Engine
 
-        given = {name: value for name, value in asdict(self).items() if name != "model" and value is not None}
-        del given["lora"]
-        if given.pop("cached_only"):
-            given["local_files_only"] = True
-        engine = Engine.from_pretrained(self.model, **given)
+        hub = {"local_files_only": True} if self.cached_only else {}
+        engine = Engine.from_pretrained(self.model, **self.options, **hub)
         names: list[str] = []
         for lora in self.lora:
             stem = Path(lora.path).stem
@@ -195,16 +161,14 @@ class ModelChoice:
 
     def recorded(self) -> dict[str, Any]:
         """Return the part recorded in pictures."""
-        given: dict[str, Any] = {name: getattr(self, name) for name in RECORDED}
+        given: dict[str, Any] = {"model": self.model}
+        given |= {name: self.options[name] for name in RECORDED if name in self.options}
         if self.lora:
             given["lora"] = [asdict(lora) | {"sha256": lora.digest()} for lora in self.lora]
-        return {name: value for name, value in given.items() if value is not None}
+        return given
 
     def words(self) -> list[str]:
         """Return the options as given on the command line."""
         words = [word for lora in self.lora for word in ("--lora", lora.words())]
-        for f in fields(self):
-            if f.name in ("lora", "cached_only") or getattr(self, f.name) == f.default:
-                continue
-            words += [f"--{f.name.replace('_', '-')}", getattr(self, f.name)]
-        return words
+        words += ["--model", self.model] if self.model != DEFAULT_MODEL else []
+        return words + [word for name, value in self.options.items() for word in (flag(name), value)]

@@ -14,8 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from stylefast import values
-from stylefast.errors import InvalidRequest, OutOfMemory
+from stylefast.errors import OutOfMemory
 from stylefast.models.prepacked import packed_bytes, unfolds
 from stylefast.models.unet import UNet
 from stylefast.models.vae_copies import copied_bytes
@@ -31,8 +30,6 @@ _UNFOLDED_MAPS = 27
 _BANK_SHARE = {"cpu": 0.2, "cuda": 0.4}
 _MOST_SLOTS = 512
 _HOST_SHARE = 0.25
-_MOST_BYTES = 2**60
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 # recount the model's thousands of tensors only after this time, since the limit is checked at every step
 _SECONDS = 2.0
 _counted: WeakKeyDictionary[Any, tuple[float, int]] = WeakKeyDictionary()  # engine -> (time, model's bytes)
@@ -146,27 +143,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "not enough memory" in str(error)
     )
-
-
-def parse_bytes(what: str, value: int | str | None) -> int | None:
-    """Return the bytes of "8GB", "512 MiB" or a number; None stays None. Raises InvalidRequest."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        text = value.strip().lower().replace(" ", "")
-        digits = text.rstrip("kmgib")
-        try:
-            count = float(digits) * _UNITS[text[len(digits) :]]
-        except (ValueError, KeyError):
-            count = -1
-        if 0 < count < _MOST_BYTES:
-            return int(count)
-    try:
-        return int(values.real_number(what, value, above=0, high=_MOST_BYTES))
-    except InvalidRequest:
-        raise InvalidRequest(
-            f"{what} is {values.quoted(value)}; give bytes as a number above 0, or as text: '8GB', '512MiB'"
-        ) from None
 
 
 def give_back() -> None:

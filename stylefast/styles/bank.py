@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ class StyleBank:
         """Return the arguments of `Engine.generate` that a request must match."""
         return {name: getattr(self.info, name) for name in _SETTINGS if getattr(self.info, name) is not None}
 
-    def check_fits(self, **expected) -> None:
+    def check_fits(self, **expected: Any) -> None:
         """Raise StyleError naming the first field of `BankInfo`, in its order, that differs from what is expected.
 
         A guidance of None in the bank fits every guidance. The bank may hold more branches and layers than expected,

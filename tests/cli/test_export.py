@@ -113,8 +113,8 @@ def test_the_last_line_is_a_command_that_generate_understands(export, model_fold
     parser = argparse.ArgumentParser()
     generate.add_arguments(parser)
     choice = ModelChoice.of(parser.parse_args(words[2:]))
-    assert (choice.backend, choice.engines) == ("onnxruntime", str(tmp_path / "engines"))
-    assert (choice.model, choice.dtype) == (str(model_folder), "bfloat16")
+    assert (choice.options["backend"], choice.options["engines"]) == ("onnxruntime", str(tmp_path / "engines"))
+    assert (choice.model, choice.options["dtype"]) == (str(model_folder), "bfloat16")
 
 
 def test_options_reach_the_pipeline(export, pipeline, tmp_path):
@@ -362,8 +362,8 @@ def test_engines_and_trust_reach_the_engine_only_when_given(monkeypatch, tmp_pat
     asked = []
     monkeypatch.setattr(Engine, "from_pretrained", lambda source, **options: asked.append(options))
     given = {"backend": "aoti", "engines": str(tmp_path), "trust": "ab" * 32}
-    ModelChoice(**given).load()
-    ModelChoice(backend="onnxruntime").load()
-    assert asked == [given, {"backend": "onnxruntime"}] and ModelChoice(**given).recorded() == {"model": "tiny"}
+    ModelChoice(options=given).load()
+    ModelChoice(options={"backend": "onnxruntime"}).load()
+    assert asked == [given, {"backend": "onnxruntime"}] and ModelChoice(options=given).recorded() == {"model": "tiny"}
     with pytest.raises(InvalidRequest):
-        ModelChoice(backend="torch", engines=str(tmp_path))
+        ModelChoice(options={"backend": "torch", "engines": str(tmp_path)})

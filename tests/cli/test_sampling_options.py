@@ -70,7 +70,7 @@ def test_memory_and_backend_reach_the_engine_only_when_given(monkeypatch):
     asked = []
     monkeypatch.setattr(Engine, "from_pretrained", lambda source, **options: asked.append((source, options)))
     ModelChoice().load()
-    ModelChoice(backend="torch", memory_limit="8GB", bank_memory="512MiB", dtype="float32").load()
+    ModelChoice(options={"backend": "torch", "memory_limit": "8GB", "bank_memory": "512MiB", "dtype": "float32"}).load()
     given = {"backend": "torch", "memory_limit": "8GB", "bank_memory": "512MiB", "dtype": "float32"}
     assert asked == [("tiny", {}), ("tiny", given)]
 

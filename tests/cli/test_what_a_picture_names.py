@@ -259,7 +259,7 @@ def test_loras_of_one_name_are_told_apart(monkeypatch):
 
 def test_a_lora_for_graphs_that_hold_other_weights_is_refused(lora_file):
     with pytest.raises(InvalidRequest, match="without a LoRA"):
-        ModelChoice(lora=(Lora(str(lora_file)),), backend="onnxruntime")
+        ModelChoice(lora=(Lora(str(lora_file)),), options={"backend": "onnxruntime"})
 
 
 def test_a_count_makes_several_pictures_of_each_prompt_whose_seeds_go_on(generate, tmp_path):

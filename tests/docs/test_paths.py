@@ -1,6 +1,7 @@
 """Files that the documentation and the code's own comments name exist."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,16 @@ def missing(text: str) -> list[str]:
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_the_files_that_a_page_names_exist(page):
     assert missing(page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_the_names_that_a_page_gives_with_their_module_exist(page):
+    for name in set(re.findall(r"`(stylefast(?:\.(?!json\b)\w+)+)`", page.read_text())):
+        module, _, last = name.rpartition(".")
+        try:
+            assert hasattr(import_module(module), last) or import_module(name), f"{page.name} names {name}"
+        except ModuleNotFoundError as error:
+            pytest.fail(f"{page.name} names {name}: {error}")
 
 
 def test_the_files_that_the_code_names_exist():

@@ -12,7 +12,8 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import InvalidRequest, OutOfMemory
-from stylefast.runtime.memory import parse_bytes, row_bytes
+from stylefast.options import parse_bytes
+from stylefast.runtime.memory import row_bytes
 from tests.engine.scene import SIZE, STEPS, small_picture
 from tests.engine.watch import WAIT, Watch, request, settled, submit
 from tests.fp64 import close

@@ -16,6 +16,7 @@ BELOW_ENGINE = {
     "styles",
     "sampling",
     "runtime",
+    "options",
 }
 
 # area -> what it may import beside itself; a name with a dot is a single module of an area
@@ -26,12 +27,24 @@ ALLOWED = {
     "values": {"errors"},
     "_C": set(),
     "code_caches": {"errors", "values"},
+    "options": {"errors", "values"},
     "_extension": {"_C"},
     "kernels": {"errors", "values", "_extension", "code_caches"},
     "models": {"errors", "values", "kernels"},
     "sampling": {"errors", "values", "kernels"},
     "styles": {"errors", "values", "kernels", "models", "sampling.guidance"},
-    "runtime": {"errors", "values", "_extension", "code_caches", "kernels", "models", "styles", "sampling", "export"},
+    "runtime": {
+        "errors",
+        "values",
+        "_extension",
+        "code_caches",
+        "kernels",
+        "models",
+        "styles",
+        "sampling",
+        "export",
+        "options",
+    },
     "record_values": {"errors", "values", "models", "styles"},
     "record": BELOW_ENGINE | {"record_values"},
     # the package itself, for the version that goes into a picture's metadata
@@ -61,9 +74,12 @@ def module_of(path: Path, root: Path) -> list[str]:
 
 
 def imported(path: Path, root: Path) -> list[tuple[int, list[str]]]:
-    """Line and dotted name, split, of everything that a file imports, inside functions too."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Line and dotted name, split, of everything that a file imports, inside functions too, but not for types alone."""
+    names, tree = [], ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {id(inner) for node in ast.walk(tree) if _is_for_types(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             names += [(node.lineno, alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -73,6 +89,10 @@ def imported(path: Path, root: Path) -> list[tuple[int, list[str]]]:
                 base = package[: len(package) - node.level + 1] + base
             names += [(node.lineno, [*base, alias.name]) for alias in node.names]
     return names
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def violations(root: Path) -> list[str]:
@@ -93,7 +113,7 @@ def violations(root: Path) -> list[str]:
             known = len(name) > 1 and (name[1] in ALLOWED or name[1] in TOP)
             target = name[1] if known else "stylefast"
             allowed = ALLOWED[area] | {area}
-            if target not in allowed and ".".join(name[1:3]) not in allowed:
+            if target not in allowed and not any(".".join(name[1:end]) in allowed for end in range(3, len(name) + 1)):
                 found.append(f"{where}:{line}: {area} may not import {'.'.join(name)}")
     return found
 

@@ -15,11 +15,8 @@ from stylefast.code_caches import private_folder, replaceable
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, ModelFormatError
 from stylefast.export.manifest import CODE, SHOWN_DIGITS
 from stylefast.models.unet import UNet
+from stylefast.options import BACKENDS, EXPORTED
 from stylefast.runtime.backends.base import Backend, TorchBackend
-
-# backends of exported graphs -> kind of export
-EXPORTED = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "aoti": "aoti"}
-BACKENDS = ("auto", "torch", "compile", *EXPORTED)
 
 
 def check_backend(backend: Any, engines: str | Path | None = None, trust: str | None = None) -> None:

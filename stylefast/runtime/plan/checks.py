@@ -1,13 +1,12 @@
-"""Checks and normalisation of an engine's arguments."""
+"""Checks of the arguments of `Engine.generate` and `submit`."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from stylefast import values
 from stylefast.errors import InvalidRequest
 from stylefast.runtime.plan.request import Request
 
-_MOST_BUCKETS = 64
 OUTPUTS = ("pil", "np", "latents")
 
 
@@ -19,22 +18,6 @@ def check_output(name: str) -> None:
 def check_deadline(seconds: float | None) -> float | None:
     """Return a number of seconds above 0, or None. Raises InvalidRequest."""
     return None if seconds is None else values.real_number("deadline", seconds, above=0, also=(math.inf,))
-
-
-def buckets_of(given: Sequence[int]) -> tuple[int, ...]:
-    """Return the row counts to which batches are padded, ascending. Raises InvalidRequest."""
-    counts = values.several("batch_buckets", as_list(given), most=_MOST_BUCKETS)
-    buckets = tuple(values.whole_number("batch_buckets", one, 1) for one in counts)
-    if list(buckets) != sorted(set(buckets)):
-        raise InvalidRequest(
-            f"batch_buckets is {values.quoted(given)}; give ascending row counts such as (2, 4, 8, 16), or none"
-        )
-    return buckets
-
-
-def count_of(name: str, value: int | None) -> int | None:
-    """Return a whole number of at least 1, or None for no limit. Raises InvalidRequest."""
-    return None if value is None else values.whole_number(name, value, 1)
 
 
 def prompts_of(given) -> list:

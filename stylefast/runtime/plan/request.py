@@ -1,7 +1,8 @@
 """The request for one picture, and the result of a call."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -13,6 +14,8 @@ from stylefast.styles.style import ReferenceStyle, Style, check_kind, kinds
 
 MAX_STEPS = 1000
 MIN_SIDE, MAX_SIDE = 16, 8192
+# what a caller may give as styles; a `Request` holds a tuple of them
+StyleLike: TypeAlias = Style | Sequence[Style] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +44,7 @@ class Request:
 
     prompt: str
     negative_prompt: str = ""
-    style: Any = None
+    style: StyleLike = None
     steps: int = 30
     guidance: float = 5.0
     size: tuple[int, int] | None = None
@@ -71,7 +74,7 @@ class Request:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def styles_of(self, kind: type) -> list:
+    def styles_of(self, kind: type) -> list[Style]:
         """Return the request's styles of one class, in order."""
         return [style for style in self.style if isinstance(style, kind)]
 
@@ -89,12 +92,12 @@ class Result:
     per picture [channels, h, w] fp32, before the VAE. `metadata`: per picture, enough to make it again.
     """
 
-    images: list
+    images: list[Any]
     latents: list[torch.Tensor]
-    metadata: list[dict] = field(repr=False)
+    metadata: list[dict[str, Any]] = field(repr=False)
 
 
-def normalise_styles(style) -> tuple:
+def normalise_styles(style: Any) -> tuple[Style, ...]:
     """Return a tuple of styles for None, a style or a list of styles. Raises StyleError, InvalidRequest."""
     styles = () if style is None else tuple(style) if isinstance(style, (list, tuple)) else (style,)
     for one in styles:
@@ -111,7 +114,7 @@ def normalise_styles(style) -> tuple:
     return styles
 
 
-def check_size(size) -> tuple[int, int]:
+def check_size(size: Any) -> tuple[int, int]:
     """Return (width, height) as whole numbers divisible by 8, from 16 to 8192. Raises InvalidRequest."""
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise InvalidRequest(f"size is {values.quoted(size)}; it must be (width, height) in pixels")
