@@ -105,7 +105,7 @@ class Watched:
     def __init__(self, engine: sf.Engine):
         self.steps: list[tuple[float, float]] = []
         self.slowest = 0.0
-        advance = engine.runner.advance
+        advance = engine.runner.step
 
         def timed(groups, *rest):
             start = time.perf_counter()
@@ -116,7 +116,7 @@ class Watched:
                 self.steps.append((start, end))
             return failed
 
-        engine.runner.advance = timed
+        engine.runner.step = timed
         self.job = engine.submit(sf.Request("a fish", steps=LONG), output="latents")
         self.go_on()  # warm up: the first steps create what later steps reuse
         self.slowest = 0.0

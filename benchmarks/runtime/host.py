@@ -94,17 +94,17 @@ def before_steps(engine: sf.Engine, call: Callable[[], object]) -> Iterator[None
     A request's own `callback` receives latents, so the cost of fetching them would be included.
     """
     runner = engine.runner
-    advance = runner.advance
+    advance = runner.step
 
     def advancing(*arguments, **options):
         call()
         return advance(*arguments, **options)
 
-    runner.advance = advancing
+    runner.step = advancing
     try:
         yield
     finally:
-        del runner.advance
+        del runner.step
 
 
 def cpu_microseconds_per_step(scene: Scene) -> float | None:

@@ -2,14 +2,20 @@
 
 Encoders, file reads and the VAE run alongside the steps; the DDIM inversion of a reference is a group that runs its
 steps in the batch like any other. Only writing pages and slots happens between two steps.
+`Joining` is a job in that state; `pieces` makes its result after the last step.
 """
 
+import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
+from stylefast.errors import DeadlineExceeded, JobCancelled
+from stylefast.runtime.helper import AGAIN
+from stylefast.runtime.jobs import Job
 from stylefast.runtime.plan.pinning import forward_pin, inverted_pin, latents_pin
 from stylefast.runtime.plan.request_planner import RequestPlanner
 from stylefast.runtime.plan.sample import Sample, connected
@@ -116,7 +122,7 @@ class Admission:
         return pins
 
     def _invert(self, sample: Sample, clean: torch.Tensor) -> Generator[Wanted, Any, SampleGroup]:
-        """Return the group that inverts the picture of `t` to noise."""
+        """Return the group that inverts the picture of `sample` to noise."""
         inversion, store = self._planner.inversion(sample), self._runner.conditions
         inversion.start = clean
         made = yield from store.encoding([inversion], tuple(clean.shape[1:]))
@@ -126,3 +132,61 @@ class Admission:
             store.drop(made)
         self._inversions.append(group)
         return group
+
+
+@dataclass(eq=False)
+class HelperCall:
+    """A call that an admission needs, made alongside the steps."""
+
+    over: bool = False
+    value: Any = None
+    error: BaseException | None = None
+
+
+@dataclass(eq=False)
+class Joining:
+    """A job that is about to join, and what it waits for."""
+
+    admission: Admission
+    first: bool  # whether it came while nothing ran: no step is made until its inputs are there
+    call: HelperCall | None = None
+    inversions: list[SampleGroup] = field(default_factory=list)
+
+    @property
+    def waits(self) -> bool:
+        """Return whether its call is unfinished."""
+        return self.call is not None and not self.call.over
+
+
+def pieces(job: Job, making: Generator[None, None, Any], ready: Callable[[], None]) -> Callable[[], Any]:
+    """Return a helper task that makes a job's result piece by piece, until complete or the job is cancelled.
+
+    ready: waits until the device has computed what the result is made of.
+    """
+
+    def piece() -> Any:
+        if job.expires is not None and time.monotonic() >= job.expires:
+            making.close()
+            raise too_late(job)
+        ready()
+        if job.cancelled:
+            making.close()
+            raise cancelled(job)
+        try:
+            next(making)
+        except StopIteration as end:
+            return end.value
+        return AGAIN
+
+    return piece
+
+
+def cancelled(job: Job) -> JobCancelled:
+    """Return the error of a cancelled job."""
+    return JobCancelled(f"the job was cancelled at step {job.step} of {job.steps}")
+
+
+def too_late(job: Job) -> DeadlineExceeded:
+    """Return the error of a job whose deadline has passed."""
+    given = job.expires - job.submitted
+    return DeadlineExceeded(f"the deadline of {given:g} seconds passed at step {job.step} of {job.steps}")

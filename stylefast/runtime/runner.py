@@ -5,7 +5,8 @@
 
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from stylefast.runtime.plan.sample_group import Pin, SampleGroup
 from stylefast.runtime.steps.conditions import Conditions, ConditionStore
 from stylefast.runtime.steps.latents import LatentSlots
 from stylefast.runtime.steps.step import ModelInputs, run_step
-from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, bank_keys
+from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, StepColumns, bank_keys
 from stylefast.runtime.streams import SideStream, StepStream
 from stylefast.styles.bank import StyleBank
 
@@ -159,10 +160,10 @@ class Runner:
         return min([room, *(limit for limit in (self.max_rows, self.backend.limits.get("rows")) if limit is not None)])
 
     @torch.inference_mode()
-    def advance(
+    def step(
         self, groups: Sequence[SampleGroup], features: RowFeatures | None = None
     ) -> dict[SampleGroup, StyleFastError]:
-        """One step of groups of one size; returns those that failed and why. `features` takes what the rows offer.
+        """Run one step of groups of one size; return those that failed and why. `features` takes what the rows offer.
 
         Where memory runs out, or an exported graph can't do a batch, the batch is halved and tried again, down to
         single groups: only a group that can't be run alone fails. On a CPU a picture whose latents are no longer finite
@@ -172,7 +173,14 @@ class Runner:
         failed: dict[SampleGroup, StyleFastError] = {}
         fits, short = True, False
         try:
-            self._run(groups, features)
+            # features are those of the group's own rows, so no idle ones
+            with self._inputs(groups, padded=bool(self.buckets) and features is None) as inputs:
+                if features is None:
+                    self.backend.run(*inputs)
+                else:
+                    run_step(self.unet, *inputs[1:], features)
+            self.calls += 1
+            self.steps_run += sum(g.pictures for g in groups)
         except ExportError as error:
             if len(groups) == 1:
                 return {groups[0]: error}
@@ -188,7 +196,7 @@ class Runner:
                 # out of the handler, so that the error no longer keeps the failed call's tensors
                 self.backend.reset()
             half = len(groups) // 2
-            return {**self.advance(groups[:half]), **self.advance(groups[half:])}
+            return {**self.step(groups[:half]), **self.step(groups[half:])}
         for group in groups:
             group.step += 1
             if group.trail is not None:
@@ -218,7 +226,14 @@ class Runner:
                 later = group.step + 1
                 pages.prefetch(bank_keys(group), bank_keys(group, later) if later < group.steps else ())
 
-    def _run(self, groups: Sequence[SampleGroup], features: RowFeatures | None) -> None:
+    @contextmanager
+    def _inputs(
+        self, groups: Sequence[SampleGroup], padded: bool
+    ) -> Iterator[tuple[tuple, LatentSlots, StepColumns, ModelInputs]]:
+        """Hold the pages that a step reads while it runs; yields the arguments of `Backend.run`.
+
+        padded: whether the batch is padded to a bucket.
+        """
         latent_shape = groups[0].latent_shape
         self.budget.check(self.unet, sum(g.rows for g in groups), latent_shape[1:])
         keys = [bank_keys(g) for g in groups]
@@ -226,8 +241,7 @@ class Runner:
         pages = self._pages_for(latent_shape[1:], {bank for bank, *_ in flat})
         slots = pages.hold(flat) if flat else np.zeros(0, dtype=np.int64)
         try:
-            # features are those of the group's own rows, so no idle ones
-            shape = self._shape(groups, padded=bool(self.buckets) and features is None)
+            shape = self._shape(groups, padded)
             if shape not in self._tables:
                 if len(self._tables) >= _TABLES:
                     self._tables.pop(next(iter(self._tables)))
@@ -237,7 +251,7 @@ class Runner:
             table.fill(groups, [slots[a:b] for a, b in zip(bounds, bounds[1:])])
             state, store = self.latents[latent_shape], self.conditions
             masks = store.masks.get(latent_shape[1:])
-            buffers = ModelInputs(
+            inputs = ModelInputs(
                 store.text.layers,
                 store.text.extra,
                 store.image_kv if shape.segments else None,
@@ -245,13 +259,7 @@ class Runner:
                 masks.levels if masks is not None else (),
                 self._graph_inputs(latent_shape[1:]),
             )
-            key = (shape, state.generation, store.generation, id(pages))
-            if features is None:
-                self.backend.run(key, state, table.columns, buffers)
-            else:
-                run_step(self.unet, state, table.columns, buffers, features)
-            self.calls += 1
-            self.steps_run += sum(g.pictures for g in groups)
+            yield (shape, state.generation, store.generation, id(pages)), state, table.columns, inputs
         finally:
             if flat:
                 pages.release(flat)

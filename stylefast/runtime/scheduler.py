@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory, QueueFull, StyleFastError
-from stylefast.runtime.admission import Admission
+from stylefast.models.layer_inputs import RowFeatures
+from stylefast.runtime.admission import Admission, HelperCall, Joining, cancelled, pieces, too_late
 from stylefast.runtime.helper import Helper
 from stylefast.runtime.jobs import Job, Preview
-from stylefast.runtime.joining import HelperCall, Joining, cancelled, pieces, too_late
 from stylefast.runtime.memory import give_back, is_out_of_memory
 from stylefast.runtime.plan.request_planner import RequestPlanner
 from stylefast.runtime.plan.sample_group import SampleGroup
@@ -137,7 +137,10 @@ class Scheduler:
                         job.due.popleft()
                         self._notify()
                 else:
-                    self._drive(lambda: job.done() or bool(job.due))
+                    with self._turn_until(lambda: job.done() or bool(job.due)) as wanted:
+                        moved = True
+                        while wanted(moved):
+                            moved = self.step()
         except BaseException:
             self._abandon(job)
             raise
@@ -229,22 +232,34 @@ class Scheduler:
             self._queue.append(job)
             self._notify()
 
-    def _drive(self, over: Callable[[], bool]) -> None:
-        """Run steps until `over`, or until another thread wants the turn; or wait while another thread has it."""
+    @contextmanager
+    def _turn_until(self, over: Callable[[], bool]) -> Iterator[Callable[[bool], bool]]:
+        """Take the turn to run steps, as soon as no other thread has it; it is given up at the end.
+
+        Yields a function that says whether to run one more: not once it is `over`, or another thread wants the turn. It
+        is told whether the last one `moved` anything, and waits for news where it did not.
+        """
         with self._changed:
             self._changed.wait_for(lambda: over() or (self._holder is None and not self._asking))
-            if over():
-                return
-            self._holder = threading.get_ident()
+            mine = not over()
+            if mine:
+                self._holder = threading.get_ident()
+        if not mine:
+            yield lambda moved: False
+            return
+        news = self._news
+
+        def wanted(moved: bool) -> bool:
+            nonlocal news
+            if not moved:
+                self._wait(news)
+            with self._changed:
+                news = self._news
+                return not (self._asking or self._ended or self._closed or over())
+
         try:
             with self._runner.stream, _own_settings(self._runner.unet.device):
-                while True:
-                    with self._changed:
-                        if self._asking or self._ended or self._closed or over():
-                            break
-                        news = self._news
-                    if not self.step():
-                        self._wait(news)
+                yield wanted
         except BaseException as error:
             if not isinstance(error, Exception) and threading.current_thread() is not self._thread:
                 if self._stepping:
@@ -288,7 +303,10 @@ class Scheduler:
     def _run_submitted(self) -> None:
         while True:
             try:
-                self._drive(lambda: self._closed or not self._has_submitted())
+                with self._turn_until(lambda: self._closed or not self._has_submitted()) as wanted:
+                    moved = True
+                    while wanted(moved):
+                        moved = self.step()
             except BaseException:  # nobody is there to raise it to, and others' jobs go on
                 logger.exception("the thread that runs submitted jobs goes on after an error")
             if not self._has_submitted():
@@ -316,7 +334,11 @@ class Scheduler:
         batch = self._choose()
         if batch:
             self._stepping = True
-            self._collect(batch, self._advance(batch))
+            try:
+                failed: dict[SampleGroup, Exception] = dict(self._runner.step(batch, self._features(batch[0])))
+            except Exception as error:  # not known to be of one group alone
+                failed = dict.fromkeys(batch, error)
+            self._collect(batch, self._after(batch, failed))
             self._stepping = False
         return moved or bool(batch)
 
@@ -466,20 +488,20 @@ class Scheduler:
         order = {g: i for i, g in enumerate(self._jobs)}
         return sorted(batch, key=lambda g: (self._jobs[g].number, order[g]))
 
-    def _advance(self, batch: Sequence[SampleGroup]) -> dict[SampleGroup, Exception]:
-        """Run a step of a batch; return the groups that failed, and why."""
-        runner, owner = self._runner, self._jobs[batch[0]]
-        collecting = owner.collects and owner not in self._joining
-        try:
-            features = owner.before_step(runner, batch[0]) if collecting else None
-            failed: dict[SampleGroup, Exception] = dict(runner.advance(batch, features))
-        except Exception as error:  # not known to be of one group alone
-            failed = dict.fromkeys(batch, error)
+    def _features(self, group: SampleGroup) -> RowFeatures | None:
+        """Return what takes the features of a group's rows, if its job collects them."""
+        owner = self._jobs[group]
+        return owner.before_step(self._runner, group) if owner.collects and owner not in self._joining else None
+
+    def _after(
+        self, batch: Sequence[SampleGroup], failed: dict[SampleGroup, Exception]
+    ) -> dict[SampleGroup, Exception]:
+        """Keep what finished groups of a batch made, and prepare the others' next step; return all that failed."""
         self._turn += 1
         self._turns |= dict.fromkeys(batch, self._turn)
         going = [g for g in batch if g not in failed]
         try:
-            runner.prefetch(going)
+            self._runner.prefetch(going)
         except Exception as error:
             failed |= dict.fromkeys(going, error)
             going = []
@@ -628,6 +650,8 @@ class Scheduler:
     def _abandon(self, job: Job) -> None:
         """End a job whose caller was interrupted."""
         job.cancelled = True
+        if self._holder == threading.get_ident():  # interrupted between taking the turn and using it
+            self._leave_turn(None)
         with self.paused():
             with self._changed:
                 if job in self._queue:

@@ -371,7 +371,7 @@ def test_what_is_counted_between_two_steps_is_not_what_the_benchmark_itself_does
     assert host.cpu_microseconds_per_step(tiny_scene) > 0
     monkeypatch.setattr(runner, "prefetch", waiting)
     assert host.synchronisations(tiny_scene) == 1  # between two steps
-    assert "advance" not in vars(runner), "the engine kept the benchmark's wrapper"
+    assert "step" not in vars(runner), "the engine kept the benchmark's wrapper"
 
 
 def test_batches_that_are_compared_have_equally_many_rows(tiny_scene):

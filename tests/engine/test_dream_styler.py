@@ -217,7 +217,7 @@ def test_a_mixed_stage_leaves_the_steps_before_it_bit_identical(engine, stage):
 
     base = sample(sf.DreamStyler(embedding))
     mixed = sample(sf.DreamStyler(embedding, stages={stage: learned("other", seed=9)}))
-    timesteps = engine._preparer.schedule(sf.Request("a cat", steps=steps)).timesteps.tolist()
+    timesteps = engine._planner.schedule(sf.Request("a cat", steps=steps)).timesteps.tolist()
     first = next(i for i, timestep in enumerate(timesteps) if stage_of(timestep, 6) == stage)
     for step in range(steps):
         same = torch.equal(base[step], mixed[step])

@@ -55,7 +55,7 @@ def test_a_device_that_stays_broken_keeps_nobody_waiting(own, monkeypatch):
     def broken(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    for name in ("advance", "retire"):
+    for name in ("step", "retire"):
         monkeypatch.setattr(Runner, name, broken)
     found = together(own, lambda: submit(own).result(WAIT), lambda: latents(own, "a dog"))
     assert [type(error) for error in found] == [RuntimeError] * 2
@@ -87,7 +87,7 @@ def test_an_error_while_a_result_is_handed_over_ends_the_job(engine, monkeypatch
 def test_ctrl_c_while_another_job_joins_or_leaves_loses_it_not(engine, monkeypatch, moment):
     watch, jobs = Watch(engine, monkeypatch), []
     watch.at[1] = lambda: jobs.append(submit(engine, "a dog", steps=2))
-    owner, name = (engine._preparer, "fingerprint") if moment == "planning" else (engine.scheduler._helper, "run")
+    owner, name = (engine._planner, "fingerprint") if moment == "planning" else (engine.scheduler._helper, "run")
     ready = (lambda: in_main() and jobs) if moment == "planning" else (lambda: in_main() and jobs and jobs[0].step == 2)
     once(monkeypatch, owner, name, KeyboardInterrupt(), ready)
     with pytest.raises(KeyboardInterrupt):

@@ -186,14 +186,14 @@ def test_a_limit_and_buckets_are_kept_while_many_threads_ask_for_everything(pipe
     bank = fresh.bake(sf.StyleAligned(PICTURE), steps=STEPS, size=SIZE)
     limit, seen = limit_for(fresh, 9), []
     engine = sf.Engine.from_pipeline(pipe, memory_limit=limit, batch_buckets=(2, 4, 8))
-    advance = engine.runner.advance
+    advance = engine.runner.step
 
     def noted(groups, *rest):
         failed = advance(groups, *rest)
         seen.append(engine.memory()["held"])
         return failed
 
-    monkeypatch.setattr(engine.runner, "advance", noted)
+    monkeypatch.setattr(engine.runner, "step", noted)
     watch, outcomes = Watch(engine, monkeypatch), []
     styles = ((), sf.StyleAligned(bank), sf.StyleAligned(OTHER), sf.StyleAligned(prompt="oil"))
 

@@ -244,7 +244,7 @@ def test_a_bake_that_is_late_for_new_weights_is_refused(engine, watch, monkeypat
     run = engine.scheduler.run
 
     def late(job):
-        monkeypatch.setattr(engine._preparer, "fingerprint", lambda: "another")
+        monkeypatch.setattr(engine._planner, "fingerprint", lambda: "another")
         return run(job)
 
     monkeypatch.setattr(engine.scheduler, "run", late)

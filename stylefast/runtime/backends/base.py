@@ -1,6 +1,7 @@
 """The interface of backends, and the backend that runs a step as it is."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -82,12 +83,10 @@ class TorchBackend(Backend):
         self._unet, self._graphs = unet, graphs_for(unet.device) if graphs == "auto" else graphs
 
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:
-        def step():
-            run_step(self._unet, state, columns, buffers)
-
         if self._graphs is None:
-            step()
+            run_step(self._unet, state, columns, buffers)
         else:
+            step = partial(run_step, self._unet, state, columns, buffers)
             self._graphs.run(key, read_in_place(state, columns, buffers), step)
 
     def reset(self) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from stylefast.models.row_table import COLUMNS, NO_PAGE, RowTable
-from stylefast.runtime.plan.group_rows import GroupRows
-from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.plan.sample_group import GroupRows, SampleGroup
 from stylefast.runtime.steps.planner import plan_segments
 from stylefast.sampling.guidance import BRANCHES
 
