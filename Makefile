@@ -93,7 +93,7 @@ format: dev
 	$(BIN)/clang-format -i $(CPP)
 
 tiny: dev
-	$(BIN)/python -m stylefast.training.tiny
+	$(BIN)/python -m benchmarks tiny_model
 
 # writes benchmarks/results/kernels-cpu.json and runtime-cpu.json; takes half an hour, on a machine with nothing else to do
 bench: dev

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "reading": "benchmarks.reading",
     "runtime": "benchmarks.runtime.command",
     "startup": "benchmarks.startup",
+    "tiny_model": "benchmarks.tiny_model.command",
     "tiny_quality": "benchmarks.tiny_quality",
     "warm_start": "benchmarks.warm_start",
 }

@@ -1,4 +1,4 @@
-"""Quality of the embedded model and the three styles on it, judged by the classifier of `stylefast.evaluation`.
+"""Quality of the embedded model and the three styles on it, judged by the classifier of `benchmarks.tiny_model`.
 
     python -m benchmarks.tiny_quality [--sets 12] [--steps 20] [--sheets build/quality]
 
@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 import stylefast as sf
-from stylefast.evaluation.classifier import classify, load_classifier
-from stylefast.training.pictures import CONTENTS, HELD_OUT, PALETTES, STYLES, render
+from benchmarks.tiny_model.classifier import classify, load_classifier
+from benchmarks.tiny_model.pictures import CONTENTS, HELD_OUT, PALETTES, STYLES, render
 
 RESULTS = Path(__file__).parent / "results" / "tiny-quality.json"
 TARGETS = 5

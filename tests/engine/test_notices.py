@@ -6,12 +6,12 @@ import logging
 import pytest
 
 import stylefast as sf
+from benchmarks.tiny_model.captions import WORDS
 from stylefast.errors import ModelFormatError
 from stylefast.models.checkpoint import TINY
 from stylefast.models.known_words import known_words
 from stylefast.runtime.plan.notices import Notices
 from stylefast.styles.dream_styler import DreamStyler
-from stylefast.training.captions import WORDS
 
 CHALK = TINY / "styles" / "chalk.safetensors"
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 
+from benchmarks.tiny_model.pictures import CONTENTS, PALETTES, STYLES, render
+from benchmarks.tiny_model.vae import to_tensor
 from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound
 from stylefast.models.checkpoint import TINY
 from stylefast.models.previews import PreviewDecoder, fit_colours
 from stylefast.models.vae import decode, encode, load_vae
-from stylefast.training.pictures import CONTENTS, PALETTES, STYLES, render
-from stylefast.training.tiny_vae import to_tensor
 from tests.small_checkpoints import write_vae_folder
 from tests.small_sdxl import small_pipeline, small_tiny_vae
 

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.tiny_model.pictures import CONTENTS, PALETTES, STYLES, render
+from benchmarks.tiny_model.vae import to_tensor
 from stylefast.errors import InvalidRequest, OutOfMemory
 from stylefast.models import vae_tiles
 from stylefast.models.checkpoint import TINY
 from stylefast.models.vae import decode, encode, load_vae
 from stylefast.models.vae_tiles import RESULT_BYTES, DecodePlan, decode_bytes, decode_tiles, plan_decode, tile_starts
-from stylefast.training.pictures import CONTENTS, PALETTES, STYLES, render
-from stylefast.training.tiny_vae import to_tensor
 from tests.fp64 import close, measured
 from tests.small_sdxl import small_tiny_vae
 

@@ -51,8 +51,6 @@ ALLOWED = {
     "engine": BELOW_ENGINE | {"record", "record_values", "stylefast", "threads"},
     "naive": {"errors", "kernels", "models", "sampling", "styles", "runtime.plan.request"},
     "presentation": {"errors", "values"},
-    "training": {"errors", "values", "kernels", "models", "styles", "sampling", "evaluation"},
-    "evaluation": {"errors", "values", "kernels", "models", "styles"},
     "export": {"errors", "values", "code_caches", "threads", "kernels", "models"},
     "serving": {"errors", "values", "engine", "stylefast"},
     "integrations": {"errors", "values", "engine", "serving", "stylefast"},

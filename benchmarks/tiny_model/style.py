@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.tiny_model.pictures import CONTENTS, PALETTES, UNSEEN_STYLE
+from benchmarks.tiny_model.text import build_tokenizer, load_text_tower
+from benchmarks.tiny_model.unet import cumulative_alphas, lifted_weights, predict_noise
 from stylefast.models.text import TextEncoder
 from stylefast.styles.embeddings import StageEmbedding, save_embedding
-from stylefast.training.inversion import InversionSettings, invert_style
-from stylefast.training.pictures import CONTENTS, PALETTES, UNSEEN_STYLE
-from stylefast.training.tiny_text import build_tokenizer, load_text_tower
-from stylefast.training.tiny_unet import cumulative_alphas, lifted_weights, predict_noise
+from stylefast.styles.textual_inversion import InversionSettings, invert_style
 
 PICTURES = 6
 TEMPLATE = "a painting of a {content} in the style of <{name}>"

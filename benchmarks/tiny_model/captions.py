@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from stylefast.training.pictures import CONTENTS, PALETTES, STYLES
+from benchmarks.tiny_model.pictures import CONTENTS, PALETTES, STYLES
 
 _GRAMMAR = (
     *("a", "an", "the", "in", "of", "with", "and", "on", "two", "three", ",", "."),

@@ -11,8 +11,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
+from benchmarks.tiny_model.picture_styles import PAINTERS, Scene
 from stylefast.errors import InvalidRequest
-from stylefast.training.picture_styles import PAINTERS, Scene
 
 CONTENTS = ("star", "heart", "moon", "house", "tree", "fish", "cat", "boat", "flower", "mushroom", "cup", "rocket")
 STYLES = tuple(PAINTERS)[:12]

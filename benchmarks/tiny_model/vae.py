@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stylefast.training.tiny_data import load_pool
+from benchmarks.tiny_model.data import load_pool
 
 VAE_CONFIG = dict(
     down_block_types=("DownEncoderBlock2D",) * 3,

@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 
-from stylefast.training.muon import Muon
-from stylefast.training.pictures import CONTENTS, PALETTES, STYLES
-from stylefast.training.tiny_adapter import STYLE_BLOCK, TinyAdapter
-from stylefast.training.tiny_unet import (
+from benchmarks.tiny_model.adapter import STYLE_BLOCK, TinyAdapter
+from benchmarks.tiny_model.muon import Muon
+from benchmarks.tiny_model.pictures import CONTENTS, PALETTES, STYLES
+from benchmarks.tiny_model.unet import (
     UNET_CONFIG,
     BatchSource,
     cumulative_alphas,
@@ -14,7 +14,7 @@ from stylefast.training.tiny_unet import (
     snr_weights,
     stratified_timesteps,
 )
-from stylefast.training.tiny_vae import VAE_CONFIG, standardise
+from benchmarks.tiny_model.vae import VAE_CONFIG, standardise
 
 SMALL = dict(UNET_CONFIG, block_out_channels=(32, 32, 32), attention_head_dim=(1, 1, 1))
 
@@ -58,7 +58,7 @@ def test_stratified_timesteps_draw_once_in_each_part():
 def test_signal_power_is_that_of_the_scheduler():
     from diffusers import DDPMScheduler
 
-    from stylefast.training.tiny_unet import SCHEDULER_CONFIG
+    from benchmarks.tiny_model.unet import SCHEDULER_CONFIG
 
     expected = DDPMScheduler(**SCHEDULER_CONFIG).alphas_cumprod
     assert torch.allclose(cumulative_alphas(), expected, atol=1e-5)

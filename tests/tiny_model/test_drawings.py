@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from benchmarks.tiny_model.captions import WORDS, panel_caption, single_caption
+from benchmarks.tiny_model.pictures import CONTENTS, HELD_OUT, PALETTES, STYLES, UNSEEN_STYLE, render
 from stylefast.errors import InvalidRequest
-from stylefast.training.captions import WORDS, panel_caption, single_caption
-from stylefast.training.pictures import CONTENTS, HELD_OUT, PALETTES, STYLES, UNSEEN_STYLE, render
 
 
 def draw(seed, content="fish", style="neon", palette="cool", size=64):
@@ -45,7 +45,7 @@ def test_one_combination_of_each_content_and_each_style_is_held_out():
 
 
 def test_training_pool_holds_no_held_out_combination_and_the_validation_pool_all(tmp_path):
-    from stylefast.training.tiny_data import HELD_OUT_INDICES, load_pool, make_pools
+    from benchmarks.tiny_model.data import HELD_OUT_INDICES, load_pool, make_pools
 
     make_pools(tmp_path, seed=0, train=132, validation=144)
     train = {tuple(row[:2]) for row in load_pool(tmp_path, "train").labels.tolist()}
@@ -77,7 +77,7 @@ def test_single_captions_cover_empty_content_only_and_style():
 
 
 def test_every_word_is_one_token_and_the_end_token_has_the_highest_id():
-    from stylefast.training.tiny_text import TOKENS, build_tokenizer
+    from benchmarks.tiny_model.text import TOKENS, build_tokenizer
 
     tokenizer = build_tokenizer()
     assert all(len(tokenizer(word).input_ids) == 3 for word in WORDS)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from stylefast.training.captions import full_caption, panel_caption, single_caption
-from stylefast.training.muon import Muon
-from stylefast.training.pictures import CONTENTS, PALETTES, STYLES
-from stylefast.training.tiny_text import HIDDEN, TextTower, build_text_encoders, build_tokenizer, load_text_tower
+from benchmarks.tiny_model.captions import full_caption, panel_caption, single_caption
+from benchmarks.tiny_model.muon import Muon
+from benchmarks.tiny_model.pictures import CONTENTS, PALETTES, STYLES
+from benchmarks.tiny_model.text import HIDDEN, TextTower, build_text_encoders, build_tokenizer, load_text_tower
 
 TRAIN_STEPS = 1000
 UNET_CONFIG = dict(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from stylefast.training.pictures import CONTENTS, HELD_OUT, PALETTES, STYLES, UNSEEN_STYLE, render
+from benchmarks.tiny_model.pictures import CONTENTS, HELD_OUT, PALETTES, STYLES, UNSEEN_STYLE, render
 
 ALL_STYLES = (*STYLES, UNSEEN_STYLE)
 COMBINATIONS = tuple((c, s) for c in range(len(CONTENTS)) for s in range(len(STYLES)))

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stylefast.training.pictures import CONTENTS
-from stylefast.training.tiny_clip import embed_pictures, load_image_encoder
-from stylefast.training.tiny_data import load_pool
-from stylefast.training.tiny_text import HIDDEN, load_text_tower
-from stylefast.training.tiny_unet import cumulative_alphas, lifted_weights, predict_noise, stratified_timesteps
+from benchmarks.tiny_model.clip import embed_pictures, load_image_encoder
+from benchmarks.tiny_model.data import load_pool
+from benchmarks.tiny_model.pictures import CONTENTS
+from benchmarks.tiny_model.text import HIDDEN, load_text_tower
+from benchmarks.tiny_model.unet import cumulative_alphas, lifted_weights, predict_noise, stratified_timesteps
 
 IMAGE_TOKENS = 4
 STYLE_BLOCK = "up_blocks.0.attentions.1"

@@ -3,7 +3,7 @@ import torch
 
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.text import Prompt, TextEncoder
-from stylefast.training.inversion import InversionSettings, initial_vectors, invert_style, stage_timesteps
+from stylefast.styles.textual_inversion import InversionSettings, initial_vectors, invert_style, stage_timesteps
 from tests.small_text import small_encoder, small_tokenizer
 
 WIDTH = 32

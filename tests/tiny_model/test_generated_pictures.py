@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import stylefast as sf
-from stylefast.evaluation.classifier import classify, load_classifier
-from stylefast.training.pictures import CONTENTS, STYLES, render
+from benchmarks.tiny_model.classifier import classify, load_classifier
+from benchmarks.tiny_model.pictures import CONTENTS, STYLES, render
 
 RUN = {"steps": 8, "guidance": 4.0}
 

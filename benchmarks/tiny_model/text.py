@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stylefast.training.captions import WORDS
+from benchmarks.tiny_model.captions import WORDS
 
 TOKENS = 24
 HIDDEN = 64

@@ -1,4 +1,4 @@
-"""Train the embedded model again: `python -m stylefast.training.tiny --out DIR`.
+"""Train the embedded model again: `python -m benchmarks tiny_model --out DIR`.
 
 Stages run in order: data, vae, classifier, unet, clip, adapter, style, eval. Each leaves its parts in the model
 folder and its record in the work folder; a stage whose record is there is skipped until `--fresh`. Budgets are minutes
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+README = Path(__file__).resolve().parents[2] / "stylefast" / "models" / "tiny" / "README.md"
 STAGES = ("data", "vae", "classifier", "unet", "clip", "adapter", "style", "eval")
 _MINUTES = {"vae": 7.0, "classifier": 4.0, "unet": 84.0, "clip": 3.5, "adapter": 6.5}
 REFERENCES = (
@@ -26,9 +27,9 @@ REFERENCES = (
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m stylefast.training.tiny",
+        prog="python -m benchmarks tiny_model",
         description="Train the embedded model on procedural pictures.",
-        epilog="example: python -m stylefast.training.tiny --out build/tiny-model --unet-minutes 30",
+        epilog="example: python -m benchmarks tiny_model --out build/tiny-model --unet-minutes 30",
     )
     parser.add_argument("--out", type=Path, default=Path("build/tiny/model"), help="the model folder to write")
     parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="pictures, latents and records")
@@ -43,7 +44,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _data(args) -> dict:
-    from stylefast.training.tiny_data import make_pools
+    from benchmarks.tiny_model.data import make_pools
 
     start = time.time()
     make_pools(args.work, seed=11, train=args.pictures, validation=1440)
@@ -51,25 +52,25 @@ def _data(args) -> dict:
 
 
 def _vae(args) -> dict:
-    from stylefast.training.tiny_vae import train_vae
+    from benchmarks.tiny_model.vae import train_vae
 
     return train_vae(args.work, args.out, args.vae_minutes)
 
 
 def _classifier(args) -> dict:
-    from stylefast.training.tiny_classifier import train_classifier
+    from benchmarks.tiny_model.classifier import train_classifier
 
-    return train_classifier(args.out, args.classifier_minutes)
+    return train_classifier(args.work, args.classifier_minutes)
 
 
 def _unet(args) -> dict:
-    from stylefast.training.tiny_unet import train_unet
+    from benchmarks.tiny_model.unet import train_unet
 
     return train_unet(args.work, args.out, args.unet_minutes)
 
 
 def _clip(args) -> dict:
-    from stylefast.training.tiny_clip import train_clip
+    from benchmarks.tiny_model.clip import train_clip
 
     record = train_clip(args.work, args.out, args.clip_minutes)
     assemble(args.out)
@@ -77,14 +78,14 @@ def _clip(args) -> dict:
 
 
 def _adapter(args) -> dict:
-    from stylefast.training.tiny_adapter import train_adapter
+    from benchmarks.tiny_model.adapter import train_adapter
 
     return train_adapter(args.work, args.out, args.adapter_minutes)
 
 
 def _style(args) -> dict:
-    from stylefast.training.inversion import InversionSettings
-    from stylefast.training.tiny_style import train_style
+    from benchmarks.tiny_model.style import train_style
+    from stylefast.styles.textual_inversion import InversionSettings
 
     # near words and small steps: a network of this size has little to offer outside of what it has seen
     near = dict(vectors=2, initializer="neon mono", learning_rate=0.06, shared=0.0)
@@ -92,24 +93,26 @@ def _style(args) -> dict:
 
 
 def _eval(args) -> dict:
-    from stylefast.evaluation import tiny_scores
+    from benchmarks.tiny_model import scores
+    from benchmarks.tiny_model.classifier import load_classifier
+    from benchmarks.tiny_model.pictures import CONTENTS, HELD_OUT
     from stylefast.styles.embeddings import load_embedding
-    from stylefast.training.pictures import CONTENTS, HELD_OUT
 
     write_references(args.out)
     start = time.time()
-    pipeline, classifier = tiny_scores.load_for_scoring(args.out)
-    prompts, images = tiny_scores.prompt_scores(pipeline, classifier, HELD_OUT)
-    tiny_scores.sheet(images, 12).save(args.work / "prompts.png")
+    pipeline = scores.load_pipeline(args.out)
+    classifier = load_classifier(args.work / "classifier.safetensors")
+    prompts, images = scores.prompt_scores(pipeline, classifier, HELD_OUT)
+    scores.sheet(images, 12).save(args.work / "prompts.png")
     style = load_embedding(args.out / "styles" / "chalk.safetensors", widths=None)
-    learned, images = tiny_scores.learned_style_scores(pipeline, classifier, style, CONTENTS)
-    tiny_scores.sheet(images, 12).save(args.work / "learned.png")
+    learned, images = scores.learned_style_scores(pipeline, classifier, style, CONTENTS)
+    scores.sheet(images, 12).save(args.work / "learned.png")
     references, targets = reference_set()
     result = dict(prompts=prompts, learned_style=learned)
-    for name, scale in (("style_block", tiny_scores.STYLE_BLOCK_SCALE), ("all_blocks", 1.0), ("no_picture", 0.0)):
-        scores, images = tiny_scores.picture_scores(pipeline, args.out, classifier, references, targets, scale)
-        tiny_scores.sheet(images, len(targets[0])).save(args.work / f"picture_{name}.png")
-        result[f"picture_{name}"] = scores
+    for name, scale in (("style_block", scores.STYLE_BLOCK_SCALE), ("all_blocks", 1.0), ("no_picture", 0.0)):
+        found, images = scores.picture_scores(pipeline, args.out, classifier, references, targets, scale)
+        scores.sheet(images, len(targets[0])).save(args.work / f"picture_{name}.png")
+        result[f"picture_{name}"] = found
     return dict(minutes=round((time.time() - start) / 60, 2), scores=result)
 
 
@@ -130,7 +133,7 @@ def reference_set(seed: int = 77, targets: int = 6) -> tuple[list, list]:
     import numpy as np
     from PIL import Image
 
-    from stylefast.training.pictures import CONTENTS, PALETTES, STYLES, render
+    from benchmarks.tiny_model.pictures import CONTENTS, PALETTES, STYLES, render
 
     rng = np.random.default_rng(seed)
     references, contents = [], []
@@ -147,7 +150,7 @@ def write_references(out: Path, seed: int = 21) -> None:
     import numpy as np
     from PIL import Image
 
-    from stylefast.training.pictures import render
+    from benchmarks.tiny_model.pictures import render
 
     folder = out / "references"
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,9 +164,9 @@ def assemble(out: Path) -> None:
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPImageProcessor
 
-    from stylefast.training.tiny_clip import load_image_encoder
-    from stylefast.training.tiny_text import build_tokenizer, load_text_tower
-    from stylefast.training.tiny_unet import SCHEDULER_CONFIG
+    from benchmarks.tiny_model.clip import load_image_encoder
+    from benchmarks.tiny_model.text import build_tokenizer, load_text_tower
+    from benchmarks.tiny_model.unet import SCHEDULER_CONFIG
 
     tower = load_text_tower(out)
     has_encoder = (out / "image_encoder").is_dir()
@@ -226,9 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"{stage}: {json.dumps(record)[:600]}", flush=True)
         write_record(args.work, args.out)
-    readme = Path(__file__).resolve().parent.parent / "models" / "tiny" / "README.md"
-    if readme.is_file() and not (args.out / "README.md").exists():
-        shutil.copyfile(readme, args.out / "README.md")
+    if not (args.out / "README.md").exists():
+        shutil.copyfile(README, args.out / "README.md")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stylefast.evaluation.classifier import PictureClassifier, classify, load_classifier
+from benchmarks.tiny_model.classifier import PictureClassifier, classify
 from stylefast.models.text import Prompt, TextEncoder
 from stylefast.styles.embeddings import StageEmbedding
 
@@ -172,8 +172,3 @@ def sheet(images: np.ndarray, columns: int) -> Image.Image:
     pixels = (np.clip(images, 0, 1) * 255 + 0.5).astype(np.uint8)
     rows = [np.concatenate(list(pixels[i : i + columns]), 1) for i in range(0, len(pixels), columns)]
     return Image.fromarray(np.concatenate(rows, 0))
-
-
-def load_for_scoring(folder: str | Path) -> tuple[object, PictureClassifier]:
-    """Pipeline and classifier of a model folder."""
-    return load_pipeline(folder), load_classifier(Path(folder) / "classifier.safetensors")

@@ -51,22 +51,24 @@ class InversionSettings:
 
 
 def initial_vectors(encoder: TextEncoder, words: str) -> tuple[Tensor, Tensor]:
-    """Vectors of the words for both encoders, `[words, width 1]` and `[words, width 2]`.
+    """Return the vectors of the words for both encoders, `[words, width 1]` and `[words, width 2]`.
 
     Raises `StyleError` for a word that is not one token.
     """
-    vectors = []
-    for tokenizer, model in zip(encoder.tokenizers, encoder.encoders, strict=True):
+
+    def of(tokenizer, model) -> Tensor:
         ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words.split()]
         if not ids or any(len(tokens) != 1 for tokens in ids):
             found = ", ".join(str(len(tokens)) for tokens in ids)
             raise StyleError(f"the initializer {words!r} is {found or 0} tokens; choose a word that is a single token")
-        vectors.append(model.get_input_embeddings().weight[[tokens[0] for tokens in ids]].detach().float().clone())
-    return tuple(vectors)
+        return model.get_input_embeddings().weight[[tokens[0] for tokens in ids]].detach().float().clone()
+
+    first, second = (of(*pair) for pair in zip(encoder.tokenizers, encoder.encoders, strict=True))
+    return first, second
 
 
 def stage_timesteps(stages: int, per_stage: int, train_steps: int, generator: torch.Generator) -> Tensor:
-    """Uniform draws inside each stage, `[stages * per_stage]`, stage by stage; stage of t is (t * T) // train_steps."""
+    """Draw uniformly inside each stage, `[stages * per_stage]`, stage by stage; t belongs to (t * T) // train_steps."""
     edges = [-(-train_steps * k // stages) for k in range(stages + 1)]
     drawn = [torch.randint(a, b, (per_stage,), generator=generator) for a, b in zip(edges, edges[1:], strict=False)]
     return torch.cat(drawn)
@@ -97,20 +99,10 @@ def invert_style(
         if f"<{name}>" not in caption:
             raise StyleError(f"the caption {caption!r} does not hold the placeholder <{name}>; add it")
     generator = torch.Generator().manual_seed(settings.seed)
-    rows, rates = [], []
-    for words, model in zip(initial_vectors(encoder, settings.initializer), encoder.encoders, strict=True):
-        length, width = model.get_input_embeddings().weight.detach().float().norm(dim=1).mean().item(), words.shape[1]
-        start = words[torch.arange(settings.vectors) % len(words)].expand(settings.stages, -1, -1).clone()
-        # equal vectors get equal gradients, so several of a stage start a little apart
-        if settings.vectors > len(words):
-            start = start + 0.1 * length * torch.randn(settings.vectors, width, generator=generator) / width**0.5
-        rows.append(start.requires_grad_())
-        rates.append(dict(params=[rows[-1]], base=settings.learning_rate * length / width**0.5))
-    optimizer = torch.optim.Adam(rates, lr=0.0, betas=(0.9, 0.99))
+    rows, optimizer = _starting_rows(encoder, settings, generator)
     train_steps, losses = len(alphas), []
     loss_weights = torch.ones(train_steps) if loss_weights is None else loss_weights
-    progress = tqdm(range(settings.steps), desc=f"learning <{name}>", mininterval=5)
-    for step in progress:
+    for step in tqdm(range(settings.steps), desc=f"learning <{name}>", mininterval=5):
         decay = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * decay * min(1, (step + 1) / 20)
@@ -119,13 +111,11 @@ def invert_style(
         hidden = torch.stack([state.hidden for state in states])  # [rows, tokens, width]
         pooled = torch.stack([state.pooled for state in states])  # [rows, width]
         errors = (predict_noise(noisy, timesteps, hidden, pooled).float() - noise).square().mean((1, 2, 3))
-        loss = (loss_weights[timesteps] * errors).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        for row in rows:
-            row.grad *= settings.stages
-            if step < settings.shared * settings.steps:
-                row.grad[:] = row.grad.mean(0, keepdim=True)
+        gradients = torch.autograd.grad((loss_weights[timesteps] * errors).mean(), rows)
+        together = step < settings.shared * settings.steps
+        for row, gradient in zip(rows, gradients, strict=True):
+            gradient = gradient * settings.stages
+            row.grad = gradient.mean(0, keepdim=True).expand_as(row) if together else gradient
         optimizer.step()
         losses.append(errors.detach().mean().item())
     clip_l, clip_g = (row.detach() for row in rows)
@@ -140,8 +130,24 @@ def invert_style(
     return StageEmbedding(name, clip_l, clip_g, "eos", metadata), losses
 
 
+def _starting_rows(
+    encoder: TextEncoder, settings: InversionSettings, generator: torch.Generator
+) -> tuple[list[Tensor], torch.optim.Adam]:
+    """Return the vectors to learn, `[stages, vectors, width]` for each encoder, and their optimiser."""
+    rows, rates = [], []
+    for words, model in zip(initial_vectors(encoder, settings.initializer), encoder.encoders, strict=True):
+        length, width = model.get_input_embeddings().weight.detach().float().norm(dim=1).mean().item(), words.shape[1]
+        start = words[torch.arange(settings.vectors) % len(words)].expand(settings.stages, -1, -1).clone()
+        # equal vectors get equal gradients, so several of a stage start a little apart
+        if settings.vectors > len(words):
+            start = start + 0.1 * length * torch.randn(settings.vectors, width, generator=generator) / width**0.5
+        rows.append(start.requires_grad_())
+        rates.append(dict(params=[rows[-1]], base=settings.learning_rate * length / width**0.5))
+    return rows, torch.optim.Adam(rates, lr=0.0, betas=(0.9, 0.99))
+
+
 def _draw(latents, captions, alphas, name, settings, rows, generator) -> tuple[Tensor, Tensor, Tensor, list[Prompt]]:
-    """Noisy latents, timesteps, noise and prompts of one step, stage by stage."""
+    """Return noisy latents, timesteps, noise and prompts of one step, stage by stage."""
     count = settings.stages * settings.per_stage
     timesteps = stage_timesteps(settings.stages, settings.per_stage, len(alphas), generator)
     chosen = torch.randint(0, len(latents), (count,), generator=generator)

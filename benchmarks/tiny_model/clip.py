@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stylefast.training.pictures import CONTENTS, PALETTES, STYLES
-from stylefast.training.tiny_data import load_pool
-from stylefast.training.tiny_text import HIDDEN, load_text_tower
+from benchmarks.tiny_model.data import load_pool
+from benchmarks.tiny_model.pictures import CONTENTS, PALETTES, STYLES
+from benchmarks.tiny_model.text import HIDDEN, load_text_tower
 
 MEAN = (0.5, 0.5, 0.5)
 DEVIATION = (0.5, 0.5, 0.5)

@@ -3,10 +3,16 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.tiny_model.classifier import (
+    PictureClassifier,
+    accuracy,
+    classify,
+    load_classifier,
+    rendered,
+    save_classifier,
+)
+from benchmarks.tiny_model.pictures import CONTENTS, STYLES
 from stylefast.errors import ImageError, ModelFormatError, ModelNotFound
-from stylefast.evaluation.classifier import PictureClassifier, classify, load_classifier, save_classifier
-from stylefast.training.pictures import CONTENTS, STYLES
-from stylefast.training.tiny_classifier import accuracy, rendered
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def test_a_saved_classifier_judges_as_before(tmp_path):
 
 
 def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(ModelNotFound, match="stylefast.training.tiny --stage classifier"):
+    with pytest.raises(ModelNotFound, match="benchmarks tiny_model --stage classifier"):
         load_classifier(tmp_path / "none.safetensors")
 
 

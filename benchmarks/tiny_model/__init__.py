@@ -1,0 +1,1 @@
+"""Training and scoring of the embedded model, on pictures that are drawn by a program."""

@@ -1,1 +1,0 @@
-"""Scores of content and style on generated pictures."""

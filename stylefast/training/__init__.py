@@ -1,1 +1,0 @@
-"""Training of the embedded model on procedural pictures, and of multi-stage style embeddings."""
