@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "copy_engine.h"
+#include "copies.h"
 #include "cpu_features.h"
 #include "operations.h"
 #include "page_pool.h"
@@ -106,16 +106,18 @@ py::object list_pages(const stylefast::PagePool& pool) {
     return rows[py::slice(0, count, 1)];
 }
 
-stylefast::CopyEngine::Ticket submit(stylefast::CopyEngine& engine, const Int64Array& sources,
-                                     const Int64Array& destinations, const Int64Array& bytes, const Int32Array& files,
-                                     Int32Array& outcomes) {
+py::tuple copy(const Int64Array& sources, const Int64Array& destinations, const Int64Array& bytes,
+               const Int32Array& files) {
     const auto count = sources.size();
-    if (destinations.size() != count || bytes.size() != count || files.size() != count || outcomes.size() != count) {
+    if (destinations.size() != count || bytes.size() != count || files.size() != count) {
         throw std::invalid_argument("the arrays' lengths do not fit each other");
     }
-    std::int32_t* const written = outcomes.mutable_data();
-    const py::gil_scoped_release release;
-    return engine.submit(sources.data(), destinations.data(), bytes.data(), count, files.data(), written);
+    stylefast::CopyFailure failure;
+    {
+        const py::gil_scoped_release release;
+        failure = stylefast::copy_blocks(sources.data(), destinations.data(), bytes.data(), files.data(), count);
+    }
+    return py::make_tuple(failure.index, failure.reason);
 }
 
 // an operation that computes without the GIL; the environment is read before, while Python can't change it
@@ -129,7 +131,7 @@ auto released(void (*operation)(const std::string&, Arguments...)) {
 }
 
 void bind_runtime(py::module_& module) {
-    using stylefast::BatchPlanner, stylefast::CopyEngine, stylefast::PagePool;
+    using stylefast::BatchPlanner, stylefast::PagePool;
     py::class_<BatchPlanner>(module, "BatchPlanner")
         .def(py::init<>())
         .def("plan", &plan, py::arg("images").noconvert(), py::arg("branches").noconvert(),
@@ -151,21 +153,14 @@ void bind_runtime(py::module_& module) {
         .def("stats", &pool_stats)
         .def("pages", &list_pages);
 
-    py::class_<CopyEngine::Ticket>(module, "CopyTicket").def_readonly("chunks", &CopyEngine::Ticket::chunks);
-    py::class_<CopyEngine>(module, "CopyEngine")
-        .def(py::init<std::int64_t, std::int64_t>(), py::arg("threads"), py::arg("capacity"))
-        .def("submit", &submit, py::arg("sources"), py::arg("destinations"), py::arg("bytes"), py::arg("files"),
-             py::arg("outcomes").noconvert())
-        .def("progress", &CopyEngine::progress, py::arg("ticket"), ReleasedGil())
-        .def("wait", &CopyEngine::wait, py::arg("ticket"), py::arg("chunks") = -1, ReleasedGil())
-        .def("close", &CopyEngine::close, ReleasedGil());
+    module.def("copy_blocks", &copy, py::arg("sources"), py::arg("destinations"), py::arg("bytes"), py::arg("files"));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "stylefast's C++ parts; call them through stylefast.runtime and stylefast.kernels";
-    module.attr("interface") = 5;  // stylefast/_extension.py refuses any other number than its own
+    module.attr("interface") = 6;  // stylefast/_extension.py refuses any other number than its own
     bind_runtime(module);
     module.def("cpu_features", &stylefast::cpu_features);
     module.def("instruction_set", &stylefast::instruction_set);

@@ -53,7 +53,7 @@ _COMPILED = (
 # bits that are written, read and moved, with no sum over them
 _COPIED = (
     "test_bank_file",
-    "test_copy_engine",
+    "test_copies",
     "test_load_options",
     "test_pipeline_check",
     "test_record",

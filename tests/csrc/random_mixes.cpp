@@ -1,4 +1,4 @@
-// Threads that take, fill, prefetch, drop and release pages of one pool while a copy engine fills them. What lies in a
+// Threads that take, fill, prefetch, drop and release pages of one pool and copy what they take. What lies in a
 // pinned page is checked against its key. Built with sanitizers; exits with 1 at the first wrong byte or count.
 #include <unistd.h>
 
@@ -10,12 +10,11 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/copy_engine.h"
+#include "../../csrc/copies.h"
 #include "../../csrc/page_pool.h"
 #include "../../csrc/planner.h"
 
 using stylefast::BatchPlanner;
-using stylefast::CopyEngine;
 using stylefast::PagePool;
 using stylefast::WaitResult;
 
@@ -32,7 +31,6 @@ void demand(bool holds, const char* what) {
 
 struct Scene {
     PagePool pool{kSlots};
-    CopyEngine engine{3, 8};
     std::vector<std::int64_t> store = std::vector<std::int64_t>(kKeys * kWords);    // what every page holds
     std::vector<std::int64_t> blocks = std::vector<std::int64_t>(kSlots * kWords);  // the slots
     std::atomic<bool> ended{false};
@@ -112,11 +110,10 @@ class Worker {
             bytes[chunks] = kWords * sizeof(std::int64_t);
             loading[chunks++] = slots_[i];
         }
-        const CopyEngine::Ticket ticket = scene_.engine.submit(sources, destinations, bytes, chunks);
+        const std::int32_t files[kMost] = {-1, -1, -1, -1, -1, -1};
+        demand(stylefast::copy_blocks(sources, destinations, bytes, files, chunks).index == -1, "a copy");
         const bool breaks = below(16) == 0;
         for (std::int64_t i = 0; i < chunks; ++i) {
-            scene_.engine.wait(ticket, i + 1);
-            demand(scene_.engine.progress(ticket) > i, "the progress of a copy");
             if (breaks) {
                 scene_.pool.failed(loading + i, 1);
             } else {

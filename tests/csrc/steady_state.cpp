@@ -1,4 +1,4 @@
-// Exits with 1 if planner, page pool or copy engine allocate memory once they are warm. With an argument the program
+// Exits with 1 if planner, page pool or copies allocate memory once they are warm. With an argument the program
 // allocates once a round itself, which must be noticed.
 #include <atomic>
 #include <cerrno>
@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/copy_engine.h"
+#include "../../csrc/copies.h"
 #include "../../csrc/page_pool.h"
 #include "../../csrc/planner.h"
 
@@ -59,7 +59,7 @@ constexpr std::int64_t kRows = 48, kWidth = 3, kSlots = 64, kPages = 24, kChunks
 
 class Mix {
   public:
-    Mix() : pool_(kSlots), engine_(2, 16), blocks_(2 * kChunks * kChunkBytes) {}
+    Mix() : pool_(kSlots), blocks_(2 * kChunks * kChunkBytes) {}
 
     void round(bool largest) {
         plan(largest ? kRows : below(kRows + 1), largest);
@@ -128,22 +128,21 @@ class Mix {
             sources_[i] = address;
             destinations_[i] = address + kChunks * kChunkBytes;
             bytes_[i] = below(kChunkBytes + 1);
+            files_[i] = -1;
         }
-        const auto ticket = engine_.submit(sources_, destinations_, bytes_, chunks);
-        engine_.wait(ticket, chunks / 2);
-        engine_.wait(ticket, -1);
+        stylefast::copy_blocks(sources_, destinations_, bytes_, files_, chunks);
     }
 
     std::mt19937 random_{7};
     stylefast::BatchPlanner planner_;
     stylefast::PagePool pool_;
-    stylefast::CopyEngine engine_;
     std::vector<char> blocks_;
     std::int64_t images_[kRows], branches_[kRows], offsets_[kRows + 1], order_[kRows], page_[kRows * kWidth];
     std::int64_t reference_images_[kRows * kWidth], reference_pages_[kRows * kWidth];
     std::int64_t keys_[4 * kPages], slots_[kPages], loading_[kPages];
     bool claimed_[kPages];
     std::int64_t sources_[kChunks], destinations_[kChunks], bytes_[kChunks];
+    std::int32_t files_[kChunks];
 };
 
 }  // namespace

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import banks, export_sdxl, load
+from benchmarks import banks, copies, export_sdxl, load
 from benchmarks.kernels.report import markdown
 from benchmarks.runtime.report import markdown as runtime_table
 
@@ -47,6 +47,17 @@ def test_what_the_page_of_serving_says_of_load_is_that_of_the_results_file(check
     # otherwise: paste what `benchmarks.load.markdown` makes of the file into docs/serving.md
     page = (checkout / "docs" / "serving.md").read_text()
     assert any(load.markdown(content) in page for content in recorded(checkout, "load-cpu.json"))
+
+
+def test_what_the_page_of_banks_says_of_loading_is_that_of_the_results_file(checkout):
+    # otherwise: paste what `benchmarks.copies.markdown` makes of the file into docs/banks.md
+    page = (checkout / "docs" / "banks.md").read_text()
+    contents = recorded(checkout, "copies-cpu.json")
+    assert any(copies.markdown(content) in page for content in contents)
+    for content in contents:
+        assert all(row["caller_ms"] < 1 for row in content["results"]["loads"])
+        assert f"{content['results']['pieces']} pieces" in page
+        assert f"({content['results']['bytes'] / 1e6:.0f} MB)" in page
 
 
 @pytest.mark.parametrize("table", [banks.modes_table, banks.layers_table], ids=["kinds of storage", "fewer layers"])

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 import stylefast as sf
 from stylefast.errors import EngineClosed, ExportError, InvalidRequest
-from stylefast.runtime.banks.copy_engine import CopyEngine
+from stylefast.runtime.copies import start_copies
 from tests.engine.scene import SIZE, STEPS, small_picture
 from tests.engine.watch import WAIT, Watch, held, request, settled, submit, until
 from tests.fp64 import close
@@ -108,18 +110,11 @@ def test_a_forked_process_leaves_python_at_once():
 
 
 @needs_fork
-@pytest.mark.parametrize("backend", ["cpp", "python"])
-def test_a_copy_engine_of_the_parent_is_left_alone_in_the_child(backend):
-    if backend == "cpp":
-        pytest.importorskip("stylefast._C")
-    engine = CopyEngine(backend=backend)
-
-    def work():
-        engine.close()
-        engine.__dict__.clear()  # lets go of the engine in C++ too
-
-    assert in_child(work) == 0
-    engine.close()
+def test_threads_that_load_pages_are_left_alone_in_the_child():
+    with ThreadPoolExecutor(2) as executor:
+        start_copies(executor, [torch.ones(9)], [torch.zeros(9)])[0].result()
+        assert in_child(executor.shutdown) == 0
+        start_copies(executor, [torch.ones(9)], [torch.zeros(9)])[0].result()
 
 
 # callbacks

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = Path(__file__).resolve().parent.parent / "csrc"
-SOURCES = [PROGRAMS.parents[1] / "csrc" / name for name in ("planner.cpp", "page_pool.cpp", "copy_engine.cpp")]
+SOURCES = [PROGRAMS.parents[1] / "csrc" / name for name in ("planner.cpp", "page_pool.cpp", "copies.cpp")]
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=1:halt_on_error=1",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",

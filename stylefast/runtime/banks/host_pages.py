@@ -8,14 +8,14 @@ used, and keep blocks that the next picture in the same style can reuse.
 import itertools
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
 
-from stylefast.errors import StyleError
-from stylefast.runtime.banks.copy_engine import CopyEngine, Ticket
 from stylefast.runtime.banks.page_layout import PageLayout
 from stylefast.runtime.banks.page_pool import PagePool, PoolFull
+from stylefast.runtime.copies import start_copies
 from stylefast.styles.bank import StyleBank
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class HostPages:
         self._chunks: list[torch.Tensor | None] = [None] * count
         self._refused = False  # the system refused to pin more
         self.blocks = count * self._in_chunk
-        self._pool, self._engine = PagePool(self.blocks), CopyEngine(threads=_THREADS)
-        self._tickets: dict[int, Ticket] = {}  # of blocks being filled
+        self._pool, self._executor = PagePool(self.blocks), ThreadPoolExecutor(_THREADS, "stylefast-pages")
+        self._loads: dict[int, list[Future[None]]] = {}  # by the slot that they fill
 
     @property
     def nbytes(self) -> int:
@@ -96,16 +96,12 @@ class HostPages:
             return None
         if claim.claimed[0]:
             self._start(slot, bank, place, layout)
-        ticket = self._tickets.pop(slot, None)
-        if ticket is not None:
-            ticket.wait()
-            try:
-                ticket.check()
-            except BaseException:
-                self._pool.failed(np.array([slot]))
+        if slot in self._loads:
+            wait(self._loads[slot])
+            error = self._end(slot)
+            if error is not None:
                 self._pool.release(key[None])
-                raise
-            self._pool.filled(np.array([slot]))
+                raise error
         return self._of(slot, layout)[0]
 
     def release(self, key: np.ndarray) -> None:
@@ -118,13 +114,13 @@ class HostPages:
         self._pool.drop(style)
 
     def close(self) -> None:
-        """Stop the threads."""
-        self._engine.close()
+        """Finish the loads that were started, and end the threads."""
+        self._executor.shutdown()
 
     def _start(self, slot: int, bank: StyleBank, place: tuple, layout: PageLayout) -> None:
         try:
             parts = layout.split(self._of(slot, layout))
-            self._tickets[slot] = self._engine.copy(*layout.copies(bank, place, parts, 0))
+            self._loads[slot] = start_copies(self._executor, *layout.copies(bank, place, parts, 0))
         except BaseException:
             self._pool.failed(np.array([slot]))
             raise
@@ -154,12 +150,12 @@ class HostPages:
         return self._chunks[chunk] is not None
 
     def _settle(self) -> None:
-        """Record finished loads in the pool."""
-        for slot in [slot for slot, ticket in self._tickets.items() if ticket.done]:
-            ticket = self._tickets.pop(slot)
-            try:
-                ticket.check()
-            except StyleError:
-                self._pool.failed(np.array([slot]))  # the next `hold` of the page reads it again and raises the error
-            else:
-                self._pool.filled(np.array([slot]))
+        """Record finished loads in the pool; the next `hold` of a page that failed reads it again and raises."""
+        for slot in [slot for slot, loads in self._loads.items() if all(load.done() for load in loads)]:
+            self._end(slot)
+
+    def _end(self, slot: int) -> BaseException | None:
+        """Record a finished load in the pool, and return its error."""
+        errors = [error for load in self._loads.pop(slot) if (error := load.exception()) is not None]
+        (self._pool.failed if errors else self._pool.filled)(np.array([slot]))
+        return errors[0] if errors else None
