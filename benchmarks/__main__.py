@@ -11,6 +11,7 @@ BENCHMARKS = {
     "gpu": "benchmarks.gpu",
     "kernels": "benchmarks.kernels.command",
     "load": "benchmarks.load",
+    "planning": "benchmarks.planning",
     "reading": "benchmarks.reading",
     "runtime": "benchmarks.runtime.command",
     "startup": "benchmarks.startup",

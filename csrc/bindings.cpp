@@ -24,47 +24,47 @@ using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
 using BoolArray = py::array_t<bool, py::array::c_style>;
 using ReleasedGil = py::call_guard<py::gil_scoped_release>;
 
-std::int64_t plan(stylefast::BatchPlanner& planner, const Int64Array& images, const Int64Array& branches,
-                  const Int64Array& offsets, const Int64Array& reference_images, const Int64Array& reference_pages,
-                  Int64Array& page, Int64Array& order, bool mutual) {
-    const std::int64_t rows = images.size(), entries = reference_images.size();
-    if (branches.size() != rows || offsets.size() != rows + 1 || reference_pages.size() != entries ||
-        page.ndim() != 2 || page.shape(0) != rows || order.size() != rows) {
-        throw std::invalid_argument("the arrays' lengths do not fit each other");
-    }
-    const stylefast::Batch batch{
-        images.data(), branches.data(), offsets.data(), reference_images.data(), reference_pages.data(), rows, entries};
+bool plan(stylefast::BatchPlanner& planner, const Int64Array& images, const Int64Array& branches,
+          const Int64Array& offsets, const Int64Array& reference_images, const Int64Array& reference_pages,
+          Int64Array& page, Int64Array& order, bool mutual) {
+    const stylefast::Batch batch{images.data(),           branches.data(),        offsets.data(),
+                                 reference_images.data(), reference_pages.data(), images.size(),
+                                 reference_images.size()};
     const std::int64_t width = page.shape(1);
     std::int64_t *const page_data = page.mutable_data(), *const order_data = order.mutable_data();
     const py::gil_scoped_release release;
     return planner.plan(batch, mutual, width, page_data, order_data);
 }
 
-std::int64_t count_keys(const Int64Array& keys) {
-    if (keys.ndim() != 2 || keys.shape(1) != 4) {
-        throw std::invalid_argument("keys must be an array [pages, 4] of style, step, branch and reference");
+py::tuple acquire_pages(stylefast::PagePool& pool, const Int64Array& keys) {
+    Int64Array slots(keys.shape(0));
+    BoolArray claimed(keys.shape(0));
+    std::int64_t* const slot_data = slots.mutable_data();
+    bool* const claimed_data = claimed.mutable_data();
+    std::int64_t absent;
+    {
+        const py::gil_scoped_release release;
+        absent = pool.acquire(keys.data(), keys.shape(0), slot_data, claimed_data);
     }
-    return keys.shape(0);
+    return py::make_tuple(slots, claimed, absent);
 }
 
-template <void (stylefast::PagePool::*take)(const std::int64_t*, std::int64_t, std::int64_t*, bool*)>
-py::tuple take_pages(stylefast::PagePool& pool, const Int64Array& keys) {
-    const std::int64_t count = count_keys(keys);
-    Int64Array slots(count);
-    BoolArray claimed(count);
+py::tuple prefetch_pages(stylefast::PagePool& pool, const Int64Array& keys) {
+    Int64Array slots(keys.shape(0));
+    BoolArray claimed(keys.shape(0));
     std::int64_t* const slot_data = slots.mutable_data();
     bool* const claimed_data = claimed.mutable_data();
     {
         const py::gil_scoped_release release;
-        (pool.*take)(keys.data(), count, slot_data, claimed_data);
+        pool.prefetch(keys.data(), keys.shape(0), slot_data, claimed_data);
     }
     return py::make_tuple(slots, claimed);
 }
 
-template <void (stylefast::PagePool::*end)(const std::int64_t*, std::int64_t)>
-void end_load(stylefast::PagePool& pool, const Int64Array& slots) {
+template <auto report>
+std::int64_t report_pages(stylefast::PagePool& pool, const Int64Array& slots_or_keys) {
     const py::gil_scoped_release release;
-    (pool.*end)(slots.data(), slots.size());
+    return (pool.*report)(slots_or_keys.data(), slots_or_keys.shape(0));
 }
 
 bool wait_for_pages(stylefast::PagePool& pool, const Int64Array& slots) {
@@ -77,12 +77,6 @@ bool wait_for_pages(stylefast::PagePool& pool, const Int64Array& slots) {
         if (result != stylefast::WaitResult::kPending) return result == stylefast::WaitResult::kReady;
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();  // such as Ctrl-C
     }
-}
-
-void release_pages(stylefast::PagePool& pool, const Int64Array& keys) {
-    const std::int64_t count = count_keys(keys);
-    const py::gil_scoped_release release;
-    pool.release(keys.data(), count);
 }
 
 py::tuple pool_stats(const stylefast::PagePool& pool) {
@@ -134,20 +128,18 @@ void bind_runtime(py::module_& module) {
     using stylefast::BatchPlanner, stylefast::PagePool;
     py::class_<BatchPlanner>(module, "BatchPlanner")
         .def(py::init<>())
-        .def("plan", &plan, py::arg("images").noconvert(), py::arg("branches").noconvert(),
-             py::arg("offsets").noconvert(), py::arg("reference_images").noconvert(),
-             py::arg("reference_pages").noconvert(), py::arg("page").noconvert(), py::arg("order").noconvert(),
-             py::arg("mutual"));
+        .def("plan", &plan, py::arg("images"), py::arg("branches"), py::arg("offsets"), py::arg("reference_images"),
+             py::arg("reference_pages"), py::arg("page").noconvert(), py::arg("order").noconvert(), py::arg("mutual"));
 
-    py::register_exception<stylefast::PoolFull>(module, "PoolFull", PyExc_RuntimeError);
     py::class_<PagePool>(module, "PagePool")
         .def(py::init<std::int64_t>(), py::arg("slots"))
-        .def("acquire", &take_pages<&PagePool::acquire>, py::arg("keys"))
-        .def("prefetch", &take_pages<&PagePool::prefetch>, py::arg("keys"))
-        .def("filled", &end_load<&PagePool::filled>, py::arg("slots"))
-        .def("failed", &end_load<&PagePool::failed>, py::arg("slots"))
+        .def("acquire", &acquire_pages, py::arg("keys"))
+        .def("prefetch", &prefetch_pages, py::arg("keys"))
+        .def("filled", &report_pages<&PagePool::filled>, py::arg("slots"))
+        .def("failed", &report_pages<&PagePool::failed>, py::arg("slots"))
+        .def("unpinned", &report_pages<&PagePool::unpinned>, py::arg("slots"))
         .def("wait", &wait_for_pages, py::arg("slots"))
-        .def("release", &release_pages, py::arg("keys"))
+        .def("release", &report_pages<&PagePool::release>, py::arg("keys"))
         .def("drop", &PagePool::drop, py::arg("style"), ReleasedGil())
         .def("clear", &PagePool::clear, ReleasedGil())
         .def("stats", &pool_stats)
@@ -160,7 +152,7 @@ void bind_runtime(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "stylefast's C++ parts; call them through stylefast.runtime and stylefast.kernels";
-    module.attr("interface") = 6;  // stylefast/_extension.py refuses any other number than its own
+    module.attr("interface") = 7;  // stylefast/_extension.py refuses any other number than its own
     bind_runtime(module);
     module.def("cpu_features", &stylefast::cpu_features);
     module.def("instruction_set", &stylefast::instruction_set);

@@ -1,7 +1,6 @@
 #include "page_pool.h"
 
 #include <algorithm>
-#include <string>
 #include <tuple>
 
 namespace stylefast {
@@ -16,11 +15,6 @@ PageKey key_at(const std::int64_t* keys, std::int64_t index) {
 
 bool before(const PageKey& a, const PageKey& b) {
     return std::tie(a.style, a.step, a.branch, a.reference) < std::tie(b.style, b.step, b.branch, b.reference);
-}
-
-std::string name(const PageKey& key) {
-    return "style " + std::to_string(key.style) + ", step " + std::to_string(key.step) + ", branch " +
-           std::to_string(key.branch) + ", reference " + std::to_string(key.reference);
 }
 
 std::uint64_t scramble(std::uint64_t value) {
@@ -40,7 +34,6 @@ std::size_t table_size(std::int64_t slots) {
 }  // namespace
 
 PagePool::PagePool(std::int64_t slots) {
-    if (slots < 0) throw std::invalid_argument("slots is " + std::to_string(slots) + ", but must be 0 or more");
     pages_.resize(static_cast<std::size_t>(slots));
     table_.assign(table_size(slots), kNone);
     absent_.reserve(static_cast<std::size_t>(slots));
@@ -169,7 +162,7 @@ void PagePool::make_stale(std::int64_t page) {
     settle(page);
 }
 
-void PagePool::acquire(const std::int64_t* keys, std::int64_t count, std::int64_t* slots, bool* claimed) {
+std::int64_t PagePool::acquire(const std::int64_t* keys, std::int64_t count, std::int64_t* slots, bool* claimed) {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++call_;
     absent_.clear();
@@ -186,13 +179,7 @@ void PagePool::acquire(const std::int64_t* keys, std::int64_t count, std::int64_
     }
     if (static_cast<std::int64_t>(absent_.size()) > room) {
         const std::int64_t needed = distinct_absent();
-        if (needed > room) {
-            const PoolStats now = count_pages();
-            throw PoolFull(std::to_string(count) + " pages were asked for, " + std::to_string(needed) +
-                           " of them absent, but of " + std::to_string(now.slots) + " slots " +
-                           std::to_string(now.pinned) + " are pinned and " + std::to_string(now.loading) +
-                           " are being loaded; use fewer styles at once or give the pool more slots");
-        }
+        if (needed > room) return needed;
     }
 
     // what is here is pinned first, so that no claim evicts it
@@ -212,6 +199,7 @@ void PagePool::acquire(const std::int64_t* keys, std::int64_t count, std::int64_
         ++pages_[slots[i]].pins;
         ++(claimed[i] ? misses_ : hits_);
     }
+    return 0;
 }
 
 std::int64_t PagePool::distinct_absent() {
@@ -245,25 +233,13 @@ void PagePool::prefetch(const std::int64_t* keys, std::int64_t count, std::int64
     }
 }
 
-void PagePool::check_slots(const std::int64_t* slots, std::int64_t count) const {
-    for (std::int64_t i = 0; i < count; ++i) {
-        if (slots[i] < 0 || slots[i] >= this->slots()) {
-            throw std::out_of_range("slot " + std::to_string(slots[i]) + " is not one of the pool's " +
-                                    std::to_string(this->slots()));
-        }
-    }
-}
-
-void PagePool::end_load(const std::int64_t* slots, std::int64_t count, PageState state) {
+std::int64_t PagePool::end_load(const std::int64_t* slots, std::int64_t count, PageState state) {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         ++call_;
-        check_slots(slots, count);
         for (std::int64_t i = 0; i < count; ++i) {
             Page& page = pages_[slots[i]];
-            if (page.state != PageState::kLoading || page.call == call_) {
-                throw std::logic_error("slot " + std::to_string(slots[i]) + " is not being loaded");
-            }
+            if (page.state != PageState::kLoading || page.call == call_) return i;
             page.call = call_;
         }
         for (std::int64_t i = 0; i < count; ++i) {
@@ -274,21 +250,25 @@ void PagePool::end_load(const std::int64_t* slots, std::int64_t count, PageState
         }
     }
     loaded_.notify_all();
+    return kNone;
 }
 
-void PagePool::filled(const std::int64_t* slots, std::int64_t count) { end_load(slots, count, PageState::kResident); }
+std::int64_t PagePool::filled(const std::int64_t* slots, std::int64_t count) {
+    return end_load(slots, count, PageState::kResident);
+}
 
-void PagePool::failed(const std::int64_t* slots, std::int64_t count) { end_load(slots, count, PageState::kFailed); }
+std::int64_t PagePool::failed(const std::int64_t* slots, std::int64_t count) {
+    return end_load(slots, count, PageState::kFailed);
+}
+
+std::int64_t PagePool::unpinned(const std::int64_t* slots, std::int64_t count) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = std::find_if(slots, slots + count, [&](std::int64_t slot) { return pages_[slot].pins == 0; });
+    return found == slots + count ? kNone : found - slots;
+}
 
 WaitResult PagePool::wait(const std::int64_t* slots, std::int64_t count, std::chrono::milliseconds limit) {
     std::unique_lock<std::mutex> lock(mutex_);
-    check_slots(slots, count);
-    for (std::int64_t i = 0; i < count; ++i) {
-        if (pages_[slots[i]].pins == 0) {
-            throw std::logic_error("slot " + std::to_string(slots[i]) +
-                                   " is not pinned; acquire a page to wait for it");
-        }
-    }
     const auto all = [&](auto&& holds) { return std::all_of(slots, slots + count, holds); };
     const bool ended = loaded_.wait_until(lock, std::chrono::steady_clock::now() + limit, [&] {
         return all([&](std::int64_t slot) { return pages_[slot].state != PageState::kLoading; });
@@ -299,24 +279,23 @@ WaitResult PagePool::wait(const std::int64_t* slots, std::int64_t count, std::ch
     return ready ? WaitResult::kReady : WaitResult::kFailed;
 }
 
-void PagePool::release(const std::int64_t* keys, std::int64_t count) {
+std::int64_t PagePool::release(const std::int64_t* keys, std::int64_t count) {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++call_;
     for (std::int64_t i = 0; i < count; ++i) {
-        const PageKey key = key_at(keys, i);
-        const std::int64_t page = find(key);
-        if (page != kNone && pages_[page].call != call_) {
+        const std::int64_t page = find(key_at(keys, i));
+        if (page == kNone) return i;
+        if (pages_[page].call != call_) {
             pages_[page].call = call_;
             pages_[page].place = pages_[page].pins;  // what is left of them
         }
-        if (page == kNone || pages_[page].place-- == 0) {
-            throw std::logic_error("the page of " + name(key) + " is released more often than it was acquired");
-        }
+        if (pages_[page].place-- == 0) return i;
     }
     for (std::int64_t i = 0; i < count; ++i) {
         const std::int64_t page = find(key_at(keys, i));
         if (--pages_[page].pins == 0) settle(page);
     }
+    return kNone;
 }
 
 std::int64_t PagePool::forget(const std::int64_t* style) {
@@ -334,7 +313,8 @@ std::int64_t PagePool::drop(std::int64_t style) { return forget(&style); }
 
 std::int64_t PagePool::clear() { return forget(nullptr); }
 
-PoolStats PagePool::count_pages() const {
+PoolStats PagePool::stats() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
     PoolStats stats{slots(), 0, 0, 0, hits_, misses_, evictions_};
     for (const Page& page : pages_) {
         stats.resident += page.state == PageState::kResident;
@@ -342,11 +322,6 @@ PoolStats PagePool::count_pages() const {
         stats.pinned += page.pins > 0;
     }
     return stats;
-}
-
-PoolStats PagePool::stats() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return count_pages();
 }
 
 std::int64_t PagePool::list(std::int64_t* rows) const {

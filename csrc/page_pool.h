@@ -1,13 +1,12 @@
 // Which page of a style bank lies in which slot of a tier (device buffers, pinned host blocks). Only the books: callers
-// move the bytes. Free of any framework; the twin in Python is stylefast/runtime/banks/page_pool.py, and the tests hold the
-// two equal, messages included. All methods may be called from any thread.
+// move the bytes. Free of any framework. stylefast/runtime/banks/page_pool.py checks arguments, words errors and has the
+// plain reference. All methods may be called from any thread.
 #pragma once
 
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
-#include <stdexcept>
 #include <vector>
 
 namespace stylefast {
@@ -19,10 +18,6 @@ struct PageKey {
 inline bool operator==(const PageKey& a, const PageKey& b) {
     return a.style == b.style && a.step == b.step && a.branch == b.branch && a.reference == b.reference;
 }
-
-struct PoolFull : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
 
 struct PoolStats {
     std::int64_t slots, resident, loading, pinned;  // pages; a page may be pinned and resident or loading
@@ -39,28 +34,32 @@ enum class WaitResult { kReady, kFailed, kPending };
 // takes the old one's pins over, and both stay until all are returned.
 class PagePool {
   public:
-    explicit PagePool(std::int64_t slots);  // std::invalid_argument below 0
+    explicit PagePool(std::int64_t slots);
     PagePool(const PagePool&) = delete;
     PagePool& operator=(const PagePool&) = delete;
 
-    // Pins every page, or throws PoolFull and changes nothing. Where claimed, the page was absent and has got a free
-    // slot or that of the least recently used unpinned page: the caller fills it and reports `filled` or `failed`.
-    void acquire(const std::int64_t* keys, std::int64_t count, std::int64_t* slots, bool* claimed);
+    // Pins every page and returns 0, or changes nothing and returns how many pages are absent, for which there is no
+    // room. Where claimed, the page was absent and has got a free slot or that of the least recently used unpinned
+    // page: the caller fills it and reports `filled` or `failed`.
+    std::int64_t acquire(const std::int64_t* keys, std::int64_t count, std::int64_t* slots, bool* claimed);
 
     // As acquire, but without pins and without failing: slot -1 where no slot is to be had. Earlier keys are needed
     // sooner: no page gives way to a later key of the call, and among the call's own pages the last gives way first.
     void prefetch(const std::int64_t* keys, std::int64_t count, std::int64_t* slots, bool* claimed);
 
-    // The end of a load. std::logic_error, and nothing changes, where a slot is not being loaded.
-    void filled(const std::int64_t* slots, std::int64_t count);
-    void failed(const std::int64_t* slots, std::int64_t count);
+    // The end of a load: -1, or the place of the first slot that is not being loaded, and nothing changes.
+    std::int64_t filled(const std::int64_t* slots, std::int64_t count);
+    std::int64_t failed(const std::int64_t* slots, std::int64_t count);
 
-    // Until no slot is being loaded or the limit is over (kPending). kFailed where a load failed or a page was released
-    // meanwhile. std::logic_error for a slot that nobody has pinned: its page could leave at any moment.
+    // The place of the first slot without a pin, whose page could leave at any moment; -1: none.
+    std::int64_t unpinned(const std::int64_t* slots, std::int64_t count) const;
+
+    // Waits until none of these pinned slots is being loaded or the limit is over (kPending). kFailed where a load
+    // failed or a page was released meanwhile.
     WaitResult wait(const std::int64_t* slots, std::int64_t count, std::chrono::milliseconds limit);
 
-    // Returns pins. std::logic_error, and nothing changes, where a key has fewer.
-    void release(const std::int64_t* keys, std::int64_t count);
+    // Returns pins: -1, or the place of the first key that has fewer, and nothing changes.
+    std::int64_t release(const std::int64_t* keys, std::int64_t count);
 
     // Forgets the pages of a style, or all; returns how many keep their slots for now, pinned or being loaded.
     std::int64_t drop(std::int64_t style);
@@ -100,11 +99,9 @@ class PagePool {
     void vanish(std::int64_t page);
     void settle(std::int64_t page);  // after its last pin or its load has gone
     void make_stale(std::int64_t page);
-    void check_slots(const std::int64_t* slots, std::int64_t count) const;
-    void end_load(const std::int64_t* slots, std::int64_t count, PageState state);
+    std::int64_t end_load(const std::int64_t* slots, std::int64_t count, PageState state);
     std::int64_t distinct_absent();
     std::int64_t forget(const std::int64_t* style);
-    PoolStats count_pages() const;
 
     mutable std::mutex mutex_;
     std::condition_variable loaded_;

@@ -1,5 +1,5 @@
-// Which rows of a batch read whose keys and values. Free of any framework; the twin in Python is
-// stylefast/runtime/steps/planner.py, and the tests hold the two equal, messages included.
+// Which rows of a batch read whose keys and values. Free of any framework. stylefast/runtime/steps/planner.py checks
+// arguments, words errors and has the plain reference.
 #pragma once
 
 #include <cstdint>
@@ -23,16 +23,15 @@ struct Batch {
 class BatchPlanner {
   public:
     // Fills page [rows, width] (-1 where a row has no further reference) and order [rows], a permutation of the rows.
-    // A page of the bank (reference_pages >= 0) becomes rows + page. Returns the most references that a row has.
-    // Throws std::invalid_argument for values out of range, for more references than width, for two rows of one image
-    // and branch, for a reference without a row in the branch, and, unless mutual, for a reference that has references
-    // itself; page and order then hold anything.
-    std::int64_t plan(const Batch& batch, bool mutual, std::int64_t width, std::int64_t* page, std::int64_t* order);
+    // A page of the bank (reference_pages >= 0) becomes rows + page. Trusts that offsets rise from 0 to entries by at
+    // most width. Returns false, with page and order in any state, for two rows of one image and branch, a reference
+    // without a row in the branch, and, unless mutual, a reference that has references itself.
+    bool plan(const Batch& batch, bool mutual, std::int64_t width, std::int64_t* page, std::int64_t* order);
 
   private:
-    void index_rows(const Batch& batch);
+    bool index_rows(const Batch& batch);
     std::int64_t find_row(const Batch& batch, std::int64_t image, std::int64_t branch) const;
-    void resolve(const Batch& batch, bool mutual, std::int64_t width, std::int64_t* page);
+    bool resolve(const Batch& batch, bool mutual, std::int64_t width, std::int64_t* page);
     void arrange(std::int64_t rows, std::int64_t width, const std::int64_t* page, std::int64_t* order);
     std::int64_t find_root(std::int64_t row);
     void join(std::int64_t a, std::int64_t b);

@@ -48,9 +48,7 @@ class Worker {
     void read() {
         for (std::int64_t i = 0; i < kRounds; ++i) {
             const std::int64_t count = draw();
-            try {
-                scene_.pool.acquire(keys_, count, slots_, claimed_);
-            } catch (const stylefast::PoolFull&) {
+            if (scene_.pool.acquire(keys_, count, slots_, claimed_) > 0) {
                 ++scene_.refused;
                 std::this_thread::yield();
                 continue;
@@ -61,7 +59,8 @@ class Worker {
             } else {
                 ++scene_.broken;
             }
-            scene_.pool.release(keys_, count);
+            demand(scene_.pool.unpinned(slots_, count) == -1, "the pins of pages");
+            demand(scene_.pool.release(keys_, count) == -1, "the return of pins");
             plan();
         }
     }
@@ -147,7 +146,8 @@ class Worker {
             references[row] = 10;
             pages[row] = below(3) - 1;
         }
-        planner_.plan({images, branches, offsets, references, pages, rows, rows - 1}, false, 1, page, order);
+        demand(planner_.plan({images, branches, offsets, references, pages, rows, rows - 1}, false, 1, page, order),
+               "a plan");
         std::int64_t sum = 0;
         for (std::int64_t row = 0; row < rows; ++row) sum += order[row];
         demand(sum == rows * (rows - 1) / 2, "the order of the rows");

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import banks, copies, export_sdxl, load
+from benchmarks import banks, copies, export_sdxl, load, planning
 from benchmarks.kernels.report import markdown
 from benchmarks.runtime.report import markdown as runtime_table
 
@@ -47,6 +47,16 @@ def test_what_the_page_of_serving_says_of_load_is_that_of_the_results_file(check
     # otherwise: paste what `benchmarks.load.markdown` makes of the file into docs/serving.md
     page = (checkout / "docs" / "serving.md").read_text()
     assert any(load.markdown(content) in page for content in recorded(checkout, "load-cpu.json"))
+
+
+def test_what_the_page_of_serving_says_of_the_host_is_that_of_the_results_file(checkout):
+    # otherwise: paste what `benchmarks.planning.markdown` makes of the file into docs/serving.md
+    page = (checkout / "docs" / "serving.md").read_text()
+    contents = recorded(checkout, "planning-cpu.json")
+    assert any(planning.markdown(content) in page for content in contents)
+    for content in contents:
+        pages = [row for row in content["results"]["cases"] if row["what"] == planning.WHAT[1]]
+        assert all(row["python_to_cpp"] > 2.5 for row in pages)
 
 
 def test_what_the_page_of_banks_says_of_loading_is_that_of_the_results_file(checkout):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stylefast.runtime.banks.page_pool import PagePool, PoolFull
-from tests.runtime.backends import backends
+from stylefast.runtime.banks.page_pool import PoolFull
+from tests.runtime.backends import backends, pool_of
 
 
 class Model:
@@ -122,7 +122,7 @@ def view(pool):
 
 
 def compare(room, operations, backend):
-    pool, model = PagePool(room, backend=backend), Model(room)
+    pool, model = pool_of(room, backend), Model(room)
     pinned, outcomes = [], []
     loading = {}  # slot -> the model's number of the page
     for operation, value in operations:

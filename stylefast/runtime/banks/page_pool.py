@@ -1,20 +1,19 @@
 """Bookkeeping of style bank pages in the slots of a tier: the device's buffers or pinned blocks of the host.
 
 A page holds the features of one (style, step, branch, reference) for its readers. The pool only keeps records; callers
-that claim a page copy its bytes. The work is done in C++ if the extension is built, else by the Python twin below; both
-give the same results and messages.
+that claim a page copy its bytes. `PagePool` checks arguments and says what is wrong; the books are kept in C++, or by
+`PageBooksRef` where the extension is not built.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from stylefast._extension import extension, extension_error
-from stylefast.errors import InvalidRequest, MissingDependency, StyleFastError
-from stylefast.runtime.steps.planner import BACKENDS
+from stylefast._extension import extension
+from stylefast.errors import InvalidRequest, StyleFastError
 
 NO_SLOT = -1
 
@@ -67,21 +66,15 @@ class PagePool:
     pins are returned.
 
     Raises:
-        InvalidRequest: `slots` below 0, keys of another shape or type, an unknown backend.
-        MissingDependency: backend "cpp" without the extension.
+        InvalidRequest: `slots` below 0, keys of another shape or type.
+        IndexError: a slot that the pool does not have.
     """
 
-    def __init__(self, slots: int, *, backend: str = "auto"):
-        if backend not in BACKENDS:
-            raise InvalidRequest(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-        if backend == "cpp" and extension() is None:
-            raise MissingDependency(extension_error())
+    def __init__(self, slots: int):
         if slots < 0:
             raise InvalidRequest(f"slots is {slots}, but must be 0 or more")
-        if backend == "python" or extension() is None:
-            self.backend, self._pool, self._full = "python", _Pool(slots), ()
-        else:
-            self.backend, self._pool, self._full = "cpp", extension().PagePool(slots), extension().PoolFull
+        module = extension()
+        self._slots, self._books = slots, PageBooksRef(slots) if module is None else module.PagePool(slots)
 
     def acquire(self, keys: Sequence | np.ndarray) -> Claim:
         """Pin every page, or none.
@@ -92,10 +85,15 @@ class PagePool:
         Raises:
             PoolFull: pinned pages leave too few slots; nothing is changed.
         """
-        try:
-            return Claim(*self._pool.acquire(_keys(keys)))
-        except self._full as error:
-            raise PoolFull(str(error)) from None
+        keys = _keys(keys)
+        slots, claimed, absent = self._books.acquire(keys)
+        if absent:
+            now = self.stats()
+            raise PoolFull(
+                f"{len(keys)} pages were asked for, {absent} of them absent, but of {now.slots} slots {now.pinned} are "
+                f"pinned and {now.loading} are being loaded; use fewer styles at once or give the pool more slots"
+            )
+        return Claim(slots, claimed)
 
     def prefetch(self, keys: Sequence | np.ndarray) -> Claim:
         """Claim like `acquire`, but without pins and without failing: slot -1 if none is available.
@@ -103,43 +101,67 @@ class PagePool:
         Give the keys in the order in which they are needed: no page is evicted for a later key of the call, and of the
         call's own pages the last is evicted first. A claimed page keeps its slot until `filled`.
         """
-        return Claim(*self._pool.prefetch(_keys(keys)))
+        return Claim(*self._books.prefetch(_keys(keys)))
 
     def filled(self, slots: Sequence | np.ndarray) -> None:
         """Report these slots' pages as loaded. Raises RuntimeError if one is not loading; nothing changes."""
-        self._pool.filled(_slots(slots))
+        self._end_load(slots, self._books.filled)
 
     def failed(self, slots: Sequence | np.ndarray) -> None:
         """Report that loading these slots failed: wakes waiters, and the pages are removed with their last pin."""
-        self._pool.failed(_slots(slots))
+        self._end_load(slots, self._books.failed)
 
     def wait(self, slots: Sequence | np.ndarray) -> bool:
         """Block until none of these pages is being loaded, without the GIL; return False if a load failed.
 
         Raises RuntimeError for an unpinned slot, whose page could be evicted at any moment.
         """
-        return self._pool.wait(_slots(slots))
+        slots = self._checked(slots)
+        wrong = self._books.unpinned(slots)
+        if wrong >= 0:
+            raise RuntimeError(f"slot {slots[wrong]} is not pinned; acquire a page to wait for it")
+        return self._books.wait(slots)
 
     def release(self, keys: Sequence | np.ndarray) -> None:
         """Return pins; the last key counts as used last. Raises RuntimeError if a page has fewer; nothing changes."""
-        self._pool.release(_keys(keys))
+        keys = _keys(keys)
+        wrong = self._books.release(keys)
+        if wrong >= 0:
+            style, step, branch, reference = keys[wrong].tolist()
+            raise RuntimeError(
+                f"the page of style {style}, step {step}, branch {branch}, reference {reference} is released more "
+                "often than it was acquired"
+            )
 
     def drop(self, style: int) -> int:
         """Forget the pages of a style; return how many keep their slots for now, being pinned or loading."""
-        return self._pool.drop(style)
+        return self._books.drop(style)
 
     def clear(self) -> int:
         """Forget all pages; return how many keep their slots for now."""
-        return self._pool.clear()
+        return self._books.clear()
 
     def stats(self) -> PoolStats:
         """Return counts of pages and events."""
-        return PoolStats(*self._pool.stats())
+        return PoolStats(*self._books.stats())
 
     def pages(self) -> list[Page]:
         """Return all pages: first the evictable ones, least recently used first, then the rest by slot."""
-        rows = self._pool.pages()
+        rows = self._books.pages()
         return [Page(*row[:5], STATES[row[5]], row[6], bool(row[7])) for row in np.asarray(rows).tolist()]
+
+    def _end_load(self, slots: Sequence | np.ndarray, report: Callable[[np.ndarray], int]) -> None:
+        slots = self._checked(slots)
+        wrong = report(slots)
+        if wrong >= 0:
+            raise RuntimeError(f"slot {slots[wrong]} is not being loaded")
+
+    def _checked(self, slots: Sequence | np.ndarray) -> np.ndarray:
+        array = _int64("slots", slots).reshape(-1)
+        for slot in array.tolist():
+            if not 0 <= slot < self._slots:
+                raise IndexError(f"slot {slot} is not one of the pool's {self._slots}")
+        return array
 
 
 def _keys(keys) -> np.ndarray:
@@ -147,10 +169,6 @@ def _keys(keys) -> np.ndarray:
     if array.ndim != 2 or array.shape[1] != 4:
         raise InvalidRequest(f"keys have shape {array.shape}, but a key is (style, step, branch, reference)")
     return array
-
-
-def _slots(slots) -> np.ndarray:
-    return _int64("slots", slots).reshape(-1)
 
 
 def _int64(name: str, values) -> np.ndarray:
@@ -167,121 +185,119 @@ class _Page:
     __slots__ = ("key", "older", "pins", "slot", "stale", "state")
 
     def __init__(self, key: tuple[int, ...], slot: int):
-        self.key, self.slot, self.state, self.stale, self.pins, self.older = key, slot, _LOADING, False, 0, None
+        self.key, self.slot, self.state, self.stale, self.pins = key, slot, _LOADING, False, 0
+        self.older: _Page | None = None
 
 
-class _Pool:
-    """Python twin of csrc/page_pool.cpp: same arguments, results and messages."""
+class PageBooksRef:
+    """The books of a pool in plain Python, with the methods of csrc/page_pool.h: they trust their arguments."""
 
     def __init__(self, slots: int):
-        self.slots = [None] * slots
-        self.table = {}
-        self.evictable = OrderedDict()  # slot -> page, least recently used first
+        self.slots: list[_Page | None] = [None] * slots
+        self.table: dict[tuple[int, ...], _Page] = {}
+        self.evictable: OrderedDict[int, _Page] = OrderedDict()  # by slot, least recently used first
         self.free = list(reversed(range(slots)))
         self.changed = threading.Condition()
         self.hits = self.misses = self.evictions = 0
 
-    def acquire(self, keys):
-        keys = [tuple(key) for key in keys.tolist()]
+    def acquire(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        named = [tuple(key) for key in keys.tolist()]
+        slots, claimed = np.empty(len(named), np.int64), np.zeros(len(named), bool)
         with self.changed:
-            here = {key: page for key in keys if (page := self._fresh(key)) is not None}
-            absent = len(set(keys) - set(here))
+            here = {key: page for key in named if (page := self._fresh(key)) is not None}
+            absent = len(set(named) - set(here))
             kept = sum(page.slot in self.evictable for page in here.values())
             if absent > len(self.free) + len(self.evictable) - kept:
-                slots, _, loading, pinned, *_ = self._stats()
-                raise PoolFull(
-                    f"{len(keys)} pages were asked for, {absent} of them absent, but of {slots} slots {pinned} are "
-                    f"pinned and {loading} are being loaded; use fewer styles at once or give the pool more slots"
-                )
+                return slots, claimed, absent
             # pin resident pages first, so that no claim evicts them
             for page in here.values():
                 self.evictable.pop(page.slot, None)
-            slots, claimed = [], []
-            for key in keys:
-                claimed.append(key not in here)
+            for i, key in enumerate(named):
+                claimed[i] = key not in here
                 page = here[key] = here.get(key) or self._make(key)
                 page.pins += 1
-                slots.append(page.slot)
-            self.misses += sum(claimed)
-            self.hits += len(keys) - sum(claimed)
-        return np.array(slots, np.int64), np.array(claimed, bool)
+                slots[i] = page.slot
+            self.misses += int(claimed.sum())
+            self.hits += len(named) - int(claimed.sum())
+        return slots, claimed, 0
 
-    def prefetch(self, keys):
-        keys = [tuple(key) for key in keys.tolist()]
+    def prefetch(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        named = [tuple(key) for key in keys.tolist()]
+        slots, claimed = np.full(len(named), NO_SLOT), np.zeros(len(named), bool)
         with self.changed:
             place = {}  # slot of a resident page -> its first key's index
-            for i in reversed(range(len(keys))):
-                page = self._fresh(keys[i])
+            for i in reversed(range(len(named))):
+                page = self._fresh(named[i])
                 if page is not None:
                     place[page.slot] = i
                     if page.slot in self.evictable:
                         self.evictable.move_to_end(page.slot)
-            slots, claimed = [], []
-            for i, key in enumerate(keys):
+            for i, key in enumerate(named):
                 page = self._fresh(key)
-                claimed.append(False)
-                if page is None:
-                    oldest = next(iter(self.evictable), NO_SLOT)
-                    if self.free or (oldest != NO_SLOT and place.get(oldest, len(keys)) > i):
-                        page = self._make(key)
-                        claimed[-1] = True
-                slots.append(NO_SLOT if page is None else page.slot)
-        return np.array(slots, np.int64), np.array(claimed, bool)
+                oldest = next(iter(self.evictable), NO_SLOT)
+                if page is None and (self.free or oldest != NO_SLOT and place.get(oldest, len(named)) > i):
+                    page, claimed[i] = self._make(key), True
+                if page is not None:
+                    slots[i] = page.slot
+        return slots, claimed
 
-    def filled(self, slots):
-        self._end_load(slots, _RESIDENT)
+    def filled(self, slots: np.ndarray) -> int:
+        return self._end_load(slots, _RESIDENT)
 
-    def failed(self, slots):
-        self._end_load(slots, _FAILED)
+    def failed(self, slots: np.ndarray) -> int:
+        return self._end_load(slots, _FAILED)
 
-    def wait(self, slots):
+    def unpinned(self, slots: np.ndarray) -> int:
         with self.changed:
-            pages = self._pages_of(slots)
-            for slot, page in zip(slots.tolist(), pages):
-                if page is None or page.pins == 0:
-                    raise RuntimeError(f"slot {slot} is not pinned; acquire a page to wait for it")
+            pages = [self.slots[slot] for slot in slots.tolist()]
+            return next((i for i, page in enumerate(pages) if page is None or page.pins == 0), -1)
+
+    def wait(self, slots: np.ndarray) -> bool:
+        with self.changed:
+            pages = [page for slot in slots.tolist() if (page := self.slots[slot]) is not None]
             self.changed.wait_for(lambda: all(page.state != _LOADING for page in pages))
-            return all(page.state == _RESIDENT and page.pins > 0 for page in pages)
+            return len(pages) == len(slots) and all(page.state == _RESIDENT and page.pins > 0 for page in pages)
 
-    def release(self, keys):
-        keys = [tuple(key) for key in keys.tolist()]
+    def release(self, keys: np.ndarray) -> int:
+        named = [tuple(key) for key in keys.tolist()]
         with self.changed:
-            left = {key: page.pins for key in keys if (page := self.table.get(key)) is not None}
-            for key in keys:
+            left = {key: page.pins for key in named if (page := self.table.get(key)) is not None}
+            for i, key in enumerate(named):
                 left[key] = left.get(key, 0) - 1
                 if left[key] < 0:
-                    style, step, branch, reference = key
-                    raise RuntimeError(
-                        f"the page of style {style}, step {step}, branch {branch}, reference {reference} is released "
-                        "more often than it was acquired"
-                    )
-            for key in keys:
+                    return i
+            for key in named:
                 page = self.table[key]
                 page.pins -= 1
                 self._settle(page)
+        return -1
 
-    def drop(self, style):
+    def drop(self, style: int) -> int:
         return self._forget(lambda page: page.key[0] == style)
 
-    def clear(self):
+    def clear(self) -> int:
         return self._forget(lambda page: True)
 
-    def stats(self):
+    def stats(self) -> tuple[int, ...]:
         with self.changed:
-            return self._stats()
+            pages = [page for page in self.slots if page is not None]
+            states = [page.state for page in pages]
+            pinned = sum(page.pins > 0 for page in pages)
+            counts = len(self.slots), states.count(_RESIDENT), states.count(_LOADING), pinned
+            return *counts, self.hits, self.misses, self.evictions
 
-    def pages(self):
+    def pages(self) -> list[list[int]]:
         with self.changed:
             held = [page for page in self.slots if page is not None and page.slot not in self.evictable]
             return [
                 [*page.key, page.slot, page.state, page.pins, page.stale] for page in [*self.evictable.values(), *held]
             ]
 
-    def _fresh(self, key):
+    def _fresh(self, key: tuple[int, ...]) -> _Page | None:
         page = self.table.get(key)
         return None if page is None or page.stale else page
 
-    def _make(self, key):
+    def _make(self, key: tuple[int, ...]) -> _Page:
         if not self.free:
             self._vanish(self.evictable.popitem(last=False)[1])
             self.evictions += 1
@@ -292,14 +308,14 @@ class _Pool:
         self.table[key] = self.slots[page.slot] = page
         return page
 
-    def _vanish(self, page):
+    def _vanish(self, page: _Page) -> None:
         if self.table.get(page.key) is page:
             del self.table[page.key]
         page.state = _FREE
         self.slots[page.slot] = None
         self.free.append(page.slot)
 
-    def _settle(self, page):
+    def _settle(self, page: _Page | None) -> None:
         """Update a page whose last pin or load may have ended."""
         while page is not None and page.pins == 0:
             older, page.older = page.older, None
@@ -312,25 +328,22 @@ class _Pool:
                 older.pins = 0
             page = older
 
-    def _pages_of(self, slots):
-        for slot in slots.tolist():
-            if not 0 <= slot < len(self.slots):
-                raise IndexError(f"slot {slot} is not one of the pool's {len(self.slots)}")
-        return [self.slots[slot] for slot in slots.tolist()]
-
-    def _end_load(self, slots, state):
+    def _end_load(self, slots: np.ndarray, state: int) -> int:
         with self.changed:
-            pages = self._pages_of(slots)
-            for i, (slot, page) in enumerate(zip(slots.tolist(), pages)):
-                if page is None or page.state != _LOADING or page in pages[:i]:
-                    raise RuntimeError(f"slot {slot} is not being loaded")
+            pages: list[_Page] = []
+            for i, slot in enumerate(slots.tolist()):
+                page = self.slots[slot]
+                if page is None or page.state != _LOADING or page in pages:
+                    return i
+                pages.append(page)
             for page in pages:
                 page.state = state
                 page.stale |= state == _FAILED
                 self._settle(page)
             self.changed.notify_all()
+        return -1
 
-    def _forget(self, concerns):
+    def _forget(self, concerns: Callable[[_Page], bool]) -> int:
         with self.changed:
             for page in self.slots:
                 if page is not None and concerns(page) and not page.stale:
@@ -338,10 +351,3 @@ class _Pool:
                     page.stale = True
                     self._settle(page)
             return sum(page is not None and concerns(page) for page in self.slots)
-
-    def _stats(self):
-        pages = [page for page in self.slots if page is not None]
-        states = [page.state for page in pages]
-        pinned = sum(page.pins > 0 for page in pages)
-        counts = len(self.slots), states.count(_RESIDENT), states.count(_LOADING), pinned
-        return *counts, self.hits, self.misses, self.evictions
