@@ -144,7 +144,7 @@ class Sources:
         if isinstance(entry, str):
             return StyleBank.load(self._absolute(entry))
         described = {key: value for key, value in entry.items() if key != "bank"}
-        form = _form(described, ("path", "shipped", "in_memory"), "a style bank", StyleError)
+        form, _ = _form(described, ("path", "shipped", "in_memory"), "a style bank", StyleError)
         if form == "in_memory":
             was = _word(entry["in_memory"])
             raise StyleError(f"the style was {was}, so it can't be read again; save banks before use")
@@ -163,7 +163,7 @@ class Sources:
             path = find_picture(entry, self.model_folder, self.base)
             opened(path)
             return path
-        form = _form(entry, ("path", "shipped", "png", "safetensors", "in_memory"), "a picture", ImageError)
+        form, entry = _form(entry, ("path", "shipped", "png", "safetensors", "in_memory"), "a picture", ImageError)
         if form == "safetensors":
             return self.tensor(entry)
         if form == "png":
@@ -185,7 +185,7 @@ class Sources:
             return find_learned(entry, self.model_folder, self.base), None
         if isinstance(entry, (list, tuple)) and all(isinstance(one, str) for one in entry):
             return tuple(self._absolute(one) for one in entry), None
-        form = _form(entry, ("path", "shipped", "safetensors", "in_memory"), "a learned style", StyleError)
+        form, entry = _form(entry, ("path", "shipped", "safetensors", "in_memory"), "a learned style", StyleError)
         digest = entry.get("sha256")
         if form == "safetensors":
             rows = _unpack(entry["safetensors"], ("clip_l", "clip_g"), "a learned style")
@@ -209,7 +209,7 @@ class Sources:
         """Return image embeddings as a tensor or their file's path. Raises StyleError if the file changed since."""
         if isinstance(entry, str):
             return self._absolute(entry)
-        form = _form(entry, ("path", "shipped", "safetensors", "in_memory"), "image embeddings", StyleError)
+        form, entry = _form(entry, ("path", "shipped", "safetensors", "in_memory"), "image embeddings", StyleError)
         if form == "safetensors":
             return self.tensor(entry)
         path = self._shipped(entry["shipped"]) if form == "shipped" else self._absolute(entry["path"])
@@ -224,7 +224,7 @@ class Sources:
 
     def tensor(self, entry: Mapping) -> torch.Tensor:
         """Return a tensor stored inside the record. Raises StyleError if it was too large to be stored."""
-        _form(entry, ("safetensors", "in_memory"), "a tensor", StyleError)
+        _, entry = _form(entry, ("safetensors", "in_memory"), "a tensor", StyleError)
         return _unpack(entry["safetensors"], ("tensor",), "a tensor")["tensor"]
 
     def _absolute(self, text) -> str:
@@ -272,9 +272,10 @@ def _find(text: str, model_folder: Path, base: Path | None, kind: str, what: str
     raise error(f"there is no {what} at {shown}; check the path{names}{near}")
 
 
-def _form(entry, forms: tuple[str, ...], what: str, error: type) -> str:
+def _form(entry, forms: tuple[str, ...], what: str, error: type) -> tuple[str, Mapping]:
+    """Return which of `forms` an entry has, and the entry. Raises `error`, or StyleError."""
     found = [form for form in forms if isinstance(entry, Mapping) and form in entry]
-    if len(found) != 1:
+    if not isinstance(entry, Mapping) or len(found) != 1:
         shown = quoted(sorted(map(str, entry)) if isinstance(entry, Mapping) else entry)
         raise error(f"{what} is given by {shown}; give its path, or one of {', '.join(forms[:-1])}")
     unknown = [name for name in entry if name not in (found[0], "sha256", "name", "pooled_policy")]
@@ -285,7 +286,7 @@ def _form(entry, forms: tuple[str, ...], what: str, error: type) -> str:
             f"the call used {_word(entry['in_memory'])} from memory (sha256 {_word(entry.get('sha256'))[:12]}), too "
             "large for the record; write it to a file and put its path here, or make the call again from Python"
         )
-    return found[0]
+    return found[0], entry
 
 
 def _word(text) -> str:

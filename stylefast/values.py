@@ -93,7 +93,7 @@ def real_number(
         return number
     inside = number is not None and math.isfinite(number)
     inside = inside and (low is None or number >= low) and (high is None or number <= high)
-    if not inside or (above is not None and number <= above):
+    if number is None or not inside or (above is not None and number <= above):
         ends = _range(low, high) if above is None else f" above {above:g}{'' if high is None else f', up to {high:g}'}"
         extra = "".join(f", or {one:g}" for one in also)
         raise error(f"{name} is {quoted(value)}; it must be a {'' if ends else 'finite '}number{ends}{extra}")

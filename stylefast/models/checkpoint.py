@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,7 @@ from stylefast.models.config_check import (
     checked_scheduler,
     indexed_scheduler,
 )
-from stylefast.models.config_files import build, read_config, style_modules
+from stylefast.models.config_files import build, config_of, read_config, style_modules
 from stylefast.models.hub import HubOptions, cached_ids, hub_folder, is_hub_id, is_whole, present, wanted_files
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.known_words import known_words
@@ -41,6 +41,9 @@ from stylefast.models.weight_files import (
     require_memory,
 )
 
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
 TINY = Path(__file__).parent / "tiny"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "image_encoder")
@@ -57,7 +60,7 @@ class Components:
     unet_config: dict[str, Any]  # complete, with diffusers' defaults
     unet_state: dict[str, torch.Tensor]
     vae: torch.nn.Module  # AutoencoderKL or AutoencoderTiny
-    text_encoders: tuple  # (CLIPTextModel, CLIPTextModelWithProjection)
+    text_encoders: "tuple[CLIPTextModel, CLIPTextModelWithProjection]"
     tokenizers: tuple
     scheduler_config: dict[str, Any]
     force_zeros: bool  # without a negative prompt, the null branch's text states are zeros
@@ -386,9 +389,10 @@ def _from_file(path: Path, dtype, device, vae, hub: HubOptions, config, tokenize
     if unet_config is None:
         unet_config = single_file.infer_unet_config(header)
         unet_config["sample_size"] = marked_size(header) or unet_config["sample_size"]
-    text_configs = tuple(single_file.config_from_folder(config, part) for part in ("text_encoder", "text_encoder_2"))
-    if None in text_configs:
-        text_configs = single_file.infer_text_configs(header)
+    first = single_file.config_from_folder(config, "text_encoder")
+    second = single_file.config_from_folder(config, "text_encoder_2")
+    if first is None or second is None:
+        first, second = single_file.infer_text_configs(header)
     tokenizers = find_tokenizers(path, tokenizer, config, hub)
 
     unet_state = single_file.convert_unet(
@@ -405,15 +409,15 @@ def _from_file(path: Path, dtype, device, vae, hub: HubOptions, config, tokenize
         check_same_latents(marked_vae(header), vae, path.name)
 
     texts = single_file.convert_text_encoders(
-        load_weights(path, dtype=dtype, device=device, prefix="conditioner.embedders."), text_configs[1]
+        load_weights(path, dtype=dtype, device=device, prefix="conditioner.embedders."), second
     )
     return Components(
         unet_config=_complete_unet_config(unet_config, unet_state, path.name),
         unet_state=unet_state,
         vae=vae,
         text_encoders=(
-            _clip("CLIPTextModel", text_configs[0], texts[0], path.name),
-            _clip("CLIPTextModelWithProjection", text_configs[1], texts[1], path.name),
+            _clip("CLIPTextModel", first, texts[0], path.name),
+            _clip("CLIPTextModelWithProjection", second, texts[1], path.name),
         ),
         tokenizers=tokenizers,
         scheduler_config=scheduler,
@@ -424,7 +428,8 @@ def _from_file(path: Path, dtype, device, vae, hub: HubOptions, config, tokenize
 def _check_is_sdxl(config: Mapping, what: str) -> None:
     width = config.get("cross_attention_dim")
     if config.get("addition_embed_type") != "text_time":
-        family = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}.get(width, "another family")
+        families: dict[int | None, str] = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
+        family = families.get(width, "another family")
         raise ModelFormatError(
             f"{what} is no SDXL model: its UNet is of {family} (cross-attention {width} wide, no size conditioning)"
         )
@@ -443,7 +448,7 @@ def _complete_unet_config(config: Mapping, state: dict[str, torch.Tensor], what:
 
 def _made_unet(config: Mapping, state: dict[str, torch.Tensor], what: str) -> tuple[dict[str, Any], Made]:
     """Return a UNet's complete config and its modules, after checking that the weights fit. Raises ModelFormatError."""
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     _check_is_sdxl(config, what)
     check_unet(config, what)
@@ -458,8 +463,9 @@ def _made_unet(config: Mapping, state: dict[str, torch.Tensor], what: str) -> tu
     made = _UNETS.get(key)
     if made is None:
         unet = build(lambda: UNet2DConditionModel.from_config(plain), plain, len(state), what)
+        assert isinstance(unet, UNet2DConditionModel)  # the library declares a tuple too, which nothing asked for
         shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
-        complete = {name: value for name, value in dict(unet.config).items() if not name.startswith("_")}
+        complete = {name: value for name, value in config_of(unet).items() if not name.startswith("_")}
         made = shapes, complete, made_modules(unet)
         if len(_UNETS) >= _MOST_UNETS:
             _UNETS.clear()

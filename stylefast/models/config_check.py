@@ -204,7 +204,7 @@ def indexed_scheduler(index: Mapping, config: Mapping, what: str) -> dict[str, A
 
     Raises ModelFormatError if the two files differ and the index names an unsupported class.
     """
-    config, named = _mapping(config, f"the scheduler config of {what}"), index.get("scheduler")
+    config, named = dict(_mapping(config, f"the scheduler config of {what}")), index.get("scheduler")
     if named is None:
         return config
     kind, own = named[-1], config.get("_class_name")
@@ -266,7 +266,7 @@ def check_config(
                 raise ModelFormatError(f"{said}; if it does not, take it out of {file}")
             logger.warning("%s; it is left to the library that builds the part", said)
         elif not rule.takes(value):
-            needed = rule.kind or " or ".join(map(repr, rule.allowed))
+            needed = rule.kind or " or ".join(map(repr, rule.allowed or ()))
             raise ModelFormatError(
                 f"{what} says {key}={quoted(value)}, and it must be {needed} to be supported ({rule.why}); see {file}"
             )

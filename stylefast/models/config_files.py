@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from stylefast import values
 from stylefast.errors import ModelFormatError, ModelNotFound
@@ -75,3 +76,11 @@ def _check_size(key: str, value: Any, what: str) -> None:
             _check_size(key, one, what)
     elif isinstance(value, int) and abs(value) > _LARGEST:
         raise ModelFormatError(f"the config of {what} has {key}={values.quoted(value)}, a number that no model has")
+
+
+def config_of(module: nn.Module) -> Mapping[str, Any]:
+    """Return the config of a module of diffusers. Raises ModelFormatError for a module without one."""
+    config = getattr(module, "config", None)
+    if not isinstance(config, Mapping):
+        raise ModelFormatError(f"a {type(module).__name__} has no config; give a module of diffusers")
+    return config

@@ -173,7 +173,7 @@ def hub_folder(
         listing = api.model_info(repo_id, revision=options.revision, timeout=15).siblings
         folder = huggingface_hub.snapshot_download(
             repo_id,
-            allow_patterns=select([file.rfilename for file in listing]),
+            allow_patterns=select([file.rfilename for file in listing or ()]),
             token=options.token,
             force_download=options.force_download,
             **options.cached,

@@ -100,11 +100,15 @@ class ImageEncoder:
 
     @property
     def device(self) -> torch.device:
-        return self.vision_model.visual_projection.weight.device
+        return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vision_model.visual_projection.weight.dtype
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> torch.Tensor:
+        return self.vision_model.get_parameter("visual_projection.weight")
 
     def to(self, *args, **kwargs) -> "ImageEncoder":
         """Move the model and return self."""

@@ -102,7 +102,8 @@ class Resampler(nn.Module):
         """Map `[n, tokens, embed_dim]` to `[n, token_count, cross_dim]`."""
         features = self.proj_in(features)
         queries = self.latents.expand(features.shape[0], -1, -1)
-        for attention, feed_forward in self.layers:
+        for layer in self.layers:
+            attention, feed_forward = layer.children()
             queries = queries + attention(features, queries)
             queries = queries + feed_forward(queries)
         return self.norm_out(self.proj_out(queries))
@@ -118,7 +119,7 @@ class IPAdapter(nn.Module):
     def __init__(
         self,
         kind: str,
-        projector: nn.Module,
+        projector: "GlobalProjector | Resampler",
         key_values: Mapping[int, nn.Linear],
         layout: AttentionLayout,
         embed_dim: int,
@@ -171,7 +172,7 @@ class IPAdapter(nn.Module):
             linear.load_state_dict({"weight": torch.cat(halves).to(device, dtype)}, assign=True)
         weights = {key: entries[f"image_proj.{key}"].read().to(device, dtype) for key in projector.state_dict()}
         projector.load_state_dict(weights, assign=True)
-        embed_dim = projector.proj.in_features if kind == "global" else projector.proj_in.in_features
+        embed_dim = (projector.proj if isinstance(projector, GlobalProjector) else projector.proj_in).in_features
         return cls(kind, projector, linears, layout, embed_dim, cross_dim, name)
 
     def check_encoder(self, encoder: ImageEncoder) -> None:
@@ -222,17 +223,18 @@ class IPAdapter(nn.Module):
         Global: from a zero embedding, hence `LayerNorm(bias)`, not zeros. Plus: from a picture that is zero after
         normalisation, which needs `encoder`. Raises AdapterError if it is missing or another one.
         """
+        used = self
         if self.kind == "plus":
             if encoder is None:
                 raise AdapterError(f"{self.name} (plus) needs the image encoder for its negative tokens; pass it")
             self.check_encoder(encoder)
+            used = encoder
         weight = next(self.projector.parameters())
-        used = encoder if self.kind == "plus" else self
         if self._negative is not None:
             of, device, dtype, tokens = self._negative
             if of() is used and (device, dtype) == (weight.device, weight.dtype):
                 return tokens
-        features = encoder.blank_patches() if self.kind == "plus" else torch.zeros(1, self.embed_dim)
+        features = used.blank_patches() if isinstance(used, ImageEncoder) else torch.zeros(1, self.embed_dim)
         tokens = self.tokens(features)[0]
         self._negative = (weakref.ref(used), weight.device, weight.dtype, tokens)
         return tokens
@@ -251,7 +253,8 @@ class IPAdapter(nn.Module):
                 pairs.append(None)
                 continue
             linear = self.layer_projections[str(i)]
-            both = linear(tokens.to(linear.weight.device, linear.weight.dtype))
+            weight = linear.get_parameter("weight")
+            both = linear(tokens.to(weight.device, weight.dtype))
             k, v = both.unflatten(-1, (2, layer.heads, -1)).unbind(-3)
             pairs.append((k, v))
         return tuple(pairs)
@@ -274,7 +277,7 @@ def _read(source: str | Path | Mapping) -> tuple[dict[str, Entry], str]:
     return open_tensors(path)[0], path.name
 
 
-def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple[str, nn.Module]:
+def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple[str, GlobalProjector | Resampler]:
     """Return the kind, and an empty projector of the file's dimensions, whose keys and shapes are checked.
 
     Raises AdapterError.

@@ -105,19 +105,29 @@ class LayerInputs(NamedTuple):
     adain_pages: torch.Tensor | None = None  # [layers, rows], NO_PAGE if a layer is inactive
 
     @classmethod
-    def of(cls, time, rows: RowTable, *others) -> "LayerInputs":
-        """Build with the modes and AdaIN pages of every layer computed; `others`: the fields up to `features`."""
-        if rows.self_page.shape[1] == 0:
-            return cls(time, rows, *others)
-        active = rows.self_layers.T
-        modes = torch.where(active, rows.self_mode, PLAIN)
-        return cls(time, rows, *others, modes, torch.where(active, rows.adain_page, NO_PAGE))
+    def of(
+        cls,
+        time: torch.Tensor,
+        rows: RowTable,
+        text_kv: tuple[KeyValue, ...],
+        image_kv: ImageKV | None,
+        pages: StylePages | None,
+        masks: tuple[torch.Tensor, ...],
+        features: RowFeatures | None = None,
+    ) -> "LayerInputs":
+        """Build with the modes and AdaIN pages of every layer computed."""
+        modes = adain_pages = None
+        if rows.self_page.shape[1]:
+            active = rows.self_layers.T
+            modes = torch.where(active, rows.self_mode, PLAIN)
+            adain_pages = torch.where(active, rows.adain_page, NO_PAGE)
+        return cls(time, rows, text_kv, image_kv, pages, masks, features, modes, adain_pages)
 
     def self_attention(self, layer: int) -> SelfInputs:
         """Return the inputs of self-attention `layer`."""
         rows, pages, features = self.rows, self.pages, self.features
         keep = None if features is None else partial(features.keep_attention, layer)
-        if self.modes is None:
+        if self.modes is None or self.adain_pages is None:
             return SelfInputs(
                 rows.self_page,
                 rows.self_mode,

@@ -150,7 +150,8 @@ class AttentionLayout:
             for i, block in enumerate(shape.down)
             for a, depth in enumerate(block.depths)
         ]
-        mid = [("mid_block.attentions.0", last, shape.mid, depth) for depth in (shape.mid.depths if shape.mid else ())]
+        middle = () if shape.mid is None else (shape.mid,)
+        mid = [("mid_block.attentions.0", last, block, depth) for block in middle for depth in block.depths]
         up = [
             (f"up_blocks.{i}.attentions.{a}", last - i, block, depth)
             for i, block in enumerate(shape.up)
@@ -199,12 +200,12 @@ def _integers(config: Mapping, key: str, count: int | None, most: int) -> tuple[
     """Return a number for each block; a single number applies to all. Raises ModelFormatError."""
     value = config.get(key)
     many = value if isinstance(value, (list, tuple)) else [value] * (count or 1)
-    fits = count is None or len(many) == count
-    if not fits or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most for n in many):
+    numbers = [n for n in many if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= most]
+    if count not in (None, len(many)) or len(numbers) < len(many):
         raise ModelFormatError(
             f"{key} is {values.quoted(value)}; whole numbers from 1 to {most} are needed, one for each block"
         )
-    return tuple(many)
+    return tuple(numbers)
 
 
 def _kinds(config: Mapping, key: str, count: int, known: Mapping[str, bool]) -> list[bool]:

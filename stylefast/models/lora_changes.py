@@ -25,6 +25,7 @@ class Change(Protocol):
 
     def delta(self, weight: Tensor) -> Tensor:
         """Return the tensor added to `weight` at scale 1: float32, with its shape and device."""
+        ...
 
 
 @dataclass(frozen=True)

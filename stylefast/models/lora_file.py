@@ -18,7 +18,7 @@ from stylefast.models.lora_changes import Change, Difference, Replacement, Scali
 from stylefast.models.lora_names import PARTS, PEFT_PREFIX, ModuleNames, split_key
 from stylefast.models.peft_config import PeftConfig
 from stylefast.models.quantised import WAY_OUT, check_names
-from stylefast.models.tensor_files import PICKLE_ENDINGS, open_tensors
+from stylefast.models.tensor_files import PICKLE_ENDINGS, Entry, open_tensors
 from stylefast.models.weight_files import WeightHeader, recognise
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, s
     return changes
 
 
-def _roles(entries: Iterable[str], file: str, piece: _Piece, metadata) -> dict[str, tuple[str, str]]:
+def _roles(entries: Mapping[str, Entry], file: str, piece: _Piece, metadata) -> dict[str, tuple[str, str]]:
     """Return key -> (module as spelled, role) of every tensor. Raises AdapterError for tensors not part of a LoRA."""
     roles, rest = {}, []
     for key in entries:
@@ -252,9 +252,10 @@ def _modules(roles, entries, names: ModuleNames, piece: _Piece) -> tuple[dict[tu
                     "or text_encoder_2. before the names, or the file into a folder of that name"
                 )
             places[spelled] = found[0] if found else None
-        if places[spelled] is None:
+        place = places[spelled]
+        if place is None:
             continue
-        module = modules.setdefault(places[spelled], _Module(spelled))
+        module = modules.setdefault(place, _Module(spelled))
         if role in module.tensors:
             raise AdapterError(f"{piece.path.name} holds {role} of {spelled[:200]} twice, as {key[:200]} too")
         module.tensors[role] = _finite(entries[key].read(), key, role, piece.path.name)

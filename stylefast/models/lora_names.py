@@ -11,7 +11,7 @@ from itertools import count
 
 import torch
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+PARTS: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2")
 PEFT_PREFIX = "base_model.model."
 
 # prefix -> its part; a prefix comes before shorter ones that it starts with

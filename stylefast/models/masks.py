@@ -58,7 +58,7 @@ def mask_vectors(mask: PictureSource | torch.Tensor, sizes: Sequence[tuple[int, 
     return tuple(F.interpolate(grid, size=tuple(size), mode="bicubic", align_corners=False).flatten() for size in sizes)
 
 
-def check_mask_shape(mask: PictureSource | torch.Tensor, size: tuple[int, int]) -> None:
+def check_mask_shape(mask: PictureSource | torch.Tensor, size: Sequence[int]) -> None:
     """Raise ImageError for a tensor that is not (height, width) in size; other masks are scaled to it."""
     if not isinstance(mask, torch.Tensor):
         return
@@ -74,7 +74,7 @@ def check_mask_shape(mask: PictureSource | torch.Tensor, size: tuple[int, int]) 
 def _check_tensor(mask: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
     # checked first, since nested tensors don't have a shape
     values.dense_tensor("a mask", mask, error=ImageError)
-    check_mask_shape(mask, tuple(mask.shape) if size is None else size)
+    check_mask_shape(mask, mask.shape if size is None else size)
     if mask.is_complex():
         raise ImageError(f"a mask holds real numbers, this one {mask.dtype}")
     mask = mask.detach().float().cpu()

@@ -5,6 +5,7 @@ Hooks, processors and methods attached to a module change the pipeline's picture
 
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -12,8 +13,14 @@ from torch import nn
 from stylefast.errors import ModelError, ModelFormatError
 from stylefast.models.changed_modules import overriding, replaced_method
 from stylefast.models.config_check import check_config, check_text_encoder, check_vae
+from stylefast.models.config_files import config_of
 from stylefast.models.statements import MODEL_INDEX, PARTS, PIPELINES
 from stylefast.values import quoted
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+Module = TypeVar("Module", bound=nn.Module)
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +105,12 @@ def check_vae_module(vae: nn.Module, what: str, latent_channels: int | None = No
             f"the method {method} of the VAE of {what} was replaced, and the engine would not call it; take that off, "
             "or load the VAE anew"
         )
-    check_vae({**vae.config, "_class_name": kinds.pop()}, what, latent_channels)
+    check_vae({**config_of(vae), "_class_name": kinds.pop()}, what, latent_channels)
 
 
 def check_same_latents(own: Mapping, vae: nn.Module, what: str) -> None:
     """Raise ModelFormatError if a VAE normalises latents differently from the model's own, of config `own`."""
-    theirs = inner(vae).config
+    theirs = config_of(inner(vae))
     for key in ("latents_mean", "latents_std"):
         expected, found = own.get(key), theirs.get(key)
         if (expected is None) != (found is None) or (expected is not None and [*expected] != [*found]):
@@ -113,12 +120,12 @@ def check_same_latents(own: Mapping, vae: nn.Module, what: str) -> None:
             )
 
 
-def inner(module: nn.Module) -> nn.Module:
+def inner(module: Module) -> Module:
     """Return the module wrapped by `torch.compile`, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 
-def unet_weights(unet: nn.Module) -> dict[str, torch.Tensor]:
+def unet_weights(unet: "UNet2DConditionModel") -> dict[str, torch.Tensor]:
     """Return the UNet's own weights by diffusers' names, without an IP-Adapter's and fused projections.
 
     Raises ModelError for weights that are quantised, of several types, offloaded, or different from fused ones.
@@ -175,7 +182,7 @@ def _check_scheduler(scheduler) -> None:
         )
 
 
-def _check_unet(unet: nn.Module) -> None:
+def _check_unet(unet: "UNet2DConditionModel") -> None:
     if "UNet2DConditionModel" not in {kind.__name__ for kind in type(unet).__mro__}:
         raise ModelFormatError(f"the pipeline's UNet is a {type(unet).__name__}; UNet2DConditionModel is supported")
     _check_modules("the pipeline's unet", unet)

@@ -31,6 +31,7 @@ _MOST_COPIES = 4
 class _Packable:
     """Base of `Linear` and `Conv2d` with lazily made packed copies, one per input shape key."""
 
+    weight: torch.Tensor
     _wanted = False
     _copies: dict[tuple, torch.Tensor]
     _stamp: tuple = ()
@@ -46,6 +47,9 @@ class _Packable:
                 self._copies.pop(next(iter(self._copies)))
             self._copies[key] = self._pack(x)
         return self._copies[key]
+
+    def _pack(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
     def pack(self) -> None:
         """Use packed weights from now on."""
@@ -84,7 +88,7 @@ class Linear(_Packable, nn.Linear):
             and not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
             and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled
+            and bool(torch.backends.mkldnn.enabled)
         )
 
     def _pack(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,7 +108,7 @@ class Conv2d(_Packable, nn.Conv2d):
         )
 
     def _pack(self, x: torch.Tensor) -> torch.Tensor:
-        return torch._C._nn.mkldnn_reorder_conv2d_weight(
+        return torch.ops.aten.mkldnn_reorder_conv2d_weight(
             self.weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(x.shape)
         )
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stylefast.errors import InvalidRequest, ModelFormatError
+from stylefast.models.config_files import config_of
 from stylefast.models.vae import decode, decode_unchecked, decoding_dtype, downscale, encode, load_vae
 from stylefast.models.vae_copies import weights_stamp
 
@@ -49,7 +50,7 @@ class PreviewDecoder:
         (a module is used unchanged); None fits a linear map to `vae`. Raises ModelNotFound, or ModelFormatError for
         another kind of VAE or other latents.
         """
-        channels, factor = vae.config["latent_channels"], downscale(vae)
+        channels, factor = config_of(vae)["latent_channels"], downscale(vae)
         if source is None:
             colours = fit_colours(vae)
             return cls(channels, factor, None, LinearColours(colours.weight.to(device), colours.bias.to(device)))
@@ -59,7 +60,7 @@ class PreviewDecoder:
             raise ModelFormatError(
                 f"{_name(source)} is an {kind}; previews need an AutoencoderTiny such as 'madebyollin/taesdxl', or None"
             )
-        found = tiny.config["latent_channels"], downscale(tiny)
+        found = config_of(tiny)["latent_channels"], downscale(tiny)
         if found != (channels, factor):
             raise ModelFormatError(
                 f"{_name(source)} decodes latents of {found[0]} channels to {found[1]} pixels each, the model's have "
@@ -85,6 +86,8 @@ class PreviewDecoder:
         if self._tiny is not None:
             pictures = decode_unchecked(self._tiny, latents, decoding_dtype(self._tiny))
             return _bytes(pictures / 2 + 0.5).permute(0, 2, 3, 1).to(latents.device)
+        if self._colours is None:
+            raise ModelFormatError("a preview decoder needs a tiny VAE or a linear map")
         weight, bias = (part.to(latents.device) for part in (self._colours.weight, self._colours.bias))
         colours = torch.einsum("oc,nchw->nhwo", weight, latents.float()) + bias
         squares = _bytes(colours)  # [n, h, w, 3]; nearest: each becomes factor x factor pixels

@@ -75,7 +75,7 @@ def _pair(value) -> tuple:
     return tuple(value) if isinstance(value, (list, tuple)) and len(value) == 2 else (value,)
 
 
-KINDS: Mapping[str, Callable[[object], bool]] = {
+KINDS: Mapping[str, Callable[..., bool]] = {
     "a number": _number,
     "a number above 0": lambda value: _number(value) and value > 0,
     "a number above 0, or null": lambda value: value is None or (_number(value) and value > 0),

@@ -117,7 +117,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def read_into(self, span: Span, target: Tensor) -> None:
         """Read bytes into a contiguous CPU tensor of equal size. Raises `error` as `read` does; see also `check`."""
-        content = memoryview(target.detach().reshape(-1).view(torch.uint8).numpy())
+        content = target.detach().reshape(-1).view(torch.uint8).numpy().data
         done = 0
         try:
             while done < span.nbytes:
@@ -135,7 +135,7 @@ class StoredTensors(Mapping[str, Tensor]):
         for start in range(0, span.nbytes, _CHUNK):
             piece = buffer[: min(_CHUNK, span.nbytes - start)]
             self.read_into(Span(self, span.offset + start, piece.nbytes), piece)
-            yield memoryview(piece.numpy())
+            yield piece.numpy().data
 
     def check(self) -> None:
         """Raise `error` if the file was modified or truncated since it was opened, so that data read may be mixed."""

@@ -10,13 +10,16 @@ import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from stylefast.errors import InvalidRequest, ModelFormatError, PromptError, StyleError
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +66,8 @@ class Prompt:
 
     def placeholders(self) -> list[str]:
         """Return the names with vectors that occur in the text, in order of first occurrence."""
-        found = [name for name in self.vectors if self.text and f"<{name}>" in self.text]
-        return sorted(found, key=lambda name: self.text.index(f"<{name}>"))
+        text = self.text or ""
+        return sorted((name for name in self.vectors if f"<{name}>" in text), key=lambda name: text.index(f"<{name}>"))
 
     def identity(self) -> tuple:
         """Return a key that is equal for prompts with equal encodings; trainable vectors compare by object."""
@@ -112,6 +115,7 @@ class TextRunner(Protocol):
         encoder 2 the projected last state [pooled_dim] at each (prompt, position) of `ends`; every prompt has at least
         one.
         """
+        ...
 
 
 class TextEncoder:
@@ -122,7 +126,9 @@ class TextEncoder:
     Raises ModelFormatError if the parts don't fit together.
     """
 
-    def __init__(self, tokenizers: Sequence, encoders: Sequence[torch.nn.Module], force_zeros: bool):
+    def __init__(
+        self, tokenizers: Sequence, encoders: "tuple[CLIPTextModel, CLIPTextModelWithProjection]", force_zeros: bool
+    ):
         if len(tokenizers) != 2 or len(encoders) != 2:
             raise ModelFormatError(
                 f"SDXL needs two tokenizers and two text encoders; got {len(tokenizers)} and {len(encoders)}"
@@ -133,7 +139,7 @@ class TextEncoder:
                 "SDXL needs a CLIPTextModelWithProjection there"
             )
         self.tokenizers = tuple(tokenizers)
-        self.encoders = tuple(encoders)
+        self.encoders = (encoders[0], encoders[1])
         self.force_zeros = bool(force_zeros)
         ends = encoders[1].config.eos_token_id, tokenizers[1].eos_token_id
         if ends[0] not in (_HIGHEST_ID_ENDS, ends[1]):
@@ -153,14 +159,15 @@ class TextEncoder:
         self.max_tokens: int = lengths[0]
         self.runner: TextRunner = TorchText(self.encoders)
         self._further = tuple(
-            _further_vectors(tokenizer, encoder.get_input_embeddings().weight.shape[0])
+            _further_vectors(tokenizer, len(token_table(encoder)))
             for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
         )
 
     @property
     def widths(self) -> tuple[int, int]:
         """Return the widths of the token embeddings of encoder 1 and encoder 2: (768, 1280) for SDXL."""
-        return tuple(encoder.get_input_embeddings().weight.shape[1] for encoder in self.encoders)
+        first, second = self.encoders
+        return token_table(first).shape[1], token_table(second).shape[1]
 
     def encode(
         self,
@@ -210,13 +217,12 @@ class TextEncoder:
         with torch.set_grad_enabled(torch.is_grad_enabled() and learning):
             sequences = self._tokenized(batch)
             wanted = [
-                (None, 0) if place is None else (place, sequences[1][0][place].position(policy))
+                None if place is None else (place, sequences[1][0][place].position(policy))
                 for place, policy in zip(places, policies, strict=True)
             ]
-            hidden, pooled = self._run(sequences, [pair for pair in wanted if pair[0] is not None], batch_skips)
-            states = {pair: TextStates(hidden[pair[0]], pooled[pair]) for pair in pooled}
-            if None in places:
-                states[None, 0] = self._zeros()
+            states = self._run(sequences, [pair for pair in wanted if pair is not None], batch_skips)
+            if None in wanted:
+                states[None] = self._zeros()
         return [states[pair] for pair in wanted]
 
     def check_clip_skip(self, skip: int) -> None:
@@ -290,23 +296,24 @@ class TextEncoder:
         tokens: list[tuple[list[_Sequence], list[Tensor]]],
         wanted: Sequence[tuple[int, int]],
         skips: Sequence[int],
-    ) -> tuple[Tensor | None, dict[tuple[int, int], Tensor]]:
-        # -> hidden [prompts, tokens, cross_dim]; pooled [pooled_dim] for each (prompt, position) of `wanted`
+    ) -> dict[tuple[int, int] | None, TextStates]:
+        """Return the states of each (prompt, position) of `wanted`."""
         ends = list(dict.fromkeys(wanted))
         if not ends:
-            return None, {}
-        hidden = []
+            return {}
+        hidden, pooled = [], []
         for index, (sequences, rows) in enumerate(tokens):
             states, pooled = self.runner(index, [s.ids for s in sequences], rows, ends, skips)
             hidden.append(states)
         states = torch.cat([h.to(hidden[1].device) for h in hidden], dim=-1).to(hidden[1].dtype)
-        return states, dict(zip(ends, pooled, strict=True))
+        return {end: TextStates(states[end[0]], state) for end, state in zip(ends, pooled, strict=True)}
 
     def _tokenize(self, prompt: Prompt, tokenizer, index: int, rows: list[Tensor]) -> _Sequence:
         names = prompt.placeholders()
         # pieces at odd indices are placeholders; without any, the text is one piece
         slots = "|".join(re.escape(f"<{name}>") for name in names)
-        pieces = re.split(f"({slots})", prompt.text) if names else [prompt.text]
+        text = prompt.text or ""
+        pieces = re.split(f"({slots})", text) if names else [text]
         content: list[int] = []
         spans: list[tuple[str, int]] = []
         for number, piece in enumerate(pieces):
@@ -343,7 +350,7 @@ class TextEncoder:
 class TorchText:
     """`TextRunner` that calls both text encoders as PyTorch modules."""
 
-    def __init__(self, encoders: Sequence[torch.nn.Module]):
+    def __init__(self, encoders: "Sequence[CLIPTextModel | CLIPTextModelWithProjection]"):
         self._encoders = tuple(encoders)
         self._table_names = tuple(_table_name(encoder) for encoder in encoders)
         # the first hidden states are the embeddings, not a layer's output
@@ -360,15 +367,15 @@ class TorchText:
         encoder = self._encoders[index]
         used = sorted({token for sequence in ids for token in sequence if token >= 0})
         renamed = {token: place for place, token in enumerate(used)}
-        ids = [[renamed[token] if token >= 0 else len(used) - 1 - token for token in sequence] for sequence in ids]
+        known = [[renamed[token] if token >= 0 else len(used) - 1 - token for token in sequence] for sequence in ids]
         with _encoder_lock:
-            table = encoder.get_input_embeddings().weight.detach()  # [vocabulary, width]
+            table = token_table(encoder).detach()
             compact = table[torch.tensor(used, device=table.device)]
             if rows:
                 compact = torch.cat([compact, torch.stack([row.to(compact) for row in rows])])
-            ids = torch.tensor(ids, device=table.device)  # [prompts, tokens]
+            given = (torch.tensor(known, device=table.device),)  # [prompts, tokens]
             outputs = functional_call(
-                encoder, {self._table_names[index]: compact}, (ids,), {"output_hidden_states": True}
+                encoder, {self._table_names[index]: compact}, given, {"output_hidden_states": True}
             )
         project = getattr(encoder, "text_projection", None)
         last = outputs.last_hidden_state  # [prompts, tokens, width]
@@ -413,7 +420,14 @@ def _with_further(ids: Sequence[int], further: Mapping[int, list[int]]) -> list[
     return found
 
 
-def _table_name(encoder: torch.nn.Module) -> str:
+def token_table(encoder: "CLIPTextModel | CLIPTextModelWithProjection") -> torch.nn.Parameter:
+    """Return the embeddings of a text encoder's tokens, [vocabulary, width]."""
+    embeddings = encoder.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    return embeddings.weight
+
+
+def _table_name(encoder: "CLIPTextModel | CLIPTextModelWithProjection") -> str:
     with _encoder_lock:
-        table = encoder.get_input_embeddings().weight
+        table = token_table(encoder)
         return next(name for name, parameter in encoder.named_parameters() if parameter is table)

@@ -10,6 +10,8 @@ and is implemented only in `SelfAttention.forward`. `LayerInputs` splits the row
 """
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,19 @@ from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape
 from stylefast.models.prepacked import Conv2d, Linear
 from stylefast.models.row_table import RowTable
 
+Member = TypeVar("Member", bound=nn.Module)
+
+if TYPE_CHECKING:
+
+    class _ListOf(nn.ModuleList, Generic[Member]):
+        def __iter__(self) -> Iterator[Member]: ...
+        def __getitem__(self, index: int) -> Member: ...
+
+
+def _list_of(members: Iterable[Member]) -> "_ListOf[Member]":
+    """Return an `nn.ModuleList`, of which a type checker then knows the members' class."""
+    return cast("_ListOf[Member]", nn.ModuleList(members))
+
 
 class GroupNorm(nn.Module):
     """Group norm (and SiLU) whose statistics can be pooled with those of a reference page."""
@@ -45,7 +60,7 @@ class GroupNorm(nn.Module):
         super().__init__()
         self.groups, self.eps = groups, eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.index = -1  # index among the UNet's group norms, set by UNet
+        self.index: int = -1  # index among the UNet's group norms, set by UNet
 
     def forward(self, x, inputs: NormInputs, silu: bool = True):  # [rows, channels, h, w]
         if inputs.keep is not None:
@@ -151,7 +166,7 @@ class Transformer(nn.Module):
         blocks = [layer.name for layer in layout.layers if layer.module == name]
         self.norm = GroupNorm(groups, channels, 1e-6)
         self.proj_in = Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(block, layout, cross_dim) for block in blocks)
+        self.transformer_blocks = _list_of(TransformerBlock(block, layout, cross_dim) for block in blocks)
         self.proj_out = Linear(channels, channels)
 
     def forward(self, x, condition: LayerInputs):  # [rows, channels, h, w]
@@ -196,9 +211,9 @@ class Block(nn.Module):
 
     def __init__(self, resnets: list[Resnet], attentions: list[Transformer], sampler: Resampler | None, kind: str):
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
+        self.resnets = _list_of(resnets)
         if attentions:
-            self.attentions = nn.ModuleList(attentions)
+            self.attentions = _list_of(attentions)
         if sampler is not None:
             setattr(self, kind, nn.ModuleList([sampler]))
         self.kind, self.attends, self.resamples = kind, bool(attentions), sampler is not None
@@ -213,7 +228,7 @@ class Block(nn.Module):
         x = self.resnet(i, x, condition)
         return self.attentions[i](x, condition) if self.attends else x
 
-    def resample(self, x, size: tuple[int, int] | None = None):
+    def resample(self, x, size: Sequence[int] | None = None):
         return getattr(self, self.kind)[0](x, size)
 
 
@@ -250,28 +265,29 @@ class UNet(nn.Module):
             names = [f"{name}.attentions.{i}" for i in range(len(block.depths))]
             return [Transformer(module, self.layout, block.channels, groups, cross_dim) for module in names]
 
-        self.down_blocks = nn.ModuleList()
+        down, up = [], []
         skips, width = [channels[0]], channels[0]
         for i, block in enumerate(shape.down):
             out, last = block.channels, i == len(shape.down) - 1
             resnets = [resnet(width if j == 0 else out, out) for j in range(block.resnets)]
             sampler = None if last else Resampler(out, 2)
-            self.down_blocks.append(Block(resnets, transformers(f"down_blocks.{i}", block), sampler, "downsamplers"))
+            down.append(Block(resnets, transformers(f"down_blocks.{i}", block), sampler, "downsamplers"))
             skips += [out] * (block.resnets + (not last))
             width = out
+        self.down_blocks = _list_of(down)
 
         self.mid_block = None
         if shape.mid is not None:
             resnets = [resnet(width, width) for _ in range(shape.mid.resnets)]
             self.mid_block = Block(resnets, transformers("mid_block", shape.mid), None, "")
 
-        self.up_blocks = nn.ModuleList()
         for i, block in enumerate(shape.up):
             out, last = block.channels, i == len(shape.up) - 1
             resnets = [resnet((width if j == 0 else out) + skips.pop(), out) for j in range(block.resnets)]
             sampler = None if last else Resampler(out, 1)
-            self.up_blocks.append(Block(resnets, transformers(f"up_blocks.{i}", block), sampler, "upsamplers"))
+            up.append(Block(resnets, transformers(f"up_blocks.{i}", block), sampler, "upsamplers"))
             width = out
+        self.up_blocks = _list_of(up)
 
         self.conv_norm_out = GroupNorm(groups, channels[0], eps)
         self.conv_out = Conv2d(channels[0], config["out_channels"], 3, padding=1)
@@ -311,14 +327,14 @@ class UNet(nn.Module):
 
     def project_text(self, states: torch.Tensor) -> tuple[KeyValue, ...]:
         """Project text states [pages, tokens, cross_dim] to keys and values per layer, the same for all steps."""
-        blocks = (self.get_submodule(layer.name) for layer in self.layout.layers)
-        return tuple(block.attn2.key_values(states) for block in blocks)
+        blocks = {name: block for name, block in self.named_modules() if isinstance(block, TransformerBlock)}
+        return tuple(blocks[layer.name].attn2.key_values(states) for layer in self.layout.layers)
 
     def attention_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return feature-map sizes (h, w) of the levels with attention, for latents of `height` x `width`."""
         sizes = [(height, width)]
-        for _ in self.down_blocks[:-1]:
-            sizes.append(tuple(math.ceil(side / 2) for side in sizes[-1]))
+        for _ in range(len(self.down_blocks) - 1):
+            sizes.append((math.ceil(sizes[-1][0] / 2), math.ceil(sizes[-1][1] / 2)))
         return [sizes[halvings] for halvings in self.layout.feature_maps]
 
     def forward(

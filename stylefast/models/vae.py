@@ -16,7 +16,7 @@ from torch import nn
 from stylefast import values
 from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound, NumericsError
 from stylefast.models.config_check import check_vae
-from stylefast.models.config_files import build, read_config
+from stylefast.models.config_files import build, config_of, read_config
 from stylefast.models.hub import AS_USUAL, HubOptions, hub_folder, is_hub_id, pick_weights, present, wanted_files
 from stylefast.models.stored_tensors import load_weights
 from stylefast.models.vae_copies import working_decoder, working_encoder
@@ -83,7 +83,7 @@ def build_vae(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
 
     Raises ModelFormatError.
     """
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    from diffusers.models.autoencoders import AutoencoderKL, AutoencoderTiny
 
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     kind = config.get("_class_name", "AutoencoderKL")
@@ -92,6 +92,7 @@ def build_vae(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
     check_vae(config, what)
     plain = {k: v for k, v in config.items() if k != "_class_name"}
     vae = build(lambda: kinds[kind].from_config(plain), plain, len(state), what)
+    assert isinstance(vae, nn.Module)  # the library declares a tuple too, which nothing asked for
     # VAEs saved by early diffusers use other names for the middle block's attention
     old = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
     for before, after in old:
@@ -132,7 +133,7 @@ def check_state(expected: dict[str, tuple], state: dict[str, torch.Tensor], what
 
 def downscale(vae: nn.Module) -> int:
     """Return the pixels per latent along one side (8 for SDXL)."""
-    config = vae.config
+    config = config_of(vae)
     widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
     return 2 ** (len(widths) - 1)
 
@@ -152,10 +153,10 @@ def encode(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     _onload(vae)
     weight = next(vae.parameters())
     # never bfloat16 instead of float16: precision matters more than speed here, since these latents affect a whole run
-    held = _held_in({"_class_name": type(vae).__name__, **vae.config}, weight.dtype)
+    held = _held_in({"_class_name": type(vae).__name__, **config_of(vae)}, weight.dtype)
     with torch.no_grad():
         encoded = working_encoder(vae, held)(images.to(weight.device, held))
-    channels = vae.config["latent_channels"]
+    channels = config_of(vae)["latent_channels"]
     encoded = encoded[:, :channels].float()  # an AutoencoderKL's moments are means, then log variances
     shift, scale = _affine(vae, encoded)
     return _finite((encoded - shift) * scale, "encoded", held)
@@ -174,7 +175,7 @@ def decoding_dtype(vae: nn.Module, asked: torch.dtype | None = None) -> torch.dt
         return asked
     if weight.device.type == "cpu":
         return torch.float32
-    upcast = _held_in({"_class_name": type(vae).__name__, **vae.config}, asked) != asked
+    upcast = _held_in({"_class_name": type(vae).__name__, **config_of(vae)}, asked) != asked
     if not upcast:
         return asked
     return torch.bfloat16 if _has_bfloat16(weight.device) else torch.float32
@@ -202,7 +203,7 @@ def decode(
     warning per VAE. Raises NumericsError for NaN or infinity that remain, OutOfMemory if not even small tiles fit,
     InvalidRequest for other arguments.
     """
-    channels = vae.config["latent_channels"]
+    channels = config_of(vae)["latent_channels"]
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise InvalidRequest(
             f"latents of shape {tuple(latents.shape)} can't be decoded: this VAE needs [n, {channels}, h, w]"
@@ -337,9 +338,9 @@ def _held_in(config, dtype: torch.dtype) -> torch.dtype:
 
 def _onload(vae: nn.Module) -> None:
     """Move weights offloaded by accelerate back to the device, as diffusers' own `encode` and `decode` do."""
-    hook = getattr(vae, "_hf_hook", None)
-    if hasattr(hook, "pre_forward"):
-        hook.pre_forward(vae)
+    pre_forward = getattr(getattr(vae, "_hf_hook", None), "pre_forward", None)
+    if pre_forward is not None:
+        pre_forward(vae)
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -374,7 +375,7 @@ def _warn_once(vae: nn.Module, dtype: torch.dtype) -> None:
 
 def _affine(vae: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (shift, scale), both [1, C, 1, 1] or scalars: latents = (encoded - shift) * scale."""
-    config = vae.config
+    config = config_of(vae)
     scale = torch.tensor(float(config["scaling_factor"]), device=latents.device)
     shift = torch.zeros((), device=latents.device)
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:

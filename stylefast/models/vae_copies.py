@@ -30,14 +30,14 @@ def working_decoder(vae: nn.Module, dtype: torch.dtype) -> nn.Sequential:
     It shares the VAE's weights if they have this type already and, on CUDA, are in channels_last.
     """
     post = getattr(vae, "post_quant_conv", None)
-    halves = [vae.decoder] if post is None else [post, vae.decoder]
+    halves = [*([] if post is None else [post]), vae.get_submodule("decoder")]
     return _working(vae, "decoder", nn.Sequential(*halves), dtype, channels_last=_device(vae).type == "cuda")
 
 
 def working_encoder(vae: nn.Module, dtype: torch.dtype) -> nn.Sequential:
     """Return the encoder in `dtype`, from pictures `[n, 3, H, W]` to moments (AutoencoderTiny: to latents)."""
     quant = getattr(vae, "quant_conv", None)
-    halves = [vae.encoder] if quant is None else [vae.encoder, quant]
+    halves = [vae.get_submodule("encoder"), *([] if quant is None else [quant])]
     return _working(vae, "encoder", nn.Sequential(*halves), dtype, channels_last=False)
 
 

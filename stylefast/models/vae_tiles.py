@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stylefast.errors import InvalidRequest, OutOfMemory
+from stylefast.models.config_files import config_of
 from stylefast.models.prepacked import unfolds
 
 WHOLE_PIXELS = 2048 * 2048
@@ -42,12 +43,12 @@ def decode_bytes(vae: nn.Module, pixels: int, dtype: torch.dtype) -> int:
     the convolutions' workspace. If convolutions materialise their windows, on CPUs without instructions for `dtype`,
     12 are alive and 14 assumed. A convolution may hold a reordered second copy of its weights.
     """
-    config = vae.config
+    config = config_of(vae)
     # an AutoencoderKL lists widths in encoder order, so the decoder's last two levels come first
     widths = config.get("block_out_channels") or config["decoder_block_out_channels"][::-1]
     item = torch.empty((), dtype=dtype).element_size()
     alive = LIVE_WIDTHS + (UNFOLDED_WIDTHS if unfolds(next(vae.parameters()).device, dtype) else 0)
-    reordered = max(weight.numel() for weight in vae.decoder.parameters())
+    reordered = max(weight.numel() for weight in vae.get_submodule("decoder").parameters())
     return (pixels * alive * max(widths[:2]) + reordered) * item
 
 
@@ -74,7 +75,7 @@ def plan_decode(vae: nn.Module, shape, factor: int, dtype: torch.dtype, tile, bu
         fitting = count if room is None else room // one
         return DecodePlan(min(count, fitting, WHOLE_PIXELS // pixels))
     smallest = decode_bytes(vae, (SMALLEST_TILE * factor) ** 2, dtype)
-    if room is not None and smallest > room:
+    if budget is not None and room is not None and smallest > room:
         raise OutOfMemory(
             f"decoding {count} of {width * factor}x{height * factor} pixels takes at least "
             f"{(smallest + results) / 1e6:.3g} MB, in tiles of {SMALLEST_TILE * factor} pixels, and "

@@ -271,7 +271,7 @@ class BankWriter:
             held = f"{first} to {last}" if first < last else f"{last} (the end) only"
             raise StyleError(f"latents of step {step}: a bank with store={self.info.store!r} holds step {held}")
         self._check_reference(reference)
-        self._check_shape(f"latents of step {step}", latents, self.shapes.latents)
+        self._shaped(f"latents of step {step}", latents, self.shapes.latents)
         if not torch.isfinite(latents).all():
             raise NumericsError(f"the reference's latents hold NaN or infinity at step {step}; bake in another type")
         self._tensors["latents"][step - first, reference].copy_(latents)
@@ -301,10 +301,12 @@ class BankWriter:
         if not 0 <= reference < self.info.references:
             raise StyleError(f"reference {reference} is outside the bank's {self.info.references} references")
 
-    def _check_shape(self, what: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    def _shaped(self, what: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor of this shape. Raises StyleError for another shape, and for None."""
         if tensor is None or tuple(tensor.shape) != shape:
             found = None if tensor is None else tuple(tensor.shape)
             raise StyleError(f"{what} has the shape {found}; the bank is laid out for {shape}")
+        return tensor
 
     def _stored(self, layer: int, features: ReferenceFeatures) -> tuple[Tensor, ...]:
         """Return one layer's tensors to store: (keys, values) or (hidden states,). Raises StyleError for bad shapes."""
@@ -312,13 +314,11 @@ class BankWriter:
             raise StyleError(f"the features lack self-attention layer {layer}, which the bank stores")
         found, shape = features.layers[layer], self.shapes.layers[layer]
         for name in ("mean", "variance"):
-            self._check_shape(f"{name} of layer {layer}", getattr(found, name), (3, shape.heads, shape.d))
+            self._shaped(f"{name} of layer {layer}", getattr(found, name), (3, shape.heads, shape.d))
         if self.info.store == "hidden":
-            self._check_shape(f"hidden of layer {layer}", found.hidden, (shape.tokens, shape.channels))
-            return (found.hidden,)
-        for name in ("k", "v"):
-            self._check_shape(f"{name} of layer {layer}", getattr(found, name), tuple(shape))
-        return found.k, found.v
+            return (self._shaped(f"hidden of layer {layer}", found.hidden, (shape.tokens, shape.channels)),)
+        k = self._shaped(f"k of layer {layer}", found.k, tuple(shape))
+        return k, self._shaped(f"v of layer {layer}", found.v, tuple(shape))
 
     def _check_norms(self, features: ReferenceFeatures) -> None:
         for name in ("norm_means", "norm_variances"):
@@ -326,7 +326,7 @@ class BankWriter:
             if len(statistics) != len(self.shapes.groups):
                 raise StyleError(f"{name} has {len(statistics)} entries; the model has {len(self.shapes.groups)} norms")
             for i, groups in enumerate(self.shapes.groups):
-                self._check_shape(f"{name}[{i}]", statistics[i], (groups,))
+                self._shaped(f"{name}[{i}]", statistics[i], (groups,))
         if tuple(features.norm_elements) != self.shapes.norm_elements:
             raise StyleError(
                 f"norm_elements are {tuple(features.norm_elements)}; the bank is laid out for "

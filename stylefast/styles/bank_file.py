@@ -89,6 +89,7 @@ class BankFile:
         try:
             os.pwrite(self._descriptor, checksum.encode(), self._checksum_at)
             os.fsync(self._descriptor)
+            assert self._temporary is not None
             if self.overwrite:
                 os.replace(self._temporary, self.path)
                 self._temporary = None
@@ -242,7 +243,7 @@ def _lay_out(specs: Mapping[str, TensorSpec], metadata: str) -> tuple[bytes, dic
         return (False, 0) if specs[name].nbytes % _ALIGNMENT == 0 else (True, -specs[name].dtype.itemsize)
 
     # the checksum comes first, so that searching for it can't match metadata text
-    header = {"__metadata__": {CHECKSUM: _NO_CHECKSUM, "format": "pt", METADATA: metadata}}
+    header: dict[str, dict] = {"__metadata__": {CHECKSUM: _NO_CHECKSUM, "format": "pt", METADATA: metadata}}
     starts, end = {}, 0
     for name in sorted(specs, key=place):
         starts[name], end = end, end + specs[name].nbytes
@@ -263,7 +264,7 @@ def _digest(name: str, spec: TensorSpec, tensors: Mapping[str, Tensor]) -> bytes
         for piece in tensors.chunks(name):
             found.update(piece)
     else:
-        found.update(tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy())
+        found.update(tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.digest()
 
 

@@ -107,31 +107,37 @@ class DreamStyler(Style):
                     f"stage {values.quoted(stage)} can't be replaced: the style {self.name!r} has the stages 0 (last "
                     f"steps) to {self.stage_count - 1} (first steps), given as integers"
                 ) from None
-            other = style.embedding if isinstance(style, DreamStyler) else _load(style)[0]
-            other.check_widths(self.embedding.widths)
+            other = style.learned if isinstance(style, DreamStyler) else _load(style)[0]
+            other.check_widths(self.learned.widths)
             if other.stages not in (1, self.stage_count):
                 raise StyleError(
                     f"the style {other.name!r} has {other.stages} stages and can't lend stage {stage} to "
                     f"{self.name!r} with {self.stage_count}; mix styles of as many stages, or of one"
                 )
-            if other.pooled_policy != self.embedding.pooled_policy:
+            if other.pooled_policy != self.learned.pooled_policy:
                 raise StyleError(
                     f"the style {other.name!r} pools at {other.pooled_policy!r}, {self.name!r} at "
-                    f"{self.embedding.pooled_policy!r}; load one of them with the other's pooled_policy"
+                    f"{self.learned.pooled_policy!r}; load one of them with the other's pooled_policy"
                 )
             mixed[stage] = other
         return mixed
 
     @property
+    def learned(self) -> StageEmbedding:
+        """Return the embedding as loaded from `embedding`, under this style's name."""
+        assert isinstance(self.embedding, StageEmbedding)
+        return self.embedding
+
+    @property
     def stage_count(self) -> int:
         """Return T, the number of noise stages."""
-        return self.embedding.stages
+        return self.learned.stages
 
     def stage_vectors(self, stage: int) -> tuple[Tensor, Tensor]:
         """Return a stage's vectors for encoder 1 [n, width 1] and encoder 2 [n, width 2], style mixing applied."""
-        other = self.stages.get(stage)
-        if other is None:
-            return self.embedding.stage(stage)
+        other = (self.stages or {}).get(stage)
+        if not isinstance(other, StageEmbedding):
+            return self.learned.stage(stage)
         return other.stage(stage if other.stages > 1 else 0)
 
     # for the engine, see `Style`
@@ -388,7 +394,7 @@ def prompts_per_step(
         for stages in steps:
             key = branch, (() if branch == "context" else stages)
             if key not in made:
-                vectors = {style.name: style.stage_vectors(k) for style, k in zip(styles, key[1], strict=False)}
+                vectors = {style.learned.name: style.stage_vectors(k) for style, k in zip(styles, key[1], strict=False)}
                 made[key] = Prompt(texts[branch], vectors)
     return {branch: [made[branch, () if branch == "context" else s] for s in steps] for branch in branches}
 
@@ -407,7 +413,7 @@ def negative_prompts(
     """
     steps = _stages_per_step(styles, timesteps, num_train_timesteps, say)
     made = {
-        stages: Prompt(text or None, {s.name: s.stage_vectors(k) for s, k in zip(styles, stages, strict=True)})
+        stages: Prompt(text or None, {s.learned.name: s.stage_vectors(k) for s, k in zip(styles, stages, strict=True)})
         for stages in set(steps)
     }
     return [made[stages] for stages in steps]
@@ -418,7 +424,7 @@ def _stages_per_step(
 ) -> list[tuple[int, ...]]:
     steps = [tuple(stage_of(t, style.stage_count, num_train_timesteps) for style in styles) for t in timesteps]
     for place, style in enumerate(styles):
-        idle = sorted(set(style.stages) - {stages[place] for stages in steps})
+        idle = sorted(set(style.stages or ()) - {stages[place] for stages in steps})
         if idle and say:
             logger.warning("no step visits stage(s) %s of the style %r; mixing there changes nothing", idle, style.name)
     return steps
@@ -426,9 +432,9 @@ def _stages_per_step(
 
 def pooled_policy_of(styles: Sequence[DreamStyler]) -> str:
     """Return the pooled policy that all styles share, "eos" without styles. Raises StyleError if they disagree."""
-    policies = {style.embedding.pooled_policy for style in styles}
+    policies = {style.learned.pooled_policy for style in styles}
     if len(policies) > 1:
-        found = ", ".join(f"{style.name}: {style.embedding.pooled_policy}" for style in styles)
+        found = ", ".join(f"{style.name}: {style.learned.pooled_policy}" for style in styles)
         raise StyleError(f"the styles pool at different places ({found}); load them with the same pooled_policy")
     return policies.pop() if policies else "eos"
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,15 +32,15 @@ class StyleFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def is_pair(source) -> bool:
-    """Return whether `source` is a pair of files rather than one path. Raises StyleError if it is neither."""
-    if isinstance(source, tuple | list):
-        if len(source) != 2:
-            raise StyleError(f"{len(source)} files given; a learned style is one file or a pair (encoder 1, encoder 2)")
-        return True
-    if not isinstance(source, str | os.PathLike):
+def read_files(source: str | os.PathLike | Sequence[str | Path], name: str | None = None) -> StyleFile:
+    """Read one file, or a pair of files (encoder 1, encoder 2). Raises StyleError, also for what is neither."""
+    if isinstance(source, str | os.PathLike):
+        return read_single(source, name)
+    if not isinstance(source, tuple | list):
         raise StyleError(f"a learned style is a path or a pair of paths, not {type(source).__name__}")
-    return False
+    if len(source) != 2:
+        raise StyleError(f"{len(source)} files given; a learned style is one file or a pair (encoder 1, encoder 2)")
+    return read_pair(*source)
 
 
 def read_single(source: str | os.PathLike, name: str | None = None) -> StyleFile:

@@ -18,7 +18,7 @@ from torch import Tensor
 from stylefast import values
 from stylefast.errors import StyleError
 from stylefast.models.text import POOLED_POLICIES
-from stylefast.styles.embedding_files import StyleFile, is_pair, read_pair, read_single
+from stylefast.styles.embedding_files import StyleFile, read_files
 
 FORMAT = "stylefast-msti/1"
 SDXL_WIDTHS = (768, 1280)
@@ -122,7 +122,7 @@ def load_embedding(
     `pooled_policy`: overrides the file; pairs and diffusers files default to "first_added_token", others to "eos".
     Raises StyleError for files that are missing, damaged, foreign, or made for another model.
     """
-    file = read_pair(*source) if is_pair(source) else read_single(source, name)
+    file = read_files(source, name)
     file_name = name or re.sub(r"[\s<>{}]+", "-", file.name).strip("-") or "style"
     metadata = dict(file.metadata)
     if metadata.get("format", "").startswith("stylefast-msti/"):

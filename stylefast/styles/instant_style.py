@@ -79,9 +79,9 @@ class InstantStyle(ImageStyle):
     Raises StyleError at construction for values out of range.
     """
 
-    image: PictureSource | Sequence[PictureSource] | None = None
+    image: PictureSource | list[PictureSource] | tuple[PictureSource, ...] | None = None
     blocks: str | Mapping | Sequence[str] = "style"
-    scale: float | Sequence[float] = 1.0
+    scale: float | list[float] | tuple[float, ...] = 1.0
     content: str | torch.Tensor | None = None
     content_scale: float = 0.5
     mask: PictureSource | torch.Tensor | Sequence | None = None
@@ -151,7 +151,7 @@ class InstantStyle(ImageStyle):
     @property
     def pictures(self) -> tuple[PictureSource, ...]:
         """Return the pictures as a tuple; empty if embeddings replace them."""
-        if self.image_embeds is not None:
+        if self.image is None:
             return ()
         return tuple(self.image) if isinstance(self.image, (list, tuple)) else (self.image,)
 
@@ -286,7 +286,7 @@ class InstantStyle(ImageStyle):
         if self.content is not None:
             shape = tuple(self.content.shape) if isinstance(self.content, torch.Tensor) else (text_dim,)
             _check_space(shape, adapter.embed_dim)
-        if self.image_embeds is not None:
+        if isinstance(self.image_embeds, torch.Tensor):
             features, negative = split_image_embeds(self.image_embeds, adapter)
             adapter.check_features(features)
             self._check_counts(len(features))
@@ -306,11 +306,11 @@ class InstantStyle(ImageStyle):
             raise StyleError(f"content={values.quoted(self.content)} needs its text embedding; pass content=[dim]")
         self.check_adapter(adapter, 0 if embedding is None else embedding.shape[-1])
         negative = None
-        if self.image_embeds is not None:
+        if isinstance(self.image_embeds, torch.Tensor):
             features, negative = split_image_embeds(self.image_embeds, adapter)
         else:
             features = adapter.features(encoder, self.pictures, self.crop)
-        if self.content is not None:
+        if self.content is not None and embedding is not None:
             features = subtract_content(features, embedding, self.content_scale)
         tokens = adapter.tokens(features)
         image = tuple(tokens.unbind(0)) if self.masks else (tokens.flatten(0, 1),)

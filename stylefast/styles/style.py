@@ -13,7 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -149,6 +149,7 @@ def _same_module(one: type, other: type) -> bool:
 class Style:
     """Base class of all styles. Subclasses are frozen dataclasses whose fields are the style's arguments."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field]]
     window: tuple[float, float] = (0.0, 1.0)  # fractions of the steps in which rows are written and pictures act
     option: ClassVar[str | None] = None  # short name on the command line
     aliases: ClassVar[Mapping[str, str]] = {}  # other names of fields in request files

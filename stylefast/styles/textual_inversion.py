@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stylefast.errors import InvalidRequest, StyleError
-from stylefast.models.text import Prompt, TextEncoder
+from stylefast.models.text import Prompt, TextEncoder, token_table
 from stylefast.styles.embeddings import StageEmbedding
 
 # (noisy latents [rows, c, h, w], timesteps [rows], hidden [rows, tokens, width], pooled [rows, width]) -> noise
@@ -61,7 +61,7 @@ def initial_vectors(encoder: TextEncoder, words: str) -> tuple[Tensor, Tensor]:
         if not ids or any(len(tokens) != 1 for tokens in ids):
             found = ", ".join(str(len(tokens)) for tokens in ids)
             raise StyleError(f"the initializer {words!r} is {found or 0} tokens; choose a word that is a single token")
-        return model.get_input_embeddings().weight[[tokens[0] for tokens in ids]].detach().float().clone()
+        return token_table(model)[[tokens[0] for tokens in ids]].detach().float().clone()
 
     first, second = (of(*pair) for pair in zip(encoder.tokenizers, encoder.encoders, strict=True))
     return first, second
@@ -136,7 +136,7 @@ def _starting_rows(
     """Return the vectors to learn, `[stages, vectors, width]` for each encoder, and their optimiser."""
     rows, rates = [], []
     for words, model in zip(initial_vectors(encoder, settings.initializer), encoder.encoders, strict=True):
-        length, width = model.get_input_embeddings().weight.detach().float().norm(dim=1).mean().item(), words.shape[1]
+        length, width = token_table(model).detach().float().norm(dim=1).mean().item(), words.shape[1]
         start = words[torch.arange(settings.vectors) % len(words)].expand(settings.stages, -1, -1).clone()
         # equal vectors get equal gradients, so several of a stage start a little apart
         if settings.vectors > len(words):

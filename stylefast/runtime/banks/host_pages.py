@@ -5,7 +5,6 @@ Background threads load pages from the file (or from ordinary memory) into pinne
 used, and keep blocks that the next picture in the same style can reuse.
 """
 
-import itertools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -30,8 +29,9 @@ def chunk_of(block_bytes: int, room: int, pinned: bool) -> tuple[int, int]:
 
     PyTorch rounds pinned allocations up to a power of two, so the number of blocks per chunk is chosen to waste least.
     """
-    found, best = (0, 0), 0.0
-    for count in itertools.count(1):
+    found, best, count = (0, 0), 0.0, 0
+    while True:
+        count += 1
         used = count * block_bytes
         held = 1 << (used - 1).bit_length() if pinned else used
         if held > room or count > 1 and held > _MOST_CHUNK:
@@ -71,7 +71,7 @@ class HostPages:
         """Start loading pages that will be needed, if there is room: keys [n, 4], their banks and places."""
         self._settle()
         claim = self._pool.prefetch(keys)
-        for i in np.flatnonzero(claim.claimed):
+        for i in np.flatnonzero(claim.claimed).tolist():
             slot = int(claim.slots[i])
             if self._taken(slot):
                 self._start(slot, banks[i], places[i], layout)
@@ -128,7 +128,9 @@ class HostPages:
     def _of(self, slot: int, layout: PageLayout) -> torch.Tensor:
         """Return a block [1, nbytes of the layout]."""
         chunk, place = divmod(slot, self._in_chunk)
-        return self._chunks[chunk][place : place + 1, : layout.nbytes]
+        memory = self._chunks[chunk]
+        assert memory is not None
+        return memory[place : place + 1, : layout.nbytes]
 
     def _taken(self, slot: int) -> bool:
         """Return whether a block has memory; allocate its chunk if this is the first block of it."""

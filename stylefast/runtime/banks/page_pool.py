@@ -147,8 +147,10 @@ class PagePool:
 
     def pages(self) -> list[Page]:
         """Return all pages: first the evictable ones, least recently used first, then the rest by slot."""
-        rows = self._books.pages()
-        return [Page(*row[:5], STATES[row[5]], row[6], bool(row[7])) for row in np.asarray(rows).tolist()]
+        return [
+            Page(style, step, branch, reference, slot, STATES[state], pins, bool(stale))
+            for style, step, branch, reference, slot, state, pins, stale in np.asarray(self._books.pages()).tolist()
+        ]
 
     def _end_load(self, slots: Sequence | np.ndarray, report: Callable[[np.ndarray], int]) -> None:
         slots = self._checked(slots)
