@@ -119,10 +119,10 @@ def inductor_cache(folder: str | Path | None = None) -> Iterator[None]:
 @cache
 def guard_triton_cache() -> None:
     """Point Triton to a private cache if another user can write to its own. Runs once, before the first launch."""
-    import triton
+    from triton import knobs
 
-    folder = _checked(triton.knobs.cache.dir, "Triton's compiled kernels")
-    if str(folder) != triton.knobs.cache.dir:
+    folder = _checked(knobs.cache.dir, "Triton's compiled kernels")
+    if str(folder) != knobs.cache.dir:
         os.environ[_TRITON] = str(folder)
 
 

@@ -91,13 +91,13 @@ def real_number(
     number = _float(value)
     if number is not None and number in also:
         return number
-    inside = number is not None and math.isfinite(number)
-    inside = inside and (low is None or number >= low) and (high is None or number <= high)
-    if number is None or not inside or (above is not None and number <= above):
-        ends = _range(low, high) if above is None else f" above {above:g}{'' if high is None else f', up to {high:g}'}"
-        extra = "".join(f", or {one:g}" for one in also)
-        raise error(f"{name} is {quoted(value)}; it must be a {'' if ends else 'finite '}number{ends}{extra}")
-    return number
+    if number is not None and math.isfinite(number):
+        inside = (low is None or number >= low) and (high is None or number <= high)
+        if inside and (above is None or number > above):
+            return number
+    ends = _range(low, high) if above is None else f" above {above:g}{'' if high is None else f', up to {high:g}'}"
+    extra = "".join(f", or {one:g}" for one in also)
+    raise error(f"{name} is {quoted(value)}; it must be a {'' if ends else 'finite '}number{ends}{extra}")
 
 
 def flag(name: str, value: Any, *, error: type = InvalidRequest) -> bool:

@@ -517,7 +517,7 @@ def _check_parts_fit(components: Components) -> None:
     ids = 6 * values.whole_number(
         "addition_time_embed_dim of the UNet's config", config.get("addition_time_embed_dim"), 1, error=ModelFormatError
     )
-    pooled = encoders[1].config.projection_dim
+    pooled = encoders[1].config.projection_dim or 0
     if pooled + ids != added:
         raise ModelFormatError(
             f"the UNet takes {added} numbers beside the time step (projection_class_embeddings_input_dim), the second "

@@ -113,7 +113,7 @@ def check_same_latents(own: Mapping, vae: nn.Module, what: str) -> None:
     theirs = config_of(inner(vae))
     for key in ("latents_mean", "latents_std"):
         expected, found = own.get(key), theirs.get(key)
-        if (expected is None) != (found is None) or (expected is not None and [*expected] != [*found]):
+        if (None if expected is None else [*expected]) != (None if found is None else [*found]):
             raise ModelFormatError(
                 f"{what} works on latents of {key}={quoted(expected)}, the VAE given in place of its own on "
                 f"{quoted(found)}; use a VAE of this model's family"

@@ -420,7 +420,7 @@ def _with_further(ids: Sequence[int], further: Mapping[int, list[int]]) -> list[
     return found
 
 
-def token_table(encoder: "CLIPTextModel | CLIPTextModelWithProjection") -> torch.nn.Parameter:
+def token_table(encoder: "CLIPTextModel | CLIPTextModelWithProjection") -> Tensor:
     """Return the embeddings of a text encoder's tokens, [vocabulary, width]."""
     embeddings = encoder.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)

@@ -83,7 +83,8 @@ def build_vae(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
 
     Raises ModelFormatError.
     """
-    from diffusers.models.autoencoders import AutoencoderKL, AutoencoderTiny
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     kind = config.get("_class_name", "AutoencoderKL")

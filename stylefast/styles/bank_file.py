@@ -68,14 +68,13 @@ class BankFile:
             _remove_stale(self.path)
             self._reserve(size)
             os.pwrite(self._descriptor, header, 0)
-            storage = torch.UntypedStorage.from_file(str(self._temporary), shared=True, nbytes=size)
+            content = torch.from_file(str(self._temporary), shared=True, size=size, dtype=torch.uint8)
         except OSError as error:
             self.discard()
             raise self._unwritable(error) from error
         except BaseException:
             self.discard()
             raise
-        content = torch.empty(0, dtype=torch.uint8).set_(storage)
         for name, spec in specs.items():
             own = content[offsets[name] : offsets[name] + spec.nbytes]
             self.tensors[name] = own.view(spec.dtype).view(spec.shape)
