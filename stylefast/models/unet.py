@@ -327,8 +327,12 @@ class UNet(nn.Module):
 
     def project_text(self, states: torch.Tensor) -> tuple[KeyValue, ...]:
         """Project text states [pages, tokens, cross_dim] to keys and values per layer, the same for all steps."""
-        blocks = {name: block for name, block in self.named_modules() if isinstance(block, TransformerBlock)}
-        return tuple(blocks[layer.name].attn2.key_values(states) for layer in self.layout.layers)
+        return tuple(self._block(layer.name).attn2.key_values(states) for layer in self.layout.layers)
+
+    def _block(self, name: str) -> TransformerBlock:
+        block = self.get_submodule(name)
+        assert isinstance(block, TransformerBlock)
+        return block
 
     def attention_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return feature-map sizes (h, w) of the levels with attention, for latents of `height` x `width`."""
