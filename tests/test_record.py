@@ -18,7 +18,7 @@ from stylefast.styles.dream_styler import DreamStyler
 from stylefast.styles.embeddings import StageEmbedding, save_embedding
 from stylefast.styles.instant_style import InstantStyle
 from stylefast.styles.style_aligned import StyleAligned
-from tests.small_adapter import small_picture
+from tests.support.small_adapter import small_picture
 
 
 def embedding(name="chalk", stages=3, seed=0, widths=(8, 12)):

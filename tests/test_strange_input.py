@@ -34,8 +34,8 @@ from stylefast.styles.embeddings import StageEmbedding, load_embedding
 from stylefast.styles.image_embeds import read_image_embeds
 from stylefast.styles.instant_style import InstantStyle
 from stylefast.styles.style_aligned import StyleAligned
-from tests.small_bank import small_bank, small_info
-from tests.strange_values import deep, json_values, python_values
+from tests.support.small_bank import small_bank, small_info
+from tests.support.strange_values import deep, json_values, python_values
 
 VECTORS = StageEmbedding("sks", torch.ones(2, 1, 4), torch.ones(2, 1, 4))
 # what is made, and the least that it needs

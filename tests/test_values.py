@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stylefast import values
 from stylefast.errors import InvalidRequest, StyleError, StyleFastError
-from tests.strange_values import Unprintable, deep, python_values
+from tests.support.strange_values import Unprintable, deep, python_values
 
 CHECKS = {
     "a whole number": lambda v: values.whole_number("x", v, 0, 100),

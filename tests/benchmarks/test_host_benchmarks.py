@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import copies, planning
-from tests.runtime.backends import needs_extension
+from tests.support.cpp_forms import needs_extension
 
 pytestmark = needs_extension
 

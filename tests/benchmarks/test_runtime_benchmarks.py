@@ -29,8 +29,8 @@ from stylefast.errors import InvalidRequest
 from stylefast.models import prepacked
 from stylefast.runtime.plan.sample import plan_samples
 from stylefast.sampling.schedule import make_schedule
-from tests.fp64 import close, measured
-from tests.oracle.style_aligned import Sharing, guidance_layout, shared
+from tests.support.fp64 import close, measured
+from tests.support.oracle.style_aligned import Sharing, guidance_layout, shared
 
 MET, MISSED, NO_GOAL, NOT_MEASURED = (
     kernel_report.MET,

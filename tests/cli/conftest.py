@@ -9,8 +9,8 @@ from PIL import Image
 from stylefast.cli import main
 from stylefast.commands.generate import ModelChoice
 from stylefast.styles.embeddings import StageEmbedding, save_embedding
-from tests.small_adapter import global_adapter, save_adapter, small_layout, small_picture, small_vision_model
-from tests.small_sdxl import small_pipeline
+from tests.support.small_adapter import global_adapter, save_adapter, small_layout, small_picture, small_vision_model
+from tests.support.small_sdxl import small_pipeline
 
 TEXT_WIDTH = 32
 

@@ -242,7 +242,7 @@ def test_guidance_needs_a_bank_with_a_null_branch(bake, stylefast, model_folder,
 
 
 def test_another_models_bank_is_refused(stylefast, blot_bank, tmp_path):
-    from tests.small_sdxl import small_pipeline
+    from tests.support.small_sdxl import small_pipeline
 
     small_pipeline(seed=9).save_pretrained(tmp_path / "other")
     words = ("generate", "a cat", "--style", blot_bank, "--model", tmp_path / "other", "--quiet")

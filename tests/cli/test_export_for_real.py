@@ -1,6 +1,6 @@
 """Exports through the real commands, each in a process of its own, with nothing in the caches.
 
-The two that export for the first time start Python anew, the others fork (tests/forked.py).
+The two that export for the first time start Python anew, the others fork (tests/support/forked.py).
 """
 
 import json
@@ -17,9 +17,9 @@ from PIL import Image
 
 import stylefast as sf
 from stylefast.export.manifest import MANIFEST, check_files, read_manifest
-from tests import forked
-from tests.small_checkpoints import write_folder
-from tests.small_graphs import nano_pipeline
+from tests.support import forked
+from tests.support.small_checkpoints import write_folder
+from tests.support.small_graphs import nano_pipeline
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -130,7 +130,7 @@ def test_a_picture_made_again_can_be_made_again(generate, stylefast, tmp_path):
 
 
 def test_a_model_with_other_weights_is_refused_unless_forced(generate, stylefast, model_folder, tmp_path):
-    from tests.small_sdxl import small_pipeline
+    from tests.support.small_sdxl import small_pipeline
 
     path = generate("a cat", *FEW, "--out", tmp_path / "a.png")[0]
     other = tmp_path / "other"

@@ -16,8 +16,8 @@ from stylefast.record import metadata
 from stylefast.runtime.plan.request import Result
 from tests.cli.conftest import pixels
 from tests.cli.test_errors import assert_one_line
-from tests.small_checkpoints import random_lora, write_peft_lora
-from tests.small_sdxl import small_pipeline
+from tests.support.small_checkpoints import random_lora, write_peft_lora
+from tests.support.small_sdxl import small_pipeline
 
 FEW = ("--steps", "1", "--guidance", "1")
 

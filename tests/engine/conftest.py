@@ -8,9 +8,9 @@ import torch
 import stylefast as sf
 from stylefast.kernels import registry
 from stylefast.models import prepacked
-from tests.engine.scene import EMBED_DIM, RUN, SIZE, sharp_pipeline
-from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, engine_of, nudged, wide
-from tests.oracle.instant_style import random_adapter
+from tests.support.fp64 import SEEDS_OF_ROUNDINGS, Measured, engine_of, nudged, wide
+from tests.support.oracle.instant_style import random_adapter
+from tests.support.scene import EMBED_DIM, RUN, SIZE, sharp_pipeline
 
 
 @pytest.fixture(scope="package")

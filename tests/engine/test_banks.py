@@ -6,8 +6,8 @@ import torch
 import stylefast as sf
 from stylefast.errors import StyleError
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.engine.scene import RUN, SIZE, apart, learned, near, small_picture
-from tests.fp64 import close
+from tests.support.fp64 import close
+from tests.support.scene import RUN, SIZE, apart, learned, near, small_picture
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
 STEPS = RUN["steps"]
@@ -152,7 +152,7 @@ def test_a_bank_of_some_layers_refuses_others(engine, draw, drawn):
 
 
 def test_a_bank_of_another_model_is_refused(bare_engine, engine, bank_of, tmp_path, pipe):
-    from tests.engine.scene import sharp_pipeline
+    from tests.support.scene import sharp_pipeline
 
     other = sf.Engine.from_pipeline(sharp_pipeline(seed=2))
     with pytest.raises(StyleError, match="fingerprint"):

@@ -8,10 +8,10 @@ import torch
 import stylefast as sf
 from stylefast.sampling.guidance import StyleContextGuidance
 from stylefast.styles.embeddings import StageEmbedding
-from tests.engine.scene import RUN, SIZE, StageTexts, apart, encode, guided, learned
-from tests.fp64 import close, measured
-from tests.oracle import generation
-from tests.oracle.dream_styler import stage_of, style_and_context
+from tests.support.fp64 import close, measured
+from tests.support.oracle import generation
+from tests.support.oracle.dream_styler import stage_of, style_and_context
+from tests.support.scene import RUN, SIZE, StageTexts, apart, encode, guided, learned
 
 PROMPTS, SEEDS = ["a cat", "a red house"], [30, 31]
 FULL = [f"{prompt}, in the style of {{}}" for prompt in PROMPTS]

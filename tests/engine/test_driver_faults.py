@@ -12,10 +12,10 @@ import stylefast as sf
 from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, OutOfMemory
 from stylefast.runtime import scheduler
 from stylefast.runtime.runner import Runner
-from tests.engine.scene import SIZE, sharp_pipeline, small_picture
 from tests.engine.test_one_driver import Calls, latents
-from tests.engine.watch import WAIT, Clock, Watch, request, settled, submit, until
-from tests.fp64 import close
+from tests.support.fp64 import close
+from tests.support.scene import SIZE, sharp_pipeline, small_picture
+from tests.support.watch import WAIT, Clock, Watch, request, settled, submit, until
 
 
 @pytest.fixture

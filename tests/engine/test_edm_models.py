@@ -6,8 +6,8 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 import stylefast as sf
 from stylefast.errors import InvalidRequest, StyleError
-from tests.engine.scene import SIZE, STEPS, learned, sharp_pipeline
-from tests.small_adapter import small_picture
+from tests.support.scene import SIZE, STEPS, learned, sharp_pipeline
+from tests.support.small_adapter import small_picture
 
 PLAYGROUND = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": "epsilon"}
 COSXL = {

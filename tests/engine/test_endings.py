@@ -14,9 +14,9 @@ import torch
 import stylefast as sf
 from stylefast.errors import EngineClosed, ExportError, InvalidRequest
 from stylefast.runtime.copies import start_copies
-from tests.engine.scene import SIZE, STEPS, small_picture
-from tests.engine.watch import WAIT, Watch, held, request, settled, submit, until
-from tests.fp64 import close
+from tests.support.fp64 import close
+from tests.support.scene import SIZE, STEPS, small_picture
+from tests.support.watch import WAIT, Watch, held, request, settled, submit, until
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 PICTURE = small_picture(1, (48, 40))
@@ -90,8 +90,8 @@ def test_a_forked_process_leaves_python_at_once():
     program = """
         import os, signal, sys, time
         import stylefast as sf
-        from tests.engine.scene import sharp_pipeline
-        from tests.engine.watch import submit
+        from tests.support.scene import sharp_pipeline
+        from tests.support.watch import submit
         engine = sf.Engine.from_pipeline(sharp_pipeline())
         job = submit(engine, steps=500)
         while not job.step:

@@ -16,7 +16,7 @@ from stylefast.errors import (
 )
 from stylefast.runtime import memory
 from stylefast.styles.embeddings import StageEmbedding
-from tests.engine.scene import SIZE, learned, sharp_pipeline, small_picture
+from tests.support.scene import SIZE, learned, sharp_pipeline, small_picture
 
 PICTURE = small_picture(1)
 

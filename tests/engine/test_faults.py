@@ -12,10 +12,10 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, OutOfMemory, StyleError
-from tests.engine.scene import SIZE, STEPS, sharp_pipeline, small_picture
-from tests.engine.watch import WAIT, Clock
-from tests.fp64 import close
-from tests.small_checkpoints import random_lora, write_peft_lora
+from tests.support.fp64 import close
+from tests.support.scene import SIZE, STEPS, sharp_pipeline, small_picture
+from tests.support.small_checkpoints import random_lora, write_peft_lora
+from tests.support.watch import WAIT, Clock
 
 PICTURE = small_picture(1, (48, 40))
 K = {"size": SIZE, "steps": STEPS}

@@ -9,10 +9,10 @@ from PIL import Image
 
 import stylefast as sf
 from stylefast.errors import AdapterError, StyleError
-from tests.engine.scene import SIZE, apart, by_step, embeds, guided, small_picture
-from tests.fp64 import close, measured
-from tests.oracle.generation import Pictures
-from tests.oracle.instant_style import STYLE, STYLE_AND_LAYOUT, Segment, image_tokens, row_adapters
+from tests.support.fp64 import close, measured
+from tests.support.oracle.generation import Pictures
+from tests.support.oracle.instant_style import STYLE, STYLE_AND_LAYOUT, Segment, image_tokens, row_adapters
+from tests.support.scene import SIZE, apart, by_step, embeds, guided, small_picture
 
 PROMPTS, SEEDS = ["a cat in oil", "a dog"], [30, 31]
 STYLE_MODULE, LAYOUT_MODULE = "up_blocks.0.attentions.1", "down_blocks.2.attentions.1"

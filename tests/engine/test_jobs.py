@@ -15,9 +15,9 @@ import torch
 import stylefast as sf
 from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, JobCancelled, QueueFull
 from stylefast.runtime import scheduler
-from tests.engine.scene import SIZE, STEPS, near, small_picture
-from tests.engine.watch import WAIT, Clock, Watch, held, request, settled, submit, until
-from tests.fp64 import close
+from tests.support.fp64 import close
+from tests.support.scene import SIZE, STEPS, near, small_picture
+from tests.support.watch import WAIT, Clock, Watch, held, request, settled, submit, until
 
 PICTURE = small_picture(1, (48, 40))
 
@@ -268,8 +268,8 @@ def test_after_a_pause_the_next_job_starts_another_thread(pipe, monkeypatch):
 def test_a_program_that_ends_with_jobs_on_their_way_ends_well():
     program = """
         import stylefast as sf
-        from tests.engine.scene import sharp_pipeline
-        from tests.engine.watch import submit, until
+        from tests.support.scene import sharp_pipeline
+        from tests.support.watch import submit, until
         engine = sf.Engine.from_pipeline(sharp_pipeline())
         for i in range(3):
             job = submit(engine, seed=i, steps=500)

@@ -14,9 +14,9 @@ import stylefast as sf
 from stylefast.errors import InvalidRequest, OutOfMemory
 from stylefast.options import parse_bytes
 from stylefast.runtime.memory import row_bytes
-from tests.engine.scene import SIZE, STEPS, small_picture
-from tests.engine.watch import WAIT, Watch, request, settled, submit
-from tests.fp64 import close
+from tests.support.fp64 import close
+from tests.support.scene import SIZE, STEPS, small_picture
+from tests.support.watch import WAIT, Watch, request, settled, submit
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
 
@@ -240,8 +240,8 @@ def test_resident_memory_stays_within_the_limit():
         import gc, torch
         import stylefast as sf
         from stylefast.runtime.memory import resident_bytes, row_bytes
-        from tests.engine.scene import sharp_pipeline
-        from tests.engine.watch import submit
+        from tests.support.scene import sharp_pipeline
+        from tests.support.watch import submit
         pipe, size = sharp_pipeline(), (384, 384)
         plain = sf.Engine.from_pipeline(pipe)
         submit(plain, size=size, steps=1).result()

@@ -8,12 +8,12 @@ import torch
 
 import stylefast as sf
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.engine.scene import SIZE, STEPS, apart, encode, learned, small_picture
-from tests.engine.watch import WAIT, Watch, request, settled, submit
-from tests.fp64 import close, measured
-from tests.oracle import generation
-from tests.oracle.sampler import make_scheduler, sample
-from tests.oracle.style_aligned import Sharing, guidance_layout, shared
+from tests.support.fp64 import close, measured
+from tests.support.oracle import generation
+from tests.support.oracle.sampler import make_scheduler, sample
+from tests.support.oracle.style_aligned import Sharing, guidance_layout, shared
+from tests.support.scene import SIZE, STEPS, apart, encode, learned, small_picture
+from tests.support.watch import WAIT, Watch, request, settled, submit
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
 

@@ -8,8 +8,8 @@ import stylefast as sf
 from stylefast import naive
 from stylefast.errors import InvalidRequest
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.engine.scene import SIZE, apart, learned, small_picture
-from tests.fp64 import close
+from tests.support.fp64 import close
+from tests.support.scene import SIZE, apart, learned, small_picture
 
 PICTURES = [small_picture(seed, (48, 40)) for seed in (1, 2)]
 LARGE = (64, 64)

@@ -7,9 +7,9 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import InvalidRequest
-from tests.engine.scene import SIZE, STEPS, small_picture
-from tests.engine.watch import WAIT, Watch, held, request, settled, submit, until
-from tests.fp64 import close
+from tests.support.fp64 import close
+from tests.support.scene import SIZE, STEPS, small_picture
+from tests.support.watch import WAIT, Watch, held, request, settled, submit, until
 
 PICTURE = small_picture(1, (48, 40))
 LARGE = (64, 64)

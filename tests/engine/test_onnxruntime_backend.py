@@ -24,10 +24,10 @@ from stylefast.export.options import DIGEST
 from stylefast.export.unet_graph import GraphShape
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends import choice
-from tests.engine.scene import SIZE, learned, small_picture
-from tests.engine.watch import WAIT, request
-from tests.small_checkpoints import random_lora, write_peft_lora
-from tests.small_graphs import TorchSession, export_folder, small_graph_pipeline, write_adapter, write_manifest
+from tests.support.scene import SIZE, learned, small_picture
+from tests.support.small_checkpoints import random_lora, write_peft_lora
+from tests.support.small_graphs import TorchSession, export_folder, small_graph_pipeline, write_adapter, write_manifest
+from tests.support.watch import WAIT, request
 
 pytest.importorskip("onnxruntime")
 

@@ -7,7 +7,7 @@ import pytest
 
 import stylefast as sf
 from stylefast.errors import InvalidRequest
-from tests.engine.scene import sharp_pipeline
+from tests.support.scene import sharp_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import stylefast as sf
-from tests.engine.scene import SIZE, sharp_pipeline
-from tests.fp64 import close, measured
-from tests.oracle.sampler import SCHEDULERS, generators
+from tests.support.fp64 import close, measured
+from tests.support.oracle.sampler import SCHEDULERS, generators
+from tests.support.scene import SIZE, sharp_pipeline
 
 ALL = SCHEDULERS | {"unipc_karras": (diffusers.UniPCMultistepScheduler, {"use_karras_sigmas": True})}
 PROMPTS = ["a cat", "a dog of neon"]

@@ -6,8 +6,8 @@ import torch
 import stylefast as sf
 from stylefast.models import prepacked
 from stylefast.models.checkpoint import from_pipeline
-from tests.engine.scene import RUN, SIZE, sharp_pipeline, small_picture
-from tests.fp64 import close, measured
+from tests.support.fp64 import close, measured
+from tests.support.scene import RUN, SIZE, sharp_pipeline, small_picture
 
 PICTURE = small_picture(1, (48, 40))
 CALL = {"size": SIZE, "steps": RUN["steps"], "output": "latents", "seed": 3}

@@ -8,10 +8,10 @@ import torch
 import stylefast as sf
 from stylefast.kernels import registry
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.engine.scene import learned, small_picture
-from tests.engine.watch import WAIT, Watch, submit
-from tests.engine.watch import request as request_of_steps
-from tests.fp64 import close
+from tests.support.fp64 import close
+from tests.support.scene import learned, small_picture
+from tests.support.watch import WAIT, Watch, submit
+from tests.support.watch import request as request_of_steps
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
 BUCKETS = (2, 4, 8, 16)

@@ -10,7 +10,11 @@ import stylefast as sf
 from stylefast.runtime.plan.sample import plan_samples
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.engine.scene import (
+from tests.support.fp64 import close, measured
+from tests.support.oracle import generation
+from tests.support.oracle.dream_styler import style_and_context
+from tests.support.oracle.generation import Pictures
+from tests.support.scene import (
     RUN,
     SIZE,
     StageTexts,
@@ -22,10 +26,6 @@ from tests.engine.scene import (
     picture_noise,
     small_picture,
 )
-from tests.fp64 import close, measured
-from tests.oracle import generation
-from tests.oracle.dream_styler import style_and_context
-from tests.oracle.generation import Pictures
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
 WEIGHTS = (0.5, 3.0, 5.0)

@@ -18,8 +18,8 @@ from stylefast.errors import (
     StyleFastError,
 )
 from stylefast.styles.embeddings import StageEmbedding
-from tests.engine.scene import SIZE, learned, small_picture
-from tests.strange_values import python_values
+from tests.support.scene import SIZE, learned, small_picture
+from tests.support.strange_values import python_values
 
 PICTURE = small_picture(1)
 K = {"size": SIZE, "steps": 2}

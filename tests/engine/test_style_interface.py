@@ -11,7 +11,7 @@ from stylefast.errors import StyleError
 from stylefast.record import from_record, to_record
 from stylefast.styles import style as style_module
 from stylefast.styles.style import References, Style, find_kind, kinds, style_of_option
-from tests.engine.scene import SIZE
+from tests.support.scene import SIZE
 
 
 def test_a_second_style_of_the_name_is_refused():

@@ -4,7 +4,7 @@ import torch
 
 import stylefast as sf
 from stylefast.models.checkpoint import TINY
-from tests.fp64 import close, measured
+from tests.support.fp64 import close, measured
 
 
 def test_stock_diffusers_draws_the_same_latents():

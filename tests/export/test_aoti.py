@@ -21,7 +21,7 @@ from stylefast.export.unet_graph import GraphShape, UNetGraph, example_inputs, w
 from stylefast.kernels.registry import operation
 from stylefast.models.prepacked import pack
 from stylefast.models.unet import UNet
-from tests.small_sdxl import small_unet_config
+from tests.support.small_sdxl import small_unet_config
 
 # compiling a second level, which adds sampling to the code, takes as long as all else
 FLAVOURS = [("banked", 1), *(pytest.param(f, 2, marks=pytest.mark.slow) for f in ("plain", "live", "banked"))]

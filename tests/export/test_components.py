@@ -16,10 +16,10 @@ from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.unet import UNet
-from tests.small_adapter import CROSS_DIM, global_adapter, plus_adapter, small_vision_model
-from tests.small_graphs import micro_config, small_config
-from tests.small_sdxl import small_tiny_vae, small_vae_config
-from tests.small_text import small_text_parts
+from tests.support.small_adapter import CROSS_DIM, global_adapter, plus_adapter, small_vision_model
+from tests.support.small_graphs import micro_config, small_config
+from tests.support.small_sdxl import small_tiny_vae, small_vae_config
+from tests.support.small_text import small_text_parts
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

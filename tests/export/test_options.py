@@ -9,7 +9,7 @@ from stylefast.errors import InvalidRequest, ModelError
 from stylefast.export import options
 from stylefast.export.memory import estimate_export
 from stylefast.export.options import NATIVE, Options, load_source
-from tests.small_sdxl import sdxl_unet_config, small_unet_config
+from tests.support.small_sdxl import sdxl_unet_config, small_unet_config
 
 
 def test_defaults_depend_on_the_kind():

@@ -28,10 +28,10 @@ from stylefast.models.adapter_loading import load_adapter
 from stylefast.models.checkpoint import from_pipeline
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
-from tests import forked
-from tests.engine.scene import small_picture
-from tests.engine.watch import request
-from tests.small_graphs import nano_pipeline, write_adapter
+from tests.support import forked
+from tests.support.scene import small_picture
+from tests.support.small_graphs import nano_pipeline, write_adapter
+from tests.support.watch import request
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

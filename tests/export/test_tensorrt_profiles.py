@@ -5,7 +5,7 @@ from stylefast.errors import InvalidRequest
 from stylefast.export.tensorrt_profiles import Profile, Range
 from stylefast.export.unet_graph import GraphShape, Tensor, example_inputs, graph_inputs, with_tokens
 from stylefast.models.unet import UNet
-from tests.small_sdxl import small_unet_config
+from tests.support.small_sdxl import small_unet_config
 
 
 @pytest.fixture(scope="module")

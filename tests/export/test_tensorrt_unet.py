@@ -7,7 +7,7 @@ from stylefast.export.tensorrt_build import build_engine
 from stylefast.export.tensorrt_profiles import Profile
 from stylefast.export.unet_graph import GraphShape, graph_inputs
 from stylefast.models.unet import UNet
-from tests.small_graphs import small_config
+from tests.support.small_graphs import small_config
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

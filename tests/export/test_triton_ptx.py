@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs the triton package")
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest
 from stylefast.export.tensorrt_plugin import PLUGINS
 from stylefast.export.triton_ptx import compile_ptx, without_scratch
-from tests.shared_attention_cases import expected, make_case
+from tests.support.shared_attention_cases import expected, make_case
 
 # in a process of its own, as kernels are interpreted in this one; the bundled assembler stands for the driver's
 COMPILE = """

@@ -23,8 +23,8 @@ from stylefast.export.manifest import MANIFEST, check_files, read_manifest
 from stylefast.export.triton_repo import Serving, Shape, write_repository
 from stylefast.export.triton_repo.config import InstanceGroup, ModelConfig, QueuePolicy, TensorConfig, Warmup
 from stylefast.export.triton_repo.pbtxt import Enum, read_text, write_text
-from tests.small_adapter import small_picture
-from tests.small_graphs import one_layer_pipeline, write_manifest
+from tests.support.small_adapter import small_picture
+from tests.support.small_graphs import one_layer_pipeline, write_manifest
 
 ONNX_TYPES = {1: "TYPE_FP32", 7: "TYPE_INT64", 9: "TYPE_BOOL"}
 FLAVOURS = ("plain", "banked")
@@ -177,7 +177,7 @@ def test_a_config_that_somebody_else_wrote_is_refused(before, after):
 def source(tmp_path_factory):
     pytest.importorskip("onnx")
     from stylefast.export.options import load_source
-    from tests.small_checkpoints import write_folder
+    from tests.support.small_checkpoints import write_folder
 
     folder = write_folder(one_layer_pipeline(), tmp_path_factory.mktemp("model") / "model")
     return load_source(folder, "float32")

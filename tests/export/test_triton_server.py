@@ -14,12 +14,12 @@ import stylefast as sf
 from stylefast.export.triton_repo import Serving, Shape, write_repository
 from stylefast.export.triton_repo.config import QueuePolicy
 from stylefast.models.vae import downscale
-from tests.engine.scene import EMBED_DIM
 from tests.export.triton_server import Answer, TritonServer, log_end, missing, triton_server
-from tests.oracle.instant_style import random_adapter
-from tests.small_adapter import small_picture
-from tests.small_checkpoints import write_folder
-from tests.small_graphs import nano_pipeline
+from tests.support.oracle.instant_style import random_adapter
+from tests.support.scene import EMBED_DIM
+from tests.support.small_adapter import small_picture
+from tests.support.small_checkpoints import write_folder
+from tests.support.small_graphs import nano_pipeline
 
 reason = missing()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")

@@ -21,10 +21,10 @@ from stylefast.export.unet_graph import (
 )
 from stylefast.models.unet import UNet
 from tests.export.bfloat16 import emulated
-from tests.oracle.small import sharpen
-from tests.small_families import family_config
-from tests.small_graphs import small_config
-from tests.small_sdxl import small_unet_config
+from tests.support.small_families import family_config
+from tests.support.small_graphs import small_config
+from tests.support.small_sdxl import small_unet_config
+from tests.support.small_unet import sharpen
 
 SHAPES = (
     GraphShape("plain", segments=0),

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="needs the triton package")
 
 from stylefast.kernels.gpu.plugin_attention import is_even, launch
-from tests.shared_attention_cases import MIXES, expected, make_case
+from tests.support.shared_attention_cases import MIXES, expected, make_case
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
 CONFIG = {"form": "pointers", "block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1, "exp2": 0}

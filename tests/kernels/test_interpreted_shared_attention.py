@@ -20,7 +20,7 @@ from stylefast.kernels.gpu.exp2 import exp2
 from stylefast.kernels.gpu.shared_attention import candidates, form_for
 from stylefast.kernels.gpu.strides import span
 from stylefast.kernels.shared_attention import CONCAT, SWAP
-from tests.shared_attention_cases import MIXES, expected, make_case, run, sdpa_error
+from tests.support.shared_attention_cases import MIXES, expected, make_case, run, sdpa_error
 
 POINTERS = {"form": "pointers", "block_m": 16, "block_n": 32, "num_warps": 4, "num_stages": 2, "exp2": 0}
 SPECIALISED = POINTERS | {"form": "warp_specialised", "block_n": 16}

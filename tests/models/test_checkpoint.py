@@ -13,15 +13,15 @@ from stylefast.errors import InvalidRequest, ModelError, ModelFormatError, Model
 from stylefast.models import checkpoint, hub, weight_files
 from stylefast.models.checkpoint import from_pipeline, load_components, resolve_dtype
 from stylefast.models.layout import AttentionLayout
-from tests.fp64 import close, measured
-from tests.small_checkpoints import (
+from tests.support.fp64 import close, measured
+from tests.support.small_checkpoints import (
     random_lora,
     write_folder,
     write_kohya_lora,
     write_single_file,
     write_vae_folder,
 )
-from tests.small_sdxl import (
+from tests.support.small_sdxl import (
     sdxl_unet_config,
     small_pipeline,
     small_tiny_vae,

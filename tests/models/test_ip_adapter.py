@@ -6,8 +6,8 @@ from stylefast.errors import AdapterError, InvalidRequest, ModelFormatError, Mod
 from stylefast.models.image_encoder import ImageEncoder, preprocess
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import LAYOUT_MODULE, STYLE_MODULE, AttentionLayout
-from tests.fp64 import close, measured
-from tests.small_adapter import (
+from tests.support.fp64 import close, measured
+from tests.support.small_adapter import (
     CROSS_DIM,
     SDXL_UNET_CONFIG,
     global_adapter,

@@ -14,8 +14,8 @@ from stylefast.models import hub, load_options
 from stylefast.models.checkpoint import load_components
 from stylefast.models.hub import HubOptions, is_whole, pick_weights
 from stylefast.models.load_options import sort_options
-from tests.small_checkpoints import write_folder, write_vae_folder
-from tests.small_sdxl import small_pipeline, small_text_encoders, small_tiny_vae, small_vae_config
+from tests.support.small_checkpoints import write_folder, write_vae_folder
+from tests.support.small_sdxl import small_pipeline, small_text_encoders, small_tiny_vae, small_vae_config
 
 
 @pytest.fixture(scope="module")

@@ -148,8 +148,8 @@ def test_the_layouts_that_diffusers_wrote_in_2023_are_read(key, module, weights,
 def test_original_names_of_every_module_are_those_of_published_checkpoints():
     from diffusers import UNet2DConditionModel
 
-    from tests.small_checkpoints import original_unet_name
-    from tests.small_sdxl import small_unet_config
+    from tests.support.small_checkpoints import original_unet_name
+    from tests.support.small_sdxl import small_unet_config
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**small_unet_config())
@@ -260,7 +260,7 @@ def test_what_peft_itself_saves_changes_weights_as_peft_merges_it(tmp_path):
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig, get_peft_model
 
-    from tests.small_sdxl import small_unet_config
+    from tests.support.small_sdxl import small_unet_config
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**small_unet_config(layers_per_block=1, depth=(1, 1, 1)))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stylefast.errors import ImageError
 from stylefast.models.pictures import check_sources, open_picture, readable_formats, say_once
-from tests.small_adapter import small_picture
+from tests.support.small_adapter import small_picture
 
 
 def encoded(image, format="PNG", **options):

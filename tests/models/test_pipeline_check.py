@@ -19,9 +19,9 @@ from stylefast.errors import ModelError, ModelFormatError
 from stylefast.models.checkpoint import from_pipeline, load_components
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.pipeline_check import unet_weights
-from tests.small_adapter import global_adapter
-from tests.small_checkpoints import write_folder
-from tests.small_sdxl import small_pipeline, small_tiny_vae, small_unet_config, small_vae_config
+from tests.support.small_adapter import global_adapter
+from tests.support.small_checkpoints import write_folder
+from tests.support.small_sdxl import small_pipeline, small_tiny_vae, small_unet_config, small_vae_config
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound
 from stylefast.models.checkpoint import TINY
 from stylefast.models.previews import PreviewDecoder, fit_colours
 from stylefast.models.vae import decode, encode, load_vae
-from tests.small_checkpoints import write_vae_folder
-from tests.small_sdxl import small_pipeline, small_tiny_vae
+from tests.support.small_checkpoints import write_vae_folder
+from tests.support.small_sdxl import small_pipeline, small_tiny_vae
 
 FLOAT = torch.float32
 

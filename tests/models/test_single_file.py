@@ -14,9 +14,9 @@ from stylefast.models.single_file import convert_text_encoders, infer_unet_confi
 from stylefast.models.stored_tensors import load_weights
 from stylefast.models.unet import UNet
 from stylefast.models.weight_files import WeightHeader, read_header
-from tests.small_checkpoints import original_unet, write_folder, write_single_file
-from tests.small_families import PUBLISHED, family_config
-from tests.small_sdxl import small_pipeline, small_tokenizer
+from tests.support.small_checkpoints import original_unet, write_folder, write_single_file
+from tests.support.small_families import PUBLISHED, family_config
+from tests.support.small_sdxl import small_pipeline, small_tokenizer
 
 PROJECTION = "conditioner.embedders.1.model.text_projection"
 WIDE = {

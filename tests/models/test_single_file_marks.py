@@ -16,8 +16,8 @@ from stylefast.models.single_file_marks import (
     marked_vae,
 )
 from stylefast.models.weight_files import read_header
-from tests.small_checkpoints import write_folder, write_single_file
-from tests.small_sdxl import small_pipeline
+from tests.support.small_checkpoints import write_folder, write_single_file
+from tests.support.small_sdxl import small_pipeline
 
 EMPTY = torch.zeros(0)
 

@@ -24,7 +24,7 @@ from stylefast.models.config_check import (
     indexed_scheduler,
 )
 from stylefast.sampling.edm import EDM_CLASSES
-from tests.small_sdxl import small_unet_config, small_vae_config
+from tests.support.small_sdxl import small_unet_config, small_vae_config
 
 SUPPORTED = (*statements.VP_SCHEDULERS, *statements.EDM_SCHEDULERS)
 

@@ -8,8 +8,8 @@ import torch
 
 from stylefast.errors import ModelFormatError, PromptError, StyleError
 from stylefast.models.text import Prompt, TextEncoder
-from tests.fp64 import close, measured
-from tests.small_text import small_pipeline, small_text_parts
+from tests.support.fp64 import close, measured
+from tests.support.small_text import small_pipeline, small_text_parts
 
 WIDTHS = (32, 48)
 

@@ -7,10 +7,10 @@ import torch
 
 from stylefast.models.layer_inputs import StylePages
 from stylefast.models.unet import GroupNorm, SelfAttention, UNet
-from tests.fp64 import close, measured
-from tests.oracle.rows import plain_rows, run, share
-from tests.oracle.small import random_inputs, random_unet
-from tests.oracle.style_aligned import Sharing
+from tests.support.fp64 import close, measured
+from tests.support.oracle.style_aligned import Sharing
+from tests.support.rows import plain_rows, run, share
+from tests.support.small_unet import random_inputs, random_unet
 
 REFERENCE, TARGETS = 0, [1, 2]
 

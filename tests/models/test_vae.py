@@ -15,9 +15,9 @@ from stylefast.models import vae as vaes
 from stylefast.models.checkpoint import TINY
 from stylefast.models.vae import decode, decoding_dtype, downscale, encode, load_vae
 from stylefast.models.vae_copies import copied_bytes, release_copies, working_decoder, working_encoder
-from tests.fp64 import close, measured
-from tests.small_checkpoints import original_vae, write_vae_folder
-from tests.small_sdxl import small_pipeline, small_tiny_vae, small_vae_config
+from tests.support.fp64 import close, measured
+from tests.support.small_checkpoints import original_vae, write_vae_folder
+from tests.support.small_sdxl import small_pipeline, small_tiny_vae, small_vae_config
 
 CPU = {"dtype": torch.float32, "device": "cpu"}
 HALF = {"dtype": torch.float16, "device": "cpu"}

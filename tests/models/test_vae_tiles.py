@@ -15,8 +15,8 @@ from stylefast.models import vae_tiles
 from stylefast.models.checkpoint import TINY
 from stylefast.models.vae import decode, encode, load_vae
 from stylefast.models.vae_tiles import RESULT_BYTES, DecodePlan, decode_bytes, decode_tiles, plan_decode, tile_starts
-from tests.fp64 import close, measured
-from tests.small_sdxl import small_tiny_vae
+from tests.support.fp64 import close, measured
+from tests.support.small_sdxl import small_tiny_vae
 
 FLOAT = torch.float32
 

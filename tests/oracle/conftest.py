@@ -3,7 +3,7 @@
 import pytest
 
 from stylefast.models.unet import UNet
-from tests.oracle.small import random_unet
+from tests.support.small_unet import random_unet
 
 
 @pytest.fixture(scope="module")

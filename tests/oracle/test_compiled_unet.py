@@ -8,10 +8,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from stylefast.kernels import registry
 from stylefast.models.unet import UNet
-from tests.fp64 import close, measured
-from tests.oracle.rows import plain_rows, run, share
-from tests.oracle.small import CONFIG, random_inputs, random_unet
-from tests.oracle.style_aligned import Sharing
+from tests.support.fp64 import close, measured
+from tests.support.oracle.style_aligned import Sharing
+from tests.support.rows import plain_rows, run, share
+from tests.support.small_unet import CONFIG, random_inputs, random_unet
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ from stylefast.kernels import registry
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.unet import GroupNorm, UNet
 from stylefast.styles.bank_size import BankShapes
-from tests.oracle.rows import plain_rows, run, share
-from tests.oracle.small import CROSS_DIM, POOLED_DIM, forward, random_inputs, sharpen
-from tests.oracle.style_aligned import Sharing, guidance_layout, shared
-from tests.small_families import FAMILIES, family_config
-from tests.small_sdxl import small_unet_config
+from tests.support.oracle.style_aligned import Sharing, guidance_layout, shared
+from tests.support.rows import plain_rows, run, share
+from tests.support.small_families import FAMILIES, family_config
+from tests.support.small_sdxl import small_unet_config
+from tests.support.small_unet import CROSS_DIM, POOLED_DIM, forward, random_inputs, sharpen
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

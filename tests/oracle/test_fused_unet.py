@@ -5,11 +5,11 @@ import torch
 
 from stylefast.kernels import registry
 from stylefast.models.unet import ImageKV, UNet
-from tests.fp64 import close, measured
-from tests.oracle import instant_style as ip
-from tests.oracle.rows import image_columns, plain_rows, run, share
-from tests.oracle.small import Inputs, forward, random_inputs
-from tests.oracle.style_aligned import Sharing
+from tests.support.fp64 import close, measured
+from tests.support.oracle import instant_style as ip
+from tests.support.oracle.style_aligned import Sharing
+from tests.support.rows import image_columns, plain_rows, run, share
+from tests.support.small_unet import Inputs, forward, random_inputs
 
 SIZES = {"square": (8, 8), "wide": (8, 16), "tall and odd": (13, 6)}
 SHARINGS = {

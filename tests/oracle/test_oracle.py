@@ -6,11 +6,11 @@ from math import log
 import pytest
 import torch
 
-from tests.fp64 import close, measured
-from tests.oracle import dream_styler, generation, instant_style, sampler
-from tests.oracle.small import CONFIG, forward, random_inputs, random_unet
-from tests.oracle.style_aligned import Sharing, adain, guidance_layout, plain_layers, shared
-from tests.small_sdxl import small_pipeline
+from tests.support.fp64 import close, measured
+from tests.support.oracle import dream_styler, generation, instant_style, sampler
+from tests.support.oracle.style_aligned import Sharing, adain, guidance_layout, plain_layers, shared
+from tests.support.small_sdxl import small_pipeline
+from tests.support.small_unet import CONFIG, forward, random_inputs, random_unet
 
 SETTINGS = {
     "default": {},

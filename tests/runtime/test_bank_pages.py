@@ -14,8 +14,8 @@ from stylefast.models.unet import UNet
 from stylefast.runtime.banks.bank_pages import BankPages, idle_pages
 from stylefast.runtime.banks.host_pages import chunk_of
 from stylefast.runtime.banks.page_layout import PageLayout
-from tests.engine.scene import sharp_pipeline
-from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
+from tests.support.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
+from tests.support.scene import sharp_pipeline
 
 SETTINGS = {"steps": 4, "size": (48, 32)}
 LATENTS = (8, 12)

@@ -169,7 +169,7 @@ import torch
 from torch._dynamo.utils import counters
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends.compiled import CompileBackend
-from tests.small_sdxl import small_unet_config
+from tests.support.small_sdxl import small_unet_config
 
 torch.manual_seed(0)
 config = small_unet_config(widths=(32, 32, 32), head_width=32, layers_per_block=1)

@@ -16,11 +16,11 @@ from stylefast.runtime.backends import compiled
 from stylefast.runtime.backends.compiled import BUCKETS, CompileBackend
 from stylefast.runtime.backends.cuda_graphs import Captured, StepGraphs
 from stylefast.runtime.plan.request import Request
-from tests.engine.scene import EMBED_DIM, SIZE, STEPS, learned
-from tests.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
-from tests.oracle.instant_style import random_adapter
-from tests.small_adapter import small_picture
-from tests.small_graphs import nano_pipeline
+from tests.support.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
+from tests.support.oracle.instant_style import random_adapter
+from tests.support.scene import EMBED_DIM, SIZE, STEPS, learned
+from tests.support.small_adapter import small_picture
+from tests.support.small_graphs import nano_pipeline
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
 # the nano model has four transformer blocks of one shape, and five resnets of two

@@ -19,8 +19,8 @@ from stylefast.runtime.steps.key_values import KeyValuePages
 from stylefast.runtime.steps.latents import LatentSlots
 from stylefast.runtime.steps.step import ModelInputs, run_step
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers
-from tests.engine.scene import sharp_pipeline
-from tests.small_sdxl import small_unet_config
+from tests.support.scene import sharp_pipeline
+from tests.support.small_sdxl import small_unet_config
 
 LATENTS = (4, 8, 12)
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from stylefast.runtime.backends.base import TorchBackend
 from stylefast.runtime.backends.choice import check_backend
 from stylefast.runtime.backends.exported import ExportedBackend, Graph
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.engine.scene import SIZE, apart, learned, near, small_picture
-from tests.engine.watch import WAIT, request
-from tests.small_graphs import SHAPES, TorchSession, micro_pipeline, write_adapter
+from tests.support.scene import SIZE, apart, learned, near, small_picture
+from tests.support.small_graphs import SHAPES, TorchSession, micro_pipeline, write_adapter
+from tests.support.watch import WAIT, request
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
 STEPS = 3

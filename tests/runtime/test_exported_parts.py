@@ -10,10 +10,10 @@ import stylefast as sf
 from stylefast.errors import EngineMismatch, InvalidRequest
 from stylefast.models.text import Prompt
 from stylefast.models.vae_tiles import SMALLEST_TILE, decode_tiles
-from tests.fp64 import close, measured
-from tests.small_adapter import small_picture
-from tests.small_sdxl import small_tiny_vae
-from tests.small_text import small_text_parts
+from tests.support.fp64 import close, measured
+from tests.support.small_adapter import small_picture
+from tests.support.small_sdxl import small_tiny_vae
+from tests.support.small_text import small_text_parts
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stylefast as sf
-from tests.engine.scene import near, sharp_pipeline, small_picture
+from tests.support.scene import near, sharp_pipeline, small_picture
 
 pytestmark = pytest.mark.gpu
 PICTURE = small_picture(1, (48, 40))

@@ -11,7 +11,7 @@ from stylefast.runtime.banks.bank_pages import BankPages
 from stylefast.runtime.banks.page_layout import FP8, PageLayout
 from stylefast.runtime.steps.key_values import FIRST_PAGES, KeyValuePages
 from stylefast.styles.bank_size import page_bytes
-from tests.small_sdxl import small_unet_config
+from tests.support.small_sdxl import small_unet_config
 
 LATENTS = (9, 14)  # odd sides, which strided convolutions round up
 SLOTS = 3

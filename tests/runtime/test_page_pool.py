@@ -9,7 +9,7 @@ import pytest
 from stylefast.errors import InvalidRequest, StyleFastError
 from stylefast.runtime.banks import page_pool
 from stylefast.runtime.banks.page_pool import Page, PageBooksRef, PagePool, PoolFull
-from tests.runtime.backends import backends, pool_of
+from tests.support.cpp_forms import backends, pool_of
 
 
 def of(*steps, style=0):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stylefast.runtime.banks.page_pool import PoolFull
-from tests.runtime.backends import backends, pool_of
+from tests.support.cpp_forms import backends, pool_of
 
 
 class Model:

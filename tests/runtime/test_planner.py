@@ -11,7 +11,7 @@ from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.runtime.steps import planner
 from stylefast.runtime.steps.planner import LIVE, plan_segments, plan_segments_ref
-from tests.runtime.backends import needs_extension
+from tests.support.cpp_forms import needs_extension
 
 forms = pytest.mark.parametrize(
     "plan", [plan_segments_ref, pytest.param(plan_segments, marks=needs_extension)], ids=["python", "cpp"]

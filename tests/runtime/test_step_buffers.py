@@ -18,7 +18,7 @@ from stylefast.runtime.steps.conditions import Conditions
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, bank_keys
 from stylefast.sampling.schedule import make_schedule
 from stylefast.styles.style_aligned import StyleAligned
-from tests.small_sdxl import small_unet_config
+from tests.support.small_sdxl import small_unet_config
 
 SHAPE = (4, 6, 10)  # latents
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from stylefast.errors import InvalidRequest
 from stylefast.sampling import FEW_STEP_PRESETS, SCHEDULERS, make_schedule
 from stylefast.sampling.edm import EDM_SCHEDULERS
 from stylefast.sampling.few_step import named_schedule
-from tests.sampling.paths import SDE, SHAPE, assert_schedule_walks, diffusers_path, our_path, toy_model
+from tests.support.sampler_paths import SDE, SHAPE, assert_schedule_walks, diffusers_path, our_path, toy_model
 
 PLAYGROUND = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": "epsilon"}
 COSXL = {"sigma_min": 0.002, "sigma_max": 120.0, "sigma_data": 1.0, "prediction_type": "v_prediction"}

@@ -5,7 +5,7 @@ import pytest
 
 from stylefast.errors import InvalidRequest
 from stylefast.sampling import FEW_STEP_PRESETS
-from tests.sampling.paths import assert_schedule_walks
+from tests.support.sampler_paths import assert_schedule_walks
 
 # the scheduler config that SDXL and the models made from it are published with
 SDXL = {

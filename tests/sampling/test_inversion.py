@@ -5,7 +5,7 @@ import torch
 
 from stylefast.errors import InvalidRequest
 from stylefast.sampling import alphas_cumprod, ddim_invert, make_schedule, pinned_latents
-from tests.sampling.paths import SDXL, toy_model
+from tests.support.sampler_paths import SDXL, toy_model
 
 GOOGLE_DDIM = {**SDXL, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 0}
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stylefast.sampling import SCHEDULERS, TIMESTEP_SCHEDULERS, alphas_cumprod, make_schedule
-from tests.sampling.paths import SDXL, SHAPE, assert_same_path, assert_schedule_walks, diffusers_scheduler
+from tests.support.sampler_paths import SDXL, SHAPE, assert_same_path, assert_schedule_walks, diffusers_scheduler
 
 GOOGLE_DDIM = {**SDXL, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 0}
 STEPS = [1, 2, 3, 4, 20, 50]

@@ -13,10 +13,10 @@ from stylefast.models.unet import UNet
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import BankInfo, BankWriter, StyleBank
 from stylefast.styles.bank_size import BankShapes, bank_bytes, bank_tensors, page_bytes
-from tests.oracle.rows import plain_rows
-from tests.oracle.small import CONFIG, random_inputs
-from tests.small_bank import SHAPES, fill, places, random_features, random_latents, small_bank, small_info
-from tests.small_sdxl import sdxl_unet_config, small_unet_config
+from tests.support.rows import plain_rows
+from tests.support.small_bank import SHAPES, fill, places, random_features, random_latents, small_bank, small_info
+from tests.support.small_sdxl import sdxl_unet_config, small_unet_config
+from tests.support.small_unet import CONFIG, random_inputs
 
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 # largest error of rounding to the nearest: relative to the number, and for the smallest ones to the stored unit

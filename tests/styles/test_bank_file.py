@@ -18,7 +18,7 @@ from stylefast.errors import OutOfMemory, StyleError
 from stylefast.styles import bank_file
 from stylefast.styles.bank import BankWriter, StyleBank
 from stylefast.styles.bank_file import CHECKSUM, METADATA, bank_checksum
-from tests.small_bank import SHAPES, fill, random_features, small_bank, small_info
+from tests.support.small_bank import SHAPES, fill, random_features, small_bank, small_info
 
 KINDS = [("kv", dtype) for dtype in ("float32", "float16", "bfloat16", "float8_e4m3fn")]
 KINDS += [("hidden", dtype) for _, dtype in KINDS] + [("latents", "float32")]
@@ -385,7 +385,7 @@ def test_a_disk_that_fails_at_the_end_keeps_the_old_file(call, tmp_path, monkeyp
 
 
 def start(code: str, checkout: Path, *arguments) -> subprocess.Popen:
-    source = f"import sys, time\nfrom tests.small_bank import *\n{code}"
+    source = f"import sys, time\nfrom tests.support.small_bank import *\n{code}"
     return subprocess.Popen(
         [sys.executable, "-c", source, *map(str, arguments)],
         cwd=checkout,

@@ -19,7 +19,7 @@ from stylefast.styles.dream_styler import (
     stage_of,
 )
 from stylefast.styles.embeddings import StageEmbedding, save_embedding
-from tests.small_text import small_text_parts
+from tests.support.small_text import small_text_parts
 
 
 def embedding(name="brand", stages=6, count=1, seed=0, policy="eos"):

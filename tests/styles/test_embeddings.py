@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from stylefast.errors import StyleError
 from stylefast.styles.embeddings import StageEmbedding, load_embedding, save_diffusers_pair, save_embedding
-from tests.small_text import small_pipeline, small_text_parts
+from tests.support.small_text import small_pipeline, small_text_parts
 
 L, G = 768, 1280
 

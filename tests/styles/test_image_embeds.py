@@ -10,7 +10,14 @@ from stylefast.models.ip_adapter import IPAdapter
 from stylefast.record import from_record, to_record
 from stylefast.runtime.plan.request import Request
 from stylefast.styles.instant_style import InstantStyle
-from tests.small_adapter import CROSS_DIM, global_adapter, plus_adapter, small_layout, small_picture, small_vision_model
+from tests.support.small_adapter import (
+    CROSS_DIM,
+    global_adapter,
+    plus_adapter,
+    small_layout,
+    small_picture,
+    small_vision_model,
+)
 
 PICTURES = [small_picture(seed) for seed in (1, 2)]
 TEXT_DIM = 48  # of the second text encoder, as wide as the global adapter's pictures

@@ -8,8 +8,8 @@ from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import LAYOUT_MODULE, STYLE_MODULE, AttentionLayout
 from stylefast.styles.instant_style import PRESETS, InstantStyle, subtract_content
-from tests.fp64 import close, measured
-from tests.small_adapter import (
+from tests.support.fp64 import close, measured
+from tests.support.small_adapter import (
     CROSS_DIM,
     SDXL_UNET_CONFIG,
     global_adapter,
@@ -131,7 +131,7 @@ def test_dictionaries_mean_what_they_mean_in_diffusers(scale):
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
-    from tests.small_adapter import SMALL_UNET_CONFIG
+    from tests.support.small_adapter import SMALL_UNET_CONFIG
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(norm_num_groups=8, use_linear_projection=True, **SMALL_UNET_CONFIG)

@@ -4,7 +4,7 @@ import torch
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.text import Prompt, TextEncoder
 from stylefast.styles.textual_inversion import InversionSettings, initial_vectors, invert_style, stage_timesteps
-from tests.small_text import small_encoder, small_tokenizer
+from tests.support.small_text import small_encoder, small_tokenizer
 
 WIDTH = 32
 ALPHAS = torch.linspace(0.999, 0.005, 1000)

@@ -5,12 +5,12 @@ import torch
 from PIL import Image
 
 from stylefast.styles.embeddings import StageEmbedding
-from tests.oracle import generation
-from tests.oracle.dream_styler import Encoder, stage_of
-from tests.oracle.sampler import make_scheduler, sample
-from tests.oracle.small import SMALL, sharpen
-from tests.small_adapter import small_picture, small_vision_model
-from tests.small_sdxl import small_pipeline, small_unet_config
+from tests.support.oracle import generation
+from tests.support.oracle.dream_styler import Encoder, stage_of
+from tests.support.oracle.sampler import make_scheduler, sample
+from tests.support.small_adapter import small_picture, small_vision_model
+from tests.support.small_sdxl import small_pipeline, small_unet_config
+from tests.support.small_unet import SMALL, sharpen
 
 EMBED_DIM = 32  # of the image encoder and of text encoder 2, so that content can be subtracted
 SIZE = (48, 32)  # (width, height) in pixels; the oracle and diffusers take (height, width)

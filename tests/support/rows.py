@@ -5,9 +5,9 @@ import torch
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.row_table import COLUMNS, CONCAT, SWAP, RowTable
 from stylefast.models.unet import ImageKV, UNet
-from tests.oracle.instant_style import Segment
-from tests.oracle.small import Inputs
-from tests.oracle.style_aligned import Sharing, plain_layers
+from tests.support.oracle.instant_style import Segment
+from tests.support.oracle.style_aligned import Sharing, plain_layers
+from tests.support.small_unet import Inputs
 
 
 def plain_rows(layout: AttentionLayout, rows: int, references: int = 1, segments: int = 1) -> RowTable:

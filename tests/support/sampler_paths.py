@@ -8,7 +8,7 @@ import torch
 
 from stylefast.kernels.guided_step import guided_step
 from stylefast.sampling import make_schedule
-from tests.fp64 import noise_of_fp32
+from tests.support.fp64 import noise_of_fp32
 
 SHAPE = (1, 4, 5, 7)
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.oracle.instant_style import Segment, diffusers_adapters, row_adapters
-from tests.oracle.sampler import make_scheduler, rescaled, sample
-from tests.oracle.style_aligned import Sharing, guidance_layout, shared
+from tests.support.oracle.instant_style import Segment, diffusers_adapters, row_adapters
+from tests.support.oracle.sampler import make_scheduler, rescaled, sample
+from tests.support.oracle.style_aligned import Sharing, guidance_layout, shared
 
 Text = tuple[torch.Tensor, torch.Tensor]  # states [pictures, 77, cross_dim], pooled [pictures, d]
 

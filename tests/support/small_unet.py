@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNet2DConditionModel
 
-from tests.small_sdxl import small_unet_config
+from tests.support.small_sdxl import small_unet_config
 
 CROSS_DIM, POOLED_DIM, TEXT_TOKENS = 48, 24, 7
 # the least width of a head that our C++ attention takes; where attention is, one head and two

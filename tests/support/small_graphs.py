@@ -9,11 +9,11 @@ import stylefast
 from stylefast.export.manifest import MANIFEST, Manifest, file_entry
 from stylefast.export.onnx_graphs import export_unet
 from stylefast.export.unet_graph import OUTPUT, GraphShape, UNetGraph
-from tests.engine.scene import EMBED_DIM
-from tests.oracle.instant_style import random_adapter
-from tests.oracle.small import sharpen
-from tests.small_adapter import small_vision_model
-from tests.small_sdxl import small_pipeline, small_unet_config
+from tests.support.oracle.instant_style import random_adapter
+from tests.support.scene import EMBED_DIM
+from tests.support.small_adapter import small_vision_model
+from tests.support.small_sdxl import small_pipeline, small_unet_config
+from tests.support.small_unet import sharpen
 
 SHAPES = (GraphShape("plain", segments=2), GraphShape("live", 1, 2), GraphShape("banked", 2, 3))
 

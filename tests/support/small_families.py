@@ -1,6 +1,6 @@
 """Small UNet configs in the shapes of SDXL's published relatives: fewer layers, other middle blocks."""
 
-from tests.small_sdxl import small_unet_config
+from tests.support.small_sdxl import small_unet_config
 
 # name -> what differs from SDXL's own config, at a tenth of the published depths
 FAMILIES = {

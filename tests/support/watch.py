@@ -7,7 +7,7 @@ import torch
 
 import stylefast as sf
 from stylefast.runtime import admission, jobs, scheduler
-from tests.engine.scene import SIZE, STEPS
+from tests.support.scene import SIZE, STEPS
 
 WAIT = 180  # seconds, for what takes one on a machine with nothing else to do; a test that hangs should fail
 
