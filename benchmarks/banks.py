@@ -285,7 +285,7 @@ def measure(quick: bool, rounds: int) -> dict[str, Any]:
     if quick:
         given = unet_config((32, 64, 128), cross_dim=128, pooled_dim=64, time_dim=16, side=8, depth=(1, 1, 2))
     config = whole_config(given)
-    size, steps = (8 * config["sample_size"],) * 2, 3 if quick else STEPS
+    size, steps = (8 * config["sample_size"],) * 2, 2 if quick else STEPS
     flop = row_flop(config)
     modes = counted_modes(config, flop, size, steps)
     by_kind = {(mode["store"], mode["type"]): mode for mode in modes}

@@ -182,6 +182,14 @@ def test_a_ratio_is_of_medians_and_names_who_did_not_run():
     assert missing.verdict == NOT_MEASURED and missing.note == "fast: RuntimeError: broke"
 
 
+@pytest.fixture
+def little_garbage():
+    """Garbage is collected before every sample; what other tests left, and all that was imported, is passed over."""
+    gc.collect()
+    gc.freeze()  # until the tests end: see conftest.py
+
+
+@pytest.mark.usefixtures("little_garbage")
 def test_contestants_take_turns_and_one_that_breaks_does_not_stop_the_others():
     order = []
 
@@ -397,15 +405,7 @@ def test_every_form_of_a_scene_draws_the_same_pictures(tiny_scene):
     assert deviation(tiny_scene.plain(2)(), uncached) > 1e-2
 
 
-@pytest.fixture
-def little_garbage(tiny_scene):
-    """Garbage is collected before every sample; what other tests left, and all that was imported, is passed over."""
-    assert tiny_scene.model
-    gc.collect()
-    gc.freeze()  # until the tests end: see conftest.py
-
-
-@pytest.mark.usefixtures("little_garbage")
+@pytest.mark.usefixtures("tiny_scene", "little_garbage")
 def test_a_quick_run_on_the_cpu_measures_every_figure_and_writes_its_file(tmp_path):
     path = tmp_path / "quick.json"
     assert command.main(["--quick", "--out", str(path)]) == 0
@@ -426,7 +426,7 @@ def test_the_full_list_of_the_cpu_carries_the_goals():
     assert goals["eight threads", "threads", "submit"] == 1.3
 
 
-@pytest.mark.usefixtures("little_garbage")
+@pytest.mark.usefixtures("tiny_scene", "little_garbage")
 def test_the_list_of_the_gpu_runs_on_a_small_model(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(host, "SWITCHES", 1)  # one call with another style, and one with the same

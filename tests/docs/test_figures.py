@@ -88,10 +88,15 @@ def sdxl():
     return banks.whole_config(banks.sdxl_config())
 
 
-def test_the_bytes_and_the_work_of_banks_are_those_that_are_counted_now(checkout, sdxl):
+@pytest.fixture(scope="module")
+def row_flop(sdxl):
+    return banks.row_flop(sdxl)
+
+
+def test_the_bytes_and_the_work_of_banks_are_those_that_are_counted_now(checkout, sdxl, row_flop):
     content = recorded(checkout, "banks-cpu.json")[0]
-    assert content["row_flop"] == banks.row_flop(sdxl)
-    counted = banks.counted_modes(sdxl, content["row_flop"])
+    assert content["row_flop"] == row_flop
+    counted = banks.counted_modes(sdxl, row_flop)
     kept = [{name: mode[name] for name in expected} for mode, expected in zip(content["modes"], counted, strict=True)]
     assert kept == counted
     assert content["layers"] == banks.counted_layers(sdxl)
@@ -104,8 +109,8 @@ def banks_in_words(checkout) -> str:
     return " ".join((checkout / "docs" / "banks.md").read_text().split())
 
 
-def test_what_the_page_of_banks_says_of_work_is_what_is_counted(banks_in_words, sdxl):
-    row, shapes = banks.row_flop(sdxl), banks.BankShapes.from_config(sdxl, banks.SIZE)
+def test_what_the_page_of_banks_says_of_work_is_what_is_counted(banks_in_words, sdxl, row_flop):
+    row, shapes = row_flop, banks.BankShapes.from_config(sdxl, banks.SIZE)
     assert f"one UNet row is {row / 1e12:.2f} TFLOP" in banks_in_words
     added = {mode["store"]: mode["added_flop"] for mode in banks.counted_modes(sdxl, row)}
     assert added["latents"] // added["hidden"] == 14

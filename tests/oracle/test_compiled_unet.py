@@ -22,7 +22,14 @@ def pytorchs_attention():
 
 def test_the_whole_unet_compiles_into_one_graph_that_serves_other_styles_too():
     # every kind of block and two transformer blocks in one: more of each would only be traced again
-    config = CONFIG | {"layers_per_block": 1}
+    config = CONFIG | {
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64),
+        "attention_head_dim": (1, 2),
+        "transformer_layers_per_block": (1, 2),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
     ours = UNet.from_state(config, random_unet(config=config).state_dict()).eval()
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
