@@ -29,7 +29,7 @@ FAST := not slow and not gpu and not soak
 LEVEL ?= lesser
 AT_LEVEL = env `$(BIN)/python tests/cpu_levels.py $(LEVEL)`
 
-.PHONY: all venv dev extension demo test test-cpu test-slow smoke check format tiny bench gpu gpu-wheels clean
+.PHONY: all venv dev extension demo test test-cpu test-slow mutants smoke check format tiny bench gpu gpu-wheels clean
 
 all: venv
 
@@ -79,6 +79,10 @@ smoke: dev
 
 test-slow: dev
 	$(PYTEST) -m "slow and not gpu"
+
+# mistakes that the tests must find (docs/testing.md)
+mutants: dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 CPP := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp)
 check: dev

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stylefast as sf
 from stylefast.errors import OutOfMemory, StyleError
 from stylefast.kernels import registry
+from stylefast.models import unet
 from stylefast.models.unet import UNet
 from stylefast.runtime.banks.bank_pages import BankPages, idle_pages
 from stylefast.runtime.banks.host_pages import chunk_of
@@ -137,6 +138,20 @@ def test_a_bank_that_can_not_be_read_leaves_the_pool_as_it_was(engine, banks):
     assert pages.stats().pinned == 0 and pages.stats().loading == 0
     pages.release(keys(bank, 0)) if pages.hold(keys(bank, 0)) is not None else None
     assert pages.stats().resident >= 2
+
+
+def test_attention_reads_a_banks_keys_and_values_where_they_lie(engine, banks, monkeypatch):
+    """No layer copies a page: its kernel gets views of the pool."""
+    read, attention = [], unet.shared_attention
+
+    def watched(q, k, v, page, mode, scale, shift, adain=None, *pool):
+        read.extend(x.untyped_storage().data_ptr() for x in pool[:2])
+        return attention(q, k, v, page, mode, scale, shift, adain, *pool)
+
+    monkeypatch.setattr(unet, "shared_attention", watched)
+    engine.generate("a cat", sf.StyleAligned(banks[KINDS[0]]), output="latents", **SETTINGS)
+    held = {x.untyped_storage().data_ptr() for pair in engine.runtime.bank_pages[LATENTS].pages.layers for x in pair}
+    assert len(read) == 2 * SETTINGS["steps"] * len(engine.unet.layout.layers) and set(read) <= held
 
 
 def test_keys_lie_with_the_token_stride_of_the_batch(engine):
