@@ -147,7 +147,8 @@ def copy_checkout(folder: Path) -> Path:
     """Copy what the tests read, the compiled extension included; return the copy."""
     for name in FOLDERS:
         shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(CHECKOUT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "setup.py"):  # by the latter stylefast knows a checkout
+        shutil.copy(CHECKOUT / name, folder)
     return folder
 
 
