@@ -5,13 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from functools import cache
 from glob import glob
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.numerics import is_numeric
 from tests.smoke import SMOKE
 
 # before any import of transformers or diffusers, which read them once
@@ -38,61 +38,6 @@ settings.load_profile("stylefast")
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-# words of a module that compares floating-point results; what it finds may depend on the order of a CPU's sums
-_COMPARES = re.compile(r"\b(fp64|near_fp64|allclose|assert_close|near|psnr|isclose|bit_equal|torch\.equal)\b")
-# they compare too, but what programs computed that choose their instructions without regard to PyTorch's; samplers take
-# each number by itself, and their kernel is compared in tests/kernels
-_ELSEWHERE = ("benchmarks", "cli", "docs", "export", "packaging", "tiny_model", "sampling")
-_COMPILED = (
-    "test_compiled",
-    "test_exported",
-    "test_onnxruntime_backend",
-    "test_interpreted",
-    "test_gpu_",
-    "test_custom_ops",
-)
-# bits that are written, read and moved, with no sum over them; what a loaded model draws is that of test_plain.py
-_COPIED = (
-    "test_bank.py",
-    "test_bank_file",
-    "test_checkpoint",
-    "test_copies",
-    "test_embeddings",
-    "test_image_embeds",
-    "test_key_values",
-    "test_load_options",
-    "test_lora_",
-    "test_masks",
-    "test_packed_pages",
-    "test_pipeline_check",
-    "test_record",
-    "test_row_table",
-    "test_single_file",
-    "test_step_table",
-)
-# they are about what happens when; the numbers beside it are those of test_requests.py and test_mixed_batches.py
-_EVENTS = (
-    "test_batching",
-    "test_driver_faults",
-    "test_eager_graphs",
-    "test_endings",
-    "test_errors",
-    "test_faults",
-    "test_jobs",
-    "test_memory",
-    "test_one_driver",
-    "test_strange_arguments",
-    "test_style_interface",
-)
-
-
-@cache
-def _is_numeric(path: Path) -> bool:
-    if path.parent.name in _ELSEWHERE or path.name.startswith(_COMPILED + _EVENTS + _COPIED):
-        return False
-    return _COMPARES.search(path.read_text()) is not None
-
-
 def pytest_collection_finish():
     """What was imported so far stays to the end: collections of garbage needn't look through it, nor come as often."""
     gc.collect()
@@ -110,7 +55,7 @@ def pytest_ignore_collect(collection_path, config):
     if not only or not collection_path.name.startswith("test_") or collection_path.suffix != ".py":
         return None
     if only[1] == "numerics":
-        return None if _is_numeric(collection_path) else True
+        return None if is_numeric(collection_path) else True
     name = collection_path.relative_to(CHECKOUT).as_posix()
     return None if any(test.split("::")[0] == name for test in SMOKE) else True
 
@@ -124,7 +69,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if _is_numeric(item.path):
+        if is_numeric(item.path):
             item.add_marker("numerics")
         if _smoke_names(item.nodeid):
             item.add_marker("smoke")

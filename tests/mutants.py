@@ -70,7 +70,7 @@ MUTANTS = (
     ),
     Mutant(
         "bank pages not released",
-        "stylefast/runtime/bank_pages.py",
+        "stylefast/runtime/banks/bank_pages.py",
         "        if self._stream is None:\n            self._pool.release(_numbers(keys))\n            return\n",
         "        if self._stream is None:\n            return\n",
         "tests/runtime/test_bank_pages.py::test_host_blocks_bring_the_same_pages_as_the_tensors_themselves",
@@ -78,7 +78,7 @@ MUTANTS = (
     ),
     Mutant(
         "IP-Adapter gate ignored",
-        "stylefast/models/conditioning.py",
+        "stylefast/models/layer_inputs.py",
         "                rows.image_strength[:, :, module],\n",
         "                torch.ones_like(rows.image_strength[:, :, module]),\n",
         "tests/engine/test_instant_style.py::test_blocks_equal_the_scales_of_diffusers",
@@ -86,7 +86,7 @@ MUTANTS = (
     ),
     Mutant(
         "picture mask dropped",
-        "stylefast/models/conditioning.py",
+        "stylefast/models/layer_inputs.py",
         "                rows.image_mask,\n",
         "                torch.full_like(rows.image_mask, -1),\n",
         "tests/engine/test_instant_style.py::test_a_mask_bounds_the_picture_as_in_diffusers",
@@ -94,7 +94,7 @@ MUTANTS = (
     ),
     Mutant(
         "text of each row ignored",
-        "stylefast/models/conditioning.py",
+        "stylefast/models/layer_inputs.py",
         "return CrossInputs(*self.text_kv[layer], rows.text_page, images)",
         "return CrossInputs(*self.text_kv[layer], torch.zeros_like(rows.text_page), images)",
         "tests/engine/test_plain.py::test_a_negative_prompt_equals_diffusers",
@@ -126,9 +126,9 @@ MUTANTS = (
     ),
     Mutant(
         "one seed for a group",
-        "stylefast/runtime/group.py",
-        'torch.Generator("cpu").manual_seed(t.request.seed)',
-        'torch.Generator("cpu").manual_seed(trajectories[0].request.seed)',
+        "stylefast/runtime/plan/sample_group.py",
+        'torch.Generator("cpu").manual_seed(sample.request.seed)',
+        'torch.Generator("cpu").manual_seed(samples[0].request.seed)',
         "tests/engine/test_style_aligned.py::test_the_first_prompt_lends_its_style_as_in_the_oracle",
         "pictures of one style would begin with the same noise",
     ),
