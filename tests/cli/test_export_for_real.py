@@ -18,6 +18,7 @@ from PIL import Image
 import stylefast as sf
 from stylefast.export.manifest import MANIFEST, check_files, read_manifest
 from tests.support import forked
+from tests.support.scene import psnr
 from tests.support.small_checkpoints import write_folder
 from tests.support.small_graphs import nano_pipeline
 
@@ -72,11 +73,6 @@ class Machine:
             return np.asarray(picture.convert("RGB")).astype(float)
 
 
-def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Of pictures in 0..255, in dB."""
-    return float(-10 * np.log10(max(np.mean((actual - expected) ** 2) / 255**2, 1e-20)))
-
-
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     return Machine(tmp_path_factory.mktemp("home"))
@@ -129,7 +125,7 @@ def test_onnxruntime_exports_the_model_once_and_says_so(fresh, first):
 def test_the_second_start_finds_the_export_and_makes_none(fresh, first):
     machine, model = fresh
     before = (machine.cache / "engines").stat().st_mtime_ns
-    assert psnr(machine.pixels("--model", model, "--backend", "onnxruntime"), by_pytorch(model)) >= 40
+    assert psnr(machine.pixels("--model", model, "--backend", "onnxruntime"), by_pytorch(model), 255) >= 40
     assert (machine.cache / "engines").stat().st_mtime_ns == before
 
 
@@ -149,7 +145,7 @@ def test_pictures_through_an_export_folder_are_those_of_pytorch(machine, nano):
     folder = machine.folder / "graphs"
     assert done.out == f"{folder}\n" and "use it with" in done.err
     drawn = machine.pixels("--model", nano, "--backend", "onnxruntime", "--engines", "graphs")
-    assert psnr(drawn, by_pytorch(nano)) >= 40
+    assert psnr(drawn, by_pytorch(nano), 255) >= 40
     assert not [path.name for path in machine.folder.iterdir() if path.name.startswith("graphs.")]
 
 

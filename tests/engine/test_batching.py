@@ -101,6 +101,8 @@ def test_a_long_job_does_not_keep_short_ones_waiting(engine, idle, rows_at_most)
         ends.append(calls_until_done(idle, short))
 
     idle.at[5] = arrive
+    # the helper encodes what joins, however long that takes, before the next step
+    idle.before = lambda latents: until(lambda: not any(one.waits for one in engine.scheduler._joining.values()))
     with engine.scheduler.paused():
         long = submit(engine, steps=200)
         ends.append(calls_until_done(idle, [long]))

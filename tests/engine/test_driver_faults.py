@@ -12,10 +12,9 @@ import stylefast as sf
 from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, OutOfMemory
 from stylefast.runtime import scheduler
 from stylefast.runtime.runner import Runner
-from tests.engine.test_one_driver import Calls, latents
 from tests.support.fp64 import close
 from tests.support.scene import SIZE, sharp_pipeline, small_picture
-from tests.support.watch import WAIT, Clock, Watch, request, settled, submit, until
+from tests.support.watch import WAIT, Calls, Clock, Watch, latents, request, settled, submit, until
 
 
 @pytest.fixture

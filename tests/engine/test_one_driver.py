@@ -9,7 +9,7 @@ import stylefast as sf
 from stylefast.errors import InvalidRequest
 from tests.support.fp64 import close
 from tests.support.scene import SIZE, STEPS, small_picture
-from tests.support.watch import WAIT, Watch, held, request, settled, submit, until
+from tests.support.watch import WAIT, Calls, Watch, held, latents, request, settled, submit, until
 
 PICTURE = small_picture(1, (48, 40))
 LARGE = (64, 64)
@@ -18,31 +18,6 @@ LARGE = (64, 64)
 @pytest.fixture
 def watch(engine, monkeypatch):
     return Watch(engine, monkeypatch)
-
-
-class Calls:
-    """Calls made in threads of their own; `results` in their order, an exception for one that raised it."""
-
-    def __init__(self, *calls):
-        self.results = [None] * len(calls)
-        self._threads = [threading.Thread(target=self._run, args=numbered) for numbered in enumerate(calls)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, number, call):
-        try:
-            self.results[number] = call()
-        except BaseException as error:
-            self.results[number] = error
-
-    def wait(self):
-        for thread in self._threads:
-            thread.join(WAIT)
-        return self.results
-
-
-def latents(engine, prompt="a cat", **options):
-    return engine.generate(request(prompt, **options), output="latents").latents
 
 
 def test_calls_of_many_threads_share_unet_calls(engine, watch, drawn):

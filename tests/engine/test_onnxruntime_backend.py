@@ -24,7 +24,7 @@ from stylefast.export.options import DIGEST
 from stylefast.export.unet_graph import GraphShape
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends import choice
-from tests.support.scene import SIZE, learned, small_picture
+from tests.support.scene import SIZE, half_mask, learned, psnr, small_picture
 from tests.support.small_checkpoints import random_lora, write_peft_lora
 from tests.support.small_graphs import TorchSession, export_folder, small_graph_pipeline, write_adapter, write_manifest
 from tests.support.watch import WAIT, request
@@ -79,18 +79,6 @@ def copy(folder, tmp_path):
     """A copy of the export to damage."""
     shutil.copytree(folder, tmp_path / "micro")
     return tmp_path / "micro"
-
-
-def psnr(actual, expected) -> float:
-    """Of pictures [height, width, 3] in 0..1, in dB."""
-    error = np.mean((np.stack(actual).astype(np.float64) - np.stack(expected)) ** 2)
-    return float(-10 * np.log10(max(error, 1e-20)))
-
-
-def half_mask():
-    mask = torch.zeros(SIZE[1], SIZE[0])
-    mask[:, : SIZE[0] // 2 - 3] = 1
-    return mask
 
 
 @pytest.fixture(scope="module")

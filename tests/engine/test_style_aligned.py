@@ -12,10 +12,9 @@ import stylefast as sf
 from stylefast.errors import StyleError
 from stylefast.runtime import admission
 from stylefast.styles.style_aligned import plain_layers
-from tests.oracle.test_oracle import SETTINGS
 from tests.support.fp64 import close, measured
 from tests.support.oracle import generation
-from tests.support.oracle.style_aligned import Sharing, guidance_layout, shared
+from tests.support.oracle.style_aligned import SETTINGS, Sharing, guidance_layout, shared
 from tests.support.oracle.style_aligned import plain_layers as literal_plain_layers
 from tests.support.scene import SIZE, apart, by_step, clean_latents, encode, guided, picture_noise, small_picture
 

@@ -9,7 +9,6 @@ from stylefast.models.layout import LAYOUT_MODULE, STYLE_MODULE, AttentionLayout
 from tests.support.fp64 import close, measured
 from tests.support.small_adapter import (
     CROSS_DIM,
-    SDXL_UNET_CONFIG,
     global_adapter,
     layer_weights,
     plus_adapter,
@@ -18,6 +17,7 @@ from tests.support.small_adapter import (
     small_picture,
     small_vision_model,
 )
+from tests.support.small_sdxl import sdxl_unet_config
 
 # of pixels, which are scaled one by one: there are no sums whose order could differ
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -62,7 +62,7 @@ def clip_processor(**options):
 
 
 def test_sdxl_has_seventy_layers_with_odd_keys_and_mid_last():
-    layout = AttentionLayout.from_config(SDXL_UNET_CONFIG)
+    layout = AttentionLayout.from_config(sdxl_unet_config())
     keys = {}
     for i, layer in enumerate(layout.layers):
         keys.setdefault(layer.module, []).append(layout.ip_adapter_key(i))
@@ -85,7 +85,7 @@ def test_sdxl_has_seventy_layers_with_odd_keys_and_mid_last():
 def test_sdxl_adapter_has_the_published_number_of_parameters():
     with torch.device("meta"):
         adapter = IPAdapter.load(
-            _meta_sdxl_global(), AttentionLayout.from_config(SDXL_UNET_CONFIG), 2048, device="meta"
+            _meta_sdxl_global(), AttentionLayout.from_config(sdxl_unet_config()), 2048, device="meta"
         )
     assert sum(p.numel() for p in adapter.parameters()) == 351_285_248
     assert sum(p.numel() for p in adapter.layer_projections.parameters()) == 340_787_200
@@ -94,7 +94,7 @@ def test_sdxl_adapter_has_the_published_number_of_parameters():
 def _meta_sdxl_global():
     layers = {
         f"ip_adapter.{2 * i + 1}.to_{w}_ip.weight": torch.empty(layer.channels, 2048, device="meta")
-        for i, layer in enumerate(AttentionLayout.from_config(SDXL_UNET_CONFIG).layers)
+        for i, layer in enumerate(AttentionLayout.from_config(sdxl_unet_config()).layers)
         for w in "kv"
     }
     shapes = {"proj.weight": (8192, 1280), "proj.bias": (8192,), "norm.weight": (2048,), "norm.bias": (2048,)}

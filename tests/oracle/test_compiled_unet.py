@@ -6,18 +6,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from stylefast.kernels import registry
 from stylefast.models.unet import UNet
 from tests.support.fp64 import close, measured
 from tests.support.oracle.style_aligned import Sharing
 from tests.support.rows import plain_rows, run, share
 from tests.support.small_unet import CONFIG, random_inputs, random_unet
 
-
-@pytest.fixture(autouse=True)
-def pytorchs_attention():
-    with registry.using("torch"):
-        yield
+pytestmark = pytest.mark.usefixtures("pytorchs_attention")
 
 
 def test_the_whole_unet_compiles_into_one_graph_that_serves_other_styles_too():

@@ -5,7 +5,6 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from stylefast.errors import ModelFormatError
-from stylefast.kernels import registry
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.unet import GroupNorm, UNet
 from stylefast.styles.bank_size import BankShapes
@@ -14,6 +13,8 @@ from tests.support.rows import plain_rows, run, share
 from tests.support.small_families import FAMILIES, family_config
 from tests.support.small_sdxl import small_unet_config
 from tests.support.small_unet import CROSS_DIM, POOLED_DIM, forward, random_inputs, sharpen
+
+pytestmark = pytest.mark.usefixtures("pytorchs_attention")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -27,12 +28,6 @@ def pair(request):
     sharpen(theirs, 0)
     theirs = theirs.double()
     return theirs, UNet.from_state(dict(theirs.config), theirs.state_dict())
-
-
-@pytest.fixture(autouse=True)
-def pytorchs_attention():
-    with registry.using("torch"):
-        yield
 
 
 def doubled(inputs):

@@ -1,33 +1,15 @@
 """The oracle itself: identities that follow from the papers' equations, so that it can be believed."""
 
 from dataclasses import replace
-from math import log
 
 import pytest
 import torch
 
 from tests.support.fp64 import close, measured
 from tests.support.oracle import dream_styler, generation, instant_style, sampler
-from tests.support.oracle.style_aligned import Sharing, adain, guidance_layout, plain_layers, shared
+from tests.support.oracle.style_aligned import SETTINGS, Sharing, adain, guidance_layout, plain_layers, shared
 from tests.support.small_sdxl import small_pipeline
 from tests.support.small_unet import CONFIG, forward, random_inputs, random_unet
-
-SETTINGS = {
-    "default": {},
-    "shift_log_2": {"shift": log(2)},
-    "shift_minus_3": {"shift": -3.0},
-    "scale_half": {"scale": 0.5},
-    "scale_1.7_and_shift": {"scale": 1.7, "shift": 0.3},
-    "group_norm": {"share_group_norm": True},
-    "group_and_layer_norm": {"share_group_norm": True, "share_layer_norm": True},
-    "adain_on_values": {"adain": {"q": 1.0, "k": 1.0, "v": 1.0}},
-    "half_strength_adain": {"adain": {"q": 0.5, "k": 0.25}},
-    "no_adain": {"adain": {}},
-    "adain_only": {"share_attention": False},
-    "swap": {"mode": "swap"},
-    "half_of_the_layers": {"only_self_level": 0.5},
-    "style_block_only": {"layers": ("up_blocks.0.attentions.1",)},
-}
 
 
 @pytest.fixture(scope="module")

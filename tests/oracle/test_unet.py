@@ -9,24 +9,18 @@ from math import inf, log
 import pytest
 import torch
 
-from stylefast.kernels import registry
 from stylefast.kernels.adain_affine import adain_affine
 from stylefast.kernels.token_stats import token_stats
-from tests.oracle.test_oracle import SETTINGS
 from tests.support.fp64 import close, measured
 from tests.support.oracle import instant_style as ip
-from tests.support.oracle.style_aligned import Sharing, adain, guidance_layout, shared
+from tests.support.oracle.style_aligned import SETTINGS, Sharing, adain, guidance_layout, shared
 from tests.support.rows import image_columns, plain_rows, run, share
 from tests.support.small_unet import forward, random_inputs
 
+pytestmark = pytest.mark.usefixtures("pytorchs_attention")
+
 SIZES = {"square": (8, 8), "wide": (8, 16), "tall_and_odd": (13, 6)}
 STYLE, LAYOUT = "up_blocks.0.attentions.1", "down_blocks.2.attentions.1"
-
-
-@pytest.fixture(autouse=True)
-def pytorchs_attention():
-    with registry.using("torch"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from stylefast.runtime.backends.base import TorchBackend
 from stylefast.runtime.backends.choice import check_backend
 from stylefast.runtime.backends.exported import ExportedBackend, Graph
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.support.scene import SIZE, apart, learned, near, small_picture
+from tests.support.scene import SIZE, apart, half_mask, learned, near, small_picture
 from tests.support.small_graphs import SHAPES, TorchSession, micro_pipeline, write_adapter
 from tests.support.watch import WAIT, request
 
@@ -83,12 +83,6 @@ def make(pipe, adapter):
 
 def draw(engine, *requests):
     return engine.generate(list(requests), output="latents").latents
-
-
-def half_mask():
-    mask = torch.zeros(SIZE[1], SIZE[0])
-    mask[:, : SIZE[0] // 2 - 3] = 1
-    return mask
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Whole pictures of the embedded model with all but the UNet in exported graphs, and PyTorch's own parts locked."""
 
-import math
-
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -11,6 +9,7 @@ from stylefast.errors import EngineMismatch, InvalidRequest
 from stylefast.models.text import Prompt
 from stylefast.models.vae_tiles import SMALLEST_TILE, decode_tiles
 from tests.support.fp64 import close, measured
+from tests.support.scene import psnr
 from tests.support.small_adapter import small_picture
 from tests.support.small_sdxl import small_tiny_vae
 from tests.support.small_text import small_text_parts
@@ -110,11 +109,6 @@ def through_graphs(parts):
         lock(attention.to_k)
         lock(attention.to_v)
     return engine, opened, graphs
-
-
-def psnr(ours, theirs) -> float:
-    mean = ((ours - theirs) ** 2).mean()
-    return math.inf if mean == 0 else float(-10 * math.log10(mean))
 
 
 def same_pictures(engine, plain, requests):

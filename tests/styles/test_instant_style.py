@@ -11,15 +11,15 @@ from stylefast.styles.instant_style import PRESETS, InstantStyle, subtract_conte
 from tests.support.fp64 import close, measured
 from tests.support.small_adapter import (
     CROSS_DIM,
-    SDXL_UNET_CONFIG,
     global_adapter,
     plus_adapter,
     small_layout,
     small_picture,
     small_vision_model,
 )
+from tests.support.small_sdxl import sdxl_unet_config, small_unet_config
 
-LAYOUT = AttentionLayout.from_config(SDXL_UNET_CONFIG)
+LAYOUT = AttentionLayout.from_config(sdxl_unet_config())
 
 
 def weights(blocks, **options):
@@ -131,10 +131,8 @@ def test_dictionaries_mean_what_they_mean_in_diffusers(scale):
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
-    from tests.support.small_adapter import SMALL_UNET_CONFIG
-
     with torch.device("meta"):
-        unet = UNet2DConditionModel(norm_num_groups=8, use_linear_projection=True, **SMALL_UNET_CONFIG)
+        unet = UNet2DConditionModel(**small_unet_config())
     (theirs,) = _maybe_expand_lora_scales(unet, [scale], default_scale=0.0)
     ours = InstantStyle("a.png", blocks=scale).strengths(small_layout(), False).conditional.tolist()
     assert ours == pytest.approx([theirs[module] for module in small_layout().modules])

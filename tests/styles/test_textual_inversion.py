@@ -4,7 +4,8 @@ import torch
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.text import Prompt, TextEncoder
 from stylefast.styles.textual_inversion import InversionSettings, initial_vectors, invert_style, stage_timesteps
-from tests.support.small_text import small_encoder, small_tokenizer
+from tests.support.small_sdxl import small_tokenizer
+from tests.support.small_text import WORDS, small_encoder
 
 WIDTH = 32
 ALPHAS = torch.linspace(0.999, 0.005, 1000)
@@ -13,7 +14,7 @@ CAPTIONS = ["a cat in the style of <chalk>", "a dog in the style of <chalk>"]
 
 @pytest.fixture(scope="module")
 def encoder():
-    tokenizers = (small_tokenizer(24), small_tokenizer(24))
+    tokenizers = tuple(small_tokenizer(words=WORDS, max_tokens=24) for _ in range(2))
     encoders = (small_encoder(tokenizers[0], WIDTH), small_encoder(tokenizers[1], WIDTH, WIDTH, seed=1))
     for model in encoders:
         model.requires_grad_(False)

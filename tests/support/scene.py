@@ -56,6 +56,19 @@ def apart(actual, expected, least: float = 1e-3):
     assert ((actual - expected).abs().amax((1, 2, 3)) / expected.abs().max()).min() > least
 
 
+def psnr(found, expected, largest: float = 1.0) -> float:
+    """Of one or more pictures in 0..`largest`, together, in dB."""
+    error = np.mean((np.asarray(found, dtype=np.float64) - np.asarray(expected)) ** 2) / largest**2
+    return float(-10 * np.log10(max(error, 1e-20)))
+
+
+def half_mask() -> torch.Tensor:
+    """A mask [height, width] of ones and zeros with an edge between two attention queries."""
+    mask = torch.zeros(SIZE[1], SIZE[0])
+    mask[:, : SIZE[0] // 2 - 3] = 1
+    return mask
+
+
 def embeds(pipe, *pictures: Image.Image) -> torch.Tensor:
     """Image embeddings [1, pictures, EMBED_DIM] by transformers' own processor and encoder."""
     pixels = pipe.feature_extractor(list(pictures), return_tensors="pt").pixel_values
@@ -159,9 +172,11 @@ __all__ = [
     "embeds",
     "encode",
     "guided",
+    "half_mask",
     "learned",
     "near",
     "picture_noise",
+    "psnr",
     "sharp_pipeline",
     "small_picture",
 ]

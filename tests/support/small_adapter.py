@@ -4,29 +4,14 @@ import torch
 from PIL import Image
 
 from stylefast.models.layout import AttentionLayout
+from tests.support.small_sdxl import small_unet_config
 
-# SDXL's arrangement of blocks, narrow: 11 attention modules, two levels of feature maps
-SMALL_UNET_CONFIG = {
-    "block_out_channels": [32, 64, 64],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 1, 2],
-    "attention_head_dim": [2, 4, 4],
-    "layers_per_block": 2,
-    "cross_attention_dim": 64,
-}
-SDXL_UNET_CONFIG = SMALL_UNET_CONFIG | {
-    "block_out_channels": [320, 640, 1280],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-}
-CROSS_DIM = SMALL_UNET_CONFIG["cross_attention_dim"]
+CROSS_DIM = 64  # of `small_unet_config`
 
 
 def small_layout() -> AttentionLayout:
-    """The layout of `SMALL_UNET_CONFIG`."""
-    return AttentionLayout.from_config(SMALL_UNET_CONFIG)
+    """SDXL's arrangement of blocks, narrow: 11 attention modules, two levels of feature maps."""
+    return AttentionLayout.from_config(small_unet_config())
 
 
 def layer_weights(layout: AttentionLayout, cross_dim: int = CROSS_DIM, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -65,14 +65,14 @@ def small_vae_config(**changes):
     return config | changes
 
 
-def small_tokenizer(pad_token="<|endoftext|>"):
-    """A CLIPTokenizer: bytes, then WORDS as whole tokens, then start and end (the highest id)."""
+def small_tokenizer(pad_token="<|endoftext|>", words=WORDS, max_tokens=MAX_TOKENS):
+    """A CLIPTokenizer: bytes ("!" is 0), then `words` as whole tokens, then start and end (the highest id)."""
     from transformers import CLIPTokenizer
 
     alphabet = _byte_alphabet()
     vocab = {token: index for index, token in enumerate(alphabet + [letter + "</w>" for letter in alphabet])}
     merges = []
-    for word in WORDS:
+    for word in words:
         suffix = word[-1] + "</w>"
         for letter in reversed(word[:-1]):
             merges.append((letter, suffix))
@@ -81,7 +81,7 @@ def small_tokenizer(pad_token="<|endoftext|>"):
     vocab["<|startoftext|>"] = len(vocab)
     vocab["<|endoftext|>"] = len(vocab)
     merges = list(dict.fromkeys(merges))
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS, pad_token=pad_token)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens, pad_token=pad_token)
 
 
 def small_text_encoders(seed=0, width=32, layers=2, heads=2):

@@ -75,6 +75,27 @@ class Watch:
         return reached, go
 
 
+class Calls:
+    """Calls made in threads of their own; `results` in their order, an exception for one that raised it."""
+
+    def __init__(self, *calls):
+        self.results = [None] * len(calls)
+        self._threads = [threading.Thread(target=self._run, args=numbered) for numbered in enumerate(calls)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number, call):
+        try:
+            self.results[number] = call()
+        except BaseException as error:
+            self.results[number] = error
+
+    def wait(self):
+        for thread in self._threads:
+            thread.join(WAIT)
+        return self.results
+
+
 def request(prompt="a cat", **options) -> sf.Request:
     """A small request of few steps unless told otherwise."""
     return sf.Request(prompt, **{"size": SIZE, "steps": STEPS} | options)
@@ -82,6 +103,10 @@ def request(prompt="a cat", **options) -> sf.Request:
 
 def submit(engine, prompt="a cat", *, deadline=None, output="latents", **options):
     return engine.submit(request(prompt, **options), deadline=deadline, output=output)
+
+
+def latents(engine, prompt="a cat", **options):
+    return engine.generate(request(prompt, **options), output="latents").latents
 
 
 def held(engine) -> dict[str, int]:

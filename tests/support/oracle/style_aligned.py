@@ -7,10 +7,28 @@ takes its style from. A reference row names itself, and goes through the same co
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import log
 
 import torch
 
 EPS = 1e-5
+# settings of `Sharing` and of StyleAligned that are tested everywhere
+SETTINGS = {
+    "default": {},
+    "shift_log_2": {"shift": log(2)},
+    "shift_minus_3": {"shift": -3.0},
+    "scale_half": {"scale": 0.5},
+    "scale_1.7_and_shift": {"scale": 1.7, "shift": 0.3},
+    "group_norm": {"share_group_norm": True},
+    "group_and_layer_norm": {"share_group_norm": True, "share_layer_norm": True},
+    "adain_on_values": {"adain": {"q": 1.0, "k": 1.0, "v": 1.0}},
+    "half_strength_adain": {"adain": {"q": 0.5, "k": 0.25}},
+    "no_adain": {"adain": {}},
+    "adain_only": {"share_attention": False},
+    "swap": {"mode": "swap"},
+    "half_of_the_layers": {"only_self_level": 0.5},
+    "style_block_only": {"layers": ("up_blocks.0.attentions.1",)},
+}
 
 
 @dataclass(frozen=True)
