@@ -50,6 +50,8 @@ MODULES = (
     "test_one_driver",
     "test_strange_arguments",
     "test_style_interface",
+    # one UNet in two drivers
+    "test_naive",
 )
 
 

@@ -10,7 +10,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 # of a picture and of the reference whose bank it reads alike
-MOST_STEPS = 4
+MOST_STEPS = 2
 
 
 def blocks(page: Path) -> list[str]:

@@ -2,9 +2,6 @@
 
 import asyncio
 import gc
-import subprocess
-import sys
-import textwrap
 import threading
 import weakref
 
@@ -263,22 +260,6 @@ def test_after_a_pause_the_next_job_starts_another_thread(pipe, monkeypatch):
     for _ in range(3):
         submit(engine, steps=1).result(WAIT)
         assert until(lambda: engine.scheduler._thread is None)
-
-
-def test_a_program_that_ends_with_jobs_on_their_way_ends_well():
-    program = """
-        import stylefast as sf
-        from tests.support.scene import sharp_pipeline
-        from tests.support.watch import submit, until
-        engine = sf.Engine.from_pipeline(sharp_pipeline())
-        for i in range(3):
-            job = submit(engine, seed=i, steps=500)
-        assert until(lambda: job.step)
-        print("left")
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT)
-    assert (done.returncode, done.stdout.strip()) == (0, "left"), done.stderr
 
 
 # callbacks, await and previews

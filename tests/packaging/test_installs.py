@@ -52,6 +52,7 @@ class Place:
             "install",
             "-q",
             "--no-deps",
+            "--no-compile",
             "--no-build-isolation",
             "--no-index",
             "--ignore-installed",
