@@ -10,12 +10,14 @@ that it replaces is no longer there exactly once, or if the named tests fail wit
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 FOLDERS = ("stylefast", "kernels", "export", "benchmarks", "tests")
@@ -57,7 +59,7 @@ MUTANTS = (
         "            inputs.adain_page,\n            inputs.adain_strength,\n            *inputs.pool_stats,",
         "            inputs.adain_page.clamp(min=0),\n            torch.ones_like(inputs.adain_strength),\n"
         "            *inputs.pool_stats,",
-        "tests/engine/test_style_aligned.py::test_the_first_prompt_lends_its_style_as_in_the_oracle",
+        "tests/engine/test_style_aligned.py::test_the_first_prompt_lends_its_style_as_in_the_oracle[default]",
         "a reference stays the picture that it would be without readers",
     ),
     Mutant(
@@ -73,7 +75,7 @@ MUTANTS = (
         "stylefast/runtime/banks/bank_pages.py",
         "        if self._stream is None:\n            self._pool.release(_numbers(keys))\n            return\n",
         "        if self._stream is None:\n            return\n",
-        "tests/runtime/test_bank_pages.py::test_host_blocks_bring_the_same_pages_as_the_tensors_themselves",
+        "tests/runtime/test_bank_pages.py::test_host_blocks_bring_the_same_pages_as_the_tensors_themselves[kv in fp32]",
         "pinned pages would fill the pool until no request fits",
     ),
     Mutant(
@@ -81,7 +83,7 @@ MUTANTS = (
         "stylefast/models/layer_inputs.py",
         "                rows.image_strength[:, :, module],\n",
         "                torch.ones_like(rows.image_strength[:, :, module]),\n",
-        "tests/engine/test_instant_style.py::test_blocks_equal_the_scales_of_diffusers",
+        "tests/engine/test_instant_style.py::test_blocks_equal_the_scales_of_diffusers[style]",
         "the picture would act in all modules, content included",
     ),
     Mutant(
@@ -129,7 +131,7 @@ MUTANTS = (
         "stylefast/runtime/plan/sample_group.py",
         'torch.Generator("cpu").manual_seed(sample.request.seed)',
         'torch.Generator("cpu").manual_seed(samples[0].request.seed)',
-        "tests/engine/test_style_aligned.py::test_the_first_prompt_lends_its_style_as_in_the_oracle",
+        "tests/engine/test_style_aligned.py::test_the_first_prompt_lends_its_style_as_in_the_oracle[default]",
         "pictures of one style would begin with the same noise",
     ),
     Mutant(
@@ -141,6 +143,16 @@ MUTANTS = (
         "pictures would keep the noise of the last level",
     ),
 )
+
+
+def import_libraries() -> None:
+    """Import what takes each run of pytest seconds."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    assert AutoencoderKL and EulerDiscreteScheduler and StableDiffusionXLPipeline and UNet2DConditionModel
+    assert CLIPTextModelWithProjection and CLIPVisionModelWithProjection
 
 
 def copy_checkout(folder: Path) -> Path:
@@ -155,17 +167,22 @@ def copy_checkout(folder: Path) -> Path:
 def failing(checkout: Path, tests) -> tuple[int, list[str], str]:
     """Run tests up to the first that fails; return pytest's exit code (0 passed, 1 failed), the failures, its output.
 
-    A run that does not end in time counts as failed.
+    A run that does not end in time counts as failed. It is a fork of this process, which has the libraries imported.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rfE", "-p", "no:cacheprovider", *tests]
-    try:
-        # an installed stylefast is another one
-        environment = os.environ | {"PYTHONPATH": str(checkout)}
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return 1, [f"{tests[0]}, which did not end"], ""
-    found = re.findall(r"^(?:FAILED|ERROR) (tests/\S+?)(?:\[| - |$)", done.stdout, re.MULTILINE)
-    return done.returncode, found, done.stdout
+    log = checkout / "pytest.log"
+    child = os.fork()
+    if child == 0:
+        signal.alarm(SECONDS)
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if stream == 1 else os.O_APPEND)), stream)
+        os.chdir(checkout)
+        sys.path.insert(0, str(checkout))
+        os._exit(pytest.main(["-q", "-x", "-rfE", "-p", "no:cacheprovider", *tests]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    output = log.read_text()
+    if code == -signal.SIGALRM:
+        return 1, [f"{tests[0]}, which did not end"], output
+    return code, re.findall(r"^(?:FAILED|ERROR) (tests/\S+?)(?:\[| - |$)", output, re.MULTILINE), output
 
 
 def caught_by(checkout: Path, mutant: Mutant) -> str | None:
@@ -190,6 +207,9 @@ def caught_by(checkout: Path, mutant: Mutant) -> str | None:
 def main() -> int:
     """Try the mutants that are named, or all; return the exit code."""
     words = sys.argv[1:] or [""]
+    # an import in a fork must find the copy
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (CHECKOUT, CHECKOUT / "tests")]
+    import_libraries()
     chosen = [mutant for mutant in MUTANTS if any(word in mutant.name for word in words)]
     survivors = 0
     with tempfile.TemporaryDirectory(prefix="stylefast-mutants-") as folder:
