@@ -2,6 +2,7 @@
 #                                                make check  format, lint and types; `make format` applies the first
 #                                                make smoke  a test of each kind, in half a minute
 # make demo   pictures in build/demo             make tiny   train the embedded model again
+# make reference  docs/reference.md, from signatures and docstrings
 # make bench  kernels and engine on the CPU      make gpu    GPU tests and benchmarks, on a machine that has one
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +30,7 @@ FAST := not slow and not gpu and not soak
 LEVEL ?= lesser
 AT_LEVEL = env `$(BIN)/python tests/cpu_levels.py $(LEVEL)`
 
-.PHONY: all venv dev extension demo test test-cpu test-slow mutants smoke check format tiny bench gpu gpu-wheels clean
+.PHONY: all venv dev extension demo test test-cpu test-slow mutants smoke check format reference tiny bench gpu gpu-wheels clean
 
 all: venv
 
@@ -95,6 +96,9 @@ format: dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
+
+reference: venv
+	$(BIN)/python docs/make_reference.py
 
 tiny: dev
 	$(BIN)/python -m benchmarks tiny_model

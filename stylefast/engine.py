@@ -56,6 +56,16 @@ class Engine:
     """A loaded SDXL-shaped model that makes pictures in many styles at once.
 
     Make one with `Engine.from_pretrained` or `Engine.from_pipeline`.
+
+    Examples:
+        >>> import stylefast as sf
+        >>> engine = sf.Engine.from_pretrained("tiny")
+        >>> engine.native_size
+        (64, 64)
+        >>> list(engine.references())
+        ['glass', 'neon', 'watercolor', 'woodcut']
+        >>> engine.generate("a fish", steps=2).images[0].size
+        (64, 64)
     """
 
     def __init__(
@@ -124,6 +134,11 @@ class Engine:
                 `load_components`. torch_dtype and other names of diffusers are accepted, or refused with a hint.
 
         Raises ModelNotFound, ModelFormatError, AdapterError, OutOfMemory, InvalidRequest, ExportError or a subclass.
+
+        Examples:
+            >>> engine = sf.Engine.from_pretrained("tiny", dtype="bfloat16", max_pending=8)
+            >>> engine.unet.dtype
+            torch.bfloat16
         """
         options, others = EngineOptions.of(options, others)
         check_backend(options.backend, options.engines, options.trust)
@@ -144,16 +159,24 @@ class Engine:
     ) -> "Engine":
         """Take over a diffusers `StableDiffusionXLPipeline`; weights are shared and the pipeline stays usable.
 
-        options, others: as in `from_pretrained`, but for those that say what to load. Raises InvalidRequest for these.
+        Args:
+            pipeline: of any of SDXL's family.
+            options, others: as in `from_pretrained`, but for those that say what to load.
+
+        Raises InvalidRequest for options that say what to load.
         """
         options, others = EngineOptions.of(options, others)
         check_engine_options(options.loading() | others, OF_LOADED)
         return cls(from_pipeline(pipeline), options)
 
     def load_adapter(self, file: str | Path, image_encoder: str | Path | None = None, name: str | None = None) -> str:
-        """Load an IP-Adapter and return the name by which `InstantStyle(adapter=...)` finds it (the file's stem).
+        """Load an IP-Adapter and return the name by which `InstantStyle(adapter=...)` finds it.
 
-        `image_encoder` is the folder of its CLIP image encoder; None uses the model's own.
+        Args:
+            file: a `.safetensors` or `.bin` file.
+            image_encoder: folder of its CLIP image encoder; None uses the model's own.
+            name: None takes the file's stem.
+
         Raises AdapterError if the two don't match, or no image encoder is known.
         """
         self.runner.check_open()
@@ -243,6 +266,15 @@ class Engine:
 
         Raises InvalidRequest or a subclass (PromptError, StyleError, ImageError) before any work is done, NumericsError
         if latents turn NaN, OutOfMemory if the batch does not fit.
+
+        Examples:
+            >>> neon = sf.StyleAligned(engine.references()["neon"])
+            >>> result = engine.generate(["a fish", "a cat"], neon, steps=2, seed=7)
+            >>> [entry["seed"] for entry in result.metadata]
+            [7, 8]
+            >>> mixed = [sf.Request("a tree", steps=2), sf.Request("a cat", style=neon, steps=3, scheduler="unipc")]
+            >>> len(engine.generate(mixed).images)
+            2
         """
         self.runner.check_open()
         check_output(output)
@@ -287,6 +319,12 @@ class Engine:
         Returns a `Job`: `result(timeout=)`, `cancel()`, `await job`, `async for preview in job`. Raises InvalidRequest
         or a subclass for errors found before anything runs, QueueFull if `max_pending` jobs are waiting, and
         EngineClosed.
+
+        Examples:
+            >>> fish = engine.submit(sf.Request("a fish", steps=2))
+            >>> cats = engine.submit([sf.Request("a cat", seed=seed, steps=3) for seed in (1, 2)])
+            >>> len(fish.result().images), len(cats.result().images)
+            (1, 2)
         """
         self.runner.check_open()
         requests = as_list(request)
@@ -354,6 +392,12 @@ class Engine:
 
         Raises StyleError and InvalidRequest for styles or settings that can't be baked, NumericsError if the
         reference's features are not finite, OutOfMemory if it does not fit into memory or onto the disk.
+
+        Examples:
+            >>> bank = engine.bake(sf.StyleAligned(prompt="a star in neon style"), steps=2)
+            >>> result = engine.generate(["a fish", "a cat"], sf.StyleAligned(bank, scale=0.8), **bank.settings)
+            >>> len(result.images)
+            2
         """
         self.runner.check_open()
         options = {

@@ -41,9 +41,15 @@ def _option(
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What `Engine.from_pretrained` and `from_pipeline` take besides the model.
+    """Options of `Engine.from_pretrained` and `Engine.from_pipeline`.
 
     Memory sizes become bytes, and row counts a tuple. Raises InvalidRequest for a value that an option can't have.
+
+    Examples:
+        >>> options = sf.EngineOptions(bank_memory="1.5GB", batch_buckets=[2, 4, 8])
+        >>> options.bank_memory, options.batch_buckets
+        (1500000000, (2, 4, 8))
+        >>> engine = sf.Engine.from_pretrained("tiny", options)
     """
 
     adapter: str | Path | Sequence[str | Path] | None = _option(

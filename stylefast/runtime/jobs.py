@@ -54,7 +54,15 @@ class Job:
     """The result of `Engine.submit`. Its methods may be called from any thread.
 
     `await job` and `async for preview in job` work in any event loop; a slow reader of previews misses some, but never
-    the last one. `status` is "queued", "running", "done", "failed" or "cancelled"; `step` of `steps` are done.
+    the last one. `step` of `steps` are done.
+
+    Examples:
+        >>> job = engine.submit(sf.Request("a fish", steps=2))
+        >>> result = job.result(timeout=600)
+        >>> job.status, job.step, job.steps
+        ('done', 2, 2)
+        >>> job.cancel()  # too late
+        False
     """
 
     has_caller = False  # whether a caller waits for it and runs its steps

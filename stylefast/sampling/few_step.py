@@ -16,7 +16,10 @@ from stylefast.sampling.spacing import EXPONENTIAL, KARRAS
 class FewStepPreset:
     """Sampler settings of a distilled model. None leaves a setting to the model's config or the sampler.
 
-    steps: step counts it was trained for or published with. guidance: 1 (off), since guidance is distilled in.
+    Args:
+        steps: step counts it was trained for or published with.
+        guidance: 1 (off), since guidance is distilled in.
+        The other arguments are those of `make_schedule`.
     """
 
     scheduler: str

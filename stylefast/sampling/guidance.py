@@ -26,8 +26,18 @@ class StyleContextGuidance:
 
         e = e0 + h * [ls (eS - e0) + lc (eF - eS) + lc (eC - e0) + ls (eF - eC)] + ln (eF - e0)
 
-    style, context, negative: ls, lc, ln. convention: "code" uses h = 1/2, as in the released code; "paper" uses h = 1.
-    ls == lc needs neither the context nor the style branch. Raises InvalidRequest for weights outside 0 to 100.
+    Args:
+        style, context, negative: ls, lc, ln. ls == lc needs neither the context nor the style branch.
+        convention: "code" uses h = 1/2, as in the released code; "paper" uses h = 1.
+
+    Raises InvalidRequest for weights outside 0 to 100.
+
+    Examples:
+        >>> guidance = sf.StyleContextGuidance(style=1.0, context=3.0, negative=5.0)
+        >>> guidance.collapsed()
+        (7.0, 1.0)
+        >>> style = sf.DreamStyler(engine.styles()["chalk"], guidance=guidance)
+        >>> result = engine.generate("a fish", style, steps=2)
     """
 
     style: float = 0.5
@@ -68,8 +78,9 @@ def guidance_weights(guidance: float, style_context: StyleContextGuidance | None
 class GuidanceInterval:
     """Interval of the steps in which guidance is applied (Kynkäänniemi et al. 2024, arXiv 2404.07724).
 
-    start, end: fractions of the steps, 0 <= start < end <= 1; step i of n is guided if start <= i / n < end. The paper
-    states the interval in sigma. (0, 0.8) turns guidance off for the last fifth, (0, 1) guides everywhere.
+    Args:
+        start, end: fractions of the steps, 0 <= start < end <= 1; step i of n is guided if start <= i / n < end. (0, 1)
+            guides everywhere, (0, 0.8) not in the last fifth. The paper states the interval in sigma.
 
     Raises InvalidRequest for other values.
     """

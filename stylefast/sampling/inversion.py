@@ -48,10 +48,11 @@ def ddim_invert(
 ) -> torch.Tensor:
     """Invert a clean latent step by step up to noise.
 
-    predict: (latents [C, h, w], timestep) -> the model's guided output [C, h, w].
-    clean: [C, h, w], the scaled mean of the VAE's posterior, in float32 or wider.
-    alphas_cumprod: [train timesteps], from `noise_levels.alphas_cumprod`.
-    prediction_type: "epsilon" or "v_prediction", the type of `predict`'s output.
+    Args:
+        predict: (latents [C, h, w], timestep) -> the model's guided output [C, h, w].
+        clean: [C, h, w], the scaled mean of the VAE's posterior, in float32 or wider.
+        alphas_cumprod: [train timesteps], from `noise_levels.alphas_cumprod`.
+        prediction_type: "epsilon" or "v_prediction", the type of `predict`'s output.
 
     For t = 0, r, 2r, ... with r = train timesteps // steps, and s the previous timestep (alphas_cumprod[0] before the
     first): x0 = (z - sqrt(1 - abar_s) eps) / sqrt(abar_s), z <- sqrt(abar_t) x0 + sqrt(1 - abar_t) eps. The model

@@ -129,16 +129,17 @@ def make_schedule(
 ) -> Schedule:
     """Build the schedule of `steps` steps of the sampler `name`; equal arguments return the same Schedule object.
 
-    name: one of SCHEDULERS; those in KARRAS_SCHEDULERS also with the suffix "_karras" or "_exponential".
-    steps: number of UNet evaluations, for dpmpp_sde too.
-    config: a scheduler config in diffusers format. It determines the noise levels, the timesteps and the prediction
-        type; the name alone determines the sampler, so `solver_order`, `algorithm_type` and similar keys are ignored.
-        Missing keys default to SDXL's values. EDM configs (`edm.EDM_CLASSES`) support EDM_SCHEDULERS only.
-    spacing: "leading", "linspace" or "trailing", overrides the config's.
-    karras, exponential: Karras noise levels, or levels even in log sigma; None: use the name's suffix or the config.
-    eta: the share of fresh noise, in [0, 1], of ddim (default 0) and tcd (its gamma, default 0.3).
-    prediction_type: "epsilon", "v_prediction" or "sample", overrides the config's.
-    timesteps: `steps` explicit timesteps, descending whole numbers; for TIMESTEP_SCHEDULERS.
+    Args:
+        name: one of SCHEDULERS; those in KARRAS_SCHEDULERS also with the suffix "_karras" or "_exponential".
+        steps: number of UNet evaluations, for dpmpp_sde too.
+        config: a scheduler config in diffusers format. It determines the noise levels, the timesteps and the prediction
+            type; the name alone determines the sampler, so `solver_order`, `algorithm_type` and similar keys are
+            ignored. Missing keys default to SDXL's values. EDM configs (`edm.EDM_CLASSES`) support EDM_SCHEDULERS only.
+        spacing: "leading", "linspace" or "trailing", overrides the config's.
+        karras, exponential: Karras noise levels, or levels even in log sigma; None: the name's suffix or the config.
+        eta: the share of fresh noise, in [0, 1], of ddim (default 0) and tcd (its gamma, default 0.3).
+        prediction_type: "epsilon", "v_prediction" or "sample", overrides the config's.
+        timesteps: `steps` explicit timesteps, descending whole numbers; for TIMESTEP_SCHEDULERS.
 
     Raises InvalidRequest for an unknown name, steps outside 1..1000, or a setting the sampler doesn't support.
     """

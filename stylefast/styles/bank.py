@@ -65,7 +65,16 @@ class ReferenceFeatures(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StyleBank:
-    """A finished bank. Treat `tensors` as read-only; in a loaded bank, each look-up reads from the file."""
+    """A finished bank. Treat `tensors` as read-only; in a loaded bank, each look-up reads from the file.
+
+    Examples:
+        >>> bank = engine.bake(sf.StyleAligned(prompt="a star in neon style"), steps=2)
+        >>> bank.save("neon.bank").name
+        'neon.bank'
+        >>> bank = sf.StyleBank.load("neon.bank")
+        >>> bank.settings
+        {'steps': 2, 'scheduler': 'euler', 'size': (64, 64), 'guidance': 5.0, 'negative_prompt': ''}
+    """
 
     info: BankInfo
     shapes: BankShapes
@@ -78,8 +87,12 @@ class StyleBank:
     def load(cls, path: str | Path, verify: bool = True) -> "StyleBank":
         """Open a bank's file; its tensors are read on demand.
 
-        verify: read the whole file once and compare its checksum. Raises StyleError if the file is missing, truncated,
-        altered, of another format or not a bank, or if its tensors don't match its metadata.
+        Args:
+            path: a file that `save` or `bake` wrote.
+            verify: read the whole file once and compare its checksum.
+
+        Raises StyleError if the file is missing, truncated, altered, of another format or not a bank, or if its tensors
+        don't match its metadata.
         """
         values.flag("verify", verify, error=StyleError)
         path = values.path("a style bank", path, error=StyleError)

@@ -52,15 +52,27 @@ def stage_of(timestep: float, stages: int, num_train_timesteps: int = 1000) -> i
 class DreamStyler(Style):
     """A learned style, as one argument of a request.
 
-    `embedding`: a StageEmbedding, or a source for `load_embedding` (a file, a folder, a pair of files).
-    `context`: words on the content, placed between the prompt's opening and the style clause, or at `{context}`.
-    `guidance`: a StyleContextGuidance, or None for plain classifier-free guidance.
-    `stages`: style mixing by stage, {stage: style}, each a DreamStyler, a StageEmbedding or a file, whose vectors
-    replace that stage's (a style of one stage gives its only ones).
-    `name`: the placeholder, `<name>` in prompts; None: the embedding's own name.
-    `template`: applied to prompts that contain neither `{style}` nor `<name>`; without `{style}` in it, such prompts
-    raise PromptError. Not used for a style that the negative prompt names. `style_prompt`: text of the style branch.
+    Args:
+        embedding: a StageEmbedding, or a source for `load_embedding` (a file, a folder, a pair of files).
+        context: words on the content, placed between the prompt's opening and the style clause, or at `{context}`.
+        guidance: a StyleContextGuidance, or None for plain classifier-free guidance.
+        stages: style mixing by stage, {stage: style}, each a DreamStyler, a StageEmbedding or a file, whose vectors
+            replace that stage's (a style of one stage gives its only ones).
+        name: the placeholder, `<name>` in prompts; None: the embedding's own name.
+        template: applied to prompts that contain neither `{style}` nor `<name>`; without `{style}` in it, such prompts
+            raise PromptError. Not used for a style that the negative prompt names.
+        style_prompt: text of the style branch.
+
     Raises StyleError for files and stages that do not fit.
+
+    Examples:
+        >>> style = sf.DreamStyler(engine.styles()["chalk"])
+        >>> style.name, style.stage_count
+        ('chalk', 6)
+        >>> style.branch_prompts("a fish")["full"]
+        'a fish, in the style of <chalk>'
+        >>> len(engine.generate(["a fish", "a cat drawn with <chalk>"], style, steps=2).images)
+        2
     """
 
     embedding: StageEmbedding | str | Path | Sequence

@@ -54,29 +54,37 @@ class StyleTokens(NamedTuple):
 class InstantStyle(ImageStyle):
     """The style of one or several pictures, through an IP-Adapter.
 
-    - `image`: a picture or a list; without masks, a list acts like an average (one softmax over all tokens).
-    - `blocks`: where it acts. A preset ("style", "layout", "style+layout", "all", or a name from `PRESETS`); a
-      dictionary in diffusers format, `{"down": {"block_2": [0.0, 1.0]}, "mid": 0.5, "up": 1.0}`, with 0 for blocks
-      not named; or a list of substrings of layer names, `["up_blocks.0.attentions.1"]`.
-    - `scale`: strength, multiplied with the blocks' weights; with masks, optionally one per picture.
-    - `composition_scale`: strength in the layout module for the presets that name composition (None: `scale`).
-    - `style_boost`, `composition_boost`: for the presets ending in "precise", the absolute strength of the image in
-      the unconditional row, so that guidance steers away from it: in the layout module ("style transfer precise"), or
-      outside of it ("composition precise", a tenth of it outside the style module).
-    - `content`, `content_scale`: what the picture shows, in words, subtracted from its embedding:
-      `e_image - content_scale * e_text`. Needs a global adapter whose encoder shares the space of the model's second
-      text encoder; an embedding `[dim]` may be given in place of words for other encoders.
-    - `mask`: where it acts in the picture, white being active; one per image (None: everywhere). Each picture then
-      has its own softmax.
-    - `window`: (start, end) as fractions of the steps; step i of n is inside if start <= i / n < end.
-    - `adapter`: name or path, for engines with several; None: the only one.
-    - `crop`: how pictures become square: "center", "squash" or "pad".
-    - `negative_image`: a picture to steer away from, instead of the adapter's "no picture".
-    - `image_embeds`: the image encoder's output, instead of `image`: a tensor `[pictures, width]` (plus adapters:
-      `[pictures, patches, width]`), or the result of diffusers' `prepare_ip_adapter_image_embeds`, with or without the
-      embeddings of "no picture"; or a file of either.
+    Args:
+        image: a picture or a list; without masks, a list acts like an average (one softmax over all tokens).
+        blocks: where it acts. A preset ("style", "layout", "style+layout", "all", or a name from `PRESETS`); a
+            dictionary in diffusers format, `{"down": {"block_2": [0.0, 1.0]}, "mid": 0.5, "up": 1.0}`, with 0 for
+            blocks not named; or a list of substrings of layer names, `["up_blocks.0.attentions.1"]`.
+        scale: strength, multiplied with the blocks' weights; with masks, optionally one per picture.
+        content, content_scale: what the picture shows, in words, subtracted from its embedding:
+            `e_image - content_scale * e_text`. Needs a global adapter whose encoder shares the space of the model's
+            second text encoder; an embedding `[dim]` may be given in place of words for other encoders.
+        mask: where it acts in the picture, white being active; one per image (None: everywhere). Each picture then
+            has its own softmax.
+        window: (start, end) as fractions of the steps; step i of n is inside if start <= i / n < end.
+        adapter: name or path, for engines with several; None: the only one.
+        crop: how pictures become square: "center", "squash" or "pad".
+        negative_image: a picture to steer away from, instead of the adapter's "no picture".
+        style_boost, composition_boost: for the presets ending in "precise", the absolute strength of the image in the
+            unconditional row, so that guidance steers away from it: in the layout module ("style transfer precise"),
+            or outside of it ("composition precise", a tenth of it outside the style module).
+        composition_scale: strength in the layout module for the presets that name composition (None: `scale`).
+        image_embeds: the image encoder's output, instead of `image`: a tensor `[pictures, width]` (plus adapters:
+            `[pictures, patches, width]`), or the result of diffusers' `prepare_ip_adapter_image_embeds`, with or
+            without the embeddings of "no picture"; or a file of either.
 
     Raises StyleError at construction for values out of range.
+
+    Examples:
+        >>> style = sf.InstantStyle(engine.references()["woodcut"], blocks="style", scale=0.7)
+        >>> result = engine.generate("a fish", style, steps=2)
+        >>> both = [style, sf.StyleAligned(prompt="a star in neon style")]
+        >>> len(engine.generate(["a fish", "a cat"], both, steps=2).images)
+        2
     """
 
     image: PictureSource | list[PictureSource] | tuple[PictureSource, ...] | None = None

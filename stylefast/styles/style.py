@@ -188,7 +188,8 @@ class Style:
     def write_rows(self, rows: Rows, row: int, layout: AttentionLayout, leads: bool) -> None:
         """Write the columns of one row at steps within `window`.
 
-        leads: the row belongs to the first of pictures that look at one another.
+        Args:
+            leads: whether the row belongs to the first of pictures that look at one another.
         """
 
     def active(self, step: int, steps: int) -> bool:

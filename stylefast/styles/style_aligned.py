@@ -63,6 +63,14 @@ class StyleAligned(ReferenceStyle):
         window: (start, end) in fractions of the steps; outside of it, rows are plain.
 
     Raises StyleError for values out of range.
+
+    Examples:
+        >>> style = sf.StyleAligned(engine.references()["neon"], scale=0.8)
+        >>> len(engine.generate(["a fish", "a cat"], style, steps=2).images)
+        2
+        >>> result = engine.generate(["a star in neon style", "a fish"], sf.StyleAligned(), steps=2)
+        >>> len(result.images)  # the first of which is the reference
+        2
     """
 
     reference: Any = None

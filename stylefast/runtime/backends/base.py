@@ -20,14 +20,17 @@ from stylefast.runtime.steps.step_buffers import StepColumns
 class Backend:
     """Runner of steps; `Engine(backend=...)` accepts custom ones.
 
-    name: the value of `Engine.runner.backend.name`. buckets: row counts to which batches are padded; empty: a table
-    has the shape of its batch. pads_columns: whether `run` itself pads columns of references and pictures, so that
-    tables are only as wide as their batch. limits: the largest graph dimensions ("rows", "pages") that it supports.
+    Attributes:
+        name: the value of `Engine.runner.backend.name`.
+        buckets: row counts to which batches are padded; empty: a table has the shape of its batch.
+        pads_columns: whether `run` itself pads columns of references and pictures, so that tables are only as wide as
+            their batch.
+        limits: the largest graph dimensions ("rows", "pages") that it supports.
     """
 
     name: str = "own"
     buckets: tuple[int, ...] = ()
-    pads_columns = False
+    pads_columns: bool = False
     limits: Mapping[str, int] = MappingProxyType({})
 
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:
@@ -41,7 +44,10 @@ class Backend:
     def check(self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool) -> None:
         """Raise ExportError if a group of `rows` rows or more can't be run; called before its job is accepted.
 
-        latent_size: (height, width). references, segments: the most that a row reads. banked: whether rows read a bank.
+        Args:
+            latent_size: (height, width).
+            references, segments: the most that a row reads.
+            banked: whether rows read a bank.
         """
 
     def ready(self, group: SampleGroup) -> Callable[[], None] | None:
@@ -73,8 +79,9 @@ class Backend:
 class TorchBackend(Backend):
     """Backend that runs a step eagerly.
 
-    graphs: captures and replays steps; "auto": CUDA graphs on a GPU, where launching a step's thousands of kernels
-    takes longer than running them; none on a CPU. None: every step is launched kernel by kernel.
+    Args:
+        graphs: captures and replays steps; "auto": CUDA graphs on a GPU, where launching a step's thousands of kernels
+            takes longer than running them; none on a CPU. None: every step is launched kernel by kernel.
     """
 
     name = "torch"

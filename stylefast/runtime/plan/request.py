@@ -40,6 +40,14 @@ class Request:
             diffusers' SDXL pipelines; None is 0. The negative prompt always uses the second-to-last.
 
     Raises InvalidRequest for anything out of range.
+
+    Examples:
+        >>> request = sf.Request("a fish", style=sf.StyleAligned(prompt="a star"), steps=2, size=(96, 64))
+        >>> engine.generate(request).images[0].size
+        (96, 64)
+        >>> sf.Request("a fish", size=(100, 64))
+        Traceback (most recent call last):
+        stylefast.errors.InvalidRequest: width is 100; it must be divisible by 8, from 16 to 8192; try 96
     """
 
     prompt: str
@@ -88,8 +96,10 @@ class Request:
 class Result:
     """Result of `Engine.generate`, in the order of the prompts.
 
-    `images`: PIL images, or for output="np" float arrays [height, width, 3] in 0..1, or empty for "latents". `latents`:
-    per picture [channels, h, w] fp32, before the VAE. `metadata`: per picture, enough to make it again.
+    Attributes:
+        images: PIL images, or for output="np" float arrays [height, width, 3] in 0..1, or empty for "latents".
+        latents: per picture [channels, h, w] fp32, before the VAE.
+        metadata: per picture, enough to make it again.
     """
 
     images: list[Any]
