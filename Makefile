@@ -1,6 +1,6 @@
 # make        environment and C++ extension      make test   `make check` and the tests, with the packages that they need
 #                                                make check  format, lint and types; `make format` applies the first
-#                                                make smoke  a test of each kind, in half a minute
+#                                                make smoke  check in seconds that the install works
 # make demo   pictures in build/demo             make tiny   train the embedded model again
 # make reference  docs/reference.md, from signatures and docstrings
 # make bench  kernels and engine on the CPU      make gpu    GPU tests and benchmarks, on a machine that has one
@@ -75,8 +75,9 @@ test: check
 test-cpu: dev
 	$(AT_LEVEL) $(PYTEST) -m "$(FAST)"
 
+# one process, since importing torch and diffusers takes most of the time; pytest fails if it finds no test
 smoke: dev
-	$(PYTEST) -m smoke
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/smoke
 
 test-slow: dev
 	$(PYTEST) -m "slow and not gpu"

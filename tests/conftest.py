@@ -12,7 +12,6 @@ import pytest
 from hypothesis import settings
 
 from tests.numerics import is_numeric
-from tests.smoke import SMOKE
 
 # before any import of transformers or diffusers, which read them once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,13 +50,10 @@ def pytest_unconfigure():
 
 def pytest_ignore_collect(collection_path, config):
     """Leave out whole modules of which no test would run: importing ONNX, TensorRT and the like takes seconds."""
-    only = re.fullmatch(r"(numerics|smoke)( and (?!.*\bor\b).*)?", config.option.markexpr or "")
-    if not only or not collection_path.name.startswith("test_") or collection_path.suffix != ".py":
+    numerics = re.fullmatch(r"numerics( and (?!.*\bor\b).*)?", config.option.markexpr or "")
+    if not numerics or not collection_path.name.startswith("test_") or collection_path.suffix != ".py":
         return None
-    if only[1] == "numerics":
-        return None if is_numeric(collection_path) else True
-    name = collection_path.relative_to(CHECKOUT).as_posix()
-    return None if any(test.split("::")[0] == name for test in SMOKE) else True
+    return None if is_numeric(collection_path) else True
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -71,31 +67,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if is_numeric(item.path):
             item.add_marker("numerics")
-        if _smoke_names(item.nodeid):
-            item.add_marker("smoke")
     _skip_gpu(items)
     _skip_vectors(items)
-
-
-def _smoke_names(nodeid: str) -> set[str]:
-    """Return the entries of tests/smoke.py that mean this test: by its file, its name, or its name with a parameter."""
-    return {nodeid, nodeid.split("[")[0], nodeid.split("::")[0]} & set(SMOKE)
-
-
-_smoke_ran = set()
-
-
-def pytest_runtest_logreport(report):
-    _smoke_ran.update(_smoke_names(report.nodeid))
-
-
-def pytest_sessionfinish(session):
-    """Fail `make smoke` if one of its tests was renamed or removed."""
-    if session.config.option.markexpr != "smoke" or hasattr(session.config, "workerinput"):
-        return
-    if missing := sorted(set(SMOKE) - _smoke_ran):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        print(f"\ntests/smoke.py names tests that did not run: {', '.join(missing)}")
 
 
 def _skip_vectors(items):

@@ -56,6 +56,12 @@ def test_the_tests_add_what_they_need_to_the_same_environment(make):
     assert done.returncode == 0 and done.stdout.index("-e .") < done.stdout.index("-e '.[dev]'"), done.stdout
 
 
+def test_smoke_runs_the_tests_of_its_folder(make, checkout):
+    done = make("-n", "smoke")
+    assert done.returncode == 0 and "-m pytest -q tests/smoke\n" in done.stdout, done.stdout
+    assert list((checkout / "tests" / "smoke").glob("test_*.py"))
+
+
 def test_the_demo_prints_a_few_lines_and_the_address_at_the_end(make, script, tmp_path):
     script("python", NOISE)
     script("stylefast", "echo page; echo open file:///page >&2\n")
