@@ -72,6 +72,12 @@ def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
 
     Nothing is checked: what the engine refuses may fail here, or run. Raises InvalidRequest for style banks and DDIM
     inversion, which are left out.
+
+    Examples:
+        >>> from stylefast import naive
+        >>> (latents,) = naive.generate(engine, [sf.Request("a fish", steps=2)])
+        >>> latents.shape
+        torch.Size([4, 16, 16])
     """
     samples = plan(engine, requests)
     for sample in samples:

@@ -142,6 +142,14 @@ def make_schedule(
         timesteps: `steps` explicit timesteps, descending whole numbers; for TIMESTEP_SCHEDULERS.
 
     Raises InvalidRequest for an unknown name, steps outside 1..1000, or a setting the sampler doesn't support.
+
+    Examples:
+        >>> from stylefast.sampling import make_schedule
+        >>> schedule = make_schedule("dpmpp_2m_karras", 20)
+        >>> schedule.steps, schedule.uses_noise
+        (20, False)
+        >>> make_schedule("lcm", 2, timesteps=[999, 499]).timesteps
+        tensor([999., 499.])
     """
     base, suffix = _split(name)
     config = {**SDXL_SCHEDULER, **config}

@@ -34,8 +34,15 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
         exec(compile(source, f"{page.name}, example {number}", "exec"), names)
 
 
+def anchors(page: Path) -> set[str]:
+    """Return what links to the page's headings end with."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page):
-    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
-    missing = [target for target in targets if not (page.parent / target).exists()]
-    assert not missing
+    links = re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8"))
+    for target, anchor in links:
+        place = page.parent / target if target else page
+        assert place.exists() and (not anchor or anchor in anchors(place)), f"{target}#{anchor}"

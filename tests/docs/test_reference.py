@@ -45,7 +45,7 @@ def test_functions_begin_with_a_verb_and_classes_do_not():
 
 @pytest.fixture(scope="module")
 def engine():
-    return sf.Engine.from_pretrained("tiny")
+    return sf.Engine.from_pretrained("tiny", device="cpu")
 
 
 def test_what_a_user_meets_first_has_examples():
