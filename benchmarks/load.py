@@ -44,7 +44,7 @@ for _ in range({ROUNDS}):
 """
 # ways for threads to wait: stylefast's setting, and others
 WAITING = {
-    "shortly": "spin shortly, then sleep: stylefast's setting",
+    "shortly": "spin briefly, then sleep: stylefast's setting",
     "asleep": "sleep at once: `OMP_WAIT_POLICY=passive`",
     "spinning": "spin for milliseconds: torch imported first",
 }
@@ -89,7 +89,7 @@ def markdown(content: dict[str, Any]) -> str:
                 f"({seen['slowest_step_alone_ms']:.0f} ms) | {result['figures'][0]['value']:.2f} |"
             )
     busy = next(result for result in content["results"] if result["case"] == "busy")
-    lines += ["", "| threads that wait | idle machine | a busy loop on every core | |", "|---|---|---|---|"]
+    lines += ["", "| waiting threads | idle machine | a busy loop on every core | |", "|---|---|---|---|"]
     for how, what in WAITING.items():
         idle, beside = (_median(busy["details"][f"{when} {how}"]) for when in ("alone_s", "busy_s"))
         lines.append(f"| {what} | {idle:.1f} s | {beside:.1f} s | {beside / idle:.1f}x |")
