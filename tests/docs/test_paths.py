@@ -15,8 +15,12 @@ PATH = re.compile(rf"(?<![\w/])((?:{FOLDERS})/[\w/]+\.(?:py|cpp|h))\b")
 
 
 def missing(text: str) -> list[str]:
-    """Return the paths in a text that are no file, from the root or from the package."""
-    return [path for path in PATH.findall(text) if not any((ROOT / top / path).is_file() for top in ("", "stylefast"))]
+    """Return the paths in a text that are no file, from the root, the package or tests."""
+    return [
+        path
+        for path in PATH.findall(text)
+        if not any((ROOT / top / path).is_file() for top in ("", "stylefast", "tests"))
+    ]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda page: page.name)

@@ -13,7 +13,7 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import EngineClosed, ExportError, InvalidRequest
-from stylefast.runtime.copies import start_copies
+from stylefast.runtime.banks.copies import start_copies
 from tests.support.fp64 import close
 from tests.support.scene import SIZE, STEPS, small_picture
 from tests.support.watch import WAIT, Watch, held, request, settled, submit, until

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from stylefast.errors import InvalidRequest, ModelFormatError
 from stylefast.models.stored_tensors import StoredTensors
 from stylefast.runtime import copies
-from stylefast.runtime.copies import start_copies
+from stylefast.runtime.banks.copies import start_copies
 from tests.support.cpp_forms import backends
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool]

@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
+from stylefast.runtime.banks.copies import start_copies
 from stylefast.runtime.banks.page_layout import PageLayout
 from stylefast.runtime.banks.page_pool import PagePool, PoolFull
-from stylefast.runtime.copies import start_copies
 from stylefast.styles.bank import StyleBank
 
 logger = logging.getLogger(__name__)
