@@ -27,7 +27,7 @@ def build_parser():
         description="Style-conditioned SDXL pictures: StyleAligned, InstantStyle and DreamStyler in one engine.",
         epilog='example: stylefast generate "a fish" "a house" --style-image photo.jpg\n\n'
         "exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), 129 hung up,\n"
-        "141 output that nobody reads; errors are one line on stderr",
+        "141 output pipe closed; errors are one line on stderr",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"stylefast {stylefast.__version__}")
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             # a library interrupted while it is imported may raise ImportError
             if signals.received is not None or isinstance(error, KeyboardInterrupt):
-                return _report(f"{signals.word}; what was being written is not there in halves", signals.exit_code)
+                return _report(f"{signals.word}; no incomplete file was left", signals.exit_code)
             if isinstance(error, BrokenPipeError) and not _is_read():
                 return UNREAD
             return _report(*_in_words(error))
@@ -95,7 +95,7 @@ def _in_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (StyleFastError, OSError)):
         return str(error), FAILED
     # other errors are bugs; still, no traceback by default
-    return f"unexpected {type(error).__name__}: {error}; {DEBUG}=1 shows where it happened", FAILED
+    return f"unexpected {type(error).__name__}: {error}; {DEBUG}=1 shows the traceback", FAILED
 
 
 def _report(message: str, code: int) -> int:

@@ -38,7 +38,7 @@ def replaceable(path: str | Path) -> str | None:
             if reason is not None:
                 return reason
     except OSError as error:
-        return f"{error.filename} can't be looked at ({error.strerror or error})"
+        return f"{error.filename} can't be inspected ({error.strerror or error})"
     return None
 
 
@@ -48,7 +48,7 @@ def foreign(folder: str | Path, names: Iterable[str] = (), above: bool = True) -
     names: paths of the files, relative to the folder. above: also check the folders above it (`replaceable`).
     """
     if not hasattr(os, "getuid"):
-        return f"this system does not tell whose {folder} is"
+        return f"this system does not report the owner of {folder}"
     folder = Path(os.path.realpath(folder))
     names = list(names)
     inner = {parent for name in names for parent in PurePosixPath(name).parents if parent.parts}
@@ -80,7 +80,7 @@ def private_folder(wanted: str | Path, what: str, reason: str | None = None) -> 
         return Path(wanted)
     other = _own_temporary(what)
     logger.warning(
-        "%s in %s is code and could come from another user: %s; it is ignored, and this process uses %s instead",
+        "%s in %s is code that another user could have written: %s; it is ignored, and this process uses %s instead",
         what,
         wanted,
         reason,
@@ -156,13 +156,13 @@ def _first_foreign(paths: Iterable[Path], strict: bool) -> str | None:
         for path in paths:
             status = path.lstat()
             if stat.S_ISLNK(status.st_mode):
-                return f"{path} is a link to elsewhere"
+                return f"{path} is a link to another place"
             if status.st_uid not in (os.getuid(), _ROOT):
                 return f"{path} belongs to user {status.st_uid}, not to you ({os.getuid()})"
             if _others_write(status) or (strict and status.st_mode & stat.S_IWGRP):
                 return f"others can write to {path} (mode {stat.S_IMODE(status.st_mode):o})"
     except OSError as error:
-        return f"{error.filename} can't be looked at ({error.strerror or error})"
+        return f"{error.filename} can't be inspected ({error.strerror or error})"
     return None
 
 

@@ -51,7 +51,7 @@ def picture_grid(images: Sequence[Image.Image], columns: int | None = None) -> I
     if columns is None:
         columns = math.ceil(math.sqrt(len(images)))
     if columns < 1:
-        raise InvalidRequest(f"columns is {columns}; a grid has at least 1")
+        raise InvalidRequest(f"columns is {columns}; a grid needs at least 1")
     columns = min(columns, len(images))
     width, height = (max(image.size[side] for image in images) for side in (0, 1))
     rows = math.ceil(len(images) / columns)

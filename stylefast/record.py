@@ -72,7 +72,7 @@ def from_record(record: Mapping | Sequence, base: str | Path | None = None, mode
     if not isinstance(entries, (list, tuple)) or not entries:
         raise InvalidRequest(f'"requests" is {quoted(entries)}; it must be a list of at least one request')
     if len(entries) > MAX_REQUESTS:
-        raise InvalidRequest(f"the call has {len(entries)} requests; at most {MAX_REQUESTS} are taken at once")
+        raise InvalidRequest(f"the call has {len(entries)} requests; at most {MAX_REQUESTS} are allowed at once")
     return [_in_place(f"request {i}", _read_request, entry, styles, sources) for i, entry in enumerate(entries)]
 
 
@@ -146,7 +146,9 @@ def _pick_style(wanted, styles: Mapping, sources: Sources):
         return _read_style(wanted, sources)
     if isinstance(wanted, bool) or not isinstance(wanted, (int, str)) or wanted not in styles:
         known = ", ".join(map(repr, styles)) or "none"
-        raise InvalidRequest(f'style is {quoted(wanted)}; "styles" has {known}, or write the style out here')
+        raise InvalidRequest(
+            f'style is {quoted(wanted)}; "styles" has {known}; use one of them, or write the style here in full'
+        )
     return styles[wanted]
 
 
@@ -155,7 +157,7 @@ def _read_style(entry, sources: Sources):
         raise InvalidRequest(f'a style is a dictionary such as {{"kind": "StyleAligned"}}, not {quoted(entry)}')
     values = dict(entry)
     if "kind" in values and "type" in values:
-        raise InvalidRequest('a style has "kind" and "type"; they mean the same, so keep one')
+        raise InvalidRequest('a style has "kind" and "type"; they mean the same, so use only one')
     name = values.pop("kind" if "kind" in values else "type", None)
     kind = find_kind(name)
     for alias, field_name in kind.aliases.items():

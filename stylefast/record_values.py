@@ -151,7 +151,7 @@ class Sources:
         path = self._shipped(entry["shipped"]) if form == "shipped" else self._absolute(entry["path"])
         bank = StyleBank.load(path)
         if entry.get("sha256", bank.checksum) != bank.checksum:
-            raise StyleError(f"the style bank {path} was baked anew since this was recorded; its content differs")
+            raise StyleError(f"the style bank {path} was baked again since this was recorded; its content differs")
         return bank
 
     def picture(self, entry, mask: bool = False):
@@ -173,9 +173,9 @@ class Sources:
         digest = pixel_digest(opened(found))
         if entry.get("sha256", digest) != digest:
             raise StyleError(
-                f"the picture {found if isinstance(found, str) else 'in the record'} has other pixels than when the "
-                f"call was recorded (sha256 {digest[:12]}, recorded {_word(entry['sha256'])[:12]}); put the original "
-                "back"
+                f"the picture {found if isinstance(found, str) else 'in the record'} has different pixels than when "
+                f"the call was recorded (sha256 {digest[:12]}, recorded {_word(entry['sha256'])[:12]}); put the "
+                "original back"
             )
         return found
 
@@ -201,8 +201,9 @@ class Sources:
         found = vector_digest(embedding)
         if found != digest:
             raise StyleError(
-                f"the learned style {embedding.name!r} ({source or 'in the record'}) has other vectors than when the "
-                f"call was recorded (sha256 {found[:12]}, recorded {_word(digest)[:12]}); put the original file back"
+                f"the learned style {embedding.name!r} ({source or 'in the record'}) has different vectors than "
+                f"when the call was recorded (sha256 {found[:12]}, recorded {_word(digest)[:12]}); put the original "
+                "file back"
             )
 
     def image_embeds(self, entry) -> torch.Tensor | str:
@@ -217,7 +218,7 @@ class Sources:
         if entry.get("sha256", found) != found:
             recorded = _word(entry["sha256"])[:12]
             raise StyleError(
-                f"the image embeddings in {path} are others than when the call was recorded (sha256 {found[:12]}, "
+                f"the image embeddings in {path} differ from those recorded with the call (sha256 {found[:12]}, "
                 f"recorded {recorded}); put the original back"
             )
         return path
@@ -235,7 +236,7 @@ class Sources:
         path = self.model_folder / values.path("a path", text, error=StyleError)
         if not path.resolve().is_relative_to(self.model_folder.resolve()) or not path.is_file():
             raise StyleError(
-                f"{quoted(text)} does not ship with the model in {self.model_folder}; load the recorded model"
+                f"{quoted(text)} does not come with the model in {self.model_folder}; load the recorded model"
             )
         return str(path)
 
@@ -266,10 +267,10 @@ def _find(text: str, model_folder: Path, base: Path | None, kind: str, what: str
     known = shipped(model_folder, kind)
     if text in known:
         return str(known[text])
-    names = f"; with the model come {', '.join(known)}" if known else ""
+    names = f"; the model comes with {', '.join(known)}" if known else ""
     shown = values.shown_path(path if text.strip() else text)
     near = values.did_you_mean(text, known) or values.did_you_mean_beside(path)
-    raise error(f"there is no {what} at {shown}; check the path{names}{near}")
+    raise error(f"no {what} found at {shown}; check the path{names}{near}")
 
 
 def _form(entry, forms: tuple[str, ...], what: str, error: type) -> tuple[str, Mapping]:
@@ -277,7 +278,7 @@ def _form(entry, forms: tuple[str, ...], what: str, error: type) -> tuple[str, M
     found = [form for form in forms if isinstance(entry, Mapping) and form in entry]
     if not isinstance(entry, Mapping) or len(found) != 1:
         shown = quoted(sorted(map(str, entry)) if isinstance(entry, Mapping) else entry)
-        raise error(f"{what} is given by {shown}; give its path, or one of {', '.join(forms[:-1])}")
+        raise error(f"{what} has {shown}; give its path, or one of {', '.join(forms[:-1])}")
     unknown = [name for name in entry if name not in (found[0], "sha256", "name", "pooled_policy")]
     if unknown:
         raise error(f"{what} has the unknown field {quoted(unknown[0])}; the known ones are {', '.join(forms)}, sha256")
@@ -315,7 +316,7 @@ def _unpack(text, names: tuple[str, ...], what: str) -> dict[str, torch.Tensor]:
         raise StyleError(f"{what} in the record is damaged ({error}); use an undamaged copy of the file") from error
     if set(tensors) != set(names):
         held = quoted(", ".join(tensors))
-        raise StyleError(f"{what} in the record holds {held} instead of {', '.join(names)}")
+        raise StyleError(f"{what} in the record contains {held} instead of {', '.join(names)}")
     widened = b'"widened"' in content[8 : 8 + int.from_bytes(content[:8], "little")]
     return {name: value.float() if widened else value for name, value in tensors.items()}
 
@@ -325,7 +326,7 @@ def _decoded(text, what: str, error: type) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError) as cause:
-        raise error(f"{what} in the record is no base64 ({cause}); use an undamaged copy of the file") from cause
+        raise error(f"{what} in the record is not base64 ({cause}); use an undamaged copy of the file") from cause
 
 
 def plain(value: Any) -> Any:

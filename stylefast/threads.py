@@ -39,8 +39,8 @@ def wait_shortly() -> None:
         os.environ.update({WAIT_POLICY: "passive", SPIN_COUNT: SHORT_SPIN})
         if "torch" in sys.modules:
             logger.info(
-                "torch was imported before stylefast, so its threads spin long while they wait, slow on a "
-                "busy machine; import stylefast first, or set %s=%s",
+                "torch was imported before stylefast, so its threads spin for a long time while waiting, which is "
+                "slow on a busy machine; import stylefast first, or set %s=%s",
                 SPIN_COUNT,
                 SHORT_SPIN,
             )
@@ -86,7 +86,7 @@ def fit_to_quota() -> None:
     most = max(1, int(quota))
     if torch.get_num_threads() > most:
         logger.info(
-            "%d CPU threads instead of %d: this process has the time of %.1f cores",
+            "%d CPU threads instead of %d: this process has a CPU quota of %.1f cores",
             most,
             torch.get_num_threads(),
             quota,

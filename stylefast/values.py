@@ -113,16 +113,16 @@ def text(name: str, value: Any, *, longest: int | None = None, empty: bool = Tru
         raise error(f"{name} is {quoted(value)} ({type(value).__name__}); it must be a string")
     value = str.__str__(value)
     if longest is not None and len(value) > longest:
-        raise error(f"{name} has {len(value)} characters; at most {longest} are taken")
+        raise error(f"{name} has {len(value)} characters; at most {longest} are allowed")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as cause:
         raise error(
-            f"{name} holds half of a character (U+{ord(value[cause.start]):04X}, a lone surrogate) at position "
-            f"{cause.start}; a text was cut inside an emoji, so send it whole: {quoted(value)}"
+            f"{name} contains half of a character (U+{ord(value[cause.start]):04X}, a lone surrogate) at position "
+            f"{cause.start}; the text was cut inside an emoji, so send it complete: {quoted(value)}"
         ) from None
     if not empty and not value.strip():
-        raise error(f"{name} is empty; it must hold some text")
+        raise error(f"{name} is empty; it must contain some text")
     return value
 
 
@@ -141,7 +141,7 @@ def one_of(name: str, value: Any, known: Iterable[str], *, error: type = Invalid
     known = tuple(known)
     if isinstance(value, str) and value in known:
         return str.__str__(value)
-    raise error(f"{name} is {quoted(value)}; there are {', '.join(known)}{did_you_mean(value, known)}")
+    raise error(f"{name} is {quoted(value)}; choose one of {', '.join(known)}{did_you_mean(value, known)}")
 
 
 def did_you_mean(value: Any, known: Iterable[str]) -> str:
@@ -239,14 +239,16 @@ def path(name: str, value: Any, *, error: type = InvalidRequest) -> Path:
 def typed_path(name: str, typed: str, *, error: type = InvalidRequest) -> Path:
     """Return a path typed on a command line: like `path`, but names may be invalid UTF-8."""
     if not typed or "\0" in typed:
-        raise error(f"{name} is {quoted(typed)}; a path has at least one character, and none is NUL")
+        raise error(f"{name} is {quoted(typed)}; a path needs at least one character, and no NUL")
     try:
         found = Path(typed).expanduser()
     except RuntimeError as cause:
-        raise error(f"{name} is {quoted(typed)}, and that user's home folder is unknown; write it out") from cause
+        raise error(
+            f"{name} is {quoted(typed)}, and that user's home folder is unknown; write the path in full"
+        ) from cause
     if len(os.fsencode(found)) > PATH_BYTES or any(len(os.fsencode(part)) > NAME_BYTES for part in found.parts):
         raise error(
-            f"{name} is {quoted(typed)}; names of files have at most {NAME_BYTES} bytes, and paths {PATH_BYTES}"
+            f"{name} is {quoted(typed)}; a file name may have at most {NAME_BYTES} bytes, and a path {PATH_BYTES}"
         )
     return found
 
@@ -259,11 +261,11 @@ def dense_tensor(name: str, value: Any, *, error: type = InvalidRequest) -> None
     elif layout != "strided":
         found, way = f"a tensor of layout {layout}", "give it dense"
     elif value.is_meta:
-        found, way = "a tensor on the device meta, which holds no numbers", "load them first"
+        found, way = "a tensor on the device meta, which has no values", "load them first"
     elif value.is_quantized:
         found, way = f"a quantised tensor ({kind})", "give it as floats: .dequantize()"
     elif not _NUMBERS.fullmatch(kind):
-        found, way = f"a tensor of {kind}, which are no plain numbers", "convert it to float32"
+        found, way = f"a tensor of {kind}, which are not plain numbers", "convert it to float32"
     else:
         return
     raise error(f"{name} is {found}; {way}")
@@ -316,7 +318,7 @@ def load_json(
     `kind` (dict or list), any other type at the top.
     """
     if len(content) > largest:
-        raise error(f"{what} has {len(content)} bytes; at most {largest} are read")
+        raise error(f"{what} has {len(content)} bytes; at most {largest} are allowed")
     try:
         if not isinstance(content, str):
             content = bytes(content).decode(json.detect_encoding(bytes(content)))
@@ -329,14 +331,14 @@ def load_json(
         )
         _check_depth(found, deepest)
     except RecursionError:
-        raise error(f"{what} is nested too deep; at most {deepest} levels are read") from None
+        raise error(f"{what} is nested too deeply; at most {deepest} levels are allowed") from None
     except UnicodeDecodeError as cause:
-        raise error(f"{what} is no text in UTF-8 ({cause.reason} at byte {cause.start})") from None
+        raise error(f"{what} is not UTF-8 text ({cause.reason} at byte {cause.start})") from None
     except ValueError as cause:
-        raise error(f"{what} is no valid JSON ({cause})") from None
+        raise error(f"{what} is not valid JSON ({cause})") from None
     if kind is not None and not isinstance(found, kind):
         expected = "an object" if kind is dict else "a list" if kind is list else kind.__name__
-        raise error(f"{what} holds {quoted(found)} where {expected} is expected")
+        raise error(f"{what} contains {quoted(found)}, but must be {expected}")
     return found
 
 
@@ -353,14 +355,14 @@ def read_json(
     place = path(what, file, error=error)
     try:
         if not place.is_file():
-            raise error(f"{what}: there is no file at {shown_path(place)}; check the path")
+            raise error(f"{what}: no file found at {shown_path(place)}; check the path")
         with place.open("rb") as stream:
             # one extra byte shows whether the file is too long
             content = stream.read(largest + 1)
     except OSError as cause:
         raise error(f"{what} can't be read: {cause.strerror or cause} ({shown_path(place)})") from cause
     if len(content) > largest:
-        raise error(f"{what} is longer than the {largest} bytes that are read ({shown_path(place)})")
+        raise error(f"{what} is longer than the allowed {largest} bytes ({shown_path(place)})")
     return load_json(content, what, kind=kind, error=error, largest=largest, infinite=infinite)
 
 
@@ -414,7 +416,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(word: str):
-    raise ValueError(f"{word} is no number of JSON")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _infinity(word: str) -> float:
@@ -430,7 +432,7 @@ def _finite(digits: str) -> float:
 
 def _short_int(digits: str) -> int:
     if len(digits) > JSON_DIGITS:
-        raise ValueError(f"a whole number has {len(digits)} digits; at most {JSON_DIGITS} are read")
+        raise ValueError(f"a whole number has {len(digits)} digits; at most {JSON_DIGITS} are allowed")
     return int(digits)
 
 

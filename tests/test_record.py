@@ -158,7 +158,7 @@ def test_many_small_pictures_together_stay_below_the_limit():
 def test_a_picture_that_changed_is_refused(picture):
     record = to_record([Request("a", style=StyleAligned(picture))])
     small_picture(9).save(picture)
-    with pytest.raises(StyleError, match="brand.png has other pixels.*put the original back"):
+    with pytest.raises(StyleError, match="brand.png has different pixels.*put the original back"):
         from_record(record)
 
 
@@ -171,7 +171,7 @@ def test_a_picture_saved_anew_without_loss_is_accepted(picture):
 def test_a_learned_style_that_changed_is_refused(learned):
     record = to_record([Request("a", style=DreamStyler(learned))])
     save_embedding(embedding(seed=5), learned)
-    with pytest.raises(StyleError, match="'chalk'.*has other vectors.*put the original file back"):
+    with pytest.raises(StyleError, match="'chalk'.*has different vectors.*put the original file back"):
         from_record(record)
 
 
@@ -194,7 +194,7 @@ def test_a_shipped_file_lies_within_the_models_folder(tmp_path, path):
     small_picture(1).save(tmp_path / "secret.png")
     (tmp_path / "model").mkdir()
     call = [{"prompt": "a", "style": {"kind": "StyleAligned", "reference": {"shipped": path}}}]
-    with pytest.raises(StyleError, match="does not ship with the model"):
+    with pytest.raises(StyleError, match="does not come with the model"):
         from_record(call, model_folder=tmp_path / "model")
 
 
@@ -243,19 +243,19 @@ BAD_CALLS = {
         InvalidRequest,
         "style is True",
     ),
-    "an unknown kind": (styled(kind="Cubism"), StyleError, "there are StyleAligned, InstantStyle"),
+    "an unknown kind": (styled(kind="Cubism"), StyleError, "choose one of StyleAligned, InstantStyle"),
     "no kind": (styled(scale=1), StyleError, "style kind None is unknown"),
-    "two kinds": (styled(kind="StyleAligned", type="StyleAligned"), InvalidRequest, "keep one"),
+    "two kinds": (styled(kind="StyleAligned", type="StyleAligned"), InvalidRequest, "use only one"),
     "an unknown field of a style": (aligned(strength=1), InvalidRequest, "has the unknown field 'strength'"),
     "a style without its picture": (styled(kind="InstantStyle"), StyleError, "needs at least one picture; pass image="),
     "a switch as text": (aligned(share_group_norm="false"), StyleError, "is 'false'; it must be true or false"),
     "a number as text": (aligned(shift="1"), StyleError, "shift is '1'; it must be a number"),
     "a window of one": (aligned(window=[1]), StyleError, "window is [1]"),
-    "a missing picture": (aligned(reference="gone.png"), ImageError, "request 0: there is no picture at gone.png"),
+    "a missing picture": (aligned(reference="gone.png"), ImageError, "request 0: no picture found at gone.png"),
     "a picture of two forms": (aligned(reference={"path": "x", "png": "y"}), ImageError, "give its path, or one of"),
     "a picture with a further field": (aligned(reference={"path": "x", "crop": 1}), ImageError, "unknown field 'crop'"),
-    "a picture that is no base64": (aligned(reference={"png": "%"}), ImageError, "no base64"),
-    "a missing learned style": (styled(kind="DreamStyler", embedding="x"), StyleError, "no learned style at x"),
+    "a picture that is no base64": (aligned(reference={"png": "%"}), ImageError, "not base64"),
+    "a missing learned style": (styled(kind="DreamStyler", embedding="x"), StyleError, "no learned style found at x"),
 }
 
 

@@ -105,9 +105,9 @@ def test_half_an_emoji_is_refused_with_its_place_and_whole_ones_are_taken():
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest():
-    with pytest.raises(InvalidRequest, match="scheduler is 'eulr'; there are euler, ddim; did you mean 'euler'?"):
+    with pytest.raises(InvalidRequest, match="scheduler is 'eulr'; choose one of euler, ddim; did you mean 'euler'?"):
         values.one_of("scheduler", "eulr", ("euler", "ddim"))
-    with pytest.raises(InvalidRequest, match="there are euler, ddim$"):
+    with pytest.raises(InvalidRequest, match="choose one of euler, ddim$"):
         values.one_of("scheduler", ["euler"], ("euler", "ddim"))
 
 
@@ -150,21 +150,21 @@ def test_json_is_read_with_and_without_a_byte_order_mark(content):
     "content, said",
     [
         ('{"steps": 1, "steps": 2}', "'steps' occurs twice in one object"),
-        ("[NaN]", "NaN is no number"),
-        ("[-Infinity]", "Infinity is no number"),
+        ("[NaN]", "NaN is not a JSON number"),
+        ("[-Infinity]", "Infinity is not a JSON number"),
         ("[1e999]", "1e999 is too large"),
         ("[-1e999]", "too large"),
         (f"[{'9' * 400}]", "a whole number has 400 digits"),
         (f"[{'9' * 9000}]", "9000 digits"),
         ("[" * 200_000, "nested too deep"),
         ('{"a":' * 200_000, "nested too deep"),
-        ("[" * 65 + "]" * 65, "nested too deep; at most 64"),
-        ("{", "no valid JSON .*line 1 column 2"),
-        ("", "no valid"),
-        (b"\xff\xfe\xfd", "no text in UTF-8"),
-        (b"\xe9a", "no text in UTF-8"),
-        ("7", "holds 7 where a list is expected"),
-        ('{"a": 1}', "where a list is expected"),
+        ("[" * 65 + "]" * 65, "nested too deeply; at most 64"),
+        ("{", "not valid JSON .*line 1 column 2"),
+        ("", "not valid"),
+        (b"\xff\xfe\xfd", "not UTF-8 text"),
+        (b"\xe9a", "not UTF-8 text"),
+        ("7", "contains 7, but must be a list"),
+        ('{"a": 1}', "but must be a list"),
         (" " * 1001, "has 1001 bytes; at most 1000"),
     ],
     ids=range(17),
@@ -194,8 +194,8 @@ def test_a_file_is_read_up_to_its_limit_and_no_further(tmp_path):
     file = tmp_path / "calls.json"
     file.write_bytes(b"\xef\xbb\xbf[1, 2]")
     assert values.read_json(file, "the request file") == [1, 2]
-    with pytest.raises(InvalidRequest, match="longer than the 4 bytes"):
+    with pytest.raises(InvalidRequest, match="longer than the allowed 4 bytes"):
         values.read_json(file, "the request file", largest=4)
     for missing in (tmp_path, tmp_path / "none.json"):
-        with pytest.raises(InvalidRequest, match="the request file: there is no file at"):
+        with pytest.raises(InvalidRequest, match="the request file: no file found at"):
             values.read_json(missing, "the request file")

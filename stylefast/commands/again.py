@@ -48,7 +48,7 @@ def run_again(arguments: argparse.Namespace) -> int:
     if engine.fingerprint != metadata["fingerprint"]:
         _refuse_unless_forced(
             arguments,
-            f"{choice.model} has other weights (fingerprint {engine.fingerprint[:12]}) than the model that made "
+            f"{choice.model} has different weights (fingerprint {engine.fingerprint[:12]}) than the model that made "
             f"{arguments.source} ({metadata['fingerprint'][:12]})",
             "--model",
         )
@@ -102,8 +102,8 @@ def _check_asked_for(arguments: argparse.Namespace, recorded: Mapping, metadata:
         return
     by_hand = f", or with {shlex.join(options)}" if not styles else ""
     raise InvalidRequest(
-        f"{arguments.source} wants {', '.join([*named, *styles])[:_SHOWN]} to be loaded, and a picture may come from "
-        f"anybody; if you know it, say so with --load-recorded{by_hand[:_SHOWN]}"
+        f"{arguments.source} asks to load {', '.join([*named, *styles])[:_SHOWN]}, and a picture may come from an "
+        f"untrusted source; if you trust it, pass --load-recorded{by_hand[:_SHOWN]}"
     )
 
 
@@ -163,7 +163,7 @@ def _check_loras(choice: ModelChoice, metadata: Mapping, arguments: argparse.Nam
         shown = ", ".join(lora.words() for lora in choice.lora) or "none"
         _refuse_unless_forced(
             arguments,
-            f"the LoRAs ({shown}) have other content or strengths than those that made {arguments.source}",
+            f"the LoRAs ({shown}) differ in content or strength from those that made {arguments.source}",
             "--lora",
         )
 

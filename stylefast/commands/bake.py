@@ -19,7 +19,7 @@ from stylefast.commands.style_options import find_pictures, one_or_all, parse_na
 from stylefast.errors import InvalidRequest
 from stylefast.values import typed_path
 
-SUMMARY = "Run a style's reference once and keep it in a file, from which later pictures take the style."
+SUMMARY = "Run a style's reference once and keep it in a file, and use it for later pictures."
 EXAMPLES = """examples:
   stylefast bake --style-image photo.jpg --out brand.bank --steps 20
   stylefast bake --style-prompt "a fox, watercolor" --store hidden --store-dtype fp16
@@ -51,8 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group(
         "--noise",
         choices=("forward", "ddim"),
-        help="how a picture is brought to a step's noise level; ddim inverts "
-        "it under --style-prompt and needs --scheduler ddim (default: forward)",
+        help=(
+            "how a picture is noised to a step's level; ddim inverts it under --style-prompt and needs --scheduler "
+            "ddim (default: forward)"
+        ),
     )
 
     group = parser.add_argument_group("sampling; what pictures must have to use the bank").add_argument
@@ -67,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pictures without guidance, of half the size (default: 1 for lcm, tcd and the few-step presets, else 5)",
     )
     group("--guidance-rescale", type=float, help="of a reference that is made from a prompt (default: 0)")
-    group("--negative", metavar="TEXT", help="what the reference leads away from")
+    group("--negative", metavar="TEXT", help="what to steer the reference away from")
 
     group = parser.add_argument_group("storage").add_argument
     group(
@@ -116,13 +118,15 @@ def _style(arguments: argparse.Namespace, model_folder: Path):
 
     pictures = find_pictures(arguments.style_image, model_folder)
     if not pictures and arguments.style_prompt is None:
-        raise InvalidRequest("there is nothing to bake; give --style-image photo.jpg or --style-prompt TEXT")
+        raise InvalidRequest("nothing to bake; give --style-image photo.jpg or --style-prompt TEXT")
     if not pictures and arguments.noise is not None:
-        raise InvalidRequest("--noise says how a picture is noised; give --style-image as well, or drop it")
+        raise InvalidRequest("--noise applies to a reference picture; give --style-image as well, or drop it")
     if arguments.store == "latents" and arguments.store_dtype not in (None, "auto", "fp32"):
-        raise InvalidRequest(f"--store latents keeps fp32, small as it is; drop --store-dtype {arguments.store_dtype}")
+        raise InvalidRequest(f"--store latents always stores fp32; drop --store-dtype {arguments.store_dtype}")
     if arguments.store == "latents" and arguments.layers not in (None, "all"):
-        raise InvalidRequest("--store latents holds no layers, and serves all; give --layers to `generate` instead")
+        raise InvalidRequest(
+            "--store latents stores no layers and works with all of them; give --layers to `generate` instead"
+        )
     given = {
         "reference": one_or_all(pictures),
         "prompt": arguments.style_prompt,
@@ -144,9 +148,11 @@ def _target(arguments: argparse.Namespace, style) -> Path:
     if out.is_dir():
         raise InvalidRequest(f"{out} is a folder; give --out a file in it: {out / 'brand'}{SUFFIX}")
     if out.suffix != SUFFIX:
-        raise InvalidRequest(f"--out is {out}; style banks are known by their ending, so name it {out.stem}{SUFFIX}")
+        raise InvalidRequest(
+            f"--out is {out}; style banks are recognised by their suffix, so name it {out.stem}{SUFFIX}"
+        )
     if not out.parent.is_dir():
-        raise InvalidRequest(f"there is no folder {out.parent}; make it, or choose another --out")
+        raise InvalidRequest(f"the folder {out.parent} does not exist; create it, or choose another --out")
     if out.exists() and not arguments.overwrite:
         raise InvalidRequest(f"{out} exists; pass --overwrite to replace it, or choose another --out")
     return out

@@ -33,15 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure or tune, as the arguments say."""
+    """Measure or tune, according to the arguments."""
     if arguments.tune == bool(arguments.what):
-        raise InvalidRequest("say either what to measure (stylefast bench kernels) or --tune")
+        raise InvalidRequest("give either what to measure (stylefast bench kernels) or --tune")
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise InvalidRequest(f"--minutes is {arguments.minutes:g}; it must be above 0")
     if arguments.tune:
         return _tune(arguments)
     if arguments.operation:
-        raise InvalidRequest("--operation goes with --tune")
+        raise InvalidRequest("--operation needs --tune")
     return _measure(arguments)
 
 
@@ -49,7 +49,8 @@ def _measure(arguments: argparse.Namespace) -> int:
     # run in a separate process: benchmarks are not part of the package and set the process's thread count
     if not (CHECKOUT / "setup.py").is_file() or not (CHECKOUT / "benchmarks" / "__main__.py").is_file():
         raise StyleFastError(
-            f"the benchmarks are not part of an installed stylefast ({CHECKOUT}); run this in a checkout of the project"
+            f"an installed stylefast does not include the benchmarks ({CHECKOUT}); run this in a checkout of the "
+            "project"
         )
     words = ["kernels", "--device", arguments.device]
     words += [f"--{name}" for name in ("quick", "check") if getattr(arguments, name)]
@@ -65,7 +66,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise StyleFastError("--tune times kernels on a CUDA device, and PyTorch finds none here")
+        raise StyleFastError("--tune times kernels on a CUDA device, but PyTorch finds none on this machine")
     from stylefast.kernels import configs
     from stylefast.kernels.gpu import tune
 
@@ -73,5 +74,5 @@ def _tune(arguments: argparse.Namespace) -> int:
     path = tune.write(content, arguments.out or configs.FOLDER)
     print(f"wrote {path}")
     if arguments.out is not None:
-        print(f"it is used where STYLEFAST_TUNING={arguments.out.resolve()} is set")
+        print(f"it is used when STYLEFAST_TUNING={arguments.out.resolve()} is set")
     return 0

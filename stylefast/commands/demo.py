@@ -282,4 +282,4 @@ def _check_folder(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InvalidRequest(f"{out} is a file; choose another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists() and not overwrite:
-        raise InvalidRequest(f"{out} holds other files; choose another --out, or pass --overwrite to replace them")
+        raise InvalidRequest(f"{out} contains other files; choose another --out, or pass --overwrite to replace them")

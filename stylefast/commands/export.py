@@ -263,7 +263,7 @@ def _names(option: str, text: str | None) -> tuple[str, ...]:
         return ()
     names = tuple(part.strip() for part in text.split(","))
     if not all(names):
-        raise InvalidRequest(f"{option} is {text!r}; give names with commas between them")
+        raise InvalidRequest(f"{option} is {text!r}; give names separated by commas")
     return names
 
 

@@ -64,7 +64,7 @@ def engines_lines(found: dict[str, Any]) -> list[str]:
     lines.append(f"digest      {found['digest']}")
     count = len(manifest["files"])
     if found["unaltered"]:
-        lines.append(f"files       all {count} are as they were written")
+        lines.append(f"files       all {count} unchanged since they were written")
     lines += [f"files       {problem}" for problem in found["problems"].values()]
     lines.append(f"trust       {found['untrusted'] or 'loads without --trust'}")
     return lines
@@ -75,7 +75,7 @@ def report_lines(folder: Path, manifest, seconds: float) -> list[str]:
     lines = [f"{folder}: {len(manifest.graphs)} graphs, {shown_bytes(manifest.bytes)} in {seconds:.0f} s"]
     width = max((len(entry.name) for entry in manifest.files), default=0)
     lines += [f"  {entry.name:{width}}  {shown_bytes(entry.bytes)}" for entry in manifest.files]
-    lines.append(f"digest, for --trust where the folder is copied to: {manifest.digest}")
+    lines.append(f"digest, for --trust where you copy the folder to: {manifest.digest}")
     return lines
 
 

@@ -54,7 +54,7 @@ class Destination:
         out, self.overwrite = typed_path("--out", os.fspath(out)), overwrite
         self._slugs = [slug(prompt) for prompt in prompts]
         if out.suffix.lower() in (".jpg", ".jpeg", ".webp"):
-            raise InvalidRequest(f"--out is {out}; pictures are written as PNG, so that they carry their settings")
+            raise InvalidRequest(f"--out is {out}; pictures are written as PNG, which stores their settings")
         self._file = out if out.suffix.lower() == ".png" else None
         self.folder = out if self._file is None else out.parent
         self._check()
@@ -98,8 +98,8 @@ class Destination:
                         continue
                     taken, path = path, _free_name(path)
                     problem = StyleFastError(
-                        f"{taken} was made by another program in the meantime and stays as it is; what was to go there "
-                        f"is {path}"
+                        f"{taken} was created by another program in the meantime and is not replaced; the picture "
+                        f"is in {path}"
                     )
             first = number if place == 0 else first
             number += 1
@@ -118,7 +118,7 @@ class Destination:
         full = error.errno in _NO_ROOM
         message = f"can't write to {self.folder} ({'the disk is full' if full else error.strerror or error})"
         if written:
-            message += f"; {len(written)} of {len(written) + len(left)} files were written there and stay"
+            message += f"; {len(written)} of {len(written) + len(left)} files were written there and are kept"
         shelter = None
         try:
             shelter = Path(tempfile.mkdtemp(prefix="stylefast-"))
@@ -131,15 +131,15 @@ class Destination:
             # no room there either; keep what was written
             if shelter is not None and not any(shelter.iterdir()):
                 shelter.rmdir()
-            message += ", and there is no room for the others in the folder for temporary files"
+            message += ", and the folder for temporary files has no room for the others"
         if full:
-            return StyleFastError(f"{message}; free some room, or choose another --out")
+            return StyleFastError(f"{message}; free some space, or choose another --out")
         return InvalidRequest(f"{message}; choose another --out")
 
     def _check(self) -> None:
         holder = next((parent for parent in (self.folder, *self.folder.parents) if parent.exists()), Path())
         if not holder.is_dir():
-            raise InvalidRequest(f"{holder} is a file, so no folder of that name can be made; choose another --out")
+            raise InvalidRequest(f"{holder} is a file, so no folder of that name can be created; choose another --out")
         if not os.access(holder, os.W_OK):
             raise InvalidRequest(f"{holder} can't be written to; choose another --out")
         free = free_bytes(holder)
@@ -149,9 +149,11 @@ class Destination:
                 with tempfile.TemporaryFile(dir=holder):
                     pass
             except OSError as error:
-                raise InvalidRequest(f"{holder} takes no files ({error.strerror}); choose another --out") from error
+                raise InvalidRequest(
+                    f"{holder} does not accept files ({error.strerror}); choose another --out"
+                ) from error
         elif free < _LEAST * len(self._slugs):
-            raise StyleFastError(f"the disk of {holder} is full; free some room, or choose another --out")
+            raise StyleFastError(f"the disk of {holder} is full; free some space, or choose another --out")
         if self._file is None:
             return
         for place in range(len(self._slugs)):
@@ -225,8 +227,8 @@ def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
         raise ImageError(f"{path} can't be read as PNG ({error}); settings survive only in the file as made") from error
     if text is None:
         raise InvalidRequest(
-            f"{path} carries no settings; only pictures that `stylefast generate` wrote do (grids don't), until "
-            "another program saves them anew"
+            f"{path} has no settings; only pictures written by `stylefast generate` have them (grids don't), and "
+            "other programs remove them when saving"
         )
     try:
         metadata = load_json(text, "their text", kind=dict)

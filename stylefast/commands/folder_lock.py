@@ -60,9 +60,9 @@ def _locked(lock: Path, target: Path, patience: float) -> int | None:
         except BlockingIOError:
             os.close(descriptor)
             if time.monotonic() >= deadline:
-                raise BlockingIOError(f"another stylefast writes to {target}") from None
+                raise BlockingIOError(f"another stylefast is writing to {target}") from None
             if not said:
-                warn(f"another stylefast writes to {target}; waiting for it")
+                warn(f"another stylefast is writing to {target}; waiting for it")
                 said = True
             time.sleep(0.02)
             continue

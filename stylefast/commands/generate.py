@@ -188,12 +188,12 @@ def _check_combination(arguments: argparse.Namespace) -> None:
     for option, value in (("--from", arguments.source), ("--requests", arguments.requests)):
         if value is not None and given:
             shown = "prompts" if given[0] == "prompts" else f"--{given[0].replace('_', '-')}"
-            raise InvalidRequest(f"{option} brings all settings of the call with it; drop {shown}")
+            raise InvalidRequest(f"{option} sets all settings of the call; drop {shown}")
     if arguments.source is not None and arguments.requests is not None:
-        raise InvalidRequest("--from and --requests exclude each other; give one")
+        raise InvalidRequest("--from and --requests can't be combined; give one")
     for option in ("force", "load_recorded"):
         if getattr(arguments, option) and arguments.source is None:
-            raise InvalidRequest(f"--{option.replace('_', '-')} belongs to --from")
+            raise InvalidRequest(f"--{option.replace('_', '-')} needs --from")
     if not arguments.prompts and arguments.source is None and arguments.requests is None:
         raise InvalidRequest('no prompt was given; say what the picture shows, e.g. stylefast generate "a fish"')
 
@@ -221,8 +221,8 @@ def _count(arguments: argparse.Namespace) -> int:
     count = 1 if arguments.count is None else arguments.count
     if not 1 <= count * len(arguments.prompts) <= MAX_REQUESTS:
         raise InvalidRequest(
-            f"--count is {count} for {len(arguments.prompts)} prompts; it must be at least 1, and a call makes at most "
-            f"{MAX_REQUESTS} pictures"
+            f"--count is {count} for {len(arguments.prompts)} prompts; it must be at least 1, and a call generates "
+            f"at most {MAX_REQUESTS} pictures"
         )
     return count
 

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the result of `collect`, `collect_bank` or `collect_engines`."""
     if arguments.bank is not None and arguments.engines is not None:
-        raise InvalidRequest("--bank and --engines exclude each other; give one")
+        raise InvalidRequest("--bank and --engines can't be combined; give one")
     if arguments.bank is not None:
         found, lines = collect_bank(arguments.bank), bank_lines
     elif arguments.engines is not None:

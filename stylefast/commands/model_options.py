@@ -64,7 +64,7 @@ class Lora:
                 path = text
         found = typed_path("--lora", path)
         if not found.exists():
-            raise InvalidRequest(f"--lora: there is no file at {path!r}{did_you_mean_beside(found)}")
+            raise InvalidRequest(f"--lora: no file found at {path!r}{did_you_mean_beside(found)}")
         no_device("--lora:", found)
         return cls(str(found.resolve()), scale)
 
@@ -106,22 +106,22 @@ class ModelChoice:
             parse_bytes(flag(name), self.options.get(name))
         backend, engines, trust = (self.options.get(name) for name in ("backend", "engines", "trust"))
         if engines is not None and backend not in EXPORTED:
-            raise InvalidRequest(f"--engines is read by the backends {', '.join(EXPORTED)}; give --backend as well")
+            raise InvalidRequest(f"--engines is used by the backends {', '.join(EXPORTED)}; give --backend as well")
         if backend == "tensorrt" and engines is None:
-            raise InvalidRequest("--backend tensorrt needs --engines FOLDER, which `stylefast export tensorrt` makes")
+            raise InvalidRequest("--backend tensorrt needs --engines FOLDER, created by `stylefast export tensorrt`")
         if trust is not None and engines is None:
-            raise InvalidRequest("--trust vouches for the folder of --engines; give that as well")
+            raise InvalidRequest("--trust applies to the folder of --engines; give --engines as well")
         if trust is not None and not _DIGEST.fullmatch(trust):
             raise InvalidRequest(f"--trust is {trust!r}; a digest is 64 hex digits (`stylefast export` prints it)")
         if self.lora and backend == "onnxruntime" and engines is None:
             raise InvalidRequest(
-                "the graphs that --backend onnxruntime exports by itself hold the model's weights without a LoRA; take "
-                "another backend, or --engines with an export that has it"
+                "the graphs that --backend onnxruntime exports by itself contain the model's weights without a "
+                "LoRA; use another backend, or --engines with an export that includes the LoRA"
             )
         paths = [lora.path for lora in self.lora]
         twice = next((path for path in paths if paths.count(path) > 1), None)
         if twice is not None:
-            raise InvalidRequest(f"--lora names {twice} twice; give it once, with the strength that you mean")
+            raise InvalidRequest(f"--lora names {twice} twice; give it once, with the strength you want")
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, recorded: Mapping[str, Any] | None = None) -> "ModelChoice":

@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         below = self._subparsers_by_name()
         home = next((other for other, parser in below.items() if name in parser._option_string_actions), None)
         if home is not None:
-            return f"; it stands behind the command: {self.prog} {home} ... {name}"
+            return f"; it goes after the command: {self.prog} {home} ... {name}"
         return values.did_you_mean(name, self._option_string_actions)
 
     def _subparsers_by_name(self) -> dict[str, "Parser"]:

@@ -55,7 +55,7 @@ def bank_settings(styles: Sequence, given: Mapping) -> dict:
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """Return the methods asked for, among "aligned" and "instant"."""
+    """Return the requested methods, among "aligned" and "instant"."""
     has_picture, has_prompt = bool(arguments.style_image), arguments.style_prompt is not None
     if arguments.style:
         return _methods_beside_bank(arguments)
@@ -68,17 +68,21 @@ def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 def _methods_beside_bank(arguments: argparse.Namespace) -> tuple[str, ...]:
     if len(arguments.style) > 1:
-        raise InvalidRequest(f"--style was given {len(arguments.style)} times; a call takes one style bank")
+        raise InvalidRequest(f"--style was given {len(arguments.style)} times; a call can use only one style bank")
     if arguments.style_prompt is not None:
-        raise InvalidRequest("--style-prompt makes a reference, and --style brings a baked one; drop one of them")
+        raise InvalidRequest(
+            "--style-prompt generates a reference, but --style already has a baked one; drop one of them"
+        )
     if arguments.method == "both":
         raise InvalidRequest(
-            "--style stands in place of aligned's reference; for a picture as a prompt say --method instant"
+            "--style replaces the reference of --method aligned; to use a picture as a prompt, give --method instant"
         )
     if arguments.method == "instant" and not arguments.style_image:
-        raise InvalidRequest("--method instant needs a picture beside --style; give --style-image photo.jpg")
+        raise InvalidRequest("--method instant needs a picture as well as --style; give --style-image photo.jpg")
     if arguments.style_image and arguments.method != "instant":
-        raise InvalidRequest("--style-image beside --style needs --method instant; --style is aligned's reference")
+        raise InvalidRequest(
+            "--style-image with --style needs --method instant; --style is the reference of --method aligned"
+        )
     return ("aligned", "instant") if arguments.method == "instant" else ("aligned",)
 
 
@@ -99,11 +103,11 @@ def _check_options(arguments: argparse.Namespace, methods: tuple[str, ...]) -> N
     for name, wanted in unused:
         if getattr(arguments, name) is not None:
             picture = "" if arguments.style_image else " and a --style-image"
-            raise InvalidRequest(f"--{name.replace('_', '-')} does nothing here; it needs --method {wanted}{picture}")
+            raise InvalidRequest(f"--{name.replace('_', '-')} has no effect here; it needs --method {wanted}{picture}")
     if arguments.content_scale is not None and arguments.content is None:
-        raise InvalidRequest("--content-scale says how much of --content is subtracted; give --content as well")
+        raise InvalidRequest("--content-scale sets how much of --content is subtracted; give --content as well")
     if arguments.context is not None and not arguments.learned:
-        raise InvalidRequest("--context belongs to a learned style; give --learned as well")
+        raise InvalidRequest("--context applies to a learned style; give --learned as well")
 
 
 def _aligned(arguments: argparse.Namespace, pictures: list[str], bank, with_scale: bool):

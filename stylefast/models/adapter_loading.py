@@ -25,7 +25,7 @@ def load_adapter(
         encoder = ImageEncoder(components.image_encoder, components.feature_extractor)
     else:
         raise AdapterError(
-            f"{components.name} comes without an image encoder; pass image_encoder= the folder of the one that the "
+            f"{components.name} comes without an image encoder; pass image_encoder=FOLDER with the encoder that the "
             "adapter was trained with, e.g. models/image_encoder of h94/IP-Adapter for a vit-h adapter"
         )
     adapter.check_encoder(encoder)

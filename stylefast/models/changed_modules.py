@@ -115,15 +115,15 @@ def check_as_made(what: str, model: nn.Module, made: Made) -> None:
         if kind is not type(one) and {kind, type(one)} != {nn.Dropout, nn.Identity}:
             expected = "nothing" if kind is None else f"a {kind.__name__}"
             raise ModelError(
-                f"{what} has a {type(one).__name__} at {place or 'its root'} where its config makes {expected}, and "
-                "the engine would draw without it; load the model anew"
+                f"{what} has a {type(one).__name__} at {place or 'its root'} where its config creates {expected}, "
+                "and the engine would ignore it; load the model again"
             )
         for key, expected in attributes.items():
             found = vars(one).get(key, _MISSING)
             if found is not _MISSING and _plain(found) != expected:
                 raise ModelError(
-                    f"{what} has {key}={quoted(found)} at {place or 'its root'} where its config makes "
-                    f"{quoted(expected)}, and the engine would draw without it; set it back, or load the model anew"
+                    f"{what} has {key}={quoted(found)} at {place or 'its root'} where its config has "
+                    f"{quoted(expected)}, and the engine would ignore it; set it back, or load the model again"
                 )
 
 

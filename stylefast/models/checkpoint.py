@@ -118,16 +118,18 @@ def load_components(
         path = TINY
     if os.path.exists(path) and (revision is not None or hub.force_download):
         raise InvalidRequest(
-            f"revision= and force_download= are for ids on the hub; {values.shown_path(path)} is on this machine: "
-            "leave them out"
+            f"revision= and force_download= apply to ids on the hub, but {values.shown_path(path)} is local; leave "
+            "them out"
         )
     if os.path.isfile(path):
         if variant not in (None, "auto"):
-            raise InvalidRequest(f"variant={variant!r} picks among the files of a folder; {path.name} is one file")
+            raise InvalidRequest(
+                f"variant={variant!r} selects among the files of a folder, but {path.name} is a single file"
+            )
         components = _from_file(path, dtype, device, vae, hub, config, tokenizer)
     else:
         if config is not None:
-            raise InvalidRequest(f"config= is for single files; {source} is a folder with configs of its own")
+            raise InvalidRequest(f"config= applies to single files, but {source} is a folder with its own configs")
         if not os.path.isdir(path):
             path = _find_on_hub(source, path, dtype, variant, vae, tokenizer, hub)
         components = _from_folder(path, dtype, device, vae, variant, tokenizer, hub)
@@ -202,7 +204,7 @@ def load_image_encoder(source: str | Path, *, dtype: torch.dtype, device: torch.
         )
     config = read_config(folder / "config.json", folder)
     if "image_size" not in config:
-        raise ModelFormatError(f"{folder} holds a {config.get('model_type', 'model')}, no CLIP image encoder")
+        raise ModelFormatError(f"{folder} holds a {config.get('model_type', 'model')}, not a CLIP image encoder")
     state = {}
     for file in present(folder, dtype != torch.float32):
         read_header(folder / file)
@@ -431,7 +433,7 @@ def _check_is_sdxl(config: Mapping, what: str) -> None:
         families: dict[int | None, str] = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
         family = families.get(width, "another family")
         raise ModelFormatError(
-            f"{what} is no SDXL model: its UNet is of {family} (cross-attention {width} wide, no size conditioning)"
+            f"{what} is not an SDXL model: its UNet is of {family} (cross-attention {width} wide, no size conditioning)"
         )
     if config.get("projection_class_embeddings_input_dim") == 2560:
         raise ModelFormatError(f"{what} is the SDXL refiner; load the base model")
@@ -456,9 +458,11 @@ def _made_unet(config: Mapping, state: dict[str, torch.Tensor], what: str) -> tu
     try:
         layers = UNetShape.from_config(plain).layers
     except ModelFormatError as error:
-        raise ModelFormatError(f"the config of {what} describes no UNet: {error}") from error
+        raise ModelFormatError(f"the config of {what} does not describe a UNet: {error}") from error
     if layers > len(state):
-        raise ModelFormatError(f"the config of {what} has {layers} layers, and its weights only {len(state)} tensors")
+        raise ModelFormatError(
+            f"the config of {what} has {layers} layers, but its weights have only {len(state)} tensors"
+        )
     key = repr(sorted(plain.items())), len(state)
     made = _UNETS.get(key)
     if made is None:
@@ -511,7 +515,7 @@ def _check_parts_fit(components: Components) -> None:
     cross, added = config["cross_attention_dim"], config["projection_class_embeddings_input_dim"]
     if sum(widths) != cross:
         raise ModelFormatError(
-            f"the text encoders are {widths[0]} and {widths[1]} wide, the UNet's cross-attention takes {cross}; they "
+            f"the text encoders are {widths[0]} and {widths[1]} wide, the UNet's cross-attention {cross}; they "
             "don't belong together"
         )
     ids = 6 * values.whole_number(
@@ -520,7 +524,7 @@ def _check_parts_fit(components: Components) -> None:
     pooled = encoders[1].config.projection_dim or 0
     if pooled + ids != added:
         raise ModelFormatError(
-            f"the UNet takes {added} numbers beside the time step (projection_class_embeddings_input_dim), the second "
-            f"text encoder gives {pooled} and the picture's sizes {ids}; they don't belong together"
+            f"the UNet takes {added} numbers in addition to the time step (projection_class_embeddings_input_dim), "
+            f"but the second text encoder gives {pooled} and the picture's sizes {ids}; they don't belong together"
         )
     check_vae_module(components.vae, components.name, config["in_channels"])

@@ -112,13 +112,13 @@ def checked_scheduler(
     check_config(rules, filled, f"the scheduler ({name}) of {what}", file, unread=unread)
     if edm and config.get("prediction_type", "epsilon") == "sample":
         raise ModelFormatError(
-            f"the scheduler ({name}) of {what} says prediction_type='sample', and EDM's preconditioning knows epsilon "
-            "and v_prediction"
+            f"the scheduler ({name}) of {what} has prediction_type='sample', but EDM's preconditioning supports "
+            "epsilon and v_prediction"
         )
     _check_levels(filled, f"the scheduler ({name}) of {what}", edm)
     if name in DISTILLED:
         logger.warning(
-            "%s comes with %s: it was distilled to few steps, for requests with scheduler=%r",
+            "%s comes with %s: it was distilled to a few steps and needs requests with scheduler=%r",
             what,
             name,
             DISTILLED[name],
@@ -151,7 +151,7 @@ def check_vae(config: Mapping, what: str, latent_channels: int | None = None) ->
                 f"the VAE of {what} has {name}={quoted(values)}; it must be {channels} numbers, one for each channel"
             )
     if deviation is not None and min(deviation) <= 0:
-        raise ModelFormatError(f"the VAE of {what} has latents_std={quoted(deviation)}; deviations are above 0")
+        raise ModelFormatError(f"the VAE of {what} has latents_std={quoted(deviation)}; deviations must be above 0")
     scale = config.get("scaling_factor", 1.0)
     if not _numbers([scale]) or scale <= 0:
         raise ModelFormatError(f"the VAE of {what} has scaling_factor={quoted(scale)}; it must be a number above 0")
@@ -193,8 +193,8 @@ def check_model_index(index: Mapping, what: str, given: tuple[str, ...] = ()) ->
             if value == [None, None]:
                 continue
             raise ModelFormatError(
-                f"{what} has a part {key!r} ({quoted(value[-1] if value else value)}) that is not supported and would "
-                "be left out; take a pipeline without it, or take the part out of model_index.json"
+                f"{what} has a part {key!r} ({quoted(value[-1] if value else value)}) that is not supported and "
+                "would be left out; use a pipeline without it, or remove the part from model_index.json"
             )
         check_config(MODEL_INDEX, {key: value}, what, "model_index.json")
 
@@ -212,11 +212,11 @@ def indexed_scheduler(index: Mapping, config: Mapping, what: str) -> dict[str, A
         if kind not in (*VP_SCHEDULERS, *EDM_SCHEDULERS):
             raise ModelFormatError(
                 f"model_index.json of {what} names the scheduler {quoted(kind)}{_kind_of(kind)}, which is not "
-                f"supported, and scheduler/scheduler_config.json {quoted(own)}; correct the one that is wrong"
+                f"supported, but scheduler/scheduler_config.json names {quoted(own)}; correct the wrong one"
             )
         logger.warning(
-            "model_index.json of %s names the scheduler %s, and scheduler/scheduler_config.json %s; the "
-            "first counts, as in diffusers",
+            "model_index.json of %s names the scheduler %s, but scheduler/scheduler_config.json names %s; the "
+            "first is used, as in diffusers",
             what,
             kind,
             quoted(own),
@@ -232,15 +232,15 @@ def _check_part(key: str, value: Any, what: str) -> None:
     if value in (None, [None, None]):
         if key not in OPTIONAL_PARTS:
             raise ModelFormatError(
-                f"model_index.json of {what} says {key}={quoted(value)}, which is none, and an SDXL model has one; "
-                f"write its library and class there, such as {example}"
+                f"model_index.json of {what} has {key}={quoted(value)}, but an SDXL model needs this part; write "
+                f"its library and class there, such as {example}"
             )
         return
     pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(one, str) for one in value)
     if not pair or value[0] not in ("diffusers", "transformers") or (known is not None and value[1] not in known):
         raise ModelFormatError(
-            f"model_index.json of {what} says {key}={quoted(value)}, and {example} or the like is supported; correct "
-            "it where it is wrong"
+            f"model_index.json of {what} has {key}={quoted(value)}, but only parts such as {example} are supported; "
+            "correct it if it is wrong"
         )
 
 
@@ -261,14 +261,14 @@ def check_config(
         if rule is None:
             if value in (None, False, "", [], {}, ()):
                 continue
-            said = f"{what} says {key}={quoted(value)}, which is unknown here and may change its pictures"
+            said = f"{what} has {key}={quoted(value)}, which is unknown to stylefast and may change its pictures"
             if strict:
-                raise ModelFormatError(f"{said}; if it does not, take it out of {file}")
-            logger.warning("%s; it is left to the library that builds the part", said)
+                raise ModelFormatError(f"{said}; if it does not, remove it from {file}")
+            logger.warning("%s; the library that builds the part handles it", said)
         elif not rule.takes(value):
             needed = rule.kind or " or ".join(map(repr, rule.allowed or ()))
             raise ModelFormatError(
-                f"{what} says {key}={quoted(value)}, and it must be {needed} to be supported ({rule.why}); see {file}"
+                f"{what} has {key}={quoted(value)}, but it must be {needed} to be supported ({rule.why}); see {file}"
             )
 
 
@@ -276,7 +276,9 @@ def _check_levels(config: Mapping, what: str, edm: bool) -> None:
     """Raise ModelFormatError for noise levels that don't rise or are out of range."""
     low, high = (config.get(key, _EDM_ENDS[key] if edm else None) for key in ("sigma_min", "sigma_max"))
     if low is not None and high is not None and low >= high:
-        raise ModelFormatError(f"{what} has sigma_min={quoted(low)} and sigma_max={quoted(high)}; the first is smaller")
+        raise ModelFormatError(
+            f"{what} has sigma_min={quoted(low)} and sigma_max={quoted(high)}; the first must be smaller"
+        )
     betas = config.get("trained_betas")
     if edm:
         return
@@ -284,20 +286,20 @@ def _check_levels(config: Mapping, what: str, edm: bool) -> None:
         start, end = config["beta_start"], config["beta_end"]
         if config["beta_schedule"] != "squaredcos_cap_v2" and start >= end:
             raise ModelFormatError(
-                f"{what} has beta_start={quoted(start)} and beta_end={quoted(end)}; the first is smaller"
+                f"{what} has beta_start={quoted(start)} and beta_end={quoted(end)}; the first must be smaller"
             )
         return
     if len(betas) != config["num_train_timesteps"]:
         raise ModelFormatError(
-            f"{what} has {len(betas)} trained_betas for {config['num_train_timesteps']} num_train_timesteps; they must "
-            "be as many"
+            f"{what} has {len(betas)} trained_betas for {config['num_train_timesteps']} num_train_timesteps; the "
+            "counts must be equal"
         )
     # with zero terminal SNR the last beta is 1
     rising = betas[:-1] if config.get("rescale_betas_zero_snr") and betas[-1] == 1 else betas
     odd = next((i for i, beta in enumerate(rising) if not 0 < beta < 1), None)
     if odd is not None:
         raise ModelFormatError(
-            f"{what} has {quoted(betas[odd])} as number {odd} of its trained_betas; each is above 0 and below 1"
+            f"{what} has {quoted(betas[odd])} as number {odd} of its trained_betas; each must be above 0 and below 1"
         )
 
 
@@ -313,7 +315,7 @@ def _kind_of(name) -> str:
 
 def _mapping(config, what: str) -> Mapping:
     if not isinstance(config, Mapping):
-        raise ModelFormatError(f"{what} holds {quoted(config)} where an object is expected")
+        raise ModelFormatError(f"{what} contains {quoted(config)}, but must be an object")
     # configs in memory may hold arrays and tensors; convert them to lists, as in JSON
     return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in config.items()}
 

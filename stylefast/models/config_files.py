@@ -25,7 +25,7 @@ def read_config(file: Path, folder: Path) -> dict[str, Any]:
     """
     name = file.relative_to(folder)
     if not file.is_file():
-        raise ModelNotFound(f"{name} is missing in {folder}; a diffusers SDXL folder has it")
+        raise ModelNotFound(f"{name} is missing in {folder}; a diffusers SDXL folder needs it")
     return values.read_json(file, f"{name} in {folder}", kind=dict, error=ModelFormatError, infinite=True)
 
 
@@ -40,14 +40,14 @@ def build(make: Callable[[], Built], config: Mapping, tensors: int, what: str) -
         depths = value if isinstance(value, (list, tuple)) else [value]
         if key in _DEPTHS and any(isinstance(depth, int) and depth > tensors for depth in depths):
             raise ModelFormatError(
-                f"the config of {what} has {key}={values.quoted(value)}, and the weights only {tensors} tensors"
+                f"the config of {what} has {key}={values.quoted(value)}, but the weights have only {tensors} tensors"
             )
     try:
         with torch.device("meta"):
             return make()
     except Exception as error:  # other libraries' constructors raise arbitrary errors for unexpected values
         reason = values.quoted(" ".join(str(error).split()))
-        raise ModelFormatError(f"the config of {what} describes no model of its kind ({reason})") from error
+        raise ModelFormatError(f"the config of {what} does not describe a model of its kind ({reason})") from error
 
 
 def style_modules(folder: Path, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
@@ -62,7 +62,8 @@ def style_modules(folder: Path, known: tuple[str, ...], default: tuple[str, ...]
     unknown = sorted(config.keys() - {"style_modules"})
     if unknown or "style_modules" not in config:
         raise ModelFormatError(
-            f"stylefast.json in {folder} has the keys {values.quoted(sorted(config))}; it holds style_modules alone"
+            f"stylefast.json in {folder} has the keys {values.quoted(sorted(config))}; it may contain only "
+            "style_modules"
         )
     modules = values.several(f"style_modules in {file}", config["style_modules"], least=1, error=ModelFormatError)
     return tuple(values.one_of(f"style_modules in {file}", name, known, error=ModelFormatError) for name in modules)
@@ -71,11 +72,13 @@ def style_modules(folder: Path, known: tuple[str, ...], default: tuple[str, ...]
 def _check_size(key: str, value: Any, what: str) -> None:
     if isinstance(value, (list, tuple)):
         if len(value) > _MOST_ENTRIES and key not in ("trained_betas", "latents_mean", "latents_std"):
-            raise ModelFormatError(f"the config of {what} has {len(value)} entries for {key}; at most {_MOST_ENTRIES}")
+            raise ModelFormatError(
+                f"the config of {what} has {len(value)} entries for {key}; at most {_MOST_ENTRIES} are allowed"
+            )
         for one in value:
             _check_size(key, one, what)
     elif isinstance(value, int) and abs(value) > _LARGEST:
-        raise ModelFormatError(f"the config of {what} has {key}={values.quoted(value)}, a number that no model has")
+        raise ModelFormatError(f"the config of {what} has {key}={values.quoted(value)}, which no model has")
 
 
 def config_of(module: nn.Module) -> Mapping[str, Any]:

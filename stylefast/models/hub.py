@@ -40,7 +40,7 @@ class HubOptions:
         if self.token is not None and not isinstance(self.token, (bool, str)):
             raise InvalidRequest(f"token is a {type(self.token).__name__}; it must be a string, True, False or None")
         if self.force_download and self.local_files_only:
-            raise InvalidRequest("force_download and local_files_only contradict one another; give one of them")
+            raise InvalidRequest("force_download and local_files_only contradict each other; give one of them")
 
     @property
     def cached(self) -> dict:
@@ -108,12 +108,13 @@ def present(folder: Path, half: bool, variant: str | None = "auto") -> list[str]
     if not files:
         there = sorted(name for name in names if Path(name).suffix in (".safetensors", *PICKLED))
         raise ModelNotFound(
-            f"{folder} has no .safetensors weights of variant {variant!r}; it holds {', '.join(there) or 'no weights'}"
+            f"{folder} has no .safetensors weights of variant {variant!r}; it has {', '.join(there) or 'no weights'}"
         )
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
         raise ModelNotFound(
-            f"{folder} lacks {len(absent)} of its {len(files)} weight files ({', '.join(absent[:3])}); fetch them again"
+            f"{folder} lacks {len(absent)} of its {len(files)} weight files ({', '.join(absent[:3])}); download "
+            "them again"
         )
     return files
 
@@ -164,7 +165,7 @@ def hub_folder(
         pass
     except HFValidationError as error:
         raise ModelNotFound(
-            f"nothing is at {values.quoted(repo_id)}, which can't be an id on the hub either; check the path"
+            f"{values.quoted(repo_id)} does not exist here and can't be an id on the hub either; check the path"
         ) from error
     if options.local_files_only or offline():
         raise ModelNotFound(_how_to_get(repo_id, "downloads are switched off", options))
@@ -190,7 +191,7 @@ def hub_folder(
         raise ModelNotFound(_how_to_get(repo_id, reason, options)) from error
     folder = Path(folder)
     if not complete(folder):
-        raise ModelNotFound(f"{repo_id!r} holds no model of the demanded kind in .safetensors form")
+        raise ModelNotFound(f"{repo_id!r} holds no model of this kind in .safetensors form")
     return folder
 
 
@@ -201,7 +202,7 @@ def _how_to_get(repo_id: str, reason: str, options: HubOptions) -> str:
     which = "" if options.revision is None else f" --revision {options.revision}"
     near = values.did_you_mean(repo_id, [known for known in cached_ids() if known != repo_id])
     return (
-        f"{repo_id!r} is not whole in the cache ({cache}) and {reason}. On a machine with "
-        f"network run `hf download {repo_id}{which} --local-dir {name}` (formerly `huggingface-cli download`), copy "
-        f"the folder {name} here and give its path instead of the id; model='tiny' needs no download{near}"
+        f"{repo_id!r} is not complete in the cache ({cache}), and {reason}. On a machine with network run `hf "
+        f"download {repo_id}{which} --local-dir {name}` (formerly `huggingface-cli download`), copy the folder "
+        f"{name} here and give its path instead of the id; model='tiny' needs no download{near}"
     )

@@ -63,7 +63,7 @@ def preprocess(
 def check_crop(crop: str) -> None:
     """Raise InvalidRequest for anything but "center", "squash" or "pad"."""
     if crop not in CROPS:
-        raise InvalidRequest(f"crop={crop!r} is unknown; it is one of {', '.join(map(repr, CROPS))}")
+        raise InvalidRequest(f"crop={crop!r} is unknown; choose one of {', '.join(map(repr, CROPS))}")
 
 
 class ImageEncoder:
@@ -78,8 +78,8 @@ class ImageEncoder:
         config = getattr(vision_model, "config", None)
         if config is None or not hasattr(vision_model, "visual_projection"):
             raise ModelFormatError(
-                f"{type(vision_model).__name__} is no CLIPVisionModelWithProjection; IP-Adapter needs one with its "
-                "projection"
+                f"{type(vision_model).__name__} is not a CLIPVisionModelWithProjection; IP-Adapter needs one with "
+                "its projection"
             )
         self.vision_model = vision_model.eval()
         self.embed_dim: int = config.projection_dim
@@ -91,8 +91,8 @@ class ImageEncoder:
         crop_size = _edge(processor.get("crop_size", self.image_size))
         if crop_size != self.image_size:
             raise ModelFormatError(
-                f"the image processor cuts {crop_size} pixels, the image encoder takes {self.image_size}; use the "
-                "preprocessor_config.json that came with the encoder"
+                f"the image processor crops to {crop_size} pixels, but the image encoder takes {self.image_size}; "
+                "use the preprocessor_config.json that came with the encoder"
             )
         self.short_side = _edge(processor.get("size", self.image_size))
         self.mean = tuple(processor.get("image_mean", CLIP_MEAN))
@@ -118,7 +118,7 @@ class ImageEncoder:
     def pixels(self, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
         """Return pictures as the encoder's input `[n, 3, image_size, image_size]`."""
         if not isinstance(images, (list, tuple)) or not images:
-            raise InvalidRequest("the image encoder takes a list of one or more pictures")
+            raise InvalidRequest("the image encoder needs a list of one or more pictures")
         prepared = [
             preprocess(image, self.image_size, crop, self.mean, self.std, short_side=self.short_side)
             for image in images
@@ -150,7 +150,7 @@ class ImageEncoder:
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         hidden_states = self.vision_model(pixels, output_hidden_states=True).hidden_states
         if not hidden_states or len(hidden_states) < 2:
-            raise AdapterError("the image encoder gives no hidden states; plus adapters read the one before the last")
+            raise AdapterError("the image encoder returns no hidden states; plus adapters read the one before the last")
         return hidden_states[-2]
 
 
@@ -169,4 +169,6 @@ def _edge(size: int | Mapping) -> int:
         return int(size["shortest_edge"])
     if "height" in size and size.get("height") == size.get("width"):
         return int(size["height"])
-    raise ModelFormatError(f"the image processor's size {dict(size)} is not square; CLIP's encoders take squares")
+    raise ModelFormatError(
+        f"the image processor's size {dict(size)} is not square; CLIP's encoders need square pictures"
+    )

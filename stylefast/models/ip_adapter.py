@@ -188,7 +188,7 @@ class IPAdapter(nn.Module):
             else ("load the image encoder that the adapter was trained with")
         )
         raise AdapterError(
-            f"{self.name} ({self.kind}) reads {what} {self.embed_dim} wide, the image encoder gives {given} "
+            f"{self.name} ({self.kind}) reads {what} {self.embed_dim} wide, but the image encoder returns {given} "
             f"(hidden size {encoder.hidden_size}, projection {encoder.embed_dim}); {way_out}"
         )
 
@@ -268,10 +268,10 @@ def _read(source: str | Path | Mapping) -> tuple[dict[str, Entry], str]:
     if os.path.isdir(path):
         endings = (".safetensors", *PICKLE_ENDINGS)
         files = sorted(f.name for f in path.iterdir() if f.suffix in endings)
-        raise ModelNotFound(f"{path} is a folder; name one adapter file in it: {', '.join(files) or 'it has none'}")
+        raise ModelNotFound(f"{path} is a folder; give one adapter file in it: {', '.join(files) or 'it has none'}")
     if not os.path.isfile(path):
         raise ModelNotFound(
-            f"there is no adapter at {values.quoted(str(path))}; download one out of h94/IP-Adapter's sdxl_models and "
+            f"no adapter found at {values.quoted(str(path))}; download one from h94/IP-Adapter's sdxl_models and "
             "pass its path"
         )
     return open_tensors(path)[0], path.name
@@ -285,11 +285,11 @@ def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple
     shapes = {key.removeprefix("image_proj."): e.shape for key, e in entries.items() if key.startswith("image_proj.")}
     face = _face_kind(entries, shapes)
     if face:
-        raise AdapterError(f"{name} is {face}, which stylefast does not run; use a global or plus IP-Adapter")
+        raise AdapterError(f"{name} is {face}, which stylefast does not support; use a global or plus IP-Adapter")
     if not shapes or not any(key.startswith("ip_adapter.") for key in entries):
         header = WeightHeader(Path(name), {key: ("", entry.shape) for key, entry in entries.items()}, {})
         raise AdapterError(
-            f"{name} is no IP-Adapter, which has keys image_proj.* and ip_adapter.*, but: {recognise(header)[:300]}"
+            f"{name} is not an IP-Adapter, which has keys image_proj.* and ip_adapter.*, but: {recognise(header)[:300]}"
         )
 
     with torch.device("meta"):
@@ -307,7 +307,9 @@ def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple
                 raise _wrong_width(name, shapes["proj_out.weight"][0], cross_dim)
             inner = shapes["layers.0.0.to_q.weight"][0]
             if inner % _RESAMPLER_HEAD:
-                raise AdapterError(f"{name}'s resampler is {inner} wide inside; heads of {_RESAMPLER_HEAD} don't fit")
+                raise AdapterError(
+                    f"{name}'s resampler is {inner} wide inside, which is not divisible into heads of {_RESAMPLER_HEAD}"
+                )
             depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers."))
             projector = Resampler(
                 embed_dim=shapes["proj_in.weight"][1],
@@ -320,8 +322,8 @@ def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple
             )
         else:
             raise AdapterError(
-                f"{name} holds an image projection of unknown kind ({', '.join(sorted(shapes)[:4])}, ...); known are "
-                "global (image_proj.proj.weight) and plus (image_proj.latents)"
+                f"{name} contains an image projection of unknown kind ({', '.join(sorted(shapes)[:4])}, ...); the "
+                "known kinds are global (image_proj.proj.weight) and plus (image_proj.latents)"
             )
     _compare(
         {f"image_proj.{key}": shape for key, shape in shapes.items()},
@@ -366,13 +368,13 @@ def _check_layers(entries: Mapping[str, Entry], layout: AttentionLayout, cross_d
 
 
 def _compare(given: Mapping[str, tuple], expected: Mapping[str, tuple], name: str) -> None:
-    counts = f"it has {len(given)} such tensors, the model takes {len(expected)}"
+    counts = f"it has {len(given)} such tensors, the model {len(expected)}"
     if missing := [key for key in expected if key not in given]:
         raise AdapterError(f"{name} lacks {missing[0]} and {len(missing) - 1} more; {counts}")
     if foreign := [key for key in given if key not in expected]:
-        raise AdapterError(f"{name} holds {foreign[0]} and {len(foreign) - 1} more that fit nowhere; {counts}")
+        raise AdapterError(f"{name} holds {foreign[0]} and {len(foreign) - 1} more that match no layer; {counts}")
     for key, shape in expected.items():
         if given[key] != shape:
             raise AdapterError(
-                f"{name}: {key} is {list(given[key])}, the model needs {list(shape)}; use one made for this model"
+                f"{name}: {key} is {list(given[key])}, but the model needs {list(shape)}; use one made for this model"
             )

@@ -77,7 +77,7 @@ class UNetShape:
         if backwards is None:
             if any(isinstance(depth, (list, tuple)) for depth in per_block):
                 raise ModelFormatError(
-                    f"{key} is {values.quoted(given)}; with a depth for each layer, {back} must be there too"
+                    f"{key} is {values.quoted(given)}; with a depth for each layer, {back} is needed too"
                 )
             backwards = per_block[::-1]
         if not isinstance(backwards, (list, tuple)) or len(per_block) != blocks or len(backwards) != blocks:
@@ -203,7 +203,7 @@ def _integers(config: Mapping, key: str, count: int | None, most: int) -> tuple[
     numbers = [n for n in many if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= most]
     if count not in (None, len(many)) or len(numbers) < len(many):
         raise ModelFormatError(
-            f"{key} is {values.quoted(value)}; whole numbers from 1 to {most} are needed, one for each block"
+            f"{key} is {values.quoted(value)}; it must be whole numbers from 1 to {most}, one for each block"
         )
     return tuple(numbers)
 
@@ -212,7 +212,7 @@ def _kinds(config: Mapping, key: str, count: int, known: Mapping[str, bool]) -> 
     """Return whether each block attends. Raises ModelFormatError for unknown blocks."""
     kinds = config.get(key)
     if not isinstance(kinds, (list, tuple)) or len(kinds) != count or any(str(kind) not in known for kind in kinds):
-        raise ModelFormatError(f"{key} is {values.quoted(kinds)}; {count} blocks are needed, of {' or '.join(known)}")
+        raise ModelFormatError(f"{key} is {values.quoted(kinds)}; it must list {count} blocks of {' or '.join(known)}")
     return [known[kind] for kind in kinds]
 
 

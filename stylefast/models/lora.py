@@ -68,7 +68,9 @@ class LoraSet:
         lora = read_lora(path, self._weights)
         name = lora.name if name is None else name
         if name in self._loras:
-            raise InvalidRequest(f"a LoRA named {name!r} is on already; set_scale() changes it, name= tells two apart")
+            raise InvalidRequest(
+                f"a LoRA named {name!r} is already loaded; use set_scale() to change it, or name= to load a second one"
+            )
         with self._guard():
             self._loras[name], self._digests[name], self._scales[name] = lora.changes, lora.digest, scale
             self._rebuild(lora.changes, undo=lambda: self._forget(name))
@@ -77,8 +79,8 @@ class LoraSet:
     def set_scale(self, name: str, scale: float) -> None:
         """Set a LoRA's scale; 0 gives the model without it. Raises InvalidRequest, or AdapterError if too strong."""
         if not isinstance(name, str) or name not in self._loras:
-            known = f"there are: {', '.join(self._loras) or 'none'}{values.did_you_mean(name, self._loras)}"
-            raise InvalidRequest(f"no LoRA named {values.quoted(name)} is on; {known}")
+            known = f"known LoRAs: {', '.join(self._loras) or 'none'}{values.did_you_mean(name, self._loras)}"
+            raise InvalidRequest(f"no LoRA named {values.quoted(name)} is loaded; {known}")
         scale, before = _checked_scale(scale), self._scales[name]
         with self._guard():
             self._scales[name] = scale

@@ -138,7 +138,7 @@ def change_of(tensors: Mapping[str, Tensor], shape: tuple[int, ...], scaling: "S
     elif roles and all(role.startswith("lokr_") for role in roles):
         change = _kronecker(tensors, shape, scaling, where)
     else:
-        raise AdapterError(f"{where} has {' and '.join(sorted(tensors))}, which make no change of a weight together")
+        raise AdapterError(f"{where} has {' and '.join(sorted(tensors))}, which together do not form a weight change")
     if not lengths:
         return change
     if len(lengths) > 1 or len(shape) < 2:
@@ -150,7 +150,7 @@ class ShapeMismatch(AdapterError):
     """Error for a change made for a weight of another shape."""
 
     def __init__(self, where: str, found: tuple[int, ...], shape: tuple[int, ...]):
-        super().__init__(f"{where} changes a weight of {list(found)}, this model's has {list(shape)}")
+        super().__init__(f"{where} changes a weight of {list(found)}, but this model's has {list(shape)}")
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def read_lora(source: str | Path, weights: Mapping[str, Mapping[str, Tensor]]) -
     for piece in pieces:
         found = _read_piece(piece, names, weights)
         if double := found.keys() & changes.keys():
-            raise AdapterError(f"{source} changes {'.'.join(min(double))} in two of its files; give one of them")
+            raise AdapterError(f"{source} changes {'.'.join(min(double))} in two of its files; give only one of them")
         changes |= found
         for file in (piece.path, piece.path.parent / peft_config.FILE) if piece.config else (piece.path,):
             _add_digest(digest, file)
@@ -121,8 +121,8 @@ def _places(source: str | Path) -> list[tuple[Path, Path | None, str | None]]:
     if not os.path.isfile(path):
         values.no_device("the LoRA", path, error=ModelNotFound)
         raise ModelNotFound(
-            f"no LoRA file at {values.quoted(str(path))}; get one by `hf download <id> --local-dir "
-            "loras`, give its path"
+            f"no LoRA file at {values.quoted(str(path))}; give its path, or download one with `hf download <id> "
+            "--local-dir loras`"
         )
     beside = path.name.startswith("adapter_model.") and (path.parent / peft_config.FILE).is_file()
     return [(path, path.parent / peft_config.FILE if beside else None, None)]
@@ -153,7 +153,7 @@ def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, s
         # also needed to scale the bias of a LoRA's second layer
         rank = down.shape[0] if down is not None and down.ndim else 0
         if "up_bias" in found.tensors and not rank:
-            raise AdapterError(f"{file}: {found.spelled[:200]} has the bias of a LoRA and no factors; it is damaged")
+            raise AdapterError(f"{file}: {found.spelled[:200]} has the bias of a LoRA but no factors; it is damaged")
         for name, tensors in _by_weight(module, found.tensors).items():
             where = f"{file}: {found.spelled[:200]}"
             weight = weights[part].get(name)
@@ -174,7 +174,7 @@ def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, s
     if unknown:
         raise _unknown_layers(file, unknown, len(modules), entries, metadata)
     if not changes:
-        raise AdapterError(f"{file} changes nothing; it holds alphas or embeddings alone")
+        raise AdapterError(f"{file} changes nothing; it contains only alphas or embeddings")
     for part in dict.fromkeys(part for part, _ in modules):
         config = configs.get(part)
         if config is not None:
@@ -182,7 +182,7 @@ def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, s
             with_lora = {module for module, tensors in here.items() if "down" in tensors}
             config.check_whole(weights[part], {name for place, name in changes if place == part}, with_lora)
     if idle:
-        logger.warning("%s gives %d of its %d layers the alpha 0; they change nothing", file, idle, len(modules))
+        logger.warning("%s gives %d of its %d layers the alpha 0; these have no effect", file, idle, len(modules))
     _announce_embeddings(entries, piece.path)
     return changes
 
@@ -202,24 +202,24 @@ def _roles(entries: Mapping[str, Entry], file: str, piece: _Piece, metadata) -> 
         else:
             roles[key] = found
     if any(key.startswith(("ip_adapter.", "image_proj.")) for key in entries):
-        raise AdapterError(f"{file} is no LoRA but: IP-Adapter; give it as adapter=, or to engine.load_adapter")
+        raise AdapterError(f"{file} is not a LoRA but an IP-Adapter; give it as adapter=, or to engine.load_adapter")
     check_names(entries, file)
     for pattern, method in _METHODS:
         example = next((key for key in entries if re.search(pattern, key)), None)
         if example is not None:
             raise AdapterError(
-                f"{file} is {method} ({example[:200]}); read are LoRA, LoCon, LoHa, LoKr, DoRA and full "
-                "differences: merge it into a checkpoint with the tool that made it"
+                f"{file} is {method} ({example[:200]}); the supported kinds are LoRA, LoCon, LoHa, LoKr, DoRA and "
+                "full differences: merge it into a checkpoint with the tool that made it"
             )
     named = next((found for key in rest if (found := _NAMED.search(key))), None)
     if named is not None:
         raise AdapterError(
-            f"{file} holds an adapter under its name in memory, {values.quoted(named[2])} ({named.string[:200]}); save "
-            "it with peft's save_pretrained, which leaves the name out"
+            f"{file} contains an adapter under its name in memory, {values.quoted(named[2])} "
+            f"({named.string[:200]}); save it with peft's save_pretrained, which omits the name"
         )
     if not roles and not rest and entries:
         raise AdapterError(
-            f"{file} holds learned embeddings alone ({_some(list(entries))}) and no LoRA; give it as "
+            f"{file} contains only learned embeddings ({_some(list(entries))}) and no LoRA; give it as "
             "style=DreamStyler(file)"
         )
     if not roles:
@@ -227,13 +227,13 @@ def _roles(entries: Mapping[str, Entry], file: str, piece: _Piece, metadata) -> 
         kind = recognise(header)
         if kind == "LoRA":
             raise AdapterError(
-                f"{file} is a LoRA in a layout that is not known ({_some(rest)}); convert it with the tool that made it"
+                f"{file} is a LoRA in an unknown layout ({_some(rest)}); convert it with the tool that made it"
             )
-        raise AdapterError(f"{file} is no LoRA but: {kind}")
+        raise AdapterError(f"{file} is not a LoRA, but: {kind}")
     if rest:
         raise AdapterError(
-            f"{file} holds {_some(rest)}, which belong to no known kind of LoRA; its layout is unknown, "
-            "so nothing of it was used"
+            f"{file} holds {_some(rest)}, which belong to no known kind of LoRA; its layout is unknown, so the file "
+            "was not used"
         )
     return roles
 
@@ -248,8 +248,8 @@ def _modules(roles, entries, names: ModuleNames, piece: _Piece) -> tuple[dict[tu
             found = names.find(spelled, default)
             if len(found) > 1:
                 raise AdapterError(
-                    f"{piece.path.name} does not say to which text encoder {spelled[:200]} belongs; put text_encoder. "
-                    "or text_encoder_2. before the names, or the file into a folder of that name"
+                    f"{piece.path.name} does not say to which text encoder {spelled[:200]} belongs; prefix the "
+                    "names with text_encoder. or text_encoder_2., or put the file into a folder of that name"
                 )
             places[spelled] = found[0] if found else None
         place = places[spelled]
@@ -282,12 +282,12 @@ def _finite(tensor: Tensor, key: str, role: str, file: str) -> Tensor:
     # alphas are often integers; factors stored as integers or powers of two lack their scales
     integer = not tensor.dtype.is_floating_point and role != "alpha"
     if tensor.is_complex() or tensor.dtype == torch.bool:
-        raise AdapterError(f"{file}: {key[:200]} is of type {tensor.dtype}; weights are floating-point numbers")
+        raise AdapterError(f"{file}: {key[:200]} has the type {tensor.dtype}; weights must be floating-point numbers")
     if integer or re.search("e8m0|float4", str(tensor.dtype)):
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise AdapterError(f"{file} holds {key[:200]} as {kind}, quantised in a way that is not read; {WAY_OUT}")
+        raise AdapterError(f"{file} holds {key[:200]} as {kind}, quantised in an unsupported way; {WAY_OUT}")
     if not torch.isfinite(tensor.float()).all():
-        raise AdapterError(f"{file}: {key[:200]} holds NaN or infinity; the file is damaged, or training diverged")
+        raise AdapterError(f"{file}: {key[:200]} contains NaN or infinity; the file is damaged, or training diverged")
     return tensor
 
 
@@ -300,7 +300,7 @@ def _scaling(module: _Module, part: str, config: PeftConfig | None, file: str) -
     if alpha is not None:
         if alpha.numel() != 1:
             raise AdapterError(
-                f"{file}: the alpha of {module.spelled[:200]} has the shape {list(alpha.shape)}; it is one number"
+                f"{file}: the alpha of {module.spelled[:200]} has the shape {list(alpha.shape)}; it must be one number"
             )
         return Scaling(float(alpha)), float(alpha)
     if config is not None:
@@ -308,8 +308,8 @@ def _scaling(module: _Module, part: str, config: PeftConfig | None, file: str) -
         return scaling, scaling.alpha
     if module.spelled.startswith(PEFT_PREFIX):
         raise AdapterError(
-            f"{file} was written by peft, whose alphas stand in {peft_config.FILE}; put that beside it, "
-            "and give the folder"
+            f"{file} was written by peft, whose alphas are in {peft_config.FILE}; put that next to it, and give the "
+            "folder"
         )
     return Scaling(None), None
 
@@ -350,10 +350,10 @@ def _unknown_layers(file: str, unknown: list[str], matched: int, entries, metada
     why = (
         f"it was made for another model{family}"
         if family
-        else ("they are of an unknown layout, or of a model with more layers; nothing of the file was used")
+        else ("they are of an unknown layout, or of a model with more layers; the file was not used")
     )
     return AdapterError(
-        f"{file} changes {matched + len(unknown)} layers, of which this model has {matched}; unknown are "
+        f"{file} changes {matched + len(unknown)} layers, of which this model has {matched}; unknown layers: "
         f"{_some(unknown)}: {why}"
     )
 
@@ -377,7 +377,7 @@ def _announce_embeddings(entries: Iterable[str], path: Path) -> None:
     bundled = sorted({key.removeprefix(BUNDLE).split(".")[0] for key in entries if key.startswith(BUNDLE)})
     if bundled:
         logger.warning(
-            "%s also holds the learned embedding %s, which a LoRA does not put into prompts; for that give "
+            "%s also contains the learned embedding %s, which loading a LoRA does not apply; to use it, give "
             "style=DreamStyler(%r%s) and write <%s> in the prompt",
             path.name,
             ", ".join(bundled),

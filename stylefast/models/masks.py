@@ -28,7 +28,7 @@ def load_mask(mask: PictureSource | torch.Tensor, size: tuple[int, int] | None =
     shades = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(grey.height, grey.width)
     acting = (shades.float() / 255 >= 0.5).float()
     if not acting.any():
-        say_once(f"a mask of {grey.width}x{grey.height} is dark or transparent everywhere; its picture acts nowhere")
+        say_once(f"a mask of {grey.width}x{grey.height} is dark or transparent everywhere; its picture has no effect")
     return acting
 
 
@@ -37,8 +37,8 @@ def open_mask(mask: PictureSource) -> Image.Image:
     picture = open_picture(mask, BLACK)
     if isinstance(mask, np.ndarray) and mask.dtype.kind == "u" and mask.max() == 1:
         raise ImageError(
-            f"the mask is an array of {mask.dtype} with nothing but 0 and 1, where white is "
-            f"{np.iinfo(mask.dtype).max}; pass mask.astype(bool)"
+            f"the mask is an array of {mask.dtype} with only 0 and 1, but white is {np.iinfo(mask.dtype).max}; pass "
+            "mask.astype(bool)"
         )
     return picture
 
@@ -54,7 +54,7 @@ def mask_vectors(mask: PictureSource | torch.Tensor, sizes: Sequence[tuple[int, 
     grid = load_mask(mask)[None, None]
     for size in sizes:
         if len(size) != 2 or min(size) < 1:
-            raise InvalidRequest(f"a feature map has a height and a width of at least 1, not {tuple(size)}")
+            raise InvalidRequest(f"a feature map needs a height and a width of at least 1, not {tuple(size)}")
     return tuple(F.interpolate(grid, size=tuple(size), mode="bicubic", align_corners=False).flatten() for size in sizes)
 
 
@@ -63,7 +63,7 @@ def check_mask_shape(mask: PictureSource | torch.Tensor, size: Sequence[int]) ->
     if not isinstance(mask, torch.Tensor):
         return
     if mask.ndim != 2 or mask.numel() == 0:
-        raise ImageError(f"a mask tensor has the shape [height, width], not {list(mask.shape)}")
+        raise ImageError(f"a mask tensor must have the shape [height, width], not {list(mask.shape)}")
     if tuple(mask.shape) != tuple(size):
         raise ImageError(
             f"the mask is {mask.shape[0]} x {mask.shape[1]}, the picture {size[0]} x {size[1]} (height x width); "
@@ -76,10 +76,10 @@ def _check_tensor(mask: torch.Tensor, size: tuple[int, int] | None) -> torch.Ten
     values.dense_tensor("a mask", mask, error=ImageError)
     check_mask_shape(mask, mask.shape if size is None else size)
     if mask.is_complex():
-        raise ImageError(f"a mask holds real numbers, this one {mask.dtype}")
+        raise ImageError(f"a mask must have real numbers, not {mask.dtype}")
     mask = mask.detach().float().cpu()
     low, high = mask.min().item(), mask.max().item()
     # phrased so that NaN fails too
     if not (low >= 0 and high <= 1):
-        raise ImageError(f"a mask holds values in [0, 1], this one from {low:g} to {high:g}")
+        raise ImageError(f"a mask must have values in [0, 1]; this one has {low:g} to {high:g}")
     return mask

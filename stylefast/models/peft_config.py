@@ -100,15 +100,15 @@ class PeftConfig:
     def _check_held(self, setting: str, wanted: Collection[str], changed: Collection[str]) -> None:
         missing = [name for name in wanted if name not in changed]
         if missing:
-            raise self._incomplete(setting, f"of {len(wanted)} such tensors {len(missing)} are missing: {missing[0]}")
+            raise self._incomplete(setting, f"{len(missing)} of {len(wanted)} such tensors are missing: {missing[0]}")
 
     def _saved(self) -> str:
         return f"modules_to_save={values.quoted(list(self.saved_modules))}"
 
     def _incomplete(self, setting: str, found: str) -> AdapterError:
         return AdapterError(
-            f"{self.where} says {setting}, but {found}; the adapter is incomplete, or the settings are "
-            "another's: save it with peft again"
+            f"{self.where} has {setting}, but {found}; the adapter is incomplete, or the settings belong to another "
+            "one: save it with peft again"
         )
 
 
@@ -128,7 +128,7 @@ def read_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConf
         part, _, name = key.partition(".")
         if part not in PARTS:
             raise AdapterError(
-                f"{METADATA} of {where} speaks of {values.quoted(key)}; an SDXL model has {', '.join(PARTS)}"
+                f"{METADATA} of {where} mentions {values.quoted(key)}; an SDXL model has {', '.join(PARTS)}"
             )
         parts.setdefault(part, {})[name] = value
     return {part: parse(settings, f"{METADATA} of {where}") for part, settings in parts.items()}
@@ -142,18 +142,18 @@ def parse(given: Mapping[str, Any], where: str) -> PeftConfig:
     """
     kind = given.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise AdapterError(f"{where} says peft_type {values.quoted(kind)}; of peft's methods LORA is read")
+        raise AdapterError(f"{where} has peft_type {values.quoted(kind)}; of peft's methods only LORA is supported")
     for name, value in given.items():
         if name not in _WITHOUT_EFFECT | _READ | _COMPARED and value:
             raise AdapterError(
-                f"{where} sets {name[:200]}={values.quoted(value)}, which is not known here; merge the "
-                "adapter into its model with peft, or train without it"
+                f"{where} sets {name[:200]}={values.quoted(value)}, which is unknown; merge the adapter into its "
+                "model with peft, or train without it"
             )
     start = given.get("init_lora_weights", True)
     if not isinstance(start, (bool, str, type(None))) or start not in _PLAIN_STARTS:
         raise AdapterError(
-            f"{where} says init_lora_weights={values.quoted(start)}, which also changed the base model; "
-            "save it with path_initial_model_for_weight_conversion="
+            f"{where} has init_lora_weights={values.quoted(start)}, which also changed the base model; save it with "
+            "path_initial_model_for_weight_conversion="
         )
     stabilised = values.flag(f"use_rslora in {where}", given.get("use_rslora", False), error=ModelFormatError)
     decomposed, lora_bias = (
@@ -189,7 +189,7 @@ def _rank(value, where: str) -> int:
 def _patterns(name: str, given: Mapping[str, Any], where: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
     patterns = given.get(name) or {}
     if not isinstance(patterns, dict) or len(patterns) > _PATTERNS:
-        raise ModelFormatError(f"{name} in {where} is no dictionary of at most {_PATTERNS} names")
+        raise ModelFormatError(f"{name} in {where} is not a dictionary of at most {_PATTERNS} names")
     return {_pattern(key, name, where): check(value, where) for key, value in patterns.items()}
 
 

@@ -68,7 +68,7 @@ def open_picture(source: PictureSource, ground: tuple[int, int, int, int] = WHIT
         name, stream = _open_path(source)
     else:
         raise ImageError(
-            f"a picture is a path, bytes, a PIL image or an array, not {type(source).__name__}; convert it first"
+            f"a picture must be a path, bytes, a PIL image or an array, not {type(source).__name__}; convert it first"
         )
     with stream:
         image = _identified(stream, name)
@@ -92,8 +92,8 @@ def check_sources(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
 def _check_source(name: str, given: Any, more: tuple[type, ...]) -> Any:
     if not isinstance(given, (*_KINDS, *more)):
         raise ImageError(
-            f"{name} is {values.quoted(given)} ({type(given).__name__}); a picture is a path, bytes, a PIL image or an "
-            "array"
+            f"{name} is {values.quoted(given)} ({type(given).__name__}); it must be a path, bytes, a PIL image or "
+            "an array"
         )
     if isinstance(given, (str, os.PathLike)):
         values.path(name, given, error=ImageError)
@@ -105,7 +105,7 @@ def _check_source(name: str, given: Any, more: tuple[type, ...]) -> Any:
 
 def _check_array(name: str, given: Any) -> None:
     if np.ma.is_masked(given):
-        raise ImageError(f"{name} is a masked array, whose mask pictures do not have; give it filled: .filled(255)")
+        raise ImageError(f"{name} is a masked array, but pictures have no mask; fill it first: .filled(255)")
 
 
 @lru_cache(maxsize=256)
@@ -137,7 +137,7 @@ def open_file(path: Path) -> BinaryIO:
         # O_NONBLOCK, since opening a pipe without a writer would block
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise ImageError(f"there is no picture at {shown}; check the path") from error
+        raise ImageError(f"no picture found at {shown}; check the path") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{shown} can't be opened: {error}") from error
     mode = os.fstat(descriptor).st_mode
@@ -171,14 +171,14 @@ def _identified(stream: BinaryIO, name: str) -> Image.Image:
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise arbitrary errors for damaged headers
-            raise ImageError(f"{name} can't be read: {error}; save it anew as PNG") from error
+            raise ImageError(f"{name} can't be read: {error}; save it again as PNG") from error
     foreign = next((kind for place, mark, kind in _FOREIGN if start[place:].startswith(mark)), None)
     if damaged is not None and foreign is None:
-        raise ImageError(f"{name} is damaged or cut short: {damaged}; save it anew as PNG") from damaged
+        raise ImageError(f"{name} is damaged or truncated: {damaged}; save it again as PNG") from damaged
     what = f"a {foreign} file" if foreign else "another kind of file, whatever its name says"
     raise ImageError(
-        f"{name} is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture that can be read here, but {what}; save it "
-        "as PNG or JPEG and try again"
+        f"{name} is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture that can be read, but {what}; save it as "
+        "PNG or JPEG and try again"
     )
 
 
@@ -210,7 +210,7 @@ def _decode(image: Image.Image, name: str, ground: tuple[int, ...], from_file: b
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise arbitrary errors for damaged pixels
-        raise ImageError(f"{name} is damaged or cut short: {error}; save it anew as PNG") from error
+        raise ImageError(f"{name} is damaged or truncated: {error}; save it again as PNG") from error
 
 
 def _to_rgb(image: Image.Image, name: str, ground: tuple[int, ...]) -> Image.Image:
@@ -222,7 +222,7 @@ def _to_rgb(image: Image.Image, name: str, ground: tuple[int, ...]) -> Image.Ima
         pixels = np.asarray(image).astype(np.int64)
         low, high = int(pixels.min()), int(pixels.max())
         if low < 0 or high > 65535:
-            raise ImageError(f"{name} holds grey values from {low} to {high}; 16-bit pictures hold 0 to 65535")
+            raise ImageError(f"{name} holds grey values from {low} to {high}; 16-bit pictures must have 0 to 65535")
         grey = _eight_bits(pixels)
         if isinstance(clear, int):
             grey = np.where(pixels == clear, np.uint8(ground[0]), grey)
@@ -243,11 +243,11 @@ def _from_array(pixels: np.ndarray, ground: tuple[int, ...], name: str = "the ar
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if pixels.ndim not in (2, 3) or channels not in (1, 3, 4):
         raise ImageError(
-            f"an array of shape {_shape(pixels.shape)} is no picture; the shape is [height, width] or "
+            f"an array of shape {_shape(pixels.shape)} is not a picture; the shape must be [height, width] or "
             "[height, width, channels] with 1, 3 or 4 channels"
         )
     if pixels.size == 0:
-        raise ImageError(f"an array of shape {_shape(pixels.shape)} holds no pixels")
+        raise ImageError(f"an array of shape {_shape(pixels.shape)} has no pixels")
     # checked before any copy is made: a broadcast array takes no memory, but its copy may be huge
     _check_size((pixels.shape[1], pixels.shape[0]), name)
     if np.issubdtype(pixels.dtype, np.floating):
@@ -255,7 +255,7 @@ def _from_array(pixels: np.ndarray, ground: tuple[int, ...], name: str = "the ar
         # phrased so that NaN fails too
         if not (low >= 0 and high <= 1):
             raise ImageError(
-                f"{name} holds values from {low:g} to {high:g}; a picture's are in [0, 1]; divide by its maximum or "
+                f"{name} has values from {low:g} to {high:g}, but a picture needs [0, 1]; divide by its maximum or "
                 "pass uint8"
             )
         pixels = np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
@@ -265,7 +265,7 @@ def _from_array(pixels: np.ndarray, ground: tuple[int, ...], name: str = "the ar
         pixels = pixels * np.uint8(255)
     elif pixels.dtype != np.uint8:
         raise ImageError(
-            f"an array of {values.quoted(pixels.dtype)} is no picture; pass uint8, uint16 or floats in [0, 1]"
+            f"an array of {values.quoted(pixels.dtype)} is not a picture; pass uint8, uint16 or floats in [0, 1]"
         )
     image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels))
     return _to_rgb(image, name, ground)

@@ -58,13 +58,13 @@ def check_pipeline(pipeline) -> None:
     base, own = overriding(pipeline, "diffusers", _BOOKKEEPING)
     if base is None or base.__name__ not in PIPELINES:
         raise ModelFormatError(
-            f"{name} draws in another way than {PIPELINES[0]}, which is supported; to take its model without that, "
-            f"give {PIPELINES[0]}.from_pipe(pipe)"
+            f"{name} works differently from {PIPELINES[0]}, which is the supported one; to use only its model, give "
+            f"{PIPELINES[0]}.from_pipe(pipe)"
         )
     if own:
         raise ModelFormatError(
-            f"the pipeline ({name}) has {', '.join(own[:5])}{', ...' if len(own) > 5 else ''} of its own in place of "
-            f"{base.__name__}'s, which the engine would not call; to take its model without that, give "
+            f"the pipeline ({name}) has {', '.join(own[:5])}{', ...' if len(own) > 5 else ''} of its own instead of "
+            f"{base.__name__}'s, which the engine would not call; to use only its model, give "
             f"{PIPELINES[0]}.from_pipe(pipe), or {PIPELINES[0]}(**pipe.components)"
         )
     # in the config, parts are stored as (library, class name)
@@ -72,13 +72,13 @@ def check_pipeline(pipeline) -> None:
     further = [part for part in parts if part not in PARTS and getattr(pipeline, part, None) is not None]
     if further:
         raise ModelFormatError(
-            f"the pipeline has parts that would be left out ({', '.join(further)}); to take its model without them, "
+            f"the pipeline has parts that would be left out ({', '.join(further)}); to use its model without them, "
             f"give {PIPELINES[0]}.from_pipe(pipe)"
         )
     settings = {key: value for key, value in pipeline.config.items() if key not in parts}
     check_config(MODEL_INDEX, settings, f"the pipeline ({name})", "its config")
     if getattr(pipeline, "watermark", None) is not None:
-        logger.warning("the pipeline marks its pictures with an invisible watermark, and the engine's have none")
+        logger.warning("the pipeline adds an invisible watermark to its pictures, but the engine does not")
     _check_scheduler(pipeline.scheduler)
     _check_unet(inner(pipeline.unet))
     for part in ("text_encoder", "text_encoder_2"):
@@ -102,8 +102,8 @@ def check_vae_module(vae: nn.Module, what: str, latent_channels: int | None = No
     # only its encoder and decoder are called, as they are
     if method := replaced_method(vae):
         raise ModelError(
-            f"the method {method} of the VAE of {what} was replaced, and the engine would not call it; take that off, "
-            "or load the VAE anew"
+            f"the method {method} of the VAE of {what} was replaced, and the engine would not call it; restore the "
+            "method, or load the VAE again"
         )
     check_vae({**config_of(vae), "_class_name": kinds.pop()}, what, latent_channels)
 
@@ -115,8 +115,8 @@ def check_same_latents(own: Mapping, vae: nn.Module, what: str) -> None:
         expected, found = own.get(key), theirs.get(key)
         if (None if expected is None else [*expected]) != (None if found is None else [*found]):
             raise ModelFormatError(
-                f"{what} works on latents of {key}={quoted(expected)}, the VAE given in place of its own on "
-                f"{quoted(found)}; use a VAE of this model's family"
+                f"{what} works on latents of {key}={quoted(expected)}, but the VAE given instead of its own works "
+                f"on {quoted(found)}; use a VAE of this model's family"
             )
 
 
@@ -148,8 +148,8 @@ def unet_weights(unet: "UNet2DConditionModel") -> dict[str, torch.Tensor]:
     if len(types) > 1 or not types <= {*_FLOATS}:
         shown = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
         raise ModelError(
-            f"the pipeline's UNet holds weights in {shown}; it needs one of float32, float16 and bfloat16 throughout, "
-            "as pipe.to(torch.float16) gives it"
+            f"the pipeline's UNet has weights in {shown}; they must all be float32, float16 or bfloat16, for "
+            "example after pipe.to(torch.float16)"
         )
     plain = {name: value for name, value in own.items() if not any(mark in name for mark in _FUSED)}
     if any(type(one).__name__.startswith("Fused") for one in unet.attn_processors.values()):
@@ -164,7 +164,7 @@ def _check_fused(state: dict[str, torch.Tensor], plain: dict[str, torch.Tensor])
             parts = [plain[f"{place}.to_{letter}.weight"] for letter in fused.removeprefix("to_")]
             if not torch.equal(torch.cat(parts), state[name]):
                 raise ModelError(
-                    f"{place} has fused projections that differ from those they were made of; call "
+                    f"{place} has fused projections that differ from those they were made from; call "
                     "unfuse_qkv_projections() on the pipeline before its weights change"
                 )
 
@@ -177,8 +177,8 @@ def _check_scheduler(scheduler) -> None:
     fresh = type(scheduler).from_config(scheduler.config).alphas_cumprod
     if levels.shape != fresh.shape or not torch.allclose(levels.cpu(), fresh, rtol=1e-5, atol=0):
         raise ModelError(
-            f"the noise levels of the pipeline's {type(scheduler).__name__} are not those of its config; say in the "
-            "config how they are made (rescale_betas_zero_snr, trained_betas)"
+            f"the noise levels of the pipeline's {type(scheduler).__name__} are not those of its config; specify in "
+            "the config how they are computed (rescale_betas_zero_snr, trained_betas)"
         )
 
 
@@ -195,8 +195,8 @@ def _check_unet(unet: "UNet2DConditionModel") -> None:
     drops = [name for name, one in unet.named_modules() if one.training and isinstance(one, nn.Dropout) and one.p > 0]
     if drops:
         raise ModelError(
-            f"the pipeline's UNet is in training mode and has dropout ({drops[0]}), which the engine does not do; call "
-            "eval() on it"
+            f"the pipeline's UNet is in training mode and has dropout ({drops[0]}), which the engine does not "
+            "support; call eval() on it"
         )
     if any(getattr(block, key, None) is not None for block in unet.up_blocks for key in _FREEU):
         raise ModelError("FreeU is on in the pipeline and not supported; call disable_freeu() on it")
@@ -205,8 +205,8 @@ def _check_unet(unet: "UNet2DConditionModel") -> None:
         own = kind.__module__.split(".")[0] == "diffusers"
         if not own or kind.__name__ not in (*_PLAIN_ATTENTION, *_IMAGE_ATTENTION):
             raise ModelError(
-                f"the pipeline's UNet has an attention processor {kind.__name__} ({place}), which the engine would not "
-                "call; unet.set_default_attn_processor() takes it off"
+                f"the pipeline's UNet has an attention processor {kind.__name__} ({place}), which the engine would "
+                "not call; remove it with unet.set_default_attn_processor()"
             )
 
 
@@ -232,8 +232,8 @@ def _check_modules(what: str, module: nn.Module) -> None:
             )
         if method := replaced_method(one):
             raise ModelError(
-                f"the method {method} of {what} was replaced ({place}), by DeepCache, seamless tiling or their like; "
-                "take that off the pipeline"
+                f"the method {method} of {what} was replaced ({place}), for example by DeepCache or seamless "
+                "tiling; remove that from the pipeline"
             )
         if any(parameter.is_meta for parameter in one.parameters(recurse=False)):
             raise ModelError(f"{what} is offloaded; give a pipeline without enable_sequential_cpu_offload()")

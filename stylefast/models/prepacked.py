@@ -185,13 +185,13 @@ def _refusal(layers, room: int | None) -> str:
     if weights[0].dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bfloat16 instructions"
     if any(weight.is_inference() for weight in weights):
-        return "the weights are inference tensors, whose changes nobody counts"
+        return "the weights are inference tensors, whose changes are not tracked"
     needed = sum(w.numel() * w.element_size() for w in weights)
     if room is None:
         free = available_memory("cpu")
         room = needed if free is None else int(_SHARE * free)
     if needed > room:
-        return f"the copies take {needed / 2**30:.2f} GiB, {room / 2**30:.2f} GiB may be taken"
+        return f"the copies take {needed / 2**30:.2f} GiB, but only {room / 2**30:.2f} GiB may be used"
     return ""
 
 

@@ -63,8 +63,8 @@ class PreviewDecoder:
         found = config_of(tiny)["latent_channels"], downscale(tiny)
         if found != (channels, factor):
             raise ModelFormatError(
-                f"{_name(source)} decodes latents of {found[0]} channels to {found[1]} pixels each, the model's have "
-                f"{channels} channels and {factor} pixels; use the tiny decoder of this model family, or None"
+                f"{_name(source)} decodes latents of {found[0]} channels to {found[1]} pixels each, but the model's "
+                f"have {channels} channels and {factor} pixels; use the tiny decoder of this model family, or None"
             )
         return cls(channels, factor, tiny, None)
 
@@ -81,7 +81,7 @@ class PreviewDecoder:
         """
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise InvalidRequest(
-                f"latents of shape {tuple(latents.shape)} have no preview: [n, {self.channels}, h, w] is needed"
+                f"latents of shape {tuple(latents.shape)} have no preview: the shape must be [n, {self.channels}, h, w]"
             )
         if self._tiny is not None:
             pictures = decode_unchecked(self._tiny, latents, decoding_dtype(self._tiny))

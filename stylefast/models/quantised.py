@@ -41,17 +41,17 @@ def check_storage(tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str)
         if not name.endswith((".weight", ".bias")):
             continue
         if not kind.startswith(("F", "BF")) or kind.startswith(("F4", "F6", "F8_E8M0")):
-            raise ModelFormatError(f"{what} holds {name} as {kind}, quantised in a way that is not read; {WAY_OUT}")
+            raise ModelFormatError(f"{what} holds {name} as {kind}, quantised in an unsupported way; {WAY_OUT}")
         layer, _, _ = name.rpartition(".")
         scale = next((f"{layer}.{spelling}" for spelling in _SCALES if f"{layer}.{spelling}" in tensors), None)
         if scale is not None and name.endswith(".weight") and not _fits(shape, tensors[scale][1]):
             raise ModelFormatError(
-                f"{what} scales {name} {list(shape)} by factors {list(tensors[scale][1])}; one, or one for each output "
-                f"channel, can be read: {WAY_OUT}"
+                f"{what} scales {name} {list(shape)} by factors {list(tensors[scale][1])}; only one, or one for "
+                f"each output channel, is supported: {WAY_OUT}"
             )
     bare = [n for n in tensors if n.endswith(_SCALES) and f"{n.rpartition('.')[0]}.weight" not in tensors]
     if bare:
-        raise ModelFormatError(f"{what} holds the factor {bare[0]} without the weight that it scales; {WAY_OUT}")
+        raise ModelFormatError(f"{what} contains the factor {bare[0]} without the weight that it scales; {WAY_OUT}")
 
 
 def check_names(names: Iterable[str], what: str) -> None:
@@ -59,7 +59,7 @@ def check_names(names: Iterable[str], what: str) -> None:
     for mark, meaning in _PACKED:
         found = next((name for name in names if mark.search(name)), None)
         if found is not None:
-            raise ModelFormatError(f"{what} holds {meaning} ({found[:200]}), which are not read; {WAY_OUT}")
+            raise ModelFormatError(f"{what} contains {meaning} ({found[:200]}), which are not supported; {WAY_OUT}")
 
 
 def dequantised(tensors: dict[str, torch.Tensor], dtype: torch.dtype, what: str) -> dict[str, torch.Tensor]:

@@ -33,7 +33,9 @@ def check_single_file(header: WeightHeader, needs_vae: bool) -> None:
     """Raise ModelFormatError, naming the file's actual kind, unless it is a complete SDXL checkpoint."""
     name, kind = header.path.name, recognise(header)
     if kind == "LoRA":
-        raise ModelFormatError(f"{name} is a LoRA, not a checkpoint; load a base model and add it with apply_lora")
+        raise ModelFormatError(
+            f"{name} is a LoRA, not a checkpoint; load a base model and add it with engine.load_lora"
+        )
     if kind == "IP-Adapter":
         raise ModelFormatError(f"{name} is an IP-Adapter, not a checkpoint; load a base model and give it as adapter=")
     if kind in ("VAE", "tiny VAE"):
@@ -49,7 +51,7 @@ def check_single_file(header: WeightHeader, needs_vae: bool) -> None:
     for prefix, part in ((TEXT, "first text encoder"), (TEXT_2, "second text encoder"), (VAE, "VAE")):
         if not header.has(prefix) and (part != "VAE" or needs_vae):
             way_out = "give vae=" if part == "VAE" else "use the whole checkpoint, or a diffusers folder"
-            raise ModelFormatError(f"{name} holds no {part} ({prefix}*); {way_out}")
+            raise ModelFormatError(f"{name} contains no {part} ({prefix}*); {way_out}")
 
 
 def infer_unet_config(header: WeightHeader) -> dict:
@@ -80,14 +82,14 @@ def infer_unet_config(header: WeightHeader) -> dict:
 
     first_attention = next((n for n in header.tensors if n.startswith(UNET) and n.endswith("attn2.to_k.weight")), None)
     if first_attention is None:
-        raise ModelFormatError(f"{header.path.name} has a UNet without cross-attention; it is no SDXL model")
+        raise ModelFormatError(f"{header.path.name} has a UNet without cross-attention; it is not an SDXL model")
     attending = [_attends(header, block) for block in down]
     up_attending = [_attends(header, block) for block in up]
     wide = [width for width, attends in zip(channels, attending) if attends and width % _HEAD_WIDTH]
     if wide:
         raise ModelFormatError(
-            f"{header.path.name} has attention {channels} channels wide, which 64-wide heads do not divide; give "
-            "config=, a folder with this model's unet/config.json and text encoder configs"
+            f"{header.path.name} has attention {channels} channels wide, which is not divisible into 64-wide heads; "
+            "give config=, a folder with this model's unet/config.json and text encoder configs"
         )
     projection_input = header.shape(f"{UNET}label_emb.0.0.weight")[1]
     pooled = _pooled_width(header)
@@ -123,8 +125,8 @@ def _attends(header: WeightHeader, block: list[int | None]) -> bool:
     """Return whether a block attends. Raises ModelFormatError if only some of its layers do."""
     if None in block and any(depth is not None for depth in block):
         raise ModelFormatError(
-            f"{header.path.name} has a UNet whose blocks attend in some layers and not in others ({block}); in "
-            "diffusers' form a block attends as a whole"
+            f"{header.path.name} has a UNet whose blocks have attention in some layers but not in others ({block}); "
+            "in diffusers' format a block has it in all or none"
         )
     return bool(block) and None not in block
 
@@ -186,8 +188,8 @@ def infer_text_configs(header: WeightHeader) -> tuple[dict, dict]:
             depth = layers(names, f"{tower}encoder.layers.")
         if width % _HEAD_WIDTH:
             raise ModelFormatError(
-                f"{header.path.name} has a text encoder {width} channels wide, which 64-wide heads do not divide; give "
-                "config=, a folder with text_encoder/config.json and text_encoder_2/config.json"
+                f"{header.path.name} has a text encoder {width} channels wide, which is not divisible into 64-wide "
+                "heads; give config=, a folder with text_encoder/config.json and text_encoder_2/config.json"
             )
         configs.append(
             {

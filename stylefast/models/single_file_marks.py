@@ -72,7 +72,7 @@ def marked_scheduler(header: WeightHeader, given: Mapping | None = None) -> dict
     said = metadata.get("modelspec.prediction_type", metadata.get("modelspec.predict_key"))
     if said is not None and said.lower() not in _PREDICTIONS:
         raise ModelFormatError(
-            f"the metadata of {name} say that it predicts {quoted(said)}; 'epsilon' and 'v' are supported"
+            f"the metadata of {name} declare the prediction type {quoted(said)}; 'epsilon' and 'v' are supported"
         )
     said = None if said is None else _PREDICTIONS[said.lower()]
     marked = _marked(header)
@@ -81,7 +81,7 @@ def marked_scheduler(header: WeightHeader, given: Mapping | None = None) -> dict
         config["rescale_betas_zero_snr"] = True
     if said not in (None, config["prediction_type"]):
         logger.warning(
-            "the metadata of %s say %s, and its keys %s; the keys count", name, said, config["prediction_type"]
+            "the metadata of %s say %s, but its keys say %s; the keys are used", name, said, config["prediction_type"]
         )
     if given is None:
         return checked_scheduler(config, name)
@@ -89,8 +89,8 @@ def marked_scheduler(header: WeightHeader, given: Mapping | None = None) -> dict
     kinds = [(one["_class_name"].startswith("EDM"), one.get("prediction_type", "epsilon")) for one in (config, given)]
     if (marked or said) and kinds[0] != kinds[1]:
         raise ModelFormatError(
-            f"{name} says that it is sampled with {_shown(config)}, and the scheduler of its config folder says "
-            f"{_shown(given)}; leave the folder's scheduler out, or correct it"
+            f"{name} declares {_shown(config)} for sampling, but the scheduler of its config folder has "
+            f"{_shown(given)}; remove the folder's scheduler, or correct it"
         )
     return given
 
@@ -125,13 +125,14 @@ def check_marks(header: WeightHeader) -> None:
     layer = metadata.get("modelspec.encoder_layer")
     if layer not in (None, "", "2"):
         logger.warning(
-            "%s was trained on the text encoders' layer %s from the end; it is read as SDXL, at the second",
+            "%s was trained on the text encoders' layer %s from the end, but is used like SDXL, with the second "
+            "from the end",
             name,
             quoted(layer),
         )
     steps = metadata.get("modelspec.timestep_range")
     if steps is not None and re.sub(r"\s", "", steps) not in ("0,1000", "0,999", "0-1000", "0-999", ""):
-        logger.warning("%s was trained on the timesteps %s; it is run at all of them", name, quoted(steps))
+        logger.warning("%s was trained on the timesteps %s, but is used at all timesteps", name, quoted(steps))
     further = sorted(
         key
         for key in header.tensors
@@ -139,7 +140,7 @@ def check_marks(header: WeightHeader) -> None:
     )
     if further:
         logger.warning(
-            "%s holds %d tensors that no part of SDXL has, which are left out: %s%s",
+            "%s contains %d tensors that belong to no part of SDXL and are left out: %s%s",
             name,
             len(further),
             ", ".join(further[:3])[:200],

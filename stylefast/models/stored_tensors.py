@@ -88,7 +88,7 @@ class StoredTensors(Mapping[str, Tensor]):
         """Return the type of a tensor. Raises `error` for a type that PyTorch lacks."""
         kind = self.header.tensors[name][0]
         if kind not in _DTYPES:
-            raise self._error(f"{self._what} holds {name} in {kind}, which PyTorch can't read")
+            raise self._error(f"{self._what} contains {name} in {kind}, which PyTorch can't read")
         return _DTYPES[kind]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ class StoredTensors(Mapping[str, Tensor]):
         offset, nbytes = self.header.offsets[name], _nbytes(self.dtype(name), self.shape(name))
         for index, side in zip(place, self.shape(name)):
             if not 0 <= index < side:
-                raise IndexError(f"{name} has shape {list(self.shape(name))}, which has no place {list(place)}")
+                raise IndexError(f"{name} has shape {list(self.shape(name))}, which has no index {list(place)}")
             nbytes //= side
             offset += index * nbytes
         return Span(self, offset, nbytes)

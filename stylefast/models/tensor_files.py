@@ -57,8 +57,8 @@ def load_pickle(path: Path) -> Any:
     # torch raises many error types for bad archives, truncated pickles and forbidden code
     except Exception as error:
         raise ModelFormatError(
-            f"{path.name} can't be read as tensors alone ({_first_line(error)}); it is damaged, or a pickle that "
-            "carries code, which stylefast refuses to run: get the .safetensors edition"
+            f"{path.name} can't be read as plain tensors ({_first_line(error)}); it is damaged, or a pickle that "
+            "contains code, which stylefast does not run: get the .safetensors edition"
         ) from error
 
 

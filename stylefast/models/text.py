@@ -144,8 +144,8 @@ class TextEncoder:
         ends = encoders[1].config.eos_token_id, tokenizers[1].eos_token_id
         if ends[0] not in (_HIGHEST_ID_ENDS, ends[1]):
             raise ModelFormatError(
-                f"text encoder 2 takes the token {ends[0]} for the end of a prompt (eos_token_id), its tokenizer "
-                f"writes {ends[1]} there; they don't belong together"
+                f"text encoder 2 takes the token {ends[0]} for the end of a prompt (eos_token_id), but its "
+                f"tokenizer writes {ends[1]} there; they don't belong together"
             )
         lengths = [
             min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
@@ -153,8 +153,8 @@ class TextEncoder:
         ]
         if lengths[0] != lengths[1]:
             raise ModelFormatError(
-                f"the text encoders read {lengths[0]} and {lengths[1]} tokens; their states stand side by side, "
-                "so both lengths must agree"
+                f"the text encoders read {lengths[0]} and {lengths[1]} tokens; their states are concatenated, so "
+                "both lengths must be equal"
             )
         self.max_tokens: int = lengths[0]
         self.runner: TextRunner = TorchText(self.encoders)
@@ -230,8 +230,13 @@ class TextEncoder:
         most = self.runner.most_skipped
         if skip > most:
             raise InvalidRequest(
-                f"clip_skip is {skip}, and this engine's text encoders can skip {most} layers before the second-to-last"
-                + ("" if most else ", being exported graphs: load the model with backend='torch', or leave it at 0")
+                f"clip_skip is {skip}, but this engine's text encoders can skip only {most} layers before the "
+                "second-to-last"
+                + (
+                    ""
+                    if most
+                    else ", because they are exported graphs; load the model with backend='torch', or leave it at 0"
+                )
             )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -249,14 +254,14 @@ class TextEncoder:
             )
         for policy in policies:
             if policy not in POOLED_POLICIES:
-                raise PromptError(f"pooled policy {policy!r} is unknown; there are {', '.join(POOLED_POLICIES)}")
+                raise PromptError(f"pooled policy {policy!r} is unknown; choose one of {', '.join(POOLED_POLICIES)}")
         widths = self.widths
         for prompt in prompts:
             for name in known_names:
                 if name not in prompt.vectors and f"<{name}>" in (prompt.text or ""):
                     raise PromptError(
-                        f"the prompt names <{name}>, but that style is not part of this request; "
-                        "add it to the styles of the request or take the token out of the text"
+                        f"the prompt names <{name}>, but that style is not part of this request; add it to the "
+                        "styles of the request or remove the token from the text"
                     )
             for name in prompt.placeholders():
                 found = tuple(rows.shape[1] for rows in prompt.vectors[name])
@@ -284,7 +289,7 @@ class TextEncoder:
         if cut:
             words = "; ".join(repr(text) for text in cut.values())
             logger.warning(
-                "the text encoders read %d tokens; cut from the end of %d prompt(s): %s",
+                "the text encoders read only %d tokens; cut from the end of %d prompt(s): %s",
                 self.max_tokens,
                 len(cut),
                 words,

@@ -19,7 +19,7 @@ def given_folder(given) -> Path:
     folder = values.path("the folder of tokenizers or configs", given)
     if not os.path.isdir(folder):
         shown = values.shown_path(folder)
-        raise ModelNotFound(f"no folder at {shown}; tokenizer= and config= take a folder on this machine")
+        raise ModelNotFound(f"no folder at {shown}; tokenizer= and config= need a local folder")
     return folder
 
 
@@ -66,10 +66,10 @@ def find_tokenizers(path: Path, given, config: Path | None, hub: HubOptions) -> 
         return _tokenizer(folder), _tokenizer(folder, pad_token="!")
     reason = "downloads are switched off" if hub.local_files_only or offline() else "the hub can't be reached"
     raise ModelNotFound(
-        f"{path.name} holds no tokenizer, no CLIP tokenizer is cached, and {reason}. Get the small files vocab.json "
-        f"and merges.txt (on a machine with network: `hf download {_TOKENIZER_SOURCES[-1]} vocab.json merges.txt "
-        "tokenizer_config.json --local-dir clip-tokenizer`) and pass tokenizer='clip-tokenizer', or put them beside "
-        "the file"
+        f"{path.name} contains no tokenizer, no CLIP tokenizer is cached, and {reason}. Get the small files "
+        f"vocab.json and merges.txt (on a machine with network: `hf download {_TOKENIZER_SOURCES[-1]} vocab.json "
+        "merges.txt tokenizer_config.json --local-dir clip-tokenizer`) and pass tokenizer='clip-tokenizer', or put "
+        "them next to the file"
     )
 
 
@@ -77,7 +77,7 @@ def _tokenizer(folder: Path, **arguments):
     from transformers import CLIPTokenizer
 
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise ModelNotFound(f"{folder} holds no CLIP tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+        raise ModelNotFound(f"{folder} contains no CLIP tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     if (folder / "tokenizer_config.json").is_file():
         config = read_config(folder / "tokenizer_config.json", folder)
         check_tokenizer(config, f"the tokenizer in {folder.name}")

@@ -63,7 +63,7 @@ def load_vae(
         )
     folder = _vae_folder(path)
     if folder is None:
-        raise ModelNotFound(f"{path} holds no VAE: neither config.json nor vae/config.json names an autoencoder")
+        raise ModelNotFound(f"{path} contains no VAE: neither config.json nor vae/config.json names an autoencoder")
     return vae_from_folder(folder, dtype=dtype, device=device, variant=variant)
 
 
@@ -148,8 +148,8 @@ def encode(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     factor = downscale(vae)
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
         raise InvalidRequest(
-            f"pictures of shape {tuple(images.shape)} can't be encoded: [n, 3, H, W] is needed, with H and W divisible "
-            f"by {factor}"
+            f"pictures of shape {tuple(images.shape)} can't be encoded: the shape must be [n, 3, H, W], with H and "
+            f"W divisible by {factor}"
         )
     _onload(vae)
     weight = next(vae.parameters())
@@ -271,7 +271,7 @@ def infer_vae_config(header: WeightHeader, prefix: str = "") -> dict:
     while prefix + level.format(0, depth) + ".conv1.weight" in header.tensors:
         depth += 1
     if not widths:
-        raise ModelFormatError(f"{header.path.name} holds no VAE encoder; give vae= a whole one")
+        raise ModelFormatError(f"{header.path.name} contains no VAE encoder; give a complete one as vae=")
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
@@ -368,8 +368,8 @@ def _warn_once(vae: nn.Module, dtype: torch.dtype) -> None:
     _overflowed.add(vae)
     logger.log(
         level,
-        "the VAE overflows in %s; pictures where it does are decoded again in float32. "
-        "Use vae='madebyollin/sdxl-vae-fp16-fix', or decode in float32 from the start",
+        "the VAE overflows in %s; the affected pictures are decoded again in float32. Use "
+        "vae='madebyollin/sdxl-vae-fp16-fix', or decode in float32 from the start",
         dtype,
     )
 
@@ -394,8 +394,8 @@ def _finite(tensor: torch.Tensor, done: str, dtype: torch.dtype) -> torch.Tensor
     if not bool(finite.all()):
         bad = [i for i, good in enumerate(finite.tolist()) if not good]
         raise NumericsError(
-            f"NaN or infinity in {done} picture {', '.join(map(str, bad))} of {len(tensor)} (VAE in {dtype}); if what "
-            "went in was finite, the VAE overflows in this type: use vae='madebyollin/sdxl-vae-fp16-fix' or "
+            f"NaN or infinity in {done} picture {', '.join(map(str, bad))} of {len(tensor)} (VAE in {dtype}); if "
+            "the input was finite, the VAE overflows in this type: use vae='madebyollin/sdxl-vae-fp16-fix' or "
             "dtype='float32'"
         )
     return tensor

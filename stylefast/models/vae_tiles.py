@@ -143,7 +143,7 @@ def _tile_side(tile, factor: int) -> int:
     smallest = SMALLEST_TILE * factor
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < smallest or tile % factor:
         raise InvalidRequest(
-            f"tile is {tile!r}; give None (the whole picture), 'auto', or its side in pixels: a multiple of {factor} "
-            f"from {smallest} on"
+            f"tile is {tile!r}; give None (the whole picture), 'auto', or its side in pixels: a multiple of "
+            f"{factor}, at least {smallest}"
         )
     return tile // factor

@@ -65,7 +65,7 @@ _FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull` to get the file itself"),
     (b"PK\x03\x04", "a pickled PyTorch file (zip) under another name"),
     (b"\x80\x02", "a pickled PyTorch file under another name"),
-    (b"GGUF", "a GGUF file (packed integers, for llama.cpp and its kin)"),
+    (b"GGUF", "a GGUF file (packed integers, for llama.cpp and similar)"),
 )
 
 
@@ -104,8 +104,8 @@ def read_header(path: str | Path, *, any_ending: bool = False) -> WeightHeader:
         raise ModelNotFound(f"no file at {values.shown_path(path)}")
     if path.suffix in PICKLED and not any_ending:
         raise ModelFormatError(
-            f"{path.name} is a pickled file, and opening one runs whatever code is in it; "
-            "get the .safetensors edition, or convert it on a machine where you trust it"
+            f"{path.name} is a pickled file, and opening it would run any code in it; get the .safetensors edition, "
+            "or convert it on a machine where you trust it"
         )
     try:
         file = path.open("rb")
@@ -122,7 +122,7 @@ def read_header(path: str | Path, *, any_ending: bool = False) -> WeightHeader:
             raise ModelFormatError(f"{path.name} is {meaning}, not safetensors")
         if not fits:
             raise ModelFormatError(
-                f"{path.name} ({size} bytes) has no valid safetensors header; it is cut short or something else"
+                f"{path.name} ({size} bytes) has no valid safetensors header; it is truncated or another kind of file"
             )
         file.seek(8)
         raw = file.read(length)
@@ -137,7 +137,7 @@ def _parsed(path: Path, raw: bytes, size: int) -> WeightHeader:
     )
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ModelFormatError(f"{damaged}: its metadata is {values.quoted(metadata)}, not strings; fetch it again")
+        raise ModelFormatError(f"{damaged}: its metadata is {values.quoted(metadata)}, not strings; download it again")
     tensors, places = {}, []
     for name, entry in header.items():
         shape, start, end = _checked_entry(damaged, name, entry)
@@ -148,12 +148,12 @@ def _parsed(path: Path, raw: bytes, size: int) -> WeightHeader:
         if start != expected:
             raise ModelFormatError(
                 f"{damaged}: {values.quoted(name)} begins at byte {start} where {expected} is expected, so tensors "
-                "overlap or leave gaps; fetch the file again"
+                "overlap or leave gaps; download the file again"
             )
         expected = end
     if size != 8 + len(raw) + expected:
         raise ModelFormatError(
-            f"{path.name} has {size} bytes where its header announces {8 + len(raw) + expected}; fetch the file again"
+            f"{path.name} has {size} bytes, but its header declares {8 + len(raw) + expected}; download the file again"
         )
     return WeightHeader(path, tensors, metadata, {name: 8 + len(raw) + start for start, _, name in places})
 
@@ -164,7 +164,7 @@ def _checked_entry(damaged: str, name: str, entry) -> tuple[tuple[int, ...], int
     found = values.mapping(what, entry, error=ModelFormatError)
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in found]
     if missing:
-        raise ModelFormatError(f"{what} has no {missing[0]}; fetch the file again")
+        raise ModelFormatError(f"{what} has no {missing[0]}; download the file again")
     kind = values.one_of(
         f"{what} has a type that safetensors does not know; dtype", found["dtype"], _BITS, error=ModelFormatError
     )
@@ -174,7 +174,7 @@ def _checked_entry(damaged: str, name: str, entry) -> tuple[tuple[int, ...], int
     start, end = (values.whole_number(f"{what}: data_offsets", one, 0, error=ModelFormatError) for one in offsets)
     if end - start != -(-_product(shape) * _BITS[kind] // 8):
         raise ModelFormatError(
-            f"{what} of shape {values.quoted(list(shape))} in {kind} has {end - start} bytes; fetch the file again"
+            f"{what} of shape {values.quoted(list(shape))} in {kind} has {end - start} bytes; download the file again"
         )
     return shape, start, end
 

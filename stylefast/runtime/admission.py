@@ -148,7 +148,7 @@ class Joining:
     """A job that is about to join, and what it waits for."""
 
     admission: Admission
-    first: bool  # whether it came while nothing ran: no step is made until its inputs are there
+    first: bool  # whether it arrived while nothing ran: no step starts until its inputs are ready
     call: HelperCall | None = None
     inversions: list[SampleGroup] = field(default_factory=list)
 
@@ -161,7 +161,7 @@ class Joining:
 def pieces(job: Job, making: Generator[None, None, Any], ready: Callable[[], None]) -> Callable[[], Any]:
     """Return a helper task that makes a job's result piece by piece, until complete or the job is cancelled.
 
-    ready: waits until the device has computed what the result is made of.
+    ready: waits until the device has computed the data for the result.
     """
 
     def piece() -> Any:

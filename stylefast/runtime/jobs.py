@@ -1,4 +1,4 @@
-"""Requests on their way: state, result and previews of those submitted, and those that a caller waits for."""
+"""Requests in progress: state, result and previews of submitted ones and of those that a caller waits for."""
 
 import asyncio
 import logging
@@ -24,9 +24,10 @@ from stylefast.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
 
-# makes a job's result of its latents by output number: a generator that yields between pieces of work
+# makes a job's result from its latents by output number: a generator that yields between pieces of work
 Make = Callable[["Job", Mapping[int, torch.Tensor]], Generator[None, None, Any]]
-# called after every step with (step, steps of the longest request, latents of the pictures asked for and still running)
+# called after every step with (step, steps of the longest request, latents of the requested pictures that are still
+# running)
 StepCallback = Callable[[int, int, torch.Tensor], None]
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
@@ -125,8 +126,8 @@ class Job:
             self._check_process()
             if self._inside():
                 raise InvalidRequest(
-                    f"the job is {self.status}, and this callback runs in the thread that its steps or its pictures "
-                    "wait for; take the result in another thread, or give the job a callback of its own"
+                    f"the job is {self.status}, and its steps or pictures wait for the thread that this callback "
+                    "runs in; get the result in another thread, or in a callback of that job"
                 )
         # a finished job is read without the lock, which may be held forever in a forked process
         if not (self.done() or self._finished.wait(timeout)):
@@ -189,7 +190,7 @@ class Job:
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise EngineClosed(
-                f"the job was {self.status} in another process when this one was forked from it; it goes on there"
+                f"the job was {self.status} in another process when this one was forked from it; it continues there"
             )
 
     def _watch(self, tell: Callable[[Preview | None], None], wants_previews: bool = True) -> None:
@@ -207,10 +208,10 @@ class Job:
         for tell in watchers:
             try:
                 tell(preview)
-            except KeyboardInterrupt as error:  # meant for the program, once all have been told
+            except KeyboardInterrupt as error:  # meant for the program, raised after all watchers were notified
                 interrupted = error
             except BaseException:  # errors of the watcher, including SystemExit, must not stop the loop's other jobs
-                logger.exception("what watches a job at step %d of %d raised", self.step, self.steps)
+                logger.exception("a watcher of a job raised an error at step %d of %d", self.step, self.steps)
         if interrupted is not None:
             raise interrupted
 
@@ -232,11 +233,11 @@ class Job:
         return True
 
     def before_step(self, runner: Runner, group: SampleGroup) -> RowFeatures | None:
-        """Return what takes the features of the rows in the next step of a group of a job that `collects`."""
+        """Return the collector of row features for the next step of a group, for a job that `collects`."""
         return None
 
     def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Callable[[], None] | None:
-        """Return what the caller's thread has to call after a step of `groups`, if anything."""
+        """Return the function that the caller's thread must call after a step of `groups`, if any."""
         return None
 
     @property
@@ -281,7 +282,7 @@ class Call(Job):
         self._callback = callback
 
     def may_step(self, group: SampleGroup) -> bool:
-        """Let all pictures of a size make a step, which the callback sees together, before one makes the next."""
+        """Make all pictures of a size take a step, which the callback sees together, before any takes the next."""
         return self._callback is None or all(g.step >= min(group.step, g.steps) for g in self._alike(group))
 
     def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Callable[[], None] | None:

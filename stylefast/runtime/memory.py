@@ -78,7 +78,7 @@ class MemoryBudget:
             height, width = latent_size
             limit = "" if self.limit is None else f" of the limit of {self.limit / 2**30:.1f} GiB"
             raise OutOfMemory(
-                f"a batch of {rows} rows at {width}x{height} latents needs about {needed / 2**30:.1f} GiB, "
+                f"a batch of {rows} rows at {width}x{height} latents needs about {needed / 2**30:.1f} GiB, but only "
                 f"{free / 2**30:.1f} GiB{limit} are free; ask for fewer or smaller pictures at once"
             )
 
@@ -230,8 +230,8 @@ def check_limit(engine) -> None:
     held, limit, device = held_bytes(engine), engine.budget.limit, engine.unet.device
     if held > limit:
         raise OutOfMemory(
-            f"the model takes {held / 2**30:.2f} GiB and memory_limit is {limit / 2**30:.2f} GiB; raise it, or "
-            "load the model in half precision"
+            f"the model takes {held / 2**30:.2f} GiB, but memory_limit is {limit / 2**30:.2f} GiB; raise the limit, "
+            "or load the model in half precision"
         )
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(

@@ -1,6 +1,6 @@
 """One model with everything that requests share: pages, slots, tables, and the step itself.
 
-`Runner` knows nothing of jobs, threads and pictures' files. The scheduler lets one thread at a time use it.
+`Runner` does not deal with jobs, threads or picture files. The scheduler lets one thread at a time use it.
 """
 
 import os
@@ -29,16 +29,16 @@ from stylefast.styles.bank import StyleBank
 
 Value = TypeVar("Value")
 
-# shapes of batches whose tables are kept
+# max number of batch shapes whose tables are kept
 _TABLES = 32
-# sizes that nobody works at whose latents stay allocated
+# max number of idle sizes whose latents stay allocated
 _IDLE_SIZES = 3
 
 
 class Runner:
-    """What runs steps of groups.
+    """Runner of the steps of groups.
 
-    buckets: row counts to which batches are padded, ascending, so that shapes repeat; empty: every batch as it is.
+    buckets: row counts to which batches are padded, ascending, so that shapes repeat; empty: no padding.
     """
 
     def __init__(
@@ -57,39 +57,41 @@ class Runner:
         self.latents: dict[tuple[int, int, int], LatentSlots] = {}
         self.bank_pages: dict[tuple[int, int], BankPages] = {}
         self._tables: dict[BatchShape, StepBuffers] = {}
-        self.max_rows: int | None = None  # of one UNet call, where groups allow it
+        self.max_rows: int | None = None  # of one UNet call; a larger group runs alone
         self.steps_run = 0
         self.calls = 0  # of the UNet
 
     def beside(self, call: Callable[[], Value]) -> Value:
-        """Call what runs beside steps: encoders, decoders, readers of files; for one thread at a time.
+        """Call a function alongside steps, such as an encoder, a decoder or a file reader; for one thread at a time.
 
-        What is called must touch no pages, slots or tables.
+        The function must not touch pages, slots or tables.
         """
         with self._beside_lock:
             self.check_open()
             return self._beside.call(call, self.stream)
 
     def close(self) -> None:
-        """Take no more work, and free what the backend holds; no step may be running.
+        """Refuse further work and free the backend's resources; no step may be running.
 
-        In a process that was forked from its own nothing is freed: what would do it is not there.
+        In a forked process nothing is freed, because the threads needed for it do not exist there.
         """
         self.closed = True
         if os.getpid() == self._process:
-            with self._beside_lock:  # a call may be using what the backend holds
+            with self._beside_lock:  # a call may be using the backend's resources
                 self.backend.close()
 
     def check_open(self) -> None:
-        """Raise EngineClosed once the engine was closed, and in a process that was forked from its own."""
+        """Raise EngineClosed if the engine was closed, or in a process forked from the engine's."""
         if self.closed:
             raise EngineClosed("the engine was closed; load another one")
         self.check_process()
 
     def check_process(self) -> None:
-        """Raise EngineClosed in a process that was forked from the engine's: its threads are not there."""
+        """Raise EngineClosed in a process forked from the engine's, where its threads do not exist."""
         if os.getpid() != self._process:
-            raise EngineClosed("the engine was loaded in another process, whose threads are not here; load one here")
+            raise EngineClosed(
+                "the engine was loaded in another process, whose threads do not exist in this one; load an engine here"
+            )
 
     @torch.inference_mode()
     def admit(
@@ -99,10 +101,10 @@ class Runner:
         latent_shape: tuple[int, int, int],
         pins: Mapping[Sample, Pin],
     ) -> SampleGroup:
-        """Make a group of samples and give it slots; it gives back the conditions when it retires.
+        """Make a group of samples and give it slots; `retire` releases the conditions.
 
         Raises OutOfMemory for a group that can't fit even alone, and StyleError for contradictions in its styles; the
-        conditions are then given back at once.
+        conditions are then released at once.
         """
         try:
             self.check_open()
@@ -118,7 +120,7 @@ class Runner:
         return group
 
     def retire(self, group: SampleGroup) -> None:
-        """Give back all that a group holds; a second time does nothing."""
+        """Release everything that a group holds; a second call does nothing."""
         self.conditions.release(group.conditions)
         for table in self._tables.values():
             table.drop(group)
@@ -128,7 +130,7 @@ class Runner:
 
     @property
     def pictures(self) -> int:
-        """Pictures on their way, references included."""
+        """Count the pictures in progress, including references."""
         return sum(slots.used for slots in self.latents.values())
 
     def forget_pages(self) -> None:
@@ -141,7 +143,7 @@ class Runner:
         return self.latents[group.latent_shape].latents[group.places]
 
     def shown_of(self, group: SampleGroup) -> torch.Tensor:
-        """Return those of the requested pictures, without references; does not wait for the device."""
+        """Return the latents of the requested pictures, without references; does not wait for the device."""
         return self.latents[group.latent_shape].latents[group.shown]
 
     def results_of(self, group: SampleGroup) -> dict[int, torch.Tensor]:
@@ -150,12 +152,12 @@ class Runner:
         return {sample.output: latents[i] for i, sample in enumerate(group.samples) if sample.output is not None}
 
     def denoised_of(self, group: SampleGroup) -> torch.Tensor:
-        """Those pictures [shown, channels, h, w] as the last step saw them behind the noise, or latents before any."""
+        """Return those pictures' last noise-free estimates [shown, channels, h, w], or latents before any step."""
         state = self.latents[group.latent_shape]
         return state.history[:, 0][group.shown] if group.step else state.latents[group.shown]
 
     def rows_that_fit(self, latent_size: tuple[int, int]) -> int:
-        """Rows of one UNet call that memory has room for, at most `max_rows` and what the backend can do."""
+        """Return how many rows of one UNet call fit into memory, at most `max_rows` and the backend's limit."""
         room = self.budget.rows(self.unet, latent_size)
         return min([room, *(limit for limit in (self.max_rows, self.backend.limits.get("rows")) if limit is not None)])
 
@@ -163,11 +165,11 @@ class Runner:
     def step(
         self, groups: Sequence[SampleGroup], features: RowFeatures | None = None
     ) -> dict[SampleGroup, StyleFastError]:
-        """Run one step of groups of one size; return those that failed and why. `features` takes what the rows offer.
+        """Run one step of groups of one size; return those that failed and why. `features` collects the rows' features.
 
-        Where memory runs out, or an exported graph can't do a batch, the batch is halved and tried again, down to
-        single groups: only a group that can't be run alone fails. On a CPU a picture whose latents are no longer finite
-        fails with the step, on a GPU when `finite` is asked. Raises EngineClosed once the engine was closed.
+        If memory runs out, or no exported graph fits a batch, the batch is halved and tried again, down to single
+        groups: only a group that can't be run alone fails. On a CPU a picture with latents that are not finite fails in
+        this step, on a GPU when `finite` is called. Raises EngineClosed if the engine was closed.
         """
         self.check_open()
         failed: dict[SampleGroup, StyleFastError] = {}
@@ -193,7 +195,7 @@ class Runner:
             fits, short = False, True
         if not fits:
             if short:
-                # out of the handler, so that the error no longer keeps the failed call's tensors
+                # outside the handler, so that the error no longer keeps the failed call's tensors
                 self.backend.reset()
             half = len(groups) // 2
             return {**self.step(groups[:half]), **self.step(groups[half:])}
@@ -217,9 +219,9 @@ class Runner:
         return not_finite([i for i in outputs if i is not None])
 
     def prefetch(self, groups: Sequence[SampleGroup]) -> None:
-        """Start to bring the bank pages of the next steps of `groups`."""
+        """Start to load the bank pages for the next steps of `groups`."""
         if self.unet.device.type == "cpu":
-            return  # pages are copied when they are held: there is nothing to overlap with
+            return  # pages are copied when they are held, since there is no computation to overlap with
         for group in groups:
             pages = self.bank_pages.get(group.latent_shape[1:])
             if pages is not None and not group.finished:
@@ -265,7 +267,7 @@ class Runner:
                 pages.release(flat)
 
     def _graph_inputs(self, latent_size: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """All pages and masks that there are, by the names of the inputs of exported graphs."""
+        """Return all pages and masks, by the input names of exported graphs."""
         store, pool, found = self.conditions, self.bank_pages.get(latent_size), {}
         levels = [("text_kv", store.text.by_level)]
         if store.images is not None:
@@ -283,7 +285,7 @@ class Runner:
         references, segments = max(p.width for p in all_rows), max(p.segment_width for p in all_rows)
         norms = any(bool(p.columns.takes_norms.any()) for p in all_rows)
         if padded:
-            # one shape for all mixes: rows and columns that nobody uses are idle
+            # one shape for all mixes: unused rows and columns are idle
             rows = next((b for b in self.buckets if b >= rows), rows)
             pictures, norms = max(rows, pictures), True
         if padded and not self.backend.pads_columns:
@@ -296,7 +298,7 @@ class Runner:
     def _pages_for(self, latent_size: tuple[int, int], banks: Collection[StyleBank]) -> BankPages | None:
         """Return the pool of a size with room for all pages of `banks`, as far as the budget allows.
 
-        It comes with the first bank, grows when others come, and is there for batches without one where shapes repeat.
+        It is created with the first bank and grows with others; with buckets, batches without a bank use it too.
         """
         pool = self.bank_pages.get(latent_size)
         if not banks:
@@ -309,12 +311,12 @@ class Runner:
             pool.expected(banks)
             self.bank_pages[latent_size] = pool
         elif (wanted := pool.expected(banks)) > pool.slots:
-            # twice as many, so that with ever more banks it does not have to grow with each of them
+            # twice as many, so that it need not grow with every further bank
             self._grow(pool, max(wanted, 2 * pool.slots))
         return pool
 
     def _grow(self, pool: BankPages, wanted: int) -> None:
-        """Make a pool larger if the budget allows; one that is too small for all its banks serves them as well."""
+        """Make a pool larger if the budget allows; a pool too small for all its banks still works."""
         try:
             slots = min(self._most_slots(pool.latent_size, pool), wanted)
         except OutOfMemory:
@@ -330,19 +332,19 @@ class Runner:
             raise
 
     def _most_slots(self, latent_size: tuple[int, int], pool: BankPages | None = None) -> int:
-        """Pages that a size may hold; `pool`: the one it has. Raises OutOfMemory where not even one fits."""
+        """Return how many pages a size may hold; `pool`: its current pool. Raises OutOfMemory if not even one fits."""
         others = [other for size, other in self.bank_pages.items() if size != latent_size]
         slots = self.budget.bank_slots(self.unet, latent_size, others, 0 if pool is None else pool.nbytes)
         return min(slots, self.backend.limits.get("pages", slots))
 
     def _drop_idle_latents(self) -> None:
-        """Free the latents of sizes that nobody works at but for the last few, which are likely to come again."""
+        """Free the latents of idle sizes, except for the last few, which are likely to be used again."""
         idle = [shape for shape, slots in self.latents.items() if not slots.used]
         for shape in idle[: max(0, len(idle) - _IDLE_SIZES)]:
             del self.latents[shape]
 
     def _drop_idle_pools(self, but: tuple[int, int]) -> None:
-        """Free the pools of sizes that nobody works at, so that one of another size finds room."""
+        """Free the pools of idle sizes to make room for one of another size."""
         for size, pool in list(self.bank_pages.items()):
             busy = any(shape[1:] == size and slots.used for shape, slots in self.latents.items())
             if size != but and not busy:
@@ -350,17 +352,17 @@ class Runner:
                 del self.bank_pages[size]
 
     def table_bytes(self) -> int:
-        """Bytes of all step tables."""
+        """Return the bytes of all step tables."""
         return sum(table.nbytes for table in self._tables.values())
 
 
 def not_finite(pictures: Sequence[int]) -> NumericsError:
-    """Return the error of pictures with NaN or infinity in their latents; of a reference if none is named."""
+    """Return the error for pictures with NaN or infinity in their latents; for a reference if `pictures` is empty."""
     pictures = sorted(pictures)
     what = f"picture(s) {', '.join(map(str, pictures))}" if pictures else "the style's reference"
     return NumericsError(
-        f"the latents of {what} hold NaN or infinity. "
-        "Try dtype='float32' or 'bfloat16', a lower guidance, or an adapter scale below 2",
+        f"the latents of {what} contain NaN or infinity. Try dtype='float32' or 'bfloat16', a lower guidance, or an "
+        "adapter scale below 2",
         pictures=pictures,
     )
 

@@ -1,11 +1,11 @@
-"""The one driver: jobs of all callers, and the thread whose turn it is to run their steps.
+"""The scheduler: jobs of all callers, and the thread whose turn it is to run their steps.
 
 `Engine.generate` and `bake` add a job and run steps until it is done; `Engine.submit` adds one and leaves the steps to
-a thread of its own. Only one thread at a time has the turn, and whoever has it runs the steps of all jobs. Before each
-step jobs join and leave; a step takes the groups that have waited longest, all of one size, as many as fit. So jobs of
-different callers, styles, samplers, step counts and guidance share a UNet call, one that came late joins as soon as its
-prompts and pictures are encoded, and a long job can't keep a short one waiting: where not all fit, they take turns.
-Slow work beside steps, encoding and decoding, is done by a helper thread meanwhile.
+a background thread. Only one thread at a time has the turn, and it runs the steps of all jobs. Before each step jobs
+join and leave; a step runs the groups that have waited longest, all of one size, as many as fit. So jobs of different
+callers, styles, samplers, step counts and guidance share a UNet call, a late job joins as soon as its prompts and
+pictures are encoded, and a long job can't keep a short one waiting: if not all fit, they take turns. A helper thread
+does the slow work, encoding and decoding, in parallel with the steps.
 """
 
 import atexit
@@ -34,17 +34,17 @@ from stylefast.runtime.runner import Runner, joined
 
 logger = logging.getLogger(__name__)
 
-# pictures in progress at once; beyond it jobs wait, as their latents and prompts take memory too
+# max pictures in progress; further jobs wait, since their latents and prompts take memory too
 MOST_PICTURES = 256
 # seconds without work after which the thread behind `submit` ends; the next job starts another
 _IDLE_SECONDS = 2.0
-# seconds between two attempts to join, and between two looks at deadlines, while there is nothing else to do
+# seconds between attempts to join, and between checks of deadlines, while idle
 _PAUSE_SECONDS = 0.02
 _started: "weakref.WeakSet[Scheduler]" = weakref.WeakSet()
 
 
 class Scheduler:
-    """The jobs of one runtime, and who runs their steps.
+    """The jobs of one runtime, and the thread that runs their steps.
 
     decode_preview: latents to small pictures. max_rows: rows of one UNet call; None: what fits into memory.
     max_pending: submitted jobs that may wait; None: any number.
@@ -61,24 +61,24 @@ class Scheduler:
         self._runner, self._planner, self._decode_preview = runner, planner, decode_preview
         self.max_pending = max_pending
         runner.max_rows = max_rows
-        # guards what follows, and is notified of all that a waiting thread may want to know
+        # guards the fields below, and is notified of every change that a thread may wait for
         self._changed = threading.Condition()
-        self._news = 0  # how often it was notified
-        self._holder: int | None = None  # thread that has the turn
-        self._telling: set[int] = set()  # threads that call callbacks of jobs
-        self._stepping = False  # between a step's beginning and the end of its bookkeeping
-        self._asking = 0  # threads that wait for the turn in order not to step, see `paused`
+        self._news = 0  # number of notifications
+        self._holder: int | None = None  # the thread that has the turn
+        self._telling: set[int] = set()  # threads that are running callbacks of jobs
+        self._stepping = False  # from a step's start to the end of its bookkeeping
+        self._asking = 0  # threads that wait for the turn to pause the steps, see `paused`
         self._queue: deque[Job] = deque()
-        self._count = 0  # jobs so far
-        self._opening = 0  # number of the last job that begins together with those that have joined
+        self._count = 0  # number of jobs so far
+        self._opening = 0  # number of the last job that starts together with those that have joined
         self._joining: dict[Job, Joining] = {}
         self._jobs: dict[SampleGroup, Job] = {}
         self._turns: dict[SampleGroup, int] = {}  # when a group last had a step
         self._turn = 0
-        self._leaving: set[Job] = set()  # whose pictures are being decoded
-        self._ended: list[Callable[[], Any]] = []  # what tells of ended jobs, once the turn is given up
+        self._leaving: set[Job] = set()  # jobs whose pictures are being decoded
+        self._ended: list[Callable[[], Any]] = []  # notifications of ended jobs, made once the turn is released
         self._helper = Helper(lambda: _IDLE_SECONDS)
-        self._thread: threading.Thread | None = None  # behind `submit`
+        self._thread: threading.Thread | None = None  # the thread behind `submit`
         self._closed, self._close_later, self._process = False, False, os.getpid()
 
     @property
@@ -88,12 +88,12 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Return the number of jobs in the batch, about to join it, or done but for the decoding."""
+        """Return the number of jobs in the batch, about to join it, or being decoded."""
         with self._changed:
             return len({*self._jobs.values(), *self._joining, *self._leaving})
 
     def inside(self) -> bool:
-        """Return whether the caller is a thread that jobs can't do without, as in callbacks and signal handlers."""
+        """Return whether jobs depend on the calling thread, as in callbacks and signal handlers."""
         me = threading.current_thread()
         return me is self._thread or self._helper.inside or me.ident in (self._holder, *self._telling)
 
@@ -104,7 +104,9 @@ class Scheduler:
         with self._changed:
             waiting = sum(not other.has_caller for other in self._queue)
             if self.max_pending is not None and waiting >= self.max_pending and not self._closed:
-                raise QueueFull(f"{waiting} jobs wait already, the limit is {self.max_pending}; try later")
+                raise QueueFull(
+                    f"{waiting} jobs are already waiting, and the limit is {self.max_pending}; try again later"
+                )
             self._add(job)
             if self._thread is None:
                 thread = threading.Thread(target=self._run_submitted, name="stylefast-steps", daemon=True)
@@ -118,13 +120,13 @@ class Scheduler:
     def run(self, job: Job) -> Any:
         """Queue a job and run steps until it is done, or wait while another thread runs them; return its result.
 
-        The job's hooks, see `Job.due`, are called in this thread. Raises the job's error, what a hook raised, and
+        The job's hooks, see `Job.due`, are called in this thread. Raises the job's error, any error of a hook, and
         InvalidRequest in a thread that the job would wait for.
         """
         if self.inside():
             raise InvalidRequest(
-                "this callback runs in a thread that steps or pictures wait for, so nothing can be made here; do it in "
-                "another thread, or submit it"
+                "steps or pictures wait for the thread that this callback runs in, so it can't generate or bake; "
+                "do that in another thread, or use submit"
             )
         self._add(job)
         try:
@@ -147,7 +149,7 @@ class Scheduler:
         return job.result()
 
     def cancel(self, job: Job) -> None:
-        """Stop a job: at once while it waits, else at the next step."""
+        """Stop a job: at once if it waits, otherwise at the next step."""
         with self._changed:
             job.cancelled = True
             waiting = job in self._queue
@@ -159,7 +161,7 @@ class Scheduler:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Hold the turn between two steps, to change what steps use; on a GPU also on their stream."""
+        """Hold the turn between two steps, to change data that steps use; on a GPU also on their stream."""
         me = threading.get_ident()
         with self._changed:
             self._asking += 1
@@ -177,25 +179,25 @@ class Scheduler:
 
     @contextmanager
     def changing_weights(self) -> Iterator[None]:
-        """Hold the turn while weights change; what was computed with the old ones is dropped.
+        """Hold the turn while weights change, and drop everything computed with the old ones.
 
-        Raises InvalidRequest while pictures are in progress: half of their steps would see other weights.
+        Raises InvalidRequest while pictures are in progress, because their remaining steps would use other weights.
         """
         self._runner.check_process()
         with self.paused():
             if self._runner.pictures or self._joining:
                 pictures = self._runner.pictures
-                busy = f"{pictures} pictures are on their way" if pictures else "a request is about to join"
-                raise InvalidRequest(f"{busy}, and weights can't change under them; wait until their jobs are done")
+                busy = f"{pictures} pictures are in progress" if pictures else "a request is about to join"
+                raise InvalidRequest(f"{busy}, and weights can't change meanwhile; wait until the jobs are done")
             try:
                 yield
             finally:
                 self._runner.forget_pages()
 
     def close(self) -> None:
-        """Stop after the current step; jobs that are not done fail with EngineClosed.
+        """Stop after the current step; unfinished jobs fail with EngineClosed.
 
-        In a process that was forked from the scheduler's there is nothing to stop.
+        Does nothing in a process forked from the scheduler's.
         """
         self._runner.closed = True
         if os.getpid() != self._process:
@@ -205,10 +207,10 @@ class Scheduler:
             self._closed = True
             thread, mine = self._thread, self._holder == threading.get_ident()
             self._notify()
-        if mine:  # in a signal's handler, in the midst of a step: the rest is done when the turn ends
+        if mine:  # in a signal handler during a step: the rest is done when the turn ends
             self._close_later = True
             return
-        inside = self.inside()  # such a thread may be waited for by another one: it waits for none
+        inside = self.inside()  # another thread may be waiting for this one, so it must not wait
         with self.paused():
             pass
         if thread is not None and not inside:
@@ -271,12 +273,12 @@ class Scheduler:
             self._leave_turn(None)
 
     def _wait(self, news: int) -> None:
-        """Wait until there is something to do, or to look at again, since `news`."""
+        """Wait until something has changed since `news`, or deadlines need another check."""
         with self._changed:
             self._changed.wait_for(lambda: self._news != news, _PAUSE_SECONDS)
 
     def _leave_turn(self, holder: int | None) -> None:
-        """Give the turn back, then tell of the jobs that ended meanwhile: nothing calls user code during a turn."""
+        """Release the turn, then notify the watchers of ended jobs: no user code runs during a turn."""
         later = self._close_later and holder is None
         if self._closed and holder is None:
             self._end_all(_closed())
@@ -307,8 +309,8 @@ class Scheduler:
                     moved = True
                     while wanted(moved):
                         moved = self.step()
-            except BaseException:  # nobody is there to raise it to, and others' jobs go on
-                logger.exception("the thread that runs submitted jobs goes on after an error")
+            except BaseException:  # no caller can receive the error, and other jobs must continue
+                logger.exception("the thread that runs submitted jobs continues after an error")
             if not self._has_submitted():
                 give_back()
             with self._changed:
@@ -319,31 +321,31 @@ class Scheduler:
                     return
 
     def _has_submitted(self) -> bool:
-        """Return whether steps are wanted by a job that no caller runs."""
+        """Return whether a job without a waiting caller needs steps."""
         with self._changed:
             return any(not job.has_caller for jobs in (self._jobs.values(), self._queue, self._joining) for job in jobs)
 
     # a step
 
     def step(self) -> bool:
-        """Do what is due between two steps, and run one; return False if there was nothing to do."""
+        """Do the work due between two steps, and run one; return False if there was nothing to do."""
         self._drop()
         moved = self._admit()
         if self._ended:
-            return True  # those who wait for them are told first
+            return True  # their waiters are notified first
         batch = self._choose()
         if batch:
             self._stepping = True
             try:
                 failed: dict[SampleGroup, Exception] = dict(self._runner.step(batch, self._features(batch[0])))
-            except Exception as error:  # not known to be of one group alone
+            except Exception as error:  # not known to concern only one group
                 failed = dict.fromkeys(batch, error)
             self._collect(batch, self._after(batch, failed))
             self._stepping = False
         return moved or bool(batch)
 
     def _drop(self) -> None:
-        """End the jobs that were cancelled or are late."""
+        """End cancelled and late jobs."""
         now = time.monotonic()
         with self._changed:
             jobs = dict.fromkeys([*self._queue, *self._jobs.values(), *self._joining])
@@ -356,9 +358,9 @@ class Scheduler:
             self._end(job, error)
 
     def _admit(self) -> bool:
-        """Let waiting jobs join, first come first served; return whether one got further.
+        """Let waiting jobs join, first come first served; return whether one made progress.
 
-        They join as soon as the helper has encoded what they need; those that came while nothing ran begin together.
+        They join as soon as the helper has encoded their inputs; those that arrived while nothing ran start together.
         """
         moved = False
         for job, joining in list(self._joining.items()):
@@ -366,7 +368,7 @@ class Scheduler:
                 moved |= bool(self._go_on(job, joining))
         while True:
             with self._changed:
-                # those that wait for a callback may do so until others are done
+                # jobs that wait for a callback may do so until others are done
                 taken = sum(g.pictures for g, job in self._jobs.items() if not job.due)
                 taken += sum(len(job.requests) for job in self._joining)
                 if not self._queue or taken >= MOST_PICTURES:
@@ -383,7 +385,7 @@ class Scheduler:
                     continue  # cancelled meanwhile
                 self._queue.popleft()
                 if error is None:
-                    # what had come when the first of them joined begins together
+                    # jobs that had arrived when the first of them joined start together
                     first = not self._jobs or job.number <= self._opening
                     joining = self._joining[job] = Joining(Admission(self._planner, job.samples or []), first)
             if error is not None:
@@ -393,9 +395,9 @@ class Scheduler:
             moved = True
 
     def _go_on(self, job: Job, joining: Joining) -> bool | None:
-        """Admit a job as far as that goes without waiting; return whether it got further.
+        """Admit a job as far as possible without waiting; return whether it made progress.
 
-        Returns None if it found no room and was queued again.
+        Returns None if there was no room and it was queued again.
         """
         admission, moved = joining.admission, False
         call = None
@@ -419,7 +421,7 @@ class Scheduler:
         except BaseException as error:
             if not isinstance(error, Exception) and (call is None or call.error is not error):
                 raise  # Ctrl-C in this thread
-            # when others are done there is more room
+            # there may be room when others are done
             self._leave(job)
             waited_for = self._joining or self._leaving or any(not other.due for other in self._jobs.values())
             if is_out_of_memory(error) and waited_for:
@@ -430,7 +432,7 @@ class Scheduler:
         return moved
 
     def _beside(self, wanted: Callable[[], Any]) -> HelperCall:
-        """Have a call made by the helper."""
+        """Let the helper make a call."""
         call = HelperCall()
 
         def then(value: Any, error: BaseException | None) -> None:
@@ -453,7 +455,7 @@ class Scheduler:
         with self._changed:
             self._opening = self._opening if self._jobs else self._count
             self._jobs |= dict.fromkeys(groups, job)
-        # as if it had just had a step: where not all fit, it takes its turn behind those who wait already
+        # as if it had just had a step: if not all fit, its turn comes after those already waiting
         self._turns |= dict.fromkeys(groups, self._turn)
         job.start()
 
@@ -484,7 +486,7 @@ class Scheduler:
         self._opening = 0
         for joining in self._joining.values():
             joining.first = False
-        # in the order in which they came, so that a batch that stays the same is laid out the same
+        # in order of arrival, so that an unchanged batch has an unchanged layout
         order = {g: i for i, g in enumerate(self._jobs)}
         return sorted(batch, key=lambda g: (self._jobs[g].number, order[g]))
 
@@ -531,12 +533,12 @@ class Scheduler:
         return None
 
     def _collect(self, batch: Sequence[SampleGroup], failed: dict[SampleGroup, Exception]) -> None:
-        """End the jobs of groups that failed, and pass on what the others' steps made."""
+        """End the jobs of groups that failed, and pass on the results of the others' steps."""
         for job in dict.fromkeys(self._jobs[g] for g in failed if g in self._jobs):
             self._end(job, joined([error for g, error in failed.items() if self._jobs.get(g) is job]))
         for job in list(dict.fromkeys(self._jobs[g] for g in batch if g in self._jobs)):
             stepped = [g for g in batch if self._jobs.get(g) is job]
-            if job in self._joining:  # the steps of an inversion are none of the picture's
+            if job in self._joining:  # the steps of an inversion do not count as the picture's
                 continue
             try:
                 self._pass_on(job, stepped)
@@ -547,7 +549,7 @@ class Scheduler:
                 self._deliver(job)
 
     def _pass_on(self, job: Job, stepped: Sequence[SampleGroup]) -> None:
-        """Show previews of a step of a job's groups, and let its caller know what to call."""
+        """Show previews of a step of a job's groups, and pass its caller the callbacks that are due."""
         job.step = max(job.step, *(g.step for g in stepped))
         if job.wants_previews:
             for group in stepped:
@@ -559,7 +561,7 @@ class Scheduler:
                 self._notify()
 
     def _deliver(self, job: Job) -> None:
-        """Have the result of a job, all of whose groups are done, made beside the steps of others."""
+        """Let the helper make the result of a job whose groups are all done, alongside the steps of others."""
         if job.cancelled:  # in its last step
             self._end(job, cancelled(job))
             return
@@ -590,7 +592,7 @@ class Scheduler:
             if isinstance(error, Exception):
                 self._end(job, error)
                 return
-            self._queue_again(job)  # Ctrl-C: it was not handed over
+            self._queue_again(job)  # Ctrl-C: the result was not handed over
             raise
         job.latents = {}
 
@@ -598,15 +600,15 @@ class Scheduler:
         latents = self._runner.denoised_of(group).float().cpu()
         job.show(Preview(group.step, group.steps, latents, self._decode_preview))
 
-    # the end of jobs
+    # end of jobs
 
     def _end(self, job: Job, error: BaseException) -> None:
-        """End a job that waits, joins or runs; those who watch it are told when the turn is given up."""
+        """End a job that waits, joins or runs; its watchers are notified when the turn is released."""
         self._ended.append(partial(job.finish, error=_named(job, error)))
         self._leave(job)
 
     def _leave(self, job: Job) -> None:
-        """Take a job's groups out of the batch and give back all that they hold."""
+        """Remove a job's groups from the batch and release everything they hold."""
         with self._changed:
             joining = self._joining.pop(job, None)
             for group in job.groups:
@@ -618,11 +620,11 @@ class Scheduler:
             if admission is not None:
                 try:
                     admission.close()
-                except Exception:  # of a broken device; whoever waits for the job must be told all the same
-                    logger.exception("what a job held could not be given back")
+                except Exception:  # from a broken device; waiters of the job must be notified all the same
+                    logger.exception("the resources of a job could not be released")
 
     def _queue_again(self, job: Job) -> None:
-        """Put a job back to the head of the queue; it begins anew."""
+        """Put a job back at the head of the queue; it starts again."""
         self._leave(job)
         job.latents, job.step = {}, 0
         with self._changed:
@@ -637,13 +639,13 @@ class Scheduler:
             self._end(job, error)
 
     def _begin_again(self) -> None:
-        """After a step that Ctrl-C broke off, whose groups may have gone halfway: let all jobs begin anew."""
+        """Restart all jobs after Ctrl-C interrupted a step, which may have been half done."""
         self._stepping = False
         with self._changed:
             jobs = dict.fromkeys([*self._jobs.values(), *self._joining])
         for job in reversed(jobs):
             if job.collects:
-                self._end(job, StyleFastError("Ctrl-C interrupted the step that this was part of; try again"))
+                self._end(job, StyleFastError("Ctrl-C interrupted the step that this request was part of; try again"))
             else:
                 self._queue_again(job)
 
@@ -669,7 +671,7 @@ def _close_all() -> None:
 
 @contextmanager
 def _own_settings(device: torch.device) -> Iterator[None]:
-    """Run steps of all jobs regardless of what the caller's thread has set for itself: autocast, a default device."""
+    """Run steps of all jobs regardless of the calling thread's settings, such as autocast or a default device."""
     with ExitStack() as stack:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -683,7 +685,7 @@ def _closed() -> EngineClosed:
 
 
 def _named(job: Job, error: BaseException) -> BaseException:
-    """Return the error of a job; of one that ran out of memory, what its caller can do."""
+    """Return the error of a job; if it ran out of memory, with a way out."""
     if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
         return error
     count = len(job.requests)

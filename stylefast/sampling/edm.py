@@ -36,13 +36,13 @@ def check_edm(name: str, config: Mapping) -> None:
     """Raise InvalidRequest if EDM models don't support the sampler or the settings yield no valid noise levels."""
     if name not in EDM_SCHEDULERS:
         raise InvalidRequest(
-            f"scheduler {name!r} walks the training timesteps of a model, and this one ({config['_class_name']}) was "
+            f"scheduler {name!r} uses a model's training timesteps, but this model ({config['_class_name']}) was "
             f"trained on noise levels instead; choose one of {', '.join(EDM_SCHEDULERS)}"
         )
     if config["prediction_type"] not in ("epsilon", "v_prediction"):
         raise InvalidRequest(
-            f"an EDM model with prediction_type {config['prediction_type']!r} is not supported; EDM's preconditioning "
-            "knows 'epsilon' and 'v_prediction'"
+            f"an EDM model with prediction_type {config['prediction_type']!r} is not supported; EDM's "
+            "preconditioning supports 'epsilon' and 'v_prediction'"
         )
     settings = _settings(config)
     if settings["sigma_schedule"] not in ("karras", "exponential"):

@@ -37,8 +37,8 @@ class FewStepPreset:
         """
         if steps not in self.steps:
             raise InvalidRequest(
-                f"models of this kind are made for {', '.join(map(str, self.steps))} steps, not {steps!r}; take one of "
-                f"these, or the sampler by its own name, {self.scheduler!r}"
+                f"models of this kind need {', '.join(map(str, self.steps))} steps, not {steps!r}; use one of these "
+                f"counts, or name the sampler itself, {self.scheduler!r}"
             )
         return make_schedule(
             self.scheduler,
@@ -77,14 +77,14 @@ def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spac
     if base not in SCHEDULERS and name not in FEW_STEP_PRESETS:
         meant = values.did_you_mean(name, (*SCHEDULER_NAMES, *FEW_STEP_PRESETS))
         raise InvalidRequest(
-            f"scheduler is {values.quoted(name)}; there are {', '.join(SCHEDULERS)}, with '_{KARRAS}' or "
-            f"'_{EXPONENTIAL}' behind them {', '.join(KARRAS_SCHEDULERS)}, and for few-step models "
-            f"{', '.join(FEW_STEP_PRESETS)}{meant}"
+            f"scheduler is {values.quoted(name)}; choose one of {', '.join(SCHEDULERS)}, one of "
+            f"{', '.join(KARRAS_SCHEDULERS)} with the suffix '_{KARRAS}' or '_{EXPONENTIAL}', or for few-step "
+            f"models {', '.join(FEW_STEP_PRESETS)}{meant}"
         )
     if base in SCHEDULERS:
         return make_schedule(name, steps, config, spacing=spacing)
     if is_edm(config):
         check_edm(name, config)
     if spacing is not None:
-        raise InvalidRequest(f"scheduler {name!r} has a spacing of its own; leave spacing={spacing!r} out")
+        raise InvalidRequest(f"scheduler {name!r} has its own spacing; leave spacing={spacing!r} out")
     return FEW_STEP_PRESETS[name].schedule(steps, config)

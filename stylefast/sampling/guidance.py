@@ -112,7 +112,7 @@ def branch_weights_per_step(
     guided = [interval.covers(step, steps) for step in range(steps)]
     if not any(guided):
         raise InvalidRequest(
-            f"the guidance interval ({interval.start}, {interval.end}) holds none of {steps} steps; widen it, or turn "
-            "guidance off with guidance=1"
+            f"the guidance interval ({interval.start}, {interval.end}) contains none of the {steps} steps; widen "
+            "it, or turn guidance off with guidance=1"
         )
     return [dict(weights) if inside else {"full": 1.0} for inside in guided]

@@ -102,7 +102,9 @@ class Schedule:
                     f"a schedule's {field} must be float32 of shape {shape}, not {table.dtype} {tuple(table.shape)}"
                 )
             if not bool(torch.isfinite(table).all()):
-                raise InvalidRequest(f"{self.name}: {field} is not finite everywhere; take other steps or spacing")
+                raise InvalidRequest(
+                    f"{self.name}: {field} contains values that are not finite; use other steps or another spacing"
+                )
 
     @property
     def steps(self) -> int:
@@ -167,8 +169,8 @@ def make_schedule(
     given = None if timesteps is None else _given(base, steps, levels, spacing, timesteps, config)
     if base in _OWN_SPACING and spacing not in (None, *_OWN_SPACING[base]):
         raise InvalidRequest(
-            f"{base} lays its timesteps out by itself, so spacing={spacing!r} would have no effect; leave it out, or "
-            "give the timesteps"
+            f"{base} chooses its own timesteps, so spacing={spacing!r} would have no effect; leave it out, or give "
+            "the timesteps"
         )
 
     try:
@@ -242,9 +244,9 @@ def _split(name: str) -> tuple[str, str | None]:
             base, suffix = name.removesuffix("_" + levels), levels
     if not isinstance(base, str) or base not in SCHEDULERS:
         raise InvalidRequest(
-            f"scheduler {values.quoted(name)} is unknown; choose one of {', '.join(SCHEDULERS)}, or with '_{KARRAS}' "
-            f"or '_{EXPONENTIAL}' behind it one of {', '.join(KARRAS_SCHEDULERS)}"
-            f"{values.did_you_mean(name, SCHEDULER_NAMES)}"
+            f"scheduler {values.quoted(name)} is unknown; choose one of {', '.join(SCHEDULERS)}, or one of "
+            f"{', '.join(KARRAS_SCHEDULERS)} with the suffix '_{KARRAS}' or "
+            f"'_{EXPONENTIAL}'{values.did_you_mean(name, SCHEDULER_NAMES)}"
         )
     return base, suffix
 
@@ -256,7 +258,7 @@ def _levels(name: str, base: str, suffix: str | None, arguments: dict, config: M
     if base not in KARRAS_SCHEDULERS:
         if wanted:
             form = "Karras" if KARRAS in wanted else "exponential"
-            raise InvalidRequest(f"{base} has no {form} form; those that have: {', '.join(KARRAS_SCHEDULERS)}")
+            raise InvalidRequest(f"{base} has no {form} form; samplers that have one: {', '.join(KARRAS_SCHEDULERS)}")
         return None
     if not wanted:
         wanted = {levels for levels, on in arguments.items() if on is None and config[f"use_{levels}_sigmas"]}
@@ -270,7 +272,7 @@ def _eta(base: str, eta: float | None) -> float:
         return _DEFAULT_ETA.get(base, 0.0)
     eta = values.real_number("eta", eta, 0, 1)
     if eta and base not in _DEFAULT_ETA:
-        raise InvalidRequest(f"eta={eta} is an argument of ddim and tcd; {base} has none, leave it out")
+        raise InvalidRequest(f"eta={eta} is an argument of ddim and tcd, not of {base}; leave it out")
     return eta
 
 
@@ -278,7 +280,9 @@ def _given(
     base: str, steps: int, levels: str | None, spacing: str | None, timesteps: Sequence[int], config: Mapping
 ) -> tuple[int, ...]:
     if base not in TIMESTEP_SCHEDULERS:
-        raise InvalidRequest(f"{base} takes no explicit timesteps; those that do: {', '.join(TIMESTEP_SCHEDULERS)}")
+        raise InvalidRequest(
+            f"{base} does not accept explicit timesteps; samplers that do: {', '.join(TIMESTEP_SCHEDULERS)}"
+        )
     if levels is not None:
         raise InvalidRequest(f"explicit timesteps contradict {levels} noise levels; drop one of the two")
     if spacing is not None:
@@ -291,8 +295,8 @@ def _check_edm_arguments(base: str, spacing: str | None, timesteps: Sequence[int
     for name, value in (("spacing", spacing), ("timesteps", timesteps)):
         if value is not None:
             raise InvalidRequest(
-                f"{name}={value!r} is about training timesteps, which a model of {config['_class_name']} has none of; "
-                "leave it out"
+                f"{name}={value!r} refers to training timesteps, which a model of {config['_class_name']} does not "
+                "have; leave it out"
             )
 
 

@@ -39,7 +39,7 @@ def spaced_timesteps(config: Mapping, steps: int, *, open_end: bool, fractional:
     if timesteps[0] > total - 1:
         raise InvalidRequest(
             f"{steps} steps with {spacing!r} spacing and steps_offset {config['steps_offset']} start at timestep "
-            f"{timesteps[0]:g}, beyond the last trained one, {total - 1}; take fewer steps or spacing='trailing'"
+            f"{timesteps[0]:g}, beyond the last trained one, {total - 1}; use fewer steps or spacing='trailing'"
         )
     return timesteps
 
@@ -125,7 +125,7 @@ def multistep_levels(
     if np.any(np.diff(sigmas) >= 0):
         raise InvalidRequest(
             f"{steps} steps with {config['timestep_spacing']!r} spacing repeat a timestep, which multistep samplers "
-            "can't take; take fewer steps or spacing='trailing'"
+            "don't support; use fewer steps or spacing='trailing'"
         )
     return timesteps.astype(np.float64), np.append(sigmas, _final_sigma(config, last))
 
@@ -138,9 +138,9 @@ def check_timesteps(timesteps: Sequence[int], steps: int, total: int) -> np.ndar
     given = timesteps.tolist() if isinstance(timesteps, (np.ndarray, torch.Tensor)) else timesteps
     given = [values.whole_number("timesteps", t, 0, total - 1) for t in values.several("timesteps", given)]
     if len(given) != steps:
-        raise InvalidRequest(f"{len(given)} timesteps were given for {steps} steps; make the two agree")
+        raise InvalidRequest(f"{len(given)} timesteps were given for {steps} steps; the counts must be equal")
     if any(later >= earlier for earlier, later in zip(given, given[1:])):
-        raise InvalidRequest(f"timesteps must fall from each to the next, unlike {values.quoted(given)}")
+        raise InvalidRequest(f"timesteps must be strictly decreasing, not {values.quoted(given)}")
     return np.array(given, dtype=np.int64)
 
 

@@ -75,7 +75,7 @@ def denoised(config: Mapping, alpha: np.ndarray, s: np.ndarray) -> np.ndarray:
     if kind == "epsilon":
         if np.any(alpha == 0):
             raise InvalidRequest(
-                "the first timestep holds no signal (rescale_betas_zero_snr), so epsilon prediction can't be turned "
+                "the first timestep has no signal (rescale_betas_zero_snr), so epsilon prediction can't be turned "
                 "into a picture there; use a v_prediction model, or spacing='leading'"
             )
         return np.stack([1 / alpha, -s / alpha], axis=1)

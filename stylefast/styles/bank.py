@@ -38,7 +38,7 @@ _FP8_MAX, _FP16_MAX = 448.0, 65504.0
 # fields that a request can set; the rest is fixed when a bank is baked
 _SETTINGS = ("steps", "scheduler", "size", "guidance", "negative_prompt")
 _DIGESTS = {
-    "schedule": "the noise levels of its schedule are others; bake the style again with this model and scheduler",
+    "schedule": "its schedule has other noise levels; bake the style again with this model and scheduler",
     "styles": "other styles were shared with the reference; bake it again with the styles of the request",
 }
 _ids = itertools.count(1)
@@ -165,7 +165,7 @@ class StyleBank:
         names = [entry.name for entry in fields(BankInfo)]
         unknown = sorted(set(expected) - set(names))
         if unknown:
-            raise InvalidRequest(f"a style bank says nothing of {', '.join(unknown)}; it knows {', '.join(names)}")
+            raise InvalidRequest(f"a style bank has no field {', '.join(unknown)}; its fields are {', '.join(names)}")
         for name in names:
             if name in expected and name != "model":
                 asked = expected[name]
@@ -177,8 +177,8 @@ class StyleBank:
             lacking = [value for value in asked if value not in own]
             if self.info.store != "latents" and lacking:
                 raise StyleError(
-                    f"the style bank {self.name!r} holds the {name} {_listed(own)}, but {_listed(lacking)} "
-                    f"{'is' if len(lacking) == 1 else 'are'} needed too; bake the style again with {name}={asked!r}"
+                    f"the style bank {self.name!r} has the {name} {_listed(own)}, but the request also needs "
+                    f"{_listed(lacking)}; bake the style again with {name}={asked!r}"
                 )
             return
         if own == asked or (name in ("guidance", "guidance_rescale") and own is None):
@@ -186,8 +186,8 @@ class StyleBank:
         bank = f"the style bank {self.name!r}"
         if name == "fingerprint" and own.split("+")[0] == str(asked).split("+")[0]:
             raise StyleError(
-                f"{bank} was baked with {'other LoRAs' if '+' in own else 'no LoRA'} on the model; put on what was on, "
-                "with the same strengths, or bake the style again"
+                f"{bank} was baked with {'other LoRAs' if '+' in own else 'no LoRA'} on the model; load the same "
+                "LoRAs with the same strengths, or bake the style again"
             )
         if name == "fingerprint":
             raise StyleError(
@@ -200,8 +200,8 @@ class StyleBank:
                 f"here, {_DIGESTS[name]}"
             )
         raise StyleError(
-            f"{bank} was baked with {name}={own!r}, but {name}={values.quoted(asked)} is asked for; "
-            f"bake the style again with {name}={values.quoted(asked)}, or ask for {name}={own!r}"
+            f"{bank} was baked with {name}={own!r}, but {name}={values.quoted(asked)} is requested; bake the style "
+            f"again with {name}={values.quoted(asked)}, or request {name}={own!r}"
         )
 
 
@@ -251,7 +251,7 @@ class BankWriter:
         numbers beyond float16.
         """
         if self.info.store == "latents":
-            raise StyleError("a bank of latents takes no features; bake with store='kv' or 'hidden'")
+            raise StyleError("a bank of latents stores no features; bake with store='kv' or 'hidden'")
         self._check_open()
         if branch not in self.info.branches or not (0 <= step < self.info.steps):
             raise StyleError(
@@ -286,7 +286,7 @@ class BankWriter:
         self._check_reference(reference)
         self._shaped(f"latents of step {step}", latents, self.shapes.latents)
         if not torch.isfinite(latents).all():
-            raise NumericsError(f"the reference's latents hold NaN or infinity at step {step}; bake in another type")
+            raise NumericsError(f"the reference's latents contain NaN or infinity at step {step}; bake in another type")
         self._tensors["latents"][step - first, reference].copy_(latents)
         self._awaited.discard((step, reference))
 
@@ -297,7 +297,7 @@ class BankWriter:
             place = min(self._awaited, key=lambda entry: (len(entry), entry))
             what = "step {}, branch {!r}, reference {}" if len(place) == 3 else "the latents of step {}, reference {}"
             raise StyleError(
-                f"the bank is incomplete: {len(self._awaited)} entries were not put, among them {what.format(*place)}"
+                f"the bank is incomplete: {len(self._awaited)} entries are missing, including {what.format(*place)}"
             )
         if self._file is None:
             tensors, self._tensors = self._tensors, {}
@@ -318,7 +318,7 @@ class BankWriter:
         """Return a tensor of this shape. Raises StyleError for another shape, and for None."""
         if tensor is None or tuple(tensor.shape) != shape:
             found = None if tensor is None else tuple(tensor.shape)
-            raise StyleError(f"{what} has the shape {found}; the bank is laid out for {shape}")
+            raise StyleError(f"{what} has the shape {found}; this bank needs {shape}")
         return tensor
 
     def _stored(self, layer: int, features: ReferenceFeatures) -> tuple[Tensor, ...]:
@@ -342,8 +342,8 @@ class BankWriter:
                 self._shaped(f"{name}[{i}]", statistics[i], (groups,))
         if tuple(features.norm_elements) != self.shapes.norm_elements:
             raise StyleError(
-                f"norm_elements are {tuple(features.norm_elements)}; the bank is laid out for "
-                f"{self.shapes.norm_elements}, those of {self.info.size[0]}x{self.info.size[1]} pixels"
+                f"norm_elements are {tuple(features.norm_elements)}; this bank needs {self.shapes.norm_elements}, "
+                f"for {self.info.size[0]}x{self.info.size[1]} pixels"
             )
 
     def _check_numbers(self, place: str, stored: Mapping[int, tuple[Tensor, ...]], features: ReferenceFeatures) -> None:
@@ -358,8 +358,8 @@ class BankWriter:
         for (what, _, narrowed), peak in zip(checked, peaks, strict=True):
             if not math.isfinite(peak):
                 raise NumericsError(
-                    f"the reference's features hold NaN or infinity at {place}, {what}; "
-                    "bake with a model in bfloat16 or float32"
+                    f"the reference's features contain NaN or infinity at {place}, {what}; bake with a model in "
+                    "bfloat16 or float32"
                 )
             if narrowed and self.info.dtype == "float16" and peak > _FP16_MAX:
                 raise StyleError(

@@ -115,11 +115,11 @@ class BankFile:
 
     def _check_target(self) -> None:
         if self.path.suffix in PICKLED:
-            raise StyleError(f"{self.path.name} would be taken for a pickle; name it {self.path.stem}.bank")
+            raise StyleError(f"{self.path.name} would be mistaken for a pickle; name it {self.path.stem}.bank")
         if self.path.is_dir():
             raise StyleError(f"{self.path} is a folder; give the bank a file name, such as brand.bank")
         if not self.path.parent.is_dir():
-            raise StyleError(f"there is no folder {self.path.parent}; create it, or save the bank elsewhere")
+            raise StyleError(f"the folder {self.path.parent} does not exist; create it, or save the bank elsewhere")
         if not self.overwrite and self.path.exists():
             raise self._taken()
 
@@ -145,13 +145,13 @@ class BankFile:
                 raise
             free = values.free_bytes(self.path.parent) or 0
             raise OutOfMemory(
-                f"the bank {self.path.name} takes {size / 1e9:.3g} GB ({size} bytes) and {self.path.parent} has "
-                f"{free / 1e9:.3g} GB ({free} bytes) free or allowed; free space, save it elsewhere, or bake fewer "
-                "steps, store='hidden' or dtype='float8_e4m3fn'"
+                f"the bank {self.path.name} takes {size / 1e9:.3g} GB ({size} bytes), but {self.path.parent} has "
+                f"only {free / 1e9:.3g} GB ({free} bytes) free or allowed; free space, save it elsewhere, or bake "
+                "fewer steps, store='hidden' or dtype='float8_e4m3fn'"
             ) from error
 
     def _taken(self) -> StyleError:
-        return StyleError(f"{self.path} exists already; save under another name, or with overwrite=True")
+        return StyleError(f"{self.path} exists already; save it under another name, or with overwrite=True")
 
     def _unwritable(self, error: OSError) -> StyleError:
         return StyleError(f"can't write the bank {self.path}: {error.strerror or error}; choose another place")
@@ -165,7 +165,7 @@ def read_bank(path: str | Path) -> tuple[str, str, StoredTensors]:
     path = Path(path)
     if not os.path.isfile(path):
         near = values.did_you_mean_beside(path, (".bank",))
-        raise StyleError(f"there is no style bank at {values.shown_path(path)}; check the path{near}")
+        raise StyleError(f"no style bank found at {values.shown_path(path)}; check the path{near}")
     try:
         tensors = StoredTensors(path, f"the style bank {path}", StyleError)
     except (ModelNotFound, ModelFormatError) as error:
@@ -174,7 +174,7 @@ def read_bank(path: str | Path) -> tuple[str, str, StoredTensors]:
         raise StyleError(f"can't read the style bank {path}: {error.strerror or error}") from error
     metadata, checksum = (tensors.header.metadata.get(name) for name in (METADATA, CHECKSUM))
     if not isinstance(metadata, str) or not isinstance(checksum, str):
-        raise StyleError(f"{path} is a safetensors file, but no style bank; bake one with Engine.bake")
+        raise StyleError(f"{path} is a safetensors file, but not a style bank; bake one with Engine.bake")
     return metadata, checksum, tensors
 
 
@@ -204,14 +204,14 @@ def check_specs(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], 
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which a bank of its kind does not have"
         raise StyleError(
-            f"the style bank {name} {what} ({len(missing)} tensors missing, {len(extra)} too many); bake it again"
+            f"the style bank {name} {what} ({len(missing)} tensors missing, {len(extra)} unexpected); bake it again"
         )
     held = specs_of(tensors)
     for key, spec in specs.items():
         found = held[key]
         if found != spec:
             raise StyleError(
-                f"{key} of the style bank {name} is {found.dtype} {found.shape} where its metadata announces "
+                f"{key} of the style bank {name} is {found.dtype} {found.shape}, but its metadata states "
                 f"{spec.dtype} {spec.shape}; bake it again"
             )
 

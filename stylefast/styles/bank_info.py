@@ -78,11 +78,12 @@ class BankInfo:
         known = [isinstance(branch, str) and branch in BRANCHES for branch in self.branches]
         if not known or not all(known) or len(set(self.branches)) < len(self.branches):
             raise StyleError(
-                f"branches of a style bank are {values.quoted(self.branches)}; allowed are {BRANCHES}, each once"
+                f"branches of a style bank are {values.quoted(self.branches)}; choose from {BRANCHES}, each at most "
+                "once"
             )
         if list(self.layers) != sorted(set(self.layers)):
             raise StyleError(
-                f"layers of a style bank are {values.quoted(self.layers)}; they must ascend, without repetition"
+                f"layers of a style bank are {values.quoted(self.layers)}; they must be ascending, without repetition"
             )
         if self.store == "latents" and (self.layers or self.dtype != "float32"):
             raise StyleError(
@@ -102,11 +103,11 @@ class BankInfo:
         Raises StyleError for another format, then for missing or unknown fields, then for bad values.
         """
         if not isinstance(content, Mapping):
-            raise StyleError(f"the style bank's metadata is a {type(content).__name__} where an object is expected")
+            raise StyleError(f"the style bank's metadata is a {type(content).__name__}, but must be an object")
         names = [entry.name for entry in fields(cls)]
         if content.get("format") == FORMAT and set(names) != set(content):
             odd = values.quoted(", ".join(sorted(set(names) ^ set(content))))
-            raise StyleError(f"the style bank's metadata lacks or adds {odd}; bake the style again")
+            raise StyleError(f"the style bank's metadata has missing or unknown fields: {odd}; bake the style again")
         return cls(**{name: content.get(name, ()) for name in names})
 
 

@@ -98,7 +98,7 @@ def bank_tensors(
     Raises StyleError for an unknown store or type, or a layer that the UNet does not have.
     """
     if store not in STORES:
-        raise StyleError(f"store is {store!r}; a style bank holds one of {', '.join(STORES)}")
+        raise StyleError(f"store is {store!r}; choose one of {', '.join(STORES)}")
     if dtype not in DTYPES:
         raise StyleError(f"the type of a style bank is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     kept, exact, each = getattr(torch, dtype), torch.float32, (steps, branches, references)
@@ -106,7 +106,9 @@ def bank_tensors(
         return {"latents": TensorSpec(exact, (steps + 1, references, *shapes.latents))}
     beyond = [layer for layer in layers if not 0 <= layer < len(shapes.layers)]
     if beyond:
-        raise StyleError(f"there is no self-attention layer {beyond[0]}; the model has 0 to {len(shapes.layers) - 1}")
+        raise StyleError(
+            f"self-attention layer {beyond[0]} does not exist; the model has 0 to {len(shapes.layers) - 1}"
+        )
     tensors = {}
     for layer in layers:
         shape = shapes.layers[layer]
@@ -159,7 +161,9 @@ def page_bytes(
     Raises StyleError for a bank of latents, which has no pages because its reference is run again.
     """
     if store == "latents":
-        raise StyleError("a bank of latents has no pages, its reference runs beside its readers; ask for kv or hidden")
+        raise StyleError(
+            "a bank of latents has no pages, because its reference runs with its readers; use kv or hidden"
+        )
     shapes = BankShapes.from_config(unet_config, size, pixels_per_latent)
     final_latents = math.prod(shapes.latents) * torch.float32.itemsize
     return _bytes(shapes, 1, 1, 1, store, dtype, layers) - final_latents

@@ -43,7 +43,7 @@ def stage_of(timestep: float, stages: int, num_train_timesteps: int = 1000) -> i
     if stages < 1:
         raise InvalidRequest(f"{stages} noise stages; at least 1 is needed")
     if not 0 <= t <= num_train_timesteps:
-        raise InvalidRequest(f"timestep {t} lies outside of 0 to {num_train_timesteps}; check the schedule")
+        raise InvalidRequest(f"timestep {t} is outside 0 to {num_train_timesteps}; check the schedule")
     stage = int(t) * stages // num_train_timesteps if t.is_integer() else math.floor(t * stages / num_train_timesteps)
     return min(stages - 1, stage)
 
@@ -54,7 +54,7 @@ class DreamStyler(Style):
 
     Args:
         embedding: a StageEmbedding, or a source for `load_embedding` (a file, a folder, a pair of files).
-        context: words on the content, placed between the prompt's opening and the style clause, or at `{context}`.
+        context: words about the content, placed between the prompt's opening and the style clause, or at `{context}`.
         guidance: a StyleContextGuidance, or None for plain classifier-free guidance.
         stages: style mixing by stage, {stage: style}, each a DreamStyler, a StageEmbedding or a file, whose vectors
             replace that stage's (a style of one stage gives its only ones).
@@ -98,7 +98,7 @@ class DreamStyler(Style):
         object.__setattr__(self, "source", source)
         object.__setattr__(self, "name", embedding.name)
         if self.context is not None and not values.prompt("context", self.context, error=StyleError).strip():
-            raise StyleError(f"context is {values.quoted(self.context)}; give words on the content, or None")
+            raise StyleError(f"context is {values.quoted(self.context)}; give words about the content, or None")
         if self.guidance is not None and not isinstance(self.guidance, StyleContextGuidance):
             raise StyleError(f"guidance is {values.quoted(self.guidance)}; give a StyleContextGuidance or None")
         for field_name, needed in (("template", ("{prompt}",)), ("style_prompt", ("{style}",))):
@@ -123,8 +123,8 @@ class DreamStyler(Style):
             other.check_widths(self.learned.widths)
             if other.stages not in (1, self.stage_count):
                 raise StyleError(
-                    f"the style {other.name!r} has {other.stages} stages and can't lend stage {stage} to "
-                    f"{self.name!r} with {self.stage_count}; mix styles of as many stages, or of one"
+                    f"the style {other.name!r} has {other.stages} stages and can't provide stage {stage} for "
+                    f"{self.name!r} with {self.stage_count}; mix styles with the same number of stages, or with one"
                 )
             if other.pooled_policy != self.learned.pooled_policy:
                 raise StyleError(
@@ -155,11 +155,11 @@ class DreamStyler(Style):
     # for the engine, see `Style`
 
     def check(self, model: ModelFacts) -> None:
-        """Raise StyleError for stages, which are ranges of timesteps, in a model that has none."""
+        """Raise StyleError for stages, which are ranges of timesteps, in a model without timesteps."""
         if self.stage_count > 1 and model.trained_on_noise_levels:
             raise StyleError(
                 f"<{self.name}> has vectors for {self.stage_count} ranges of training timesteps, and this model "
-                f"({model.trained_on_noise_levels}) was trained on noise levels instead; use a style of one stage"
+                f"({model.trained_on_noise_levels}) was trained on noise levels instead; use a style with one stage"
             )
 
     @property
@@ -178,7 +178,7 @@ class DreamStyler(Style):
 
     @property
     def placeholders(self) -> list[str]:
-        """Return what stands in prompts for the learned token and the context."""
+        """Return the placeholders of the learned token and the context."""
         return [f"<{self.name}>", "{style}", "{context}"]
 
     @classmethod
@@ -191,7 +191,7 @@ class DreamStyler(Style):
     def write_prompts(cls, styles: Sequence["DreamStyler"], texts: Texts) -> None:
         """Put learned tokens and contexts into the prompts, with each step's vectors.
 
-        The branches "context" and "style" are made of the words of "full".
+        The branches "context" and "style" are derived from the words of "full".
         """
         placed, negative = placed_styles(styles, texts.prompt, texts.negative_prompt)
         policy, null_policy = pooled_policy_of(placed), pooled_policy_of(negative)
@@ -313,19 +313,19 @@ def check_places(styles: Sequence[DreamStyler], prompt: str, negative_prompt: st
             continue
         if not guided:
             raise StyleError(
-                f"the style <{style.name}> acts in the negative prompt alone, which has no part at this guidance; take "
-                "a guidance above 1, or name the style in the prompt"
+                f"the style <{style.name}> acts only in the negative prompt, which is not used at this guidance; "
+                "use a guidance above 1, or name the style in the prompt"
             )
         if style.context is not None or style.guidance is not None:
             given = "context" if style.context is not None else "guidance"
             raise StyleError(
-                f"{given}= of the style <{style.name}> is about the prompt, but only the negative prompt "
-                "names it; leave it out, or name the style in the prompt"
+                f"{given}= of the style <{style.name}> applies to the prompt, but only the negative prompt names "
+                "the style; leave it out, or name the style in the prompt"
             )
         if "{style}" in prompt and not placed:
             raise PromptError(
-                f"the prompt has a {{style}}, but only the negative prompt names <{style.name}>; name it "
-                "in both, or take the {style} out"
+                f"the prompt has a {{style}}, but only the negative prompt names <{style.name}>; name it in both, "
+                f"or remove the {{style}}"
             )
     if placed:
         branch_prompts(placed, prompt)
@@ -345,9 +345,9 @@ def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]
     unnamed = ", ".join(token for token in tokens if token not in prompt)
     context = ", ".join(style.context.strip() for style in styles if style.context is not None)
     if "{style}" in prompt and not unnamed:
-        raise PromptError(f"the prompt has a {{style}}, but names all styles ({', '.join(tokens)}); take one out")
+        raise PromptError(f"the prompt has a {{style}}, but names all styles ({', '.join(tokens)}); remove one")
     if "{context}" in prompt and not context:
-        raise PromptError("the prompt has a {context}, but no style of the request carries one; give context=...")
+        raise PromptError("the prompt has a {context}, but no style of the request has one; give context=...")
 
     text = prompt.strip()
     if "{style}" not in text and unnamed:
@@ -356,8 +356,8 @@ def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]
         text = head + text + tail
         if "{style}" not in text:
             raise PromptError(
-                f"nothing names {unnamed}, neither the prompt, nor the template {values.quoted(styles[0].template)}, "
-                "nor the negative prompt; write it where it belongs"
+                f"neither the prompt, nor the template {values.quoted(styles[0].template)}, nor the negative prompt "
+                f"names {unnamed}; add it where it belongs"
             )
     text = text.replace("{style}", unnamed)
 
@@ -368,9 +368,9 @@ def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]
         found = clause.search(text)
         if found is None:
             raise PromptError(
-                f"the prompt {values.quoted(prompt)} has no style clause before which the context "
-                f"{values.quoted(context)} could go; "
-                'write {context} where it belongs, or "in the style of {style}"'
+                f"the prompt {values.quoted(prompt)} has no style clause to put the context "
+                f"{values.quoted(context)} before; "
+                'add {context} where it belongs, or "in the style of {style}"'
             )
         opening = text[: found.start()].rstrip(" ,")
         text = f"{opening}, {context}{found[0]}{text[found.end() :]}" if opening else f"{context}, {text.lstrip(' ,')}"
@@ -399,7 +399,7 @@ def prompts_per_step(
     texts = branch_prompts(styles, prompt)
     unknown = [branch for branch in branches if branch not in texts]
     if unknown:
-        raise InvalidRequest(f"text branch {unknown[0]!r} is unknown; there are {', '.join(TEXT_BRANCHES)}")
+        raise InvalidRequest(f"text branch {unknown[0]!r} is unknown; choose one of {', '.join(TEXT_BRANCHES)}")
     steps = _stages_per_step(styles, timesteps, num_train_timesteps, say)
     made: dict[tuple, Prompt] = {}
     for branch in branches:
@@ -438,7 +438,7 @@ def _stages_per_step(
     for place, style in enumerate(styles):
         idle = sorted(set(style.stages or ()) - {stages[place] for stages in steps})
         if idle and say:
-            logger.warning("no step visits stage(s) %s of the style %r; mixing there changes nothing", idle, style.name)
+            logger.warning("no step uses stage(s) %s of the style %r; mixing them has no effect", idle, style.name)
     return steps
 
 
@@ -447,7 +447,7 @@ def pooled_policy_of(styles: Sequence[DreamStyler]) -> str:
     policies = {style.learned.pooled_policy for style in styles}
     if len(policies) > 1:
         found = ", ".join(f"{style.name}: {style.learned.pooled_policy}" for style in styles)
-        raise StyleError(f"the styles pool at different places ({found}); load them with the same pooled_policy")
+        raise StyleError(f"the styles pool at different positions ({found}); load them with the same pooled_policy")
     return policies.pop() if policies else "eos"
 
 

@@ -65,12 +65,13 @@ def read_single(source: str | os.PathLike, name: str | None = None) -> StyleFile
     width = rows.shape[-1]
     if width == 1280:
         raise StyleError(
-            f"{path} holds vectors of width 1280 for text encoder 2 (clip_g) only; give both files of the pair: "
+            f"{path} contains vectors of width 1280 for text encoder 2 (clip_g) only; give both files of the pair: "
             "(encoder 1, encoder 2)"
         )
     raise StyleError(
-        f"{path} holds vectors of width {width} for one text encoder only (clip_g is missing): a Stable Diffusion 1.x "
-        "or 2.x embedding can't drive SDXL; if it is the first file of an SDXL pair, give both: (encoder 1, encoder 2)"
+        f"{path} contains vectors of width {width} for one text encoder only (clip_g is missing): a Stable "
+        "Diffusion 1.x or 2.x embedding can't be used with SDXL; if it is the first file of an SDXL pair, give "
+        "both: (encoder 1, encoder 2)"
     )
 
 
@@ -93,8 +94,8 @@ def _check_rest(content: Mapping, path: Path) -> None:
     rest = [str(key) for key, value in content.items() if isinstance(value, Tensor) and key not in known]
     if rest:
         raise StyleError(
-            f"{path} also holds {', '.join(rest)[:200]}, for outputs of text encoders or encoders that SDXL does "
-            "not have; use an embedding made for SDXL, of clip_l and clip_g alone"
+            f"{path} also contains {', '.join(rest)[:200]}, for outputs of text encoders or for encoders that SDXL "
+            "does not have; use an embedding made for SDXL, with only clip_l and clip_g"
         )
 
 
@@ -103,14 +104,14 @@ def _in_folder(folder: Path, stem: str) -> Path:
         if (folder / f"{stem}{suffix}").is_file():
             return folder / f"{stem}{suffix}"
     raise StyleError(
-        f"{folder} holds no {stem}.safetensors; a folder must hold {PAIR_NAMES[0]} and {PAIR_NAMES[1]}, "
-        "else give the file itself"
+        f"{folder} contains no {stem}.safetensors; a folder must contain {PAIR_NAMES[0]} and {PAIR_NAMES[1]}, "
+        "otherwise give the file itself"
     )
 
 
 def _read(path: Path, name: str | None = None) -> tuple[Mapping | Tensor, dict[str, str]]:
     if not os.path.isfile(path):
-        raise StyleError(f"there is no style file at {values.quoted(str(path))}; check the path")
+        raise StyleError(f"no style file found at {values.quoted(str(path))}; check the path")
     try:
         head, size = first_bytes(path), path.stat().st_size
     except ModelFormatError as error:
@@ -120,13 +121,13 @@ def _read(path: Path, name: str | None = None) -> tuple[Mapping | Tensor, dict[s
         try:
             entries, metadata = open_safetensors(path)
         except ModelFormatError as error:
-            raise StyleError(f"{path} is damaged or cut short: {error}") from error
+            raise StyleError(f"{path} is damaged or truncated: {error}") from error
         if any(key.startswith(BUNDLE) for key in entries):
             return _bundled(path, entries, name), {}
     if size > MAX_BYTES:
         raise StyleError(
-            f"{path} has {size / 2**20:.0f} MiB; learned styles have some KiB, the limit is {MAX_BYTES // 2**20} MiB: "
-            "this is another kind of file, perhaps a checkpoint"
+            f"{path} has {size / 2**20:.0f} MiB; learned styles have a few KiB, and the limit is "
+            f"{MAX_BYTES // 2**20} MiB: this is another kind of file, perhaps a checkpoint"
         )
     try:
         if head[8:9] == b"{":
@@ -145,7 +146,7 @@ def _bundled(path: Path, entries: Mapping[str, Entry], name: str | None) -> dict
     keys = [key.removeprefix(BUNDLE) for key in entries if key.startswith(BUNDLE)]
     names = sorted({key.partition(".")[0] for key in keys})
     if len(names) > 1 and name not in names:
-        raise StyleError(f"{path} holds the embeddings {', '.join(names)[:200]}; name one of them: name={names[0]!r}")
+        raise StyleError(f"{path} contains the embeddings {', '.join(names)[:200]}; choose one: name={names[0]!r}")
     picked = name if name in names else names[0]
     content = {key.partition(".")[2]: entries[BUNDLE + key].read() for key in keys if key.startswith(f"{picked}.")}
     return content | {"name": picked}
@@ -163,7 +164,7 @@ def _unwrapped(content) -> Mapping:
 def _one_encoder(content, path: Path) -> tuple[str, Tensor]:
     # -> (token or "", [T, n, width])
     if not isinstance(content, Mapping):
-        raise StyleError(f"{path} holds a {type(content).__name__}, no learned vectors")
+        raise StyleError(f"{path} holds a {type(content).__name__}, not learned vectors")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     staged = {key: match for key in tensors if (match := _STAGE_KEY.fullmatch(key))}
     if staged and len(staged) == len(tensors):
@@ -182,14 +183,14 @@ def _one_encoder(content, path: Path) -> tuple[str, Tensor]:
     keys = ", ".join(sorted(map(str, content))[:6]) or "none"
     raise StyleError(
         f"{path} holds {len(tensors)} tensors (keys: {keys}, ...), but no clip_l with clip_g, text_encoders_0/1, "
-        "<token>-T0, T1, ... or single tensor: it is no learned style"
+        "<token>-T0, T1, ... or single tensor: it is not a learned style"
     )
 
 
 def _rows(value, path: Path, key: str, stages: bool) -> Tensor:
     # -> [T, n, width]
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise StyleError(f"{key} of {path} is no tensor of floating-point numbers; it is no learned style")
+        raise StyleError(f"{key} of {path} is not a tensor of floating-point numbers; the file is not a learned style")
     rows = value.detach()
     if not stages and rows.ndim == 1:
         rows = rows[None]

@@ -57,7 +57,7 @@ class StageEmbedding:
                 found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
                 raise StyleError(f"{key} of the style {self.name!r} is {found}; it must be [stages, vectors, width]")
             if not torch.isfinite(rows.float()).all():
-                raise StyleError(f"{key} of the style {self.name!r} holds NaN or infinity; train or export it again")
+                raise StyleError(f"{key} of the style {self.name!r} contains NaN or infinity; train or export it again")
             object.__setattr__(self, key, rows.float())
         if self.clip_l.shape[:2] != self.clip_g.shape[:2]:
             raise StyleError(
@@ -99,8 +99,9 @@ class StageEmbedding:
         """Raise StyleError unless the vectors match the text encoders' embedding widths."""
         if self.widths != tuple(widths):
             raise StyleError(
-                f"the vectors of the style {self.name!r} are {self.widths[0]} and {self.widths[1]} wide, but the text "
-                f"encoders of this model take {widths[0]} and {widths[1]}; use an embedding trained for this model"
+                f"the vectors of the style {self.name!r} are {self.widths[0]} and {self.widths[1]} wide, but the "
+                f"text encoders of this model need {widths[0]} and {widths[1]}; use an embedding trained for this "
+                "model"
             )
 
 
@@ -180,8 +181,8 @@ def _check_own_format(file: StyleFile) -> None:
     for key, value in expected.items():
         if found.get(key) != value:
             raise StyleError(
-                f"{file.path} says {key}={found.get(key)!r}, but {value!r} is what its tensors and this version need; "
-                "the file is damaged or edited: export it again"
+                f"{file.path} has {key}={found.get(key)!r}, but its tensors and this version need {value!r}; the "
+                "file is damaged or edited: export it again"
             )
 
 

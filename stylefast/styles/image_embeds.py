@@ -31,8 +31,8 @@ def read_image_embeds(source) -> tuple[Tensor, str | None]:
     if isinstance(source, (list, tuple)):
         if len(source) != 1:
             raise StyleError(
-                f"image_embeds is a list of {len(source)}; diffusers has one tensor per adapter: give "
-                "each to an InstantStyle of its own"
+                f"image_embeds is a list of {len(source)}; diffusers has one tensor per adapter: give each to a "
+                "separate InstantStyle"
             )
         source = source[0]
     if not isinstance(source, Tensor) or not source.is_floating_point():
@@ -41,13 +41,13 @@ def read_image_embeds(source) -> tuple[Tensor, str | None]:
     values.dense_tensor("image_embeds", source, error=StyleError)
     if not 1 <= source.ndim <= 4 or not 0 < source.numel() <= MAX_VALUES:
         raise StyleError(
-            f"image_embeds has the shape {list(source.shape)}; it must be [pictures, width], or what "
-            "prepare_ip_adapter_image_embeds gives"
+            f"image_embeds has the shape {list(source.shape)}; it must be [pictures, width], or the output of "
+            "prepare_ip_adapter_image_embeds"
         )
     # copied so that later changes of the caller's tensor don't affect the request
     found = source.detach().to("cpu", torch.float32, copy=True)
     if not torch.isfinite(found).all():
-        raise StyleError("image_embeds holds NaN or infinity; compute them again")
+        raise StyleError("image_embeds contains NaN or infinity; compute it again")
     return found, path
 
 
@@ -64,8 +64,8 @@ def split_image_embeds(embeds: Tensor, adapter: IPAdapter) -> tuple[Tensor, Tens
         return embeds, None
     if embeds.ndim != axes + 1 or len(embeds) > 2:
         raise StyleError(
-            f"image_embeds has the shape {list(embeds.shape)}; {adapter.name} ({adapter.kind}) takes "
-            f"{shape}, or two of these stacked, that of no picture first"
+            f"image_embeds has the shape {list(embeds.shape)}; {adapter.name} ({adapter.kind}) needs {shape}, or "
+            "two of these stacked, with that of no picture first"
         )
     if len(embeds) == 1:
         return embeds[0], None
@@ -76,9 +76,9 @@ def split_image_embeds(embeds: Tensor, adapter: IPAdapter) -> tuple[Tensor, Tens
 
 def _from_file(path: Path):
     if not os.path.isfile(path):
-        raise StyleError(f"there is no file of image embeddings at {values.quoted(str(path))}; check the path")
+        raise StyleError(f"no file of image embeddings found at {values.quoted(str(path))}; check the path")
     if path.stat().st_size > 8 * MAX_VALUES:
-        raise StyleError(f"{path} has {path.stat().st_size} bytes; image embeddings have a few kilobytes a picture")
+        raise StyleError(f"{path} has {path.stat().st_size} bytes; image embeddings take a few kilobytes per picture")
     try:
         if is_pickle(path):
             return load_pickle(path)
@@ -86,5 +86,7 @@ def _from_file(path: Path):
     except ModelError as error:
         raise StyleError(f"can't read image embeddings: {error}") from error
     if len(entries) != 1:
-        raise StyleError(f"{path} holds {len(entries)} tensors ({', '.join(entries)[:200]}); image embeddings are one")
+        raise StyleError(
+            f"{path} holds {len(entries)} tensors ({', '.join(entries)[:200]}); image embeddings are a single tensor"
+        )
     return next(iter(entries.values())).read()

@@ -123,11 +123,11 @@ class InstantStyle(ImageStyle):
             checked["content"] = _checked_content(self.content)
         if self.image_embeds is not None:
             if self.image is not None:
-                raise StyleError("image and image_embeds are given; the pictures come from one of them")
+                raise StyleError("both image and image_embeds are given; give one of them")
             if self.crop != "center" and self.negative_image is None:
                 raise StyleError(
-                    f"crop={values.quoted(self.crop)} has no part in image_embeds, whose pictures were "
-                    "cropped when they were encoded; leave it out"
+                    f"crop={values.quoted(self.crop)} has no effect on image_embeds, whose pictures were cropped "
+                    "when they were encoded; leave it out"
                 )
             checked["image_embeds"], checked["embeds_source"] = read_image_embeds(self.image_embeds)
         elif self.image is None or (isinstance(self.image, (list, tuple)) and not self.image):
@@ -300,7 +300,7 @@ class InstantStyle(ImageStyle):
             self._check_counts(len(features))
             if negative is not None and self.negative_image is not None:
                 raise StyleError(
-                    "negative_image is given, and image_embeds holds what stands in its place; leave one of them out"
+                    "negative_image is given, but image_embeds already contains its embedding; leave one of them out"
                 )
 
     def tokens(self, adapter: IPAdapter, encoder: ImageEncoder, content: torch.Tensor | None = None) -> StyleTokens:
@@ -347,9 +347,9 @@ def subtract_content(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scal
 def _check_space(shape: tuple[int, ...], width: int) -> None:
     if shape not in ((width,), (1, width)):
         raise AdapterError(
-            f"the content's text embedding is {list(shape)}, the image embedding {width} wide: they share no space. "
-            "ip-adapter_sdxl (ViT-bigG) matches SDXL's second text encoder; for ViT-H pass content= an embedding "
-            "[1024] of the ViT-H text tower"
+            f"the content's text embedding is {list(shape)}, the image embedding {width} wide: they are not in the "
+            "same space. ip-adapter_sdxl (ViT-bigG) matches SDXL's second text encoder; for ViT-H pass content= an "
+            "embedding [1024] of the ViT-H text tower"
         )
 
 
@@ -409,7 +409,7 @@ def _spelled(name: str) -> str:
 
 def _find(module: str, modules: Sequence[str], preset: str) -> int:
     if module not in modules:
-        raise StyleError(f"blocks={preset!r} needs the module {module}, which this model lacks; name blocks by hand")
+        raise StyleError(f"blocks={preset!r} needs the module {module}, which this model lacks; name blocks explicitly")
     return modules.index(module)
 
 
@@ -425,7 +425,9 @@ def _from_substrings(substrings: Sequence[str], layout: AttentionLayout) -> list
             )
     weights = [float(all(names[module])) for module in layout.modules]
     if not any(weights):
-        raise StyleError(f"blocks={list(substrings)} fits no attention module; there are {', '.join(layout.modules)}")
+        raise StyleError(
+            f"blocks={list(substrings)} matches no attention module; choose one of {', '.join(layout.modules)}"
+        )
     return weights
 
 
@@ -444,7 +446,9 @@ def _from_dictionary(blocks: Mapping, modules: Sequence[str]) -> list[float]:
             named = {group: value for group in groups if group.startswith(f"{part}.")}
         for group, inner in named.items():
             if group not in groups:
-                raise StyleError(f"blocks names {group}, which holds no attention here; there are {', '.join(groups)}")
+                raise StyleError(
+                    f"blocks names {group}, which has no attention in this model; choose one of {', '.join(groups)}"
+                )
             places = groups[group]
             values = list(inner) if isinstance(inner, (list, tuple)) else [inner]
             values = values * len(places) if len(values) == 1 else values
@@ -469,13 +473,11 @@ def _checked_content(content) -> str | torch.Tensor:
     if not isinstance(content, torch.Tensor):
         words = values.prompt("content", content, error=StyleError)
         if not words.strip():
-            raise StyleError("content is empty; name what the picture shows, or leave it None")
+            raise StyleError("content is empty; say what the picture shows, or leave it None")
         return words
     whole = content.ndim in (1, 2) and content.numel() and content.is_floating_point()
     if not whole or not torch.isfinite(content).all():
-        raise StyleError(
-            f"content is {values.quoted(content)}; an embedding has the shape [dim] and holds finite numbers"
-        )
+        raise StyleError(f"content is {values.quoted(content)}; an embedding has the shape [dim] and finite values")
     return content
 
 
@@ -483,15 +485,16 @@ def _checked_blocks(blocks) -> str | dict | tuple[str, ...]:
     if isinstance(blocks, str):
         if _spelled(blocks) not in PRESETS:
             raise StyleError(
-                f"blocks={values.quoted(blocks)} is no preset; there are {', '.join(map(repr, PRESETS))}; layer names "
-                f"go in a list, as in [{STYLE_MODULE!r}]{values.did_you_mean(blocks, (*PRESETS, *_ALIASES))}"
+                f"blocks={values.quoted(blocks)} is not a preset; choose one of {', '.join(map(repr, PRESETS))}; "
+                "layer names go in a list, as in "
+                f"[{STYLE_MODULE!r}]{values.did_you_mean(blocks, (*PRESETS, *_ALIASES))}"
             )
         return str.__str__(blocks)
     if isinstance(blocks, Mapping):
         unknown = [part for part in blocks if not isinstance(part, str) or part not in ("down", "mid", "up")]
         if unknown or not blocks:
             raise StyleError(
-                f"blocks has the parts {values.quoted(list(blocks))}; a dictionary holds 'down', 'mid' or 'up'"
+                f"blocks has the parts {values.quoted(list(blocks))}; the parts are 'down', 'mid' and 'up'"
             )
         return {part: _checked_part(part, value) for part, value in blocks.items()}
     if isinstance(blocks, (list, tuple)):

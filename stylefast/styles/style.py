@@ -1,8 +1,8 @@
-"""What a style is: the one interface between methods and the engine.
+"""The interface between style methods and the engine.
 
 A style is an immutable description of what it adds to a picture. The engine asks it for four things, each of which is
-"nothing" unless it says otherwise: prompts per branch and step (`Style.write_prompts`), columns of the rows
-(`Style.write_rows`), references that its rows look at (`ReferenceStyle`), and pictures as prompts (`ImageStyle`). A new
+"nothing" unless the class overrides it: prompts per branch and step (`Style.write_prompts`), columns of the rows
+(`Style.write_rows`), references that its rows read (`ReferenceStyle`), and pictures as prompts (`ImageStyle`). A new
 method is one class in one file: subclassing `Style` registers it, so that requests, records and request files know it
 by its name. docs/styles.md has an example.
 """
@@ -43,10 +43,10 @@ ENTRY_POINTS = "stylefast.styles"
 
 @dataclass(frozen=True)
 class References:
-    """References that the rows of a style's readers look at.
+    """References that the rows of a style's pictures read.
 
     They are the pages of a `bank`; or the real `pictures`, noised at each step; or a picture of `prompt`, generated
-    beside its readers; or, without any of these, the first picture of the call that carries the style.
+    with its readers; or, without any of these, the first picture of the call that carries the style.
     """
 
     bank: "StyleBank | None" = None
@@ -56,7 +56,7 @@ class References:
     noise: str = "forward"  # or "ddim", of real pictures: see `runtime/plan/pinning.py`
     inversion_guidance: float = 1.0
     share_styles: bool = True  # whether the request's other styles apply to the reference too
-    mutual: bool = False  # all pictures that carry the style look at one another
+    mutual: bool = False  # all pictures with the style read one another
 
     def __post_init__(self):
         if not isinstance(self.pictures, (list, tuple)) or any(picture is None for picture in self.pictures):
@@ -73,7 +73,7 @@ class References:
 
 
 class Rows(NamedTuple):
-    """Columns of the rows of one group that styles write; `models/row_table.py` says what they mean."""
+    """Columns of the rows of one group that styles write; `models/row_table.py` defines them."""
 
     self_mode: np.ndarray  # [rows] int64: PLAIN, CONCAT, SWAP
     self_layers: np.ndarray  # [rows, layers] bool
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def idle(cls, count: int, layers: int) -> "Rows":
-        """Return `count` rows that no style has written."""
+        """Return `count` rows with idle values."""
         floats, flags = np.ones(count, np.float32), np.zeros(count, bool)
         mode, strength = np.full(count, PLAIN, np.int64), np.zeros((count, 3), np.float32)
         return cls(mode, np.zeros((count, layers), bool), floats, 0 * floats, strength, flags, flags.copy())
@@ -95,12 +95,12 @@ class Rows(NamedTuple):
 class Texts:
     """The prompts of one picture: those of `branches` in each step. Styles change `per_step` and `pooling`."""
 
-    prompt: str  # as the request has it; empty for a real picture without a caption
+    prompt: str  # from the request; empty for a real picture without a caption
     negative_prompt: str
-    timesteps: torch.Tensor  # [steps], within what the model was trained on
+    timesteps: torch.Tensor  # [steps], within the training range
     train_timesteps: int
     branches: Sequence[str]
-    say: bool = True  # whether to log what will disappoint
+    say: bool = True  # whether to log warnings
     per_step: dict[str, list[Prompt]] = field(init=False)
     pooling: dict[str, str] = field(init=False)  # by branch: where the pooled state is taken
 
@@ -116,8 +116,8 @@ class Texts:
             found = self.per_step.get(branch)
             if not isinstance(found, list) or len(found) != steps or not all(isinstance(p, Prompt) for p in found):
                 raise StyleError(
-                    f"the style {kind.__name__} wrote no list of {steps} Prompts, one for each step, for the branch "
-                    f"{branch!r}"
+                    f"the style {kind.__name__} must write a list of {steps} Prompts, one for each step, for the "
+                    f"branch {branch!r}"
                 )
         if unknown := {*self.per_step} - {*self.branches}:
             raise StyleError(
@@ -128,10 +128,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a style may ask about the model."""
+    """Facts about the model that a style may use."""
 
     layout: AttentionLayout
-    trained_on_noise_levels: str | None  # the class of its scheduler, if it knows no training timesteps
+    trained_on_noise_levels: str | None  # the class of its scheduler, if it has no training timesteps
 
 
 _kinds: dict[str, type["Style"]] = {}
@@ -161,7 +161,7 @@ class Style:
         if base:
             return
         if not cls.__module__.startswith("stylefast.styles."):
-            _import_own()  # whose names are taken
+            _import_own()  # modules whose style names are taken
         other = _kinds.get(cls.__name__)
         # a program that is run and imported is two modules, one of which is called __main__
         same = other is not None and other.__qualname__ == cls.__qualname__
@@ -189,7 +189,7 @@ class Style:
         """Write the columns of one row at steps within `window`.
 
         Args:
-            leads: whether the row belongs to the first of pictures that look at one another.
+            leads: whether the row belongs to the first of several pictures that read one another.
         """
 
     def active(self, step: int, steps: int) -> bool:
@@ -203,12 +203,12 @@ class Style:
 
     @property
     def texts(self) -> list[tuple[str, str]]:
-        """Return the style's own texts that are encoded, each after what it is: ("the style's prompt", "neon")."""
+        """Return the style's own texts that are encoded, each with a description: ("the style's prompt", "neon")."""
         return []
 
     @property
     def placeholders(self) -> list[str]:
-        """Return what stands in prompts in place of words."""
+        """Return the placeholders that prompts may contain."""
         return []
 
     def write_field(self, name: str, value: Any, store: Any) -> Any:
@@ -221,7 +221,7 @@ class Style:
 
     @classmethod
     def read_field(cls, name: str, value: Any, sources: Any) -> Any:
-        """Return a field's value from that of a record; sources: a `record_values.Sources`."""
+        """Return a field's value from its recorded form; sources: a `record_values.Sources`."""
         if name in (*cls.picture_fields, *cls.mask_fields):
             many = isinstance(value, (list, tuple))
             found = [sources.picture(one, name in cls.mask_fields) for one in (value if many else [value])]
@@ -233,19 +233,19 @@ class Style:
         return float(value) if number and isinstance(value, str) and value in ("inf", "-inf") else value
 
     def check_recorded(self, entry: Mapping[str, Any], sources: Any) -> None:
-        """Raise StyleError if what the style read differs from what its record says."""
+        """Raise StyleError if the data that the style read differ from its record."""
 
 
 class ReferenceStyle(Style, base=True):
-    """Base class of styles whose rows look at references; a request takes one. It writes only rows that have some."""
+    """Base class of styles whose rows read references; a request takes one. It writes only those rows."""
 
     @property
     def reads(self) -> References:
-        """Return the references; unless the class says otherwise, the call's first picture that carries the style."""
+        """Return the references; unless overridden, the call's first picture with the style."""
         return References()
 
     def layer_mask(self, layout: AttentionLayout) -> torch.Tensor:
-        """Return the layers in which rows look at references, [layers] bool."""
+        """Return the layers in which rows read references, [layers] bool."""
         return torch.ones(len(layout.layers), dtype=torch.bool)
 
 
@@ -273,7 +273,7 @@ class ImageStyle(Style, ABC, base=True):
 
     @property
     def own_negative(self) -> bool:
-        """Return whether unconditional rows see other tokens than the adapter's."""
+        """Return whether unconditional rows see tokens other than the adapter's."""
         return False
 
     @property
@@ -295,9 +295,9 @@ def kinds() -> dict[str, type[Style]]:
 
 
 def find_kind(name: Any) -> type[Style]:
-    """Return the style of a name, in any spelling: "InstantStyle", "instant_style".
+    """Return the style with a name, in any spelling: "InstantStyle", "instant_style".
 
-    If no imported style has it, modules that installed packages name are imported. Raises StyleError.
+    If no imported style has it, the modules named by installed packages are imported. Raises StyleError.
     """
     for load in (lambda: None, _load_installed):
         load()
@@ -306,7 +306,7 @@ def find_kind(name: Any) -> type[Style]:
             if known == name or _squeezed(known) == _squeezed(name) != "":
                 return kind
     raise StyleError(
-        f"style kind {quoted(name)} is unknown; there are {', '.join(found)}{values.did_you_mean(name, found)}"
+        f"style kind {quoted(name)} is unknown; choose one of {', '.join(found)}{values.did_you_mean(name, found)}"
     )
 
 
@@ -315,7 +315,7 @@ def _load_installed() -> None:
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             entry_point.load()
-        except Exception:  # it is another package's: whatever it raises, other styles must be found
+        except Exception:  # another package's code: whatever it raises, other styles must be found
             logger.exception("the style %s of an installed package can't be loaded", entry_point.name)
 
 
@@ -329,19 +329,20 @@ def style_of_option(option: str) -> Callable[..., Style]:
 
 @cache
 def check_kind(kind: type[Style]) -> None:
-    """Raise StyleError for a class that can't be a style: not a frozen dataclass, compared by value, odd fields."""
+    """Raise StyleError for a class that can't be a style: not a frozen dataclass, `eq` on, reserved fields."""
     if not is_dataclass(kind) or kind.__hash__ is not object.__hash__:
         raise StyleError(f"the style {kind.__name__} must be a @dataclass(frozen=True, eq=False); see docs/styles.md")
     taken = {"kind", "type"} & {f.name for f in fields(kind)}
     if taken:
         raise StyleError(
-            f"the style {kind.__name__} has a field {min(taken)!r}, which in records names its class; rename the field"
+            f"the style {kind.__name__} has a field {min(taken)!r}, which records use for the class name; rename "
+            "the field"
         )
 
 
 @contextmanager
 def asking(kind: type[Style], what: str) -> Iterator[None]:
-    """Name the style in errors that its own code raises by mistake."""
+    """Turn unexpected errors of a style's code into a StyleError that names it."""
     try:
         yield
     except (StyleFastError, MemoryError):

@@ -111,7 +111,9 @@ class StyleAligned(ReferenceStyle):
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.mode == "swap" and (self.shift == -math.inf or not self.share_attention):
-            raise StyleError("mode 'swap' drops the own tokens, so the reference's must stay; use 'concat' instead")
+            raise StyleError(
+                "mode 'swap' drops the target's own tokens, so it needs the reference's; use 'concat' instead"
+            )
         self._check_reference()
 
     def _check_reference(self):
@@ -140,7 +142,7 @@ class StyleAligned(ReferenceStyle):
             if getattr(self, name) != default:
                 raise StyleError(
                     f"{name} is {values.quoted(getattr(self, name))}, but the reference is a style bank, which was "
-                    f"baked with a {name} of its own; leave it out, or bake the style again"
+                    f"baked with its own {name}; leave it out, or bake the style again"
                 )
 
     @property
@@ -163,7 +165,7 @@ class StyleAligned(ReferenceStyle):
     # for the engine, see `Style` and `ReferenceStyle`
 
     def check(self, model: ModelFacts) -> None:
-        """Raise StyleError if `layers` names none of the model's."""
+        """Raise StyleError if `layers` matches none of the model's layers."""
         self.layer_mask(model.layout)
 
     @property
@@ -181,10 +183,10 @@ class StyleAligned(ReferenceStyle):
         )
 
     def write_rows(self, rows: Rows, row: int, layout: AttentionLayout, leads: bool) -> None:
-        """Say how a row reads its references: layers, strengths of their tokens, AdaIN, group norms."""
+        """Write how a row reads its references: layers, strengths of their tokens, AdaIN, group norms."""
         rows.self_mode[row] = SWAP if self.mode == "swap" else CONCAT
         rows.self_layers[row] = self.layer_mask(layout).numpy()
-        # the first of a group is what the others take statistics from
+        # the others take their statistics from the first of the group
         rows.takes_norms[row] = self.share_group_norm and not leads
         if self.full_attention_share:
             return
@@ -236,10 +238,10 @@ def _checked_layers(layers) -> str | tuple[str, ...]:
 
 def _checked_adain(adain) -> tuple[str, ...] | dict[str, float]:
     if not isinstance(adain, (Mapping, str, list, tuple, set, frozenset)):
-        raise StyleError(f"adain is {values.quoted(adain)}; it must name parts out of {', '.join(PARTS)}")
+        raise StyleError(f"adain is {values.quoted(adain)}; it must name some of {', '.join(PARTS)}")
     unknown = [part for part in adain if not isinstance(part, str) or part not in PARTS]
     if unknown:
-        raise StyleError(f"adain names {values.quoted(unknown[0])}; it knows {', '.join(PARTS)}")
+        raise StyleError(f"adain names {values.quoted(unknown[0])}; choose from {', '.join(PARTS)}")
     if not isinstance(adain, Mapping):
         return tuple(part for part in PARTS if part in adain)
     return {

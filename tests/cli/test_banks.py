@@ -104,9 +104,9 @@ def test_from_makes_a_banks_picture_again_or_says_what_became_of_the_bank(bake, 
     assert code == 0 and "same pixels" in err and "warning" not in err
     bake("--style-image", "splash", *FEW, "--out", bank, "--overwrite")
     words = (*words, "--overwrite")
-    assert_one_line(*stylefast(*words)[::2], 2, "baked anew")
+    assert_one_line(*stylefast(*words)[::2], 2, "was baked again")
     bank.unlink()
-    assert_one_line(*stylefast(*words)[::2], 2, f"there is no style bank at {bank}")
+    assert_one_line(*stylefast(*words)[::2], 2, f"no style bank found at {bank}")
 
 
 def test_a_bank_works_beside_a_picture_and_a_learned_style(generate, blot_bank, tmp_path):
@@ -169,7 +169,7 @@ def test_a_bank_that_another_process_is_baking_is_not_baked_twice(stylefast, tmp
     target = tmp_path / "x.bank"
     words = ("bake", "--style-prompt", "x", "--model", tmp_path / "not-even-loaded", "--out", target)
     with only_writer(target, beside(target)):
-        assert_one_line(*stylefast(*words)[::2], 2, f"another stylefast writes to {target}; wait for it")
+        assert_one_line(*stylefast(*words)[::2], 2, f"another stylefast is writing to {target}; wait for it")
     assert not list(tmp_path.iterdir())
 
 
@@ -188,7 +188,7 @@ def test_a_full_disk_is_one_line_before_anything_runs(stylefast, model_folder, t
 BAD_WORDS = {
     "nothing to bake": ((), "nothing to bake"),
     "an empty prompt": (("--style-prompt", " "), "the reference's prompt is empty"),
-    "a missing picture": (("--style-image", "gone.png"), "there is no picture at gone.png"),
+    "a missing picture": (("--style-image", "gone.png"), "no picture found at gone.png"),
     "a bank to bake": (("--style-image", "x.bank"), "is a style bank"),
     "a negative seed": (("--style-prompt", "x", "--seed=-2"), "seed is -2"),
     "noise without picture": (("--style-prompt", "x", "--noise", "ddim"), "give --style-image as well"),
@@ -196,7 +196,7 @@ BAD_WORDS = {
     "an unknown store": (("--style-prompt", "x", "--store", "all"), "invalid choice: 'all'"),
     "an unknown type": (("--style-prompt", "x", "--store-dtype", "int4"), "invalid choice: 'int4'"),
     "a type for latents": (("--style-prompt", "x", "--store", "latents", "--store-dtype", "fp8"), "drop --store-dtype"),
-    "layers for latents": (("--style-prompt", "x", "--store", "latents", "--layers", "up_blocks"), "holds no layers"),
+    "layers for latents": (("--style-prompt", "x", "--store", "latents", "--layers", "up_blocks"), "stores no layers"),
     "steps out of range": (("--style-prompt", "x", "--steps", "0"), "steps is 0"),
     "an unknown scheduler": (("--style-prompt", "x", "--scheduler", "magic"), "scheduler is 'magic'"),
     "a size that is none": (("--style-prompt", "x", "--size", "large"), "WIDTHxHEIGHT"),
@@ -220,9 +220,9 @@ def test_what_cannot_be_baked_is_one_line_and_exit_code_2(stylefast, photo, tmp_
 
 
 MISFITS = {
-    "steps": (("--steps", "3"), "steps=3 is asked for"),
-    "the scheduler": (("--scheduler", "ddim"), "scheduler='ddim' is asked for"),
-    "the size": (("--size", "64x32"), "size=(64, 32) is asked for"),
+    "steps": (("--steps", "3"), "steps=3 is requested"),
+    "the scheduler": (("--scheduler", "ddim"), "scheduler='ddim' is requested"),
+    "the size": (("--size", "64x32"), "size=(64, 32) is requested"),
     "a spacing": (("--spacing", "trailing"), "schedule is"),
     "no such layers": (("--layers", "gone"), "matches no self-attention layer"),
 }
@@ -238,7 +238,7 @@ def test_what_does_not_fit_the_bank_is_named(stylefast, model_folder, blot_bank,
 def test_guidance_needs_a_bank_with_a_null_branch(bake, stylefast, model_folder, tmp_path):
     bank = bake("--style-image", "blot", "--steps", "2", "--guidance", "1", "--out", tmp_path / "x.bank")
     words = ("generate", "a cat", "--style", bank, "--guidance", "3", "--model", tmp_path / "not-even-loaded")
-    assert_one_line(*stylefast(*words)[::2], 2, "null is needed too")
+    assert_one_line(*stylefast(*words)[::2], 2, "also needs null")
 
 
 def test_another_models_bank_is_refused(stylefast, blot_bank, tmp_path):
@@ -276,4 +276,4 @@ def test_info_says_what_a_bank_holds_and_whether_it_is_whole(stylefast, blot_ban
     assert found["bank"]["steps"] == 2 and found["bank"]["size"] == [64, 64] and found["bank"]["store"] == "kv"
     code, out, err = stylefast("info", "--bank", altered)
     assert code == 1 and "does not match" in out
-    assert_one_line(*stylefast("info", "--bank", tmp_path / "gone.bank")[::2], 2, "there is no style bank at")
+    assert_one_line(*stylefast("info", "--bank", tmp_path / "gone.bank")[::2], 2, "no style bank found at")

@@ -26,7 +26,7 @@ def test_outside_a_checkout_it_says_where_the_benchmarks_are(stylefast, tmp_path
     [
         ((), 2, "either what to measure"),
         (("kernels", "--tune"), 2, "either what to measure"),
-        (("kernels", "--operation", "geglu"), 2, "--operation goes with --tune"),
+        (("kernels", "--operation", "geglu"), 2, "--operation needs --tune"),
         (("--tune", "--minutes", "0"), 2, "--minutes is 0"),
         (("--tune",), 1, "CUDA device"),
     ],

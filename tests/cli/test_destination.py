@@ -66,7 +66,7 @@ def test_a_file_that_appears_while_pictures_are_made_is_kept_and_so_is_the_pictu
     destination = Destination(tmp_path / "x.png", ["a fish"])
     (tmp_path / "x.png").write_bytes(b"precious")
     names, problem = write(destination, 1)
-    assert names == ["x-2.png"] and "x-2.png" in str(problem) and "x.png was made by another" in str(problem)
+    assert names == ["x-2.png"] and "x-2.png" in str(problem) and "x.png was created by another" in str(problem)
     assert (tmp_path / "x.png").read_bytes() == b"precious" and Image.open(tmp_path / "x-2.png").size == (16, 16)
 
 
@@ -106,7 +106,7 @@ def test_a_writer_that_hangs_is_not_waited_for_for_ever_and_keeps_its_files(tmp_
         fcntl.flock(held, fcntl.LOCK_EX)
         assert write(Destination(tmp_path, ["a fish"]), 1) == (["0001-a-fish.png"], None)
     assert part.read_bytes() == b"on its way" and lock.exists()
-    assert "another stylefast writes to" in capsys.readouterr().err
+    assert "another stylefast is writing to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
@@ -189,7 +189,7 @@ def test_a_full_disk_is_seen_before_any_work(tmp_path, monkeypatch):
 
 def test_a_file_system_without_a_size_is_tried_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "access", lambda path, mode: True)
-    with pytest.raises(InvalidRequest, match=r"/proc takes no files \(.*\); choose another --out"):
+    with pytest.raises(InvalidRequest, match=r"/proc does not accept files \(.*\); choose another --out"):
         Destination("/proc/x", ["a fish"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0, "total": 0}))
     Destination(tmp_path / "out", ["a fish"])
@@ -267,7 +267,7 @@ def test_a_second_demo_to_the_same_folder_is_refused(quick_demo, tmp_path):
         (folder / demo.PAGE).write_text("first")
 
     assert quick_demo(make)[0] == 0
-    assert seen[0][0] == 2 and "another stylefast writes to" in seen[0][2]
+    assert seen[0][0] == 2 and "another stylefast is writing to" in seen[0][2]
     assert (tmp_path / "demo" / demo.PAGE).read_text() == "first"
 
 

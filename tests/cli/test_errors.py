@@ -15,54 +15,63 @@ BAD_WORDS = {
     "a size that is none": (("a cat", "--size", "large"), "WIDTHxHEIGHT"),
     "steps out of range": (("a cat", "--steps", "0"), "steps is 0"),
     "steps that are no number": (("a cat", "--steps", "many"), "invalid int value: 'many'"),
-    "an unknown scheduler": (("a cat", "--scheduler", "magic"), "scheduler is 'magic'; there are ddim"),
+    "an unknown scheduler": (("a cat", "--scheduler", "magic"), "scheduler is 'magic'; choose one of ddim"),
     "an unknown option": (("a cat", "--stile", "x"), "unrecognized arguments: --stile"),
     "an unknown method": (("a cat", "--method", "magic"), "invalid choice: 'magic'"),
     "an interval that is none": (("a cat", "--guidance-interval", "most"), "--guidance-interval is 'most'"),
     "an interval of one number": (("a cat", "--guidance-interval", "0.8"), "such as 0-0.8"),
     "an interval that ends before it starts": (("a cat", "--guidance-interval", "0.8-0.2"), "0 <= start < end <= 1"),
     "an interval beyond the steps": (("a cat", "--guidance-interval", "0-8"), "0 <= start < end <= 1"),
-    "an interval between two steps": (("x", "--steps", "2", "--guidance-interval", "0.1-0.2"), "holds none of 2 steps"),
+    "an interval between two steps": (
+        ("x", "--steps", "2", "--guidance-interval", "0.1-0.2"),
+        "contains none of the 2 steps",
+    ),
     "an unknown spacing": (("a cat", "--spacing", "magic"), "invalid choice: 'magic'"),
-    "a spacing that the sampler does not have": (("a cat", "--scheduler", "lcm", "--spacing", "leading"), "lcm lays"),
-    "a spacing with a preset": (("x", "--scheduler", "sdxl_turbo", "--spacing", "leading"), "spacing of its own"),
-    "a preset's steps": (("a cat", "--scheduler", "sdxl_lightning"), "made for 2, 4, 8 steps, not 30"),
+    "a spacing that the sampler does not have": (
+        ("a cat", "--scheduler", "lcm", "--spacing", "leading"),
+        "lcm chooses its own timesteps",
+    ),
+    "a spacing with a preset": (("x", "--scheduler", "sdxl_turbo", "--spacing", "leading"), "its own spacing"),
+    "a preset's steps": (("a cat", "--scheduler", "sdxl_lightning"), "need 2, 4, 8 steps, not 30"),
     "a memory limit that is no size": (("a cat", "--memory-limit", "much"), "--memory-limit is 'much'"),
     "no memory for banks": (("a cat", "--bank-memory", "0"), "--bank-memory is '0'"),
     "an unknown backend": (("a cat", "--backend", "magic"), "invalid choice: 'magic'"),
     "a negative seed": (("a cat", "--seed=-2"), "seed is -2"),
-    "a missing picture": (("a cat", "--style-image", "gone.png"), "there is no picture at gone.png"),
-    "a missing learned style": (("a cat", "--learned", "gone"), "there is no learned style at gone"),
-    "an unknown preset": (("a cat", "--style-image", "{photo}", "--method", "instant", "--blocks", "x"), "no preset"),
-    "a strength without style": (("a cat", "--scale", "0.5"), "--scale does nothing here"),
+    "a missing picture": (("a cat", "--style-image", "gone.png"), "no picture found at gone.png"),
+    "a missing learned style": (("a cat", "--learned", "gone"), "no learned style found at gone"),
+    "an unknown preset": (
+        ("a cat", "--style-image", "{photo}", "--method", "instant", "--blocks", "x"),
+        "not a preset",
+    ),
+    "a strength without style": (("a cat", "--scale", "0.5"), "--scale has no effect here"),
     "an option of another method": (("a cat", "--style-image", "{photo}", "--content", "a dog"), "--method instant"),
     "instant without a picture": (("a cat", "--method", "instant"), "needs a picture"),
     "adain that is no number": (("a cat", "--style-image", "{photo}", "--adain", "q=x"), "--adain is 'q=x'"),
     "context without learned": (("a cat", "--context", "x"), "give --learned as well"),
     "a jpeg to write": (("a cat", "--out", "x.jpg"), "written as PNG"),
-    "two sources": (("--from", "x.png", "--requests", "y.json"), "exclude each other"),
+    "two sources": (("--from", "x.png", "--requests", "y.json"), "can't be combined"),
     "prompts with from": (("a cat", "--from", "x.png"), "drop prompts"),
     "settings with requests": (("--requests", "x.json", "--steps", "3"), "drop --steps"),
     "a bank with requests": (("--requests", "x.json", "--style", "x.bank"), "drop --style"),
     "an interval with from": (("--from", "x.png", "--guidance-interval", "0-0.5"), "drop --guidance-interval"),
-    "a missing bank": (("a cat", "--style", "gone.bank"), "there is no style bank at gone.bank"),
+    "a missing bank": (("a cat", "--style", "gone.bank"), "no style bank found at gone.bank"),
     "two banks": (("a cat", "--style", "x.bank", "--style", "y.bank"), "--style was given 2 times"),
     "a picture as bank": (("a cat", "--style", "{photo}"), "use --style-image"),
     "a bank as picture": (("a cat", "--style-image", "x.bank"), "use --style x.bank"),
-    "a prompt for a bank": (("a cat", "--style", "x.bank", "--style-prompt", "a fox"), "--style-prompt makes"),
-    "a bank and both": (("a cat", "--style", "x.bank", "--method", "both"), "say --method instant"),
+    "a prompt for a bank": (("a cat", "--style", "x.bank", "--style-prompt", "a fox"), "--style-prompt generates"),
+    "a bank and both": (("a cat", "--style", "x.bank", "--method", "both"), "give --method instant"),
     "a picture beside a bank": (("a cat", "--style", "x.bank", "--style-image", "{photo}"), "needs --method instant"),
     "a bank and instant without picture": (("a cat", "--style", "x.bank", "--method", "instant"), "needs a picture"),
-    "a missing request file": (("--requests", "gone.json"), "the request file gone.json: there is no file"),
-    "from a missing picture": (("--from", "gone.png"), "there is no picture at gone.png"),
+    "a missing request file": (("--requests", "gone.json"), "the request file gone.json: no file found"),
+    "from a missing picture": (("--from", "gone.png"), "no picture found at gone.png"),
     "from a device": (("--from", "/dev/zero"), "/dev/zero is a pipe or a device, not a file"),
     "from a folder": (("--from", "/dev"), "/dev is a folder; pass the path of one picture"),
-    "requests from a device": (("--requests", "/dev/zero"), "there is no file at /dev/zero"),
+    "requests from a device": (("--requests", "/dev/zero"), "no file found at /dev/zero"),
     "a device as bank": (("a cat", "--style", "/dev/zero"), "/dev/zero"),
     "a device as learned style": (("a cat", "--learned", "/dev/zero"), "/dev/zero"),
     "a device as picture": (("a cat", "--style-image", "/dev/zero"), "/dev/zero is a pipe or a device"),
     "from a photo": (("--from", "{photo}"), "can't be read as PNG"),
-    "force without from": (("--force", "a cat"), "--force belongs to --from"),
+    "force without from": (("--force", "a cat"), "--force needs --from"),
 }
 
 
@@ -111,7 +120,7 @@ def test_a_folder_below_a_file_is_refused(stylefast, model_folder, photo):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "is no valid JSON"),
+        ("{", "is not valid JSON"),
         ('[{"prompt": "a cat", "prompt": "a dog"}]', "'prompt'"),
         ('[{"prompt": "a cat", "guidance": NaN}]', "NaN"),
         ('[{"prompt": "a cat", "guidance": 1e999}]', "1e999"),
@@ -123,7 +132,7 @@ def test_a_folder_below_a_file_is_refused(stylefast, model_folder, photo):
         ('[{"prompt": "a cat"}, {"prompt": ""}]', "request 1: the prompt is empty"),
         ('[{"prompt": "a cat", "style": "brand"}]', "request 0: style is 'brand'"),
         ('[{"prompt": "a cat", "style": {"kind": "Cubism"}}]', "style kind 'Cubism' is unknown"),
-        ('[{"prompt": "a cat", "style": {"kind": "InstantStyle", "image": "gone.png"}}]', "there is no picture at"),
+        ('[{"prompt": "a cat", "style": {"kind": "InstantStyle", "image": "gone.png"}}]', "no picture found at"),
     ],
     ids=lambda value: value[:40],
 )
@@ -142,7 +151,7 @@ def test_a_request_file_may_begin_with_a_byte_order_mark(generate, tmp_path, enc
 
 def test_a_picture_without_settings_is_named(stylefast, model_folder):
     code, _, err = stylefast("generate", "--from", model_folder / "references" / "blot.png")
-    assert_one_line(code, err, 2, "carries no settings")
+    assert_one_line(code, err, 2, "has no settings")
 
 
 @pytest.mark.parametrize("side", [10_000, 20_000])
@@ -177,7 +186,7 @@ def test_a_failure_while_generating_leaves_nothing_behind(stylefast, model_folde
     from stylefast.engine import Engine
 
     def fail(*arguments, **options):
-        raise NumericsError("the latents of picture(s) 0 hold NaN")
+        raise NumericsError("the latents of picture(s) 0 contain NaN")
 
     monkeypatch.setattr(Engine, "generate", fail)
     words = ("generate", "a cat", "--model", model_folder, "--quiet", "--out", tmp_path / "out")

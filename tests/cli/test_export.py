@@ -333,7 +333,7 @@ def test_info_names_every_file_that_is_not_as_it_was(stylefast, export, tmp_path
     code, _, err = stylefast("info", "--engines", tmp_path / "gone")
     assert code == 1 and "there is no export at" in err
     code, _, err = stylefast("info", "--engines", folder, "--bank", "x.bank")
-    assert code == 2 and "exclude each other" in err
+    assert code == 2 and "can't be combined" in err
 
 
 def test_info_lists_the_runtimes(stylefast):
@@ -344,10 +344,10 @@ def test_info_lists_the_runtimes(stylefast):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("--engines", "x"), "--engines is read by the backends onnxruntime, tensorrt, aoti; give --backend"),
-        (("--engines", "x", "--backend", "compile"), "--engines is read by the backends"),
+        (("--engines", "x"), "--engines is used by the backends onnxruntime, tensorrt, aoti; give --backend"),
+        (("--engines", "x", "--backend", "compile"), "--engines is used by the backends"),
         (("--backend", "tensorrt"), "--backend tensorrt needs --engines FOLDER"),
-        (("--backend", "onnxruntime", "--trust", "ab"), "--trust vouches for the folder of --engines"),
+        (("--backend", "onnxruntime", "--trust", "ab"), "--trust applies to the folder of --engines"),
         (("--backend", "aoti", "--engines", "x", "--trust", "ab"), "--trust is 'ab'; a digest is 64 hex digits"),
     ],
 )

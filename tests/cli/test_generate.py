@@ -146,7 +146,7 @@ def test_a_reference_that_changed_since_is_refused(generate, stylefast, tmp_path
     path = generate("a cat", "--style-image", photo, *FEW, "--out", tmp_path / "a.png")[0]
     Image.new("RGB", (80, 60), "red").save(photo)
     code, out, err = stylefast("generate", "--from", path, "--out", tmp_path / "b.png", "--load-recorded")
-    assert code == 2 and "other pixels" in err and err.count("\n") == 1
+    assert code == 2 and "different pixels" in err and err.count("\n") == 1
 
 
 def test_a_model_moved_elsewhere_is_named_with_model(generate, stylefast, model_folder, tmp_path):

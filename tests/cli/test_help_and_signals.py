@@ -34,7 +34,7 @@ MEANT = {
     "an option of a kind": (("export", "onnx", "--flavor", "x"), "'--flavour'? (see `stylefast export onnx --help`)"),
     "another tool's option": (("generate", "x", "--guidance-scale", "3"), "here that is --guidance (see"),
     "an option before its command": (("--model", "tiny"), "invalid choice: 'tiny'"),
-    "a flag before its command": (("--quiet",), "it stands behind the command: stylefast generate ... --quiet"),
+    "a flag before its command": (("--quiet",), "it goes after the command: stylefast generate ... --quiet"),
     "a choice": (("generate", "x", "--method", "aligend"), "did you mean 'aligned'?"),
     "a word too many": (("info", "x"), "unrecognized arguments: x (see `stylefast info --help`)"),
     "prompts apart": (("generate", "a", "--seed", "1", "b"), "write all prompts together"),

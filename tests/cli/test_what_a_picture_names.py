@@ -211,7 +211,7 @@ def test_another_lora_than_the_recorded_one_is_refused_unless_forced(
     other = write_peft_lora(random_lora(small_pipeline(), seed=2), tmp_path / "brand.safetensors")
     words = ("generate", "--from", path, "--model", model_folder, "--quiet", "--out", tmp_path / "b.png")
     for lora in (other, f"{lora_file}:0.5"):
-        assert_one_line(*stylefast(*words, "--lora", lora)[::2], 1, "other content or strengths")
+        assert_one_line(*stylefast(*words, "--lora", lora)[::2], 1, "differ in content or strength")
     code, _, err = stylefast(*words, "--lora", other, "--force")
     assert code == 0 and err.startswith("warning: the LoRAs")
 
@@ -224,12 +224,12 @@ def test_loras_are_read_from_words(lora_file, tmp_path):
 
 
 LORA_WORDS = {
-    "a missing file": (("{lora}x",), "there is no file at"),
+    "a missing file": (("{lora}x",), "no file found at"),
     "a misspelt file": (("{folder}/brnd.safetensors:0.5",), "did you mean 'brand.safetensors'?"),
-    "a strength that is none": (("{lora}:much",), "there is no file at"),
+    "a strength that is none": (("{lora}:much",), "no file found at"),
     "a device": (("/dev/zero",), "--lora: /dev/zero is a pipe or a device, not a file"),
     "a device at a strength": (("/dev/zero:0.5",), "--lora: /dev/zero is a pipe or a device, not a file"),
-    "nothing": (("",), "--lora is ''; a path has at least one character"),
+    "nothing": (("",), "--lora is ''; a path needs at least one character"),
     "the same twice": (("{lora}", "{lora}:0.5"), "twice; give it once"),
 }
 

@@ -147,7 +147,7 @@ def test_a_bank_of_some_layers_refuses_others(engine, draw, drawn):
     bank = engine.bake(sf.StyleAligned(PICTURE, layers="up_blocks"), **SETTINGS)
     live = drawn("a cat", sf.StyleAligned(PICTURE, layers="up_blocks.1"))
     close(draw("a cat", sf.StyleAligned(bank, layers="up_blocks.1")), live)
-    with pytest.raises(StyleError, match="layers .* needed too"):
+    with pytest.raises(StyleError, match="layers .* also needs"):
         draw("a cat", sf.StyleAligned(bank))
 
 
@@ -184,7 +184,7 @@ NOT_BAKED = {
     "other styles in latents": (
         lambda: [sf.StyleAligned(PICTURE), sf.InstantStyle(PICTURE)],
         {"store": "latents"},
-        "keeps no other styles",
+        "can't include other styles",
     ),
 }
 

@@ -75,7 +75,9 @@ def test_what_needs_training_timesteps_is_refused_when_it_is_submitted(engine):
     def submit(**options):
         engine.submit(sf.Request("a cat", steps=STEPS, size=SIZE, **options))
 
-    with pytest.raises(InvalidRequest, match="scheduler 'unipc' walks the training timesteps.*choose one of euler, "):
+    with pytest.raises(
+        InvalidRequest, match="scheduler 'unipc' uses a model's training timesteps.*choose one of euler, "
+    ):
         submit(scheduler="unipc")
     with pytest.raises(InvalidRequest, match="spacing='trailing'"):
         submit(spacing="trailing")

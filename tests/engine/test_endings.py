@@ -128,7 +128,7 @@ def test_waiting_for_a_job_in_a_callback_of_its_engine_is_an_error_at_once(engin
         done.set()
 
     submit(engine).add_done_callback(again)
-    assert done.wait(WAIT) and "this callback runs in the thread" in caught[0]
+    assert done.wait(WAIT) and "for the thread that this callback runs in" in caught[0]
     late, done = submit(engine, deadline=1e-6), threading.Event()
     late.add_done_callback(again)
     assert done.is_set() or len(caught) >= 1

@@ -40,7 +40,7 @@ ARGUMENTS = {
     "no_such_style_picture": (ImageError, {"style": sf.InstantStyle("nowhere.png")}, "nowhere.png.*path"),
     "no_such_layer": (StyleError, {"style": sf.StyleAligned(layers="head")}, "'head'.*up_blocks.0.attentions.1"),
     "no_such_block": (StyleError, {"style": sf.InstantStyle(PICTURE, ["head"])}, "head.*up_blocks.0.attentions.1"),
-    "no_such_adapter": (StyleError, {"style": sf.InstantStyle(PICTURE, adapter="c")}, "'c'.*loaded are a"),
+    "no_such_adapter": (StyleError, {"style": sf.InstantStyle(PICTURE, adapter="c")}, "'c'.*loaded adapters: a"),
     "precise_without_guidance": (
         StyleError,
         {"style": sf.InstantStyle(PICTURE, "precise"), "guidance": 1.0},

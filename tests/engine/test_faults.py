@@ -46,7 +46,7 @@ def test_requests_of_other_spacings_share_no_reference(engine, drawn):
 def test_weights_do_not_change_under_pictures(own):
     engine, lora = own
     plain = draw(engine, sf.Request("a cat", seed=1, **K))
-    with pytest.raises(InvalidRequest, match="1 pictures are on their way.*wait"):
+    with pytest.raises(InvalidRequest, match="1 pictures are in progress.*wait"):
         draw(engine, sf.Request("a cat", seed=1, **K), callback=lambda *_: engine.load_lora(lora))
     assert engine.loras.scales == {}
     assert torch.equal(draw(engine, sf.Request("a cat", seed=1, **K))[0], plain[0])

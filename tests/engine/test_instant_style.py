@@ -315,7 +315,7 @@ def test_a_new_style_of_the_reference_alone_reaches_its_targets(draw):
 def test_an_adapter_must_be_named_where_there_are_several(draw, two_adapter_engine):
     with pytest.raises(StyleError, match="several adapters.*a, b"):
         draw("a cat", sf.InstantStyle(PICTURE), using=two_adapter_engine)
-    with pytest.raises(StyleError, match="'c' is not loaded; loaded are a, b"):
+    with pytest.raises(StyleError, match="'c' is not loaded; loaded adapters: a, b"):
         draw("a cat", sf.InstantStyle(PICTURE, adapter="c"), using=two_adapter_engine)
 
 

@@ -203,7 +203,7 @@ def test_no_more_jobs_wait_than_allowed(engine, watch, monkeypatch):
     running = submit(engine)
     assert reached.wait(WAIT)
     waiting = [submit(engine), submit(engine)]
-    with pytest.raises(QueueFull, match="2 jobs wait already, the limit is 2"):
+    with pytest.raises(QueueFull, match="2 jobs are already waiting, and the limit is 2"):
         submit(engine)
     waiting.pop().cancel()
     waiting.append(submit(engine))

@@ -79,7 +79,7 @@ def test_a_pool_comes_with_the_first_bank_of_a_size_and_goes_when_another_size_n
 
 def test_a_model_above_the_limit_is_refused_at_once(pipe, fresh):
     model = sum(fresh.memory()["model"].values())
-    with pytest.raises(OutOfMemory, match="the model takes .* GiB and memory_limit is"):
+    with pytest.raises(OutOfMemory, match="the model takes .* GiB, but memory_limit is"):
         sf.Engine.from_pipeline(pipe, memory_limit=model - 1)
 
 

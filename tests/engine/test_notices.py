@@ -52,7 +52,7 @@ def test_known_words_are_no_reason_to_warn(said, text):
 @pytest.mark.parametrize("text", ["a (fish:1.2)", "a fish BREAK a cat", "a fish <lora:paint:0.8>", "a fish --ar 3:2"])
 def test_what_another_program_reads_as_an_instruction_is_not_called_an_unknown_word_as_well(said, text):
     (warning,) = said(sf.Request(text))
-    assert "other programs read that as instructions" in warning
+    assert "other programs interpret this as instructions" in warning
     assert len(said(sf.Request(text.replace("fish", "dragon")))) == 2
 
 

@@ -147,7 +147,7 @@ def test_another_flavour_than_those_exported_is_refused_and_the_others_go_on(mic
     manifest = read_manifest(copy)
     write_manifest(copy, replace(manifest, graphs=tuple(g for g in manifest.graphs if g.flavour != "banked")))
     with sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy) as engine:
-        with pytest.raises(EngineMismatch, match=r"banked graph \(references 2.*export onnx --flavour banked"):
+        with pytest.raises(EngineMismatch, match=r"banked graph \(references: 2.*export onnx --flavour banked"):
             engine.submit(requests["a bank of two references"], output="np")
         job = engine.submit(requests["plain"], output="np")
         assert psnr(job.result(WAIT).images, eager.generate(requests["plain"], output="np").images) >= 60
@@ -372,7 +372,7 @@ def test_weights_that_the_fingerprint_does_not_look_at_are_told_from_those_expor
     manifest = read_manifest(copy)
     graphs = tuple(replace(graph, extra={DIGEST: "0" * 64}) for graph in manifest.graphs)
     write_manifest(copy, replace(manifest, graphs=graphs))
-    with pytest.raises(EngineMismatch, match="made from other weights than those loaded, although"):
+    with pytest.raises(EngineMismatch, match="made from other weights than the loaded ones, although"):
         sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=copy)
 
 

@@ -38,7 +38,7 @@ def test_what_is_no_options_is_refused_by_name(pipe):
 @pytest.mark.parametrize("given", [{"device": "cpu"}, {"dtype": "float32"}, {"adapter": None}, {"vae": "folder"}])
 def test_what_says_what_to_load_is_refused_for_a_pipeline_that_is_loaded(pipe, given):
     for options in ((sf.EngineOptions(**given), {}), (None, given)):
-        with pytest.raises(InvalidRequest, match=f"{next(iter(given))}= means nothing for a pipeline"):
+        with pytest.raises(InvalidRequest, match=f"{next(iter(given))}= has no effect on a loaded pipeline"):
             sf.Engine.from_pipeline(pipe, options[0], **options[1])
 
 

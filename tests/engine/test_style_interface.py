@@ -37,7 +37,7 @@ def test_installed_packages_name_modules_with_styles(monkeypatch):
     monkeypatch.setattr(style_module, "_kinds", dict(style_module._kinds))
     monkeypatch.setattr(style_module, "_load_installed", style_module._load_installed.__wrapped__)
     assert find_kind("installed_style") is loaded[0]
-    with pytest.raises(StyleError, match="'Cubism' is unknown; there are StyleAligned.*InstalledStyle"):
+    with pytest.raises(StyleError, match="'Cubism' is unknown; choose one of StyleAligned.*InstalledStyle"):
         find_kind("Cubism")
 
 

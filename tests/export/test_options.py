@@ -27,11 +27,11 @@ def test_defaults_depend_on_the_kind():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"kind": "wasm"}, "kind is 'wasm'; there are onnx, tensorrt, aoti, triton-repo"),
-        ({"kind": "onnx", "dtype": "int8"}, "dtype is 'int8'; there are float32, float16, bfloat16"),
-        ({"kind": "onnx", "flavours": ("live", "dead")}, "flavours is 'dead'; there are plain, live, banked"),
+        ({"kind": "wasm"}, "kind is 'wasm'; choose one of onnx, tensorrt, aoti, triton-repo"),
+        ({"kind": "onnx", "dtype": "int8"}, "dtype is 'int8'; choose one of float32, float16, bfloat16"),
+        ({"kind": "onnx", "flavours": ("live", "dead")}, "flavours is 'dead'; choose one of plain, live, banked"),
         ({"kind": "onnx", "flavours": ("live", "live")}, "flavours has 'live' twice"),
-        ({"kind": "onnx", "components": ("lung",)}, "components is 'lung'; there are unet, vae_decoder"),
+        ({"kind": "onnx", "components": ("lung",)}, "components is 'lung'; choose one of unet, vae_decoder"),
         ({"kind": "onnx", "components": ("all", "unet")}, "give all, or names of single ones"),
         ({"kind": "onnx", "references": 0}, "references is 0; it must be a whole number from 1 to 16"),
         ({"kind": "onnx", "segments": 17}, "segments is 17"),

@@ -384,8 +384,8 @@ def test_several_styles_and_pictures_find_their_places(requests):
 @pytest.mark.parametrize(
     "order, error, wanted",
     [
-        (b"{", InvalidRequest, "no valid JSON"),
-        (b"\xff\xfe", InvalidRequest, "no valid JSON"),
+        (b"{", InvalidRequest, "not valid JSON"),
+        (b"\xff\xfe", InvalidRequest, "not valid JSON"),
         (b"[" * 100_000, InvalidRequest, "nested too deep"),
         (b'{"prompt": "a"}' + b" " * 2**20, InvalidRequest, "bytes"),
         (b"[]", InvalidRequest, "object"),

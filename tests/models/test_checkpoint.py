@@ -112,7 +112,7 @@ def test_16_bit_types_take_the_fp16_edition_and_others_the_plain_one(pipeline, f
     assert torch.equal(load_components(both, variant="fp16").unet_state[name], half.unet.state_dict()[name].float())
     only_half = load_components(tmp_path / "half")
     assert only_half.unet_state[name].dtype == torch.float32
-    with pytest.raises(ModelNotFound, match="variant 'bf16'; it holds diffusion_pytorch_model.fp16.safetensors"):
+    with pytest.raises(ModelNotFound, match="variant 'bf16'; it has diffusion_pytorch_model.fp16.safetensors"):
         load_components(tmp_path / "half", variant="bf16")
 
 
@@ -263,7 +263,7 @@ def test_what_only_looks_like_a_hub_id_is_not_found(source):
 def test_a_file_cut_short_is_refused_with_both_sizes(single_file, folder, tmp_path):
     whole = single_file.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-1000])
-    with pytest.raises(ModelFormatError, match=f"{len(whole) - 1000} bytes where its header announces {len(whole)}"):
+    with pytest.raises(ModelFormatError, match=f"{len(whole) - 1000} bytes, but its header declares {len(whole)}"):
         load_components(tmp_path / "cut.safetensors", config=folder)
 
 
@@ -305,7 +305,7 @@ def test_a_folder_with_pickled_weights_alone_is_refused(folder, tmp_path):
         ({"in_channels": 9}, "9 input channels"),
         ({"cross_attention_dim": 48}, "of wrong shape"),
         ({"layers_per_block": 3}, "missing"),
-        ({"block_out_channels": [32, 64]}, "describes no UNet"),
+        ({"block_out_channels": [32, 64]}, "does not describe a UNet"),
     ],
     ids=["sd 1.5", "refiner", "inpainting", "other width", "more layers", "nonsense"],
 )
@@ -411,6 +411,6 @@ def test_an_index_that_contradicts_its_folder_is_done_as_diffusers_does_or_refus
     write(json.dumps({**index, "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"], "vae": [None, None]}))
     components = load_components(changed, vae=pipeline.vae)
     assert components.scheduler_config["_class_name"] == "EulerAncestralDiscreteScheduler"
-    assert "the first counts" in caplog.text
-    with pytest.raises(ModelFormatError, match="vae=.None, None., which is none"):
+    assert "the first is used" in caplog.text
+    with pytest.raises(ModelFormatError, match="vae=.None, None., but an SDXL model needs this part"):
         load_components(changed)

@@ -250,8 +250,8 @@ def _sd15(layout):
         (lambda s: _without(s, "image_proj", "norm.bias"), r"lacks image_proj\.norm\.bias"),
         (lambda s: _with(s, "image_proj", foreign=torch.zeros(1)), r"image_proj\.foreign"),
         (lambda s: s | {"optimizer": {"step": torch.zeros(1)}}, r"optimizer\.step"),
-        (lambda s: {"ip_adapter": s["ip_adapter"]}, "no IP-Adapter"),
-        (lambda s: {"unet": {"x.lora_A.weight": torch.zeros(1)}}, "no IP-Adapter, .* but: LoRA"),
+        (lambda s: {"ip_adapter": s["ip_adapter"]}, "not an IP-Adapter"),
+        (lambda s: {"unet": {"x.lora_A.weight": torch.zeros(1)}}, "not an IP-Adapter, .* but: LoRA"),
     ],
     ids=[
         "missing layer",
@@ -284,7 +284,7 @@ def test_an_adapter_of_another_base_model_is_named_with_both_widths(layout, make
 def test_an_adapter_for_fewer_layers_says_how_many(layout):
     state = global_adapter(layout)
     few = dict(list(state["ip_adapter"].items())[:8])
-    with pytest.raises(AdapterError, match=f"has 8 .*takes {2 * len(layout.layers)}"):
+    with pytest.raises(AdapterError, match=f"has 8 .*the model {2 * len(layout.layers)}"):
         load(state | {"ip_adapter": few}, layout)
 
 
@@ -361,7 +361,7 @@ def test_the_wrong_image_encoder_is_named_with_the_right_folder(
     adapter = load(make(layout, embed_dim=embed_dim), layout)
     wrong = ImageEncoder(small_vision_model(hidden_size=hidden_size, projection_dim=projection_dim))
     given = projection_dim if adapter.kind == "global" else hidden_size
-    with pytest.raises(AdapterError, match=f"{embed_dim} wide.*gives {given}.*'{folder}'"):
+    with pytest.raises(AdapterError, match=f"{embed_dim} wide.*returns {given}.*'{folder}'"):
         adapter.features(wrong, [small_picture()])
 
 
@@ -431,7 +431,7 @@ def test_unknown_crops_empty_lists_and_single_pictures_are_refused(encoder):
 
 
 def test_a_processor_of_another_encoder_is_refused():
-    with pytest.raises(ModelFormatError, match="cuts 224 pixels.*takes 32"):
+    with pytest.raises(ModelFormatError, match="crops to 224 pixels.*takes 32"):
         ImageEncoder(small_vision_model(), {"crop_size": {"height": 224, "width": 224}})
     with pytest.raises(ModelFormatError, match="Linear"):
         ImageEncoder(torch.nn.Linear(2, 2))

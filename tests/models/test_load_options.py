@@ -63,14 +63,14 @@ def test_options_are_done_under_their_own_name(given, expected):
     [
         ({"torch_dtype": torch.float16, "dtype": "bfloat16"}, "torch_dtype is .*float16 and dtype 'bfloat16'"),
         ({"device_map": "balanced"}, "device='cuda'"),
-        ({"use_safetensors": False}, "use_safetensors=False is not done here"),
-        ({"use_safetensors": 1}, "use_safetensors=1 is not done here"),
+        ({"use_safetensors": False}, "use_safetensors=False is not supported"),
+        ({"use_safetensors": 1}, "use_safetensors=1 is not supported"),
         ({"safety_checker": "a checker"}, "SDXL has none"),
         ({"scheduler": "euler"}, "a request names its sampler"),
         ({"quantization_config": {}}, "dtype='float16'"),
         ({"proxies": {"https": "x"}}, "HTTPS_PROXY"),
         ({"token": "a", "use_auth_token": "b"}, "mean the same"),
-        ({"revison": "main"}, "'revison' is no option.*did you mean 'revision'"),
+        ({"revison": "main"}, "'revison' is not a loading option.*did you mean 'revision'"),
         ({"adaptor": "x"}, "did you mean 'adapter'"),
         ({"torch_dtpye": "x"}, "did you mean 'torch_dtype'"),
     ],
@@ -117,20 +117,20 @@ def test_options_that_mean_nothing_for_a_pipeline_are_refused(name, said):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"revision": "main"}, "revision= and force_download= are for ids on the hub"),
-        ({"force_download": True}, "revision= and force_download= are for ids on the hub"),
+        ({"revision": "main"}, "revision= and force_download= apply to ids on the hub"),
+        ({"force_download": True}, "revision= and force_download= apply to ids on the hub"),
         ({"force_download": True, "local_files_only": True}, "contradict"),
         ({"force_download": "yes"}, "force_download is 'yes'"),
         ({"revision": 3}, "revision is 3"),
         ({"token": 3}, "token is a int"),
         ({"cache_dir": 3}, "cache_dir is 3"),
-        ({"config": "somewhere"}, "config= is for single files"),
+        ({"config": "somewhere"}, "config= applies to single files"),
         ({"variant": 3}, "variant is 3"),
         ({"vae": 3}, "the VAE .* is 3"),
         ({"tokenizer": 3}, "tokenizers or configs is 3"),
         ({"dtype": torch.float64}, "dtype is 'float64'.*did you mean 'float16'"),
         ({"device": "mps"}, "device is 'mps'"),
-        ({"prediction_type": "v"}, "prediction_type is 'v'; there are epsilon, v_prediction"),
+        ({"prediction_type": "v"}, "prediction_type is 'v'; choose one of epsilon, v_prediction"),
     ],
     ids=str,
 )
@@ -141,7 +141,7 @@ def test_options_that_mean_nothing_for_a_folder_are_refused(options, said, folde
 
 def test_a_variant_of_a_single_file_is_refused(tmp_path):
     (tmp_path / "small.safetensors").touch()
-    with pytest.raises(InvalidRequest, match="variant='fp16' picks among the files of a folder"):
+    with pytest.raises(InvalidRequest, match="variant='fp16' selects among the files of a folder"):
         load_components(tmp_path / "small.safetensors", variant="fp16")
 
 
@@ -192,9 +192,9 @@ def test_a_part_that_is_given_by_hand_is_not_missed_in_a_snapshot(snapshot, tmp_
     vae = write_vae_folder(small_tiny_vae(), tmp_path / "taesd")
     found = cached(snapshot, vae=vae, tokenizer=tmp_path / "given")
     assert type(found.vae).__name__ == "AutoencoderTiny"
-    with pytest.raises(ModelNotFound, match="not whole in the cache"):
+    with pytest.raises(ModelNotFound, match="not complete in the cache"):
         cached(snapshot, vae=vae, local_files_only=True)
-    with pytest.raises(ModelNotFound, match="not whole in the cache"):
+    with pytest.raises(ModelNotFound, match="not complete in the cache"):
         cached(snapshot, tokenizer=tmp_path / "given", local_files_only=True)
 
 
@@ -292,14 +292,18 @@ def test_shards_are_taken_as_one_whole_set(names, expected):
 @pytest.mark.parametrize(
     "file, content, said",
     [
-        ("model_index.json", b"{", "model_index.json in .* is no valid JSON"),
-        ("unet/config.json", b"[]", "unet/config.json in .* where an object is expected"),
+        ("model_index.json", b"{", "model_index.json in .* is not valid JSON"),
+        ("unet/config.json", b"[]", "unet/config.json in .* must be an object"),
         ("vae/config.json", b"\xff\xfe\xff", "config.json in .*"),
         ("text_encoder/config.json", b"[" * 200_000, "nested too deep"),
         ("stylefast.json", b'{"style_modules": "up_blocks"}', "must be a list"),
-        ("stylefast.json", b'{"style_modules": ["up_blocks.9.attentions.0"]}', "'up_blocks.9.attentions.0'; there"),
-        ("stylefast.json", b'{"style_module": []}', "holds style_modules alone"),
-        ("stylefast.json", b"{}", "holds style_modules alone"),
+        (
+            "stylefast.json",
+            b'{"style_modules": ["up_blocks.9.attentions.0"]}',
+            "'up_blocks.9.attentions.0'; choose one of",
+        ),
+        ("stylefast.json", b'{"style_module": []}', "may contain only style_modules"),
+        ("stylefast.json", b"{}", "may contain only style_modules"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else "",
 )
@@ -319,18 +323,18 @@ def test_a_byte_order_mark_in_a_config_is_passed_over(own):
     "part, change, said",
     [
         ("unet", {"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
-        ("unet", {"layers_per_block": 500, "transformer_layers_per_block": 500}, "layers, and its weights only"),
+        ("unet", {"layers_per_block": 500, "transformer_layers_per_block": 500}, "layers, but its weights have only"),
         ("unet", {"block_out_channels": [32, 64, 10**12]}, "block_out_channels"),
-        ("unet", {"norm_num_groups": 0}, "norm_num_groups=0, and it must be a whole number from 1"),
-        ("unet", {"cross_attention_dim": "64"}, "cross_attention_dim='64', and it must be a whole number"),
+        ("unet", {"norm_num_groups": 0}, "norm_num_groups=0, but it must be a whole number from 1"),
+        ("unet", {"cross_attention_dim": "64"}, "cross_attention_dim='64', but it must be a whole number"),
         ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
-        ("text_encoder", {"hidden_size": 10**10}, "hidden_size=10000000000, a number that no model has"),
-        ("text_encoder", {"hidden_size": None}, "describes no model of its kind"),
-        ("text_encoder_2", {"num_attention_heads": 0}, "describes no model of its kind"),
+        ("text_encoder", {"hidden_size": 10**10}, "hidden_size=10000000000, which no model has"),
+        ("text_encoder", {"hidden_size": None}, "does not describe a model of its kind"),
+        ("text_encoder_2", {"num_attention_heads": 0}, "does not describe a model of its kind"),
         ("text_encoder_2", {"vocab_size": 2**30}, "do not fit its config"),
         ("vae", {"layers_per_block": 10**9}, "layers_per_block=1000000000"),
         ("vae", {"block_out_channels": [32] * 100}, "100 entries for block_out_channels"),
-        ("vae", {"down_block_types": ["x"]}, "describes no model of its kind"),
+        ("vae", {"down_block_types": ["x"]}, "does not describe a model of its kind"),
     ],
     ids=str,
 )
@@ -346,7 +350,7 @@ def test_sizes_that_no_model_has_are_refused_at_once(part, change, said, own):
 
 def test_a_text_encoder_of_another_width_is_refused_while_loading(own):
     small_text_encoders(width=48)[0].save_pretrained(own / "text_encoder")
-    with pytest.raises(ModelFormatError, match="48 and 32 wide, the UNet's cross-attention takes 64"):
+    with pytest.raises(ModelFormatError, match="48 and 32 wide, the UNet's cross-attention 64"):
         load_components(own)
 
 

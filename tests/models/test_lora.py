@@ -203,10 +203,10 @@ def test_a_lora_that_matches_in_part_is_refused(components, files, tmp_path):
 
 def test_what_is_no_lora_is_refused(components, tmp_path):
     save_file({"decoder.mid.block_1.conv1.weight": torch.zeros(1, 1, 1, 1)}, tmp_path / "vae.safetensors")
-    with pytest.raises(AdapterError, match="is no LoRA but: VAE"):
+    with pytest.raises(AdapterError, match="is not a LoRA, but: VAE"):
         apply_lora(components, tmp_path / "vae.safetensors")
     torch.save({"made by": print}, tmp_path / "lora.bin")
-    with pytest.raises(ModelFormatError, match="carries code"):
+    with pytest.raises(ModelFormatError, match="contains code"):
         apply_lora(components, tmp_path / "lora.bin")
     with pytest.raises(ModelNotFound, match="no LoRA file"):
         apply_lora(components, tmp_path / "absent.safetensors")
@@ -220,7 +220,7 @@ def test_what_is_no_lora_is_refused(components, tmp_path):
 def test_names_are_unique_and_unknown_names_refused(files):
     loras = LoraSet(*_parts())
     loras.add(files["other"], name="brush")
-    with pytest.raises(InvalidRequest, match="'brush' is on already"):
+    with pytest.raises(InvalidRequest, match="'brush' is already loaded"):
         loras.add(files["kohya"], name="brush")
-    with pytest.raises(InvalidRequest, match="there are: brush"):
+    with pytest.raises(InvalidRequest, match="known LoRAs: brush"):
         loras.set_scale("other", 1.0)

@@ -332,15 +332,15 @@ def test_settings_of_peft_that_are_not_done_are_refused_by_name(config, message,
         ({"rank_pattern": {"attn2.to_k": 8}}, "rank_pattern={'attn2.to_k': 8}, but the tensors of"),
         ({"use_dora": True}, "use_dora=True, but down_blocks.1"),
         ({"lora_bias": True}, "lora_bias=True, but down_blocks.1"),
-        ({"bias": "all"}, "bias='all', but of 4 such tensors 4 are missing: conv_in.bias"),
-        ({"modules_to_save": ["conv_in"]}, "modules_to_save=['conv_in'], but of 2 such tensors 2 are missing"),
+        ({"bias": "all"}, "bias='all', but 4 of 4 such tensors are missing: conv_in.bias"),
+        ({"modules_to_save": ["conv_in"]}, "modules_to_save=['conv_in'], but 2 of 2 such tensors are missing"),
         ({"modules_to_save": ["gone"]}, "neither the model nor the file has gone"),
     ],
 )
 def test_an_adapter_without_what_its_settings_speak_of_is_refused_by_their_names(config, message, weights, tmp_path):
     with pytest.raises(AdapterError, match=re.escape(message)) as caught:
         read_lora(peft_folder(tmp_path / "a", peft_state(), **config), weights)
-    assert "adapter_config.json says" in str(caught.value)
+    assert "adapter_config.json has" in str(caught.value)
     state = {key.replace("base_model.model.", "unet."): value for key, value in peft_state().items()}
     said = {f"unet.{name}": value for name, value in ({"r": 2, "lora_alpha": 5} | config).items()}
     with pytest.raises(AdapterError, match=re.escape(message)):
@@ -352,7 +352,7 @@ def test_biases_of_the_layers_that_have_a_lora_are_missed_where_the_layers_have_
     key = f"base_model.model.{ATTENTION}.to_out.0"
     down, up = factors((8, 8), 2)
     state = peft_state() | {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
-    with pytest.raises(AdapterError, match=r"bias='lora_only', but of 1 such tensors 1 are missing: .*to_out.0.bias"):
+    with pytest.raises(AdapterError, match=r"bias='lora_only', but 1 of 1 such tensors are missing: .*to_out.0.bias"):
         read_lora(peft_folder(tmp_path / "2", state, bias="lora_only"), weights)
     state[f"{key}.base_layer.bias"] = torch.zeros(8)
     assert len(read_lora(peft_folder(tmp_path / "3", state, bias="lora_only"), weights).changes) == 4
@@ -408,7 +408,7 @@ def test_a_damaged_config_of_peft_is_refused(text, weights, tmp_path):
 
 
 def test_peft_s_tensors_without_their_config_have_no_alpha_and_are_refused(weights, tmp_path):
-    with pytest.raises(AdapterError, match="alphas stand in adapter_config.json"):
+    with pytest.raises(AdapterError, match="alphas are in adapter_config.json"):
         read(tmp_path, weights, peft_state())
 
 
@@ -493,12 +493,12 @@ def test_metadata_names_the_model_of_a_file_that_fits_nowhere(weights, tmp_path)
         ({"A": torch.zeros(0, 8), "B": torch.zeros(8, 0)}, "rank 0"),
         ({"A": torch.full((2, 8), float("nan"))}, "NaN or infinity"),
         ({"B": torch.full((8, 2), float("inf"), dtype=torch.float16)}, "NaN or infinity"),
-        ({"A": torch.zeros(2, 9)}, r"changes a weight of \[8, 9\], this model's has \[8, 8\]"),
-        ({"B": None}, "make no change"),
+        ({"A": torch.zeros(2, 9)}, r"changes a weight of \[8, 9\], but this model's has \[8, 8\]"),
+        ({"B": None}, "do not form a weight change"),
         ({"A": torch.zeros(2)}, "ranks differ"),
         ({"A": torch.tensor(1.0)}, "ranks differ"),
         ({"B": torch.tensor(1.0)}, "ranks differ"),
-        ({"A": torch.ones(2, 8, dtype=torch.int8)}, "as int8, quantised in a way that is not read; get the edition"),
+        ({"A": torch.ones(2, 8, dtype=torch.int8)}, "as int8, quantised in an unsupported way; get the edition"),
         ({"B": torch.ones(8, 2, dtype=torch.uint8)}, "as uint8, quantised"),
         ({"A": torch.ones(2, 8).to(torch.float8_e8m0fnu)}, "as float8_e8m0fnu, quantised"),
     ],
@@ -558,16 +558,16 @@ def test_a_pipe_in_a_folder_is_not_waited_for(name, weights, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["bundle_emb.chalk.clip_l", "bundle_emb.chalk.clip_g"], "holds learned embeddings alone .*DreamStyler"),
+        (["bundle_emb.chalk.clip_l", "bundle_emb.chalk.clip_g"], "contains only learned embeddings .*DreamStyler"),
         (["unet.x.lora_A.mine.weight", "unet.x.lora_B.mine.weight"], "name in memory, 'mine' .*save_pretrained"),
-        (["lora_unet_x.lora_down.sideways"], r"layout that is not known \(lora_unet_x.lora_down.sideways\)"),
+        (["lora_unet_x.lora_down.sideways"], r"unknown layout \(lora_unet_x.lora_down.sideways\)"),
     ],
     ids=["embeddings", "a name", "another layout"],
 )
 def test_a_file_that_is_nearly_a_lora_is_told_what_it_is(keys, message, weights, tmp_path):
     with pytest.raises(AdapterError, match=message) as caught:
         read(tmp_path, weights, {key: torch.zeros(2, 2) for key in keys})
-    assert "no LoRA but: LoRA" not in str(caught.value)
+    assert "not a LoRA, but: LoRA" not in str(caught.value)
 
 
 def test_pickled_tensors_without_numbers_at_hand_are_refused(weights, tmp_path):

@@ -122,11 +122,11 @@ def test_what_is_drawn_acts_and_a_transparent_ground_does_not(kind):
 
 def test_an_array_of_zeros_and_ones_out_of_255_is_refused_and_one_that_acts_nowhere_is_told_of(caplog):
     say_once.cache_clear()
-    with pytest.raises(ImageError, match=r"nothing but 0 and 1, where white is 255; pass mask.astype\(bool\)"):
+    with pytest.raises(ImageError, match=r"only 0 and 1, but white is 255; pass mask.astype\(bool\)"):
         load_mask(LEFT.astype(np.uint8))
     for _ in range(2):
         load_mask(drawn("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)))
-    assert [record.message for record in caplog.records if "acts nowhere" in record.message] != []
+    assert [record.message for record in caplog.records if "has no effect" in record.message] != []
     assert len(caplog.records) == 1
 
 
@@ -147,13 +147,16 @@ def test_tensors_that_are_no_masks_are_refused(mask, words):
 
 
 WITHOUT_NUMBERS = {
-    "meta": (torch.zeros(16, 16, device="meta"), "is a tensor on the device meta, which holds no numbers; load them"),
+    "meta": (torch.zeros(16, 16, device="meta"), "is a tensor on the device meta, which has no values; load them"),
     "sparse": (torch.ones(16, 16).to_sparse(), "is a tensor of layout sparse_coo; give it dense"),
     "quantised": (
         torch._empty_affine_quantized((16, 16), scale=1, zero_point=0, dtype=torch.quint8),
         r"is a quantised tensor \(quint8\)",
     ),
-    "bits": (torch.zeros(16, 16, dtype=torch.uint8).view(torch.bits8), "a tensor of bits8, which are no plain numbers"),
+    "bits": (
+        torch.zeros(16, 16, dtype=torch.uint8).view(torch.bits8),
+        "a tensor of bits8, which are not plain numbers",
+    ),
 }
 
 

@@ -114,7 +114,7 @@ CARRIED = {
     ),
     "seamless tiling": (
         lambda pipe: change(pipe.unet, nn.Conv2d, padding_mode="circular"),
-        "padding_mode='circular' at conv_in where its config makes 'zeros'",
+        "padding_mode='circular' at conv_in where its config has 'zeros'",
     ),
     "a layer's own method": (
         lambda pipe: setattr(pipe.unet.conv_in, "_conv_forward", lambda x, *_: x),
@@ -129,11 +129,11 @@ CARRIED = {
     "another eps": (lambda pipe: change(pipe.unet, nn.GroupNorm, eps=0.3), "eps=0.3 at .*1e-05"),
     "another activation": (
         lambda pipe: setattr(pipe.unet.mid_block.resnets[0], "nonlinearity", nn.ReLU()),
-        "a ReLU at mid_block.resnets.0.nonlinearity where its config makes a SiLU",
+        "a ReLU at mid_block.resnets.0.nonlinearity where its config creates a SiLU",
     ),
     "a layer more": (
         lambda pipe: setattr(pipe.unet.mid_block.resnets[0], "upsample", nn.AvgPool2d(1)),
-        "AvgPool2d.*makes nothing",
+        "AvgPool2d.*creates nothing",
     ),
     "another scale": (
         lambda pipe: setattr(pipe.unet.mid_block.resnets[0], "output_scale_factor", torch.tensor(2.0)),
@@ -239,7 +239,7 @@ def test_a_pipeline_with_a_controlnet_is_refused_with_the_way_to_leave_it_out(or
     controlnet = ControlNetModel.from_unet(original.unet)
     refused(
         StableDiffusionXLControlNetPipeline(**original.components, controlnet=controlnet, add_watermarker=False),
-        "ControlNetPipeline draws in another way.*from_pipe",
+        "ControlNetPipeline works differently.*from_pipe",
         ModelFormatError,
     )
     from_pipeline(StableDiffusionXLImg2ImgPipeline(**original.components, add_watermarker=False))
@@ -340,6 +340,6 @@ def test_a_vae_in_place_of_one_that_normalises_latents_is_refused(tmp_path):
     normalised = small_vae_config(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
     folder = write_folder(small_pipeline(vae_config=normalised), tmp_path / "model")
     plain = small_pipeline(seed=1).vae
-    with pytest.raises(ModelFormatError, match="latents_mean=.*in place of its own on None"):
+    with pytest.raises(ModelFormatError, match="latents_mean=.*instead of its own works on None"):
         load_components(folder, vae=plain)
     assert load_components(folder, vae=load_components(folder).vae).vae.config["latents_std"] == [2.0] * 4

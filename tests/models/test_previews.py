@@ -114,7 +114,7 @@ def test_latents_in_half_precision_have_previews(vae):
 
 @pytest.mark.parametrize("shape", [(4, 4, 4), (1, 16, 4, 4)])
 def test_latents_of_another_shape_are_refused(vae, shape):
-    with pytest.raises(InvalidRequest, match=r"\[n, 4, h, w\] is needed"):
+    with pytest.raises(InvalidRequest, match=r"the shape must be \[n, 4, h, w\]"):
         PreviewDecoder.load(None, vae, FLOAT, "cpu").decode(torch.zeros(shape))
 
 

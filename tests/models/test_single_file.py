@@ -79,7 +79,7 @@ def test_a_unet_that_diffusers_config_can_not_describe_is_refused(tmp_path):
     state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(64, 4, 3, 3)
     state["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.zeros(64, 64)
     save_file(state, tmp_path / "odd.safetensors")
-    with pytest.raises(ModelFormatError, match="attend in some layers and not in others"):
+    with pytest.raises(ModelFormatError, match="have attention in some layers but not in others"):
         infer_unet_config(read_header(tmp_path / "odd.safetensors"))
 
 

@@ -260,9 +260,9 @@ REFUSED = {
     "a last beta of 1": ({"trained_betas": [*[0.1] * 999, 1.0]}, "1.0 as number 999"),
     "betas that fall": ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start=0.5 and beta_end=0.1"),
     "betas that stay": ({"beta_start": 0.1, "beta_end": 0.1}, "beta_start=0.1 and beta_end=0.1"),
-    "an end above 1": ({"beta_end": 2.0}, "beta_end=2.0, and it must be a number above 0 and below 1"),
+    "an end above 1": ({"beta_end": 2.0}, "beta_end=2.0, but it must be a number above 0 and below 1"),
     "a start of 0": ({"beta_start": 0}, "beta_start=0,"),
-    "levels below 0": ({"sigma_min": -1}, "sigma_min=-1, and it must be a number above 0, or null"),
+    "levels below 0": ({"sigma_min": -1}, "sigma_min=-1, but it must be a number above 0, or null"),
     "levels of 0": ({"sigma_max": 0.0}, "sigma_max=0.0"),
     "levels that fall": ({"sigma_min": 5, "sigma_max": 1}, "sigma_min=5 and sigma_max=1"),
     "EDM's levels that fall": ({"_class_name": "EDMEulerScheduler", "sigma_min": 90.0}, "=90.0 and sigma_max=80"),
@@ -346,7 +346,7 @@ OTHER_VAES = {
     "words": ({"latents_mean": ["a"] * 4, "latents_std": [1.0] * 4}, "4 numbers"),
     "another depth of latents": ({"latent_channels": 16}, "16 latent channels, the UNet 4"),
     "pictures with alpha": ({"in_channels": 4}, "in_channels=4"),
-    "a switch in quotes": ({"force_upcast": "no"}, "force_upcast='no', and it must be true or false"),
+    "a switch in quotes": ({"force_upcast": "no"}, "force_upcast='no', but it must be true or false"),
     "a scale of zero": ({"scaling_factor": 0.0}, "scaling_factor=0.0"),
     "what nobody knows": ({"patch": 2}, "patch=2"),
 }
@@ -379,7 +379,7 @@ PARTS_REFUSED = {
     "another filter": (check_feature_extractor, {"resample": 2}, "bicubic"),
     "another processor": (check_feature_extractor, {"image_processor_type": "SiglipImageProcessor"}, "Siglip"),
     "pixels from -1 to 1": (check_feature_extractor, {"rescale_factor": 2 / 255}, "rescale_factor"),
-    "no object": (check_text_encoder, ["clip"], "where an object is expected"),
+    "no object": (check_text_encoder, ["clip"], "must be an object"),
 }
 
 
@@ -431,7 +431,7 @@ def test_the_scheduler_is_of_the_class_that_the_index_names(caplog):
     with pytest.raises(ModelFormatError, match="clip_sample=True"):
         checked_scheduler(indexed_scheduler(index, {**SDXL, "clip_sample": True}, "it"), "it")
     index = {**INDEX, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
-    with pytest.raises(ModelFormatError, match="flow matching.*and scheduler/.*'EulerDiscreteScheduler'"):
+    with pytest.raises(ModelFormatError, match="flow matching.*but scheduler/.*'EulerDiscreteScheduler'"):
         indexed_scheduler(index, SDXL, "it")
 
 
@@ -442,14 +442,20 @@ INDEX_REFUSED = {
     "ControlNet": ({"controlnet": ["diffusers", "ControlNetModel"]}, "part 'controlnet'.*ControlNetModel"),
     "a T2I adapter": ({"adapter": ["diffusers", "T2IAdapter"]}, "part 'adapter'"),
     "the refiner's conditioning": ({"requires_aesthetics_score": True}, "requires_aesthetics_score"),
-    "a switch in quotes": ({"force_zeros_for_empty_prompt": "false"}, "='false', and it must be true or false"),
-    "a switch that is null": ({"force_zeros_for_empty_prompt": None}, "=None, and it must be true or false"),
-    "no text encoder": ({"text_encoder": [None, None]}, "text_encoder=.None, None., which is none.*'CLIPTextModel'"),
-    "no scheduler": ({"scheduler": None}, "scheduler=None, which is none.*'EulerDiscreteScheduler'"),
+    "a switch in quotes": ({"force_zeros_for_empty_prompt": "false"}, "='false', but it must be true or false"),
+    "a switch that is null": ({"force_zeros_for_empty_prompt": None}, "=None, but it must be true or false"),
+    "no text encoder": (
+        {"text_encoder": [None, None]},
+        "text_encoder=.None, None., but an SDXL model needs this part.*'CLIPTextModel'",
+    ),
+    "no scheduler": (
+        {"scheduler": None},
+        "scheduler=None, but an SDXL model needs this part.*'EulerDiscreteScheduler'",
+    ),
     "another UNet": ({"unet": ["diffusers", "UNetMotionModel"]}, "UNetMotionModel.*'UNet2DConditionModel'"),
     "a UNet of one's own code": ({"unet": ["my_unet", "UNet2DConditionModel"]}, "'my_unet'"),
-    "a part in other words": ({"unet": "x"}, "unet='x', and .'diffusers', 'UNet2DConditionModel'."),
-    "a part without its class": ({"vae": ["diffusers"]}, "vae=.'diffusers'., and"),
+    "a part in other words": ({"unet": "x"}, "unet='x', but only parts such as .'diffusers', 'UNet2DConditionModel'."),
+    "a part without its class": ({"vae": ["diffusers"]}, "vae=.'diffusers'., but only parts such as"),
     "a class that is no name": ({"vae": ["diffusers", ["AutoencoderKL"]]}, "vae="),
     "the encoders in each other's place": ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "WithProjection"),
     "CosXL edit": ({"is_cosxl_edit": True}, "is_cosxl_edit"),

@@ -185,7 +185,7 @@ def test_what_is_no_vae_is_refused(tmp_path):
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1, 1)}, tmp_path / "style.safetensors")
     with pytest.raises(ModelFormatError, match="style.safetensors is a LoRA, not a VAE"):
         load_vae(tmp_path / "style.safetensors", **CPU)
-    with pytest.raises(ModelNotFound, match="holds no VAE"):
+    with pytest.raises(ModelNotFound, match="contains no VAE"):
         load_vae(tmp_path, **CPU)
     with pytest.raises(ModelNotFound, match="no VAE at"):
         load_vae(tmp_path / "absent.safetensors", **CPU)

@@ -333,7 +333,7 @@ def test_a_backend_is_freed_with_its_code(plain):
 
 
 def test_an_unknown_compiler_is_refused_with_those_there_are(plain):
-    with pytest.raises(InvalidRequest, match="'nvfuser'; there are inductor, aot_eager, eager"):
+    with pytest.raises(InvalidRequest, match="'nvfuser'; choose one of inductor, aot_eager, eager"):
         CompileBackend(plain.unet, compiler="nvfuser")
 
 

@@ -203,9 +203,12 @@ def test_buckets_pad_rows_and_keep_the_smallest_graph(make, torch_engine, reques
 # what graphs can't do
 
 LACKING = {
-    "a bank": (SHAPES[:2], r"banked graph \(references 1, pictures 0 .*--flavour banked --references 1"),
-    "a live picture with AdaIN": (SHAPES[:1], r"live graph \(references 1.*at hand are plain \(0, 2\)"),
-    "two picture prompts": ([GraphShape("live", 1, 1)], r"plain graph \(references 0, pictures 2.*--segments 2"),
+    "a bank": (SHAPES[:2], r"banked graph \(references: 1, pictures per row: 0.*--flavour banked --references 1"),
+    "a live picture with AdaIN": (SHAPES[:1], r"live graph \(references: 1.*available: plain \(0, 2\)"),
+    "two picture prompts": (
+        [GraphShape("live", 1, 1)],
+        r"plain graph \(references: 0, pictures per row: 2.*--segments 2",
+    ),
     "two pictures in one style": ([GraphShape("plain", 0, 0)], "live graph.*stylefast export onnx --flavour live"),
 }
 
@@ -349,7 +352,7 @@ def test_pages_and_masks_that_rows_read_are_picked_out_where_a_graph_does_not_ta
 
 def test_a_step_that_reads_more_pages_than_a_graph_takes_is_refused(make):
     engine, _ = make(lambda unet: Graph(SHAPES[0], TorchSession(unet, SHAPES[0]), {"text_pages": (1, 1)}))
-    with pytest.raises(EngineMismatch, match="2 rows reads up to 2 text_pages, and the graph takes 1 to 1"):
+    with pytest.raises(EngineMismatch, match="2 rows reads up to 2 text_pages, but the graph supports 1 to 1"):
         draw(engine, request())
 
 
@@ -416,12 +419,12 @@ def test_a_backend_of_ones_own_runs_the_steps(pipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cuda",), "backend is 'cuda'; there are auto, torch, compile, onnxruntime, tensorrt, aoti"),
+        (("cuda",), "backend is 'cuda'; choose one of auto, torch, compile, onnxruntime, tensorrt, aoti"),
         ((7,), "backend is 7; give a name"),
-        (("torch", "/tmp/x"), "engines is for exported engines.*choose onnxruntime"),
-        (("compile", None, "abc"), "trust is for exported engines"),
+        (("torch", "/tmp/x"), "engines applies only to exported engines.*choose onnxruntime"),
+        (("compile", None, "abc"), "trust applies only to exported engines"),
         (("tensorrt",), "needs engines=FOLDER.*stylefast export tensorrt"),
-        ((TorchBackend, "/tmp/x"), "engines is for exported engines"),
+        ((TorchBackend, "/tmp/x"), "engines applies only to exported engines"),
     ],
     ids=["unknown", "a number", "engines for torch", "trust for compile", "no folder", "for ones own"],
 )
@@ -431,5 +434,5 @@ def test_backends_that_make_no_sense_are_refused(arguments, message):
 
 
 def test_a_function_that_makes_no_backend_is_refused(pipe):
-    with pytest.raises(InvalidRequest, match="returned 3, which is no runtime.backends.base.Backend"):
+    with pytest.raises(InvalidRequest, match="returned 3, which is not a runtime.backends.base.Backend"):
         sf.Engine.from_pipeline(pipe, backend=lambda unet: 3)

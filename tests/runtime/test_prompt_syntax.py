@@ -85,7 +85,7 @@ def test_a_request_gets_one_warning_that_quotes_what_it_holds(said):
         "'BREAK' (a keyword)",
         "<lora:x:0.8>",
         "load_lora",
-        "encoded as words",
+        "encoded as plain words",
         "and 1 more",
     ):
         assert part in first
@@ -106,7 +106,7 @@ def test_plain_brackets_are_told_of_once_and_never_beside_a_weight(said):
     prompt_syntax._say_of_brackets.cache_clear()
     assert said(Request("a fish")) == []
     (message,) = said(Request("a ((red)) fish"), Request("a [blue] fish"))
-    assert "they weigh nothing here" in message
+    assert "here they change no weights" in message
     assert said(Request("a (green) fish")) == []
     assert said(Request(r"a \(green\) fish")) == []
 

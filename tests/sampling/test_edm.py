@@ -105,7 +105,7 @@ def test_a_key_that_the_config_does_not_carry_means_what_diffusers_means():
 
 @pytest.mark.parametrize("name", sorted({*SCHEDULERS, *FEW_STEP_PRESETS} - {*EDM_SCHEDULERS}))
 def test_samplers_that_walk_training_timesteps_are_refused_with_those_that_do_not(name):
-    with pytest.raises(InvalidRequest, match=f"'{name}' walks the training timesteps.*EDMEulerScheduler.*euler, "):
+    with pytest.raises(InvalidRequest, match=f"'{name}' uses a model's training timesteps.*EDMEulerScheduler.*euler, "):
         named_schedule(name, 4, {**EULER, **PLAYGROUND})
 
 

@@ -104,7 +104,7 @@ def test_a_part_of_a_tensor_is_where_its_span_says(tmp_path):
     for name in ("kv.1", "mean.0", "norm_mean.0"):
         for place in ((0, 0, 0), (1, 1, 0), (0, 1)):
             assert torch.equal(bank.tensors.read(name, place), kept.tensors[name][place])
-    with pytest.raises(IndexError, match="has no place .9"):
+    with pytest.raises(IndexError, match="has no index .9"):
         bank.source("kv.1", (9, 0, 0))
 
 
@@ -234,32 +234,35 @@ def tensors_with(change):
 
 
 SPOILT = {
-    "nothing at all": (lambda path: path.unlink(), "there is no style bank at .*; check the path"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "there is no style bank at"),
+    "nothing at all": (lambda path: path.unlink(), "no style bank found at .*; check the path"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "no style bank found at"),
     "an empty file": (lambda path: path.write_bytes(b""), "no valid safetensors header"),
     "a text": (lambda path: path.write_text("a fox, " * 40), "no valid safetensors header"),
     "a web page": (lambda path: path.write_text("<!DOCTYPE html><html>" + " " * 90), "a web page"),
-    "a file cut by one byte": (cut, "where its header announces"),
-    "a file with one byte more": (lengthened, "where its header announces"),
+    "a file cut by one byte": (cut, "but its header declares"),
+    "a file with one byte more": (lengthened, "but its header declares"),
     "a file with a flipped bit": (one_bit_flipped, "altered after it was written: its checksum does not match"),
     "a file whose prompt was edited": (other_prompt, "altered after it was written"),
-    "some other safetensors file": (foreign_metadata, "is a safetensors file, but no style bank"),
+    "some other safetensors file": (foreign_metadata, "is a safetensors file, but not a style bank"),
     "a file with broken metadata": (broken_metadata, "metadata of the style bank .* is damaged"),
     "a file with a list for metadata": (metadata_of_another_kind, "metadata of the style bank .* is damaged"),
     "a file with strange shapes": (shapes_of_another_kind, "metadata of the style bank .* is damaged"),
     "a bank of a later format": (lambda path: rewrite(path, format=2), "has format 2; .* reads format 1"),
     "a bank with a wrong fact": (lambda path: rewrite(path, steps="many"), "steps of a style bank is 'many'"),
-    "a bank without one tensor": (tensors_with(lambda t: t.pop("mean.1")), "lacks mean.1 .1 tensors missing, 0 too"),
+    "a bank without one tensor": (
+        tensors_with(lambda t: t.pop("mean.1")),
+        "lacks mean.1 .1 tensors missing, 0 unexpected",
+    ),
     "a bank with a tensor more": (tensors_with(lambda t: t.update(x=torch.zeros(1))), "holds x, which a bank of its"),
     "a bank with a tensor of another shape": (
         tensors_with(lambda t: t.update({"kv.1": t["kv.1"][:1].clone()})),
-        r"kv.1 .* \(1, 2, 2, 2, 6, 1, 5\) where",
+        r"kv.1 .* \(1, 2, 2, 2, 6, 1, 5\), but its",
     ),
     "a bank with a tensor of another type": (
         tensors_with(lambda t: t.update(latents=t["latents"].half())),
-        "latents .* is torch.float16 .* announces",
+        "latents .* is torch.float16 .* states",
     ),
-    "a bank that announces more steps": (lambda path: rewrite(path, steps=3), r"announces .*\(3, 2, 2,"),
+    "a bank that announces more steps": (lambda path: rewrite(path, steps=3), r"states .*\(3, 2, 2,"),
     "a bank that announces another store": (lambda path: rewrite(path, store="hidden"), "lacks hidden.0"),
 }
 
@@ -283,7 +286,7 @@ def test_without_verification_only_an_altered_file_passes_and_saving_it_does_not
         bank.save(tmp_path / "copy.bank")
     assert os.listdir(tmp_path) == ["brand.bank"]
     cut(path)
-    with pytest.raises(StyleError, match="header announces"):
+    with pytest.raises(StyleError, match="header declares"):
         StyleBank.load(path, verify=False)
 
 
@@ -304,7 +307,7 @@ def test_a_damaged_header_is_refused_wherever_the_damage_is(byte, tmp_path):
 def test_places_that_can_not_be_written_are_refused_before_anything_is_computed(tmp_path):
     (tmp_path / "folder").mkdir()
     for name, said in [
-        ("nowhere/brand.bank", "there is no folder"),
+        ("nowhere/brand.bank", "the folder .* does not exist"),
         ("folder", "is a folder; give the bank a file"),
         ("brand.bin", "taken for a pickle; name it brand.bank"),
         ("b" * 250 + ".bank", "can't write the bank .*File name too long"),
@@ -320,7 +323,7 @@ def test_an_existing_file_is_kept_if_overwriting_is_not_wanted(tmp_path):
     with BankWriter(small_info(), SHAPES, path, overwrite=False) as writer:
         fill(writer, seed=50)
         bank.save(path, overwrite=False)
-        with pytest.raises(StyleError, match="exists already; save under another name, or with overwrite=True"):
+        with pytest.raises(StyleError, match="exists already; save it under another name, or with overwrite=True"):
             writer.finish()
     with pytest.raises(StyleError, match="exists already"):
         small_bank(seed=50).save(path, overwrite=False)
@@ -344,7 +347,7 @@ def test_a_writer_that_does_not_finish_leaves_no_file_and_keeps_the_old_one(way,
 
 
 def test_a_bank_that_is_larger_than_the_disk_is_refused_with_both_figures(tmp_path):
-    with pytest.raises(OutOfMemory, match=r"brand.bank takes .* GB \(\d+ bytes\) and .* has .* free or allowed"):
+    with pytest.raises(OutOfMemory, match=r"brand.bank takes .* GB \(\d+ bytes\), but .* has only .* free or allowed"):
         BankWriter(small_info(steps=2**40), SHAPES, tmp_path / "brand.bank")
     assert os.listdir(tmp_path) == []
 

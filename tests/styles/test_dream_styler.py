@@ -143,7 +143,7 @@ def test_several_styles_share_one_clause():
     ("styles", "prompt", "match"),
     [
         ([DreamStyler(embedding())], "  ", "say what the picture shows"),
-        ([DreamStyler(embedding())], "a cat {context}", "no style of the request carries one"),
+        ([DreamStyler(embedding())], "a cat {context}", "no style of the request has one"),
         ([DreamStyler(embedding())], "a <brand> {style}", "names all styles"),
         ([DreamStyler(embedding(), context="on a house")], "a {style} cat", "no style clause"),
     ],
@@ -168,8 +168,8 @@ def test_a_style_that_the_negative_prompt_names_stays_out_of_a_prompt_that_does_
         ({"guidance": StyleContextGuidance()}, "a cat", "<brand>", True, "guidance= of the style <brand>"),
         ({}, "a {style} cat", "<brand>", True, "only the negative prompt names <brand>"),
         ({}, "a cat", "{style}", True, "name the style there: <brand>"),
-        ({"template": "{prompt}"}, "a cat", "blurry", True, "nothing names <brand>"),
-        ({}, "a cat {context}", "", True, "no style of the request carries one"),
+        ({"template": "{prompt}"}, "a cat", "blurry", True, "nor the negative prompt names <brand>"),
+        ({}, "a cat {context}", "", True, "no style of the request has one"),
     ],
 )
 def test_what_the_two_prompts_and_a_style_can_not_do_together_is_refused(options, prompt, negative, guided, match):

@@ -122,7 +122,7 @@ def test_a1111_and_bare_tensors_work_as_a_pair(tmp_path):
 )
 def test_embeddings_of_earlier_models_are_refused_by_name(tmp_path, state):
     torch.save(state, tmp_path / "old.bin")
-    with pytest.raises(StyleError, match="Stable Diffusion 1.x or 2.x embedding can't drive SDXL"):
+    with pytest.raises(StyleError, match="Stable Diffusion 1.x or 2.x embedding can't be used with SDXL"):
         load_embedding(tmp_path / "old.bin")
 
 
@@ -141,7 +141,7 @@ def test_half_a_pair_and_a_swapped_pair_say_what_to_do(tmp_path):
 
 def test_wrong_widths_are_refused_with_both_figures(tmp_path):
     path = save_embedding(multi_stage(), tmp_path / "file.safetensors")
-    with pytest.raises(StyleError, match="768 and 1280 wide.*take 64 and 64"):
+    with pytest.raises(StyleError, match="768 and 1280 wide.*need 64 and 64"):
         load_embedding(path, widths=(64, 64))
     assert load_embedding(path, widths=None).widths == (L, G)
 
@@ -170,7 +170,7 @@ class Code:
         (b"", "neither safetensors nor a torch file"),
         (b"\x89PNG\r\n\x1a\n" + bytes(100), "neither safetensors nor a torch file"),
         (b"PK\x03\x04" + bytes(100), "damaged"),
-        (pickle.dumps(Code()), "code, which stylefast refuses"),
+        (pickle.dumps(Code()), "code, which stylefast does not run"),
     ],
     ids=["empty", "a picture", "a foreign archive", "a pickle with code"],
 )
@@ -184,8 +184,8 @@ def test_foreign_files_are_refused(tmp_path, content, match, capsys):
 @pytest.mark.parametrize(
     ("state", "match"),
     [
-        ({"unet.a": torch.ones(2), "unet.b": torch.ones(2)}, "it is no learned style"),
-        ({"clip_l": torch.ones(2, L, dtype=torch.int64), "clip_g": torch.ones(2, G)}, "no tensor of floating-point"),
+        ({"unet.a": torch.ones(2), "unet.b": torch.ones(2)}, "it is not a learned style"),
+        ({"clip_l": torch.ones(2, L, dtype=torch.int64), "clip_g": torch.ones(2, G)}, "not a tensor of floating-point"),
         ({"clip_l": torch.ones(2, 2, 2, L), "clip_g": torch.ones(2, G)}, "shape"),
         ({"clip_l": torch.ones(2, L), "clip_g": torch.ones(3, G)}, "both must agree"),
         ({"clip_l": torch.full((1, L), torch.nan), "clip_g": torch.ones(1, G)}, "NaN"),
@@ -212,7 +212,7 @@ def test_edited_metadata_and_later_versions_are_refused(tmp_path):
 
 
 def test_missing_files_and_checkpoints_are_refused(tmp_path):
-    with pytest.raises(StyleError, match="there is no style file"):
+    with pytest.raises(StyleError, match="no style file found"):
         load_embedding(tmp_path / "none.safetensors")
     with (tmp_path / "big.safetensors").open("wb") as file:
         file.truncate(300 * 2**20)
@@ -258,7 +258,7 @@ def test_an_embedding_inside_of_a_lora_file_is_read_however_large_the_file_is(tm
         assert found.name == (name or "chalk") and torch.equal(found.clip_g[0], rows(2, G))
     save_file(bundle("chalk", "ink"), tmp_path / "two.safetensors")
     assert torch.equal(load_embedding(tmp_path / "two.safetensors", "ink").clip_l[0], rows(2, L) + 1)
-    with pytest.raises(StyleError, match="holds the embeddings chalk, ink; name one"):
+    with pytest.raises(StyleError, match="contains the embeddings chalk, ink; choose one"):
         load_embedding(tmp_path / "two.safetensors")
     save_file({"bundle_emb.old.string_to_param.*": rows(2, L)}, tmp_path / "old.safetensors")
     with pytest.raises(StyleError, match="Stable Diffusion 1.x or 2.x"):
@@ -270,7 +270,7 @@ def test_vectors_for_encoders_that_sdxl_does_not_have_are_refused_by_name(tmp_pa
     save_file({"clip_l": rows(2, L), "clip_g": rows(2, G), key: torch.ones(2, 4096)}, tmp_path / "sd3.safetensors")
     save_file(bundle("chalk", extra=[key]), tmp_path / "lora.safetensors")
     for file in ("sd3", "lora"):
-        with pytest.raises(StyleError, match=f"also holds {key}"):
+        with pytest.raises(StyleError, match=f"also contains {key}"):
             load_embedding(tmp_path / f"{file}.safetensors")
 
 

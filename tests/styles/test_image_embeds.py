@@ -104,7 +104,7 @@ def test_files_are_read_by_their_content_and_a_record_makes_the_style_again(tmp_
     (by_hand,) = from_record([written], tmp_path)[0].style
     assert torch.equal(by_hand.image_embeds, embeds)
     torch.save(embeds + 1, path)
-    with pytest.raises(StyleError, match="are others than when the call was recorded"):
+    with pytest.raises(StyleError, match="differ from those recorded with the call"):
         from_record(record)
 
 
@@ -131,7 +131,7 @@ def test_embeddings_from_memory_are_kept_in_the_record():
         ({"image_embeds": torch.zeros(0, 8)}, "shape"),
         ({"image_embeds": torch.zeros(1, 1, 1, 1, 8)}, "shape"),
         ({"image_embeds": torch.full((1, 8), float("nan"))}, "NaN"),
-        ({"image_embeds": "absent.pt"}, "there is no file"),
+        ({"image_embeds": "absent.pt"}, "no file of image embeddings found"),
         ({"image_embeds": torch.zeros(2, 8), "scale": [1.0, 2.0]}, "one scale per picture needs one mask"),
         ({}, "image= or image_embeds="),
     ],
@@ -163,7 +163,7 @@ def test_files_that_hold_something_else_are_refused(tmp_path):
     save_file({"a": torch.zeros(1, 8), "b": torch.zeros(1, 8)}, tmp_path / "two.safetensors")
     (tmp_path / "page.pt").write_text("<!DOCTYPE html>")
     torch.save({"run": print}, tmp_path / "code.pt")
-    messages = {"two.safetensors": "holds 2 tensors", "page.pt": "can't read", "code.pt": "carries code"}
+    messages = {"two.safetensors": "holds 2 tensors", "page.pt": "can't read", "code.pt": "contains code"}
     for name, message in messages.items():
         with pytest.raises(StyleError, match=message):
             InstantStyle(image_embeds=tmp_path / name)

@@ -28,10 +28,12 @@ def check_backend(backend: Any, engines: str | Path | None = None, trust: str | 
                 "runtime.backends.base.Backend, or a function that makes one of the UNet"
             )
     elif backend not in BACKENDS:
-        raise InvalidRequest(f"backend is {values.quoted(backend)}; there are {', '.join(BACKENDS)}")
+        raise InvalidRequest(f"backend is {values.quoted(backend)}; choose one of {', '.join(BACKENDS)}")
     for name, value in (("engines", engines), ("trust", trust)):
         if value is not None and (not isinstance(backend, str) or backend not in EXPORTED):
-            raise InvalidRequest(f"{name} is for exported engines; take it out, or choose {', '.join(EXPORTED)}")
+            raise InvalidRequest(
+                f"{name} applies only to exported engines; leave it out, or choose {', '.join(EXPORTED)}"
+            )
     if engines is not None and not isinstance(engines, str | Path):
         raise InvalidRequest(f"engines is {values.quoted(engines)}; give the path of an export folder")
     if trust is not None and not isinstance(trust, str):
@@ -39,7 +41,7 @@ def check_backend(backend: Any, engines: str | Path | None = None, trust: str | 
             f"trust is {values.quoted(trust)}; give the digest that `stylefast export` printed, 64 hex digits"
         )
     if backend == "tensorrt" and engines is None:
-        raise InvalidRequest("backend 'tensorrt' needs engines=FOLDER; `stylefast export tensorrt` makes one")
+        raise InvalidRequest("backend 'tensorrt' needs engines=FOLDER; create one with `stylefast export tensorrt`")
 
 
 def make_backend(
@@ -64,7 +66,9 @@ def make_backend(
     if not isinstance(backend, str):
         made = backend if isinstance(backend, Backend) else backend(unet)
         if not isinstance(made, Backend):
-            raise InvalidRequest(f"the backend's function returned {made!r}, which is no runtime.backends.base.Backend")
+            raise InvalidRequest(
+                f"the backend's function returned {made!r}, which is not a runtime.backends.base.Backend"
+            )
         return made
     if backend in ("auto", "torch"):
         return TorchBackend(unet)
@@ -106,8 +110,8 @@ def _exported_folder(kind: str, source: Any) -> Path:
         return pipeline.ensure(source, options, folder)
     except OSError as error:
         raise ExportError(
-            f"the model can't be exported to {folder} ({error.strerror or error}); set STYLEFAST_CACHE to a folder "
-            f"that can be written to, or give engines=FOLDER, which `stylefast export {kind}` makes"
+            f"the model can't be exported to {folder} ({error.strerror or error}); set STYLEFAST_CACHE to a "
+            f"writable folder, or give engines=FOLDER with the output of `stylefast export {kind}`"
         ) from error
 
 
@@ -140,7 +144,7 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
             # fingerprints differ while the export's LoRAs are not loaded yet
             if made_of is not None and fingerprint() == manifest.fingerprint and made_of != sampled_digest(unet):
                 raise EngineMismatch(
-                    f"{entry.file} in {folder} was made from other weights than those loaded, although their "
+                    f"{entry.file} in {folder} was made from other weights than the loaded ones, although their "
                     "fingerprints agree; export this model"
                 )
 
@@ -161,8 +165,8 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
         if now == manifest.fingerprint or not own_weights:
             return None
         return (
-            f"the graphs in {folder} hold other weights than the model has now ({_shown(manifest.fingerprint)}, "
-            f"{_shown(now)}): LoRAs were put on, taken off or rescaled; export or refit with them, or take "
+            f"the graphs in {folder} contain other weights than the model has now ({_shown(manifest.fingerprint)}, "
+            f"{_shown(now)}): LoRAs were loaded, removed or rescaled; export or refit with them, or use "
             "backend='torch'"
         )
 
@@ -237,13 +241,13 @@ def _check_inputs(folder: Path, entry: Any, wanted: Sequence[Any]) -> None:
         if dtype != kind or not sizes:
             has = "no such input" if dtype is None else f"{dtype} {list(dims)}"
             raise EngineMismatch(
-                f"{entry.file} in {folder} was exported by another state of the code: this one gives its graphs "
-                f"{tensor.name} as {kind} {list(tensor.dims)}, and the file has {has}; export again"
+                f"{entry.file} in {folder} was exported by another version of the code: this version gives its "
+                f"graphs {tensor.name} as {kind} {list(tensor.dims)}, but the file has {has}; export again"
             )
     if found:
         raise EngineMismatch(
-            f"{entry.file} in {folder} was exported by another state of the code: it takes {min(found)}, which graphs "
-            "no longer have; export again"
+            f"{entry.file} in {folder} was exported by another version of the code: it has the input {min(found)}, "
+            "which graphs no longer have; export again"
         )
 
 
@@ -252,7 +256,7 @@ def _weights_inside(entry: Any) -> bool:
     found = entry.extra.get("weights", True)
     if not isinstance(found, bool):
         raise ModelFormatError(
-            f"the manifest says of the weights in {entry.label} {found!r}; it must be true or false; export again"
+            f"the manifest's entry on the weights in {entry.label} is {found!r}; it must be true or false; export again"
         )
     return found
 
@@ -272,7 +276,7 @@ def _ranges(label: str, fixed: Mapping[str, int], profiles: Any) -> dict[str, tu
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelFormatError(
             f"the manifest's profiles of {label} are {profiles!r}; each must be an object of dimensions with three "
-            "whole numbers: least, usual, most; export again"
+            "whole numbers: minimum, usual, maximum; export again"
         ) from error
     return found
 

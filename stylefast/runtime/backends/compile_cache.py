@@ -69,7 +69,7 @@ class CompileCache:
             with self.compiling():
                 info = torch.compiler.load_cache_artifacts(payload)
             if info is None:
-                logger.warning("%s holds nothing that this PyTorch can load; it is ignored", path)
+                logger.warning("%s contains nothing that this PyTorch can load; it is ignored", path)
             else:
                 self._loaded |= _keys(info)
         return len(self._loaded)
@@ -90,7 +90,7 @@ class CompileCache:
         except OSError as error:
             if not self._skipped:
                 self._skipped = True
-                logger.warning("compiled code can't be kept in %s (%s); each start is cold", self.folder, error)
+                logger.warning("compiled code can't be kept in %s (%s); every start compiles again", self.folder, error)
             return None
         if self._saved not in (None, path):
             self._saved.unlink(missing_ok=True)  # the new file includes its contents
@@ -122,14 +122,14 @@ def _read(path: Path) -> bytes | None:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-                logger.warning("%s could have been written by another user and is code; it is ignored", path)
+                logger.warning("%s is code that another user could have written; it is ignored", path)
                 return None
             magic, checksum, payload = file.read(len(_MAGIC)), file.read(32), file.read()
     except OSError as error:
         logger.warning("%s can't be read (%s); it is ignored", path, error)
         return None
     if magic != _MAGIC or hashlib.sha256(payload).digest() != checksum:
-        logger.warning("%s is truncated, altered or foreign; it is ignored", path)
+        logger.warning("%s is truncated, altered or from other software; it is ignored", path)
         return None
     return payload
 

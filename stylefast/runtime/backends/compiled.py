@@ -70,7 +70,7 @@ class CompileBackend(Backend):
         graphs: StepGraphs | None | str = "auto",
     ):
         if compiler not in COMPILERS:
-            raise InvalidRequest(f"compiler is {compiler!r}; there are {', '.join(COMPILERS)}")
+            raise InvalidRequest(f"compiler is {compiler!r}; choose one of {', '.join(COMPILERS)}")
         if compiler == "inductor":
             _check_toolchain(unet.device)
         self._unet, self._count = unet, _CountingCompiler(compiler)
@@ -200,8 +200,8 @@ class CompileBackend(Backend):
         if not expected and not self._told:
             self._told = True
             logger.warning(
-                "%d regions were compiled after warm_up, for %d rows at latents %s with %d columns of references and "
-                "%d of pictures; add this case to warm_up, or expect such a pause once for each",
+                "%d regions were compiled after warm_up, for %d rows at latents %s with %d columns of references "
+                "and %d of pictures; add this case to warm_up, or expect one such pause per case",
                 new,
                 rows,
                 "x".join(map(str, latent_shape)),
@@ -325,11 +325,11 @@ def _check_toolchain(device: torch.device) -> None:
     if device.type == "cuda":
         if find_spec("triton") is None:
             raise MissingDependency(
-                "backend 'compile' generates Triton kernels and triton is not installed; `pip install "
-                "'stylefast[triton]'` brings it, backend='torch' does without"
+                "backend 'compile' generates Triton kernels, but triton is not installed; run `pip install "
+                "'stylefast[triton]'`, or use backend='torch'"
             )
     elif not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl") if name):
         raise MissingDependency(
-            "backend 'compile' generates C++ on a CPU and no compiler was found (CXX, g++, clang++, cl); install one, "
-            "or take backend='torch'"
+            "backend 'compile' generates C++ on a CPU, but no compiler was found (CXX, g++, clang++, cl); install "
+            "one, or use backend='torch'"
         )

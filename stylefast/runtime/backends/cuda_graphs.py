@@ -132,15 +132,15 @@ class StepGraphs:
         if os.environ.get("STYLEFAST_CHECKS") == "1":
             entry.refused = True
             logger.warning(
-                "no CUDA graph is captured: STYLEFAST_CHECKS=1 reads tables back on the host, which a graph can't; "
-                "steps run without graphs"
+                "no CUDA graph is captured: STYLEFAST_CHECKS=1 reads tables back on the host, which a graph can't "
+                "do; steps run without graphs"
             )
             return
         try:
             entry.graph = self._capture.capture(step)
         except Exception as error:  # any failure: the step can still run without a graph
             entry.refused = True
-            logger.warning("a step could not be captured as a CUDA graph and runs without: %s", _one_line(error))
+            logger.warning("a step could not be captured as a CUDA graph and runs without one: %s", _one_line(error))
             return
         self._pool_bytes += entry.graph.nbytes
 

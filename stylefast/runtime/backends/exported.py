@@ -78,7 +78,9 @@ class ExportedBackend(Backend):
         components: ExportedParts | None = None,
     ):
         if not graphs:
-            raise EngineMismatch(f"the export holds no UNet graph; run `stylefast export {_COMMANDS.get(name, name)}`")
+            raise EngineMismatch(
+                f"the export contains no UNet graph; run `stylefast export {_COMMANDS.get(name, name)}`"
+            )
         self.name, self._unet, self._stale, self._closed = name, unet, stale, False
         self._components = components or ExportedParts({})
         found = [Graph(*graph) for graph in graphs.values()]
@@ -115,7 +117,7 @@ class ExportedBackend(Backend):
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:
         """Run one step. Raises EngineMismatch if no graph fits it, EngineClosed, and the session's errors."""
         if self._closed:
-            raise EngineClosed("the engine was closed while this ran; load another one")
+            raise EngineClosed("the engine was closed while this step ran; load another one")
         why = self._stale()
         if why is not None:
             raise EngineMismatch(why)
@@ -192,8 +194,8 @@ class ExportedBackend(Backend):
                 return graph
             refused.append(f"{graph.shape.flavour}: {beyond}")
         raise EngineMismatch(
-            f"no graph was made for a step of {sizes['rows']} rows at {sizes['width']}x{sizes['height']} latents "
-            f"({'; '.join(refused)}); ask for another size or fewer pictures at once, or export for this one"
+            f"no exported graph supports a step of {sizes['rows']} rows at {sizes['width']}x{sizes['height']} "
+            f"latents ({'; '.join(refused)}); ask for another size or fewer pictures at once, or export for this one"
         )
 
     def _lacking(self, flavour: str, references: int, segments: int) -> str:
@@ -205,8 +207,8 @@ class ExportedBackend(Backend):
         if segments:
             options += f" --segments {segments}"
         return (
-            f"this step needs a {flavour} graph (references {references}, pictures {segments} of a row); at hand are "
-            f"{at_hand}. Run `stylefast export {_COMMANDS.get(self.name, self.name)} {options}`, or take "
+            f"this step needs a {flavour} graph (references: {references}, pictures per row: {segments}); "
+            f"available: {at_hand}. Run `stylefast export {_COMMANDS.get(self.name, self.name)} {options}`, or use "
             "backend='torch'"
         )
 
@@ -275,7 +277,7 @@ class _Loaded:
         for name, size in sizes.items():
             low, high = self.ranges.get(name, DIMENSIONS[name])
             if not low <= size <= high:
-                return f"{name} {size} is not in {low} to {high}"
+                return f"{name} {size} is outside {low} to {high}"
         return None
 
 
@@ -323,8 +325,8 @@ class _Prepared:
             count = max(picked.numel(), least)
             if count > most:
                 raise EngineMismatch(
-                    f"a step of {self._rows} rows reads up to {count} {dimension}, and the graph takes {least} to "
-                    f"{most}; export with more, or ask for fewer pictures at once"
+                    f"a step of {self._rows} rows reads up to {count} {dimension}, but the graph supports {least} "
+                    f"to {most}; export with a wider range, or ask for fewer pictures at once"
                 )
             index = torch.zeros(count, dtype=torch.int64, device=self._device)
             index[: picked.numel()] = picked.flatten().clamp(min=0)

@@ -72,8 +72,8 @@ class ExportedText:
             exported = part.facts.get("vocabulary")
             if exported != rows:
                 raise EngineMismatch(
-                    f"the graph of text encoder {index + 1} knows {exported} tokens and the model's {rows}; export the "
-                    "model again"
+                    f"the graph of text encoder {index + 1} has {exported} tokens and the model's {rows}; export "
+                    "the model again"
                 )
 
     def __call__(
@@ -86,7 +86,7 @@ class ExportedText:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         if torch.is_grad_enabled() and any(row.requires_grad for row in rows):
             raise InvalidRequest(
-                "no gradients flow through exported text encoders; load the model with backend='torch' to learn vectors"
+                "exported text encoders have no gradients; load the model with backend='torch' to learn vectors"
             )
         part, width, device = self._parts[index], self._widths[index], self._device
         vocabulary = part.facts["vocabulary"]
@@ -248,8 +248,8 @@ class ExportedParts:
             part = parts["vae_decoder"]
             if part.facts.get("weights") != decoder_digest(engine.vae):
                 raise EngineMismatch(
-                    "the graph of the VAE's decoder was made from another VAE; export with the same vae=, or load the "
-                    "model with the one that was exported"
+                    "the graph of the VAE's decoder was made from another VAE; export with the same vae=, or load "
+                    "the model with the exported one"
                 )
             engine.decoder.decode_by(ExportedDecoder(part, engine.downscale), part.dtype)
             used.append("vae_decoder")
@@ -280,7 +280,7 @@ def _output_dtype(entry: GraphEntry) -> torch.dtype:
     found = getattr(torch, entry.outputs[0][1], None) if entry.outputs else None
     if not isinstance(found, torch.dtype):
         raise ModelFormatError(
-            f"the manifest's outputs of {entry.label} are {entry.outputs}; the first must have the name of a type, "
+            f"the manifest's outputs of {entry.label} are {entry.outputs}; the first must be the name of a type, "
             "such as float32; export again"
         )
     return found

@@ -58,8 +58,8 @@ def bake(
     if others and store == "latents":
         way_out = ", or with share_styles=False" if wanted.share_styles else ", or take it out of the negative prompt"
         raise StyleError(
-            "store='latents' keeps no other styles, and the reference shares "
-            f"{type(others[0]).__name__}; bake with store='kv'{way_out}"
+            f"store='latents' can't include other styles, but the reference shares {type(others[0]).__name__}; bake "
+            f"with store='kv'{way_out}"
         )
     for reference in references:
         # run alone, a reference is an output
@@ -99,7 +99,7 @@ def bake(
 
 
 class BakeJob(Job):
-    """A call of `bake`: each reference runs alone, and the caller's thread writes what a step gave to the bank."""
+    """A call of `bake`: each reference runs alone, and the caller's thread writes each step's results to the bank."""
 
     has_caller = collects = True
 
@@ -116,11 +116,11 @@ class BakeJob(Job):
         self._before: torch.Tensor | None = None  # latents [channels, h, w], of a bank that stores them
 
     def plan(self, planner: RequestPlanner) -> None:
-        """Refuse to begin with other weights than those that the bank names."""
+        """Raise if the weights differ from those recorded in the bank."""
         raise StyleError("the model's weights changed while the bake waited for its turn; bake again")
 
     def before_step(self, runner: Runner, group: SampleGroup) -> RowFeatures | None:
-        """Keep the latents, or return what takes the features of the rows."""
+        """Keep the latents, or return a collector of the rows' features."""
         if self._writer.info.store == "latents":
             self._features, self._before = None, runner.latents_of(group)[0]
         else:
@@ -128,7 +128,7 @@ class BakeJob(Job):
         return self._features
 
     def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Callable[[], None] | None:
-        """Return what writes the step of a reference, and calls the callback after that of the last reference."""
+        """Return a function that writes a reference's step, and calls the callback after the last reference's."""
         (group,) = groups
         number, step = self.groups.index(group), group.step - 1
         after = runner.latents_of(group)[0] if group.finished else None
@@ -151,7 +151,7 @@ class BakeJob(Job):
 
 
 def _nothing(job: Job, latents: Mapping[int, torch.Tensor]) -> Generator[None, None, None]:
-    """Make no result: the bank is."""
+    """Make no result, since the bank is the result."""
     return
     yield
 
@@ -188,7 +188,9 @@ def _check(style, store: str, dtype: str, model_dtype: torch.dtype) -> str:
         values.one_of("dtype", dtype, ("auto", *DTYPES))
     if store == "latents":
         if dtype not in ("auto", "fp32", "float32"):
-            raise InvalidRequest(f"store='latents' keeps float32, which is small already; leave dtype={dtype!r} out")
+            raise InvalidRequest(
+                f"store='latents' always stores float32, which is small already; leave dtype={dtype!r} out"
+            )
         return "float32"
     return str(model_dtype).removeprefix("torch.") if dtype == "auto" else DTYPES.get(dtype, dtype)
 

@@ -115,8 +115,8 @@ class BankPages:
             claim = self._acquire(numbers)
         except PoolFull as error:
             raise OutOfMemory(
-                f"{len(set(map(tuple, numbers.tolist())))} pages of style banks are wanted in one step at "
-                f"{self.latent_size[1]}x{self.latent_size[0]} latents and {self.slots} fit ({error}); raise "
+                f"{len(set(map(tuple, numbers.tolist())))} pages of style banks are needed in one step at "
+                f"{self.latent_size[1]}x{self.latent_size[0]} latents, but only {self.slots} fit ({error}); raise "
                 "bank_memory, or ask for fewer styles at once"
             ) from None
         try:

@@ -143,8 +143,8 @@ class HostPages:
             except RuntimeError as error:
                 self._refused = True
                 logger.warning(
-                    "no more than %.1f GiB of host memory can be pinned for style banks, and %.1f GiB may be; further "
-                    "pages come straight from their banks, which is slower (%s)",
+                    "only %.1f GiB of host memory could be pinned for style banks, of the %.1f GiB allowed; "
+                    "further pages are read directly from their banks, which is slower (%s)",
                     self.nbytes / 2**30,
                     self._chunk_bytes * len(self._chunks) / 2**30,
                     str(error).splitlines()[0],

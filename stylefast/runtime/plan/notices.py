@@ -33,7 +33,7 @@ class Notices:
         if unknown:
             known, rest = ", ".join(self._known[:_SHOWN]), len(self._known) - _SHOWN
             logger.warning(
-                "the model %s does not know %s %s, which will mean nothing to it; it knows %s%s",
+                "the model %s does not know %s %s, which will have no meaning; it knows %s%s",
                 self._name,
                 "the word" if len(unknown) == 1 else "the words",
                 self._listed(unknown),
@@ -43,9 +43,9 @@ class Notices:
         lonely = [] if baking else alone(requests)
         if lonely:
             logger.warning(
-                "%s: %s() has neither reference nor prompt, and no other picture of this call carries the "
-                "same object, so there is nothing to align with and the picture is plain; give it a reference or a "
-                "prompt, or several prompts to one style",
+                "%s: %s() has neither reference nor prompt, and no other picture of this call carries the same "
+                "object, so the picture has nothing to align with and is generated without the style; give it a "
+                "reference or a prompt, or several prompts to one style",
                 "; ".join(f"request {i}" for i in lonely),
                 type(requests[lonely[0]].reader).__name__,
             )

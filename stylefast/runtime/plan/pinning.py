@@ -1,7 +1,7 @@
 """Real pictures as references: the latents that a pinned reference holds at every step.
 
-A pin is a function of the step, 0 to the schedule's last plus one, to latents [channels, h, w]. What the model predicts
-for a pinned picture is thrown away.
+A pin is a function of the step, 0 to the schedule's last plus one, to latents [channels, h, w]. The model's prediction
+for a pinned picture is discarded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ _OFFSET_SHARE = 0.1
 def scheduler_config(request: Request, config: Mapping) -> Mapping:
     """Return the model's scheduler config, adapted to the request's style.
 
-    Raises StyleError for a sampler that can't pin, and for a model that has none that can.
+    Raises StyleError for a sampler that can't pin, and for a model without one that can.
     """
     style = request.reader
     wanted = None if style is None else style.reads
@@ -37,12 +37,12 @@ def scheduler_config(request: Request, config: Mapping) -> Mapping:
         return config
     if is_edm(config):
         raise StyleError(
-            f"{type(style).__name__} noise='ddim' walks DDIM's training timesteps, and this model "
+            f"{type(style).__name__} noise='ddim' uses DDIM's training timesteps, but this model "
             f"({config['_class_name']}) was trained on noise levels instead; use noise='forward'"
         )
     if request.scheduler != "ddim":
         raise StyleError(
-            f"{type(style).__name__} noise='ddim' inverts the picture along DDIM's steps, and the scheduler is "
+            f"{type(style).__name__} noise='ddim' inverts the picture along DDIM's steps, but the scheduler is "
             f"{request.scheduler!r}; use scheduler='ddim', or noise='forward', which fits every scheduler"
         )
     return {**config, **_INVERSION_CONFIG}
@@ -67,8 +67,8 @@ def latents_pin(bank: StyleBank, number: int) -> Pin:
 def inversion_of(sample: Sample, config: Mapping) -> Sample:
     """Return the sample of the reference `t` from its picture up to noise, with its prompt and inversion guidance.
 
-    A sample like others: it shares UNet calls, takes its turns, and costs as much as making one picture. Its
-    `start`, the picture's latents, is yet to be set. Raises InvalidRequest for a model whose output can't be inverted.
+    It is an ordinary sample: it shares UNet calls, takes its turns, and costs as much as one picture. Its `start`, the
+    picture's latents, is not set yet. Raises InvalidRequest for a model whose output can't be inverted.
     """
     guidance = sample.reference_of.reads.inversion_guidance
     request = replace(sample.request, style=(), guidance=guidance, guidance_interval=(0.0, 1.0), guidance_rescale=0.0)

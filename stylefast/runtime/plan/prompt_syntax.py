@@ -15,7 +15,7 @@ _ESCAPED = re.compile(r"\\[\\()\[\]{}<>:|]")
 _NUMBER = r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*"
 # (name, pattern, alternative in stylefast or "")
 _INSTRUCTIONS = (
-    ("a tag", re.compile(r"<\s*(?:lora|lyco|hypernet|lbw)\s*:[^<>]*>", re.IGNORECASE), "put LoRAs on with load_lora"),
+    ("a tag", re.compile(r"<\s*(?:lora|lyco|hypernet|lbw)\s*:[^<>]*>", re.IGNORECASE), "load LoRAs with load_lora"),
     ("a weight", re.compile(rf"[(\[][^()\[\]]*:{_NUMBER}[)\]]"), ""),
     ("a weight", re.compile(rf"\S::{_NUMBER}(?=\s|,|$)"), ""),
     ("a weight", re.compile(r"(?:[^\W\d_]{2,}|\))(?:\+\++|--+)(?=[\s,.)]|$)|\)[-+](?=[\s,.)]|$)"), ""),
@@ -74,8 +74,8 @@ def warn_of_instructions(requests: Sequence[Request]) -> None:
             more = f" and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
             ways = "".join(f"; {way}" for way in dict.fromkeys(way for _, way in found.values()) if way)
             logger.warning(
-                "%s hold%s %s%s: other programs read that as instructions, here it is encoded as words, "
-                "letter by letter; take it out%s",
+                "%s contain%s %s%s: other programs interpret this as instructions, but here it is encoded as plain "
+                "words; remove it%s",
                 " and ".join(holding),
                 "s" if len(holding) == 1 else "",
                 shown,
@@ -90,8 +90,8 @@ def warn_of_instructions(requests: Sequence[Request]) -> None:
 @lru_cache(maxsize=1)
 def _say_of_brackets() -> None:
     logger.warning(
-        "brackets in prompts are encoded as they are; where other programs read (x) as a weight of 1.1 and [x] as one "
-        "of 0.9, they weigh nothing here (said once)"
+        "brackets in prompts are encoded as they are; other programs read (x) as a weight of 1.1 and [x] as a "
+        "weight of 0.9, but here they change no weights (shown once)"
     )
 
 

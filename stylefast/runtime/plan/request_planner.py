@@ -1,4 +1,4 @@
-"""From requests to samples that can run: schedules, banks that fit, reference pictures as latents."""
+"""From requests to samples that can run: schedules, matching banks, and reference pictures as latents."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,8 +20,8 @@ from stylefast.styles.style import ModelFacts, asking
 class RequestPlanner:
     """Turns requests into samples of one model.
 
-    scheduler_config: the model's, in diffusers' format. native_size: (width, height) in pixels. fingerprint: gives that
-    of the model as it is now, LoRAs included.
+    scheduler_config: the model's, in diffusers' format. native_size: (width, height) in pixels. fingerprint: returns
+    the current model's fingerprint, including LoRAs.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class RequestPlanner:
         self.downscale = vaes.downscale(vae)
 
     def samples(self, requests: Sequence[Request]) -> list[Sample]:
-        """All pictures that `requests` need, references included. Raises as `check` does."""
+        """Return the samples for all pictures that `requests` need, including references. Raises like `check`."""
         self.check(requests)
         return plan_samples(requests, self.schedule, self.native_size)
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raise what can be told without running anything.
+        """Raise the errors that can be found without running anything.
 
-        Styles for other layers, adapters, masks, learned vectors and places of their tokens, banks that don't fit,
-        schedules, and sizes for which there is never enough memory or no exported graph.
+        These concern styles for other layers, adapters, masks, learned vectors and positions of their tokens, banks
+        that don't match, schedules, and sizes that never fit into memory or have no exported graph.
         """
         facts = ModelFacts(self.runner.unet.layout, self._config["_class_name"] if is_edm(self._config) else None)
         for style in dict.fromkeys(style for request in requests for style in request.style):
@@ -68,7 +68,7 @@ class RequestPlanner:
     def _check_room(self, group: Sequence[Sample], segments: int) -> None:
         """Raise OutOfMemory or ExportError for a group that could not run even alone."""
         latent_size = self.latent_shape(group[0].size)[1:]
-        # at least so many: readers may need further branches of a reference
+        # a lower bound: readers may need further branches of a reference
         rows = max(sum(len(sample.step_weights[step]) for sample in group) for step in range(group[0].schedule.steps))
         banked = [sample.bank.info.references for sample in group if sample.bank is not None]
         references = max([*banked, *(len(sample.references) for sample in group)])
@@ -81,7 +81,7 @@ class RequestPlanner:
         return named_schedule(request.scheduler, request.steps, config, request.spacing)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(channels, h, w) of the latents of a picture of (width, height)."""
+        """Return (channels, h, w) of the latents of a picture of (width, height)."""
         width, height = check_size(size)
         if width % self.downscale or height % self.downscale:
             raise InvalidRequest(f"size is {width}x{height}; this model's must be divisible by {self.downscale}")
@@ -100,7 +100,7 @@ class RequestPlanner:
             branches=target.branches,
             layers=tuple(layers),
         )
-        # last, since it differs wherever the steps or the sampler do
+        # last, since it differs whenever the steps or the sampler do
         bank.check_fits(schedule=schedule_digest(schedule))
 
     def inversion(self, sample: Sample) -> Sample:

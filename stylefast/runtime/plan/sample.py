@@ -1,8 +1,8 @@
 """Requests to samples: which pictures a batch denoises, including those that only serve as a reference.
 
-A sample is one picture on its way from noise to image. A request gives one; a style with a reference of its own
-adds another, shared by every request that needs exactly the same one. A reference that was baked adds none: its readers
-look at the bank's pages. Only a bank of latents adds one, which is held at those latents.
+A sample is one picture on its way from noise to image. A request adds one; a style with its own reference adds another,
+shared by every request that needs exactly the same one. A baked reference adds none, because its readers use the bank's
+pages. Only a bank of latents adds one, which is held at those latents.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from stylefast.styles.style import ReferenceStyle
 
 @dataclass(eq=False)
 class Sample:
-    """One picture of the batch: a target that somebody asked for, or a reference that targets look at."""
+    """One picture of the batch: a requested target, or a reference that targets read."""
 
     request: Request  # for a reference: its reader's, with the styles and the seed of the reference
     prompt: str  # empty for a real picture without a caption
@@ -48,26 +48,26 @@ class Sample:
 
     @property
     def pinned(self) -> bool:
-        """Whether its latents are given at every step instead of predicted."""
+        """Return whether its latents are given at every step instead of predicted."""
         return self.picture is not None or self.held is not None
 
     @property
     def inverted(self) -> bool:
-        """Whether it is pinned to its picture's DDIM inversion."""
+        """Return whether it is pinned to its picture's DDIM inversion."""
         return self.picture is not None and self.reference_of.reads.noise == "ddim"
 
     def require(self, branches: Sequence[str]):
-        """Make sure that rows for `branches` run."""
+        """Add `branches` to the rows that run."""
         self.branches = tuple(branch for branch in BRANCHES if branch in self.branches or branch in branches)
 
     @cached_property
     def step_weights(self) -> list[dict[str, float]]:
-        """Branch -> weight of its prediction, for every step."""
+        """Return, for every step, branch -> weight of its prediction."""
         interval = GuidanceInterval(*self.request.guidance_interval)
         return branch_weights_per_step(self.weights, self.schedule.steps, interval)
 
     def shares(self, step: int) -> bool:
-        """Whether it looks at its references at `step`."""
+        """Return whether it reads its references at `step`."""
         if self.reader is None or not (self.references or self.bank is not None):
             return False
         return self.reader.active(step, self.schedule.steps)
@@ -76,9 +76,9 @@ class Sample:
 def plan_samples(
     requests: Sequence[Request], schedule_of: Callable[[Request], Schedule], native_size: tuple[int, int]
 ) -> list[Sample]:
-    """All samples that `requests` need: the targets in their order, then the references that are not returned.
+    """Return all samples that `requests` need: the targets in their order, then the references that are not returned.
 
-    Requests that carry the same style, whose reference is the call's first picture, form a group led by that.
+    Requests with the same style, whose reference is the call's first picture, form a group led by that picture.
     Raises InvalidRequest when the members of a group can't run step by step together.
     """
     targets = [_target(i, request, schedule_of(request), native_size) for i, request in enumerate(requests)]
@@ -112,7 +112,7 @@ def plan_samples(
     everyone = targets + list(hidden.values())
     for sample in everyone:
         sample.require(sample.weights)
-    # readers say which rows they need once every sample knows its own; full sharing is mutual, so do it twice
+    # readers add the rows they need once every sample has its own; full sharing is mutual, so do it twice
     for _ in range(2):
         for sample in everyone:
             for reference in sample.references:
@@ -134,7 +134,7 @@ def _reference(target: Sample, style: ReferenceStyle, picture) -> Sample:
     if wanted.bank is None:
         reference.picture = picture
     else:
-        # what a bank holds was made without the reader's other styles
+        # the bank's contents were made without the reader's other styles
         reference.request = replace(request, style=(), negative_prompt=wanted.bank.info.negative_prompt, clip_skip=0)
         reference.prompt, reference.held = wanted.bank.info.prompt, (wanted.bank, picture)
     return reference
@@ -175,8 +175,8 @@ def _join_group(members: list[Sample]):
         if _pace(member) != _pace(leader):
             raise InvalidRequest(
                 "requests that share the first prompt's picture as their reference must have equal steps, "
-                f"scheduler, spacing and size; the first has {_describe(leader)}, another {_describe(member)}. "
-                "Give the style a reference or a prompt of its own to mix them"
+                f"scheduler, spacing and size; the first has {_describe(leader)}, another {_describe(member)}. Give "
+                "the style its own reference or prompt to mix them"
             )
         member.references = [leader]
     leader.leads = True

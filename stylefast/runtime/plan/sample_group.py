@@ -1,7 +1,7 @@
 """Samples that advance together: the unit that joins a batch, leaves it, and fails or succeeds as one; and its rows.
 
-The rows of a group are what its styles say, as columns of numbers. They stand sample by sample, branch by branch, and
-stay the same from step to step until a window opens or closes, so they are made once for all such steps.
+The rows of a group hold the settings of its styles as columns of numbers, ordered by sample, then by branch. They stay
+the same from step to step until a window opens or closes, so they are made once for all such steps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ LIVE = -1
 
 @dataclass(frozen=True)
 class Reference:
-    """What one row looks at beside itself: a picture of its group, or a page of a bank."""
+    """A reference that a row reads: a picture of its group, or a page of a bank."""
 
     picture: int  # place in the group; LIVE's counterpart, -1, for a bank's page
     bank: StyleBank | None = None
@@ -36,13 +36,13 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class GroupRows:
-    """The rows of a group while nothing but the step changes: `rows` rows, `pictures` pictures."""
+    """The rows of a group during steps that differ only in the step number: `rows` rows, `pictures` pictures."""
 
     picture: np.ndarray  # [rows] int64: place in the group
     branch: np.ndarray  # [rows] int64: place in BRANCHES
     text_page: np.ndarray  # [steps, rows] int64
     references: list[list[Reference]]  # per row
-    columns: Rows  # what styles have written
+    columns: Rows  # columns written by styles
     segments: list[list[ImageSegment]]  # per row
     weights: np.ndarray  # [pictures, 4] float32 of the branches
     mutual: bool  # whether references may have references
@@ -53,12 +53,12 @@ class GroupRows:
 
     @property
     def width(self) -> int:
-        """Most references of a row."""
+        """Return the largest number of references of a row."""
         return max(map(len, self.references), default=0)
 
     @property
     def segment_width(self) -> int:
-        """Most image segments of a row."""
+        """Return the largest number of image segments of a row."""
         return max(map(len, self.segments), default=0)
 
 
@@ -166,7 +166,7 @@ class SampleGroup:
 
 
 def rows_key(samples: Sequence[Sample], conditions: Conditions, step: int) -> tuple:
-    """Equal for steps of one group that have equal rows."""
+    """Return a key that is equal for steps of one group with equal rows."""
     branches = branches_at(samples, step)
     segments = [
         s.style.active(step, sample.schedule.steps)
@@ -214,12 +214,12 @@ def make_group_rows(samples: Sequence[Sample], conditions: Conditions, layout: A
 
 
 def _writing(sample: Sample, step: int) -> list[Style]:
-    """Return the styles of a sample that may write its rows at a step; of two, the later one has the last word."""
+    """Return the styles of a sample that may write its rows at a step; if two conflict, the later one wins."""
     return [style for style in sample.request.style if style.active(step, sample.schedule.steps)]
 
 
 def branches_at(samples: Sequence[Sample], step: int) -> dict[Sample, tuple[str, ...]]:
-    """Return the branches that each sample has rows in: its own, and for a reference those of its readers."""
+    """Return the branches in which each sample has rows: its own, and for a reference those of its readers."""
     if all(sample.step_weights[step] == sample.weights for sample in samples):
         return {sample: sample.branches for sample in samples}
     needed = {sample: set(sample.step_weights[step]) for sample in samples}

@@ -1,1 +1,1 @@
-"""All that one step of a batch reads and writes, in buffers that stay in place."""
+"""The inputs and outputs of one step of a batch, in buffers with fixed addresses."""

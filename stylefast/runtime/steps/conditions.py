@@ -52,7 +52,7 @@ class Conditions:
 
 @dataclass
 class Encoded:
-    """Inputs made for some samples and held; give them back to the store once the conditions are gathered."""
+    """Inputs made for some samples and held; release them to the store once the conditions are gathered."""
 
     held_text: list[int] = field(default_factory=list)
     held_images: list[int] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Encoded:
 
 # yields encoder calls, receives their results, and returns the pages
 Encoding = Generator[Callable[[], Any], Any, Encoded]
-# likewise, and adds what it makes to an `Encoded`
+# likewise, and adds its results to an `Encoded`
 Making = Generator[Callable[[], Any], Any, None]
 # prompts per call of the text encoders
 _PROMPTS = 8
@@ -313,7 +313,7 @@ class ConditionStore:
             held = [self.images.find(key) for key in _image_keys(style, self._adapter(style)[0])]
             conditions.held_images += [page for page in held if page is not None]
             if None in held:
-                raise StyleError("the style's adapter was loaded anew while the request joined; send it again")
+                raise StyleError("the style's adapter was reloaded while the request joined; send the request again")
             *image_pages, negative = held
             masks = [self._mask(style, i, conditions, made) for i in range(len(style.segments))]
             guided = NULL in sample.branches
@@ -351,7 +351,7 @@ class ConditionStore:
         wanted = style.adapter
         if not self.adapters:
             raise StyleError(
-                f"{type(style).__name__} needs an IP-Adapter and this engine has none; pass "
+                f"{type(style).__name__} needs an IP-Adapter, but this engine has none; pass "
                 "adapter='ip-adapter_sdxl.safetensors' and its image encoder to Engine.from_pretrained, or call "
                 "engine.load_adapter"
             )
@@ -361,7 +361,7 @@ class ConditionStore:
                 raise StyleError(f"this engine has several adapters ({names}); name one: adapter=...")
             return next(iter(self.adapters.values()))
         if wanted not in self.adapters:
-            raise StyleError(f"adapter {wanted!r} is not loaded; loaded are {', '.join(self.adapters)}")
+            raise StyleError(f"adapter {wanted!r} is not loaded; loaded adapters: {', '.join(self.adapters)}")
         return self.adapters[wanted]
 
     def _mask_table(self, latent_size: tuple[int, int]) -> MaskTable:
