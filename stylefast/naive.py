@@ -1,9 +1,10 @@
 """The engine in short: requests to rows, rows to the UNet, its outputs to the next latents. Read it from top to bottom.
 
-What turns a request into latents is here, written as plainly as it can be; every style goes through the same interface
-(`styles/style.py`) as in the engine. What makes serving fast is not: pages, slots, threads, style banks, buckets,
-compiled graphs, GPUs. docs/architecture.md says which part of the engine stands for which function of this file, and a
-test holds both to the same pictures. Use it to understand, to try a change, and as a reference; serve with `Engine`.
+This file turns requests into latents as plainly as possible; every style goes through the same interface
+(`styles/style.py`) as in the engine. It leaves out everything that makes serving fast: pages, slots, threads, style
+banks, buckets, compiled graphs, GPUs. docs/architecture.md lists which part of the engine corresponds to which function
+here, and a test requires the same pictures from both. Use it to understand the engine, to try a change, and as a
+reference; serve with `Engine`.
 """
 
 from collections.abc import Sequence
@@ -32,18 +33,18 @@ from stylefast.styles.style import ImageStyle, ReferenceStyle, Rows, Texts, by_k
 
 @dataclass(eq=False)
 class Sample:
-    """One picture in the making: one that was asked for, or a reference that others look at."""
+    """One picture in progress: a requested one, or a reference that others read."""
 
     request: Request  # of a reference: its reader's, with the styles that it shares
     prompt: str
     schedule: Schedule
     size: tuple[int, int]  # (width, height) in pixels
     weights: dict[str, float]  # of the branches that make up its prediction
-    output: bool = True  # whether it was asked for
+    output: bool = True  # whether it was requested
     branches: tuple[str, ...] = ()  # its rows: one for each of its branches and of its readers'
-    reader: ReferenceStyle | None = None  # the style by which it looks at its references
+    reader: ReferenceStyle | None = None  # the style by which it reads its references
     references: list["Sample"] = field(default_factory=list)
-    leads: bool = False  # first of those that look at one another
+    leads: bool = False  # first of those that read one another
     picture: Any = None  # of a real reference, which is this picture, noised, at every step
     # made by `prepare`
     texts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # by branch, per step: hidden, pooled
@@ -70,8 +71,8 @@ class Segment:
 def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
     """Make the pictures of requests with the models of `engine`, on a CPU; return their latents [channels, h, w].
 
-    Nothing is checked: what the engine refuses may fail here, or run. Raises InvalidRequest for style banks and DDIM
-    inversion, which are left out.
+    Nothing is checked: requests that the engine refuses may fail here, or run. Raises InvalidRequest for style banks
+    and DDIM inversion, which are left out.
 
     Examples:
         >>> from stylefast import naive
@@ -93,7 +94,7 @@ def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
 
 
 def plan(engine, requests: Sequence[Request]) -> list[Sample]:
-    """Return the samples that requests need: those asked for, in order, then their references."""
+    """Return the samples that requests need: the requested ones, in order, then their references."""
     targets = [_target(engine, request) for request in requests]
     hidden: list[Sample] = []
     for target in targets:
@@ -102,7 +103,7 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
             continue
         wanted = style.reads
         if wanted.bank is not None or (wanted.pictures and wanted.noise == "ddim"):
-            raise InvalidRequest("naive.py has neither style banks nor DDIM inversion; use Engine.generate")
+            raise InvalidRequest("naive.py supports neither style banks nor DDIM inversion; use Engine.generate")
         if wanted.of_call:
             together = [other for other in targets if other.reader is style]
             together[0].leads = True
@@ -114,7 +115,7 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
     samples = targets + hidden
     for sample in samples:
         sample.branches = tuple(sample.weights)
-    for _ in range(2):  # twice, since those that look at one another may need one another's
+    for _ in range(2):  # twice, since samples that read one another may need one another's
         for sample in samples:
             for reference in sample.references:
                 both = {*reference.branches, *sample.branches}
@@ -141,7 +142,7 @@ def _reference(target: Sample, style: ReferenceStyle, picture: Any) -> Sample:
     return Sample(request, wanted.prompt or "", target.schedule, target.size, weights, output=False, picture=picture)
 
 
-# 2. what a sample reads: its texts, its image prompts, its first latents
+# 2. the inputs of a sample: its texts, its image prompts, its first latents
 
 
 def prepare(engine, sample: Sample) -> None:
@@ -226,9 +227,9 @@ def advance(unet, samples: Sequence[Sample], step: int) -> None:
         interval = GuidanceInterval(*sample.request.guidance_interval)
         weights = sample.weights if interval.covers(step, sample.schedule.steps) else {FULL: 1.0}
         branch_rows[place], branch_weights[place] = row, weights.get(branch, 0.0)
-        if len(weights) > 1:  # a single branch has no deviation to pull back to
+        if len(weights) > 1:  # a single branch has no deviation to rescale to
             rescale[of_row[row]] = sample.request.guidance_rescale
-    # samplers without fresh noise multiply what stands there by 0
+    # samplers without fresh noise multiply this by 0
     fresh = [torch.randn(s.latents.shape, generator=s.random) if s.schedule.uses_noise else s.noise for s in samples]
     anchor, history = torch.stack([s.anchor for s in samples]), torch.stack([s.history for s in samples])
     denoised, update = (torch.stack([getattr(s, name)[step] for s in schedules]) for name in ("denoised", "update"))
@@ -239,13 +240,13 @@ def advance(unet, samples: Sequence[Sample], step: int) -> None:
 
 
 def row_table(unet, rows: Sequence[tuple[Sample, str]], step: int) -> tuple[ImageKV | None, tuple, RowTable]:
-    """Return the table of a step's rows, and the image keys, values and masks that it names by number."""
+    """Return the table of a step's rows, and the image keys, values and masks that it refers to by number."""
     layout, place = unet.layout, {row: i for i, row in enumerate(rows)}
     written, pages, segments = Rows.idle(len(rows), len(layout.layers)), [], []
     for i, (sample, branch) in enumerate(rows):
         steps = sample.schedule.steps
         reading = sample.reader is not None and sample.reader.active(step, steps)
-        # a row looks at its reference's row of the same branch
+        # a row reads its reference's row of the same branch
         pages.append([place[reference, branch] for reference in sample.references] if reading else [])
         segments.append([segment for segment in sample.segments[branch] if segment.style.active(step, steps)])
         for style in sample.request.style:

@@ -1,8 +1,8 @@
-"""A GPU's streams: one for steps, whichever thread runs them, and one for work beside them.
+"""A GPU's streams: one for steps, whichever thread runs them, and one for work alongside them.
 
-Pages, latents and tables are shared by all threads that run steps, each of which has a current stream of its own. Work
-on different streams is unordered, so steps have one stream: who runs them first waits for earlier work on the caller's
-stream, and the caller's stream then waits for it. The host waits for neither. On a CPU all of this does nothing.
+Pages, latents and tables are shared by all threads that run steps, each with its own current stream. Work on different
+streams is unordered, so all steps use one stream: it first waits for earlier work on the caller's stream, and the
+caller's stream then waits for it. The host waits for neither. On a CPU all of this does nothing.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 
 
 class StepStream:
-    """A context manager in which the stream of steps is current; for one thread at a time, which may enter it again."""
+    """Context manager that makes the stream of steps current; for one thread at a time, which may enter it again."""
 
     def __init__(self, device: torch.device):
         self._device, self._depth = device, 0
@@ -37,7 +37,7 @@ class StepStream:
             self._caller.wait_stream(self._stream)
 
     def join(self) -> None:
-        """Let the calling thread's stream wait for all steps so far."""
+        """Make the calling thread's stream wait for all steps so far."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
@@ -53,7 +53,7 @@ class StepStream:
             tensor.record_stream(self._stream)
 
     def mark(self) -> Callable[[], None]:
-        """Return what makes the host wait for all steps so far."""
+        """Return a function that makes the host wait for all steps so far."""
         if self._stream is None:
             return _nothing
         event = torch.cuda.Event()
@@ -62,9 +62,9 @@ class StepStream:
 
 
 class SideStream:
-    """The stream of calls beside steps, each of which is finished when it returns; for one thread at a time.
+    """The stream of calls alongside steps, each finished when it returns; for one thread at a time.
 
-    The host waits for the device here, not the stream of steps: through it a step would wait for a call that started
+    The host waits for the device here, not the stream of steps: otherwise a step would wait for a call that started
     before it.
     """
 
@@ -88,7 +88,7 @@ class SideStream:
 
 
 def _nothing() -> None:
-    """Wait for nothing: a CPU's work is done when it returns."""
+    """Do nothing: work on a CPU is done when its call returns."""
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

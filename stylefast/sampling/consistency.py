@@ -1,4 +1,4 @@
-"""Samplers of distilled models that jump along the sample: LCM and TCD."""
+"""Samplers of distilled models that jump along the ODE trajectory: LCM and TCD."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ def distilled_timesteps(name: str, config: Mapping, steps: int) -> np.ndarray:
     if steps > original:
         raise InvalidRequest(
             f"{name} can't take {steps} steps: the model was distilled on {original} (original_inference_steps); "
-            "take fewer"
+            "use fewer"
         )
     distilled = (np.arange(1, original + 1) * (total // original) - 1)[::-1]
     return distilled[np.floor(np.linspace(0, original, num=steps, endpoint=False)).astype(np.int64)]
@@ -47,7 +47,7 @@ def lcm(config: Mapping, timesteps: np.ndarray) -> Tables:
 
 
 def tcd(config: Mapping, timesteps: np.ndarray, eta: float) -> Tables:
-    """Build the tables of sample consistency sampling (Zheng et al. 2024, arXiv 2402.19159).
+    """Build the tables of trajectory consistency sampling (Zheng et al. 2024, arXiv 2402.19159).
 
     Each step jumps past the next timestep, then adds noise up to it. timesteps: [steps] int64. eta: the paper's gamma;
     the jump goes to `floor((1 - eta) next)`, so 0 adds no noise and 1 jumps all the way. Sampling ends at timestep 0,

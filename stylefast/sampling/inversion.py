@@ -1,7 +1,7 @@
-"""DDIM inversion: the noisy sample along which DDIM would have reached a given picture.
+"""DDIM inversion: the noisy trajectory along which DDIM would have reached a given picture.
 
-StyleAligned uses it to take a real picture as reference: the reference's latents are pinned to the sample while
-the targets are sampled. A sample belongs to one list of timesteps, so each step count needs its own.
+StyleAligned uses it to take a real picture as reference: the reference's latents are pinned to the trajectory while the
+targets are sampled. A trajectory belongs to one list of timesteps, so each step count needs its own.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def _coefficients(alphas_cumprod, steps: int, prediction_type: str) -> tuple[np.
     alphas = np.asarray(alphas_cumprod, dtype=np.float64)
     steps = values.whole_number("steps", steps, 1, len(alphas))
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise InvalidRequest(f"inversion knows epsilon and v_prediction, not {prediction_type!r}")
+        raise InvalidRequest(f"inversion supports epsilon and v_prediction, not {prediction_type!r}")
     timesteps = np.arange(steps) * (len(alphas) // steps)
     levels = alphas[np.concatenate([[0], timesteps])]
     source, target = levels[:-1], levels[1:]
@@ -94,14 +94,15 @@ def _coefficients(alphas_cumprod, steps: int, prediction_type: str) -> tuple[np.
 def pinned_latents(sample: torch.Tensor, step: int, offset: int = 5) -> torch.Tensor:
     """Return the reference's latents [C, h, w] at the start of `step`, as in StyleAligned's released code.
 
-    Sampling starts at `sample[offset]` and after step i uses `sample[max(offset + 1, i + 1)]`, so in the first
-    steps the reference is less noisy than the timestep given to the model. `step == steps` is the finished picture.
+    Sampling starts at `sample[offset]`, `sample` being the trajectory, and after step i uses `sample[max(offset + 1, i
+    + 1)]`, so in the first steps the reference is less noisy than the timestep given to the model. `step == steps` is
+    the finished picture.
 
     Raises InvalidRequest if the sample is too short for `step` or `offset`.
     """
     last = len(sample) - 1
     if not 0 <= step <= last:
-        raise InvalidRequest(f"step must lie in 0..{last}, the steps of this sample, not {step}")
+        raise InvalidRequest(f"step must be in 0..{last}, the steps of this sample, not {step}")
     if not 0 <= offset < last:
-        raise InvalidRequest(f"offset must lie in 0..{last - 1}, short of this sample's end, not {offset}")
+        raise InvalidRequest(f"offset must be in 0..{last - 1}, before this sample's end, not {offset}")
     return sample[offset if step == 0 else max(offset + 1, step)]

@@ -63,10 +63,10 @@ class GroupRows:
 
 
 class SampleGroup:
-    """Samples that look at one another, at one step of one schedule length and one size.
+    """Samples that read one another, at one step, with one schedule length and one size.
 
-    Holds all that changes with the step as arrays indexed by it, so that a step costs no look at Python objects but
-    this one. `slots` are the places of its pictures in the latents of its size, given by the runner by `put`.
+    Everything that changes with the step is in arrays indexed by it, so that a step accesses no other Python objects.
+    `slots` are the slots of its pictures in the latents of its size, set by the runner through `put`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SampleGroup:
         self.update = np.stack([s.update.numpy() for s in schedules], axis=1)  # [steps, pictures, 2, 6]
         for i, sample in enumerate(samples):
             if sample in pins:
-                # the next latents come in the place of fresh noise, and nothing else counts
+                # the next latents are passed as the noise, and all other terms are 0
                 self.denoised[:, i], self.update[:, i] = 0, 0
                 self.update[:, i, NEXT_LATENTS, NOISE] = 1
         self.rescale = np.array([sample.request.guidance_rescale for sample in samples], dtype=np.float32)
@@ -112,8 +112,11 @@ class SampleGroup:
             self._rows_at.append(all_rows[key])
 
     def put(self, slots: np.ndarray, device: torch.device) -> None:
-        """Take slots [pictures] int64, or none. `places` are they on the device, `shown` those of pictures asked for:
-        latents are looked up by them without waiting for the device."""
+        """Set the slots [pictures] int64, or none.
+
+        `places` has them on the device, `shown` those of the requested pictures, so that latents can be indexed without
+        waiting for the device.
+        """
         asked = [sample.output is not None for sample in self.samples] if len(slots) else []
         self.slots: np.ndarray = slots
         self.places = torch.from_numpy(slots).to(device)
@@ -121,12 +124,12 @@ class SampleGroup:
 
     @property
     def pictures(self) -> int:
-        """How many, references that are not returned included."""
+        """Return the number of pictures, including references that are not returned."""
         return len(self.samples)
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
+        """Return whether all steps are done."""
         return self.step >= self.steps
 
     def rows_at(self, step: int | None = None) -> GroupRows:
@@ -135,11 +138,11 @@ class SampleGroup:
 
     @property
     def rows(self) -> int:
-        """Rows of the UNet that the present step takes."""
+        """Return the number of UNet rows in the current step."""
         return self.rows_at().rows
 
     def first_latents(self) -> torch.Tensor:
-        """Latents before step 0, [pictures, channels, h, w] float32."""
+        """Return the latents before step 0, [pictures, channels, h, w] float32."""
         return torch.stack([self._first_of(sample) for sample in self.samples])
 
     def noise(self) -> torch.Tensor:
