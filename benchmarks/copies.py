@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from benchmarks.environment import environment
 from benchmarks.kernels.report import write
 from stylefast.models.stored_tensors import StoredTensors
-from stylefast.runtime import copies
+from stylefast.runtime.banks import copies
 
 RESULTS = Path(__file__).parent / "results" / "copies-cpu.json"
 THREADS = 4

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from stylefast.errors import InvalidRequest, ModelFormatError
 from stylefast.models.stored_tensors import StoredTensors
-from stylefast.runtime import copies
+from stylefast.runtime.banks import copies
 from stylefast.runtime.banks.copies import start_copies
 from tests.support.cpp_forms import backends
 
@@ -173,7 +173,7 @@ def test_a_cancelled_list_is_never_written(backend):
 @pytest.mark.parametrize("extension", ["copies.extension", "lambda: None"])
 def test_an_interpreter_ends_with_copies_under_way(extension):
     script = (
-        "import torch; from concurrent.futures import ThreadPoolExecutor; from stylefast.runtime import copies\n"
+        "import torch; from concurrent.futures import ThreadPoolExecutor; from stylefast.runtime.banks import copies\n"
         f"copies.extension = {extension}\n"
         "sources, destinations = [torch.ones(1 << 20)] * 30, [torch.empty(1 << 20) for _ in range(30)]\n"
         "copies.start_copies(ThreadPoolExecutor(4), sources, destinations)\n"
