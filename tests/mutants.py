@@ -222,7 +222,7 @@ def main() -> int:
             start = time.monotonic()
             test = caught_by(checkout, mutant)
             survivors += test is None
-            shown = f"`{test.removeprefix('tests/')}`" if test else f"nothing: {mutant.why}"
+            shown = f"`{test}`" if test else f"nothing: {mutant.why}"
             print(f"| {mutant.name} | {shown} | {time.monotonic() - start:.0f} |", flush=True)
     return int(survivors > 0)
 
