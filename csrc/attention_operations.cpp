@@ -43,9 +43,9 @@ std::int64_t chunk_of(std::int64_t tokens, std::int64_t row_heads, std::int64_t 
 
 void shared_attention(const std::string& set, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                       const at::Tensor& page, const at::Tensor& mode, const at::Tensor& scale, const at::Tensor& shift,
-                      const OptionalTensor& gain, const OptionalTensor& offset, const OptionalTensor& pool_k,
-                      const OptionalTensor& pool_v, const OptionalTensor& pool_k_scale,
-                      const OptionalTensor& pool_v_scale, const OptionalTensor& bias, const at::Tensor& out) {
+                      const OptionalTensor& bias, const OptionalTensor& gain, const OptionalTensor& offset,
+                      const OptionalTensor& pool_k, const OptionalTensor& pool_v, const OptionalTensor& pool_k_scale,
+                      const OptionalTensor& pool_v_scale, const at::Tensor& out) {
     SharedAttention a{};
     a.q = tokens_of("q", q);
     if (a.q.type == Element::f8) refuse("q is fp8, which only pool pages may be");

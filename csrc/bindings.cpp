@@ -152,14 +152,14 @@ void bind_runtime(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "stylefast's C++ parts; call them through stylefast.runtime and stylefast.kernels";
-    module.attr("interface") = 7;  // stylefast/_extension.py refuses any other number than its own
+    module.attr("interface") = 8;  // stylefast/_extension.py refuses any other number than its own
     bind_runtime(module);
     module.def("cpu_features", &stylefast::cpu_features);
     module.def("instruction_set", &stylefast::instruction_set);
     module.def("shared_attention", released(&stylefast::shared_attention), py::arg("q"), py::arg("k"), py::arg("v"),
-               py::arg("page"), py::arg("mode"), py::arg("scale"), py::arg("shift"), py::arg("gain"), py::arg("offset"),
-               py::arg("pool_k"), py::arg("pool_v"), py::arg("pool_k_scale"), py::arg("pool_v_scale"), py::arg("bias"),
-               py::arg("out"));
+               py::arg("page"), py::arg("mode"), py::arg("scale"), py::arg("shift"), py::arg("bias"), py::arg("gain"),
+               py::arg("offset"), py::arg("pool_k"), py::arg("pool_v"), py::arg("pool_k_scale"),
+               py::arg("pool_v_scale"), py::arg("out"));
     module.def("gated_cross_attention", released(&stylefast::gated_cross_attention), py::arg("q"), py::arg("text_k"),
                py::arg("text_v"), py::arg("text_page"), py::arg("image_k"), py::arg("image_v"),
                py::arg("image_lengths"), py::arg("image_page"), py::arg("strength"), py::arg("group"), py::arg("masks"),

@@ -11,9 +11,9 @@ namespace stylefast {
 
 void shared_attention(const std::string& set, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                       const at::Tensor& page, const at::Tensor& mode, const at::Tensor& scale, const at::Tensor& shift,
-                      const OptionalTensor& gain, const OptionalTensor& offset, const OptionalTensor& pool_k,
-                      const OptionalTensor& pool_v, const OptionalTensor& pool_k_scale,
-                      const OptionalTensor& pool_v_scale, const OptionalTensor& bias, const at::Tensor& out);
+                      const OptionalTensor& bias, const OptionalTensor& gain, const OptionalTensor& offset,
+                      const OptionalTensor& pool_k, const OptionalTensor& pool_v, const OptionalTensor& pool_k_scale,
+                      const OptionalTensor& pool_v_scale, const at::Tensor& out);
 
 void gated_cross_attention(const std::string& set, const at::Tensor& q, const at::Tensor& text_k,
                            const at::Tensor& text_v, const at::Tensor& text_page, const OptionalTensor& image_k,

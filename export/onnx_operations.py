@@ -79,13 +79,13 @@ class OnnxOperations:
         modes,
         scale,
         shift,
+        bias=None,
         gain=None,
         offset=None,
         pool_k=None,
         pool_v=None,
         pool_k_scale=None,
         pool_v_scale=None,
-        bias=None,
     ):
         """Write shared attention; pages have as many tokens as rows, `bias` and float8 pages are not supported."""
         op, kind = self.op, _kind(q)

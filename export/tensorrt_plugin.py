@@ -223,13 +223,13 @@ class PluginOperations(OnnxOperations):
         modes,
         scale,
         shift,
+        bias=None,
         gain=None,
         offset=None,
         pool_k=None,
         pool_v=None,
         pool_k_scale=None,
         pool_v_scale=None,
-        bias=None,
     ):
         if page.shape[1] == 0:
             return super().shared_attention(q, k, v, page, modes, scale, shift)

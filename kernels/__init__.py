@@ -1,8 +1,8 @@
 """Operations of stylefast, one per file; import them as `stylefast.kernels`.
 
 Each file holds the formula and shapes, a plain PyTorch `*_ref` to read and to test against, the public function of the
-same name, and its custom op with the backends that `registry` chooses from: Triton (in `gpu/`), C++ (in csrc/),
-PyTorch.
+same name, and its custom op with the forms that `registry` chooses from: Triton (in `gpu/`), C++ (in csrc/), PyTorch.
+Engine code skips the checks by `operation.run` of the same file.
 """
 
 if __name__ == "kernels":

@@ -14,7 +14,7 @@ import torch
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation, trusted
+from stylefast.kernels.registry import Operation
 from stylefast.kernels.shared_attention import Affine
 
 ADAIN_EPS = 1e-5
@@ -65,9 +65,8 @@ def adain_affine(
     or strength out of range and for statistics in use that are not finite or a negative variance. `check_finite=False`
     skips the check of statistics: if activations overflowed, the gains of those rows are not finite either.
     """
-    if not trusted():
-        _check(mean, variance, page, strength, pool_mean, pool_variance)
-    return Affine(*_adain_affine(mean, variance, page, strength, pool_mean, pool_variance, check_finite))
+    _check(mean, variance, page, strength, pool_mean, pool_variance)
+    return Affine(*operation.call(mean, variance, page, strength, pool_mean, pool_variance, check_finite))
 
 
 def _check(mean, variance, page, strength, pool_mean, pool_variance):
@@ -129,13 +128,13 @@ def _cpp(mean, variance, page, strength, pool_mean, pool_variance, check_finite,
     extension().adain_affine(mean, variance, page, strength, pool_mean, pool_variance, gain, offset)
 
 
-def _triton(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset):
+def _triton(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset, **config):
     from stylefast.kernels.gpu.adain_affine import adain_affine as launch
 
-    launch(mean, variance, page, strength, pool_mean, pool_variance, gain, offset)
+    launch(mean, variance, page, strength, pool_mean, pool_variance, gain, offset, **config)
 
 
-_adain_affine = Operation(
+operation = Operation(
     "adain_affine",
     "(Tensor mean, Tensor variance, Tensor page, Tensor strength, Tensor? pool_mean, Tensor? pool_variance, "
     "bool check_finite) "

@@ -1,6 +1,5 @@
 """Argument checks of the operations: each raises InvalidRequest, a ValueError, naming the value and the limit."""
 
-import numpy as np
 import torch
 
 from stylefast.errors import InvalidRequest
@@ -64,39 +63,12 @@ def numbers_within(name: str, tensor: torch.Tensor, low: float, high: float) -> 
         raise InvalidRequest(f"{name} holds {value}, but must lie in [{low:g}, {high:g}]")
 
 
-def apart(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
-    """Raise InvalidRequest if `out` overlaps itself or an input in memory."""
-    if out.numel() == 0:
-        return
-    reach = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(out.shape, out.stride()) if size > 1):
-        if stride < reach:
-            raise InvalidRequest(f"out overlaps itself: strides {out.stride()} for shape {list(out.shape)}")
-        reach = stride * (size - 1) + reach
+def apart(out: torch.Tensor, **inputs: torch.Tensor) -> None:
+    """Raise InvalidRequest if the bytes from the first to the last element of `out` overlap those of an input."""
     for name, tensor in inputs.items():
-        if tensor is not None and tensor.numel() and _share_memory(out, tensor):
+        if out.numel() and tensor.numel() and tensor.data_ptr() < _end(out) and out.data_ptr() < _end(tensor):
             raise InvalidRequest(f"out overlaps {name} in memory; give it a buffer of its own")
 
 
-def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    views = [np.asarray(_Addresses(tensor)) for tensor in (one, other)]
-    if not np.may_share_memory(*views):
-        return False
-    try:
-        return np.shares_memory(*views, max_work=10_000)
-    except np.exceptions.TooHardError:
-        return True
-
-
-class _Addresses:
-    """Address range of a tensor as a numpy array interface; never dereferenced, so device pointers work too."""
-
-    def __init__(self, tensor: torch.Tensor):
-        size = tensor.element_size()
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": f"|V{size}",
-            "shape": tuple(tensor.shape),
-            "strides": tuple(stride * size for stride in tensor.stride()),
-            "data": (tensor.data_ptr(), True),
-        }
+def _end(x: torch.Tensor) -> int:
+    return x.data_ptr() + (1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride()))) * x.element_size()

@@ -48,7 +48,7 @@ def configuration(operation: str, capability: int, gpu: str | None = None, **key
             return min(near, key=lambda pair: pair[0])[1]
     raise InvalidRequest(
         f"no launch configuration of {operation} fits {key} on compute capability {capability / 10:.1f}; "
-        f"add one with `stylefast bench --tune` or force another backend by STYLEFAST_KERNELS={operation}=torch"
+        f"add one with `stylefast bench --tune` or force another form by STYLEFAST_KERNELS={operation}=torch"
     )
 
 

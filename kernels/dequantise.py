@@ -6,6 +6,7 @@ out = values * scale                           one scale per (group, channel), s
 import torch
 
 from stylefast._extension import extension
+from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation
 
@@ -21,7 +22,8 @@ def dequantise(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | No
     """Return values * scale: values [groups, tokens, channels] float8_e4m3fn, scale [groups, channels] fp32.
 
     out: a contiguous tensor of that shape, fp32, bf16 or fp16, that is written and returned; each number is rounded
-    once. None allocates an fp32 tensor. Raises InvalidRequest, a ValueError, for other shapes and types.
+    once. None allocates an fp32 tensor. Raises InvalidRequest, a ValueError, for other shapes and types, and for an
+    `out` that overlaps an input.
     """
     checks.shape("values", values, groups=-1, tokens=-1, channels=-1)
     checks.dtype("values", values, FP8)
@@ -29,39 +31,33 @@ def dequantise(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | No
     checks.shape("scale", scale, groups=groups, channels=channels)
     checks.dtype("scale", scale, torch.float32)
     checks.together("values", values=values, scale=scale, out=out)
-    codes = values.view(torch.uint8)
     if out is None:
-        return _dequantise(scale, codes)
+        out = torch.empty(values.shape, dtype=torch.float32, device=values.device)
     checks.shape("out", out, groups=groups, tokens=tokens, channels=channels)
     checks.dtype("out", out, torch.float32, torch.bfloat16, torch.float16)
-    _dequantise_out(scale, codes, out)
+    if not out.is_contiguous():
+        raise InvalidRequest(
+            f"out must be contiguous, but has strides {list(out.stride())}; give it a buffer of its own"
+        )
+    if not torch.compiler.is_compiling():
+        checks.apart(out, values=values, scale=scale)
+    operation.call(scale, values.view(torch.uint8), out)
     return out
 
 
-def _outputs(scale, codes):
-    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-
-
-def _torch(scale, codes):
-    return dequantise_ref(codes.view(FP8), scale)
+def _torch(scale, codes, out):
+    out.copy_(dequantise_ref(codes.view(FP8), scale))
 
 
 def _cpp(scale, codes, out):
     extension().dequantise(scale, codes.view(FP8), out)
 
 
-def _triton(scale, codes, out):
-    from stylefast.kernels.gpu.dequantise import dequantise as launch
-
-    launch(scale, codes, out)
-
-
-# scale comes first because backends are chosen by the first tensor's type, and fp8 is passed as bytes because PyTorch
+# scale comes first because forms are chosen by the first tensor's type, and fp8 is passed as bytes because PyTorch
 # supports few operations on it
-_dequantise = Operation(
+operation = Operation(
     "dequantise",
-    "(Tensor scale, Tensor codes) -> Tensor",
-    outputs=_outputs,
-    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    "(Tensor scale, Tensor codes, Tensor(a!) out) -> ()",
+    outputs=lambda *arguments: None,
+    forms={"triton": "dequantise", "cpp": _cpp, "torch": _torch},
 )
-_dequantise_out = _dequantise.into("dequantise_out", "(Tensor scale, Tensor codes, Tensor(a!) out) -> ()")

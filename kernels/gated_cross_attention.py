@@ -8,14 +8,28 @@ strength 0 is skipped: it costs nothing, and NaN in its keys or values has no ef
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation, trusted
+from stylefast.kernels.registry import Operation
 from stylefast.kernels.shared_attention import attend, refuse_head_size
+
+
+class ImageSegments(NamedTuple):
+    """Image keys and values, and what each row's S segments read of them; see `gated_cross_attention`."""
+
+    k: torch.Tensor  # [image pages, image tokens, heads, d], padded
+    v: torch.Tensor
+    lengths: torch.Tensor  # [image pages] int64: tokens in use
+    page: torch.Tensor  # [rows, S] int64; -1: none
+    strength: torch.Tensor  # [rows, S] fp32
+    group: torch.Tensor  # [rows, S] int64
+    masks: torch.Tensor | None = None  # [masks, tokens] fp32
+    mask_index: torch.Tensor | None = None  # [rows, S] int64; -1: everywhere
 
 
 def gated_cross_attention_ref(
@@ -71,7 +85,6 @@ def gated_cross_attention(
     group: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
     mask_index: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute gated cross-attention in one kernel, the custom op `torch.ops.stylefast.gated_cross_attention`.
 
@@ -79,50 +92,14 @@ def gated_cross_attention(
     give all or none of: image_k, image_v [image pages, image tokens, heads, d], image_lengths [image pages] int64
     (tokens in use), image_page [rows, S] int64 (-1: none), strength [rows, S] fp32, group [rows, S] int64; masks
     [masks, tokens] fp32 with mask_index [rows, S] int64 (-1: everywhere) confine segments. A negative strength
-    subtracts. Returns [rows, tokens, heads, d], contiguous, or fills `out`.
+    subtracts. Returns [rows, tokens, heads, d], contiguous.
 
-    Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, for an `out` that overlaps an
-    input, and on CPUs, or under STYLEFAST_CHECKS=1, for a page, length or mask out of range.
+    Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, and on CPUs, or under
+    STYLEFAST_CHECKS=1, for a page, length or mask out of range.
     """
     if masks is not None and masks.ndim and masks.shape[0] == 0:
         masks = None
-    arguments = (
-        q,
-        text_k,
-        text_v,
-        text_page,
-        image_k,
-        image_v,
-        image_lengths,
-        image_page,
-        strength,
-        group,
-        masks,
-        mask_index,
-    )
-    if not trusted():
-        _check(*arguments)
-    if out is None:
-        return _gated_cross_attention(*arguments)
-    checks.shape("out", out, rows=q.shape[0], tokens=q.shape[1], heads=q.shape[2], d=q.shape[3])
-    checks.dtype("out", out, q.dtype)
-    checks.dense_channels(out=out)
-    _gated_cross_attention_out(*arguments, out)
-    return out
-
-
-def _check(
-    q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
-):
-    checks.shape("q", q, rows=-1, tokens=-1, heads=-1, d=-1)
-    rows, tokens, heads, width = q.shape
-    checks.floating("q", q)
-    checks.shape("text_k", text_k, pages=-1, tokens=-1, heads=heads, d=width)
-    if 0 in text_k.shape[:2] and q.numel():
-        raise InvalidRequest(f"text_k needs at least one page of one token, but has shape {list(text_k.shape)}")
-    checks.shape("text_v", text_v, pages=text_k.shape[0], tokens=text_k.shape[1], heads=heads, d=width)
-    checks.shape("text_page", text_page, rows=rows)
-    images = {
+    segments = {
         "image_k": image_k,
         "image_v": image_v,
         "image_lengths": image_lengths,
@@ -130,69 +107,84 @@ def _check(
         "strength": strength,
         "group": group,
     }
-    missing = [name for name, x in images.items() if x is None]
-    if missing and len(missing) < len(images):
-        raise InvalidRequest(f"image segments need all of {', '.join(images)}; {', '.join(missing)} is missing")
-    if not missing:
-        checks.shape("image_k", image_k, pages=-1, tokens=-1, heads=heads, d=width)
-        pages, image_tokens = image_k.shape[:2]
-        checks.shape("image_v", image_v, pages=pages, tokens=image_tokens, heads=heads, d=width)
-        checks.shape("image_lengths", image_lengths, pages=pages)
-        checks.shape("image_page", image_page, rows=rows, S=-1)
-        for name in ("strength", "group"):
-            checks.shape(name, images[name], rows=rows, S=image_page.shape[1])
-        checks.dtype("strength", strength, torch.float32)
-        for name in ("image_lengths", "image_page", "group"):
-            checks.dtype(name, images[name], torch.int64)
-        if mask_index is not None:
-            checks.shape("mask_index", mask_index, rows=rows, S=image_page.shape[1])
-            checks.dtype("mask_index", mask_index, torch.int64)
-    elif masks is not None:
+    missing = [name for name, x in segments.items() if x is None]
+    if missing and len(missing) < len(segments):
+        raise InvalidRequest(f"image segments need all of {', '.join(segments)}; {', '.join(missing)} is missing")
+    if missing and masks is not None:
         raise InvalidRequest("masks confine image segments, but no image_k is given")
-    if masks is not None:
-        checks.shape("masks", masks, masks=-1, tokens=tokens)
-        checks.dtype("masks", masks, torch.float32)
-        if mask_index is None:
-            raise InvalidRequest("masks need mask_index [rows, S], which says what segment each confines")
+    images = None if missing else ImageSegments(*segments.values(), masks, mask_index)
+    _check(q, text_k, text_v, text_page, images)
+    return operation.call(q, text_k, text_v, text_page, images)
+
+
+def _check(q, text_k, text_v, text_page, images: ImageSegments | None):
+    checks.shape("q", q, rows=-1, tokens=-1, heads=-1, d=-1)
+    rows, _, heads, width = q.shape
+    checks.floating("q", q)
+    checks.shape("text_k", text_k, pages=-1, tokens=-1, heads=heads, d=width)
+    if 0 in text_k.shape[:2] and q.numel():
+        raise InvalidRequest(f"text_k needs at least one page of one token, but has shape {list(text_k.shape)}")
+    checks.shape("text_v", text_v, pages=text_k.shape[0], tokens=text_k.shape[1], heads=heads, d=width)
+    checks.shape("text_page", text_page, rows=rows)
     checks.dtype("text_page", text_page, torch.int64)
-    keys = {"text_k": text_k, "text_v": text_v, "image_k": image_k, "image_v": image_v}
+    keys = {"text_k": text_k, "text_v": text_v}
+    if images is not None:
+        _check_segments(q, images)
+        keys |= {"image_k": images.k, "image_v": images.v}
     for name, x in keys.items():
-        if x is not None:
-            checks.dtype(name, x, q.dtype)
-            checks.dense_channels(**{name: x})
-    checks.dense_channels(q=q)
-    checks.together("q", q=q, text_page=text_page, masks=masks, mask_index=mask_index, **{**images, **keys})
+        checks.dtype(name, x, q.dtype)
+    checks.dense_channels(q=q, **keys)
+    checks.together("q", q=q, text_page=text_page, **keys, **(images._asdict() if images is not None else {}))
 
 
-def _check_values(
-    q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
-):
+def _check_segments(q, images: ImageSegments):
+    rows, tokens, heads, width = q.shape
+    checks.shape("image_k", images.k, pages=-1, tokens=-1, heads=heads, d=width)
+    pages, image_tokens = images.k.shape[:2]
+    checks.shape("image_v", images.v, pages=pages, tokens=image_tokens, heads=heads, d=width)
+    checks.shape("image_lengths", images.lengths, pages=pages)
+    checks.dtype("image_lengths", images.lengths, torch.int64)
+    checks.shape("image_page", images.page, rows=rows, S=-1)
+    checks.dtype("image_page", images.page, torch.int64)
+    tables = {"strength": (images.strength, torch.float32), "group": (images.group, torch.int64)}
+    if images.mask_index is not None:
+        tables["mask_index"] = (images.mask_index, torch.int64)
+    for name, (x, dtype) in tables.items():
+        checks.shape(name, x, rows=rows, S=images.page.shape[1])
+        checks.dtype(name, x, dtype)
+    if images.masks is not None:
+        checks.shape("masks", images.masks, masks=-1, tokens=tokens)
+        checks.dtype("masks", images.masks, torch.float32)
+        if images.mask_index is None:
+            raise InvalidRequest("masks need mask_index [rows, S], which says what segment each confines")
+
+
+def _check_values(q, text_k, text_v, text_page, images: ImageSegments | None):
     checks.integers_within("text_page", text_page, 0, text_k.shape[0], "text pages")
-    if image_page is None:
+    if images is None:
         return
-    checks.integers_within("image_page", image_page, -1, image_k.shape[0], "image pages (-1: none)")
-    checks.integers_within("image_lengths", image_lengths, 1, image_k.shape[1] + 1, "token counts of image pages")
-    if mask_index is not None:
-        count = masks.shape[0] if masks is not None else 0
-        checks.integers_within("mask_index", mask_index, -1, count, "masks (-1: everywhere)")
+    pages, tokens = images.k.shape[:2]
+    checks.integers_within("image_page", images.page, -1, pages, "image pages (-1: none)")
+    checks.integers_within("image_lengths", images.lengths, 1, tokens + 1, "token counts of image pages")
+    if images.mask_index is not None:
+        count = images.masks.shape[0] if images.masks is not None else 0
+        checks.integers_within("mask_index", images.mask_index, -1, count, "masks (-1: everywhere)")
 
 
 def _outputs(q, *others):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _torch(
-    q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
-):
+def _torch(q, text_k, text_v, text_page, images: ImageSegments | None):
     """Compute with PyTorch's attention kernels, one call per combination of segments. Synchronises with the device."""
     out = attend(q, text_k[text_page], text_v[text_page]).contiguous()
-    if image_page is None or image_page.shape[1] == 0 or q.numel() == 0:
+    if images is None or images.page.shape[1] == 0 or q.numel() == 0:
         return out
 
-    pages, strengths, groups = image_page.tolist(), strength.tolist(), group.tolist()
+    pages, strengths, groups = images.page.tolist(), images.strength.tolist(), images.group.tolist()
     # (segments that share a softmax, their token counts) -> rows
     calls: dict[tuple, list[int]] = {}
-    lengths = image_lengths.tolist()
+    lengths = images.lengths.tolist()
     for row, row_pages in enumerate(pages):
         active = [s for s, p in enumerate(row_pages) if p >= 0 and strengths[row][s] != 0.0]
         for number in dict.fromkeys(groups[row][s] for s in active):
@@ -202,8 +194,8 @@ def _torch(
     for members, rows in calls.items():
         index = torch.tensor(rows, device=q.device)
         query = q[index]
-        gathered = [(image_k[image_page[index, s], :n], image_v[image_page[index, s], :n]) for s, n in members]
-        gates = [_gate(strength, masks, mask_index, index, s, q) for s, _ in members]  # [rows, tokens or 1, 1, 1]
+        gathered = [(images.k[images.page[index, s], :n], images.v[images.page[index, s], :n]) for s, n in members]
+        gates = [_gate(images, index, s, q) for s, _ in members]  # [rows, tokens or 1, 1, 1]
         if len(members) == 1:
             keys, values = gathered[0]
             part = gates[0] * attend(query, keys, values)
@@ -220,39 +212,37 @@ def _torch(
     return out
 
 
-def _traceable(
-    q, text_k, text_v, text_page, image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index
-):
+def _traceable(q, text_k, text_v, text_page, images: ImageSegments | None):
     """Compute without reading tensors on the host: every row carries every segment, masked out where unused."""
     out = attend(q, text_k[text_page], text_v[text_page])
-    if image_page is None or image_page.shape[1] == 0 or image_k.shape[0] == 0:
+    if images is None or images.page.shape[1] == 0 or images.k.shape[0] == 0:
         return out.contiguous()
     exact = torch.promote_types(q.dtype, torch.float32)
-    active = (image_page >= 0) & (strength != 0)  # [rows, S]
-    page = image_page.clamp(min=0)
-    token = torch.arange(image_k.shape[1], device=q.device)
-    there = active[:, :, None] & (token < image_lengths[page][:, :, None])  # [rows, S, image tokens]
+    active = (images.page >= 0) & (images.strength != 0)  # [rows, S]
+    page, group = images.page.clamp(min=0), images.group
+    token = torch.arange(images.k.shape[1], device=q.device)
+    there = active[:, :, None] & (token < images.lengths[page][:, :, None])  # [rows, S, image tokens]
     # zeros where masked: 0 * NaN would be NaN
-    keys, values = (torch.where(there[..., None, None], x[page], 0).to(exact) for x in (image_k, image_v))
+    keys, values = (torch.where(there[..., None, None], x[page], 0).to(exact) for x in (images.k, images.v))
     logits = torch.einsum("rqhd,rskhd->rhqsk", q.to(exact), keys) / math.sqrt(q.shape[-1])
     total = out.to(exact)
     everywhere = torch.arange(q.shape[0], device=q.device)
-    for s in range(image_page.shape[1]):
+    for s in range(page.shape[1]):
         members = there & (group == group[:, s, None])[:, :, None]
         # for an inactive segment nothing is masked, which avoids the NaN of a fully masked softmax
         seen = members | ~active[:, s, None, None]
         weights = torch.softmax(logits.masked_fill(~seen[:, None, None], -math.inf).flatten(3), -1)
         weights = weights.unflatten(3, logits.shape[3:])[:, :, :, s]  # [rows, heads, tokens, image tokens]
         part = torch.einsum("rhqk,rkhd->rqhd", weights, values[:, s])
-        gate = _gate(strength, masks, mask_index, everywhere, s, q)
+        gate = _gate(images, everywhere, s, q)
         total = total + torch.where(active[:, s, None, None, None], gate * part, 0)
     return total.to(q.dtype).contiguous()
 
 
-def _gate(strength, masks, mask_index, index, segment, q):
-    gate = strength[index, segment, None].to(q.dtype)  # [rows, 1]
-    if mask_index is not None and masks is not None and masks.numel():
-        chosen = mask_index[index, segment]
+def _gate(images: ImageSegments, index, segment, q):
+    gate, masks = images.strength[index, segment, None].to(q.dtype), images.masks  # [rows, 1]
+    if images.mask_index is not None and masks is not None and masks.numel():
+        chosen = images.mask_index[index, segment]
         everywhere = torch.ones_like(masks[:1]).expand(len(index), -1)
         picked = torch.where((chosen >= 0)[:, None], masks[chosen.clamp(min=0)], everywhere)
         gate = gate * picked.to(q.dtype)
@@ -266,29 +256,19 @@ def _weighted(query, keys, values, gates=None):
 
 
 def _cpp(*arguments) -> None:
-    extension().gated_cross_attention(*arguments)
+    *inputs, out = arguments
+    extension().gated_cross_attention(*operation.flat(inputs), out)
 
 
-def _triton(*arguments) -> None:
-    from stylefast.kernels.gpu.gated_cross_attention import gated_cross_attention as launch
-
-    launch(*arguments)
-
-
-_ARGUMENTS = (
-    "Tensor q, Tensor text_k, Tensor text_v, Tensor text_page, Tensor? image_k, Tensor? image_v, "
-    "Tensor? image_lengths, Tensor? image_page, Tensor? strength, Tensor? group, Tensor? masks, Tensor? mask_index"
-)
-
-_gated_cross_attention = Operation(
+operation = Operation(
     "gated_cross_attention",
-    f"({_ARGUMENTS}) -> Tensor",
+    "(Tensor q, Tensor text_k, Tensor text_v, Tensor text_page, Tensor? image_k, Tensor? image_v, "
+    "Tensor? image_lengths, Tensor? image_page, Tensor? strength, Tensor? group, Tensor? masks, Tensor? mask_index) "
+    "-> Tensor",
+    groups=(ImageSegments,),
     outputs=_outputs,
-    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    forms={"triton": "gated_cross_attention", "cpp": _cpp, "torch": _torch},
     refuse=refuse_head_size,
     values=_check_values,
     traceable=_traceable,
-)
-_gated_cross_attention_out = _gated_cross_attention.into(
-    "gated_cross_attention_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()"
 )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation, trusted
+from stylefast.kernels.registry import Operation
 
 
 def group_norm_silu_ref(
@@ -76,9 +76,8 @@ def group_norm_silu(
     if pool_elements is None:
         pool_elements = x.shape[1] // groups * x.shape[2] * x.shape[3]
     arguments = (x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements)
-    if not trusted():
-        _check(*arguments)
-    return _group_norm_silu(*arguments)
+    _check(*arguments)
+    return operation.call(*arguments)
 
 
 def _check(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):
@@ -120,9 +119,9 @@ def _check_values(x, groups, weight, bias, eps, silu, page, pool_mean, pool_vari
             checks.numbers_within("pool_variance", pool_variance[used], 0, largest)
 
 
-def _refuse(backend, arguments) -> str:
+def _refuse(form, arguments) -> str:
     x, _, weight, bias, *_ = arguments
-    if backend != "torch" and not x.dtype == weight.dtype == bias.dtype:
+    if form != "torch" and not x.dtype == weight.dtype == bias.dtype:
         return f"x is {x.dtype}, but weight and bias are {weight.dtype} and {bias.dtype}"
     return ""
 
@@ -183,22 +182,12 @@ def _cpp(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, poo
     extension().group_norm_silu(x, groups, *parameters, eps, silu, page, pool_mean, pool_variance, pool_elements, out)
 
 
-def _triton(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out):
-    from stylefast.kernels.gpu.group_norm_silu import group_norm_silu as launch
-
-    height, width = x.shape[2:]
-    # the kernel walks all h * w positions with one stride; slices of rows or channels need no copy
-    if height > 1 and width > 1 and x.stride(2) != width * x.stride(3):
-        x = x.contiguous()
-    launch(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out)
-
-
-_group_norm_silu = Operation(
+operation = Operation(
     "group_norm_silu",
     "(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool silu, Tensor? page, Tensor? pool_mean, "
     "Tensor? pool_variance, SymInt pool_elements) -> Tensor",
     outputs=_outputs,
-    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    forms={"triton": "group_norm_silu", "cpp": _cpp, "torch": _torch},
     refuse=_refuse,
     values=_check_values,
 )

@@ -17,7 +17,7 @@ import torch
 
 from stylefast._extension import extension
 from stylefast.kernels import checks
-from stylefast.kernels.registry import FLOATS, Operation, trusted
+from stylefast.kernels.registry import FLOATS, Operation
 
 FULL = 3  # column of the "full" branch in branch_rows and branch_weights
 
@@ -86,9 +86,8 @@ def guided_step(
     """
     tables = (branch_rows, branch_weights, rescale, denoised, update)
     arguments = (latents, anchor, history, predictions, *tables, noise)
-    if not trusted():
-        _check(*arguments)
-    return _guided_step(*arguments)
+    _check(*arguments)
+    return operation.call(*arguments)
 
 
 def _outputs(latents, anchor, history, *others):
@@ -173,25 +172,17 @@ def _cpp(*arguments):
     extension().guided_step(*arguments)
 
 
-def _refuse(backend, arguments) -> str:
+def _refuse(form, arguments) -> str:
     others = {x.dtype for x in arguments if x.is_floating_point()} - set(FLOATS)
-    return f"{', '.join(map(str, others))} among the arguments" if backend != "torch" and others else ""
+    return f"{', '.join(map(str, others))} among the arguments" if form != "torch" and others else ""
 
 
-def _triton(latents, anchor, history, predictions, *others):
-    from stylefast.kernels.gpu.guided_step import guided_step as launch
-
-    *tables, noise, next_latents, next_anchor, next_history = others
-    state = (x.contiguous() for x in (latents, anchor, history))
-    launch(*state, predictions, *tables, noise.contiguous(), next_latents, next_anchor, next_history)
-
-
-_guided_step = Operation(
+operation = Operation(
     "guided_step",
     "(Tensor latents, Tensor anchor, Tensor history, Tensor predictions, Tensor branch_rows, Tensor branch_weights, "
     "Tensor rescale, Tensor denoised, Tensor update, Tensor noise) -> (Tensor, Tensor, Tensor)",
     outputs=_outputs,
-    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    forms={"triton": "guided_step", "cpp": _cpp, "torch": _torch},
     refuse=_refuse,
     values=_check_values,
 )

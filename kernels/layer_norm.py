@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation, trusted
+from stylefast.kernels.registry import Operation
 
 MAX_CHANNELS = 8192  # the Triton form holds a row in registers
 
@@ -31,9 +31,8 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
     Raises InvalidRequest, a ValueError, for shapes, types or eps that don't fit.
     """
-    if not trusted():
-        _check(x, weight, bias, eps)
-    return _layer_norm(x, weight, bias, eps)
+    _check(x, weight, bias, eps)
+    return operation.call(x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -43,14 +42,13 @@ def add_layer_norm(
 
     Raises InvalidRequest, a ValueError, for shapes, types or eps that don't fit.
     """
-    if not trusted():
-        _check(x, weight, bias, eps)
-        checks.floating("residual", residual)
-        if residual.shape != x.shape:
-            raise InvalidRequest(f"residual must have x's shape {list(x.shape)}, not {list(residual.shape)}")
-        checks.dense_channels(residual=residual)
-        checks.together("x", x=x, residual=residual)
-    return _add_layer_norm(x, residual, weight, bias, eps)
+    _check(x, weight, bias, eps)
+    checks.floating("residual", residual)
+    if residual.shape != x.shape:
+        raise InvalidRequest(f"residual must have x's shape {list(x.shape)}, not {list(residual.shape)}")
+    checks.dense_channels(residual=residual)
+    checks.together("x", x=x, residual=residual)
+    return add_operation.call(x, residual, weight, bias, eps)
 
 
 def _check(x, weight, bias, eps):
@@ -68,11 +66,11 @@ def _check(x, weight, bias, eps):
     checks.together("x", x=x, weight=weight, bias=bias)
 
 
-def _refuse(backend, arguments) -> str:
+def _refuse(form, arguments) -> str:
     types, channels = {x.dtype for x in arguments if isinstance(x, torch.Tensor)}, arguments[0].shape[-1]
-    if backend != "torch" and len(types) > 1:
+    if form != "torch" and len(types) > 1:
         return f"the arguments mix {', '.join(sorted(map(str, types)))}"
-    if backend == "triton" and channels > MAX_CHANNELS:
+    if form == "triton" and channels > MAX_CHANNELS:
         return f"{channels} channels are more than {MAX_CHANNELS}"
     return ""
 
@@ -110,29 +108,17 @@ def _cpp_add(x, residual, weight, bias, eps, total, out):
     extension().add_layer_norm(_rows(x), _rows(residual), *parameters, _rows(total), _rows(out))
 
 
-def _triton(x, weight, bias, eps, out):
-    from stylefast.kernels.gpu.layer_norm import layer_norm as launch
-
-    launch(_rows(x), weight.contiguous(), bias.contiguous(), eps, _rows(out))
-
-
-def _triton_add(x, residual, weight, bias, eps, total, out):
-    from stylefast.kernels.gpu.layer_norm import add_layer_norm as launch
-
-    launch(_rows(x), _rows(residual), weight.contiguous(), bias.contiguous(), eps, _rows(total), _rows(out))
-
-
-_layer_norm = Operation(
+operation = Operation(
     "layer_norm",
     "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
     outputs=_output,
-    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    forms={"triton": "layer_norm", "cpp": _cpp, "torch": _torch},
     refuse=_refuse,
 )
-_add_layer_norm = Operation(
+add_operation = Operation(
     "add_layer_norm",
     "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
     outputs=_outputs,
-    forms={"triton": _triton_add, "cpp": _cpp_add, "torch": _torch_add},
+    forms={"triton": "layer_norm", "cpp": _cpp_add, "torch": _torch_add},
     refuse=_refuse,
 )

@@ -23,11 +23,21 @@ import torch.nn.functional as F
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation, trusted
+from stylefast.kernels.registry import Operation
 
 PLAIN, CONCAT, SWAP = 0, 1, 2
 HEAD_SIZES = (32, 40, 64, 80, 128)  # with a fused form; other sizes run in PyTorch
 FP8 = torch.float8_e4m3fn
+
+
+class References(NamedTuple):
+    """What each row reads besides itself; see `shared_attention`."""
+
+    page: torch.Tensor  # [rows, R] int64
+    mode: torch.Tensor  # [rows] int64
+    scale: torch.Tensor  # [rows, R] fp32
+    shift: torch.Tensor  # [rows, R] fp32
+    bias: torch.Tensor | None = None  # [rows + pages, tokens] fp32
 
 
 class Affine(NamedTuple):
@@ -38,6 +48,15 @@ class Affine(NamedTuple):
 
     gain: torch.Tensor
     offset: torch.Tensor
+
+
+class Pool(NamedTuple):
+    """Pages outside the batch: keys, values [pages, page tokens, heads, d]; for fp8 also scales [pages, heads, d]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
 def shared_attention_ref(
@@ -109,7 +128,6 @@ def shared_attention(
     bias: torch.Tensor | None = None,
     pool_k_scale: torch.Tensor | None = None,
     pool_v_scale: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute shared self-attention in one kernel, the custom op `torch.ops.stylefast.shared_attention`.
 
@@ -118,11 +136,11 @@ def shared_attention(
     parts or of 2 (queries and keys); pool_k, pool_v [pages, page tokens, heads, d] in q's type, or in float8_e4m3fn
     with pool_k_scale, pool_v_scale [pages, heads, d] or [heads, d] fp32; bias
     [rows + pages, tokens of the longest page] fp32. Softmax runs in fp32; shift and bias are in natural-log units.
-    Returns [rows, tokens, heads, d], contiguous, or fills `out`.
+    Returns [rows, tokens, heads, d], contiguous.
 
-    Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, for an `out` that overlaps an
-    input, and on CPUs for a page or mode out of range. On CUDA a page out of range makes its row NaN, without a
-    synchronisation, unless STYLEFAST_CHECKS=1 is set in the environment.
+    Raises InvalidRequest, a ValueError, for shapes, types and devices that don't fit, and on CPUs for a page or mode
+    out of range. On CUDA a page out of range makes its row NaN, without a synchronisation, unless STYLEFAST_CHECKS=1 is
+    set in the environment.
     """
     rows = q.shape[0] if q.ndim else 0
     if page is None:
@@ -133,18 +151,13 @@ def shared_attention(
         scale = torch.ones(page.shape, dtype=torch.float32, device=q.device)
     if shift is None:
         shift = torch.zeros(page.shape, dtype=torch.float32, device=q.device)
-    pool_k_scale, pool_v_scale = (_per_page(x, pool_k) for x in (pool_k_scale, pool_v_scale))
-    gain, offset = affine if affine is not None else (None, None)
-    arguments = (q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias)
-    if not trusted():
-        _check(*arguments)
-    if out is None:
-        return _shared_attention(*arguments)
-    checks.shape("out", out, rows=rows, tokens=q.shape[1], heads=q.shape[2], d=q.shape[3])
-    checks.dtype("out", out, q.dtype)
-    checks.dense_channels(out=out)
-    _shared_attention_out(*arguments, out)
-    return out
+    if (pool_k is None) != (pool_v is None):
+        raise InvalidRequest("pool_k and pool_v go together: give both or neither")
+    scales = [_per_page(x, pool_k) for x in (pool_k_scale, pool_v_scale)]
+    pool = Pool(pool_k, pool_v, *scales) if pool_k is not None and pool_v is not None else None
+    references = References(page, mode, scale, shift, bias)
+    _check(q, k, v, references, affine, pool, scales)
+    return operation.call(q, k, v, references, affine, pool)
 
 
 def _per_page(scale: torch.Tensor | None, pool: torch.Tensor | None) -> torch.Tensor | None:
@@ -154,84 +167,75 @@ def _per_page(scale: torch.Tensor | None, pool: torch.Tensor | None) -> torch.Te
     return scale.expand(pool.shape[0], *scale.shape).contiguous()
 
 
-def _check(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias):
+def _check(q, k, v, references: References, affine: Affine | None, pool: Pool | None, scales: list):
     checks.shape("q", q, rows=-1, tokens=-1, heads=-1, d=-1)
-    rows, tokens, heads, width = q.shape
     checks.floating("q", q)
+    rows, tokens, heads, width = q.shape
     for name, x in (("k", k), ("v", v)):
         checks.shape(name, x, rows=rows, tokens=tokens, heads=heads, d=width)
         checks.dtype(name, x, q.dtype)
-    checks.shape("page", page, rows=rows, R=-1)
-    checks.shape("mode", mode, rows=rows)
-    for name, x in (("page", page), ("mode", mode)):
-        checks.dtype(name, x, torch.int64)
-    for name, x in (("scale", scale), ("shift", shift)):
-        checks.shape(name, x, rows=rows, R=page.shape[1])
-        checks.dtype(name, x, torch.float32)
-    if (gain is None) != (offset is None):
-        raise InvalidRequest("affine needs both gain and offset")
-    for name, x in (("affine.gain", gain), ("affine.offset", offset)):
-        if x is not None:
-            parts = 2 if x.ndim and gain.shape[0] == 2 else 3
-            checks.shape(name, x, parts=parts, rows=rows, heads=heads, d=width)
-            checks.dtype(name, x, torch.float32)
-    if (pool_k is None) != (pool_v is None):
-        raise InvalidRequest("pool_k and pool_v go together: give both or neither")
-    pages = 0
-    if pool_k is not None:
-        checks.shape("pool_k", pool_k, pages=-1, tokens=-1, heads=heads, d=width)
-        pages = pool_k.shape[0]
-        checks.shape("pool_v", pool_v, pages=pages, tokens=pool_k.shape[1], heads=heads, d=width)
-        for name, x in (("pool_k", pool_k), ("pool_v", pool_v)):
-            checks.dtype(name, x, q.dtype, FP8)
-        if pool_k.dtype != pool_v.dtype:
-            raise InvalidRequest(f"pool_k and pool_v must have one type, not {pool_k.dtype} and {pool_v.dtype}")
-        checks.dense_channels(pool_k=pool_k, pool_v=pool_v)
-    needs_scale = pool_k is not None and pool_k.dtype == FP8
-    for name, x in (("pool_k_scale", pool_k_scale), ("pool_v_scale", pool_v_scale)):
+    checks.dense_channels(q=q, k=k, v=v)
+    _check_references(rows, references)
+    if affine is not None:
+        for name, x in affine._asdict().items():
+            parts = 2 if x.ndim and affine.gain.shape[0] == 2 else 3
+            checks.shape(f"affine.{name}", x, parts=parts, rows=rows, heads=heads, d=width)
+            checks.dtype(f"affine.{name}", x, torch.float32)
+    if pool is not None:
+        _check_pool(q, pool)
+    needs_scale = pool is not None and pool.k.dtype == FP8
+    for name, x in zip(("pool_k_scale", "pool_v_scale"), scales):
         if (x is not None) != needs_scale:
             raise InvalidRequest(f"{name} [pages, heads, d] goes with pages in {FP8}, and only with those")
         if x is not None:
-            checks.shape(name, x, pages=pages, heads=heads, d=width)
+            checks.shape(name, x, pages=pool.k.shape[0], heads=heads, d=width)
             checks.dtype(name, x, torch.float32)
-    if bias is not None:
-        longest = max(tokens, pool_k.shape[1] if pool_k is not None else 0)
-        checks.shape("bias", bias, pages=rows + pages, tokens=-1)
-        checks.dtype("bias", bias, torch.float32)
-        if bias.shape[1] < longest:
-            raise InvalidRequest(f"bias covers {bias.shape[1]} tokens a page, but the longest page has {longest}")
-    checks.dense_channels(q=q, k=k, v=v)
-    checks.together(
-        "q",
-        q=q,
-        k=k,
-        v=v,
-        page=page,
-        mode=mode,
-        scale=scale,
-        shift=shift,
-        gain=gain,
-        offset=offset,
-        pool_k=pool_k,
-        pool_v=pool_v,
-        pool_k_scale=pool_k_scale,
-        pool_v_scale=pool_v_scale,
-        bias=bias,
-    )
+    if references.bias is not None:
+        pages, page_tokens = pool.k.shape[:2] if pool is not None else (0, 0)
+        longest = max(tokens, page_tokens)
+        checks.shape("bias", references.bias, pages=rows + pages, tokens=-1)
+        checks.dtype("bias", references.bias, torch.float32)
+        if references.bias.shape[1] < longest:
+            raise InvalidRequest(
+                f"bias covers {references.bias.shape[1]} tokens a page, but the longest page has {longest}"
+            )
+    groups = {"": references, "affine.": affine, "pool_": pool}
+    named = {prefix + name: x for prefix, group in groups.items() if group for name, x in group._asdict().items()}
+    checks.together("q", q=q, k=k, v=v, **named)
 
 
-def _check_values(
-    q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias, out=None
-):
-    pages = pool_k.shape[0] if pool_k is not None else 0
-    checks.integers_within("page", page, -1, q.shape[0] + pages, f"pages of {q.shape[0]} rows and {pages} in the pool")
-    checks.integers_within("mode", mode, PLAIN, SWAP + 1, "modes (0 plain, 1 concat, 2 swap)")
+def _check_references(rows: int, references: References):
+    page, mode, scale, shift, _ = references
+    checks.shape("page", page, rows=rows, R=-1)
+    checks.dtype("page", page, torch.int64)
+    checks.shape("mode", mode, rows=rows)
+    checks.dtype("mode", mode, torch.int64)
+    for name, x in (("scale", scale), ("shift", shift)):
+        checks.shape(name, x, rows=rows, R=page.shape[1])
+        checks.dtype(name, x, torch.float32)
 
 
-def refuse_head_size(backend: str, arguments: tuple) -> str:
+def _check_pool(q, pool: Pool):
+    heads, width = q.shape[2:]
+    checks.shape("pool_k", pool.k, pages=-1, tokens=-1, heads=heads, d=width)
+    checks.shape("pool_v", pool.v, pages=pool.k.shape[0], tokens=pool.k.shape[1], heads=heads, d=width)
+    for name, x in (("pool_k", pool.k), ("pool_v", pool.v)):
+        checks.dtype(name, x, q.dtype, FP8)
+    if pool.k.dtype != pool.v.dtype:
+        raise InvalidRequest(f"pool_k and pool_v must have one type, not {pool.k.dtype} and {pool.v.dtype}")
+    checks.dense_channels(pool_k=pool.k, pool_v=pool.v)
+
+
+def _check_values(q, k, v, references: References, affine, pool: Pool | None):
+    rows, pages = q.shape[0], pool.k.shape[0] if pool is not None else 0
+    checks.integers_within("page", references.page, -1, rows + pages, f"pages of {rows} rows and {pages} in the pool")
+    checks.integers_within("mode", references.mode, PLAIN, SWAP + 1, "modes (0 plain, 1 concat, 2 swap)")
+
+
+def refuse_head_size(form: str, arguments: tuple) -> str:
     """Return why a fused form can't take the head size of q, the first argument; "" if it can."""
     width = arguments[0].shape[-1]
-    if backend != "torch" and width not in HEAD_SIZES:
+    if form != "torch" and width not in HEAD_SIZES:
         return f"head size {width} is not one of {', '.join(map(str, HEAD_SIZES))}"
     return ""
 
@@ -240,11 +244,9 @@ def _outputs(q, *others) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _torch(
-    q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias
-) -> torch.Tensor:
+def _torch(q, k, v, references: References, affine: Affine | None, pool: Pool | None) -> torch.Tensor:
     """Compute with PyTorch's attention kernels, one call per `_kind` of row. Synchronises with the device."""
-    rows = q.shape[0]
+    rows, (page, mode, scale, shift, bias) = q.shape[0], references
     if page.shape[1] == 0 or q.numel() == 0:
         return attend(q, k, v).contiguous()
 
@@ -261,10 +263,10 @@ def _torch(
         if row_mode == PLAIN:
             out[index] = attend(query, own_k, own_v)
             continue
-        if gain is not None:
+        if affine is not None:
             parts = [query, own_k, own_v]
-            for i in range(len(gain)):
-                parts[i] = _moved(parts[i], gain[i, index], offset[i, index])
+            for i, (gain, offset) in enumerate(zip(*affine)):
+                parts[i] = _moved(parts[i], gain[index], offset[index])
             query, own_k, own_v = parts
         keys, values, extra = [], [], []
         if row_mode != SWAP:
@@ -275,8 +277,8 @@ def _torch(
             if source == "live":
                 page_k, page_v = k[p], v[p]
             else:
-                page_k = _pages(pool_k, pool_k_scale, p - rows, q.dtype)
-                page_v = _pages(pool_v, pool_v_scale, p - rows, q.dtype)
+                page_k = _pages(pool.k, pool.k_scale, p - rows, q.dtype)
+                page_v = _pages(pool.v, pool.v_scale, p - rows, q.dtype)
             keys.append(_scaled(page_k, scale[index, r]) if bool((scale[index, r] != 1).any()) else page_k)
             values.append(page_v)
             shifts = shift[index, r, None].expand(-1, page_k.shape[1])
@@ -309,19 +311,18 @@ def _pages(pool: torch.Tensor, scale: torch.Tensor | None, index: torch.Tensor, 
     return (pool.view(torch.uint8)[index].view(FP8).float() * scale[index, None]).to(dtype)
 
 
-def _traceable(
-    q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, pool_k_scale, pool_v_scale, bias
-) -> torch.Tensor:
+def _traceable(q, k, v, references: References, affine: Affine | None, pool: Pool | None) -> torch.Tensor:
     """Compute without reading tensors on the host: every row carries every segment, masked out where unused."""
-    rows, tokens = q.shape[:2]
+    (rows, tokens), (page, mode, scale, shift, bias) = q.shape[:2], references
     if page.shape[1] == 0:
         return attend(q, k, v).contiguous()
     used = (mode != PLAIN)[:, None] & (page >= 0)  # [rows, R]
     styled = used.any(1)
     parts = [q, k, v]
-    if gain is not None:
-        for i in range(len(gain)):
-            parts[i] = torch.where(styled[:, None, None, None], _moved(parts[i], gain[i], offset[i]), parts[i])
+    if affine is not None:
+        for i in range(affine.gain.shape[0]):
+            moved = _moved(parts[i], affine.gain[i], affine.offset[i])
+            parts[i] = torch.where(styled[:, None, None, None], moved, parts[i])
     query, own_k, own_v = parts
 
     hidden = torch.full((), -math.inf, dtype=_exact(q.dtype), device=q.device)
@@ -329,16 +330,15 @@ def _traceable(
     keys, values, extra = [own_k], [own_v], [own.expand(-1, tokens)]
     for r in range(page.shape[1]):
         p = page[:, r]
-        sources = [(p.clamp(0, rows - 1), p < rows, k, v, None, None)]
-        if pool_k is not None and pool_k.shape[0]:
-            pooled = (p - rows).clamp(0, pool_k.shape[0] - 1)
-            sources.append((pooled, p >= rows, pool_k, pool_v, pool_k_scale, pool_v_scale))
-        for index, here, source_k, source_v, k_scale, v_scale in sources:
+        sources = [(p.clamp(0, rows - 1), p < rows, Pool(k, v))]
+        if pool is not None and pool.k.shape[0]:
+            sources.append(((p - rows).clamp(0, pool.k.shape[0] - 1), p >= rows, pool))
+        for index, here, source in sources:
             seen = used[:, r] & here & (shift[:, r] != -math.inf)
             # zeros where masked: 0 * NaN would be NaN
             page_k, page_v = (
                 torch.where(seen[:, None, None, None], _pages(x, x_scale, index, q.dtype), 0)
-                for x, x_scale in ((source_k, k_scale), (source_v, v_scale))
+                for x, x_scale in ((source.k, source.k_scale), (source.v, source.v_scale))
             )
             keys.append(_scaled(page_k, scale[:, r]))
             values.append(page_v)
@@ -372,28 +372,19 @@ def attend(q, k, v, mask=None):
 
 
 def _cpp(*arguments) -> None:
-    extension().shared_attention(*arguments)
+    *inputs, out = arguments
+    extension().shared_attention(*operation.flat(inputs), out)
 
 
-def _triton(*arguments) -> None:
-    from stylefast.kernels.gpu.shared_attention import shared_attention as launch
-
-    launch(*arguments)
-
-
-# named "modes" because functionalisation passes arguments by keyword and has a `mode` of its own
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor page, Tensor modes, Tensor scale, Tensor shift, Tensor? gain, "
-    "Tensor? offset, Tensor? pool_k, Tensor? pool_v, Tensor? pool_k_scale, Tensor? pool_v_scale, Tensor? bias"
-)
-
-_shared_attention = Operation(
+operation = Operation(
     "shared_attention",
-    f"({_ARGUMENTS}) -> Tensor",
+    # named "modes" because functionalisation passes arguments by keyword and has a `mode` of its own
+    "(Tensor q, Tensor k, Tensor v, Tensor page, Tensor modes, Tensor scale, Tensor shift, Tensor? bias, Tensor? gain, "
+    "Tensor? offset, Tensor? pool_k, Tensor? pool_v, Tensor? pool_k_scale, Tensor? pool_v_scale) -> Tensor",
+    groups=(References, Affine, Pool),
     outputs=_outputs,
-    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    forms={"triton": "shared_attention", "cpp": _cpp, "torch": _torch},
     refuse=refuse_head_size,
     values=_check_values,
     traceable=_traceable,
 )
-_shared_attention_out = _shared_attention.into("shared_attention_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()")

@@ -11,7 +11,7 @@ import torch
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation, trusted
+from stylefast.kernels.registry import Operation
 
 
 def token_stats_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,9 +35,6 @@ def token_stats(x: torch.Tensor, *more: torch.Tensor) -> tuple[torch.Tensor, tor
     InvalidRequest, a ValueError, for other shapes, types or strides, and if there are no tokens.
     """
     tensors = [x, *more]
-    if trusted():
-        mean, variance = _token_stats(tensors)
-        return (mean, variance) if more else (mean[0], variance[0])
     checks.shape("x", x, rows=-1, tokens=-1, heads=-1, d=-1)
     checks.floating("x", x)
     if not 1 <= len(tensors) <= 3:
@@ -51,13 +48,13 @@ def token_stats(x: torch.Tensor, *more: torch.Tensor) -> tuple[torch.Tensor, tor
         checks.dtype(name, other, x.dtype)
         checks.dense_channels(**{name: other})
         checks.together("x", **{"x": x, name: other})
-    mean, variance = _token_stats(tensors)
+    mean, variance = operation.call(tensors)
     return (mean, variance) if more else (mean[0], variance[0])
 
 
-def _refuse(backend, arguments) -> str:
+def _refuse(form, arguments) -> str:
     width = arguments[0][0].shape[-1]
-    return f"head size {width} is not a multiple of 8" if backend == "cpp" and width % 8 else ""
+    return f"head size {width} is not a multiple of 8" if form == "cpp" and width % 8 else ""
 
 
 def _outputs(tensors):
@@ -79,16 +76,10 @@ def _cpp(tensors, mean, variance):
     extension().token_stats(tensors, mean, variance)
 
 
-def _triton(tensors, mean, variance):
-    from stylefast.kernels.gpu.token_stats import token_stats as launch
-
-    launch(tensors, mean, variance)
-
-
-_token_stats = Operation(
+operation = Operation(
     "token_stats",
     "(Tensor[] tensors) -> (Tensor, Tensor)",
     outputs=_outputs,
-    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    forms={"triton": "token_stats", "cpp": _cpp, "torch": _torch},
     refuse=_refuse,
 )

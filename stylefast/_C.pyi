@@ -52,13 +52,13 @@ def shared_attention(
     mode: Tensor,
     scale: Tensor,
     shift: Tensor,
+    bias: Tensor | None,
     gain: Tensor | None,
     offset: Tensor | None,
     pool_k: Tensor | None,
     pool_v: Tensor | None,
     pool_k_scale: Tensor | None,
     pool_v_scale: Tensor | None,
-    bias: Tensor | None,
     out: Tensor,
 ) -> None: ...
 def gated_cross_attention(

@@ -17,7 +17,7 @@ from stylefast.errors import InvalidRequest
 from stylefast.kernels import adain_affine, shared_attention, token_stats
 from stylefast.kernels.configs import Config, configuration
 from stylefast.kernels.gpu.timing import one_line
-from stylefast.kernels.shared_attention import CONCAT
+from stylefast.kernels.shared_attention import CONCAT, Pool, References
 
 WIDTH = 64
 LAYERS = ((4096, 10), (1024, 20))  # tokens and heads of SDXL's two attention resolutions at 1024 x 1024 pixels
@@ -274,8 +274,8 @@ def _configured(scene: _Scene, forms: dict[str, dict[str, Config]]) -> Entrants:
 
     def call(i, config):
         s, out = sets[i], torch.empty_like(sets[i]["q"])
-        tables = (s[name] for name in ("q", "k", "v", "page", "mode", "scale", "shift"))
-        launch(*tables, *affines[i], s["pool_k"], s["pool_v"], None, None, None, out, config=config)
+        references = References(*(s[name] for name in ("page", "mode", "scale", "shift")))
+        launch(s["q"], s["k"], s["v"], references, affines[i], Pool(s["pool_k"], s["pool_v"]), out, config=config)
         return out
 
     named = [pair for configs in forms.values() for pair in configs.items()]

@@ -97,7 +97,7 @@ def run(
         "device": device,
         "quick": quick,
         "environment": environment(device),
-        "backends": registry.report(device),
+        "forms": registry.report(device),
         "ceilings": ceilings(device, quick, timer),
         "results": [],
     }
@@ -125,7 +125,7 @@ def run(
 
 
 def heading(content: dict[str, Any]) -> str:
-    """Describe machine, backends and ceilings in a few lines."""
+    """Describe machine, forms and ceilings in a few lines."""
     env, limits = content["environment"], content["ceilings"]
     machine = env.get("gpu") or f"{env['cpu']}, {env['threads']} threads of {env['cores']} cores"
     matmul = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in limits["matmul"].items())
@@ -133,7 +133,7 @@ def heading(content: dict[str, Any]) -> str:
         f"{machine}; torch {env['torch']}, triton {env['triton']}, Python {env['python']}, commit {env['commit']}",
         f"this run's ceilings: matmul {limits['matmul_size']}^3 {matmul}; copy {limits['copy']:.1f} GB/s",
     ]
-    lines += [f"{row['operation']}: {row['backend']} ({row['reason']})" for row in content["backends"]]
+    lines += [f"{row['operation']}: {row['form']} ({row['reason']})" for row in content["forms"]]
     return "\n".join(lines)
 
 

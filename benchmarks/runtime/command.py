@@ -79,7 +79,7 @@ def run(cases: Sequence[Case], device: str, quick: bool, budget: Budget, path: P
         "device": device,
         "quick": quick,
         "environment": environment(device),
-        "backends": registry.report(device),
+        "forms": registry.report(device),
         "results": [],
     }
     print(heading(content), flush=True)
@@ -118,10 +118,10 @@ def measured(case: Case, budget: Budget, void: str, clean_up: Callable[[], None]
 
 
 def heading(content: dict[str, Any]) -> str:
-    """Describe machine, versions and kernel backends in a few lines."""
+    """Describe machine, versions and kernel forms in a few lines."""
     env = content["environment"]
     machine = env.get("gpu") or f"{env['cpu']}, {env['threads']} threads of {env['cores']} cores"
-    kernels = ", ".join(f"{row['operation']} {row['backend']}" for row in content["backends"])
+    kernels = ", ".join(f"{row['operation']} {row['form']}" for row in content["forms"])
     return (
         f"{machine}; torch {env['torch']}, Python {env['python']}, commit {env['commit']}, load {env['load_before']}\n"
         f"kernels: {kernels}"

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configurations
+from stylefast.kernels.gated_cross_attention import ImageSegments
 from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import compiler_options, device_of, power_of_two, settings, specialisation
 
@@ -498,14 +499,7 @@ def gated_cross_attention(
     text_k: torch.Tensor,
     text_v: torch.Tensor,
     text_page: torch.Tensor,
-    image_k: torch.Tensor | None,
-    image_v: torch.Tensor | None,
-    image_lengths: torch.Tensor | None,
-    image_page: torch.Tensor | None,
-    strength: torch.Tensor | None,
-    group: torch.Tensor | None,
-    masks: torch.Tensor | None,
-    mask_index: torch.Tensor | None,
+    images: ImageSegments | None,
     out: torch.Tensor,
     config: Config | None = None,
 ) -> None:
@@ -519,48 +513,36 @@ def gated_cross_attention(
     rows, tokens, heads, d = q.shape
     if q.numel() == 0:
         return
-    segments = 0 if image_page is None else image_page.shape[1]
-    if segments == 0 or image_k.numel() == 0:
-        segments, image_k, image_v, image_lengths, image_page, strength, group = 0, *[None] * 6
-    if segments == 0 or masks is None or mask_index is None:
-        masks = mask_index = None
+    if images is not None and (images.page.shape[1] == 0 or images.k.numel() == 0):
+        images = None
+    if images is not None and (images.masks is None or images.mask_index is None):
+        images = images._replace(masks=None, mask_index=None)
     config = settings("gated_cross_attention", q, config, d=d, bits=q.element_size() * 8)
-    queries = config["queries"]
-    text_tokens, image_tokens = text_k.shape[1], image_k.shape[1] if segments else 0
+    queries, text_tokens = config["queries"], text_k.shape[1]
+    segments, image_pages, image_tokens = 0, 0, 0
+    if images is not None:
+        segments, (image_pages, image_tokens) = images.page.shape[1], images.k.shape[:2]
     columns, segment_columns = one_tile_columns(text_tokens, segments, image_tokens)
+    tensors = images or (None,) * 8
     arguments = (
         q,
         text_k,
         text_v,
         text_page,
-        image_k,
-        image_v,
-        image_lengths,
-        image_page,
-        strength,
-        group,
-        masks,
-        mask_index,
+        *tensors,
         out,
         LOG2_E / math.sqrt(d),
         tokens,
         text_tokens,
         text_k.shape[0],
         image_tokens,
-        image_k.shape[0] if segments else 0,
-        0 if masks is None else masks.shape[0],
+        image_pages,
+        0 if images is None or images.masks is None else images.masks.shape[0],
         *q.stride()[:3],
         *text_k.stride()[:3],
         *text_v.stride()[:3],
         *text_page.stride(),
-        *_strides(image_k, 3),
-        *_strides(image_v, 3),
-        *_strides(image_lengths, 1),
-        *_strides(image_page, 2),
-        *_strides(strength, 2),
-        *_strides(group, 2),
-        *_strides(masks, 2),
-        *_strides(mask_index, 2),
+        *(stride for x, count in zip(tensors, (3, 3, 1, 2, 2, 2, 2, 2)) for stride in _strides(x, count)),
         *out.stride()[:3],
     )
     sizes = {"D": d, "D_PADDED": max(16, power_of_two(d)), "QUERIES": queries}

@@ -17,10 +17,10 @@ from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import (
     compiler_options,
     device_of,
-    position_stride,
     power_of_two,
     settings,
     specialisation,
+    with_position_stride,
 )
 from stylefast.kernels.gpu.moments import add_to_moments, merge_moments
 
@@ -216,14 +216,16 @@ def group_norm_silu(
 ) -> None:
     """Write the norm of x [rows, channels, h, w] into `out`; arguments as the public operation's, already checked.
 
-    A row whose page is out of range becomes NaN. Raises InvalidRequest for an x that is neither contiguous nor
-    channels_last (row or channel slices of these are fine), and for pictures that span 2**31 elements or more.
+    `out` is contiguous or channels_last, or a slice of that. A row whose page is out of range becomes NaN.
+    Raises InvalidRequest for pictures that span 2**31 elements or more.
     """
     if x.numel() == 0:
         return
     rows, channels, height, width = x.shape
     positions, group_channels = height * width, channels // groups
-    x_position, out_position = position_stride("x", x), position_stride("out", out)
+    x, x_position = with_position_stride(x)
+    out, out_position = with_position_stride(out)
+    weight, bias = weight.contiguous(), bias.contiguous()
     if (reach := positions * max(x_position, out_position)) >= 2**31:
         raise InvalidRequest(f"a picture of x may reach over 2**31 - 1 elements, not {reach}; norm it in parts")
     packed = x.stride(1) == positions and x_position == 1  # a group is contiguous in memory

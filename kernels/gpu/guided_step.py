@@ -14,16 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import (
     compiler_options,
     device_of,
-    position_stride,
     power_of_two,
     settings,
     specialisation,
+    with_position_stride,
 )
 from stylefast.kernels.gpu.moments import add_to_moments, merge_moments
 
@@ -315,23 +314,12 @@ def guided_step(
 ) -> None:
     """Write one sampler step of all pictures into the three `next_*`; arguments as the public operation's.
 
-    Predictions may be contiguous or channels_last; pictures of all other tensors must be contiguous, or InvalidRequest
-    is raised. A picture that uses a row out of range becomes NaN.
+    Predictions may be contiguous or channels_last; other pictures that are not contiguous are copied. A picture that
+    uses a row out of range becomes NaN.
     """
     if latents.numel() == 0:
         return
-    for name, tensor in (
-        ("latents", latents),
-        ("anchor", anchor),
-        ("history", history),
-        ("noise", noise),
-        ("next_latents", next_latents),
-        ("next_anchor", next_anchor),
-        ("next_history", next_history),
-    ):
-        picture = tensor[0, 0] if tensor.ndim == 5 else tensor[0]
-        if not picture.is_contiguous():
-            raise InvalidRequest(f"{name} has pictures with strides {list(picture.stride())}; pass it .contiguous()")
+    latents, anchor, history, noise = (x.contiguous() for x in (latents, anchor, history, noise))
     images, channels, height, width = latents.shape
     positions, elements = height * width, latents[0].numel()
     config = settings("guided_step", latents, config, elements=elements)
@@ -340,8 +328,9 @@ def guided_step(
     tiles = triton.cdiv(triton.cdiv(elements, splits), block)  # per split
     splits = triton.cdiv(elements, tiles * block)
     moments = torch.empty(images, splits, 6, dtype=torch.float32, device=latents.device)
+    predictions, position = with_position_stride(predictions)
     packed = len(predictions) == 0 or predictions[0].is_contiguous()
-    prediction = (predictions.stride(0), *((0, 0) if packed else _strides(predictions)))
+    prediction = (predictions.stride(0), *((0, 0) if packed else (predictions.stride(1), position)))
     branches = (*branch_rows.stride(), *branch_weights.stride(), *rescale.stride())
     with device_of(latents):
         _deviations[(splits, images)](
@@ -396,11 +385,6 @@ def guided_step(
             BLOCK=block,
             **compiler_options(config),
         )
-
-
-def _strides(predictions: torch.Tensor) -> tuple[int, int]:
-    # of channels and of positions
-    return predictions.stride(1), position_stride("predictions", predictions)
 
 
 def specialisations(capability: int) -> list[Specialisation]:

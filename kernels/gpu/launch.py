@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from stylefast.code_caches import guard_triton_cache
-from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configuration
 from stylefast.kernels.gpu.ahead import Specialisation
 
@@ -41,33 +40,18 @@ def device_of(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
-def as_rows(name: str, x: torch.Tensor) -> torch.Tensor:
-    """View x [..., columns] as [rows, columns] without a copy. Raises InvalidRequest if its strides forbid it."""
-    try:
-        rows = x.view(-1, x.shape[-1])
-    except RuntimeError:
-        rows = None
-    if rows is None or (rows.shape[1] > 1 and rows.stride(1) != 1):
-        raise InvalidRequest(
-            f"{name} {list(x.shape)} with strides {list(x.stride())} is no stack of evenly spaced rows; "
-            "pass it .contiguous()"
-        )
-    return rows
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x [..., columns] as evenly spaced rows of contiguous columns, copied only if they are not."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def position_stride(name: str, x: torch.Tensor) -> int:
-    """Return the stride of the h * w positions of x [rows, channels, h, w] taken as one dimension.
-
-    Raises InvalidRequest if no single stride reaches them all.
-    """
-    _, _, height, width = x.shape
-    if width == 1:
-        return x.stride(2)
-    if height > 1 and x.stride(2) != width * x.stride(3):
-        raise InvalidRequest(
-            f"{name} {list(x.shape)} with strides {list(x.stride())} is neither contiguous nor channels_last"
-        )
-    return x.stride(3)
+def with_position_stride(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return x [rows, channels, h, w] and the stride of its h * w positions, copied only if they have no single one."""
+    height, width = x.shape[2:]
+    if height > 1 and width > 1 and x.stride(2) != width * x.stride(3):
+        x = x.contiguous()
+    return x, x.stride(2) if width == 1 else x.stride(3)
 
 
 def power_of_two(n: int) -> int:

@@ -63,9 +63,9 @@ def layer_norm(
     out: torch.Tensor,
     config: Config | None = None,
 ) -> None:
-    """Write the layer norm of x [..., columns] into `out`.
+    """Write the layer norm of x [..., columns] into `out`, whose rows are evenly spaced.
 
-    Raises InvalidRequest for rows that are not evenly spaced and for more than 8192 columns.
+    Raises InvalidRequest for more than 8192 columns.
     """
     _launch(x, None, weight, bias, eps, None, out, config)
 
@@ -90,9 +90,10 @@ def _launch(x, residual, weight, bias, eps, total, out, config):
     columns = x.shape[-1]
     if columns > MAX_COLUMNS:
         raise InvalidRequest(f"layer_norm in Triton takes at most {MAX_COLUMNS} columns, not {columns}")
-    x, out = as_rows("x", x), as_rows("out", out)
+    x, out = as_rows(x), out.view(-1, columns)
     if residual is not None:
-        residual, total = as_rows("residual", residual), as_rows("total", total)
+        residual, total = as_rows(residual), total.view(-1, columns)
+    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
     config = settings("layer_norm", x, config, columns=columns, bits=x.element_size() * 8)
     padded = power_of_two(columns)
     together = max(1, config["elements"] // padded)  # rows of one program

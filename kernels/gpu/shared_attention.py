@@ -16,10 +16,10 @@ from stylefast.kernels.gpu import shared_attention_pointers as pointers
 from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import settings, specialisation
 from stylefast.kernels.gpu.strides import ALIGN, is_aligned, span, strides
+from stylefast.kernels.shared_attention import FP8, Affine, Pool, References
 
 logger = logging.getLogger(__name__)
 
-FP8 = torch.float8_e4m3fn
 SPECIALISED_WIDTH = 64  # channels of a head
 
 
@@ -27,76 +27,39 @@ def shared_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    page: torch.Tensor,
-    mode: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    gain: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    pool_k: torch.Tensor | None,
-    pool_v: torch.Tensor | None,
-    pool_k_scale: torch.Tensor | None,
-    pool_v_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    references: References,
+    affine: Affine | None,
+    pool: Pool | None,
     out: torch.Tensor,
     config: Config | None = None,
 ) -> None:
     """Fill `out` [rows, tokens, heads, d]; arguments as the public operation's, already checked.
 
-    gain and offset are [3, rows, heads, d], or [2, rows, heads, d] if the values stay unchanged, which is cheaper. A
-    row with a page outside [-1, rows + pages) becomes NaN. Doesn't synchronise. Raises InvalidRequest if the form of a
-    given configuration does not fit the call, and for bf16 in the interpreter.
+    An affine of two parts, which leaves the values as they are, is cheaper than one of three. A row with a page outside
+    [-1, rows + pages) becomes NaN. Doesn't synchronise. Raises InvalidRequest if the form of a given configuration does
+    not fit the call, and for bf16 in the interpreter.
     """
     if out.numel() == 0:
         return
     if q.dtype == torch.bfloat16 and not q.is_cuda:
         raise InvalidRequest("Triton's interpreter multiplies no bfloat16 matrices; use float16 or float32 on the CPU")
-    tensors = (q, k, v, page, gain, pool_k, pool_v, bias, out)
     if config is None:
-        form, _ = form_for(*tensors)
-        config = settings("shared_attention", q, None, form=form, **_key(q, pool_k))
-    elif config["form"] == "warp_specialised" and (reason := _misfit(*tensors, config)):
+        form, _ = form_for(q, k, v, references, pool, out)
+        config = settings("shared_attention", q, None, form=form, **_key(q, pool))
+    elif config["form"] == "warp_specialised" and (reason := _misfit(q, k, v, references, pool, out, config)):
         raise InvalidRequest(f"the warp-specialised form of shared_attention does not take this call: {reason}")
-
-    if config["form"] == "warp_specialised":
-        hopper.launch(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, out, config)
-    else:
-        pointers.launch(
-            q,
-            k,
-            v,
-            page,
-            mode,
-            scale,
-            shift,
-            gain,
-            offset,
-            pool_k,
-            pool_v,
-            pool_k_scale,
-            pool_v_scale,
-            bias,
-            out,
-            config,
-        )
+    launch = hopper.launch if config["form"] == "warp_specialised" else pointers.launch
+    launch(q, k, v, references, affine, pool, out, config)
 
 
 def form_for(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    page: torch.Tensor,
-    gain: torch.Tensor | None,
-    pool_k: torch.Tensor | None,
-    pool_v: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, references: References, pool: Pool | None, out: torch.Tensor
 ) -> tuple[str, str]:
     """Return the form that runs a call, and why it is not the warp-specialised one ("" if it is)."""
-    config = _specialised_config(q.device, tuple(_key(q, pool_k).items()))
+    config = _specialised_config(q.device, tuple(_key(q, pool).items()))
     if config is None:
         return "pointers", "no configuration of the warp-specialised form for this chip, type and kind of page"
-    reason = _misfit(q, k, v, page, gain, pool_k, pool_v, bias, out, config)
+    reason = _misfit(q, k, v, references, pool, out, config)
     return ("pointers", reason) if reason else ("warp_specialised", "")
 
 
@@ -109,7 +72,7 @@ def _specialised_config(device: torch.device, key: tuple) -> Config | None:
         return None
 
 
-def _misfit(q, k, v, page, gain, pool_k, pool_v, bias, out, config: Config) -> str:
+def _misfit(q, k, v, references: References, pool: Pool | None, out, config: Config) -> str:
     """Return why the warp-specialised form can't take a call, "" if it can."""
     tokens, d = q.shape[1], q.shape[3]
     block_n = config["block_n"]
@@ -117,25 +80,25 @@ def _misfit(q, k, v, page, gain, pool_k, pool_v, bias, out, config: Config) -> s
         return f"heads of {d} channels, not {SPECIALISED_WIDTH}"
     if q.element_size() != 2:
         return f"{q.dtype}, not a 16-bit type"
-    if page.shape[1] > 1:
-        return f"{page.shape[1]} pages a row, more than 1"
-    if bias is not None:
+    if references.page.shape[1] > 1:
+        return f"{references.page.shape[1]} pages a row, more than 1"
+    if references.bias is not None:
         return "a bias per token"
     if tokens % block_n:
         return f"{tokens} tokens are no multiple of {block_n}"
     tensors = [q, k, v, out]
-    if pool_k is not None:
-        if pool_k.dtype == FP8:
+    if pool is not None:
+        if pool.k.dtype == FP8:
             return "pages in fp8"
-        if pool_k.shape[1] % block_n:
-            return f"{pool_k.shape[1]} tokens of a page are no multiple of {block_n}"
-        for name, x, pool in (("keys", k, pool_k), ("values", v, pool_v)):
-            if strides(pool)[1] != strides(x)[1]:
+        if pool.k.shape[1] % block_n:
+            return f"{pool.k.shape[1]} tokens of a page are no multiple of {block_n}"
+        for name, x, pages in (("keys", k, pool.k), ("values", v, pool.v)):
+            if strides(pages)[1] != strides(x)[1]:
                 return f"the tokens of the pages' {name} are not as far apart in memory as the rows' own"
-            if span(x, pool) >= hopper.STRIDE_LIMIT:
+            if span(x, pages) >= hopper.STRIDE_LIMIT:
                 _say_far()
                 return f"the pages' {name} lie a terabyte or more from the rows' own, which no tensor map reaches"
-        tensors += [pool_k, pool_v]
+        tensors += [pool.k, pool.v]
     if not is_aligned(*tensors):
         return "tokens or heads that don't start on 16 bytes"
     return ""
@@ -151,8 +114,8 @@ def _say_far() -> None:
     )
 
 
-def _key(q: torch.Tensor, pool_k: torch.Tensor | None) -> Key:
-    page = "fp8" if pool_k is not None and pool_k.dtype == FP8 else "native"
+def _key(q: torch.Tensor, pool: Pool | None) -> Key:
+    page = "fp8" if pool is not None and pool.k.dtype == FP8 else "native"
     return {"d": q.shape[3], "bits": 8 * q.element_size(), "page": page}
 
 

@@ -23,6 +23,7 @@ from stylefast.kernels.configs import Config
 from stylefast.kernels.gpu.exp2 import exp2, share
 from stylefast.kernels.gpu.launch import compiler_options, device_of
 from stylefast.kernels.gpu.strides import strides
+from stylefast.kernels.shared_attention import Affine, Pool, References
 
 STRIDE_LIMIT = 2**40  # bytes: limit of a tensor map's strides, one of which is the distance of the two segments
 
@@ -251,20 +252,15 @@ def launch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    page: torch.Tensor,
-    mode: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    gain: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    pool_k: torch.Tensor | None,
-    pool_v: torch.Tensor | None,
+    references: References,
+    affine: Affine | None,
+    pool: Pool | None,
     out: torch.Tensor,
     config: Config,
 ) -> None:
     """Fill `out`. The caller checks by `form_for` (shared_attention.py) that the arguments fit this form."""
     # Triton's allocator is a context variable; run in a copied context to leave the application's own in place
-    fill = partial(_fill, q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, out, config)
+    fill = partial(_fill, q, k, v, references, affine, pool, out, config)
     if not q.is_cuda:
         fill()
         return
@@ -273,21 +269,21 @@ def launch(
     context.run(fill)
 
 
-def _fill(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, out, config: Config) -> None:
+def _fill(q, k, v, references: References, affine: Affine | None, pool: Pool | None, out, config: Config) -> None:
     rows, tokens, heads, d = q.shape
+    page, mode, scale, shift, _ = references
     has_page = page.shape[1] == 1
-    tensors = 0 if gain is None or not has_page else gain.shape[0]
-    pages, page_tokens = pool_k.shape[:2] if pool_k is not None else (0, 0)
-    pool_strides = [0] * 4
-    if pool_k is not None:
-        pool_strides = [strides(x)[i] // 8 for x in (pool_k, pool_v) for i in (0, 2)]
+    tensors = 0 if affine is None or not has_page else affine.gain.shape[0]
+    pages, page_tokens = pool.k.shape[:2] if pool is not None else (0, 0)
+    pool_strides = [0] * 4 if pool is None else [strides(x)[i] // 8 for x in (pool.k, pool.v) for i in (0, 2)]
     factor = math.log2(math.e) / math.sqrt(d)
     block_m = config["block_m"]
     page_row, scale_row, shift_row = (x.stride(0) for x in (page, scale, shift))
     with device_of(q):
-        constant = None
+        constant = gain = offset = None
+        if affine is not None:
+            gain, offset = affine.gain.contiguous(), affine.offset.contiguous()
         if tensors:
-            gain, offset = gain.contiguous(), offset.contiguous()
             constant = torch.empty((rows, heads, tokens), dtype=torch.float32, device=q.device)
             query_constant_kernel[(triton.cdiv(tokens, 64), rows * heads)](
                 q,
@@ -320,8 +316,7 @@ def _fill(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, out, 
             shift,
             gain,
             offset,
-            pool_k,
-            pool_v,
+            *(pool or (None, None))[:2],
             rows,
             tokens,
             heads,
@@ -336,7 +331,7 @@ def _fill(q, k, v, page, mode, scale, shift, gain, offset, pool_k, pool_v, out, 
             D=d,
             FACTOR=factor,
             HAS_PAGE=has_page,
-            HAS_POOL=pool_k is not None,
+            HAS_POOL=pool is not None,
             TENSORS=tensors,
             BLOCK_M=block_m,
             BLOCK_N=config["block_n"],

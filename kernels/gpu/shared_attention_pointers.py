@@ -25,6 +25,7 @@ from stylefast.kernels.configs import Config
 from stylefast.kernels.gpu.exp2 import exp2, share
 from stylefast.kernels.gpu.launch import compiler_options, device_of, power_of_two
 from stylefast.kernels.gpu.strides import ALIGN, aligned, aligned_like, is_aligned, strides
+from stylefast.kernels.shared_attention import FP8, Affine, Pool, References
 
 # below every score, yet finite: in a tile of only hidden tokens, -inf minus it is no NaN
 _FLOOR = tl.constexpr(-1e30)
@@ -331,41 +332,32 @@ def launch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    page: torch.Tensor,
-    mode: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    gain: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    pool_k: torch.Tensor | None,
-    pool_v: torch.Tensor | None,
-    pool_k_scale: torch.Tensor | None,
-    pool_v_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    references: References,
+    affine: Affine | None,
+    pool: Pool | None,
     out: torch.Tensor,
     config: Config,
 ) -> None:
     """Fill `out`; this form takes every call. Tensors that are not `aligned` are copied first."""
     rows, tokens, heads, d = q.shape
-    q, k, v, pool_k, pool_v = (x if x is None else aligned(x) for x in (q, k, v, pool_k, pool_v))
+    page, mode, scale, shift, bias = references
+    q, k, v = (aligned(x) for x in (q, k, v))
     target = out if is_aligned(out) else aligned_like(out)
     block_m, block_n = config["block_m"], config["block_n"]
-    even = bias is None and tokens % block_n == 0 and (pool_k is None or pool_k.shape[1] % block_n == 0)
+    even = bias is None and tokens % block_n == 0 and (pool is None or pool.k.shape[1] % block_n == 0)
     block_n = block_n if even else masked_block(block_n)
-    pool, pages, page_tokens, pool_strides = "none", 0, 0, [0] * 6
-    if pool_k is not None:
-        pages, page_tokens = pool_k.shape[:2]
-        pool_strides = [s // ALIGN for x in (pool_k, pool_v) for s in strides(x)]
-        pool = "native"
-        if pool_k.dtype == torch.float8_e4m3fn:
-            pool = "codes" if config.get("decode", False) else "fp8"
-            pool_k_scale, pool_v_scale = pool_k_scale.contiguous(), pool_v_scale.contiguous()
-            if pool == "codes":
-                pool_k, pool_v = pool_k.view(torch.uint8), pool_v.view(torch.uint8)
-    tensors = 0
-    if gain is not None:
-        tensors = gain.shape[0]
-        gain, offset = gain.contiguous(), offset.contiguous()
+    stored, pages, page_tokens, pool_strides = "none", 0, 0, [0] * 6
+    if pool is not None:
+        pages, page_tokens = pool.k.shape[:2]
+        pool = pool._replace(k=aligned(pool.k), v=aligned(pool.v))
+        pool_strides = [s // ALIGN for x in (pool.k, pool.v) for s in strides(x)]
+        stored = "native"
+        if pool.k.dtype == FP8:
+            stored = "codes" if config.get("decode", False) else "fp8"
+            views = (x.view(torch.uint8) if stored == "codes" else x for x in (pool.k, pool.v))
+            pool = Pool(*views, pool.k_scale.contiguous(), pool.v_scale.contiguous())
+    if affine is not None:
+        affine = Affine(affine.gain.contiguous(), affine.offset.contiguous())
 
     with device_of(q):
         pointers_kernel[(triton.cdiv(tokens, block_m) * rows * heads,)](
@@ -377,12 +369,8 @@ def launch(
             mode,
             scale,
             shift,
-            gain,
-            offset,
-            pool_k,
-            pool_v,
-            pool_k_scale,
-            pool_v_scale,
+            *(affine or (None, None)),
+            *(pool or (None,) * 4),
             bias,
             rows,
             tokens,
@@ -399,8 +387,8 @@ def launch(
             *((0, 0) if bias is None else bias.stride()),
             D=d,
             FACTOR=math.log2(math.e) / math.sqrt(d),
-            TENSORS=tensors,
-            POOL=pool,
+            TENSORS=0 if affine is None else affine.gain.shape[0],
+            POOL=stored,
             HAS_BIAS=bias is not None,
             EVEN=even,
             ALIGN=ALIGN,

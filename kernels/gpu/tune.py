@@ -22,7 +22,10 @@ import torch
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import configs
 from stylefast.kernels.configs import Config, Key
+from stylefast.kernels.gated_cross_attention import ImageSegments
 from stylefast.kernels.gpu.timing import Times, graph_milliseconds
+from stylefast.kernels.registry import tensors_in
+from stylefast.kernels.shared_attention import Affine, Pool, References
 
 Timer = Callable[[Mapping[str, Callable[[int], object]], int], Times]
 
@@ -202,8 +205,7 @@ def _agrees(run: Callable[[int], object], outputs: Sequence[torch.Tensor], right
 
 def _sets(arguments: tuple[Sequence, Sequence], device: str) -> int:
     """Return the number of input sets that fill at least twice the L2 together, at most 8."""
-    tensors = [x for part in arguments for x in part if isinstance(x, torch.Tensor)]
-    used = sum(x.numel() * x.element_size() for x in tensors)
+    used = sum(x.numel() * x.element_size() for x in tensors_in(arguments))
     cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
     return min(8, max(1, -(-2 * cache // max(used, 1))))
 
@@ -241,22 +243,10 @@ def _shared_attention(key, size, device, seed):
     if key.get("page") == "none":
         page, ones, pool_k, pool_v, gain, offset = page[:, :0], ones[:, :0], None, None, None, None
     mode = torch.ones(size.rows, dtype=torch.int64, device=device)
-    inputs = (
-        q,
-        k[: size.rows],
-        v[: size.rows],
-        page,
-        mode,
-        ones,
-        torch.zeros_like(ones),
-        gain,
-        offset,
-        pool_k,
-        pool_v,
-        *scales,
-        None,
-    )
-    return inputs, (torch.empty_like(q),)
+    references = References(page, mode, ones, torch.zeros_like(ones))
+    affine = None if gain is None else Affine(gain, offset)
+    pool = None if pool_k is None else Pool(pool_k, pool_v, *scales)
+    return (q, k[: size.rows], v[: size.rows], references, affine, pool), (torch.empty_like(q),)
 
 
 def _gated_cross_attention(key, size, device, seed):
@@ -268,8 +258,8 @@ def _gated_cross_attention(key, size, device, seed):
     lengths, group = torch.full((2,), 4, device=device), torch.zeros(size.rows, 1, dtype=torch.int64, device=device)
     strength = make.full((size.rows, 1), 0.6)
     image_page = (row % 2)[:, None]
-    inputs = (q, text_k, text_v, row, image_k, image_v, lengths, image_page, strength, group, None, None)
-    return inputs, (torch.empty_like(q),)
+    images = ImageSegments(image_k, image_v, lengths, image_page, strength, group)
+    return (q, text_k, text_v, row, images), (torch.empty_like(q),)
 
 
 def _token_stats(key, size, device, seed):

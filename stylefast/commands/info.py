@@ -171,7 +171,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines.append(f"extension   {found_text if extension['found'] else extension['reason']}")
     width = max(len(row["operation"]) for row in found["operations"])
     for row in found["operations"]:
-        lines.append(f"operation   {row['operation']:{width}}  {row['backend'] or 'none':6}  {row['reason']}")
+        lines.append(f"operation   {row['operation']:{width}}  {row['form'] or 'none':6}  {row['reason']}")
     tiny = found["models"]["tiny"]
     if tiny["found"]:
         known = f"{tiny['megabytes']} MB, fingerprint {tiny['fingerprint'][:12]}, {tiny['folder']}"

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from stylefast.kernels.shared_attention import PLAIN
-from stylefast.kernels.token_stats import token_stats
+from stylefast.kernels.gated_cross_attention import ImageSegments
+from stylefast.kernels.shared_attention import PLAIN, Pool, References
+from stylefast.kernels.token_stats import operation as token_stats
 from stylefast.models.row_table import NO_PAGE, RowTable
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # two tensors [pages, tokens, heads, d]
@@ -46,7 +47,7 @@ class RowFeatures:
 
     def keep_attention(self, layer: int, hidden, q, k, v):
         """Record the features of one self-attention layer."""
-        self.layers[layer] = (hidden, k, v, *token_stats(q, k, v))
+        self.layers[layer] = (hidden, k, v, *token_stats.run([q, k, v]))
 
     def keep_norm(self, index: int, x, groups: int):
         """Record the statistics of group norm `index`, with biased variances as in the norm."""
@@ -59,14 +60,11 @@ class RowFeatures:
 class SelfInputs(NamedTuple):
     """Columns of the row table for one self-attention layer, and the pages it may read."""
 
-    page: torch.Tensor  # [rows, R]
-    mode: torch.Tensor  # [rows], PLAIN if the layer is inactive
-    scale: torch.Tensor  # [rows, R]
-    shift: torch.Tensor
+    references: References  # mode is PLAIN if the layer is inactive
     adain_page: torch.Tensor  # [rows], NO_PAGE if the layer is inactive
     adain_strength: torch.Tensor  # [rows, 3]
-    pool: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # keys, values
-    pool_stats: tuple[torch.Tensor, ...] = ()  # means, variances
+    pool: Pool | None = None
+    pool_stats: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # means, variances
     keep: Callable[..., None] | None = None  # method of `RowFeatures`, while baking a reference
 
 
@@ -76,14 +74,15 @@ class CrossInputs(NamedTuple):
     text_k: torch.Tensor  # [text pages, tokens, heads, d]
     text_v: torch.Tensor
     text_page: torch.Tensor  # [rows]
-    images: tuple = ()  # the remaining arguments of `gated_cross_attention`
+    images: ImageSegments | None = None
 
 
 class NormInputs(NamedTuple):
     """Pages whose statistics one group norm pools with its own."""
 
-    page: torch.Tensor  # [rows], or [0] if no row shares
-    pool: tuple = ()  # means, variances [pages, groups], elements
+    page: torch.Tensor | None  # [rows]; None if no row shares
+    pool: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # means, variances [pages, groups]
+    pool_elements: int | None = 0  # elements per statistic; None: as many as in the reading row
     keep: Callable[..., None] | None = None
 
 
@@ -126,51 +125,36 @@ class LayerInputs(NamedTuple):
     def self_attention(self, layer: int) -> SelfInputs:
         """Return the inputs of self-attention `layer`."""
         rows, pages, features = self.rows, self.pages, self.features
+        mode, adain_page, pool, pool_stats = rows.self_mode, rows.adain_page, None, (None, None)
+        if self.modes is not None and self.adain_pages is not None:
+            mode, adain_page = self.modes[layer], self.adain_pages[layer]
+            if pages is not None:
+                pool, pool_stats = Pool(*pages.layers[layer]), (pages.means[layer], pages.variances[layer])
+        references = References(rows.self_page, mode, rows.self_scale, rows.self_shift)
         keep = None if features is None else partial(features.keep_attention, layer)
-        if self.modes is None or self.adain_pages is None:
-            return SelfInputs(
-                rows.self_page,
-                rows.self_mode,
-                rows.self_scale,
-                rows.self_shift,
-                rows.adain_page,
-                rows.adain_strength,
-                keep=keep,
-            )
-        pool = {}
-        if pages is not None:
-            pool = {"pool": pages.layers[layer], "pool_stats": (pages.means[layer], pages.variances[layer])}
-        return SelfInputs(
-            rows.self_page,
-            self.modes[layer],
-            rows.self_scale,
-            rows.self_shift,
-            self.adain_pages[layer],
-            rows.adain_strength,
-            keep=keep,
-            **pool,
-        )
+        return SelfInputs(references, adain_page, rows.adain_strength, pool, pool_stats, keep)
 
     def cross_attention(self, layer: int, module: int, level: int) -> CrossInputs:
         """Return the inputs of cross-attention `layer` in attention module `module` at attention level `level`."""
-        rows, images = self.rows, ()
+        rows, images = self.rows, None
         if self.image_kv is not None:
-            masks = self.masks[level] if self.masks else None
-            images = (
+            images = ImageSegments(
                 *self.image_kv.layers[layer],
                 self.image_kv.lengths,
                 rows.image_page,
                 rows.image_strength[:, :, module],
                 rows.image_group,
-                masks,
+                self.masks[level] if self.masks else None,
                 rows.image_mask,
             )
         return CrossInputs(*self.text_kv[layer], rows.text_page, images)
 
     def norm(self, index: int) -> NormInputs:
         """Return the inputs of group norm `index`."""
-        pages, pool = self.pages, ()
-        if pages is not None and self.rows.norm_page.shape[0]:
-            pool = (pages.norm_means[index], pages.norm_variances[index], pages.norm_elements[index])
         keep = None if self.features is None else partial(self.features.keep_norm, index)
-        return NormInputs(self.rows.norm_page, pool, keep)
+        if self.rows.norm_page.shape[0] == 0:
+            return NormInputs(None, keep=keep)
+        if self.pages is None:
+            return NormInputs(self.rows.norm_page, keep=keep)
+        pool = (self.pages.norm_means[index], self.pages.norm_variances[index])
+        return NormInputs(self.rows.norm_page, pool, self.pages.norm_elements[index], keep)

@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from stylefast.errors import ModelFormatError
-from stylefast.kernels.adain_affine import adain_affine
-from stylefast.kernels.gated_cross_attention import gated_cross_attention
-from stylefast.kernels.geglu import geglu
-from stylefast.kernels.group_norm_silu import group_norm_silu
-from stylefast.kernels.layer_norm import add_layer_norm, layer_norm
-from stylefast.kernels.shared_attention import Affine, shared_attention
-from stylefast.kernels.token_stats import token_stats
+from stylefast.kernels.adain_affine import operation as adain_affine
+from stylefast.kernels.gated_cross_attention import operation as gated_cross_attention
+from stylefast.kernels.geglu import operation as geglu
+from stylefast.kernels.group_norm_silu import operation as group_norm_silu
+from stylefast.kernels.layer_norm import add_operation as add_layer_norm
+from stylefast.kernels.layer_norm import operation as layer_norm
+from stylefast.kernels.shared_attention import Affine
+from stylefast.kernels.shared_attention import operation as shared_attention
+from stylefast.kernels.token_stats import operation as token_stats
 from stylefast.models.layer_inputs import (
     CrossInputs,
     ImageKV,
@@ -65,7 +67,9 @@ class GroupNorm(nn.Module):
     def forward(self, x, inputs: NormInputs, silu: bool = True):  # [rows, channels, h, w]
         if inputs.keep is not None:
             inputs.keep(x, self.groups)
-        return group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, silu, inputs.page, *inputs.pool)
+        elements = x[0].numel() // self.groups if inputs.pool_elements is None else inputs.pool_elements
+        affine = (self.weight, self.bias, self.eps, silu)
+        return group_norm_silu.run(x, self.groups, *affine, inputs.page, *inputs.pool, elements)
 
 
 class SelfAttention(nn.Module):
@@ -85,22 +89,15 @@ class SelfAttention(nn.Module):
         q, (k, v) = _split(self.to_q(x), self.heads), self.key_values(x)
         if inputs.keep is not None:
             inputs.keep(x, q, k, v)
-        columns = (inputs.page, inputs.mode, inputs.scale, inputs.shift)
-        if inputs.page.shape[1] == 0:
-            out = shared_attention(q, k, v, *columns)
-        else:
-            out = shared_attention(q, k, v, *columns, self._adain(q, k, v, inputs), *inputs.pool)
+        affine = self._adain(q, k, v, inputs) if inputs.references.page.shape[1] else None
+        out = shared_attention.run(q, k, v, inputs.references, affine, inputs.pool)
         return self.to_out[0](out.flatten(2))
 
     def _adain(self, q, k, v, inputs: SelfInputs) -> Affine:
         """Return gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
-        return adain_affine(
-            *token_stats(q, k, v),
-            inputs.adain_page,
-            inputs.adain_strength,
-            *inputs.pool_stats,
-            check_finite=False,  # the loop reports overflowing pictures, which must not stop the others here
-        )
+        table = (inputs.adain_page, inputs.adain_strength, *inputs.pool_stats)
+        # no check for finite statistics: overflowing pictures are reported by the loop and must not stop the others
+        return Affine(*adain_affine.run(*token_stats.run([q, k, v]), *table, False))
 
 
 class CrossAttention(nn.Module):
@@ -117,7 +114,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, inputs: CrossInputs):  # [rows, tokens, channels]
         q = _split(self.to_q(x), self.heads)
-        out = gated_cross_attention(q, inputs.text_k, inputs.text_v, inputs.text_page, *inputs.images)
+        out = gated_cross_attention.run(q, *inputs)
         return self.to_out[0](out.flatten(2))
 
 
@@ -127,7 +124,7 @@ class GEGLU(nn.Module):
         self.proj = Linear(channels, 2 * inner)
 
     def forward(self, x):
-        return geglu(self.proj(x))
+        return geglu.run(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -152,9 +149,9 @@ class TransformerBlock(nn.Module):
         self.place = (index, layer.module_index, layer.level)
 
     def forward(self, x, own: SelfInputs, cross: CrossInputs):  # [rows, tokens, channels]
-        hidden = layer_norm(x, *_affine(self.norm1))
-        x, hidden = add_layer_norm(x, self.attn1(hidden, own), *_affine(self.norm2))
-        x, hidden = add_layer_norm(x, self.attn2(hidden, cross), *_affine(self.norm3))
+        hidden = layer_norm.run(x, *_affine(self.norm1))
+        x, hidden = add_layer_norm.run(x, self.attn1(hidden, own), *_affine(self.norm2))
+        x, hidden = add_layer_norm.run(x, self.attn2(hidden, cross), *_affine(self.norm3))
         return x + self.ff(hidden)
 
 

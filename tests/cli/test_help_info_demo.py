@@ -39,7 +39,7 @@ def test_info_as_json_says_what_was_found(stylefast):
     found = json.loads(out)
     assert code == 0 and found["devices"][0]["name"] == "cpu"
     assert found["packages"]["torch"]
-    assert {"operation", "backend", "reason", "refused"} == set(found["operations"][0])
+    assert {"operation", "form", "reason", "refused"} == set(found["operations"][0])
     assert found["extension"]["found"] or found["extension"]["reason"]
 
 
@@ -49,7 +49,7 @@ def test_info_names_every_operation(stylefast):
     code, out, _ = stylefast("info")
     lines = [line.split() for line in out.splitlines() if line.startswith("operation")]
     assert code == 0
-    assert [(line[1], line[2]) for line in lines] == [(row["operation"], row["backend"]) for row in registry.report()]
+    assert [(line[1], line[2]) for line in lines] == [(row["operation"], row["form"]) for row in registry.report()]
 
 
 def test_the_demos_page_shows_its_pictures_and_its_commands_make_them(stylefast, model_folder, tmp_path):

@@ -22,6 +22,13 @@ def instruction_set(request, monkeypatch):
 
 
 @pytest.fixture
+def form(request, monkeypatch):
+    """Return the form that a test is parametrised with (`conformance.each`)."""
+    request.param.prepare(monkeypatch)
+    return request.param
+
+
+@pytest.fixture
 def threads():
     """`torch.set_num_threads` for one test."""
     import torch

@@ -29,7 +29,7 @@ def shared(q, k, v, page, mode, scale=None, shift=None, gain=None, offset=None, 
     scale = torch.ones(page.shape) if scale is None else scale
     shift = torch.zeros(page.shape) if shift is None else shift
     out = torch.full(q.shape, math.nan, dtype=q.dtype) if out is None else out
-    extension().shared_attention(q, k, v, page, mode, scale, shift, gain, offset, *pool, bias, out)
+    extension().shared_attention(q, k, v, page, mode, scale, shift, bias, gain, offset, *pool, out)
     return out
 
 

@@ -18,7 +18,7 @@ def _first(result):
 
 # the tables of an operation carry no gradient
 DIFFERENTIABLE = {
-    "shared_attention": (0, 1, 2, 7, 8, 9, 10),
+    "shared_attention": (0, 1, 2, 8, 9, 10, 11),
     "adain_affine": (0, 1),
     "gated_cross_attention": (0, 1, 2, 4, 5),
     "group_norm_silu": (0, 2, 3),
@@ -53,6 +53,7 @@ def test_a_compiled_call_with_gradients_is_one_graph_and_equals_the_eager_one(na
 @pytest.mark.parametrize("seed", range(6))
 def test_the_traceable_form_equals_the_plain_one_and_reads_no_nan(name, seed):
     operation, arguments = registry.operation(name), CASES[name](seed)
+    arguments = operation.grouped(arguments)
     expected = operation.forms["torch"](*arguments)
     torch.testing.assert_close(operation.traceable(*arguments), expected, rtol=1e-4, atol=1e-5)
 
@@ -100,14 +101,6 @@ def test_a_compiled_group_norm_with_a_pool_takes_other_sizes():
         pool = torch.rand(2, 2, 4).unbind()
         arguments = (x, 4, torch.ones(8), torch.zeros(8), 1e-5, True, torch.full((rows,), rows + 1), *pool, 9)
         torch.testing.assert_close(compiled(*arguments), kernels.group_norm_silu(*arguments))
-
-
-def test_compiled_writing_into_a_given_buffer():
-    torch._dynamo.reset()
-    q, out = torch.randn(2, 9, 2, 32), torch.full((2, 9, 2, 32), torch.nan)
-    compiled = torch.compile(lambda q, out: kernels.shared_attention(q, q, q, out=out) + 1, fullgraph=True)
-    torch.testing.assert_close(compiled(q, out), kernels.shared_attention(q, q, q) + 1)
-    torch.testing.assert_close(out, kernels.shared_attention(q, q, q))
 
 
 def test_guided_step_exports_with_any_number_of_predictions():

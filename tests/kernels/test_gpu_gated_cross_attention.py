@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="needs the triton package")
 
-from stylefast.kernels.gated_cross_attention import gated_cross_attention_ref
+from stylefast.kernels.gated_cross_attention import ImageSegments, gated_cross_attention_ref
 from stylefast.kernels.gpu.gated_cross_attention import gated_cross_attention
 from tests.kernels.cuda_graphs import capture_and_replay
 
@@ -61,9 +61,14 @@ def _case(tokens, heads, d, dtype, segments=1, text_tokens=77, image_tokens=16):
     }
 
 
+def grouped(case):
+    images = ImageSegments(*(case.get(name) for name in NAMES[4:])) if case.get("image_k") is not None else None
+    return *(case[name] for name in NAMES[:4]), images
+
+
 def _run(case, config=None):
     out = torch.full_like(case["q"], math.nan)
-    gated_cross_attention(*(case.get(name) for name in NAMES), out, config=config)
+    gated_cross_attention(*grouped(case), out, config=config)
     return out
 
 
@@ -120,7 +125,7 @@ def test_an_index_out_of_range_makes_its_row_nan_and_no_other():
 def test_captured_in_a_graph_it_follows_new_strengths_and_pages():
     case = _case(*SHAPES["64 x 64 latents"], torch.bfloat16)
     out = torch.empty_like(case["q"])
-    arguments = [case[name] for name in NAMES]
+    arguments = grouped(case)
     graph = capture_and_replay(lambda: gated_cross_attention(*arguments, out), out)
     torch.testing.assert_close(out, gated_cross_attention_ref(**case), rtol=2e-2, atol=2e-2)
     case["strength"].mul_(0.5)

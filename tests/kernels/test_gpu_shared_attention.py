@@ -11,7 +11,7 @@ from stylefast.kernels.gpu.adain_affine import adain_affine
 from stylefast.kernels.gpu.shared_attention import form_for
 from stylefast.kernels.gpu.token_stats import token_stats
 from stylefast.kernels.shared_attention import CONCAT, SWAP
-from tests.support.shared_attention_cases import expected, make_case, run, sdpa_error
+from tests.support.shared_attention_cases import expected, grouped, make_case, run, sdpa_error
 
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a CUDA device is")
 # two layers of SDXL at 1024 x 1024 pixels, and one of 1152 x 896, whose token count no tile divides
@@ -36,8 +36,8 @@ def _config(device, form):
 
 
 def _form(case):
-    names = ("q", "k", "v", "page", "gain", "pool_k", "pool_v", "bias")
-    return form_for(*(case[name] for name in names), torch.empty_like(case["q"]))[0]
+    q, k, v, references, _, pool = grouped(case)
+    return form_for(q, k, v, references, pool, torch.empty_like(q))[0]
 
 
 def _types(device):

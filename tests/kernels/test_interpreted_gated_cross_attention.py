@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="needs the triton package")
 
 from stylefast.errors import InvalidRequest
-from stylefast.kernels.gated_cross_attention import gated_cross_attention_ref
+from stylefast.kernels.gated_cross_attention import ImageSegments, gated_cross_attention_ref
 from stylefast.kernels.gpu.gated_cross_attention import gated_cross_attention, one_tile_columns
 
 FORMS = {
@@ -57,9 +57,14 @@ def _case(tokens=7, text_tokens=21, d=32, dtype=torch.float32, seed=0):
     }
 
 
+def grouped(case):
+    images = ImageSegments(*(case.get(name) for name in NAMES[4:])) if case.get("image_k") is not None else None
+    return *(case[name] for name in NAMES[:4]), images
+
+
 def _run(form, case):
     out = torch.full_like(case["q"], math.nan)
-    gated_cross_attention(*(case.get(name) for name in NAMES), out, config=FORMS[form])
+    gated_cross_attention(*grouped(case), out, config=FORMS[form])
     return out
 
 
@@ -170,7 +175,7 @@ def test_strided_views_of_projections_and_tables_are_taken_as_they_are(form):
 def test_output_may_be_strided(form):
     case = _case(tokens=19)
     wide = torch.full((ROWS, 19, HEADS, 40), math.nan)
-    gated_cross_attention(*(case[name] for name in NAMES), wide[..., :32], config=FORMS[form])
+    gated_cross_attention(*grouped(case), wide[..., :32], config=FORMS[form])
     torch.testing.assert_close(wide[..., :32], gated_cross_attention_ref(**case), rtol=1e-5, atol=1e-5)
     assert wide[..., 32:].isnan().all()
 
@@ -198,5 +203,5 @@ def test_zero_sizes_do_nothing(form, rows, tokens):
 def test_the_committed_configuration_is_found_without_being_given():
     case = _case(tokens=3)
     out = torch.full_like(case["q"], math.nan)
-    gated_cross_attention(*(case[name] for name in NAMES), out)
+    gated_cross_attention(*grouped(case), out)
     torch.testing.assert_close(out, gated_cross_attention_ref(**case), rtol=1e-5, atol=1e-5)

@@ -153,11 +153,11 @@ def test_slices_of_rows_and_channels_are_taken_as_they_are(layout):
     assert out[1::2].isnan().all() and out[:, :12].isnan().all() and out[:, 36:].isnan().all()
 
 
-def test_other_strides_are_refused_by_name():
+def test_other_strides_and_strided_parameters_are_taken():
     case = _case("contiguous")
     case["x"] = case["x"].transpose(2, 3)
-    with pytest.raises(InvalidRequest, match=r"x .* neither contiguous nor channels_last"):
-        _run(case)
+    case["weight"], case["bias"] = torch.randn(24, 2).unbind(1)
+    _check(case)
 
 
 def test_pictures_beyond_32_bit_offsets_are_refused_by_name():

@@ -97,9 +97,15 @@ def test_rows_too_long_for_registers_are_refused_by_name():
         _run(torch.randn(1, columns), None, None)
 
 
-def test_rows_that_are_not_evenly_spaced_are_refused_by_name():
-    with pytest.raises(InvalidRequest, match="residual .* no stack of evenly spaced rows"):
-        _run_added(torch.randn(4, 3, 8), torch.randn(3, 4, 8).transpose(0, 1), None, None)
+def test_rows_that_are_not_evenly_spaced_and_strided_parameters_are_taken():
+    x, residual, (weight, bias) = (
+        torch.randn(4, 3, 8),
+        torch.randn(3, 4, 8).transpose(0, 1),
+        torch.randn(8, 2).unbind(1),
+    )
+    total, out = _run_added(x, residual, weight, bias)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(out.double(), _exact(total, weight, bias), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])

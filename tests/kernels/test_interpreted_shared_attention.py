@@ -20,7 +20,7 @@ from stylefast.kernels.gpu.exp2 import exp2
 from stylefast.kernels.gpu.shared_attention import candidates, form_for
 from stylefast.kernels.gpu.strides import span
 from stylefast.kernels.shared_attention import CONCAT, SWAP
-from tests.support.shared_attention_cases import MIXES, expected, make_case, run, sdpa_error
+from tests.support.shared_attention_cases import MIXES, expected, grouped, make_case, run, sdpa_error
 
 POINTERS = {"form": "pointers", "block_m": 16, "block_n": 32, "num_warps": 4, "num_stages": 2, "exp2": 0}
 SPECIALISED = POINTERS | {"form": "warp_specialised", "block_n": 16}
@@ -199,8 +199,12 @@ def test_the_error_is_at_most_twice_that_of_pytorch_in_the_same_type(form):
 
 def _form(**more):
     case = make_case(**({"width": 64, "dtype": torch.float16, "tokens": 128, "page_tokens": 128, "heads": 1} | more))
-    names = ("q", "k", "v", "page", "gain", "pool_k", "pool_v", "bias")
-    return case, form_for(*(case[name] for name in names), torch.empty_like(case["q"]))
+    return case, _form_for(case)
+
+
+def _form_for(case):
+    q, k, v, references, _, pool = grouped(case)
+    return form_for(q, k, v, references, pool, torch.empty_like(q))
 
 
 def test_sdxls_calls_take_the_committed_warp_specialised_form():
@@ -230,8 +234,7 @@ def test_other_calls_take_pointers_and_say_why(change, reason):
 def test_pages_whose_tokens_lie_elsewhere_apart_take_pointers():
     case, _ = _form()
     case["pool_k"] = case["pool_k"].contiguous()
-    names = ("q", "k", "v", "page", "gain", "pool_k", "pool_v", "bias")
-    form, why = form_for(*(case[name] for name in names), torch.empty_like(case["q"]))
+    form, why = _form_for(case)
     assert form == "pointers" and "keys are not as far apart" in why
 
 
@@ -251,19 +254,17 @@ def test_pages_that_no_tensor_map_reaches_take_pointers_and_that_is_said_once(ca
     for name in ("k", "v"):
         case[f"pool_{name}"] = case[f"pool_{name}"].as_subclass(FarTensor)
         case[f"pool_{name}"].start = case[name].data_ptr() + 2**40
-    names = ("q", "k", "v", "page", "gain", "pool_k", "pool_v", "bias")
-    arguments = [case[name] for name in names] + [torch.empty_like(case["q"])]
     with caplog.at_level(logging.WARNING):
-        found = [form_for(*arguments) for _ in range(3)]
+        found = [_form_for(case) for _ in range(3)]
     assert all(form == "pointers" and "no tensor map reaches" in why for form, why in found)
     assert len(caplog.records) == 1 and "expandable_segments" in caplog.text
     # what counts is the distance to the end of the last page
     for name in ("k", "v"):
         case[f"pool_{name}"].start -= 4096
-    assert form_for(*arguments)[0] == "pointers"
+    assert _form_for(case)[0] == "pointers"
     for name in ("k", "v"):
         case[f"pool_{name}"].start -= 2**30
-    assert form_for(*arguments)[0] == "warp_specialised"
+    assert _form_for(case)[0] == "warp_specialised"
 
 
 def test_a_span_reaches_from_the_first_to_the_last_element_of_all():
@@ -281,7 +282,7 @@ def test_a_launch_leaves_the_applications_own_allocator_in_place(monkeypatch):
 
     def launching():
         triton.set_allocator(ours)
-        hopper.launch(q, *[None] * 11, SPECIALISED)
+        hopper.launch(q, *[None] * 6, SPECIALISED)
         assert current.get() is ours
 
         def failing(*arguments):
@@ -289,7 +290,7 @@ def test_a_launch_leaves_the_applications_own_allocator_in_place(monkeypatch):
 
         monkeypatch.setattr(hopper, "_fill", failing)
         with pytest.raises(RuntimeError, match="no"):
-            hopper.launch(q, *[None] * 11, SPECIALISED)
+            hopper.launch(q, *[None] * 6, SPECIALISED)
         assert current.get() is ours
 
     contextvars.copy_context().run(launching)

@@ -61,7 +61,7 @@ def test_the_variable_forces_torch(monkeypatch, setting):
 
 def test_every_operation_has_every_form_so_a_backend_alone_forces_them_all(monkeypatch):
     monkeypatch.setenv(registry.VARIABLE, "cpp,geglu=torch")
-    assert all(set(operation.forms) == set(registry.BACKENDS) for operation in registry._operations.values())
+    assert all(set(operation.forms) == set(registry.FORMS) for operation in registry._operations.values())
     assert _chosen("token_stats", [_x()]) == _chosen("layer_norm", _x()) == "cpp"
     assert _chosen("geglu", _x()) == "torch"
 
@@ -85,7 +85,7 @@ def test_the_variable_changes_what_runs(monkeypatch):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ("cuda", "names the backend 'cuda'; there are triton, cpp, torch"),
+        ("cuda", "names the form 'cuda'; there are triton, cpp, torch"),
         ("attention=cpp", "names the operation 'attention'; there are adain_affine"),
         ("torch,cpp", "forces everything to torch and to cpp; name one"),
         ("=cpp", "names the operation ''"),
@@ -125,7 +125,7 @@ def test_the_report_names_a_backend_and_a_reason_for_every_refusal(monkeypatch):
     monkeypatch.setattr(registry, "_without_triton", lambda kind, index: "no GPU here")
     rows = {row["operation"]: row for row in registry.report("cpu")}
     assert set(rows) == set(registry._operations)
-    assert rows["shared_attention"]["backend"] == "cpp"
+    assert rows["shared_attention"]["form"] == "cpp"
     assert rows["geglu"]["refused"] == {"triton": "no GPU here"}
 
 
@@ -133,7 +133,7 @@ def test_the_report_shows_a_forced_backend_that_cannot_run(monkeypatch):
     monkeypatch.setattr(registry, "_without_triton", lambda kind, index: "no GPU here")
     monkeypatch.setenv(registry.VARIABLE, "triton")
     row = next(row for row in registry.report("cpu") if row["operation"] == "geglu")
-    assert row["backend"] is None and "can't run here: no GPU here" in row["reason"]
+    assert row["form"] is None and "can't run here: no GPU here" in row["reason"]
 
 
 def test_info_prints_the_table(monkeypatch, capsys):
@@ -142,7 +142,7 @@ def test_info_prints_the_table(monkeypatch, capsys):
     monkeypatch.setenv(registry.VARIABLE, "guided_step=torch")
     assert main(["info", "--json"]) == 0
     rows = {row["operation"]: row for row in json.loads(capsys.readouterr().out)["operations"]}
-    assert rows["shared_attention"]["backend"] == "cpp"
+    assert rows["shared_attention"]["form"] == "cpp"
     assert rows["guided_step"]["reason"] == f"forced by {registry.VARIABLE}=guided_step=torch"
 
 

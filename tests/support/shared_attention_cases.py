@@ -5,23 +5,14 @@ import math
 import torch
 
 from stylefast.kernels.gpu.shared_attention import shared_attention
-from stylefast.kernels.shared_attention import CONCAT, PLAIN, SWAP, Affine, shared_attention_ref
-
-ORDER = (
-    "q",
-    "k",
-    "v",
-    "page",
-    "mode",
-    "scale",
-    "shift",
-    "gain",
-    "offset",
-    "pool_k",
-    "pool_v",
-    "pool_k_scale",
-    "pool_v_scale",
-    "bias",
+from stylefast.kernels.shared_attention import (
+    CONCAT,
+    PLAIN,
+    SWAP,
+    Affine,
+    Pool,
+    References,
+    shared_attention_ref,
 )
 
 # rows 0 to 3 are the batch, 4 and 5 the pool
@@ -92,12 +83,21 @@ def expected(case):
     return shared_attention_ref(*(wide[name] for name in names), affine, *(wide[name] for name in pool))
 
 
+def grouped(case):
+    """The arguments as the launchers take them."""
+    references = References(*(case[name] for name in ("page", "mode", "scale", "shift", "bias")))
+    affine = None if case["gain"] is None else Affine(case["gain"], case["offset"])
+    names = ("pool_k", "pool_v", "pool_k_scale", "pool_v_scale")
+    pool = None if case["pool_k"] is None else Pool(*(case[name] for name in names))
+    return case["q"], case["k"], case["v"], references, affine, pool
+
+
 def run(case, config=None, out=None):
     """The launcher, into an `out` full of NaN."""
     if out is None:
         out = torch.empty(case["q"].shape, dtype=case["q"].dtype, device=case["q"].device)
     out.fill_(math.nan)
-    shared_attention(*(case[name] for name in ORDER), out, config=config)
+    shared_attention(*grouped(case), out, config=config)
     return out
 
 

@@ -23,6 +23,8 @@ import torch.fx.experimental._config as symbolic_shapes
 
 from stylefast.code_caches import inductor_cache
 from stylefast.errors import InvalidRequest, MissingDependency
+from stylefast.kernels.gated_cross_attention import ImageSegments
+from stylefast.kernels.shared_attention import References
 from stylefast.models.layer_inputs import ImageKV, StylePages
 from stylefast.models.unet import Resnet, TransformerBlock, UNet
 from stylefast.runtime.backends.base import Backend, graphs_for, read_in_place
@@ -273,20 +275,18 @@ def _mark_dynamic(inputs: Sequence) -> None:
             _mark(value, 0)  # a feature map or the time embedding: rows
             continue
         for name, field in value._asdict().items():
+            if name in ("references", "images") and field is not None:
+                _mark_tables(field)
+                continue
             for tensor in _tensors(field):
-                if name == "pool_stats":
-                    _mark(tensor, 1)  # [3, pages, heads, d]
-                elif name in ("images", "page", "scale", "shift"):
-                    # tokens of picture keys and values may grow; the others have columns of references
-                    _mark(tensor, 0, *((1,) if tensor.ndim > 1 and not _is_mask(value, tensor) else ()))
-                else:
-                    _mark(tensor, 0)
+                _mark(tensor, 1 if name == "pool_stats" else 0)  # [3, pages, heads, d]
 
 
-def _is_mask(inputs, tensor: torch.Tensor) -> bool:
-    # [masks, tokens]: tokens are those of the feature map, which are static
-    images = getattr(inputs, "images", ())
-    return bool(images) and tensor is images[6]
+def _mark_tables(group: References | ImageSegments) -> None:
+    # columns of references and pictures vary, and the tokens of pictures; a mask's are those of the feature map
+    for name, tensor in group._asdict().items():
+        if tensor is not None:
+            _mark(tensor, 0, *((1,) if tensor.ndim > 1 and name != "masks" else ()))
 
 
 def _mark(tensor: torch.Tensor, *dimensions: int) -> None:

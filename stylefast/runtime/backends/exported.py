@@ -24,7 +24,6 @@ from stylefast.export.unet_graph import (
     graph_output,
     with_tokens,
 )
-from stylefast.kernels.registry import trusting
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.row_table import COLUMNS
@@ -121,18 +120,17 @@ class ExportedBackend(Backend):
         why = self._stale()
         if why is not None:
             raise EngineMismatch(why)
-        with trusting():
-            latents, seen = model_input(state, columns, self._unet.dtype)
-            graph = self._choose(columns, buffers, state.shape[1:])
-            prepared = self._prepare(graph, columns, state.shape)
-            inputs = prepared.fill(columns, seen)
-            for tensor in graph.inputs:
-                if tensor.name not in inputs:
-                    found = buffers.pooled if tensor.name == "pooled" else buffers.graph_inputs.get(tensor.name)
-                    inputs[tensor.name] = self._idle_tensor(graph, tensor, state.shape[1:]) if found is None else found
-            inputs = prepared.within(graph.ranges, {tensor.name: inputs[tensor.name] for tensor in graph.inputs})
-            graph.session().run(inputs, {OUTPUT: prepared.output})
-            sampler_update(state, columns, latents, prepared.output)
+        latents, seen = model_input(state, columns, self._unet.dtype)
+        graph = self._choose(columns, buffers, state.shape[1:])
+        prepared = self._prepare(graph, columns, state.shape)
+        inputs = prepared.fill(columns, seen)
+        for tensor in graph.inputs:
+            if tensor.name not in inputs:
+                found = buffers.pooled if tensor.name == "pooled" else buffers.graph_inputs.get(tensor.name)
+                inputs[tensor.name] = self._idle_tensor(graph, tensor, state.shape[1:]) if found is None else found
+        inputs = prepared.within(graph.ranges, {tensor.name: inputs[tensor.name] for tensor in graph.inputs})
+        graph.session().run(inputs, {OUTPUT: prepared.output})
+        sampler_update(state, columns, latents, prepared.output)
 
     def reset(self) -> None:
         """Free prepared tensors; sessions stay open."""

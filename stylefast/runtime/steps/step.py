@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from stylefast.kernels.guided_step import guided_step
-from stylefast.kernels.registry import trusting
+from stylefast.kernels.guided_step import operation as guided_step
 from stylefast.models.layer_inputs import ImageKV, KeyValue, RowFeatures, StylePages
 from stylefast.models.unet import UNet
 from stylefast.runtime.steps.latents import LatentSlots
@@ -41,24 +40,22 @@ def run_step(
     The model sees every row's picture at its noise level; guidance and the sampler's update combine the rows of a
     picture. Nothing here waits for the device. `features` collects the rows' features as references.
     """
-    # the runner makes and checks every argument
-    with trusting():
-        latents, seen = model_input(state, columns, unet.dtype)
-        picture = columns.row_picture
-        embedding = unet.embed(
-            columns.timestep[picture], buffers.pooled[columns.table.text_page], columns.time_ids[picture]
-        )
-        output = unet(
-            seen,
-            embedding,
-            buffers.text_kv,
-            buffers.image_kv,
-            columns.table,
-            buffers.pages,
-            buffers.masks,
-            features=features,
-        )
-        sampler_update(state, columns, latents, output)
+    latents, seen = model_input(state, columns, unet.dtype)
+    picture = columns.row_picture
+    embedding = unet.embed(
+        columns.timestep[picture], buffers.pooled[columns.table.text_page], columns.time_ids[picture]
+    )
+    output = unet(
+        seen,
+        embedding,
+        buffers.text_kv,
+        buffers.image_kv,
+        columns.table,
+        buffers.pages,
+        buffers.masks,
+        features=features,
+    )
+    sampler_update(state, columns, latents, output)
 
 
 def model_input(state: LatentSlots, columns: StepColumns, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +67,7 @@ def model_input(state: LatentSlots, columns: StepColumns, dtype: torch.dtype) ->
 def sampler_update(state: LatentSlots, columns: StepColumns, latents: torch.Tensor, output: torch.Tensor) -> None:
     """Apply guidance and the sampler's update to the model's output [rows, channels, h, w]; store the next latents."""
     slot = columns.slot
-    latents, anchor, history = guided_step(
+    latents, anchor, history = guided_step.run(
         latents,
         state.anchor[slot],
         state.history[slot],
