@@ -55,7 +55,7 @@ class Operation:
         schema: str,
         outputs: Callable[..., Any],
         forms: dict[str, Any],
-        groups: tuple[type, ...] = (),
+        groups: tuple[Any, ...] = (),
         refuse: Callable[[str, tuple], str] = lambda form, arguments: "",
         values: Callable[..., None] | None = None,
         traceable: Callable[..., Any] | None = None,
@@ -68,7 +68,10 @@ class Operation:
         _library.define(name + schema, tags=tags)
         for device in ("CPU", "CUDA"):
             _library.impl(name, self._dispatched, device)
-        fake = lambda *flat: outputs(*self.grouped(flat))  # noqa: E731
+
+        def fake(*flat):
+            return outputs(*self.grouped(flat))
+
         torch.library.register_fake(f"stylefast::{name}", fake, lib=_library)
         self.op = getattr(torch.ops.stylefast, name).default
         _operations[name] = self

@@ -65,17 +65,22 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if is_numeric(item.path):
+        if is_numeric(item.path) and "triton" not in _words(item):  # NumPy interprets Triton's kernels
             item.add_marker("numerics")
     _skip_gpu(items)
     _skip_vectors(items)
+
+
+def _words(item) -> list[str]:
+    """Return the words of a test's parameters."""
+    return re.split(r"[\[\]-]", item.name)[1:]
 
 
 def _skip_vectors(items):
     if os.environ.get("STYLEFAST_CPU") != "none":
         return
     for item in items:
-        named = item.path.name.startswith(("test_cpp_", "test_fused_")) or "cpp" in re.split(r"[\[\]-]", item.name)[1:]
+        named = item.path.name.startswith(("test_cpp_", "test_fused_")) or "cpp" in _words(item)
         if named and item.path.parent.name in ("kernels", "oracle", "engine"):
             item.add_marker(pytest.mark.skip(reason="STYLEFAST_CPU=none leaves the work to PyTorch"))
 

@@ -18,7 +18,7 @@ MODULES = (
     "test_compile",
     "test_exported",
     "test_onnxruntime_backend",
-    "test_interpreted",
+    "test_shared_attention_launch",
     "test_gpu_",
     "test_custom_ops",
     # bits that are written, read and moved, with no sum over them; what a loaded model draws is that of test_plain.py

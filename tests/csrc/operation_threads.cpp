@@ -35,7 +35,7 @@ Call shared(at::ScalarType type) {
     const Tensor gain = at::rand({3, kRows, kHeads, kWidth}) + 0.5, offset = randn({3, kRows, kHeads, kWidth});
     return [=](const std::string& set) {
         const Tensor out = at::empty_like(q);
-        stylefast::shared_attention(set, q, k, v, page, mode, ones, zeros, gain, offset, pool, pool, {}, {}, {}, out);
+        stylefast::shared_attention(set, q, k, v, page, mode, ones, zeros, {}, gain, offset, pool, pool, {}, {}, out);
         return Outputs{out};
     };
 }

@@ -1,4 +1,4 @@
-"""What the tests of the C++ kernels share, and a quicker look round for Triton's interpreter."""
+"""What the tests of the operations share: the form that a test runs, and a quicker interpreter of Triton."""
 
 import inspect
 import os
@@ -6,36 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16")  # each has the one before
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request, monkeypatch):
-    """Caps the C++ kernels at each instruction set that this CPU has."""
-    from stylefast._extension import extension
-
-    best = extension().instruction_set()
-    if not best or INSTRUCTION_SETS.index(request.param) > INSTRUCTION_SETS.index(best):
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setenv("STYLEFAST_CPU", request.param)
-    return request.param
-
 
 @pytest.fixture
 def form(request, monkeypatch):
     """Return the form that a test is parametrised with (`conformance.each`)."""
     request.param.prepare(monkeypatch)
     return request.param
-
-
-@pytest.fixture
-def threads():
-    """`torch.set_num_threads` for one test."""
-    import torch
-
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,171 +1,269 @@
-"""guided_step against its literal form, diffusers' guidance rescale, and values that must not leak."""
-
-import math
+"""guided_step in every form: the formula, diffusers' guidance rescale, and values that must not leak."""
 
 import pytest
 import torch
 
 from stylefast.errors import InvalidRequest
-from stylefast.kernels.guided_step import guided_step, guided_step_ref
-
-NAMES = (
-    "latents",
-    "anchor",
-    "history",
-    "predictions",
-    "branch_rows",
-    "branch_weights",
-    "rescale",
-    "denoised",
-    "update",
-    "noise",
+from stylefast.kernels.guided_step import guided_step, guided_step_ref, operation
+from tests.kernels.conformance import (
+    FLOATS,
+    NAN,
+    Draw,
+    captured,
+    each,
+    each_type,
+    equal,
+    forms,
+    normal,
+    same_bits_on_any_number_of_threads,
 )
 
+SMALL = {"block": 32, "splits": 4, "num_warps": 4}  # several pieces and blocks of the small pictures below
+FORMS = forms(guided_step_ref, small=SMALL, whole=SMALL | {"splits": 1}, committed=None)
+CORE = [form for form in FORMS if form.name not in ("triton-whole", "triton-committed")]
+FAST = "torch cpp triton"
+EXAMPLES = {"torch": 25, "cpp": 25, "triton": 4}
+PICTURES = ("latents", "anchor", "history", "predictions", "noise")
 
-def batch(images=5, picture=(4, 5, 7), seed=0):
+
+def case(shape=(4, 7, 5), state=torch.float32, network=torch.float32, images=5):
     """Pictures with one, two and four branches, with and without rescale, and full or sparse coefficients."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    draw = Draw(3)
     layouts = [[0, -1, -1, 1], [2, 3, 4, 5], [-1, -1, -1, 6], [7, -1, 8, 9], [10, 11, 12, 13]]
-    update = draw(images, 2, 6)
-    update[torch.rand(images, 2, 6, generator=generator) < 0.3] = 0.0
+    update = draw.normal(images, 2, 6)
+    update[draw.uniform(images, 2, 6) < 0.3] = 0.0
     return {
-        "latents": draw(images, *picture),
-        "anchor": draw(images, *picture),
-        "history": draw(images, 2, *picture),
-        "predictions": draw(14, *picture),
-        "branch_rows": torch.tensor([layouts[i % 5] for i in range(images)], dtype=torch.int64).reshape(images, 4),
-        "branch_weights": draw(images, 4) * 3,
+        "latents": draw.normal(images, *shape, dtype=state),
+        "anchor": draw.normal(images, *shape, dtype=state),
+        "history": draw.normal(images, 2, *shape, dtype=network),
+        "predictions": draw.normal(14, *shape, dtype=network),
+        "branch_rows": torch.tensor([layouts[i % 5] for i in range(images)]).reshape(images, 4),
+        "branch_weights": draw.normal(images, 4) * 3,
         "rescale": torch.tensor([0.0, 0.7, 0.0, 1.0, 0.3])[torch.arange(images) % 5],
-        "denoised": draw(images, 2),
+        "denoised": draw.normal(images, 2),
         "update": update,
-        "noise": draw(images, *picture),
+        "noise": draw.normal(images, *shape, dtype=state),
     }
 
 
-def assert_equal_results(ours, theirs, tolerance=1e-5):
-    for name, a, b in zip(("latents", "anchor", "history"), ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+def step(form, case):
+    return form(operation, *case.values())
 
 
-@pytest.mark.parametrize("images", [0, 1, 2, 5, 7])
-@pytest.mark.parametrize("picture", [(4, 5, 7), (4, 8, 8), (1, 1, 1), (3, 1, 9)])
-def test_the_fast_form_equals_the_literal_one(images, picture):
-    args = batch(images, picture)
-    assert_equal_results(guided_step(**args), guided_step_ref(**args))
+def exact(case):
+    return guided_step_ref(**{name: x.double() if x.is_floating_point() else x for name, x in case.items()})
 
 
-def test_strided_and_channels_last_inputs_give_the_same():
-    args = batch()
-    expected = guided_step(**args)
-    strided = dict(args)
-    strided["latents"] = args["latents"].contiguous(memory_format=torch.channels_last)
-    strided["predictions"] = args["predictions"].repeat_interleave(2, dim=0)[::2]
-    strided["noise"] = args["noise"].transpose(2, 3).contiguous().transpose(2, 3)
-    assert_equal_results(guided_step(**strided), expected, 1e-6)
+def check(found, case, units=64):
+    """Compare with fp64: some units of the largest number that goes in or comes out, in the type of each result."""
+    for name, one, other in zip(("latents", "anchor", "history"), found, exact(case), strict=True):
+        assert one.dtype == case[name].dtype and not one.isnan().any(), name
+        size = max(1.0, float(other.abs().max()) if other.numel() else 0.0)
+        unit = max(torch.finfo(one.dtype).eps, units * torch.finfo(torch.float32).eps)
+        torch.testing.assert_close(one.double(), other, rtol=unit, atol=unit * size, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_combined_in_float32(dtype):
-    args = batch()
-    half = {
-        k: v.to(dtype) if k in ("latents", "anchor", "history", "predictions", "noise") else v for k, v in args.items()
-    }
-    exact = {k: v.float() if v.is_floating_point() else v for k, v in half.items()}
-    for got, literal, expected in zip(guided_step(**half), guided_step_ref(**half), guided_step(**exact), strict=True):
-        assert got.dtype == literal.dtype == dtype
-        # only the rounding of the result itself is left
-        eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(got.float(), expected, atol=eps, rtol=eps)
-        torch.testing.assert_close(literal.float(), expected, atol=eps, rtol=eps)
+@each_type(FORMS, FAST)
+def test_drawn_steps_equal_the_formula_and_leave_out_what_weighs_nothing(form, dtype):
+    for seed in range(EXAMPLES[form.kind]):
+        draw = Draw(seed)
+        images, rows, shape = draw.one((2, 3, 1, 0)), draw.one(range(1, 6)), [draw.one(range(1, 6)) for _ in range(3)]
+        leads = {"latents": (images,), "anchor": (images,), "noise": (images,), "history": (images, 2)}
+        given = {name: draw.normal(*lead, *shape) for name, lead in leads.items()}
+        given["predictions"] = draw.normal(rows, *shape, dtype=dtype)
+        if draw.one((True, False)):  # with gaps between the lines
+            for name, x in given.items():
+                given[name] = x.new_full((*x.shape[:-1], shape[2] + 2), NAN)[..., 1:-1].copy_(x)
+        latents, anchor, noise, history, predictions = given.values()
+        branches = draw.some(images, 4, values=range(-1, rows))
+        weights = draw.some(images, 4, values=(0.0, 1.0, -2.5, 7.0))
+        rescale = draw.some(images, values=(0.0, 0.0, 0.7, 1.0))
+        denoised = torch.tensor(draw.some(images, values=((1.0, 0.0), (0.0, 1.0), (1.0, -0.6), (-0.6, 1.0)))).view(
+            -1, 2
+        )
+        update = torch.tensor(draw.some(images, 2, 6, values=(0.0, 1.0, -0.6))).view(-1, 2, 6)
+        used = {r for p in range(images) for r, weight in zip(branches[p], weights[p]) if r >= 0 and weight != 0}
+        used |= {branches[p][3] for p in range(images) if rescale[p] != 0}
+        predictions[[r for r in range(rows) if r not in used]] = NAN
+        for p in range(images):
+            idle = (update[p] == 0).all(0)
+            if idle[0] and denoised[p, 0] == 0:
+                latents[p] = NAN
+            for unused, x in ((idle[1], anchor[p]), (idle[4], history[p, 1]), (idle[5], noise[p])):
+                if unused:
+                    x[:] = NAN
+        tables = (draw.table(branches, images, 4, dtype=torch.int64), draw.table(weights, images, 4))
+        arguments = (latents, anchor, history, predictions, *tables, torch.tensor(rescale), denoised, update, noise)
+        before = tuple(x.clone() for x in arguments)
+        found, expected = form(operation, *arguments), guided_step_ref(*arguments)
+        for name, one, other in zip(("latents", "anchor", "history"), found, expected, strict=True):
+            if name == "history":  # the last x0 moves on whatever it holds
+                assert equal(one[:, 1], history[:, 0])
+            assert one.is_contiguous() and not one[:, :1].isnan().any()
+            torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-4, equal_nan=True)
+        assert equal(arguments, before)
 
 
-@pytest.mark.parametrize("step", [guided_step, guided_step_ref])
-def test_unused_inputs_may_hold_nan(step):
-    args = batch()
-    args["branch_weights"][1, 2] = 0.0
-    args["branch_weights"][0, 1:3] = math.nan
-    args["branch_weights"][2, :3] = math.nan
-    args["branch_weights"][3, 1] = math.nan
-    args["update"][:, :, [1, 4]] = 0.0
-    args["update"][:, :, 5] = 0.0
-    expected = step(**{**args, "branch_weights": args["branch_weights"].nan_to_num(0.0)})
-    poisoned = {k: v.clone() for k, v in args.items()}
-    poisoned["predictions"][4] = math.nan
-    poisoned["anchor"][:] = math.nan
-    poisoned["history"][:, 1] = math.inf
-    poisoned["noise"][:] = math.nan
-    got = step(**poisoned)
-    assert all(torch.isfinite(tensor).all() for tensor in got)
-    assert_equal_results(got, expected, 0.0)
+@each(FORMS, FAST)
+@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 1, 1), (3, 1, 11), (4, 33, 40)], ids=str)
+def test_mixed_pictures_equal_the_formula(form, shape):
+    arguments = case(shape)
+    check(step(form, arguments), arguments)
 
 
-@pytest.mark.parametrize("step", [guided_step, guided_step_ref])
-def test_nan_in_a_used_branch_reaches_only_its_own_picture(step):
-    args = batch()
-    args["predictions"][3] = math.nan
-    args["update"][:, 0, 2] = 1.0
-    latents, _, history = step(**args)
+@each(CORE, FAST)
+def test_types_may_be_mixed_and_are_rounded_when_stored(form):
+    for state in FLOATS:
+        for network in FLOATS:
+            arguments = case((4, 5, 7), state, network)
+            check(step(form, arguments), arguments)
+
+
+@each(CORE)
+def test_the_update_uses_x0_before_it_is_rounded_and_the_history_moves_on_bit_by_bit(form):
+    arguments = case(network=torch.bfloat16)
+    arguments["update"].zero_()
+    arguments["update"][:, 0, 2] = 1  # the new latents are x0 itself
+    latents, anchor, history = step(form, arguments)
+    assert equal(history[:, 1], arguments["history"][:, 0]) and (anchor == 0).all()
+    torch.testing.assert_close(history[:, 0].float(), latents, rtol=8e-3, atol=1e-30)
+    assert not equal(latents, latents.bfloat16().float())
+
+
+@each(CORE)
+def test_what_has_no_weight_may_hold_nan(form):
+    arguments = case()
+    arguments["branch_weights"][1, 2] = 0.0
+    arguments["branch_weights"][0, 1:3] = arguments["branch_weights"][2, :3] = arguments["branch_weights"][3, 1] = NAN
+    arguments["update"][:, :, [1, 4, 5]] = 0.0
+    arguments["denoised"][2, 1] = 0.0
+    expected = step(form, arguments | {"branch_weights": arguments["branch_weights"].nan_to_num(0.0)})
+    poisoned = {name: x.clone() for name, x in arguments.items()}
+    poisoned["predictions"][4] = poisoned["anchor"][:] = poisoned["history"][:, 1] = poisoned["noise"][:] = NAN
+    poisoned["predictions"][6] = NAN
+    found = step(form, poisoned)
+    assert equal(found, expected) and all(x.isfinite().all() for x in found)
+
+
+@each(CORE)
+def test_nan_in_a_used_branch_reaches_only_its_own_picture(form):
+    arguments = case()
+    arguments["predictions"][3] = NAN
+    arguments["update"][:, 0, 2] = 1.0
+    latents, _, history = step(form, arguments)
     assert latents[1].isnan().all() and history[1, 0].isnan().all()
     assert torch.isfinite(latents[[0, 2, 3, 4]]).all() and torch.isfinite(history[[0, 2, 3, 4]]).all()
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.3, 0.7, 1.0])
-def test_rescale_equals_diffusers(strength):
+@each(CORE)
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_rescale_equals_diffusers(form, strength):
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
-    generator = torch.Generator().manual_seed(4)
-    null, full = torch.randn(2, 3, 4, 6, 6, generator=generator)
-    guided = null + 5.0 * (full - null)
-    expected = rescale_noise_cfg(guided, full, guidance_rescale=strength)
+    null, full = normal(2, 3, 4, 6, 6)
+    expected = rescale_noise_cfg(null + 5.0 * (full - null), full, guidance_rescale=strength)
     zeros = torch.zeros(3, 4, 6, 6)
-    args = {
+    arguments = {
         "latents": zeros,
         "anchor": zeros,
         "history": torch.zeros(3, 2, 4, 6, 6),
-        "noise": zeros,
         "predictions": torch.cat([null, full]),
         "branch_rows": torch.tensor([[i, -1, -1, 3 + i] for i in range(3)]),
         "branch_weights": torch.tensor([[-4.0, 0.0, 0.0, 5.0]]).expand(3, 4),
         "rescale": torch.full((3,), strength),
         "denoised": torch.tensor([[0.0, 1.0]]).expand(3, 2),
         "update": torch.zeros(3, 2, 6),
+        "noise": zeros,
     }
-    for step in (guided_step, guided_step_ref):
-        torch.testing.assert_close(step(**args)[2][:, 0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step(form, arguments)[2][:, 0], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("step", [guided_step, guided_step_ref])
-def test_rescale_of_a_constant_output_leaves_it_finite(step):
-    args = batch()
-    args["predictions"][:] = 0.0
-    assert all(torch.isfinite(tensor).all() for tensor in step(**args))
+@each(CORE)
+def test_constant_outputs_and_pictures_without_a_full_branch_are_not_rescaled(form):
+    arguments = case()
+    arguments["branch_rows"][0, 3] = -1
+    arguments["branch_weights"][1] = 0  # output 0 everywhere
+    arguments["rescale"][:2] = 0.7
+    plain = arguments | {"rescale": torch.tensor([0.0, 0.0, *arguments["rescale"][2:]])}
+    assert equal(step(form, arguments), step(form, plain))
+    arguments["predictions"][:] = 0.5
+    check(step(form, arguments), arguments)
 
 
-def test_history_moves_on_by_one():
-    args = batch()
-    _, _, history = guided_step(**args)
-    assert torch.equal(history[:, 1], args["history"][:, 0])
+@each(CORE, FAST)
+def test_deviations_of_predictions_far_from_zero_keep_their_digits(form):
+    arguments = case((4, 33, 40), images=1)
+    arguments["predictions"] = arguments["predictions"] + 1000
+    arguments["branch_weights"] = torch.tensor([[0.0, 0.0, 0.0, 2.0]])
+    arguments["rescale"] = torch.ones(1)  # the output gets the deviation of the full branch: its own by half
+    arguments["denoised"] = torch.tensor([[0.0, 1.0]])
+    found = step(form, arguments)[2][0, 0]
+    full = arguments["predictions"][1]
+    torch.testing.assert_close(found, full, rtol=1e-6 if form.kind == "cpp" else 1e-4, atol=0)
 
 
-def test_inputs_are_left_as_they_were():
-    args = batch()
-    before = {name: tensor.clone() for name, tensor in args.items()}
-    guided_step(**args)
-    assert all(torch.equal(args[name], before[name]) for name in NAMES)
+@each(CORE, FAST)
+def test_pictures_and_tables_of_any_strides_give_the_same(form):
+    arguments = case()
+    expected = step(form, arguments)
+    turned = {name: x.transpose(-1, -2).contiguous().transpose(-1, -2) for name, x in arguments.items() if x.ndim > 3}
+    tables = {name: torch.stack([x, x], -1)[..., 0] for name, x in arguments.items() if x.ndim < 4}
+    last = {"predictions": arguments["predictions"].contiguous(memory_format=torch.channels_last)}
+    rows = {name: torch.cat([arguments[name]] * 2, 1)[:, :4] for name in ("predictions", "latents", "noise")}
+    for changes in (turned | tables, last, rows):
+        for one, other in zip(step(form, arguments | changes), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_pictures_do_not_depend_on_their_neighbours():
-    args = batch()
-    together = guided_step(**args)
+@each(CORE, "torch cpp")
+def test_pictures_do_not_depend_on_their_neighbours(form):
+    arguments = case()
+    together = step(form, arguments)
     for i in range(5):
-        alone = {k: v if k == "predictions" else v[i : i + 1] for k, v in args.items()}
-        assert_equal_results(guided_step(**alone), [tensor[i : i + 1] for tensor in together], 1e-6)
+        alone = step(form, {name: x if name == "predictions" else x[i : i + 1] for name, x in arguments.items()})
+        for one, other in zip(alone, together, strict=True):
+            torch.testing.assert_close(one, other[i : i + 1], rtol=1e-6, atol=1e-6)
+    assert all(x.numel() == 0 for x in step(form, {name: x[:0] for name, x in arguments.items()}))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "latents"])
-def test_refuses_shapes_that_do_not_fit_and_names_the_argument(name):
-    args = batch()
-    args[name] = args[name][..., :-1] if name != "predictions" else args[name][:, :-1]
+@each(CORE, "cpp triton")
+def test_a_row_out_of_range_is_refused_or_makes_its_picture_nan_and_no_other(form):
+    arguments = case()
+    expected = guided_step_ref(**arguments)
+    arguments["branch_rows"][1, 2] = 14
+    if form.kind == "cpp":
+        with pytest.raises(ValueError, match="branch_rows is 14, but it must be from -1 to 13"):
+            step(form, arguments)
+        arguments["branch_rows"][1, 2] = -2
+        with pytest.raises(ValueError, match="branch_rows is -2"):
+            step(form, arguments)
+        return
+    found, others = step(form, arguments), [0, 2, 3, 4]
+    assert found[0][1].isnan().all() and found[2][1, 0].isnan().all()
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one[others], other[others], rtol=2e-5, atol=5e-5)
+
+
+@each(CORE, "cpp")
+def test_one_thread_and_many_give_the_same_bits(form):
+    same_bits_on_any_number_of_threads(form, operation, *case((4, 80, 81)).values())
+
+
+@pytest.mark.parametrize("name", [name for name in case() if name != "latents"])
+def test_shapes_that_do_not_fit_are_refused_by_the_name_of_the_argument(name):
+    arguments = case()
+    arguments[name] = arguments[name][..., :-1] if name != "predictions" else arguments[name][:, :-1]
     with pytest.raises(InvalidRequest, match=name):
-        guided_step(**args)
+        guided_step(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 128, 128), (4, 37, 53)], ids=str)
+def test_captured_in_a_graph_it_follows_new_coefficients(shape):
+    arguments = case(shape, network=torch.bfloat16)
+    replay, given = captured(operation, *arguments.values())
+    check(replay(), arguments)
+    arguments["update"], arguments["rescale"] = arguments["update"] * -0.5, torch.full((5,), 0.3)
+    for there, new in zip(given, arguments.values()):
+        there.copy_(new)
+    check(replay(), arguments)

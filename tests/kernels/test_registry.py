@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from stylefast import kernels
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import registry
+from stylefast.kernels.shared_attention import Affine, Pool, References
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +72,76 @@ def test_every_operation_has_every_form_so_a_backend_alone_forces_them_all(monke
 def test_an_exception_alone_leaves_the_others_to_choose(monkeypatch):
     monkeypatch.setenv(registry.VARIABLE, "geglu=torch")
     assert (_chosen("geglu", _x()), _chosen("layer_norm", _x())) == ("torch", "cpp")
+
+
+def spied(monkeypatch, name="geglu"):
+    """Return the operation, and the forms that run and the checks of values that are made from now on."""
+    operation, calls = registry.operation(name), []
+    monkeypatch.setattr(operation, "_choices", {})
+    for form in ("torch", "cpp"):
+        whole = operation.forms[form]
+        note = lambda *given, form=form, whole=whole: calls.append(form) or whole(*given)  # noqa: E731
+        monkeypatch.setitem(operation.forms, form, note)
+    monkeypatch.setattr(operation, "values", lambda *arguments: calls.append("values"))
+    monkeypatch.setattr(operation, "traceable", operation.forms["torch"])
+    return operation, calls
+
+
+def test_run_takes_the_chosen_form_without_dispatcher_and_checks(monkeypatch):
+    operation, calls = spied(monkeypatch)
+    monkeypatch.setattr(operation, "op", None)
+    for dtype in (torch.float32, torch.float64, torch.float32):  # the choice is kept by type
+        operation.run(_x(dtype))
+    assert calls == ["cpp", "torch", "cpp"]
+    assert operation.run(_x()[:0]).shape == (0, 5, 2, 16) and calls[3:] == []
+
+
+def test_run_is_call_where_a_form_or_checks_are_asked_for_or_a_gradient_is_needed(monkeypatch):
+    operation, calls = spied(monkeypatch)
+    with registry.using("torch"):
+        operation.run(_x())
+    monkeypatch.setenv("STYLEFAST_CHECKS", "1")
+    operation.run(_x())
+    monkeypatch.delenv("STYLEFAST_CHECKS")
+    operation.run(_x().requires_grad_()).sum().backward()
+    monkeypatch.setenv(registry.VARIABLE, "geglu=torch")
+    operation.run(_x())
+    assert calls == ["values", "torch", "values", "cpp", "values", "torch", "values", "torch"]
+
+
+def test_run_is_the_custom_op_while_something_traces():
+    operation = registry.operation("geglu")
+    traced = make_fx(operation.run, tracing_mode="fake")(_x())
+    assert "stylefast.geglu.default" in traced.code
+    torch._dynamo.reset()
+    compiled = torch.compile(operation.run, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x := _x()), operation.run(x))
+
+
+def test_from_run_to_the_launch_of_the_kernel_are_two_calls(monkeypatch):
+    pytest.importorskip("triton", reason="needs the triton package")
+    from stylefast.kernels.gpu import shared_attention_pointers as pointers
+
+    operation, names = registry.operation("shared_attention"), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: names.extend(frame.name for frame in traceback.extract_stack())
+
+    monkeypatch.setattr(pointers, "pointers_kernel", Kernel())
+    references = References(*torch.zeros(2, 2, 1).long(), *torch.zeros(2, 2, 1))._replace(mode=torch.zeros(2).long())
+    operation.run(_x(), _x(), _x(), references, None, None, form="triton")
+    start = len(names) - 1 - names[::-1].index("run")
+    assert names[start : start + 3] == ["run", "shared_attention", "launch"] and len(names) == start + 4
+
+
+def test_groups_are_flattened_for_the_custom_op_and_put_together_again():
+    operation, x = registry.operation("shared_attention"), _x()
+    references, affine = References(*[x] * 4), Affine(x, x)
+    for given in ((x, x, x, references, affine, None), (x, x, x, references, None, Pool(x, x, x, x))):
+        flat = operation.flat(given)
+        assert len(flat) == len(operation.op._schema.arguments) == 14 and flat[7] is None
+        assert operation.grouped(flat) == given
 
 
 def test_the_variable_changes_what_runs(monkeypatch):
