@@ -16,6 +16,7 @@ from PIL import Image
 
 from stylefast import values
 from stylefast.errors import ImageError, StyleError
+from stylefast.models.digests import tensor_bytes
 from stylefast.models.masks import open_mask
 from stylefast.models.pictures import SUFFIXES, open_picture
 from stylefast.styles.bank import StyleBank
@@ -43,7 +44,7 @@ def vector_digest(embedding: StageEmbedding) -> str:
     digest = hashlib.sha256(embedding.pooled_policy.encode())
     for rows in (embedding.clip_l, embedding.clip_g):
         digest.update(f"\n{tuple(rows.shape)}\n".encode())
-        digest.update(rows.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor_bytes(rows.float()))
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.cases import Case, Share, Versus, type_name
+from stylefast.whole_files import write_whole
 
 MET, MISSED, NO_GOAL, WAIVED, NOT_MEASURED = "met", "MISSED", "no goal", "goal does not apply", "not measured"
 
@@ -87,9 +88,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write JSON atomically; non-finite figures become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, (json.dumps(_finite(content), indent=1, allow_nan=False) + "\n").encode())
 
 
 def _finite(content: Any) -> Any:

@@ -14,9 +14,10 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from stylefast.commands.folder_lock import LOCK, only_writer, remove_parts, write_whole
+from stylefast.commands.folder_lock import LOCK, only_writer, remove_parts
 from stylefast.errors import ImageError, InvalidRequest, StyleFastError
 from stylefast.values import free_bytes, load_json, typed_path
+from stylefast.whole_files import write_whole
 
 CHUNK = "stylefast"
 # longer chunks are compressed; some readers refuse long plain ones
@@ -88,7 +89,7 @@ class Destination:
             path = self._path(place, number, first, is_sheet)
             while True:
                 try:
-                    write_whole(path, content, self.overwrite)
+                    write_whole(path, content, overwrite=self.overwrite)
                     break
                 except FileExistsError:
                     # made by a program that does not hold the lock

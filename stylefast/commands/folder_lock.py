@@ -1,11 +1,9 @@
-"""One writer per folder at a time, and files that appear whole without overwriting another program's file."""
+"""One writer per folder at a time, and the removal of what killed writers left."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,6 @@ LOCK = ".stylefast.lock"
 # only of pictures: a bank being baked into the same folder has a similar temporary name
 _PART = re.compile(r"\..+\.png\.[0-9a-f]{8}\.part", re.IGNORECASE)
 PATIENCE = 60.0  # seconds; writing a call's pictures takes less
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 def beside(target: Path) -> Path:
@@ -82,35 +79,3 @@ def remove_parts(folder: Path) -> None:
         if _PART.fullmatch(path.name) and not path.is_dir():
             with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file
                 path.unlink()
-
-
-def write_whole(path: Path, content: bytes, overwrite: bool) -> None:
-    """Write a file atomically. Raises FileExistsError if the name is taken, OSError."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())  # a full disk or network quota may be reported only here
-        if overwrite:
-            os.replace(part, path)
-        else:
-            _give_name(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _give_name(part: Path, path: Path) -> None:
-    """Rename `part` to `path`; raise FileExistsError if the name is taken."""
-    try:
-        os.link(part, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        # file system without hard links, such as FAT: reserve the name with an empty file, then replace it atomically
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        try:
-            os.replace(part, path)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise

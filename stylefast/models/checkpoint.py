@@ -23,6 +23,7 @@ from stylefast.models.config_check import (
     indexed_scheduler,
 )
 from stylefast.models.config_files import build, config_of, read_config, style_modules
+from stylefast.models.digests import sampled_bytes
 from stylefast.models.hub import HubOptions, cached_ids, hub_folder, is_hub_id, is_whole, present, wanted_files
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.known_words import known_words
@@ -271,9 +272,7 @@ def fingerprint(components: Components) -> str:
     for name in names:
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
     for name in names[:: max(len(names) // 48, 1)]:
-        values = tensors[name].detach().reshape(-1)
-        picked = values[:: max(values.numel() // 256, 1)][:256]
-        digest.update(picked.float().cpu().numpy().tobytes())
+        digest.update(sampled_bytes(tensors[name]))
     return digest.hexdigest()
 
 

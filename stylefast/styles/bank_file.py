@@ -28,9 +28,11 @@ from torch import Tensor
 
 from stylefast import values
 from stylefast.errors import ModelFormatError, ModelNotFound, OutOfMemory, StyleError
+from stylefast.models.digests import tensor_bytes
 from stylefast.models.stored_tensors import StoredTensors
 from stylefast.models.weight_files import PICKLED
 from stylefast.styles.bank_size import TensorSpec
+from stylefast.whole_files import put_in_place, sync
 
 METADATA = "stylefast_bank"
 CHECKSUM = "stylefast_bank_sha256"
@@ -89,18 +91,16 @@ class BankFile:
             os.pwrite(self._descriptor, checksum.encode(), self._checksum_at)
             os.fsync(self._descriptor)
             assert self._temporary is not None
-            if self.overwrite:
-                os.replace(self._temporary, self.path)
-                self._temporary = None
-            else:
-                os.link(self._temporary, self.path)  # unlike a rename, fails if the path exists
+            put_in_place(self._temporary, self.path, self.overwrite)
         except FileExistsError as error:
             raise self._taken() from error
         except OSError as error:
             raise self._unwritable(error) from error
         finally:
             self.discard()
-        _sync_folder(self.path.parent)
+        # some network file systems can't sync folders; the file is already in place, so ignore that
+        with contextlib.suppress(OSError):
+            sync(self.path.parent)
         return self.path
 
     def discard(self) -> None:
@@ -263,7 +263,7 @@ def _digest(name: str, spec: TensorSpec, tensors: Mapping[str, Tensor]) -> bytes
         for piece in tensors.chunks(name):
             found.update(piece)
     else:
-        found.update(tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        found.update(tensor_bytes(tensors[name]))
     return found.digest()
 
 
@@ -283,13 +283,3 @@ def _remove_stale(target: Path) -> None:
                 continue
             finally:
                 os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    # some network file systems can't sync folders; the file is already in place, so ignore that
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -5,9 +5,7 @@ The native format is safetensors, `stylefast-msti/1`: `stages.clip_l` [T, n, wid
 fallback for other tools. Files of other trainers are recognised by their keys.
 """
 
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from stylefast import values
 from stylefast.errors import StyleError
 from stylefast.models.text import POOLED_POLICIES
 from stylefast.styles.embedding_files import StyleFile, read_files
+from stylefast.whole_files import write_whole
 
 FORMAT = "stylefast-msti/1"
 SDXL_WIDTHS = (768, 1280)
@@ -199,12 +198,8 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> 
     from safetensors.torch import save
 
     content = save({key: value.detach().float().cpu().clone() for key, value in tensors.items()}, metadata)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
+        write_whole(path, content)
     except OSError as error:
         raise StyleError(f"can't write {path}: {error.strerror or error}; choose a folder you may write to") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path

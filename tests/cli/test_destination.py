@@ -16,6 +16,7 @@ from stylefast.commands.files import Destination
 from stylefast.commands.generate import ModelChoice
 from stylefast.commands.signals import Stopped
 from stylefast.errors import InvalidRequest, StyleFastError
+from stylefast.whole_files import write_whole
 
 WRITER = """
 import sys, time
@@ -131,7 +132,7 @@ class FullAfter:
         here = path.parent == self.folder
         if here and self.room or not here and self.elsewhere:
             self.room -= here
-            return folder_lock.write_whole(path, content, overwrite)
+            return write_whole(path, content, overwrite=overwrite)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 

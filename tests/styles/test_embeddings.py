@@ -229,7 +229,7 @@ def test_failed_writing_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypa
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stylefast.styles.embeddings.os.replace", refuse)
+    monkeypatch.setattr("stylefast.whole_files.os.replace", refuse)
     with pytest.raises(StyleError, match="No space left"):
         save_embedding(multi_stage(count=1), path)
     assert path.read_bytes() == before

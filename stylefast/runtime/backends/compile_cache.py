@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +19,7 @@ import torch
 
 from stylefast.code_caches import inductor_cache, private_folder, replaceable
 from stylefast.errors import InvalidRequest
+from stylefast.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -135,16 +135,9 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, payload: bytes) -> None:
-    """Write the file atomically, even with concurrent writers."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines([_MAGIC, hashlib.sha256(payload).digest(), payload])
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    # a file that others may write to would not be read
+    write_whole(path, _MAGIC, hashlib.sha256(payload).digest(), payload, mode=0o600)
 
 
 def _identity(config: dict, dtype: torch.dtype, device: torch.device) -> str:
