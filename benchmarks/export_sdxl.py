@@ -76,8 +76,7 @@ def meta_unet(dtype: torch.dtype) -> UNet:
 
 def write_onnx(folder: Path, flavour: str, dtype: torch.dtype) -> dict:
     """Export one flavour's graph; the first one in a folder also writes the weights."""
-    from stylefast.export.onnx_file import StoredTensor, WeightFile
-    from stylefast.export.onnx_graphs import WEIGHTS, export_unet
+    from stylefast.export.onnx_file import WEIGHTS, StoredTensor, WeightFile, export_unet
 
     unet, stored = meta_unet(dtype), folder / "weights.json"
     weights = None

@@ -33,7 +33,7 @@ from stylefast.errors import StyleFastError
 from stylefast.export import pipeline
 from stylefast.export.manifest import Manifest
 from stylefast.export.options import Options, Source, load_source, require_toolchain
-from stylefast.export.tensorrt_api import present_target
+from stylefast.export.tensorrt import present_target
 from stylefast.kernels.gpu.timing import one_line
 
 RESULTS = Path(__file__).parent / "results"

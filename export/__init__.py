@@ -1,1 +1,1 @@
-"""Exported engines: the UNet with the row table as graph inputs, for runtimes other than PyTorch."""
+"""Exported graphs: the UNet, with the row table as inputs, and the other parts, for runtimes other than PyTorch."""

@@ -3,7 +3,7 @@
 stylefast's operations stay custom ops: a package calls `torch.ops.stylefast.*`, which choose kernels on the machine
 that runs it, and only the code between them is generated. That code requires the PyTorch version and the CPU
 instructions or GPU architecture that it was compiled with. A package records these in its metadata, which `AotiSession`
-reads before it loads anything.
+reads before it loads anything: PyTorch itself would only warn.
 
 Weights are part of the package, or stay outside (`weights=False`) and are the engine's own tensors, held once in
 memory.
@@ -11,39 +11,160 @@ memory.
 
 import json
 import os
+import platform
 import shutil
 import tempfile
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from stylefast import values
 from stylefast.code_caches import inductor_cache
-from stylefast.errors import (
-    EngineMismatch,
-    ExportError,
-    InvalidRequest,
-    MissingDependency,
-    OutOfMemory,
-    StyleFastError,
-)
-from stylefast.export.aoti_facts import KEY, check_machine, facts_of, package_facts, schema_of, short_name, target_of
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory, StyleFastError
+from stylefast.export.manifest import versions
+from stylefast.export.onnx_file import described
+from stylefast.export.sessions import check_inputs, check_output, check_outputs, same_device
 from stylefast.export.unet_graph import (
+    DIMENSIONS,
     OUTPUT,
     GraphShape,
     Tensor,
     graph_inputs,
     graph_output,
+    short_name,
     trace,
+    with_tokens,
 )
 from stylefast.kernels.checks import integers_within
 from stylefast.models.prepacked import channels_last
 from stylefast.models.unet import UNet
+
+KEY, _FORMAT = "stylefast", 1  # KEY: metadata key of the facts
+_FACTS = {
+    "shape",
+    "fixed",
+    "inputs",
+    "outputs",
+    "sizes",
+    "target",
+    "toolchain",
+    "machine",
+    "instructions",
+    "operations",
+    "weights",
+    "parameters",
+}
+_SHAPE = {field.name for field in fields(GraphShape)}
+# features PyTorch reports that compilers never use on their own
+_UNUSED = {"clflush", "clflushopt", "clwb", "sha", "aes"}
+
+
+def package_facts(path: str | Path) -> dict[str, Any]:
+    """Return a package's metadata without running any of its code.
+
+    "shape" (of a `GraphShape`), "fixed", "inputs" and "outputs" ([name, type, dims]), "sizes" (dimension -> least and
+    most), "target", "toolchain", "weights" (whether it contains them), "parameters" (name -> type, shape, strides),
+    "operations" (custom op -> its schema), "machine" and "instructions" of the CPU.
+
+    Raises ExportError for a file that is missing, truncated, or not a stylefast package, and EngineMismatch for one of
+    another stylefast version.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ExportError(f"there is no package at {path}; run `stylefast export aoti`, or check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("_metadata.json")]
+            read = partial(values.load_json, what="its metadata", kind=dict)
+            found = [read(archive.read(name)).get(KEY) for name in names]
+        facts = next((read(text) for text in found if text), None)
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ExportError(f"{path} is truncated, damaged or no package ({error}); export the model again") from error
+    if not isinstance(facts, dict):
+        raise ExportError(f"{path} is a package that stylefast has not written; run `stylefast export aoti`")
+    if facts.get("format") != _FORMAT or not facts.keys() >= _FACTS or facts["shape"].keys() != _SHAPE:
+        raise EngineMismatch(f"{path} was written by another version of stylefast; export the model again")
+    return facts
+
+
+def facts_of(unet: UNet, shape: GraphShape, fixed: dict[str, int], device: torch.device) -> dict[str, Any]:
+    known = with_tokens(unet, fixed)
+    return {
+        "format": _FORMAT,
+        "shape": shape.to_dict(),
+        "fixed": fixed,
+        "inputs": described([t.fixed(known) for t in graph_inputs(unet, shape)]),
+        "outputs": described([graph_output(unet).fixed(known)]),
+        "sizes": DIMENSIONS,
+        "target": target_of(device),
+        "toolchain": {"torch": torch.__version__} | versions("triton"),
+        "machine": _machine(),
+        "instructions": sorted(_instructions()),
+    }
+
+
+def check_machine(name: str, facts: Mapping[str, Any], device: torch.device) -> None:
+    """Raise EngineMismatch if a package's code can't run on this machine and device."""
+    made, here = facts["toolchain"]["torch"], torch.__version__
+    if made != here:
+        raise EngineMismatch(
+            f"{name} was made with PyTorch {made}, and this is {here}; install that version, or export the model again"
+        )
+    for operation, schema in facts["operations"].items():
+        if schema != schema_of(operation):
+            raise EngineMismatch(
+                f"{name} was made with another version of stylefast, whose {operation} takes other arguments; export "
+                "the model again"
+            )
+    kind = "cpu" if facts["target"] == "cpu" else "cuda"
+    if device.type != kind:
+        raise EngineMismatch(f"{name} was made for {facts['target']}, and the device is {device}; export it for that")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineMismatch(f"{name} was made for {facts['target']}, and this machine has no GPU")
+    if target_of(device) != facts["target"]:
+        raise EngineMismatch(
+            f"{name} was made for {facts['target']}, and {device} is {target_of(device)}; export it for that one"
+        )
+    if facts["machine"] != _machine():
+        raise EngineMismatch(f"{name} was made for {facts['machine']}, and this is {_machine()}; export the model here")
+    lacking = sorted(set(facts["instructions"]) - _instructions())
+    if lacking:
+        raise EngineMismatch(
+            f"{name} was made on a CPU with {', '.join(lacking)}, which this one does not have; export the model here"
+        )
+
+
+def target_of(device: str | torch.device) -> str:
+    """Return a device's target name: "cpu", or a GPU's architecture, such as "sm90"."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def _machine() -> str:
+    return f"{platform.system()} {platform.machine()}"
+
+
+def _instructions() -> set[str]:
+    """Return the CPU extensions that code generated here may use: it is compiled for this machine's CPU."""
+    return {name for name, there in torch.cpu.get_capabilities().items() if there is True} - _UNUSED
+
+
+def schema_of(operation: str) -> str:
+    packet = getattr(torch.ops.stylefast, operation, None)
+    return "" if packet is None else str(packet.default._schema)
+
 
 SUFFIX = ".pt2"
 _MODEL = "model"  # the name PyTorch gives a package's only model
@@ -188,7 +309,7 @@ class AotiSession:
                 )
             for name, (dtype, shape, strides) in self._parameters.items():
                 x = state[name].detach()
-                if not _same_device(x.device, self.device):
+                if not same_device(x.device, self.device):
                     raise InvalidRequest(f"{name} is on {x.device}, the session of {self.path.name} on {self.device}")
                 if (short_name(x.dtype), list(x.shape)) != (dtype, shape):
                     raise EngineMismatch(
@@ -217,15 +338,15 @@ class AotiSession:
         missing names and an output of another type, shape or device, OutOfMemory, and ExportError for any other
         failure.
         """
-        sizes = self._check(inputs)
+        sizes = check_inputs(self.path.name, self.device, inputs, self.inputs)
+        self._check_sizes(sizes)
         if self.device.type == "cpu":
             _check_pages(inputs, sizes)
         given = dict(outputs or {})
-        unknown = sorted(given.keys() - self.outputs.keys())
-        if unknown:
-            raise InvalidRequest(f"{self.path.name} has no output {unknown[0]!r}; it has {', '.join(self.outputs)}")
+        check_outputs(self.path.name, given, self.outputs)
         if OUTPUT in given:
-            self._check_output(given[OUTPUT], sizes)
+            dtype, dims = self.outputs[OUTPUT]
+            check_output(OUTPUT, given[OUTPUT], dtype, [sizes.get(dim, dim) for dim in dims], self.device)
         tensors = [inputs[name].contiguous() for name in self.inputs]
         with self._lock:
             self._check_open()
@@ -254,52 +375,14 @@ class AotiSession:
         if self._loader is None:
             raise ExportError(f"the session of {self.path.name} was closed; open another one")
 
-    def _check(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Return the sizes of named dimensions.
-
-        Raises InvalidRequest or EngineMismatch for unfit inputs: generated code has no checks and would read out of
-        bounds.
-        """
-        if inputs.keys() != self.inputs.keys():
-            missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
-            what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
-            raise InvalidRequest(f"{self.path.name} {what}; its inputs are {', '.join(self.inputs)}")
-        sizes: dict[str, int] = {}
-        for name, (dtype, dims) in self.inputs.items():
-            x = inputs[name]
-            if not _same_device(x.device, self.device):
-                raise InvalidRequest(f"input {name} is on {x.device}, the session of {self.path.name} on {self.device}")
-            if x.dtype != dtype:
-                raise EngineMismatch(
-                    f"input {name} is {short_name(x.dtype)}, and {self.path.name} was exported for "
-                    f"{short_name(dtype)}; load the model in that type, or export it in this one"
-                )
-            fits = len(dims) == x.ndim and all(
-                side == (dim if isinstance(dim, int) else sizes.setdefault(dim, side))
-                for side, dim in zip(x.shape, dims)
-            )
-            if not fits:
-                agreed = ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
-                raise EngineMismatch(
-                    f"input {name} has shape {list(x.shape)}, and {self.path.name} was exported for {list(dims)}"
-                    + (f" with {agreed}" if agreed else "")
-                )
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Raise EngineMismatch for sizes out of range: generated code has no checks and would read out of bounds."""
         for dim, size in sizes.items():
             low, high = self._sizes.get(dim, (0, size))
             if not low <= size <= high:
                 raise EngineMismatch(
                     f"{dim} is {size}, and {self.path.name} was exported for {low} to {high}; export it for more"
                 )
-        return sizes
-
-    def _check_output(self, x: torch.Tensor, sizes: Mapping[str, int]) -> None:
-        dtype, dims = self.outputs[OUTPUT]
-        shape = [sizes.get(dim, dim) for dim in dims]
-        if x.dtype != dtype or list(x.shape) != shape or not _same_device(x.device, self.device):
-            raise InvalidRequest(
-                f"the tensor for output {OUTPUT} is {short_name(x.dtype)} {list(x.shape)} on {x.device}; it must be "
-                f"{short_name(dtype)} {shape} on {self.device}"
-            )
 
 
 def _check_pages(inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> None:
@@ -352,7 +435,7 @@ def _twin(unet: UNet, device: torch.device, weights: bool) -> UNet:
     Without weights, uninitialised tensors stand in for moved ones, because their values are not needed.
     """
     state = dict(unet.state_dict())
-    if not _same_device(unet.device, device):
+    if not same_device(unet.device, device):
         move = (lambda x: x.to(device)) if weights else (lambda x: torch.empty_like(x, device=device))
         state = {name: move(x) for name, x in state.items()}
         channels_last(state)
@@ -384,13 +467,6 @@ def _lies(x: torch.Tensor, strides: list[int]) -> bool:
     return all(have == want or side == 1 for have, want, side in zip(x.stride(), strides, x.shape))
 
 
-def _same_device(one: torch.device, other: torch.device) -> bool:
-    return one.type == other.type and (one.index or 0) == (other.index or 0)
-
-
 def _line(error: Exception) -> str:
     """Return the message on one line, without the Python stack that PyTorch appends."""
     return " ".join(str(error).split()).split(" At: ")[0][:400]
-
-
-__all__ = ["AotiReport", "AotiSession", "export_aoti", "package_facts", "target_of"]

@@ -21,12 +21,13 @@ from stylefast import values
 from stylefast.code_caches import foreign
 from stylefast.errors import ExportError, InvalidRequest, ModelFormatError, StyleFastError
 from stylefast.export.manifest import MANIFEST, FileEntry, Manifest, check_files, file_entry
+from stylefast.whole_files import sync, write_whole
 
 logger = logging.getLogger(__name__)
 
 RECORD = "unfinished.json"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# published files must not be writable by other users, because engines are code
+# published files must not be writable by other users, because they may be code
 _OTHERS_WRITE = 0o022
 
 
@@ -131,10 +132,10 @@ class UnfinishedExport:
         (self.path / MANIFEST).write_text(text, encoding="utf-8")
         for path in (*self.path.rglob("*"), self.path):
             _close_to_others(path)
-            _to_disk(path)
+            sync(path)
         self._move()
         (self.target / RECORD).unlink(missing_ok=True)
-        _to_disk(self.target.parent)
+        sync(self.target.parent)
 
     def _move(self) -> None:
         aside = _beside(self.target, ".replaced")
@@ -158,7 +159,11 @@ class UnfinishedExport:
         recorded = (self.path / RECORD).is_file()
         # another user's files must not be trusted or removed; our own are hashed before they are reused
         stranger = stranger or foreign(self.path, (RECORD,) if recorded else (), above=False)
-        if stranger is None and not recorded and any(path.name != f"{RECORD}.new" for path in self.path.iterdir()):
+        if (
+            stranger is None
+            and not recorded
+            and any(not path.name.startswith(f".{RECORD}.") for path in self.path.iterdir())
+        ):
             stranger = f"{self.path} was not left by an export"
         if stranger is not None:
             raise ExportError(f"{stranger}, and stands where files are collected; remove it, or choose another folder")
@@ -186,10 +191,8 @@ class UnfinishedExport:
             name: {"files": [vars(entry) for entry in graph["files"]], "detail": graph["detail"]}
             for name, graph in self._graphs.items()
         }
-        path, new = self.path / RECORD, self.path / f"{RECORD}.new"
-        new.write_text(json.dumps({"arguments": self._arguments, "graphs": graphs}), encoding="utf-8")
-        _close_to_others(new)
-        os.replace(new, path)
+        text = json.dumps({"arguments": self._arguments, "graphs": graphs})
+        write_whole(self.path / RECORD, text.encode(), mode=0o644)
 
 
 @contextmanager
@@ -349,11 +352,3 @@ def _is_plain_file(path: Path) -> bool:
 
 def _close_to_others(path: Path) -> None:
     path.chmod(path.stat().st_mode & ~_OTHERS_WRITE)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,8 @@
-"""Manifest of an export folder: its graphs, their source and target, and the hash of every file.
+"""Manifest of an export folder: its graphs, their source and target, the hash of every file, and whether it is trusted.
 
-`manifest.json` is written last, so a folder without one is not an export. An engine file is code: before loading one,
-read the manifest and check that files are unchanged (`check_files`), trusted (`check_trust`) and made for this model
-and chip (`check_fits`). Nothing here imports torch.
+`manifest.json` is written last, so a folder without one is not an export. Files of most kinds are code: before
+loading them, read the manifest and check that they are unchanged (`check_files`), trusted (`check_trust`) and made for
+this model and chip (`check_fits`). Nothing here imports torch.
 """
 
 import hashlib
@@ -11,12 +11,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from stylefast import values
-from stylefast.errors import EngineMismatch, ExportError, ModelFormatError, ModelNotFound
+from stylefast.code_caches import foreign
+from stylefast.errors import EngineMismatch, ExportError, ModelFormatError, ModelNotFound, UntrustedEngine
 from stylefast.values import quoted
 
 MANIFEST = "manifest.json"
@@ -121,7 +124,7 @@ class Manifest:
 
     stylefast: the version that wrote it. fingerprint: of the weights. dtype: "float16". target: "any", "cpu", "cuda",
     or chips joined by commas ("sm89,sm120"). toolchain: packages that made the files, name -> version. profiles: ranges
-    of sizes that engines were built for, by the graph's label.
+    of sizes that TensorRT engines were built for, by the graph's label.
     """
 
     kind: str
@@ -212,6 +215,15 @@ def graph_from_json(found: Any) -> GraphEntry:
     """Return the entry from the result of `graph_to_json`. Raises ModelFormatError."""
     _check_fields("a graph", found, {f.name for f in fields(GraphEntry)})
     return GraphEntry(**found)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed, for a manifest's toolchain."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -388,3 +400,28 @@ def _check_fields(what: str, found: Any, known: set[str]) -> None:
     if not isinstance(found, Mapping) or set(map(str, found)) != known:
         given = quoted(sorted(map(str, found))) if isinstance(found, Mapping) else type(found).__name__
         raise ModelFormatError(f"{MANIFEST} is damaged: {what} has {given} instead of {', '.join(sorted(known))}")
+
+
+def check_trust(folder: str | Path, manifest: Manifest, trust: str | None = None) -> None:
+    """Raise UntrustedEngine if files that are code may come from another user.
+
+    Files are trusted if the folder and all of its files belong to this user or root, and no other user can write to
+    them or rename a folder above them; or if `trust` is the manifest's digest. ONNX files need no trust. A digest
+    covers only files that `check_files` has compared with the manifest.
+    """
+    folder = Path(folder).expanduser()
+    if trust is not None:
+        if trust.strip().lower() == manifest.digest:
+            return
+        raise UntrustedEngine(
+            f"the digest given for {folder} is {trust.strip()[:SHOWN_DIGITS]}, its manifest has "
+            f"{manifest.digest[:SHOWN_DIGITS]}; this is another export than the one you vouch for, or it was altered"
+        )
+    if manifest.kind not in CODE:
+        return
+    reason = foreign(folder, (MANIFEST, *(entry.name for entry in manifest.files)))
+    if reason is not None:
+        raise UntrustedEngine(
+            f"the export's files are code, and {reason}. If you know where it is from, vouch for it with the digest "
+            "that `stylefast export` printed there: --trust DIGEST, or trust= in Python"
+        )

@@ -1,16 +1,22 @@
 """ONNX models on disk: weights in a separate file, which the graphs of one model share.
 
 A protobuf can't exceed 2 GB, and a UNet's three flavours have the same weights. `write_weights` writes them once,
-tensor by tensor, and `save_model` writes graphs that refer to that file.
+tensor by tensor, and `save_model` writes graphs that refer to that file. `export_unet` does both for a UNet.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from stylefast.errors import ExportError, MissingDependency
+from stylefast.export.manifest import GraphEntry
+from stylefast.export.onnx_operations import OnnxOperations
+from stylefast.export.onnx_writer import check_opset, onnx_model, weight_array
+from stylefast.export.unet_graph import GraphShape, Tensor, graph_inputs, graph_output, short_name, trace, with_tokens
+from stylefast.models.digests import tensor_bytes
+from stylefast.models.unet import UNet
 
 # smaller tensors stay in the graph, where shape inference can see them
 INLINE_BYTES = 4096
@@ -98,8 +104,67 @@ def _large(model) -> Iterable:
 
 def _bytes(tensor) -> memoryview | bytes:
     made = tensor.raw() if callable(tensor.raw) else tensor  # read a lazy tensor now, and don't keep it
-    held = made.raw
-    if isinstance(held, torch.Tensor):
-        # no copy on the host for any type
-        return memoryview(held.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return made.tobytes()
+    return tensor_bytes(made.raw) if isinstance(made.raw, torch.Tensor) else made.tobytes()
+
+
+WEIGHTS = "unet.weights"
+
+# (done, total, step) of the graph being written
+Phase = Callable[[int, int, str], None]
+
+
+def export_unet(
+    unet: UNet,
+    shape: GraphShape,
+    folder: Path,
+    *,
+    weights: WeightFile | None = None,
+    opset: int | None = None,
+    fixed: Mapping[str, int] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+    operations: type[OnnxOperations] = OnnxOperations,
+    phase: Phase = lambda done, total, what: None,
+) -> tuple[GraphEntry, WeightFile]:
+    """Write `unet-<flavour>.onnx` to a folder. Returns its entry for the manifest, and the file of weights.
+
+    weights: the file that another flavour wrote to the same folder; None: write `unet.weights`. opset: version of
+    ONNX's operators; None: the oldest that supports the UNet's type. fixed: dimensions that get one size. metadata:
+    strings that go into the file. state: the parameters by name if the UNet is on the meta device; they are read one by
+    one. operations: how style attention is written.
+
+    Raises MissingDependency without onnx, ExportError, and OSError from the file system.
+    """
+    require_onnx()
+    opset = check_opset(opset, unet.dtype)
+    phase(0, 0, "tracing")
+    program = trace(unet, shape, fixed)
+    inputs, output, known = graph_inputs(unet, shape), graph_output(unet), with_tokens(unet, fixed or {})
+    model = onnx_model(program, [t.fixed(known) for t in inputs], output.fixed(known), opset, state, operations)
+    if weights is None:
+        weights = write_weights(
+            model, folder / WEIGHTS, lambda done, total: phase(done >> 20, total >> 20, "writing weights (MiB)")
+        )
+    phase(0, 0, "writing the graph")
+    path = folder / f"unet-{shape.flavour}.onnx"
+    facts = {"component": "unet", **{k: str(v) for k, v in shape.to_dict().items()}, **(metadata or {})}
+    files = save_model(model, path, facts, weights)
+    entry = GraphEntry(
+        "unet", path.name, files, shape.to_dict(), described(inputs), described([output]), dict(fixed or {}), opset
+    )
+    return entry, weights
+
+
+def refit_weights(unet: UNet, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return the UNet's current weights (LoRAs included) in the layout of its graphs' initialisers, by name.
+
+    names: of initialisers; those that are not parameters, such as constants, are ignored.
+    """
+    held = unet.state_dict()
+    matrices = {f"{n}.weight" for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear)}
+    return {name: weight_array(held[name], name in matrices) for name in names if name in held}
+
+
+def described(tensors: Sequence[Tensor]) -> tuple[tuple, ...]:
+    """Return inputs or outputs in the manifest's form: name, type, dimensions."""
+    return tuple((t.name, short_name(t.dtype), t.dims) for t in tensors)

@@ -2,7 +2,7 @@
 
 PyTorch's own exporter could do this, and does for the model's other parts, but its passes over symbolic shapes take
 minutes for a UNet where this takes seconds. This writer also keeps names: initialisers are called like the parameters
-they hold, so that an engine can be refitted by name, and nodes like the modules they come from.
+they hold, so that a TensorRT engine can be refitted by name, and nodes like the modules they come from.
 
 Matrices of linear layers are stored transposed, [in, out], as ONNX's MatMul requires.
 """

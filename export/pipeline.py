@@ -13,14 +13,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, ModelError
-from stylefast.export.components import Component, export_component
+from stylefast.export.components import (
+    Component,
+    decoder_dtype,
+    export_component,
+    image_encoder,
+    image_projector,
+    text_encoder,
+    text_projector,
+    vae_decoder,
+)
 from stylefast.export.folder import UnfinishedExport, publishing
 from stylefast.export.manifest import (
     ANY_TARGET,
@@ -32,17 +39,17 @@ from stylefast.export.manifest import (
     graph_from_json,
     graph_to_json,
     read_manifest,
+    versions,
 )
-from stylefast.export.memory import estimate_export
-from stylefast.export.onnx_file import StoredTensor, WeightFile, require_onnx
-from stylefast.export.onnx_graphs import WEIGHTS, described, export_unet
+from stylefast.export.onnx_file import WEIGHTS, StoredTensor, WeightFile, described, export_unet, require_onnx
 from stylefast.export.onnx_operations import OnnxOperations
 from stylefast.export.onnx_writer import check_opset
-from stylefast.export.options import DIGEST, Options, Progress, Source, sampled_digest
+from stylefast.export.options import DIGEST, Options, Progress, Source, estimate_export
 from stylefast.export.tensorrt_build import build_engine
 from stylefast.export.tensorrt_profiles import Profile
 from stylefast.export.unet_graph import GraphShape, graph_inputs
 from stylefast.models import vae as vaes
+from stylefast.models.digests import sampled_digest
 from stylefast.models.unet import UNet
 from stylefast.threads import giving_way
 
@@ -71,7 +78,7 @@ def export_onnx(source: Source, folder: Path, options: Options, progress: Progre
             progress.graph(name, number, total)
             graphs.append(_once(out, name, lambda name=name: _component(source, out.path, name, options, fixed)))
         progress.graph("", total, total)
-        made = _manifest(source, options, out, graphs, ANY_TARGET, _versions("onnx", "onnxscript"))
+        made = _manifest(source, options, out, graphs, ANY_TARGET, versions("onnx", "onnxscript"))
         out.complete(made)
     return made
 
@@ -85,7 +92,7 @@ def export_tensorrt(
     graphs are written: the builder alone needs more than three times their memory. Raises the errors of `export_onnx`
     and `build_engine`.
     """
-    from stylefast.export.tensorrt_api import check_buildable, load_package, package_of
+    from stylefast.export.tensorrt import check_buildable, load_package, package_of
 
     progress = progress or Progress()
     package = package_of(options.targets)
@@ -93,7 +100,7 @@ def export_tensorrt(
     check_buildable(package, options.targets, options.refit)
     operations, profiles = _operations(options, trt), _profiles(source, options)
     given = None if options.onnx is None else _given_graphs(options, source)
-    toolchain = {package: trt.__version__} | _versions("onnx")
+    toolchain = {package: trt.__version__} | versions("onnx")
     with _publishing(source, folder, options, progress) as out:
         old, total = out.target / TIMING_CACHE, len(options.flavours)
         if old.is_file() and not (out.path / TIMING_CACHE).exists():
@@ -321,7 +328,7 @@ def _unet_graphs(source, out: UnfinishedExport, options, progress, fixed, operat
                 phase=progress.phase,
                 operations=operations,
             )
-            entry = replace(entry, extra={DIGEST: sampled_digest(source.unet)})
+            entry = replace(entry, extra={DIGEST: sampled_digest(source.unet.state_dict())})
             if not found:
                 out.record(WEIGHTS, [WEIGHTS], {name: list(place) for name, place in weights.tensors.items()})
             return entry
@@ -338,24 +345,20 @@ def _component(source: Source, folder: Path, name: str, options: Options, fixed:
 
 def make_component(source: Source, name: str, dtype: torch.dtype) -> Component:
     """Return a part of a model as a component, by its name. Raises ModelError for one that the model lacks."""
-    from stylefast.export import image_graphs, text_graphs
-
     if name in ("image_encoder", "image_projector"):
         if not source.adapters:
             raise ModelError(f"{source.name} has no {name}; give an IP-Adapter, or leave it out")
         adapter, encoder = next(iter(source.adapters.values()))
-        if name == "image_encoder":
-            return image_graphs.image_encoder(encoder, dtype)
-        return image_graphs.image_projector(adapter, dtype)
+        return image_encoder(encoder, dtype) if name == "image_encoder" else image_projector(adapter, dtype)
     if name == "vae_decoder":
-        return image_graphs.vae_decoder(source.vae, image_graphs.decoder_dtype(source.vae, dtype))
+        return vae_decoder(source.vae, decoder_dtype(source.vae, dtype))
     if name == "text_projector":
-        return text_graphs.text_projector(source.unet, dtype, source.text_encoder.max_tokens)
-    return text_graphs.text_encoder(source.text_encoder.encoders[("text_encoder", "text_encoder_2").index(name)], dtype)
+        return text_projector(source.unet, dtype, source.text_encoder.max_tokens)
+    return text_encoder(source.text_encoder.encoders[("text_encoder", "text_encoder_2").index(name)], dtype)
 
 
 def _operations(options: Options, trt) -> type[OnnxOperations]:
-    """Return how the graphs of an engine write style attention. Raises the plugin's errors before the build."""
+    """Return how graphs write style attention for TensorRT. Raises the plugin's errors before the build."""
     if options.attention == "standard":
         return OnnxOperations
     from stylefast.export.tensorrt_plugin import PluginOperations, register_plugin
@@ -394,12 +397,12 @@ def _scratch_graphs(source, folder: Path, shapes, options, progress, operations)
             phase=progress.phase,
             operations=operations,
         )
-        graphs[shape.flavour] = (folder, replace(entry, extra={DIGEST: sampled_digest(source.unet)}))
+        graphs[shape.flavour] = (folder, replace(entry, extra={DIGEST: sampled_digest(source.unet.state_dict())}))
     return graphs
 
 
 def _engine(unet: UNet, folder: Path, graphs: Path, graph: GraphEntry, options, profiles, progress) -> GraphEntry:
-    """Build one flavour's engine."""
+    """Build one flavour's TensorRT engine."""
     shape = GraphShape.from_dict(graph.shape)
     inputs = graph_inputs(unet, shape)
     name = f"{graph.label}.{'-'.join(options.targets)}.engine"
@@ -445,13 +448,3 @@ def _manifest(source, options, out: UnfinishedExport, graphs, target: str, toolc
         files=out.files,
         profiles=profiles or {},
     )
-
-
-def _versions(*packages: str) -> dict[str, Any]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -4,7 +4,7 @@ Every session of an exported graph, in any runtime, has `run(inputs, outputs)` a
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory
+from stylefast.export.unet_graph import short_name
 
 # ONNX's number of an element type -> (torch's type, ONNX Runtime's name)
 _TYPES = {
@@ -112,11 +113,9 @@ class OrtSession:
         """
         if self._session is None:
             raise ExportError(f"the session of {self.path.name} was closed; open another one")
-        sizes = self._check(inputs)
+        sizes = check_inputs(self.path.name, self.device, inputs, self.inputs)
         given = dict(outputs or {})
-        unknown = sorted(given.keys() - self.outputs.keys())
-        if unknown:
-            raise InvalidRequest(f"{self.path.name} has no output {unknown[0]!r}; it has {', '.join(self.outputs)}")
+        check_outputs(self.path.name, given, self.outputs)
         binding = self._session.io_binding()
         place = (self.device.type, self.device.index or 0)
         held = []  # keep tensors alive until the graph has run, because bindings are addresses
@@ -167,44 +166,74 @@ class OrtSession:
         # for operators without a CUDA kernel, such as arithmetic on shapes
         return [(_CUDA, options), "CPUExecutionProvider"]
 
-    def _check(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Return the sizes of named dimensions. Raises InvalidRequest and EngineMismatch for unfit inputs."""
-        if inputs.keys() != self.inputs.keys():
-            missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
-            what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
-            raise InvalidRequest(f"{self.path.name} {what}; its inputs are {', '.join(self.inputs)}")
-        sizes: dict[str, int] = {}
-        for name, x in inputs.items():
-            dtype, dims = self.inputs[name]
-            if x.device.type != self.device.type or (x.device.index or 0) != (self.device.index or 0):
-                raise InvalidRequest(f"input {name} is on {x.device}, the session of {self.path.name} on {self.device}")
-            if x.dtype != dtype:
-                raise EngineMismatch(
-                    f"input {name} is {_short(x.dtype)}, and {self.path.name} was exported for {_short(dtype)}; load "
-                    "the model in that type, or export it in this one"
-                )
-            fits = len(dims) == x.ndim and all(
-                side == (dim if isinstance(dim, int) else sizes.setdefault(dim, side)) or dim is None
-                for side, dim in zip(x.shape, dims)
-            )
-            if not fits:
-                raise EngineMismatch(
-                    f"input {name} has shape {list(x.shape)}, and {self.path.name} was exported for {list(dims)}"
-                    + (f" with {_sizes(sizes, dims)}" if any(dim in sizes for dim in dims) else "")
-                )
-        return sizes
-
     def _checked(self, name: str, x: torch.Tensor, dtype: torch.dtype | None, shape: Sequence) -> torch.Tensor:
-        same = (side == dim or not isinstance(dim, int) for side, dim in zip(x.shape, shape))
-        fits = len(shape) == x.ndim and all(same)
-        if x.dtype != dtype or not fits or x.device.type != self.device.type:
-            raise InvalidRequest(
-                f"the tensor for output {name} is {_short(x.dtype)} {list(x.shape)} on {x.device.type}; it must be "
-                f"{_short(dtype)} {list(shape)} on {self.device.type}"
-            )
+        check_output(name, x, dtype, shape, self.device)
         if not x.is_contiguous():
             raise InvalidRequest(f"the tensor for output {name} is not contiguous; give one that is")
         return x
+
+
+def check_names(file: str, inputs: Collection[str], known: Collection[str]) -> None:
+    """Raise InvalidRequest unless exactly the known inputs of a graph's file are given."""
+    missing, unknown = sorted(set(known) - set(inputs)), sorted(set(inputs) - set(known))
+    if missing or unknown:
+        what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
+        raise InvalidRequest(f"{file} {what}; its inputs are {', '.join(known)}")
+
+
+def check_outputs(file: str, outputs: Collection[str], known: Collection[str]) -> None:
+    """Raise InvalidRequest for an output that a graph's file does not have."""
+    unknown = sorted(set(outputs) - set(known))
+    if unknown:
+        raise InvalidRequest(f"{file} has no output {unknown[0]!r}; it has {', '.join(known)}")
+
+
+def check_inputs(
+    file: str, device: torch.device, inputs: Mapping[str, torch.Tensor], known: Mapping[str, tuple]
+) -> dict[str, int]:
+    """Return the sizes of a graph's named dimensions.
+
+    known: type and dimensions by name; a dimension of None takes any size. Raises InvalidRequest for unknown and
+    missing inputs and for another device than the session's, EngineMismatch for types and shapes that the graph was not
+    exported for.
+    """
+    check_names(file, inputs, known)
+    sizes: dict[str, int] = {}
+    for name, (dtype, dims) in known.items():
+        x = inputs[name]
+        if not same_device(x.device, device):
+            raise InvalidRequest(f"input {name} is on {x.device}, the session of {file} on {device}")
+        if x.dtype != dtype:
+            raise EngineMismatch(
+                f"input {name} is {short_name(x.dtype)}, and {file} was exported for {short_name(dtype)}; load the "
+                "model in that type, or export it in this one"
+            )
+        fits = len(dims) == x.ndim and all(
+            dim is None or side == (dim if isinstance(dim, int) else sizes.setdefault(dim, side))
+            for side, dim in zip(x.shape, dims)
+        )
+        if not fits:
+            agreed = ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
+            raise EngineMismatch(
+                f"input {name} has shape {list(x.shape)}, and {file} was exported for {list(dims)}"
+                + (f" with {agreed}" if agreed else "")
+            )
+    return sizes
+
+
+def check_output(name: str, x: torch.Tensor, dtype: torch.dtype | None, shape: Sequence, device: torch.device) -> None:
+    """Raise InvalidRequest unless a tensor fits an output, whose sides that are no numbers may have any size."""
+    fits = len(shape) == x.ndim and all(side == dim or not isinstance(dim, int) for side, dim in zip(x.shape, shape))
+    if x.dtype != dtype or not fits or not same_device(x.device, device):
+        raise InvalidRequest(
+            f"the tensor for output {name} is {short_name(x.dtype)} {list(x.shape)} on {x.device}; it must be "
+            f"{short_name(dtype)} {list(shape)} on {device}"
+        )
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Return whether two devices are the same one; "cuda" means "cuda:0"."""
+    return one.type == other.type and (one.index or 0) == (other.index or 0)
 
 
 def require_onnxruntime(device: str | torch.device = "cpu") -> Any:
@@ -230,14 +259,6 @@ def require_onnxruntime(device: str | torch.device = "cpu") -> Any:
 def _somewhere(x: torch.Tensor) -> torch.Tensor:
     """Return the tensor, or for an empty one, which has no address, a substitute with an address."""
     return x if x.numel() else torch.zeros(1, dtype=x.dtype, device=x.device)
-
-
-def _short(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _sizes(sizes: Mapping[str, int], dims: Sequence) -> str:
-    return ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
 
 
 def _line(error: Exception) -> str:
@@ -269,6 +290,3 @@ def _running(path: Path, error: Exception) -> Exception:
     if isinstance(error, MemoryError) or "failed to allocate memory" in text or "out of memory" in text:
         return OutOfMemory(f"{path.name} ran out of memory: {_line(error)}")
     return ExportError(f"{path.name} failed: {_line(error)}")
-
-
-__all__ = ["OrtSession", "Session", "require_onnxruntime"]

@@ -172,6 +172,3 @@ def _range(numbers: list[int], part: str) -> Range:
     if len(numbers) not in (1, 3):
         raise InvalidRequest(f"{part.strip()!r} has {len(numbers)} values; write one, or least:usual:most")
     return Range(*(numbers if len(numbers) == 3 else numbers * 3))
-
-
-__all__ = ["LATENT_PIXELS", "Profile", "Range", "Shapes"]

@@ -18,10 +18,19 @@ from typing import Any
 import torch
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, OutOfMemory
-from stylefast.export.tensorrt_api import forwarder, load_package, open_engine, package_of_plan, torch_dtype
-from stylefast.export.tensorrt_build import write_whole
-from stylefast.export.tensorrt_inspect import EngineLayers, inspect_engine
+from stylefast.export.sessions import check_inputs, check_output, check_outputs
+from stylefast.export.tensorrt import (
+    EngineLayers,
+    forwarder,
+    inspect_engine,
+    load_package,
+    open_engine,
+    package_of_plan,
+    torch_dtype,
+    writing,
+)
 from stylefast.kernels.gpu.capture import capture
+from stylefast.whole_files import write_whole
 
 # name prefixes of inputs that are read in place
 BY_ADDRESS = ("text_kv_", "image_kv_", "page_kv_", "page_stats_", "page_norms")
@@ -98,9 +107,9 @@ class TensorRTSession:
     kept; the least recently used is dropped. kernels: cache file of the kernels that `tensorrt_rtx` compiled for this
     GPU; read if it exists, and written by `close`.
 
-    An engine is code: check first that it is trusted (`export.trust`). Raises MissingDependency; InvalidRequest for bad
-    arguments; EngineMismatch without CUDA or for an engine of another chip or version; OutOfMemory; ExportError for a
-    damaged or truncated engine.
+    A TensorRT engine is code: check first that it is trusted (`manifest.check_trust`). Raises MissingDependency;
+    InvalidRequest for bad arguments; EngineMismatch without CUDA or for an engine of another chip or version;
+    OutOfMemory; ExportError for a damaged or truncated engine.
     """
 
     def __init__(
@@ -171,9 +180,7 @@ class TensorRTSession:
         with self._lock:
             self._open()
             shapes = self._check(inputs)
-            unknown = sorted(given.keys() - self.outputs.keys())
-            if unknown:
-                raise InvalidRequest(f"{self.path.name} has no output {unknown[0]!r}; it has {', '.join(self.outputs)}")
+            check_outputs(self.path.name, given, self.outputs)
             with self._queue.here():
                 shaped = self._shaped(shapes)
                 self._check_outputs(shaped, given)
@@ -196,7 +203,8 @@ class TensorRTSession:
             self._queue.wait()
             try:
                 if self._kernels is not None and self._cache is not None:
-                    write_whole(self._kernels, self._cache.serialize())
+                    with writing(self._kernels):
+                        write_whole(self._kernels, memoryview(self._cache.serialize()))
             finally:
                 self._kept.clear()
                 self._static.clear()
@@ -253,21 +261,9 @@ class TensorRTSession:
 
     def _check(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
         """Return the inputs' shapes. Raises InvalidRequest and EngineMismatch."""
-        if inputs.keys() != self.inputs.keys():
-            missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
-            what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
-            raise InvalidRequest(f"{self.path.name} {what}; its inputs are {', '.join(self.inputs)}")
+        free = {n: (dtype, [None if d == -1 else d for d in dims]) for n, (dtype, dims) in self.inputs.items()}
+        check_inputs(self.path.name, self.device, inputs, free)
         for name, x in inputs.items():
-            dtype, dims = self.inputs[name]
-            if x.device != self.device:
-                raise InvalidRequest(f"input {name} is on {x.device}, the session of {self.path.name} on {self.device}")
-            if x.dtype != dtype:
-                raise EngineMismatch(
-                    f"input {name} is {x.dtype}, and {self.path.name} was built for {dtype}; load the model in that "
-                    "type, or export it in this one"
-                )
-            if x.ndim != len(dims):
-                raise EngineMismatch(f"input {name} has shape {list(x.shape)}, {self.path.name} takes {list(dims)}")
             if name not in self._static and not (x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0):
                 raise InvalidRequest(
                     f"input {name} is read where it lies, and must be contiguous at a multiple of {ALIGNMENT} bytes; "
@@ -336,11 +332,7 @@ class TensorRTSession:
     def _check_outputs(self, shaped: _Shaped, given: Mapping[str, torch.Tensor]) -> None:
         for name, x in given.items():
             made = shaped.outputs[name]
-            if (x.shape, x.dtype, x.device) != (made.shape, made.dtype, made.device):
-                raise InvalidRequest(
-                    f"the tensor for output {name} is {x.dtype} {list(x.shape)} on {x.device}; it must be "
-                    f"{made.dtype} {list(made.shape)} on {made.device}"
-                )
+            check_output(name, x, made.dtype, made.shape, made.device)
 
     def _execute(self, shaped: _Shaped, addresses: dict[str, int]) -> None:
         """Replay the graph; else run, and record if the previous run had the same addresses."""
@@ -382,6 +374,3 @@ def _within(shape: tuple[int, ...], bounds: Bounds) -> bool:
 
 def _span(bounds: Bounds) -> str:
     return "[" + ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in zip(*bounds)) + "]"
-
-
-__all__ = ["ALIGNMENT", "BY_ADDRESS", "GpuQueue", "TensorRTSession"]

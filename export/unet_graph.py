@@ -13,11 +13,12 @@ text, pictures and pages. The row table's columns are inputs under their own nam
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import nn
 
+from stylefast import values
 from stylefast.errors import ExportError, InvalidRequest
 from stylefast.models.layer_inputs import ImageKV, KeyValue, StylePages
 from stylefast.models.layout import AttentionLayout
@@ -44,16 +45,13 @@ class GraphShape:
     text_tokens: int = TEXT_TOKENS
 
     def __post_init__(self):
-        if self.flavour not in FLAVOURS:
-            raise InvalidRequest(f"flavour is {self.flavour!r}; there are {', '.join(FLAVOURS)}")
+        values.one_of("flavour", self.flavour, FLAVOURS)
         least = 0 if self.flavour == "plain" else 1
         if self.flavour == "plain" and self.references:
             object.__setattr__(self, "references", 0)
         limits = {"references": (least, 16), "segments": (0, 16), "text_tokens": (1, 4096)}
         for name, (low, high) in limits.items():
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or not low <= count <= high:
-                raise InvalidRequest(f"{name} is {count!r}; it must be a whole number from {low} to {high}")
+            values.whole_number(name, getattr(self, name), low, high)
 
     @property
     def shares(self) -> bool:
@@ -79,6 +77,20 @@ class Tensor:
     name: str
     dtype: torch.dtype
     dims: tuple[int | str, ...]
+
+    def fixed(self, sizes: Mapping[str, int]) -> "Tensor":
+        """Return the tensor with numbers for the names in `sizes`, which may have a factor, as in "4*height"."""
+
+        def known(dim: int | str) -> int | str:
+            factor, _, name = str(dim).rpartition("*")
+            return int(factor or 1) * sizes[name] if name in sizes else dim
+
+        return replace(self, dims=tuple(map(known, self.dims)))
+
+
+def short_name(dtype: torch.dtype | None) -> str:
+    """Return a type's name without "torch.", as manifests hold it."""
+    return str(dtype).removeprefix("torch.")
 
 
 # name of a dimension that may vary -> (least, most) that a graph without profiles is exported for
@@ -213,18 +225,27 @@ class UNetGraph(nn.Module):
         )
 
 
+def native_latents(unet: UNet) -> tuple[int, int]:
+    """Return (height, width) of the latents that a model was trained at."""
+    side = unet.config.get("sample_size") or 128
+    height, width = (side, side) if isinstance(side, int) else side
+    return height, width
+
+
 def example_sizes(unet: UNet, latent_size: tuple[int, int] | None = None) -> dict[str, int]:
     """Return sizes to trace with: all different and above 1, so that no dimension is mistaken for another or for 1."""
-    side = unet.config.get("sample_size") or 128
-    height, width = latent_size or ((side, side) if isinstance(side, int) else side)
+    height, width = latent_size or native_latents(unet)
     sizes = {"rows": 4, "text_pages": 3, "image_pages": 5, "image_tokens": 6, "masks": 7, "pages": 2}
     return with_tokens(unet, sizes | {"height": height, "width": width})
 
 
 def with_tokens(unet: UNet, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return `sizes` with the token counts of attention levels, which follow from height and width."""
-    maps = unet.attention_sizes(sizes["height"], sizes["width"])
-    return dict(sizes) | {f"tokens_{level}": h * w for level, (h, w) in enumerate(maps)}
+    """Return `sizes` with the token counts of attention levels, which follow from height and width, if it has those."""
+    found = dict(sizes)
+    if {"height", "width"} <= found.keys():
+        maps = unet.attention_sizes(found["height"], found["width"])
+        found |= {f"tokens_{level}": h * w for level, (h, w) in enumerate(maps)}
+    return found
 
 
 def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -233,60 +254,45 @@ def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed
     sizes: of all dimensions of `graph_inputs`; numbers are drawn on the CPU from `seed`.
     """
     draw = torch.Generator().manual_seed(seed)
-
-    def integers(low: int, high: int, dims: tuple[int, ...]) -> torch.Tensor:
-        return torch.randint(low, high, dims, generator=draw)
-
-    def numbers(dims: tuple[int, ...]) -> torch.Tensor:
-        return torch.rand(dims, generator=draw)
-
-    rows, pages = sizes["rows"], sizes["pages"] if shape.flavour == "banked" else 0
+    references = (-1, sizes["rows"] + (sizes["pages"] if shape.flavour == "banked" else 0))
+    whole = {  # least, and the first above the most
+        "text_page": (0, sizes["text_pages"]),
+        "image_lengths": (1, sizes["image_tokens"] + 1),
+        "image_page": (-1, sizes["image_pages"]),
+        "image_mask": (-1, sizes["masks"]),
+        "image_group": (0, max(1, shape.segments)),
+        "self_mode": (0, 3),
+        **dict.fromkeys(("self_page", "adain_page", "norm_page"), references),
+    }
+    spread = {  # width and least
+        "timestep": (1000, 0),
+        "time_ids": (1024, 0),
+        "self_shift": (4, -2),
+        "self_scale": (2, 0),
+        "mask": (2, 0),
+        "page_stats": (1, 0.5),
+        "page_norms": (1, 0.5),
+    }
     made = {}
-    for name, dtype, dims in _concrete(unet, shape, sizes):
-        if name == "timestep":
-            value = 1000 * numbers(dims)
-        elif name == "time_ids":
-            value = 1024 * numbers(dims)
-        elif name == "text_page":
-            value = integers(0, sizes["text_pages"], dims)
-        elif name == "image_lengths":
-            value = integers(1, sizes["image_tokens"] + 1, dims)
-        elif name == "image_page":
-            value = integers(-1, sizes["image_pages"], dims)
-        elif name == "image_mask":
-            value = integers(-1, sizes["masks"], dims)
-        elif name == "image_group":
-            value = integers(0, max(1, shape.segments), dims)
-        elif name in ("self_page", "adain_page", "norm_page"):
-            value = integers(-1, rows + pages, dims)
-        elif name == "self_mode":
-            value = integers(0, 3, dims)
-        elif name == "self_layers":
-            value = numbers(dims) < 0.7
-        elif name in ("image_strength", "adain_strength"):
-            value = numbers(dims) * (numbers(dims) < 0.8)
-        elif name == "self_shift":
-            value = 4 * numbers(dims) - 2
-        elif "stats" in name or name == "page_norms":
-            value = numbers(dims) + 0.5
-        elif name == "self_scale" or name.startswith("mask_"):
-            value = 2 * numbers(dims)
+    for tensor in graph_inputs(unet, shape):
+        dims, kind = tensor.fixed(sizes).dims, tensor.name.rstrip("0123456789").rstrip("_")
+        if kind in whole:
+            value = torch.randint(*whole[kind], dims, generator=draw)
+        elif kind in spread:
+            value = spread[kind][0] * torch.rand(dims, generator=draw) + spread[kind][1]
+        elif kind == "self_layers":
+            value = torch.rand(dims, generator=draw) < 0.7
+        elif kind in ("image_strength", "adain_strength"):
+            value = torch.rand(dims, generator=draw) * (torch.rand(dims, generator=draw) < 0.8)
         else:
             value = torch.randn(dims, generator=draw)
-        made[name] = value.to(dtype).to(unet.device)
+        made[tensor.name] = value.to(tensor.dtype).to(unet.device)
     return made
-
-
-def _concrete(unet: UNet, shape: GraphShape, sizes: Mapping[str, int]) -> Iterator[tuple]:
-    for tensor in graph_inputs(unet, shape):
-        yield tensor.name, tensor.dtype, tuple(sizes[d] if isinstance(d, str) else d for d in tensor.dims)
 
 
 def dynamic_shapes(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None) -> tuple[dict, ...]:
     """Return, for `torch.export`, the dimensions of every input that may vary; those in `fixed` don't."""
-    fixed = dict(fixed or {})
-    if {"height", "width"} <= fixed.keys():
-        fixed = with_tokens(unet, fixed)
+    fixed = with_tokens(unet, fixed or {})
     named = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in DIMENSIONS.items()}
 
     def dims(tensor: Tensor) -> dict:
@@ -341,21 +347,3 @@ def trace(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None)
     graph = UNetGraph(unet, shape).eval()
     with torch.no_grad(), _quickly():
         return torch.export.export(graph, inputs, dynamic_shapes=(dynamic_shapes(unet, shape, fixed),), strict=False)
-
-
-__all__ = [
-    "DIMENSIONS",
-    "FLAVOURS",
-    "OUTPUT",
-    "TEXT_TOKENS",
-    "GraphShape",
-    "Tensor",
-    "UNetGraph",
-    "dynamic_shapes",
-    "example_inputs",
-    "example_sizes",
-    "graph_inputs",
-    "graph_output",
-    "trace",
-    "with_tokens",
-]

@@ -73,11 +73,11 @@ class ExportError(StyleFastError):
 
 
 class EngineMismatch(ExportError):
-    """An exported engine was made for another chip, version, model, type or range of sizes."""
+    """An exported graph was made for another chip, version, model, type or range of sizes."""
 
 
 class UntrustedEngine(ExportError):
-    """An engine file contains code and was not marked as trusted."""
+    """The files of an export are code, and neither their owner nor a digest makes them trusted."""
 
 
 class MissingDependency(StyleFastError, ImportError):

@@ -1,48 +1,217 @@
-"""Writer of the model repository: one model per exported graph, and the loop that calls them.
+"""Model repository for Triton Inference Server: one model per exported graph, and the loop that calls them.
 
     <out>/manifest.json                  content, with the hash of every file
     <out>/unet_live/config.pbtxt         one for each flavour, and 1/unet-live.onnx, 1/model.py
     <out>/text_encoder, text_encoder_2, text_projector, image_encoder, image_projector, vae_decoder
     <out>/stylefast/                     the loop: a Python model, decoupled, that calls the others step by step
 
+`max_batch_size` is 0 throughout: rows, pages and masks of a UNet call have separate counts, so no first dimension is
+"the batch"; the denoising loop does the batching, because it knows the steps.
+
 The Python files are copies of those in `models`, which run only in the server.
 """
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stylefast import values
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest
 from stylefast.export.folder import UnfinishedExport, publishing
-from stylefast.export.manifest import GraphEntry, Manifest, check_files, graph_from_json, graph_to_json, read_manifest
-from stylefast.export.triton_repo.config import (
-    DATA_TYPES,
-    InstanceGroup,
-    ModelConfig,
-    QueuePolicy,
-    TensorConfig,
-    Warmup,
+from stylefast.export.manifest import (
+    GraphEntry,
+    Manifest,
+    check_files,
+    check_trust,
+    graph_from_json,
+    graph_to_json,
+    read_manifest,
 )
-from stylefast.export.trust import check_trust
-from stylefast.export.unet_graph import with_tokens
+from stylefast.export.unet_graph import native_latents, with_tokens
 from stylefast.models.unet import UNet
 
 LOOP = "stylefast"
 VERSION = "1"
-# runner -> (kind of export, platform)
+# torch's type name -> Triton's
+DATA_TYPES = {
+    "bool": "TYPE_BOOL",
+    "uint8": "TYPE_UINT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "float32": "TYPE_FP32",
+}
+TIMEOUT_ACTIONS = ("REJECT", "DELAY")
+# runner -> (kind of export, platform); our own Python models use the backend "python"
 RUNNERS = {
     "python": ("onnx", "python"),
     "onnxruntime": ("onnx", "onnxruntime_onnx"),
     "tensorrt": ("tensorrt", "tensorrt_plan"),
 }
+_INSTANCES = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MODELS = Path(__file__).parent / "models"
-_LOOP_FILES = {"model.py": "loop_model.py", "bls_session.py": "bls_session.py", "json_request.py": "json_request.py"}
+_LOOP_FILES = {"model.py": "loop_model.py", "json_request.py": "json_request.py"}
 # warm-up sizes; text pages come in multiples of eight
 _FIRST = {"text_pages": 8, "prompts": 2}
+
+
+class Enum(str):
+    """A value that protobuf's text format writes without quotes, such as TYPE_FP32."""
+
+    __slots__ = ()
+
+
+def pbtxt(message: Mapping[str, Any]) -> str:
+    """Return a message in protobuf's text format, one field per line.
+
+    A message holds, by field, strings, numbers, booleans, `Enum`s, messages, and lists of these for repeated fields.
+    """
+    return "".join(f"{line}\n" for line in _lines(message))
+
+
+def _lines(message: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in message.items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Mapping):
+                yield f"{name} {{"
+                yield from (f"  {line}" for line in _lines(one))
+                yield "}"
+            else:
+                yield f"{name}: {_scalar(one)}"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Enum) or not isinstance(value, str):
+        return str(value)
+    # octal bytes keep the file ASCII, independent of encodings
+    return '"' + "".join(_escaped(byte) for byte in value.encode()) + '"'
+
+
+def _escaped(byte: int) -> str:
+    if byte in b'"\\':
+        return f"\\{chr(byte)}"
+    return chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}"
+
+
+@dataclass(frozen=True)
+class TensorConfig:
+    """Input or output: `dims` as numbers, -1 for varying ones. Raises InvalidRequest."""
+
+    name: str
+    data_type: str
+    dims: tuple[int, ...]
+    optional: bool = False
+
+    def __post_init__(self):
+        values.one_of(f"data_type of {self.name}", self.data_type, DATA_TYPES.values())
+        for dim in values.several(f"dims of {self.name}", self.dims, least=1):
+            values.whole_number(f"a dimension of {self.name} (-1: varies)", dim, -1)
+
+    def message(self) -> dict[str, Any]:
+        optional = {"optional": True} if self.optional else {}
+        return {"name": self.name, "data_type": Enum(self.data_type), "dims": list(self.dims)} | optional
+
+
+@dataclass(frozen=True)
+class QueuePolicy:
+    """Limits of a queue: its length, and the waiting time before `action`; requests may override the time."""
+
+    max_queue_size: int = 64
+    timeout_microseconds: int = 60_000_000
+    action: str = "REJECT"
+
+    def __post_init__(self):
+        for name in ("max_queue_size", "timeout_microseconds"):
+            values.whole_number(name, getattr(self, name), 1)
+        values.one_of("action of a queue policy", self.action, TIMEOUT_ACTIONS)
+
+    def message(self) -> dict[str, Any]:
+        return {
+            "timeout_action": Enum(self.action),
+            "default_timeout_microseconds": self.timeout_microseconds,
+            "allow_timeout_override": True,
+            "max_queue_size": self.max_queue_size,
+        }
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Request of zeros that a model answers before it counts as ready; `inputs` have no varying dims."""
+
+    name: str
+    inputs: tuple[TensorConfig, ...]
+
+    def __post_init__(self):
+        for tensor in self.inputs:
+            if min(tensor.dims) < 1:
+                raise InvalidRequest(f"warm-up {self.name}: {tensor.name} has dims {tensor.dims}; each must be above 0")
+
+    def message(self) -> dict[str, Any]:
+        inputs = [
+            {"key": t.name, "value": {"data_type": Enum(t.data_type), "dims": list(t.dims), "zero_data": True}}
+            for t in self.inputs
+        ]
+        return {"name": self.name, "batch_size": 1, "inputs": inputs}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Configuration of one model of the repository. Raises InvalidRequest.
+
+    platform: one of those in RUNNERS. device: "cpu" or "cuda". file: what a platform loads. parameters: strings for a
+    model.py.
+    """
+
+    name: str
+    platform: str
+    inputs: tuple[TensorConfig, ...]
+    outputs: tuple[TensorConfig, ...]
+    device: str = "cpu"
+    queue: QueuePolicy = QueuePolicy()
+    warmups: tuple[Warmup, ...] = ()
+    decoupled: bool = False
+    file: str = ""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise InvalidRequest(f"a model's name is {self.name!r}; letters, digits, '_', '-' and '.' make one")
+        values.one_of(f"platform of {self.name}", self.platform, (platform for _, platform in RUNNERS.values()))
+        values.one_of(f"device of {self.name}", self.device, _INSTANCES)
+        names = [tensor.name for tensor in (*self.inputs, *self.outputs)]
+        if len(set(names)) != len(names) or not self.inputs or not self.outputs:
+            raise InvalidRequest(f"{self.name} needs inputs and outputs with different names, not {', '.join(names)}")
+
+    def to_pbtxt(self) -> str:
+        """Return the text of config.pbtxt."""
+        runs = {"backend": "python"} if self.platform == "python" else {"platform": self.platform}
+        message: dict[str, Any] = {"name": self.name} | runs | {"max_batch_size": 0}
+        if self.file:
+            message["default_model_filename"] = self.file
+        message["input"] = [tensor.message() for tensor in self.inputs]
+        message["output"] = [tensor.message() for tensor in self.outputs]
+        message["instance_group"] = {"kind": Enum(_INSTANCES[self.device]), "count": 1}
+        message["version_policy"] = {"latest": {"num_versions": 1}}
+        # a dynamic batcher with batches of one request, because only its scheduler has a queue policy
+        message["dynamic_batching"] = {"default_queue_policy": self.queue.message()}
+        if self.decoupled:
+            message["model_transaction_policy"] = {"decoupled": True}
+        message["model_warmup"] = [warmup.message() for warmup in self.warmups]
+        message["parameters"] = [
+            {"key": key, "value": {"string_value": value}} for key, value in self.parameters.items()
+        ]
+        return pbtxt(message)
+
+
 _INPUTS = (
     TensorConfig("request", "TYPE_UINT8", (-1,)),
     TensorConfig("pictures", "TYPE_UINT8", (-1,), optional=True),
@@ -66,9 +235,7 @@ class Shape:
 
     def __post_init__(self):
         for name in ("width", "height", "rows"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidRequest(f"{name} of a warm-up shape is {value!r}; it must be a whole number above 0")
+            values.whole_number(f"{name} of a warm-up shape", getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -89,14 +256,11 @@ class Serving:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.runner not in RUNNERS:
-            raise InvalidRequest(f"runner is {self.runner!r}; there are {', '.join(RUNNERS)}")
-        if self.device not in ("cpu", "cuda"):
-            raise InvalidRequest(f"device is {self.device!r}; models of the repository run on cpu or cuda")
+        values.one_of("runner", self.runner, RUNNERS)
+        values.one_of("device", self.device, _INSTANCES)
+        values.whole_number("slots", self.slots, 1)
         if self.runner == "tensorrt" and self.device != "cuda":
             raise InvalidRequest("TensorRT runs on NVIDIA GPUs; choose device 'cuda', or the runner onnxruntime")
-        if isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 1:
-            raise InvalidRequest(f"slots is {self.slots!r}; it must be a whole number of at least 1")
         taken = sorted({"backend", "engines", "trust", "device", "dtype"} & set(self.engine))
         if taken:
             raise InvalidRequest(f"engine has {taken[0]!r}, which the repository decides itself; take it out")
@@ -129,7 +293,9 @@ def write_repository(
     """
     folder, manifest = Path(export).expanduser(), read_manifest(export)
     _check(manifest, serving)
-    shapes = [_native(unet, downscale)] if shapes is None else shapes
+    if shapes is None:
+        height, width = native_latents(unet)
+        shapes = [Shape(width * downscale, height * downscale)]
     for shape in shapes:
         _check_shape(shape, downscale)
     check_trust(folder, manifest, trust)
@@ -141,13 +307,7 @@ def write_repository(
     with publishing(out, overwrite, arguments=arguments, needed=manifest.bytes) as written:
         graphs = [_write_graph(written, folder, graph, configs[graph.label], hashes) for graph in manifest.graphs]
         _write_model(written, loop, _LOOP_FILES)
-        made = replace(
-            manifest,
-            kind="triton-repo",
-            target=serving.device,
-            graphs=tuple(graphs),
-            files=written.files,
-        )
+        made = replace(manifest, kind="triton-repo", target=serving.device, graphs=tuple(graphs), files=written.files)
         written.complete(made)
     return made
 
@@ -173,7 +333,7 @@ def graph_config(
         platform,
         tuple(inputs),
         tuple(outputs),
-        _instances(serving),
+        serving.device,
         serving.queue,
         tuple(warmups.values()),
         file="" if platform == "python" else file,
@@ -232,22 +392,11 @@ def _check_shape(shape: Shape, downscale: int) -> None:
         raise InvalidRequest(f"warm-up shape {shape.width}x{shape.height}: both must be divisible by {downscale}")
 
 
-def _native(unet: UNet, downscale: int) -> Shape:
-    side = unet.config.get("sample_size") or 128
-    height, width = side if isinstance(side, list | tuple) else (side, side)
-    return Shape(width * downscale, height * downscale)
-
-
 def _tensor(found: tuple) -> TensorConfig:
     name, dtype, dims = found
-    dtype = dtype.removeprefix("torch.")
     if dtype not in DATA_TYPES:
         raise ExportError(f"{name} is {dtype}, which a model repository can't carry; it has {', '.join(DATA_TYPES)}")
     return TensorConfig(name, DATA_TYPES[dtype], tuple(-1 if isinstance(d, str) else d for d in dims))
-
-
-def _instances(serving: Serving) -> tuple[InstanceGroup, ...]:
-    return (InstanceGroup("KIND_GPU" if serving.device == "cuda" else "KIND_CPU"),)
 
 
 def _sources() -> dict[str, str]:
@@ -301,6 +450,3 @@ def _write_model(
     (folder.parent / "config.pbtxt").write_text(config.to_pbtxt(), encoding="utf-8")
     names = (f"{config.name}/config.pbtxt", *(f"{config.name}/{VERSION}/{name}" for name in python))
     written.record(config.name, (*names, *files), detail)
-
-
-__all__ = ["LOOP", "RUNNERS", "Serving", "Shape", "graph_config", "loop_config", "model_name", "write_repository"]

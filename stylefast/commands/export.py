@@ -284,7 +284,7 @@ def _load(arguments: argparse.Namespace, options):
 
 def _plan(source, options, components: tuple[str, ...], out: Path) -> list[str]:
     """Describe the export and its estimated memory and disk use, with a warning if there is too little memory."""
-    from stylefast.export.memory import estimate_export
+    from stylefast.export.options import estimate_export
     from stylefast.models.weight_files import available_memory
 
     estimate = estimate_export(

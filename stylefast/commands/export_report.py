@@ -17,8 +17,7 @@ def collect_engines(folder: Path) -> dict[str, Any]:
     Raises ModelNotFound, ModelFormatError.
     """
     from stylefast.errors import UntrustedEngine
-    from stylefast.export.manifest import file_problems, graph_to_json, read_manifest
-    from stylefast.export.trust import check_trust
+    from stylefast.export.manifest import check_trust, file_problems, graph_to_json, read_manifest
 
     folder = folder.expanduser()
     manifest = read_manifest(folder)

@@ -20,7 +20,7 @@ from stylefast.export.manifest import MANIFEST, check_files, read_manifest
 from tests.support import forked
 from tests.support.scene import psnr
 from tests.support.small_checkpoints import write_folder
-from tests.support.small_graphs import nano_pipeline
+from tests.support.small_graphs import one_layer_pipeline
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -89,8 +89,8 @@ def by_pytorch(model) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def nano(machine):
-    """A folder with a model whose UNet has one level, for what is the same with any."""
-    return write_folder(nano_pipeline(), machine.folder / "nano")
+    """A folder with a model that attends in one layer, for what is the same with any."""
+    return write_folder(one_layer_pipeline(), machine.folder / "nano")
 
 
 @pytest.fixture(scope="module", params=["nano", pytest.param("tiny", marks=pytest.mark.slow)])

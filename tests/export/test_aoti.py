@@ -29,10 +29,10 @@ ROWS, SIZES = (1, 3, 8), ((8, 8), (9, 14))
 
 
 def micro_unet(seed=0, dtype=torch.float32, levels=1):
-    """Two attention layers in the middle; with two levels it holds every kind of code that there is to compile."""
+    """One attention layer in the middle; two levels, with three, hold every kind of code that there is to compile."""
     config = small_unet_config(
         widths=(32, 64)[:levels],
-        depth=(1, 2)[-levels:],
+        depth=(1, 2)[:levels],
         layers_per_block=1,
         sample_size=8,
         down_block_types=("DownBlock2D",) * levels,

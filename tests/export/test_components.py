@@ -9,15 +9,23 @@ import torch
 
 from stylefast.errors import ExportError, InvalidRequest, MissingDependency
 from stylefast.export import components as exporting
-from stylefast.export.components import export_component, weights_digest
-from stylefast.export.image_graphs import decoder_digest, decoder_dtype, image_encoder, image_projector, vae_decoder
-from stylefast.export.text_graphs import text_encoder, text_projector
+from stylefast.export.components import (
+    decoder_digest,
+    decoder_dtype,
+    export_component,
+    image_encoder,
+    image_projector,
+    text_encoder,
+    text_projector,
+    vae_decoder,
+)
+from stylefast.models.digests import weights_digest
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.unet import UNet
 from tests.support.small_adapter import CROSS_DIM, global_adapter, plus_adapter, small_vision_model
-from tests.support.small_graphs import micro_config, small_config
+from tests.support.small_graphs import micro_config, small_config, translations  # noqa: F401
 from tests.support.small_sdxl import small_tiny_vae, small_vae_config
 from tests.support.small_text import small_text_parts
 
@@ -152,20 +160,6 @@ EXPORTS = (
     ("vae_decoder", F16),
     ("vae_decoder tiny", F32),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def translations():
-    """PyTorch's table of how its operations are written in ONNX, made once in place of once for every export."""
-    try:
-        from torch.onnx._internal.exporter import _registration
-    except ImportError:  # it lies elsewhere in this release: the exports take longer
-        yield
-        return
-    made = cache(_registration.ONNXRegistry.from_torchlib)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(made))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ import pytest
 from stylefast.errors import ExportError, InvalidRequest
 from stylefast.export import folder as folders
 from stylefast.export.folder import RECORD, check_target, publishing
-from stylefast.export.manifest import MANIFEST, GraphEntry, Manifest, check_files, read_manifest
-from stylefast.export.trust import check_trust
+from stylefast.export.manifest import MANIFEST, GraphEntry, Manifest, check_files, check_trust, read_manifest
 
 
 def manifest_of(export, kind="onnx"):
@@ -281,7 +280,7 @@ def test_a_full_disk_is_said_and_what_is_finished_stays_for_the_next_time(tmp_pa
 def test_a_disk_that_fills_while_publishing_leaves_the_old_export(tmp_path, monkeypatch):
     target = tmp_path / "export"
     export_to(target)
-    monkeypatch.setattr(folders, "_to_disk", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room")))
+    monkeypatch.setattr(folders, "sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room")))
     with pytest.raises(ExportError, match="is full"):
         export_to(target, names=("c.onnx",), overwrite=True)
     assert [entry.name for entry in read_manifest(target).files] == ["a.onnx", "b.onnx"]

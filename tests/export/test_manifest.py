@@ -16,13 +16,13 @@ from stylefast.export.manifest import (
     Manifest,
     check_files,
     check_fits,
+    check_trust,
     file_entry,
     file_problems,
     graph_from_json,
     graph_to_json,
     read_manifest,
 )
-from stylefast.export.trust import check_trust
 
 CONTENT = {"unet-live.onnx": b"graph" * 9, "unet-live.onnx.data": b"weights" * 1001, "vae_decoder.onnx": b""}
 
@@ -277,7 +277,7 @@ def test_manifests_need_neither_torch_nor_onnx(checkout):
     import subprocess
     import sys
 
-    code = "import sys, stylefast.export.trust; print([name for name in ('torch', 'onnx') if name in sys.modules])"
+    code = "import sys, stylefast.export.manifest; print([name for name in ('torch', 'onnx') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

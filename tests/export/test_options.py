@@ -7,8 +7,7 @@ import torch
 
 from stylefast.errors import InvalidRequest, ModelError
 from stylefast.export import options
-from stylefast.export.memory import estimate_export
-from stylefast.export.options import NATIVE, Options, load_source
+from stylefast.export.options import NATIVE, Options, estimate_export, load_source
 from tests.support.small_sdxl import sdxl_unet_config, small_unet_config
 
 
@@ -100,7 +99,7 @@ def test_a_change_of_the_code_or_of_an_exporter_is_told(tmp_path, monkeypatch):
     assert options.code_digest() == before  # looked at once a process
     options.code_digest.cache_clear()
     assert options.code_digest() != before
-    monkeypatch.setattr(options.metadata, "version", lambda name: "9.9")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9")
     assert options._versions()["onnx"] == "9.9"
     monkeypatch.undo()
     options.code_digest.cache_clear()

@@ -20,7 +20,7 @@ from stylefast.export import aoti, pipeline
 from stylefast.export.aoti import AotiReport
 from stylefast.export.folder import RECORD, publishing
 from stylefast.export.manifest import MANIFEST, check_files, read_manifest
-from stylefast.export.onnx_graphs import WEIGHTS
+from stylefast.export.onnx_file import WEIGHTS
 from stylefast.export.options import NATIVE, Options, Progress, Source
 from stylefast.export.sessions import OrtSession
 from stylefast.export.unet_graph import GraphShape, graph_inputs, graph_output
@@ -30,7 +30,7 @@ from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from tests.support import forked
 from tests.support.scene import small_picture
-from tests.support.small_graphs import nano_pipeline, write_adapter
+from tests.support.small_graphs import nano_pipeline, one_layer_pipeline, translations, write_adapter  # noqa: F401
 from tests.support.watch import request
 
 pytest.importorskip("onnx")
@@ -98,7 +98,7 @@ def nothing_at(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def pipe():
-    return nano_pipeline()
+    return one_layer_pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def counting(made: list):
 def one_of_two(folder: Path, end, err: Path) -> None:
     """Want an export at the same time as the test, and tell it whether this process made it; run in another process."""
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
-    source, made = source_of(nano_pipeline()), []
+    source, made = source_of(one_layer_pipeline()), []
     pipeline.export_unet = counting(made)
     end.send("ready")
     end.recv()

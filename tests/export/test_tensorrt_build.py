@@ -10,9 +10,9 @@ import torch
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, StyleFastError
 from stylefast.export import tensorrt_build
-from stylefast.export.tensorrt_api import forwarder, load_package, open_engine, plan_header
-from stylefast.export.tensorrt_build import build_engine, write_whole
-from stylefast.export.tensorrt_inspect import read_layers
+from stylefast.export.tensorrt import forwarder, load_package, open_engine, plan_header, read_layers, writing
+from stylefast.export.tensorrt_build import build_engine
+from stylefast.whole_files import write_whole
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("tensorrt_rtx")
@@ -182,7 +182,7 @@ def test_a_full_disk_and_a_missing_folder_leave_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(ExportError, match="is full; b was not written"):
+    with pytest.raises(ExportError, match="is full; b was not written"), writing(tmp_path / "b"):
         write_whole(tmp_path / "b", b"newer")
     assert (tmp_path / "b").read_bytes() == b"older" and left(tmp_path) == ["a.onnx", "b"]
 

@@ -10,8 +10,7 @@ from torch import nn
 from stylefast.errors import EngineMismatch, ExportError, MissingDependency
 from stylefast.export import onnx_writer, tensorrt_plugin
 from stylefast.export.onnx_operations import OnnxOperations
-from stylefast.export.tensorrt_plugin import PLUGINS, PluginOperations, plugin_api, register_plugin
-from stylefast.export.triton_ptx import CompiledKernel
+from stylefast.export.tensorrt_plugin import PLUGINS, CompiledKernel, PluginOperations, plugin_api, register_plugin
 from stylefast.export.unet_graph import Tensor
 from stylefast.kernels.shared_attention import Affine, shared_attention
 from tests.export.tensorrt_stand_in import TensorDesc, stand_in

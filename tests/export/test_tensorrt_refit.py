@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest
-from stylefast.export.tensorrt_api import package_of, present_target
+from stylefast.export.tensorrt import package_of, present_target, refit
 from stylefast.export.tensorrt_build import build_engine
-from stylefast.export.tensorrt_refit import refit
 from tests.export.fake_tensorrt import fake_tensorrt, plan
 
 WEIGHTS = {"w": [1.0, 2.0, 3.0], "b": [4.0]}

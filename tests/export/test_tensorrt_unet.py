@@ -37,7 +37,7 @@ def embedded():
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "flavour"), [(small, "banked"), (embedded, "live"), (embedded, "banked")])
 def test_a_model_builds_for_two_chips_with_its_style_attention_fused(model, flavour, tmp_path):
-    from stylefast.export.onnx_graphs import export_unet
+    from stylefast.export.onnx_file import export_unet
 
     unet, shape = model(), GraphShape(flavour)
     graph, _ = export_unet(unet, shape, tmp_path)

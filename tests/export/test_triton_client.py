@@ -21,8 +21,7 @@ def client_class(checkout, monkeypatch):
     spec = importlib.util.spec_from_file_location("loop_model", folder / "loop_model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("bls_session", "json_request"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("json_request", None)
     return module.Client
 
 

@@ -12,8 +12,7 @@ import torch
 pytest.importorskip("triton", reason="needs the triton package")
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest
-from stylefast.export.tensorrt_plugin import PLUGINS
-from stylefast.export.triton_ptx import compile_ptx, without_scratch
+from stylefast.export.tensorrt_plugin import PLUGINS, compile_ptx, without_scratch
 from tests.kernels.conformance import moved, normal
 from tests.kernels.test_shared_attention import CONCAT, SWAP, adain, pages, reference, segments
 
@@ -22,7 +21,7 @@ COMPILE = """
 import json, re, subprocess, tempfile
 from pathlib import Path
 import torch, triton
-from stylefast.export.triton_ptx import compile_ptx
+from stylefast.export.tensorrt_plugin import compile_ptx
 
 tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -8,57 +8,46 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-import torch
 
 import stylefast as sf
 from stylefast.export.triton_repo import Serving, Shape, write_repository
-from stylefast.export.triton_repo.config import QueuePolicy
+from stylefast.export.triton_repo.write import QueuePolicy
 from stylefast.models.vae import downscale
 from tests.export.triton_server import Answer, TritonServer, log_end, missing, triton_server
-from tests.support.oracle.instant_style import random_adapter
-from tests.support.scene import EMBED_DIM
+from tests.support.shared_exports import SERVED, served_export, served_model
 from tests.support.small_adapter import small_picture
-from tests.support.small_checkpoints import write_folder
-from tests.support.small_graphs import nano_pipeline
+from tests.support.small_graphs import translations  # noqa: F401
 
 reason = missing()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "image_encoder")
 SLOTS, QUEUE = 2, 2
 # steps of a picture this large take long enough to be counted from outside
 LARGE = {"prompt": "a fish", "size": [160, 160], "steps": 900}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A folder with a nano model and an IP-Adapter beside it."""
-    folder, pipe = tmp_path_factory.mktemp("nano"), nano_pipeline()
-    torch.save(random_adapter(pipe.unet, EMBED_DIM, 5), folder / "adapter.bin")
-    return write_folder(pipe, folder / "model")
+def served(tmp_path_factory):
+    """A folder with a model of one attention layer, an IP-Adapter beside it, and the model as it is exported."""
+    return served_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def engine(model):
-    return sf.Engine.from_pretrained(model, adapter=model.parent / "adapter.bin")
+def engine(served):
+    return sf.Engine.from_pretrained(served[0], adapter=served[0].parent / "adapter.bin")
 
 
 @pytest.fixture(scope="module")
-def running(model, tmp_path_factory):
-    """A server with the nano model."""
-    from stylefast.export.options import Options, load_source
-    from stylefast.export.pipeline import export_onnx
-
-    folder, adapter = tmp_path_factory.mktemp("server"), str(model.parent / "adapter.bin")
-    source = load_source(model, "float32", adapter=adapter)
-    export_onnx(source, folder / "onnx", Options("onnx", flavours=("plain", "live"), components=COMPONENTS))
-    serving = Serving(slots=SLOTS, queue=QueuePolicy(QUEUE), engine={"adapter": adapter})
+def running(served, tmp_path_factory):
+    """A server with that model."""
+    folder, (model, source) = tmp_path_factory.mktemp("server"), served
+    adapter = str(model.parent / "adapter.bin")
     write_repository(
-        folder / "onnx",
+        served_export(source),
         folder / "repository",
         unet=source.unet,
         model=str(model),
-        serving=serving,
+        serving=Serving(slots=SLOTS, queue=QueuePolicy(QUEUE), engine={"adapter": adapter}),
         shapes=[Shape(64, 64), Shape(64, 96, 4)],
         downscale=4,
     )
@@ -116,7 +105,7 @@ def wait_for(condition, seconds: float = 30.0) -> None:
 
 def test_every_model_of_the_repository_is_ready(server):
     found = {model.name: model.state for model in server.client.get_model_repository_index().models}
-    graphs = ("unet_plain", "unet_live", *COMPONENTS[1:])
+    graphs = ("unet_plain", "unet_banked", *SERVED[1:])
     assert found == dict.fromkeys((*graphs, "stylefast"), "READY")
     config = server.client.get_model_config("stylefast", as_json=True)["config"]
     assert config["model_transaction_policy"] == {"decoupled": True}
@@ -132,8 +121,8 @@ INSTANT = {"method": "instant", "image": 0, "blocks": "all"}
     "style, pictures, make, flavour",
     [
         (None, 0, lambda _: None, "plain"),
-        (ALIGNED, 0, lambda _: sf.StyleAligned(prompt="a house", adain={"q": 0.5}, shift=0.5), "live"),
-        ({"method": "aligned", "reference": 1}, 2, lambda given: sf.StyleAligned(given[1]), "live"),
+        (ALIGNED, 0, lambda _: sf.StyleAligned(prompt="a house", adain={"q": 0.5}, shift=0.5), "banked"),
+        ({"method": "aligned", "reference": 1}, 2, lambda given: sf.StyleAligned(given[1]), "banked"),
         (INSTANT, 1, lambda given: sf.InstantStyle(given[0], "all"), "plain"),
         (
             [ALIGNED | {"share_group_norm": True}, INSTANT | {"scale": 0.5}],
@@ -142,7 +131,7 @@ INSTANT = {"method": "instant", "image": 0, "blocks": "all"}
                 sf.StyleAligned(prompt="a house", adain={"q": 0.5}, shift=0.5, share_group_norm=True),
                 sf.InstantStyle(given[0], "all", 0.5),
             ],
-            "live",
+            "banked",
         ),
     ],
     ids=["no style", "a reference prompt", "a reference picture", "an InstantStyle picture", "both"],

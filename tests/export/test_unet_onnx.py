@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stylefast.errors import ExportError, InvalidRequest
-from stylefast.export.onnx_graphs import WEIGHTS, export_unet, refit_weights
+from stylefast.export.onnx_file import WEIGHTS, export_unet, refit_weights
 from stylefast.export.onnx_writer import check_opset
 from stylefast.export.unet_graph import (
     GraphShape,

@@ -17,13 +17,14 @@ from tests.support.small_text import small_text_parts
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from stylefast.export.components import export_component  # noqa: E402
-from stylefast.export.image_graphs import image_encoder, image_projector, vae_decoder  # noqa: E402
+from stylefast.export.manifest import COMPONENTS, read_manifest  # noqa: E402
+from stylefast.export.options import load_source  # noqa: E402
 from stylefast.export.sessions import OrtSession  # noqa: E402
-from stylefast.export.text_graphs import text_encoder, text_projector  # noqa: E402
 from stylefast.models.text import TextEncoder  # noqa: E402
 from stylefast.models.vae import decode  # noqa: E402
 from stylefast.runtime.backends.exported_parts import ExportedDecoder, ExportedPart, ExportedParts, ExportedText  # noqa: E402
+from tests.support.shared_exports import shared_export  # noqa: E402
+from tests.support.small_graphs import translations  # noqa: E402, F401
 
 SIZE = (56, 40)
 RUN = {"steps": 3, "guidance": 4.0, "size": SIZE}
@@ -48,21 +49,11 @@ class Counted:
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
+def parts():
     """Every component of the embedded model, exported."""
-    engine = load()
-    (adapter, encoder), dtype = next(iter(engine.adapters.values())), torch.float32
-    components = [
-        *(text_encoder(one, dtype) for one in engine.text_encoder.encoders),
-        text_projector(engine.unet, dtype, engine.text_encoder.max_tokens),
-        image_encoder(encoder, dtype),
-        image_projector(adapter, dtype),
-        vae_decoder(engine.vae, dtype),
-    ]
-    folder, found = tmp_path_factory.mktemp("tiny"), {}
-    for component in components:
-        found[component.name] = folder, export_component(component, folder)
-    return found
+    source = load_source("tiny", "float32")
+    folder = shared_export(source, components=tuple(name for name in COMPONENTS if name != "unet"))
+    return {entry.component: (folder, entry) for entry in read_manifest(folder).graphs}
 
 
 def graphs_of(parts) -> tuple[ExportedParts, dict[str, Counted]]:

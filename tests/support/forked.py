@@ -14,7 +14,7 @@ from pathlib import Path
 IMPORTED = (
     "stylefast.engine",
     "stylefast.export.pipeline",
-    "stylefast.export.onnx_graphs",
+    "stylefast.export.onnx_file",
     "stylefast.commands.generate",
     "stylefast.commands.export",
     "stylefast.commands.info",

@@ -1,13 +1,15 @@
 """A micro SDXL pipeline and its UNet as ONNX graphs: every kind of layer, few of each, exported in seconds."""
 
 import json
+from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 
 import stylefast
 from stylefast.export.manifest import MANIFEST, Manifest, file_entry
-from stylefast.export.onnx_graphs import export_unet
+from stylefast.export.onnx_file import export_unet
 from stylefast.export.unet_graph import OUTPUT, GraphShape, UNetGraph
 from tests.support.oracle.instant_style import random_adapter
 from tests.support.scene import EMBED_DIM
@@ -132,6 +134,20 @@ def export_folder(unet, folder: Path, shapes=SHAPES, fixed=None, fingerprint: st
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put a manifest into an export folder."""
     (folder / MANIFEST).write_text(json.dumps(manifest.to_json()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def translations():
+    """PyTorch's table of how its operations are written in ONNX, made once in place of once for every export."""
+    try:
+        from torch.onnx._internal.exporter import _registration
+    except ImportError:  # it lies elsewhere in this release: the exports take longer
+        yield
+        return
+    made = cache(_registration.ONNXRegistry.from_torchlib)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(made))
+        yield
 
 
 class TorchSession:

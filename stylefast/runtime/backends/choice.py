@@ -116,10 +116,10 @@ def _exported_folder(kind: str, source: Any) -> Path:
 
 
 def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerprint: Callable[[], str]) -> Backend:
-    from stylefast.export.manifest import check_files, check_fits, read_manifest
-    from stylefast.export.options import DIGEST, sampled_digest
-    from stylefast.export.trust import check_trust
+    from stylefast.export.manifest import check_files, check_fits, check_trust, read_manifest
+    from stylefast.export.options import DIGEST
     from stylefast.export.unet_graph import graph_inputs
+    from stylefast.models.digests import sampled_digest
     from stylefast.runtime.backends.exported import ExportedBackend, Graph
     from stylefast.runtime.backends.exported_parts import ExportedParts
 
@@ -142,7 +142,7 @@ def _exported(backend: str, unet: UNet, folder: Path, trust: str | None, fingerp
             own_weights |= inside
             made_of = entry.extra.get(DIGEST)
             # fingerprints differ while the export's LoRAs are not loaded yet
-            if made_of is not None and fingerprint() == manifest.fingerprint and made_of != sampled_digest(unet):
+            if fingerprint() == manifest.fingerprint and made_of not in (None, sampled_digest(unet.state_dict())):
                 raise EngineMismatch(
                     f"{entry.file} in {folder} was made from other weights than the loaded ones, although their "
                     "fingerprints agree; export this model"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from stylefast.errors import EngineMismatch, InvalidRequest, ModelFormatError
-from stylefast.export.image_graphs import adapter_digest, decoder_digest, image_encoder_digest
+from stylefast.export.components import adapter_digest, decoder_digest, image_encoder_digest
 from stylefast.export.manifest import GraphEntry
 from stylefast.export.sessions import Session
 from stylefast.models.image_encoder import ImageEncoder

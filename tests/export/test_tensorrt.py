@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency
-from stylefast.export.tensorrt_api import (
+from stylefast.export.tensorrt import (
     check_buildable,
     forwarder,
     load_package,
@@ -109,6 +109,6 @@ def test_types_of_tensors_are_told_and_others_refused():
 
 
 def test_nothing_of_tensorrt_is_imported_with_the_modules_themselves():
-    names = ", ".join(f"stylefast.export.tensorrt_{part}" for part in ("build", "worker", "session", "refit"))
+    names = ", ".join(f"stylefast.export.tensorrt{part}" for part in ("", "_build", "_session", "_plugin"))
     check = f"import sys, {names}; sys.exit(any(name.startswith('tensorrt') for name in sys.modules))"
     subprocess.run([sys.executable, "-c", check], check=True)

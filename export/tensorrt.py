@@ -1,20 +1,28 @@
-"""Wrapper around the two TensorRT packages: their targets, loading, logging and engine files.
+"""Wrapper around the two TensorRT packages: their targets, loading, logging, engine files, layers and refitting.
 
 `tensorrt_rtx` builds for workstation chips and for the A100 on any machine, without a GPU, several chips in one engine.
 `tensorrt` also supports data-centre chips, but builds only for the GPU that is present. A target is named after its
 compute capability: "sm89" is an RTX 4090 or an L4, "sm90" an H100 or H200.
+
+Engines can't be opened without a GPU; instead, the parsed network is inspected, and the listing of layers that the
+builder prints at its end (kept by `forwarder`). With a GPU the engine's own inspector prints the same listing.
 """
 
+import errno
 import importlib
 import logging
-from collections import deque
-from collections.abc import Sequence
+import re
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory, StyleFastError
+from stylefast.whole_files import write_whole
 
 RTX, DATA_CENTRE = "tensorrt_rtx", "tensorrt"
 PACKAGES = {
@@ -213,6 +221,19 @@ def read_plan(path: Path) -> bytes:
     return plan
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of writing to `path` or to files next to it into ExportError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StyleFastError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExportError(f"the disk of {path.parent} is full; {path.name} was not written") from error
+        raise ExportError(f"{path} can't be written: {error}") from error
+
+
 def _no_engine(path: Path, error: OSError) -> ExportError:
     return ExportError(f"there is no engine at {path} ({error.strerror}); run `stylefast export tensorrt`")
 
@@ -237,18 +258,161 @@ def _here(trt: ModuleType) -> str:
     return f"{trt.__name__} {trt.__version__} on {present_target() or 'a machine without a GPU'}"
 
 
-__all__ = [
-    "DATA_CENTRE",
-    "PACKAGES",
-    "RTX",
-    "check_buildable",
-    "forwarder",
-    "load_package",
-    "open_engine",
-    "package_of",
-    "package_of_plan",
-    "plan_header",
-    "present_target",
-    "read_plan",
-    "torch_dtype",
-]
+_LAYER = re.compile(r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>\w*), ", re.MULTILINE)
+# kernels that contain queries, softmax and values of one attention
+_FUSED = re.compile(r"mha|fmha|flash|attention_v", re.IGNORECASE)
+# these only order streams
+_WAITING = ("signal", "wait", "shape_call")
+
+
+@dataclass(frozen=True)
+class NetworkSummary:
+    """Parsed network: inputs and outputs as (name, type's name, dims, -1 for varying ones), layers by type.
+
+    attentions: their number. plugins: names of layers that are not standard operators.
+    """
+
+    inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+    outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+    layers: dict[str, int]
+    attentions: int
+    plugins: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EngineLayers:
+    """Layers of a built engine: their number by kind, and the number of kernels with fused attention.
+
+    kinds are TensorRT's: "kgen" is a kernel generated for several operators, "gemm" and "correlation" are matrix
+    products and convolutions, "runtime_fusion" either with what follows it.
+    """
+
+    kinds: dict[str, int]
+    fused_attentions: int
+    plugins: tuple[str, ...]
+
+    @property
+    def kernels(self) -> int:
+        """Return the number of layers that compute something."""
+        return sum(count for kind, count in self.kinds.items() if kind not in _WAITING)
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"kernels": self.kernels}
+
+
+def summarise_network(trt: ModuleType, network) -> NetworkSummary:
+    """Summarise an INetworkDefinition after parsing."""
+
+    def tensor(found) -> tuple[str, str, tuple[int, ...]]:
+        return found.name, found.dtype.name, tuple(found.shape)
+
+    layers, plugins = Counter(), []
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        kind = layer.type.name
+        layers[kind] += 1
+        if "PLUGIN" in kind:
+            plugins.append(layer.name)
+    return NetworkSummary(
+        inputs=tuple(tensor(network.get_input(i)) for i in range(network.num_inputs)),
+        outputs=tuple(tensor(network.get_output(i)) for i in range(network.num_outputs)),
+        layers=dict(layers),
+        attentions=layers["SOFTMAX"] + layers["ATTENTION_INPUT"],
+        plugins=tuple(plugins),
+    )
+
+
+def read_layers(listing: str) -> EngineLayers | None:
+    """Summarise a listing of layers as TensorRT prints it; None if it has none."""
+    found = [(match["name"], match["kind"]) for match in _LAYER.finditer(listing)]
+    if not found:
+        return None
+    return EngineLayers(
+        kinds=dict(Counter(kind for _, kind in found)),
+        fused_attentions=sum(1 for name, kind in found if kind not in _WAITING and _FUSED.search(name)),
+        plugins=tuple(name for name, kind in found if "plugin" in kind.lower()),
+    )
+
+
+def inspect_engine(trt: ModuleType, engine) -> EngineLayers | None:
+    """Summarise an opened engine, which needs a GPU; None if it was built without layer names."""
+    return read_layers(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE))
+
+
+def refit(
+    engine_path: str | Path,
+    weights: str | Path | Mapping[str, torch.Tensor],
+    out: str | Path | None = None,
+    *,
+    trt: ModuleType | None = None,
+) -> tuple[str, ...]:
+    """Put new weights into an engine; return the names of all its refittable weights, which are ONNX's initialisers.
+
+    weights: an ONNX file of the same graph, all of whose weights are used, or the changed tensors by name, with the
+    shape and type of the initialiser, which the exporter may have transposed. out: path of the new engine; None
+    overwrites `engine_path`, whose hash then differs from the manifest's. The engine can be refitted again. trt: the
+    package, if not the file's.
+
+    Runs on torch's current CUDA device. Raises EngineMismatch without one, for an engine built for another chip, and
+    for one not built to be refitted; InvalidRequest for names, sizes and types that the engine does not have;
+    ExportError for missing weights, and a full disk.
+    """
+    engine_path = Path(engine_path)
+    package = package_of_plan(engine_path)
+    if trt is None:
+        trt = load_package(package)
+        if present_target() is None:
+            raise EngineMismatch("an engine is refitted on a GPU like the one that it is for, and none is present")
+    logger = forwarder(trt)
+    runtime, engine = open_engine(trt, logger, engine_path)
+    if not engine.refittable:
+        raise EngineMismatch(f"{engine_path.name} was not built to be refitted; build it with refittable=True")
+    refitter = trt.Refitter(engine, logger)
+    names = tuple(refitter.get_all_weights())
+    if isinstance(weights, Mapping):
+        held = _set(trt, logger, refitter, names, weights)
+    else:
+        held = _set_from_onnx(trt, logger, refitter, Path(weights))
+    missing = refitter.get_missing_weights()
+    if missing:
+        raise ExportError(f"with these weights others must change too: {', '.join(missing[:5])}")
+    if not refitter.refit_cuda_engine():
+        raise ExportError(f"TensorRT could not refit {engine_path.name}: {logger.last_errors()}")
+    del held
+    config = engine.create_serialization_config()
+    config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+    target = Path(out) if out is not None else engine_path
+    with writing(target):
+        write_whole(target, memoryview(engine.serialize_with_config(config)))
+    del refitter, engine, runtime
+    return names
+
+
+def _set(trt: ModuleType, logger, refitter, names: tuple[str, ...], weights: Mapping[str, torch.Tensor]) -> list:
+    """Set the weights; return the tensors that must stay alive until the engine is refitted."""
+    types = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
+    held = []
+    for name, tensor in weights.items():
+        if name not in names:
+            raise InvalidRequest(f"the engine has no weights {name!r}; it has {len(names)}, such as {names[0]!r}")
+        prototype = refitter.get_weights_prototype(name)
+        dtype = types.get(tensor.dtype)
+        if prototype.size != tensor.numel() or dtype is None or prototype.dtype != getattr(trt.DataType, dtype):
+            raise InvalidRequest(
+                f"{name} takes {prototype.size} elements of {prototype.dtype}, not {tensor.numel()} of {tensor.dtype}"
+            )
+        tensor = tensor.detach().cpu().contiguous()
+        held.append(tensor)
+        if not refitter.set_named_weights(name, trt.Weights(prototype.dtype, tensor.data_ptr(), tensor.numel())):
+            raise ExportError(f"TensorRT refuses the weights {name!r}: {logger.last_errors()}")
+    return held
+
+
+def _set_from_onnx(trt: ModuleType, logger, refitter, path: Path) -> list:
+    if not path.is_file():
+        raise ExportError(f"there is no graph at {path}; run `stylefast export onnx`, or check the path")
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not parser.refit_from_file(str(path)):
+        found = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise ExportError(f"{path.name} does not fit the engine: {'; '.join(found) or logger.last_errors()}")
+    return [parser]
