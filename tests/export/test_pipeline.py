@@ -229,7 +229,7 @@ def test_pictures_through_graphs_that_were_gone_on_with_are_those_of_pytorch(run
 
 def test_float16_at_the_models_own_size(half, tmp_path):
     pytest.importorskip("onnxruntime")
-    given = options(dtype="float16", flavours=("live",), components=("unet", "vae_decoder"), size=NATIVE)
+    given = options(dtype="float16", flavours=("plain",), components=("unet", "vae_decoder"), size=NATIVE)
     manifest = pipeline.export_onnx(half, tmp_path / "half", given)
     assert manifest.dtype == "float16" and all(g.fixed == {"height": 16, "width": 16} for g in manifest.graphs)
     assert {graph.opset for graph in manifest.graphs} == {20}

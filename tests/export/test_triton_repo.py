@@ -216,7 +216,7 @@ def test_names_types_and_dimensions_are_those_of_the_graphs(source, export, tmp_
                 for v in values
             ]
             assert tensors_of(tensors) == found
-        assert len(config["model_warmup"]) == (2 if graph.component == "unet" else 1)
+        assert len(config["model_warmup"]) == (2 if graph.component in ("unet", "vae_decoder") else 1)
         declared = {tensor: (data_type, dims) for tensor, data_type, dims in tensors_of(config["input"])}
         for warmup in config["model_warmup"]:
             assert warmup["inputs"].keys() == declared.keys()
