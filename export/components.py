@@ -103,7 +103,7 @@ class Component:
         """Return random inputs by name; numbers are drawn on the CPU from `seed`."""
         draw, made = torch.Generator().manual_seed(seed), {}
         for tensor in self.inputs:
-            dims = tensor.fixed(sizes).dims
+            dims = tensor.shape(sizes)
             if tensor.dtype.is_floating_point:
                 value = torch.randn(dims, generator=draw)
             else:

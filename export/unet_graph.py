@@ -87,6 +87,10 @@ class Tensor:
 
         return replace(self, dims=tuple(map(known, self.dims)))
 
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the dimensions as numbers; `sizes` has all names."""
+        return tuple(map(int, self.fixed(sizes).dims))
+
 
 def short_name(dtype: torch.dtype | None) -> str:
     """Return a type's name without "torch.", as manifests hold it."""
@@ -275,7 +279,7 @@ def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed
     }
     made = {}
     for tensor in graph_inputs(unet, shape):
-        dims, kind = tensor.fixed(sizes).dims, tensor.name.rstrip("0123456789").rstrip("_")
+        dims, kind = tensor.shape(sizes), tensor.name.rstrip("0123456789").rstrip("_")
         if kind in whole:
             value = torch.randint(*whole[kind], dims, generator=draw)
         elif kind in spread:

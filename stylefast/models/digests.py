@@ -10,7 +10,7 @@ _SAMPLES = 256
 
 def tensor_bytes(x: torch.Tensor) -> memoryview:
     """Return a tensor's bytes in the order of its elements, without a copy if it is dense and in host memory."""
-    return memoryview(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def sampled_bytes(x: torch.Tensor) -> bytes:
