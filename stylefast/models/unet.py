@@ -186,6 +186,10 @@ class Resnet(nn.Module):
         self.conv2 = Conv2d(channels_out, channels_out, 3, padding=1)
         self.conv_shortcut = Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
+    def inputs(self, condition: LayerInputs) -> tuple[torch.Tensor, NormInputs, NormInputs]:
+        """Return the inputs of `forward` besides the feature map."""
+        return condition.time, condition.norm(self.norm1.index), condition.norm(self.norm2.index)
+
     def forward(self, x, time, first: NormInputs, second: NormInputs):  # [rows, channels, h, w]
         hidden = self.conv1(self.norm1(x, first)) + self.time_emb_proj(time)[:, :, None, None]
         hidden = self.conv2(self.norm2(hidden, second))
@@ -215,15 +219,10 @@ class Block(nn.Module):
             setattr(self, kind, nn.ModuleList([sampler]))
         self.kind, self.attends, self.resamples = kind, bool(attentions), sampler is not None
 
-    def resnet(self, i: int, x, condition: LayerInputs):
-        """Run only resnet `i`."""
-        resnet = self.resnets[i]
-        return resnet(x, condition.time, condition.norm(resnet.norm1.index), condition.norm(resnet.norm2.index))
-
-    def layer(self, i: int, x, condition: LayerInputs):
-        """Run resnet `i` and, if the block attends, its transformer."""
-        x = self.resnet(i, x, condition)
-        return self.attentions[i](x, condition) if self.attends else x
+    def layers(self) -> list[tuple[Resnet, Transformer | None]]:
+        """Return each resnet with the transformer that follows it, if any."""
+        transformers = list(self.attentions) if self.attends else []
+        return [(resnet, transformers[i] if i < len(transformers) else None) for i, resnet in enumerate(self.resnets)]
 
     def resample(self, x, size: Sequence[int] | None = None):
         return getattr(self, self.kind)[0](x, size)
@@ -355,8 +354,10 @@ class UNet(nn.Module):
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:
-            for i in range(len(block.resnets)):
-                x = block.layer(i, x, condition)
+            for resnet, transformer in block.layers():
+                x = resnet(x, *resnet.inputs(condition))
+                if transformer is not None:
+                    x = transformer(x, condition)
                 skips.append(x)
             if block.resamples:
                 x = block.resample(x)
@@ -365,15 +366,18 @@ class UNet(nn.Module):
             skips = [skip + extra for skip, extra in zip(skips, residuals[0], strict=True)]
 
         if self.mid_block is not None:
-            x = self.mid_block.layer(0, x, condition)
-            for i in range(1, len(self.mid_block.resnets)):
-                x = self.mid_block.resnet(i, x, condition)
+            for resnet, transformer in self.mid_block.layers():
+                x = resnet(x, *resnet.inputs(condition))
+                if transformer is not None:
+                    x = transformer(x, condition)
         if residuals is not None:
             x = x + residuals[1]
 
         for block in self.up_blocks:
-            for i in range(len(block.resnets)):
-                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), condition)
+            for resnet, transformer in block.layers():
+                x = resnet(torch.cat([x, skips.pop()], dim=1), *resnet.inputs(condition))
+                if transformer is not None:
+                    x = transformer(x, condition)
             if block.resamples:
                 x = block.resample(x, skips[-1].shape[2:])
         return self.conv_out(self.conv_norm_out(x, condition.norm(self.conv_norm_out.index)))
