@@ -63,10 +63,13 @@ class EngineOptions:
         None, "folder of the CLIP image encoder of `adapter`, by default the model's own", "DIR", None, True
     )
     vae: Part | None = _option(
-        None, "VAE in place of the model's own: folder, file, hub id, module", "NAME", None, True
+        None, "VAE to use instead of the model's own: folder, file, hub id, module", "NAME", None, True
     )
     prediction_type: str | None = _option(
-        None, "what the UNet predicts, for checkpoints that don't say or say wrong", "NAME", PREDICTION_TYPES
+        None,
+        "what the UNet predicts, for checkpoints that don't declare it or declare it wrongly",
+        "NAME",
+        PREDICTION_TYPES,
     )
     device: str | torch.device = _option(
         "auto", "auto (CUDA if there is a GPU), cpu, cuda or cuda:1", "NAME", None, True
@@ -77,7 +80,7 @@ class EngineOptions:
     backend: str | Backend | Callable[[UNet], Backend] = _option(
         "auto",
         "what runs the steps: torch (auto), compile, or an export (onnxruntime, tensorrt, aoti). In Python also a "
-        "`runtime.backends.base.Backend`, or a function of the UNet that makes one",
+        "`runtime.backends.base.Backend`, or a function of the UNet that returns one",
         "NAME",
         BACKENDS,
     )
@@ -89,24 +92,25 @@ class EngineOptions:
     )
     trust: str | None = _option(
         None,
-        "digest that `stylefast export` printed: run engines that others wrote, which are code",
+        "digest printed by `stylefast export`, to run engines from elsewhere, which are code",
         "DIGEST",
     )
     memory_limit: int | str | None = _option(
-        None, "bytes (8GB) for everything the engine holds on its device, the model included", "BYTES"
+        None, "bytes (8GB) for everything the engine holds on its device, including the model", "BYTES"
     )
     bank_memory: int | str | None = _option(
-        None, "bytes for the pages of style banks there, by default a share of the free memory", "BYTES"
+        None, "bytes for the pages of style banks on the device, by default a share of the free memory", "BYTES"
     )
     host_memory: int | str | None = _option(
-        None, "bytes of pinned memory for pages on their way to a GPU, by default a quarter of the free memory", "BYTES"
+        None, "bytes of pinned memory for pages being copied to a GPU, by default a quarter of the free memory", "BYTES"
     )
     max_batch_rows: int | None = _option(
-        None, "rows of one UNet call at most, two a picture with guidance; a group that is larger runs alone"
+        None, "max rows of one UNet call, two per picture with guidance; a larger group runs alone"
     )
-    max_pending: int | None = _option(None, "jobs that may wait before QueueFull; None: any number")
+    max_pending: int | None = _option(None, "max waiting jobs before QueueFull; None: no limit")
     batch_buckets: Sequence[int] = _option(
-        (), "row counts that batches are padded to: in one bucket a picture's bits don't depend on the others"
+        (),
+        ("row counts that batches are padded to; within a bucket a picture's bits don't depend on the other pictures"),
     )
     preview: Part | None = _option(
         None, "AutoencoderTiny (module, folder, file, hub id) for previews of jobs; None: a linear map"

@@ -19,7 +19,7 @@ from stylefast.commands.style_options import find_pictures, one_or_all, parse_na
 from stylefast.errors import InvalidRequest
 from stylefast.values import typed_path
 
-SUMMARY = "Run a style's reference once and keep it in a file, and use it for later pictures."
+SUMMARY = "Run a style's reference once and store it in a file for later pictures."
 EXAMPLES = """examples:
   stylefast bake --style-image photo.jpg --out brand.bank --steps 20
   stylefast bake --style-prompt "a fox, watercolor" --store hidden --store-dtype fp16
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all options; None means that the option was not given."""
     add = parser.add_argument
     add("--out", metavar="FILE.bank", help="file to write (default: named after the picture or prompt)")
-    add("--overwrite", action="store_true", help="replace a file that exists")
+    add("--overwrite", action="store_true", help="replace an existing file")
     add("--quiet", action="store_true", help="no progress, only the file on stdout")
 
     group = parser.add_argument_group("reference").add_argument
@@ -45,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group(
         "--style-prompt",
         metavar="TEXT",
-        help="what the reference shows; without --style-image, the reference is made from it",
+        help="what the reference shows; without --style-image, the reference is generated from it",
     )
-    group("--seed", type=int, help="of the reference's noise (default: 0)")
+    group("--seed", type=int, help="seed of the reference's noise (default: 0)")
     group(
         "--noise",
         choices=("forward", "ddim"),
@@ -57,18 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     )
 
-    group = parser.add_argument_group("sampling; what pictures must have to use the bank").add_argument
+    group = parser.add_argument_group("sampling; pictures must use the same values to use the bank").add_argument
     group("--steps", type=int, help="denoising steps (default: 30)")
     group("--scheduler", metavar="NAME", help=f"{SCHEDULERS_HELP} (default: euler)")
-    group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
-    group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
+    group(
+        "--spacing",
+        choices=("leading", "linspace", "trailing"),
+        help="spacing of the timesteps (default: the model's own)",
+    )
+    group("--size", metavar="WxH", help="size in pixels, divisible by 8 (default: the model's own)")
     group(
         "--guidance",
         type=float,
-        help="of a reference that is made from a prompt; 1 or less bakes a bank for "
-        "pictures without guidance, of half the size (default: 1 for lcm, tcd and the few-step presets, else 5)",
+        help=(
+            "guidance of a reference generated from a prompt; 1 or less bakes a bank for pictures without "
+            "guidance, of half the size (default: 1 for lcm, tcd and the few-step presets, else 5)"
+        ),
     )
-    group("--guidance-rescale", type=float, help="of a reference that is made from a prompt (default: 0)")
+    group("--guidance-rescale", type=float, help="guidance rescale of a reference generated from a prompt (default: 0)")
     group("--negative", metavar="TEXT", help="what to steer the reference away from")
 
     group = parser.add_argument_group("storage").add_argument
@@ -81,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group(
         "--store-dtype",
         choices=("auto", "fp32", "fp16", "bf16", "fp8"),
-        help="of what is stored (default: auto, the model's)",
+        help="type of the stored values (default: auto, the model's)",
     )
     group("--layers", metavar="NAMES", help="all (default), or parts of layer names: up_blocks,mid_block")
     add_model_arguments(parser)

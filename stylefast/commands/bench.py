@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for what to measure and for how long."""
     parser.add_argument("what", nargs="?", choices=("kernels",), help="what to measure; needs a checkout of stylefast")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="with kernels (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
     parser.add_argument("--tune", action="store_true", help="time launch configurations on this GPU and keep the best")
-    parser.add_argument("--operation", action="append", metavar="NAME", help="with --tune: only this one; repeatable")
+    parser.add_argument(
+        "--operation", action="append", metavar="NAME", help="with --tune: only this operation; may be repeated"
+    )
     parser.add_argument("--minutes", type=float, help="time to spend (default: 30, with --tune 10)")
     parser.add_argument(
         "--out", type=Path, help="file for the figures; with --tune the folder for <gpu>.json (default: the package's)"

@@ -16,7 +16,7 @@ from stylefast.commands.model_options import ModelChoice, add_model_arguments
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.values import typed_path
 
-SUMMARY = "Make pictures in every style that the embedded model shows, and a page that compares them."
+SUMMARY = "Generate pictures in every style of the embedded model, and a page that compares them."
 EXAMPLES = """examples:
   stylefast demo --out build/demo
   then open build/demo/index.html
@@ -35,7 +35,7 @@ STRENGTHS = ("0.25", "0.5", "0.75", "1")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all options."""
     parser.add_argument("--out", metavar="DIR", default="stylefast-demo", help="folder to write (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that holds other files")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that contains other files")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_model_arguments(parser)

@@ -12,7 +12,7 @@ from stylefast.commands.model_options import DEFAULT_MODEL
 from stylefast.commands.parser import Parser
 from stylefast.errors import EngineMismatch, InvalidRequest
 
-SUMMARY = "Write a model for other runtimes, every style and strength being an input."
+SUMMARY = "Export a model for other runtimes, with styles and strengths as inputs."
 EXAMPLES = """examples:
   stylefast export onnx --model tiny --out engines
   stylefast export tensorrt --model tiny --target sm89,sm120 --profile rows=1:4:8
@@ -22,20 +22,20 @@ EXAMPLES = """examples:
 # kind -> summary and examples
 KINDS = {
     "onnx": (
-        "ONNX graphs, which ONNX Runtime runs on any machine and TensorRT engines are built from.",
+        "ONNX graphs, to run in ONNX Runtime on any machine or to build TensorRT engines from.",
         "  stylefast export onnx --model tiny --flavour live,plain --dtype float16 --out engines",
     ),
     "tensorrt": (
-        "TensorRT engines for NVIDIA chips; for RTX chips they are built without a GPU.",
+        "TensorRT engines for NVIDIA chips; for RTX chips they can be built without a GPU.",
         "  stylefast export tensorrt --model tiny --target sm89,sm120 --profile rows=1:4:8,size=64x64:96x96:128x128\n"
         "  stylefast export tensorrt --onnx engines --target sm89 --out ada",
     ),
     "aoti": (
-        "AOTInductor packages, from which a process starts without compiling.",
+        "AOTInductor packages, with which a process starts without compiling.",
         "  stylefast export aoti --model tiny --target cpu --flavour live --out packages",
     ),
     "triton-repo": (
-        "A model repository for NVIDIA's Triton Inference Server, which makes whole pictures.",
+        "A model repository for NVIDIA's Triton Inference Server that generates complete pictures.",
         "  stylefast export triton-repo --model tiny --out repository\n  tritonserver --model-repository repository",
     ),
 }
@@ -59,7 +59,7 @@ def add_arguments(parser: Parser) -> None:
         if kind == "tensorrt":
             _add_tensorrt(own)
         if kind == "aoti":
-            own.add_argument("--target", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+            own.add_argument("--target", metavar="DEVICE", help="cpu or cuda (default: cuda if available)")
         if kind == "triton-repo":
             own.add_argument("--onnx", metavar="FOLDER", type=Path, help="use the graphs of this export")
             own.add_argument(
@@ -72,8 +72,13 @@ def add_arguments(parser: Parser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
     add = parser.add_argument
-    add("--out", metavar="FOLDER", type=Path, help=f"folder to make (default: named after the model, e.g. tiny-{kind})")
-    add("--overwrite", action="store_true", help="replace an export that is there, once the new one is finished")
+    add(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        help=f"folder to create (default: named after the model, e.g. tiny-{kind})",
+    )
+    add("--overwrite", action="store_true", help="replace an existing export once the new one is finished")
     add("--quiet", action="store_true", help="no progress, only the folder on stdout")
 
     group = parser.add_argument_group("model").add_argument
@@ -85,11 +90,14 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
     )
     group("--adapter", metavar="FILE", help="IP-Adapter (default: the one that comes with the model, if any)")
     group("--image-encoder", metavar="DIR", help="CLIP image encoder of --adapter (default: the model's own)")
-    group("--vae", metavar="NAME", help="a VAE in place of the model's own")
+    group("--vae", metavar="NAME", help="a VAE to use instead of the model's own")
     group(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="of weights and activations (default: float16 for TensorRT, else what `generate` takes on the device)",
+        help=(
+            "type of weights and activations (default: float16 for TensorRT, otherwise what `generate` uses on the "
+            "device)"
+        ),
     )
 
     group = parser.add_argument_group("graphs").add_argument
@@ -97,26 +105,30 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
     group(
         "--flavour",
         metavar="NAMES",
-        help="of the UNet: plain (no references), live (references are pictures of the "
-        f"batch), banked (also baked styles); each can do what the one before it can (default: {flavours})",
+        help=(
+            "flavours of the UNet: plain (no references), live (references are pictures of the batch), banked "
+            f"(also baked styles); each includes the previous ones (default: {flavours})"
+        ),
     )
     if kind in ("onnx", "triton-repo"):
         group(
             "--components",
             metavar="NAMES",
-            help="all, or of unet, vae_decoder, text_encoder, text_encoder_2, "
-            "text_projector, image_encoder, image_projector (default: all that the model has)",
+            help=(
+                "all, or some of unet, vae_decoder, text_encoder, text_encoder_2, text_projector, image_encoder, "
+                "image_projector (default: all parts of the model)"
+            ),
         )
-    group("--references", type=int, metavar="N", help="most references of a picture (default: 1)")
+    group("--references", type=int, metavar="N", help="max references per picture (default: 1)")
     group(
         "--segments",
         type=int,
         metavar="N",
-        help="most style pictures of a picture, through the IP-Adapter; 0 leaves it out (default: 2)",
+        help="max style pictures per picture, through the IP-Adapter; 0 leaves it out (default: 2)",
     )
     group("--size", metavar="fixed|WxH", help="one size in pixels, or fixed: the model's own (default: any size)")
     if kind != "aoti":
-        group("--opset", type=int, metavar="N", help="of ONNX (default: 20, for bfloat16 22)")
+        group("--opset", type=int, metavar="N", help="ONNX opset (default: 20, for bfloat16 22)")
 
 
 def _add_tensorrt(parser: argparse.ArgumentParser) -> None:
@@ -124,18 +136,21 @@ def _add_tensorrt(parser: argparse.ArgumentParser) -> None:
     group(
         "--target",
         metavar="CHIPS",
-        help="sm80, sm86, sm89, sm120, ...; several in one engine: sm89,sm120 (default: the GPU that is here)",
+        help="sm80, sm86, sm89, sm120, ...; several in one engine: sm89,sm120 (default: this machine's GPU)",
     )
     group(
         "--profile",
         action="append",
         metavar="RANGES",
-        help="sizes to build for, least:best:most, e.g. rows=1:4:8,size=512x512:1024x1024:1024x1536; may be repeated",
+        help=(
+            "sizes to build for, minimum:usual:maximum, e.g. rows=1:4:8,size=512x512:1024x1024:1024x1536; may be "
+            "repeated"
+        ),
     )
     group(
         "--refit",
         action="store_true",
-        help="engines whose weights can be replaced, for LoRAs; building one takes a GPU",
+        help="build engines whose weights can be replaced, for LoRAs; needs a GPU",
     )
     group(
         "--attention",

@@ -74,7 +74,7 @@ def report_lines(folder: Path, manifest, seconds: float) -> list[str]:
     lines = [f"{folder}: {len(manifest.graphs)} graphs, {shown_bytes(manifest.bytes)} in {seconds:.0f} s"]
     width = max((len(entry.name) for entry in manifest.files), default=0)
     lines += [f"  {entry.name:{width}}  {shown_bytes(entry.bytes)}" for entry in manifest.files]
-    lines.append(f"digest, for --trust where you copy the folder to: {manifest.digest}")
+    lines.append(f"digest, for --trust after copying the folder elsewhere: {manifest.digest}")
     return lines
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from stylefast.commands.model_options import ModelChoice, add_model_arguments
 from stylefast.errors import InvalidRequest
 
-SUMMARY = "Make pictures from prompts, in a style."
+SUMMARY = "Generate pictures from prompts, in a style."
 EXAMPLES = """examples:
   stylefast generate "a fish" "a house" --style-image photo.jpg --out pictures
   stylefast generate "a fish" --style-image photo.jpg --method instant --scale 0.8 --content "a dog"
@@ -64,22 +64,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what each picture shows")
     add("--out", metavar="DIR|FILE.png", default=DEFAULT_OUT, help="folder or file to write to (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace files that exist; otherwise numbering goes on behind them")
-    add("--grid", action=argparse.BooleanOptionalAction, help="also write all pictures as one (default: if several)")
+    add("--overwrite", action="store_true", help="replace existing files; otherwise numbering continues after them")
+    add(
+        "--grid",
+        action=argparse.BooleanOptionalAction,
+        help="also write all pictures as one grid (default: if there are several)",
+    )
     add("--quiet", action="store_true", help="no progress, only the files on stdout")
-    add("--requests", metavar="FILE.json", help="make the requests of this file instead of prompts given here")
-    add("--from", dest="source", metavar="PICTURE.png", help="make this picture again, pixel by pixel")
-    add("--force", action="store_true", help="with --from: go on although the model or a LoRA has other weights")
+    add("--requests", metavar="FILE.json", help="run the requests in this file instead of prompts")
+    add("--from", dest="source", metavar="PICTURE.png", help="reproduce this picture, pixel by pixel")
+    add("--force", action="store_true", help="with --from: continue even if the model or a LoRA has different weights")
     add(
         "--load-recorded",
         action="store_true",
-        help="with --from: load the models, LoRAs and style files that the "
-        "picture names; without it, only what comes with stylefast, is in the hub's cache, or is given here",
+        help=(
+            "with --from: load the models, LoRAs and style files that the picture names; without it, only files "
+            "that come with stylefast, are in the hub's cache, or are given as options"
+        ),
     )
-    add("-n", "--count", type=int, metavar="N", help="pictures of each prompt, whose seeds count up (default: 1)")
+    add(
+        "-n", "--count", type=int, metavar="N", help="number of pictures per prompt, with increasing seeds (default: 1)"
+    )
 
     group = parser.add_argument_group("sampling").add_argument
-    group("--negative", metavar="TEXT", help="what to lead away from")
+    group("--negative", metavar="TEXT", help="what to steer away from")
     group("--steps", type=int, help="denoising steps (default: 30, or those of --style)")
     group(
         "--guidance",
@@ -87,11 +95,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="classifier-free guidance; 1 or less turns it off (default: that of --style, "
         "1 for lcm, tcd and the few-step presets, else 5)",
     )
-    group("--guidance-rescale", type=float, help="0 to 1; pulls the contrast of strong guidance back (default: 0)")
-    group("--seed", type=int, help="of the first picture; the next ones count up; -1 draws one (default: 0)")
-    group("--size", metavar="WxH", help="in pixels, divisible by 8 (default: the model's own)")
+    group("--guidance-rescale", type=float, help="0 to 1; reduces the contrast of strong guidance (default: 0)")
+    group(
+        "--seed",
+        type=int,
+        help="seed of the first picture, increased by 1 for each further one; -1: random (default: 0)",
+    )
+    group("--size", metavar="WxH", help="size in pixels, divisible by 8 (default: the model's own)")
     group("--scheduler", metavar="NAME", help=f"{SCHEDULERS_HELP} (default: euler, or that of --style)")
-    group("--spacing", choices=("leading", "linspace", "trailing"), help="of the timesteps (default: the model's own)")
+    group(
+        "--spacing",
+        choices=("leading", "linspace", "trailing"),
+        help="spacing of the timesteps (default: the model's own)",
+    )
     group(
         "--guidance-interval",
         metavar="A-B",
@@ -102,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip-skip",
         type=int,
         metavar="N",
-        help="take the text encoders' states N layers earlier, as diffusers counts them (default: 0)",
+        help="use the text encoders' states N layers earlier, as diffusers counts them (default: 0)",
     )
 
     group = parser.add_argument_group("style").add_argument
@@ -110,9 +126,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--style",
         action="append",
         metavar="FILE.bank",
-        help="a style that `stylefast bake` wrote, in place of "
-        "aligned's reference; brings its own steps, scheduler and size; may stand beside --method instant with a "
-        "--style-image",
+        help=(
+            "a style baked by `stylefast bake`, instead of aligned's reference; sets its own steps, scheduler and "
+            "size; can be combined with --method instant and a --style-image"
+        ),
     )
     group(
         "--style-image",
@@ -131,10 +148,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group(
         "--style-prompt",
         metavar="TEXT",
-        help="aligned: what the reference shows; without --style-image, the reference is made from it",
+        help="aligned: what the reference shows; without --style-image, the reference is generated from it",
     )
     group("--adain", metavar="PARTS", help="aligned: q,k (default), or with strengths: q=1,k=0.5, or none")
-    group("--shift", type=float, help="aligned: added to the logits against the reference; 1 to 2 is a stronger style")
+    group("--shift", type=float, help="aligned: added to the logits of the reference; 1 to 2 gives a stronger style")
     group("--layers", metavar="NAMES", help="aligned: all (default), or parts of layer names: up_blocks,mid_block")
     group("--share-group-norm", action="store_true", default=None, help="aligned: share group norm statistics as well")
     group(
@@ -146,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group(
         "--scale",
         type=float,
-        help="instant, both: strength of the adapter; aligned: factor on the logits against the reference (default: 1)",
+        help="instant, both: strength of the adapter; aligned: factor on the logits of the reference (default: 1)",
     )
     group("--content", metavar="TEXT", help="instant: what the picture shows, to be subtracted from its embedding")
     group("--content-scale", type=float, help="instant: how much of --content is subtracted (default: 0.5)")
@@ -156,7 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="a learned style: a file, or the name of one that comes with the model; may be repeated",
     )
-    group("--context", metavar="TEXT", help="words on the content, placed before the learned style's clause")
+    group("--context", metavar="TEXT", help="words about the content, placed before the learned style's clause")
     add_model_arguments(parser)
 
 

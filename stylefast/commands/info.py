@@ -14,7 +14,7 @@ from stylefast.commands.bank_report import bank_lines, collect_bank
 from stylefast.commands.export_report import collect_engines, engines_lines
 from stylefast.errors import InvalidRequest
 
-SUMMARY = "Say what was found: versions, devices, kernels, models and caches; or what a style bank or an export holds."
+SUMMARY = "Show versions, devices, kernels, models and caches, or the contents of a style bank or an export."
 EXAMPLES = """examples:
   stylefast info
   stylefast info --json
@@ -41,20 +41,21 @@ _EDITIONS = {"onnxruntime": ("onnxruntime-gpu",), "tensorrt": ("tensorrt-cu13", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all options."""
-    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.add_argument(
         "--bank",
         metavar="FILE.bank",
         type=Path,
-        help="say what this style bank was made from, its "
-        "size, and whether it is as it was written (exit code 1 if not)",
+        help="show what this style bank was made from, its size, and whether it is unchanged (exit code 1 if not)",
     )
     parser.add_argument(
         "--engines",
         metavar="FOLDER",
         type=Path,
-        help="say what this export holds, whether its files "
-        "are as they were written (exit code 1 if not), and whether they may be run",
+        help=(
+            "show the contents of this export, whether its files are unchanged (exit code 1 if not), and whether "
+            "they may be run"
+        ),
     )
 
 

@@ -32,7 +32,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora",
         action="append",
         metavar="FILE[:SCALE]",
-        help="a LoRA to put on the model, at this strength (default: 1); may be repeated",
+        help="a LoRA to load, at this strength (default: 1); may be repeated",
     )
     for name, option in FLAGS.items():
         choices = option["choices"]

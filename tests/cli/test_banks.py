@@ -202,7 +202,7 @@ BAD_WORDS = {
     "a size that is none": (("--style-prompt", "x", "--size", "large"), "WIDTHxHEIGHT"),
     "a name that is no bank's": (("--style-prompt", "x", "--out", "x.pt"), "name it x.bank"),
     "a folder to write": (("--style-prompt", "x", "--out", "."), "is a folder"),
-    "a missing folder": (("--style-prompt", "x", "--out", "gone/x.bank"), "there is no folder gone"),
+    "a missing folder": (("--style-prompt", "x", "--out", "gone/x.bank"), "the folder gone does not exist"),
     "a file that exists": (("--style-image", "{photo}", "--out", "{taken}"), "pass --overwrite"),
     "a memory limit that is no size": (("--style-prompt", "x", "--memory-limit", "much"), "--memory-limit is 'much'"),
 }

@@ -313,7 +313,7 @@ def test_info_says_what_a_whole_export_holds(stylefast, export, tmp_path):
     export("tensorrt", "--target", "sm89", "--size", "fixed", "--out", folder, "--quiet")
     code, out, _ = stylefast("info", "--engines", folder)
     manifest = read_manifest(folder)
-    assert code == 0 and "all 2 are as they were written" in out and "loads without --trust" in out
+    assert code == 0 and "all 2 unchanged since they were written" in out and "loads without --trust" in out
     assert manifest.digest in out and "unet-banked: unet-banked.tensorrt (20 bytes)" in out and "sm89" in out
     assert "only height 16, width 16" in out
     code, out, _ = stylefast("info", "--engines", folder, "--json")

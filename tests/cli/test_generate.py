@@ -137,7 +137,7 @@ def test_a_model_with_other_weights_is_refused_unless_forced(generate, stylefast
     small_pipeline(seed=9).save_pretrained(other)
     words = ("generate", "--from", path, "--model", other, "--out", tmp_path / "b.png")
     code, out, err = stylefast(*words)
-    assert code == 1 and "other weights" in err and "--force" in err and not (tmp_path / "b.png").exists()
+    assert code == 1 and "different weights" in err and "--force" in err and not (tmp_path / "b.png").exists()
     code, out, err = stylefast(*words, "--force")
     assert code == 0 and "warning" in err and pixels(out.strip()) != pixels(path)
 

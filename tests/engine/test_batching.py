@@ -320,7 +320,7 @@ def test_nan_fails_the_request_alone_and_the_others_keep_every_bit(bucketed, mon
     healthy.result(WAIT)
     poison(bucketed, monkeypatch, "a sick dog")
     sick, actual = run("a sick dog")
-    with pytest.raises(NumericsError, match=r"picture\(s\) 0 hold"):
+    with pytest.raises(NumericsError, match=r"picture\(s\) 0 contain"):
         sick.result(WAIT)
     # the first has both in its bucket of 8 rows all the time
     assert torch.equal(actual[0], expected[0])

@@ -105,7 +105,7 @@ def test_a_style_token_beyond_the_encoders_window_is_refused(draw, untouched):
 def test_a_group_that_can_not_run_step_by_step_is_refused(draw, untouched, change):
     style = sf.StyleAligned()
     requests = [sf.Request("a cat", style=style, **{"steps": 3, "size": SIZE} | other) for other in ({}, change)]
-    with pytest.raises(InvalidRequest, match="(?s)3 steps of euler at 48x32.*reference or a prompt"):
+    with pytest.raises(InvalidRequest, match="(?s)3 steps of euler at 48x32.*own reference or prompt"):
         draw(requests)
 
 
@@ -171,7 +171,7 @@ def test_nan_in_the_weights_is_an_error_that_names_the_pictures():
 def test_only_the_picture_that_overflows_is_named(draw):
     huge = sf.DreamStyler(StageEmbedding("sks", torch.full((1, 1, 32), 3e38), torch.full((1, 1, 32), 3e38)))
     requests = [sf.Request("a cat", style=style, size=SIZE, steps=2) for style in (None, huge)]
-    with pytest.raises(NumericsError, match=r"picture\(s\) 1 hold.*adapter scale"):
+    with pytest.raises(NumericsError, match=r"picture\(s\) 1 contain.*adapter scale"):
         draw(requests)
 
 

@@ -92,7 +92,7 @@ def test_a_banks_shapes_are_those_of_the_unet(pair):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"transformer_layers_per_block": [1, [1, 1], [2, 2]]}, "reverse_transformer_layers_per_block must be there"),
+        ({"transformer_layers_per_block": [1, [1, 1], [2, 2]]}, "reverse_transformer_layers_per_block is needed"),
         (
             {"transformer_layers_per_block": [1, [1], [2, 2]], "reverse_transformer_layers_per_block": [1, 1, 1]},
             r"\[1\] for a block of 2 attentions",
