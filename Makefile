@@ -1,32 +1,32 @@
-# make        environment and C++ extension      make test   `make check` and the tests, with the packages that they need
+# make        environment and C++ extension      make test   `make check` and the tests, with the packages they need
 #                                                make check  format, lint and types; `make format` applies the first
 #                                                make smoke  check in seconds that the install works
 # make demo   pictures in build/demo             make tiny   train the embedded model again
 # make reference  docs/reference.md, from signatures and docstrings
-# make bench  kernels and engine on the CPU      make gpu    GPU tests and benchmarks, on a machine that has one
+# make bench  kernels and engine on the CPU      make gpu    GPU tests and benchmarks, on a machine with a GPU
 PYTHON ?= python3
 VENV ?= .venv
-# for `make gpu`: a Python that holds torch and triton, used as it is
+# for `make gpu`: a Python with torch and triton; nothing is installed into it
 GPU_PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 # pytest processes, one thread each
 JOBS ?= 2
-# extra words for pip, such as an index that carries CPU-only builds of torch
+# extra arguments for pip, such as an index with CPU-only builds of torch
 PIP_FLAGS ?=
 
 BIN := $(VENV)/bin
-# what running it takes; what tests and benchmarks take on top of it, in the same environment; the C++ extension
+# stamps: the packages to run it, those for tests and benchmarks in the same environment, and the C++ extension
 INSTALLED := $(VENV)/installed.stamp
 DEV := $(VENV)/dev.stamp
 EXTENSION := $(VENV)/extension.stamp
 LOG := $(VENV)/setup.log
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_FLAGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
-# $(call logged,commands): their output goes to the log, of which the end is shown if they fail
+# $(call logged,commands): sends their output to the log, and shows its end if they fail
 logged = mkdir -p $(dir $(LOG)); { $(1); } >>$(LOG) 2>&1 || { tail -n 15 $(LOG); echo "that failed; all of it is in $(LOG)"; exit 1; }
 
 FAST := not slow and not gpu and not soak
-# the CPU that test-cpu runs the tests as: avx2, default, or the first one below this machine's (docs/testing.md)
+# CPU level for test-cpu: avx2, default, or the first one below this machine's (docs/testing.md)
 LEVEL ?= lesser
 AT_LEVEL = env `$(BIN)/python tests/cpu_levels.py $(LEVEL)`
 
@@ -52,7 +52,7 @@ $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
 $(DEV): $(INSTALLED)
 	@echo "adding what the tests need to $(VENV) ($(LOG))"
 	@$(call logged,STYLEFAST_EXTENSION=0 $(PIP) --no-build-isolation -e '.[dev]')
-	@# of this package the tests use the server alone, and it asks for an old numpy
+	@# the tests only need its server binary; --no-deps avoids its old numpy pin
 	@$(call logged,test "`uname -sm`" != "Linux x86_64" || $(PIP) --no-deps nvidia-pytriton)
 	@touch $@
 
@@ -66,12 +66,12 @@ demo: venv
 	@echo "making pictures with the embedded model"
 	@$(BIN)/stylefast demo --out build/demo >/dev/null
 
-# all of it as this CPU computes, then what depends on a CPU's sums as a lesser one does
+# all fast tests on this CPU, then those that depend on numerics as on a lesser CPU
 test: check
 	$(PYTEST) -m "$(FAST)" --durations=30
 	$(AT_LEVEL) $(PYTEST) -m "numerics and $(FAST)"
 
-# all of it as on a lesser CPU: make test-cpu LEVEL=default
+# all fast tests as on a lesser CPU: make test-cpu LEVEL=default
 test-cpu: dev
 	$(AT_LEVEL) $(PYTEST) -m "$(FAST)"
 
@@ -104,21 +104,21 @@ reference: venv
 tiny: dev
 	$(BIN)/python -m benchmarks tiny_model
 
-# writes benchmarks/results/kernels-cpu.json and runtime-cpu.json; takes half an hour, on a machine with nothing else to do
+# writes benchmarks/results/kernels-cpu.json and runtime-cpu.json; takes half an hour; run it on an idle machine
 bench: dev
 	$(BIN)/python -m benchmarks kernels --device cpu
 	$(BIN)/python -m benchmarks runtime --device cpu
 
 # at most nine minutes, no network, nothing installed; results also go to the folder $$OUT if that is set.
-# PARTS="tests", "kernels", "runtime" or "exports" gives all the time to one part; "exports" runs only if it is named
+# PARTS="tests", "kernels", "runtime" or "exports" spends all the time on one part; "exports" runs only if named
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(PARTS)
 
-# what `make gpu` needs of pure Python, into build/gpu-wheels, to be carried to a GPU machine without a network
+# download the pure Python packages of `make gpu` to build/gpu-wheels, for a GPU machine without a network
 gpu-wheels:
 	$(PYTHON) -m benchmarks.gpu_wheels
 
-# the environment stays: it is the costly part, and `rm -r .venv` is short
+# keep .venv, because it is slow to rebuild; delete it by hand if needed
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache stylefast/_C*.so
 	rm -f $(EXTENSION)
