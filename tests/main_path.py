@@ -17,17 +17,43 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- begin: python tests/main_path.py -->", "<!-- end: python tests/main_path.py -->"
-MOST_CALLS, MOST_FILES, MOST_LINES = 14, 22, 5_000
-SHORT_FILES, SHORT_LINES = 5, 1_300
+MOST_CALLS = 14
 
-# files that run, but need not be read to follow the request: their functions do what their names say
+# files that also run, but can be taken at their word: what they do is said by their names and docstrings
 ASIDE = {
     "checks and messages": (
         "stylefast/values.py",
         "stylefast/runtime/plan/checks.py",
         "stylefast/runtime/plan/notices.py",
+        "stylefast/runtime/plan/prompt_syntax.py",
+        "stylefast/models/config_files.py",
+        "kernels/checks.py",
     ),
-    "what a picture's file records": ("stylefast/record.py", "stylefast/record_values.py"),
+    "the record in a picture's file": ("stylefast/record.py", "stylefast/record_values.py"),
+    "text encoders and VAE": (
+        "stylefast/models/text.py",
+        "stylefast/models/vae.py",
+        "stylefast/models/vae_tiles.py",
+        "stylefast/models/vae_copies.py",
+        "stylefast/runtime/decoding.py",
+    ),
+    "weights and memory": (
+        "stylefast/_extension.py",
+        "stylefast/models/prepacked.py",
+        "stylefast/models/weight_files.py",
+        "stylefast/models/lora.py",
+        "stylefast/runtime/memory.py",
+        "stylefast/runtime/streams.py",
+        "stylefast/runtime/helper.py",
+        "stylefast/styles/bank_size.py",
+        "stylefast/styles/bank_info.py",
+    ),
+    "samplers' tables": (
+        "stylefast/sampling/schedule.py",
+        "stylefast/sampling/few_step.py",
+        "stylefast/sampling/edm.py",
+        "stylefast/runtime/plan/pinning.py",
+    ),
     "operations besides self-attention": (
         "kernels/gated_cross_attention.py",
         "kernels/geglu.py",
@@ -92,24 +118,37 @@ def _own(code: CodeType) -> str | None:
 
 
 def watched(form: str) -> Watch:
-    """Return what runs for one request, with the C++ form ("cpp") or, up to the first launch, Triton's ("triton")."""
-    import stylefast as sf
+    """Return what runs for one request.
 
-    watch = Watch()
+    form: "cpp"; "triton", up to the first launch of shared attention, chosen as on a GPU; "naive", by the short form.
+    """
+    import stylefast as sf
+    from stylefast import naive
+    from stylefast.kernels import registry
+    from stylefast.kernels.gpu import shared_attention  # noqa: F401  (importing it is no part of the way)
+
+    watch, choose = Watch(), registry.choose
     with sf.Engine.from_pretrained("tiny", device="cpu") as engine:
-        picture = next(iter(engine.references().values()))
-        os.environ.pop("STYLEFAST_KERNELS", None)
-        style = sf.StyleAligned(engine.bake(sf.StyleAligned(picture), steps=2))
-        os.environ["STYLEFAST_KERNELS"] = f"shared_attention={form}"
+        style = sf.StyleAligned(next(iter(engine.references().values())))
+        request = sf.Request(
+            "a fish", style=style if form == "naive" else sf.StyleAligned(engine.bake(style, 2)), steps=2
+        )
+        if form == "triton":
+            registry.operation("shared_attention")._choices.clear()
+            registry.choose = lambda one, given: (form, "") if one.name == "shared_attention" else choose(one, given)
         threading.setprofile(watch)
         sys.setprofile(watch)
         try:
-            engine.generate("a fish", style, steps=2)
+            if form == "naive":
+                naive.generate(engine, [request])
+            else:
+                engine.generate(request)
         except KeyboardInterrupt:
             pass
         finally:
             sys.setprofile(None)
             threading.setprofile(None)  # type: ignore[arg-type]
+            registry.choose = choose
     return watch
 
 
@@ -122,27 +161,29 @@ def _calls_of(form: str) -> list[str]:
 
 def section() -> str:
     """Return the section of the page: the calls, and the files with their lines."""
-    watch = watched("cpp")
+    watch, short = watched("cpp"), watched("naive")
     aside = {path for paths in ASIDE.values() for path in paths}
     know = sorted((path for path in watch.codes if path not in aside), key=watch.lines, reverse=True)
-    lines = sum(watch.lines(path) for path in know)
     text = [BEGIN, ""]
-    for form, title in (("triton", "with Triton"), ("cpp", "on a CPU")):
+    for form, where in (("triton", "with Triton"), ("cpp", "on a CPU")):
         calls = _calls_of(form)
-        text += [f"Calls from `Engine.generate` to the launch of shared attention {title}: {len(calls)}.", ""]
+        text += [f"Calls from `Engine.generate` to shared attention {where}: {len(calls)}.", ""]
         text += [f"{i}. `{call}" for i, call in enumerate(calls, 1)] + [""]
+    lines = sum(map(watch.lines, know))
     text += [
-        f"Files to know for it: {len(know)}, of which {lines:,} lines run.",
+        f"Files in which something special to the request runs: {len(know)}, with {lines:,} lines of functions that "
+        f"run, in {sum(map(_length, know)):,} lines. On a GPU `kernels/gpu/shared_attention.py`, "
+        "`shared_attention_pointers.py` and `launch.py` come on top.",
         "",
         "| file | lines | run |",
         "|---|---|---|",
     ]
     text += [f"| `{path}` | {_length(path)} | {watch.lines(path)} |" for path in know] + [""]
-    ran = [path for path in aside if path in watch.codes]
-    text += [f"Left out: {'; '.join(f'{why} ({len(paths)})' for why, paths in ASIDE.items())}; {len(ran)} files.", ""]
-    total = sum(map(_length, SHORT))
+    counts = [f"{why} ({sum(path in watch.codes for path in paths)} files)" for why, paths in ASIDE.items()]
+    text += [f"These run too, and can be taken at their word: {', '.join(counts)}.", ""]
     text += [
-        f"The short form: {len(SHORT)} files, {total:,} lines: {', '.join(f'`{path}`' for path in SHORT)}.",
+        f"The short form: {len(SHORT)} files with {sum(map(short.lines, SHORT)):,} lines of functions that run, in "
+        f"{sum(map(_length, SHORT)):,} lines: {', '.join(f'`{path}`' for path in SHORT)}.",
         "",
         END,
     ]
