@@ -112,7 +112,7 @@ def gated_cross_attention(
         raise InvalidRequest(f"image segments need all of {', '.join(segments)}; {', '.join(missing)} is missing")
     if missing and masks is not None:
         raise InvalidRequest("masks confine image segments, but no image_k is given")
-    images = None if missing else ImageSegments(*segments.values(), masks, mask_index)
+    images = None if missing else ImageSegments._make((*segments.values(), masks, mask_index))
     _check(q, text_k, text_v, text_page, images)
     return operation.call(q, text_k, text_v, text_page, images)
 

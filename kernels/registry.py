@@ -76,7 +76,7 @@ class Operation:
         self.op = getattr(torch.ops.stylefast, name).default
         _operations[name] = self
 
-    def call(self, *arguments):
+    def call(self, *arguments) -> Any:
         """Call the custom op, or the torch form itself if a gradient is needed: only that one has a backward."""
         if not _wants_gradient(arguments):
             return self.op(*self.flat(arguments))
@@ -91,7 +91,7 @@ class Operation:
         self._check_values(arguments)
         return self._torch(arguments)
 
-    def run(self, *arguments, form: str | None = None):
+    def run(self, *arguments, form: str | None = None) -> Any:
         """Run without checks, for callers that make every argument themselves and call often.
 
         The dispatcher is skipped too, unless a compiler traces, a gradient is needed, or the environment or `using`
@@ -113,7 +113,7 @@ class Operation:
             self._form(form)(*arguments, *filled)
         return results
 
-    def flat(self, arguments: tuple) -> tuple:
+    def flat(self, arguments: Sequence[Any]) -> tuple:
         """Return arguments with the fields of their groups in place of the groups, as the custom op takes them."""
         single = len(arguments) - len(self.groups)
         groups = zip(arguments[single:], self.groups, strict=True)

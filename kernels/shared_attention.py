@@ -187,7 +187,7 @@ def _check(q, k, v, references: References, affine: Affine | None, pool: Pool | 
     for name, x in zip(("pool_k_scale", "pool_v_scale"), scales):
         if (x is not None) != needs_scale:
             raise InvalidRequest(f"{name} [pages, heads, d] goes with pages in {FP8}, and only with those")
-        if x is not None:
+        if x is not None and pool is not None:
             checks.shape(name, x, pages=pool.k.shape[0], heads=heads, d=width)
             checks.dtype(name, x, torch.float32)
     if references.bias is not None:
@@ -274,11 +274,7 @@ def _torch(q, k, v, references: References, affine: Affine | None, pool: Pool | 
             extra = [shift.new_zeros(len(members), own_k.shape[1])]
         for r, source in sources:
             p = page[index, r]
-            if source == "live":
-                page_k, page_v = k[p], v[p]
-            else:
-                page_k = _pages(pool.k, pool.k_scale, p - rows, q.dtype)
-                page_v = _pages(pool.v, pool.v_scale, p - rows, q.dtype)
+            page_k, page_v = (k[p], v[p]) if source == "live" else _pages(pool, p - rows, q.dtype)
             keys.append(_scaled(page_k, scale[index, r]) if bool((scale[index, r] != 1).any()) else page_k)
             values.append(page_v)
             shifts = shift[index, r, None].expand(-1, page_k.shape[1])
@@ -304,11 +300,13 @@ def _kind(mode: int, pages: list[int], shifts: list[float], rows: int) -> tuple:
     return (mode, *((r, "live" if p < rows else "pool") for r, p in seen))
 
 
-def _pages(pool: torch.Tensor, scale: torch.Tensor | None, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if scale is None:
-        return pool[index]
+def _pages(pool: Pool, index: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys and values of some pages in the model's type."""
+    if pool.k_scale is None or pool.v_scale is None:
+        return pool.k[index], pool.v[index]
     # gathered as bytes: not every device can index float8
-    return (pool.view(torch.uint8)[index].view(FP8).float() * scale[index, None]).to(dtype)
+    k, v = (x.view(torch.uint8)[index].view(FP8).float() for x in (pool.k, pool.v))
+    return (k * pool.k_scale[index, None]).to(dtype), (v * pool.v_scale[index, None]).to(dtype)
 
 
 def _traceable(q, k, v, references: References, affine: Affine | None, pool: Pool | None) -> torch.Tensor:
@@ -336,10 +334,7 @@ def _traceable(q, k, v, references: References, affine: Affine | None, pool: Poo
         for index, here, source in sources:
             seen = used[:, r] & here & (shift[:, r] != -math.inf)
             # zeros where masked: 0 * NaN would be NaN
-            page_k, page_v = (
-                torch.where(seen[:, None, None, None], _pages(x, x_scale, index, q.dtype), 0)
-                for x, x_scale in ((source.k, source.k_scale), (source.v, source.v_scale))
-            )
+            page_k, page_v = (torch.where(seen[:, None, None, None], x, 0) for x in _pages(source, index, q.dtype))
             keys.append(_scaled(page_k, scale[:, r]))
             values.append(page_v)
             shifts = shift[:, r, None].expand(-1, page_k.shape[1])

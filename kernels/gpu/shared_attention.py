@@ -75,7 +75,7 @@ def _specialised_config(device: torch.device, key: tuple) -> Config | None:
 def _misfit(q, k, v, references: References, pool: Pool | None, out, config: Config) -> str:
     """Return why the warp-specialised form can't take a call, "" if it can."""
     tokens, d = q.shape[1], q.shape[3]
-    block_n = config["block_n"]
+    block_n = int(config["block_n"])
     if d != SPECIALISED_WIDTH:
         return f"heads of {d} channels, not {SPECIALISED_WIDTH}"
     if q.element_size() != 2:

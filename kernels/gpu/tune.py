@@ -240,12 +240,11 @@ def _shared_attention(key, size, device, seed):
     page = (torch.arange(size.rows, device=device) * pages // size.rows + size.rows)[:, None]
     ones = make.full((size.rows, 1), 1.0)
     gain, offset = (make(3, size.rows, size.heads, d, dtype=torch.float32) * 0.1 + shift for shift in (1, 0))
+    affine, pool = Affine(gain, offset), Pool(pool_k, pool_v, *scales)
     if key.get("page") == "none":
-        page, ones, pool_k, pool_v, gain, offset = page[:, :0], ones[:, :0], None, None, None, None
+        page, ones, affine, pool = page[:, :0], ones[:, :0], None, None
     mode = torch.ones(size.rows, dtype=torch.int64, device=device)
     references = References(page, mode, ones, torch.zeros_like(ones))
-    affine = None if gain is None else Affine(gain, offset)
-    pool = None if pool_k is None else Pool(pool_k, pool_v, *scales)
     return (q, k[: size.rows], v[: size.rows], references, affine, pool), (torch.empty_like(q),)
 
 
