@@ -107,7 +107,7 @@ def _no_matter(keys: str, why: str) -> dict[str, Rule]:
 
 _OFF = (False, None)
 _LIBRARY = "transformers' own module is built from it"
-_QUANTISED = _only("quantization_config", (None,), "quantised layers are not loaded; take weights in 16 or 32 bits")
+_QUANTISED = _only("quantization_config", (None,), "quantised layers are not loaded; use weights in 16 or 32 bits")
 
 SCHEDULER: Rules = {
     **_each("num_train_timesteps", "how many noise levels the model was trained at", "a whole number from 1 to 100000"),
@@ -116,24 +116,30 @@ SCHEDULER: Rules = {
     **_only("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), "how those levels are spread"),
     **_each("rescale_betas_zero_snr", "the last level is pure noise", "true or false"),
     **_only("prediction_type", ("epsilon", "v_prediction", "sample"), "what the model's output means"),
-    **_only("timestep_spacing", ("leading", "linspace", "trailing"), "where the steps lie, unless a request says"),
+    **_only(
+        "timestep_spacing", ("leading", "linspace", "trailing"), "where the steps are, unless a request specifies it"
+    ),
     **_each("steps_offset", "where the steps lie", "a whole number"),
     **_each("set_alpha_to_one", "the end of ddim's path", "true or false"),
     **_only("final_sigmas_type", ("zero", "sigma_min"), "the end of the path"),
-    **_each("use_karras_sigmas use_exponential_sigmas", "for the samplers that have such a form", "true or false"),
+    **_each("use_karras_sigmas use_exponential_sigmas", "for the samplers that have these forms", "true or false"),
     **_each(
         "sigma_min sigma_max", "the ends of Karras' and exponential levels, and of EDM's", "a number above 0, or null"
     ),
-    **_only("use_beta_sigmas use_lu_lambdas", _OFF, "these spreads of noise levels are not made"),
-    **_only("use_flow_sigmas use_dynamic_shifting invert_sigmas stochastic_sampling", _OFF, "no flow matching is done"),
+    **_only("use_beta_sigmas use_lu_lambdas", _OFF, "these spreads of noise levels are not supported"),
+    **_only(
+        "use_flow_sigmas use_dynamic_shifting invert_sigmas stochastic_sampling", _OFF, "flow matching is not supported"
+    ),
     **_only("interpolation_type", ("linear",), "levels between timesteps are interpolated linearly"),
-    **_only("timestep_type", ("discrete",), "the model is told timesteps; models of continuous levels come as EDM"),
+    **_only(
+        "timestep_type", ("discrete",), "the model receives timesteps; models with continuous noise levels use EDM"
+    ),
     **_each("lower_order_final euler_at_final", "the last steps of dpmpp and unipc", "true or false"),
     **_each("disable_corrector", "the steps that unipc does not correct", "a list of numbers, or null"),
     **_each(
         "original_inference_steps", "the steps that lcm and tcd were distilled on", "a whole number from 1 to 100000"
     ),
-    **_each("timestep_scaling", "how lcm's x0 leaves the latents", "a number"),
+    **_each("timestep_scaling", "how lcm's boundary condition weights the latents and x0", "a number"),
     **_only("lambda_min_clipped", (-math.inf, "-Infinity", "-inf", None), "dpmpp's levels are not clipped"),
     **_only(
         "variance_type",
@@ -145,8 +151,8 @@ SCHEDULER: Rules = {
         _OFF,
         "x0 is never clipped; refused where the model's own sampler would do it, and for requests whose sampler would",
     ),
-    **_no_matter("sample_max_value dynamic_thresholding_ratio clip_sample_range", "read where x0 is clipped"),
-    **_no_matter("flow_shift time_shift_type shift_terminal", "read where flow matching is done"),
+    **_no_matter("sample_max_value dynamic_thresholding_ratio clip_sample_range", "only used if x0 is clipped"),
+    **_no_matter("flow_shift time_shift_type shift_terminal", "only used by flow matching"),
     **_no_matter(
         "algorithm_type solver_order solver_type predict_x0 solver_p predictor_order corrector_order tau_func "
         "skip_prk_steps noise_sampler_seed",
@@ -160,14 +166,16 @@ EDM: Rules = {
 }
 
 UNET: Rules = {
-    **_each("sample_size", "the size of a picture where a request names none", "a whole number, two of them, or null"),
-    **_only("in_channels out_channels", (4,), "inpainting and editing models take more, models of other latents too"),
+    **_each("sample_size", "the size of a picture if a request gives none", "a whole number, two of them, or null"),
+    **_only(
+        "in_channels out_channels", (4,), "inpainting and editing models have more, and so do models with other latents"
+    ),
     **_only("center_input_sample", _OFF, "inputs are not rescaled"),
     **_each("flip_sin_to_cos", "the embedding of timesteps and sizes", "true or false"),
     **_each("freq_shift", "the embedding of timesteps and sizes", "a number"),
     **_each(
         "down_block_types up_block_types",
-        "where attention sits; of `DownBlock2D`, `CrossAttnDownBlock2D` and their like upwards, others are refused",
+        "where attention is; `DownBlock2D`, `CrossAttnDownBlock2D` and the corresponding up blocks; others are refused",
     ),
     **_each(
         "mid_block_type block_out_channels layers_per_block transformer_layers_per_block "
@@ -176,20 +184,23 @@ UNET: Rules = {
     ),
     **_each("cross_attention_dim norm_num_groups", "the shape of the network", "a whole number from 1 to 100000"),
     **_each("norm_eps", "what norms add to variances", "a number"),
-    **_only("only_cross_attention dual_cross_attention", _OFF, "a block has a self- and a cross-attention"),
-    **_only("mid_block_only_cross_attention", _OFF, "a block has a self- and a cross-attention"),
+    **_only(
+        "only_cross_attention dual_cross_attention", _OFF, "every block has one self-attention and one cross-attention"
+    ),
+    **_only("mid_block_only_cross_attention", _OFF, "every block has one self-attention and one cross-attention"),
     **_only("downsample_padding", (1,), "as SDXL's"),
     **_only("mid_block_scale_factor resnet_out_scale_factor", (1,), "outputs of blocks are not rescaled"),
     **_no_matter("dropout", "none at inference"),
     **_no_matter(
-        "upcast_attention", "the engine's kernels take scores and softmax in float32; TensorRT's choose for themselves"
+        "upcast_attention",
+        "the engine's kernels compute scores and softmax in float32; TensorRT chooses the type itself",
     ),
     **_only("act_fn", ("silu",), "as SDXL's"),
     **_only("encoder_hid_dim", (None,), "text states are not projected"),
     **_only(
         "encoder_hid_dim_type",
         (None,),
-        "`ip_image_proj`, which a loaded IP-Adapter writes there, is left out of a pipeline in memory and said",
+        "`ip_image_proj`, which a loaded IP-Adapter writes there, is left out of a pipeline in memory, with a warning",
     ),
     **_only("class_embed_type num_class_embeds", (None,), "there are no classes"),
     **_only("class_embeddings_concat", _OFF, "there are no classes"),
@@ -210,7 +221,7 @@ UNET: Rules = {
         "a model that is told the guidance scale (LCM's full models); use a base model with the LCM LoRA",
     ),
     **_only("conv_in_kernel conv_out_kernel", (3,), "as SDXL's"),
-    **_only("attention_type", ("default",), "GLIGEN's gated attention is not done"),
+    **_only("attention_type", ("default",), "GLIGEN's gated attention is not supported"),
     **_only("cross_attention_norm", (None,), "text states are not normalised"),
     **_QUANTISED,
 }
@@ -224,10 +235,10 @@ VAE: Rules = {
         "diffusers' own module is built from it",
     ),
     **_each("scaling_factor", "latents are multiplied by it"),
-    **_each("latents_mean latents_std", "latents are normalised by them (Playground v2.5); one alone is refused"),
-    **_only("shift_factor", (None, 0), "no SDXL pipeline shifts by one number"),
-    **_each("force_upcast", "a VAE that float16 overflows is decoded in another type", "true or false"),
-    **_no_matter("sample_size", "tiles go by memory"),
+    **_each("latents_mean latents_std", "latents are normalised by them (Playground v2.5); a single one is refused"),
+    **_only("shift_factor", (None, 0), "no SDXL pipeline uses a single shift"),
+    **_each("force_upcast", "a VAE that overflows in float16 is decoded in another type", "true or false"),
+    **_no_matter("sample_size", "the tile size depends on memory"),
     **_QUANTISED,
 }
 TINY_VAE: Rules = {
@@ -240,7 +251,7 @@ TINY_VAE: Rules = {
     ),
     **_only("upsampling_scaling_factor", (2,), "a level doubles the side"),
     **_each("scaling_factor", "latents are multiplied by it"),
-    **_only("shift_factor", (None, 0), "no SDXL pipeline shifts by one number"),
+    **_only("shift_factor", (None, 0), "no SDXL pipeline uses a single shift"),
     **_no_matter("latent_magnitude latent_shift", "for latents that are stored in 8 bits"),
     **_no_matter("force_upcast", "it runs in every type"),
     **_QUANTISED,
@@ -277,15 +288,15 @@ IMAGE_ENCODER: Rules = {
 }
 TOKENIZER: Rules = {
     **_only("tokenizer_class", ("CLIPTokenizer", "CLIPTokenizerFast", None), "both text encoders read CLIP's tokens"),
-    **_each("model_max_length", "a prompt's length, where the encoder takes as many"),
+    **_each("model_max_length", "the maximum length of a prompt, if the encoder supports it"),
     **_each(
         "bos_token eos_token pad_token unk_token errors add_prefix_space added_tokens_decoder "
         "additional_special_tokens extra_special_tokens special_tokens_map",
         "transformers' own tokenizer is built from it",
     ),
-    **_only("do_lower_case", (True, None), "texts are put into lower case"),
+    **_only("do_lower_case", (True, None), "texts are converted to lower case"),
     **_only("padding_side truncation_side", ("right", None), "prompts are padded and cut at their end"),
-    **_only("split_special_tokens", _OFF, "an end token in the text ends it"),
+    **_only("split_special_tokens", _OFF, "an end token in the text ends the text"),
     **_only("add_bos_token add_eos_token", (True, None), "a prompt has both"),
     **_no_matter(
         "backend tokenizer_file special_tokens_map_file name_or_path processor_class is_local "
@@ -347,14 +358,14 @@ OPTIONAL_PARTS = ("image_encoder", "feature_extractor")
 MODEL_INDEX: Rules = {
     **_each(
         " ".join(PARTS),
-        "loaded; a part of another class is refused, and one that is null but for the last two. "
-        "The scheduler's class counts before that in its own config, which is said. A part of another name "
-        "(`controlnet`, `adapter`) is refused unless it is null",
+        "loaded; a part of another class is refused, and so is one that is null, except for the last two. The "
+        "scheduler's class named here takes precedence over that in its own config, with a warning. A part of "
+        "another name (`controlnet`, `adapter`) is refused unless it is null",
     ),
     **_each("force_zeros_for_empty_prompt", "what an empty negative prompt means", "true or false, and not null"),
-    **_only("requires_aesthetics_score", _OFF, "the refiner's conditioning is not done"),
-    **_only("is_cosxl_edit", _OFF, "editing models are not done"),
-    **_no_matter("add_watermarker", "pictures get no invisible watermark"),
+    **_only("requires_aesthetics_score", _OFF, "the refiner's conditioning is not supported"),
+    **_only("is_cosxl_edit", _OFF, "editing models are not supported"),
+    **_no_matter("add_watermarker", "pictures have no invisible watermark"),
 }
 
 
@@ -380,53 +391,56 @@ SINGLE_FILE: Mapping[str, tuple[str, str]] = {
     "edm_vpred.sigma_max, edm_vpred.sigma_min": ("done", "EDM with v-prediction between these levels (CosXL)"),
     "modelspec.prediction_type, modelspec.predict_key": (
         "done",
-        "`epsilon` or `v`; others are refused. Where a key above says otherwise, that counts, and it is said",
+        "`epsilon` or `v`; others are refused. A key above takes precedence, with a warning",
     ),
     "modelspec.architecture": ("refused for a refiner, an editing model, an adapter", "others are SDXL's"),
-    "modelspec.resolution": ("done", "the size of a picture where a request names none"),
-    "modelspec.encoder_layer": ("said, but for 2", "SDXL reads the layer before the last; a request may skip more"),
-    "modelspec.timestep_range": ("said, but for all", "the model is run at every timestep"),
+    "modelspec.resolution": ("done", "the size of a picture if a request gives none"),
+    "modelspec.encoder_layer": (
+        "a warning, except for 2",
+        "SDXL uses the second-to-last layer; a request may skip more",
+    ),
+    "modelspec.timestep_range": ("a warning, except for all", "the model is run at every timestep"),
     "other modelspec.*, ss_*": ("irrelevant", "titles, authors, hashes, how it was trained"),
-    "denoiser.sigmas, alphas_cumprod, betas, ...": ("irrelevant", "merges copy them from their base"),
+    "denoiser.sigmas, alphas_cumprod, betas, ...": ("irrelevant", "merges copy these from their base model"),
     "model_ema.*": ("irrelevant", "averaged weights, kept for training"),
-    "other tensors": ("said", "left out by name"),
+    "other tensors": ("a warning", "left out by name"),
 }
 
 # properties of a pipeline in memory -> (verdict, why)
 IN_MEMORY: Mapping[str, tuple[str, str]] = {
     "its class": (
         "SDXL's three done, others refused",
-        "ControlNet, PAG and editing pipelines do more; "
-        "`StableDiffusionXLPipeline.from_pipe(pipe)` leaves that out knowingly",
+        "ControlNet, PAG and editing pipelines do more; `StableDiffusionXLPipeline.from_pipe(pipe)` drops that "
+        "explicitly",
     ),
     "a class or a pipeline with methods of its own (`encode_prompt`, `prepare_latents`)": (
         "refused",
-        "the same `from_pipe` takes its model; a class that replaces none of SDXL's is taken",
+        "the same `from_pipe` uses only its model; a class that replaces none of SDXL's methods is accepted",
     ),
     "other parts (`controlnet`, `adapter`)": ("refused", "they would be left out"),
     "a scheduler whose levels were changed by hand": ("refused", "its config no longer says what it does"),
     "FreeU": ("refused", "`disable_freeu()`"),
-    "fused projections": ("done", "the projections they were fused from are used; refused where those have changed"),
+    "fused projections": ("done", "the projections they were fused from are used; refused if those have changed"),
     "PyTorch's, xformers' and sliced attention": ("irrelevant", "the engine has its own"),
     "other attention processors": ("refused", "`unet.set_default_attn_processor()`"),
-    "a loaded IP-Adapter": ("left out and said", "`engine.load_adapter` loads it"),
+    "a loaded IP-Adapter": ("left out with a warning", "`engine.load_adapter` loads it"),
     "LoRA layers": ("refused", "`fuse_lora()` and `unload_lora_weights()`, or `engine.load_lora`"),
     "fused LoRAs": ("done", "they are in the weights"),
     "textual inversions": ("done", "`<name>` means all vectors that were loaded under it"),
     "model offload": ("done", "weights are used where they are"),
-    "sequential and group offload": ("refused", "the weights are not at hand"),
+    "sequential and group offload": ("refused", "the weights are not available"),
     "layerwise casting, caches, layer skips (diffusers' hooks)": ("refused", "by the hook's name"),
     "hooks and methods put on the UNet (DeepCache, ToMe, PAG)": ("refused", "the UNet's own forward is not called"),
     "layers and attributes of the UNet that its config does not make (seamless tiling by `padding_mode`, other "
     "activations, eps or scales), and dropout in training mode": (
         "refused",
-        "the engine makes its UNet of config and weights",
+        "the engine builds its UNet from config and weights",
     ),
     "methods put on a text encoder or on the VAE itself (`vae.decode`)": ("refused", "by the method's name"),
     "layers of the VAE changed by hand": ("done", "its encoder and decoder run as they are"),
-    "quantised layers (bitsandbytes, torchao, quanto, GGUF)": ("refused", "take weights in 16 or 32 bits"),
+    "quantised layers (bitsandbytes, torchao, quanto, GGUF)": ("refused", "use weights in 16 or 32 bits"),
     "weights of several types in the UNet": ("refused", "`pipe.to(dtype)`"),
     "compiled modules": ("done", "the module inside is used"),
     "VAE slicing and tiling, forward chunking": ("irrelevant", "the engine cuts its own batches and tiles"),
-    "a watermarker": ("left out and said", "pictures get no invisible watermark"),
+    "a watermarker": ("left out with a warning", "pictures have no invisible watermark"),
 }
