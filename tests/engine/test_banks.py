@@ -139,7 +139,7 @@ def test_a_request_that_the_bank_does_not_fit_is_refused(draw, bank_of, change, 
 def test_a_bank_without_the_null_branch_refuses_guidance(draw, bank_of):
     bank = bank_of("a picture", guidance=1.0)
     draw("a cat", sf.StyleAligned(bank), guidance=1.0)
-    with pytest.raises(StyleError, match="branches full, but null"):
+    with pytest.raises(StyleError, match="branches full, but the request also needs null"):
         draw("a cat", sf.StyleAligned(bank), guidance=5.0)
 
 

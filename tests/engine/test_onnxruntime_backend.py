@@ -224,7 +224,10 @@ def test_a_part_without_outputs_is_refused_at_once(micro, copy):
         (lambda inputs: inputs[1:], r"gives its graphs latents as float32 .*no such input; export again"),
         (lambda inputs: [[inputs[0][0], "float64", inputs[0][2]], *inputs[1:]], r"the file has float64"),
         (lambda inputs: [[*inputs[0][:2], [*inputs[0][2][:1], 99, *inputs[0][2][2:]]], *inputs[1:]], r"'rows', 99"),
-        (lambda inputs: [*inputs, ["strength", "float32", ["rows"]]], "takes strength, which graphs no longer have"),
+        (
+            lambda inputs: [*inputs, ["strength", "float32", ["rows"]]],
+            "has the input strength, which graphs no longer have",
+        ),
     ],
     ids=["one input less", "another type", "another size", "one input more"],
 )
@@ -364,7 +367,7 @@ def test_a_fixed_size_takes_that_size_alone(micro, eager, tmp_path):
     with sf.Engine.from_pipeline(micro, backend="onnxruntime", engines=tmp_path) as engine:
         every = [request(seed=1), request(seed=2, guidance=1.0), request(seed=3)]
         assert psnr(engine.generate(every, output="np").images, eager.generate(every, output="np").images) >= 60
-        with pytest.raises(EngineMismatch, match="2 rows at 16x8 latents.*width 16 is not in 12 to 12"):
+        with pytest.raises(EngineMismatch, match="2 rows at 16x8 latents.*width 16 is outside 12 to 12"):
             engine.generate(request(size=(64, 32)), output="latents")
 
 
