@@ -311,9 +311,9 @@ def test_graphs_of_one_row_count_get_batches_filled_up(make, torch_engine, reque
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [
-        ({"width": (16, 32)}, "width 12 is not in 16 to 32.*another size"),
-        ({"height": (8, 8), "width": (8, 8)}, "2 rows at 12x8 latents.*width 12 is not in 8 to 8"),
-        ({"rows": (1, 1)}, "rows 2 is not in 1 to 1"),
+        ({"width": (16, 32)}, "width 12 is outside 16 to 32.*another size"),
+        ({"height": (8, 8), "width": (8, 8)}, "2 rows at 12x8 latents.*width 12 is outside 8 to 8"),
+        ({"rows": (1, 1)}, "rows 2 is outside 1 to 1"),
     ],
     ids=["width", "fixed size", "rows"],
 )

@@ -95,11 +95,11 @@ def test_a_request_gets_one_warning_that_quotes_what_it_holds(said):
 
 def test_the_text_that_holds_the_instruction_is_the_one_that_is_quoted(said):
     (message,) = said(Request("a plain fish", "(ugly:1.4)"))
-    assert message.startswith("the negative prompt '(ugly:1.4)' holds ") and "plain fish" not in message
+    assert message.startswith("the negative prompt '(ugly:1.4)' contains ") and "plain fish" not in message
     (message,) = said(Request("a fish", style=StyleAligned(prompt="a (fox:1.5)")))
-    assert message.startswith("the style's prompt 'a (fox:1.5)' holds ")
+    assert message.startswith("the style's prompt 'a (fox:1.5)' contains ")
     (message,) = said(Request("a (cat:2)", "(ugly:1.4)"))
-    assert message.startswith("the prompt 'a (cat:2)' and the negative prompt '(ugly:1.4)' hold ")
+    assert message.startswith("the prompt 'a (cat:2)' and the negative prompt '(ugly:1.4)' contain ")
 
 
 def test_plain_brackets_are_told_of_once_and_never_beside_a_weight(said):
