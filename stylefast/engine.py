@@ -165,8 +165,9 @@ class Engine:
 
         Raises InvalidRequest for options that say what to load.
         """
-        options, others = EngineOptions.of(options, others)
-        check_engine_options(options.loading() | others, OF_LOADED)
+        check_engine_options(others, OF_LOADED)
+        options, _ = EngineOptions.of(options, others)
+        check_engine_options(options.loading(), OF_LOADED)
         return cls(from_pipeline(pipeline), options)
 
     def load_adapter(self, file: str | Path, image_encoder: str | Path | None = None, name: str | None = None) -> str:

@@ -50,15 +50,6 @@ def copied_bytes(vae: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in copied)
 
 
-def release_copies(vae: nn.Module) -> None:
-    """Drop the private copies; the next call remakes them.
-
-    Needed only after weights were written through `.data`, which PyTorch's version counter misses.
-    """
-    with _making:
-        _copies.pop(vae, None)
-
-
 def weights_stamp(module: nn.Module) -> tuple:
     """Return a key that changes if a weight is replaced, moved or written in place (except through `.data`)."""
     return tuple(

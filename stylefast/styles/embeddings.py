@@ -155,18 +155,6 @@ def save_embedding(embedding: StageEmbedding, path: str | Path, *, collapsed: bo
     return _write(tensors, metadata, Path(path))
 
 
-def save_diffusers_pair(embedding: StageEmbedding, folder: str | Path) -> tuple[Path, Path]:
-    """Write the collapsed vectors as the two one-key files that diffusers' trainer writes; returns both paths."""
-    single = embedding.collapsed()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    key = f"<{embedding.name}>"
-    return (
-        _write({key: single.clip_l[0]}, {}, folder / "learned_embeds.safetensors"),
-        _write({key: single.clip_g[0]}, {}, folder / "learned_embeds_2.safetensors"),
-    )
-
-
 def _check_own_format(file: StyleFile) -> None:
     found = file.metadata
     if found["format"] != FORMAT:

@@ -11,7 +11,7 @@ from stylefast.errors import NumericsError, OutOfMemory
 from stylefast.runtime.plan.sample_group import SampleGroup
 from tests.support.fp64 import close
 from tests.support.scene import SIZE, STEPS, small_picture
-from tests.support.watch import WAIT, Watch, held, request, settled, submit, until
+from tests.support.watch import WAIT, Watch, forget_idle, held, request, settled, submit, until
 
 PICTURE = small_picture(1, (48, 40))
 LARGE = (64, 64)
@@ -53,7 +53,7 @@ def test_a_job_joins_at_the_next_step_and_leaves_after_its_last(engine, watch, d
 
 
 def test_steps_go_on_while_a_request_that_joins_is_encoded(engine, watch, monkeypatch):
-    engine.runner.conditions.text.forget_idle()
+    forget_idle(engine.runner.conditions.text)
     encode, passed = engine.text_encoder.encode, threading.Event()
 
     def slow(prompts, *rest):
@@ -327,7 +327,7 @@ def test_nan_fails_the_request_alone_and_the_others_keep_every_bit(bucketed, mon
     # the last is alone with its own two rows for half of its steps
     close([actual[1]], drawn(request("a house", seed=3, steps=2 * STEPS), using=bucketed))
     assert settled(bucketed)
-    bucketed.runner.conditions.text.forget_idle()
+    forget_idle(bucketed.runner.conditions.text)
 
 
 def test_a_reference_of_nan_fails_its_readers_only(engine, watch, monkeypatch, drawn):
@@ -339,7 +339,7 @@ def test_a_reference_of_nan_fails_its_readers_only(engine, watch, monkeypatch, d
     with pytest.raises(NumericsError, match="NaN"):
         sick.result(WAIT)
     close(well.result(WAIT).latents, expected)
-    engine.runner.conditions.text.forget_idle()
+    forget_idle(engine.runner.conditions.text)
 
 
 def test_nan_in_one_request_of_a_job_names_its_picture(engine, monkeypatch):
@@ -348,7 +348,7 @@ def test_nan_in_one_request_of_a_job_names_its_picture(engine, monkeypatch):
     with pytest.raises(NumericsError) as caught:
         job.result(WAIT)
     assert caught.value.pictures == (1,) and settled(engine)
-    engine.runner.conditions.text.forget_idle()
+    forget_idle(engine.runner.conditions.text)
 
 
 def test_slots_that_held_nan_serve_the_next_request_well(engine, monkeypatch, drawn):
@@ -357,7 +357,7 @@ def test_slots_that_held_nan_serve_the_next_request_well(engine, monkeypatch, dr
         poison(engine, patch, "a sick dog")
         with pytest.raises(NumericsError):
             submit(engine, "a sick dog").result(WAIT)
-    engine.runner.conditions.text.forget_idle()
+    forget_idle(engine.runner.conditions.text)
     close(submit(engine, "a house", seed=3).result(WAIT).latents, expected)
 
 

@@ -16,7 +16,7 @@ from stylefast.errors import EngineClosed, ExportError, InvalidRequest
 from stylefast.runtime.banks.copies import start_copies
 from tests.support.fp64 import close
 from tests.support.scene import SIZE, STEPS, small_picture
-from tests.support.watch import WAIT, Watch, held, request, settled, submit, until
+from tests.support.watch import WAIT, Watch, forget_idle, held, request, settled, submit, until
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 PICTURE = small_picture(1, (48, 40))
@@ -185,7 +185,7 @@ def test_an_interrupted_call_gives_back_all_it_holds(engine, watch, monkeypatch,
         raise KeyboardInterrupt
 
     style = sf.StyleAligned(PICTURE, noise="ddim") if moment == "inversion" else None
-    engine.runner.conditions.text.forget_idle()
+    forget_idle(engine.runner.conditions.text)
     if moment == "encoding":
         monkeypatch.setattr(engine.text_encoder, "encode", interrupt)
     elif moment == "decoding":

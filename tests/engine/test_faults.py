@@ -206,8 +206,8 @@ WRONG = {
     "a scheduler in a list": lambda e: sf.Request("a cat", scheduler=["euler"]),
     "a bank's type in a list": lambda e: e.bake(sf.StyleAligned(PICTURE), **K, dtype=["fp8"]),
     "a bank's store": lambda e: e.bake(sf.StyleAligned(PICTURE), **K, store=None),
-    "one bucket": lambda e: sf.Engine(e._components, batch_buckets=5.0),
-    "rows below one": lambda e: sf.Engine(e._components, max_batch_rows=0),
+    "one bucket": lambda e: sf.EngineOptions(batch_buckets=5.0),
+    "rows below one": lambda e: sf.EngineOptions(max_batch_rows=0),
     "an output": lambda e: e.generate("a cat", **K, output=["np"]),
 }
 

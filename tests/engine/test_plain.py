@@ -81,7 +81,7 @@ def test_requests_that_skip_other_layers_share_a_batch_and_no_pages(engine, draw
 @pytest.mark.parametrize(
     "skip, said",
     [
-        (2, "can skip 1 layers"),
+        (2, "can skip only 1 layers"),
         (-1, "clip_skip is -1"),
         (True, "clip_skip is True"),
         (1.0, "clip_skip is 1.0"),

@@ -7,6 +7,7 @@ from stylefast.models.layout import AttentionLayout
 from stylefast.runtime.steps.key_values import FIRST_PAGES, IDLE_PAGES, KeyValuePages
 from stylefast.runtime.steps.latents import LatentSlots
 from tests.support.small_sdxl import small_unet_config
+from tests.support.watch import forget_idle
 
 TOKENS = 7
 
@@ -71,7 +72,7 @@ def test_longer_pages_widen_all_and_shorter_ones_know_their_length(pages, layout
 def test_layers_without_values_read_zeros_even_on_a_used_page(pages, layout):
     (place,) = pages.add(["a"], values(layout, 1))
     pages.release([place])
-    pages.forget_idle()
+    forget_idle(pages)
     again = pages.add(["b"], [None, *values(layout, 1)[1:]])
     assert again == [place] and not pages.layers[0][0][place].any()
 

@@ -1,6 +1,7 @@
 """Files of learned styles: own ones, those of other trainers, and those that are neither."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stylefast.errors import StyleError
-from stylefast.styles.embeddings import StageEmbedding, load_embedding, save_diffusers_pair, save_embedding
+from stylefast.styles.embeddings import StageEmbedding, load_embedding, save_embedding
 from tests.support.small_text import small_pipeline, small_text_parts
 
 L, G = 768, 1280
+
+
+def diffusers_pair(embedding: StageEmbedding, folder: Path) -> tuple[Path, Path]:
+    """Write the collapsed vectors as the two one-key files that diffusers' trainer writes."""
+    single, key = embedding.collapsed(), f"<{embedding.name}>"
+    paths = folder / "learned_embeds.safetensors", folder / "learned_embeds_2.safetensors"
+    for path, vectors in zip(paths, (single.clip_l, single.clip_g)):
+        save_file({key: vectors[0].contiguous()}, path)
+    return paths
 
 
 def rows(*shape, seed=0):
@@ -69,8 +79,8 @@ def test_saved_file_loads_in_diffusers_for_both_encoders(tmp_path, collapsed):
 
 
 def test_diffusers_pair_round_trip_from_folder_and_from_paths(tmp_path):
-    paths = save_diffusers_pair(multi_stage(), tmp_path / "pair")
-    for source in (tmp_path / "pair", paths, [str(p) for p in paths]):
+    paths = diffusers_pair(multi_stage(), tmp_path)
+    for source in (tmp_path, paths, [str(p) for p in paths]):
         found = load_embedding(source)
         assert (found.name, found.pooled_policy) == ("brand", "first_added_token")
         assert torch.equal(found.clip_l, multi_stage().collapsed().clip_l)
@@ -127,7 +137,7 @@ def test_embeddings_of_earlier_models_are_refused_by_name(tmp_path, state):
 
 
 def test_half_a_pair_and_a_swapped_pair_say_what_to_do(tmp_path):
-    first, second = save_diffusers_pair(multi_stage(), tmp_path)
+    first, second = diffusers_pair(multi_stage(), tmp_path)
     with pytest.raises(StyleError, match="give both files of the pair"):
         load_embedding(second)
     with pytest.raises(StyleError, match="swap them"):

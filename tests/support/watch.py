@@ -125,3 +125,9 @@ def held(engine) -> dict[str, int]:
 def settled(engine) -> bool:
     """Whether nothing is held once the loop has had its turn."""
     return until(lambda: not any(held(engine).values()))
+
+
+def forget_idle(pages) -> None:
+    """Drop the pages of a `KeyValuePages` that no request uses, as if others had needed the room."""
+    for page in list(pages._idle):
+        pages._forget(page)

@@ -103,11 +103,6 @@ class KeyValuePages:
         while len(self._idle) > IDLE_PAGES:
             self._forget(next(iter(self._idle)))
 
-    def forget_idle(self) -> None:
-        """Drop unused pages."""
-        for page in list(self._idle):
-            self._forget(page)
-
     def _forget(self, page: int) -> None:
         del self._idle[page]
         del self._page_of[self._keys.pop(page)]
