@@ -39,26 +39,24 @@ MUTANTS = (
     Mutant(
         "bank pages copied",
         "stylefast/models/unet.py",
-        "self._adain(q, k, v, inputs), *inputs.pool)",
-        "self._adain(q, k, v, inputs), *(x.clone() for x in inputs.pool))",
+        "inputs.references, affine, inputs.pool)",
+        "inputs.references, affine, inputs.pool and type(inputs.pool)(*(x.clone() for x in inputs.pool)))",
         "tests/runtime/test_bank_pages.py::test_attention_reads_a_banks_keys_and_values_where_they_lie",
         "copies of keys and values in each layer cost what a bank saves",
     ),
     Mutant(
         "bank variance dropped in AdaIN",
-        "kernels/adain_affine.py",
-        "return Affine(*_adain_affine(mean, variance, page, strength, pool_mean, pool_variance, check_finite))",
-        "pool_variance = None if pool_variance is None else torch.ones_like(pool_variance)\n"
-        "    return Affine(*_adain_affine(mean, variance, page, strength, pool_mean, pool_variance, check_finite))",
+        "stylefast/models/layer_inputs.py",
+        "(pages.means[layer], pages.variances[layer])",
+        "(pages.means[layer], torch.ones_like(pages.variances[layer]))",
         "tests/models/test_unet_pages.py::test_a_page_of_the_bank_equals_the_live_reference",
         "a bank must give the contrast of its reference, and not only its mean",
     ),
     Mutant(
         "AdaIN on references too",
         "stylefast/models/unet.py",
-        "            inputs.adain_page,\n            inputs.adain_strength,\n            *inputs.pool_stats,",
-        "            inputs.adain_page.clamp(min=0),\n            torch.ones_like(inputs.adain_strength),\n"
-        "            *inputs.pool_stats,",
+        "(inputs.adain_page, inputs.adain_strength, *inputs.pool_stats)",
+        "(inputs.adain_page.clamp(min=0), torch.ones_like(inputs.adain_strength), *inputs.pool_stats)",
         "tests/engine/test_style_aligned.py::test_the_first_prompt_lends_its_style_as_in_the_oracle[default]",
         "a reference stays the picture that it would be without readers",
     ),

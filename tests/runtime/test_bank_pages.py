@@ -143,13 +143,13 @@ def test_a_bank_that_can_not_be_read_leaves_the_pool_as_it_was(engine, banks):
 
 def test_attention_reads_a_banks_keys_and_values_where_they_lie(engine, banks, monkeypatch):
     """No layer copies a page: its kernel gets views of the pool."""
-    read, attention = [], unet.shared_attention
+    read, attention = [], unet.shared_attention.run
 
     def watched(*arguments):
         read.extend(x.untyped_storage().data_ptr() for x in tree_leaves(arguments) if isinstance(x, torch.Tensor))
         return attention(*arguments)
 
-    monkeypatch.setattr(unet, "shared_attention", watched)
+    monkeypatch.setattr(unet.shared_attention, "run", watched)
     engine.generate("a cat", sf.StyleAligned(banks[KINDS[0]]), output="latents", **SETTINGS)
     held = {x.untyped_storage().data_ptr() for pair in engine.runner.bank_pages[LATENTS].pages.layers for x in pair}
     assert sum(x in held for x in read) == 2 * SETTINGS["steps"] * len(engine.unet.layout.layers)
