@@ -5,6 +5,7 @@ from importlib import import_module
 
 BENCHMARKS = {
     "banks": "benchmarks.banks",
+    "compare": "benchmarks.compare",
     "copies": "benchmarks.copies",
     "export_sdxl": "benchmarks.export_sdxl",
     "exports": "benchmarks.exports",
