@@ -45,6 +45,7 @@ class Session(Protocol):
         self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
         """Run the graph on tensors by name; see `OrtSession.run`."""
+        ...
 
     def close(self) -> None:
         """Free the graph."""

@@ -28,7 +28,7 @@ from stylefast.models.lora import LoraSet
 from stylefast.models.prepacked import channels_last, pack
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
-from stylefast.options import NAMES, OF_LOADED, EngineOptions
+from stylefast.options import NAMES, OF_LOADED, EngineOptions, parse_bytes
 from stylefast.record import metadata, style_digest
 from stylefast.runtime.backends.choice import check_backend, make_backend
 from stylefast.runtime.banks.baking import BakeCallback, bake, bake_request
@@ -47,7 +47,7 @@ from stylefast.styles.style import Style
 from stylefast.threads import fit_to_quota
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
 __all__ = ["Engine", "Request", "Result"]
 
@@ -96,7 +96,8 @@ class Engine:
             scheduler_config.get("num_train_timesteps", 1000),
             revision=lambda: self.loras.fingerprint,
         )
-        self.budget = MemoryBudget(options.memory_limit, options.bank_memory, options.host_memory)
+        limits = ("memory_limit", "bank_memory", "host_memory")
+        self.budget = MemoryBudget(*(parse_bytes(name, getattr(options, name)) for name in limits))
         chosen = make_backend(options.backend, self.unet, options.engines, options.trust, source=self._source)
         self.runner = Runner(self.unet, store, chosen, self.budget, options.batch_buckets)
         self._planner = RequestPlanner(

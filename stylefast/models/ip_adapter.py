@@ -120,7 +120,7 @@ class IPAdapter(nn.Module):
         self,
         kind: str,
         projector: "GlobalProjector | Resampler",
-        key_values: Mapping[int, nn.Linear],
+        key_values: Mapping[int, nn.Module],
         layout: AttentionLayout,
         embed_dim: int,
         cross_dim: int,

@@ -323,9 +323,10 @@ class UNet(nn.Module):
 
     def project_text(self, states: torch.Tensor) -> tuple[KeyValue, ...]:
         """Project text states [pages, tokens, cross_dim] to keys and values per layer, the same for all steps."""
-        return tuple(self._block(layer.name).attn2.key_values(states) for layer in self.layout.layers)
+        return tuple(self.block(layer.name).attn2.key_values(states) for layer in self.layout.layers)
 
-    def _block(self, name: str) -> TransformerBlock:
+    def block(self, name: str) -> TransformerBlock:
+        """Return the transformer block of a layer's name in the layout."""
         block = self.get_submodule(name)
         assert isinstance(block, TransformerBlock)
         return block

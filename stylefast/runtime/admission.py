@@ -118,14 +118,15 @@ class Admission:
             self._runner.retire(group)
             self._inversions.remove(group)
         for sample in references:
+            assert sample.pin is not None
             pins[sample] = sample.pin[1]
         return pins
 
     def _invert(self, sample: Sample, clean: torch.Tensor) -> Generator[Wanted, Any, SampleGroup]:
         """Return the group that inverts the picture of `sample` to noise."""
         inversion, store = self._planner.inversion(sample), self._runner.conditions
-        inversion.start = clean
-        made = yield from store.encoding([inversion], tuple(clean.shape[1:]))
+        inversion.start, (height, width) = clean, clean.shape[1:]
+        made = yield from store.encoding([inversion], (height, width))
         try:
             group = self._admit([inversion], made, {})
         finally:
@@ -188,5 +189,6 @@ def cancelled(job: Job) -> JobCancelled:
 
 def too_late(job: Job) -> DeadlineExceeded:
     """Return the error of a job whose deadline has passed."""
+    assert job.expires is not None
     given = job.expires - job.submitted
     return DeadlineExceeded(f"the deadline of {given:g} seconds passed at step {job.step} of {job.steps}")

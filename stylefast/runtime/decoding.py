@@ -40,7 +40,7 @@ class Decoder:
 
         Raises the error with which its file is refused.
         """
-        if hasattr(self._run, "open"):
+        if self._run is not None and hasattr(self._run, "open"):
             self._run.open()
 
     def images(

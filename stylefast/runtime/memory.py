@@ -38,7 +38,8 @@ _counted: WeakKeyDictionary[Any, tuple[float, int]] = WeakKeyDictionary()  # eng
 class HasBytes(Protocol):
     """An object that knows its size."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
 
 class MemoryBudget:

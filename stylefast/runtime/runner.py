@@ -241,7 +241,7 @@ class Runner:
         keys = [bank_keys(g) for g in groups]
         flat = [key for group_keys in keys for key in group_keys]
         pages = self._pages_for(latent_shape[1:], {bank for bank, *_ in flat})
-        slots = pages.hold(flat) if flat else np.zeros(0, dtype=np.int64)
+        slots = pages.hold(flat) if pages is not None and flat else np.zeros(0, dtype=np.int64)
         try:
             shape = self._shape(groups, padded)
             if shape not in self._tables:
@@ -263,7 +263,7 @@ class Runner:
             )
             yield (shape, state.generation, store.generation, id(pages)), state, table.columns, inputs
         finally:
-            if flat:
+            if pages is not None and flat:
                 pages.release(flat)
 
     def _graph_inputs(self, latent_size: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -369,8 +369,9 @@ def not_finite(pictures: Sequence[int]) -> NumericsError:
 
 def joined(errors: Sequence[Exception]) -> Exception:
     """Return one error for a call with failed groups: the first, or one naming all pictures that are not finite."""
-    if all(isinstance(error, NumericsError) for error in errors):
-        return not_finite([picture for error in errors for picture in error.pictures])
+    numeric = [error for error in errors if isinstance(error, NumericsError)]
+    if len(numeric) == len(errors):
+        return not_finite([picture for error in numeric for picture in error.pictures])
     return errors[0]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -50,7 +50,7 @@ class Backend:
             banked: whether rows read a bank.
         """
 
-    def ready(self, group: SampleGroup) -> Callable[[], None] | None:
+    def ready(self, group: SampleGroup) -> Callable[[], object] | None:
         """Return slow work to do before a group's first step, such as opening a file; None: nothing.
 
         It is called alongside other groups' steps, so it must not touch state used by `run`.
@@ -86,7 +86,7 @@ class TorchBackend(Backend):
 
     name = "torch"
 
-    def __init__(self, unet: UNet, graphs: StepGraphs | None | str = "auto"):
+    def __init__(self, unet: UNet, graphs: StepGraphs | None | Literal["auto"] = "auto"):
         self._unet, self._graphs = unet, graphs_for(unet.device) if graphs == "auto" else graphs
 
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:

@@ -81,6 +81,7 @@ def make_backend(
         from stylefast.export.sessions import require_onnxruntime
 
         require_onnxruntime(unet.device)
+    assert source is not None
     folder = _exported_folder(EXPORTED[backend], source()) if engines is None else values.path("engines", engines)
     return _exported(backend, unet, folder, trust, lambda: source().fingerprint)
 

@@ -16,10 +16,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
+from typing import Literal
 
 import torch
 import torch._dynamo
 import torch.fx.experimental._config as symbolic_shapes
+from torch.utils._config_module import ConfigModule
 
 from stylefast.code_caches import inductor_cache
 from stylefast.errors import InvalidRequest, MissingDependency
@@ -69,7 +71,7 @@ class CompileBackend(Backend):
         unet: UNet,
         cache: str | Path | None = "auto",
         compiler: str = "inductor",
-        graphs: StepGraphs | None | str = "auto",
+        graphs: StepGraphs | None | Literal["auto"] = "auto",
     ):
         if compiler not in COMPILERS:
             raise InvalidRequest(f"compiler is {compiler!r}; choose one of {', '.join(COMPILERS)}")
@@ -78,13 +80,11 @@ class CompileBackend(Backend):
         self._unet, self._count = unet, _CountingCompiler(compiler)
         self._twin = UNet.from_state(unet.config, unet.state_dict())
         self._twin.layout = unet.layout
-        compiled = {kind: self._compile(kind.forward) for kind in (TransformerBlock, Resnet)}
+        compiled: dict[type, Callable] = {kind: self._compile(kind.forward) for kind in (TransformerBlock, Resnet)}
         for module in self._twin.modules():
             if type(module) in compiled:
                 module.forward = self._region(module, compiled[type(module)])
-        if graphs == "auto":
-            graphs = graphs_for(unet.device)
-        self._graphs = graphs
+        self._graphs = graphs_for(unet.device) if graphs == "auto" else graphs
         self._cache = None
         if cache is not None and compiler == "inductor":
             folder = default_folder() if cache == "auto" else Path(cache)
@@ -253,7 +253,7 @@ class _CountingCompiler:
     def __init__(self, name: str):
         self._compile, self.graphs = torch._dynamo.lookup_backend(name), 0
 
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
         self.graphs += 1
         return self._compile(graph, inputs)
 
@@ -263,8 +263,9 @@ def _symbols_of_their_own() -> Iterator[None]:
     """Keep dimensions apart that happen to be equal, such as 8 rows and 8 pages, and raise the recompile limit."""
     with ExitStack() as stack:
         limits = {"recompile_limit": _MOST_CASES, "accumulated_recompile_limit": _MOST_CASES}
-        stack.enter_context(torch._dynamo.config.patch(**limits))
-        stack.enter_context(symbolic_shapes.patch(use_duck_shape=False))
+        stack.enter_context(torch._dynamo.config.patch(limits))
+        assert isinstance(symbolic_shapes, ConfigModule)
+        stack.enter_context(symbolic_shapes.patch("use_duck_shape", False))
         yield
 
 

@@ -40,6 +40,7 @@ class Capture(Protocol):
 
     def capture(self, step: Callable[[], None]) -> Captured:
         """Record a step without running it. Raises any error of the capture; the step has not run then."""
+        ...
 
     def wait(self) -> None:
         """Wait until the device is idle."""
@@ -159,7 +160,8 @@ class _Entry:
 
     def __init__(self, buffers: Sequence[torch.Tensor]):
         self._buffers = [weakref.ref(x) for x in buffers]
-        self.steps, self.refused, self.graph = 0, False, None
+        self.steps, self.refused = 0, False
+        self.graph: Captured | None = None
 
     def reads(self, buffers: Sequence[torch.Tensor]) -> bool:
         """Return whether these are exactly the captured tensors."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stylefast.errors import EngineClosed, EngineMismatch, ExportError
+from stylefast.export.sessions import Session
 from stylefast.export.unet_graph import (
     DIMENSIONS,
     FLAVOURS,
@@ -82,7 +83,7 @@ class ExportedBackend(Backend):
             )
         self.name, self._unet, self._stale, self._closed = name, unet, stale, False
         self._components = components or ExportedParts({})
-        found = [Graph(*graph) for graph in graphs.values()]
+        found = [graph if isinstance(graph, Graph) else Graph(*graph) for graph in graphs.values()]
         self._graphs = [_Loaded(unet, graph) for graph in sorted(found, key=lambda graph: _size(graph.shape))]
         self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
         # unread pages, masks and pictures, by input
@@ -145,7 +146,7 @@ class ExportedBackend(Backend):
             graph.close()
         self._components.close()
 
-    def ready(self, group: SampleGroup) -> Callable[[], None] | None:
+    def ready(self, group: SampleGroup) -> Callable[[], object] | None:
         """Return a function that opens the session of the graph for the group alone; None if it is open.
 
         If no graph fits, returns None as well; the step will raise the error.
@@ -225,7 +226,7 @@ class ExportedBackend(Backend):
         """Return a minimal tensor for an unread input: zeros, but pictures have one token."""
         least = {name: graph.ranges.get(name, (1, 1))[0] for name in DIMENSIONS}
         sizes = with_tokens(self._unet, least | {"height": latent_size[0], "width": latent_size[1]})
-        dims = tuple(sizes[d] if isinstance(d, str) else d for d in tensor.dims)
+        dims = tensor.shape(sizes)
         key = (tensor.name, tensor.dtype, dims)
         if key not in self._idle:
             value = 1 if tensor.name == "image_lengths" else 0
@@ -237,9 +238,10 @@ class _Loaded:
     """A graph, its inputs, and its session once it is open."""
 
     def __init__(self, unet: UNet, graph: Graph):
-        self.shape, self.ranges, self._given, self._nbytes = graph.shape, graph.ranges, graph.session, graph.nbytes
+        self.shape, self.ranges, self._nbytes = graph.shape, graph.ranges, graph.nbytes
         self.inputs = graph_inputs(unet, graph.shape)
-        self._session = self._given if hasattr(self._given, "run") else None
+        self._open: Callable[[], Session] = graph.session
+        self._session: Session | None = graph.session if hasattr(graph.session, "run") else None
         self._broken: ExportError | None = None
         self._opening = Lock()
 
@@ -251,14 +253,14 @@ class _Loaded:
     def nbytes(self) -> int:
         return getattr(self._session, "nbytes", self._nbytes) if self.opened else 0
 
-    def session(self):
+    def session(self) -> Session:
         # a step may need the session while another thread is opening it
         with self._opening:
             if self._broken is not None:
                 raise self._broken
             if self._session is None:
                 try:
-                    self._session = self._given()
+                    self._session = self._open()
                 except ExportError as error:
                     # the files won't change, and checking them again takes seconds
                     self._broken = error
@@ -266,7 +268,7 @@ class _Loaded:
             return self._session
 
     def close(self) -> None:
-        if hasattr(self._session, "close"):
+        if self._session is not None and hasattr(self._session, "close"):
             self._session.close()
             self._nbytes = 0
 
@@ -291,7 +293,7 @@ class _Prepared:
             "timestep": torch.empty(rows, device=device),
             "time_ids": torch.empty(rows, 6, device=device),
         }
-        self.output = torch.empty([sizes.get(d, d) for d in output.dims], dtype=output.dtype, device=device)
+        self.output = torch.empty(output.shape(sizes), dtype=output.dtype, device=device)
         self._inputs = graph.inputs
         self._columns = [x for x in graph.inputs if x.name in COLUMNS]
         self._device, self._rows = device, rows
@@ -308,7 +310,7 @@ class _Prepared:
         inputs = {name: self._own[name] for name in ("latents", "timestep", "time_ids")}
         for tensor in self._columns:
             column = table[tensor.name]
-            dims = tuple(self._rows if d == "rows" else d for d in tensor.dims)
+            dims = tensor.shape({"rows": self._rows})
             inputs[tensor.name] = column if tuple(column.shape) == dims else self._widened(tensor, column, dims)
         return inputs
 

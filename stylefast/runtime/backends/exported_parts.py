@@ -31,7 +31,8 @@ class ExportedPart:
     """
 
     def __init__(self, load: Callable[[], Session], dtype: torch.dtype, facts: Mapping[str, Any] | None = None):
-        self._load, self._session, self._opening = load, None, Lock()
+        self._load, self._opening = load, Lock()
+        self._session: Session | None = None
         self.dtype, self.facts = dtype, dict(facts or {})
 
     @property
@@ -39,16 +40,16 @@ class ExportedPart:
         """Return the bytes of the open session; 0 before."""
         return 0 if self._session is None else getattr(self._session, "nbytes", 0)
 
-    def open(self) -> None:
-        """Open the session, unless it is open. Raises the error with which its file is refused."""
+    def open(self) -> Session:
+        """Return the session, opened unless it is open. Raises the error with which its file is refused."""
         with self._opening:
             if self._session is None:
                 self._session = self._load()
+            return self._session
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """Run on contiguous inputs and write to `outputs`, which must be all outputs of the graph."""
-        self.open()
-        self._session.run({name: x.contiguous() for name, x in inputs.items()}, outputs)
+        self.open().run({name: x.contiguous() for name, x in inputs.items()}, outputs)
 
     def close(self) -> None:
         """Close the session; the next run opens it again."""
@@ -91,20 +92,20 @@ class ExportedText:
         part, width, device = self._parts[index], self._widths[index], self._device
         vocabulary = part.facts["vocabulary"]
         numbers = [[token if token >= 0 else vocabulary - 1 - token for token in sequence] for sequence in ids]
-        ids = torch.tensor(numbers, device=device)  # [prompts, tokens]
+        tokens = torch.tensor(numbers, device=device)  # [prompts, tokens]
         extra = torch.zeros(len(rows), width, dtype=part.dtype, device=device)
         if rows:
             torch.stack([row.detach().to(extra) for row in rows], out=extra)
         if index == 0:
-            hidden = torch.empty(*ids.shape, width, dtype=part.dtype, device=device)
-            part.run({"ids": ids, "extra": extra}, {"hidden": hidden})
+            hidden = torch.empty(*tokens.shape, width, dtype=part.dtype, device=device)
+            part.run({"ids": tokens, "extra": extra}, {"hidden": hidden})
             return hidden, []
         # a prompt pooled at two places runs twice
         prompts = torch.tensor([prompt for prompt, _ in ends], device=device)
         position = torch.tensor([position for _, position in ends], device=device)
-        hidden = torch.empty(len(ends), ids.shape[1], width, dtype=part.dtype, device=device)
+        hidden = torch.empty(len(ends), tokens.shape[1], width, dtype=part.dtype, device=device)
         pooled = torch.empty(len(ends), self._pooled, dtype=part.dtype, device=device)
-        part.run({"ids": ids[prompts], "extra": extra, "position": position}, {"hidden": hidden, "pooled": pooled})
+        part.run({"ids": tokens[prompts], "extra": extra, "position": position}, {"hidden": hidden, "pooled": pooled})
         order = [prompt for prompt, _ in ends]
         first = torch.tensor([order.index(prompt) for prompt in range(len(numbers))], device=device)
         return hidden[first], list(pooled.unbind())
@@ -120,11 +121,11 @@ class ExportedTextProjector:
         states = states.to(self._part.dtype)
         packed = _packed("text_kv", self._layout, states, *states.shape[:2])
         self._part.run({"states": states}, packed)
-        found: list[KeyValue | None] = [None] * len(self._layout.layers)
+        found: dict[int, KeyValue] = {}
         for level, members in enumerate(_levels(self._layout)):
             for i, pair in zip(members, packed[f"text_kv_{level}"], strict=True):
                 found[i] = (pair[0], pair[1])
-        return tuple(found)
+        return tuple(found[i] for i in range(len(found)))
 
 
 class ExportedImageEncoder(ImageEncoder):
@@ -134,8 +135,9 @@ class ExportedImageEncoder(ImageEncoder):
         # reuse the checked model and its preparation
         self.__dict__.update(encoder.__dict__)
         self._part = part
-        model = encoder.vision_model.vision_model
-        self._tokens = model.embeddings.position_embedding.num_embeddings
+        places = encoder.vision_model.get_submodule("vision_model.embeddings.position_embedding")
+        assert isinstance(places, torch.nn.Embedding)
+        self._tokens = places.num_embeddings
 
     def _embeds(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._run(pixels)["embeds"]
@@ -181,10 +183,11 @@ class ExportedAdapter(IPAdapter):
         for members in _levels(self.layout):
             for i in members:
                 width = layers[i].channels
-                k, v = (tokens[..., start + side * width :][..., :width] for side in range(2))
-                start += 2 * width
+                ends = (start + width, start + 2 * width)
+                k, v = (tokens[..., end - width : end].unflatten(-1, (layers[i].heads, -1)) for end in ends)
+                start = ends[1]
                 if str(i) in self.layer_projections:
-                    pairs[i] = tuple(x.unflatten(-1, (layers[i].heads, -1)) for x in (k, v))
+                    pairs[i] = (k, v)
         return tuple(pairs)
 
 

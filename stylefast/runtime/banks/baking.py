@@ -22,6 +22,7 @@ from stylefast.sampling.schedule import schedule_digest
 from stylefast.styles.bank import BankWriter, LayerFeatures, ReferenceFeatures, StyleBank
 from stylefast.styles.bank_info import FORMAT, BankInfo
 from stylefast.styles.bank_size import STORES, BankShapes
+from stylefast.styles.style import ReferenceStyle
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 # called after every step with (step, steps)
@@ -46,6 +47,11 @@ def bake(
     The request's prompt does not matter. See `Engine.bake` for the arguments and errors.
     """
     style = request.reader
+    if style is None:
+        raise StyleError(
+            "nothing to bake: pass a style that reads a reference (docs/styles.md), alone or in a list with styles "
+            "that it shares"
+        )
     kind = _check(style, store, dtype, planner.runner.unet.dtype)
     wanted = style.reads
     values.function("callback", callback, "(step, steps)")
@@ -54,7 +60,7 @@ def bake(
         path = values.path("path", path)
     planner.check([request])
     target, *references = plan_samples([request], planner.schedule, planner.native_size)
-    others = shared_styles(request)
+    others = shared_styles(request, style)
     if others and store == "latents":
         way_out = ", or with share_styles=False" if wanted.share_styles else ", or take it out of the negative prompt"
         raise StyleError(
@@ -137,9 +143,9 @@ class BakeJob(Job):
         features, before, writer = self._features, self._before, self._writer
 
         def write() -> None:
-            if features is None:
+            if before is not None:
                 writer.put_latents(step, number, before)
-            else:
+            if features is not None:
                 for row, branch in enumerate(branches):
                     writer.put(step, BRANCHES[branch], number, _of_row(features, row, writer.info.layers))
             if after is not None:
@@ -170,13 +176,8 @@ def _of_row(features: RowFeatures, row: int, layers: Sequence[int]) -> Reference
     )
 
 
-def _check(style, store: str, dtype: str, model_dtype: torch.dtype) -> str:
+def _check(style: ReferenceStyle, store: str, dtype: str, model_dtype: torch.dtype) -> str:
     """Return the bank's element type by its full name. Raises InvalidRequest and StyleError."""
-    if style is None:
-        raise StyleError(
-            "nothing to bake: pass a style that reads a reference (docs/styles.md), alone or in a list with styles "
-            "that it shares"
-        )
     if style.reads.bank is not None:
         raise StyleError("this style is a bank already; use it as it is, or bake its prompt or picture again")
     if style.reads.of_call:

@@ -41,7 +41,7 @@ class BankPages:
         self._unet, self.latent_size = unet, latent_size
         self.layout = PageLayout(unet, latent_size, unet.dtype)
         self._layouts = {("kv", unet.dtype): self.layout}
-        self._attentions = [unet.get_submodule(layer.name).attn1 for layer in unet.layout.layers]
+        self._attentions = [unet.block(layer.name).attn1 for layer in unet.layout.layers]
         on_gpu = unet.device.type == "cuda"
         self._stream = torch.cuda.Stream(unet.device) if on_gpu else None
         self._stage = torch.zeros(0, dtype=torch.uint8, device=unet.device)
@@ -186,7 +186,7 @@ class BankPages:
         """Unpin pages and blocks that the device has finished reading."""
         while self._leaving and self._leaving[0][0].query():
             self._pool.release(self._leaving.popleft()[1])
-        while self._copying and self._copying[0][0].query():
+        while self._host is not None and self._copying and self._copying[0][0].query():
             self._host.release(self._copying.popleft()[1])
 
     @torch.inference_mode()
@@ -211,8 +211,9 @@ class BankPages:
         bank, number = key[0], _numbers([key])[0]
         layout = self._layout_of(bank)
         block = None
-        if self._host is not None and self._staged(layout):
-            block = self._host.hold(number, bank, _place(key), layout)
+        host = self._host if self._staged(layout) else None
+        if host is not None:
+            block = host.hold(number, bank, _place(key), layout)
         own = layout is self.layout
         with torch.cuda.stream(self._stream):
             target, page = (self._parts, slot) if own else (self._staging(layout), 0)
@@ -223,10 +224,10 @@ class BankPages:
                 _copy_all(*layout.copies(bank, _place(key), target, page))
             if not own:
                 self._unpack(bank, layout, target, slot)
-        if block is None:
+        if host is None or block is None:
             return
         if self._stream is None:
-            self._host.release(number)
+            host.release(number)
         else:
             self._copying.append((_event(self._stream), number))
 
@@ -305,11 +306,9 @@ def idle_pages(unet: UNet, latent_size: tuple[int, int]) -> StylePages:
     def laid(x: torch.Tensor) -> torch.Tensor:
         return torch.empty(0, dtype=x.dtype, device=unet.device).set_(held, 0, x.shape, x.stride())
 
-    return StylePages(
-        tuple((laid(k), laid(v)) for k, v in real.layers),
-        *(tuple(map(laid, field)) for field in real[1:5]),
-        real.norm_elements,
-    )
+    means, variances, norm_means, norm_variances = (tuple(map(laid, field)) for field in real[1:5])
+    layers = tuple((laid(k), laid(v)) for k, v in real.layers)
+    return StylePages(layers, means, variances, norm_means, norm_variances, real.norm_elements)
 
 
 def _style_pages(unet: UNet, layout: PageLayout, parts: Sequence[torch.Tensor]) -> StylePages:

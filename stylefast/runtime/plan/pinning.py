@@ -12,7 +12,7 @@ import torch
 from stylefast.errors import StyleError
 from stylefast.runtime.plan.request import Request
 from stylefast.runtime.plan.sample import Sample
-from stylefast.runtime.plan.sample_group import Pin
+from stylefast.runtime.plan.sample_group import Pin, noise_generator
 from stylefast.sampling.edm import is_edm
 from stylefast.sampling.guidance import FULL, NULL
 from stylefast.sampling.inversion import inversion_schedule, pinned_latents
@@ -51,9 +51,7 @@ def scheduler_config(request: Request, config: Mapping) -> Mapping:
 def forward_pin(sample: Sample, clean: torch.Tensor) -> Pin:
     """Pin to the picture [channels, h, w] plus one fixed noise (the sample's seed) at each step's noise level."""
     clean = clean.cpu()
-    noise = torch.randn(
-        clean.shape, generator=torch.Generator("cpu").manual_seed(sample.request.seed), dtype=torch.float32
-    )
+    noise = torch.randn(clean.shape, generator=noise_generator(sample.request), dtype=torch.float32)
     forward = sample.schedule.forward.tolist()
     return lambda step: forward[step][0] * clean + forward[step][1] * noise
 
@@ -70,6 +68,7 @@ def inversion_of(sample: Sample, config: Mapping) -> Sample:
     It is an ordinary sample: it shares UNet calls, takes its turns, and costs as much as one picture. Its `start`, the
     picture's latents, is not set yet. Raises InvalidRequest for a model whose output can't be inverted.
     """
+    assert sample.reference_of is not None
     guidance = sample.reference_of.reads.inversion_guidance
     request = replace(sample.request, style=(), guidance=guidance, guidance_interval=(0.0, 1.0), guidance_rescale=0.0)
     schedule = inversion_schedule(

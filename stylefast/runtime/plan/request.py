@@ -64,7 +64,9 @@ class Request:
     clip_skip: int | None = 0
 
     def __post_init__(self):
-        checked = {name: values.prompt(name, getattr(self, name)) for name in ("prompt", "negative_prompt")}
+        checked: dict[str, Any] = {
+            name: values.prompt(name, getattr(self, name)) for name in ("prompt", "negative_prompt")
+        }
         if not self.prompt.strip():
             raise PromptError("the prompt is empty; say what the picture shows, e.g. 'a fish'")
         checked["steps"] = values.whole_number("steps", self.steps, 1, MAX_STEPS)
@@ -84,12 +86,12 @@ class Request:
 
     def styles_of(self, kind: type) -> list[Style]:
         """Return the request's styles of one class, in order."""
-        return [style for style in self.style if isinstance(style, kind)]
+        return [style for style in normalise_styles(self.style) if isinstance(style, kind)]
 
     @property
     def reader(self) -> ReferenceStyle | None:
         """Return the request's style that reads references, if any."""
-        return next((style for style in self.style if isinstance(style, ReferenceStyle)), None)
+        return next((style for style in normalise_styles(self.style) if isinstance(style, ReferenceStyle)), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +130,7 @@ def check_size(size: Any) -> tuple[int, int]:
     """Return (width, height) as whole numbers divisible by 8, from 16 to 8192. Raises InvalidRequest."""
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise InvalidRequest(f"size is {values.quoted(size)}; it must be (width, height) in pixels")
-    return tuple(_check_side(name, side) for name, side in zip(("width", "height"), size, strict=True))
+    return _check_side("width", size[0]), _check_side("height", size[1])
 
 
 def _check_side(name: str, side) -> int:

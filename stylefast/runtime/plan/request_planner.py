@@ -14,7 +14,8 @@ from stylefast.runtime.runner import Runner
 from stylefast.sampling.edm import is_edm
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.schedule import Schedule, schedule_digest
-from stylefast.styles.style import ModelFacts, asking
+from stylefast.styles.bank import StyleBank
+from stylefast.styles.style import ModelFacts, ReferenceStyle, Style, asking
 
 
 class RequestPlanner:
@@ -50,13 +51,14 @@ class RequestPlanner:
         that don't match, schedules, and sizes that never fit into memory or have no exported graph.
         """
         facts = ModelFacts(self.runner.unet.layout, self._config["_class_name"] if is_edm(self._config) else None)
-        for style in dict.fromkeys(style for request in requests for style in request.style):
+        for style in dict.fromkeys(style for request in requests for style in request.styles_of(Style)):
             with asking(type(style), "check"):
                 style.check(facts)
         for request in requests:
-            self.runner.conditions.text_encoder.check_clip_skip(request.clip_skip)
-            if request.reader is not None and request.reader.reads.bank is not None:
-                self._check_bank(request)
+            self.runner.conditions.text_encoder.check_clip_skip(request.clip_skip or 0)
+            style = request.reader
+            if style is not None and style.reads.bank is not None:
+                self._check_bank(request, style, style.reads.bank)
         samples = plan_samples(requests, self.schedule, self.native_size)
         for sample in samples:
             if sample.inverted:
@@ -87,9 +89,9 @@ class RequestPlanner:
             raise InvalidRequest(f"size is {width}x{height}; this model's must be divisible by {self.downscale}")
         return self.runner.unet.config["in_channels"], height // self.downscale, width // self.downscale
 
-    def _check_bank(self, request: Request) -> None:
-        bank, schedule = request.reader.reads.bank, self.schedule(request)
-        layers = request.reader.layer_mask(self.runner.unet.layout).nonzero().flatten().tolist()
+    def _check_bank(self, request: Request, style: ReferenceStyle, bank: StyleBank) -> None:
+        schedule = self.schedule(request)
+        layers = style.layer_mask(self.runner.unet.layout).nonzero().flatten().tolist()
         target = plan_samples([request], lambda _: schedule, self.native_size)[0]
         bank.check_fits(
             model=self.model,
@@ -111,6 +113,7 @@ class RequestPlanner:
         """Encode a reference picture, scaled to cover the size and centre-cropped, to latents [channels, h, w]."""
         from PIL import ImageOps
 
+        assert sample.picture is not None
         picture = ImageOps.fit(open_picture(sample.picture), sample.size)
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         pixels = pixels.view(1, sample.size[1], sample.size[0], 3).permute(0, 3, 1, 2).float() / 127.5 - 1

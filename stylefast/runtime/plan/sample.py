@@ -5,13 +5,15 @@ shared by every request that needs exactly the same one. A baked reference adds 
 pages. Only a bank of latents adds one, which is held at those latents.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from stylefast.errors import InvalidRequest
+from stylefast.models.pictures import PictureSource
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.guidance import (
     BRANCHES,
@@ -22,7 +24,7 @@ from stylefast.sampling.guidance import (
 )
 from stylefast.sampling.schedule import Schedule
 from stylefast.styles.bank import StyleBank
-from stylefast.styles.style import ReferenceStyle
+from stylefast.styles.style import ReferenceStyle, Style
 
 
 @dataclass(eq=False)
@@ -38,7 +40,7 @@ class Sample:
     branches: tuple[str, ...] = ()  # the rows it has: its own branches and those its readers need
     references: list["Sample"] = field(default_factory=list)
     bank: StyleBank | None = None  # the baked style whose pages it reads
-    picture: object | None = None  # a real reference: its latents are the noised picture at every step
+    picture: PictureSource | None = None  # a real reference: its latents are the noised picture at every step
     held: tuple[StyleBank, int] | None = None  # a reference run again from a bank's latents: which of its references
     start: torch.Tensor | None = None  # an inversion's: the latents [channels, h, w] that it begins with
     pin: tuple[str, Callable[[int], torch.Tensor]] | None = None  # a reference's, and the model that it was made with
@@ -54,9 +56,10 @@ class Sample:
     @property
     def inverted(self) -> bool:
         """Return whether it is pinned to its picture's DDIM inversion."""
-        return self.picture is not None and self.reference_of.reads.noise == "ddim"
+        style = self.reference_of
+        return self.picture is not None and style is not None and style.reads.noise == "ddim"
 
-    def require(self, branches: Sequence[str]):
+    def require(self, branches: Iterable[str]) -> None:
         """Add `branches` to the rows that run."""
         self.branches = tuple(branch for branch in BRANCHES if branch in self.branches or branch in branches)
 
@@ -102,9 +105,9 @@ def plan_samples(
             if picture is None:
                 own = (*target.weights.items(), target.request.guidance_rescale, target.request.guidance_interval)
             key = (id(style), i, *_pace(target), target.request.negative_prompt, target.request.clip_skip, *own)
-            key += tuple(id(other) for other in shared_styles(target.request))
+            key += tuple(id(other) for other in shared_styles(target.request, style))
             if key not in hidden:
-                hidden[key] = _reference(target, style, picture)
+                hidden[key] = _reference(target, style, i, picture)
             target.references.append(hidden[key])
 
     for members in groups.values():
@@ -121,14 +124,14 @@ def plan_samples(
 
 
 def _target(index: int, request: Request, schedule: Schedule, native_size) -> Sample:
-    context = next((s.context_guidance for s in request.style if s.context_guidance is not None), None)
+    context = next((s.context_guidance for s in request.styles_of(Style) if s.context_guidance is not None), None)
     weights = guidance_weights(request.guidance, context)
     return Sample(request, request.prompt, schedule, request.size or native_size, weights, output=index)
 
 
-def _reference(target: Sample, style: ReferenceStyle, picture) -> Sample:
+def _reference(target: Sample, style: ReferenceStyle, number: int, picture: Any) -> Sample:
     wanted = style.reads
-    request = replace(target.request, style=shared_styles(target.request), seed=wanted.seed)
+    request = replace(target.request, style=shared_styles(target.request, style), seed=wanted.seed)
     weights = dict(target.weights) if picture is None else {FULL: 1.0}
     reference = Sample(request, wanted.prompt or "", target.schedule, target.size, weights, reference_of=style)
     if wanted.bank is None:
@@ -136,7 +139,7 @@ def _reference(target: Sample, style: ReferenceStyle, picture) -> Sample:
     else:
         # the bank's contents were made without the reader's other styles
         reference.request = replace(request, style=(), negative_prompt=wanted.bank.info.negative_prompt, clip_skip=0)
-        reference.prompt, reference.held = wanted.bank.info.prompt, (wanted.bank, picture)
+        reference.prompt, reference.held = wanted.bank.info.prompt, (wanted.bank, number)
     return reference
 
 
@@ -158,13 +161,12 @@ def connected(samples: Sequence[Sample]) -> list[list[Sample]]:
     return list(sets.values())
 
 
-def shared_styles(request: Request) -> list:
-    """Return the styles that the reference of a request shares.
+def shared_styles(request: Request, reader: ReferenceStyle) -> list[Style]:
+    """Return the styles of a request that the reference of `reader`, one of them, shares.
 
     All others with `share_styles`, and always those that the negative prompt names, which is the reference's as well.
     """
-    reader = request.reader
-    others = [style for style in request.style if style is not reader]
+    others = [style for style in request.styles_of(Style) if style is not reader]
     return others if reader.reads.share_styles else [s for s in others if s.named_in(request.negative_prompt)]
 
 
@@ -180,7 +182,7 @@ def _join_group(members: list[Sample]):
             )
         member.references = [leader]
     leader.leads = True
-    if leader.reader.reads.mutual:
+    if leader.reader is not None and leader.reader.reads.mutual:
         for member in members:
             member.references = [other for other in members if other is not member]
     else:

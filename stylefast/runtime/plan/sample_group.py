@@ -13,6 +13,7 @@ import torch
 from stylefast.errors import StyleError
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.row_table import CONCAT, PLAIN, SWAP
+from stylefast.runtime.plan.request import Request
 from stylefast.runtime.plan.sample import Sample
 from stylefast.runtime.steps.conditions import Conditions, ImageSegment
 from stylefast.sampling.guidance import BRANCHES
@@ -83,7 +84,7 @@ class SampleGroup:
         self.put(np.zeros(0, dtype=np.int64), torch.device("cpu"))
         # of an inversion, all latents [channels, h, w] that it has passed, the first before any step
         self.trail = [samples[0].start] if samples[0].start is not None else None
-        self._generators = {sample: torch.Generator("cpu").manual_seed(sample.request.seed) for sample in samples}
+        self._generators = {sample: noise_generator(sample.request) for sample in samples}
         self._drawn: tuple[int, torch.Tensor] = (-1, torch.zeros(0))
 
         schedules = [sample.schedule for sample in samples]
@@ -168,6 +169,12 @@ class SampleGroup:
         return torch.randn(self.latent_shape, generator=self._generators[sample], dtype=torch.float32)
 
 
+def noise_generator(request: Request) -> torch.Generator:
+    """Return a generator of the request's noise from its start."""
+    assert request.seed is not None  # a request draws one
+    return torch.Generator("cpu").manual_seed(request.seed)
+
+
 def rows_key(samples: Sequence[Sample], conditions: Conditions, step: int) -> tuple:
     """Return a key that is equal for steps of one group with equal rows."""
     branches = branches_at(samples, step)
@@ -177,7 +184,9 @@ def rows_key(samples: Sequence[Sample], conditions: Conditions, step: int) -> tu
         for b in sample.branches
         for s in conditions.image_segments[sample, b]
     ]
-    writing = [style.active(step, sample.schedule.steps) for sample in samples for style in sample.request.style]
+    writing = [
+        style.active(step, sample.schedule.steps) for sample in samples for style in sample.request.styles_of(Style)
+    ]
     weights = tuple(tuple(sample.step_weights[step]) for sample in samples)
     return (
         tuple(branches.values()),
@@ -218,7 +227,7 @@ def make_group_rows(samples: Sequence[Sample], conditions: Conditions, layout: A
 
 def _writing(sample: Sample, step: int) -> list[Style]:
     """Return the styles of a sample that may write its rows at a step; if two conflict, the later one wins."""
-    return [style for style in sample.request.style if style.active(step, sample.schedule.steps)]
+    return [style for style in sample.request.styles_of(Style) if style.active(step, sample.schedule.steps)]
 
 
 def branches_at(samples: Sequence[Sample], step: int) -> dict[Sample, tuple[str, ...]]:

@@ -23,7 +23,7 @@ from stylefast.models.unet import UNet
 from stylefast.runtime.plan.sample import Sample
 from stylefast.runtime.steps.key_values import KeyValuePages
 from stylefast.sampling.guidance import NULL
-from stylefast.styles.style import ImageStyle, Texts, asking, by_kind
+from stylefast.styles.style import ImageStyle, Style, Texts, asking, by_kind
 
 CONDITIONAL_BRANCHES = ("full", "style")  # branches that see the style's picture; the others see the negative tokens
 
@@ -151,7 +151,7 @@ class ConditionStore:
     def drop(self, made: Encoded) -> None:
         """Release the pages of `made`; a second call does nothing."""
         self.text.release(made.held_text)
-        if made.held_images:
+        if self.images is not None:
             self.images.release(made.held_images)
         made.held_text, made.held_images = [], []
 
@@ -165,7 +165,8 @@ class ConditionStore:
         try:
             for sample in samples:
                 for branch, keys in self._text_keys(sample).items():
-                    held = {key: self.text.find(key) for key, _ in dict.fromkeys(keys)}
+                    found = {key: self.text.find(key) for key, _ in dict.fromkeys(keys)}
+                    held = {key: page for key, page in found.items() if page is not None}
                     conditions.held_text += held.values()
                     conditions.text_pages[sample, branch] = np.array([held[key] for key, _ in keys], dtype=np.int64)
                 for branch in sample.branches:
@@ -200,7 +201,7 @@ class ConditionStore:
     def release(self, conditions: Conditions) -> None:
         """Release all pages of `conditions`; a second call does nothing."""
         self.text.release(conditions.held_text)
-        if conditions.held_images:
+        if self.images is not None:
             self.images.release(conditions.held_images)
         if conditions.held_masks:
             self.masks[conditions.latent_size].release(list(conditions.held_masks.values()))
@@ -238,7 +239,7 @@ class ConditionStore:
         texts = Texts(
             sample.prompt, sample.request.negative_prompt, timesteps, self._train_timesteps, sample.branches, say
         )
-        for kind, styles in by_kind(sample.request.style).items():
+        for kind, styles in by_kind(sample.request.styles_of(Style)).items():
             with asking(kind, "write_prompts"):
                 if check:
                     kind.check_texts(styles, texts)
@@ -268,17 +269,17 @@ class ConditionStore:
     def _encode_pictures(self, style: ImageStyle, made: Encoded) -> Making:
         adapter, encoder = self._adapter(style)
         keys = _image_keys(style, adapter)
-        pages = [None if self.images is None else self.images.find(key) for key in keys]
+        pages = [self._image_page(key) for key in keys]
         made.held_images += [page for page in pages if page is not None]
         if None not in pages:
             return
         tokens, projected = yield partial(self._image_states, style, adapter, encoder)
         for key, one, layers, page in zip(keys, tokens, projected, pages):
             if page is None:
-                self.make_image_pages(len(one))
-                page = self.images.find(key)
+                images = self.make_image_pages(len(one))
+                page = images.find(key)
                 with torch.inference_mode():
-                    made.held_images.append(self.images.add([key], layers)[0] if page is None else page)
+                    made.held_images.append(images.add([key], layers)[0] if page is None else page)
 
     @torch.inference_mode()
     def _image_states(self, style: ImageStyle, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[list, list]:
@@ -310,9 +311,10 @@ class ConditionStore:
         """Return the image segments of one row, without those of strength 0 in every module."""
         found = []
         for style in _pictured(sample):
-            held = [self.images.find(key) for key in _image_keys(style, self._adapter(style)[0])]
-            conditions.held_images += [page for page in held if page is not None]
-            if None in held:
+            pages = [self._image_page(key) for key in _image_keys(style, self._adapter(style)[0])]
+            held = [page for page in pages if page is not None]
+            conditions.held_images += held
+            if None in pages:
                 raise StyleError("the style's adapter was reloaded while the request joined; send the request again")
             *image_pages, negative = held
             masks = [self._mask(style, i, conditions, made) for i in range(len(style.segments))]
@@ -342,10 +344,14 @@ class ConditionStore:
         return found
 
     @torch.inference_mode()
-    def make_image_pages(self, tokens: int) -> None:
-        """Allocate pages for pictures of `tokens` tokens, if none exist yet."""
+    def make_image_pages(self, tokens: int) -> KeyValuePages:
+        """Return the pages of pictures; if none exist yet, allocate some for pictures of `tokens` tokens."""
         if self.images is None:
             self.images = KeyValuePages(self.unet.layout, tokens, 0, self.unet.device, self.unet.dtype)
+        return self.images
+
+    def _image_page(self, key: tuple) -> int | None:
+        return None if self.images is None else self.images.find(key)
 
     def _adapter(self, style: ImageStyle) -> tuple[IPAdapter, ImageEncoder]:
         wanted = style.adapter
@@ -387,4 +393,4 @@ def _image_keys(style: ImageStyle, adapter: IPAdapter) -> list[tuple]:
 
 def _pictured(sample: Sample) -> list[ImageStyle]:
     """Return the styles of a sample that have pictures as prompts."""
-    return [style for style in sample.request.style if isinstance(style, ImageStyle)]
+    return [style for style in sample.request.styles_of(ImageStyle) if isinstance(style, ImageStyle)]

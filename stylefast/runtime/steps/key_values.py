@@ -117,7 +117,7 @@ class KeyValuePages:
 
     def _resize(self, pages: int, tokens: int) -> None:
         before, packed = len(self), []
-        layers: list[KeyValue | None] = [None] * len(self._layout.layers)
+        layers: dict[int, KeyValue] = {}
         for level in range(self._layout.levels):
             members = self._layout.at_level(level)
             one = self._layout.layers[members[0]]
@@ -131,7 +131,8 @@ class KeyValuePages:
         lengths = self.lengths.new_ones(pages)
         extra = self.extra.new_zeros(pages, self.extra.shape[1])
         lengths[:before], extra[:before] = self.lengths, self.extra
-        self.by_level, self.layers, self.tokens = tuple(packed), tuple(layers), tokens
+        self.by_level, self.tokens = tuple(packed), tokens
+        self.layers = tuple(layers[i] for i in range(len(layers)))
         self.lengths, self.extra = lengths, extra
         # lowest page at the end, so that `pop` takes it first
         self._free = sorted({*self._free, *range(before, pages)}, reverse=True)

@@ -1,7 +1,7 @@
 """The latents of all pictures of one size that are in progress, in slots of buffers with fixed addresses."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class LatentSlots:
         del self._free[-len(latents) :]
         return np.array(slots, dtype=np.int64)
 
-    def release(self, slots: Sequence[int]) -> None:
+    def release(self, slots: Iterable[int]) -> None:
         """Release slots."""
         self._free += [int(slot) for slot in slots]
         self._free.sort(reverse=True)

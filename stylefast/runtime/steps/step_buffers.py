@@ -78,7 +78,7 @@ class StepBuffers:
         }
         on_host = device.type == "cpu"
         self._hosts = [self._buffers(torch.device("cpu"), pinned=not on_host) for _ in range(1 if on_host else _RING)]
-        self._events = [None] * len(self._hosts)
+        self._events: list[torch.cuda.Event | None] = [None] * len(self._hosts)
         self._flat = self._hosts[0] if on_host else self._buffers(device, pinned=False)
         columns = self._views(self._flat)
         rows = RowTable(*(columns.pop(name) for name in RowTable._fields))
@@ -101,8 +101,9 @@ class StepBuffers:
         plain, on slot 0, with unused results.
         """
         turn = self._turn = (self._turn + 1) % len(self._hosts)
-        if self._events[turn] is not None:
-            self._events[turn].synchronize()  # long passed, unless the device lags by the whole ring
+        event = self._events[turn]
+        if event is not None:
+            event.synchronize()  # long passed, unless the device lags by the whole ring
         arrays, all_rows = self._arrays[turn], [g.rows_at() for g in groups]
         key = tuple((id(g), id(group_rows)) for g, group_rows in zip(groups, all_rows))
         if self._written[turn] != key or key not in self._plans:
@@ -119,9 +120,9 @@ class StepBuffers:
                 if kind != "noise" or noisy or self._noisy:
                     flat.copy_(self._hosts[turn][kind], non_blocking=True)
             self._noisy = noisy
-            self._events[turn] = torch.cuda.Event()
+            event = self._events[turn] = torch.cuda.Event()
             # `record` would use the current device's stream, and the table may be on another device
-            self._events[turn].record(torch.cuda.current_stream(self._device))
+            event.record(torch.cuda.current_stream(self._device))
 
     def drop(self, group: SampleGroup) -> None:
         """Drop references to a group that left: its latents, pictures and banks may be large."""
