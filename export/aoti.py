@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._C._aoti
 
 from stylefast import values
 from stylefast.code_caches import inductor_cache
@@ -300,7 +301,7 @@ class AotiSession:
         """
         taken, copied = {}, 0
         with self._lock:
-            self._check_open()
+            loader = self._open()
             missing = self._parameters.keys() - state.keys()
             if missing:
                 raise EngineMismatch(
@@ -320,7 +321,7 @@ class AotiSession:
                     x = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).copy_(x)
                     copied += x.numel() * x.element_size()
                 taken[_WEIGHT + name] = x
-            self._loader.load_constants(taken, False, True, True)
+            loader.load_constants(taken, False, True, True)
             # the package stores only addresses; keep the tensors alive
             self._weights, self._ready = taken, True
         return copied
@@ -349,12 +350,12 @@ class AotiSession:
             check_output(OUTPUT, given[OUTPUT], dtype, [sizes.get(dim, dim) for dim in dims], self.device)
         tensors = [inputs[name].contiguous() for name in self.inputs]
         with self._lock:
-            self._check_open()
+            loader = self._open()
             if not self._ready:
                 raise ExportError(f"{self.path.name} holds no weights; call set_weights(unet.state_dict()) first")
             try:
                 with torch.no_grad():
-                    (made,) = self._loader.boxed_run(tensors)
+                    (made,) = loader.boxed_run(tensors)
             except StyleFastError:
                 raise
             except RuntimeError as error:
@@ -371,9 +372,10 @@ class AotiSession:
         with self._lock:
             self._loader = self._weights = None
 
-    def _check_open(self) -> None:
+    def _open(self):
         if self._loader is None:
             raise ExportError(f"the session of {self.path.name} was closed; open another one")
+        return self._loader
 
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Raise EngineMismatch for sizes out of range: generated code has no checks and would read out of bounds."""

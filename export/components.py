@@ -15,10 +15,11 @@ an input, and unused layers are left out.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +32,25 @@ from stylefast.export.onnx_file import described, require_onnx, save_model, writ
 from stylefast.export.onnx_writer import check_opset
 from stylefast.export.unet_graph import TEXT_TOKENS, Tensor
 from stylefast.models import vae as vaes
+from stylefast.models.config_files import config_of
 from stylefast.models.digests import weights_digest
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
-from stylefast.models.unet import UNet
+from stylefast.models.unet import UNet, list_of
 from stylefast.models.vae_copies import working_decoder
+
+if TYPE_CHECKING:
+    from transformers.models.clip.modeling_clip import (
+        CLIPAttention,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPVisionModelWithProjection,
+    )
 
 # protobuf files are limited to 2 GB, so larger weights go into a separate file, which leaves room for the graph
 LARGEST_FILE = 10**9
+
+Part = TypeVar("Part", bound=nn.Module)
 
 # name of a dimension that may vary -> (least, most) that a graph without profiles is exported for
 DIMENSIONS = {
@@ -154,7 +166,7 @@ def export_component(
     fixed, opset = dict(fixed or {}), check_opset(opset, component.dtype)
     program = component.trace(fixed)
     inputs, outputs = ([t.fixed(fixed) for t in tensors] for tensors in (component.inputs, component.outputs))
-    model = torch.onnx.export(
+    written = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=opset,
@@ -162,10 +174,12 @@ def export_component(
         optimize=True,
         input_names=[t.name for t in inputs],
         output_names=[t.name for t in outputs],
-    ).model
+    )
+    assert written is not None  # as with dynamo=True
+    model = written.model
     _name_dimensions(model, inputs, outputs)
     path, weights = Path(folder) / f"{component.name}.onnx", None
-    if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LARGEST_FILE:
+    if sum(x.const_value.nbytes for x in model.graph.initializers.values() if x.const_value is not None) > LARGEST_FILE:
         weights = write_weights(model, path.with_name(f"{path.name}.data"))
     files = save_model(model, path, {"component": component.name, **(metadata or {})}, weights)
     return GraphEntry(
@@ -173,7 +187,7 @@ def export_component(
     )
 
 
-def in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def in_type(module: Part, dtype: torch.dtype) -> Part:
     """Return the module itself if its weights are of this type, else a copy in it."""
     if all(p.dtype == dtype for p in module.parameters()):
         return module
@@ -192,18 +206,21 @@ def _name_dimensions(model, inputs: Sequence[Tensor], outputs: Sequence[Tensor])
 class ClipLayers(nn.Module):
     """Transformer layers of a CLIP encoder, [n, tokens, width] in and out."""
 
-    def __init__(self, layers: Sequence[nn.Module]):
+    def __init__(self, layers: Iterable[nn.Module]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
         for layer in self.layers:
+            assert isinstance(layer, CLIPEncoderLayer)
             x = x + _attention(layer.self_attn, layer.layer_norm1(x), mask)
             x = x + layer.mlp(layer.layer_norm2(x))
         return x
 
 
-def _attention(attention: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _attention(attention: "CLIPAttention", x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     heads = attention.num_heads
     q, k, v = (
         project(x).unflatten(-1, (heads, -1)).transpose(1, 2)  # [n, heads, tokens, d]
@@ -213,6 +230,15 @@ def _attention(attention: nn.Module, x: torch.Tensor, mask: torch.Tensor | None)
     return attention.out_proj(out.transpose(1, 2).flatten(2))
 
 
+def _text_model(encoder: "CLIPTextModel | CLIPTextModelWithProjection") -> "CLIPTextModel":
+    """Return the part of a text encoder without its projection; some versions also wrap that of a CLIPTextModel."""
+    from transformers import CLIPTextModelWithProjection
+
+    if isinstance(encoder, CLIPTextModelWithProjection):
+        return encoder.text_model
+    return getattr(encoder, "text_model", encoder)
+
+
 class TextGraph(nn.Module):
     """Text encoder: token ids and learned vectors to second-to-last states, with a projection also to the pooled state.
 
@@ -220,9 +246,9 @@ class TextGraph(nn.Module):
     position [prompts] is the token whose last state is projected.
     """
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: "CLIPTextModel | CLIPTextModelWithProjection"):
         super().__init__()
-        text = getattr(encoder, "text_model", encoder)
+        text = _text_model(encoder)
         layers = list(text.encoder.layers)
         self.table, self.places = text.embeddings.token_embedding, text.embeddings.position_embedding
         self.body = ClipLayers(layers[:-1])
@@ -258,9 +284,9 @@ class TextProjector(nn.Module):
         super().__init__()
         levels = [unet.layout.at_level(level) for level in range(unet.layout.levels)]
         self.heads = [unet.layout.layers[members[0]].heads for members in levels]
-        attentions = [[unet.get_submodule(unet.layout.layers[i].name).attn2 for i in members] for members in levels]
-        self.keys = nn.ModuleList(nn.ModuleList(a.to_k for a in members) for members in attentions)
-        self.values = nn.ModuleList(nn.ModuleList(a.to_v for a in members) for members in attentions)
+        attentions = [[unet.block(unet.layout.layers[i].name).attn2 for i in members] for members in levels]
+        self.keys = list_of(nn.ModuleList(a.to_k for a in members) for members in attentions)
+        self.values = list_of(nn.ModuleList(a.to_v for a in members) for members in attentions)
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(
@@ -274,12 +300,12 @@ class TextProjector(nn.Module):
         )
 
 
-def text_encoder(encoder: nn.Module, dtype: torch.dtype) -> Component:
+def text_encoder(encoder: "CLIPTextModel | CLIPTextModelWithProjection", dtype: torch.dtype) -> Component:
     """Return a CLIPTextModel (SDXL's first) or CLIPTextModelWithProjection (its second) as a component.
 
     Raises ExportError for another kind of encoder.
     """
-    text = getattr(encoder, "text_model", encoder)
+    text = _text_model(encoder)
     if not hasattr(text, "encoder") or not hasattr(text, "final_layer_norm"):
         raise ExportError(f"the text encoder is a {type(encoder).__name__}; a CLIP text model can be exported")
     module = TextGraph(in_type(encoder, dtype))
@@ -287,7 +313,7 @@ def text_encoder(encoder: nn.Module, dtype: torch.dtype) -> Component:
     second = module.projection is not None
     inputs = [Tensor("ids", torch.int64, ("prompts", tokens)), Tensor("extra", dtype, ("vectors", width))]
     outputs = [Tensor("hidden", dtype, ("prompts", tokens, width))]
-    if second:
+    if module.projection is not None:
         inputs.append(Tensor("position", torch.int64, ("prompts",)))
         outputs.append(Tensor("pooled", dtype, ("prompts", module.projection.out_features)))
     return Component(
@@ -327,7 +353,7 @@ def packed_key_values(layout, name: str, dtype: torch.dtype, pages: str, tokens:
 class ImageGraph(nn.Module):
     """Image encoder: prepared pixels [pictures, 3, side, side] to projected embeddings and second-to-last features."""
 
-    def __init__(self, vision_model: nn.Module):
+    def __init__(self, vision_model: "CLIPVisionModelWithProjection"):
         super().__init__()
         vision = vision_model.vision_model
         layers = list(vision.encoder.layers)
@@ -349,7 +375,7 @@ class ImageProjector(nn.Module):
     def __init__(self, adapter: IPAdapter):
         super().__init__()
         self.projector, self.layout = adapter.projector, adapter.layout
-        self.layers = nn.ModuleDict(adapter.layer_projections)
+        self.layers = nn.ModuleDict(dict(adapter.layer_projections.items()))
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tokens = self.projector(features)  # [image_pages, tokens, cross_dim]
@@ -434,7 +460,7 @@ def vae_decoder(vae: nn.Module, dtype: torch.dtype) -> Component:
         "vae_decoder",
         DecoderGraph(decoder),
         dtype,
-        (Tensor("latents", dtype, ("pictures", vae.config["latent_channels"], "height", "width")),),
+        (Tensor("latents", dtype, ("pictures", config_of(vae)["latent_channels"], "height", "width")),),
         (Tensor("pixels", dtype, ("pictures", 3, f"{factor}*height", f"{factor}*width")),),
         facts={"factor": factor, "weights": decoder_digest(vae)},
     )
@@ -442,7 +468,7 @@ def vae_decoder(vae: nn.Module, dtype: torch.dtype) -> Component:
 
 def decoder_dtype(vae: nn.Module, asked: torch.dtype) -> torch.dtype:
     """Return the type to export a VAE's decoder in for a model in `asked`: float32 if it would overflow in float16."""
-    overflows = type(vae).__name__ != "AutoencoderTiny" and vae.config.get("force_upcast", True)
+    overflows = type(vae).__name__ != "AutoencoderTiny" and config_of(vae).get("force_upcast", True)
     return torch.float32 if asked == torch.float16 and overflows else asked
 
 
@@ -467,7 +493,7 @@ def _without_branches(module: nn.Module) -> nn.Module:
         if type(child).__name__ == "Upsample2D":
             if child.norm is not None or child.use_conv_transpose or not child.interpolate or not child.use_conv:
                 raise ExportError(f"the VAE enlarges by another layer than SDXL's ({name}); it can't be exported")
-            setattr(module, name, _Enlarge(child.conv if child.name == "conv" else child.Conv2d_0))
+            setattr(module, name, _Enlarge(child.get_submodule("conv" if child.name == "conv" else "Conv2d_0")))
         else:
             _without_branches(child)
     return module

@@ -103,7 +103,9 @@ def _large(model) -> Iterable:
 
 
 def _bytes(tensor) -> memoryview | bytes:
-    made = tensor.raw() if callable(tensor.raw) else tensor  # read a lazy tensor now, and don't keep it
+    import onnx_ir as ir
+
+    made = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor  # read a lazy tensor now, and don't keep it
     return tensor_bytes(made.raw) if isinstance(made.raw, torch.Tensor) else made.tobytes()
 
 

@@ -147,9 +147,10 @@ class _Writer:
             **program.graph_signature.inputs_to_buffers,
         }
         self.constants = {
-            spec.arg.name: program.constants[spec.target]
+            spec.arg.name: constant
             for spec in program.graph_signature.input_specs
-            if spec.kind == torch.export.graph_signature.InputKind.CONSTANT_TENSOR
+            if spec.kind == torch.export.graph_signature.InputKind.CONSTANT_TENSOR and spec.target is not None
+            if isinstance(constant := program.constants[spec.target], torch.Tensor)
         }
 
     def write(self, inputs: Sequence, output):
@@ -207,7 +208,8 @@ class _Writer:
         self.op.place = list(stack.values())[-1][0].removeprefix(_PREFIX) if stack else ""
         arguments = [self._argument(x) for x in node.args]
         keywords = {name: self._argument(x) for name, x in node.kwargs.items()}
-        name = str(target) if isinstance(target, torch._ops.OpOverload) else f"operator.{target.__name__}"
+        operator = getattr(target, "__name__", target)
+        name = str(target) if isinstance(target, torch._ops.OpOverload) else f"operator.{operator}"
         if name.startswith("stylefast."):
             form = getattr(self.styles, name.split(".")[1], None)
         else:

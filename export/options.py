@@ -227,7 +227,7 @@ class Source:
         """Return the dimensions that the options fix: {}, or height and width in latents. Raises InvalidRequest."""
         if options.size is None:
             return {}
-        width, height = self.native_size if options.size == NATIVE else options.size
+        width, height = self.native_size if isinstance(options.size, str) else options.size
         scale = vaes.downscale(self.vae)
         if width % scale or height % scale:
             raise InvalidRequest(f"size is {width}x{height}; this model's must be divisible by {scale}")

@@ -99,7 +99,7 @@ def export_tensorrt(
     trt = load_package(package)
     check_buildable(package, options.targets, options.refit)
     operations, profiles = _operations(options, trt), _profiles(source, options)
-    given = None if options.onnx is None else _given_graphs(options, source)
+    given = None if options.onnx is None else _given_graphs(options.onnx, options, source)
     toolchain = {package: trt.__version__} | versions("onnx")
     with _publishing(source, folder, options, progress) as out:
         old, total = out.target / TIMING_CACHE, len(options.flavours)
@@ -109,7 +109,7 @@ def export_tensorrt(
         if given is None:
             graphs = _scratch_graphs(source, out.path / _SCRATCH, missing, options, progress, operations)
         else:
-            graphs = {flavour: (options.onnx, given.graph("unet", flavour)) for flavour in options.flavours}
+            graphs = given
         if not keep_source:
             source.unet.to("meta")
         made = []
@@ -316,12 +316,12 @@ def _unet_graphs(source, out: UnfinishedExport, options, progress, fixed, operat
 
         def write(shape=shape) -> GraphEntry:
             found = out.finished(WEIGHTS)
-            stored = found and {name: StoredTensor(*place) for name, place in found.items()}
+            stored = {name: StoredTensor(*place) for name, place in (found or {}).items()}
             entry, weights = export_unet(
                 source.unet,
                 shape,
                 out.path,
-                weights=stored and WeightFile(out.path / WEIGHTS, stored),
+                weights=WeightFile(out.path / WEIGHTS, stored) if stored else None,
                 opset=options.opset,
                 fixed=fixed,
                 metadata=_metadata(source),
@@ -365,19 +365,22 @@ def _operations(options: Options, trt) -> type[OnnxOperations]:
 
     if len(options.targets) > 1:
         raise InvalidRequest("the attention plugin carries code for one chip; export for each target by itself")
-    register_plugin(trt, options.targets[0])  # to report missing parts now; the builder process registers it again
+    for target in options.targets:
+        register_plugin(trt, target)  # to report missing parts now; the builder process registers it again
     return PluginOperations
 
 
-def _given_graphs(options: Options, source: Source) -> Manifest:
-    manifest = read_manifest(options.onnx)
+def _given_graphs(folder: Path, options: Options, source: Source) -> dict[str, tuple[Path, GraphEntry]]:
+    """Return flavour -> folder and entry of an earlier export; raise unless it fits."""
+    manifest, found = read_manifest(folder), {}
     check_fits(manifest, kind="onnx", fingerprint=source.fingerprint, dtype=options.torch_dtype)
     for flavour in options.flavours:
         entry = manifest.graph("unet", flavour)
         if entry is None:
-            raise EngineMismatch(f"{options.onnx} has no UNet of flavour {flavour}; export it there first")
-        check_files(options.onnx, manifest, entry.files)
-    return manifest
+            raise EngineMismatch(f"{folder} has no UNet of flavour {flavour}; export it there first")
+        check_files(folder, manifest, entry.files)
+        found[flavour] = folder, entry
+    return found
 
 
 def _scratch_graphs(source, folder: Path, shapes, options, progress, operations) -> dict[str, tuple[Path, GraphEntry]]:

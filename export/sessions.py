@@ -126,10 +126,11 @@ class OrtSession:
         results: dict[str, torch.Tensor] = {}
         for name, (dtype, dims) in self.outputs.items():
             shape = [sizes.get(dim, dim) for dim in dims]
+            known = [side for side in shape if isinstance(side, int)]
             if name in given:
                 results[name] = self._checked(name, given[name], dtype, shape)
-            elif dtype is not None and all(isinstance(side, int) for side in shape):
-                results[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            elif dtype is not None and len(known) == len(shape):
+                results[name] = torch.empty(known, dtype=dtype, device=self.device)
             elif self.device.type == "cpu" and dtype not in (None, torch.bfloat16):  # numpy has no bfloat16
                 binding.bind_output(name, *place)
                 continue

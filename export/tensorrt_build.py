@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from stylefast import errors
 from stylefast.errors import ExportError, InvalidRequest, StyleFastError
@@ -167,6 +168,7 @@ def _work(order: Order, path: Path, progress: Progress | None) -> dict:
             env=environment,
             start_new_session=True,
         )
+    assert worker.stdin is not None and worker.stdout is not None
     try:
         with suppress(BrokenPipeError):  # its exit is reported below
             worker.stdin.write(json.dumps(asdict(order)) + "\n")
@@ -202,7 +204,7 @@ def _work(order: Order, path: Path, progress: Progress | None) -> dict:
     raise ExportError(f"the process that built the engine ended with {code}: {' | '.join(last) or 'it gave no reason'}")
 
 
-def _tuples(found):
+def _tuples(found: Any) -> Any:
     """Turn JSON's lists back into tuples."""
     if isinstance(found, dict):
         return {name: _tuples(value) for name, value in found.items()}

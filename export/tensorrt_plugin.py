@@ -120,7 +120,7 @@ def compile_ptx(
             arguments = tuple(name for name, kind in made.signature.items() if kind != "constexpr")
             ptx = without_scratch(compiled.asm["ptx"], compiled.metadata.name, len(arguments))
             warps = compiled.metadata.num_warps
-            return CompiledKernel(ptx, compiled.metadata.name, shared, warps, arguments, fitted["block_m"], fitted)
+            return CompiledKernel(ptx, compiled.metadata.name, shared, warps, arguments, int(fitted["block_m"]), fitted)
         least = shared if least is None else min(least, shared)
     raise ExportError(
         f"{made.name} on {chip} needs at least {least} bytes of shared memory, the limit is {shared_limit}; raise "
@@ -166,15 +166,16 @@ def without_scratch(ptx: str, name: str, arguments: int) -> str:
 
 def _smaller(config: Config) -> Iterator[Config]:
     """Yield the configuration, then, in the order of their cost, those that need less shared memory."""
-    block_m, block_n = config["block_m"], config["block_n"]
+    block_m, block_n, most = (int(config[name]) for name in ("block_m", "block_n", "num_stages"))
     for m, n in ((block_m, block_n), (block_m, block_n // 2), (block_m // 2, block_n), (block_m // 2, block_n // 2)):
         if min(m, n) >= 16:
-            for stages in range(config["num_stages"], 0, -1):
+            for stages in range(most, 0, -1):
                 yield {**config, "block_m": m, "block_n": n, "num_stages": stages}
 
 
 def _compile(made: Any, capability: int, ptx_version: int | None) -> Any:
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -189,9 +190,9 @@ def _compile(made: Any, capability: int, ptx_version: int | None) -> Any:
     if ptx_version is not None:
         options["ptx_version"] = ptx_version
     try:
-        with triton.knobs.compilation.scope():
+        with knobs.compilation.scope():
             # line info would contain local file paths
-            triton.knobs.compilation.disable_line_info = True
+            knobs.compilation.disable_line_info = True
             return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # any compiler error
         text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -271,8 +272,8 @@ def register_plugin(
     trt = trt or import_module("tensorrt")
     chip = _current_chip() if chip is None else chip
     chip_capability(chip)
-    configs = tuple(configs) or (None,)
-    settings = (chip, configs, shared_limit, ptx_version, compiler)
+    chosen = tuple(configs) or (None,)
+    settings = (chip, chosen, shared_limit, ptx_version, compiler)
     if trt in _registered:
         if _registered[trt] != settings:
             raise ExportError(
@@ -284,7 +285,7 @@ def register_plugin(
     @cache
     def kernel(tactic: int, dtype: torch.dtype, d: int, banked: bool, parts: int, even: int) -> CompiledKernel:
         # 0 is TensorRT's number for the default tactic
-        config = configs[tactic - 1 if tactic else 0]
+        config = chosen[tactic - 1 if tactic else 0]
         return compiler(
             chip,
             dtype,
@@ -298,7 +299,7 @@ def register_plugin(
         )
 
     for name, inputs in PLUGINS.items():
-        _register(trt, trtp, name, inputs, kernel, len(configs))
+        _register(trt, trtp, name, inputs, kernel, len(chosen))
     _registered[trt] = settings
     return tuple(PLUGINS)
 

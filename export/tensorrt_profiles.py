@@ -146,8 +146,8 @@ class Profile:
             if missing:
                 raise InvalidRequest(f"{tensor.name} has a dimension {missing[0]!r}, of which profiles know nothing")
             if any(isinstance(dim, str) for dim in tensor.dims):
-                shape = [tuple(sizes[d] if isinstance(d, str) else d for d in tensor.dims) for sizes in corners]
-                found[tensor.name] = tuple(shape)
+                least, usual, most = (tensor.shape(sizes) for sizes in corners)
+                found[tensor.name] = (least, usual, most)
         return found
 
 

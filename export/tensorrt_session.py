@@ -220,7 +220,7 @@ class TensorRTSession:
 
     def _describe(self) -> None:
         """Set inputs and outputs by name as (type, dims, -1 for varying ones), and every profile's bounds."""
-        engine, trt = self._engine, self._trt
+        engine, trt = self._open(), self._trt
         self.inputs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.outputs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._bounds: dict[str, list[Bounds]] = {}
@@ -243,7 +243,7 @@ class TensorRTSession:
         trt = self._trt
         if not hasattr(trt, "IRuntimeCache"):
             return None, None
-        config = self._engine.create_runtime_config()
+        config = self._open().create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         # compile a shape's kernels at its first use: a recorded graph would keep the fallback kernels
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -305,9 +305,10 @@ class TensorRTSession:
     def _new_shaped(self, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> _Shaped:
         trt = self._trt
         how = trt.ExecutionContextAllocationStrategy.USER_MANAGED if self._config is None else self._config
-        context = self._engine.create_execution_context(how)
+        context = self._open().create_execution_context(how)
         if context is None:
             raise self._failure("could not make a context")
+        assert self._scratch is not None
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
         done = context.set_optimization_profile_async(profile, self._queue.handle)
         for name, shape in shapes.items():

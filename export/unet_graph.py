@@ -208,11 +208,11 @@ class UNetGraph(nn.Module):
 
     def _layers(self, given: Mapping[str, torch.Tensor], name: str, dim: int) -> list[torch.Tensor]:
         """Return every layer's part of a packed tensor, whose layers are along `dim`."""
-        found: list[torch.Tensor | None] = [None] * len(self.unet.layout.layers)
+        found: dict[int, torch.Tensor] = {}
         for level in range(self.unet.layout.levels):
             for place, layer in enumerate(self.unet.layout.at_level(level)):
                 found[layer] = given[f"{name}_{level}"].select(dim, place)
-        return found
+        return [found[layer] for layer in range(len(found))]
 
     def _pages(self, given: Mapping[str, torch.Tensor]) -> StylePages:
         kv = self._layers(given, "page_kv", 1)  # [pages, 2, tokens, heads, d]
@@ -281,7 +281,8 @@ def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed
     for tensor in graph_inputs(unet, shape):
         dims, kind = tensor.shape(sizes), tensor.name.rstrip("0123456789").rstrip("_")
         if kind in whole:
-            value = torch.randint(*whole[kind], dims, generator=draw)
+            least, beyond = whole[kind]
+            value = torch.randint(least, beyond, dims, generator=draw)
         elif kind in spread:
             value = spread[kind][0] * torch.rand(dims, generator=draw) + spread[kind][1]
         elif kind == "self_layers":

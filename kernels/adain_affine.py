@@ -11,10 +11,9 @@ AdaIN(x, y) = std(y) * (x - mean(x)) / std(x) + mean(y) with std = sqrt(variance
 
 import torch
 
-from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, require_extension
 from stylefast.kernels.shared_attention import Affine
 
 ADAIN_EPS = 1e-5
@@ -31,17 +30,16 @@ def adain_affine_ref(
     """Evaluate the formula above, one part and row at a time."""
     gain, offset = torch.ones_like(mean), torch.zeros_like(mean)
     parts, rows = mean.shape[:2]
+    all_mean = mean if pool_mean is None else torch.cat([mean, pool_mean], 1)
+    all_variance = variance if pool_variance is None else torch.cat([variance, pool_variance], 1)
     for part in range(parts):
         for row in range(rows):
             p, s = int(page[row]), float(strength[row, part])
             if p < 0 or s == 0:
                 continue
-            of_row = p < rows
-            other_mean = mean[part, p] if of_row else pool_mean[part, p - rows]
-            other_variance = variance[part, p] if of_row else pool_variance[part, p - rows]
-            ratio = torch.sqrt((other_variance + ADAIN_EPS) / (variance[part, row] + ADAIN_EPS))
+            ratio = torch.sqrt((all_variance[part, p] + ADAIN_EPS) / (variance[part, row] + ADAIN_EPS))
             gain[part, row] = 1 + s * (ratio - 1)
-            offset[part, row] = s * (other_mean - ratio * mean[part, row])
+            offset[part, row] = s * (all_mean[part, p] - ratio * mean[part, row])
     return Affine(gain, offset)
 
 
@@ -125,7 +123,7 @@ def _torch(mean, variance, page, strength, pool_mean, pool_variance, check_finit
 
 
 def _cpp(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset):
-    extension().adain_affine(mean, variance, page, strength, pool_mean, pool_variance, gain, offset)
+    require_extension().adain_affine(mean, variance, page, strength, pool_mean, pool_variance, gain, offset)
 
 
 def _triton(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset, **config):

@@ -27,10 +27,11 @@ def floating(name: str, tensor: torch.Tensor) -> None:
 
 def together(first: str, **tensors: torch.Tensor | None) -> None:
     """Raise InvalidRequest unless all tensors are on the device of the one called `first`."""
-    device = tensors[first].device
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise InvalidRequest(f"{name} is on {tensor.device}, but {first} is on {device}; move it there")
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    device = devices[first]
+    for name, place in devices.items():
+        if place != device:
+            raise InvalidRequest(f"{name} is on {place}, but {first} is on {device}; move it there")
 
 
 def dense_channels(**tensors: torch.Tensor) -> None:

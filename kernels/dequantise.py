@@ -5,10 +5,9 @@ out = values * scale                           one scale per (group, channel), s
 
 import torch
 
-from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, require_extension
 
 FP8 = torch.float8_e4m3fn
 
@@ -50,7 +49,7 @@ def _torch(scale, codes, out):
 
 
 def _cpp(scale, codes, out):
-    extension().dequantise(scale, codes.view(FP8), out)
+    require_extension().dequantise(scale, codes.view(FP8), out)
 
 
 # scale comes first because forms are chosen by the first tensor's type, and fp8 is passed as bytes because PyTorch

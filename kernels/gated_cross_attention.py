@@ -8,14 +8,14 @@ strength 0 is skipped: it costs nothing, and NaN in its keys or values has no ef
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, require_extension
 from stylefast.kernels.shared_attention import attend, refuse_head_size
 
 
@@ -49,27 +49,38 @@ def gated_cross_attention_ref(
     """Evaluate the formula above row by row, in fp32 or, for fp64 input, in fp64. Returns [rows, tokens, heads, d]."""
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty_like(q)
+    images = None
+    if image_page is not None:
+        images = ImageSegments._make((image_k, image_v, image_lengths, image_page, strength, group, masks, mask_index))
     for row in range(q.shape[0]):
         query = q[row].to(exact)
         page = int(text_page[row])
         total = _weighted(query, text_k[page].to(exact), text_v[page].to(exact))
-        segments = range(image_page.shape[1]) if image_page is not None else ()
-        active = [s for s in segments if int(image_page[row, s]) >= 0 and float(strength[row, s]) != 0.0]
-        for number in dict.fromkeys(int(group[row, s]) for s in active):
-            members = [s for s in active if int(group[row, s]) == number]
-            keys, values, gates = [], [], []
-            for s in members:
-                page = int(image_page[row, s])
-                length = int(image_lengths[page])
-                keys.append(image_k[page, :length].to(exact))
-                values.append(image_v[page, :length].to(exact))
-                gate = strength[row, s].to(exact).expand(q.shape[1])
-                if mask_index is not None and int(mask_index[row, s]) >= 0:
-                    gate = gate * masks[int(mask_index[row, s])].to(exact)
-                gates.append(gate[:, None].expand(-1, length))  # [tokens, keys of the segment]
-            total = total + _weighted(query, torch.cat(keys), torch.cat(values), torch.cat(gates, 1))
+        for part in _image_parts_ref(query, row, images) if images is not None else ():
+            total = total + part
         out[row] = total.to(q.dtype)
     return out
+
+
+def _image_parts_ref(query: torch.Tensor, row: int, images: ImageSegments) -> Iterator[torch.Tensor]:
+    """Yield what each group of a row's segments adds, [tokens, heads, d]."""
+    exact = query.dtype
+    segments = range(images.page.shape[1])
+    active = [s for s in segments if int(images.page[row, s]) >= 0 and float(images.strength[row, s]) != 0.0]
+    for number in dict.fromkeys(int(images.group[row, s]) for s in active):
+        keys, values, gates = [], [], []
+        for s in active:
+            if int(images.group[row, s]) != number:
+                continue
+            page = int(images.page[row, s])
+            length = int(images.lengths[page])
+            keys.append(images.k[page, :length].to(exact))
+            values.append(images.v[page, :length].to(exact))
+            gate = images.strength[row, s].to(exact).expand(query.shape[0])
+            if images.masks is not None and images.mask_index is not None and int(images.mask_index[row, s]) >= 0:
+                gate = gate * images.masks[int(images.mask_index[row, s])].to(exact)
+            gates.append(gate[:, None].expand(-1, length))  # [tokens, keys of the segment]
+        yield _weighted(query, torch.cat(keys), torch.cat(values), torch.cat(gates, 1))
 
 
 def gated_cross_attention(
@@ -204,10 +215,11 @@ def _torch(q, text_k, text_v, text_page, images: ImageSegments | None):
             exact = torch.promote_types(q.dtype, torch.float32)
             logits = torch.einsum("rqhd,rkhd->rhqk", query.to(exact), keys.to(exact)) / math.sqrt(q.shape[-1])
             weights = torch.softmax(logits, -1).to(q.dtype).split([n for _, n in members], -1)
-            part = sum(
+            parts = (
                 gate * torch.einsum("rhqk,rkhd->rqhd", weight, values)
                 for gate, weight, (_, values) in zip(gates, weights, gathered, strict=True)
             )
+            part = sum(parts, torch.zeros_like(query))
         out = out.index_add(0, index, part)
     return out
 
@@ -257,7 +269,7 @@ def _weighted(query, keys, values, gates=None):
 
 def _cpp(*arguments) -> None:
     *inputs, out = arguments
-    extension().gated_cross_attention(*operation.flat(inputs), out)
+    require_extension().gated_cross_attention(*operation.flat(inputs), out)
 
 
 operation = Operation(

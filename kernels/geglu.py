@@ -7,10 +7,9 @@ out = hidden * gelu(gate)                      gelu(g) = g (1 + erf(g / sqrt 2))
 import torch
 import torch.nn.functional as F
 
-from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, require_extension
 
 
 def geglu_ref(x: torch.Tensor) -> torch.Tensor:
@@ -43,7 +42,7 @@ def _torch(x):
 
 def _cpp(x, out):
     # reshape copies only if the leading dimensions don't collapse into evenly spaced rows
-    extension().geglu(x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]))
+    require_extension().geglu(x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]))
 
 
 operation = Operation(

@@ -11,10 +11,9 @@ so nothing is concatenated and a baked reference needs no feature maps. Variance
 import torch
 import torch.nn.functional as F
 
-from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, require_extension
 
 
 def group_norm_silu_ref(
@@ -41,6 +40,7 @@ def group_norm_silu_ref(
         else:
             mean, variance = flat[row].mean(-1), flat[row].var(-1, unbiased=False)
             if p >= rows:
+                assert pool_mean is not None and pool_variance is not None
                 mean, variance = pooled_stats(
                     mean, variance, flat.shape[-1], pool_mean[p - rows], pool_variance[p - rows], pool_elements
                 )
@@ -179,7 +179,9 @@ def pooled_stats(mean, variance, elements, other_mean, other_variance, other_ele
 def _cpp(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out):
     # copies only if x is neither contiguous nor channels-last
     x, parameters = x.contiguous(memory_format=_memory_format(x)), (weight.contiguous(), bias.contiguous())
-    extension().group_norm_silu(x, groups, *parameters, eps, silu, page, pool_mean, pool_variance, pool_elements, out)
+    require_extension().group_norm_silu(
+        x, groups, *parameters, eps, silu, page, pool_mean, pool_variance, pool_elements, out
+    )
 
 
 operation = Operation(

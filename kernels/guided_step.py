@@ -15,9 +15,8 @@ rescale takes its deviation. All sums are float32.
 
 import torch
 
-from stylefast._extension import extension
 from stylefast.kernels import checks
-from stylefast.kernels.registry import FLOATS, Operation
+from stylefast.kernels.registry import FLOATS, Operation, require_extension
 
 FULL = 3  # column of the "full" branch in branch_rows and branch_weights
 
@@ -107,8 +106,9 @@ def _torch(latents, anchor, history, predictions, branch_rows, branch_weights, r
 
     x0 = _weighted(denoised[:, 0], latents.to(exact)) + _weighted(denoised[:, 1], output)
     terms = [x.to(exact) for x in (latents, anchor, x0, history[:, 0], history[:, 1], noise)]
-    next_latents = sum(_weighted(update[:, 0, k], term) for k, term in enumerate(terms))
-    next_anchor = sum(_weighted(update[:, 1, k], term) for k, term in enumerate(terms))
+    zero = torch.zeros_like(x0)
+    next_latents = sum((_weighted(update[:, 0, k], term) for k, term in enumerate(terms)), zero)
+    next_anchor = sum((_weighted(update[:, 1, k], term) for k, term in enumerate(terms)), zero)
     next_history = torch.stack([x0.to(history.dtype), history[:, 0]], dim=1)
     results = (next_latents.to(latents.dtype), next_anchor.to(anchor.dtype), next_history)
     return tuple(result.contiguous() for result in results)
@@ -169,7 +169,7 @@ def _check_values(latents, anchor, history, predictions, branch_rows, branch_wei
 
 
 def _cpp(*arguments):
-    extension().guided_step(*arguments)
+    require_extension().guided_step(*arguments)
 
 
 def _refuse(form, arguments) -> str:

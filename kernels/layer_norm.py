@@ -9,10 +9,9 @@ reads the sum from registers instead of memory.
 import torch
 import torch.nn.functional as F
 
-from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, require_extension
 
 MAX_CHANNELS = 8192  # the Triton form holds a row in registers
 
@@ -100,12 +99,12 @@ def _rows(x):
 
 def _cpp(x, weight, bias, eps, out):
     # reshape copies only if the leading dimensions don't collapse into evenly spaced rows
-    extension().layer_norm(_rows(x), weight.contiguous(), bias.contiguous(), eps, _rows(out))
+    require_extension().layer_norm(_rows(x), weight.contiguous(), bias.contiguous(), eps, _rows(out))
 
 
 def _cpp_add(x, residual, weight, bias, eps, total, out):
     parameters = (weight.contiguous(), bias.contiguous(), eps)
-    extension().add_layer_norm(_rows(x), _rows(residual), *parameters, _rows(total), _rows(out))
+    require_extension().add_layer_norm(_rows(x), _rows(residual), *parameters, _rows(total), _rows(out))
 
 
 operation = Operation(

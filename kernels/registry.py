@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from stylefast._extension import extension, extension_error
-from stylefast.errors import InvalidRequest
+from stylefast.errors import InvalidRequest, MissingDependency
 
 FORMS = ("triton", "cpp", "torch")
 VARIABLE = "STYLEFAST_KERNELS"
@@ -196,7 +197,7 @@ def report(device: torch.device | str | None = None) -> list[dict[str, Any]]:
         refused = {}
         try:
             refused = {form: _unfit(form, device, dtype) for form in FORMS}
-            form, reason = _choose(_operations[name], device.type, refused.get)
+            form, reason = _choose(_operations[name], device.type, refused.__getitem__)
         except InvalidRequest as error:
             form, reason = None, str(error)
         refused = {form: why for form, why in refused.items() if why}
@@ -297,6 +298,14 @@ def _without_triton(kind: str, index: int | None) -> str:
     if major < 8:
         return f"this GPU has compute capability {major}.{minor}, the kernels need 8.0 or higher"
     return ""
+
+
+def require_extension() -> ModuleType:
+    """Return the C++ extension. Raises MissingDependency if there is none."""
+    module = extension()
+    if module is None:
+        raise MissingDependency(extension_error())
+    return module
 
 
 @cache

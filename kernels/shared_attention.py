@@ -20,10 +20,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, require_extension
 
 PLAIN, CONCAT, SWAP = 0, 1, 2
 HEAD_SIZES = (32, 40, 64, 80, 128)  # with a fused form; other sizes run in PyTorch
@@ -99,8 +98,9 @@ def shared_attention_ref(
             if p < rows:
                 page_k, page_v = k[p].to(exact), v[p].to(exact)
             else:
+                assert pool_k is not None and pool_v is not None
                 page_k, page_v = pool_k[p - rows].to(exact), pool_v[p - rows].to(exact)
-                if pool_k_scale is not None:
+                if pool_k_scale is not None and pool_v_scale is not None:
                     page_k, page_v = page_k * pool_k_scale[p - rows], page_v * pool_v_scale[p - rows]
             score = torch.einsum("qhd,khd->hqk", query, page_k) / math.sqrt(width)
             score = score * scale[row, r] + shift[row, r]
@@ -286,7 +286,7 @@ def _torch(q, k, v, references: References, affine: Affine | None, pool: Pool | 
         if bias is not None or bool((shift[index] != 0).any()):
             mask = torch.cat(extra, 1)[:, None, None].to(_exact(q.dtype))
         part = attend(query, torch.cat(keys, 1), torch.cat(values, 1), mask)
-        if bias is not None:
+        if bias is not None and mask is not None:
             part = part.masked_fill(torch.isneginf(mask).all(-1)[..., None], 0)
         out[index] = part
     return out
@@ -300,8 +300,9 @@ def _kind(mode: int, pages: list[int], shifts: list[float], rows: int) -> tuple:
     return (mode, *((r, "live" if p < rows else "pool") for r, p in seen))
 
 
-def _pages(pool: Pool, index: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _pages(pool: Pool | None, index: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the keys and values of some pages in the model's type."""
+    assert pool is not None  # as a row reads it
     if pool.k_scale is None or pool.v_scale is None:
         return pool.k[index], pool.v[index]
     # gathered as bytes: not every device can index float8
@@ -368,7 +369,7 @@ def attend(q, k, v, mask=None):
 
 def _cpp(*arguments) -> None:
     *inputs, out = arguments
-    extension().shared_attention(*operation.flat(inputs), out)
+    require_extension().shared_attention(*operation.flat(inputs), out)
 
 
 operation = Operation(

@@ -8,10 +8,9 @@ when x is loaded and needs no extra pass.
 
 import torch
 
-from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, require_extension
 
 
 def token_stats_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +72,7 @@ def _torch(tensors):
 
 
 def _cpp(tensors, mean, variance):
-    extension().token_stats(tensors, mean, variance)
+    require_extension().token_stats(tensors, mean, variance)
 
 
 operation = Operation(

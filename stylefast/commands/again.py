@@ -71,9 +71,8 @@ def _recorded_choice(metadata: Mapping) -> dict[str, Any]:
         kind = metadata.get("prediction_type")
         recorded = {"model": metadata.get("model"), "prediction_type": kind if kind in PREDICTION_TYPES else None}
     known = {name: value for name, value in recorded.items() if name in RECORDED and isinstance(value, str)}
-    known["lora"] = tuple(lora for lora, _ in _recorded_loras(metadata))
-    dtype = metadata.get("dtype")
-    return {"dtype": dtype if isinstance(dtype, str) else None} | known
+    loras, dtype = tuple(lora for lora, _ in _recorded_loras(metadata)), metadata.get("dtype")
+    return {"dtype": dtype if isinstance(dtype, str) else None, **known, "lora": loras}
 
 
 def _recorded_loras(metadata: Mapping) -> list[tuple[Lora, str]]:
@@ -130,9 +129,9 @@ def _style_files(call: Mapping) -> Iterator[str]:
     requests = call["requests"]
     places = [call.get("styles"), *(one.get("style") for one in requests if isinstance(one, Mapping))]
     for place in places:
-        named = isinstance(place, Mapping) and "kind" not in place and "type" not in place
-        styles = place.values() if named else place if isinstance(place, (list, tuple)) else [place]
-        for style in styles:
+        if isinstance(place, Mapping) and "kind" not in place and "type" not in place:
+            place = list(place.values())
+        for style in place if isinstance(place, (list, tuple)) else [place]:
             if isinstance(style, Mapping):
                 yield from _files_of(style)
 
@@ -177,7 +176,7 @@ def _refuse_unless_forced(arguments: argparse.Namespace, message: str, option: s
 def _comparison(before: Image.Image, after: Image.Image, name: str) -> str:
     if before.size != after.size:
         return f"warning: {name} has (width, height) {before.size} in pixels, the new picture {after.size}"
-    largest = max(high for _, high in ImageChops.difference(before, after.convert("RGB")).getextrema())
+    largest = max(ImageChops.difference(before, after.convert("RGB")).tobytes(), default=0)
     if largest == 0:
         return f"same pixels as {name}"
     return f"warning: pixels differ from {name} by up to {largest} of 255"

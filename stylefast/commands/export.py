@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stylefast.commands.bank_report import shown_bytes
 from stylefast.commands.model_options import DEFAULT_MODEL
@@ -204,7 +205,7 @@ def options_of(arguments: argparse.Namespace):
     kind = arguments.kind
     targets = _names("--target", getattr(arguments, "target", None)) or _target_here(kind)
     size = arguments.size
-    given = {
+    given: dict[str, Any] = {
         "flavours": _names("--flavour", arguments.flavour),
         "components": _names("--components", getattr(arguments, "components", None)),
         "profiles": tuple(getattr(arguments, "profile", None) or ()),
@@ -219,7 +220,9 @@ def options_of(arguments: argparse.Namespace):
         "segments": arguments.segments,
     }
     given = {name: value for name, value in given.items() if value not in (None, ())}
-    otherwise = {"dtype": _dtype_here(kind, targets)} if "onnx" not in given else _of_graphs(given["onnx"], given)
+    otherwise: dict[str, Any] = (
+        {"dtype": _dtype_here(kind, targets)} if "onnx" not in given else _of_graphs(given["onnx"], given)
+    )
     return Options(kind=kind, targets=targets, overwrite=arguments.overwrite, **otherwise | given)
 
 

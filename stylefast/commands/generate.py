@@ -264,7 +264,7 @@ def with_preset_guidance(settings: dict) -> dict:
     """Return `settings` with the guidance that the few-step preset was made for, unless guidance is given."""
     from stylefast.sampling.few_step import FEW_STEP_PRESETS
 
-    preset = FEW_STEP_PRESETS.get(settings.get("scheduler"))
+    preset = FEW_STEP_PRESETS.get(settings.get("scheduler", ""))
     return settings if preset is None else {"guidance": preset.guidance} | settings
 
 

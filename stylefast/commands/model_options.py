@@ -150,7 +150,7 @@ class ModelChoice:
         """Load the engine and its LoRAs."""
         from stylefast.engine import Engine
 
-        hub = {"local_files_only": True} if self.cached_only else {}
+        hub: dict[str, Any] = {"local_files_only": True} if self.cached_only else {}
         engine = Engine.from_pretrained(self.model, **self.options, **hub)
         names: list[str] = []
         for lora in self.lora:

@@ -24,8 +24,9 @@ class _Lines(logging.Handler):
 
 def names_as_they_are() -> None:
     """Make stdout write file names that are not valid UTF-8 as their original bytes."""
-    if hasattr(sys.stdout, "reconfigure"):  # a replaced stdout may lack it
-        sys.stdout.reconfigure(errors="surrogateescape")
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # a replaced stdout may lack it
+    if reconfigure is not None:
+        reconfigure(errors="surrogateescape")
 
 
 def warn(message: str) -> None:

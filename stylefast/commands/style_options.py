@@ -165,7 +165,7 @@ def parse_blocks(text: str) -> str | list[str] | dict:
     """Parse a preset's name, a JSON object in diffusers' format, or parts of layer names. Raises InvalidRequest."""
     if text.lstrip().startswith("{"):
         return load_json(text, "--blocks", kind=dict)
-    return parse_names(text) if "_block" in text else text
+    return (parse_names(text) if "_block" in text else None) or text
 
 
 def one_or_all(pictures: list[str]) -> str | list[str] | None:

@@ -43,7 +43,7 @@ from stylefast.models.weight_files import (
 )
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 TINY = Path(__file__).parent / "tiny"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -65,7 +65,7 @@ class Components:
     tokenizers: tuple
     scheduler_config: dict[str, Any]
     force_zeros: bool  # without a negative prompt, the null branch's text states are zeros
-    image_encoder: torch.nn.Module | None = None  # CLIPVisionModelWithProjection, if the checkpoint has one
+    image_encoder: "CLIPVisionModelWithProjection | None" = None
     feature_extractor: dict[str, Any] | None = None  # its CLIPImageProcessor config
     name: str = ""
     fingerprint: str = ""

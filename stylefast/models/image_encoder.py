@@ -1,15 +1,18 @@
 """CLIP image encoder for IP-Adapter: turns pictures into one embedding each, or into patch features."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from stylefast.errors import AdapterError, InvalidRequest, ModelFormatError
 from stylefast.models.config_check import check_feature_extractor
 from stylefast.models.pictures import PictureSource, open_picture
+
+if TYPE_CHECKING:
+    from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -74,7 +77,7 @@ class ImageEncoder:
     Raises ModelFormatError if the two don't fit together.
     """
 
-    def __init__(self, vision_model: nn.Module, processor_config: Mapping | None = None):
+    def __init__(self, vision_model: "CLIPVisionModelWithProjection", processor_config: Mapping | None = None):
         config = getattr(vision_model, "config", None)
         if config is None or not hasattr(vision_model, "visual_projection"):
             raise ModelFormatError(

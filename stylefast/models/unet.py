@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         def __getitem__(self, index: int) -> Member: ...
 
 
-def _list_of(members: Iterable[Member]) -> "_ListOf[Member]":
+def list_of(members: Iterable[Member]) -> "_ListOf[Member]":
     """Return an `nn.ModuleList`, of which a type checker then knows the members' class."""
     return cast("_ListOf[Member]", nn.ModuleList(members))
 
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         blocks = [layer.name for layer in layout.layers if layer.module == name]
         self.norm = GroupNorm(groups, channels, 1e-6)
         self.proj_in = Linear(channels, channels)
-        self.transformer_blocks = _list_of(TransformerBlock(block, layout, cross_dim) for block in blocks)
+        self.transformer_blocks = list_of(TransformerBlock(block, layout, cross_dim) for block in blocks)
         self.proj_out = Linear(channels, channels)
 
     def forward(self, x, condition: LayerInputs):  # [rows, channels, h, w]
@@ -212,9 +212,9 @@ class Block(nn.Module):
 
     def __init__(self, resnets: list[Resnet], attentions: list[Transformer], sampler: Resampler | None, kind: str):
         super().__init__()
-        self.resnets = _list_of(resnets)
+        self.resnets = list_of(resnets)
         if attentions:
-            self.attentions = _list_of(attentions)
+            self.attentions = list_of(attentions)
         if sampler is not None:
             setattr(self, kind, nn.ModuleList([sampler]))
         self.kind, self.attends, self.resamples = kind, bool(attentions), sampler is not None
@@ -270,7 +270,7 @@ class UNet(nn.Module):
             down.append(Block(resnets, transformers(f"down_blocks.{i}", block), sampler, "downsamplers"))
             skips += [out] * (block.resnets + (not last))
             width = out
-        self.down_blocks = _list_of(down)
+        self.down_blocks = list_of(down)
 
         self.mid_block = None
         if shape.mid is not None:
@@ -283,7 +283,7 @@ class UNet(nn.Module):
             sampler = None if last else Resampler(out, 1)
             up.append(Block(resnets, transformers(f"up_blocks.{i}", block), sampler, "upsamplers"))
             width = out
-        self.up_blocks = _list_of(up)
+        self.up_blocks = list_of(up)
 
         self.conv_norm_out = GroupNorm(groups, channels[0], eps)
         self.conv_out = Conv2d(channels[0], config["out_channels"], 3, padding=1)

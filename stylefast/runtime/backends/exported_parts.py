@@ -135,9 +135,8 @@ class ExportedImageEncoder(ImageEncoder):
         # reuse the checked model and its preparation
         self.__dict__.update(encoder.__dict__)
         self._part = part
-        places = encoder.vision_model.get_submodule("vision_model.embeddings.position_embedding")
-        assert isinstance(places, torch.nn.Embedding)
-        self._tokens = places.num_embeddings
+        model = encoder.vision_model.vision_model
+        self._tokens = model.embeddings.position_embedding.num_embeddings
 
     def _embeds(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._run(pixels)["embeds"]
