@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ MAX_STEPS = 1000
 MIN_SIDE, MAX_SIDE = 16, 8192
 # what a caller may give as styles; a `Request` holds a tuple of them
 StyleLike: TypeAlias = Style | Sequence[Style] | None
+
+Kind = TypeVar("Kind", bound=Style)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +86,15 @@ class Request:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def styles_of(self, kind: type) -> list[Style]:
+    def styles_of(self, kind: type[Kind]) -> list[Kind]:
         """Return the request's styles of one class, in order."""
-        return [style for style in normalise_styles(self.style) if isinstance(style, kind)]
+        assert isinstance(self.style, tuple)  # since `__post_init__`
+        return [style for style in self.style if isinstance(style, kind)]
 
     @property
     def reader(self) -> ReferenceStyle | None:
         """Return the request's style that reads references, if any."""
-        return next((style for style in normalise_styles(self.style) if isinstance(style, ReferenceStyle)), None)
+        return next(iter(self.styles_of(ReferenceStyle)), None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -393,4 +393,4 @@ def _image_keys(style: ImageStyle, adapter: IPAdapter) -> list[tuple]:
 
 def _pictured(sample: Sample) -> list[ImageStyle]:
     """Return the styles of a sample that have pictures as prompts."""
-    return [style for style in sample.request.styles_of(ImageStyle) if isinstance(style, ImageStyle)]
+    return sample.request.styles_of(ImageStyle)
