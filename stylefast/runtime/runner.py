@@ -273,8 +273,9 @@ class Runner:
         if store.images is not None:
             levels.append(("image_kv", store.images.by_level))
             found["image_lengths"] = store.images.lengths
-        if latent_size in store.masks:
-            levels.append(("mask", store.masks[latent_size].levels))
+        masks = store.masks.get(latent_size)
+        if masks is not None and len(masks.levels[0]):  # the first mask may still be on its way
+            levels.append(("mask", masks.levels))
         for name, tensors in levels:
             found |= {f"{name}_{level}": tensor for level, tensor in enumerate(tensors)}
         return found | (pool.by_name if pool is not None else {})

@@ -129,7 +129,7 @@ def test_the_largest_seed_of_64_bits_makes_a_picture_and_counts_on_from_zero(eng
         lambda e: e.load_adapter([]),
         lambda e: e.load_adapter("a.bin", name=5),
         lambda e: e.load_lora([]),
-        lambda e: sf.Engine(e._components, preview=5),
+        lambda e: sf.Engine(e._components, sf.EngineOptions(preview=5)),
         lambda e: sf.Engine.from_pretrained("tiny", vae=5),
         lambda e: sf.Engine.from_pretrained("tiny", adapter=[5]),
         lambda e: sf.Engine.from_pretrained([]),

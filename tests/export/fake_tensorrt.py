@@ -192,7 +192,7 @@ class RuntimeConfig:
         self.cache = cache
 
 
-class Runner:
+class Runtime:
     engine_header_size = 32
 
     def __init__(self, logger):

@@ -224,7 +224,7 @@ def test_pictures_through_graphs_that_were_gone_on_with_are_those_of_pytorch(run
         for requests in wanted:
             expected = eager.generate(requests, output="np").images
             assert psnr(engine.generate(requests, output="np").images, expected) >= 60
-        assert set(engine.runtime.backend.loaded) == {"plain", "live", "banked"}
+        assert set(engine.runner.backend.loaded) == {"plain", "live", "banked"}
 
 
 def test_float16_at_the_models_own_size(half, tmp_path):

@@ -34,7 +34,7 @@ def test_every_public_name_is_listed_and_is_what_it_is_called():
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(AttributeError, match="'Enigne'.*Engine, Request"):
+    with pytest.raises(AttributeError, match="'Enigne'.*Engine, EngineOptions, Request"):
         _ = stylefast.Enigne
 
 

@@ -13,6 +13,7 @@ from stylefast.models.row_table import NO_PAGE
 from stylefast.runtime.backends.base import TorchBackend
 from stylefast.runtime.backends.choice import check_backend
 from stylefast.runtime.backends.exported import ExportedBackend, Graph
+from stylefast.runtime.steps.conditions import MaskTable
 from stylefast.sampling.guidance import StyleContextGuidance
 from tests.support.scene import SIZE, apart, half_mask, learned, near, small_picture
 from tests.support.small_graphs import SHAPES, TorchSession, micro_pipeline, write_adapter
@@ -231,6 +232,14 @@ def test_pictures_that_need_no_missing_graph_are_finished_all_the_same(make, tor
             engine.submit(requests["a bank"], output="latents")
     for name, job in jobs.items():
         near(job.result(WAIT).latents, draw(torch_engine, *requests[name]), 1e-4)
+
+
+def test_a_table_of_masks_whose_first_one_is_still_being_read_is_no_input(make, torch_engine, requests):
+    """A masked request that joins makes the table before its mask is there; others go on meanwhile."""
+    engine, _ = make(SHAPES[1])
+    size = (SIZE[1] // engine.downscale, SIZE[0] // engine.downscale)
+    engine.runner.conditions.masks[size] = MaskTable(engine.unet.attention_sizes(*size), engine.unet.device)
+    near(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
 
 
 def test_a_batch_is_divided_among_graphs_where_none_can_do_all_of_it(make, torch_engine, requests):
