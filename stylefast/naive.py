@@ -160,9 +160,8 @@ def prepare(engine, sample: Sample) -> None:
     width, height = sample.size
     latent_size = (height // engine.downscale, width // engine.downscale)
     sample.segments = {branch: [] for branch in sample.branches}
-    for style in sample.request.styles_of(Style):
-        if isinstance(style, ImageStyle):
-            _image_prompt(engine, sample, style, engine.unet.attention_sizes(*latent_size))
+    for style in sample.request.styles_of(ImageStyle):
+        _image_prompt(engine, sample, style, engine.unet.attention_sizes(*latent_size))
 
     shape = (engine.unet.config["in_channels"], *latent_size)
     sample.random.manual_seed(sample.request.seed or 0)
