@@ -1,6 +1,6 @@
 """Two checkouts against each other, measured in turn so that a change of the machine's speed hits both.
 
-    python -m benchmarks compare --old ../stylefast-before [--rounds 15]
+    python -m benchmarks compare --old ../stylefast-before [--rounds 5] [--processes 3]
 
 Both need a built extension. A process for each holds the embedded model and the operations' inputs, and runs one case
 when it is told to; the cases alternate between the two, the one that goes first changes every round. Writes
@@ -60,8 +60,8 @@ CASES = {
     "shared_attention": lambda: kernels.shared_attention(q, k, v, *table),
     "gated_cross_attention": lambda: kernels.gated_cross_attention(q, text_k, text_v, torch.arange(rows)),
     "token_stats": lambda: kernels.token_stats(q, k, v),
-    "group_norm_silu": lambda: kernels.group_norm_silu(feature, 32, weight, bias),
-    "layer_norm": lambda: kernels.layer_norm(hidden, weight, bias),
+    "group_norm_silu": lambda: kernels.group_norm_silu(feature, 32, weight, bias, 1e-5, True),
+    "layer_norm": lambda: kernels.layer_norm(hidden, weight, bias, 1e-5),
     "geglu": lambda: kernels.geglu(wide),
 }
 with torch.inference_mode():
@@ -110,9 +110,9 @@ class Checkout:
         return line
 
 
-def compared(old: Checkout, new: Checkout, rounds: int) -> list[dict]:
-    """Return for each case the median seconds of both, and the median of the rounds' ratios."""
-    times: dict[str, list[tuple[float, float]]] = {case: [] for case in new.cases}
+def measured(old: Checkout, new: Checkout, rounds: int, only: list[str] | None = None) -> dict[str, list]:
+    """Return the seconds of both for each round of each case."""
+    times: dict[str, list[tuple[float, float]]] = {case: [] for case in new.cases if only is None or case in only}
     for turn in range(rounds):
         for case, found in times.items():
             if turn % 2:
@@ -120,6 +120,11 @@ def compared(old: Checkout, new: Checkout, rounds: int) -> list[dict]:
                 found.append((old.run(case), second))
             else:
                 found.append((old.run(case), new.run(case)))
+    return times
+
+
+def compared(times: dict[str, list[tuple[float, float]]]) -> list[dict]:
+    """Return for each case the median seconds of both, and the median of the rounds' ratios."""
     return [
         {
             "case": case,
@@ -134,20 +139,32 @@ def compared(old: Checkout, new: Checkout, rounds: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--old", type=Path, required=True, help="the other checkout, with its extension built")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5, help="of each pair of processes")
+    parser.add_argument("--processes", type=int, default=3, help="pairs of processes: each has its luck with memory")
+    parser.add_argument("--only", help="cases to measure, by commas")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     place = environment("cpu")
-    old = Checkout(arguments.old.resolve(), arguments.threads)
-    new = Checkout(Path(__file__).resolve().parents[1], arguments.threads)
-    try:
-        rows = compared(old, new, arguments.rounds)
-    finally:
-        old.close()
-        new.close()
+    only = arguments.only.split(",") if arguments.only else None
+    times: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(arguments.processes):
+        old = Checkout(arguments.old.resolve(), arguments.threads)
+        new = Checkout(Path(__file__).resolve().parents[1], arguments.threads)
+        try:
+            for case, found in measured(old, new, arguments.rounds, only).items():
+                times.setdefault(case, []).extend(found)
+        finally:
+            old.close()
+            new.close()
+    rows = compared(times)
     commit = subprocess.run(["git", "-C", arguments.old, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    result = {"old": commit.strip(), "rounds": arguments.rounds, "threads": arguments.threads, "cases": rows}
+    result = {
+        "old": commit.strip(),
+        "rounds": arguments.rounds * arguments.processes,
+        "threads": arguments.threads,
+        "cases": rows,
+    }
     write(arguments.out, {"results": result, "environment": place})
     for row in rows:
         print(f"{row['case']:40}{row['old_ms']:10.2f} ms{row['new_ms']:10.2f} ms{row['ratio']:8.3f}")

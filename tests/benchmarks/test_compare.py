@@ -1,6 +1,6 @@
 """Two checkouts in turn: the ratio is that of their times, and neither always goes first."""
 
-from benchmarks.compare import WORKER, compared
+from benchmarks.compare import WORKER, compared, measured
 
 
 class Fake:
@@ -16,7 +16,7 @@ class Fake:
 
 def test_the_ratio_is_new_over_old_and_both_take_turns_at_the_beginning():
     log: list[str] = []
-    rows = compared(Fake("old", 0.010, log), Fake("new", 0.012, log), rounds=2)
+    rows = compared(measured(Fake("old", 0.010, log), Fake("new", 0.012, log), rounds=2))
     assert [(row["case"], row["ratio"], row["new_ms"]) for row in rows] == [("a", 1.2, 12), ("b", 1.2, 24)]
     assert log == ["old a", "new a", "old b", "new b", "new a", "old a", "new b", "old b"]
 
