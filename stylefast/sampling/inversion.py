@@ -63,13 +63,13 @@ def ddim_invert(
     if clean.ndim != 3:
         raise InvalidRequest(f"inversion takes one latent [C, h, w], not {tuple(clean.shape)}")
     timesteps, output, factors, _ = _coefficients(alphas_cumprod, steps, prediction_type)
-    latents, sample = clean, [clean]
+    latents, trajectory = clean, [clean]
     for timestep, of_noise, of_step in zip(timesteps.tolist(), output.tolist(), factors.tolist(), strict=True):
         predicted = predict(latents, timestep)
         noise = predicted if of_noise == [0, 1] else of_noise[0] * latents + of_noise[1] * predicted
         latents = of_step[0] * latents + of_step[1] * noise
-        sample.append(latents)
-    return torch.stack(sample[::-1])
+        trajectory.append(latents)
+    return torch.stack(trajectory[::-1])
 
 
 def _coefficients(alphas_cumprod, steps: int, prediction_type: str) -> tuple[np.ndarray, ...]:
@@ -91,18 +91,17 @@ def _coefficients(alphas_cumprod, steps: int, prediction_type: str) -> tuple[np.
     return timesteps.astype(np.float64), output, factors, levels
 
 
-def pinned_latents(sample: torch.Tensor, step: int, offset: int = 5) -> torch.Tensor:
+def pinned_latents(trajectory: torch.Tensor, step: int, offset: int = 5) -> torch.Tensor:
     """Return the reference's latents [C, h, w] at the start of `step`, as in StyleAligned's released code.
 
-    Sampling starts at `sample[offset]`, `sample` being the trajectory, and after step i uses `sample[max(offset + 1, i
-    + 1)]`, so in the first steps the reference is less noisy than the timestep given to the model. `step == steps` is
-    the finished picture.
+    Sampling starts at `trajectory[offset]` and after step i uses `trajectory[max(offset + 1, i + 1)]`, so in the first
+    steps the reference is less noisy than the timestep given to the model. `step == steps` is the finished picture.
 
-    Raises InvalidRequest if the sample is too short for `step` or `offset`.
+    Raises InvalidRequest if the trajectory is too short for `step` or `offset`.
     """
-    last = len(sample) - 1
+    last = len(trajectory) - 1
     if not 0 <= step <= last:
-        raise InvalidRequest(f"step must be in 0..{last}, the steps of this sample, not {step}")
+        raise InvalidRequest(f"step must be in 0..{last}, the steps of this trajectory, not {step}")
     if not 0 <= offset < last:
-        raise InvalidRequest(f"offset must be in 0..{last - 1}, before this sample's end, not {offset}")
-    return sample[offset if step == 0 else max(offset + 1, step)]
+        raise InvalidRequest(f"offset must be in 0..{last - 1}, before this trajectory's end, not {offset}")
+    return trajectory[offset if step == 0 else max(offset + 1, step)]

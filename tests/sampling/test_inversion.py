@@ -18,12 +18,12 @@ def test_inversion_starts_with_an_identity_and_ends_at_the_clean_latent():
         visited.append(timestep)
         return toy_model(latents, torch.tensor(timestep))
 
-    sample = ddim_invert(predict, clean, alphas_cumprod(GOOGLE_DDIM), steps=50)
-    assert sample.shape == (51, 4, 6, 6) and sample.dtype == clean.dtype
+    trajectory = ddim_invert(predict, clean, alphas_cumprod(GOOGLE_DDIM), steps=50)
+    assert trajectory.shape == (51, 4, 6, 6) and trajectory.dtype == clean.dtype
     assert visited == list(range(0, 1000, 20))
-    assert torch.equal(sample[50], clean)
-    torch.testing.assert_close(sample[49], clean, atol=1e-6, rtol=0)
-    assert (sample[48] - clean).abs().max() > 1e-3
+    assert torch.equal(trajectory[50], clean)
+    torch.testing.assert_close(trajectory[49], clean, atol=1e-6, rtol=0)
+    assert (trajectory[48] - clean).abs().max() > 1e-3
 
 
 def test_inversion_with_the_true_noise_is_forward_noising():
@@ -38,9 +38,9 @@ def test_inversion_with_the_true_noise_is_forward_noising():
             a = source[int(timestep) // 100]
             return noise if kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * picture
 
-        sample = ddim_invert(predict, start, abar, steps=10, prediction_type=kind)
+        trajectory = ddim_invert(predict, start, abar, steps=10, prediction_type=kind)
         expected = abar[900].sqrt() * picture + (1 - abar[900]).sqrt() * noise
-        torch.testing.assert_close(sample[0], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trajectory[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_ddim_walks_an_inverted_trajectory_back():
@@ -48,18 +48,18 @@ def test_ddim_walks_an_inverted_trajectory_back():
     clean = torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(1))
     config = GOOGLE_DDIM
     predict = lambda latents, timestep: torch.full_like(clean, 0.3 + timestep / 1000)  # noqa: E731
-    sample = ddim_invert(predict, clean, alphas_cumprod(config), steps=20)
+    trajectory = ddim_invert(predict, clean, alphas_cumprod(config), steps=20)
     schedule = make_schedule("ddim", 20, config)
-    latents = sample[0]
+    latents = trajectory[0]
     for i, timestep in enumerate(schedule.timesteps.tolist()):
         x0 = schedule.denoised[i, 0] * latents + schedule.denoised[i, 1] * predict(latents, timestep)
         latents = schedule.update[i, 0, 0] * latents + schedule.update[i, 0, 2] * x0
-        torch.testing.assert_close(latents, sample[i + 1], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(latents, trajectory[i + 1], atol=2e-5, rtol=1e-5)
 
 
 def test_pinned_latents_follow_the_release():
-    sample = torch.arange(51.0)[:, None, None, None].expand(51, 1, 2, 2)
-    seen = [int(pinned_latents(sample, step)[0, 0, 0]) for step in range(51)]
+    trajectory = torch.arange(51.0)[:, None, None, None].expand(51, 1, 2, 2)
+    seen = [int(pinned_latents(trajectory, step)[0, 0, 0]) for step in range(51)]
     assert seen == [5, 6, 6, 6, 6, 6, 6, *range(7, 51)]
     # the release's own wording: start at zts[offset]; after step i, zts[max(offset + 1, i + 1)]
     assert seen == [5] + [max(5 + 1, i + 1) for i in range(50)]
@@ -67,5 +67,5 @@ def test_pinned_latents_follow_the_release():
 
 @pytest.mark.parametrize("step, offset", [(-1, 5), (51, 5), (0, 50), (0, -1)])
 def test_pinned_latents_refuse_what_the_trajectory_does_not_hold(step, offset):
-    with pytest.raises(InvalidRequest, match="sample"):
+    with pytest.raises(InvalidRequest, match="trajectory"):
         pinned_latents(torch.zeros(51, 1, 2, 2), step, offset)

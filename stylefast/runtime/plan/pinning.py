@@ -21,7 +21,7 @@ from stylefast.styles.bank import StyleBank
 
 # the authors' sampler for inverted pictures: timesteps from 0, and the first one's noise level at the end
 _INVERSION_CONFIG = {"steps_offset": 0, "set_alpha_to_one": False, "timestep_spacing": "leading"}
-# the reference starts this share of the steps into its sample (5 of 50 in the authors' notebook)
+# the reference starts this share of the steps into its trajectory (5 of 50 in the authors' notebook)
 _OFFSET_SHARE = 0.1
 
 
@@ -63,7 +63,7 @@ def latents_pin(bank: StyleBank, number: int) -> Pin:
 
 
 def inversion_of(sample: Sample, config: Mapping) -> Sample:
-    """Return the sample of the reference `t` from its picture up to noise, with its prompt and inversion guidance.
+    """Return the sample that inverts a reference, from its picture up to noise, with its prompt and inversion guidance.
 
     It is an ordinary sample: it shares UNet calls, takes its turns, and costs as much as one picture. Its `start`, the
     picture's latents, is not set yet. Raises InvalidRequest for a model whose output can't be inverted.
@@ -80,7 +80,7 @@ def inversion_of(sample: Sample, config: Mapping) -> Sample:
 
 def inverted_pin(trail: Sequence[torch.Tensor]) -> Pin:
     """Pin to the latents [channels, h, w] that an inversion passed through, the picture's own first."""
-    sample = torch.stack(list(trail)[::-1]).float().cpu()
-    steps = len(sample) - 1
+    trajectory = torch.stack(list(trail)[::-1]).float().cpu()
+    steps = len(trajectory) - 1
     offset = min(round(_OFFSET_SHARE * steps), steps - 1)
-    return lambda step: pinned_latents(sample, step, offset)
+    return lambda step: pinned_latents(trajectory, step, offset)
