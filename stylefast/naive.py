@@ -265,7 +265,7 @@ def row_table(unet, rows: Sequence[tuple[Sample, str]], step: int) -> tuple[Imag
             table.self_page[i, j] = page
             table.self_scale[i, j], table.self_shift[i, j] = float(written.self_scale[i]), float(written.self_shift[i])
         if read and written.takes_adain[i]:
-            table.adain_page[i] = read[0]
+            table.adain_page[i] = read[0]  # AdaIN itself: SelfAttention._adain in models/unet.py
         if read and written.takes_norms[i]:
             table.norm_page[i] = read[0]
         for j, segment in enumerate(seen):

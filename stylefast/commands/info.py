@@ -1,4 +1,4 @@
-"""`stylefast info`: versions, devices, models and caches, and the backend of each operation with the reason."""
+"""`stylefast info`: versions, devices, models and caches, and the form of each operation with the reason."""
 
 import argparse
 import json

@@ -27,7 +27,7 @@ Wanted = Callable[[], Any] | list[SampleGroup]
 
 
 class Admission:
-    """Samples being admitted to a runner. `groups` are those admitted so far, in the order of their pictures.
+    """Samples being turned into groups, which join the batch. `groups` are those admitted so far, in order of samples.
 
     The thread that has the turn asks `advance` for the next piece of work until it returns None. All or nothing: when
     `advance` raises, or after `close`, nothing is held.

@@ -12,7 +12,7 @@ Then = Callable[[Any, BaseException | None], None]
 
 
 class Helper:
-    """Runner of tasks in turn: functions that are called until they return something other than AGAIN.
+    """Thread that does tasks in turn: functions that are called until they return something other than AGAIN.
 
     idle_seconds: time without work after which the thread ends; the next task starts a new one.
     """

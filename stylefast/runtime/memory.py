@@ -175,8 +175,8 @@ def memory_report(engine) -> dict[str, Any]:
 
     "model": UNet, text encoders, VAE (including packed weights and copies in other types), adapters. "banks": the pages
     of style banks on the device, per latent size with the pool's counts. "conditions": keys and values of prompts and
-    pictures. "latents": pictures in progress. "graphs": memory prepared by the backend. "workspace": step tables, and a
-    rough estimate of the peak of one row's feature maps at the native size. "held": the sum without that peak. "limit":
+    pictures. "latents": pictures in progress. "graphs": memory prepared by the backend. "workspace": step buffers, and
+    an estimate of the peak of one row's feature maps at the native size. "held": the sum without that peak. "limit":
     the configured limit. "process": this process's resident memory, and on a GPU the memory reserved by PyTorch.
     """
     _counted.pop(engine, None)  # report current values
@@ -197,7 +197,7 @@ def memory_report(engine) -> dict[str, Any]:
         "latents": sum(slots.nbytes for slots in list(runner.latents.values())),
         "graphs": runner.backend.nbytes,
         "workspace": {
-            "tables": runner.table_bytes(),
+            "tables": runner.buffer_bytes(),
             "row": row_bytes(engine.unet, (height // engine.downscale, width // engine.downscale)),
         },
         "held": held_bytes(engine),
@@ -222,7 +222,7 @@ def held_bytes(engine) -> int:
         + runner.conditions.nbytes
         + sum(slots.nbytes for slots in list(runner.latents.values()))
         + runner.backend.nbytes
-        + runner.table_bytes()
+        + runner.buffer_bytes()
     )
 
 

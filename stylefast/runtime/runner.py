@@ -1,4 +1,4 @@
-"""One model with everything that requests share: pages, slots, tables, and the step itself.
+"""One model with everything that requests share: pages, slots, step buffers, and the step itself.
 
 `Runner` does not deal with jobs, threads or picture files. The scheduler lets one thread at a time use it.
 """
@@ -29,14 +29,14 @@ from stylefast.styles.bank import StyleBank
 
 Value = TypeVar("Value")
 
-# max number of batch shapes whose tables are kept
-_TABLES = 32
+# max number of batch shapes whose step buffers are kept
+_MOST_BUFFERS = 32
 # max number of idle sizes whose latents stay allocated
 _IDLE_SIZES = 3
 
 
 class Runner:
-    """Runner of the steps of groups.
+    """State that all requests share, and the steps of their groups.
 
     buckets: row counts to which batches are padded, ascending, so that shapes repeat; empty: no padding.
     """
@@ -56,7 +56,7 @@ class Runner:
         self._beside, self._beside_lock = SideStream(unet.device), threading.RLock()
         self.latents: dict[tuple[int, int, int], LatentSlots] = {}
         self.bank_pages: dict[tuple[int, int], BankPages] = {}
-        self._tables: dict[BatchShape, StepBuffers] = {}
+        self._buffers: dict[BatchShape, StepBuffers] = {}
         self.max_rows: int | None = None  # of one UNet call; a larger group runs alone
         self.steps_run = 0
         self.calls = 0  # of the UNet
@@ -64,7 +64,7 @@ class Runner:
     def beside(self, call: Callable[[], Value]) -> Value:
         """Call a function alongside steps, such as an encoder, a decoder or a file reader; for one thread at a time.
 
-        The function must not touch pages, slots or tables.
+        The function must not touch pages, slots or step buffers.
         """
         with self._beside_lock:
             self.check_open()
@@ -122,8 +122,8 @@ class Runner:
     def retire(self, group: SampleGroup) -> None:
         """Release everything that a group holds; a second call does nothing."""
         self.conditions.release(group.conditions)
-        for table in self._tables.values():
-            table.drop(group)
+        for buffers in self._buffers.values():
+            buffers.drop(group)
         if len(group.slots):
             self.latents[group.latent_shape].release(group.slots)
             group.put(np.zeros(0, dtype=np.int64), self.unet.device)
@@ -244,13 +244,13 @@ class Runner:
         slots = pages.hold(flat) if pages is not None and flat else np.zeros(0, dtype=np.int64)
         try:
             shape = self._shape(groups, padded)
-            if shape not in self._tables:
-                if len(self._tables) >= _TABLES:
-                    self._tables.pop(next(iter(self._tables)))
-                self._tables[shape] = StepBuffers(shape, self.unet.device)
-            table = self._tables[shape]
+            if shape not in self._buffers:
+                if len(self._buffers) >= _MOST_BUFFERS:
+                    self._buffers.pop(next(iter(self._buffers)))
+                self._buffers[shape] = StepBuffers(shape, self.unet.device)
+            buffers = self._buffers[shape]
             bounds = np.cumsum([0, *map(len, keys)])
-            table.fill(groups, [slots[a:b] for a, b in zip(bounds, bounds[1:])])
+            buffers.fill(groups, [slots[a:b] for a, b in zip(bounds, bounds[1:])])
             state, store = self.latents[latent_shape], self.conditions
             masks = store.masks.get(latent_shape[1:])
             inputs = ModelInputs(
@@ -261,7 +261,7 @@ class Runner:
                 masks.levels if masks is not None else (),
                 self._graph_inputs(latent_shape[1:]),
             )
-            yield (shape, state.generation, store.generation, id(pages)), state, table.columns, inputs
+            yield (shape, state.generation, store.generation, id(pages)), state, buffers.columns, inputs
         finally:
             if pages is not None and flat:
                 pages.release(flat)
@@ -352,9 +352,9 @@ class Runner:
                 pool.close()
                 del self.bank_pages[size]
 
-    def table_bytes(self) -> int:
-        """Return the bytes of all step tables."""
-        return sum(table.nbytes for table in self._tables.values())
+    def buffer_bytes(self) -> int:
+        """Return the bytes of all step buffers."""
+        return sum(buffers.nbytes for buffers in self._buffers.values())
 
 
 def not_finite(pictures: Sequence[int]) -> NumericsError:

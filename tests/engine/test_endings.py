@@ -59,7 +59,7 @@ def refused(call) -> None:
 def test_nothing_hangs_in_a_process_that_was_forked_from_a_busy_engine(engine, watch):
     over = submit(engine, "a dog")
     over.result(WAIT)
-    # in the midst of a step, which holds the runtime's lock
+    # in the midst of a step, which has the turn
     reached, go = watch.gate(watch.calls)
     job = submit(engine)
     assert reached.wait(WAIT)

@@ -162,11 +162,11 @@ def test_the_steady_state_makes_no_tables_plans_or_pages(fresh, monkeypatch):
     runner, seen = fresh.runner, []
 
     def note(latents):
-        table = next(iter(runner._tables.values()))
+        table = next(iter(runner._buffers.values()))
         text = runner.conditions.text
         seen.append(
             (
-                len(runner._tables),
+                len(runner._buffers),
                 id(table),
                 tuple(map(id, table._plans.values())),
                 text.used,

@@ -18,7 +18,7 @@ from stylefast.runtime.steps.step_buffers import StepColumns
 
 
 class Backend:
-    """Runner of steps; the option `backend` of an engine accepts custom ones.
+    """Executor of steps; the option `backend` of an engine accepts custom ones.
 
     Attributes:
         name: the value of `Engine.runner.backend.name`.

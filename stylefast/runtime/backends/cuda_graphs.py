@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # steps per shape before the capture: the first compiles and tunes, the second fills the side stream's caches
 WARM_STEPS = 2
-# the number of shapes whose tables the runner keeps
+# the number of shapes whose step buffers the runner keeps
 MOST_GRAPHS = 32
 
 

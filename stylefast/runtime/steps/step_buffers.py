@@ -85,7 +85,7 @@ class StepBuffers:
         self.columns = StepColumns(rows, **columns)
         self._arrays = [{k: v.numpy() for k, v in self._views(flat).items()} for flat in self._hosts]
         self._turn, self._noisy = 0, False
-        self._written: list[tuple] = [()] * len(self._hosts)  # phases that a host buffer holds
+        self._written: list[tuple] = [()] * len(self._hosts)  # ids of the groups and rows that a host buffer holds
         self._plans: dict[tuple, _Plan] = {}
 
     @property
@@ -110,7 +110,7 @@ class StepBuffers:
             self._written[turn] = key
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            # the plan keeps groups and phases alive, so that their ids stay unique
+            # the plan keeps groups and their rows alive, so that their ids stay unique
             self._plans[key] = self._write_rows(arrays, groups, all_rows)
         self._write_step(arrays, self._plans[key], groups, all_rows, pages)
         if len(self._hosts) > 1:
@@ -121,7 +121,7 @@ class StepBuffers:
                     flat.copy_(self._hosts[turn][kind], non_blocking=True)
             self._noisy = noisy
             event = self._events[turn] = torch.cuda.Event()
-            # `record` would use the current device's stream, and the table may be on another device
+            # `record` would use the current device's stream, and the buffers may be on another device
             event.record(torch.cuda.current_stream(self._device))
 
     def drop(self, group: SampleGroup) -> None:
@@ -221,11 +221,11 @@ def bank_keys(group: SampleGroup, step: int | None = None) -> list[tuple]:
 
 
 class _Plan:
-    """Arrangement of some phases' rows in one table, with readers of a page adjacent."""
+    """Arrangement of the rows of some groups in the buffers, with readers of a page adjacent."""
 
     def __init__(self, groups: Sequence[SampleGroup], all_rows: Sequence[GroupRows], shape: BatchShape):
         self.groups, self.all_rows = list(groups), list(all_rows)
-        self.rows, self.pictures = sum(p.rows for p in all_rows), sum(g.pictures for g in groups)
+        self.rows, self.pictures = sum(rows.rows for rows in all_rows), sum(g.pictures for g in groups)
         starts = np.cumsum([0, *(g.pictures for g in groups)])
         self.picture = np.concatenate([group_rows.picture + start for group_rows, start in zip(all_rows, starts)])
         self.branch = np.concatenate([group_rows.branch for group_rows in all_rows])
@@ -243,7 +243,7 @@ class _Plan:
                 references.append(entries)
         self.width = np.array([len(row) for row in references], dtype=np.int64)
         segments = plan_segments(
-            self.picture, self.branch, references, width=shape.references, mutual=any(p.mutual for p in all_rows)
+            self.picture, self.branch, references, width=shape.references, mutual=any(rows.mutual for rows in all_rows)
         )
         self.order = segments.order
         place = np.empty(self.rows, dtype=np.int64)
@@ -254,8 +254,8 @@ class _Plan:
         self.self_page = np.where(page >= self.rows, NO_PAGE, page)  # bank pages change with the step
         columns = page.shape[1]
         self.bank_places = np.array([place[row] * columns + column for row, column in bank_rows], dtype=np.int64)
-        self.takes_adain = np.concatenate([p.columns.takes_adain for p in all_rows])[self.order]
-        self.takes_norms = np.concatenate([p.columns.takes_norms for p in all_rows])[self.order]
+        self.takes_adain = np.concatenate([rows.columns.takes_adain for rows in all_rows])[self.order]
+        self.takes_norms = np.concatenate([rows.columns.takes_norms for rows in all_rows])[self.order]
 
 
 def _padded(count: int) -> int:
