@@ -1,6 +1,6 @@
 // Which page of a style bank lies in which slot of a tier (device buffers, pinned host blocks). Only the books: callers
-// move the bytes. Free of any framework. stylefast/runtime/banks/page_pool.py checks arguments, words errors and has the
-// plain reference. All methods may be called from any thread.
+// move the bytes. Free of any framework. stylefast/runtime/banks/page_pool.py checks arguments, words errors and has
+// the plain reference. All methods may be called from any thread.
 #pragma once
 
 #include <chrono>
