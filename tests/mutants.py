@@ -127,8 +127,8 @@ MUTANTS = (
     Mutant(
         "one seed for a group",
         "stylefast/runtime/plan/sample_group.py",
-        'torch.Generator("cpu").manual_seed(sample.request.seed)',
-        'torch.Generator("cpu").manual_seed(samples[0].request.seed)',
+        "{sample: noise_generator(sample.request) for sample in samples}",
+        "{sample: noise_generator(samples[0].request) for sample in samples}",
         "tests/engine/test_style_aligned.py::test_the_first_prompt_lends_its_style_as_in_the_oracle[default]",
         "pictures of one style would begin with the same noise",
     ),
