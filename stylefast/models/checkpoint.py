@@ -41,12 +41,12 @@ from stylefast.models.weight_files import (
     read_header,
     require_memory,
 )
+from stylefast.options import PREDICTION_TYPES
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 TINY = Path(__file__).parent / "tiny"
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "image_encoder")
 # (config, tensors) -> (shapes, complete config, modules), cached because building diffusers' UNet is slow
 _UNETS: dict[tuple[str, int], tuple[dict[str, tuple], dict[str, Any], Made]] = {}

@@ -32,7 +32,7 @@ ALLOWED = {
     "options": {"errors", "values"},
     "_extension": {"_C"},
     "kernels": {"errors", "values", "_extension", "code_caches"},
-    "models": {"errors", "values", "kernels"},
+    "models": {"errors", "values", "options", "kernels"},
     "sampling": {"errors", "values", "kernels"},
     "styles": {"errors", "values", "whole_files", "kernels", "models", "sampling.guidance"},
     "runtime": BELOW_ENGINE,
