@@ -28,7 +28,7 @@ from stylefast.runtime.plan.request import Request
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.guidance import BRANCHES, FULL, NULL, GuidanceInterval, guidance_weights
 from stylefast.sampling.schedule import Schedule
-from stylefast.styles.style import ImageStyle, ReferenceStyle, Rows, Style, Texts, by_kind
+from stylefast.styles.style import ImageStyle, ReferenceStyle, Rows, Texts, by_kind
 
 
 @dataclass(eq=False)
@@ -125,7 +125,7 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
 
 def _target(engine, request: Request) -> Sample:
     schedule = named_schedule(request.scheduler, request.steps, engine.scheduler_config, request.spacing)
-    guidance = [style.context_guidance for style in request.styles_of(Style) if style.context_guidance is not None]
+    guidance = [style.context_guidance for style in request.styles if style.context_guidance is not None]
     weights = guidance_weights(request.guidance, guidance[0] if guidance else None)
     size = request.size or engine.native_size
     return Sample(request, request.prompt, schedule, size, weights, reader=request.reader)
@@ -134,7 +134,7 @@ def _target(engine, request: Request) -> Sample:
 def _reference(target: Sample, style: ReferenceStyle, picture: Any) -> Sample:
     """Return a reference of `target`: a real picture, or one that is generated from the style's own prompt."""
     wanted = style.reads
-    others = [other for other in target.request.styles_of(Style) if other is not style]
+    others = [other for other in target.request.styles if other is not style]
     if not wanted.share_styles:
         others = [other for other in others if other.named_in(target.request.negative_prompt)]
     request = replace(target.request, style=others, seed=wanted.seed)
@@ -150,7 +150,7 @@ def prepare(engine, sample: Sample) -> None:
     trained = engine.scheduler_config.get("num_train_timesteps", 1000)
     timesteps = sample.schedule.timesteps.clamp(0, trained)
     texts = Texts(sample.prompt, sample.request.negative_prompt, timesteps, trained, sample.branches)
-    for kind, styles in by_kind(sample.request.styles_of(Style)).items():
+    for kind, styles in by_kind(sample.request.styles).items():
         kind.write_prompts(styles, texts)
     for branch in sample.branches:
         skip = 0 if branch == NULL else sample.request.clip_skip
@@ -248,7 +248,7 @@ def row_table(unet, rows: Sequence[tuple[Sample, str]], step: int) -> tuple[Imag
         # a row reads its reference's row of the same branch
         pages.append([place[reference, branch] for reference in sample.references] if reading else [])
         segments.append([segment for segment in sample.segments[branch] if segment.style.active(step, steps)])
-        for style in sample.request.styles_of(Style):
+        for style in sample.request.styles:
             if style.active(step, steps) and (pages[i] or not isinstance(style, ReferenceStyle)):
                 style.write_rows(written, i, layout, sample.leads)
 

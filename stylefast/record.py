@@ -39,12 +39,12 @@ def to_record(requests: Sequence[Request], model_folder: Path = TINY) -> dict[st
     store = Store(model_folder)
     styles, places, entries = [], {}, []
     for request in requests:
-        for style in request.styles_of(Style):
+        for style in request.styles:
             if id(style) not in places:
                 places[id(style)] = len(styles)
                 styles.append(_style_entry(style, store))
         entry = {f.name: plain(getattr(request, f.name)) for f in fields(Request) if f.name != "style"}
-        entries.append(entry | {"style": [places[id(style)] for style in request.styles_of(Style)]})
+        entries.append(entry | {"style": [places[id(style)] for style in request.styles]})
     return {"format": FORMAT, "styles": styles, "requests": entries}
 
 

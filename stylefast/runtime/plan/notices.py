@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Sequence
 
 from stylefast.runtime.plan.prompt_syntax import instructions, texts_of, warn_of_instructions
 from stylefast.runtime.plan.request import Request
-from stylefast.styles.style import Style
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def alone(requests: Sequence[Request]) -> list[int]:
 
 def _texts(request: Request) -> list[str]:
     """Return the texts that the text encoders read, the prompt first, without learned tokens' placeholders."""
-    slots = [slot for style in request.styles_of(Style) for slot in style.placeholders]
+    slots = [slot for style in request.styles for slot in style.placeholders]
     read = []
     for text in texts_of(request):
         for slot in slots:

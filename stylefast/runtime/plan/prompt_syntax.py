@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from stylefast.runtime.plan.request import Request
-from stylefast.styles.style import Style
 from stylefast.values import quoted
 
 logger = logging.getLogger(__name__)
@@ -103,4 +102,4 @@ def texts_of(request: Request) -> list[str]:
 
 def _named_texts(request: Request) -> list[tuple[str, str]]:
     texts = [("the prompt", request.prompt), ("the negative prompt", request.negative_prompt)]
-    return texts + [named for style in request.styles_of(Style) for named in style.texts]
+    return texts + [named for style in request.styles for named in style.texts]

@@ -86,10 +86,15 @@ class Request:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def styles(self) -> tuple[Style, ...]:
+        """Return the request's styles, in order; `style` is this tuple too, whatever it was made of."""
+        assert isinstance(self.style, tuple)  # since `__post_init__`
+        return self.style
+
     def styles_of(self, kind: type[Kind]) -> list[Kind]:
         """Return the request's styles of one class, in order."""
-        assert isinstance(self.style, tuple)  # since `__post_init__`
-        return [style for style in self.style if isinstance(style, kind)]
+        return [style for style in self.styles if isinstance(style, kind)]
 
     @property
     def reader(self) -> ReferenceStyle | None:

@@ -15,7 +15,7 @@ from stylefast.sampling.edm import is_edm
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.schedule import Schedule, schedule_digest
 from stylefast.styles.bank import StyleBank
-from stylefast.styles.style import ModelFacts, ReferenceStyle, Style, asking
+from stylefast.styles.style import ModelFacts, ReferenceStyle, asking
 
 
 class RequestPlanner:
@@ -51,7 +51,7 @@ class RequestPlanner:
         that don't match, schedules, and sizes that never fit into memory or have no exported graph.
         """
         facts = ModelFacts(self.runner.unet.layout, self._config["_class_name"] if is_edm(self._config) else None)
-        for style in dict.fromkeys(style for request in requests for style in request.styles_of(Style)):
+        for style in dict.fromkeys(style for request in requests for style in request.styles):
             with asking(type(style), "check"):
                 style.check(facts)
         for request in requests:

@@ -124,7 +124,7 @@ def plan_samples(
 
 
 def _target(index: int, request: Request, schedule: Schedule, native_size) -> Sample:
-    context = next((s.context_guidance for s in request.styles_of(Style) if s.context_guidance is not None), None)
+    context = next((s.context_guidance for s in request.styles if s.context_guidance is not None), None)
     weights = guidance_weights(request.guidance, context)
     return Sample(request, request.prompt, schedule, request.size or native_size, weights, output=index)
 
@@ -166,7 +166,7 @@ def shared_styles(request: Request, reader: ReferenceStyle) -> list[Style]:
 
     All others with `share_styles`, and always those that the negative prompt names, which is the reference's as well.
     """
-    others = [style for style in request.styles_of(Style) if style is not reader]
+    others = [style for style in request.styles if style is not reader]
     return others if reader.reads.share_styles else [s for s in others if s.named_in(request.negative_prompt)]
 
 

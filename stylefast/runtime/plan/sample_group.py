@@ -184,9 +184,7 @@ def rows_key(samples: Sequence[Sample], conditions: Conditions, step: int) -> tu
         for b in sample.branches
         for s in conditions.image_segments[sample, b]
     ]
-    writing = [
-        style.active(step, sample.schedule.steps) for sample in samples for style in sample.request.styles_of(Style)
-    ]
+    writing = [style.active(step, sample.schedule.steps) for sample in samples for style in sample.request.styles]
     weights = tuple(tuple(sample.step_weights[step]) for sample in samples)
     return (
         tuple(branches.values()),
@@ -227,7 +225,7 @@ def make_group_rows(samples: Sequence[Sample], conditions: Conditions, layout: A
 
 def _writing(sample: Sample, step: int) -> list[Style]:
     """Return the styles of a sample that may write its rows at a step; if two conflict, the later one wins."""
-    return [style for style in sample.request.styles_of(Style) if style.active(step, sample.schedule.steps)]
+    return [style for style in sample.request.styles if style.active(step, sample.schedule.steps)]
 
 
 def branches_at(samples: Sequence[Sample], step: int) -> dict[Sample, tuple[str, ...]]:

@@ -23,7 +23,7 @@ from stylefast.models.unet import UNet
 from stylefast.runtime.plan.sample import Sample
 from stylefast.runtime.steps.key_values import KeyValuePages
 from stylefast.sampling.guidance import NULL
-from stylefast.styles.style import ImageStyle, Style, Texts, asking, by_kind
+from stylefast.styles.style import ImageStyle, Texts, asking, by_kind
 
 CONDITIONAL_BRANCHES = ("full", "style")  # branches that see the style's picture; the others see the negative tokens
 
@@ -239,7 +239,7 @@ class ConditionStore:
         texts = Texts(
             sample.prompt, sample.request.negative_prompt, timesteps, self._train_timesteps, sample.branches, say
         )
-        for kind, styles in by_kind(sample.request.styles_of(Style)).items():
+        for kind, styles in by_kind(sample.request.styles).items():
             with asking(kind, "write_prompts"):
                 if check:
                     kind.check_texts(styles, texts)
