@@ -20,9 +20,8 @@ from torch import nn
 
 from stylefast import values
 from stylefast.errors import ExportError, InvalidRequest
-from stylefast.models.layer_inputs import ImageKV, KeyValue, StylePages
 from stylefast.models.layout import AttentionLayout
-from stylefast.models.row_table import COLUMNS, IMAGE, SHARING, TEXT, RowTable
+from stylefast.models.row_table import COLUMNS, IMAGE, SHARING, TEXT, ImageKV, KeyValue, RowTable, StylePages
 from stylefast.models.unet import GroupNorm, UNet
 
 FLAVOURS = ("plain", "live", "banked")

@@ -19,10 +19,9 @@ from torch import Tensor
 from stylefast.errors import InvalidRequest
 from stylefast.kernels.guided_step import guided_step
 from stylefast.models import vae as vaes
-from stylefast.models.layer_inputs import ImageKV
 from stylefast.models.masks import load_mask, mask_vectors
 from stylefast.models.pictures import open_picture
-from stylefast.models.row_table import COLUMNS, RowTable
+from stylefast.models.row_table import COLUMNS, ImageKV, RowTable
 from stylefast.models.text import Prompt
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.few_step import named_schedule

@@ -66,7 +66,6 @@ ASIDE = {
 SHORT = (
     "stylefast/naive.py",
     "stylefast/models/row_table.py",
-    "stylefast/models/layer_inputs.py",
     "stylefast/models/unet.py",
     "kernels/shared_attention.py",
 )

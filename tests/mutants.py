@@ -46,7 +46,7 @@ MUTANTS = (
     ),
     Mutant(
         "bank variance dropped in AdaIN",
-        "stylefast/models/layer_inputs.py",
+        "stylefast/models/row_table.py",
         "(pages.means[layer], pages.variances[layer])",
         "(pages.means[layer], torch.ones_like(pages.variances[layer]))",
         "tests/models/test_unet_pages.py::test_a_page_of_the_bank_equals_the_live_reference",
@@ -78,7 +78,7 @@ MUTANTS = (
     ),
     Mutant(
         "IP-Adapter gate ignored",
-        "stylefast/models/layer_inputs.py",
+        "stylefast/models/row_table.py",
         "                rows.image_strength[:, :, module],\n",
         "                torch.ones_like(rows.image_strength[:, :, module]),\n",
         "tests/engine/test_instant_style.py::test_blocks_equal_the_scales_of_diffusers[style]",
@@ -86,7 +86,7 @@ MUTANTS = (
     ),
     Mutant(
         "picture mask dropped",
-        "stylefast/models/layer_inputs.py",
+        "stylefast/models/row_table.py",
         "                rows.image_mask,\n",
         "                torch.full_like(rows.image_mask, -1),\n",
         "tests/engine/test_instant_style.py::test_a_mask_bounds_the_picture_as_in_diffusers",
@@ -94,7 +94,7 @@ MUTANTS = (
     ),
     Mutant(
         "text of each row ignored",
-        "stylefast/models/layer_inputs.py",
+        "stylefast/models/row_table.py",
         "return CrossInputs(*self.text_kv[layer], rows.text_page, images)",
         "return CrossInputs(*self.text_kv[layer], torch.zeros_like(rows.text_page), images)",
         "tests/engine/test_plain.py::test_a_negative_prompt_equals_diffusers",

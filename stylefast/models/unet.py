@@ -27,19 +27,19 @@ from stylefast.kernels.layer_norm import operation as layer_norm
 from stylefast.kernels.shared_attention import Affine
 from stylefast.kernels.shared_attention import operation as shared_attention
 from stylefast.kernels.token_stats import operation as token_stats
-from stylefast.models.layer_inputs import (
+from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape
+from stylefast.models.prepacked import Conv2d, Linear
+from stylefast.models.row_table import (
     CrossInputs,
     ImageKV,
     KeyValue,
     LayerInputs,
     NormInputs,
     RowFeatures,
+    RowTable,
     SelfInputs,
     StylePages,
 )
-from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape
-from stylefast.models.prepacked import Conv2d, Linear
-from stylefast.models.row_table import RowTable
 
 Member = TypeVar("Member", bound=nn.Module)
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from stylefast.models.layer_inputs import StylePages
+from stylefast.models.row_table import StylePages
 from stylefast.models.unet import GroupNorm, SelfAttention, UNet
 from tests.support.fp64 import close, measured
 from tests.support.oracle.style_aligned import Sharing

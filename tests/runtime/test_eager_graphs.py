@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stylefast as sf
 from stylefast.kernels import registry
-from stylefast.models.layer_inputs import ImageKV
+from stylefast.models.row_table import ImageKV
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends import base
 from stylefast.runtime.backends.base import TorchBackend, graphs_for
@@ -16,8 +16,7 @@ from stylefast.runtime.backends.choice import make_backend
 from stylefast.runtime.backends.cuda_graphs import Captured, StepGraphs
 from stylefast.runtime.banks.bank_pages import BankPages
 from stylefast.runtime.steps.key_values import KeyValuePages
-from stylefast.runtime.steps.latents import LatentSlots
-from stylefast.runtime.steps.step import ModelInputs, run_step
+from stylefast.runtime.steps.step import LatentSlots, ModelInputs, run_step
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers
 from tests.support.scene import sharp_pipeline
 from tests.support.small_sdxl import small_unet_config

@@ -5,7 +5,7 @@ import torch
 
 from stylefast.models.layout import AttentionLayout
 from stylefast.runtime.steps.key_values import FIRST_PAGES, IDLE_PAGES, KeyValuePages
-from stylefast.runtime.steps.latents import LatentSlots
+from stylefast.runtime.steps.step import LatentSlots
 from tests.support.small_sdxl import small_unet_config
 from tests.support.watch import forget_idle
 

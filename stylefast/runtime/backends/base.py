@@ -12,8 +12,7 @@ from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends.cuda_graphs import CudaCapture, StepGraphs
 from stylefast.runtime.plan.sample_group import SampleGroup
-from stylefast.runtime.steps.latents import LatentSlots
-from stylefast.runtime.steps.step import ModelInputs, run_step
+from stylefast.runtime.steps.step import LatentSlots, ModelInputs, run_step
 from stylefast.runtime.steps.step_buffers import StepColumns
 
 

@@ -27,15 +27,14 @@ from stylefast.code_caches import inductor_cache
 from stylefast.errors import InvalidRequest, MissingDependency
 from stylefast.kernels.gated_cross_attention import ImageSegments
 from stylefast.kernels.shared_attention import References
-from stylefast.models.layer_inputs import ImageKV, StylePages
+from stylefast.models.row_table import ImageKV, StylePages
 from stylefast.models.unet import Resnet, TransformerBlock, UNet
 from stylefast.runtime.backends.base import Backend, graphs_for, read_in_place
 from stylefast.runtime.backends.compile_cache import CompileCache, default_folder
 from stylefast.runtime.backends.cuda_graphs import StepGraphs
 from stylefast.runtime.banks.bank_pages import idle_pages
 from stylefast.runtime.steps.key_values import KeyValuePages
-from stylefast.runtime.steps.latents import LatentSlots
-from stylefast.runtime.steps.step import ModelInputs, run_step
+from stylefast.runtime.steps.step import LatentSlots, ModelInputs, run_step
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, StepColumns
 
 logger = logging.getLogger(__name__)

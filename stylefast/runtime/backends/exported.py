@@ -32,8 +32,7 @@ from stylefast.models.unet import UNet
 from stylefast.runtime.backends.base import Backend
 from stylefast.runtime.backends.exported_parts import ExportedParts
 from stylefast.runtime.plan.sample_group import SampleGroup
-from stylefast.runtime.steps.latents import LatentSlots
-from stylefast.runtime.steps.step import ModelInputs, model_input, sampler_update
+from stylefast.runtime.steps.step import LatentSlots, ModelInputs, model_input, sampler_update
 from stylefast.runtime.steps.step_buffers import StepColumns
 
 # batch shapes whose tensors are kept

@@ -19,8 +19,8 @@ from stylefast.export.manifest import GraphEntry
 from stylefast.export.sessions import Session
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter, KeyValues
-from stylefast.models.layer_inputs import KeyValue
 from stylefast.models.layout import AttentionLayout
+from stylefast.models.row_table import KeyValue
 from stylefast.models.text import TextEncoder
 
 

@@ -9,7 +9,7 @@ import torch
 
 from stylefast import values
 from stylefast.errors import InvalidRequest, StyleError
-from stylefast.models.layer_inputs import RowFeatures
+from stylefast.models.row_table import RowFeatures
 from stylefast.runtime.jobs import Job
 from stylefast.runtime.plan.request import Request
 from stylefast.runtime.plan.request_planner import RequestPlanner

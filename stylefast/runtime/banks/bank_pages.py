@@ -16,7 +16,7 @@ import torch
 
 from stylefast.errors import OutOfMemory
 from stylefast.kernels.dequantise import dequantise
-from stylefast.models.layer_inputs import StylePages
+from stylefast.models.row_table import StylePages
 from stylefast.models.stored_tensors import Span
 from stylefast.models.unet import UNet
 from stylefast.runtime.banks.host_pages import HostPages

@@ -16,8 +16,8 @@ import torch
 from stylefast.errors import StyleError
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
-from stylefast.models.layer_inputs import ImageKV
 from stylefast.models.masks import load_mask, mask_vectors
+from stylefast.models.row_table import ImageKV
 from stylefast.models.text import Prompt, TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.runtime.plan.sample import Sample

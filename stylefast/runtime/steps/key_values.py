@@ -11,8 +11,8 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from stylefast.models.layer_inputs import KeyValue
 from stylefast.models.layout import AttentionLayout
+from stylefast.models.row_table import KeyValue
 
 FIRST_PAGES = 8
 # unused pages kept for the next request with the same prompt or picture
