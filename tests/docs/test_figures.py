@@ -147,3 +147,17 @@ def test_what_reading_costs_is_that_of_its_results_file(checkout):
         )
         found.append(words in joined)
     assert any(found)
+
+
+def test_what_the_page_of_the_architecture_says_of_speed_is_that_of_the_results_file(checkout):
+    words = " ".join((checkout / "docs" / "architecture.md").read_text().split())
+    found = []
+    for content in recorded(checkout, "compare-cpu.json"):
+        ratios = {row["case"]: row["ratio"] for row in content["results"]["cases"]}
+        whole = [ratio for case, ratio in ratios.items() if " " in case]
+        parts = [ratio for case, ratio in ratios.items() if " " not in case]
+        found.append(
+            f"pictures and jobs took {min(whole):.2f} to {max(whole):.2f} times as long, operations {min(parts):.2f} "
+            f"to {max(parts):.2f}" in words
+        )
+    assert any(found)
