@@ -37,6 +37,7 @@ else:
     from stylefast.kernels.group_norm_silu import group_norm_silu
     from stylefast.kernels.guided_step import guided_step
     from stylefast.kernels.layer_norm import add_layer_norm, layer_norm
+    from stylefast.kernels.row_lora import row_lora
     from stylefast.kernels.shared_attention import Affine, shared_attention
     from stylefast.kernels.token_stats import token_stats
 
@@ -50,6 +51,7 @@ else:
         "group_norm_silu",
         "guided_step",
         "layer_norm",
+        "row_lora",
         "shared_attention",
         "token_stats",
     ]

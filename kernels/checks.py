@@ -67,8 +67,15 @@ def numbers_within(name: str, tensor: torch.Tensor, low: float, high: float) -> 
 def apart(out: torch.Tensor, **inputs: torch.Tensor) -> None:
     """Raise InvalidRequest if the bytes from the first to the last element of `out` overlap those of an input."""
     for name, tensor in inputs.items():
-        if out.numel() and tensor.numel() and tensor.data_ptr() < _end(out) and out.data_ptr() < _end(tensor):
+        if not disjoint(out, tensor):
             raise InvalidRequest(f"out overlaps {name} in memory; give it a buffer of its own")
+
+
+def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether the bytes from the first to the last element of one tensor end before those of the other begin."""
+    if not one.numel() or not other.numel():
+        return True
+    return other.data_ptr() >= _end(one) or one.data_ptr() >= _end(other)
 
 
 def _end(x: torch.Tensor) -> int:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from stylefast._extension import extension, extension_error
-from stylefast.kernels.registry import Operation
+from stylefast.kernels.registry import Operation, tensors_in
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MATRICES = (torch.float32, torch.float16)  # Triton's interpreter multiplies no others
@@ -70,7 +70,8 @@ class Form(NamedTuple):
         if not filled or any(out.numel() for out in filled):
             operation._form(self.kind)(*given, *filled, **config)
         if self.device != "cpu" and outputs is None:  # the last argument is filled
-            arguments[-1].copy_(given[-1])
+            for mine, theirs in zip(tensors_in(arguments[-1:]), tensors_in(given[-1:]), strict=True):
+                mine.copy_(theirs)
         return moved(outputs, "cpu")
 
 

@@ -164,6 +164,62 @@ def _step(**changes):
     return kernels.guided_step(**(arguments | changes))
 
 
+def _loras(x=(2, 5, 8), y=(2, 5, 4), down=(3, 1, 8, 16), up=(3, 16, 4), rest=(), **changes):
+    arguments = {
+        "x": x if isinstance(x, torch.Tensor) else torch.ones(x),
+        "ys": [torch.ones(y)],
+        "down": down if isinstance(down, torch.Tensor) else torch.ones(down),
+        "up": up if isinstance(up, torch.Tensor) else torch.ones(up),
+        "unit": torch.zeros(1, 2, 1).long(),
+        "scale": torch.ones(2, 1),
+    }
+    return kernels.row_lora(*(arguments | changes).values(), *rest)
+
+
+LORAS = {
+    "x of two dimensions": (lambda: _loras(x=(5, 8)), r"x must have shape \[rows, tokens, channels\]"),
+    "x as integers": (lambda: _loras(x=torch.ones(2, 5, 8).long()), "x must be"),
+    "a pool of other channels": (lambda: _loras(down=(3, 1, 9, 16)), "down must have shape .*channels=8"),
+    "units of rank 8": (lambda: _loras(down=(3, 1, 8, 8)), "rank=16"),
+    "a 2 x 2 kernel": (
+        lambda: _loras(x=(2, 8, 4, 4), down=(3, 4, 8, 16)),
+        "down has 4 taps, but a convolution has 1 or 9",
+    ),
+    "a 3 x 3 kernel for tokens": (lambda: _loras(down=(3, 9, 8, 16)), "down has 9 taps, but a linear layer has 1"),
+    "pools of other sizes": (lambda: _loras(up=(2, 16, 4)), "up must have shape .*units=3"),
+    "a pool in half precision": (lambda: _loras(up=torch.ones(3, 16, 4).half()), "up must be torch.float32"),
+    "a pool with gaps": (lambda: _loras(down=torch.ones(3, 1, 8, 32)[..., ::2]), "down must be contiguous"),
+    "a stride of 3": (lambda: _loras(rest=(3,)), "stride is 3; it must be a whole number from 1 to 2"),
+    "a padding of 2": (lambda: _loras(rest=(1, 2)), "padding is 2"),
+    "a padding of tokens": (lambda: _loras(rest=(1, 1)), "belong to convolutions"),
+    "a tensor as ys": (lambda: _loras(ys=torch.ones(1, 2, 5, 4)), "ys is .* must be a list of at most 3"),
+    "four parts": (lambda: _loras(ys=[torch.ones(2, 5, 4)] * 4), "at most 3 tensors"),
+    "y of other channels": (lambda: _loras(y=(2, 5, 5)), r"ys\[0\] must have shape .*out=4"),
+    "y of a convolution with another stride": (
+        lambda: _loras(x=(2, 8, 6, 6), y=(2, 4, 6, 6), down=(3, 9, 8, 16), rest=(2, 1)),
+        r"ys\[0\] must have shape \[rows=2, out=4, h=3, w=3\]",
+    ),
+    "y in half precision": (lambda: _loras(ys=[torch.ones(2, 5, 4).half()]), r"ys\[0\] must be torch.float32"),
+    "strided channels": (
+        lambda: _loras(x=torch.ones(2, 8, 5).transpose(1, 2)),
+        "x must have stride 1 in its last dimension, not 5",
+    ),
+    "units of other parts": (lambda: _loras(unit=torch.zeros(2, 2, 1).long()), "unit must have shape .*parts=1"),
+    "units as 32-bit integers": (lambda: _loras(unit=torch.zeros(1, 2, 1).int()), "unit must be torch.int64"),
+    "scales of other units": (lambda: _loras(scale=torch.ones(2, 2)), "scale must have shape .*N=1"),
+    "scales in half precision": (lambda: _loras(scale=torch.ones(2, 1).half()), "scale must be torch.float32"),
+    "a unit behind the last": (lambda: _loras(unit=torch.full((1, 2, 1), 3)), r"unit holds 3, .* lie in \[-1, 2\]"),
+    "a unit below -1": (lambda: _loras(unit=torch.full((1, 2, 1), -2)), "unit holds -2"),
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_row_lora_refuses(name):
+    call, message = LORAS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 OTHERS = {
     "a negative AdaIN strength": (lambda: _adain(strength=-0.1), r"strength holds -0.1.*, but must lie in \[0, 1\]"),
     "an AdaIN strength above 1": (lambda: _adain(strength=1.5), "strength holds 1.5"),

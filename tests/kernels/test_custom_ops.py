@@ -80,6 +80,13 @@ def _stored(seed):
     return torch.rand(3, 19, generator=generator), values.view(torch.uint8), torch.zeros(3, 5, 19)
 
 
+def _loras(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, (down, up) = torch.randn(3, 7, 16, generator=generator), torch.randn(2, 4, 16, 16, generator=generator)
+    unit, scale = torch.randint(-1, 4, (2, 3, 2), generator=generator), torch.rand(3, 2, generator=generator)
+    return (x, down[:, None], up, unit, scale, 1, 0, list(torch.randn(2, 3, 7, 16, generator=generator)))
+
+
 CASES = {
     "shared_attention": _shared,
     "token_stats": lambda seed: ([x for x in _shared(seed)[:3]],),
@@ -91,6 +98,7 @@ CASES = {
     "layer_norm": _layer,
     "add_layer_norm": _add_layer,
     "guided_step": _step,
+    "row_lora": _loras,
 }
 FORMS = ("torch", "cpp", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch", "cpp")
 each_form = pytest.mark.parametrize("name, form", [(name, form) for name in CASES for form in FORMS])
@@ -127,6 +135,14 @@ def by_name(function):
         return lambda scale, codes, out: function(codes.view(torch.float8_e4m3fn), scale, out)
     if function is kernels.token_stats:
         return lambda tensors: function(*tensors)
+    if function is kernels.row_lora:
+
+        def added(x, down, up, unit, scale, stride, padding, ys):
+            ys = [y.clone() for y in ys]
+            function(x, ys, down, up, unit, scale, stride, padding)
+            return tuple(ys)
+
+        return added
     return function
 
 
@@ -210,6 +226,7 @@ DIFFERENTIABLE = {
     "layer_norm": (0, 1, 2),
     "add_layer_norm": (0, 1, 2, 3),
     "guided_step": (0, 3),
+    "row_lora": (0, 1, 2),
 }
 
 
