@@ -1,4 +1,7 @@
-"""Digests of tensors. Manifests, banks and records store them, so their values must not change."""
+"""Digests of tensors, and a check of their values.
+
+Manifests, banks and records store the digests, so they must not change.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,6 +20,14 @@ def sampled_bytes(x: torch.Tensor) -> bytes:
     """Return up to 256 evenly spaced elements of a tensor, as float32."""
     flat = x.detach().reshape(-1)
     return flat[:: max(flat.numel() // _SAMPLES, 1)][:_SAMPLES].float().cpu().numpy().tobytes()
+
+
+def all_finite(x: torch.Tensor) -> bool:
+    """Return whether a floating-point tensor holds neither NaN nor infinity."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # a finite sum needs finite terms, and costs one pass; an infinite one may be too large a sum of finite terms
+    total = (x if x.dtype.itemsize > 1 else x.to(wide)).sum(dtype=wide)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(x.to(wide)).all())
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:

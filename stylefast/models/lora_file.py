@@ -5,15 +5,19 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stylefast import values
-from stylefast.errors import AdapterError, ModelNotFound
+from stylefast.errors import AdapterError, ModelFormatError, ModelNotFound
 from stylefast.models import peft_config
+from stylefast.models.digests import all_finite
 from stylefast.models.lora_changes import Change, Difference, Replacement, Scaling, ShapeMismatch, change_of
 from stylefast.models.lora_names import PARTS, PEFT_PREFIX, ModuleNames, split_key
 from stylefast.models.peft_config import PeftConfig
@@ -47,13 +51,21 @@ _NAMED = re.compile(r"\.lora_(A|B|magnitude_vector)\.([^.]+)\.(?:weight|bias)$")
 _CROSS_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
 
 
+class Target(NamedTuple):
+    """A weight that a LoRA changes: its shape, and its size in the model's type."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA as read; `changes` maps (part, name of the weight) to its change."""
+    """A LoRA as read; `changes` and `targets` map (part, name of the weight) to its change and to the weight's form."""
 
     name: str
     digest: str  # SHA-256 of all files read
     changes: Mapping[tuple[str, str], Change]
+    targets: Mapping[tuple[str, str], Target]
 
 
 @dataclass(frozen=True)
@@ -80,16 +92,21 @@ def read_lora(source: str | Path, weights: Mapping[str, Mapping[str, Tensor]]) -
     have an unknown kind or layout, are damaged, or were made for other shapes.
     """
     pieces, names = _pieces(source), ModuleNames(weights)
-    digest, changes = hashlib.sha256(), {}
-    for piece in pieces:
-        found = _read_piece(piece, names, weights)
-        if double := found.keys() & changes.keys():
-            raise AdapterError(f"{source} changes {'.'.join(min(double))} in two of its files; give only one of them")
-        changes |= found
-        for file in (piece.path, piece.path.parent / peft_config.FILE) if piece.config else (piece.path,):
-            _add_digest(digest, file)
+    changes: dict[tuple[str, str], Change] = {}
+    with _Digest() as digest:
+        for piece in pieces:
+            found = _read_piece(piece, names, weights, digest)
+            if double := found.keys() & changes.keys():
+                raise AdapterError(
+                    f"{source} changes {'.'.join(min(double))} in two of its files; give only one of them"
+                )
+            changes |= found
+    changed = {(part, name): weights[part][name] for part, name in changes}
+    targets = {
+        key: Target(tuple(weight.shape), weight.numel() * weight.element_size()) for key, weight in changed.items()
+    }
     path = Path(source)
-    return LoraFile(path.stem if path.is_file() else pieces[0].path.stem, digest.hexdigest(), changes)
+    return LoraFile(path.stem if path.is_file() else pieces[0].path.stem, digest.value, changes, targets)
 
 
 def files_of(source: str | Path) -> list[Path]:
@@ -137,10 +154,12 @@ def _only_file(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def _read_piece(piece: _Piece, names: ModuleNames, weights) -> dict[tuple[str, str], Change]:
+def _read_piece(piece: _Piece, names: ModuleNames, weights, digest: "_Digest") -> dict[tuple[str, str], Change]:
     entries, metadata = open_tensors(piece.path)
     file = piece.path.name
     roles = _roles(entries, file, piece, metadata)
+    for one in (piece.path, piece.path.parent / peft_config.FILE) if piece.config else (piece.path,):
+        digest.add(one)
     modules, unknown = _modules(roles, entries, names, piece)
     configs = peft_config.read_metadata(metadata, file) if piece.config is None else dict.fromkeys(PARTS, piece.config)
     changes: dict[tuple[str, str], Change] = {}
@@ -286,7 +305,8 @@ def _finite(tensor: Tensor, key: str, role: str, file: str) -> Tensor:
     if integer or re.search("e8m0|float4", str(tensor.dtype)):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise AdapterError(f"{file} holds {key[:200]} as {kind}, quantised in an unsupported way; {WAY_OUT}")
-    if not torch.isfinite(tensor.float()).all():
+    # used in float32, so that a larger float64 is infinite
+    if not all_finite(tensor if tensor.dtype.is_floating_point and tensor.itemsize <= 4 else tensor.float()):
         raise AdapterError(f"{file}: {key[:200]} contains NaN or infinity; the file is damaged, or training diverged")
     return tensor
 
@@ -392,7 +412,40 @@ def _some(keys: Sequence[str]) -> str:
     return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown
 
 
-def _add_digest(digest, file: Path) -> None:
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
+class _Digest:
+    """A SHA-256 of files, computed beside the reading of their tensors, which takes as long; `value` is its result.
+
+    Leaving the context waits for it, or ends it if an exception is the reason.
+    """
+
+    def __init__(self):
+        self._digest, self._stopped = hashlib.sha256(), Event()
+        self._thread = ThreadPoolExecutor(1)
+        self._added: list[Future] = []
+
+    def add(self, file: Path) -> None:
+        """Add a file's content, after that of all files before it."""
+        self._added.append(self._thread.submit(self._read, file))
+
+    def __enter__(self) -> "_Digest":
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is not None:
+            self._stopped.set()
+        self._thread.shutdown()
+
+    @property
+    def value(self) -> str:
+        """Return the digest as 64 hex digits. Raises ModelFormatError for a file that could not be read to its end."""
+        for added in self._added:
+            added.result()
+        return self._digest.hexdigest()
+
+    def _read(self, file: Path) -> None:
+        try:
+            with file.open("rb") as stream:
+                while (block := stream.read(2**20)) and not self._stopped.is_set():
+                    self._digest.update(block)
+        except OSError as error:
+            raise ModelFormatError(f"can't read {file.name}: {error.strerror or error}") from error
