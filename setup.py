@@ -47,6 +47,7 @@ HEADERS = [
     "csrc/page_pool.h",
     "csrc/parallel.h",
     "csrc/planner.h",
+    "csrc/row_lora_kernel.h",
     "csrc/shared_attention_kernel.h",
     "csrc/span_kernel.h",
     "csrc/streaming.h",

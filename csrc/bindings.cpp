@@ -152,7 +152,7 @@ void bind_runtime(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "stylefast's C++ parts; call them through stylefast.runtime and stylefast.kernels";
-    module.attr("interface") = 8;  // stylefast/_extension.py refuses any other number than its own
+    module.attr("interface") = 9;  // stylefast/_extension.py refuses any other number than its own
     bind_runtime(module);
     module.def("cpu_features", &stylefast::cpu_features);
     module.def("instruction_set", &stylefast::instruction_set);
@@ -181,4 +181,6 @@ PYBIND11_MODULE(_C, module) {
                py::arg("history"), py::arg("predictions"), py::arg("branch_rows"), py::arg("branch_weights"),
                py::arg("rescale"), py::arg("denoised"), py::arg("update"), py::arg("noise"), py::arg("next_latents"),
                py::arg("next_anchor"), py::arg("next_history"));
+    module.def("row_lora", released(&stylefast::row_lora), py::arg("x"), py::arg("down"), py::arg("up"),
+               py::arg("unit"), py::arg("scale"), py::arg("stride"), py::arg("padding"), py::arg("ys"));
 }

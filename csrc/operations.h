@@ -50,4 +50,8 @@ void guided_step(const std::string& set, const at::Tensor& latents, const at::Te
                  const at::Tensor& noise, const at::Tensor& next_latents, const at::Tensor& next_anchor,
                  const at::Tensor& next_history);
 
+void row_lora(const std::string& set, const at::Tensor& x, const at::Tensor& down, const at::Tensor& up,
+              const at::Tensor& unit, const at::Tensor& scale, std::int64_t stride, std::int64_t padding,
+              const std::vector<at::Tensor>& ys);
+
 }  // namespace stylefast

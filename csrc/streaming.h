@@ -33,6 +33,45 @@ struct Geglu {
     Lines x, out;
 };
 
+// A piece is one (row with units, block of tokens). Tokens are pixels of the output; a linear layer has one line of
+// them.
+struct RowLora {
+    static constexpr std::int64_t rank = 16, most_parts = 3;
+    static constexpr std::int64_t block = 96;           // tokens
+    static constexpr std::int64_t chunk = 256;          // channels summed at once: short chains, and A stays in L1
+    static constexpr std::int64_t group = 12;           // tokens packed at once, at most
+    static constexpr std::int64_t packed = chunk + 16;  // floats from one to the next: not all in the same cache sets
+
+    // [rows, lines, pixels, channels]; strides in bytes, channels side by side
+    struct Pixels {
+        char* data;
+        std::int64_t row, line, pixel;
+    };
+    struct Unit {
+        std::int64_t number;
+        float scale;
+    };
+    struct Row {
+        std::int64_t number, first, counts[most_parts];  // its units begin at units[first], part after part
+    };
+
+    Element type;  // of x, ys, down and up
+    std::int64_t in, out, height, width, x_height, x_width, side, stride, padding, blocks;
+    Pixels x, ys[most_parts];
+    const char *down, *up;            // [units, side * side, in, rank], [units, rank, out]
+    const Unit* units;                // used, with a scale other than 0
+    const Row* active;                // rows that have such units
+    std::int64_t most, most_of_part;  // units of a row, and of one of its parts
+
+    std::int64_t inner_floats() const { return block * most * rank; }
+    // one of the factors at a time, as fp32: chunks of A, or B and its last columns
+    std::int64_t factor_floats() const {
+        const std::int64_t a = most * chunk * rank, b = most_of_part * rank * (out + 64);
+        return type == Element::f32 ? most_of_part * rank * 64 : (a > b ? a : b);
+    }
+    std::int64_t scratch() const { return 4 * (inner_floats() + group * packed + factor_floats()) + 16 * most_of_part; }
+};
+
 // A piece is one row of channels; weight and bias have x's type.
 struct LayerNorm {
     std::int64_t channels;
@@ -93,6 +132,7 @@ struct StreamingKernels {
     void (*normalise)(const GroupNorm&, std::int64_t first, std::int64_t last);
     void (*output_moments)(const GuidedStep&, std::int64_t first, std::int64_t last);
     void (*guided_step)(const GuidedStep&, std::int64_t first, std::int64_t last);
+    void (*row_lora)(const RowLora&, std::int64_t first, std::int64_t last, char* scratch);
 };
 
 // bytes of scratch, 64-byte aligned, that `block_moments` wants channels last: three arrays of whole vectors

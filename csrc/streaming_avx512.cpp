@@ -25,11 +25,12 @@ namespace {
 #include "group_norm_kernel.h"
 #include "guided_step_kernel.h"
 #include "layer_norm_kernel.h"
+#include "row_lora_kernel.h"
 #include "token_stats_kernel.h"
 
 const StreamingKernels kKernels = {
     token_stats,   adain_affine,   dequantise, geglu,          layer_norm,  block_moments,
-    group_moments, channel_tables, normalise,  output_moments, guided_step,
+    group_moments, channel_tables, normalise,  output_moments, guided_step, row_lora,
 };
 
 }  // namespace

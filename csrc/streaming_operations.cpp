@@ -16,6 +16,8 @@ namespace {
 
 // elements of a group or, channels last, positions: what stays in L1 or L2 between two passes
 constexpr std::int64_t kNormBlock = 4096, kPositionBlock = 64;
+// products of row_lora in the time that the other operations take for a byte
+constexpr std::int64_t kProductsPerByte = 6;
 
 const StreamingKernels& streaming_for(const std::string& set) {
     const StreamingKernels* kernels = set.empty() ? nullptr : set == "avx2" ? avx2_streaming() : avx512_streaming();
@@ -152,6 +154,17 @@ std::vector<float> rescale_factors(const GuidedStep& a, const float* rescale) {
         factors[picture] = static_cast<float>(1.0 - strength + strength * deviation[1] / deviation[0]);
     }
     return factors;
+}
+
+// x [rows, tokens, channels] or [rows, channels, lines, pixels] with channels side by side; the copy that has to be
+// made otherwise is left in `kept`
+RowLora::Pixels pixels_of(const at::Tensor& x, at::Tensor& kept) {
+    const std::int64_t channels = x.dim() == 3 ? 2 : 1;
+    const bool dense = x.size(channels) == 1 || x.stride(channels) == 1;
+    kept = dense ? x : x.dim() == 3 ? x.contiguous() : x.contiguous(at::MemoryFormat::ChannelsLast);
+    const std::int64_t size = kept.element_size();
+    if (x.dim() == 3) return {data_of(kept), kept.stride(0) * size, 0, kept.stride(1) * size};
+    return {data_of(kept), kept.stride(0) * size, kept.stride(2) * size, kept.stride(3) * size};
 }
 
 }  // namespace
@@ -399,6 +412,79 @@ void guided_step(const std::string& set, const at::Tensor& latents, const at::Te
     a.factor = factors.data();
     run_pieces(pieces, 11 * bytes, 0,
                [&](std::int64_t first, std::int64_t last, char*) { kernels.guided_step(a, first, last); });
+}
+
+void row_lora(const std::string& set, const at::Tensor& x, const at::Tensor& down, const at::Tensor& up,
+              const at::Tensor& unit, const at::Tensor& scale, std::int64_t stride, std::int64_t padding,
+              const std::vector<at::Tensor>& ys) {
+    const auto parts = static_cast<std::int64_t>(ys.size());
+    check_range("the number of parts", parts, 0, RowLora::most_parts + 1);
+    if (x.dim() != 3 && x.dim() != 4) refuse("x has " + std::to_string(x.dim()) + " dimensions, not 3 or 4");
+    if (down.dim() != 4 || up.dim() != 3) refuse("down must have 4 dimensions and up 3");
+    if (unit.dim() != 3) refuse("unit has " + std::to_string(unit.dim()) + " dimensions, not 3");
+    RowLora a{};
+    a.type = float_of("x", x);
+    const bool linear = x.dim() == 3;
+    const std::int64_t rows = x.size(0), pool = down.size(0), taps = down.size(1), most = unit.size(2);
+    a.in = x.size(linear ? 2 : 1), a.out = up.size(2);
+    a.side = taps == 9 ? 3 : 1, a.stride = stride, a.padding = padding;
+    if (taps != a.side * a.side || (linear && taps != 1)) refuse("down has " + std::to_string(taps) + " taps");
+    check_range("stride", stride, 1, 3);
+    check_range("padding", padding, 0, 2);
+    a.x_height = linear ? 1 : x.size(2), a.x_width = linear ? x.size(1) : x.size(3);
+    const auto reached = [&](std::int64_t size) {
+        return std::max<std::int64_t>(0, (size + 2 * padding - a.side + stride) / stride);
+    };
+    a.height = linear ? 1 : reached(a.x_height), a.width = linear ? a.x_width : reached(a.x_width);
+    const at::Tensor downs = contiguous("down", down, x.scalar_type(), {pool, taps, a.in, RowLora::rank});
+    const at::Tensor ups = contiguous("up", up, x.scalar_type(), {pool, RowLora::rank, a.out});
+    a.down = data_of(downs), a.up = data_of(ups);
+    const std::vector<std::int64_t> sizes = linear ? std::vector<std::int64_t>{rows, a.width, a.out}
+                                                   : std::vector<std::int64_t>{rows, a.out, a.height, a.width};
+    for (const at::Tensor& y : ys) {
+        check_sizes("y", y, sizes);
+        if (y.scalar_type() != x.scalar_type()) refuse("y does not have x's type");
+    }
+    const at::Tensor numbers = contiguous("unit", unit, at::ScalarType::Long, {parts, rows, most});
+    check_range("unit", numbers, -1, pool);
+    const at::Tensor scales = contiguous("scale", scale, at::ScalarType::Float, {rows, most});
+    if (a.height * a.width * a.out == 0) return;
+
+    std::vector<RowLora::Unit> units;
+    std::vector<RowLora::Row> active;
+    for (std::int64_t row = 0; row < rows; ++row) {
+        RowLora::Row found{row, static_cast<std::int64_t>(units.size()), {}};
+        for (std::int64_t part = 0; part < parts; ++part) {
+            for (std::int64_t n = 0; n < most; ++n) {
+                const std::int64_t number = numbers.const_data_ptr<std::int64_t>()[(part * rows + row) * most + n];
+                const float strength = scales.const_data_ptr<float>()[row * most + n];
+                if (number < 0 || strength == 0.0f) continue;
+                units.push_back({number, strength});
+                ++found.counts[part];
+            }
+            a.most_of_part = std::max(a.most_of_part, found.counts[part]);
+        }
+        const std::int64_t count = static_cast<std::int64_t>(units.size()) - found.first;
+        a.most = std::max(a.most, count);
+        if (count) active.push_back(found);
+    }
+    if (active.empty()) return;
+    a.units = units.data(), a.active = active.data();
+
+    at::Tensor input, outputs[RowLora::most_parts];
+    a.x = pixels_of(x, input);
+    for (std::int64_t part = 0; part < parts; ++part) a.ys[part] = pixels_of(ys[part], outputs[part]);
+    const StreamingKernels& kernels = streaming_for(set);
+    a.blocks = ceil_divide(a.height * a.width, RowLora::block);
+    const auto pieces = static_cast<std::int64_t>(active.size()) * a.blocks;
+    const std::int64_t tokens = std::min(RowLora::block, a.height * a.width);
+    const std::int64_t products = tokens * RowLora::rank * (taps * a.in + a.out) * a.most;
+    run_pieces(
+        pieces, products / kProductsPerByte, static_cast<std::size_t>(a.scratch()),
+        [&](std::int64_t first, std::int64_t last, char* scratch) { kernels.row_lora(a, first, last, scratch); });
+    for (std::int64_t part = 0; part < parts; ++part) {
+        if (outputs[part].data_ptr() != ys[part].data_ptr()) ys[part].copy_(outputs[part]);
+    }
 }
 
 }  // namespace stylefast

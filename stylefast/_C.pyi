@@ -127,3 +127,13 @@ def guided_step(
     next_anchor: Tensor,
     next_history: Tensor,
 ) -> None: ...
+def row_lora(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    unit: Tensor,
+    scale: Tensor,
+    stride: int,
+    padding: int,
+    ys: Sequence[Tensor],
+) -> None: ...

@@ -1,4 +1,4 @@
-"""LoRAs per row in every form: mixes of ranks, parts and convolutions, rows that leave one another alone, skipped units."""
+"""LoRAs per row in every form: ranks that mix, parts, convolutions, skipped units, and rows that stay apart."""
 
 import pytest
 import torch
@@ -21,7 +21,6 @@ from tests.kernels.conformance import (
     each_type,
     equal,
     forms,
-    normal,
     same_bits_on_any_number_of_threads,
 )
 
@@ -86,9 +85,9 @@ def pool(draw, units, taps, channels, out, dtype=torch.float32):
 
 def tables(draw, parts, rows, count, units):
     """Which units the rows use, none of them the first except at a scale of 0."""
-    unit = torch.tensor(draw.some(parts, rows, count, values=(-1, *range(1, units)))).reshape(parts, rows, count)
+    unit = torch.tensor(draw.some(parts, rows, count, values=(-1, *range(1, units))), dtype=torch.int64)
     scale = torch.tensor(draw.some(rows, count, values=(0.0, 1.0, -0.5, 0.7))).reshape(rows, count)
-    return torch.where(scale == 0, 0, unit), scale
+    return torch.where(scale == 0, 0, unit.reshape(parts, rows, count)), scale
 
 
 def linear_call(draw, dtype, large=False):
