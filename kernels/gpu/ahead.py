@@ -34,6 +34,7 @@ OPERATIONS = (
     "geglu",
     "layer_norm",
     "guided_step",
+    "row_lora",
 )
 
 
