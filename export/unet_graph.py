@@ -156,6 +156,7 @@ def _sizes(layout: AttentionLayout, shape: GraphShape) -> dict[str, int | str]:
     return {
         "references": shape.references,
         "segments": shape.segments,
+        "loras": 0,
         "layers": len(layout.layers),
         "modules": len(layout.modules),
     }

@@ -28,16 +28,17 @@ from stylefast.models.lora import LoraSet
 from stylefast.models.prepacked import channels_last, pack
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
-from stylefast.options import NAMES, OF_LOADED, EngineOptions, parse_bytes
+from stylefast.options import NAMES, OF_LOADED, SIZES, EngineOptions, parse_bytes
 from stylefast.record import metadata, style_digest
 from stylefast.runtime.backends.choice import check_backend, make_backend
 from stylefast.runtime.banks.baking import BakeCallback, bake, bake_request
 from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Call, Job, StepCallback
+from stylefast.runtime.loras import Loras
 from stylefast.runtime.memory import MemoryBudget, check_limit, held_bytes, memory_report
 from stylefast.runtime.plan.checks import as_list, check_deadline, check_output, prompts_of
 from stylefast.runtime.plan.notices import Notices
-from stylefast.runtime.plan.request import Request, Result, StyleLike
+from stylefast.runtime.plan.request import LoraStrength, Request, Result, StyleLike
 from stylefast.runtime.plan.request_planner import RequestPlanner
 from stylefast.runtime.runner import Runner
 from stylefast.runtime.scheduler import Scheduler
@@ -84,9 +85,12 @@ class Engine:
         self.text_encoder = TextEncoder(components.tokenizers, components.text_encoders, components.force_zeros)
         self.vae = components.vae
         self.adapters: dict[str, tuple[IPAdapter, ImageEncoder]] = {}
-        self.loras = LoraSet(
+        self.merged_loras = LoraSet(
             components.unet_state, components.text_encoders, guard=lambda: self.scheduler.changing_weights()
         )
+        limits = [parse_bytes(name, getattr(options, name)) for name in SIZES]
+        self.budget = MemoryBudget(*limits[:3])
+        self.loras = Loras(self.unet, self.merged_loras.weights, host_memory=limits[4])
         self._warn = Notices(self.name, components.known_words)
         scheduler_config = components.scheduler_config
         store = ConditionStore(
@@ -94,14 +98,14 @@ class Engine:
             self.text_encoder,
             self.adapters,
             scheduler_config.get("num_train_timesteps", 1000),
-            revision=lambda: self.loras.fingerprint,
+            self.loras,
+            revision=lambda: self.merged_loras.fingerprint,
+            lora_memory=limits[3],
         )
-        limits = ("memory_limit", "bank_memory", "host_memory")
-        self.budget = MemoryBudget(*(parse_bytes(name, getattr(options, name)) for name in limits))
         chosen = make_backend(options.backend, self.unet, options.engines, options.trust, source=self._source)
         self.runner = Runner(self.unet, store, chosen, self.budget, options.batch_buckets)
         self._planner = RequestPlanner(
-            self.runner, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint
+            self.runner, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint, self.loras
         )
         _check_part("preview", options.preview)
         self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, options.preview)
@@ -197,7 +201,10 @@ class Engine:
         return name
 
     def load_lora(self, source: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """Apply a LoRA (file or folder) to the UNet and text encoders; return its name, by default the file's.
+        """Merge a LoRA (file or folder) into the UNet and text encoders; return its name, by default the file's.
+
+        It then holds for all requests. LoRAs that differ by request are registered by `engine.loras.add`;
+        `engine.merged_loras` changes the strengths of merged ones and removes them.
 
         Supports LoRA, LoCon, LoHa, LoKr, DoRA and full differences in the layouts of kohya, diffusers, peft, ComfyUI
         and OneTrainer. An embedding in the same file is reported, and used by `DreamStyler(file)`.
@@ -205,7 +212,7 @@ class Engine:
         progress, since half of their steps would use other weights.
         """
         self.runner.check_open()
-        return self.loras.add(source, scale, name)
+        return self.merged_loras.add(source, scale, name)
 
     @property
     def downscale(self) -> int:
@@ -247,6 +254,7 @@ class Engine:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         spacing: str | None = None,
         clip_skip: int | None = 0,
+        loras: Mapping[str, LoraStrength] | None = None,
         callback: StepCallback | None = None,
         output: str = "pil",
         alone: bool = False,
@@ -294,6 +302,7 @@ class Engine:
             "guidance_interval": guidance_interval,
             "spacing": spacing,
             "clip_skip": clip_skip,
+            "loras": loras,
         }
         self._open(output)
         seeds = values.seeds("seed", seed, len(prompts))
@@ -369,6 +378,7 @@ class Engine:
         *,
         guidance_rescale: float = 0.0,
         spacing: str | None = None,
+        loras: Mapping[str, LoraStrength] | None = None,
         store: str = "kv",
         dtype: str = "auto",
         path: str | Path | None = None,
@@ -384,6 +394,7 @@ class Engine:
             steps, scheduler, size, spacing: must be equal in requests that use the bank. guidance above 1 also bakes
                 the null branch, which requests with guidance need; its value, guidance_rescale and negative_prompt
                 apply to a reference generated from a prompt.
+            loras: as in `Request`; the reference is made under them, and the bank fits only requests with the same.
             store: "kv" (keys and values: largest, fastest), "hidden" (the states they are projected from: half as
                 large, projected when a page is fetched), "latents" (a few kilobytes per step; the reference runs again
                 alongside its readers).
@@ -410,6 +421,7 @@ class Engine:
             "spacing": spacing,
             "negative_prompt": negative_prompt,
             "guidance_rescale": guidance_rescale,
+            "loras": loras,
         }
         request = bake_request(style, options)
         self._warn([request], baking=True)
@@ -457,11 +469,11 @@ class Engine:
     def _made(self, job: Job, latents: Mapping[int, torch.Tensor]) -> Generator[None, None, Result]:
         """Return the generator of a job's result, see `_result`."""
         for entry in job.metadata:
-            entry["loras"] = self.loras.scales  # may have changed while the job waited, but not while it ran
+            entry["loras"] = self.merged_loras.scales  # may have changed while the job waited, but not while it ran
         return self._result([latents[i] for i in range(len(job.requests))], job.metadata, job.output)
 
     def _current_fingerprint(self) -> str:
-        loras = self.loras.fingerprint
+        loras = self.merged_loras.fingerprint
         return f"{self.fingerprint}+{loras[:16]}" if loras else self.fingerprint
 
     def _source(self) -> Source:
@@ -483,9 +495,16 @@ class Engine:
             "backend": self.runner.backend.name,
             "dtype": str(self.unet.dtype).removeprefix("torch."),
             "prediction_type": self._components.scheduler_config.get("prediction_type", "epsilon"),
-            "loras": self.loras.scales,
+            "loras": self.merged_loras.scales,
         }
-        return metadata(requests, stylefast.__version__, model)
+        entries = metadata(requests, stylefast.__version__, model)
+        for entry, request in zip(entries, requests, strict=True):
+            named = {name: self.loras[name] for name in request.lora_scales}
+            if named:
+                entry["lora_files"] = {
+                    name: {"path": str(lora.path), "sha256": lora.digest} for name, lora in named.items()
+                }
+        return entries
 
 
 def _check_part(name: str, part: Any) -> None:

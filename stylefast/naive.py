@@ -252,7 +252,7 @@ def row_table(unet, rows: Sequence[tuple[Sample, str]], step: int) -> tuple[Imag
                 style.write_rows(written, i, layout, sample.leads)
 
     sizes = {"rows": len(rows), "layers": len(layout.layers), "modules": len(layout.modules)}
-    sizes |= {"references": max(map(len, pages)), "segments": max(map(len, segments))}
+    sizes |= {"references": max(map(len, pages)), "segments": max(map(len, segments)), "loras": 0}
     sizes["norm_rows"] = len(rows) if written.takes_norms.any() else 0
     table = RowTable(*(column.filled(column.shape(sizes)) for column in COLUMNS.values()))
     table.text_page[:] = torch.arange(len(rows))

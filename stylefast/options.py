@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 EXPORTED = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "aoti": "aoti"}
 BACKENDS = ("auto", "torch", "compile", *EXPORTED)
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# options that are memory sizes
+SIZES = ("memory_limit", "bank_memory", "host_memory", "lora_memory", "lora_host_memory")
 _MOST_BUCKETS = 64
 _MOST_BYTES = 2**60
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -104,6 +106,14 @@ class EngineOptions:
     host_memory: int | str | None = _option(
         None, "bytes of pinned memory for pages being copied to a GPU, by default a quarter of the free memory", "BYTES"
     )
+    lora_memory: int | str | None = _option(
+        None, "bytes for the LoRAs of requests on the device, by default as many as fit", "BYTES"
+    )
+    lora_host_memory: int | str | None = _option(
+        None,
+        "bytes of host memory for registered LoRAs; beyond it the least recently used are read again from their files",
+        "BYTES",
+    )
     max_batch_rows: int | None = _option(
         None, "max rows of one UNet call, two per picture with guidance; a larger group runs alone"
     )
@@ -117,9 +127,7 @@ class EngineOptions:
     )
 
     def __post_init__(self):
-        checked: dict[str, Any] = {
-            name: parse_bytes(name, getattr(self, name)) for name in ("memory_limit", "bank_memory", "host_memory")
-        }
+        checked: dict[str, Any] = {name: parse_bytes(name, getattr(self, name)) for name in SIZES}
         checked["batch_buckets"] = _buckets(self.batch_buckets)
         for name in ("max_batch_rows", "max_pending"):
             value = getattr(self, name)

@@ -33,7 +33,7 @@ class LoraSet:
     def __init__(self, unet_state, text_encoders, guard: Callable[[], AbstractContextManager] = nullcontext):
         self._guard = guard
         states = (unet_state, *(encoder.state_dict() for encoder in text_encoders))
-        self._weights = {part: dict(state) for part, state in zip(PARTS, states)}
+        self.weights = {part: dict(state) for part, state in zip(PARTS, states)}
         self._originals: dict[tuple[str, str], torch.Tensor] = {}
         self._loras: dict[str, Mapping[tuple[str, str], Change]] = {}
         self._scales: dict[str, float] = {}
@@ -65,7 +65,7 @@ class LoraSet:
         scale, path = _checked_scale(scale), values.path("a LoRA", source)
         if name is not None:
             values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
-        lora = read_lora(path, self._weights)
+        lora = read_lora(path, self.weights)
         name = lora.name if name is None else name
         if name in self._loras:
             raise InvalidRequest(
@@ -112,7 +112,7 @@ class LoraSet:
     @torch.no_grad()
     def _write(self, keys: Iterable[tuple[str, str]]) -> None:
         for key in keys:
-            weight = self._weights[key[0]][key[1]]
+            weight = self.weights[key[0]][key[1]]
             on = [(self._scales[n], lora[key]) for n, lora in self._loras.items() if key in lora and self._scales[n]]
             if key not in self._originals:
                 if not on:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stylefast.kernels.row_lora import operation as row_lora
 from stylefast.models.weight_files import available_memory
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class _Packable:
     """Base of `Linear` and `Conv2d` with lazily made packed copies, one per input shape key."""
 
     weight: torch.Tensor
+    place: tuple[int, int] = (-1, -1)  # number of the layer and of its kind, see `row_loras.LoraLayout`
     _wanted = False
     _copies: dict[tuple, torch.Tensor]
     _stamp: tuple = ()
@@ -66,9 +68,18 @@ class _Packable:
 
 
 class Linear(_Packable, nn.Linear):
-    """`nn.Linear` with optional packing."""
+    """`nn.Linear` with optional packing, to whose output LoRAs of rows may be added."""
 
-    def forward(self, x):  # [.., in_features]
+    def forward(self, x, lora: tuple | None = None):  # [rows, .., in_features]; lora: LoraInputs
+        out = self._product(x)
+        if lora is not None:
+            if x.ndim == 2:
+                row_lora.run(x[:, None], *lora, 1, 0, [out[:, None]])
+            else:
+                row_lora.run(x, *lora, 1, 0, [out])
+        return out
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         # also for few rows, where a plain product is faster but rounds a row depending on its position in the batch
         weight = self.packed(x, ())
         if weight is None and self._few_rows(x):
@@ -96,9 +107,15 @@ class Linear(_Packable, nn.Linear):
 
 
 class Conv2d(_Packable, nn.Conv2d):
-    """`nn.Conv2d` with optional packing; packed convolutions return channels-last tensors."""
+    """`nn.Conv2d` with optional packing and LoRAs of rows; packed convolutions return channels-last tensors."""
 
-    def forward(self, x):  # [n, in_channels, h, w]
+    def forward(self, x, lora: tuple | None = None):  # [rows, in_channels, h, w]; lora: LoraInputs
+        out = self._product(x)
+        if lora is not None:
+            row_lora.run(x, *lora, self.stride[0], int(self.padding[0]), [out])
+        return out
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         # a copy packed for another picture size can be far slower than no copy
         packed = self.packed(x, tuple(x.shape[2:]))
         if packed is None:

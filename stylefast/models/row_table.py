@@ -21,19 +21,21 @@ from stylefast.kernels.shared_attention import CONCAT as CONCAT
 from stylefast.kernels.shared_attention import PLAIN, Pool, References
 from stylefast.kernels.shared_attention import SWAP as SWAP
 from stylefast.kernels.token_stats import operation as token_stats
+from stylefast.models.prepacked import Conv2d, Linear
+from stylefast.models.row_loras import LoraInputs, StepLoras
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # two tensors [pages, tokens, heads, d]
 NO_PAGE = -1
 I64, F32, BOOL = torch.int64, torch.float32, torch.bool
-TEXT, SHARING, IMAGE = "text", "sharing", "image"
+TEXT, SHARING, IMAGE, LORA = "text", "sharing", "image", "lora"
 
 
 class Column(NamedTuple):
     """What a column of the row table is.
 
-    dims: names of sizes ("rows", "references", "segments", "layers", "modules"; "norm_rows" is rows, or 0 where no row
-    shares group norms) or numbers. idle: the value where no style writes; None numbers the last dimension. part: what a
-    graph without references, or without image segments, lacks; writer, meaning: for people.
+    dims: names of sizes ("rows", "references", "segments", "loras", "layers", "modules"; "norm_rows" is rows, or 0
+    where no row shares group norms) or numbers. idle: the value where nobody writes; None numbers the last dimension.
+    part: what a graph without references, image segments or LoRAs lacks; writer, meaning: for people.
     """
 
     dtype: torch.dtype
@@ -57,11 +59,13 @@ class Column(NamedTuple):
 
 
 _ALIGNED, _INSTANT, _PROMPT = "StyleAligned", "InstantStyle", "the prompt, DreamStyler"
-_PER_REFERENCE, _PER_SEGMENT = ("rows", "references"), ("rows", "segments")
+_PER_REFERENCE, _PER_SEGMENT, _PER_LORA = ("rows", "references"), ("rows", "segments"), ("rows", "loras")
+_REQUEST = "the request"
 
 
 class RowTable(NamedTuple):
-    """Columns for `rows` rows; L self-attention layers, M attention modules, R reference and S image segments.
+    """Columns for `rows` rows; L self-attention layers, M attention modules, R reference and S image segments,
+    K LoRAs.
 
     Layers are in registry order, modules in execution order (`models.layout`). A NamedTuple of tensors is a pytree,
     so `torch.compile` and `torch.export` accept it directly.
@@ -117,6 +121,11 @@ class RowTable(NamedTuple):
     image_mask: Annotated[
         torch.Tensor, Column(I64, _PER_SEGMENT, -1, IMAGE, _INSTANT, "index into the masks; -1: everywhere")
     ]
+    # all layers
+    lora: Annotated[
+        torch.Tensor, Column(I64, _PER_LORA, -1, LORA, _REQUEST, "places of the LoRAs that a row uses; -1: none")
+    ]
+    lora_scale: Annotated[torch.Tensor, Column(F32, _PER_LORA, 0, LORA, _REQUEST, "their strengths")]
 
     def to(self, device: torch.device | str) -> "RowTable":
         """Return the same table on another device."""
@@ -219,6 +228,7 @@ class LayerInputs(NamedTuple):
     # computed for all layers at once: per layer, these small operations would cost as much as a small batch's attention
     modes: torch.Tensor | None = None  # [layers, rows], PLAIN if a layer is inactive
     adain_pages: torch.Tensor | None = None  # [layers, rows], NO_PAGE if a layer is inactive
+    loras: StepLoras | None = None  # None if no row uses a LoRA
 
     @classmethod
     def of(
@@ -230,6 +240,7 @@ class LayerInputs(NamedTuple):
         pages: StylePages | None,
         masks: tuple[torch.Tensor, ...],
         features: RowFeatures | None = None,
+        loras: StepLoras | None = None,
     ) -> "LayerInputs":
         """Build with the modes and AdaIN pages of every layer computed."""
         modes = adain_pages = None
@@ -237,7 +248,11 @@ class LayerInputs(NamedTuple):
             active = rows.self_layers.T
             modes = torch.where(active, rows.self_mode, PLAIN)
             adain_pages = torch.where(active, rows.adain_page, NO_PAGE)
-        return cls(time, rows, text_kv, image_kv, pages, masks, features, modes, adain_pages)
+        return cls(time, rows, text_kv, image_kv, pages, masks, features, modes, adain_pages, loras)
+
+    def lora(self, layer: Linear | Conv2d) -> LoraInputs | None:
+        """Return what the rows' LoRAs add to a layer; None if no row uses one."""
+        return None if self.loras is None else self.loras.of(layer)
 
     def self_attention(self, layer: int) -> SelfInputs:
         """Return the inputs of self-attention `layer`."""

@@ -8,8 +8,10 @@ stages share one batched call and nothing has to be unloaded afterwards.
 import logging
 import re
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,11 +19,16 @@ from torch import Tensor
 from torch.func import functional_call
 
 from stylefast.errors import InvalidRequest, ModelFormatError, PromptError, StyleError
+from stylefast.models.lora_factors import Factors
+from stylefast.models.row_loras import add_products
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 logger = logging.getLogger(__name__)
+
+# LoRAs: for each its factors by module name of encoder 1 and of encoder 2, and its strength
+TextLoras = Sequence[tuple[tuple[Mapping[str, Factors], ...], float]]
 
 POOLED_POLICIES = ("eos", "first_added_token")
 # `eos_token_id` of configs in which the highest id of a prompt marks its end
@@ -96,10 +103,12 @@ class _Sequence:
 class TextRunner(Protocol):
     """Runner of the text encoders: PyTorch (`TorchText`) or exported graphs.
 
-    most_skipped: the largest supported number of layers to skip before the second-to-last.
+    most_skipped: the largest supported number of layers to skip before the second-to-last. takes_loras: whether it
+    applies LoRAs.
     """
 
     most_skipped: int
+    takes_loras: bool
 
     def __call__(
         self,
@@ -108,12 +117,13 @@ class TextRunner(Protocol):
         rows: Sequence[Tensor],
         ends: Sequence[tuple[int, int]],
         skips: Sequence[int],
+        loras: TextLoras = (),
     ) -> tuple[Tensor, list[Tensor]]:
         """Run encoder `index` (0 or 1) on token ids [prompts][tokens]; an id -1 - r means the vector `rows[r]`.
 
         Returns the second-to-last states [prompts, tokens, width], or those `skips` [prompts] layers earlier, and from
         encoder 2 the projected last state [pooled_dim] at each (prompt, position) of `ends`; every prompt has at least
-        one.
+        one. `loras` apply to all of the prompts.
         """
         ...
 
@@ -176,6 +186,7 @@ class TextEncoder:
         clip_skip: Sequence[int] | int = 0,
         *,
         known_names: Collection[str] = (),
+        loras: TextLoras = (),
     ) -> list[TextStates]:
         """Encode prompts in one batched call per encoder; equal prompts are encoded once and share their tensors.
 
@@ -184,6 +195,7 @@ class TextEncoder:
         on its last vector. Prompts without placeholders pool at the end of the text either way.
         `clip_skip`, one for all or one per prompt: number of layers to skip before SDXL's second-to-last, counted as in
         diffusers' SDXL pipelines; the pooled state is always the last layer's.
+        `loras`: those of all prompts, and their strengths.
         `known_names`: existing styles, for which a `<name>` without vectors is an error instead of ordinary text.
         Gradients flow to vectors that require them, never to the encoders.
 
@@ -220,7 +232,7 @@ class TextEncoder:
                 None if place is None else (place, sequences[1][0][place].position(policy))
                 for place, policy in zip(places, policies, strict=True)
             ]
-            states = self._run(sequences, [pair for pair in wanted if pair is not None], batch_skips)
+            states = self._run(sequences, [pair for pair in wanted if pair is not None], batch_skips, loras)
             if None in wanted:
                 states[None] = self._zeros()
         return [states[pair] for pair in wanted]
@@ -301,6 +313,7 @@ class TextEncoder:
         tokens: list[tuple[list[_Sequence], list[Tensor]]],
         wanted: Sequence[tuple[int, int]],
         skips: Sequence[int],
+        loras: TextLoras,
     ) -> dict[tuple[int, int] | None, TextStates]:
         """Return the states of each (prompt, position) of `wanted`."""
         ends = list(dict.fromkeys(wanted))
@@ -308,7 +321,7 @@ class TextEncoder:
             return {}
         hidden, pooled = [], []
         for index, (sequences, rows) in enumerate(tokens):
-            states, pooled = self.runner(index, [s.ids for s in sequences], rows, ends, skips)
+            states, pooled = self.runner(index, [s.ids for s in sequences], rows, ends, skips, loras)
             hidden.append(states)
         states = torch.cat([h.to(hidden[1].device) for h in hidden], dim=-1).to(hidden[1].dtype)
         return {end: TextStates(states[end[0]], state) for end, state in zip(ends, pooled, strict=True)}
@@ -355,6 +368,8 @@ class TextEncoder:
 class TorchText:
     """`TextRunner` that calls both text encoders as PyTorch modules."""
 
+    takes_loras = True
+
     def __init__(self, encoders: "Sequence[CLIPTextModel | CLIPTextModelWithProjection]"):
         self._encoders = tuple(encoders)
         self._table_names = tuple(_table_name(encoder) for encoder in encoders)
@@ -368,12 +383,13 @@ class TorchText:
         rows: Sequence[Tensor],
         ends: Sequence[tuple[int, int]],
         skips: Sequence[int],
+        loras: TextLoras = (),
     ) -> tuple[Tensor, list[Tensor]]:
         encoder = self._encoders[index]
         used = sorted({token for sequence in ids for token in sequence if token >= 0})
         renamed = {token: place for place, token in enumerate(used)}
         known = [[renamed[token] if token >= 0 else len(used) - 1 - token for token in sequence] for sequence in ids]
-        with _encoder_lock:
+        with _encoder_lock, _adding(encoder, [(factors[index], scale) for factors, scale in loras]):
             table = token_table(encoder).detach()
             compact = table[torch.tensor(used, device=table.device)]
             if rows:
@@ -382,13 +398,34 @@ class TorchText:
             outputs = functional_call(
                 encoder, {self._table_names[index]: compact}, given, {"output_hidden_states": True}
             )
-        project = getattr(encoder, "text_projection", None)
-        last = outputs.last_hidden_state  # [prompts, tokens, width]
-        pooled = [] if project is None else [project(last[prompt, position]) for prompt, position in ends]
+            project = getattr(encoder, "text_projection", None)
+            last = outputs.last_hidden_state  # [prompts, tokens, width]
+            pooled = [] if project is None else [project(last[prompt, position]) for prompt, position in ends]
         states = outputs.hidden_states
         if not any(skips):
             return states[-2], pooled
         return torch.stack([states[-2 - skip][prompt] for prompt, skip in enumerate(skips)]), pooled
+
+
+@contextmanager
+def _adding(encoder: torch.nn.Module, loras: Sequence[tuple[Mapping[str, Factors], float]]) -> Iterator[None]:
+    """Let the encoder's layers add what LoRAs, factors by module name, add to their outputs."""
+    by_layer: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+    for factors, scale in loras:
+        for name, (down, up) in factors.items():
+            by_layer.setdefault(name, []).append((down[0], up, scale))
+
+    def hook(products, layer, inputs, output):
+        return add_products(output, inputs[0], products)
+
+    hooks = []
+    try:
+        for name, products in by_layer.items():
+            hooks.append(encoder.get_submodule(name).register_forward_hook(partial(hook, products)))
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def _further_vectors(tokenizer, rows: int) -> dict[int, list[int]]:

@@ -11,7 +11,7 @@ and is implemented only in `SelfAttention.forward`. `LayerInputs` splits the row
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,13 @@ from stylefast.kernels.geglu import operation as geglu
 from stylefast.kernels.group_norm_silu import operation as group_norm_silu
 from stylefast.kernels.layer_norm import add_operation as add_layer_norm
 from stylefast.kernels.layer_norm import operation as layer_norm
+from stylefast.kernels.row_lora import operation as row_lora
 from stylefast.kernels.shared_attention import Affine
 from stylefast.kernels.shared_attention import operation as shared_attention
 from stylefast.kernels.token_stats import operation as token_stats
 from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape
 from stylefast.models.prepacked import Conv2d, Linear
+from stylefast.models.row_loras import LoraInputs, LoraLayout, LoraProducts, StepLoras
 from stylefast.models.row_table import (
     CrossInputs,
     ImageKV,
@@ -53,6 +55,27 @@ if TYPE_CHECKING:
 def list_of(members: Iterable[Member]) -> "_ListOf[Member]":
     """Return an `nn.ModuleList`, of which a type checker then knows the members' class."""
     return cast("_ListOf[Member]", nn.ModuleList(members))
+
+
+# of two layers, or of layers with one input and one layer
+_Loras = tuple[LoraInputs, LoraInputs] | None
+
+
+class BlockLoras(NamedTuple):
+    """LoRAs of a transformer block's layers."""
+
+    self_attention: tuple[LoraInputs, LoraInputs]  # of queries, keys and values; of the output
+    cross_attention: tuple[LoraInputs, LoraInputs]  # of queries; of the output. Text's keys and values are ready
+    feed_forward: tuple[LoraInputs, LoraInputs]
+
+
+class ResnetLoras(NamedTuple):
+    """LoRAs of a resnet's layers."""
+
+    conv1: LoraInputs
+    time: LoraInputs
+    conv2: LoraInputs
+    shortcut: LoraInputs | None
 
 
 class GroupNorm(nn.Module):
@@ -85,13 +108,16 @@ class SelfAttention(nn.Module):
         """Project hidden states, such as those stored in a bank, to keys and values."""
         return _split(self.to_k(hidden), self.heads), _split(self.to_v(hidden), self.heads)
 
-    def forward(self, x, inputs: SelfInputs):  # [rows, tokens, channels]
-        q, (k, v) = _split(self.to_q(x), self.heads), self.key_values(x)
+    def forward(self, x, inputs: SelfInputs, loras: _Loras = None):  # [rows, tokens, channels]
+        qkv = [self.to_q(x), self.to_k(x), self.to_v(x)]
+        if loras is not None:
+            row_lora.run(x, *loras[0], 1, 0, qkv)
+        q, k, v = (_split(part, self.heads) for part in qkv)
         if inputs.keep is not None:
             inputs.keep(x, q, k, v)
         affine = self._adain(q, k, v, inputs) if inputs.references.page.shape[1] else None
         out = shared_attention.run(q, k, v, inputs.references, affine, inputs.pool)
-        return self.to_out[0](out.flatten(2))
+        return self.to_out[0](out.flatten(2), loras and loras[1])
 
     def _adain(self, q, k, v, inputs: SelfInputs) -> Affine:
         """Return gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
@@ -109,13 +135,16 @@ class CrossAttention(nn.Module):
         self.to_v = Linear(cross_dim, channels, bias=False)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def key_values(self, states) -> KeyValue:  # [pages, tokens, cross_dim]
-        return _split(self.to_k(states), self.heads), _split(self.to_v(states), self.heads)
+    def key_values(self, states, loras: LoraProducts | None = None) -> KeyValue:  # [pages, tokens, cross_dim]
+        k, v = self.to_k(states), self.to_v(states)
+        if loras is not None:
+            k, v = loras.added(k, states, self.to_k), loras.added(v, states, self.to_v)
+        return _split(k, self.heads), _split(v, self.heads)
 
-    def forward(self, x, inputs: CrossInputs):  # [rows, tokens, channels]
-        q = _split(self.to_q(x), self.heads)
+    def forward(self, x, inputs: CrossInputs, loras: _Loras = None):  # [rows, tokens, channels]
+        q = _split(self.to_q(x, loras and loras[0]), self.heads)
         out = gated_cross_attention.run(q, *inputs)
-        return self.to_out[0](out.flatten(2))
+        return self.to_out[0](out.flatten(2), loras and loras[1])
 
 
 class GEGLU(nn.Module):
@@ -123,8 +152,8 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = Linear(channels, 2 * inner)
 
-    def forward(self, x):
-        return geglu.run(self.proj(x))
+    def forward(self, x, lora: LoraInputs | None = None):
+        return geglu.run(self.proj(x, lora))
 
 
 class FeedForward(nn.Module):
@@ -133,8 +162,8 @@ class FeedForward(nn.Module):
         # index 1 is diffusers' dropout, which has no parameters
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
-    def forward(self, x):
-        return self.net[2](self.net[0](x))
+    def forward(self, x, loras: _Loras = None):
+        return self.net[2](self.net[0](x, loras and loras[0]), loras and loras[1])
 
 
 class TransformerBlock(nn.Module):
@@ -148,11 +177,24 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(layer.channels)
         self.place = (index, layer.module_index, layer.level)
 
-    def forward(self, x, own: SelfInputs, cross: CrossInputs):  # [rows, tokens, channels]
+    def inputs(self, condition: LayerInputs) -> tuple[SelfInputs, CrossInputs, BlockLoras | None]:
+        """Return the inputs of `forward` besides the feature map."""
+        found, loras = condition.loras, None
+        if found is not None:
+            loras = BlockLoras(
+                (found.of(self.attn1.to_q, 3), found.of(self.attn1.to_out[0])),
+                (found.of(self.attn2.to_q), found.of(self.attn2.to_out[0])),
+                (found.of(self.ff.net[0].proj), found.of(self.ff.net[2])),
+            )
+        return condition.self_attention(self.place[0]), condition.cross_attention(*self.place), loras
+
+    def forward(self, x, own: SelfInputs, cross: CrossInputs, loras: BlockLoras | None = None):
+        # x [rows, tokens, channels]
+        of_self, of_cross, of_ff = loras or (None, None, None)
         hidden = layer_norm.run(x, *_affine(self.norm1))
-        x, hidden = add_layer_norm.run(x, self.attn1(hidden, own), *_affine(self.norm2))
-        x, hidden = add_layer_norm.run(x, self.attn2(hidden, cross), *_affine(self.norm3))
-        return x + self.ff(hidden)
+        x, hidden = add_layer_norm.run(x, self.attn1(hidden, own, of_self), *_affine(self.norm2))
+        x, hidden = add_layer_norm.run(x, self.attn2(hidden, cross, of_cross), *_affine(self.norm3))
+        return x + self.ff(hidden, of_ff)
 
 
 class Transformer(nn.Module):
@@ -169,11 +211,11 @@ class Transformer(nn.Module):
     def forward(self, x, condition: LayerInputs):  # [rows, channels, h, w]
         height, width = x.shape[2:]
         hidden = self.norm(x, condition.norm(self.norm.index), silu=False).flatten(2).transpose(1, 2)
-        hidden = self.proj_in(hidden)
+        hidden = self.proj_in(hidden, condition.lora(self.proj_in))
         for block in self.transformer_blocks:
-            layer, *_ = block.place
-            hidden = block(hidden, condition.self_attention(layer), condition.cross_attention(*block.place))
-        return x + self.proj_out(hidden).transpose(1, 2).unflatten(2, (height, width))
+            hidden = block(hidden, *block.inputs(condition))
+        hidden = self.proj_out(hidden, condition.lora(self.proj_out))
+        return x + hidden.transpose(1, 2).unflatten(2, (height, width))
 
 
 class Resnet(nn.Module):
@@ -186,14 +228,20 @@ class Resnet(nn.Module):
         self.conv2 = Conv2d(channels_out, channels_out, 3, padding=1)
         self.conv_shortcut = Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
-    def inputs(self, condition: LayerInputs) -> tuple[torch.Tensor, NormInputs, NormInputs]:
+    def inputs(self, condition: LayerInputs) -> tuple[torch.Tensor, NormInputs, NormInputs, ResnetLoras | None]:
         """Return the inputs of `forward` besides the feature map."""
-        return condition.time, condition.norm(self.norm1.index), condition.norm(self.norm2.index)
+        found, loras = condition.loras, None
+        if found is not None:
+            shortcut = None if self.conv_shortcut is None else found.of(self.conv_shortcut)
+            loras = ResnetLoras(found.of(self.conv1), found.of(self.time_emb_proj), found.of(self.conv2), shortcut)
+        return condition.time, condition.norm(self.norm1.index), condition.norm(self.norm2.index), loras
 
-    def forward(self, x, time, first: NormInputs, second: NormInputs):  # [rows, channels, h, w]
-        hidden = self.conv1(self.norm1(x, first)) + self.time_emb_proj(time)[:, :, None, None]
-        hidden = self.conv2(self.norm2(hidden, second))
-        return hidden + (self.conv_shortcut(x) if self.conv_shortcut is not None else x)
+    def forward(self, x, time, first: NormInputs, second: NormInputs, loras: ResnetLoras | None = None):
+        # x [rows, channels, h, w]
+        in_first, in_time, in_second, in_shortcut = loras or (None, None, None, None)
+        hidden = self.conv1(self.norm1(x, first), in_first) + self.time_emb_proj(time, in_time)[:, :, None, None]
+        hidden = self.conv2(self.norm2(hidden, second), in_second)
+        return hidden + (self.conv_shortcut(x, in_shortcut) if self.conv_shortcut is not None else x)
 
 
 class Resampler(nn.Module):
@@ -203,8 +251,8 @@ class Resampler(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=stride, padding=1)
 
-    def forward(self, x, size: tuple[int, int] | None = None):
-        return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"))
+    def forward(self, x, size: tuple[int, int] | None = None, lora: LoraInputs | None = None):
+        return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"), lora)
 
 
 class Block(nn.Module):
@@ -224,8 +272,9 @@ class Block(nn.Module):
         transformers = list(self.attentions) if self.attends else []
         return [(resnet, transformers[i] if i < len(transformers) else None) for i, resnet in enumerate(self.resnets)]
 
-    def resample(self, x, size: Sequence[int] | None = None):
-        return getattr(self, self.kind)[0](x, size)
+    def resample(self, x, condition: LayerInputs, size: Sequence[int] | None = None):
+        resampler = getattr(self, self.kind)[0]
+        return resampler(x, size, condition.lora(resampler.conv))
 
 
 class TimestepEmbedding(nn.Module):
@@ -233,8 +282,9 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.linear_1, self.linear_2 = Linear(channels_in, channels), Linear(channels, channels)
 
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
+    def forward(self, x, loras: StepLoras | None = None):
+        first, second = (None, None) if loras is None else (loras.of(self.linear_1), loras.of(self.linear_2))
+        return self.linear_2(F.silu(self.linear_1(x, first)), second)
 
 
 class UNet(nn.Module):
@@ -289,6 +339,7 @@ class UNet(nn.Module):
         self.conv_out = Conv2d(channels[0], config["out_channels"], 3, padding=1)
         for i, norm in enumerate(m for m in self.modules() if isinstance(m, GroupNorm)):
             norm.index = i
+        self.loras = LoraLayout(self)
 
     @classmethod
     def from_state(cls, config: dict, state: dict[str, torch.Tensor]) -> "UNet":
@@ -313,17 +364,19 @@ class UNet(nn.Module):
     def device(self) -> torch.device:
         return self.conv_in.weight.device
 
-    def embed(self, timesteps: torch.Tensor, pooled: torch.Tensor, time_ids: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self, timesteps: torch.Tensor, pooled: torch.Tensor, time_ids: torch.Tensor, loras: StepLoras | None = None
+    ) -> torch.Tensor:
         """Embed timesteps [rows], pooled text [rows, d] and time ids [rows, 6] as [rows, time channels]."""
         flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
         time = _sinusoids(timesteps, self.config["block_out_channels"][0], flip, shift)
         ids = _sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"], flip, shift)
         added = torch.cat([pooled.to(self.dtype), ids.view(pooled.shape[0], -1).to(self.dtype)], dim=-1)
-        return self.time_embedding(time.to(self.dtype)) + self.add_embedding(added)
+        return self.time_embedding(time.to(self.dtype), loras) + self.add_embedding(added, loras)
 
-    def project_text(self, states: torch.Tensor) -> tuple[KeyValue, ...]:
+    def project_text(self, states: torch.Tensor, loras: LoraProducts | None = None) -> tuple[KeyValue, ...]:
         """Project text states [pages, tokens, cross_dim] to keys and values per layer, the same for all steps."""
-        return tuple(self.block(layer.name).attn2.key_values(states) for layer in self.layout.layers)
+        return tuple(self.block(layer.name).attn2.key_values(states, loras) for layer in self.layout.layers)
 
     def block(self, name: str) -> TransformerBlock:
         """Return the transformer block of a layer's name in the layout."""
@@ -349,10 +402,11 @@ class UNet(nn.Module):
         masks: tuple[torch.Tensor, ...] = (),  # per attention level [masks, tokens]
         residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,  # a ControlNet's: skips, middle
         features: RowFeatures | None = None,  # records the rows' features as references
+        loras: StepLoras | None = None,  # of the rows; those that `embed` was given
     ) -> torch.Tensor:
         """Evaluate the model once. Returns its output [rows, 4, h, w]."""
-        condition = LayerInputs.of(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks, features)
-        x = self.conv_in(latents)
+        condition = LayerInputs.of(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks, features, loras)
+        x = self.conv_in(latents, condition.lora(self.conv_in))
         skips = [x]
         for block in self.down_blocks:
             for resnet, transformer in block.layers():
@@ -361,7 +415,7 @@ class UNet(nn.Module):
                     x = transformer(x, condition)
                 skips.append(x)
             if block.resamples:
-                x = block.resample(x)
+                x = block.resample(x, condition)
                 skips.append(x)
         if residuals is not None:
             skips = [skip + extra for skip, extra in zip(skips, residuals[0], strict=True)]
@@ -380,8 +434,9 @@ class UNet(nn.Module):
                 if transformer is not None:
                     x = transformer(x, condition)
             if block.resamples:
-                x = block.resample(x, skips[-1].shape[2:])
-        return self.conv_out(self.conv_norm_out(x, condition.norm(self.conv_norm_out.index)))
+                x = block.resample(x, condition, skips[-1].shape[2:])
+        x = self.conv_norm_out(x, condition.norm(self.conv_norm_out.index))
+        return self.conv_out(x, condition.lora(self.conv_out))
 
 
 def _affine(norm: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -102,6 +102,7 @@ class Job:
         self.latents: dict[int, torch.Tensor] = {}
         self.due: deque[Callable[[], None]] = deque()  # calls to make in the caller's thread before the next step
         self.cancelled = False
+        self.queued_again = False  # found no room
 
     @property
     def status(self) -> str:

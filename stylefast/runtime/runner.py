@@ -259,6 +259,7 @@ class Runner:
                 pages.pages if pages is not None else None,
                 masks.levels if masks is not None else (),
                 self._graph_inputs(latent_shape[1:]),
+                store.loras.rows if shape.loras else None,
             )
             yield (shape, state.generation, store.generation, id(pages)), state, buffers.columns, inputs
         finally:
@@ -283,6 +284,7 @@ class Runner:
         all_rows, layout = [g.rows_at() for g in groups], self.unet.layout
         rows, pictures = sum(p.rows for p in all_rows), sum(g.pictures for g in groups)
         references, segments = max(p.width for p in all_rows), max(p.segment_width for p in all_rows)
+        loras = max(p.lora_width for p in all_rows)
         norms = any(bool(p.columns.takes_norms.any()) for p in all_rows)
         if padded:
             # one shape for all mixes: unused rows and columns are idle
@@ -291,9 +293,9 @@ class Runner:
         if padded and not self.backend.pads_columns:
             references = _power_of_two(references)
             segments = _power_of_two(segments) if self.conditions.images is not None else 0
-        return BatchShape(
-            rows, pictures, references, segments, norms, len(layout.layers), len(layout.modules), groups[0].latent_shape
-        )
+            loras = _power_of_two(loras) if loras else 0  # without any, a step is another graph, which is faster
+        layers, modules = len(layout.layers), len(layout.modules)
+        return BatchShape(rows, pictures, references, segments, loras, norms, layers, modules, groups[0].latent_shape)
 
     def _pages_for(self, latent_size: tuple[int, int], banks: Collection[StyleBank]) -> BankPages | None:
         """Return the pool of a size with room for all pages of `banks`, as far as the budget allows.

@@ -386,7 +386,7 @@ class Scheduler:
                 self._queue.popleft()
                 if error is None:
                     # jobs that had arrived when the first of them joined start together
-                    first = not self._jobs or job.number <= self._opening
+                    first = (not self._jobs or job.number <= self._opening) and not job.queued_again
                     joining = self._joining[job] = Joining(Admission(self._planner, job.samples or []), first)
             if error is not None:
                 self._end(job, error)
@@ -627,6 +627,7 @@ class Scheduler:
         """Put a job back at the head of the queue; it starts again."""
         self._leave(job)
         job.latents, job.step = {}, 0
+        job.queued_again = True  # others must not wait for it
         with self._changed:
             self._queue.appendleft(job)
 

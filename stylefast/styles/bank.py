@@ -184,6 +184,11 @@ class StyleBank:
         if own == asked or (name in ("guidance", "guidance_rescale") and own is None):
             return
         bank = f"the style bank {self.name!r}"
+        if name == "loras":
+            raise StyleError(
+                f"{bank} was baked under {_under(own)}, but the request is under {_under(asked)}; give the request the "
+                "same loras, or bake the style again under its own"
+            )
         if name == "fingerprint" and own.split("+")[0] == str(asked).split("+")[0]:
             raise StyleError(
                 f"{bank} was baked with {'other LoRAs' if '+' in own else 'no LoRA'} on the model; load the same "
@@ -404,3 +409,7 @@ def _metadata(info: BankInfo, shapes: BankShapes) -> str:
 
 def _listed(values) -> str:
     return ", ".join(map(str, values)) or "none"
+
+
+def _under(loras: str) -> str:
+    return f"the LoRAs {loras[: values.QUOTED]}" if loras else "no LoRA"

@@ -35,6 +35,7 @@ class BankInfo:
     references: int
     layers: tuple[int, ...]  # stored self-attention layers, registry order; empty in a bank of latents
     styles: str  # digest of the other styles shared with the reference, "" for none
+    loras: str  # digests and strengths of the LoRAs that the reference was made under, "" for none
     created: str  # UTC
     stylefast: str  # version
 
@@ -57,6 +58,7 @@ class BankInfo:
             "negative_prompt",
             "prompt",
             "styles",
+            "loras",
             "created",
             "stylefast",
         ):
@@ -105,6 +107,7 @@ class BankInfo:
         if not isinstance(content, Mapping):
             raise StyleError(f"the style bank's metadata is a {type(content).__name__}, but must be an object")
         names = [entry.name for entry in fields(cls)]
+        content = {"loras": "", **content}  # banks of version 0.1.0 before LoRAs per row lack it
         if content.get("format") == FORMAT and set(names) != set(content):
             odd = values.quoted(", ".join(sorted(set(names) ^ set(content))))
             raise StyleError(f"the style bank's metadata has missing or unknown fields: {odd}; bake the style again")

@@ -48,7 +48,7 @@ def test_weights_do_not_change_under_pictures(own):
     plain = draw(engine, sf.Request("a cat", seed=1, **K))
     with pytest.raises(InvalidRequest, match="1 pictures are in progress.*wait"):
         draw(engine, sf.Request("a cat", seed=1, **K), callback=lambda *_: engine.load_lora(lora))
-    assert engine.loras.scales == {}
+    assert engine.merged_loras.scales == {}
     assert torch.equal(draw(engine, sf.Request("a cat", seed=1, **K))[0], plain[0])
 
 
@@ -60,7 +60,7 @@ def test_hidden_banks_are_projected_with_the_weights_that_are_on(own):
     name = engine.load_lora(lora)
     with pytest.raises(StyleError, match="no LoRA on the model"):
         draw(engine, request)
-    engine.loras.remove(name)
+    engine.merged_loras.remove(name)
     assert torch.equal(draw(engine, request)[0], before[0])
 
 
@@ -69,8 +69,8 @@ def test_a_lora_with_a_scale_that_is_none_leaves_nothing_behind(own, scale):
     engine, lora = own
     with pytest.raises(InvalidRequest, match="scale"):
         engine.load_lora(lora, scale)
-    assert engine.loras.scales == {}
-    engine.loras.remove(engine.load_lora(lora))
+    assert engine.merged_loras.scales == {}
+    engine.merged_loras.remove(engine.load_lora(lora))
 
 
 def test_a_request_that_is_too_large_leaves_a_limited_engine_as_it_was():

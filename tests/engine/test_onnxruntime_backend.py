@@ -162,7 +162,7 @@ def test_a_lora_makes_the_graphs_stale_until_it_is_taken_off(folder, tmp_path):
         told = "other weights than the model has now .(.{12}), \\1 with LoRAs .{12}.: LoRAs.*backend='torch'"
         with pytest.raises(EngineMismatch, match=told):
             engine.generate(request(), output="latents")
-        engine.loras.remove(name)
+        engine.merged_loras.remove(name)
         assert torch.equal(engine.generate(request(), output="latents").latents[0], plain)
 
 
@@ -357,7 +357,7 @@ def test_graphs_without_weights_of_their_own_follow_a_lora(folder, copy, monkeyp
         name = engine.load_lora(lora)
         after = engine.generate(request(), output="np").images
         assert psnr(after, expected()) >= 60 > psnr(after, before)
-        engine.loras.remove(name)
+        engine.merged_loras.remove(name)
         assert psnr(engine.generate(request(), output="np").images, before) >= 60
 
 

@@ -117,7 +117,7 @@ def test_every_engine_lays_convolutions_out_as_its_device_wants_them_and_shares_
         assert weight.data_ptr() == (theirs if made == "from a pipeline" else components.unet_state)[name].data_ptr()
     assert torch.equal(engine.unet.conv_in.weight, before)
     # LoRAs are added to the weights that the UNet computes with
-    assert engine.loras._weights["unet"]["conv_in.weight"].data_ptr() == engine.unet.conv_in.weight.data_ptr()
+    assert engine.merged_loras.weights["unet"]["conv_in.weight"].data_ptr() == engine.unet.conv_in.weight.data_ptr()
 
 
 def test_a_layout_changes_pictures_by_rounding_only(bare_engine, drawn, monkeypatch):

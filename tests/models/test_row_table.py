@@ -5,7 +5,7 @@ import torch
 
 from stylefast.models.row_table import COLUMNS, RowTable
 
-SIZES = {"rows": 5, "norm_rows": 0, "references": 2, "segments": 3, "layers": 7, "modules": 4}
+SIZES = {"rows": 5, "norm_rows": 0, "references": 2, "segments": 3, "loras": 2, "layers": 7, "modules": 4}
 
 
 @pytest.mark.parametrize("name", COLUMNS)

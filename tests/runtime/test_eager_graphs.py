@@ -42,7 +42,7 @@ def buffers_of(unet, banks=True, pictures=True, masks=True) -> ModelInputs:
 
 def table_of(unet, rows=4) -> StepBuffers:
     layout = unet.layout
-    return StepBuffers(BatchShape(rows, 2, 1, 1, True, len(layout.layers), len(layout.modules), LATENTS), CPU)
+    return StepBuffers(BatchShape(rows, 2, 1, 1, 0, True, len(layout.layers), len(layout.modules), LATENTS), CPU)
 
 
 class HostWatch(TorchDispatchMode):

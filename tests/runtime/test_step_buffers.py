@@ -51,7 +51,7 @@ def group_of(layout):
 @pytest.fixture
 def table_of(layout):
     def table_of(rows, pictures, references=0, norms=False):
-        shape = BatchShape(rows, pictures, references, 0, norms, len(layout.layers), len(layout.modules), SHAPE)
+        shape = BatchShape(rows, pictures, references, 0, 0, norms, len(layout.layers), len(layout.modules), SHAPE)
         return StepBuffers(shape, CPU)
 
     return table_of

@@ -12,7 +12,7 @@ from tests.support.small_unet import Inputs
 
 def plain_rows(layout: AttentionLayout, rows: int, references: int = 1, segments: int = 1) -> RowTable:
     """`rows` rows without any style; row i reads text page i."""
-    sizes = {"rows": rows, "norm_rows": rows, "references": references, "segments": segments}
+    sizes = {"rows": rows, "norm_rows": rows, "references": references, "segments": segments, "loras": 0}
     sizes |= {"layers": len(layout.layers), "modules": len(layout.modules)}
     columns = {name: column.filled(column.shape(sizes)) for name, column in COLUMNS.items()}
     return RowTable(**columns | {"text_page": torch.arange(rows)})

@@ -25,12 +25,14 @@ class Backend:
         pads_columns: whether `run` itself pads columns of references and pictures, so that tables are only as wide as
             their batch.
         limits: the largest graph dimensions ("rows", "pages") that it supports.
+        takes_loras: whether rows may use LoRAs.
     """
 
     name: str = "own"
     buckets: tuple[int, ...] = ()
     pads_columns: bool = False
     limits: Mapping[str, int] = MappingProxyType({})
+    takes_loras: bool = False
 
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:
         """Run one step; `key` identifies shapes and buffers, for backends that prepare something for each.
@@ -84,6 +86,7 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
+    takes_loras = True
 
     def __init__(self, unet: UNet, graphs: StepGraphs | None | Literal["auto"] = "auto"):
         self._unet, self._graphs = unet, graphs_for(unet.device) if graphs == "auto" else graphs
@@ -126,4 +129,6 @@ def read_in_place(state: LatentSlots, columns: StepColumns, buffers: ModelInputs
         found += [buffers.image_kv.layers[0][0], buffers.image_kv.lengths]
     if buffers.pages is not None:
         found.append(buffers.pages.layers[0][0])
+    if buffers.loras is not None:
+        found.append(buffers.loras.units)
     return found + list(buffers.masks[:1])

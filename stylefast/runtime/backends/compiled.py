@@ -27,8 +27,9 @@ from stylefast.code_caches import inductor_cache
 from stylefast.errors import InvalidRequest, MissingDependency
 from stylefast.kernels.gated_cross_attention import ImageSegments
 from stylefast.kernels.shared_attention import References
+from stylefast.models.row_loras import LoraInputs, RowLoras
 from stylefast.models.row_table import ImageKV, StylePages
-from stylefast.models.unet import Resnet, TransformerBlock, UNet
+from stylefast.models.unet import BlockLoras, Resnet, ResnetLoras, TransformerBlock, UNet
 from stylefast.runtime.backends.base import Backend, graphs_for, read_in_place
 from stylefast.runtime.backends.compile_cache import CompileCache, default_folder
 from stylefast.runtime.backends.cuda_graphs import StepGraphs
@@ -63,6 +64,7 @@ class CompileBackend(Backend):
     """
 
     name = "compile"
+    takes_loras = True
     buckets: tuple[int, ...] = BUCKETS
 
     def __init__(
@@ -166,7 +168,7 @@ class CompileBackend(Backend):
         if images:
             pictures = KeyValuePages(layout, 4, 0, *place)
         shape = BatchShape(
-            rows, rows, references, int(images), True, len(layout.layers), len(layout.modules), latent_shape
+            rows, rows, references, int(images), 0, True, len(layout.layers), len(layout.modules), latent_shape
         )
         state, table = LatentSlots(latent_shape, unet.device), StepBuffers(shape, unet.device)
         image_kv = None if pictures is None else ImageKV(pictures.layers, pictures.lengths)
@@ -180,6 +182,7 @@ class CompileBackend(Backend):
             image_kv=_as_inference(buffers.image_kv),
             pages=_as_inference(buffers.pages),
             masks=_as_inference(buffers.masks),
+            loras=_as_inference(buffers.loras),
         )
         # marks are read only while compiling, which happens only for new shapes
         self._marking = fresh
@@ -274,7 +277,13 @@ def _mark_dynamic(inputs: Sequence) -> None:
         if isinstance(value, torch.Tensor):
             _mark(value, 0)  # a feature map or the time embedding: rows
             continue
+        if value is None:
+            continue
         for name, field in value._asdict().items():
+            if isinstance(value, (BlockLoras, ResnetLoras)):
+                for lora in _lora_inputs(field):
+                    _mark_lora(lora)
+                continue
             if name in ("references", "images") and field is not None:
                 _mark_tables(field)
                 continue
@@ -287,6 +296,21 @@ def _mark_tables(group: References | ImageSegments) -> None:
     for name, tensor in group._asdict().items():
         if tensor is not None:
             _mark(tensor, 0, *((1,) if tensor.ndim > 1 and name != "masks" else ()))
+
+
+def _lora_inputs(value) -> Iterator[LoraInputs]:
+    if isinstance(value, LoraInputs):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _lora_inputs(part)
+
+
+def _mark_lora(lora: LoraInputs) -> None:
+    _mark(lora.down, 0)
+    _mark(lora.up, 0)
+    _mark(lora.unit, 1, 2)
+    _mark(lora.scale, 0, 1)
 
 
 def _mark(tensor: torch.Tensor, *dimensions: int) -> None:
@@ -317,7 +341,7 @@ def _as_inference(value):
         parts = [_as_inference(part) for part in value]
         if all(new is old for new, old in zip(parts, value)):
             return value
-        return type(value)(*parts) if isinstance(value, (ImageKV, StylePages)) else tuple(parts)
+        return type(value)(*parts) if isinstance(value, (ImageKV, StylePages, RowLoras)) else tuple(parts)
     return value
 
 

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from stylefast.errors import EngineMismatch, InvalidRequest, ModelFormatError
+from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, ModelFormatError
 from stylefast.export.components import adapter_digest, decoder_digest, image_encoder_digest
 from stylefast.export.manifest import GraphEntry
 from stylefast.export.sessions import Session
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter, KeyValues
 from stylefast.models.layout import AttentionLayout
+from stylefast.models.row_loras import LoraProducts
 from stylefast.models.row_table import KeyValue
-from stylefast.models.text import TextEncoder
+from stylefast.models.text import TextEncoder, TextLoras
 
 
 class ExportedPart:
@@ -63,6 +64,7 @@ class ExportedText:
     """Both text encoders as graphs; a `models.text.TextRunner`. Supports neither gradients nor skipped layers."""
 
     most_skipped = 0
+    takes_loras = False
 
     def __init__(self, text_encoder: TextEncoder, parts: tuple[ExportedPart, ExportedPart]):
         self._parts, self._widths = parts, text_encoder.widths
@@ -84,7 +86,10 @@ class ExportedText:
         rows: Sequence[torch.Tensor],
         ends: Sequence[tuple[int, int]],
         skips: Sequence[int],
+        loras: TextLoras = (),
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if loras:
+            raise ExportError("exported text encoders can't apply LoRAs; load the model with backend='torch'")
         if torch.is_grad_enabled() and any(row.requires_grad for row in rows):
             raise InvalidRequest(
                 "exported text encoders have no gradients; load the model with backend='torch' to learn vectors"
@@ -117,7 +122,11 @@ class ExportedTextProjector:
     def __init__(self, layout: AttentionLayout, part: ExportedPart):
         self._layout, self._part = layout, part
 
-    def __call__(self, states: torch.Tensor) -> tuple[KeyValue, ...]:  # [pages, tokens, cross_dim]
+    def __call__(  # states [pages, tokens, cross_dim]
+        self, states: torch.Tensor, loras: LoraProducts | None = None
+    ) -> tuple[KeyValue, ...]:
+        if loras is not None:
+            raise ExportError("exported projections can't apply LoRAs; load the model with backend='torch'")
         states = states.to(self._part.dtype)
         packed = _packed("text_kv", self._layout, states, *states.shape[:2])
         self._part.run({"states": states}, packed)

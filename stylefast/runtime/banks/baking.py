@@ -11,9 +11,10 @@ from stylefast import values
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.row_table import RowFeatures
 from stylefast.runtime.jobs import Job
+from stylefast.runtime.loras import described
 from stylefast.runtime.plan.request import Request
 from stylefast.runtime.plan.request_planner import RequestPlanner
-from stylefast.runtime.plan.sample import plan_samples, shared_styles
+from stylefast.runtime.plan.sample import shared_styles
 from stylefast.runtime.plan.sample_group import SampleGroup
 from stylefast.runtime.runner import Runner
 from stylefast.runtime.scheduler import Scheduler
@@ -58,8 +59,12 @@ def bake(
     values.flag("overwrite", overwrite)
     if path is not None:
         path = values.path("path", path)
-    planner.check([request])
-    target, *references = plan_samples([request], planner.schedule, planner.native_size)
+    target, references = planner.bake_plan(request)
+    if store == "hidden" and any(use.unet for use in target.loras):
+        raise StyleError(
+            "store='hidden' can't hold a reference under LoRAs, whose projections it would need to read the bank; bake "
+            "with store='kv' or 'latents'"
+        )
     others = shared_styles(request, style)
     if others and store == "latents":
         way_out = ", or with share_styles=False" if wanted.share_styles else ", or take it out of the negative prompt"
@@ -93,6 +98,7 @@ def bake(
         references=len(references),
         layers=layers,
         styles=styles_digest(others),
+        loras=described(target.loras),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         stylefast=version,
     )

@@ -75,7 +75,8 @@ def inversion_of(sample: Sample, config: Mapping) -> Sample:
         alphas_cumprod(config), sample.schedule.steps, config.get("prediction_type", "epsilon")
     )
     weights = {NULL: 1 - guidance, FULL: guidance} if guidance > 1 else {FULL: 1.0}
-    return Sample(request, sample.prompt, schedule, sample.size, weights, branches=tuple(weights))
+    branches = tuple(weights)
+    return Sample(request, sample.prompt, schedule, sample.size, weights, branches=branches, loras=sample.loras)
 
 
 def inverted_pin(trail: Sequence[torch.Tensor]) -> Pin:

@@ -1,8 +1,8 @@
 """The request for one picture, and the result of a call."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -14,10 +14,21 @@ from stylefast.styles.style import ReferenceStyle, Style, check_kind, kinds
 
 MAX_STEPS = 1000
 MIN_SIDE, MAX_SIDE = 16, 8192
+MAX_LORAS = 32
 # what a caller may give as styles; a `Request` holds a tuple of them
 StyleLike: TypeAlias = Style | Sequence[Style] | None
 
+# what a caller may give as a LoRA's strength: one number, or one for the UNet and one for the text encoders
+LoraStrength: TypeAlias = float | Sequence[float]
+
 Kind = TypeVar("Kind", bound=Style)
+
+
+class LoraScale(NamedTuple):
+    """Strengths of a LoRA in the UNet and in the text encoders."""
+
+    unet: float
+    text: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +51,8 @@ class Request:
             otherwise runs only the prompt's branch (arXiv 2404.07724), which halves the work of that step.
         clip_skip: number of layers before SDXL's second-to-last from which the prompt's text states are taken, as in
             diffusers' SDXL pipelines; None is 0. The negative prompt always uses the second-to-last.
+        loras: name -> strength of LoRAs registered with `engine.loras.add`, or (strength in the UNet, strength in the
+            text encoders). They apply to this picture alone, its references and negative prompt included.
 
     Raises InvalidRequest for anything out of range.
 
@@ -64,6 +77,7 @@ class Request:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     spacing: str | None = None
     clip_skip: int | None = 0
+    loras: Mapping[str, LoraStrength] | None = field(default_factory=dict)
 
     def __post_init__(self):
         checked: dict[str, Any] = {
@@ -83,6 +97,7 @@ class Request:
         if self.spacing is not None:
             checked["spacing"] = values.one_of("spacing", self.spacing, SPACINGS)
         checked["style"] = normalise_styles(self.style)
+        checked["loras"] = normalise_loras(self.loras)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -91,6 +106,12 @@ class Request:
         """Return the request's styles, in order; `style` is this tuple too, whatever it was made of."""
         assert isinstance(self.style, tuple)  # since `__post_init__`
         return self.style
+
+    @property
+    def lora_scales(self) -> Mapping[str, LoraScale]:
+        """Return name -> strengths of the request's LoRAs; `loras` is this mapping too, whatever it was made of."""
+        assert self.loras is not None  # since `__post_init__`
+        return {name: scale for name, scale in self.loras.items() if isinstance(scale, LoraScale)}
 
     def styles_of(self, kind: type[Kind]) -> list[Kind]:
         """Return the request's styles of one class, in order."""
@@ -132,6 +153,28 @@ def normalise_styles(style: Any) -> tuple[Style, ...]:
         kinds_of = " or ".join(dict.fromkeys(readers))
         raise InvalidRequest(f"a request takes one {kinds_of}; give it several references: reference=[a, b]")
     return styles
+
+
+def normalise_loras(loras: Any) -> Mapping[str, LoraScale]:
+    """Return name -> strengths for None or a mapping of names to one or two numbers. Raises InvalidRequest."""
+    if loras is None:
+        return {}
+    if not isinstance(loras, Mapping):
+        raise InvalidRequest(
+            f"loras is {values.quoted(loras)}; it must be names with strengths, such as {{'pixel': 0.8}}"
+        )
+    if len(loras) > MAX_LORAS:
+        raise InvalidRequest(f"the request names {len(loras)} LoRAs; at most {MAX_LORAS} are allowed")
+    found = {}
+    for name, strength in loras.items():
+        values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
+        what = f"the strength of LoRA {values.quoted(name)}"
+        both = list(strength) if isinstance(strength, (list, tuple)) else [strength, strength]
+        if len(both) != 2:
+            raise InvalidRequest(f"{what} is {values.quoted(strength)}; give one number, or (UNet, text encoders)")
+        limits = (-values.MAX_STRENGTH, values.MAX_STRENGTH)
+        found[name] = LoraScale(*(values.real_number(what, one, *limits) for one in both))
+    return found
 
 
 def check_size(size: Any) -> tuple[int, int]:

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from stylefast.errors import InvalidRequest
+from stylefast.errors import ExportError, InvalidRequest
 from stylefast.models import vae as vaes
 from stylefast.models.pictures import open_picture
+from stylefast.runtime.loras import Loras, described
 from stylefast.runtime.plan.pinning import inversion_of, scheduler_config
 from stylefast.runtime.plan.request import Request, check_size
 from stylefast.runtime.plan.sample import Sample, connected, plan_samples
@@ -33,16 +34,23 @@ class RequestPlanner:
         native_size: tuple[int, int],
         model: str,
         fingerprint: Callable[[], str],
+        loras: Loras,
     ):
         self.runner, self.vae, self.native_size = runner, vae, native_size
-        self.model, self.fingerprint = model, fingerprint
+        self.model, self.fingerprint, self._loras = model, fingerprint, loras
         self._config = scheduler_config
         self.downscale = vaes.downscale(vae)
 
     def samples(self, requests: Sequence[Request]) -> list[Sample]:
         """Return the samples for all pictures that `requests` need, including references. Raises like `check`."""
         self.check(requests)
-        return plan_samples(requests, self.schedule, self.native_size)
+        return self._planned(requests)
+
+    def _planned(self, requests: Sequence[Request]) -> list[Sample]:
+        samples = plan_samples(requests, self.schedule, self.native_size)
+        for sample in samples:
+            sample.loras = self._loras.uses(sample.request.lora_scales)
+        return samples
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raise the errors that can be found without running anything.
@@ -59,13 +67,31 @@ class RequestPlanner:
             style = request.reader
             if style is not None and style.reads.bank is not None:
                 self._check_bank(request, style, style.reads.bank)
-        samples = plan_samples(requests, self.schedule, self.native_size)
+        samples = self._planned(requests)
         for sample in samples:
+            self._check_loras(sample)
             if sample.inverted:
                 self.inversion(sample)
         segments = {sample: self.runner.conditions.check(sample) for sample in samples}
         for group in connected(samples):
             self._check_room(group, max(segments[sample] for sample in group))
+
+    def _check_loras(self, sample: Sample) -> None:
+        """Raise ExportError for LoRAs that an exported graph can't apply."""
+        names = ", ".join(use.lora.name for use in sample.loras)
+        backend = self.runner.backend
+        if any(use.unet for use in sample.loras) and not backend.takes_loras:
+            raise ExportError(
+                f"the request uses LoRAs ({names}), but the graphs of backend {backend.name!r} have no inputs for "
+                "them; load the model with backend='torch' or 'compile', or merge the LoRAs with engine.load_lora "
+                "before the export"
+            )
+        text = any(use.text and any(use.lora.changes_text) for use in sample.loras)
+        if text and not self.runner.conditions.text_encoder.runner.takes_loras:
+            raise ExportError(
+                f"the request uses LoRAs of the text encoders ({names}), which exported text encoders can't apply; "
+                "give (strength, 0) for the UNet's part alone, or load the model with backend='torch' or 'compile'"
+            )
 
     def _check_room(self, group: Sequence[Sample], segments: int) -> None:
         """Raise OutOfMemory or ExportError for a group that could not run even alone."""
@@ -101,6 +127,7 @@ class RequestPlanner:
             size=request.size or self.native_size,
             branches=target.branches,
             layers=tuple(layers),
+            loras=described(self._loras.uses(request.lora_scales)),
         )
         # last, since it differs whenever the steps or the sampler do
         bank.check_fits(schedule=schedule_digest(schedule))
@@ -108,6 +135,12 @@ class RequestPlanner:
     def inversion(self, sample: Sample) -> Sample:
         """Return the inversion that the pinned reference `t` needs first; see `pinning.inversion_of`."""
         return inversion_of(sample, self._config)
+
+    def bake_plan(self, request: Request) -> tuple[Sample, list[Sample]]:
+        """Return the sample of a bank's reader, and the references that the bank stores. Raises like `check`."""
+        self.check([request])
+        target, *references = self._planned([request])
+        return target, references
 
     def encode_picture(self, sample: Sample) -> torch.Tensor:
         """Encode a reference picture, scaled to cover the size and centre-cropped, to latents [channels, h, w]."""

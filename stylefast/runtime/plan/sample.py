@@ -14,6 +14,7 @@ import torch
 
 from stylefast.errors import InvalidRequest
 from stylefast.models.pictures import PictureSource
+from stylefast.runtime.loras import LoraUse
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.guidance import (
     BRANCHES,
@@ -47,6 +48,7 @@ class Sample:
     reference_of: ReferenceStyle | None = None  # the style whose reference this sample is
     reader: ReferenceStyle | None = None  # how this sample reads its references
     leads: bool = False  # first of a group whose members are each other's references
+    loras: tuple[LoraUse, ...] = ()  # set by the planner
 
     @property
     def pinned(self) -> bool:
@@ -106,6 +108,7 @@ def plan_samples(
                 own = (*target.weights.items(), target.request.guidance_rescale, target.request.guidance_interval)
             key = (id(style), i, *_pace(target), target.request.negative_prompt, target.request.clip_skip, *own)
             key += tuple(id(other) for other in shared_styles(target.request, style))
+            key += tuple(target.request.lora_scales.items())
             if key not in hidden:
                 hidden[key] = _reference(target, style, i, picture)
             target.references.append(hidden[key])

@@ -45,6 +45,7 @@ class GroupRows:
     references: list[list[Reference]]  # per row
     columns: Rows  # columns written by styles
     segments: list[list[ImageSegment]]  # per row
+    loras: list[list[tuple[int, float]]]  # per row: places in the pool, and strengths
     weights: np.ndarray  # [pictures, 4] float32 of the branches
     mutual: bool  # whether references may have references
 
@@ -61,6 +62,11 @@ class GroupRows:
     def segment_width(self) -> int:
         """Return the largest number of image segments of a row."""
         return max(map(len, self.segments), default=0)
+
+    @property
+    def lora_width(self) -> int:
+        """Return the largest number of LoRAs of a row."""
+        return max(map(len, self.loras), default=0)
 
 
 class SampleGroup:
@@ -209,6 +215,7 @@ def make_group_rows(samples: Sequence[Sample], conditions: Conditions, layout: A
         segments=[
             [s for s in conditions.image_segments[row] if s.style.active(step, row[0].schedule.steps)] for row in rows
         ],
+        loras=[[(conditions.held_loras[use.lora], use.unet) for use in sample.loras if use.unet] for sample, _ in rows],
         weights=np.zeros((len(samples), len(BRANCHES)), dtype=np.float32),
         mutual=any(sample.reader is not None and sample.reader.reads.mutual for sample in samples),
     )

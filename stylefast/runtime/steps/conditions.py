@@ -5,6 +5,7 @@ pages by number, so changing the noise stage changes the number. Pages outlive t
 later requests with the same prompt or style object reuse them.
 """
 
+import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +18,11 @@ from stylefast.errors import StyleError
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.masks import load_mask, mask_vectors
+from stylefast.models.row_loras import LoraFactors, LoraProducts
 from stylefast.models.row_table import ImageKV
 from stylefast.models.text import Prompt, TextEncoder
 from stylefast.models.unet import UNet
+from stylefast.runtime.loras import Lora, LoraPool, Loras, LoraUse
 from stylefast.runtime.plan.sample import Sample
 from stylefast.runtime.steps.key_values import KeyValuePages
 from stylefast.sampling.guidance import NULL
@@ -48,6 +51,7 @@ class Conditions:
     held_text: list[int] = field(default_factory=list)
     held_images: list[int] = field(default_factory=list)
     held_masks: dict[tuple[ImageStyle, int], int] = field(default_factory=dict)  # of a style's segments
+    held_loras: dict[Lora, int] = field(default_factory=dict)  # places in the pool
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Encoded:
     held_text: list[int] = field(default_factory=list)
     held_images: list[int] = field(default_factory=list)
     masks: dict[tuple[ImageStyle, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)  # of segments
+    loras: dict[Lora, LoraFactors] = field(default_factory=dict)
 
 
 # yields encoder calls, receives their results, and returns the pages
@@ -104,10 +109,13 @@ class ConditionStore:
         text_encoder: TextEncoder,
         adapters: Mapping[str, tuple[IPAdapter, ImageEncoder]],
         train_timesteps: int,
+        loras: Loras,
         revision=lambda: None,
+        lora_memory: int | None = None,
     ):
         self.unet, self.text_encoder, self.adapters = unet, text_encoder, adapters
-        self._train_timesteps, self._revision = train_timesteps, revision
+        self._train_timesteps, self._revision, self._loras = train_timesteps, revision, loras
+        self.loras = LoraPool(unet, lora_memory)
         pooled = text_encoder.encoders[1].text_projection.weight.shape[0]
         self.text = KeyValuePages(unet.layout, text_encoder.max_tokens, pooled, unet.device, unet.dtype)
         self.images: KeyValuePages | None = None
@@ -122,13 +130,13 @@ class ConditionStore:
     def generation(self) -> tuple:
         """Return a value that changes when any buffer is replaced."""
         images = -1 if self.images is None else self.images.generation
-        return (self.text.generation, images, *(m.generation for m in self.masks.values()))
+        return (self.text.generation, self.loras.generation, images, *(m.generation for m in self.masks.values()))
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of all pages and masks."""
         masks = sum(x.numel() * x.element_size() for table in self.masks.values() for x in table.levels)
-        return self.text.nbytes + (self.images.nbytes if self.images is not None else 0) + masks
+        return self.text.nbytes + (self.images.nbytes if self.images is not None else 0) + masks + self.loras.nbytes
 
     def encoding(self, samples: Sequence[Sample], latent_size: tuple[int, int]) -> Encoding:
         """Make all inputs that `samples`, of one size, still need; `latent_size`: (height, width).
@@ -139,6 +147,9 @@ class ConditionStore:
         """
         made = Encoded()
         try:
+            used = list(dict.fromkeys(use.lora for sample in samples for use in sample.loras))
+            if used:
+                made.loras = yield lambda: {lora: self._loras.factors(lora) for lora in used}
             yield from self._encode_texts(samples, made)
             for style in dict.fromkeys(s for sample in samples for s in _pictured(sample)):
                 yield from self._encode_pictures(style, made)
@@ -163,6 +174,9 @@ class ConditionStore:
         """
         conditions = Conditions(latent_size)
         try:
+            used = list(dict.fromkeys(use.lora for sample in samples for use in sample.loras if use.unet))
+            places = self.loras.hold([(lora, made.loras[lora]) for lora in used])
+            conditions.held_loras = dict(zip(used, places, strict=True))
             for sample in samples:
                 for branch, keys in self._text_keys(sample).items():
                     found = {key: self.text.find(key) for key, _ in dict.fromkeys(keys)}
@@ -205,13 +219,17 @@ class ConditionStore:
             self.images.release(conditions.held_images)
         if conditions.held_masks:
             self.masks[conditions.latent_size].release(list(conditions.held_masks.values()))
+        self.loras.release(list(conditions.held_loras))
         conditions.held_text, conditions.held_images, conditions.held_masks = [], [], {}
+        conditions.held_loras = {}
 
     def _encode_texts(self, samples: Sequence[Sample], made: Encoded) -> Making:
         prompts: dict[tuple, Prompt] = {}
+        used: dict[tuple, tuple[LoraUse, ...]] = {}
         for sample in samples:
             for keys in self._text_keys(sample).values():
                 prompts |= dict(keys)
+                used |= {key: sample.loras for key, _ in keys}
         missing = []
         for key in prompts:
             page = self.text.find(key)
@@ -219,10 +237,14 @@ class ConditionStore:
                 missing.append(key)
             else:
                 made.held_text.append(page)
-        for start in range(0, len(missing), _PROMPTS):
-            keys = missing[start : start + _PROMPTS]
-            poolings, skips = [pooling for _, pooling, _, _ in keys], [skip for _, _, skip, _ in keys]
-            layers, pooled = yield partial(self._text_states, [prompts[key] for key in keys], poolings, skips)
+        # one call for prompts under the same LoRAs
+        missing.sort(key=lambda key: key[-1])
+        together = [list(found) for _, found in itertools.groupby(missing, key=lambda key: key[-1])]
+        for keys in [found[i : i + _PROMPTS] for found in together for i in range(0, len(found), _PROMPTS)]:
+            poolings, skips = [key[1] for key in keys], [key[2] for key in keys]
+            loras = [(use, made.loras[use.lora]) for use in used[keys[0]]]
+            given = [prompts[key] for key in keys], poolings, skips, loras
+            layers, pooled = yield partial(self._text_states, *given)
             # another request may have added some of them meanwhile
             found = [self.text.find(key) for key in keys]
             made.held_text += [page for page in found if page is not None]
@@ -249,22 +271,32 @@ class ConditionStore:
 
     def _text_keys(self, sample: Sample) -> dict[str, list[tuple[tuple, Prompt]]]:
         """Map branch -> per step, the page's key and the prompt that makes it."""
-        revision = self._revision()
+        revision, loras = self._revision(), tuple(use.key for use in sample.loras)
         texts, found = self._texts(sample), {}
         for branch, per_step in texts.per_step.items():
             # the null branch skips no layers, as in diffusers
             pooling, skip = texts.pooling[branch], 0 if branch == NULL else sample.request.clip_skip
             # one Prompt object covers many steps
-            distinct = {id(prompt): ((revision, pooling, skip, prompt.identity()), prompt) for prompt in per_step}
+            start = (revision, pooling, skip)
+            distinct = {id(prompt): ((*start, prompt.identity(), loras), prompt) for prompt in per_step}
             found[branch] = [distinct[id(prompt)] for prompt in per_step]
         return found
 
     @torch.inference_mode()
-    def _text_states(self, prompts: Sequence[Prompt], poolings: Sequence[str], skips: Sequence[int]) -> tuple:
-        """Return keys and values per layer, and pooled states, of prompts."""
-        states = self.text_encoder.encode(prompts, poolings, skips)
+    def _text_states(
+        self,
+        prompts: Sequence[Prompt],
+        poolings: Sequence[str],
+        skips: Sequence[int],
+        loras: Sequence[tuple[LoraUse, LoraFactors]],
+    ) -> tuple:
+        """Return keys and values per layer, and pooled states, of prompts under the same LoRAs."""
+        of_text = [(factors.text, use.text) for use, factors in loras if use.text]
+        of_unet = LoraProducts(tuple((factors, use.unet) for use, factors in loras if use.unet))
+        states = self.text_encoder.encode(prompts, poolings, skips, loras=of_text)
         hidden = torch.stack([state.hidden for state in states]).to(self.unet.device, self.unet.dtype)
-        return self.unet.project_text(hidden), torch.stack([state.pooled for state in states])
+        keys_values = self.unet.project_text(hidden, of_unet if of_unet.used else None)
+        return keys_values, torch.stack([state.pooled for state in states])
 
     def _encode_pictures(self, style: ImageStyle, made: Encoded) -> Making:
         adapter, encoder = self._adapter(style)

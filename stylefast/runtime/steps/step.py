@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from stylefast.kernels.guided_step import operation as guided_step
+from stylefast.models.row_loras import RowLoras
 from stylefast.models.row_table import ImageKV, KeyValue, RowFeatures, StylePages
 from stylefast.models.unet import UNet
 from stylefast.runtime.steps.step_buffers import StepColumns
@@ -77,8 +78,8 @@ class LatentSlots:
 class ModelInputs(NamedTuple):
     """Everything that a step reads besides its columns.
 
-    `pages` is set if a row reads a bank, `image_kv` if one may have a picture. `graph_inputs` has all pages and
-    masks, whether or not a row reads them, by the input names of exported graphs.
+    `pages` is set if a row reads a bank, `image_kv` if one may have a picture, `loras` if one uses a LoRA.
+    `graph_inputs` has all pages and masks, whether or not a row reads them, by the input names of exported graphs.
     """
 
     text_kv: tuple[KeyValue, ...]
@@ -87,6 +88,7 @@ class ModelInputs(NamedTuple):
     pages: StylePages | None
     masks: tuple[torch.Tensor, ...]
     graph_inputs: Mapping[str, torch.Tensor] = MappingProxyType({})
+    loras: RowLoras | None = None
 
 
 def run_step(
@@ -103,9 +105,9 @@ def run_step(
     """
     latents, seen = model_input(state, columns, unet.dtype)
     picture = columns.row_picture
-    embedding = unet.embed(
-        columns.timestep[picture], buffers.pooled[columns.table.text_page], columns.time_ids[picture]
-    )
+    loras = None if buffers.loras is None else buffers.loras.of_rows(columns.table.lora, columns.table.lora_scale)
+    pooled = buffers.pooled[columns.table.text_page]
+    embedding = unet.embed(columns.timestep[picture], pooled, columns.time_ids[picture], loras)
     output = unet(
         seen,
         embedding,
@@ -115,6 +117,7 @@ def run_step(
         buffers.pages,
         buffers.masks,
         features=features,
+        loras=loras,
     )
     sampler_update(state, columns, latents, output)
 

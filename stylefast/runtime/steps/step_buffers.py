@@ -33,6 +33,7 @@ class BatchShape(NamedTuple):
     pictures: int
     references: int  # columns of self_page
     segments: int  # columns of image_page
+    loras: int  # columns of lora
     norms: bool  # whether any row may share group norms
     layers: int
     modules: int
@@ -157,6 +158,10 @@ class StepBuffers:
             for i, segment in enumerate(segments[source]):
                 arrays["image_page"][row, i], arrays["image_mask"][row, i] = segment.page, segment.mask
                 arrays["image_strength"][row, i] = segment.strength
+        loras = [row for group_rows in all_rows for row in group_rows.loras]
+        for row, source in enumerate(order):
+            for i, (place, strength) in enumerate(loras[source]):
+                arrays["lora"][row, i], arrays["lora_scale"][row, i] = place, strength
         arrays["branch_rows"][plan.picture[order], plan.branch[order]] = np.arange(count)
         start = 0
         for g, group_rows in zip(groups, all_rows):

@@ -1,0 +1,381 @@
+"""LoRAs that requests use by name: registered in host memory, on the device while rows use them.
+
+Three tiers: the file, factors in host memory, and units in pools on the device. `Loras` is the registry and the host
+tier, `LoraPool` the device tier. In both the least recently used LoRAs give way when a byte budget is reached; those in
+use stay. A LoRA that was removed, or whose name was taken again, stays as it was for the requests that have it.
+"""
+
+import itertools
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stylefast import values
+from stylefast.errors import AdapterError, InvalidRequest, OutOfMemory
+from stylefast.kernels.row_lora import RANK
+from stylefast.models.lora_file import read_lora
+from stylefast.models.lora_units import lora_factors, unit_table
+from stylefast.models.row_loras import NO_UNIT, LoraFactors, LoraProducts, RowLoras
+from stylefast.models.unet import UNet
+from stylefast.runtime.banks.page_pool import PagePool, PoolFull
+from stylefast.runtime.plan.request import LoraScale
+
+# max LoRAs on the device at once, each with a row in the table of units
+MOST_RESIDENT = 256
+_numbers = itertools.count(1)
+
+
+class Lora:
+    """A registered LoRA. `digest`: SHA-256 of its files; `nbytes`: of its factors; `rank`: the largest of a layer."""
+
+    def __init__(self, name: str, path: Path, digest: str, factors: LoraFactors):
+        self.name, self.path, self.digest = name, path, digest
+        self.number = next(_numbers)
+        self.nbytes, self.rank = factors.nbytes, factors.rank
+        self.changes_unet = any(factors.units())
+        self.changes_text = tuple(bool(found) for found in factors.text)
+        self._factors: LoraFactors | None = factors  # None: only in the file
+
+    @property
+    def on_host(self) -> bool:
+        """Return whether its factors are in host memory."""
+        return self._factors is not None
+
+
+class LoraUse(NamedTuple):
+    """A LoRA of a request, with its strengths."""
+
+    lora: Lora
+    unet: float
+    text: float
+
+    @property
+    def key(self) -> tuple[str, float, float]:
+        """Return what is equal for uses with equal effects."""
+        return self.lora.digest, self.unet, self.text
+
+
+def described(used: Sequence[LoraUse]) -> str:
+    """Return contents and strengths of LoRAs as text, equal for equal effects; "" for none."""
+    return ", ".join(f"{use.lora.digest[:16]} at {use.unet:g} (text encoders: {use.text:g})" for use in used)
+
+
+class Loras:
+    """The LoRAs that requests may use, by name: `Request(loras={"pixel": 0.8})`.
+
+    Registering and removing is allowed while pictures are in progress; nobody's weights change.
+
+    Examples:
+        >>> sorted(engine.loras)
+        []
+        >>> engine.generate(sf.Request("a fish", loras={"pixel": 0.8}, steps=2))
+        Traceback (most recent call last):
+        stylefast.errors.InvalidRequest: no LoRA named 'pixel' is registered; registered are: none. Add it with \
+engine.loras.add(file, 'pixel')
+    """
+
+    def __init__(self, unet: UNet, weights: Mapping[str, Mapping[str, torch.Tensor]], host_memory: int | None = None):
+        self._unet, self._weights, self._budget = unet, weights, host_memory
+        self._lock = threading.RLock()
+        self._named: dict[str, Lora] = {}
+        self._host: OrderedDict[Lora, None] = OrderedDict()  # with factors in memory, least recently used first
+
+    def add(self, source: str | Path, name: str | None = None) -> str:
+        """Register a LoRA (a file, or a folder with one) and return its name, by default the file's.
+
+        Raises ModelNotFound and ModelFormatError for files that can't be read, AdapterError for files that are not a
+        LoRA, don't fit the model, or can't differ by row (NotLowRank; `Engine.load_lora` takes those), and
+        InvalidRequest for a name that is taken.
+        """
+        path = values.path("a LoRA", source)
+        if name is not None:
+            values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
+            self._check_free(name)
+        name, digest, factors = self._read(path, name)
+        with self._lock:
+            self._check_free(name)
+            lora = self._named[name] = Lora(name, path.resolve(), digest, factors)
+            self._keep(lora, factors)
+        return name
+
+    def remove(self, name: str) -> None:
+        """Unregister a LoRA; requests that use it keep it until they are done. Raises InvalidRequest if unknown."""
+        with self._lock:
+            self._find(name)
+            lora = self._named.pop(name)
+            self._host.pop(lora, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._named
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._named))
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def __getitem__(self, name: str) -> Lora:
+        """Return a registered LoRA. Raises InvalidRequest, listing the names there are."""
+        with self._lock:
+            return self._find(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all factors in host memory."""
+        with self._lock:
+            return sum(lora.nbytes for lora in self._host)
+
+    def uses(self, wanted: Mapping[str, LoraScale]) -> tuple[LoraUse, ...]:
+        """Return the LoRAs that a request names, without those of strength 0, in the order of their contents.
+
+        Raises InvalidRequest for names that are not registered.
+        """
+        with self._lock:
+            found = [LoraUse(self._find(name), *scale) for name, scale in wanted.items()]
+        used = [use._replace(text=use.text if any(use.lora.changes_text) else 0.0) for use in found]
+        used = [use._replace(unet=use.unet if use.lora.changes_unet else 0.0) for use in used]
+        return tuple(sorted((use for use in used if use.unet or use.text), key=lambda use: use.key))
+
+    def factors(self, lora: Lora) -> LoraFactors:
+        """Return the factors of a LoRA, read again from its file if they have left host memory.
+
+        Raises AdapterError if the file has changed since it was registered, and what `add` raises.
+        """
+        with self._lock:
+            found = lora._factors
+            if found is not None:
+                if lora in self._host:
+                    self._host.move_to_end(lora)
+                return found
+        _, digest, found = self._read(lora.path, lora.name)
+        if digest != lora.digest:
+            raise AdapterError(
+                f"{lora.path.name} has changed since it was registered as {lora.name!r}; remove it and add it again"
+            )
+        with self._lock:
+            self._keep(lora, found)
+        return found
+
+    def products(self, used: Sequence[LoraUse]) -> LoraProducts | None:
+        """Return what used LoRAs add to layers of the UNet outside the steps; None if nothing."""
+        found = tuple((self.factors(use.lora), use.unet) for use in used if use.unet)
+        return LoraProducts(found) if found else None
+
+    def _read(self, path: Path, name: str | None) -> tuple[str, str, LoraFactors]:
+        lora = read_lora(path, self._weights)
+        return name or lora.name, lora.digest, lora_factors(lora, self._unet.loras, self._unet.dtype)
+
+    def _keep(self, lora: Lora, factors: LoraFactors) -> None:
+        """Keep factors in host memory, and drop those of the least recently used beyond the budget."""
+        lora._factors = factors
+        if self._named.get(lora.name) is not lora:
+            return  # removed meanwhile; its requests keep it alive
+        self._host[lora] = None
+        self._host.move_to_end(lora)
+        total = sum(other.nbytes for other in self._host)
+        while self._budget is not None and total > self._budget and len(self._host) > 1:
+            oldest, _ = self._host.popitem(last=False)
+            oldest._factors, total = None, total - oldest.nbytes
+
+    def _find(self, name: object) -> Lora:
+        if not isinstance(name, str) or name not in self._named:
+            known = ", ".join(self._named) or "none"
+            raise InvalidRequest(
+                f"no LoRA named {values.quoted(name)} is registered; registered are: {known[: values.QUOTED]}"
+                f"{values.did_you_mean(name, self._named)}. Add it with engine.loras.add(file, {values.quoted(name)})"
+            )
+        return self._named[name]
+
+    def _check_free(self, name: str) -> None:
+        if name in self._named:
+            raise InvalidRequest(
+                f"a LoRA named {values.quoted(name)} is already registered; remove it first, or give another name: "
+                "engine.loras.add(file, 'name')"
+            )
+
+
+class LoraPool:
+    """Units of the LoRAs in use on the device.
+
+    `rows` is what the UNet reads, None until the first LoRA. Its tensors are replaced when they grow, and `generation`
+    increases. memory: bytes for all units; None: no limit. Not thread-safe: used between steps.
+    """
+
+    def __init__(self, unet: UNet, memory: int | None = None):
+        self._unet, self._memory = unet, memory
+        self._layout, self._books = unet.loras, PagePool(MOST_RESIDENT)
+        self._unit_bytes = np.array([self._layout.unit_bytes(kind, unet.dtype) for kind in self._kinds])
+        self._at: dict[int, _Resident] = {}  # by place
+        self._down = [torch.zeros(0, kind.taps, kind.channels_in, RANK) for kind in self._layout.kinds]
+        self._up = [torch.zeros(0, RANK, kind.channels_out) for kind in self._layout.kinds]
+        self._free: list[list[int]] = [[] for _ in self._kinds]
+        self._width = 1
+        self.rows: RowLoras | None = None
+        self.generation = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all units, used or not, and of the table."""
+        return 0 if self.rows is None else sum(x.nbytes for x in (*self._down, *self._up, self.rows.units))
+
+    @property
+    def resident(self) -> list[str]:
+        """Return the names of the LoRAs on the device."""
+        return [one.lora.name for one in self._at.values()]
+
+    @property
+    def held(self) -> int:
+        """Count the LoRAs in use."""
+        return self._books.stats().pinned
+
+    @torch.inference_mode()
+    def hold(self, used: Sequence[tuple[Lora, LoraFactors]]) -> list[int]:
+        """Bring LoRAs to the device, keep them there until `release`, and return their places.
+
+        Raises OutOfMemory, holding none, if they don't fit beside those in use.
+        """
+        if not used:
+            return []
+        keys = _keys([lora for lora, _ in used])
+        try:
+            claim = self._books.acquire(keys)
+        except PoolFull as error:
+            raise OutOfMemory(f"{len(used)} more LoRAs don't fit on the device: {error}") from None
+        new = {int(claim.slots[i]): used[i] for i in np.flatnonzero(claim.claimed)}
+        try:
+            for place in new:
+                self._evict(place)  # of the LoRA that the books gave up for it
+            if new:
+                self._make_room([factors for _, factors in new.values()])
+            for place, (lora, factors) in new.items():
+                self._put(place, lora, factors)
+        except BaseException:
+            for place in new:
+                self._evict(place)
+            self._books.failed(np.array(list(new), dtype=np.int64))
+            self._books.release(keys)
+            raise
+        self._books.filled(np.array(list(new), dtype=np.int64))
+        return [int(place) for place in claim.slots]
+
+    def release(self, loras: Sequence[Lora]) -> None:
+        """Release LoRAs that were held; they stay on the device until others need the room."""
+        if loras:
+            self._books.release(_keys(loras))
+
+    @property
+    def _kinds(self) -> range:
+        return range(len(self._layout.kinds))
+
+    def _evict(self, place: int) -> None:
+        gone = self._at.pop(place, None)
+        if gone is not None:
+            for free, units in zip(self._free, gone.units, strict=True):
+                free += units.tolist()
+
+    def _make_room(self, new: Sequence[LoraFactors]) -> None:
+        """Grow the pools for new LoRAs; over the budget, the least recently used ones leave and the pools shrink."""
+        more = np.sum([factors.units() for factors in new], axis=0)
+        width = 1 << (max([1, *(int(factors.counts.max(initial=0)) for factors in new)]) - 1).bit_length()
+        pools = [len(up) for up in self._up]
+        if all(len(free) >= count for free, count in zip(self._free, more, strict=True)):
+            counts = pools
+        else:
+            while self._bytes(self._held() + more) > self._most:
+                self._drop_oldest(len(new), self._held() + more)
+            wanted = self._held() + more
+            # half as many again, so that the next few compile and copy nothing
+            grown = np.maximum(pools, np.where(more > 0, wanted + wanted // 2, wanted))
+            counts = grown if self._bytes(grown) <= self._most else wanted
+        if list(counts) == pools and width <= self._width and self.rows is not None:
+            return
+        for kind, count in enumerate(counts):
+            if count != pools[kind] or self.rows is None:
+                self._resize(kind, int(count))
+        self._width = max(self._width, width)
+        table = torch.full((MOST_RESIDENT, len(self._layout.names), self._width), NO_UNIT, device=self._unet.device)
+        self.rows = RowLoras(tuple(self._down), tuple(self._up), table)
+        self.generation += 1
+        for place in self._at:
+            self._enter(place)
+
+    @property
+    def _most(self) -> float:
+        return math.inf if self._memory is None else self._memory
+
+    def _held(self) -> np.ndarray:
+        """Return how many units of each kind the LoRAs on the device take."""
+        return np.array([len(up) - len(free) for up, free in zip(self._up, self._free, strict=True)])
+
+    def _bytes(self, units: np.ndarray) -> int:
+        return int(np.dot(units, self._unit_bytes))
+
+    def _drop_oldest(self, count: int, wanted: np.ndarray) -> None:
+        """Drop the LoRA that has been out of use for longest. Raises OutOfMemory if all are in use."""
+        oldest = next((page for page in self._books.pages() if page.pins == 0 and page.state == "resident"), None)
+        if oldest is None:
+            raise OutOfMemory(
+                f"the LoRAs in use and {count} more take {self._bytes(wanted) / 2**20:.1f} MiB on the device, but "
+                f"lora_memory is {self._most / 2**20:.1f} MiB; raise it, or use fewer LoRAs at once"
+            )
+        self._books.drop(oldest.style)
+        self._evict(oldest.slot)
+
+    def _resize(self, kind: int, count: int) -> None:
+        """Replace the pool of a kind, with the units in use at its start."""
+        place, dtype = self._unet.device, self._unet.dtype
+        old = np.concatenate([np.zeros(0, np.int64), *(one.units[kind] for one in self._at.values())])
+        fresh = []
+        for pool in (self._down[kind], self._up[kind]):
+            made = torch.zeros(count, *pool.shape[1:], dtype=dtype, device=place)
+            if len(old):
+                made[: len(old)] = pool[torch.from_numpy(old).to(place)]
+            fresh.append(made)
+        # nothing below fails: the pool is either the old one or the new one
+        self._down[kind], self._up[kind] = fresh
+        start = 0
+        for one in self._at.values():
+            one.units[kind] = np.arange(start, start + len(one.units[kind]))
+            start += len(one.units[kind])
+        self._free[kind] = list(range(count - 1, start - 1, -1))
+
+    def _put(self, place: int, lora: Lora, factors: LoraFactors) -> None:
+        """Copy a LoRA's factors into free units."""
+        units = []
+        for kind, count in enumerate(factors.units()):
+            units.append(np.array([self._free[kind].pop() for _ in range(count)], dtype=np.int64))
+        self._at[place] = _Resident(lora, factors.starts, factors.counts, units)
+        for kind, own in enumerate(units):
+            if len(own):
+                index = torch.from_numpy(own).to(self._unet.device)
+                self._down[kind][index] = factors.down[kind].to(self._down[kind])
+                self._up[kind][index] = factors.up[kind].to(self._up[kind])
+        self._enter(place)
+
+    def _enter(self, place: int) -> None:
+        """Write a LoRA's units into the table."""
+        assert self.rows is not None
+        one = self._at[place]
+        table = unit_table(self._layout, one.starts, one.counts, one.units, self._width)
+        self.rows.units[place] = torch.from_numpy(table).to(self.rows.units)
+
+
+@dataclass(eq=False)
+class _Resident:
+    """A LoRA on the device: where its units lie."""
+
+    lora: Lora
+    starts: np.ndarray  # [layers]
+    counts: np.ndarray  # [layers]
+    units: list[np.ndarray]  # per kind: places in the pool
+
+
+def _keys(loras: Sequence[Lora]) -> np.ndarray:
+    return np.array([(lora.number, 0, 0, 0) for lora in loras], dtype=np.int64)

@@ -1,0 +1,285 @@
+"""Requests with LoRAs of their own share UNet calls, and each gives what diffusers gives with those LoRAs loaded."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import stylefast as sf
+from stylefast.errors import AdapterError, ExportError, InvalidRequest, OutOfMemory, StyleError
+from stylefast.models.lora_factors import NotLowRank
+from stylefast.record import from_record, to_record
+from tests.support.fp64 import close, measured
+from tests.support.scene import SIZE, apart, guided, learned, sharp_pipeline, small_picture
+from tests.support.small_checkpoints import random_lora, write_kohya_lora, write_peft_lora
+
+STEPS = 2
+USED = {
+    "plain": {},
+    "ink": {"ink": 0.8},
+    "ink and pixel": {"ink": 0.5, "pixel": -1.2},
+    "wide": {"wide": 1.0},
+    "no text": {"ink": (0.8, 0.0)},
+}
+
+
+def louder(lora, factor=3.0):
+    return {place: (down * factor, up, alpha) for place, (down, up, alpha) in lora.items()}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, pipe):
+    folder, config = tmp_path_factory.mktemp("loras"), pipe.unet.config
+    return {
+        "ink": write_kohya_lora(louder(random_lora(pipe, 1)), folder / "ink.safetensors", config),
+        "pixel": write_peft_lora(louder(random_lora(pipe, 2, rank=20, text=False)), folder / "pixel.safetensors"),
+        "wide": write_kohya_lora(
+            random_lora(pipe, 3, rank=4, text=False, convolutions=True), folder / "wide.safetensors", config
+        ),
+    }
+
+
+@pytest.fixture
+def registered(engine, files):
+    for name, file in files.items():
+        engine.loras.add(file, name)
+    yield engine
+    for name in list(engine.loras):
+        engine.loras.remove(name)
+
+
+def requests(**more):
+    return {
+        name: sf.Request("a cat", seed=3, steps=STEPS, size=SIZE, loras=loras, **more) for name, loras in USED.items()
+    }
+
+
+def latents(engine, given):
+    return dict(zip(given, engine.generate(list(given.values()), output="latents").latents, strict=True))
+
+
+@pytest.fixture(scope="module")
+def with_loras(files):
+    """diffusers' pipeline under some of the LoRAs, as a function of their names and strengths."""
+    pipe = sharp_pipeline()
+    for name, file in files.items():
+        pipe.load_lora_weights(str(file), adapter_name=name)
+
+    def with_loras(strengths):
+        if strengths:
+            pipe.enable_lora()
+            pipe.set_adapters(list(strengths), list(strengths.values()))
+        else:
+            pipe.disable_lora()
+        # `measured` knows by its weights that a model has changed
+        for module in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
+            with torch.no_grad():
+                next(module.parameters()).mul_(1)
+        return pipe
+
+    return with_loras
+
+
+@pytest.mark.parametrize("name", [name for name in USED if name != "no text"])
+def test_every_row_gives_what_diffusers_gives_with_its_loras(registered, with_loras, name):
+    found = latents(registered, requests())[name]
+    close(found[None], measured(guided, with_loras(USED[name]), ["a cat"], [3]))
+
+
+def test_strengths_of_the_text_encoders_are_their_own(registered, with_loras):
+    pipe = with_loras({"ink": {"unet": 0.8, "text_encoder": 0.0, "text_encoder_2": 0.0}})
+    close(latents(registered, requests())["no text"][None], measured(guided, pipe, ["a cat"], [3]))
+
+
+def test_all_differ_and_share_one_call_a_step(registered):
+    before = registered.runner.calls
+    found = latents(registered, requests())
+    assert registered.runner.calls == before + STEPS
+    for name in ("ink", "ink and pixel", "wide", "no text"):
+        apart([found[name]], [found["plain"]])
+    apart([found["no text"]], [found["ink"]])
+
+
+def test_neighbours_change_no_bit_of_a_row_without_loras(registered):
+    plain = requests()["plain"]
+    with_loras = registered.generate([plain, requests()["ink"], requests()["wide"]], output="latents")
+    without = registered.generate([plain, plain, plain], output="latents")
+    assert torch.equal(with_loras.latents[0], without.latents[0])
+
+
+def test_strength_zero_is_no_lora_at_all(registered, monkeypatch):
+    shapes = []
+    original = type(registered.runner)._shape
+    monkeypatch.setattr(type(registered.runner), "_shape", lambda *a: shapes.append(original(*a)) or shapes[-1])
+    zero = replace(requests()["plain"], loras={"ink": 0.0, "pixel": (0, 0)})
+    found = registered.generate(zero, output="latents").latents[0]
+    assert {shape.loras for shape in shapes} == {0} and registered.runner.conditions.loras.held == 0
+    assert torch.equal(found, registered.generate(requests()["plain"], output="latents").latents[0])
+
+
+def test_a_merged_lora_gives_what_a_row_gives(registered, files):
+    row = latents(registered, requests())["ink"]
+    name = registered.load_lora(files["ink"], 0.8)
+    try:
+        merged = registered.generate(requests()["plain"], output="latents").latents[0]
+    finally:
+        registered.merged_loras.remove(name)
+    assert (row - merged).abs().max() <= 1e-5 * merged.abs().max()
+
+
+def test_styles_and_loras_meet_in_one_call(registered):
+    aligned = sf.StyleAligned(small_picture(4, SIZE))
+    bank = registered.bake([aligned], steps=STEPS, size=SIZE, loras={"ink": 0.8})
+    given = {
+        "plain": sf.Request("a cat", steps=STEPS, size=SIZE),
+        "bank": sf.Request("a dog", steps=STEPS, size=SIZE, style=sf.StyleAligned(bank), loras={"ink": 0.8}),
+        "picture": sf.Request(
+            "a fish", steps=STEPS, size=SIZE, style=sf.InstantStyle(small_picture(5)), loras={"wide": 0.5, "pixel": 0.7}
+        ),
+        "learned": sf.Request("a house", steps=STEPS, size=SIZE, style=sf.DreamStyler(learned())),
+    }
+    before = registered.runner.calls
+    together = latents(registered, given)
+    assert registered.runner.calls == before + STEPS
+    for name, one in given.items():
+        alone = registered.generate(one, output="latents").latents[0]
+        assert (together[name] - alone).abs().max() <= 1e-5 * alone.abs().max(), name
+    live = replace(given["bank"], style=aligned)
+    from_live = registered.generate(live, output="latents").latents[0]
+    assert (together["bank"] - from_live).abs().max() <= 1e-5 * from_live.abs().max()
+
+
+@pytest.mark.parametrize("loras", [{}, {"ink": 0.7}, {"ink": 0.8, "wide": 0.1}, {"pixel": 0.8}])
+def test_a_bank_fits_only_requests_under_its_loras(registered, loras):
+    style = sf.StyleAligned(small_picture(4, SIZE))
+    bank = registered.bake(style, steps=STEPS, size=SIZE, loras={"ink": 0.8})
+    with pytest.raises(StyleError, match="baked under the LoRAs .* but the request is under"):
+        registered.submit(sf.Request("a dog", steps=STEPS, size=SIZE, style=sf.StyleAligned(bank), loras=loras))
+    with pytest.raises(StyleError, match="store='hidden'"):
+        registered.bake(style, steps=STEPS, size=SIZE, loras={"ink": 0.8}, store="hidden")
+
+
+def test_references_of_one_style_differ_by_lora(registered):
+    style = sf.StyleAligned(prompt="oil")
+    given = {name: replace(one, style=style) for name, one in requests().items() if name in ("plain", "ink", "wide")}
+    together = latents(registered, given)
+    for name, one in given.items():
+        alone = registered.generate(one, output="latents").latents[0]
+        assert (together[name] - alone).abs().max() <= 1e-5 * alone.abs().max(), name
+
+
+def test_a_lora_removed_or_replaced_stays_for_who_has_it(registered, files):
+    alone = latents(registered, requests())["ink"]
+    job = registered.submit(requests()["ink"], output="latents")
+    registered.loras.remove("ink")
+    registered.loras.add(files["wide"], "ink")
+    later = registered.submit(requests()["ink"], output="latents")
+    assert (job.result().latents[0] - alone).abs().max() <= 1e-5 * alone.abs().max()
+    apart(later.result().latents, [alone])
+    with pytest.raises(InvalidRequest, match=r"no LoRA named 'pixle' is registered; .*did you mean 'pixel'"):
+        registered.submit(sf.Request("a cat", loras={"pixle": 1.0}))
+
+
+@pytest.fixture
+def frugal(pipe, files):
+    """An engine with room for one LoRA on the device, and for one in host memory."""
+    sizes = {}
+    with sf.Engine.from_pipeline(pipe) as engine:
+        for name, file in files.items():
+            engine.loras.add(file, name)
+            sizes[name] = engine.loras[name].nbytes
+    with sf.Engine.from_pipeline(pipe, lora_memory=max(sizes.values()), lora_host_memory=max(sizes.values())) as engine:
+        for name, file in files.items():
+            engine.loras.add(file, name)
+        yield engine
+
+
+def test_loras_take_turns_where_not_all_fit(frugal, registered):
+    expected = latents(registered, requests())
+    names = ("ink", "pixel", "wide")
+    given = {name: sf.Request("a cat", seed=3, steps=STEPS, size=SIZE, loras={name: 0.8}) for name in names}
+    expected = latents(registered, given)
+    jobs = {name: frugal.submit(one, output="latents") for name, one in given.items()}
+    for name, job in jobs.items():
+        error = (job.result(60).latents[0] - expected[name]).abs().max()
+        assert error <= 1e-5 * expected[name].abs().max(), name
+    pool = frugal.runner.conditions.loras
+    assert pool.held == 0 and len(pool.resident) == 1
+    assert sum(frugal.loras[name].on_host for name in names) == 1
+    with pytest.raises(OutOfMemory, match="lora_memory"):
+        frugal.generate(sf.Request("a cat", steps=1, size=SIZE, loras=dict.fromkeys(names, 0.5)))
+    assert pool.held == 0
+
+
+def test_a_file_that_changed_is_noticed_when_it_is_read_again(frugal, files, tmp_path):
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(files["ink"].read_bytes())
+    frugal.loras.add(moved, "moved")
+    frugal.loras.add(files["wide"], "other")  # takes its place in host memory
+    assert not frugal.loras["moved"].on_host
+    moved.write_bytes(files["pixel"].read_bytes())
+    with pytest.raises(AdapterError, match="has changed since it was registered as 'moved'"):
+        frugal.generate(sf.Request("a cat", steps=1, size=SIZE, loras={"moved": 1.0}))
+
+
+def test_nothing_is_held_when_all_is_done(registered):
+    conditions = registered.runner.conditions
+    jobs = [registered.submit(one) for one in requests().values()]
+    jobs[1].cancel()
+    registered.generate(list(requests().values()))
+    for job in jobs:
+        job.exception() or job.status == "cancelled" or job.result(60)
+    assert conditions.loras.held == 0 and conditions.text.used == 0
+
+
+@pytest.mark.parametrize(
+    ("loras", "message"),
+    [
+        ("ink", "must be names with strengths"),
+        ([("ink", 1)], "must be names with strengths"),
+        ({"ink": "much"}, "strength of LoRA 'ink'"),
+        ({"ink": float("nan")}, "strength of LoRA 'ink'"),
+        ({"ink": 1e9}, "strength of LoRA 'ink'"),
+        ({"ink": True}, "strength of LoRA 'ink'"),
+        ({"ink": (1, 2, 3)}, "give one number, or"),
+        ({"": 1.0}, "the name of a LoRA"),
+        ({3: 1.0}, "the name of a LoRA"),
+        ({f"l{i}": 1.0 for i in range(33)}, "at most 32"),
+    ],
+)
+def test_loras_of_a_request_that_make_no_sense_are_refused(loras, message):
+    with pytest.raises(InvalidRequest, match=message):
+        sf.Request("a cat", loras=loras)
+
+
+def test_a_name_is_given_once(registered, files):
+    with pytest.raises(InvalidRequest, match="'ink' is already registered"):
+        registered.loras.add(files["pixel"], "ink")
+    assert sorted(registered.loras) == ["ink", "pixel", "wide"]
+    with pytest.raises(InvalidRequest, match="no LoRA named 'chalk'"):
+        registered.loras.remove("chalk")
+
+
+def test_a_lora_that_is_not_low_rank_names_the_way_out(registered, pipe, tmp_path):
+    from safetensors.torch import save_file
+
+    name = "down_blocks.1.attentions.0.proj_in"
+    weight = pipe.unet.get_submodule(name).weight
+    save_file({f"lora_unet_{name.replace('.', '_')}.diff": torch.ones(weight.shape)}, tmp_path / "full.safetensors")
+    with pytest.raises(NotLowRank, match=r"engine\.load_lora"):
+        registered.loras.add(tmp_path / "full.safetensors")
+    assert "full" not in registered.loras
+
+
+def test_graphs_without_inputs_for_loras_refuse_by_name(registered, monkeypatch):
+    monkeypatch.setattr(type(registered.runner.backend), "takes_loras", False)
+    with pytest.raises(ExportError, match=r"uses LoRAs \(ink\)"):
+        registered.submit(requests()["ink"])
+
+
+def test_a_record_replays_the_loras(registered):
+    given = list(requests().values())
+    result = registered.generate(given)
+    again = from_record(to_record(given))
+    assert [one.lora_scales for one in again] == [one.lora_scales for one in given]
+    assert set(result.metadata[2]["lora_files"]) == {"ink", "pixel"} and "lora_files" not in result.metadata[0]
