@@ -6,8 +6,9 @@
 
 namespace lora {
 
-constexpr std::int64_t kRank = RowLora::rank, kBlock = RowLora::block, kChunk = RowLora::chunk;
-constexpr std::int64_t kRow = RowLora::packed;
+constexpr std::int64_t kRank = RowLora::rank, kBlock = RowLora::block, kChunk = RowLora::chunk,
+                       kPacked = RowLora::packed;
+constexpr std::int64_t kRow = RowLora::packed_row;
 constexpr int kUnitVectors = kRank / W;      // of one unit's ranks
 constexpr int kMostUnits = W == 16 ? 2 : 1;  // multiplied at once: 12 x 2 or 6 x 2 sums
 constexpr int kGroup = W == 16 ? 12 : 6;     // tokens whose sums are in registers
@@ -18,7 +19,7 @@ static_assert(kBlock % kGroup == 0 && kBlock % kTile == 0 && kGroup <= RowLora::
 struct Space {
     float* inner;    // [block, units * rank]
     float* tokens;   // [kGroup, kRow]
-    float* factors;  // [units, chunk, rank], then [a part's units, rank, out] and their last columns
+    float* factors;  // [units, kPacked, rank], then [a part's units, rank, out] and their last columns
 };
 
 // to[m] += x[m] a, of `units` units whose chunks lie at a[0], a[1]
@@ -102,32 +103,35 @@ void down_block(const RowLora& a, const char* row, const Places& places, const R
     const std::int64_t width = count * kRank, taps = a.side * a.side;
     __builtin_memset(space.inner, 0, static_cast<std::size_t>(4 * kBlock * width));
     for (std::int64_t tap = 0; tap < taps; ++tap) {
-        for (std::int64_t channel = 0; channel < a.in; channel += kChunk) {
-            const std::int64_t channels = least(kChunk, a.in - channel);
-            const auto chunk = [&](std::int64_t u) {
+        for (std::int64_t channel = 0; channel < a.in; channel += kPacked) {
+            const std::int64_t channels = least(kPacked, a.in - channel);
+            const auto stored = [&](std::int64_t u) {
                 return a.down + ((units[u].number * taps + tap) * a.in + channel) * kRank * kBytes<type>;
             };
             if constexpr (type != Element::f32) {
                 for (std::int64_t u = 0; u < count; ++u) {
-                    widen<type>(chunk(u), channels * kRank, space.factors + u * kChunk * kRank);
+                    widen<type>(stored(u), channels * kRank, space.factors + u * kPacked * kRank);
                 }
             }
             const auto factor = [&](std::int64_t u) {
-                if constexpr (type == Element::f32) return reinterpret_cast<const float*>(chunk(u));
-                return static_cast<const float*>(space.factors + u * kChunk * kRank);
+                if constexpr (type == Element::f32) return reinterpret_cast<const float*>(stored(u));
+                return static_cast<const float*>(space.factors + u * kPacked * kRank);
             };
             for (std::int64_t group = 0; group < places.count; group += kGroup) {
                 if (!pack_tokens<type>(a, row, places, group, tap, channel, channels, space.tokens)) continue;
                 float* to = space.inner + group * width;
-                std::int64_t u = 0;
-                for (; u + kMostUnits <= count; u += kMostUnits) {
-                    const float* chunks[kMostUnits];
-                    for (int i = 0; i < kMostUnits; ++i) chunks[i] = factor(u + i);
-                    down_group<kMostUnits>(space.tokens, chunks, channels, to + u * kRank, width);
-                }
-                for (; u < count; ++u) {
-                    const float* chunks[1] = {factor(u)};
-                    down_group<1>(space.tokens, chunks, channels, to + u * kRank, width);
+                for (std::int64_t c = 0; c < channels; c += kChunk) {
+                    const std::int64_t summed = least(kChunk, channels - c);
+                    std::int64_t u = 0;
+                    for (; u + kMostUnits <= count; u += kMostUnits) {
+                        const float* chunks[kMostUnits];
+                        for (int i = 0; i < kMostUnits; ++i) chunks[i] = factor(u + i) + c * kRank;
+                        down_group<kMostUnits>(space.tokens + c, chunks, summed, to + u * kRank, width);
+                    }
+                    for (; u < count; ++u) {
+                        const float* chunks[1] = {factor(u) + c * kRank};
+                        down_group<1>(space.tokens + c, chunks, summed, to + u * kRank, width);
+                    }
                 }
             }
         }

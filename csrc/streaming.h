@@ -37,10 +37,11 @@ struct Geglu {
 // them.
 struct RowLora {
     static constexpr std::int64_t rank = 16, most_parts = 3;
-    static constexpr std::int64_t block = 96;           // tokens
-    static constexpr std::int64_t chunk = 256;          // channels summed at once: short chains, and A stays in L1
-    static constexpr std::int64_t group = 12;           // tokens packed at once, at most
-    static constexpr std::int64_t packed = chunk + 16;  // floats from one to the next: not all in the same cache sets
+    static constexpr std::int64_t block = 96;                // tokens
+    static constexpr std::int64_t chunk = 256;               // channels summed at once, so that chains stay short
+    static constexpr std::int64_t group = 12;                // tokens packed at once, at most
+    static constexpr std::int64_t packed = 1280;             // channels of them, in one run through memory
+    static constexpr std::int64_t packed_row = packed + 16;  // floats to the next: not all in the same cache sets
 
     // [rows, lines, pixels, channels]; strides in bytes, channels side by side
     struct Pixels {
@@ -66,10 +67,12 @@ struct RowLora {
     std::int64_t inner_floats() const { return block * most * rank; }
     // one of the factors at a time, as fp32: chunks of A, or B and its last columns
     std::int64_t factor_floats() const {
-        const std::int64_t a = most * chunk * rank, b = most_of_part * rank * (out + 64);
+        const std::int64_t a = most * packed * rank, b = most_of_part * rank * (out + 64);
         return type == Element::f32 ? most_of_part * rank * 64 : (a > b ? a : b);
     }
-    std::int64_t scratch() const { return 4 * (inner_floats() + group * packed + factor_floats()) + 16 * most_of_part; }
+    std::int64_t scratch() const {
+        return 4 * (inner_floats() + group * packed_row + factor_floats()) + 16 * most_of_part;
+    }
 };
 
 // A piece is one row of channels; weight and bias have x's type.
