@@ -12,6 +12,7 @@ constexpr std::int64_t kRow = RowLora::packed_row;
 constexpr int kUnitVectors = kRank / W;      // of one unit's ranks
 constexpr int kMostUnits = W == 16 ? 2 : 1;  // multiplied at once: 12 x 2 or 6 x 2 sums
 constexpr int kGroup = W == 16 ? 12 : 6;     // tokens whose sums are in registers
+constexpr std::int64_t kLine = 64;           // bytes of the caches
 constexpr int kTile = Vector::block_rows, kColumns = Vector::group_vectors;
 static_assert(kBlock % kGroup == 0 && kBlock % kTile == 0 && kGroup <= RowLora::group);
 
@@ -22,9 +23,17 @@ struct Space {
     float* factors;  // [units, kPacked, rank], then [a part's units, rank, out] and their last columns
 };
 
+// What is read next: `step` bytes from token to token. The caches' own prefetchers follow a run, but not several
+// tokens.
+struct Ahead {
+    const char* data;
+    std::int64_t step;
+};
+
 // to[m] += x[m] a, of `units` units whose chunks lie at a[0], a[1]
-template <int units>
-void down_group(const float* x, const float* const* a, std::int64_t channels, float* to, std::int64_t to_row) {
+template <Element type, int units>
+void down_group(const float* x, const float* const* a, std::int64_t channels, float* to, std::int64_t to_row,
+                const Ahead& ahead) {
     Floats sums[kGroup][units * kUnitVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < kGroup; ++m) {
@@ -34,6 +43,11 @@ void down_group(const float* x, const float* const* a, std::int64_t channels, fl
     const float* first = a[0];
     const float* second = a[units - 1];
     for (std::int64_t c = 0; c < channels; ++c) {
+        if (c * kBytes<type> % kLine == 0 && ahead.data) {
+            for (std::int64_t m = 0; m < kGroup; ++m) {
+                __builtin_prefetch(ahead.data + m * ahead.step + c * kBytes<type>);
+            }
+        }
         Floats ranks[units * kUnitVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < units * kUnitVectors; ++v) {
@@ -73,6 +87,11 @@ inline void locate(const RowLora& a, std::int64_t first, Places& places) {
     for (std::int64_t i = 0; i < places.count; ++i) {
         places.line[i] = (first + i) / a.width, places.column[i] = (first + i) % a.width;
     }
+}
+
+// where a token's first tap reads, or would if it were inside
+inline const char* pixel(const RowLora& a, const char* row, const Places& places, std::int64_t i) {
+    return row + places.line[i] * a.stride * a.x.line + places.column[i] * a.stride * a.x.pixel;
 }
 
 // channels of a group's tokens for one tap; false if none of them is inside
@@ -120,17 +139,24 @@ void down_block(const RowLora& a, const char* row, const Places& places, const R
             for (std::int64_t group = 0; group < places.count; group += kGroup) {
                 if (!pack_tokens<type>(a, row, places, group, tap, channel, channels, space.tokens)) continue;
                 float* to = space.inner + group * width;
+                const std::int64_t next = group + kGroup;
+                Ahead ahead{nullptr, a.x.pixel * a.stride};
                 for (std::int64_t c = 0; c < channels; c += kChunk) {
                     const std::int64_t summed = least(kChunk, channels - c);
+                    if (tap == 0 && next < places.count) {
+                        ahead.data = pixel(a, row, places, next) + (channel + c) * kBytes<type>;
+                    }
                     std::int64_t u = 0;
                     for (; u + kMostUnits <= count; u += kMostUnits) {
                         const float* chunks[kMostUnits];
                         for (int i = 0; i < kMostUnits; ++i) chunks[i] = factor(u + i) + c * kRank;
-                        down_group<kMostUnits>(space.tokens + c, chunks, summed, to + u * kRank, width);
+                        down_group<type, kMostUnits>(space.tokens + c, chunks, summed, to + u * kRank, width, ahead);
+                        ahead.data = nullptr;
                     }
                     for (; u < count; ++u) {
                         const float* chunks[1] = {factor(u) + c * kRank};
-                        down_group<1>(space.tokens + c, chunks, summed, to + u * kRank, width);
+                        down_group<type, 1>(space.tokens + c, chunks, summed, to + u * kRank, width, ahead);
+                        ahead.data = nullptr;
                     }
                 }
             }
@@ -150,7 +176,7 @@ void down_block(const RowLora& a, const char* row, const Places& places, const R
 // y[m] += inner[m] b for up to kTile tokens and kColumns vectors; `columns` counts those that are not `whole`
 template <Element type, bool whole>
 void up_tile(const float* inner, std::int64_t width, const float* const* factors, std::int64_t row, std::int64_t column,
-             std::int64_t units, char* const* y, std::int64_t tokens, std::int64_t columns) {
+             std::int64_t units, char* const* y, std::int64_t tokens, std::int64_t columns, std::int64_t ahead) {
     Floats sums[kTile][kColumns];
 #pragma GCC unroll 8
     for (int m = 0; m < kTile; ++m) {
@@ -161,6 +187,9 @@ void up_tile(const float* inner, std::int64_t width, const float* const* factors
         const float* b = factors[u] + column;
         const float* left = inner + u * kRank;
         for (std::int64_t r = 0; r < kRank; ++r, b += row) {
+            if (whole && u == 0 && r * kLine < kColumns * W * kBytes<type>) {
+                for (int m = 0; m < kTile; ++m) __builtin_prefetch(y[m < tokens ? m : 0] + ahead + r * kLine, 1);
+            }
             Floats right[kColumns];
 #pragma GCC unroll 8
             for (int n = 0; n < kColumns; ++n) right[n] = Vector::load(b + n * W);
@@ -225,10 +254,10 @@ void up_block(const RowLora& a, const RowLora::Pixels& y, std::int64_t number, c
             to[m] = y.data + number * y.row + places.line[i + m] * y.line + places.column[i + m] * y.pixel;
         }
         for (std::int64_t c = 0; c < whole; c += strip) {
-            up_tile<type, true>(inner, width, factors, row, c, count, to, tokens, strip);
+            up_tile<type, true>(inner, width, factors, row, c, count, to, tokens, strip, kTile * y.pixel);
             for (std::int64_t m = 0; m < tokens; ++m) to[m] += strip * kBytes<type>;
         }
-        if (rest) up_tile<type, false>(inner, width, lasts, strip, 0, count, to, tokens, rest);
+        if (rest) up_tile<type, false>(inner, width, lasts, strip, 0, count, to, tokens, rest, 0);
     }
 }
 
