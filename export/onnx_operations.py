@@ -10,6 +10,7 @@ To write attention differently, override `OnnxOperations.attend`.
 import math
 
 from stylefast.kernels.adain_affine import ADAIN_EPS
+from stylefast.kernels.row_lora import RANK
 from stylefast.kernels.shared_attention import PLAIN, SWAP
 
 # element types by ONNX's numbers
@@ -288,6 +289,54 @@ class OnnxOperations:
     def geglu(self, x):
         hidden, gate = self.op.Split(x, num_outputs=2, axis=-1)
         return self.op.Mul(hidden, self.op.Gelu(gate))
+
+    def row_lora(self, x, down, up, unit, scale, stride: int, padding: int, ys):
+        """Write LoRAs per row; returns the new values of ys, which the graph reads from then on.
+
+        Every row carries every unit, zeros where it has none. As in Triton's form, x A is rounded to x's type.
+        """
+        op, kind = self.op, _kind(x)
+        if unit.shape[2] == 0:
+            return list(ys)
+        nobody, zero, none = self.ints(0), self.number(0, kind), self.number(0, FLOAT)
+        results = []
+        for part, y in enumerate(ys):
+            index = op.Gather(unit, op.Constant(value_int=part), axis=0)  # [rows, N]
+            live = op.And(op.GreaterOrEqual(index, nobody), op.Not(op.Equal(scale, none)))
+            place = op.Where(live, index, nobody)
+            a = op.Where(op.Unsqueeze(live, self.ints(2, 3, 4)), op.Gather(down, place, axis=0), zero)
+            b = op.Where(op.Unsqueeze(live, self.ints(2, 3)), op.Gather(up, place, axis=0), zero)
+            b = op.Reshape(b, self.ints(0, -1, up.shape[2]))  # [rows, N * 16, out]
+            factor = op.Expand(op.Unsqueeze(op.Where(live, scale, none), self.ints(2)), self.ints(1, 1, RANK))
+            factor = op.Reshape(factor, self.ints(0, -1))  # [rows, N * 16]
+            if len(x.shape) == 3:
+                a = op.Reshape(op.Transpose(op.Squeeze(a, self.ints(2)), perm=[0, 2, 1, 3]), self.ints(0, 0, -1))
+                inner = self.to(op.MatMul(x, a), FLOAT, kind)
+                inner = self.to(op.Mul(inner, op.Unsqueeze(factor, self.ints(1))), kind, FLOAT)
+                added = op.MatMul(inner, b)
+            else:
+                a = op.Reshape(op.Transpose(a, perm=[2, 0, 1, 4, 3]), self.ints(0, 0, -1, x.shape[1]))
+                inner = self._taps(x, a, down.shape[1], stride, padding)  # [rows, N * 16, h' * w']
+                inner = self.to(op.Mul(self.to(inner, FLOAT, kind), op.Unsqueeze(factor, self.ints(2))), kind, FLOAT)
+                added = op.Reshape(op.MatMul(op.Transpose(b, perm=[0, 2, 1]), inner), op.Shape(y))
+            total = op.Add(self.to(y, FLOAT, kind), self.to(added, FLOAT, kind))
+            results.append(self.to(total, kind, FLOAT))
+        return results
+
+    def _taps(self, x, a, taps: int, stride: int, padding: int):
+        """Return the convolution of x [rows, in, h, w] with each row's own a [taps, rows, ranks, in], pixels flat."""
+        op, side = self.op, 3 if taps == 9 else 1
+        if padding:
+            x = op.Pad(x, self.ints(0, 0, padding, padding, 0, 0, padding, padding))
+        total = None
+        for tap in range(taps):
+            starts = divmod(tap, side)
+            # up to the last pixel that this tap sees, counted from the end
+            ends = [i - (side - 1) or 2**31 - 1 for i in starts]
+            seen = op.Slice(x, self.ints(*starts), self.ints(*ends), self.ints(2, 3), self.ints(stride, stride))
+            product = op.MatMul(op.Gather(a, op.Constant(value_int=tap), axis=0), op.Reshape(seen, self.ints(0, 0, -1)))
+            total = product if total is None else op.Add(total, product)
+        return total
 
 
 def _kind(x) -> int:

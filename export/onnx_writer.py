@@ -218,8 +218,17 @@ class _Writer:
         if form is None:
             raise ExportError(f"the graph has an operation {name}, which has no form in ONNX here ({self.op.place})")
         result = form(*arguments, **keywords)
+        if name.startswith("stylefast.") and target._schema.is_mutable:  # it writes into its last argument
+            self._replace(node.args[-1], result)
+            return
         self.values[node] = result
         self._describe(node.meta.get("val"), result)
+
+    def _replace(self, written, values) -> None:
+        """Let all later nodes read the new values of what an operation wrote into."""
+        for node, value in zip(written, values, strict=True):
+            self.values[node] = value
+            self._describe(node.meta["val"], value)
 
     def _describe(self, meta, value) -> None:
         """Set the element type and known dimensions, which later nodes read."""
