@@ -56,10 +56,10 @@ def test_steps_go_on_while_a_request_that_joins_is_encoded(engine, watch, monkey
     forget_idle(engine.runner.conditions.text)
     encode, passed = engine.text_encoder.encode, threading.Event()
 
-    def slow(prompts, *rest):
+    def slow(prompts, *rest, **named):
         if any("dog" in (prompt.text or "") for prompt in prompts):
             assert passed.wait(WAIT)
-        return encode(prompts, *rest)
+        return encode(prompts, *rest, **named)
 
     monkeypatch.setattr(engine.text_encoder, "encode", slow)
     second = []
