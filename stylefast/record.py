@@ -19,6 +19,7 @@ from typing import Any
 from stylefast.errors import InvalidRequest, StyleError, StyleFastError
 from stylefast.models.checkpoint import TINY
 from stylefast.record_values import Sources, Store, plain
+from stylefast.runtime.plan.notices import warnings_of
 from stylefast.runtime.plan.request import Request
 from stylefast.styles.style import Style, find_kind
 from stylefast.values import check_fields, quoted
@@ -77,12 +78,18 @@ def from_record(record: Mapping | Sequence, base: str | Path | None = None, mode
 
 
 def metadata(requests: Sequence[Request], version: str, model: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return each picture's metadata, enough to make it again: the call, versions, and facts about the model."""
+    """Return each picture's metadata, enough to make it again: the call, versions, and facts about the model.
+
+    "warnings" lists what its request contradicts, such as guidance that a few-step preset was not made for.
+    """
     packages = ("torch", "diffusers", "transformers")
     versions = {"stylefast": version, "python": platform.python_version()}
     versions |= {package: importlib.metadata.version(package) for package in packages}
     common = {"stylefast": version, **model, "versions": versions, "call": to_record(requests)}
-    return [{**common, "index": i, "seed": request.seed} for i, request in enumerate(requests)]
+    return [
+        {**common, "index": i, "seed": request.seed, "warnings": warnings_of(request)}
+        for i, request in enumerate(requests)
+    ]
 
 
 def style_digest(styles: Sequence) -> str:

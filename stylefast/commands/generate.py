@@ -55,7 +55,7 @@ ddim, euler, euler_karras, euler_exponential, euler_ancestral, dpmpp_2m, dpmpp_2
 dpmpp_2m_sde, dpmpp_2m_sde_karras, dpmpp_2m_sde_exponential, dpmpp_3m, dpmpp_3m_karras, dpmpp_3m_exponential,
 dpmpp_3m_sde, dpmpp_3m_sde_karras, dpmpp_3m_sde_exponential, dpmpp_sde, dpmpp_sde_karras, dpmpp_sde_exponential,
 unipc, unipc_karras, unipc_exponential, lcm, tcd, or for few-step models: sdxl_turbo, sdxl_lightning,
-sdxl_lightning_1step, hyper_sd, hyper_sd_unified, hyper_sd_1step_unet"""
+sdxl_lightning_1step, hyper_sd, hyper_sd_unified, hyper_sd_1step_unet, dmd2, dmd2_1step"""
 _INTERVAL = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*")
 
 

@@ -19,6 +19,7 @@ class FewStepPreset:
     Args:
         steps: step counts it was trained for or published with.
         guidance: 1 (off), since guidance is distilled in.
+        most_guidance: above it, pictures get hard contrasts and burnt colours; requests get a warning.
         The other arguments are those of `make_schedule`.
     """
 
@@ -29,6 +30,7 @@ class FewStepPreset:
     timesteps: tuple[int, ...] | None = None
     eta: float | None = None
     guidance: float = 1.0
+    most_guidance: float = 2.5
 
     def schedule(self, steps: int, config: Mapping = SDXL_SCHEDULER) -> Schedule:
         """Return the schedule of `steps` steps for a scheduler config in diffusers format.
@@ -64,8 +66,28 @@ FEW_STEP_PRESETS: Mapping[str, FewStepPreset] = MappingProxyType(
         "hyper_sd_unified": FewStepPreset("tcd", (1, 2, 3, 4, 5, 6, 7, 8), eta=1.0),
         "hyper_sd_1step_unet": FewStepPreset("lcm", (1,), timesteps=(800,)),
         "tcd": FewStepPreset("tcd", (4, 5, 6, 7, 8), eta=0.3),
+        # DMD2 (arXiv 2405.14867) as demo/text_to_image_sdxl.py and README.md of github.com/tianweiy/DMD2 sample it:
+        # jump to x0, then add noise of the next timestep. LCM does the same, since its boundary condition changes x0 by
+        # less than 1e-7 at these timesteps; UNet, or LoRA at full strength
+        "dmd2": FewStepPreset("lcm", (4,), timesteps=(999, 749, 499, 249)),
+        "dmd2_1step": FewStepPreset("lcm", (1,), timesteps=(399,)),
     }
 )
+
+
+def guidance_warning(scheduler: str, guidance: float) -> str | None:
+    """Return what to tell a user whose guidance the preset (or lcm, tcd) was not made for; None if it fits.
+
+    Turbo, Lightning, Hyper-SD and DMD2 are published with guidance off, LCM and TCD with at most 2.
+    """
+    preset = FEW_STEP_PRESETS.get(scheduler)
+    if preset is None or guidance <= preset.most_guidance:
+        return None
+    return (
+        f"scheduler {scheduler!r} is for models distilled to guidance {preset.guidance:g}; guidance {guidance:g} "
+        f"doubles the work of each step and burns the colours, unless the model is an edition made for it: use "
+        f"{preset.guidance:g}, or at most {preset.most_guidance:g}"
+    )
 
 
 def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spacing: str | None = None) -> Schedule:

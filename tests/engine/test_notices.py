@@ -107,6 +107,17 @@ def test_the_engine_warns_once_however_a_picture_is_asked_for(caplog):
             assert len([record for record in caplog.records if "'dragon'" in record.getMessage()]) == 1
 
 
+def test_guidance_on_a_distilled_model_is_said_once_and_stays_in_every_picture(caplog):
+    with sf.Engine.from_pretrained("tiny") as engine:
+        for _ in range(2):
+            guided = sf.Request("a fish", steps=4, scheduler="dmd2", guidance=7.0)
+            fitting = sf.Request("a fish", steps=4, scheduler="dmd2", guidance=1.0)
+            result = engine.generate([guided, fitting], output="latents")
+            assert [len(entry["warnings"]) for entry in result.metadata] == [1, 0]
+            assert "distilled to guidance 1; guidance 7 doubles" in result.metadata[0]["warnings"][0]
+        assert len([one for one in caplog.records if "distilled to guidance" in one.getMessage()]) == 1
+
+
 @pytest.mark.parametrize("content", [{}, [1], ["a", ""], "x"], ids=json.dumps)
 def test_a_list_of_words_that_is_none_is_refused(tmp_path, content):
     (tmp_path / "known_words.json").write_text(json.dumps(content))

@@ -2,10 +2,13 @@
 
 import diffusers
 import pytest
+import torch
 
 from stylefast.errors import InvalidRequest
 from stylefast.sampling import FEW_STEP_PRESETS
-from tests.support.sampler_paths import assert_schedule_walks
+from stylefast.sampling.few_step import guidance_warning
+from tests.support.fp64 import close, measured
+from tests.support.sampler_paths import SHAPE, assert_schedule_walks, our_path, toy_model
 
 # the scheduler config that SDXL and the models made from it are published with
 SDXL = {
@@ -38,6 +41,8 @@ PUBLISHED = {
     "hyper_sd_unified": ("TCDScheduler", {}, {}, 1.0),
     "hyper_sd_1step_unet": ("LCMScheduler", {}, {"timesteps": [800]}, None),
     "tcd": ("TCDScheduler", {}, {}, 0.3),
+    "dmd2": ("LCMScheduler", {}, {"timesteps": [999, 749, 499, 249]}, None),
+    "dmd2_1step": ("LCMScheduler", {}, {"timesteps": [399]}, None),
 }
 
 
@@ -53,6 +58,37 @@ def test_a_preset_equals_diffusers_under_the_published_settings(model):
         scheduler = getattr(diffusers, kind).from_config(SDXL, **options)
         scheduler.set_timesteps(**(timesteps or {"num_inference_steps": steps}))
         assert_schedule_walks(preset.schedule(steps, SDXL), preset.scheduler, scheduler, eta=eta)
+
+
+def dmd2_demo(latents, draws, timesteps):
+    """The loop of DMD2's demo: x0 of an epsilon model, then noise of the timestep 250 lower, until the list ends."""
+    betas = torch.linspace(SDXL["beta_start"] ** 0.5, SDXL["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - betas, 0).to(latents.dtype)
+    x0 = latents
+    for timestep, noise in zip(timesteps, draws, strict=True):
+        epsilon = toy_model(latents, timestep)
+        x0 = (latents - (1 - abar[timestep]).sqrt() * epsilon) / abar[timestep].sqrt()
+        below = timestep - 250
+        if below > 0:
+            latents = abar[below].sqrt() * x0 + (1 - abar[below]).sqrt() * noise
+    return x0
+
+
+@pytest.mark.parametrize("model, timesteps", [("dmd2", (999, 749, 499, 249)), ("dmd2_1step", (399,))])
+def test_dmd2_samples_as_its_authors_demo_does(model, timesteps):
+    schedule = FEW_STEP_PRESETS[model].schedule(len(timesteps), SDXL)
+    generator = torch.Generator().manual_seed(0)
+    start, *draws = [torch.randn(SHAPE, generator=generator) for _ in range(1 + len(timesteps))]
+    _, ours = our_path(schedule, seed=0)
+    close(ours[-1], measured(dmd2_demo, start, draws, timesteps))
+
+
+@pytest.mark.parametrize("scheduler", [*FEW_STEP_PRESETS])
+def test_guidance_that_a_preset_was_not_made_for_has_a_warning(scheduler):
+    warning = guidance_warning(scheduler, 7.0)
+    assert warning is not None and f"{scheduler!r}" in warning and "guidance 7" in warning
+    assert guidance_warning(scheduler, 1.0) is None and guidance_warning(scheduler, 2.0) is None
+    assert guidance_warning("euler", 7.0) is None and guidance_warning("lcm_karras", 7.0) is None
 
 
 def test_presets_run_without_guidance():

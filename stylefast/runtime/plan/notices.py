@@ -1,4 +1,7 @@
-"""Warnings about valid requests that will disappoint: unknown words, styles with nothing to align with."""
+"""Warnings about valid requests that will disappoint.
+
+They name unknown words, styles with nothing to align with, and guidance that a distilled model was not made for.
+"""
 
 import difflib
 import logging
@@ -7,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from stylefast.runtime.plan.prompt_syntax import instructions, texts_of, warn_of_instructions
 from stylefast.runtime.plan.request import Request
+from stylefast.sampling.few_step import guidance_warning
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +29,16 @@ class Notices:
 
     def __init__(self, name: str, known_words: Collection[str] | None):
         self._name, self._known = name, tuple(known_words or ())
+        self._said: set[str] = set()
 
     def __call__(self, requests: Sequence[Request], baking: bool = False) -> None:
         """Check the requests of one call; `baking`: skip the prompt, a placeholder for those of a bank's readers."""
         warn_of_instructions(requests)
+        for request in requests:
+            for warning in warnings_of(request):
+                if request.scheduler not in self._said:  # pictures name it each time
+                    self._said.add(request.scheduler)
+                    logger.warning("%s (shown once)", warning)
         unknown = self._unknown_words([text for request in requests for text in _texts(request)[baking:]])
         if unknown:
             known, rest = ", ".join(self._known[:_SHOWN]), len(self._known) - _SHOWN
@@ -67,6 +77,12 @@ class Notices:
         near = [difflib.get_close_matches(word, self._known, n=1, cutoff=0.7) for word in shown]
         listed = [f"{word!r} ({close[0]}?)" if close else repr(word) for word, close in zip(shown, near, strict=True)]
         return ", ".join(listed) + (f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else "")
+
+
+def warnings_of(request: Request) -> list[str]:
+    """Return the warnings on one request that go into its picture's metadata: settings that contradict one another."""
+    warning = guidance_warning(request.scheduler, request.guidance)
+    return [] if warning is None else [warning]
 
 
 def alone(requests: Sequence[Request]) -> list[int]:
