@@ -42,7 +42,8 @@ def run_again(arguments: argparse.Namespace) -> int:
     requests = from_record(metadata["call"], Path(arguments.source).expanduser().resolve().parent, choice.folder)
     check_schedules(requests)
     place = metadata["index"]
-    destination = Destination(arguments.out, [requests[place].prompt], arguments.overwrite)
+    parameters = arguments.metadata == "a1111"
+    destination = Destination(arguments.out, [requests[place].prompt], arguments.overwrite, parameters)
     loaded = choice.recorded()
     engine = load(choice, arguments.quiet)
     if engine.fingerprint != metadata["fingerprint"]:

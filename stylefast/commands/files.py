@@ -19,26 +19,12 @@ from stylefast.errors import ImageError, InvalidRequest, StyleFastError
 from stylefast.values import free_bytes, load_json, typed_path
 from stylefast.whole_files import write_whole
 
-CHUNK = "stylefast"
+CHUNK, PARAMETERS = "stylefast", "parameters"
 # longer chunks are compressed; some readers refuse long plain ones
 PLAIN_LIMIT = 60_000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEAST = 1024  # bytes; a picture with its record always takes more
 _NUMBER = re.compile(r"(\d{4,})-.*\.png")
-_SAMPLERS = {
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m": "DPM++ 3M",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "dpmpp_sde": "DPM++ SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-    "tcd": "TCD",
-}
-_SPREADS = {"_karras": " Karras", "_exponential": " Exponential"}
 
 
 class Destination:
@@ -47,12 +33,13 @@ class Destination:
     `out` ending in ".png" is a file (with a number after the stem for several prompts), anything else a folder of files
     `0001-a-fish.png`. Without `overwrite`, numbering continues after the files in the folder, and an existing file is
     refused. Unwritable targets are refused here, before any work is done; names are taken when the pictures are
-    written, so that several calls may write to one folder at once. Raises InvalidRequest, and StyleFastError for a full
-    disk.
+    written, so that several calls may write to one folder at once. `parameters`: write A1111's text beside the record.
+    Raises InvalidRequest, and StyleFastError for a full disk.
     """
 
-    def __init__(self, out: str | Path, prompts: Sequence[str], overwrite: bool = False):
+    def __init__(self, out: str | Path, prompts: Sequence[str], overwrite: bool = False, parameters: bool = True):
         out, self.overwrite = typed_path("--out", os.fspath(out)), overwrite
+        self._parameters = parameters
         self._slugs = [slug(prompt) for prompt in prompts]
         if out.suffix.lower() in (".jpg", ".jpeg", ".webp"):
             raise InvalidRequest(f"--out is {out}; pictures are written as PNG, which stores their settings")
@@ -68,7 +55,8 @@ class Destination:
         Files are written whole or not at all. Pictures already written are kept if later ones fail, and pictures that
         don't fit into the folder go to the system's folder for temporary files.
         """
-        wanted = [_encoded(image, png_info(one)) for image, one in zip(images, metadata, strict=True)]
+        options = {} if self._parameters else {"parameters": False}
+        wanted = [_encoded(image, png_info(one, **options)) for image, one in zip(images, metadata, strict=True)]
         if sheet is not None:
             wanted.append(_encoded(sheet, None))
         written: list[Path] = []
@@ -171,43 +159,39 @@ def _encoded(image: Image.Image, info: PngInfo | None) -> bytes:
     return stream.getvalue()
 
 
-def png_info(metadata: dict) -> PngInfo:
-    """Return text chunks "stylefast" (the record as JSON) and "parameters" (the line that other tools read)."""
+def png_info(metadata: dict, parameters: bool = True) -> PngInfo:
+    """Return text chunks "stylefast" (the record as JSON) and "parameters" (the text that A1111 and others read)."""
+    from stylefast.infotext import write
+
     info = PngInfo()
     text = json.dumps(metadata, separators=(",", ":"))
     info.add_text(CHUNK, text, zip=len(text) > PLAIN_LIMIT)
-    info.add_text("parameters", parameters_line(metadata))
+    if parameters:
+        info.add_text(PARAMETERS, write(metadata))
     return info
 
 
-def parameters_line(metadata: dict) -> str:
-    """Return a picture's prompt, negative prompt and settings in the form that A1111 introduced."""
-    request = metadata["call"]["requests"][metadata["index"]]
-    settings = {
-        "Steps": request["steps"],
-        "Sampler": sampler_name(request["scheduler"]),
-        "CFG scale": request["guidance"],
-        "Seed": request["seed"],
-        "Size": "x".join(map(str, metadata["size"])),
-        "Model hash": metadata["fingerprint"][:10],
-        "Model": metadata["model"],
-        "Version": f"stylefast {metadata['stylefast']}",
-    }
-    lines = [request["prompt"]]
-    if request["negative_prompt"]:
-        lines.append(f"Negative prompt: {request['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
-    return "\n".join(lines)
+def foreign_parameters(path: str | Path) -> str | None:
+    """Return A1111's parameters text of a picture without our record, None for all others.
 
+    Raises ImageError for a file that can't be opened, InvalidRequest for damaged EXIF data.
+    """
+    from stylefast.infotext import text_of
+    from stylefast.models.pictures import open_file, readable_formats
 
-def sampler_name(scheduler: str) -> str:
-    """Return a scheduler's name in the A1111 form; for a few-step preset, the name of its sampler."""
-    from stylefast.sampling.few_step import FEW_STEP_PRESETS
-
-    name = FEW_STEP_PRESETS[scheduler].scheduler if scheduler in FEW_STEP_PRESETS else scheduler
-    ending = next((ending for ending in _SPREADS if name.endswith(ending)), "")
-    base = name.removesuffix(ending)
-    return _SAMPLERS.get(base, base) + _SPREADS.get(ending, "")
+    stream = open_file(typed_path("--from", os.fspath(path)))
+    try:
+        with stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of Pillow, on entries of EXIF that it skips
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(stream, formats=readable_formats()) as picture:
+                if picture.format == "PNG":
+                    picture.load()  # text may follow the pixels
+                return None if CHUNK in picture.info else text_of(picture)
+    except InvalidRequest:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None  # `read_metadata` says why
 
 
 def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:

@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   stylefast generate "a cat" -n 4 --lora watercolor.safetensors:0.8 --model my-sdxl
   stylefast generate --requests calls.json --out pictures
   stylefast generate --from pictures/0001-a-fish.png --out again.png
+  stylefast generate --from theirs.png --lora watercolor.safetensors --model my-sdxl
 """
 DEFAULT_OUT = "pictures"
 # options that --from and --requests replace
@@ -72,7 +73,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--quiet", action="store_true", help="no progress, only the files on stdout")
     add("--requests", metavar="FILE.json", help="run the requests in this file instead of prompts")
-    add("--from", dest="source", metavar="PICTURE.png", help="reproduce this picture, pixel by pixel")
+    add(
+        "--from",
+        dest="source",
+        metavar="PICTURE",
+        help=(
+            "reproduce this picture, pixel by pixel; or make one like it from the settings that A1111 and others wrote "
+            "into a PNG, JPEG or WebP"
+        ),
+    )
+    add(
+        "--metadata",
+        choices=("a1111", "stylefast"),
+        default="a1111",
+        help=(
+            "a1111: also write the settings as the parameters text that A1111 and others read; stylefast: only the "
+            "record (default: %(default)s)"
+        ),
+    )
     add("--force", action="store_true", help="with --from: continue even if the model or a LoRA has different weights")
     add(
         "--load-recorded",
@@ -184,15 +202,19 @@ def run(arguments: argparse.Namespace) -> int:
     _check_combination(arguments)
     if arguments.source is not None:
         from stylefast.commands.again import run_again
+        from stylefast.commands.files import foreign_parameters
+        from stylefast.commands.foreign import run_foreign
 
-        return run_again(arguments)
+        text = foreign_parameters(arguments.source)
+        return run_again(arguments) if text is None else run_foreign(arguments, text)
     choice = ModelChoice.of(arguments)
     if arguments.requests is not None:
         requests = read_requests(Path(arguments.requests), choice.folder)
     else:
         requests = requests_of(arguments, choice.folder)
     check_schedules(requests)
-    destination = Destination(arguments.out, [request.prompt for request in requests], arguments.overwrite)
+    prompts = [request.prompt for request in requests]
+    destination = Destination(arguments.out, prompts, arguments.overwrite, arguments.metadata == "a1111")
     loaded = choice.recorded()  # early: a file deleted or changed meanwhile must not cost finished pictures
     engine = load(choice, arguments.quiet)
     result = make(engine, requests, arguments.quiet)

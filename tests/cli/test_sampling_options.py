@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from stylefast.commands.files import sampler_name
 from stylefast.commands.generate import ModelChoice
 from stylefast.engine import Engine
+from stylefast.infotext import sampler_name
 from stylefast.sampling.few_step import FEW_STEP_PRESETS
 from stylefast.sampling.schedule import SCHEDULERS
 from tests.cli.conftest import pixels

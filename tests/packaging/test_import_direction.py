@@ -36,6 +36,7 @@ ALLOWED = {
     "sampling": {"errors", "values", "kernels"},
     "styles": {"errors", "values", "whole_files", "kernels", "models", "sampling.guidance"},
     "runtime": BELOW_ENGINE,
+    "infotext": {"errors", "values", "sampling"},
     "record_values": {"errors", "values", "models", "styles"},
     "record": BELOW_ENGINE | {"record_values"},
     # the package itself, for the version that goes into a picture's metadata
