@@ -12,6 +12,7 @@ BENCHMARKS = {
     "gpu": "benchmarks.gpu",
     "kernels": "benchmarks.kernels.command",
     "load": "benchmarks.load",
+    "loras": "benchmarks.loras",
     "planning": "benchmarks.planning",
     "reading": "benchmarks.reading",
     "runtime": "benchmarks.runtime.command",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stylefast.errors import AdapterError
 from stylefast.kernels.row_lora import RANK
+from stylefast.models.digests import all_finite
 from stylefast.models.lora_factors import Factors, row_factors
 from stylefast.models.lora_file import LoraFile
 from stylefast.models.row_loras import NO_UNIT, TEXT_PARTS, LoraFactors, LoraLayout, RowLoras
@@ -78,7 +79,7 @@ def stacked(layout: LoraLayout, used: Sequence[LoraFactors], device: torch.devic
 
 def _stored(factor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     found = factor.to(dtype)
-    if not torch.isfinite(found).all():
+    if not all_finite(found):
         raise AdapterError(
             f"{where} has values up to {float(factor.abs().max()):g}, too large for {dtype}; load the model in float32 "
             "or bfloat16"
