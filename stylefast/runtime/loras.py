@@ -29,6 +29,8 @@ from stylefast.runtime.plan.request import LoraScale
 
 # max LoRAs on the device at once, each with a row in the table of units
 MOST_RESIDENT = 256
+# units of each kind, and of a layer in the table: compiled code treats sizes of 0 and 1 separately
+_LEAST = 2
 _numbers = itertools.count(1)
 
 
@@ -216,7 +218,7 @@ class LoraPool:
         self._down = [torch.zeros(0, kind.taps, kind.channels_in, RANK) for kind in self._layout.kinds]
         self._up = [torch.zeros(0, RANK, kind.channels_out) for kind in self._layout.kinds]
         self._free: list[list[int]] = [[] for _ in self._kinds]
-        self._width = 1
+        self._width = _LEAST
         self.rows: RowLoras | None = None
         self.generation = 0
 
@@ -283,7 +285,7 @@ class LoraPool:
     def _make_room(self, new: Sequence[LoraFactors]) -> None:
         """Grow the pools for new LoRAs; over the budget, the least recently used ones leave and the pools shrink."""
         more = np.sum([factors.units() for factors in new], axis=0)
-        width = 1 << (max([1, *(int(factors.counts.max(initial=0)) for factors in new)]) - 1).bit_length()
+        width = 1 << (max([_LEAST, *(int(factors.counts.max(initial=0)) for factors in new)]) - 1).bit_length()
         pools = [len(up) for up in self._up]
         if all(len(free) >= count for free, count in zip(self._free, more, strict=True)):
             counts = pools
@@ -294,6 +296,7 @@ class LoraPool:
             # half as many again, so that the next few compile and copy nothing
             grown = np.maximum(pools, np.where(more > 0, wanted + wanted // 2, wanted))
             counts = grown if self._bytes(grown) <= self._most else wanted
+        counts = np.maximum(counts, _LEAST)
         if list(counts) == pools and width <= self._width and self.rows is not None:
             return
         for kind, count in enumerate(counts):

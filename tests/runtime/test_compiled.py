@@ -20,6 +20,7 @@ from tests.support.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, n
 from tests.support.oracle.instant_style import random_adapter
 from tests.support.scene import EMBED_DIM, SIZE, STEPS, learned
 from tests.support.small_adapter import small_picture
+from tests.support.small_checkpoints import random_lora, write_peft_lora
 from tests.support.small_graphs import nano_pipeline
 
 PICTURE, OTHER = small_picture(1, (48, 40)), small_picture(2, (90, 70))
@@ -347,3 +348,45 @@ def test_a_missing_triton_is_told_with_the_way_out(monkeypatch):
     monkeypatch.setattr(compiled, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"stylefast\[triton\]"):
         compiled._check_toolchain(torch.device("cuda"))
+
+
+@pytest.fixture(scope="module")
+def lora_files(plain, tmp_path_factory):
+    """LoRAs of several ranks, one with convolutions."""
+    folder, found = tmp_path_factory.mktemp("loras"), {}
+    for seed, rank in enumerate((4, 16, 20)):
+        pipe = nano_pipeline()
+        lora = random_lora(pipe, seed, rank=rank, text=False, convolutions=seed == 1)
+        found[f"rank {rank}"] = write_peft_lora(lora, folder / f"{rank}.safetensors")
+    return found
+
+
+def test_loras_compile_once_and_not_again_for_another_one_strength_or_mix(make, plain, lora_files):
+    backends = []
+
+    def backend(unet):
+        backends.append(CompileBackend(unet, cache=None, compiler="aot_eager", graphs=None))
+        return backends[-1]
+
+    engine = make(backend)
+    for name, file in lora_files.items():
+        engine.loras.add(file, name)
+        if name not in plain.loras:
+            plain.loras.add(file, name)
+    first, second, third = lora_files
+
+    def both(*loras):
+        given = [Request(f"a cat {i}", size=SIZE, steps=1, seed=i, loras=one) for i, one in enumerate(loras)]
+        found, expected = (one.generate(given, output="latents").latents for one in (engine, plain))
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+    both({}, {})
+    without = backends[0].compilations
+    both({third: 1.0}, {first: 0.5}, {})
+    once = backends[0].compilations
+    assert without == SHAPES and once == 2 * SHAPES
+    both({third: 0.3}, {second: 0.5}, {first: -1.0}, {})
+    both({first: 0.3, second: 2.0, third: 0.1}, {second: 0.5}, {})
+    both({}, {})
+    assert backends[0].compilations == once
