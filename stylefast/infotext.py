@@ -212,6 +212,15 @@ def exif_comment(text: str) -> bytes:
     return _UNICODE + text.encode("utf-16-be", "replace")
 
 
+def exif_of(text: str) -> bytes:
+    """Return EXIF data with a text as its comment, for Pillow's `save(exif=)`."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF)[_COMMENT] = exif_comment(text)
+    return exif.tobytes()
+
+
 # reading
 
 

@@ -59,7 +59,10 @@ def run_again(arguments: argparse.Namespace) -> int:
         if now.get(key) != metadata.get(key):
             warn(f"{key} differ: {now.get(key)} now, {metadata.get(key)} then; pixels may differ slightly")
     if not arguments.quiet:
-        print(_comparison(before, result.images[place], arguments.source), file=sys.stderr)
+        if before.info.get("lossy"):
+            print(f"pixels not compared: {arguments.source} is a JPEG, which does not keep them", file=sys.stderr)
+        else:
+            print(_comparison(before, result.images[place], arguments.source), file=sys.stderr)
     kept = Result([result.images[place]], [result.latents[place]], [now])
     save(destination, kept, loaded, arguments.grid)
     return 0

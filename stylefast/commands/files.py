@@ -1,4 +1,4 @@
-"""Output files: numbered names, written whole or not at all, with records in PNG text chunks."""
+"""Output files: numbered names, written whole or not at all, with records in PNG text chunks or JPEG comments."""
 
 import errno
 import json
@@ -6,15 +6,17 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from stylefast.commands.folder_lock import LOCK, only_writer, remove_parts
+from stylefast.commands.notices import warn
 from stylefast.errors import ImageError, InvalidRequest, StyleFastError
 from stylefast.values import free_bytes, load_json, typed_path
 from stylefast.whole_files import write_whole
@@ -22,6 +24,7 @@ from stylefast.whole_files import write_whole
 CHUNK, PARAMETERS = "stylefast", "parameters"
 # longer chunks are compressed; some readers refuse long plain ones
 PLAIN_LIMIT = 60_000
+_JPEG, _JPEG_LIMIT = (".jpg", ".jpeg"), 65_000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEAST = 1024  # bytes; a picture with its record always takes more
 _NUMBER = re.compile(r"(\d{4,})-.*\.png")
@@ -30,20 +33,20 @@ _NUMBER = re.compile(r"(\d{4,})-.*\.png")
 class Destination:
     """The output files of one call.
 
-    `out` ending in ".png" is a file (with a number after the stem for several prompts), anything else a folder of files
-    `0001-a-fish.png`. Without `overwrite`, numbering continues after the files in the folder, and an existing file is
-    refused. Unwritable targets are refused here, before any work is done; names are taken when the pictures are
-    written, so that several calls may write to one folder at once. `parameters`: write A1111's text beside the record.
-    Raises InvalidRequest, and StyleFastError for a full disk.
+    `out` ending in ".png" or ".jpg" is a file (with a number after the stem for several prompts), anything else a
+    folder of files `0001-a-fish.png`. Without `overwrite`, numbering continues after the files in the folder, and an
+    existing file is refused. Unwritable targets are refused here, before any work is done; names are taken when the
+    pictures are written, so that several calls may write to one folder at once. `parameters`: write A1111's text beside
+    the record. Raises InvalidRequest, and StyleFastError for a full disk.
     """
 
     def __init__(self, out: str | Path, prompts: Sequence[str], overwrite: bool = False, parameters: bool = True):
         out, self.overwrite = typed_path("--out", os.fspath(out)), overwrite
         self._parameters = parameters
         self._slugs = [slug(prompt) for prompt in prompts]
-        if out.suffix.lower() in (".jpg", ".jpeg", ".webp"):
-            raise InvalidRequest(f"--out is {out}; pictures are written as PNG, which stores their settings")
-        self._file = out if out.suffix.lower() == ".png" else None
+        if out.suffix.lower() in (".webp", ".avif"):
+            raise InvalidRequest(f"--out is {out}; pictures are written as PNG or JPEG, which store their settings")
+        self._file = out if out.suffix.lower() in (".png", *_JPEG) else None
         self.folder = out if self._file is None else out.parent
         self._check()
 
@@ -56,9 +59,12 @@ class Destination:
         don't fit into the folder go to the system's folder for temporary files.
         """
         options = {} if self._parameters else {"parameters": False}
-        wanted = [_encoded(image, png_info(one, **options)) for image, one in zip(images, metadata, strict=True)]
-        if sheet is not None:
-            wanted.append(_encoded(sheet, None))
+        if self._file is not None and self._file.suffix.lower() in _JPEG:
+            wanted = [_jpeg(image, jpeg_info(one, **options)) for image, one in zip(images, metadata, strict=True)]
+            wanted += [] if sheet is None else [_jpeg(sheet, {})]
+        else:
+            wanted = [_png(image, png_info(one, **options)) for image, one in zip(images, metadata, strict=True)]
+            wanted += [] if sheet is None else [_png(sheet, None)]
         written: list[Path] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +105,10 @@ class Destination:
         if self._file is None:
             return self.folder / (f"{first:04d}-grid.png" if is_sheet else f"{number:04d}-{self._slugs[place]}.png")
         if is_sheet:
-            return self._file.with_name(f"{self._file.stem}-grid.png")
-        return self._file if len(self._slugs) == 1 else self._file.with_name(f"{self._file.stem}-{place + 1}.png")
+            return self._file.with_name(f"{self._file.stem}-grid{self._file.suffix}")
+        if len(self._slugs) == 1:
+            return self._file
+        return self._file.with_name(f"{self._file.stem}-{place + 1}{self._file.suffix}")
 
     def _rescue(self, left: Sequence[bytes], written: list[Path], error: OSError) -> StyleFastError:
         """Save the pictures that could not be written in a temporary folder; return the error to report."""
@@ -112,7 +120,7 @@ class Destination:
         try:
             shelter = Path(tempfile.mkdtemp(prefix="stylefast-"))
             for number, content in enumerate(left, len(written) + 1):
-                path = shelter / f"{number:04d}.png"
+                path = shelter / f"{number:04d}{self._file.suffix if self._file is not None else '.png'}"
                 write_whole(path, content, overwrite=False)
                 written.append(path)
             message += f"; {'the others' if len(written) > len(left) else 'the pictures'} are in {shelter}"
@@ -153,10 +161,35 @@ class Destination:
                 raise InvalidRequest(f"{path} exists; pass --overwrite to replace it, or choose another --out")
 
 
-def _encoded(image: Image.Image, info: PngInfo | None) -> bytes:
+def _png(image: Image.Image, info: PngInfo | None) -> bytes:
     stream = BytesIO()
     image.save(stream, "PNG", pnginfo=info)
     return stream.getvalue()
+
+
+def _jpeg(image: Image.Image, options: Mapping[str, Any]) -> bytes:
+    stream = BytesIO()
+    image.convert("RGB").save(stream, "JPEG", quality=95, subsampling=0, **options)
+    return stream.getvalue()
+
+
+def jpeg_info(metadata: dict, parameters: bool = True) -> dict[str, bytes]:
+    """Return Pillow's options for a JPEG with the record as its comment, and A1111's text in its EXIF data.
+
+    JPEG limits both to 64 KB; what is longer is left out, with a warning on stderr.
+    """
+    from stylefast.infotext import exif_of, write
+
+    record = json.dumps(metadata, separators=(",", ":")).encode("ascii")
+    if len(record) > _JPEG_LIMIT:
+        warn(f"the record has {len(record)} bytes, JPEG's comments at most {_JPEG_LIMIT}, so it is left out; use PNG")
+    found = {"comment": record} if len(record) <= _JPEG_LIMIT else {}
+    if parameters:
+        found["exif"] = exif_of(write(metadata))
+        if len(found["exif"]) > _JPEG_LIMIT:
+            warn(f"the parameters text is longer than JPEG's {_JPEG_LIMIT} bytes, so it is left out; use PNG")
+            del found["exif"]
+    return found
 
 
 def png_info(metadata: dict, parameters: bool = True) -> PngInfo:
@@ -187,7 +220,7 @@ def foreign_parameters(path: str | Path) -> str | None:
             with Image.open(stream, formats=readable_formats()) as picture:
                 if picture.format == "PNG":
                     picture.load()  # text may follow the pixels
-                return None if CHUNK in picture.info else text_of(picture)
+                return None if _record(picture) is not None else text_of(picture)
     except InvalidRequest:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -204,16 +237,19 @@ def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
         with stream, warnings.catch_warnings():
             # a picture that decompresses to gigabytes was not written by stylefast
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(stream, formats=["PNG"]) as picture:
+            with Image.open(stream, formats=["PNG", "JPEG"]) as picture:
                 picture.load()
-                text = picture.info.get(CHUNK)
+                text = _record(picture)
                 pixels = picture.convert("RGB")
+                pixels.info["lossy"] = picture.format == "JPEG"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{path} can't be read as PNG ({error}); settings survive only in the file as made") from error
+        raise ImageError(
+            f"{path} can't be read as PNG or JPEG ({error}); settings survive only in the file as made"
+        ) from error
     if text is None:
         raise InvalidRequest(
-            f"{path} has no settings; only pictures written by `stylefast generate` have them (grids don't), and "
-            "other programs remove them when saving"
+            f"{path} has no settings; only pictures written by `stylefast generate` (grids aside), A1111 and its "
+            "relatives have them, and other programs remove them when saving"
         )
     try:
         metadata = load_json(text, "their text", kind=dict)
@@ -224,6 +260,16 @@ def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
     if not whole:
         raise InvalidRequest(f"the settings in {path} are damaged (index {place!r}); use an unedited copy")
     return metadata, pixels
+
+
+def _record(picture: Image.Image) -> str | None:
+    """Return our record's text in an opened picture: PNG's chunk, or JPEG's comment if it begins as the record does."""
+    if picture.format == "PNG":
+        return picture.info.get(CHUNK)
+    comment = picture.info.get("comment")
+    if isinstance(comment, bytes) and comment.startswith(f'{{"{CHUNK}":'.encode()):
+        return comment.decode("utf-8", "replace")
+    return None
 
 
 def _highest_number(folder: Path) -> int:

@@ -64,7 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all options; None means that the option was not given."""
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what each picture shows")
-    add("--out", metavar="DIR|FILE.png", default=DEFAULT_OUT, help="folder or file to write to (default: %(default)s)")
+    add(
+        "--out",
+        metavar="DIR|FILE.png|FILE.jpg",
+        default=DEFAULT_OUT,
+        help="folder or file to write to (default: %(default)s)",
+    )
     add("--overwrite", action="store_true", help="replace existing files; otherwise numbering continues after them")
     add(
         "--grid",

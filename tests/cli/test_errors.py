@@ -48,7 +48,7 @@ BAD_WORDS = {
     "instant without a picture": (("a cat", "--method", "instant"), "needs a picture"),
     "adain that is no number": (("a cat", "--style-image", "{photo}", "--adain", "q=x"), "--adain is 'q=x'"),
     "context without learned": (("a cat", "--context", "x"), "give --learned as well"),
-    "a jpeg to write": (("a cat", "--out", "x.jpg"), "written as PNG"),
+    "a webp to write": (("a cat", "--out", "x.webp"), "written as PNG or JPEG"),
     "two sources": (("--from", "x.png", "--requests", "y.json"), "can't be combined"),
     "prompts with from": (("a cat", "--from", "x.png"), "drop prompts"),
     "settings with requests": (("--requests", "x.json", "--steps", "3"), "drop --steps"),
@@ -70,7 +70,7 @@ BAD_WORDS = {
     "a device as bank": (("a cat", "--style", "/dev/zero"), "/dev/zero"),
     "a device as learned style": (("a cat", "--learned", "/dev/zero"), "/dev/zero"),
     "a device as picture": (("a cat", "--style-image", "/dev/zero"), "/dev/zero is a pipe or a device"),
-    "from a photo": (("--from", "{photo}"), "can't be read as PNG"),
+    "from a photo": (("--from", "{photo}"), "has no settings"),
     "force without from": (("--force", "a cat"), "--force needs --from"),
 }
 

@@ -1,12 +1,14 @@
 """`generate --from` makes pictures from the settings that other programs wrote, and names what it did not take."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from stylefast.infotext import exif_comment
+from stylefast.commands.files import jpeg_info
+from stylefast.infotext import exif_comment, text_of
 from tests.cli.conftest import pixels
 from tests.support.small_checkpoints import random_lora, write_peft_lora
 from tests.support.small_sdxl import small_pipeline
@@ -71,6 +73,34 @@ def test_a_picture_has_the_text_unless_it_is_not_wanted(generate, tmp_path):
     assert {"parameters", "stylefast"} <= set(Image.open(generate(*words, tmp_path / "x.png")[0]).info)
     info = Image.open(generate(*words, tmp_path / "y.png", "--metadata", "stylefast")[0]).info
     assert "stylefast" in info and "parameters" not in info
+
+
+def test_a_jpeg_has_record_and_text_and_is_repeated_from_either(theirs, generate, stylefast, tmp_path):
+    words = (*SAME[:5], "--guidance", "3", "--seed", "9")
+    path = generate(*words, "--out", tmp_path / "x.jpg")[0]
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG"
+        text = text_of(picture)
+    assert text is not None and text.startswith("a cat\nNegative prompt: a dog\nSteps: 2, Sampler: Euler, ")
+    exact = pixels(generate(*words, "--out", tmp_path / "x.png")[0])
+    code, out, err = stylefast("generate", "--from", path, "--load-recorded", "--out", tmp_path / "again.png")
+    assert code == 0 and pixels(out.strip()) == exact and "pixels not compared" in err
+    assert pixels(generate("--from", theirs(text), "--out", tmp_path / "text.png")[0]) == exact
+    plain = generate(*words, "--metadata", "stylefast", "--out", tmp_path / "y.jpg")[0]
+    assert text_of(Image.open(plain)) is None and b'{"stylefast":' in Path(plain).read_bytes()
+
+
+def test_several_jpegs_are_numbered_and_have_a_grid(generate, tmp_path):
+    paths = generate("a cat", "a dog", "--steps", "1", "--guidance", "1", "--out", tmp_path / "x.jpg")
+    assert [Path(path).name for path in paths] == ["x-1.jpg", "x-2.jpg", "x-grid.jpg"]
+    assert all(Image.open(path).format == "JPEG" for path in paths)
+
+
+def test_what_a_jpeg_has_no_room_for_is_said(capsys):
+    facts = {"fingerprint": "0" * 16, "model": "x" * 70_000, "stylefast": "1.0", "size": [64, 32], "index": 0}
+    request = {"prompt": "a fish", "negative_prompt": "", "steps": 4, "guidance": 5.0, "seed": 1, "scheduler": "euler"}
+    assert jpeg_info({**facts, "call": {"requests": [request]}}) == {}
+    assert "the record has 7" in (err := capsys.readouterr().err) and "the parameters text is longer" in err
 
 
 def test_loras_are_taken_by_name_from_the_files_given(theirs, generate, lora, tmp_path):
