@@ -80,7 +80,7 @@ class RowLoras(NamedTuple):
     def of_rows(self, lora: Tensor, scale: Tensor) -> "StepLoras":
         """Return what rows add, from the row table's columns `lora` and `lora_scale` [rows, K]."""
         units = torch.where(lora[:, :, None, None] >= 0, self.units[lora.clamp(min=0)], NO_UNIT)  # [rows, K, layers, N]
-        unit = units.permute(2, 0, 1, 3).flatten(2)
+        unit = units.permute(2, 0, 1, 3).flatten(2).contiguous()  # one layout, whatever K is, for compiled code
         return StepLoras(self.down, self.up, unit, scale.repeat_interleave(self.units.shape[2], dim=1))
 
 
