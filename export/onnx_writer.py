@@ -218,7 +218,8 @@ class _Writer:
         if form is None:
             raise ExportError(f"the graph has an operation {name}, which has no form in ONNX here ({self.op.place})")
         result = form(*arguments, **keywords)
-        if name.startswith("stylefast.") and target._schema.is_mutable:  # it writes into its last argument
+        mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        if mutable and name.startswith("stylefast."):  # it writes into its last argument
             self._replace(node.args[-1], result)
             return
         self.values[node] = result

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import cpu_features, environment
-from benchmarks.kernels import attention, cross_attention, report, streaming
+from benchmarks.kernels import attention, cross_attention, lora, report, streaming
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.measure import Budget, Timer, ceilings, cpu_timer, cuda_timer, measure_case
 from stylefast.kernels import registry
@@ -76,12 +76,14 @@ def cases_for(device: str, quick: bool) -> list[Case]:
             *attention.cpu_cases(quick, features),
             *cross_attention.cpu_cases(quick, features),
             *streaming.cpu_cases(quick),
+            *lora.cpu_cases(quick),
         ]
     else:
         cases = [
             *attention.cuda_cases(quick),
             *cross_attention.cuda_cases(quick),
             *streaming.cuda_cases(quick),
+            *lora.cuda_cases(quick),
             *attention.form_cases(quick),
         ]
     return [case.without_goals() for case in cases] if quick else cases

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.kernels import attention, command, cross_attention, plain, report, streaming
+from benchmarks.kernels import attention, command, cross_attention, lora, plain, report, streaming
 from benchmarks.kernels.cases import Case, Entrants, Share, Versus, input_sets
 from benchmarks.kernels.measure import Budget, ceilings, cpu_timer, measure_case
 from stylefast.kernels.gpu.timing import Times
@@ -38,6 +38,7 @@ def test_a_quick_run_on_the_cpu_measures_every_row_and_writes_its_file(tmp_path,
         "gated_cross_attention",
         "token_stats",
         "group_norm_silu",
+        "row_lora",
         "geglu",
         "add_layer_norm",
         "guided_step",
@@ -76,7 +77,7 @@ def no_gpu_needed(monkeypatch):
 
 @torch.no_grad()
 def test_every_row_of_the_gpu_list_has_its_contestants_and_agrees_with_the_oracle(no_gpu_needed):
-    cases = [m.cuda_cases(True, "cpu") for m in (attention, cross_attention, streaming)]
+    cases = [m.cuda_cases(True, "cpu") for m in (attention, cross_attention, streaming, lora)]
     for case in [case for part in cases for case in part]:
         result = report.result_of(case, measure_case(case, each_once), CEILINGS)
         missing = [c["peer"] for c in result["comparisons"] if c["verdict"] == report.NOT_MEASURED]

@@ -94,6 +94,21 @@ Call groups(at::ScalarType type, at::MemoryFormat format) {
     };
 }
 
+// a linear layer with two parts, and a convolution; every row has other units
+Call loras(at::ScalarType type) {
+    const Tensor tokens = randn({kRows, kTokens, 300}, type), image = randn({kRows, 20, 13, 9}, type);
+    const Tensor pixels = image.contiguous(at::MemoryFormat::ChannelsLast), scale = at::rand({kRows, 2});
+    const Tensor down = randn({4, 1, 300, 16}, type), taps = randn({4, 9, 20, 16}, type), up = randn({4, 16, 70}, type);
+    const Tensor unit = numbers({-1, 0, 1, 2, 3, -1, 2, 2, -1, -1, 0, 3}).view({2, kRows, 2});
+    return [=](const std::string& set) {
+        const Tensor one = at::zeros({kRows, kTokens, 70}, tokens.options()), two = at::zeros_like(one);
+        const Tensor seen = at::zeros({kRows, 70, 7, 5}, tokens.options());
+        stylefast::row_lora(set, tokens, down, up, unit, scale, 1, 0, {one, two});
+        stylefast::row_lora(set, pixels, taps, up, unit.slice(0, 0, 1), scale, 2, 1, {seen});
+        return Outputs{one, two, seen};
+    };
+}
+
 Call step() {
     const Tensor latents = randn({2, 4, 64, 64}), anchor = randn({2, 4, 64, 64}), noise = randn({2, 4, 64, 64});
     const Tensor history = randn({2, 2, 4, 64, 64}), predictions = randn({4, 4, 64, 64});
@@ -137,6 +152,7 @@ int main(int count, char**) {
             {"operations on rows", rows(type)},
             {"group_norm_silu", groups(type, at::MemoryFormat::Contiguous)},
             {"group_norm_silu, channels last", groups(type, at::MemoryFormat::ChannelsLast)},
+            {"row_lora", loras(type)},
             {"guided_step", step()}};
         for (const std::string& set : sets) {
             for (const auto& [what, call] : operations) {
