@@ -17,8 +17,8 @@ from stylefast.kernels.gpu.ahead import Specialisation
 from stylefast.kernels.gpu.launch import compiler_options, device_of, power_of_two, settings, specialisation
 from stylefast.kernels.row_lora import RANK
 
-# columns of all parts of one launch; sums of that many for a tile of tokens fit into registers
-MOST_RANKS = 256
+# columns of one launch whose sums for a tile of tokens fit into registers: of a single part, and of several together
+MOST_RANKS, _MOST_SHARED = 256, 96
 _RANK = tl.constexpr(RANK)
 # sizes and strides that are 1 for some layers must not make a kernel of their own
 _SIZES = ["count", "pool", "tokens", "width", "x_height", "x_width", "unit_part", "unit_row", "unit_n", "scale_row"]
@@ -196,7 +196,7 @@ def row_lora(
             row_lora(x, down, up, units, scales, stride, padding, ys, config)
         return
     ranks = RANK * power_of_two(unit.shape[2])
-    if len(ys) > 1 and (len(ys) * ranks > MOST_RANKS or any(y.stride() != ys[0].stride() for y in ys)):
+    if len(ys) > 1 and (len(ys) * ranks > _MOST_SHARED or any(y.stride() != ys[0].stride() for y in ys)):
         for part, y in enumerate(ys):
             row_lora(x, down, up, unit[part : part + 1], scale, stride, padding, [y], config)
         return
