@@ -70,8 +70,8 @@ class Segment:
 def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
     """Make the pictures of requests with the models of `engine`, on a CPU; return their latents [channels, h, w].
 
-    Nothing is checked: requests that the engine refuses may fail here, or run. Raises InvalidRequest for style banks
-    and DDIM inversion, which are left out.
+    Nothing is checked: requests that the engine refuses may fail here, or run. Raises InvalidRequest for style banks,
+    DDIM inversion and LoRAs, which are left out.
 
     Examples:
         >>> from stylefast import naive
@@ -97,12 +97,12 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
     targets = [_target(engine, request) for request in requests]
     hidden: list[Sample] = []
     for target in targets:
-        style = target.reader
-        if style is None:
+        style, wanted = target.reader, target.reader and target.reader.reads
+        left_out = wanted and (wanted.bank is not None or (wanted.pictures and wanted.noise == "ddim"))
+        if left_out or target.request.loras:
+            raise InvalidRequest("naive.py has neither style banks, DDIM inversion nor LoRAs; use Engine.generate")
+        if style is None or wanted is None:
             continue
-        wanted = style.reads
-        if wanted.bank is not None or (wanted.pictures and wanted.noise == "ddim"):
-            raise InvalidRequest("naive.py supports neither style banks nor DDIM inversion; use Engine.generate")
         if wanted.of_call:
             together = [other for other in targets if other.reader is style]
             together[0].leads = True

@@ -318,7 +318,7 @@ class LoraPool:
         return np.array([len(up) - len(free) for up, free in zip(self._up, self._free, strict=True)])
 
     def _bytes(self, units: np.ndarray) -> int:
-        return int(np.dot(units, self._unit_bytes))
+        return int(np.dot(np.maximum(units, _LEAST), self._unit_bytes))
 
     def _drop_oldest(self, count: int, wanted: np.ndarray) -> None:
         """Drop the LoRA that has been out of use for longest. Raises OutOfMemory if all are in use."""

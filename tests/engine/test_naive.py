@@ -103,5 +103,7 @@ def test_styles_are_not_idle_in_it(engine):
 
 def test_what_it_leaves_out_is_refused(engine):
     inverted = sf.StyleAligned(PICTURES[0], noise="ddim")
-    with pytest.raises(InvalidRequest, match="neither style banks nor DDIM inversion"):
+    with pytest.raises(InvalidRequest, match="neither style banks, DDIM inversion nor LoRAs"):
         naive.generate(engine, [sf.Request("a cat", style=inverted, scheduler="ddim", steps=2, size=SIZE)])
+    with pytest.raises(InvalidRequest, match="nor LoRAs"):
+        naive.generate(engine, [sf.Request("a cat", loras={"ink": 1.0}, steps=2, size=SIZE)])
