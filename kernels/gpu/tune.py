@@ -30,7 +30,7 @@ from stylefast.kernels.shared_attention import Affine, Pool, References
 Timer = Callable[[Mapping[str, Callable[[int], object]], int], Times]
 
 # launcher to time an operation by, where module and function don't have its name
-LAUNCHERS = {"layer_norm": ("layer_norm", "add_layer_norm")}
+LAUNCHERS = {"row_lora": ("tune", "add_row_lora"), "layer_norm": ("layer_norm", "add_layer_norm")}
 # ordered so that adjacent values are neighbours; exp2 0 is in the middle because both others start from it
 CHOICES: dict[str, tuple] = {"num_warps": (1, 2, 4, 8, 16), "exp2": (4, 0, 8), "num_stages": (1, 2, 3, 4, 5)}
 TOGETHER, FINALISTS = 8, 4  # configurations timed in turns
@@ -319,6 +319,26 @@ def _guided_step(key, size, device, seed):
     return inputs, (next_latents, next_anchor, next_history)
 
 
+def _row_lora(key, size, device, seed):
+    make, channels, units = _Maker(key, device, seed), 64 * size.heads, 8
+    parts = 3 if key["ranks"] % 3 == 0 else 1
+    count = key["ranks"] // 16 // parts
+    unit = torch.randint(0, units, (parts, size.rows, count), generator=make.generator, device=device)
+    factors = (make(units, 1, channels, 16) * channels**-0.5, make(units, 16, channels) * 0.1)
+    ys = tuple(make(size.rows, size.tokens, channels) for _ in range(parts))
+    return (make(size.rows, size.tokens, channels), *factors, unit, make.full((size.rows, count), 1.0)), ys
+
+
+def add_row_lora(*arguments: torch.Tensor, config: Config) -> None:
+    """Run row_lora on zeros: x, down, up, unit, scale, then its outputs."""
+    from stylefast.kernels.gpu.row_lora import row_lora
+
+    inputs, ys = arguments[:5], list(arguments[5:])
+    for y in ys:
+        y.zero_()
+    row_lora(*inputs, 1, 0, ys, config)
+
+
 # operation -> (key, size, device, seed) -> arguments of its launcher, and its output tensors
 ARGUMENTS: dict[str, Callable[[Key, Size, str, int], tuple[Sequence, Sequence]]] = {
     "shared_attention": _shared_attention,
@@ -329,4 +349,5 @@ ARGUMENTS: dict[str, Callable[[Key, Size, str, int], tuple[Sequence, Sequence]]]
     "geglu": _geglu,
     "layer_norm": _layer_norm,
     "guided_step": _guided_step,
+    "row_lora": _row_lora,
 }

@@ -175,9 +175,10 @@ def memory_report(engine) -> dict[str, Any]:
 
     "model": UNet, text encoders, VAE (including packed weights and copies in other types), adapters. "banks": the pages
     of style banks on the device, per latent size with the pool's counts. "conditions": keys and values of prompts and
-    pictures. "latents": pictures in progress. "graphs": memory prepared by the backend. "workspace": step buffers, and
-    an estimate of the peak of one row's feature maps at the native size. "held": the sum without that peak. "limit":
-    the configured limit. "process": this process's resident memory, and on a GPU the memory reserved by PyTorch.
+    pictures. "loras": those of requests, on the device and in host memory. "latents": pictures in progress. "graphs":
+    memory prepared by the backend. "workspace": step buffers, and an estimate of the peak of one row's feature maps at
+    the native size. "held": the sum without that peak. "limit": the configured limit. "process": this process's
+    resident memory, and on a GPU the memory reserved by PyTorch.
     """
     _counted.pop(engine, None)  # report current values
     runner = engine.runner
@@ -192,8 +193,9 @@ def memory_report(engine) -> dict[str, Any]:
         "banks": banks,
         "conditions": {
             "text": runner.conditions.text.nbytes,
-            "others": runner.conditions.nbytes - runner.conditions.text.nbytes,
+            "others": runner.conditions.nbytes - runner.conditions.text.nbytes - runner.conditions.loras.nbytes,
         },
+        "loras": {"device": runner.conditions.loras.nbytes, "host": engine.loras.nbytes},
         "latents": sum(slots.nbytes for slots in list(runner.latents.values())),
         "graphs": runner.backend.nbytes,
         "workspace": {

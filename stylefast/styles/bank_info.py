@@ -35,9 +35,9 @@ class BankInfo:
     references: int
     layers: tuple[int, ...]  # stored self-attention layers, registry order; empty in a bank of latents
     styles: str  # digest of the other styles shared with the reference, "" for none
-    loras: str  # digests and strengths of the LoRAs that the reference was made under, "" for none
     created: str  # UTC
     stylefast: str  # version
+    loras: str = ""  # digests and strengths of the LoRAs that the reference was made under, "" for none
 
     def __post_init__(self):
         if self.format != FORMAT:

@@ -181,7 +181,7 @@ def test_closing_while_pictures_are_decoded_ends_the_call(own, monkeypatch):
 
 @pytest.mark.parametrize("moment", ["step", "inversion", "encoding", "decoding"])
 def test_an_interrupted_call_gives_back_all_it_holds(engine, watch, monkeypatch, moment):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     style = sf.StyleAligned(PICTURE, noise="ddim") if moment == "inversion" else None

@@ -321,3 +321,49 @@ def test_many_requests_under_many_loras_leak_nothing_and_get_their_own(pipe, tmp
         pool = engine.runner.conditions.loras
         assert pool.held == 0 and pool.nbytes - pool.rows.units.nbytes <= 16 * one
         assert sum(engine.loras[name].on_host for name in names) <= 24
+
+
+def merged_and_row(engine, file, request, **settings):
+    """(under a merged LoRA, under the same of the request's own, without) latents of a request."""
+    engine.loras.add(file, "own")
+    plain = engine.generate(request, output="latents").latents[0]
+    row = engine.generate([replace(request, loras={"own": 0.8}), request], output="latents").latents[0]
+    name = engine.load_lora(file, 0.8)
+    try:
+        merged = engine.generate(request, output="latents").latents[0]
+    finally:
+        engine.merged_loras.remove(name)
+        engine.loras.remove("own")
+    return merged, row, plain
+
+
+@pytest.mark.parametrize("options", [{"batch_buckets": (2, 4, 8)}, {"max_batch_rows": 2}], ids=["buckets", "halves"])
+def test_padding_and_splitting_of_batches_leave_loras_alone(pipe, files, options):
+    with sf.Engine.from_pipeline(pipe, **options) as engine:
+        merged, row, plain = merged_and_row(engine, files["wide"], requests()["plain"])
+    assert (merged - row).abs().max() <= 1e-5 * merged.abs().max()
+    apart([row], [plain])
+
+
+def test_a_picture_is_inverted_under_the_loras_of_its_reader(engine, files):
+    style = sf.StyleAligned(small_picture(4, SIZE), noise="ddim")
+    request = sf.Request("a cat", style=style, scheduler="ddim", steps=STEPS, size=SIZE)
+    merged, row, plain = merged_and_row(engine, files["ink"], request)
+    assert (merged - row).abs().max() <= 1e-5 * merged.abs().max()
+    apart([row], [plain])
+
+
+def test_half_precision_rounds_no_more_than_merging(files):
+    pipe = sharp_pipeline()
+    exact, _, _ = merged_and_row(sf.Engine.from_pipeline(pipe), files["ink"], requests()["plain"])
+    with sf.Engine.from_pipeline(pipe.to(torch.bfloat16)) as engine:
+        merged, row, plain = merged_and_row(engine, files["ink"], requests()["plain"])
+    # a merged weight is rounded once more, so a row errs about as much or less
+    error, allowed = (row - exact).square().mean().sqrt(), (merged - exact).square().mean().sqrt()
+    assert error <= 1.5 * allowed < 0.3 * (plain - merged).square().mean().sqrt()
+
+
+def test_memory_lists_loras_by_tier(registered):
+    registered.generate(requests()["ink"], output="latents")
+    loras = registered.memory()["loras"]
+    assert loras["device"] > 0 and loras["host"] == registered.loras.nbytes > 0
