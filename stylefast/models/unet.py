@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
         self.to_q = Linear(channels, channels, bias=False)
         self.to_k = Linear(channels, channels, bias=False)
         self.to_v = Linear(channels, channels, bias=False)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.to_out = list_of([Linear(channels, channels)])
 
     def key_values(self, hidden) -> KeyValue:  # [pages, tokens, channels], normed
         """Project hidden states, such as those stored in a bank, to keys and values."""
@@ -133,7 +133,7 @@ class CrossAttention(nn.Module):
         self.to_q = Linear(channels, channels, bias=False)
         self.to_k = Linear(cross_dim, channels, bias=False)
         self.to_v = Linear(cross_dim, channels, bias=False)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.to_out = list_of([Linear(channels, channels)])
 
     def key_values(self, states, loras: LoraProducts | None = None) -> KeyValue:  # [pages, tokens, cross_dim]
         k, v = self.to_k(states), self.to_v(states)
@@ -162,6 +162,10 @@ class FeedForward(nn.Module):
         # index 1 is diffusers' dropout, which has no parameters
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
+    def layers(self) -> tuple[Linear, Linear]:
+        """Return the two products."""
+        return cast(GEGLU, self.net[0]).proj, cast(Linear, self.net[2])
+
     def forward(self, x, loras: _Loras = None):
         return self.net[2](self.net[0](x, loras and loras[0]), loras and loras[1])
 
@@ -181,10 +185,11 @@ class TransformerBlock(nn.Module):
         """Return the inputs of `forward` besides the feature map."""
         found, loras = condition.loras, None
         if found is not None:
+            first, second = self.ff.layers()
             loras = BlockLoras(
                 (found.of(self.attn1.to_q, 3), found.of(self.attn1.to_out[0])),
                 (found.of(self.attn2.to_q), found.of(self.attn2.to_out[0])),
-                (found.of(self.ff.net[0].proj), found.of(self.ff.net[2])),
+                (found.of(first), found.of(second)),
             )
         return condition.self_attention(self.place[0]), condition.cross_attention(*self.place), loras
 

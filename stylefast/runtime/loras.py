@@ -250,7 +250,7 @@ class LoraPool:
             claim = self._books.acquire(keys)
         except PoolFull as error:
             raise OutOfMemory(f"{len(used)} more LoRAs don't fit on the device: {error}") from None
-        new = {int(claim.slots[i]): used[i] for i in np.flatnonzero(claim.claimed)}
+        new = {int(claim.slots[i]): used[i] for i in np.flatnonzero(claim.claimed).tolist()}
         try:
             for place in new:
                 self._evict(place)  # of the LoRA that the books gave up for it

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from stylefast import values
 from stylefast.errors import StyleError
@@ -107,11 +108,12 @@ class BankInfo:
         if not isinstance(content, Mapping):
             raise StyleError(f"the style bank's metadata is a {type(content).__name__}, but must be an object")
         names = [entry.name for entry in fields(cls)]
-        content = {"loras": "", **content}  # banks of version 0.1.0 before LoRAs per row lack it
-        if content.get("format") == FORMAT and set(names) != set(content):
-            odd = values.quoted(", ".join(sorted(set(names) ^ set(content))))
+        # banks from before LoRAs per row lack them
+        given: dict[str, Any] = {"loras": "", **content}
+        if given.get("format") == FORMAT and set(names) != set(given):
+            odd = values.quoted(", ".join(sorted(set(names) ^ set(given))))
             raise StyleError(f"the style bank's metadata has missing or unknown fields: {odd}; bake the style again")
-        return cls(**{name: content.get(name, ()) for name in names})
+        return cls(**{name: given.get(name, ()) for name in names})
 
 
 def _what(name: str) -> str:
