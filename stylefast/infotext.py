@@ -155,7 +155,11 @@ def write(metadata: Mapping[str, Any]) -> str:
     """
     request = metadata["call"]["requests"][metadata["index"]]
     tags, others = [], []
-    for name, scale in (metadata.get("loras") or {}).items():
+    own = {
+        name: scale if isinstance(scale, (int, float)) else scale[0]
+        for name, scale in (request.get("loras") or {}).items()
+    }
+    for name, scale in {**(metadata.get("loras") or {}), **own}.items():
         fits = not re.search(r"[<>:\n]", name)
         (tags if fits else others).append(f"<lora:{name}:{scale:g}>" if fits else f"{name}: {scale:g}")
     settings = {

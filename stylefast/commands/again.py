@@ -6,14 +6,14 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageChops
 
 from stylefast.commands.files import Destination, read_metadata
-from stylefast.commands.generate import check_schedules, load, make, save
+from stylefast.commands.generate import check_loras, check_schedules, load, make, save
 from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, RECORDED, Lora, ModelChoice
 from stylefast.commands.notices import warn
 from stylefast.engine import Result
@@ -35,12 +35,13 @@ def run_again(arguments: argparse.Namespace) -> int:
     recorded = _recorded_choice(metadata)
     if not arguments.load_recorded:
         _check_asked_for(arguments, recorded, metadata)
-    choice = ModelChoice.of(arguments, recorded)
+    choice = replace(ModelChoice.of(arguments, recorded), row_lora=_row_loras(arguments, metadata))
     if not arguments.load_recorded and _from_cache(arguments, recorded):
         choice = replace(choice, cached_only=True)  # never download files missing from the cache
     _check_loras(choice, metadata, arguments)
     requests = from_record(metadata["call"], Path(arguments.source).expanduser().resolve().parent, choice.folder)
     check_schedules(requests)
+    check_loras(requests, [lora.name for lora in choice.row_lora])
     place = metadata["index"]
     parameters = arguments.metadata == "a1111"
     destination = Destination(arguments.out, [requests[place].prompt], arguments.overwrite, parameters)
@@ -53,6 +54,11 @@ def run_again(arguments: argparse.Namespace) -> int:
             f"{arguments.source} ({metadata['fingerprint'][:12]})",
             "--model",
         )
+    for name, file in _lora_files(metadata).items():
+        if engine.loras[name].digest != file["sha256"]:
+            _refuse_unless_forced(
+                arguments, f"the LoRA {name!r} has other content than the one that made {arguments.source}", "--lora"
+            )
     result = make(engine, requests, arguments.quiet)
     now = result.metadata[place]
     for key in ("versions", "device", "dtype"):
@@ -79,6 +85,38 @@ def _recorded_choice(metadata: Mapping) -> dict[str, Any]:
     return {"dtype": dtype if isinstance(dtype, str) else None, **known, "lora": loras}
 
 
+def _lora_files(metadata: Mapping) -> dict[str, dict[str, str]]:
+    """Return name -> path and digest of the LoRAs that the recorded requests use. Raises InvalidRequest if damaged."""
+    found = metadata.get("lora_files", {})
+    if not isinstance(found, dict) or not all(
+        isinstance(file, dict) and all(isinstance(file.get(key), str) for key in ("path", "sha256"))
+        for file in found.values()
+    ):
+        raise InvalidRequest("the recorded LoRAs are damaged; use an unedited picture")
+    return found
+
+
+def _row_loras(arguments: argparse.Namespace, metadata: Mapping) -> tuple[Lora, ...]:
+    """Return the files of the recorded requests' LoRAs, those given first. Raises InvalidRequest."""
+    given = {lora.name: lora for lora in (Lora.of(text, "--lora") for text in arguments.row_lora or ())}
+    scaled = next((lora for lora in given.values() if lora.scale != 1), None)
+    if scaled is not None:
+        raise InvalidRequest(f"--lora {scaled.words()} has a strength, but the picture records its own; drop it here")
+    files = {name: _Named(file["path"], recorded=name) for name, file in _lora_files(metadata).items()}
+    return tuple((files | given).values())
+
+
+@dataclass(frozen=True)
+class _Named(Lora):
+    """A recorded LoRA, whose name need not be its file's."""
+
+    recorded: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.recorded
+
+
 def _recorded_loras(metadata: Mapping) -> list[tuple[Lora, str]]:
     """Return the recorded LoRAs with their digests. Raises InvalidRequest for malformed entries."""
     recorded = metadata.get("load")
@@ -98,7 +136,11 @@ def _check_asked_for(arguments: argparse.Namespace, recorded: Mapping, metadata:
             continue
         named[f"the {name.replace('_', ' ')} {value}"] = [f"--{name.replace('_', '-')}", value]
     if arguments.lora is None:
-        named |= {f"the LoRA {lora.path}": ["--lora", lora.words()] for lora in recorded["lora"]}
+        named |= {f"the LoRA {lora.path}": ["--merge-lora", lora.words()] for lora in recorded["lora"]}
+    given = {Lora.of(text, "--lora").name for text in arguments.row_lora or ()}
+    for name, file in _lora_files(metadata).items():
+        if name not in given:
+            named[f"the LoRA {file['path']}"] = ["--lora", file["path"]]
     options = [word for words in named.values() for word in words]
     styles = [f"the style file {path}" for path in _style_files(metadata["call"])]
     if not named and not styles:
@@ -159,7 +201,9 @@ def _check_loras(choice: ModelChoice, metadata: Mapping, arguments: argparse.Nam
     on = on if isinstance(on, dict) else {}
     if on and not choice.lora:
         shown = ", ".join(f"{name} at {scale}" for name, scale in on.items())[:_SHOWN]
-        raise InvalidRequest(f"{arguments.source} was made with LoRAs ({shown}); name their files: --lora FILE:SCALE")
+        raise InvalidRequest(
+            f"{arguments.source} was made with LoRAs ({shown}); name their files: --merge-lora FILE:SCALE"
+        )
     then = sorted((digest, lora.scale) for lora, digest in _recorded_loras(metadata))
     now = sorted((lora.digest(), lora.scale) for lora in choice.lora)
     if (then and now != then) or Counter(str(scale) for _, scale in now) != Counter(map(str, on.values())):
@@ -167,7 +211,7 @@ def _check_loras(choice: ModelChoice, metadata: Mapping, arguments: argparse.Nam
         _refuse_unless_forced(
             arguments,
             f"the LoRAs ({shown}) differ in content or strength from those that made {arguments.source}",
-            "--lora",
+            "--merge-lora",
         )
 
 

@@ -101,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     choice = ModelChoice.of(arguments)
     style = _style(arguments, choice.folder)
     settings = with_preset_guidance(sampling_settings(arguments))
+    settings["loras"] = {lora.name: lora.scale for lora in choice.row_lora}
     request = bake_request(style, settings)
     check_schedules([request])
     out = _target(arguments, style)
@@ -218,7 +219,8 @@ def _use(arguments: argparse.Namespace, choice: ModelChoice, out: Path) -> str:
         if getattr(arguments, name) is not None:
             words += [f"--{name}", getattr(arguments, name)]
     words += ["--model", choice.model] if choice.model != DEFAULT_MODEL else []
-    words += [word for lora in choice.lora for word in ("--lora", lora.words())]
+    words += [word for lora in choice.lora for word in ("--merge-lora", lora.words())]
+    words += [word for lora in choice.row_lora for word in ("--lora", lora.words())]
     kind = choice.options.get("prediction_type")
     words += ["--prediction-type", kind] if kind is not None else []
     return shlex.join(words)

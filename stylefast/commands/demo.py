@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = typed_path("--out", arguments.out).absolute()
     _check_folder(out, arguments.overwrite)
     choice = ModelChoice.of(arguments)
+    if choice.row_lora:
+        raise InvalidRequest("the demo's requests use no LoRA; merge one into the model: --merge-lora")
     chapters = plan(choice.folder)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

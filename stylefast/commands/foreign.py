@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -32,8 +32,9 @@ def run_foreign(arguments: argparse.Namespace, text: str) -> int:
     except InvalidRequest as error:
         raise type(error)(f"{arguments.source}: {error}") from error
     choice = ModelChoice.of(arguments)
-    choice = replace(choice, lora=loras_of(parameters.loras, choice.lora, arguments.force))
-    request = request_of(parameters)
+    used = loras_of(parameters.loras, choice.row_lora, arguments.force)
+    choice = replace(choice, row_lora=used)
+    request = request_of(parameters, {lora.name: lora.scale for lora in used})
     check_schedules([request])
     destination = Destination(arguments.out, [request.prompt], arguments.overwrite, arguments.metadata == "a1111")
     _tell(arguments.source, parameters)
@@ -43,13 +44,13 @@ def run_foreign(arguments: argparse.Namespace, text: str) -> int:
     return 0
 
 
-def request_of(parameters: Parameters) -> Request:
+def request_of(parameters: Parameters, loras: Mapping[str, float]) -> Request:
     """Return the request of settings; what they don't say is as in `Request`. Raises InvalidRequest or a subclass."""
     known = [f.name for f in fields(Request)]
     given = {name: getattr(parameters, name) for name in known if getattr(parameters, name, None) is not None}
     if "prompt_syntax" in known:
         given["prompt_syntax"] = "a1111"
-    return Request(**given)
+    return Request(**given | {"loras": loras})
 
 
 def loras_of(wanted: Sequence[LoraTag], given: Sequence[Lora], force: bool = False) -> tuple[Lora, ...]:

@@ -215,8 +215,15 @@ def run(arguments: argparse.Namespace) -> int:
     choice = ModelChoice.of(arguments)
     if arguments.requests is not None:
         requests = read_requests(Path(arguments.requests), choice.folder)
+        scaled = next((lora for lora in choice.row_lora if lora.scale != 1), None)
+        if scaled is not None:
+            raise InvalidRequest(
+                f"--lora {scaled.words()} has a strength, but the requests of {arguments.requests} say their own; drop "
+                "it here"
+            )
     else:
-        requests = requests_of(arguments, choice.folder)
+        requests = requests_of(arguments, choice.folder, {lora.name: lora.scale for lora in choice.row_lora})
+    check_loras(requests, [lora.name for lora in choice.row_lora])
     check_schedules(requests)
     prompts = [request.prompt for request in requests]
     destination = Destination(arguments.out, prompts, arguments.overwrite, arguments.metadata == "a1111")
@@ -242,7 +249,20 @@ def _check_combination(arguments: argparse.Namespace) -> None:
         raise InvalidRequest('no prompt was given; say what the picture shows, e.g. stylefast generate "a fish"')
 
 
-def requests_of(arguments: argparse.Namespace, model_folder: Path) -> list:
+def check_loras(requests: Sequence, names: Sequence[str]) -> None:
+    """Raise InvalidRequest for requests that name a LoRA whose file was not given, before a model is loaded."""
+    from stylefast.values import did_you_mean, quoted
+
+    for request in requests:
+        for name in request.lora_scales:
+            if name not in names:
+                raise InvalidRequest(
+                    f"a request uses the LoRA {quoted(name)}; give its file: --lora FOLDER/{name[:100]}.safetensors "
+                    f"(given: {', '.join(names)[:600] or 'none'}{did_you_mean(name, names)})"
+                )
+
+
+def requests_of(arguments: argparse.Namespace, model_folder: Path, loras: Mapping[str, float] | None = None) -> list:
     """Return --count Requests per prompt, with increasing seeds. Raises InvalidRequest or a subclass."""
     from stylefast.commands.style_options import bank_settings, styles_of
     from stylefast.runtime.plan.request import Request
@@ -256,7 +276,7 @@ def requests_of(arguments: argparse.Namespace, model_folder: Path) -> list:
     settings = with_preset_guidance(bank_settings(styles, given) | given)
     prompts = [prompt for prompt in arguments.prompts for _ in range(_count(arguments))]
     numbered = zip(prompts, seeds("--seed", arguments.seed or 0, len(prompts)), strict=True)
-    return [Request(prompt, seed=seed, style=styles, **settings) for prompt, seed in numbered]
+    return [Request(prompt, seed=seed, style=styles, loras=loras, **settings) for prompt, seed in numbered]
 
 
 def _count(arguments: argparse.Namespace) -> int:

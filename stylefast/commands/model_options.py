@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stylefast.errors import InvalidRequest
-from stylefast.options import EXPORTED, FLAGS, parse_bytes
+from stylefast.options import EXPORTED, FLAGS, SIZES, parse_bytes
 from stylefast.values import did_you_mean_beside, no_device, quoted, typed_path
 
 DEFAULT_MODEL = "tiny"
@@ -30,9 +30,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group(
         "--lora",
+        dest="row_lora",
         action="append",
         metavar="FILE[:SCALE]",
-        help="a LoRA to load, at this strength (default: 1); may be repeated",
+        help=(
+            "a LoRA for the pictures of the prompts, at this strength (default: 1); a request file and --from say "
+            "themselves which of them a picture uses, by the file's name without its suffix; may be repeated"
+        ),
+    )
+    group(
+        "--merge-lora",
+        dest="lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help=(
+            "a LoRA to merge into the model, for all pictures: DoRA and full differences, which can't differ by "
+            "picture, and any LoRA with engines that have no inputs for them; may be repeated"
+        ),
     )
     for name, option in FLAGS.items():
         choices = option["choices"]
@@ -53,20 +67,25 @@ class Lora:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, text: str) -> "Lora":
+    def of(cls, text: str, option: str = "--merge-lora") -> "Lora":
         """Parse "FILE" or "FILE:SCALE". Raises InvalidRequest for a missing file."""
         path, scale = text, 1.0
         before, colon, after = text.rpartition(":")
-        if colon and not typed_path("--lora", text).exists():
+        if colon and not typed_path(option, text).exists():
             try:
                 path, scale = before, float(after)
             except ValueError:
                 path = text
-        found = typed_path("--lora", path)
+        found = typed_path(option, path)
         if not found.exists():
-            raise InvalidRequest(f"--lora: no file found at {path!r}{did_you_mean_beside(found)}")
-        no_device("--lora:", found)
+            raise InvalidRequest(f"{option}: no file found at {path!r}{did_you_mean_beside(found)}")
+        no_device(f"{option}:", found)
         return cls(str(found.resolve()), scale)
+
+    @property
+    def name(self) -> str:
+        """Return the name by which requests use it: the file's, without its suffix."""
+        return Path(self.path).stem
 
     def words(self) -> str:
         """Return the LoRA as given on the command line."""
@@ -97,12 +116,13 @@ class ModelChoice:
     """
 
     model: str = DEFAULT_MODEL
-    lora: tuple[Lora, ...] = ()
+    lora: tuple[Lora, ...] = ()  # merged into the model
+    row_lora: tuple[Lora, ...] = ()  # for requests that name them
     options: Mapping[str, str] = field(default_factory=dict, hash=False)
     cached_only: bool = False
 
     def __post_init__(self):
-        for name in ("memory_limit", "bank_memory", "host_memory"):
+        for name in SIZES:
             parse_bytes(flag(name), self.options.get(name))
         backend, engines, trust = (self.options.get(name) for name in ("backend", "engines", "trust"))
         if engines is not None and backend not in EXPORTED:
@@ -121,7 +141,15 @@ class ModelChoice:
         paths = [lora.path for lora in self.lora]
         twice = next((path for path in paths if paths.count(path) > 1), None)
         if twice is not None:
-            raise InvalidRequest(f"--lora names {twice} twice; give it once, with the strength you want")
+            raise InvalidRequest(f"--merge-lora names {twice} twice; give it once, with the strength you want")
+
+        names = [lora.name for lora in self.row_lora]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InvalidRequest(
+                f"--lora names two files called {quoted(twice)}, and requests know LoRAs by that name; give it once, "
+                "or rename one file"
+            )
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, recorded: Mapping[str, Any] | None = None) -> "ModelChoice":
@@ -136,7 +164,9 @@ class ModelChoice:
                 chosen[name] = value
         if arguments.lora is not None:
             chosen["lora"] = tuple(Lora.of(text) for text in arguments.lora)
-        own = {name: chosen.pop(name) for name in ("model", "lora") if name in chosen}
+        if getattr(arguments, "row_lora", None) is not None:
+            chosen["row_lora"] = tuple(Lora.of(text, "--lora") for text in arguments.row_lora)
+        own = {name: chosen.pop(name) for name in ("model", "lora", "row_lora") if name in chosen}
         return cls(**own, options=chosen)
 
     @property
@@ -157,6 +187,8 @@ class ModelChoice:
             stem = Path(lora.path).stem
             name = stem if stem not in names else f"{stem}-{len(names) + 1}"
             names.append(engine.load_lora(lora.path, lora.scale, name))
+        for lora in self.row_lora:
+            engine.loras.add(lora.path, lora.name)
         return engine
 
     def recorded(self) -> dict[str, Any]:
@@ -169,6 +201,7 @@ class ModelChoice:
 
     def words(self) -> list[str]:
         """Return the options as given on the command line."""
-        words = [word for lora in self.lora for word in ("--lora", lora.words())]
+        words = [word for lora in self.lora for word in ("--merge-lora", lora.words())]
+        words += [word for lora in self.row_lora for word in ("--lora", lora.words())]
         words += ["--model", self.model] if self.model != DEFAULT_MODEL else []
         return words + [word for name, value in self.options.items() for word in (flag(name), value)]

@@ -20,6 +20,7 @@ import torch
 from stylefast import values
 from stylefast.errors import AdapterError, InvalidRequest, OutOfMemory
 from stylefast.kernels.row_lora import RANK
+from stylefast.models.lora_factors import BLORA_BLOCKS, blora_part
 from stylefast.models.lora_file import read_lora
 from stylefast.models.lora_units import lora_factors, unit_table
 from stylefast.models.row_loras import NO_UNIT, LoraFactors, LoraProducts, RowLoras
@@ -37,8 +38,8 @@ _numbers = itertools.count(1)
 class Lora:
     """A registered LoRA. `digest`: SHA-256 of its files; `nbytes`: of its factors; `rank`: the largest of a layer."""
 
-    def __init__(self, name: str, path: Path, digest: str, factors: LoraFactors):
-        self.name, self.path, self.digest = name, path, digest
+    def __init__(self, name: str, path: Path, part: str | None, digest: str, factors: LoraFactors):
+        self.name, self.path, self.part, self.digest = name, path, part, digest
         self.number = next(_numbers)
         self.nbytes, self.rank = factors.nbytes, factors.rank
         self.changes_unet = any(factors.units())
@@ -89,21 +90,25 @@ engine.loras.add(file, 'pixel')
         self._named: dict[str, Lora] = {}
         self._host: OrderedDict[Lora, None] = OrderedDict()  # with factors in memory, least recently used first
 
-    def add(self, source: str | Path, name: str | None = None) -> str:
+    def add(self, source: str | Path, name: str | None = None, part: str | None = None) -> str:
         """Register a LoRA (a file, or a folder with one) and return its name, by default the file's.
+
+        part: "content" or "style" of a B-LoRA (arXiv 2403.14572), which holds each in a block of its own; None: all.
 
         Raises ModelNotFound and ModelFormatError for files that can't be read, AdapterError for files that are not a
         LoRA, don't fit the model, or can't differ by row (NotLowRank; `Engine.load_lora` takes those), and
         InvalidRequest for a name that is taken.
         """
         path = values.path("a LoRA", source)
+        if part is not None:
+            values.one_of("part", part, BLORA_BLOCKS)
         if name is not None:
             values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
             self._check_free(name)
-        name, digest, factors = self._read(path, name)
+        name, digest, factors = self._read(path, name, part)
         with self._lock:
             self._check_free(name)
-            lora = self._named[name] = Lora(name, path.resolve(), digest, factors)
+            lora = self._named[name] = Lora(name, path.resolve(), part, digest, factors)
             self._keep(lora, factors)
         return name
 
@@ -156,7 +161,7 @@ engine.loras.add(file, 'pixel')
                 if lora in self._host:
                     self._host.move_to_end(lora)
                 return found
-        _, digest, found = self._read(lora.path, lora.name)
+        _, digest, found = self._read(lora.path, lora.name, lora.part)
         if digest != lora.digest:
             raise AdapterError(
                 f"{lora.path.name} has changed since it was registered as {lora.name!r}; remove it and add it again"
@@ -170,8 +175,9 @@ engine.loras.add(file, 'pixel')
         found = tuple((self.factors(use.lora), use.unet) for use in used if use.unet)
         return LoraProducts(found) if found else None
 
-    def _read(self, path: Path, name: str | None) -> tuple[str, str, LoraFactors]:
+    def _read(self, path: Path, name: str | None, part: str | None) -> tuple[str, str, LoraFactors]:
         lora = read_lora(path, self._weights)
+        lora = lora if part is None else blora_part(lora, part)
         return name or lora.name, lora.digest, lora_factors(lora, self._unet.loras, self._unet.dtype)
 
     def _keep(self, lora: Lora, factors: LoraFactors) -> None:

@@ -72,7 +72,7 @@ NAMED = {
         {"lora": [{"path": "/l.safetensors", "scale": 0.5, "sha256": ""}]},
         {},
         "the LoRA /l.safetensors",
-        "--lora /l.safetensors:0.5",
+        "--merge-lora /l.safetensors:0.5",
     ),
     "a bank": (
         {},
@@ -182,7 +182,7 @@ def test_what_a_lora_is_read_from_is_what_its_digest_tells_apart(tmp_path):
 
 def test_loras_of_a_picture_from_python_are_asked_for(asked, again):
     code, err = again({"model": "tiny"}, loras={"brand": 0.8})
-    assert_one_line(code, err, 2, "was made with LoRAs (brand at 0.8); name their files: --lora FILE:SCALE")
+    assert_one_line(code, err, 2, "was made with LoRAs (brand at 0.8); name their files: --merge-lora FILE:SCALE")
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +194,8 @@ def lora_file(tmp_path_factory):
 def test_a_lora_changes_the_picture_and_from_puts_it_on_again(generate, stylefast, lora_file, tmp_path):
     words = ("a cat", *FEW, "--out")
     plain = generate(*words, tmp_path / "plain.png")[0]
-    full = generate(*words, tmp_path / "full.png", "--lora", lora_file)[0]
-    half = generate(*words, tmp_path / "half.png", "--lora", f"{lora_file}:0.5")[0]
+    full = generate(*words, tmp_path / "full.png", "--merge-lora", lora_file)[0]
+    half = generate(*words, tmp_path / "half.png", "--merge-lora", f"{lora_file}:0.5")[0]
     assert len({pixels(path) for path in (plain, full, half)}) == 3
     record = json.loads(Image.open(half).info["stylefast"])
     assert record["loras"] == {"brand": 0.5}
@@ -207,12 +207,12 @@ def test_a_lora_changes_the_picture_and_from_puts_it_on_again(generate, stylefas
 def test_another_lora_than_the_recorded_one_is_refused_unless_forced(
     generate, stylefast, model_folder, lora_file, tmp_path
 ):
-    path = generate("a cat", *FEW, "--lora", lora_file, "--out", tmp_path / "a.png")[0]
+    path = generate("a cat", *FEW, "--merge-lora", lora_file, "--out", tmp_path / "a.png")[0]
     other = write_peft_lora(random_lora(small_pipeline(), seed=2), tmp_path / "brand.safetensors")
     words = ("generate", "--from", path, "--model", model_folder, "--quiet", "--out", tmp_path / "b.png")
     for lora in (other, f"{lora_file}:0.5"):
-        assert_one_line(*stylefast(*words, "--lora", lora)[::2], 1, "differ in content or strength")
-    code, _, err = stylefast(*words, "--lora", other, "--force")
+        assert_one_line(*stylefast(*words, "--merge-lora", lora)[::2], 1, "differ in content or strength")
+    code, _, err = stylefast(*words, "--merge-lora", other, "--force")
     assert code == 0 and err.startswith("warning: the LoRAs")
 
 
@@ -227,9 +227,9 @@ LORA_WORDS = {
     "a missing file": (("{lora}x",), "no file found at"),
     "a misspelt file": (("{folder}/brnd.safetensors:0.5",), "did you mean 'brand.safetensors'?"),
     "a strength that is none": (("{lora}:much",), "no file found at"),
-    "a device": (("/dev/zero",), "--lora: /dev/zero is a pipe or a device, not a file"),
-    "a device at a strength": (("/dev/zero:0.5",), "--lora: /dev/zero is a pipe or a device, not a file"),
-    "nothing": (("",), "--lora is ''; a path needs at least one character"),
+    "a device": (("/dev/zero",), "--merge-lora: /dev/zero is a pipe or a device, not a file"),
+    "a device at a strength": (("/dev/zero:0.5",), "--merge-lora: /dev/zero is a pipe or a device, not a file"),
+    "nothing": (("",), "--merge-lora is ''; a path needs at least one character"),
     "the same twice": (("{lora}", "{lora}:0.5"), "twice; give it once"),
 }
 
@@ -237,7 +237,7 @@ LORA_WORDS = {
 @pytest.mark.parametrize("loras, message", LORA_WORDS.values(), ids=LORA_WORDS.keys())
 def test_a_lora_that_is_none_is_refused_before_a_model_is_loaded(stylefast, lora_file, tmp_path, loras, message):
     given = [lora.format(lora=lora_file, folder=lora_file.parent) for lora in loras]
-    words = [word for lora in given for word in ("--lora", lora)]
+    words = [word for lora in given for word in ("--merge-lora", lora)]
     code, _, err = stylefast("generate", "a cat", *words, "--model", tmp_path / "gone")
     assert_one_line(code, err, 2, message)
 
@@ -291,7 +291,7 @@ def test_a_lora_that_is_gone_when_the_pictures_are_done_costs_none(stylefast, mo
 
     monkeypatch.setattr(ModelChoice, "load", lambda choice: None)
     monkeypatch.setattr(generate, "make", make)
-    code, _, err = stylefast("generate", "a fish", "--lora", lora, "--out", tmp_path / "y.png", "--quiet")
+    code, _, err = stylefast("generate", "a fish", "--merge-lora", lora, "--out", tmp_path / "y.png", "--quiet")
     assert code == 0, err
     found, _ = read_metadata(tmp_path / "y.png")
     assert found["load"]["lora"] == [{"path": str(lora), "scale": 1.0, "sha256": digest}]

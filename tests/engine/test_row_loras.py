@@ -363,6 +363,26 @@ def test_half_precision_rounds_no_more_than_merging(files):
     assert error <= 1.5 * allowed < 0.3 * (plain - merged).square().mean().sqrt()
 
 
+def test_content_and_style_of_a_b_lora_are_two_loras(registered, tmp_path, pipe):
+    lora = {
+        place: factors
+        for place, factors in louder(random_lora(pipe, 6, text=False)).items()
+        if place[1].startswith(("up_blocks.0.attentions.0.", "up_blocks.0.attentions.1."))
+    }
+    file = write_peft_lora(lora, tmp_path / "both.safetensors")
+    for part in ("content", "style"):
+        registered.loras.add(file, part, part=part)
+    registered.loras.add(file)
+    plain = requests()["plain"]
+    given = [{}, {"content": 1.0}, {"style": 1.0}, {"content": 1.0, "style": 1.0}, {"both": 1.0}]
+    found = registered.generate([replace(plain, loras=loras) for loras in given], output="latents").latents
+    apart(found[1:3], [found[0]] * 2)
+    apart([found[1]], [found[2]])
+    assert (found[3] - found[4]).abs().max() <= 1e-5 * found[4].abs().max()
+    with pytest.raises(InvalidRequest, match="part"):
+        registered.loras.add(file, "other", part="face")
+
+
 def test_memory_lists_loras_by_tier(registered):
     registered.generate(requests()["ink"], output="latents")
     loras = registered.memory()["loras"]

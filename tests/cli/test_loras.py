@@ -1,0 +1,91 @@
+"""LoRAs of requests on the command line: for prompts, in request files, from pictures; nothing is merged."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from tests.cli.conftest import pixels
+from tests.cli.test_errors import assert_one_line
+from tests.support.small_checkpoints import random_lora, write_peft_lora
+from tests.support.small_sdxl import small_pipeline
+
+FEW = ("--steps", "1", "--guidance", "1")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder, pipe = tmp_path_factory.mktemp("loras"), small_pipeline()
+    return {
+        name: write_peft_lora(random_lora(pipe, seed), folder / f"{name}.safetensors")
+        for seed, name in enumerate(("ink", "pixel"))
+    }
+
+
+def record_of(path):
+    return json.loads(Image.open(path).info["stylefast"])
+
+
+def test_prompts_use_the_loras_given_and_from_repeats_the_picture(generate, stylefast, files, model_folder, tmp_path):
+    plain = generate("a cat", *FEW, "--out", tmp_path / "plain.png")[0]
+    words = ("--lora", files["ink"], "--lora", f"{files['pixel']}:0.5")
+    path = generate("a cat", *FEW, *words, "--out", tmp_path / "styled.png")[0]
+    assert pixels(path) != pixels(plain)
+    record = record_of(path)
+    assert record["loras"] == {} and record["call"]["requests"][0]["loras"] == {"ink": [1.0, 1.0], "pixel": [0.5, 0.5]}
+    assert record["lora_files"]["ink"]["path"] == str(files["ink"])
+    again = ("generate", "--from", path, "--model", model_folder, "--out")
+    code, _, err = stylefast(*again, tmp_path / "a.png", "--load-recorded")
+    assert code == 0 and "same pixels" in err, err
+    code, _, err = stylefast(*again, tmp_path / "b.png", "--lora", files["ink"], "--lora", files["pixel"])
+    assert code == 0 and "same pixels" in err, err
+    merged = generate("a cat", *FEW, "--merge-lora", files["ink"], "--out", tmp_path / "m.png")[0]
+    assert record_of(merged)["loras"] == {"ink": 1.0}
+
+
+def test_a_picture_has_its_loras_named_or_trusted_and_compared(generate, stylefast, files, model_folder, tmp_path):
+    path = generate("a cat", *FEW, "--lora", files["ink"], "--out", tmp_path / "x.png")[0]
+    again = ("generate", "--from", path, "--model", model_folder, "--quiet", "--out", tmp_path / "y.png")
+    assert_one_line(*stylefast(*again)[::2], 2, f"asks to load the LoRA {files['ink']}")
+    assert_one_line(*stylefast(*again, "--lora", f"{files['ink']}:0.5")[::2], 2, "the picture records its own")
+    other = tmp_path / "ink.safetensors"
+    other.write_bytes(files["pixel"].read_bytes())
+    assert_one_line(*stylefast(*again, "--lora", other)[::2], 1, "the LoRA 'ink' has other content")
+    code, _, err = stylefast(*again, "--lora", other, "--force")
+    assert code == 0 and err.startswith("warning: the LoRA 'ink'")
+
+
+def test_requests_in_a_file_name_their_loras(generate, stylefast, files, model_folder, tmp_path):
+    calls = tmp_path / "calls.json"
+    settings = {"steps": 1, "guidance": 1}
+    requests = [
+        {"prompt": "a cat", **settings},
+        {"prompt": "a cat", "loras": {"ink": 0.8}, **settings},
+        {"prompt": "a cat", "loras": {"ink": [0.8, 0.0], "pixel": 1}, **settings},
+    ]
+    calls.write_text(json.dumps(requests))
+    words = ("--lora", files["ink"], "--lora", files["pixel"])
+    paths = generate("--requests", calls, *words, "--out", tmp_path / "out")
+    assert len({pixels(path) for path in paths[:3]}) == 3  # the sheet is the fourth
+    failing = ("generate", "--requests", calls, "--model", tmp_path / "gone", "--out", tmp_path / "z")
+    assert_one_line(*stylefast(*failing, "--lora", files["ink"])[::2], 2, "uses the LoRA 'pixel'; give its file")
+    words = ("--lora", f"{files['ink']}:0.5", "--lora", files["pixel"])
+    assert_one_line(*stylefast(*failing, *words)[::2], 2, "has a strength, but the requests")
+
+
+def test_what_can_not_be_told_apart_or_would_be_left_out_is_refused(stylefast, files, tmp_path):
+    same = tmp_path / "ink.safetensors"
+    same.write_bytes(files["ink"].read_bytes())
+    words = ("generate", "a cat", "--lora", files["ink"], "--lora", same, "--model", tmp_path / "gone")
+    assert_one_line(*stylefast(*words)[::2], 2, "--lora names two files called 'ink'")
+    words = ("demo", "--lora", files["ink"], "--out", tmp_path / "demo")
+    assert_one_line(*stylefast(*words)[::2], 2, "merge one into the model: --merge-lora")
+
+
+def test_a_bank_is_baked_under_the_loras_given(generate, stylefast, files, model_folder, tmp_path):
+    bank, words = tmp_path / "b.bank", ("--steps", "1", "--guidance", "1", "--model", model_folder, "--quiet")
+    code, _, err = stylefast("bake", "--style-prompt", "oil", "--lora", files["ink"], "--out", bank, *words)
+    assert code == 0, err
+    assert generate("a cat", "--style", bank, "--lora", files["ink"], "--out", tmp_path / "x.png")
+    code, _, err = stylefast("generate", "a cat", "--style", bank, "--out", tmp_path / "y.png", *words[-3:])
+    assert_one_line(code, err, 2, "was baked under the LoRAs")
