@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import banks, copies, export_sdxl, load, planning
+from benchmarks import banks, copies, export_sdxl, load, loras, planning
 from benchmarks.kernels.report import markdown
 from benchmarks.runtime.report import markdown as runtime_table
 
@@ -161,3 +161,9 @@ def test_what_the_page_of_the_architecture_says_of_speed_is_that_of_the_results_
             f"to {max(parts):.2f}" in words
         )
     assert any(found)
+
+
+def test_what_the_page_of_loras_says_of_speed_is_that_of_the_results_file(checkout):
+    # otherwise: paste what `benchmarks.loras.markdown` makes of the file into docs/loras.md
+    page = (checkout / "docs" / "loras.md").read_text()
+    assert any(loras.markdown(content) in page for content in recorded(checkout, "loras-cpu.json"))
