@@ -28,7 +28,8 @@ struct GatedCrossAttention {
     Tokens q, out;
     std::int64_t text_tokens;
     Tokens text_k, text_v;
-    const std::int64_t* text_page;  // [rows]
+    const std::int64_t* text_page;     // [rows]
+    const std::int64_t* text_lengths;  // [text pages]; null: every page has text_tokens
     std::int64_t segments;
     Tokens image_k, image_v;
     const std::int64_t* image_lengths;  // [image pages]

@@ -117,11 +117,11 @@ void shared_attention(const std::string& set, const at::Tensor& q, const at::Ten
 }
 
 void gated_cross_attention(const std::string& set, const at::Tensor& q, const at::Tensor& text_k,
-                           const at::Tensor& text_v, const at::Tensor& text_page, const OptionalTensor& image_k,
-                           const OptionalTensor& image_v, const OptionalTensor& image_lengths,
-                           const OptionalTensor& image_page, const OptionalTensor& strength,
-                           const OptionalTensor& group, const OptionalTensor& masks, const OptionalTensor& mask_index,
-                           const at::Tensor& out) {
+                           const at::Tensor& text_v, const at::Tensor& text_page, const OptionalTensor& text_lengths,
+                           const OptionalTensor& image_k, const OptionalTensor& image_v,
+                           const OptionalTensor& image_lengths, const OptionalTensor& image_page,
+                           const OptionalTensor& strength, const OptionalTensor& group, const OptionalTensor& masks,
+                           const OptionalTensor& mask_index, const at::Tensor& out) {
     GatedCrossAttention a{};
     a.q = tokens_of("q", q);
     if (a.q.type == Element::f8) refuse("q is fp8, which no cross-attention takes");
@@ -144,6 +144,7 @@ void gated_cross_attention(const std::string& set, const at::Tensor& q, const at
         return whole.const_data_ptr<std::int64_t>();
     };
     a.text_page = integers("text_page", text_page, {a.rows}, 0, text_pages);
+    if (text_lengths) a.text_lengths = integers("text_lengths", *text_lengths, {text_pages}, 0, a.text_tokens + 1);
     if (image_k || image_page) {
         const at::Tensor& keys = need("image_k", image_k);
         if (keys.dim() != 4) refuse("image_k must be [pages, tokens, heads, d]");

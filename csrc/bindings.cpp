@@ -152,7 +152,7 @@ void bind_runtime(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "stylefast's C++ parts; call them through stylefast.runtime and stylefast.kernels";
-    module.attr("interface") = 9;  // stylefast/_extension.py refuses any other number than its own
+    module.attr("interface") = 10;  // stylefast/_extension.py refuses any other number than its own
     bind_runtime(module);
     module.def("cpu_features", &stylefast::cpu_features);
     module.def("instruction_set", &stylefast::instruction_set);
@@ -161,7 +161,7 @@ PYBIND11_MODULE(_C, module) {
                py::arg("offset"), py::arg("pool_k"), py::arg("pool_v"), py::arg("pool_k_scale"),
                py::arg("pool_v_scale"), py::arg("out"));
     module.def("gated_cross_attention", released(&stylefast::gated_cross_attention), py::arg("q"), py::arg("text_k"),
-               py::arg("text_v"), py::arg("text_page"), py::arg("image_k"), py::arg("image_v"),
+               py::arg("text_v"), py::arg("text_page"), py::arg("text_lengths"), py::arg("image_k"), py::arg("image_v"),
                py::arg("image_lengths"), py::arg("image_page"), py::arg("strength"), py::arg("group"), py::arg("masks"),
                py::arg("mask_index"), py::arg("out"));
     module.def("token_stats", released(&stylefast::token_stats), py::arg("xs"), py::arg("mean"), py::arg("variance"));

@@ -49,8 +49,8 @@ inline std::int64_t gated_members(const GatedCrossAttention& a, std::int64_t row
                                   const GatedScratch& parts) {
     GatedMember* members = parts.members;
     const std::int64_t text = a.text_page[row];
-    members[0] = {
-        rows_of(a.text_k, text, head), rows_of(a.text_v, text, head), a.text_tokens, 0, 0.0f, nullptr, nullptr, -1};
+    const std::int64_t length = a.text_lengths ? a.text_lengths[text] : a.text_tokens;
+    members[0] = {rows_of(a.text_k, text, head), rows_of(a.text_v, text, head), length, 0, 0.0f, nullptr, nullptr, -1};
     std::int64_t count = 1;
     const std::int64_t* page = a.image_page + row * a.segments;
     const float* strength = a.strength + row * a.segments;

@@ -16,11 +16,11 @@ void shared_attention(const std::string& set, const at::Tensor& q, const at::Ten
                       const OptionalTensor& pool_v_scale, const at::Tensor& out);
 
 void gated_cross_attention(const std::string& set, const at::Tensor& q, const at::Tensor& text_k,
-                           const at::Tensor& text_v, const at::Tensor& text_page, const OptionalTensor& image_k,
-                           const OptionalTensor& image_v, const OptionalTensor& image_lengths,
-                           const OptionalTensor& image_page, const OptionalTensor& strength,
-                           const OptionalTensor& group, const OptionalTensor& masks, const OptionalTensor& mask_index,
-                           const at::Tensor& out);
+                           const at::Tensor& text_v, const at::Tensor& text_page, const OptionalTensor& text_lengths,
+                           const OptionalTensor& image_k, const OptionalTensor& image_v,
+                           const OptionalTensor& image_lengths, const OptionalTensor& image_page,
+                           const OptionalTensor& strength, const OptionalTensor& group, const OptionalTensor& masks,
+                           const OptionalTensor& mask_index, const at::Tensor& out);
 
 void token_stats(const std::string& set, const std::vector<at::Tensor>& xs, const at::Tensor& mean,
                  const at::Tensor& variance);

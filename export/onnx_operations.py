@@ -152,6 +152,7 @@ class OnnxOperations:
         text_k,
         text_v,
         text_page,
+        text_lengths=None,
         image_k=None,
         image_v=None,
         image_lengths=None,
@@ -163,7 +164,17 @@ class OnnxOperations:
     ):
         """Write text attention plus, per segment, attention over all image tokens with the segment's values only."""
         op, kind = self.op, _kind(q)
-        out = self.attend(q, op.Gather(text_k, text_page, axis=0), op.Gather(text_v, text_page, axis=0))
+        keys, values, mask = op.Gather(text_k, text_page, axis=0), op.Gather(text_v, text_page, axis=0), None
+        if text_lengths is not None:
+            token = op.Range(op.Constant(value_int=0), op.Squeeze(self.size(text_k, 1)), op.Constant(value_int=1))
+            there = op.Less(token, op.Unsqueeze(op.Gather(text_lengths, text_page, axis=0), self.ints(1)))
+            # zeros where masked: 0 * NaN would be NaN
+            shown = op.Unsqueeze(there, self.ints(2, 3))
+            keys, values = (_like(op.Where(shown, x, self.number(0, kind)), x) for x in (keys, values))
+            mask = op.Unsqueeze(
+                op.Where(there, self.number(0, kind), self.number(_LOWEST[kind], kind)), self.ints(1, 2)
+            )
+        out = self.attend(q, keys, values, mask)
         if image_page is None or image_page.shape[1] == 0:
             return out
         segments, heads, width = image_page.shape[1], q.shape[2], q.shape[3]

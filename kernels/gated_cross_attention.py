@@ -4,7 +4,8 @@
 
 (IP-Adapter, arXiv 2308.06721, equation 5; InstantStyle, arXiv 2404.02733, sets the strength per attention module.)
 Segments of a row with the same group number share one softmax; each keeps its own strength and mask. A segment of
-strength 0 is skipped: it costs nothing, and NaN in its keys or values has no effect.
+strength 0 is skipped: it costs nothing, and NaN in its keys or values has no effect. Nor has NaN in the tokens of a
+page beyond its length.
 """
 
 import math
@@ -37,6 +38,7 @@ def gated_cross_attention_ref(
     text_k: torch.Tensor,  # [text pages, text tokens, heads, d]
     text_v: torch.Tensor,
     text_page: torch.Tensor,  # [rows] int64
+    text_lengths: torch.Tensor | None = None,  # [text pages] int64: tokens in use; None: all
     image_k: torch.Tensor | None = None,  # [image pages, image tokens, heads, d], padded
     image_v: torch.Tensor | None = None,
     image_lengths: torch.Tensor | None = None,  # [image pages] int64: tokens in use
@@ -55,7 +57,8 @@ def gated_cross_attention_ref(
     for row in range(q.shape[0]):
         query = q[row].to(exact)
         page = int(text_page[row])
-        total = _weighted(query, text_k[page].to(exact), text_v[page].to(exact))
+        length = text_k.shape[1] if text_lengths is None else int(text_lengths[page])
+        total = _weighted(query, text_k[page, :length].to(exact), text_v[page, :length].to(exact))
         for part in _image_parts_ref(query, row, images) if images is not None else ():
             total = total + part
         out[row] = total.to(q.dtype)
@@ -88,6 +91,7 @@ def gated_cross_attention(
     text_k: torch.Tensor,
     text_v: torch.Tensor,
     text_page: torch.Tensor,
+    text_lengths: torch.Tensor | None = None,
     image_k: torch.Tensor | None = None,
     image_v: torch.Tensor | None = None,
     image_lengths: torch.Tensor | None = None,
@@ -99,9 +103,10 @@ def gated_cross_attention(
 ) -> torch.Tensor:
     """Compute gated cross-attention in one kernel, the custom op `torch.ops.stylefast.gated_cross_attention`.
 
-    q [rows, tokens, heads, d]; text_k, text_v [text pages, text tokens, heads, d]; text_page [rows] int64. For images,
-    give all or none of: image_k, image_v [image pages, image tokens, heads, d], image_lengths [image pages] int64
-    (tokens in use), image_page [rows, S] int64 (-1: none), strength [rows, S] fp32, group [rows, S] int64; masks
+    q [rows, tokens, heads, d]; text_k, text_v [text pages, text tokens, heads, d]; text_page [rows] int64;
+    text_lengths [text pages] int64: the tokens in use of pages of unequal length, all if None. For images, give all or
+    none of: image_k, image_v [image pages, image tokens, heads, d], image_lengths [image pages] int64 (tokens in use),
+    image_page [rows, S] int64 (-1: none), strength [rows, S] fp32, group [rows, S] int64; masks
     [masks, tokens] fp32 with mask_index [rows, S] int64 (-1: everywhere) confine segments. A negative strength
     subtracts. Returns [rows, tokens, heads, d], contiguous.
 
@@ -124,11 +129,11 @@ def gated_cross_attention(
     if missing and masks is not None:
         raise InvalidRequest("masks confine image segments, but no image_k is given")
     images = None if missing else ImageSegments._make((*segments.values(), masks, mask_index))
-    _check(q, text_k, text_v, text_page, images)
-    return operation.call(q, text_k, text_v, text_page, images)
+    _check(q, text_k, text_v, text_page, text_lengths, images)
+    return operation.call(q, text_k, text_v, text_page, text_lengths, images)
 
 
-def _check(q, text_k, text_v, text_page, images: ImageSegments | None):
+def _check(q, text_k, text_v, text_page, text_lengths, images: ImageSegments | None):
     checks.shape("q", q, rows=-1, tokens=-1, heads=-1, d=-1)
     rows, _, heads, width = q.shape
     checks.floating("q", q)
@@ -138,6 +143,9 @@ def _check(q, text_k, text_v, text_page, images: ImageSegments | None):
     checks.shape("text_v", text_v, pages=text_k.shape[0], tokens=text_k.shape[1], heads=heads, d=width)
     checks.shape("text_page", text_page, rows=rows)
     checks.dtype("text_page", text_page, torch.int64)
+    if text_lengths is not None:
+        checks.shape("text_lengths", text_lengths, pages=text_k.shape[0])
+        checks.dtype("text_lengths", text_lengths, torch.int64)
     keys = {"text_k": text_k, "text_v": text_v}
     if images is not None:
         _check_segments(q, images)
@@ -145,7 +153,8 @@ def _check(q, text_k, text_v, text_page, images: ImageSegments | None):
     for name, x in keys.items():
         checks.dtype(name, x, q.dtype)
     checks.dense_channels(q=q, **keys)
-    checks.together("q", q=q, text_page=text_page, **keys, **(images._asdict() if images is not None else {}))
+    tables = {"text_page": text_page, "text_lengths": text_lengths}
+    checks.together("q", q=q, **tables, **keys, **(images._asdict() if images is not None else {}))
 
 
 def _check_segments(q, images: ImageSegments):
@@ -170,8 +179,10 @@ def _check_segments(q, images: ImageSegments):
             raise InvalidRequest("masks need mask_index [rows, S], which says what segment each confines")
 
 
-def _check_values(q, text_k, text_v, text_page, images: ImageSegments | None):
+def _check_values(q, text_k, text_v, text_page, text_lengths, images: ImageSegments | None):
     checks.integers_within("text_page", text_page, 0, text_k.shape[0], "text pages")
+    if text_lengths is not None:
+        checks.integers_within("text_lengths", text_lengths, 1, text_k.shape[1] + 1, "token counts of text pages")
     if images is None:
         return
     pages, tokens = images.k.shape[:2]
@@ -186,9 +197,12 @@ def _outputs(q, *others):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _torch(q, text_k, text_v, text_page, images: ImageSegments | None):
-    """Compute with PyTorch's attention kernels, one call per combination of segments. Synchronises with the device."""
-    out = attend(q, text_k[text_page], text_v[text_page]).contiguous()
+def _torch(q, text_k, text_v, text_page, text_lengths, images: ImageSegments | None):
+    """Compute with PyTorch's attention kernels, one call per combination of segments.
+
+    Synchronises with the device if there are any.
+    """
+    out = _attend_text(q, text_k, text_v, text_page, text_lengths).contiguous()
     if images is None or images.page.shape[1] == 0 or q.numel() == 0:
         return out
 
@@ -224,9 +238,9 @@ def _torch(q, text_k, text_v, text_page, images: ImageSegments | None):
     return out
 
 
-def _traceable(q, text_k, text_v, text_page, images: ImageSegments | None):
+def _traceable(q, text_k, text_v, text_page, text_lengths, images: ImageSegments | None):
     """Compute without reading tensors on the host: every row carries every segment, masked out where unused."""
-    out = attend(q, text_k[text_page], text_v[text_page])
+    out = _attend_text(q, text_k, text_v, text_page, text_lengths)
     if images is None or images.page.shape[1] == 0 or images.k.shape[0] == 0:
         return out.contiguous()
     exact = torch.promote_types(q.dtype, torch.float32)
@@ -249,6 +263,16 @@ def _traceable(q, text_k, text_v, text_page, images: ImageSegments | None):
         gate = _gate(images, everywhere, s, q)
         total = total + torch.where(active[:, s, None, None, None], gate * part, 0)
     return total.to(q.dtype).contiguous()
+
+
+def _attend_text(q, text_k, text_v, text_page, text_lengths):
+    keys, values, mask = text_k[text_page], text_v[text_page], None
+    if text_lengths is not None:
+        token = torch.arange(keys.shape[1], device=q.device)
+        there = token < text_lengths[text_page][:, None]  # [rows, text tokens]
+        keys, values = (torch.where(there[:, :, None, None], x, 0) for x in (keys, values))  # 0 * NaN would be NaN
+        mask = there[:, None, None, :]
+    return attend(q, keys, values, mask)
 
 
 def _gate(images: ImageSegments, index, segment, q):
@@ -274,9 +298,9 @@ def _cpp(*arguments) -> None:
 
 operation = Operation(
     "gated_cross_attention",
-    "(Tensor q, Tensor text_k, Tensor text_v, Tensor text_page, Tensor? image_k, Tensor? image_v, "
-    "Tensor? image_lengths, Tensor? image_page, Tensor? strength, Tensor? group, Tensor? masks, Tensor? mask_index) "
-    "-> Tensor",
+    "(Tensor q, Tensor text_k, Tensor text_v, Tensor text_page, Tensor? text_lengths, Tensor? image_k, "
+    "Tensor? image_v, Tensor? image_lengths, Tensor? image_page, Tensor? strength, Tensor? group, Tensor? masks, "
+    "Tensor? mask_index) -> Tensor",
     groups=(ImageSegments,),
     outputs=_outputs,
     forms={"triton": "gated_cross_attention", "cpp": _cpp, "torch": _torch},

@@ -66,6 +66,7 @@ def gated_cross_attention(
     text_k: Tensor,
     text_v: Tensor,
     text_page: Tensor,
+    text_lengths: Tensor | None,
     image_k: Tensor | None,
     image_v: Tensor | None,
     image_lengths: Tensor | None,

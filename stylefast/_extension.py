@@ -4,7 +4,7 @@ from functools import cache
 from types import ModuleType
 
 # increased with every change of the bindings, so that a stale build is refused instead of called
-INTERFACE = 9
+INTERFACE = 10
 
 _WAY_OUT = (
     "build it with `make extension` in a checkout, or reinstall with `pip install --no-build-isolation` where torch "

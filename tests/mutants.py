@@ -95,8 +95,8 @@ MUTANTS = (
     Mutant(
         "text of each row ignored",
         "stylefast/models/row_table.py",
-        "return CrossInputs(*self.text_kv[layer], rows.text_page, images)",
-        "return CrossInputs(*self.text_kv[layer], torch.zeros_like(rows.text_page), images)",
+        "return CrossInputs(*self.text_kv[layer], rows.text_page, self.text_lengths, images)",
+        "return CrossInputs(*self.text_kv[layer], torch.zeros_like(rows.text_page), self.text_lengths, images)",
         "tests/engine/test_plain.py::test_a_negative_prompt_equals_diffusers",
         "all rows would read the first row's prompt",
     ),

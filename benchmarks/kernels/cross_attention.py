@@ -81,6 +81,7 @@ def _inputs(tokens, heads, rows, image_tokens, dtype, device, seed):
         text_k,
         text_v,
         row,
+        None,
         image_k,
         image_v,
         torch.full((rows,), image_tokens, device=device),
@@ -92,7 +93,7 @@ def _inputs(tokens, heads, rows, image_tokens, dtype, device, seed):
 
 def _gathered(s):
     # page i belongs to row i, so the peer can use the pages directly
-    q, text_k, text_v, _, image_k, image_v, *_ = s
+    q, text_k, text_v, _, _, image_k, image_v, *_ = s
     return q, text_k, text_v, image_k, image_v
 
 

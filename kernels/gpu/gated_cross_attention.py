@@ -19,7 +19,14 @@ from stylefast.errors import InvalidRequest
 from stylefast.kernels.configs import Config, configurations
 from stylefast.kernels.gated_cross_attention import ImageSegments
 from stylefast.kernels.gpu.ahead import Specialisation
-from stylefast.kernels.gpu.gated_cross_attention_online import TABLES, UNSEEN, online, segment_gate, segment_state
+from stylefast.kernels.gpu.gated_cross_attention_online import (
+    TABLES,
+    UNSEEN,
+    online,
+    segment_gate,
+    segment_state,
+    text_length,
+)
 from stylefast.kernels.gpu.launch import compiler_options, device_of, power_of_two, settings, specialisation
 
 LOG2_E = math.log2(math.e)
@@ -42,6 +49,7 @@ def _one_tile(
     text_k,
     text_v,  # [text pages, text tokens, heads, d]
     text_page,  # [rows]
+    text_lengths,  # [text pages], or None
     image_k,
     image_v,  # [image pages, image tokens, heads, d]
     image_lengths,  # [image pages]
@@ -68,6 +76,7 @@ def _one_tile(
     text_v_token,
     text_v_head,
     text_page_row,
+    text_length_page,
     image_k_page,
     image_k_token,
     image_k_head,
@@ -113,7 +122,8 @@ def _one_tile(
     broken = (page < 0) | (page >= text_pages)
     page = tl.where(broken, 0, page)
     in_text = column < text_tokens
-    live = column < tl.where(broken, 0, text_tokens)  # columns that are read
+    length = text_length(page, text_lengths, text_length_page, text_tokens)
+    live = column < tl.where(broken, 0, length)  # columns that are read
     in_d = channel < D
     key = text_k + page * text_k_page + head * text_k_head + column * text_k_token
     value = text_v + page * text_v_page + head * text_v_head + column * text_v_token
@@ -205,6 +215,7 @@ def gated_cross_attention(
     text_k: torch.Tensor,
     text_v: torch.Tensor,
     text_page: torch.Tensor,
+    text_lengths: torch.Tensor | None,
     images: ImageSegments | None,
     out: torch.Tensor,
     config: Config | None = None,
@@ -235,6 +246,7 @@ def gated_cross_attention(
         text_k,
         text_v,
         text_page,
+        text_lengths,
         *tensors,
         out,
         LOG2_E / math.sqrt(d),
@@ -248,6 +260,7 @@ def gated_cross_attention(
         *text_k.stride()[:3],
         *text_v.stride()[:3],
         *text_page.stride(),
+        *_strides(text_lengths, 1),
         *(stride for x, count in zip(tensors, (3, 3, 1, 2, 2, 2, 2, 2)) for stride in _strides(x, count)),
         *out.stride()[:3],
     )
@@ -274,7 +287,7 @@ def gated_cross_attention(
 
 
 def specialisations(capability: int) -> list[Specialisation]:
-    """List both forms of every committed configuration, with the maximum number of segments per tile, all masked."""
+    """List both forms of every committed configuration, with lengths, masks and the most segments per tile."""
     found = []
     for key, config in configurations("gated_cross_attention", capability):
         kind = "*bf16" if key["bits"] == 16 else "*fp32"
@@ -282,7 +295,9 @@ def specialisations(capability: int) -> list[Specialisation]:
         pointers = {
             **dict.fromkeys(sides, kind),
             **dict.fromkeys(("strength", "masks"), "*fp32"),
-            **dict.fromkeys(("text_page", "image_lengths", "image_page", "group", "mask_index"), "*i64"),
+            **dict.fromkeys(
+                ("text_page", "text_lengths", "image_lengths", "image_page", "group", "mask_index"), "*i64"
+            ),
         }
         sizes = {"D": key["d"], "D_PADDED": max(16, power_of_two(key["d"])), "QUERIES": config["queries"]}
         divisible = [f"{side}_{part}" for side in sides for part in ("row", "page", "token", "head")]

@@ -13,6 +13,7 @@ TABLES = [
     "image_pages",
     "mask_count",
     "text_page_row",
+    "text_length_page",
     "length_page",
     "image_page_row",
     "image_page_segment",
@@ -25,6 +26,15 @@ TABLES = [
     "mask_index_row",
     "mask_index_segment",
 ]
+
+
+@triton.jit
+def text_length(page, text_lengths, text_length_page, text_tokens):
+    """Return the number of tokens in use of a text page."""
+    length = text_tokens
+    if text_lengths is not None:
+        length = tl.minimum(tl.load(text_lengths + page * text_length_page).to(tl.int32), text_tokens)
+    return length
 
 
 @triton.jit
@@ -123,6 +133,7 @@ def online(
     text_k,
     text_v,
     text_page,
+    text_lengths,
     image_k,
     image_v,
     image_lengths,
@@ -149,6 +160,7 @@ def online(
     text_v_token,
     text_v_head,
     text_page_row,
+    text_length_page,
     image_k_page,
     image_k_token,
     image_k_head,
@@ -197,7 +209,7 @@ def online(
         text_v + page * text_v_page + head * text_v_head,
         text_k_token,
         text_v_token,
-        tl.where(broken, 0, text_tokens),
+        tl.where(broken, 0, text_length(page, text_lengths, text_length_page, text_tokens)),
         nothing + 1.0,
         scale,
         unseen,

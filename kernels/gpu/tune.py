@@ -258,7 +258,7 @@ def _gated_cross_attention(key, size, device, seed):
     strength = make.full((size.rows, 1), 0.6)
     image_page = (row % 2)[:, None]
     images = ImageSegments(image_k, image_v, lengths, image_page, strength, group)
-    return (q, text_k, text_v, row, images), (torch.empty_like(q),)
+    return (q, text_k, text_v, row, None, images), (torch.empty_like(q),)
 
 
 def _token_stats(key, size, device, seed):

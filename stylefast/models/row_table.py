@@ -200,6 +200,7 @@ class CrossInputs(NamedTuple):
     text_k: torch.Tensor  # [text pages, tokens, heads, d]
     text_v: torch.Tensor
     text_page: torch.Tensor  # [rows]
+    text_lengths: torch.Tensor | None = None  # [text pages]: tokens in use; None: all
     images: ImageSegments | None = None
 
 
@@ -229,6 +230,7 @@ class LayerInputs(NamedTuple):
     modes: torch.Tensor | None = None  # [layers, rows], PLAIN if a layer is inactive
     adain_pages: torch.Tensor | None = None  # [layers, rows], NO_PAGE if a layer is inactive
     loras: StepLoras | None = None  # None if no row uses a LoRA
+    text_lengths: torch.Tensor | None = None  # [text pages]; None: every page has all tokens
 
     @classmethod
     def of(
@@ -241,6 +243,7 @@ class LayerInputs(NamedTuple):
         masks: tuple[torch.Tensor, ...],
         features: RowFeatures | None = None,
         loras: StepLoras | None = None,
+        text_lengths: torch.Tensor | None = None,
     ) -> "LayerInputs":
         """Build with the modes and AdaIN pages of every layer computed."""
         modes = adain_pages = None
@@ -248,7 +251,7 @@ class LayerInputs(NamedTuple):
             active = rows.self_layers.T
             modes = torch.where(active, rows.self_mode, PLAIN)
             adain_pages = torch.where(active, rows.adain_page, NO_PAGE)
-        return cls(time, rows, text_kv, image_kv, pages, masks, features, modes, adain_pages, loras)
+        return cls(time, rows, text_kv, image_kv, pages, masks, features, modes, adain_pages, loras, text_lengths)
 
     def lora(self, layer: Linear | Conv2d) -> LoraInputs | None:
         """Return what the rows' LoRAs add to a layer; None if no row uses one."""
@@ -279,7 +282,7 @@ class LayerInputs(NamedTuple):
                 self.masks[level] if self.masks else None,
                 rows.image_mask,
             )
-        return CrossInputs(*self.text_kv[layer], rows.text_page, images)
+        return CrossInputs(*self.text_kv[layer], rows.text_page, self.text_lengths, images)
 
     def norm(self, index: int) -> NormInputs:
         """Return the inputs of group norm `index`."""

@@ -408,9 +408,11 @@ class UNet(nn.Module):
         residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,  # a ControlNet's: skips, middle
         features: RowFeatures | None = None,  # records the rows' features as references
         loras: StepLoras | None = None,  # of the rows; those that `embed` was given
+        text_lengths: torch.Tensor | None = None,  # [text pages] int64: tokens in use; None: all
     ) -> torch.Tensor:
         """Evaluate the model once. Returns its output [rows, 4, h, w]."""
-        condition = LayerInputs.of(F.silu(time_embedding), rows, text_kv, image_kv, pages, masks, features, loras)
+        time = F.silu(time_embedding)
+        condition = LayerInputs.of(time, rows, text_kv, image_kv, pages, masks, features, loras, text_lengths)
         x = self.conv_in(latents, condition.lora(self.conv_in))
         skips = [x]
         for block in self.down_blocks:

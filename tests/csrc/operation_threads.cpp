@@ -43,12 +43,13 @@ Call shared(at::ScalarType type) {
 Call gated(at::ScalarType type) {
     const Tensor q = randn({kRows, kTokens, kHeads, kWidth}, type), text = randn({2, 77, kHeads, kWidth}, type);
     const Tensor image = randn({2, 4, kHeads, kWidth}, type), lengths = numbers({4, 3}), text_page = numbers({0, 1, 1});
+    const Tensor text_lengths = numbers({77, 50});
     const Tensor image_page = numbers({0, -1, 1}).view({kRows, 1}), group = numbers({0, 0, 0}).view({kRows, 1});
     const Tensor strength = at::rand({kRows, 1}), masks = at::rand({1, kTokens}), mask = numbers({0, -1, -1});
     return [=](const std::string& set) {
         const Tensor out = at::empty_like(q);
-        stylefast::gated_cross_attention(set, q, text, text, text_page, image, image, lengths, image_page, strength,
-                                         group, masks, mask.view({kRows, 1}), out);
+        stylefast::gated_cross_attention(set, q, text, text, text_page, text_lengths, image, image, lengths, image_page,
+                                         strength, group, masks, mask.view({kRows, 1}), out);
         return Outputs{out};
     };
 }

@@ -105,6 +105,13 @@ GATED = {
     "an image page behind the last": (lambda: _gated(image_page=torch.tensor([[0], [2]])), "image_page holds 2"),
     "a length beyond the padding": (lambda: _gated(image_lengths=torch.tensor([5, 2])), r"holds 5, .*\[1, 4\]"),
     "a length of 0": (lambda: _gated(image_lengths=torch.tensor([0, 2])), "image_lengths holds 0"),
+    "a text longer than its page": (
+        lambda: _gated(text_lengths=torch.tensor([8])),
+        r"text_lengths holds 8, .*\[1, 7\]",
+    ),
+    "a text without tokens": (lambda: _gated(text_lengths=torch.tensor([0])), "text_lengths holds 0"),
+    "a text length per row": (lambda: _gated(text_lengths=torch.tensor([7, 7])), "text_lengths must have shape"),
+    "text lengths in fp32": (lambda: _gated(text_lengths=torch.ones(1)), "text_lengths must be torch.int64"),
     "a strength table of other segments": (lambda: _gated(strength=torch.ones(2, 2)), "strength must have shape"),
     "strengths left out": (lambda: _gated(strength=None), "image segments need all of .*; strength is missing"),
     "a mask behind the last": (

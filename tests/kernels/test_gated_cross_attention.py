@@ -30,8 +30,8 @@ from tests.kernels.conformance import (
 )
 
 
-def reference(q, text_k, text_v, text_page, images):
-    return gated_cross_attention_ref(q, text_k, text_v, text_page, *(images or ()))
+def reference(q, text_k, text_v, text_page, text_lengths, images):
+    return gated_cross_attention_ref(q, text_k, text_v, text_page, text_lengths, *(images or ()))
 
 
 ONLINE = {"queries": 16, "columns": 0, "segments": 0, "keys": 16, "num_warps": 4, "num_stages": 1}
@@ -66,11 +66,15 @@ def drawn(
     text_page = draw.some(rows, values=range(text_pages))
     q = draw.normal(rows, tokens, heads, width, dtype=dtype)
     text = [draw.normal(text_pages, text_tokens, heads, width, dtype=dtype) for _ in range(2)]
+    text_lengths = [draw.one(range(1, text_tokens + 1)) for _ in range(text_pages)] if draw.one((True, False)) else None
     for x in text:
-        x[[p for p in range(text_pages) if p not in text_page]] = NAN
+        for p in range(text_pages):
+            x[p, (text_tokens if text_lengths is None else text_lengths[p]) if p in text_page else 0 :] = NAN
+    whole = dict(dtype=torch.int64)
     laid = [laid_out(x, draw.one(LAYOUTS)) for x in (q, *text)]
+    laid += [torch.tensor(text_page).long(), None if text_lengths is None else torch.tensor(text_lengths)]
     if not draw.one((True, True, True, False)):
-        return (*laid, torch.tensor(text_page).long(), None)
+        return (*laid, None)
 
     image = [draw.normal(pages, image_tokens, heads, width, dtype=dtype) for _ in range(2)]
     lengths = [draw.one(range(1, image_tokens + 1)) for _ in range(pages)]
@@ -86,10 +90,8 @@ def drawn(
     mask[[m for m in range(masks) if m not in seen]] = NAN
     for row, s in places:
         strength[row][s] = NAN if page[row][s] < 0 else strength[row][s]
-    whole = dict(dtype=torch.int64)
     return (
         *laid,
-        torch.tensor(text_page).long(),
         ImageSegments(
             *(laid_out(x, draw.one(LAYOUTS)) for x in image),
             torch.tensor(lengths).long(),
@@ -102,11 +104,12 @@ def drawn(
     )
 
 
-def composed(q, text_k, text_v, text_page, images):
+def composed(q, text_k, text_v, text_page, text_lengths, images):
     """Attention to the text and to every group of images, added up in the input's type."""
     out = torch.zeros_like(q)
     for row, text in enumerate(text_page.tolist()):
-        parts = (x.transpose(0, 1)[None] for x in (q[row], text_k[text], text_v[text]))
+        length = text_k.shape[1] if text_lengths is None else int(text_lengths[text])
+        parts = (x.transpose(0, 1)[None] for x in (q[row], text_k[text, :length], text_v[text, :length]))
         out[row] = F.scaled_dot_product_attention(*parts)[0].transpose(0, 1)
         pages = images.page[row].tolist() if images is not None else []
         active = [s for s, p in enumerate(pages) if p >= 0 and images.strength[row, s] != 0]
@@ -153,7 +156,7 @@ def mixed(tokens=19, text_tokens=21, image_tokens=5, dtype=torch.float32, width=
         normal(2, tokens, seed=5).abs(),
         torch.tensor([[-1, 0, 0], [1, -1, 0], [0, 0, 1], [0, 0, 0]]),
     )
-    return normal(4, tokens, heads, width, dtype=dtype), *text, torch.tensor([0, 1, 2, 0]), images
+    return normal(4, tokens, heads, width, dtype=dtype), *text, torch.tensor([0, 1, 2, 0]), None, images
 
 
 def near(found, expected, tolerance=1e-5):
@@ -161,7 +164,16 @@ def near(found, expected, tolerance=1e-5):
 
 
 def with_images(case, **changes):
-    return (*case[:4], case[4]._replace(**changes))
+    return (*case[:5], case[5]._replace(**changes))
+
+
+def with_lengths(case, lengths, beyond=None):
+    """The case with text pages of these lengths, and with `beyond` in the tokens behind them."""
+    text = [x.clone() for x in case[1:3]]
+    for x in text if beyond is not None else ():
+        for page, length in enumerate(lengths):
+            x[page, length:] = beyond
+    return (case[0], *text, case[3], torch.tensor(lengths), case[5])
 
 
 @each_type(FORMS)
@@ -178,11 +190,11 @@ def test_any_number_of_text_and_image_tokens_is_as_near_as_pytorch(form, dtype, 
 @each(FORMS)
 def test_without_images_and_at_strength_zero_it_is_the_text_alone_to_the_bit(form):
     case = mixed()
-    text = form(operation, *case[:4], None)
-    near(text, reference(*case[:4], None))
-    none = {name: getattr(case[4], name)[:, :0] for name in ("page", "strength", "group", "mask_index")}
+    text = form(operation, *case[:5], None)
+    near(text, reference(*case[:5], None))
+    none = {name: getattr(case[5], name)[:, :0] for name in ("page", "strength", "group", "mask_index")}
     assert equal(form(operation, *with_images(case, **none)), text)
-    k, v, masks = (torch.full_like(getattr(case[4], name), NAN) for name in ("k", "v", "masks"))
+    k, v, masks = (torch.full_like(getattr(case[5], name), NAN) for name in ("k", "v", "masks"))
     idle = with_images(case, strength=torch.zeros(4, 3), k=k, v=v, masks=masks)
     assert equal(form(operation, *idle), text)
 
@@ -191,26 +203,62 @@ def test_without_images_and_at_strength_zero_it_is_the_text_alone_to_the_bit(for
 def test_padding_beyond_a_pages_length_has_no_effect(form):
     case = mixed()
     expected = form(operation, *case)
-    for page, length in enumerate(case[4].lengths.tolist()):
-        case[4].k[page, length:] = case[4].v[page, length:] = NAN
+    for page, length in enumerate(case[5].lengths.tolist()):
+        case[5].k[page, length:] = case[5].v[page, length:] = NAN
     assert equal(form(operation, *case), expected)
+
+
+TEXTS = {"short": (21, [21, 3, 16]), "77 and 154": (154, [154, 77, 1]), "2100": (2100, [2100, 77, 513])}
+
+
+@each_type(FORMS)
+@pytest.mark.parametrize("texts", TEXTS)
+def test_texts_of_unequal_length_are_as_near_to_the_formula_as_pytorch_and_nan_beyond_them_is_not_read(
+    form, dtype, texts
+):
+    text_tokens, lengths = TEXTS[texts]
+    if form.kind == "triton" and text_tokens > 500 and form.device == "cpu":
+        pytest.skip("takes the interpreter minutes")
+    case = mixed(19, text_tokens, dtype=dtype)
+    found = form(operation, *with_lengths(case, lengths))
+    assert equal(form(operation, *with_lengths(case, lengths, NAN)), found)
+    check(form, *with_lengths(case, lengths, NAN))
+    check(form, *with_lengths(case, lengths, NAN)[:5], None)
+
+
+@each(FORMS)
+def test_a_row_reads_its_text_as_if_the_page_were_no_longer_than_it(form):
+    case = mixed(text_tokens=154)
+    found = form(operation, *with_lengths(case, [154, 77, 21], NAN))
+    for row, page, length in ((0, 0, 154), (1, 1, 77), (2, 2, 21), (3, 0, 154)):
+        text = [x[page : page + 1, :length] for x in case[1:3]]
+        tables = {name: getattr(case[5], name)[row : row + 1] for name in ("page", "strength", "group", "mask_index")}
+        alone = (case[0][row : row + 1], *text, torch.tensor([0]), None, case[5]._replace(**tables))
+        near(found[row : row + 1], form(operation, *alone), 2e-6)
+
+
+@each(FORMS, "reference cpp triton")
+def test_lengths_of_whole_pages_give_the_same_bits_as_none(form):
+    case = mixed(text_tokens=77)
+    assert equal(form(operation, *with_lengths(case, [77, 77, 77])), form(operation, *case))
 
 
 @each(FORMS, "cpp triton")
 def test_pages_without_tokens_add_nothing(form):
     case = mixed()
     empty = with_images(case, lengths=torch.zeros(4, dtype=torch.int64))
-    near(form(operation, *empty), reference(*case[:4], None))
+    near(form(operation, *empty), reference(*case[:5], None))
     if form.kind == "cpp":
         text = [x[:, :0] for x in case[1:3]]
-        near(form(operation, case[0], *text, *case[3:]), reference(*case) - reference(*case[:4], None))
+        assert equal(form(operation, *with_lengths(case, [0, 0, 0], NAN)), form(operation, case[0], *text, *case[3:]))
+        near(form(operation, case[0], *text, *case[3:]), reference(*case) - reference(*case[:5], None))
 
 
 @each(FORMS)
 def test_strength_weighs_the_segments_output_linearly(form):
     case = mixed()
     none, once, twice = (
-        form(operation, *with_images(case, strength=case[4].strength * factor)) for factor in (0.0, 1.0, 2.0)
+        form(operation, *with_images(case, strength=case[5].strength * factor)) for factor in (0.0, 1.0, 2.0)
     )
     near(twice - none, 2 * (once - none), 3e-5)
 
@@ -228,7 +276,7 @@ def test_segments_of_one_group_share_a_softmax_so_a_duplicate_changes_nothing(fo
 
 @each(FORMS, "torch cpp triton")
 def test_strided_tables_and_views_of_projections_give_the_same_bits(form):
-    q, text_k, text_v, text_page, images = case = mixed()
+    q, text_k, text_v, text_page, text_lengths, images = case = with_lengths(mixed(), [21, 3, 16])
     expected = form(operation, *case)
 
     def spread(x):
@@ -238,7 +286,8 @@ def test_strided_tables_and_views_of_projections_give_the_same_bits(form):
     laid = {name: laid_out(getattr(images, name), "fused") for name in ("k", "v")}
     images = images._replace(**tables, **laid)
     text = (laid_out(x, layout) for x, layout in ((text_k, "padded"), (text_v, "transposed")))
-    assert equal(form(operation, laid_out(q, "transposed"), *text, spread(text_page), images), expected)
+    tables = (spread(text_page), spread(text_lengths))
+    assert equal(form(operation, laid_out(q, "transposed"), *text, *tables, images), expected)
 
 
 @each_type(CPP, kinds="cpp")
@@ -249,9 +298,9 @@ def test_one_thread_and_many_give_the_same_bits(form, dtype):
 @each(FORMS, "torch cpp triton")
 @pytest.mark.parametrize("rows, tokens", [(0, 5), (4, 0)])
 def test_empty_batches_are_let_through(form, rows, tokens):
-    q, text_k, text_v, text_page, images = mixed(tokens)
+    q, text_k, text_v, text_page, text_lengths, images = with_lengths(mixed(tokens), [21, 3, 16])
     tables = {name: getattr(images, name)[:rows] for name in ("page", "strength", "group", "mask_index")}
-    case = (q[:rows], text_k, text_v, text_page[:rows], images._replace(**tables))
+    case = (q[:rows], text_k, text_v, text_page[:rows], text_lengths, images._replace(**tables))
     assert form(operation, *case).shape == (rows, tokens, 1, 32)
 
 
@@ -260,23 +309,26 @@ def test_empty_batches_are_let_through(form, rows, tokens):
     "name, limit, refusal",
     [
         ("text_page", 3, "text_page is 3, but it must be from 0 to 2"),
+        ("text_lengths", 22, "text_lengths is 22, but it must be from 0 to 21"),
         ("page", 4, "image_page is 4, but it must be from -1 to 3"),
         ("lengths", 6, "image_lengths is 6, but it must be from 0 to 5"),
         ("mask_index", 2, "mask_index is 2, but it must be from -1 to 1"),
     ],
 )
 def test_an_index_out_of_range_is_refused_or_makes_its_row_nan_and_no_other(form, name, limit, refusal):
-    case = mixed()
+    case = with_lengths(mixed(), [21, 21, 21])
     expected = reference(*case)
-    (case[3] if name == "text_page" else getattr(case[4], name)[1:])[1 if name == "text_page" else 0] = limit
+    table = {"text_page": case[3], "text_lengths": case[4]}.get(name)
+    (getattr(case[5], name) if table is None else table)[1] = limit
     if form.kind == "cpp":
         with pytest.raises(ValueError, match=refusal):
             form(operation, *case)
         return
     found, others = form(operation, *case), [0, 2, 3]
     # a kernel reads no more than a page has, whatever its length says
-    near(found if name == "lengths" else found[others], expected if name == "lengths" else expected[others])
-    assert name == "lengths" or found[1].isnan().all()
+    capped = name in ("lengths", "text_lengths")
+    near(found if capped else found[others], expected if capped else expected[others])
+    assert capped or found[1].isnan().all()
 
 
 @each(FORMS[-3:-1])
@@ -314,7 +366,16 @@ def test_captured_in_a_graph_it_follows_new_strengths_and_pages():
     case = mixed(1024, 77, 16, torch.bfloat16, 64, 10)
     replay, given = captured(operation, *case)
     near(replay(), reference(*doubled(case)), 2e-2)
-    changed = with_images(case, strength=case[4].strength * 0.5, page=torch.full((4, 3), 2))
-    given[4].strength.copy_(changed[4].strength)
-    given[4].page.copy_(changed[4].page)
+    changed = with_images(case, strength=case[5].strength * 0.5, page=torch.full((4, 3), 2))
+    given[5].strength.copy_(changed[5].strength)
+    given[5].page.copy_(changed[5].page)
     near(replay(), reference(*doubled(changed)), 2e-2)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph_it_follows_new_lengths():
+    case = with_lengths(mixed(1024, 154, 16, torch.bfloat16, 64, 10), [154, 77, 154])
+    replay, given = captured(operation, *case)
+    near(replay(), reference(*doubled(case)), 2e-2)
+    given[4].copy_(torch.tensor([77, 154, 1]))
+    near(replay(), reference(*doubled(with_lengths(case, [77, 154, 1]))), 2e-2)
