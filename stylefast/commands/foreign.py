@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from stylefast import values
 from stylefast.commands.files import Destination
@@ -47,10 +48,13 @@ def run_foreign(arguments: argparse.Namespace, text: str) -> int:
 def request_of(parameters: Parameters, loras: Mapping[str, float]) -> Request:
     """Return the request of settings; what they don't say is as in `Request`. Raises InvalidRequest or a subclass."""
     known = [f.name for f in fields(Request)]
-    given = {name: getattr(parameters, name) for name in known if getattr(parameters, name, None) is not None}
+    given: dict[str, Any] = {
+        name: getattr(parameters, name) for name in known if getattr(parameters, name, None) is not None
+    }
     if "prompt_syntax" in known:
         given["prompt_syntax"] = "a1111"
-    return Request(**given | {"loras": loras})
+    given["loras"] = loras
+    return Request(**given)
 
 
 def loras_of(wanted: Sequence[LoraTag], given: Sequence[Lora], force: bool = False) -> tuple[Lora, ...]:
