@@ -333,10 +333,10 @@ def add_row_lora(*arguments: torch.Tensor, config: Config) -> None:
     """Run row_lora on zeros: x, down, up, unit, scale, then its outputs."""
     from stylefast.kernels.gpu.row_lora import row_lora
 
-    inputs, ys = arguments[:5], list(arguments[5:])
+    x, down, up, unit, scale, *ys = arguments
     for y in ys:
         y.zero_()
-    row_lora(*inputs, 1, 0, ys, config)
+    row_lora(x, down, up, unit, scale, 1, 0, ys, config)
 
 
 # operation -> (key, size, device, seed) -> arguments of its launcher, and its output tensors
