@@ -170,7 +170,7 @@ class OnnxOperations:
             there = op.Less(token, op.Unsqueeze(op.Gather(text_lengths, text_page, axis=0), self.ints(1)))
             # zeros where masked: 0 * NaN would be NaN
             shown = op.Unsqueeze(there, self.ints(2, 3))
-            keys, values = (_like(op.Where(shown, x, self.number(0, kind)), x) for x in (keys, values))
+            keys, values = (op.Where(shown, x, self.number(0, kind)) for x in (keys, values))
             mask = op.Unsqueeze(
                 op.Where(there, self.number(0, kind), self.number(_LOWEST[kind], kind)), self.ints(1, 2)
             )
