@@ -260,11 +260,22 @@ class Runner:
                 masks.levels if masks is not None else (),
                 self._graph_inputs(latent_shape[1:]),
                 store.loras.rows if shape.loras else None,
+                self._text_lengths(groups),
             )
-            yield (shape, state.generation, store.generation, id(pages)), state, buffers.columns, inputs
+            key = (shape, state.generation, store.generation, id(pages), inputs.text_lengths is not None)
+            yield key, state, buffers.columns, inputs
         finally:
             if pages is not None and flat:
                 pages.release(flat)
+
+    def _text_lengths(self, groups: Sequence[SampleGroup]) -> torch.Tensor | None:
+        """Return the lengths of all texts if a row's is shorter than the pages, else None: a step without is faster."""
+        text = self.conditions.text
+        # with and without are different code, so compiled steps keep them once there are any
+        always = bool(self.buckets) and not self.backend.pads_columns
+        if text.uneven and (always or any(text.any_shorter(g.rows_at().text_page[g.step]) for g in groups)):
+            return text.lengths
+        return None
 
     def _graph_inputs(self, latent_size: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Return all pages and masks, by the input names of exported graphs."""

@@ -216,6 +216,70 @@ def test_several_references_compile_one_set_of_transformer_blocks_whatever_their
     assert traced.runner.backend.compilations == before + TRANSFORMERS
 
 
+LONG = 2  # times as many tokens as other prompts
+
+
+def lengthened(engine):
+    """The engine, whose prompts of something "long" have LONG times as many tokens as others."""
+    store = engine.runner.conditions
+    encode = store._text_states
+
+    def states(prompts, *rest):
+        layers, pooled = encode(prompts, *rest)
+        if any("long" in (prompt.text or "") for prompt in prompts):
+            layers = [tuple(torch.cat([x, *[x.roll(3, 1) / 2] * (LONG - 1)], 1) for x in pair) for pair in layers]
+        return layers, pooled
+
+    store._text_states = states
+    return engine
+
+
+def watch_lengths(engine, monkeypatch):
+    """A list to which every step from now on adds whether it was given lengths of texts."""
+    given, run = [], engine.runner.backend.run
+
+    def watched(key, state, columns, buffers):
+        given.append(buffers.text_lengths is not None)
+        assert key[-1] == given[-1], "a graph with lengths is another"
+        return run(key, state, columns, buffers)
+
+    monkeypatch.setattr(engine.runner.backend, "run", watched)
+    return given
+
+
+def test_longer_texts_compile_their_width_once_and_no_mix_of_lengths_compiles_again(make, plain, monkeypatch):
+    engine = lengthened(make(_traced_only))
+    backend, text, given = engine.runner.backend, engine.runner.conditions.text, watch_lengths(engine, monkeypatch)
+    draw(engine, ["a cat", "a dog"])
+    assert backend.compilations == SHAPES and not any(given)
+    draw(engine, "a long cat")
+    assert backend.compilations == SHAPES + TRANSFORMERS and text.tokens == LONG * 77
+    found = draw(engine, ["a cat", "a long dog", "a dog"], seed=[1, 2, 3])
+    draw(engine, ["a dog", "a cat"])
+    draw(engine, ["a long cat", "a long dog"], guidance=1.0)
+    assert backend.compilations == SHAPES + TRANSFORMERS and all(given[2 * STEPS :])
+    same(found[0], draw(plain, "a cat", seed=1)[0])
+    same(found[2], draw(plain, "a dog", seed=3)[0])
+
+
+def test_only_steps_with_a_shorter_text_are_given_lengths_and_a_text_is_drawn_as_alone(make, plain, monkeypatch):
+    engine = lengthened(make())
+    given = watch_lengths(engine, monkeypatch)
+    (alone,) = draw(engine, "a long cat", seed=1, guidance=1.0)
+    assert not any(given), "all texts are as long as the pages"
+    one, other = draw(engine, ["a long cat", "a dog"], seed=[1, 2], guidance=1.0)
+    assert all(given[STEPS:])
+    same(one, alone)
+    same(other, draw(plain, "a dog", seed=2, guidance=1.0)[0])
+    del given[:]
+    assert torch.equal(draw(engine, "a long cat", seed=1, guidance=1.0)[0], alone) and not any(given)
+
+
+def same(found, alone):
+    # rows of a larger batch sum in another order; padding read as text is off by far more
+    torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-3)
+
+
 def _told(caplog):
     return [record for record in caplog.records if record.name.startswith("stylefast")]
 

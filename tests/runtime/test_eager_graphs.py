@@ -37,6 +37,7 @@ def buffers_of(unet, banks=True, pictures=True, masks=True) -> ModelInputs:
         ImageKV(image.layers, image.lengths) if pictures else None,
         BankPages(unet, LATENTS[1:], 2).pages if banks else None,
         tuple(torch.zeros(2, h * w, device=unet.device) for h, w in sizes) if masks else (),
+        text_lengths=text.lengths,
     )
 
 

@@ -365,6 +365,19 @@ def test_a_step_that_reads_more_pages_than_a_graph_takes_is_refused(make):
         draw(engine, request())
 
 
+def test_a_text_shorter_than_others_is_refused_with_the_way_out(make):
+    engine, sessions = make(SHAPES[0])
+    text, run = engine.runner.conditions.text, engine.runner.backend.run
+
+    def shortened(key, state, columns, buffers):
+        return run(key, state, columns, buffers._replace(text_lengths=text.lengths))
+
+    engine.runner.backend.run = shortened
+    with pytest.raises(EngineMismatch, match="shorter than others, but graphs .* use backend='torch'"):
+        draw(engine, request())
+    assert not sessions or not sessions[0].calls
+
+
 def test_a_pool_has_no_more_pages_than_graphs_can_read(make, torch_engine, requests):
     engine, _ = make(lambda unet: Graph(SHAPES[2], TorchSession(unet, SHAPES[2]), {"pages": (1, 3)}))
     near(draw(engine, *requests["a bank"]), draw(torch_engine, *requests["a bank"]), 1e-4)

@@ -1,5 +1,6 @@
 """Pages of keys and values, and slots of latents: shared, taken back, and whole after a failure."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,24 @@ def test_longer_pages_widen_all_and_shorter_ones_know_their_length(pages, layout
     (short,) = pages.add(["short"], values(layout, 1))
     (long,) = pages.add(["long"], values(layout, 1, tokens=TOKENS + 4))
     assert pages.lengths[[short, long]].tolist() == [TOKENS, TOKENS + 4] and pages.tokens == TOKENS + 4
+
+
+def test_the_host_knows_whether_a_page_is_shorter_than_the_buffers(pages, layout):
+    first = pages.add(["a", "b"], values(layout, 2))
+    assert not pages.uneven and not pages.any_shorter(np.array(first))
+    (long,) = pages.add(["long"], values(layout, 1, tokens=TOKENS + 4))
+    assert pages.uneven and pages.any_shorter(np.array(first)) and pages.any_shorter(np.array([long, first[1]]))
+    assert not pages.any_shorter(np.array([long, long]))
+    more = pages.add([*range(FIRST_PAGES)], values(layout, FIRST_PAGES, tokens=TOKENS + 4))
+    assert len(pages) > FIRST_PAGES and not pages.any_shorter(np.array([long, *more]))
+    pages.release([long])
+    forget_idle(pages)
+    assert pages.add(["short"], values(layout, 1)) == [long] and pages.any_shorter(np.array([long]))
+
+
+def test_a_first_page_shorter_than_the_buffers_makes_them_uneven(pages, layout):
+    (short,) = pages.add(["short"], values(layout, 1, tokens=TOKENS - 2))
+    assert pages.uneven and pages.any_shorter(np.array([short])) and pages.lengths[short] == TOKENS - 2
 
 
 def test_layers_without_values_read_zeros_even_on_a_used_page(pages, layout):

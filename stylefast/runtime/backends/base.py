@@ -125,6 +125,8 @@ def graphs_for(device: torch.device) -> StepGraphs | None:
 def read_in_place(state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> list[torch.Tensor]:
     """Return one tensor for each set of buffers that a step reads in place and that are replaced together."""
     found = [state.latents, columns.slot, buffers.text_kv[0][0], buffers.pooled]
+    if buffers.text_lengths is not None:
+        found.append(buffers.text_lengths)
     if buffers.image_kv is not None:
         found += [buffers.image_kv.layers[0][0], buffers.image_kv.lengths]
     if buffers.pages is not None:

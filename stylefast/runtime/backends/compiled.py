@@ -5,7 +5,8 @@ are ordinary arguments. Rows, pages and slots are dynamic dimensions, so another
 nothing; the feature map's size is static, since memory formats and index arithmetic depend on it. PyTorch's compiler
 treats a dimension of 1 separately, so a single row has its own regions.
 
-Strengths, scales, pages, seeds and the sampler's coefficients are tensor contents, which the compiler ignores.
+Strengths, scales, pages, lengths of texts, seeds and the sampler's coefficients are tensor contents, which the compiler
+ignores.
 """
 
 import logging
@@ -183,6 +184,7 @@ class CompileBackend(Backend):
             pages=_as_inference(buffers.pages),
             masks=_as_inference(buffers.masks),
             loras=_as_inference(buffers.loras),
+            text_lengths=_as_inference(buffers.text_lengths),
         )
         # marks are read only while compiling, which happens only for new shapes
         self._marking = fresh

@@ -120,6 +120,11 @@ class ExportedBackend(Backend):
         why = self._stale()
         if why is not None:
             raise EngineMismatch(why)
+        if buffers.text_lengths is not None:
+            raise EngineMismatch(
+                f"a text of this step is shorter than others, but graphs of backend {self.name!r} read equally many "
+                "tokens of each; use backend='torch' for texts of unequal length"
+            )
         latents, seen = model_input(state, columns, self._unet.dtype)
         graph = self._choose(columns, buffers, state.shape[1:])
         prepared = self._prepare(graph, columns, state.shape)

@@ -9,6 +9,7 @@ exported graphs require.
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
 
 from stylefast.models.layout import AttentionLayout
@@ -24,12 +25,14 @@ class KeyValuePages:
 
     `by_level[level]` is [layers of the level, 2, pages, tokens, heads, d], layers in registry order; `layers[i]` its
     contiguous views (k, v) [pages, tokens, heads, d]; `lengths` [pages] int64 the tokens in use; `extra` [pages,
-    width]. All are replaced when the buffers grow, and `generation` increases.
+    width]. All are replaced when the buffers grow, and `generation` increases. `uneven`: whether pages of unequal
+    lengths have ever been stored.
     """
 
     def __init__(self, layout: AttentionLayout, tokens: int, extra: int, device: torch.device, dtype: torch.dtype):
         self._layout, self._device, self._dtype = layout, device, dtype
-        self.tokens, self.generation = tokens, 0
+        self.tokens, self.generation, self.uneven = tokens, 0, False
+        self._lengths = np.zeros(0, dtype=np.int64)  # `lengths` on the host
         self._keys: dict[int, Hashable] = {}
         self._page_of: dict[Hashable, int] = {}
         self._users: dict[int, int] = {}
@@ -73,6 +76,8 @@ class KeyValuePages:
         Returns the n page numbers.
         """
         tokens = next(pair for pair in layers if pair is not None)[0].shape[1]
+        if tokens != self.tokens:
+            self.uneven = True  # longer ones leave those before them shorter than the buffers
         if tokens > self.tokens:
             self._resize(len(self), tokens)
         pages: list[int] = []
@@ -83,7 +88,7 @@ class KeyValuePages:
             for (k, v), pair in zip(self.layers, layers, strict=True):
                 for buffer, values in zip((k, v), pair or (0, 0), strict=True):
                     buffer[index, :tokens] = values.to(buffer) if isinstance(values, torch.Tensor) else values
-            self.lengths[index] = tokens
+            self.lengths[index] = self._lengths[pages] = tokens
             if extra is not None:
                 self.extra[index] = extra.to(self.extra)
         except BaseException:
@@ -92,6 +97,10 @@ class KeyValuePages:
         for key, page in zip(keys, pages, strict=True):
             self._keys[page], self._page_of[key], self._users[page] = key, page, 1
         return pages
+
+    def any_shorter(self, pages: np.ndarray) -> bool:
+        """Return whether one of these pages has fewer tokens than the buffers. Does not wait for the device."""
+        return self.uneven and bool((self._lengths[pages] < self.tokens).any())
 
     def release(self, pages: Sequence[int]) -> None:
         """Remove one user from each page."""
@@ -130,10 +139,12 @@ class KeyValuePages:
                 layers[i] = (buffer[place, 0], buffer[place, 1])
         lengths = self.lengths.new_ones(pages)
         extra = self.extra.new_zeros(pages, self.extra.shape[1])
+        host = np.ones(pages, dtype=np.int64)
+        host[:before] = self._lengths
         lengths[:before], extra[:before] = self.lengths, self.extra
         self.by_level, self.tokens = tuple(packed), tokens
         self.layers = tuple(layers[i] for i in range(len(layers)))
-        self.lengths, self.extra = lengths, extra
+        self.lengths, self._lengths, self.extra = lengths, host, extra
         # lowest page at the end, so that `pop` takes it first
         self._free = sorted({*self._free, *range(before, pages)}, reverse=True)
         self.generation += 1

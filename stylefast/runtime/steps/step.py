@@ -78,7 +78,8 @@ class LatentSlots:
 class ModelInputs(NamedTuple):
     """Everything that a step reads besides its columns.
 
-    `pages` is set if a row reads a bank, `image_kv` if one may have a picture, `loras` if one uses a LoRA.
+    `pages` is set if a row reads a bank, `image_kv` if one may have a picture, `loras` if one uses a LoRA,
+    `text_lengths` if one may have a text that is shorter than the pages.
     `graph_inputs` has all pages and masks, whether or not a row reads them, by the input names of exported graphs.
     """
 
@@ -89,6 +90,7 @@ class ModelInputs(NamedTuple):
     masks: tuple[torch.Tensor, ...]
     graph_inputs: Mapping[str, torch.Tensor] = MappingProxyType({})
     loras: RowLoras | None = None
+    text_lengths: torch.Tensor | None = None  # [text pages] int64: tokens in use
 
 
 def run_step(
@@ -118,6 +120,7 @@ def run_step(
         buffers.masks,
         features=features,
         loras=loras,
+        text_lengths=buffers.text_lengths,
     )
     sampler_update(state, columns, latents, output)
 
