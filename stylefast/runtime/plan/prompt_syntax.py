@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 # escaped characters are literal in other programs too
 _ESCAPED = re.compile(r"\\[\\()\[\]{}<>:|]")
-_NUMBER = r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*"
+_NUMBER = r"\s*[-+]?(?:\d++(?:\.\d*+)?|\.\d++)\s*"
 # (name, pattern, alternative in stylefast or "")
 _INSTRUCTIONS = (
     ("a tag", re.compile(r"<\s*(?:lora|lyco|hypernet|lbw)\s*:[^<>]*>", re.IGNORECASE), "load LoRAs with load_lora"),
