@@ -498,12 +498,11 @@ class Engine:
             "loras": self.merged_loras.scales,
         }
         entries = metadata(requests, stylefast.__version__, model)
-        for entry, request in zip(entries, requests, strict=True):
-            named = {name: self.loras[name] for name in request.lora_scales}
-            if named:
-                entry["lora_files"] = {
-                    name: {"path": str(lora.path), "sha256": lora.digest} for name, lora in named.items()
-                }
+        # of the whole call, which is what is made again
+        named = {name: self.loras[name] for request in requests for name in request.lora_scales}
+        if named:
+            files = {name: {"path": str(lora.path), "sha256": lora.digest} for name, lora in named.items()}
+            entries = [entry | {"lora_files": files} for entry in entries]
         return entries
 
 
