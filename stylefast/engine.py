@@ -501,7 +501,7 @@ class Engine:
         # of the whole call, which is what is made again
         named = {name: self.loras[name] for request in requests for name in request.lora_scales}
         if named:
-            files = {name: {"path": str(lora.path), "sha256": lora.digest} for name, lora in named.items()}
+            files = {name: lora.recorded() for name, lora in named.items()}
             entries = [entry | {"lora_files": files} for entry in entries]
         return entries
 

@@ -70,11 +70,16 @@ _BRACKETS = re.compile(r"[()\[\]\\]")
 
 @dataclass(frozen=True)
 class LoraTag:
-    """A LoRA of a prompt, `<lora:name:weight>`; `hash`: the first digits of A1111's hash of its file, "" if unknown."""
+    """A LoRA of a prompt, `<lora:name:weight>` or `<lora:name:text weight:weight>`.
+
+    `text_weight`: that of the text encoders, None if it is `weight` too. `hash`: the first digits of A1111's hash of
+    its file, "" if unknown.
+    """
 
     name: str
     weight: float = 1.0
     hash: str = ""
+    text_weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -155,13 +160,13 @@ def write(metadata: Mapping[str, Any]) -> str:
     """
     request = metadata["call"]["requests"][metadata["index"]]
     tags, others = [], []
-    own = {
-        name: scale if isinstance(scale, (int, float)) else scale[0]
-        for name, scale in (request.get("loras") or {}).items()
-    }
-    for name, scale in {**(metadata.get("loras") or {}), **own}.items():
-        fits = not re.search(r"[<>:\n]", name)
-        (tags if fits else others).append(f"<lora:{name}:{scale:g}>" if fits else f"{name}: {scale:g}")
+    own, merged = request.get("loras") or {}, metadata.get("loras") or {}
+    for name, scale in [*own.items(), *merged.items()]:
+        unet, text = scale if isinstance(scale, (list, tuple)) else (scale, scale)
+        weights = f"{unet:g}" if unet == text else f"{text:g}:{unet:g}"
+        # a tag names a LoRA once
+        fits = not re.search(r"[<>:\n]", name) and not (name in own and scale is merged.get(name))
+        (tags if fits else others).append(f"<lora:{name}:{weights}>" if fits else f"{name}: {weights}")
     settings = {
         "Steps": request["steps"],
         "Sampler": sampler_name(request["scheduler"]),
@@ -324,15 +329,19 @@ def _without_tags(prompt: str, hashes: Mapping[str, str]) -> tuple[str, tuple[Lo
                 f"the prompt has the LoRA {values.quoted(name)} twice, or without a name, as "
                 f"{values.quoted(match[0])}; name each LoRA once"
             )
-        loras[name] = LoraTag(name, _weight(match[0], name, arguments), hashes.get(name, ""))
+        unet, text = _weights(match[0], name, arguments)
+        loras[name] = LoraTag(name, unet, hashes.get(name, ""), None if text == unet else text)
         if len(loras) > MAX_LORAS:
             raise InvalidRequest(f"the prompt has more than {MAX_LORAS} LoRAs; use fewer")
     text = _TAG.sub("", prompt)
     return (text if text == prompt else re.sub(r"[ \t]{2,}", " ", text).strip(" ,\t")), tuple(loras.values()), other
 
 
-def _weight(tag: str, name: str, arguments: Iterable[str]) -> float:
-    """Return the weight of a tag's arguments: [text encoders' weight[, UNet's weight]], or te=, unet=."""
+def _weights(tag: str, name: str, arguments: Iterable[str]) -> tuple[float, float]:
+    """Return a tag's weights for the UNet and for the text encoders.
+
+    Its arguments are the text encoders' weight, by default 1, and the UNet's, by default the same; or te= and unet=.
+    """
     numbers: dict[str, float] = {}
     places = iter(("te", "unet"))
     for argument in arguments:
@@ -344,14 +353,9 @@ def _weight(tag: str, name: str, arguments: Iterable[str]) -> float:
                 f"{values.quoted(f'<lora:{name}:1>')}"
             )
         numbers[key] = _number(f"the weight in {values.quoted(tag)}", value if equals else argument)
-    found = set(numbers.values()) or {1.0}
-    if len(found) > 1:
-        raise InvalidRequest(
-            f"{values.quoted(tag)} has one weight for the text encoders and another for the UNet; here a LoRA has one"
-        )
-    return values.real_number(
-        f"the weight in {values.quoted(tag)}", found.pop(), -values.MAX_STRENGTH, values.MAX_STRENGTH
-    )
+    text = numbers.get("te", 1.0)
+    what, limits = f"the weight in {values.quoted(tag)}", (-values.MAX_STRENGTH, values.MAX_STRENGTH)
+    return values.real_number(what, numbers.get("unet", text), *limits), values.real_number(what, text, *limits)
 
 
 def _hashes(text: str) -> dict[str, str]:

@@ -130,6 +130,10 @@ def test_clip_skip_counts_from_the_last_layer_there_and_from_sdxls_own_here():
         ("a <lora:pen:0.5> fish", (LoraTag("pen", 0.5),)),
         ("a <lora:pen:-0.5:-0.5> fish", (LoraTag("pen", -0.5),)),
         ("a <LoRA: pen :te=1:unet=1> fish", (LoraTag("pen"),)),
+        ("a <lora:pen:0.5:0.7> fish", (LoraTag("pen", 0.7, text_weight=0.5),)),
+        # as A1111 has it: the text encoders' weight is 1, the UNet's that of the text encoders
+        ("a <lora:pen:unet=0.5> fish", (LoraTag("pen", 0.5, text_weight=1.0),)),
+        ("a <lora:pen:te=0.5> fish", (LoraTag("pen", 0.5),)),
         ("a <lora:pen.v2-x (1):.5> fish", (LoraTag("pen.v2-x (1)", 0.5),)),
     ],
 )
@@ -167,7 +171,6 @@ def test_tags_without_effect_are_named():
         (settings(Sampler="DPM++ 2M Karras", Schedule_type="Exponential"), "'Exponential' contradicts the sampler"),
         (settings(Sampler=None, Schedule_type="Karras"), "without a sampler"),
         (settings() + ", Seed: 2", "says Seed twice, '1' and '2'"),
-        ("a <lora:pen:0.5:0.7> fish", "one weight for the text encoders and another for the UNet"),
         ("a <lora:pen:te=0.5> <lora:pen:1>", "the LoRA 'pen' twice"),
         ("a <lora::1>", "without a name"),
         ("a <lora:pen:1:1:1>", "sets more than the LoRA's weight"),

@@ -85,11 +85,13 @@ def _recorded_choice(metadata: Mapping) -> dict[str, Any]:
     return {"dtype": dtype if isinstance(dtype, str) else None, **known, "lora": loras}
 
 
-def _lora_files(metadata: Mapping) -> dict[str, dict[str, str]]:
-    """Return name -> path and digest of the LoRAs that the recorded requests use. Raises InvalidRequest if damaged."""
+def _lora_files(metadata: Mapping) -> dict[str, dict[str, Any]]:
+    """Return name -> path, part and digest of the LoRAs that the recorded requests use. Raises InvalidRequest."""
     found = metadata.get("lora_files", {})
     if not isinstance(found, dict) or not all(
-        isinstance(file, dict) and all(isinstance(file.get(key), str) for key in ("path", "sha256"))
+        isinstance(file, dict)
+        and all(isinstance(file.get(key), str) for key in ("path", "sha256"))
+        and file.get("part") in (None, "content", "style")
         for file in found.values()
     ):
         raise InvalidRequest("the recorded LoRAs are damaged; use an unedited picture")
@@ -102,8 +104,11 @@ def _row_loras(arguments: argparse.Namespace, metadata: Mapping) -> tuple[Lora, 
     scaled = next((lora for lora in given.values() if lora.scale != 1), None)
     if scaled is not None:
         raise InvalidRequest(f"--lora {scaled.words()} has a strength, but the picture records its own; drop it here")
-    files = {name: _Named(file["path"], recorded=name) for name, file in _lora_files(metadata).items()}
-    return tuple((files | given).values())
+    files = {
+        name: _Named(given[name].path if name in given else file["path"], part=file.get("part"), recorded=name)
+        for name, file in _lora_files(metadata).items()
+    }
+    return (*files.values(), *(lora for name, lora in given.items() if name not in files))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from stylefast.commands.model_options import Lora, ModelChoice
 from stylefast.commands.notices import warn
 from stylefast.errors import InvalidRequest, ModelError
 from stylefast.infotext import LoraTag, Parameters, read
-from stylefast.runtime.plan.request import Request
+from stylefast.runtime.plan.request import LoraStrength, Request
 
 _SHOWN = 80  # max characters of a value that was not taken
 _AUTO = 10  # digits of the shortest hash that identifies a file
@@ -35,7 +35,7 @@ def run_foreign(arguments: argparse.Namespace, text: str) -> int:
     choice = ModelChoice.of(arguments)
     used = loras_of(parameters.loras, choice.row_lora, arguments.force)
     choice = replace(choice, row_lora=used)
-    request = request_of(parameters, {lora.name: lora.scale for lora in used})
+    request = request_of(parameters, {lora.name: lora.strengths for lora in used})
     check_schedules([request])
     destination = Destination(arguments.out, [request.prompt], arguments.overwrite, arguments.metadata == "a1111")
     _tell(arguments.source, parameters)
@@ -45,7 +45,7 @@ def run_foreign(arguments: argparse.Namespace, text: str) -> int:
     return 0
 
 
-def request_of(parameters: Parameters, loras: Mapping[str, float]) -> Request:
+def request_of(parameters: Parameters, loras: Mapping[str, LoraStrength]) -> Request:
     """Return the request of settings; what they don't say is as in `Request`. Raises InvalidRequest or a subclass."""
     known = [f.name for f in fields(Request)]
     given: dict[str, Any] = {
@@ -83,7 +83,7 @@ def loras_of(wanted: Sequence[LoraTag], given: Sequence[Lora], force: bool = Fal
                 f"{tag.weight:g}; leave it out of --lora"
             )
         _check_hash(tag, lora, force)
-        files[tag.name] = Lora(lora.path, tag.weight)
+        files[tag.name] = Lora(lora.path, tag.weight, tag.text_weight)
     return tuple(files.values())
 
 

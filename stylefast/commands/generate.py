@@ -250,7 +250,7 @@ def _check_combination(arguments: argparse.Namespace) -> None:
 
 
 def check_loras(requests: Sequence, names: Sequence[str]) -> None:
-    """Raise InvalidRequest for requests that name a LoRA whose file was not given, before a model is loaded."""
+    """Raise InvalidRequest for requests whose LoRA's file was not given, and for files that no request uses."""
     from stylefast.values import did_you_mean, quoted
 
     for request in requests:
@@ -260,6 +260,9 @@ def check_loras(requests: Sequence, names: Sequence[str]) -> None:
                     f"a request uses the LoRA {quoted(name)}; give its file: --lora FOLDER/{name[:100]}.safetensors "
                     f"(given: {', '.join(names)[:600] or 'none'}{did_you_mean(name, names)})"
                 )
+    unused = [name for name in names if not any(name in request.lora_scales for request in requests)]
+    if unused:
+        raise InvalidRequest(f"no request uses the LoRA {quoted(unused[0])}; drop its --lora, or name it in a request")
 
 
 def requests_of(arguments: argparse.Namespace, model_folder: Path, loras: Mapping[str, float] | None = None) -> list:

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Lora:
 
     path: str
     scale: float = 1.0
+    text_scale: float | None = None  # of the text encoders; None: `scale`
+    part: str | None = None  # of a B-LoRA: "content" or "style"
 
     @classmethod
     def of(cls, text: str, option: str = "--merge-lora") -> "Lora":
@@ -86,6 +88,11 @@ class Lora:
     def name(self) -> str:
         """Return the name by which requests use it: the file's, without its suffix."""
         return Path(self.path).stem
+
+    @property
+    def strengths(self) -> float | tuple[float, float]:
+        """Return the strength as a request takes it."""
+        return self.scale if self.text_scale is None else (self.scale, self.text_scale)
 
     def words(self) -> str:
         """Return the LoRA as given on the command line."""
@@ -143,6 +150,11 @@ class ModelChoice:
         if twice is not None:
             raise InvalidRequest(f"--merge-lora names {twice} twice; give it once, with the strength you want")
 
+        if self.row_lora and backend in EXPORTED:
+            raise InvalidRequest(
+                f"the engines that --backend {backend} runs have no inputs for LoRAs; merge it into the model that is "
+                "exported, or use --merge-lora with --backend torch"
+            )
         names = [lora.name for lora in self.row_lora]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -179,6 +191,7 @@ class ModelChoice:
     def load(self):
         """Load the engine and its LoRAs."""
         from stylefast.engine import Engine
+        from stylefast.models.lora_factors import NotLowRank
 
         hub: dict[str, Any] = {"local_files_only": True} if self.cached_only else {}
         engine = Engine.from_pretrained(self.model, **self.options, **hub)
@@ -188,7 +201,10 @@ class ModelChoice:
             name = stem if stem not in names else f"{stem}-{len(names) + 1}"
             names.append(engine.load_lora(lora.path, lora.scale, name))
         for lora in self.row_lora:
-            engine.loras.add(lora.path, lora.name)
+            try:
+                engine.loras.add(lora.path, lora.name, lora.part)
+            except NotLowRank as error:
+                raise NotLowRank(f"{error}. On the command line that is --merge-lora", error.reason) from error
         return engine
 
     def recorded(self) -> dict[str, Any]:
@@ -196,7 +212,7 @@ class ModelChoice:
         given: dict[str, Any] = {"model": self.model}
         given |= {name: self.options[name] for name in RECORDED if name in self.options}
         if self.lora:
-            given["lora"] = [asdict(lora) | {"sha256": lora.digest()} for lora in self.lora]
+            given["lora"] = [{"path": lora.path, "scale": lora.scale, "sha256": lora.digest()} for lora in self.lora]
         return given
 
     def words(self) -> list[str]:

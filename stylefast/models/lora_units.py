@@ -1,4 +1,4 @@
-"""From a LoRA's file to factors in units, and pools of them."""
+"""From a LoRA's file to factors in units, and the places of units in a pool."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from stylefast.kernels.row_lora import RANK
 from stylefast.models.digests import all_finite
 from stylefast.models.lora_factors import Factors, row_factors
 from stylefast.models.lora_file import LoraFile
-from stylefast.models.row_loras import NO_UNIT, TEXT_PARTS, LoraFactors, LoraLayout, RowLoras
+from stylefast.models.row_loras import NO_UNIT, TEXT_PARTS, LoraFactors, LoraLayout
 
 
 def lora_factors(lora: LoraFile, layout: LoraLayout, dtype: torch.dtype) -> LoraFactors:
@@ -61,20 +61,6 @@ def unit_table(
         used = places < counts[layers, None]
         table[layers] = np.where(used, own[np.where(used, starts[layers, None] + places, 0)], NO_UNIT)
     return table
-
-
-def stacked(layout: LoraLayout, used: Sequence[LoraFactors], device: torch.device, dtype: torch.dtype) -> RowLoras:
-    """Return a pool of just these LoRAs, at least one, numbered in their order."""
-    width = max(int(one.counts.max(initial=0)) for one in used)
-    tables, base = [], np.zeros(len(layout.kinds), dtype=np.int64)
-    for one in used:
-        units = [first + np.arange(count) for first, count in zip(base, one.units())]
-        tables.append(unit_table(layout, one.starts, one.counts, units, width))
-        base += one.units()
-    kinds = range(len(layout.kinds))
-    down = tuple(torch.cat([one.down[kind] for one in used]).to(device, dtype) for kind in kinds)
-    up = tuple(torch.cat([one.up[kind] for one in used]).to(device, dtype) for kind in kinds)
-    return RowLoras(down, up, torch.from_numpy(np.stack(tables)).to(device))
 
 
 def _stored(factor: Tensor, dtype: torch.dtype, where: str) -> Tensor:

@@ -23,7 +23,7 @@ from stylefast.kernels.row_lora import RANK
 from stylefast.models.lora_factors import BLORA_BLOCKS, blora_part
 from stylefast.models.lora_file import read_lora
 from stylefast.models.lora_units import lora_factors, unit_table
-from stylefast.models.row_loras import NO_UNIT, LoraFactors, LoraProducts, RowLoras
+from stylefast.models.row_loras import NO_UNIT, LoraFactors, RowLoras
 from stylefast.models.unet import UNet
 from stylefast.runtime.banks.page_pool import PagePool, PoolFull
 from stylefast.runtime.plan.request import LoraScale
@@ -45,6 +45,11 @@ class Lora:
         self.changes_unet = any(factors.units())
         self.changes_text = tuple(bool(found) for found in factors.text)
         self._factors: LoraFactors | None = factors  # None: only in the file
+
+    def recorded(self) -> dict[str, str]:
+        """Return what a picture's record says of it: path and digest, and the part of a B-LoRA."""
+        part = {} if self.part is None else {"part": self.part}
+        return {"path": str(self.path), "sha256": self.digest, **part}
 
     @property
     def on_host(self) -> bool:
@@ -169,11 +174,6 @@ engine.loras.add(file, 'pixel')
         with self._lock:
             self._keep(lora, found)
         return found
-
-    def products(self, used: Sequence[LoraUse]) -> LoraProducts | None:
-        """Return what used LoRAs add to layers of the UNet outside the steps; None if nothing."""
-        found = tuple((self.factors(use.lora), use.unet) for use in used if use.unet)
-        return LoraProducts(found) if found else None
 
     def _read(self, path: Path, name: str | None, part: str | None) -> tuple[str, str, LoraFactors]:
         lora = read_lora(path, self._weights)

@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import stylefast as sf
+from stylefast.commands.files import png_info
 from tests.cli.conftest import pixels
 from tests.cli.test_errors import assert_one_line
 from tests.support.small_checkpoints import random_lora, write_peft_lora
@@ -89,3 +93,57 @@ def test_a_bank_is_baked_under_the_loras_given(generate, stylefast, files, model
     assert generate("a cat", "--style", bank, "--lora", files["ink"], "--out", tmp_path / "x.png")
     code, _, err = stylefast("generate", "a cat", "--style", bank, "--out", tmp_path / "y.png", *words[-3:])
     assert_one_line(code, err, 2, "was baked under the LoRAs")
+
+
+def test_every_picture_of_a_mixed_call_is_repeated(generate, stylefast, files, model_folder, tmp_path):
+    calls, settings = tmp_path / "calls.json", {"prompt": "a cat", "steps": 1, "guidance": 1}
+    calls.write_text(json.dumps([settings, settings | {"loras": {"ink": 0.8}}, settings | {"loras": {"pixel": 1}}]))
+    words = ("--lora", files["ink"], "--lora", files["pixel"])
+    paths = generate("--requests", calls, *words, "--out", tmp_path / "out")
+    for place, path in enumerate(paths[:2]):
+        out = ("--load-recorded", "--model", model_folder, "--out", tmp_path / f"{place}.png")
+        code, _, err = stylefast("generate", "--from", path, *out)
+        assert code == 0 and "same pixels" in err, err
+
+
+def test_a_lora_that_nothing_uses_is_refused(generate, stylefast, files, tmp_path):
+    calls = tmp_path / "calls.json"
+    calls.write_text(json.dumps([{"prompt": "a cat", "steps": 1}]))
+    path = generate("a cat", *FEW, "--out", tmp_path / "x.png")[0]
+    for source in (("--requests", calls), ("--from", path)):
+        words = ("generate", *source, "--lora", files["ink"], "--model", tmp_path / "gone", "--out", tmp_path / "y")
+        assert_one_line(*stylefast(*words)[::2], 2, "no request uses the LoRA 'ink'")
+
+
+def test_the_parameters_text_has_both_strengths_and_what_is_merged(generate, files, tmp_path):
+    calls = tmp_path / "calls.json"
+    calls.write_text(json.dumps([{"prompt": "a cat", "steps": 1, "guidance": 1, "loras": {"ink": [0.8, 0.25]}}]))
+    words = ("--lora", files["ink"], "--merge-lora", f"{files['ink']}:0.5")
+    text = Image.open(generate("--requests", calls, *words, "--out", tmp_path / "o")[0]).info["parameters"]
+    assert text.startswith("a cat <lora:ink:0.25:0.8>\n") and 'Loras: "ink: 0.5"' in text
+
+
+def test_what_can_not_be_per_picture_names_the_option_that_merges(stylefast, files, model_folder, tmp_path):
+    words = ("generate", "a cat", "--backend", "onnxruntime", "--engines", tmp_path, "--model", tmp_path / "gone")
+    assert_one_line(*stylefast(*words, "--lora", files["ink"])[::2], 2, "--merge-lora")
+    name, full = "down_blocks.1.attentions.0.proj_in", tmp_path / "full.safetensors"
+    weight = small_pipeline().unet.get_submodule(name).weight
+    save_file({f"lora_unet_{name.replace('.', '_')}.diff": torch.ones(weight.shape)}, full)
+    words = ("generate", "a cat", "--lora", full, "--model", model_folder, "--quiet", "--out", tmp_path / "o")
+    assert_one_line(*stylefast(*words)[::2], 1, "On the command line that is --merge-lora")
+
+
+def test_the_part_of_a_b_lora_is_recorded_and_repeated(stylefast, model_folder, tmp_path):
+    blocks = ("up_blocks.0.attentions.0.", "up_blocks.0.attentions.1.")
+    lora = {
+        place: v for place, v in random_lora(small_pipeline(), 6, text=False).items() if place[1].startswith(blocks)
+    }
+    engine = sf.Engine.from_pretrained(model_folder)
+    engine.loras.add(write_peft_lora(lora, tmp_path / "both.safetensors"), "own style", part="style")
+    result = engine.generate(sf.Request("a cat", loras={"own style": 1.0}, steps=1, guidance=1.0))
+    (entry,) = result.metadata
+    assert entry["lora_files"]["own style"]["part"] == "style"
+    result.images[0].save(tmp_path / "x.png", pnginfo=png_info(entry | {"size": list(result.images[0].size)}))
+    words = ("--from", tmp_path / "x.png", "--model", model_folder, "--load-recorded", "--out", tmp_path / "y.png")
+    code, _, err = stylefast("generate", *words)
+    assert code == 0 and "same pixels" in err, err

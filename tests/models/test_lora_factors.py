@@ -16,13 +16,10 @@ from stylefast.errors import AdapterError, InvalidRequest, ModelError
 from stylefast.models.lora_changes import Replacement, Scaling, change_of
 from stylefast.models.lora_factors import MAX_RANK, NotLowRank, blora_part, factors_of, row_factors, split
 from stylefast.models.lora_file import read_lora
+from tests.models.test_lora_changes import draw, tucker
 
 # roundings of the factors and, in float32, of their product with a rank of up to 128 in float64
 EXACT, SINGLE = 1e-12, 1e-6
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 def product(factors, shape):
@@ -45,15 +42,6 @@ def assert_factors(tensors, shape, scaling, expected, rank=None):
         assert rank is None or factors.rank == rank
     merged = change.delta(torch.zeros(shape)).double()
     assert float((product(factors_of(change, tuple(shape)), shape) - merged).abs().max()) <= 2 * SINGLE * size
-
-
-def tucker(middle, b, a):
-    """sum_ij a[i, out] b[j, in] middle[i, j, ...] as loops over the two ranks."""
-    total = 0
-    for i in range(middle.shape[0]):
-        for j in range(middle.shape[1]):
-            total = total + a[i][:, None, None, None] * b[j][None, :, None, None] * middle[i, j][None, None]
-    return total
 
 
 def kron(first, second):

@@ -57,7 +57,7 @@ class Request:
     Raises InvalidRequest for anything out of range.
 
     Examples:
-        >>> request = sf.Request("a fish", style=sf.StyleAligned(prompt="a star"), steps=2, size=(96, 64))
+        >>> request = sf.Request("a fish", steps=2, size=(96, 64), scheduler="unipc", loras={})
         >>> engine.generate(request).images[0].size
         (96, 64)
         >>> sf.Request("a fish", size=(100, 64))
