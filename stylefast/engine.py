@@ -255,6 +255,9 @@ class Engine:
         spacing: str | None = None,
         clip_skip: int | None = 0,
         loras: Mapping[str, LoraStrength] | None = None,
+        prompt_2: str | None = None,
+        negative_prompt_2: str | None = None,
+        prompt_syntax: str = "plain",
         callback: StepCallback | None = None,
         output: str = "pil",
         alone: bool = False,
@@ -303,6 +306,9 @@ class Engine:
             "spacing": spacing,
             "clip_skip": clip_skip,
             "loras": loras,
+            "prompt_2": prompt_2,
+            "negative_prompt_2": negative_prompt_2,
+            "prompt_syntax": prompt_syntax,
         }
         self._open(output)
         seeds = values.seeds("seed", seed, len(prompts))
@@ -379,6 +385,8 @@ class Engine:
         guidance_rescale: float = 0.0,
         spacing: str | None = None,
         loras: Mapping[str, LoraStrength] | None = None,
+        negative_prompt_2: str | None = None,
+        prompt_syntax: str = "plain",
         store: str = "kv",
         dtype: str = "auto",
         path: str | Path | None = None,
@@ -392,8 +400,8 @@ class Engine:
                 shares. The bank stores its `layers`; scale, shift, mode, adain and norm sharing are chosen when the
                 bank is used.
             steps, scheduler, size, spacing: must be equal in requests that use the bank. guidance above 1 also bakes
-                the null branch, which requests with guidance need; its value, guidance_rescale and negative_prompt
-                apply to a reference generated from a prompt.
+                the null branch, which requests with guidance need; its value, guidance_rescale, negative_prompt,
+                negative_prompt_2 and prompt_syntax apply to a reference generated from a prompt.
             loras: as in `Request`; the reference is made under them, and the bank fits only requests with the same.
             store: "kv" (keys and values: largest, fastest), "hidden" (the states they are projected from: half as
                 large, projected when a page is fetched), "latents" (a few kilobytes per step; the reference runs again
@@ -422,6 +430,8 @@ class Engine:
             "negative_prompt": negative_prompt,
             "guidance_rescale": guidance_rescale,
             "loras": loras,
+            "negative_prompt_2": negative_prompt_2,
+            "prompt_syntax": prompt_syntax,
         }
         request = bake_request(style, options)
         self._warn([request], baking=True)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from stylefast.errors import InvalidRequest
 from stylefast.kernels.guided_step import guided_step
@@ -135,8 +136,8 @@ def _reference(target: Sample, style: ReferenceStyle, picture: Any) -> Sample:
     wanted = style.reads
     others = [other for other in target.request.styles if other is not style]
     if not wanted.share_styles:
-        others = [other for other in others if other.named_in(target.request.negative_prompt)]
-    request = replace(target.request, style=others, seed=wanted.seed)
+        others = [other for other in others if other.named_in(target.request.negatives)]
+    request = replace(target.request, style=others, seed=wanted.seed, prompt_2=None)
     weights = {FULL: 1.0} if picture is not None else target.weights
     return Sample(request, wanted.prompt or "", target.schedule, target.size, weights, output=False, picture=picture)
 
@@ -148,7 +149,7 @@ def prepare(engine, sample: Sample) -> None:
     """Encode a sample's prompts and pictures, and draw its noise."""
     trained = engine.scheduler_config.get("num_train_timesteps", 1000)
     timesteps = sample.schedule.timesteps.clamp(0, trained)
-    texts = Texts(sample.prompt, sample.request.negative_prompt, timesteps, trained, sample.branches)
+    texts = Texts.of(sample.request, sample.prompt, timesteps, trained, sample.branches)
     for kind, styles in by_kind(sample.request.styles).items():
         kind.write_prompts(styles, texts)
     for branch in sample.branches:
@@ -207,7 +208,9 @@ def advance(unet, samples: Sequence[Sample], step: int) -> None:
     of_row = [samples.index(sample) for sample, _ in rows]
     schedules = [sample.schedule for sample in samples]
 
-    hidden, pooled = (torch.stack([s.texts[branch][step][i] for s, branch in rows]) for i in range(2))
+    hidden, pooled = zip(*(s.texts[branch][step] for s, branch in rows), strict=True)
+    lengths = torch.tensor([len(states) for states in hidden])
+    text_kv = unet.project_text(pad_sequence([*hidden], batch_first=True).to(unet.dtype))
     image_kv, masks, table = row_table(unet, rows, step)
     timesteps = torch.stack([schedule.timesteps[step] for schedule in schedules])
     width, height = samples[0].size
@@ -215,8 +218,8 @@ def advance(unet, samples: Sequence[Sample], step: int) -> None:
     latents = torch.stack([sample.latents for sample in samples])
     scale = torch.stack([schedule.input_scale[step] for schedule in schedules])
     seen = (latents * scale[:, None, None, None])[of_row].to(unet.dtype)
-    embedding, text_kv = unet.embed(timesteps[of_row], pooled, time_ids), unet.project_text(hidden.to(unet.dtype))
-    output = unet(seen, embedding, text_kv, image_kv, table, masks=masks)
+    embedding = unet.embed(timesteps[of_row], torch.stack(pooled), time_ids)
+    output = unet(seen, embedding, text_kv, image_kv, table, masks=masks, text_lengths=lengths)
 
     branch_rows = torch.full((len(samples), len(BRANCHES)), -1)
     branch_weights, rescale = torch.zeros(len(samples), len(BRANCHES)), torch.zeros(len(samples))

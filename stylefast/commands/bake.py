@@ -9,6 +9,7 @@ from pathlib import Path
 from stylefast.commands.bank_report import CONTENTS, shown_bytes
 from stylefast.commands.generate import (
     SCHEDULERS_HELP,
+    add_text_arguments,
     check_schedules,
     load,
     sampling_settings,
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group("--guidance-rescale", type=float, help="guidance rescale of a reference generated from a prompt (default: 0)")
     group("--negative", metavar="TEXT", help="what to steer the reference away from")
+    add_text_arguments(group)
 
     group = parser.add_argument_group("storage").add_argument
     group(

@@ -25,7 +25,10 @@ DEFAULT_OUT = "pictures"
 _CALL_OPTIONS = (
     "prompts",
     "count",
+    "prompt_2",
     "negative",
+    "negative_prompt_2",
+    "prompt_syntax",
     "steps",
     "guidance",
     "guidance_rescale",
@@ -111,6 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("sampling").add_argument
     group("--negative", metavar="TEXT", help="what to steer away from")
+    group("--prompt-2", metavar="TEXT", help="the prompt for text encoder 2 (default: the same)")
+    add_text_arguments(group)
     group("--steps", type=int, help="denoising steps (default: 30, or those of --style)")
     group(
         "--guidance",
@@ -234,6 +239,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_text_arguments(group) -> None:
+    """Add the options for negative prompts and syntaxes, with `group`, an `add_argument`."""
+    group("--negative-prompt-2", metavar="TEXT", help="the negative prompt for text encoder 2 (default: the same)")
+    group(
+        "--prompt-syntax",
+        choices=("plain", "a1111", "compel"),
+        help="how prompts write weights: a1111 as (fish:1.3), compel as fish++ (default: plain, without any)",
+    )
+
+
 def _check_combination(arguments: argparse.Namespace) -> None:
     given = [name for name in _CALL_OPTIONS if getattr(arguments, name) not in (None, [])]
     for option, value in (("--from", arguments.source), ("--requests", arguments.requests)):
@@ -272,6 +287,8 @@ def requests_of(arguments: argparse.Namespace, model_folder: Path, loras: Mappin
     from stylefast.values import seeds
 
     styles, given = styles_of(arguments, model_folder), sampling_settings(arguments)
+    if arguments.prompt_2 is not None:
+        given["prompt_2"] = arguments.prompt_2
     if arguments.clip_skip is not None:
         given["clip_skip"] = arguments.clip_skip
     if arguments.guidance_interval is not None:
@@ -300,6 +317,8 @@ def sampling_settings(arguments: argparse.Namespace) -> dict:
 
     given = {
         "negative_prompt": arguments.negative,
+        "negative_prompt_2": arguments.negative_prompt_2,
+        "prompt_syntax": arguments.prompt_syntax,
         "steps": arguments.steps,
         "guidance": arguments.guidance,
         "guidance_rescale": arguments.guidance_rescale,

@@ -36,7 +36,7 @@ from stylefast.styles.bank_size import BankShapes, TensorSpec, bank_tensors
 
 _FP8_MAX, _FP16_MAX = 448.0, 65504.0
 # fields that a request can set; the rest is fixed when a bank is baked
-_SETTINGS = ("steps", "scheduler", "size", "guidance", "negative_prompt")
+_SETTINGS = ("steps", "scheduler", "size", "guidance", "negative_prompt", "negative_prompt_2")
 _DIGESTS = {
     "schedule": "its schedule has other noise levels; bake the style again with this model and scheduler",
     "styles": "other styles were shared with the reference; bake it again with the styles of the request",
@@ -153,7 +153,8 @@ class StyleBank:
     @property
     def settings(self) -> dict:
         """Return the arguments of `Engine.generate` that a request must match."""
-        return {name: getattr(self.info, name) for name in _SETTINGS if getattr(self.info, name) is not None}
+        found = {name: getattr(self.info, name) for name in _SETTINGS if getattr(self.info, name) is not None}
+        return found | ({} if self.info.prompt_syntax == "plain" else {"prompt_syntax": self.info.prompt_syntax})
 
     def check_fits(self, **expected: Any) -> None:
         """Raise StyleError naming the first field of `BankInfo`, in its order, that differs from what is expected.

@@ -6,6 +6,7 @@ from typing import Any
 
 from stylefast import values
 from stylefast.errors import StyleError
+from stylefast.models.prompt_syntax import SYNTAXES
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank_size import DTYPES, STORES
 
@@ -38,6 +39,8 @@ class BankInfo:
     styles: str  # digest of the other styles shared with the reference, "" for none
     created: str  # UTC
     stylefast: str  # version
+    negative_prompt_2: str | None = None  # for text encoder 2; None: the same
+    prompt_syntax: str = "plain"  # of all of them
     loras: str = ""  # digests and strengths of the LoRAs that the reference was made under, "" for none
 
     def __post_init__(self):
@@ -64,6 +67,11 @@ class BankInfo:
             "stylefast",
         ):
             checked[name] = values.text(_what(name), getattr(self, name), error=StyleError)
+        if self.negative_prompt_2 is not None:
+            name = "negative_prompt_2"
+            checked[name] = values.text(_what(name), self.negative_prompt_2, error=StyleError)
+        name = "prompt_syntax"
+        checked[name] = values.one_of(_what(name), self.prompt_syntax, SYNTAXES, error=StyleError)
         for name, least, most in (("steps", 1, None), ("references", 1, None), ("seed", 0, values.MAX_SEED)):
             checked[name] = values.whole_number(_what(name), getattr(self, name), least, most, error=StyleError)
         for name, least in (("size", 1), ("layers", 0)):
@@ -108,8 +116,8 @@ class BankInfo:
         if not isinstance(content, Mapping):
             raise StyleError(f"the style bank's metadata is a {type(content).__name__}, but must be an object")
         names = [entry.name for entry in fields(cls)]
-        # banks from before LoRAs per row lack them
-        given: dict[str, Any] = {"loras": "", **content}
+        # banks from before LoRAs per row, or before syntaxes of prompts, lack them
+        given: dict[str, Any] = {"loras": "", "negative_prompt_2": None, "prompt_syntax": "plain", **content}
         if given.get("format") == FORMAT and set(names) != set(given):
             odd = values.quoted(", ".join(sorted(set(names) ^ set(given))))
             raise StyleError(f"the style bank's metadata has missing or unknown fields: {odd}; bake the style again")

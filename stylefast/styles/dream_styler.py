@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -185,7 +185,7 @@ class DreamStyler(Style):
     def check_texts(cls, styles: Sequence["DreamStyler"], texts: Texts) -> None:
         """Raise PromptError or StyleError for tokens without a place; see `check_places`."""
         if texts.prompt:
-            check_places(styles, texts.prompt, texts.negative_prompt, guided=NULL in texts.branches)
+            check_places(styles, texts.prompt, texts.negatives, NULL in texts.branches, texts.prompt_2)
 
     @classmethod
     def write_prompts(cls, styles: Sequence["DreamStyler"], texts: Texts) -> None:
@@ -193,7 +193,8 @@ class DreamStyler(Style):
 
         The branches "context" and "style" are derived from the words of "full".
         """
-        placed, negative = placed_styles(styles, texts.prompt, texts.negative_prompt)
+        prompts = " ".join([texts.prompt, texts.prompt_2 or ""])
+        placed, negative = placed_styles(styles, prompts, texts.negatives)
         policy, null_policy = pooled_policy_of(placed), pooled_policy_of(negative)
         written = [branch for branch in texts.branches if branch != NULL]
         if placed:
@@ -201,21 +202,26 @@ class DreamStyler(Style):
         if placed and texts.prompt and written:
             _stages_per_step(placed, texts.timesteps, texts.train_timesteps, texts.say)
             base = texts.per_step["full" if "full" in written else written[0]]
-            for text, places in _steps_by_text(base):
+            for prompt, places in _steps_by_text(base):
                 steps = texts.timesteps[places]
-                found = prompts_per_step(placed, text, steps, written, texts.train_timesteps, say=False)
+                found = prompts_per_step(
+                    placed,
+                    prompt.text or "",
+                    steps,
+                    written,
+                    texts.train_timesteps,
+                    say=False,
+                    prompt_2=prompt.text_2,
+                    syntax=prompt.syntax,
+                )
                 for branch, prompts in found.items():
                     _put(texts.per_step[branch], places, prompts)
         if negative and NULL in texts.branches:
             texts.pooling[NULL] = null_policy
             _stages_per_step(negative, texts.timesteps, texts.train_timesteps, texts.say)
-            for text, places in _steps_by_text(texts.per_step[NULL]):
-                steps = texts.timesteps[places]
-                _put(
-                    texts.per_step[NULL],
-                    places,
-                    negative_prompts(negative, text, steps, texts.train_timesteps, say=False),
-                )
+            for prompt, places in _steps_by_text(texts.per_step[NULL]):
+                found = negative_prompts(negative, prompt, texts.timesteps[places], texts.train_timesteps, say=False)
+                _put(texts.per_step[NULL], places, found)
 
     def write_field(self, name: str, value: Any, store: Any) -> Any:
         """Return a field's value for a record; vectors by their files, if they came from some."""
@@ -270,19 +276,19 @@ def _read_guidance(value: Any) -> StyleContextGuidance:
     return StyleContextGuidance(**value)
 
 
-def _steps_by_text(prompts: Sequence[Prompt]) -> list[tuple[str, list[int]]]:
-    """Return the texts of prompts and the steps that have each; another style may have written several."""
-    found: dict[str, list[int]] = {}
+def _steps_by_text(prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:
+    """Return a prompt of each text and the steps that have it; another style may have written several."""
+    found: dict[tuple, tuple[Prompt, list[int]]] = {}
     for step, prompt in enumerate(prompts):
-        found.setdefault(prompt.text or "", []).append(step)
-    return list(found.items())
+        found.setdefault((prompt.text, prompt.text_2, prompt.syntax), (prompt, []))[1].append(step)
+    return list(found.values())
 
 
 def _put(into: list[Prompt], steps: Sequence[int], prompts: Sequence[Prompt]) -> None:
     """Replace prompts at some steps, and keep the vectors of another style's placeholders."""
     for step, prompt in zip(steps, prompts, strict=True):
         theirs = into[step].vectors
-        into[step] = Prompt(prompt.text, {**theirs, **prompt.vectors}) if theirs else prompt
+        into[step] = replace(prompt, vectors={**theirs, **prompt.vectors}) if theirs else prompt
 
 
 def placed_styles(
@@ -297,15 +303,18 @@ def placed_styles(
     return [style for style in styles if style not in negative or f"<{style.name}>" in prompt], negative
 
 
-def check_places(styles: Sequence[DreamStyler], prompt: str, negative_prompt: str, guided: bool) -> None:
+def check_places(
+    styles: Sequence[DreamStyler], prompt: str, negative_prompt: str, guided: bool, prompt_2: str | None = None
+) -> None:
     """Check that a request's texts and learned styles fit together, before anything is encoded.
 
-    `guided`: whether the negative prompt is used at all. Raises PromptError or StyleError.
+    `prompt_2`: for text encoder 2, None: the same. `guided`: whether the negative prompt is used at all.
+    Raises PromptError or StyleError.
     """
     _check_styles(styles)
     if "{style}" in negative_prompt:
         raise PromptError(f"the negative prompt has a {{style}}; name the style there: <{styles[0].name}>")
-    placed, negative = placed_styles(styles, prompt, negative_prompt)
+    placed, negative = placed_styles(styles, " ".join([prompt, prompt_2 or ""]), negative_prompt)
     pooled_policy_of(placed)
     pooled_policy_of(negative)
     for style in negative:
@@ -327,16 +336,17 @@ def check_places(styles: Sequence[DreamStyler], prompt: str, negative_prompt: st
                 f"the prompt has a {{style}}, but only the negative prompt names <{style.name}>; name it in both, "
                 f"or remove the {{style}}"
             )
-    if placed:
-        branch_prompts(placed, prompt)
+    for text in (prompt, prompt_2) if placed else ():
+        if text is not None and (text.strip() or text is prompt):
+            branch_prompts(placed, text)
 
 
-def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]:
+def branch_prompts(styles: Sequence[DreamStyler], prompt: str, syntax: str = "plain") -> dict[str, str]:
     """Return the texts of the branches "full", "context" and "style" for one prompt with one or more learned styles.
 
     `<name>` and `{style}` mark where tokens go; `{style}` takes all styles that the prompt does not name. Styles that
     have no place in the prompt are added by the first style's template. Contexts go to `{context}`, else before the
-    style clause ("in the style of ..."). Raises PromptError if a token or context has no place.
+    style clause ("in the style of ..."). syntax: of the prompt. Raises PromptError if a token or context has no place.
     """
     _check_styles(styles)
     if not isinstance(prompt, str) or not prompt.strip():
@@ -376,8 +386,10 @@ def branch_prompts(styles: Sequence[DreamStyler], prompt: str) -> dict[str, str]
         text = f"{opening}, {context}{found[0]}{text[found.end() :]}" if opening else f"{context}, {text.lstrip(' ,')}"
 
     bare = clause.sub("", text)
+    # a weight behind a token goes with it
+    weight = r"(?:\++|-+)?" if syntax == "compel" else ""
     for token in tokens:
-        bare = bare.replace(token, " ")
+        bare = re.sub(re.escape(token) + weight, " ", bare)
     bare = re.sub(r"\s+([,.])", r"\1", re.sub(r"\s+", " ", bare)).strip(" ,")
     return {"full": text, "context": bare, "style": styles[0].style_prompt.replace("{style}", ", ".join(tokens))}
 
@@ -390,13 +402,19 @@ def prompts_per_step(
     num_train_timesteps: int = 1000,
     *,
     say: bool = True,
+    prompt_2: str | None = None,
+    syntax: str = "plain",
 ) -> dict[str, list[Prompt]]:
     """Build the Prompt of every branch at every step, for `TextEncoder.encode`.
 
+    `prompt_2`: for text encoder 2, None: the same. `syntax`: of both.
     `timesteps`: [steps], the UNet's time input. Steps of the same stages share one Prompt object per branch; the
     context branch is one object for all steps. Logs a warning if no step visits a mixed stage, unless `say` is off.
     """
-    texts = branch_prompts(styles, prompt)
+    texts = branch_prompts(styles, prompt, syntax)
+    second: Mapping[str, str | None] = dict.fromkeys(texts, prompt_2)
+    if prompt_2 is not None and prompt_2.strip():
+        second = branch_prompts(styles, prompt_2, syntax)
     unknown = [branch for branch in branches if branch not in texts]
     if unknown:
         raise InvalidRequest(f"text branch {unknown[0]!r} is unknown; choose one of {', '.join(TEXT_BRANCHES)}")
@@ -407,25 +425,27 @@ def prompts_per_step(
             key = branch, (() if branch == "context" else stages)
             if key not in made:
                 vectors = {style.learned.name: style.stage_vectors(k) for style, k in zip(styles, key[1], strict=False)}
-                made[key] = Prompt(texts[branch], vectors)
+                made[key] = Prompt(texts[branch], vectors, second[branch], syntax)
     return {branch: [made[branch, () if branch == "context" else s] for s in steps] for branch in branches}
 
 
 def negative_prompts(
     styles: Sequence[DreamStyler],
-    text: str,
+    prompt: Prompt,
     timesteps: Sequence[float] | Tensor,
     num_train_timesteps: int = 1000,
     *,
     say: bool = True,
 ) -> list[Prompt]:
-    """Build the Prompt of the null branch at every step; an empty text means the model's own null prompt.
+    """Build the Prompt of the null branch at every step from one without vectors.
 
     `styles`: the styles named in the text. Steps of the same stages share one Prompt object.
     """
     steps = _stages_per_step(styles, timesteps, num_train_timesteps, say)
     made = {
-        stages: Prompt(text or None, {s.learned.name: s.stage_vectors(k) for s, k in zip(styles, stages, strict=True)})
+        stages: replace(
+            prompt, vectors={s.learned.name: s.stage_vectors(k) for s, k in zip(styles, stages, strict=True)}
+        )
         for stages in set(steps)
     }
     return [made[stages] for stages in steps]

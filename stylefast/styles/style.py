@@ -101,16 +101,40 @@ class Texts:
     train_timesteps: int
     branches: Sequence[str]
     say: bool = True  # whether to log warnings
+    prompt_2: str | None = None  # for text encoder 2; None: the same
+    negative_prompt_2: str | None = None
+    syntax: str = "plain"  # of all texts
     per_step: dict[str, list[Prompt]] = field(init=False)
     pooling: dict[str, str] = field(init=False)  # by branch: where the pooled state is taken
 
     def __post_init__(self):
-        plain = {b: Prompt(self.negative_prompt or None) if b == NULL else Prompt(self.prompt) for b in self.branches}
+        plain = {branch: self._prompt(branch) for branch in self.branches}
         self.per_step = {branch: [prompt] * len(self.timesteps) for branch, prompt in plain.items()}
         self.pooling = dict.fromkeys(self.branches, "eos")
 
+    @classmethod
+    def of(
+        cls, request: Any, prompt: str, timesteps: torch.Tensor, train_timesteps: int, branches, say=True
+    ) -> "Texts":
+        """Return the texts of a request's picture, or of its reference with a `prompt` of its own."""
+        second = request.prompt_2, request.negative_prompt_2
+        negative = request.negative_prompt
+        return cls(prompt, negative, timesteps, train_timesteps, branches, say, *second, request.prompt_syntax)
+
+    @property
+    def negatives(self) -> str:
+        """Return the negative prompts for both text encoders, one after the other."""
+        return " ".join([self.negative_prompt, self.negative_prompt_2 or ""])
+
+    def _prompt(self, branch: str) -> Prompt:
+        if branch != NULL:
+            return Prompt(self.prompt, text_2=self.prompt_2, syntax=self.syntax)
+        if self.negative_prompt or self.negative_prompt_2:
+            return Prompt(self.negative_prompt, text_2=self.negative_prompt_2, syntax=self.syntax)
+        return Prompt(None, syntax=self.syntax)
+
     def check(self, kind: type["Style"]) -> None:
-        """Raise StyleError unless styles of `kind` left a Prompt for each branch and step."""
+        """Raise StyleError unless styles of `kind` left a Prompt for each branch and step, with all that it had."""
         steps = len(self.timesteps)
         for branch in self.branches:
             found = self.per_step.get(branch)
@@ -118,6 +142,14 @@ class Texts:
                 raise StyleError(
                     f"the style {kind.__name__} must write a list of {steps} Prompts, one for each step, for the "
                     f"branch {branch!r}"
+                )
+            plain = self._prompt(branch)
+            lost = [prompt for prompt in found if prompt.text is not None and prompt.syntax != self.syntax]
+            lost += [prompt for prompt in found if plain.text_2 is not None and prompt.text_2 is None]
+            if lost:
+                raise StyleError(
+                    f"the style {kind.__name__} wrote prompts of the branch {branch!r} without the request's syntax or "
+                    "its text for encoder 2; change them with dataclasses.replace(prompt, text=..., text_2=...)"
                 )
         if unknown := {*self.per_step} - {*self.branches}:
             raise StyleError(

@@ -1,6 +1,5 @@
 """Text encoding against stock diffusers: without placeholders, with added tokens, and at every pooling rule."""
 
-import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -146,7 +145,8 @@ def test_ids_equal_added_tokens_except_at_the_placeholder(encoder):
     pipe = pipeline_with_added_tokens(brand=rows)
     for index, tokenizer in enumerate((pipe.tokenizer, pipe.tokenizer_2)):
         expected = tokenizer(text.replace("<brand>", "<brand> <brand>_1"), padding="max_length").input_ids
-        found = encoder._tokenize(Prompt(text, {"brand": rows}), encoder.tokenizers[index], index, []).ids
+        (chunk,) = encoder._chunks(Prompt(text, {"brand": rows}), ([], []))[index]
+        found = encoder._window(chunk, index).ids
         assert [t if t <= 540 else -1 for t in expected] == [max(t, -1) for t in found]
         assert [t for t in found if t < 0] == [-1, -2]
 
@@ -220,25 +220,27 @@ def test_registered_name_without_vectors_is_refused(encoder):
         encoder.encode([Prompt("a <brand> cat")], known_names=("brand",))
 
 
-def test_overlong_prompt_is_cut_as_in_diffusers_with_one_warning(encoder, caplog):
+def test_the_first_chunk_of_a_long_prompt_is_what_diffusers_keeps_of_it(encoder):
     text = "a " * 70 + "red house on the painting dog cat"
     hidden, _, pooled, _ = stock_states(small_pipeline(encoder.tokenizers, encoder.encoders), text)
-    with caplog.at_level(logging.WARNING, logger="stylefast"):
-        states = encoder.encode([Prompt(text), Prompt(text + " cat")])
-    close(states[0].hidden, hidden)
-    close(states[0].pooled, pooled)
-    (record,) = [r for r in caplog.records if r.name == "stylefast.models.text"]
-    assert "77 tokens" in record.getMessage() and "'dog cat'" in record.getMessage()
+    (states,) = encoder.encode([Prompt(text)])
+    assert states.hidden.shape == (154, 80)
+    close(states.hidden[:77], hidden)
+    close(states.pooled, pooled)
 
 
-@pytest.mark.parametrize(("filler", "fits"), [(73, True), (74, False), (90, False)])
-def test_style_token_beyond_the_window_is_refused(encoder, filler, fits):
-    prompt = Prompt("a " * filler + "<brand>", {"brand": vectors(2)})
-    if fits:
-        assert encoder.encode([prompt])[0].hidden.shape == (77, 80)
-        return
-    with pytest.raises(PromptError, match=f"position {filler + 2}.*only 75.*shorten .* by {filler - 73} tokens"):
-        encoder.encode([prompt])
+@pytest.mark.parametrize("first", ["a cat", None])
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_a_prompt_for_each_encoder_equals_diffusers(encoder, first, clip_skip):
+    pipe = small_pipeline(encoder.tokenizers, encoder.encoders)
+    options = {"prompt_2": "a red house", "clip_skip": clip_skip, "negative_prompt_2": "a dog"}
+    expected = stock_states(pipe, "a cat", negative_prompt=first or "", **options)
+    prompts = [Prompt("a cat", text_2="a red house"), Prompt(first or "", text_2="a dog")]
+    # the negative prompt skips no layers
+    states = encoder.encode(prompts, clip_skip=[clip_skip, 0])
+    found = (states[0].hidden, states[1].hidden, states[0].pooled, states[1].pooled)
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours, theirs)
 
 
 def test_vectors_of_another_model_are_refused(encoder):
@@ -251,6 +253,10 @@ def test_vectors_of_another_model_are_refused(encoder):
 def test_wrong_arguments_are_refused(encoder):
     with pytest.raises(PromptError, match="string or None"):
         Prompt(3)
+    with pytest.raises(PromptError, match="null prompt has no text"):
+        Prompt(None, text_2="a")
+    with pytest.raises(PromptError, match="syntax is 'a1'.*plain, a1111, compel"):
+        Prompt("a", syntax="a1")
     with pytest.raises(PromptError, match="'last' is unknown"):
         encoder.encode([Prompt("a")], "last")
     with pytest.raises(PromptError, match="2 pooled policies for 1"):

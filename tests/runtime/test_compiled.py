@@ -225,10 +225,12 @@ def lengthened(engine):
     encode = store._text_states
 
     def states(prompts, *rest):
-        layers, pooled = encode(prompts, *rest)
-        if any("long" in (prompt.text or "") for prompt in prompts):
-            layers = [tuple(torch.cat([x, *[x.roll(3, 1) / 2] * (LONG - 1)], 1) for x in pair) for pair in layers]
-        return layers, pooled
+        found = []
+        for places, layers, pooled in encode(prompts, *rest):
+            if any("long" in (prompt.text or "") for prompt in prompts):
+                layers = [tuple(torch.cat([x, *[x.roll(3, 1) / 2] * (LONG - 1)], 1) for x in pair) for pair in layers]
+            found.append((places, layers, pooled))
+        return found
 
     store._text_states = states
     return engine

@@ -26,6 +26,7 @@ class Backend:
             their batch.
         limits: the largest graph dimensions ("rows", "pages") that it supports.
         takes_loras: whether rows may use LoRAs.
+        takes_long_texts: whether rows may read texts of several chunks.
     """
 
     name: str = "own"
@@ -33,6 +34,7 @@ class Backend:
     pads_columns: bool = False
     limits: Mapping[str, int] = MappingProxyType({})
     takes_loras: bool = False
+    takes_long_texts: bool = False
 
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:
         """Run one step; `key` identifies shapes and buffers, for backends that prepare something for each.
@@ -86,7 +88,7 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
-    takes_loras = True
+    takes_loras = takes_long_texts = True
 
     def __init__(self, unet: UNet, graphs: StepGraphs | None | Literal["auto"] = "auto"):
         self._unet, self._graphs = unet, graphs_for(unet.device) if graphs == "auto" else graphs

@@ -65,7 +65,7 @@ class CompileBackend(Backend):
     """
 
     name = "compile"
-    takes_loras = True
+    takes_loras = takes_long_texts = True
     buckets: tuple[int, ...] = BUCKETS
 
     def __init__(

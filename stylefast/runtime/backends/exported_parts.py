@@ -65,6 +65,7 @@ class ExportedText:
 
     most_skipped = 0
     takes_loras = False
+    takes_masks = False
 
     def __init__(self, text_encoder: TextEncoder, parts: tuple[ExportedPart, ExportedPart]):
         self._parts, self._widths = parts, text_encoder.widths
@@ -87,7 +88,10 @@ class ExportedText:
         ends: Sequence[tuple[int, int]],
         skips: Sequence[int],
         loras: TextLoras = (),
+        seen: Sequence[Sequence[bool]] | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if seen is not None:
+            raise ExportError("exported text encoders can't mask tokens; load the model with backend='torch'")
         if loras:
             raise ExportError("exported text encoders can't apply LoRAs; load the model with backend='torch'")
         if torch.is_grad_enabled() and any(row.requires_grad for row in rows):

@@ -92,6 +92,8 @@ def bake(
         guidance_rescale=float(request.guidance_rescale) if generated else None,
         branches=target.branches,
         negative_prompt=request.negative_prompt,
+        negative_prompt_2=request.negative_prompt_2,
+        prompt_syntax=request.prompt_syntax,
         prompt=wanted.prompt or "",
         seed=wanted.seed,
         noise="generated" if generated else wanted.noise,

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
 
+from stylefast.models.prompt_syntax import parse
 from stylefast.runtime.plan.prompt_syntax import instructions, texts_of, warn_of_instructions
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.few_step import guidance_warning
@@ -100,6 +101,9 @@ def _texts(request: Request) -> list[str]:
     slots = [slot for style in request.styles for slot in style.placeholders]
     read = []
     for text in texts_of(request):
+        if request.prompt_syntax != "plain":
+            sections = parse(text, request.prompt_syntax, slots)
+            text = " ".join(run.text for section in sections for run in section)
         for slot in slots:
             text = text.replace(slot, " ")
         read.append(text)

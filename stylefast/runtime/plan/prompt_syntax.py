@@ -56,12 +56,13 @@ def instructions(text: str) -> dict[str, tuple[str, str]]:
 
 
 def warn_of_instructions(requests: Sequence[Request]) -> None:
-    """Log one warning for each request whose texts hold instructions, and one for other brackets.
+    """Log one warning for each request whose plain texts hold instructions, and one for other brackets.
 
     Requests with the same texts, such as several pictures of one prompt, share a warning.
     """
     bracketed = False
-    for texts in dict.fromkeys(tuple(_named_texts(request)) for request in requests):
+    plain = [request for request in requests if request.prompt_syntax == "plain"]
+    for texts in dict.fromkeys(tuple(_named_texts(request)) for request in plain):
         found: dict[str, tuple[str, str]] = {}
         holding = []
         for name, text in texts:
@@ -75,7 +76,7 @@ def warn_of_instructions(requests: Sequence[Request]) -> None:
             ways = "".join(f"; {way}" for way in dict.fromkeys(way for _, way in found.values()) if way)
             logger.warning(
                 "%s contain%s %s%s: other programs interpret this as instructions, but here it is encoded as plain "
-                "words; remove it%s",
+                'words; remove it, or give prompt_syntax="a1111" for weights%s',
                 " and ".join(holding),
                 "s" if len(holding) == 1 else "",
                 shown,
@@ -91,7 +92,7 @@ def warn_of_instructions(requests: Sequence[Request]) -> None:
 def _say_of_brackets() -> None:
     logger.warning(
         "brackets in prompts are encoded as they are; other programs read (x) as a weight of 1.1 and [x] as a "
-        "weight of 0.9, but here they change no weights (shown once)"
+        'weight of 0.9, but here they change no weights unless prompt_syntax="a1111" is given (shown once)'
     )
 
 
@@ -101,5 +102,7 @@ def texts_of(request: Request) -> list[str]:
 
 
 def _named_texts(request: Request) -> list[tuple[str, str]]:
+    second = ("the prompt for encoder 2", request.prompt_2), ("the negative one", request.negative_prompt_2)
     texts = [("the prompt", request.prompt), ("the negative prompt", request.negative_prompt)]
+    texts += [(name, text) for name, text in second if text is not None]
     return texts + [named for style in request.styles for named in style.texts]

@@ -8,6 +8,8 @@ import torch
 
 from stylefast import values
 from stylefast.errors import InvalidRequest, PromptError, StyleError
+from stylefast.models import prompt_syntax
+from stylefast.models.prompt_syntax import SYNTAXES
 from stylefast.sampling.guidance import MAX_GUIDANCE
 from stylefast.sampling.spacing import SPACINGS
 from stylefast.styles.style import ReferenceStyle, Style, check_kind, kinds
@@ -53,6 +55,9 @@ class Request:
             diffusers' SDXL pipelines; None is 0. The negative prompt always uses the second-to-last.
         loras: name -> strength of LoRAs registered with `engine.loras.add`, or (strength in the UNet, strength in the
             text encoders). They apply to this picture alone, its references and negative prompt included.
+        prompt_2, negative_prompt_2: texts for text encoder 2, as in diffusers' SDXL pipelines; None: the same texts.
+        prompt_syntax: "plain" text, or weights as in "a1111" or "compel" (docs/prompts.md), in all of its prompts,
+            those of its styles included.
 
     Raises InvalidRequest for anything out of range.
 
@@ -78,10 +83,15 @@ class Request:
     spacing: str | None = None
     clip_skip: int | None = 0
     loras: Mapping[str, LoraStrength] | None = field(default_factory=dict)
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    prompt_syntax: str = "plain"
 
     def __post_init__(self):
         checked: dict[str, Any] = {
-            name: values.prompt(name, getattr(self, name)) for name in ("prompt", "negative_prompt")
+            name: values.prompt(name, getattr(self, name))
+            for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+            if getattr(self, name) is not None or not name.endswith("_2")
         }
         if not self.prompt.strip():
             raise PromptError("the prompt is empty; say what the picture shows, e.g. 'a fish'")
@@ -98,8 +108,17 @@ class Request:
             checked["spacing"] = values.one_of("spacing", self.spacing, SPACINGS)
         checked["style"] = normalise_styles(self.style)
         checked["loras"] = normalise_loras(self.loras)
+        checked["prompt_syntax"] = values.one_of("prompt_syntax", self.prompt_syntax, SYNTAXES)
+        slots = [slot for style in checked["style"] for slot in style.placeholders]
+        for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
+            prompt_syntax.check(name, checked.get(name, ""), checked["prompt_syntax"], slots)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def negatives(self) -> str:
+        """Return the negative prompts for both text encoders, one after the other."""
+        return " ".join([self.negative_prompt, self.negative_prompt_2 or ""])
 
     @property
     def styles(self) -> tuple[Style, ...]:

@@ -72,9 +72,20 @@ class RequestPlanner:
             self._check_loras(sample)
             if sample.inverted:
                 self.inversion(sample)
-        segments = {sample: self.runner.conditions.check(sample) for sample in samples}
+        needs = {sample: self.runner.conditions.check(sample) for sample in samples}
+        self._check_text(max((tokens for _, tokens in needs.values()), default=0))
         for group in connected(samples):
-            self._check_room(group, max(segments[sample] for sample in group))
+            self._check_room(group, max(needs[sample][0] for sample in group))
+
+    def _check_text(self, tokens: int) -> None:
+        """Raise ExportError for texts that are longer than those of exported graphs."""
+        limit, backend = self.runner.conditions.text_encoder.max_tokens, self.runner.backend
+        if tokens > limit and not backend.takes_long_texts:
+            raise ExportError(
+                f"a prompt of the request has {tokens} tokens in {tokens // limit} chunks, but the graphs of backend "
+                f"{backend.name!r} take only {limit}; shorten it to {limit - 2} tokens, or load the model with "
+                "backend='torch' or 'compile'"
+            )
 
     def _check_loras(self, sample: Sample) -> None:
         """Raise ExportError for LoRAs that an exported graph can't apply."""

@@ -106,7 +106,8 @@ def plan_samples(
             own = ()
             if picture is None:
                 own = (*target.weights.items(), target.request.guidance_rescale, target.request.guidance_interval)
-            key = (id(style), i, *_pace(target), target.request.negative_prompt, target.request.clip_skip, *own)
+            texts = (target.request.negative_prompt, target.request.negative_prompt_2, target.request.prompt_syntax)
+            key = (id(style), i, *_pace(target), *texts, target.request.clip_skip, *own)
             key += tuple(id(other) for other in shared_styles(target.request, style))
             key += tuple(target.request.lora_scales.items())
             if key not in hidden:
@@ -134,14 +135,17 @@ def _target(index: int, request: Request, schedule: Schedule, native_size) -> Sa
 
 def _reference(target: Sample, style: ReferenceStyle, number: int, picture: Any) -> Sample:
     wanted = style.reads
-    request = replace(target.request, style=shared_styles(target.request, style), seed=wanted.seed)
+    styles = shared_styles(target.request, style)
+    request = replace(target.request, style=styles, seed=wanted.seed, prompt_2=None)
     weights = dict(target.weights) if picture is None else {FULL: 1.0}
     reference = Sample(request, wanted.prompt or "", target.schedule, target.size, weights, reference_of=style)
     if wanted.bank is None:
         reference.picture = picture
     else:
         # the bank's contents were made without the reader's other styles
-        reference.request = replace(request, style=(), negative_prompt=wanted.bank.info.negative_prompt, clip_skip=0)
+        info = wanted.bank.info
+        texts = {name: getattr(info, name) for name in ("negative_prompt", "negative_prompt_2", "prompt_syntax")}
+        reference.request = replace(request, style=(), clip_skip=0, **texts)
         reference.prompt, reference.held = wanted.bank.info.prompt, (wanted.bank, number)
     return reference
 
@@ -170,7 +174,7 @@ def shared_styles(request: Request, reader: ReferenceStyle) -> list[Style]:
     All others with `share_styles`, and always those that the negative prompt names, which is the reference's as well.
     """
     others = [style for style in request.styles if style is not reader]
-    return others if reader.reads.share_styles else [s for s in others if s.named_in(request.negative_prompt)]
+    return others if reader.reads.share_styles else [s for s in others if s.named_in(request.negatives)]
 
 
 def _join_group(members: list[Sample]):

@@ -190,13 +190,14 @@ class ConditionStore:
             raise
         return conditions
 
-    def check(self, sample: Sample) -> int:
+    def check(self, sample: Sample) -> tuple[int, int]:
         """Raise the errors that `encoding` would raise for one sample, without running an encoder.
 
-        Returns the largest number of image segments in any of its rows.
+        Returns the largest numbers of image segments and of text tokens in any of its rows.
         """
         texts = self._texts(sample, say=False, check=True)
-        self.text_encoder.check(list({id(p): p for per_step in texts.per_step.values() for p in per_step}.values()))
+        prompts = {id(p): p for per_step in texts.per_step.values() for p in per_step}
+        tokens = self.text_encoder.check(list(prompts.values()))
         segments = dict.fromkeys(sample.branches, 0)
         for style in _pictured(sample):
             adapter, encoder = self._adapter(style)
@@ -210,7 +211,7 @@ class ConditionStore:
                 for branch in sample.branches:
                     parts = strengths[:1] if branch in CONDITIONAL_BRANCHES else strengths[1:]
                     segments[branch] += sum(bool(part.any()) for part in parts)
-        return max(segments.values(), default=0)
+        return max(segments.values(), default=0), tokens
 
     def release(self, conditions: Conditions) -> None:
         """Release all pages of `conditions`; a second call does nothing."""
@@ -244,23 +245,22 @@ class ConditionStore:
             poolings, skips = [key[1] for key in keys], [key[2] for key in keys]
             loras = [(use, made.loras[use.lora]) for use in used[keys[0]]]
             given = [prompts[key] for key in keys], poolings, skips, loras
-            layers, pooled = yield partial(self._text_states, *given)
-            # another request may have added some of them meanwhile
-            found = [self.text.find(key) for key in keys]
-            made.held_text += [page for page in found if page is not None]
-            absent = [i for i, page in enumerate(found) if page is None]
-            if absent:
-                with torch.inference_mode():
-                    layers = [None if pair is None else tuple(x[absent] for x in pair) for pair in layers]
-                    made.held_text += self.text.add([keys[i] for i in absent], layers, pooled[absent])
+            states = yield partial(self._text_states, *given)
+            for places, layers, pooled in states:
+                # another request may have added some of them meanwhile
+                found = [self.text.find(keys[place]) for place in places]
+                made.held_text += [page for page in found if page is not None]
+                absent = [i for i, page in enumerate(found) if page is None]
+                if absent:
+                    with torch.inference_mode():
+                        layers = [None if pair is None else tuple(x[absent] for x in pair) for pair in layers]
+                        made.held_text += self.text.add([keys[places[i]] for i in absent], layers, pooled[absent])
 
     def _texts(self, sample: Sample, say: bool = True, check: bool = False) -> Texts:
         """Return the prompts of the branches in which a sample has rows. Raises PromptError or StyleError."""
         # without a style of its own, a reference uses its own prompt in all of its readers' branches
         timesteps = sample.schedule.timesteps.clamp(0, self._train_timesteps)
-        texts = Texts(
-            sample.prompt, sample.request.negative_prompt, timesteps, self._train_timesteps, sample.branches, say
-        )
+        texts = Texts.of(sample.request, sample.prompt, timesteps, self._train_timesteps, sample.branches, say)
         for kind, styles in by_kind(sample.request.styles).items():
             with asking(kind, "write_prompts"):
                 if check:
@@ -289,14 +289,23 @@ class ConditionStore:
         poolings: Sequence[str],
         skips: Sequence[int],
         loras: Sequence[tuple[LoraUse, LoraFactors]],
-    ) -> tuple:
-        """Return keys and values per layer, and pooled states, of prompts under the same LoRAs."""
+    ) -> list[tuple]:
+        """Return keys and values per layer, and pooled states, of prompts under the same LoRAs.
+
+        One entry (places in `prompts`, keys and values, pooled) for those of each number of tokens.
+        """
         of_text = [(factors.text, use.text) for use, factors in loras if use.text]
         of_unet = LoraProducts(tuple((factors, use.unet) for use, factors in loras if use.unet))
         states = self.text_encoder.encode(prompts, poolings, skips, loras=of_text)
-        hidden = torch.stack([state.hidden for state in states]).to(self.unet.device, self.unet.dtype)
-        keys_values = self.unet.project_text(hidden, of_unet if of_unet.used else None)
-        return keys_values, torch.stack([state.pooled for state in states])
+        by_length: dict[int, list[int]] = {}
+        for place, state in enumerate(states):
+            by_length.setdefault(len(state.hidden), []).append(place)
+        made = []
+        for places in by_length.values():
+            hidden = torch.stack([states[i].hidden for i in places]).to(self.unet.device, self.unet.dtype)
+            keys_values = self.unet.project_text(hidden, of_unet if of_unet.used else None)
+            made.append((places, keys_values, torch.stack([states[i].pooled for i in places])))
+        return made
 
     def _encode_pictures(self, style: ImageStyle, made: Encoded) -> Making:
         adapter, encoder = self._adapter(style)

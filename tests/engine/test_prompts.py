@@ -1,0 +1,125 @@
+"""Long and weighted prompts through the engine: batches of several lengths, styles, records and backends."""
+
+import json
+
+import pytest
+import torch
+
+import stylefast as sf
+from stylefast import naive
+from stylefast.errors import ExportError, PromptError, StyleError
+from stylefast.models.text import Prompt
+from stylefast.record import from_record, to_record
+
+LONG = "a fish, a star, a house, " * 15
+SETTINGS = {"steps": 2, "size": (64, 64)}
+# kernels sum in another order in batches of other shapes; a wrong text moves latents by 1e-3 and more
+CLOSE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with sf.Engine.from_pretrained("tiny") as engine:
+        yield engine
+
+
+def latents(engine, *requests):
+    return engine.generate(list(requests), output="latents").latents
+
+
+def request(prompt, **options):
+    return sf.Request(prompt, **{**SETTINGS, **options})
+
+
+def requests(engine):
+    learned = sf.DreamStyler(next(iter(engine.styles().values())))
+    return [
+        request("a fish"),
+        request(LONG),
+        request("a (fish:1.4) BREAK [a star]", negative_prompt="(blue:1.2), " + LONG, prompt_syntax="a1111"),
+        request("a fish++ (and a star)0.5", prompt_syntax="compel", clip_skip=0),
+        request("a fish", prompt_2="a star", negative_prompt_2="a house"),
+        request(LONG + f"(a fish in the style of <{learned.name}>:1.3)", style=learned, prompt_syntax="a1111"),
+        request("a fish++", style=learned, prompt_2="a star", prompt_syntax="compel"),
+        request("a (cat:1.2)", style=sf.StyleAligned(prompt="a (star:1.4)"), prompt_2=LONG, prompt_syntax="a1111"),
+    ]
+
+
+def test_a_batch_of_all_lengths_and_syntaxes_equals_the_short_form_and_each_alone(engine):
+    wanted = requests(engine)
+    together, short = latents(engine, *wanted), naive.generate(engine, wanted)
+    for one, found, expected in zip(wanted, together, short, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=CLOSE)
+        torch.testing.assert_close(found, latents(engine, one)[0], rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_2": "a star"},
+        {"negative_prompt_2": "a star"},
+        {"prompt": "a (fish:1.5)", "prompt_syntax": "a1111"},
+        {"prompt": "a fish--", "prompt_syntax": "compel"},
+        {"prompt": LONG + "a fish"},
+        {"negative_prompt": "(a star:1.5)", "prompt_syntax": "a1111"},
+    ],
+)
+def test_each_setting_changes_the_picture(engine, change):
+    plain, other = latents(engine, request("a fish"), request(**{"prompt": "a fish", **change}))
+    assert (plain - other).abs().max() > 1e-3
+
+
+def test_a_record_replays_syntax_and_both_prompts(engine):
+    wanted = requests(engine)[:5]
+    again = from_record(json.loads(json.dumps(to_record(wanted))))
+    assert all(torch.equal(a, b) for a, b in zip(latents(engine, *wanted), latents(engine, *again), strict=True))
+
+
+def test_a_bank_keeps_the_syntax_of_its_negative_prompt(engine, tmp_path):
+    style, options = sf.StyleAligned(prompt="a (star:1.4)"), {"negative_prompt": "(blue:1.3)", "prompt_syntax": "a1111"}
+    bank = engine.bake(style, steps=2, negative_prompt_2="a house", **options)
+    bank = sf.StyleBank.load(bank.save(tmp_path / "star.bank"))
+    assert {name: bank.settings[name] for name in options} == options
+    assert bank.settings["negative_prompt_2"] == "a house"
+    live = latents(engine, request("a fish", style=style, negative_prompt_2="a house", **options))[0]
+    read = engine.generate("a fish", sf.StyleAligned(bank), **bank.settings, output="latents").latents[0]
+    torch.testing.assert_close(read, live, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "a (fish:nan)", "prompt_syntax": "a1111"}, "'nan' at position 8"),
+        ({"prompt": "a", "negative_prompt": "[a|b]", "prompt_syntax": "a1111"}, "change or choice"),
+        ({"prompt": "()", "prompt_syntax": "a1111"}, "prompt '()' has no words"),
+        ({"prompt": "a", "prompt_2": "(x)1e9", "prompt_syntax": "compel"}, "not a finite decimal"),
+        ({"prompt": "a" * 100_000}, "100000 characters; at most 32000"),
+        ({"prompt": "a", "prompt_2": 3}, "prompt_2 is 3"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_runs(options, message):
+    with pytest.raises(PromptError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        request(**options)
+
+
+def test_a_prompt_of_too_many_chunks_is_refused_before_anything_runs(engine):
+    with pytest.raises(PromptError, match="at most 16 chunks"):
+        engine.submit(request("a " * 2000))
+
+
+def test_exported_graphs_refuse_long_texts(engine, monkeypatch):
+    monkeypatch.setattr(type(engine.runner.backend), "takes_long_texts", False)
+    with pytest.raises(ExportError, match="48 tokens in 2 chunks.*take only 24.*shorten it to 22 "):
+        engine.submit(request("a " * 23))
+    assert len(latents(engine, request("a " * 22))) == 1
+
+
+def test_a_style_that_drops_the_second_text_is_told(engine, monkeypatch):
+    def write(cls, styles, texts):
+        for branch, prompts in texts.per_step.items():
+            texts.per_step[branch] = [Prompt(prompt.text, prompt.vectors) for prompt in prompts]
+
+    monkeypatch.setattr(sf.StyleAligned, "write_prompts", classmethod(write))
+    for options in ({"prompt_2": "a star"}, {"prompt_syntax": "compel"}):
+        with pytest.raises(StyleError, match="dataclasses.replace"):
+            engine.submit(request("a fish", style=sf.StyleAligned(prompt="a star"), **options))
