@@ -13,7 +13,7 @@ class InvalidRequest(StyleFastError, ValueError):
 
 
 class PromptError(InvalidRequest):
-    """A prompt is empty where it may not be, or a style token falls beyond the text encoder's window."""
+    """A prompt is empty where it may not be, too long, or has weights or instructions that are refused."""
 
 
 class ImageError(InvalidRequest):

@@ -75,7 +75,7 @@ def test_a_banks_place_is_checked_before_it_is_baked(idle, path):
 
 
 REFUSED = {
-    "a token beyond the window": (PromptError, {"prompt": "a cat " * 60, "style": sf.DreamStyler(learned())}),
+    "a text of too many chunks": (PromptError, {"prompt": "a cat " * 1000, "style": sf.DreamStyler(learned())}),
     "two styles of one name": (StyleError, {"style": [sf.DreamStyler(learned()), sf.DreamStyler(learned())]}),
     "vectors of another model": (
         StyleError,
