@@ -9,7 +9,7 @@ import stylefast
 from stylefast.commands.signals import Signals
 from stylefast.errors import InvalidRequest, StyleFastError
 
-COMMANDS = ("generate", "bake", "export", "demo", "bench", "info")
+COMMANDS = ("generate", "bake", "train-lora", "export", "demo", "bench", "info")
 DEBUG = "STYLEFAST_DEBUG"
 BAD_INPUT, FAILED, UNREAD = 2, 1, 141
 
@@ -34,7 +34,7 @@ def build_parser():
     parser.set_defaults(run=parser.show_help)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
-        command = import_module(f"stylefast.commands.{name}")
+        command = import_module(f"stylefast.commands.{name.replace('-', '_')}")
         subparser = subparsers.add_parser(
             name,
             help=command.SUMMARY,

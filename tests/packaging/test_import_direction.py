@@ -36,6 +36,8 @@ ALLOWED = {
     "sampling": {"errors", "values", "kernels"},
     "styles": {"errors", "values", "whole_files", "kernels", "models", "sampling.guidance"},
     "runtime": BELOW_ENGINE,
+    # the package itself, for the version that goes into a LoRA's metadata
+    "training": {"errors", "values", "whole_files", "models", "sampling", "stylefast"},
     "infotext": {"errors", "values", "sampling"},
     "record_values": {"errors", "values", "models", "styles"},
     "record": BELOW_ENGINE | {"record_values"},

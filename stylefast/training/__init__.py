@@ -1,0 +1,1 @@
+"""Training of LoRAs for SDXL-shaped models: pictures with captions in, a file for `engine.loras.add` out."""
