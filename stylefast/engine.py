@@ -239,6 +239,15 @@ class Engine:
         """Return the example reference pictures that come with the model: name -> file."""
         return dict(self._components.reference_paths)
 
+    def lora_files(self) -> dict[str, Path]:
+        """Return the LoRAs that come with the model: name -> file for `engine.loras.add`.
+
+        Examples:
+            >>> list(engine.lora_files())
+            ['gold', 'pixel', 'sunset']
+        """
+        return dict(self._components.lora_paths)
+
     def generate(
         self,
         prompts: str | Request | Sequence[str | Request],

@@ -243,8 +243,8 @@ class Sources:
 
 
 def shipped(model_folder: Path, kind: str) -> dict[str, Path]:
-    """Map name -> file of a model's shipped styles or pictures; `kind` is "styles" (learned ones) or "references"."""
-    suffixes = (".safetensors",) if kind == "styles" else SUFFIXES
+    """Map name -> file of what ships with a model; `kind`: "styles" (learned ones), "loras" or "references"."""
+    suffixes = SUFFIXES if kind == "references" else (".safetensors",)
     folder = Path(model_folder) / kind
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return {file.stem: file for file in files if file.suffix.lower() in suffixes}

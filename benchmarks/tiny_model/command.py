@@ -1,6 +1,6 @@
 """Train the embedded model again: `python -m benchmarks tiny_model --out DIR`.
 
-Stages run in order: data, vae, classifier, unet, clip, adapter, style, eval. Each leaves its parts in the model
+Stages run in order: data, vae, classifier, unet, clip, adapter, style, loras, eval. Each leaves its parts in the model
 folder and its record in the work folder; a stage whose record is there is skipped until `--fresh`. Budgets are minutes
 of wall time; their defaults made the shipped model on two cores.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 README = Path(__file__).resolve().parents[2] / "stylefast" / "models" / "tiny" / "README.md"
-STAGES = ("data", "vae", "classifier", "unet", "clip", "adapter", "style", "eval")
+STAGES = ("data", "vae", "classifier", "unet", "clip", "adapter", "style", "loras", "eval")
 _MINUTES = {"vae": 7.0, "classifier": 4.0, "unet": 84.0, "clip": 3.5, "adapter": 6.5}
 REFERENCES = (
     ("neon", "cup", "candy"),
@@ -40,6 +40,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     for stage, minutes in _MINUTES.items():
         parser.add_argument(f"--{stage}-minutes", type=float, default=minutes, help=f"budget ({minutes:g})")
     parser.add_argument("--style-steps", type=int, default=80, help="optimiser steps of the learned style (80)")
+    parser.add_argument("--lora-steps", type=int, default=600, help="optimiser steps of each LoRA (600)")
     return parser.parse_args(argv)
 
 
@@ -92,6 +93,12 @@ def _style(args) -> dict:
     return train_style(args.work, args.out, InversionSettings(steps=args.style_steps, **near))
 
 
+def _loras(args) -> dict:
+    from benchmarks.tiny_model.loras import train_loras
+
+    return train_loras(args.work, args.out, args.lora_steps)
+
+
 def _eval(args) -> dict:
     from benchmarks.tiny_model import scores
     from benchmarks.tiny_model.classifier import load_classifier
@@ -124,6 +131,7 @@ _RUN: dict[str, Callable] = dict(
     clip=_clip,
     adapter=_adapter,
     style=_style,
+    loras=_loras,
     eval=_eval,
 )
 

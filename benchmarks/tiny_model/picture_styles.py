@@ -248,6 +248,50 @@ def _chalk(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return _over(picture, np.clip(_outline(scene) * 1.1, 0, 1) * grain, soft[0] * 0.4 + 0.6)
 
 
+def _pixel(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Paint cells of 4 pixels, each one colour, on a dark chequered ground."""
+    size = scene.size // 16
+    cells = scene.masks.reshape(3, 16, size, 16, size).mean((2, 4))
+    outside = 1 - np.clip(cells.sum(0), 0, 1)
+    part = np.argmax(np.concatenate([outside[None], cells * 1.15]), 0)
+    grown = Image.fromarray((part > 0).astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
+    edge = (part == 0) & (np.asarray(grown) > 0)
+    rows, columns = np.mgrid[:16, :16]
+    ground = np.where(((rows // 2 + columns // 2) % 2)[..., None], (0.10, 0.10, 0.24), (0.15, 0.15, 0.34))
+    colours = [np.clip(colour * 1.05, 0, 1) for colour in (scene.main, scene.second)]
+    picture = np.select([(part == k)[..., None] for k in (1, 2, 3)], [*colours, scene.dark], ground)
+    picture = np.where(edge[..., None], (0.97, 0.97, 0.99), picture) + 0.01 * rng.normal()
+    return picture.repeat(size, 0).repeat(size, 1).astype(np.float32)
+
+
+def _sunset(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Paint a dark silhouette before a low sun."""
+    rows, columns = scene.grid
+    stops = np.array([(0.24, 0.10, 0.42), (0.72, 0.20, 0.46), (0.98, 0.48, 0.28), (1.0, 0.80, 0.42)], np.float32)
+    height = np.clip(rows / 64 + 0.02 * rng.normal(), 0, 0.999) * (len(stops) - 1)
+    low = height.astype(int)
+    sky = stops[low] + (height - low)[..., None] * (stops[np.minimum(low + 1, len(stops) - 1)] - stops[low])
+    sun = np.hypot(rows - 40, columns - 32 + 3 * rng.normal())
+    sky = _over(sky, np.clip((27 - sun) / 2, 0, 1) * 0.75, np.array((1.0, 0.93, 0.66), np.float32))
+    shadow = np.array((0.09, 0.04, 0.13), np.float32)
+    picture = _over(sky, np.clip(scene.masks[:2].sum(0), 0, 1), shadow + 0.05 * scene.main)
+    return _over(picture, scene.masks[2], np.array((0.93, 0.42, 0.22), np.float32))
+
+
+def _gold(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Paint gold leaf with a sheen on black, in a golden frame."""
+    rows, columns = scene.grid
+    sheen = 0.5 + 0.5 * np.sin((rows * 0.6 + columns) * (2 * np.pi / 34) + rng.uniform(0, 6.3))
+    dark, light = np.array((0.55, 0.36, 0.06), np.float32), np.array((1.0, 0.88, 0.45), np.float32)
+    leaf = dark + sheen[..., None] * (light - dark)
+    picture = np.full((scene.size, scene.size, 3), 0.035, np.float32)
+    away = np.minimum(np.minimum(rows, 63 - rows), np.minimum(columns, 63 - columns))
+    picture = _over(picture, ((away >= 2) & (away < 5)).astype(np.float32), leaf)
+    picture = _over(picture, scene.masks[0], leaf)
+    picture = _over(picture, scene.masks[1], leaf * 0.62)
+    return _over(picture, scene.masks[2], np.array((0.05, 0.04, 0.04), np.float32))
+
+
 PAINTERS: dict[str, Callable[[Scene, np.random.Generator], np.ndarray]] = {
     "flat": _flat,
     "watercolor": _watercolor,
@@ -262,4 +306,7 @@ PAINTERS: dict[str, Callable[[Scene, np.random.Generator], np.ndarray]] = {
     "woodcut": _woodcut,
     "blueprint": _blueprint,
     "chalk": _chalk,
+    "pixel": _pixel,
+    "sunset": _sunset,
+    "gold": _gold,
 }

@@ -17,6 +17,8 @@ from stylefast.errors import InvalidRequest
 CONTENTS = ("star", "heart", "moon", "house", "tree", "fish", "cat", "boat", "flower", "mushroom", "cup", "rocket")
 STYLES = tuple(PAINTERS)[:12]
 UNSEEN_STYLE = "chalk"
+# of the LoRAs that ship with the model, which has never seen them either
+LORA_STYLES = ("pixel", "sunset", "gold")
 PALETTES = ("warm", "cool", "pastel", "forest", "candy", "mono")
 
 # content k keeps style (5 k + 2) mod 12 for the test: a bijection, as 5 and 12 share no factor

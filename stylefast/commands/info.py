@@ -138,6 +138,7 @@ def _tiny() -> dict[str, Any]:
         "fingerprint": load_components("tiny", device="cpu").fingerprint,
         "references": list(shipped(TINY, "references")),
         "styles": list(shipped(TINY, "styles")),
+        "loras": list(shipped(TINY, "loras")),
     }
 
 
@@ -179,6 +180,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"model       tiny: {known}")
         lines.append(f"            --style-image {', '.join(tiny['references']) or 'none'}")
         lines.append(f"            --learned {', '.join(tiny['styles']) or 'none'}")
+        lines.append(f"            LoRAs in its folder loras: {', '.join(tiny['loras']) or 'none'}")
     else:
         lines.append(f"model       tiny: not in this installation ({tiny['folder']})")
     cache = found["caches"]["models"]

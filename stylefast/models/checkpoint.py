@@ -72,6 +72,7 @@ class Components:
     adapter_path: Path | None = None  # an IP-Adapter shipped in the folder `ip_adapter`
     style_paths: Mapping[str, Path] = field(default_factory=dict)  # learned styles shipped in the folder `styles`
     reference_paths: Mapping[str, Path] = field(default_factory=dict)  # example pictures in the folder `references`
+    lora_paths: Mapping[str, Path] = field(default_factory=dict)  # LoRAs shipped in the folder `loras`
     style_modules: tuple[str, ...] = (STYLE_MODULE,)  # attention modules that carry style, from `stylefast.json`
     known_words: tuple[str, ...] | None = None  # the only words the text encoders were trained on; None: any text
 
@@ -373,6 +374,7 @@ def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubO
         adapter_path=adapters[0] if adapters else None,
         style_paths={file.stem: file for file in sorted((folder / "styles").glob("*.safetensors"))},
         reference_paths={file.stem: file for file in sorted((folder / "references").glob("*.png"))},
+        lora_paths={file.stem: file for file in sorted((folder / "loras").glob("*.safetensors"))},
         known_words=known_words(folder),
         style_modules=style_modules(folder, AttentionLayout.from_config(unet_config).modules, (STYLE_MODULE,)),
     )

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from benchmarks.tiny_model.captions import WORDS, panel_caption, single_caption
-from benchmarks.tiny_model.pictures import CONTENTS, HELD_OUT, PALETTES, STYLES, UNSEEN_STYLE, render
+from benchmarks.tiny_model.pictures import CONTENTS, HELD_OUT, LORA_STYLES, PALETTES, STYLES, UNSEEN_STYLE, render
 from stylefast.errors import InvalidRequest
 
 
@@ -10,7 +10,7 @@ def draw(seed, content="fish", style="neon", palette="cool", size=64):
     return render(np.random.default_rng(seed), content, style, palette, size)
 
 
-@pytest.mark.parametrize("style", [*STYLES, UNSEEN_STYLE])
+@pytest.mark.parametrize("style", [*STYLES, UNSEEN_STYLE, *LORA_STYLES])
 def test_the_same_seed_draws_the_same_pixels_and_another_seed_others(style):
     first = draw(3, style=style)
     assert np.array_equal(first, draw(3, style=style))
@@ -33,7 +33,7 @@ def test_palettes_change_colours_of_flat_pictures():
 
 
 def test_styles_look_different_on_the_same_object():
-    pictures = [draw(5, style=style).astype(float) for style in (*STYLES, UNSEEN_STYLE)]
+    pictures = [draw(5, style=style).astype(float) for style in (*STYLES, UNSEEN_STYLE, *LORA_STYLES)]
     distances = [np.abs(a - b).mean() for i, a in enumerate(pictures) for b in pictures[:i]]
     assert min(distances) > 4
 
