@@ -1,13 +1,14 @@
 """`stylefast demo`: the styles side by side on the embedded model, with the command that makes each row."""
 
 import argparse
+import json
 import os
 import re
 import secrets
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ STYLES = ("neon", "woodcut", "watercolor", "mosaic")
 CONTENTS = ("house", "cat", "boat", "mushroom")
 ALIGNED = ("--shift", "1", "--share-group-norm")
 STRENGTHS = ("0.25", "0.5", "0.75", "1")
+MIXED = 0.6  # strength of each of two LoRAs on one picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """One `stylefast generate`: its folder in the demo, a title, the prompts and options, and its reference picture."""
+    """One `stylefast generate`: its folder in the demo, a title, the prompts and options, and its reference picture.
+
+    With `loras` (for each picture, name of a LoRA that comes with the model -> strength) the call has one prompt and a
+    file of requests.
+    """
 
     name: str
     title: str
     words: tuple[str, ...]
     reference: str | None = None  # name of a picture that comes with the model
+    loras: tuple[Mapping[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,7 @@ def plan(model_folder: Path) -> tuple[Chapter, ...]:
         _instant_chapter(references[0]),
         _learned_chapter(learned[0]),
         _composed_chapter(references[-1], learned[0]),
+        *_lora_chapters(list(shipped(model_folder, "loras"))),
     )
 
 
@@ -223,10 +231,58 @@ def _composed_chapter(reference: str, learned: str) -> Chapter:
     return Chapter("All three at once", text, calls)
 
 
+def _lora_chapters(names: Sequence[str]) -> tuple[Chapter, ...]:
+    """Return the chapter of the LoRAs that come with the model; none for a model without."""
+    if not names:
+        return ()
+    settings: list[Mapping[str, float]] = [{name: 1.0} for name in names[:3]]
+    if len(names) > 1:
+        settings.append(dict.fromkeys(names[:2], MIXED))
+    words = ("a cat", "--seed", "131")
+    calls = (
+        Call("loras", "one prompt and one seed under LoRAs, all in one batch", words, loras=tuple(settings)),
+        Call("plain-loras", "the same prompt and seed without them", words),
+    )
+    text = (
+        "Each picture of the row has LoRAs of its own, at its own strengths; they are added per row of the batch, and "
+        "the model's weights stay as they are."
+    )
+    return (Chapter("LoRAs: one prompt, a LoRA for each picture", text, calls),)
+
+
 def command_of(call: Call, choice: ModelChoice, steps: int, folder: str) -> list[str]:
     """Return the command line, as words, that makes a call's pictures."""
-    words = ["stylefast", "generate", *call.words, "--steps", str(steps), "--no-grid", *choice.words()]
-    return [*words, "--out", folder]
+    if call.loras:
+        from stylefast.record_values import shipped
+
+        files = shipped(choice.folder, "loras")
+        used = list(dict.fromkeys(name for setting in call.loras for name in setting))
+        words = ["--requests", f"{folder}.json", *(word for name in used for word in ("--lora", str(files[name])))]
+    else:
+        words = [*call.words, "--steps", str(steps)]
+    return ["stylefast", "generate", *words, "--no-grid", *choice.words(), "--out", folder]
+
+
+def _requests_of(call: Call, steps: int, folder: Path, choice: ModelChoice, parser: argparse.ArgumentParser) -> list:
+    """Return a call's requests; for those with LoRAs of their own, write the file that `command_of` names."""
+    from dataclasses import replace
+
+    from stylefast.record import to_record
+
+    parsed = parser.parse_args([*call.words, "--steps", str(steps)])
+    requests = generate.requests_of(parsed, choice.folder)
+    if call.loras:
+        requests = [replace(request, loras=loras) for request in requests for loras in call.loras]
+        record = json.dumps(to_record(requests, choice.folder), indent=1)
+        (folder / f"{call.name}.json").write_text(record + "\n", encoding="utf-8")
+    return requests
+
+
+def _caption(request) -> str:
+    """Return the prompt, or what LoRAs the picture has: "pixel", or "gold 0.6 + pixel 0.6"."""
+    used = request.lora_scales
+    parts = [name if scale.unet == 1 else f"{name} {scale.unet:g}" for name, scale in used.items()]
+    return " + ".join(parts) or request.prompt
 
 
 def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.Namespace, folder: Path) -> None:
@@ -235,25 +291,28 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
 
     from stylefast import presentation
     from stylefast.commands.files import Destination
-    from stylefast.record_values import find_picture
+    from stylefast.record_values import find_picture, shipped
 
     parser = argparse.ArgumentParser()
     generate.add_arguments(parser)
     sections, sheet, loaded = [], [], choice.recorded()
     calls = sum(len(chapter.calls) for chapter in chapters)
+    names = {name for chapter in chapters for call in chapter.calls for loras in call.loras for name in loras}
+    for name, file in shipped(choice.folder, "loras").items():
+        if name in names and name not in engine.loras:
+            engine.loras.add(file, name)
     with tqdm(total=calls, unit="row", disable=arguments.quiet, file=sys.stderr) as bar:
         for chapter in chapters:
             rows = []
             for call in chapter.calls:
                 bar.set_description(call.name)
                 command = command_of(call, choice, arguments.steps, str(Path(arguments.out) / call.name))
-                parsed = parser.parse_args(command[2:])
-                requests = generate.requests_of(parsed, choice.folder)
+                requests = _requests_of(call, arguments.steps, folder, choice, parser)
                 destination = Destination(folder / call.name, [request.prompt for request in requests])
                 result = generate.make(engine, requests, quiet=True)
-                paths = generate.save(destination, result, loaded, parsed.grid, show=False)
+                paths = generate.save(destination, result, loaded, grid=False, show=False)
                 figures = [
-                    presentation.Figure(f"{call.name}/{path.name}", request.prompt)
+                    presentation.Figure(f"{call.name}/{path.name}", _caption(request))
                     for path, request in zip(paths, requests, strict=True)
                 ]
                 if call.reference is not None:
@@ -262,7 +321,8 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
                 rows.append(presentation.Row(call.title, tuple(figures), shlex.join(command)))
                 pictures = [Image.open(folder / figure.source).convert("RGB") for figure in figures]
                 size = result.images[0].size
-                sheet.append((call.title, [presentation.fitted(picture, size) for picture in pictures]))
+                named = f": {', '.join(map(_caption, requests))}" if call.loras else ""
+                sheet.append((call.title + named, [presentation.fitted(picture, size) for picture in pictures]))
                 bar.update()
             sections.append(presentation.Section(chapter.title, chapter.text, tuple(rows)))
     text = (

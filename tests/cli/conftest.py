@@ -10,6 +10,7 @@ from stylefast.cli import main
 from stylefast.commands.generate import ModelChoice
 from stylefast.styles.embeddings import StageEmbedding, save_embedding
 from tests.support.small_adapter import global_adapter, save_adapter, small_layout, small_picture, small_vision_model
+from tests.support.small_checkpoints import random_lora, write_kohya_lora
 from tests.support.small_sdxl import small_pipeline
 
 TEXT_WIDTH = 32
@@ -20,21 +21,24 @@ _load_once = cache(ModelChoice.load)
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """A diffusers folder with adapter, image encoder, the learned style "chalk" and the references "blot", "splash"."""
+    """A diffusers folder with adapter, image encoder, the learned style "chalk", references, and LoRAs."""
     from transformers import CLIPImageProcessor
 
     folder = tmp_path_factory.mktemp("model")
-    small_pipeline().save_pretrained(folder)
+    pipe = small_pipeline()
+    pipe.save_pretrained(folder)
     small_vision_model(projection_dim=TEXT_WIDTH).save_pretrained(folder / "image_encoder")
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor.save_pretrained(folder / "feature_extractor")
-    for name in ("ip_adapter", "styles", "references"):
+    for name in ("ip_adapter", "styles", "references", "loras"):
         (folder / name).mkdir()
     save_adapter(global_adapter(small_layout(), embed_dim=TEXT_WIDTH), folder / "ip_adapter" / "ip-adapter.safetensors")
     vectors = 0.2 * torch.randn(2, 6, 1, TEXT_WIDTH, generator=torch.Generator().manual_seed(3))
     save_embedding(StageEmbedding("chalk", *vectors), folder / "styles" / "chalk.safetensors")
     for seed, name in enumerate(("blot", "splash")):
         small_picture(seed, (64, 64)).save(folder / "references" / f"{name}.png")
+    for seed, name in enumerate(("dots", "ink")):
+        write_kohya_lora(random_lora(pipe, seed), folder / "loras" / f"{name}.safetensors", pipe.unet.config)
     return folder
 
 

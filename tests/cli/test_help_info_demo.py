@@ -23,7 +23,7 @@ def test_help_loads_neither_torch_nor_pillow(checkout):
     assert done.stdout.endswith("\n0 []\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "bake", "demo", "info"])
+@pytest.mark.parametrize("command", ["generate", "bake", "train-lora", "demo", "info"])
 def test_the_help_of_every_command_shows_an_example(stylefast, command):
     code, out, _ = stylefast(command, "--help")
     assert code == 0 and re.search(rf"^\s+stylefast {command}", out, re.MULTILINE)
@@ -70,6 +70,19 @@ def test_the_demos_page_shows_its_pictures_and_its_commands_make_them(stylefast,
     assert code == 0, err
     for path in out.split():
         assert pixels(path) == pixels(out_folder / "composed" / path.rpartition("/")[2])
+
+    command = next(line for line in re.findall(r"<pre>(.*?)</pre>", page) if "demo/loras.json" in line)
+    words = shlex.split(html.unescape(command))
+    words[words.index("--out") + 1] = str(tmp_path / "loras-again")
+    code, out, err = stylefast(*words[1:])
+    assert code == 0, err
+    made = [pixels(path) for path in out.split()]
+    assert made == [pixels(out_folder / "loras" / path.rpartition("/")[2]) for path in out.split()]
+    # dots, ink and both; each differs from the others, and from the picture without
+    plain = [pixels(path) for path in (out_folder / "plain-loras").iterdir()]
+    assert len(made) == 3 and len({*made, *plain}) == 4
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert {"dots", "ink", "dots 0.6 + ink 0.6"} <= {*captions}
 
     # an older demo is replaced, a folder of something else is not
     assert stylefast("demo", "--out", tmp_path, "--model", model_folder)[0] == 2
