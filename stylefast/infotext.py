@@ -19,6 +19,7 @@ from typing import Any
 
 from stylefast import values
 from stylefast.errors import InvalidRequest, PromptError
+from stylefast.models.prompt_syntax import parse
 from stylefast.sampling.few_step import FEW_STEP_PRESETS
 from stylefast.sampling.guidance import MAX_GUIDANCE
 from stylefast.sampling.schedule import KARRAS_SCHEDULERS, MAX_STEPS, SCHEDULER_NAMES
@@ -55,7 +56,10 @@ _AUTOMATIC_NAME = "Automatic"
 _OWN_SPACING = ("lcm", "tcd", "dpmpp_sde")
 # SDXL's own layer, the second to last, is A1111's 2
 _CLIP_SKIP = 2
+# for SDXL's second encoder; A1111 has no such field
+_SECOND = {"prompt_2": "Prompt 2", "negative_prompt_2": "Negative prompt 2"}
 _TAKEN = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "Lora hashes")
+_TAKEN += tuple(_SECOND.values())
 
 # EXIF's own folder, and UserComment in it, which begins with the name of its encoding
 _EXIF, _COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
@@ -88,6 +92,7 @@ class Parameters:
 
     Attributes:
         prompt, negative_prompt: in A1111's syntax, without the tags of LoRAs.
+        prompt_2, negative_prompt_2: those for text encoder 2, which stylefast alone writes.
         steps, guidance, seed, size: as in `Request`.
         scheduler, spacing: A1111's sampler and schedule type under our names.
         clip_skip: as `Request` counts it.
@@ -97,6 +102,8 @@ class Parameters:
 
     prompt: str
     negative_prompt: str = ""
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
     steps: int | None = None
     scheduler: str | None = None
     spacing: str | None = None
@@ -139,6 +146,7 @@ def read(text: str) -> Parameters:
     return Parameters(
         prompt=prompt,
         negative_prompt=values.prompt("the negative prompt of the parameters text", negative),
+        **{name: values.prompt(title, settings[title]) for name, title in _SECOND.items() if title in settings},
         steps=_whole(settings, "Steps", 1, MAX_STEPS),
         scheduler=scheduler,
         spacing=spacing,
@@ -155,8 +163,8 @@ def write(metadata: Mapping[str, Any]) -> str:
     """Return the parameters text of a picture's metadata (`record.metadata`, with its size as "size").
 
     LoRAs become tags behind the prompt. A prompt in plain syntax has its brackets escaped, so that A1111 reads them as
-    they are. What A1111 has no words for, styles above all, is in our own record alone; so is where a prompt ends that
-    has a line of its own beginning with "Negative prompt:".
+    they are, and one in compel's has its weights in A1111's brackets. What A1111 has no words for, styles above all, is
+    in our own record alone; so is where a prompt ends that has a line of its own beginning with "Negative prompt:".
     """
     request = metadata["call"]["requests"][metadata["index"]]
     tags, others = [], []
@@ -167,6 +175,7 @@ def write(metadata: Mapping[str, Any]) -> str:
         # a tag names a LoRA once
         fits = not re.search(r"[<>:\n]", name) and not (name in own and scale is merged.get(name))
         (tags if fits else others).append(f"<lora:{name}:{weights}>" if fits else f"{name}: {weights}")
+    syntax = request.get("prompt_syntax", "plain")
     settings = {
         "Steps": request["steps"],
         "Sampler": sampler_name(request["scheduler"]),
@@ -174,14 +183,14 @@ def write(metadata: Mapping[str, Any]) -> str:
         "CFG scale": request["guidance"],
         "Seed": request["seed"],
         "Size": "x".join(map(str, metadata["size"])),
+        **{title: _in_a1111(request[name], syntax) for name, title in _SECOND.items() if request.get(name) is not None},
         "Model hash": metadata["fingerprint"][:10],
         "Model": metadata["model"],
         "Clip skip": request["clip_skip"] + _CLIP_SKIP if request.get("clip_skip") else None,
         "Loras": ", ".join(others) or None,
         "Version": f"stylefast {metadata['stylefast']}",
     }
-    plain = request.get("prompt_syntax", "plain") == "plain"
-    prompt, negative = (_escaped(request[name]) if plain else request[name] for name in ("prompt", "negative_prompt"))
+    prompt, negative = (_in_a1111(request[name], syntax) for name in ("prompt", "negative_prompt"))
     lines = [" ".join([prompt, *tags])]
     if negative:
         lines.append(f"{NEGATIVE} {negative}")
@@ -460,8 +469,13 @@ def _preset_spacing(scheduler: str) -> str | None:
     return None if preset is None or preset.scheduler in _OWN_SPACING else preset.spacing
 
 
-def _escaped(text: str) -> str:
-    return _BRACKETS.sub(lambda match: f"\\{match[0]}", text)
+def _in_a1111(text: str, syntax: str) -> str:
+    if syntax == "a1111":
+        return text
+    [runs] = parse(text, syntax)
+    parts = [(_BRACKETS.sub(lambda match: f"\\{match[0]}", run.text), run.weight) for run in runs]
+    # compel's runs are words without the spaces between them
+    return " ".join(part if weight == 1 else f"({part}:{weight:.6g})" for part, weight in parts)
 
 
 def _quoted(value: Any) -> str:

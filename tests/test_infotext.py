@@ -257,6 +257,19 @@ def test_a_text_is_written_as_a1111_does():
     assert write(metadata(prompt="a (fish:1.2)", prompt_syntax="a1111")).startswith("a (fish:1.2)\n")
 
 
+def test_compels_weights_and_both_prompts_are_written_in_a1111s_syntax():
+    texts = {"prompt": "a (red cat)1.3 on house++ \\(x\\)", "negative_prompt": "blue-", "prompt_2": "a, (dog)0.5"}
+    written = write(metadata(prompt_syntax="compel", negative_prompt_2="", **texts))
+    assert written.startswith("a (red cat:1.3) on (house:1.21) \\(x\\)\nNegative prompt: (blue:0.9)\n")
+    assert 'Prompt 2: "a, (dog:0.5)", Negative prompt 2: ' in written
+    found = read(written)
+    assert (
+        found.prompt_2 == "a, (dog:0.5)"
+        and found.negative_prompt_2 == ""
+        and not {*found.not_taken} - {"Version", "Model", "Model hash"}
+    )
+
+
 @given(
     prompt=st.text(
         st.characters(codec="utf-8", exclude_characters="\n\r<()[]\\", categories=["L", "P", "Zs"]), min_size=1

@@ -47,14 +47,10 @@ def run_foreign(arguments: argparse.Namespace, text: str) -> int:
 
 def request_of(parameters: Parameters, loras: Mapping[str, LoraStrength]) -> Request:
     """Return the request of settings; what they don't say is as in `Request`. Raises InvalidRequest or a subclass."""
-    known = [f.name for f in fields(Request)]
     given: dict[str, Any] = {
-        name: getattr(parameters, name) for name in known if getattr(parameters, name, None) is not None
+        f.name: getattr(parameters, f.name) for f in fields(Request) if getattr(parameters, f.name, None) is not None
     }
-    if "prompt_syntax" in known:
-        given["prompt_syntax"] = "a1111"
-    given["loras"] = loras
-    return Request(**given)
+    return Request(**given | {"loras": loras, "prompt_syntax": "a1111"})
 
 
 def loras_of(wanted: Sequence[LoraTag], given: Sequence[Lora], force: bool = False) -> tuple[Lora, ...]:

@@ -1,6 +1,6 @@
 """Prompts with weights: texts in the syntaxes of A1111 and compel, as runs of one weight.
 
-Nothing here knows tokens or models. The engine does not read these syntaxes yet.
+Nothing here knows tokens or models. docs/prompts.md defines both.
 """
 
 import re

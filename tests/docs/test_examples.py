@@ -7,11 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
-from stylefast.models.checkpoint import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,20 +28,10 @@ def test_there_are_examples():
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     """As they stand, but for the number of steps, which changes nothing but the picture."""
     monkeypatch.chdir(tmp_path)
-    write_lora(tmp_path / "ink.safetensors")
     names: dict = {}
     for number, source in enumerate(blocks(page), 1):
         source = re.sub(r"\bsteps=(\d+)", lambda found: f"steps={min(int(found[1]), MOST_STEPS)}", source)
         exec(compile(source, f"{page.name}, example {number}", "exec"), names)
-
-
-def write_lora(path: Path) -> None:
-    """Write the file that stands for a reader's own LoRA: random factors for one layer of the embedded model."""
-    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    with safe_open(next((TINY / "unet").glob("*.safetensors")), "pt") as weights:
-        out, inner = weights.get_slice(f"{name}.weight").get_shape()
-    key = f"lora_unet_{name.replace('.', '_')}"
-    save_file({f"{key}.lora_down.weight": torch.ones(1, inner), f"{key}.lora_up.weight": torch.ones(out, 1)}, path)
 
 
 def anchors(page: Path) -> set[str]:

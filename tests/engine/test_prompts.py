@@ -69,6 +69,29 @@ def test_each_setting_changes_the_picture(engine, change):
     assert (plain - other).abs().max() > 1e-3
 
 
+def test_all_that_readme_promises_shares_one_call_a_step_and_equals_each_alone(engine):
+    for name, file in engine.lora_files().items():
+        engine.loras.add(file, name)
+    bank = engine.bake(sf.StyleAligned(prompt="a star in neon style"), loras={"gold": 0.8}, steps=2)
+    learned = sf.DreamStyler(engine.styles()["chalk"])
+    instant = sf.InstantStyle(engine.references()["neon"])
+    long = "a (house:1.3), a [boat], a tree, a star, " * 17
+    wanted = [
+        request("a fish"),
+        sf.Request("a cat", style=sf.StyleAligned(bank), loras={"gold": 0.8}, **bank.settings),
+        request(long, style=instant, loras={"pixel": 0.6, "sunset": 0.4}, prompt_syntax="a1111"),
+        request("a mushroom in the style of {style}", style=learned),
+    ]
+    assert engine.text_encoder.check([Prompt(long, syntax="a1111")]) > 200
+    before = engine.runner.calls
+    together = latents(engine, *wanted)
+    assert engine.runner.calls == before + 2
+    for one, found in zip(wanted, together, strict=True):
+        torch.testing.assert_close(found, latents(engine, one)[0], rtol=0, atol=CLOSE)
+    for name in engine.lora_files():
+        engine.loras.remove(name)
+
+
 def test_a_record_replays_syntax_and_both_prompts(engine):
     wanted = requests(engine)[:5]
     again = from_record(json.loads(json.dumps(to_record(wanted))))

@@ -38,7 +38,7 @@ ALLOWED = {
     "runtime": BELOW_ENGINE,
     # the package itself, for the version that goes into a LoRA's metadata
     "training": {"errors", "values", "whole_files", "models", "sampling", "stylefast"},
-    "infotext": {"errors", "values", "sampling"},
+    "infotext": {"errors", "values", "models.prompt_syntax", "sampling"},
     "record_values": {"errors", "values", "models", "styles"},
     "record": BELOW_ENGINE | {"record_values"},
     # the package itself, for the version that goes into a picture's metadata
