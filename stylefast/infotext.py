@@ -85,6 +85,11 @@ class LoraTag:
     hash: str = ""
     text_weight: float | None = None
 
+    @property
+    def strengths(self) -> float | tuple[float, float]:
+        """Return the weights as a request takes them."""
+        return self.weight if self.text_weight is None else (self.weight, self.text_weight)
+
 
 @dataclass(frozen=True)
 class Parameters:

@@ -1,12 +1,13 @@
 """`stylefast generate --from picture.png`: repeat the whole recorded call and keep this one picture."""
 
 import argparse
+import hashlib
 import os
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from PIL import Image, ImageChops
 
 from stylefast.commands.files import Destination, read_metadata
 from stylefast.commands.generate import check_loras, check_schedules, load, make, save
-from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, RECORDED, Lora, ModelChoice
+from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, RECORDED, Lora, ModelChoice, model_folder
 from stylefast.commands.notices import warn
 from stylefast.engine import Result
 from stylefast.errors import InvalidRequest, ModelError
 from stylefast.options import PREDICTION_TYPES
 from stylefast.record import from_record
+from stylefast.record_values import shipped
 
 _SHOWN = 600  # max characters of the picture's text quoted in a message
 
@@ -98,28 +100,34 @@ def _lora_files(metadata: Mapping) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _given(arguments: argparse.Namespace) -> list[Lora]:
+    shipped_loras = shipped(model_folder(arguments.model or DEFAULT_MODEL), "loras")
+    return [Lora.of_rows(text, shipped_loras) for text in arguments.row_lora or ()]
+
+
+def _with_stylefast(file: Mapping[str, Any]) -> str | None:
+    """Return the path of the LoRA that comes with stylefast and is the recorded one, None if it is none of them."""
+    from stylefast.models.checkpoint import TINY
+
+    own = shipped(TINY, "loras").values()
+    return next((str(path) for path in own if hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]), None)
+
+
 def _row_loras(arguments: argparse.Namespace, metadata: Mapping) -> tuple[Lora, ...]:
     """Return the files of the recorded requests' LoRAs, those given first. Raises InvalidRequest."""
-    given = {lora.name: lora for lora in (Lora.of(text, "--lora") for text in arguments.row_lora or ())}
-    scaled = next((lora for lora in given.values() if lora.scale != 1), None)
+    given = {lora.name: lora for lora in _given(arguments)}
+    scaled = next((lora for lora in given.values() if not lora.plain), None)
     if scaled is not None:
         raise InvalidRequest(f"--lora {scaled.words()} has a strength, but the picture records its own; drop it here")
     files = {
-        name: _Named(given[name].path if name in given else file["path"], part=file.get("part"), recorded=name)
+        name: Lora(
+            given[name].path if name in given else _with_stylefast(file) or file["path"],
+            part=file.get("part"),
+            own_name=name,
+        )
         for name, file in _lora_files(metadata).items()
     }
     return (*files.values(), *(lora for name, lora in given.items() if name not in files))
-
-
-@dataclass(frozen=True)
-class _Named(Lora):
-    """A recorded LoRA, whose name need not be its file's."""
-
-    recorded: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.recorded
 
 
 def _recorded_loras(metadata: Mapping) -> list[tuple[Lora, str]]:
@@ -142,10 +150,10 @@ def _check_asked_for(arguments: argparse.Namespace, recorded: Mapping, metadata:
         named[f"the {name.replace('_', ' ')} {value}"] = [f"--{name.replace('_', '-')}", value]
     if arguments.lora is None:
         named |= {f"the LoRA {lora.path}": ["--merge-lora", lora.words()] for lora in recorded["lora"]}
-    given = {Lora.of(text, "--lora").name for text in arguments.row_lora or ()}
+    given = {lora.name for lora in _given(arguments)}
     for name, file in _lora_files(metadata).items():
-        if name not in given:
-            named[f"the LoRA {file['path']}"] = ["--lora", file["path"]]
+        if name not in given and _with_stylefast(file) is None:
+            named[f"the LoRA {file['path']}"] = ["--lora", Lora(file["path"], own_name=name).words()]
     options = [word for words in named.values() for word in words]
     styles = [f"the style file {path}" for path in _style_files(metadata["call"])]
     if not named and not styles:

@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     choice = ModelChoice.of(arguments)
     style = _style(arguments, choice.folder)
     settings = with_preset_guidance(sampling_settings(arguments))
-    settings["loras"] = {lora.name: lora.scale for lora in choice.row_lora}
+    settings["loras"] = {lora.name: lora.strengths for lora in choice.row_lora}
     request = bake_request(style, settings)
     check_schedules([request])
     out = _target(arguments, style)

@@ -253,11 +253,7 @@ def _lora_chapters(names: Sequence[str]) -> tuple[Chapter, ...]:
 def command_of(call: Call, choice: ModelChoice, steps: int, folder: str) -> list[str]:
     """Return the command line, as words, that makes a call's pictures."""
     if call.loras:
-        from stylefast.record_values import shipped
-
-        files = shipped(choice.folder, "loras")
-        used = list(dict.fromkeys(name for setting in call.loras for name in setting))
-        words = ["--requests", f"{folder}.json", *(word for name in used for word in ("--lora", str(files[name])))]
+        words = ["--requests", f"{folder}.json"]
     else:
         words = [*call.words, "--steps", str(steps)]
     return ["stylefast", "generate", *words, "--no-grid", *choice.words(), "--out", folder]
@@ -273,7 +269,9 @@ def _requests_of(call: Call, steps: int, folder: Path, choice: ModelChoice, pars
     requests = generate.requests_of(parsed, choice.folder)
     if call.loras:
         requests = [replace(request, loras=loras) for request in requests for loras in call.loras]
-        record = json.dumps(to_record(requests, choice.folder), indent=1)
+        used = dict.fromkeys(name for setting in call.loras for name in setting)
+        call_and_files = to_record(requests, choice.folder) | {"loras": {name: name for name in used}}
+        record = json.dumps(call_and_files, indent=1)
         (folder / f"{call.name}.json").write_text(record + "\n", encoding="utf-8")
     return requests
 

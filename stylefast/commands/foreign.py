@@ -61,10 +61,7 @@ def loras_of(wanted: Sequence[LoraTag], given: Sequence[Lora], force: bool = Fal
     """
     files: dict[str, Lora] = {}
     for lora in given:
-        name = Path(lora.path).stem
-        if wanted and name in files:
-            raise InvalidRequest(f"--lora names two files called {values.quoted(name)}; give the picture's alone")
-        files[name if name not in files else lora.path] = lora
+        files[lora.name] = lora
     for tag in wanted:
         if tag.name not in files:
             known = ", ".join(files) or "none"
@@ -73,13 +70,13 @@ def loras_of(wanted: Sequence[LoraTag], given: Sequence[Lora], force: bool = Fal
                 f"FOLDER/{tag.name[:100]}.safetensors (given: {known[:600]}{values.did_you_mean(tag.name, files)})"
             )
         lora = files[tag.name]
-        if lora.scale not in (1.0, tag.weight):
+        if not lora.plain and lora.strengths != tag.strengths:
             raise InvalidRequest(
-                f"--lora gives {values.quoted(tag.name)} the strength {lora.scale:g}, and the picture's settings "
-                f"{tag.weight:g}; leave it out of --lora"
+                f"--lora gives {values.quoted(tag.name)} the strength {lora.strengths}, and the picture's settings "
+                f"{tag.strengths}; leave it out of --lora"
             )
         _check_hash(tag, lora, force)
-        files[tag.name] = Lora(lora.path, tag.weight, tag.text_weight)
+        files[tag.name] = Lora(lora.path, tag.weight, tag.text_weight, own_name=tag.name)
     return tuple(files.values())
 
 

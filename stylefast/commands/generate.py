@@ -4,9 +4,10 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from stylefast.commands.model_options import ModelChoice, add_model_arguments
+from stylefast.commands.model_options import Lora, ModelChoice, add_model_arguments, found_lora
 from stylefast.errors import InvalidRequest
 
 SUMMARY = "Generate pictures from prompts, in a style."
@@ -219,15 +220,17 @@ def run(arguments: argparse.Namespace) -> int:
         return run_again(arguments) if text is None else run_foreign(arguments, text)
     choice = ModelChoice.of(arguments)
     if arguments.requests is not None:
-        requests = read_requests(Path(arguments.requests), choice.folder)
-        scaled = next((lora for lora in choice.row_lora if lora.scale != 1), None)
+        requests, loras = read_requests(Path(arguments.requests), choice.folder)
+        scaled = next((lora for lora in choice.row_lora if not lora.plain), None)
         if scaled is not None:
             raise InvalidRequest(
                 f"--lora {scaled.words()} has a strength, but the requests of {arguments.requests} say their own; drop "
                 "it here"
             )
+        given = {lora.name for lora in choice.row_lora}
+        choice = replace(choice, row_lora=(*choice.row_lora, *(lora for lora in loras if lora.name not in given)))
     else:
-        requests = requests_of(arguments, choice.folder, {lora.name: lora.scale for lora in choice.row_lora})
+        requests = requests_of(arguments, choice.folder, {lora.name: lora.strengths for lora in choice.row_lora})
     check_loras(requests, [lora.name for lora in choice.row_lora])
     check_schedules(requests)
     prompts = [request.prompt for request in requests]
@@ -345,12 +348,28 @@ def parse_interval(text: str) -> tuple[float, float]:
     return float(match[1]), float(match[2])
 
 
-def read_requests(file: Path, model_folder: Path) -> list:
-    """Return the requests of a JSON file; relative paths start at its folder. Raises InvalidRequest or a subclass."""
-    from stylefast.record import from_record
-    from stylefast.values import read_json
+def read_requests(file: Path, model_folder: Path) -> tuple[list, tuple[Lora, ...]]:
+    """Return the requests of a JSON file and the files of its LoRAs; relative paths start at its folder.
 
-    return from_record(read_json(file, f"the request file {file}"), file.expanduser().resolve().parent, model_folder)
+    Beside "requests" and "styles" it may have "loras": {name: file, or name of one that comes with the model}.
+    Raises InvalidRequest or a subclass.
+    """
+    from stylefast.record import from_record
+    from stylefast.record_values import shipped
+    from stylefast.values import path, quoted, read_json
+
+    call, folder = read_json(file, f"the request file {file}"), file.expanduser().resolve().parent
+    files = call.pop("loras", {}) if isinstance(call, dict) else {}
+    if not isinstance(files, dict):
+        raise InvalidRequest(
+            f'"loras" of {file} is {quoted(files)}; it must be names with files: {{"ink": "ink.safetensors"}}'
+        )
+    loras, own = [], shipped(model_folder, "loras")
+    for name, given in files.items():
+        place = path(f"the LoRA {quoted(name)}", given)
+        beside = folder / place
+        loras.append(Lora(found_lora("loras", str(beside if beside.exists() else place), own), own_name=name))
+    return from_record(call, folder, model_folder), tuple(loras)
 
 
 def check_schedules(requests: Sequence) -> None:

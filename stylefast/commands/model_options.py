@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from stylefast.errors import InvalidRequest
@@ -32,10 +33,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora",
         dest="row_lora",
         action="append",
-        metavar="FILE[:SCALE]",
+        metavar="[NAME=]FILE[:SCALE[:TEXT_SCALE]]",
         help=(
-            "a LoRA for the pictures of the prompts, at this strength (default: 1); a request file and --from say "
-            "themselves which of them a picture uses, by the file's name without its suffix; may be repeated"
+            "a LoRA for the pictures of the prompts, at this strength (default: 1) and one of its own for the text "
+            "encoders (default: the same); a request file and --from say themselves which of them a picture uses, by "
+            "NAME (default: the file's name without its suffix); may be repeated"
         ),
     )
     group(
@@ -67,27 +69,34 @@ class Lora:
     scale: float = 1.0
     text_scale: float | None = None  # of the text encoders; None: `scale`
     part: str | None = None  # of a B-LoRA: "content" or "style"
+    own_name: str | None = None  # by which requests use it; None: the file's
 
     @classmethod
-    def of(cls, text: str, option: str = "--merge-lora") -> "Lora":
+    def merged(cls, text: str) -> "Lora":
         """Parse "FILE" or "FILE:SCALE". Raises InvalidRequest for a missing file."""
-        path, scale = text, 1.0
-        before, colon, after = text.rpartition(":")
-        if colon and not typed_path(option, text).exists():
-            try:
-                path, scale = before, float(after)
-            except ValueError:
-                path = text
-        found = typed_path(option, path)
-        if not found.exists():
-            raise InvalidRequest(f"{option}: no file found at {path!r}{did_you_mean_beside(found)}")
-        no_device(f"{option}:", found)
-        return cls(str(found.resolve()), scale)
+        path, scales = _split("--merge-lora", text, 1)
+        return cls(found_lora("--merge-lora", path), *scales)
+
+    @classmethod
+    def of_rows(cls, text: str, shipped: Mapping[str, Path]) -> "Lora":
+        """Parse "[NAME=]FILE[:SCALE[:TEXT_SCALE]]". Raises InvalidRequest for a missing file.
+
+        shipped: LoRAs that come with the model, whose names stand for their files.
+        """
+        path, scales = _split("--lora", text, 2)
+        name, mark, rest = path.partition("=")
+        named = mark and name and not {"/", "\\"} & set(name) and not typed_path("--lora", path).exists()
+        return cls(found_lora("--lora", rest if named else path, shipped), *scales, own_name=name if named else None)
 
     @property
     def name(self) -> str:
-        """Return the name by which requests use it: the file's, without its suffix."""
-        return Path(self.path).stem
+        """Return the name by which requests use it: its own, or the file's without its suffix."""
+        return Path(self.path).stem if self.own_name is None else self.own_name
+
+    @property
+    def plain(self) -> bool:
+        """Return whether no strength was given."""
+        return self.scale == 1 and self.text_scale is None
 
     @property
     def strengths(self) -> float | tuple[float, float]:
@@ -96,7 +105,9 @@ class Lora:
 
     def words(self) -> str:
         """Return the LoRA as given on the command line."""
-        return self.path if self.scale == 1 else f"{self.path}:{self.scale:g}"
+        name = "" if self.name == Path(self.path).stem else f"{self.name}="
+        scales = [] if self.plain else [self.scale] if self.text_scale is None else [self.scale, self.text_scale]
+        return ":".join([name + self.path, *(f"{scale:g}" for scale in scales)])
 
     def digest(self) -> str:
         """Return a SHA-256 (64 hex digits) of the weights and peft's config, if any. Raises InvalidRequest."""
@@ -112,6 +123,40 @@ class Lora:
             reason = getattr(error, "strerror", None) or error
             raise InvalidRequest(f"the LoRA {quoted(self.path)} can't be read ({reason})") from error
         return digest.hexdigest()
+
+
+def _split(option: str, text: str, most: int) -> tuple[str, list[float]]:
+    """Return the path before up to `most` numbers behind colons, and the numbers; the file's own name may end so."""
+    scales: list[float] = []
+    while len(scales) < most and not typed_path(option, text).exists():
+        before, colon, after = text.rpartition(":")
+        try:
+            scales.insert(0, float(after if colon else ""))
+        except ValueError:
+            break
+        text = before
+    return text, scales
+
+
+def found_lora(option: str, path: str, shipped: Mapping[str, Path] = MappingProxyType({})) -> str:
+    """Return the absolute path of a LoRA, or of one that comes with the model.
+
+    Raises InvalidRequest, with the option's name, for a missing file.
+    """
+    found = typed_path(option, path)
+    if not found.exists():
+        if path in shipped:
+            return str(shipped[path])
+        raise InvalidRequest(f"{option}: no file found at {path!r}{did_you_mean_beside(found)}")
+    no_device(f"{option}:", found)
+    return str(found.resolve())
+
+
+def model_folder(model: str) -> Path:
+    """Return the folder in which a model's own references, learned styles and LoRAs are looked for."""
+    from stylefast.models.checkpoint import TINY
+
+    return TINY if model == DEFAULT_MODEL else Path(model)
 
 
 @dataclass(frozen=True)
@@ -160,7 +205,7 @@ class ModelChoice:
         if twice is not None:
             raise InvalidRequest(
                 f"--lora names two files called {quoted(twice)}, and requests know LoRAs by that name; give it once, "
-                "or rename one file"
+                "or name one of them: --lora NAME=FILE"
             )
 
     @classmethod
@@ -175,18 +220,19 @@ class ModelChoice:
             elif value is not None:
                 chosen[name] = value
         if arguments.lora is not None:
-            chosen["lora"] = tuple(Lora.of(text) for text in arguments.lora)
+            chosen["lora"] = tuple(map(Lora.merged, arguments.lora))
         if getattr(arguments, "row_lora", None) is not None:
-            chosen["row_lora"] = tuple(Lora.of(text, "--lora") for text in arguments.row_lora)
-        own = {name: chosen.pop(name) for name in ("model", "lora", "row_lora") if name in chosen}
-        return cls(**own, options=chosen)
+            from stylefast.record_values import shipped
+
+            own = shipped(model_folder(chosen.get("model", DEFAULT_MODEL)), "loras")
+            chosen["row_lora"] = tuple(Lora.of_rows(text, own) for text in arguments.row_lora)
+        fields = {name: chosen.pop(name) for name in ("model", "lora", "row_lora") if name in chosen}
+        return cls(**fields, options=chosen)
 
     @property
     def folder(self) -> Path:
-        """Return the folder in which the model's own references and learned styles are looked for."""
-        from stylefast.models.checkpoint import TINY
-
-        return TINY if self.model == DEFAULT_MODEL else Path(self.model)
+        """Return the model's `model_folder`."""
+        return model_folder(self.model)
 
     def load(self):
         """Load the engine and its LoRAs."""

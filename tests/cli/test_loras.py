@@ -77,6 +77,33 @@ def test_requests_in_a_file_name_their_loras(generate, stylefast, files, model_f
     assert_one_line(*stylefast(*failing, *words)[::2], 2, "has a strength, but the requests")
 
 
+def test_a_request_file_brings_its_loras_and_options_name_others(generate, stylefast, files, model_folder, tmp_path):
+    settings = {"prompt": "a cat", "steps": 1, "guidance": 1}
+    (tmp_path / "pen.safetensors").write_bytes(files["ink"].read_bytes())
+    calls = {"loras": {"mine": "pen.safetensors"}, "requests": [settings | {"loras": {"mine": [0.5, 0.25]}}]}
+    (tmp_path / "calls.json").write_text(json.dumps(calls))
+    inside = generate("--requests", tmp_path / "calls.json", "--out", tmp_path / "a.png")[0]
+    given = generate("a cat", *FEW, "--lora", f"pen={files['ink']}:0.5:0.25", "--out", tmp_path / "b.png")[0]
+    assert pixels(inside) == pixels(given)
+    assert record_of(given)["call"]["requests"][0]["loras"] == {"pen": [0.5, 0.25]}
+    again = ("generate", "--from", given, "--model", model_folder, "--out", tmp_path / "c.png")
+    code, _, err = stylefast(*again, "--lora", f"pen={files['ink']}")
+    assert code == 0 and "same pixels" in err, err
+    for bad, message in ({"loras": ["x"]}, "names with files"), ({"loras": {"mine": "gone"}}, "no file found"):
+        (tmp_path / "calls.json").write_text(json.dumps(calls | bad))
+        failed = stylefast("generate", "--requests", tmp_path / "calls.json", "--model", model_folder)
+        assert_one_line(*failed[::2], 2, message)
+
+
+def test_loras_that_come_with_the_model_go_by_name(generate, stylefast, tmp_path):
+    tiny = ("--model", "tiny", "--quiet", "--out")
+    code, out, err = stylefast("generate", "a cat", *FEW, "--lora", "gold:0.5", *tiny, tmp_path / "a.png")
+    assert code == 0, err
+    # of the picture's word alone, wherever they lay when it was made
+    code, _, err = stylefast("generate", "--from", out.strip(), "--out", tmp_path / "b.png")
+    assert code == 0 and "same pixels" in err, err
+
+
 def test_what_can_not_be_told_apart_or_would_be_left_out_is_refused(stylefast, files, tmp_path):
     same = tmp_path / "ink.safetensors"
     same.write_bytes(files["ink"].read_bytes())

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -217,10 +218,22 @@ def test_another_lora_than_the_recorded_one_is_refused_unless_forced(
 
 
 def test_loras_are_read_from_words(lora_file, tmp_path):
-    assert Lora.of(f"{lora_file}:-0.5") == Lora(str(lora_file), -0.5)
+    assert Lora.merged(f"{lora_file}:-0.5") == Lora(str(lora_file), -0.5)
     (tmp_path / "a:0.5").touch()
-    assert Lora.of(str(tmp_path / "a:0.5")) == Lora(str(tmp_path / "a:0.5"))
-    assert Lora.of(f"{tmp_path / 'a:0.5'}:2") == Lora(str(tmp_path / "a:0.5"), 2.0)
+    assert Lora.merged(str(tmp_path / "a:0.5")) == Lora(str(tmp_path / "a:0.5"))
+    assert Lora.merged(f"{tmp_path / 'a:0.5'}:2") == Lora(str(tmp_path / "a:0.5"), 2.0)
+    rows, path = {"gold": Path(lora_file)}, str(lora_file)
+    for text, lora in {
+        f"pen={path}:0.5:-1": Lora(path, 0.5, -1.0, own_name="pen"),
+        f"{path}:0.5:0": Lora(path, 0.5, 0.0),
+        "gold:2": Lora(path, 2.0),
+        "pen=gold": Lora(path, own_name="pen"),
+    }.items():
+        assert Lora.of_rows(text, rows) == lora and Lora.of_rows(lora.words(), rows) == lora
+    (tmp_path / "a=b").touch()
+    assert Lora.of_rows(str(tmp_path / "a=b"), {}).own_name is None
+    with pytest.raises(InvalidRequest, match="no file found at 'gold:1'"):
+        Lora.of_rows("gold:1:2:3", rows)
 
 
 LORA_WORDS = {

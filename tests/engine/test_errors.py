@@ -96,9 +96,9 @@ def test_prompts_that_say_nothing_are_refused(draw, untouched, prompts, message)
         draw(prompts)
 
 
-def test_a_style_token_beyond_the_encoders_window_is_refused(draw, untouched):
-    with pytest.raises(PromptError, match="<sks> reaches position.*75.*shorten"):
-        draw("a cat " * 60, sf.DreamStyler(learned()))
+def test_a_prompt_of_too_many_windows_is_refused(draw, untouched):
+    with pytest.raises(PromptError, match="tokens in 17 chunks; at most 16 chunks of 75.*shorten"):
+        draw("a cat " * 601, sf.DreamStyler(learned()))
 
 
 @pytest.mark.parametrize("change", [{"steps": 4}, {"scheduler": "ddim"}, {"size": (64, 64)}], ids=str)
