@@ -325,6 +325,11 @@ def _index(w, node, x, indices):
     return w.op.Gather(x, indices[axis], axis=axis)
 
 
+def _slice(w, node, x, dim=0, start=None, end=None, step=1):
+    bounds = (w.lengths([start or 0]), w.lengths([2**31 - 1 if end is None else end]))
+    return w.op.Slice(x, *bounds, w.op.Constant(value_ints=[dim]), w.op.Constant(value_ints=[step]))
+
+
 def _flatten(w, node, x, start=0, end=-1):
     rank = _rank(node.args[0])
     if end % rank != rank - 1:
@@ -385,6 +390,7 @@ _FORMS: Mapping[str, Callable] = {
     "aten.cat.default": lambda w, node, parts, dim=0: w.op.Concat(*parts, axis=dim),
     "aten.select.int": lambda w, node, x, dim, i: w.op.Gather(x, w.op.Constant(value_int=i), axis=dim),
     "aten.index.Tensor": _index,
+    "aten.slice.Tensor": _slice,
     "aten.unsqueeze.default": lambda w, node, x, dim: w.op.Unsqueeze(x, w.op.Constant(value_ints=[dim])),
     "aten.flatten.using_ints": _flatten,
     "aten.unflatten.int": _unflatten,

@@ -9,6 +9,10 @@ each a superset of the one before:
 
 Keys and values of all layers of one attention level share one tensor, so that SDXL's 70 layers take 2 inputs each for
 text, pictures and pages. The row table's columns are inputs under their own names (`models.row_table`).
+
+A graph of any flavour may take LoRAs, whose factors are inputs too: the pool of units of each kind of layer, and the
+units that every row uses in every layer (`models.row_loras`). And it may take texts of several chunks, each page with
+its own length.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,13 +24,19 @@ from torch import nn
 
 from stylefast import values
 from stylefast.errors import ExportError, InvalidRequest
+from stylefast.kernels.row_lora import RANK
 from stylefast.models.layout import AttentionLayout
+from stylefast.models.row_loras import NO_UNIT, StepLoras, table_width
 from stylefast.models.row_table import COLUMNS, IMAGE, SHARING, TEXT, ImageKV, KeyValue, RowTable, StylePages
+from stylefast.models.text_chunks import MAX_CHUNKS
 from stylefast.models.unet import GroupNorm, UNet
 
 FLAVOURS = ("plain", "live", "banked")
 OUTPUT = "output"  # the model's output [rows, channels, height, width]
 TEXT_TOKENS = 77
+MOST_RANK, MOST_SLOTS = 128, 32
+# of one input: TensorRT counts in 31 bits
+_MOST_ELEMENTS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -34,43 +44,69 @@ class GraphShape:
     """Flavour and fixed sizes of a UNet graph.
 
     flavour: see the module. references: columns of `self_page`, the most references of a row; segments: columns of
-    `image_page`, the most pictures of a row; text_tokens: the text encoders' token count. Row, page and mask counts and
-    the picture's size may vary.
+    `image_page`, the most pictures of a row; text_tokens: the text encoders' token count. text_chunks: the most chunks
+    of a text, each of that many tokens. lora_slots: the most LoRAs of a row, 0 for a graph without inputs for them;
+    lora_rank: their largest rank, rounded up to whole units. Row, page and mask counts and the picture's size may vary.
     """
 
     flavour: str = "live"
     references: int = 1
     segments: int = 2
     text_tokens: int = TEXT_TOKENS
+    text_chunks: int = 1
+    lora_rank: int = 0
+    lora_slots: int = 0
 
     def __post_init__(self):
         values.one_of("flavour", self.flavour, FLAVOURS)
         least = 0 if self.flavour == "plain" else 1
         if self.flavour == "plain" and self.references:
             object.__setattr__(self, "references", 0)
-        limits = {"references": (least, 16), "segments": (0, 16), "text_tokens": (1, 4096)}
+        limits = {
+            "references": (least, 16),
+            "segments": (0, 16),
+            "text_tokens": (1, 4096),
+            "text_chunks": (1, MAX_CHUNKS),
+            "lora_rank": (0, MOST_RANK),
+            "lora_slots": (0, MOST_SLOTS),
+        }
         for name, (low, high) in limits.items():
             values.whole_number(name, getattr(self, name), low, high)
+        if bool(self.lora_rank) != bool(self.lora_slots):
+            raise InvalidRequest(
+                f"lora_rank is {self.lora_rank} and lora_slots {self.lora_slots}; give both above 0, or none"
+            )
+        object.__setattr__(self, "lora_rank", -(-self.lora_rank // RANK) * RANK)
 
     @property
     def shares(self) -> bool:
         """Return whether rows may have references."""
         return self.flavour != "plain"
 
+    @property
+    def row_units(self) -> int:
+        """Return the most units that a row uses in a layer."""
+        return self.lora_slots * table_width(self.lora_rank // RANK)
+
     @classmethod
     def from_dict(cls, found: Mapping) -> "GraphShape":
         """Return the shape from the result of `to_dict`, which manifests hold."""
-        return cls(**{field.name: found[field.name] for field in fields(cls)})
+        return cls(**{name: found[name] for name in (f.name for f in fields(cls)) if name in found or name not in _LATER})
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """Return the fields by name, without those of inputs that the graph lacks."""
+        return {name: value for name, value in asdict(self).items() if _LATER.get(name) != value}
+
+
+# fields that earlier manifests lack, and their values there
+_LATER = {"text_chunks": 1, "lora_rank": 0, "lora_slots": 0}
 
 
 @dataclass(frozen=True)
 class Tensor:
     """Input or output of a graph: its type, and its dimensions as numbers or, if they may vary, as names.
 
-    Names are those of `DIMENSIONS`, or "tokens_<level>" for the feature map of an attention level.
+    Names are those of `dimensions`, or "tokens_<level>" for the feature map of an attention level.
     """
 
     name: str
@@ -109,6 +145,39 @@ DIMENSIONS = {
 }
 
 
+def dimensions(unet: UNet, shape: GraphShape) -> dict[str, tuple[int, int]]:
+    """Return `DIMENSIONS` with those that follow from the shape: tokens of texts, and units of LoRAs.
+
+    "row_units" are those of a row in a layer, "units_<kind>" those in the pool of a kind of layers.
+    """
+    found = dict(DIMENSIONS)
+    if shape.text_chunks > 1:
+        found["text_tokens"] = (shape.text_tokens, shape.text_tokens * shape.text_chunks)
+    if shape.lora_slots:
+        found["row_units"] = (1, shape.row_units)
+        for number in lora_kinds(unet):
+            taps, inner, out = unet.loras.kinds[number]
+            found[f"units_{number}"] = (1, _MOST_ELEMENTS // (RANK * max(taps * inner, out)))
+    return found
+
+
+def usual_sizes(unet: UNet, shape: GraphShape) -> dict[str, int]:
+    """Return the sizes that engines are tuned for, of the dimensions that follow from the shape: one LoRA, one chunk."""
+    found, width = {}, table_width(shape.lora_rank // RANK)
+    for name in dimensions(unet, shape).keys() - DIMENSIONS.keys():
+        kind = name.removeprefix("units_")
+        layers = unet.loras.kind_of.count(int(kind)) if kind.isdecimal() else 1
+        found[name] = shape.text_tokens if name == "text_tokens" else width * layers
+    return found
+
+
+def lora_kinds(unet: UNet) -> list[int]:
+    """Return the kinds of layers that a graph has: text's keys and values are made outside of it."""
+    layout = unet.loras
+    names = zip(layout.names, layout.kind_of, strict=True)
+    return sorted({kind for name, kind in names if not name.endswith((".attn2.to_k", ".attn2.to_v"))})
+
+
 def graph_inputs(unet: UNet, shape: GraphShape) -> list[Tensor]:
     """Return the inputs of a UNet's graph, in order."""
     layout, dtype, i64, f32 = unet.layout, unet.dtype, torch.int64, torch.float32
@@ -130,8 +199,11 @@ def graph_inputs(unet: UNet, shape: GraphShape) -> list[Tensor]:
         Tensor("time_ids", f32, ("rows", 6)),
         *of_table(TEXT),
     ]
+    tokens = shape.text_tokens if shape.text_chunks == 1 else "text_tokens"
     for level, (members, h, d) in enumerate(zip(levels, heads, widths)):
-        found.append(Tensor(f"text_kv_{level}", dtype, (len(members), 2, "text_pages", shape.text_tokens, h, d)))
+        found.append(Tensor(f"text_kv_{level}", dtype, (len(members), 2, "text_pages", tokens, h, d)))
+    if shape.text_chunks > 1:
+        found.append(Tensor("text_lengths", i64, ("text_pages",)))
     if shape.segments:
         for level, (members, h, d) in enumerate(zip(levels, heads, widths)):
             found.append(Tensor(f"image_kv_{level}", dtype, (len(members), 2, "image_pages", "image_tokens", h, d)))
@@ -148,6 +220,13 @@ def graph_inputs(unet: UNet, shape: GraphShape) -> list[Tensor]:
             found.append(Tensor(f"page_kv_{level}", dtype, ("pages", count, 2, f"tokens_{level}", h, d)))
             found.append(Tensor(f"page_stats_{level}", f32, ("pages", count, 2, 3, h, d)))
         found.append(Tensor("page_norms", f32, ("pages", len(norms), 2, norms[0].groups)))
+    if shape.lora_slots:
+        found.append(Tensor("lora_unit", i64, (len(unet.loras.names), "rows", "row_units")))
+        found.append(Tensor("lora_unit_scale", f32, ("rows", "row_units")))
+        for number in lora_kinds(unet):
+            taps, inner, out = unet.loras.kinds[number]
+            found.append(Tensor(f"lora_down_{number}", dtype, (f"units_{number}", taps, inner, RANK)))
+            found.append(Tensor(f"lora_up_{number}", dtype, (f"units_{number}", RANK, out)))
     return found
 
 
@@ -181,14 +260,30 @@ class UNetGraph(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         given = dict(zip(self.names, inputs, strict=True))
         unet, latents = self.unet, given["latents"]
-        table = self._table(given)
-        embedding = unet.embed(given["timestep"], given["pooled"][table.text_page], given["time_ids"])
+        table, loras = self._table(given), self._loras(given) if self.shape.lora_slots else None
+        embedding = unet.embed(given["timestep"], given["pooled"][table.text_page], given["time_ids"], loras)
         masks, images = (), None
         if self.shape.segments:
             masks = tuple(given[f"mask_{level}"] for level in range(unet.layout.levels))
             images = ImageKV(self._unpacked(given, "image_kv"), given["image_lengths"])
         pages = self._pages(given) if self.shape.flavour == "banked" else None
-        return unet(latents, embedding, self._unpacked(given, "text_kv"), images, table, pages, masks)
+        return unet(
+            latents,
+            embedding,
+            self._unpacked(given, "text_kv"),
+            images,
+            table,
+            pages,
+            masks,
+            loras=loras,
+            text_lengths=given.get("text_lengths"),
+        )
+
+    def _loras(self, given: Mapping[str, torch.Tensor]) -> StepLoras:
+        """Return the LoRAs of the rows; kinds of layers outside of the graph have no pool."""
+        kinds, nothing = range(len(self.unet.loras.kinds)), given["lora_unit_scale"]
+        down, up = (tuple(given.get(f"lora_{name}_{kind}", nothing) for kind in kinds) for name in ("down", "up"))
+        return StepLoras(down, up, given["lora_unit"], given["lora_unit_scale"])
 
     def _table(self, given: Mapping[str, torch.Tensor]) -> RowTable:
         """Return the row table, with idle columns in place of inputs that the graph lacks."""
@@ -243,6 +338,12 @@ def example_sizes(unet: UNet, latent_size: tuple[int, int] | None = None) -> dic
     return with_tokens(unet, sizes | {"height": height, "width": width})
 
 
+def _own_sizes(unet: UNet, shape: GraphShape) -> dict[str, int]:
+    """Return sizes to trace with of the dimensions that follow from the shape, all within `dimensions`."""
+    found = {name: 11 + number for number, name in enumerate(f"units_{kind}" for kind in lora_kinds(unet))}
+    return found | {"text_tokens": 2 * shape.text_tokens, "row_units": shape.row_units}
+
+
 def with_tokens(unet: UNet, sizes: Mapping[str, int]) -> dict[str, int]:
     """Return `sizes` with the token counts of attention levels, which follow from height and width, if it has those."""
     found = dict(sizes)
@@ -255,9 +356,11 @@ def with_tokens(unet: UNet, sizes: Mapping[str, int]) -> dict[str, int]:
 def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
     """Return random but valid inputs by name: every mode, some strengths of 0, and pages in use.
 
-    sizes: of all dimensions of `graph_inputs`; numbers are drawn on the CPU from `seed`.
+    sizes: of all dimensions of `graph_inputs`, without which those that follow from the shape are examples; numbers are
+    drawn on the CPU from `seed`.
     """
     draw = torch.Generator().manual_seed(seed)
+    sizes = _own_sizes(unet, shape) | sizes
     references = (-1, sizes["rows"] + (sizes["pages"] if shape.flavour == "banked" else 0))
     whole = {  # least, and the first above the most
         "text_page": (0, sizes["text_pages"]),
@@ -278,6 +381,7 @@ def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed
         "page_norms": (1, 0.5),
     }
     made = {}
+    whole |= {"text_lengths": (1, sizes["text_tokens"] + 1)}
     for tensor in graph_inputs(unet, shape):
         dims, kind = tensor.shape(sizes), tensor.name.rstrip("0123456789").rstrip("_")
         if kind in whole:
@@ -287,8 +391,13 @@ def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed
             value = spread[kind][0] * torch.rand(dims, generator=draw) + spread[kind][1]
         elif kind == "self_layers":
             value = torch.rand(dims, generator=draw) < 0.7
-        elif kind in ("image_strength", "adain_strength"):
+        elif kind == "lora_unit":
+            most = min(size for name, size in sizes.items() if name.startswith("units_"))
+            value = torch.randint(NO_UNIT, most, dims, generator=draw)
+        elif kind in ("image_strength", "adain_strength", "lora_unit_scale"):
             value = torch.rand(dims, generator=draw) * (torch.rand(dims, generator=draw) < 0.8)
+        elif kind in ("lora_down", "lora_up"):
+            value = torch.randn(dims, generator=draw) / 8
         else:
             value = torch.randn(dims, generator=draw)
         made[tensor.name] = value.to(tensor.dtype).to(unet.device)
@@ -298,7 +407,8 @@ def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed
 def dynamic_shapes(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None) -> tuple[dict, ...]:
     """Return, for `torch.export`, the dimensions of every input that may vary; those in `fixed` don't."""
     fixed = with_tokens(unet, fixed or {})
-    named = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in DIMENSIONS.items()}
+    limits = dimensions(unet, shape).items()
+    named = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in limits}
 
     def dims(tensor: Tensor) -> dict:
         # token counts follow from height and width; the exporter derives them

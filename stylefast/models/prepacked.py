@@ -74,7 +74,9 @@ class Linear(_Packable, nn.Linear):
         out = self._product(x)
         if lora is not None:
             if x.ndim == 2:
-                row_lora.run(x[:, None], *lora, 1, 0, [out[:, None]])
+                out = out[:, None]
+                row_lora.run(x[:, None], *lora, 1, 0, [out])
+                return out[:, 0]  # of the view that was written: a traced graph may not know that both share memory
             else:
                 row_lora.run(x, *lora, 1, 0, [out])
         return out

@@ -19,8 +19,15 @@ from stylefast.models.lora_factors import Factors
 from stylefast.models.prepacked import Conv2d, Linear
 
 NO_UNIT = -1
+# of a layer in a table of units: compiled code treats sizes of 0 and 1 separately
+LEAST_WIDTH = 2
 # names of the text encoders in LoRA files
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
+
+
+def table_width(units: int) -> int:
+    """Return the width of a table for LoRAs of up to `units` units in a layer: a power of two, so that it rarely grows."""
+    return 1 << (max(LEAST_WIDTH, units) - 1).bit_length()
 
 
 class LayerKind(NamedTuple):

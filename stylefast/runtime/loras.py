@@ -23,15 +23,15 @@ from stylefast.kernels.row_lora import RANK
 from stylefast.models.lora_factors import BLORA_BLOCKS, blora_part
 from stylefast.models.lora_file import read_lora
 from stylefast.models.lora_units import lora_factors, unit_table
-from stylefast.models.row_loras import NO_UNIT, LoraFactors, RowLoras
+from stylefast.models.row_loras import LEAST_WIDTH, NO_UNIT, LoraFactors, RowLoras, table_width
 from stylefast.models.unet import UNet
 from stylefast.runtime.banks.page_pool import PagePool, PoolFull
 from stylefast.runtime.plan.request import LoraScale
 
 # max LoRAs on the device at once, each with a row in the table of units
 MOST_RESIDENT = 256
-# units of each kind, and of a layer in the table: compiled code treats sizes of 0 and 1 separately
-_LEAST = 2
+# units of each kind
+_LEAST = LEAST_WIDTH
 _numbers = itertools.count(1)
 
 
@@ -224,7 +224,7 @@ class LoraPool:
         self._down = [torch.zeros(0, kind.taps, kind.channels_in, RANK) for kind in self._layout.kinds]
         self._up = [torch.zeros(0, RANK, kind.channels_out) for kind in self._layout.kinds]
         self._free: list[list[int]] = [[] for _ in self._kinds]
-        self._width = _LEAST
+        self._width = LEAST_WIDTH
         self.rows: RowLoras | None = None
         self.generation = 0
 
@@ -291,7 +291,7 @@ class LoraPool:
     def _make_room(self, new: Sequence[LoraFactors]) -> None:
         """Grow the pools for new LoRAs; over the budget, the least recently used ones leave and the pools shrink."""
         more = np.sum([factors.units() for factors in new], axis=0)
-        width = 1 << (max([_LEAST, *(int(factors.counts.max(initial=0)) for factors in new)]) - 1).bit_length()
+        width = table_width(max((int(factors.counts.max(initial=0)) for factors in new), default=0))
         pools = [len(up) for up in self._up]
         if all(len(free) >= count for free, count in zip(self._free, more, strict=True)):
             counts = pools
