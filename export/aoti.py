@@ -19,7 +19,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,10 +35,10 @@ from stylefast.export.manifest import versions
 from stylefast.export.onnx_file import described
 from stylefast.export.sessions import check_inputs, check_output, check_outputs, same_device
 from stylefast.export.unet_graph import (
-    DIMENSIONS,
     OUTPUT,
     GraphShape,
     Tensor,
+    dimensions,
     graph_inputs,
     graph_output,
     short_name,
@@ -47,6 +47,7 @@ from stylefast.export.unet_graph import (
 )
 from stylefast.kernels.checks import integers_within
 from stylefast.models.prepacked import channels_last
+from stylefast.models.row_loras import NO_UNIT
 from stylefast.models.unet import UNet
 
 KEY, _FORMAT = "stylefast", 1  # KEY: metadata key of the facts
@@ -64,7 +65,6 @@ _FACTS = {
     "weights",
     "parameters",
 }
-_SHAPE = {field.name for field in fields(GraphShape)}
 # features PyTorch reports that compilers never use on their own
 _UNUSED = {"clflush", "clflushopt", "clwb", "sha", "aes"}
 
@@ -92,7 +92,7 @@ def package_facts(path: str | Path) -> dict[str, Any]:
         raise ExportError(f"{path} is truncated, damaged or no package ({error}); export the model again") from error
     if not isinstance(facts, dict):
         raise ExportError(f"{path} is a package that stylefast has not written; run `stylefast export aoti`")
-    if facts.get("format") != _FORMAT or not facts.keys() >= _FACTS or facts["shape"].keys() != _SHAPE:
+    if facts.get("format") != _FORMAT or not facts.keys() >= _FACTS or not GraphShape.knows(facts["shape"]):
         raise EngineMismatch(f"{path} was written by another version of stylefast; export the model again")
     return facts
 
@@ -105,7 +105,7 @@ def facts_of(unet: UNet, shape: GraphShape, fixed: dict[str, int], device: torch
         "fixed": fixed,
         "inputs": described([t.fixed(known) for t in graph_inputs(unet, shape)]),
         "outputs": described([graph_output(unet).fixed(known)]),
-        "sizes": DIMENSIONS,
+        "sizes": dimensions(unet, shape),
         "target": target_of(device),
         "toolchain": {"torch": torch.__version__} | versions("triton"),
         "machine": _machine(),
@@ -392,6 +392,7 @@ def _check_pages(inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -
     pages = sizes["rows"] + sizes.get("pages", 0)
     ranges = {
         "text_page": (0, sizes["text_pages"], "pages of text"),
+        "text_lengths": (1, sizes.get("text_tokens", 0) + 1, "numbers of tokens"),
         "image_page": (-1, sizes.get("image_pages", 0), "image pages (-1: none)"),
         "image_lengths": (0, sizes.get("image_tokens", 0) + 1, "numbers of image tokens"),
         "image_mask": (-1, sizes.get("masks", 0), "masks (-1: everywhere)"),
@@ -399,6 +400,9 @@ def _check_pages(inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -
         "adain_page": (-1, pages, "pages of rows and banks (-1: none)"),
         "norm_page": (-1, pages, "pages of rows and banks (-1: none)"),
     }
+    if "lora_unit" in inputs:
+        most = max(size for name, size in sizes.items() if name.startswith("units_"))
+        ranges["lora_unit"] = (NO_UNIT, most, "units of the largest pool (-1: none)")
     for name, limits in ranges.items():
         if name in inputs:
             integers_within(name, inputs[name], *limits)

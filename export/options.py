@@ -25,6 +25,7 @@ from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.prepacked import unpack
 from stylefast.models.text import TextEncoder
+from stylefast.models.text_chunks import MAX_CHUNKS
 from stylefast.models.unet import UNet
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,6 +42,7 @@ DEFAULT_FLAVOURS = {
 }
 DEFAULT_COMPONENTS = {"onnx": (ALL,), "tensorrt": ("unet",), "aoti": ("unet",), "triton-repo": (ALL,)}
 _MOST_NAMES = 64
+_SLOTS = 2  # LoRAs of a picture, unless `lora_slots` says otherwise
 _AOTI_TARGETS = ("cpu", "cuda")
 _NEEDS_ADAPTER = ("image_encoder", "image_projector")
 # packages besides torch that affect the graphs
@@ -54,7 +56,8 @@ class Options:
     """Options of an export. Raises InvalidRequest.
 
     kind: "onnx", "tensorrt", "aoti" or "triton-repo". dtype: of weights and activations. flavours, references,
-    segments: see `GraphShape`. targets: chips such as "sm89" for TensorRT, "cpu" or "cuda" for AOTInductor, else none.
+    segments, lora_rank, lora_slots: see `GraphShape`; lora_slots None: 2 with a lora_rank, else 0. max_text_chunks: its
+    `text_chunks`. targets: chips such as "sm89" for TensorRT, "cpu" or "cuda" for AOTInductor, else none.
     profiles: TensorRT's ranges of sizes, as text for `Profile.parse`. opset: of ONNX; None: the oldest that supports
     the type. size: None for any size, NATIVE for the model's own, or (width, height) in pixels. components: names of
     COMPONENTS, or ("all",) for those that the model has. refit: TensorRT engines whose weights can be replaced.
@@ -69,6 +72,9 @@ class Options:
     profiles: tuple[str, ...] = ()
     references: int = 1
     segments: int = 2
+    lora_rank: int = 0
+    lora_slots: int | None = None
+    max_text_chunks: int = 1
     size: str | tuple[int, int] | None = None
     opset: int | None = None
     components: tuple[str, ...] = ()
@@ -92,7 +98,9 @@ class Options:
         put(self, "onnx", None if self.onnx is None else values.path("onnx", self.onnx))
         for name in ("refit", "overwrite"):
             put(self, name, values.flag(name, getattr(self, name)))
-        for name in ("references", "segments"):
+        if self.lora_slots is None:
+            put(self, "lora_slots", _SLOTS if self.lora_rank else 0)
+        for name in ("references", "segments", "lora_rank", "lora_slots", "max_text_chunks"):
             put(self, name, values.whole_number(name, getattr(self, name)))
         if self.opset is not None:
             put(self, "opset", values.whole_number("opset", self.opset))
@@ -107,7 +115,8 @@ class Options:
                 f"components are {', '.join(self.components)}; exports of kind {self.kind} hold the unet alone, the "
                 "engine runs the other parts itself"
             )
-        _ = self.shapes  # raises for counts out of range
+        values.whole_number("max_text_chunks", self.max_text_chunks, 1, MAX_CHUNKS)
+        put(self, "lora_rank", self.shapes[0].lora_rank)  # raises for counts out of range
         self._check_targets()
         self._check_size()
         check_opset(self.opset, self.torch_dtype)
@@ -116,7 +125,9 @@ class Options:
     @property
     def shapes(self) -> tuple[GraphShape, ...]:
         """Return one shape per flavour."""
-        return tuple(GraphShape(flavour, self.references, self.segments) for flavour in self.flavours)
+        assert self.lora_slots is not None
+        more = {"text_chunks": self.max_text_chunks, "lora_rank": self.lora_rank, "lora_slots": self.lora_slots}
+        return tuple(GraphShape(flavour, self.references, self.segments, **more) for flavour in self.flavours)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -163,6 +174,8 @@ class Options:
             "attention plugin": (self.attention == "plugin", ("tensorrt",)),
             "onnx": (self.onnx is not None, ("tensorrt", "triton-repo")),
             "runner onnxruntime": (self.runner != "python", ("triton-repo",)),
+            # clients of a server can't name LoRAs
+            "lora_rank": (self.lora_rank > 0 and self.onnx is None, ("onnx", "tensorrt", "aoti")),
         }
         for name, (given, kinds) in owners.items():
             if given and self.kind not in kinds:

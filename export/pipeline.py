@@ -47,7 +47,7 @@ from stylefast.export.onnx_writer import check_opset
 from stylefast.export.options import DIGEST, Options, Progress, Source, estimate_export
 from stylefast.export.tensorrt_build import build_engine
 from stylefast.export.tensorrt_profiles import Profile
-from stylefast.export.unet_graph import GraphShape, graph_inputs
+from stylefast.export.unet_graph import GraphShape, graph_inputs, shape_ranges
 from stylefast.models import vae as vaes
 from stylefast.models.digests import sampled_digest
 from stylefast.models.unet import UNet
@@ -182,6 +182,7 @@ def export_triton_repo(source: Source, folder: Path, options: Options, progress:
             "flavours": options.flavours,
             "references": options.references,
             "segments": options.segments,
+            "max_text_chunks": options.max_text_chunks,
             "size": options.size,
             "opset": options.opset,
             "components": options.components,
@@ -374,10 +375,15 @@ def _given_graphs(folder: Path, options: Options, source: Source) -> dict[str, t
     """Return flavour -> folder and entry of an earlier export; raise unless it fits."""
     manifest, found = read_manifest(folder), {}
     check_fits(manifest, kind="onnx", fingerprint=source.fingerprint, dtype=options.torch_dtype)
-    for flavour in options.flavours:
-        entry = manifest.graph("unet", flavour)
+    for wanted in _shapes(source, options):
+        flavour, entry = wanted.flavour, manifest.graph("unet", wanted.flavour)
         if entry is None:
             raise EngineMismatch(f"{folder} has no UNet of flavour {flavour}; export it there first")
+        shape = GraphShape.from_dict(entry.shape)
+        if shape != wanted:
+            raise EngineMismatch(
+                f"{entry.file} in {folder} is {shape}, and {wanted} was asked for; export it like that"
+            )
         check_files(folder, manifest, entry.files)
         found[flavour] = folder, entry
     return found
@@ -413,7 +419,7 @@ def _engine(unet: UNet, folder: Path, graphs: Path, graph: GraphEntry, options, 
         graphs / graph.file,
         folder / name,
         options.targets,
-        [p.shapes(inputs, unet.attention_sizes) for p in profiles],
+        [p.shapes(inputs, unet.attention_sizes, shape_ranges(unet, shape)) for p in profiles],
         refittable=options.refit,
         timing_cache=folder / TIMING_CACHE,
         progress=progress.phase,

@@ -10,6 +10,7 @@ pixels, `latents` the same in latent elements. Omitted values follow from the re
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 from stylefast.errors import InvalidRequest
 from stylefast.export.unet_graph import DIMENSIONS, Tensor
@@ -133,13 +134,18 @@ class Profile:
         return corners
 
     def shapes(
-        self, inputs: Sequence[Tensor], attention_sizes: Callable[[int, int], Sequence[tuple[int, int]]] | None = None
+        self,
+        inputs: Sequence[Tensor],
+        attention_sizes: Callable[[int, int], Sequence[tuple[int, int]]] | None = None,
+        more: Mapping[str, tuple[int, int, int]] = MappingProxyType({}),
     ) -> Shapes:
         """Return the least, usual and most shape of every input with a varying dimension.
 
-        inputs: from `unet_graph.graph_inputs`, or of another component's graph. attention_sizes: see `sizes`.
+        inputs: from `unet_graph.graph_inputs`, or of another component's graph. attention_sizes: see `sizes`. more:
+        ranges of dimensions that no profile has, such as those of `unet_graph.shape_ranges`.
         """
-        corners = self.sizes(attention_sizes)
+        added = ({name: numbers[corner] for name, numbers in more.items()} for corner in range(3))
+        corners = [sizes | one for sizes, one in zip(self.sizes(attention_sizes), added)]
         found: Shapes = {}
         for tensor in inputs:
             missing = [dim for dim in tensor.dims if isinstance(dim, str) and dim not in corners[0]]

@@ -33,7 +33,7 @@ from stylefast.kernels.gpu.capture import capture
 from stylefast.whole_files import write_whole
 
 # name prefixes of inputs that are read in place
-BY_ADDRESS = ("text_kv_", "image_kv_", "page_kv_", "page_stats_", "page_norms")
+BY_ADDRESS = ("text_kv_", "image_kv_", "page_kv_", "page_stats_", "page_norms", "lora_down_", "lora_up_")
 ALIGNMENT = 256  # bytes, for every address that TensorRT is given
 
 log = logging.getLogger("stylefast.export.tensorrt")

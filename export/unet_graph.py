@@ -91,7 +91,13 @@ class GraphShape:
     @classmethod
     def from_dict(cls, found: Mapping) -> "GraphShape":
         """Return the shape from the result of `to_dict`, which manifests hold."""
-        return cls(**{name: found[name] for name in (f.name for f in fields(cls)) if name in found or name not in _LATER})
+        return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found or f.name not in _LATER})
+
+    @classmethod
+    def knows(cls, found: Mapping) -> bool:
+        """Return whether `from_dict` reads all of a manifest's shape."""
+        names = {field.name for field in fields(cls)}
+        return names - _LATER.keys() <= found.keys() <= names
 
     def to_dict(self) -> dict:
         """Return the fields by name, without those of inputs that the graph lacks."""
@@ -146,28 +152,25 @@ DIMENSIONS = {
 
 
 def dimensions(unet: UNet, shape: GraphShape) -> dict[str, tuple[int, int]]:
-    """Return `DIMENSIONS` with those that follow from the shape: tokens of texts, and units of LoRAs.
+    """Return `DIMENSIONS` with those that follow from the shape, of which `shape_ranges` tells more."""
+    return DIMENSIONS | {name: (least, most) for name, (least, _, most) in shape_ranges(unet, shape).items()}
 
-    "row_units" are those of a row in a layer, "units_<kind>" those in the pool of a kind of layers.
+
+def shape_ranges(unet: UNet, shape: GraphShape) -> dict[str, tuple[int, int, int]]:
+    """Return (least, usual, most) of the dimensions that follow from the shape: tokens of texts, and units of LoRAs.
+
+    "row_units" are those of a row in a layer, "units_<kind>" those in the pool of a kind of layers. Usual are texts of
+    one chunk, and one LoRA of the largest rank.
     """
-    found = dict(DIMENSIONS)
+    found, width = {}, table_width(shape.lora_rank // RANK)
     if shape.text_chunks > 1:
-        found["text_tokens"] = (shape.text_tokens, shape.text_tokens * shape.text_chunks)
+        found["text_tokens"] = (shape.text_tokens, shape.text_tokens, shape.text_tokens * shape.text_chunks)
     if shape.lora_slots:
-        found["row_units"] = (1, shape.row_units)
+        found["row_units"] = (1, width, shape.row_units)
         for number in lora_kinds(unet):
             taps, inner, out = unet.loras.kinds[number]
-            found[f"units_{number}"] = (1, _MOST_ELEMENTS // (RANK * max(taps * inner, out)))
-    return found
-
-
-def usual_sizes(unet: UNet, shape: GraphShape) -> dict[str, int]:
-    """Return the sizes that engines are tuned for, of the dimensions that follow from the shape: one LoRA, one chunk."""
-    found, width = {}, table_width(shape.lora_rank // RANK)
-    for name in dimensions(unet, shape).keys() - DIMENSIONS.keys():
-        kind = name.removeprefix("units_")
-        layers = unet.loras.kind_of.count(int(kind)) if kind.isdecimal() else 1
-        found[name] = shape.text_tokens if name == "text_tokens" else width * layers
+            most = _MOST_ELEMENTS // (RANK * max(taps * inner, out))
+            found[f"units_{number}"] = (1, width * unet.loras.kind_of.count(number), most)
     return found
 
 

@@ -321,7 +321,7 @@ def graph_config(
     warmups = {}
     for shape in shapes:
         sizes = _FIRST | {"rows": shape.rows, "height": shape.height // downscale, "width": shape.width // downscale}
-        sizes = with_tokens(unet, sizes | graph.fixed)
+        sizes = with_tokens(unet, sizes | graph.fixed) | {"text_tokens": graph.shape.get("text_tokens", 1)}
         dims = [tuple(sizes.get(d, 1) if isinstance(d, str) else d for d in dims) for _, _, dims in graph.inputs]
         tensors = tuple(replace(tensor, dims=d) for tensor, d in zip(inputs, dims))
         # different shapes may give a graph the same inputs

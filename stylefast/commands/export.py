@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   stylefast export onnx --model tiny --out engines
   stylefast export tensorrt --model tiny --target sm89,sm120 --profile rows=1:4:8
   stylefast export aoti --target cpu --flavour live
+  stylefast export onnx --lora-rank 32 --lora-slots 2 --max-text-chunks 4
   stylefast generate "a fish" --backend onnxruntime --engines engines
 """
 # kind -> summary and examples
@@ -39,6 +40,16 @@ KINDS = {
         "A model repository for NVIDIA's Triton Inference Server that generates complete pictures.",
         "  stylefast export triton-repo --model tiny --out repository\n  tritonserver --model-repository repository",
     ),
+}
+
+
+# option -> what it counts, and the field of a `GraphShape`
+_OF_SHAPES = {
+    "references": ("references", "references"),
+    "segments": ("segments", "segments"),
+    "lora_rank": ("ranks of a LoRA", "lora_rank"),
+    "lora_slots": ("LoRAs per picture", "lora_slots"),
+    "max_text_chunks": ("chunks of a text", "text_chunks"),
 }
 
 
@@ -126,6 +137,20 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
         type=int,
         metavar="N",
         help="max style pictures per picture, through the IP-Adapter; 0 leaves it out (default: 2)",
+    )
+    if kind != "triton-repo":
+        group(
+            "--lora-rank",
+            type=int,
+            metavar="R",
+            help="take LoRAs that differ by picture, of ranks up to R, 128 at most (default: 0, no inputs for LoRAs)",
+        )
+        group("--lora-slots", type=int, metavar="N", help="max LoRAs per picture, with --lora-rank (default: 2)")
+    group(
+        "--max-text-chunks",
+        type=int,
+        metavar="C",
+        help="take prompts of up to C chunks of 75 tokens, 16 at most (default: 1)",
     )
     group("--size", metavar="fixed|WxH", help="one size in pixels, or fixed: the model's own (default: any size)")
     if kind != "aoti":
@@ -218,6 +243,9 @@ def options_of(arguments: argparse.Namespace):
         "dtype": arguments.dtype,
         "references": arguments.references,
         "segments": arguments.segments,
+        "lora_rank": getattr(arguments, "lora_rank", None),
+        "lora_slots": getattr(arguments, "lora_slots", None),
+        "max_text_chunks": arguments.max_text_chunks,
     }
     given = {name: value for name, value in given.items() if value not in (None, ())}
     otherwise: dict[str, Any] = (
@@ -229,6 +257,7 @@ def options_of(arguments: argparse.Namespace):
 def _of_graphs(folder: Path, given: dict) -> dict:
     """Return the options fixed by existing graphs. Raises EngineMismatch if `given` contradicts them."""
     from stylefast.export.manifest import check_fits, read_manifest
+    from stylefast.export.unet_graph import GraphShape
 
     manifest = read_manifest(folder)
     check_fits(manifest, kind="onnx", dtype=given.get("dtype"))
@@ -240,11 +269,17 @@ def _of_graphs(folder: Path, given: dict) -> dict:
                 f"`stylefast export onnx --flavour {flavour}`"
             )
     settled = {"dtype": manifest.dtype, "flavours": tuple(shapes)}
-    for name in ("references", "segments"):
+    for name, (what, of_shape) in _OF_SHAPES.items():
         # plain graphs take no references
-        counts = {shape[name] for shape in shapes.values() if name == "segments" or shape["flavour"] != "plain"}
+        counts = {
+            getattr(GraphShape.from_dict(shape), of_shape)
+            for shape in shapes.values()
+            if name != "references" or shape["flavour"] != "plain"
+        }
         if name in given and counts - {given[name]}:
-            raise EngineMismatch(f"{folder} was exported with {counts.pop()} {name}, not {given[name]}; drop --{name}")
+            raise EngineMismatch(
+                f"{folder} was exported with {counts.pop()} {what}, not {given[name]}; drop --{name.replace('_', '-')}"
+            )
         if counts:
             settled[name] = counts.pop()
     return settled

@@ -96,6 +96,11 @@ def _details(graph: dict[str, Any]) -> str:
         if graph["shape"].get(name):
             count = graph["shape"][name]
             parts.append(f"{count} {one if count == 1 else many}")
+    if graph["shape"].get("lora_slots"):
+        slots = graph["shape"]["lora_slots"]
+        parts.append(f"{slots} {'LoRA' if slots == 1 else 'LoRAs'} of rank {graph['shape']['lora_rank']}")
+    if graph["shape"].get("text_chunks"):
+        parts.append(f"texts of {graph['shape']['text_chunks']} chunks")
     if graph["fixed"]:
         parts.append("only " + ", ".join(f"{name} {size}" for name, size in graph["fixed"].items()))
     if graph["opset"] is not None:

@@ -26,7 +26,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2")
 
 
 def table_width(units: int) -> int:
-    """Return the width of a table for LoRAs of up to `units` units in a layer: a power of two, so that it rarely grows."""
+    """Return the width of a table for LoRAs of up to `units` units in a layer: a power of two, so it seldom grows."""
     return 1 << (max(LEAST_WIDTH, units) - 1).bit_length()
 
 

@@ -281,6 +281,7 @@ class Runner:
         """Return all pages and masks, by the input names of exported graphs."""
         store, pool, found = self.conditions, self.bank_pages.get(latent_size), {}
         levels = [("text_kv", store.text.by_level)]
+        found["text_lengths"] = store.text.lengths
         if store.images is not None:
             levels.append(("image_kv", store.images.by_level))
             found["image_lengths"] = store.images.lengths

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -16,6 +16,23 @@ from stylefast.runtime.steps.step import LatentSlots, ModelInputs, run_step
 from stylefast.runtime.steps.step_buffers import StepColumns
 
 
+class StepNeeds(NamedTuple):
+    """What a step, or the steps of a group, must have of a graph.
+
+    rows: of one UNet call. latent_size: (height, width). references, segments, loras, text_tokens: the most that a row
+    reads. banked: whether rows read a bank. lora_rank: the largest one.
+    """
+
+    rows: int
+    latent_size: tuple[int, int]
+    references: int = 0
+    segments: int = 0
+    banked: bool = False
+    loras: int = 0
+    lora_rank: int = 0
+    text_tokens: int = 0
+
+
 class Backend:
     """Executor of steps; the option `backend` of an engine accepts custom ones.
 
@@ -24,7 +41,8 @@ class Backend:
         buckets: row counts to which batches are padded; empty: a table has the shape of its batch.
         pads_columns: whether `run` itself pads columns of references and pictures, so that tables are only as wide as
             their batch.
-        limits: the largest graph dimensions ("rows", "pages") that it supports.
+        limits: the largest graph dimensions ("rows", "pages") that it supports, LoRAs per picture ("lora_slots"), their
+            rank ("lora_rank") and tokens of a text ("text_tokens"); there is no limit to those that are missing.
         takes_loras: whether rows may use LoRAs.
         takes_long_texts: whether rows may read texts of several chunks.
     """
@@ -44,14 +62,8 @@ class Backend:
         """
         raise NotImplementedError
 
-    def check(self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool) -> None:
-        """Raise ExportError if a group of `rows` rows or more can't be run; called before its job is accepted.
-
-        Args:
-            latent_size: (height, width).
-            references, segments: the most that a row reads.
-            banked: whether rows read a bank.
-        """
+    def check(self, needs: StepNeeds) -> None:
+        """Raise ExportError if a group of that many rows or more can't be run; called before its job is accepted."""
 
     def ready(self, group: SampleGroup) -> Callable[[], object] | None:
         """Return slow work to do before a group's first step, such as opening a file; None: nothing.

@@ -2,8 +2,8 @@
 
 The graph is the model's part of a step, from embedding to output; guidance and the sampler's update stay here. Tables
 are only as wide as their batch and are widened to the graph's columns; inputs of the graph that a batch lacks
-(pictures, masks, pages) are filled with idle ones. All tensors of one shape keep their addresses, for sessions that
-replay.
+(pictures, masks, pages, LoRAs) are filled with idle ones. All tensors of one shape keep their addresses, for sessions
+that replay.
 """
 
 from collections import OrderedDict
@@ -21,15 +21,18 @@ from stylefast.export.unet_graph import (
     OUTPUT,
     GraphShape,
     Tensor,
+    dimensions,
     graph_inputs,
     graph_output,
     with_tokens,
 )
+from stylefast.kernels.row_lora import RANK
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
-from stylefast.models.row_table import COLUMNS
+from stylefast.models.row_loras import NO_UNIT, RowLoras, table_width
+from stylefast.models.row_table import COLUMNS, RowTable
 from stylefast.models.unet import UNet
-from stylefast.runtime.backends.base import Backend
+from stylefast.runtime.backends.base import Backend, StepNeeds
 from stylefast.runtime.backends.exported_parts import ExportedParts
 from stylefast.runtime.plan.sample_group import SampleGroup
 from stylefast.runtime.steps.step import LatentSlots, ModelInputs, model_input, sampler_update
@@ -89,9 +92,16 @@ class ExportedBackend(Backend):
         self._idle: dict[tuple, torch.Tensor] = {}
         # smaller batches are padded to the graph's least row count
         self.buckets = tuple(sorted({low for graph in found if (low := graph.ranges.get("rows", (1, 1))[0]) > 1}))
+        shapes = [graph.shape for graph in found]
         self.limits = {
             name: max(graph.ranges.get(name, DIMENSIONS[name])[1] for graph in found) for name in ("rows", "pages")
+        } | {
+            "lora_slots": max(shape.lora_slots for shape in shapes),
+            "lora_rank": max(shape.lora_rank for shape in shapes),
+            "text_tokens": max(shape.text_tokens * shape.text_chunks for shape in shapes),
         }
+        self.takes_loras = self.limits["lora_slots"] > 0
+        self.takes_long_texts = any(shape.text_chunks > 1 for shape in shapes)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -120,15 +130,10 @@ class ExportedBackend(Backend):
         why = self._stale()
         if why is not None:
             raise EngineMismatch(why)
-        if buffers.text_lengths is not None:
-            raise EngineMismatch(
-                f"a text of this step is shorter than others, but graphs of backend {self.name!r} read equally many "
-                "tokens of each; use backend='torch' for texts of unequal length"
-            )
         latents, seen = model_input(state, columns, self._unet.dtype)
         graph = self._choose(columns, buffers, state.shape[1:])
-        prepared = self._prepare(graph, columns, state.shape)
-        inputs = prepared.fill(columns, seen)
+        prepared = self._prepare(graph, columns, buffers.loras, state.shape)
+        inputs = prepared.fill(columns, seen, buffers.loras)
         for tensor in graph.inputs:
             if tensor.name not in inputs:
                 found = buffers.pooled if tensor.name == "pooled" else buffers.graph_inputs.get(tensor.name)
@@ -161,35 +166,45 @@ class ExportedBackend(Backend):
         )
         references = max(group_rows.width for group_rows in all_rows)
         segments = max(group_rows.segment_width for group_rows in all_rows)
+        loras = max(group_rows.lora_width for group_rows in all_rows)
+        rank = max((lora.rank for lora in group.conditions.held_loras), default=0)
+        needs = StepNeeds(group.rows, group.latent_shape[1:], references, segments, banked, loras, rank)
         try:
-            graph = self._able(banked, references, segments, group.rows, group.latent_shape[1:])
+            graph = self._able(needs)
         except EngineMismatch:
             return None
         return None if graph.opened else graph.session
 
     def _choose(self, columns: StepColumns, buffers: ModelInputs, latent_size: tuple[int, int]) -> "_Loaded":
-        table = columns.table
-        references, segments = table.self_page.shape[1], table.image_page.shape[1]
-        return self._able(buffers.pages is not None, references, segments, len(columns.row_picture), latent_size)
+        table, loras = columns.table, buffers.loras
+        needs = StepNeeds(
+            len(columns.row_picture),
+            latent_size,
+            references=table.self_page.shape[1],
+            segments=table.image_page.shape[1],
+            banked=buffers.pages is not None,
+            loras=0 if loras is None else table.lora.shape[1],
+            lora_rank=0 if loras is None else RANK * loras.units.shape[2],
+            text_tokens=buffers.text_kv[0][0].shape[1],
+        )
+        return self._able(needs)
 
-    def check(self, rows: int, latent_size: tuple[int, int], references: int, segments: int, banked: bool) -> None:
+    def check(self, needs: StepNeeds) -> None:
         """Raise EngineMismatch if no graph could run a step of such a group."""
         # smaller batches are padded
-        self._able(banked, references, segments, max([rows, *self.buckets[:1]]), latent_size)
+        self._able(needs._replace(rows=max([needs.rows, *self.buckets[:1]])))
 
-    def _able(self, banked: bool, references: int, segments: int, rows: int, latent_size: tuple[int, int]) -> "_Loaded":
+    def _able(self, needs: StepNeeds) -> "_Loaded":
         """Return the smallest graph that fits a step. Raises EngineMismatch."""
-        flavour = "banked" if banked else "live" if references else "plain"
+        flavour = "banked" if needs.banked else "live" if needs.references else "plain"
         able = [
             graph
             for graph in self._graphs
-            if FLAVOURS.index(graph.shape.flavour) >= FLAVOURS.index(flavour)
-            and graph.shape.references >= references
-            and graph.shape.segments >= segments
+            if FLAVOURS.index(graph.shape.flavour) >= FLAVOURS.index(flavour) and graph.has_inputs(needs)
         ]
         if not able:
-            raise EngineMismatch(self._lacking(flavour, references, segments))
-        sizes = {"rows": rows, "height": latent_size[0], "width": latent_size[1]}
+            raise EngineMismatch(self._lacking(flavour, needs))
+        sizes = {"rows": needs.rows, "height": needs.latent_size[0], "width": needs.latent_size[1]}
         refused = []
         for graph in able:
             beyond = graph.beyond(sizes)
@@ -201,34 +216,43 @@ class ExportedBackend(Backend):
             f"latents ({'; '.join(refused)}); ask for another size or fewer pictures at once, or export for this one"
         )
 
-    def _lacking(self, flavour: str, references: int, segments: int) -> str:
+    def _lacking(self, flavour: str, needs: StepNeeds) -> str:
         """Describe the graph that a batch needs, the available ones, and the export command."""
-        at_hand = ", ".join(f"{g.shape.flavour} ({g.shape.references}, {g.shape.segments})" for g in self._graphs)
+        wanted = f"references: {needs.references}, pictures per row: {needs.segments}"
         options = f"--flavour {flavour}"
         if flavour != "plain":
-            options += f" --references {max(1, references)}"
-        if segments:
-            options += f" --segments {segments}"
+            options += f" --references {max(1, needs.references)}"
+        if needs.segments:
+            options += f" --segments {needs.segments}"
+        if needs.loras:
+            wanted += f", LoRAs per row: {needs.loras} of rank {needs.lora_rank}"
+            options += f" --lora-rank {needs.lora_rank} --lora-slots {needs.loras}"
+        chunks = max(-(-needs.text_tokens // graph.shape.text_tokens) for graph in self._graphs)
+        if chunks > 1:
+            wanted += f", chunks of text: {chunks}"
+            options += f" --max-text-chunks {chunks}"
         return (
-            f"this step needs a {flavour} graph (references: {references}, pictures per row: {segments}); "
-            f"available: {at_hand}. Run `stylefast export {_COMMANDS.get(self.name, self.name)} {options}`, or use "
-            "backend='torch'"
+            f"this step needs a {flavour} graph ({wanted}); available: "
+            f"{', '.join(_shown(graph.shape) for graph in self._graphs)}. Run `stylefast export "
+            f"{_COMMANDS.get(self.name, self.name)} {options}`, or use backend='torch'"
         )
 
-    def _prepare(self, graph: "_Loaded", columns: StepColumns, latent_shape: tuple[int, int, int]) -> "_Prepared":
-        table = columns.table
-        widths = (table.self_page.shape[1], table.image_page.shape[1], len(table.norm_page))
+    def _prepare(
+        self, graph: "_Loaded", columns: StepColumns, loras: RowLoras | None, latent_shape: tuple[int, int, int]
+    ) -> "_Prepared":
+        table, units = columns.table, graph.row_units(columns.table, loras)
+        widths = (table.self_page.shape[1], table.image_page.shape[1], len(table.norm_page), units)
         key = (id(graph), len(columns.row_picture), widths, latent_shape)
         if key not in self._prepared:
             if len(self._prepared) >= _SHAPES:
                 self._prepared.popitem(last=False)
-            self._prepared[key] = _Prepared(self._unet, graph, key[1], latent_shape)
+            self._prepared[key] = _Prepared(self._unet, graph, key[1], units, latent_shape)
         self._prepared.move_to_end(key)
         return self._prepared[key]
 
     def _idle_tensor(self, graph: "_Loaded", tensor: Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
         """Return a minimal tensor for an unread input: zeros, but pictures have one token."""
-        least = {name: graph.ranges.get(name, (1, 1))[0] for name in DIMENSIONS}
+        least = {name: graph.ranges.get(name, (1, 1))[0] for name in graph.limits}
         sizes = with_tokens(self._unet, least | {"height": latent_size[0], "width": latent_size[1]})
         dims = tensor.shape(sizes)
         key = (tensor.name, tensor.dtype, dims)
@@ -243,7 +267,7 @@ class _Loaded:
 
     def __init__(self, unet: UNet, graph: Graph):
         self.shape, self.ranges, self._nbytes = graph.shape, graph.ranges, graph.nbytes
-        self.inputs = graph_inputs(unet, graph.shape)
+        self.inputs, self.limits = graph_inputs(unet, graph.shape), dimensions(unet, graph.shape)
         self._open: Callable[[], Session] = graph.session
         self._session: Session | None = graph.session if hasattr(graph.session, "run") else None
         self._broken: ExportError | None = None
@@ -271,6 +295,27 @@ class _Loaded:
                     raise
             return self._session
 
+    def has_inputs(self, needs: StepNeeds) -> bool:
+        """Return whether the graph has inputs for all that a step's rows read."""
+        shape = self.shape
+        return (
+            shape.references >= needs.references
+            and shape.segments >= needs.segments
+            and shape.lora_slots >= needs.loras
+            and table_width(shape.lora_rank // RANK) >= table_width(needs.lora_rank // RANK)
+            and shape.text_tokens * shape.text_chunks >= needs.text_tokens
+        )
+
+    def row_units(self, table: RowTable, loras: RowLoras | None) -> int:
+        """Return the units per row and layer that the graph gets for a batch: as few as can be, but rarely others.
+
+        Idle ones cost as much as those in use. 0: the graph takes none.
+        """
+        if loras is None:
+            return min(1, self.shape.lora_slots)
+        used = 1 << (table.lora.shape[1] - 1).bit_length()
+        return min(used, self.shape.lora_slots) * loras.units.shape[2]
+
     def close(self) -> None:
         if self._session is not None and hasattr(self._session, "close"):
             self._session.close()
@@ -288,7 +333,7 @@ class _Loaded:
 class _Prepared:
     """Input tensors that are written at every step, and the output, for one batch shape."""
 
-    def __init__(self, unet: UNet, graph: _Loaded, rows: int, latent_shape: tuple[int, int, int]):
+    def __init__(self, unet: UNet, graph: _Loaded, rows: int, units: int, latent_shape: tuple[int, int, int]):
         channels, height, width = latent_shape
         sizes = {"rows": rows, "height": height, "width": width}
         device, output = unet.device, graph_output(unet)
@@ -297,6 +342,11 @@ class _Prepared:
             "timestep": torch.empty(rows, device=device),
             "time_ids": torch.empty(rows, 6, device=device),
         }
+        if units:
+            layers = len(unet.loras.names)
+            self._own["lora_unit"] = torch.full((layers, rows, units), NO_UNIT, device=device)
+            self._own["lora_unit_scale"] = torch.zeros(rows, units, device=device)
+        self._limits = graph.limits
         self.output = torch.empty(output.shape(sizes), dtype=output.dtype, device=device)
         self._inputs = graph.inputs
         self._columns = [x for x in graph.inputs if x.name in COLUMNS]
@@ -305,18 +355,38 @@ class _Prepared:
     def tensors(self) -> list[torch.Tensor]:
         return [*self._own.values(), self.output]
 
-    def fill(self, columns: StepColumns, seen: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return inputs by name, filled from the table and the latents; `seen` [rows, channels, h, w]."""
+    def fill(self, columns: StepColumns, seen: torch.Tensor, loras: RowLoras | None) -> dict[str, torch.Tensor]:
+        """Return inputs by name, filled from the table, the latents and the LoRAs; `seen` [rows, channels, h, w]."""
         picture, table = columns.row_picture, columns.table._asdict()
         self._own["latents"].copy_(seen)
         self._own["timestep"].copy_(columns.timestep[picture])
         self._own["time_ids"].copy_(columns.time_ids[picture])
         inputs = {name: self._own[name] for name in ("latents", "timestep", "time_ids")}
+        if "lora_unit" in self._own:
+            inputs |= self._with_loras(columns.table, loras)
         for tensor in self._columns:
             column = table[tensor.name]
             dims = tensor.shape({"rows": self._rows})
             inputs[tensor.name] = column if tuple(column.shape) == dims else self._widened(tensor, column, dims)
         return inputs
+
+    def _with_loras(self, table: RowTable, loras: RowLoras | None) -> dict[str, torch.Tensor]:
+        """Return the units that rows use, idle beyond those, and the pools that they lie in, if any row uses one."""
+        unit, scale = self._own["lora_unit"], self._own["lora_unit_scale"]
+        found = {"lora_unit": unit, "lora_unit_scale": scale}
+        if loras is None:
+            return found
+        used = loras.of_rows(table.lora, table.lora_scale)
+        unit[:, :, : used.unit.shape[2]], scale[:, : used.scale.shape[1]] = used.unit, used.scale
+        for number, (down, up) in enumerate(zip(loras.down, loras.up, strict=True)):
+            most = self._limits.get(f"units_{number}", (1, len(up)))[1]
+            if len(up) > most:
+                raise EngineMismatch(
+                    f"the LoRAs on the device take {len(up)} units in layers of a kind, but the graph supports {most}; "
+                    "load the model with a smaller lora_memory"
+                )
+            found |= {f"lora_down_{number}": down, f"lora_up_{number}": up}
+        return found
 
     def within(self, ranges: Mapping[str, tuple[int, int]], inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Reduce pages and masks to those that rows read, if the graph does not accept all of them."""
@@ -356,4 +426,10 @@ class _Prepared:
 
 
 def _size(shape: GraphShape) -> tuple:
-    return FLAVOURS.index(shape.flavour), shape.references, shape.segments
+    return FLAVOURS.index(shape.flavour), shape.references, shape.segments, shape.row_units, shape.text_chunks
+
+
+def _shown(shape: GraphShape) -> str:
+    loras = f", {shape.lora_slots} LoRAs of rank {shape.lora_rank}" if shape.lora_slots else ""
+    chunks = f", {shape.text_chunks} chunks" if shape.text_chunks > 1 else ""
+    return f"{shape.flavour} ({shape.references}, {shape.segments}{loras}{chunks})"

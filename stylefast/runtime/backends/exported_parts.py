@@ -3,7 +3,8 @@
 Each class here replaces one class of `stylefast.models`, with the same interface. Still run in PyTorch: tokenizers and
 the preparation of pictures; the zeros of a null prompt; the embedding of pooled text and time; the VAE's encoder
 (reference pictures) and its scale and shift, the blending of tiles, the retry in float32 after overflow in a half type;
-previews; baking; adapters and image encoders that were not exported.
+previews; baking; adapters and image encoders that were not exported; prompts under LoRAs of the text encoders, and what
+LoRAs add to the text's keys and values.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from stylefast.models.layout import AttentionLayout
 from stylefast.models.row_loras import LoraProducts
 from stylefast.models.row_table import KeyValue
 from stylefast.models.text import TextEncoder, TextLoras
+from stylefast.models.unet import UNet
 
 
 class ExportedPart:
@@ -61,14 +63,17 @@ class ExportedPart:
 
 
 class ExportedText:
-    """Both text encoders as graphs; a `models.text.TextRunner`. Supports neither gradients nor skipped layers."""
+    """Both text encoders as graphs; a `models.text.TextRunner`. Supports neither gradients nor skipped layers.
+
+    Prompts under LoRAs are encoded by the runner that this one replaces.
+    """
 
     most_skipped = 0
-    takes_loras = False
+    takes_loras = True
     takes_masks = False
 
     def __init__(self, text_encoder: TextEncoder, parts: tuple[ExportedPart, ExportedPart]):
-        self._parts, self._widths = parts, text_encoder.widths
+        self._parts, self._widths, self._with_loras = parts, text_encoder.widths, text_encoder.runner
         self._device = text_encoder.encoders[1].text_projection.weight.device
         self._pooled = text_encoder.encoders[1].text_projection.out_features
         tables = [encoder.get_input_embeddings().num_embeddings for encoder in text_encoder.encoders]
@@ -93,7 +98,7 @@ class ExportedText:
         if seen is not None:
             raise ExportError("exported text encoders can't mask tokens; load the model with backend='torch'")
         if loras:
-            raise ExportError("exported text encoders can't apply LoRAs; load the model with backend='torch'")
+            return self._with_loras(index, ids, rows, ends, skips, loras)
         if torch.is_grad_enabled() and any(row.requires_grad for row in rows):
             raise InvalidRequest(
                 "exported text encoders have no gradients; load the model with backend='torch' to learn vectors"
@@ -121,23 +126,27 @@ class ExportedText:
 
 
 class ExportedTextProjector:
-    """`UNet.project_text` as a graph."""
+    """`UNet.project_text` as a graph, which takes texts chunk by chunk; `window`: the tokens of one."""
 
-    def __init__(self, layout: AttentionLayout, part: ExportedPart):
-        self._layout, self._part = layout, part
+    def __init__(self, unet: UNet, window: int, part: ExportedPart):
+        self._unet, self._window, self._part = unet, window, part
 
     def __call__(  # states [pages, tokens, cross_dim]
         self, states: torch.Tensor, loras: LoraProducts | None = None
     ) -> tuple[KeyValue, ...]:
-        if loras is not None:
-            raise ExportError("exported projections can't apply LoRAs; load the model with backend='torch'")
-        states = states.to(self._part.dtype)
-        packed = _packed("text_kv", self._layout, states, *states.shape[:2])
-        self._part.run({"states": states}, packed)
+        layout, states = self._unet.layout, states.to(self._part.dtype)
+        chunks = states.reshape(-1, self._window, states.shape[2])
+        packed = _packed("text_kv", layout, states, *chunks.shape[:2])
+        self._part.run({"states": chunks}, packed)
         found: dict[int, KeyValue] = {}
-        for level, members in enumerate(_levels(self._layout)):
+        for level, members in enumerate(_levels(layout)):
             for i, pair in zip(members, packed[f"text_kv_{level}"], strict=True):
-                found[i] = (pair[0], pair[1])
+                k, v = (x.reshape(*states.shape[:2], *x.shape[2:]) for x in pair)
+                if loras is not None:
+                    attention = self._unet.block(layout.layers[i].name).attn2
+                    k = loras.added(k.flatten(2), states, attention.to_k).view_as(k)
+                    v = loras.added(v.flatten(2), states, attention.to_v).view_as(v)
+                found[i] = (k, v)
         return tuple(found[i] for i in range(len(found)))
 
 
@@ -257,7 +266,9 @@ class ExportedParts:
             used += ["text_encoder", "text_encoder_2"]
         if "text_projector" in parts:
             # override on the instance: the class keeps its own method
-            engine.unet.project_text = ExportedTextProjector(engine.unet.layout, parts["text_projector"])
+            engine.unet.project_text = ExportedTextProjector(
+                engine.unet, engine.text_encoder.max_tokens, parts["text_projector"]
+            )
             used.append("text_projector")
         if "vae_decoder" in parts:
             part = parts["vae_decoder"]

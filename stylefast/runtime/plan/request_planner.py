@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from stylefast.errors import ExportError, InvalidRequest
+from stylefast.kernels.row_lora import RANK
 from stylefast.models import vae as vaes
 from stylefast.models.pictures import open_picture
+from stylefast.runtime.backends.base import StepNeeds
 from stylefast.runtime.loras import Loras, described
 from stylefast.runtime.plan.pinning import inversion_of, scheduler_config
 from stylefast.runtime.plan.request import Request, check_size
@@ -75,27 +77,43 @@ class RequestPlanner:
         needs = {sample: self.runner.conditions.check(sample) for sample in samples}
         self._check_text(max((tokens for _, tokens in needs.values()), default=0))
         for group in connected(samples):
-            self._check_room(group, max(needs[sample][0] for sample in group))
+            self._check_room(group, *(max(numbers) for numbers in zip(*(needs[sample] for sample in group))))
 
     def _check_text(self, tokens: int) -> None:
         """Raise ExportError for texts that are longer than those of exported graphs."""
-        limit, backend = self.runner.conditions.text_encoder.max_tokens, self.runner.backend
-        if tokens > limit and not backend.takes_long_texts:
+        window, backend = self.runner.conditions.text_encoder.max_tokens, self.runner.backend
+        limit = backend.limits.get("text_tokens", tokens) if backend.takes_long_texts else window
+        if tokens > limit:
+            chunks = tokens // window
             raise ExportError(
-                f"a prompt of the request has {tokens} tokens in {tokens // limit} chunks, but the graphs of backend "
-                f"{backend.name!r} take only {limit}; shorten it to {limit - 2} tokens, or load the model with "
-                "backend='torch' or 'compile'"
+                f"a prompt of the request has {tokens} tokens in {chunks} chunks, but the graphs of backend "
+                f"{backend.name!r} take only {limit}; shorten it to {limit // window * (window - 2)} tokens, export "
+                f"the model with --max-text-chunks {chunks}, or load it with backend='torch' or 'compile'"
             )
 
     def _check_loras(self, sample: Sample) -> None:
         """Raise ExportError for LoRAs that an exported graph can't apply."""
         names = ", ".join(use.lora.name for use in sample.loras)
-        backend = self.runner.backend
-        if any(use.unet for use in sample.loras) and not backend.takes_loras:
+        backend, used = self.runner.backend, [use.lora for use in sample.loras if use.unet]
+        rank = max((lora.rank for lora in used), default=0)
+        instead = "load it with backend='torch' or 'compile'"
+        if used and not backend.takes_loras:
             raise ExportError(
                 f"the request uses LoRAs ({names}), but the graphs of backend {backend.name!r} have no inputs for "
-                "them; load the model with backend='torch' or 'compile', or merge the LoRAs with engine.load_lora "
-                "before the export"
+                f"them; export the model with --lora-rank {rank} --lora-slots {len(used)}, {instead}, or merge the "
+                "LoRAs with engine.load_lora before the export"
+            )
+        slots, most = (backend.limits.get(name, 2**31) for name in ("lora_slots", "lora_rank"))
+        if len(used) > slots:
+            raise ExportError(
+                f"the request uses {len(used)} LoRAs of the UNet ({names}), but the graphs of backend {backend.name!r} "
+                f"take {slots} per picture; use fewer, export the model with --lora-slots {len(used)}, or {instead}"
+            )
+        if rank > most:
+            wide = next(lora for lora in used if lora.rank == rank)
+            raise ExportError(
+                f"the LoRA {wide.name!r} takes {rank} ranks in units of {RANK}, but the graphs of backend "
+                f"{backend.name!r} take {most}; export the model with --lora-rank {rank}, or {instead}"
             )
         text = any(use.text and any(use.lora.changes_text) for use in sample.loras)
         if text and not self.runner.conditions.text_encoder.runner.takes_loras:
@@ -104,7 +122,7 @@ class RequestPlanner:
                 "give (strength, 0) for the UNet's part alone, or load the model with backend='torch' or 'compile'"
             )
 
-    def _check_room(self, group: Sequence[Sample], segments: int) -> None:
+    def _check_room(self, group: Sequence[Sample], segments: int, tokens: int) -> None:
         """Raise OutOfMemory or ExportError for a group that could not run even alone."""
         latent_size = self.latent_shape(group[0].size)[1:]
         # a lower bound: readers may need further branches of a reference
@@ -112,7 +130,10 @@ class RequestPlanner:
         banked = [sample.bank.info.references for sample in group if sample.bank is not None]
         references = max([*banked, *(len(sample.references) for sample in group)])
         self.runner.budget.check_ever(self.runner.unet, rows, latent_size)
-        self.runner.backend.check(rows, latent_size, references, segments, bool(banked))
+        used = [[use.lora.rank for use in sample.loras if use.unet] for sample in group]
+        loras, rank = max(map(len, used)), max((rank for ranks in used for rank in ranks), default=0)
+        needs = StepNeeds(rows, latent_size, references, segments, bool(banked), loras, rank, tokens)
+        self.runner.backend.check(needs)
 
     def schedule(self, request: Request) -> Schedule:
         """Return the request's schedule. Raises InvalidRequest for an unknown scheduler or a count it can't take."""
