@@ -62,7 +62,7 @@ def eager(unet, shape, inputs):
 def exact(unet, shape, inputs):
     """The same in float64; what the graph wants in float32 stays so."""
     wide = UNet.from_state(unet.config, {name: x.double() for name, x in unet.state_dict().items()})
-    names = ("latents", "pooled", "text_kv", "image_kv", "page_kv")
+    names = ("latents", "pooled", "text_kv", "image_kv", "page_kv", "lora_down", "lora_up")
     return eager(wide, shape, {n: x.double() if n.startswith(names) else x for n, x in inputs.items()})
 
 
@@ -88,7 +88,10 @@ def package(folder):
     @cache
     def package(flavour, levels):
         path = folder / f"{flavour}-{levels}.pt2"
-        quickly(micro_unet(levels=levels).to("meta"), GraphShape(flavour, 2, 2), path, weights=False)
+        # what LoRAs and long texts add takes a second of the smaller model
+        more = {"text_chunks": 2, "lora_rank": 32, "lora_slots": 2} if levels == 1 else {}
+        shape = GraphShape(flavour, 2, 2, **more)
+        quickly(micro_unet(levels=levels).to("meta"), shape, path, weights=False)
         return path
 
     return lambda flavour="banked", levels=1: package(flavour, levels)
@@ -130,7 +133,7 @@ def test_a_package_errs_no_more_than_twice_as_much_as_pytorch(package, flavour, 
 
 def test_the_operations_are_calls_and_not_compiled(package):
     facts = package_facts(package())
-    wanted = {"shared_attention", "gated_cross_attention", "adain_affine", "group_norm_silu", "geglu"}
+    wanted = {"shared_attention", "gated_cross_attention", "adain_affine", "group_norm_silu", "geglu", "row_lora"}
     assert wanted <= facts["operations"].keys()
     assert facts["target"] == "cpu" and facts["toolchain"]["torch"] == torch.__version__
     assert package().stat().st_size < 20e6
@@ -252,6 +255,9 @@ def _with(name, change):
         (_with("text_page", lambda x: x + 9), InvalidRequest, "text_page holds"),
         (_with("adain_page", lambda x: x.fill_(4)), InvalidRequest, r"adain_page holds 4.*\[-1, 3\]"),
         (_with("image_lengths", lambda x: x.fill_(5)), InvalidRequest, "image_lengths holds 5"),
+        (_with("text_lengths", lambda x: x.fill_(155)), InvalidRequest, "text_lengths holds 155"),
+        (_with("lora_unit", lambda x: x.fill_(99)), InvalidRequest, "lora_unit holds 99"),
+        (_with("lora_unit", lambda x: x.repeat(1, 1, 2)), EngineMismatch, "row_units=8"),
     ],
     ids=[
         "an input too few",
@@ -262,6 +268,9 @@ def _with(name, change):
         "a text page out of range",
         "a style page out of range",
         "a length out of range",
+        "a text's length out of range",
+        "a unit out of range",
+        "units that differ",
     ],
 )
 def test_bad_input_is_refused_and_the_session_goes_on(session, change, kind, text):
@@ -282,6 +291,20 @@ def test_an_operation_that_fails_is_an_error_and_the_session_goes_on(session, mo
         changed.setattr(operation("geglu"), "refuse", refuse)
         session.run(inputs)
     assert torch.equal(session.run(inputs)["output"], before)
+
+
+def test_a_pool_that_grows_and_another_mix_need_no_other_package(session):
+    unet = micro_unet()
+    inputs = inputs_of(unet, session.shape, 2)
+    before = session.run(inputs)["output"]
+    for name in inputs:
+        if name.startswith(("lora_down", "lora_up")):
+            inputs[name] = torch.cat([inputs[name], torch.full_like(inputs[name], torch.nan)])
+    assert torch.equal(session.run(inputs)["output"], before)
+    inputs |= {"lora_unit": inputs["lora_unit"][:, :, :1], "lora_unit_scale": inputs["lora_unit_scale"][:, :1] + 0.5}
+    found = session.run(inputs)["output"]
+    assert torch.allclose(found, eager(unet, session.shape, inputs), atol=2e-5)
+    assert not torch.allclose(found, before, atol=1e-2)
 
 
 def test_a_size_beyond_those_exported_is_refused(session):

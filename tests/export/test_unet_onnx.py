@@ -31,9 +31,9 @@ SHAPES = (
     GraphShape("plain", segments=2),
     GraphShape("live", 2, 3),
     GraphShape("banked", 1, 1),
-    GraphShape("banked", 2, 2),
+    GraphShape("banked", 2, 2, text_chunks=3, lora_rank=32, lora_slots=2),
 )
-NAMES = ("plain without pictures", "plain", "live", "banked", "banked with two references")
+NAMES = ("plain without pictures", "plain", "live", "banked", "banked with LoRAs and long texts")
 # (rows, height, width) in latents: odd ones, one row, the least size
 SIZES = ((4, 12, 10), (3, 9, 13), (1, 8, 8), (7, 11, 8))
 
@@ -110,7 +110,10 @@ def exported(two_flavours, tmp_path_factory):
 def inputs_of(unet: UNet, shape: GraphShape, size: tuple[int, int, int], seed: int) -> dict[str, torch.Tensor]:
     rows, *latents = size
     sizes = example_sizes(unet, tuple(latents)) | {"rows": rows, "pages": 3}
-    return example_inputs(unet, shape, with_tokens(unet, sizes), seed)
+    inputs = example_inputs(unet, shape, with_tokens(unet, sizes), seed)
+    if shape.lora_slots:  # of rank 16 in the first row, none in the second, two in others
+        inputs["lora_unit"][:, 0, 1:] = inputs["lora_unit"][:, 1:2] = -1
+    return inputs
 
 
 @cache  # loading takes longer than running
@@ -220,6 +223,34 @@ def test_a_model_whose_middle_would_be_a_single_value_is_refused_by_name():
         trace(unet, GraphShape("plain"))
 
 
+def test_loras_of_other_rows_change_no_bit_and_their_order_and_places_do_not_matter(exported):
+    shape, unet = SHAPES[-1], unet_for(SHAPES[-1], torch.float32)
+    path, inputs = str(exported(shape, torch.float32)), inputs_of(unet, shape, (3, 9, 9), 11)
+    inputs["self_page"][:], inputs["adain_page"][:], inputs["norm_page"][:] = -1, -1, -1
+    first = run(path, inputs)
+    for name in inputs:
+        if name.startswith(("lora_down", "lora_up")):  # a unit more before all others, of which nobody uses any number
+            inputs[name] = torch.cat([torch.full_like(inputs[name][:1], torch.nan), inputs[name]])
+    inputs["lora_unit"] = torch.where(inputs["lora_unit"] >= 0, inputs["lora_unit"] + 1, -1).flip(2)
+    inputs["lora_unit_scale"] = inputs["lora_unit_scale"].flip(1)
+    moved = run(path, inputs)
+    assert torch.equal(moved[1], first[1]) and (moved - first).abs().max() < 1e-4
+    inputs["lora_unit_scale"][2] = 0
+    without = run(path, inputs)
+    assert torch.equal(without[:2], moved[:2]) and (without[2] - moved[2]).abs().max() > 1e-2
+
+
+def test_tokens_beyond_a_texts_length_are_not_read(exported):
+    shape, unet = SHAPES[-1], unet_for(SHAPES[-1], torch.float32)
+    path, inputs = str(exported(shape, torch.float32)), inputs_of(unet, shape, (3, 9, 9), 12)
+    inputs["text_lengths"] = torch.tensor([77, 154, 100])
+    first = run(path, inputs)
+    for name in ("text_kv_0", "text_kv_1"):
+        for page, length in enumerate(inputs["text_lengths"].tolist()):
+            inputs[name][:, :, page, length:] = torch.nan
+    assert torch.equal(run(path, inputs), first)
+
+
 def test_what_is_not_a_number_in_one_picture_stays_there(exported):
     shape, unet = GraphShape("banked", 1, 1), unet_for(GraphShape("banked", 1, 1), torch.float32)
     inputs = inputs_of(unet, shape, (4, 9, 9), 7)
@@ -249,7 +280,7 @@ def test_plain_rows_of_a_live_graph_are_those_of_a_plain_one(exported):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=lambda d: str(d)[6:])
 def test_a_graph_says_what_it_is_and_passes_the_checker(exported, dtype):
-    shape = GraphShape("banked", 2, 2)
+    shape = SHAPES[-1]
     path = exported(shape, dtype)
     onnx.checker.check_model(str(path), full_check=True)
     model = onnx.load(str(path), load_external_data=False)
@@ -330,11 +361,33 @@ def test_a_model_without_weights_is_written_from_a_state(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"flavour": "bank"}, {"references": 0}, {"references": 17}, {"segments": -1}, {"segments": True}]
+    "changes",
+    [
+        {"flavour": "bank"},
+        {"references": 0},
+        {"references": 17},
+        {"segments": -1},
+        {"segments": True},
+        {"lora_rank": 129, "lora_slots": 1},
+        {"lora_rank": 16},
+        {"lora_slots": 1},
+        {"lora_rank": 16, "lora_slots": 33},
+        {"text_chunks": 0},
+        {"text_chunks": 17},
+    ],
+    ids=str,
 )
 def test_a_shape_out_of_range_is_refused(changes):
     with pytest.raises(InvalidRequest):
         GraphShape(**{"flavour": "live"} | changes)
+
+
+def test_a_shape_without_loras_and_long_texts_is_written_as_before_there_were_any():
+    plain = {"flavour": "live", "references": 1, "segments": 2, "text_tokens": 77}
+    assert GraphShape().to_dict() == plain and GraphShape.from_dict(plain) == GraphShape()
+    more = GraphShape(text_chunks=2, lora_rank=20, lora_slots=3)
+    assert more.to_dict() == plain | {"text_chunks": 2, "lora_rank": 32, "lora_slots": 3}
+    assert GraphShape.from_dict(more.to_dict()) == more and more.row_units == 6
 
 
 def test_a_trace_that_fails_leaves_pytorchs_settings_as_they_were(monkeypatch):

@@ -132,6 +132,12 @@ class ExportedBackend(Backend):
             raise EngineMismatch(why)
         latents, seen = model_input(state, columns, self._unet.dtype)
         graph = self._choose(columns, buffers, state.shape[1:])
+        if buffers.text_lengths is not None and graph.shape.text_chunks == 1:
+            raise EngineMismatch(
+                f"a text of this step is shorter than others, but graphs of backend {self.name!r} read equally many "
+                "tokens of each; export the model with --max-text-chunks, or use backend='torch' for texts of unequal "
+                "length"
+            )
         prepared = self._prepare(graph, columns, buffers.loras, state.shape)
         inputs = prepared.fill(columns, seen, buffers.loras)
         for tensor in graph.inputs:
