@@ -137,11 +137,18 @@ def test_options_reach_the_pipeline(export, pipeline, tmp_path):
         "sm86",
         "--opset",
         "22",
+        "--lora-rank",
+        "40",
+        "--lora-slots",
+        3,
+        "--max-text-chunks",
+        4,
     )
     code, _, err = export("tensorrt", *words, "--out", tmp_path / "engines", "--quiet")
     assert code == 0 and err == ""
     options = pipeline.calls[0][2]
     assert options.flavours == ("plain", "live") and (options.references, options.segments) == (2, 0)
+    assert (options.lora_rank, options.lora_slots, options.max_text_chunks) == (48, 3, 4)
     assert options.size == (64, 128) and options.dtype == "bfloat16" and options.opset == 22
     assert options.components == ("unet",) and options.targets == ("sm86",)
     assert options.profiles == ("rows=1:2:4,size=64x64", "rows=8")
@@ -172,6 +179,10 @@ def test_the_folder_is_named_after_model_and_kind(stylefast, pipeline, model_fol
         ("onnx", ("--target", "sm89"), "unrecognized arguments: --target"),
         ("onnx", ("--opset", "12"), "opset is 12"),
         ("onnx", ("--segments", "99"), "segments is 99"),
+        ("onnx", ("--lora-rank", "256"), "lora_rank is 256"),
+        ("onnx", ("--lora-slots", "2"), "lora_rank is 0 and lora_slots 2"),
+        ("onnx", ("--max-text-chunks", "17"), "max_text_chunks is 17"),
+        ("triton-repo", ("--lora-rank", "16"), "unrecognized arguments: --lora-rank"),
         ("tensorrt", ("--target", "4090"), "there is no target '4090'; there are sm75"),
         ("tensorrt", ("--target", "sm89", "--profile", "rows=9:1:1"), "9:1:1"),
         ("aoti", ("--target", "sm89"), "target is sm89; AOTInductor compiles for one of cpu, cuda"),
@@ -247,8 +258,8 @@ def test_too_little_memory_is_a_warning(export, tmp_path, monkeypatch):
 
 @pytest.fixture
 def graphs(export, tmp_path):
-    """An ONNX export to build from: live and plain, in bfloat16, with 3 references and 1 segment."""
-    words = ("--dtype", "bfloat16", "--flavour", "live,plain", "--references", 3, "--segments", 1)
+    """An ONNX export to build from: live and plain, in bfloat16, with 3 references, 1 segment, 2 LoRAs of rank 16."""
+    words = ("--dtype", "bfloat16", "--flavour", "live,plain", "--references", 3, "--segments", 1, "--lora-rank", 16)
     code, _, err = export("onnx", *words, "--out", tmp_path / "graphs", "--quiet")
     assert code == 0, err
     return tmp_path / "graphs"
@@ -261,6 +272,7 @@ def test_engines_from_graphs_take_over_what_these_settle(export, pipeline, graph
     options = pipeline.calls[-1][2]
     assert options.dtype == "bfloat16" and options.flavours == ("live", "plain") and options.onnx == graphs
     assert (options.references, options.segments) == (3, 1)
+    assert (options.lora_rank, options.lora_slots, options.max_text_chunks) == (16, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +281,9 @@ def test_engines_from_graphs_take_over_what_these_settle(export, pipeline, graph
         (("--dtype", "float16"), "has dtype bfloat16, the model float16"),
         (("--flavour", "banked"), "has no UNet of flavour banked; it has live, plain"),
         (("--references", "2"), "was exported with 3 references, not 2"),
+        (("--lora-rank", "32"), "was exported with 16 ranks of a LoRA, not 32; drop --lora-rank"),
+        (("--lora-slots", "1"), "was exported with 2 LoRAs per picture, not 1; drop --lora-slots"),
+        (("--max-text-chunks", "2"), "was exported with 1 chunks of a text, not 2; drop --max-text-chunks"),
         (("--size", "64x64"), "are those of the graphs in onnx"),
     ],
 )
@@ -320,6 +335,15 @@ def test_info_says_what_a_whole_export_holds(stylefast, export, tmp_path):
     found = json.loads(out)
     assert code == 0 and found["unaltered"] and found["untrusted"] is None and found["digest"] == manifest.digest
     assert [graph["label"] for graph in found["manifest"]["graphs"]] == ["unet-live", "unet-banked"]
+
+
+def test_info_says_which_loras_and_texts_a_graph_takes(stylefast, export, tmp_path):
+    words = ("--lora-rank", 20, "--lora-slots", 1, "--max-text-chunks", 4, "--flavour", "live", "--quiet")
+    assert export("onnx", *words, "--out", tmp_path / "engines")[0] == 0
+    code, out, _ = stylefast("info", "--engines", tmp_path / "engines")
+    assert code == 0 and "1 reference, 2 segments, 1 LoRA of rank 32, texts of 4 chunks" in out
+    (graph,) = json.loads(stylefast("info", "--engines", tmp_path / "engines", "--json")[1])["manifest"]["graphs"]
+    assert (graph["shape"]["lora_rank"], graph["shape"]["lora_slots"], graph["shape"]["text_chunks"]) == (32, 1, 4)
 
 
 def test_info_names_every_file_that_is_not_as_it_was(stylefast, export, tmp_path):

@@ -34,6 +34,12 @@ def test_defaults_depend_on_the_kind():
         ({"kind": "onnx", "components": ("all", "unet")}, "give all, or names of single ones"),
         ({"kind": "onnx", "references": 0}, "references is 0; it must be a whole number from 1 to 16"),
         ({"kind": "onnx", "segments": 17}, "segments is 17"),
+        ({"kind": "onnx", "lora_rank": 129}, "lora_rank is 129; it must be a whole number from 0 to 128"),
+        ({"kind": "onnx", "lora_rank": 16, "lora_slots": 33}, "lora_slots is 33"),
+        ({"kind": "onnx", "lora_slots": 2}, "lora_rank is 0 and lora_slots 2; give both above 0, or none"),
+        ({"kind": "onnx", "lora_rank": 16, "lora_slots": 0}, "lora_rank is 16 and lora_slots 0"),
+        ({"kind": "onnx", "max_text_chunks": 0}, "max_text_chunks is 0; it must be a whole number from 1 to 16"),
+        ({"kind": "triton-repo", "lora_rank": 16}, "lora_rank belongs to exports of kind onnx and tensorrt and aoti"),
         ({"kind": "onnx", "opset": 19}, "opset is 19; graphs in float32 are written in opsets 20 to 23"),
         ({"kind": "onnx", "opset": True}, "opset is True"),
         ({"kind": "onnx", "size": (1024, 1023)}, "height is 1023; it must be divisible by 8"),
@@ -65,8 +71,16 @@ def test_options_that_cannot_be_are_refused(given, message):
 def test_what_decides_the_files_is_in_the_json_and_overwriting_is_not():
     options = Options("tensorrt", targets=("sm89",))
     assert options.to_json() == Options("tensorrt", targets=("sm89",), overwrite=True).to_json()
-    for change in ({"targets": ("sm86",)}, {"refit": True}, {"segments": 1}, {"profiles": ("rows=1:2:4",)}):
+    every = ({"targets": ("sm86",)}, {"refit": True}, {"segments": 1}, {"profiles": ("rows=1:2:4",)})
+    for change in (*every, {"lora_rank": 16}, {"lora_rank": 16, "lora_slots": 1}, {"max_text_chunks": 2}):
         assert Options(**{"kind": "tensorrt", "targets": ("sm89",)} | change).to_json() != options.to_json()
+
+
+def test_ranks_are_counted_in_whole_units_and_two_loras_are_the_default():
+    options = Options("onnx", lora_rank=20, max_text_chunks=3)
+    assert options == Options("onnx", lora_rank=32, lora_slots=2, max_text_chunks=3)
+    assert {(shape.lora_rank, shape.lora_slots, shape.text_chunks) for shape in options.shapes} == {(32, 2, 3)}
+    assert {(shape.lora_rank, shape.lora_slots) for shape in Options("aoti", targets=("cpu",)).shapes} == {(0, 0)}
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import torch
 
 from stylefast.errors import InvalidRequest
 from stylefast.export.tensorrt_profiles import Profile, Range
-from stylefast.export.unet_graph import GraphShape, Tensor, example_inputs, graph_inputs, with_tokens
+from stylefast.export.unet_graph import GraphShape, Tensor, example_inputs, graph_inputs, shape_ranges, with_tokens
 from stylefast.models.unet import UNet
 from tests.support.small_sdxl import small_unet_config
 
@@ -83,6 +83,25 @@ def test_token_counts_are_those_of_real_inputs():
     shapes = profile.shapes(graph_inputs(unet, shape), unet.attention_sizes)
     inputs = example_inputs(unet, shape, profile.sizes(unet.attention_sizes)[1])
     assert {name: tuple(inputs[name].shape) for name in shapes} == {name: found[1] for name, found in shapes.items()}
+
+
+def test_tokens_and_units_of_loras_follow_from_the_shape():
+    unet = UNet(small_unet_config())
+    shape = GraphShape("plain", segments=0, text_chunks=3, lora_rank=48, lora_slots=2)
+    inputs, layout = graph_inputs(unet, shape), unet.loras
+    with pytest.raises(InvalidRequest, match="text_tokens"):
+        Profile().shapes(inputs, unet.attention_sizes)
+    shapes = Profile.parse("rows=1:2:4").shapes(inputs, unet.attention_sizes, shape_ranges(unet, shape))
+    assert shapes.keys() == {t.name for t in inputs if any(isinstance(d, str) for d in t.dims)}
+    assert [corner[3] for corner in shapes["text_kv_0"]] == [77, 77, 231]
+    # a table has four units for three
+    layers = len(layout.names)
+    assert shapes["lora_unit"] == ((layers, 1, 1), (layers, 2, 4), (layers, 4, 8))
+    for kind, (taps, inner, out) in enumerate(layout.kinds):
+        if f"lora_down_{kind}" in shapes:
+            least, usual, most = shapes[f"lora_down_{kind}"]
+            assert least == (1, taps, inner, 16) and usual[0] == 4 * layout.kind_of.count(kind)
+            assert most[0] * 16 * max(taps * inner, out) < 2**31
 
 
 def test_a_dimension_that_profiles_do_not_know_is_refused():

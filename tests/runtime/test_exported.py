@@ -7,8 +7,9 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, OutOfMemory
-from stylefast.export.unet_graph import GraphShape
+from stylefast.export.unet_graph import GraphShape, lora_kinds
 from stylefast.models import prepacked
+from stylefast.models.row_loras import NO_UNIT
 from stylefast.models.row_table import NO_PAGE
 from stylefast.runtime.backends.base import TorchBackend
 from stylefast.runtime.backends.choice import check_backend
@@ -16,6 +17,7 @@ from stylefast.runtime.backends.exported import ExportedBackend, Graph
 from stylefast.runtime.steps.conditions import MaskTable
 from stylefast.sampling.guidance import StyleContextGuidance
 from tests.support.scene import SIZE, apart, half_mask, learned, near, small_picture
+from tests.support.small_checkpoints import random_lora, write_peft_lora
 from tests.support.small_graphs import SHAPES, TorchSession, micro_pipeline, write_adapter
 from tests.support.watch import WAIT, request
 
@@ -397,6 +399,156 @@ def test_graphs_of_other_weights_are_refused_at_the_next_step(make):
 def test_no_graph_at_all_is_refused(pipe):
     with pytest.raises(EngineMismatch, match="no UNet graph.*stylefast export onnx"):
         sf.Engine.from_pipeline(pipe, backend=lambda unet: ExportedBackend(unet, {}, "onnxruntime"))
+
+
+# LoRAs and long texts
+
+WITH_LORAS = GraphShape("plain", segments=0, lora_rank=16, lora_slots=3)
+FEW, MANY = {"one": 0.8}, {"one": 0.5, "two": -1.0, "three": 0.7}
+
+
+@pytest.fixture(scope="module")
+def lora_files(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loras")
+    return {
+        name: write_peft_lora(random_lora(pipe, i, rank, text=False, convolutions=i == 1), folder / name)
+        for i, (name, rank) in enumerate({"one": 3, "two": 16, "three": 4, "larger": 20}.items())
+    }
+
+
+@pytest.fixture
+def with_loras(make, torch_engine, lora_files):
+    """As `make`, and both engines know the LoRAs."""
+
+    def made(*shapes, **options):
+        engine, sessions = make(*shapes, **options)
+        engines.append(engine)
+        for name, file in lora_files.items():
+            engine.loras.add(file, name)
+        return engine, sessions
+
+    engines = [torch_engine]
+    for name, file in lora_files.items():
+        torch_engine.loras.add(file, name)
+    yield made
+    for name in list(torch_engine.loras):
+        torch_engine.loras.remove(name)
+
+
+def test_a_batch_under_loras_takes_the_graph_that_has_inputs_for_them(with_loras, torch_engine):
+    engine, sessions = with_loras(SHAPES[0], WITH_LORAS)
+    every = [request("a cat", seed=1), request("a cat", seed=1, loras=FEW), request("a dog", loras=MANY)]
+    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    assert [len(sessions[i].calls) for i in range(2)] == [0, STEPS]
+    near(draw(engine, every[0]), draw(torch_engine, every[0]), 1e-4)
+    assert [len(sessions[i].calls) for i in range(2)] == [STEPS, STEPS]
+
+
+def test_units_are_as_few_as_can_be_and_idle_beyond_those_in_use(with_loras, torch_engine):
+    engine, sessions = with_loras(WITH_LORAS)
+
+    def units(*requests):
+        near(draw(engine, *requests), draw(torch_engine, *requests), 1e-4)
+        given = sessions[0].calls[-1]
+        return given, given["lora_unit"].shape[2]
+
+    plain, few, two = request("a cat"), request("a cat", loras=FEW), request("a cat", loras={"one": 1.0, "two": 0.1})
+    given, count = units(plain)
+    assert count == 1 and (given["lora_unit"] == NO_UNIT).all() and not given["lora_unit_scale"].any()
+    assert {len(x) for name, x in given.items() if name.startswith(("lora_down", "lora_up"))} == {1}
+    # the table has two units for each LoRA in a layer, and three slots take four
+    assert [units(*batch)[1] for batch in ([plain, few], [two], [request("a cat", loras=MANY), few])] == [2, 4, 6]
+    given, _ = units(few, request("a cat", loras=MANY))
+    store = engine.runner.conditions.loras.rows
+    assert all(
+        given[f"lora_{name}_{kind}"].data_ptr() == getattr(store, name)[kind].data_ptr()
+        for name in ("down", "up")
+        for kind in lora_kinds(engine.unet)
+    )
+    # two rows under one LoRA, and two under three
+    assert ((given["lora_unit"] != NO_UNIT).any(0).sum(1) > 1).sum() == 2
+
+
+def test_inputs_of_loras_stay_where_they_are_from_step_to_step(with_loras):
+    engine, sessions = with_loras(WITH_LORAS)
+    for strength in (0.5, 0.7):
+        draw(engine, request("a cat", loras={"one": strength}))
+    places = [{name: x.data_ptr() for name, x in given.items()} for given in sessions[0].calls]
+    assert len(places) == 2 * STEPS and all(one == places[0] for one in places)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "loras", "message"),
+    [
+        (SHAPES, FEW, r"LoRAs \(one\).*have no inputs for them; export the model with --lora-rank 16 --lora-slots 1,"),
+        (
+            [WITH_LORAS],
+            {"larger": 1.0},
+            "LoRA 'larger' takes 32 ranks .* take 16; export the model with --lora-rank 32",
+        ),
+        ([WITH_LORAS], MANY | {"larger": 0.1}, "uses 4 LoRAs .* take 3 per picture; .* --lora-slots 4"),
+    ],
+    ids=["no inputs", "rank", "number"],
+)
+def test_loras_that_graphs_can_not_apply_are_refused_with_the_option(with_loras, shapes, loras, message):
+    engine, sessions = with_loras(*shapes)
+    with pytest.raises(ExportError, match=message):
+        engine.submit(request(loras=loras))
+    assert not sessions and not engine.runner.conditions.loras.held
+
+
+def test_loras_beside_a_style_for_which_no_graph_takes_them_are_refused_with_the_command(with_loras):
+    engine, _ = with_loras(WITH_LORAS, SHAPES[1])
+    message = (
+        r"live graph \(references: 1, pictures per row: 0, LoRAs per row: 1 of rank 16\); available: plain "
+        r"\(0, 0, 3 LoRAs of rank 16\), live \(1, 2\).*--flavour live --references 1 --lora-rank 16 --lora-slots 1`"
+    )
+    with pytest.raises(EngineMismatch, match=message):
+        engine.submit(request(style=sf.StyleAligned(OTHER), loras=FEW))
+
+
+def test_pools_that_grew_beyond_a_graph_are_refused_with_the_way_out(with_loras, monkeypatch):
+    monkeypatch.setattr("stylefast.export.unet_graph._MOST_ELEMENTS", 2**13)
+    engine, _ = with_loras(WITH_LORAS)
+    with pytest.raises(EngineMismatch, match="units in layers of a kind, but the graph supports .*lora_memory"):
+        draw(engine, request(loras=MANY))
+    assert engine.runner.conditions.loras.held == 0
+
+
+LONG = "a cat and a dog in neon style " * 10  # as many chunks as the words need
+
+
+def test_texts_of_several_chunks_take_the_graph_that_has_room_for_them(make, torch_engine):
+    engine, sessions = make(SHAPES[0], GraphShape("plain", text_chunks=4))
+    every = [request("a cat"), request(LONG, seed=2), request("a dog", negative_prompt=LONG)]
+    near(draw(engine, every[0]), draw(torch_engine, every[0]), 1e-4)
+    assert list(sessions) == [0]
+    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    given, text = sessions[1].calls[-1], engine.runner.conditions.text
+    assert given["text_kv_0"].shape[3] == text.tokens > engine.text_encoder.max_tokens
+    assert given["text_lengths"].data_ptr() == text.lengths.data_ptr()
+    near(draw(engine, every[0]), draw(torch_engine, every[0]), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (SHAPES, r"2 chunks, .* --max-text-chunks 2"),
+        ([GraphShape("plain", text_chunks=2)], "3 chunks, .* --max-text-chunks 3"),
+    ],
+    ids=["one chunk", "two chunks"],
+)
+def test_texts_that_are_too_long_are_refused_with_the_option(make, shapes, message):
+    engine, sessions = make(*shapes)
+    with pytest.raises(ExportError, match=message):
+        engine.submit(request(LONG if shapes is SHAPES else 2 * LONG))
+    assert not sessions
+
+
+def test_long_texts_beside_a_style_for_which_no_graph_takes_them_are_refused_with_the_command(make):
+    engine, _ = make(GraphShape("plain", text_chunks=2), SHAPES[1])
+    with pytest.raises(EngineMismatch, match=r"chunks of text: 2\); available: .*2 chunks\).*--max-text-chunks 2`"):
+        engine.submit(request(LONG, style=sf.StyleAligned(OTHER)))
 
 
 # around it

@@ -75,19 +75,21 @@ def nano_pipeline(seed: int = 3):
     )
 
 
+def one_layer_config() -> dict:
+    """One level that attends in one layer."""
+    return small_unet_config(
+        widths=(32,),
+        depth=(1,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+    )
+
+
 def one_layer_pipeline(seed: int = 3):
     """The micro pipeline around a UNet that attends in one layer, of which graphs have every input all the same."""
-    return _around(
-        small_unet_config(
-            widths=(32,),
-            depth=(1,),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D",),
-            mid_block_type=None,
-            up_block_types=("UpBlock2D",),
-        ),
-        seed,
-    )
+    return _around(one_layer_config(), seed)
 
 
 def _around(config: dict, seed: int):

@@ -432,7 +432,7 @@ class _Prepared:
 
 
 def _size(shape: GraphShape) -> tuple:
-    return FLAVOURS.index(shape.flavour), shape.references, shape.segments, shape.row_units, shape.text_chunks
+    return FLAVOURS.index(shape.flavour), shape.row_units, shape.references, shape.segments, shape.text_chunks
 
 
 def _shown(shape: GraphShape) -> str:
