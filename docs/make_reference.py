@@ -27,7 +27,7 @@ SECTIONS = (
         "stylefast.styles.style",
         ("Style", "ReferenceStyle", "ImageStyle", "References", "Texts", "Rows", "ModelFacts"),
     ),
-    ("Writing a backend", "stylefast.runtime.backends.base", ("Backend", "TorchBackend")),
+    ("Writing a backend", "stylefast.runtime.backends.base", ("Backend", "StepNeeds", "TorchBackend")),
     ("Kernels", "stylefast.kernels", None),
     ("The engine in short", "stylefast.naive", ("generate",)),
     ("All errors", "stylefast.errors", None),

@@ -310,44 +310,55 @@ class OnnxOperations:
         if unit.shape[2] == 0:
             return list(ys)
         nobody, zero, none = self.ints(0), self.number(0, kind), self.number(0, FLOAT)
+        # the same in all layers; where a row has no unit, it multiplies a zero
+        factor = op.Expand(op.Unsqueeze(scale, self.ints(2)), self.ints(1, 1, RANK))
+        factor = op.Reshape(factor, self.ints(0, -1))  # [rows, N * 16]
         results = []
+        linear = len(x.shape) == 3
+        down = op.Squeeze(down, self.ints(1)) if linear else down
         for part, y in enumerate(ys):
             index = op.Gather(unit, op.Constant(value_int=part), axis=0)  # [rows, N]
             live = op.And(op.GreaterOrEqual(index, nobody), op.Not(op.Equal(scale, none)))
             place = op.Where(live, index, nobody)
-            a = op.Where(op.Unsqueeze(live, self.ints(2, 3, 4)), op.Gather(down, place, axis=0), zero)
-            b = op.Where(op.Unsqueeze(live, self.ints(2, 3)), op.Gather(up, place, axis=0), zero)
-            b = op.Reshape(b, self.ints(0, -1, up.shape[2]))  # [rows, N * 16, out]
-            factor = op.Expand(op.Unsqueeze(op.Where(live, scale, none), self.ints(2)), self.ints(1, 1, RANK))
-            factor = op.Reshape(factor, self.ints(0, -1))  # [rows, N * 16]
-            if len(x.shape) == 3:
-                a = op.Reshape(op.Transpose(op.Squeeze(a, self.ints(2)), perm=[0, 2, 1, 3]), self.ints(0, 0, -1))
-                inner = self.to(op.MatMul(x, a), FLOAT, kind)
-                inner = self.to(op.Mul(inner, op.Unsqueeze(factor, self.ints(1))), kind, FLOAT)
+            shown = op.Unsqueeze(live, self.ints(2, 3))
+            b = op.Reshape(op.Where(shown, op.Gather(up, place, axis=0), zero), self.ints(0, -1, up.shape[2]))
+            a, factors = op.Gather(down, place, axis=0), op.Unsqueeze(factor, self.ints(1 if linear else 2))
+            if linear:
+                a = op.Reshape(op.Transpose(op.Where(shown, a, zero), perm=[0, 2, 1, 3]), self.ints(0, 0, -1))
+                inner = op.MatMul(x, a)
+            else:
+                a = op.Transpose(op.Where(op.Unsqueeze(live, self.ints(2, 3, 4)), a, zero), perm=[0, 2, 1, 4, 3])
+                a = op.Reshape(a, self.ints(0, -1, x.shape[1]))  # [rows, taps * N * 16, in]
+                inner = self._taps(x, a, down.shape[1], stride, padding)  # [rows, N * 16, h' * w']
+            inner = self.to(op.Mul(self.to(inner, FLOAT, kind), factors), kind, FLOAT)
+            if linear:
                 added = op.MatMul(inner, b)
             else:
-                a = op.Reshape(op.Transpose(a, perm=[2, 0, 1, 4, 3]), self.ints(0, 0, -1, x.shape[1]))
-                inner = self._taps(x, a, down.shape[1], stride, padding)  # [rows, N * 16, h' * w']
-                inner = self.to(op.Mul(self.to(inner, FLOAT, kind), op.Unsqueeze(factor, self.ints(2))), kind, FLOAT)
                 added = op.Reshape(op.MatMul(op.Transpose(b, perm=[0, 2, 1]), inner), op.Shape(y))
-            total = op.Add(self.to(y, FLOAT, kind), self.to(added, FLOAT, kind))
-            results.append(self.to(total, kind, FLOAT))
+            results.append(_like(op.Add(y, added), y))
         return results
 
     def _taps(self, x, a, taps: int, stride: int, padding: int):
-        """Return the convolution of x [rows, in, h, w] with each row's own a [taps, rows, ranks, in], pixels flat."""
+        """Return the convolution of x [rows, in, h, w] with each row's own a [rows, taps * ranks, in], pixels flat.
+
+        All taps are one product, whose results are then moved, since they are smaller than x.
+        """
         op, side = self.op, 3 if taps == 9 else 1
+        inner = op.MatMul(a, op.Reshape(x, self.ints(0, 0, -1)))
+        if (side, stride, padding) == (1, 1, 0):
+            return inner
+        inner = op.Reshape(inner, op.Concat(self.ints(0, taps, -1), op.Shape(x, start=2, end=4), axis=0))
         if padding:
-            x = op.Pad(x, self.ints(0, 0, padding, padding, 0, 0, padding, padding))
+            inner = op.Pad(inner, self.ints(0, 0, 0, padding, padding, 0, 0, 0, padding, padding))
         total = None
         for tap in range(taps):
-            starts = divmod(tap, side)
+            i, j = divmod(tap, side)
             # up to the last pixel that this tap sees, counted from the end
-            ends = [i - (side - 1) or 2**31 - 1 for i in starts]
-            seen = op.Slice(x, self.ints(*starts), self.ints(*ends), self.ints(2, 3), self.ints(stride, stride))
-            product = op.MatMul(op.Gather(a, op.Constant(value_int=tap), axis=0), op.Reshape(seen, self.ints(0, 0, -1)))
-            total = product if total is None else op.Add(total, product)
-        return total
+            ends = [at - (side - 1) or 2**31 - 1 for at in (i, j)]
+            bounds = (self.ints(tap, i, j), self.ints(tap + 1, *ends))
+            seen = op.Slice(inner, *bounds, self.ints(1, 3, 4), self.ints(1, stride, stride))
+            total = seen if total is None else op.Add(total, seen)
+        return op.Reshape(op.Squeeze(total, self.ints(1)), self.ints(0, 0, -1))
 
 
 def _kind(x) -> int:

@@ -150,7 +150,7 @@ def _add_common(parser: argparse.ArgumentParser, kind: str) -> None:
         "--max-text-chunks",
         type=int,
         metavar="C",
-        help="take prompts of up to C chunks of 75 tokens, 16 at most (default: 1)",
+        help="take prompts of up to C chunks, with SDXL of 75 tokens each; 16 at most (default: 1)",
     )
     group("--size", metavar="fixed|WxH", help="one size in pixels, or fixed: the model's own (default: any size)")
     if kind != "aoti":
