@@ -195,10 +195,10 @@ class ModelChoice:
         if twice is not None:
             raise InvalidRequest(f"--merge-lora names {twice} twice; give it once, with the strength you want")
 
-        if self.row_lora and backend in EXPORTED:
+        if self.row_lora and backend in EXPORTED and engines is None:
             raise InvalidRequest(
-                f"the engines that --backend {backend} runs have no inputs for LoRAs; merge it into the model that is "
-                "exported, or use --merge-lora with --backend torch"
+                f"the graphs that --backend {backend} exports by itself have no inputs for LoRAs; export the model with "
+                "--lora-rank and give the folder as --engines, or use --backend torch"
             )
         names = [lora.name for lora in self.row_lora]
         twice = next((name for name in names if names.count(name) > 1), None)

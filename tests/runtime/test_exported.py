@@ -412,7 +412,7 @@ def lora_files(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loras")
     return {
         name: write_peft_lora(random_lora(pipe, i, rank, text=False, convolutions=i == 1), folder / name)
-        for i, (name, rank) in enumerate({"one": 3, "two": 16, "three": 4, "larger": 20}.items())
+        for i, (name, rank) in enumerate({"one": 3, "two": 16, "three": 4, "larger": 20, "four": 4}.items())
     }
 
 
@@ -467,6 +467,14 @@ def test_units_are_as_few_as_can_be_and_idle_beyond_those_in_use(with_loras, tor
     )
     # two rows under one LoRA, and two under three
     assert ((given["lora_unit"] != NO_UNIT).any(0).sum(1) > 1).sum() == 2
+
+
+def test_units_of_an_earlier_batch_are_gone(with_loras, torch_engine):
+    engine, sessions = with_loras(GraphShape("plain", segments=0, lora_rank=16, lora_slots=4))
+    for loras in (MANY | {"four": 1.5}, MANY):
+        wanted = request("a cat", loras=loras)
+        near(draw(engine, wanted), draw(torch_engine, wanted), 1e-4)
+    assert {given["lora_unit"].shape[2] for given in sessions[0].calls} == {8}, "one batch shape"
 
 
 def test_inputs_of_loras_stay_where_they_are_from_step_to_step(with_loras):

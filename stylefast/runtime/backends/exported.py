@@ -383,6 +383,7 @@ class _Prepared:
         if loras is None:
             return found
         used = loras.of_rows(table.lora, table.lora_scale)
+        unit.fill_(NO_UNIT)  # an earlier batch of this shape may have used more
         unit[:, :, : used.unit.shape[2]], scale[:, : used.scale.shape[1]] = used.unit, used.scale
         for number, (down, up) in enumerate(zip(loras.down, loras.up, strict=True)):
             most = self._limits.get(f"units_{number}", (1, len(up)))[1]
