@@ -363,7 +363,7 @@ def example_inputs(unet: UNet, shape: GraphShape, sizes: Mapping[str, int], seed
     drawn on the CPU from `seed`.
     """
     draw = torch.Generator().manual_seed(seed)
-    sizes = _own_sizes(unet, shape) | sizes
+    sizes = _own_sizes(unet, shape) | dict(sizes)
     references = (-1, sizes["rows"] + (sizes["pages"] if shape.flavour == "banked" else 0))
     whole = {  # least, and the first above the most
         "text_page": (0, sizes["text_pages"]),
