@@ -197,8 +197,8 @@ class ModelChoice:
 
         if self.row_lora and backend in EXPORTED and engines is None:
             raise InvalidRequest(
-                f"the graphs that --backend {backend} exports by itself have no inputs for LoRAs; export the model with "
-                "--lora-rank and give the folder as --engines, or use --backend torch"
+                f"the graphs that --backend {backend} exports by itself have no inputs for LoRAs; export the model "
+                "with --lora-rank and give the folder as --engines, or use --backend torch"
             )
         names = [lora.name for lora in self.row_lora]
         twice = next((name for name in names if names.count(name) > 1), None)
