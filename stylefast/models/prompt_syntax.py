@@ -134,7 +134,8 @@ class _A1111:
         if match["network"] is not None:
             end = self._text.find(">", place)
             written = self._text[place : end + 1 if end > 0 else None]
-            _refuse("an extra network", "name the LoRA in the request's loras, or with --lora, and remove the tag", place, written)
+            way = "name the LoRA in the request's loras, or with --lora, and remove the tag"
+            _refuse("an extra network", way, place, written)
         if match["weight"] is not None and self._round:
             self._weigh(self._round.pop()[1], float(match["weight"]))
         elif match["bracket"] is not None:
