@@ -32,11 +32,14 @@ ASIDE = {
     "the record in a picture's file": ("stylefast/record.py", "stylefast/record_values.py"),
     "text encoders and VAE": (
         "stylefast/models/text.py",
+        "stylefast/models/text_chunks.py",
+        "stylefast/models/prompt_syntax.py",
         "stylefast/models/vae.py",
         "stylefast/models/vae_tiles.py",
         "stylefast/models/vae_copies.py",
         "stylefast/runtime/decoding.py",
     ),
+    "LoRAs, of which the request has none": ("stylefast/runtime/loras.py", "stylefast/models/row_loras.py"),
     "weights and memory": (
         "stylefast/_extension.py",
         "stylefast/models/prepacked.py",
@@ -178,7 +181,8 @@ def section() -> str:
         "|---|---|---|",
     ]
     text += [f"| `{path}` | {_length(path)} | {watch.lines(path)} |" for path in know] + [""]
-    counts = [f"{why} ({sum(path in watch.codes for path in paths)} files)" for why, paths in ASIDE.items()]
+    used = {why: sum(path in watch.codes for path in paths) for why, paths in ASIDE.items()}
+    counts = [f"{why} ({count} file{'s' if count > 1 else ''})" for why, count in used.items() if count]
     text += [f"These run too, and can be taken at their word: {', '.join(counts)}.", ""]
     text += [
         f"The short form: {len(SHORT)} files with {sum(map(short.lines, SHORT)):,} lines of functions that run, in "

@@ -40,7 +40,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     for stage, minutes in _MINUTES.items():
         parser.add_argument(f"--{stage}-minutes", type=float, default=minutes, help=f"budget ({minutes:g})")
     parser.add_argument("--style-steps", type=int, default=80, help="optimiser steps of the learned style (80)")
-    parser.add_argument("--lora-steps", type=int, default=600, help="optimiser steps of each LoRA (600)")
+    parser.add_argument("--lora-steps", type=int, default=700, help="optimiser steps of each LoRA (700)")
     return parser.parse_args(argv)
 
 
