@@ -6,9 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stylefast.commands.model_options import Lora, ModelChoice, add_model_arguments, found_lora
 from stylefast.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from stylefast.runtime.plan.request import LoraStrength
 
 SUMMARY = "Generate pictures from prompts, in a style."
 EXAMPLES = """examples:
@@ -283,7 +287,9 @@ def check_loras(requests: Sequence, names: Sequence[str]) -> None:
         raise InvalidRequest(f"no request uses the LoRA {quoted(unused[0])}; drop its --lora, or name it in a request")
 
 
-def requests_of(arguments: argparse.Namespace, model_folder: Path, loras: Mapping[str, float] | None = None) -> list:
+def requests_of(
+    arguments: argparse.Namespace, model_folder: Path, loras: "Mapping[str, LoraStrength] | None" = None
+) -> list:
     """Return --count Requests per prompt, with increasing seeds. Raises InvalidRequest or a subclass."""
     from stylefast.commands.style_options import bank_settings, styles_of
     from stylefast.runtime.plan.request import Request

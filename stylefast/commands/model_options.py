@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -68,6 +68,7 @@ class Lora:
     path: str
     scale: float = 1.0
     text_scale: float | None = None  # of the text encoders; None: `scale`
+    _: KW_ONLY
     part: str | None = None  # of a B-LoRA: "content" or "style"
     own_name: str | None = None  # by which requests use it; None: the file's
 
