@@ -53,13 +53,13 @@ def train_loras(work: Path, out: Path, steps: int, styles: Sequence[str] = LORA_
 
         def report(step: int, steps: int, loss: float, style: str = style, losses: list[float] = losses) -> None:
             losses.append(loss)
-            if step % 50 == 0:
-                print(f"lora {style} step {step} loss {sum(losses[-50:]) / 50:.4f}", flush=True)
+            if step % 100 == 0:
+                print(f"lora {style} step {step} loss {sum(losses[-100:]) / 100:.4f}", flush=True)
 
         start = time.time()
         settings = replace(SETTINGS, steps=steps)
         file = train_lora(engine, read_folder(folder), out / "loras" / f"{style}.safetensors", settings, report)
-        first, last = (round(sum(part) / len(part), 4) for part in (losses[:50], losses[-50:]))
+        first, last = (round(sum(part) / len(part), 4) for part in (losses[:100], losses[-100:]))
         minutes = round((time.time() - start) / 60, 2)
         record[style] = dict(minutes=minutes, loss_first=first, loss_last=last, bytes=file.stat().st_size)
     return dict(steps=steps, pictures=PICTURES, rank=SETTINGS.rank, styles=record)

@@ -58,7 +58,7 @@ def nearest(picture) -> str:
 
 @pytest.mark.parametrize("name", LORA_STYLES)
 def test_a_lora_brings_its_style_and_keeps_the_content(engine, name):
-    # measured: its own style in 7 to 12 of 12 pictures, the content in 8 to 11
+    # measured: its own style in 8 to 12 of 12 pictures, the content in 9 to 11
     def made(strength):
         prompts = enumerate(CONTENTS)
         return engine.generate(
@@ -67,12 +67,12 @@ def test_a_lora_brings_its_style_and_keeps_the_content(engine, name):
 
     plain, styled = made(0.0), made(1.0)
     assert sum(nearest(picture) == name for picture in plain) <= 1
-    assert sum(nearest(picture) == name for picture in styled) >= 6
+    assert sum(nearest(picture) == name for picture in styled) >= 7
     distances = [np.abs(coarse(a) - coarse(b)).mean() for a, b in zip(plain, styled, strict=True)]
-    assert min(distances) > 0.05 and np.mean(distances) > 0.2
+    assert min(distances) > 0.1 and np.mean(distances) > 0.2
     classifier = load_classifier()
     found = classify(classifier, styled).content.argmax(1).tolist()
-    assert sum(classifier.contents[k] == content for k, content in zip(found, CONTENTS, strict=True)) >= 6
+    assert sum(classifier.contents[k] == content for k, content in zip(found, CONTENTS, strict=True)) >= 8
 
 
 def test_the_training_pictures_show_every_content_and_palette_and_name_no_style(tmp_path):
