@@ -238,7 +238,7 @@ def _lora_chapters(names: Sequence[str]) -> tuple[Chapter, ...]:
     settings: list[Mapping[str, float]] = [{name: 1.0} for name in names[:3]]
     if len(names) > 1:
         settings.append(dict.fromkeys(names[:2], MIXED))
-    words = ("a cat", "--seed", "131")
+    words = ("a boat", "--seed", "5")
     calls = (
         Call("loras", "one prompt and one seed under LoRAs, all in one batch", words, loras=tuple(settings)),
         Call("plain-loras", "the same prompt and seed without them", words),
