@@ -12,6 +12,7 @@ from tests.support.fp64 import close, measured
 from tests.support.oracle import generation
 from tests.support.oracle.dream_styler import stage_of, style_and_context
 from tests.support.scene import RUN, SIZE, StageTexts, apart, encode, guided, learned
+from tests.support.watch import held
 
 PROMPTS, SEEDS = ["a cat", "a red house"], [30, 31]
 FULL = [f"{prompt}, in the style of {{}}" for prompt in PROMPTS]
@@ -179,11 +180,12 @@ def test_guidance_rescale_takes_the_deviation_of_the_full_branch(pipe, draw):
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
-def test_equal_vectors_in_all_stages_are_one_vector_bit_for_bit(draw, vectors):
+def test_equal_vectors_in_all_stages_are_one_vector_bit_for_bit(engine, draw, vectors):
     single = learned(stages=1, vectors=vectors)
     six = replace(single, clip_l=single.clip_l.repeat(6, 1, 1), clip_g=single.clip_g.repeat(6, 1, 1))
     for one, many in zip(draw(PROMPTS, sf.DreamStyler(single), seed=30), draw(PROMPTS, sf.DreamStyler(six), seed=30)):
         assert torch.equal(one, many)
+    assert not any(held(engine).values())  # the one page has six prompts, but as many users as it was given
 
 
 def test_requests_in_different_stages_equal_solo_runs(draw, drawn):

@@ -179,7 +179,7 @@ class ConditionStore:
             conditions.held_loras = dict(zip(used, places, strict=True))
             for sample in samples:
                 for branch, keys in self._text_keys(sample).items():
-                    found = {key: self.text.find(key) for key, _ in dict.fromkeys(keys)}
+                    found = {key: self.text.find(key) for key in dict.fromkeys(key for key, _ in keys)}
                     held = {key: page for key, page in found.items() if page is not None}
                     conditions.held_text += held.values()
                     conditions.text_pages[sample, branch] = np.array([held[key] for key, _ in keys], dtype=np.int64)
