@@ -26,8 +26,9 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+_GPU = _has_gpu()
 # Triton reads this when a kernel is defined: without a GPU its kernels run interpreted, on CPU tensors
-if not _has_gpu():
+if not _GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # the same examples on every machine, and no time limit on one that shares its cores
@@ -99,8 +100,13 @@ def _skip_gpu(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     # tests that never touch torch, such as those of packaging, should not wait for its import
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+    if "torch" not in sys.modules:
+        return
+    torch = sys.modules["torch"]
+    if _GPU:
+        torch.manual_seed(0)
+    else:  # the same without notes for devices that are not there, which take longer than many a test
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

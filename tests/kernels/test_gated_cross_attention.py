@@ -217,8 +217,11 @@ def test_texts_of_unequal_length_are_as_near_to_the_formula_as_pytorch_and_nan_b
     form, dtype, texts
 ):
     text_tokens, lengths = TEXTS[texts]
-    if form.kind == "triton" and text_tokens > 500 and form.device == "cpu":
-        pytest.skip("takes the interpreter minutes")
+    if form.kind == "triton" and form.device == "cpu":
+        if text_tokens > 500:
+            pytest.skip("takes the interpreter minutes")
+        if text_tokens > 100:  # three tiles of the online form, one that ends a token into the third, in place of ten
+            text_tokens, lengths = 48, [48, 33, 1]
     case = mixed(19, text_tokens, dtype=dtype)
     found = form(operation, *with_lengths(case, lengths))
     assert equal(form(operation, *with_lengths(case, lengths, NAN)), found)

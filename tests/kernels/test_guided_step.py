@@ -107,6 +107,8 @@ def test_drawn_steps_equal_the_formula_and_leave_out_what_weighs_nothing(form, d
 @each(FORMS, FAST)
 @pytest.mark.parametrize("shape", [(4, 8, 8), (1, 1, 1), (3, 1, 11), (4, 33, 40)], ids=str)
 def test_mixed_pictures_equal_the_formula(form, shape):
+    if shape == (4, 33, 40) and form.name in ("triton-small", "triton-whole"):
+        shape = (4, 9, 11)  # takes the interpreter 13 blocks a picture, also in several splits and with a rest, not 165
     arguments = case(shape)
     check(step(form, arguments), arguments)
 

@@ -17,6 +17,8 @@ SIZE = (48, 32)  # (width, height) in pixels; the oracle and diffusers take (hei
 # of the oracle's loop and of `draw`: a first step and a last one; samplers of higher order need a third
 RUN = {"scheduler": "euler", "steps": 2, "size": (32, 48)}
 STEPS = 3  # of requests that meet others on their way
+# one module with two layers on the way down and one on the way up: enough to tell layers from modules
+DEPTHS = {"depth": (1, 1, [1, 2]), "reverse_transformer_layers_per_block": [[2, 1, 1], 1, 1]}
 
 
 def sharp_pipeline(seed: int = 1, prediction_type: str = "epsilon"):
@@ -26,7 +28,7 @@ def sharp_pipeline(seed: int = 1, prediction_type: str = "epsilon"):
 
     # diffusers' own initialisation is calm enough for 1e-5 to survive some steps; sharpened, it hides no mistake
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(**small_unet_config(**SMALL))
+    unet = UNet2DConditionModel(**small_unet_config(**SMALL, **DEPTHS))
     sharpen(unet.requires_grad_(False), seed)
     pipe = small_pipeline(seed, unet=unet)
     # a config that a scheduler made of its own defaults would not hand them on
