@@ -21,7 +21,8 @@ DEV := $(VENV)/dev.stamp
 EXTENSION := $(VENV)/extension.stamp
 LOG := $(VENV)/setup.log
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_FLAGS)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+# bytecode is kept even where the environment says not to: both runs and hundreds of processes need the same
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 # $(call logged,commands): sends their output to the log, and shows its end if they fail
 logged = mkdir -p $(dir $(LOG)); { $(1); } >>$(LOG) 2>&1 || { tail -n 15 $(LOG); echo "that failed; all of it is in $(LOG)"; exit 1; }
 
