@@ -6,7 +6,11 @@ compute capability: "sm89" is an RTX 4090 or an L4, "sm90" an H100 or H200.
 
 Engines can't be opened without a GPU; instead, the parsed network is inspected, and the listing of layers that the
 builder prints at its end (kept by `forwarder`). With a GPU the engine's own inspector prints the same listing.
+
+PyTorch is imported where it is used: the process that builds an engine does without.
 """
+
+from __future__ import annotations
 
 import errno
 import importlib
@@ -18,11 +22,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-
-import torch
+from typing import TYPE_CHECKING
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory, StyleFastError
 from stylefast.whole_files import write_whole
+
+if TYPE_CHECKING:
+    import torch
 
 RTX, DATA_CENTRE = "tensorrt_rtx", "tensorrt"
 PACKAGES = {
@@ -83,6 +89,8 @@ def load_package(package: str) -> ModuleType:
 
 def present_target(device: torch.device | str | None = None) -> str | None:
     """Return the target name of a CUDA device, or None without CUDA."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -157,6 +165,8 @@ def forwarder(trt: ModuleType):
 
 def torch_dtype(trt: ModuleType, dtype) -> torch.dtype:
     """Return the torch type of a TensorRT type. Raises ExportError for an unsupported one."""
+    import torch
+
     names = {
         "FLOAT": torch.float32,
         "HALF": torch.float16,
@@ -390,6 +400,8 @@ def refit(
 
 def _set(trt: ModuleType, logger, refitter, names: tuple[str, ...], weights: Mapping[str, torch.Tensor]) -> list:
     """Set the weights; return the tensors that must stay alive until the engine is refitted."""
+    import torch
+
     types = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
     held = []
     for name, tensor in weights.items():

@@ -3,8 +3,10 @@
 The builder runs in a separate process (`main`): it rarely checks for interrupts, takes several times an engine's size
 in memory, and is killed by the kernel if memory runs out. `build_engine` writes one order to the process's stdin, as a
 line of JSON, and reads lines of JSON from its stdout until one has a result or an error. The process exits when its
-stdin closes.
+stdin closes. It imports neither PyTorch nor models, which would take it longer than a small engine.
 """
+
+from __future__ import annotations
 
 import json
 import logging
@@ -21,7 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stylefast import errors
 from stylefast.errors import ExportError, InvalidRequest, StyleFastError
@@ -37,7 +39,9 @@ from stylefast.export.tensorrt import (
     summarise_network,
     writing,
 )
-from stylefast.export.tensorrt_profiles import Shapes
+
+if TYPE_CHECKING:
+    from stylefast.export.tensorrt_profiles import Shapes
 
 Progress = Callable[[int, int, str], None]
 

@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -205,6 +207,11 @@ Name: styled, LayerType: PluginV3, Inputs: []
     assert found.kinds == {"ShapeHostToDevice": 1, "wait": 1, "kgen": 1, "gemm": 1, "PluginV3": 1}
     assert (found.fused_attentions, found.kernels, found.plugins) == (1, 4, ("styled",))
     assert read_layers("Engine generation completed in 2 seconds.") is None
+
+
+def test_the_building_process_imports_no_pytorch():
+    program = "import sys, stylefast.export.tensorrt_build; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_building_process_is_told_to_register_the_plugins(tmp_path):
