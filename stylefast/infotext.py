@@ -69,6 +69,8 @@ _WHOLE = re.compile(r"\+?\d{1,20}")
 _REAL = re.compile(r"[+-]?(?:\d{1,20}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][+-]?\d{1,4})?")
 _SIZE = re.compile(r"(\d{1,6})\s*[xX×]\s*(\d{1,6})")
 _TAG = re.compile(r"<(lora|lyco|hypernet)\s*:([^<>\n]{0,2000})>", re.IGNORECASE)
+# what makes keywords and tags, up to the place for a backslash
+_MEANING = re.compile(r"\bA(?=ND\b)|\bBR(?=EAK\b)|(?i:<\s*[lh](?=(?:ora|yco|bw|ypernet)\s*:))")
 _BRACKETS = re.compile(r"[()\[\]\\]")
 
 
@@ -184,7 +186,7 @@ def write(metadata: Mapping[str, Any]) -> str:
     settings = {
         "Steps": request["steps"],
         "Sampler": sampler_name(request["scheduler"]),
-        "Schedule type": _WRITTEN_SPACINGS.get(request.get("spacing") or _preset_spacing(request["scheduler"]) or ""),
+        "Schedule type": _schedule_type(request),
         "CFG scale": request["guidance"],
         "Seed": request["seed"],
         "Size": "x".join(map(str, metadata["size"])),
@@ -347,8 +349,9 @@ def _without_tags(prompt: str, hashes: Mapping[str, str]) -> tuple[str, tuple[Lo
         loras[name] = LoraTag(name, unet, hashes.get(name, ""), None if text == unet else text)
         if len(loras) > MAX_LORAS:
             raise InvalidRequest(f"the prompt has more than {MAX_LORAS} LoRAs; use fewer")
-    text = _TAG.sub("", prompt)
-    return (text if text == prompt else re.sub(r"[ \t]{2,}", " ", text).strip(" ,\t")), tuple(loras.values()), other
+    # a tag takes the blanks before it along
+    text = re.sub(rf"[ \t]*{_TAG.pattern}", "", prompt, flags=re.IGNORECASE)
+    return (text if text == prompt else text.strip(" \t")), tuple(loras.values()), other
 
 
 def _weights(tag: str, name: str, arguments: Iterable[str]) -> tuple[float, float]:
@@ -469,6 +472,14 @@ def _clip_skip(settings: Mapping[str, str]) -> int | None:
 # writing
 
 
+def _schedule_type(request: Mapping[str, Any]) -> str | None:
+    """Return A1111's name for the spacing; None beside noise levels that A1111 names in its place."""
+    scheduler = request["scheduler"]
+    if scheduler.endswith(tuple(_SPREADS)):
+        return None
+    return _WRITTEN_SPACINGS.get(request.get("spacing") or _preset_spacing(scheduler) or "")
+
+
 def _preset_spacing(scheduler: str) -> str | None:
     preset = FEW_STEP_PRESETS.get(scheduler)
     return None if preset is None or preset.scheduler in _OWN_SPACING else preset.spacing
@@ -478,11 +489,22 @@ def _in_a1111(text: str, syntax: str) -> str:
     if syntax == "a1111":
         return text
     [runs] = parse(text, syntax)
-    parts = [(_BRACKETS.sub(lambda match: f"\\{match[0]}", run.text), run.weight) for run in runs]
+    parts = [(_literal(run.text), run.weight) for run in runs]
     # compel's runs are words without the spaces between them
-    return " ".join(part if weight == 1 else f"({part}:{weight:.6g})" for part, weight in parts)
+    return " ".join(part if weight == 1 else f"({part}:{_decimal(weight)})" for part, weight in parts)
+
+
+def _decimal(number: float) -> str:
+    """Return a number without an exponent, which A1111's weights don't know."""
+    return f"{number:.9f}".rstrip("0").rstrip(".")
+
+
+def _literal(text: str) -> str:
+    """Return a text in A1111's syntax that is read as the text itself; a backslash before a letter disappears there."""
+    text = _BRACKETS.sub(lambda match: f"\\{match[0]}", text)
+    return _MEANING.sub(lambda match: f"{match[0]}\\", text)
 
 
 def _quoted(value: Any) -> str:
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n\r"]|^[\[{]', text) else text

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from stylefast.errors import InvalidRequest, PromptError, StyleFastError
 from stylefast.infotext import MAX_TEXT, LoraTag, Parameters, exif_comment, read, sampler_name, text_of, write
+from stylefast.models.prompt_syntax import parse
 from stylefast.sampling import FEW_STEP_PRESETS
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.schedule import SCHEDULER_NAMES
@@ -38,7 +39,7 @@ def settings(**changes):
 
 def test_all_parts_of_a_text_are_read_and_the_rest_is_named():
     assert read(FULL) == Parameters(
-        prompt="a fish, (red:1.2), \\(literal\\) \nin the sea",
+        prompt="a fish, (red:1.2), \\(literal\\)\nin the sea",
         negative_prompt='blurry, "bad"\nlow quality',
         steps=20,
         scheduler="dpmpp_2m_karras",
@@ -251,16 +252,34 @@ def test_a_text_is_written_as_a1111_does():
     assert written.split("\n") == [
         "a \\(fish\\) \\[x\\] \\\\ <lora:pen:0.8>",
         "Negative prompt: bad",
-        "Steps: 4, Sampler: DPM++ 2M Karras, Schedule type: SGM Uniform, CFG scale: 5.0, Seed: 1, Size: 64x32, "
+        "Steps: 4, Sampler: DPM++ 2M Karras, CFG scale: 5.0, Seed: 1, Size: 64x32, "
         'Model hash: 0123456789, Model: "tiny, small", Clip skip: 3, Loras: "a:b: 1", Version: stylefast 1.0',
     ]
     assert write(metadata(prompt="a (fish:1.2)", prompt_syntax="a1111")).startswith("a (fish:1.2)\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "salt AND pepper and BREAK <lora:gold:1> (x) <Hypernet : z:1>",
+        "a fish,",
+        "[1] fish",
+        "{} fish",
+        "a\rfish: a, b",
+    ],
+)
+def test_plain_text_stays_the_same_text_in_a1111s_syntax(text):
+    found = read(write(metadata({"pen": 0.5}, prompt=text.replace("\r", " "), prompt_2=text)))
+    for written, meant in ((found.prompt, text.replace("\r", " ")), (found.prompt_2, text)):
+        assert "".join(run.text for section in parse(written, "a1111") for run in section) == meant
+    assert [tag.name for tag in found.loras] == ["pen"] and "\\n" not in found.prompt
 
 
 def test_compels_weights_and_both_prompts_are_written_in_a1111s_syntax():
     texts = {"prompt": "a (red cat)1.3 on house++ \\(x\\)", "negative_prompt": "blue-", "prompt_2": "a, (dog)0.5"}
     written = write(metadata(prompt_syntax="compel", negative_prompt_2="", **texts))
     assert written.startswith("a (red cat:1.3) on (house:1.21) \\(x\\)\nNegative prompt: (blue:0.9)\n")
+    assert read(write(metadata(prompt="a (x)0.00001", prompt_syntax="compel"))).prompt == "a (x:0.00001)"
     assert 'Prompt 2: "a, (dog:0.5)", Negative prompt 2: ' in written
     found = read(written)
     assert (

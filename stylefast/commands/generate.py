@@ -373,8 +373,8 @@ def read_requests(file: Path, model_folder: Path) -> tuple[list, tuple[Lora, ...
     loras, own = [], shipped(model_folder, "loras")
     for name, given in files.items():
         place = path(f"the LoRA {quoted(name)}", given)
-        beside = folder / place
-        loras.append(Lora(found_lora("loras", str(beside if beside.exists() else place), own), own_name=name))
+        beside = str(own[given] if given in own and not (folder / place).exists() else folder / place)
+        loras.append(Lora(found_lora("loras", beside), own_name=name))
     return from_record(call, folder, model_folder), tuple(loras)
 
 

@@ -92,7 +92,7 @@ def _choice(arguments: argparse.Namespace) -> ModelChoice:
         raise InvalidRequest("--lora is for pictures; to train on top of a LoRA, give it as --merge-lora")
     choice = ModelChoice.of(arguments)
     if (backend := choice.options.get("backend", "torch")) != "torch":
-        raise InvalidRequest(f"--backend {backend} runs exported graphs, which can't be trained; drop it")
+        raise InvalidRequest(f"--backend {backend} runs compiled or exported graphs, which can't be trained; drop it")
     if resolve_device(choice.options.get("device", "auto")).type == "cuda":
         choice = replace(choice, options={"dtype": "bfloat16", **choice.options})
     return choice

@@ -8,6 +8,7 @@ tensors, which stay as they are.
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,8 +140,12 @@ def check_out(out: str | Path) -> Path:
     path = values.path("out", out)
     if path.suffix != ".safetensors":
         raise InvalidRequest(f"out is {values.shown_path(path)}; its name must end in .safetensors")
+    if path.is_dir():
+        raise InvalidRequest(f"{values.shown_path(path)} is a folder; choose another file")
     if not path.absolute().parent.is_dir():
         raise InvalidRequest(f"the folder of {values.shown_path(path)} does not exist; make it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise InvalidRequest(f"can't write into the folder of {values.shown_path(path)}; choose another")
     return path
 
 
@@ -307,7 +312,9 @@ class LoraTraining:
         for start in range(0, len(texts), _MOST_PROMPTS):
             part = texts[start : start + _MOST_PROMPTS]
             with torch.no_grad():
-                states = encoder.encode([Prompt(text) for text in part])
+                # so many words fill the first window, which alone is kept
+                first = [text and " ".join(text.split()[: encoder.max_tokens]) for text in part]
+                states = encoder.encode([Prompt(text) for text in first])
             for text, state in zip(part, states, strict=True):
                 found[text] = state.hidden[: encoder.max_tokens].cpu(), state.pooled.cpu()
         return found

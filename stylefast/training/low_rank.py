@@ -91,7 +91,7 @@ def attached(pairs: Iterable[tuple[nn.Module, LowRank]]) -> Iterator[None]:
 
 
 def kohya_tensors(changes: Changes, unet_modules: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA file in kohya's layout, in fp16.
+    """Return the tensors of a LoRA file in kohya's layout, in fp16, with alphas in fp32.
 
     unet_modules: all modules of the UNet by diffusers' names; kohya names layers as the original SDXL code does.
     Raises NumericsError for values that are not finite in fp16.
@@ -103,7 +103,7 @@ def kohya_tensors(changes: Changes, unet_modules: Iterable[str]) -> dict[str, Te
             key = _PREFIXES[part] + spelled.replace(".", "_")
             tensors[f"{key}.lora_down.weight"] = change.down.detach().half().cpu().contiguous()
             tensors[f"{key}.lora_up.weight"] = change.up.detach().half().cpu().contiguous()
-            tensors[f"{key}.alpha"] = torch.tensor(change.alpha, dtype=torch.float16)
+            tensors[f"{key}.alpha"] = torch.tensor(change.alpha, dtype=torch.float32)
     broken = next((key for key, value in tensors.items() if not value.isfinite().all()), None)
     if broken is not None:
         raise NumericsError(f"{broken} has values beyond fp16; train with a lower learning rate")

@@ -151,8 +151,8 @@ def test_the_parameters_text_has_both_strengths_and_what_is_merged(generate, fil
 
 
 def test_what_can_not_be_per_picture_names_the_option_that_merges(stylefast, files, model_folder, tmp_path):
-    words = ("generate", "a cat", "--backend", "onnxruntime", "--engines", tmp_path, "--model", tmp_path / "gone")
-    assert_one_line(*stylefast(*words, "--lora", files["ink"])[::2], 2, "--merge-lora")
+    words = ("generate", "a cat", "--backend", "onnxruntime", "--model", tmp_path / "gone")
+    assert_one_line(*stylefast(*words, "--lora", files["ink"])[::2], 2, "export the model with --lora-rank")
     name, full = "down_blocks.1.attentions.0.proj_in", tmp_path / "full.safetensors"
     weight = small_pipeline().unet.get_submodule(name).weight
     save_file({f"lora_unet_{name.replace('.', '_')}.diff": torch.ones(weight.shape)}, full)

@@ -15,7 +15,11 @@ _ESCAPED = re.compile(r"\\[\\()\[\]{}<>:|]")
 _NUMBER = r"\s*[-+]?(?:\d++(?:\.\d*+)?|\.\d++)\s*"
 # (name, pattern, alternative in stylefast or "")
 _INSTRUCTIONS = (
-    ("a tag", re.compile(r"<\s*(?:lora|lyco|hypernet|lbw)\s*:[^<>]*>", re.IGNORECASE), "load LoRAs with load_lora"),
+    (
+        "a tag",
+        re.compile(r"<\s*(?:lora|lyco|hypernet|lbw)\s*:[^<>]*>", re.IGNORECASE),
+        "name LoRAs in the request's loras, or with --lora",
+    ),
     ("a weight", re.compile(rf"[(\[][^()\[\]]*:{_NUMBER}[)\]]"), ""),
     ("a weight", re.compile(rf"\S::{_NUMBER}(?=\s|,|$)"), ""),
     ("a weight", re.compile(r"(?:[^\W\d_]{2,}|\))(?:\+\++|--+)(?=[\s,.)]|$)|\)[-+](?=[\s,.)]|$)"), ""),
