@@ -43,7 +43,10 @@ BAD = {
     "no captions": ((), "'0.png' has no caption"),
     "rank 0": (("--caption", "a cat", "--rank", "0"), "rank is 0; it must be a whole number from 1 to 1024"),
     "a LoRA of pictures": (("--caption", "a cat", "--lora", __file__), "give it as --merge-lora"),
-    "graphs": (("--caption", "a cat", "--backend", "onnxruntime"), "--backend onnxruntime runs compiled or exported graphs"),
+    "graphs": (
+        ("--caption", "a cat", "--backend", "onnxruntime"),
+        "--backend onnxruntime runs compiled or exported graphs",
+    ),
     "another ending": (("--caption", "a cat", "--out", "x.bin"), "its name must end in .safetensors"),
     "a layer": (("--caption", "a cat", "--layers", "atention"), "did you mean 'attention'?"),
 }
