@@ -208,8 +208,9 @@ def test_prompts_of_any_length_share_a_call(encoder):
 
 def test_syntax_without_weights_is_plain_text(encoder):
     plain, a1111, compel = encoder.encode([Prompt("a red cat", syntax=one) for one in ("plain", "a1111", "compel")])
-    assert torch.equal(plain.hidden, a1111.hidden)
-    assert torch.equal(plain.hidden, compel.hidden)
+    # rows of one batch; a library's products may sum the last rows in another order
+    for other in (a1111, compel):
+        torch.testing.assert_close(other.hidden, plain.hidden, rtol=0, atol=1e-5)
 
 
 def test_limits_are_named(encoder):
