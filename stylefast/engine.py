@@ -396,6 +396,7 @@ class Engine:
         loras: Mapping[str, LoraStrength] | None = None,
         negative_prompt_2: str | None = None,
         prompt_syntax: str = "plain",
+        clip_skip: int | None = 0,
         store: str = "kv",
         dtype: str = "auto",
         path: str | Path | None = None,
@@ -408,9 +409,9 @@ class Engine:
             style: a StyleAligned with a picture or a prompt; or a list with it and the other styles that its reference
                 shares. The bank stores its `layers`; scale, shift, mode, adain and norm sharing are chosen when the
                 bank is used.
-            steps, scheduler, size, spacing: must be equal in requests that use the bank. guidance above 1 also bakes
-                the null branch, which requests with guidance need; its value, guidance_rescale, negative_prompt,
-                negative_prompt_2 and prompt_syntax apply to a reference generated from a prompt.
+            steps, scheduler, size, spacing, clip_skip: must be equal in requests that use the bank. guidance above 1
+                also bakes the null branch, which requests with guidance need; its value, guidance_rescale,
+                negative_prompt, negative_prompt_2 and prompt_syntax apply to a reference generated from a prompt.
             loras: as in `Request`; the reference is made under them, and the bank fits only requests with the same.
             store: "kv" (keys and values: largest, fastest), "hidden" (the states they are projected from: half as
                 large, projected when a page is fetched), "latents" (a few kilobytes per step; the reference runs again
@@ -441,6 +442,7 @@ class Engine:
             "loras": loras,
             "negative_prompt_2": negative_prompt_2,
             "prompt_syntax": prompt_syntax,
+            "clip_skip": clip_skip,
         }
         request = bake_request(style, options)
         self._warn([request], baking=True)

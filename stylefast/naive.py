@@ -177,9 +177,9 @@ def prepare(engine, sample: Sample) -> None:
 def _image_prompt(engine, sample: Sample, style: ImageStyle, levels: Sequence[tuple[int, int]]) -> None:
     """Add the segments of a style to the rows of a sample: pictures in conditional rows, "no picture" in the others."""
     adapter, encoder = engine.adapters[style.adapter or next(iter(engine.adapters))]
-    content = None
+    content, syntax = None, sample.request.prompt_syntax
     if style.content_text is not None:
-        content = engine.text_encoder.encode([Prompt(style.content_text)])[0].pooled
+        content = engine.text_encoder.encode([Prompt(style.content_text, syntax=syntax)])[0].pooled
     tokens = style.tokens(adapter, encoder, content)
     negative = adapter.key_values(tokens.negative[None])
     for number, (segment, image) in enumerate(zip(style.segments, tokens.image, strict=True)):

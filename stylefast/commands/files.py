@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
 
 from stylefast.commands.folder_lock import LOCK, only_writer, remove_parts
 from stylefast.commands.notices import warn
@@ -24,6 +24,7 @@ from stylefast.whole_files import write_whole
 CHUNK, PARAMETERS = "stylefast", "parameters"
 # longer chunks are compressed; some readers refuse long plain ones
 PLAIN_LIMIT = 60_000
+_PNG_LIMIT = 60_000_000  # bytes; Pillow reads 64 MiB of text in all, and 1 MiB of a compressed one
 _JPEG, _JPEG_LIMIT = (".jpg", ".jpeg"), 65_000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEAST = 1024  # bytes; a picture with its record always takes more
@@ -193,12 +194,18 @@ def jpeg_info(metadata: dict, parameters: bool = True) -> dict[str, bytes]:
 
 
 def png_info(metadata: dict, parameters: bool = True) -> PngInfo:
-    """Return text chunks "stylefast" (the record as JSON) and "parameters" (the text that A1111 and others read)."""
+    """Return text chunks "stylefast" (the record as JSON) and "parameters" (the text that A1111 and others read).
+
+    A record beyond what Pillow reads back is left out, with a warning on stderr.
+    """
     from stylefast.infotext import write
 
     info = PngInfo()
     text = json.dumps(metadata, separators=(",", ":"))
-    info.add_text(CHUNK, text, zip=len(text) > PLAIN_LIMIT)
+    if len(text) > _PNG_LIMIT:
+        warn(f"the record has {len(text)} bytes, of which programs read at most {_PNG_LIMIT}, so it is left out")
+    else:
+        info.add_text(CHUNK, text, zip=PLAIN_LIMIT < len(text) <= MAX_TEXT_CHUNK)
     if parameters:
         info.add_text(PARAMETERS, write(metadata))
     return info

@@ -66,8 +66,9 @@ def loras_of(wanted: Sequence[LoraTag], given: Sequence[Lora], force: bool = Fal
         if tag.name not in files:
             known = ", ".join(files) or "none"
             raise InvalidRequest(
-                f"the picture was made with the LoRA {values.quoted(tag.name)}; give its file: --lora "
-                f"FOLDER/{tag.name[:100]}.safetensors (given: {known[:600]}{values.did_you_mean(tag.name, files)})"
+                f"the picture was made with the LoRA {values.quoted(tag.name)}; give its file, or the name of one that "
+                f"comes with the model: --lora FOLDER/{tag.name[:100]}.safetensors (given: {known[:600]}"
+                f"{values.did_you_mean(tag.name, files)})"
             )
         lora = files[tag.name]
         if not lora.plain and lora.strengths != tag.strengths:

@@ -147,13 +147,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fractions of the steps in which guidance acts, e.g. 0-0.8 (default: 0-1)",
     )
 
-    group(
-        "--clip-skip",
-        type=int,
-        metavar="N",
-        help="use the text encoders' states N layers earlier, as diffusers counts them (default: 0)",
-    )
-
     group = parser.add_argument_group("style").add_argument
     group(
         "--style",
@@ -247,12 +240,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def add_text_arguments(group) -> None:
-    """Add the options for negative prompts and syntaxes, with `group`, an `add_argument`."""
+    """Add the options for negative prompts, syntaxes and clip skip, with `group`, an `add_argument`."""
     group("--negative-prompt-2", metavar="TEXT", help="the negative prompt for text encoder 2 (default: the same)")
     group(
         "--prompt-syntax",
         choices=("plain", "a1111", "compel"),
         help="how prompts write weights: a1111 as (fish:1.3), compel as fish++ (default: plain, without any)",
+    )
+    group(
+        "--clip-skip",
+        type=int,
+        metavar="N",
+        help="use the text encoders' states N layers earlier, as diffusers counts them (default: 0)",
     )
 
 
@@ -298,8 +297,6 @@ def requests_of(
     styles, given = styles_of(arguments, model_folder), sampling_settings(arguments)
     if arguments.prompt_2 is not None:
         given["prompt_2"] = arguments.prompt_2
-    if arguments.clip_skip is not None:
-        given["clip_skip"] = arguments.clip_skip
     if arguments.guidance_interval is not None:
         given["guidance_interval"] = parse_interval(arguments.guidance_interval)
     settings = with_preset_guidance(bank_settings(styles, given) | given)
@@ -328,6 +325,7 @@ def sampling_settings(arguments: argparse.Namespace) -> dict:
         "negative_prompt": arguments.negative,
         "negative_prompt_2": arguments.negative_prompt_2,
         "prompt_syntax": arguments.prompt_syntax,
+        "clip_skip": arguments.clip_skip,
         "steps": arguments.steps,
         "guidance": arguments.guidance,
         "guidance_rescale": arguments.guidance_rescale,

@@ -71,6 +71,7 @@ class Lora:
     _: KW_ONLY
     part: str | None = None  # of a B-LoRA: "content" or "style"
     own_name: str | None = None  # by which requests use it; None: the file's
+    stated: bool = field(default=False, compare=False)  # whether its strength was given
 
     @classmethod
     def merged(cls, text: str) -> "Lora":
@@ -87,17 +88,18 @@ class Lora:
         path, scales = _split("--lora", text, 2)
         name, mark, rest = path.partition("=")
         named = mark and name and not {"/", "\\"} & set(name) and not typed_path("--lora", path).exists()
-        return cls(found_lora("--lora", rest if named else path, shipped), *scales, own_name=name if named else None)
+        found = found_lora("--lora", rest if named else path, shipped)
+        return cls(found, *scales, own_name=name if named else None, stated=bool(scales))
 
     @property
     def name(self) -> str:
         """Return the name by which requests use it: its own, or the file's without its suffix."""
-        return Path(self.path).stem if self.own_name is None else self.own_name
+        return self.own_name or _name_of(self.path)
 
     @property
     def plain(self) -> bool:
         """Return whether no strength was given."""
-        return self.scale == 1 and self.text_scale is None
+        return not self.stated
 
     @property
     def strengths(self) -> float | tuple[float, float]:
@@ -106,8 +108,9 @@ class Lora:
 
     def words(self) -> str:
         """Return the LoRA as given on the command line."""
-        name = "" if self.name == Path(self.path).stem else f"{self.name}="
-        scales = [] if self.plain else [self.scale] if self.text_scale is None else [self.scale, self.text_scale]
+        name = "" if self.name == _name_of(self.path) else f"{self.name}="
+        scales = [] if self.scale == 1 else [self.scale]
+        scales = scales if self.text_scale is None else [self.scale, self.text_scale]
         return ":".join([name + self.path, *(f"{scale:g}" for scale in scales)])
 
     def digest(self) -> str:
@@ -124,6 +127,11 @@ class Lora:
             reason = getattr(error, "strerror", None) or error
             raise InvalidRequest(f"the LoRA {quoted(self.path)} can't be read ({reason})") from error
         return digest.hexdigest()
+
+
+def _name_of(path: str) -> str:
+    # a folder's name may have dots
+    return Path(path).name if Path(path).is_dir() else Path(path).stem
 
 
 def _split(option: str, text: str, most: int) -> tuple[str, list[float]]:

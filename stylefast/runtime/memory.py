@@ -83,10 +83,28 @@ class MemoryBudget:
                 f"{free / 2**30:.1f} GiB{limit} are free; ask for fewer or smaller pictures at once"
             )
 
-    def check_ever(self, unet: UNet, rows: int, latent_size: tuple[int, int]) -> None:
-        """Raise OutOfMemory if such a call can't fit even with all other work finished."""
+    def check_texts(self, device: torch.device, needed: int) -> None:
+        """Raise OutOfMemory if keys and values of texts, in new buffers of `needed` bytes, are estimated not to fit."""
+        free = self.free(device)
+        if free is not None and needed > free:
+            limit = "" if self.limit is None else f" of the limit of {self.limit / 2**30:.1f} GiB"
+            raise OutOfMemory(
+                f"keys and values of the prompts need {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB{limit} "
+                "are free; shorten the longest prompt, or ask for fewer prompts at once"
+            )
+
+    def check_ever(self, unet: UNet, rows: int, latent_size: tuple[int, int], texts: int = 0) -> None:
+        """Raise OutOfMemory if such a call can't fit even with all other work finished.
+
+        texts: bytes of the keys and values of its prompts.
+        """
         most = total_memory(unet.device) if self.limit is None else self.limit
         needed = rows * row_bytes(unet, latent_size)
+        if most is not None and needed + texts > most >= needed:
+            raise OutOfMemory(
+                f"keys and values of the request's longest prompt need {texts / 2**20:.0f} MiB beside its batch, and "
+                f"the limit is {most / 2**30:.1f} GiB; shorten it"
+            )
         if most is not None and needed > most:
             height, width = latent_size
             what = f"{unet.device} has" if self.limit is None else "the limit is"

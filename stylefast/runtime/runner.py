@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -49,6 +50,7 @@ class Runner:
         buckets: Sequence[int] = (),
     ):
         self.unet, self.conditions, self.backend, self.budget = unet, conditions, backend, budget
+        conditions.text.check_room = partial(budget.check_texts, unet.device)
         self.buckets = tuple(buckets) or backend.buckets
         self.stream = StepStream(unet.device)
         self.closed, self._process = False, os.getpid()
@@ -108,7 +110,7 @@ class Runner:
         try:
             self.check_open()
             group = SampleGroup(samples, conditions, pins, self.unet.layout, latent_shape)
-            self.budget.check(self.unet, group.rows, latent_shape[1:])
+            self._check_room(group.rows, latent_shape[1:])
             if latent_shape not in self.latents:
                 self._drop_idle_latents()
                 self.latents[latent_shape] = LatentSlots(latent_shape, self.unet.device)
@@ -227,6 +229,15 @@ class Runner:
                 later = group.step + 1
                 pages.prefetch(bank_keys(group), bank_keys(group, later) if later < group.steps else ())
 
+    def _check_room(self, rows: int, latent_size: tuple[int, int]) -> None:
+        """Raise OutOfMemory if a call of `rows` rows does not fit, even without what is kept of long prompts."""
+        try:
+            self.budget.check(self.unet, rows, latent_size)
+        except OutOfMemory:
+            if not self.conditions.text.shrink():
+                raise
+            self.budget.check(self.unet, rows, latent_size)
+
     @contextmanager
     def _inputs(
         self, groups: Sequence[SampleGroup], padded: bool
@@ -236,7 +247,7 @@ class Runner:
         padded: whether the batch is padded to a bucket.
         """
         latent_shape = groups[0].latent_shape
-        self.budget.check(self.unet, sum(g.rows for g in groups), latent_shape[1:])
+        self._check_room(sum(g.rows for g in groups), latent_shape[1:])
         keys = [bank_keys(g) for g in groups]
         flat = [key for group_keys in keys for key in group_keys]
         pages = self._pages_for(latent_shape[1:], {bank for bank, *_ in flat})

@@ -154,7 +154,8 @@ class StyleBank:
     def settings(self) -> dict:
         """Return the arguments of `Engine.generate` that a request must match."""
         found = {name: getattr(self.info, name) for name in _SETTINGS if getattr(self.info, name) is not None}
-        return found | ({} if self.info.prompt_syntax == "plain" else {"prompt_syntax": self.info.prompt_syntax})
+        usual = {"prompt_syntax": "plain", "clip_skip": 0}
+        return found | {name: own for name, one in usual.items() if (own := getattr(self.info, name)) != one}
 
     def check_fits(self, **expected: Any) -> None:
         """Raise StyleError naming the first field of `BankInfo`, in its order, that differs from what is expected.

@@ -41,6 +41,7 @@ class BankInfo:
     stylefast: str  # version
     negative_prompt_2: str | None = None  # for text encoder 2; None: the same
     prompt_syntax: str = "plain"  # of all of them
+    clip_skip: int = 0  # of the reference's prompt
     loras: str = ""  # digests and strengths of the LoRAs that the reference was made under, "" for none
 
     def __post_init__(self):
@@ -72,7 +73,12 @@ class BankInfo:
             checked[name] = values.text(_what(name), self.negative_prompt_2, error=StyleError)
         name = "prompt_syntax"
         checked[name] = values.one_of(_what(name), self.prompt_syntax, SYNTAXES, error=StyleError)
-        for name, least, most in (("steps", 1, None), ("references", 1, None), ("seed", 0, values.MAX_SEED)):
+        for name, least, most in (
+            ("steps", 1, None),
+            ("references", 1, None),
+            ("seed", 0, values.MAX_SEED),
+            ("clip_skip", 0, None),
+        ):
             checked[name] = values.whole_number(_what(name), getattr(self, name), least, most, error=StyleError)
         for name, least in (("size", 1), ("layers", 0)):
             whole = (values.whole_number(_what(name), one, least, error=StyleError) for one in checked[name])
@@ -116,8 +122,9 @@ class BankInfo:
         if not isinstance(content, Mapping):
             raise StyleError(f"the style bank's metadata is a {type(content).__name__}, but must be an object")
         names = [entry.name for entry in fields(cls)]
-        # banks from before LoRAs per row, or before syntaxes of prompts, lack them
-        given: dict[str, Any] = {"loras": "", "negative_prompt_2": None, "prompt_syntax": "plain", **content}
+        # banks from before LoRAs per row, syntaxes of prompts, or with no other clip skip, lack them
+        later = {"loras": "", "negative_prompt_2": None, "prompt_syntax": "plain", "clip_skip": 0}
+        given: dict[str, Any] = {**later, **content}
         if given.get("format") == FORMAT and set(names) != set(given):
             odd = values.quoted(", ".join(sorted(set(names) ^ set(given))))
             raise StyleError(f"the style bank's metadata has missing or unknown fields: {odd}; bake the style again")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import stylefast
 from stylefast import values
-from stylefast.errors import InvalidRequest, ModelFormatError, NumericsError
+from stylefast.errors import InvalidRequest, ModelFormatError, NumericsError, StyleFastError
 from stylefast.models import vae as vaes
 from stylefast.models.config_files import build
 from stylefast.models.text import Prompt
@@ -129,7 +129,10 @@ def train_lora(
                 report(training.done, training.settings.steps, loss)
     except KeyboardInterrupt:
         if training.done:
-            training.save(path)
+            try:
+                training.save(path)
+            except StyleFastError as error:
+                logger.error("what was learned is lost: %s", error)
         raise
     training.save(path)
     return path

@@ -8,7 +8,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import stylefast as sf
-from stylefast.commands.files import png_info
+from stylefast.commands.files import png_info, read_metadata
+from stylefast.commands.model_options import Lora
 from tests.cli.conftest import pixels
 from tests.cli.test_errors import assert_one_line
 from tests.support.small_checkpoints import random_lora, write_peft_lora
@@ -93,6 +94,24 @@ def test_a_request_file_brings_its_loras_and_options_name_others(generate, style
         (tmp_path / "calls.json").write_text(json.dumps(calls | bad))
         failed = stylefast("generate", "--requests", tmp_path / "calls.json", "--model", model_folder)
         assert_one_line(*failed[::2], 2, message)
+
+
+def test_a_record_of_any_length_is_read_back(files, tmp_path, capsys):
+    picture = Image.new("RGB", (8, 8))
+    request = {"negative_prompt": "", "steps": 1, "guidance": 1.0, "seed": 1, "scheduler": "euler"}
+    facts = {"fingerprint": "0" * 64, "model": "m", "stylefast": "1", "size": [8, 8], "index": 0}
+    for length in (100, 70_000, 3_000_000):  # plain, compressed, and too long for a compressed chunk
+        metadata = {"call": {"requests": [request | {"prompt": "a" * 100}], "more": "b" * length}, **facts}
+        picture.save(tmp_path / "x.png", pnginfo=png_info(metadata))
+        assert read_metadata(tmp_path / "x.png")[0] == metadata
+    assert not capsys.readouterr().err
+
+
+def test_a_folder_of_a_lora_keeps_its_dots_and_a_strength_of_1_is_one(files, tmp_path):
+    folder = tmp_path / "v1.5"
+    folder.mkdir()
+    assert Lora.of_rows(str(folder), {}).name == "v1.5" and Lora.of_rows(str(files["ink"]), {}).name == "ink"
+    assert Lora.of_rows(f"{folder}", {}).plain and not Lora.of_rows(f"{folder}:1", {}).plain
 
 
 def test_loras_that_come_with_the_model_go_by_name(generate, stylefast, tmp_path):

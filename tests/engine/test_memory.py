@@ -12,6 +12,7 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import InvalidRequest, OutOfMemory
+from stylefast.models.text import Prompt
 from stylefast.options import parse_bytes
 from stylefast.runtime.memory import row_bytes
 from tests.support.fp64 import close
@@ -135,6 +136,34 @@ def test_a_request_too_large_for_the_limit_fails_and_the_next_one_runs(pipe, fre
     with pytest.raises(OutOfMemory, match="2 rows at 64x64 latents.*of the limit of"):
         job.result(WAIT)
     submit(engine).result(WAIT)
+
+
+LONG = "a cat, a dog, a house, " * 40  # several windows
+
+
+def test_a_prompt_too_long_for_the_limit_fails_and_the_next_one_runs(pipe, fresh):
+    text = fresh.runner.conditions.text
+    wide = text.nbytes_with(fresh.text_encoder.check([Prompt(LONG)]))
+    engine = sf.Engine.from_pipeline(pipe, memory_limit=limit_for(fresh, 3) + wide // 2)
+    for _ in range(2):
+        with pytest.raises(OutOfMemory, match="keys and values of .* prompts? need .* MiB.*shorten"):
+            submit(engine, LONG).result(WAIT)
+        submit(engine).result(WAIT)
+    assert engine.runner.conditions.text.tokens == engine.text_encoder.max_tokens
+
+
+def test_what_is_kept_of_long_prompts_makes_room_for_others(pipe, fresh):
+    wide = fresh.runner.conditions.text.nbytes_with(fresh.text_encoder.check([Prompt(LONG)]))
+    rows = 2 * row_bytes(fresh.unet, (8, 12))
+    engine = sf.Engine.from_pipeline(pipe, memory_limit=fresh.memory()["held"] + wide + rows)
+    submit(engine, LONG).result(WAIT)
+    text = engine.runner.conditions.text
+    assert text.tokens > engine.text_encoder.max_tokens
+    side = 64
+    while 2 * row_bytes(engine.unet, (side // 4, side // 4)) <= rows + wide // 4:
+        side += 16
+    submit(engine, size=(side, side)).result(WAIT)
+    assert text.tokens == engine.text_encoder.max_tokens and engine.memory()["held"] <= engine.memory()["limit"]
 
 
 def test_the_pool_of_banks_stays_within_the_limit_and_its_own(pipe, fresh):

@@ -111,6 +111,34 @@ def test_a_bank_keeps_the_syntax_of_its_negative_prompt(engine, tmp_path):
     torch.testing.assert_close(read, live, rtol=0, atol=CLOSE)
 
 
+def test_a_bank_keeps_its_clip_skip_and_fits_no_other(engine):
+    style = sf.StyleAligned(prompt="a star")
+    bank = engine.bake(style, steps=2, clip_skip=1)
+    assert bank.settings["clip_skip"] == 1
+    live = latents(engine, request("a fish", style=style, clip_skip=1))[0]
+    read = engine.generate("a fish", sf.StyleAligned(bank), **bank.settings, output="latents").latents[0]
+    torch.testing.assert_close(read, live, rtol=0, atol=CLOSE)
+    with pytest.raises(StyleError, match="baked with clip_skip=1, but clip_skip=0"):
+        engine.submit(request("a fish", style=sf.StyleAligned(bank)))
+
+
+def test_the_content_of_a_picture_is_read_in_the_requests_syntax(engine):
+    def drawn(content, syntax):
+        style = sf.InstantStyle(engine.references()["neon"], blocks="all", content=content)
+        wanted = request("a fish", style=style, prompt_syntax=syntax)
+        found = latents(engine, wanted)[0]
+        torch.testing.assert_close(naive.generate(engine, [wanted])[0], found, rtol=0, atol=CLOSE)
+        return found
+
+    plain = drawn("star", "plain")
+    torch.testing.assert_close(drawn("(star)", "a1111"), plain, rtol=0, atol=CLOSE)
+    shared = sf.InstantStyle(engine.references()["neon"], blocks="all", content="(star)")
+    both = [request("a fish", style=shared, prompt_syntax=syntax) for syntax in ("plain", "a1111")]
+    literal, read = latents(engine, *both)
+    torch.testing.assert_close(read, plain, rtol=0, atol=CLOSE)
+    assert (literal - read).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from stylefast.errors import OutOfMemory
 from stylefast.models.layout import AttentionLayout
 from stylefast.runtime.steps.key_values import FIRST_PAGES, IDLE_PAGES, KeyValuePages
 from stylefast.runtime.steps.step import LatentSlots
@@ -68,6 +69,34 @@ def test_longer_pages_widen_all_and_shorter_ones_know_their_length(pages, layout
     (short,) = pages.add(["short"], values(layout, 1))
     (long,) = pages.add(["long"], values(layout, 1, tokens=TOKENS + 4))
     assert pages.lengths[[short, long]].tolist() == [TOKENS, TOKENS + 4] and pages.tokens == TOKENS + 4
+
+
+def test_unused_long_pages_are_forgotten_on_demand_and_the_others_keep_their_values(pages, layout):
+    stored = values(layout, 1)
+    (short,) = pages.add(["short"], stored, torch.ones(1, 3))
+    (long,) = pages.add(["long"], values(layout, 1, tokens=TOKENS + 4))
+    before, generation = pages.nbytes, pages.generation
+    assert not pages.shrink() and pages.generation == generation, "the long page is in use"
+    pages.release([long])
+    assert pages.shrink() and pages.tokens == TOKENS and pages.nbytes < before and pages.generation > generation
+    assert pages.find("long") is None and pages.find("short") == short and not pages.any_shorter(np.array([short]))
+    assert all(torch.equal(k[short], key[0]) for (k, _), (key, _) in zip(pages.layers, stored))
+    assert pages.extra[short].tolist() == [1, 1, 1] and not pages.shrink()
+
+
+def test_buffers_grow_only_where_there_is_room(pages, layout):
+    def check_room(nbytes):
+        asked.append(nbytes)
+        raise OutOfMemory("no room")
+
+    asked: list[int] = []
+    pages.add(["short"], values(layout, 1))
+    pages.check_room = check_room
+    with pytest.raises(OutOfMemory):
+        pages.add(["long"], values(layout, 1, tokens=TOKENS + 4))
+    assert asked == [pages.nbytes_with(TOKENS + 4)] and pages.tokens == TOKENS and pages.find("short") == 0
+    kept = sum(x.numel() * x.element_size() for x in pages.by_level)
+    assert pages.nbytes_with(3) == kept and asked[0] == kept // TOKENS * (TOKENS + 4)
 
 
 def test_the_host_knows_whether_a_page_is_shorter_than_the_buffers(pages, layout):

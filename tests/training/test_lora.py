@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import stylefast as sf
 from stylefast.errors import ImageError, InvalidRequest, ModelFormatError, NumericsError
+from stylefast.models.text import Prompt
 from stylefast.training.lora import LoraSettings, LoraTraining, learning_rate, loss_weights, train_lora
 from stylefast.training.low_rank import attached
 from stylefast.training.pictures import CaptionedPicture, read_folder
@@ -211,6 +212,34 @@ def test_an_interrupt_saves_what_there_is_and_goes_on(engine, pictures, tmp_path
     assert said["ss_base_model_version"] == f"SDXL-shaped: {engine.name}"
     assert said["ss_resolution"] == "(64, 64)" and json.loads(said["stylefast.blocks"]) == []
     assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0.lora_down.weight" in keys
+
+
+def test_a_file_that_can_not_be_written_is_refused_before_training_or_said_when_it_is_stopped(
+    engine, pictures, tmp_path, caplog
+):
+    folder = tmp_path / "folder.safetensors"
+    folder.mkdir()
+    with pytest.raises(InvalidRequest, match="is a folder; choose another file"):
+        train_lora(engine, pictures, folder, LoraSettings(**QUICK))
+    out = tmp_path / "late.safetensors"
+
+    def report(step, steps, loss):
+        out.mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(engine, pictures, out, LoraSettings(**QUICK), report)
+    assert "what was learned is lost: can't write" in caplog.text
+
+
+def test_captions_of_any_length_are_used_up_to_the_first_window(engine, pictures):
+    long = [CaptionedPicture(pictures[0].path, "a fish " * 900)]
+    made = LoraTraining(engine, long, LoraSettings(**QUICK))
+    (states, pooled), room = made._states[long[0].caption], engine.text_encoder.max_tokens
+    assert len(states) == room
+    (short,) = engine.text_encoder.encode([Prompt("a fish " * (room // 2 - 1))])
+    torch.testing.assert_close(states, short.hidden[:room], rtol=0, atol=1e-5)
+    torch.testing.assert_close(pooled, short.pooled, rtol=0, atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_ends_it_with_a_way_out(engine, pictures, tmp_path):

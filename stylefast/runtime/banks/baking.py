@@ -94,6 +94,7 @@ def bake(
         negative_prompt=request.negative_prompt,
         negative_prompt_2=request.negative_prompt_2,
         prompt_syntax=request.prompt_syntax,
+        clip_skip=request.clip_skip or 0,
         prompt=wanted.prompt or "",
         seed=wanted.seed,
         noise="generated" if generated else wanted.noise,

@@ -129,7 +129,8 @@ class RequestPlanner:
         rows = max(sum(len(sample.step_weights[step]) for sample in group) for step in range(group[0].schedule.steps))
         banked = [sample.bank.info.references for sample in group if sample.bank is not None]
         references = max([*banked, *(len(sample.references) for sample in group)])
-        self.runner.budget.check_ever(self.runner.unet, rows, latent_size)
+        texts = self.runner.conditions.text.nbytes_with(tokens)
+        self.runner.budget.check_ever(self.runner.unet, rows, latent_size, texts)
         used = [[use.lora.rank for use in sample.loras if use.unet] for sample in group]
         loras, rank = max(map(len, used)), max((rank for ranks in used for rank in ranks), default=0)
         needs = StepNeeds(rows, latent_size, references, segments, bool(banked), loras, rank, tokens)
@@ -159,6 +160,7 @@ class RequestPlanner:
             size=request.size or self.native_size,
             branches=target.branches,
             layers=tuple(layers),
+            clip_skip=request.clip_skip or 0,
             loras=described(self._loras.uses(request.lora_scales)),
         )
         # last, since it differs whenever the steps or the sampler do

@@ -145,7 +145,7 @@ def _reference(target: Sample, style: ReferenceStyle, number: int, picture: Any)
         # the bank's contents were made without the reader's other styles
         info = wanted.bank.info
         texts = {name: getattr(info, name) for name in ("negative_prompt", "negative_prompt_2", "prompt_syntax")}
-        reference.request = replace(request, style=(), clip_skip=0, **texts)
+        reference.request = replace(request, style=(), clip_skip=info.clip_skip, **texts)
         reference.prompt, reference.held = wanted.bank.info.prompt, (wanted.bank, number)
     return reference
 

@@ -151,8 +151,9 @@ class ConditionStore:
             if used:
                 made.loras = yield lambda: {lora: self._loras.factors(lora) for lora in used}
             yield from self._encode_texts(samples, made)
-            for style in dict.fromkeys(s for sample in samples for s in _pictured(sample)):
-                yield from self._encode_pictures(style, made)
+            pictured = dict.fromkeys((s, _syntax(s, sample)) for sample in samples for s in _pictured(sample))
+            for style, syntax in pictured:
+                yield from self._encode_pictures(style, syntax, made)
                 yield from self._read_masks(style, samples[0].size, latent_size, made)
         except BaseException:
             self.drop(made)
@@ -307,14 +308,14 @@ class ConditionStore:
             made.append((places, keys_values, torch.stack([states[i].pooled for i in places])))
         return made
 
-    def _encode_pictures(self, style: ImageStyle, made: Encoded) -> Making:
+    def _encode_pictures(self, style: ImageStyle, syntax: str, made: Encoded) -> Making:
         adapter, encoder = self._adapter(style)
-        keys = _image_keys(style, adapter)
+        keys = _image_keys(style, syntax, adapter)
         pages = [self._image_page(key) for key in keys]
         made.held_images += [page for page in pages if page is not None]
         if None not in pages:
             return
-        tokens, projected = yield partial(self._image_states, style, adapter, encoder)
+        tokens, projected = yield partial(self._image_states, style, syntax, adapter, encoder)
         for key, one, layers, page in zip(keys, tokens, projected, pages):
             if page is None:
                 images = self.make_image_pages(len(one))
@@ -323,11 +324,13 @@ class ConditionStore:
                     made.held_images.append(images.add([key], layers)[0] if page is None else page)
 
     @torch.inference_mode()
-    def _image_states(self, style: ImageStyle, adapter: IPAdapter, encoder: ImageEncoder) -> tuple[list, list]:
+    def _image_states(
+        self, style: ImageStyle, syntax: str, adapter: IPAdapter, encoder: ImageEncoder
+    ) -> tuple[list, list]:
         """Return tokens of a style's segments and of its negative, and keys and values of each."""
         content = None
         if style.content_text is not None:
-            content = self.text_encoder.encode([Prompt(style.content_text)])[0].pooled
+            content = self.text_encoder.encode([Prompt(style.content_text, syntax=syntax)])[0].pooled
         found = style.tokens(adapter, encoder, content)
         if len(found.image) != len(style.segments):
             raise StyleError(
@@ -352,7 +355,9 @@ class ConditionStore:
         """Return the image segments of one row, without those of strength 0 in every module."""
         found = []
         for style in _pictured(sample):
-            pages = [self._image_page(key) for key in _image_keys(style, self._adapter(style)[0])]
+            pages = [
+                self._image_page(key) for key in _image_keys(style, _syntax(style, sample), self._adapter(style)[0])
+            ]
             held = [page for page in pages if page is not None]
             conditions.held_images += held
             if None in pages:
@@ -425,11 +430,16 @@ class ConditionStore:
         return conditions.held_masks[style, segment]
 
 
-def _image_keys(style: ImageStyle, adapter: IPAdapter) -> list[tuple]:
+def _syntax(style: ImageStyle, sample: Sample) -> str:
+    """Return the syntax of a style's content, which is that of its request's prompts; "plain" without any."""
+    return "plain" if style.content_text is None else sample.request.prompt_syntax
+
+
+def _image_keys(style: ImageStyle, syntax: str, adapter: IPAdapter) -> list[tuple]:
     """Return the page keys of a style's segments, followed by that of its negative tokens."""
     # the style object itself is part of the key, which keeps it alive as long as its pages
-    keys = [(adapter, style, i) for i in range(len(style.segments))]
-    return [*keys, (adapter, style if style.own_negative else None, -1)]
+    keys = [(adapter, style, syntax, i) for i in range(len(style.segments))]
+    return [*keys, (adapter, *((style, syntax) if style.own_negative else (None, "plain")), -1)]
 
 
 def _pictured(sample: Sample) -> list[ImageStyle]:

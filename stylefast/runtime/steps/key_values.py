@@ -7,7 +7,7 @@ exported graphs require.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ class KeyValuePages:
     def __init__(self, layout: AttentionLayout, tokens: int, extra: int, device: torch.device, dtype: torch.dtype):
         self._layout, self._device, self._dtype = layout, device, dtype
         self.tokens, self.generation, self.uneven = tokens, 0, False
+        self._least = tokens  # the buffers are never shorter
+        # called with the bytes of larger buffers before they are made; raises OutOfMemory
+        self.check_room: Callable[[int], None] = lambda nbytes: None
         self._lengths = np.zeros(0, dtype=np.int64)  # `lengths` on the host
         self._keys: dict[int, Hashable] = {}
         self._page_of: dict[Hashable, int] = {}
@@ -58,6 +61,23 @@ class KeyValuePages:
         """Return the bytes of all buffers."""
         buffers = [self.lengths, self.extra, *self.by_level]
         return sum(x.numel() * x.element_size() for x in buffers)
+
+    def nbytes_with(self, tokens: int) -> int:
+        """Return the bytes of keys and values if one page had `tokens` tokens."""
+        return self._nbytes(len(self), max(tokens, self.tokens))
+
+    def shrink(self) -> bool:
+        """Forget unused pages of long texts, and make the buffers as short as those in use; return whether they were.
+
+        No step may be running.
+        """
+        longest = max([self._least, *(int(self._lengths[page]) for page in self._users)])
+        if longest >= self.tokens:
+            return False
+        for page in [page for page in self._idle if self._lengths[page] > longest]:
+            self._forget(page)
+        self._resize(len(self), longest)
+        return True
 
     def find(self, key: Hashable) -> int | None:
         """Return the page of a key and add one user to it; None if the key is unknown."""
@@ -124,8 +144,14 @@ class KeyValuePages:
             self._resize(2 * len(self), self.tokens)
         return self._free.pop()
 
+    def _nbytes(self, pages: int, tokens: int) -> int:
+        numbers = sum(2 * layer.channels for layer in self._layout.layers)
+        return numbers * pages * tokens * self._dtype.itemsize
+
     def _resize(self, pages: int, tokens: int) -> None:
-        before, packed = len(self), []
+        if self.by_level and (pages > len(self) or tokens > self.tokens):
+            self.check_room(self._nbytes(pages, tokens))
+        before, kept, packed = len(self), min(tokens, self.tokens), []
         layers: dict[int, KeyValue] = {}
         for level in range(self._layout.levels):
             members = self._layout.at_level(level)
@@ -133,7 +159,7 @@ class KeyValuePages:
             shape = (len(members), 2, pages, tokens, one.heads, one.channels // one.heads)
             buffer = torch.zeros(shape, device=self._device, dtype=self._dtype)
             if before:
-                buffer[:, :, :before, : self.tokens] = self.by_level[level]
+                buffer[:, :, :before, :kept] = self.by_level[level][:, :, :, :kept]
             packed.append(buffer)
             for place, i in enumerate(members):
                 layers[i] = (buffer[place, 0], buffer[place, 1])
