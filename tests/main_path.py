@@ -25,7 +25,7 @@ ASIDE = {
         "stylefast/values.py",
         "stylefast/runtime/plan/checks.py",
         "stylefast/runtime/plan/notices.py",
-        "stylefast/runtime/plan/prompt_syntax.py",
+        "stylefast/runtime/plan/instructions.py",
         "stylefast/models/config_files.py",
         "kernels/checks.py",
     ),

@@ -4,7 +4,7 @@ A placeholder is written `<name>` in the text; its vectors are in `Prompt.vector
 tables grow: each call runs the encoders with a small table of just the rows it needs, so any number of styles and noise
 stages share one batched call and nothing has to be unloaded afterwards.
 
-Text of any length is encoded in chunks that fill the encoders' window, with the weights of `models/prompt_syntax.py`.
+Long text is encoded in chunks that fill the encoders' window, with the weights of `models/prompt_syntax.py`.
 """
 
 import re

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from stylefast.models.prompt_syntax import parse
-from stylefast.runtime.plan.prompt_syntax import instructions, texts_of, warn_of_instructions
+from stylefast.runtime.plan.instructions import instructions, texts_of, warn_of_instructions
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.few_step import guidance_warning
 

@@ -3,7 +3,7 @@
 import pytest
 
 from stylefast.runtime.plan import prompt_syntax
-from stylefast.runtime.plan.prompt_syntax import instructions, warn_of_instructions
+from stylefast.runtime.plan.instructions import instructions, warn_of_instructions
 from stylefast.runtime.plan.request import Request
 from stylefast.styles.style_aligned import StyleAligned
 
