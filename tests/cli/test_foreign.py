@@ -115,7 +115,7 @@ def test_loras_are_taken_by_name_from_the_files_given(theirs, generate, lora, tm
 @pytest.mark.parametrize(
     ("prompt", "settings", "options", "code", "message"),
     [
-        ("<lora:brnd:1>", "", (), 2, "the LoRA 'brnd'; give its file: --lora FOLDER/brnd.safetensors (given: none)"),
+        ("<lora:brnd:1>", "", (), 2, "comes with the model: --lora FOLDER/brnd.safetensors (given: none)"),
         ("<lora:brnd:1>", "", ("--lora", "{lora}"), 2, "(given: brand; did you mean 'brand'?)"),
         ("<lora:brand:1>", "", ("--lora", "{lora}:0.3"), 2, "the strength 0.3, and the picture's settings 1"),
         ("<lora:brand:1>", ', Lora hashes: "brand: 0123456789ab"', ("--lora", "{lora}"), 1, "has other content"),

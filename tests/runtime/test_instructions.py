@@ -2,7 +2,7 @@
 
 import pytest
 
-from stylefast.runtime.plan import prompt_syntax
+from stylefast.runtime.plan import instructions as told
 from stylefast.runtime.plan.instructions import instructions, warn_of_instructions
 from stylefast.runtime.plan.request import Request
 from stylefast.styles.style_aligned import StyleAligned
@@ -84,7 +84,7 @@ def test_a_request_gets_one_warning_that_quotes_what_it_holds(said):
         "'(fish:1.2)' (a weight)",
         "'BREAK' (a keyword)",
         "<lora:x:0.8>",
-        "load_lora",
+        "or with --lora",
         "encoded as plain words",
         "and 1 more",
     ):
@@ -103,7 +103,7 @@ def test_the_text_that_holds_the_instruction_is_the_one_that_is_quoted(said):
 
 
 def test_plain_brackets_are_told_of_once_and_never_beside_a_weight(said):
-    prompt_syntax._say_of_brackets.cache_clear()
+    told._say_of_brackets.cache_clear()
     assert said(Request("a fish")) == []
     (message,) = said(Request("a ((red)) fish"), Request("a [blue] fish"))
     assert "here they change no weights" in message
