@@ -13,6 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from benchmarks.environment import environment
 from benchmarks.kernels.measure import Budget
 from benchmarks.kernels.report import write
-from benchmarks.runtime.cases import race
+from benchmarks.runtime.cases import Run, race
 from benchmarks.runtime.models import half_width_model, sdxl_config, tiny_model
 from stylefast import Engine, Request
 from stylefast.models.prepacked import Linear
@@ -31,6 +32,7 @@ from stylefast.runtime.loras import Loras
 RESULTS = Path(__file__).parent / "results" / "loras-cpu.json"
 COUNT, RANK, STEPS = 8, 16, 2
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+COUNTED = {8: "eight", 32: "32"}
 # figure -> its goal: at most, or at least where it is a gain
 GOALS = {"eight LoRAs / none": 1.20, "one LoRA on one row / none": 1.04, "one by one / eight LoRAs": 3.0}
 REGISTRATION_GOAL = 1.0  # seconds
@@ -50,32 +52,45 @@ def write_lora(unet: UNet, path: Path, rank: int, seed: int, dtype: torch.dtype 
     return path
 
 
-def measure(name: str, engine: Engine, folder: Path, rounds: int, minutes: float) -> dict:
-    """Return the median seconds of each contestant, and the figures made of them."""
-    files = [write_lora(engine.unet, folder / f"{name}-{i}.safetensors", RANK, i) for i in range(COUNT)]
-    for i, file in enumerate(files):
-        engine.loras.add(file, f"lora{i}")
+def registered(engine: Engine, folder: Path, count: int, dtype: torch.dtype = torch.float32) -> dict[str, Path]:
+    """Register `count` random LoRAs of rank 16; return their files by name."""
+    files = {f"lora{i}": write_lora(engine.unet, folder / f"lora{i}.safetensors", RANK, i, dtype) for i in range(count)}
+    for name, file in files.items():
+        engine.loras.add(file, name)
+    return files
 
-    def draw(loras: list[dict], count: int = COUNT) -> list[torch.Tensor]:
-        given = [Request("a fish", seed=i, steps=STEPS, guidance=1.0, loras=loras[i]) for i in range(count)]
-        return engine.generate(given, output="latents").latents
 
-    own = [{f"lora{i}": 1.0} for i in range(COUNT)]
+def contestants(engine: Engine, files: Mapping[str, Path], steps: int) -> dict[str, Run]:
+    """Return runs of as many pictures as files: without LoRAs, with one for the first, with one each, and merged."""
+    own = [{name: 1.0} for name in files]
+    none: list[dict[str, float]] = [{} for _ in own]
+
+    def request(i: int, loras: Mapping[str, float]) -> Request:
+        return Request("a fish", seed=i, steps=steps, guidance=1.0, loras=loras)
+
+    def draw(loras: Sequence[Mapping[str, float]]) -> list[torch.Tensor]:
+        return engine.generate([request(i, each) for i, each in enumerate(loras)], output="latents").latents
 
     def merged() -> list[torch.Tensor]:
         found = []
-        for i, file in enumerate(files):
+        for i, file in enumerate(files.values()):
             merged = engine.load_lora(file, 1.0)
-            found += engine.generate(Request("a fish", seed=i, steps=STEPS, guidance=1.0), output="latents").latents
+            found += engine.generate(request(i, {}), output="latents").latents
             engine.merged_loras.remove(merged)
         return found
 
-    runs = {
-        "none": lambda: draw([{}] * COUNT),
-        "one LoRA on one row": lambda: draw([own[0], *[{}] * (COUNT - 1)]),
-        "eight LoRAs": lambda: draw(own),
+    return {
+        "none": lambda: draw(none),
+        "one LoRA on one row": lambda: draw([own[0], *none[1:]]),
+        f"{COUNTED.get(len(files), len(files))} LoRAs": lambda: draw(own),
         "one by one": merged,
     }
+
+
+def measure(name: str, engine: Engine, folder: Path, rounds: int, minutes: float) -> dict:
+    """Return the median seconds of each contestant, and the figures made of them."""
+    (folder / name).mkdir()
+    runs = contestants(engine, registered(engine, folder / name, COUNT), STEPS)
     found = race(runs, rounds, Budget(minutes))
     seconds = {contestant: statistics.median(times) for contestant, times in found.times.items()}
     together, alone = found.results["eight LoRAs"], found.results["one by one"]

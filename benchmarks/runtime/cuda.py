@@ -1,16 +1,19 @@
 """The cases of `--device cuda`: SDXL's UNet and VAE in bf16, 1024x1024, 30 steps with guidance; most informative first.
 
-Labels B1 to B4, C and G are the goals of this project's performance plan. Peers that take minutes to compile come last,
-and are started only if enough time is left.
+Labels B1 to B4, C and G are the goals of this project's performance plan, L those of LoRAs per row. Peers that take
+minutes to compile come last, and are started only if enough time is left.
 """
 
 import copy
 import statistics
+import tempfile
 import time
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
+from benchmarks import loras
 from benchmarks.kernels.measure import Budget, ceilings, cuda_timer
 from benchmarks.runtime import host
 from benchmarks.runtime.cases import Case, Figure, Outcome, Race, Ratio, race
@@ -100,6 +103,8 @@ def cases(quick: bool = False, device: str = "cuda") -> list[Case]:
         against_uncached(bench, 2, 1.38),
         step(bench),
         host_side(bench),
+        row_loras(bench, 8),
+        row_loras(bench, 32),
         streamed(bench),
         compiled(bench, 1, 3.0, 1.6),
         compiled(bench, 4, 1.8, None),
@@ -180,6 +185,37 @@ def host_side(bench: Bench) -> Case:
 
     what = "1 picture of a cached style; gaps on the device count from 10 us on, as launches cause them"
     return Case("host", what, measure, expected, 60)
+
+
+def row_loras(bench: Bench, count: int) -> Case:
+    """Compare a batch in which every picture has a LoRA of its own with the same batch without, and with merging."""
+    each = f"{loras.COUNTED[count]} LoRAs"
+    ratios = (
+        (
+            Ratio(each, "none", 1.20, at_most=True, label="L"),
+            Ratio("one LoRA on one row", "none", 1.04, at_most=True, label="L"),
+            Ratio("one by one", each, 3.0, label="L"),
+        )
+        if count == 8
+        else (Ratio(each, "none", 1.15, at_most=True, label="L"),)
+    )
+
+    def measure(budget: Budget) -> Outcome:
+        engine = bench.scene.model.engine
+        with tempfile.TemporaryDirectory() as folder:
+            files = loras.registered(engine, Path(folder), count, engine.unet.dtype)
+            runs = loras.contestants(engine, files, bench.few.steps)
+            wanted = {name for ratio in ratios for name in (ratio.over, ratio.under)}
+            found = bench.race({name: run for name, run in runs.items() if name in wanted}, budget)
+            for name in files:
+                engine.loras.remove(name)
+        return _outcome(found, ratios)
+
+    what = (
+        f"{count} pictures of {bench.few.steps} steps without guidance, each with its own LoRA of rank {loras.RANK} on "
+        "all attention and feed-forward layers"
+    )
+    return Case(f"LoRAs n={count}", what, measure, ratios, 60)
 
 
 def streamed(bench: Bench) -> Case:
