@@ -17,7 +17,8 @@ import torch
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation, require_extension
-from stylefast.kernels.shared_attention import attend, refuse_head_size
+from stylefast.kernels.shared_attention import refuse_head_size
+from stylefast.kernels.shared_attention_torch import attend
 
 
 class ImageSegments(NamedTuple):

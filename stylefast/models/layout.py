@@ -196,6 +196,27 @@ class AttentionLayout:
         return 2 * layer + 1
 
 
+def check_architecture(config: Mapping) -> None:
+    """Raise ModelFormatError for settings of a UNet's config that `UNet` does not implement."""
+    demands = {
+        "addition_embed_type": ("text_time",),
+        "use_linear_projection": (True,),
+        "act_fn": ("silu", None),
+        "class_embed_type": (None,),
+        "encoder_hid_dim_type": (None, "ip_image_proj"),
+        "resnet_time_scale_shift": ("default", None),
+        "time_cond_proj_dim": (None,),
+        "dual_cross_attention": (False, None),
+        "attention_type": ("default", None),
+    }
+    for key, allowed in demands.items():
+        if config.get(key) not in allowed:
+            raise ModelFormatError(
+                f"the UNet's config has {key}={values.quoted(config.get(key))}; SDXL's architecture needs "
+                f"{allowed[0]!r}. Give an SDXL checkpoint (base, or a fine-tune of it)."
+            )
+
+
 def _integers(config: Mapping, key: str, count: int | None, most: int) -> tuple[int, ...]:
     """Return a number for each block; a single number applies to all. Raises ModelFormatError."""
     value = config.get(key)

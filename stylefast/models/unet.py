@@ -28,8 +28,9 @@ from stylefast.kernels.row_lora import operation as row_lora
 from stylefast.kernels.shared_attention import Affine
 from stylefast.kernels.shared_attention import operation as shared_attention
 from stylefast.kernels.token_stats import operation as token_stats
-from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape
+from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape, check_architecture
 from stylefast.models.prepacked import Conv2d, Linear
+from stylefast.models.row_features import RowFeatures
 from stylefast.models.row_loras import LoraInputs, LoraLayout, LoraProducts, StepLoras
 from stylefast.models.row_table import (
     CrossInputs,
@@ -37,7 +38,6 @@ from stylefast.models.row_table import (
     KeyValue,
     LayerInputs,
     NormInputs,
-    RowFeatures,
     RowTable,
     SelfInputs,
     StylePages,
@@ -300,7 +300,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        _check(config)
+        check_architecture(config)
         self.config, self.layout = dict(config), AttentionLayout.from_config(config)
         shape, channels = UNetShape.from_config(config), tuple(config["block_out_channels"])
         groups, cross_dim, eps = config["norm_num_groups"], config["cross_attention_dim"], config.get("norm_eps", 1e-5)
@@ -462,24 +462,3 @@ def _sinusoids(values: torch.Tensor, channels: int, flip_sin_to_cos: bool, shift
     angles = values.float()[:, None] * frequencies
     waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return torch.cat(waves, dim=-1)
-
-
-def _check(config: dict):
-    """Raise ModelFormatError for settings that this UNet does not implement."""
-    demands = {
-        "addition_embed_type": ("text_time",),
-        "use_linear_projection": (True,),
-        "act_fn": ("silu", None),
-        "class_embed_type": (None,),
-        "encoder_hid_dim_type": (None, "ip_image_proj"),
-        "resnet_time_scale_shift": ("default", None),
-        "time_cond_proj_dim": (None,),
-        "dual_cross_attention": (False, None),
-        "attention_type": ("default", None),
-    }
-    for key, allowed in demands.items():
-        if config.get(key) not in allowed:
-            raise ModelFormatError(
-                f"the UNet's config has {key}={config.get(key)!r}; SDXL's architecture needs {allowed[0]!r}. "
-                "Give an SDXL checkpoint (base, or a fine-tune of it)."
-            )

@@ -15,7 +15,7 @@ import torch
 
 from stylefast import values
 from stylefast.errors import EngineClosed, InvalidRequest, JobCancelled
-from stylefast.models.row_table import RowFeatures
+from stylefast.models.row_features import RowFeatures
 from stylefast.runtime.plan.request import Request
 from stylefast.runtime.plan.request_planner import RequestPlanner
 from stylefast.runtime.plan.sample import Sample

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from stylefast.errors import EngineClosed, ExportError, NumericsError, OutOfMemory, StyleFastError
-from stylefast.models.row_table import RowFeatures
+from stylefast.models.row_features import RowFeatures
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends.base import Backend
 from stylefast.runtime.banks.bank_pages import BankPages, pages_of

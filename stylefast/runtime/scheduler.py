@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory, QueueFull, StyleFastError
-from stylefast.models.row_table import RowFeatures
+from stylefast.models.row_features import RowFeatures
 from stylefast.runtime.admission import Admission, HelperCall, Joining, cancelled, pieces, too_late
 from stylefast.runtime.helper import Helper
 from stylefast.runtime.jobs import Job, Preview

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stylefast.errors import InvalidRequest, NumericsError, StyleError
-from stylefast.models.row_table import RowFeatures as KeptFeatures
+from stylefast.models.row_features import RowFeatures as KeptFeatures
 from stylefast.models.unet import UNet
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import BankInfo, BankWriter, StyleBank

@@ -9,7 +9,7 @@ import torch
 
 from stylefast import values
 from stylefast.errors import InvalidRequest, StyleError
-from stylefast.models.row_table import RowFeatures
+from stylefast.models.row_features import RowFeatures
 from stylefast.runtime.jobs import Job
 from stylefast.runtime.loras import described
 from stylefast.runtime.plan.request import Request

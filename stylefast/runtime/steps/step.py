@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from stylefast.kernels.guided_step import operation as guided_step
+from stylefast.models.row_features import RowFeatures
 from stylefast.models.row_loras import RowLoras
-from stylefast.models.row_table import ImageKV, KeyValue, RowFeatures, StylePages
+from stylefast.models.row_table import ImageKV, KeyValue, StylePages
 from stylefast.models.unet import UNet
 from stylefast.runtime.steps.step_buffers import StepColumns
 
