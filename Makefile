@@ -20,6 +20,7 @@ INSTALLED := $(VENV)/installed.stamp
 DEV := $(VENV)/dev.stamp
 EXTENSION := $(VENV)/extension.stamp
 LOG := $(VENV)/setup.log
+OLD_CLIENT := $(VENV)/openai-1
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_FLAGS)
 # bytecode is kept even where the environment says not to: both runs and hundreds of processes need the same
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
@@ -55,6 +56,9 @@ $(DEV): $(INSTALLED)
 	@$(call logged,STYLEFAST_EXTENSION=0 $(PIP) --no-build-isolation -e '.[dev]')
 	@# the tests only need its server binary; --no-deps avoids its old numpy pin
 	@$(call logged,test "`uname -sm`" != "Linux x86_64" || $(PIP) --no-deps nvidia-pytriton)
+	@# the client library of before, beside today's; without constraints, which name today's
+	@$(call logged,test -d $(OLD_CLIENT) || $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) \
+	  --no-deps --target $(OLD_CLIENT) openai==1.109.1 distro==1.9.0)
 	@touch $@
 
 $(EXTENSION): $(INSTALLED) $(wildcard csrc/*)

@@ -213,6 +213,26 @@ def sampler_name(scheduler: str) -> str:
     return _SAMPLERS.get(base, base) + _SPREADS.get(ending, "")
 
 
+def scheduler_of(sampler: str, kind: str | None = None) -> tuple[str | None, str | None]:
+    """Return our names of A1111's sampler and schedule type: scheduler and spacing; None leaves it to the model.
+
+    Raises InvalidRequest for names that are unknown.
+    """
+    return _scheduler({"Sampler": sampler} if kind is None else {"Sampler": sampler, "Schedule type": kind})
+
+
+def take_tags(prompt: str) -> tuple[str, dict[str, tuple[float, float]]]:
+    """Return a prompt without its `<lora:name:weight>` tags, and the LoRAs' strengths by name.
+
+    Raises InvalidRequest for damaged tags, and for those of hypernetworks.
+    """
+    text, loras, other = _without_tags(prompt, {})
+    if other:
+        raise InvalidRequest(f"hypernetworks are not supported; remove {values.quoted(next(iter(other)))}")
+    both = {lora.name: (lora.weight, lora.weight if lora.text_weight is None else lora.text_weight) for lora in loras}
+    return text, both
+
+
 def text_of(picture: Any) -> str | None:
     """Return the parameters text inside an opened PIL picture, None if it has none.
 

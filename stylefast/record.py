@@ -49,7 +49,12 @@ def to_record(requests: Sequence[Request], model_folder: Path = TINY) -> dict[st
     return {"format": FORMAT, "styles": styles, "requests": entries}
 
 
-def from_record(record: Mapping | Sequence, base: str | Path | None = None, model_folder: Path = TINY) -> list[Request]:
+def from_record(
+    record: Mapping | Sequence,
+    base: str | Path | None = None,
+    model_folder: Path = TINY,
+    sources: Sources | None = None,
+) -> list[Request]:
     """Return the requests of a record, or of a file written by hand.
 
     `record`: the result of `to_record`; or a list of requests; or {"requests": [...], "styles": [...] or {name: ...}}.
@@ -67,7 +72,7 @@ def from_record(record: Mapping | Sequence, base: str | Path | None = None, mode
     check_fields("the call", record, _TOP)
     if record.get("format", FORMAT) != FORMAT:
         raise InvalidRequest(f"the call has the format {quoted(record['format'])}, not {FORMAT!r}; update stylefast")
-    sources = Sources(None if base is None else Path(base), model_folder)
+    sources = sources or Sources(None if base is None else Path(base), model_folder)
     styles = _read_styles(record.get("styles", []), sources)
     entries = record.get("requests")
     if not isinstance(entries, (list, tuple)) or not entries:

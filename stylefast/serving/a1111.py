@@ -1,0 +1,393 @@
+"""A1111's routes below /sdapi/v1, for the clients that speak them: Open WebUI, SillyTavern, LibreChat and others.
+
+A field that would change the picture and that this service does not have is refused by its name; one with its idle
+value, which clients send with every request, is accepted.
+"""
+
+import base64
+import json
+import re
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+
+from stylefast import values
+from stylefast.serving import fields, media
+from stylefast.serving.fields import Wanted
+from stylefast.serving.replies import ApiError
+from stylefast.serving.tickets import Ticket
+
+if TYPE_CHECKING:
+    from stylefast.serving.app import Service
+
+router = APIRouter(prefix="/sdapi/v1")
+
+MOST_PICTURES = 16
+PREFIX = "a1111-"  # of the ids of requests that came this way
+# fields that change the picture: name -> (default, least, most), or its default alone
+_NUMBERS = {
+    "seed": (-1, -1, values.MAX_SEED),
+    "steps": (50, 1, 1000),
+    "width": (512, 16, 8192),
+    "height": (512, 16, 8192),
+    "batch_size": (1, 1, MOST_PICTURES),
+    "n_iter": (1, 1, MOST_PICTURES),
+}
+_TEXTS = {"prompt": "", "negative_prompt": "", "sampler_name": None, "sampler_index": None, "scheduler": None}
+# accepted with any value, since they concern files of their server or nothing at all
+_NO_MATTER = (
+    "do_not_save_samples",
+    "do_not_save_grid",
+    "save_images",
+    "send_images",
+    "override_settings_restore_afterwards",
+    "force_task_id",
+    "comments",
+    "disable_extra_networks",
+    "seed_resize_from_h",
+    "seed_resize_from_w",
+    "hr_scale",
+    "hr_upscaler",
+    "hr_second_pass_steps",
+    "hr_resize_x",
+    "hr_resize_y",
+    "hr_checkpoint_name",
+    "hr_sampler_name",
+    "hr_scheduler",
+    "hr_prompt",
+    "hr_negative_prompt",
+    "firstphase_width",
+    "firstphase_height",
+    "denoising_strength",  # of the second pass
+    "refiner_switch_at",
+    "subseed",
+    "s_min_uncond",
+    "s_tmin",
+    "s_tmax",
+    "s_noise",
+)
+# accepted with these values alone
+_IDLE = {
+    "enable_hr": (False, None),
+    "restore_faces": (False, None),
+    "tiling": (False, None),
+    "subseed_strength": (0, 0.0, None),
+    "s_churn": (0, 0.0, None),
+    "script_name": (None, ""),
+    "script_args": ([], None),
+    "alwayson_scripts": ({}, None),
+    "refiner_checkpoint": (None, ""),
+    "infotext": (None, ""),
+    "distilled_cfg_scale": (None, 3.5),
+}
+_CHECKPOINT, _CLIP_LAYERS = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
+
+
+@router.post("/txt2img")
+async def txt2img(request: Request) -> dict[str, Any]:
+    """Draw pictures, in A1111's words."""
+    from stylefast.serving.app import json_body, submit, while_connected
+
+    service = request.app.state.service
+    body = fields.read_json(await json_body(request))
+    wanted = _wanted(body, service)
+    ticket = submit(request, service, wanted, prefix=PREFIX)
+    made = await while_connected(request, service, wanted, ticket)
+    encode = partial(media.encoded, form="png", quality=100)
+    contents = [
+        await service.encode(partial(encode, one.pixels.image(), record=one.record, parameters=one.parameters))
+        for one in made
+    ]
+    return {
+        "images": [base64.b64encode(content).decode("ascii") for content in contents],
+        "parameters": body,
+        "info": json.dumps(_info(wanted, ticket)),
+    }
+
+
+@router.post("/img2img")
+async def img2img() -> None:
+    """Refuse: pictures are not drawn from pictures."""
+    raise ApiError(
+        400,
+        "img2img: drawing from a picture is not supported; send it to /v1/images/edits as a style reference",
+        param="init_images",
+        code="unsupported_route",
+    )
+
+
+@router.get("/progress")
+async def progress(request: Request) -> dict[str, Any]:
+    """Tell how far the caller's requests are."""
+    mine = _mine(request)
+    running = [ticket for ticket in mine if ticket.steps] or mine
+    share, eta, step, steps = 0.0, 0.0, 0, 0
+    if running:
+        ticket = running[0]
+        share, step, steps = ticket.shown()["progress"], ticket.step, ticket.steps
+        spent = time.monotonic() - (ticket.started or time.monotonic())
+        eta = spent * (1 - share) / share if share else 0.0
+    state = {
+        "skipped": False,
+        "interrupted": False,
+        "stopping_generation": False,
+        "job": running[0].id if running else "",
+        "job_count": len(mine),
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
+        "job_no": 0,
+        "sampling_step": step,
+        "sampling_steps": steps,
+    }
+    return {"progress": share, "eta_relative": eta, "state": state, "current_image": None, "textinfo": None}
+
+
+@router.post("/interrupt")
+@router.post("/skip")
+async def interrupt(request: Request) -> dict[str, Any]:
+    """Cancel the caller's requests that came this way."""
+    for ticket in _mine(request):
+        request.app.state.service.dispatcher.cancel(ticket)
+    return {}
+
+
+@router.get("/options")
+async def options(request: Request) -> dict[str, Any]:
+    """Tell the settings that clients ask for."""
+    service = request.app.state.service
+    return {
+        _CHECKPOINT: service.served.model,
+        "sd_checkpoint_hash": service.facts["fingerprint"],
+        _CLIP_LAYERS: 2,
+        "sd_vae": "Automatic",
+        "samples_format": "png",
+        "live_previews_enable": False,
+    }
+
+
+@router.post("/options")
+async def set_options(request: Request) -> dict[str, Any]:
+    """Accept the served model as the model; nothing else can be set for all."""
+    from stylefast.serving.app import json_body
+
+    _overrides(fields.read_json(await json_body(request)), request.app.state.service, "")
+    return {}
+
+
+@router.get("/samplers")
+async def samplers(request: Request) -> list[dict[str, Any]]:
+    """List the samplers."""
+    found = request.app.state.service.facts["samplers"]
+    return [{"name": theirs, "aliases": [ours], "options": {}} for theirs, ours in found.items()]
+
+
+@router.get("/schedulers")
+async def schedulers() -> list[dict[str, Any]]:
+    """List the schedule types."""
+    names = ("Automatic", "Uniform", "Karras", "Exponential", "SGM Uniform", "Normal", "Simple")
+    return [{"name": name.lower().replace(" ", "_"), "label": name, "aliases": None} for name in names]
+
+
+@router.get("/sd-models")
+async def models(request: Request) -> list[dict[str, Any]]:
+    """List the model, and each of its styles as a model of its own."""
+    service = request.app.state.service
+    served, digest = service.served, service.facts["fingerprint"]
+    names = [served.model, *(f"{served.model}/{style}" for style in served.styles)]
+    return [
+        {"title": name, "model_name": name, "hash": digest[:10], "sha256": None, "filename": name, "config": None}
+        for name in names
+    ]
+
+
+@router.get("/loras")
+async def loras(request: Request) -> list[dict[str, Any]]:
+    """List the LoRAs."""
+    names = request.app.state.service.facts["loras"]
+    return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in names]
+
+
+@router.get("/prompt-styles")
+async def prompt_styles(request: Request) -> list[dict[str, Any]]:
+    """List the registered styles, which requests name in `styles`."""
+    return [{"name": name, "prompt": "", "negative_prompt": ""} for name in request.app.state.service.served.styles]
+
+
+@router.get("/upscalers")
+@router.get("/latent-upscale-modes")
+@router.get("/sd-vae")
+@router.get("/hypernetworks")
+@router.get("/embeddings")
+async def nothing(request: Request) -> Any:
+    """Tell that there are none."""
+    return {"loaded": {}, "skipped": {}} if request.url.path.endswith("embeddings") else []
+
+
+def _mine(request: Request) -> list[Ticket]:
+    """Return the caller's requests that came this way and are not over, the oldest first."""
+    register = request.app.state.service.register
+    return [one for one in register.of(request.state.owner) if one.id.startswith(PREFIX) and not one.over]
+
+
+def _wanted(body: Mapping[str, Any], service: "Service") -> Wanted:
+    """Return what a body asks for. Raises ApiError."""
+    served = service.served
+    known = (*_NUMBERS, *_TEXTS, *_NO_MATTER, *_IDLE, "eta", "cfg_scale", "styles", "override_settings")
+    for name, value in body.items():
+        if name not in known:
+            near = values.did_you_mean(name, known)
+            raise ApiError(
+                400, f"{values.quoted(name)} is no field of txt2img{near}", param=name[:80], code="unknown_parameter"
+            )
+        if name in _IDLE and value not in _IDLE[name]:
+            raise ApiError(
+                400,
+                f"{name} is {values.quoted(value)}, and this server does not have it; leave it out",
+                param=name,
+                code="unsupported_parameter",
+            )
+    number = {name: _whole(name, body.get(name), *limits) for name, limits in _NUMBERS.items()}
+    text = {name: _text(name, body.get(name), default) for name, default in _TEXTS.items()}
+    count = number["batch_size"] * number["n_iter"]
+    if count > MOST_PICTURES:
+        raise ApiError(400, f"batch_size times n_iter is {count}; at most {MOST_PICTURES} are allowed", param="n_iter")
+    style, clip_layers = _overrides(body.get("override_settings") or {}, service, "override_settings.")
+    styles = [style] if style else []
+    given = body.get("styles") or []
+    if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+        raise ApiError(400, "styles must be a list of names", param="styles", code="invalid_request")
+    prompt, tags = _style_tags(text["prompt"] or "")
+    for name in [*given, *tags]:
+        styles.append(fields.known_style("styles", name, served))
+    schedule_type = text["scheduler"]
+    sampler = text["sampler_name"] or text["sampler_index"] or "Euler"
+    _check_eta(_real("eta", body.get("eta"), None), sampler)
+    request = {
+        "prompt": prompt,
+        "negative_prompt": text["negative_prompt"],
+        "prompt_syntax": "a1111",
+        "steps": number["steps"],
+        "guidance": _real("cfg_scale", body.get("cfg_scale"), 7.0),
+        "size": [number["width"], number["height"]],
+        "clip_skip": max(clip_layers - 2, 0),
+        "style": styles,
+        "a1111": {
+            "sampler": sampler,
+            "schedule_type": schedule_type and schedule_type.replace("_", " "),
+        },
+    }
+    seed = number["seed"]
+    return Wanted(
+        call={"requests": [{**request, "seed": seed if seed < 0 else seed + i} for i in range(count)]},
+        uploads=[],
+        model=served.model,
+        form="png",
+        compression=100,
+        quality="",
+        size=f"{number['width']}x{number['height']}",
+        stream=False,
+        partial_images=0,
+    )
+
+
+def _overrides(given: Any, service: "Service", prefix: str) -> tuple[str | None, int]:
+    """Return the style in the model's name, if any, and the text encoders' layer. Raises ApiError."""
+    if not isinstance(given, dict):
+        raise ApiError(400, f"{prefix or 'the body'} must be an object", code="invalid_request")
+    style, layers = None, 2
+    for name, value in given.items():
+        if name == _CHECKPOINT:
+            _, style = fields.model_and_style(value if isinstance(value, str) else "", service.served)
+        elif name == _CLIP_LAYERS and prefix:
+            layers = _whole(prefix + name, value, 1, 1, 12)
+        else:
+            raise ApiError(
+                400,
+                f"{values.quoted(name)} can't be set here; there is {_CHECKPOINT}"
+                + (f" and {_CLIP_LAYERS}" if prefix else ""),
+                param=f"{prefix}{name}"[:80],
+                code="unsupported_parameter",
+            )
+    return style, layers
+
+
+def _style_tags(prompt: str) -> tuple[str, list[str]]:
+    """Return a prompt without `<style:name>`, and the names."""
+    names = re.findall(r"<style:([^<>:\n]{1,200})>", prompt)
+    return re.sub(r"[ \t]*<style:[^<>:\n]{1,200}>", "", prompt).strip() if names else prompt, names
+
+
+def _whole(name: str, value: Any, default: int, least: int, most: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ApiError(
+            400,
+            f"{name} is {values.quoted(value)}; it must be a whole number from {least} to {most}",
+            param=name,
+            code="invalid_request",
+        )
+    return value
+
+
+def _check_eta(eta: float | None, sampler: str) -> None:
+    """Accept an eta that leaves the sampler as it is; clients send 1 with every request. Raises ApiError."""
+    own = 0.0 if sampler == "DDIM" else 1.0
+    matters = sampler == "DDIM" or sampler.endswith((" a", " a Karras")) or "SDE" in sampler
+    if eta is not None and matters and eta != own:
+        raise ApiError(
+            400,
+            f"eta is {eta:g}, and {values.quoted(sampler)} has {own:g} here; leave it out",
+            param="eta",
+            code="unsupported_parameter",
+        )
+
+
+def _real(name: str, value: Any, default: float | None) -> float | None:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ApiError(
+            400, f"{name} is {values.quoted(value)}; it must be a number", param=name, code="invalid_request"
+        )
+    return float(value)
+
+
+def _text(name: str, value: Any, default: str | None) -> str | None:
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        raise ApiError(400, f"{name} is {values.quoted(value)}; it must be text", param=name, code="invalid_request")
+    return value
+
+
+def _info(wanted: Wanted, ticket: Ticket) -> dict[str, Any]:
+    """Return what clients read besides the pictures."""
+    first, seeds = wanted.call["requests"][0], [made.seed for made in ticket.pictures]
+    width, height = first["size"]
+    return {
+        "prompt": first["prompt"],
+        "all_prompts": [first["prompt"]] * len(seeds),
+        "negative_prompt": first["negative_prompt"],
+        "all_negative_prompts": [first["negative_prompt"]] * len(seeds),
+        "seed": seeds[0],
+        "all_seeds": seeds,
+        "subseed": -1,
+        "all_subseeds": [-1] * len(seeds),
+        "subseed_strength": 0,
+        "width": width,
+        "height": height,
+        "sampler_name": first["a1111"]["sampler"],
+        "cfg_scale": first["guidance"],
+        "steps": first["steps"],
+        "batch_size": len(seeds),
+        "sd_model_name": wanted.model,
+        "clip_skip": first["clip_skip"] + 2,
+        "infotexts": [made.parameters for made in ticket.pictures],
+        "warnings": list(dict.fromkeys(warning for made in ticket.pictures for warning in made.warnings)),
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
+    }

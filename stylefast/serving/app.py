@@ -1,0 +1,488 @@
+"""The web application: OpenAI's image routes, the service's own, and one shape for all errors."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+
+import stylefast
+from stylefast.serving import a1111, fields, media, replies
+from stylefast.serving.dispatcher import DRAINING, READY, Dispatcher
+from stylefast.serving.fields import Edit, Generation, Served, Wanted
+from stylefast.serving.guard import Guard
+from stylefast.serving.messages import Made, Pixels
+from stylefast.serving.metrics import Metrics
+from stylefast.serving.replies import ApiError
+from stylefast.serving.settings import ServeSettings
+from stylefast.serving.tickets import Register, Ticket
+
+logger = logging.getLogger("stylefast.serving")
+
+KEEP_ALIVE_SECONDS = 15.0  # between two signs of life in a stream; proxies close silent connections
+WATCH_SECONDS = 0.1  # between two looks whether the client is still there
+LEAST_READ_SECONDS = 1.0
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_PREVIEW_QUALITY = 85
+
+
+class Service:
+    """What the routes share: settings, queue, register, metrics, and threads that encode pictures."""
+
+    def __init__(self, settings: ServeSettings, dispatcher: Dispatcher):
+        self.settings, self.dispatcher = settings, dispatcher
+        self.register = Register(settings.keep_results)
+        self.metrics = Metrics(dispatcher)
+        self.encoders = ThreadPoolExecutor(2, "stylefast-encode")
+        self.started = int(time.time())
+        dispatcher.ended = self.metrics.ended
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Return what the engine says of its model. Raises ApiError while it is not loaded."""
+        if not self.dispatcher.facts:
+            raise replies.draining() if self.dispatcher.state == DRAINING else replies.starting()
+        return self.dispatcher.facts
+
+    @property
+    def served(self) -> Served:
+        """Return what there is to ask for. Raises ApiError while the model is not loaded."""
+        facts = self.facts
+        return Served(
+            self.model,
+            facts["styles"],
+            facts["size"],
+            self.settings.accept_any_model,
+            facts["adapters"],
+        )
+
+    @property
+    def model(self) -> str:
+        """Return the name by which clients know the model."""
+        return self.settings.served_model_name or self.dispatcher.facts.get("model", "")
+
+    async def encode(self, call: Callable[[], bytes]) -> bytes:
+        """Run an encoder in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.encoders, call)
+
+
+def create_app(settings: ServeSettings, make_dispatcher: Callable[[], Dispatcher]) -> FastAPI:
+    """Return the ASGI application; the engine starts with it, and ends with it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        dispatcher = make_dispatcher()
+        app.state.service = Service(settings, dispatcher)
+        dispatcher.start()
+        try:
+            yield
+        finally:
+            await dispatcher.close()
+
+    app = FastAPI(title="stylefast", version=stylefast.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    for kind in (HTTPException, RequestValidationError, ApiError, Exception):
+        app.add_exception_handler(kind, _error_reply)
+    _add_health(app)
+    _add_images(app)
+    _add_models(app)
+    app.include_router(a1111.router)
+    app.add_middleware(Guard, settings=settings, app_of_routes=app)
+    return app
+
+
+# errors
+
+
+async def _error_reply(request: Request, error: Exception) -> Response:
+    return reply_of(as_api_error(error))
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Return any error as one that a client may see."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):
+        codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+        return ApiError(error.status_code, str(error.detail).lower(), code=codes.get(error.status_code))
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        return ApiError(400, str(first["msg"]), param=".".join(map(str, first["loc"][1:])) or None)
+    logger.exception("a request failed for a reason of ours", exc_info=error)
+    return replies.of_engine(type(error).__name__, "")
+
+
+def reply_of(error: ApiError) -> JSONResponse:
+    """Return the reply of an error."""
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+# health
+
+
+def _add_health(app: FastAPI) -> None:
+    @app.get("/livez", include_in_schema=False)
+    async def livez() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", include_in_schema=False)
+    @app.get("/health", include_in_schema=False)
+    async def readyz(request: Request) -> JSONResponse:
+        dispatcher = request.app.state.service.dispatcher
+        ready = dispatcher.state == READY
+        return JSONResponse({"status": dispatcher.state}, 200 if ready else 503)
+
+    @app.get("/version", include_in_schema=False)
+    async def version() -> dict[str, str]:
+        return {"version": stylefast.__version__}
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics(request: Request) -> Response:
+        body, kind = request.app.state.service.metrics.page()
+        return Response(body, media_type=kind)
+
+
+# models
+
+
+def _add_models(app: FastAPI) -> None:
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        """List the model, and each of its styles as a model of its own."""
+        service = request.app.state.service
+        served = service.served
+        names = [served.model, *(f"{served.model}/{style}" for style in served.styles)]
+        return {"object": "list", "data": [_model(service, name) for name in names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        """Describe one of them."""
+        service = request.app.state.service
+        found, style = fields.model_and_style(name, service.served)
+        return _model(service, name if style else found)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": service.started, "owned_by": "stylefast"}
+
+
+# images
+
+
+def _add_images(app: FastAPI) -> None:
+    schema = {name: kind.model_json_schema() for name, kind in (("json", Generation), ("form", Edit))}
+    edits = {
+        **schema["form"],
+        "properties": {**schema["form"]["properties"], **_IMAGE_PARTS},
+        "required": ["prompt", "image"],
+    }
+
+    @app.post(
+        "/v1/images/generations",
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema["json"]}}}},
+    )
+    async def generations(request: Request) -> Response:
+        """Draw pictures."""
+        service = request.app.state.service
+        body = fields.read_json(await json_body(request))
+        return await _answer(request, service, fields.wanted(body, service.served), "image_generation")
+
+    @app.post(
+        "/v1/images/edits",
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": edits}}}},
+    )
+    async def edits_(request: Request) -> Response:
+        """Draw pictures in the style of those sent along."""
+        service = request.app.state.service
+        served = service.served
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "application/json":
+            body, images = _images_in_json(fields.read_json(await json_body(request)))
+        elif kind == "multipart/form-data":
+            body, images = await _form(request)
+        else:
+            raise ApiError(
+                415, "the body must be multipart/form-data or application/json", code="unsupported_media_type"
+            )
+        if not images:
+            raise ApiError(400, "image is missing; send one picture or several", param="image", code="missing_image")
+        return await _answer(request, service, fields.wanted(body, served, images, edit=True), "image_edit")
+
+    @app.post("/v1/images/variations", include_in_schema=False)
+    async def variations() -> None:
+        raise ApiError(404, "variations are no longer part of this interface; use /v1/images/edits", code="not_found")
+
+    @app.get("/v1/images/generations", include_in_schema=False)
+    @app.get("/v1/images/edits", include_in_schema=False)
+    async def not_an_id() -> None:
+        raise HTTPException(405, headers={"allow": "POST"})
+
+    @app.get("/v1/images/{number}")
+    async def progress(request: Request, number: str) -> dict[str, Any]:
+        """Tell how far a request is; its id is the reply's x-request-id, which a client may also choose."""
+        service = request.app.state.service
+        return service.register.find(number, _asker(request)).shown()
+
+    @app.delete("/v1/images/{number}")
+    async def cancel(request: Request, number: str) -> dict[str, Any]:
+        """Cancel a request: at once if it waits, after the current step if it runs. May be repeated."""
+        service = request.app.state.service
+        ticket = service.register.find(number, _asker(request))
+        return {
+            "id": number,
+            "object": "image.request",
+            "cancelled": service.dispatcher.cancel(ticket),
+            **_status(ticket),
+        }
+
+
+_IMAGE_PARTS = {
+    "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": fields.MOST_UPLOADS}
+}
+
+
+def _status(ticket: Ticket) -> dict[str, str]:
+    return {"status": ticket.status}
+
+
+def _asker(request: Request) -> str | None:
+    """Return whose requests the client may see; None: everybody's."""
+    return None if request.state.is_admin else request.state.owner
+
+
+async def json_body(request: Request) -> bytes:
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"the body must be application/json, not {kind[:80]}", code="unsupported_media_type")
+    return await request.body()
+
+
+async def _form(request: Request) -> tuple[dict[str, Any], list[media.Upload]]:
+    """Return the fields and the pictures of a form. Names and types of its files are not believed."""
+    try:
+        form = await request.form(max_files=fields.MOST_UPLOADS + 2, max_fields=200, max_part_size=2**20)
+    except (MultiPartException, HTTPException) as error:
+        detail = getattr(error, "message", None) or getattr(error, "detail", "")
+        raise ApiError(400, f"the form is damaged: {detail}"[:300], code="invalid_form") from None
+    texts, images = [], []
+    try:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                texts.append((name, value))
+            elif name in ("image", "image[]"):
+                images.append(media.upload(await value.read(), "image"))
+            else:
+                texts.append((name, "a file"))  # `wanted` refuses what it does not know
+    finally:
+        await form.close()
+    if len(images) > fields.MOST_UPLOADS:
+        raise ApiError(
+            400, f"image has {len(images)} pictures; at most {fields.MOST_UPLOADS} are allowed", param="image"
+        )
+    return fields.from_form(texts), images
+
+
+def _images_in_json(body: dict[str, Any]) -> tuple[dict[str, Any], list[media.Upload]]:
+    given = body.pop("image", None) or body.pop("images", None) or []
+    given = given if isinstance(given, list) else [given]
+    if len(given) > fields.MOST_UPLOADS:
+        raise ApiError(
+            400, f"image has {len(given)} pictures; at most {fields.MOST_UPLOADS} are allowed", param="image"
+        )
+    return body, [fields.content_of(one, "image") for one in given]
+
+
+def ticket_of(request: Request, service: Service, wanted: Wanted, prefix: str = "req_") -> Ticket:
+    """Return the ticket of what a request asks for. Raises ApiError for a bad id or deadline."""
+    number = request.headers.get("x-request-id") or f"{prefix}{secrets.token_hex(12)}"
+    if not _ID.fullmatch(number):
+        raise ApiError(
+            400,
+            "x-request-id must have 1 to 128 letters, digits, and . _ : -",
+            param="x-request-id",
+            code="invalid_request",
+        )
+    return Ticket(
+        number,
+        request.state.owner,
+        wanted.call,
+        [upload.content for upload in wanted.uploads],
+        wanted.partial_images,
+        _seconds(request, wanted, service.settings),
+    )
+
+
+def _seconds(request: Request, wanted: Wanted, settings: ServeSettings) -> float:
+    """Return how long a request may take: what the client's library waits, what it says, and our limit."""
+    limits = [settings.deadline]
+    if wanted.deadline is not None:
+        limits.append(wanted.deadline)
+    for name in ("x-stainless-read-timeout", "x-stylefast-deadline"):
+        text = request.headers.get(name)
+        if text is None:
+            continue
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = 0.0
+        if seconds > 0:
+            limits.append(max(seconds, LEAST_READ_SECONDS))
+        elif name.startswith("x-stylefast"):
+            raise ApiError(400, f"{name} must be seconds, above 0", param=name, code="invalid_request")
+    return min(limits)
+
+
+def submit(
+    request: Request, service: Service, wanted: Wanted, prefix: str = "req_", key: str | None = None, digest: str = ""
+) -> Ticket:
+    """Register and queue what is wanted. Raises ApiError."""
+    ticket = ticket_of(request, service, wanted, prefix)
+    service.register.add(ticket, key, digest)
+    try:
+        service.dispatcher.submit(ticket)
+    except ApiError:
+        service.register.drop(ticket)
+        raise
+    return ticket
+
+
+async def _answer(request: Request, service: Service, wanted: Wanted, kind: str) -> Response:
+    """Queue what is wanted and answer: with all pictures, or with a stream of events."""
+    key, digest = request.headers.get("idempotency-key"), ""
+    ticket = None
+    if key is not None:
+        asked = json.dumps([wanted.call, wanted.form, wanted.compression, kind], sort_keys=True).encode()
+        digest = hashlib.sha256(b"".join([asked, *(upload.content for upload in wanted.uploads)])).hexdigest()
+        ticket = service.register.repeated(request.state.owner, key[:255], digest)
+    if ticket is None:
+        ticket = submit(request, service, wanted, key=key and key[:255], digest=digest)
+    headers = {"x-request-id": ticket.id}
+    if wanted.stream:
+        events = _events(request, service, wanted, ticket, kind)
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
+        )
+    made = await while_connected(request, service, wanted, ticket)
+    encoded = [await service.encode(partial(_picture, one, wanted)) for one in made]
+    headers |= _times(ticket)
+    return JSONResponse(_reply(wanted, ticket, made, encoded), headers=headers)
+
+
+async def while_connected(request: Request, service: Service, wanted: Wanted, ticket: Ticket) -> Sequence[Made]:
+    """Wait for the pictures; cancel the request if the client leaves, unless it asked otherwise."""
+    waiting = asyncio.ensure_future(ticket.wait())
+    try:
+        while True:
+            done, _ = await asyncio.wait([waiting], timeout=WATCH_SECONDS)
+            if done:
+                return waiting.result()
+            if not wanted.stay and await request.is_disconnected():
+                service.dispatcher.cancel(ticket)
+    finally:
+        waiting.cancel()
+
+
+def _times(ticket: Ticket) -> dict[str, str]:
+    return {
+        "x-stylefast-queue-ms": f"{1e3 * ticket.queue_seconds:.0f}",
+        "x-stylefast-compute-ms": f"{1e3 * ticket.compute_seconds:.0f}",
+    }
+
+
+def _picture(made: Made, wanted: Wanted) -> bytes:
+    return media.encoded(made.pixels.image(), wanted.form, wanted.compression, made.record, made.parameters)
+
+
+def _preview(pixels: Pixels, wanted: Wanted) -> bytes:
+    width, height = (int(side) for side in wanted.size.split("x"))
+    image = pixels.image().resize((width, height), Image.Resampling.BICUBIC)
+    return media.encoded(image, wanted.form, _PREVIEW_QUALITY, None, None)
+
+
+def _common(wanted: Wanted) -> dict[str, Any]:
+    found = {"size": wanted.size, "quality": wanted.quality, "background": "opaque", "output_format": wanted.form}
+    return found if wanted.safety_identifier is None else {**found, "safety_identifier": wanted.safety_identifier}
+
+
+def _usage(wanted: Wanted, ticket: Ticket) -> dict[str, Any]:
+    """Count tokens: CLIP's of the prompts, 256 for a reference, one for 16 x 16 pixels of the output."""
+    width, height = (int(side) for side in wanted.size.split("x"))
+    images, output = 256 * len(wanted.uploads), ticket.count * -(-width // 16) * -(-height // 16)
+    given = ticket.text_tokens + images
+    return {
+        "input_tokens": given,
+        "input_tokens_details": {"image_tokens": images, "text_tokens": ticket.text_tokens},
+        "output_tokens": output,
+        "total_tokens": given + output,
+    }
+
+
+def _extension(wanted: Wanted, ticket: Ticket, made: Sequence[Made]) -> dict[str, Any]:
+    warnings = [*wanted.warnings, *dict.fromkeys(warning for one in made for warning in one.warnings)]
+    return {"id": ticket.id, "model": wanted.model, "seeds": [one.seed for one in made], "warnings": warnings}
+
+
+def _reply(wanted: Wanted, ticket: Ticket, made: Sequence[Made], encoded: Sequence[bytes]) -> dict[str, Any]:
+    return {
+        "created": int(ticket.created),
+        "data": [{"b64_json": base64.b64encode(content).decode("ascii")} for content in encoded],
+        **_common(wanted),
+        "usage": _usage(wanted, ticket),
+        "stylefast": _extension(wanted, ticket, made),
+    }
+
+
+async def _events(request: Request, service: Service, wanted: Wanted, ticket: Ticket, kind: str) -> AsyncIterator[str]:
+    """Yield the events of a stream: previews, then the picture or an error; signs of life in between."""
+    number, common = 0, {"created_at": int(ticket.created), **_common(wanted)}
+    progress = ticket.progress()
+    try:
+        pending = asyncio.ensure_future(anext(progress, None))
+        while True:
+            done, _ = await asyncio.wait([pending], timeout=KEEP_ALIVE_SECONDS)
+            if not done:
+                yield ": keep-alive\n\n"
+                continue
+            found = pending.result()
+            if found is None:
+                break
+            for pixels in found.previews[:1]:
+                content = await service.encode(partial(_preview, pixels, wanted))
+                event = {"type": f"{kind}.partial_image", "partial_image_index": number, **common}
+                yield _event(event | {"b64_json": base64.b64encode(content).decode("ascii")})
+                number += 1
+            pending = asyncio.ensure_future(anext(progress, None))
+        (made,) = await ticket.wait()
+        content = await service.encode(partial(_picture, made, wanted))
+        event = {"type": f"{kind}.completed", **common, "usage": _usage(wanted, ticket)}
+        event["stylefast"] = _extension(wanted, ticket, [made])
+        yield _event(event | {"b64_json": base64.b64encode(content).decode("ascii")})
+    except asyncio.CancelledError:
+        if not wanted.stay:
+            service.dispatcher.cancel(ticket)
+        raise
+    except GeneratorExit:
+        if not wanted.stay:
+            service.dispatcher.cancel(ticket)
+        raise
+    except Exception as error:
+        yield _event(as_api_error(error).event())
+
+
+def _event(content: Mapping[str, Any]) -> str:
+    return f"event: {content['type']}\ndata: {json.dumps(content)}\n\n"

@@ -1,0 +1,416 @@
+"""Fields of OpenAI's image routes, and the call of the engine that they ask for.
+
+Every field of the published contract is known here: done, or refused by its name. Fields that OpenAI does not have,
+such as steps and seed, may stand beside the others or inside "stylefast", which takes whatever a request file takes.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stylefast.errors import InvalidRequest
+from stylefast.serving.media import MEDIA_TYPES, Upload, upload_in_text
+from stylefast.serving.replies import ApiError
+from stylefast.values import did_you_mean, load_json, quoted
+
+# OpenAI's names for how much work to spend: steps
+QUALITIES = {"low": 4, "medium": 12, "high": 20, "xhigh": 30, "max": 50}
+# old names, which clients still send
+_OLD_QUALITIES = {"standard": "medium", "hd": "high"}
+FIDELITIES = {"low": 0.5, "high": 1.0}  # strengths of pictures that are style references
+PLAIN_FIDELITY = 0.8
+MOST_PICTURES, MOST_UPLOADS, MOST_PARTIAL = 10, 16, 3
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_KEY, _DEEPEST = re.compile(r"\[([^\[\]]*)\]"), 8
+_UNIT = 8  # sides of the engine's pictures
+# of a request in a request file, which "stylefast" may have; prompt and size have fields of their own
+REQUEST_FIELDS = (
+    "negative_prompt",
+    "style",
+    "steps",
+    "guidance",
+    "seed",
+    "scheduler",
+    "guidance_rescale",
+    "guidance_interval",
+    "spacing",
+    "clip_skip",
+    "loras",
+    "prompt_2",
+    "negative_prompt_2",
+    "prompt_syntax",
+)
+_TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "scheduler", "spacing", "prompt_syntax", "method")
+_OWN_FIELDS = (*REQUEST_FIELDS, "method", "deadline", "on_disconnect")
+# names that other servers use for fields of a request
+_ALIASES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+
+
+class Generation(BaseModel):
+    """Body of POST /v1/images/generations, in JSON."""
+
+    model_config = ConfigDict(extra="allow", title="ImageGeneration")
+
+    prompt: str = Field(max_length=32_000, description="What the picture shows.")
+    model: str | None = Field(None, description="A model, or a model and a style: tiny, tiny/neon.")
+    n: int | None = Field(1, ge=1, le=MOST_PICTURES, description="Number of pictures.")
+    size: str | None = Field("auto", description="auto, or WIDTHxHEIGHT in pixels, each divisible by 8.")
+    quality: str | None = Field(
+        "auto", description="Steps: low 4, medium 12, high 20, xhigh 30, max 50; auto is medium."
+    )
+    output_format: Literal["png", "jpeg", "webp"] | None = "png"
+    output_compression: int | None = Field(100, ge=0, le=100, description="Quality of JPEG and WebP.")
+    response_format: Literal["b64_json"] | None = "b64_json"
+    stream: bool | None = False
+    partial_images: int | None = Field(0, ge=0, le=MOST_PARTIAL, description="Previews in a stream.")
+    background: Literal["opaque", "auto"] | None = "auto"
+    moderation: Literal["low", "auto"] | None = "auto"
+    style: str | None = Field(None, description='A registered style; "vivid" and "natural" do nothing.')
+    user: str | None = None
+    safety_identifier: str | None = None
+    stylefast: dict[str, Any] | None = Field(
+        None, description="Whatever a request file takes: style, steps, guidance, seed, scheduler, loras, ..."
+    )
+
+
+class Edit(Generation):
+    """Fields of POST /v1/images/edits, multipart/form-data. Without a mask its pictures are style references."""
+
+    model_config = ConfigDict(extra="allow", title="ImageEdit")
+
+    input_fidelity: Literal["low", "high"] | None = Field(None, description="Strength of the style references.")
+
+
+# of the contract, but not of this service: field -> what to say
+_REFUSED = {
+    "svg": "pictures are PNG, JPEG or WebP",
+    "complexity": "there is no such setting here; use quality",
+    "frame_count": "pictures are PNG, JPEG or WebP, without frames",
+    "frame_duration_ms": "pictures are PNG, JPEG or WebP, without frames",
+    "markup": "drawing on pictures is not supported; without a mask, pictures are style references",
+    "mask": "inpainting is not supported; without a mask, pictures are style references",
+}
+
+
+@dataclass
+class Wanted:
+    """What a request asks for, checked as far as that is possible without the engine."""
+
+    call: dict[str, Any]
+    uploads: list[Upload]
+    model: str  # echoed
+    form: str
+    compression: int
+    quality: str
+    size: str
+    stream: bool
+    partial_images: int
+    safety_identifier: str | None = None
+    deadline: float | None = None
+    stay: bool = False  # whether to go on when the client is gone
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What there is to ask for."""
+
+    model: str
+    styles: Sequence[str]
+    native_size: tuple[int, int]
+    any_model: bool = False
+    adapters: Sequence[str] = ()
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """Return the object in a JSON body. Raises ApiError."""
+    try:
+        return load_json(body.decode("utf-8"), "the body", kind=dict)
+    except UnicodeDecodeError:
+        raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
+    except InvalidRequest as error:
+        raise ApiError(400, str(error), code="invalid_json") from None
+
+
+def from_form(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return the fields of a form as a JSON body would have them.
+
+    `stylefast[style]=neon` and repeated `stylefast[loras][]=...` are nested fields; so is an object as JSON text, which
+    some clients send. Raises ApiError.
+    """
+    found: dict[str, Any] = {}
+    for name, text in pairs:
+        top, mark, rest = name.partition("[")
+        path = _KEY.findall(mark + rest)
+        if mark + rest != "".join(f"[{key}]" for key in path) or len(path) > _DEEPEST or (path and top != "stylefast"):
+            raise ApiError(400, f"{quoted(name)} is no field of this route", param=name[:80], code="unknown_parameter")
+        if not path:
+            value = _nested(top, text) if top == "stylefast" else text
+        else:
+            value = text if path[0] in _TEXTS else _typed(text)
+        if not _put(found, [top, *path], value):
+            raise ApiError(400, f"{quoted(name)} contradicts another field", param=name[:80], code="invalid_request")
+    return found
+
+
+def _put(place: Any, path: Sequence[str], value: Any) -> bool:
+    """Put a value where a form's field says; an empty last key appends to a list. Return whether there was a place."""
+    for key, following in zip(path, [*path[1:], None], strict=True):
+        if isinstance(place, list):
+            if key or following is not None:
+                return False
+            place.append(value)
+        elif key == "" or (following is None and key in place):
+            return False
+        elif following is None:
+            place[key] = value
+        else:
+            place = place.setdefault(key, [] if following == "" else {})
+            if not isinstance(place, list if following == "" else dict):
+                return False
+    return True
+
+
+def _nested(name: str, text: str) -> Any:
+    try:
+        return load_json(text, name, kind=dict)
+    except InvalidRequest as error:
+        raise ApiError(400, str(error), param=name, code="invalid_request") from None
+
+
+def _typed(text: str) -> Any:
+    """Return the number, truth or null that a form's text spells, else the text."""
+    if re.fullmatch(r"-?\d{1,20}(\.\d{1,20})?([eE]-?\d{1,3})?|true|false|null", text):
+        return json.loads(text)
+    return text
+
+
+def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (), edit: bool = False) -> Wanted:
+    """Return what a body asks for. Raises ApiError, with the field's name, for what is refused."""
+    body = {name: value for name, value in body.items() if value is not None}
+    for name, why in _REFUSED.items():
+        if name in body:
+            raise ApiError(400, f"{name}: {why}", param=name, code="unsupported_parameter")
+    if body.get("background") == "transparent":
+        raise ApiError(
+            400,
+            "background: pictures are opaque; leave it out, or give 'opaque'",
+            param="background",
+            code="unsupported_parameter",
+        )
+    fields = _validated(Edit if edit else Generation, body)
+    own = _own(fields, edit)
+    warnings: list[str] = []
+    model, style = model_and_style(fields.model, served)
+    styles: list[Any] = [] if style is None else [style]
+    if fields.style in ("vivid", "natural"):
+        warnings.append(f"style {fields.style!r} does nothing here; name a registered style instead")
+    elif fields.style is not None:
+        styles.append(known_style("style", fields.style, served))
+    if "style" in own:
+        given = own.pop("style")
+        given = given if isinstance(given, list) else [] if given is None else [given]
+        styles += [known_style("stylefast.style", one, served) if isinstance(one, str) else one for one in given]
+    if images:
+        styles.append(_reference(own.pop("method", None), fields, len(images), served))
+    if "method" in own:
+        raise ApiError(
+            400, "stylefast.method says how pictures are used; send some", param="stylefast.method", code="no_image"
+        )
+    quality, steps = _quality(fields.quality)
+    size = _size(fields.size)
+    n, seed = fields.n or 1, own.pop("seed", -1)
+    seed = -1 if seed is None else seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ApiError(400, f"seed is {quoted(seed)}; it must be a whole number", param="seed", code="invalid_request")
+    if fields.stream and n > 1:
+        raise ApiError(
+            400, "a stream has one picture; send n=1, or several requests", param="n", code="unsupported_parameter"
+        )
+    if fields.partial_images and not fields.stream:
+        warnings.append("partial_images does nothing without stream")
+    deadline, stay = own.pop("deadline", None), own.pop("on_disconnect", "cancel")
+    asked = {} if steps is None else {"steps": steps}
+    request: dict[str, Any] = {"prompt": fields.prompt, **asked, **own, "style": styles}
+    if size is not None:
+        request["size"] = list(size)
+    requests = [{**request, "seed": seed if seed < 0 else seed + i} for i in range(n)]
+    width, height = size or served.native_size
+    return Wanted(
+        call={"requests": requests},
+        uploads=list(images),
+        model=model,
+        form=fields.output_format or "png",
+        compression=100 if fields.output_compression is None else fields.output_compression,
+        quality=quality,
+        size=f"{width}x{height}",
+        stream=bool(fields.stream),
+        partial_images=(fields.partial_images or 0) if fields.stream else 0,
+        safety_identifier=fields.safety_identifier or fields.user,
+        deadline=_deadline(deadline),
+        stay=_stay(stay),
+        warnings=warnings,
+    )
+
+
+def _validated(kind: type[Generation], body: Mapping[str, Any]) -> Any:
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        param = ".".join(map(str, first["loc"]))
+        given = "" if first["type"] == "missing" else f" (it is {quoted(first['input'])})"
+        raise ApiError(
+            400, f"{param}: {first['msg'].lower()}{given}", param=param or None, code="invalid_request"
+        ) from None
+
+
+def _own(fields: Generation, edit: bool) -> dict[str, Any]:
+    """Return the fields of a request that stand beside OpenAI's or inside "stylefast", which counts."""
+    beside = {_ALIASES.get(name, name): value for name, value in (fields.model_extra or {}).items()}
+    inside = {_ALIASES.get(name, name): value for name, value in (fields.stylefast or {}).items()}
+    known = [name for name in _OWN_FIELDS if name != "style"]
+    for name in beside:
+        if name not in known:
+            near = did_you_mean(name, [*type(fields).model_fields, *known])
+            raise ApiError(
+                400, f"{quoted(name)} is no field of this route{near}", param=name[:80], code="unknown_parameter"
+            )
+    for name in inside:
+        if name not in _OWN_FIELDS:
+            near = did_you_mean(name, _OWN_FIELDS)
+            raise ApiError(
+                400,
+                f"{quoted(name)} is no field of stylefast{near}; it takes {', '.join(_OWN_FIELDS)}",
+                param=f"stylefast.{name}"[:80],
+                code="unknown_parameter",
+            )
+    # of a form, everything is text
+    typed = {
+        name: _typed(value) if isinstance(value, str) and name not in _TEXTS else value
+        for name, value in beside.items()
+    }
+    return typed | inside
+
+
+def model_and_style(name: str | None, served: Served) -> tuple[str, str | None]:
+    """Return the model that is named, and the style in its name, if any. Raises ApiError."""
+    if name is None or name == served.model:
+        return served.model, None
+    base, _, style = name.partition("/")
+    for mark in ("/", ":"):
+        base, found, style = name.partition(mark)
+        if found and base == served.model and style in served.styles:
+            return name, style
+    if served.any_model:
+        return served.model, None
+    names = [served.model, *(f"{served.model}/{style}" for style in served.styles)]
+    near = _nearest(name, names)
+    raise ApiError(
+        404,
+        f"the model {quoted(name)} does not exist; there are {', '.join(near)}",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def _nearest(name: str, names: Sequence[str], most: int = 5) -> list[str]:
+    from difflib import get_close_matches
+
+    return (get_close_matches(name[:200], names, most, 0.0) or list(names))[:most]
+
+
+def known_style(param: str, name: str, served: Served) -> str:
+    """Return the name of a registered style. Raises ApiError."""
+    if name not in served.styles:
+        near = ", ".join(_nearest(name, served.styles)) or "none"
+        raise ApiError(
+            400,
+            f"{param} is {quoted(name)}; there are {near}, and more by /v1/styles",
+            param=param,
+            code="style_not_found",
+        )
+    return name
+
+
+def _reference(method: Any, fields: Any, count: int, served: Served) -> dict[str, Any]:
+    """Return the style whose references are the pictures sent along, all with equal weights."""
+    method = method or ("instant" if served.adapters else "aligned")
+    uploads = [{"upload": i} for i in range(count)]
+    strength = FIDELITIES.get(fields.input_fidelity, PLAIN_FIDELITY)
+    if method == "instant" and served.adapters:
+        return {"kind": "InstantStyle", "image": uploads, "scale": strength}
+    if method == "aligned":
+        return {"kind": "StyleAligned", "reference": uploads if count > 1 else uploads[0], "scale": strength}
+    known = "aligned and instant" if served.adapters else "aligned, since the model has no IP-Adapter"
+    raise ApiError(
+        400,
+        f"stylefast.method is {quoted(method)}; there are {known}",
+        param="stylefast.method",
+        code="invalid_request",
+    )
+
+
+def _quality(name: str | None) -> tuple[str, int | None]:
+    """Return the quality that is echoed, and its steps; None leaves them to the sampler's preset, if there is one."""
+    name = "auto" if name is None else name
+    shown = "medium" if name == "auto" else _OLD_QUALITIES.get(name, name)
+    if shown not in QUALITIES:
+        raise ApiError(
+            400,
+            f"quality is {quoted(name)}; there are {', '.join(QUALITIES)} and auto",
+            param="quality",
+            code="invalid_request",
+        )
+    return shown, None if name == "auto" else QUALITIES[shown]
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None or text == "auto":
+        return None
+    match = _SIZE.fullmatch(text)
+    sides = (0, 0) if match is None else (int(match[1]), int(match[2]))
+    if match is None or not all(side and side % _UNIT == 0 for side in sides):
+        raise ApiError(
+            400,
+            f"size is {quoted(text)}; it must be auto, or WIDTHxHEIGHT with sides divisible by {_UNIT}",
+            param="size",
+            code="invalid_request",
+        )
+    return sides
+
+
+def _deadline(seconds: Any) -> float | None:
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= 86_400:
+        raise ApiError(
+            400,
+            f"stylefast.deadline is {quoted(seconds)}; it must be seconds, above 0 and at most a day",
+            param="stylefast.deadline",
+            code="invalid_request",
+        )
+    return float(seconds)
+
+
+def _stay(what: Any) -> bool:
+    if what not in ("cancel", "continue"):
+        raise ApiError(
+            400,
+            f"stylefast.on_disconnect is {quoted(what)}; it must be cancel or continue",
+            param="stylefast.on_disconnect",
+            code="invalid_request",
+        )
+    return what == "continue"
+
+
+def content_of(entry: Any, param: str) -> Upload:
+    """Return a picture given in JSON, as base64 or as {"b64_json": ...}. Raises ApiError."""
+    return upload_in_text(entry.get("b64_json") if isinstance(entry, Mapping) else entry, param)
+
+
+__all__ = ["Edit", "Generation", "MEDIA_TYPES", "Served", "Wanted", "from_form", "read_json", "wanted"]

@@ -1,0 +1,69 @@
+"""A server of the Model Context Protocol: a running `stylefast serve` as tools for agents."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import httpx2
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Image
+from mcp.server.mcpserver.exceptions import ToolError
+
+import stylefast
+
+INSTRUCTIONS = "Draws pictures in registered styles. Call list_styles first, then generate_image with one of its names."
+_SECONDS = 900.0
+
+
+def make_tools(url: str, key: str | None = None, transport: httpx2.AsyncBaseTransport | None = None) -> MCPServer:
+    """Return the server whose tools ask the service at `url`, such as http://localhost:8000.
+
+    key: its API key. transport: replaces the network.
+    """
+    tools = MCPServer("stylefast", version=stylefast.__version__, instructions=INSTRUCTIONS)
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+
+    async def ask(method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        try:
+            async with httpx2.AsyncClient(headers=headers, timeout=_SECONDS, transport=transport) as client:
+                reply = await client.request(method, url.rstrip("/") + path, json=body)
+                found = reply.json()
+        except (httpx2.HTTPError, ValueError) as error:
+            raise ToolError(f"there is no service at {url} ({error}); start one: stylefast serve") from None
+        if reply.status_code != 200:
+            raise ToolError(str(found.get("error", {}).get("message", f"status {reply.status_code}")))
+        return found
+
+    @tools.tool()
+    async def list_styles() -> list[str]:
+        """List the names that generate_image takes as `style`."""
+        names = [model["id"] for model in (await ask("GET", "/v1/models"))["data"]]
+        return sorted({name.partition("/")[2] for name in names} - {""})
+
+    @tools.tool(structured_output=False)
+    async def generate_image(
+        prompt: str,
+        style: str | None = None,
+        negative_prompt: str = "",
+        size: str = "auto",
+        quality: str = "auto",
+        seed: int = -1,
+    ) -> list[Any]:
+        """Draw one picture.
+
+        Args:
+            prompt: what it shows.
+            style: a name of list_styles.
+            negative_prompt: what to steer away from.
+            size: WIDTHxHEIGHT in pixels, each divisible by 8; auto: the model's own.
+            quality: low, medium, high, xhigh or max: more steps take longer.
+            seed: draws the same picture again; -1: another one each time.
+        """
+        own = {"seed": seed, "negative_prompt": negative_prompt, **({} if style is None else {"style": style})}
+        body = {"prompt": prompt, "size": size, "quality": quality, "output_format": "png", "stylefast": own}
+        reply = await ask("POST", "/v1/images/generations", body)
+        said = reply["stylefast"]
+        words = [f"seed {said['seeds'][0]}, {reply['size']} pixels", *said["warnings"]]
+        return [Image(data=base64.b64decode(reply["data"][0]["b64_json"]), format="png"), "; ".join(words)]
+
+    return tools

@@ -1,0 +1,100 @@
+"""What the server and the engine's process say to each other. All of it is pickled, so both sides are the same code."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stylefast.serving.media import Pixels
+
+# from the server
+
+
+@dataclass(frozen=True)
+class Run:
+    """Make the pictures of a call.
+
+    call: as in a request file (`stylefast.record.from_record`); a picture that was sent along is {"upload": number}.
+    previews: how many previews are wanted. seconds: until the deadline; None: there is none.
+    """
+
+    ticket: str
+    call: Mapping[str, Any]
+    uploads: Sequence[bytes] = ()
+    previews: int = 0
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop a call after its current step."""
+
+    ticket: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the process once all calls are done."""
+
+
+# from the engine's process
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded and warm."""
+
+    facts: Mapping[str, Any]  # see `engine_process.facts_of`
+
+
+@dataclass(frozen=True)
+class NotReady:
+    """The model can't be loaded."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Steps done of a call's longest picture, with previews if they are due."""
+
+    ticket: str
+    step: int
+    steps: int
+    previews: Sequence[Pixels] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """One finished picture: its pixels, our record as JSON, and A1111's text."""
+
+    pixels: Pixels
+    record: str
+    parameters: str
+    seed: int
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """A call's pictures. seconds: from its start in the engine; text_tokens: of its prompts, without padding."""
+
+    ticket: str
+    pictures: Sequence[Made]
+    seconds: float
+    text_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A call ended with an error, named by its class."""
+
+    ticket: str
+    error: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the engine is doing, for metrics."""
+
+    values: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,196 @@
+"""Requests on their way through the service, from arrival to the reply, and the register by which clients find them."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stylefast.serving.messages import Made, Progress
+from stylefast.serving.replies import ApiError
+
+WAITING, RUNNING, DONE, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
+OVER = (DONE, FAILED, CANCELLED)
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request. All of it is touched by the event loop's thread alone.
+
+    call, uploads, previews: as in `messages.Run`. owner: the name of the API key that sent it.
+    """
+
+    id: str
+    owner: str
+    call: Mapping[str, Any]
+    uploads: Sequence[bytes] = ()
+    previews: int = 0
+    seconds: float | None = None  # it may take, waiting included
+    status: str = WAITING
+    step: int = 0
+    steps: int = 0
+    created: float = field(default_factory=time.time)
+    arrived: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    ended: float | None = None
+    pictures: Sequence[Made] = ()
+    text_tokens: int = 0
+    compute_seconds: float = 0.0
+    error: ApiError | None = None
+    _over: asyncio.Event = field(default_factory=asyncio.Event)
+    _readers: list[asyncio.Queue[Progress | None]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Return the number of pictures."""
+        return len(self.call["requests"])
+
+    @property
+    def over(self) -> bool:
+        """Return whether it has ended, in any way."""
+        return self.status in OVER
+
+    @property
+    def expires(self) -> float | None:
+        """Return when its deadline is, on the monotonic clock."""
+        return None if self.seconds is None else self.arrived + self.seconds
+
+    @property
+    def queue_seconds(self) -> float:
+        """Return how long it waited, or has waited."""
+        return (self.started or self.ended or time.monotonic()) - self.arrived
+
+    async def wait(self) -> Sequence[Made]:
+        """Wait until it has ended; return its pictures, or raise its ApiError."""
+        await self._over.wait()
+        if self.error is not None:
+            raise self.error
+        return self.pictures
+
+    async def progress(self) -> AsyncIterator[Progress]:
+        """Yield what its steps report, until it has ended; then raise its error, if any."""
+        if not self.over:
+            news: asyncio.Queue[Progress | None] = asyncio.Queue()
+            self._readers.append(news)
+            try:
+                while (found := await news.get()) is not None:
+                    yield found
+            finally:
+                self._readers.remove(news)
+        if self.error is not None:
+            raise self.error
+
+    def report(self, progress: Progress) -> None:
+        """Note what its steps report, and pass it on."""
+        self.step, self.steps = progress.step, progress.steps
+        for reader in self._readers:
+            reader.put_nowait(progress)
+
+    def start(self) -> None:
+        """Note that the engine has it."""
+        self.status, self.started = RUNNING, time.monotonic()
+
+    def finish(self, status: str, error: ApiError | None = None) -> None:
+        """End it, once."""
+        if self.over:
+            return
+        self.status, self.error, self.ended = status, error, time.monotonic()
+        self.uploads = ()
+        for reader in self._readers:
+            reader.put_nowait(None)
+        self._over.set()
+
+    def shown(self) -> dict[str, Any]:
+        """Return what a client may know of it: `GET /v1/images/{id}`."""
+        error = None if self.error is None else self.error.body()["error"]
+        return {
+            "id": self.id,
+            "object": "image.request",
+            "status": self.status,
+            "created": int(self.created),
+            "n": self.count,
+            "step": self.step,
+            "steps": self.steps,
+            "progress": 1.0 if self.status == DONE else self.step / self.steps if self.steps else 0.0,
+            "error": error,
+        }
+
+
+class Register:
+    """Tickets by id, kept for some time after they have ended, and by idempotency key."""
+
+    def __init__(self, keep_seconds: float, most: int = 1000):
+        self._keep, self._most = keep_seconds, most
+        self._tickets: OrderedDict[str, Ticket] = OrderedDict()
+        self._keys: dict[tuple[str, str], tuple[str, Ticket]] = {}
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def add(self, ticket: Ticket, key: str | None = None, digest: str = "") -> None:
+        """Add a ticket; `key`: the idempotency key of its request, `digest`: of what the request asks for.
+
+        Raises ApiError if a request of this id is known already.
+        """
+        self._forget()
+        if ticket.id in self._tickets:
+            raise ApiError(
+                409,
+                f"a request with the id {ticket.id!r} is known already; give each its own x-request-id",
+                code="duplicate_id",
+                retry=False,
+            )
+        self._tickets[ticket.id] = ticket
+        if key is not None:
+            self._keys[ticket.owner, key] = digest, ticket
+
+    def drop(self, ticket: Ticket) -> None:
+        """Take out a ticket that was refused."""
+        self._tickets.pop(ticket.id, None)
+        for key in [key for key, (_, one) in self._keys.items() if one is ticket]:
+            del self._keys[key]
+
+    def of(self, owner: str) -> list[Ticket]:
+        """Return the tickets of an owner, the oldest first."""
+        return [ticket for ticket in self._tickets.values() if ticket.owner == owner]
+
+    def find(self, number: str, owner: str | None) -> Ticket:
+        """Return the ticket of an id; `owner`: whose it must be, None for anybody's. Raises ApiError."""
+        self._forget()
+        ticket = self._tickets.get(number)
+        if ticket is None or (owner is not None and ticket.owner != owner):
+            raise ApiError(
+                404,
+                "no request of this id is known; ids are kept for a while after the reply",
+                param="id",
+                code="not_found",
+            )
+        return ticket
+
+    def repeated(self, owner: str, key: str, digest: str) -> Ticket | None:
+        """Return the ticket of an earlier request with this idempotency key. Raises ApiError if it asked for other."""
+        self._forget()
+        found = self._keys.get((owner, key))
+        if found is None:
+            return None
+        if found[0] != digest:
+            raise ApiError(
+                409,
+                "this idempotency key was used for another request; give each request its own",
+                param="idempotency-key",
+                code="idempotency_key_reused",
+                retry=False,
+            )
+        return found[1]
+
+    def _forget(self) -> None:
+        """Take out tickets that ended long ago, and the oldest of too many."""
+        now, gone = time.monotonic(), []
+        ended = [ticket for ticket in self._tickets.values() if ticket.ended is not None]
+        surplus = len(self._tickets) - self._most
+        for place, ticket in enumerate(ended):
+            if place < surplus or (ticket.ended or now) + self._keep < now:
+                gone.append(ticket)
+        for ticket in gone:
+            self.drop(ticket)
