@@ -8,11 +8,12 @@ use stay. A LoRA that was removed, or whose name was taken again, stays as it wa
 import itertools
 import math
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import torch
 from stylefast import values
 from stylefast.errors import AdapterError, InvalidRequest, OutOfMemory
 from stylefast.kernels.row_lora import RANK
+from stylefast.models.lora import LoraSet
 from stylefast.models.lora_factors import BLORA_BLOCKS, blora_part
 from stylefast.models.lora_file import read_lora
 from stylefast.models.lora_units import lora_factors, unit_table
@@ -30,6 +32,8 @@ from stylefast.runtime.plan.request import LoraScale
 
 # max LoRAs on the device at once, each with a row in the table of units
 MOST_RESIDENT = 256
+# members of `LoraSet` that `Loras` does not have
+_OF_MERGED = ("touched", "scales", "set_scale", "clear")
 # units of each kind
 _LEAST = LEAST_WIDTH
 _numbers = itertools.count(1)
@@ -89,11 +93,28 @@ class Loras:
 engine.loras.add(file, 'pixel')
     """
 
-    def __init__(self, unet: UNet, weights: Mapping[str, Mapping[str, torch.Tensor]], host_memory: int | None = None):
-        self._unet, self._weights, self._budget = unet, weights, host_memory
+    def __init__(
+        self,
+        unet: UNet,
+        weights: Mapping[str, Mapping[str, torch.Tensor]],
+        host_memory: int | None = None,
+        merged: LoraSet | None = None,
+    ):
+        self._unet, self._weights, self._budget, self._merged = unet, weights, host_memory, merged
         self._lock = threading.RLock()
         self._named: dict[str, Lora] = {}
         self._host: OrderedDict[Lora, None] = OrderedDict()  # with factors in memory, least recently used first
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a member of the merged LoRAs, which `engine.loras` was before there were LoRAs per request."""
+        if name not in _OF_MERGED or self._merged is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warnings.warn(
+            f"engine.loras.{name} is now engine.merged_loras.{name}; engine.loras holds LoRAs that differ by request",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(self._merged, name)
 
     def add(self, source: str | Path, name: str | None = None, part: str | None = None) -> str:
         """Register a LoRA (a file, or a folder with one) and return its name, by default the file's.
