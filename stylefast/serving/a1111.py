@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/sdapi/v1")
 
 MOST_PICTURES = 16
-PREFIX = "a1111-"  # of the ids of requests that came this way
 # fields that change the picture: name -> (default, least, most), or its default alone
 _NUMBERS = {
     "seed": (-1, -1, values.MAX_SEED),
@@ -94,18 +93,17 @@ async def txt2img(request: Request) -> dict[str, Any]:
     service = request.app.state.service
     body = fields.read_json(await json_body(request))
     wanted = _wanted(body, service)
-    ticket = submit(request, service, wanted, prefix=PREFIX)
+    ticket = submit(request, service, wanted, tongue="a1111")
     made = await while_connected(request, service, wanted, ticket)
     encode = partial(media.encoded, form="png", quality=100)
     contents = [
         await service.encode(partial(encode, one.pixels.image(), record=one.record, parameters=one.parameters))
         for one in made
     ]
-    return {
-        "images": [base64.b64encode(content).decode("ascii") for content in contents],
-        "parameters": body,
-        "info": json.dumps(_info(wanted, ticket)),
-    }
+    info = _info(wanted, ticket)
+    ticket.forget_pictures()
+    images = [base64.b64encode(content).decode("ascii") for content in contents]
+    return {"images": images, "parameters": body, "info": json.dumps(info)}
 
 
 @router.post("/img2img")
@@ -228,7 +226,7 @@ async def nothing(request: Request) -> Any:
 def _mine(request: Request) -> list[Ticket]:
     """Return the caller's requests that came this way and are not over, the oldest first."""
     register = request.app.state.service.register
-    return [one for one in register.of(request.state.owner) if one.id.startswith(PREFIX) and not one.over]
+    return [one for one in register.of(request.state.owner) if one.tongue == "a1111" and not one.over]
 
 
 def _wanted(body: Mapping[str, Any], service: "Service") -> Wanted:

@@ -5,8 +5,6 @@ import base64
 import hashlib
 import json
 import logging
-import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +36,6 @@ logger = logging.getLogger("stylefast.serving")
 KEEP_ALIVE_SECONDS = 15.0  # between two signs of life in a stream; proxies close silent connections
 WATCH_SECONDS = 0.1  # between two looks whether the client is still there
 LEAST_READ_SECONDS = 1.0
-_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PREVIEW_QUALITY = 85
 
 
@@ -51,7 +48,7 @@ class Service:
         self.metrics = Metrics(dispatcher)
         self.encoders = ThreadPoolExecutor(2, "stylefast-encode")
         self.started = int(time.time())
-        dispatcher.ended = self.metrics.ended
+        dispatcher.ended, dispatcher.counted = self.metrics.ended, self.metrics.counted
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -307,16 +304,16 @@ def _images_in_json(body: dict[str, Any]) -> tuple[dict[str, Any], list[media.Up
     return body, [fields.content_of(one, "image") for one in given]
 
 
-def ticket_of(request: Request, service: Service, wanted: Wanted, prefix: str = "req_") -> Ticket:
+def ticket_of(request: Request, service: Service, wanted: Wanted) -> Ticket:
     """Return the ticket of what a request asks for. Raises ApiError for a bad id or deadline."""
-    number = request.headers.get("x-request-id") or f"{prefix}{secrets.token_hex(12)}"
-    if not _ID.fullmatch(number):
+    if not request.state.id_is_fit:
         raise ApiError(
             400,
             "x-request-id must have 1 to 128 letters, digits, and . _ : -",
             param="x-request-id",
             code="invalid_request",
         )
+    number = request.state.request_id
     return Ticket(
         number,
         request.state.owner,
@@ -348,10 +345,11 @@ def _seconds(request: Request, wanted: Wanted, settings: ServeSettings) -> float
 
 
 def submit(
-    request: Request, service: Service, wanted: Wanted, prefix: str = "req_", key: str | None = None, digest: str = ""
+    request: Request, service: Service, wanted: Wanted, key: str | None = None, digest: str = "", tongue: str = "openai"
 ) -> Ticket:
-    """Register and queue what is wanted. Raises ApiError."""
-    ticket = ticket_of(request, service, wanted, prefix)
+    """Register and queue what is wanted; `tongue`: of the route. Raises ApiError."""
+    ticket = ticket_of(request, service, wanted)
+    ticket.tongue = tongue
     service.register.add(ticket, key, digest)
     try:
         service.dispatcher.submit(ticket)
@@ -371,16 +369,15 @@ async def _answer(request: Request, service: Service, wanted: Wanted, kind: str)
         ticket = service.register.repeated(request.state.owner, key[:255], digest)
     if ticket is None:
         ticket = submit(request, service, wanted, key=key and key[:255], digest=digest)
-    headers = {"x-request-id": ticket.id}
     if wanted.stream:
         events = _events(request, service, wanted, ticket, kind)
-        return StreamingResponse(
-            events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
-        )
+        return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
     made = await while_connected(request, service, wanted, ticket)
     encoded = [await service.encode(partial(_picture, one, wanted)) for one in made]
-    headers |= _times(ticket)
-    return JSONResponse(_reply(wanted, ticket, made, encoded), headers=headers)
+    reply = JSONResponse(_reply(wanted, ticket, made, encoded), headers=_times(ticket))
+    if key is None:
+        ticket.forget_pictures()
+    return reply
 
 
 async def while_connected(request: Request, service: Service, wanted: Wanted, ticket: Ticket) -> Sequence[Made]:

@@ -119,7 +119,7 @@ class Dispatcher:
         self.max_running, self.max_waiting, self.max_per_owner = max_running, max_waiting, max_per_owner
         self.state, self.why = STARTING, ""
         self.facts: dict[str, Any] = {}
-        self.counts: dict[str, float] = {}
+        self._counts: dict[str, float] = {}  # of the engine that runs
         self.engine: Engine | None = None
         self.restarts = 0
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by owner; the first has the next turn
@@ -128,9 +128,11 @@ class Dispatcher:
         self._seconds = _FIRST_ESTIMATE
         self._changed = asyncio.Event()
         self.ended: Callable[[Ticket], None] = lambda ticket: None  # told of every ticket that has ended
+        self.counted: Callable[[str, float], None] = lambda name, more: None  # told of what the engine has done
 
     def start(self) -> None:
         """Start the engine's process."""
+        self._counts = {}
         self.engine = self._start(self._take)
 
     @property
@@ -278,7 +280,9 @@ class Dispatcher:
         elif isinstance(message, NotReady):
             self._break(message.message)
         elif isinstance(message, Counts):
-            self.counts = dict(message.values)
+            for name, value in message.values.items():
+                self.counted(name, value - self._counts.get(name, 0.0))
+            self._counts = dict(message.values)
         else:
             ticket = self._running.get(message.ticket)
             if ticket is None:

@@ -249,8 +249,8 @@ class _Worker:
 
     async def _count(self) -> None:
         while True:
-            scheduler = self._engine.scheduler
-            self._send(Counts({"pending": scheduler.pending, "running": scheduler.running}))
+            runner = self._engine.runner
+            self._send(Counts({"unet_calls": runner.calls, "picture_steps": runner.steps_run}))
             await asyncio.sleep(COUNT_SECONDS)
 
     def _send(self, message: Any) -> None:

@@ -10,6 +10,7 @@ import hmac
 import json
 import logging
 import re
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,9 @@ logger = logging.getLogger("stylefast.serving.requests")
 # paths that need no key: they say nothing that a stranger may not know
 OPEN_PATHS = ("/livez", "/readyz", "/health", "/version")
 ADMIN = "admin"
-_WHITE = re.compile(r"[\r\n]")
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# a body that takes longer than the time limit must at least come at this speed
+_LEAST_SPEED = 16 * 2**10  # bytes a second
 
 
 class Keys:
@@ -46,6 +49,17 @@ class Keys:
             if hmac.compare_digest(digest, given):
                 found = name
         return found
+
+
+def _request_id(scope: Scope) -> str:
+    """Return the request's id, which its client may choose, and note it; and whether the client's can be used."""
+    given = dict(scope["headers"]).get(b"x-request-id")
+    state = scope.setdefault("state", {})
+    state["id_given"] = given is not None
+    state["id_is_fit"] = given is None or _ID.fullmatch(given.decode("latin-1")) is not None
+    chosen = given is not None and state["id_is_fit"]
+    state["request_id"] = given.decode("ascii") if chosen else f"req_{secrets.token_hex(12)}"
+    return state["request_id"]
 
 
 def _digest(key: str) -> bytes:
@@ -78,13 +92,14 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, answer = time.monotonic(), {"status": 0, "id": ""}
+        began, status = time.monotonic(), 0
+        number = _request_id(scope)
 
         async def watched(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                answer["status"] = message["status"]
-                headers = dict(message["headers"])
-                answer["id"] = headers.get(b"x-request-id", b"").decode("latin-1")
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", number.encode("ascii"))]}
             await send(message)
 
         try:
@@ -94,7 +109,7 @@ class Guard:
         except ApiError as error:
             await self._refuse(error, scope, receive, watched)
         finally:
-            self._log(scope, answer, time.monotonic() - began)
+            self._log(scope, number, status, time.monotonic() - began)
 
     def _admit(self, scope: Scope) -> None:
         """Say who asks, in the request's state. Raises ApiError for those who may not."""
@@ -120,14 +135,14 @@ class Guard:
         response = JSONResponse(error.body(), error.status, {**error.headers(), "connection": "close"})
         await response(scope, receive, send)
 
-    def _log(self, scope: Scope, answer: dict[str, Any], seconds: float) -> None:
+    def _log(self, scope: Scope, number: str, status: int, seconds: float) -> None:
         """Write one line: no path as typed, which may hold anything, no prompt and no key."""
         line = {
             "method": scope["method"],
             "route": self._route(scope),
-            "status": answer["status"],
+            "status": status,
             "ms": round(1e3 * seconds, 1),
-            "request_id": _WHITE.sub("", answer["id"]),
+            "request_id": number,
             "owner": scope["state"]["owner"],
         }
         if self._settings.log_format == "json":
@@ -136,7 +151,7 @@ class Guard:
             logger.info(" ".join(f"{name}={value}" for name, value in line.items()))
         service = getattr(self._routes.state, "service", None)
         if service is not None:
-            service.metrics.replied(line["route"], answer["status"], seconds)
+            service.metrics.replied(self._route(scope), status, seconds)
 
     def _route(self, scope: Scope) -> str:
         """Return the pattern of the route that a request meets, from the live table."""
@@ -152,7 +167,7 @@ class _Body:
 
     def __init__(self, receive: Receive, settings: ServeSettings, scope: Scope):
         self._receive, self._settings = receive, settings
-        self._seen, self._done = 0, False
+        self._seen, self._done, self._began = 0, False, time.monotonic()
         headers = dict(scope["headers"])
         if headers.get(b"content-encoding", b"identity") not in (b"", b"identity"):
             raise ApiError(415, "the body is compressed; send it as it is", code="unsupported_encoding")
@@ -170,13 +185,19 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), self._settings.body_timeout)
         except TimeoutError:
-            raise ApiError(408, "the body did not arrive in time", code="body_timeout") from None
+            raise self._too_slow() from None
         if message["type"] == "http.request":
             self._seen += len(message.get("body", b""))
             if self._seen > self._settings.body_limit:
                 raise self._too_large()
             self._done = not message.get("more_body", False)
+            spent = time.monotonic() - self._began
+            if not self._done and spent > max(self._settings.body_timeout, self._seen / _LEAST_SPEED):
+                raise self._too_slow()
         return message
+
+    def _too_slow(self) -> ApiError:
+        return ApiError(408, "the body did not arrive in time", code="body_timeout")
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._settings.body_limit} bytes", code="body_too_large")

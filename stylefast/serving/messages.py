@@ -95,6 +95,6 @@ class Failed:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the engine is doing, for metrics."""
+    """What the engine has done since it was loaded, for metrics: UNet calls, and steps of pictures in them."""
 
     values: Mapping[str, float] = field(default_factory=dict)

@@ -30,6 +30,12 @@ class Metrics:
             self._requests.labels(status)
         self._pictures = Counter("stylefast:images", "pictures made", registry=self._registry)
         self._pixels = Counter("stylefast:pixels", "pixels made", registry=self._registry)
+        self._counts = {
+            "unet_calls": Counter("stylefast:unet_calls", "calls of the UNet", registry=self._registry),
+            "picture_steps": Counter(
+                "stylefast:picture_steps", "steps of pictures in these calls", registry=self._registry
+            ),
+        }
         self._latency = self._histogram("request_latency_seconds", "from arrival to the end", ["status"])
         self._queued = self._histogram("queue_time_seconds", "from arrival to the start")
         self._replies = Counter(
@@ -46,6 +52,10 @@ class Metrics:
         for made in ticket.pictures:
             self._pictures.inc()
             self._pixels.inc(made.pixels.width * made.pixels.height)
+
+    def counted(self, name: str, more: float) -> None:
+        """Count what the engine has done."""
+        self._counts[name].inc(more)
 
     def replied(self, route: str, status: int, seconds: float) -> None:
         """Count a reply."""

@@ -16,6 +16,7 @@ from stylefast.errors import StyleFastError
 from stylefast.serving.app import create_app
 from stylefast.serving.dispatcher import BROKEN, Dispatcher, EngineProcess
 from stylefast.serving.engine_process import Load
+from stylefast.serving.http import Protocol
 from stylefast.serving.settings import ServeSettings
 
 logger = logging.getLogger("stylefast.serving")
@@ -54,6 +55,7 @@ def serve(settings: ServeSettings, load: Load) -> None:
         access_log=False,
         server_header=False,
         lifespan="on",
+        http=Protocol,
         h11_max_incomplete_event_size=64 * 2**10,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
     )

@@ -12,6 +12,7 @@ from stylefast.serving.replies import ApiError
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
 OVER = (DONE, FAILED, CANCELLED)
+_UNSENT_SECONDS = 60.0  # that pictures are kept whose client may still be reading them
 
 
 @dataclass(eq=False)
@@ -38,6 +39,8 @@ class Ticket:
     text_tokens: int = 0
     compute_seconds: float = 0.0
     error: ApiError | None = None
+    tongue: str = "openai"  # of the route that it came by
+    key: str | None = None  # of idempotency
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _readers: list[asyncio.Queue[Progress | None]] = field(default_factory=list)
 
@@ -101,6 +104,10 @@ class Ticket:
             reader.put_nowait(None)
         self._over.set()
 
+    def forget_pictures(self) -> None:
+        """Drop the pictures once they were sent, since they take memory."""
+        self.pictures = ()
+
     def shown(self) -> dict[str, Any]:
         """Return what a client may know of it: `GET /v1/images/{id}`."""
         error = None if self.error is None else self.error.body()["error"]
@@ -118,10 +125,13 @@ class Ticket:
 
 
 class Register:
-    """Tickets by id, kept for some time after they have ended, and by idempotency key."""
+    """Tickets by id, kept for some time after they have ended, and by idempotency key.
 
-    def __init__(self, keep_seconds: float, most: int = 1000):
-        self._keep, self._most = keep_seconds, most
+    most: tickets that are kept. most_bytes: of pictures that wait for a request to be repeated with its key.
+    """
+
+    def __init__(self, keep_seconds: float, most: int = 1000, most_bytes: int = 256 * 2**20):
+        self._keep, self._most, self._most_bytes = keep_seconds, most, most_bytes
         self._tickets: OrderedDict[str, Ticket] = OrderedDict()
         self._keys: dict[tuple[str, str], tuple[str, Ticket]] = {}
 
@@ -141,15 +151,14 @@ class Register:
                 code="duplicate_id",
                 retry=False,
             )
-        self._tickets[ticket.id] = ticket
+        self._tickets[ticket.id], ticket.key = ticket, key
         if key is not None:
             self._keys[ticket.owner, key] = digest, ticket
 
     def drop(self, ticket: Ticket) -> None:
         """Take out a ticket that was refused."""
         self._tickets.pop(ticket.id, None)
-        for key in [key for key, (_, one) in self._keys.items() if one is ticket]:
-            del self._keys[key]
+        self._unkey(ticket)
 
     def of(self, owner: str) -> list[Ticket]:
         """Return the tickets of an owner, the oldest first."""
@@ -174,6 +183,9 @@ class Register:
         found = self._keys.get((owner, key))
         if found is None:
             return None
+        if found[1].over and found[1].status != DONE:
+            self._unkey(found[1])  # a request that failed is made again
+            return None
         if found[0] != digest:
             raise ApiError(
                 409,
@@ -194,3 +206,16 @@ class Register:
                 gone.append(ticket)
         for ticket in gone:
             self.drop(ticket)
+        size = 0
+        for ticket in reversed(ended):
+            size += sum(len(made.pixels.content) for made in ticket.pictures)
+            late = ticket.key is None and now - (ticket.ended or now) > _UNSENT_SECONDS
+            if size > self._most_bytes or late:
+                ticket.forget_pictures()
+                self._unkey(ticket)
+
+    def _unkey(self, ticket: Ticket) -> None:
+        """Take out a ticket's key, so that the next request with it is made anew."""
+        if ticket.key is not None and self._keys.get((ticket.owner, ticket.key), ("", None))[1] is ticket:
+            del self._keys[ticket.owner, ticket.key]
+        ticket.key = None
