@@ -68,7 +68,7 @@ def run_again(arguments: argparse.Namespace) -> int:
             warn(f"{key} differ: {now.get(key)} now, {metadata.get(key)} then; pixels may differ slightly")
     if not arguments.quiet:
         if before.info.get("lossy"):
-            print(f"pixels not compared: {arguments.source} is a JPEG, which does not keep them", file=sys.stderr)
+            print(f"pixels not compared: {arguments.source} is a JPEG or WebP, which do not keep them", file=sys.stderr)
         else:
             print(_comparison(before, result.images[place], arguments.source), file=sys.stderr)
     kept = Result([result.images[place]], [result.latents[place]], [now])

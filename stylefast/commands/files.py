@@ -25,6 +25,7 @@ CHUNK, PARAMETERS = "stylefast", "parameters"
 # longer chunks are compressed; some readers refuse long plain ones
 PLAIN_LIMIT = 60_000
 _PNG_LIMIT = 60_000_000  # bytes; Pillow reads 64 MiB of text in all, and 1 MiB of a compressed one
+_DESCRIPTION = 0x010E  # EXIF's ImageDescription
 _JPEG, _JPEG_LIMIT = (".jpg", ".jpeg"), 65_000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEAST = 1024  # bytes; a picture with its record always takes more
@@ -244,14 +245,14 @@ def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
         with stream, warnings.catch_warnings():
             # a picture that decompresses to gigabytes was not written by stylefast
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(stream, formats=["PNG", "JPEG"]) as picture:
+            with Image.open(stream, formats=["PNG", "JPEG", "WEBP"]) as picture:
                 picture.load()
                 text = _record(picture)
                 pixels = picture.convert("RGB")
-                pixels.info["lossy"] = picture.format == "JPEG"
+                pixels.info["lossy"] = picture.format != "PNG"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
-            f"{path} can't be read as PNG or JPEG ({error}); settings survive only in the file as made"
+            f"{path} can't be read as PNG, JPEG or WebP ({error}); settings survive only in the file as made"
         ) from error
     if text is None:
         raise InvalidRequest(
@@ -270,9 +271,15 @@ def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
 
 
 def _record(picture: Image.Image) -> str | None:
-    """Return our record's text in an opened picture: PNG's chunk, or JPEG's comment if it begins as the record does."""
+    """Return our record's text in an opened picture: PNG's chunk, JPEG's comment or WebP's description.
+
+    The last two only if they begin as the record does.
+    """
     if picture.format == "PNG":
         return picture.info.get(CHUNK)
+    if picture.format == "WEBP":
+        found = picture.getexif().get(_DESCRIPTION)
+        return found if isinstance(found, str) and found.startswith(f'{{"{CHUNK}":') else None
     comment = picture.info.get("comment")
     if isinstance(comment, bytes) and comment.startswith(f'{{"{CHUNK}":'.encode()):
         return comment.decode("utf-8", "replace")

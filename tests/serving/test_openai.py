@@ -41,6 +41,15 @@ def test_the_picture_is_the_engines_and_is_made_again_from_its_file(client, tmp_
     assert "same pixels" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["jpeg", "webp"])
+def test_lossy_pictures_have_their_record_too(client, tmp_path, form):
+    reply = client.images.generate(prompt="a fish", output_format=form, extra_body=few())
+    exact = client.images.generate(prompt="a fish", extra_body=few())
+    (tmp_path / f"x.{form}").write_bytes(base64.b64decode(reply.data[0].b64_json))
+    assert cli.main(["generate", "--from", str(tmp_path / f"x.{form}"), "--out", str(tmp_path / "y.png")]) == 0
+    assert Image.open(tmp_path / "y.png").tobytes() == picture(exact.data[0]).tobytes()
+
+
 def test_several_pictures_have_seeds_one_after_the_other(client):
     both = client.images.generate(prompt="a fish", n=2, extra_body=few())
     second = client.images.generate(prompt="a fish", extra_body=few(seed=8))
