@@ -83,7 +83,7 @@ def measured(sources, destinations, kind: str, rounds: int) -> dict[str, float]:
 
 def markdown(content: dict) -> str:
     """Return the table of docs/banks.md."""
-    lines = ["| from | beside | C++ | Python | ratio |", "|---|---|---|---|---|"]
+    lines = ["| from | another thread runs | C++ | Python | ratio |", "|---|---|---|---|---|"]
     for row in content["results"]["loads"]:
         times = f"{row['cpp_ms']:.0f} ms | {row['python_ms']:.0f} ms | {row['python_to_cpp']:.2f}"
         lines.append(f"| {row['from']} | {row['beside']} | {times} |")

@@ -78,7 +78,7 @@ def cases() -> list[Case]:
 
 def markdown(content: dict[str, Any]) -> str:
     """Format a results file as the tables of docs/serving.md."""
-    lines = ["| a running job beside | largest gap | slowest step then (alone) | gap / step |", "|---|---|---|---|"]
+    lines = ["| served while a job runs | largest gap | slowest step then (alone) | gap / step |", "|---|---|---|---|"]
     for result in content["results"]:
         name, _, case = result["case"].partition(": ")
         if name == "gap":
@@ -223,7 +223,7 @@ BESIDE: dict[str, tuple[str, Callable[[sf.Engine], Any]]] = {
         lambda engine: engine.bake(sf.StyleAligned(_picture(engine)), steps=6).info.steps,
     ),
     "adapter": ("loading an adapter", _adapter),
-    "lora": ("putting a LoRA on", _lora),
+    "lora": ("merging a LoRA", _lora),
     "size": ("the first request of another size", _drawn(size=(96, 64))),
     "decode": ("decoding a picture of 16 times the area", _drawn(size=(256, 256), steps=1)),
     "export": ("another engine's first export and graphs", _export),

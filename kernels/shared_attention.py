@@ -28,7 +28,7 @@ HEAD_SIZES = (32, 40, 64, 80, 128)  # with a fused form; other sizes run in PyTo
 
 
 class References(NamedTuple):
-    """What each row reads besides itself; see `shared_attention`."""
+    """References that each row reads besides itself; see `shared_attention`."""
 
     page: torch.Tensor  # [rows, R] int64
     mode: torch.Tensor  # [rows] int64

@@ -33,7 +33,7 @@ CONTENT_SHARE, PALETTE_SHARE = 0.5, 0.7
 
 
 class TextAnchors:
-    """What text encoder 2 says of each content, style and palette word, and the embeddings that pictures should get."""
+    """Embeddings of each content, style and palette word by text encoder 2, and those that pictures should get."""
 
     def __init__(self, folder: Path):
         tower = load_text_tower(folder)
@@ -94,7 +94,7 @@ def embed_pictures(encoder, pictures: np.ndarray) -> torch.Tensor:
 
 
 def encoder_scores(folder: Path, pictures: np.ndarray, labels: torch.Tensor) -> dict[str, float]:
-    """How often words are found, before and after the picture's own content is taken away (strength 0.5)."""
+    """Return how often words are found, before and after the picture's own content is taken away (strength 0.5)."""
     anchors, embeddings = TextAnchors(folder), embed_pictures(load_image_encoder(folder), pictures)
     removed = embeddings - 0.5 * anchors.content[labels[:, 0]]
     kinds = ("content", "style", "palette")

@@ -1,4 +1,4 @@
-"""How a style paints: one function per style, from a scene's soft masks and colours to a picture.
+"""The drawing of styles: one function per style, from a scene's soft masks and colours to a picture.
 
 A painter takes `(scene, rng)` and returns floats in 0..1 of shape `[size, size, 3]`. Structures are 4 pixels or
 coarser at 64 pixels, because a factor-4 autoencoder has to keep them.
@@ -38,7 +38,7 @@ class Scene:
 
     @property
     def figure(self) -> np.ndarray:
-        """Where the object is, 0..1 `[size, size]`."""
+        """The mask of the object, 0..1 `[size, size]`."""
         return np.clip(self.masks.sum(0), 0, 1)
 
     @property

@@ -1,4 +1,4 @@
-"""How well the embedded model draws: content and style found by the classifier in pictures of stock diffusers.
+"""Scores of the embedded model: content and style found by the classifier in pictures of stock diffusers.
 
 Three measurements: prompts that name content and style, for all 144 combinations; prompts that name the content only
 with a picture as the style (InstantStyle: IP-Adapter in the style block); and the learned multi-stage style.

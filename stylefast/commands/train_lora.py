@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, write the file and print its path; after Ctrl-C, what there is."""
+    """Train, write the file and print its path; after Ctrl-C, write what was learned so far."""
     from tqdm import tqdm
 
     from stylefast.training.lora import check_out, train_lora

@@ -31,7 +31,7 @@ def table_width(units: int) -> int:
 
 
 class LayerKind(NamedTuple):
-    """What layers with a common pool have in common."""
+    """The sizes that layers with a common pool share."""
 
     taps: int  # kernel height times width; 1 for linear layers
     channels_in: int
@@ -66,7 +66,7 @@ class LoraLayout:
 
 
 class LoraInputs(NamedTuple):
-    """What `row_lora` adds to one layer, or to layers with the same input, such as queries, keys and values."""
+    """The LoRAs that `row_lora` adds to one layer, or to layers with one input, such as queries, keys and values."""
 
     down: Tensor  # [units, taps, in, 16]
     up: Tensor  # [units, 16, out]

@@ -23,7 +23,7 @@ NoisePredictor = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class InversionSettings:
-    """How to learn a style.
+    """Settings for learning a style.
 
     `stages` T; `vectors` n, words per stage; `steps` optimiser steps, of which the first `shared` part moves all stages
     together; `per_stage` timesteps drawn in each stage and step; `learning_rate` in units of the mean length of the

@@ -44,7 +44,7 @@ _SDXL_WIDTH = 2048  # of the cross-attention of SDXL and of all whose LoRAs are 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """How to train a LoRA.
+    """Settings of the training of a LoRA.
 
     Args:
         rank: of every change, 1 to 1024.
@@ -56,7 +56,7 @@ class LoraSettings:
         layers: "attention", "attention+ff" (all of the transformers) or "all" (resnets and resamplers as well).
         blocks: parts of layer names, such as "up_blocks", one of which must occur in a trained layer's; none: all.
         text_encoders: whether both text encoders are trained too.
-        caption_dropout: share of the pictures that are seen without their caption, 0 to 1.
+        caption_dropout: share of the pictures that are shown without their caption, 0 to 1.
         min_snr: limit of the loss's min-SNR weights (arXiv 2303.09556), see `loss_weights`; None: no weights.
         seed: of the drawn changes, pictures, noise and timesteps.
 
@@ -116,7 +116,7 @@ def train_lora(
         settings: None: the defaults.
         report: called after every step with (step, steps, loss).
 
-    On KeyboardInterrupt what there is is saved before it goes on.
+    On KeyboardInterrupt, saves what was learned, then re-raises.
     Raises InvalidRequest or ImageError before the first step, NumericsError if the loss is not finite.
     """
     path = check_out(out)

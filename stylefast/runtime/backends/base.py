@@ -17,7 +17,7 @@ from stylefast.runtime.steps.step_buffers import StepColumns
 
 
 class StepNeeds(NamedTuple):
-    """What a step, or the steps of a group, must have of a graph.
+    """The sizes that a graph must support to run a step, or the steps of a group.
 
     rows: of one UNet call. latent_size: (height, width). references, segments, loras, text_tokens: the most that a row
     reads. banked: whether rows read a bank. lora_rank: the largest one.
