@@ -22,7 +22,7 @@ from stylefast.kernels.guided_step import guided_step
 from stylefast.models import vae as vaes
 from stylefast.models.masks import load_mask, mask_vectors
 from stylefast.models.pictures import open_picture
-from stylefast.models.row_table import COLUMNS, ImageKV, RowTable
+from stylefast.models.row_table import COLUMNS, NO_PAGE, ImageKV, RowTable
 from stylefast.models.text import Prompt
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.few_step import named_schedule
@@ -259,17 +259,13 @@ def row_table(unet, rows: Sequence[tuple[Sample, str]], step: int) -> tuple[Imag
     sizes["norm_rows"] = len(rows) if written.takes_norms.any() else 0
     table = RowTable(*(column.filled(column.shape(sizes)) for column in COLUMNS.values()))
     table.text_page[:] = torch.arange(len(rows))
-    for name in ("self_mode", "self_layers", "adain_strength"):
-        getattr(table, name).copy_(torch.from_numpy(getattr(written, name)))
+    arrays = {name: column.numpy() for name, column in table._asdict().items()}
+    written.write(arrays, np.array([len(read) for read in pages]))
+    # AdaIN itself: SelfAttention._adain in models/unet.py
+    written.write_pages(arrays, np.array([read[0] if read else NO_PAGE for read in pages]))
     images: list[Segment] = []
     for i, (read, seen) in enumerate(zip(pages, segments, strict=True)):
-        for j, page in enumerate(read):
-            table.self_page[i, j] = page
-            table.self_scale[i, j], table.self_shift[i, j] = float(written.self_scale[i]), float(written.self_shift[i])
-        if read and written.takes_adain[i]:
-            table.adain_page[i] = read[0]  # AdaIN itself: SelfAttention._adain in models/unet.py
-        if read and written.takes_norms[i]:
-            table.norm_page[i] = read[0]
+        table.self_page[i, : len(read)] = torch.tensor(read)
         for j, segment in enumerate(seen):
             table.image_page[i, j] = len(images)
             table.image_mask[i, j] = len(images) if segment.mask is not None else -1

@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- begin: python tests/main_path.py -->", "<!-- end: python tests/main_path.py -->"
 MOST_CALLS = 14
 
-# files that also run, but can be taken at their word: what they do is said by their names and docstrings
+# files that also run, but need not be read: their names and docstrings say what they do
 ASIDE = {
     "checks and messages": (
         "stylefast/values.py",
@@ -45,6 +45,7 @@ ASIDE = {
         "stylefast/models/prepacked.py",
         "stylefast/models/weight_files.py",
         "stylefast/models/lora.py",
+        "stylefast/slots.py",
         "stylefast/runtime/memory.py",
         "stylefast/runtime/streams.py",
         "stylefast/runtime/helper.py",
@@ -173,9 +174,9 @@ def section() -> str:
         text += [f"{i}. `{call}" for i, call in enumerate(calls, 1)] + [""]
     lines = sum(map(watch.lines, know))
     text += [
-        f"Files in which something special to the request runs: {len(know)}, with {lines:,} lines of functions that "
-        f"run, in {sum(map(_length, know)):,} lines. On a GPU `kernels/gpu/shared_attention.py`, "
-        "`shared_attention_pointers.py` and `launch.py` come on top.",
+        f"Files with code specific to this request: {len(know)}, with {lines:,} lines of functions that run, in "
+        f"{sum(map(_length, know)):,} lines. On a GPU, add `kernels/gpu/shared_attention.py`, "
+        "`shared_attention_pointers.py` and `launch.py`.",
         "",
         "| file | lines | run |",
         "|---|---|---|",
@@ -183,7 +184,7 @@ def section() -> str:
     text += [f"| `{path}` | {_length(path)} | {watch.lines(path)} |" for path in know] + [""]
     used = {why: sum(path in watch.codes for path in paths) for why, paths in ASIDE.items()}
     counts = [f"{why} ({count} file{'s' if count > 1 else ''})" for why, count in used.items() if count]
-    text += [f"These run too, and can be taken at their word: {', '.join(counts)}.", ""]
+    text += [f"These run too, and need not be read: {', '.join(counts)}.", ""]
     text += [
         f"The short form: {len(SHORT)} files with {sum(map(short.lines, SHORT)):,} lines of functions that run, in "
         f"{sum(map(_length, SHORT)):,} lines: {', '.join(f'`{path}`' for path in SHORT)}.",

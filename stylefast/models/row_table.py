@@ -31,11 +31,13 @@ TEXT, SHARING, IMAGE, LORA = "text", "sharing", "image", "lora"
 
 
 class Column(NamedTuple):
-    """What a column of the row table is.
+    """A column of the row table.
 
     dims: names of sizes ("rows", "references", "segments", "loras", "layers", "modules"; "norm_rows" is rows, or 0
-    where no row shares group norms) or numbers. idle: the value where nobody writes; None numbers the last dimension.
-    part: what a graph without references, image segments or LoRAs lacks; writer, meaning: for people.
+    where no row shares group norms) or numbers. idle: the value where no style writes; None numbers the last dimension.
+    part: what a graph without references, image segments or LoRAs lacks; writer, meaning: for people. styled: whether
+    a style's `write_rows` sets it, with one value for all references of a row; a name: it sets a flag of that name, by
+    which the row takes the page of its first reference.
     """
 
     dtype: torch.dtype
@@ -44,6 +46,7 @@ class Column(NamedTuple):
     part: str
     writer: str
     meaning: str
+    styled: bool | str = False
 
     def shape(self, sizes: Mapping[str, Any]) -> tuple:
         """Return the dimensions with the names in `sizes` replaced, by numbers or by other names."""
@@ -59,7 +62,7 @@ class Column(NamedTuple):
 
 
 _ALIGNED, _INSTANT, _PROMPT = "StyleAligned", "InstantStyle", "the prompt, DreamStyler"
-_PER_REFERENCE, _PER_SEGMENT, _PER_LORA = ("rows", "references"), ("rows", "segments"), ("rows", "loras")
+_PER_REF, _PER_SEGMENT, _PER_LORA = ("rows", "references"), ("rows", "segments"), ("rows", "loras")
 _REQUEST = "the request"
 
 
@@ -74,33 +77,33 @@ class RowTable(NamedTuple):
     # self-attention
     self_page: Annotated[
         torch.Tensor,
-        Column(I64, _PER_REFERENCE, NO_PAGE, SHARING, _ALIGNED, "pages that a row attends to besides itself; -1: none"),
+        Column(I64, _PER_REF, NO_PAGE, SHARING, _ALIGNED, "pages that a row attends to besides itself; -1: none"),
     ]
     self_mode: Annotated[
         torch.Tensor,
-        Column(I64, ("rows",), PLAIN, SHARING, _ALIGNED, "PLAIN, CONCAT (own and reference tokens), SWAP (only those)"),
+        Column(I64, ("rows",), PLAIN, SHARING, _ALIGNED, "PLAIN, CONCAT (with own tokens), SWAP (without)", True),
     ]
     self_layers: Annotated[
         torch.Tensor,
-        Column(BOOL, ("rows", "layers"), False, SHARING, _ALIGNED, "layers on which the mode and AdaIN apply"),
+        Column(BOOL, ("rows", "layers"), False, SHARING, _ALIGNED, "layers on which the mode and AdaIN apply", True),
     ]
     self_scale: Annotated[
-        torch.Tensor, Column(F32, _PER_REFERENCE, 1, SHARING, _ALIGNED, "multiplies the logits of a reference")
+        torch.Tensor, Column(F32, _PER_REF, 1, SHARING, _ALIGNED, "multiplies the logits of a reference", True)
     ]
     self_shift: Annotated[
-        torch.Tensor, Column(F32, _PER_REFERENCE, 0, SHARING, _ALIGNED, "added to them after scaling; -inf hides them")
+        torch.Tensor, Column(F32, _PER_REF, 0, SHARING, _ALIGNED, "added to them after scaling; -inf hides them", True)
     ]
     adain_page: Annotated[
         torch.Tensor,
-        Column(I64, ("rows",), NO_PAGE, SHARING, _ALIGNED, "whose token statistics AdaIN takes, in rows with a page"),
+        Column(I64, ("rows",), NO_PAGE, SHARING, _ALIGNED, "whose statistics AdaIN takes; -1: none", "takes_adain"),
     ]
     adain_strength: Annotated[
         torch.Tensor,
-        Column(F32, ("rows", 3), 0, SHARING, _ALIGNED, "0 to 1, for queries, keys and values"),
+        Column(F32, ("rows", 3), 0, SHARING, _ALIGNED, "0 to 1, for queries, keys and values", True),
     ]
     norm_page: Annotated[
         torch.Tensor,
-        Column(I64, ("norm_rows",), NO_PAGE, SHARING, _ALIGNED, "whose statistics group norms pool with; -1: none"),
+        Column(I64, ("norm_rows",), NO_PAGE, SHARING, _ALIGNED, "whose group norms it pools; -1: none", "takes_norms"),
     ]
     # cross-attention
     text_page: Annotated[

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from stylefast.errors import StyleError, StyleFastError
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import AttentionLayout
-from stylefast.models.row_table import PLAIN
+from stylefast.models.row_table import COLUMNS
 from stylefast.models.text import Prompt
 from stylefast.sampling.guidance import NULL, StyleContextGuidance
 from stylefast.values import quoted
@@ -72,23 +72,61 @@ class References:
         return self.bank is None and not self.pictures and self.prompt is None
 
 
-class Rows(NamedTuple):
-    """Columns of the rows of one group that styles write; `models/row_table.py` defines them."""
+# the arrays that styles write, by name, and the columns of the row table that they are made for
+_STYLED = {
+    name if column.styled is True else column.styled: column for name, column in COLUMNS.items() if column.styled
+}
 
-    self_mode: np.ndarray  # [rows] int64: PLAIN, CONCAT, SWAP
-    self_layers: np.ndarray  # [rows, layers] bool
-    self_scale: np.ndarray  # [rows] float32, of all the row's references
-    self_shift: np.ndarray  # [rows] float32
-    adain_strength: np.ndarray  # [rows, 3] float32
-    takes_adain: np.ndarray  # [rows] bool: from its first reference
-    takes_norms: np.ndarray  # [rows] bool
+
+class Rows:
+    """Arrays [rows, ...] of one group's rows that styles write: one for each styled column of `row_table.COLUMNS`.
+
+    Their dimensions are the column's, without the references. `takes_adain` and `takes_norms` [rows] bool say whether
+    a row takes AdaIN's and the group norms' page from its first reference.
+    """
+
+    __slots__ = ("arrays",)
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self.arrays = arrays
 
     @classmethod
     def idle(cls, count: int, layers: int) -> "Rows":
         """Return `count` rows with idle values."""
-        floats, flags = np.ones(count, np.float32), np.zeros(count, bool)
-        mode, strength = np.full(count, PLAIN, np.int64), np.zeros((count, 3), np.float32)
-        return cls(mode, np.zeros((count, layers), bool), floats, 0 * floats, strength, flags, flags.copy())
+        sizes, arrays = {"rows": count, "layers": layers}, {}
+        for name, column in _STYLED.items():
+            if isinstance(column.styled, str):
+                arrays[name] = np.zeros(count, bool)
+            else:
+                own = column._replace(dims=tuple(dim for dim in column.dims if dim != "references"))
+                arrays[name] = own.filled(own.shape(sizes)).numpy()
+        return cls(arrays)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Rows"], order: np.ndarray) -> "Rows":
+        """Return the rows of several groups as one, in the given order."""
+        return cls({name: np.concatenate([part.arrays[name] for part in parts])[order] for name in _STYLED})
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name not in _STYLED:
+            raise AttributeError(f"styles write the rows' {', '.join(_STYLED)}; there is no {quoted(name)}")
+        return self.arrays[name]
+
+    def write(self, table: Mapping[str, np.ndarray], references: np.ndarray) -> None:
+        """Write the values into a table's first rows; references [rows]: how many each row reads."""
+        for name, column in COLUMNS.items():
+            if column.styled is True:
+                values, target = self.arrays[name], table[name]
+                if "references" in column.dims:
+                    used = np.arange(target.shape[1]) < references[:, None]
+                    values = np.where(used, values[:, None], column.idle)
+                target[: len(values)] = values
+
+    def write_pages(self, table: Mapping[str, np.ndarray], first: np.ndarray) -> None:
+        """Write the pages that rows take from their first references, `first` [rows], into a table's first rows."""
+        for name, column in COLUMNS.items():
+            if isinstance(column.styled, str) and len(table[name]):
+                table[name][: len(first)] = np.where(self.arrays[column.styled], first, column.idle)
 
 
 @dataclass
@@ -185,6 +223,8 @@ class Style:
     window: tuple[float, float] = (0.0, 1.0)  # fractions of the steps in which rows are written and pictures act
     option: ClassVar[str | None] = None  # short name on the command line
     aliases: ClassVar[Mapping[str, str]] = {}  # other names of fields in request files
+    # names under which a server's clients give fields that the server keeps, such as {"bank": "reference"}
+    served: ClassVar[Mapping[str, str]] = {}
     picture_fields: ClassVar[Sequence[str]] = ()
     mask_fields: ClassVar[Sequence[str]] = ()
 
@@ -253,7 +293,10 @@ class Style:
 
     @classmethod
     def read_field(cls, name: str, value: Any, sources: Any) -> Any:
-        """Return a field's value from its recorded form; sources: a `record_values.Sources`."""
+        """Return a field's value from its recorded form; sources: a `record_values.Sources`.
+
+        Files and pictures must be read through `sources`, which on a server has only those that clients may use.
+        """
         if name in (*cls.picture_fields, *cls.mask_fields):
             many = isinstance(value, (list, tuple))
             found = [sources.picture(one, name in cls.mask_fields) for one in (value if many else [value])]
@@ -327,7 +370,7 @@ def kinds() -> dict[str, type[Style]]:
 
 
 def find_kind(name: Any) -> type[Style]:
-    """Return the style with a name, in any spelling: "InstantStyle", "instant_style".
+    """Return the style with a name, in any spelling ("InstantStyle", "instant_style") or short ("instant").
 
     If no imported style has it, the modules named by installed packages are imported. Raises StyleError.
     """
@@ -337,6 +380,9 @@ def find_kind(name: Any) -> type[Style]:
         for known, kind in found.items():
             if known == name or _squeezed(known) == _squeezed(name) != "":
                 return kind
+    for kind in found.values():  # after all full names, which may be the same
+        if kind.option is not None and kind.option == name:
+            return kind
     raise StyleError(
         f"style kind {quoted(name)} is unknown; choose one of {', '.join(found)}{values.did_you_mean(name, found)}"
     )

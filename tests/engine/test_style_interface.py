@@ -3,14 +3,16 @@
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 import stylefast as sf
 from stylefast.errors import StyleError
+from stylefast.models.row_table import COLUMNS
 from stylefast.record import from_record, to_record
 from stylefast.styles import style as style_module
-from stylefast.styles.style import References, Style, find_kind, kinds, style_of_option
+from stylefast.styles.style import References, Rows, Style, find_kind, kinds, style_of_option
 from tests.support.scene import SIZE
 
 
@@ -23,6 +25,7 @@ def test_a_second_style_of_the_name_is_refused():
 def test_the_packages_own_styles_come_first_and_have_short_names():
     assert list(kinds())[:3] == ["StyleAligned", "InstantStyle", "DreamStyler"]
     assert [style_of_option(name).__name__ for name in ("aligned", "instant", "learned")] == list(kinds())[:3]
+    assert [find_kind(name).__name__ for name in ("aligned", "instant", "learned")] == list(kinds())[:3]
 
 
 def test_installed_packages_name_modules_with_styles(monkeypatch):
@@ -148,3 +151,27 @@ def test_a_package_that_can_not_be_loaded_stops_no_other_style(monkeypatch, capl
     with pytest.raises(StyleError, match="'Cubism' is unknown"):
         find_kind("Cubism")
     assert "broken" in caplog.text and find_kind("StyleAligned") and style_of_option("aligned")
+
+
+def test_styles_write_the_styled_columns_which_begin_idle():
+    rows = Rows.idle(2, 5)
+    styled = {name: column for name, column in COLUMNS.items() if column.styled}
+    assert [*rows.arrays] == [name if column.styled is True else column.styled for name, column in styled.items()]
+    for name, column in styled.items():
+        if column.styled is True:
+            assert (rows.arrays[name] == column.idle).all() and len(rows.arrays[name]) == 2
+            assert torch.from_numpy(rows.arrays[name]).dtype == column.dtype
+    assert rows.self_layers.shape == (2, 5) and not rows.takes_adain.any()
+    with pytest.raises(AttributeError, match="self_shift, .*there is no 'self_shfit'"):
+        rows.self_shfit[0] = 1
+
+
+def test_rows_go_into_the_table_with_idle_values_where_nothing_is_read():
+    rows = Rows.idle(3, 1)
+    rows.self_scale[:], rows.takes_adain[:] = 0.5, [True, True, False]
+    sizes = {"rows": 4, "references": 2, "segments": 0, "loras": 0, "layers": 1, "modules": 1, "norm_rows": 0}
+    table = {name: column.filled(column.shape(sizes)).numpy() for name, column in COLUMNS.items()}
+    rows.write(table, np.array([2, 1, 0]))
+    rows.write_pages(table, np.array([7, -1, 8]))
+    assert table["self_scale"].tolist() == [[0.5, 0.5], [0.5, 1], [1, 1], [1, 1]]
+    assert table["adain_page"].tolist() == [7, -1, -1, -1]

@@ -16,6 +16,7 @@ from stylefast.models.row_table import COLUMNS, NO_PAGE, RowTable
 from stylefast.runtime.plan.sample_group import GroupRows, SampleGroup
 from stylefast.runtime.steps.planner import plan_segments
 from stylefast.sampling.guidance import BRANCHES
+from stylefast.styles.style import Rows
 
 # host buffers in flight: a lagging device still reads older ones
 _RING = 4
@@ -147,12 +148,7 @@ class StepBuffers:
 
         order = plan.order
         arrays["row_picture"][:count] = plan.picture[order]
-        for name in ("self_mode", "self_layers", "adain_strength"):
-            arrays[name][:count] = np.concatenate([getattr(group_rows.columns, name) for group_rows in all_rows])[order]
-        used = np.arange(shape.references) < plan.width[order, None]
-        for name, idle in (("self_scale", 1.0), ("self_shift", 0.0)):
-            values = np.concatenate([getattr(group_rows.columns, name) for group_rows in all_rows])[order, None]
-            arrays[name][:count] = np.where(used, values, idle)
+        plan.columns.write(arrays, plan.width[order])
         segments = [row for group_rows in all_rows for row in group_rows.segments]
         for row, source in enumerate(order):
             for i, segment in enumerate(segments[source]):
@@ -191,9 +187,7 @@ class StepBuffers:
                 page = page.copy()
                 page.reshape(-1)[plan.bank_places] = self.shape.rows + np.concatenate(pages)
             arrays["self_page"][:count] = page
-            arrays["adain_page"][:count] = np.where(plan.takes_adain, page[:, 0], NO_PAGE)
-            if self.shape.norms:
-                arrays["norm_page"][:count] = np.where(plan.takes_norms, page[:, 0], NO_PAGE)
+            plan.columns.write_pages(arrays, page[:, 0])
 
     def _buffers(self, device: torch.device, pinned: bool) -> dict[str, torch.Tensor]:
         sizes = dict.fromkeys(_KINDS, 0)
@@ -259,8 +253,7 @@ class _Plan:
         self.self_page = np.where(page >= self.rows, NO_PAGE, page)  # bank pages change with the step
         columns = page.shape[1]
         self.bank_places = np.array([place[row] * columns + column for row, column in bank_rows], dtype=np.int64)
-        self.takes_adain = np.concatenate([rows.columns.takes_adain for rows in all_rows])[self.order]
-        self.takes_norms = np.concatenate([rows.columns.takes_norms for rows in all_rows])[self.order]
+        self.columns = Rows.joined([rows.columns for rows in all_rows], self.order)
 
 
 def _padded(count: int) -> int:
