@@ -7,7 +7,6 @@ into buffers with fixed addresses, which recorded graphs require.
 import logging
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from stylefast.export.tensorrt import (
     writing,
 )
 from stylefast.kernels.gpu.capture import capture
+from stylefast.slots import LruDict
 from stylefast.whole_files import write_whole
 
 # name prefixes of inputs that are read in place
@@ -135,7 +135,7 @@ class TensorRTSession:
         self.device = self._queue.device
         self._logger = forwarder(self._trt)
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple, _Shaped] = OrderedDict()
+        self._kept: LruDict[tuple, _Shaped] = LruDict()
         self._kernels = Path(kernels).expanduser() if kernels is not None else None
         self._names = tuple(by_address)
         with self._queue.here():
@@ -291,13 +291,13 @@ class TensorRTSession:
 
     def _shaped(self, shapes: Mapping[str, tuple[int, ...]]) -> _Shaped:
         key = tuple(shapes.items())
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        shaped = self._kept.use(key)
+        if shaped is not None:
+            return shaped
         profile = self._profile(shapes)
-        if len(self._kept) >= self.shapes_kept:
-            self._queue.wait()  # the evicted context may still be running
-            self._kept.popitem(last=False)
+        for oldest in self._kept.beyond(self.shapes_kept - 1):
+            self._queue.wait()  # its context may still be running
+            del self._kept[oldest]
         with self._queue.ordered():
             shaped = self._kept[key] = self._new_shaped(profile, shapes)
         return shaped

@@ -9,7 +9,6 @@ import itertools
 import math
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from stylefast.models.row_loras import LEAST_WIDTH, NO_UNIT, LoraFactors, RowLor
 from stylefast.models.unet import UNet
 from stylefast.runtime.banks.page_pool import PagePool, PoolFull
 from stylefast.runtime.plan.request import LoraScale
+from stylefast.slots import LruDict, Slots
 
 # max LoRAs on the device at once, each with a row in the table of units
 MOST_RESIDENT = 256
@@ -103,7 +103,7 @@ engine.loras.add(file, 'pixel')
         self._unet, self._weights, self._budget, self._merged = unet, weights, host_memory, merged
         self._lock = threading.RLock()
         self._named: dict[str, Lora] = {}
-        self._host: OrderedDict[Lora, None] = OrderedDict()  # with factors in memory, least recently used first
+        self._host: LruDict[Lora, None] = LruDict()  # with factors in memory
 
     def __getattr__(self, name: str) -> Any:
         """Return a member of the merged LoRAs, which `engine.loras` was before there were LoRAs per request."""
@@ -184,8 +184,7 @@ engine.loras.add(file, 'pixel')
         with self._lock:
             found = lora._factors
             if found is not None:
-                if lora in self._host:
-                    self._host.move_to_end(lora)
+                self._host.use(lora)
                 return found
         _, digest, found = self._read(lora.path, lora.name, lora.part)
         if digest != lora.digest:
@@ -207,7 +206,7 @@ engine.loras.add(file, 'pixel')
         if self._named.get(lora.name) is not lora:
             return  # removed meanwhile; its requests keep it alive
         self._host[lora] = None
-        self._host.move_to_end(lora)
+        self._host.use(lora)
         total = sum(other.nbytes for other in self._host)
         while self._budget is not None and total > self._budget and len(self._host) > 1:
             oldest, _ = self._host.popitem(last=False)
@@ -244,7 +243,7 @@ class LoraPool:
         self._at: dict[int, _Resident] = {}  # by place
         self._down = [torch.zeros(0, kind.taps, kind.channels_in, RANK) for kind in self._layout.kinds]
         self._up = [torch.zeros(0, RANK, kind.channels_out) for kind in self._layout.kinds]
-        self._free: list[list[int]] = [[] for _ in self._kinds]
+        self._slots = [Slots() for _ in self._kinds]
         self._width = LEAST_WIDTH
         self.rows: RowLoras | None = None
         self.generation = 0
@@ -306,15 +305,15 @@ class LoraPool:
     def _evict(self, place: int) -> None:
         gone = self._at.pop(place, None)
         if gone is not None:
-            for free, units in zip(self._free, gone.units, strict=True):
-                free += units.tolist()
+            for slots, units in zip(self._slots, gone.units, strict=True):
+                slots.release(units)
 
     def _make_room(self, new: Sequence[LoraFactors]) -> None:
         """Grow the pools for new LoRAs; over the budget, the least recently used ones leave and the pools shrink."""
         more = np.sum([factors.units() for factors in new], axis=0)
         width = table_width(max((int(factors.counts.max(initial=0)) for factors in new), default=0))
         pools = [len(up) for up in self._up]
-        if all(len(free) >= count for free, count in zip(self._free, more, strict=True)):
+        if all(slots.free >= count for slots, count in zip(self._slots, more, strict=True)):
             counts = pools
         else:
             while self._bytes(self._held() + more) > self._most:
@@ -342,7 +341,7 @@ class LoraPool:
 
     def _held(self) -> np.ndarray:
         """Return how many units of each kind the LoRAs on the device take."""
-        return np.array([len(up) - len(free) for up, free in zip(self._up, self._free, strict=True)])
+        return np.array([slots.used for slots in self._slots])
 
     def _bytes(self, units: np.ndarray) -> int:
         return int(np.dot(np.maximum(units, _LEAST), self._unit_bytes))
@@ -374,13 +373,13 @@ class LoraPool:
         for one in self._at.values():
             one.units[kind] = np.arange(start, start + len(one.units[kind]))
             start += len(one.units[kind])
-        self._free[kind] = list(range(count - 1, start - 1, -1))
+        self._slots[kind] = Slots(count, used=start)
 
     def _put(self, place: int, lora: Lora, factors: LoraFactors) -> None:
         """Copy a LoRA's factors into free units."""
         units = []
         for kind, count in enumerate(factors.units()):
-            units.append(np.array([self._free[kind].pop() for _ in range(count)], dtype=np.int64))
+            units.append(np.array(self._slots[kind].take(count), dtype=np.int64))
         self._at[place] = _Resident(lora, factors.starts, factors.counts, units)
         for kind, own in enumerate(units):
             if len(own):

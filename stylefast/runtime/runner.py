@@ -25,6 +25,7 @@ from stylefast.runtime.steps.conditions import Conditions, ConditionStore
 from stylefast.runtime.steps.step import LatentSlots, ModelInputs, run_step
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, StepColumns, bank_keys
 from stylefast.runtime.streams import SideStream, StepStream
+from stylefast.slots import LruDict
 from stylefast.styles.bank import StyleBank
 
 Value = TypeVar("Value")
@@ -57,7 +58,7 @@ class Runner:
         self._beside, self._beside_lock = SideStream(unet.device), threading.RLock()
         self.latents: dict[tuple[int, int, int], LatentSlots] = {}
         self.bank_pages: dict[tuple[int, int], BankPages] = {}
-        self._buffers: dict[BatchShape, StepBuffers] = {}
+        self._buffers: LruDict[BatchShape, StepBuffers] = LruDict()
         self.max_rows: int | None = None  # of one UNet call; a larger group runs alone
         self.steps_run = 0
         self.calls = 0  # of the UNet
@@ -254,11 +255,11 @@ class Runner:
         slots = pages.hold(flat) if pages is not None and flat else np.zeros(0, dtype=np.int64)
         try:
             shape = self._shape(groups, padded)
-            if shape not in self._buffers:
-                if len(self._buffers) >= _MOST_BUFFERS:
-                    self._buffers.pop(next(iter(self._buffers)))
-                self._buffers[shape] = StepBuffers(shape, self.unet.device)
-            buffers = self._buffers[shape]
+            buffers = self._buffers.use(shape)
+            if buffers is None:
+                for oldest in self._buffers.beyond(_MOST_BUFFERS - 1):
+                    del self._buffers[oldest]
+                buffers = self._buffers[shape] = StepBuffers(shape, self.unet.device)
             bounds = np.cumsum([0, *map(len, keys)])
             buffers.fill(groups, [slots[a:b] for a, b in zip(bounds, bounds[1:])])
             state, store = self.latents[latent_shape], self.conditions

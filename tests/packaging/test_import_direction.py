@@ -11,6 +11,7 @@ BELOW_ENGINE = {
     "_extension",
     "code_caches",
     "whole_files",
+    "slots",
     "kernels",
     "models",
     "export",
@@ -27,6 +28,7 @@ ALLOWED = {
     "threads": set(),
     "values": {"errors"},
     "whole_files": set(),
+    "slots": set(),
     "_C": set(),
     "code_caches": {"errors", "values"},
     "options": {"errors", "values"},
@@ -45,9 +47,14 @@ ALLOWED = {
     "engine": BELOW_ENGINE | {"record", "record_values", "stylefast", "threads"},
     "naive": {"errors", "kernels", "models", "sampling", "styles", "runtime.plan.request"},
     "presentation": {"errors", "values"},
+<<<<<<< HEAD
     "export": {"errors", "values", "code_caches", "whole_files", "threads", "kernels", "models"},
     # the package itself, for the version that it tells
     "serving": BELOW_ENGINE | {"engine", "record", "record_values", "infotext", "stylefast"},
+=======
+    "export": {"errors", "values", "code_caches", "whole_files", "slots", "threads", "kernels", "models"},
+    "serving": {"errors", "values", "engine", "stylefast"},
+>>>>>>> c549033 (runtime: keep free places and least recently used entries in one way)
     "integrations": {"errors", "values", "engine", "serving", "stylefast"},
 }
 TOP = {"cli", "commands", "__main__"}  # these may import everything but tests and benchmarks

@@ -8,13 +8,13 @@ replayed from there on.
 import logging
 import os
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 
 from stylefast.kernels.gpu.capture import capture
+from stylefast.slots import LruDict
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class StepGraphs:
 
     def __init__(self, capture: Capture, limit: int = MOST_GRAPHS):
         self._capture, self._limit = capture, limit
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._entries: LruDict[Hashable, _Entry] = LruDict()
         self._pool_bytes = 0
 
     def __len__(self) -> int:
@@ -105,15 +105,14 @@ class StepGraphs:
         buffers: tensors that `step` reads or writes in place. A graph is replayed only on the buffers of its capture;
         it keeps none of them alive.
         """
-        entry = self._entries.get(key)
+        entry = self._entries.use(key)
         if entry is not None and not entry.reads(buffers):
             self._drop([key])
             entry = None
         if entry is None:
             self._drop([other for other, e in self._entries.items() if e.stale])
-            self._drop(list(self._entries)[: max(0, len(self._entries) - self._limit + 1)])
+            self._drop(self._entries.beyond(self._limit - 1))
             entry = self._entries[key] = _Entry(buffers)
-        self._entries.move_to_end(key)
         if entry.graph is None and not entry.refused:
             if entry.steps < WARM_STEPS:
                 self._capture.warm(step)

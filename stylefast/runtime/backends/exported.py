@@ -6,7 +6,6 @@ are only as wide as their batch and are widened to the graph's columns; inputs o
 that replay.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from threading import Lock
 from typing import Any, NamedTuple
@@ -37,6 +36,7 @@ from stylefast.runtime.backends.exported_parts import ExportedParts
 from stylefast.runtime.plan.sample_group import SampleGroup
 from stylefast.runtime.steps.step import LatentSlots, ModelInputs, model_input, sampler_update
 from stylefast.runtime.steps.step_buffers import StepColumns
+from stylefast.slots import LruDict
 
 # batch shapes whose tensors are kept
 _SHAPES = 32
@@ -87,7 +87,7 @@ class ExportedBackend(Backend):
         self._components = components or ExportedParts({})
         found = [graph if isinstance(graph, Graph) else Graph(*graph) for graph in graphs.values()]
         self._graphs = [_Loaded(unet, graph) for graph in sorted(found, key=lambda graph: _size(graph.shape))]
-        self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
+        self._prepared: LruDict[tuple, _Prepared] = LruDict()
         # unread pages, masks and pictures, by input
         self._idle: dict[tuple, torch.Tensor] = {}
         # smaller batches are padded to the graph's least row count
@@ -249,12 +249,12 @@ class ExportedBackend(Backend):
         table, units = columns.table, graph.row_units(columns.table, loras)
         widths = (table.self_page.shape[1], table.image_page.shape[1], len(table.norm_page), units)
         key = (id(graph), len(columns.row_picture), widths, latent_shape)
-        if key not in self._prepared:
-            if len(self._prepared) >= _SHAPES:
-                self._prepared.popitem(last=False)
-            self._prepared[key] = _Prepared(self._unet, graph, key[1], units, latent_shape)
-        self._prepared.move_to_end(key)
-        return self._prepared[key]
+        prepared = self._prepared.use(key)
+        if prepared is None:
+            for oldest in self._prepared.beyond(_SHAPES - 1):
+                del self._prepared[oldest]
+            prepared = self._prepared[key] = _Prepared(self._unet, graph, key[1], units, latent_shape)
+        return prepared
 
     def _idle_tensor(self, graph: "_Loaded", tensor: Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
         """Return a minimal tensor for an unread input: zeros, but pictures have one token."""

@@ -6,7 +6,6 @@ that claim a page copy its bytes. `PagePool` checks arguments and says what is w
 """
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest, StyleFastError
+from stylefast.slots import LruDict
 
 NO_SLOT = -1
 
@@ -197,7 +197,7 @@ class PageBooksRef:
     def __init__(self, slots: int):
         self.slots: list[_Page | None] = [None] * slots
         self.table: dict[tuple[int, ...], _Page] = {}
-        self.evictable: OrderedDict[int, _Page] = OrderedDict()  # by slot, least recently used first
+        self.evictable: LruDict[int, _Page] = LruDict()  # by slot
         self.free = list(reversed(range(slots)))
         self.changed = threading.Condition()
         self.hits = self.misses = self.evictions = 0
@@ -232,12 +232,11 @@ class PageBooksRef:
                 page = self._fresh(named[i])
                 if page is not None:
                     place[page.slot] = i
-                    if page.slot in self.evictable:
-                        self.evictable.move_to_end(page.slot)
+                    self.evictable.use(page.slot)
             for i, key in enumerate(named):
                 page = self._fresh(key)
-                oldest = next(iter(self.evictable), NO_SLOT)
-                if page is None and (self.free or oldest != NO_SLOT and place.get(oldest, len(named)) > i):
+                oldest = self.evictable.oldest
+                if page is None and (self.free or oldest is not None and place.get(oldest, len(named)) > i):
                     page, claimed[i] = self._make(key), True
                 if page is not None:
                     slots[i] = page.slot

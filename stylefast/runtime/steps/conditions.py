@@ -26,6 +26,7 @@ from stylefast.runtime.loras import Lora, LoraPool, Loras, LoraUse
 from stylefast.runtime.plan.sample import Sample
 from stylefast.runtime.steps.key_values import KeyValuePages
 from stylefast.sampling.guidance import NULL
+from stylefast.slots import Slots
 from stylefast.styles.style import ImageStyle, Texts, asking, by_kind
 
 CONDITIONAL_BRANCHES = ("full", "style")  # branches that see the style's picture; the others see the negative tokens
@@ -76,24 +77,25 @@ class MaskTable:
     """Masks of one latent size, per attention level [masks, tokens], in reusable places."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]], device: torch.device):
-        self.sizes, self.generation, self._free = list(sizes), 0, []
+        self.sizes, self.generation, self._slots = list(sizes), 0, Slots()
         self.levels = tuple(torch.zeros(0, h * w, device=device) for h, w in sizes)
 
     def add(self, vectors: Sequence[torch.Tensor]) -> int:
         """Store a mask, per level [tokens]; return its number."""
-        if not self._free:
+        if not self._slots.free:
             before = len(self.levels[0])
             count = max(4, 2 * before)
             self.levels = tuple(torch.cat([x, x.new_zeros(count - before, x.shape[1])]) for x in self.levels)
-            self._free, self.generation = list(range(count - 1, before - 1, -1)), self.generation + 1
-        place = self._free.pop()
+            self._slots.grow(count)
+            self.generation += 1
+        (place,) = self._slots.take(1)
         for level, vector in zip(self.levels, vectors, strict=True):
             level[place] = vector.to(level)
         return place
 
     def release(self, places: Sequence[int]) -> None:
         """Release masks."""
-        self._free += places
+        self._slots.release(places)
 
 
 class ConditionStore:
@@ -110,7 +112,7 @@ class ConditionStore:
         adapters: Mapping[str, tuple[IPAdapter, ImageEncoder]],
         train_timesteps: int,
         loras: Loras,
-        revision=lambda: None,
+        revision: Callable[[], object] = lambda: None,
         lora_memory: int | None = None,
     ):
         self.unet, self.text_encoder, self.adapters = unet, text_encoder, adapters

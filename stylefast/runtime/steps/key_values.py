@@ -6,7 +6,6 @@ number), and dropped when they are unused and the room is needed. All layers of 
 exported graphs require.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.row_table import KeyValue
+from stylefast.slots import LruDict, Slots
 
 FIRST_PAGES = 8
 # unused pages kept for the next request with the same prompt or picture
@@ -39,8 +39,8 @@ class KeyValuePages:
         self._keys: dict[int, Hashable] = {}
         self._page_of: dict[Hashable, int] = {}
         self._users: dict[int, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._free: list[int] = []
+        self._idle: LruDict[int, None] = LruDict()
+        self._slots = Slots()
         self.by_level: tuple[torch.Tensor, ...] = ()
         self.layers: tuple[KeyValue, ...] = ()
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
@@ -112,7 +112,7 @@ class KeyValuePages:
             if extra is not None:
                 self.extra[index] = extra.to(self.extra)
         except BaseException:
-            self._free += pages
+            self._slots.release(pages)
             raise
         for key, page in zip(keys, pages, strict=True):
             self._keys[page], self._page_of[key], self._users[page] = key, page, 1
@@ -129,20 +129,21 @@ class KeyValuePages:
             if self._users[page] == 0:
                 del self._users[page]
                 self._idle[page] = None
-        while len(self._idle) > IDLE_PAGES:
-            self._forget(next(iter(self._idle)))
+        for page in self._idle.beyond(IDLE_PAGES):
+            self._forget(page)
 
     def _forget(self, page: int) -> None:
         del self._idle[page]
         del self._page_of[self._keys.pop(page)]
-        self._free.append(page)
+        self._slots.release([page])
 
     def _take(self) -> int:
-        if not self._free and self._idle:
-            self._forget(next(iter(self._idle)))
-        if not self._free:
+        oldest = self._idle.oldest
+        if not self._slots.free and oldest is not None:
+            self._forget(oldest)
+        if not self._slots.free:
             self._resize(2 * len(self), self.tokens)
-        return self._free.pop()
+        return self._slots.take(1)[0]
 
     def _nbytes(self, pages: int, tokens: int) -> int:
         numbers = sum(2 * layer.channels for layer in self._layout.layers)
@@ -171,6 +172,5 @@ class KeyValuePages:
         self.by_level, self.tokens = tuple(packed), tokens
         self.layers = tuple(layers[i] for i in range(len(layers)))
         self.lengths, self._lengths, self.extra = lengths, host, extra
-        # lowest page at the end, so that `pop` takes it first
-        self._free = sorted({*self._free, *range(before, pages)}, reverse=True)
+        self._slots.grow(pages)
         self.generation += 1

@@ -14,6 +14,7 @@ from stylefast.models.row_loras import RowLoras
 from stylefast.models.row_table import ImageKV, KeyValue, StylePages
 from stylefast.models.unet import UNet
 from stylefast.runtime.steps.step_buffers import StepColumns
+from stylefast.slots import Slots
 
 # slot 0 holds no picture: idle rows of a padded batch read and write it
 _FIRST_SLOTS = 2
@@ -33,13 +34,13 @@ class LatentSlots:
         self.anchor = torch.zeros(0, *shape, device=device)
         self.history = torch.zeros(0, 2, *shape, device=device)
         self.finite = torch.ones(0, dtype=torch.bool, device=device)
-        self._free: list[int] = []
+        self._slots = Slots(1, used=1)
         self._grow(_FIRST_SLOTS)
 
     @property
     def used(self) -> int:
         """Count the slots that hold a picture."""
-        return len(self.latents) - 1 - len(self._free)
+        return self._slots.used - 1
 
     @property
     def nbytes(self) -> int:
@@ -48,20 +49,18 @@ class LatentSlots:
 
     def take(self, latents: torch.Tensor) -> np.ndarray:
         """Put pictures [n, channels, h, w] into free slots; return their numbers [n] int64."""
-        while len(self._free) < len(latents):
+        while self._slots.free < len(latents):
             self._grow(2 * len(self.latents))
-        slots = self._free[: -len(latents) - 1 : -1]  # from the end, where the lowest are
+        slots = self._slots.lowest(len(latents))
         index = torch.tensor(slots, device=self._device)
         self.latents[index] = latents.to(self.latents)
         self.anchor[index], self.history[index], self.finite[index] = 0, 0, True
         # taken only after all writes succeeded
-        del self._free[-len(latents) :]
-        return np.array(slots, dtype=np.int64)
+        return np.array(self._slots.take(len(slots)), dtype=np.int64)
 
     def release(self, slots: Iterable[int]) -> None:
         """Release slots."""
-        self._free += [int(slot) for slot in slots]
-        self._free.sort(reverse=True)
+        self._slots.release(slots)
 
     def _grow(self, count: int) -> None:
         before, grown = len(self.latents), {}
@@ -72,7 +71,7 @@ class LatentSlots:
         # replace all or none, in case memory runs out
         for name, new in grown.items():
             setattr(self, name, new)
-        self._free = sorted([*self._free, *range(max(before, 1), count)], reverse=True)
+        self._slots.grow(count)
         self.generation = next(_generations)
 
 
