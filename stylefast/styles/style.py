@@ -113,20 +113,22 @@ class Rows:
         return self.arrays[name]
 
     def write(self, table: Mapping[str, np.ndarray], references: np.ndarray) -> None:
-        """Write the values into a table's first rows; references [rows]: how many each row reads."""
+        """Write the values into the first rows of an idle table; references [rows]: how many each row reads."""
         for name, column in COLUMNS.items():
             if column.styled is True:
-                values, target = self.arrays[name], table[name]
+                values = self.arrays[name]
+                target = table[name][: len(values)]
                 if "references" in column.dims:
                     used = np.arange(target.shape[1]) < references[:, None]
-                    values = np.where(used, values[:, None], column.idle)
-                target[: len(values)] = values
+                    np.copyto(target, values[:, None], where=used)
+                else:
+                    target[:] = values
 
     def write_pages(self, table: Mapping[str, np.ndarray], first: np.ndarray) -> None:
-        """Write the pages that rows take from their first references, `first` [rows], into a table's first rows."""
+        """Write the pages that rows take from their first references, `first` [rows], into the same rows."""
         for name, column in COLUMNS.items():
             if isinstance(column.styled, str) and len(table[name]):
-                table[name][: len(first)] = np.where(self.arrays[column.styled], first, column.idle)
+                np.copyto(table[name][: len(first)], first, where=self.arrays[column.styled])
 
 
 @dataclass
