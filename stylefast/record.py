@@ -21,7 +21,7 @@ from stylefast.models.checkpoint import TINY
 from stylefast.record_values import Sources, Store, plain
 from stylefast.runtime.plan.notices import warnings_of
 from stylefast.runtime.plan.request import Request
-from stylefast.styles.style import Style, find_kind
+from stylefast.styles.style import Style, find_kind, kinds
 from stylefast.values import check_fields, quoted
 
 FORMAT = "stylefast-call/1"
@@ -58,7 +58,7 @@ def from_record(
     """Return the requests of a record, or of a file written by hand.
 
     `record`: the result of `to_record`; or a list of requests; or {"requests": [...], "styles": [...] or {name: ...}}.
-    A request's "style" is null, a style written out ({"kind": "InstantStyle" or "instant_style", ...}), the number or
+    A request's "style" is null, a style written out ({"kind": its class's name in any spelling, ...}), the number or
     name of one in "styles", or a list of those. A picture is a path, relative to `base`, or the name of one that ships
     in `model_folder`.
 
@@ -166,17 +166,25 @@ def _pick_style(wanted, styles: Mapping, sources: Sources):
 
 def _read_style(entry, sources: Sources):
     if not isinstance(entry, Mapping):
-        raise InvalidRequest(f'a style is a dictionary such as {{"kind": "StyleAligned"}}, not {quoted(entry)}')
+        known = next(iter(kinds()))
+        raise InvalidRequest(f'a style is a dictionary such as {{"kind": "{known}"}}, not {quoted(entry)}')
     values = dict(entry)
     if "kind" in values and "type" in values:
         raise InvalidRequest('a style has "kind" and "type"; they mean the same, so use only one')
-    name = values.pop("kind" if "kind" in values else "type", None)
-    kind = find_kind(name)
+    return read_style(find_kind(values.pop("kind" if "kind" in values else "type", None)), values, sources)
+
+
+def read_style(kind: type[Style], given: Mapping[str, Any], sources: Any) -> Style:
+    """Return a style from its fields as a record holds them; sources: a `record_values.Sources`, or like one.
+
+    Raises InvalidRequest for unknown fields, StyleError and ImageError.
+    """
+    values = dict(given)
     for alias, field_name in kind.aliases.items():
         if alias in values and field_name not in values:
             values[field_name] = values.pop(alias)
     known = {f.name: f for f in fields(kind) if f.init}
-    check_fields(kind.__name__, values, ["kind", *known])
+    check_fields(kind.__name__, values, [*known])
     missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values]
     if missing:
         raise StyleError(f"{kind.__name__} lacks {missing[0]!r}")

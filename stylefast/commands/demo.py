@@ -151,16 +151,16 @@ def _aligned_chapter() -> Chapter:
         calls.append(
             Call(
                 f"aligned-{style}",
-                f"{style}, StyleAligned: the first picture is the reference",
+                f"{style}, aligned: the first picture is the reference",
                 (*prompts, *seed, "--method", "aligned", *ALIGNED),
             )
         )
         calls.append(Call(f"plain-{style}", f"{style}, the same prompts and seeds without it", (*prompts, *seed)))
     text = (
-        "Only the first prompt names a style. With StyleAligned, the other pictures share self-attention with the "
-        "first and take its style; without it, each has a style of its own."
+        "Only the first prompt names a style. Aligned pictures share self-attention with the first and take its style; "
+        "otherwise each has a style of its own."
     )
-    return Chapter("StyleAligned: one style for a set of prompts", text, tuple(calls))
+    return Chapter("Aligned: one style for a set of prompts", text, tuple(calls))
 
 
 def _picture_chapter(references: Sequence[str]) -> Chapter:
@@ -179,7 +179,7 @@ def _picture_chapter(references: Sequence[str]) -> Chapter:
         "attended to."
     )
     plain = Call("plain-picture", "the same prompts and seeds without it", prompts)
-    return Chapter("StyleAligned: the style of a real picture", text, (*calls, plain))
+    return Chapter("Aligned: the style of a real picture", text, (*calls, plain))
 
 
 def _instant_chapter(reference: str) -> Chapter:
@@ -196,7 +196,7 @@ def _instant_chapter(reference: str) -> Chapter:
         "The picture acts through an IP-Adapter in the attention modules that carry style: in SDXL that is one of "
         "eleven, in this small model the three of up_blocks.1. Prompts and seeds are the same in every row."
     )
-    return Chapter("InstantStyle: strength, and where it acts", text, tuple(calls))
+    return Chapter("Picture prompts: strength, and where they act", text, tuple(calls))
 
 
 def _learned_chapter(learned: str) -> Chapter:
@@ -209,7 +209,7 @@ def _learned_chapter(learned: str) -> Chapter:
         "A style that the model was never trained on, learned as one token with vectors of its own for each stage "
         "of the noise."
     )
-    return Chapter("DreamStyler: a learned style", text, calls)
+    return Chapter("A learned style", text, calls)
 
 
 def _composed_chapter(reference: str, learned: str) -> Chapter:
@@ -218,7 +218,7 @@ def _composed_chapter(reference: str, learned: str) -> Chapter:
     calls = (
         Call(
             "composed",
-            f"StyleAligned and InstantStyle with {reference}, DreamStyler with {learned}",
+            f"aligned to {reference}, with it as a picture prompt, and with the learned style {learned}",
             (*prompts, *both, "--learned", learned),
             reference,
         ),

@@ -167,8 +167,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group(
         "--method",
         choices=("aligned", "instant", "both"),
-        help="aligned: StyleAligned, shared self-attention; "
-        "instant: InstantStyle, through the IP-Adapter; both (default: aligned, if a reference is given). `--method "
+        help="aligned: self-attention is shared with the reference; instant: the picture acts through the "
+        "IP-Adapter; both (default: aligned, if a reference is given). `--method "
         "aligned` without a reference aligns all pictures to the first",
     )
     group(

@@ -85,6 +85,7 @@ class DreamStyler(Style):
     source: str | tuple[str, ...] | None = field(init=False, default=None)
     option: ClassVar[str] = "learned"
     aliases: ClassVar[Mapping[str, str]] = {"path": "embedding"}
+    served: ClassVar[Mapping[str, str]] = {"name": "embedding"}
 
     def __post_init__(self):
         if self.name is not None:

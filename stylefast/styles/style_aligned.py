@@ -92,6 +92,7 @@ class StyleAligned(ReferenceStyle):
     window: tuple[float, float] = (0.0, 1.0)
     option: ClassVar[str] = "aligned"
     picture_fields: ClassVar[tuple[str, ...]] = ("reference",)
+    served: ClassVar[Mapping[str, str]] = {"bank": "reference"}
 
     def __post_init__(self):
         checked = {

@@ -2,7 +2,8 @@
 
 import importlib.util
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -26,6 +27,7 @@ from stylefast.export.triton_repo.write import (
     TensorConfig,
     Warmup,
 )
+from stylefast.styles.style import Style
 from tests.support.small_adapter import small_picture
 from tests.support.small_graphs import translations, write_manifest  # noqa: F401
 
@@ -372,6 +374,21 @@ def test_several_styles_and_pictures_find_their_places(requests):
     assert list(instant.image) == [png[2], png[0]] and list(instant.mask) == [png[1], png[1]]
 
 
+def test_a_style_of_another_package_comes_over_the_server_too(read):
+    @dataclass(frozen=True, eq=False)
+    class TonedStyle(Style):
+        words: str
+        palette: object = None
+        picture_fields: ClassVar[tuple[str, ...]] = ("palette",)
+
+    (style,) = (
+        read({"prompt": "a", "style": {"method": "toned_style", "words": "warm", "palette": 0}}).requests[0].style
+    )
+    assert type(style) is TonedStyle and style.words == "warm" and style.palette == b"picture"
+    with pytest.raises(InvalidRequest, match="wrods"):
+        read({"prompt": "a", "style": {"method": "toned_style", "wrods": "warm"}})
+
+
 @pytest.mark.parametrize(
     "order, error, wanted",
     [
@@ -394,10 +411,22 @@ def test_several_styles_and_pictures_find_their_places(requests):
         ({"prompt": "a", "style": {"method": "aligned", "bank": "../x"}}, StyleError, "not on this server"),
         ({"prompt": "a", "style": {"method": "aligned", "bank": "x", "reference": 0}}, StyleError, "not both"),
         ({"prompt": "a", "style": {"method": "aligned", "scael": 1}}, InvalidRequest, "scael"),
-        ({"prompt": "a", "style": {"method": "instant"}}, StyleError, "needs a picture"),
+        ({"prompt": "a", "style": {"method": "instant"}}, StyleError, "needs at least one picture"),
         ({"prompt": "a", "style": {"method": "instant", "image": 0, "negative_image": "x.png"}}, ImageError, "number"),
         ({"prompt": "a", "style": {"method": "learned", "name": "/etc/passwd"}}, StyleError, "chalk"),
         ({"prompt": "a", "style": {"method": "learned", "name": ["chalk"]}}, StyleError, "chalk"),
+        ({"prompt": "a", "style": {"method": "learned", "embedding": {"path": "/etc/passwd"}}}, StyleError, "chalk"),
+        ({"prompt": "a", "style": {"method": "learned", "path": "/etc/passwd"}}, StyleError, "chalk"),
+        ({"prompt": "a", "style": {"method": "aligned", "reference": {"path": "/x.png"}}}, ImageError, "by number"),
+        ({"prompt": "a", "style": {"method": "instant", "image_embeds": "/etc/passwd"}}, StyleError, "send a picture"),
+        (
+            {"prompt": "a", "style": {"method": "instant", "image": 0, "content": {"path": "/x"}}},
+            StyleError,
+            "send a picture",
+        ),
+        ({"prompt": "a", "style": {"method": "cubist"}}, StyleError, "'cubist' is unknown"),
+        ({"prompt": "a", "style": {"method": 3}}, StyleError, "3 is unknown"),
+        ({"prompt": "a", "style": {"method": "aligned", "kind": "InstantStyle"}}, InvalidRequest, "kind"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_by_name(read, order, error, wanted):

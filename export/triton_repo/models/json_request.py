@@ -4,13 +4,15 @@ Pictures are referred to by number, banks and learned styles by names that the s
 paths, so clients can't read the server's files.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import stylefast as sf
 from stylefast.errors import ImageError, InvalidRequest, StyleError
+from stylefast.record import read_style
+from stylefast.styles.style import Style, find_kind, kinds
 from stylefast.values import did_you_mean, load_json, quoted, real_number, seeds, whole_number
 
 _SHARED = (
@@ -26,8 +28,6 @@ _SHARED = (
 _FIELDS = ("prompt", "seed", "style", "preview_every", "deadline", *_SHARED)
 _MOST_PROMPTS = 64
 _LARGEST_TEXT = 2**20
-# style arguments that are pictures
-_PICTURES = {"reference", "image", "mask", "negative_image"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_order(text: bytes, pictures: Sequence[bytes], shelf: Shelf) -> Order:
         raise InvalidRequest(f"{len(prompts)} prompts; a request takes 1 to {_MOST_PROMPTS}")
     numbered = zip(prompts, seeds("seed", given.get("seed", 0), len(prompts)), strict=True)
     shared = {name: given[name] for name in _SHARED if name in given}
-    shared["style"] = _styles(given.get("style"), pictures, shelf)
+    shared["style"] = _styles(given.get("style"), _Sent(pictures, shelf))
     every = whole_number("preview_every", given.get("preview_every", 0), 0)
     deadline = given.get("deadline")
     if deadline is not None:
@@ -101,58 +101,61 @@ def _parse(text: bytes) -> dict[str, Any]:
         raise InvalidRequest(f'{error}; send e.g. {{"prompt": "a boat"}}') from error
 
 
-def _styles(given: Any, pictures: Sequence[bytes], shelf: Shelf) -> list:
+class _Sent:
+    """Pictures by the numbers, banks and learned styles by the names that a client gives; no paths.
+
+    A style reads its fields from it as from the `record_values.Sources` of a record.
+    """
+
+    def __init__(self, pictures: Sequence[bytes], shelf: Shelf):
+        self._pictures, self._shelf = pictures, shelf
+
+    def is_bank(self, entry: Any) -> bool:
+        """Return whether a reference is a bank of the shelf."""
+        return isinstance(entry, Mapping) and {*entry} == {"bank"}
+
+    def bank(self, entry: Mapping) -> sf.StyleBank:
+        """Return a bank of the shelf. Raises StyleError."""
+        return self._shelf.bank(entry["bank"])
+
+    def embedding(self, entry: Any) -> tuple[Path, None]:
+        """Return the file of a learned style of the shelf, in which any vectors are right. Raises StyleError."""
+        return self._shelf.style(entry["name"] if isinstance(entry, Mapping) and {*entry} == {"name"} else entry), None
+
+    def picture(self, entry: Any, mask: bool = False) -> bytes | None:
+        """Return the bytes of the picture of a number; None for no mask. Raises ImageError."""
+        if entry is None and mask:
+            return None
+        if isinstance(entry, bool) or not isinstance(entry, int) or not 0 <= entry < len(self._pictures):
+            what = "a mask" if mask else "a picture"
+            sent = f"{len(self._pictures)} pictures were sent, and are named by number from 0"
+            raise ImageError(f"{what} is {quoted(entry)}; {sent}")
+        return self._pictures[entry]
+
+    def tensor(self, entry: Any) -> NoReturn:
+        """Raise StyleError: a client's request has no tensors."""
+        raise StyleError(f"{quoted(entry)} stands for a tensor, which a request to a server can't hold; send a picture")
+
+    image_embeds = tensor
+
+
+def _styles(given: Any, sent: _Sent) -> list[Style]:
     if given is None:
         return []
-    makers: dict[str, Callable[..., Any]] = {"aligned": _aligned, "instant": _instant, "learned": _learned}
     styles = []
     for entry in given if isinstance(given, list) else [given]:
-        method = entry.get("method") if isinstance(entry, dict) else None
-        if not isinstance(method, str) or method not in makers:
-            raise StyleError(f"style is {quoted(entry)}; it must be an object with a method out of {', '.join(makers)}")
-        arguments = {name: value for name, value in entry.items() if name != "method"}
-        for name in _PICTURES & arguments.keys():
-            arguments[name] = _picture(name, arguments[name], pictures)
-        styles.append(makers[method](arguments, shelf))
+        if not isinstance(entry, dict) or "method" not in entry:
+            methods = ", ".join(kind.option or name for name, kind in kinds().items())
+            raise StyleError(f"style is {quoted(entry)}; it must be an object with a method out of {methods}")
+        arguments = dict(entry)
+        kind = find_kind(arguments.pop("method"))
+        for name, field in kind.served.items():
+            if name in arguments:
+                if field in arguments:
+                    raise StyleError(f"{kind.__name__} takes {name!r} or {field!r}, not both")
+                arguments[field] = {name: arguments.pop(name)}
+        styles.append(read_style(kind, arguments, sent))
     return styles
-
-
-def _aligned(arguments: dict[str, Any], shelf: Shelf) -> sf.StyleAligned:
-    _only("style aligned", arguments, (*_arguments_of(sf.StyleAligned), "bank"))
-    bank = arguments.pop("bank", None)
-    if bank is not None:
-        if "reference" in arguments:
-            raise StyleError("style aligned takes a reference or a bank, not both")
-        arguments["reference"] = shelf.bank(bank)
-    return sf.StyleAligned(**arguments)
-
-
-def _instant(arguments: dict[str, Any], _shelf: Shelf) -> sf.InstantStyle:
-    _only("style instant", arguments, _arguments_of(sf.InstantStyle))
-    if arguments.get("image") is None:
-        raise StyleError('style instant needs a picture; send one and give its number: "image": 0')
-    return sf.InstantStyle(**arguments)
-
-
-def _learned(arguments: dict[str, Any], shelf: Shelf) -> sf.DreamStyler:
-    _only("style learned", arguments, ("name", "context", "template", "style_prompt"))
-    return sf.DreamStyler(shelf.style(arguments.pop("name", None)), **arguments)
-
-
-def _picture(name: str, given: Any, pictures: Sequence[bytes]) -> Any:
-    """Return the bytes of the picture or pictures given by number. Raises ImageError."""
-    if given is None:
-        return None
-    if isinstance(given, list):
-        return [_picture(name, one, pictures) for one in given]
-    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < len(pictures):
-        shown = quoted(given)
-        raise ImageError(f"{name} is {shown}; {len(pictures)} pictures were sent, and are named by number from 0")
-    return pictures[given]
-
-
-def _arguments_of(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind) if field.init)
 
 
 def _only(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
