@@ -49,6 +49,7 @@ from stylefast.kernels.checks import integers_within
 from stylefast.models.prepacked import channels_last
 from stylefast.models.row_loras import NO_UNIT
 from stylefast.models.unet import UNet
+from stylefast.whole_files import put_in_place, sync
 
 KEY, _FORMAT = "stylefast", 1  # KEY: metadata key of the facts
 _FACTS = {
@@ -235,10 +236,11 @@ def export_aoti(
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own deprecations
-            part = os.path.join(folder, path.name)
+            part = Path(folder) / path.name
             with inductor_cache():
-                torch._inductor.aoti_compile_and_package(program, package_path=part, inductor_configs=settings)
-            os.replace(part, path)
+                torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=settings)
+            sync(part)
+            put_in_place(part, path)
     except OSError as error:
         raise ExportError(f"{path} can't be written: {error.strerror or error}") from error
     except StyleFastError:

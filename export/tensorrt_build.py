@@ -39,6 +39,7 @@ from stylefast.export.tensorrt import (
     summarise_network,
     writing,
 )
+from stylefast.whole_files import put_in_place, sync
 
 if TYPE_CHECKING:
     from stylefast.export.tensorrt_profiles import Shapes
@@ -141,8 +142,9 @@ def build_engine(
         found = _work(order, path, progress)
         with writing(path):
             if timing_cache is not None:
-                os.replace(Path(folder) / CACHE, timing_cache)
-            os.replace(Path(folder) / PLAN, path)
+                put_in_place(Path(folder) / CACHE, Path(timing_cache))
+            sync(Path(folder) / PLAN)
+            put_in_place(Path(folder) / PLAN, path)
     layers, network = found.pop("layers"), found.pop("network")
     return BuildReport(
         path=path,

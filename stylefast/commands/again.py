@@ -218,7 +218,10 @@ def _check_loras(choice: ModelChoice, metadata: Mapping, arguments: argparse.Nam
             f"{arguments.source} was made with LoRAs ({shown}); name their files: --merge-lora FILE:SCALE"
         )
     then = sorted((digest, lora.scale) for lora, digest in _recorded_loras(metadata))
-    now = sorted((lora.digest(), lora.scale) for lora in choice.lora)
+    recorded = {digest for digest, _ in then}
+    digests = [lora.digest() for lora in choice.lora]
+    digests = [one if one in recorded else lora.old_digest() for one, lora in zip(digests, choice.lora, strict=True)]
+    now = sorted((digest, lora.scale) for digest, lora in zip(digests, choice.lora, strict=True))
     if (then and now != then) or Counter(str(scale) for _, scale in now) != Counter(map(str, on.values())):
         shown = ", ".join(lora.words() for lora in choice.lora) or "none"
         _refuse_unless_forced(

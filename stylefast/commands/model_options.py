@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from stylefast.errors import InvalidRequest
+from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound
 from stylefast.options import EXPORTED, FLAGS, SIZES, parse_bytes
 from stylefast.values import did_you_mean_beside, no_device, quoted, typed_path
 
@@ -114,19 +114,23 @@ class Lora:
         return ":".join([name + self.path, *(f"{scale:g}" for scale in scales)])
 
     def digest(self) -> str:
-        """Return a SHA-256 (64 hex digits) of the weights and peft's config, if any. Raises InvalidRequest."""
+        """Return the SHA-256 (64 hex digits) of the weights and peft's config, if any, as `Engine.loras` has it.
+
+        Raises InvalidRequest.
+        """
+        from stylefast.models.lora_file import lora_digest
+
+        try:
+            return lora_digest(self.path)
+        except (ModelFormatError, ModelNotFound) as error:
+            raise InvalidRequest(f"the LoRA {quoted(self.path)} can't be read ({error})") from error
+
+    def old_digest(self) -> str:
+        """Return what older records have in place of `digest`: a SHA-256 of the SHA-256 of each file."""
         from stylefast.models.lora_file import files_of
 
-        digest = hashlib.sha256()
-        try:
-            for file in files_of(self.path):
-                no_device("the LoRA", file)
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InvalidRequest(f"the LoRA {quoted(self.path)} can't be read ({reason})") from error
-        return digest.hexdigest()
+        digests = [hashlib.sha256(file.read_bytes()).digest() for file in sorted(files_of(self.path))]
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _name_of(path: str) -> str:
@@ -170,7 +174,7 @@ def model_folder(model: str) -> Path:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to load and where it runs: options of `EngineOptions` as the command line gives them, the others left out.
+    """A model and where it runs: those options of `EngineOptions` that the command line gives.
 
     `cached_only`: nothing is downloaded. Raises InvalidRequest for malformed memory limits, for engines that the
     backend does not read, and for LoRAs that it can't take.

@@ -109,10 +109,21 @@ def read_lora(source: str | Path, weights: Mapping[str, Mapping[str, Tensor]]) -
     return LoraFile(path.stem if path.is_file() else pieces[0].path.stem, digest.value, changes, targets)
 
 
+def lora_digest(source: str | Path) -> str:
+    """Return the SHA-256 of a LoRA's files, the `digest` of `read_lora`, without reading their tensors.
+
+    Raises ModelNotFound, ModelFormatError for files that can't be read, and InvalidRequest for pipes and devices.
+    """
+    with _Digest() as digest:
+        for file in files_of(source):
+            values.no_device("the LoRA", file)
+            digest.add(file)
+    return digest.value
+
+
 def files_of(source: str | Path) -> list[Path]:
-    """List the files of a LoRA, sorted by path. Raises ModelNotFound if there is none."""
-    places = _places(source)
-    return sorted({file for file, config, _ in places for file in (file, config) if file is not None})
+    """List the files of a LoRA: each of its weights, then peft's settings. Raises ModelNotFound if there is none."""
+    return [file for weights, config, _ in _places(source) for file in (weights, config) if file is not None]
 
 
 def _pieces(source: str | Path) -> list[_Piece]:

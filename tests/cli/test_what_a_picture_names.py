@@ -1,5 +1,6 @@
 """`generate --from`: what a picture names is loaded with the user's word only; and LoRAs on the command line."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_what_a_lora_is_read_from_is_what_its_digest_tells_apart(tmp_path):
             assert Lora(str(source)).digest() != before
             (tmp_path / name).write_bytes(b"1")
         assert Lora(str(source)).digest() == before
+
+
+def test_the_digest_of_a_lora_is_that_of_its_file(tmp_path):
+    (tmp_path / "l.safetensors").write_bytes(b"weights")
+    assert Lora(str(tmp_path / "l.safetensors")).digest() == hashlib.sha256(b"weights").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "content, wanted", [(b"weights", "loading was asked for"), (b"others", "differ in content or strength")]
+)
+def test_a_record_with_the_older_digest_of_a_lora_is_compared_with_it(again, tmp_path, content, wanted):
+    lora = tmp_path / "l.safetensors"
+    lora.write_bytes(content)
+    older = hashlib.sha256(hashlib.sha256(b"weights").digest()).hexdigest()
+    recorded = {"model": "tiny", "lora": [{"path": str(lora), "scale": 1.0, "sha256": older}]}
+    _, err = again(recorded, "--load-recorded", loras={"l": 1.0})
+    assert wanted in err
 
 
 def test_loras_of_a_picture_from_python_are_asked_for(asked, again):

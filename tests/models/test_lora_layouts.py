@@ -1,5 +1,6 @@
 """Every published layout of a LoRA file is read: each module with its own alpha and rank, and no tensor passed over."""
 
+import hashlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from stylefast.errors import AdapterError, ModelFormatError, ModelNotFound
-from stylefast.models.lora_file import read_lora
+from stylefast.models.lora_file import lora_digest, read_lora
 from stylefast.models.lora_names import original_names
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -254,6 +255,13 @@ def test_peft_s_patterns_and_rank_stabilised_scaling_are_followed(weights, tmp_p
             key = f"base_model.model.{module}.lora"
             product = state[f"{key}_B.weight"].double() @ state[f"{key}_A.weight"].double()
             assert_change(lora, weights, ("unet", f"{module}.weight"), alpha / 2 * product)
+
+
+def test_a_folder_has_one_digest_with_and_without_reading_its_tensors(weights, tmp_path):
+    folder = peft_folder(tmp_path / "style", peft_state())
+    files = [folder / "adapter_model.safetensors", folder / "adapter_config.json"]
+    expected = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    assert lora_digest(folder) == read_lora(folder, weights).digest == expected
 
 
 def test_what_peft_itself_saves_changes_weights_as_peft_merges_it(tmp_path):
