@@ -7,16 +7,30 @@ statistics, AdaIN's gains and pooled norms are computed in float32 for every mod
 To write attention differently, override `OnnxOperations.attend`.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stylefast.kernels.adain_affine import ADAIN_EPS
 from stylefast.kernels.row_lora import RANK
 from stylefast.kernels.shared_attention import PLAIN, SWAP
 
+if TYPE_CHECKING:
+    from stylefast.export.onnx_writer import NodeMaker
+
 # element types by ONNX's numbers
 FLOAT, INT64, FLOAT16, BFLOAT16 = 1, 7, 10, 16
 # largest finite numbers: some fused kernels return NaN for the difference of two infinities
 _LOWEST = {FLOAT: -3.4028234663852886e38, FLOAT16: -65504.0, BFLOAT16: -3.3895313892515355e38}
+
+
+class Value(Protocol):
+    """A tensor of the graph, an `onnx_ir.Value`: its element type, and its dimensions, None where they vary."""
+
+    dtype: Any
+    shape: Any
 
 
 class OnnxOperations:
@@ -28,35 +42,35 @@ class OnnxOperations:
 
     domains: dict[str, int] = {}
 
-    def __init__(self, op, opset: int):
+    def __init__(self, op: NodeMaker, opset: int):
         self.op, self.opset = op, opset
 
     # building blocks
 
-    def ints(self, *values: int):
+    def ints(self, *values: int) -> Value:
         return self.op.Constant(value_ints=list(values))
 
-    def number(self, value: float, kind: int):
+    def number(self, value: float, kind: int) -> Value:
         scalar = self.op.Constant(value_float=float(value))
         return scalar if kind == FLOAT else self.op.Cast(scalar, to=kind)
 
-    def to(self, x, kind: int, known: int | None = None):
+    def to(self, x: Value, kind: int, known: int | None = None) -> Value:
         """Cast x to another element type; `known` is x's own type, if certain."""
         return x if known == kind else self.op.Cast(x, to=kind)
 
-    def size(self, x, dim: int):
+    def size(self, x: Value, dim: int) -> Value:
         """Return the length of one dimension, [1] int64."""
         return self.op.Shape(x, start=dim, end=dim + 1)
 
-    def column(self, table, index: int):
+    def column(self, table: Value, index: int) -> Value:
         """Return one column [rows] of a table [rows, columns]."""
         return self.op.Gather(table, self.op.Constant(value_int=index), axis=1)
 
-    def along_rows(self, x, dims: int):
+    def along_rows(self, x: Value, dims: int) -> Value:
         """Reshape [rows] to [rows, 1, 1, ..] of `dims` dimensions."""
         return self.op.Unsqueeze(x, self.ints(*range(1, dims)))
 
-    def attend(self, q, k, v, mask=None):
+    def attend(self, q: Value, k: Value, v: Value, mask: Value | None = None) -> Value:
         """Return softmax(q k^T / sqrt(d) + mask) v, [rows, tokens, heads, d] in and out; mask [rows, 1, 1, keys]."""
         op, kind, width = self.op, _kind(q), q.shape[3]
         q = op.Mul(op.Transpose(q, perm=[0, 2, 1, 3]), self.number(1 / math.sqrt(width), kind))
@@ -66,28 +80,28 @@ class OnnxOperations:
         out = op.MatMul(op.Softmax(logits, axis=-1), op.Transpose(v, perm=[0, 2, 1, 3]))
         return op.Transpose(out, perm=[0, 2, 1, 3])
 
-    def silu(self, x):
+    def silu(self, x: Value) -> Value:
         return self.op.Mul(x, self.op.Sigmoid(x))
 
     # operations
 
     def shared_attention(
         self,
-        q,
-        k,
-        v,
-        page,
-        modes,
-        scale,
-        shift,
-        bias=None,
-        gain=None,
-        offset=None,
-        pool_k=None,
-        pool_v=None,
-        pool_k_scale=None,
-        pool_v_scale=None,
-    ):
+        q: Value,
+        k: Value,
+        v: Value,
+        page: Value,
+        modes: Value,
+        scale: Value,
+        shift: Value,
+        bias: Value | None = None,
+        gain: Value | None = None,
+        offset: Value | None = None,
+        pool_k: Value | None = None,
+        pool_v: Value | None = None,
+        pool_k_scale: Value | None = None,
+        pool_v_scale: Value | None = None,
+    ) -> Value:
         """Write shared attention; pages have as many tokens as rows, `bias` and float8 pages are not supported."""
         op, kind = self.op, _kind(q)
         references = page.shape[1]
@@ -148,20 +162,20 @@ class OnnxOperations:
 
     def gated_cross_attention(
         self,
-        q,
-        text_k,
-        text_v,
-        text_page,
-        text_lengths=None,
-        image_k=None,
-        image_v=None,
-        image_lengths=None,
-        image_page=None,
-        strength=None,
-        group=None,
-        masks=None,
-        mask_index=None,
-    ):
+        q: Value,
+        text_k: Value,
+        text_v: Value,
+        text_page: Value,
+        text_lengths: Value | None = None,
+        image_k: Value | None = None,
+        image_v: Value | None = None,
+        image_lengths: Value | None = None,
+        image_page: Value | None = None,
+        strength: Value | None = None,
+        group: Value | None = None,
+        masks: Value | None = None,
+        mask_index: Value | None = None,
+    ) -> Value:
         """Write text attention plus, per segment, attention over all image tokens with the segment's values only."""
         op, kind = self.op, _kind(q)
         keys, values, mask = op.Gather(text_k, text_page, axis=0), op.Gather(text_v, text_page, axis=0), None
@@ -177,6 +191,7 @@ class OnnxOperations:
         out = self.attend(q, keys, values, mask)
         if image_page is None or image_page.shape[1] == 0:
             return out
+        assert image_k is not None and strength is not None and group is not None
         segments, heads, width = image_page.shape[1], q.shape[2], q.shape[3]
         zero, lowest, nobody = self.number(0, kind), self.number(_LOWEST[kind], kind), self.ints(0)
         present = op.GreaterOrEqual(image_page, nobody)
@@ -208,7 +223,7 @@ class OnnxOperations:
             total = op.Add(total, op.Where(shown, op.Mul(gate, part), self.number(0, FLOAT)))
         return self.to(total, kind, FLOAT)
 
-    def token_stats(self, tensors):
+    def token_stats(self, tensors: Sequence[Value]) -> tuple[Value, Value]:
         op, means, variances = self.op, [], []
         for x in tensors:
             exact = self.to(x, FLOAT, _kind(x))
@@ -221,8 +236,15 @@ class OnnxOperations:
         return op.Concat(*means, axis=0), op.Concat(*variances, axis=0)
 
     def adain_affine(
-        self, mean, variance, page, strength, pool_mean=None, pool_variance=None, check_finite: bool = False
-    ):
+        self,
+        mean: Value,
+        variance: Value,
+        page: Value,
+        strength: Value,
+        pool_mean: Value | None = None,
+        pool_variance: Value | None = None,
+        check_finite: bool = False,
+    ) -> tuple[Value, Value]:
         op = self.op
         all_means, all_variances = mean, variance  # [parts, rows and pages, heads, d]
         if pool_mean is not None:
@@ -240,17 +262,17 @@ class OnnxOperations:
 
     def group_norm_silu(
         self,
-        x,
+        x: Value,
         groups: int,
-        weight,
-        bias,
+        weight: Value,
+        bias: Value,
         eps: float,
         silu: bool,
-        page=None,
-        pool_mean=None,
-        pool_variance=None,
-        pool_elements=0,
-    ):
+        page: Value | None = None,
+        pool_mean: Value | None = None,
+        pool_variance: Value | None = None,
+        pool_elements: int | None = 0,
+    ) -> Value:
         """Write group norm; pages have the size of the rows that read them, so `pool_elements` is a row's own count."""
         op, kind = self.op, _kind(x)
         by_group, shape = self.ints(0, groups, -1), op.Shape(x)
@@ -281,7 +303,9 @@ class OnnxOperations:
         out = op.Add(op.Mul(op.Reshape(out, shape), weight), bias)
         return self.to(self.silu(out) if silu else out, kind, FLOAT)
 
-    def _group_norm(self, x, groups: int, weight, bias, eps: float, by_group, shape):
+    def _group_norm(
+        self, x: Value, groups: int, weight: Value, bias: Value, eps: float, by_group: Value, shape: Value
+    ) -> Value:
         op, kind = self.op, _kind(x)
         if self.opset >= 21:
             return op.GroupNormalization(x, weight, bias, num_groups=groups, epsilon=eps)
@@ -290,18 +314,28 @@ class OnnxOperations:
         weight, bias = (op.Reshape(p, self.ints(-1, 1, 1)) for p in (weight, bias))
         return op.Add(op.Mul(op.Reshape(normed, shape), weight), bias)
 
-    def layer_norm(self, x, weight, bias, eps: float):
+    def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
         return self.op.LayerNormalization(x, weight, bias, axis=-1, epsilon=eps)
 
-    def add_layer_norm(self, x, residual, weight, bias, eps: float):
+    def add_layer_norm(self, x: Value, residual: Value, weight: Value, bias: Value, eps: float) -> tuple[Value, Value]:
         total = self.op.Add(x, residual)
         return total, self.layer_norm(total, weight, bias, eps)
 
-    def geglu(self, x):
+    def geglu(self, x: Value) -> Value:
         hidden, gate = self.op.Split(x, num_outputs=2, axis=-1)
         return self.op.Mul(hidden, self.op.Gelu(gate))
 
-    def row_lora(self, x, down, up, unit, scale, stride: int, padding: int, ys):
+    def row_lora(
+        self,
+        x: Value,
+        down: Value,
+        up: Value,
+        unit: Value,
+        scale: Value,
+        stride: int,
+        padding: int,
+        ys: Sequence[Value],
+    ) -> list[Value]:
         """Write LoRAs per row; returns the new values of ys, which the graph reads from then on.
 
         Every row carries every unit, zeros where it has none. As in Triton's form, x A is rounded to x's type.
@@ -338,7 +372,7 @@ class OnnxOperations:
             results.append(_like(op.Add(y, added), y))
         return results
 
-    def _taps(self, x, a, taps: int, stride: int, padding: int):
+    def _taps(self, x: Value, a: Value, taps: int, stride: int, padding: int) -> Value:
         """Return the convolution of x [rows, in, h, w] with each row's own a [rows, taps * ranks, in], pixels flat.
 
         All taps are one product, whose results are then moved, since they are smaller than x.
@@ -361,11 +395,11 @@ class OnnxOperations:
         return op.Reshape(op.Squeeze(total, self.ints(1)), self.ints(0, 0, -1))
 
 
-def _kind(x) -> int:
+def _kind(x: Value) -> int:
     return int(x.dtype)
 
 
-def _like(value, typed):
+def _like(value: Value, typed: Value) -> Value:
     """Give a new value the element type and dimensions of one that the exporter knows."""
     if value is not typed:
         value.dtype, value.shape = typed.dtype, typed.shape

@@ -30,7 +30,12 @@ class LoraSet:
     `guard` returns a context manager in which weights may change; it may raise to prevent that.
     """
 
-    def __init__(self, unet_state, text_encoders, guard: Callable[[], AbstractContextManager] = nullcontext):
+    def __init__(
+        self,
+        unet_state: Mapping[str, torch.Tensor],
+        text_encoders: Iterable[torch.nn.Module],
+        guard: Callable[[], AbstractContextManager] = nullcontext,
+    ):
         self._guard = guard
         states = (unet_state, *(encoder.state_dict() for encoder in text_encoders))
         self.weights = {part: dict(state) for part, state in zip(PARTS, states)}
@@ -135,10 +140,3 @@ class LoraSet:
                     f"{', '.join(f'{name}: {scale:g}' for name, scale in self._scales.items())}; lower them"
                 )
             weight.copy_(total)
-
-
-def apply_lora(components, source: str | Path, scale: float = 1.0) -> LoraSet:
-    """Apply a LoRA to loaded `Components`; the result's `remove(name)` or `clear()` undoes it, `add` adds more."""
-    loras = LoraSet(components.unet_state, components.text_encoders)
-    loras.add(source, scale)
-    return loras

@@ -3,12 +3,16 @@
 import threading
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from stylefast.models import vae as vaes
 from stylefast.models.previews import PreviewDecoder
 from stylefast.runtime.memory import MemoryBudget
+
+if TYPE_CHECKING:
+    from stylefast.options import Part
 
 
 class Decoder:
@@ -18,7 +22,9 @@ class Decoder:
     preview: an AutoencoderTiny in any form that `PreviewDecoder.load` accepts; None fits a linear map on first use.
     """
 
-    def __init__(self, vae: torch.nn.Module, model_dtype: torch.dtype, budget: MemoryBudget, preview=None):
+    def __init__(
+        self, vae: torch.nn.Module, model_dtype: torch.dtype, budget: MemoryBudget, preview: "Part | None" = None
+    ):
         self.vae, self._budget = vae, budget
         # a VAE that overflows in float16 was loaded in float32, but may decode in bfloat16
         self._dtype = vaes.decoding_dtype(vae, torch.float16 if model_dtype == torch.float16 else None)

@@ -7,7 +7,7 @@ of a batch are counted beforehand, and the user's limit is divided here. `memory
 import ctypes
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -55,7 +55,7 @@ class MemoryBudget:
         self.limit, self.banks, self.host = limit, banks, host
         self._held = lambda: 0
 
-    def watch(self, held) -> None:
+    def watch(self, held: Callable[[], int]) -> None:
         """Set the function that counts the bytes that the engine holds now; needed to enforce a limit."""
         self._held = held
 

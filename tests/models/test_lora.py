@@ -6,10 +6,16 @@ from safetensors.torch import load_file, save_file
 
 from stylefast.errors import AdapterError, InvalidRequest, ModelFormatError, ModelNotFound
 from stylefast.models.checkpoint import from_pipeline, load_components
-from stylefast.models.lora import LoraSet, apply_lora
+from stylefast.models.lora import LoraSet
 from tests.support.fp64 import close, measured
 from tests.support.small_checkpoints import random_lora, write_folder, write_kohya_lora, write_peft_lora
 from tests.support.small_sdxl import small_pipeline, small_unet_config
+
+
+def apply_lora(components, source, scale=1.0):
+    loras = LoraSet(components.unet_state, components.text_encoders)
+    loras.add(source, scale)
+    return loras
 
 
 @pytest.fixture(scope="module")
