@@ -82,7 +82,7 @@ def described(used: Sequence[LoraUse]) -> str:
 class Loras:
     """The LoRAs that requests may use, by name: `Request(loras={"pixel": 0.8})`.
 
-    Registering and removing is allowed while pictures are in progress; nobody's weights change.
+    Registering and removing is allowed while pictures are in progress; no weights change.
 
     Examples:
         >>> sorted(engine.loras)

@@ -212,7 +212,7 @@ class LoraTraining:
             found = self._unet(*given, encoder_hidden_states=hidden, added_cond_kwargs=added).sample
             errors = (found.float() - target.to(self._device)).square().mean((1, 2, 3))
             loss = (weights.to(self._device, torch.float32) * errors).mean()
-            # of these alone: the model's own weights need none. Layers whose output nobody reads have none
+            # of these alone: the model's own weights need none. Layers whose output is not read have none
             gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         value = loss.item()
         if not math.isfinite(value):
