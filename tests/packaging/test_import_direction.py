@@ -47,14 +47,9 @@ ALLOWED = {
     "engine": BELOW_ENGINE | {"record", "record_values", "stylefast", "threads"},
     "naive": {"errors", "kernels", "models", "sampling", "styles", "runtime.plan.request"},
     "presentation": {"errors", "values"},
-<<<<<<< HEAD
-    "export": {"errors", "values", "code_caches", "whole_files", "threads", "kernels", "models"},
+    "export": {"errors", "values", "code_caches", "whole_files", "slots", "threads", "kernels", "models"},
     # the package itself, for the version that it tells
     "serving": BELOW_ENGINE | {"engine", "record", "record_values", "infotext", "stylefast"},
-=======
-    "export": {"errors", "values", "code_caches", "whole_files", "slots", "threads", "kernels", "models"},
-    "serving": {"errors", "values", "engine", "stylefast"},
->>>>>>> c549033 (runtime: keep free places and least recently used entries in one way)
     "integrations": {"errors", "values", "engine", "serving", "stylefast"},
 }
 TOP = {"cli", "commands", "__main__"}  # these may import everything but tests and benchmarks
