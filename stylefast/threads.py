@@ -22,7 +22,7 @@ SPIN_COUNT = "GOMP_SPINCOUNT"  # read by GNU's runtime, which PyTorch's Linux wh
 SHORT_SPIN = "4000"
 _CHOSEN = (WAIT_POLICY, SPIN_COUNT, "KMP_BLOCKTIME")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_fitted = False
+_fitted = _too_late = False
 # switch interval in `giving_way`, in seconds
 SHORT_TURNS = 0.0003
 _turns_lock = threading.Lock()
@@ -35,15 +35,10 @@ def wait_shortly() -> None:
     The runtime reads the environment when torch is loaded; if torch is already loaded, this affects only child
     processes. Runtimes other than GNU's sleep at once.
     """
+    global _too_late
     if not any(name in os.environ for name in _CHOSEN):
         os.environ.update({WAIT_POLICY: "passive", SPIN_COUNT: SHORT_SPIN})
-        if "torch" in sys.modules:
-            logger.info(
-                "torch was imported before stylefast, so its threads spin for a long time while waiting, which is "
-                "slow on a busy machine; import stylefast first, or set %s=%s",
-                SPIN_COUNT,
-                SHORT_SPIN,
-            )
+        _too_late = "torch" in sys.modules
 
 
 @contextmanager
@@ -71,6 +66,7 @@ def giving_way() -> Iterator[None]:
 def fit_to_quota() -> None:
     """Limit threads to the CPU time that a container grants this process; runs once, when a model is loaded.
 
+    Warns if torch was imported too early for `wait_shortly`, on a machine where that matters.
     PyTorch counts a machine's cores and ignores quotas. A count in the environment is kept, and so is one set with
     `torch.set_num_threads` after the first model was loaded.
     """
@@ -80,6 +76,13 @@ def fit_to_quota() -> None:
     _fitted = True
     import torch
 
+    if _too_late and torch.get_num_threads() > 1 and not torch.cuda.is_available():
+        logger.warning(
+            "torch was imported before stylefast, so its threads spin for a long time while they wait, which is slow "
+            "on a busy machine; import stylefast first, or set %s=%s",
+            SPIN_COUNT,
+            SHORT_SPIN,
+        )
     quota = cpu_quota()
     if quota is None or any(os.environ.get(name) for name in _COUNTS):
         return

@@ -86,3 +86,13 @@ def test_there_are_no_more_threads_than_a_quota_has_time_for(monkeypatch, variab
     counts.append(6)  # what a caller sets afterwards stays
     threads.fit_to_quota()
     assert counts[-1] == 6
+
+
+def test_torch_imported_too_early_is_warned_of_once_a_model_is_loaded():
+    program = (
+        "import torch; torch.set_num_threads(2); import stylefast, logging; logging.basicConfig(level='WARNING'); "
+        "from stylefast.threads import fit_to_quota as fit; fit(); fit()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in threads._CHOSEN}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.count("torch was imported before stylefast") == (0 if torch.cuda.is_available() else 1)
