@@ -11,7 +11,6 @@ memory.
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 import threading
@@ -29,7 +28,7 @@ import torch
 import torch._C._aoti
 
 from stylefast import values
-from stylefast.code_caches import inductor_cache
+from stylefast.code_caches import cpu_instructions, inductor_cache, machine
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory, StyleFastError
 from stylefast.export.manifest import versions
 from stylefast.export.onnx_file import described
@@ -66,8 +65,6 @@ _FACTS = {
     "weights",
     "parameters",
 }
-# features PyTorch reports that compilers never use on their own
-_UNUSED = {"clflush", "clflushopt", "clwb", "sha", "aes"}
 
 
 def package_facts(path: str | Path) -> dict[str, Any]:
@@ -107,10 +104,21 @@ def facts_of(unet: UNet, shape: GraphShape, fixed: dict[str, int], device: torch
         "inputs": described([t.fixed(known) for t in graph_inputs(unet, shape)]),
         "outputs": described([graph_output(unet).fixed(known)]),
         "sizes": dimensions(unet, shape),
+        **made_on(device),
+    }
+
+
+def made_on(device: str | torch.device) -> dict[str, Any]:
+    """Return the facts of a package compiled now that `check_machine` compares, apart from the graph's operations.
+
+    Raises InvalidRequest for a device that packages can't be compiled for here.
+    """
+    _check_device(torch.device(device))
+    return {
         "target": target_of(device),
         "toolchain": {"torch": torch.__version__} | versions("triton"),
-        "machine": _machine(),
-        "instructions": sorted(_instructions()),
+        "machine": machine(),
+        "instructions": cpu_instructions(),
     }
 
 
@@ -136,9 +144,9 @@ def check_machine(name: str, facts: Mapping[str, Any], device: torch.device) -> 
         raise EngineMismatch(
             f"{name} was made for {facts['target']}, and {device} is {target_of(device)}; export it for that one"
         )
-    if facts["machine"] != _machine():
-        raise EngineMismatch(f"{name} was made for {facts['machine']}, and this is {_machine()}; export the model here")
-    lacking = sorted(set(facts["instructions"]) - _instructions())
+    if facts["machine"] != machine():
+        raise EngineMismatch(f"{name} was made for {facts['machine']}, and this is {machine()}; export the model here")
+    lacking = sorted(set(facts["instructions"]) - set(cpu_instructions()))
     if lacking:
         raise EngineMismatch(
             f"{name} was made on a CPU with {', '.join(lacking)}, which this one does not have; export the model here"
@@ -152,15 +160,6 @@ def target_of(device: str | torch.device) -> str:
         return "cpu"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
-
-
-def _machine() -> str:
-    return f"{platform.system()} {platform.machine()}"
-
-
-def _instructions() -> set[str]:
-    """Return the CPU extensions that code generated here may use: it is compiled for this machine's CPU."""
-    return {name for name, there in torch.cpu.get_capabilities().items() if there is True} - _UNUSED
 
 
 def schema_of(operation: str) -> str:
@@ -412,15 +411,19 @@ def _check_pages(inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -
 
 def _check_request(unet: UNet, path: Path, device: torch.device, weights: bool) -> None:
     if path.suffix != SUFFIX:
-        raise InvalidRequest(f"path is {str(path)!r}; a package's name ends in {SUFFIX}")
+        raise InvalidRequest(f"path is {values.quoted(str(path))}; a package's name ends in {SUFFIX}")
     if not path.parent.is_dir():
         raise InvalidRequest(f"there is no folder {path.parent}; make it first")
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"device is {str(device)!r}; packages are made for 'cpu' and 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest("a package for a GPU is made on a machine that has one, and this has none; device='cpu'")
+    _check_device(device)
     if weights and unet.device.type == "meta":
         raise InvalidRequest("the UNet lies on the meta device and has no weights to put in; weights=False leaves them")
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device is {values.quoted(str(device))}; packages are made for 'cpu' and 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest("a package for a GPU is made on a machine that has one, and this has none; device='cpu'")
 
 
 def _check_toolchain(device: torch.device) -> None:

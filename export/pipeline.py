@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -139,7 +140,7 @@ def export_aoti(source: Source, folder: Path, options: Options, progress: Progre
     from stylefast.export.aoti import SUFFIX, export_aoti, target_of
 
     progress = progress or Progress()
-    device, fixed = options.targets[0], source.fixed(options)
+    device, fixed = _compiled_on(source, options), source.fixed(options)
     with _publishing(source, folder, options, progress) as out:
         graphs = []
         for number, shape in enumerate(_shapes(source, options)):
@@ -291,8 +292,24 @@ def _publishing(source: Source, folder: Path, options: Options, progress: Progre
         source.other_bytes,
         options.onnx is not None,
     )
-    arguments = {"options": options.to_json(), "source": source.identity()}
-    return publishing(folder, options.overwrite, arguments=arguments, needed=estimate.disk, say=progress.say)
+    made_of = identity(source, options)
+    return publishing(folder, options.overwrite, arguments=made_of, needed=estimate.disk, say=progress.say)
+
+
+def identity(source: Source, options: Options) -> dict[str, Any]:
+    """Return all that determines an export's files: the model and the code, the options, and where it is compiled."""
+    found = {"options": options.to_json(), "source": source.identity()}
+    if options.kind == "aoti":
+        from stylefast.export.aoti import made_on
+
+        found["made on"] = made_on(_compiled_on(source, options))
+    return found
+
+
+def _compiled_on(source: Source, options: Options) -> torch.device:
+    """Return the device that packages are compiled for: of several GPUs, the one that has the model."""
+    wanted = torch.device(options.targets[0])
+    return source.unet.device if source.unet.device.type == wanted.type else wanted
 
 
 def _shapes(source: Source, options: Options) -> list[GraphShape]:

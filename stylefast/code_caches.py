@@ -6,13 +6,16 @@ folder above, whose owner may rename its contents.
 """
 
 import atexit
+import errno
+import hashlib
 import logging
 import os
+import platform
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -23,12 +26,26 @@ _ROOT = 0
 _MOST_LINKS = 40
 # read by PyTorch's and Triton's compilers at every file lookup
 _INDUCTOR, _TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+# features PyTorch reports that compilers never use on their own
+_UNUSED = {"clflush", "clflushopt", "clwb", "sha", "aes"}
+
+
+def machine() -> str:
+    """Return the system and the kind of CPU that code compiled here is for, such as "Linux x86_64"."""
+    return f"{platform.system()} {platform.machine()}"
+
+
+def cpu_instructions() -> list[str]:
+    """Return the CPU extensions that code compiled here may use: it is compiled for this machine's CPU."""
+    import torch
+
+    return sorted({name for name, there in torch.cpu.get_capabilities().items() if there is True} - _UNUSED)
 
 
 def replaceable(path: str | Path) -> str | None:
     """Return the reason why another user could replace `path` through a folder above it; None if none could.
 
-    Folders that don't exist yet count as safe: whichever user creates them below a safe folder owns them.
+    Missing folders are skipped, although another user may create them below /tmp: see `replaceable_inside`.
     """
     if not hasattr(os, "getuid"):
         return None
@@ -40,6 +57,18 @@ def replaceable(path: str | Path) -> str | None:
     except OSError as error:
         return f"{error.filename} can't be inspected ({error.strerror or error})"
     return None
+
+
+def replaceable_inside(folder: str | Path) -> str | None:
+    """Create `folder`, closed to other users, if it is missing; return the reason why one could replace what is in it.
+
+    Raises OSError if it can't be created.
+    """
+    reason = replaceable(folder)
+    if reason is None:
+        _create(folder)
+        reason = replaceable(Path(folder) / "any file")
+    return reason
 
 
 def foreign(folder: str | Path, names: Iterable[str] = (), above: bool = True) -> str | None:
@@ -57,25 +86,34 @@ def foreign(folder: str | Path, names: Iterable[str] = (), above: bool = True) -
 
 
 def foreign_below(folder: str | Path) -> str | None:
-    """Return the reason why another user may have written any file in `folder`, at any depth; None if none can have.
-
-    A missing folder counts as safe if the folders above it are.
-    """
+    """Return the reason why another user may have written any file in `folder`, at any depth; None if none can have."""
     if not hasattr(os, "getuid"):
         return None
-    above, folder = replaceable(folder), Path(os.path.realpath(folder))
-    if above is not None or not folder.exists():
-        return above
-    return _first_foreign(_everything(folder), strict=False)
+    return replaceable(folder) or _first_foreign(_everything(Path(os.path.realpath(folder))), strict=False)
 
 
 def private_folder(wanted: str | Path, what: str, reason: str | None = None) -> Path:
     """Return `wanted` if no other user can have written its contents, else a new empty folder of this process.
 
-    what: the folder's contents, named in the warning. reason: why `wanted` can't be used, if already known. The new
-    folder is removed when the process ends.
+    A missing folder is created, closed to other users, and then checked like any other. what: the folder's contents,
+    named in the warning. reason: why `wanted` can't be used, if already known. The new folder is removed when the
+    process ends.
     """
-    reason = reason or foreign_below(wanted)
+    reason = reason or replaceable(wanted)
+    if reason is None:
+        try:
+            _create(wanted)
+        except OSError as error:
+            other = _own_temporary(what)
+            logger.warning(
+                "%s can't be kept in %s (%s); this process uses %s instead",
+                what,
+                wanted,
+                error.strerror or error,
+                other,
+            )
+            return other
+        reason = foreign_below(wanted)
     if reason is None:
         return Path(wanted)
     other = _own_temporary(what)
@@ -106,8 +144,10 @@ def inductor_cache(folder: str | Path | None = None) -> Iterator[None]:
         wanted = str(folder)
     else:
         # PyTorch's cache keys ignore ATEN_CPU_CAPABILITY, and code generated for another vector width writes beyond the
-        # ends of tensors
-        wanted = os.path.join(default_cache_dir(), f"stylefast-{torch.backends.cpu.get_cpu_capability().lower()}")
+        # ends of tensors; nor do they know which instructions -march=native meant
+        capability = torch.backends.cpu.get_cpu_capability().lower()
+        cpu = hashlib.sha256(" ".join([machine(), *cpu_instructions()]).encode()).hexdigest()[:8]
+        wanted = os.path.join(default_cache_dir(), f"stylefast-{capability}-{cpu}")
     os.environ[_INDUCTOR] = str(_checked(wanted, "compiled code"))
     try:
         yield
@@ -128,7 +168,7 @@ def guard_triton_cache() -> None:
 
 @cache
 def _checked(wanted: str, what: str) -> Path:
-    # cached: no other user can write to a folder that was safe at the start, so it stays safe
+    # cached: no other user can write to a folder that exists and was safe at the start, so it stays safe
     return private_folder(wanted, what)
 
 
@@ -142,6 +182,19 @@ def _own_temporary(what: str) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
 
     return folder
+
+
+def _create(folder: str | Path) -> None:
+    """Create a folder and those above it, each closed to other users whatever the umask; keep those that exist."""
+    at, missing = Path(os.path.realpath(folder)), []
+    while not os.path.lexists(at):
+        missing.append(at)
+        at = at.parent
+    for one in reversed(missing):
+        with suppress(FileExistsError):  # whoever was faster; the owner is checked afterwards
+            os.mkdir(one, 0o700)
+    if not os.path.isdir(os.path.realpath(folder)):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 def _everything(folder: Path) -> Iterator[Path]:

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from stylefast import code_caches
-from stylefast.code_caches import foreign, foreign_below, inductor_cache, private_folder, replaceable
+from stylefast.code_caches import (
+    foreign,
+    foreign_below,
+    inductor_cache,
+    private_folder,
+    replaceable,
+    replaceable_inside,
+)
 
 as_root = pytest.mark.skipif(
     not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give files to another user"
@@ -39,8 +46,48 @@ def test_a_folder_of_this_user_alone_is_used(cache):
     assert private_folder(cache, "code") == cache
 
 
-def test_a_folder_that_does_not_exist_yet_is_used(tmp_path):
-    assert private_folder(tmp_path / "new" / "cache", "code") == tmp_path / "new" / "cache"
+@pytest.fixture
+def no_umask():
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def test_a_folder_that_does_not_exist_yet_is_created_closed_to_others(tmp_path, no_umask):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    new = tmp_path / "shared" / "new" / "cache"
+    assert foreign_below(new) is not None and private_folder(new, "code") == new
+    assert [path.stat().st_mode & 0o777 for path in (new, new.parent)] == [0o700, 0o700]
+    other = tmp_path / "shared" / "other"
+    assert replaceable_inside(other) is None and other.stat().st_mode & 0o777 == 0o700
+
+
+@as_root
+def test_a_folder_that_another_user_creates_in_the_meantime_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    wanted, mkdir = tmp_path / "shared" / "cache", os.mkdir
+
+    def faster(path, mode=0o777):
+        mkdir(path, mode)
+        if path == wanted:
+            os.chown(path, NOBODY, NOBODY)
+            raise FileExistsError(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "mkdir", faster)
+        assert private_folder(wanted, "code") != wanted
+    assert "user 65534" in replaceable_inside(wanted)
+
+
+def test_where_no_folder_can_be_created_a_private_one_is_used_with_the_reason(tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        other = private_folder(tmp_path / "file" / "cache", "compiled code")
+    assert not any(other.iterdir()) and f"can't be kept in {tmp_path / 'file' / 'cache'} (Not a" in caplog.text
+    with pytest.raises(OSError, match="Not a directory"):
+        replaceable_inside(tmp_path / "file")
 
 
 @pytest.mark.parametrize("open_to_others", [".", "inner", "inner/code.so", ".."])
@@ -129,6 +176,16 @@ def test_code_for_vectors_of_another_width_is_not_found(monkeypatch):
     found = []
     for capability in ("AVX2", "AVX512", "AVX2"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        with inductor_cache():
+            found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert found[0] == found[2] != found[1]
+
+
+def test_code_for_another_cpu_with_the_same_width_is_not_found(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    found = []
+    for instructions in (["avx2"], ["avx2", "amx_tile"], ["avx2"]):
+        monkeypatch.setattr(code_caches, "cpu_instructions", lambda instructions=instructions: instructions)
         with inductor_cache():
             found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert found[0] == found[2] != found[1]

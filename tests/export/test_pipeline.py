@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from stylefast.models.adapter_loading import load_adapter
 from stylefast.models.checkpoint import from_pipeline
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
+from stylefast.runtime.backends import choice
 from tests.support import forked
 from tests.support.scene import small_picture
 from tests.support.small_graphs import nano_pipeline, one_layer_pipeline, translations, write_adapter  # noqa: F401
@@ -490,7 +491,7 @@ def test_graphs_that_do_not_fit_are_not_built_from(runs, source, half, tmp_path)
 
 def compiled(unet, shape, path, *, fixed, device, weights):
     """Stands in for the compiler."""
-    assert not weights and device == "cpu"
+    assert not weights and device == torch.device("cpu")
     path.write_bytes(shape.flavour.encode())
     inputs, outputs = tuple(graph_inputs(unet, shape)), (graph_output(unet),)
     return AotiReport(path, 5, 1.234, "cpu", {}, inputs, outputs, {"stylefast.geglu.default": 4}, weights)
@@ -523,6 +524,49 @@ def test_packages_share_the_models_weights_and_are_gone_on_with(source, tmp_path
     for graph in manifest.graphs:
         assert graph.extra["weights"] is False and graph.extra["seconds"] == 1.2
         assert graph.fixed == {"height": 16, "width": 16} and graph.shape["text_tokens"] == 77
+
+
+OTHER_MACHINES = {
+    "instructions": ("cpu_instructions", lambda: ["avx2"]),
+    "a system": ("machine", lambda: "Linux riscv64"),
+    "a chip": ("target_of", lambda device: "sm89"),
+    "a compiler of kernels": ("versions", lambda *packages: {"triton": "0"}),
+}
+
+
+@pytest.mark.parametrize("fact, there", OTHER_MACHINES.values(), ids=OTHER_MACHINES)
+def test_what_was_compiled_on_another_machine_is_neither_gone_on_with_nor_found(
+    source, tmp_path, monkeypatch, fact, there
+):
+    monkeypatch.setenv("STYLEFAST_CACHE", str(tmp_path / "cache"))
+    given, made, found = options("aoti", targets=("cpu",), flavours=("live", "plain")), [], []
+    monkeypatch.setattr(pipeline, "ensure", lambda source, options, folder: folder)
+
+    def compile_(unet, shape, *rest, **named):
+        made.append(shape.flavour)
+        if made == ["live", "plain"]:
+            raise ExportError("stopped")
+        return compiled(unet, shape, *rest, **named)
+
+    monkeypatch.setattr(aoti, "export_aoti", compile_)
+    with pytest.raises(ExportError, match="stopped"):
+        pipeline.export_aoti(source, tmp_path / "packages", given)
+    found += [choice._exported_folder(kind, source) for kind in ("aoti", "onnx")]
+    monkeypatch.setattr(aoti, fact, there)
+    pipeline.export_aoti(source, tmp_path / "packages", given)
+    assert made == ["live", "plain", "live", "plain"]
+    found += [choice._exported_folder(kind, source) for kind in ("aoti", "onnx")]
+    # ONNX graphs are no code, and fit every machine
+    assert found[0] != found[2] and found[1] == found[3]
+
+
+def test_of_several_gpus_the_one_with_the_model_is_compiled_for(source, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
+    there = SimpleNamespace(identity=source.identity, unet=SimpleNamespace(device=torch.device("cuda", 1)))
+    assert pipeline.identity(there, options("aoti", targets=("cuda",)))["made on"]["target"] == "sm90"
+    assert asked == [torch.device("cuda", 1)]
 
 
 @pytest.mark.slow

@@ -109,6 +109,13 @@ def test_models_types_and_devices_have_folders_of_their_own(tmp_path):
     assert len({folder(), folder({"width": 64}), folder(dtype=torch.bfloat16)}) == 3
 
 
+@pytest.mark.parametrize("fact, there", [("cpu_instructions", ["avx2"]), ("machine", "Linux riscv64")])
+def test_another_cpu_has_a_folder_of_its_own(tmp_path, monkeypatch, fact, there):
+    here = CompileCache(tmp_path, {"width": 32}, torch.float32, torch.device("cpu")).folder
+    monkeypatch.setattr(compile_cache, fact, lambda: there)
+    assert CompileCache(tmp_path, {"width": 32}, torch.float32, torch.device("cpu")).folder != here
+
+
 def test_old_files_go_when_there_are_many(cache, artifacts, monkeypatch):
     monkeypatch.setattr(compile_cache, "_MOST_FILES", 2)
     for i in range(4):
@@ -151,6 +158,14 @@ def test_a_folder_that_others_can_write_to_gives_no_code_and_takes_none(tmp_path
         other = cache()
     assert other.load() == 0 and not artifacts.loaded
     assert other.save().parent != planted.parent and "another user could have written" in caplog.text
+
+
+def test_the_folder_is_made_before_others_can_make_it(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    folder = CompileCache(tmp_path / "tmp" / "mine", {}, torch.float32, torch.device("cpu")).folder
+    made = [folder, *folder.parents][:3]
+    assert [path.stat().st_mode & 0o777 for path in made] == [0o700] * 3 and made[-1] == tmp_path / "tmp" / "mine"
 
 
 def test_planted_shared_objects_beside_the_files_are_not_where_pytorch_looks(cache, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stylefast import values
-from stylefast.code_caches import private_folder, replaceable
+from stylefast.code_caches import private_folder, replaceable_inside
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, ModelFormatError
 from stylefast.export.manifest import CODE, SHOWN_DIGITS
 from stylefast.models.unet import UNet
@@ -67,7 +67,7 @@ def make_backend(
         made = backend if isinstance(backend, Backend) else backend(unet)
         if not isinstance(made, Backend):
             raise InvalidRequest(
-                f"the backend's function returned {made!r}, which is not a runtime.backends.base.Backend"
+                f"the backend's function returned {values.quoted(made)}, which is not a runtime.backends.base.Backend"
             )
         return made
     if backend in ("auto", "torch"):
@@ -100,14 +100,14 @@ def _exported_folder(kind: str, source: Any) -> Path:
         # compiling takes over a minute per flavour, and "banked" covers the others
         flavours=("banked",) if kind == "aoti" else (),
     )
-    made_of = json.dumps([source.identity(), options.to_json()], sort_keys=True)
+    made_of = json.dumps(pipeline.identity(source, options), sort_keys=True)
     digest = hashlib.sha256(made_of.encode()).hexdigest()
     engines = default_folder() / "engines"
-    reason = replaceable(engines / digest[:32] / "any file") if kind in CODE else None
-    if reason is not None:
-        engines = private_folder(engines, "exported engines", reason)
     folder = engines / digest[:32]
     try:
+        reason = replaceable_inside(engines) if kind in CODE else None
+        if reason is not None:
+            folder = private_folder(engines, "exported engines", reason) / digest[:32]
         return pipeline.ensure(source, options, folder)
     except OSError as error:
         raise ExportError(
@@ -257,7 +257,8 @@ def _weights_inside(entry: Any) -> bool:
     found = entry.extra.get("weights", True)
     if not isinstance(found, bool):
         raise ModelFormatError(
-            f"the manifest's entry on the weights in {entry.label} is {found!r}; it must be true or false; export again"
+            f"the manifest's entry on the weights in {entry.label} is {values.quoted(found)}; it must be true or "
+            f"false; export again"
         )
     return found
 
@@ -276,7 +277,8 @@ def _ranges(label: str, fixed: Mapping[str, int], profiles: Any) -> dict[str, tu
                 found[name] = (min(low, least), max(high, most))
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelFormatError(
-            f"the manifest's profiles of {label} are {profiles!r}; each must be an object of dimensions with three "
+            f"the manifest's profiles of {label} are {values.quoted(profiles)}; each must be an object of dimensions "
+            f"with three "
             "whole numbers: minimum, usual, maximum; export again"
         ) from error
     return found

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from stylefast.code_caches import inductor_cache, private_folder, replaceable
+from stylefast.code_caches import cpu_instructions, inductor_cache, machine, private_folder, replaceable_inside
 from stylefast.errors import InvalidRequest
 from stylefast.whole_files import write_whole
 
@@ -47,7 +47,10 @@ class CompileCache:
 
     def __init__(self, folder: Path, config: dict, dtype: torch.dtype, device: torch.device):
         inner = Path("compile", _identity(config, dtype, device))
-        reason = replaceable(folder / inner / "any file")
+        try:
+            reason = replaceable_inside(folder / inner)
+        except OSError:
+            reason = None  # nothing to read there; `save` says that nothing can be kept
         self.folder = (folder if reason is None else private_folder(folder, "compiled code", reason)) / inner
         self._loaded: set[tuple[str, str]] = set()  # (kind, key) of artifacts in loaded and saved files
         self._saved: Path | None = None  # this process's file
@@ -145,7 +148,7 @@ def _identity(config: dict, dtype: torch.dtype, device: torch.device) -> str:
     if device.type == "cuda":
         chip = [torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)]
     else:
-        chip = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+        chip = [machine(), torch.backends.cpu.get_cpu_capability(), cpu_instructions()]
     try:
         triton = version("triton")
     except PackageNotFoundError:
