@@ -15,10 +15,10 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
 
-from stylefast.commands.folder_lock import LOCK, only_writer, remove_parts
+from stylefast.commands.folder_lock import LOCK, PICTURES, only_writer, remove_parts
 from stylefast.commands.notices import warn
 from stylefast.errors import ImageError, InvalidRequest, StyleFastError
-from stylefast.values import free_bytes, load_json, typed_path
+from stylefast.values import free_bytes, load_json, quoted, typed_path
 from stylefast.whole_files import write_whole
 
 CHUNK, PARAMETERS = "stylefast", "parameters"
@@ -26,7 +26,7 @@ CHUNK, PARAMETERS = "stylefast", "parameters"
 PLAIN_LIMIT = 60_000
 _PNG_LIMIT = 60_000_000  # bytes; Pillow reads 64 MiB of text in all, and 1 MiB of a compressed one
 _DESCRIPTION = 0x010E  # EXIF's ImageDescription
-_JPEG, _JPEG_LIMIT = (".jpg", ".jpeg"), 65_000
+_JPEG, _JPEG_LIMIT = PICTURES[1:], 65_000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEAST = 1024  # bytes; a picture with its record always takes more
 _NUMBER = re.compile(r"(\d{4,})-.*\.png")
@@ -48,7 +48,7 @@ class Destination:
         self._slugs = [slug(prompt) for prompt in prompts]
         if out.suffix.lower() in (".webp", ".avif"):
             raise InvalidRequest(f"--out is {out}; pictures are written as PNG or JPEG, which store their settings")
-        self._file = out if out.suffix.lower() in (".png", *_JPEG) else None
+        self._file = out if out.suffix.lower() in PICTURES else None
         self.folder = out if self._file is None else out.parent
         self._check()
 
@@ -266,7 +266,7 @@ def read_metadata(path: str | Path) -> tuple[dict, Image.Image]:
     except (InvalidRequest, KeyError, TypeError) as error:
         raise InvalidRequest(f"the settings in {path} are damaged ({error}); use an unedited copy") from error
     if not whole:
-        raise InvalidRequest(f"the settings in {path} are damaged (index {place!r}); use an unedited copy")
+        raise InvalidRequest(f"the settings in {path} are damaged (index {quoted(place)}); use an unedited copy")
     return metadata, pixels
 
 

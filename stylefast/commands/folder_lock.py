@@ -13,8 +13,9 @@ from stylefast.commands.notices import warn
 from stylefast.errors import InvalidRequest
 
 LOCK = ".stylefast.lock"
+PICTURES = (".png", ".jpg", ".jpeg")
 # only of pictures: a bank being baked into the same folder has a similar temporary name
-_PART = re.compile(r"\..+\.png\.[0-9a-f]{8}\.part", re.IGNORECASE)
+_PART = re.compile(rf"\..+({'|'.join(map(re.escape, PICTURES))})\.[0-9a-f]{{8}}\.part", re.IGNORECASE | re.DOTALL)
 PATIENCE = 60.0  # seconds; writing a call's pictures takes less
 
 

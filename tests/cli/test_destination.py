@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from stylefast.commands.generate import ModelChoice
 from stylefast.commands.signals import Stopped
 from stylefast.errors import InvalidRequest, StyleFastError
 from stylefast.whole_files import write_whole
+from tests.support.watch import WAIT
 
 WRITER = """
 import sys, time
@@ -36,7 +38,7 @@ sys.exit(problem and 1)
 @pytest.fixture(autouse=True)
 def without_records(monkeypatch):
     """Pictures without metadata, which others test."""
-    monkeypatch.setattr(files, "png_info", lambda metadata: None)
+    monkeypatch.setattr(files, "png_info", lambda metadata, parameters=True: None)
 
 
 def pictures(count):
@@ -97,6 +99,36 @@ def test_what_a_killed_writer_left_is_removed_and_its_lock_holds_nobody_up(tmp_p
         ".hidden",
         "0001-a-fish.png",
     ]
+
+
+# stops with a picture half written, and waits there to be killed
+HALF = """
+import os, sys, time
+from PIL import Image
+from stylefast.commands import files
+files.png_info = lambda metadata, parameters: None
+def stop(descriptor):
+    print("writing", flush=True)
+    time.sleep(3600)
+destination = files.Destination(sys.argv[1], ["a fish"], parameters=False)
+os.fsync = stop
+destination.write([Image.new("RGB", (64, 64))], [{}], None)
+"""
+
+
+@pytest.mark.parametrize("out", ["", "x.png", "x.jpg", "x.JPEG"])
+def test_the_next_call_removes_what_a_writer_killed_in_the_midst_of_a_picture_left(checkout, tmp_path, out):
+    words = [sys.executable, "-c", HALF, str(tmp_path / out)]
+    writer = subprocess.Popen(words, cwd=checkout, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout.readline() == "writing\n"
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate(timeout=WAIT)
+    (part,) = tmp_path.glob(".*.part")
+    assert part.stat().st_size > 0 and (tmp_path / folder_lock.LOCK).exists() and writer.returncode == -signal.SIGKILL
+    ((path,), problem) = Destination(tmp_path / out, ["a fish"], parameters=False).write(pictures(1), [{}], None)
+    assert problem is None and list(tmp_path.iterdir()) == [path] and Image.open(path).size == (16, 16)
 
 
 def test_a_writer_that_hangs_is_not_waited_for_for_ever_and_keeps_its_files(tmp_path, monkeypatch, capsys):
