@@ -219,6 +219,12 @@ class Gpu:
     def graph(self):
         return FakeGraph(self)
 
+    def event(self):
+        return SimpleNamespace(
+            record=lambda stream: self.log.append(f"mark on {stream.name}"),
+            synchronize=lambda: self.log.append("host waits for the mark"),
+        )
+
     def end(self, index, pool):
         assert index == DEVICE.index
         if pool not in self.under_way:
@@ -278,6 +284,7 @@ def gpu(monkeypatch):
         "Stream": lambda device: gpu.stream("side"),
         "stream": gpu.on,
         "CUDAGraph": gpu.graph,
+        "Event": gpu.event,
         "device": lambda which: nullcontext(),
         "current_stream": lambda device: gpu.stream("current"),
         "graph_pool_handle": lambda: next(gpu.pools),
@@ -307,7 +314,28 @@ def test_a_capture_waits_for_nothing_lets_other_threads_work_and_tells_how_the_p
     assert captured.nbytes == 512 and gpu.current == "default" and gpu.under_way == []
     captured.replay()
     captured.reset()
-    assert gpu.log[-2:] == ["replay", "reset"] and gpu.used["pool 1"] == 0
+    assert gpu.log[-3:] == ["replay", "mark on current", "reset"] and gpu.used["pool 1"] == 0
+
+
+def test_a_graph_is_freed_after_the_last_replay_and_not_when_the_device_is_idle(gpu):
+    graphs, buffers, (_, step) = StepGraphs(CudaCapture(DEVICE), limit=1), _buffers(), _counter()
+    for _ in range(4):
+        graphs.run("a", buffers, step)
+    gpu.log.clear()
+    for _ in range(3):
+        graphs.run("b", buffers, step)  # in place of a
+    graphs.reset()
+    freed = ["host waits for the mark", "reset"]
+    assert gpu.log[:2] == freed and gpu.log[-4:] == ["replay", "mark on current", *freed]
+    assert not [line for line in gpu.log if line.startswith("synchronise")]
+
+
+def test_graphs_that_never_ran_are_waited_for_by_nobody(gpu):
+    capture = CudaCapture(DEVICE)
+    capture.capture(lambda: None)
+    gpu.log.clear()
+    capture.wait()
+    assert gpu.log == []
 
 
 def test_what_the_allocator_keeps_is_given_back_only_where_a_capture_would_find_no_room(gpu):

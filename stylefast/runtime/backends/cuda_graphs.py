@@ -43,7 +43,7 @@ class Capture(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait until the device is idle."""
+        """Wait until the last replay is over, whatever else the device does."""
 
 
 class CudaCapture:
@@ -55,6 +55,7 @@ class CudaCapture:
     def __init__(self, device: torch.device):
         self._device, self._side = device, torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._replayed: torch.cuda.Event | None = None  # after the last replay, on its stream
 
     def warm(self, step: Callable[[], None]) -> None:
         current = torch.cuda.current_stream(self._device)
@@ -73,10 +74,19 @@ class CudaCapture:
             # the state of a pool after a failed capture is undefined
             self._pool = torch.cuda.graph_pool_handle()
             raise
-        return Captured(graph.replay, graph.reset, max(0, torch.cuda.memory_reserved(self._device) - before))
+
+        def replay():
+            graph.replay()
+            if self._replayed is None:
+                self._replayed = torch.cuda.Event()
+            self._replayed.record(torch.cuda.current_stream(self._device))
+
+        return Captured(replay, graph.reset, max(0, torch.cuda.memory_reserved(self._device) - before))
 
     def wait(self) -> None:
-        torch.cuda.synchronize(self._device)
+        # replays follow one another, so the last one is over last; the rest of the device has other users
+        if self._replayed is not None:
+            self._replayed.synchronize()
 
 
 class StepGraphs:
