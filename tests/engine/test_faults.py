@@ -158,13 +158,13 @@ def test_an_exit_in_a_callback_harms_no_other_job(engine):
     first = engine.submit(sf.Request("a cat", **K), output="latents")
     first.add_done_callback(leave)
     second = engine.submit(sf.Request("a dog", steps=6, size=SIZE), output="latents")
-    assert second.result(60).latents and first.result(60).latents
+    assert second.result(WAIT).latents and first.result(WAIT).latents
 
 
 def test_a_finished_job_does_not_keep_the_model():
     engine = sf.Engine.from_pipeline(sharp_pipeline())
     job = engine.submit(sf.Request("a cat", **K), output="latents")
-    job.result(60)
+    job.result(WAIT)
     engine.close()
     unet = weakref.ref(engine.unet)
     del engine

@@ -12,6 +12,7 @@ from stylefast.models.checkpoint import TINY
 from stylefast.models.known_words import known_words
 from stylefast.runtime.plan.notices import Notices
 from stylefast.styles.dream_styler import DreamStyler
+from tests.support.watch import WAIT
 
 CHALK = TINY / "styles" / "chalk.safetensors"
 
@@ -99,7 +100,7 @@ def test_the_engine_warns_once_however_a_picture_is_asked_for(caplog):
         style = sf.StyleAligned(prompt="a dragon")
         for ask in (
             lambda: engine.generate("a dragon", steps=1, guidance=1, output="latents"),
-            lambda: engine.submit(sf.Request("a dragon", steps=1, guidance=1), output="latents").result(60),
+            lambda: engine.submit(sf.Request("a dragon", steps=1, guidance=1), output="latents").result(WAIT),
             lambda: engine.bake(style, steps=1, guidance=1, store="latents"),
         ):
             caplog.clear()

@@ -13,6 +13,7 @@ from stylefast.record import from_record, to_record
 from tests.support.fp64 import close, measured
 from tests.support.scene import SIZE, apart, guided, learned, sharp_pipeline, small_picture
 from tests.support.small_checkpoints import random_lora, write_kohya_lora, write_peft_lora
+from tests.support.watch import WAIT
 
 STEPS = 2
 USED = {
@@ -203,7 +204,7 @@ def test_loras_take_turns_where_not_all_fit(frugal, registered):
     expected = latents(registered, given)
     jobs = {name: frugal.submit(one, output="latents") for name, one in given.items()}
     for name, job in jobs.items():
-        error = (job.result(60).latents[0] - expected[name]).abs().max()
+        error = (job.result(WAIT).latents[0] - expected[name]).abs().max()
         assert error <= 1e-5 * expected[name].abs().max(), name
     pool = frugal.runner.conditions.loras
     assert pool.held == 0 and len(pool.resident) == 1
@@ -230,7 +231,7 @@ def test_nothing_is_held_when_all_is_done(registered):
     jobs[1].cancel()
     registered.generate(list(requests().values()))
     for job in jobs:
-        job.exception() or job.status == "cancelled" or job.result(60)
+        job.exception() or job.status == "cancelled" or job.result(WAIT)
     assert conditions.loras.held == 0 and conditions.text.used == 0
 
 
@@ -317,7 +318,7 @@ def test_many_requests_under_many_loras_leak_nothing_and_get_their_own(pipe, tmp
             chosen = [draw.choice(names[:HOT] if draw.random() < 0.8 else names) for _ in range(HOT)]
             jobs = [engine.submit(request(name), output="latents") for name in chosen]
             for name, job in zip(chosen, jobs, strict=True):
-                error = (job.result(120).latents[0] - alone[name]).abs().max()
+                error = (job.result(WAIT).latents[0] - alone[name]).abs().max()
                 assert error <= 1e-5 * alone[name].abs().max(), name
         pool = engine.runner.conditions.loras
         assert pool.held == 0 and pool.nbytes - pool.rows.units.nbytes <= 16 * one

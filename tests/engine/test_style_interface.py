@@ -14,6 +14,7 @@ from stylefast.record import from_record, to_record
 from stylefast.styles import style as style_module
 from stylefast.styles.style import References, Rows, Style, find_kind, kinds, style_of_option
 from tests.support.scene import SIZE
+from tests.support.watch import WAIT
 
 
 def test_a_second_style_of_the_name_is_refused():
@@ -105,10 +106,10 @@ def test_a_style_that_fails_ends_its_own_job(engine, methods):
             found = error
     if bad is not None:
         with pytest.raises(StyleError) as caught:
-            bad.result(60)
+            bad.result(WAIT)
         found = caught.value
     assert "Broken" in str(found) or "a style wrote the mode 9" in str(found)
-    assert good.result(60).latents
+    assert good.result(WAIT).latents
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from stylefast.models.stored_tensors import StoredTensors
 from stylefast.runtime.banks import copies
 from stylefast.runtime.banks.copies import start_copies
 from tests.support.cpp_forms import backends
+from tests.support.watch import WAIT
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool]
 
@@ -128,7 +129,7 @@ def test_many_threads_may_give_lists(copy, backend):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(WAIT)
     assert failures == [] and not any(thread.is_alive() for thread in threads)
 
 
@@ -179,7 +180,7 @@ def test_an_interpreter_ends_with_copies_under_way(extension):
         "copies.start_copies(ThreadPoolExecutor(4), sources, destinations)\n"
         "print('end')"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=WAIT)
     assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
 
 

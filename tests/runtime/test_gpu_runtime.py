@@ -5,6 +5,7 @@ import torch
 
 import stylefast as sf
 from tests.support.scene import near, sharp_pipeline, small_picture
+from tests.support.watch import WAIT
 
 pytestmark = pytest.mark.gpu
 PICTURE = small_picture(1, (48, 40))
@@ -78,7 +79,7 @@ def test_a_request_is_the_same_alone_and_in_company(plain, scheduler):
         for i, p in enumerate(["neon", "oil", "a fish"])
     ]
     again = plain.submit(sf.Request("a cat", style=style, seed=3, scheduler=scheduler, **SETTINGS), output="latents")
-    near([again.result(60).latents[0].cpu()], alone, TOLERANCE)
+    near([again.result(WAIT).latents[0].cpu()], alone, TOLERANCE)
     for job in jobs:
-        job.result(60)
+        job.result(WAIT)
     plain.close()

@@ -10,6 +10,7 @@ from stylefast.errors import InvalidRequest, StyleFastError
 from stylefast.runtime.banks import page_pool
 from stylefast.runtime.banks.page_pool import Page, PageBooksRef, PagePool, PoolFull
 from tests.support.cpp_forms import backends, pool_of
+from tests.support.watch import WAIT
 
 
 def of(*steps, style=0):
@@ -133,7 +134,7 @@ def test_waiters_in_other_threads_are_told_how_a_load_ended(backend, report, rea
     assert answers == []
     getattr(pool, report)(claim.slots[:1])
     for thread in threads:
-        thread.join(10)
+        thread.join(WAIT)
     assert answers == [ready] * 3
 
 
@@ -213,7 +214,7 @@ def test_threads_that_share_a_pool_never_see_a_page_of_another_key(backend):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(WAIT)
     assert wrong == [] and pool.stats().pinned == 0
 
 
