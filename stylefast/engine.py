@@ -90,7 +90,13 @@ class Engine:
         )
         limits = [parse_bytes(name, getattr(options, name)) for name in SIZES]
         self.budget = MemoryBudget(*limits[:3])
-        self.loras = Loras(self.unet, self.merged_loras.weights, limits[4], self.merged_loras)
+        self.loras = Loras(
+            self.unet,
+            self.merged_loras.weights,
+            limits[4],
+            self.merged_loras,
+            check_process=lambda: self.runner.check_process(),
+        )
         self._warn = Notices(self.name, components.known_words)
         scheduler_config = components.scheduler_config
         store = ConditionStore(

@@ -9,7 +9,7 @@ import itertools
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,8 +99,11 @@ engine.loras.add(file, 'pixel')
         weights: Mapping[str, Mapping[str, torch.Tensor]],
         host_memory: int | None = None,
         merged: LoraSet | None = None,
+        check_process: Callable[[], None] = lambda: None,
     ):
         self._unet, self._weights, self._budget, self._merged = unet, weights, host_memory, merged
+        # raises in a forked process, where the lock may be held forever
+        self._check_process = check_process
         self._lock = threading.RLock()
         self._named: dict[str, Lora] = {}
         self._host: LruDict[Lora, None] = LruDict()  # with factors in memory
@@ -123,8 +126,9 @@ engine.loras.add(file, 'pixel')
 
         Raises ModelNotFound and ModelFormatError for files that can't be read, AdapterError for files that are not a
         LoRA, don't fit the model, or can't differ by row (NotLowRank; `Engine.load_lora` takes those), and
-        InvalidRequest for a name that is taken.
+        InvalidRequest for a name that is taken; like `remove` and `[name]`, EngineClosed in a forked process.
         """
+        self._check_process()
         path = values.path("a LoRA", source)
         if part is not None:
             values.one_of("part", part, BLORA_BLOCKS)
@@ -140,6 +144,7 @@ engine.loras.add(file, 'pixel')
 
     def remove(self, name: str) -> None:
         """Unregister a LoRA; requests that use it keep it until they are done. Raises InvalidRequest if unknown."""
+        self._check_process()
         with self._lock:
             self._find(name)
             lora = self._named.pop(name)
@@ -156,14 +161,15 @@ engine.loras.add(file, 'pixel')
 
     def __getitem__(self, name: str) -> Lora:
         """Return a registered LoRA. Raises InvalidRequest, listing the names there are."""
+        self._check_process()
         with self._lock:
             return self._find(name)
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of all factors in host memory."""
-        with self._lock:
-            return sum(lora.nbytes for lora in self._host)
+        # a copy, made in one step, in place of the lock: memory reports must also work in a forked process
+        return sum(lora.nbytes for lora in list(self._host))
 
     def uses(self, wanted: Mapping[str, LoraScale]) -> tuple[LoraUse, ...]:
         """Return the LoRAs that a request names, without those of strength 0, in the order of their contents.

@@ -16,6 +16,7 @@ from stylefast.errors import EngineClosed, ExportError, InvalidRequest
 from stylefast.runtime.banks.copies import start_copies
 from tests.support.fp64 import close
 from tests.support.scene import SIZE, STEPS, small_picture
+from tests.support.small_checkpoints import random_lora, write_peft_lora
 from tests.support.watch import WAIT, Watch, forget_idle, held, request, settled, submit, until
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -104,6 +105,37 @@ def test_a_program_and_its_fork_end_with_jobs_on_their_way():
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=4 * WAIT)
     assert (done.returncode, done.stdout.strip()) == (0, "7"), done.stderr
+
+
+@needs_fork
+def test_loras_are_refused_in_the_child_whoever_was_reading_one(own, pipe, tmp_path):
+    file = write_peft_lora(random_lora(pipe, seed=1), tmp_path / "ink.safetensors")
+    engine, holds, go = own(), threading.Event(), threading.Event()
+    engine.loras.add(file)
+
+    def hold():
+        with engine.loras._lock:
+            holds.set()
+            go.wait(WAIT)
+
+    def work():
+        for call in (
+            lambda: engine.loras.add(file, "other"),
+            lambda: engine.loras.remove("ink"),
+            lambda: engine.loras["ink"],
+        ):
+            refused(call)
+        assert list(engine.loras) == ["ink"] and "ink" in engine.loras and len(engine.loras) == 1
+        assert engine.memory() and engine.loras.nbytes > 0
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert holds.wait(WAIT)
+    code = in_child(work)
+    go.set()
+    holder.join(WAIT)
+    assert code == 0 and engine.loras["ink"].name == "ink"
+    engine.close()
 
 
 @needs_fork
