@@ -107,7 +107,9 @@ class Component:
         for name, value in fixed.items():
             if name not in self.dimensions:
                 known = ", ".join(self.dimensions)
-                raise InvalidRequest(f"the {self.name} has no dimension {name!r} that may be fixed; it has {known}")
+                raise InvalidRequest(
+                    f"the {self.name} has no dimension {values.quoted(name)} that may be fixed; it has {known}"
+                )
             values.whole_number(name, value, *DIMENSIONS[name])
         return {name: _EXAMPLES[name] for name in self.dimensions} | fixed
 

@@ -14,6 +14,7 @@ import torch
 
 from stylefast.errors import ExportError, InvalidRequest
 from stylefast.export.onnx_operations import OnnxOperations
+from stylefast.values import quoted
 
 LATEST_OPSET = 23
 _OPSETS = {torch.float32: 20, torch.float16: 20, torch.bfloat16: 22}  # the first whose operators support the type
@@ -36,7 +37,9 @@ def check_opset(opset: int | None, dtype: torch.dtype) -> int:
         return least
     if isinstance(opset, bool) or not isinstance(opset, int) or not least <= opset <= LATEST_OPSET:
         kind = str(dtype).removeprefix("torch.")
-        raise InvalidRequest(f"opset is {opset!r}; graphs in {kind} are written in opsets {least} to {LATEST_OPSET}")
+        raise InvalidRequest(
+            f"opset is {quoted(opset)}; graphs in {kind} are written in opsets {least} to {LATEST_OPSET}"
+        )
     return opset
 
 

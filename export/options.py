@@ -148,17 +148,17 @@ class Options:
                 Profile.parse(text, scale=2)  # the real scale is known once the model is loaded
         elif self.kind == "aoti":
             if len(self.targets) != 1 or self.targets[0] not in _AOTI_TARGETS:
-                shown = ", ".join(map(str, self.targets)) or "missing"
+                shown = values.listed(self.targets, "missing")
                 raise InvalidRequest(f"target is {shown}; AOTInductor compiles for one of {', '.join(_AOTI_TARGETS)}")
         elif self.targets:
-            raise InvalidRequest(f"target is {', '.join(self.targets)}; exports of kind {self.kind} have no target")
+            raise InvalidRequest(f"target is {values.listed(self.targets)}; exports of kind {self.kind} have no target")
 
     def _check_size(self) -> None:
         if self.size is None or (isinstance(self.size, str) and self.size == NATIVE):
             return
         if not isinstance(self.size, (list, tuple)) or len(self.size) != 2:
             shown = values.quoted(self.size)
-            raise InvalidRequest(f"size is {shown}; it must be {NATIVE!r} or (width, height) in pixels")
+            raise InvalidRequest(f"size is {shown}; it must be {values.quoted(NATIVE)} or (width, height) in pixels")
         sides = []
         for name, side in zip(("width", "height"), self.size):
             sides.append(values.whole_number(name, side, 8, 8192))
@@ -331,10 +331,10 @@ def _versions() -> dict[str, str]:
     return {"torch": torch.__version__, **dict.fromkeys(_EXPORTERS, ""), **versions(*_EXPORTERS)}
 
 
-def _distinct(name: str, values: tuple) -> None:
-    twice = [value for i, value in enumerate(values) if value in values[:i]]
+def _distinct(name: str, given: tuple) -> None:
+    twice = [value for i, value in enumerate(given) if value in given[:i]]
     if twice:
-        raise InvalidRequest(f"{name} has {twice[0]!r} twice; name each once")
+        raise InvalidRequest(f"{name} has {values.quoted(twice[0])} twice; name each once")
 
 
 # process overhead besides weights: Python, PyTorch, the traced graph
@@ -391,7 +391,7 @@ def estimate_export(
     unknown kind.
     """
     if kind not in KINDS:
-        raise InvalidRequest(f"kind is {kind!r}; there are {', '.join(KINDS)}")
+        raise InvalidRequest(f"kind is {values.quoted(kind)}; there are {', '.join(KINDS)}")
     unet = _parameters(_frozen(unet_config)) * dtype.itemsize
     memory = _BASE + unet + other_weights
     count = len(flavours)

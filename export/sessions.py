@@ -13,6 +13,7 @@ import torch
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory
 from stylefast.export.unet_graph import short_name
+from stylefast.values import quoted
 
 # ONNX's number of an element type -> (torch's type, ONNX Runtime's name)
 _TYPES = {
@@ -179,7 +180,7 @@ def check_names(file: str, inputs: Collection[str], known: Collection[str]) -> N
     """Raise InvalidRequest unless exactly the known inputs of a graph's file are given."""
     missing, unknown = sorted(set(known) - set(inputs)), sorted(set(inputs) - set(known))
     if missing or unknown:
-        what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
+        what = f"needs input {quoted(missing[0])}" if missing else f"has no input {quoted(unknown[0])}"
         raise InvalidRequest(f"{file} {what}; its inputs are {', '.join(known)}")
 
 
@@ -187,7 +188,7 @@ def check_outputs(file: str, outputs: Collection[str], known: Collection[str]) -
     """Raise InvalidRequest for an output that a graph's file does not have."""
     unknown = sorted(set(outputs) - set(known))
     if unknown:
-        raise InvalidRequest(f"{file} has no output {unknown[0]!r}; it has {', '.join(known)}")
+        raise InvalidRequest(f"{file} has no output {quoted(unknown[0])}; it has {', '.join(known)}")
 
 
 def check_inputs(
@@ -242,7 +243,7 @@ def require_onnxruntime(device: str | torch.device = "cpu") -> Any:
     """Return the module `onnxruntime`. Raises MissingDependency if it, or its CUDA part if needed, is not installed."""
     place = torch.device(device)
     if place.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"device is {str(device)!r}; ONNX graphs run on 'cpu' and 'cuda:<number>'")
+        raise InvalidRequest(f"device is {quoted(str(device))}; ONNX graphs run on 'cpu' and 'cuda:<number>'")
     try:
         import onnxruntime
     except ImportError as error:

@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory, StyleFastError
+from stylefast.values import quoted
 from stylefast.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -51,17 +52,17 @@ def package_of(targets: Sequence[str], package: str | None = None) -> str:
     """
     named = list(targets)
     if isinstance(targets, str) or not named:
-        raise InvalidRequest(f"targets are {targets!r}; name one chip or more, such as ['sm89', 'sm120']")
+        raise InvalidRequest(f"targets are {quoted(targets)}; name one chip or more, such as ['sm89', 'sm120']")
     for target in named:
         if target not in PACKAGES[DATA_CENTRE]:
-            raise InvalidRequest(f"there is no target {target!r}; there are {', '.join(PACKAGES[DATA_CENTRE])}")
+            raise InvalidRequest(f"there is no target {quoted(target)}; there are {', '.join(PACKAGES[DATA_CENTRE])}")
     if len(set(named)) != len(named):
         raise InvalidRequest(f"targets {', '.join(named)} name one chip twice")
     foreign = [target for target in named if target not in PACKAGES[RTX]]
     if package is None:
         package = DATA_CENTRE if foreign else RTX
     if package not in PACKAGES:
-        raise InvalidRequest(f"there is no TensorRT package {package!r}; there are {', '.join(PACKAGES)}")
+        raise InvalidRequest(f"there is no TensorRT package {quoted(package)}; there are {', '.join(PACKAGES)}")
     if package == RTX and foreign:
         raise InvalidRequest(f"{foreign[0]} takes the package 'tensorrt'; tensorrt_rtx has {', '.join(PACKAGES[RTX])}")
     if package == DATA_CENTRE and len(named) > 1:
@@ -84,7 +85,7 @@ def load_package(package: str) -> ModuleType:
                 "pip install 'stylefast[export]' brings 'tensorrt_rtx', which knows "
                 f"{', '.join(PACKAGES[RTX])}; data-centre chips need NVIDIA's own package: pip install tensorrt"
             )
-        raise MissingDependency(f"the package {package!r} can't be loaded ({error}): {way}") from error
+        raise MissingDependency(f"the package {quoted(package)} can't be loaded ({error}): {way}") from error
 
 
 def present_target(device: torch.device | str | None = None) -> str | None:
@@ -121,7 +122,7 @@ def plan_header(head: bytes) -> tuple[str, str, int]:
     if len(head) < _HEADER:
         raise ExportError(f"the engine is truncated: it has {len(head)} bytes, less than its header's {_HEADER}")
     if head[:4] not in _MAGIC:
-        raise ExportError(f"this is no TensorRT engine: it begins with {head[:4]!r}")
+        raise ExportError(f"this is no TensorRT engine: it begins with {quoted(head[:4])}")
     version = ".".join(str(part) for part in head[_VERSION_AT : _VERSION_AT + 4])
     return _MAGIC[head[:4]], version, int.from_bytes(head[_SIZE_AT : _SIZE_AT + 8], "little")
 
@@ -191,7 +192,7 @@ def open_engine(trt: ModuleType, logger, path: Path):
     plan = read_plan(path)
     package, version, _ = plan_header(plan)
     if package != trt.__name__:
-        raise EngineMismatch(f"{path.name} is an engine of the package {package!r}, not {trt.__name__!r}")
+        raise EngineMismatch(f"{path.name} is an engine of the package {quoted(package)}, not {quoted(trt.__name__)}")
     runtime = trt.Runtime(logger)
     # separate check, because a failed load gives its reason only in the log
     if hasattr(runtime, "get_engine_validity"):
@@ -406,7 +407,9 @@ def _set(trt: ModuleType, logger, refitter, names: tuple[str, ...], weights: Map
     held = []
     for name, tensor in weights.items():
         if name not in names:
-            raise InvalidRequest(f"the engine has no weights {name!r}; it has {len(names)}, such as {names[0]!r}")
+            raise InvalidRequest(
+                f"the engine has no weights {quoted(name)}; it has {len(names)}, such as {quoted(names[0])}"
+            )
         prototype = refitter.get_weights_prototype(name)
         dtype = types.get(tensor.dtype)
         if prototype.size != tensor.numel() or dtype is None or prototype.dtype != getattr(trt.DataType, dtype):
@@ -416,7 +419,7 @@ def _set(trt: ModuleType, logger, refitter, names: tuple[str, ...], weights: Map
         tensor = tensor.detach().cpu().contiguous()
         held.append(tensor)
         if not refitter.set_named_weights(name, trt.Weights(prototype.dtype, tensor.data_ptr(), tensor.numel())):
-            raise ExportError(f"TensorRT refuses the weights {name!r}: {logger.last_errors()}")
+            raise ExportError(f"TensorRT refuses the weights {quoted(name)}: {logger.last_errors()}")
     return held
 
 

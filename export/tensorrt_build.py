@@ -39,6 +39,7 @@ from stylefast.export.tensorrt import (
     summarise_network,
     writing,
 )
+from stylefast.values import quoted
 from stylefast.whole_files import put_in_place, sync
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def parse(trt: ModuleType, logger, builder, onnx_path: Path):
         found = []
         for i in range(parser.num_errors):
             error = parser.get_error(i)
-            node = f"{error.node_operator()} {error.node_name()!r}: " if error.node_operator() else ""
+            node = f"{error.node_operator()} {quoted(error.node_name())}: " if error.node_operator() else ""
             found.append(f"{node}{error.desc().strip()}")
         raise ExportError(f"TensorRT can't read {onnx_path.name}: {'; '.join(found) or logger.last_errors()}")
     return network

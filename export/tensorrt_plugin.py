@@ -103,7 +103,7 @@ def compile_ptx(
             'attention="standard"'
         )
     if parts not in (2, 3):
-        raise InvalidRequest(f"parts is {parts!r}; AdaIN moves 2 (queries, keys) or 3 (values too)")
+        raise InvalidRequest(f"parts is {values.quoted(parts)}; AdaIN moves 2 (queries, keys) or 3 (values too)")
     values.whole_number("even", even, 0)
     _require_triton()
     from stylefast.kernels.gpu.plugin_attention import is_even, specialise
@@ -135,7 +135,7 @@ def chip_capability(chip: str) -> int:
     """
     found = re.fullmatch(r"sm_?(\d{2,3})", chip) if isinstance(chip, str) else None
     if found is None:
-        raise InvalidRequest(f'chip is {chip!r}; name its compute capability, "sm89" for 8.9')
+        raise InvalidRequest(f'chip is {values.quoted(chip)}; name its compute capability, "sm89" for 8.9')
     capability = int(found[1])
     if capability < LEAST_CAPABILITY:
         raise EngineMismatch(

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from stylefast.errors import InvalidRequest
 from stylefast.export.unet_graph import DIMENSIONS, Tensor
+from stylefast.values import quoted
 
 LATENT_PIXELS = 8  # width in pixels of one of SDXL's latent elements
 
@@ -75,7 +76,7 @@ class Profile:
         for name, (low, high) in DIMENSIONS.items():
             found = getattr(self, name)
             if not isinstance(found, Range):
-                raise InvalidRequest(f"{name} of a profile is {found!r}; it must be a Range")
+                raise InvalidRequest(f"{name} of a profile is {quoted(found)}; it must be a Range")
             if found.least < low or found.most > high:
                 raise InvalidRequest(f"{name}={found} of a profile is not within {low} to {high}")
 
@@ -91,7 +92,8 @@ class Profile:
             name, _, numbers = (piece.strip() for piece in part.partition("="))
             if name not in known or not numbers:
                 raise InvalidRequest(
-                    f"{part.strip()!r} in the profile {text!r} is not understood; write name=least:usual:most, with "
+                    f"{quoted(part.strip())} in the profile {quoted(text)} is not understood; write "
+                    f"name=least:usual:most, with "
                     f"the names {', '.join(known)}"
                 )
             if name in ("size", "latents"):
@@ -102,7 +104,7 @@ class Profile:
                 found = {name: _range([_number(n, part) for n in numbers.split(":")], part)}
             twice = sorted(given.keys() & found.keys())
             if twice:
-                raise InvalidRequest(f"the profile {text!r} says {twice[0]} twice")
+                raise InvalidRequest(f"the profile {quoted(text)} says {twice[0]} twice")
             given |= found
         return cls(**given)
 
@@ -150,7 +152,9 @@ class Profile:
         for tensor in inputs:
             missing = [dim for dim in tensor.dims if isinstance(dim, str) and dim not in corners[0]]
             if missing:
-                raise InvalidRequest(f"{tensor.name} has a dimension {missing[0]!r}, of which profiles know nothing")
+                raise InvalidRequest(
+                    f"{tensor.name} has a dimension {quoted(missing[0])}, of which profiles know nothing"
+                )
             if any(isinstance(dim, str) for dim in tensor.dims):
                 least, usual, most = (tensor.shape(sizes) for sizes in corners)
                 found[tensor.name] = (least, usual, most)
@@ -159,7 +163,7 @@ class Profile:
 
 def _number(text: str, part: str) -> int:
     if not text.strip().isdecimal():
-        raise InvalidRequest(f"{text.strip()!r} in {part.strip()!r} is no whole number")
+        raise InvalidRequest(f"{quoted(text.strip())} in {quoted(part.strip())} is no whole number")
     return int(text)
 
 
@@ -167,14 +171,16 @@ def _pair(text: str, part: str, unit: int) -> tuple[int, int]:
     """Return width and height in latent elements."""
     sides = text.lower().split("x")
     if len(sides) != 2:
-        raise InvalidRequest(f"{text.strip()!r} in {part.strip()!r} is no size; write width x height, as 1024x768")
+        raise InvalidRequest(
+            f"{quoted(text.strip())} in {quoted(part.strip())} is no size; write width x height, as 1024x768"
+        )
     found = tuple(_number(side, part) for side in sides)
     if any(side % unit for side in found):
-        raise InvalidRequest(f"{text.strip()!r} in {part.strip()!r} must be multiples of {unit} pixels")
+        raise InvalidRequest(f"{quoted(text.strip())} in {quoted(part.strip())} must be multiples of {unit} pixels")
     return found[0] // unit, found[1] // unit
 
 
 def _range(numbers: list[int], part: str) -> Range:
     if len(numbers) not in (1, 3):
-        raise InvalidRequest(f"{part.strip()!r} has {len(numbers)} values; write one, or least:usual:most")
+        raise InvalidRequest(f"{quoted(part.strip())} has {len(numbers)} values; write one, or least:usual:most")
     return Range(*(numbers if len(numbers) == 3 else numbers * 3))

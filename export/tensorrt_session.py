@@ -30,6 +30,7 @@ from stylefast.export.tensorrt import (
 )
 from stylefast.kernels.gpu.capture import capture
 from stylefast.slots import LruDict
+from stylefast.values import quoted
 from stylefast.whole_files import write_whole
 
 # name prefixes of inputs that are read in place
@@ -128,7 +129,7 @@ class TensorRTSession:
         if shapes_kept < 1:
             raise InvalidRequest(f"shapes_kept is {shapes_kept}; it must be 1 or more")
         if queue is None and torch.device(device).type != "cuda":
-            raise InvalidRequest(f"device is {str(device)!r}; TensorRT engines run on 'cuda' and 'cuda:<number>'")
+            raise InvalidRequest(f"device is {quoted(str(device))}; TensorRT engines run on 'cuda' and 'cuda:<number>'")
         package = package_of_plan(self.path)
         self._trt = load_package(package) if trt is None else trt
         self._queue = GpuQueue(torch.device(device)) if queue is None else queue

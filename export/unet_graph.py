@@ -459,7 +459,7 @@ def trace(unet: UNet, shape: GraphShape, fixed: Mapping[str, int] | None = None)
     fixed = dict(fixed or {})
     unknown = sorted(fixed.keys() - DIMENSIONS.keys())
     if unknown:
-        raise InvalidRequest(f"there is no dimension {unknown[0]!r}; there are {', '.join(DIMENSIONS)}")
+        raise InvalidRequest(f"there is no dimension {values.quoted(unknown[0])}; there are {', '.join(DIMENSIONS)}")
     sizes = with_tokens(unet, example_sizes(unet) | fixed)
     inputs = tuple(example_inputs(unet, shape, sizes).values())
     graph = UNetGraph(unet, shape).eval()

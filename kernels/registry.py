@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from stylefast._extension import extension, extension_error
 from stylefast.errors import InvalidRequest, MissingDependency
+from stylefast.values import quoted
 
 FORMS = ("triton", "cpp", "torch")
 VARIABLE = "STYLEFAST_KERNELS"
@@ -168,7 +169,7 @@ def refusal(operation: Operation, form: str, arguments: tuple) -> str:
 def operation(name: str) -> Operation:
     """Return the operation of that name. Raises InvalidRequest, listing the known names."""
     if name not in _operations:
-        raise InvalidRequest(f"there is no operation {name!r}; there are {', '.join(sorted(_operations))}")
+        raise InvalidRequest(f"there is no operation {quoted(name)}; there are {', '.join(sorted(_operations))}")
     return _operations[name]
 
 
@@ -251,9 +252,9 @@ def _parse(setting: str) -> tuple[str | None, dict[str, str]]:
 
 def _check_rule(form: str, name: str | None, origin: str) -> None:
     if form not in FORMS:
-        raise InvalidRequest(f"{origin} names the form {form!r}; there are {', '.join(FORMS)}")
+        raise InvalidRequest(f"{origin} names the form {quoted(form)}; there are {', '.join(FORMS)}")
     if name is not None and name not in _operations:
-        raise InvalidRequest(f"{origin} names the operation {name!r}; there are {', '.join(sorted(_operations))}")
+        raise InvalidRequest(f"{origin} names the operation {quoted(name)}; there are {', '.join(sorted(_operations))}")
 
 
 def _choose(entry: Operation, device: str, refuse: Callable[[str], str]) -> tuple[str, str]:

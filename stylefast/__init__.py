@@ -58,7 +58,7 @@ if _CheckoutFinder.folders:
 
 def __getattr__(name):
     if name not in _EXPORTS:
-        raise AttributeError(f"module 'stylefast' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"module 'stylefast' has no attribute '{name}'; it has {', '.join(__all__)}")
     value = getattr(import_module(_EXPORTS[name]), name)
     globals()[name] = value
     return value

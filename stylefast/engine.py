@@ -194,7 +194,9 @@ class Engine:
         self.runner.check_open()
         values.path("an adapter", file)
         if name is not None:
-            values.text("an adapter's name", name, empty=False)
+            values.text("an adapter's name", name, longest=values.NAME_BYTES, empty=False)
+        if image_encoder is not None:
+            values.path("image_encoder", image_encoder)
         loaded = load_adapter(file, image_encoder, self._components, self.unet)
         name = name or Path(file).stem
         adapter, encoder = self.runner.backend.adapter(*loaded)

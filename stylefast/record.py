@@ -22,7 +22,7 @@ from stylefast.record_values import Sources, Store, plain
 from stylefast.runtime.plan.notices import warnings_of
 from stylefast.runtime.plan.request import Request
 from stylefast.styles.style import Style, find_kind, kinds
-from stylefast.values import check_fields, quoted
+from stylefast.values import check_fields, listed, quoted
 
 FORMAT = "stylefast-call/1"
 MAX_REQUESTS = 1000
@@ -71,7 +71,9 @@ def from_record(
         raise InvalidRequest(f'a call is a list of requests or {{"requests": [...]}}, not {quoted(record)}')
     check_fields("the call", record, _TOP)
     if record.get("format", FORMAT) != FORMAT:
-        raise InvalidRequest(f"the call has the format {quoted(record['format'])}, not {FORMAT!r}; update stylefast")
+        raise InvalidRequest(
+            f"the call has the format {quoted(record['format'])}, not {quoted(FORMAT)}; update stylefast"
+        )
     sources = sources or Sources(None if base is None else Path(base), model_folder)
     styles = _read_styles(record.get("styles", []), sources)
     entries = record.get("requests")
@@ -157,9 +159,9 @@ def _pick_style(wanted, styles: Mapping, sources: Sources):
     if isinstance(wanted, Mapping):
         return _read_style(wanted, sources)
     if isinstance(wanted, bool) or not isinstance(wanted, (int, str)) or wanted not in styles:
-        known = ", ".join(map(repr, styles)) or "none"
         raise InvalidRequest(
-            f'style is {quoted(wanted)}; "styles" has {known}; use one of them, or write the style here in full'
+            f'style is {quoted(wanted)}; "styles" has {listed(map(quoted, styles))}; use one of them, or write the '
+            "style here in full"
         )
     return styles[wanted]
 
@@ -187,7 +189,7 @@ def read_style(kind: type[Style], given: Mapping[str, Any], sources: Any) -> Sty
     check_fields(kind.__name__, values, [*known])
     missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values]
     if missing:
-        raise StyleError(f"{kind.__name__} lacks {missing[0]!r}")
+        raise StyleError(f"{kind.__name__} lacks {quoted(missing[0])}")
     read = {n: None if value is None else kind.read_field(n, value, sources) for n, value in values.items()}
     style = kind(**read)
     style.check_recorded(values, sources)

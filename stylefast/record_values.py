@@ -91,7 +91,7 @@ class Store:
             return {"path": [str(Path(one).expanduser().resolve()) for one in source]} | entry
         if source is not None:
             return self._path(Path(source)) | entry
-        what = f"the learned style {embedding.name!r}"
+        what = f"the learned style {values.quoted(embedding.name)}"
         content = _pack({"clip_l": embedding.clip_l, "clip_g": embedding.clip_g})
         found = self._inside("safetensors", content, what) | entry
         return found | {"name": embedding.name, "pooled_policy": embedding.pooled_policy}
@@ -202,7 +202,8 @@ class Sources:
         found = vector_digest(embedding)
         if found != digest:
             raise StyleError(
-                f"the learned style {embedding.name!r} ({source or 'in the record'}) has different vectors than "
+                f"the learned style {values.quoted(embedding.name)} ({source or 'in the record'}) has different "
+                f"vectors than "
                 f"when the call was recorded (sha256 {found[:12]}, recorded {_word(digest)[:12]}); put the original "
                 "file back"
             )

@@ -287,10 +287,29 @@ def free_bytes(folder: str | os.PathLike) -> int | None:
     return usage.free if usage.total else None
 
 
+def shown(name: Any) -> str:
+    """Return a name for a message: as it is, or quoted if it is long, unprintable or no string."""
+    fits = isinstance(name, str) and 0 < len(name) <= QUOTED and name.isprintable()
+    return str.__str__(name) if fits else quoted(name)
+
+
 def shown_path(place: str | os.PathLike) -> str:
     """Return a path for a message: as it is, or quoted if it is long or unprintable."""
-    written = str(place)
-    return written if written.isprintable() and 0 < len(written) <= QUOTED else quoted(written)
+    return shown(str(place))
+
+
+def listed(names: Iterable[Any], empty: str = "none") -> str:
+    """Return names for a message, separated by commas; of many only the first, and how many there are in all."""
+    names = list(names)
+    found, length = [], 0
+    for name in names[:QUOTED]:
+        found.append(shown(name))
+        length += len(found[-1]) + 2
+        if length > QUOTED:
+            break
+    else:
+        return ", ".join(found) or empty
+    return f"{', '.join(found[:-1] or found)}, ... ({len(names)} in all)"
 
 
 def function(name: str, value: Any, takes: str, *, error: type = InvalidRequest) -> Callable | None:

@@ -10,15 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stylefast import infotext
 from stylefast.commands.generate import read_requests
 from stylefast.commands.style_options import parse_blocks
 from stylefast.errors import StyleFastError
 from stylefast.export.manifest import Manifest
 from stylefast.export.options import Options
-from stylefast.models.checkpoint import TINY, resolve_device
+from stylefast.models import statements
+from stylefast.models.checkpoint import TINY, load_image_encoder, resolve_device
+from stylefast.models.config_check import check_model_index, check_unet, check_vae, checked_scheduler
+from stylefast.models.hub import HubOptions
 from stylefast.models.masks import load_mask
 from stylefast.models.pictures import open_picture
 from stylefast.models.tensor_files import open_tensors
+from stylefast.models.tokenizers import given_folder
 from stylefast.models.weight_files import read_header
 from stylefast.options import EngineOptions, parse_bytes
 from stylefast.record import from_record, to_record
@@ -34,6 +39,9 @@ from stylefast.styles.embeddings import StageEmbedding, load_embedding
 from stylefast.styles.image_embeds import read_image_embeds
 from stylefast.styles.instant_style import InstantStyle
 from stylefast.styles.style_aligned import StyleAligned
+from stylefast.styles.textual_inversion import InversionSettings
+from stylefast.training.lora import LoraSettings
+from stylefast.training.pictures import CaptionedPicture, read_folder
 from tests.support.small_bank import small_bank, small_info
 from tests.support.strange_values import deep, json_values, python_values
 
@@ -48,6 +56,11 @@ MADE = {
     GuidanceInterval: {},
     StageEmbedding: {"name": "sks", "clip_l": torch.ones(1, 1, 4), "clip_g": torch.ones(1, 1, 4)},
     Options: {"kind": "onnx"},
+    EngineOptions: {},
+    HubOptions: {},
+    LoraSettings: {},
+    InversionSettings: {},
+    CaptionedPicture: {"path": "a.png", "caption": "a fish"},
     BankInfo: {f.name: getattr(small_info(), f.name) for f in fields(BankInfo)},
 }
 FIELDS = [(kind, f.name) for kind in MADE for f in fields(kind) if f.init]
@@ -56,8 +69,6 @@ CALLS = {
     "an output": check_output,
     "a deadline": check_deadline,
     "a device": resolve_device,
-    "buckets": lambda value: EngineOptions(batch_buckets=value),
-    "a count": lambda value: EngineOptions(max_pending=value),
     "bytes": lambda value: parse_bytes("memory_limit", value),
     "a picture": open_picture,
     "a mask": load_mask,
@@ -67,6 +78,14 @@ CALLS = {
     "eta": lambda value: make_schedule("ddim", 2, eta=value),
     "a guidance": guidance_weights,
     "a bank's path": StyleBank.load,
+    "an image encoder": lambda value: load_image_encoder(value, dtype=torch.float32, device="cpu"),
+    "a folder of tokenizers": given_folder,
+    "a folder of pictures": read_folder,
+    "a parameters text": infotext.read,
+    "a scheduler's config": lambda value: checked_scheduler(value, "a model"),
+    "a UNet's config": lambda value: check_unet(value, "a model"),
+    "a VAE's config": lambda value: check_vae(value, "a model"),
+    "a model's index": lambda value: check_model_index(value, "a model"),
     "a learned style": load_embedding,
     "a record": from_record,
     "requests": lambda value: from_record({"requests": value}),
@@ -100,6 +119,41 @@ def test_a_field_takes_a_value_or_refuses_it(kind, name, value):
 @given(value=python_values)
 def test_a_call_takes_a_value_or_refuses_it(door, value):
     refused_or_done(CALLS[door], value)
+
+
+CONFIGS = {
+    "a scheduler": lambda config: checked_scheduler(config, "a model", "EulerDiscreteScheduler"),
+    "an EDM scheduler": lambda config: checked_scheduler(config, "a model", "EDMEulerScheduler"),
+    "a UNet": lambda config: check_unet(config, "a model"),
+    "a VAE": lambda config: check_vae(config, "a model"),
+    "an index": lambda config: check_model_index(config, "a model"),
+}
+KEYS = st.one_of(
+    st.sampled_from([*statements.SCHEDULER, *statements.EDM, *statements.UNET, *statements.VAE, *statements.PARTS]),
+    st.sampled_from(["x" * 40_000, "\ud83d", "a\nb"]),
+)
+
+
+@pytest.mark.parametrize("part", CONFIGS)
+@given(config=st.dictionaries(KEYS, json_values, max_size=2))
+def test_a_foreign_config_is_taken_or_refused(part, config):
+    refused_or_done(CONFIGS[part], config)
+
+
+@given(
+    text=st.lists(
+        st.one_of(
+            st.sampled_from([f"{name}: " for name in infotext._TAKEN]),
+            st.sampled_from(
+                ["<lora:", ":", ">", ", ", '"', "\n", "Negative prompt: ", "Steps: 2", "[", "{", "x" * 5000]
+            ),
+            st.text(max_size=6),
+        ),
+        max_size=12,
+    )
+)
+def test_a_parameters_text_is_read_or_refused(text):
+    refused_or_done(infotext.read, "".join(text))
 
 
 STYLES = st.fixed_dictionaries(

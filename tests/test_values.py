@@ -1,5 +1,6 @@
 """Every kind of value is checked in one place: plain Python comes out, or one of our errors with a short message."""
 
+import ast
 import json
 import math
 
@@ -45,6 +46,39 @@ def test_a_value_is_quoted_in_one_line_of_at_most_200_characters(value):
     shown = values.quoted(value)
     assert 0 < len(shown) <= 200 and "\n" not in shown
     shown.encode()
+
+
+@given(names=st.lists(st.one_of(st.text(), st.sampled_from(["x" * 5000, "\ud83d", "a\nb"]), python_values), max_size=9))
+def test_names_are_listed_in_few_words(names):
+    shown = values.listed(names)
+    assert 0 < len(shown) <= 450 and "\n" not in shown
+    shown.encode()
+
+
+def test_a_list_of_names_is_whole_where_it_is_short_and_says_how_long_it_is_otherwise():
+    assert values.listed([]) == "none" and values.listed([], "no files") == "no files"
+    assert values.listed(["ink", "pixel"]) == "ink, pixel"
+    long = values.listed(f"name {i}" for i in range(1000))
+    assert long.startswith("name 0, name 1, ") and long.endswith(", ... (1000 in all)") and len(long) < 250
+    assert values.listed(["x" * 500]).endswith("... (1 in all)")
+
+
+def test_a_name_is_shown_as_it_is_unless_it_is_long_or_unprintable():
+    assert (
+        values.shown("up_blocks.0") == "up_blocks.0" and values.shown("a\nb") == r"'a\nb'" and values.shown("") == "''"
+    )
+    assert len(values.shown("x" * 5000)) == 200 and values.shown(5) == "5"
+
+
+def test_messages_quote_by_the_one_function_that_bounds_what_it_quotes(checkout):
+    """No f-string of the package has `!r`, which shows a value of any length."""
+    found = []
+    for folder in ("stylefast", "export", "kernels"):
+        for path in (checkout / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FormattedValue) and node.conversion != -1:
+                    found.append(f"{path.relative_to(checkout)}:{node.lineno}")
+    assert not found, "use stylefast.values.quoted"
 
 
 def test_values_that_python_itself_can_not_print_are_quoted():

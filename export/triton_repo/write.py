@@ -184,7 +184,9 @@ class ModelConfig:
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            raise InvalidRequest(f"a model's name is {self.name!r}; letters, digits, '_', '-' and '.' make one")
+            raise InvalidRequest(
+                f"a model's name is {values.quoted(self.name)}; letters, digits, '_', '-' and '.' make one"
+            )
         values.one_of(f"platform of {self.name}", self.platform, (platform for _, platform in RUNNERS.values()))
         values.one_of(f"device of {self.name}", self.device, _INSTANCES)
         names = [tensor.name for tensor in (*self.inputs, *self.outputs)]
@@ -263,7 +265,9 @@ class Serving:
             raise InvalidRequest("TensorRT runs on NVIDIA GPUs; choose device 'cuda', or the runner onnxruntime")
         taken = sorted({"backend", "engines", "trust", "device", "dtype"} & set(self.engine))
         if taken:
-            raise InvalidRequest(f"engine has {taken[0]!r}, which the repository decides itself; take it out")
+            raise InvalidRequest(
+                f"engine has {values.quoted(taken[0])}, which the repository decides itself; take it out"
+            )
         try:
             json.dumps(dict(self.engine))
         except TypeError as error:

@@ -21,6 +21,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stylefast.values import quoted
+
 # bytes per block; CUDA programming guide, table of technical specifications per compute capability
 SHARED_LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
@@ -121,7 +123,7 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
     if found is None:
-        raise ValueError(f"no resource report in cuobjdump's output: {text[:200]!r}")
+        raise ValueError(f"no resource report in cuobjdump's output: {quoted(text)}")
     return int(found[1]), int(found[2]), int(found[3])
 
 

@@ -22,6 +22,7 @@ from stylefast.errors import InvalidRequest, ModelError
 from stylefast.options import PREDICTION_TYPES
 from stylefast.record import from_record
 from stylefast.record_values import shipped
+from stylefast.values import quoted
 
 _SHOWN = 600  # max characters of the picture's text quoted in a message
 
@@ -59,7 +60,9 @@ def run_again(arguments: argparse.Namespace) -> int:
     for name, file in _lora_files(metadata).items():
         if engine.loras[name].digest != file["sha256"]:
             _refuse_unless_forced(
-                arguments, f"the LoRA {name!r} has other content than the one that made {arguments.source}", "--lora"
+                arguments,
+                f"the LoRA {quoted(name)} has other content than the one that made {arguments.source}",
+                "--lora",
             )
     result = make(engine, requests, arguments.quiet)
     now = result.metadata[place]

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from stylefast.values import quoted
+
 CONTENTS = {"kv": "keys and values", "hidden": "hidden states", "latents": "latents"}
 _BRANCHES = {("full",): "without guidance", ("null", "full"): "with guidance"}
 
@@ -29,14 +31,14 @@ def bank_lines(found: dict[str, Any]) -> list[str]:
     bank = found["bank"]
     width, height = bank["size"]
     if bank["noise"] == "generated":
-        reference = f"generated from {bank['prompt']!r}"
+        reference = f"generated from {quoted(bank['prompt'])}"
     else:
         reference = "a picture" if bank["references"] == 1 else f"{bank['references']} pictures"
-        reference += f", noise {bank['noise']}" + (f", caption {bank['prompt']!r}" if bank["prompt"] else "")
+        reference += f", noise {bank['noise']}" + (f", caption {quoted(bank['prompt'])}" if bank["prompt"] else "")
     layers = f" of {len(bank['layers'])} layers" if bank["layers"] else ""
     guidance = _BRANCHES.get(tuple(bank["branches"]), f"branches {', '.join(bank['branches'])}")
     guidance += f" {bank['guidance']:g}" if bank["guidance"] is not None and "null" in bank["branches"] else ""
-    guidance += f", negative prompt {bank['negative_prompt']!r}" if bank["negative_prompt"] else ""
+    guidance += f", negative prompt {quoted(bank['negative_prompt'])}" if bank["negative_prompt"] else ""
     checksum = "holds" if found["unaltered"] else "does not match: the file was altered after it was written"
     return [
         f"style bank  {found['path']}, {shown_bytes(found['bytes'])}",

@@ -12,6 +12,7 @@ from stylefast.commands.bank_report import shown_bytes
 from stylefast.commands.model_options import DEFAULT_MODEL
 from stylefast.commands.parser import Parser
 from stylefast.errors import EngineMismatch, InvalidRequest
+from stylefast.values import listed, quoted, shown, shown_path
 
 SUMMARY = "Export a model for other runtimes, with styles and strengths as inputs."
 EXAMPLES = """examples:
@@ -198,7 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = check_target(out, arguments.overwrite)
     require_toolchain(options)
     if not arguments.quiet:
-        print(f"loading {arguments.model} ...", file=sys.stderr)
+        print(f"loading {shown(arguments.model)} ...", file=sys.stderr)
     source = _load(arguments, options)
     # fail early on options that this model does not support
     source.fixed(options)
@@ -265,8 +266,8 @@ def _of_graphs(folder: Path, given: dict) -> dict:
     for flavour in given.get("flavours", ()):
         if flavour not in shapes:
             raise EngineMismatch(
-                f"{folder} has no UNet of flavour {flavour}; it has {', '.join(shapes) or 'none'}. Export it with "
-                f"`stylefast export onnx --flavour {flavour}`"
+                f"{shown_path(folder)} has no UNet of flavour {shown(flavour)}; it has {listed(shapes)}. Export it "
+                f"with `stylefast export onnx --flavour {shown(flavour)}`"
             )
     settled = {"dtype": manifest.dtype, "flavours": tuple(shapes)}
     for name, (what, of_shape) in _OF_SHAPES.items():
@@ -278,7 +279,8 @@ def _of_graphs(folder: Path, given: dict) -> dict:
         }
         if name in given and counts - {given[name]}:
             raise EngineMismatch(
-                f"{folder} was exported with {counts.pop()} {what}, not {given[name]}; drop --{name.replace('_', '-')}"
+                f"{shown_path(folder)} was exported with {counts.pop()} {what}, not {quoted(given[name])}; drop "
+                f"--{name.replace('_', '-')}"
             )
         if counts:
             settled[name] = counts.pop()
@@ -316,7 +318,7 @@ def _names(option: str, text: str | None) -> tuple[str, ...]:
         return ()
     names = tuple(part.strip() for part in text.split(","))
     if not all(names):
-        raise InvalidRequest(f"{option} is {text!r}; give names separated by commas")
+        raise InvalidRequest(f"{option} is {quoted(text)}; give names separated by commas")
     return names
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from stylefast.commands.model_options import Lora, ModelChoice, add_model_arguments, found_lora
 from stylefast.errors import InvalidRequest
+from stylefast.values import did_you_mean, listed, quoted, shown, shown_path
 
 if TYPE_CHECKING:
     from stylefast.runtime.plan.request import LoraStrength
@@ -272,14 +273,12 @@ def _check_combination(arguments: argparse.Namespace) -> None:
 
 def check_loras(requests: Sequence, names: Sequence[str]) -> None:
     """Raise InvalidRequest for requests whose LoRA's file was not given, and for files that no request uses."""
-    from stylefast.values import did_you_mean, quoted
-
     for request in requests:
         for name in request.lora_scales:
             if name not in names:
                 raise InvalidRequest(
                     f"a request uses the LoRA {quoted(name)}; give its file: --lora FOLDER/{name[:100]}.safetensors "
-                    f"(given: {', '.join(names)[:600] or 'none'}{did_you_mean(name, names)})"
+                    f"(given: {listed(names)}{did_you_mean(name, names)})"
                 )
     unused = [name for name in names if not any(name in request.lora_scales for request in requests)]
     if unused:
@@ -311,7 +310,8 @@ def _count(arguments: argparse.Namespace) -> int:
     count = 1 if arguments.count is None else arguments.count
     if not 1 <= count * len(arguments.prompts) <= MAX_REQUESTS:
         raise InvalidRequest(
-            f"--count is {count} for {len(arguments.prompts)} prompts; it must be at least 1, and a call generates "
+            f"--count is {quoted(count)} for {len(arguments.prompts)} prompts; it must be at least 1, and a call "
+            f"generates "
             f"at most {MAX_REQUESTS} pictures"
         )
     return count
@@ -348,7 +348,7 @@ def parse_interval(text: str) -> tuple[float, float]:
     """Return (0.0, 0.8) for "0-0.8". Raises InvalidRequest."""
     match = _INTERVAL.fullmatch(text)
     if match is None:
-        raise InvalidRequest(f"--guidance-interval is {text!r}; give two fractions of the steps, such as 0-0.8")
+        raise InvalidRequest(f"--guidance-interval is {quoted(text)}; give two fractions of the steps, such as 0-0.8")
     return float(match[1]), float(match[2])
 
 
@@ -360,13 +360,14 @@ def read_requests(file: Path, model_folder: Path) -> tuple[list, tuple[Lora, ...
     """
     from stylefast.record import from_record
     from stylefast.record_values import shipped
-    from stylefast.values import path, quoted, read_json
+    from stylefast.values import path, read_json
 
-    call, folder = read_json(file, f"the request file {file}"), file.expanduser().resolve().parent
+    call, folder = read_json(file, f"the request file {shown_path(file)}"), file.expanduser().resolve().parent
     files = call.pop("loras", {}) if isinstance(call, dict) else {}
     if not isinstance(files, dict):
         raise InvalidRequest(
-            f'"loras" of {file} is {quoted(files)}; it must be names with files: {{"ink": "ink.safetensors"}}'
+            f'"loras" of {shown_path(file)} is {quoted(files)}; it must be names with files: '
+            '{"ink": "ink.safetensors"}'
         )
     loras, own = [], shipped(model_folder, "loras")
     for name, given in files.items():
@@ -395,7 +396,7 @@ def load(choice: ModelChoice, quiet: bool):
 
         disable_progress_bars()  # of downloads
     else:
-        print(f"loading {choice.model} ...", file=sys.stderr)
+        print(f"loading {shown(choice.model)} ...", file=sys.stderr)
     return choice.load()
 
 

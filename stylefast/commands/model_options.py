@@ -11,7 +11,7 @@ from typing import Any
 
 from stylefast.errors import InvalidRequest, ModelFormatError, ModelNotFound
 from stylefast.options import EXPORTED, FLAGS, SIZES, parse_bytes
-from stylefast.values import did_you_mean_beside, no_device, quoted, typed_path
+from stylefast.values import did_you_mean_beside, no_device, quoted, shown_path, typed_path
 
 DEFAULT_MODEL = "tiny"
 # model options that name files, folders or hub ids
@@ -160,7 +160,7 @@ def found_lora(option: str, path: str, shipped: Mapping[str, Path] = MappingProx
     if not found.exists():
         if path in shipped:
             return str(shipped[path])
-        raise InvalidRequest(f"{option}: no file found at {path!r}{did_you_mean_beside(found)}")
+        raise InvalidRequest(f"{option}: no file found at {quoted(path)}{did_you_mean_beside(found)}")
     no_device(f"{option}:", found)
     return str(found.resolve())
 
@@ -197,7 +197,9 @@ class ModelChoice:
         if trust is not None and engines is None:
             raise InvalidRequest("--trust applies to the folder of --engines; give --engines as well")
         if trust is not None and not _DIGEST.fullmatch(trust):
-            raise InvalidRequest(f"--trust is {trust!r}; a digest is 64 hex digits (`stylefast export` prints it)")
+            raise InvalidRequest(
+                f"--trust is {quoted(trust)}; a digest is 64 hex digits (`stylefast export` prints it)"
+            )
         if self.lora and backend == "onnxruntime" and engines is None:
             raise InvalidRequest(
                 "the graphs that --backend onnxruntime exports by itself contain the model's weights without a "
@@ -206,7 +208,9 @@ class ModelChoice:
         paths = [lora.path for lora in self.lora]
         twice = next((path for path in paths if paths.count(path) > 1), None)
         if twice is not None:
-            raise InvalidRequest(f"--merge-lora names {twice} twice; give it once, with the strength you want")
+            raise InvalidRequest(
+                f"--merge-lora names {shown_path(twice)} twice; give it once, with the strength you want"
+            )
 
         if self.row_lora and backend in EXPORTED and engines is None:
             raise InvalidRequest(

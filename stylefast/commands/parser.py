@@ -7,6 +7,7 @@ from stylefast import values
 from stylefast.errors import InvalidRequest
 
 _SHOWN = 200  # max characters of the user's input quoted in a message
+_MOST = 1000  # max characters of argparse's own messages, which quote whole arguments
 # option names of other tools -> ours
 _ELSEWHERE = {
     "--prompt": "the prompt without an option in front",
@@ -48,7 +49,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Raise InvalidRequest with the message and a pointer to the help."""
+        message = message if len(message) <= _MOST else f"{message[:_MOST]} ..."
         raise InvalidRequest(f"{message} (see `{self.prog} --help`)")
+
+    def _get_value(self, action, arg_string):
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            error.message = error.message.replace(repr(arg_string), values.quoted(arg_string))
+            raise
 
     def _meant(self, word: str) -> str:
         name, _, _ = word.partition("=")
@@ -77,4 +86,4 @@ class Parser(argparse.ArgumentParser):
             return
         choices = ", ".join(map(str, action.choices))
         meant = values.did_you_mean(value, map(str, action.choices))
-        raise argparse.ArgumentError(action, f"invalid choice: {value!r}; choose from {choices}{meant}")
+        raise argparse.ArgumentError(action, f"invalid choice: {values.quoted(value)}; choose from {choices}{meant}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stylefast.errors import InvalidRequest, StyleError
-from stylefast.values import load_json, typed_path
+from stylefast.values import load_json, quoted, shown_path, typed_path
 
 _ALIGNED = ("style_prompt", "adain", "shift", "layers", "share_group_norm")
 _INSTANT = ("blocks", "content", "content_scale")
@@ -92,7 +92,9 @@ def _bank(text: str):
 
     path = typed_path("--style", text, error=StyleError)
     if path.suffix.lower() in SUFFIXES:
-        raise StyleError(f"--style is {text}, a picture; use --style-image, or bake it: stylefast bake --style-image")
+        raise StyleError(
+            f"--style is {shown_path(path)}, a picture; use --style-image, or bake it: stylefast bake --style-image"
+        )
     return StyleBank.load(path)
 
 
@@ -158,7 +160,7 @@ def parse_adain(text: str) -> tuple[str, ...] | dict[str, float]:
     try:
         return {name.strip(): float(value) for name, value in (part.split("=") for part in parts)}
     except ValueError as error:
-        raise InvalidRequest(f"--adain is {text!r}; write q,k or q=1,k=0.5 or none") from error
+        raise InvalidRequest(f"--adain is {quoted(text)}; write q,k or q=1,k=0.5 or none") from error
 
 
 def parse_blocks(text: str) -> str | list[str] | dict:

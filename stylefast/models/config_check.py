@@ -26,7 +26,7 @@ from stylefast.models.statements import (
     VP_SCHEDULERS,
     Rules,
 )
-from stylefast.values import quoted
+from stylefast.values import quoted, shown
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def check_model_index(index: Mapping, what: str, given: tuple[str, ...] = ()) ->
             if value == [None, None]:
                 continue
             raise ModelFormatError(
-                f"{what} has a part {key!r} ({quoted(value[-1] if value else value)}) that is not supported and "
+                f"{what} has a part {quoted(key)} ({quoted(value[-1] if value else value)}) that is not supported and "
                 "would be left out; use a pipeline without it, or remove the part from model_index.json"
             )
         check_config(MODEL_INDEX, {key: value}, what, "model_index.json")
@@ -261,7 +261,7 @@ def check_config(
         if rule is None:
             if value in (None, False, "", [], {}, ()):
                 continue
-            said = f"{what} has {key}={quoted(value)}, which is unknown to stylefast and may change its pictures"
+            said = f"{what} has {shown(key)}={quoted(value)}, which is unknown to stylefast and may change its pictures"
             if strict:
                 raise ModelFormatError(f"{said}; if it does not, remove it from {file}")
             logger.warning("%s; the library that builds the part handles it", said)

@@ -73,12 +73,15 @@ def _check_size(key: str, value: Any, what: str) -> None:
     if isinstance(value, (list, tuple)):
         if len(value) > _MOST_ENTRIES and key not in ("trained_betas", "latents_mean", "latents_std"):
             raise ModelFormatError(
-                f"the config of {what} has {len(value)} entries for {key}; at most {_MOST_ENTRIES} are allowed"
+                f"the config of {what} has {len(value)} entries for {values.shown(key)}; at most {_MOST_ENTRIES} are "
+                f"allowed"
             )
         for one in value:
             _check_size(key, one, what)
     elif isinstance(value, int) and abs(value) > _LARGEST:
-        raise ModelFormatError(f"the config of {what} has {key}={values.quoted(value)}, which no model has")
+        raise ModelFormatError(
+            f"the config of {what} has {values.shown(key)}={values.quoted(value)}, which no model has"
+        )
 
 
 def config_of(module: nn.Module) -> Mapping[str, Any]:

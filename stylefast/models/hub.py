@@ -31,14 +31,17 @@ class HubOptions:
 
     def __post_init__(self):
         for name in ("force_download", "local_files_only"):
+            value = getattr(self, name)
             # callers pass None for the default
-            object.__setattr__(self, name, values.flag(name, getattr(self, name) or False))
+            object.__setattr__(self, name, False if value is None else values.flag(name, value))
         if self.revision is not None:
             values.text("revision", self.revision, longest=200, empty=False)
         if self.cache_dir is not None:
             object.__setattr__(self, "cache_dir", values.path("cache_dir", self.cache_dir))
         if self.token is not None and not isinstance(self.token, (bool, str)):
             raise InvalidRequest(f"token is a {type(self.token).__name__}; it must be a string, True, False or None")
+        if isinstance(self.token, str):
+            _check_token(self.token)
         if self.force_download and self.local_files_only:
             raise InvalidRequest("force_download and local_files_only contradict each other; give one of them")
 
@@ -49,6 +52,12 @@ class HubOptions:
 
 
 AS_USUAL = HubOptions()
+
+
+def _check_token(token: str) -> None:
+    """Raise InvalidRequest, without quoting it, for a token that can't go into the header of a request."""
+    if not (token.isascii() and token.isprintable() and 0 < len(token) <= 1000):
+        raise InvalidRequest("token is not 1 to 1000 printable ASCII characters, as the hub's tokens are")
 
 
 def is_hub_id(source: str) -> bool:
@@ -108,7 +117,8 @@ def present(folder: Path, half: bool, variant: str | None = "auto") -> list[str]
     if not files:
         there = sorted(name for name in names if Path(name).suffix in (".safetensors", *PICKLED))
         raise ModelNotFound(
-            f"{folder} has no .safetensors weights of variant {variant!r}; it has {', '.join(there) or 'no weights'}"
+            f"{folder} has no .safetensors weights of variant {values.quoted(variant)}; it has "
+            f"{', '.join(there) or 'no weights'}"
         )
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
@@ -180,10 +190,13 @@ def hub_folder(
             **options.cached,
         )
     except RevisionNotFoundError as error:
-        raise ModelNotFound(f"{repo_id!r} has no revision {options.revision!r} on the hub; check its name") from error
+        raise ModelNotFound(
+            f"{values.quoted(repo_id)} has no revision {values.quoted(options.revision)} on the hub; check its name"
+        ) from error
     except RepositoryNotFoundError as error:
         raise ModelNotFound(
-            f"the hub has no model {repo_id!r} that you may read; check the name, or `hf auth login` if it is private"
+            f"the hub has no model {values.quoted(repo_id)} that you may read; check the name, or `hf auth login` if "
+            f"it is private"
         ) from error
     except Exception as error:
         # the hub's client raises many kinds of network errors; callers need only one
@@ -191,7 +204,7 @@ def hub_folder(
         raise ModelNotFound(_how_to_get(repo_id, reason, options)) from error
     folder = Path(folder)
     if not complete(folder):
-        raise ModelNotFound(f"{repo_id!r} holds no model of this kind in .safetensors form")
+        raise ModelNotFound(f"{values.quoted(repo_id)} holds no model of this kind in .safetensors form")
     return folder
 
 
@@ -202,7 +215,8 @@ def _how_to_get(repo_id: str, reason: str, options: HubOptions) -> str:
     which = "" if options.revision is None else f" --revision {options.revision}"
     near = values.did_you_mean(repo_id, [known for known in cached_ids() if known != repo_id])
     return (
-        f"{repo_id!r} is not complete in the cache ({cache}), and {reason}. On a machine with network run `hf "
+        f"{values.quoted(repo_id)} is not complete in the cache ({cache}), and {reason}. On a machine with network "
+        f"run `hf "
         f"download {repo_id}{which} --local-dir {name}` (formerly `huggingface-cli download`), copy the folder "
         f"{name} here and give its path instead of the id; model='tiny' needs no download{near}"
     )

@@ -10,6 +10,7 @@ from PIL import Image
 from stylefast.errors import AdapterError, InvalidRequest, ModelFormatError
 from stylefast.models.config_check import check_feature_extractor
 from stylefast.models.pictures import PictureSource, open_picture
+from stylefast.values import quoted
 
 if TYPE_CHECKING:
     from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
@@ -66,7 +67,7 @@ def preprocess(
 def check_crop(crop: str) -> None:
     """Raise InvalidRequest for anything but "center", "squash" or "pad"."""
     if crop not in CROPS:
-        raise InvalidRequest(f"crop={crop!r} is unknown; choose one of {', '.join(map(repr, CROPS))}")
+        raise InvalidRequest(f"crop={quoted(crop)} is unknown; choose one of {', '.join(map(repr, CROPS))}")
 
 
 class ImageEncoder:

@@ -161,7 +161,9 @@ class IPAdapter(nn.Module):
         _check_layers(entries, layout, cross_dim, name)
         unknown = sorted(set(modules or ()) - set(layout.modules))
         if unknown:
-            raise AdapterError(f"the model has no attention module {unknown[0]!r}; it has {', '.join(layout.modules)}")
+            raise AdapterError(
+                f"the model has no attention module {values.quoted(unknown[0])}; it has {', '.join(layout.modules)}"
+            )
         wanted = [i for i, layer in enumerate(layout.layers) if modules is None or layer.module in modules]
 
         with torch.device("meta"):
@@ -183,7 +185,7 @@ class IPAdapter(nn.Module):
         what = "embeddings" if self.kind == "global" else "patch features"
         right = _ENCODERS.get((self.kind, self.embed_dim))
         way_out = (
-            f"use {right[0]}, folder {right[1]!r} of h94/IP-Adapter"
+            f"use {right[0]}, folder {values.quoted(right[1])} of h94/IP-Adapter"
             if right
             else ("load the image encoder that the adapter was trained with")
         )

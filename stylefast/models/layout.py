@@ -99,7 +99,8 @@ class UNetShape:
         kind = config.get("mid_block_type", _MID_CROSS)
         if kind not in (_MID_CROSS, _MID_PLAIN, None):
             raise ModelFormatError(
-                f"mid_block_type is {values.quoted(kind)}; this UNet's middle is {_MID_CROSS!r}, {_MID_PLAIN!r} or null"
+                f"mid_block_type is {values.quoted(kind)}; this UNet's middle is {values.quoted(_MID_CROSS)}, "
+                f"{values.quoted(_MID_PLAIN)} or null"
             )
         mid = None
         if kind is not None:
@@ -213,7 +214,7 @@ def check_architecture(config: Mapping) -> None:
         if config.get(key) not in allowed:
             raise ModelFormatError(
                 f"the UNet's config has {key}={values.quoted(config.get(key))}; SDXL's architecture needs "
-                f"{allowed[0]!r}. Give an SDXL checkpoint (base, or a fine-tune of it)."
+                f"{values.quoted(allowed[0])}. Give an SDXL checkpoint (base, or a fine-tune of it)."
             )
 
 

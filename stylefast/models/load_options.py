@@ -108,8 +108,9 @@ def check_engine_options(given: Mapping[str, Any], own: tuple[str, ...]) -> None
 def _instead(name: str, ours: str, value: Any, own: Any) -> Any:
     """Return the value of an alias of one of our options. Raises InvalidRequest if it contradicts that option."""
 
-    def spelled(one: Any) -> str:
-        return str(one).removeprefix("torch.")
+    def spelled(one: Any) -> Any:
+        plain = isinstance(one, (str, torch.dtype, torch.device))
+        return str(one).removeprefix("torch.") if plain else values.quoted(one)
 
     if not (isinstance(own, str) and own == "auto") and spelled(own) != spelled(value):
         raise InvalidRequest(f"{name} is {values.quoted(value)} and {ours} {values.quoted(own)}; give one of them")

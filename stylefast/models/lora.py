@@ -74,7 +74,8 @@ class LoraSet:
         name = lora.name if name is None else name
         if name in self._loras:
             raise InvalidRequest(
-                f"a LoRA named {name!r} is already loaded; use set_scale() to change it, or name= to load a second one"
+                f"a LoRA named {values.quoted(name)} is already loaded; use set_scale() to change it, or name= to "
+                f"load a second one"
             )
         with self._guard():
             self._loras[name], self._digests[name], self._scales[name] = lora.changes, lora.digest, scale
@@ -84,7 +85,7 @@ class LoraSet:
     def set_scale(self, name: str, scale: float) -> None:
         """Set a LoRA's scale; 0 gives the model without it. Raises InvalidRequest, or AdapterError if too strong."""
         if not isinstance(name, str) or name not in self._loras:
-            known = f"known LoRAs: {', '.join(self._loras) or 'none'}{values.did_you_mean(name, self._loras)}"
+            known = f"known LoRAs: {values.listed(self._loras)}{values.did_you_mean(name, self._loras)}"
             raise InvalidRequest(f"no LoRA named {values.quoted(name)} is loaded; {known}")
         scale, before = _checked_scale(scale), self._scales[name]
         with self._guard():
@@ -137,6 +138,6 @@ class LoraSet:
             if not torch.isfinite(total).all():
                 raise AdapterError(
                     f"{'.'.join(key)} would not be finite in {weight.dtype} with the scales "
-                    f"{', '.join(f'{name}: {scale:g}' for name, scale in self._scales.items())}; lower them"
+                    f"{values.listed(f'{name}: {scale:g}' for name, scale in self._scales.items())}; lower them"
                 )
             weight.copy_(total)

@@ -413,7 +413,7 @@ def _announce_embeddings(entries: Iterable[str], path: Path) -> None:
             path.name,
             ", ".join(bundled),
             str(path),
-            f", name={bundled[0]!r}" if len(bundled) > 1 else "",
+            f", name={values.quoted(bundled[0])}" if len(bundled) > 1 else "",
             bundled[0],
         )
 

@@ -89,7 +89,7 @@ class PeftConfig:
         if self.bias != "none":
             biases = [name for name in weights if name.endswith(".bias")]
             wanted = [name for name in biases if self.bias == "all" or name.removesuffix(".bias") in with_lora]
-            self._check_held(f"bias={self.bias!r}", wanted, changed)
+            self._check_held(f"bias={values.quoted(self.bias)}", wanted, changed)
         for module in self.saved_modules:
             place = re.compile(rf"{re.escape(module)}\.(.*\.)?[^.]+$")
             wanted = [name for name in weights if place.search(name)]

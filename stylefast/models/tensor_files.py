@@ -99,7 +99,9 @@ def flat_entries(content: Any, name: str, stored: bool = False) -> dict[str, Ent
         flat |= {str(key) if place is None else f"{key}.{place}": tensor for place, tensor in inner}
     for key, value in flat.items():
         if not isinstance(value, torch.Tensor):
-            raise ModelFormatError(f"{name} holds a {type(value).__name__} under {key[:200]!r}, not a tensor")
+            raise ModelFormatError(
+                f"{name} holds a {type(value).__name__} under {values.quoted(key[:200])}, not a tensor"
+            )
         if stored or not value.is_meta:
             values.dense_tensor(f"{key[:200]} of {name}", value, error=ModelFormatError)
     return {key: Entry(tuple(value.shape), lambda value=value: value.detach().clone()) for key, value in flat.items()}

@@ -321,7 +321,9 @@ class TextEncoder:
             )
         for policy in policies:
             if policy not in POOLED_POLICIES:
-                raise PromptError(f"pooled policy {policy!r} is unknown; choose one of {', '.join(POOLED_POLICIES)}")
+                raise PromptError(
+                    f"pooled policy {values.quoted(policy)} is unknown; choose one of {', '.join(POOLED_POLICIES)}"
+                )
         widths = self.widths
         for prompt in prompts:
             for name in known_names:

@@ -14,6 +14,7 @@ from torch import nn
 from stylefast.errors import InvalidRequest, OutOfMemory
 from stylefast.models.config_files import config_of
 from stylefast.models.prepacked import unfolds
+from stylefast.values import quoted
 
 WHOLE_PIXELS = 2048 * 2048
 OVERLAP = 0.25
@@ -143,7 +144,7 @@ def _tile_side(tile, factor: int) -> int:
     smallest = SMALLEST_TILE * factor
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < smallest or tile % factor:
         raise InvalidRequest(
-            f"tile is {tile!r}; give None (the whole picture), 'auto', or its side in pixels: a multiple of "
+            f"tile is {quoted(tile)}; give None (the whole picture), 'auto', or its side in pixels: a multiple of "
             f"{factor}, at least {smallest}"
         )
     return tile // factor

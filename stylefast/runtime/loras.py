@@ -195,7 +195,8 @@ engine.loras.add(file, 'pixel')
         _, digest, found = self._read(lora.path, lora.name, lora.part)
         if digest != lora.digest:
             raise AdapterError(
-                f"{lora.path.name} has changed since it was registered as {lora.name!r}; remove it and add it again"
+                f"{lora.path.name} has changed since it was registered as {values.quoted(lora.name)}; remove it and "
+                f"add it again"
             )
         with self._lock:
             self._keep(lora, found)
@@ -220,9 +221,8 @@ engine.loras.add(file, 'pixel')
 
     def _find(self, name: object) -> Lora:
         if not isinstance(name, str) or name not in self._named:
-            known = ", ".join(self._named) or "none"
             raise InvalidRequest(
-                f"no LoRA named {values.quoted(name)} is registered; registered are: {known[: values.QUOTED]}"
+                f"no LoRA named {values.quoted(name)} is registered; registered are: {values.listed(self._named)}"
                 f"{values.did_you_mean(name, self._named)}. Add it with engine.loras.add(file, {values.quoted(name)})"
             )
         return self._named[name]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from stylefast.errors import InvalidRequest
+from stylefast.values import quoted
 
 EDM_CLASSES = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 # defaults for keys missing from a config of these classes
@@ -36,25 +37,25 @@ def check_edm(name: str, config: Mapping) -> None:
     """Raise InvalidRequest if EDM models don't support the sampler or the settings yield no valid noise levels."""
     if name not in EDM_SCHEDULERS:
         raise InvalidRequest(
-            f"scheduler {name!r} uses a model's training timesteps, but this model ({config['_class_name']}) was "
+            f"scheduler {quoted(name)} uses a model's training timesteps, but this model ({config['_class_name']}) was "
             f"trained on noise levels instead; choose one of {', '.join(EDM_SCHEDULERS)}"
         )
     if config["prediction_type"] not in ("epsilon", "v_prediction"):
         raise InvalidRequest(
-            f"an EDM model with prediction_type {config['prediction_type']!r} is not supported; EDM's "
+            f"an EDM model with prediction_type {quoted(config['prediction_type'])} is not supported; EDM's "
             "preconditioning supports 'epsilon' and 'v_prediction'"
         )
     settings = _settings(config)
     if settings["sigma_schedule"] not in ("karras", "exponential"):
         raise InvalidRequest(
-            f"sigma_schedule {settings['sigma_schedule']!r} is unknown; choose 'karras' or 'exponential'"
+            f"sigma_schedule {quoted(settings['sigma_schedule'])} is unknown; choose 'karras' or 'exponential'"
         )
     numbers = [settings[key] for key in ("sigma_min", "sigma_max", "sigma_data", "rho")]
     real = all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in numbers)
     if not real or min(numbers) <= 0 or settings["sigma_min"] >= settings["sigma_max"]:
         raise InvalidRequest(
             "an EDM model needs 0 < sigma_min < sigma_max, sigma_data > 0 and rho > 0 in its scheduler config, not "
-            f"{', '.join(f'{key}={settings[key]!r}' for key in ('sigma_min', 'sigma_max', 'sigma_data', 'rho'))}"
+            f"{', '.join(f'{key}={quoted(settings[key])}' for key in ('sigma_min', 'sigma_max', 'sigma_data', 'rho'))}"
         )
 
 

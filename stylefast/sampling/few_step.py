@@ -39,8 +39,9 @@ class FewStepPreset:
         """
         if steps not in self.steps:
             raise InvalidRequest(
-                f"models of this kind need {', '.join(map(str, self.steps))} steps, not {steps!r}; use one of these "
-                f"counts, or name the sampler itself, {self.scheduler!r}"
+                f"models of this kind need {', '.join(map(str, self.steps))} steps, not {values.quoted(steps)}; use "
+                f"one of these "
+                f"counts, or name the sampler itself, {values.quoted(self.scheduler)}"
             )
         return make_schedule(
             self.scheduler,
@@ -84,7 +85,8 @@ def guidance_warning(scheduler: str, guidance: float) -> str | None:
     if preset is None or guidance <= preset.most_guidance:
         return None
     return (
-        f"scheduler {scheduler!r} is for models distilled to guidance {preset.guidance:g}; guidance {guidance:g} "
+        f"scheduler {values.quoted(scheduler)} is for models distilled to guidance {preset.guidance:g}; guidance "
+        f"{guidance:g} "
         f"doubles the work of each step and burns the colours, unless the model is an edition made for it: use "
         f"{preset.guidance:g}, or at most {preset.most_guidance:g}"
     )
@@ -108,5 +110,7 @@ def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spac
     if is_edm(config):
         check_edm(name, config)
     if spacing is not None:
-        raise InvalidRequest(f"scheduler {name!r} has its own spacing; leave spacing={spacing!r} out")
+        raise InvalidRequest(
+            f"scheduler {values.quoted(name)} has its own spacing; leave spacing={values.quoted(spacing)} out"
+        )
     return FEW_STEP_PRESETS[name].schedule(steps, config)

@@ -78,7 +78,7 @@ def _coefficients(alphas_cumprod, steps: int, prediction_type: str) -> tuple[np.
     alphas = np.asarray(alphas_cumprod, dtype=np.float64)
     steps = values.whole_number("steps", steps, 1, len(alphas))
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise InvalidRequest(f"inversion supports epsilon and v_prediction, not {prediction_type!r}")
+        raise InvalidRequest(f"inversion supports epsilon and v_prediction, not {values.quoted(prediction_type)}")
     timesteps = np.arange(steps) * (len(alphas) // steps)
     levels = alphas[np.concatenate([[0], timesteps])]
     source, target = levels[:-1], levels[1:]

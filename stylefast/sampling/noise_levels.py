@@ -14,6 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from stylefast.errors import InvalidRequest
+from stylefast.values import quoted
 
 # defaults for keys missing from a config: the values SDXL was trained and published with
 SDXL_SCHEDULER: Mapping = MappingProxyType(
@@ -83,7 +84,7 @@ def _betas(config: Mapping) -> np.ndarray:
         level = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
         return np.array([min(1 - level[i + 1] / level[i], 0.999) for i in range(count)], dtype=np.float32)
     raise InvalidRequest(
-        f"beta_schedule {schedule!r} is unknown; choose linear, scaled_linear or squaredcos_cap_v2, "
+        f"beta_schedule {quoted(schedule)} is unknown; choose linear, scaled_linear or squaredcos_cap_v2, "
         "or give trained_betas"
     )
 

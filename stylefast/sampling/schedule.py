@@ -169,7 +169,8 @@ def make_schedule(
     given = None if timesteps is None else _given(base, steps, levels, spacing, timesteps, config)
     if base in _OWN_SPACING and spacing not in (None, *_OWN_SPACING[base]):
         raise InvalidRequest(
-            f"{base} chooses its own timesteps, so spacing={spacing!r} would have no effect; leave it out, or give "
+            f"{base} chooses its own timesteps, so spacing={values.quoted(spacing)} would have no effect; leave it "
+            f"out, or give "
             "the timesteps"
         )
 
@@ -253,7 +254,7 @@ def _split(name: str) -> tuple[str, str | None]:
 
 def _levels(name: str, base: str, suffix: str | None, arguments: dict, config: Mapping) -> str | None:
     if suffix is not None and arguments[suffix] is False:
-        raise InvalidRequest(f"scheduler {name!r} contradicts {suffix}=False; drop one of the two")
+        raise InvalidRequest(f"scheduler {values.quoted(name)} contradicts {suffix}=False; drop one of the two")
     wanted = {levels for levels, on in arguments.items() if on or levels == suffix}
     if base not in KARRAS_SCHEDULERS:
         if wanted:
@@ -263,7 +264,9 @@ def _levels(name: str, base: str, suffix: str | None, arguments: dict, config: M
     if not wanted:
         wanted = {levels for levels, on in arguments.items() if on is None and config[f"use_{levels}_sigmas"]}
     if len(wanted) > 1:
-        raise InvalidRequest(f"{name!r} can't have Karras and exponential noise levels at once; drop one of the two")
+        raise InvalidRequest(
+            f"{values.quoted(name)} can't have Karras and exponential noise levels at once; drop one of the two"
+        )
     return next(iter(wanted), None)
 
 
@@ -286,7 +289,7 @@ def _given(
     if levels is not None:
         raise InvalidRequest(f"explicit timesteps contradict {levels} noise levels; drop one of the two")
     if spacing is not None:
-        raise InvalidRequest(f"explicit timesteps contradict spacing={spacing!r}; drop one of the two")
+        raise InvalidRequest(f"explicit timesteps contradict spacing={values.quoted(spacing)}; drop one of the two")
     return tuple(check_timesteps(timesteps, steps, config["num_train_timesteps"]).tolist())
 
 
@@ -295,7 +298,8 @@ def _check_edm_arguments(base: str, spacing: str | None, timesteps: Sequence[int
     for name, value in (("spacing", spacing), ("timesteps", timesteps)):
         if value is not None:
             raise InvalidRequest(
-                f"{name}={value!r} refers to training timesteps, which a model of {config['_class_name']} does not "
+                f"{name}={values.quoted(value)} refers to training timesteps, which a model of "
+                f"{config['_class_name']} does not "
                 "have; leave it out"
             )
 
@@ -306,19 +310,25 @@ def _check(base: str, steps: int, config: Mapping) -> int:
     steps = values.whole_number("steps", steps, 1, limit)
     if config["timestep_spacing"] not in SPACINGS:
         raise InvalidRequest(
-            f"timestep spacing {config['timestep_spacing']!r} is unknown; choose one of {', '.join(SPACINGS)}"
+            f"timestep spacing {values.quoted(config['timestep_spacing'])} is unknown; choose one of "
+            f"{', '.join(SPACINGS)}"
         )
     if config["prediction_type"] not in PREDICTION_TYPES:
         raise InvalidRequest(
-            f"prediction_type {config['prediction_type']!r} is unknown; choose one of {', '.join(PREDICTION_TYPES)}"
+            f"prediction_type {values.quoted(config['prediction_type'])} is unknown; choose one of "
+            f"{', '.join(PREDICTION_TYPES)}"
         )
     for key in _UNSUPPORTED[base]:
         if config.get(key):
-            raise InvalidRequest(f"{base} with {key}={config[key]!r} is not supported; set it to False in the config")
+            raise InvalidRequest(
+                f"{base} with {key}={values.quoted(config[key])} is not supported; set it to False in the config"
+            )
     if base == "euler" and config.get("interpolation_type", "linear") != "linear":
-        raise InvalidRequest(f"interpolation_type {config['interpolation_type']!r} is not supported; use 'linear'")
+        raise InvalidRequest(
+            f"interpolation_type {values.quoted(config['interpolation_type'])} is not supported; use 'linear'"
+        )
     if base == "euler" and config.get("timestep_type", "discrete") != "discrete":
-        raise InvalidRequest(f"timestep_type {config['timestep_type']!r} is not supported; use 'discrete'")
+        raise InvalidRequest(f"timestep_type {values.quoted(config['timestep_type'])} is not supported; use 'discrete'")
     if base.startswith("dpmpp") and (config.get("lambda_min_clipped") or -math.inf) > -math.inf:
         raise InvalidRequest(
             f"{base} with lambda_min_clipped={config['lambda_min_clipped']} is not supported; leave it out"

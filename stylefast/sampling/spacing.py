@@ -35,10 +35,13 @@ def spaced_timesteps(config: Mapping, steps: int, *, open_end: bool, fractional:
         # for some counts the quotient rounds down and arange yields an extra point, -1, which the slice drops
         timesteps = np.arange(total, 0, -total / steps)[:steps].round() - 1
     else:
-        raise InvalidRequest(f"timestep spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
+        raise InvalidRequest(
+            f"timestep spacing {values.quoted(spacing)} is unknown; choose one of {', '.join(SPACINGS)}"
+        )
     if timesteps[0] > total - 1:
         raise InvalidRequest(
-            f"{steps} steps with {spacing!r} spacing and steps_offset {config['steps_offset']} start at timestep "
+            f"{steps} steps with {values.quoted(spacing)} spacing and steps_offset {config['steps_offset']} start at "
+            f"timestep "
             f"{timesteps[0]:g}, beyond the last trained one, {total - 1}; use fewer steps or spacing='trailing'"
         )
     return timesteps
@@ -124,7 +127,8 @@ def multistep_levels(
         last = sigmas[-1]
     if np.any(np.diff(sigmas) >= 0):
         raise InvalidRequest(
-            f"{steps} steps with {config['timestep_spacing']!r} spacing repeat a timestep, which multistep samplers "
+            f"{steps} steps with {values.quoted(config['timestep_spacing'])} spacing repeat a timestep, which "
+            f"multistep samplers "
             "don't support; use fewer steps or spacing='trailing'"
         )
     return timesteps.astype(np.float64), np.append(sigmas, _final_sigma(config, last))
@@ -156,4 +160,4 @@ def _final_sigma(config: Mapping, smallest: float) -> float:
 def _check_final_sigma(config: Mapping) -> None:
     kind = config["final_sigmas_type"]
     if kind not in ("zero", "sigma_min"):
-        raise InvalidRequest(f"final_sigmas_type {kind!r} is unknown; choose 'zero' or 'sigma_min'")
+        raise InvalidRequest(f"final_sigmas_type {values.quoted(kind)} is unknown; choose 'zero' or 'sigma_min'")

@@ -179,13 +179,14 @@ class StyleBank:
             lacking = [value for value in asked if value not in own]
             if self.info.store != "latents" and lacking:
                 raise StyleError(
-                    f"the style bank {self.name!r} has the {name} {_listed(own)}, but the request also needs "
-                    f"{_listed(lacking)}; bake the style again with {name}={asked!r}"
+                    f"the style bank {values.quoted(self.name)} has the {name} {_listed(own)}, but the request also "
+                    f"needs "
+                    f"{_listed(lacking)}; bake the style again with {name}={values.quoted(asked)}"
                 )
             return
         if own == asked or (name in ("guidance", "guidance_rescale") and own is None):
             return
-        bank = f"the style bank {self.name!r}"
+        bank = f"the style bank {values.quoted(self.name)}"
         if name == "loras":
             raise StyleError(
                 f"{bank} was baked under {_under(own)}, but the request is under {_under(asked)}; give the request the "
@@ -198,8 +199,10 @@ class StyleBank:
             )
         if name == "fingerprint":
             raise StyleError(
-                f"{bank} was baked with the model {self.info.model!r} (fingerprint {own[:12]}), but the loaded one is "
-                f"{model or 'another'!r} ({str(asked)[:12]}); bake the style again with it, or load {self.info.model!r}"
+                f"{bank} was baked with the model {values.quoted(self.info.model)} (fingerprint {own[:12]}), but the "
+                f"loaded one is "
+                f"{values.quoted(model or 'another')} ({str(asked)[:12]}); bake the style again with it, or load "
+                f"{values.quoted(self.info.model)}"
             )
         if name in _DIGESTS:
             raise StyleError(
@@ -207,8 +210,9 @@ class StyleBank:
                 f"here, {_DIGESTS[name]}"
             )
         raise StyleError(
-            f"{bank} was baked with {name}={own!r}, but {name}={values.quoted(asked)} is requested; bake the style "
-            f"again with {name}={values.quoted(asked)}, or request {name}={own!r}"
+            f"{bank} was baked with {name}={values.quoted(own)}, but {name}={values.quoted(asked)} is requested; bake "
+            f"the style "
+            f"again with {name}={values.quoted(asked)}, or request {name}={values.quoted(own)}"
         )
 
 
@@ -262,14 +266,14 @@ class BankWriter:
         self._check_open()
         if branch not in self.info.branches or not (0 <= step < self.info.steps):
             raise StyleError(
-                f"step {step}, branch {branch!r} is outside the bank's {self.info.steps} steps "
+                f"step {step}, branch {values.quoted(branch)} is outside the bank's {self.info.steps} steps "
                 f"and branches {_listed(self.info.branches)}"
             )
         self._check_reference(reference)
         where = (step, self.info.branches.index(branch), reference)
         stored = {layer: self._stored(layer, features) for layer in self.info.layers}
         self._check_norms(features)
-        self._check_numbers(f"step {step}, branch {branch!r}, reference {reference}", stored, features)
+        self._check_numbers(f"step {step}, branch {values.quoted(branch)}, reference {reference}", stored, features)
         for layer, content in stored.items():
             self._write(layer, where, content)
             self._tensors[f"mean.{layer}"][where].copy_(features.layers[layer].mean)
@@ -289,7 +293,9 @@ class BankWriter:
         first, last = (0 if self.info.store == "latents" else self.info.steps), self.info.steps
         if not first <= step <= last:
             held = f"{first} to {last}" if first < last else f"{last} (the end) only"
-            raise StyleError(f"latents of step {step}: a bank with store={self.info.store!r} holds step {held}")
+            raise StyleError(
+                f"latents of step {step}: a bank with store={values.quoted(self.info.store)} holds step {held}"
+            )
         self._check_reference(reference)
         self._shaped(f"latents of step {step}", latents, self.shapes.latents)
         if not torch.isfinite(latents).all():
@@ -302,7 +308,11 @@ class BankWriter:
         self._check_open()
         if self._awaited:
             place = min(self._awaited, key=lambda entry: (len(entry), entry))
-            what = "step {}, branch {!r}, reference {}" if len(place) == 3 else "the latents of step {}, reference {}"
+            what = (
+                "step {}, branch {values.quoted()}, reference {}"
+                if len(place) == 3
+                else "the latents of step {}, reference {}"
+            )
             raise StyleError(
                 f"the bank is incomplete: {len(self._awaited)} entries are missing, including {what.format(*place)}"
             )

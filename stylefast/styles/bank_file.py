@@ -117,9 +117,12 @@ class BankFile:
         if self.path.suffix in PICKLED:
             raise StyleError(f"{self.path.name} would be mistaken for a pickle; name it {self.path.stem}.bank")
         if self.path.is_dir():
-            raise StyleError(f"{self.path} is a folder; give the bank a file name, such as brand.bank")
+            raise StyleError(
+                f"{values.shown_path(self.path)} is a folder; give the bank a file name, such as brand.bank"
+            )
         if not self.path.parent.is_dir():
-            raise StyleError(f"the folder {self.path.parent} does not exist; create it, or save the bank elsewhere")
+            shown = values.shown_path(self.path.parent)
+            raise StyleError(f"the folder {shown} does not exist; create it, or save the bank elsewhere")
         if not self.overwrite and self.path.exists():
             raise self._taken()
 
@@ -151,10 +154,14 @@ class BankFile:
             ) from error
 
     def _taken(self) -> StyleError:
-        return StyleError(f"{self.path} exists already; save it under another name, or with overwrite=True")
+        return StyleError(
+            f"{values.shown_path(self.path)} exists already; save it under another name, or with overwrite=True"
+        )
 
     def _unwritable(self, error: OSError) -> StyleError:
-        return StyleError(f"can't write the bank {self.path}: {error.strerror or error}; choose another place")
+        return StyleError(
+            f"can't write the bank {values.shown_path(self.path)}: {error.strerror or error}; choose another place"
+        )
 
 
 def read_bank(path: str | Path) -> tuple[str, str, StoredTensors]:

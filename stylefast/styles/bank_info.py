@@ -107,7 +107,7 @@ class BankInfo:
                 f"a bank of latents has no layers and the type float32, not {len(self.layers)} layers in {self.dtype}"
             )
         if self.store != "latents" and not self.layers:
-            raise StyleError(f"a bank with store={self.store!r} needs at least one self-attention layer")
+            raise StyleError(f"a bank with store={values.quoted(self.store)} needs at least one self-attention layer")
 
     def to_json(self) -> dict:
         """Return the fields in order as JSON-compatible types."""

@@ -9,6 +9,7 @@ import torch
 
 from stylefast.errors import StyleError
 from stylefast.models.layout import AttentionLayout, UNetShape
+from stylefast.values import quoted
 
 STORES = ("kv", "hidden", "latents")
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
@@ -98,9 +99,9 @@ def bank_tensors(
     Raises StyleError for an unknown store or type, or a layer that the UNet does not have.
     """
     if store not in STORES:
-        raise StyleError(f"store is {store!r}; choose one of {', '.join(STORES)}")
+        raise StyleError(f"store is {quoted(store)}; choose one of {', '.join(STORES)}")
     if dtype not in DTYPES:
-        raise StyleError(f"the type of a style bank is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        raise StyleError(f"the type of a style bank is {quoted(dtype)}; it must be one of {', '.join(DTYPES)}")
     kept, exact, each = getattr(torch, dtype), torch.float32, (steps, branches, references)
     if store == "latents":
         return {"latents": TensorSpec(exact, (steps + 1, references, *shapes.latents))}

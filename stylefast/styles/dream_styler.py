@@ -117,20 +117,24 @@ class DreamStyler(Style):
                 stage = values.whole_number("stage", stage, 0, self.stage_count - 1, error=StyleError)
             except StyleError:
                 raise StyleError(
-                    f"stage {values.quoted(stage)} can't be replaced: the style {self.name!r} has the stages 0 (last "
+                    f"stage {values.quoted(stage)} can't be replaced: the style {values.quoted(self.name)} has the "
+                    f"stages 0 (last "
                     f"steps) to {self.stage_count - 1} (first steps), given as integers"
                 ) from None
             other = style.learned if isinstance(style, DreamStyler) else _load(style)[0]
             other.check_widths(self.learned.widths)
             if other.stages not in (1, self.stage_count):
                 raise StyleError(
-                    f"the style {other.name!r} has {other.stages} stages and can't provide stage {stage} for "
-                    f"{self.name!r} with {self.stage_count}; mix styles with the same number of stages, or with one"
+                    f"the style {values.quoted(other.name)} has {other.stages} stages and can't provide stage {stage} "
+                    f"for "
+                    f"{values.quoted(self.name)} with {self.stage_count}; mix styles with the same number of stages, "
+                    f"or with one"
                 )
             if other.pooled_policy != self.learned.pooled_policy:
                 raise StyleError(
-                    f"the style {other.name!r} pools at {other.pooled_policy!r}, {self.name!r} at "
-                    f"{self.learned.pooled_policy!r}; load one of them with the other's pooled_policy"
+                    f"the style {values.quoted(other.name)} pools at {values.quoted(other.pooled_policy)}, "
+                    f"{values.quoted(self.name)} at "
+                    f"{values.quoted(self.learned.pooled_policy)}; load one of them with the other's pooled_policy"
                 )
             mixed[stage] = other
         return mixed
@@ -418,7 +422,9 @@ def prompts_per_step(
         second = branch_prompts(styles, prompt_2, syntax)
     unknown = [branch for branch in branches if branch not in texts]
     if unknown:
-        raise InvalidRequest(f"text branch {unknown[0]!r} is unknown; choose one of {', '.join(TEXT_BRANCHES)}")
+        raise InvalidRequest(
+            f"text branch {values.quoted(unknown[0])} is unknown; choose one of {', '.join(TEXT_BRANCHES)}"
+        )
     steps = _stages_per_step(styles, timesteps, num_train_timesteps, say)
     made: dict[tuple, Prompt] = {}
     for branch in branches:
@@ -486,7 +492,9 @@ def _check_styles(styles: Sequence[DreamStyler]) -> None:
     names = [style.name for style in styles]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
-        raise StyleError(f"two styles of one request are called {double!r}; give one of them another name=")
+        raise StyleError(
+            f"two styles of one request are called {values.quoted(double)}; give one of them another name="
+        )
 
 
 def _style_clause(tokens: Sequence[str]) -> re.Pattern:

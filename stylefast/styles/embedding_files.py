@@ -146,7 +146,9 @@ def _bundled(path: Path, entries: Mapping[str, Entry], name: str | None) -> dict
     keys = [key.removeprefix(BUNDLE) for key in entries if key.startswith(BUNDLE)]
     names = sorted({key.partition(".")[0] for key in keys})
     if len(names) > 1 and name not in names:
-        raise StyleError(f"{path} contains the embeddings {', '.join(names)[:200]}; choose one: name={names[0]!r}")
+        raise StyleError(
+            f"{path} contains the embeddings {', '.join(names)[:200]}; choose one: name={values.quoted(names[0])}"
+        )
     picked = name if name in names else names[0]
     content = {key.partition(".")[2]: entries[BUNDLE + key].read() for key in keys if key.startswith(f"{picked}.")}
     return content | {"name": picked}

@@ -50,27 +50,35 @@ class StageEmbedding:
         for key in ("clip_l", "clip_g"):
             rows = getattr(self, key)
             if isinstance(rows, Tensor):
-                values.dense_tensor(f"{key} of the style {self.name!r}", rows, error=StyleError)
+                values.dense_tensor(f"{key} of the style {values.quoted(self.name)}", rows, error=StyleError)
             whole = isinstance(rows, Tensor) and rows.ndim == 3 and rows.numel() and not rows.is_complex()
             if not whole:
                 found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-                raise StyleError(f"{key} of the style {self.name!r} is {found}; it must be [stages, vectors, width]")
+                raise StyleError(
+                    f"{key} of the style {values.quoted(self.name)} is {found}; it must be [stages, vectors, width]"
+                )
             if not torch.isfinite(rows.float()).all():
-                raise StyleError(f"{key} of the style {self.name!r} contains NaN or infinity; train or export it again")
+                raise StyleError(
+                    f"{key} of the style {values.quoted(self.name)} contains NaN or infinity; train or export it again"
+                )
             object.__setattr__(self, key, rows.float())
         if self.clip_l.shape[:2] != self.clip_g.shape[:2]:
             raise StyleError(
-                f"the style {self.name!r} has {tuple(self.clip_l.shape[:2])} stages and vectors for encoder 1, but "
+                f"the style {values.quoted(self.name)} has {tuple(self.clip_l.shape[:2])} stages and vectors for "
+                f"encoder 1, but "
                 f"{tuple(self.clip_g.shape[:2])} for encoder 2; both must agree"
             )
         values.one_of(
-            f"pooled policy of the style {self.name!r}", self.pooled_policy, POOLED_POLICIES, error=StyleError
+            f"pooled policy of the style {values.quoted(self.name)}",
+            self.pooled_policy,
+            POOLED_POLICIES,
+            error=StyleError,
         )
         strings = isinstance(self.metadata, Mapping) and all(
             isinstance(k, str) and isinstance(v, str) for k, v in self.metadata.items()
         )
         if not strings:
-            raise StyleError(f"the metadata of the style {self.name!r} must map strings to strings")
+            raise StyleError(f"the metadata of the style {values.quoted(self.name)} must map strings to strings")
 
     @property
     def stages(self) -> int:
@@ -85,7 +93,9 @@ class StageEmbedding:
     def stage(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the vectors of one stage, [n, width 1] and [n, width 2]. Raises StyleError beyond T-1."""
         if not 0 <= index < self.stages:
-            raise StyleError(f"stage {index} of the style {self.name!r} does not exist; it has 0 to {self.stages - 1}")
+            raise StyleError(
+                f"stage {index} of the style {values.quoted(self.name)} does not exist; it has 0 to {self.stages - 1}"
+            )
         return self.clip_l[index], self.clip_g[index]
 
     def collapsed(self) -> "StageEmbedding":
@@ -98,7 +108,8 @@ class StageEmbedding:
         """Raise StyleError unless the vectors match the text encoders' embedding widths."""
         if self.widths != tuple(widths):
             raise StyleError(
-                f"the vectors of the style {self.name!r} are {self.widths[0]} and {self.widths[1]} wide, but the "
+                f"the vectors of the style {values.quoted(self.name)} are {self.widths[0]} and {self.widths[1]} wide, "
+                f"but the "
                 f"text encoders of this model need {widths[0]} and {widths[1]}; use an embedding trained for this "
                 "model"
             )
@@ -158,7 +169,10 @@ def save_embedding(embedding: StageEmbedding, path: str | Path, *, collapsed: bo
 def _check_own_format(file: StyleFile) -> None:
     found = file.metadata
     if found["format"] != FORMAT:
-        raise StyleError(f"{file.path} has the format {found['format']!r}, not {FORMAT!r}; update stylefast to read it")
+        raise StyleError(
+            f"{file.path} has the format {values.quoted(found['format'])}, not {values.quoted(FORMAT)}; update "
+            f"stylefast to read it"
+        )
     expected = {
         "T": str(file.clip_l.shape[0]),
         "n": str(file.clip_l.shape[1]),
@@ -168,7 +182,8 @@ def _check_own_format(file: StyleFile) -> None:
     for key, value in expected.items():
         if found.get(key) != value:
             raise StyleError(
-                f"{file.path} has {key}={found.get(key)!r}, but its tensors and this version need {value!r}; the "
+                f"{file.path} has {key}={values.quoted(found.get(key))}, but its tensors and this version need "
+                f"{values.quoted(value)}; the "
                 "file is damaged or edited: export it again"
             )
 

@@ -118,7 +118,9 @@ class InstantStyle(ImageStyle):
         if self.composition_scale is not None:
             checked["composition_scale"] = _strength("composition_scale", self.composition_scale)
         if self.adapter is not None:
-            checked["adapter"] = values.text("adapter", self.adapter, empty=False, error=StyleError)
+            checked["adapter"] = values.text(
+                "adapter", self.adapter, longest=values.NAME_BYTES, empty=False, error=StyleError
+            )
         if self.content is not None:
             checked["content"] = _checked_content(self.content)
         if self.image_embeds is not None:
@@ -201,8 +203,8 @@ class InstantStyle(ImageStyle):
         """
         if self.needs_guidance and not guided:
             raise StyleError(
-                f"blocks={self.blocks!r} works through the unconditional branch; it needs guidance > 1 (use "
-                "'style' or 'layout' without guidance)"
+                f"blocks={values.quoted(self.blocks)} works through the unconditional branch; it needs guidance > 1 "
+                "(use 'style' or 'layout' without guidance)"
             )
         scale = self.segments[segment].scale
         conditional, swapped = self._weights(layout, scale)
@@ -409,7 +411,9 @@ def _spelled(name: str) -> str:
 
 def _find(module: str, modules: Sequence[str], preset: str) -> int:
     if module not in modules:
-        raise StyleError(f"blocks={preset!r} needs the module {module}, which this model lacks; name blocks explicitly")
+        raise StyleError(
+            f"blocks={values.quoted(preset)} needs the module {module}, which this model lacks; name blocks explicitly"
+        )
     return modules.index(module)
 
 
@@ -420,13 +424,15 @@ def _from_substrings(substrings: Sequence[str], layout: AttentionLayout) -> list
     for module, hits in names.items():
         if any(hits) and not all(hits):
             raise StyleError(
-                f"blocks={list(substrings)} names {sum(hits)} of the {len(hits)} layers of {module}; strengths are per "
+                f"blocks={values.quoted(list(substrings))} names {sum(hits)} of the {len(hits)} layers of {module}; "
+                f"strengths are per "
                 "module, so name the module"
             )
     weights = [float(all(names[module])) for module in layout.modules]
     if not any(weights):
         raise StyleError(
-            f"blocks={list(substrings)} matches no attention module; choose one of {', '.join(layout.modules)}"
+            f"blocks={values.quoted(list(substrings))} matches no attention module; choose one of "
+            f"{', '.join(layout.modules)}"
         )
     return weights
 
@@ -447,14 +453,15 @@ def _from_dictionary(blocks: Mapping, modules: Sequence[str]) -> list[float]:
         for group, inner in named.items():
             if group not in groups:
                 raise StyleError(
-                    f"blocks names {group}, which has no attention in this model; choose one of {', '.join(groups)}"
+                    f"blocks names {values.shown(group)}, which has no attention in this model; choose one of "
+                    f"{', '.join(groups)}"
                 )
             places = groups[group]
-            values = list(inner) if isinstance(inner, (list, tuple)) else [inner]
-            values = values * len(places) if len(values) == 1 else values
-            if len(values) != len(places):
-                raise StyleError(f"blocks gives {len(values)} weights for {group}, which has {len(places)} modules")
-            for place, weight in zip(places, values, strict=True):
+            given = list(inner) if isinstance(inner, (list, tuple)) else [inner]
+            given = given * len(places) if len(given) == 1 else given
+            if len(given) != len(places):
+                raise StyleError(f"blocks gives {len(given)} weights for {group}, which has {len(places)} modules")
+            for place, weight in zip(places, given, strict=True):
                 weights[place] = float(weight)
     return weights
 
@@ -487,7 +494,7 @@ def _checked_blocks(blocks) -> str | dict | tuple[str, ...]:
             raise StyleError(
                 f"blocks={values.quoted(blocks)} is not a preset; choose one of {', '.join(map(repr, PRESETS))}; "
                 "layer names go in a list, as in "
-                f"[{STYLE_MODULE!r}]{values.did_you_mean(blocks, (*PRESETS, *_ALIASES))}"
+                f"[{values.quoted(STYLE_MODULE)}]{values.did_you_mean(blocks, (*PRESETS, *_ALIASES))}"
             )
         return str.__str__(blocks)
     if isinstance(blocks, Mapping):

@@ -181,19 +181,20 @@ class Texts:
             if not isinstance(found, list) or len(found) != steps or not all(isinstance(p, Prompt) for p in found):
                 raise StyleError(
                     f"the style {kind.__name__} must write a list of {steps} Prompts, one for each step, for the "
-                    f"branch {branch!r}"
+                    f"branch {values.quoted(branch)}"
                 )
             plain = self._prompt(branch)
             lost = [prompt for prompt in found if prompt.text is not None and prompt.syntax != self.syntax]
             lost += [prompt for prompt in found if plain.text_2 is not None and prompt.text_2 is None]
             if lost:
                 raise StyleError(
-                    f"the style {kind.__name__} wrote prompts of the branch {branch!r} without the request's syntax or "
+                    f"the style {kind.__name__} wrote prompts of the branch {values.quoted(branch)} without the "
+                    f"request's syntax or "
                     "its text for encoder 2; change them with dataclasses.replace(prompt, text=..., text_2=...)"
                 )
         if unknown := {*self.per_step} - {*self.branches}:
             raise StyleError(
-                f"the style {kind.__name__} wrote prompts of the branch {min(unknown)!r}; the picture has "
+                f"the style {kind.__name__} wrote prompts of the branch {values.quoted(min(unknown))}; the picture has "
                 f"{', '.join(self.branches)}"
             )
 
@@ -415,7 +416,8 @@ def check_kind(kind: type[Style]) -> None:
     taken = {"kind", "type"} & {f.name for f in fields(kind)}
     if taken:
         raise StyleError(
-            f"the style {kind.__name__} has a field {min(taken)!r}, which records use for the class name; rename "
+            f"the style {kind.__name__} has a field {values.quoted(min(taken))}, which records use for the class "
+            f"name; rename "
             "the field"
         )
 

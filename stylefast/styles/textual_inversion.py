@@ -8,11 +8,13 @@ timesteps in every stage, so that no stage idles.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stylefast import values
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.text import Prompt, TextEncoder, token_table
 from stylefast.styles.embeddings import StageEmbedding
@@ -41,13 +43,16 @@ class InversionSettings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("stages", "vectors", "steps", "per_stage"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InvalidRequest(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
-        if not 0 <= self.shared <= 1:
-            raise InvalidRequest(f"shared is {self.shared}; it is a share of the steps, between 0 and 1")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise InvalidRequest(f"learning_rate is {self.learning_rate}; it must be positive, 0.05 is usual")
+        checked: dict[str, Any] = {
+            name: values.whole_number(name, getattr(self, name), 1)
+            for name in ("stages", "vectors", "steps", "per_stage")
+        }
+        checked["shared"] = values.real_number("shared, a share of the steps,", self.shared, 0, 1)
+        checked["learning_rate"] = values.real_number("learning_rate", self.learning_rate, above=0)
+        checked["initializer"] = values.prompt("initializer", self.initializer, error=InvalidRequest)
+        checked["seed"] = values.whole_number("seed", self.seed, 0, values.MAX_SEED)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 def initial_vectors(encoder: TextEncoder, words: str) -> tuple[Tensor, Tensor]:
@@ -60,7 +65,9 @@ def initial_vectors(encoder: TextEncoder, words: str) -> tuple[Tensor, Tensor]:
         ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words.split()]
         if not ids or any(len(tokens) != 1 for tokens in ids):
             found = ", ".join(str(len(tokens)) for tokens in ids)
-            raise StyleError(f"the initializer {words!r} is {found or 0} tokens; choose a word that is a single token")
+            raise StyleError(
+                f"the initializer {values.quoted(words)} is {found or 0} tokens; choose a word that is a single token"
+            )
         return token_table(model)[[tokens[0] for tokens in ids]].detach().float().clone()
 
     first, second = (of(*pair) for pair in zip(encoder.tokenizers, encoder.encoders, strict=True))
@@ -97,7 +104,7 @@ def invert_style(
         raise StyleError(f"{len(captions)} captions for {len(latents)} pictures; give one caption per picture")
     for caption in captions:
         if f"<{name}>" not in caption:
-            raise StyleError(f"the caption {caption!r} does not hold the placeholder <{name}>; add it")
+            raise StyleError(f"the caption {values.quoted(caption)} does not hold the placeholder <{name}>; add it")
     generator = torch.Generator().manual_seed(settings.seed)
     rows, optimizer = _starting_rows(encoder, settings, generator)
     train_steps, losses = len(alphas), []

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from stylefast.cli import build_parser
 from stylefast.commands import generate as generate_command
 from stylefast.errors import NumericsError
 
@@ -86,6 +87,31 @@ def test_bad_words_are_one_line_and_exit_code_2(stylefast, photo, tmp_path, monk
     code, out, err = stylefast("generate", *(word.format(photo=photo) for word in words), "--model", tmp_path / "gone")
     assert_one_line(code, err, 2, message)
     assert out == "" and sorted(tmp_path.iterdir()) == [photo]
+
+
+LONG = ("x" * 5000, "9" * 3000, "x/" * 1500, "x=" + "y" * 5000, ",".join(["down_block"] * 999))
+
+
+def options_of(*command):
+    """The options of a command that take a value."""
+    parser = build_parser()
+    for name in command:
+        parser = parser._subparsers_by_name()[name]
+    actions = [action for action in parser._actions if action.option_strings and action.nargs != 0]
+    return [(command, action.option_strings[-1]) for action in actions]
+
+
+@pytest.mark.parametrize(
+    "command, option", [*options_of("generate"), *options_of("bake"), *options_of("export", "onnx")], ids=str
+)
+def test_a_long_value_is_quoted_in_few_words(stylefast, tmp_path, monkeypatch, command, option):
+    monkeypatch.chdir(tmp_path)
+    for value in LONG:
+        words = ("a cat",) if command == ("generate",) and option not in ("--from", "--requests") else ()
+        model = () if option == "--model" else ("--model", tmp_path / "gone")
+        code, _, err = stylefast(*command, *words, *model, f"{option}={value}")
+        assert code in (1, 2) and len(err) < 2000, err
+        assert err.splitlines()[-1].startswith("error: ") and "unexpected" not in err, err
 
 
 def test_an_unknown_command_is_one_line(stylefast):

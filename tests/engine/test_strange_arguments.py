@@ -1,11 +1,12 @@
 """Every argument of the engine's calls is taken or refused by one of our errors, before the UNet runs."""
 
 import inspect
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 
 import stylefast as sf
 from stylefast.errors import (
@@ -17,12 +18,19 @@ from stylefast.errors import (
     StyleError,
     StyleFastError,
 )
+from stylefast.models import checkpoint, load_options
+from stylefast.options import NAMES, OF_LOADED
 from stylefast.styles.embeddings import StageEmbedding
-from tests.support.scene import SIZE, learned, small_picture
+from tests.support.scene import SIZE, learned, sharp_pipeline, small_picture
+from tests.support.small_bank import small_bank
+from tests.support.small_checkpoints import random_lora, write_peft_lora
 from tests.support.strange_values import python_values
+from tests.support.watch import WAIT
 
 PICTURE = small_picture(1)
 K = {"size": SIZE, "steps": 2}
+# of options of loading, as diffusers calls them
+ALIASES = ("torch_dtype", "device_map")
 
 
 class NotRun(StyleFastError):
@@ -58,10 +66,150 @@ ARGUMENTS = [
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=python_values)
 def test_an_argument_is_taken_or_refused(idle, call, name, value):
+    taken_or_refused(getattr(idle, call), **CALLS[call] | {name: value})
+
+
+def taken_or_refused(call, *arguments, **options):
+    """The result; None where it was refused by one of our errors, in few words that can be printed."""
     try:
-        getattr(idle, call)(**CALLS[call] | {name: value})
+        return call(*arguments, **options)
     except StyleFastError as error:
         assert len(str(error)) < 2000
+        str(error).encode()
+        return None
+
+
+STYLED = {
+    sf.StyleAligned: {"prompt": "a star"},
+    sf.InstantStyle: {"image": PICTURE},
+    sf.DreamStyler: {"embedding": learned()},
+}
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [(kind, f.name) for kind in STYLED for f in fields(kind) if f.init],
+    ids=lambda one: one if isinstance(one, str) else one.__name__,
+)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=python_values)
+def test_a_style_that_can_be_made_is_planned_or_refused(idle, kind, name, value):
+    style = taken_or_refused(kind, **STYLED[kind] | {name: value})
+    if style is not None:
+        taken_or_refused(idle.submit, sf.Request("a cat", style=style, **K))
+        taken_or_refused(idle.bake, style, **K)
+
+
+LONG = "x" * 250
+PLANNED = {
+    "an adapter": lambda: sf.InstantStyle(PICTURE, adapter=LONG),
+    "half a module": lambda: sf.InstantStyle(PICTURE, ["transformer_blocks.1", LONG * 40]),
+    "blocks that match nothing": lambda: sf.InstantStyle(PICTURE, [LONG * 40]),
+    "layers that match nothing": lambda: sf.StyleAligned(prompt="a star", layers=[LONG * 40]),
+}
+
+
+@pytest.mark.parametrize("what", PLANNED)
+def test_what_does_not_fit_the_model_is_quoted_in_few_words(idle, what):
+    with pytest.raises(StyleError) as caught:
+        idle.submit(sf.Request("a cat", style=PLANNED[what](), **K))
+    assert "xxxx" in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.fixture
+def nothing_read(monkeypatch):
+    """Loading ends where files would be read."""
+
+    def stop(*_, **__):
+        raise NotRun
+
+    for name in ("_from_folder", "_from_file", "_find_on_hub"):
+        monkeypatch.setattr(checkpoint, name, stop)
+
+
+@pytest.mark.parametrize(
+    "name", [*NAMES, *load_options.PASSED_ON, *load_options._OTHER_NAMES, *load_options._REFUSED, *ALIASES, LONG * 40]
+)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=python_values)
+def test_an_option_of_loading_is_taken_or_refused(nothing_read, pipe, name, value):
+    for beside in ({}, {"dtype": "float32", "device": "cpu", "token": True}):
+        taken_or_refused(sf.Engine.from_pretrained, "tiny", **beside | {name: value})
+    if name not in OF_LOADED:
+        taken_or_refused(sf.Engine.from_pipeline, pipe, **{name: value})
+
+
+@pytest.mark.parametrize("name", OF_LOADED)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=python_values)
+def test_an_option_of_an_engine_is_taken_or_refused(pipe, name, value):
+    if name == "backend":
+        assume(not callable(value))  # a function's own errors are its caller's
+    engine = taken_or_refused(sf.Engine.from_pipeline, pipe, **{name: value})
+    if engine is not None:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """An engine whose weights may change, with a LoRA merged into it and one of its requests, and the LoRA's file."""
+    pipe = sharp_pipeline()
+    file = write_peft_lora(random_lora(pipe, seed=1), tmp_path_factory.mktemp("loras") / "ink.safetensors")
+    engine = sf.Engine.from_pipeline(pipe)
+    engine.load_lora(file, 0.5)
+    engine.loras.add(file)
+    return engine, file
+
+
+METHODS = {
+    "load_adapter": (lambda engine, file, adapter: engine.load_adapter, {"file": 2, "image_encoder": 3, "name": "c"}),
+    "load_lora": (lambda engine, file, adapter: engine.load_lora, {"source": 1, "scale": 0.1, "name": "ink"}),
+    "loras.add": (lambda engine, file, adapter: engine.loras.add, {"source": 1, "name": "ink", "part": None}),
+    "loras.remove": (lambda engine, file, adapter: engine.loras.remove, {"name": "none"}),
+    "loras[]": (lambda engine, file, adapter: engine.loras.__getitem__, {"name": "none"}),
+    "merged_loras.set_scale": (
+        lambda engine, file, adapter: engine.merged_loras.set_scale,
+        {"name": "ink", "scale": 0.1},
+    ),
+    "merged_loras.remove": (lambda engine, file, adapter: engine.merged_loras.remove, {"name": "none"}),
+}
+
+
+@pytest.mark.parametrize("method, name", [(method, name) for method in METHODS for name in METHODS[method][1]])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=python_values)
+def test_an_argument_of_what_changes_the_engine_is_taken_or_refused(own, adapter_files, method, name, value):
+    engine, file = own
+    find, usual = METHODS[method]
+    places = {1: file, 2: adapter_files[0], 3: None}
+    given = {key: places.get(usually, usually) if type(usually) is int else usually for key, usually in usual.items()}
+    call = find(engine, file, adapter_files[0])
+    if method == "loras[]":
+        taken_or_refused(call, value)
+    else:
+        taken_or_refused(call, **given | {name: value})
+
+
+@pytest.fixture(scope="module")
+def done(engine):
+    job = engine.submit(sf.Request("a cat", **K), output="latents")
+    job.result(WAIT)
+    return job
+
+
+@settings(max_examples=50)
+@given(value=python_values)
+def test_a_timeout_is_taken_or_refused(done, value):
+    taken_or_refused(done.result, value)
+
+
+@pytest.mark.parametrize("name", ["path", "overwrite"])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=python_values)
+def test_a_place_of_a_bank_is_taken_or_refused(tmp_path, monkeypatch, name, value):
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / "a" / "b" / "c")
+    taken_or_refused(small_bank().save, **{"path": "brand.bank", name: value})
 
 
 @pytest.mark.parametrize("path", ["\ud83d.bank", "a\0.bank", 5, [], "nowhere/at/all.bank", b"a.bank"])

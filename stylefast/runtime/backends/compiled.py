@@ -38,6 +38,7 @@ from stylefast.runtime.banks.bank_pages import idle_pages
 from stylefast.runtime.steps.key_values import KeyValuePages
 from stylefast.runtime.steps.step import LatentSlots, ModelInputs, run_step
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, StepColumns
+from stylefast.values import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class CompileBackend(Backend):
         graphs: StepGraphs | None | Literal["auto"] = "auto",
     ):
         if compiler not in COMPILERS:
-            raise InvalidRequest(f"compiler is {compiler!r}; choose one of {', '.join(COMPILERS)}")
+            raise InvalidRequest(f"compiler is {quoted(compiler)}; choose one of {', '.join(COMPILERS)}")
         if compiler == "inductor":
             _check_toolchain(unet.device)
         self._unet, self._count = unet, _CountingCompiler(compiler)
@@ -152,7 +153,7 @@ class CompileBackend(Backend):
         Afterwards the first shape that still compiles is logged. CUDA graphs are captured when steps are run.
         """
         if not rows or any(not isinstance(count, int) or count < 1 for count in rows):
-            raise InvalidRequest(f"rows is {rows!r}; give row counts of 1 or more, such as (2, 8)")
+            raise InvalidRequest(f"rows is {quoted(rows)}; give row counts of 1 or more, such as (2, 8)")
         before = self.compilations
         for count in rows:
             self._warm_step(latent_shape, count, images, references)

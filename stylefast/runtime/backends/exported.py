@@ -37,6 +37,7 @@ from stylefast.runtime.plan.sample_group import SampleGroup
 from stylefast.runtime.steps.step import LatentSlots, ModelInputs, model_input, sampler_update
 from stylefast.runtime.steps.step_buffers import StepColumns
 from stylefast.slots import LruDict
+from stylefast.values import quoted
 
 # batch shapes whose tensors are kept
 _SHAPES = 32
@@ -134,7 +135,8 @@ class ExportedBackend(Backend):
         graph = self._choose(columns, buffers, state.shape[1:])
         if buffers.text_lengths is not None and graph.shape.text_chunks == 1:
             raise EngineMismatch(
-                f"a text of this step is shorter than others, but graphs of backend {self.name!r} read equally many "
+                f"a text of this step is shorter than others, but graphs of backend {quoted(self.name)} read equally "
+                f"many "
                 "tokens of each; export the model with --max-text-chunks, or use backend='torch' for texts of unequal "
                 "length"
             )

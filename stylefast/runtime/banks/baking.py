@@ -199,7 +199,7 @@ def _check(style: ReferenceStyle, store: str, dtype: str, model_dtype: torch.dty
     if store == "latents":
         if dtype not in ("auto", "fp32", "float32"):
             raise InvalidRequest(
-                f"store='latents' always stores float32, which is small already; leave dtype={dtype!r} out"
+                f"store='latents' always stores float32, which is small already; leave dtype={values.quoted(dtype)} out"
             )
         return "float32"
     return str(model_dtype).removeprefix("torch.") if dtype == "auto" else DTYPES.get(dtype, dtype)

@@ -14,6 +14,7 @@ import numpy as np
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest, StyleFastError
 from stylefast.slots import LruDict
+from stylefast.values import quoted
 
 NO_SLOT = -1
 
@@ -179,7 +180,7 @@ def _int64(name: str, values) -> np.ndarray:
     except ValueError:  # rows of different lengths
         array = np.empty(1, object)
     if array.size and not (np.issubdtype(array.dtype, np.integer) and np.can_cast(array.dtype, np.int64)):
-        raise InvalidRequest(f"{name} must be int64 numbers, all rows of one length, but are {values!r}")
+        raise InvalidRequest(f"{name} must be int64 numbers, all rows of one length, but are {quoted(values)}")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 

@@ -12,6 +12,7 @@ from stylefast.models.prompt_syntax import parse
 from stylefast.runtime.plan.instructions import instructions, texts_of, warn_of_instructions
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.few_step import guidance_warning
+from stylefast.values import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ class Notices:
     def _listed(self, words: list[str]) -> str:
         shown = [word[:40] for word in words[:_SHOWN]]
         near = [difflib.get_close_matches(word, self._known, n=1, cutoff=0.7) for word in shown]
-        listed = [f"{word!r} ({close[0]}?)" if close else repr(word) for word, close in zip(shown, near, strict=True)]
+        listed = [
+            f"{quoted(word)} ({close[0]}?)" if close else repr(word) for word, close in zip(shown, near, strict=True)
+        ]
         return ", ".join(listed) + (f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else "")
 
 

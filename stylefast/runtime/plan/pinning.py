@@ -18,6 +18,7 @@ from stylefast.sampling.guidance import FULL, NULL
 from stylefast.sampling.inversion import inversion_schedule, pinned_latents
 from stylefast.sampling.noise_levels import alphas_cumprod
 from stylefast.styles.bank import StyleBank
+from stylefast.values import quoted
 
 # the authors' sampler for inverted pictures: timesteps from 0, and the first one's noise level at the end
 _INVERSION_CONFIG = {"steps_offset": 0, "set_alpha_to_one": False, "timestep_spacing": "leading"}
@@ -43,7 +44,7 @@ def scheduler_config(request: Request, config: Mapping) -> Mapping:
     if request.scheduler != "ddim":
         raise StyleError(
             f"{type(style).__name__} noise='ddim' inverts the picture along DDIM's steps, but the scheduler is "
-            f"{request.scheduler!r}; use scheduler='ddim', or noise='forward', which fits every scheduler"
+            f"{quoted(request.scheduler)}; use scheduler='ddim', or noise='forward', which fits every scheduler"
         )
     return {**config, **_INVERSION_CONFIG}
 

@@ -19,6 +19,7 @@ from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.schedule import Schedule, schedule_digest
 from stylefast.styles.bank import StyleBank
 from stylefast.styles.style import ModelFacts, ReferenceStyle, asking
+from stylefast.values import listed, quoted
 
 
 class RequestPlanner:
@@ -87,33 +88,34 @@ class RequestPlanner:
             chunks = tokens // window
             raise ExportError(
                 f"a prompt of the request has {tokens} tokens in {chunks} chunks, but the graphs of backend "
-                f"{backend.name!r} take only {limit}; shorten it to {limit // window * (window - 2)} tokens, export "
-                f"the model with --max-text-chunks {chunks}, or load it with backend='torch' or 'compile'"
+                f"{quoted(backend.name)} take only {limit}; shorten it to {limit // window * (window - 2)} tokens, "
+                f"export the model with --max-text-chunks {chunks}, or load it with backend='torch' or 'compile'"
             )
 
     def _check_loras(self, sample: Sample) -> None:
         """Raise ExportError for LoRAs that an exported graph can't apply."""
-        names = ", ".join(use.lora.name for use in sample.loras)
+        names = listed(use.lora.name for use in sample.loras)
         backend, used = self.runner.backend, [use.lora for use in sample.loras if use.unet]
         rank = max((lora.rank for lora in used), default=0)
         instead = "load it with backend='torch' or 'compile'"
         if used and not backend.takes_loras:
             raise ExportError(
-                f"the request uses LoRAs ({names}), but the graphs of backend {backend.name!r} have no inputs for "
-                f"them; export the model with --lora-rank {rank} --lora-slots {len(used)}, {instead}, or merge the "
+                f"the request uses LoRAs ({names}), but the graphs of backend {quoted(backend.name)} have no inputs "
+                f"for them; export the model with --lora-rank {rank} --lora-slots {len(used)}, {instead}, or merge the "
                 "LoRAs with engine.load_lora before the export"
             )
         slots, most = (backend.limits.get(name, 2**31) for name in ("lora_slots", "lora_rank"))
         if len(used) > slots:
             raise ExportError(
-                f"the request uses {len(used)} LoRAs of the UNet ({names}), but the graphs of backend {backend.name!r} "
-                f"take {slots} per picture; use fewer, export the model with --lora-slots {len(used)}, or {instead}"
+                f"the request uses {len(used)} LoRAs of the UNet ({names}), but the graphs of backend "
+                f"{quoted(backend.name)} take {slots} per picture; use fewer, export the model with --lora-slots "
+                f"{len(used)}, or {instead}"
             )
         if rank > most:
             wide = next(lora for lora in used if lora.rank == rank)
             raise ExportError(
-                f"the LoRA {wide.name!r} takes {rank} ranks in units of {RANK}, but the graphs of backend "
-                f"{backend.name!r} take {most}; export the model with --lora-rank {rank}, or {instead}"
+                f"the LoRA {quoted(wide.name)} takes {rank} ranks in units of {RANK}, but the graphs of backend "
+                f"{quoted(backend.name)} take {most}; export the model with --lora-rank {rank}, or {instead}"
             )
         text = any(use.text and any(use.lora.changes_text) for use in sample.loras)
         if text and not self.runner.conditions.text_encoder.runner.takes_loras:

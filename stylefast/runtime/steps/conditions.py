@@ -28,6 +28,7 @@ from stylefast.runtime.steps.key_values import KeyValuePages
 from stylefast.sampling.guidance import NULL
 from stylefast.slots import Slots
 from stylefast.styles.style import ImageStyle, Texts, asking, by_kind
+from stylefast.values import listed, quoted
 
 CONDITIONAL_BRANCHES = ("full", "style")  # branches that see the style's picture; the others see the negative tokens
 
@@ -411,11 +412,11 @@ class ConditionStore:
             )
         if wanted is None:
             if len(self.adapters) > 1:
-                names = ", ".join(self.adapters)
+                names = listed(self.adapters)
                 raise StyleError(f"this engine has several adapters ({names}); name one: adapter=...")
             return next(iter(self.adapters.values()))
         if wanted not in self.adapters:
-            raise StyleError(f"adapter {wanted!r} is not loaded; loaded adapters: {', '.join(self.adapters)}")
+            raise StyleError(f"adapter {quoted(wanted)} is not loaded; loaded adapters: {listed(self.adapters)}")
         return self.adapters[wanted]
 
     def _mask_table(self, latent_size: tuple[int, int]) -> MaskTable:

@@ -12,6 +12,7 @@ import numpy as np
 
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
+from stylefast.values import quoted
 
 LIVE = -1  # instead of a bank page: the reference is an image of this batch
 BANK_PAGES = 2**31  # exclusive limit of a bank page's index
@@ -138,7 +139,7 @@ def _integers(name: str, values, low: int = -(2**63), high: int = 2**63) -> np.n
     if array.dtype.kind != "i" or bounded and not (low <= array.min() and array.max() < high):
         for value in values:
             if not isinstance(value, int | np.integer) or not low <= value < high:
-                raise InvalidRequest(f"{name} hold {value!r}, but must be integers from {low} to {high - 1}")
+                raise InvalidRequest(f"{name} hold {quoted(value)}, but must be integers from {low} to {high - 1}")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
