@@ -126,7 +126,8 @@ def load_components(
     if os.path.isfile(path):
         if variant not in (None, "auto"):
             raise InvalidRequest(
-                f"variant={variant!r} selects among the files of a folder, but {path.name} is a single file"
+                f"variant={values.quoted(variant)} selects among the files of a folder, but {path.name} is a single "
+                f"file"
             )
         components = _from_file(path, dtype, device, vae, hub, config, tokenizer)
     else:
@@ -158,7 +159,7 @@ def from_pipeline(pipeline) -> Components:
     config = dict(unet.config)
     if config.get("encoder_hid_dim_type") == "ip_image_proj":
         config["encoder_hid_dim_type"] = None
-    extractor = getattr(pipeline, "feature_extractor", None)
+    encoder, extractor = (getattr(pipeline, part, None) for part in ("image_encoder", "feature_extractor"))
     complete, made = _made_unet(config, state, "the pipeline's UNet")
     check_as_made("the pipeline's UNet", unet, made)
     components = Components(
@@ -173,7 +174,7 @@ def from_pipeline(pipeline) -> Components:
             file="from_config(pipe.scheduler.config, ...), which takes other values",
         ),
         force_zeros=pipeline.config.get("force_zeros_for_empty_prompt", True),
-        image_encoder=getattr(pipeline, "image_encoder", None),
+        image_encoder=None if encoder is None else inner(encoder),
         feature_extractor=extractor.to_dict() if extractor is not None else None,
         name=str(pipeline.config.get("_name_or_path") or "pipeline"),
     )

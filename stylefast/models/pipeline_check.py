@@ -4,18 +4,24 @@ Hooks, processors and methods attached to a module change the pipeline's picture
 """
 
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from stylefast.errors import ModelError, ModelFormatError
 from stylefast.models.changed_modules import overriding, replaced_method
-from stylefast.models.config_check import check_config, check_text_encoder, check_vae
+from stylefast.models.config_check import (
+    check_config,
+    check_image_encoder,
+    check_text_encoder,
+    check_tokenizer,
+    check_vae,
+)
 from stylefast.models.config_files import config_of
-from stylefast.models.statements import MODEL_INDEX, PARTS, PIPELINES
-from stylefast.values import quoted
+from stylefast.models.statements import EDM_SCHEDULERS, MODEL_INDEX, PARTS, PIPELINES, TOKENIZER
+from stylefast.values import listed, quoted
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -46,7 +52,16 @@ _BOOKKEEPING = (
     "diffusers.loaders.single_file",
     "diffusers.loaders.ip_adapter",
 )
+# the same of schedulers, tokenizers and image processors
+_SAVING = (
+    "diffusers.configuration_utils",
+    "diffusers.schedulers.scheduling_utils",
+    "diffusers.utils",
+    "transformers.utils",
+)
 _FREEU = ("s1", "s2", "b1", "b2")
+# tokens of a prompt, begin and end included, to which tokenizers are made to pad and cut as a trial
+_TRIAL = 8
 
 
 def check_pipeline(pipeline) -> None:
@@ -63,7 +78,7 @@ def check_pipeline(pipeline) -> None:
         )
     if own:
         raise ModelFormatError(
-            f"the pipeline ({name}) has {', '.join(own[:5])}{', ...' if len(own) > 5 else ''} of its own instead of "
+            f"the pipeline ({name}) has {listed(own)} of its own instead of "
             f"{base.__name__}'s, which the engine would not call; to use only its model, give "
             f"{PIPELINES[0]}.from_pipe(pipe), or {PIPELINES[0]}(**pipe.components)"
         )
@@ -72,7 +87,7 @@ def check_pipeline(pipeline) -> None:
     further = [part for part in parts if part not in PARTS and getattr(pipeline, part, None) is not None]
     if further:
         raise ModelFormatError(
-            f"the pipeline has parts that would be left out ({', '.join(further)}); to use its model without them, "
+            f"the pipeline has parts that would be left out ({listed(further)}); to use its model without them, "
             f"give {PIPELINES[0]}.from_pipe(pipe)"
         )
     settings = {key: value for key, value in pipeline.config.items() if key not in parts}
@@ -85,13 +100,22 @@ def check_pipeline(pipeline) -> None:
         encoder = inner(getattr(pipeline, part))
         _check_modules(f"the pipeline's {part}", encoder)
         check_text_encoder(encoder.config.to_dict(), f"the pipeline's {part}")
+    for part in ("tokenizer", "tokenizer_2"):
+        _check_tokenizer(getattr(pipeline, part), f"the pipeline's {part}")
+    if (encoder := getattr(pipeline, "image_encoder", None)) is not None:
+        encoder = inner(encoder)
+        _check_modules("the pipeline's image_encoder", encoder)
+        check_image_encoder(encoder.config.to_dict(), "the pipeline's image_encoder")
+    if (extractor := getattr(pipeline, "feature_extractor", None)) is not None:
+        # its config is checked once an adapter needs it
+        _check_own("the pipeline's feature_extractor", extractor, "transformers")
     check_vae_module(pipeline.vae, "the pipeline")
 
 
 def check_vae_module(vae: nn.Module, what: str, latent_channels: int | None = None) -> None:
     """Raise ModelFormatError for a module that is not an SDXL VAE or has another number of latent channels.
 
-    Raises ModelError for one with a replaced method.
+    Raises ModelError for one with a replaced method, or layers that are quantised, hooked by diffusers or offloaded.
     """
     vae = inner(vae)
     kinds = {kind.__name__ for kind in type(vae).__mro__} & {"AutoencoderKL", "AutoencoderTiny"}
@@ -105,6 +129,7 @@ def check_vae_module(vae: nn.Module, what: str, latent_channels: int | None = No
             f"the method {method} of the VAE of {what} was replaced, and the engine would not call it; restore the "
             "method, or load the VAE again"
         )
+    _check_modules(f"the VAE of {what}", vae, called=True)
     check_vae({**config_of(vae), "_class_name": kinds.pop()}, what, latent_channels)
 
 
@@ -170,16 +195,71 @@ def _check_fused(state: dict[str, torch.Tensor], plain: dict[str, torch.Tensor])
 
 
 def _check_scheduler(scheduler) -> None:
-    """Raise ModelError for a scheduler whose noise levels are not those of its config."""
-    levels = getattr(scheduler, "alphas_cumprod", None)
+    """Raise ModelError for a scheduler with methods of its own, or whose noise levels are not those of its config."""
+    _check_own("the pipeline's scheduler", scheduler, "diffusers")
+    name = "alphas_cumprod"
+    if type(scheduler).__name__ in EDM_SCHEDULERS:
+        if scheduler.num_inference_steps is not None:
+            return  # levels of its last call; every call computes its own from the config
+        name = "sigmas"
+    levels = getattr(scheduler, name, None)
     if levels is None:
         return
-    fresh = type(scheduler).from_config(scheduler.config).alphas_cumprod
+    fresh = getattr(type(scheduler).from_config(scheduler.config), name)
     if levels.shape != fresh.shape or not torch.allclose(levels.cpu(), fresh, rtol=1e-5, atol=0):
         raise ModelError(
             f"the noise levels of the pipeline's {type(scheduler).__name__} are not those of its config; specify in "
             "the config how they are computed (rescale_betas_zero_snr, trained_betas)"
         )
+
+
+def _check_own(what: str, thing: Any, library: str) -> None:
+    """Raise ModelFormatError for an object of another library, ModelError for one with methods of its own."""
+    base, own = overriding(thing, library, _SAVING)
+    if base is None:
+        raise ModelFormatError(f"{what} is a {type(thing).__name__}, which is not of {library}; give {library}'s own")
+    if own:
+        raise ModelError(
+            f"{what} ({type(thing).__name__}) has {listed(own)} of its own "
+            f"instead of {base.__name__}'s, which the engine would not call; load it again"
+        )
+
+
+def _check_tokenizer(tokenizer: Any, what: str) -> None:
+    """Raise ModelFormatError or ModelError for a tokenizer that is not CLIP's or makes other tokens than the engine.
+
+    The engine asks it for the tokens of words, and writes begin, end and padding itself.
+    """
+    config = {key: value for key, value in getattr(tokenizer, "init_kwargs", {}).items() if key in TOKENIZER}
+    live = {key: getattr(tokenizer, key) for key in ("padding_side", "truncation_side") if hasattr(tokenizer, key)}
+    kinds = [kind.__name__ for kind in type(tokenizer).__mro__ if kind.__module__.split(".")[0] == "transformers"]
+    name = next(iter(kinds), type(tokenizer).__name__)
+    check_tokenizer({**config, **live, "tokenizer_class": name}, what)
+    _check_own(what, tokenizer, "transformers")
+    try:
+        words, begin, end, pad = tokenizer("A a", add_special_tokens=False).input_ids, *_special(tokenizer)
+        cut = [begin, *(words * _TRIAL)[: _TRIAL - 2], end]
+        expected = [[begin, *words, end], [begin, *words, end] + [pad] * (_TRIAL - len(words) - 2), cut, [end]]
+        framed = {"padding": "max_length", "max_length": _TRIAL, "truncation": True}
+        found = [
+            tokenizer("a A").input_ids,
+            tokenizer("a A", **framed).input_ids,
+            tokenizer("a A " * _TRIAL, **framed).input_ids,
+            tokenizer(tokenizer.eos_token, add_special_tokens=False).input_ids,
+        ]
+    except Exception as error:  # of many types, from two libraries
+        raise ModelFormatError(f"{what} can't tokenise a text ({quoted(str(error))}); load it again") from error
+    for wanted, tokens in zip(expected, found, strict=True):
+        if list(tokens) != wanted:
+            raise ModelError(
+                f"{what} was changed: it makes the tokens {quoted(list(tokens))} of a text that has {quoted(wanted)} "
+                "here (add_bos_token, add_eos_token, split_special_tokens, or its normaliser); load it again"
+            )
+
+
+def _special(tokenizer: Any) -> Sequence[int]:
+    """Return the ids of the begin, end and padding tokens."""
+    return [int(getattr(tokenizer, f"{name}_token_id")) for name in ("bos", "eos", "pad")]
 
 
 def _check_unet(unet: "UNet2DConditionModel") -> None:
@@ -210,8 +290,11 @@ def _check_unet(unet: "UNet2DConditionModel") -> None:
             )
 
 
-def _check_modules(what: str, module: nn.Module) -> None:
-    """Raise ModelError for modules that don't behave like their class: wrapped, patched, hooked or quantised."""
+def _check_modules(what: str, module: nn.Module, called: bool = False) -> None:
+    """Raise ModelError for modules that don't behave like their class: wrapped, patched, hooked or quantised.
+
+    called: the module's layers are called as they are, so replaced methods take effect and are accepted.
+    """
     for name, one in module.named_modules():
         place, kind = name or "itself", type(one)
         library = kind.__module__.split(".")[0]
@@ -230,10 +313,13 @@ def _check_modules(what: str, module: nn.Module) -> None:
                 f"{what} has diffusers' hook {', '.join(hooks)} ({place}), which is not supported; load the pipeline "
                 "without it"
             )
-        if method := replaced_method(one):
+        if not called and (method := replaced_method(one)):
             raise ModelError(
                 f"the method {method} of {what} was replaced ({place}), for example by DeepCache or seamless "
                 "tiling; remove that from the pipeline"
             )
-        if any(parameter.is_meta for parameter in one.parameters(recurse=False)):
-            raise ModelError(f"{what} is offloaded; give a pipeline without enable_sequential_cpu_offload()")
+        for parameter in one.parameters(recurse=False):
+            if parameter.is_meta:
+                raise ModelError(f"{what} is offloaded; give a pipeline without enable_sequential_cpu_offload()")
+            if type(parameter) not in (nn.Parameter, torch.Tensor):
+                raise ModelError(f"{what} is quantised ({type(parameter).__name__}, {place}); load it in 16 or 32 bits")

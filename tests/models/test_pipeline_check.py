@@ -13,7 +13,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from tokenizers import Tokenizer, normalizers, processors
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+)
 
 from stylefast.errors import ModelError, ModelFormatError
 from stylefast.models.checkpoint import from_pipeline, load_components
@@ -101,6 +110,46 @@ def hooked(model, **attributes):
     add_hook_to_module(model, ModelHook())
 
 
+class OwnConv(nn.Conv2d):
+    pass
+
+
+class OwnTokenizer(CLIPTokenizer):
+    def convert_ids_to_tokens(self, ids, skip_special_tokens=False):
+        return super().convert_ids_to_tokens(ids, skip_special_tokens)[::-1]
+
+
+class Packed(torch.Tensor):
+    pass
+
+
+def packed(layer):
+    return nn.Parameter(layer.weight.detach().as_subclass(Packed), False)
+
+
+def image_encoder():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 16, "image_size": 8, "patch_size": 4}
+    config = CLIPVisionConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def patched(thing, method="forward"):
+    setattr(thing, method, lambda *_, **__: None)
+    return thing
+
+
+def without_begin(tokenizer):
+    frame = processors.TemplateProcessing(
+        "$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = frame
+
+
+def louder(scheduler):
+    scheduler.sigmas = scheduler.sigmas * 2
+    return scheduler
+
+
 CARRIED = {
     "a forward put on a block": (
         lambda pipe: setattr(pipe.unet.mid_block, "forward", lambda *_, **__: None),
@@ -162,6 +211,72 @@ CARRIED = {
     "double precision": (lambda pipe: pipe.unet.double(), "float64"),
     "weights that are not there": (lambda pipe: pipe.unet.conv_in.to("meta"), "offloaded"),
     "a text encoder that is not there": (lambda pipe: pipe.text_encoder.to("meta"), "text_encoder is offloaded"),
+    "a quantised layer of the VAE": (
+        lambda pipe: setattr(pipe.vae.decoder.conv_in, "__class__", OwnConv),
+        "VAE of the pipeline has a OwnConv of tests",
+    ),
+    "packed weights of the VAE": (
+        lambda pipe: pipe.vae.decoder.conv_in._parameters.update(weight=packed(pipe.vae.decoder.conv_in)),
+        "VAE of the pipeline is quantised .Packed, decoder.conv_in",
+    ),
+    "packed weights of a text encoder": (
+        lambda pipe: pipe.text_encoder_2.text_projection._parameters.update(
+            weight=packed(pipe.text_encoder_2.text_projection)
+        ),
+        "text_encoder_2 is quantised .Packed, text_projection",
+    ),
+    "layerwise casting of the VAE": (
+        lambda pipe: pipe.vae.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+        "VAE of the pipeline has diffusers' hook layerwise_casting",
+    ),
+    "a VAE that is not there": (lambda pipe: pipe.vae.to("meta"), "VAE of the pipeline is offloaded"),
+    "a method of the image encoder": (
+        lambda pipe: pipe.register_modules(image_encoder=patched(image_encoder())),
+        "method forward of the pipeline's image_encoder",
+    ),
+    "an image encoder that is not there": (
+        lambda pipe: pipe.register_modules(image_encoder=image_encoder().to("meta")),
+        "image_encoder is offloaded",
+    ),
+    "a method of the image processor": (
+        lambda pipe: pipe.register_modules(feature_extractor=patched(CLIPImageProcessor(), "preprocess")),
+        "feature_extractor .*has preprocess of its own",
+    ),
+    "padding on the left": (lambda pipe: setattr(pipe.tokenizer, "padding_side", "left"), "padding_side='left'"),
+    "cutting on the left": (lambda pipe: setattr(pipe.tokenizer_2, "truncation_side", "left"), "tokenizer_2 has trunc"),
+    "no begin": (
+        lambda pipe: without_begin(pipe.tokenizer_2),
+        "tokenizer_2 was changed: it makes the tokens .*add_bos_token",
+    ),
+    "letters of both cases": (
+        lambda pipe: setattr(pipe.tokenizer.backend_tokenizer, "normalizer", normalizers.NFC()),
+        "tokenizer was changed: it makes the tokens",
+    ),
+    "end tokens read as text": (
+        lambda pipe: setattr(pipe.tokenizer, "split_special_tokens", True),
+        "tokenizer was changed",
+    ),
+    "a tokenizer of another class": (
+        lambda pipe: setattr(pipe, "tokenizer_2", PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))),
+        "tokenizer_2 has tokenizer_class=.*CLIPTokenizer",
+    ),
+    "a tokenizer's own method": (
+        lambda pipe: setattr(pipe.tokenizer, "__class__", OwnTokenizer),
+        "tokenizer .OwnTokenizer. has convert_ids_to_tokens of its own",
+    ),
+    "something that is no tokenizer": (lambda pipe: setattr(pipe, "tokenizer", str), "tokenizer has tokenizer_class"),
+    "a scheduler's own method": (
+        lambda pipe: setattr(pipe.scheduler, "set_timesteps", lambda *_: None),
+        "scheduler .EulerDiscreteScheduler. has set_timesteps of its own",
+    ),
+    "an EDM scheduler's own method": (
+        lambda pipe: pipe.register_modules(scheduler=patched(EDMEulerScheduler(), "precondition_outputs")),
+        "scheduler .EDMEulerScheduler. has precondition_outputs of its own",
+    ),
+    "EDM's levels changed by hand": (
+        lambda pipe: pipe.register_modules(scheduler=louder(EDMEulerScheduler())),
+        "noise levels of the pipeline's EDMEulerScheduler",
+    ),
     "levels changed by hand": (
         lambda pipe: setattr(pipe.scheduler, "alphas_cumprod", pipe.scheduler.alphas_cumprod**2),
         "noise levels",
@@ -191,6 +306,27 @@ def test_refuses_by_name(pipe, what):
     put, words = CARRIED[what]
     put(pipe)
     refused(pipe, words)
+
+
+@pytest.mark.parametrize("put", [{"add_bos_token": False}, {"do_lower_case": False}], ids=str)
+def test_what_a_tokenizer_was_made_with_is_refused_by_name(pipe, put):
+    pipe.tokenizer.init_kwargs.update(put)
+    ((key, value),) = put.items()
+    refused(pipe, f"tokenizer has {key}={value}, but it must be", ModelFormatError)
+
+
+def test_parts_in_ordinary_use_are_taken(pipe):
+    pipe.tokenizer.add_tokens(["<sks>"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    pipe.tokenizer("a cat", padding="max_length", truncation=True, max_length=5)
+    pipe.vae.decoder.conv_in.register_forward_hook(lambda *_: None)
+    pipe.text_encoder.register_forward_hook(lambda *_: None)
+    encoder = image_encoder()
+    pipe.register_modules(image_encoder=torch.compile(encoder), feature_extractor=CLIPImageProcessor())
+    scheduler = EDMEulerScheduler()
+    scheduler.set_timesteps(3)
+    pipe.register_modules(scheduler=scheduler)
+    assert from_pipeline(pipe).image_encoder is encoder
 
 
 def test_what_libraries_set_in_ordinary_use_is_taken(pipe):
@@ -223,9 +359,6 @@ def test_lora_layers_are_refused_on_text_encoders_too(pipe):
 
 
 def test_a_quantised_tensor_is_refused(original):
-    class Packed(torch.Tensor):
-        pass
-
     unet = copy.deepcopy(original.unet)
     weight = unet.conv_in.weight.detach()
     unet.state_dict = lambda: {"conv_in.weight": weight.as_subclass(Packed)}
