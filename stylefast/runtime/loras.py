@@ -111,7 +111,7 @@ engine.loras.add(file, 'pixel')
     def __getattr__(self, name: str) -> Any:
         """Return a member of the merged LoRAs, which `engine.loras` was before there were LoRAs per request."""
         if name not in _OF_MERGED or self._merged is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise AttributeError(f"{type(self).__name__} has no attribute {values.quoted(name)}")
         warnings.warn(
             f"engine.loras.{name} is now engine.merged_loras.{name}; engine.loras holds LoRAs that differ by request",
             DeprecationWarning,

@@ -290,7 +290,7 @@ def _served_sources(uploads: Any, engine: "Engine") -> Any:
     from stylefast.models.masks import open_mask
     from stylefast.models.pictures import open_picture
     from stylefast.record_values import Sources
-    from stylefast.values import whole_number
+    from stylefast.values import quoted, whole_number
 
     known = {**engine.references(), **engine.styles()}
     allowed = {str(path) for path in known.values()}
@@ -313,7 +313,7 @@ def _served_sources(uploads: Any, engine: "Engine") -> Any:
 
         def _known(self, name: str, names: Mapping, error: type):
             if name not in names:
-                raise error(f"{name[:80]!r} does not come with the model; it has {', '.join(names)}")
+                raise error(f"{quoted(name)} does not come with the model; it has {', '.join(names)}")
             return names[name]
 
         def _absolute(self, text):

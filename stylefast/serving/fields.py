@@ -208,7 +208,7 @@ def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (
     model, style = model_and_style(fields.model, served)
     styles: list[Any] = [] if style is None else [style]
     if fields.style in ("vivid", "natural"):
-        warnings.append(f"style {fields.style!r} does nothing here; name a registered style instead")
+        warnings.append(f"style {quoted(fields.style)} does nothing here; name a registered style instead")
     elif fields.style is not None:
         styles.append(known_style("style", fields.style, served))
     if "style" in own:

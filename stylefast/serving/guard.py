@@ -57,8 +57,8 @@ def _request_id(scope: Scope) -> str:
     state = scope.setdefault("state", {})
     state["id_given"] = given is not None
     state["id_is_fit"] = given is None or _ID.fullmatch(given.decode("latin-1")) is not None
-    chosen = given is not None and state["id_is_fit"]
-    state["request_id"] = given.decode("ascii") if chosen else f"req_{secrets.token_hex(12)}"
+    own = None if given is None or not state["id_is_fit"] else given.decode("ascii")
+    state["request_id"] = own or f"req_{secrets.token_hex(12)}"
     return state["request_id"]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from stylefast.serving.messages import Made, Progress
 from stylefast.serving.replies import ApiError
+from stylefast.values import quoted
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
 OVER = (DONE, FAILED, CANCELLED)
@@ -147,7 +148,7 @@ class Register:
         if ticket.id in self._tickets:
             raise ApiError(
                 409,
-                f"a request with the id {ticket.id!r} is known already; give each its own x-request-id",
+                f"a request with the id {quoted(ticket.id)} is known already; give each its own x-request-id",
                 code="duplicate_id",
                 retry=False,
             )

@@ -152,7 +152,7 @@ def _styles(given: Any, sent: _Sent) -> list[Style]:
         for name, field in kind.served.items():
             if name in arguments:
                 if field in arguments:
-                    raise StyleError(f"{kind.__name__} takes {name!r} or {field!r}, not both")
+                    raise StyleError(f"{kind.__name__} takes {quoted(name)} or {quoted(field)}, not both")
                 arguments[field] = {name: arguments.pop(name)}
         styles.append(read_style(kind, arguments, sent))
     return styles
