@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import stylefast as sf
 from benchmarks.kernels.measure import Budget
@@ -73,19 +73,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def cases() -> list[Case]:
     """Return a case for every kind of request during a running job, and one for a busy machine."""
-    return [*(gap(name, what, ask) for name, (what, ask) in BESIDE.items()), busy()]
+    return [*(gap(name, kind) for name, kind in BESIDE.items()), busy()]
 
 
 def markdown(content: dict[str, Any]) -> str:
     """Format a results file as the tables of docs/serving.md."""
-    lines = ["| served while a job runs | largest gap | slowest step then (alone) | gap / step |", "|---|---|---|---|"]
+    gaps = [result["details"] for result in content["results"] if result["case"].startswith("gap")]
+    apart = all("apart_ms" in seen for seen in gaps)  # files of earlier versions don't have it
+    titles = ["served while a job runs", "largest gap", *["end to end"] * apart, "slowest step then (alone)", "gap / step"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for result in content["results"]:
         name, _, case = result["case"].partition(": ")
         if name == "gap":
             what, seen = result["what"].removeprefix("a running job beside "), result["details"]
             note = " (refused)" if str(seen.get("answer", "")).startswith("refused") else ""
+            ends = f"{seen['apart_ms']:.0f} ms | " if apart else ""
             lines.append(
-                f"| {what}{note} | {seen['gap_ms']:.0f} ms | {seen['slowest_step_ms']:.0f} ms "
+                f"| {what}{note} | {seen['gap_ms']:.0f} ms | {ends}{seen['slowest_step_ms']:.0f} ms "
                 f"({seen['slowest_step_alone_ms']:.0f} ms) | {result['figures'][0]['value']:.2f} |"
             )
     busy = next(result for result in content["results"] if result["case"] == "busy")
@@ -135,17 +139,31 @@ class Watched:
         """Return the longest time in seconds between the end of one step and the start of the next."""
         return max((b[0] - a[1] for a, b in zip(self.steps, self.steps[1:])), default=math.nan)
 
+    @property
+    def apart(self) -> float:
+        """Return the longest time in seconds between the ends of two steps, which is what a watcher of the job sees."""
+        return max((b[1] - a[1] for a, b in zip(self.steps, self.steps[1:])), default=math.nan)
 
-def gap(name: str, what: str, ask: Callable[[sf.Engine], Any]) -> Case:
+
+class Beside(NamedTuple):
+    """A kind of request: its description, a function that makes it, and what that needs, made before the job runs."""
+
+    what: str
+    ask: Callable[..., Any]  # of the engine, and what `before` returned if there is one
+    before: Callable[[sf.Engine], Any] | None = None
+
+
+def gap(name: str, kind: Beside) -> Case:
     """Measure the largest gap in a running job during one kind of request."""
     expected = Figure("largest gap / slowest step", None, MOST_GAP, at_most=True)
 
     def measure(budget: Budget) -> Outcome:
         engine = sf.Engine.from_pretrained("tiny", device="cpu")
         try:
+            given = () if kind.before is None else (kind.before(engine),)
             watched = Watched(engine)
             start = time.perf_counter()
-            answer = ask(engine)
+            answer = kind.ask(engine, *given)
             seconds = time.perf_counter() - start
             watched.go_on()
         finally:
@@ -153,6 +171,7 @@ def gap(name: str, what: str, ask: Callable[[sf.Engine], Any]) -> Case:
         figure = Figure(expected.what, watched.gap / watched.slowest, MOST_GAP, at_most=True)
         details = {
             "gap_ms": round(1e3 * watched.gap, 1),
+            "apart_ms": round(1e3 * watched.apart, 1),
             "slowest_step_ms": round(1e3 * watched.slowest, 1),
             "slowest_step_alone_ms": round(1e3 * watched.alone, 1),
             "request_s": round(seconds, 2),
@@ -162,7 +181,7 @@ def gap(name: str, what: str, ask: Callable[[sf.Engine], Any]) -> Case:
             details["answer"] = answer
         return Outcome(figures=[figure], details=details)
 
-    return Case(f"gap: {name}", f"a running job beside {what}", measure, (expected,))
+    return Case(f"gap: {name}", f"a running job beside {kind.what}", measure, (expected,))
 
 
 def _drawn(**options) -> Callable[[sf.Engine], Any]:
@@ -178,7 +197,20 @@ def _inverted(engine: sf.Engine) -> Any:
     return _drawn(style=style, scheduler="ddim", steps=20)(engine)
 
 
-def _lora(engine: sf.Engine) -> str:
+def _baked(engine: sf.Engine) -> sf.StyleBank:
+    """Return a bank whose pages are only in its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "style.bank"
+        engine.bake(sf.StyleAligned(_picture(engine)), steps=6, path=path)
+        return sf.StyleBank.load(path)  # the file stays open
+
+
+def _row_lora(engine: sf.Engine) -> Any:
+    name = engine.loras.add(next(iter(engine.lora_files().values())))
+    return _drawn(loras={name: 1.0})(engine)
+
+
+def _weights(engine: sf.Engine) -> str:
     try:
         with engine.scheduler.changing_weights():
             return "taken"
@@ -205,28 +237,34 @@ def _export(engine: sf.Engine) -> Any:
             return other.generate("a fish", steps=1).images
 
 
-BESIDE: dict[str, tuple[str, Callable[[sf.Engine], Any]]] = {
-    "nothing": ("nothing else", lambda engine: time.sleep(0.5)),
-    "prompt": ("a request with a new prompt", _drawn()),
-    "picture": (
+BESIDE: dict[str, Beside] = {
+    "nothing": Beside("nothing else", lambda engine: time.sleep(0.5)),
+    "prompt": Beside("a request with a new prompt", _drawn()),
+    "picture": Beside(
         "an InstantStyle request with a new picture",
         lambda engine: _drawn(style=sf.InstantStyle(_picture(engine)))(engine),
     ),
-    "reference": (
+    "reference": Beside(
         "a StyleAligned request with a new picture",
         lambda engine: _drawn(style=sf.StyleAligned(_picture(engine)))(engine),
     ),
-    "inversion": ("a StyleAligned request with noise='ddim', 20 steps", _inverted),
-    "generate": ("a call of generate", lambda engine: engine.generate("a boat", steps=6).images),
-    "bake": (
+    "bank": Beside(
+        "a request with a bank that was not read yet",
+        lambda engine, bank: _drawn(style=sf.StyleAligned(bank))(engine),
+        before=_baked,
+    ),
+    "inversion": Beside("a StyleAligned request with noise='ddim', 20 steps", _inverted),
+    "generate": Beside("a call of generate", lambda engine: engine.generate("a boat", steps=6).images),
+    "bake": Beside(
         "baking a style of 6 steps",
         lambda engine: engine.bake(sf.StyleAligned(_picture(engine)), steps=6).info.steps,
     ),
-    "adapter": ("loading an adapter", _adapter),
-    "lora": ("merging a LoRA", _lora),
-    "size": ("the first request of another size", _drawn(size=(96, 64))),
-    "decode": ("decoding a picture of 16 times the area", _drawn(size=(256, 256), steps=1)),
-    "export": ("another engine's first export and graphs", _export),
+    "adapter": Beside("loading an adapter", _adapter),
+    "row lora": Beside("adding a LoRA, and a request with it", _row_lora),
+    "weights": Beside("merging a LoRA into the weights", _weights),
+    "size": Beside("the first request of another size", _drawn(size=(96, 64))),
+    "decode": Beside("decoding a picture of 16 times the area", _drawn(size=(256, 256), steps=1)),
+    "export": Beside("another engine's first export and graphs", _export),
 }
 
 
