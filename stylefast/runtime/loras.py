@@ -269,11 +269,22 @@ class LoraPool:
         """Count the LoRAs in use."""
         return self._books.stats().pinned
 
+    def absent(self, loras: Sequence[Lora]) -> list[Lora]:
+        """Return those that are not on the device."""
+        here = {one.lora for one in self._at.values()}
+        return [lora for lora in loras if lora not in here]
+
+    def copies(self, factors: LoraFactors) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Return factors of all kinds on the device, down and up, for `hold`; may run alongside steps."""
+        device, dtype = self._unet.device, self._unet.dtype
+        return tuple(x.to(device, dtype) for x in factors.down), tuple(x.to(device, dtype) for x in factors.up)
+
     @torch.inference_mode()
     def hold(self, used: Sequence[tuple[Lora, LoraFactors]]) -> list[int]:
         """Bring LoRAs to the device, keep them there until `release`, and return their places.
 
-        Raises OutOfMemory, holding none, if they don't fit beside those in use.
+        Factors may be in host memory; with those of `copies` no transfer takes place between two steps. Raises
+        OutOfMemory, holding none, if they don't fit beside those in use.
         """
         if not used:
             return []

@@ -1,6 +1,7 @@
 """Requests with LoRAs of their own share UNet calls, and each gives what diffusers gives with those LoRAs loaded."""
 
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -212,6 +213,28 @@ def test_loras_take_turns_where_not_all_fit(frugal, registered):
     with pytest.raises(OutOfMemory, match="lora_memory"):
         frugal.generate(sf.Request("a cat", steps=1, size=SIZE, loras=dict.fromkeys(names, 0.5)))
     assert pool.held == 0
+
+
+def test_factors_reach_the_device_before_their_request_joins(pipe, files, monkeypatch):
+    """Between two steps they are only moved there."""
+    engine, brought, put = sf.Engine.from_pipeline(pipe), [], []
+    pool = engine.runner.conditions.loras
+    copies, enter = pool.copies, pool._put
+
+    def copied(factors):
+        brought.append(threading.current_thread().name)
+        return tuple(tuple(x.clone() for x in part) for part in copies(factors))
+
+    monkeypatch.setattr(pool, "copies", copied)
+    monkeypatch.setattr(pool, "_put", lambda place, lora, factors: (put.append(factors), enter(place, lora, factors)))
+    for name in ("ink", "pixel"):
+        engine.loras.add(files[name], name)
+    used = [sf.Request("a cat", seed=3, steps=1, size=SIZE, loras={name: 1.0}) for name in ("ink", "pixel", "ink")]
+    for request in used:
+        engine.submit(request, output="latents").result(180)
+    assert brought == ["stylefast-helper"] * 2, "once for each LoRA"
+    for factors, name in zip(put, ("ink", "pixel"), strict=True):
+        assert factors.down[0] is not engine.loras.factors(engine.loras[name]).down[0]
 
 
 def test_a_file_that_changed_is_noticed_when_it_is_read_again(frugal, files, tmp_path):

@@ -7,7 +7,7 @@ later requests with the same prompt or style object reuse them.
 
 import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,8 @@ class Encoded:
     held_images: list[int] = field(default_factory=list)
     masks: dict[tuple[ImageStyle, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)  # of segments
     loras: dict[Lora, LoraFactors] = field(default_factory=dict)
+    # of those that were not on the device: the same, with the UNet's factors there
+    brought: dict[Lora, LoraFactors] = field(default_factory=dict)
 
 
 # yields encoder calls, receives their results, and returns the pages
@@ -153,6 +155,10 @@ class ConditionStore:
             used = list(dict.fromkeys(use.lora for sample in samples for use in sample.loras))
             if used:
                 made.loras = yield lambda: {lora: self._loras.factors(lora) for lora in used}
+                of_unet = {use.lora for sample in samples for use in sample.loras if use.unet}
+                for lora in self.loras.absent([lora for lora in used if lora in of_unet]):
+                    down, up = yield partial(self.loras.copies, made.loras[lora])
+                    made.brought[lora] = replace(made.loras[lora], down=down, up=up)
             yield from self._encode_texts(samples, made)
             pictured = dict.fromkeys((s, _syntax(s, sample)) for sample in samples for s in _pictured(sample))
             for style, syntax in pictured:
@@ -168,7 +174,7 @@ class ConditionStore:
         self.text.release(made.held_text)
         if self.images is not None:
             self.images.release(made.held_images)
-        made.held_text, made.held_images = [], []
+        made.held_text, made.held_images, made.brought = [], [], {}
 
     @torch.inference_mode()
     def gather(self, samples: Sequence[Sample], latent_size: tuple[int, int], made: Encoded) -> Conditions:
@@ -179,7 +185,7 @@ class ConditionStore:
         conditions = Conditions(latent_size)
         try:
             used = list(dict.fromkeys(use.lora for sample in samples for use in sample.loras if use.unet))
-            places = self.loras.hold([(lora, made.loras[lora]) for lora in used])
+            places = self.loras.hold([(lora, made.brought.get(lora, made.loras[lora])) for lora in used])
             conditions.held_loras = dict(zip(used, places, strict=True))
             for sample in samples:
                 for branch, keys in self._text_keys(sample).items():
