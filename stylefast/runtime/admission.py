@@ -1,7 +1,8 @@
 """Admission of pictures: their inputs are made piece by piece, so that slow work does not delay other pictures' steps.
 
-Encoders, file reads and the VAE run alongside the steps; the DDIM inversion of a reference is a group that runs its
-steps in the batch like any other. Only writing pages and slots happens between two steps.
+Encoders, file reads and the VAE run alongside the steps, and so does loading a style bank's pages for the first step;
+the DDIM inversion of a reference is a group that runs its steps in the batch like any other. Only writing the pages of
+prompts and pictures, and slots, happens between two steps.
 `Joining` is a job in that state; `pieces` makes its result after the last step.
 """
 
@@ -79,6 +80,7 @@ class Admission:
                 for one in connected(members):
                     group = self._admit(one, made, {sample: pins[sample] for sample in one if sample in pins})
                     self.groups.append(group)
+                    yield from runner.staging(group)
                     opening = runner.backend.ready(group)
                     if opening is not None:
                         yield opening

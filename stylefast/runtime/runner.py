@@ -66,7 +66,7 @@ class Runner:
     def beside(self, call: Callable[[], Value]) -> Value:
         """Call a function alongside steps, such as an encoder, a decoder or a file reader; for one thread at a time.
 
-        The function must not touch pages, slots or step buffers.
+        The function must not touch pages, slots or step buffers, except for what `staging` yields.
         """
         with self._beside_lock:
             self.check_open()
@@ -220,15 +220,31 @@ class Runner:
         outputs = [sample.output for sample, fine in zip(group.samples, good, strict=True) if not fine]
         return not_finite([i for i in outputs if i is not None])
 
+    def staging(self, group: SampleGroup) -> Iterator[Callable[[], object]]:
+        """Bring the first bank pages that a group reads, before it joins.
+
+        Yields calls to make with `beside`. Raises OutOfMemory if there is no room for one page.
+        """
+        steps = [step for step in range(group.steps) if bank_keys(group, step)][:2]
+        if steps:
+            keys, *later = (bank_keys(group, step) for step in steps)
+            with torch.inference_mode():
+                pages = self._pages_for(group.latent_shape[1:], {bank for bank, *_ in keys})
+            assert pages is not None
+            yield from pages.stage(keys, *later)
+
     def prefetch(self, groups: Sequence[SampleGroup]) -> None:
         """Start to load the bank pages for the next steps of `groups`."""
-        if self.unet.device.type == "cpu":
-            return  # pages are copied when they are held, since there is no computation to overlap with
         for group in groups:
             pages = self.bank_pages.get(group.latent_shape[1:])
-            if pages is not None and not group.finished:
+            if pages is not None and pages.reads_ahead and not group.finished:
                 later = group.step + 1
                 pages.prefetch(bank_keys(group), bank_keys(group, later) if later < group.steps else ())
+
+    def awaits_pages(self, group: SampleGroup) -> bool:
+        """Return whether a group's next step would wait for bank pages that are being read into host memory."""
+        pages = self.bank_pages.get(group.latent_shape[1:])
+        return pages is not None and pages.reads_ahead and not group.finished and pages.awaited(bank_keys(group))
 
     def _check_room(self, rows: int, latent_size: tuple[int, int]) -> None:
         """Raise OutOfMemory if a call of `rows` rows does not fit, even without what is kept of long prompts."""

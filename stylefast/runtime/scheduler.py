@@ -463,8 +463,11 @@ class Scheduler:
         """Return groups of the size that is next: the longest waiting first, as many as fit."""
         if any(joining.first and joining.waits for joining in self._joining.values()):
             return []
+        # all groups of a job, so that its batches do not depend on how fast a disk is
+        reading = {job for g, job in self._jobs.items() if self._runner.awaits_pages(g)}
+        ready = {g: job for g, job in self._jobs.items() if job not in reading}
         waiting = sorted(
-            (g for g, job in self._jobs.items() if not g.finished and not job.due and job.may_step(g)),
+            (g for g, job in ready.items() if not g.finished and not job.due and job.may_step(g)),
             key=lambda g: (self._turns[g], self._jobs[g].number),
         )
         if not waiting:

@@ -1,6 +1,9 @@
 """Pages of banks on their way to the device: through host blocks or straight, from every kind of storage."""
 
+import threading
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +16,13 @@ from stylefast.errors import OutOfMemory, StyleError
 from stylefast.kernels import registry
 from stylefast.models import unet
 from stylefast.models.unet import UNet
+from stylefast.runtime.banks import bank_pages, host_pages
 from stylefast.runtime.banks.bank_pages import BankPages, idle_pages
 from stylefast.runtime.banks.host_pages import chunk_of
 from stylefast.runtime.banks.page_layout import PageLayout
 from tests.support.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
 from tests.support.scene import sharp_pipeline
+from tests.support.watch import WAIT, Calls, until
 
 SETTINGS = {"steps": 4, "size": (48, 32)}
 LATENTS = (8, 12)
@@ -84,6 +89,167 @@ def test_pages_come_from_a_banks_file_and_one_that_was_cut_short_stops_its_reade
         pages.release(held)
     assert pages.stats().pinned == 0 and (not host_room or pages._host.stats().pinned == 0)
     pages.close()
+
+
+# the first pages of a request, brought before it joins
+
+
+def staged(pages: BankPages, *wanted) -> None:
+    for call in pages.stage(*wanted):
+        call()
+
+
+@pytest.mark.parametrize("host_room", [0, 2**22], ids=["straight", "through host blocks"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " in ".join(kind))
+def test_a_step_finds_the_pages_that_were_brought_before_it(engine, banks, kind, host_room):
+    straight, pages = BankPages(engine.unet, LATENTS, 4), BankPages(engine.unet, LATENTS, 4, host_room=host_room)
+    staged(pages, keys(banks[kind], 0), keys(banks[kind], 1))
+    assert pages.stats().resident == 2 and pages.stats().pinned == 0 and pages.stats().loading == 0
+    slots, others = pages.hold(keys(banks[kind], 0)), straight.hold(keys(banks[kind], 0))
+    assert pages.stats().misses == 0, "the step loaded them itself"
+    for slot, other in zip(slots, others):
+        assert all(torch.equal(a, b) for a, b in zip(content(pages, slot), content(straight, other), strict=True))
+    assert list(pages.stage(keys(banks[kind], 0))) == [], "pages that are here are not brought again"
+    pages.release(keys(banks[kind], 0))
+    if host_room:
+        numbers = bank_pages._numbers([*keys(banks[kind], 0), *keys(banks[kind], 1)])
+        assert all(map(pages._host.holds, numbers)) and pages._host.stats().pinned == 0
+    pages.close()
+
+
+@pytest.mark.parametrize("host_room", [0, 1], ids=["straight", "through one host block"])
+def test_a_pool_too_small_for_the_first_pages_takes_those_that_fit(engine, banks, host_room):
+    bank, page = banks[KINDS[0]], PageLayout(engine.unet, LATENTS, torch.float32).nbytes
+    pages = BankPages(engine.unet, LATENTS, 3, host_room=host_room * page)
+    pages.hold(keys(bank, 3))
+    staged(pages, keys(bank, 0), keys(bank, 1))
+    stats = pages.stats()
+    assert (stats.resident, stats.pinned, stats.loading) == (3, 2, 0)
+    with pytest.raises(OutOfMemory, match="2 pages.*3 fit"):
+        pages.hold(keys(bank, 0))
+    pages.release(keys(bank, 3))
+    assert len(pages.hold(keys(bank, 0))) == 2
+    pages.release(keys(bank, 0))
+    assert pages.stats().pinned == 0
+    pages.close()
+
+
+@pytest.mark.parametrize("host_room", [0, 2**22], ids=["straight", "through host blocks"])
+def test_nothing_is_held_when_the_first_pages_are_not_wanted_any_more_or_can_not_be_read(
+    engine, banks, tmp_path, host_room
+):
+    stored = sf.StyleBank.load(banks[KINDS[1]].save(tmp_path / "brand.bank"))
+    pages = BankPages(engine.unet, LATENTS, 4, host_room=host_room)
+    begun = pages.stage(keys(stored, 0))
+    next(begun)
+    begun.close()
+    assert pages.stats().pinned == pages.stats().loading == 0
+    with open(stored.path, "r+b") as file:
+        file.truncate(stored.path.stat().st_size // 3)
+    with pytest.raises(StyleError, match="brand.bank was written to while it was in use"):
+        staged(pages, keys(stored, 2))
+    with pytest.raises(StyleError, match="brand.bank was written to while it was in use"):
+        pages.hold(keys(stored, 2))
+    assert pages.stats().pinned == pages.stats().loading == 0
+    assert not host_room or pages._host.stats().pinned == pages._host.stats().loading == 0
+    pages.close()
+
+
+class SlowCopy:
+    """Stands before the copying of pages: the first waits for `go`, and fails then if `fails`."""
+
+    def __init__(self, monkeypatch, fails=False):
+        self.begun, self.go, copy_all = threading.Event(), threading.Event(), bank_pages._copy_all
+
+        def slow(*lists):
+            if not self.begun.is_set():
+                self.begun.set()
+                assert self.go.wait(WAIT)
+                if fails:
+                    raise OSError("the disk is gone")
+            copy_all(*lists)
+
+        monkeypatch.setattr(bank_pages, "_copy_all", slow)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["that comes", "that does not come"])
+def test_a_step_waits_for_a_page_that_is_being_brought(engine, banks, monkeypatch, fails):
+    bank, copy = banks[KINDS[0]], SlowCopy(monkeypatch, fails)
+    pages = BankPages(engine.unet, LATENTS, 2)
+    bringing = Calls(lambda: staged(pages, keys(bank, 0)))
+    assert copy.begun.wait(WAIT)
+    holding = Calls(lambda: pages.hold(keys(bank, 0)))
+    assert until(lambda: pages.stats().pinned == 2)
+    copy.go.set()
+    (slots,), (error,) = holding.wait(), bringing.wait()
+    assert sorted(slots) == [0, 1] and (isinstance(error, OSError) if fails else error is None)
+    assert pages.stats().resident == 2 and pages.stats().loading == 0
+
+
+def test_slots_do_not_move_below_a_page_that_is_being_brought(engine, banks, monkeypatch):
+    bank, copy = banks[KINDS[0]], SlowCopy(monkeypatch)
+    pages, straight = BankPages(engine.unet, LATENTS, 2), BankPages(engine.unet, LATENTS, 2)
+    allocate, made = pages.layout.allocate, []
+    monkeypatch.setattr(pages.layout, "allocate", lambda *args: made.append(copy.go.is_set()) or allocate(*args))
+    bringing = Calls(lambda: staged(pages, keys(bank, 0)))
+    assert copy.begun.wait(WAIT)
+    started = threading.Event()
+    growing = Calls(lambda: started.set() or pages.grow(4))
+    assert started.wait(WAIT)
+    copy.go.set()
+    assert growing.wait() == bringing.wait() == [None] and made == [True] and pages.slots == 4
+    slots, others = pages.hold(keys(bank, 0)), straight.hold(keys(bank, 0))
+    for slot, other in zip(slots, others):
+        assert all(torch.equal(a, b) for a, b in zip(content(pages, slot), content(straight, other), strict=True))
+
+
+@pytest.fixture
+def on_a_gpu(engine, monkeypatch):
+    """A pool with host blocks and a stand-in for its stream; `log` has what waited for it."""
+    log = []
+    stream = SimpleNamespace(synchronize=lambda: log.append("the host"))
+    current = SimpleNamespace(wait_stream=lambda other: log.append("the steps"))
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(bank_pages, "_event", lambda stream: SimpleNamespace(query=lambda: True))
+    pages = BankPages(engine.unet, LATENTS, 8, host_room=2**22)
+    pages._stream, pages.log = stream, log
+    yield pages
+    pages.close()
+
+
+def test_the_first_pages_come_through_pinned_memory_on_a_gpu(on_a_gpu, engine, banks, monkeypatch):
+    straight, bank = BankPages(engine.unet, LATENTS, 4), banks[KINDS[0]]
+    slots = straight.hold(keys(bank, 0))
+    monkeypatch.setattr(bank_pages, "_copy_all", None)
+    staged(on_a_gpu, keys(bank, 0), keys(bank, 1))
+    assert on_a_gpu.stats().resident == 2 and on_a_gpu.log == ["the steps"], "the host waits for no copy"
+    for slot, other in zip(on_a_gpu.hold(keys(bank, 0)), slots):
+        assert all(torch.equal(a, b) for a, b in zip(content(on_a_gpu, slot), content(straight, other), strict=True))
+    on_a_gpu.prefetch(keys(bank, 1))
+    assert on_a_gpu.stats().resident == 4 and on_a_gpu.stats().misses == 0
+    on_a_gpu.release(keys(bank, 0))
+    assert on_a_gpu.stats().pinned == on_a_gpu._host.stats().pinned == 0
+
+
+def test_the_first_pages_come_straight_where_nothing_can_be_pinned(on_a_gpu, banks):
+    on_a_gpu._host._refused = True
+    staged(on_a_gpu, keys(banks[KINDS[2]], 0))
+    assert on_a_gpu.stats().resident == 2 and on_a_gpu.log == ["the host"] * 2, "a step must find a page complete"
+    assert on_a_gpu._host.stats().loading == on_a_gpu._host.stats().pinned == 0
+
+
+def test_pages_that_are_still_being_read_are_left_to_their_step(on_a_gpu, banks, monkeypatch):
+    bank, go, copy_blocks = banks[KINDS[0]], threading.Event(), host_pages.copy_blocks
+    monkeypatch.setattr(host_pages, "copy_blocks", lambda *lists: (go.wait(WAIT), copy_blocks(*lists)))
+    on_a_gpu.prefetch((), keys(bank, 2))
+    on_a_gpu.prefetch(keys(bank, 2))
+    assert on_a_gpu.awaited(keys(bank, 2)) and on_a_gpu.stats().resident == on_a_gpu.stats().loading == 0
+    assert not on_a_gpu.awaited(keys(bank, 3)), "a step reads what nobody has begun to read"
+    go.set()
+    assert until(lambda: not on_a_gpu.awaited(keys(bank, 2)))
+    on_a_gpu.prefetch(keys(bank, 2))
+    assert on_a_gpu.stats().resident == 2 and not on_a_gpu.awaited(keys(bank, 2))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +380,7 @@ def test_the_pool_has_room_for_the_banks_that_were_read_and_grows_with_others(en
     alone, pool = read(KINDS[0])
     assert pool.slots == each and pool.nbytes == each * sum(part.nbytes for part in pool.layout.parts)
     read(KINDS[0])
-    assert pool.slots == each and pool.stats().misses == each  # all were still there
+    assert pool.slots == each and pool.stats().misses == each - 2  # all were there, two before the first step
     before = pool.pages
     both, same = read(KINDS[1], KINDS[0])
     assert same is pool and pool.slots == len(pool.pages.layers[0][0]) == 2 * each and pool.pages is not before
@@ -274,22 +440,29 @@ def test_pinned_memory_is_taken_in_chunks_of_which_little_is_lost_to_rounding(bl
     assert chunk_of(block, room, pinned) == expected
 
 
-def test_host_memory_is_taken_when_it_is_wanted_a_chunk_at_a_time(engine, banks, monkeypatch):
+def test_host_memory_is_taken_when_it_is_wanted_a_chunk_at_a_time_by_threads_of_its_own(engine, banks, monkeypatch):
     bank, made = banks[KINDS[0]], []
     pages = BankPages(engine.unet, LATENTS, 4, host_room=6 * PageLayout(engine.unet, LATENTS, torch.float32).nbytes)
     empty = torch.empty
 
     def counted(*shape, **options):
-        made.append(shape) if "pin_memory" in options else None
+        made.append(threading.current_thread().name) if "pin_memory" in options else None
         return empty(*shape, **options)
 
     monkeypatch.setattr(torch, "empty", counted)
     assert pages.host_bytes == 0 and pages._host.blocks == 6
+    pages.prefetch((), keys(bank, 0))
     pages.release(keys(bank, 0)) if pages.hold(keys(bank, 0)) is not None else None
     assert pages.host_bytes == 2 * pages.layout.nbytes
     pages.prefetch((), keys(bank, 1))
+    pages.hold(keys(bank, 1))
     assert pages.host_bytes == 4 * pages.layout.nbytes and len(made) == 4
+    # a page that nobody has announced does not wait for memory
+    pages.release(keys(bank, 1))
+    pages.release(keys(bank, 2)) if pages.hold(keys(bank, 2)) is not None else None
+    assert until(lambda: pages.host_bytes == 5 * pages.layout.nbytes) and pages._host.stats().pinned == 0
     pages.close()
+    assert all(name.startswith("stylefast-pages") for name in made) and len(made) == 5
 
 
 def test_where_no_more_memory_can_be_pinned_pages_come_from_their_banks_and_that_is_said_once(

@@ -3,13 +3,16 @@
 A page holds one reference's features for one step and branch. `PagePool` does the bookkeeping (pins, least recently
 used evicted first); this module copies the bytes. On a GPU pages are copied from pinned host memory on a separate
 stream, a step ahead of their use, and from the bank's file into pinned memory a step before that; on a CPU they are
-copied when they are held. The bank's type may differ from the model's, and hidden states are projected to keys and
-values while loading, so the kernels always read the same format.
+copied when they are held. The first pages of a request are brought before it joins. The bank's type may differ from the
+model's, and hidden states are projected to keys and values while loading, so the kernels always read the same format.
 """
 
+import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import wait
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from stylefast.models.stored_tensors import Span
 from stylefast.models.unet import UNet
 from stylefast.runtime.banks.host_pages import HostPages
 from stylefast.runtime.banks.page_layout import PageLayout
-from stylefast.runtime.banks.page_pool import PagePool, PoolFull, PoolStats
+from stylefast.runtime.banks.page_pool import Claim, PagePool, PoolFull, PoolStats
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import StyleBank
 
@@ -49,6 +52,7 @@ class BankPages:
         # pins to return once the device has passed an event: pages read by a step, blocks read by a copy
         self._leaving: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
         self._copying: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
+        self._loading = threading.Lock()  # held while `stage` loads a page alongside steps, and while slots change
         self._make(slots)
         host = HostPages(host_room, self.layout.nbytes, pinned=on_gpu) if host_room else None
         self._host = host if host is not None and host.blocks else None
@@ -76,17 +80,18 @@ class BankPages:
         once. Call it between steps. Raises PyTorch's error if memory runs out; the pool is then as large as before, or
         has 0 slots and is unusable if even that no longer fits.
         """
-        before = self.slots
-        if self._stream is not None:
-            # copies in progress write to memory that the current stream may soon reuse
-            torch.cuda.current_stream(self._unet.device).wait_stream(self._stream)
-        self._leaving.clear()
-        self._parts, self.by_name, self._kv, self.pages, self.slots = [], {}, [], None, 0
-        try:
-            self._make(slots)
-        except BaseException:
-            self._make(before)
-            raise
+        with self._loading:
+            before = self.slots
+            if self._stream is not None:
+                # copies in progress write to memory that the current stream may soon reuse
+                torch.cuda.current_stream(self._unet.device).wait_stream(self._stream)
+            self._leaving.clear()
+            self._parts, self.by_name, self._kv, self.pages, self.slots = [], {}, [], None, 0
+            try:
+                self._make(slots)
+            except BaseException:
+                self._make(before)
+                raise
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +102,11 @@ class BankPages:
     def host_bytes(self) -> int:
         """Return the bytes that the pinned host tier has allocated so far."""
         return 0 if self._host is None else self._host.nbytes
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Return whether `prefetch` has an effect; not on a CPU, where there is no computation to overlap with."""
+        return self._stream is not None or self._host is not None
 
     def stats(self) -> PoolStats:
         """Return the pool's counts: slots, resident, pinned pages, hits, misses, evictions."""
@@ -111,39 +121,52 @@ class BankPages:
         if not keys:
             return np.zeros(0, dtype=np.int64)
         numbers = _numbers(keys)
-        try:
-            claim = self._acquire(numbers)
-        except PoolFull as error:
-            raise OutOfMemory(
-                f"{len(set(map(tuple, numbers.tolist())))} pages of style banks are needed in one step at "
-                f"{self.latent_size[1]}x{self.latent_size[0]} latents, but only {self.slots} fit ({error}); raise "
-                "bank_memory, or ask for fewer styles at once"
-            ) from None
-        try:
-            self._bring(keys, claim)
-        except BaseException:
+        for _ in range(2):  # a page that `stage` could not load is tried again here, which says why
+            claim = self._claim(numbers)
+            try:
+                self._bring(keys, claim)
+            except BaseException:
+                self._pool.release(numbers)
+                raise
+            if self._pool.wait(claim.slots):
+                return claim.slots
             self._pool.release(numbers)
-            raise
-        if not self._pool.wait(claim.slots):
-            self._pool.release(numbers)
-            raise OutOfMemory("a page that another thread was loading could not be loaded; try again")
-        return claim.slots
+        raise OutOfMemory("a page that another thread was loading could not be loaded; try again")
+
+    def stage(self, keys: Sequence[PageKey], later: Sequence[PageKey] = ()) -> Iterator[Callable[[], object]]:
+        """Load the first pages of a request before it joins, as far as unpinned slots allow.
+
+        To be advanced between steps: yields calls that may run alongside steps. `later` are the pages of the step after
+        it, which are loaded into pinned memory only. Nothing stays pinned, so it can be dropped at any time. The calls
+        raise StyleError if the bank's file can't be read or was modified.
+        """
+        if self._host is not None and self._absent(keys):
+            self._stage_on_host([*keys, *later])
+            loads = self._host.loading(_numbers([*keys, *later]))
+            if loads:
+                yield partial(wait, loads)
+            if self._stream is not None:
+                self.prefetch([key for key in keys if self._host.holds(_numbers([key])[0])])
+        if self._absent(keys):
+            yield partial(self._load_beside, keys)
 
     def prefetch(self, keys: Sequence[PageKey], later: Sequence[PageKey] = ()) -> None:
         """Start loading pages that will be held soon, as far as unpinned slots allow.
 
-        `keys` are those of the next step, `later` of the one after it, which are loaded into pinned memory only. Does
-        nothing on a CPU without a host tier.
+        `keys` are those of the next step, `later` of the one after it, which are loaded into pinned memory only. Pages
+        that are still being read there are left to the step. Does nothing unless `reads_ahead`.
         """
-        if self._stream is not None and keys:
+        if self._stream is not None:
             self._reap()
-            self._bring(keys, self._pool.prefetch(_numbers(keys)))
+            here = [key for key in keys if self._host is None or not self._host.loading(_numbers([key]))]
+            if here:
+                self._bring(here, self._pool.prefetch(_numbers(here)))
         if self._host is not None:
-            for layout in {id(self._layout_of(bank)): self._layout_of(bank) for bank, *_ in later}.values():
-                fitting = [key for key in later if self._layout_of(key[0]) is layout and self._staged(layout)]
-                if fitting:
-                    places = [_place(key) for key in fitting]
-                    self._host.stage(_numbers(fitting), [bank for bank, *_ in fitting], places, layout)
+            self._stage_on_host(later)
+
+    def awaited(self, keys: Sequence[PageKey]) -> bool:
+        """Return whether a step would wait for pages that are being read into pinned memory."""
+        return bool(self._host and keys and self._host.loading(_numbers(keys)) and self._absent(keys))
 
     def release(self, keys: Sequence[PageKey]) -> None:
         """Unpin pages once the step that reads them was launched; on a GPU they stay pinned until it has run."""
@@ -171,7 +194,17 @@ class BankPages:
         if self._host is not None:
             self._host.close()
 
-    def _acquire(self, numbers: np.ndarray):
+    def _claim(self, numbers: np.ndarray) -> Claim:
+        try:
+            return self._acquire(numbers)
+        except PoolFull as error:
+            raise OutOfMemory(
+                f"{len(set(map(tuple, numbers.tolist())))} pages of style banks are needed in one step at "
+                f"{self.latent_size[1]}x{self.latent_size[0]} latents, but only {self.slots} fit ({error}); raise "
+                "bank_memory, or ask for fewer styles at once"
+            ) from None
+
+    def _acquire(self, numbers: np.ndarray) -> Claim:
         self._reap()
         while True:
             try:
@@ -189,8 +222,39 @@ class BankPages:
         while self._host is not None and self._copying and self._copying[0][0].query():
             self._host.release(self._copying.popleft()[1])
 
+    def _absent(self, keys: Sequence[PageKey]) -> bool:
+        """Return whether any of these pages has no slot."""
+        here = {page[:4] for page in self._pool.pages() if not page.stale}
+        return any(tuple(number) not in here for number in _numbers(keys).tolist())
+
+    def _stage_on_host(self, keys: Sequence[PageKey]) -> None:
+        """Start loading pages into pinned memory, as far as there is room."""
+        assert self._host is not None
+        for layout in {id(self._layout_of(bank)): self._layout_of(bank) for bank, *_ in keys}.values():
+            fitting = [key for key in keys if self._layout_of(key[0]) is layout and self._staged(layout)]
+            if fitting:
+                places = [_place(key) for key in fitting]
+                self._host.stage(_numbers(fitting), [bank for bank, *_ in fitting], places, layout)
+
     @torch.inference_mode()
-    def _bring(self, keys: Sequence[PageKey], claim) -> None:
+    def _load_beside(self, keys: Sequence[PageKey]) -> None:
+        """Load absent pages straight from their bank's tensors; may run alongside steps."""
+        for key in keys:
+            with self._loading:
+                claim = self._pool.prefetch(_numbers([key]))
+                if not claim.claimed[0]:
+                    continue
+                try:
+                    self._fill(key, int(claim.slots[0]), None, beside=True)
+                    if self._stream is not None:
+                        self._stream.synchronize()
+                except BaseException:
+                    self._pool.failed(claim.slots)
+                    raise
+                self._pool.filled(claim.slots)
+
+    @torch.inference_mode()
+    def _bring(self, keys: Sequence[PageKey], claim: Claim) -> None:
         """Fill the claimed slots, and make the current stream wait for them."""
         claimed = [int(i) for i in np.flatnonzero(claim.claimed)]
         pending = [int(claim.slots[i]) for i in claimed]
@@ -214,9 +278,31 @@ class BankPages:
         host = self._host if self._staged(layout) else None
         if host is not None:
             block = host.hold(number, bank, _place(key), layout)
+        try:
+            self._fill(key, slot, block)
+        except BaseException:
+            if host is not None and block is not None:
+                host.release(number)
+            raise
+        if host is None or block is None:
+            return
+        if self._stream is None:
+            host.release(number)
+        else:
+            self._copying.append((_event(self._stream), number))
+
+    def _fill(self, key: PageKey, slot: int, block: torch.Tensor | None, beside: bool = False) -> None:
+        """Copy one page into a slot from its host block, or without one from its bank.
+
+        beside: not in the thread of the steps, whose staging buffer may be in use.
+        """
+        bank, layout = key[0], self._layout_of(key[0])
         own = layout is self.layout
         with torch.cuda.stream(self._stream):
-            target, page = (self._parts, slot) if own else (self._staging(layout), 0)
+            if own:
+                target, page = self._parts, slot
+            else:
+                target, page = layout.allocate(1, self._unet.device) if beside else self._staging(layout), 0
             if block is not None:
                 for part, source in zip(target, layout.split(block[None])):
                     part[page].copy_(source[0], non_blocking=True)
@@ -224,12 +310,6 @@ class BankPages:
                 _copy_all(*layout.copies(bank, _place(key), target, page))
             if not own:
                 self._unpack(bank, layout, target, slot)
-        if host is None or block is None:
-            return
-        if self._stream is None:
-            host.release(number)
-        else:
-            self._copying.append((_event(self._stream), number))
 
     def _unpack(self, bank: StyleBank, layout: PageLayout, parts: Sequence[torch.Tensor], slot: int) -> None:
         """Convert a page on the device from another layout to the model's own, in a slot."""
