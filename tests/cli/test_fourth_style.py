@@ -18,6 +18,7 @@ from stylefast.models.text import Prompt
 from stylefast.sampling.guidance import NULL
 from stylefast.styles.style import Style
 from tests.cli.conftest import pixels
+from tests.support.fp64 import Twins, close
 
 FEW = {"steps": 4, "guidance": 3.0, "seed": 5}
 
@@ -71,11 +72,16 @@ def engine(model_folder):
     return sf.Engine.from_pretrained(model_folder)
 
 
+@pytest.fixture(scope="module")
+def in_fp64(engine):
+    return Twins(engine).drawn
+
+
 def drawn(engine, prompts, style, **options):
     return engine.generate(prompts, style, **FEW | options, output="latents").latents
 
 
-def test_it_is_composed_with_the_three_in_one_call_per_step(engine):
+def test_it_is_composed_with_the_three_in_one_call_per_step(engine, in_fp64):
     fading = FadingStyle("in neon", fade=0.3)
     requests = [
         sf.Request("a cat", style=styles_of(engine, fading), **FEW),
@@ -87,7 +93,7 @@ def test_it_is_composed_with_the_three_in_one_call_per_step(engine):
     found = engine.generate(requests, output="latents").latents
     assert engine.runner.calls - calls == FEW["steps"]
     for latents, request in zip(found, requests):
-        torch.testing.assert_close(latents, engine.generate(request, output="latents").latents[0], atol=1e-4, rtol=0)
+        close([latents], in_fp64([request]))
     assert len({latents.sum().item() for latents in found}) == len(found), "a style changed nothing"
 
 
@@ -115,11 +121,11 @@ def test_its_columns_are_those_that_the_reference_would_have_itself(engine):
     assert not torch.equal(late[0], faded[0]) and not torch.equal(late[0], drawn(engine, "a cat", aligned)[0])
 
 
-def test_it_is_baked_with_the_reference_that_shares_it(engine):
+def test_it_is_baked_with_the_reference_that_shares_it(engine, in_fp64):
     style = [sf.StyleAligned(engine.references()["blot"], prompt="a fish"), FadingStyle("in neon")]
     bank = engine.bake(style, steps=4, guidance=3.0)
     read = drawn(engine, "a cat", [sf.StyleAligned(bank), style[1]])
-    torch.testing.assert_close(read[0], drawn(engine, "a cat", style)[0], atol=1e-4, rtol=0)
+    close(read, in_fp64([sf.Request("a cat", style=style, **FEW)]))
 
 
 def test_it_is_replayed_from_a_request_file_and_from_its_picture(stylefast, model_folder, tmp_path):

@@ -8,7 +8,7 @@ import torch
 import stylefast as sf
 from stylefast.kernels import registry
 from stylefast.models import prepacked
-from tests.support.fp64 import SEEDS_OF_ROUNDINGS, Measured, engine_of, nudged, wide
+from tests.support.fp64 import SEEDS_OF_ROUNDINGS, Measured, engine_of, loras_of, nudged, registered, wide
 from tests.support.oracle.instant_style import random_adapter
 from tests.support.scene import EMBED_DIM, RUN, SIZE, sharp_pipeline
 
@@ -85,8 +85,12 @@ def drawn(pipe, adapter_files, engine, draw):
         return using
 
     def drawn(prompts, style=None, *, using=engine, in_fp64=None, **options):
+        loras = loras_of(using, prompts) if isinstance(prompts, list) else {}
+
         def run(*change):
-            return draw(in_fp64 or prompts, style, using=other(*change, adapters=len(using.adapters)), **options)
+            twin = other(*change, adapters=len(using.adapters))
+            with registered(twin, loras):
+                return draw(in_fp64 or prompts, style, using=twin, **options)
 
         def exact():
             with registry.using("torch"):  # the one form that takes fp64

@@ -451,10 +451,8 @@ def test_generate_submit_and_bake_run_side_by_side_from_many_threads(engine, dra
         close(outcomes["generate", prompt], latents)
         close(outcomes["submit", prompt], latents)
     baked = outcomes["bake", ""]
-    assert all(
-        torch.allclose(baked.tensors[name].float(), solo.tensors[name].float(), atol=1e-5, rtol=1e-4)
-        for name in solo.tensors
-    )
+    # a bake's steps are its own whatever else runs
+    assert all(torch.equal(baked.tensors[name], solo.tensors[name]) for name in solo.tensors)
     assert settled(engine)
 
 

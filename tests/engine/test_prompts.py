@@ -1,6 +1,7 @@
 """Long and weighted prompts through the engine: batches of several lengths, styles, records and backends."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,17 +11,21 @@ from stylefast import naive
 from stylefast.errors import ExportError, PromptError, StyleError
 from stylefast.models.text import Prompt
 from stylefast.record import from_record, to_record
+from tests.support.fp64 import Twins, close
 
 LONG = "a fish, a star, a house, " * 15
 SETTINGS = {"steps": 2, "size": (64, 64)}
-# kernels sum in another order in batches of other shapes; a wrong text moves latents by 1e-3 and more
-CLOSE = 2e-4
 
 
 @pytest.fixture(scope="module")
 def engine():
     with sf.Engine.from_pretrained("tiny") as engine:
         yield engine
+
+
+@pytest.fixture(scope="module")
+def drawn(engine):
+    return Twins(engine).drawn
 
 
 def latents(engine, *requests):
@@ -45,14 +50,15 @@ def requests(engine):
     ]
 
 
-def test_a_batch_of_all_lengths_and_syntaxes_equals_the_short_form_and_each_alone(engine):
+def test_a_batch_of_all_lengths_and_syntaxes_equals_the_short_form_and_each_alone(engine, drawn):
     wanted = requests(engine)
     together = latents(engine, *wanted)
     # each by itself, so that its texts are padded to nobody's length
     short = [naive.generate(engine, [one])[0] for one in wanted]
-    for one, found, expected in zip(wanted, together, short, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=CLOSE)
-        torch.testing.assert_close(found, latents(engine, one)[0], rtol=0, atol=CLOSE)
+    for one, found, other in zip(wanted, together, short, strict=True):
+        alone = drawn([one])
+        close([found], alone)
+        close([other], alone)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +77,11 @@ def test_each_setting_changes_the_picture(engine, change):
     assert (plain - other).abs().max() > 1e-3
 
 
-def test_all_that_readme_promises_shares_one_call_a_step_and_equals_each_alone(engine):
+def test_all_that_readme_promises_shares_one_call_a_step_and_equals_each_alone(engine, drawn):
     for name, file in engine.lora_files().items():
         engine.loras.add(file, name)
-    bank = engine.bake(sf.StyleAligned(prompt="a star in neon style"), loras={"gold": 0.8}, steps=2)
+    neon = sf.StyleAligned(prompt="a star in neon style")
+    bank = engine.bake(neon, loras={"gold": 0.8}, steps=2)
     learned = sf.DreamStyler(engine.styles()["chalk"])
     instant = sf.InstantStyle(engine.references()["neon"])
     long = "a (house:1.3), a [boat], a tree, a star, " * 17
@@ -88,8 +95,10 @@ def test_all_that_readme_promises_shares_one_call_a_step_and_equals_each_alone(e
     before = engine.runner.calls
     together = latents(engine, *wanted)
     assert engine.runner.calls == before + 2
-    for one, found in zip(wanted, together, strict=True):
-        torch.testing.assert_close(found, latents(engine, one)[0], rtol=0, atol=CLOSE)
+    live = [*wanted]
+    live[1] = replace(wanted[1], style=neon)
+    for one, other, found in zip(wanted, live, together, strict=True):
+        close([found], drawn([one], in_fp64=[other]))
     for name in engine.lora_files():
         engine.loras.remove(name)
 
@@ -100,42 +109,39 @@ def test_a_record_replays_syntax_and_both_prompts(engine):
     assert all(torch.equal(a, b) for a, b in zip(latents(engine, *wanted), latents(engine, *again), strict=True))
 
 
-def test_a_bank_keeps_the_syntax_of_its_negative_prompt(engine, tmp_path):
+def test_a_bank_keeps_the_syntax_of_its_negative_prompt(engine, drawn, tmp_path):
     style, options = sf.StyleAligned(prompt="a (star:1.4)"), {"negative_prompt": "(blue:1.3)", "prompt_syntax": "a1111"}
     bank = engine.bake(style, steps=2, negative_prompt_2="a house", **options)
     bank = sf.StyleBank.load(bank.save(tmp_path / "star.bank"))
     assert {name: bank.settings[name] for name in options} == options
     assert bank.settings["negative_prompt_2"] == "a house"
-    live = latents(engine, request("a fish", style=style, negative_prompt_2="a house", **options))[0]
-    read = engine.generate("a fish", sf.StyleAligned(bank), **bank.settings, output="latents").latents[0]
-    torch.testing.assert_close(read, live, rtol=0, atol=CLOSE)
+    live = drawn([request("a fish", style=style, negative_prompt_2="a house", **options)])
+    close(engine.generate("a fish", sf.StyleAligned(bank), **bank.settings, output="latents").latents, live)
 
 
-def test_a_bank_keeps_its_clip_skip_and_fits_no_other(engine):
+def test_a_bank_keeps_its_clip_skip_and_fits_no_other(engine, drawn):
     style = sf.StyleAligned(prompt="a star")
     bank = engine.bake(style, steps=2, clip_skip=1)
     assert bank.settings["clip_skip"] == 1
-    live = latents(engine, request("a fish", style=style, clip_skip=1))[0]
-    read = engine.generate("a fish", sf.StyleAligned(bank), **bank.settings, output="latents").latents[0]
-    torch.testing.assert_close(read, live, rtol=0, atol=CLOSE)
+    live = drawn([request("a fish", style=style, clip_skip=1)])
+    close(engine.generate("a fish", sf.StyleAligned(bank), **bank.settings, output="latents").latents, live)
     with pytest.raises(StyleError, match="baked with clip_skip=1, but clip_skip=0"):
         engine.submit(request("a fish", style=sf.StyleAligned(bank)))
 
 
-def test_the_content_of_a_picture_is_read_in_the_requests_syntax(engine):
-    def drawn(content, syntax):
+def test_the_content_of_a_picture_is_read_in_the_requests_syntax(engine, drawn):
+    def wanted(content, syntax):
         style = sf.InstantStyle(engine.references()["neon"], blocks="all", content=content)
-        wanted = request("a fish", style=style, prompt_syntax=syntax)
-        found = latents(engine, wanted)[0]
-        torch.testing.assert_close(naive.generate(engine, [wanted])[0], found, rtol=0, atol=CLOSE)
-        return found
+        return request("a fish", style=style, prompt_syntax=syntax)
 
-    plain = drawn("star", "plain")
-    torch.testing.assert_close(drawn("(star)", "a1111"), plain, rtol=0, atol=CLOSE)
+    plain, weighted = wanted("star", "plain"), wanted("(star)", "a1111")
+    expected = drawn([plain])
+    for found in (naive.generate(engine, [plain]), latents(engine, weighted), naive.generate(engine, [weighted])):
+        close(found, expected)
     shared = sf.InstantStyle(engine.references()["neon"], blocks="all", content="(star)")
     both = [request("a fish", style=shared, prompt_syntax=syntax) for syntax in ("plain", "a1111")]
     literal, read = latents(engine, *both)
-    torch.testing.assert_close(read, plain, rtol=0, atol=CLOSE)
+    close([read], expected)
     assert (literal - read).abs().max() > 1e-3
 
 

@@ -130,7 +130,7 @@ def test_a_merged_lora_gives_what_a_row_gives(registered, files):
     assert (row - merged).abs().max() <= 1e-5 * merged.abs().max()
 
 
-def test_styles_and_loras_meet_in_one_call(registered):
+def test_styles_and_loras_meet_in_one_call(registered, drawn):
     aligned = sf.StyleAligned(small_picture(4, SIZE))
     bank = registered.bake([aligned], steps=STEPS, size=SIZE, loras={"ink": 0.8})
     given = {
@@ -144,12 +144,10 @@ def test_styles_and_loras_meet_in_one_call(registered):
     before = registered.runner.calls
     together = latents(registered, given)
     assert registered.runner.calls == before + STEPS
-    for name, one in given.items():
-        alone = registered.generate(one, output="latents").latents[0]
-        assert (together[name] - alone).abs().max() <= 1e-5 * alone.abs().max(), name
     live = replace(given["bank"], style=aligned)
-    from_live = registered.generate(live, output="latents").latents[0]
-    assert (together["bank"] - from_live).abs().max() <= 1e-5 * from_live.abs().max()
+    for name, one in given.items():
+        close([together[name]], drawn([one], in_fp64=[live] if name == "bank" else None))
+    close([together["bank"]], drawn([live]))
 
 
 @pytest.mark.parametrize("loras", [{}, {"ink": 0.7}, {"ink": 0.8, "wide": 0.1}, {"pixel": 0.8}])
@@ -162,23 +160,22 @@ def test_a_bank_fits_only_requests_under_its_loras(registered, loras):
         registered.bake(style, steps=STEPS, size=SIZE, loras={"ink": 0.8}, store="hidden")
 
 
-def test_references_of_one_style_differ_by_lora(registered):
+def test_references_of_one_style_differ_by_lora(registered, drawn):
     style = sf.StyleAligned(prompt="oil")
     given = {name: replace(one, style=style) for name, one in requests().items() if name in ("plain", "ink", "wide")}
     together = latents(registered, given)
     for name, one in given.items():
-        alone = registered.generate(one, output="latents").latents[0]
-        assert (together[name] - alone).abs().max() <= 1e-5 * alone.abs().max(), name
+        close([together[name]], drawn([one]))
 
 
-def test_a_lora_removed_or_replaced_stays_for_who_has_it(registered, files):
-    alone = latents(registered, requests())["ink"]
+def test_a_lora_removed_or_replaced_stays_for_who_has_it(registered, files, drawn):
+    alone = drawn([requests()["ink"]])
     job = registered.submit(requests()["ink"], output="latents")
     registered.loras.remove("ink")
     registered.loras.add(files["wide"], "ink")
     later = registered.submit(requests()["ink"], output="latents")
-    assert (job.result().latents[0] - alone).abs().max() <= 1e-5 * alone.abs().max()
-    apart(later.result().latents, [alone])
+    close(job.result().latents, alone)
+    apart(later.result().latents, alone.value)
     with pytest.raises(InvalidRequest, match=r"no LoRA named 'pixle' is registered; .*did you mean 'pixel'"):
         registered.submit(sf.Request("a cat", loras={"pixle": 1.0}))
 
@@ -198,15 +195,12 @@ def frugal(pipe, files):
         yield engine
 
 
-def test_loras_take_turns_where_not_all_fit(frugal, registered):
-    expected = latents(registered, requests())
+def test_loras_take_turns_where_not_all_fit(frugal, registered, drawn):
     names = ("ink", "pixel", "wide")
     given = {name: sf.Request("a cat", seed=3, steps=STEPS, size=SIZE, loras={name: 0.8}) for name in names}
-    expected = latents(registered, given)
     jobs = {name: frugal.submit(one, output="latents") for name, one in given.items()}
     for name, job in jobs.items():
-        error = (job.result(WAIT).latents[0] - expected[name]).abs().max()
-        assert error <= 1e-5 * expected[name].abs().max(), name
+        close(job.result(WAIT).latents, drawn([given[name]]))
     pool = frugal.runner.conditions.loras
     assert pool.held == 0 and len(pool.resident) == 1
     assert sum(frugal.loras[name].on_host for name in names) == 1
@@ -318,7 +312,7 @@ COUNT, HOT = 32, 8
 @pytest.mark.parametrize(
     "requests_in_all", [pytest.param(40, id="40"), pytest.param(500, id="500", marks=pytest.mark.slow)]
 )
-def test_many_requests_under_many_loras_leak_nothing_and_get_their_own(pipe, tmp_path, requests_in_all):
+def test_many_requests_under_many_loras_leak_nothing_and_get_their_own(pipe, tmp_path, requests_in_all, drawn):
     draw = random.Random(7)
     lora = {place: factors for place, factors in random_lora(pipe, 4, text=False).items() if "attn2" in place[1]}
     with sf.Engine.from_pipeline(pipe) as measuring:
@@ -334,15 +328,14 @@ def test_many_requests_under_many_loras_leak_nothing_and_get_their_own(pipe, tmp
         def request(name):
             return sf.Request("a cat", seed=3, steps=1, size=SIZE, guidance=1.0, loras={name: 1.0})
 
-        alone = {name: engine.generate(request(name), output="latents").latents[0] for name in names}
-        apart([alone["lora3"]], [alone["lora4"]])
+        alone = {name: drawn([request(name)], using=engine) for name in names}
+        apart(alone["lora3"].value, alone["lora4"].value)
         for _ in range(requests_in_all // HOT):
             # most of them hot
             chosen = [draw.choice(names[:HOT] if draw.random() < 0.8 else names) for _ in range(HOT)]
             jobs = [engine.submit(request(name), output="latents") for name in chosen]
             for name, job in zip(chosen, jobs, strict=True):
-                error = (job.result(WAIT).latents[0] - alone[name]).abs().max()
-                assert error <= 1e-5 * alone[name].abs().max(), name
+                close(job.result(WAIT).latents, alone[name])
         pool = engine.runner.conditions.loras
         assert pool.held == 0 and pool.nbytes - pool.rows.units.nbytes <= 16 * one
         assert sum(engine.loras[name].on_host for name in names) <= 24
@@ -363,18 +356,22 @@ def merged_and_row(engine, file, request, **settings):
 
 
 @pytest.mark.parametrize("options", [{"batch_buckets": (2, 4, 8)}, {"max_batch_rows": 2}], ids=["buckets", "halves"])
-def test_padding_and_splitting_of_batches_leave_loras_alone(pipe, files, options):
+def test_padding_and_splitting_of_batches_leave_loras_alone(registered, pipe, files, drawn, options):
     with sf.Engine.from_pipeline(pipe, **options) as engine:
         merged, row, plain = merged_and_row(engine, files["wide"], requests()["plain"])
-    assert (merged - row).abs().max() <= 1e-5 * merged.abs().max()
+    expected = drawn([replace(requests()["plain"], loras={"wide": 0.8})])
+    close([merged], expected)
+    close([row], expected)
     apart([row], [plain])
 
 
-def test_a_picture_is_inverted_under_the_loras_of_its_reader(engine, files):
+def test_a_picture_is_inverted_under_the_loras_of_its_reader(registered, files, drawn):
     style = sf.StyleAligned(small_picture(4, SIZE), noise="ddim")
     request = sf.Request("a cat", style=style, scheduler="ddim", steps=STEPS, size=SIZE)
-    merged, row, plain = merged_and_row(engine, files["ink"], request)
-    assert (merged - row).abs().max() <= 1e-5 * merged.abs().max()
+    merged, row, plain = merged_and_row(registered, files["ink"], request)
+    expected = drawn([replace(request, loras={"ink": 0.8})])
+    close([merged], expected)
+    close([row], expected)
     apart([row], [plain])
 
 
@@ -388,7 +385,7 @@ def test_half_precision_rounds_no_more_than_merging(files):
     assert error <= 1.5 * allowed < 0.3 * (plain - merged).square().mean().sqrt()
 
 
-def test_content_and_style_of_a_b_lora_are_two_loras(registered, tmp_path, pipe):
+def test_content_and_style_of_a_b_lora_are_two_loras(registered, tmp_path, pipe, drawn):
     lora = {
         place: factors
         for place, factors in louder(random_lora(pipe, 6, text=False)).items()
@@ -403,7 +400,7 @@ def test_content_and_style_of_a_b_lora_are_two_loras(registered, tmp_path, pipe)
     found = registered.generate([replace(plain, loras=loras) for loras in given], output="latents").latents
     apart(found[1:3], [found[0]] * 2)
     apart([found[1]], [found[2]])
-    assert (found[3] - found[4]).abs().max() <= 1e-5 * found[4].abs().max()
+    close([found[3]], drawn([replace(plain, loras=given[4])]))
     with pytest.raises(InvalidRequest, match="part"):
         registered.loras.add(file, "other", part="face")
 

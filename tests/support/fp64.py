@@ -18,6 +18,8 @@ from unittest import mock
 
 import torch
 
+from stylefast.kernels import registry
+
 EPS = torch.finfo(torch.float32).eps
 # what sums of the same few numbers may differ by, in units in the last place of the largest value
 ULPS = 4
@@ -167,6 +169,58 @@ def engine_of(pipe):
 
     with mock.patch.object(pipeline_check, "_FLOATS", (*pipeline_check._FLOATS, torch.float64)):
         return sf.Engine.from_pipeline(pipe)
+
+
+class Twins:
+    """An engine, and the same in fp64 and in other roundings: `drawn` is a call of `generate` to compare with."""
+
+    def __init__(self, engine):
+        self._engine, self._twins = engine, {}
+
+    def drawn(self, requests: Sequence, in_fp64: Sequence | None = None) -> Measured:
+        """The latents of requests in a call of their own; in_fp64: what takes their place there, as for banks."""
+        loras = loras_of(self._engine, requests)
+
+        def run(*change):
+            return _latents(self._twin(*change), in_fp64 or requests, loras)
+
+        def exact():
+            with registry.using("torch"):  # the one form that takes fp64
+                return run(wide)
+
+        roundings = [partial(run, nudged, seed) for seed in SEEDS_OF_ROUNDINGS]
+        return Measured(_latents(self._engine, requests, {}), exact, roundings)
+
+    def _twin(self, change: Callable, *further):
+        if (change, *further) not in self._twins:
+            components = self._engine._components
+            twin = self._twins[change, *further] = type(self._engine)(change(components, *further))
+            if components.adapter_path is not None:
+                twin.load_adapter(components.adapter_path)
+        return self._twins[change, *further]
+
+
+def _latents(engine, requests, loras) -> torch.Tensor:
+    with registered(engine, loras):
+        return torch.stack(list(engine.generate(list(requests), output="latents").latents))
+
+
+def loras_of(engine, requests: Sequence) -> dict[str, tuple]:
+    """The files and parts of the LoRAs that requests name, as the engine has them now."""
+    names = {name for request in requests for name in getattr(request, "loras", None) or {}}
+    return {name: (engine.loras[name].path, engine.loras[name].part) for name in names}
+
+
+@contextmanager
+def registered(engine, loras: Mapping[str, tuple]):
+    """Within, LoRAs of another engine are registered with this one."""
+    for name, (path, part) in loras.items():
+        engine.loras.add(path, name, part)
+    try:
+        yield
+    finally:
+        for name in loras:
+            engine.loras.remove(name)
 
 
 @contextmanager
