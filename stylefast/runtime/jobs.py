@@ -103,6 +103,7 @@ class Job:
         self.due: deque[Callable[[], None]] = deque()  # calls to make in the caller's thread before the next step
         self.cancelled = False
         self.queued_again = False  # found no room
+        self.made_room = False  # of what was kept for later requests
 
     @property
     def status(self) -> str:

@@ -9,7 +9,7 @@ import itertools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ from stylefast.models.lora_file import read_lora
 from stylefast.models.lora_units import lora_factors, unit_table
 from stylefast.models.row_loras import LEAST_WIDTH, NO_UNIT, LoraFactors, RowLoras, table_width
 from stylefast.models.unet import UNet
-from stylefast.runtime.banks.page_pool import PagePool, PoolFull
+from stylefast.runtime.banks.page_pool import Page, PagePool, PoolFull
+from stylefast.runtime.memory import going_on, is_out_of_memory
 from stylefast.runtime.plan.request import LoraScale
 from stylefast.slots import LruDict, Slots
 
@@ -49,6 +50,7 @@ class Lora:
         self.changes_unet = any(factors.units())
         self.changes_text = tuple(bool(found) for found in factors.text)
         self._factors: LoraFactors | None = factors  # None: only in the file
+        self.registered = True  # False once it was removed
 
     def recorded(self) -> dict[str, str]:
         """Return what a picture's record says of it: path and digest, and the part of a B-LoRA."""
@@ -107,6 +109,8 @@ engine.loras.add(file, 'pixel')
         self._lock = threading.RLock()
         self._named: dict[str, Lora] = {}
         self._host: LruDict[Lora, None] = LruDict()  # with factors in memory
+        # called with every LoRA that was removed
+        self.on_remove: Callable[[Lora], None] = lambda lora: None
 
     def __getattr__(self, name: str) -> Any:
         """Return a member of the merged LoRAs, which `engine.loras` was before there were LoRAs per request."""
@@ -149,6 +153,8 @@ engine.loras.add(file, 'pixel')
             self._find(name)
             lora = self._named.pop(name)
             self._host.pop(lora, None)
+            lora.registered = False
+        self.on_remove(lora)
 
     def __contains__(self, name: object) -> bool:
         return name in self._named
@@ -210,7 +216,7 @@ engine.loras.add(file, 'pixel')
     def _keep(self, lora: Lora, factors: LoraFactors) -> None:
         """Keep factors in host memory, and drop those of the least recently used beyond the budget."""
         lora._factors = factors
-        if self._named.get(lora.name) is not lora:
+        if not lora.registered:
             return  # removed meanwhile; its requests keep it alive
         self._host[lora] = None
         self._host.use(lora)
@@ -236,28 +242,31 @@ engine.loras.add(file, 'pixel')
 
 
 class LoraPool:
-    """Units of the LoRAs in use on the device.
+    """Units of the LoRAs in use on the device, and of those used last.
 
-    `rows` is what the UNet reads, None until the first LoRA. Its tensors are replaced when they grow, and `generation`
-    increases. memory: bytes for all units; None: no limit. Not thread-safe: used between steps.
+    `rows` is what the UNet reads, None until the first LoRA. Its tensors are replaced when they grow or shrink, and
+    `generation` increases. memory: bytes for all units; None: what `free` leaves. Thread-safe, but `hold` and `shrink`
+    change what steps read, so they are called between steps.
     """
 
     def __init__(self, unet: UNet, memory: int | None = None):
-        self._unet, self._memory = unet, memory
+        self._unet, self._memory, self._lock = unet, math.inf if memory is None else memory, threading.RLock()
+        # returns the bytes that are free on the device, None if unknown
+        self.free: Callable[[], int | None] = lambda: None
         self._layout, self._books = unet.loras, PagePool(MOST_RESIDENT)
         self._unit_bytes = np.array([self._layout.unit_bytes(kind, unet.dtype) for kind in self._kinds])
         self._at: dict[int, _Resident] = {}  # by place
         self._down = [torch.zeros(0, kind.taps, kind.channels_in, RANK) for kind in self._layout.kinds]
         self._up = [torch.zeros(0, RANK, kind.channels_out) for kind in self._layout.kinds]
         self._slots = [Slots() for _ in self._kinds]
-        self._width = LEAST_WIDTH
         self.rows: RowLoras | None = None
+        self._narrow: dict[int, RowLoras] = {}  # by width of the table
         self.generation = 0
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of all units, used or not, and of the table."""
-        return 0 if self.rows is None else sum(x.nbytes for x in (*self._down, *self._up, self.rows.units))
+        return sum(x.nbytes for x in (*self._down, *self._up)) + (0 if self.rows is None else self.rows.units.nbytes)
 
     @property
     def resident(self) -> list[str]:
@@ -279,6 +288,10 @@ class LoraPool:
         device, dtype = self._unet.device, self._unet.dtype
         return tuple(x.to(device, dtype) for x in factors.down), tuple(x.to(device, dtype) for x in factors.up)
 
+    def rows_for(self, loras: Iterable[Lora]) -> RowLoras:
+        """Return `rows` with as narrow a table as a batch with these LoRAs needs; a power of two."""
+        return self._narrow[table_width(max((lora.rank // RANK for lora in loras), default=0))]
+
     @torch.inference_mode()
     def hold(self, used: Sequence[tuple[Lora, LoraFactors]]) -> list[int]:
         """Bring LoRAs to the device, keep them there until `release`, and return their places.
@@ -289,35 +302,67 @@ class LoraPool:
         if not used:
             return []
         keys = _keys([lora for lora, _ in used])
-        try:
-            claim = self._books.acquire(keys)
-        except PoolFull as error:
-            raise OutOfMemory(f"{len(used)} more LoRAs don't fit on the device: {error}") from None
-        new = {int(claim.slots[i]): used[i] for i in np.flatnonzero(claim.claimed).tolist()}
-        try:
-            for place in new:
-                self._evict(place)  # of the LoRA that the books gave up for it
-            if new:
-                self._make_room([factors for _, factors in new.values()])
-            for place, (lora, factors) in new.items():
-                self._put(place, lora, factors)
-        except BaseException:
-            for place in new:
-                self._evict(place)
-            self._books.failed(np.array(list(new), dtype=np.int64))
-            self._books.release(keys)
-            raise
-        self._books.filled(np.array(list(new), dtype=np.int64))
-        return [int(place) for place in claim.slots]
+        with self._lock:
+            try:
+                claim = self._books.acquire(keys)
+            except PoolFull as error:
+                raise OutOfMemory(f"{len(used)} more LoRAs don't fit on the device: {error}") from None
+            new = {int(claim.slots[i]): used[i] for i in np.flatnonzero(claim.claimed).tolist()}
+            try:
+                for place in new:
+                    self._evict(place)  # of the LoRA that the books gave up for it
+                if new:
+                    self._make_room([factors for _, factors in new.values()])
+                for place, (lora, factors) in new.items():
+                    self._put(place, lora, factors)
+            except BaseException:
+                for place in new:
+                    self._evict(place)
+                self._books.failed(np.array(list(new), dtype=np.int64))
+                self._books.release(keys)
+                raise
+            self._books.filled(np.array(list(new), dtype=np.int64))
+            return [int(place) for place in claim.slots]
 
     def release(self, loras: Sequence[Lora]) -> None:
-        """Release LoRAs that were held; they stay on the device until others need the room."""
+        """Release LoRAs that were held; they stay on the device until they are removed or others need the room."""
         if loras:
             self._books.release(_keys(loras))
+            self.forget([lora for lora in loras if not lora.registered])
+
+    def forget(self, loras: Sequence[Lora]) -> None:
+        """Drop those of some LoRAs that nobody uses. Their memory is for the next ones; steps may be running."""
+        numbers = {lora.number for lora in loras}
+        with self._lock:
+            for page in self._idle() if numbers else ():
+                if page.style in numbers:
+                    self._drop(page)
+
+    @torch.inference_mode()
+    def shrink(self) -> bool:
+        """Drop the LoRAs that nobody uses and free their memory; return whether there was any to free."""
+        with self._lock:
+            before = self.nbytes
+            for page in self._idle():
+                self._drop(page)
+            counts = np.maximum(self._used(), _LEAST)
+            if self.rows is None or (counts == self._sizes()).all():
+                return False
+            with going_on():  # what was freed before is free
+                self._rebuild(counts, self._width())
+            return self.nbytes < before
 
     @property
     def _kinds(self) -> range:
         return range(len(self._layout.kinds))
+
+    def _idle(self) -> list[Page]:
+        """Return the LoRAs that nobody uses, least recently used first."""
+        return [page for page in self._books.pages() if page.pins == 0 and page.state == "resident"]
+
+    def _drop(self, page: Page) -> None:
+        self._books.drop(page.style)
+        self._evict(page.slot)
 
     def _evict(self, place: int) -> None:
         gone = self._at.pop(place, None)
@@ -326,53 +371,100 @@ class LoraPool:
                 slots.release(units)
 
     def _make_room(self, new: Sequence[LoraFactors]) -> None:
-        """Grow the pools for new LoRAs; over the budget, the least recently used ones leave and the pools shrink."""
-        more = np.sum([factors.units() for factors in new], axis=0)
-        width = table_width(max((int(factors.counts.max(initial=0)) for factors in new), default=0))
-        pools = [len(up) for up in self._up]
-        if all(slots.free >= count for slots, count in zip(self._slots, more, strict=True)):
-            counts = pools
-        else:
-            while self._bytes(self._held() + more) > self._most:
-                self._drop_oldest(len(new), self._held() + more)
-            wanted = self._held() + more
-            # half as many again, so that the next few compile and copy nothing
-            grown = np.maximum(pools, np.where(more > 0, wanted + wanted // 2, wanted))
-            counts = grown if self._bytes(grown) <= self._most else wanted
-        counts = np.maximum(counts, _LEAST)
-        if list(counts) == pools and width <= self._width and self.rows is not None:
+        """Grow the pools for new LoRAs; where that does not fit, unused ones leave and the pools become smaller."""
+        more, width = np.sum([factors.units() for factors in new], axis=0), self._width(new)
+        pools = self._sizes()
+        if self.rows is not None and (pools - self._used() >= more).all():
+            if width > self.rows.units.shape[2]:
+                self._rebuild(pools, width)
             return
-        for kind, count in enumerate(counts):
-            if count != pools[kind] or self.rows is None:
-                self._resize(kind, int(count))
-        self._width = max(self._width, width)
-        table = torch.full((MOST_RESIDENT, len(self._layout.names), self._width), NO_UNIT, device=self._unet.device)
-        self.rows = RowLoras(tuple(self._down), tuple(self._up), table)
-        self.generation += 1
-        for place in self._at:
-            self._enter(place)
+        while not self._fits(self._used() + more):
+            self._drop_oldest(len(new), self._used() + more)
+        wanted = self._used() + more
+        # half as many again, so that the next few compile and copy nothing
+        grown = np.maximum(pools, np.where(more > 0, wanted + wanted // 2, wanted))
+        try:
+            self._rebuild(grown if self._fits(grown) else wanted, width)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # outside the handler, so that the error no longer keeps tensors
+        for page in self._idle():
+            self._drop(page)
+        self._rebuild(self._used() + more, self._width(new))
 
-    @property
-    def _most(self) -> float:
-        return math.inf if self._memory is None else self._memory
+    def _sizes(self) -> np.ndarray:
+        """Return the number of units of each kind, used or not."""
+        return np.array([len(up) for up in self._up], dtype=np.int64)
 
-    def _held(self) -> np.ndarray:
+    def _used(self) -> np.ndarray:
         """Return how many units of each kind the LoRAs on the device take."""
-        return np.array([slots.used for slots in self._slots])
+        return np.array([slots.used for slots in self._slots], dtype=np.int64)
+
+    def _width(self, new: Sequence[LoraFactors] = ()) -> int:
+        """Return the width of a table for the LoRAs on the device and new ones."""
+        return table_width(max((int(one.counts.max(initial=0)) for one in (*self._at.values(), *new)), default=0))
 
     def _bytes(self, units: np.ndarray) -> int:
         return int(np.dot(np.maximum(units, _LEAST), self._unit_bytes))
 
+    def _fits(self, units: np.ndarray) -> bool:
+        """Return whether pools of these sizes fit into `memory` and into what is free.
+
+        With LoRAs that nobody uses they may take no more than they leave.
+        """
+        needed, copying = self._bytes(units), self._copying(units)
+        beside = max(needed, copying) if self._idle() else copying
+        return needed <= self._memory and needed + beside <= self._room()
+
+    def _copying(self, units: np.ndarray) -> int:
+        """Return the bytes of the largest pool that is there twice while the pools get these sizes."""
+        sizes = self._sizes()
+        return int(np.max(sizes * self._unit_bytes, where=np.maximum(units, _LEAST) != sizes, initial=0))
+
+    def _room(self) -> float:
+        """Return the bytes of the pools and of what is free beside them."""
+        free = self.free()
+        return math.inf if free is None else free + int(np.dot(self._sizes(), self._unit_bytes))
+
     def _drop_oldest(self, count: int, wanted: np.ndarray) -> None:
         """Drop the LoRA that has been out of use for longest. Raises OutOfMemory if all are in use."""
-        oldest = next((page for page in self._books.pages() if page.pins == 0 and page.state == "resident"), None)
-        if oldest is None:
+        idle, needed = self._idle(), self._bytes(wanted)
+        if not idle:
+            limit, way_out = f"lora_memory is {self._memory / 2**20:.1f} MiB", "raise it"
+            if needed <= self._memory:
+                needed += self._copying(wanted)
+                limit = f"{self._room() / 2**20:.1f} MiB are free for them"
+                way_out = "raise memory_limit if there is one"
             raise OutOfMemory(
-                f"the LoRAs in use and {count} more take {self._bytes(wanted) / 2**20:.1f} MiB on the device, but "
-                f"lora_memory is {self._most / 2**20:.1f} MiB; raise it, or use fewer LoRAs at once"
+                f"the LoRAs in use and {count} more take {needed / 2**20:.1f} MiB on the device, but {limit}; "
+                f"{way_out}, or use fewer LoRAs at once"
             )
-        self._books.drop(oldest.style)
-        self._evict(oldest.slot)
+        self._drop(idle[0])
+
+    def _rebuild(self, counts: np.ndarray, width: int) -> None:
+        """Give the pools other sizes and the table another width; the LoRAs on the device stay.
+
+        If memory runs out, each pool is either the old one or the new one, and the table fits them.
+        """
+        counts, table = np.maximum(counts, _LEAST), None if self.rows is None else self.rows.units
+        if table is None or table.shape[2] != width:
+            table = torch.full((MOST_RESIDENT, len(self._layout.names), width), NO_UNIT, device=self._unet.device)
+        try:
+            # one after the other, those that become smaller first: only one is there twice
+            more = (counts - self._sizes()) * self._unit_bytes
+            for kind in np.argsort(more, kind="stable").tolist():
+                if more[kind]:
+                    self._resize(kind, int(counts[kind]))
+        finally:
+            if all(map(len, self._up)):
+                self.rows, self.generation = RowLoras(tuple(self._down), tuple(self._up), table), self.generation + 1
+                widths = [2**n for n in range(width.bit_length()) if 2**n >= LEAST_WIDTH]
+                # made here, since a captured step knows its tensors by identity
+                self._narrow = {n: self.rows._replace(units=table[:, :, :n]) for n in widths}
+                for place in self._at:
+                    self._enter(place)
 
     def _resize(self, kind: int, count: int) -> None:
         """Replace the pool of a kind, with the units in use at its start."""
@@ -382,7 +474,7 @@ class LoraPool:
         for pool in (self._down[kind], self._up[kind]):
             made = torch.zeros(count, *pool.shape[1:], dtype=dtype, device=place)
             if len(old):
-                made[: len(old)] = pool[torch.from_numpy(old).to(place)]
+                torch.index_select(pool, 0, torch.from_numpy(old).to(place), out=made[: len(old)])
             fresh.append(made)
         # nothing below fails: the pool is either the old one or the new one
         self._down[kind], self._up[kind] = fresh
@@ -409,8 +501,8 @@ class LoraPool:
         """Write a LoRA's units into the table."""
         assert self.rows is not None
         one = self._at[place]
-        table = unit_table(self._layout, one.starts, one.counts, one.units, self._width)
-        self.rows.units[place] = torch.from_numpy(table).to(self.rows.units)
+        table = unit_table(self._layout, one.starts, one.counts, one.units, self.rows.units.shape[2])
+        self.rows.units[place].copy_(torch.from_numpy(table))
 
 
 @dataclass(eq=False)

@@ -7,7 +7,8 @@ of a batch are counted beforehand, and the user's limit is divided here. `memory
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -162,6 +163,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "not enough memory" in str(error)
     )
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Leave the rest of the block undone if memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def give_back() -> None:

@@ -18,7 +18,7 @@ from stylefast.models.row_features import RowFeatures
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends.base import Backend
 from stylefast.runtime.banks.bank_pages import BankPages, pages_of
-from stylefast.runtime.memory import MemoryBudget, is_out_of_memory
+from stylefast.runtime.memory import MemoryBudget, going_on, is_out_of_memory
 from stylefast.runtime.plan.sample import Sample
 from stylefast.runtime.plan.sample_group import Pin, SampleGroup
 from stylefast.runtime.steps.conditions import Conditions, ConditionStore
@@ -51,7 +51,8 @@ class Runner:
         buckets: Sequence[int] = (),
     ):
         self.unet, self.conditions, self.backend, self.budget = unet, conditions, backend, budget
-        conditions.text.check_room = partial(budget.check_texts, unet.device)
+        conditions.text.check_room = self._check_texts
+        conditions.loras.free = partial(budget.free, unet.device)
         self.buckets = tuple(buckets) or backend.buckets
         self.stream = StepStream(unet.device)
         self.closed, self._process = False, os.getpid()
@@ -169,13 +170,15 @@ class Runner:
     ) -> dict[SampleGroup, StyleFastError]:
         """Run one step of groups of one size; return those that failed and why. `features` collects the rows' features.
 
-        If memory runs out, or no exported graph fits a batch, the batch is halved and tried again, down to single
-        groups: only a group that can't be run alone fails. On a CPU a picture with latents that are not finite fails in
-        this step, on a GPU when `finite` is called. Raises EngineClosed if the engine was closed.
+        If memory runs out, the step is tried again without what is kept for later requests. If it runs out again, or
+        no exported graph fits the batch, halves are tried, down to single groups: only one that can't be run alone
+        fails. On a CPU a picture with latents that are not finite fails in this step, on a GPU when `finite` is called.
+        Raises EngineClosed if the engine was closed.
         """
         self.check_open()
         failed: dict[SampleGroup, StyleFastError] = {}
-        fits, short = True, False
+        fits = True
+        short: OutOfMemory | None = None
         try:
             # features are those of the group's own rows, so no idle ones
             with self._inputs(groups, padded=bool(self.buckets) and features is None) as inputs:
@@ -192,13 +195,17 @@ class Runner:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if len(groups) == 1:
-                return {groups[0]: _no_room(groups[0], error)}
-            fits, short = False, True
+            fits, short = False, _no_room(groups[0], error)
         if not fits:
-            if short:
+            if short is not None:
                 # outside the handler, so that the error no longer keeps the failed call's tensors
-                self.backend.reset()
+                short = short.with_traceback(None)
+                if len(groups) > 1:
+                    self.backend.reset()
+                if self.make_room():
+                    return self.step(groups, features)
+                if len(groups) == 1:
+                    return {groups[0]: short}
             half = len(groups) // 2
             return {**self.step(groups[:half]), **self.step(groups[half:])}
         for group in groups:
@@ -247,13 +254,29 @@ class Runner:
         return pages is not None and pages.reads_ahead and not group.finished and pages.awaited(bank_keys(group))
 
     def _check_room(self, rows: int, latent_size: tuple[int, int]) -> None:
-        """Raise OutOfMemory if a call of `rows` rows does not fit, even without what is kept of long prompts."""
+        """Raise OutOfMemory if a call of `rows` rows does not fit, even without what is kept for later requests."""
         try:
             self.budget.check(self.unet, rows, latent_size)
         except OutOfMemory:
-            if not self.conditions.text.shrink():
+            if not self.make_room():
                 raise
             self.budget.check(self.unet, rows, latent_size)
+
+    def _check_texts(self, needed: int) -> None:
+        """Raise OutOfMemory if buffers of that many bytes for texts do not fit, even without unused LoRAs."""
+        try:
+            self.budget.check_texts(self.unet.device, needed)
+        except OutOfMemory:
+            if not self.conditions.loras.shrink():
+                raise
+            self.budget.check_texts(self.unet.device, needed)
+
+    def make_room(self) -> bool:
+        """Free what is kept of long prompts and unused LoRAs; return whether there was any. No step may be running."""
+        made = self.conditions.loras.shrink()
+        with going_on():
+            made = self.conditions.text.shrink() or made
+        return made
 
     @contextmanager
     def _inputs(
@@ -287,10 +310,11 @@ class Runner:
                 pages.pages if pages is not None else None,
                 masks.levels if masks is not None else (),
                 self._graph_inputs(latent_shape[1:]),
-                store.loras.rows if shape.loras else None,
+                store.loras.rows_for(lora for g in groups for lora in g.conditions.held_loras) if shape.loras else None,
                 self._text_lengths(groups),
             )
-            key = (shape, state.generation, store.generation, id(pages), inputs.text_lengths is not None)
+            units = 0 if inputs.loras is None else inputs.loras.units.shape[2]
+            key = (shape, units, state.generation, store.generation, id(pages), inputs.text_lengths is not None)
             yield key, state, buffers.columns, inputs
         finally:
             if pages is not None and flat:

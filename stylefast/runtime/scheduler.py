@@ -421,8 +421,12 @@ class Scheduler:
         except BaseException as error:
             if not isinstance(error, Exception) and (call is None or call.error is not error):
                 raise  # Ctrl-C in this thread
-            # there may be room when others are done
             self._leave(job)
+            if is_out_of_memory(error) and not job.made_room and self._runner.make_room():
+                job.made_room = True
+                self._queue_again(job)
+                return None
+            # there may be room when others are done
             waited_for = self._joining or self._leaving or any(not other.due for other in self._jobs.values())
             if is_out_of_memory(error) and waited_for:
                 self._queue_again(job)

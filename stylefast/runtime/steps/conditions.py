@@ -121,6 +121,7 @@ class ConditionStore:
         self.unet, self.text_encoder, self.adapters = unet, text_encoder, adapters
         self._train_timesteps, self._revision, self._loras = train_timesteps, revision, loras
         self.loras = LoraPool(unet, lora_memory)
+        loras.on_remove = lambda lora: self.loras.forget([lora])
         pooled = text_encoder.encoders[1].text_projection.weight.shape[0]
         self.text = KeyValuePages(unet.layout, text_encoder.max_tokens, pooled, unet.device, unet.dtype)
         self.images: KeyValuePages | None = None
