@@ -365,6 +365,29 @@ def test_padding_and_splitting_of_batches_leave_loras_alone(registered, pipe, fi
     apart([row], [plain])
 
 
+def test_the_content_of_a_picture_is_read_under_the_loras_of_its_request(registered, pipe, adapter_files, files):
+    style = sf.InstantStyle(small_picture(5), "all", content="a cat")
+
+    def drawn(engine, **more):
+        return engine.generate(sf.Request("a fish", steps=1, size=SIZE, style=style, **more), output="latents").latents
+
+    def under(engine, weights):
+        name = engine.load_lora(files["ink"], weights)
+        found = drawn(engine)[0]
+        engine.merged_loras.remove(name)
+        return found
+
+    with sf.Engine.from_pipeline(pipe) as fresh:
+        fresh.load_adapter(adapter_files[0])
+        expected = under(fresh, 0.8)
+    before = drawn(registered)[0]
+    # neither another request's content nor that of other weights is taken for it
+    rows = drawn(registered, loras={"ink": 0.8})[0], under(registered, 0.8)
+    for found in rows:
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(drawn(registered)[0], before)
+
+
 def test_a_picture_is_inverted_under_the_loras_of_its_reader(registered, files, drawn):
     style = sf.StyleAligned(small_picture(4, SIZE), noise="ddim")
     request = sf.Request("a cat", style=style, scheduler="ddim", steps=STEPS, size=SIZE)

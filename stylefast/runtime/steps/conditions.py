@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.masks import load_mask, mask_vectors
 from stylefast.models.row_loras import LoraFactors, LoraProducts
 from stylefast.models.row_table import ImageKV
-from stylefast.models.text import Prompt, TextEncoder
+from stylefast.models.text import Prompt, TextEncoder, TextLoras
 from stylefast.models.unet import UNet
 from stylefast.runtime.loras import Lora, LoraPool, Loras, LoraUse
 from stylefast.runtime.plan.sample import Sample
@@ -161,9 +161,9 @@ class ConditionStore:
                     down, up = yield partial(self.loras.copies, made.loras[lora])
                     made.brought[lora] = replace(made.loras[lora], down=down, up=up)
             yield from self._encode_texts(samples, made)
-            pictured = dict.fromkeys((s, _syntax(s, sample)) for sample in samples for s in _pictured(sample))
-            for style, syntax in pictured:
-                yield from self._encode_pictures(style, syntax, made)
+            pictured = dict.fromkeys((s, self._content(s, sample)) for sample in samples for s in _pictured(sample))
+            for style, content in pictured:
+                yield from self._encode_pictures(style, content, made)
                 yield from self._read_masks(style, samples[0].size, latent_size, made)
         except BaseException:
             self.drop(made)
@@ -318,14 +318,21 @@ class ConditionStore:
             made.append((places, keys_values, torch.stack([states[i].pooled for i in places])))
         return made
 
-    def _encode_pictures(self, style: ImageStyle, syntax: str, made: Encoded) -> Making:
+    def _content(self, style: ImageStyle, sample: Sample) -> "_Content | None":
+        """Return how a style's content is encoded, as its request's prompts are; None without words."""
+        if style.content_text is None:
+            return None
+        return _Content(sample.request.prompt_syntax, self._revision(), tuple(use for use in sample.loras if use.text))
+
+    def _encode_pictures(self, style: ImageStyle, content: "_Content | None", made: Encoded) -> Making:
         adapter, encoder = self._adapter(style)
-        keys = _image_keys(style, syntax, adapter)
+        keys = _image_keys(style, content, adapter)
         pages = [self._image_page(key) for key in keys]
         made.held_images += [page for page in pages if page is not None]
         if None not in pages:
             return
-        tokens, projected = yield partial(self._image_states, style, syntax, adapter, encoder)
+        loras = [] if content is None else [(made.loras[use.lora].text, use.text) for use in content.loras]
+        tokens, projected = yield partial(self._image_states, style, content, loras, adapter, encoder)
         for key, one, layers, page in zip(keys, tokens, projected, pages):
             if page is None:
                 images = self.make_image_pages(len(one))
@@ -335,13 +342,19 @@ class ConditionStore:
 
     @torch.inference_mode()
     def _image_states(
-        self, style: ImageStyle, syntax: str, adapter: IPAdapter, encoder: ImageEncoder
+        self,
+        style: ImageStyle,
+        content: "_Content | None",
+        loras: TextLoras,
+        adapter: IPAdapter,
+        encoder: ImageEncoder,
     ) -> tuple[list, list]:
         """Return tokens of a style's segments and of its negative, and keys and values of each."""
-        content = None
-        if style.content_text is not None:
-            content = self.text_encoder.encode([Prompt(style.content_text, syntax=syntax)])[0].pooled
-        found = style.tokens(adapter, encoder, content)
+        embedding = None
+        if content is not None and style.content_text is not None:
+            prompt = Prompt(style.content_text, syntax=content.syntax)
+            embedding = self.text_encoder.encode([prompt], loras=loras)[0].pooled
+        found = style.tokens(adapter, encoder, embedding)
         if len(found.image) != len(style.segments):
             raise StyleError(
                 f"the style {type(style).__name__} gives tokens of {len(found.image)} pictures for "
@@ -365,9 +378,8 @@ class ConditionStore:
         """Return the image segments of one row, without those of strength 0 in every module."""
         found = []
         for style in _pictured(sample):
-            pages = [
-                self._image_page(key) for key in _image_keys(style, _syntax(style, sample), self._adapter(style)[0])
-            ]
+            keys = _image_keys(style, self._content(style, sample), self._adapter(style)[0])
+            pages = [self._image_page(key) for key in keys]
             held = [page for page in pages if page is not None]
             conditions.held_images += held
             if None in pages:
@@ -440,16 +452,25 @@ class ConditionStore:
         return conditions.held_masks[style, segment]
 
 
-def _syntax(style: ImageStyle, sample: Sample) -> str:
-    """Return the syntax of a style's content, which is that of its request's prompts; "plain" without any."""
-    return "plain" if style.content_text is None else sample.request.prompt_syntax
+class _Content(NamedTuple):
+    """What the words of a style's content are encoded with besides the encoder."""
+
+    syntax: str
+    revision: Any  # of the encoder's weights
+    loras: tuple[LoraUse, ...]
+
+    @property
+    def key(self) -> tuple:
+        """Return what is equal for equal effects."""
+        return self.syntax, self.revision, tuple((use.lora.digest, use.text) for use in self.loras)
 
 
-def _image_keys(style: ImageStyle, syntax: str, adapter: IPAdapter) -> list[tuple]:
+def _image_keys(style: ImageStyle, content: _Content | None, adapter: IPAdapter) -> list[tuple]:
     """Return the page keys of a style's segments, followed by that of its negative tokens."""
+    words = None if content is None else content.key
     # the style object itself is part of the key, which keeps it alive as long as its pages
-    keys = [(adapter, style, syntax, i) for i in range(len(style.segments))]
-    return [*keys, (adapter, *((style, syntax) if style.own_negative else (None, "plain")), -1)]
+    keys = [(adapter, style, words, i) for i in range(len(style.segments))]
+    return [*keys, (adapter, *((style, words) if style.own_negative else (None, None)), -1)]
 
 
 def _pictured(sample: Sample) -> list[ImageStyle]:
