@@ -1,5 +1,6 @@
 """The model repository for Triton Inference Server: its configs as Triton reads them, its tree, and what it refuses."""
 
+import dataclasses
 import importlib.util
 import json
 from dataclasses import dataclass, replace
@@ -363,6 +364,23 @@ def test_a_request_becomes_one_picture_per_prompt_with_seeds_that_count_up(read)
     # one object, so that the pictures of a request share its reference
     assert order.requests[0].reader is order.requests[1].reader
     assert order.requests[0].reader.reference == b"picture"
+
+
+def test_a_request_takes_every_text_setting_and_no_lora(read, requests):
+    given = {
+        "prompt_2": "a star",
+        "negative_prompt": "(fog:1.2)",
+        "negative_prompt_2": "rain",
+        "prompt_syntax": "a1111",
+        "clip_skip": 1,
+    }
+    for request in read({"prompt": ["a (cat:1.2)", "a dog"], **given}).requests:
+        assert {name: getattr(request, name) for name in given} == given
+    # LoRAs lie in files, and the server's graphs have no inputs for them
+    taken = set(requests._FIELDS) - {"preview_every", "deadline"}
+    assert taken == {field.name for field in dataclasses.fields(sf.Request)} - {"loras"}
+    with pytest.raises(InvalidRequest, match="the request has no 'loras'"):
+        read({"prompt": "a cat", "loras": {"ink": 1.0}})
 
 
 def test_several_styles_and_pictures_find_their_places(requests):
