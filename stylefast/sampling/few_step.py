@@ -19,7 +19,8 @@ class FewStepPreset:
     Args:
         steps: step counts it was trained for or published with.
         guidance: 1 (off), since guidance is distilled in.
-        most_guidance: above it, pictures get hard contrasts and burnt colours; requests get a warning.
+        most_guidance: above it, pictures get hard contrasts and burnt colours; requests get a warning. 1 for models
+            published with guidance off.
         The other arguments are those of `make_schedule`.
     """
 
@@ -30,7 +31,7 @@ class FewStepPreset:
     timesteps: tuple[int, ...] | None = None
     eta: float | None = None
     guidance: float = 1.0
-    most_guidance: float = 2.5
+    most_guidance: float = 1.0
 
     def schedule(self, steps: int, config: Mapping = SDXL_SCHEDULER) -> Schedule:
         """Return the schedule of `steps` steps for a scheduler config in diffusers format.
@@ -60,13 +61,14 @@ FEW_STEP_PRESETS: Mapping[str, FewStepPreset] = MappingProxyType(
         # one UNet or LoRA per step count
         "sdxl_lightning": FewStepPreset("euler", (2, 4, 8), spacing="trailing"),
         "sdxl_lightning_1step": FewStepPreset("euler", (1,), spacing="trailing", prediction_type="sample"),
-        "lcm": FewStepPreset("lcm", (2, 3, 4, 5, 6, 7, 8)),
+        # LCM-LoRA is published with guidance from 1 to 2; its users take up to 2.5, for TCD too
+        "lcm": FewStepPreset("lcm", (2, 3, 4, 5, 6, 7, 8), most_guidance=2.5),
         # one LoRA per step count
         "hyper_sd": FewStepPreset("ddim", (2, 4, 8), spacing="trailing"),
         # the one-step LoRA works for all step counts; a lower eta keeps more detail at higher counts
         "hyper_sd_unified": FewStepPreset("tcd", (1, 2, 3, 4, 5, 6, 7, 8), eta=1.0),
         "hyper_sd_1step_unet": FewStepPreset("lcm", (1,), timesteps=(800,)),
-        "tcd": FewStepPreset("tcd", (4, 5, 6, 7, 8), eta=0.3),
+        "tcd": FewStepPreset("tcd", (4, 5, 6, 7, 8), eta=0.3, most_guidance=2.5),
         # DMD2 (arXiv 2405.14867) as demo/text_to_image_sdxl.py and README.md of github.com/tianweiy/DMD2 sample it:
         # jump to x0, then add noise of the next timestep. LCM does the same, since its boundary condition changes x0 by
         # less than 1e-7 at these timesteps; UNet, or LoRA at full strength
@@ -77,18 +79,16 @@ FEW_STEP_PRESETS: Mapping[str, FewStepPreset] = MappingProxyType(
 
 
 def guidance_warning(scheduler: str, guidance: float) -> str | None:
-    """Return what to tell a user whose guidance the preset (or lcm, tcd) was not made for; None if it fits.
-
-    Turbo, Lightning, Hyper-SD and DMD2 are published with guidance off, LCM and TCD with at most 2.
-    """
+    """Return what to tell a user whose guidance the preset (or lcm, tcd) was not made for; None if it fits."""
     preset = FEW_STEP_PRESETS.get(scheduler)
     if preset is None or guidance <= preset.most_guidance:
         return None
+    more = f", or at most {preset.most_guidance:g}" if preset.most_guidance > preset.guidance else ""
     return (
         f"scheduler {values.quoted(scheduler)} is for models distilled to guidance {preset.guidance:g}; guidance "
         f"{guidance:g} "
         f"doubles the work of each step and burns the colours, unless the model is an edition made for it: use "
-        f"{preset.guidance:g}, or at most {preset.most_guidance:g}"
+        f"{preset.guidance:g}{more}"
     )
 
 
