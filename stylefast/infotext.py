@@ -13,7 +13,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ _WRITTEN_SPACINGS = {"linspace": "Uniform", "trailing": "SGM Uniform", "leading"
 # what A1111 takes for "Automatic" since version 1.9
 _AUTOMATIC = {"dpmpp_2m": KARRAS, "dpmpp_sde": KARRAS, "dpmpp_2m_sde": EXPONENTIAL, "dpmpp_3m_sde": EXPONENTIAL}
 _AUTOMATIC_NAME = "Automatic"
+_OWN_SAMPLER = "Or name one yourself, e.g. --scheduler euler"
 # samplers with timesteps of their own in A1111 too
 _OWN_SPACING = ("lcm", "tcd", "dpmpp_sde")
 # SDXL's own layer, the second to last, is A1111's 2
@@ -60,6 +61,7 @@ _CLIP_SKIP = 2
 _SECOND = {"prompt_2": "Prompt 2", "negative_prompt_2": "Negative prompt 2"}
 _TAKEN = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "Lora hashes")
 _TAKEN += tuple(_SECOND.values())
+_NUMBERS = {"steps": "Steps", "guidance": "CFG scale", "seed": "Seed", "size": "Size", "clip_skip": "Clip skip"}
 
 # EXIF's own folder, and UserComment in it, which begins with the name of its encoding
 _EXIF, _COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
@@ -102,7 +104,7 @@ class Parameters:
         prompt_2, negative_prompt_2: those for text encoder 2, which stylefast alone writes.
         steps, guidance, seed, size: as in `Request`.
         scheduler, spacing: A1111's sampler and schedule type under our names.
-        clip_skip: as `Request` counts it.
+        clip_skip: as `Request` counts it; of stylefast's own text, since A1111 skips no layers of SDXL's encoders.
         loras: from the prompt's tags, in order.
         not_taken: name -> value of everything else in the text.
     """
@@ -122,8 +124,11 @@ class Parameters:
     not_taken: Mapping[str, str] = field(default_factory=dict)
 
 
-def read(text: str) -> Parameters:
+def read(text: str, without: Collection[str] = ()) -> Parameters:
     """Return the settings of a parameters text from an untrusted source.
+
+    without: names of settings, as in `Parameters`, that are not wanted: they are neither read nor checked. The prompt's
+    LoRAs belong to it.
 
     Raises PromptError for a prompt that is missing or too long, and InvalidRequest, with the name of the setting, for
     other text that is too long, numbers out of range, unknown samplers and schedule types, and settings or LoRAs that
@@ -136,6 +141,10 @@ def read(text: str) -> Parameters:
     not_taken = {key: value for key, value in settings.items() if key not in _TAKEN}
     if rest:
         not_taken["the text after the settings"] = rest
+    if "prompt" in without:
+        prompt, hashes = "", {}
+    if "negative_prompt" in without:
+        negative = ""
     prompt, loras, other = _without_tags(prompt, hashes)
     not_taken |= other
     negative, unused, other = _without_tags(negative, {})
@@ -145,9 +154,14 @@ def read(text: str) -> Parameters:
     known = {lora.name for lora in loras}
     not_taken |= {f"Lora hashes of {name}": value for name, value in hashes.items() if name not in known}
     prompt = values.prompt("the prompt of the parameters text", prompt)
-    if not prompt.strip():
+    if not prompt.strip() and "prompt" not in without:
         raise PromptError("the parameters text has no prompt; say what the picture shows")
-    scheduler, spacing = _scheduler(settings)
+    titles = {title: name for name, title in (*_NUMBERS.items(), *_SECOND.items()) if name in without}
+    settings = {title: value for title, value in settings.items() if title not in titles}
+    scheduler, spacing = (None, None) if "scheduler" in without else _scheduler(settings)
+    clip_skip = _clip_skip(settings)
+    if clip_skip and not _is_ours(settings):
+        not_taken["Clip skip"], clip_skip = settings["Clip skip"], None
     if "Schedule type" in settings and scheduler in (*_OWN_SPACING, *FEW_STEP_PRESETS):
         not_taken["Schedule type"] = settings["Schedule type"]
     return Parameters(
@@ -160,7 +174,7 @@ def read(text: str) -> Parameters:
         guidance=_real(settings, "CFG scale", 0, MAX_GUIDANCE),
         seed=_whole(settings, "Seed", 0, values.MAX_SEED),
         size=_size(settings),
-        clip_skip=_clip_skip(settings),
+        clip_skip=clip_skip,
         loras=loras,
         not_taken=not_taken,
     )
@@ -363,7 +377,8 @@ def _without_tags(prompt: str, hashes: Mapping[str, str]) -> tuple[str, tuple[Lo
         if not name or name in loras:
             raise InvalidRequest(
                 f"the prompt has the LoRA {values.quoted(name)} twice, or without a name, as "
-                f"{values.quoted(match[0])}; name each LoRA once"
+                f"{values.quoted(match[0])}; name each LoRA once, in a prompt of your own: --from PICTURE "
+                '"a fish" --lora FILE:0.8'
             )
         unet, text = _weights(match[0], name, arguments)
         loras[name] = LoraTag(name, unet, hashes.get(name, ""), None if text == unet else text)
@@ -414,12 +429,12 @@ def _scheduler(settings: Mapping[str, str]) -> tuple[str | None, str | None]:
     types = {name.casefold(): name for name in (_AUTOMATIC_NAME, "Karras", "Exponential", *_SPACINGS)}
     if kind is None:
         # A1111 leaves the type out where it is uniform, and our own text where it is the model's
-        own = base == "ddim" or settings.get("Version", "").startswith("stylefast")
+        own = base == "ddim" or _is_ours(settings)
         spacing = None if own else "linspace"
     elif kind.casefold() not in types:
         raise InvalidRequest(
             f"Schedule type is {values.quoted(kind)}; the supported ones are {', '.join(types.values())}"
-            f"{values.did_you_mean(kind, types.values())}"
+            f"{values.did_you_mean(kind, types.values())}. {_OWN_SAMPLER}"
         )
     else:
         named = types[kind.casefold()]
@@ -427,14 +442,14 @@ def _scheduler(settings: Mapping[str, str]) -> tuple[str | None, str | None]:
         if spread is not None and asked != spread and named != _AUTOMATIC_NAME:
             raise InvalidRequest(
                 f"Schedule type {values.quoted(kind)} contradicts the sampler {values.quoted(settings['Sampler'])}; "
-                "drop one of the two"
+                f"drop one of the two. {_OWN_SAMPLER}"
             )
         spread = spread or asked
         spacing = _SPACINGS.get(named, None if base == "ddim" else "linspace")
     if spread is not None and base not in KARRAS_SCHEDULERS:
         raise InvalidRequest(
             f"{sampler_name(base)} has no {spread.capitalize()} form; samplers that have one: "
-            f"{', '.join(map(sampler_name, KARRAS_SCHEDULERS))}"
+            f"{', '.join(map(sampler_name, KARRAS_SCHEDULERS))}. {_OWN_SAMPLER}"
         )
     return (base if spread is None else f"{base}_{spread}"), (None if base in _OWN_SPACING else spacing)
 
@@ -452,7 +467,7 @@ def _sampler(name: str) -> tuple[str, str | None]:
     if wanted not in known:
         raise InvalidRequest(
             f"Sampler is {values.quoted(name)}; the supported ones are {', '.join(_SAMPLERS.values())}, most of them "
-            f"with Karras or Exponential too{values.did_you_mean(name, _SAMPLERS.values())}"
+            f"with Karras or Exponential too{values.did_you_mean(name, _SAMPLERS.values())}. {_OWN_SAMPLER}"
         )
     return known[wanted]
 
@@ -481,6 +496,11 @@ def _size(settings: Mapping[str, str]) -> tuple[int, int] | None:
     if match is None:
         raise InvalidRequest(f"Size is {values.quoted(settings['Size'])}; it must be WIDTHxHEIGHT in pixels")
     return int(match[1]), int(match[2])
+
+
+def _is_ours(settings: Mapping[str, str]) -> bool:
+    """Return whether stylefast wrote the settings."""
+    return settings.get("Version", "").startswith("stylefast")
 
 
 def _clip_skip(settings: Mapping[str, str]) -> int | None:

@@ -47,7 +47,6 @@ def test_all_parts_of_a_text_are_read_and_the_rest_is_named():
         guidance=7.5,
         seed=4294967296,
         size=(1024, 768),
-        clip_skip=1,
         loras=(LoraTag("water color", 0.8, "0123456789ab"), LoraTag("pen", 1.0, "ba9876543210")),
         not_taken={
             "Model hash": "31e35c80fc",
@@ -56,6 +55,7 @@ def test_all_parts_of_a_text_are_read_and_the_rest_is_named():
             "Civitai resources": '[{"type":"checkpoint","id":1, "note":"y, z: 3"}]',
             "Version": "v1.9.4",
             "Lora hashes of gone": "00",
+            "Clip skip": "3",  # A1111 has skipped nothing
         },
     )
     assert read(FULL.replace("\n", "\r\n")) == read(FULL)
@@ -120,8 +120,12 @@ def test_a_schedule_type_that_a_sampler_does_not_use_is_named():
 
 
 def test_clip_skip_counts_from_the_last_layer_there_and_from_sdxls_own_here():
-    skips = [read(settings(Clip_skip=written)).clip_skip for written in (None, "1", "2", "3")]
-    assert skips == [None, 0, 0, 1]
+    ours = [read(settings(Clip_skip=written, Version="stylefast 1.0")) for written in (None, "1", "2", "3")]
+    assert [found.clip_skip for found in ours] == [None, 0, 0, 1]
+    # in A1111 it has no effect on SDXL
+    theirs = [read(settings(Clip_skip=written)) for written in (None, "1", "2", "3")]
+    assert [found.clip_skip for found in theirs] == [None, 0, 0, None]
+    assert [found.not_taken for found in theirs] == [{}, {}, {}, {"Clip skip": "3"}]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,32 @@ def test_clip_skip_counts_from_the_last_layer_there_and_from_sdxls_own_here():
 def test_tags_of_loras_leave_the_prompt(prompt, loras):
     found = read(prompt)
     assert (found.prompt, found.loras) == ("a fish", loras)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (settings(Sampler="Heun"), "scheduler"),
+        (settings(Schedule_type="Beta"), "scheduler"),
+        (settings(Sampler=None, Schedule_type="Karras"), "scheduler"),
+        (settings(Sampler="Euler a", Schedule_type="Karras"), "scheduler"),
+        (settings(Steps="5000"), "steps"),
+        (settings(CFG_scale="nan"), "guidance"),
+        (settings(Seed="-5"), "seed"),
+        (settings(Size="1024"), "size"),
+        (settings(Clip_skip="0"), "clip_skip"),
+        ("a <lora:pen:1> <lora:pen:1>\n" + settings().partition("\n")[2], "prompt"),
+        ("\n" + settings().partition("\n")[2], "prompt"),
+        ("a\nNegative prompt: <lora:pen:nan>\n" + settings().partition("\n")[2], "negative_prompt"),
+    ],
+)
+def test_what_is_not_wanted_is_not_checked_either(text, name):
+    with pytest.raises(InvalidRequest):
+        read(text)
+    found, usual = read(text, {name}), read(settings())
+    assert getattr(found, name) in (None, "")
+    kept = {"steps", "guidance", "seed", "size", "scheduler"} - {name}
+    assert {getattr(found, one) == getattr(usual, one) for one in kept} == {True} and found.loras == ()
 
 
 def test_tags_without_effect_are_named():
@@ -164,15 +194,18 @@ def test_tags_without_effect_are_named():
         (settings(Size="1024"), "Size is '1024'; it must be WIDTHxHEIGHT"),
         (settings(Clip_skip="0"), "Clip skip is 0"),
         (settings(Sampler="DPM++ 2M SDE Heun"), r"the supported ones are DDIM, .*; did you mean 'DPM\+\+ 2M SDE'"),
-        (settings(Sampler="Restart"), "Sampler is 'Restart'"),
+        (settings(Sampler="Restart"), "Sampler is 'Restart'.*--scheduler euler"),
         (settings(Sampler="x" * 5000), "Sampler is 'xxx"),
-        (settings(Schedule_type="Align Your Steps"), "Schedule type is 'Align Your Steps'; the supported ones"),
+        (
+            settings(Schedule_type="Align Your Steps"),
+            "Schedule type is 'Align Your Steps'; the supported ones.*--scheduler",
+        ),
         (settings(Schedule_type="Karas"), "did you mean 'Karras'"),
         (settings(Sampler="Euler a", Schedule_type="Karras"), "Euler a has no Karras form"),
         (settings(Sampler="DPM++ 2M Karras", Schedule_type="Exponential"), "'Exponential' contradicts the sampler"),
         (settings(Sampler=None, Schedule_type="Karras"), "without a sampler"),
         (settings() + ", Seed: 2", "says Seed twice, '1' and '2'"),
-        ("a <lora:pen:te=0.5> <lora:pen:1>", "the LoRA 'pen' twice"),
+        ("a <lora:pen:te=0.5> <lora:pen:1>", "the LoRA 'pen' twice.*a prompt of your own"),
         ("a <lora::1>", "without a name"),
         ("a <lora:pen:1:1:1>", "sets more than the LoRA's weight"),
         ("a <lora:pen:dyn=4>", "sets more than the LoRA's weight"),

@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   stylefast generate --from theirs.png --lora watercolor.safetensors --model my-sdxl
 """
 DEFAULT_OUT = "pictures"
-# options that --from and --requests replace
+# options that --from and --requests replace; of another program's picture, they replace what it says
 _CALL_OPTIONS = (
     "prompts",
     "count",
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PICTURE",
         help=(
             "reproduce this picture, pixel by pixel; or make one like it from the settings that A1111 and others wrote "
-            "into a PNG, JPEG or WebP"
+            "into a PNG, JPEG or WebP, where prompts and options given beside it come first"
         ),
     )
     add(
@@ -215,7 +215,10 @@ def run(arguments: argparse.Namespace) -> int:
         from stylefast.commands.foreign import run_foreign
 
         text = foreign_parameters(arguments.source)
-        return run_again(arguments) if text is None else run_foreign(arguments, text)
+        if text is not None:
+            return run_foreign(arguments, text)
+        _check_call("--from", arguments)
+        return run_again(arguments)
     choice = ModelChoice.of(arguments)
     if arguments.requests is not None:
         requests, loras = read_requests(Path(arguments.requests), choice.folder)
@@ -256,12 +259,17 @@ def add_text_arguments(group) -> None:
     )
 
 
-def _check_combination(arguments: argparse.Namespace) -> None:
+def _check_call(option: str, arguments: argparse.Namespace) -> None:
+    """Raise InvalidRequest for settings beside an option that sets all of them."""
     given = [name for name in _CALL_OPTIONS if getattr(arguments, name) not in (None, [])]
-    for option, value in (("--from", arguments.source), ("--requests", arguments.requests)):
-        if value is not None and given:
-            shown = "prompts" if given[0] == "prompts" else f"--{given[0].replace('_', '-')}"
-            raise InvalidRequest(f"{option} sets all settings of the call; drop {shown}")
+    if given:
+        shown = "prompts" if given[0] == "prompts" else f"--{given[0].replace('_', '-')}"
+        raise InvalidRequest(f"{option} sets all settings of the call; drop {shown}")
+
+
+def _check_combination(arguments: argparse.Namespace) -> None:
+    if arguments.requests is not None:
+        _check_call("--requests", arguments)
     if arguments.source is not None and arguments.requests is not None:
         raise InvalidRequest("--from and --requests can't be combined; give one")
     for option in ("force", "load_recorded"):
@@ -286,9 +294,15 @@ def check_loras(requests: Sequence, names: Sequence[str]) -> None:
 
 
 def requests_of(
-    arguments: argparse.Namespace, model_folder: Path, loras: "Mapping[str, LoraStrength] | None" = None
+    arguments: argparse.Namespace,
+    model_folder: Path,
+    loras: "Mapping[str, LoraStrength] | None" = None,
+    usual: Mapping | None = None,
 ) -> list:
-    """Return --count Requests per prompt, with increasing seeds. Raises InvalidRequest or a subclass."""
+    """Return --count Requests per prompt, with increasing seeds; `usual`: settings where no option says otherwise.
+
+    Raises InvalidRequest or a subclass.
+    """
     from stylefast.commands.style_options import bank_settings, styles_of
     from stylefast.runtime.plan.request import Request
     from stylefast.values import seeds
@@ -298,7 +312,7 @@ def requests_of(
         given["prompt_2"] = arguments.prompt_2
     if arguments.guidance_interval is not None:
         given["guidance_interval"] = parse_interval(arguments.guidance_interval)
-    settings = with_preset_guidance(bank_settings(styles, given) | given)
+    settings = with_preset_guidance({**(usual or {}), **bank_settings(styles, given), **given})
     prompts = [prompt for prompt in arguments.prompts for _ in range(_count(arguments))]
     numbered = zip(prompts, seeds("--seed", arguments.seed or 0, len(prompts)), strict=True)
     return [Request(prompt, seed=seed, style=styles, loras=loras, **settings) for prompt, seed in numbered]
