@@ -1,10 +1,9 @@
 """Long and weighted prompts against the package compel, whose syntax and arithmetic `prompt_syntax="compel"` takes."""
 
-import compel
 import pytest
-import torch
 
 from stylefast.models.text import Prompt, TextEncoder
+from tests.support.compel_states import states_of
 from tests.support.fp64 import close, measured
 from tests.support.small_text import small_text_parts
 
@@ -14,21 +13,6 @@ LONG = "a red cat on the house, a dog in the style of an house. " * 8
 @pytest.fixture(scope="module")
 def parts():
     return small_text_parts()
-
-
-def states_of(encoder, tokenizer, text):
-    """[tokens, width] of one encoder, by compel."""
-    dtype = next(encoder.parameters()).dtype
-    kind = compel.ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
-    peer = compel.Compel(
-        tokenizer,
-        encoder,
-        dtype_for_device_getter=lambda _: dtype,
-        truncate_long_prompts=False,
-        returned_embeddings_type=kind,
-    )
-    with torch.no_grad():
-        return peer(text)[0]
 
 
 @pytest.mark.parametrize(
