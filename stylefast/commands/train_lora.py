@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group("--min-snr", type=float, metavar="GAMMA", help="min-SNR weights of the loss; 5 is usual (default: off)")
     group("--caption-dropout", type=float, metavar="SHARE", help="of pictures seen without caption (default: 0.1)")
     group("--seed", type=int, help="of everything that is drawn (default: 0)")
+    group(
+        "--gradient-checkpointing",
+        action="store_true",
+        default=None,
+        help="compute the UNet's blocks again for their gradients: the same LoRA in less memory, but more slowly",
+    )
     add_model_arguments(parser)
 
 
@@ -103,7 +109,7 @@ def _settings(arguments: argparse.Namespace):
     from stylefast.training.lora import LoraSettings
 
     same = ("rank", "alpha", "layers", "text_encoders", "steps", "batch", "resolution", "min_snr", "caption_dropout")
-    given = {name: getattr(arguments, name) for name in (*same, "seed")}
+    given = {name: getattr(arguments, name) for name in (*same, "seed", "gradient_checkpointing")}
     given["learning_rate"] = arguments.lr
     given["blocks"] = None if arguments.blocks is None else parse_names(arguments.blocks)
     return LoraSettings(**{name: value for name, value in given.items() if value is not None})

@@ -59,6 +59,8 @@ class LoraSettings:
         caption_dropout: share of the pictures that are shown without their caption, 0 to 1.
         min_snr: limit of the loss's min-SNR weights (arXiv 2303.09556), see `loss_weights`; None: no weights.
         seed: of the drawn changes, pictures, noise and timesteps.
+        gradient_checkpointing: whether the UNet's blocks are computed again for their gradients, instead of keeping
+            what they computed: the same LoRA, in less memory, for one more forward pass a step.
 
     Raises InvalidRequest for anything out of range.
     """
@@ -75,6 +77,7 @@ class LoraSettings:
     caption_dropout: float = 0.1
     min_snr: float | None = None
     seed: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self):
         rank = values.whole_number("rank", self.rank, 1, HIGHEST_RANK)
@@ -89,6 +92,7 @@ class LoraSettings:
             "text_encoders": values.flag("text_encoders", self.text_encoders),
             "caption_dropout": values.real_number("caption_dropout", self.caption_dropout, 0, 1),
             "seed": values.whole_number("seed", self.seed, 0, 2**64 - 1),
+            "gradient_checkpointing": values.flag("gradient_checkpointing", self.gradient_checkpointing),
         }
         blocks = values.several("blocks", [self.blocks] if isinstance(self.blocks, str) else self.blocks)
         checked["blocks"] = tuple(values.text("a name in blocks", block, empty=False) for block in blocks)
@@ -168,7 +172,7 @@ class LoraTraining:
             raise InvalidRequest("the model is in float16, in which gradients overflow; load it with dtype='bfloat16'")
         self.side = self._side()
         self._generator = torch.Generator().manual_seed(settings.seed)
-        self._unet = _diffusers_unet(engine)
+        self._unet = _diffusers_unet(engine, settings.gradient_checkpointing)
         self._layers = {"unet": unet_layers(self._unet, settings.layers, settings.blocks)}
         if not self._layers["unet"]:
             raise InvalidRequest(
@@ -249,6 +253,7 @@ class LoraTraining:
             "ss_caption_dropout_rate": settings.caption_dropout,
             "ss_min_snr_gamma": settings.min_snr,
             "ss_seed": settings.seed,
+            "ss_gradient_checkpointing": settings.gradient_checkpointing,
             "modelspec.prediction_type": "v" if self._prediction == "v_prediction" else "epsilon",
             "stylefast.version": stylefast.__version__,
             "stylefast.layers": settings.layers,
@@ -376,12 +381,14 @@ def _prediction(engine: "Engine") -> str:
     )
 
 
-def _diffusers_unet(engine: "Engine") -> nn.Module:
-    """Return diffusers' UNet around the engine's tensors; nothing is copied."""
+def _diffusers_unet(engine: "Engine", checkpointing: bool) -> nn.Module:
+    """Return diffusers' UNet around the engine's tensors, with gradient checkpoints or without; nothing is copied."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     state, config = engine.unet.state_dict(), engine.unet.config
     unet = build(lambda: UNet2DConditionModel.from_config(config), config, len(state), engine.name)
     assert isinstance(unet, nn.Module)  # the library declares a tuple too, which nothing asked for
     unet.load_state_dict(state, assign=True)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
     return unet.eval().requires_grad_(False)

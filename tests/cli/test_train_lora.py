@@ -23,11 +23,13 @@ def test_a_trained_file_changes_pictures(stylefast, generate, model_folder, fold
     out = tmp_path / "ours.safetensors"
     words = ("train-lora", folder, "--out", out, "--model", model_folder, "--steps", 3, "--rank", 2, "--quiet")
     more = ("--lr", "0.01", "--min-snr", "5", "--blocks", "up_blocks,mid_block", "--layers", "all", "--batch", "2")
+    more += ("--gradient-checkpointing",)
     code, printed, err = stylefast(*words, "--caption", "a cat", *more)
     assert (code, printed) == (0, f"{out}\n"), err
     with safe_open(out, "pt") as file:
         said, keys = file.metadata(), list(file.keys())
     wanted = {"ss_network_dim": "2", "ss_learning_rate": "0.01", "ss_steps": "3", "ss_min_snr_gamma": "5.0"}
+    wanted |= {"ss_gradient_checkpointing": "True"}
     assert wanted.items() <= said.items() and json.loads(said["stylefast.blocks"]) == ["up_blocks", "mid_block"]
     assert not any("input_blocks" in key for key in keys)
     (plain,) = generate("a cat", "--steps", 1, "--out", tmp_path / "plain.png")

@@ -150,6 +150,27 @@ def test_the_loss_is_that_of_the_papers(pipe, pictures, prediction, min_snr):
     assert kwargs["added_cond_kwargs"]["time_ids"].tolist() == [[100, 64, 18, 0, 64, 64]] * 4
 
 
+@pytest.mark.parametrize("kind", ["all", "text encoders"])
+def test_gradient_checkpoints_keep_less_and_train_the_same(engine, pictures, kind):
+    kept, made, losses = {}, {}, {}
+    for checkpoints in (False, True):
+        made[checkpoints] = training(engine, pictures, **KINDS[kind], gradient_checkpointing=checkpoints)
+        kept[checkpoints], losses[checkpoints] = 0, []
+
+        def keep(tensor, checkpoints=checkpoints):
+            kept[checkpoints] += tensor.nbytes
+            return tensor
+
+        for _ in range(3):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                losses[checkpoints].append(made[checkpoints].step())
+    assert losses[True] == losses[False]
+    for one, other in zip(made[True]._parameters, made[False]._parameters, strict=True):
+        assert torch.equal(one, other)
+    if kind == "all":
+        assert kept[True] < 0.5 * kept[False]
+
+
 def test_captions_are_dropped_at_the_share_asked_for(engine, pictures):
     for share, wanted in ((0.0, "a cat"), (1.0, None)):
         made = training(engine, pictures[:1], caption_dropout=share)
