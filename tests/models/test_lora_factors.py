@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import re
@@ -217,6 +218,27 @@ def test_factors_do_to_a_layer_what_the_module_of_lycoris_that_was_trained_did(k
         theirs = trained.double().eval()(x) - apply(x, layer.weight, layer.bias)
     error = apply(x, product(factors, shape)) - theirs
     assert float(error.abs().max()) <= SINGLE * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize(("factor", "most"), [(8, 16), (4, 32), (-1, 4)])
+def test_the_settings_of_lycoris_that_fit_are_those_of_the_docs(factor, most):
+    from lycoris.functional.general import factorization
+
+    # [out, in] of SDXL's linear layers in its transformers
+    shapes = [(n, n) for n in (640, 1280)] + [(10240, 1280), (1280, 5120), (1280, 2048), (5120, 640)]
+    ranks = []
+    for (out, inner), dim in itertools.product(shapes, (most, most + 1)):
+        (small_out, large_out), (small_in, large_in) = factorization(out, factor), factorization(inner, factor)
+        tensors = {"lokr_w1": draw(small_out, small_in, seed=1), "lokr_w2_a": draw(large_out, dim, seed=2)}
+        change = change_of(
+            tensors | {"lokr_w2_b": draw(dim, large_in, seed=3)}, (out, inner), Scaling(None), "style: layer"
+        )
+        try:
+            ranks.append((dim, factors_of(change, (out, inner)).rank))
+        except NotLowRank:
+            ranks.append((dim, None))
+    assert all(rank is not None for dim, rank in ranks if dim == most) and (most, MAX_RANK) in ranks
+    assert (most + 1, None) in ranks
 
 
 # refusals
