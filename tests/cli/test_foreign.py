@@ -85,8 +85,14 @@ def test_several_prompts_and_styles_may_stand_beside_anothers_picture(theirs, ge
 
 def test_our_own_record_is_repeated_as_it_is(generate, stylefast, tmp_path):
     path = generate("a cat", "--steps", "1", "--out", tmp_path / "x.png")[0]
-    code, _, err = stylefast("generate", "--from", path, "--steps", "2")
-    assert code == 2 and "--from sets all settings of the call; drop --steps" in err
+    options = {
+        "--steps": ("--steps", "2"),
+        "prompts": ("a dog",),
+        "--guidance-interval": ("--guidance-interval", "0-1"),
+    }
+    for shown, words in options.items():
+        code, _, err = stylefast("generate", "--from", path, *words)
+        assert code == 2 and f"--from sets all settings of the call; drop {shown}" in err
 
 
 def test_what_the_settings_do_not_say_is_named(theirs, stylefast, model_folder, tmp_path):
