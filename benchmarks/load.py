@@ -80,7 +80,13 @@ def markdown(content: dict[str, Any]) -> str:
     """Format a results file as the tables of docs/serving.md."""
     gaps = [result["details"] for result in content["results"] if result["case"].startswith("gap")]
     apart = all("apart_ms" in seen for seen in gaps)  # files of earlier versions don't have it
-    titles = ["served while a job runs", "largest gap", *["end to end"] * apart, "slowest step then (alone)", "gap / step"]
+    titles = [
+        "served while a job runs",
+        "largest gap",
+        *["end to end"] * apart,
+        "slowest step then (alone)",
+        "gap / step",
+    ]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for result in content["results"]:
         name, _, case = result["case"].partition(": ")
