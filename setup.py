@@ -159,6 +159,7 @@ setup(
     package_data={
         "stylefast": ["py.typed", "_C.pyi"],
         "stylefast.models": ["tiny/**/*"],
+        "stylefast.serving.playground": ["*.css", "*.html", "*.js", "*.svg"],
         "stylefast.kernels": ["tuning/*.json"],
         "stylefast.export": ["triton_repo/models/*.py"],
     },

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 import stylefast
-from stylefast.serving import a1111, fields, media, replies
+from stylefast.serving import a1111, fields, media, playground, replies
 from stylefast.serving.dispatcher import DRAINING, READY, Dispatcher
 from stylefast.serving.fields import Edit, Generation, Served, Wanted
 from stylefast.serving.guard import Guard
@@ -99,6 +99,7 @@ def create_app(settings: ServeSettings, make_dispatcher: Callable[[], Dispatcher
     _add_images(app)
     _add_models(app)
     app.include_router(a1111.router)
+    app.include_router(playground.router)
     app.add_middleware(Guard, settings=settings, app_of_routes=app)
     return app
 
@@ -163,19 +164,27 @@ def _add_models(app: FastAPI) -> None:
         """List the model, and each of its styles as a model of its own."""
         service = request.app.state.service
         served = service.served
-        names = [served.model, *(f"{served.model}/{style}" for style in served.styles)]
-        return {"object": "list", "data": [_model(service, name) for name in names]}
+        styles = [None, *served.styles]
+        return {"object": "list", "data": [_model(service, served, served.model, style) for style in styles]}
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
         """Describe one of them."""
         service = request.app.state.service
-        found, style = fields.model_and_style(name, service.served)
-        return _model(service, name if style else found)
+        served = service.served
+        _, style = fields.model_and_style(name, served)
+        return _model(service, served, served.model, style)
 
 
-def _model(service: Service, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": service.started, "owned_by": "stylefast"}
+def _model(service: Service, served: Served, name: str, style: str | None) -> dict[str, Any]:
+    width, height = served.native_size
+    return {
+        "id": name if style is None else f"{name}/{style}",
+        "object": "model",
+        "created": service.started,
+        "owned_by": "stylefast",
+        "stylefast": {"style": style, "size": f"{width}x{height}", "methods": fields.methods(served)},
+    }
 
 
 # images

@@ -337,9 +337,14 @@ def known_style(param: str, name: str, served: Served) -> str:
     return name
 
 
+def methods(served: Served) -> list[str]:
+    """Return the names of the ways to use a picture as a style reference; the first is used unless a request says."""
+    return ["instant", "aligned"] if served.adapters else ["aligned"]
+
+
 def _reference(method: Any, fields: Any, count: int, served: Served) -> dict[str, Any]:
     """Return the style whose references are the pictures sent along, all with equal weights."""
-    method = method or ("instant" if served.adapters else "aligned")
+    method = method or methods(served)[0]
     uploads = [{"upload": i} for i in range(count)]
     strength = FIDELITIES.get(fields.input_fidelity, PLAIN_FIDELITY)
     if method == "instant" and served.adapters:

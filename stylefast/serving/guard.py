@@ -18,14 +18,14 @@ from typing import Any
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stylefast.serving import replies
+from stylefast.serving import playground, replies
 from stylefast.serving.replies import ApiError
 from stylefast.serving.settings import ServeSettings
 
 logger = logging.getLogger("stylefast.serving.requests")
 
 # paths that need no key: they say nothing that a stranger may not know
-OPEN_PATHS = ("/livez", "/readyz", "/health", "/version")
+OPEN_PATHS = ("/livez", "/readyz", "/health", "/version", *playground.PATHS)
 ADMIN = "admin"
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # a body that takes longer than the time limit must at least come at this speed
