@@ -163,6 +163,7 @@ def shown(page, number=0):
     """Return a picture among those that were drawn last."""
     content = page.run(
         f"fetch_picture = async () => {{ const image = document.querySelectorAll('.tile img')[{number}];"
+        "await image.decode();"
         "const canvas = document.createElement('canvas');"
         "[canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];"
         "canvas.getContext('2d').drawImage(image, 0, 0); return canvas.toDataURL('image/png'); }; fetch_picture()"
