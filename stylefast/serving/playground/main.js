@@ -513,14 +513,13 @@ function giveKey(event) {
 function offerSizes() {
   const [width, height] = state.native;
   const unit = Math.min(width, height) >= 512 ? 64 : 8;
-  const shapes = [["Landscape", 4 / 3], ["Wide", 16 / 9], ["Portrait", 3 / 4], ["Tall", 9 / 16]];
-  const options = shapes.map(([name, ratio]) => {
+  const options = [4 / 3, 16 / 9, 3 / 4, 9 / 16].map((ratio) => {
     const sides = [Math.sqrt(width * height * ratio), Math.sqrt((width * height) / ratio)];
     const [w, h] = sides.map((side) => Math.max(Math.round(side / unit), 1) * unit);
-    return element("option", { value: `${w}x${h}`, textContent: `${name} · ${w} × ${h}` });
+    return element("option", { value: `${w}x${h}`, textContent: `${w} × ${h}` });
   });
   const own = $("size").querySelector("[value=own]");
-  const auto = element("option", { value: "auto", textContent: `Auto · ${width} × ${height}` });
+  const auto = element("option", { value: "auto", textContent: "Auto", title: `${width} × ${height}` });
   $("size").replaceChildren(auto, ...options, own);
   [$("width").value, $("height").value] = state.native;
 }
