@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from urllib.parse import urlsplit
 
@@ -212,17 +214,22 @@ def test_several_pictures_are_compared_with_those_without_the_style(page, client
     assert page.problems == []
 
 
+GIVEN = {
+    "drop": "new DragEvent('drop', {bubbles: true, cancelable: true, dataTransfer: transfer})",
+    "paste": "new ClipboardEvent('paste', {bubbles: true, cancelable: true, clipboardData: transfer})",
+}
+
+
 @in_a_browser
-@pytest.mark.parametrize("method", ["instant", "aligned"])
-def test_a_dropped_picture_is_the_style(page, client, method):
+@pytest.mark.parametrize("how, method", [("drop", "instant"), ("paste", "aligned")])
+def test_a_picture_that_is_dropped_or_pasted_is_the_style(page, client, how, method):
     quick(page)
     content = base64.b64encode(WOODCUT.read_bytes()).decode()
     page.run(
-        f"drop = (async () => {{ const bytes = Uint8Array.from(atob('{content}'), one => one.charCodeAt(0));"
+        f"(() => {{ const bytes = Uint8Array.from(atob('{content}'), one => one.charCodeAt(0));"
         "const transfer = new DataTransfer();"
         "transfer.items.add(new File([bytes], 'wood cut.png', {type: 'image/png'}));"
-        "document.body.dispatchEvent(new DragEvent('drop', {bubbles: true, cancelable: true, dataTransfer: transfer}));"
-        "})()"
+        f"document.body.dispatchEvent({GIVEN[how]}); }})()"
     )
     assert page.run("document.querySelector('[name=method]:checked').value") == "picture"
     assert "wood cut.png" in page.text("#drop")
@@ -435,3 +442,69 @@ def test_its_colours_follow_the_system_and_can_be_read(page):
             assert contrast(selector) >= 4.5, (selector, dark)
     page.dark(False)
     assert luminance(backgrounds[0]) > 0.8 and luminance(backgrounds[1]) < 0.05
+
+
+@in_a_browser
+def test_it_works_behind_a_path_of_a_proxy(window, server):
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            inside = self.path.removeprefix("/tools/draw")
+            status, headers, body = get(server.url, inside) if inside != self.path else (404, {}, b"")
+            self.send_response(status)
+            for name in ("content-type", "content-security-policy"):
+                self.send_header(name, headers.get(name, "text/plain"))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    window.problems.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        window.open(f"http://127.0.0.1:{proxy.server_port}/tools/draw/")
+        window.wait("document.querySelector('#model').dataset.state === 'ready'")
+        quick(window)
+        window.click("#show-code")
+        assert f":{proxy.server_port}/tools/draw/v1/images/generations'" in window.text("#code-text")
+        window.open("about:blank")
+        proxy.shutdown()
+    assert window.problems == []
+
+
+@in_a_browser
+def test_it_waits_for_the_model_and_says_when_the_server_is_busy_or_gone(window, server):
+    stub = """
+        const real = window.fetch;
+        const refusal = (status, seconds, message, code) => new Response(
+            JSON.stringify({error: {message, type: "server_error", param: null, code}}),
+            {status, headers: {"retry-after": seconds}});
+        window.loading = true;
+        window.draws = [
+            () => refusal(429, 7, "64 requests are waiting", "queue_full"),
+            () => { throw new TypeError(); },
+        ];
+        window.fetch = async (path, ...rest) => {
+            if (path === "v1/models" && loading) return refusal(503, 1, "the model is being loaded", "starting");
+            if (path === "v1/images/generations") return draws.shift()();
+            return real(path, ...rest);
+        };
+    """
+    script = window.call("Page.addScriptToEvaluateOnNewDocument", source=stub)["identifier"]
+    try:
+        window.open(server.url + "/?busy")
+        window.wait("document.querySelector('#model').innerText === 'The model is being loaded …'")
+        quick(window)
+        window.click("#draw")
+        window.wait("document.querySelector('#alert').innerText.startsWith('The model is not ready yet')")
+        window.run("loading = false")
+        window.wait("document.querySelector('#model').dataset.state === 'ready'")
+        window.click("#draw")
+        window.wait("document.querySelector('#alert').innerText.includes('waiting')")
+        assert window.text("#alert") == "64 requests are waiting. You may try again in 7 seconds."
+        window.click("#draw")
+        window.wait("document.querySelector('#alert').innerText.includes('reached')")
+        assert window.text("#alert") == "The server can't be reached."
+        assert window.run("document.querySelector('.empty') !== null")  # what was there before
+    finally:
+        window.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)

@@ -568,7 +568,10 @@ form.addEventListener("submit", (event) => {
   draw();
 });
 form.addEventListener("change", arrange);
-form.addEventListener("input", (event) => event.target.id && clearError(event.target.id));
+form.addEventListener("input", (event) => {
+  const id = event.target.id === "height" ? "width" : event.target.id; // one error for both
+  if (id) clearError(id);
+});
 $("image").addEventListener("change", () => useAsReference($("image").files));
 $("cancel").addEventListener("click", () => cancel(state.run));
 $("show-code").addEventListener("click", () => {
