@@ -5,6 +5,7 @@ into their exceptions; inside a stream it is an event with the same object at it
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,16 +93,30 @@ _OF_ENGINE: Mapping[str, tuple[int, str, bool | None]] = {
 }
 
 
+# of a request: how the engine's messages begin -> the field that clients know
+_FIELDS = {
+    **{name: name for name in ("prompt", "steps", "guidance", "seed", "scheduler", "spacing", "clip_skip", "loras")},
+    **{name: name for name in ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_syntax", "style", "size")},
+    **{name: name for name in ("guidance_rescale", "guidance_interval")},
+    "width": "size",
+    "height": "size",
+}
+_PLACE, _BEGINNING = re.compile(r"request \d+: "), re.compile(r"(?:the )?(\w+) (?:is|has|contains) ")
+
+
 def of_engine(name: str, message: str) -> ApiError:
     """Return the error for one that the engine's process reports by the name of its class.
 
     Errors that are not the project's own are bugs: their text may quote what nobody should see, so it stays in the log.
     """
+    message = _PLACE.sub("", message, count=1)
+    found = _BEGINNING.match(message)
+    param = _FIELDS.get(found[1]) if found else None
     if name not in _OF_ENGINE:
         return ApiError(500, "an internal error ended this request; the log has it", code="internal_error", retry=False)
     status, code, retry = _OF_ENGINE[name]
     retry_after = LEAST_RETRY if status in (429, 503) else None
-    return ApiError(status, message, code=code, retry_after=retry_after, retry=retry)
+    return ApiError(status, message, param=param, code=code, retry_after=retry_after, retry=retry)
 
 
 def starting() -> ApiError:

@@ -108,11 +108,11 @@ def test_an_error_inside_a_stream_is_raised_by_the_client(client):
 @pytest.mark.parametrize(
     "arguments, error, param, code",
     [
-        ({"prompt": ""}, openai.BadRequestError, None, "invalid_prompt"),
+        ({"prompt": ""}, openai.BadRequestError, "prompt", "invalid_prompt"),
         ({"model": "dall-e-2"}, openai.NotFoundError, "model", "model_not_found"),
         ({"model": "tiny/neom"}, openai.NotFoundError, "model", "model_not_found"),
         ({"size": "1000x1000x"}, openai.BadRequestError, "size", "invalid_request"),
-        ({"size": "8x8"}, openai.BadRequestError, None, "invalid_request"),
+        ({"size": "8x8"}, openai.BadRequestError, "size", "invalid_request"),
         ({"n": 11}, openai.BadRequestError, "n", "invalid_request"),
         ({"quality": "ultra"}, openai.BadRequestError, "quality", "invalid_request"),
         ({"background": "transparent"}, openai.BadRequestError, "background", "unsupported_parameter"),
