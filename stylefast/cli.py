@@ -9,7 +9,7 @@ import stylefast
 from stylefast.commands.signals import Signals
 from stylefast.errors import InvalidRequest, StyleFastError
 
-COMMANDS = ("generate", "bake", "train-lora", "export", "serve", "mcp", "demo", "bench", "info")
+COMMANDS = ("generate", "bake", "train-lora", "export", "serve", "styles", "mcp", "demo", "bench", "info")
 DEBUG = "STYLEFAST_DEBUG"
 BAD_INPUT, FAILED, UNREAD = 2, 1, 141
 
