@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from io import BytesIO
 from numbers import Integral, Real
 from pathlib import Path
@@ -29,6 +30,7 @@ EMBED_PIXELS = 512 * 512
 # bank metadata that describes the reference
 _BANK_FIELDS = ("prompt", "seed", "noise", "steps", "scheduler", "size", "guidance", "created")
 _LONGEST_BASE64 = 64 * 2**20  # limit per entry of records from other sources
+ORIGIN = "stylefast_origin"
 EMBED_LIMIT = 48_000  # base64 characters per record, to keep a picture's metadata below 64 KB
 
 
@@ -48,6 +50,13 @@ def vector_digest(embedding: StageEmbedding) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a picture in memory comes from: `entry` stands for it in records. It lies in `picture.info[ORIGIN]`."""
+
+    entry: Mapping[str, Any]
+
+
 class Store:
     """Converter from pictures, masks and vectors to entries of one record."""
 
@@ -61,6 +70,9 @@ class Store:
             return None
         if isinstance(source, torch.Tensor):
             return self.tensor(source)
+        origin = source.info.get(ORIGIN) if isinstance(source, Image.Image) else None
+        if isinstance(origin, Origin):  # a file's own text under this name is no Origin
+            return dict(origin.entry)
         picture = open_mask(source) if mask else open_picture(source)
         entry = {"sha256": pixel_digest(picture)}
         if isinstance(source, (str, os.PathLike)):

@@ -30,13 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("service").add_argument
     group("--config", metavar="FILE", help="TOML file with settings")
     for name, setting in ServeSettings.flags().items():
-        flag, default = f"--{name.replace('_', '-')}", setting["default"]
+        flag, default = setting["flag"] or f"--{name.replace('_', '-')}", setting["default"]
         if setting["kind"] == "flag":
-            group(flag, action="store_true", default=None, help=setting["text"])
+            group(flag, dest=name, action="store_true", default=None, help=setting["text"])
             continue
         shown = "" if default is None else f" (default: {default})"
         kind = {"whole": int, "seconds": float}.get(setting["kind"], str)
-        group(flag, metavar=setting["shown"], type=kind, help=setting["text"] + shown)
+        group(flag, dest=name, metavar=setting["shown"], type=kind, help=setting["text"] + shown)
     add_model_arguments(parser)
 
 

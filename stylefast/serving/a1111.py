@@ -259,15 +259,21 @@ def _wanted(body: Mapping[str, Any], service: "Service") -> Wanted:
     prompt, tags = _style_tags(text["prompt"] or "")
     for name in [*given, *tags]:
         styles.append(fields.known_style("styles", name, served))
+    defaults = served.defaults_of(styles)
+    if "steps" in defaults and body.get("steps") is None:
+        number["steps"] = defaults["steps"]
+    if "size" in defaults and body.get("width") is body.get("height") is None:
+        number["width"], number["height"] = defaults["size"]
     schedule_type = text["scheduler"]
-    sampler = text["sampler_name"] or text["sampler_index"] or "Euler"
+    theirs = {ours: theirs for theirs, ours in service.facts["samplers"].items()}
+    sampler = text["sampler_name"] or text["sampler_index"] or theirs.get(defaults.get("scheduler"), "Euler")
     _check_eta(_real("eta", body.get("eta"), None), sampler)
     request = {
         "prompt": prompt,
         "negative_prompt": text["negative_prompt"],
         "prompt_syntax": "a1111",
         "steps": number["steps"],
-        "guidance": _real("cfg_scale", body.get("cfg_scale"), 7.0),
+        "guidance": _real("cfg_scale", body.get("cfg_scale"), defaults.get("guidance", 7.0)),
         "size": [number["width"], number["height"]],
         "clip_skip": max(clip_layers - 2, 0),
         "style": styles,

@@ -21,12 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 import stylefast
-from stylefast.serving import a1111, fields, media, playground, replies
+from stylefast.errors import StyleError
+from stylefast.serving import a1111, fields, media, playground, replies, style_routes
 from stylefast.serving.dispatcher import DRAINING, READY, Dispatcher
 from stylefast.serving.fields import Edit, Generation, Served, Wanted
 from stylefast.serving.guard import Guard
 from stylefast.serving.messages import Made, Pixels
 from stylefast.serving.metrics import Metrics
+from stylefast.serving.registry import Registered, StyleRegistry
 from stylefast.serving.replies import ApiError
 from stylefast.serving.settings import ServeSettings
 from stylefast.serving.tickets import Register, Ticket
@@ -36,6 +38,7 @@ logger = logging.getLogger("stylefast.serving")
 KEEP_ALIVE_SECONDS = 15.0  # between two signs of life in a stream; proxies close silent connections
 WATCH_SECONDS = 0.1  # between two looks whether the client is still there
 LEAST_READ_SECONDS = 1.0
+SCAN_SECONDS = 0.5  # age of the list of registered styles that a request for pictures takes
 _PREVIEW_QUALITY = 85
 
 
@@ -48,6 +51,10 @@ class Service:
         self.metrics = Metrics(dispatcher)
         self.encoders = ThreadPoolExecutor(2, "stylefast-encode")
         self.started = int(time.time())
+        self.registry = None if settings.styles_dir is None else StyleRegistry(settings.styles_dir)
+        self.bakes: dict[str, style_routes.Bake] = {}  # the latest of each style
+        if self.registry is not None:
+            self.registry.scan()
         dispatcher.ended, dispatcher.counted = self.metrics.ended, self.metrics.counted
 
     @property
@@ -60,14 +67,28 @@ class Service:
     @property
     def served(self) -> Served:
         """Return what there is to ask for. Raises ApiError while the model is not loaded."""
-        facts = self.facts
+        facts, found = self.facts, self.registered(SCAN_SECONDS)
+        usable = {name: one.manifest for name, one in found.items() if one.fault is None and one.manifest is not None}
         return Served(
             self.model,
-            facts["styles"],
+            [*facts["styles"], *usable],
             facts["size"],
             self.settings.accept_any_model,
             facts["adapters"],
+            {name: manifest.defaults for name, manifest in usable.items()},
+            {name: one.fault for name, one in found.items() if one.fault and name not in facts["styles"]},
         )
+
+    def registered(self, max_age: float = 0.0) -> Mapping[str, Registered]:
+        """Return the styles on disk by name, looked up at most `max_age` seconds ago."""
+        if self.registry is None:
+            return {}
+        self.registry.taken = self.facts["styles"]
+        try:
+            return self.registry.scan(max_age)
+        except StyleError as error:
+            logger.error("%s", error)
+            return {}
 
     @property
     def model(self) -> str:
@@ -90,6 +111,7 @@ def create_app(settings: ServeSettings, make_dispatcher: Callable[[], Dispatcher
         try:
             yield
         finally:
+            await style_routes.end_bakes(app.state.service)
             await dispatcher.close()
 
     app = FastAPI(title="stylefast", version=stylefast.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -100,6 +122,7 @@ def create_app(settings: ServeSettings, make_dispatcher: Callable[[], Dispatcher
     _add_models(app)
     app.include_router(a1111.router)
     app.include_router(playground.router)
+    app.include_router(style_routes.router)
     app.add_middleware(Guard, settings=settings, app_of_routes=app)
     return app
 
@@ -163,6 +186,7 @@ def _add_models(app: FastAPI) -> None:
     async def models(request: Request) -> dict[str, Any]:
         """List the model, and each of its styles as a model of its own."""
         service = request.app.state.service
+        service.registered()
         served = service.served
         styles = [None, *served.styles]
         return {"object": "list", "data": [_model(service, served, served.model, style) for style in styles]}
@@ -218,9 +242,9 @@ def _add_images(app: FastAPI) -> None:
         served = service.served
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
-            body, images = _images_in_json(fields.read_json(await json_body(request)))
+            body, images = images_in_json(fields.read_json(await json_body(request)))
         elif kind == "multipart/form-data":
-            body, images = await _form(request)
+            body, images = await read_form(request)
         else:
             raise ApiError(
                 415, "the body must be multipart/form-data or application/json", code="unsupported_media_type"
@@ -278,8 +302,13 @@ async def json_body(request: Request) -> bytes:
     return await request.body()
 
 
-async def _form(request: Request) -> tuple[dict[str, Any], list[media.Upload]]:
-    """Return the fields and the pictures of a form. Names and types of its files are not believed."""
+async def read_form(
+    request: Request, nested: Sequence[str] = ("stylefast",)
+) -> tuple[dict[str, Any], list[media.Upload]]:
+    """Return the fields and the pictures of a form. Names and types of its files are not believed.
+
+    nested: fields that are objects.
+    """
     try:
         form = await request.form(max_files=fields.MOST_UPLOADS + 2, max_fields=200, max_part_size=2**20)
     except (MultiPartException, HTTPException) as error:
@@ -300,10 +329,11 @@ async def _form(request: Request) -> tuple[dict[str, Any], list[media.Upload]]:
         raise ApiError(
             400, f"image has {len(images)} pictures; at most {fields.MOST_UPLOADS} are allowed", param="image"
         )
-    return fields.from_form(texts), images
+    return fields.from_form(texts, nested), images
 
 
-def _images_in_json(body: dict[str, Any]) -> tuple[dict[str, Any], list[media.Upload]]:
+def images_in_json(body: dict[str, Any]) -> tuple[dict[str, Any], list[media.Upload]]:
+    """Return a body without its pictures, and the pictures. Raises ApiError."""
     given = body.pop("image", None) or body.pop("images", None) or []
     given = given if isinstance(given, list) else [given]
     if len(given) > fields.MOST_UPLOADS:

@@ -16,7 +16,20 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from stylefast.serving import engine_process, replies, tickets
-from stylefast.serving.messages import Cancel, Counts, Done, Failed, NotReady, Progress, Ready, Run, Stop
+from stylefast.serving.messages import (
+    Answer,
+    BakeStyle,
+    Cancel,
+    Counts,
+    Done,
+    Failed,
+    LoadStyle,
+    NotReady,
+    Progress,
+    Ready,
+    Run,
+    Stop,
+)
 from stylefast.serving.tickets import Ticket
 
 logger = logging.getLogger(__name__)
@@ -26,6 +39,7 @@ STARTING, READY, DRAINING, BROKEN = "starting", "ready", "draining", "broken"
 MOST_DEATHS, DEATHS_SECONDS = 3, 60.0
 # the engine ends late requests itself; this long after their deadline the server does not wait for it
 LATE_SECONDS = 5.0
+Message = Run | Cancel | LoadStyle | BakeStyle | Stop
 _FIRST_ESTIMATE = 5.0  # seconds of a request, before any was made
 _WEIGHT = 0.2  # of the latest request in the estimate
 
@@ -33,13 +47,19 @@ _WEIGHT = 0.2  # of the latest request in the estimate
 class EngineProcess:
     """One process with an engine, seen from the server's event loop."""
 
-    def __init__(self, load: engine_process.Load, warm_up: bool, tell: Callable[[Any], None]):
+    def __init__(
+        self,
+        load: engine_process.Load,
+        warm_up: bool,
+        tell: Callable[[Any], None],
+        styles: engine_process.StylesOf | None = None,
+    ):
         """Start it; `tell` is called in the event loop with each message, and with None when the process has ended."""
         context = multiprocessing.get_context("spawn")
         self._loop, self._tell = asyncio.get_running_loop(), tell
         self._ours, theirs = context.Pipe()
         self._process = context.Process(
-            target=engine_process.main, args=(theirs, load, warm_up), name="stylefast-engine", daemon=True
+            target=engine_process.main, args=(theirs, load, warm_up, styles), name="stylefast-engine", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -52,7 +72,7 @@ class EngineProcess:
         """Return the process's id."""
         return self._process.pid
 
-    def send(self, message: Run | Cancel | Stop) -> None:
+    def send(self, message: Message) -> None:
         """Send a message, without waiting."""
         self._outbox.put(message)
 
@@ -88,7 +108,7 @@ class EngineProcess:
 class Engine(Protocol):
     """What the dispatcher needs of the process with the engine."""
 
-    def send(self, message: Run | Cancel | Stop) -> None:
+    def send(self, message: Message) -> None:
         """Send a message, without waiting."""
 
     def end(self, seconds: float) -> None:
@@ -127,6 +147,8 @@ class Dispatcher:
         self._deaths: deque[float] = deque()
         self._seconds = _FIRST_ESTIMATE
         self._changed = asyncio.Event()
+        # messages that make no pictures: what awaits their answers, and what is told of their steps
+        self._errands: dict[str, tuple[asyncio.Future[Any], Callable[[Progress], None]]] = {}
         self.ended: Callable[[Ticket], None] = lambda ticket: None  # told of every ticket that has ended
         self.counted: Callable[[str, float], None] = lambda name, more: None  # told of what the engine has done
 
@@ -157,12 +179,7 @@ class Dispatcher:
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a request. Raises ApiError where it is refused."""
-        if self.state == DRAINING:
-            raise replies.draining()
-        if self.state == BROKEN:
-            raise replies.ApiError(503, f"the engine does not run: {self.why}", code="engine_broken", retry_after=60)
-        if not self.facts:
-            raise replies.starting()
+        self._check_ready()
         if self.max_per_owner:
             own = sum(one.count for one in self._of(ticket.owner)) + ticket.count
             if own > self.max_per_owner:
@@ -173,6 +190,39 @@ class Dispatcher:
         if ticket.seconds is not None:
             asyncio.get_running_loop().call_later(ticket.seconds, self._expire, ticket)
         self._advance()
+
+    def errand(
+        self, message: LoadStyle | BakeStyle, news: Callable[[Progress], None] = lambda progress: None
+    ) -> "asyncio.Future[Any]":
+        """Send the engine what makes no pictures, at once; await its answer, or an ApiError.
+
+        news: called with each report of steps. `send_cancel` ends it.
+        """
+        self._check_ready()
+        assert self.engine is not None
+        answer = asyncio.get_running_loop().create_future()
+        self._errands[message.ticket] = answer, news
+        self.engine.send(message)
+        return answer
+
+    def send_cancel(self, errand: str) -> None:
+        """Ask the engine to end an errand, which then fails."""
+        if errand in self._errands and self.engine is not None:
+            self.engine.send(Cancel(errand))
+
+    def named_styles(self) -> set[str]:
+        """Return the names of styles in all requests that wait."""
+        calls = [ticket.call for queued in self._waiting.values() for ticket in queued]
+        styles = [style for call in calls for request in call["requests"] for style in request.get("style") or ()]
+        return {style for style in styles if isinstance(style, str)}
+
+    def _check_ready(self) -> None:
+        if self.state == DRAINING:
+            raise replies.draining()
+        if self.state == BROKEN:
+            raise replies.ApiError(503, f"the engine does not run: {self.why}", code="engine_broken", retry_after=60)
+        if not self.facts:
+            raise replies.starting()
 
     def cancel(self, ticket: Ticket) -> bool:
         """Cancel a request: at once while it waits, after the current step while it runs. Returns False if it is over.
@@ -194,6 +244,8 @@ class Dispatcher:
         """Accept no more requests, and wait until those on their way are done, for `seconds` at most."""
         self.state = BROKEN if self.state == BROKEN else DRAINING
         until = time.monotonic() + seconds
+        for errand in list(self._errands):
+            self.send_cancel(errand)
         while (self._running or self.waiting) and time.monotonic() < until:
             self._changed.clear()
             try:
@@ -283,6 +335,8 @@ class Dispatcher:
             for name, value in message.values.items():
                 self.counted(name, value - self._counts.get(name, 0.0))
             self._counts = dict(message.values)
+        elif message.ticket in self._errands:
+            self._take_answer(message)
         else:
             ticket = self._running.get(message.ticket)
             if ticket is None:
@@ -302,7 +356,24 @@ class Dispatcher:
                 self._end(ticket, tickets.CANCELLED if gone else tickets.FAILED, error)
             self._advance()
 
+    def _take_answer(self, message: Any) -> None:
+        answer, news = self._errands[message.ticket]
+        if isinstance(message, Progress):
+            news(message)
+            return
+        del self._errands[message.ticket]
+        if answer.done():
+            return  # nobody waits for it any more
+        if isinstance(message, Answer):
+            answer.set_result(message.value)
+        else:
+            answer.set_exception(replies.of_engine(message.error, message.message))
+
     def _died(self) -> None:
+        for answer, _ in self._errands.values():
+            if not answer.done():
+                answer.set_exception(replies.engine_lost())
+        self._errands.clear()
         if self.state == BROKEN or (self.state == DRAINING and not self._running and not self.waiting):
             return
         now = time.monotonic()

@@ -11,19 +11,39 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from stylefast.errors import ImageError, StyleError, StyleFastError
+from stylefast.errors import ImageError, JobCancelled, StyleError, StyleFastError
 from stylefast.serving.media import Pixels
-from stylefast.serving.messages import Cancel, Counts, Done, Failed, Made, NotReady, Progress, Ready, Run, Stop
+from stylefast.serving.messages import (
+    Answer,
+    BakeStyle,
+    Cancel,
+    Counts,
+    Done,
+    Failed,
+    LoadStyle,
+    Made,
+    NotReady,
+    Progress,
+    Ready,
+    Run,
+    Stop,
+)
+from stylefast.serving.registry import StyleRegistry
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stylefast.engine import Engine
+    from stylefast.runtime.jobs import Job
+    from stylefast.runtime.plan.request import Request
+    from stylefast.serving.engine_styles import Shelved, StyleShelf
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +56,23 @@ USUAL_STEPS = 12  # where a request does not say, and its sampler has no preset
 Load = Callable[[], "tuple[Engine, Mapping[str, Any]]"]
 
 
-def main(connection: Connection, load: Load, warm_up: bool) -> None:
+@dataclass(frozen=True)
+class StylesOf:
+    """A folder of registered styles. first: whether the server starts now, and a clash of names shall end it."""
+
+    folder: str
+    first: bool = True
+
+
+def main(connection: Connection, load: Load, warm_up: bool, styles: StylesOf | None = None) -> None:
     """Run until the server says stop, or is gone."""
     # the server decides what a signal to the whole group means
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
         engine, loaded = load()
+        if styles is not None and styles.first:
+            StyleRegistry(styles.folder, sorted(named_styles(engine))).check_clashes()
         if warm_up:
             engine.generate("a picture", steps=WARM_UP_STEPS)
         facts = facts_of(engine)
@@ -54,7 +84,7 @@ def main(connection: Connection, load: Load, warm_up: bool) -> None:
         connection.send(NotReady(f"unexpected {type(error).__name__}: {error}"))
         return
     with engine:
-        asyncio.run(_Worker(connection, engine, loaded).serve(facts))
+        asyncio.run(_Worker(connection, engine, loaded, styles).serve(facts))
 
 
 def facts_of(engine: "Engine") -> dict[str, Any]:
@@ -122,12 +152,21 @@ class _Notices(logging.Handler):
 class _Worker:
     """Calls in progress, and the pipe to the server."""
 
-    def __init__(self, connection: Connection, engine: "Engine", loaded: Mapping[str, Any]):
+    def __init__(
+        self, connection: Connection, engine: "Engine", loaded: Mapping[str, Any], styles: StylesOf | None = None
+    ):
         self._connection, self._engine, self._loaded = connection, engine, loaded
         self._styles = named_styles(engine)
+        self._shelf: StyleShelf | None = None
+        if styles is not None:
+            from stylefast.serving import engine_styles
+
+            self._shelf = engine_styles.StyleShelf(engine, styles.folder)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._sending = threading.Lock()
         self._decoders = ThreadPoolExecutor(2, "stylefast-uploads")
+        self._bakers = ThreadPoolExecutor(1, "stylefast-bakes")
+        self._errands: set[str] = set()
         self._stop = asyncio.Event()
         self._notices = _Notices()
 
@@ -151,35 +190,104 @@ class _Worker:
                 os._exit(1)  # the server is gone, and nobody waits for the pictures
             loop.call_soon_threadsafe(self._take, message)
 
-    def _take(self, message: Run | Cancel | Stop) -> None:
+    def _take(self, message: Run | Cancel | LoadStyle | BakeStyle | Stop) -> None:
         if isinstance(message, Run):
-            self._tasks[message.ticket] = asyncio.create_task(self._run(message))
+            self._tasks[message.ticket] = asyncio.create_task(self._reported(message.ticket, self._made(message)))
+        elif isinstance(message, LoadStyle | BakeStyle):
+            work = self._loaded_style(message) if isinstance(message, LoadStyle) else self._bake(message)
+            self._tasks[message.ticket] = asyncio.create_task(self._reported(message.ticket, work))
+            self._errands.add(message.ticket)
         elif isinstance(message, Cancel):
             task = self._tasks.get(message.ticket)
             if task is not None:
                 task.cancel()
         else:
+            for errand in self._errands:
+                self._tasks[errand].cancel()
             self._stop.set()
 
-    async def _run(self, run: Run) -> None:
+    async def _reported(self, ticket: str, work: Coroutine[Any, Any, Done | Answer]) -> None:
         try:
-            self._send(await self._made(run))
+            self._send(await work)
         except asyncio.CancelledError:
-            self._send(Failed(run.ticket, "JobCancelled", "the request was cancelled"))
+            self._send(Failed(ticket, "JobCancelled", "the request was cancelled"))
         except StyleFastError as error:
-            self._send(Failed(run.ticket, _public_name(error), str(error)))
+            self._send(Failed(ticket, _public_name(error), str(error)))
         except Exception as error:
             logger.exception("a request failed for a reason of ours")
-            self._send(Failed(run.ticket, type(error).__name__, str(error)))
+            self._send(Failed(ticket, type(error).__name__, str(error)))
         finally:
-            del self._tasks[run.ticket]
+            del self._tasks[ticket]
+            self._errands.discard(ticket)
+
+    # registered styles
+
+    async def _loaded_style(self, message: LoadStyle) -> Answer:
+        shelf = self._known_shelf()
+        if message.folder is None:
+            read = partial(shelf.get, message.name)
+        else:
+            read = partial(shelf.try_out, message.name, message.folder)
+        found = await asyncio.get_running_loop().run_in_executor(self._decoders, read)
+        return Answer(message.ticket, {"kinds": [type(style).__name__ for style in found.styles]})
+
+    async def _bake(self, message: BakeStyle) -> Answer:
+        loop, stop = asyncio.get_running_loop(), threading.Event()
+        steps = await loop.run_in_executor(self._decoders, self._bakeable, message)
+        self._send(Progress(message.ticket, 0, steps))
+        baking = loop.run_in_executor(self._bakers, self._baked, message, stop)
+        try:
+            return Answer(message.ticket, await asyncio.shield(baking))
+        except asyncio.CancelledError:
+            stop.set()
+            await asyncio.wait([baking])  # it removes what it has written
+            raise
+
+    def _bakeable(self, message: BakeStyle) -> int:
+        """Return the steps of a bake. Raises StyleError and InvalidRequest for what can't be baked."""
+        from stylefast.runtime.banks.baking import bake_request
+        from stylefast.styles.style_aligned import StyleAligned
+
+        found = self._known_shelf().get(message.name)
+        readers = [style for style in found.styles if isinstance(style, StyleAligned)]
+        if not readers or readers[0].reads.of_call or readers[0].bank is not None:
+            raise StyleError(
+                f"the style {message.name!r} has nothing to bake: only a StyleAligned with pictures or a prompt has"
+            )
+        settings = {name: value for name, value in message.settings.items() if name not in ("store", "dtype")}
+        return bake_request(found.styles, {"loras": found.loras, **settings}).steps
+
+    def _baked(self, message: BakeStyle, stop: threading.Event) -> Mapping[str, Any]:
+        """Bake a style in this thread, beside all requests. Returns the settings of requests that fit the bank."""
+        from stylefast.styles.style_aligned import StyleAligned
+
+        def advance(step: int, steps: int) -> None:
+            check()
+            self._send(Progress(message.ticket, step, steps))
+
+        def check() -> None:
+            if stop.is_set():
+                raise JobCancelled("the bake was cancelled")
+
+        check()
+        found, settings = self._known_shelf().get(message.name), dict(message.settings)
+        bank = self._engine.bake(list(found.styles), loras=found.loras, path=message.path, callback=advance, **settings)
+        number = next(i for i, style in enumerate(found.styles) if isinstance(style, StyleAligned))
+        fitting = {name: list(one) if isinstance(one, tuple) else one for name, one in bank.settings.items()}
+        fitting |= {name: settings[name] for name in ("spacing", "guidance") if settings.get(name) is not None}
+        fitting = {name: one for name, one in fitting.items() if one not in ("", None)}
+        return {"style": number, "settings": fitting}
+
+    def _known_shelf(self) -> "StyleShelf":
+        if self._shelf is None:
+            raise StyleError("this server has no folder of styles; start it with --styles DIR")
+        return self._shelf
 
     async def _made(self, run: Run) -> Done:
         began, loop = time.monotonic(), asyncio.get_running_loop()
-        requests = await loop.run_in_executor(self._decoders, self._requests, run)
+        ways = await loop.run_in_executor(self._decoders, self._requests, run)
         left = None if run.seconds is None else max(run.seconds - (time.monotonic() - began), 1e-3)
-        with self._notices as said:
-            job = self._engine.submit(requests, deadline=left)
+        job, said = self._submitted(ways, left)
         telling = asyncio.create_task(self._tell(run, job)) if run.previews == 0 else None
         due = [round(job.steps * (i + 1) / (run.previews + 1)) for i in range(run.previews)]
         try:
@@ -196,9 +304,22 @@ class _Worker:
                 telling.cancel()
         return await loop.run_in_executor(self._decoders, self._done, run, result, said, time.monotonic() - began)
 
-    def _requests(self, run: Run) -> list:
+    def _submitted(self, ways: "Sequence[list[Request]]", seconds: float | None) -> "tuple[Job, list[str]]":
+        """Submit the first of several ways to make the same pictures that the engine takes: banks fit some requests."""
+        for requests in ways[:-1]:
+            try:
+                with self._notices as said:
+                    return self._engine.submit(requests, deadline=seconds), said
+            except StyleError:
+                continue
+        with self._notices as said:
+            return self._engine.submit(ways[-1], deadline=seconds), said
+
+    def _requests(self, run: Run) -> "list[list[Request]]":
+        """Return the ways to make a call's pictures: with the banks of its styles, if they have some, and without."""
         from stylefast.record import from_record
         from stylefast.sampling.few_step import FEW_STEP_PRESETS
+        from stylefast.serving.engine_styles import Shelved
 
         requests = []
         for request in run.call["requests"]:
@@ -215,7 +336,29 @@ class _Worker:
             if isinstance(name, str) and name in self._styles
         }
         sources = _served_sources(run.uploads, self._engine)
-        return from_record({"requests": requests, "styles": named}, sources=sources)
+        plans, plain = [], []
+        for request in requests:
+            plan = [self._shelved(style) or style for style in request.get("style") or ()]
+            shelved = [one for one in plan if isinstance(one, Shelved)]
+            loras = {name: strength for one in shelved for name, strength in one.loras.items()}
+            if loras:
+                request = {**request, "loras": {**loras, **(request.get("loras") or {})}}
+            plans.append(plan)
+            plain.append({**request, "style": [one for one in plan if not isinstance(one, Shelved)]})
+        found = from_record({"requests": plain, "styles": named}, sources=sources)
+        if not any(isinstance(one, Shelved) for plan in plans for one in plan):
+            return [found]
+        ways = []
+        for banks in (True, False):
+            ways.append([_planned(request, plan, banks) for request, plan in zip(found, plans, strict=True)])
+        has_banks = any(one.manifest.banks for plan in plans for one in plan if isinstance(one, Shelved))
+        return ways if has_banks else ways[1:]
+
+    def _shelved(self, style: Any) -> "Shelved | None":
+        """Return the registered style that a request names; None for one of the model's, and for one in full."""
+        if self._shelf is None or not isinstance(style, str) or style in self._styles:
+            return None
+        return self._shelf.get(style)
 
     def _done(self, run: Run, result: Any, said: Sequence[str], seconds: float) -> Done:
         from stylefast.infotext import write
@@ -223,6 +366,8 @@ class _Worker:
         pictures = []
         for image, entry in zip(result.images, result.metadata, strict=True):
             record = {**entry, "size": list(image.size), "load": dict(self._loaded)}
+            if self._shelf is not None:
+                record = self._shelf.recorded(record)
             pictures.append(
                 Made(
                     _pixels(image),
@@ -256,6 +401,19 @@ class _Worker:
     def _send(self, message: Any) -> None:
         with self._sending:
             self._connection.send(message)
+
+
+def _planned(request: "Request", plan: Sequence[Any], banks: bool) -> "Request":
+    """Return a request with its registered styles in their places among the others."""
+    from stylefast.serving.engine_styles import Shelved
+
+    others, styles = iter(request.styles), []
+    for one in plan:
+        if isinstance(one, Shelved):
+            styles += one.with_banks if banks else one.styles
+        else:
+            styles.append(next(others))
+    return replace(request, style=styles)
 
 
 def _pixels(image: "Image") -> Pixels:

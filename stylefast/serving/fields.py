@@ -124,6 +124,16 @@ class Served:
     native_size: tuple[int, int]
     any_model: bool = False
     adapters: Sequence[str] = ()
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings that a style brings, by its name
+    faults: Mapping[str, str] = field(default_factory=dict)  # of registered styles that can't be used
+
+    def defaults_of(self, styles: Sequence[Any]) -> dict[str, Any]:
+        """Return the settings that the named ones among styles bring; later ones count."""
+        found: dict[str, Any] = {}
+        for style in styles:
+            if isinstance(style, str):
+                found |= self.defaults.get(style, {})
+        return found
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -136,8 +146,8 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise ApiError(400, str(error), code="invalid_json") from None
 
 
-def from_form(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Return the fields of a form as a JSON body would have them.
+def from_form(pairs: Sequence[tuple[str, str]], nested: Sequence[str] = ("stylefast",)) -> dict[str, Any]:
+    """Return the fields of a form as a JSON body would have them; `nested`: those that are objects.
 
     `stylefast[style]=neon` and repeated `stylefast[loras][]=...` are nested fields; so is an object as JSON text, which
     some clients send. Raises ApiError.
@@ -146,10 +156,10 @@ def from_form(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     for name, text in pairs:
         top, mark, rest = name.partition("[")
         path = _KEY.findall(mark + rest)
-        if mark + rest != "".join(f"[{key}]" for key in path) or len(path) > _DEEPEST or (path and top != "stylefast"):
+        if mark + rest != "".join(f"[{key}]" for key in path) or len(path) > _DEEPEST or (path and top not in nested):
             raise ApiError(400, f"{quoted(name)} is no field of this route", param=name[:80], code="unknown_parameter")
         if not path:
-            value = _nested(top, text) if top == "stylefast" else text
+            value = _nested(top, text) if top in nested and text not in ("true", "false") else text
         else:
             value = text if path[0] in _TEXTS else _typed(text)
         if not _put(found, [top, *path], value):
@@ -235,7 +245,11 @@ def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (
         warnings.append("partial_images does nothing without stream")
     deadline, stay = own.pop("deadline", None), own.pop("on_disconnect", "cancel")
     asked = {} if steps is None else {"steps": steps}
-    request: dict[str, Any] = {"prompt": fields.prompt, **asked, **own, "style": styles}
+    defaults = _fitting(served.defaults_of(styles), own)
+    if "size" in defaults:
+        width, height = defaults.pop("size")
+        size = size or (width, height)
+    request: dict[str, Any] = {"prompt": fields.prompt, **defaults, **asked, **own, "style": styles}
     if size is not None:
         request["size"] = list(size)
     requests = [{**request, "seed": seed if seed < 0 else seed + i} for i in range(n)]
@@ -255,6 +269,15 @@ def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (
         stay=_stay(stay),
         warnings=warnings,
     )
+
+
+def _fitting(defaults: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that styles bring, without those for a sampler other than the request's own."""
+    theirs = own.get("scheduler")
+    if theirs is None or theirs == defaults.get("scheduler"):
+        return defaults
+    of_sampler = ("scheduler", "steps", "guidance", "guidance_rescale", "spacing")
+    return {name: value for name, value in defaults.items() if name not in of_sampler}
 
 
 def _validated(kind: type[Generation], body: Mapping[str, Any]) -> Any:
@@ -306,6 +329,8 @@ def model_and_style(name: str | None, served: Served) -> tuple[str, str | None]:
         base, found, style = name.partition(mark)
         if found and base == served.model and style in served.styles:
             return name, style
+        if found and base == served.model and style in served.faults:
+            raise _damaged("model", style, served)
     if served.any_model:
         return served.model, None
     names = [served.model, *(f"{served.model}/{style}" for style in served.styles)]
@@ -326,6 +351,8 @@ def _nearest(name: str, names: Sequence[str], most: int = 5) -> list[str]:
 
 def known_style(param: str, name: str, served: Served) -> str:
     """Return the name of a registered style. Raises ApiError."""
+    if name in served.faults:
+        raise _damaged(param, name, served)
     if name not in served.styles:
         near = ", ".join(_nearest(name, served.styles)) or "none"
         raise ApiError(
@@ -340,6 +367,11 @@ def known_style(param: str, name: str, served: Served) -> str:
 def methods(served: Served) -> list[str]:
     """Return the names of the ways to use a picture as a style reference; the first is used unless a request says."""
     return ["instant", "aligned"] if served.adapters else ["aligned"]
+
+
+def _damaged(param: str, name: str, served: Served) -> ApiError:
+    message = f"the style {quoted(name)} can't be used: {served.faults[name]}"
+    return ApiError(400, message, param=param, code="style_damaged")
 
 
 def _reference(method: Any, fields: Any, count: int, served: Served) -> dict[str, Any]:

@@ -32,6 +32,28 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class LoadStyle:
+    """Read a registered style, so that it is known to work and stays usable when it is deleted.
+
+    folder: of a style that is not registered yet; it is then only tried. None: the registered one.
+    """
+
+    ticket: str
+    name: str
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class BakeStyle:
+    """Bake a registered style into the file `path`; settings: as of `Engine.bake`. The answer is what requests need."""
+
+    ticket: str
+    name: str
+    settings: Mapping[str, Any]
+    path: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """End the process once all calls are done."""
 
@@ -82,6 +104,14 @@ class Done:
     pictures: Sequence[Made]
     seconds: float
     text_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a message that makes no pictures."""
+
+    ticket: str
+    value: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The server's process: uvicorn, and what signals and a lost engine mean for it."""
 
 import asyncio
+import itertools
 import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ import uvicorn
 from stylefast.errors import StyleFastError
 from stylefast.serving.app import create_app
 from stylefast.serving.dispatcher import BROKEN, Dispatcher, EngineProcess
-from stylefast.serving.engine_process import Load
+from stylefast.serving.engine_process import Load, StylesOf
 from stylefast.serving.http import Protocol
 from stylefast.serving.settings import ServeSettings
 
@@ -37,9 +38,15 @@ def serve(settings: ServeSettings, load: Load) -> None:
         if server is not None:
             server.should_exit = True
 
+    starts = itertools.count()
+
+    def start(tell: Callable[[Any], None]) -> EngineProcess:
+        styles = None if settings.styles_dir is None else StylesOf(settings.styles_dir, first=next(starts) == 0)
+        return EngineProcess(load, not settings.no_warm_up, tell, styles)
+
     def make_dispatcher() -> Dispatcher:
         return Dispatcher(
-            partial(EngineProcess, load, not settings.no_warm_up),
+            start,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
             max_per_owner=settings.max_per_key,

@@ -18,13 +18,13 @@ _SECRET = ("api_keys", "admin_keys")
 _LEAST_KEY = 16  # characters
 
 
-def _setting(default: Any, text: str, shown: str = "", kind: str = "text") -> Any:
+def _setting(default: Any, text: str, shown: str = "", kind: str = "text", flag: str | None = None) -> Any:
     """Declare a setting.
 
     text: its description. shown: what the command line calls its value. kind: "text", "whole", "seconds", "bytes",
-    "flag" or "list".
+    "flag" or "list". flag: on the command line, if not named after the setting.
     """
-    extra: dict[str, Any] = {"text": text, "shown": shown, "kind": kind}
+    extra: dict[str, Any] = {"text": text, "shown": shown, "kind": kind, "flag": flag}
     if isinstance(default, list):
         return field(default_factory=tuple, metadata=extra)
     return field(default=default, metadata=extra)
@@ -52,6 +52,9 @@ class ServeSettings:
         30.0, "seconds without news of a body after which it is given up", "SECONDS", "seconds"
     )
     keep_results: float = _setting(600.0, "seconds that the state of a finished request is kept", "SECONDS", "seconds")
+    styles_dir: str | None = _setting(
+        None, "folder of registered styles, which requests may name (--styles)", "DIR", flag="--styles"
+    )
     no_warm_up: bool = _setting(False, "be ready before a first picture was made", kind="flag")
     log_format: str = _setting("json", "json or text", "FORMAT")
 
@@ -60,6 +63,8 @@ class ServeSettings:
             object.__setattr__(self, f.name, _checked(f.name, f.metadata["kind"], getattr(self, f.name), f.default))
         if self.max_running < 1 or self.max_waiting < 0 or self.max_per_key < 0:
             raise InvalidRequest("max_running must be at least 1, max_waiting and max_per_key at least 0")
+        if self.styles_dir is not None and not values.typed_path("styles_dir", self.styles_dir).is_dir():
+            raise InvalidRequest(f"styles_dir is {values.quoted(self.styles_dir)}, and that is no folder; create it")
         values.one_of("log_format", self.log_format, ("json", "text"))
         if not (self.api_keys or self.no_auth or _is_loopback(self.host)):
             raise InvalidRequest(
@@ -147,7 +152,7 @@ def _checked(name: str, kind: str, value: Any, default: Any) -> Any:
         if any(len(key.rpartition(":")[2]) < _LEAST_KEY for key in keys):
             raise InvalidRequest(f"{name} has a key of fewer than {_LEAST_KEY} characters; use a longer one")
         return keys
-    return values.text(name, value, longest=values.QUOTED, empty=False)
+    return values.text(name, value, longest=values.PATH_BYTES if name == "styles_dir" else values.QUOTED, empty=False)
 
 
 def _is_loopback(host: str) -> bool:

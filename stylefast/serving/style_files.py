@@ -216,9 +216,7 @@ class StyleFolder:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StyleError(
-                f"{values.shown_path(path)} is no folder ({error.strerror}); links are not followed"
-            ) from None
+            raise StyleError(f"{quoted(path.name)} is no folder ({error.strerror}); links are not followed") from None
 
     def __enter__(self) -> "StyleFolder":
         return self
