@@ -212,7 +212,10 @@ def _wanted(body: Mapping[str, Any], images: Sequence[media.Upload], service: "S
         name = safe_name(body.get("name"))
     except StyleError as error:
         raise ApiError(400, str(error), param="name", code="invalid_style_name") from None
-    method = body.get("method", "instant" if images and service.facts["adapters"] else "aligned")
+    bake = _wanted_bake(body.get("bake"))
+    # only the reference of an aligned style can be baked
+    instant = images and service.facts["adapters"] and bake is None and not body.get("prompt")
+    method = body.get("method", "instant" if instant else "aligned")
     if method not in _KINDS:
         raise ApiError(
             400,
@@ -250,7 +253,7 @@ def _wanted(body: Mapping[str, Any], images: Sequence[media.Upload], service: "S
         manifest = Manifest.of(content)
     except StyleError as error:
         raise ApiError(400, str(error), code="invalid_style") from None
-    return _Wanted(name, files, manifest, _wanted_bake(body.get("bake")))
+    return _Wanted(name, files, manifest, bake)
 
 
 def _text(name: str, given: Any) -> str:
