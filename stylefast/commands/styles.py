@@ -68,9 +68,9 @@ def _pack(arguments: argparse.Namespace) -> int:
 def _unpack(arguments: argparse.Namespace) -> int:
     from stylefast.options import parse_bytes
     from stylefast.serving.registry import StyleRegistry
-    from stylefast.serving.style_archive import unpack
+    from stylefast.serving.style_archive import UNPACKED_BYTES, unpack
 
-    limit = parse_bytes("--limit", arguments.limit)
+    limit = parse_bytes("--limit", arguments.limit) or UNPACKED_BYTES
     registry = StyleRegistry(arguments.styles)
     found = unpack(Path(arguments.file), registry, arguments.name, limit)
     print(_shown(found.usable()), file=sys.stderr)

@@ -154,7 +154,10 @@ class Guard:
             service.metrics.replied(self._route(scope), status, seconds)
 
     def _route(self, scope: Scope) -> str:
-        """Return the pattern of the route that a request meets, from the live table."""
+        """Return the pattern of the route that a request met, or would meet by the live table."""
+        met = getattr(scope.get("route"), "path", None)
+        if met is not None:
+            return met
         for route in self._routes.router.routes:
             match, _ = route.matches(scope)
             if match != Match.NONE:

@@ -13,6 +13,7 @@ import openai
 import pytest
 from PIL import Image
 
+from stylefast import cli
 from stylefast.models.checkpoint import TINY
 from stylefast.serving.registry import StyleRegistry
 from stylefast.serving.style_files import Manifest
@@ -56,7 +57,7 @@ def client(server):
 def clean(folder):
     yield
     for entry in folder.iterdir():
-        shutil.rmtree(entry)
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def create(admin, name="ours", files=IMAGE, **fields):
@@ -104,7 +105,7 @@ def refused(reply, status, code):
     return error["message"]
 
 
-def test_a_style_is_created_drawn_with_and_deleted(admin, user, client, folder):
+def test_a_style_is_created_drawn_with_and_deleted(admin, user, client, folder, capsys):
     made = create(admin, method="instant", licence="CC0-1.0", **{"options[scale]": "0.6", "defaults[steps]": "2"})
     assert (made["id"], made["model"], made["licence"], made["kinds"]) == (
         "ours",
@@ -119,6 +120,11 @@ def test_a_style_is_created_drawn_with_and_deleted(admin, user, client, folder):
     (style,), (request,) = record["call"]["styles"], record["call"]["requests"]
     assert style["scale"] == 0.6 and style["image"][0]["path"] == "ours/reference.png" and request["steps"] == 2
     assert str(folder) not in json.dumps(record)
+    reply = client.images.generate(prompt="a fish", model="tiny/ours", extra_body={"stylefast": {"seed": 7}})
+    (folder / "x.png").write_bytes(base64.b64decode(reply.data[0].b64_json))
+    code = cli.main(["generate", "--from", str(folder / "x.png"), "--out", str(folder / "ours" / "y.png")])
+    assert code == 0 and "same pixels" in capsys.readouterr().err
+    (folder / "x.png").unlink()
     same = draw(client, "tiny", style={"kind": "InstantStyle", "image": "glass", "scale": 0.6}, steps=2)[0]
     assert pixels == same != draw(client, "tiny", steps=2)[0]
     reply = user.post("/sdapi/v1/txt2img", json={"prompt": "a fish", "styles": ["ours"], "width": 64, "height": 64})
