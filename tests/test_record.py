@@ -11,7 +11,7 @@ from PIL import Image
 from stylefast.errors import ImageError, InvalidRequest, PromptError, StyleError
 from stylefast.models.pictures import open_picture
 from stylefast.record import from_record, parse_size, to_record
-from stylefast.record_values import vector_digest
+from stylefast.record_values import ORIGIN, Origin, vector_digest
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.guidance import StyleContextGuidance
 from stylefast.styles.dream_styler import DreamStyler
@@ -138,6 +138,14 @@ def test_a_picture_from_memory_is_kept_inside_while_it_is_small(picture):
     record = to_record([Request("a", style=InstantStyle(Image.open(picture).copy()))])
     assert "png" in record["styles"][0]["image"]
     assert len(json.dumps(record)) < 64_000
+
+
+def test_a_picture_from_memory_with_an_origin_is_recorded_by_it(picture):
+    entry = {"path": "ours/reference.png", "sha256": "0" * 64}
+    known, claimed = open_picture(picture), open_picture(picture)
+    known.info[ORIGIN], claimed.info[ORIGIN] = Origin(entry), str(entry)  # the second as from a file's own text
+    (first,), (second,) = (to_record([Request("a fish", style=StyleAligned(one))])["styles"] for one in (known, claimed))
+    assert first["reference"] == entry and "png" in second["reference"]
 
 
 def test_a_large_picture_from_memory_leaves_a_digest_and_says_what_to_pass_again():

@@ -201,6 +201,7 @@ class Dispatcher:
         self._check_ready()
         assert self.engine is not None
         answer = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it any more
         self._errands[message.ticket] = answer, news
         self.engine.send(message)
         return answer

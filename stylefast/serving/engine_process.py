@@ -237,11 +237,13 @@ class _Worker:
         self._send(Progress(message.ticket, 0, steps))
         baking = loop.run_in_executor(self._bakers, self._baked, message, stop)
         try:
-            return Answer(message.ticket, await asyncio.shield(baking))
+            await asyncio.wait([baking])
         except asyncio.CancelledError:
             stop.set()
             await asyncio.wait([baking])  # it removes what it has written
+            baking.exception()
             raise
+        return Answer(message.ticket, baking.result())
 
     def _bakeable(self, message: BakeStyle) -> int:
         """Return the steps of a bake. Raises StyleError and InvalidRequest for what can't be baked."""

@@ -45,6 +45,7 @@ class StyleShelf:
         self._engine, self.folder = engine, Path(folder).expanduser().resolve()
         self._held: OrderedDict[str, Shelved] = OrderedDict()
         self._lock = threading.Lock()
+        self._retired: set[str] = set()
         self._reading: dict[str, threading.Lock] = {}
 
     def get(self, name: str) -> Shelved:
@@ -83,9 +84,12 @@ class StyleShelf:
             gone = [] if before is None or before is found else [before]
             while len(self._held) > MOST_HELD:
                 gone.append(self._held.popitem(last=False)[1])
-            used = {lora for one in self._held.values() for lora in one.loras}
-            # requests that have them keep them
-            for lora in {lora for one in gone for lora in one.loras} - used:
+            if not gone:
+                return
+            # a request may be about to name those of a style that went just now, so they go with the next one
+            retired, self._retired = self._retired, {lora for one in gone for lora in one.loras}
+            used = {lora for one in self._held.values() for lora in one.loras} | self._retired
+            for lora in retired - used:
                 if lora in self._engine.loras:
                     self._engine.loras.remove(lora)
 

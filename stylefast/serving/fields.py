@@ -324,12 +324,11 @@ def model_and_style(name: str | None, served: Served) -> tuple[str, str | None]:
     """Return the model that is named, and the style in its name, if any. Raises ApiError."""
     if name is None or name == served.model:
         return served.model, None
-    base, _, style = name.partition("/")
-    for mark in ("/", ":"):
-        base, found, style = name.partition(mark)
-        if found and base == served.model and style in served.styles:
+    if name.startswith((f"{served.model}/", f"{served.model}:")):
+        style = name[len(served.model) + 1 :]
+        if style in served.styles:
             return name, style
-        if found and base == served.model and style in served.faults:
+        if style in served.faults:
             raise _damaged("model", style, served)
     if served.any_model:
         return served.model, None

@@ -37,8 +37,8 @@ def make_tools(url: str, key: str | None = None, transport: httpx2.AsyncBaseTran
     @tools.tool()
     async def list_styles() -> list[str]:
         """List the names that generate_image takes as `style`."""
-        names = [model["id"] for model in (await ask("GET", "/v1/models"))["data"]]
-        return sorted({name.partition("/")[2] for name in names} - {""})
+        styles = (await ask("GET", "/v1/styles"))["data"]
+        return sorted(style["id"] for style in styles if style["fault"] is None)
 
     @tools.tool(structured_output=False)
     async def generate_image(

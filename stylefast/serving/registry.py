@@ -243,7 +243,8 @@ class StyleRegistry:
             except FileNotFoundError:
                 raise UnknownStyle(f"no style {quoted(name)} is registered") from None
             sync(self.folder)
-        self._known.pop(name, None)
+        # others may be reading the list, so it is replaced
+        self._known = {other: one for other, one in self._known.items() if other != name}
         _discard(gone)
 
     @contextmanager

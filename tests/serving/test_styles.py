@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from io import BytesIO
@@ -15,6 +16,7 @@ from PIL import Image
 
 from stylefast import cli
 from stylefast.models.checkpoint import TINY
+from stylefast.serving.fields import Served, model_and_style
 from stylefast.serving.registry import StyleRegistry
 from stylefast.serving.style_files import Manifest
 from tests.serving.conftest import WAIT, Server, serving
@@ -286,6 +288,13 @@ def test_styles_that_others_put_there_are_noticed_and_damaged_ones_refused(clien
     assert draw(client, "tiny/second", steps=2)
 
 
+@pytest.mark.parametrize("name", ["some/model/ours", "some/model:ours"])
+def test_a_model_whose_own_name_has_a_slash_has_aliases_too(name):
+    served = Served("some/model", ["ours"], (64, 64))
+    assert model_and_style(name, served) == (name, "ours")
+    assert model_and_style("some/model", served) == ("some/model", None)
+
+
 def test_a_name_that_the_model_has_ends_the_server_at_its_start(tmp_path):
     add(tmp_path, "Neon")
     server = Server("--styles", tmp_path)
@@ -295,3 +304,25 @@ def test_a_name_that_the_model_has_ends_the_server_at_its_start(tmp_path):
         assert "'neon' comes with the model" in server.log and str(tmp_path / "Neon") in server.log
     finally:
         server.kill()
+
+
+def test_a_bake_ends_with_its_engine_and_with_the_server(tmp_path):
+    add(tmp_path)
+    with serving("--styles", tmp_path) as server, httpx.Client(base_url=server.url, timeout=WAIT) as client:
+
+        def bake():
+            assert client.post("/v1/styles/ours/bake", json={"steps": 900}).status_code == 202
+            while not client.get("/v1/styles/ours").json()["bake"]["step"]:
+                time.sleep(0.01)
+            assert len(os.listdir(tmp_path)) == 2
+
+        bake()
+        os.kill(server.engine(), signal.SIGKILL)
+        while (reply := client.get("/v1/styles/ours")).status_code == 503 or not reply.json()["bake"]["error"]:
+            time.sleep(0.05)
+        assert reply.json()["bake"]["error"]["code"] == "engine_lost"
+        server.ready()
+        assert os.listdir(tmp_path) == ["ours"]
+        bake()
+        assert server.stop(signal.SIGTERM) == 0 and "Traceback" not in server.log
+    assert os.listdir(tmp_path) == ["ours"] and sorted(os.listdir(tmp_path / "ours")) == ["reference.png", "style.json"]
