@@ -144,7 +144,9 @@ def test_a_picture_from_memory_with_an_origin_is_recorded_by_it(picture):
     entry = {"path": "ours/reference.png", "sha256": "0" * 64}
     known, claimed = open_picture(picture), open_picture(picture)
     known.info[ORIGIN], claimed.info[ORIGIN] = Origin(entry), str(entry)  # the second as from a file's own text
-    (first,), (second,) = (to_record([Request("a fish", style=StyleAligned(one))])["styles"] for one in (known, claimed))
+    (first,), (second,) = (
+        to_record([Request("a fish", style=StyleAligned(one))])["styles"] for one in (known, claimed)
+    )
     assert first["reference"] == entry and "png" in second["reference"]
 
 

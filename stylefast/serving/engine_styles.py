@@ -97,11 +97,9 @@ class StyleShelf:
         try:
             manifest = folder.manifest()
             sources = _FolderSources(name, folder, manifest)
-            styles: Sequence[Style] = ()
-            if manifest.styles:
-                # as a request would have them, so that styles that exclude one another are refused here
-                request = {"prompt": "a picture", "style": list(manifest.styles)}
-                styles = from_record([request], sources=sources)[0].styles
+            # as a request would have them, so that styles that exclude one another and wrong settings are refused here
+            request = {"prompt": "a picture", **manifest.defaults, "style": list(manifest.styles)}
+            styles: Sequence[Style] = from_record([request], sources=sources)[0].styles
             banked = list(styles)
             for file, number in manifest.banks:
                 banked[number] = with_bank(styles[number], sources.bank(file))

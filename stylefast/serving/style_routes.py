@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/v1/styles")
 
 MOST_BAKES = 8  # that wait or run
-STORAGE = ("store", "dtype")
-BAKE_SETTINGS = tuple(name for name in DEFAULTS if name != "guidance_interval") + STORAGE
+STORAGE = {"store": ("kv", "hidden", "latents"), "dtype": ("auto", "fp32", "fp16", "bf16", "fp8")}
+BAKE_SETTINGS = (*(name for name in DEFAULTS if name != "guidance_interval"), *STORAGE)
 _NESTED = ("options", "defaults", "bake")
 _FIELDS = ("name", "method", "prompt", "licence", "license", "description", *_NESTED)
 _KINDS = {"instant": ("InstantStyle", "image"), "aligned": ("StyleAligned", "reference")}
@@ -152,7 +152,7 @@ async def bake(request: Request, name: str) -> JSONResponse:
 
     service, registry = _writable(request)
     content = await request.body()
-    settings = _bake_settings(fields.read_json(await json_body(request)) if content else {})
+    settings = _bake_settings(fields.read_json(await json_body(request)) if content else {}, service)
     found = _found(service, name, "baked")
     with _in_words():
         found.usable()
@@ -212,11 +212,11 @@ def _wanted(body: Mapping[str, Any], images: Sequence[media.Upload], service: "S
         name = safe_name(body.get("name"))
     except StyleError as error:
         raise ApiError(400, str(error), param="name", code="invalid_style_name") from None
-    bake = _wanted_bake(body.get("bake"))
+    bake = _wanted_bake(body.get("bake"), service)
     # only the reference of an aligned style can be baked
     instant = images and service.facts["adapters"] and bake is None and not body.get("prompt")
     method = body.get("method", "instant" if instant else "aligned")
-    if method not in _KINDS:
+    if not isinstance(method, str) or method not in _KINDS:
         raise ApiError(
             400,
             f"method is {quoted(method)}; there are {' and '.join(_KINDS)}",
@@ -243,8 +243,10 @@ def _wanted(body: Mapping[str, Any], images: Sequence[media.Upload], service: "S
                 400, f"options.{option} is given by the other fields", param=f"options.{option}", code="invalid_request"
             )
         entry[option] = value
+    defaults = _object("defaults", body.get("defaults", {}))
+    _check_scheduler("defaults.scheduler", defaults, service)
     content = Manifest([entry], {}).to_json() | {
-        "defaults": _object("defaults", body.get("defaults", {})),
+        "defaults": defaults,
         "licence": _text("licence", body.get("licence", body.get("license"))),
         "description": _text("description", body.get("description")),
         "created": now(),
@@ -269,7 +271,15 @@ def _object(name: str, given: Any) -> dict[str, Any]:
     return given
 
 
-def _wanted_bake(given: Any) -> dict[str, Any] | None:
+def _check_scheduler(param: str, settings: Mapping[str, Any], service: "Service") -> None:
+    name, known = settings.get("scheduler"), service.facts["schedulers"]
+    if name is not None and name not in known:
+        near = values.did_you_mean(name, known)
+        message = f"{param} is {quoted(name)}; there are {', '.join(known)}{near}"
+        raise ApiError(400, message, param=param, code="invalid_request")
+
+
+def _wanted_bake(given: Any, service: "Service") -> dict[str, Any] | None:
     """Return the settings of a bake that a body asks for: an object, also as JSON text, or true."""
     if isinstance(given, str) and given.strip().lower() not in (*_TRUE, *_FALSE):
         try:
@@ -280,10 +290,10 @@ def _wanted_bake(given: Any) -> dict[str, Any] | None:
         given = given.strip().lower() in _TRUE
     if given is None or given is False:
         return None
-    return _bake_settings({} if given is True else _object("bake", given))
+    return _bake_settings({} if given is True else _object("bake", given), service)
 
 
-def _bake_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def _bake_settings(given: Mapping[str, Any], service: "Service") -> dict[str, Any]:
     found = {name: value for name, value in given.items() if value is not None}
     for name in found:
         if name not in BAKE_SETTINGS:
@@ -293,6 +303,15 @@ def _bake_settings(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{quoted(name)} is no setting of a bake{near}; there are {', '.join(BAKE_SETTINGS)}",
                 param=name[:80],
                 code="unknown_parameter",
+            )
+    _check_scheduler("scheduler", found, service)
+    for name, known in STORAGE.items():
+        if name in found and found[name] not in known:
+            raise ApiError(
+                400,
+                f"{name} is {quoted(found[name])}; there are {', '.join(known)}",
+                param=name,
+                code="invalid_request",
             )
     size = found.get("size")
     if isinstance(size, str):

@@ -238,6 +238,11 @@ def test_what_changes_styles_needs_an_admin_key(admin, user, folder):
         ({"name": "mine", "options": '{"mask": {"path": "/etc/passwd"}}'}, IMAGE, 400, "invalid_style"),
         ({"name": "mine", "options": '{"image": "/etc/passwd"}'}, IMAGE, 400, "invalid_request"),
         ({"name": "mine", "defaults": '{"prompt": "x"}'}, IMAGE, 400, "invalid_style"),
+        ({"name": "mine", "defaults": '{"steps": "many"}'}, IMAGE, 400, "invalid_style"),
+        ({"name": "mine", "defaults": '{"scheduler": "quick"}'}, IMAGE, 400, "invalid_request"),
+        ({"name": "mine", "bake": '{"store": "disk"}'}, IMAGE, 400, "invalid_request"),
+        ({"name": "mine", "bake": '{"size": "many"}'}, IMAGE, 400, "invalid_request"),
+        ({"name": "mine", "bake": '{"scheduler": "quick"}'}, IMAGE, 400, "invalid_request"),
         ({"name": "mine", "licence": "x" * 3000}, IMAGE, 400, "invalid_request"),
         ({"name": "mine", "bake": '{"steps": 0}'}, IMAGE, 400, "invalid_request"),
         ({"name": "mine", "bake": '{"step": 5}'}, IMAGE, 400, "unknown_parameter"),
@@ -247,6 +252,25 @@ def test_what_changes_styles_needs_an_admin_key(admin, user, folder):
 def test_what_cannot_be_a_style_is_refused_and_leaves_nothing(admin, folder, fields, files, status, code):
     message = refused(post(admin, fields, files), status, code)
     assert len(message) < 800 and str(folder) not in message and os.listdir(folder) == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"name": {}}, {"method": []}, {"prompt": 5}, {"options": []}, {"defaults": 1}, {"image": {"a": 1}}, {"bake": []}]
+    + [
+        {"bake": {"size": {}}},
+        {"bake": {"store": []}},
+        {"options": {"scale": {}}},
+        {"options": {"seed": [1]}},
+        {"image": 7},
+    ]
+    + [{"defaults": {"size": "64x64"}}, {"licence": {}}, {"image": ["https://example.org/x.png"]}],
+)
+def test_bodies_in_json_are_checked_as_forms_are(admin, folder, body):
+    body = {"name": "mine", "prompt": "a star", **body}
+    reply = admin.post("/v1/styles", json=body)
+    assert reply.status_code == 400 and reply.json()["error"]["code"], reply.text
+    assert os.listdir(folder) == []
 
 
 @pytest.mark.parametrize("path", ["..", "%2e%2e", "%2e%2e%2fetc", "a%00b", "a" * 10_000, "ne%D0%BEn", "nul", ".new-0"])
