@@ -465,7 +465,8 @@ class Scheduler:
 
     def _choose(self) -> list[SampleGroup]:
         """Return groups of the size that is next: the longest waiting first, as many as fit."""
-        if any(joining.first and joining.waits for joining in self._joining.values()):
+        # a call that is over was not looked at yet: its job may join before the first step
+        if any(joining.first and joining.call is not None for joining in self._joining.values()):
             return []
         # all groups of a job, so that its batches do not depend on how fast a disk is
         reading = {job for g, job in self._jobs.items() if self._runner.awaits_pages(g)}

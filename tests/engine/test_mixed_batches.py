@@ -1,7 +1,10 @@
 """Requests with nothing in common share UNet calls, and each gives what it gives alone."""
 
+import threading
+import time
 from contextlib import ExitStack
 from functools import partial
+from itertools import count
 
 import pytest
 import torch
@@ -72,6 +75,34 @@ def alone(different, drawn):
     """What each gives alone. A bank serves the model it is of; in its place a model in fp64 takes the picture."""
     live = kinds(partial(sf.StyleAligned, PICTURE, share_styles=False))
     return {name: drawn([one], in_fp64=[live[name][0]]) for name, (one, _) in different.items()}
+
+
+def test_what_arrives_together_starts_together_whenever_its_inputs_become_ready(engine, watch, monkeypatch):
+    scheduler, choose, beside = engine.scheduler, engine.scheduler._choose, engine.scheduler._beside
+    numbers, others = count(), threading.Event()
+
+    def first_at_once(wanted):
+        # all calls but the first wait until the first job has joined
+        return beside(wanted if next(numbers) == 0 else lambda: (others.wait(WAIT), wanted())[1])
+
+    def after_all_calls():
+        # as if the others' calls ended between the admission of jobs and the choice of groups
+        if scheduler._jobs:
+            others.set()
+            for _ in range(WAIT * 100):
+                if not any(joining.waits for joining in scheduler._joining.values()):
+                    break
+                time.sleep(0.01)
+        return choose()
+
+    monkeypatch.setattr(scheduler, "_beside", first_at_once)
+    monkeypatch.setattr(scheduler, "_choose", after_all_calls)
+    requests = [sf.Request(f"a cat number {i}", steps=2, guidance=1.0, size=SIZE) for i in range(3)]
+    calls = watch.calls
+    jobs = watch.together(*(lambda one=one: engine.submit(one, output="latents") for one in requests))
+    for job in jobs:
+        job.result(WAIT)
+    assert watch.rows[calls:] == [3, 3]
 
 
 def test_all_share_one_call_a_step_and_give_what_they_give_alone(engine, watch, different, alone):

@@ -243,7 +243,7 @@ def test_a_request_that_waits_longer_than_its_timeout_is_rejected(server):
         ({"prompt": "a", "scheduler": "eul"}, "InvalidRequest: .*eul"),
         ({"prompt": "a", "stesp": 3}, "InvalidRequest: the request has no 'stesp'"),
         (b"\x00", "InvalidRequest: the request is not valid JSON"),
-        ({"prompt": "a", "style": INSTANT}, "ImageError: image is 0; 0 pictures were sent"),
+        ({"prompt": "a", "style": INSTANT}, "ImageError: a picture is 0; 0 pictures were sent"),
         ({"prompt": "a", "deadline": -1}, "InvalidRequest: deadline"),
         (LARGE | {"deadline": 0.5}, "DeadlineExceeded: the deadline of 0.5 seconds passed"),
     ],
