@@ -167,3 +167,16 @@ def test_what_the_page_of_loras_says_of_speed_is_that_of_the_results_file(checko
     # otherwise: paste what `benchmarks.loras.markdown` makes of the file into docs/loras.md
     page = (checkout / "docs" / "loras.md").read_text()
     assert any(loras.markdown(content) in page for content in recorded(checkout, "loras-cpu.json"))
+
+
+def test_what_the_page_of_serving_says_of_threads_is_that_of_the_results_file(checkout):
+    joined, found = " ".join((checkout / "docs" / "serving.md").read_text().split()), []
+    for content in recorded(checkout, "threads-cpu.json"):
+        (case,) = content["results"]
+        figures = {figure["what"]: figure["value"] for figure in case["figures"]}
+        words = (
+            f"{figures['UNet calls of threads']:g} calls for eight pictures of 20 steps, in "
+            f"{figures['threads / submit']:.2f} times the time"
+        )
+        found.append(words in joined)
+    assert any(found)
