@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import banks, copies, export_sdxl, load, loras, planning
+from benchmarks import banks, copies, export_sdxl, load, loras, planning, serving
 from benchmarks.kernels.report import markdown
 from benchmarks.runtime.report import markdown as runtime_table
 
@@ -179,4 +179,14 @@ def test_what_the_page_of_serving_says_of_threads_is_that_of_the_results_file(ch
             f"{figures['threads / submit']:.2f} times the time"
         )
         found.append(words in joined)
+    assert any(found)
+
+
+def test_what_the_page_of_the_service_says_of_speed_is_that_of_the_results_file(checkout):
+    # otherwise: paste what `benchmarks.serving.markdown` makes of the file into docs/serving-http.md
+    page = (checkout / "docs" / "serving-http.md").read_text()
+    found = []
+    for content in recorded(checkout, "serving-cpu.json"):
+        added = content["results"]["overhead"]["added_ms"]
+        found.append(serving.markdown(content) in page and f"the service adds {added:.1f} ms" in " ".join(page.split()))
     assert any(found)
