@@ -12,8 +12,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,12 +22,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stylefast.serving import playground, replies
 from stylefast.serving.replies import ApiError
 from stylefast.serving.settings import ServeSettings
+from stylefast.values import quoted
 
 logger = logging.getLogger("stylefast.serving.requests")
 
 # paths that need no key: they say nothing that a stranger may not know
 OPEN_PATHS = ("/livez", "/readyz", "/health", "/version", *playground.PATHS)
 ADMIN = "admin"
+_LOCAL = ("localhost", "127.0.0.1", "::1")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # a body that takes longer than the time limit must at least come at this speed
 _LEAST_SPEED = 16 * 2**10  # bytes a second
@@ -79,6 +82,32 @@ def _key_in(header: str) -> str:
     return ""
 
 
+def _check_sender(headers: Mapping[bytes, bytes], listening: str) -> None:
+    """Refuse what the pages of other sites send to a server without keys, through the browser of its own machine.
+
+    Such requests have another Origin than Host, or, where a foreign name was pointed here, a foreign Host. Raises
+    ApiError.
+    """
+    host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        name = None
+    if name not in (*_LOCAL, listening):
+        raise ApiError(
+            403,
+            f"without API keys this server answers to {' and '.join(_LOCAL[:2])} alone, not to {quoted(host)}; "
+            "set STYLEFAST_SERVE_API_KEYS, or give --no-auth",
+            code="host_not_allowed",
+        )
+    if origin and origin.partition("://")[2] != host:
+        raise ApiError(
+            403,
+            f"the page of another site ({quoted(origin)}) may not use a server without API keys",
+            code="origin_not_allowed",
+        )
+
+
 class Guard:
     """ASGI middleware in front of all routes."""
 
@@ -115,9 +144,13 @@ class Guard:
         """Say who asks, in the request's state. Raises ApiError for those who may not."""
         state = scope.setdefault("state", {})
         state["owner"], state["is_admin"] = "anonymous", not self._keys and not self._admins
-        if scope["path"] in self._open or not (self._keys or self._admins):
-            return
         headers = dict(scope["headers"])
+        if scope["path"] in self._open:
+            return
+        if not (self._keys or self._admins):
+            if not self._settings.no_auth:
+                _check_sender(headers, self._settings.host)
+            return
         given = headers.get(b"authorization", b"").decode("latin-1")
         key = _key_in(given)
         admin, owner = self._admins.owner(key), self._keys.owner(key)

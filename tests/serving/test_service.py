@@ -80,6 +80,25 @@ def test_bodies_and_headers_that_are_wrong(server, body, headers, status, code):
     assert found == status and error_of(reply)["code"] == code, reply
 
 
+@pytest.mark.parametrize(
+    "headers, code",
+    [
+        ({"origin": "https://elsewhere.example"}, "origin_not_allowed"),
+        ({"origin": "null"}, "origin_not_allowed"),
+        ({"host": "elsewhere.example"}, "host_not_allowed"),
+        ({"host": "elsewhere.example:8000", "origin": "http://elsewhere.example:8000"}, "host_not_allowed"),
+        ({"host": "[::1"}, "host_not_allowed"),
+    ],
+)
+def test_pages_of_other_sites_do_not_reach_a_server_without_keys(server, headers, code):
+    for method, path in (("POST", "/v1/images/edits"), ("GET", "/v1/models"), ("POST", "/sdapi/v1/interrupt")):
+        status, _, reply = call(server, method, path, headers=headers)
+        assert status == 403 and error_of(reply)["code"] == code, reply
+    own = urlsplit(server.url).netloc
+    assert call(server, "GET", "/v1/models", headers={"origin": f"http://{own}"})[0] == 200
+    assert call(server, "GET", "/livez", headers=headers)[0] == 200
+
+
 def test_damaged_forms_and_files(server):
     headers = {"content-type": "multipart/form-data; boundary=x"}
     for body in (b"", b"--x\r\n", b"--x\r\nContent-Disposition: form-data\r\n\r\n--x--"):
@@ -118,7 +137,7 @@ def test_metrics_have_no_labels_of_what_requests_say(server):
 def test_a_client_that_leaves_cancels_its_request(server):
     place, body = urlsplit(server.url), json.dumps({"prompt": "a fish", "stylefast": {"steps": 900}}).encode()
     with socket.create_connection((place.hostname, place.port)) as connection:
-        head = ["POST /v1/images/generations HTTP/1.1", "Host: x", "Content-Type: application/json"]
+        head = ["POST /v1/images/generations HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
         head += ["X-Request-Id: gone", f"Content-Length: {len(body)}", "", ""]
         connection.sendall("\r\n".join(head).encode() + body)
         while not json.loads(server.get("/v1/images/gone")[1]).get("step"):
