@@ -36,6 +36,7 @@ from stylefast.serving.messages import (
     Stop,
 )
 from stylefast.serving.registry import StyleRegistry
+from stylefast.values import quoted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -254,7 +255,8 @@ class _Worker:
         readers = [style for style in found.styles if isinstance(style, StyleAligned)]
         if not readers or readers[0].reads.of_call or readers[0].bank is not None:
             raise StyleError(
-                f"the style {message.name!r} has nothing to bake: only a StyleAligned with pictures or a prompt has"
+                f"the style {quoted(message.name)} has nothing to bake: only a StyleAligned with pictures or a prompt "
+                "has"
             )
         settings = {name: value for name, value in message.settings.items() if name not in ("store", "dtype")}
         return bake_request(found.styles, {"loras": found.loras, **settings}).steps
@@ -450,7 +452,7 @@ def _served_sources(uploads: Any, engine: "Engine") -> Any:
     from stylefast.models.masks import open_mask
     from stylefast.models.pictures import open_picture
     from stylefast.record_values import Sources
-    from stylefast.values import quoted, whole_number
+    from stylefast.values import whole_number
 
     known = {**engine.references(), **engine.styles()}
     allowed = {str(path) for path in known.values()}

@@ -123,7 +123,7 @@ def _manifest(archive: zipfile.ZipFile) -> tuple[str, Manifest]:
         text = stream.read(MANIFEST_BYTES + 1)
     content = values.load_json(text, _FIRST, kind=dict, error=StyleError, largest=MANIFEST_BYTES)
     if content.get("format") != FORMAT or {*content} != {"format", "name", "style"}:
-        raise StyleError(f"the archive has the format {quoted(content.get('format'))}, not {FORMAT!r}")
+        raise StyleError(f"the archive has the format {quoted(content.get('format'))}, not {quoted(FORMAT)}")
     return content["name"], Manifest.of(content["style"])
 
 

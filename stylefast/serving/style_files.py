@@ -102,7 +102,7 @@ class Manifest:
         """Return the manifest in parsed JSON. Raises StyleError, naming what is wrong."""
         content = values.mapping(MANIFEST, content, error=StyleError)
         if content.get("format") != FORMAT:
-            raise StyleError(f"{MANIFEST} has the format {quoted(content.get('format'))}, not {FORMAT!r}")
+            raise StyleError(f"{MANIFEST} has the format {quoted(content.get('format'))}, not {quoted(FORMAT)}")
         for name in content:
             if name not in _FIELDS:
                 raise StyleError(f"{MANIFEST} has the unknown field {quoted(name)}{values.did_you_mean(name, _FIELDS)}")
