@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.kernels.cases import Case, Entrants, Versus, cache_bytes, input_sets, normal
 from stylefast.kernels import row_lora
-from stylefast.models.prepacked import Conv2d, Linear
+from stylefast.models.prepacked import Conv2d, Linear, pack
 
 OURS, ALONE, EACH = "layers and row_lora", "the layers alone", "layers, and two products a row and unit"
 RANK = 16
@@ -79,7 +79,7 @@ def _layer(width: int, convolution: bool, dtype, device):
     layer = Conv2d(width, width, 3, padding=1) if convolution else Linear(width, width)
     layer = layer.to(device, dtype).requires_grad_(False)
     if device == "cpu":
-        layer.pack()
+        pack(layer)
     return layer
 
 

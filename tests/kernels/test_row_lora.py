@@ -1,5 +1,7 @@
 """LoRAs per row in every form: ranks that mix, parts, convolutions, skipped units, and rows that stay apart."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,9 +68,32 @@ def composed(x, ys, down, up, unit, scale, stride=1, padding=0):
 
 
 def check(form, *arguments, size=None):
-    exact = row_lora_ref(*(doubled(list_of(x)) for x in arguments))
-    for found, plain, truth in zip(results(form, *arguments), composed(*arguments), exact, strict=True):
-        assert_as_near_as_pytorch(found, plain, truth, size=size)
+    exact, plain = exact_of(arguments), composed(*arguments)
+    for i, found in enumerate(results(form, *arguments)):
+        try:
+            assert_as_near_as_pytorch(found, plain[i], exact[i], size=size)
+        except AssertionError:
+            # of a few numbers PyTorch may round all by luck: its largest error on nearly the same numbers counts
+            others = []
+            for near in map(partial(moved, arguments), range(3)):
+                others.append(composed(*near)[i].double() - exact_of(near)[i])
+            assert_as_near_as_pytorch(found, plain[i], exact[i], size=size, others=others)
+
+
+def exact_of(arguments):
+    return row_lora_ref(*(doubled(list_of(x)) for x in arguments))
+
+
+def moved(arguments, seed):
+    """Arguments whose x and y differ by a unit in the last place, up or down."""
+    x, ys, *rest = arguments
+    generator = torch.Generator().manual_seed(seed)
+
+    def near(values):
+        up = torch.rand(values.shape, generator=generator) < 0.5
+        return torch.nextafter(values, torch.where(up, torch.inf, -torch.inf).to(values.dtype))
+
+    return (near(x), [near(y) for y in ys], *rest)
 
 
 def list_of(x):
