@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stylefast.errors import InvalidRequest
-from stylefast.serving.media import MEDIA_TYPES, Upload, upload_in_text
+from stylefast.serving.media import Upload, upload_in_text
 from stylefast.serving.replies import ApiError
 from stylefast.values import did_you_mean, load_json, quoted
 
@@ -447,6 +447,3 @@ def _stay(what: Any) -> bool:
 def content_of(entry: Any, param: str) -> Upload:
     """Return a picture given in JSON, as base64 or as {"b64_json": ...}. Raises ApiError."""
     return upload_in_text(entry.get("b64_json") if isinstance(entry, Mapping) else entry, param)
-
-
-__all__ = ["Edit", "Generation", "MEDIA_TYPES", "Served", "Wanted", "from_form", "read_json", "wanted"]

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stylefast.serving import playground, replies
+from stylefast.serving import playground
 from stylefast.serving.replies import ApiError
 from stylefast.serving.settings import ServeSettings
 from stylefast.values import quoted
@@ -58,7 +58,6 @@ def _request_id(scope: Scope) -> str:
     """Return the request's id, which its client may choose, and note it; and whether the client's can be used."""
     given = dict(scope["headers"]).get(b"x-request-id")
     state = scope.setdefault("state", {})
-    state["id_given"] = given is not None
     state["id_is_fit"] = given is None or _ID.fullmatch(given.decode("latin-1")) is not None
     own = None if given is None or not state["id_is_fit"] else given.decode("ascii")
     state["request_id"] = own or f"req_{secrets.token_hex(12)}"
@@ -237,6 +236,3 @@ class _Body:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._settings.body_limit} bytes", code="body_too_large")
-
-
-__all__ = ["Guard", "Keys", "OPEN_PATHS", "replies"]

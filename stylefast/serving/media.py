@@ -21,7 +21,6 @@ MAX_PIXELS = 4096 * 4096
 MIN_SIDE = 16
 MAX_BYTES = 50 * 2**20  # of one picture
 MAX_METADATA = 2 * 2**20  # bytes of text, profiles and thumbnails in an upload
-MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _MOST_CHUNKS = 10_000
 _JPEG_SEGMENT = 65_533  # bytes of a comment or of EXIF data
 _DESCRIPTION, _EXIF_TAGS, _COMMENT = 0x010E, 0x8769, 0x9286  # tags of EXIF
