@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.environment import environment
 from benchmarks.kernels.report import write
 from stylefast.runtime.banks.page_pool import PageBooksRef, PagePool
-from stylefast.runtime.steps.planner import LIVE, plan_segments, plan_segments_ref
+from stylefast.runtime.steps.step_buffers import LIVE, plan_segments, plan_segments_ref
 
 RESULTS = Path(__file__).parent / "results" / "planning-cpu.json"
 ROWS = (8, 64, 512)

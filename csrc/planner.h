@@ -1,5 +1,5 @@
-// Which rows of a batch read whose keys and values. Free of any framework. stylefast/runtime/steps/planner.py checks
-// arguments, words errors and has the plain reference.
+// Which rows of a batch read whose keys and values. Free of any framework. stylefast/runtime/steps/step_buffers.py
+// checks arguments, words errors and has the plain reference.
 #pragma once
 
 #include <cstdint>

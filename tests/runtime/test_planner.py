@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
-from stylefast.runtime.steps import planner
-from stylefast.runtime.steps.planner import LIVE, plan_segments, plan_segments_ref
+from stylefast.runtime.steps import step_buffers
+from stylefast.runtime.steps.step_buffers import LIVE, plan_segments, plan_segments_ref
 from tests.support.cpp_forms import needs_extension
 
 forms = pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def valid_batches(draw):
 def test_cpp_and_the_reference_agree_on_every_batch_and_every_refusal(batch):
     images, branches, references, width, mutual = batch
     expected = outcome(plan_segments_ref, batch)
-    arrays, columns = planner._arrays(images, branches, references, width)
+    arrays, columns = step_buffers._arrays(images, branches, references, width)
     page, order = np.full((len(images), columns), 99), np.full(len(images), 99)
     for planner_ in (extension().BatchPlanner(), planned_before()):
         accepted = planner_.plan(*arrays, page, order, mutual)
@@ -75,7 +75,7 @@ def test_cpp_and_the_reference_agree_on_every_batch_and_every_refusal(batch):
 def planned_before():
     """The planner of this thread, with the scratch that other batches left in it."""
     plan_segments([1, 2, 3, 4], [0] * 4, [[], [(1, LIVE)], [(0, 5)], [(0, 5)]])
-    return planner._own.planner
+    return step_buffers._own.planner
 
 
 @forms
@@ -223,7 +223,7 @@ def test_numpys_integers_and_arrays_of_any_width_are_taken(plan):
 
 
 def test_without_the_extension_the_reference_plans(monkeypatch):
-    monkeypatch.setattr(planner, "extension", lambda: None)
+    monkeypatch.setattr(step_buffers, "extension", lambda: None)
     assert plan_segments([1], [0], [[]]).order.tolist() == [0]
 
 
