@@ -20,7 +20,7 @@ from stylefast.models.prepacked import packed_bytes, unfolds
 from stylefast.models.unet import UNet
 from stylefast.models.vae_copies import copied_bytes
 from stylefast.models.weight_files import available_memory, total_memory
-from stylefast.runtime.banks.page_layout import PageLayout
+from stylefast.runtime.banks.page_pool import PageLayout
 
 # peak of live feature maps, in units of one map at the finest level; measured with SDXL's layout at 128x128 latents,
 # fp32 on a CPU: resident memory rose by 27

@@ -19,7 +19,7 @@ from stylefast.models.unet import UNet
 from stylefast.runtime.banks import bank_pages, host_pages
 from stylefast.runtime.banks.bank_pages import BankPages, idle_pages
 from stylefast.runtime.banks.host_pages import chunk_of
-from stylefast.runtime.banks.page_layout import PageLayout
+from stylefast.runtime.banks.page_pool import PageLayout
 from tests.support.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
 from tests.support.scene import sharp_pipeline
 from tests.support.watch import WAIT, Calls, until

@@ -23,8 +23,7 @@ from stylefast.models.row_table import StylePages
 from stylefast.models.stored_tensors import Span
 from stylefast.models.unet import UNet
 from stylefast.runtime.banks.host_pages import HostPages
-from stylefast.runtime.banks.page_layout import PageLayout
-from stylefast.runtime.banks.page_pool import Claim, PagePool, PoolFull, PoolStats
+from stylefast.runtime.banks.page_pool import Claim, PageLayout, PagePool, PoolFull, PoolStats
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import StyleBank
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from stylefast.runtime.banks.copies import copy_blocks, start_copies
-from stylefast.runtime.banks.page_layout import PageLayout
-from stylefast.runtime.banks.page_pool import PagePool, PoolFull
+from stylefast.runtime.banks.page_pool import PageLayout, PagePool, PoolFull
 from stylefast.styles.bank import StyleBank
 
 logger = logging.getLogger(__name__)
