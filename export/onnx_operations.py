@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stylefast.kernels.adain_affine import ADAIN_EPS
+from stylefast.kernels.adain import ADAIN_EPS
 from stylefast.kernels.row_lora import RANK
 from stylefast.kernels.shared_attention import PLAIN, SWAP
 

@@ -1,8 +1,8 @@
-"""Operations of stylefast, one per file; import them as `stylefast.kernels`.
+"""Operations of stylefast, one idea in a file; import them as `stylefast.kernels`.
 
-Each file holds the formula and shapes, a plain PyTorch `*_ref` to read and to test against, the public function of the
-same name, and its custom op with the forms that `registry` chooses from: Triton (in `gpu/`), C++ (in csrc/), PyTorch.
-Engine code skips the checks by `operation.run` of the same file.
+Each holds the formula and shapes, a plain PyTorch `*_ref` to read and to test against, the public function, and its
+custom op with the forms that `registry` chooses from: Triton (in `gpu/`), C++ (in csrc/), PyTorch. Engine code skips
+the checks by `operation.run` of the same file.
 """
 
 if __name__ == "kernels":
@@ -30,7 +30,7 @@ if __name__ == "kernels":
             )
 else:
     # eager: a submodule and its function share a name, and the function must win
-    from stylefast.kernels.adain_affine import adain_affine
+    from stylefast.kernels.adain import adain_affine, token_stats
     from stylefast.kernels.dequantise import dequantise
     from stylefast.kernels.gated_cross_attention import gated_cross_attention
     from stylefast.kernels.geglu import geglu
@@ -39,7 +39,6 @@ else:
     from stylefast.kernels.layer_norm import add_layer_norm, layer_norm
     from stylefast.kernels.row_lora import row_lora
     from stylefast.kernels.shared_attention import Affine, shared_attention
-    from stylefast.kernels.token_stats import token_stats
 
     __all__ = [
         "Affine",

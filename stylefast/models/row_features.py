@@ -2,7 +2,7 @@
 
 import torch
 
-from stylefast.kernels.token_stats import operation as token_stats
+from stylefast.kernels.adain import stats_operation as token_stats
 
 
 class RowFeatures:

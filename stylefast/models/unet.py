@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from stylefast.errors import ModelFormatError
-from stylefast.kernels.adain_affine import operation as adain_affine
+from stylefast.kernels.adain import affine_operation as adain_affine
+from stylefast.kernels.adain import stats_operation as token_stats
 from stylefast.kernels.gated_cross_attention import operation as gated_cross_attention
 from stylefast.kernels.geglu import operation as geglu
 from stylefast.kernels.group_norm_silu import operation as group_norm_silu
@@ -27,7 +28,6 @@ from stylefast.kernels.layer_norm import operation as layer_norm
 from stylefast.kernels.row_lora import operation as row_lora
 from stylefast.kernels.shared_attention import Affine
 from stylefast.kernels.shared_attention import operation as shared_attention
-from stylefast.kernels.token_stats import operation as token_stats
 from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape, check_architecture
 from stylefast.models.prepacked import Conv2d, Linear
 from stylefast.models.row_features import RowFeatures

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stylefast.kernels.adain_affine import adain_affine, adain_affine_ref, operation
-from stylefast.kernels.token_stats import token_stats
+from stylefast.kernels.adain import adain_affine, adain_affine_ref, token_stats
+from stylefast.kernels.adain import affine_operation as operation
 from tests.kernels.conformance import NAN, Draw, captured, doubled, each, equal, forms, normal
 
 

@@ -5,7 +5,7 @@ import torch
 
 from stylefast._extension import extension
 from stylefast.kernels import geglu as geglu_public
-from stylefast.kernels.adain_affine import operation as adain_affine
+from stylefast.kernels.adain import affine_operation as adain_affine
 from stylefast.kernels.geglu import operation as geglu
 from stylefast.kernels.group_norm_silu import operation as group_norm
 from stylefast.kernels.guided_step import operation as guided_step

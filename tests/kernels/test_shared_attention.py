@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stylefast.kernels.adain_affine import adain_affine
+from stylefast.kernels.adain import adain_affine, token_stats
 from stylefast.kernels.shared_attention import (
     CONCAT,
     FP8,
@@ -21,7 +21,6 @@ from stylefast.kernels.shared_attention import (
     shared_attention,
     shared_attention_ref,
 )
-from stylefast.kernels.token_stats import token_stats
 from tests.kernels.conformance import (
     CPP,
     FLOATS,

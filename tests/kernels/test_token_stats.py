@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from stylefast.kernels.adain import stats_operation as operation
+from stylefast.kernels.adain import token_stats, token_stats_ref
 from stylefast.kernels.shared_attention import HEAD_SIZES
-from stylefast.kernels.token_stats import operation, token_stats, token_stats_ref
 from tests.kernels.conformance import (
     LAYOUTS,
     Draw,

@@ -9,8 +9,7 @@ from math import inf, log
 import pytest
 import torch
 
-from stylefast.kernels.adain_affine import adain_affine
-from stylefast.kernels.token_stats import token_stats
+from stylefast.kernels.adain import adain_affine, token_stats
 from tests.support.fp64 import close, measured
 from tests.support.oracle import instant_style as ip
 from tests.support.oracle.style_aligned import SETTINGS, Sharing, adain, guidance_layout, shared

@@ -1,12 +1,14 @@
-"""Gains and offsets of AdaIN from two sets of token statistics.
+"""AdaIN: statistics over tokens, and the gains and offsets that they give.
 
-AdaIN(x, y) = std(y) * (x - mean(x)) / std(x) + mean(y) with std = sqrt(variance + 1e-5) is affine in x. A strength s in
-[0, 1] applies it partially:
+StyleAligned (arXiv 2312.02133, section 3.2) normalises the queries and keys of a target to the statistics of its
+reference: AdaIN(x, y) = std(y) * (x - mean(x)) / std(x) + mean(y) with std = sqrt(variance + 1e-5), over tokens, per
+row, head and channel, with the unbiased variance. That is affine in x, and a strength s in [0, 1] applies it partially:
 
     ratio = sqrt((variance_y + 1e-5) / (variance_x + 1e-5))
     gain  = 1 + s (ratio - 1)           offset = s (mean_y - ratio mean_x)
 
-(StyleAligned, arXiv 2312.02133, section 3.2.) A constant channel has variance 0; eps inside the root keeps it finite.
+`token_stats` computes the means and variances, `adain_affine` the gains and offsets, and `shared_attention` applies
+them as it loads x, which needs no extra pass. A constant channel has variance 0; eps inside the root keeps it finite.
 """
 
 import torch
@@ -17,6 +19,77 @@ from stylefast.kernels.registry import Operation, require_extension
 from stylefast.kernels.shared_attention import Affine
 
 ADAIN_EPS = 1e-5
+
+
+def token_stats_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute mean and unbiased variance over tokens in plain PyTorch.
+
+    x: [rows, tokens, heads, d], any float type, any strides. Returns two fp32 tensors [rows, heads, d], or fp64 for
+    fp64 input. The variance of a single token is 0.
+    """
+    tokens = x.shape[1]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = x.sum(1) / tokens
+    deviation = x - mean[:, None]
+    return mean, (deviation * deviation).sum(1) / max(tokens - 1, 1)
+
+
+def token_stats(x: torch.Tensor, *more: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and unbiased variance over tokens, of up to three tensors in one pass.
+
+    Each is [rows, tokens, heads, d], all of one shape and type; strides may differ, the last dimension is contiguous.
+    Returns two fp32 tensors: [rows, heads, d] for one tensor, [tensors, rows, heads, d] for several. Raises
+    InvalidRequest, a ValueError, for other shapes, types or strides, and if there are no tokens.
+    """
+    tensors = [x, *more]
+    checks.shape("x", x, rows=-1, tokens=-1, heads=-1, d=-1)
+    checks.floating("x", x)
+    if not 1 <= len(tensors) <= 3:
+        raise InvalidRequest(f"token_stats takes 1 to 3 tensors, not {len(tensors)}")
+    if x.shape[1] == 0:
+        raise InvalidRequest(f"token_stats needs at least 1 token, but x has shape {list(x.shape)}")
+    rows, tokens, heads, width = x.shape
+    for i, other in enumerate(tensors):
+        name = f"tensor {i}"
+        checks.shape(name, other, rows=rows, tokens=tokens, heads=heads, d=width)
+        checks.dtype(name, other, x.dtype)
+        checks.dense_channels(**{name: other})
+        checks.together("x", **{"x": x, name: other})
+    mean, variance = stats_operation.call(tensors)
+    return (mean, variance) if more else (mean[0], variance[0])
+
+
+def _stats_refuse(form, arguments) -> str:
+    width = arguments[0][0].shape[-1]
+    return f"head size {width} is not a multiple of 8" if form == "cpp" and width % 8 else ""
+
+
+def _stats_outputs(tensors):
+    rows, _, heads, width = tensors[0].shape
+    shape = (len(tensors), rows, heads, width)
+    return tuple(torch.empty(shape, dtype=torch.float32, device=tensors[0].device) for _ in range(2))
+
+
+def _stats_torch(tensors):
+    if tensors[0].numel() == 0:
+        return _stats_outputs(tensors)
+    exact, correction = torch.promote_types(tensors[0].dtype, torch.float32), min(1, tensors[0].shape[1] - 1)
+    pairs = [torch.var_mean(x.to(exact), dim=1, correction=correction) for x in tensors]
+    mean, variance = torch.stack([mean for _, mean in pairs]), torch.stack([variance for variance, _ in pairs])
+    return mean.float(), variance.float()
+
+
+def _stats_cpp(tensors, mean, variance):
+    require_extension().token_stats(tensors, mean, variance)
+
+
+stats_operation = Operation(
+    "token_stats",
+    "(Tensor[] tensors) -> (Tensor, Tensor)",
+    outputs=_stats_outputs,
+    forms={"triton": "token_stats", "cpp": _stats_cpp, "torch": _stats_torch},
+    refuse=_stats_refuse,
+)
 
 
 def adain_affine_ref(
@@ -64,7 +137,7 @@ def adain_affine(
     skips the check of statistics: if activations overflowed, the gains of those rows are not finite either.
     """
     _check(mean, variance, page, strength, pool_mean, pool_variance)
-    return Affine(*operation.call(mean, variance, page, strength, pool_mean, pool_variance, check_finite))
+    return Affine(*affine_operation.call(mean, variance, page, strength, pool_mean, pool_variance, check_finite))
 
 
 def _check(mean, variance, page, strength, pool_mean, pool_variance):
@@ -105,11 +178,11 @@ def _check_statistics(prefix, mean, variance):
     checks.numbers_within(f"{prefix}variance", variance, 0, largest)
 
 
-def _outputs(mean, *others):
+def _affine_outputs(mean, *others):
     return tuple(torch.empty(mean.shape, dtype=torch.float32, device=mean.device) for _ in range(2))
 
 
-def _torch(mean, variance, page, strength, pool_mean, pool_variance, check_finite):
+def _affine_torch(mean, variance, page, strength, pool_mean, pool_variance, check_finite):
     all_mean, all_variance = mean, variance
     if pool_mean is not None:
         all_mean, all_variance = torch.cat([mean, pool_mean], 1), torch.cat([variance, pool_variance], 1)
@@ -122,22 +195,22 @@ def _torch(mean, variance, page, strength, pool_mean, pool_variance, check_finit
     return gain.contiguous(), offset.contiguous()
 
 
-def _cpp(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset):
+def _affine_cpp(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset):
     require_extension().adain_affine(mean, variance, page, strength, pool_mean, pool_variance, gain, offset)
 
 
-def _triton(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset, **config):
+def _affine_triton(mean, variance, page, strength, pool_mean, pool_variance, check_finite, gain, offset, **config):
     from stylefast.kernels.gpu.adain_affine import adain_affine as launch
 
     launch(mean, variance, page, strength, pool_mean, pool_variance, gain, offset, **config)
 
 
-operation = Operation(
+affine_operation = Operation(
     "adain_affine",
     "(Tensor mean, Tensor variance, Tensor page, Tensor strength, Tensor? pool_mean, Tensor? pool_variance, "
     "bool check_finite) "
     "-> (Tensor, Tensor)",
-    outputs=_outputs,
-    forms={"triton": _triton, "cpp": _cpp, "torch": _torch},
+    outputs=_affine_outputs,
+    forms={"triton": _affine_triton, "cpp": _affine_cpp, "torch": _affine_torch},
     values=_check_values,
 )
