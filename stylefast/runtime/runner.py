@@ -16,13 +16,12 @@ import torch
 from stylefast.errors import EngineClosed, ExportError, NumericsError, OutOfMemory, StyleFastError
 from stylefast.models.row_features import RowFeatures
 from stylefast.models.unet import UNet
-from stylefast.runtime.backends.base import Backend
+from stylefast.runtime.backends.base import Backend, LatentSlots, ModelInputs, run_step
 from stylefast.runtime.banks.bank_pages import BankPages, pages_of
 from stylefast.runtime.memory import MemoryBudget, going_on, is_out_of_memory
 from stylefast.runtime.plan.sample import Sample
 from stylefast.runtime.plan.sample_group import Pin, SampleGroup
 from stylefast.runtime.steps.conditions import Conditions, ConditionStore
-from stylefast.runtime.steps.step import LatentSlots, ModelInputs, run_step
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, StepColumns, bank_keys
 from stylefast.runtime.streams import SideStream, StepStream
 from stylefast.slots import LruDict

@@ -11,12 +11,11 @@ from stylefast.kernels import registry
 from stylefast.models.row_table import ImageKV
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends import base
-from stylefast.runtime.backends.base import TorchBackend, graphs_for
+from stylefast.runtime.backends.base import LatentSlots, ModelInputs, TorchBackend, graphs_for, run_step
 from stylefast.runtime.backends.choice import make_backend
 from stylefast.runtime.backends.cuda_graphs import Captured, StepGraphs
 from stylefast.runtime.banks.bank_pages import BankPages
 from stylefast.runtime.steps.key_values import KeyValuePages
-from stylefast.runtime.steps.step import LatentSlots, ModelInputs, run_step
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers
 from tests.support.scene import sharp_pipeline
 from tests.support.small_sdxl import small_unet_config

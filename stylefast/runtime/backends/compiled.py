@@ -31,12 +31,11 @@ from stylefast.kernels.shared_attention import References
 from stylefast.models.row_loras import LoraInputs, RowLoras
 from stylefast.models.row_table import ImageKV, StylePages
 from stylefast.models.unet import BlockLoras, Resnet, ResnetLoras, TransformerBlock, UNet
-from stylefast.runtime.backends.base import Backend, graphs_for, read_in_place
+from stylefast.runtime.backends.base import Backend, LatentSlots, ModelInputs, graphs_for, read_in_place, run_step
 from stylefast.runtime.backends.compile_cache import CompileCache, default_folder
 from stylefast.runtime.backends.cuda_graphs import StepGraphs
 from stylefast.runtime.banks.bank_pages import idle_pages
 from stylefast.runtime.steps.key_values import KeyValuePages
-from stylefast.runtime.steps.step import LatentSlots, ModelInputs, run_step
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, StepColumns
 from stylefast.values import quoted
 
