@@ -30,6 +30,7 @@ from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.options import NAMES, OF_LOADED, SIZES, EngineOptions, parse_bytes
 from stylefast.record import metadata, style_digest
+from stylefast.runtime.admission import RequestPlanner
 from stylefast.runtime.backends.choice import check_backend, make_backend
 from stylefast.runtime.banks.baking import BakeCallback, bake, bake_request
 from stylefast.runtime.decoding import Decoder, to_pil
@@ -39,7 +40,6 @@ from stylefast.runtime.memory import MemoryBudget, check_limit, held_bytes, memo
 from stylefast.runtime.plan.checks import as_list, check_deadline, check_output, prompts_of
 from stylefast.runtime.plan.notices import Notices
 from stylefast.runtime.plan.request import LoraStrength, Request, Result, StyleLike
-from stylefast.runtime.plan.request_planner import RequestPlanner
 from stylefast.runtime.runner import Runner
 from stylefast.runtime.scheduler import Scheduler
 from stylefast.runtime.steps.conditions import ConditionStore

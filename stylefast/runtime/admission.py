@@ -1,30 +1,207 @@
-"""Admission of pictures: their inputs are made piece by piece, so that slow work does not delay other pictures' steps.
+"""From requests to pictures in the batch: `RequestPlanner` checks and plans them, `Admission` makes their inputs.
 
-Encoders, file reads and the VAE run alongside the steps, and so does loading a style bank's pages for the first step;
-the DDIM inversion of a reference is a group that runs its steps in the batch like any other. Only writing the pages of
-prompts and pictures, and slots, happens between two steps.
-`Joining` is a job in that state; `pieces` makes its result after the last step.
+Inputs are made piece by piece, so that slow work does not delay other pictures' steps. Encoders, file reads and the VAE
+run alongside the steps, and so does loading a style bank's pages for the first step; the DDIM inversion of a reference
+is a group that runs its steps in the batch like any other. Only writing the pages of prompts and pictures, and slots,
+happens between two steps. `Joining` is a job in that state.
 """
 
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from stylefast.errors import DeadlineExceeded, JobCancelled
-from stylefast.runtime.helper import AGAIN
-from stylefast.runtime.jobs import Job
-from stylefast.runtime.plan.pinning import forward_pin, inverted_pin, latents_pin
-from stylefast.runtime.plan.request_planner import RequestPlanner
-from stylefast.runtime.plan.sample import Sample, connected
+from stylefast.errors import ExportError, InvalidRequest
+from stylefast.kernels.row_lora import RANK
+from stylefast.models import vae as vaes
+from stylefast.models.pictures import open_picture
+from stylefast.runtime.backends.base import StepNeeds
+from stylefast.runtime.loras import Loras, described
+from stylefast.runtime.plan.pinning import forward_pin, inversion_of, inverted_pin, latents_pin, scheduler_config
+from stylefast.runtime.plan.request import Request, check_size
+from stylefast.runtime.plan.sample import Sample, connected, plan_samples
 from stylefast.runtime.plan.sample_group import Pin, SampleGroup
+from stylefast.runtime.runner import Runner
 from stylefast.runtime.steps.conditions import Encoded
+from stylefast.sampling.edm import is_edm
+from stylefast.sampling.few_step import named_schedule
+from stylefast.sampling.schedule import Schedule, schedule_digest
+from stylefast.styles.bank import StyleBank
+from stylefast.styles.style import ModelFacts, ReferenceStyle, asking
+from stylefast.values import listed, quoted
 
 # what an admission needs next: a call to make with `Runner.beside`, or groups to run to their end
 Wanted = Callable[[], Any] | list[SampleGroup]
+
+
+class RequestPlanner:
+    """Turns requests into samples of one model.
+
+    scheduler_config: the model's, in diffusers' format. native_size: (width, height) in pixels. fingerprint: returns
+    the current model's fingerprint, including LoRAs.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        vae: torch.nn.Module,
+        scheduler_config: Mapping,
+        native_size: tuple[int, int],
+        model: str,
+        fingerprint: Callable[[], str],
+        loras: Loras,
+    ):
+        self.runner, self.vae, self.native_size = runner, vae, native_size
+        self.model, self.fingerprint, self._loras = model, fingerprint, loras
+        self._config = scheduler_config
+        self.downscale = vaes.downscale(vae)
+
+    def samples(self, requests: Sequence[Request]) -> list[Sample]:
+        """Return the samples for all pictures that `requests` need, including references. Raises like `check`."""
+        self.check(requests)
+        return self._planned(requests)
+
+    def _planned(self, requests: Sequence[Request]) -> list[Sample]:
+        samples = plan_samples(requests, self.schedule, self.native_size)
+        for sample in samples:
+            sample.loras = self._loras.uses(sample.request.lora_scales)
+        return samples
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise the errors that can be found without running anything.
+
+        These concern styles for other layers, adapters, masks, learned vectors and positions of their tokens, banks
+        that don't match, schedules, and sizes that never fit into memory or have no exported graph.
+        """
+        facts = ModelFacts(self.runner.unet.layout, self._config["_class_name"] if is_edm(self._config) else None)
+        for style in dict.fromkeys(style for request in requests for style in request.styles):
+            with asking(type(style), "check"):
+                style.check(facts)
+        for request in requests:
+            self.runner.conditions.text_encoder.check_clip_skip(request.clip_skip or 0)
+            style = request.reader
+            if style is not None and style.reads.bank is not None:
+                self._check_bank(request, style, style.reads.bank)
+        samples = self._planned(requests)
+        for sample in samples:
+            self._check_loras(sample)
+            if sample.inverted:
+                self.inversion(sample)
+        needs = {sample: self.runner.conditions.check(sample) for sample in samples}
+        self._check_text(max((tokens for _, tokens in needs.values()), default=0))
+        for group in connected(samples):
+            self._check_room(group, *(max(numbers) for numbers in zip(*(needs[sample] for sample in group))))
+
+    def _check_text(self, tokens: int) -> None:
+        """Raise ExportError for texts that are longer than those of exported graphs."""
+        window, backend = self.runner.conditions.text_encoder.max_tokens, self.runner.backend
+        limit = backend.limits.get("text_tokens", tokens) if backend.takes_long_texts else window
+        if tokens > limit:
+            chunks = tokens // window
+            raise ExportError(
+                f"a prompt of the request has {tokens} tokens in {chunks} chunks, but the graphs of backend "
+                f"{quoted(backend.name)} take only {limit}; shorten it to {limit // window * (window - 2)} tokens, "
+                f"export the model with --max-text-chunks {chunks}, or load it with backend='torch' or 'compile'"
+            )
+
+    def _check_loras(self, sample: Sample) -> None:
+        """Raise ExportError for LoRAs that an exported graph can't apply."""
+        names = listed(use.lora.name for use in sample.loras)
+        backend, used = self.runner.backend, [use.lora for use in sample.loras if use.unet]
+        rank = max((lora.rank for lora in used), default=0)
+        instead = "load it with backend='torch' or 'compile'"
+        if used and not backend.takes_loras:
+            raise ExportError(
+                f"the request uses LoRAs ({names}), but the graphs of backend {quoted(backend.name)} have no inputs "
+                f"for them; export the model with --lora-rank {rank} --lora-slots {len(used)}, {instead}, or merge the "
+                "LoRAs with engine.load_lora before the export"
+            )
+        slots, most = (backend.limits.get(name, 2**31) for name in ("lora_slots", "lora_rank"))
+        if len(used) > slots:
+            raise ExportError(
+                f"the request uses {len(used)} LoRAs of the UNet ({names}), but the graphs of backend "
+                f"{quoted(backend.name)} take {slots} per picture; use fewer, export the model with --lora-slots "
+                f"{len(used)}, or {instead}"
+            )
+        if rank > most:
+            wide = next(lora for lora in used if lora.rank == rank)
+            raise ExportError(
+                f"the LoRA {quoted(wide.name)} takes {rank} ranks in units of {RANK}, but the graphs of backend "
+                f"{quoted(backend.name)} take {most}; export the model with --lora-rank {rank}, or {instead}"
+            )
+        text = any(use.text and any(use.lora.changes_text) for use in sample.loras)
+        if text and not self.runner.conditions.text_encoder.runner.takes_loras:
+            raise ExportError(
+                f"the request uses LoRAs of the text encoders ({names}), which exported text encoders can't apply; "
+                "give (strength, 0) for the UNet's part alone, or load the model with backend='torch' or 'compile'"
+            )
+
+    def _check_room(self, group: Sequence[Sample], segments: int, tokens: int) -> None:
+        """Raise OutOfMemory or ExportError for a group that could not run even alone."""
+        latent_size = self.latent_shape(group[0].size)[1:]
+        # a lower bound: readers may need further branches of a reference
+        rows = max(sum(len(sample.step_weights[step]) for sample in group) for step in range(group[0].schedule.steps))
+        banked = [sample.bank.info.references for sample in group if sample.bank is not None]
+        references = max([*banked, *(len(sample.references) for sample in group)])
+        texts = self.runner.conditions.text.nbytes_with(tokens)
+        self.runner.budget.check_ever(self.runner.unet, rows, latent_size, texts)
+        used = [[use.lora.rank for use in sample.loras if use.unet] for sample in group]
+        loras, rank = max(map(len, used)), max((rank for ranks in used for rank in ranks), default=0)
+        needs = StepNeeds(rows, latent_size, references, segments, bool(banked), loras, rank, tokens)
+        self.runner.backend.check(needs)
+
+    def schedule(self, request: Request) -> Schedule:
+        """Return the request's schedule. Raises InvalidRequest for an unknown scheduler or a count it can't take."""
+        config = scheduler_config(request, self._config)
+        return named_schedule(request.scheduler, request.steps, config, request.spacing)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Return (channels, h, w) of the latents of a picture of (width, height)."""
+        width, height = check_size(size)
+        if width % self.downscale or height % self.downscale:
+            raise InvalidRequest(f"size is {width}x{height}; this model's must be divisible by {self.downscale}")
+        return self.runner.unet.config["in_channels"], height // self.downscale, width // self.downscale
+
+    def _check_bank(self, request: Request, style: ReferenceStyle, bank: StyleBank) -> None:
+        schedule = self.schedule(request)
+        layers = style.layer_mask(self.runner.unet.layout).nonzero().flatten().tolist()
+        target = plan_samples([request], lambda _: schedule, self.native_size)[0]
+        bank.check_fits(
+            model=self.model,
+            fingerprint=self.fingerprint(),
+            scheduler=request.scheduler,
+            steps=request.steps,
+            size=request.size or self.native_size,
+            branches=target.branches,
+            layers=tuple(layers),
+            clip_skip=request.clip_skip or 0,
+            loras=described(self._loras.uses(request.lora_scales)),
+        )
+        # last, since it differs whenever the steps or the sampler do
+        bank.check_fits(schedule=schedule_digest(schedule))
+
+    def inversion(self, sample: Sample) -> Sample:
+        """Return the inversion that the pinned reference `t` needs first; see `pinning.inversion_of`."""
+        return inversion_of(sample, self._config)
+
+    def bake_plan(self, request: Request) -> tuple[Sample, list[Sample]]:
+        """Return the sample of a bank's reader, and the references that the bank stores. Raises like `check`."""
+        self.check([request])
+        target, *references = self._planned([request])
+        return target, references
+
+    def encode_picture(self, sample: Sample) -> torch.Tensor:
+        """Encode a reference picture, scaled to cover the size and centre-cropped, to latents [channels, h, w]."""
+        from PIL import ImageOps
+
+        assert sample.picture is not None
+        picture = ImageOps.fit(open_picture(sample.picture), sample.size)
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(1, sample.size[1], sample.size[0], 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.inference_mode():
+            return vaes.encode(self.vae, pixels.to(self.runner.unet.device))[0].float()
 
 
 class Admission:
@@ -159,38 +336,3 @@ class Joining:
     def waits(self) -> bool:
         """Return whether its call is unfinished."""
         return self.call is not None and not self.call.over
-
-
-def pieces(job: Job, making: Generator[None, None, Any], ready: Callable[[], None]) -> Callable[[], Any]:
-    """Return a helper task that makes a job's result piece by piece, until complete or the job is cancelled.
-
-    ready: waits until the device has computed the data for the result.
-    """
-
-    def piece() -> Any:
-        if job.expires is not None and time.monotonic() >= job.expires:
-            making.close()
-            raise too_late(job)
-        ready()
-        if job.cancelled:
-            making.close()
-            raise cancelled(job)
-        try:
-            next(making)
-        except StopIteration as end:
-            return end.value
-        return AGAIN
-
-    return piece
-
-
-def cancelled(job: Job) -> JobCancelled:
-    """Return the error of a cancelled job."""
-    return JobCancelled(f"the job was cancelled at step {job.step} of {job.steps}")
-
-
-def too_late(job: Job) -> DeadlineExceeded:
-    """Return the error of a job whose deadline has passed."""
-    assert job.expires is not None
-    given = job.expires - job.submitted
-    return DeadlineExceeded(f"the deadline of {given:g} seconds passed at step {job.step} of {job.steps}")

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from stylefast import values
-from stylefast.errors import EngineClosed, InvalidRequest, JobCancelled
+from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, JobCancelled
 from stylefast.models.row_features import RowFeatures
+from stylefast.runtime.admission import RequestPlanner
+from stylefast.runtime.helper import AGAIN
 from stylefast.runtime.plan.request import Request
-from stylefast.runtime.plan.request_planner import RequestPlanner
 from stylefast.runtime.plan.sample import Sample
 from stylefast.runtime.plan.sample_group import SampleGroup
 from stylefast.runtime.runner import Runner
@@ -299,6 +300,41 @@ class Call(Job):
 
     def _alike(self, group: SampleGroup) -> list[SampleGroup]:
         return [g for g in self.groups if g.latent_shape == group.latent_shape]
+
+
+def pieces(job: Job, making: Generator[None, None, Any], ready: Callable[[], None]) -> Callable[[], Any]:
+    """Return a helper task that makes a job's result piece by piece, until complete or the job is cancelled.
+
+    ready: waits until the device has computed the data for the result.
+    """
+
+    def piece() -> Any:
+        if job.expires is not None and time.monotonic() >= job.expires:
+            making.close()
+            raise too_late(job)
+        ready()
+        if job.cancelled:
+            making.close()
+            raise cancelled(job)
+        try:
+            next(making)
+        except StopIteration as end:
+            return end.value
+        return AGAIN
+
+    return piece
+
+
+def cancelled(job: Job) -> JobCancelled:
+    """Return the error of a cancelled job."""
+    return JobCancelled(f"the job was cancelled at step {job.step} of {job.steps}")
+
+
+def too_late(job: Job) -> DeadlineExceeded:
+    """Return the error of a job whose deadline has passed."""
+    assert job.expires is not None
+    given = job.expires - job.submitted
+    return DeadlineExceeded(f"the deadline of {given:g} seconds passed at step {job.step} of {job.steps}")
 
 
 class Previews:

@@ -24,11 +24,10 @@ import torch
 
 from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory, QueueFull, StyleFastError
 from stylefast.models.row_features import RowFeatures
-from stylefast.runtime.admission import Admission, HelperCall, Joining, cancelled, pieces, too_late
+from stylefast.runtime.admission import Admission, HelperCall, Joining, RequestPlanner
 from stylefast.runtime.helper import Helper
-from stylefast.runtime.jobs import Job, Preview
+from stylefast.runtime.jobs import Job, Preview, cancelled, pieces, too_late
 from stylefast.runtime.memory import give_back, is_out_of_memory
-from stylefast.runtime.plan.request_planner import RequestPlanner
 from stylefast.runtime.plan.sample_group import SampleGroup
 from stylefast.runtime.runner import Runner, joined
 

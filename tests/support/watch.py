@@ -6,7 +6,7 @@ import time
 import torch
 
 import stylefast as sf
-from stylefast.runtime import admission, jobs, scheduler
+from stylefast.runtime import jobs, scheduler
 from tests.support.scene import SIZE, STEPS
 
 WAIT = 180  # seconds, for what takes one on a machine with nothing else to do; a test that hangs should fail
@@ -27,7 +27,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self._now = time.monotonic()
-        for module in (scheduler, jobs, admission):
+        for module in (scheduler, jobs):
             monkeypatch.setattr(module, "time", self)
 
     def monotonic(self) -> float:

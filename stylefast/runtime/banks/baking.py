@@ -10,10 +10,10 @@ import torch
 from stylefast import values
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.row_features import RowFeatures
+from stylefast.runtime.admission import RequestPlanner
 from stylefast.runtime.jobs import Job
 from stylefast.runtime.loras import described
 from stylefast.runtime.plan.request import Request
-from stylefast.runtime.plan.request_planner import RequestPlanner
 from stylefast.runtime.plan.sample import shared_styles
 from stylefast.runtime.plan.sample_group import SampleGroup
 from stylefast.runtime.runner import Runner
