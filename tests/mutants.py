@@ -126,7 +126,7 @@ MUTANTS = (
     ),
     Mutant(
         "one seed for a group",
-        "stylefast/runtime/plan/sample_group.py",
+        "stylefast/runtime/plan/sample.py",
         "{sample: noise_generator(sample.request) for sample in samples}",
         "{sample: noise_generator(samples[0].request) for sample in samples}",
         "tests/engine/test_style_aligned.py::test_the_first_prompt_lends_its_style_as_in_the_oracle[default]",

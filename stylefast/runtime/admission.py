@@ -21,8 +21,7 @@ from stylefast.runtime.backends.base import StepNeeds
 from stylefast.runtime.loras import Loras, described
 from stylefast.runtime.plan.pinning import forward_pin, inversion_of, inverted_pin, latents_pin, scheduler_config
 from stylefast.runtime.plan.request import Request, check_size
-from stylefast.runtime.plan.sample import Sample, connected, plan_samples
-from stylefast.runtime.plan.sample_group import Pin, SampleGroup
+from stylefast.runtime.plan.sample import Pin, Sample, SampleGroup, connected, plan_samples
 from stylefast.runtime.runner import Runner
 from stylefast.runtime.steps.conditions import Encoded
 from stylefast.sampling.edm import is_edm

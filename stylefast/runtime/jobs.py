@@ -19,8 +19,7 @@ from stylefast.models.row_features import RowFeatures
 from stylefast.runtime.admission import RequestPlanner
 from stylefast.runtime.helper import AGAIN
 from stylefast.runtime.plan.request import Request
-from stylefast.runtime.plan.sample import Sample
-from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.plan.sample import Sample, SampleGroup
 from stylefast.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,7 @@ from stylefast.models.unet import UNet
 from stylefast.runtime.backends.base import Backend, LatentSlots, ModelInputs, run_step
 from stylefast.runtime.banks.bank_pages import BankPages, pages_of
 from stylefast.runtime.memory import MemoryBudget, going_on, is_out_of_memory
-from stylefast.runtime.plan.sample import Sample
-from stylefast.runtime.plan.sample_group import Pin, SampleGroup
+from stylefast.runtime.plan.sample import Pin, Sample, SampleGroup
 from stylefast.runtime.steps.conditions import Conditions, ConditionStore
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, StepColumns, bank_keys
 from stylefast.runtime.streams import SideStream, StepStream

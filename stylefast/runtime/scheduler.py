@@ -28,7 +28,7 @@ from stylefast.runtime.admission import Admission, HelperCall, Joining, RequestP
 from stylefast.runtime.helper import Helper
 from stylefast.runtime.jobs import Job, Preview, cancelled, pieces, too_late
 from stylefast.runtime.memory import give_back, is_out_of_memory
-from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.plan.sample import SampleGroup
 from stylefast.runtime.runner import Runner, joined
 
 logger = logging.getLogger(__name__)

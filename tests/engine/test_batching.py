@@ -8,7 +8,7 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import NumericsError, OutOfMemory
-from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.plan.sample import SampleGroup
 from tests.support.fp64 import close
 from tests.support.scene import SIZE, STEPS, small_picture
 from tests.support.watch import WAIT, Watch, forget_idle, held, request, settled, submit, until

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.row_table import NO_PAGE, PLAIN
 from stylefast.runtime.plan.request import Request
-from stylefast.runtime.plan.sample import plan_samples
-from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.plan.sample import SampleGroup, plan_samples
 from stylefast.runtime.runner import Runner
 from stylefast.runtime.steps.conditions import Conditions
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, bank_keys

@@ -21,7 +21,7 @@ from stylefast.models.row_loras import RowLoras
 from stylefast.models.row_table import ImageKV, KeyValue, StylePages
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends.cuda_graphs import CudaCapture, StepGraphs
-from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.plan.sample import SampleGroup
 from stylefast.runtime.steps.step_buffers import StepColumns
 from stylefast.slots import Slots
 

@@ -33,7 +33,7 @@ from stylefast.models.row_table import COLUMNS, RowTable
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends.base import Backend, LatentSlots, ModelInputs, StepNeeds, model_input, sampler_update
 from stylefast.runtime.backends.exported_parts import ExportedParts
-from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.plan.sample import SampleGroup
 from stylefast.runtime.steps.step_buffers import StepColumns
 from stylefast.slots import LruDict
 from stylefast.values import quoted

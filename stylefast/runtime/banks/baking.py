@@ -14,8 +14,7 @@ from stylefast.runtime.admission import RequestPlanner
 from stylefast.runtime.jobs import Job
 from stylefast.runtime.loras import described
 from stylefast.runtime.plan.request import Request
-from stylefast.runtime.plan.sample import shared_styles
-from stylefast.runtime.plan.sample_group import SampleGroup
+from stylefast.runtime.plan.sample import SampleGroup, shared_styles
 from stylefast.runtime.runner import Runner
 from stylefast.runtime.scheduler import Scheduler
 from stylefast.sampling.guidance import BRANCHES

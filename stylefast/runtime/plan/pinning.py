@@ -11,8 +11,7 @@ import torch
 
 from stylefast.errors import StyleError
 from stylefast.runtime.plan.request import Request
-from stylefast.runtime.plan.sample import Sample
-from stylefast.runtime.plan.sample_group import Pin, noise_generator
+from stylefast.runtime.plan.sample import Pin, Sample, noise_generator
 from stylefast.sampling.edm import is_edm
 from stylefast.sampling.guidance import FULL, NULL
 from stylefast.sampling.inversion import inversion_schedule, pinned_latents

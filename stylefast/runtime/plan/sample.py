@@ -1,19 +1,26 @@
-"""Requests to samples: which pictures a batch denoises, including those that only serve as a reference.
+"""Requests to samples, and samples to groups and their rows.
 
 A sample is one picture on its way from noise to image. A request adds one; a style with its own reference adds another,
 shared by every request that needs exactly the same one. A baked reference adds none, because its readers use the bank's
 pages. Only a bank of latents adds one, which is held at those latents.
+
+Samples that read one another form a group: the unit that joins a batch, leaves it, and fails or succeeds as one. The
+rows of a group hold the settings of its styles as columns of numbers, ordered by sample, then by branch. They stay the
+same from step to step until a window opens or closes, so they are made once for all such steps.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from stylefast.errors import InvalidRequest
+from stylefast.errors import InvalidRequest, StyleError
+from stylefast.models.layout import AttentionLayout
 from stylefast.models.pictures import PictureSource
+from stylefast.models.row_table import CONCAT, PLAIN, SWAP
 from stylefast.runtime.loras import LoraUse
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.guidance import (
@@ -24,8 +31,15 @@ from stylefast.sampling.guidance import (
     guidance_weights,
 )
 from stylefast.sampling.schedule import Schedule
+from stylefast.sampling.tables import NEXT_LATENTS, NOISE
 from stylefast.styles.bank import StyleBank
-from stylefast.styles.style import ReferenceStyle, Style
+from stylefast.styles.style import ReferenceStyle, Rows, Style, asking
+
+if TYPE_CHECKING:  # built on samples
+    from stylefast.runtime.steps.conditions import Conditions, ImageSegment
+
+# from a step, 0 to the schedule's last plus one, to the latents [channels, h, w] that a reference is held at
+Pin = Callable[[int], torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -204,3 +218,233 @@ def _pace(sample: Sample) -> tuple:
 def _describe(sample: Sample) -> str:
     steps, scheduler, (width, height), spacing = _pace(sample)
     return f"{steps} steps of {scheduler} at {width}x{height}{f', {spacing} spacing' if spacing else ''}"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference that a row reads: a picture of its group, or a page of a bank."""
+
+    picture: int  # place in the group; -1 for a bank's page
+    bank: StyleBank | None = None
+    number: int = 0  # which of the bank's references
+
+
+@dataclass(frozen=True, eq=False)
+class GroupRows:
+    """The rows of a group during steps that differ only in the step number: `rows` rows, `pictures` pictures."""
+
+    picture: np.ndarray  # [rows] int64: place in the group
+    branch: np.ndarray  # [rows] int64: place in BRANCHES
+    text_page: np.ndarray  # [steps, rows] int64
+    references: list[list[Reference]]  # per row
+    columns: Rows  # columns written by styles
+    segments: list[list["ImageSegment"]]  # per row
+    loras: list[list[tuple[int, float]]]  # per row: places in the pool, and strengths
+    weights: np.ndarray  # [pictures, 4] float32 of the branches
+    mutual: bool  # whether references may have references
+
+    @property
+    def rows(self) -> int:
+        return len(self.picture)
+
+    @property
+    def width(self) -> int:
+        """Return the largest number of references of a row."""
+        return max(map(len, self.references), default=0)
+
+    @property
+    def segment_width(self) -> int:
+        """Return the largest number of image segments of a row."""
+        return max(map(len, self.segments), default=0)
+
+    @property
+    def lora_width(self) -> int:
+        """Return the largest number of LoRAs of a row."""
+        return max(map(len, self.loras), default=0)
+
+
+class SampleGroup:
+    """Samples that read one another, at one step, with one schedule length and one size.
+
+    Everything that changes with the step is in arrays indexed by it, so that a step accesses no other Python objects.
+    `slots` are the slots of its pictures in the latents of its size, set by the runner through `put`.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        conditions: "Conditions",
+        pins: Mapping[Sample, Pin],
+        layout: AttentionLayout,
+        latent_shape: tuple[int, int, int],
+    ):
+        self.samples, self.conditions, self.pins = list(samples), conditions, pins
+        self.latent_shape = latent_shape  # (channels, h, w)
+        self.step = 0
+        self.put(np.zeros(0, dtype=np.int64), torch.device("cpu"))
+        # of an inversion, all latents [channels, h, w] that it has passed, the first before any step
+        self.trail = [samples[0].start] if samples[0].start is not None else None
+        self._generators = {sample: noise_generator(sample.request) for sample in samples}
+        self._drawn: tuple[int, torch.Tensor] = (-1, torch.zeros(0))
+
+        schedules = [sample.schedule for sample in samples]
+        self.steps = schedules[0].steps
+        self.timestep = np.stack([s.timesteps.numpy() for s in schedules], axis=1)  # [steps, pictures]
+        self.input_scale = np.stack([s.input_scale.numpy() for s in schedules], axis=1)
+        self.denoised = np.stack([s.denoised.numpy() for s in schedules], axis=1)  # [steps, pictures, 2]
+        self.update = np.stack([s.update.numpy() for s in schedules], axis=1)  # [steps, pictures, 2, 6]
+        for i, sample in enumerate(samples):
+            if sample in pins:
+                # the next latents are passed as the noise, and all other terms are 0
+                self.denoised[:, i], self.update[:, i] = 0, 0
+                self.update[:, i, NEXT_LATENTS, NOISE] = 1
+        self.rescale = np.array([sample.request.guidance_rescale for sample in samples], dtype=np.float32)
+        self.time_ids = np.array(
+            [[sample.size[1], sample.size[0], 0, 0, sample.size[1], sample.size[0]] for sample in samples],
+            dtype=np.float32,
+        )
+        self.noisy = any(sample in pins or sample.schedule.uses_noise for sample in samples)
+        all_rows: dict[tuple, GroupRows] = {}
+        self._rows_at: list[GroupRows] = []  # per step; equal ones are one object
+        for step in range(self.steps):
+            key = rows_key(samples, conditions, step)
+            if key not in all_rows:
+                all_rows[key] = make_group_rows(samples, conditions, layout, step)
+            self._rows_at.append(all_rows[key])
+
+    def put(self, slots: np.ndarray, device: torch.device) -> None:
+        """Set the slots [pictures] int64, or none.
+
+        `places` has them on the device, `shown` those of the requested pictures, so that latents can be indexed without
+        waiting for the device.
+        """
+        asked = [sample.output is not None for sample in self.samples] if len(slots) else []
+        self.slots: np.ndarray = slots
+        self.places = torch.from_numpy(slots).to(device)
+        self.shown = torch.from_numpy(slots[np.array(asked, dtype=bool)]).to(device)
+
+    @property
+    def pictures(self) -> int:
+        """Return the number of pictures, including references that are not returned."""
+        return len(self.samples)
+
+    @property
+    def finished(self) -> bool:
+        """Return whether all steps are done."""
+        return self.step >= self.steps
+
+    def rows_at(self, step: int | None = None) -> GroupRows:
+        """Return the rows at a step, by default the current one."""
+        return self._rows_at[self.step if step is None else step]
+
+    @property
+    def rows(self) -> int:
+        """Return the number of UNet rows in the current step."""
+        return self.rows_at().rows
+
+    def first_latents(self) -> torch.Tensor:
+        """Return the latents before step 0, [pictures, channels, h, w] float32."""
+        return torch.stack([self._first_of(sample) for sample in self.samples])
+
+    def noise(self) -> torch.Tensor:
+        """Return the noise of the current step, [pictures, channels, h, w]; drawn once per step."""
+        if self._drawn[0] != self.step:
+            noise = torch.zeros(self.pictures, *self.latent_shape)
+            for i, sample in enumerate(self.samples):
+                if sample in self.pins:
+                    noise[i] = self.pins[sample](self.step + 1)
+                elif sample.schedule.uses_noise:
+                    noise[i] = self._noise_of(sample)
+            self._drawn = (self.step, noise)
+        return self._drawn[1]
+
+    def _first_of(self, sample: Sample) -> torch.Tensor:
+        if sample in self.pins:
+            return self.pins[sample](0).float().cpu()
+        if sample.start is not None:
+            return sample.start.float().cpu()
+        return self._noise_of(sample) * sample.schedule.init_noise_scale
+
+    def _noise_of(self, sample: Sample) -> torch.Tensor:
+        return torch.randn(self.latent_shape, generator=self._generators[sample], dtype=torch.float32)
+
+
+def noise_generator(request: Request) -> torch.Generator:
+    """Return a generator of the request's noise from its start."""
+    assert request.seed is not None  # a request draws one
+    return torch.Generator("cpu").manual_seed(request.seed)
+
+
+def rows_key(samples: Sequence[Sample], conditions: "Conditions", step: int) -> tuple:
+    """Return a key that is equal for steps of one group with equal rows."""
+    branches = branches_at(samples, step)
+    segments = [
+        s.style.active(step, sample.schedule.steps)
+        for sample in samples
+        for b in sample.branches
+        for s in conditions.image_segments[sample, b]
+    ]
+    writing = [style.active(step, sample.schedule.steps) for sample in samples for style in sample.request.styles]
+    weights = tuple(tuple(sample.step_weights[step]) for sample in samples)
+    return (
+        tuple(branches.values()),
+        weights,
+        tuple(sample.shares(step) for sample in samples),
+        tuple(segments),
+        tuple(writing),
+    )
+
+
+def make_group_rows(
+    samples: Sequence[Sample], conditions: "Conditions", layout: AttentionLayout, step: int
+) -> GroupRows:
+    """Return the rows of a group at `step`, and at all steps of an equal `rows_key`."""
+    number = {sample: i for i, sample in enumerate(samples)}
+    rows = [(sample, branch) for sample, branches in branches_at(samples, step).items() for branch in branches]
+    columns = Rows.idle(len(rows), len(layout.layers))
+    group_rows = GroupRows(
+        picture=np.array([number[sample] for sample, _ in rows], dtype=np.int64),
+        branch=np.array([BRANCHES.index(branch) for _, branch in rows], dtype=np.int64),
+        text_page=np.stack([conditions.text_pages[row] for row in rows], axis=1),
+        references=[_references(sample, number) if sample.shares(step) else [] for sample, _ in rows],
+        columns=columns,
+        segments=[
+            [s for s in conditions.image_segments[row] if s.style.active(step, row[0].schedule.steps)] for row in rows
+        ],
+        loras=[[(conditions.held_loras[use.lora], use.unet) for use in sample.loras if use.unet] for sample, _ in rows],
+        weights=np.zeros((len(samples), len(BRANCHES)), dtype=np.float32),
+        mutual=any(sample.reader is not None and sample.reader.reads.mutual for sample in samples),
+    )
+    for row, (sample, branch) in enumerate(rows):
+        group_rows.weights[number[sample], group_rows.branch[row]] = sample.step_weights[step].get(branch, 0.0)
+        for style in _writing(sample, step):
+            if group_rows.references[row] or not isinstance(style, ReferenceStyle):
+                with asking(type(style), "write_rows"):
+                    style.write_rows(columns, row, layout, sample.leads)
+    if not np.isin(columns.self_mode, (PLAIN, CONCAT, SWAP)).all():
+        raise StyleError(f"a style wrote the mode {columns.self_mode.max()}; it must be PLAIN, CONCAT or SWAP")
+    return group_rows
+
+
+def _writing(sample: Sample, step: int) -> list[Style]:
+    """Return the styles of a sample that may write its rows at a step; if two conflict, the later one wins."""
+    return [style for style in sample.request.styles if style.active(step, sample.schedule.steps)]
+
+
+def branches_at(samples: Sequence[Sample], step: int) -> dict[Sample, tuple[str, ...]]:
+    """Return the branches in which each sample has rows: its own, and for a reference those of its readers."""
+    if all(sample.step_weights[step] == sample.weights for sample in samples):
+        return {sample: sample.branches for sample in samples}
+    needed = {sample: set(sample.step_weights[step]) for sample in samples}
+    # full sharing is mutual, so do it twice
+    for _ in range(2):
+        for sample in samples:
+            for reference in sample.references:
+                needed[reference] |= needed[sample]
+    return {sample: tuple(b for b in BRANCHES if b in needed[sample]) for sample in samples}
+
+
+def _references(sample: Sample, number: dict[Sample, int]) -> list[Reference]:
+    if sample.bank is not None:
+        return [Reference(-1, sample.bank, i) for i in range(sample.bank.info.references)]
+    return [Reference(number[reference]) for reference in sample.references]

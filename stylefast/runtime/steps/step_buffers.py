@@ -20,7 +20,7 @@ import torch
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.models.row_table import COLUMNS, NO_PAGE, RowTable
-from stylefast.runtime.plan.sample_group import GroupRows, SampleGroup
+from stylefast.runtime.plan.sample import GroupRows, SampleGroup
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.style import Rows
 from stylefast.values import quoted
