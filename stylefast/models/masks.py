@@ -10,6 +10,7 @@ from PIL import Image
 from stylefast import values
 from stylefast.errors import ImageError, InvalidRequest
 from stylefast.models.pictures import BLACK, PictureSource, open_picture, say_once
+from stylefast.slots import Slots
 
 
 def load_mask(mask: PictureSource | torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
@@ -69,6 +70,31 @@ def check_mask_shape(mask: PictureSource | torch.Tensor, size: Sequence[int]) ->
             f"the mask is {mask.shape[0]} x {mask.shape[1]}, the picture {size[0]} x {size[1]} (height x width); "
             "make them equal, or pass the mask as a picture, which is scaled"
         )
+
+
+class MaskTable:
+    """Masks of one latent size, per attention level [masks, tokens], in reusable places."""
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], device: torch.device):
+        self.sizes, self.generation, self._slots = list(sizes), 0, Slots()
+        self.levels = tuple(torch.zeros(0, h * w, device=device) for h, w in sizes)
+
+    def add(self, vectors: Sequence[torch.Tensor]) -> int:
+        """Store a mask, per level [tokens]; return its number."""
+        if not self._slots.free:
+            before = len(self.levels[0])
+            count = max(4, 2 * before)
+            self.levels = tuple(torch.cat([x, x.new_zeros(count - before, x.shape[1])]) for x in self.levels)
+            self._slots.grow(count)
+            self.generation += 1
+        (place,) = self._slots.take(1)
+        for level, vector in zip(self.levels, vectors, strict=True):
+            level[place] = vector.to(level)
+        return place
+
+    def release(self, places: Sequence[int]) -> None:
+        """Release masks."""
+        self._slots.release(places)
 
 
 def _check_tensor(mask: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:

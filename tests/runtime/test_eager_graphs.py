@@ -15,7 +15,7 @@ from stylefast.runtime.backends.base import LatentSlots, ModelInputs, TorchBacke
 from stylefast.runtime.backends.choice import make_backend
 from stylefast.runtime.backends.cuda_graphs import Captured, StepGraphs
 from stylefast.runtime.banks.bank_pages import BankPages
-from stylefast.runtime.steps.key_values import KeyValuePages
+from stylefast.runtime.steps.conditions import KeyValuePages
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers
 from tests.support.scene import sharp_pipeline
 from tests.support.small_sdxl import small_unet_config

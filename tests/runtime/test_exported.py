@@ -9,12 +9,12 @@ import stylefast as sf
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, OutOfMemory
 from stylefast.export.unet_graph import GraphShape, lora_kinds
 from stylefast.models import prepacked
+from stylefast.models.masks import MaskTable
 from stylefast.models.row_loras import NO_UNIT
 from stylefast.models.row_table import NO_PAGE
 from stylefast.runtime.backends.base import TorchBackend
 from stylefast.runtime.backends.choice import check_backend
 from stylefast.runtime.backends.exported import ExportedBackend, Graph
-from stylefast.runtime.steps.conditions import MaskTable
 from stylefast.sampling.guidance import StyleContextGuidance
 from tests.support.scene import SIZE, apart, half_mask, learned, near, small_picture
 from tests.support.small_checkpoints import random_lora, write_peft_lora

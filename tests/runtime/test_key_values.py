@@ -7,7 +7,7 @@ import torch
 from stylefast.errors import OutOfMemory
 from stylefast.models.layout import AttentionLayout
 from stylefast.runtime.backends.base import LatentSlots
-from stylefast.runtime.steps.key_values import FIRST_PAGES, IDLE_PAGES, KeyValuePages
+from stylefast.runtime.steps.conditions import FIRST_PAGES, IDLE_PAGES, KeyValuePages
 from tests.support.small_sdxl import small_unet_config
 from tests.support.watch import forget_idle
 

@@ -9,7 +9,7 @@ from stylefast.export.unet_graph import GraphShape, graph_inputs, with_tokens
 from stylefast.models.unet import UNet
 from stylefast.runtime.banks.bank_pages import BankPages
 from stylefast.runtime.banks.page_pool import FP8, PageLayout
-from stylefast.runtime.steps.key_values import FIRST_PAGES, KeyValuePages
+from stylefast.runtime.steps.conditions import FIRST_PAGES, KeyValuePages
 from stylefast.styles.bank_size import page_bytes
 from tests.support.small_sdxl import small_unet_config
 

@@ -35,7 +35,7 @@ from stylefast.runtime.backends.base import Backend, LatentSlots, ModelInputs, g
 from stylefast.runtime.backends.compile_cache import CompileCache, default_folder
 from stylefast.runtime.backends.cuda_graphs import StepGraphs
 from stylefast.runtime.banks.bank_pages import idle_pages
-from stylefast.runtime.steps.key_values import KeyValuePages
+from stylefast.runtime.steps.conditions import KeyValuePages
 from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, StepColumns
 from stylefast.values import quoted
 

@@ -1,12 +1,15 @@
 """Conditions of a batch's rows: pages of text and image keys and values, and masks.
 
-Every distinct prompt (per branch and noise stage) and every distinct image segment is a page; the row table selects
-pages by number, so changing the noise stage changes the number. Pages outlive the request that created them, so that
-later requests with the same prompt or style object reuse them.
+Cross-attention's keys and values don't change between steps, nor between requests with equal prompts. So they are
+computed once and kept in pages of buffers with fixed addresses (captured graphs and compiled regions read them by page
+number). Every distinct prompt (per branch and noise stage) and every distinct image segment is a page; the row table
+selects pages by number, so changing the noise stage changes the number. Pages outlive the request that created them, so
+that later requests with the same prompt or style object reuse them, and are dropped when they are unused and the room
+is needed. All layers of an attention level share one buffer, as exported graphs require.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,16 +20,17 @@ import torch
 from stylefast.errors import StyleError
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
-from stylefast.models.masks import load_mask, mask_vectors
+from stylefast.models.layout import AttentionLayout
+from stylefast.models.masks import MaskTable, load_mask, mask_vectors
+from stylefast.models.pictures import PictureSource
 from stylefast.models.row_loras import LoraFactors, LoraProducts
-from stylefast.models.row_table import ImageKV
+from stylefast.models.row_table import ImageKV, KeyValue
 from stylefast.models.text import Prompt, TextEncoder, TextLoras
 from stylefast.models.unet import UNet
 from stylefast.runtime.loras import Lora, LoraPool, Loras, LoraUse
 from stylefast.runtime.plan.sample import Sample
-from stylefast.runtime.steps.key_values import KeyValuePages
 from stylefast.sampling.guidance import NULL
-from stylefast.slots import Slots
+from stylefast.slots import LruDict, Slots
 from stylefast.styles.style import ImageStyle, Texts, asking, by_kind
 from stylefast.values import listed, quoted
 
@@ -74,31 +78,165 @@ Encoding = Generator[Callable[[], Any], Any, Encoded]
 Making = Generator[Callable[[], Any], Any, None]
 # prompts per call of the text encoders
 _PROMPTS = 8
+FIRST_PAGES = 8
+# unused pages kept for the next request with the same prompt or picture
+IDLE_PAGES = 64
 
 
-class MaskTable:
-    """Masks of one latent size, per attention level [masks, tokens], in reusable places."""
+class KeyValuePages:
+    """Pages of keys and values of all cross-attention layers, each with one row of `extra` numbers.
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], device: torch.device):
-        self.sizes, self.generation, self._slots = list(sizes), 0, Slots()
-        self.levels = tuple(torch.zeros(0, h * w, device=device) for h, w in sizes)
+    `by_level[level]` is [layers of the level, 2, pages, tokens, heads, d], layers in registry order; `layers[i]` its
+    contiguous views (k, v) [pages, tokens, heads, d]; `lengths` [pages] int64 the tokens in use; `extra` [pages,
+    width]. All are replaced when the buffers grow, and `generation` increases. `uneven`: whether pages of unequal
+    lengths have ever been stored.
+    """
 
-    def add(self, vectors: Sequence[torch.Tensor]) -> int:
-        """Store a mask, per level [tokens]; return its number."""
+    def __init__(self, layout: AttentionLayout, tokens: int, extra: int, device: torch.device, dtype: torch.dtype):
+        self._layout, self._device, self._dtype = layout, device, dtype
+        self.tokens, self.generation, self.uneven = tokens, 0, False
+        self._least = tokens  # the buffers are never shorter
+        # called with the bytes of larger buffers before they are made; raises OutOfMemory
+        self.check_room: Callable[[int], None] = lambda nbytes: None
+        self._lengths = np.zeros(0, dtype=np.int64)  # `lengths` on the host
+        self._keys: dict[int, Hashable] = {}
+        self._page_of: dict[Hashable, int] = {}
+        self._users: dict[int, int] = {}
+        self._idle: LruDict[int, None] = LruDict()
+        self._slots = Slots()
+        self.by_level: tuple[torch.Tensor, ...] = ()
+        self.layers: tuple[KeyValue, ...] = ()
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
+        self.extra = torch.zeros(0, extra, device=device, dtype=dtype)
+        self._resize(FIRST_PAGES, tokens)
+
+    def __len__(self) -> int:
+        """Return the number of pages that fit."""
+        return len(self.lengths)
+
+    @property
+    def used(self) -> int:
+        """Count the pages in use."""
+        return len(self._users)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all buffers."""
+        buffers = [self.lengths, self.extra, *self.by_level]
+        return sum(x.numel() * x.element_size() for x in buffers)
+
+    def nbytes_with(self, tokens: int) -> int:
+        """Return the bytes of keys and values if one page had `tokens` tokens."""
+        return self._nbytes(len(self), max(tokens, self.tokens))
+
+    def shrink(self) -> bool:
+        """Forget unused pages of long texts, and make the buffers as short as those in use; return whether they were.
+
+        No step may be running.
+        """
+        longest = max([self._least, *(int(self._lengths[page]) for page in self._users)])
+        if longest >= self.tokens:
+            return False
+        for page in [page for page in self._idle if self._lengths[page] > longest]:
+            self._forget(page)
+        self._resize(len(self), longest)
+        return True
+
+    def find(self, key: Hashable) -> int | None:
+        """Return the page of a key and add one user to it; None if the key is unknown."""
+        page = self._page_of.get(key)
+        if page is not None:
+            self._idle.pop(page, None)
+            self._users[page] = self._users.get(page, 0) + 1
+        return page
+
+    def add(
+        self, keys: Sequence[Hashable], layers: Sequence[KeyValue | None], extra: torch.Tensor | None = None
+    ) -> list[int]:
+        """Store new pages, each with one user.
+
+        layers: per layer (k, v) [n, tokens, heads, d], or None for layers that read zeros; extra: [n, width].
+        Returns the n page numbers.
+        """
+        tokens = next(pair for pair in layers if pair is not None)[0].shape[1]
+        if tokens != self.tokens:
+            self.uneven = True  # longer ones leave those before them shorter than the buffers
+        if tokens > self.tokens:
+            self._resize(len(self), tokens)
+        pages: list[int] = []
+        try:
+            for _ in keys:
+                pages.append(self._take())
+            index = torch.tensor(pages, device=self._device)
+            for (k, v), pair in zip(self.layers, layers, strict=True):
+                for buffer, values in zip((k, v), pair or (0, 0), strict=True):
+                    buffer[index, :tokens] = values.to(buffer) if isinstance(values, torch.Tensor) else values
+            self.lengths[index] = self._lengths[pages] = tokens
+            if extra is not None:
+                self.extra[index] = extra.to(self.extra)
+        except BaseException:
+            self._slots.release(pages)
+            raise
+        for key, page in zip(keys, pages, strict=True):
+            self._keys[page], self._page_of[key], self._users[page] = key, page, 1
+        return pages
+
+    def any_shorter(self, pages: np.ndarray) -> bool:
+        """Return whether one of these pages has fewer tokens than the buffers. Does not wait for the device."""
+        return self.uneven and bool((self._lengths[pages] < self.tokens).any())
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Remove one user from each page."""
+        for page in pages:
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                del self._users[page]
+                self._idle[page] = None
+        for page in self._idle.beyond(IDLE_PAGES):
+            self._forget(page)
+
+    def _forget(self, page: int) -> None:
+        del self._idle[page]
+        del self._page_of[self._keys.pop(page)]
+        self._slots.release([page])
+
+    def _take(self) -> int:
+        oldest = self._idle.oldest
+        if not self._slots.free and oldest is not None:
+            self._forget(oldest)
         if not self._slots.free:
-            before = len(self.levels[0])
-            count = max(4, 2 * before)
-            self.levels = tuple(torch.cat([x, x.new_zeros(count - before, x.shape[1])]) for x in self.levels)
-            self._slots.grow(count)
-            self.generation += 1
-        (place,) = self._slots.take(1)
-        for level, vector in zip(self.levels, vectors, strict=True):
-            level[place] = vector.to(level)
-        return place
+            self._resize(2 * len(self), self.tokens)
+        return self._slots.take(1)[0]
 
-    def release(self, places: Sequence[int]) -> None:
-        """Release masks."""
-        self._slots.release(places)
+    def _nbytes(self, pages: int, tokens: int) -> int:
+        numbers = sum(2 * layer.channels for layer in self._layout.layers)
+        return numbers * pages * tokens * self._dtype.itemsize
+
+    def _resize(self, pages: int, tokens: int) -> None:
+        if self.by_level and (pages > len(self) or tokens > self.tokens):
+            self.check_room(self._nbytes(pages, tokens))
+        before, kept, packed = len(self), min(tokens, self.tokens), []
+        layers: dict[int, KeyValue] = {}
+        for level in range(self._layout.levels):
+            members = self._layout.at_level(level)
+            one = self._layout.layers[members[0]]
+            shape = (len(members), 2, pages, tokens, one.heads, one.channels // one.heads)
+            buffer = torch.zeros(shape, device=self._device, dtype=self._dtype)
+            if before:
+                buffer[:, :, :before, :kept] = self.by_level[level][:, :, :, :kept]
+            packed.append(buffer)
+            for place, i in enumerate(members):
+                layers[i] = (buffer[place, 0], buffer[place, 1])
+        lengths = self.lengths.new_ones(pages)
+        extra = self.extra.new_zeros(pages, self.extra.shape[1])
+        host = np.ones(pages, dtype=np.int64)
+        host[:before] = self._lengths
+        lengths[:before], extra[:before] = self.lengths, self.extra
+        self.by_level, self.tokens = tuple(packed), tokens
+        self.layers = tuple(layers[i] for i in range(len(layers)))
+        self.lengths, self._lengths, self.extra = lengths, host, extra
+        self._slots.grow(pages)
+        self.generation += 1
 
 
 class ConditionStore:
@@ -369,10 +507,7 @@ class ConditionStore:
         for i, segment in enumerate(style.segments):
             if segment.mask is not None:
                 levels = self._mask_table(latent_size).sizes
-                read = lambda mask=segment.mask, levels=levels: mask_vectors(  # noqa: E731
-                    load_mask(mask, (size[1], size[0])), levels
-                )
-                made.masks[style, i] = yield read
+                made.masks[style, i] = yield partial(_read_mask, segment.mask, (size[1], size[0]), levels)
 
     def _segments(self, sample: Sample, branch: str, conditions: Conditions, made: Encoded) -> list[ImageSegment]:
         """Return the image segments of one row, without those of strength 0 in every module."""
@@ -463,6 +598,13 @@ class _Content(NamedTuple):
     def key(self) -> tuple:
         """Return what is equal for equal effects."""
         return self.syntax, self.revision, tuple((use.lora.digest, use.text) for use in self.loras)
+
+
+def _read_mask(
+    mask: PictureSource | torch.Tensor, size: tuple[int, int], levels: Sequence[tuple[int, int]]
+) -> tuple[torch.Tensor, ...]:
+    """Return the weights of a mask for a picture of (height, width), per attention level."""
+    return mask_vectors(load_mask(mask, size), levels)
 
 
 def _image_keys(style: ImageStyle, content: _Content | None, adapter: IPAdapter) -> list[tuple]:
