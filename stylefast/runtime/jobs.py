@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from stylefast import values
-from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, JobCancelled
+from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, JobCancelled, OutOfMemory
 from stylefast.models.row_features import RowFeatures
 from stylefast.runtime.admission import RequestPlanner
 from stylefast.runtime.helper import AGAIN
+from stylefast.runtime.memory import is_out_of_memory
 from stylefast.runtime.plan.request import Request
 from stylefast.runtime.plan.sample import Sample, SampleGroup
 from stylefast.runtime.runner import Runner
@@ -334,6 +335,18 @@ def too_late(job: Job) -> DeadlineExceeded:
     assert job.expires is not None
     given = job.expires - job.submitted
     return DeadlineExceeded(f"the deadline of {given:g} seconds passed at step {job.step} of {job.steps}")
+
+
+def explained(job: Job, error: BaseException) -> BaseException:
+    """Return the error of a job; if it ran out of memory, with a way out."""
+    if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+        return error
+    count = len(job.requests)
+    what = "the picture does not" if count == 1 else f"{count} pictures don't"
+    return OutOfMemory(
+        f"{what} fit into memory; ask for fewer or smaller ones at once, or load the model in half precision "
+        f"({str(error).partition(chr(10))[0][:200]})"
+    )
 
 
 class Previews:

@@ -8,28 +8,25 @@ pictures are encoded, and a long job can't keep a short one waiting: if not all 
 does the slow work, encoding and decoding, in parallel with the steps.
 """
 
-import atexit
 import logging
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from stylefast.errors import EngineClosed, InvalidRequest, OutOfMemory, QueueFull, StyleFastError
+from stylefast.errors import EngineClosed, InvalidRequest, QueueFull, StyleFastError
 from stylefast.models.row_features import RowFeatures
 from stylefast.runtime.admission import Admission, HelperCall, Joining, RequestPlanner
+from stylefast.runtime.endings import Endings, closed_error, started
 from stylefast.runtime.helper import Helper
-from stylefast.runtime.jobs import Job, Preview, cancelled, pieces, too_late
+from stylefast.runtime.jobs import Job, Preview, cancelled, explained, pieces, too_late
 from stylefast.runtime.memory import give_back, is_out_of_memory
 from stylefast.runtime.plan.sample import SampleGroup
 from stylefast.runtime.runner import Runner, joined
+from stylefast.runtime.streams import own_settings
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +36,13 @@ MOST_PICTURES = 256
 _IDLE_SECONDS = 2.0
 # seconds between attempts to join, and between checks of deadlines, while idle
 _PAUSE_SECONDS = 0.02
-_started: "weakref.WeakSet[Scheduler]" = weakref.WeakSet()
 
 
-class Scheduler:
+class Scheduler(Endings):
     """The jobs of one runtime, and the thread that runs their steps.
 
     decode_preview: latents to small pictures. max_rows: rows of one UNet call; None: what fits into memory.
-    max_pending: submitted jobs that may wait; None: any number.
+    max_pending: submitted jobs that may wait; None: any number. How jobs end early is in `Endings`.
     """
 
     def __init__(
@@ -147,17 +143,6 @@ class Scheduler:
             raise
         return job.result()
 
-    def cancel(self, job: Job) -> None:
-        """Stop a job: at once if it waits, otherwise at the next step."""
-        with self._changed:
-            job.cancelled = True
-            waiting = job in self._queue
-            if waiting:
-                self._queue.remove(job)
-            self._notify()
-        if waiting:
-            job.finish(error=cancelled(job))
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Hold the turn between two steps, to change data that steps use; on a GPU also on their stream."""
@@ -193,30 +178,6 @@ class Scheduler:
             finally:
                 self._runner.forget_pages()
 
-    def close(self) -> None:
-        """Stop after the current step; unfinished jobs fail with EngineClosed.
-
-        Does nothing in a process forked from the scheduler's.
-        """
-        self._runner.closed = True
-        if os.getpid() != self._process:
-            self._closed = True
-            return
-        with self._changed:
-            self._closed = True
-            thread, mine = self._thread, self._holder == threading.get_ident()
-            self._notify()
-        if mine:  # in a signal handler during a step: the rest is done when the turn ends
-            self._close_later = True
-            return
-        inside = self.inside()  # another thread may be waiting for this one, so it must not wait
-        with self.paused():
-            pass
-        if thread is not None and not inside:
-            thread.join()
-        self._helper.close(_closed(), wait=not inside)
-        self._runner.close()
-
     # the turn
 
     def _notify(self) -> None:
@@ -227,7 +188,7 @@ class Scheduler:
         with self._changed:
             if self._closed:
                 raise EngineClosed("the engine was closed; load another one")
-            _started.add(self)
+            started.add(self)
             self._count += 1
             job.number = self._count
             self._queue.append(job)
@@ -259,7 +220,7 @@ class Scheduler:
                 return not (self._asking or self._ended or self._closed or over())
 
         try:
-            with self._runner.stream, _own_settings(self._runner.unet.device):
+            with self._runner.stream, own_settings(self._runner.unet.device):
                 yield wanted
         except BaseException as error:
             if not isinstance(error, Exception) and threading.current_thread() is not self._thread:
@@ -280,7 +241,7 @@ class Scheduler:
         """Release the turn, then notify the watchers of ended jobs: no user code runs during a turn."""
         later = self._close_later and holder is None
         if self._closed and holder is None:
-            self._end_all(_closed())
+            self._end_all(closed_error())
             self._close_later = False
         me = threading.get_ident()
         with self._changed:
@@ -585,7 +546,7 @@ class Scheduler:
         def then(result: Any, error: BaseException | None) -> None:
             with self._changed:
                 self._leaving.discard(job)
-            job.finish(result, None if error is None else _named(job, error))
+            job.finish(result, None if error is None else explained(job, error))
             with self._changed:
                 self._notify()
 
@@ -607,13 +568,6 @@ class Scheduler:
         latents = self._runner.denoised_of(group).float().cpu()
         job.show(Preview(group.step, group.steps, latents, self._decode_preview))
 
-    # end of jobs
-
-    def _end(self, job: Job, error: BaseException) -> None:
-        """End a job that waits, joins or runs; its watchers are notified when the turn is released."""
-        self._ended.append(partial(job.finish, error=_named(job, error)))
-        self._leave(job)
-
     def _leave(self, job: Job) -> None:
         """Remove a job's groups from the batch and release everything they hold."""
         with self._changed:
@@ -629,76 +583,3 @@ class Scheduler:
                     admission.close()
                 except Exception:  # from a broken device; waiters of the job must be notified all the same
                     logger.exception("the resources of a job could not be released")
-
-    def _queue_again(self, job: Job) -> None:
-        """Put a job back at the head of the queue; it starts again."""
-        self._leave(job)
-        job.latents, job.step = {}, 0
-        job.queued_again = True  # others must not wait for it
-        with self._changed:
-            self._queue.appendleft(job)
-
-    def _end_all(self, error: BaseException) -> None:
-        with self._changed:
-            waiting = list(self._queue)
-            self._queue.clear()
-            jobs = dict.fromkeys([*waiting, *self._jobs.values(), *self._joining])
-        for job in jobs:
-            self._end(job, error)
-
-    def _begin_again(self) -> None:
-        """Restart all jobs after Ctrl-C interrupted a step, which may have been half done."""
-        self._stepping = False
-        with self._changed:
-            jobs = dict.fromkeys([*self._jobs.values(), *self._joining])
-        for job in reversed(jobs):
-            if job.collects:
-                self._end(job, StyleFastError("Ctrl-C interrupted the step that this request was part of; try again"))
-            else:
-                self._queue_again(job)
-
-    def _abandon(self, job: Job) -> None:
-        """End a job whose caller was interrupted."""
-        job.cancelled = True
-        if self._holder == threading.get_ident():  # interrupted between taking the turn and using it
-            self._leave_turn(None)
-        with self.paused():
-            with self._changed:
-                if job in self._queue:
-                    self._queue.remove(job)
-            if not job.done() and job not in self._leaving:
-                self._end(job, cancelled(job))
-
-
-@atexit.register
-def _close_all() -> None:
-    """Stop step threads before interpreter shutdown; a running step would crash the process."""
-    for scheduler in list(_started):
-        scheduler.close()
-
-
-@contextmanager
-def _own_settings(device: torch.device) -> Iterator[None]:
-    """Run steps of all jobs regardless of the calling thread's settings, such as autocast or a default device."""
-    with ExitStack() as stack:
-        if torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        yield
-
-
-def _closed() -> EngineClosed:
-    return EngineClosed("the engine was closed before the job was done")
-
-
-def _named(job: Job, error: BaseException) -> BaseException:
-    """Return the error of a job; if it ran out of memory, with a way out."""
-    if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
-        return error
-    count = len(job.requests)
-    what = "the picture does not" if count == 1 else f"{count} pictures don't"
-    return OutOfMemory(
-        f"{what} fit into memory; ask for fewer or smaller ones at once, or load the model in half precision "
-        f"({str(error).partition(chr(10))[0][:200]})"
-    )

@@ -5,8 +5,8 @@ streams is unordered, so all steps use one stream: it first waits for earlier wo
 caller's stream then waits for it. The host waits for neither. On a CPU all of this does nothing.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +85,17 @@ class SideStream:
             tensor.record_stream(caller)
             reader.take(tensor)
         return value
+
+
+@contextmanager
+def own_settings(device: torch.device) -> Iterator[None]:
+    """Run steps of all jobs regardless of the calling thread's settings, such as autocast or a default device."""
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 def _nothing() -> None:

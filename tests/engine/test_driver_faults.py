@@ -10,7 +10,7 @@ import torch
 
 import stylefast as sf
 from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, OutOfMemory
-from stylefast.runtime import scheduler
+from stylefast.runtime import endings, scheduler
 from stylefast.runtime.runner import Runner
 from tests.support.fp64 import close
 from tests.support.scene import SIZE, sharp_pipeline, small_picture
@@ -262,4 +262,4 @@ def test_new_prompts_that_keep_coming_do_not_hold_up_the_first_step(own, monkeyp
 def test_an_engine_that_only_generates_is_closed_when_python_ends():
     engine = sf.Engine.from_pipeline(sharp_pipeline())
     latents(engine, steps=1)
-    assert engine.scheduler in scheduler._started
+    assert engine.scheduler in endings.started
