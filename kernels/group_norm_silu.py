@@ -8,12 +8,33 @@ StyleAligned's `share_group_norm` runs a group norm over the target and its refe
 so nothing is concatenated and a baked reference needs no feature maps. Variances are biased, as in group norm.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from stylefast.errors import InvalidRequest
 from stylefast.kernels import checks
 from stylefast.kernels.registry import Operation, require_extension
+
+
+class Norm(NamedTuple):
+    """A group norm, and whether SiLU follows it; see `group_norm_silu`."""
+
+    groups: int
+    weight: torch.Tensor  # [channels]
+    bias: torch.Tensor  # [channels]
+    eps: float
+    silu: bool
+
+
+class NormPages(NamedTuple):
+    """The page with which each row pools its statistics, and pages outside the batch; see `group_norm_silu`."""
+
+    page: torch.Tensor | None = None  # [rows] int64; -1: none
+    mean: torch.Tensor | None = None  # [pages, groups] fp32
+    variance: torch.Tensor | None = None
+    elements: int = 0  # per group of such a page
 
 
 def group_norm_silu_ref(
@@ -75,12 +96,15 @@ def group_norm_silu(
         page = None
     if pool_elements is None:
         pool_elements = x.shape[1] // groups * x.shape[2] * x.shape[3]
-    arguments = (x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements)
-    _check(*arguments)
-    return operation.call(*arguments)
+    norm = Norm(groups, weight, bias, eps, silu)
+    pages = NormPages(page, pool_mean, pool_variance, pool_elements)
+    _check(x, norm, pages)
+    return operation.call(x, norm, pages)
 
 
-def _check(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):
+def _check(x, norm: Norm, pages: NormPages):
+    groups, weight, bias, eps, _ = norm
+    page, pool_mean, pool_variance, pool_elements = pages
     checks.shape("x", x, rows=-1, channels=-1, h=-1, w=-1)
     checks.floating("x", x)
     rows, channels = x.shape[:2]
@@ -98,7 +122,7 @@ def _check(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, p
         checks.dtype("page", page, torch.int64)
     if (pool_mean is None) != (pool_variance is None):
         raise InvalidRequest("pool_mean and pool_variance go together: give both or neither")
-    if pool_mean is not None:
+    if pool_mean is not None and pool_variance is not None:
         checks.shape("pool_mean", pool_mean, pages=-1, groups=groups)
         checks.shape("pool_variance", pool_variance, pages=pool_mean.shape[0], groups=groups)
         for name, x_ in (("pool_mean", pool_mean), ("pool_variance", pool_variance)):
@@ -108,21 +132,22 @@ def _check(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, p
     checks.together("x", x=x, weight=weight, bias=bias, page=page, pool_mean=pool_mean, pool_variance=pool_variance)
 
 
-def _check_values(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):
+def _check_values(x, norm, pool: NormPages):
+    page, pool_mean, pool_variance, _ = pool
     if page is not None:
         pages = pool_mean.shape[0] if pool_mean is not None else 0
         meaning = f"pages of {x.shape[0]} rows and {pages} in the pool"
         checks.integers_within("page", page, -1, x.shape[0] + pages, meaning)
-        if pool_mean is not None:
+        if pool_mean is not None and pool_variance is not None:
             largest, used = torch.finfo(torch.float32).max, page[page >= x.shape[0]] - x.shape[0]
             checks.numbers_within("pool_mean", pool_mean[used], -largest, largest)
             checks.numbers_within("pool_variance", pool_variance[used], 0, largest)
 
 
 def _refuse(form, arguments) -> str:
-    x, _, weight, bias, *_ = arguments
-    if form != "torch" and not x.dtype == weight.dtype == bias.dtype:
-        return f"x is {x.dtype}, but weight and bias are {weight.dtype} and {bias.dtype}"
+    x, norm, _ = arguments
+    if form != "torch" and not x.dtype == norm.weight.dtype == norm.bias.dtype:
+        return f"x is {x.dtype}, but weight and bias are {norm.weight.dtype} and {norm.bias.dtype}"
     return ""
 
 
@@ -135,12 +160,13 @@ def _outputs(x, *others):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
-def _torch(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):
-    out = _pooled_norm(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements)
-    return out.contiguous(memory_format=_memory_format(x))
+def _torch(x, norm: Norm, pages: NormPages):
+    return _pooled_norm(x, norm, pages).contiguous(memory_format=_memory_format(x))
 
 
-def _pooled_norm(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements):
+def _pooled_norm(x, norm: Norm, pages: NormPages):
+    groups, weight, bias, eps, silu = norm
+    page, pool_mean, pool_variance, pool_elements = pages
     if page is None or x.numel() == 0:
         wide = x.to(torch.promote_types(x.dtype, weight.dtype))
         out = F.group_norm(wide, groups, weight, bias, eps)
@@ -152,7 +178,7 @@ def _pooled_norm(x, groups, weight, bias, eps, silu, page, pool_mean, pool_varia
     variance, mean = torch.var_mean(flat, -1, correction=0)  # [rows, groups]
     all_mean, all_variance = mean, variance
     count = torch.full((rows,), float(elements), device=x.device)
-    if pool_mean is not None:
+    if pool_mean is not None and pool_variance is not None:
         all_mean, all_variance = torch.cat([mean, pool_mean.to(exact)]), torch.cat([variance, pool_variance.to(exact)])
         count = torch.cat([count, count.new_full((pool_mean.shape[0],), float(pool_elements))])
 
@@ -176,18 +202,17 @@ def pooled_stats(mean, variance, elements, other_mean, other_variance, other_ele
     return pooled_mean, (spread + other_spread) / total
 
 
-def _cpp(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance, pool_elements, out):
+def _cpp(x, norm: Norm, pages: NormPages, out):
+    norm = norm._replace(weight=norm.weight.contiguous(), bias=norm.bias.contiguous())
     # copies only if x is neither contiguous nor channels-last
-    x, parameters = x.contiguous(memory_format=_memory_format(x)), (weight.contiguous(), bias.contiguous())
-    require_extension().group_norm_silu(
-        x, groups, *parameters, eps, silu, page, pool_mean, pool_variance, pool_elements, out
-    )
+    require_extension().group_norm_silu(x.contiguous(memory_format=_memory_format(x)), *norm, *pages, out)
 
 
 operation = Operation(
     "group_norm_silu",
     "(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool silu, Tensor? page, Tensor? pool_mean, "
     "Tensor? pool_variance, SymInt pool_elements) -> Tensor",
+    groups=(Norm, NormPages),
     outputs=_outputs,
     forms={"triton": "group_norm_silu", "cpp": _cpp, "torch": _torch},
     refuse=_refuse,

@@ -13,12 +13,30 @@ weight zero or row -1 are left out, not multiplied, so NaN in them has no effect
 rescale takes its deviation. All sums are float32.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from stylefast.kernels import checks
-from stylefast.kernels.registry import FLOATS, Operation, require_extension
+from stylefast.kernels.registry import FLOATS, Operation, require_extension, tensors_in
 
 FULL = 3  # column of the "full" branch in branch_rows and branch_weights
+
+
+class Branches(NamedTuple):
+    """The predictions that make up each picture's output; see `guided_step`."""
+
+    rows: torch.Tensor  # [images, 4] int64; -1: none
+    weights: torch.Tensor  # [images, 4]
+    rescale: torch.Tensor  # [images]
+
+
+class SamplerStep(NamedTuple):
+    """The step of each picture's sampler; see `guided_step`."""
+
+    denoised: torch.Tensor  # [images, 2]: coefficients of x0
+    update: torch.Tensor  # [images, 2, 6]: of the next latents and the next anchor
+    noise: torch.Tensor  # [images, C, h, w]
 
 
 def guided_step_ref(
@@ -83,8 +101,8 @@ def guided_step(
     branch, or whose output is constant, is not rescaled. Raises InvalidRequest, a ValueError, for shapes that don't fit
     and, on CPUs or under STYLEFAST_CHECKS=1, for branch rows and rescales out of range.
     """
-    tables = (branch_rows, branch_weights, rescale, denoised, update)
-    arguments = (latents, anchor, history, predictions, *tables, noise)
+    branches, step = Branches(branch_rows, branch_weights, rescale), SamplerStep(denoised, update, noise)
+    arguments = (latents, anchor, history, predictions, branches, step)
     _check(*arguments)
     return operation.call(*arguments)
 
@@ -93,16 +111,17 @@ def _outputs(latents, anchor, history, *others):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (latents, anchor, history))
 
 
-def _torch(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise):
+def _torch(latents, anchor, history, predictions, branches: Branches, step: SamplerStep):
+    denoised, update, noise = step
     exact = torch.promote_types(latents.dtype, torch.float32)
     output = torch.zeros_like(latents, dtype=exact)
     if predictions.shape[0] == 0:  # no prediction rows at all: the gather below needs at least one
         predictions = predictions.new_zeros(1, *latents.shape[1:])
-    for branch in range(branch_rows.shape[1]):
-        rows = branch_rows[:, branch]
-        weight = torch.where(rows >= 0, branch_weights[:, branch], 0.0)
+    for branch in range(branches.rows.shape[1]):
+        rows = branches.rows[:, branch]
+        weight = torch.where(rows >= 0, branches.weights[:, branch], 0.0)
         output = output + _weighted(weight, predictions[rows.clamp(min=0)].to(exact))
-    output = output * _rescale_factor(output, predictions, branch_rows[:, FULL], rescale)
+    output = output * _rescale_factor(output, predictions, branches.rows[:, FULL], branches.rescale)
 
     x0 = _weighted(denoised[:, 0], latents.to(exact)) + _weighted(denoised[:, 1], output)
     terms = [x.to(exact) for x in (latents, anchor, x0, history[:, 0], history[:, 1], noise)]
@@ -139,7 +158,7 @@ def _deviation(pictures: torch.Tensor) -> torch.Tensor:
     return (centred.square().sum(dim=1) / max(flat.shape[1] - 1, 1)).sqrt()
 
 
-def _check(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, denoised, update, noise):
+def _check(latents, anchor, history, predictions, branches: Branches, step: SamplerStep):
     checks.shape("latents", latents, images=-1, C=-1, h=-1, w=-1)
     images, channels, height, width = latents.shape
     picture = {"C": channels, "h": height, "w": width}
@@ -147,33 +166,35 @@ def _check(latents, anchor, history, predictions, branch_rows, branch_weights, r
         "anchor": (anchor, {"images": images, **picture}),
         "history": (history, {"images": images, "steps": 2, **picture}),
         "predictions": (predictions, {"rows": -1, **picture}),
-        "branch_weights": (branch_weights, {"images": images, "branches": 4}),
-        "rescale": (rescale, {"images": images}),
-        "denoised": (denoised, {"images": images, "coefficients": 2}),
-        "update": (update, {"images": images, "results": 2, "coefficients": 6}),
-        "noise": (noise, {"images": images, **picture}),
+        "branch_weights": (branches.weights, {"images": images, "branches": 4}),
+        "rescale": (branches.rescale, {"images": images}),
+        "denoised": (step.denoised, {"images": images, "coefficients": 2}),
+        "update": (step.update, {"images": images, "results": 2, "coefficients": 6}),
+        "noise": (step.noise, {"images": images, **picture}),
     }
     checks.floating("latents", latents)
     for name, (tensor, shape) in expected.items():
         checks.shape(name, tensor, **shape)
         checks.floating(name, tensor)
-    checks.shape("branch_rows", branch_rows, images=images, branches=4)
-    checks.dtype("branch_rows", branch_rows, torch.int64)
+    checks.shape("branch_rows", branches.rows, images=images, branches=4)
+    checks.dtype("branch_rows", branches.rows, torch.int64)
     tensors = {name: tensor for name, (tensor, _) in expected.items()}
-    checks.together("latents", latents=latents, branch_rows=branch_rows, **tensors)
+    checks.together("latents", latents=latents, branch_rows=branches.rows, **tensors)
 
 
-def _check_values(latents, anchor, history, predictions, branch_rows, branch_weights, rescale, *others):
-    checks.integers_within("branch_rows", branch_rows, -1, predictions.shape[0], "rows of predictions (-1: no branch)")
-    checks.numbers_within("rescale", rescale, 0, 1)
+def _check_values(latents, anchor, history, predictions, branches: Branches, step):
+    count = predictions.shape[0]
+    checks.integers_within("branch_rows", branches.rows, -1, count, "rows of predictions (-1: no branch)")
+    checks.numbers_within("rescale", branches.rescale, 0, 1)
 
 
 def _cpp(*arguments):
-    require_extension().guided_step(*arguments)
+    inputs, results = arguments[:-3], arguments[-3:]
+    require_extension().guided_step(*operation.flat(inputs), *results)
 
 
 def _refuse(form, arguments) -> str:
-    others = {x.dtype for x in arguments if x.is_floating_point()} - set(FLOATS)
+    others = {x.dtype for x in tensors_in(arguments) if x.is_floating_point()} - set(FLOATS)
     return f"{', '.join(map(str, others))} among the arguments" if form != "torch" and others else ""
 
 
@@ -181,6 +202,7 @@ operation = Operation(
     "guided_step",
     "(Tensor latents, Tensor anchor, Tensor history, Tensor predictions, Tensor branch_rows, Tensor branch_weights, "
     "Tensor rescale, Tensor denoised, Tensor update, Tensor noise) -> (Tensor, Tensor, Tensor)",
+    groups=(Branches, SamplerStep),
     outputs=_outputs,
     forms={"triton": "guided_step", "cpp": _cpp, "torch": _torch},
     refuse=_refuse,

@@ -23,6 +23,7 @@ from stylefast.kernels.gpu.launch import (
     with_position_stride,
 )
 from stylefast.kernels.gpu.moments import add_to_moments, merge_moments
+from stylefast.kernels.group_norm_silu import Norm, NormPages
 
 TABLES = [
     "groups",
@@ -202,25 +203,20 @@ def _apply(
 
 def group_norm_silu(
     x: torch.Tensor,
-    groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    silu: bool,
-    page: torch.Tensor | None,
-    pool_mean: torch.Tensor | None,
-    pool_variance: torch.Tensor | None,
-    pool_elements: int,
+    norm: Norm,
+    pages: NormPages,
     out: torch.Tensor,
     config: Config | None = None,
 ) -> None:
-    """Write the norm of x [rows, channels, h, w] into `out`; arguments as the public operation's, already checked.
+    """Write the norm of x [rows, channels, h, w] into `out`; arguments as the operation's, already checked.
 
     `out` is contiguous or channels_last, or a slice of that. A row whose page is out of range becomes NaN.
     Raises InvalidRequest for pictures that span 2**31 elements or more.
     """
     if x.numel() == 0:
         return
+    groups, weight, bias, eps, silu = norm
+    page, pool_mean, pool_variance, pool_elements = pages
     rows, channels, height, width = x.shape
     positions, group_channels = height * width, channels // groups
     x, x_position = with_position_stride(x)

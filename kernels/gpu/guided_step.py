@@ -25,6 +25,7 @@ from stylefast.kernels.gpu.launch import (
     with_position_stride,
 )
 from stylefast.kernels.gpu.moments import add_to_moments, merge_moments
+from stylefast.kernels.guided_step import Branches, SamplerStep
 
 _FULL = tl.constexpr(3)  # column of the "full" branch in branch_rows and branch_weights
 _BRANCHES = tl.constexpr(4)
@@ -301,25 +302,21 @@ def guided_step(
     anchor: torch.Tensor,
     history: torch.Tensor,
     predictions: torch.Tensor,
-    branch_rows: torch.Tensor,
-    branch_weights: torch.Tensor,
-    rescale: torch.Tensor,
-    denoised: torch.Tensor,
-    update: torch.Tensor,
-    noise: torch.Tensor,
+    branches: Branches,
+    step: SamplerStep,
     next_latents: torch.Tensor,
     next_anchor: torch.Tensor,
     next_history: torch.Tensor,
     config: Config | None = None,
 ) -> None:
-    """Write one sampler step of all pictures into the three `next_*`; arguments as the public operation's.
+    """Write one sampler step of all pictures into the three `next_*`; arguments as the operation's.
 
     Predictions may be contiguous or channels_last; other pictures that are not contiguous are copied. A picture that
     uses a row out of range becomes NaN.
     """
     if latents.numel() == 0:
         return
-    latents, anchor, history, noise = (x.contiguous() for x in (latents, anchor, history, noise))
+    latents, anchor, history, noise = (x.contiguous() for x in (latents, anchor, history, step.noise))
     images, channels, height, width = latents.shape
     positions, elements = height * width, latents[0].numel()
     config = settings("guided_step", latents, config, elements=elements)
@@ -331,13 +328,11 @@ def guided_step(
     predictions, position = with_position_stride(predictions)
     packed = len(predictions) == 0 or predictions[0].is_contiguous()
     prediction = (predictions.stride(0), *((0, 0) if packed else (predictions.stride(1), position)))
-    branches = (*branch_rows.stride(), *branch_weights.stride(), *rescale.stride())
+    strides = tuple(stride for table in branches for stride in table.stride())
     with device_of(latents):
         _deviations[(splits, images)](
             predictions,
-            branch_rows,
-            branch_weights,
-            rescale,
+            *branches,
             moments,
             elements,
             positions,
@@ -345,7 +340,7 @@ def guided_step(
             splits,
             tiles,
             *prediction,
-            *branches,
+            *strides,
             PACKED=packed,
             BLOCK=block,
             **compiler_options(config),
@@ -355,11 +350,9 @@ def guided_step(
             anchor,
             history,
             predictions,
-            branch_rows,
-            branch_weights,
-            rescale,
-            denoised,
-            update,
+            *branches,
+            step.denoised,
+            step.update,
             noise,
             moments,
             next_latents,
@@ -370,9 +363,9 @@ def guided_step(
             len(predictions),
             splits,
             *prediction,
-            *branches,
-            *denoised.stride(),
-            *update.stride(),
+            *strides,
+            *step.denoised.stride(),
+            *step.update.stride(),
             latents.stride(0),
             anchor.stride(0),
             *history.stride()[:2],

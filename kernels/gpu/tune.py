@@ -24,6 +24,8 @@ from stylefast.kernels import configs
 from stylefast.kernels.configs import Config, Key
 from stylefast.kernels.gated_cross_attention import ImageSegments
 from stylefast.kernels.gpu.timing import Times, graph_milliseconds
+from stylefast.kernels.group_norm_silu import Norm, NormPages
+from stylefast.kernels.guided_step import Branches, SamplerStep
 from stylefast.kernels.registry import tensors_in
 from stylefast.kernels.shared_attention import Affine, Pool, References
 
@@ -282,7 +284,7 @@ def _group_norm_silu(key, size, device, seed):
     x = make(size.rows, channels, size.side, size.side)
     if key.get("layout") == "channels_last":
         x = x.to(memory_format=torch.channels_last)
-    inputs = (x, 32, make(channels), make(channels), 1e-5, True, None, None, None, 0)
+    inputs = (x, Norm(32, make(channels), make(channels), 1e-5, True), NormPages())
     return inputs, (torch.empty_like(x),)
 
 
@@ -309,12 +311,12 @@ def _guided_step(key, size, device, seed):
         anchor,
         history,
         make(2 * images, *picture),
-        torch.stack([index, unused, unused, index + images], 1),
-        torch.tensor([-4.0, 0.0, 0.0, 5.0], device=device).repeat(images, 1),
-        make.full((images,), 0.7),
-        torch.tensor([1.0, -0.8], device=device).repeat(images, 1),
-        make.full((images, 2, 6), 0.2),
-        noise,
+        Branches(
+            torch.stack([index, unused, unused, index + images], 1),
+            torch.tensor([-4.0, 0.0, 0.0, 5.0], device=device).repeat(images, 1),
+            make.full((images,), 0.7),
+        ),
+        SamplerStep(torch.tensor([1.0, -0.8], device=device).repeat(images, 1), make.full((images, 2, 6), 0.2), noise),
     )
     return inputs, (next_latents, next_anchor, next_history)
 

@@ -22,6 +22,7 @@ from stylefast.kernels.adain import affine_operation as adain_affine
 from stylefast.kernels.adain import stats_operation as token_stats
 from stylefast.kernels.gated_cross_attention import operation as gated_cross_attention
 from stylefast.kernels.geglu import operation as geglu
+from stylefast.kernels.group_norm_silu import Norm, NormPages
 from stylefast.kernels.group_norm_silu import operation as group_norm_silu
 from stylefast.kernels.layer_norm import add_operation as add_layer_norm
 from stylefast.kernels.layer_norm import operation as layer_norm
@@ -91,8 +92,8 @@ class GroupNorm(nn.Module):
         if inputs.keep is not None:
             inputs.keep(x, self.groups)
         elements = x[0].numel() // self.groups if inputs.pool_elements is None else inputs.pool_elements
-        affine = (self.weight, self.bias, self.eps, silu)
-        return group_norm_silu.run(x, self.groups, *affine, inputs.page, *inputs.pool, elements)
+        norm = Norm(self.groups, self.weight, self.bias, self.eps, silu)
+        return group_norm_silu.run(x, norm, NormPages(inputs.page, *inputs.pool, elements))
 
 
 class SelfAttention(nn.Module):

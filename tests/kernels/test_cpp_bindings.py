@@ -7,6 +7,7 @@ from stylefast._extension import extension
 from stylefast.kernels import geglu as geglu_public
 from stylefast.kernels.adain import affine_operation as adain_affine
 from stylefast.kernels.geglu import operation as geglu
+from stylefast.kernels.group_norm_silu import Norm, NormPages
 from stylefast.kernels.group_norm_silu import operation as group_norm
 from stylefast.kernels.guided_step import operation as guided_step
 from stylefast.kernels.layer_norm import add_operation
@@ -66,7 +67,7 @@ def test_the_other_kernels_refuse_arguments_that_do_not_fit():
     x, six = torch.ones(2, 6, 3, 3), torch.ones(6)
 
     def norm(groups=2, weight=six, bias=six, pool=(None, None), count=0):
-        return group_norm.run(x, groups, weight, bias, 1e-5, True, None, *pool, count, form="cpp")
+        return group_norm.run(x, Norm(groups, weight, bias, 1e-5, True), NormPages(None, *pool, count), form="cpp")
 
     with refused("6 channels can't be split into 4 groups"):
         norm(groups=4)
@@ -97,7 +98,8 @@ def test_the_other_kernels_refuse_arguments_that_do_not_fit():
     with refused("at least one channel"):
         extension().layer_norm(torch.ones(3, 0), torch.ones(0), torch.ones(0), 1e-5, torch.ones(3, 0))
     with refused("noise does not have the shape"):
-        guided_step.run(*(case() | {"noise": torch.zeros(5, 4, 7, 4)}).values(), form="cpp")
+        given = tuple((case() | {"noise": torch.zeros(5, 4, 7, 4)}).values())
+        guided_step.run(*guided_step.grouped(given), form="cpp")
     with refused("next_latents does not have the type of what it replaces"):
         latents, anchor, history, *others = case().values()
         extension().guided_step(latents, anchor, history, *others, latents.half(), anchor.clone(), history.clone())

@@ -24,7 +24,17 @@ from tests.kernels.conformance import (
 EPS = 1e-5
 # several pieces and tiles even for small pictures
 SMALL = {"elements": 128, "splits": 4, "programs": 24, "num_warps": 4}
-FORMS = forms(group_norm_silu_ref, small=SMALL, pieces=SMALL | {"programs": 1000}, committed=None)
+
+
+def reference(*grouped):
+    return group_norm_silu_ref(*operation.flat(grouped))
+
+
+def run(form, *flat):
+    return form(operation, *operation.grouped(flat))
+
+
+FORMS = forms(reference, small=SMALL, pieces=SMALL | {"programs": 1000}, committed=None)
 CORE = [form for form in FORMS if form.name not in ("triton-pieces", "triton-committed")]
 FAST = "torch cpp triton"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -52,7 +62,7 @@ def composed(x, groups, weight, bias, eps, silu, page, pool_mean, pool_variance,
 
 
 def check(form, *case):
-    found = form(operation, *case)
+    found = run(form, *case)
     x = case[0]
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() and form.kind != "reference":
         assert found.is_contiguous(memory_format=torch.channels_last)
@@ -112,9 +122,9 @@ def test_pooling_by_two_floats_equals_concatenating_the_feature_maps(form, layou
     other = torch.cat([flat[0], flat[2]], -1)
     expected = (flat[2] - other.mean(-1, True)) / (other.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
     expected = expected.reshape(x[2].shape) * rest[1][:, None, None] + rest[2][:, None, None]
-    out = form(operation, x, *rest)
+    out = run(form, x, *rest)
     torch.testing.assert_close(out[2].double(), F.silu(expected), rtol=2e-5, atol=2e-5)
-    alone = form(operation, *case(layout))  # a row pooled with itself, or with none
+    alone = run(form, *case(layout))  # a row pooled with itself, or with none
     torch.testing.assert_close(out[[0, 3]], alone[[0, 3]], rtol=2e-5, atol=2e-5)
 
 
@@ -126,7 +136,7 @@ def test_a_pool_entry_is_weighted_by_its_elements(form):
     both = torch.cat([x[0].reshape(4, -1), other], -1).double()
     expected = (x[0].reshape(4, -1) - both.mean(-1, True)) / (both.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
     expected = expected.reshape(x[0].shape) * rest[1][:, None, None] + rest[2][:, None, None]
-    out = form(operation, x, *rest[:6], *stats)
+    out = run(form, x, *rest[:6], *stats)
     torch.testing.assert_close(out[0].double(), expected, rtol=2e-5, atol=2e-5)
 
 
@@ -137,7 +147,7 @@ def test_nan_stays_in_the_rows_that_read_it(form, layout):
     mean[1] = variance[1] = NAN
     x, *rest = case(layout, page=[-1, 0, 4, 1], pool=(mean, variance), elements=9)
     x[3] = NAN
-    out = form(operation, x, *rest)
+    out = run(form, x, *rest)
     assert out[:3].isfinite().all() and out[3].isnan().all()
 
 
@@ -148,14 +158,14 @@ def test_a_mean_far_larger_than_the_deviation_costs_no_accuracy(form, layout):
     x = x + torch.tensor([1e4, -3e4])[:, None, None, None]
     exact = group_norm_silu_ref(x.double(), *doubled(tuple(rest)))
     # two ulp of the mean, in deviations: what any fp32 mean of such numbers is worth
-    torch.testing.assert_close(form(operation, x, *rest).double(), exact, rtol=3e-3, atol=3e-3)
+    torch.testing.assert_close(run(form, x, *rest).double(), exact, rtol=3e-3, atol=3e-3)
 
 
 @each_layout
 @each(CORE)
 def test_a_constant_group_is_the_bias(form, layout):
     x, groups, weight, bias, *rest = case(layout, silu=False)
-    found = form(operation, torch.full_like(x, 0.3), groups, weight, bias, *rest)
+    found = run(form, torch.full_like(x, 0.3), groups, weight, bias, *rest)
     torch.testing.assert_close(found, bias[:, None, None].expand(x.shape), rtol=1e-5, atol=1e-4)
 
 
@@ -163,7 +173,7 @@ def test_a_constant_group_is_the_bias(form, layout):
 def test_silu_neither_overflows_nor_loses_its_tail(form):
     bias = torch.tensor([-200.0, -80.0, -20.0, -1.0, 0.0, 1.0, 80.0, 200.0, 1e30, -1e30])
     arguments = (torch.zeros(1, 10, 2, 2), 10, torch.ones(10), bias, EPS, True, None, None, None, 0)
-    found = form(operation, *arguments)[0, :, 0, 0]
+    found = run(form, *arguments)[0, :, 0, 0]
     torch.testing.assert_close(found.double(), F.silu(bias.double()), rtol=2e-5, atol=1e-30)
 
 
@@ -176,9 +186,9 @@ def test_a_page_out_of_range_is_refused_or_makes_its_row_nan_and_no_other(form, 
         arguments = case(layout, page=[-1, bad, -1, 0], **stats)
         if form.kind == "cpp":
             with pytest.raises(ValueError, match=f"page is {bad}, but it must be from -1 to {5 if banked else 3}"):
-                form(operation, *arguments)
+                run(form, *arguments)
             continue
-        out, expected = form(operation, *arguments), group_norm_silu_ref(*case(layout, page=[-1, -1, -1, 0], **stats))
+        out, expected = run(form, *arguments), group_norm_silu_ref(*case(layout, page=[-1, -1, -1, 0], **stats))
         assert out[1].isnan().all()
         torch.testing.assert_close(out[[0, 2, 3]], expected[[0, 2, 3]], rtol=2e-5, atol=2e-5)
 
@@ -188,13 +198,14 @@ def test_other_strides_and_empty_batches_are_taken(form):
     x, *rest = case()
     check(form, x.transpose(2, 3), *rest)
     for shape in ((0, 12, 3, 3), (2, 12, 0, 3)):
-        assert form(operation, torch.empty(shape), *rest).shape == shape
+        assert run(form, torch.empty(shape), *rest).shape == shape
 
 
 @each(CORE, "cpp")
 def test_one_thread_and_many_give_the_same_bits(form):
     for layout in LAYOUTS:
-        same_bits_on_any_number_of_threads(form, operation, *case(layout, 3, 40, 48, 49, page=[1, 1, 1]))
+        given = operation.grouped(case(layout, 3, 40, 48, 49, page=[1, 1, 1]))
+        same_bits_on_any_number_of_threads(form, operation, *given)
 
 
 @each_layout
@@ -205,13 +216,14 @@ def test_the_kernels_read_and_write_slices_and_refuse_what_32_bits_do_not_reach(
     _, *rest = case(layout)
     wide = case(layout, rows=8, channels=24)[0]
     out = torch.full_like(wide, NAN)
-    group_norm_silu(wide[::2, 6:18], *rest, out[::2, 6:18], config=form.config)
+    norm_and_pages = operation.grouped((wide, *rest))[1:]
+    group_norm_silu(wide[::2, 6:18], *norm_and_pages, out[::2, 6:18], config=form.config)
     expected = group_norm_silu_ref(wide[::2, 6:18], *rest)
     torch.testing.assert_close(out[::2, 6:18], expected, rtol=2e-5, atol=2e-5)
     assert out[1::2].isnan().all() and out[:, :6].isnan().all() and out[:, 18:].isnan().all()
     huge = torch.empty(1, 2**16, 2**8, 2**8, device="meta").contiguous(memory_format=torch.channels_last)
     with pytest.raises(InvalidRequest, match="not 4294967296"):
-        group_norm_silu(huge, *rest, huge)
+        group_norm_silu(huge, *norm_and_pages, huge)
 
 
 SIZES = [
@@ -238,8 +250,9 @@ def test_sdxls_sizes_on_a_gpu_are_as_near_as_pytorch(rows, channels, side, layou
 @each_layout
 def test_captured_in_a_graph_it_follows_new_values_and_pages(layout):
     arguments = case(layout, 4, 640, 64, 64, 32, torch.bfloat16, page=[-1, 0, 0, 0])
-    replay, given = captured(operation, *arguments)
-    given[0].mul_(0.3)
-    given[6].fill_(3)
+    replay, given = captured(operation, *operation.grouped(arguments))
+    x, _, pages = given
+    x.mul_(0.3)
+    pages.page.fill_(3)
     changed = (arguments[0] * 0.3, *arguments[1:6], torch.full((4,), 3), *arguments[7:])
     torch.testing.assert_close(replay(), group_norm_silu_ref(*changed), rtol=2e-2, atol=2e-2)

@@ -19,7 +19,13 @@ from tests.kernels.conformance import (
 )
 
 SMALL = {"block": 32, "splits": 4, "num_warps": 4}  # several pieces and blocks of the small pictures below
-FORMS = forms(guided_step_ref, small=SMALL, whole=SMALL | {"splits": 1}, committed=None)
+
+
+def reference(*grouped):
+    return guided_step_ref(*operation.flat(grouped))
+
+
+FORMS = forms(reference, small=SMALL, whole=SMALL | {"splits": 1}, committed=None)
 CORE = [form for form in FORMS if form.name not in ("triton-whole", "triton-committed")]
 FAST = "torch cpp triton"
 EXAMPLES = {"torch": 25, "cpp": 25, "triton": 4}
@@ -47,7 +53,7 @@ def case(shape=(4, 7, 5), state=torch.float32, network=torch.float32, images=5):
 
 
 def step(form, case):
-    return form(operation, *case.values())
+    return form(operation, *operation.grouped(tuple(case.values())))
 
 
 def exact(case):
@@ -95,7 +101,7 @@ def test_drawn_steps_equal_the_formula_and_leave_out_what_weighs_nothing(form, d
         tables = (draw.table(branches, images, 4, dtype=torch.int64), draw.table(weights, images, 4))
         arguments = (latents, anchor, history, predictions, *tables, torch.tensor(rescale), denoised, update, noise)
         before = tuple(x.clone() for x in arguments)
-        found, expected = form(operation, *arguments), guided_step_ref(*arguments)
+        found, expected = form(operation, *operation.grouped(arguments)), guided_step_ref(*arguments)
         for name, one, other in zip(("latents", "anchor", "history"), found, expected, strict=True):
             if name == "history":  # the last x0 moves on whatever it holds
                 assert equal(one[:, 1], history[:, 0])
@@ -249,7 +255,8 @@ def test_a_row_out_of_range_is_refused_or_makes_its_picture_nan_and_no_other(for
 
 @each(CORE, "cpp")
 def test_one_thread_and_many_give_the_same_bits(form):
-    same_bits_on_any_number_of_threads(form, operation, *case((4, 80, 81)).values())
+    given = operation.grouped(tuple(case((4, 80, 81)).values()))
+    same_bits_on_any_number_of_threads(form, operation, *given)
 
 
 @pytest.mark.parametrize("name", [name for name in case() if name != "latents"])
@@ -264,9 +271,9 @@ def test_shapes_that_do_not_fit_are_refused_by_the_name_of_the_argument(name):
 @pytest.mark.parametrize("shape", [(4, 128, 128), (4, 37, 53)], ids=str)
 def test_captured_in_a_graph_it_follows_new_coefficients(shape):
     arguments = case(shape, network=torch.bfloat16)
-    replay, given = captured(operation, *arguments.values())
+    replay, given = captured(operation, *operation.grouped(tuple(arguments.values())))
     check(replay(), arguments)
     arguments["update"], arguments["rescale"] = arguments["update"] * -0.5, torch.full((5,), 0.3)
-    for there, new in zip(given, arguments.values()):
+    for there, new in zip(operation.flat(given), arguments.values(), strict=True):
         there.copy_(new)
     check(replay(), arguments)

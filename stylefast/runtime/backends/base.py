@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from stylefast.kernels.guided_step import Branches, SamplerStep
 from stylefast.kernels.guided_step import operation as guided_step
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
@@ -148,12 +149,8 @@ def sampler_update(state: LatentSlots, columns: StepColumns, latents: torch.Tens
         state.anchor[slot],
         state.history[slot],
         output,
-        columns.branch_rows,
-        columns.branch_weights,
-        columns.rescale,
-        columns.denoised,
-        columns.update,
-        columns.noise,
+        Branches(columns.branch_rows, columns.branch_weights, columns.rescale),
+        SamplerStep(columns.denoised, columns.update, columns.noise),
     )
     finite = torch.isfinite(latents).flatten(1).all(1)
     # write last: if memory runs out before, the step can be run again
