@@ -1,7 +1,7 @@
 """How jobs end before their last step: cancelled, failed, interrupted by Ctrl-C, or with the engine.
 
-The part of the scheduler that a request which succeeds does not meet. Every ending happens between two steps and
-releases all that a job holds; the watchers of jobs are told once the turn is released.
+These are the methods of the scheduler that a request which succeeds does not meet. A job that runs ends between two
+steps and releases all that it holds; its watchers are told once the turn is released.
 """
 
 import atexit
@@ -21,87 +21,90 @@ if TYPE_CHECKING:  # built on this file
 started: "weakref.WeakSet[Scheduler]" = weakref.WeakSet()
 
 
-class Endings:
-    """The endings of a scheduler's jobs; `Scheduler` is the only subclass."""
-
-    def cancel(self: "Scheduler", job: Job) -> None:
-        """Stop a job: at once if it waits, otherwise at the next step."""
-        with self._changed:
-            job.cancelled = True
-            waiting = job in self._queue
-            if waiting:
-                self._queue.remove(job)
-            self._notify()
-        if waiting:
-            job.finish(error=cancelled(job))
-
-    def close(self: "Scheduler") -> None:
-        """Stop after the current step; unfinished jobs fail with EngineClosed.
-
-        Does nothing in a process forked from the scheduler's.
-        """
-        self._runner.closed = True
-        if os.getpid() != self._process:
-            self._closed = True
-            return
-        with self._changed:
-            self._closed = True
-            thread, mine = self._thread, self._holder == threading.get_ident()
-            self._notify()
-        if mine:  # in a signal handler during a step: the rest is done when the turn ends
-            self._close_later = True
-            return
-        inside = self.inside()  # another thread may be waiting for this one, so it must not wait
-        with self.paused():
-            pass
-        if thread is not None and not inside:
-            thread.join()
-        self._helper.close(closed_error(), wait=not inside)
-        self._runner.close()
-
-    def _end(self: "Scheduler", job: Job, error: BaseException) -> None:
-        """End a job that waits, joins or runs; its watchers are notified when the turn is released."""
-        self._ended.append(partial(job.finish, error=explained(job, error)))
-        self._leave(job)
-
-    def _queue_again(self: "Scheduler", job: Job) -> None:
-        """Put a job back at the head of the queue; it starts again."""
-        self._leave(job)
-        job.latents, job.step = {}, 0
-        job.queued_again = True  # others must not wait for it
-        with self._changed:
-            self._queue.appendleft(job)
-
-    def _end_all(self: "Scheduler", error: BaseException) -> None:
-        with self._changed:
-            waiting = list(self._queue)
-            self._queue.clear()
-            jobs = dict.fromkeys([*waiting, *self._jobs.values(), *self._joining])
-        for job in jobs:
-            self._end(job, error)
-
-    def _begin_again(self: "Scheduler") -> None:
-        """Restart all jobs after Ctrl-C interrupted a step, which may have been half done."""
-        self._stepping = False
-        with self._changed:
-            jobs = dict.fromkeys([*self._jobs.values(), *self._joining])
-        for job in reversed(jobs):
-            if job.collects:
-                self._end(job, StyleFastError("Ctrl-C interrupted the step that this request was part of; try again"))
-            else:
-                self._queue_again(job)
-
-    def _abandon(self: "Scheduler", job: Job) -> None:
-        """End a job whose caller was interrupted."""
+def cancel(scheduler: "Scheduler", job: Job) -> None:
+    """Stop a job: at once if it waits, otherwise at the next step."""
+    with scheduler._changed:
         job.cancelled = True
-        if self._holder == threading.get_ident():  # interrupted between taking the turn and using it
-            self._leave_turn(None)
-        with self.paused():
-            with self._changed:
-                if job in self._queue:
-                    self._queue.remove(job)
-            if not job.done() and job not in self._leaving:
-                self._end(job, cancelled(job))
+        waiting = job in scheduler._queue
+        if waiting:
+            scheduler._queue.remove(job)
+        scheduler._notify()
+    if waiting:
+        job.finish(error=cancelled(job))
+
+
+def close(scheduler: "Scheduler") -> None:
+    """Stop after the current step; unfinished jobs fail with EngineClosed.
+
+    Does nothing in a process forked from the scheduler's.
+    """
+    scheduler._runner.closed = True
+    if os.getpid() != scheduler._process:
+        scheduler._closed = True
+        return
+    with scheduler._changed:
+        scheduler._closed = True
+        thread, mine = scheduler._thread, scheduler._holder == threading.get_ident()
+        scheduler._notify()
+    if mine:  # in a signal handler during a step: the rest is done when the turn ends
+        scheduler._close_later = True
+        return
+    inside = scheduler.inside()  # another thread may be waiting for this one, so it must not wait
+    with scheduler.paused():
+        pass
+    if thread is not None and not inside:
+        thread.join()
+    scheduler._helper.close(closed_error(), wait=not inside)
+    scheduler._runner.close()
+
+
+def end(scheduler: "Scheduler", job: Job, error: BaseException) -> None:
+    """End a job that waits, joins or runs; its watchers are notified when the turn is released."""
+    scheduler._ended.append(partial(job.finish, error=explained(job, error)))
+    scheduler._leave(job)
+
+
+def queue_again(scheduler: "Scheduler", job: Job) -> None:
+    """Put a job back at the head of the queue; it starts again."""
+    scheduler._leave(job)
+    job.latents, job.step = {}, 0
+    job.queued_again = True  # others must not wait for it
+    with scheduler._changed:
+        scheduler._queue.appendleft(job)
+
+
+def end_all(scheduler: "Scheduler", error: BaseException) -> None:
+    with scheduler._changed:
+        waiting = list(scheduler._queue)
+        scheduler._queue.clear()
+        jobs = dict.fromkeys([*waiting, *scheduler._jobs.values(), *scheduler._joining])
+    for job in jobs:
+        scheduler._end(job, error)
+
+
+def begin_again(scheduler: "Scheduler") -> None:
+    """Restart all jobs after Ctrl-C interrupted a step, which may have been half done."""
+    scheduler._stepping = False
+    with scheduler._changed:
+        jobs = dict.fromkeys([*scheduler._jobs.values(), *scheduler._joining])
+    for job in reversed(jobs):
+        if job.collects:
+            scheduler._end(job, StyleFastError("Ctrl-C interrupted the step that this request was part of; try again"))
+        else:
+            scheduler._queue_again(job)
+
+
+def abandon(scheduler: "Scheduler", job: Job) -> None:
+    """End a job whose caller was interrupted."""
+    job.cancelled = True
+    if scheduler._holder == threading.get_ident():  # interrupted between taking the turn and using it
+        scheduler._leave_turn(None)
+    with scheduler.paused():
+        with scheduler._changed:
+            if job in scheduler._queue:
+                scheduler._queue.remove(job)
+        if not job.done() and job not in scheduler._leaving:
+            scheduler._end(job, cancelled(job))
 
 
 @atexit.register

@@ -19,8 +19,8 @@ from typing import Any
 
 from stylefast.errors import EngineClosed, InvalidRequest, QueueFull, StyleFastError
 from stylefast.models.row_features import RowFeatures
+from stylefast.runtime import endings
 from stylefast.runtime.admission import Admission, HelperCall, Joining, RequestPlanner
-from stylefast.runtime.endings import Endings, closed_error, started
 from stylefast.runtime.helper import Helper
 from stylefast.runtime.jobs import Job, Preview, cancelled, explained, pieces, too_late
 from stylefast.runtime.memory import give_back, is_out_of_memory
@@ -38,12 +38,21 @@ _IDLE_SECONDS = 2.0
 _PAUSE_SECONDS = 0.02
 
 
-class Scheduler(Endings):
+class Scheduler:
     """The jobs of one runtime, and the thread that runs their steps.
 
     decode_preview: latents to small pictures. max_rows: rows of one UNet call; None: what fits into memory.
-    max_pending: submitted jobs that may wait; None: any number. How jobs end early is in `Endings`.
+    max_pending: submitted jobs that may wait; None: any number.
     """
+
+    # how jobs end early
+    cancel = endings.cancel
+    close = endings.close
+    _abandon = endings.abandon
+    _begin_again = endings.begin_again
+    _end = endings.end
+    _end_all = endings.end_all
+    _queue_again = endings.queue_again
 
     def __init__(
         self,
@@ -188,7 +197,7 @@ class Scheduler(Endings):
         with self._changed:
             if self._closed:
                 raise EngineClosed("the engine was closed; load another one")
-            started.add(self)
+            endings.started.add(self)
             self._count += 1
             job.number = self._count
             self._queue.append(job)
@@ -241,7 +250,7 @@ class Scheduler(Endings):
         """Release the turn, then notify the watchers of ended jobs: no user code runs during a turn."""
         later = self._close_later and holder is None
         if self._closed and holder is None:
-            self._end_all(closed_error())
+            self._end_all(endings.closed_error())
             self._close_later = False
         me = threading.get_ident()
         with self._changed:
