@@ -122,6 +122,11 @@ class EngineOptions:
         (),
         ("row counts that batches are padded to; within a bucket a picture's bits don't depend on the other pictures"),
     )
+    pack_weights: bool = _option(
+        True,
+        "whether a CPU keeps a copy of the UNet's weights in oneDNN's order, which makes steps faster and takes as "
+        "much memory again",
+    )
     preview: Part | None = _option(
         None, "AutoencoderTiny (module, folder, file, hub id) for previews of jobs; None: a linear map"
     )
@@ -132,6 +137,7 @@ class EngineOptions:
         for name in ("max_batch_rows", "max_pending"):
             value = getattr(self, name)
             checked[name] = None if value is None else values.whole_number(name, value, 1)
+        checked["pack_weights"] = values.flag("pack_weights", self.pack_weights)
         if self.prediction_type is not None:
             values.one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
         for name, value in checked.items():

@@ -8,7 +8,6 @@ a few times larger (tests/engine/test_prepacked.py has the bounds).
 """
 
 import logging
-import os
 from collections.abc import Mapping
 
 import torch
@@ -19,8 +18,6 @@ from stylefast.kernels.row_lora import operation as row_lora
 from stylefast.models.weight_files import available_memory
 
 logger = logging.getLogger(__name__)
-
-VARIABLE = "STYLEFAST_PACKED"  # "0" disables packing
 
 DTYPES = (torch.float32, torch.bfloat16)
 # share of free memory for packed copies
@@ -192,8 +189,6 @@ def unfolds(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _refusal(layers, room: int | None) -> str:
-    if os.environ.get(VARIABLE) == "0":
-        return f"{VARIABLE}=0"
     weights = [layer.weight for layer in layers]
     if not weights or weights[0].device.type != "cpu":
         return "the model is not on a CPU"

@@ -7,7 +7,6 @@ import torch
 
 import stylefast as sf
 from stylefast.kernels import registry
-from stylefast.models import prepacked
 from tests.support.fp64 import SEEDS_OF_ROUNDINGS, Measured, engine_of, loras_of, nudged, registered, wide
 from tests.support.oracle.instant_style import random_adapter
 from tests.support.scene import EMBED_DIM, RUN, SIZE, sharp_pipeline
@@ -22,7 +21,7 @@ def pipe():
 def plain_weights():
     """Engines compute with PyTorch's own products, as diffusers does, which the oracles are held to at 1e-5."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(prepacked.VARIABLE, "0")
+        patch.setattr("stylefast.engine.pack", lambda unet, room: False)
         yield
 
 

@@ -23,7 +23,8 @@ def test_an_option_by_name_counts_before_the_same_in_the_object(pipe):
 
 
 def test_options_are_checked_when_they_are_made_and_stay_as_they_are():
-    for wrong in ({"memory_limit": "much"}, {"max_pending": 0}, {"batch_buckets": (4, 2)}, {"prediction_type": "x"}):
+    sizes = ({"memory_limit": "much"}, {"max_pending": 0}, {"batch_buckets": (4, 2)})
+    for wrong in (*sizes, {"prediction_type": "x"}, {"pack_weights": "no"}):
         with pytest.raises(InvalidRequest, match=next(iter(wrong))):
             sf.EngineOptions(**wrong)
     with pytest.raises(FrozenInstanceError):

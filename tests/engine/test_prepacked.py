@@ -16,7 +16,7 @@ CALL = {"size": SIZE, "steps": RUN["steps"], "output": "latents", "seed": 3}
 @pytest.fixture(scope="module")
 def packed_engine(pipe):
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(prepacked.VARIABLE, raising=False)
+        patch.setattr("stylefast.engine.pack", prepacked.pack)
         engine = sf.Engine.from_pipeline(pipe)
     assert prepacked.packed_bytes(engine.unet) == 0  # copies are made when a layer is first used
     engine.generate("a cat", **CALL)
@@ -88,11 +88,16 @@ def test_packing_keeps_to_its_room(room):
 
     pipe = sharp_pipeline()
     unet = UNet.from_state(dict(pipe.unet.config), pipe.unet.state_dict())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(prepacked.VARIABLE, raising=False)
-        assert prepacked.pack(unet, room) == bool(room)
+    assert prepacked.pack(unet, room) == bool(room)
     prepacked.unpack(unet)
     assert prepacked.packed_bytes(unet) == 0
+
+
+def test_an_engine_whose_weights_are_not_to_be_packed_keeps_no_copies(pipe, monkeypatch):
+    monkeypatch.setattr("stylefast.engine.pack", prepacked.pack)
+    with sf.Engine.from_pipeline(pipe, pack_weights=False) as engine:
+        engine.generate("a cat", **CALL)
+        assert prepacked.packed_bytes(engine.unet) == 0
 
 
 @pytest.mark.parametrize("made", ["from a pipeline", "from components"])

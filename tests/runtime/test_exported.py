@@ -8,7 +8,6 @@ import torch
 import stylefast as sf
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, OutOfMemory
 from stylefast.export.unet_graph import GraphShape, lora_kinds
-from stylefast.models import prepacked
 from stylefast.models.masks import MaskTable
 from stylefast.models.row_loras import NO_UNIT
 from stylefast.models.row_table import NO_PAGE
@@ -30,7 +29,7 @@ STYLE = ["up_blocks.0.attentions.1"]
 def plain_weights():
     """Both sides compute with PyTorch's own products."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(prepacked.VARIABLE, "0")
+        patch.setattr("stylefast.engine.pack", lambda unet, room: False)
         yield
 
 
