@@ -10,7 +10,8 @@ import torch
 import stylefast
 from stylefast.export.manifest import MANIFEST, Manifest, file_entry
 from stylefast.export.onnx_file import export_unet
-from stylefast.export.unet_graph import OUTPUT, GraphShape, UNetGraph
+from stylefast.export.unet_graph import OUTPUT, GraphShape, UNetGraph, graph_inputs
+from tests.support.fp64 import Measured, measured
 from tests.support.oracle.instant_style import random_adapter
 from tests.support.scene import EMBED_DIM
 from tests.support.small_adapter import small_vision_model
@@ -150,6 +151,18 @@ def translations():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(made))
         yield
+
+
+def eager(unet, shape: GraphShape, inputs: dict) -> torch.Tensor:
+    """What PyTorch makes of a graph's inputs, in the type of the UNet; what a graph wants in fp32 stays so in fp64."""
+    given = (inputs[tensor.name].to(tensor.dtype) for tensor in graph_inputs(unet, shape))
+    with torch.inference_mode():
+        return UNetGraph(unet, shape)(*given)
+
+
+def in_pytorch(unet, shape: GraphShape, inputs: dict) -> Measured:
+    """The same, to compare a graph's output with."""
+    return measured(eager, unet, shape, inputs)
 
 
 class TorchSession:
