@@ -34,17 +34,17 @@ def doubled(inputs):
     return type(inputs)(*(getattr(inputs, name).double() for name in inputs.__dataclass_fields__))
 
 
-def close(actual, expected):
-    """Equal but for what the time embedding's fp32 sinusoids leave."""
+def near_fp64(actual, expected):
+    """Two runs in fp64 are equal but for the roundings of the time embedding's sinusoids, which are fp32 in both."""
     assert torch.isfinite(actual).all()
-    assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (actual - expected).abs().max() <= 8 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (13, 6)], ids=["square", "odd"])
 def test_plain_rows_equal_diffusers(pair, size):
     theirs, ours = pair
     inputs = doubled(random_inputs(2, 1, *size, timestep=None))
-    close(run(ours, inputs, plain_rows(ours.layout, 2)), forward(theirs, inputs))
+    near_fp64(run(ours, inputs, plain_rows(ours.layout, 2)), forward(theirs, inputs))
 
 
 def test_style_aligned_equals_the_literal_oracle(pair):
@@ -54,7 +54,7 @@ def test_style_aligned_equals_the_literal_oracle(pair):
     sharing = Sharing(guidance_layout(2), share_group_norm=True)
     actual = run(ours, inputs, share(plain_rows(ours.layout, 4), ours.layout, sharing))
     with shared(theirs, sharing):
-        close(actual, forward(theirs, inputs))
+        near_fp64(actual, forward(theirs, inputs))
 
 
 def test_layers_are_counted_as_diffusers_counts_its_processors(pair):
