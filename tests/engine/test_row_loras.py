@@ -11,7 +11,7 @@ import stylefast as sf
 from stylefast.errors import AdapterError, ExportError, InvalidRequest, OutOfMemory, StyleError
 from stylefast.models.lora_factors import NotLowRank
 from stylefast.record import from_record, to_record
-from tests.support.fp64 import close, measured
+from tests.support.fp64 import Twins, close, measured
 from tests.support.scene import SIZE, apart, guided, learned, sharp_pipeline, small_picture
 from tests.support.small_checkpoints import random_lora, write_kohya_lora, write_peft_lora
 from tests.support.watch import WAIT
@@ -368,8 +368,11 @@ def test_padding_and_splitting_of_batches_leave_loras_alone(registered, pipe, fi
 def test_the_content_of_a_picture_is_read_under_the_loras_of_its_request(registered, pipe, adapter_files, files):
     style = sf.InstantStyle(small_picture(5), "all", content="a cat")
 
+    def request(**more):
+        return sf.Request("a fish", steps=1, size=SIZE, style=style, **more)
+
     def drawn(engine, **more):
-        return engine.generate(sf.Request("a fish", steps=1, size=SIZE, style=style, **more), output="latents").latents
+        return engine.generate(request(**more), output="latents").latents
 
     def under(engine, weights):
         name = engine.load_lora(files["ink"], weights)
@@ -379,12 +382,13 @@ def test_the_content_of_a_picture_is_read_under_the_loras_of_its_request(registe
 
     with sf.Engine.from_pipeline(pipe) as fresh:
         fresh.load_adapter(adapter_files[0])
-        expected = under(fresh, 0.8)
+        merged = under(fresh, 0.8)
+        fresh.loras.add(files["ink"], "ink")
+        expected = Twins(fresh).drawn([request(loras={"ink": 0.8})])
     before = drawn(registered)[0]
     # neither another request's content nor that of other weights is taken for it
-    rows = drawn(registered, loras={"ink": 0.8})[0], under(registered, 0.8)
-    for found in rows:
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for found in (merged, drawn(registered, loras={"ink": 0.8})[0], under(registered, 0.8)):
+        close([found], expected)
     assert torch.equal(drawn(registered)[0], before)
 
 

@@ -1,6 +1,7 @@
 """The engine on graphs of flat tensors: the same pictures, by the smallest graph that can, errors that spare others."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from stylefast.runtime.backends.base import TorchBackend
 from stylefast.runtime.backends.choice import check_backend
 from stylefast.runtime.backends.exported import ExportedBackend, Graph
 from stylefast.sampling.guidance import StyleContextGuidance
-from tests.support.scene import SIZE, apart, half_mask, learned, near, small_picture
+from tests.support.fp64 import Twins, close
+from tests.support.scene import SIZE, apart, half_mask, learned, small_picture
 from tests.support.small_checkpoints import random_lora, write_peft_lora
 from tests.support.small_graphs import SHAPES, TorchSession, micro_pipeline, write_adapter
 from tests.support.watch import WAIT, request
@@ -88,6 +90,20 @@ def draw(engine, *requests):
 
 
 @pytest.fixture(scope="module")
+def in_torch(torch_engine, bank):
+    """What the torch backend draws, to compare with; a bank fits its own model alone, so others read its picture."""
+    twins = Twins(torch_engine)
+
+    def live(style):
+        if isinstance(style, (list, tuple)):
+            return [live(one) for one in style]
+        banked = getattr(style, "reference", None) is bank
+        return replace(style, reference=PICTURE, share_styles=False) if banked else style
+
+    return lambda *requests: twins.drawn(requests, [replace(one, style=live(one.style)) for one in requests])
+
+
+@pytest.fixture(scope="module")
 def requests(bank):
     """Requests by what they need, each a group of its own."""
     shared, context = sf.StyleAligned(shift=0.4, share_group_norm=True), StyleContextGuidance(0.5, 3.0, 5.0)
@@ -122,28 +138,28 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("what", NEEDED)
-def test_pictures_are_those_of_the_torch_backend_and_the_smallest_graph_makes_them(make, torch_engine, requests, what):
+def test_pictures_are_those_of_the_torch_backend_and_the_smallest_graph_makes_them(make, in_torch, requests, what):
     engine, sessions = make(*SHAPES)
     assert engine.runner.backend.loaded == ()
-    near(draw(engine, *requests[what]), draw(torch_engine, *requests[what]), 1e-4)
+    close(draw(engine, *requests[what]), in_torch(*requests[what]))
     assert engine.runner.backend.loaded == (NEEDED[what],)
     (session,) = sessions.values()
     assert len(session.calls) == STEPS
 
 
-def test_a_mixed_batch_shares_one_call_a_step(make, torch_engine, requests):
+def test_a_mixed_batch_shares_one_call_a_step(make, in_torch, requests):
     engine, sessions = make(SHAPES[2], SHAPES[0])
     every = [one for several in requests.values() for one in several]
-    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    close(draw(engine, *every), in_torch(*every))
     assert engine.runner.calls == STEPS
     # the plain graph is open, for when its requests are alone, and has run nothing
     assert len(sessions[0].calls) == STEPS and not sessions[1].calls
 
 
 @pytest.mark.parametrize("what", NEEDED)
-def test_a_larger_graph_does_what_smaller_ones_would(make, torch_engine, requests, what):
+def test_a_larger_graph_does_what_smaller_ones_would(make, in_torch, requests, what):
     engine, sessions = make(GraphShape("banked", 3, 4))
-    near(draw(engine, *requests[what]), draw(torch_engine, *requests[what]), 1e-4)
+    close(draw(engine, *requests[what]), in_torch(*requests[what]))
 
 
 def test_columns_that_a_batch_has_not_are_idle(make, requests):
@@ -195,9 +211,9 @@ def test_of_two_graphs_of_a_flavour_the_one_with_fewer_columns_is_taken(make, re
     assert sorted(sessions) == [1, 2]
 
 
-def test_buckets_pad_rows_and_keep_the_smallest_graph(make, torch_engine, requests):
+def test_buckets_pad_rows_and_keep_the_smallest_graph(make, in_torch, requests):
     engine, sessions = make(*SHAPES, batch_buckets=(5,))
-    near(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
+    close(draw(engine, *requests["plain"]), in_torch(*requests["plain"]))
     assert engine.runner.backend.loaded == ("plain",) and not engine.runner.bank_pages
     assert all(len(given["latents"]) == 5 for given in sessions[0].calls)
 
@@ -224,7 +240,7 @@ def test_a_batch_that_no_graph_can_do_is_refused_with_the_command_that_makes_one
     assert engine.runner.pictures == 0 and sessions == {}
 
 
-def test_pictures_that_need_no_missing_graph_are_finished_all_the_same(make, torch_engine, requests):
+def test_pictures_that_need_no_missing_graph_are_finished_all_the_same(make, in_torch, requests):
     engine, _ = make(*SHAPES[:2])
     names = ("plain", "a bank", "two pictures in one style", "a picture prompt under a mask")
     with engine.scheduler.paused():
@@ -232,22 +248,22 @@ def test_pictures_that_need_no_missing_graph_are_finished_all_the_same(make, tor
         with pytest.raises(EngineMismatch, match="banked graph"):
             engine.submit(requests["a bank"], output="latents")
     for name, job in jobs.items():
-        near(job.result(WAIT).latents, draw(torch_engine, *requests[name]), 1e-4)
+        close(job.result(WAIT).latents, in_torch(*requests[name]))
 
 
-def test_a_table_of_masks_whose_first_one_is_still_being_read_is_no_input(make, torch_engine, requests):
+def test_a_table_of_masks_whose_first_one_is_still_being_read_is_no_input(make, in_torch, requests):
     """A masked request that joins makes the table before its mask is there; others go on meanwhile."""
     engine, _ = make(SHAPES[1])
     size = (SIZE[1] // engine.downscale, SIZE[0] // engine.downscale)
     engine.runner.conditions.masks[size] = MaskTable(engine.unet.attention_sizes(*size), engine.unet.device)
-    near(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
+    close(draw(engine, *requests["plain"]), in_torch(*requests["plain"]))
 
 
-def test_a_batch_is_divided_among_graphs_where_none_can_do_all_of_it(make, torch_engine, requests):
+def test_a_batch_is_divided_among_graphs_where_none_can_do_all_of_it(make, in_torch, requests):
     engine, sessions = make(GraphShape("plain", 0, 2), GraphShape("live", 1, 0))
     names = ("two picture prompts", "two pictures in one style")
     every = [one for name in names for one in requests[name]]
-    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    close(draw(engine, *every), in_torch(*every))
     assert sorted(sessions) == [0, 1]
 
 
@@ -266,10 +282,10 @@ class Failing(TorchSession):
 
 
 @pytest.mark.parametrize("error", [ExportError("it broke"), OutOfMemory("no room")], ids=["broken", "no room"])
-def test_a_session_that_fails_costs_no_picture_that_runs_without_the_others(make, torch_engine, requests, error):
+def test_a_session_that_fails_costs_no_picture_that_runs_without_the_others(make, in_torch, requests, error):
     engine, _ = make(lambda unet: Graph(SHAPES[1], Failing(unet, SHAPES[1], error, most=4)))
     every = [*requests["plain"], *requests["two pictures in one style"], *requests["unguided, other sampler"]]
-    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    close(draw(engine, *every), in_torch(*every))
 
 
 def test_a_session_that_always_fails_fails_the_pictures_and_not_the_engine(make):
@@ -295,17 +311,17 @@ def test_a_graph_that_can_not_be_opened_is_tried_once(make, torch_engine, reques
     assert tries == [1]
 
 
-def test_graphs_of_fewer_rows_take_a_batch_in_parts(make, torch_engine):
+def test_graphs_of_fewer_rows_take_a_batch_in_parts(make, in_torch):
     def graph(unet):
         return Graph(SHAPES[0], TorchSession(unet, SHAPES[0]), {"rows": (1, 4)})
 
     engine, _ = make(graph)
     every = [request("a cat", seed=i) for i in range(5)]
-    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    close(draw(engine, *every), in_torch(*every))
     assert engine.runner.calls == math.ceil(5 * STEPS / 2)
 
 
-def test_graphs_of_one_row_count_get_batches_filled_up(make, torch_engine, requests):
+def test_graphs_of_one_row_count_get_batches_filled_up(make, in_torch, requests):
     session = []
 
     def graph(unet):
@@ -314,7 +330,7 @@ def test_graphs_of_one_row_count_get_batches_filled_up(make, torch_engine, reque
 
     engine, _ = make(graph)
     for name in ("plain", "two pictures in one style"):
-        near(draw(engine, *requests[name]), draw(torch_engine, *requests[name]), 1e-4)
+        close(draw(engine, *requests[name]), in_torch(*requests[name]))
     assert {len(given["latents"]) for given in session[0].calls} == {6}
 
 
@@ -334,9 +350,7 @@ def test_a_size_outside_of_a_graphs_ranges_is_refused(make, ranges, message):
 
 
 @pytest.mark.parametrize("taken", [(1, 4), (4, 4), (300, 400)], ids=["fewer", "one number", "more"])
-def test_pages_and_masks_that_rows_read_are_picked_out_where_a_graph_does_not_take_all(
-    make, torch_engine, requests, taken
-):
+def test_pages_and_masks_that_rows_read_are_picked_out_where_a_graph_does_not_take_all(make, in_torch, requests, taken):
     session, shape, ranges = [], GraphShape("plain", 0, 1), dict.fromkeys(("text_pages", "image_pages", "masks"), taken)
 
     def graph(unet):
@@ -346,8 +360,8 @@ def test_pages_and_masks_that_rows_read_are_picked_out_where_a_graph_does_not_ta
     engine, _ = make(graph)
     masked = requests["a picture prompt under a mask"]
     both = [*masked, request("a dog", style=sf.InstantStyle(OTHER, "all", 0.5, mask=1 - half_mask()), seed=3)]
-    near(draw(engine, *both), draw(torch_engine, *both), 1e-4)
-    near(draw(engine, *requests["plain"]), draw(torch_engine, *requests["plain"]), 1e-4)
+    close(draw(engine, *both), in_torch(*both))
+    close(draw(engine, *requests["plain"]), in_torch(*requests["plain"]))
     for given in session[0].calls:
         counts = (
             given["text_kv_0"].shape[2],
@@ -379,9 +393,9 @@ def test_a_text_shorter_than_others_is_refused_with_the_way_out(make):
     assert not sessions or not sessions[0].calls
 
 
-def test_a_pool_has_no_more_pages_than_graphs_can_read(make, torch_engine, requests):
+def test_a_pool_has_no_more_pages_than_graphs_can_read(make, in_torch, requests):
     engine, _ = make(lambda unet: Graph(SHAPES[2], TorchSession(unet, SHAPES[2]), {"pages": (1, 3)}))
-    near(draw(engine, *requests["a bank"]), draw(torch_engine, *requests["a bank"]), 1e-4)
+    close(draw(engine, *requests["a bank"]), in_torch(*requests["a bank"]))
     (pool,) = engine.runner.bank_pages.values()
     assert pool.slots == 3
 
@@ -434,20 +448,20 @@ def with_loras(make, torch_engine, lora_files):
         torch_engine.loras.remove(name)
 
 
-def test_a_batch_under_loras_takes_the_graph_that_has_inputs_for_them(with_loras, torch_engine):
+def test_a_batch_under_loras_takes_the_graph_that_has_inputs_for_them(with_loras, in_torch):
     engine, sessions = with_loras(SHAPES[0], WITH_LORAS)
     every = [request("a cat", seed=1), request("a cat", seed=1, loras=FEW), request("a dog", loras=MANY)]
-    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    close(draw(engine, *every), in_torch(*every))
     assert [len(sessions[i].calls) for i in range(2)] == [0, STEPS]
-    near(draw(engine, every[0]), draw(torch_engine, every[0]), 1e-4)
+    close(draw(engine, every[0]), in_torch(every[0]))
     assert [len(sessions[i].calls) for i in range(2)] == [STEPS, STEPS]
 
 
-def test_units_are_as_few_as_can_be_and_idle_beyond_those_in_use(with_loras, torch_engine):
+def test_units_are_as_few_as_can_be_and_idle_beyond_those_in_use(with_loras, in_torch):
     engine, sessions = with_loras(WITH_LORAS)
 
     def units(*requests):
-        near(draw(engine, *requests), draw(torch_engine, *requests), 1e-4)
+        close(draw(engine, *requests), in_torch(*requests))
         given = sessions[0].calls[-1]
         return given, given["lora_unit"].shape[2]
 
@@ -468,11 +482,11 @@ def test_units_are_as_few_as_can_be_and_idle_beyond_those_in_use(with_loras, tor
     assert ((given["lora_unit"] != NO_UNIT).any(0).sum(1) > 1).sum() == 2
 
 
-def test_units_of_an_earlier_batch_are_gone(with_loras, torch_engine):
+def test_units_of_an_earlier_batch_are_gone(with_loras, in_torch):
     engine, sessions = with_loras(GraphShape("plain", segments=0, lora_rank=16, lora_slots=4))
     for loras in (MANY | {"four": 1.5}, MANY):
         wanted = request("a cat", loras=loras)
-        near(draw(engine, wanted), draw(torch_engine, wanted), 1e-4)
+        close(draw(engine, wanted), in_torch(wanted))
     assert {given["lora_unit"].shape[2] for given in sessions[0].calls} == {8}, "one batch shape"
 
 
@@ -525,16 +539,16 @@ def test_pools_that_grew_beyond_a_graph_are_refused_with_the_way_out(with_loras,
 LONG = "a cat and a dog in neon style " * 10  # as many chunks as the words need
 
 
-def test_texts_of_several_chunks_take_the_graph_that_has_room_for_them(make, torch_engine):
+def test_texts_of_several_chunks_take_the_graph_that_has_room_for_them(make, in_torch):
     engine, sessions = make(SHAPES[0], GraphShape("plain", text_chunks=4))
     every = [request("a cat"), request(LONG, seed=2), request("a dog", negative_prompt=LONG)]
-    near(draw(engine, every[0]), draw(torch_engine, every[0]), 1e-4)
+    close(draw(engine, every[0]), in_torch(every[0]))
     assert list(sessions) == [0]
-    near(draw(engine, *every), draw(torch_engine, *every), 1e-4)
+    close(draw(engine, *every), in_torch(*every))
     given, text = sessions[1].calls[-1], engine.runner.conditions.text
     assert given["text_kv_0"].shape[3] == text.tokens > engine.text_encoder.max_tokens
     assert given["text_lengths"].data_ptr() == text.lengths.data_ptr()
-    near(draw(engine, every[0]), draw(torch_engine, every[0]), 1e-4)
+    close(draw(engine, every[0]), in_torch(every[0]))
 
 
 @pytest.mark.parametrize(
