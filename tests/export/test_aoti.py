@@ -17,10 +17,12 @@ import torch._inductor.config as inductor
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency
 from stylefast.export import aoti
 from stylefast.export.aoti import AotiSession, export_aoti, package_facts
-from stylefast.export.unet_graph import GraphShape, UNetGraph, example_inputs, with_tokens
+from stylefast.export.unet_graph import GraphShape, example_inputs, with_tokens
 from stylefast.kernels.registry import operation
 from stylefast.models.prepacked import pack
 from stylefast.models.unet import UNet
+from tests.support.fp64 import close
+from tests.support.small_graphs import in_pytorch
 from tests.support.small_sdxl import small_unet_config
 
 # compiling a second level, which adds sampling to the code, takes as long as all else
@@ -52,18 +54,6 @@ def inputs_of(unet, shape, rows, size=(8, 8), pages=2, seed=0):
     counts = {"rows": rows, "text_pages": rows, "image_pages": 2, "image_tokens": 4, "masks": 2, "pages": pages}
     sizes = with_tokens(unet, counts | {"height": size[0], "width": size[1]})
     return example_inputs(unet, shape, sizes, seed)
-
-
-@torch.inference_mode()
-def eager(unet, shape, inputs):
-    return UNetGraph(unet, shape)(*inputs.values())
-
-
-def exact(unet, shape, inputs):
-    """The same in float64; what the graph wants in float32 stays so."""
-    wide = UNet.from_state(unet.config, {name: x.double() for name, x in unet.state_dict().items()})
-    names = ("latents", "pooled", "text_kv", "image_kv", "page_kv", "lora_down", "lora_up")
-    return eager(wide, shape, {n: x.double() if n.startswith(names) else x for n, x in inputs.items()})
 
 
 def error(result, reference):
@@ -125,10 +115,7 @@ def test_a_package_errs_no_more_than_twice_as_much_as_pytorch(package, flavour, 
     unet, opened = micro_unet(levels=levels), AotiSession(package(flavour, levels))
     opened.set_weights(unet.state_dict())
     inputs = inputs_of(unet, opened.shape, rows, size, pages=rows, seed=rows)
-    reference = exact(unet, opened.shape, inputs)
-    own = error(eager(unet, opened.shape, inputs), reference)
-    assert 0 < own < 1e-4
-    assert error(opened.run(inputs)["output"], reference) <= 2 * own
+    close(opened.run(inputs)["output"], in_pytorch(unet, opened.shape, inputs))
 
 
 def test_the_operations_are_calls_and_not_compiled(package):
@@ -159,10 +146,7 @@ def test_a_fresh_process_runs_a_package_without_any_compiler(package, tmp_path):
     bare = {name: value for name, value in os.environ.items() if name != "CXX"} | hidden
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, env=bare)
     assert not cache.exists() or not list(cache.iterdir())
-    inputs = inputs_of(unet, shape, 3)
-    reference = exact(unet, shape, inputs)
-    own = error(eager(unet, shape, inputs), reference)
-    assert error(torch.load(tmp_path / "made.pt"), reference) <= 2 * own
+    close(torch.load(tmp_path / "made.pt"), in_pytorch(unet, shape, inputs_of(unet, shape, 3)))
 
 
 def test_other_weights_need_no_other_package(session):
@@ -170,8 +154,9 @@ def test_other_weights_need_no_other_package(session):
     first = session.run(inputs)["output"]
     other = micro_unet(seed=1)
     assert session.set_weights(other.state_dict()) == 0
-    second, wanted = session.run(inputs)["output"], eager(other, session.shape, inputs)
-    assert torch.allclose(second, wanted, atol=2e-5) and not torch.allclose(first, second, atol=0.1)
+    second = session.run(inputs)["output"]
+    close(second, in_pytorch(other, session.shape, inputs))
+    assert not torch.allclose(first, second, atol=0.1)
 
 
 @pytest.mark.parametrize("name", ["conv_out.bias", "conv_in.weight", "mid_block.attentions.0.proj_in.weight"])
@@ -183,19 +168,19 @@ def test_what_is_written_to_shared_weights_counts_at_the_next_run(package, name)
     with torch.no_grad():
         unet.get_parameter(name).mul_(2.0)
     after = opened.run(inputs)["output"]
-    assert torch.allclose(after, eager(unet, opened.shape, inputs), atol=2e-5)
+    close(after, in_pytorch(unet, opened.shape, inputs))
     assert not torch.allclose(after, before, atol=1e-3)
 
 
 def test_weights_in_another_memory_layout_are_copied_and_counted(session):
     unet = micro_unet(seed=2)
     inputs = inputs_of(unet, session.shape, 2)
-    wanted = eager(unet, session.shape, inputs)
+    wanted = in_pytorch(unet, session.shape, inputs)
     last = {"memory_format": torch.channels_last}
     state = {name: x.contiguous(**last) if x.ndim == 4 else x for name, x in unet.state_dict().items()}
     moved = sum(x.numel() * 4 for x in state.values() if not x.is_contiguous())
     assert session.set_weights(state) == moved > 0
-    assert torch.allclose(session.run(inputs)["output"], wanted, atol=2e-5)
+    close(session.run(inputs)["output"], wanted)
 
 
 def test_weights_of_another_model_are_refused(session):
@@ -233,11 +218,13 @@ def test_inputs_that_are_views_give_the_same_numbers(session):
 
 
 def test_threads_take_turns(session):
-    cases = [inputs_of(micro_unet(), session.shape, rows, seed=rows) for rows in (1, 2, 3, 4)]
-    alone = [session.run(inputs)["output"] for inputs in cases]
+    unet = micro_unet()
+    cases = [inputs_of(unet, session.shape, rows, seed=rows) for rows in (1, 2, 3, 4)]
+    alone = [in_pytorch(unet, session.shape, inputs) for inputs in cases]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda inputs: session.run(inputs)["output"], cases * 3))
-    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(together, alone * 3))
+    for one, expected in zip(together, alone * 3, strict=True):
+        close(one, expected)
 
 
 def _with(name, change):
@@ -303,7 +290,7 @@ def test_a_pool_that_grows_and_another_mix_need_no_other_package(session):
     assert torch.equal(session.run(inputs)["output"], before)
     inputs |= {"lora_unit": inputs["lora_unit"][:, :, :1], "lora_unit_scale": inputs["lora_unit_scale"][:, :1] + 0.5}
     found = session.run(inputs)["output"]
-    assert torch.allclose(found, eager(unet, session.shape, inputs), atol=2e-5)
+    close(found, in_pytorch(unet, session.shape, inputs))
     assert not torch.allclose(found, before, atol=1e-2)
 
 
@@ -457,12 +444,12 @@ def test_a_package_may_hold_the_weights_and_fix_sizes(folder):
     assert report.weights and report.bytes == (folder / "fixed.pt2").stat().st_size
     opened = AotiSession(folder / "fixed.pt2")
     inputs = inputs_of(unet, shape, 3, (8, 12))
-    assert torch.allclose(opened.run(inputs)["output"], eager(unet, shape, inputs), atol=2e-5)
+    close(opened.run(inputs)["output"], in_pytorch(micro_unet(), shape, inputs))  # the same weights, not packed
     with pytest.raises(EngineMismatch, match=r"exported for \['rows', 4, 8, 12\]"):
         opened.run(inputs_of(unet, shape, 3, (12, 8)))
     other = micro_unet(seed=3)
     opened.set_weights(other.state_dict())
-    assert torch.allclose(opened.run(inputs)["output"], eager(other, shape, inputs), atol=2e-5)
+    close(opened.run(inputs)["output"], in_pytorch(other, shape, inputs))
 
 
 @pytest.mark.slow
@@ -471,9 +458,8 @@ def test_half_precision_errs_no_more_than_twice_as_much_as_pytorch(folder, dtype
     unet, shape = micro_unet(dtype=dtype), GraphShape("live", 1, 1)
     quickly(unet, shape, folder / f"{dtype}.pt2")
     opened, inputs = AotiSession(folder / f"{dtype}.pt2"), inputs_of(unet, shape, 3, (9, 14))
-    reference = exact(unet, shape, inputs)
-    own = error(eager(unet, shape, inputs), reference)
-    assert error(opened.run(inputs)["output"], reference) <= 2 * own
+    peer = in_pytorch(unet, shape, inputs)
+    assert error(opened.run(inputs)["output"], peer.exact) <= 2 * error(peer.value, peer.exact)
 
 
 @pytest.mark.gpu
@@ -487,9 +473,9 @@ def test_on_a_gpu_a_package_runs_on_the_current_stream_with_shared_weights(folde
     assert report.target.startswith("sm") and opened.set_weights(unet.state_dict()) == 0
     for rows, size in ((1, (8, 8)), (3, (9, 14)), (8, (16, 8))):
         inputs = inputs_of(unet, opened.shape, rows, size, seed=rows)
-        reference = exact(unet, opened.shape, inputs)
-        own = error(eager(unet, opened.shape, inputs), reference)
+        peer = in_pytorch(unet, opened.shape, inputs)
+        own = error(peer.value, peer.exact)
         with torch.cuda.stream(torch.cuda.Stream()):
             made = opened.run(inputs)["output"]
         torch.cuda.synchronize()
-        assert error(made, reference) <= 2 * own + 1e-6
+        assert error(made, peer.exact) <= 2 * own + 1e-6
