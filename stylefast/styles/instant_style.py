@@ -482,8 +482,9 @@ def _checked_content(content) -> str | torch.Tensor:
         if not words.strip():
             raise StyleError("content is empty; say what the picture shows, or leave it None")
         return words
+    values.dense_tensor("content", content, error=StyleError)
     whole = content.ndim in (1, 2) and content.numel() and content.is_floating_point()
-    if not whole or not torch.isfinite(content).all():
+    if not whole or not torch.isfinite(content.float()).all():  # fp8 has no isfinite
         raise StyleError(f"content is {values.quoted(content)}; an embedding has the shape [dim] and finite values")
     return content
 

@@ -323,6 +323,8 @@ def test_the_crop_reaches_the_encoder(adapter, encoder):
         ({"image": ["a", "b"], "mask": "m"}, "1 masks for 2 pictures"),
         ({"content": " "}, "content is empty"),
         ({"content": 3}, "content is 3"),
+        ({"content": torch.zeros(32, device="meta")}, "content is a tensor on the device meta, which has no values"),
+        ({"content": torch.ones(32).to_sparse()}, "content is a tensor of layout sparse_coo; give it dense"),
         ({"content_scale": math.inf}, "content_scale is inf"),
         ({"composition_scale": "x"}, "composition_scale"),
         ({"window": (0.5, 0.5)}, "0 <= start < end <= 1"),

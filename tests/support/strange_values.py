@@ -87,6 +87,9 @@ OBJECTS = [
     torch.tensor(True),
     torch.tensor(1j),
     torch.zeros(0),
+    torch.zeros(3, device="meta"),
+    torch.ones(3).to_sparse(),
+    torch.ones(3).to(torch.float8_e4m3fn),
 ]
 
 
