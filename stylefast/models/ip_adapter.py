@@ -324,7 +324,7 @@ def _projector(entries: Mapping[str, Entry], cross_dim: int, name: str) -> tuple
             )
         else:
             raise AdapterError(
-                f"{name} contains an image projection of unknown kind ({', '.join(sorted(shapes)[:4])}, ...); the "
+                f"{name} contains an image projection of unknown kind ({values.listed(sorted(shapes))}); the "
                 "known kinds are global (image_proj.proj.weight) and plus (image_proj.latents)"
             )
     _compare(
@@ -374,7 +374,9 @@ def _compare(given: Mapping[str, tuple], expected: Mapping[str, tuple], name: st
     if missing := [key for key in expected if key not in given]:
         raise AdapterError(f"{name} lacks {missing[0]} and {len(missing) - 1} more; {counts}")
     if foreign := [key for key in given if key not in expected]:
-        raise AdapterError(f"{name} holds {foreign[0]} and {len(foreign) - 1} more that match no layer; {counts}")
+        raise AdapterError(
+            f"{name} holds {values.shown(foreign[0])} and {len(foreign) - 1} more that match no layer; {counts}"
+        )
     for key, shape in expected.items():
         if given[key] != shape:
             raise AdapterError(

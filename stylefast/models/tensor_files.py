@@ -98,6 +98,7 @@ def flat_entries(content: Any, name: str, stored: bool = False) -> dict[str, Ent
         inner = value.items() if isinstance(value, Mapping) else ((None, value),)
         flat |= {str(key) if place is None else f"{key}.{place}": tensor for place, tensor in inner}
     for key, value in flat.items():
+        values.text(f"the name of a tensor in {name}", key, error=ModelFormatError)
         if not isinstance(value, torch.Tensor):
             raise ModelFormatError(
                 f"{name} holds a {type(value).__name__} under {values.quoted(key[:200])}, not a tensor"

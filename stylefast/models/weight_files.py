@@ -140,6 +140,7 @@ def _parsed(path: Path, raw: bytes, size: int) -> WeightHeader:
         raise ModelFormatError(f"{damaged}: its metadata is {values.quoted(metadata)}, not strings; download it again")
     tensors, places = {}, []
     for name, entry in header.items():
+        values.text(f"{damaged}: the name of a tensor", name, error=ModelFormatError)
         shape, start, end = _checked_entry(damaged, name, entry)
         tensors[name] = entry["dtype"], shape
         places.append((start, end, name))
@@ -212,7 +213,7 @@ def recognise(header: WeightHeader) -> str:
         return "text encoder"
     if {"clip_l", "clip_g"} & set(names) or "emb_params" in names:
         return "textual-inversion embedding"
-    return f"file of unknown kind (first keys: {', '.join(sorted(names)[:3]) or 'none'})"
+    return f"file of unknown kind (first keys: {values.listed(sorted(names)[:3])})"
 
 
 def available_memory(device) -> int | None:

@@ -94,7 +94,7 @@ def _check_rest(content: Mapping, path: Path) -> None:
     rest = [str(key) for key, value in content.items() if isinstance(value, Tensor) and key not in known]
     if rest:
         raise StyleError(
-            f"{path} also contains {', '.join(rest)[:200]}, for outputs of text encoders or for encoders that SDXL "
+            f"{path} also contains {values.listed(rest)}, for outputs of text encoders or for encoders that SDXL "
             "does not have; use an embedding made for SDXL, with only clip_l and clip_g"
         )
 
@@ -147,7 +147,7 @@ def _bundled(path: Path, entries: Mapping[str, Entry], name: str | None) -> dict
     names = sorted({key.partition(".")[0] for key in keys})
     if len(names) > 1 and name not in names:
         raise StyleError(
-            f"{path} contains the embeddings {', '.join(names)[:200]}; choose one: name={values.quoted(names[0])}"
+            f"{path} contains the embeddings {values.listed(names)}; choose one: name={values.quoted(names[0])}"
         )
     picked = name if name in names else names[0]
     content = {key.partition(".")[2]: entries[BUNDLE + key].read() for key in keys if key.startswith(f"{picked}.")}
@@ -173,7 +173,9 @@ def _one_encoder(content, path: Path) -> tuple[str, Tensor]:
         order = {int(match["stage"]): key for key, match in staged.items()}
         token = {match["token"] for match in staged.values()}
         if sorted(order) != list(range(len(staged))) or len(token) != 1:
-            raise StyleError(f"{path} holds the keys {sorted(staged)}; one token with stages T0, T1, ... is expected")
+            raise StyleError(
+                f"{path} holds the keys {values.listed(sorted(staged))}; one token with stages T0, T1, ... is expected"
+            )
         stages = [_rows(tensors[order[k]], path, order[k], False)[0] for k in range(len(order))]
         if len({tuple(rows.shape) for rows in stages}) > 1:
             raise StyleError(f"{path} holds stages of the shapes {[tuple(r.shape) for r in stages]}; all must agree")
@@ -182,17 +184,18 @@ def _one_encoder(content, path: Path) -> tuple[str, Tensor]:
         ((key, rows),) = tensors.items()
         own = key if key not in ("*", "emb_params", "clip_l", "clip_g") else str(content.get("name") or "")
         return own, _rows(rows, path, key, False)
-    keys = ", ".join(sorted(map(str, content))[:6]) or "none"
+    keys = values.listed(sorted(map(str, content)))
     raise StyleError(
-        f"{path} holds {len(tensors)} tensors (keys: {keys}, ...), but no clip_l with clip_g, text_encoders_0/1, "
+        f"{path} holds {len(tensors)} tensors (keys: {keys}), but no clip_l with clip_g, text_encoders_0/1, "
         "<token>-T0, T1, ... or single tensor: it is not a learned style"
     )
 
 
 def _rows(value, path: Path, key: str, stages: bool) -> Tensor:
     # -> [T, n, width]
+    name = f"{values.shown(key)} of {path}"
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise StyleError(f"{key} of {path} is not a tensor of floating-point numbers; the file is not a learned style")
+        raise StyleError(f"{name} is not a tensor of floating-point numbers; the file is not a learned style")
     rows = value.detach()
     if not stages and rows.ndim == 1:
         rows = rows[None]
@@ -200,5 +203,5 @@ def _rows(value, path: Path, key: str, stages: bool) -> Tensor:
         rows = rows[None]
     if rows.ndim != 3 or (not stages and rows.shape[0] != 1):
         limit = "[stages, vectors, width]" if stages else "[vectors, width] or [width]"
-        raise StyleError(f"{key} of {path} has the shape {tuple(value.shape)}; it must be {limit}")
+        raise StyleError(f"{name} has the shape {tuple(value.shape)}; it must be {limit}")
     return rows.float()

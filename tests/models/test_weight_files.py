@@ -1,12 +1,21 @@
 """Files that are no SDXL checkpoint are refused by their true name; memory is measured before it is needed."""
 
+import json
+import struct
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from stylefast.errors import ModelFormatError
+from stylefast.errors import ModelFormatError, StyleFastError
 from stylefast.models import weight_files
 from stylefast.models.checkpoint import load_components
+from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.layout import AttentionLayout
+from stylefast.models.lora_file import read_lora
+from stylefast.styles.bank import StyleBank
+from stylefast.styles.embeddings import load_embedding
+from tests.support.small_unet import CONFIG, CROSS_DIM
 
 FOREIGN_TENSORS = {
     "LoRA": {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.zeros(2, 4)},
@@ -57,6 +66,41 @@ def test_a_file_that_is_no_safetensors_is_refused(content, said, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelFormatError, match=said):
         load_components(tmp_path / "model.safetensors")
+
+
+READERS = {
+    "checkpoint": load_components,
+    "LoRA": lambda file: read_lora(file, {"unet": {}, "text_encoder": {}, "text_encoder_2": {}}),
+    "IP-Adapter": lambda file: IPAdapter.load(file, AttentionLayout.from_config(CONFIG), CROSS_DIM),
+    "bank": StyleBank.load,
+    "learned style": load_embedding,
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("before", ["", "lora_unet_", "image_proj.", "ip_adapter.1.to_k_ip.", "model.diffusion_model."])
+def test_messages_name_a_part_of_a_long_name_of_a_tensor(read, before, tmp_path):
+    # an adapter's file has both kinds of names
+    names = [f"{before}{letter * 5000}.lora_down.weight" for letter in "xyz"]
+    names += ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"] if "_" in before and "lora" not in before else []
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "a.safetensors")
+    with pytest.raises(StyleFastError) as raised:
+        read(tmp_path / "a.safetensors")
+    assert len(str(raised.value)) < 800
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_name_of_a_tensor_that_is_no_text_is_refused_in_text(read, tmp_path):
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"\ud800 lora_unet_x.lora_down.weight": entry}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(StyleFastError, match="name of a tensor contains half of a character") as raised:
+        read(tmp_path / "a.safetensors")
+    assert str(raised.value).encode()
+    torch.save({"\ud800": torch.zeros(1)}, tmp_path / "a.bin")
+    with pytest.raises(StyleFastError) as raised:
+        read(tmp_path / "a.bin")
+    assert str(raised.value).encode()
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
