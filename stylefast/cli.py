@@ -103,7 +103,9 @@ def _report(message: str, code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    from stylefast.commands.notices import one_line
+
+    print("error:", one_line(message), file=sys.stderr)
     return code
 
 

@@ -22,7 +22,7 @@ from stylefast.errors import InvalidRequest, ModelError
 from stylefast.options import PREDICTION_TYPES
 from stylefast.record import from_record
 from stylefast.record_values import shipped
-from stylefast.values import quoted
+from stylefast.values import quoted, shown
 
 _SHOWN = 600  # max characters of the picture's text quoted in a message
 
@@ -54,7 +54,7 @@ def run_again(arguments: argparse.Namespace) -> int:
         _refuse_unless_forced(
             arguments,
             f"{choice.model} has different weights (fingerprint {engine.fingerprint[:12]}) than the model that made "
-            f"{arguments.source} ({metadata['fingerprint'][:12]})",
+            f"{arguments.source} ({shown(metadata['fingerprint'][:12])})",
             "--model",
         )
     for name, file in _lora_files(metadata).items():
@@ -68,7 +68,8 @@ def run_again(arguments: argparse.Namespace) -> int:
     now = result.metadata[place]
     for key in ("versions", "device", "dtype"):
         if now.get(key) != metadata.get(key):
-            warn(f"{key} differ: {now.get(key)} now, {metadata.get(key)} then; pixels may differ slightly")
+            then = shown(metadata.get(key))
+            warn(f"{key} differ: {shown(now.get(key))} now, {then} then; pixels may differ slightly")
     if not arguments.quiet:
         if before.info.get("lossy"):
             print(f"pixels not compared: {arguments.source} is a JPEG or WebP, which do not keep them", file=sys.stderr)
@@ -216,9 +217,9 @@ def _check_loras(choice: ModelChoice, metadata: Mapping, arguments: argparse.Nam
     on = metadata.get("loras")
     on = on if isinstance(on, dict) else {}
     if on and not choice.lora:
-        shown = ", ".join(f"{name} at {scale}" for name, scale in on.items())[:_SHOWN]
+        words = ", ".join(shown(f"{name} at {scale}") for name, scale in on.items())[:_SHOWN]
         raise InvalidRequest(
-            f"{arguments.source} was made with LoRAs ({shown}); name their files: --merge-lora FILE:SCALE"
+            f"{arguments.source} was made with LoRAs ({words}); name their files: --merge-lora FILE:SCALE"
         )
     then = sorted((digest, lora.scale) for lora, digest in _recorded_loras(metadata))
     recorded = {digest for digest, _ in then}
@@ -226,10 +227,10 @@ def _check_loras(choice: ModelChoice, metadata: Mapping, arguments: argparse.Nam
     digests = [one if one in recorded else lora.old_digest() for one, lora in zip(digests, choice.lora, strict=True)]
     now = sorted((digest, lora.scale) for digest, lora in zip(digests, choice.lora, strict=True))
     if (then and now != then) or Counter(str(scale) for _, scale in now) != Counter(map(str, on.values())):
-        shown = ", ".join(lora.words() for lora in choice.lora) or "none"
+        words = ", ".join(lora.words() for lora in choice.lora) or "none"
         _refuse_unless_forced(
             arguments,
-            f"the LoRAs ({shown}) differ in content or strength from those that made {arguments.source}",
+            f"the LoRAs ({words}) differ in content or strength from those that made {arguments.source}",
             "--merge-lora",
         )
 

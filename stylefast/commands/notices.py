@@ -29,6 +29,12 @@ def names_as_they_are() -> None:
         reconfigure(errors="surrogateescape")
 
 
+def one_line(message: str) -> str:
+    """Return a message as one line without what a terminal would obey: it may quote a picture or file of others."""
+    line = " ".join(message.split())
+    return line if line.isprintable() else "".join(x if x.isprintable() else ascii(x)[1:-1] for x in line)
+
+
 def warn(message: str) -> None:
     """Print a warning of the command line itself."""
     say(f"warning: {message}")
@@ -36,7 +42,7 @@ def warn(message: str) -> None:
 
 def say(line: str) -> None:
     """Print one line on stderr, above a progress bar if there is one."""
-    line, bars = " ".join(line.split()), sys.modules.get("tqdm")
+    line, bars = one_line(line), sys.modules.get("tqdm")
     if bars is None:
         print(line, file=sys.stderr)
     else:

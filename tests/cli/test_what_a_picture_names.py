@@ -326,3 +326,18 @@ def test_a_lora_that_is_gone_when_the_pictures_are_done_costs_none(stylefast, mo
     assert code == 0, err
     found, _ = read_metadata(tmp_path / "y.png")
     assert found["load"]["lora"] == [{"path": str(lora), "scale": 1.0, "sha256": digest}]
+
+
+def test_warnings_quote_a_part_of_what_a_picture_says_and_nothing_that_a_terminal_obeys(picture, stylefast, tmp_path):
+    said = "\x1b[2J" + "x" * 100_000
+    call = {"styles": [], "requests": [{"prompt": "a fish", "style": [], "steps": 1}]}
+    path = picture({"model": "tiny"}, call=call, fingerprint=said, device=said, dtype=[said], versions={said: said})
+    code, _, err = stylefast("generate", "--from", path, "--force", "--quiet", "--out", tmp_path / "again.png")
+    assert code == 0 and err.count("differ: ") == 3 and "different weights" in err
+    assert "\x1b" not in err and len(err) < 2500
+
+
+@pytest.mark.parametrize("named", ["someone/\x1b[2Jelse", "someone/\x9b2Jelse", "someone/\u202eesle"], ids=ascii)
+def test_errors_show_what_a_terminal_would_obey(again, named):
+    code, err = again({"model": named})
+    assert code == 2 and "someone" in err and err.rstrip("\n").isprintable() and ascii(named)[1:-1] in err
