@@ -77,27 +77,38 @@ STYLEFAST_INLINE void widen(const char* from, std::int64_t count, float* to) {
     for (std::int64_t i = 0; i < count; i += W) Vector::store(to + i, load_from<type>(from, i, count));
 }
 
-// a block's tokens in the output
+// a block's tokens: their rows, and where they lie in the output
 struct Places {
     std::int64_t count, line[kBlock], column[kBlock];
+    const RowLora::Row* row[kBlock];
 };
 
-inline void locate(const RowLora& a, std::int64_t first, Places& places) {
-    places.count = least(kBlock, a.height * a.width - first);
+inline void locate(const RowLora& a, const RowLora::Group& group, std::int64_t first, Places& places) {
+    const std::int64_t tokens = a.height * a.width, token = first % tokens;
+    const RowLora::Row* row = group.rows + first / tokens;
+    std::int64_t line = token / a.width, column = token % a.width;
+    places.count = least(kBlock, group.members * tokens - first);
     for (std::int64_t i = 0; i < places.count; ++i) {
-        places.line[i] = (first + i) / a.width, places.column[i] = (first + i) % a.width;
+        places.row[i] = row, places.line[i] = line, places.column[i] = column;
+        if (++column < a.width) continue;
+        column = 0;
+        if (++line == a.height) line = 0, ++row;
     }
 }
 
+inline const char* row_of(const RowLora& a, const Places& places, std::int64_t i) {
+    return a.x.data + places.row[i]->number * a.x.row;
+}
+
 // where a token's first tap reads, or would if it were inside
-inline const char* pixel(const RowLora& a, const char* row, const Places& places, std::int64_t i) {
-    return row + places.line[i] * a.stride * a.x.line + places.column[i] * a.stride * a.x.pixel;
+inline const char* pixel(const RowLora& a, const Places& places, std::int64_t i) {
+    return row_of(a, places, i) + places.line[i] * a.stride * a.x.line + places.column[i] * a.stride * a.x.pixel;
 }
 
 // channels of a group's tokens for one tap; false if none of them is inside
 template <Element type>
-bool pack_tokens(const RowLora& a, const char* row, const Places& places, std::int64_t group, std::int64_t tap,
-                 std::int64_t channel, std::int64_t channels, float* to) {
+bool pack_tokens(const RowLora& a, const Places& places, std::int64_t group, std::int64_t tap, std::int64_t channel,
+                 std::int64_t channels, float* to) {
     const std::int64_t down = tap / a.side - a.padding, right = tap % a.side - a.padding;
     bool any = false;
     for (std::int64_t m = 0; m < kGroup; ++m, to += kRow) {
@@ -110,14 +121,15 @@ bool pack_tokens(const RowLora& a, const char* row, const Places& places, std::i
             continue;
         }
         any = true;
-        widen<type>(row + line * a.x.line + column * a.x.pixel + channel * kBytes<type>, channels, to);
+        const char* from = row_of(a, places, i) + line * a.x.line + column * a.x.pixel;
+        widen<type>(from + channel * kBytes<type>, channels, to);
     }
     return any;
 }
 
-// inner [block, units * rank] = x A, times the scale of each unit
+// inner [block, units * rank] = x A, times the scale that each row gives to each unit
 template <Element type>
-void down_block(const RowLora& a, const char* row, const Places& places, const RowLora::Unit* units, std::int64_t count,
+void down_block(const RowLora& a, const Places& places, const std::int64_t* units, std::int64_t count,
                 const Space& space) {
     const std::int64_t width = count * kRank, taps = a.side * a.side;
     __builtin_memset(space.inner, 0, static_cast<std::size_t>(4 * kBlock * width));
@@ -125,7 +137,7 @@ void down_block(const RowLora& a, const char* row, const Places& places, const R
         for (std::int64_t channel = 0; channel < a.in; channel += kPacked) {
             const std::int64_t channels = least(kPacked, a.in - channel);
             const auto stored = [&](std::int64_t u) {
-                return a.down + ((units[u].number * taps + tap) * a.in + channel) * kRank * kBytes<type>;
+                return a.down + ((units[u] * taps + tap) * a.in + channel) * kRank * kBytes<type>;
             };
             if constexpr (type != Element::f32) {
                 for (std::int64_t u = 0; u < count; ++u) {
@@ -137,14 +149,14 @@ void down_block(const RowLora& a, const char* row, const Places& places, const R
                 return static_cast<const float*>(space.factors + u * kPacked * kRank);
             };
             for (std::int64_t group = 0; group < places.count; group += kGroup) {
-                if (!pack_tokens<type>(a, row, places, group, tap, channel, channels, space.tokens)) continue;
+                if (!pack_tokens<type>(a, places, group, tap, channel, channels, space.tokens)) continue;
                 float* to = space.inner + group * width;
                 const std::int64_t next = group + kGroup;
                 Ahead ahead{nullptr, a.x.pixel * a.stride};
                 for (std::int64_t c = 0; c < channels; c += kChunk) {
                     const std::int64_t summed = least(kChunk, channels - c);
                     if (tap == 0 && next < places.count) {
-                        ahead.data = pixel(a, row, places, next) + (channel + c) * kBytes<type>;
+                        ahead.data = pixel(a, places, next) + (channel + c) * kBytes<type>;
                     }
                     std::int64_t u = 0;
                     for (; u + kMostUnits <= count; u += kMostUnits) {
@@ -165,7 +177,7 @@ void down_block(const RowLora& a, const char* row, const Places& places, const R
     for (std::int64_t i = 0; i < places.count; ++i) {
         for (std::int64_t u = 0; u < count; ++u) {
             float* ranks = space.inner + i * width + u * kRank;
-            const Floats scale = Vector::all(units[u].scale);
+            const Floats scale = Vector::all(places.row[i]->scales[u]);
             for (std::int64_t r = 0; r < kRank; r += W) {
                 Vector::store(ranks + r, Vector::mul(scale, Vector::load(ranks + r)));
             }
@@ -219,13 +231,12 @@ void up_tile(const float* inner, std::int64_t width, const float* const* factors
 
 // y += inner B for one part's units
 template <Element type>
-void up_block(const RowLora& a, const RowLora::Pixels& y, std::int64_t number, const Places& places,
-              const RowLora::Unit* units, std::int64_t count, const float* inner, std::int64_t width, float* space,
-              const float** factors) {
+void up_block(const RowLora& a, const RowLora::Pixels& y, const Places& places, const std::int64_t* units,
+              std::int64_t count, const float* inner, std::int64_t width, float* space, const float** factors) {
     constexpr std::int64_t strip = kColumns * W;
     const std::int64_t whole = a.out / strip * strip, rest = a.out - whole;
     float* last = space;  // the columns that fill no strip, zeros behind them
-    const auto of_unit = [&](std::int64_t u) { return a.up + units[u].number * kRank * a.out * kBytes<type>; };
+    const auto of_unit = [&](std::int64_t u) { return a.up + units[u] * kRank * a.out * kBytes<type>; };
     if (rest) {
         for (std::int64_t u = 0; u < count; ++u) {
             for (std::int64_t r = 0; r < kRank; ++r, last += strip) {
@@ -251,7 +262,8 @@ void up_block(const RowLora& a, const RowLora::Pixels& y, std::int64_t number, c
         const std::int64_t tokens = least(kTile, places.count - i);
         char* to[kTile];
         for (std::int64_t m = 0; m < tokens; ++m) {
-            to[m] = y.data + number * y.row + places.line[i + m] * y.line + places.column[i + m] * y.pixel;
+            to[m] = y.data + places.row[i + m]->number * y.row + places.line[i + m] * y.line +
+                    places.column[i + m] * y.pixel;
         }
         for (std::int64_t c = 0; c < whole; c += strip) {
             up_tile<type, true>(inner, width, factors, row, c, count, to, tokens, strip, kTile * y.pixel);
@@ -267,18 +279,18 @@ void blocks(const RowLora& a, std::int64_t first, std::int64_t last, char* scrat
     const Space space{floats, floats + a.inner_floats(), floats + a.inner_floats() + kGroup * kRow};
     const float** pointers = reinterpret_cast<const float**>(space.factors + a.factor_floats());
     Places places;
+    const RowLora::Group* group = a.groups;
+    std::int64_t begin = 0;  // the group's first piece
     for (std::int64_t piece = first; piece < last; ++piece) {
-        const RowLora::Row& row = a.active[piece / a.blocks];
-        locate(a, piece % a.blocks * kBlock, places);
-        const RowLora::Unit* units = a.units + row.first;
-        const std::int64_t count = row.counts[0] + row.counts[1] + row.counts[2], width = count * kRank;
-        down_block<type>(a, a.x.data + row.number * a.x.row, places, units, count, space);
+        for (; piece >= group->last; ++group) begin = group->last;
+        locate(a, *group, (piece - begin) * kBlock, places);
+        const std::int64_t* units = group->units;
+        const std::int64_t count = group->count(), width = count * kRank;
+        down_block<type>(a, places, units, count, space);
         const float* inner = space.inner;
         for (std::int64_t part = 0; part < RowLora::most_parts; ++part) {
-            const std::int64_t own = row.counts[part];
-            if (own) {
-                up_block<type>(a, a.ys[part], row.number, places, units, own, inner, width, space.factors, pointers);
-            }
+            const std::int64_t own = group->counts[part];
+            if (own) up_block<type>(a, a.ys[part], places, units, own, inner, width, space.factors, pointers);
             units += own, inner += own * kRank;
         }
     }

@@ -33,8 +33,8 @@ struct Geglu {
     Lines x, out;
 };
 
-// A piece is one (row with units, block of tokens). Tokens are pixels of the output; a linear layer has one line of
-// them.
+// Rows with the same units are a group: one product whose tokens are those of all its rows. A piece is one (group,
+// block of its tokens). Tokens are pixels of the output; a linear layer has one line of them.
 struct RowLora {
     static constexpr std::int64_t rank = 16, most_parts = 3;
     static constexpr std::int64_t block = 96;                // tokens
@@ -48,21 +48,26 @@ struct RowLora {
         char* data;
         std::int64_t row, line, pixel;
     };
-    struct Unit {
-        std::int64_t number;
-        float scale;
-    };
     struct Row {
-        std::int64_t number, first, counts[most_parts];  // its units begin at units[first], part after part
+        std::int64_t number;
+        const float* scales;  // of its group's units
+    };
+    struct Group {
+        const std::int64_t* units;  // part after part, in the order in which they are summed
+        std::int64_t counts[most_parts];
+        const Row* rows;
+        std::int64_t members;  // the number of its rows
+        std::int64_t last;     // the piece after its last one
+
+        std::int64_t count() const { return counts[0] + counts[1] + counts[2]; }
     };
 
     Element type;  // of x, ys, down and up
-    std::int64_t in, out, height, width, x_height, x_width, side, stride, padding, blocks;
+    std::int64_t in, out, height, width, x_height, x_width, side, stride, padding;
     Pixels x, ys[most_parts];
     const char *down, *up;            // [units, side * side, in, rank], [units, rank, out]
-    const Unit* units;                // used, with a scale other than 0
-    const Row* active;                // rows that have such units
-    std::int64_t most, most_of_part;  // units of a row, and of one of its parts
+    const Group* groups;              // of rows that have units with a scale other than 0
+    std::int64_t most, most_of_part;  // units of a group, and of one of its parts
 
     std::int64_t inner_floats() const { return block * most * rank; }
     // one of the factors at a time, as fp32: chunks of A, or B and its last columns

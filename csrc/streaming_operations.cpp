@@ -1,11 +1,15 @@
 #include "streaming.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "operations.h"
@@ -166,6 +170,60 @@ RowLora::Pixels pixels_of(const at::Tensor& x, at::Tensor& kept) {
     if (x.dim() == 3) return {data_of(kept), kept.stride(0) * size, 0, kept.stride(1) * size};
     return {data_of(kept), kept.stride(0) * size, kept.stride(2) * size, kept.stride(3) * size};
 }
+
+// The rows of row_lora by what they use: units with a scale of 0 are no use, and the order of sums counts.
+class LoraGroups {
+  public:
+    // unit [parts, rows, N], scale [rows, N], contiguous; `tokens` of each row
+    LoraGroups(const at::Tensor& unit, const at::Tensor& scale, std::int64_t tokens) {
+        const std::int64_t parts = unit.size(0), rows = unit.size(1), most = unit.size(2);
+        const std::int64_t* numbers = unit.const_data_ptr<std::int64_t>();
+        const float* strengths = scale.const_data_ptr<float>();
+        for (std::int64_t row = 0; row < rows; ++row) {
+            Used used{};
+            std::vector<float> scales;
+            for (std::int64_t part = 0; part < parts; ++part) {
+                for (std::int64_t n = 0; n < most; ++n) {
+                    const std::int64_t number = numbers[(part * rows + row) * most + n];
+                    if (number < 0 || strengths[row * most + n] == 0.0f) continue;
+                    used.numbers.push_back(number);
+                    scales.push_back(strengths[row * most + n]);
+                    ++used.counts[static_cast<std::size_t>(part)];
+                }
+            }
+            if (scales.empty()) continue;
+            scales_.push_back(std::move(scales));
+            rows_[used].push_back({row, scales_.back().data()});
+        }
+        std::int64_t last = 0;
+        for (const auto& [used, members] : rows_) {
+            const auto count = static_cast<std::int64_t>(members.size());
+            tokens_ += count * tokens;
+            last += ceil_divide(count * tokens, RowLora::block);
+            RowLora::Group group{used.numbers.data(), {}, members.data(), count, last};
+            std::copy(used.counts.begin(), used.counts.end(), group.counts);
+            groups_.push_back(group);
+        }
+    }
+
+    const std::vector<RowLora::Group>& all() const { return groups_; }
+    std::int64_t tokens() const { return tokens_; }  // of all of them
+
+  private:
+    struct Used {
+        std::array<std::int64_t, RowLora::most_parts> counts;
+        std::vector<std::int64_t> numbers;
+
+        bool operator<(const Used& other) const {
+            return std::tie(counts, numbers) < std::tie(other.counts, other.numbers);
+        }
+    };
+
+    std::map<Used, std::vector<RowLora::Row>> rows_;
+    std::vector<std::vector<float>> scales_;
+    std::vector<RowLora::Group> groups_;
+    std::int64_t tokens_ = 0;
+};
 
 }  // namespace
 
@@ -450,34 +508,19 @@ void row_lora(const std::string& set, const at::Tensor& x, const at::Tensor& dow
     const at::Tensor scales = contiguous("scale", scale, at::ScalarType::Float, {rows, most});
     if (a.height * a.width * a.out == 0) return;
 
-    std::vector<RowLora::Unit> units;
-    std::vector<RowLora::Row> active;
-    for (std::int64_t row = 0; row < rows; ++row) {
-        RowLora::Row found{row, static_cast<std::int64_t>(units.size()), {}};
-        for (std::int64_t part = 0; part < parts; ++part) {
-            for (std::int64_t n = 0; n < most; ++n) {
-                const std::int64_t number = numbers.const_data_ptr<std::int64_t>()[(part * rows + row) * most + n];
-                const float strength = scales.const_data_ptr<float>()[row * most + n];
-                if (number < 0 || strength == 0.0f) continue;
-                units.push_back({number, strength});
-                ++found.counts[part];
-            }
-            a.most_of_part = std::max(a.most_of_part, found.counts[part]);
-        }
-        const std::int64_t count = static_cast<std::int64_t>(units.size()) - found.first;
-        a.most = std::max(a.most, count);
-        if (count) active.push_back(found);
+    const LoraGroups groups(numbers, scales, a.height * a.width);
+    if (groups.all().empty()) return;
+    a.groups = groups.all().data();
+    for (const RowLora::Group& group : groups.all()) {
+        a.most = std::max(a.most, group.count());
+        for (const std::int64_t count : group.counts) a.most_of_part = std::max(a.most_of_part, count);
     }
-    if (active.empty()) return;
-    a.units = units.data(), a.active = active.data();
 
     at::Tensor input, outputs[RowLora::most_parts];
     a.x = pixels_of(x, input);
     for (std::int64_t part = 0; part < parts; ++part) a.ys[part] = pixels_of(ys[part], outputs[part]);
     const StreamingKernels& kernels = streaming_for(set);
-    a.blocks = ceil_divide(a.height * a.width, RowLora::block);
-    const auto pieces = static_cast<std::int64_t>(active.size()) * a.blocks;
-    const std::int64_t tokens = std::min(RowLora::block, a.height * a.width);
+    const std::int64_t pieces = groups.all().back().last, tokens = ceil_divide(groups.tokens(), pieces);
     const std::int64_t products = tokens * RowLora::rank * (taps * a.in + a.out) * a.most;
     run_pieces(
         pieces, products / kProductsPerByte, static_cast<std::size_t>(a.scratch()),

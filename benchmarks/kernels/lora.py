@@ -21,16 +21,16 @@ SHAPES = (
     (320, 64, 1, 1, True),
     (640, 32, 1, 1, True),
 )
+FEW = (1280, 1, 1, 1, False)
 QUICK = ((64, 32, 3, 2, False), (32, 8, 1, 1, True))
+QUICK_FEW = (64, 1, 1, 1, False)
 
 
 def cpu_cases(quick: bool) -> list[Case]:
-    """Return cases of two rows with different units, without goals."""
-    return [
-        _case(*shape, 2, dtype, "cpu")
-        for dtype in (torch.float32, torch.bfloat16)
-        for shape in (QUICK if quick else SHAPES)
-    ]
+    """Return cases without goals: two rows with different units, and eight rows of one token, also with the same."""
+    few, types = QUICK_FEW if quick else FEW, (torch.float32, torch.bfloat16)
+    cases = [_case(*shape, 2, dtype, "cpu") for dtype in types for shape in (QUICK if quick else SHAPES)]
+    return cases + [_case(*few, 8, dtype, "cpu", same) for dtype in types for same in (False, True)]
 
 
 def cuda_cases(quick: bool, device: str = "cuda") -> list[Case]:
@@ -38,7 +38,7 @@ def cuda_cases(quick: bool, device: str = "cuda") -> list[Case]:
     return [_case(*shape, 8, torch.bfloat16, device) for shape in (QUICK if quick else SHAPES)]
 
 
-def _case(width, size, parts, count, convolution, rows, dtype, device) -> Case:
+def _case(width, size, parts, count, convolution, rows, dtype, device, same=False) -> Case:
     shape = (rows, width, size, size) if convolution else (rows, size, width)
     taps, positions = (9, size * size) if convolution else (1, size)
     values = 1.0 * rows * positions * width * torch.empty(0, dtype=dtype).element_size()
@@ -46,7 +46,7 @@ def _case(width, size, parts, count, convolution, rows, dtype, device) -> Case:
     def build() -> Entrants:
         layers = [_layer(width, convolution, dtype, device) for _ in range(parts)]
         sets = [
-            _inputs(shape, taps, parts, count, dtype, device, seed)
+            _inputs(shape, taps, parts, count, dtype, device, seed, same)
             for seed in range(input_sets((1 + parts) * values, cache_bytes(device)))
         ]
 
@@ -70,6 +70,7 @@ def _case(width, size, parts, count, convolution, rows, dtype, device) -> Case:
         )
 
     shown = f"{list(shape)}{' 3x3' if convolution else ''}, {parts} {'part' if parts == 1 else 'parts'}, {count} x 16"
+    shown += ", the same for all rows" if same else ""
     comparisons = [Versus(OURS, ALONE, errors=False), Versus(OURS, EACH, error_goal=None)]
     flop = 2.0 * rows * positions * parts * width * (taps * width + count * RANK * (taps + 1))
     return Case("row_lora", shown, dtype, comparisons, build, flop=flop)
@@ -83,8 +84,8 @@ def _layer(width: int, convolution: bool, dtype, device):
     return layer
 
 
-def _inputs(shape, taps, parts, count, dtype, device, seed):
-    """Return x and its units: different ones for every row, and the same for all parts."""
+def _inputs(shape, taps, parts, count, dtype, device, seed, same):
+    """Return x and its units: different ones for every row, or the same, and the same for all parts."""
     convolution, rows = len(shape) == 4, shape[0]
     width = shape[1 if convolution else 2]
     x = normal(*shape, dtype=dtype, device=device, seed=seed)
@@ -94,15 +95,16 @@ def _inputs(shape, taps, parts, count, dtype, device, seed):
     down = normal(units, taps, width, RANK, dtype=dtype, device=device, seed=90) / (taps * width) ** 0.5
     up = normal(units, RANK, width, dtype=dtype, device=device, seed=91) / RANK**0.5
     unit = torch.arange(units, device=device).reshape(1, rows, count).repeat(parts, 1, 1)
+    unit = unit[:, :1].repeat(1, rows, 1) if same else unit
     return x, down, up, unit, torch.full((rows, count), 0.7, device=device)
 
 
 def _one_by_one(ys, x, down, up, unit, scale):
     """Add each row's units one after another, as a loop over adapters would."""
-    rows, count = scale.shape
+    count = scale.shape[1]
     for y in ys:
-        for u in range(rows * count):
-            row, a, b = u // count, down[u], up[u]
+        for number, u in enumerate(unit[0].flatten().tolist()):
+            row, a, b = number // count, down[u], up[u]
             if x.ndim == 3:
                 y[row] += 0.7 * ((x[row] @ a[0]) @ b)
                 continue

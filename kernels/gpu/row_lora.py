@@ -5,6 +5,11 @@ A program takes a tile of tokens of one row. The units of a part stand side by s
 them and x is loaded once for all parts. The inner products stay on chip, are scaled in fp32, rounded to x's type, and
 multiplied with the gathered rows of B, one tile of output channels after another. A convolution is the same product
 over taps and channels. Rows without units end at once; which those are is read on the device only.
+
+Rows with the same units are not sorted together here, as they are on CPUs. At SDXL's sizes a row fills its tiles with
+its own tokens, and its factors are about 1% of what it moves: a layer of 1280 channels and 1024 tokens in bf16 reads 80
+KB of them beside 8 MB of x and y. Where rows have one token each, as in the time embedding, all programs run at the
+same time, so one of them brings a unit into L2 for all. Sorting would cost more launches per step than it saves.
 """
 
 import torch

@@ -95,17 +95,18 @@ Call groups(at::ScalarType type, at::MemoryFormat format) {
     };
 }
 
-// a linear layer with two parts, and a convolution; every row has other units
+// a linear layer with two parts, whose rows have different units, and a convolution with two rows that have the same
 Call loras(at::ScalarType type) {
     const Tensor tokens = randn({kRows, kTokens, 300}, type), image = randn({kRows, 20, 13, 9}, type);
     const Tensor pixels = image.contiguous(at::MemoryFormat::ChannelsLast), scale = at::rand({kRows, 2});
     const Tensor down = randn({4, 1, 300, 16}, type), taps = randn({4, 9, 20, 16}, type), up = randn({4, 16, 70}, type);
     const Tensor unit = numbers({-1, 0, 1, 2, 3, -1, 2, 2, -1, -1, 0, 3}).view({2, kRows, 2});
+    const Tensor same = numbers({0, 1, 3, -1, 0, 1}).view({1, kRows, 2});
     return [=](const std::string& set) {
         const Tensor one = at::zeros({kRows, kTokens, 70}, tokens.options()), two = at::zeros_like(one);
         const Tensor seen = at::zeros({kRows, 70, 7, 5}, tokens.options());
         stylefast::row_lora(set, tokens, down, up, unit, scale, 1, 0, {one, two});
-        stylefast::row_lora(set, pixels, taps, up, unit.slice(0, 0, 1), scale, 2, 1, {seen});
+        stylefast::row_lora(set, pixels, taps, up, same, scale, 2, 1, {seen});
         return Outputs{one, two, seen};
     };
 }

@@ -227,6 +227,26 @@ def test_another_rows_adapter_changes_no_bit_of_a_row(form):
         assert not equal(after[1], before[1])
 
 
+@each([form for form in CORE if form.kind != "torch"], "cpp triton")
+@pytest.mark.parametrize("size", [1, 5, 20, 100, (6, 7)], ids=str)
+def test_rows_with_the_same_units_have_the_bits_of_each_alone(form, size):
+    draw = Draw(3)
+    convolution = isinstance(size, tuple)
+    x, y = ((8, 24, *size), (8, 40, *size)) if convolution else ((8, size, 24), (8, size, 40))
+    x, y = draw.normal(*x), draw.normal(*y)
+    down, up = pool(draw, 6, 9 if convolution else 1, 24, 40)
+    # two groups that alternate; a row with the units of one in another order, one that uses half of them, one without
+    unit = torch.tensor([[[1, 2], [3, 4], [1, 2], [2, 1], [3, 4], [1, 2], [-1, -1], [1, 2]]])
+    scale = 0.5 + torch.rand(8, 2, generator=torch.Generator().manual_seed(1))
+    scale[5, 1] = 0
+    layer = (1, 1) if convolution else (1, 0)
+    (found,) = results(form, x, [y], down, up, unit, scale, *layer)
+    for row in range(8):
+        one = slice(row, row + 1)
+        (alone,) = results(form, x[one], [y[one]], down, up, unit[:, one], scale[one], *layer)
+        assert equal(found[one], alone) and equal(found[row], y[row]) == (row == 6)
+
+
 @each(CORE)
 def test_rows_without_units_keep_their_bits_even_beside_nan(form):
     x, ys, down, up, unit, scale = _simple()
