@@ -37,11 +37,13 @@ else:
     from stylefast.kernels.group_norm_silu import group_norm_silu
     from stylefast.kernels.guided_step import guided_step
     from stylefast.kernels.layer_norm import add_layer_norm, layer_norm
-    from stylefast.kernels.row_lora import row_lora
+    from stylefast.kernels.row_lora import LoraPool, LoraRows, row_lora
     from stylefast.kernels.shared_attention import Affine, shared_attention
 
     __all__ = [
         "Affine",
+        "LoraPool",
+        "LoraRows",
         "adain_affine",
         "add_layer_norm",
         "dequantise",

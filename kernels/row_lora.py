@@ -9,6 +9,7 @@ one call. (Batches of different adapters: Punica, arXiv 2310.18547; one pool for
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,25 @@ MOST_PARTS = 3
 _SIDES = {1: 1, 9: 3}  # taps -> side of the kernel
 
 
+class LoraPool(NamedTuple):
+    """The factors of every unit, contiguous and of one type; see `row_lora`."""
+
+    down: torch.Tensor  # [units, taps, in, 16]
+    up: torch.Tensor  # [units, 16, out]
+
+
+class LoraRows(NamedTuple):
+    """The N units that each row may use in each part, and how strongly; see `row_lora`."""
+
+    unit: torch.Tensor  # [parts, rows, N] int64; -1: none
+    scale: torch.Tensor  # [rows, N] fp32
+
+
 def row_lora_ref(
     x: torch.Tensor,  # [rows, tokens, in] or [rows, in, h, w]
     ys: list[torch.Tensor],  # parts of [rows, tokens, out] or [rows, out, h', w']
-    down: torch.Tensor,  # [units, taps, in, 16]
-    up: torch.Tensor,  # [units, 16, out]
-    unit: torch.Tensor,  # [parts, rows, N] int64
-    scale: torch.Tensor,  # [rows, N] fp32
+    pool: LoraPool,
+    rows: LoraRows,
     stride: int = 1,
     padding: int = 0,
 ) -> list[torch.Tensor]:
@@ -37,11 +50,11 @@ def row_lora_ref(
 
     Returns what `row_lora` would leave in ys.
     """
-    exact = _exact(x.dtype)
+    (down, up), (unit, scale), exact = pool, rows, _exact(x.dtype)
     results = []
     for part, y in enumerate(ys):
         total = y.to(exact, copy=True)
-        for row, n in itertools.product(range(x.shape[0]), range(unit.shape[2])):
+        for row, n in itertools.product(range(len(x)), range(unit.shape[2])):
             u, factor = int(unit[part, row, n]), scale[row, n].to(exact)
             if u < 0 or factor == 0:
                 continue
@@ -63,10 +76,8 @@ def row_lora_ref(
 def row_lora(
     x: torch.Tensor,
     ys: list[torch.Tensor],
-    down: torch.Tensor,
-    up: torch.Tensor,
-    unit: torch.Tensor,
-    scale: torch.Tensor,
+    pool: LoraPool,
+    rows: LoraRows,
     stride: int = 1,
     padding: int = 0,
 ) -> None:
@@ -75,10 +86,9 @@ def row_lora(
     For linear layers x is [rows, tokens, in], its last dimension contiguous, and ys are 1 to 3 tensors
     [rows, tokens, out]: several layers that share x, such as those of queries, keys and values. For convolutions x is
     [rows, in, h, w] and ys [rows, out, h', w'], with any strides (channels-last is fastest); stride (1 or 2) and
-    padding (0 or 1) are the layer's. down [units, taps, in, 16] and up [units, 16, out] are the factors of every unit,
-    contiguous, taps being 1 or, row by row of a 3 x 3 kernel, 9; alpha / rank belongs into `up`. All five have one
-    type. unit [parts, rows, N] int64 says which units a row uses for each part (-1: none), scale [rows, N] fp32 what
-    multiplies them. A unit with scale 0 is skipped: it costs nothing, and a NaN in it has no effect.
+    padding (0 or 1) are the layer's. The pool's taps are 1 or, row by row of a 3 x 3 kernel, 9; alpha / rank belongs
+    into `up`. x, ys and the pool have one type. `rows.unit` says which units a row uses for each part, `rows.scale`
+    what multiplies them. A unit with scale 0 is skipped: it costs nothing, and a NaN in it has no effect.
 
     Sums are fp32 (fp64 for fp64), y is rounded once. Triton's form rounds x A to x's type before the second product.
 
@@ -86,9 +96,9 @@ def row_lora(
     or an input, and on CPUs for a unit out of range. On CUDA a unit out of range makes its row NaN, without a
     synchronisation, unless STYLEFAST_CHECKS=1 is set in the environment.
     """
-    _check(x, ys, down, up, unit, scale, stride, padding)
-    if ys and unit.shape[2]:
-        operation.call(x, down, up, unit, scale, stride, padding, ys)
+    _check(x, ys, *pool, *rows, stride, padding)
+    if ys and rows.unit.shape[2]:
+        operation.call(x, *pool, *rows, stride, padding, ys)
 
 
 def _check(x, ys, down, up, unit, scale, stride, padding):

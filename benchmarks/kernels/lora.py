@@ -6,7 +6,7 @@ The ratio to the layers alone is 1 / (1 + what the LoRAs add). On a CPU the laye
 import torch
 
 from benchmarks.kernels.cases import Case, Entrants, Versus, cache_bytes, input_sets, normal
-from stylefast.kernels import row_lora
+from stylefast.kernels import LoraPool, LoraRows, row_lora
 from stylefast.models.prepacked import Conv2d, Linear, pack
 
 OURS, ALONE, EACH = "layers and row_lora", "the layers alone", "layers, and two products a row and unit"
@@ -54,9 +54,9 @@ def _case(width, size, parts, count, convolution, rows, dtype, device, same=Fals
             return [layer(sets[i][0]) for layer in layers]
 
         def ours(i):
-            x, *loras = sets[i]
+            x, down, up, unit, scale = sets[i]
             ys = [layer(x) for layer in layers]
-            row_lora(x, ys, *loras, 1, 1 if convolution else 0)
+            row_lora(x, ys, LoraPool(down, up), LoraRows(unit, scale), 1, 1 if convolution else 0)
             return ys
 
         def each(i):

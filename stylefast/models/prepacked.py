@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stylefast.kernels.row_lora import LoraPool, LoraRows
 from stylefast.kernels.row_lora import operation as row_lora
 from stylefast.models.weight_files import available_memory
 
@@ -24,6 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 _SHARE = 0.5
 # number of picture sizes for which a convolution keeps packed weights
 _MOST_COPIES = 4
+_Loras = tuple[LoraPool, LoraRows]  # row_loras.LoraInputs
 
 
 class _Packable:
@@ -67,15 +69,16 @@ class _Packable:
 class Linear(_Packable, nn.Linear):
     """`nn.Linear` with optional packing, to whose output LoRAs of rows may be added."""
 
-    def forward(self, x, lora: tuple | None = None):  # [rows, .., in_features]; lora: LoraInputs
+    def forward(self, x, loras: _Loras | None = None):  # [rows, .., in_features]
         out = self._product(x)
-        if lora is not None:
+        if loras is not None:
+            pool, rows = loras
             if x.ndim == 2:
                 out = out[:, None]
-                row_lora.run(x[:, None], *lora, 1, 0, [out])
+                row_lora.run(x[:, None], *pool, *rows, 1, 0, [out])
                 return out[:, 0]  # of the view that was written: a traced graph may not know that both share memory
             else:
-                row_lora.run(x, *lora, 1, 0, [out])
+                row_lora.run(x, *pool, *rows, 1, 0, [out])
         return out
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,10 +111,11 @@ class Linear(_Packable, nn.Linear):
 class Conv2d(_Packable, nn.Conv2d):
     """`nn.Conv2d` with optional packing and LoRAs of rows; packed convolutions return channels-last tensors."""
 
-    def forward(self, x, lora: tuple | None = None):  # [rows, in_channels, h, w]; lora: LoraInputs
+    def forward(self, x, loras: _Loras | None = None):  # [rows, in_channels, h, w]
         out = self._product(x)
-        if lora is not None:
-            row_lora.run(x, *lora, self.stride[0], int(self.padding[0]), [out])
+        if loras is not None:
+            pool, rows = loras
+            row_lora.run(x, *pool, *rows, self.stride[0], int(self.padding[0]), [out])
         return out
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stylefast.kernels.row_lora import RANK
+from stylefast.kernels.row_lora import RANK, LoraPool, LoraRows
 from stylefast.models.lora_factors import Factors
 from stylefast.models.prepacked import Conv2d, Linear
 
@@ -68,10 +68,8 @@ class LoraLayout:
 class LoraInputs(NamedTuple):
     """The LoRAs that `row_lora` adds to one layer, or to layers with one input, such as queries, keys and values."""
 
-    down: Tensor  # [units, taps, in, 16]
-    up: Tensor  # [units, 16, out]
-    unit: Tensor  # [layers, rows, N] int64; -1: none
-    scale: Tensor  # [rows, N] fp32
+    pool: LoraPool
+    rows: LoraRows  # whose parts are the layers
 
 
 class RowLoras(NamedTuple):
@@ -102,7 +100,8 @@ class StepLoras(NamedTuple):
     def of(self, layer: Linear | Conv2d, layers: int = 1) -> LoraInputs:
         """Return the inputs of a layer, or of `layers` layers numbered from it, which have its kind and its input."""
         number, kind = layer.place
-        return LoraInputs(self.down[kind], self.up[kind], self.unit[number : number + layers], self.scale)
+        pool = LoraPool(self.down[kind], self.up[kind])
+        return LoraInputs(pool, LoraRows(self.unit[number : number + layers], self.scale))
 
 
 @dataclass(frozen=True, eq=False)

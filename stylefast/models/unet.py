@@ -112,7 +112,7 @@ class SelfAttention(nn.Module):
     def forward(self, x, inputs: SelfInputs, loras: _Loras = None):  # [rows, tokens, channels]
         qkv = [self.to_q(x), self.to_k(x), self.to_v(x)]
         if loras is not None:
-            row_lora.run(x, *loras[0], 1, 0, qkv)
+            row_lora.run(x, *loras[0].pool, *loras[0].rows, 1, 0, qkv)
         q, k, v = (_split(part, self.heads) for part in qkv)
         if inputs.keep is not None:
             inputs.keep(x, q, k, v)

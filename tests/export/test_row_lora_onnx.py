@@ -29,7 +29,7 @@ class Layers(nn.Module):
 
     def forward(self, x, down, up, unit, scale):
         ys = [self.one(x), self.two(x)]
-        kernels.row_lora(x, ys, down, up, unit, scale, *self.layer)
+        kernels.row_lora(x, ys, kernels.LoraPool(down, up), kernels.LoraRows(unit, scale), *self.layer)
         return ys[0] + ys[1] * 2
 
 

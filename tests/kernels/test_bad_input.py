@@ -180,7 +180,8 @@ def _loras(x=(2, 5, 8), y=(2, 5, 4), down=(3, 1, 8, 16), up=(3, 16, 4), rest=(),
         "unit": torch.zeros(1, 2, 1).long(),
         "scale": torch.ones(2, 1),
     }
-    return kernels.row_lora(*(arguments | changes).values(), *rest)
+    x, ys, down, up, unit, scale = (arguments | changes).values()
+    return kernels.row_lora(x, ys, kernels.LoraPool(down, up), kernels.LoraRows(unit, scale), *rest)
 
 
 LORAS = {

@@ -145,7 +145,7 @@ def by_name(function):
 
         def added(x, down, up, unit, scale, stride, padding, ys):
             ys = [y.clone() for y in ys]
-            function(x, ys, down, up, unit, scale, stride, padding)
+            function(x, ys, kernels.LoraPool(down, up), kernels.LoraRows(unit, scale), stride, padding)
             return tuple(ys)
 
         return added

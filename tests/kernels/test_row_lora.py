@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from stylefast import kernels
 from stylefast.errors import InvalidRequest
-from stylefast.kernels.row_lora import RANK, operation, output_shape, row_lora_ref
+from stylefast.kernels.row_lora import RANK, LoraPool, LoraRows, operation, output_shape, row_lora_ref
 from tests.kernels.conformance import (
     FLOATS,
     GPU,
@@ -25,7 +25,7 @@ from tests.kernels.conformance import (
 
 
 def _literal(x, down, up, unit, scale, stride, padding, ys):
-    for y, result in zip(ys, row_lora_ref(x, ys, down, up, unit, scale, stride, padding)):
+    for y, result in zip(ys, row_lora_ref(x, ys, LoraPool(down, up), LoraRows(unit, scale), stride, padding)):
         y.copy_(result)
 
 
@@ -80,7 +80,8 @@ def check(form, *arguments):
 
 
 def exact_of(arguments):
-    return row_lora_ref(*(doubled(list_of(x)) for x in arguments))
+    x, ys, down, up, unit, scale, *layer = (doubled(list_of(x)) for x in arguments)
+    return row_lora_ref(x, ys, LoraPool(down, up), LoraRows(unit, scale), *layer)
 
 
 def sums_of(arguments):
@@ -314,15 +315,16 @@ def test_only_the_rows_of_a_view_are_written(form):
     wide = torch.full((3, 20, 50), NAN)
     y = wide[..., 4:44].copy_(ys[0])
     form(operation, x, down, up, unit, scale, 1, 0, [y])
-    torch.testing.assert_close(y, row_lora_ref(x, ys, down, up, unit, scale)[0])
+    torch.testing.assert_close(y, row_lora_ref(x, ys, LoraPool(down, up), LoraRows(unit, scale))[0])
     assert wide[..., :4].isnan().all() and wide[..., 44:].isnan().all()
 
 
 def test_the_public_function_writes_in_place_in_fp64_too():
     x, ys, down, up, unit, scale = (doubled(list_of(x)) for x in _simple())
     ys, before = list(ys), ys[0].clone()
-    assert kernels.row_lora(x, ys, down, up, unit, scale.float()) is None
-    torch.testing.assert_close(ys, row_lora_ref(x, [before], down, up, unit, scale.float()), rtol=1e-12, atol=1e-12)
+    loras = LoraPool(down, up), LoraRows(unit, scale.float())
+    assert kernels.row_lora(x, ys, *loras) is None
+    torch.testing.assert_close(ys, row_lora_ref(x, [before], *loras), rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_reach_x_and_the_factors():
@@ -331,7 +333,7 @@ def test_gradients_reach_x_and_the_factors():
 
     def call(x, down, up):
         y = ys[0].clone()
-        kernels.row_lora(x, [y], down, up, unit - 1, scale.float())
+        kernels.row_lora(x, [y], LoraPool(down, up), LoraRows(unit - 1, scale.float()))
         return y
 
     assert torch.autograd.gradcheck(call, leaves)
@@ -340,7 +342,7 @@ def test_gradients_reach_x_and_the_factors():
 def test_views_of_one_fused_output_are_apart_and_others_that_overlap_are_refused():
     x, _, down, up, unit, scale = _simple()
     fused = torch.zeros(3, 20, 3, 40)
-    kernels.row_lora(x, list(fused.unbind(2)), down, up, unit.expand(3, -1, -1), scale)
+    kernels.row_lora(x, list(fused.unbind(2)), LoraPool(down, up), LoraRows(unit.expand(3, -1, -1), scale))
     assert all(y.abs().sum() > 0 for y in fused.unbind(2))
     wide = torch.zeros(3, 20, 60)
     overlapping = {
@@ -350,7 +352,7 @@ def test_views_of_one_fused_output_are_apart_and_others_that_overlap_are_refused
     }
     for message, (given, ys, units) in overlapping.items():
         with pytest.raises(InvalidRequest, match=message):
-            kernels.row_lora(given, ys, down, up, units, scale)
+            kernels.row_lora(given, ys, LoraPool(down, up), LoraRows(units, scale))
 
 
 @pytest.mark.gpu

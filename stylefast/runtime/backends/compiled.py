@@ -309,10 +309,10 @@ def _lora_inputs(value) -> Iterator[LoraInputs]:
 
 
 def _mark_lora(lora: LoraInputs) -> None:
-    _mark(lora.down, 0)
-    _mark(lora.up, 0)
-    _mark(lora.unit, 1, 2)
-    _mark(lora.scale, 0, 1)
+    _mark(lora.pool.down, 0)
+    _mark(lora.pool.up, 0)
+    _mark(lora.rows.unit, 1, 2)
+    _mark(lora.rows.scale, 0, 1)
 
 
 def _mark(tensor: torch.Tensor, *dimensions: int) -> None:
