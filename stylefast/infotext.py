@@ -9,12 +9,14 @@ take is listed by name in `Parameters.not_taken`. Noise and numerics differ betw
 such text resembles the original, but has other pixels.
 """
 
+import hashlib
 import json
 import math
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from stylefast import values
@@ -183,12 +185,14 @@ def read(text: str, without: Collection[str] = ()) -> Parameters:
 def write(metadata: Mapping[str, Any]) -> str:
     """Return the parameters text of a picture's metadata (`record.metadata`, with its size as "size").
 
-    LoRAs become tags behind the prompt. A prompt in plain syntax has its brackets escaped, so that A1111 reads them as
-    they are, and one in compel's has its weights in A1111's brackets. What A1111 has no words for, styles above all, is
-    in our own record alone; so is where a prompt ends that has a line of its own beginning with "Negative prompt:".
+    LoRAs become tags behind the prompt, with the hashes by which A1111 finds their files, which are read once for this;
+    a file that has gone or changed since gets none. A prompt in plain syntax has its brackets escaped, so that A1111
+    reads them as they are, and one in compel's has its weights in A1111's brackets. What A1111 has no words for, styles
+    above all, is in our own record alone; so is where a prompt ends that has a line of its own beginning with
+    "Negative prompt:".
     """
     request = metadata["call"]["requests"][metadata["index"]]
-    tags, others = [], []
+    tags, others, hashes = [], [], {}
     own, merged = request.get("loras") or {}, metadata.get("loras") or {}
     for name, scale in [*own.items(), *merged.items()]:
         unet, text = scale if isinstance(scale, (list, tuple)) else (scale, scale)
@@ -196,6 +200,9 @@ def write(metadata: Mapping[str, Any]) -> str:
         # a tag names a LoRA once
         fits = not re.search(r"[<>:\n]", name) and not (name in own and scale is merged.get(name))
         (tags if fits else others).append(f"<lora:{name}:{weights}>" if fits else f"{name}: {weights}")
+        file = metadata.get("lora_files", {}).get(name) if name in own else None
+        if fits and file and "," not in name:
+            hashes[name] = _lora_hash(file["path"], file["sha256"])
     syntax = request.get("prompt_syntax", "plain")
     settings = {
         "Steps": request["steps"],
@@ -208,6 +215,7 @@ def write(metadata: Mapping[str, Any]) -> str:
         "Model hash": metadata["fingerprint"][:10],
         "Model": metadata["model"],
         "Clip skip": request["clip_skip"] + _CLIP_SKIP if request.get("clip_skip") else None,
+        "Lora hashes": ", ".join(f"{name}: {found}" for name, found in hashes.items() if found) or None,
         "Loras": ", ".join(others) or None,
         "Version": f"stylefast {metadata['stylefast']}",
     }
@@ -510,6 +518,25 @@ def _clip_skip(settings: Mapping[str, str]) -> int | None:
 
 
 # writing
+
+
+@lru_cache(maxsize=256)
+def _lora_hash(path: str, digest: str) -> str:
+    """Return A1111's short hash of a LoRA: 12 digits of the SHA-256 of what follows the file's header.
+
+    It is "" if the file at `path` can't be read, or does not have that SHA-256.
+    """
+    whole, tensors = hashlib.sha256(), hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            whole.update(start + file.read(int.from_bytes(start, "little")))
+            while block := file.read(1 << 20):
+                whole.update(block)
+                tensors.update(block)
+    except (OSError, OverflowError, MemoryError):
+        return ""
+    return tensors.hexdigest()[:12] if whole.hexdigest() == digest else ""
 
 
 def _schedule_type(request: Mapping[str, Any]) -> str | None:

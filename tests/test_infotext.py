@@ -1,6 +1,7 @@
 """A1111's parameters text is read and written as A1111 means it; what is not taken is named, and bad text refused."""
 
 import contextlib
+import hashlib
 import json
 import time
 
@@ -289,6 +290,28 @@ def test_a_text_is_written_as_a1111_does():
         'Model hash: 0123456789, Model: "tiny, small", Clip skip: 3, Loras: "a:b: 1", Version: stylefast 1.0',
     ]
     assert write(metadata(prompt="a (fish:1.2)", prompt_syntax="a1111")).startswith("a (fish:1.2)\n")
+
+
+def test_loras_are_written_with_the_hashes_of_their_tensors_as_a1111_does(tmp_path):
+    header, tensors = b'{"__metadata__":{"a":"b"}}', b"tensors" * 300_000
+    content = len(header).to_bytes(8, "little") + header + tensors
+    short = hashlib.sha256(tensors).hexdigest()[:12]
+    files, names = {}, ("pen", "in, k", "a:b", "changed", "gone", "folder")
+    for name in names:
+        path = tmp_path / f"{len(files)}.safetensors"
+        path.write_bytes(content)
+        files[name] = {"path": str(path), "sha256": hashlib.sha256(content).hexdigest()}
+    (tmp_path / "3.safetensors").write_bytes(content + b"x")
+    (tmp_path / "4.safetensors").unlink()
+    files["folder"]["path"] = str(tmp_path)
+    used = {**metadata(), "lora_files": files}
+    used["call"]["requests"][0]["loras"] = dict.fromkeys(names, 0.5)
+    written = write(used)
+    assert f'Lora hashes: "pen: {short}", Loras: "a:b: 0.5", Version' in written
+    assert read(written).loras[0] == LoraTag("pen", 0.5, short)
+    assert [tag.hash for tag in read(written).loras[1:]] == [""] * 4
+    merged = {**metadata({"pen": 0.5}), "lora_files": files}
+    assert "Lora hashes" not in write(merged)
 
 
 @pytest.mark.parametrize(

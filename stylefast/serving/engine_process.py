@@ -370,13 +370,14 @@ class _Worker:
         pictures = []
         for image, entry in zip(result.images, result.metadata, strict=True):
             record = {**entry, "size": list(image.size), "load": dict(self._loaded)}
+            text = write(record)
             if self._shelf is not None:
                 record = self._shelf.recorded(record)
             pictures.append(
                 Made(
                     _pixels(image),
                     json.dumps(record, separators=(",", ":")),
-                    write(record),
+                    text,
                     record["seed"],
                     (*said, *record["warnings"]),
                 )
