@@ -3,8 +3,7 @@
 This file turns requests into latents as plainly as possible; every style goes through the same interface
 (`styles/style.py`) as in the engine. It leaves out everything that makes serving fast: pages, slots, threads, style
 banks, buckets, compiled graphs, GPUs. docs/architecture.md lists which part of the engine corresponds to which function
-here, and a test requires the same pictures from both. Use it to understand the engine, to try a change, and as a
-reference; serve with `Engine`.
+here, and a test requires the same pictures from both. Use it to understand the engine or to try a change.
 """
 
 from collections.abc import Sequence
@@ -20,8 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from stylefast.errors import InvalidRequest
 from stylefast.kernels.guided_step import guided_step
 from stylefast.models import vae as vaes
+from stylefast.models.lora_units import joined
 from stylefast.models.masks import load_mask, mask_vectors
 from stylefast.models.pictures import open_picture
+from stylefast.models.row_loras import LoraProducts, StepLoras
 from stylefast.models.row_table import COLUMNS, NO_PAGE, ImageKV, RowTable
 from stylefast.models.text import Prompt
 from stylefast.runtime.plan.request import Request
@@ -40,8 +41,8 @@ class Sample:
     schedule: Schedule
     size: tuple[int, int]  # (width, height) in pixels
     weights: dict[str, float]  # of the branches that make up its prediction
+    branches: tuple[str, ...]  # its rows: one for each of its branches and of its readers'
     output: bool = True  # whether it was requested
-    branches: tuple[str, ...] = ()  # its rows: one for each of its branches and of its readers'
     reader: ReferenceStyle | None = None  # the style by which it reads its references
     references: list["Sample"] = field(default_factory=list)
     leads: bool = False  # first of those that read one another
@@ -49,6 +50,8 @@ class Sample:
     # made by `prepare`
     texts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # by branch, per step: hidden, pooled
     segments: dict[str, list["Segment"]] = field(default_factory=dict)  # by branch
+    loras: LoraProducts = LoraProducts(())  # LoRAs in the UNet
+    of_text: list[tuple] = field(default_factory=list)  # LoRAs in the text encoders: factors, strength
     random: torch.Generator = field(default_factory=torch.Generator)
     noise: Tensor = field(default_factory=Tensor)
     clean: Tensor | None = None  # latents [channels, h, w] of `picture`
@@ -71,8 +74,7 @@ class Segment:
 def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
     """Make the pictures of requests with the models of `engine`, on a CPU; return their latents [channels, h, w].
 
-    Nothing is checked: requests that the engine refuses may fail here, or run. Raises InvalidRequest for style banks,
-    DDIM inversion and LoRAs, which are left out.
+    Nothing is checked. Raises InvalidRequest for style banks and DDIM inversion, which are left out.
 
     Examples:
         >>> from stylefast import naive
@@ -99,9 +101,8 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
     hidden: list[Sample] = []
     for target in targets:
         style, wanted = target.reader, target.reader and target.reader.reads
-        left_out = wanted and (wanted.bank is not None or (wanted.pictures and wanted.noise == "ddim"))
-        if left_out or target.request.loras:
-            raise InvalidRequest("naive.py has neither style banks, DDIM inversion nor LoRAs; use Engine.generate")
+        if wanted and (wanted.bank is not None or (wanted.pictures and wanted.noise == "ddim")):
+            raise InvalidRequest("naive.py has neither style banks nor DDIM inversion; use Engine.generate")
         if style is None or wanted is None:
             continue
         if wanted.of_call:
@@ -113,8 +114,6 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
             target.references = [_reference(target, style, picture) for picture in wanted.pictures or [None]]
             hidden += target.references
     samples = targets + hidden
-    for sample in samples:
-        sample.branches = tuple(sample.weights)
     for _ in range(2):  # twice, since samples that read one another may need one another's
         for sample in samples:
             for reference in sample.references:
@@ -128,7 +127,7 @@ def _target(engine, request: Request) -> Sample:
     guidance = [style.context_guidance for style in request.styles if style.context_guidance is not None]
     weights = guidance_weights(request.guidance, guidance[0] if guidance else None)
     size = request.size or engine.native_size
-    return Sample(request, request.prompt, schedule, size, weights, reader=request.reader)
+    return Sample(request, request.prompt, schedule, size, weights, (*weights,), reader=request.reader)
 
 
 def _reference(target: Sample, style: ReferenceStyle, picture: Any) -> Sample:
@@ -139,7 +138,8 @@ def _reference(target: Sample, style: ReferenceStyle, picture: Any) -> Sample:
         others = [other for other in others if other.named_in(target.request.negatives)]
     request = replace(target.request, style=others, seed=wanted.seed, prompt_2=None)
     weights = {FULL: 1.0} if picture is not None else target.weights
-    return Sample(request, wanted.prompt or "", target.schedule, target.size, weights, output=False, picture=picture)
+    given = target.schedule, target.size, weights, (*weights,)
+    return Sample(request, wanted.prompt or "", *given, output=False, picture=picture)
 
 
 # 2. the inputs of a sample: its texts, its image prompts, its first latents
@@ -152,17 +152,18 @@ def prepare(engine, sample: Sample) -> None:
     texts = Texts.of(sample.request, sample.prompt, timesteps, trained, sample.branches)
     for kind, styles in by_kind(sample.request.styles).items():
         kind.write_prompts(styles, texts)
+    used = [(engine.loras.factors(use.lora), use) for use in engine.loras.uses(sample.request.lora_scales)]
+    sample.loras = LoraProducts(tuple((factors, use.unet) for factors, use in used))
+    sample.of_text = [(factors.text, use.text) for factors, use in used]
     for branch in sample.branches:
         skip = 0 if branch == NULL else sample.request.clip_skip
-        states = engine.text_encoder.encode(texts.per_step[branch], texts.pooling[branch], skip)
+        states = engine.text_encoder.encode(texts.per_step[branch], texts.pooling[branch], skip, loras=sample.of_text)
         sample.texts[branch] = [(state.hidden, state.pooled) for state in states]
-
     width, height = sample.size
     latent_size = (height // engine.downscale, width // engine.downscale)
     sample.segments = {branch: [] for branch in sample.branches}
     for style in sample.request.styles_of(ImageStyle):
         _image_prompt(engine, sample, style, engine.unet.attention_sizes(*latent_size))
-
     shape = (engine.unet.config["in_channels"], *latent_size)
     sample.random.manual_seed(sample.request.seed or 0)
     sample.noise = torch.randn(shape, generator=sample.random)
@@ -177,9 +178,10 @@ def prepare(engine, sample: Sample) -> None:
 def _image_prompt(engine, sample: Sample, style: ImageStyle, levels: Sequence[tuple[int, int]]) -> None:
     """Add the segments of a style to the rows of a sample: pictures in conditional rows, "no picture" in the others."""
     adapter, encoder = engine.adapters[style.adapter or next(iter(engine.adapters))]
-    content, syntax = None, sample.request.prompt_syntax
+    content = None
     if style.content_text is not None:
-        content = engine.text_encoder.encode([Prompt(style.content_text, syntax=syntax)])[0].pooled
+        prompt = Prompt(style.content_text, syntax=sample.request.prompt_syntax)
+        content = engine.text_encoder.encode([prompt], loras=sample.of_text)[0].pooled
     tokens = style.tokens(adapter, encoder, content)
     negative = adapter.key_values(tokens.negative[None])
     for number, (segment, image) in enumerate(zip(style.segments, tokens.image, strict=True)):
@@ -207,20 +209,20 @@ def advance(unet, samples: Sequence[Sample], step: int) -> None:
     rows = [(sample, branch) for sample in samples for branch in sample.branches]
     of_row = [samples.index(sample) for sample, _ in rows]
     schedules = [sample.schedule for sample in samples]
-
     hidden, pooled = zip(*(s.texts[branch][step] for s, branch in rows), strict=True)
     lengths = torch.tensor([len(states) for states in hidden])
-    text_kv = unet.project_text(pad_sequence([*hidden], batch_first=True).to(unet.dtype))
-    image_kv, masks, table = row_table(unet, rows, step)
+    # each row adds its LoRAs to the projections of its text
+    kv = [unet.project_text(x[None].to(unet.dtype), sample.loras) for x, (sample, _) in zip(hidden, rows, strict=True)]
+    text_kv = [tuple(pad_sequence([x[i][0] for x in layer], batch_first=True) for i in range(2)) for layer in zip(*kv)]
+    image_kv, masks, table, loras = row_table(unet, rows, step)
     timesteps = torch.stack([schedule.timesteps[step] for schedule in schedules])
     width, height = samples[0].size
     time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(rows), dtype=torch.float32)
     latents = torch.stack([sample.latents for sample in samples])
     scale = torch.stack([schedule.input_scale[step] for schedule in schedules])
     seen = (latents * scale[:, None, None, None])[of_row].to(unet.dtype)
-    embedding = unet.embed(timesteps[of_row], torch.stack(pooled), time_ids)
-    output = unet(seen, embedding, text_kv, image_kv, table, masks=masks, text_lengths=lengths)
-
+    embedding = unet.embed(timesteps[of_row], torch.stack(pooled), time_ids, loras)
+    output = unet(seen, embedding, text_kv, image_kv, table, masks=masks, loras=loras, text_lengths=lengths)
     branch_rows = torch.full((len(samples), len(BRANCHES)), -1)
     branch_weights, rescale = torch.zeros(len(samples), len(BRANCHES)), torch.zeros(len(samples))
     for row, (sample, branch) in enumerate(rows):
@@ -240,8 +242,8 @@ def advance(unet, samples: Sequence[Sample], step: int) -> None:
         sample.latents, sample.anchor, sample.history = state
 
 
-def row_table(unet, rows: Sequence[tuple[Sample, str]], step: int) -> tuple[ImageKV | None, tuple, RowTable]:
-    """Return the table of a step's rows, and the image keys, values and masks that it refers to by number."""
+def row_table(unet, rows, step: int) -> tuple[ImageKV | None, tuple, RowTable, StepLoras | None]:
+    """Return the table of a step's rows, and what it refers to by number: image keys, values and masks, and LoRAs."""
     layout, place = unet.layout, {row: i for i, row in enumerate(rows)}
     written, pages, segments = Rows.idle(len(rows), len(layout.layers)), [], []
     for i, (sample, branch) in enumerate(rows):
@@ -253,9 +255,10 @@ def row_table(unet, rows: Sequence[tuple[Sample, str]], step: int) -> tuple[Imag
         for style in sample.request.styles:
             if style.active(step, steps) and (pages[i] or not isinstance(style, ReferenceStyle)):
                 style.write_rows(written, i, layout, sample.leads)
-
     sizes = {"rows": len(rows), "layers": len(layout.layers), "modules": len(layout.modules)}
-    sizes |= {"references": max(map(len, pages)), "segments": max(map(len, segments)), "loras": 0}
+    sizes |= {"references": max(map(len, pages)), "segments": max(map(len, segments))}
+    used = list(dict.fromkeys(factors for sample, _ in rows for factors, _ in sample.loras.used))
+    sizes["loras"] = max(len(sample.loras.used) for sample, _ in rows)
     sizes["norm_rows"] = len(rows) if written.takes_norms.any() else 0
     table = RowTable(*(column.filled(column.shape(sizes)) for column in COLUMNS.values()))
     table.text_page[:] = torch.arange(len(rows))
@@ -266,12 +269,15 @@ def row_table(unet, rows: Sequence[tuple[Sample, str]], step: int) -> tuple[Imag
     images: list[Segment] = []
     for i, (read, seen) in enumerate(zip(pages, segments, strict=True)):
         table.self_page[i, : len(read)] = torch.tensor(read)
+        for j, (factors, strength) in enumerate(rows[i][0].loras.used):
+            table.lora[i, j], table.lora_scale[i, j] = used.index(factors), strength
         for j, segment in enumerate(seen):
             table.image_page[i, j] = len(images)
             table.image_mask[i, j] = len(images) if segment.mask is not None else -1
             table.image_strength[i, j] = segment.strength
             images.append(segment)
-    return (_image_kv(unet, images) if images else None), _masks(images), table
+    loras = joined(unet.loras, used).of_rows(table.lora, table.lora_scale) if used else None
+    return (_image_kv(unet, images) if images else None), _masks(images), table, loras
 
 
 def _image_kv(unet, images: Sequence[Segment]) -> ImageKV:
@@ -281,9 +287,8 @@ def _image_kv(unet, images: Sequence[Segment]) -> ImageKV:
     for i, layer in enumerate(unet.layout.layers):
         pair = torch.zeros(2, len(images), max(tokens), layer.heads, layer.channels // layer.heads, dtype=unet.dtype)
         for page, segment in enumerate(images):
-            if segment.layers[i] is not None:
-                for kind in range(2):
-                    pair[kind, page, : tokens[page]] = segment.layers[i][kind][0]
+            for kind, stored in enumerate(segment.layers[i] or ()):
+                pair[kind, page, : tokens[page]] = stored[0]
         layers.append((pair[0], pair[1]))
     return ImageKV(tuple(layers), torch.tensor(tokens))
 

@@ -11,7 +11,7 @@ from stylefast.kernels.row_lora import RANK
 from stylefast.models.digests import all_finite
 from stylefast.models.lora_factors import Factors, row_factors
 from stylefast.models.lora_file import LoraFile
-from stylefast.models.row_loras import NO_UNIT, TEXT_PARTS, LoraFactors, LoraLayout
+from stylefast.models.row_loras import NO_UNIT, TEXT_PARTS, LoraFactors, LoraLayout, RowLoras, table_width
 
 
 def lora_factors(lora: LoraFile, layout: LoraLayout, dtype: torch.dtype) -> LoraFactors:
@@ -61,6 +61,18 @@ def unit_table(
         used = places < counts[layers, None]
         table[layers] = np.where(used, own[np.where(used, starts[layers, None] + places, 0)], NO_UNIT)
     return table
+
+
+def joined(layout: LoraLayout, used: Sequence[LoraFactors]) -> RowLoras:
+    """Return LoRAs as a batch reads them, by their places in `used`, in pools of exactly their units."""
+    ends = np.cumsum([[0] * len(layout.kinds), *(factors.units() for factors in used)], axis=0)  # [LoRAs + 1, kinds]
+    width = table_width(max(factors.rank for factors in used) // RANK)
+    tables = []
+    for factors, firsts, lasts in zip(used, ends, ends[1:]):
+        places = [np.arange(first, last) for first, last in zip(firsts, lasts)]
+        tables.append(unit_table(layout, factors.starts, factors.counts, places, width))
+    down, up = (tuple(map(torch.cat, zip(*pools))) for pools in zip(*((one.down, one.up) for one in used)))
+    return RowLoras(down, up, torch.from_numpy(np.stack(tables)))
 
 
 def _stored(factor: Tensor, dtype: torch.dtype, where: str) -> Tensor:

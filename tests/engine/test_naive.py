@@ -10,6 +10,7 @@ from stylefast.errors import InvalidRequest
 from stylefast.sampling.guidance import StyleContextGuidance
 from tests.support.fp64 import close
 from tests.support.scene import SIZE, apart, learned, small_picture
+from tests.support.small_checkpoints import random_lora, write_kohya_lora, write_peft_lora
 
 PICTURES = [small_picture(seed, (48, 40)) for seed in (1, 2)]
 LARGE = (64, 64)
@@ -78,17 +79,38 @@ def mix(seed: int) -> list[sf.Request]:
                 guidance=draw.choice([1.0, 5.0]),
                 guidance_rescale=draw.choice([0.0, 0.4]),
                 guidance_interval=draw.choice([(0.0, 1.0), (0.0, 0.6)]),
+                loras=draw.choice([{}, {"ink": 0.8}, {"ink": (1.0, 0.0)}, {"pixel": -0.5, "ink": (0.0, 1.0)}]),
                 **settings,
             )
         )
     return requests
 
 
+@pytest.fixture(scope="module")
+def lora_files(tmp_path_factory, pipe):
+    """Two LoRAs of different ranks, the first of which changes the text encoders too."""
+    folder = tmp_path_factory.mktemp("loras")
+    ink, pixel = random_lora(pipe, 1), random_lora(pipe, 2, rank=20, text=False)
+    return {
+        "ink": write_kohya_lora(ink, folder / "ink.safetensors", pipe.unet.config),
+        "pixel": write_peft_lora(pixel, folder / "pixel.safetensors"),
+    }
+
+
+@pytest.fixture
+def with_loras(engine, lora_files):
+    for name, file in lora_files.items():
+        engine.loras.add(file, name)
+    yield engine
+    for name in lora_files:
+        engine.loras.remove(name)
+
+
 @pytest.mark.parametrize("seed", range(MIXES))
-def test_the_short_form_makes_the_engines_pictures(engine, drawn, seed):
+def test_the_short_form_makes_the_engines_pictures(with_loras, drawn, seed):
     requests = mix(seed)
     expected = drawn(requests)
-    for i, latents in enumerate(naive.generate(engine, requests)):
+    for i, latents in enumerate(naive.generate(with_loras, requests)):
         close(latents, expected[i])
 
 
@@ -101,9 +123,16 @@ def test_styles_are_not_idle_in_it(engine):
         apart([found], [expected])
 
 
+def test_loras_are_not_idle_in_it(with_loras):
+    given = [{}, {"ink": 1.0}, {"ink": (1.0, 0.0)}, {"ink": (0.0, 1.0)}, {"ink": 1.0, "pixel": 1.0}]
+    requests = [sf.Request("a cat", loras=loras, steps=2, size=SIZE) for loras in given]
+    together = naive.generate(with_loras, requests)
+    for i, found in enumerate(together):
+        for other in together[:i]:
+            apart([found], [other])
+
+
 def test_what_it_leaves_out_is_refused(engine):
     inverted = sf.StyleAligned(PICTURES[0], noise="ddim")
-    with pytest.raises(InvalidRequest, match="neither style banks, DDIM inversion nor LoRAs"):
+    with pytest.raises(InvalidRequest, match="neither style banks nor DDIM inversion"):
         naive.generate(engine, [sf.Request("a cat", style=inverted, scheduler="ddim", steps=2, size=SIZE)])
-    with pytest.raises(InvalidRequest, match="nor LoRAs"):
-        naive.generate(engine, [sf.Request("a cat", loras={"ink": 1.0}, steps=2, size=SIZE)])
