@@ -410,7 +410,9 @@ async def _answer(request: Request, service: Service, wanted: Wanted, kind: str)
         ticket = submit(request, service, wanted, key=key and key[:255], digest=digest)
     if wanted.stream:
         events = _events(request, service, wanted, ticket, kind)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        # the second is for nginx, which would hold the events back
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     made = await while_connected(request, service, wanted, ticket)
     encoded = [await service.encode(partial(_picture, one, wanted)) for one in made]
     reply = JSONResponse(_reply(wanted, ticket, made, encoded), headers=_times(ticket))
@@ -429,6 +431,10 @@ async def while_connected(request: Request, service: Service, wanted: Wanted, ti
                 return waiting.result()
             if not wanted.stay and await request.is_disconnected():
                 service.dispatcher.cancel(ticket)
+    except asyncio.CancelledError:
+        if not wanted.stay:
+            service.dispatcher.cancel(ticket)
+        raise
     finally:
         waiting.cancel()
 

@@ -20,6 +20,7 @@ from stylefast.serving.messages import (
     Answer,
     BakeStyle,
     Cancel,
+    Capacity,
     Counts,
     Done,
     Failed,
@@ -332,6 +333,8 @@ class Dispatcher:
             self._advance()
         elif isinstance(message, NotReady):
             self._break(message.message)
+        elif isinstance(message, Capacity):
+            self._resize(message.pictures)
         elif isinstance(message, Counts):
             for name, value in message.values.items():
                 self.counted(name, value - self._counts.get(name, 0.0))
@@ -356,6 +359,14 @@ class Dispatcher:
                 gone = message.error == "JobCancelled"
                 self._end(ticket, tickets.CANCELLED if gone else tickets.FAILED, error)
             self._advance()
+
+    def _resize(self, pictures: int) -> None:
+        """Let as many pictures be with the engine; while there is room for none, requests wait."""
+        if pictures:
+            self.max_running = pictures
+        if self.state in (STARTING, READY) and self.facts:
+            self.state = READY if pictures else STARTING
+        self._advance()
 
     def _take_answer(self, message: Any) -> None:
         answer, news = self._errands[message.ticket]

@@ -124,6 +124,13 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Capacity:
+    """How many pictures may be with the engine now; 0: none, and requests wait."""
+
+    pictures: int
+
+
+@dataclass(frozen=True)
 class Counts:
     """What the engine has done since it was loaded, for metrics: UNet calls, and steps of pictures in them."""
 

@@ -22,6 +22,7 @@ class Metrics:
         self._gauge("num_requests_waiting", "requests in the queue", lambda: dispatcher.waiting)
         self._gauge("num_requests_running", "requests with the engine", lambda: dispatcher.running)
         self._gauge("num_pictures_running", "pictures with the engine", lambda: dispatcher.pictures)
+        self._gauge("picture_slots", "pictures that may be with the engine at once", lambda: dispatcher.max_running)
         self._gauge("engine_restarts", "times that the engine's process was started again", lambda: dispatcher.restarts)
         self._requests = Counter(
             "stylefast:requests", "requests that have ended, by how", ["status"], registry=self._registry

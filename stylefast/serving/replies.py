@@ -93,6 +93,7 @@ _OF_ENGINE: Mapping[str, tuple[int, str, bool | None]] = {
 }
 
 
+ENGINE_LOST = "EngineLost"  # in place of an error's class, where the process that would report one has died
 # of a request: how the engine's messages begin -> the field that clients know
 _FIELDS = {
     **{name: name for name in ("prompt", "steps", "guidance", "seed", "scheduler", "spacing", "clip_skip", "loras")},
@@ -109,6 +110,8 @@ def of_engine(name: str, message: str) -> ApiError:
 
     Errors that are not the project's own are bugs: their text may quote what nobody should see, so it stays in the log.
     """
+    if name == ENGINE_LOST:
+        return engine_lost()
     message = _PLACE.sub("", message, count=1)
     found = _BEGINNING.match(message)
     param = _FIELDS.get(found[1]) if found else None

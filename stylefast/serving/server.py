@@ -30,7 +30,7 @@ def serve(settings: ServeSettings, load: Load) -> None:
 
     load: called in the engine's process; it must be picklable.
     """
-    _log_to_stderr()
+    log_to_stderr()
     server: _Server | None = None
 
     def broken(why: str) -> None:
@@ -125,7 +125,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Send the service's log to stderr, and uvicorn's with it."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

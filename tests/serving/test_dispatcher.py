@@ -8,7 +8,7 @@ import pytest
 from stylefast.serving import dispatcher as dispatching
 from stylefast.serving.dispatcher import BROKEN, READY, STARTING, Dispatcher
 from stylefast.serving.media import Pixels
-from stylefast.serving.messages import Cancel, Done, Failed, Made, NotReady, Progress, Ready, Run, Stop
+from stylefast.serving.messages import Cancel, Capacity, Done, Failed, Made, NotReady, Progress, Ready, Run, Stop
 from stylefast.serving.replies import ApiError
 from stylefast.serving.tickets import Ticket
 
@@ -263,3 +263,22 @@ async def test_news_of_a_request_that_is_over_changes_nothing():
     bench.engine.done("1")
     bench.engine.say(Failed("unknown", "JobCancelled", ""))
     assert bench.dispatcher.running == 0
+
+
+@in_loop
+async def test_an_engine_may_take_more_or_fewer_pictures_than_before():
+    bench = Bench()
+    bench.engine.say(Capacity(2))  # nothing is known of the model yet
+    assert bench.dispatcher.state == STARTING
+    bench.ready()
+    for name in "abc":
+        bench.submit(name)
+    assert bench.engine.runs == ["a", "b"]
+    bench.engine.say(Capacity(3))
+    assert bench.engine.runs == ["a", "b", "c"]
+    bench.engine.say(Capacity(0))
+    bench.engine.done("a", "b", "c")
+    waiting = bench.submit("d")
+    assert bench.dispatcher.state == STARTING and "d" not in bench.engine.runs and not waiting.over
+    bench.engine.say(Capacity(1))
+    assert bench.dispatcher.state == READY and bench.engine.runs[-1] == "d"

@@ -99,6 +99,13 @@ def test_pages_of_other_sites_do_not_reach_a_server_without_keys(server, headers
     assert call(server, "GET", "/livez", headers=headers)[0] == 200
 
 
+def test_a_stream_tells_proxies_not_to_hold_it_back(server):
+    body = json.dumps({"prompt": "a fish", "stream": True, "stylefast": {"steps": 1}})
+    headers = {"content-type": "application/json"}
+    status, found, _ = call(server, "POST", "/v1/images/generations", body, headers)
+    assert status == 200 and found["cache-control"] == "no-cache" and found["x-accel-buffering"] == "no"
+
+
 def test_damaged_forms_and_files(server):
     headers = {"content-type": "multipart/form-data; boundary=x"}
     for body in (b"", b"--x\r\n", b"--x\r\nContent-Disposition: form-data\r\n\r\n--x--"):
