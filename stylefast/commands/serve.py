@@ -12,6 +12,7 @@ from stylefast.errors import MissingDependency
 
 if TYPE_CHECKING:
     from stylefast.engine import Engine
+    from stylefast.serving.settings import ServeSettings
 
 SUMMARY = "Serve pictures over HTTP: OpenAI's image API, health checks and metrics."
 EXAMPLES = """\
@@ -42,21 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
-    from stylefast.serving.settings import PREFIX, ServeSettings
-
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise MissingDependency(
             f"{', '.join(missing)} missing; pip install 'stylefast[serve]' brings what serving needs"
         )
-    flags = {name: getattr(arguments, name) for name in ServeSettings.flags()}
-    file = arguments.config or os.environ.get(f"{PREFIX}CONFIG")
-    settings = ServeSettings.of(flags, file=file)
-    load = LoadChoice(ModelChoice.of(arguments))
+    settings, load = chosen(arguments)
     from stylefast.serving.server import serve
 
     serve(settings, load)
     return 0
+
+
+def chosen(arguments: argparse.Namespace) -> "tuple[ServeSettings, LoadChoice]":
+    """Return the settings of the service and the model, from options, the environment and a file."""
+    from stylefast.serving.settings import PREFIX, ServeSettings
+
+    flags = {name: getattr(arguments, name) for name in ServeSettings.flags()}
+    file = arguments.config or os.environ.get(f"{PREFIX}CONFIG")
+    return ServeSettings.of(flags, file=file), LoadChoice(ModelChoice.of(arguments))
 
 
 @dataclass(frozen=True)

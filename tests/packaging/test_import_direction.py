@@ -50,7 +50,8 @@ ALLOWED = {
     "export": {"errors", "values", "code_caches", "whole_files", "slots", "threads", "kernels", "models"},
     # the package itself, for the version that it tells
     "serving": BELOW_ENGINE | {"engine", "record", "record_values", "infotext", "stylefast"},
-    "integrations": {"errors", "values", "engine", "serving", "stylefast"},
+    # `commands` for the options of `stylefast serve`
+    "integrations": {"errors", "values", "engine", "serving", "commands", "stylefast"},
 }
 TOP = {"cli", "commands", "__main__"}  # these may import everything but tests and benchmarks
 # programs that are copied out and run beside an installed stylefast, and that nobody imports

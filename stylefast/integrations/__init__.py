@@ -1,0 +1,1 @@
+"""stylefast inside other platforms; each module needs the packages of its platform."""
