@@ -66,16 +66,23 @@ def application(
             policy=AutoscalingPolicy(policy_function=by_queue),
         )
         options = {"autoscaling_config": scaling}
-    engines = Engine.options(
+    watched = {"health_check_period_s": _HEALTH_SECONDS, "health_check_timeout_s": 30.0, "logging_config": _QUIET}
+    engines = serve.deployment(
         **options,
+        **watched,
+        name=ENGINE,
         ray_actor_options=dict(resources),
         max_ongoing_requests=settings.max_running + _ERRANDS,
         graceful_shutdown_timeout_s=settings.grace,
-    ).bind(load, settings)
-    return Front.options(
+    )(Engine)
+    front = serve.deployment(
+        **watched,
+        name=FRONT,
+        ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=settings.max_running * most + settings.max_waiting + 100,
         graceful_shutdown_timeout_s=settings.grace + 5,
-    ).bind(settings, engines)
+    )(Front)
+    return front.bind(settings, engines.bind(load, settings))
 
 
 def by_queue(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
@@ -84,9 +91,6 @@ def by_queue(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
     return (context.total_num_requests + waiting) / context.config.get_target_ongoing_requests(), {}
 
 
-@serve.deployment(
-    name=ENGINE, health_check_period_s=_HEALTH_SECONDS, health_check_timeout_s=30.0, logging_config=_QUIET
-)
 class Engine:
     """A replica with one engine."""
 
@@ -143,9 +147,6 @@ class Engine:
             await self._replica.close()
 
 
-@serve.deployment(
-    name=FRONT, health_check_period_s=_HEALTH_SECONDS, ray_actor_options={"num_cpus": 0}, logging_config=_QUIET
-)
 @serve.ingress()
 class Front:
     """The web application, with the queue; there is one of it."""

@@ -175,6 +175,7 @@ class Stream(Protocol):
 
     def __aiter__(self) -> AsyncIterator[News]:
         """Return the news, to the end of the call."""
+        ...
 
     def cancel(self) -> None:
         """End the call."""
