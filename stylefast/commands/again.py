@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image, ImageChops
 
-from stylefast.commands.files import Destination, read_metadata
-from stylefast.commands.generate import check_loras, check_schedules, load, make, save
+from stylefast.commands.files import read_metadata
+from stylefast.commands.generate import check_loras, check_schedules, destination_of, load, make, save
 from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, RECORDED, Lora, ModelChoice, model_folder
 from stylefast.commands.notices import warn
 from stylefast.engine import Result
@@ -46,8 +46,7 @@ def run_again(arguments: argparse.Namespace) -> int:
     check_schedules(requests)
     check_loras(requests, [lora.name for lora in choice.row_lora])
     place = metadata["index"]
-    parameters = arguments.metadata == "a1111"
-    destination = Destination(arguments.out, [requests[place].prompt], arguments.overwrite, parameters)
+    destination = destination_of(arguments, [requests[place].prompt])
     loaded = choice.recorded()
     engine = load(choice, arguments.quiet)
     if engine.fingerprint != metadata["fingerprint"]:

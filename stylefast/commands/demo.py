@@ -289,6 +289,7 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
 
     from stylefast import presentation
     from stylefast.commands.files import Destination
+    from stylefast.provenance import MARKED
     from stylefast.record_values import find_picture, shipped
 
     parser = argparse.ArgumentParser()
@@ -328,7 +329,8 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
     )
     page = presentation.html_page("stylefast: the demo", text, sections, SHOWN_WIDTH)
     (folder / PAGE).write_text(page, encoding="utf-8")
-    presentation.labelled_sheet(sheet, scale=2 if size[0] <= 256 else 1).save(folder / SHEET)
+    whole = presentation.labelled_sheet(sheet, scale=2 if size[0] <= 256 else 1)
+    (folder / SHEET).write_bytes(MARKED.encode(whole, "png"))
 
 
 def _copy_reference(picture: Path, folder: Path) -> str:

@@ -7,7 +7,6 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
 from stylefast.commands.folder_lock import LOCK, PICTURES, only_writer, remove_parts
 from stylefast.commands.notices import warn
 from stylefast.errors import ImageError, InvalidRequest, StyleFastError
+from stylefast.provenance import MARKED, Provenance
 from stylefast.values import free_bytes, load_json, quoted, typed_path
 from stylefast.whole_files import write_whole
 
@@ -39,12 +39,19 @@ class Destination:
     folder of files `0001-a-fish.png`. Without `overwrite`, numbering continues after the files in the folder, and an
     existing file is refused. Unwritable targets are refused here, before any work is done; names are taken when the
     pictures are written, so that several calls may write to one folder at once. `parameters`: write A1111's text beside
-    the record. Raises InvalidRequest, and StyleFastError for a full disk.
+    the record; `provenance`: how pictures are marked. Raises InvalidRequest, and StyleFastError for a full disk.
     """
 
-    def __init__(self, out: str | Path, prompts: Sequence[str], overwrite: bool = False, parameters: bool = True):
+    def __init__(
+        self,
+        out: str | Path,
+        prompts: Sequence[str],
+        overwrite: bool = False,
+        parameters: bool = True,
+        provenance: Provenance = MARKED,
+    ):
         out, self.overwrite = typed_path("--out", os.fspath(out)), overwrite
-        self._parameters = parameters
+        self._parameters, self._provenance = parameters, provenance
         self._slugs = [slug(prompt) for prompt in prompts]
         if out.suffix.lower() in (".webp", ".avif"):
             raise InvalidRequest(f"--out is {out}; pictures are written as PNG or JPEG, which store their settings")
@@ -62,11 +69,11 @@ class Destination:
         """
         options = {} if self._parameters else {"parameters": False}
         if self._file is not None and self._file.suffix.lower() in _JPEG:
-            wanted = [_jpeg(image, jpeg_info(one, **options)) for image, one in zip(images, metadata, strict=True)]
-            wanted += [] if sheet is None else [_jpeg(sheet, {})]
+            wanted = [self._jpeg(image, jpeg_info(one, **options)) for image, one in zip(images, metadata, strict=True)]
+            wanted += [] if sheet is None else [self._jpeg(sheet, {})]
         else:
-            wanted = [_png(image, png_info(one, **options)) for image, one in zip(images, metadata, strict=True)]
-            wanted += [] if sheet is None else [_png(sheet, None)]
+            wanted = [self._png(image, png_info(one, **options)) for image, one in zip(images, metadata, strict=True)]
+            wanted += [] if sheet is None else [self._png(sheet, None)]
         written: list[Path] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +83,12 @@ class Destination:
                 return written, self._write(wanted, written)
         except OSError as error:
             return written, self._rescue(wanted[len(written) :], written, error)
+
+    def _png(self, image: Image.Image, info: PngInfo | None) -> bytes:
+        return self._provenance.encode(image, "png", pnginfo=info)
+
+    def _jpeg(self, image: Image.Image, options: Mapping[str, Any]) -> bytes:
+        return self._provenance.encode(image.convert("RGB"), "jpeg", quality=95, subsampling=0, **options)
 
     def _write(self, wanted: Sequence[bytes], written: list[Path]) -> StyleFastError | None:
         number = first = 1 if self.overwrite else _highest_number(self.folder) + 1
@@ -161,18 +174,6 @@ class Destination:
                 raise InvalidRequest(f"{path} is a folder; choose another --out")
             if path.exists() and not self.overwrite:
                 raise InvalidRequest(f"{path} exists; pass --overwrite to replace it, or choose another --out")
-
-
-def _png(image: Image.Image, info: PngInfo | None) -> bytes:
-    stream = BytesIO()
-    image.save(stream, "PNG", pnginfo=info)
-    return stream.getvalue()
-
-
-def _jpeg(image: Image.Image, options: Mapping[str, Any]) -> bytes:
-    stream = BytesIO()
-    image.convert("RGB").save(stream, "JPEG", quality=95, subsampling=0, **options)
-    return stream.getvalue()
 
 
 def jpeg_info(metadata: dict, parameters: bool = True) -> dict[str, bytes]:

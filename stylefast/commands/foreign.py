@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stylefast import values
-from stylefast.commands.files import Destination
-from stylefast.commands.generate import check_schedules, load, make, requests_of, save
+from stylefast.commands.generate import check_schedules, destination_of, load, make, requests_of, save
 from stylefast.commands.model_options import Lora, ModelChoice
 from stylefast.commands.notices import warn
 from stylefast.errors import InvalidRequest, ModelError, PromptError
@@ -50,7 +49,7 @@ def run_foreign(arguments: argparse.Namespace, text: str) -> int:
     requests = foreign_requests(arguments, parameters, choice.folder, {lora.name: lora.strengths for lora in used})
     check_schedules(requests)
     prompts = [request.prompt for request in requests]
-    destination = Destination(arguments.out, prompts, arguments.overwrite, arguments.metadata == "a1111")
+    destination = destination_of(arguments, prompts)
     _tell(arguments.source, parameters, own)
     loaded = choice.recorded()
     engine = load(choice, arguments.quiet)

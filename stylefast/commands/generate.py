@@ -13,6 +13,7 @@ from stylefast.errors import InvalidRequest
 from stylefast.values import did_you_mean, listed, quoted, shown, shown_path
 
 if TYPE_CHECKING:
+    from stylefast.commands.files import Destination
     from stylefast.runtime.plan.request import LoraStrength
 
 SUMMARY = "Generate pictures from prompts, in a style."
@@ -114,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "that come with stylefast, are in the hub's cache, or are given as options"
         ),
     )
+    add_provenance_arguments(add)
     add(
         "-n", "--count", type=int, metavar="N", help="number of pictures per prompt, with increasing seeds (default: 1)"
     )
@@ -206,8 +208,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the pictures and write them."""
-    from stylefast.commands.files import Destination
-
     _check_combination(arguments)
     if arguments.source is not None:
         from stylefast.commands.again import run_again
@@ -235,12 +235,35 @@ def run(arguments: argparse.Namespace) -> int:
     check_loras(requests, [lora.name for lora in choice.row_lora])
     check_schedules(requests)
     prompts = [request.prompt for request in requests]
-    destination = Destination(arguments.out, prompts, arguments.overwrite, arguments.metadata == "a1111")
+    destination = destination_of(arguments, prompts)
     loaded = choice.recorded()  # early: a file deleted or changed meanwhile must not cost finished pictures
     engine = load(choice, arguments.quiet)
     result = make(engine, requests, arguments.quiet)
     save(destination, result, loaded, arguments.grid)
     return 0
+
+
+def add_provenance_arguments(group) -> None:
+    """Add the options for marks of generated pictures, with `group`, an `add_argument`."""
+    group(
+        "--no-provenance",
+        action="store_true",
+        help="leave out IPTC's mark for generated pictures (trainedAlgorithmicMedia), which all pictures have in XMP",
+    )
+    group("--c2pa-certificate", metavar="FILE", help="PEM file with the certificates that sign pictures, for C2PA")
+    group("--c2pa-key", metavar="FILE", help="PEM file with the private key of --c2pa-certificate")
+    group("--require-provenance", action="store_true", help="refuse to make pictures that would not be signed")
+
+
+def destination_of(arguments: argparse.Namespace, prompts: Sequence[str]) -> "Destination":
+    """Return where the pictures of these prompts go, and how they are marked. Raises what `Destination` raises."""
+    from stylefast.commands.files import Destination
+    from stylefast.provenance import Provenance
+
+    provenance = Provenance.of(
+        not arguments.no_provenance, arguments.c2pa_certificate, arguments.c2pa_key, arguments.require_provenance
+    )
+    return Destination(arguments.out, prompts, arguments.overwrite, arguments.metadata == "a1111", provenance)
 
 
 def add_text_arguments(group) -> None:

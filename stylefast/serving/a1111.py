@@ -95,7 +95,7 @@ async def txt2img(request: Request) -> dict[str, Any]:
     wanted = _wanted(body, service)
     ticket = submit(request, service, wanted, tongue="a1111")
     made = await while_connected(request, service, wanted, ticket)
-    encode = partial(media.encoded, form="png", quality=100)
+    encode = partial(media.encoded, form="png", quality=100, provenance=service.provenance)
     contents = [
         await service.encode(partial(encode, one.pixels.image(), record=one.record, parameters=one.parameters))
         for one in made

@@ -22,6 +22,7 @@ from starlette.formparsers import MultiPartException
 
 import stylefast
 from stylefast.errors import StyleError
+from stylefast.provenance import Provenance
 from stylefast.serving import a1111, fields, media, playground, replies, style_routes
 from stylefast.serving.dispatcher import DRAINING, READY, Dispatcher
 from stylefast.serving.fields import Edit, Generation, Served, Wanted
@@ -45,10 +46,10 @@ _PREVIEW_QUALITY = 85
 class Service:
     """What the routes share: settings, queue, register, metrics, and threads that encode pictures."""
 
-    def __init__(self, settings: ServeSettings, dispatcher: Dispatcher):
-        self.settings, self.dispatcher = settings, dispatcher
+    def __init__(self, settings: ServeSettings, dispatcher: Dispatcher, provenance: Provenance):
+        self.settings, self.dispatcher, self.provenance = settings, dispatcher, provenance
         self.register = Register(settings.keep_results)
-        self.metrics = Metrics(dispatcher)
+        self.metrics = Metrics(dispatcher, provenance.seconds_left)
         self.encoders = ThreadPoolExecutor(2, "stylefast-encode")
         self.started = int(time.time())
         self.registry = None if settings.styles_dir is None else StyleRegistry(settings.styles_dir)
@@ -101,12 +102,18 @@ class Service:
 
 
 def create_app(settings: ServeSettings, make_dispatcher: Callable[[], Dispatcher]) -> FastAPI:
-    """Return the ASGI application; the engine starts with it, and ends with it."""
+    """Return the ASGI application; the engine starts with it, and ends with it.
+
+    Raises InvalidRequest and MissingDependency for settings of the pictures' signature that can't be had.
+    """
+    provenance = Provenance.of(
+        not settings.no_provenance, settings.c2pa_certificate, settings.c2pa_key, settings.require_provenance
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         dispatcher = make_dispatcher()
-        app.state.service = Service(settings, dispatcher)
+        app.state.service = Service(settings, dispatcher, provenance)
         dispatcher.start()
         try:
             yield
@@ -414,7 +421,7 @@ async def _answer(request: Request, service: Service, wanted: Wanted, kind: str)
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     made = await while_connected(request, service, wanted, ticket)
-    encoded = [await service.encode(partial(_picture, one, wanted)) for one in made]
+    encoded = [await service.encode(partial(_picture, service, one, wanted)) for one in made]
     reply = JSONResponse(_reply(wanted, ticket, made, encoded), headers=_times(ticket))
     if key is None:
         ticket.forget_pictures()
@@ -446,14 +453,15 @@ def _times(ticket: Ticket) -> dict[str, str]:
     }
 
 
-def _picture(made: Made, wanted: Wanted) -> bytes:
-    return media.encoded(made.pixels.image(), wanted.form, wanted.compression, made.record, made.parameters)
+def _picture(service: Service, made: Made, wanted: Wanted) -> bytes:
+    image = made.pixels.image()
+    return media.encoded(image, wanted.form, wanted.compression, made.record, made.parameters, service.provenance)
 
 
-def _preview(pixels: Pixels, wanted: Wanted) -> bytes:
+def _preview(service: Service, pixels: Pixels, wanted: Wanted) -> bytes:
     width, height = (int(side) for side in wanted.size.split("x"))
     image = pixels.image().resize((width, height), Image.Resampling.BICUBIC)
-    return media.encoded(image, wanted.form, _PREVIEW_QUALITY, None, None)
+    return media.encoded(image, wanted.form, _PREVIEW_QUALITY, None, None, service.provenance)
 
 
 def _common(wanted: Wanted) -> dict[str, Any]:
@@ -504,13 +512,13 @@ async def _events(request: Request, service: Service, wanted: Wanted, ticket: Ti
             if found is None:
                 break
             for pixels in found.previews[:1]:
-                content = await service.encode(partial(_preview, pixels, wanted))
+                content = await service.encode(partial(_preview, service, pixels, wanted))
                 event = {"type": f"{kind}.partial_image", "partial_image_index": number, **common}
                 yield _event(event | {"b64_json": base64.b64encode(content).decode("ascii")})
                 number += 1
             pending = asyncio.ensure_future(anext(progress, None))
         (made,) = await ticket.wait()
-        content = await service.encode(partial(_picture, made, wanted))
+        content = await service.encode(partial(_picture, service, made, wanted))
         event = {"type": f"{kind}.completed", **common, "usage": _usage(wanted, ticket)}
         event["stylefast"] = _extension(wanted, ticket, [made])
         yield _event(event | {"b64_json": base64.b64encode(content).decode("ascii")})

@@ -9,12 +9,13 @@ import binascii
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
+from functools import partial
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from stylefast.provenance import MARKED, Provenance
 from stylefast.serving.replies import ApiError
 
 MAX_PIXELS = 4096 * 4096
@@ -205,32 +206,37 @@ def _counted(size: int) -> int:
     return size
 
 
-def encoded(image: Image.Image, form: str, quality: int, record: str | None, parameters: str | None) -> bytes:
-    """Return a picture as PNG, JPEG or WebP.
+def encoded(
+    image: Image.Image,
+    form: str,
+    quality: int,
+    record: str | None,
+    parameters: str | None,
+    provenance: Provenance = MARKED,
+) -> bytes:
+    """Return a picture as PNG, JPEG or WebP, marked as generated.
 
     record: our own, JSON, from which `stylefast generate --from` makes the picture again; parameters: A1111's text.
+    A preview has neither; it is marked but not signed.
     PNG takes both as text chunks, JPEG as comment and EXIF, WebP as description and comment of its EXIF. JPEG has no
     room for more than 64 KB each; what is longer is left out.
     """
-    stream = BytesIO()
+    save = partial(provenance.encode, image, form, sign=record is not None)
     if form == "png":
         info = PngInfo()
         if record is not None:
             info.add_text("stylefast", record)
         if parameters is not None:
             info.add_text("parameters", parameters)
-        image.save(stream, "PNG", pnginfo=info, compress_level=1)
-        return stream.getvalue()
+        return save(pnginfo=info, compress_level=1)
     if form == "webp":
-        image.save(stream, "WEBP", quality=quality, exif=_exif(parameters, record))
-        return stream.getvalue()
+        return save(quality=quality, exif=_exif(parameters, record))
     options: dict[str, Any] = {}
     if parameters is not None and len(exif := _exif(parameters)) <= _JPEG_SEGMENT:
         options["exif"] = exif
     if record is not None and len(record) <= _JPEG_SEGMENT:
         options["comment"] = record.encode("ascii")
-    image.save(stream, "JPEG", quality=min(quality, 95), subsampling=0, **options)
-    return stream.getvalue()
+    return save(quality=min(quality, 95), subsampling=0, **options)
 
 
 def _exif(comment: str | None, description: str | None = None) -> bytes:

@@ -1,5 +1,6 @@
 """Metrics for Prometheus. Labels come from the code and the route table, never from what a request says."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,15 @@ _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 12
 class Metrics:
     """The service's counters, in a registry of their own."""
 
-    def __init__(self, dispatcher: "Dispatcher"):
+    def __init__(self, dispatcher: "Dispatcher", expires: Callable[[], float] = lambda: math.nan):
+        """Make them; `expires` returns the seconds until the certificate of pictures expires, NaN without one."""
         self._registry = CollectorRegistry()
         self._gauge("num_requests_waiting", "requests in the queue", lambda: dispatcher.waiting)
         self._gauge("num_requests_running", "requests with the engine", lambda: dispatcher.running)
         self._gauge("num_pictures_running", "pictures with the engine", lambda: dispatcher.pictures)
         self._gauge("picture_slots", "pictures that may be with the engine at once", lambda: dispatcher.max_running)
         self._gauge("engine_restarts", "times that the engine's process was started again", lambda: dispatcher.restarts)
+        self._gauge("certificate_seconds", "seconds until the certificate that signs pictures expires", expires)
         self._requests = Counter(
             "stylefast:requests", "requests that have ended, by how", ["status"], registry=self._registry
         )

@@ -16,6 +16,7 @@ PREFIX = "STYLEFAST_SERVE_"
 # keys stand in files and in the environment, where other users of the machine don't see them
 _SECRET = ("api_keys", "admin_keys")
 _LEAST_KEY = 16  # characters
+_PATHS = ("styles_dir", "c2pa_certificate", "c2pa_key")
 
 
 def _setting(default: Any, text: str, shown: str = "", kind: str = "text", flag: str | None = None) -> Any:
@@ -55,6 +56,10 @@ class ServeSettings:
     styles_dir: str | None = _setting(
         None, "folder of registered styles, which requests may name (--styles)", "DIR", flag="--styles"
     )
+    no_provenance: bool = _setting(False, "leave out IPTC's mark for generated pictures", kind="flag")
+    c2pa_certificate: str | None = _setting(None, "PEM file with the certificates that sign pictures", "FILE")
+    c2pa_key: str | None = _setting(None, "PEM file with the private key of c2pa_certificate", "FILE")
+    require_provenance: bool = _setting(False, "refuse to start if pictures would not be signed", kind="flag")
     no_warm_up: bool = _setting(False, "be ready before a first picture was made", kind="flag")
     log_format: str = _setting("json", "json or text", "FORMAT")
 
@@ -152,7 +157,7 @@ def _checked(name: str, kind: str, value: Any, default: Any) -> Any:
         if any(len(key.rpartition(":")[2]) < _LEAST_KEY for key in keys):
             raise InvalidRequest(f"{name} has a key of fewer than {_LEAST_KEY} characters; use a longer one")
         return keys
-    return values.text(name, value, longest=values.PATH_BYTES if name == "styles_dir" else values.QUOTED, empty=False)
+    return values.text(name, value, longest=values.PATH_BYTES if name in _PATHS else values.QUOTED, empty=False)
 
 
 def _is_loopback(host: str) -> bool:

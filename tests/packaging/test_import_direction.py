@@ -47,9 +47,11 @@ ALLOWED = {
     "engine": BELOW_ENGINE | {"record", "record_values", "stylefast", "threads"},
     "naive": {"errors", "kernels", "models", "sampling", "styles", "runtime.plan.request"},
     "presentation": {"errors", "values"},
+    # the package itself, for the version that pictures name
+    "provenance": {"errors", "values", "stylefast"},
     "export": {"errors", "values", "code_caches", "whole_files", "slots", "threads", "kernels", "models"},
     # the package itself, for the version that it tells
-    "serving": BELOW_ENGINE | {"engine", "record", "record_values", "infotext", "stylefast"},
+    "serving": BELOW_ENGINE | {"engine", "record", "record_values", "infotext", "provenance", "stylefast"},
     # `commands` for the options of `stylefast serve`
     "integrations": {"errors", "values", "engine", "serving", "commands", "stylefast"},
 }
