@@ -297,9 +297,14 @@ def _form(entry, forms: tuple[str, ...], what: str, error: type) -> tuple[str, M
     if unknown:
         raise error(f"{what} has the unknown field {quoted(unknown[0])}; the known ones are {', '.join(forms)}, sha256")
     if found[0] == "in_memory":
+        way = (
+            "give its file: --from PICTURE --style-image FILE, or put the path here"
+            if what == "a picture"
+            else "write it to a file and put its path here, or make the call again from Python"
+        )
         raise StyleError(
             f"the call used {_word(entry['in_memory'])} from memory (sha256 {_word(entry.get('sha256'))[:12]}), too "
-            "large for the record; write it to a file and put its path here, or make the call again from Python"
+            f"large for the record; {way}"
         )
     return found[0], entry
 

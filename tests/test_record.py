@@ -154,7 +154,9 @@ def test_a_large_picture_from_memory_leaves_a_digest_and_says_what_to_pass_again
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     record = to_record([Request("a", style=InstantStyle(noise))])
     assert len(json.dumps(record)) < 2_000
-    with pytest.raises(StyleError, match="style 0: .*a picture of 256x256 pixels from memory.*put its path here"):
+    with pytest.raises(
+        StyleError, match="style 0: .*a picture of 256x256 pixels from memory.*--style-image FILE, or put the path here"
+    ):
         from_record(record)
 
 

@@ -19,10 +19,11 @@ from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, RECORDED, Lor
 from stylefast.commands.notices import warn
 from stylefast.engine import Result
 from stylefast.errors import InvalidRequest, ModelError
+from stylefast.models.pictures import open_picture
 from stylefast.options import PREDICTION_TYPES
 from stylefast.record import from_record
-from stylefast.record_values import shipped
-from stylefast.values import quoted, shown
+from stylefast.record_values import pixel_digest, shipped
+from stylefast.values import quoted, shown, typed_path
 
 _SHOWN = 600  # max characters of the picture's text quoted in a message
 
@@ -42,7 +43,8 @@ def run_again(arguments: argparse.Namespace) -> int:
     if not arguments.load_recorded and _from_cache(arguments, recorded):
         choice = replace(choice, cached_only=True)  # never download files missing from the cache
     _check_loras(choice, metadata, arguments)
-    requests = from_record(metadata["call"], Path(arguments.source).expanduser().resolve().parent, choice.folder)
+    call = _with_pictures(metadata["call"], arguments)
+    requests = from_record(call, Path(arguments.source).expanduser().resolve().parent, choice.folder)
     check_schedules(requests)
     check_loras(requests, [lora.name for lora in choice.row_lora])
     place = metadata["index"]
@@ -77,6 +79,36 @@ def run_again(arguments: argparse.Namespace) -> int:
     kept = Result([result.images[place]], [result.latents[place]], [now])
     save(destination, kept, loaded, arguments.grid)
     return 0
+
+
+def _with_pictures(call: Mapping, arguments: argparse.Namespace) -> Mapping:
+    """Return a recorded call with the files of --style-image for pictures of which it has the digest alone.
+
+    Raises InvalidRequest for a file that is none of them, ImageError for one that can't be read.
+    """
+    given = {}
+    for file in arguments.style_image or ():
+        path = typed_path("--style-image", file).absolute()
+        given[pixel_digest(open_picture(path))] = file, {"path": str(path)}
+    used: set[str] = set()
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            digest = value.get("sha256") if "in_memory" in value else None
+            if isinstance(digest, str) and digest in given:
+                used.add(digest)
+                return {**given[digest][1], "sha256": digest}
+            return {name: filled(one) for name, one in value.items()}
+        return [filled(one) for one in value] if isinstance(value, list) else value
+
+    found = filled(call) if given else call
+    for digest, (file, _) in given.items():
+        if digest not in used:
+            raise InvalidRequest(
+                f"--style-image {quoted(file)} has the sha256 {digest[:12]}, and {arguments.source} lacks no such "
+                "picture; give the very picture that it was made with, or drop the option"
+            )
+    return found
 
 
 def _recorded_choice(metadata: Mapping) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PICTURE",
         help=(
             "reproduce this picture, pixel by pixel; or make one like it from the settings that A1111 and others wrote "
-            "into a PNG, JPEG or WebP, where prompts and options given beside it come first"
+            "into a PNG, JPEG or WebP, where prompts and options given beside it come first; reference pictures that "
+            "its record names but does not hold are given as --style-image"
         ),
     )
     add(
@@ -217,7 +218,7 @@ def run(arguments: argparse.Namespace) -> int:
         text = foreign_parameters(arguments.source)
         if text is not None:
             return run_foreign(arguments, text)
-        _check_call("--from", arguments)
+        _check_call("--from", arguments, but=("style_image",))
         return run_again(arguments)
     choice = ModelChoice.of(arguments)
     if arguments.requests is not None:
@@ -282,9 +283,9 @@ def add_text_arguments(group) -> None:
     )
 
 
-def _check_call(option: str, arguments: argparse.Namespace) -> None:
-    """Raise InvalidRequest for settings beside an option that sets all of them."""
-    given = [name for name in _CALL_OPTIONS if getattr(arguments, name) not in (None, [])]
+def _check_call(option: str, arguments: argparse.Namespace, but: Sequence[str] = ()) -> None:
+    """Raise InvalidRequest for settings beside an option that sets all of them, `but` some."""
+    given = [name for name in _CALL_OPTIONS if name not in but and getattr(arguments, name) not in (None, [])]
     if given:
         shown = "prompts" if given[0] == "prompts" else f"--{given[0].replace('_', '-')}"
         raise InvalidRequest(f"{option} sets all settings of the call; drop {shown}")

@@ -36,19 +36,8 @@ def preprocess(
     aspect; "pad" scales the long side to `size` and pads with the mean colour. Raises ImageError and InvalidRequest.
     """
     check_crop(crop)
-    picture = open_picture(image)
-    width, height = picture.size
-    if crop == "squash":
-        picture = _resize(picture, size, size)
-    elif crop == "pad":
-        scale = size / max(width, height)
-        picture = _resize(picture, max(1, round(width * scale)), max(1, round(height * scale)))
-    else:
-        short = short_side or size
-        if width <= height:
-            picture = _resize(picture, short, int(short * height / width))
-        else:
-            picture = _resize(picture, int(short * width / height), short)
+    picture = scaled(open_picture(image), size, crop, short_side)
+    if crop == "center":
         left, top = (picture.width - size) // 2, (picture.height - size) // 2
         # a crop beyond the border is black there, as in CLIPImageProcessor if crop_size exceeds the short side
         picture = picture.crop((left, top, left + size, top + size))
@@ -62,6 +51,20 @@ def preprocess(
     top, left = (size - pixels.shape[1]) // 2, (size - pixels.shape[2]) // 2
     padded[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
     return padded
+
+
+def scaled(picture: Image.Image, size: int, crop: str, short_side: int | None = None) -> Image.Image:
+    """Return a picture scaled as `preprocess` does before it crops; scaled again, it stays as it is."""
+    width, height = picture.size
+    if crop == "squash":
+        return _resize(picture, size, size)
+    if crop == "pad":
+        scale = size / max(width, height)
+        return _resize(picture, max(1, round(width * scale)), max(1, round(height * scale)))
+    short = short_side or size
+    if width <= height:
+        return _resize(picture, short, int(short * height / width))
+    return _resize(picture, int(short * width / height), short)
 
 
 def check_crop(crop: str) -> None:
@@ -118,6 +121,10 @@ class ImageEncoder:
         """Move the model and return self."""
         self.vision_model.to(*args, **kwargs)
         return self
+
+    def scaled(self, picture: Image.Image, crop: str = "center") -> Image.Image:
+        """Return a picture scaled as `pixels` does first."""
+        return scaled(picture, self.image_size, crop, self.short_side)
 
     def pixels(self, images: Sequence[PictureSource], crop: str = "center") -> torch.Tensor:
         """Return pictures as the encoder's input `[n, 3, image_size, image_size]`."""

@@ -24,6 +24,7 @@ import stylefast
 from stylefast.errors import StyleError
 from stylefast.provenance import Provenance
 from stylefast.serving import a1111, fields, media, playground, replies, style_routes
+from stylefast.serving.addresses import Fetcher
 from stylefast.serving.dispatcher import DRAINING, READY, Dispatcher
 from stylefast.serving.fields import Edit, Generation, Served, Wanted
 from stylefast.serving.guard import Guard
@@ -51,6 +52,7 @@ class Service:
         self.register = Register(settings.keep_results)
         self.metrics = Metrics(dispatcher, provenance.seconds_left)
         self.encoders = ThreadPoolExecutor(2, "stylefast-encode")
+        self.fetcher = Fetcher(settings.image_url_hosts) if settings.allow_image_urls else None
         self.started = int(time.time())
         self.registry = None if settings.styles_dir is None else StyleRegistry(settings.styles_dir)
         self.bakes: dict[str, style_routes.Bake] = {}  # the latest of each style
@@ -249,7 +251,7 @@ def _add_images(app: FastAPI) -> None:
         served = service.served
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
-            body, images = images_in_json(fields.read_json(await json_body(request)))
+            body, images = await images_in_json(service, fields.read_json(await json_body(request)))
         elif kind == "multipart/form-data":
             body, images = await read_form(request)
         else:
@@ -339,15 +341,34 @@ async def read_form(
     return fields.from_form(texts, nested), images
 
 
-def images_in_json(body: dict[str, Any]) -> tuple[dict[str, Any], list[media.Upload]]:
-    """Return a body without its pictures, and the pictures. Raises ApiError."""
+async def images_in_json(service: Service, body: dict[str, Any]) -> tuple[dict[str, Any], list[media.Upload]]:
+    """Return a body without its pictures, and the pictures, fetched where that is allowed. Raises ApiError."""
     given = body.pop("image", None) or body.pop("images", None) or []
     given = given if isinstance(given, list) else [given]
     if len(given) > fields.MOST_UPLOADS:
         raise ApiError(
             400, f"image has {len(given)} pictures; at most {fields.MOST_UPLOADS} are allowed", param="image"
         )
-    return body, [fields.content_of(one, "image") for one in given]
+    found = [fields.content_of(one, "image") for one in given]
+    room = service.settings.body_limit - sum(len(one.content) for one in found if isinstance(one, media.Upload))
+    images = []
+    for one in found:
+        if isinstance(one, str):
+            one = await _fetched(service, one, room)
+            room -= len(one.content)
+        images.append(one)
+    return body, images
+
+
+async def _fetched(service: Service, address: str, room: int) -> media.Upload:
+    if service.fetcher is None:
+        raise ApiError(
+            400,
+            "image is an address, and this server fetches none; send the picture itself, in base64",
+            param="image",
+            code="url_not_allowed",
+        )
+    return await service.fetcher.picture(address, "image", room)
 
 
 def ticket_of(request: Request, service: Service, wanted: Wanted) -> Ticket:
@@ -454,8 +475,15 @@ def _times(ticket: Ticket) -> dict[str, str]:
 
 
 def _picture(service: Service, made: Made, wanted: Wanted) -> bytes:
-    image = made.pixels.image()
-    return media.encoded(image, wanted.form, wanted.compression, made.record, made.parameters, service.provenance)
+    return media.encoded(
+        made.pixels.image(),
+        wanted.form,
+        wanted.compression,
+        made.record,
+        made.parameters,
+        service.provenance,
+        made.short,
+    )
 
 
 def _preview(service: Service, pixels: Pixels, wanted: Wanted) -> bytes:

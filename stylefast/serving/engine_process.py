@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from stylefast.runtime.jobs import Job
     from stylefast.runtime.plan.request import Request
     from stylefast.serving.engine_styles import Shelved, StyleShelf
+    from stylefast.serving.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +290,7 @@ class _Worker:
 
     async def _made(self, run: Run) -> Done:
         began, loop = time.monotonic(), asyncio.get_running_loop()
-        ways = await loop.run_in_executor(self._decoders, self._requests, run)
+        ways, uploads = await loop.run_in_executor(self._decoders, self._requests, run)
         left = None if run.seconds is None else max(run.seconds - (time.monotonic() - began), 1e-3)
         job, said = self._submitted(ways, left)
         telling = asyncio.create_task(self._tell(run, job)) if run.previews == 0 else None
@@ -306,7 +307,8 @@ class _Worker:
         finally:
             if telling is not None:
                 telling.cancel()
-        return await loop.run_in_executor(self._decoders, self._done, run, result, said, time.monotonic() - began)
+        spent = time.monotonic() - began
+        return await loop.run_in_executor(self._decoders, self._done, run, result, uploads, said, spent)
 
     def _submitted(self, ways: "Sequence[list[Request]]", seconds: float | None) -> "tuple[Job, list[str]]":
         """Submit the first of several ways to make the same pictures that the engine takes: banks fit some requests."""
@@ -319,11 +321,15 @@ class _Worker:
         with self._notices as said:
             return self._engine.submit(ways[-1], deadline=seconds), said
 
-    def _requests(self, run: Run) -> "list[list[Request]]":
-        """Return the ways to make a call's pictures: with the banks of its styles, if they have some, and without."""
+    def _requests(self, run: Run) -> "tuple[list[list[Request]], Uploads]":
+        """Return the ways to make a call's pictures: with the banks of its styles, if they have some, and without.
+
+        The uploads are those that came with it.
+        """
         from stylefast.record import from_record
         from stylefast.sampling.few_step import FEW_STEP_PRESETS
         from stylefast.serving.engine_styles import Shelved
+        from stylefast.serving.uploads import Uploads
 
         requests = []
         for request in run.call["requests"]:
@@ -339,7 +345,8 @@ class _Worker:
             for name in request.get("style") or ()
             if isinstance(name, str) and name in self._styles
         }
-        sources = _served_sources(run.uploads, self._engine)
+        uploads = Uploads(run.uploads, requests, self._engine)
+        sources = _served_sources(uploads, self._engine)
         plans, plain = [], []
         for request in requests:
             plan = [self._shelved(style) or style for style in request.get("style") or ()]
@@ -351,12 +358,12 @@ class _Worker:
             plain.append({**request, "style": [one for one in plan if not isinstance(one, Shelved)]})
         found = from_record({"requests": plain, "styles": named}, sources=sources)
         if not any(isinstance(one, Shelved) for plan in plans for one in plan):
-            return [found]
+            return [found], uploads
         ways = []
         for banks in (True, False):
             ways.append([_planned(request, plan, banks) for request, plan in zip(found, plans, strict=True)])
         has_banks = any(one.manifest.banks for plan in plans for one in plan if isinstance(one, Shelved))
-        return ways if has_banks else ways[1:]
+        return (ways if has_banks else ways[1:]), uploads
 
     def _shelved(self, style: Any) -> "Shelved | None":
         """Return the registered style that a request names; None for one of the model's, and for one in full."""
@@ -364,7 +371,7 @@ class _Worker:
             return None
         return self._shelf.get(style)
 
-    def _done(self, run: Run, result: Any, said: Sequence[str], seconds: float) -> Done:
+    def _done(self, run: Run, result: Any, uploads: "Uploads", said: Sequence[str], seconds: float) -> Done:
         from stylefast.infotext import write
 
         pictures = []
@@ -380,6 +387,7 @@ class _Worker:
                     text,
                     record["seed"],
                     (*said, *record["warnings"]),
+                    uploads.short(record),
                 )
             )
         return Done(run.ticket, pictures, seconds, self._text_tokens(run))
@@ -447,13 +455,10 @@ def _public_name(error: StyleFastError) -> str:
     return next(kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
 
 
-def _served_sources(uploads: Any, engine: "Engine") -> Any:
+def _served_sources(uploads: "Uploads", engine: "Engine") -> Any:
     """Return the sources of a call from outside: uploads, and what comes with the model, but no file by its path."""
     from stylefast.models.checkpoint import TINY
-    from stylefast.models.masks import open_mask
-    from stylefast.models.pictures import open_picture
     from stylefast.record_values import Sources
-    from stylefast.values import whole_number
 
     known = {**engine.references(), **engine.styles()}
     allowed = {str(path) for path in known.values()}
@@ -463,10 +468,7 @@ def _served_sources(uploads: Any, engine: "Engine") -> Any:
             if isinstance(entry, str):
                 return entry if entry in allowed else str(self._known(entry, engine.references(), ImageError))
             if isinstance(entry, Mapping) and "upload" in entry:
-                number = whole_number("upload", entry["upload"], 0, error=ImageError)
-                if number >= len(uploads):
-                    raise ImageError(f"upload is {number}, and {len(uploads)} pictures were sent along")
-                return (open_mask if mask else open_picture)(uploads[number])
+                return uploads.picture(entry, mask)
             return super().picture(entry, mask)
 
         def embedding(self, entry):

@@ -26,6 +26,7 @@ PLAIN_FIDELITY = 0.8
 MOST_PICTURES, MOST_UPLOADS, MOST_PARTIAL = 10, 16, 3
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _KEY, _DEEPEST = re.compile(r"\[([^\[\]]*)\]"), 8
+_LONGEST_SCHEME = 100  # characters before an address's colon
 _UNIT = 8  # sides of the engine's pictures
 # of a request in a request file, which "stylefast" may have; prompt and size have fields of their own
 REQUEST_FIELDS = (
@@ -444,6 +445,30 @@ def _stay(what: Any) -> bool:
     return what == "continue"
 
 
-def content_of(entry: Any, param: str) -> Upload:
-    """Return a picture given in JSON, as base64 or as {"b64_json": ...}. Raises ApiError."""
-    return upload_in_text(entry.get("b64_json") if isinstance(entry, Mapping) else entry, param)
+def content_of(entry: Any, param: str) -> Upload | str:
+    """Return a picture given in JSON, or the address of one. Raises ApiError.
+
+    A picture is base64 or a data URL, an address anything else with a colon; either may stand in an object, as
+    "b64_json", "image_url" or "url".
+    """
+    if isinstance(entry, Mapping):
+        if len(entry) != 1 or not {*entry} <= {"b64_json", "image_url", "url"}:
+            raise ApiError(
+                400,
+                f"{param} has {quoted(sorted(map(str, entry)))}; a picture is one of b64_json, image_url and url",
+                param=param,
+                code="unsupported_parameter",
+            )
+        (kind,) = entry
+        inside = entry[kind]
+        if kind == "image_url" and isinstance(inside, Mapping):  # as in messages of a chat
+            inside = inside.get("url")
+        if kind != "b64_json" and not isinstance(inside, str):
+            raise ApiError(400, f"{param}.{kind} must be an address", param=param, code="invalid_image")
+        if kind != "b64_json" and not inside.startswith("data:"):
+            return inside
+        return upload_in_text(inside, param)
+    # base64 has no colon
+    if isinstance(entry, str) and ":" in entry[:_LONGEST_SCHEME] and not entry.startswith("data:"):
+        return entry
+    return upload_in_text(entry, param)

@@ -84,13 +84,6 @@ def upload_in_text(text: Any, param: str) -> Upload:
     """Check a picture given as base64, or as a data URL. Raises ApiError."""
     if not isinstance(text, str):
         raise ApiError(400, f"{param} must be a picture in base64", param=param, code="invalid_image")
-    if text.startswith(("http://", "https://")):
-        raise ApiError(
-            400,
-            f"{param} is an address, and this server fetches none; send the picture itself, in base64",
-            param=param,
-            code="url_not_allowed",
-        )
     if text.startswith("data:"):
         _, _, text = text.partition(",")
     if len(text) > MAX_BYTES * 4 // 3 + 4:
@@ -213,13 +206,15 @@ def encoded(
     record: str | None,
     parameters: str | None,
     provenance: Provenance = MARKED,
+    short: str | None = None,
 ) -> bytes:
     """Return a picture as PNG, JPEG or WebP, marked as generated.
 
     record: our own, JSON, from which `stylefast generate --from` makes the picture again; parameters: A1111's text.
     A preview has neither; it is marked but not signed.
     PNG takes both as text chunks, JPEG as comment and EXIF, WebP as description and comment of its EXIF. JPEG has no
-    room for more than 64 KB each; what is longer is left out.
+    room for more than 64 KB each: it takes the `short` record if the other is longer, and what is still longer is left
+    out.
     """
     save = partial(provenance.encode, image, form, sign=record is not None)
     if form == "png":
@@ -234,6 +229,8 @@ def encoded(
     options: dict[str, Any] = {}
     if parameters is not None and len(exif := _exif(parameters)) <= _JPEG_SEGMENT:
         options["exif"] = exif
+    if record is not None and len(record) > _JPEG_SEGMENT and short is not None:
+        record = short
     if record is not None and len(record) <= _JPEG_SEGMENT:
         options["comment"] = record.encode("ascii")
     return save(quality=min(quality, 95), subsampling=0, **options)

@@ -87,13 +87,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Made:
-    """One finished picture: its pixels, our record as JSON, and A1111's text."""
+    """One finished picture: its pixels, our record as JSON, and A1111's text.
+
+    short: the record with digests in place of uploads, for formats without room for them; None if it holds none.
+    """
 
     pixels: Pixels
     record: str
     parameters: str
     seed: int
     warnings: Sequence[str] = ()
+    short: str | None = None
 
 
 @dataclass(frozen=True)

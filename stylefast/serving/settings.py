@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -15,6 +16,7 @@ from stylefast.options import parse_bytes
 PREFIX = "STYLEFAST_SERVE_"
 # keys stand in files and in the environment, where other users of the machine don't see them
 _SECRET = ("api_keys", "admin_keys")
+_HOST = re.compile(r"(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?(?::[0-9]{1,5})?")
 _LEAST_KEY = 16  # characters
 _PATHS = ("styles_dir", "c2pa_certificate", "c2pa_key")
 
@@ -23,7 +25,7 @@ def _setting(default: Any, text: str, shown: str = "", kind: str = "text", flag:
     """Declare a setting.
 
     text: its description. shown: what the command line calls its value. kind: "text", "whole", "seconds", "bytes",
-    "flag" or "list". flag: on the command line, if not named after the setting.
+    "flag", "list" or "hosts". flag: on the command line, if not named after the setting.
     """
     extra: dict[str, Any] = {"text": text, "shown": shown, "kind": kind, "flag": flag}
     if isinstance(default, list):
@@ -56,6 +58,10 @@ class ServeSettings:
     styles_dir: str | None = _setting(
         None, "folder of registered styles, which requests may name (--styles)", "DIR", flag="--styles"
     )
+    allow_image_urls: bool = _setting(False, "fetch pictures that requests name by their address", kind="flag")
+    image_url_hosts: Sequence[str] = _setting(
+        [], "hosts that pictures are fetched from, such as *.example.com; none: all public ones", "HOSTS", "hosts"
+    )
     no_provenance: bool = _setting(False, "leave out IPTC's mark for generated pictures", kind="flag")
     c2pa_certificate: str | None = _setting(None, "PEM file with the certificates that sign pictures", "FILE")
     c2pa_key: str | None = _setting(None, "PEM file with the private key of c2pa_certificate", "FILE")
@@ -70,6 +76,8 @@ class ServeSettings:
             raise InvalidRequest("max_running must be at least 1, max_waiting and max_per_key at least 0")
         if self.styles_dir is not None and not values.typed_path("styles_dir", self.styles_dir).is_dir():
             raise InvalidRequest(f"styles_dir is {values.quoted(self.styles_dir)}, and that is no folder; create it")
+        if self.image_url_hosts and not self.allow_image_urls:
+            raise InvalidRequest("image_url_hosts says where pictures are fetched from; give --allow-image-urls too")
         values.one_of("log_format", self.log_format, ("json", "text"))
         if not (self.api_keys or self.no_auth or _is_loopback(self.host)):
             raise InvalidRequest(
@@ -127,7 +135,7 @@ def _of_file(file: str | Path, known: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _of_text(text: str, kind: str) -> Any:
-    if kind == "list":
+    if kind in ("list", "hosts"):
         return tuple(part.strip() for part in text.replace("\n", ",").split(",") if part.strip())
     if kind == "flag":
         return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}.get(
@@ -152,6 +160,14 @@ def _checked(name: str, kind: str, value: Any, default: Any) -> Any:
         return values.real_number(name, value, above=0, high=86_400)
     if kind == "bytes":
         return parse_bytes(name, value)
+    if kind == "hosts":
+        hosts = _of_text(value, kind) if isinstance(value, str) else tuple(values.several(name, value))
+        for host in hosts:
+            if not isinstance(host, str) or not _HOST.fullmatch(host):
+                raise InvalidRequest(
+                    f"{name} has {values.quoted(host)}; write example.com, *.example.com or example.com:8080"
+                )
+        return hosts
     if kind == "list":
         keys = tuple(values.text(name, key, longest=values.QUOTED, empty=False) for key in values.several(name, value))
         if any(len(key.rpartition(":")[2]) < _LEAST_KEY for key in keys):

@@ -122,7 +122,7 @@ async def create(request: Request) -> JSONResponse:
     if kind == "multipart/form-data":
         body, images = await app.read_form(request, _NESTED)
     else:
-        body, images = app.images_in_json(fields.read_json(await app.json_body(request)))
+        body, images = await app.images_in_json(service, fields.read_json(await app.json_body(request)))
     wanted = _wanted(body, images, service)
     with _in_words():
         await asyncio.to_thread(registry.check_free, wanted.name)
