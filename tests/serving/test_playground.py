@@ -514,3 +514,65 @@ def test_it_waits_for_the_model_and_says_when_the_server_is_busy_or_gone(window,
         assert window.run("document.querySelector('.empty') !== null")  # what was there before
     finally:
         window.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+
+@in_a_browser
+def test_replies_of_others_and_blocked_storage_are_lived_with(window, server):
+    stub = """
+        Object.defineProperty(window, "sessionStorage", {
+            get() { throw new DOMException("blocked", "SecurityError"); },
+        });
+        const real = window.fetch;
+        window.draws = [
+            () => new Response('{"error": "bad gateway"}', {status: 502}),
+            () => new Response('{"error": {"code": 7}}', {status: 400}),
+            () => new Response('null', {status: 500}),
+            () => new Response('data: <html>\\n\\n'),
+            () => new Response('data: null\\n\\n'),
+        ];
+        window.fetch = async (path, ...rest) => path.endsWith("generations") ? draws.shift()() : real(path, ...rest);
+    """
+    said = [*(f"The server answered with status {status}." for status in (502, 400, 500))]
+    said += ["The server's reply can't be read; draw it again."] * 2
+    script = window.call("Page.addScriptToEvaluateOnNewDocument", source=stub)["identifier"]
+    try:
+        window.open(server.url + "/?odd")
+        window.wait("document.querySelector('#model').dataset.state === 'ready'")
+        quick(window)
+        for words in said:
+            window.click("#draw")
+            window.wait("!document.querySelector('#alert').hidden && document.querySelector('#cancel').hidden")
+            assert window.text("#alert") == words
+    finally:
+        window.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+        window.open("about:blank")
+
+
+@in_a_browser
+def test_keys_that_compose_text_do_not_cancel_and_pasted_text_stays_text(page):
+    quick(page, steps=900)
+    page.click("#draw")
+    page.wait("!document.querySelector('#cancel').hidden")
+    event = "new KeyboardEvent('keydown', {key: 'Escape', bubbles: true%s})"
+    press = f"document.querySelector('#prompt').dispatchEvent({event})"
+    page.run(press % ", isComposing: true")
+    assert page.text("#progress") != "Cancelling …"
+    page.run(press % "")
+    page.wait("document.querySelector('#cancel').hidden")
+    assert page.text("#status") == "Cancelled."
+
+    def paste(selector):
+        return page.run(
+            "(() => { const transfer = new DataTransfer();"
+            "transfer.items.add(new File([new Uint8Array(9)], 'text.png', {type: 'image/png'}));"
+            "transfer.setData('text/plain', 'a boat');"
+            f"return document.querySelector('{selector}').dispatchEvent({GIVEN['paste']}); }})()"
+        )
+
+    assert paste("#prompt") and page.run("document.querySelector('[name=method]:checked').value") == "none"
+    assert not paste("h1") and page.run("document.querySelector('[name=method]:checked').value") == "picture"
+
+
+def test_the_page_has_the_projects_name():
+    page = playground._FILES[playground.PAGE].decode()
+    assert "<title>stylefast playground</title>" in page and "StyleFast" not in page

@@ -279,7 +279,7 @@ async function draw() {
   place.classList.toggle("compared", asked.compare);
   busy(true);
   say(`Drawing ${plural(jobs.length, "picture")}.`);
-  if (matchMedia("(max-width: 640px)").matches) place.scrollIntoView({ behavior: "smooth", block: "start" });
+  if (matchMedia("(max-width: 640px)").matches) place.scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth", block: "start" });
 
   const waiting = [...jobs];
   const worker = async () => {
@@ -583,7 +583,8 @@ $("show-code").addEventListener("click", () => {
   }
 });
 document.addEventListener("keydown", (event) => {
-  if (document.querySelector("dialog[open]")) return;
+  // what a keyboard composes, as of Chinese, uses both keys for itself
+  if (event.isComposing || document.querySelector("dialog[open]")) return;
   if (event.key === "Escape") cancel(state.run);
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
@@ -609,6 +610,8 @@ document.addEventListener("drop", (event) => {
 document.addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])];
   if (!files.some((file) => file.type.startsWith("image/"))) return;
+  // office programs put a picture of the text beside it
+  if (event.target.matches?.("textarea, input") && event.clipboardData.types.includes("text/plain")) return;
   event.preventDefault();
   useAsReference(files);
 });

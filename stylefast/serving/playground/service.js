@@ -13,10 +13,22 @@ export class ServiceError extends Error {
   }
 }
 
+let held = null; // the key, where the browser allows no storage
+
+function storage() {
+  try {
+    return sessionStorage;
+  } catch {
+    return null;
+  }
+}
+
 export const key = {
-  get: () => sessionStorage.getItem(KEY),
-  set: (text) => sessionStorage.setItem(KEY, text),
-  forget: () => sessionStorage.removeItem(KEY),
+  get: () => storage()?.getItem(KEY) ?? held,
+  set: (text) => {
+    held = text;
+    storage()?.setItem(KEY, text);
+  },
 };
 
 let asking = null; // one question, whoever waits for its answer
@@ -59,9 +71,10 @@ async function errorOf(reply) {
   try {
     found = (await reply.json()).error;
   } catch {
-    // something between us and the service answered
+    // no JSON
   }
-  found ??= { message: `The server answered with status ${reply.status}.` };
+  // something between us and the service may have answered, in a shape of its own
+  if (typeof found?.message !== "string") found = { message: `The server answered with status ${reply.status}.` };
   return new ServiceError(found, reply.status, Number(reply.headers.get("retry-after")) || 0);
 }
 
@@ -111,22 +124,36 @@ export async function* drawn({ route, fields, image }, id, signal) {
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    let piece;
-    try {
-      piece = await reader.read();
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new ServiceError({ message: "The connection was lost while the picture was drawn; draw it again." });
+  try {
+    for (;;) {
+      let piece;
+      try {
+        piece = await reader.read();
+      } catch (error) {
+        if (error.name === "AbortError") throw error;
+        throw new ServiceError({ message: "The connection was lost while the picture was drawn; draw it again." });
+      }
+      if (piece.done) return;
+      const parts = (rest + piece.value).split("\n\n");
+      rest = parts.pop();
+      for (const part of parts) {
+        const data = part.split("\n").filter((line) => line.startsWith("data:"));
+        if (data.length) yield eventOf(data.map((line) => line.slice(5)).join("\n"));
+      }
     }
-    if (piece.done) return;
-    const parts = (rest + piece.value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      const data = part.split("\n").filter((line) => line.startsWith("data:"));
-      if (data.length) yield JSON.parse(data.map((line) => line.slice(5)).join("\n"));
-    }
+  } finally {
+    reader.cancel().catch(() => {}); // nobody reads on, so the connection is free
   }
+}
+
+function eventOf(text) {
+  try {
+    const event = JSON.parse(text);
+    if (typeof event.type === "string") return event;
+  } catch {
+    // no JSON
+  }
+  throw new ServiceError({ message: "The server's reply can't be read; draw it again." });
 }
 
 export const progressOf = async (id) => (await call(`v1/images/${id}`)).json();
