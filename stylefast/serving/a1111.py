@@ -8,7 +8,7 @@ import base64
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request
 from stylefast import values
 from stylefast.serving import fields, media
 from stylefast.serving.fields import Wanted
+from stylefast.serving.messages import Made
 from stylefast.serving.replies import ApiError
 from stylefast.serving.tickets import Ticket
 
@@ -93,14 +94,15 @@ async def txt2img(request: Request) -> dict[str, Any]:
     service = request.app.state.service
     body = fields.read_json(await json_body(request))
     wanted = _wanted(body, service)
+    await service.check_request(request.state.owner, wanted.call["requests"], ())
     ticket = submit(request, service, wanted, tongue="a1111")
-    made = await while_connected(request, service, wanted, ticket)
+    made = await service.checked(ticket, await while_connected(request, service, wanted, ticket))
     encode = partial(media.encoded, form="png", quality=100, provenance=service.provenance)
     contents = [
         await service.encode(partial(encode, one.pixels.image(), record=one.record, parameters=one.parameters))
         for one in made
     ]
-    info = _info(wanted, ticket)
+    info = _info(wanted, made)
     ticket.forget_pictures()
     images = [base64.b64encode(content).decode("ascii") for content in contents]
     return {"images": images, "parameters": body, "info": json.dumps(info)}
@@ -369,9 +371,9 @@ def _text(name: str, value: Any, default: str | None) -> str | None:
     return value
 
 
-def _info(wanted: Wanted, ticket: Ticket) -> dict[str, Any]:
+def _info(wanted: Wanted, pictures: Sequence[Made]) -> dict[str, Any]:
     """Return what clients read besides the pictures."""
-    first, seeds = wanted.call["requests"][0], [made.seed for made in ticket.pictures]
+    first, seeds = wanted.call["requests"][0], [made.seed for made in pictures]
     width, height = first["size"]
     return {
         "prompt": first["prompt"],
@@ -391,7 +393,7 @@ def _info(wanted: Wanted, ticket: Ticket) -> dict[str, Any]:
         "batch_size": len(seeds),
         "sd_model_name": wanted.model,
         "clip_skip": first["clip_skip"] + 2,
-        "infotexts": [made.parameters for made in ticket.pictures],
-        "warnings": list(dict.fromkeys(warning for made in ticket.pictures for warning in made.warnings)),
+        "infotexts": [made.parameters or "" for made in pictures],
+        "warnings": list(dict.fromkeys(warning for made in pictures for warning in made.warnings)),
         "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
     }

@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,15 +24,17 @@ from starlette.formparsers import MultiPartException
 import stylefast
 from stylefast.errors import StyleError
 from stylefast.provenance import Provenance
-from stylefast.serving import a1111, fields, media, playground, replies, style_routes
+from stylefast.serving import a1111, fields, media, playground, replies, safety, style_routes
 from stylefast.serving.addresses import Fetcher
 from stylefast.serving.dispatcher import DRAINING, READY, Dispatcher
 from stylefast.serving.fields import Edit, Generation, Served, Wanted
 from stylefast.serving.guard import Guard
+from stylefast.serving.links import Links
 from stylefast.serving.messages import Made, Pixels
 from stylefast.serving.metrics import Metrics
 from stylefast.serving.registry import Registered, StyleRegistry
 from stylefast.serving.replies import ApiError
+from stylefast.serving.safety import Call, Safety
 from stylefast.serving.settings import ServeSettings
 from stylefast.serving.tickets import Register, Ticket
 
@@ -47,8 +50,11 @@ _PREVIEW_QUALITY = 85
 class Service:
     """What the routes share: settings, queue, register, metrics, and threads that encode pictures."""
 
-    def __init__(self, settings: ServeSettings, dispatcher: Dispatcher, provenance: Provenance):
-        self.settings, self.dispatcher, self.provenance = settings, dispatcher, provenance
+    def __init__(
+        self, settings: ServeSettings, dispatcher: Dispatcher, provenance: Provenance, safety: Safety | None = None
+    ):
+        self.settings, self.dispatcher, self.provenance, self.safety = settings, dispatcher, provenance, safety
+        self.links = Links(settings.link_seconds, settings.link_bytes)
         self.register = Register(settings.keep_results)
         self.metrics = Metrics(dispatcher, provenance.seconds_left)
         self.encoders = ThreadPoolExecutor(2, "stylefast-encode")
@@ -98,6 +104,39 @@ class Service:
         """Return the name by which clients know the model."""
         return self.settings.served_model_name or self.dispatcher.facts.get("model", "")
 
+    async def check_request(self, owner: str, requests: Sequence[Any], uploads: Sequence[media.Upload]) -> None:
+        """Raise ApiError if the operator's check refuses a request."""
+        if self.safety is None:
+            return
+        with self._counted(safety.REQUEST):
+            await self.safety.check_request(Call(requests, owner, [upload.content for upload in uploads]))
+
+    async def check_picture(self, ticket: Ticket, pixels: Pixels, index: int = 0, preview: bool = False) -> Pixels:
+        """Return a picture as the operator's check lets it pass. Raises ApiError if it is refused."""
+        if self.safety is None:
+            return pixels
+        with self._counted(safety.PICTURE):
+            call = Call(ticket.call["requests"], ticket.owner, index=index, preview=preview)
+            return await self.safety.check_picture(pixels, call)
+
+    async def checked(self, ticket: Ticket, made: Sequence[Made]) -> list[Made]:
+        """Return finished pictures as the operator's check lets them pass. Raises ApiError if one is refused."""
+        found = []
+        for index, one in enumerate(made):
+            pixels = await self.check_picture(ticket, one.pixels, index)
+            # a record would make the picture that was not to be shown
+            other = pixels is not one.pixels
+            found.append(replace(one, pixels=pixels, record=None, parameters=None, short=None) if other else one)
+        return found
+
+    @contextmanager
+    def _counted(self, check: str) -> Iterator[None]:
+        try:
+            yield
+        except ApiError:
+            self.metrics.refused(check)
+            raise
+
     async def encode(self, call: Callable[[], bytes]) -> bytes:
         """Run an encoder in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.encoders, call)
@@ -106,22 +145,26 @@ class Service:
 def create_app(settings: ServeSettings, make_dispatcher: Callable[[], Dispatcher]) -> FastAPI:
     """Return the ASGI application; the engine starts with it, and ends with it.
 
-    Raises InvalidRequest and MissingDependency for settings of the pictures' signature that can't be had.
+    Raises InvalidRequest and MissingDependency for signatures and safety checks that can't be had.
     """
     provenance = Provenance.of(
         not settings.no_provenance, settings.c2pa_certificate, settings.c2pa_key, settings.require_provenance
     )
 
+    checks = None if settings.safety is None else Safety(settings.safety)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         dispatcher = make_dispatcher()
-        app.state.service = Service(settings, dispatcher, provenance)
+        app.state.service = Service(settings, dispatcher, provenance, checks)
         dispatcher.start()
         try:
             yield
         finally:
             await style_routes.end_bakes(app.state.service)
             await dispatcher.close()
+            if checks is not None:
+                await asyncio.to_thread(checks.close)
 
     app = FastAPI(title="stylefast", version=stylefast.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     for kind in (HTTPException, RequestValidationError, ApiError, Exception):
@@ -270,6 +313,16 @@ def _add_images(app: FastAPI) -> None:
     @app.get("/v1/images/edits", include_in_schema=False)
     async def not_an_id() -> None:
         raise HTTPException(405, headers={"allow": "POST"})
+
+    @app.head("/v1/images/{secret}/{name}", include_in_schema=False)
+    @app.get("/v1/images/{secret}/{name}")
+    async def linked(request: Request, secret: str, name: str) -> Response:
+        """Return a picture by the address in a reply to `response_format: "url"`; it needs no key."""
+        service = request.app.state.service
+        found = service.links.find(f"/v1/images/{secret}/{name}")
+        headers = {"x-content-type-options": "nosniff", "cache-control": "private, max-age=3600"}
+        headers |= {"content-security-policy": "default-src 'none'; sandbox"}
+        return Response(found.content, media_type=f"image/{found.form}", headers=headers)
 
     @app.get("/v1/images/{number}")
     async def progress(request: Request, number: str) -> dict[str, Any]:
@@ -428,6 +481,8 @@ def submit(
 
 async def _answer(request: Request, service: Service, wanted: Wanted, kind: str) -> Response:
     """Queue what is wanted and answer: with all pictures, or with a stream of events."""
+    # first, since what follows must not be interrupted
+    await service.check_request(request.state.owner, wanted.call["requests"], wanted.uploads)
     key, digest = request.headers.get("idempotency-key"), ""
     ticket = None
     if key is not None:
@@ -441,9 +496,14 @@ async def _answer(request: Request, service: Service, wanted: Wanted, kind: str)
         # the second is for nginx, which would hold the events back
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    made = await while_connected(request, service, wanted, ticket)
+    made = await service.checked(ticket, await while_connected(request, service, wanted, ticket))
     encoded = [await service.encode(partial(_picture, service, one, wanted)) for one in made]
-    reply = JSONResponse(_reply(wanted, ticket, made, encoded), headers=_times(ticket))
+    if wanted.linked:
+        base = (service.settings.public_url or str(request.base_url)).rstrip("/")
+        data = [{"url": base + path} for path in service.links.add(encoded, wanted.form)]
+    else:
+        data = [{"b64_json": base64.b64encode(content).decode("ascii")} for content in encoded]
+    reply = JSONResponse(_reply(wanted, ticket, made, data), headers=_times(ticket))
     if key is None:
         ticket.forget_pictures()
     return reply
@@ -489,7 +549,7 @@ def _picture(service: Service, made: Made, wanted: Wanted) -> bytes:
 def _preview(service: Service, pixels: Pixels, wanted: Wanted) -> bytes:
     width, height = (int(side) for side in wanted.size.split("x"))
     image = pixels.image().resize((width, height), Image.Resampling.BICUBIC)
-    return media.encoded(image, wanted.form, _PREVIEW_QUALITY, None, None, service.provenance)
+    return media.encoded(image, wanted.form, _PREVIEW_QUALITY, None, None, service.provenance, finished=False)
 
 
 def _common(wanted: Wanted) -> dict[str, Any]:
@@ -515,10 +575,10 @@ def _extension(wanted: Wanted, ticket: Ticket, made: Sequence[Made]) -> dict[str
     return {"id": ticket.id, "model": wanted.model, "seeds": [one.seed for one in made], "warnings": warnings}
 
 
-def _reply(wanted: Wanted, ticket: Ticket, made: Sequence[Made], encoded: Sequence[bytes]) -> dict[str, Any]:
+def _reply(wanted: Wanted, ticket: Ticket, made: Sequence[Made], data: Sequence[Mapping]) -> dict[str, Any]:
     return {
         "created": int(ticket.created),
-        "data": [{"b64_json": base64.b64encode(content).decode("ascii")} for content in encoded],
+        "data": data,
         **_common(wanted),
         "usage": _usage(wanted, ticket),
         "stylefast": _extension(wanted, ticket, made),
@@ -539,13 +599,14 @@ async def _events(request: Request, service: Service, wanted: Wanted, ticket: Ti
             found = pending.result()
             if found is None:
                 break
-            for pixels in found.previews[:1]:
+            for unchecked in found.previews[:1]:
+                pixels = await service.check_picture(ticket, unchecked, preview=True)
                 content = await service.encode(partial(_preview, service, pixels, wanted))
                 event = {"type": f"{kind}.partial_image", "partial_image_index": number, **common}
                 yield _event(event | {"b64_json": base64.b64encode(content).decode("ascii")})
                 number += 1
             pending = asyncio.ensure_future(anext(progress, None))
-        (made,) = await ticket.wait()
+        (made,) = await service.checked(ticket, await ticket.wait())
         content = await service.encode(partial(_picture, service, made, wanted))
         event = {"type": f"{kind}.completed", **common, "usage": _usage(wanted, ticket)}
         event["stylefast"] = _extension(wanted, ticket, [made])
@@ -559,6 +620,7 @@ async def _events(request: Request, service: Service, wanted: Wanted, ticket: Ti
             service.dispatcher.cancel(ticket)
         raise
     except Exception as error:
+        service.dispatcher.cancel(ticket)  # a preview that was refused; what is over stays as it is
         yield _event(as_api_error(error).event())
 
 

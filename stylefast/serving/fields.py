@@ -65,7 +65,7 @@ class Generation(BaseModel):
     )
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
     output_compression: int | None = Field(100, ge=0, le=100, description="Quality of JPEG and WebP.")
-    response_format: Literal["b64_json"] | None = "b64_json"
+    response_format: Literal["b64_json", "url"] | None = "b64_json"
     stream: bool | None = False
     partial_images: int | None = Field(0, ge=0, le=MOST_PARTIAL, description="Previews in a stream.")
     background: Literal["opaque", "auto"] | None = "auto"
@@ -112,6 +112,7 @@ class Wanted:
     partial_images: int
     safety_identifier: str | None = None
     deadline: float | None = None
+    linked: bool = False  # whether the reply has addresses in place of pictures
     stay: bool = False  # whether to go on when the client is gone
     warnings: list[str] = field(default_factory=list)
 
@@ -242,6 +243,13 @@ def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (
         raise ApiError(
             400, "a stream has one picture; send n=1, or several requests", param="n", code="unsupported_parameter"
         )
+    if fields.stream and fields.response_format == "url":
+        raise ApiError(
+            400,
+            "response_format: a stream has pictures in base64; leave it out, or stream",
+            param="response_format",
+            code="unsupported_parameter",
+        )
     if fields.partial_images and not fields.stream:
         warnings.append("partial_images does nothing without stream")
     deadline, stay = own.pop("deadline", None), own.pop("on_disconnect", "cancel")
@@ -266,6 +274,7 @@ def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (
         stream=bool(fields.stream),
         partial_images=(fields.partial_images or 0) if fields.stream else 0,
         safety_identifier=fields.safety_identifier or fields.user,
+        linked=fields.response_format == "url",
         deadline=_deadline(deadline),
         stay=_stay(stay),
         warnings=warnings,
@@ -460,7 +469,7 @@ def content_of(entry: Any, param: str) -> Upload | str:
                 code="unsupported_parameter",
             )
         (kind,) = entry
-        inside = entry[kind]
+        inside: Any = entry[kind]
         if kind == "image_url" and isinstance(inside, Mapping):  # as in messages of a chat
             inside = inside.get("url")
         if kind != "b64_json" and not isinstance(inside, str):

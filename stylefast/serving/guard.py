@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stylefast.serving import playground
+from stylefast.serving import links, playground
 from stylefast.serving.replies import ApiError
 from stylefast.serving.settings import ServeSettings
 from stylefast.values import quoted
@@ -149,6 +149,8 @@ class Guard:
         if not (self._keys or self._admins):
             if not self._settings.no_auth:
                 _check_sender(headers, self._settings.host)
+            return
+        if scope["method"] in ("GET", "HEAD") and links.PATH.fullmatch(scope["path"]):
             return
         given = headers.get(b"authorization", b"").decode("latin-1")
         key = _key_in(given)

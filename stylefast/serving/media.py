@@ -207,16 +207,17 @@ def encoded(
     parameters: str | None,
     provenance: Provenance = MARKED,
     short: str | None = None,
+    finished: bool = True,
 ) -> bytes:
     """Return a picture as PNG, JPEG or WebP, marked as generated.
 
     record: our own, JSON, from which `stylefast generate --from` makes the picture again; parameters: A1111's text.
-    A preview has neither; it is marked but not signed.
+    finished: whether it is no preview, which is marked but not signed.
     PNG takes both as text chunks, JPEG as comment and EXIF, WebP as description and comment of its EXIF. JPEG has no
     room for more than 64 KB each: it takes the `short` record if the other is longer, and what is still longer is left
     out.
     """
-    save = partial(provenance.encode, image, form, sign=record is not None)
+    save = partial(provenance.encode, image, form, sign=finished)
     if form == "png":
         info = PngInfo()
         if record is not None:

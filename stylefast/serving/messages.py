@@ -90,11 +90,12 @@ class Made:
     """One finished picture: its pixels, our record as JSON, and A1111's text.
 
     short: the record with digests in place of uploads, for formats without room for them; None if it holds none.
+    A picture that a check replaced has neither record nor text.
     """
 
     pixels: Pixels
-    record: str
-    parameters: str
+    record: str | None
+    parameters: str | None
     seed: int
     warnings: Sequence[str] = ()
     short: str | None = None

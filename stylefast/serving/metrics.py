@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
-from stylefast.serving import tickets
+from stylefast.serving import safety, tickets
 from stylefast.serving.tickets import Ticket
 
 if TYPE_CHECKING:
@@ -40,6 +40,14 @@ class Metrics:
                 "stylefast:picture_steps", "steps of pictures in these calls", registry=self._registry
             ),
         }
+        self._refusals = Counter(
+            "stylefast:safety_refusals",
+            "requests and pictures that the safety check refused",
+            ["check"],
+            registry=self._registry,
+        )
+        for check in (safety.REQUEST, safety.PICTURE):
+            self._refusals.labels(check)
         self._latency = self._histogram("request_latency_seconds", "from arrival to the end", ["status"])
         self._queued = self._histogram("queue_time_seconds", "from arrival to the start")
         self._replies = Counter(
@@ -60,6 +68,10 @@ class Metrics:
     def counted(self, name: str, more: float) -> None:
         """Count what the engine has done."""
         self._counts[name].inc(more)
+
+    def refused(self, check: str) -> None:
+        """Count a refusal of the safety check: of a "request" or a "picture"."""
+        self._refusals.labels(check).inc()
 
     def replied(self, route: str, status: int, seconds: float) -> None:
         """Count a reply."""

@@ -17,6 +17,8 @@ PREFIX = "STYLEFAST_SERVE_"
 # keys stand in files and in the environment, where other users of the machine don't see them
 _SECRET = ("api_keys", "admin_keys")
 _HOST = re.compile(r"(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?(?::[0-9]{1,5})?")
+_URL = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+(?:/[A-Za-z0-9._~/-]*)?")
+_ATTRIBUTE = re.compile(r"\w+(?:\.\w+)*:\w+(?:\.\w+)*")
 _LEAST_KEY = 16  # characters
 _PATHS = ("styles_dir", "c2pa_certificate", "c2pa_key")
 
@@ -58,6 +60,14 @@ class ServeSettings:
     styles_dir: str | None = _setting(
         None, "folder of registered styles, which requests may name (--styles)", "DIR", flag="--styles"
     )
+    link_seconds: float = _setting(
+        3600.0, "seconds that pictures are kept for response_format url", "SECONDS", "seconds"
+    )
+    link_bytes: int = _setting(256 * 2**20, "bytes of pictures kept for response_format url", "BYTES", "bytes")
+    public_url: str | None = _setting(
+        None, "address of the server for links to pictures (default: that of the request)", "URL"
+    )
+    safety: str | None = _setting(None, "checks of requests and pictures, a class or object", "MODULE:ATTRIBUTE")
     allow_image_urls: bool = _setting(False, "fetch pictures that requests name by their address", kind="flag")
     image_url_hosts: Sequence[str] = _setting(
         [], "hosts that pictures are fetched from, such as *.example.com; none: all public ones", "HOSTS", "hosts"
@@ -76,6 +86,12 @@ class ServeSettings:
             raise InvalidRequest("max_running must be at least 1, max_waiting and max_per_key at least 0")
         if self.styles_dir is not None and not values.typed_path("styles_dir", self.styles_dir).is_dir():
             raise InvalidRequest(f"styles_dir is {values.quoted(self.styles_dir)}, and that is no folder; create it")
+        if self.public_url is not None and not _URL.fullmatch(self.public_url):
+            raise InvalidRequest(
+                f"public_url is {values.quoted(self.public_url)}; it must be like https://pictures.example.com/service"
+            )
+        if self.safety is not None and not _ATTRIBUTE.fullmatch(self.safety):
+            raise InvalidRequest(f"safety is {values.quoted(self.safety)}; it must be MODULE:ATTRIBUTE")
         if self.image_url_hosts and not self.allow_image_urls:
             raise InvalidRequest("image_url_hosts says where pictures are fetched from; give --allow-image-urls too")
         values.one_of("log_format", self.log_format, ("json", "text"))

@@ -124,6 +124,7 @@ async def create(request: Request) -> JSONResponse:
     else:
         body, images = await app.images_in_json(service, fields.read_json(await app.json_body(request)))
     wanted = _wanted(body, images, service)
+    await service.check_request(request.state.owner, [{"prompt": body.get("prompt") or ""}], images)
     with _in_words():
         await asyncio.to_thread(registry.check_free, wanted.name)
         async with _draft(registry) as draft:
