@@ -41,6 +41,7 @@ _MANIFEST = {
     "assertions": [
         {
             "label": "c2pa.actions.v2",
+            "created": True,  # stated by the signer, and not gathered from elsewhere
             "data": {
                 "actions": [{"action": "c2pa.created", "digitalSourceType": SOURCE_TYPE, "softwareAgent": _AGENT}]
             },
