@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
 
 from stylefast.provenance import MARKED, Provenance
 from stylefast.serving.replies import ApiError
@@ -23,6 +23,7 @@ MIN_SIDE = 16
 MAX_BYTES = 50 * 2**20  # of one picture
 MAX_METADATA = 2 * 2**20  # bytes of text, profiles and thumbnails in an upload
 _MOST_CHUNKS = 10_000
+_LONGEST_PLAIN = 60_000  # characters of a text in a PNG
 _JPEG_SEGMENT = 65_533  # bytes of a comment or of EXIF data
 _DESCRIPTION, _EXIF_TAGS, _COMMENT = 0x010E, 0x8769, 0x9286  # tags of EXIF
 
@@ -221,7 +222,8 @@ def encoded(
     if form == "png":
         info = PngInfo()
         if record is not None:
-            info.add_text("stylefast", record)
+            # some readers refuse long plain texts, and ours refuses packed ones that are longer still
+            info.add_text("stylefast", record, zip=_LONGEST_PLAIN < len(record) <= MAX_TEXT_CHUNK)
         if parameters is not None:
             info.add_text("parameters", parameters)
         return save(pnginfo=info, compress_level=1)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import signal
 import sys
 import threading
@@ -64,7 +65,8 @@ def serve(settings: ServeSettings, load: Load) -> None:
         lifespan="on",
         http=Protocol,
         h11_max_incomplete_event_size=64 * 2**10,
-        timeout_graceful_shutdown=_CLOSE_SECONDS,
+        # finished pictures may still wait for the safety check
+        timeout_graceful_shutdown=_CLOSE_SECONDS if settings.safety is None else math.ceil(settings.grace),
     )
     server = _Server(config, app, settings.grace)
     server.run()

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from stylefast.commands.files import read_metadata
 from stylefast.provenance import PNG_KEYWORD
 from stylefast.serving.media import MAX_METADATA, encoded, upload
 from stylefast.serving.replies import ApiError
@@ -114,6 +115,16 @@ def test_records_are_written_into_all_three_formats():
     for form in ("jpeg", "webp"):
         comment = found[form].getexif().get_ifd(0x8769)[0x9286]
         assert comment == b"UNICODE\0" + "a fish".encode("utf-16-be")
+
+
+@pytest.mark.parametrize("length", [60_000, 60_001, 1_000_000, 1_100_000])
+@pytest.mark.parametrize("form", ["png", "webp"])
+def test_long_records_are_read_back(tmp_path, form, length):
+    record = '{"stylefast":"0","index":0,"fingerprint":"a","call":{"requests":[1]},"more":"' + "x" * length + '"}'
+    path = tmp_path / f"one.{form}"
+    path.write_bytes(encoded(Image.new("RGB", (32, 32)), form, 90, record, None))
+    assert read_metadata(path)[0]["more"] == "x" * length
+    upload(path.read_bytes(), "image")
 
 
 def test_too_much_text_for_jpeg_is_left_out_of_it():

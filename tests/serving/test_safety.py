@@ -202,7 +202,9 @@ def checked(module):
     import os
 
     path = os.pathsep.join([str(module), os.environ.get("PYTHONPATH", "")])
-    with serving("--safety", "own_checks:Checks", env={"PYTHONPATH": path}) as running:
+    styles = module / "styles"
+    styles.mkdir()
+    with serving("--safety", "own_checks:Checks", "--styles", styles, env={"PYTHONPATH": path}) as running:
         yield running
 
 
@@ -272,7 +274,17 @@ def test_the_other_routes_are_checked_and_refusals_counted(checked):
     with urllib.request.urlopen(asked, timeout=WAIT) as answer:
         found = json.load(answer)
     assert json.loads(found["info"])["infotexts"] == [""]
-    assert count() == before + 1
+    body = json.dumps({"name": "ours", "method": "aligned", "prompt": "forbidden"})
+    status, _, reply = call(checked, "POST", "/v1/styles", body, headers)
+    assert status == 400 and error_of(reply)["code"] == "content_policy_violation"
+    assert b"ours" not in checked.get("/v1/styles")[1]
+    assert count() == before + 2
+
+
+def test_a_style_takes_no_address_either_unless_that_is_allowed(checked):
+    body = json.dumps({"name": "ours", "image": {"image_url": f"{checked.url}/a.png"}})
+    status, _, reply = call(checked, "POST", "/v1/styles", body, {"content-type": "application/json"})
+    assert status == 400 and error_of(reply)["code"] == "url_not_allowed"
 
 
 def test_the_example_of_the_documentation(checkout, tmp_path, monkeypatch):
