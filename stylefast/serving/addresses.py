@@ -190,7 +190,10 @@ class Fetcher:
             found: Sequence[str] = [place.host]
         except ValueError:
             try:
-                found = await self._resolve(place.host, place.port)
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    found = await self._resolve(place.host, place.port)
+            except TimeoutError:
+                raise
             except OSError:
                 found = []
         # one message for both, which tells nobody what names there are inside

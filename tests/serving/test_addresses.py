@@ -277,6 +277,15 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch):
         asyncio.run(run())
 
 
+def test_a_name_that_takes_long_is_given_up_soon():
+    async def slow(host, port):
+        await asyncio.sleep(60)
+        return [PUBLIC]
+
+    error, seconds = refusal(Fetcher(resolving=slow), "http://slow.example/")
+    assert error.code == "url_failed" and seconds < 3
+
+
 # what bodies say
 
 
