@@ -83,6 +83,7 @@ class Engine:
         self.unet = UNet.from_state(components.unet_config, components.unet_state)
         self.unet.layout = replace(self.unet.layout, style_modules=components.style_modules)
         self.text_encoder = TextEncoder(components.tokenizers, components.text_encoders, components.force_zeros)
+        self.text_encoder.max_chunks = options.max_text_chunks
         self.vae = components.vae
         self.adapters: dict[str, tuple[IPAdapter, ImageEncoder]] = {}
         self.merged_loras = LoraSet(

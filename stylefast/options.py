@@ -24,7 +24,7 @@ BACKENDS = ("auto", "torch", "compile", *EXPORTED)
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # options that are memory sizes
 SIZES = ("memory_limit", "bank_memory", "host_memory", "lora_memory", "lora_host_memory")
-_MOST_BUCKETS = 64
+_MOST_BUCKETS, _MOST_CHUNKS = 64, 256
 _MOST_BYTES = 2**60
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -118,6 +118,9 @@ class EngineOptions:
         None, "max rows of one UNet call, two per picture with guidance; a larger group runs alone"
     )
     max_pending: int | None = _option(None, "max waiting jobs before QueueFull; None: no limit")
+    max_text_chunks: int = _option(
+        16, "chunks of 75 tokens that a prompt may have, up to 256; keys and values of text take memory for each"
+    )
     batch_buckets: Sequence[int] = _option(
         (),
         ("row counts that batches are padded to; within a bucket a picture's bits don't depend on the other pictures"),
@@ -138,6 +141,7 @@ class EngineOptions:
             value = getattr(self, name)
             checked[name] = None if value is None else values.whole_number(name, value, 1)
         checked["pack_weights"] = values.flag("pack_weights", self.pack_weights)
+        checked["max_text_chunks"] = values.whole_number("max_text_chunks", self.max_text_chunks, 1, _MOST_CHUNKS)
         if self.prediction_type is not None:
             values.one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
         for name, value in checked.items():

@@ -24,7 +24,7 @@ from stylefast.errors import ExportError, InvalidRequest, ModelFormatError, Prom
 from stylefast.models.lora_factors import Factors
 from stylefast.models.prompt_syntax import SYNTAXES, parse
 from stylefast.models.row_loras import add_products
-from stylefast.models.text_chunks import Chunk, Word, blended, divide, emphasised, moved
+from stylefast.models.text_chunks import MAX_CHUNKS, Chunk, Word, blended, divide, emphasised, moved
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -159,7 +159,7 @@ class TextEncoder:
     """Both text encoders of an SDXL-shaped model with their tokenizers.
 
     `force_zeros`: the null prompt is zeros (SDXL base) instead of the encoding of the empty text. `runner` runs the
-    encoders and may be replaced.
+    encoders and may be replaced; `max_chunks` is the number of chunks that a prompt may have.
     Raises ModelFormatError if the parts don't fit together.
     """
 
@@ -194,6 +194,7 @@ class TextEncoder:
                 "both lengths must be equal"
             )
         self.max_tokens: int = lengths[0]
+        self.max_chunks = MAX_CHUNKS
         self.runner: TextRunner = TorchText(self.encoders)
         self._further = tuple(
             _further_vectors(tokenizer, len(token_table(encoder)))
@@ -461,7 +462,7 @@ class TextEncoder:
                     ]
                     number += 1
                 sections.append(words)
-            found.append(divide(sections, room, prompt.syntax))
+            found.append(divide(sections, room, prompt.syntax, self.max_chunks))
         most = max(map(len, found))
         first, second = (chunks + [Chunk()] * (most - len(chunks)) for chunks in found)
         return first, second

@@ -53,18 +53,18 @@ class Chunk(NamedTuple):
         return [word.run for word in self.words for _ in word.ids]
 
 
-def divide(sections: Sequence[Sequence[Word]], room: int, syntax: str) -> list[Chunk]:
+def divide(sections: Sequence[Sequence[Word]], room: int, syntax: str, most: int = MAX_CHUNKS) -> list[Chunk]:
     """Return the chunks, at least one, of up to `room` tokens; each section begins a new one.
 
-    No word has more than `room` tokens. Raises PromptError for more than `MAX_CHUNKS`.
+    No word has more than `room` tokens. Raises PromptError for more than `most` chunks.
     """
     of_section = {"a1111": _at_commas, "compel": _at_sentences}.get(syntax, _greedily)
     chunks = [Chunk(tuple(words)) for section in sections for words in of_section(section, room)]
-    if len(chunks) > MAX_CHUNKS:
+    if len(chunks) > most:
         tokens = sum(len(word.ids) for section in sections for word in section)
         raise PromptError(
-            f"the prompt has {tokens} tokens in {len(chunks)} chunks; at most {MAX_CHUNKS} chunks of {room} tokens are "
-            "allowed; shorten it"
+            f"the prompt has {tokens} tokens in {len(chunks)} chunks; at most {most} chunks of {room} tokens are "
+            "allowed; shorten it, or load the engine with a larger max_text_chunks"
         )
     return chunks or [Chunk()]
 

@@ -12,6 +12,7 @@ from stylefast.errors import ExportError, PromptError, StyleError
 from stylefast.models.text import Prompt
 from stylefast.record import from_record, to_record
 from tests.support.fp64 import Twins, close
+from tests.support.scene import apart
 
 LONG = "a fish, a star, a house, " * 15
 SETTINGS = {"steps": 2, "size": (64, 64)}
@@ -164,6 +165,21 @@ def test_bad_prompts_are_refused_before_anything_runs(options, message):
 def test_a_prompt_of_too_many_chunks_is_refused_before_anything_runs(engine):
     with pytest.raises(PromptError, match="at most 16 chunks"):
         engine.submit(request("a " * 2000))
+
+
+def test_a_prompt_may_be_as_long_as_the_engine_was_told():  # in chunks of 22 tokens here
+    prompt = "a fish, a star, a house, " * 350
+    with sf.Engine.from_pretrained("tiny", max_text_chunks=150) as engine:
+        assert engine.text_encoder.check([Prompt(prompt)]) > 3000
+        (found,) = latents(engine, request(prompt))
+        (short,) = latents(engine, request(prompt[: len(prompt) // 2]))
+        apart([found], [short])
+        (expected,) = naive.generate(engine, [request(prompt)])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        with pytest.raises(
+            PromptError, match="4500 tokens in 2.. chunks; at most 150 chunks .* a larger max_text_chunks"
+        ):
+            engine.submit(request("a star " * 2250))
 
 
 def test_exported_graphs_refuse_long_texts(engine, monkeypatch):
