@@ -384,7 +384,7 @@ def test_the_content_of_a_picture_is_read_under_the_loras_of_its_request(registe
         fresh.load_adapter(adapter_files[0])
         merged = under(fresh, 0.8)
         fresh.loras.add(files["ink"], "ink")
-        expected = Twins(fresh).drawn([request(loras={"ink": 0.8})])
+        expected = Twins(fresh, adapter_files[0]).drawn([request(loras={"ink": 0.8})])
     before = drawn(registered)[0]
     # neither another request's content nor that of other weights is taken for it
     for found in (merged, drawn(registered, loras={"ink": 0.8})[0], under(registered, 0.8)):

@@ -90,9 +90,9 @@ def draw(engine, *requests):
 
 
 @pytest.fixture(scope="module")
-def in_torch(torch_engine, bank):
+def in_torch(torch_engine, adapter, bank):
     """What the torch backend draws, to compare with; a bank fits its own model alone, so others read its picture."""
-    twins = Twins(torch_engine)
+    twins = Twins(torch_engine, adapter)
 
     def live(style):
         if isinstance(style, (list, tuple)):

@@ -172,10 +172,13 @@ def engine_of(pipe):
 
 
 class Twins:
-    """An engine, and the same in fp64 and in other roundings: `drawn` is a call of `generate` to compare with."""
+    """An engine, and the same in fp64 and in other roundings: `drawn` is a call of `generate` to compare with.
 
-    def __init__(self, engine):
-        self._engine, self._twins = engine, {}
+    adapter: the file of an adapter that was given to the engine by `load_adapter`.
+    """
+
+    def __init__(self, engine, adapter=None):
+        self._engine, self._twins, self._adapter = engine, {}, adapter
 
     def drawn(self, requests: Sequence, in_fp64: Sequence | None = None) -> Measured:
         """The latents of requests in a call of their own; in_fp64: what takes their place there, as for banks."""
@@ -197,6 +200,8 @@ class Twins:
             twin = self._twins[change, *further] = type(self._engine)(change(components, *further))
             if components.adapter_path is not None:
                 twin.load_adapter(components.adapter_path)
+            if self._adapter is not None:
+                twin.load_adapter(self._adapter)
         return self._twins[change, *further]
 
 
