@@ -25,6 +25,7 @@ SECONDS = 15.0  # for one picture, with all redirects
 CONNECT_SECONDS = 2.5
 MOST_REDIRECTS = 3
 MOST_AT_ONCE = 4
+MOST_ADDRESSES = 4  # of one host that are tried
 LONGEST = 2048  # characters of an address
 PORTS = (80, 443)
 _PIECE = 2**16
@@ -183,8 +184,8 @@ class Fetcher:
         if place.port not in PORTS and not any(":" in host for host in named):
             raise NotAllowed(f"its port is {place.port}; {PORTS[0]} and {PORTS[1]} are allowed")
 
-    async def _checked(self, place: Place) -> str:
-        """Return an address of a host, all of whose addresses are public. Raises NotAllowed."""
+    async def _checked(self, place: Place) -> Sequence[str]:
+        """Return the addresses of a host, all of which must be public. Raises NotAllowed."""
         try:
             ipaddress.ip_address(place.host)
             found: Sequence[str] = [place.host]
@@ -199,17 +200,28 @@ class Fetcher:
         # one message for both, which tells nobody what names there are inside
         if not found or not all(map(self._public, found)):
             raise NotAllowed("its host has no address on the open internet")
-        return found[0]
+        return list(dict.fromkeys(found))[:MOST_ADDRESSES]
 
-    async def _ask(self, place: Place, room: int) -> bytes | str:
-        """Return the content of a place, or the address that it leads to. Raises NotAllowed, Failed and OSError."""
-        checked = await self._checked(place)
+    async def _connected(
+        self, checked: Sequence[str], place: Place
+    ) -> tuple[str, asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect to the first of several addresses that answers, and return it too. Raises OSError."""
         tls: Mapping[str, Any] = {}
         if place.scheme == "https":
             tls = {"ssl": self._context, "server_hostname": place.host}
+        failure = OSError()
         async with asyncio.timeout(CONNECT_SECONDS):
-            # a literal address, which nothing resolves
-            reader, writer = await asyncio.open_connection(checked, place.port, limit=_PIECE, **tls)
+            for address in checked:
+                try:
+                    # a literal address, which nothing resolves
+                    return address, *await asyncio.open_connection(address, place.port, limit=_PIECE, **tls)
+                except OSError as error:
+                    failure = error
+        raise failure
+
+    async def _ask(self, place: Place, room: int) -> bytes | str:
+        """Return the content of a place, or the address that it leads to. Raises NotAllowed, Failed and OSError."""
+        checked, reader, writer = await self._connected(await self._checked(place), place)
         try:
             peer = writer.get_extra_info("peername")[0]
             if peer != checked or not self._public(peer):

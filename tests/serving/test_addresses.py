@@ -174,8 +174,14 @@ def served(reply, image="http://pictures.example:{port}/a.png", hosts=("pictures
         port = server.sockets[0].getsockname()[1]
         fetcher = Fetcher(
             [host.format(port=port) for host in hosts],
-            resolving=fake({"pictures.example": [["127.0.0.1"]], "inside.example": [["127.0.0.2"]]}),
-            public=lambda address: address == "127.0.0.1",
+            resolving=fake(
+                {
+                    "pictures.example": [["127.0.0.1"]],
+                    "inside.example": [["127.0.0.2"]],
+                    "two.example": [["127.0.0.3", "127.0.0.3", "127.0.0.1"]],  # nobody listens at the first
+                }
+            ),
+            public=lambda address: address in ("127.0.0.1", "127.0.0.3"),
         )
         async with server:
             return await app.images_in_json(service(fetcher, limit), {"image": [image.format(port=port)]})
@@ -199,6 +205,11 @@ def test_a_picture_is_fetched_and_judged_by_its_content():
     assert not [line for line in lines if line.startswith(("authorization", "cookie", "referer", "x-"))]
     error, _ = served(ok(b"<html>", b"Content-Type: image/png"))
     assert error.code == "invalid_image"
+
+
+def test_another_address_of_the_host_is_tried_if_the_first_does_not_answer():
+    found, _ = served(ok(png()), image="http://two.example:{port}/a.png", hosts=("two.example:{port}",))
+    assert found.width == 40
 
 
 def test_pieces_of_unknown_length_are_counted():
