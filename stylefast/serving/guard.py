@@ -20,7 +20,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stylefast.serving import links, playground
-from stylefast.serving.replies import ApiError
+from stylefast.serving.replies import ApiError, cancelled
 from stylefast.serving.settings import ServeSettings
 from stylefast.values import quoted
 
@@ -223,6 +223,8 @@ class _Body:
             message = await asyncio.wait_for(self._receive(), self._settings.body_timeout)
         except TimeoutError:
             raise self._too_slow() from None
+        if message["type"] == "http.disconnect":
+            raise cancelled()
         if message["type"] == "http.request":
             self._seen += len(message.get("body", b""))
             if self._seen > self._settings.body_limit:

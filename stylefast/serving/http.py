@@ -1,9 +1,12 @@
 """HTTP/1.1 for the server: uvicorn's protocol, with a time limit for headers and our shape for its own errors."""
 
 import asyncio
+import contextlib
 import json
+from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stylefast.serving.replies import ApiError
@@ -11,10 +14,35 @@ from stylefast.serving.replies import ApiError
 HEADER_SECONDS = 20.0  # for the whole head of a request, counted from the connection or the reply before
 
 
+# parts of a body that are smaller, and how many of them a body may have: each takes as long as a large one
+CRUMB, MOST_CRUMBS = 256, 16_384
+
+
+class _Connection(h11.Connection):
+    """What is read of a connection, whose bodies may not come in crumbs."""
+
+    _crumbs = 0
+
+    def next_event(self) -> Any:
+        """Return what comes next. Raises RemoteProtocolError for a body in too many small parts."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._crumbs = 0
+        elif isinstance(event, h11.Data) and len(event.data) < CRUMB:
+            self._crumbs += 1
+            if self._crumbs > MOST_CRUMBS:
+                raise h11.RemoteProtocolError(f"the body has more than {MOST_CRUMBS} parts below {CRUMB} bytes")
+        return event
+
+
 class Protocol(H11Protocol):
     """One connection. It is closed if the head of a request does not arrive in time."""
 
     _late: asyncio.TimerHandle | None = None
+
+    def __init__(self, config: uvicorn.Config, *arguments: Any, **options: Any):
+        super().__init__(config, *arguments, **options)
+        self.conn = _Connection(h11.SERVER, config.h11_max_incomplete_event_size or 2**16)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -49,12 +77,17 @@ class Protocol(H11Protocol):
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
-        for event in (
-            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event))
+        with contextlib.suppress(h11.LocalProtocolError):  # the reply has begun already
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event))
+        if self.cycle is not None and not self.cycle.response_complete:
+            # the route that waits for the rest of the body has nobody to answer any more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def _watch(self) -> None:
