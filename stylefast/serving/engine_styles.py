@@ -4,6 +4,7 @@ What a request needs of a style is in memory or held open, so that a style may b
 """
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +47,8 @@ class StyleShelf:
         self._held: OrderedDict[str, Shelved] = OrderedDict()
         self._lock = threading.Lock()
         self._retired: set[str] = set()
-        self._reading: dict[str, threading.Lock] = {}
+        # by name, as long as somebody reads the style
+        self._reading: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
     def get(self, name: str) -> Shelved:
         """Return a style as it is on disk now; one that was deleted, as it was. Raises StyleError."""
