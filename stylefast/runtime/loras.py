@@ -271,7 +271,7 @@ class LoraPool:
     @property
     def resident(self) -> list[str]:
         """Return the names of the LoRAs on the device."""
-        return [one.lora.name for one in self._at.values()]
+        return [one.lora.name for one in list(self._at.values())]
 
     @property
     def held(self) -> int:

@@ -5,6 +5,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -61,6 +62,7 @@ class Runner:
         self.max_rows: int | None = None  # of one UNet call; a larger group runs alone
         self.steps_run = 0
         self.calls = 0  # of the UNet
+        self.on_step: Callable[[float, int], None] | None = None  # told of each call: its seconds and pictures
 
     def beside(self, call: Callable[[], Value]) -> Value:
         """Call a function alongside steps, such as an encoder, a decoder or a file reader; for one thread at a time.
@@ -177,6 +179,7 @@ class Runner:
         failed: dict[SampleGroup, StyleFastError] = {}
         fits = True
         short: OutOfMemory | None = None
+        began = time.perf_counter()
         try:
             # features are those of the group's own rows, so no idle ones
             with self._inputs(groups, padded=bool(self.buckets) and features is None) as inputs:
@@ -185,7 +188,10 @@ class Runner:
                 else:
                     run_step(self.unet, *inputs[1:], features)
             self.calls += 1
-            self.steps_run += sum(g.pictures for g in groups)
+            pictures = sum(g.pictures for g in groups)
+            self.steps_run += pictures
+            if self.on_step is not None:
+                self.on_step(time.perf_counter() - began, pictures)
         except ExportError as error:
             if len(groups) == 1:
                 return {groups[0]: error}

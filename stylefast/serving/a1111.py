@@ -89,21 +89,21 @@ _CHECKPOINT, _CLIP_LAYERS = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
 @router.post("/txt2img")
 async def txt2img(request: Request) -> dict[str, Any]:
     """Draw pictures, in A1111's words."""
-    from stylefast.serving.app import json_body, submit, while_connected
+    from stylefast.serving.app import Asker, json_body, submit, while_connected
 
     service = request.app.state.service
     body = fields.read_json(await json_body(request))
     wanted = _wanted(body, service)
     await service.check_request(request.state.owner, wanted.call["requests"], ())
     ticket = submit(request, service, wanted, tongue="a1111")
-    made = await service.checked(ticket, await while_connected(request, service, wanted, ticket))
-    encode = partial(media.encoded, form="png", quality=100, provenance=service.provenance)
-    contents = [
-        await service.encode(partial(encode, one.pixels.image(), record=one.record, parameters=one.parameters))
-        for one in made
-    ]
-    info = _info(wanted, made)
-    ticket.forget_pictures()
+    with Asker(service, ticket, wanted.stay):
+        made = await service.checked(ticket.owner, wanted, await while_connected(request, wanted, ticket))
+        encode = partial(media.encoded, form="png", quality=100, provenance=service.provenance)
+        contents = [
+            await service.encode(partial(encode, one.pixels.image(), record=one.record, parameters=one.parameters))
+            for one in made
+        ]
+        info = _info(wanted, made)
     images = [base64.b64encode(content).decode("ascii") for content in contents]
     return {"images": images, "parameters": body, "info": json.dumps(info)}
 

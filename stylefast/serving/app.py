@@ -20,6 +20,7 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.types import Receive, Scope, Send
 
 import stylefast
 from stylefast.errors import StyleError
@@ -64,7 +65,6 @@ class Service:
         self.bakes: dict[str, style_routes.Bake] = {}  # the latest of each style
         if self.registry is not None:
             self.registry.scan()
-        dispatcher.ended, dispatcher.counted = self.metrics.ended, self.metrics.counted
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -111,19 +111,21 @@ class Service:
         with self._counted(safety.REQUEST):
             await self.safety.check_request(Call(requests, owner, [upload.content for upload in uploads]))
 
-    async def check_picture(self, ticket: Ticket, pixels: Pixels, index: int = 0, preview: bool = False) -> Pixels:
+    async def check_picture(
+        self, owner: str, wanted: Wanted, pixels: Pixels, index: int = 0, preview: bool = False
+    ) -> Pixels:
         """Return a picture as the operator's check lets it pass. Raises ApiError if it is refused."""
         if self.safety is None:
             return pixels
         with self._counted(safety.PICTURE):
-            call = Call(ticket.call["requests"], ticket.owner, index=index, preview=preview)
+            call = Call(wanted.call["requests"], owner, index=index, preview=preview)
             return await self.safety.check_picture(pixels, call)
 
-    async def checked(self, ticket: Ticket, made: Sequence[Made]) -> list[Made]:
+    async def checked(self, owner: str, wanted: Wanted, made: Sequence[Made]) -> list[Made]:
         """Return finished pictures as the operator's check lets them pass. Raises ApiError if one is refused."""
         found = []
         for index, one in enumerate(made):
-            pixels = await self.check_picture(ticket, one.pixels, index)
+            pixels = await self.check_picture(owner, wanted, one.pixels, index)
             # a record would make the picture that was not to be shown
             other = pixels is not one.pixels
             found.append(replace(one, pixels=pixels, record=None, parameters=None, short=None) if other else one)
@@ -491,26 +493,61 @@ async def _answer(request: Request, service: Service, wanted: Wanted, kind: str)
         ticket = service.register.repeated(request.state.owner, key[:255], digest)
     if ticket is None:
         ticket = submit(request, service, wanted, key=key and key[:255], digest=digest)
+    asker = Asker(service, ticket, wanted.stay)
     if wanted.stream:
-        events = _events(request, service, wanted, ticket, kind)
+        return _Stream(_events(service, wanted, ticket, kind), asker)
+    with asker:
+        made = await service.checked(ticket.owner, wanted, await while_connected(request, wanted, ticket))
+        encoded = [await service.encode(partial(_picture, service, one, wanted)) for one in made]
+        if wanted.linked:
+            base = (service.settings.public_url or str(request.base_url)).rstrip("/")
+            data = [{"url": base + path} for path in service.links.add(encoded, wanted.form)]
+        else:
+            data = [{"b64_json": base64.b64encode(content).decode("ascii")} for content in encoded]
+        return JSONResponse(_reply(wanted, ticket, made, data), headers=_times(ticket))
+
+
+class Asker:
+    """An HTTP request that is being answered with a ticket; several may share one by their idempotency key.
+
+    When the last one ends, a ticket that is not over is cancelled unless it shall stay, and pictures that can't be
+    asked for again are dropped.
+    """
+
+    def __init__(self, service: Service, ticket: Ticket, stay: bool):
+        self._service, self._ticket, self._stay = service, ticket, stay
+        ticket.askers += 1
+
+    def __enter__(self) -> "Asker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ticket.askers -= 1
+        if self._ticket.askers:
+            return
+        if not self._stay:
+            self._service.dispatcher.cancel(self._ticket)
+        if self._ticket.key is None:
+            self._ticket.forget_pictures()
+
+
+class _Stream(StreamingResponse):
+    """A stream of events, which may end at any time, also before the first one was asked for."""
+
+    def __init__(self, events: AsyncIterator[str], asker: Asker):
         # the second is for nginx, which would hold the events back
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    made = await service.checked(ticket, await while_connected(request, service, wanted, ticket))
-    encoded = [await service.encode(partial(_picture, service, one, wanted)) for one in made]
-    if wanted.linked:
-        base = (service.settings.public_url or str(request.base_url)).rstrip("/")
-        data = [{"url": base + path} for path in service.links.add(encoded, wanted.form)]
-    else:
-        data = [{"b64_json": base64.b64encode(content).decode("ascii")} for content in encoded]
-    reply = JSONResponse(_reply(wanted, ticket, made, data), headers=_times(ticket))
-    if key is None:
-        ticket.forget_pictures()
-    return reply
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._asker = asker
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        with self._asker:
+            await super().__call__(scope, receive, send)
 
 
-async def while_connected(request: Request, service: Service, wanted: Wanted, ticket: Ticket) -> Sequence[Made]:
-    """Wait for the pictures; cancel the request if the client leaves, unless it asked otherwise."""
+async def while_connected(request: Request, wanted: Wanted, ticket: Ticket) -> Sequence[Made]:
+    """Wait for the pictures. Raises ApiError if the client leaves, unless it asked otherwise."""
     waiting = asyncio.ensure_future(ticket.wait())
     try:
         while True:
@@ -518,11 +555,7 @@ async def while_connected(request: Request, service: Service, wanted: Wanted, ti
             if done:
                 return waiting.result()
             if not wanted.stay and await request.is_disconnected():
-                service.dispatcher.cancel(ticket)
-    except asyncio.CancelledError:
-        if not wanted.stay:
-            service.dispatcher.cancel(ticket)
-        raise
+                raise replies.cancelled()
     finally:
         waiting.cancel()
 
@@ -585,12 +618,12 @@ def _reply(wanted: Wanted, ticket: Ticket, made: Sequence[Made], data: Sequence[
     }
 
 
-async def _events(request: Request, service: Service, wanted: Wanted, ticket: Ticket, kind: str) -> AsyncIterator[str]:
+async def _events(service: Service, wanted: Wanted, ticket: Ticket, kind: str) -> AsyncIterator[str]:
     """Yield the events of a stream: previews, then the picture or an error; signs of life in between."""
     number, common = 0, {"created_at": int(ticket.created), **_common(wanted)}
     progress = ticket.progress()
+    pending = asyncio.ensure_future(anext(progress, None))
     try:
-        pending = asyncio.ensure_future(anext(progress, None))
         while True:
             done, _ = await asyncio.wait([pending], timeout=KEEP_ALIVE_SECONDS)
             if not done:
@@ -600,28 +633,22 @@ async def _events(request: Request, service: Service, wanted: Wanted, ticket: Ti
             if found is None:
                 break
             for unchecked in found.previews[:1]:
-                pixels = await service.check_picture(ticket, unchecked, preview=True)
+                pixels = await service.check_picture(ticket.owner, wanted, unchecked, preview=True)
                 content = await service.encode(partial(_preview, service, pixels, wanted))
                 event = {"type": f"{kind}.partial_image", "partial_image_index": number, **common}
                 yield _event(event | {"b64_json": base64.b64encode(content).decode("ascii")})
                 number += 1
             pending = asyncio.ensure_future(anext(progress, None))
-        (made,) = await service.checked(ticket, await ticket.wait())
+        (made,) = await service.checked(ticket.owner, wanted, await ticket.wait())
         content = await service.encode(partial(_picture, service, made, wanted))
         event = {"type": f"{kind}.completed", **common, "usage": _usage(wanted, ticket)}
         event["stylefast"] = _extension(wanted, ticket, [made])
         yield _event(event | {"b64_json": base64.b64encode(content).decode("ascii")})
-    except asyncio.CancelledError:
-        if not wanted.stay:
-            service.dispatcher.cancel(ticket)
-        raise
-    except GeneratorExit:
-        if not wanted.stay:
-            service.dispatcher.cancel(ticket)
-        raise
     except Exception as error:
         service.dispatcher.cancel(ticket)  # a preview that was refused; what is over stays as it is
         yield _event(as_api_error(error).event())
+    finally:
+        pending.cancel()
 
 
 def _event(content: Mapping[str, Any]) -> str:

@@ -5,13 +5,14 @@ refusal needs no answer from the engine. As many pictures as `max_running` are w
 """
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import queue
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -96,14 +97,13 @@ class EngineProcess:
             except RuntimeError:
                 return  # the loop is closed
             if message is None:
+                self._outbox.put(None)
                 return
 
     def _write(self, connection: Connection) -> None:
-        while (message := self._outbox.get()) is not None:
-            try:
+        with contextlib.suppress(OSError):  # the reader says that it has died
+            while (message := self._outbox.get()) is not None:
                 connection.send(message)
-            except OSError:
-                return  # the reader says that it has died
 
 
 class Engine(Protocol):
@@ -150,12 +150,16 @@ class Dispatcher:
         self._changed = asyncio.Event()
         # messages that make no pictures: what awaits their answers, and what is told of their steps
         self._errands: dict[str, tuple[asyncio.Future[Any], Callable[[Progress], None]]] = {}
-        self.ended: Callable[[Ticket], None] = lambda ticket: None  # told of every ticket that has ended
-        self.counted: Callable[[str, float], None] = lambda name, more: None  # told of what the engine has done
+        # told of every ticket that has ended, of pictures made for one, and of what else the engine has done
+        self.ended: Callable[[Ticket], None] = lambda ticket: None
+        self.drawn: Callable[[Done], None] = lambda done: None
+        self.counted: Callable[[str, float], None] = lambda name, more: None
+        self.stepped: Callable[[float, int], None] = lambda seconds, pictures: None
+        self.levels: Mapping[str, float] = {}  # what the engine holds
 
     def start(self) -> None:
         """Start the engine's process."""
-        self._counts = {}
+        self._counts, self.levels = {}, {}
         self.engine = self._start(self._take)
 
     @property
@@ -189,7 +193,7 @@ class Dispatcher:
             raise replies.queue_full(self.waiting, self.max_waiting, self.expected_seconds())
         self._waiting.setdefault(ticket.owner, deque()).append(ticket)
         if ticket.seconds is not None:
-            asyncio.get_running_loop().call_later(ticket.seconds, self._expire, ticket)
+            ticket.timer = asyncio.get_running_loop().call_later(ticket.seconds, self._expire, ticket)
         self._advance()
 
     def errand(
@@ -306,7 +310,7 @@ class Dispatcher:
             self._unqueue(ticket)
             self._end(ticket, tickets.FAILED, replies.too_late(ticket.seconds or 0.0))
         elif time.monotonic() < (ticket.expires or 0.0) + LATE_SECONDS:
-            asyncio.get_running_loop().call_later(LATE_SECONDS, self._expire, ticket)
+            ticket.timer = asyncio.get_running_loop().call_later(LATE_SECONDS, self._expire, ticket)
         else:
             assert self.engine is not None
             self.engine.send(Cancel(ticket.id))
@@ -338,7 +342,9 @@ class Dispatcher:
         elif isinstance(message, Counts):
             for name, value in message.values.items():
                 self.counted(name, value - self._counts.get(name, 0.0))
-            self._counts = dict(message.values)
+            self._counts, self.levels = dict(message.values), message.levels
+            for seconds, pictures in message.steps:
+                self.stepped(seconds, pictures)
         elif message.ticket in self._errands:
             self._take_answer(message)
         else:
@@ -349,10 +355,10 @@ class Dispatcher:
                 ticket.report(message)
                 return
             if isinstance(message, Done):
-                ticket.pictures, ticket.text_tokens = message.pictures, message.text_tokens
-                ticket.compute_seconds = message.seconds
                 self._seconds += _WEIGHT * (message.seconds - self._seconds)
-                ticket.step = ticket.steps = max(ticket.steps, 1)
+                if not ticket.over:  # else it was cancelled, and nobody asks for the pictures
+                    ticket.take(message)
+                    self.drawn(message)
                 self._end(ticket, tickets.DONE)
             elif isinstance(message, Failed):
                 error = replies.of_engine(message.error, message.message)

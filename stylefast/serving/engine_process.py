@@ -11,6 +11,8 @@ import os
 import signal
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 TELL_SECONDS = 0.1  # between two reports of steps done
 COUNT_SECONDS = 1.0
+MOST_STEPS = 10_000  # between two reports
 WARM_UP_STEPS = 2
 USUAL_STEPS = 12  # where a request does not say, and its sampler has no preset
 
@@ -151,6 +154,44 @@ class _Notices(logging.Handler):
             self._others.emit(record)
 
 
+class _Meter:
+    """What the engine does and holds, for metrics."""
+
+    def __init__(self, engine: "Engine"):
+        self._engine = engine
+        self._steps: deque[tuple[float, int]] = deque(maxlen=MOST_STEPS)
+        # pools of pages come and go, and begin to count evictions anew when they grow
+        self._seen: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._loads = self._evictions = 0
+        engine.runner.on_step = lambda seconds, pictures: self._steps.append((seconds, pictures))
+
+    def read(self) -> Counts:
+        """Return what there is to report."""
+        from stylefast.runtime.memory import resident_bytes
+
+        runner, loras = self._engine.runner, self._engine.runner.conditions.loras
+        resident = slots = room = 0
+        for pool in list(runner.bank_pages.values()):
+            counts, (loads, evictions) = pool.counts(), self._seen.get(pool, (0, 0))
+            self._loads += pool.loads - loads
+            self._evictions += counts.evictions - (evictions if evictions <= counts.evictions else 0)
+            self._seen[pool] = pool.loads, counts.evictions
+            resident, slots, room = resident + counts.resident, slots + pool.slots, room + pool.nbytes
+        values = {"unet_calls": runner.calls, "picture_steps": runner.steps_run}
+        values |= {"bank_page_loads": self._loads, "bank_page_evictions": self._evictions}
+        levels = {
+            "bank_pages": resident,
+            "bank_page_slots": slots,
+            "bank_bytes": room,
+            "loras_registered": len(self._engine.loras),
+            "loras_resident": len(loras.resident),
+            "lora_bytes": loras.nbytes,
+            "memory_bytes": resident_bytes(),
+        }
+        steps = [self._steps.popleft() for _ in range(len(self._steps))]
+        return Counts(values, levels, steps)
+
+
 class _Worker:
     """Calls in progress, and the pipe to the server."""
 
@@ -171,6 +212,7 @@ class _Worker:
         self._errands: set[str] = set()
         self._stop = asyncio.Event()
         self._notices = _Notices()
+        self._meter = _Meter(engine)
 
     async def serve(self, facts: Mapping[str, Any]) -> None:
         """Take calls until the server says stop."""
@@ -307,8 +349,9 @@ class _Worker:
         finally:
             if telling is not None:
                 telling.cancel()
+        kinds = [[type(style).__name__ for style in request.styles] for request in job.requests]
         spent = time.monotonic() - began
-        return await loop.run_in_executor(self._decoders, self._done, run, result, uploads, said, spent)
+        return await loop.run_in_executor(self._decoders, self._done, run, result, uploads, said, spent, kinds)
 
     def _submitted(self, ways: "Sequence[list[Request]]", seconds: float | None) -> "tuple[Job, list[str]]":
         """Submit the first of several ways to make the same pictures that the engine takes: banks fit some requests."""
@@ -371,7 +414,15 @@ class _Worker:
             return None
         return self._shelf.get(style)
 
-    def _done(self, run: Run, result: Any, uploads: "Uploads", said: Sequence[str], seconds: float) -> Done:
+    def _done(
+        self,
+        run: Run,
+        result: Any,
+        uploads: "Uploads",
+        said: Sequence[str],
+        seconds: float,
+        kinds: Sequence[Sequence[str]],
+    ) -> Done:
         from stylefast.infotext import write
 
         pictures = []
@@ -390,7 +441,7 @@ class _Worker:
                     uploads.short(record),
                 )
             )
-        return Done(run.ticket, pictures, seconds, self._text_tokens(run))
+        return Done(run.ticket, pictures, seconds, self._text_tokens(run), kinds)
 
     def _text_tokens(self, run: Run) -> int:
         tokenizer = self._engine.text_encoder.tokenizers[0]
@@ -407,8 +458,7 @@ class _Worker:
 
     async def _count(self) -> None:
         while True:
-            runner = self._engine.runner
-            self._send(Counts({"unet_calls": runner.calls, "picture_steps": runner.steps_run}))
+            self._send(self._meter.read())
             await asyncio.sleep(COUNT_SECONDS)
 
     def _send(self, message: Any) -> None:

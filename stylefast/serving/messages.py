@@ -103,12 +103,17 @@ class Made:
 
 @dataclass(frozen=True)
 class Done:
-    """A call's pictures. seconds: from its start in the engine; text_tokens: of its prompts, without padding."""
+    """A call's pictures.
+
+    seconds: from its start in the engine. text_tokens: of its prompts, without padding. kinds: of each picture, the
+    classes of its styles.
+    """
 
     ticket: str
     pictures: Sequence[Made]
     seconds: float
     text_tokens: int = 0
+    kinds: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,12 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the engine has done since it was loaded, for metrics: UNet calls, and steps of pictures in them."""
+    """What the engine does, for metrics.
+
+    values: counts since it was loaded, by the names in `metrics.COUNTED`. levels: what it holds now, by those in
+    `metrics.LEVELS`. steps: of each call of the UNet since the last report, its seconds and its pictures.
+    """
 
     values: Mapping[str, float] = field(default_factory=dict)
+    levels: Mapping[str, float] = field(default_factory=dict)
+    steps: Sequence[tuple[float, int]] = ()

@@ -7,12 +7,33 @@ from typing import TYPE_CHECKING
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from stylefast.serving import safety, tickets
+from stylefast.serving.messages import Done
 from stylefast.serving.tickets import Ticket
 
 if TYPE_CHECKING:
     from stylefast.serving.dispatcher import Dispatcher
 
 _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
+_STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_PICTURES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+# label of pictures by their styles: others are those of classes that are not ours
+KINDS = ("none", "StyleAligned", "InstantStyle", "DreamStyler", "several", "other")
+# what the engine's process counts, and what it holds
+COUNTED = {
+    "unet_calls": "calls of the UNet",
+    "picture_steps": "steps of pictures in these calls",
+    "bank_page_loads": "pages of banks that were brought to the device",
+    "bank_page_evictions": "pages of banks that gave way to others",
+}
+LEVELS = {
+    "bank_pages": "pages of banks on the device",
+    "bank_page_slots": "pages of banks for which the device has room",
+    "bank_bytes": "bytes of this room",
+    "loras_registered": "LoRAs that requests may name, those of registered styles included",
+    "loras_resident": "LoRAs on the device",
+    "lora_bytes": "bytes of LoRAs on the device",
+    "memory_bytes": "resident memory of the engine's process",
+}
 
 
 class Metrics:
@@ -27,18 +48,22 @@ class Metrics:
         self._gauge("picture_slots", "pictures that may be with the engine at once", lambda: dispatcher.max_running)
         self._gauge("engine_restarts", "times that the engine's process was started again", lambda: dispatcher.restarts)
         self._gauge("certificate_seconds", "seconds until the certificate that signs pictures expires", expires)
+        for name, text in LEVELS.items():
+            self._gauge(name, text, lambda name=name: dispatcher.levels.get(name, 0.0))
         self._requests = Counter(
             "stylefast:requests", "requests that have ended, by how", ["status"], registry=self._registry
         )
         for status in tickets.OVER:
             self._requests.labels(status)
         self._pictures = Counter("stylefast:images", "pictures made", registry=self._registry)
+        self._kinds = Counter(
+            "stylefast:style_images", "pictures made, by their style's class", ["kind"], registry=self._registry
+        )
+        for kind in KINDS:
+            self._kinds.labels(kind)
         self._pixels = Counter("stylefast:pixels", "pixels made", registry=self._registry)
         self._counts = {
-            "unet_calls": Counter("stylefast:unet_calls", "calls of the UNet", registry=self._registry),
-            "picture_steps": Counter(
-                "stylefast:picture_steps", "steps of pictures in these calls", registry=self._registry
-            ),
+            name: Counter(f"stylefast:{name}", text, registry=self._registry) for name, text in COUNTED.items()
         }
         self._refusals = Counter(
             "stylefast:safety_refusals",
@@ -50,10 +75,17 @@ class Metrics:
             self._refusals.labels(check)
         self._latency = self._histogram("request_latency_seconds", "from arrival to the end", ["status"])
         self._queued = self._histogram("queue_time_seconds", "from arrival to the start")
+        self._previewed = self._histogram("first_preview_seconds", "from arrival to the first preview")
+        self._steps = self._histogram(
+            "step_seconds", "time of a call of the UNet and its sampler step", (), _STEP_SECONDS
+        )
+        self._batch = self._histogram("step_pictures", "pictures in a call of the UNet", (), _PICTURES)
         self._replies = Counter(
             "stylefast:http_replies", "replies by route and status", ["route", "status"], registry=self._registry
         )
         self._http = self._histogram("http_seconds", "time of replies by route", ["route"])
+        dispatcher.ended, dispatcher.drawn = self.ended, self.drawn
+        dispatcher.counted, dispatcher.stepped = self.counted, self.stepped
 
     def ended(self, ticket: Ticket) -> None:
         """Count a request that has ended."""
@@ -61,9 +93,17 @@ class Metrics:
         self._latency.labels(ticket.status).observe((ticket.ended or ticket.arrived) - ticket.arrived)
         if ticket.started is not None:
             self._queued.observe(ticket.queue_seconds)
-        for made in ticket.pictures:
+        if ticket.previewed is not None:
+            self._previewed.observe(ticket.previewed - ticket.arrived)
+
+    def drawn(self, done: Done) -> None:
+        """Count a request's pictures."""
+        for made in done.pictures:
             self._pictures.inc()
             self._pixels.inc(made.pixels.width * made.pixels.height)
+        for kinds in done.kinds:
+            kind = "several" if len(kinds) > 1 else kinds[0] if kinds else "none"
+            self._kinds.labels(kind if kind in KINDS else "other").inc()
 
     def counted(self, name: str, more: float) -> None:
         """Count what the engine has done."""
@@ -72,6 +112,11 @@ class Metrics:
     def refused(self, check: str) -> None:
         """Count a refusal of the safety check: of a "request" or a "picture"."""
         self._refusals.labels(check).inc()
+
+    def stepped(self, seconds: float, pictures: int) -> None:
+        """Count a call of the UNet."""
+        self._steps.observe(seconds)
+        self._batch.observe(pictures)
 
     def replied(self, route: str, status: int, seconds: float) -> None:
         """Count a reply."""
@@ -89,5 +134,7 @@ class Metrics:
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(f"stylefast:{name}", text, registry=self._registry).set_function(value)
 
-    def _histogram(self, name: str, text: str, labels: Sequence[str] = ()) -> Histogram:
-        return Histogram(f"stylefast:{name}", text, labels, buckets=_SECONDS, registry=self._registry)
+    def _histogram(
+        self, name: str, text: str, labels: Sequence[str] = (), buckets: Sequence[float] = _SECONDS
+    ) -> Histogram:
+        return Histogram(f"stylefast:{name}", text, labels, buckets=buckets, registry=self._registry)

@@ -7,20 +7,20 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stylefast.serving.messages import Made, Progress
+from stylefast.serving.messages import Done, Made, Progress
 from stylefast.serving.replies import ApiError
 from stylefast.values import quoted
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
 OVER = (DONE, FAILED, CANCELLED)
-_UNSENT_SECONDS = 60.0  # that pictures are kept whose client may still be reading them
 
 
 @dataclass(eq=False)
 class Ticket:
     """One request. All of it is touched by the event loop's thread alone.
 
-    call, uploads, previews: as in `messages.Run`. owner: the name of the API key that sent it.
+    call, uploads, previews: as in `messages.Run`; the first two are dropped at the end. owner: the name of the API key
+    that sent it. count: its pictures.
     """
 
     id: str
@@ -35,6 +35,7 @@ class Ticket:
     created: float = field(default_factory=time.time)
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
+    previewed: float | None = None  # when the first preview came
     ended: float | None = None
     pictures: Sequence[Made] = ()
     text_tokens: int = 0
@@ -42,13 +43,15 @@ class Ticket:
     error: ApiError | None = None
     tongue: str = "openai"  # of the route that it came by
     key: str | None = None  # of idempotency
+    timer: asyncio.TimerHandle | None = None  # of its deadline
+    wanted: bool = True  # whether anybody may still ask for its pictures
+    askers: int = 0  # HTTP requests that are being answered with it
+    count: int = field(init=False)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _readers: list[asyncio.Queue[Progress | None]] = field(default_factory=list)
 
-    @property
-    def count(self) -> int:
-        """Return the number of pictures."""
-        return len(self.call["requests"])
+    def __post_init__(self):
+        self.count = len(self.call["requests"])
 
     @property
     def over(self) -> bool:
@@ -88,6 +91,8 @@ class Ticket:
     def report(self, progress: Progress) -> None:
         """Note what its steps report, and pass it on."""
         self.step, self.steps = progress.step, progress.steps
+        if progress.previews and self.previewed is None:
+            self.previewed = time.monotonic()
         for reader in self._readers:
             reader.put_nowait(progress)
 
@@ -95,19 +100,29 @@ class Ticket:
         """Note that the engine has it."""
         self.status, self.started = RUNNING, time.monotonic()
 
+    def take(self, done: Done) -> None:
+        """Take its pictures, if anybody may still ask for them."""
+        self.text_tokens, self.compute_seconds = done.text_tokens, done.seconds
+        self.step = self.steps = max(self.steps, 1)
+        if self.wanted:
+            self.pictures = done.pictures
+
     def finish(self, status: str, error: ApiError | None = None) -> None:
-        """End it, once."""
+        """End it, once, and drop what it was made from."""
         if self.over:
             return
         self.status, self.error, self.ended = status, error, time.monotonic()
-        self.uploads = ()
+        self.call, self.uploads = {}, ()
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
         for reader in self._readers:
             reader.put_nowait(None)
         self._over.set()
 
     def forget_pictures(self) -> None:
-        """Drop the pictures once they were sent, since they take memory."""
-        self.pictures = ()
+        """Drop the pictures once they were sent, since they take memory, and those that may still come."""
+        self.pictures, self.wanted = (), False
 
     def shown(self) -> dict[str, Any]:
         """Return what a client may know of it: `GET /v1/images/{id}`."""
@@ -210,8 +225,7 @@ class Register:
         size = 0
         for ticket in reversed(ended):
             size += sum(len(made.pixels.content) for made in ticket.pictures)
-            late = ticket.key is None and now - (ticket.ended or now) > _UNSENT_SECONDS
-            if size > self._most_bytes or late:
+            if not ticket.askers and (size > self._most_bytes or ticket.key is None):
                 ticket.forget_pictures()
                 self._unkey(ticket)
 

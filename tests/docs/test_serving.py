@@ -20,7 +20,7 @@ def test_every_setting_has_its_row(checkout):
 
 def families():
     """Return the metrics of a server that has answered a request; those with labels have no values before."""
-    metrics = Metrics(SimpleNamespace(waiting=0, running=0, pictures=0, max_running=0, restarts=0))
+    metrics = Metrics(SimpleNamespace(waiting=0, running=0, pictures=0, max_running=0, restarts=0, levels={}))
     metrics.ended(Ticket("a", "alice", {"requests": []}, status=tickets.DONE))
     metrics.replied("/livez", 200, 0.1)
     return list(metrics.families())

@@ -1,12 +1,18 @@
 """The queue in front of the engine, on a stand-in for its process."""
 
 import asyncio
+import gc
+import os
+import threading
+import time
+import weakref
 from functools import wraps
 
 import pytest
 
+from stylefast.errors import StyleFastError
 from stylefast.serving import dispatcher as dispatching
-from stylefast.serving.dispatcher import BROKEN, READY, STARTING, Dispatcher
+from stylefast.serving.dispatcher import BROKEN, READY, STARTING, Dispatcher, EngineProcess
 from stylefast.serving.media import Pixels
 from stylefast.serving.messages import Cancel, Capacity, Done, Failed, Made, NotReady, Progress, Ready, Run, Stop
 from stylefast.serving.replies import ApiError
@@ -282,3 +288,67 @@ async def test_an_engine_may_take_more_or_fewer_pictures_than_before():
     assert bench.dispatcher.state == STARTING and "d" not in bench.engine.runs and not waiting.over
     bench.engine.say(Capacity(1))
     assert bench.dispatcher.state == READY and bench.engine.runs[-1] == "d"
+
+
+@in_loop
+async def test_pictures_that_come_for_a_cancelled_request_are_dropped():
+    bench, drawn = Bench().ready(), []
+    bench.dispatcher.drawn = drawn.append
+    first = bench.submit("1")
+    bench.dispatcher.cancel(first)
+    bench.engine.done("1")
+    assert first.status == "cancelled" and not first.pictures and not drawn and bench.dispatcher.running == 0
+    second = bench.submit("2", seconds=1000)
+    bench.engine.done("2")
+    assert len(second.pictures) == len(drawn) == 1
+
+
+@in_loop
+async def test_nothing_keeps_a_request_that_has_ended():
+    bench = Bench(max_running=8).ready()
+    ended = [bench.submit(str(i), seconds=1000) for i in range(4)]
+    uploads = [one.call for one in ended]
+    bench.engine.done("0")
+    bench.dispatcher.cancel(ended[1])
+    bench.engine.say(Failed("1", "JobCancelled", ""))
+    bench.engine.say(Failed("2", "ImageError", "no"))
+    bench.engine.say(None)  # its process dies
+    assert all(one.over and not one.call and one.count == 1 for one in ended) and all(uploads)
+    remembered = [weakref.ref(one) for one in ended]
+    del ended
+    gc.collect()
+    assert [one() for one in remembered] == [None] * 4
+
+
+def _no_model():
+    raise StyleFastError("there is no model")
+
+
+def test_an_engine_that_has_ended_leaves_no_threads_and_no_files():
+    async def run():
+        told, loop = [], asyncio.get_running_loop()
+        ended = loop.create_future()
+
+        def tell(message):
+            told.append(message)
+            if message is None:
+                ended.set_result(None)
+
+        engine = EngineProcess(_no_model, False, tell)
+        await ended
+        assert isinstance(told[0], NotReady) and told[1:] == [None]
+        engine._process.join()  # before the next one starts, as `multiprocessing` would
+
+    def held():
+        names = [one.name for one in threading.enumerate() if one.name.startswith("stylefast-engine")]
+        return len(names), len(os.listdir("/proc/self/fd"))
+
+    asyncio.run(run())  # the first also starts what all share
+    before = held()
+    asyncio.run(run())
+    for _ in range(1000):
+        gc.collect()
+        if held()[0] == 0:
+            break
+        time.sleep(0.01)
+    assert held()[0] == 0 and held()[1] <= before[1]

@@ -220,7 +220,7 @@ def test_every_route_but_the_open_ones_needs_a_key():
 
 
 def test_draining_at_sigterm():
-    with serving("--grace", "100") as server:
+    with serving("--grace", "3000") as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
         replies, started = [], threading.Semaphore(0)
 

@@ -88,9 +88,22 @@ def test_pictures_are_kept_for_repeated_requests_within_limits(clock):
         one.pictures = [MADE]
         one.finish(DONE)
     assert register.repeated("a", "k0", "digest") is None and register.repeated("a", "k3", "digest").pictures == [MADE]
-    register.add(plain := ticket("plain"))
-    plain.pictures = [MADE]
-    plain.finish(DONE)
-    clock.now += 61
-    register.find("plain", "a")
-    assert plain.pictures == ()
+
+
+def test_pictures_that_are_being_sent_are_not_taken_away(clock):
+    register = Register(600, most_bytes=1)
+    for name, key in (("plain", None), ("keyed", "k")):
+        register.add(one := ticket(name), key, "digest")
+        one.askers = 1
+        one.pictures = [MADE]
+        one.finish(DONE)
+        assert register.find(name, "a").pictures == [MADE]
+        one.askers = 0
+        assert register.find(name, "a").pictures == ()
+    assert register.repeated("a", "k", "digest") is None
+
+
+def test_what_a_request_was_made_from_is_dropped_at_its_end():
+    one = Ticket("1", "a", {"requests": [{"prompt": "a fish"}] * 3}, [b"picture"])
+    one.finish(FAILED, engine_lost())
+    assert one.call == {} and one.uploads == () and one.shown()["n"] == one.count == 3

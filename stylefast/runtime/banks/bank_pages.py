@@ -52,6 +52,7 @@ class BankPages:
         self._leaving: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
         self._copying: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
         self._loading = threading.Lock()  # held while `stage` loads a page alongside steps, and while slots change
+        self.loads = 0  # pages brought to the device so far
         self._make(slots)
         host = HostPages(host_room, self.layout.nbytes, pinned=on_gpu) if host_room else None
         self._host = host if host is not None and host.blocks else None
@@ -110,6 +111,10 @@ class BankPages:
     def stats(self) -> PoolStats:
         """Return the pool's counts: slots, resident, pinned pages, hits, misses, evictions."""
         self._reap()
+        return self._pool.stats()
+
+    def counts(self) -> PoolStats:
+        """Return the same for any thread, before what the device has finished reading is counted as unpinned."""
         return self._pool.stats()
 
     def hold(self, keys: Sequence[PageKey]) -> np.ndarray:
@@ -309,6 +314,7 @@ class BankPages:
                 _copy_all(*layout.copies(bank, _place(key), target, page))
             if not own:
                 self._unpack(bank, layout, target, slot)
+        self.loads += 1
 
     def _unpack(self, bank: StyleBank, layout: PageLayout, parts: Sequence[torch.Tensor], slot: int) -> None:
         """Convert a page on the device from another layout to the model's own, in a slot."""
