@@ -224,6 +224,7 @@ class _Worker:
         await self._stop.wait()
         while self._tasks:
             await asyncio.wait(list(self._tasks.values()))
+            await asyncio.sleep(0)  # until those that have ended are taken out
         counting.cancel()
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -236,10 +237,10 @@ class _Worker:
 
     def _take(self, message: Run | Cancel | LoadStyle | BakeStyle | Stop) -> None:
         if isinstance(message, Run):
-            self._tasks[message.ticket] = asyncio.create_task(self._reported(message.ticket, self._made(message)))
+            self._begin(message.ticket, self._made(message))
         elif isinstance(message, LoadStyle | BakeStyle):
             work = self._loaded_style(message) if isinstance(message, LoadStyle) else self._bake(message)
-            self._tasks[message.ticket] = asyncio.create_task(self._reported(message.ticket, work))
+            self._begin(message.ticket, work)
             self._errands.add(message.ticket)
         elif isinstance(message, Cancel):
             task = self._tasks.get(message.ticket)
@@ -250,19 +251,27 @@ class _Worker:
                 self._tasks[errand].cancel()
             self._stop.set()
 
+    def _begin(self, ticket: str, work: Coroutine[Any, Any, Done | Answer]) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._tasks[ticket]
+            self._errands.discard(ticket)
+            if task.cancelled():  # before it began
+                work.close()
+                self._send(_cancelled(ticket))
+
+        self._tasks[ticket] = asyncio.create_task(self._reported(ticket, work))
+        self._tasks[ticket].add_done_callback(ended)
+
     async def _reported(self, ticket: str, work: Coroutine[Any, Any, Done | Answer]) -> None:
         try:
             self._send(await work)
         except asyncio.CancelledError:
-            self._send(Failed(ticket, "JobCancelled", "the request was cancelled"))
+            self._send(_cancelled(ticket))
         except StyleFastError as error:
             self._send(Failed(ticket, _public_name(error), str(error)))
         except Exception as error:
             logger.exception("a request failed for a reason of ours")
             self._send(Failed(ticket, type(error).__name__, str(error)))
-        finally:
-            del self._tasks[ticket]
-            self._errands.discard(ticket)
 
     # registered styles
 
@@ -464,6 +473,10 @@ class _Worker:
     def _send(self, message: Any) -> None:
         with self._sending:
             self._connection.send(message)
+
+
+def _cancelled(ticket: str) -> Failed:
+    return Failed(ticket, "JobCancelled", "the request was cancelled")
 
 
 def _planned(request: "Request", plan: Sequence[Any], banks: bool) -> "Request":
