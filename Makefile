@@ -32,7 +32,7 @@ FAST := not slow and not gpu and not soak
 LEVEL ?= lesser
 AT_LEVEL = env `$(BIN)/python tests/cpu_levels.py $(LEVEL)`
 
-.PHONY: all venv dev extension demo test test-cpu test-slow test-ray mutants smoke check format reference tiny bench gpu gpu-wheels clean
+.PHONY: all venv dev extension demo test test-cpu test-slow test-ray soak mutants smoke check format reference tiny bench gpu gpu-wheels clean
 
 all: venv
 
@@ -91,6 +91,10 @@ test-slow: dev
 test-ray: dev
 	@$(call logged,STYLEFAST_EXTENSION=0 $(PIP) --no-build-isolation -e '.[ray]')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations/test_ray_serve.py
+
+# what takes long on purpose: half an hour, on an idle machine
+soak: dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m soak
 
 # mistakes that the tests must find (docs/testing.md)
 mutants: dev

@@ -86,7 +86,28 @@ _IDLE = {
 _CHECKPOINT, _CLIP_LAYERS = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
 
 
-@router.post("/txt2img")
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        **{
+            name: {"type": ["integer", "null"], "minimum": least, "maximum": most, "default": default}
+            for name, (default, least, most) in _NUMBERS.items()
+        },
+        **{name: {"type": ["string", "null"], "default": default} for name, default in _TEXTS.items()},
+        **dict.fromkeys(("cfg_scale", "eta"), {"type": ["number", "null"]}),
+        "styles": {"type": ["array", "null"], "items": {"type": "string"}},
+        "override_settings": {"type": ["object", "null"]},
+        **{name: {} for name in _NO_MATTER},
+        **{name: {"enum": list(idle)} for name, idle in _IDLE.items()},
+    },
+    "additionalProperties": False,
+}
+
+
+@router.post(
+    "/txt2img",
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}},
+)
 async def txt2img(request: Request) -> dict[str, Any]:
     """Draw pictures, in A1111's words."""
     from stylefast.serving.app import Asker, json_body, submit, while_connected

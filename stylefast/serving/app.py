@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 import stylefast
 from stylefast.errors import StyleError
 from stylefast.provenance import Provenance
-from stylefast.serving import a1111, fields, media, playground, replies, safety, style_routes
+from stylefast.serving import a1111, fields, media, openapi, playground, replies, safety, style_routes, tracing
 from stylefast.serving.addresses import Fetcher
 from stylefast.serving.dispatcher import DRAINING, READY, Dispatcher
 from stylefast.serving.fields import Edit, Generation, Served, Wanted
@@ -141,7 +141,8 @@ class Service:
 
     async def encode(self, call: Callable[[], bytes]) -> bytes:
         """Run an encoder in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.encoders, call)
+        with tracing.encoding():
+            return await asyncio.get_running_loop().run_in_executor(self.encoders, call)
 
 
 def create_app(settings: ServeSettings, make_dispatcher: Callable[[], Dispatcher]) -> FastAPI:
@@ -178,6 +179,7 @@ def create_app(settings: ServeSettings, make_dispatcher: Callable[[], Dispatcher
     app.include_router(playground.router)
     app.include_router(style_routes.router)
     app.add_middleware(Guard, settings=settings, app_of_routes=app)
+    openapi.document(app)
     return app
 
 
@@ -275,9 +277,11 @@ def _add_images(app: FastAPI) -> None:
         "properties": {**schema["form"]["properties"], **_IMAGE_PARTS},
         "required": ["prompt", "image"],
     }
+    in_json = {**edits, "properties": {**edits["properties"], "image": fields.IN_JSON}}
 
     @app.post(
         "/v1/images/generations",
+        responses=openapi.DRAWN,
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema["json"]}}}},
     )
     async def generations(request: Request) -> Response:
@@ -288,7 +292,13 @@ def _add_images(app: FastAPI) -> None:
 
     @app.post(
         "/v1/images/edits",
-        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": edits}}}},
+        responses=openapi.DRAWN,
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"multipart/form-data": {"schema": edits}, "application/json": {"schema": in_json}},
+            }
+        },
     )
     async def edits_(request: Request) -> Response:
         """Draw pictures in the style of those sent along."""
@@ -471,7 +481,7 @@ def submit(
 ) -> Ticket:
     """Register and queue what is wanted; `tongue`: of the route. Raises ApiError."""
     ticket = ticket_of(request, service, wanted)
-    ticket.tongue = tongue
+    ticket.tongue, ticket.trace = tongue, tracing.here()
     service.register.add(ticket, key, digest)
     try:
         service.dispatcher.submit(ticket)

@@ -86,6 +86,11 @@ class Edit(Generation):
     input_fidelity: Literal["low", "high"] | None = Field(None, description="Strength of the style references.")
 
 
+# pictures of an edit in JSON, as base64
+_ENCODED = {"type": "string", "contentEncoding": "base64", "minLength": 1}
+_PICTURE = {"anyOf": [_ENCODED, {"type": "object", "required": ["b64_json"], "properties": {"b64_json": _ENCODED}}]}
+IN_JSON = {"anyOf": [_PICTURE, {"type": "array", "items": _PICTURE, "minItems": 1, "maxItems": MOST_UPLOADS}]}
+
 # of the contract, but not of this service: field -> what to say
 _REFUSED = {
     "svg": "pictures are PNG, JPEG or WebP",

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stylefast.serving import links, playground
+from stylefast.serving import links, playground, tracing
 from stylefast.serving.replies import ApiError, cancelled
 from stylefast.serving.settings import ServeSettings
 from stylefast.values import quoted
@@ -120,6 +120,10 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        with tracing.request(scope["method"], dict(scope["headers"])) as span:
+            await self._answered(scope, receive, send, span)
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send, span: Any) -> None:
         began, status = time.monotonic(), 0
         number = _request_id(scope)
 
@@ -138,6 +142,8 @@ class Guard:
             await self._refuse(error, scope, receive, watched)
         finally:
             self._log(scope, number, status, time.monotonic() - began)
+            if span is not None:
+                tracing.replied(span, scope["method"], self._route(scope), status, number)
 
     def _admit(self, scope: Scope) -> None:
         """Say who asks, in the request's state. Raises ApiError for those who may not."""

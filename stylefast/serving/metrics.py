@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
-from stylefast.serving import safety, tickets
+from stylefast.serving import safety, tickets, tracing
 from stylefast.serving.messages import Done
 from stylefast.serving.tickets import Ticket
 
@@ -88,7 +88,8 @@ class Metrics:
         dispatcher.counted, dispatcher.stepped = self.counted, self.stepped
 
     def ended(self, ticket: Ticket) -> None:
-        """Count a request that has ended."""
+        """Count a request that has ended, and trace it."""
+        tracing.ended(ticket)
         self._requests.labels(ticket.status).inc()
         self._latency.labels(ticket.status).observe((ticket.ended or ticket.arrived) - ticket.arrived)
         if ticket.started is not None:

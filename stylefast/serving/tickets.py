@@ -43,6 +43,7 @@ class Ticket:
     error: ApiError | None = None
     tongue: str = "openai"  # of the route that it came by
     key: str | None = None  # of idempotency
+    trace: Any = None  # of the request that brought it, see `tracing.here`
     timer: asyncio.TimerHandle | None = None  # of its deadline
     wanted: bool = True  # whether anybody may still ask for its pictures
     askers: int = 0  # HTTP requests that are being answered with it
