@@ -98,6 +98,8 @@ class EngineReplica:
         self._engine.send(message)
         over = False
         try:
+            if isinstance(message, Run):
+                yield Progress(message.ticket, 0, 0)  # from here on, the call may have been drawn
             while not over:
                 found = await news.get()
                 over = not isinstance(found, Progress)
@@ -230,26 +232,40 @@ class Replicas:
             raise RuntimeError(f"the heartbeat has stopped: {self._beating.exception()}")
 
     async def _follow(self, message: Run | LoadStyle | BakeStyle) -> None:
-        ticket, over, failed = message.ticket, False, Failed(message.ticket, ENGINE_LOST, "")
+        taken, failed = await self._attempt(message)
+        if failed is not None and not taken:
+            # the replica died before it drew anything, so another one may; once, in case it is the call that kills them
+            _, failed = await self._attempt(message)
+        self._cancelled.discard(message.ticket)
+        if failed is not None:
+            self._tell(failed)
+
+    async def _attempt(self, message: Run | LoadStyle | BakeStyle) -> tuple[bool, Failed | None]:
+        """Send a message to a replica, and pass on what it says. Returns whether it took it, and how it was lost."""
+        ticket, taken, failed = message.ticket, False, Failed(message.ticket, ENGINE_LOST, "")
         stream = self._streams[ticket] = self._call(message, style_of(message))
         try:
             async for news in stream:
-                over = over or not isinstance(news, Progress)
+                if isinstance(news, Failed) and news.error == ENGINE_LOST:
+                    break
+                taken = True
                 self._tell(news)
+                if not isinstance(news, Progress):
+                    return taken, None
         except asyncio.CancelledError:
-            pass  # by `cancel`, before a replica had the call
+            if ticket not in self._cancelled:  # it is the task that ends, with the service
+                raise
         except self._bugs as error:
             logger.exception("a replica failed for a reason of ours", exc_info=error)
-            failed = Failed(ticket, type(error).__name__, "")
+            taken, failed = True, Failed(ticket, type(error).__name__, "")
         except Exception as error:
             if ticket not in self._cancelled:
                 logger.error("a replica was lost with a request in progress: %s", type(error).__name__)
         finally:
             del self._streams[ticket]
-            cancelled = ticket in self._cancelled
-            self._cancelled.discard(ticket)
-            if not over:
-                self._tell(Failed(ticket, "JobCancelled", "the request was cancelled") if cancelled else failed)
+        if ticket in self._cancelled:
+            return True, Failed(ticket, "JobCancelled", "the request was cancelled")
+        return taken, failed
 
     async def _beat(self) -> None:
         said, heard = "", time.monotonic()

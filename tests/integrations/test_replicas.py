@@ -92,7 +92,7 @@ async def test_a_replica_passes_on_what_becomes_of_a_call():
     assert replica.heartbeat(3) == Heartbeat("r1", FACTS, 4, 1, {}) and replica.waiting == 3
     for message in (Progress("a", 1, 2), Progress("other", 1, 2), done()):
         process.say(message)
-    assert await news == [Progress("a", 1, 2), done()] and process.sent == [run()]
+    assert await news == [Progress("a", 0, 0), Progress("a", 1, 2), done()] and process.sent == [run()]
     assert replica.heartbeat().ongoing == 0
 
 
@@ -115,7 +115,7 @@ async def test_a_replica_whose_process_dies_fails_its_calls_says_so_once_and_is_
     news = asyncio.ensure_future(collect(replica.run(run())))
     await settle()
     process.say(None)
-    assert await news == [Failed("a", "EngineLost", "")] and losses == [1]
+    assert await news == [Progress("a", 0, 0), Failed("a", "EngineLost", "")] and losses == [1]
     assert await collect(replica.run(run("b"))) == [Failed("b", "EngineLost", "")]
     assert replica.heartbeat().pictures == 0
     with pytest.raises(RuntimeError, match="died"):
@@ -218,6 +218,7 @@ class Platform:
 
     def __init__(self, monkeypatch, **options):
         self.asked, self.styles, self.streams = [], {}, defaultdict(FakeStream)
+        self.calls = 0
         self._beat, self.clock = asyncio.Queue(), monkeypatch
         monkeypatch.setattr(module, "BEAT_SECONDS", 0)
         options = {"max_running": 1, "max_waiting": 8, **options}
@@ -228,6 +229,7 @@ class Platform:
         return Replicas(tell, call=self._call, ask=self._ask, waiting=lambda: self.dispatcher.waiting, bugs=Bug)
 
     def _call(self, message, style):
+        self.calls += 1
         self.styles[message.ticket] = style
         return self.streams[message.ticket]
 
@@ -297,6 +299,7 @@ async def test_a_lost_replica_costs_its_requests_and_no_others(platform):
     await platform.beat(beating("r1"), beating("r2"))
     tickets = [platform.submit(f"t{i}") for i in range(5)]
     await settle()
+    platform.streams["t0"].news.put_nowait(Progress("t0", 0, 0))
     platform.streams["t0"].news.put_nowait(Lost())
     with pytest.raises(ApiError) as caught:
         await tickets[0].wait()
@@ -306,6 +309,22 @@ async def test_a_lost_replica_costs_its_requests_and_no_others(platform):
     for i in range(1, 5):
         platform.streams[f"t{i}"].news.put_nowait(done(f"t{i}"))
         assert await tickets[i].wait()
+
+
+@platform_test
+async def test_a_request_that_its_replica_never_took_goes_to_another_once(platform):
+    await platform.beat(beating("r1"), beating("r2"))
+    for ending, calls in (([done("a")], 2), ([Lost()], 2), ([Failed("c", "EngineLost", "")], 2)):
+        name = "abc"[len(platform.streams)]
+        before = platform.calls
+        ticket = platform.submit(name)
+        await settle()
+        for news in ([Lost()], ending):
+            for one in news:
+                platform.streams[name].news.put_nowait(one)
+        await asyncio.wait([asyncio.ensure_future(ticket.wait())])
+        assert platform.calls - before == calls
+        assert ticket.error is None if name == "a" else ticket.error.code == "engine_lost"
 
 
 @platform_test
