@@ -17,7 +17,7 @@ from stylefast.serving.app import create_app
 from stylefast.serving.dispatcher import Dispatcher
 from stylefast.serving.http import Protocol
 from stylefast.serving.media import Pixels
-from stylefast.serving.messages import Cancel, Done, Failed, Made, Progress, Ready, Run
+from stylefast.serving.messages import Answer, Cancel, Done, Failed, LoadStyle, Made, Progress, Ready, Run
 from stylefast.serving.settings import ServeSettings
 from tests.serving.conftest import WAIT
 
@@ -54,6 +54,8 @@ class StandIn:
             self.runs += 1
             self.steps[message.ticket] = 0
             self._tasks[message.ticket] = self._loop.create_task(self._draw(message))
+        elif isinstance(message, LoadStyle):
+            self._loop.call_soon(self._tell, Answer(message.ticket, {"kinds": []}))
         elif isinstance(message, Cancel) and message.ticket in self._tasks:
             self._tasks[message.ticket].cancel()
 

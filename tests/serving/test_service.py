@@ -240,6 +240,7 @@ def test_draining_at_sigterm():
             thread.start()
         while not all(server.get(f"/v1/images/r{i}")[0] == 200 for i in range(10)):
             time.sleep(0.01)
+        engine = server.engine()
         server.process.send_signal(signal.SIGTERM)
         for _ in range(WAIT * 100):
             if server.get("/readyz")[0] == 503:
@@ -253,6 +254,7 @@ def test_draining_at_sigterm():
             thread.join()
         assert [getattr(reply, "data", reply) for reply in replies if isinstance(reply, Exception)] == []
         assert server.process.wait(WAIT) == 0 and "Traceback" not in server.log
+        assert not os.path.exists(f"/proc/{engine}")
 
 
 def test_a_killed_engine_is_started_again_and_those_that_wait_are_kept():
