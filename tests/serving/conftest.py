@@ -17,10 +17,12 @@ WAIT = 120  # seconds for what takes a few on an idle machine
 
 
 class Server:
-    """A running `stylefast serve`."""
+    """A running `stylefast serve`. module, words: what runs it, and what that wants first."""
 
-    def __init__(self, *options, env=None):
-        command = [sys.executable, "-m", "stylefast.cli", "serve", "--port", "0", *map(str, options)]
+    module = "stylefast.cli"
+
+    def __init__(self, *options, env=None, words=("serve",)):
+        command = [sys.executable, "-m", self.module, *words, "--port", "0", *map(str, options)]
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}, start_new_session=True
         )
