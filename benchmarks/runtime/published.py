@@ -13,7 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class SharedAttention:
-    """Processor for self-attention of diffusers' UNet: AdaIN of queries and keys, expand, concatenate, attend."""
+    """Processor for self-attention of diffusers' UNet: AdaIN of queries and keys, expand, concatenate, attend.
+
+    branches: parts of a batch with a reference of their own, 2 under guidance and 1 without.
+    """
+
+    def __init__(self, branches: int = 2):
+        self.branches = branches
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         # [rows, tokens, channels] -> [rows, heads, tokens, d]
@@ -21,31 +27,33 @@ class SharedAttention:
             projection(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for projection in (attn.to_q, attn.to_k, attn.to_v)
         ]
-        query, key = adain(query), adain(key)
-        key = torch.cat([key, of_reference(key)], -2)
-        value = torch.cat([value, of_reference(value)], -2)
+        query, key = adain(query, self.branches), adain(key, self.branches)
+        key = torch.cat([key, of_reference(key, self.branches)], -2)
+        value = torch.cat([value, of_reference(value, self.branches)], -2)
         out = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def of_reference(states: torch.Tensor) -> torch.Tensor:
-    """Copy the first row of each half to all its rows; `states` is [rows, ...]."""
-    halves = states.unflatten(0, (2, -1))
-    return halves[:, :1].expand_as(halves).flatten(0, 1)
+def of_reference(states: torch.Tensor, branches: int = 2) -> torch.Tensor:
+    """Copy the first row of each branch to all its rows; `states` is [rows, ...]."""
+    parts = states.unflatten(0, (branches, -1))
+    return parts[:, :1].expand_as(parts).flatten(0, 1)
 
 
-def adain(states: torch.Tensor) -> torch.Tensor:
+def adain(states: torch.Tensor, branches: int = 2) -> torch.Tensor:
     """Give `states` [rows, heads, tokens, d] the reference's mean and deviation over tokens."""
     mean = states.mean(-2, keepdim=True)
     deviation = (states.var(-2, keepdim=True) + 1e-5).sqrt()
-    return (states - mean) / deviation * of_reference(deviation) + of_reference(mean)
+    return (states - mean) / deviation * of_reference(deviation, branches) + of_reference(mean, branches)
 
 
-def align(unet) -> None:
-    """Make every self-attention of diffusers' `unet` a `SharedAttention`, permanently."""
+def align(unet) -> SharedAttention:
+    """Make every self-attention of diffusers' `unet` a `SharedAttention`, permanently; return it."""
+    shared = SharedAttention()
     unet.set_attn_processor(
-        {name: SharedAttention() if ".attn1." in name else kept for name, kept in unet.attn_processors.items()}
+        {name: shared if ".attn1." in name else kept for name, kept in unet.attn_processors.items()}
     )
+    return shared
 
 
 class Published:
