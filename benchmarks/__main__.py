@@ -16,7 +16,7 @@ BENCHMARKS = {
     "planning": "benchmarks.planning",
     "reading": "benchmarks.reading",
     "runtime": "benchmarks.runtime.command",
-    "serving": "benchmarks.serving",
+    "serving": "benchmarks.serving.command",
     "startup": "benchmarks.startup",
     "tiny_model": "benchmarks.tiny_model.command",
     "tiny_quality": "benchmarks.tiny_quality",

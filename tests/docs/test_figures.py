@@ -5,9 +5,12 @@ import subprocess
 
 import pytest
 
-from benchmarks import banks, copies, export_sdxl, load, loras, planning, serving
+from benchmarks import banks, copies, export_sdxl, load, loras, planning
 from benchmarks.kernels.report import markdown
 from benchmarks.runtime.report import markdown as runtime_table
+from benchmarks.serving import report as serving
+from benchmarks.serving.load import MOST_LEVELS
+from benchmarks.serving.mix import STYLES
 
 
 def recorded(checkout, name: str) -> list[dict]:
@@ -183,10 +186,18 @@ def test_what_the_page_of_serving_says_of_threads_is_that_of_the_results_file(ch
 
 
 def test_what_the_page_of_the_service_says_of_speed_is_that_of_the_results_file(checkout):
-    # otherwise: paste what `benchmarks.serving.markdown` makes of the file into docs/serving-http.md
+    # otherwise: python -m benchmarks.serving.report writes the chart, and prints what belongs into docs/serving-http.md
     page = (checkout / "docs" / "serving-http.md").read_text()
-    found = []
+    drawn, joined, found = (checkout / "docs" / "serving-load.svg").read_text(), " ".join(page.split()), []
     for content in recorded(checkout, "serving-cpu.json"):
-        added = content["results"]["overhead"]["added_ms"]
-        found.append(serving.markdown(content) in page and f"the service adds {added:.1f} ms" in " ".join(page.split()))
+        said = all(sentence in joined for sentence in serving.sentences(content))
+        found.append(said and serving.markdown(content) in page and serving.chart(content) == drawn)
     assert any(found)
+
+
+def test_the_servers_compared_drew_the_same_pictures_and_all_requests_ended(checkout):
+    results = recorded(checkout, "serving-cpu.json")[0]["results"]
+    compared = results["load"]["same_pictures"]["levels"]
+    assert set(compared) == set(STYLES) and max(compared.values()) <= MOST_LEVELS
+    assert all(entry["refused"] == 0 for *_, entry in serving.entries(results["load"]))
+    assert all(results[part]["passed"] for part in ("soak", "crash", "starts"))
