@@ -63,7 +63,7 @@ _IMAGES = {
     },
 }
 # replies of routes that draw for OpenAI's clients
-DRAWN = {
+DRAWN: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The pictures; with `stream`, events.",
         "content": {
