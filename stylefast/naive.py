@@ -3,7 +3,7 @@
 This file turns requests into latents as plainly as possible; every style goes through the same interface
 (`styles/style.py`) as in the engine. It leaves out everything that makes serving fast: pages, slots, threads, style
 banks, buckets, compiled graphs, GPUs. docs/architecture.md lists which part of the engine corresponds to which function
-here, and a test requires the same pictures from both. Use it to understand the engine or to try a change.
+here, and a test requires the same latents from both. Use it to understand the engine or to try a change.
 """
 
 from collections.abc import Sequence
@@ -36,17 +36,17 @@ from stylefast.styles.style import ImageStyle, ReferenceStyle, Rows, Texts, by_k
 class Sample:
     """One picture in progress: a requested one, or a reference that others read."""
 
-    request: Request  # of a reference: its reader's, with the styles that it shares
+    request: Request  # for a reference: a copy of its reader's, with the styles that both have
     prompt: str
     schedule: Schedule
     size: tuple[int, int]  # (width, height) in pixels
     weights: dict[str, float]  # of the branches that make up its prediction
-    branches: tuple[str, ...]  # its rows: one for each of its branches and of its readers'
+    branches: tuple[str, ...]  # it has a row for each: its own and its readers'
     output: bool = True  # whether it was requested
     reader: ReferenceStyle | None = None  # the style by which it reads its references
     references: list["Sample"] = field(default_factory=list)
-    leads: bool = False  # first of those that read one another
-    picture: Any = None  # of a real reference, which is this picture, noised, at every step
+    leads: bool = False  # first of those that share a reference in this call
+    picture: Any = None  # for a real reference: at each step it is this picture, noised to the step's level
     # made by `prepare`
     texts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # by branch, per step: hidden, pooled
     segments: dict[str, list["Segment"]] = field(default_factory=dict)  # by branch
@@ -72,9 +72,9 @@ class Segment:
 
 @torch.inference_mode()
 def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
-    """Make the pictures of requests with the models of `engine`, on a CPU; return their latents [channels, h, w].
+    """Run requests with the models of `engine`, a `stylefast.Engine`, on a CPU; return latents [channels, h, w].
 
-    Nothing is checked. Raises InvalidRequest for style banks and DDIM inversion, which are left out.
+    Raises InvalidRequest for style banks and DDIM inversion, which are left out; nothing else is checked.
 
     Examples:
         >>> from stylefast import naive
@@ -114,7 +114,7 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
             target.references = [_reference(target, style, picture) for picture in wanted.pictures or [None]]
             hidden += target.references
     samples = targets + hidden
-    for _ in range(2):  # twice, since samples that read one another may need one another's
+    for _ in range(2):  # twice: samples that read one another then have one another's branches too
         for sample in samples:
             for reference in sample.references:
                 both = {*reference.branches, *sample.branches}
@@ -264,7 +264,7 @@ def row_table(unet, rows, step: int) -> tuple[ImageKV | None, tuple, RowTable, S
     table.text_page[:] = torch.arange(len(rows))
     arrays = {name: column.numpy() for name, column in table._asdict().items()}
     written.write(arrays, np.array([len(read) for read in pages]))
-    # AdaIN itself: SelfAttention._adain in models/unet.py
+    # whose statistics AdaIN and norms take; AdaIN itself is SelfAttention._adain in models/unet.py
     written.write_pages(arrays, np.array([read[0] if read else NO_PAGE for read in pages]))
     images: list[Segment] = []
     for i, (read, seen) in enumerate(zip(pages, segments, strict=True)):
