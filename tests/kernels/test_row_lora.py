@@ -87,7 +87,8 @@ def exact_of(arguments):
 def sums_of(arguments):
     """What is added up for every number, in fp64 and without signs: |y| + |scale| |x| |A| |B|."""
     x, ys, down, up, unit, scale, *layer = (doubled(list_of(x)) for x in arguments)
-    return row_lora_ref(x.abs(), [y.abs() for y in ys], down.abs(), up.abs(), unit, scale.abs(), *layer)
+    pool, rows = LoraPool(down.abs(), up.abs()), LoraRows(unit, scale.abs())
+    return row_lora_ref(x.abs(), [y.abs() for y in ys], pool, rows, *layer)
 
 
 def list_of(x):
@@ -137,9 +138,9 @@ def convolution_call(draw, dtype, large=False):
 @pytest.mark.parametrize("call", [linear_call, convolution_call], ids=["linear", "convolution"])
 def test_the_reference_is_the_formula(call):
     for seed in range(24):
-        x, ys, *rest = (doubled(list_of(x)) for x in call(Draw(seed), torch.float32))
-        exact = row_lora_ref(x, ys, *rest)
-        torch.testing.assert_close(composed(x, ys, *rest), list(exact), rtol=1e-12, atol=1e-12)
+        drawn = call(Draw(seed), torch.float32)
+        found = composed(*(doubled(list_of(x)) for x in drawn))
+        torch.testing.assert_close(found, list(exact_of(drawn)), rtol=1e-12, atol=1e-12)
 
 
 FAULTS = {
