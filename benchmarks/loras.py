@@ -84,6 +84,8 @@ def contestants(engine: Engine, files: Mapping[str, Path], steps: int) -> dict[s
         "one LoRA on one row": lambda: draw([own[0], *none[1:]]),
         f"{COUNTED.get(len(files), len(files))} LoRAs": lambda: draw(own),
         "one by one": merged,
+        # not in a figure: the first call after the merges packs weights and encodes prompts again
+        "none, after the merges": lambda: draw(none),
     }
 
 

@@ -197,8 +197,9 @@ def write(metadata: Mapping[str, Any]) -> str:
     for name, scale in [*own.items(), *merged.items()]:
         unet, text = scale if isinstance(scale, (list, tuple)) else (scale, scale)
         weights = f"{unet:g}" if unet == text else f"{text:g}:{unet:g}"
+        in_a_tag = name.isprintable() and name == name.strip() and not {*"<>:"} & {*name}
         # a tag names a LoRA once
-        fits = not re.search(r"[<>:\n]", name) and not (name in own and scale is merged.get(name))
+        fits = in_a_tag and not (name in own and scale is merged.get(name))
         (tags if fits else others).append(f"<lora:{name}:{weights}>" if fits else f"{name}: {weights}")
         file = metadata.get("lora_files", {}).get(name) if name in own else None
         if fits and file and "," not in name:

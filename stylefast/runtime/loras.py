@@ -137,9 +137,10 @@ engine.loras.add(file, 'pixel')
         if part is not None:
             values.one_of("part", part, BLORA_BLOCKS)
         if name is not None:
-            values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
+            self._check_name(name)
             self._check_free(name)
         name, digest, factors = self._read(path, name, part)
+        self._check_name(name)
         with self._lock:
             self._check_free(name)
             lora = self._named[name] = Lora(name, path.resolve(), part, digest, factors)
@@ -232,6 +233,16 @@ engine.loras.add(file, 'pixel')
                 f"{values.did_you_mean(name, self._named)}. Add it with engine.loras.add(file, {values.quoted(name)})"
             )
         return self._named[name]
+
+    @staticmethod
+    def _check_name(name: str) -> None:
+        """Refuse what a line of text, such as A1111's parameters, could not give back."""
+        values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
+        if not name.isprintable() or name != name.strip():
+            raise InvalidRequest(
+                f"the name of a LoRA is {values.quoted(name)}; it must be printable, without blanks at its ends: "
+                "engine.loras.add(file, 'name')"
+            )
 
     def _check_free(self, name: str) -> None:
         if name in self._named:

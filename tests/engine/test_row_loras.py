@@ -280,6 +280,12 @@ def test_a_name_is_given_once(registered, files):
         registered.loras.remove("chalk")
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "ink ", " ink", "\x1b[31m", "\u202egold", "\x00"])
+def test_names_that_a_line_of_text_could_not_give_back_are_refused(registered, files, name):
+    with pytest.raises(InvalidRequest, match="must be printable, without blanks at its ends"):
+        registered.loras.add(files["ink"], name)
+
+
 def test_a_lora_that_is_not_low_rank_names_the_way_out(registered, pipe, tmp_path):
     from safetensors.torch import save_file
 

@@ -1,6 +1,7 @@
 """Every argument of the engine's calls is taken or refused by one of our errors, before the UNet runs."""
 
 import inspect
+import itertools
 from dataclasses import fields
 
 import numpy as np
@@ -287,3 +288,9 @@ def test_the_largest_seed_of_64_bits_makes_a_picture_and_counts_on_from_zero(eng
 def test_what_is_no_path_is_refused_wherever_something_is_loaded(engine, call):
     with pytest.raises(InvalidRequest):
         call(engine)
+
+
+@pytest.mark.parametrize("prompts", [itertools.repeat("a cat"), range(10**12), ["a cat"] * 1001])
+def test_prompts_without_end_are_refused_before_they_are_a_list(engine, prompts):
+    with pytest.raises(InvalidRequest, match="prompts has more than 1000 entries"):
+        engine.generate(prompts)

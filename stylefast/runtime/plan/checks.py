@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 from stylefast import values
 from stylefast.errors import InvalidRequest
 from stylefast.runtime.plan.request import Request
 
 OUTPUTS = ("pil", "np", "latents")
+MOST_REQUESTS = 1000  # of a call
 
 
 def check_output(name: str) -> None:
@@ -26,7 +28,9 @@ def prompts_of(given) -> list:
         return [given]
     if isinstance(given, (bytes, bytearray, Mapping)) or not isinstance(given, Iterable) or _is_scalar(given):
         raise InvalidRequest(f"prompts is {values.quoted(given)}; give a text, a Request, or a list of them")
-    prompts = list(given)
+    prompts = list(islice(given, MOST_REQUESTS + 1))
+    if len(prompts) > MOST_REQUESTS:
+        raise InvalidRequest(f"prompts has more than {MOST_REQUESTS} entries; make several calls of it")
     if not prompts:
         raise InvalidRequest("no prompt was given; pass one or several")
     return prompts
