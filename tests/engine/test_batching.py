@@ -92,6 +92,10 @@ def test_sizes_take_turns_with_a_call_for_each(engine, idle):
     assert idle.sizes == [small, large] * 6 and idle.rows == [4, 2] * 6
 
 
+def settled(scheduler) -> bool:
+    return not scheduler._leaving and not any(one.waits for one in scheduler._joining.values())
+
+
 def test_a_long_job_does_not_keep_short_ones_waiting(engine, idle, rows_at_most):
     rows_at_most(4)
     short, ends = [], []
@@ -101,8 +105,8 @@ def test_a_long_job_does_not_keep_short_ones_waiting(engine, idle, rows_at_most)
         ends.append(calls_until_done(idle, short))
 
     idle.at[5] = arrive
-    # the helper encodes what joins, however long that takes, before the next step
-    idle.before = lambda latents: until(lambda: not any(one.waits for one in engine.scheduler._joining.values()))
+    # the helper encodes what joins and decodes what leaves, however long that takes, before the next step
+    idle.before = lambda latents: until(lambda: settled(engine.scheduler))
     with engine.scheduler.paused():
         long = submit(engine, steps=200)
         ends.append(calls_until_done(idle, [long]))
