@@ -152,9 +152,16 @@ def bench(start=StandIn, **settings):
 
     app = create_app(chosen, make_dispatcher)
     config = uvicorn.Config(
-        app, port=0, http=Protocol, log_config=None, access_log=False, lifespan="on", backlog=16384,
-        h11_max_incomplete_event_size=64 * 2**10, timeout_graceful_shutdown=1,
-    )  # fmt: skip
+        app,
+        port=0,
+        http=Protocol,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        backlog=16384,
+        h11_max_incomplete_event_size=64 * 2**10,
+        timeout_graceful_shutdown=1,
+    )
     server, loops = uvicorn.Server(config), []
 
     async def run():

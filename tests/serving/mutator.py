@@ -21,16 +21,52 @@ TEXTS = (
     "%s%n",
 )
 FIELDS = (
-    "prompt", "model", "n", "size", "quality", "output_format", "output_compression", "response_format",
-    "stream", "partial_images", "background", "moderation", "style", "user", "safety_identifier", "stylefast",
-    "seed", "mask", "guidance", "loras", "scheduler", "image", "method", "styles", "width", "input_fidelity",
-    "deadline", "sampler_name", "override_settings", "cfg_scale", "negative_prompt", "guidance_interval",
-    "clip_skip", "prompt_syntax", "spacing",
-)  # fmt: skip
+    "prompt",
+    "model",
+    "n",
+    "size",
+    "quality",
+    "output_format",
+    "output_compression",
+    "response_format",
+    "stream",
+    "partial_images",
+    "background",
+    "moderation",
+    "style",
+    "user",
+    "safety_identifier",
+    "stylefast",
+    "seed",
+    "mask",
+    "guidance",
+    "loras",
+    "scheduler",
+    "image",
+    "method",
+    "styles",
+    "width",
+    "input_fidelity",
+    "deadline",
+    "sampler_name",
+    "override_settings",
+    "cfg_scale",
+    "negative_prompt",
+    "guidance_interval",
+    "clip_skip",
+    "prompt_syntax",
+    "spacing",
+)
 # what fits, so that mistakes are met behind the first check too; none of it makes a long work
 _SOUND = {
-    "prompt": "a fish", "size": "32x32", "n": 1, "stream": False, "seed": 7, "output_format": "jpeg", "quality": "low",
-}  # fmt: skip
+    "prompt": "a fish",
+    "size": "32x32",
+    "n": 1,
+    "stream": False,
+    "seed": 7,
+    "output_format": "jpeg",
+    "quality": "low",
+}
 
 
 def value(draw, depth=0):
