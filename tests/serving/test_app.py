@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stylefast.serving.app import while_connected
+from stylefast.serving.app import Asker, while_connected
 from stylefast.serving.messages import Cancel
 from tests.serving.test_dispatcher import Bench, in_loop
 
@@ -24,7 +24,12 @@ def test_a_handler_that_is_cancelled_ends_its_request_unless_it_shall_stay(stay)
         bench = Bench().ready()
         ticket = bench.submit("a")
         service = SimpleNamespace(dispatcher=bench.dispatcher)
-        waiting = asyncio.ensure_future(while_connected(Connected(), service, SimpleNamespace(stay=stay), ticket))
+
+        async def answer():
+            with Asker(service, ticket, stay):
+                await while_connected(Connected(), SimpleNamespace(stay=stay), ticket)
+
+        waiting = asyncio.ensure_future(answer())
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait([waiting])
