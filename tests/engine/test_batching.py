@@ -92,7 +92,7 @@ def test_sizes_take_turns_with_a_call_for_each(engine, idle):
     assert idle.sizes == [small, large] * 6 and idle.rows == [4, 2] * 6
 
 
-def settled(scheduler) -> bool:
+def at_rest(scheduler) -> bool:
     return not scheduler._leaving and not any(one.waits for one in scheduler._joining.values())
 
 
@@ -106,7 +106,7 @@ def test_a_long_job_does_not_keep_short_ones_waiting(engine, idle, rows_at_most)
 
     idle.at[5] = arrive
     # the helper encodes what joins and decodes what leaves, however long that takes, before the next step
-    idle.before = lambda latents: until(lambda: settled(engine.scheduler))
+    idle.before = lambda latents: until(lambda: at_rest(engine.scheduler))
     with engine.scheduler.paused():
         long = submit(engine, steps=200)
         ends.append(calls_until_done(idle, [long]))
