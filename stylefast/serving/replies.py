@@ -73,6 +73,8 @@ class ApiError(Exception):
             found["x-should-retry"] = "true" if self.retry else "false"
         if self.status == 401:
             found["www-authenticate"] = "Bearer"
+        if self.status in (408, 413):  # the rest of the body is not waited for
+            found["connection"] = "close"
         return found
 
 

@@ -45,3 +45,9 @@ def test_retry_after_is_from_1_to_60_whole_seconds(seconds, shown):
 )
 def test_types_are_those_that_clients_know(status, kind):
     assert replies.ApiError(status, "x").body()["error"]["type"] == kind
+
+
+def test_a_body_that_is_not_read_to_its_end_takes_its_connection_along():
+    assert replies.ApiError(408, "late").headers()["connection"] == "close"
+    assert replies.ApiError(413, "large").headers()["connection"] == "close"
+    assert "connection" not in replies.ApiError(400, "bad").headers()
