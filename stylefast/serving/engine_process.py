@@ -385,7 +385,9 @@ class _Worker:
 
         requests = []
         for request in run.call["requests"]:
-            preset = FEW_STEP_PRESETS.get(request.get("scheduler", ""))
+            scheduler = request.get("scheduler")
+            # what is no text is refused with the other fields, in `from_record`
+            preset = FEW_STEP_PRESETS.get(scheduler) if isinstance(scheduler, str) else None
             if preset is None:
                 defaults: dict[str, Any] = {"steps": USUAL_STEPS}
             else:

@@ -125,6 +125,8 @@ def test_an_error_inside_a_stream_is_raised_by_the_client(client):
         ({"extra_body": {"frame_count": 3}}, openai.BadRequestError, "frame_count", "unsupported_parameter"),
         ({"extra_body": few(stepz=1)}, openai.BadRequestError, "stylefast.stepz", "unknown_parameter"),
         ({"extra_body": few(loras={"gild": 1})}, openai.BadRequestError, None, "invalid_request"),
+        ({"extra_body": few(scheduler=["euler"])}, openai.BadRequestError, "scheduler", "invalid_request"),
+        ({"extra_body": few(scheduler={"a": 1})}, openai.BadRequestError, "scheduler", "invalid_request"),
         (
             {"extra_body": few(style={"kind": "InstantStyle", "image": "/etc/passwd"})},
             openai.BadRequestError,
