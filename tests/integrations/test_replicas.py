@@ -29,22 +29,9 @@ from stylefast.serving.messages import (
 )
 from stylefast.serving.replies import ApiError
 from stylefast.serving.tickets import Ticket
-from tests.serving.test_dispatcher import in_loop
+from tests.serving.test_dispatcher import Process, in_loop
 
 FACTS = {"model": "tiny"}
-
-
-class Process:
-    """Stand-in for an engine's process."""
-
-    def __init__(self, tell):
-        self.say, self.sent = tell, []
-
-    def send(self, message):
-        self.sent.append(message)
-
-    def end(self, seconds):
-        self.sent.append("end")
 
 
 async def started(**options):
