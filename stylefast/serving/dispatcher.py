@@ -13,7 +13,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from stylefast.serving import engine_process, replies, tickets
@@ -66,8 +66,10 @@ class EngineProcess:
         self._process.start()
         theirs.close()
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for target, name in ((self._read, "stylefast-engine-news"), (self._write, "stylefast-engine-calls")):
-            threading.Thread(target=target, args=(self._ours,), name=name, daemon=True).start()
+        self._reaping = threading.Lock()
+        self._writer = threading.Thread(target=self._write, name="stylefast-engine-calls", daemon=True)
+        self._writer.start()
+        threading.Thread(target=self._read, name="stylefast-engine-news", daemon=True).start()
 
     @property
     def pid(self) -> int | None:
@@ -80,30 +82,35 @@ class EngineProcess:
 
     def end(self, seconds: float) -> None:
         """Wait for the process to end; kill it after `seconds`."""
-        self._process.join(seconds)
-        if self._process.is_alive():
+        if not wait([self._process.sentinel], seconds):
             self._process.kill()
+        self._reap()
+
+    def _reap(self) -> None:
+        """Wait for the process, so that no zombie and no file of it stays."""
+        wait([self._process.sentinel])
+        with self._reaping:
             self._process.join()
-        self._outbox.put(None)
 
-    def _read(self, connection: Connection) -> None:
-        while True:
-            try:
-                message = connection.recv()
-            except (EOFError, OSError):
-                message = None
-            try:
+    def _read(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            while True:
+                try:
+                    message = self._ours.recv()
+                except (EOFError, OSError):
+                    message = None
                 self._loop.call_soon_threadsafe(self._tell, message)
-            except RuntimeError:
-                return  # the loop is closed
-            if message is None:
-                self._outbox.put(None)
-                return
+                if message is None:
+                    break
+        self._outbox.put(None)
+        self._writer.join()
+        self._ours.close()
+        self._reap()
 
-    def _write(self, connection: Connection) -> None:
+    def _write(self) -> None:
         with contextlib.suppress(OSError):  # the reader says that it has died
             while (message := self._outbox.get()) is not None:
-                connection.send(message)
+                self._ours.send(message)
 
 
 class Engine(Protocol):
