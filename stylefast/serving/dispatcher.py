@@ -244,9 +244,9 @@ class Dispatcher:
         """
         if ticket.over:
             return False
-        if ticket.id in self._running:
+        if ticket.run in self._running:
             assert self.engine is not None
-            self.engine.send(Cancel(ticket.id))
+            self.engine.send(Cancel(ticket.run))
             self._end(ticket, tickets.CANCELLED, replies.cancelled(), keep_slot=True)
         else:
             self._unqueue(ticket)
@@ -298,10 +298,10 @@ class Dispatcher:
             del self._waiting[owner]
             if queued:
                 self._waiting[owner] = queued  # behind the others
-            self._running[ticket.id] = ticket
+            self._running[ticket.run] = ticket
             ticket.start()
             left = None if ticket.expires is None else max(ticket.expires - time.monotonic(), 1e-3)
-            self.engine.send(Run(ticket.id, ticket.call, ticket.uploads, ticket.previews, left))
+            self.engine.send(Run(ticket.run, ticket.call, ticket.uploads, ticket.previews, left))
 
     def _unqueue(self, ticket: Ticket) -> None:
         queued = self._waiting.get(ticket.owner)
@@ -313,21 +313,21 @@ class Dispatcher:
     def _expire(self, ticket: Ticket) -> None:
         if ticket.over:
             return
-        if ticket.id not in self._running:
+        if ticket.run not in self._running:
             self._unqueue(ticket)
             self._end(ticket, tickets.FAILED, replies.too_late(ticket.seconds or 0.0))
         elif time.monotonic() < (ticket.expires or 0.0) + LATE_SECONDS:
             ticket.timer = asyncio.get_running_loop().call_later(LATE_SECONDS, self._expire, ticket)
         else:
             assert self.engine is not None
-            self.engine.send(Cancel(ticket.id))
+            self.engine.send(Cancel(ticket.run))
             late = replies.of_engine("DeadlineExceeded", f"the request took more than {ticket.seconds:g} seconds")
             self._end(ticket, tickets.FAILED, late, keep_slot=True)
 
     def _end(self, ticket: Ticket, status: str, error: replies.ApiError | None = None, keep_slot: bool = False) -> None:
         """End a ticket; its place with the engine stays taken if `keep_slot`, until the engine says that it is free."""
         if not keep_slot:
-            self._running.pop(ticket.id, None)
+            self._running.pop(ticket.run, None)
         told = not ticket.over
         ticket.finish(status, error)
         if told:

@@ -1,6 +1,7 @@
 """Requests on their way through the service, from arrival to the reply, and the register by which clients find them."""
 
 import asyncio
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -14,13 +15,15 @@ from stylefast.values import quoted
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
 OVER = (DONE, FAILED, CANCELLED)
 
+_NUMBERS = itertools.count(1)
+
 
 @dataclass(eq=False)
 class Ticket:
     """One request. All of it is touched by the event loop's thread alone.
 
     call, uploads, previews: as in `messages.Run`; the first two are dropped at the end. owner: the name of the API key
-    that sent it. count: its pictures.
+    that sent it. run: its name with the engine, never used twice, as `id` may be. count: its pictures.
     """
 
     id: str
@@ -47,6 +50,7 @@ class Ticket:
     timer: asyncio.TimerHandle | None = None  # of its deadline
     wanted: bool = True  # whether anybody may still ask for its pictures
     askers: int = 0  # HTTP requests that are being answered with it
+    run: str = field(default_factory=lambda: f"run_{next(_NUMBERS)}")
     count: int = field(init=False)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _readers: list[asyncio.Queue[Progress | None]] = field(default_factory=list)
@@ -158,10 +162,14 @@ class Register:
     def add(self, ticket: Ticket, key: str | None = None, digest: str = "") -> None:
         """Add a ticket; `key`: the idempotency key of its request, `digest`: of what the request asks for.
 
-        Raises ApiError if a request of this id is known already.
+        An id may be used again, by the same owner, once its request has ended without pictures: proxies repeat
+        requests with the same id. Raises ApiError if a request of this id is known already otherwise.
         """
         self._forget()
-        if ticket.id in self._tickets:
+        known = self._tickets.get(ticket.id)
+        if known is not None and known.owner == ticket.owner and known.over and known.status != DONE:
+            self.drop(known)
+        elif known is not None:
             raise ApiError(
                 409,
                 f"a request with the id {quoted(ticket.id)} is known already; give each its own x-request-id",

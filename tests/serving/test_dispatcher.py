@@ -65,7 +65,7 @@ class Bench:
         return self
 
     def submit(self, name, owner="a", pictures=1, **more):
-        ticket = Ticket(name, owner, {"requests": [{"prompt": "x"}] * pictures}, **more)
+        ticket = Ticket(name, owner, {"requests": [{"prompt": "x"}] * pictures}, **{"run": name, **more})
         self.dispatcher.submit(ticket)
         return ticket
 
@@ -179,6 +179,18 @@ async def test_cancelling_takes_a_request_out_of_the_queue_or_tells_the_engine()
     assert third.status == "queued"  # until the step of the first is over
     bench.engine.say(Failed("1", "JobCancelled", ""))
     assert third.status == "in_progress"
+
+
+@in_loop
+async def test_a_request_may_have_the_id_of_one_that_the_engine_has_not_left_yet():
+    bench = Bench(max_running=2).ready()
+    first = bench.submit("1", run="one")
+    bench.dispatcher.cancel(first)
+    second = bench.submit("1", run="two")
+    bench.engine.say(Failed("one", "JobCancelled", ""))
+    assert not second.over and bench.dispatcher.running == 1
+    bench.engine.done("two")
+    assert (first.status, second.status) == ("cancelled", "completed") and not bench.dispatcher.running
 
 
 @in_loop

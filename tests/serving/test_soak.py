@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+import uuid
 from statistics import median
 
 import pytest
@@ -68,10 +69,9 @@ def soak(server, enough):
     statuses, samples, began, over = [], [], time.monotonic(), threading.Event()
 
     def work(client):
-        draw, i = random.Random(client), 0
+        draw = random.Random(client)
         while not over.is_set():
-            statuses.append(one(server, draw, f"c{client}-{len(samples)}-{i}-{id(draw)}"))
-            i += 1
+            statuses.append(one(server, draw, uuid.uuid4().hex))
 
     clients = [threading.Thread(target=work, args=(i,)) for i in range(CLIENTS)]
     for client in clients:

@@ -42,6 +42,20 @@ def test_a_ticket_is_found_by_its_owner_and_by_admins(clock):
     assert status_of(register.add, ticket("1")) == (409, "duplicate_id")
 
 
+def test_an_id_may_be_used_again_by_its_owner_once_its_request_ended_without_pictures(clock):
+    register = Register(600)
+    for ending, owner, taken in ((FAILED, "a", False), (CANCELLED, "a", False), (FAILED, "b", True), (DONE, "a", True)):
+        number = f"{ending}-{owner}"
+        register.add(first := ticket(number))
+        first.finish(ending)
+        if taken:
+            assert status_of(register.add, ticket(number, owner)) == (409, "duplicate_id")
+        else:
+            register.add(second := ticket(number, owner))
+            assert register.find(number, owner) is second
+    assert len(register) == 4
+
+
 def test_tickets_are_forgotten_some_time_after_their_end(clock):
     register = Register(600)
     register.add(first := ticket("1"))
