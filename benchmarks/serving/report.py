@@ -39,7 +39,10 @@ def markdown(content: Mapping[str, Any]) -> str:
 def sentences(content: Mapping[str, Any]) -> list[str]:
     """Return what docs/serving-http.md says of the other parts, of those that were measured."""
     found = content["results"]
-    lines = [f"the service adds {found['overhead']['added_ms']:.1f} ms to a request"]
+    lines = []
+    for size, entry in found["overhead"]["sizes"].items():
+        low, high = entry["added_between_ms"]
+        lines.append(f"{entry['added_ms']:.1f} ms ({low:.1f} to {high:.1f}) at {size}")
     if "soak" in found:
         soak, ends = found["soak"], found["soak"]["ends"]
         gone = sum(ends.get(name, 0) for name in ("cancelled", "cut off", "too late to cancel"))
