@@ -22,6 +22,7 @@ _EXPORTS = {
     "InstantStyle": "stylefast.styles.instant_style",
     "DreamStyler": "stylefast.styles.dream_styler",
     "StyleContextGuidance": "stylefast.sampling.guidance",
+    "outpaint": "stylefast.models.repaint",
 }
 
 __all__ = [*_EXPORTS, "errors"]

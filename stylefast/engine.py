@@ -25,7 +25,9 @@ from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.load_options import check_engine_options, sort_options
 from stylefast.models.lora import LoraSet
+from stylefast.models.pictures import PictureSource
 from stylefast.models.prepacked import channels_last, pack
+from stylefast.models.repaint import Kept
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.options import NAMES, OF_LOADED, SIZES, EngineOptions, parse_bytes
@@ -276,6 +278,14 @@ class Engine:
         prompt_2: str | None = None,
         negative_prompt_2: str | None = None,
         prompt_syntax: str = "plain",
+        image: PictureSource | None = None,
+        strength: float = 0.6,
+        mask: PictureSource | torch.Tensor | None = None,
+        upscale: float = 1.0,
+        upscale_strength: float = 0.4,
+        upscale_mode: str = "picture",
+        variation_seed: int | None = None,
+        variation_strength: float = 0.0,
         callback: StepCallback | None = None,
         output: str = "pil",
         alone: bool = False,
@@ -327,6 +337,14 @@ class Engine:
             "prompt_2": prompt_2,
             "negative_prompt_2": negative_prompt_2,
             "prompt_syntax": prompt_syntax,
+            "image": image,
+            "strength": strength,
+            "mask": mask,
+            "upscale": upscale,
+            "upscale_strength": upscale_strength,
+            "upscale_mode": upscale_mode,
+            "variation_seed": variation_seed,
+            "variation_strength": variation_strength,
         }
         self._open(output)
         seeds = values.seeds("seed", seed, len(prompts))
@@ -481,11 +499,14 @@ class Engine:
         job.plan(self._planner)
         return job
 
-    def _result(self, latents: list[torch.Tensor], written: list[dict], output: str) -> Generator[None, None, Result]:
-        """Yield between pictures, and return the result."""
+    def _result(
+        self, latents: list[torch.Tensor], kept: list[Kept | None], written: list[dict], output: str
+    ) -> Generator[None, None, Result]:
+        """Yield between pictures, and return the result; kept: what each picture's mask keeps of another."""
         images = []
         if output != "latents":
             images = yield from self.decoder.images(latents, self.runner.beside)
+            images = [image if rest is None else rest.put_back(image) for image, rest in zip(images, kept, strict=True)]
         if output == "np":
             images = [image.permute(1, 2, 0).cpu().numpy() for image in images]
         elif output == "pil":
@@ -500,7 +521,9 @@ class Engine:
         """Return the generator of a job's result, see `_result`."""
         for entry in job.metadata:
             entry["loras"] = self.merged_loras.scales  # may have changed while the job waited, but not while it ran
-        return self._result([latents[i] for i in range(len(job.requests))], job.metadata, job.output)
+        targets = (job.samples or [])[: len(job.requests)]
+        kept = [sample.pin[1].kept if sample.pin and sample.request.mask is not None else None for sample in targets]
+        return self._result([latents[i] for i in range(len(job.requests))], kept, job.metadata, job.output)
 
     def _current_fingerprint(self) -> str:
         loras = self.merged_loras.fingerprint

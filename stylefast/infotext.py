@@ -64,6 +64,9 @@ _SECOND = {"prompt_2": "Prompt 2", "negative_prompt_2": "Negative prompt 2"}
 _TAKEN = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "Lora hashes")
 _TAKEN += tuple(_SECOND.values())
 _NUMBERS = {"steps": "Steps", "guidance": "CFG scale", "seed": "Seed", "size": "Size", "clip_skip": "Clip skip"}
+_VARIATION = {"variation_seed": "Variation seed", "variation_strength": "Variation seed strength"}
+_TAKEN += tuple(_VARIATION.values())
+_NUMBERS |= _VARIATION
 
 # EXIF's own folder, and UserComment in it, which begins with the name of its encoding
 _EXIF, _COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
@@ -104,7 +107,7 @@ class Parameters:
     Attributes:
         prompt, negative_prompt: in A1111's syntax, without the tags of LoRAs.
         prompt_2, negative_prompt_2: those for text encoder 2, which stylefast alone writes.
-        steps, guidance, seed, size: as in `Request`.
+        steps, guidance, seed, size, variation_seed, variation_strength: as in `Request`.
         scheduler, spacing: A1111's sampler and schedule type under our names.
         clip_skip: as `Request` counts it; of stylefast's own text, since A1111 skips no layers of SDXL's encoders.
         loras: from the prompt's tags, in order.
@@ -122,6 +125,8 @@ class Parameters:
     seed: int | None = None
     size: tuple[int, int] | None = None
     clip_skip: int | None = None
+    variation_seed: int | None = None
+    variation_strength: float | None = None
     loras: tuple[LoraTag, ...] = ()
     not_taken: Mapping[str, str] = field(default_factory=dict)
 
@@ -177,6 +182,8 @@ def read(text: str, without: Collection[str] = ()) -> Parameters:
         seed=_whole(settings, "Seed", 0, values.MAX_SEED),
         size=_size(settings),
         clip_skip=clip_skip,
+        variation_seed=_whole(settings, _VARIATION["variation_seed"], 0, values.MAX_SEED),
+        variation_strength=_real(settings, _VARIATION["variation_strength"], 0, 1),
         loras=loras,
         not_taken=not_taken,
     )
@@ -216,6 +223,8 @@ def write(metadata: Mapping[str, Any]) -> str:
         "Model hash": metadata["fingerprint"][:10],
         "Model": metadata["model"],
         "Clip skip": request["clip_skip"] + _CLIP_SKIP if request.get("clip_skip") else None,
+        **{title: request[name] for name, title in _VARIATION.items() if request.get("variation_strength")},
+        "Denoising strength": request["strength"] if request.get("image") else None,
         "Lora hashes": ", ".join(f"{name}: {found}" for name, found in hashes.items() if found) or None,
         "Loras": ", ".join(others) or None,
         "Version": f"stylefast {metadata['stylefast']}",

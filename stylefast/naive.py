@@ -74,7 +74,7 @@ class Segment:
 def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
     """Run requests with the models of `engine`, a `stylefast.Engine`, on a CPU; return latents [channels, h, w].
 
-    Raises InvalidRequest for style banks and DDIM inversion, which are left out; nothing else is checked.
+    Raises InvalidRequest for banks, DDIM inversion, image-to-image: these are left out. Nothing else is checked.
 
     Examples:
         >>> from stylefast import naive
@@ -123,6 +123,8 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
 
 
 def _target(engine, request: Request) -> Sample:
+    if request.image is not None or request.upscale > 1 or request.variation_strength:
+        raise InvalidRequest("naive.py begins with plain noise alone; use Engine.generate")
     schedule = named_schedule(request.scheduler, request.steps, engine.scheduler_config, request.spacing)
     guidance = [style.context_guidance for style in request.styles if style.context_guidance is not None]
     weights = guidance_weights(request.guidance, guidance[0] if guidance else None)
@@ -133,9 +135,8 @@ def _target(engine, request: Request) -> Sample:
 def _reference(target: Sample, style: ReferenceStyle, picture: Any) -> Sample:
     """Return a reference of `target`: a real picture, or one that is generated from the style's own prompt."""
     wanted = style.reads
-    others = [other for other in target.request.styles if other is not style]
-    if not wanted.share_styles:
-        others = [other for other in others if other.named_in(target.request.negatives)]
+    negatives, others = target.request.negatives, [o for o in target.request.styles if o is not style]
+    others = others if wanted.share_styles else [other for other in others if other.named_in(negatives)]
     request = replace(target.request, style=others, seed=wanted.seed, prompt_2=None)
     weights = {FULL: 1.0} if picture is not None else target.weights
     given = target.schedule, target.size, weights, (*weights,)

@@ -26,6 +26,7 @@ from stylefast.values import check_fields, listed, quoted
 
 FORMAT = "stylefast-call/1"
 MAX_REQUESTS = 1000
+PICTURES = ("image", "mask")  # of a request
 _TOP = ("format", "styles", "requests")
 _SIZE = re.compile(r"\s*(\d{1,6})\s*[xX×]\s*(\d{1,6})\s*")
 
@@ -44,7 +45,8 @@ def to_record(requests: Sequence[Request], model_folder: Path = TINY) -> dict[st
             if id(style) not in places:
                 places[id(style)] = len(styles)
                 styles.append(_style_entry(style, store))
-        entry = {f.name: plain(getattr(request, f.name)) for f in fields(Request) if f.name != "style"}
+        entry = {f.name: plain(getattr(request, f.name)) for f in fields(Request) if f.name not in ("style", *PICTURES)}
+        entry |= {name: store.picture(getattr(request, name), name == "mask") for name in PICTURES}
         entries.append(entry | {"style": [places[id(style)] for style in request.styles]})
     return {"format": FORMAT, "styles": styles, "requests": entries}
 
@@ -150,6 +152,9 @@ def _read_request(entry, styles: Mapping, sources: Sources) -> Request:
         values["size"] = parse_size(values["size"])
     elif isinstance(values.get("size"), list):
         values["size"] = tuple(values["size"])
+    for name in PICTURES:
+        if values.get(name) is not None:
+            values[name] = sources.picture(values[name], name == "mask")
     wanted = values.pop("style", None)
     wanted = wanted if isinstance(wanted, (list, tuple)) else [] if wanted is None else [wanted]
     return Request(**values, style=[_pick_style(one, styles, sources) for one in wanted])

@@ -298,7 +298,7 @@ def _form(entry, forms: tuple[str, ...], what: str, error: type) -> tuple[str, M
         raise error(f"{what} has the unknown field {quoted(unknown[0])}; the known ones are {', '.join(forms)}, sha256")
     if found[0] == "in_memory":
         way = (
-            "give its file: --from PICTURE --style-image FILE, or put the path here"
+            "give its file: --from PICTURE --style-image FILE, --image FILE or --mask FILE, or put the path here"
             if what == "a picture"
             else "write it to a file and put its path here, or make the call again from Python"
         )

@@ -19,9 +19,10 @@ from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, RECORDED, Lor
 from stylefast.commands.notices import warn
 from stylefast.engine import Result
 from stylefast.errors import InvalidRequest, ModelError
+from stylefast.models.masks import open_mask
 from stylefast.models.pictures import open_picture
 from stylefast.options import PREDICTION_TYPES
-from stylefast.record import from_record
+from stylefast.record import PICTURES, from_record
 from stylefast.record_values import pixel_digest, shipped
 from stylefast.values import quoted, shown, typed_path
 
@@ -82,14 +83,17 @@ def run_again(arguments: argparse.Namespace) -> int:
 
 
 def _with_pictures(call: Mapping, arguments: argparse.Namespace) -> Mapping:
-    """Return a recorded call with the files of --style-image for pictures of which it has the digest alone.
+    """Return a recorded call with the files of options for pictures of which it has the digest alone.
 
     Raises InvalidRequest for a file that is none of them, ImageError for one that can't be read.
     """
     given = {}
-    for file in arguments.style_image or ():
-        path = typed_path("--style-image", file).absolute()
-        given[pixel_digest(open_picture(path))] = file, {"path": str(path)}
+    options = [("--style-image", file) for file in arguments.style_image or ()]
+    options += [(f"--{name}", getattr(arguments, name)) for name in PICTURES if getattr(arguments, name) is not None]
+    for option, file in options:
+        path = typed_path(option, file).absolute()
+        opened = open_mask if option == "--mask" else open_picture
+        given[pixel_digest(opened(path))] = f"{option} {quoted(file)}", {"path": str(path)}
     used: set[str] = set()
 
     def filled(value: Any) -> Any:
@@ -105,7 +109,7 @@ def _with_pictures(call: Mapping, arguments: argparse.Namespace) -> Mapping:
     for digest, (file, _) in given.items():
         if digest not in used:
             raise InvalidRequest(
-                f"--style-image {quoted(file)} has the sha256 {digest[:12]}, and {arguments.source} lacks no such "
+                f"{file} has the sha256 {digest[:12]}, and {arguments.source} lacks no such "
                 "picture; give the very picture that it was made with, or drop the option"
             )
     return found

@@ -32,6 +32,9 @@ CONTENTS = ("house", "cat", "boat", "mushroom")
 ALIGNED = ("--shift", "1", "--share-group-norm")
 STRENGTHS = ("0.25", "0.5", "0.75", "1")
 MIXED = 0.6  # strength of each of two LoRAs on one picture
+# of a call's words: stands for the demo's folder, which has another name while it is written
+HERE = "{demo}/"
+MASK = "mask.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +142,7 @@ def plan(model_folder: Path) -> tuple[Chapter, ...]:
         _instant_chapter(references[0]),
         _learned_chapter(learned[0]),
         _composed_chapter(references[-1], learned[0]),
+        _begun_chapter(references[0], references[-1]),
         *_lora_chapters(list(shipped(model_folder, "loras"))),
     )
 
@@ -231,6 +235,51 @@ def _composed_chapter(reference: str, learned: str) -> Chapter:
     return Chapter("All three at once", text, calls)
 
 
+def _begun_chapter(picture: str, style: str) -> Chapter:
+    prompts = (*(f"a {content}" for content in CONTENTS[:3]), "--seed", "130")
+    start = (*prompts, "--image", picture)
+    calls = [
+        Call(
+            f"begun-{strength}", f"begun with {picture}, strength {strength}", (*start, "--strength", strength), picture
+        )
+        for strength in ("0.5", "0.7", "0.9")
+    ]
+    calls += [
+        Call(
+            "begun-styled",
+            f"begun with {picture}, strength 0.8, aligned to {style}",
+            (*start, "--strength", "0.8", "--style-image", style, *ALIGNED),
+            style,
+        ),
+        Call(
+            "repainted",
+            f"{picture} repainted within a circle",
+            (*start, "--mask", f"{HERE}{MASK}", "--strength", "0.9"),
+            picture,
+        ),
+        Call("enlarged", "twice as large, by a second pass from each picture", (*prompts, "--upscale", "2")),
+    ]
+    text = (
+        "A picture takes the place of the noise: its shapes and colours stay the more, the lower the strength. Outside "
+        "the mask its pixels stay as they are."
+    )
+    return Chapter("From a picture: image to image, repainting, a second pass", text, tuple(calls))
+
+
+def _circle(side: int = 64):
+    """Return the demo's mask: a white circle on black."""
+    from PIL import Image, ImageDraw
+
+    mask = Image.new("L", (side, side), 0)
+    ImageDraw.Draw(mask).ellipse((side // 4, side // 4, side - side // 4, side - side // 4), fill=255)
+    return mask
+
+
+def _words(call: Call, folder: Path) -> list[str]:
+    """Return a call's words for a demo in a folder."""
+    return [str(folder / word.removeprefix(HERE)) if word.startswith(HERE) else word for word in call.words]
+
+
 def _lora_chapters(names: Sequence[str]) -> tuple[Chapter, ...]:
     """Return the chapter of the LoRAs that come with the model; none for a model without."""
     if not names:
@@ -255,7 +304,7 @@ def command_of(call: Call, choice: ModelChoice, steps: int, folder: str) -> list
     if call.loras:
         words = ["--requests", f"{folder}.json"]
     else:
-        words = [*call.words, "--steps", str(steps)]
+        words = [*_words(call, Path(folder).parent), "--steps", str(steps)]
     return ["stylefast", "generate", *words, "--no-grid", *choice.words(), "--out", folder]
 
 
@@ -265,7 +314,7 @@ def _requests_of(call: Call, steps: int, folder: Path, choice: ModelChoice, pars
 
     from stylefast.record import to_record
 
-    parsed = parser.parse_args([*call.words, "--steps", str(steps)])
+    parsed = parser.parse_args([*_words(call, folder), "--steps", str(steps)])
     requests = generate.requests_of(parsed, choice.folder)
     if call.loras:
         requests = [replace(request, loras=loras) for request in requests for loras in call.loras]
@@ -295,6 +344,7 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
     parser = argparse.ArgumentParser()
     generate.add_arguments(parser)
     sections, sheet, loaded = [], [], choice.recorded()
+    _circle().save(folder / MASK)
     calls = sum(len(chapter.calls) for chapter in chapters)
     names = {name for chapter in chapters for call in chapter.calls for loras in call.loras for name in loras}
     for name, file in shipped(choice.folder, "loras").items():

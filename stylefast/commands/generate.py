@@ -23,6 +23,8 @@ EXAMPLES = """examples:
   stylefast generate "a cat" "a boat" --style-prompt "a fox, watercolor" --shift 1 --seed 7
   stylefast generate "a fish" "a house" --style brand.bank
   stylefast generate "a cat" -n 4 --lora watercolor.safetensors:0.8 --model my-sdxl
+  stylefast generate "a house in snow" --image photo.jpg --strength 0.5
+  stylefast generate "a red door" --image photo.jpg --mask door.png
   stylefast generate --requests calls.json --out pictures
   stylefast generate --from pictures/0001-a-fish.png --out again.png
   stylefast generate --from theirs.png --lora watercolor.safetensors --model my-sdxl
@@ -59,6 +61,14 @@ _CALL_OPTIONS = (
     "content_scale",
     "learned",
     "context",
+    "image",
+    "strength",
+    "mask",
+    "upscale",
+    "upscale_strength",
+    "upscale_mode",
+    "variation_seed",
+    "variation_strength",
 )
 # written out, because the tables with the names import torch
 SCHEDULERS_HELP = """\
@@ -94,8 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PICTURE",
         help=(
             "reproduce this picture, pixel by pixel; or make one like it from the settings that A1111 and others wrote "
-            "into a PNG, JPEG or WebP, where prompts and options given beside it come first; reference pictures that "
-            "its record names but does not hold are given as --style-image"
+            "into a PNG, JPEG or WebP, where prompts and options given beside it come first; pictures that its record "
+            "names but does not hold are given as --style-image, --image or --mask"
         ),
     )
     add(
@@ -150,6 +160,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A-B",
         help="fractions of the steps in which guidance acts, e.g. 0-0.8 (default: 0-1)",
     )
+
+    group = parser.add_argument_group("from a picture").add_argument
+    group("--image", metavar="PICTURE", help="picture to begin with instead of noise; without --size, of its size")
+    group("--strength", type=float, help="share of the steps that change it, above 0 to 1 (default: 0.6)")
+    group("--mask", metavar="PICTURE", help="what of it to repaint: white is repainted, black kept")
+    group("--upscale", type=float, metavar="FACTOR", help="enlarge by this factor, 1 to 4, and draw a second pass")
+    group("--upscale-strength", type=float, help="share of the steps of that pass, above 0 to 1 (default: 0.4)")
+    group("--upscale-mode", choices=("picture", "latents"), help="what is enlarged (default: picture)")
+    group("--variation-seed", type=int, metavar="N", help="seed of a noise that pictures are varied towards")
+    group("--variation-strength", type=float, help="how far, 0 to 1 (default: 0, or 0.1 with --variation-seed)")
 
     group = parser.add_argument_group("style").add_argument
     group(
@@ -218,7 +238,7 @@ def run(arguments: argparse.Namespace) -> int:
         text = foreign_parameters(arguments.source)
         if text is not None:
             return run_foreign(arguments, text)
-        _check_call("--from", arguments, but=("style_image",))
+        _check_call("--from", arguments, but=("style_image", "image", "mask"))
         return run_again(arguments)
     choice = ModelChoice.of(arguments)
     if arguments.requests is not None:
@@ -336,10 +356,29 @@ def requests_of(
         given["prompt_2"] = arguments.prompt_2
     if arguments.guidance_interval is not None:
         given["guidance_interval"] = parse_interval(arguments.guidance_interval)
+    given |= _picture_settings(arguments, model_folder)
     settings = with_preset_guidance({**(usual or {}), **bank_settings(styles, given), **given})
     prompts = [prompt for prompt in arguments.prompts for _ in range(_count(arguments))]
     numbered = zip(prompts, seeds("--seed", arguments.seed or 0, len(prompts)), strict=True)
     return [Request(prompt, seed=seed, style=styles, loras=loras, **settings) for prompt, seed in numbered]
+
+
+def _picture_settings(arguments: argparse.Namespace, model_folder: Path) -> dict:
+    """Return the Request fields for what pictures begin with. Raises InvalidRequest and ImageError."""
+    from stylefast.record_values import find_picture
+
+    names = ("image", "strength", "mask", "upscale", "upscale_strength", "upscale_mode")
+    names += ("variation_seed", "variation_strength")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    for name in ("strength", "mask"):
+        if name in given and "image" not in given and arguments.source is None:
+            raise InvalidRequest(f"--{name} says what becomes of a picture; give it as --image")
+    for name in ("image", "mask"):
+        if name in given:
+            given[name] = find_picture(given[name], model_folder)
+    if "variation_seed" in given:
+        given.setdefault("variation_strength", 0.1)
+    return given
 
 
 def _count(arguments: argparse.Namespace) -> int:

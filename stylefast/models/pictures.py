@@ -82,14 +82,15 @@ def check_sources(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
     more: further allowed types. Raises ImageError for other types and for an empty list.
     """
     if not isinstance(given, (list, tuple)):
-        return _check_source(name, given, more)
+        return check_source(name, given, more)
     several = values.several(name, given, most=_MOST_SOURCES, error=ImageError)
     if not several:
         raise ImageError(f"{name} is an empty list; give at least one picture")
-    return tuple(_check_source(f"{name}[{i}]", one, more) for i, one in enumerate(several))
+    return tuple(check_source(f"{name}[{i}]", one, more) for i, one in enumerate(several))
 
 
-def _check_source(name: str, given: Any, more: tuple[type, ...]) -> Any:
+def check_source(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
+    """Check only the type of a picture source, and return it; more: further allowed types. Raises ImageError."""
     if not isinstance(given, (*_KINDS, *more)):
         raise ImageError(
             f"{name} is {values.quoted(given)} ({type(given).__name__}); it must be a path, bytes, a PIL image or "

@@ -7,19 +7,20 @@ happens between two steps. `Joining` is a job in that state.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from stylefast.errors import ExportError, InvalidRequest
 from stylefast.kernels.row_lora import RANK
 from stylefast.models import vae as vaes
-from stylefast.models.pictures import open_picture
+from stylefast.models.repaint import Kept, fit_mask, fit_picture, resized
 from stylefast.runtime.backends.base import StepNeeds
 from stylefast.runtime.loras import Loras, described
-from stylefast.runtime.plan.pinning import forward_pin, inversion_of, inverted_pin, latents_pin, scheduler_config
+from stylefast.runtime.plan.pinning import Noised, inversion_of, inverted_pin, latents_pin, scheduler_config
 from stylefast.runtime.plan.request import Request, check_size
 from stylefast.runtime.plan.sample import Pin, Sample, SampleGroup, connected, plan_samples
 from stylefast.runtime.runner import Runner
@@ -64,6 +65,11 @@ class RequestPlanner:
 
     def _planned(self, requests: Sequence[Request]) -> list[Sample]:
         samples = plan_samples(requests, self.schedule, self.native_size)
+        enlarging = [sample for sample in samples if sample.output is not None and sample.request.upscale > 1]
+        if enlarging:
+            first_pass = self._planned([replace(sample.request, upscale=1.0) for sample in enlarging])
+            for sample, base in zip(enlarging, first_pass, strict=False):  # references come after the targets
+                sample.base, sample.first_pass = base, first_pass
         for sample in samples:
             sample.loras = self._loras.uses(sample.request.lora_scales)
         return samples
@@ -84,6 +90,7 @@ class RequestPlanner:
             if style is not None and style.reads.bank is not None:
                 self._check_bank(request, style, style.reads.bank)
         samples = self._planned(requests)
+        samples += next((sample.first_pass for sample in samples if sample.first_pass), [])
         for sample in samples:
             self._check_loras(sample)
             if sample.inverted:
@@ -151,10 +158,13 @@ class RequestPlanner:
         needs = StepNeeds(rows, latent_size, references, segments, bool(banked), loras, rank, tokens)
         self.runner.backend.check(needs)
 
-    def schedule(self, request: Request) -> Schedule:
-        """Return the request's schedule. Raises InvalidRequest for an unknown scheduler or a count it can't take."""
+    def schedule(self, request: Request, begin: int = 0) -> Schedule:
+        """Return a request's schedule, for sampling that begins with a step.
+
+        Raises InvalidRequest for an unknown scheduler or a count it can't take.
+        """
         config = scheduler_config(request, self._config)
-        return named_schedule(request.scheduler, request.steps, config, request.spacing)
+        return named_schedule(request.scheduler, request.steps, config, request.spacing, begin)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Return (channels, h, w) of the latents of a picture of (width, height)."""
@@ -166,13 +176,13 @@ class RequestPlanner:
     def _check_bank(self, request: Request, style: ReferenceStyle, bank: StyleBank) -> None:
         schedule = self.schedule(request)
         layers = style.layer_mask(self.runner.unet.layout).nonzero().flatten().tolist()
-        target = plan_samples([request], lambda _: schedule, self.native_size)[0]
+        target = plan_samples([request], self.schedule, self.native_size)[0]
         bank.check_fits(
             model=self.model,
             fingerprint=self.fingerprint(),
             scheduler=request.scheduler,
             steps=request.steps,
-            size=request.size or self.native_size,
+            size=target.size,
             branches=target.branches,
             layers=tuple(layers),
             clip_skip=request.clip_skip or 0,
@@ -191,16 +201,24 @@ class RequestPlanner:
         target, *references = self._planned([request])
         return target, references
 
-    def encode_picture(self, sample: Sample) -> torch.Tensor:
-        """Encode a reference picture, scaled to cover the size and centre-cropped, to latents [channels, h, w]."""
-        from PIL import ImageOps
-
-        assert sample.picture is not None
-        picture = ImageOps.fit(open_picture(sample.picture), sample.size)
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(1, sample.size[1], sample.size[0], 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+    def read_picture(self, sample: Sample) -> tuple[torch.Tensor, Kept | None]:
+        """Encode a sample's picture to latents [channels, h, w]; return also what its mask keeps, if it has one."""
+        source, mask = sample.source, sample.request.mask
+        assert source is not None
+        picture = fit_picture(source, sample.size)
+        pixels = picture[None].float() / 127.5 - 1
         with torch.inference_mode():
-            return vaes.encode(self.vae, pixels.to(self.runner.unet.device))[0].float()
+            latents = vaes.encode(self.vae, pixels.to(self.runner.unet.device))[0].float()
+        return latents, None if mask is None else Kept(picture, fit_mask(mask, source, sample.size))
+
+    def enlarge(self, sample: Sample, latents: torch.Tensor) -> torch.Tensor:
+        """Return finished latents [channels, h, w] at the size of a second pass."""
+        height, width = self.latent_shape(sample.size)[1:]
+        with torch.inference_mode():
+            if sample.request.upscale_mode == "latents":
+                return F.interpolate(latents[None], size=(height, width), mode="bilinear")[0]
+            picture = resized(vaes.decode(self.vae, latents[None], tile="auto")[0], sample.size)
+            return vaes.encode(self.vae, (2 * picture[None] - 1).to(latents.device))[0].float()
 
 
 class Admission:
@@ -214,6 +232,7 @@ class Admission:
         self._planner, self._runner = planner, planner.runner
         self.groups: list[SampleGroup] = []
         self._inversions: list[SampleGroup] = []
+        self._before: list[Admission] = []  # of first passes
         self._going = self._go(samples)
         self._begun = False
 
@@ -237,9 +256,14 @@ class Admission:
     def close(self) -> None:
         """Release everything held; a second call does nothing."""
         self._going.close()
+        self._release()
+
+    def _release(self) -> None:
         for group in [*self.groups, *self._inversions]:
             self._runner.retire(group)
         self.groups, self._inversions = [], []
+        for first in self._before:
+            first.close()
 
     def _go(self, samples: Sequence[Sample]) -> Generator[Wanted, Any, None]:
         """Yield work; runs between two steps otherwise."""
@@ -251,7 +275,7 @@ class Admission:
         try:
             for size, members in by_size.items():
                 shape = self._planner.latent_shape(size)
-                pins = yield from self._pins([sample for sample in members if sample.pinned])
+                pins = yield from self._pins([one for one in members if one.pinned or one.begins])
                 made = yield from store.encoding(members, shape[1:])
                 for one in connected(members):
                     group = self._admit(one, made, {sample: pins[sample] for sample in one if sample in pins})
@@ -262,9 +286,7 @@ class Admission:
                         yield opening
                 store.drop(made)
         except BaseException:
-            for group in [*self.groups, *self._inversions]:
-                runner.retire(group)
-            self.groups, self._inversions = [], []
+            self._release()
             raise
         finally:
             if made is not None:
@@ -275,30 +297,49 @@ class Admission:
         conditions = self._runner.conditions.gather(samples, shape[1:], made)
         return self._runner.admit(samples, conditions, shape, pins)
 
-    def _pins(self, references: Sequence[Sample]) -> Generator[Wanted, Any, dict[Sample, Pin]]:
-        """Return the pin of each reference, which fixes its latents at every step."""
+    def _pins(self, samples: Sequence[Sample]) -> Generator[Wanted, Any, dict[Sample, Pin]]:
+        """Return the pins of samples: those of real references, and of pictures that others begin with."""
         pins, inversions, model = {}, {}, self._planner.fingerprint()
-        for sample in references:
+        finished: dict[int, torch.Tensor] | None = None
+        for sample in samples:
             if sample.pin is not None and sample.pin[0] == model:
                 continue  # kept from an earlier attempt that ran out of memory
             if sample.held is not None:
                 sample.pin = model, latents_pin(*sample.held)
                 continue
-            clean: torch.Tensor = yield partial(self._planner.encode_picture, sample)
+            if sample.base is not None:
+                if finished is None:
+                    finished = yield from self._first_pass(sample.first_pass)
+                made = finished[sample.base.output or 0]
+                clean, kept = (yield partial(self._planner.enlarge, sample, made)), None
+            else:
+                clean, kept = yield partial(self._planner.read_picture, sample)
             if sample.inverted:
                 inversions[sample] = yield from self._invert(sample, clean)
             else:
-                sample.pin = model, forward_pin(sample, clean)
+                sample.pin = model, Noised(sample, clean, kept)
         if inversions:
             yield list(inversions.values())
         for sample, group in inversions.items():
             sample.pin = model, inverted_pin(group.trail)
             self._runner.retire(group)
             self._inversions.remove(group)
-        for sample in references:
+        for sample in samples:
             assert sample.pin is not None
             pins[sample] = sample.pin[1]
         return pins
+
+    def _first_pass(self, samples: Sequence[Sample]) -> Generator[Wanted, Any, dict[int, torch.Tensor]]:
+        """Run the first pass of pictures to its end; return output -> latents [channels, h, w]."""
+        first = Admission(self._planner, samples)
+        self._before.append(first)
+        yield from first._going
+        yield first.groups
+        finished: dict[int, torch.Tensor] = {}
+        for group in first.groups:
+            finished |= self._runner.results_of(group)
+        first.close()
+        return finished
 
     def _invert(self, sample: Sample, clean: torch.Tensor) -> Generator[Wanted, Any, SampleGroup]:
         """Return the group that inverts the picture of `sample` to noise."""

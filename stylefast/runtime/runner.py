@@ -112,7 +112,7 @@ class Runner:
         try:
             self.check_open()
             group = SampleGroup(samples, conditions, pins, self.unet.layout, latent_shape)
-            self._check_room(group.rows, latent_shape[1:])
+            self._check_room(group.most_rows, latent_shape[1:])
             if latent_shape not in self.latents:
                 self._drop_idle_latents()
                 self.latents[latent_shape] = LatentSlots(latent_shape, self.unet.device)
@@ -157,7 +157,7 @@ class Runner:
     def denoised_of(self, group: SampleGroup) -> torch.Tensor:
         """Return those pictures' last noise-free estimates [shown, channels, h, w], or latents before any step."""
         state = self.latents[group.latent_shape]
-        return state.history[:, 0][group.shown] if group.step else state.latents[group.shown]
+        return state.history[:, 0][group.shown] if group.step > group.first else state.latents[group.shown]
 
     def rows_that_fit(self, latent_size: tuple[int, int]) -> int:
         """Return how many rows of one UNet call fit into memory, at most `max_rows` and the backend's limit."""
@@ -214,6 +214,8 @@ class Runner:
             return {**self.step(groups[:half]), **self.step(groups[half:])}
         for group in groups:
             group.step += 1
+            for pin, place in group.repainted:
+                pin.put_back(self.latents[group.latent_shape].latents[place], group.step)
             if group.trail is not None:
                 group.trail.append(self.latents_of(group)[0])
             if self.unet.device.type == "cpu":
@@ -236,7 +238,7 @@ class Runner:
 
         Yields calls to make with `beside`. Raises OutOfMemory if there is no room for one page.
         """
-        steps = [step for step in range(group.steps) if bank_keys(group, step)][:2]
+        steps = [step for step in range(group.first, group.steps) if bank_keys(group, step)][:2]
         if steps:
             keys, *later = (bank_keys(group, step) for step in steps)
             with torch.inference_mode():

@@ -15,6 +15,7 @@ from stylefast.sampling.schedule import (
     SCHEDULERS,
     TIMESTEP_SCHEDULERS,
     Schedule,
+    first_step,
     make_schedule,
     schedule_digest,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "alphas_cumprod",
     "branch_weights_per_step",
     "ddim_invert",
+    "first_step",
     "guidance_weights",
     "inversion_schedule",
     "make_schedule",

@@ -28,10 +28,13 @@ from stylefast.sampling.tables import (
 )
 
 
-def dpmpp_multistep(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, *, order: int, sde: bool) -> Tables:
+def dpmpp_multistep(
+    config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, *, order: int, sde: bool, start: int = 0
+) -> Tables:
     """Build the tables of DPM-Solver++(2M) and (3M) and their SDE forms; past x0 come from the last one or two steps.
 
-    timesteps [steps], sigmas [steps + 1], from `spacing.multistep_levels`. Order 2 is the midpoint form. Order 3 on
+    timesteps [steps], sigmas [steps + 1], from `spacing.multistep_levels`. start: the step that sampling begins with,
+    so that there is no past x0 before. Order 2 is the midpoint form. Order 3 on
     the SDE is k-diffusion's "3M SDE", whose second step uses the integral form; diffusers flips the sign of one
     constant in its third-order term, which leaves that term finite as h goes to 0.
     """
@@ -43,14 +46,14 @@ def dpmpp_multistep(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, 
         row = update[i, NEXT_LATENTS]
         gain = _first_order(row, LATENTS, sigmas[i], sigmas[i + 1], sde)
         row[X0] = gain
-        if i == 0 or (i == steps - 1 and first_order_end):
+        if i <= start or (i == steps - 1 and first_order_end):
             continue
         h, h_last = log_ratio(sigmas[i], sigmas[i + 1]), log_ratio(sigmas[i - 1], sigmas[i])
         y = 2 * h if sde else h
         alpha, _ = alpha_s(sigmas[i + 1])
         # coefficient of x0's first derivative in log(alpha / s), times h
         phi_2 = alpha * (np.expm1(-y) / y + 1)
-        if order == 2 or i == 1 or (i == steps - 2 and few):
+        if order == 2 or i == start + 1 or (i == steps - 2 and few):
             slope = (phi_2 if order == 3 and sde else 0.5 * gain) * h / h_last
             row[X0] += slope
             row[PREVIOUS_X0] = -slope
@@ -66,12 +69,12 @@ def dpmpp_multistep(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, 
     return preserving(config, timesteps, sigmas, update)
 
 
-def dpmpp_sde(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray) -> Tables:
+def dpmpp_sde(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, start: int = 0) -> Tables:
     """Build the tables of DPM++ SDE: second-order SDE steps over two levels, with a model evaluation in the middle.
 
     timesteps [steps], sigmas [steps + 1], from `spacing.multistep_levels`; steps counts evaluations. The first half
     of a pair is a first-order step; the second restarts from the latents before the pair, the anchor, with its own
-    noise.
+    noise. start: the step that sampling begins with; where that is the second of a pair, it is of first order too.
     """
     steps = len(timesteps)
     lower_order_end = config["lower_order_final"] or sigmas[-1] == 0
@@ -79,7 +82,7 @@ def dpmpp_sde(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray) -> Tab
     for i in range(steps):
         row = update[i, NEXT_LATENTS]
         update[i, NEXT_ANCHOR, LATENTS] = 1.0
-        if i % 2 == 0 or (i == steps - 1 and lower_order_end):
+        if i % 2 == 0 or i == start or (i == steps - 1 and lower_order_end):
             row[X0] = _first_order(row, LATENTS, sigmas[i], sigmas[i + 1], sde=True)
             continue
         gain = _first_order(row, ANCHOR, sigmas[i - 1], sigmas[i + 1], sde=True)

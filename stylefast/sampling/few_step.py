@@ -33,7 +33,7 @@ class FewStepPreset:
     guidance: float = 1.0
     most_guidance: float = 1.0
 
-    def schedule(self, steps: int, config: Mapping = SDXL_SCHEDULER) -> Schedule:
+    def schedule(self, steps: int, config: Mapping = SDXL_SCHEDULER, start: int = 0) -> Schedule:
         """Return the schedule of `steps` steps for a scheduler config in diffusers format.
 
         Raises InvalidRequest for a count outside `self.steps`.
@@ -52,6 +52,7 @@ class FewStepPreset:
             prediction_type=self.prediction_type,
             timesteps=self.timesteps,
             eta=self.eta,
+            start=start,
         )
 
 
@@ -92,8 +93,12 @@ def guidance_warning(scheduler: str, guidance: float) -> str | None:
     )
 
 
-def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spacing: str | None = None) -> Schedule:
+def named_schedule(
+    name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spacing: str | None = None, start: int = 0
+) -> Schedule:
     """Return the schedule of a sampler or preset by name; lcm and tcd, which are both, accept any number of steps.
+
+    start: the step that sampling begins with.
 
     Raises InvalidRequest for an unknown name, or a step count or spacing the sampler doesn't support.
     """
@@ -106,11 +111,11 @@ def named_schedule(name: str, steps: int, config: Mapping = SDXL_SCHEDULER, spac
             f"models {', '.join(FEW_STEP_PRESETS)}{meant}"
         )
     if base in SCHEDULERS:
-        return make_schedule(name, steps, config, spacing=spacing)
+        return make_schedule(name, steps, config, spacing=spacing, start=start)
     if is_edm(config):
         check_edm(name, config)
     if spacing is not None:
         raise InvalidRequest(
             f"scheduler {values.quoted(name)} has its own spacing; leave spacing={values.quoted(spacing)} out"
         )
-    return FEW_STEP_PRESETS[name].schedule(steps, config)
+    return FEW_STEP_PRESETS[name].schedule(steps, config, start)

@@ -51,6 +51,8 @@ _DEFAULT_ETA = {"ddim": 0.0, "tcd": 0.3}
 _OWN_SPACING = {"dpmpp_sde": ("linspace",), "lcm": (), "tcd": ()}
 # (order, SDE)
 _MULTISTEP = {"dpmpp_2m": (2, False), "dpmpp_2m_sde": (2, True), "dpmpp_3m": (3, False), "dpmpp_3m_sde": (3, True)}
+# samplers whose steps depend on those before
+_REMEMBERING = ("unipc", "dpmpp_sde", *_MULTISTEP)
 
 _DPMPP_UNSUPPORTED = ("thresholding", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
 # config settings that would change these samplers and that the tables don't implement
@@ -128,6 +130,7 @@ def make_schedule(
     eta: float | None = None,
     prediction_type: str | None = None,
     timesteps: Sequence[int] | None = None,
+    start: int = 0,
 ) -> Schedule:
     """Build the schedule of `steps` steps of the sampler `name`; equal arguments return the same Schedule object.
 
@@ -142,6 +145,7 @@ def make_schedule(
         eta: the share of fresh noise, in [0, 1], of ddim (default 0) and tcd (its gamma, default 0.3).
         prediction_type: "epsilon", "v_prediction" or "sample", overrides the config's.
         timesteps: `steps` explicit timesteps, descending whole numbers; for TIMESTEP_SCHEDULERS.
+        start: the step that sampling begins with, at a picture with noise; see `first_step`.
 
     Raises InvalidRequest for an unknown name, steps outside 1..1000, or a setting the sampler doesn't support.
 
@@ -174,12 +178,27 @@ def make_schedule(
             "the timesteps"
         )
 
+    if base not in _REMEMBERING:
+        start = 0  # makes no difference
     try:
         frozen = _frozen(config)
     except TypeError:
         # an unhashable value can't be a cache key
-        return _lay_out.__wrapped__(base, steps, levels, eta, given, config)
-    return _lay_out(base, steps, levels, eta, given, frozen)
+        return _lay_out.__wrapped__(base, steps, levels, eta, given, config, start)
+    return _lay_out(base, steps, levels, eta, given, frozen, start)
+
+
+def first_step(steps: int, strength: float) -> int:
+    """Return the step with which sampling begins that starts from a picture, as in diffusers.
+
+    strength: share of the steps that run, in [0, 1], rounded down to whole steps.
+
+    Examples:
+        >>> from stylefast.sampling import first_step
+        >>> first_step(30, 0.6)
+        12
+    """
+    return steps - int(steps * strength)
 
 
 def schedule_digest(schedule: Schedule) -> str:
@@ -194,10 +213,12 @@ def schedule_digest(schedule: Schedule) -> str:
 
 
 @lru_cache(maxsize=256)
-def _lay_out(base: str, steps: int, levels: str | None, eta: float, given: tuple[int, ...] | None, config) -> Schedule:
+def _lay_out(
+    base: str, steps: int, levels: str | None, eta: float, given: tuple[int, ...] | None, config, start: int
+) -> Schedule:
     # config: a mapping, or its items
     *columns, init_noise_scale = _tables(
-        base, steps, levels, eta, None if given is None else np.array(given, dtype=np.int64), dict(config)
+        base, steps, levels, eta, None if given is None else np.array(given, dtype=np.int64), dict(config), start
     )
     return Schedule(
         base if levels is None else f"{base}_{levels}",
@@ -206,7 +227,9 @@ def _lay_out(base: str, steps: int, levels: str | None, eta: float, given: tuple
     )
 
 
-def _tables(base: str, steps: int, levels: str | None, eta: float, given: np.ndarray | None, config: dict) -> Tables:
+def _tables(
+    base: str, steps: int, levels: str | None, eta: float, given: np.ndarray | None, config: dict, start: int
+) -> Tables:
     if base == "ddim":
         return solvers.ddim(config, steps, eta)
     if base == "euler":
@@ -218,15 +241,15 @@ def _tables(base: str, steps: int, levels: str | None, eta: float, given: np.nda
         timesteps = given if given is not None else consistency.distilled_timesteps(base, config, steps)
         return consistency.lcm(config, timesteps) if base == "lcm" else consistency.tcd(config, timesteps, eta)
     if base == "unipc":
-        return unipc(config, *multistep_levels(config, steps, levels, given, round_karras=True))
+        return unipc(config, *multistep_levels(config, steps, levels, given, round_karras=True), start)
     if base == "dpmpp_sde":
         config["timestep_spacing"] = "linspace"
-        return dpm_solvers.dpmpp_sde(config, *multistep_levels(config, steps, levels, given, round_karras=True))
+        return dpm_solvers.dpmpp_sde(config, *multistep_levels(config, steps, levels, given, round_karras=True), start)
     order, sde = _MULTISTEP[base]
     # the cosine schedule's last timesteps are so noisy that rounding would merge them
     whole = config["beta_schedule"] != "squaredcos_cap_v2"
     visited = multistep_levels(config, steps, levels, given, round_karras=whole)
-    return dpm_solvers.dpmpp_multistep(config, *visited, order=order, sde=sde)
+    return dpm_solvers.dpmpp_multistep(config, *visited, order=order, sde=sde, start=start)
 
 
 def _frozen(value) -> Hashable:

@@ -19,25 +19,25 @@ from stylefast.sampling.tables import (
 )
 
 
-def unipc(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray) -> Tables:
+def unipc(config: Mapping, timesteps: np.ndarray, sigmas: np.ndarray, start: int = 0) -> Tables:
     """Build the tables of UniPC, order 2, B2(h) = e**h - 1 (Zhao et al. 2023, Alg. 5 to 8).
 
     A step first uses the new model output to correct its input latents, then predicts the next latents from the
     corrected ones. The correction starts from the last step's corrected latents, the anchor.
 
-    timesteps [steps], sigmas [steps + 1], from `spacing.multistep_levels`.
+    timesteps [steps], sigmas [steps + 1], from `spacing.multistep_levels`. start: the step that sampling begins with.
     """
     steps = len(timesteps)
     order_before = 0
     update = np.zeros((steps, 2, 6))
     for i in range(steps):
-        if i > 0 and i - 1 not in config["disable_corrector"]:
+        if i > start and i - 1 not in config["disable_corrector"]:
             corrected = _corrector(sigmas, i, order_before)
         else:
             corrected = np.eye(6)[LATENTS]
         # order 2 divides by h, which is infinite for a step to sigma 0 and may be 0 in the last step
         first_order_end = config["lower_order_final"] or sigmas[-1] in (0, sigmas[-2])
-        order = 1 if i == 0 or (i == steps - 1 and first_order_end) else 2
+        order = 1 if i <= start or (i == steps - 1 and first_order_end) else 2
         update[i, NEXT_ANCHOR] = corrected
         update[i, NEXT_LATENTS] = _predictor(sigmas, i, order, corrected)
         order_before = order

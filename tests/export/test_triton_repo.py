@@ -383,6 +383,15 @@ def test_a_request_takes_every_text_setting_and_no_lora(read, requests):
         read({"prompt": "a cat", "loras": {"ink": 1.0}})
 
 
+def test_a_picture_to_begin_with_and_its_mask_are_named_by_number(requests):
+    png = [small_picture(seed) for seed in range(2)]
+    text = json.dumps({"prompt": "a", "image": 1, "mask": 0, "strength": 0.5}).encode()
+    (request,) = requests.read_order(text, png, requests.Shelf(None, {})).requests
+    assert (request.image, request.mask, request.strength) == (png[1], png[0], 0.5)
+    with pytest.raises(ImageError, match="2 pictures were sent"):
+        requests.read_order(b'{"prompt": "a", "image": 2}', png, requests.Shelf(None, {}))
+
+
 def test_several_styles_and_pictures_find_their_places(requests):
     png = [small_picture(seed) for seed in range(3)]
     style = [{"method": "aligned", "prompt": "oil"}, {"method": "instant", "image": [2, 0], "mask": [1, 1]}]

@@ -260,3 +260,17 @@ def test_forward_noising_equals_add_noise_of_diffusers(name):
         f0, f1 = schedule.forward[i]
         theirs = scheduler.add_noise(picture, noise, timestep[None])
         torch.testing.assert_close(f0 * picture + f1 * noise, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("steps", "start"), [(20, 8), (20, 9), (5, 2), (4, 3), (16, 15)])
+def test_sampling_that_starts_at_a_picture_equals_diffusers(name, steps, start):
+    config = {**SDXL, "steps_offset": 1, "timestep_spacing": "leading"}
+    if name == "ddim":
+        config |= {"clip_sample": False, "set_alpha_to_one": False}
+    assert_same_path(name, config, steps, start=start)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m_karras", "dpmpp_3m_sde_exponential", "unipc_karras", "euler_karras"])
+def test_sampling_with_other_noise_levels_that_starts_at_a_picture_equals_diffusers(name):
+    assert_same_path(name, {**SDXL, "timestep_spacing": "leading", "steps_offset": 1}, 20, start=7)

@@ -64,8 +64,8 @@ def diffusers_scheduler(name, config):
     return kind(**{**options, **config})
 
 
-def diffusers_path(name, scheduler, eta, seed=0, dtype=torch.float32):
-    """(inputs to the model, latents after each step) of diffusers' scheduler, timesteps set."""
+def diffusers_path(name, scheduler, eta, seed=0, dtype=torch.float32, start=0):
+    """(inputs to the model, latents after each step) of diffusers' scheduler, timesteps set, from step `start`."""
     generator = torch.Generator().manual_seed(seed)
     latents = (torch.randn(SHAPE, generator=generator) * scheduler.init_noise_sigma).to(dtype)
     extra = {"eta": eta} if name in ("ddim", "tcd") and eta is not None else {}
@@ -75,7 +75,9 @@ def diffusers_path(name, scheduler, eta, seed=0, dtype=torch.float32):
         # its steps in log sigma are small differences: taken in float32 they are off by more than we allow
         scheduler.sigmas = scheduler.sigmas.double()
     inputs, path = [], []
-    for timestep in scheduler.timesteps:
+    if start and hasattr(scheduler, "set_begin_index"):  # as its image-to-image pipelines do
+        scheduler.set_begin_index(start)
+    for timestep in scheduler.timesteps[start:]:
         seen = scheduler.scale_model_input(latents, timestep)
         latents = scheduler.step(toy_model(seen, timestep), timestep, latents, **extra).prev_sample
         inputs.append(seen)
@@ -83,14 +85,14 @@ def diffusers_path(name, scheduler, eta, seed=0, dtype=torch.float32):
     return inputs, path
 
 
-def our_path(schedule, seed=0):
-    """(inputs to the model, latents after each step) of a Schedule."""
+def our_path(schedule, seed=0, start=0):
+    """(inputs to the model, latents after each step) of a Schedule, from step `start`."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(SHAPE, generator=generator) * schedule.init_noise_scale
     anchor, history = torch.zeros(SHAPE), torch.zeros(1, 2, *SHAPE[1:])
     one_branch = torch.tensor([[-1, -1, -1, 0]]), torch.tensor([[0.0, 0.0, 0.0, 1.0]]), torch.zeros(1)
     inputs, path = [], []
-    for i in range(schedule.steps):
+    for i in range(start, schedule.steps):
         seen = latents * schedule.input_scale[i]
         output = toy_model(seen, schedule.timesteps[i])
         noise = torch.randn(SHAPE, generator=generator) if schedule.uses_noise else torch.zeros(SHAPE)
@@ -109,35 +111,35 @@ def our_path(schedule, seed=0):
     return inputs, path
 
 
-def assert_same_path(name, config, steps, tolerance=1e-5, *, eta=None, timesteps=None):
+def assert_same_path(name, config, steps, tolerance=1e-5, *, eta=None, timesteps=None, start=0):
     """make_schedule and diffusers' scheduler of that name and config agree in all they do."""
     scheduler = diffusers_scheduler(name, config)
     if timesteps is None:
         scheduler.set_timesteps(steps)
     else:
         scheduler.set_timesteps(timesteps=timesteps)
-    schedule = make_schedule(name, steps, config, eta=eta, timesteps=timesteps)
-    assert_schedule_walks(schedule, name, scheduler, tolerance, eta)
+    schedule = make_schedule(name, steps, config, eta=eta, timesteps=timesteps, start=start)
+    assert_schedule_walks(schedule, name, scheduler, tolerance, eta, start)
 
 
-def assert_schedule_walks(schedule, name, scheduler, tolerance=1e-5, eta=None):
+def assert_schedule_walks(schedule, name, scheduler, tolerance=1e-5, eta=None, start=0):
     """`schedule` walks the path of diffusers' `scheduler`, whose timesteps are set.
 
     To within `tolerance`; or, where the sums of a CPU take the two further apart, with an error against the path in
     fp64 that is at most twice the largest of theirs up to that step.
     """
     again = copy.deepcopy(scheduler)
-    their_inputs, theirs = diffusers_path(name, scheduler, eta)
+    their_inputs, theirs = diffusers_path(name, scheduler, eta, start=start)
     torch.testing.assert_close(schedule.timesteps, scheduler.timesteps.float(), atol=1e-3, rtol=0)
     assert schedule.init_noise_scale == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-6)
-    inputs, ours = our_path(schedule)
+    inputs, ours = our_path(schedule, start=start)
 
     @cache
     def exact():
         with noise_of_fp32():
-            return diffusers_path(name, again, eta, dtype=torch.float64)
+            return diffusers_path(name, again, eta, dtype=torch.float64, start=start)
 
-    for step in range(schedule.steps):
+    for step in range(schedule.steps - start):
         # the latents of Euler samplers begin at some 14 (or 4096) times unit variance
         scale = max(1.0, float(theirs[step].abs().max()))
         pairs = ((ours, theirs, scale * tolerance), (inputs, their_inputs, tolerance * (1 + their_inputs[step].abs())))

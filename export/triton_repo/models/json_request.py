@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import stylefast as sf
 from stylefast.errors import ImageError, InvalidRequest, StyleError
-from stylefast.record import read_style
+from stylefast.record import PICTURES, read_style
 from stylefast.styles.style import Style, find_kind, kinds
 from stylefast.values import did_you_mean, load_json, quoted, real_number, seeds, whole_number
 
@@ -29,6 +29,14 @@ _SHARED = (
     "guidance_rescale",
     "guidance_interval",
     "spacing",
+    "image",
+    "strength",
+    "mask",
+    "upscale",
+    "upscale_strength",
+    "upscale_mode",
+    "variation_seed",
+    "variation_strength",
 )
 _FIELDS = ("prompt", "seed", "style", "preview_every", "deadline", *_SHARED)
 _MOST_PROMPTS = 64
@@ -80,7 +88,11 @@ def read_order(text: bytes, pictures: Sequence[bytes], shelf: Shelf) -> Order:
         raise InvalidRequest(f"{len(prompts)} prompts; a request takes 1 to {_MOST_PROMPTS}")
     numbered = zip(prompts, seeds("seed", given.get("seed", 0), len(prompts)), strict=True)
     shared = {name: given[name] for name in _SHARED if name in given}
-    shared["style"] = _styles(given.get("style"), _Sent(pictures, shelf))
+    sent = _Sent(pictures, shelf)
+    shared["style"] = _styles(given.get("style"), sent)
+    for name in PICTURES:
+        if shared.get(name) is not None:
+            shared[name] = sent.picture(shared[name], name == "mask")
     every = whole_number("preview_every", given.get("preview_every", 0), 0)
     deadline = given.get("deadline")
     if deadline is not None:

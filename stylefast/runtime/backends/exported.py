@@ -167,7 +167,7 @@ class ExportedBackend(Backend):
 
         If no graph fits, returns None as well; the step will raise the error.
         """
-        all_rows = [group.rows_at(step) for step in range(group.steps)]
+        all_rows = [group.rows_at(step) for step in range(group.first, group.steps)]
         banked = any(
             reference.bank is not None for group_rows in all_rows for row in group_rows.references for reference in row
         )

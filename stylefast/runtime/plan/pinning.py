@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 
 from stylefast.errors import StyleError
+from stylefast.models.repaint import Kept
 from stylefast.runtime.plan.request import Request
-from stylefast.runtime.plan.sample import Pin, Sample, noise_generator
+from stylefast.runtime.plan.sample import Pin, Sample, first_noise
 from stylefast.sampling.edm import is_edm
 from stylefast.sampling.guidance import FULL, NULL
 from stylefast.sampling.inversion import inversion_schedule, pinned_latents
@@ -48,12 +49,31 @@ def scheduler_config(request: Request, config: Mapping) -> Mapping:
     return {**config, **_INVERSION_CONFIG}
 
 
-def forward_pin(sample: Sample, clean: torch.Tensor) -> Pin:
-    """Pin to the picture [channels, h, w] plus one fixed noise (the sample's seed) at each step's noise level."""
-    clean = clean.cpu()
-    noise = torch.randn(clean.shape, generator=noise_generator(sample.request), dtype=torch.float32)
-    forward = sample.schedule.forward.tolist()
-    return lambda step: forward[step][0] * clean + forward[step][1] * noise
+class Noised:
+    """Pin to a picture [channels, h, w] plus one fixed noise (the sample's seed) at each step's noise level.
+
+    kept: what the sample's mask keeps of the picture.
+    """
+
+    def __init__(self, sample: Sample, clean: torch.Tensor, kept: Kept | None = None):
+        self.clean, self.kept = clean.cpu(), kept
+        self.noise = first_noise(sample.request, clean.shape)
+        height, width = clean.shape[1:]
+        self.begin, self.keep = sample.begin, None if kept is None else 1 - kept.latents((height, width))
+        self._forward = sample.schedule.forward.tolist()
+
+    def __call__(self, step: int) -> torch.Tensor:
+        """Return the latents before a step, or after the last."""
+        return self._forward[step][0] * self.clean + self._forward[step][1] * self.noise
+
+    def put_back(self, latents: torch.Tensor, step: int) -> None:
+        """Write what the mask keeps into latents [channels, h, w] that `step` steps were made of."""
+        if self.keep is None or step <= self.begin:
+            return
+        if self.clean.device != latents.device:
+            self.clean, self.noise, self.keep = (x.to(latents.device) for x in (self.clean, self.noise, self.keep))
+        known = self.clean if step == len(self._forward) - 1 else self(step)
+        latents.copy_(torch.lerp(latents, known, self.keep))
 
 
 def latents_pin(bank: StyleBank, number: int) -> Pin:

@@ -1,22 +1,28 @@
 """The request for one picture, and the result of a call."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
+from PIL import Image
 
 from stylefast import values
 from stylefast.errors import InvalidRequest, PromptError, StyleError
 from stylefast.models import prompt_syntax
+from stylefast.models.masks import check_mask_shape
+from stylefast.models.pictures import PictureSource, check_source, open_picture
 from stylefast.models.prompt_syntax import SYNTAXES
 from stylefast.sampling.guidance import MAX_GUIDANCE
+from stylefast.sampling.schedule import first_step
 from stylefast.sampling.spacing import SPACINGS
 from stylefast.styles.style import ReferenceStyle, Style, check_kind, kinds
 
 MAX_STEPS = 1000
 MIN_SIDE, MAX_SIDE = 16, 8192
 MAX_LORAS = 32
+MAX_UPSCALE = 4
+UPSCALE_MODES = ("picture", "latents")
 # what a caller may give as styles; a `Request` holds a tuple of them
 StyleLike: TypeAlias = Style | Sequence[Style] | None
 
@@ -58,8 +64,18 @@ class Request:
         prompt_2, negative_prompt_2: texts for text encoder 2, as in diffusers' SDXL pipelines; None: the same texts.
         prompt_syntax: "plain" text, or weights as in "a1111" or "compel" (docs/prompts.md), in all of its prompts,
             those of its styles included.
+        image: picture to begin with instead of noise (docs/pictures.md); it is scaled to cover `size` and cropped, and
+            None as `size` is then its own, rounded down to sides divisible by 8.
+        strength: share of the steps that change `image`, in (0, 1]; of n steps the last int(n * strength) run.
+        mask: what of `image` to repaint: white is repainted, black kept, grey mixes the two; None: all of it.
+        upscale: factor by which both sides are enlarged, 1 to 4: the finished picture is enlarged and begins a second
+            pass of `upscale_strength`; 1: no second pass.
+        upscale_strength: share of the steps of that pass, as `strength`.
+        upscale_mode: what is enlarged: "picture", decoded, by Lanczos' filter, or "latents", bilinearly.
+        variation_seed: seed of a second noise that the first is turned towards; None or -1 draws one.
+        variation_strength: share of the way to that noise, in [0, 1].
 
-    Raises InvalidRequest for anything out of range.
+    Raises InvalidRequest for anything out of range, ImageError for an `image` or `mask` that can't be read.
 
     Examples:
         >>> request = sf.Request("a fish", steps=2, size=(96, 64), scheduler="unipc", loras={})
@@ -86,6 +102,14 @@ class Request:
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
     prompt_syntax: str = "plain"
+    image: PictureSource | None = None
+    strength: float = 0.6
+    mask: PictureSource | torch.Tensor | None = None
+    upscale: float = 1.0
+    upscale_strength: float = 0.4
+    upscale_mode: str = "picture"
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
 
     def __post_init__(self):
         checked: dict[str, Any] = {
@@ -109,11 +133,48 @@ class Request:
         checked["style"] = normalise_styles(self.style)
         checked["loras"] = normalise_loras(self.loras)
         checked["prompt_syntax"] = values.one_of("prompt_syntax", self.prompt_syntax, SYNTAXES)
+        checked["strength"] = values.real_number("strength", self.strength, 0, 1)
+        checked["upscale"] = values.real_number("upscale", self.upscale, 1, MAX_UPSCALE)
+        checked["upscale_strength"] = values.real_number("upscale_strength", self.upscale_strength, 0, 1)
+        checked["upscale_mode"] = values.one_of("upscale_mode", self.upscale_mode, UPSCALE_MODES)
+        if checked["upscale"] > 1:
+            _check_strength("upscale_strength", checked["upscale_strength"], checked["steps"])
+            if self.mask is not None:
+                raise InvalidRequest(
+                    "upscale has no second pass within a mask; give mask or upscale, one after another"
+                )
+        checked["variation_strength"] = values.real_number("variation_strength", self.variation_strength, 0, 1)
+        checked |= self._picture(checked) | self._variation(checked)
         slots = [slot for style in checked["style"] for slot in style.placeholders]
         for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
             prompt_syntax.check(name, checked.get(name, ""), checked["prompt_syntax"], slots)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def _picture(self, checked: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the checked fields of the picture that the request begins with."""
+        if self.image is None:
+            if self.mask is not None:
+                raise InvalidRequest("mask says what of a picture to repaint, but there is none; give it as image")
+            return {}
+        image, size = check_source("image", self.image), checked.get("size")
+        if size is None:
+            size = own_size(open_picture(image))
+        _check_strength("strength", checked["strength"], checked["steps"])
+        if self.mask is not None:
+            check_source("mask", self.mask, (torch.Tensor,))
+            check_mask_shape(self.mask, size[::-1])
+        return {"image": image, "size": size}
+
+    def _variation(self, checked: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the checked seed of a variation, drawn if it is needed and not given."""
+        if self.variation_seed is None and not checked["variation_strength"]:
+            return {}
+        return {"variation_seed": values.seed("variation_seed", self.variation_seed)}
+
+    def from_noise(self) -> "Request":
+        """Return the request without its own picture and variation, as its references are made."""
+        return replace(self, image=None, mask=None, upscale=1.0, variation_seed=None, variation_strength=0.0)
 
     @property
     def negatives(self) -> str:
@@ -194,6 +255,27 @@ def normalise_loras(loras: Any) -> Mapping[str, LoraScale]:
         limits = (-values.MAX_STRENGTH, values.MAX_STRENGTH)
         found[name] = LoraScale(*(values.real_number(what, one, *limits) for one in both))
     return found
+
+
+def _check_strength(name: str, strength: float, steps: int) -> None:
+    """Raise InvalidRequest for a strength that leaves no step to run."""
+    if first_step(steps, strength) >= steps:
+        raise InvalidRequest(
+            f"{name} is {strength:g}, which of {steps} steps leaves none to run; give at least {1 / steps:.3f}, or "
+            "more steps"
+        )
+
+
+def own_size(picture: Image.Image) -> tuple[int, int]:
+    """Return the (width, height) of a picture rounded down to sides divisible by 8. Raises InvalidRequest."""
+    width, height = (side - side % 8 for side in picture.size)
+    try:
+        return check_size((width, height))
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"image has {picture.width}x{picture.height} pixels, and without a size the picture becomes as large: "
+            f"{error}; give size=(width, height)"
+        ) from None
 
 
 def check_size(size: Any) -> tuple[int, int]:

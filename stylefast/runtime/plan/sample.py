@@ -22,7 +22,7 @@ from stylefast.models.layout import AttentionLayout
 from stylefast.models.pictures import PictureSource
 from stylefast.models.row_table import CONCAT, PLAIN, SWAP
 from stylefast.runtime.loras import LoraUse
-from stylefast.runtime.plan.request import Request
+from stylefast.runtime.plan.request import Request, check_size
 from stylefast.sampling.guidance import (
     BRANCHES,
     FULL,
@@ -30,7 +30,7 @@ from stylefast.sampling.guidance import (
     branch_weights_per_step,
     guidance_weights,
 )
-from stylefast.sampling.schedule import Schedule
+from stylefast.sampling.schedule import Schedule, first_step
 from stylefast.sampling.tables import NEXT_LATENTS, NOISE
 from stylefast.styles.bank import StyleBank
 from stylefast.styles.style import ReferenceStyle, Rows, Style, asking
@@ -58,7 +58,13 @@ class Sample:
     picture: PictureSource | None = None  # a real reference: its latents are the noised picture at every step
     held: tuple[StyleBank, int] | None = None  # a reference run again from a bank's latents: which of its references
     start: torch.Tensor | None = None  # an inversion's: the latents [channels, h, w] that it begins with
-    pin: tuple[str, Callable[[int], torch.Tensor]] | None = None  # a reference's, and the model that it was made with
+    pin: tuple[str, Pin] | None = None  # of a real picture, and the model that it was made with
+    base: "Sample | None" = None  # the finished picture that a second pass enlarges and begins with
+    first_pass: list["Sample"] = field(
+        default_factory=list
+    )  # all samples of the call's first pass, for those with a base
+    begin: int = 0  # the step from which its latents are predicted; before, they are its request's noised picture
+    first: int = 0  # the step from which it has rows: its own beginning, or that of the first that reads it
     reference_of: ReferenceStyle | None = None  # the style whose reference this sample is
     reader: ReferenceStyle | None = None  # how this sample reads its references
     leads: bool = False  # first of a group whose members are each other's references
@@ -75,6 +81,18 @@ class Sample:
         style = self.reference_of
         return self.picture is not None and style is not None and style.reads.noise == "ddim"
 
+    @property
+    def source(self) -> PictureSource | None:
+        """Return the picture that is encoded: what it is pinned to, or what it begins with."""
+        if self.picture is not None:
+            return self.picture
+        return None if self.base is not None else self.request.image
+
+    @property
+    def begins(self) -> bool:
+        """Return whether it begins with a picture instead of noise."""
+        return self.base is not None or (self.output is not None and self.request.image is not None)
+
     def require(self, branches: Iterable[str]) -> None:
         """Add `branches` to the rows that run."""
         self.branches = tuple(branch for branch in BRANCHES if branch in self.branches or branch in branches)
@@ -87,20 +105,21 @@ class Sample:
 
     def shares(self, step: int) -> bool:
         """Return whether it reads its references at `step`."""
-        if self.reader is None or not (self.references or self.bank is not None):
+        if self.reader is None or step < self.begin or not (self.references or self.bank is not None):
             return False
         return self.reader.active(step, self.schedule.steps)
 
 
 def plan_samples(
-    requests: Sequence[Request], schedule_of: Callable[[Request], Schedule], native_size: tuple[int, int]
+    requests: Sequence[Request], schedule_of: Callable[[Request, int], Schedule], native_size: tuple[int, int]
 ) -> list[Sample]:
     """Return all samples that `requests` need: the targets in their order, then the references that are not returned.
 
     Requests with the same style, whose reference is the call's first picture, form a group led by that picture.
-    Raises InvalidRequest when the members of a group can't run step by step together.
+    schedule_of: returns the schedule of a request, for sampling that begins with a step. Raises InvalidRequest when the
+    members of a group can't run step by step together.
     """
-    targets = [_target(i, request, schedule_of(request), native_size) for i, request in enumerate(requests)]
+    targets = [_target(i, request, schedule_of, native_size) for i, request in enumerate(requests)]
     hidden: dict[tuple, Sample] = {}
     groups: dict[int, list[Sample]] = {}
     for target in targets:
@@ -125,34 +144,53 @@ def plan_samples(
             key += tuple(id(other) for other in shared_styles(target.request, style))
             key += tuple(target.request.lora_scales.items())
             if key not in hidden:
-                hidden[key] = _reference(target, style, i, picture)
-            target.references.append(hidden[key])
+                hidden[key] = _reference(target, style, i, picture, schedule_of)
+            reference = hidden[key]
+            if reference.pinned:
+                reference.begin = min(reference.begin, target.begin)
+            target.references.append(reference)
 
     for members in groups.values():
         _join_group(members)
     everyone = targets + list(hidden.values())
     for sample in everyone:
         sample.require(sample.weights)
+        sample.first = sample.begin
     # readers add the rows they need once every sample has its own; full sharing is mutual, so do it twice
     for _ in range(2):
         for sample in everyone:
             for reference in sample.references:
                 reference.require(sample.branches)
+                reference.first = min(reference.first, sample.first)
     return everyone
 
 
-def _target(index: int, request: Request, schedule: Schedule, native_size) -> Sample:
+def _target(index: int, request: Request, schedule_of: Callable[[Request, int], Schedule], native_size) -> Sample:
+    begin, size = 0, request.size or native_size
+    if request.upscale > 1:
+        begin, size = first_step(request.steps, request.upscale_strength), enlarged(size, request.upscale)
+    elif request.image is not None:
+        begin = first_step(request.steps, request.strength)
     context = next((s.context_guidance for s in request.styles if s.context_guidance is not None), None)
     weights = guidance_weights(request.guidance, context)
-    return Sample(request, request.prompt, schedule, request.size or native_size, weights, output=index)
+    return Sample(request, request.prompt, schedule_of(request, begin), size, weights, output=index, begin=begin)
 
 
-def _reference(target: Sample, style: ReferenceStyle, number: int, picture: Any) -> Sample:
+def enlarged(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """Return (width, height) times a factor, to the nearest sides divisible by 8. Raises InvalidRequest."""
+    width, height = (8 * round(side * factor / 8) for side in size)
+    return check_size((width, height))
+
+
+def _reference(target: Sample, style: ReferenceStyle, number: int, picture: Any, schedule_of) -> Sample:
     wanted = style.reads
     styles = shared_styles(target.request, style)
-    request = replace(target.request, style=styles, seed=wanted.seed, prompt_2=None)
+    request = replace(target.request.from_noise(), style=styles, seed=wanted.seed, prompt_2=None)
     weights = dict(target.weights) if picture is None else {FULL: 1.0}
-    reference = Sample(request, wanted.prompt or "", target.schedule, target.size, weights, reference_of=style)
+    schedule = schedule_of(request, 0)
+    reference = Sample(request, wanted.prompt or "", schedule, target.size, weights, reference_of=style)
+    if picture is not None or wanted.bank is not None:
+        reference.begin = target.begin
     if wanted.bank is None:
         reference.picture = picture
     else:
@@ -280,7 +318,7 @@ class SampleGroup:
     ):
         self.samples, self.conditions, self.pins = list(samples), conditions, pins
         self.latent_shape = latent_shape  # (channels, h, w)
-        self.step = 0
+        self.step = self.first = min(sample.first for sample in samples)
         self.put(np.zeros(0, dtype=np.int64), torch.device("cpu"))
         # of an inversion, all latents [channels, h, w] that it has passed, the first before any step
         self.trail = [samples[0].start] if samples[0].start is not None else None
@@ -294,10 +332,10 @@ class SampleGroup:
         self.denoised = np.stack([s.denoised.numpy() for s in schedules], axis=1)  # [steps, pictures, 2]
         self.update = np.stack([s.update.numpy() for s in schedules], axis=1)  # [steps, pictures, 2, 6]
         for i, sample in enumerate(samples):
-            if sample in pins:
-                # the next latents are passed as the noise, and all other terms are 0
-                self.denoised[:, i], self.update[:, i] = 0, 0
-                self.update[:, i, NEXT_LATENTS, NOISE] = 1
+            held = self._held_until(sample)
+            # the next latents are passed as the noise, and all other terms are 0
+            self.denoised[:held, i], self.update[:held, i] = 0, 0
+            self.update[:held, i, NEXT_LATENTS, NOISE] = 1
         self.rescale = np.array([sample.request.guidance_rescale for sample in samples], dtype=np.float32)
         self.time_ids = np.array(
             [[sample.size[1], sample.size[0], 0, 0, sample.size[1], sample.size[0]] for sample in samples],
@@ -305,8 +343,8 @@ class SampleGroup:
         )
         self.noisy = any(sample in pins or sample.schedule.uses_noise for sample in samples)
         all_rows: dict[tuple, GroupRows] = {}
-        self._rows_at: list[GroupRows] = []  # per step; equal ones are one object
-        for step in range(self.steps):
+        self._rows_at: list[GroupRows] = []  # per step, from the first; equal ones are one object
+        for step in range(self.first, self.steps):
             key = rows_key(samples, conditions, step)
             if key not in all_rows:
                 all_rows[key] = make_group_rows(samples, conditions, layout, step)
@@ -320,6 +358,12 @@ class SampleGroup:
         """
         asked = [sample.output is not None for sample in self.samples] if len(slots) else []
         self.slots: np.ndarray = slots
+        # (`pinning.Noised`, slot) of pictures of which a mask keeps a part
+        self.repainted: list[tuple[Any, int]] = [
+            (self.pins[sample], int(slot))
+            for sample, slot in zip(self.samples, slots, strict=False)
+            if sample.request.mask is not None
+        ]
         self.places = torch.from_numpy(slots).to(device)
         self.shown = torch.from_numpy(slots[np.array(asked, dtype=bool)]).to(device)
 
@@ -335,15 +379,20 @@ class SampleGroup:
 
     def rows_at(self, step: int | None = None) -> GroupRows:
         """Return the rows at a step, by default the current one."""
-        return self._rows_at[self.step if step is None else step]
+        return self._rows_at[(self.step if step is None else step) - self.first]
 
     @property
     def rows(self) -> int:
         """Return the number of UNet rows in the current step."""
         return self.rows_at().rows
 
+    @property
+    def most_rows(self) -> int:
+        """Return the number of UNet rows in the step that has most."""
+        return max(rows.rows for rows in self._rows_at)
+
     def first_latents(self) -> torch.Tensor:
-        """Return the latents before step 0, [pictures, channels, h, w] float32."""
+        """Return the latents before the first step, [pictures, channels, h, w] float32."""
         return torch.stack([self._first_of(sample) for sample in self.samples])
 
     def noise(self) -> torch.Tensor:
@@ -351,7 +400,7 @@ class SampleGroup:
         if self._drawn[0] != self.step:
             noise = torch.zeros(self.pictures, *self.latent_shape)
             for i, sample in enumerate(self.samples):
-                if sample in self.pins:
+                if self.step < self._held_until(sample):
                     noise[i] = self.pins[sample](self.step + 1)
                 elif sample.schedule.uses_noise:
                     noise[i] = self._noise_of(sample)
@@ -359,11 +408,17 @@ class SampleGroup:
         return self._drawn[1]
 
     def _first_of(self, sample: Sample) -> torch.Tensor:
-        if sample in self.pins:
-            return self.pins[sample](0).float().cpu()
         if sample.start is not None:
             return sample.start.float().cpu()
-        return self._noise_of(sample) * sample.schedule.init_noise_scale
+        noise = first_noise(sample.request, self.latent_shape, self._generators[sample])
+        # what is repainted at full strength begins with noise alone, as in diffusers
+        if sample in self.pins and (sample.begin or sample.request.mask is None):
+            return self.pins[sample](self.first).float().cpu()
+        return noise * sample.schedule.init_noise_scale
+
+    def _held_until(self, sample: Sample) -> int:
+        """Return the step before which the latents of a sample are given by its pin."""
+        return 0 if sample not in self.pins else self.steps if sample.pinned else sample.begin
 
     def _noise_of(self, sample: Sample) -> torch.Tensor:
         return torch.randn(self.latent_shape, generator=self._generators[sample], dtype=torch.float32)
@@ -373,6 +428,27 @@ def noise_generator(request: Request) -> torch.Generator:
     """Return a generator of the request's noise from its start."""
     assert request.seed is not None  # a request draws one
     return torch.Generator("cpu").manual_seed(request.seed)
+
+
+def first_noise(request: Request, shape: Sequence[int], generator: torch.Generator | None = None) -> torch.Tensor:
+    """Return the noise that a request's picture begins with: its seed's, on the way to that of its variation.
+
+    generator: of `noise_generator`, from which the noise of later steps is drawn too.
+    """
+    noise = torch.randn(*shape, generator=generator or noise_generator(request), dtype=torch.float32)
+    if not request.variation_strength or request.variation_seed is None:
+        return noise
+    other = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(request.variation_seed))
+    return slerp(noise, other, request.variation_strength)
+
+
+def slerp(one: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
+    """Return the tensor at a share of the way from one to another along the arc between them."""
+    cosine = torch.dot(one.flatten() / one.norm(), other.flatten() / other.norm()).clamp(-1, 1)
+    angle = torch.arccos(cosine)
+    if angle < 1e-4:
+        return torch.lerp(one, other, share)
+    return (torch.sin((1 - share) * angle) * one + torch.sin(share * angle) * other) / torch.sin(angle)
 
 
 def rows_key(samples: Sequence[Sample], conditions: "Conditions", step: int) -> tuple:
@@ -432,10 +508,15 @@ def _writing(sample: Sample, step: int) -> list[Style]:
 
 
 def branches_at(samples: Sequence[Sample], step: int) -> dict[Sample, tuple[str, ...]]:
-    """Return the branches in which each sample has rows: its own, and for a reference those of its readers."""
-    if all(sample.step_weights[step] == sample.weights for sample in samples):
+    """Return the branches in which each sample has rows: its own, and for a reference those of its readers.
+
+    Before its first step a sample has none.
+    """
+    begun = [sample for sample in samples if step >= sample.first]
+    if len(begun) == len(samples) and all(sample.step_weights[step] == sample.weights for sample in samples):
         return {sample: sample.branches for sample in samples}
-    needed = {sample: set(sample.step_weights[step]) for sample in samples}
+    needed: dict[Sample, set[str]] = {sample: set() for sample in samples}
+    needed |= {sample: set(sample.step_weights[step]) for sample in begun}
     # full sharing is mutual, so do it twice
     for _ in range(2):
         for sample in samples:
