@@ -117,8 +117,7 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
     for _ in range(2):  # twice: samples that read one another then have one another's branches too
         for sample in samples:
             for reference in sample.references:
-                both = {*reference.branches, *sample.branches}
-                reference.branches = tuple(branch for branch in BRANCHES if branch in both)
+                reference.branches = tuple(b for b in BRANCHES if b in {*reference.branches, *sample.branches})
     return samples
 
 

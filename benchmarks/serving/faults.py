@@ -24,6 +24,7 @@ CLIENTS = 8
 CANCELLED, MALFORMED = 0.10, 0.05  # shares of the requests
 STRETCHES = 20
 WARM_UP = 8  # stretches after which memory must be flat: the matrix library keeps prepared data of many shapes
+IDLE_SECONDS = 2.0  # before memory is read: the engine gives some back once it has nothing to do
 MOST_MEGABYTES, MOST_START = 20.0, 20.0
 SHORT = (2, 4, 8)  # steps: here many requests count, not long ones
 LATEST_CANCEL = 0.8  # seconds after which a request is cancelled at the latest
@@ -94,6 +95,7 @@ def soak(seconds: float, stretches: int = STRETCHES, warm_up: int = WARM_UP) -> 
                     tally.run(partial(one_request, service, number))
 
             together(client, CLIENTS)
+            time.sleep(IDLE_SECONDS)
             megabytes.append(round(service.megabytes(), 1))
             if stretch == warm_up - 1:
                 warm = sum(tally.ends.values())

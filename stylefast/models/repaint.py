@@ -31,7 +31,7 @@ def fit_mask(mask: PictureSource | torch.Tensor, image: PictureSource, size: tup
     is. Raises ImageError.
     """
     if isinstance(mask, torch.Tensor):
-        found = load_mask(mask, size[::-1])
+        found = load_mask(mask, (size[1], size[0]))
     else:
         grey, full = open_mask(mask).convert("L"), open_picture(image).size
         if grey.size != full:

@@ -385,7 +385,7 @@ def test_what_is_counted_between_two_steps_is_not_what_the_benchmark_itself_does
 def test_batches_that_are_compared_have_equally_many_rows(tiny_scene):
     def rows(requests):
         schedule = make_schedule("euler", tiny_scene.steps)
-        samples = plan_samples(requests, lambda request: schedule, tiny_scene.model.size)
+        samples = plan_samples(requests, lambda request, begin: schedule, tiny_scene.model.size)
         return sum(len(t.branches) for t in samples)
 
     assert rows(mixes.one_live_style(tiny_scene)) == rows(mixes.mixed_styles(tiny_scene)) == 18

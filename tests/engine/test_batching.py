@@ -403,7 +403,7 @@ def test_an_exception_while_joining_fails_the_job_alone(engine, watch, monkeypat
     def gone(reference):
         raise sf.errors.ImageError("the picture was removed since the request was checked")
 
-    monkeypatch.setattr(engine._planner, "encode_picture", gone)
+    monkeypatch.setattr(engine._planner, "read_picture", gone)
     style = sf.StyleAligned(small_picture(3))
     first, bad = watch.together(lambda: submit(engine, seed=1), lambda: submit(engine, style=style))
     with pytest.raises(sf.errors.ImageError, match="was removed"):

@@ -299,7 +299,7 @@ def test_weights_do_not_change_while_a_request_is_about_to_join(engine, watch, m
         caught.append(1)
         return encode(t)
 
-    encode = engine._planner.encode_picture
-    monkeypatch.setattr(engine._planner, "encode_picture", try_it)
+    encode = engine._planner.read_picture
+    monkeypatch.setattr(engine._planner, "read_picture", try_it)
     engine.generate(request(style=style))
     assert caught == [1]

@@ -193,5 +193,5 @@ def test_readers_that_skip_other_layers_do_not_share_a_references_text():
     style = sf.StyleAligned(prompt="a neon cat")
     requests = [sf.Request("a dog", style=style, clip_skip=skip) for skip in (0, 1, 1)]
     schedule = named_schedule("euler", 4)
-    found = plan_samples(requests, lambda request: schedule, (16, 16))
+    found = plan_samples(requests, lambda request, begin: schedule, (16, 16))
     assert [sample.request.clip_skip for sample in found] == [0, 1, 1, 0, 1]

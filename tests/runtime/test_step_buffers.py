@@ -34,7 +34,9 @@ def group_of(layout):
     """A group of requests on slots from `slot` on, with text pages numbered from `page` on."""
 
     def group_of(*requests, slot=1, page=0):
-        samples = plan_samples(requests, lambda request: make_schedule(request.scheduler, request.steps), (80, 48))
+        samples = plan_samples(
+            requests, lambda request, begin: make_schedule(request.scheduler, request.steps), (80, 48)
+        )
         conditions, steps = Conditions(SHAPE[1:]), requests[0].steps
         for t in samples:
             for branch in t.branches:

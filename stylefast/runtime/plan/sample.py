@@ -187,7 +187,7 @@ def _reference(target: Sample, style: ReferenceStyle, number: int, picture: Any,
     styles = shared_styles(target.request, style)
     request = replace(target.request.from_noise(), style=styles, seed=wanted.seed, prompt_2=None)
     weights = dict(target.weights) if picture is None else {FULL: 1.0}
-    schedule = schedule_of(request, 0)
+    schedule = schedule_of(target.request, 0)  # a style may ask for one of its own
     reference = Sample(request, wanted.prompt or "", schedule, target.size, weights, reference_of=style)
     if picture is not None or wanted.bank is not None:
         reference.begin = target.begin
