@@ -257,7 +257,11 @@ def _begun_chapter(picture: str, style: str) -> Chapter:
             (*start, "--mask", f"{HERE}{MASK}", "--strength", "0.9"),
             picture,
         ),
-        Call("enlarged", "twice as large, by a second pass from each picture", (*prompts, "--upscale", "2")),
+        Call(
+            "enlarged",
+            "one and a half times as large, by a second pass from each picture",
+            (*prompts, "--upscale", "1.5", "--upscale-strength", "0.2"),
+        ),
     ]
     text = (
         "A picture takes the place of the noise: its shapes and colours stay the more, the lower the strength. Outside "

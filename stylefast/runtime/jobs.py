@@ -230,6 +230,7 @@ class Job:
     def plan(self, planner: RequestPlanner) -> None:
         """Plan the samples for the model as it is now. Raises InvalidRequest or a subclass."""
         self.samples, self.model = planner.samples(self.requests), planner.fingerprint()
+        self.steps = max(sample.schedule.steps - sample.first for sample in self.samples)
 
     def may_step(self, group: SampleGroup) -> bool:
         """Return whether a group need not wait for others of its job."""
@@ -286,17 +287,17 @@ class Call(Job):
 
     def may_step(self, group: SampleGroup) -> bool:
         """Make all pictures of a size take a step, which the callback sees together, before any takes the next."""
-        return self._callback is None or all(g.step >= min(group.step, g.steps) for g in self._alike(group))
+        return self._callback is None or all(g.done >= min(group.done, g.total) for g in self._alike(group))
 
     def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Callable[[], None] | None:
         """Return the callback's call once all pictures of the size have made the step."""
         if self._callback is None:
             return None
-        alike, step, call = self._alike(groups[0]), groups[0].step, self._callback
-        if any(g.step < min(step, g.steps) for g in alike):
+        alike, done, call = self._alike(groups[0]), groups[0].done, self._callback
+        if any(g.done < min(done, g.total) for g in alike):
             return None
-        latents = torch.cat([runner.shown_of(g) for g in alike if g.step == step])
-        return lambda: call(step, max(g.steps for g in alike), runner.stream.lend(latents))
+        latents = torch.cat([runner.shown_of(g) for g in alike if g.done == done])
+        return lambda: call(done, max(g.total for g in alike), runner.stream.lend(latents))
 
     def _alike(self, group: SampleGroup) -> list[SampleGroup]:
         return [g for g in self.groups if g.latent_shape == group.latent_shape]

@@ -157,7 +157,7 @@ class Runner:
     def denoised_of(self, group: SampleGroup) -> torch.Tensor:
         """Return those pictures' last noise-free estimates [shown, channels, h, w], or latents before any step."""
         state = self.latents[group.latent_shape]
-        return state.history[:, 0][group.shown] if group.step > group.first else state.latents[group.shown]
+        return state.history[:, 0][group.shown] if group.done else state.latents[group.shown]
 
     def rows_that_fit(self, latent_size: tuple[int, int]) -> int:
         """Return how many rows of one UNet call fit into memory, at most `max_rows` and the backend's limit."""

@@ -527,7 +527,7 @@ class Scheduler:
 
     def _pass_on(self, job: Job, stepped: Sequence[SampleGroup]) -> None:
         """Show previews of a step of a job's groups, and pass its caller the callbacks that are due."""
-        job.step = max(job.step, *(g.step for g in stepped))
+        job.step = max(job.step, *(g.done for g in stepped))
         if job.wants_previews:
             for group in stepped:
                 self._show(job, group)
@@ -575,7 +575,7 @@ class Scheduler:
 
     def _show(self, job: Job, group: SampleGroup) -> None:
         latents = self._runner.denoised_of(group).float().cpu()
-        job.show(Preview(group.step, group.steps, latents, self._decode_preview))
+        job.show(Preview(group.done, group.total, latents, self._decode_preview))
 
     def _leave(self, job: Job) -> None:
         """Remove a job's groups from the batch and release everything they hold."""

@@ -193,7 +193,7 @@ def test_a_mask_of_another_size_is_scaled_and_cropped_with_its_picture(engine):
     assert torch.equal(found[..., : near_edge.start], other[..., : near_edge.start])
 
 
-def test_progress_counts_the_steps_of_the_schedule(engine):
+def test_progress_counts_the_steps_that_run(engine):
     seen = []
     engine.generate(
         "a cat",
@@ -203,10 +203,15 @@ def test_progress_counts_the_steps_of_the_schedule(engine):
         callback=lambda step, steps, latents: seen.append((step, steps)),
         output="latents",
     )
-    assert seen == [(4, 5), (5, 5)]
+    assert seen == [(1, 2), (2, 2)]
+    before, mixed = engine.runner.calls, []
+    plain = sf.Request("a cat", size=SIZE, steps=3)
+    begun = sf.Request("a fish", image=PICTURE, steps=5, strength=0.4)
+    engine.generate([plain, begun], callback=lambda *seen: mixed.append((*seen[:2], len(seen[2]))), output="latents")
+    assert engine.runner.calls - before == 3 and mixed == [(1, 3, 2), (2, 3, 2), (3, 3, 1)]
     job = engine.submit(sf.Request("a cat", image=PICTURE, steps=5, strength=0.4), output="latents")
     job.result(60)
-    assert (job.step, job.steps) == (5, 5)
+    assert (job.step, job.steps) == (2, 2)
 
 
 def test_a_record_replays_pictures_masks_and_variations(engine, tmp_path):

@@ -373,6 +373,16 @@ class SampleGroup:
         return len(self.samples)
 
     @property
+    def done(self) -> int:
+        """Return the number of steps that were made."""
+        return self.step - self.first
+
+    @property
+    def total(self) -> int:
+        """Return the number of steps to make."""
+        return self.steps - self.first
+
+    @property
     def finished(self) -> bool:
         """Return whether all steps are done."""
         return self.step >= self.steps
