@@ -13,6 +13,7 @@ BENCHMARKS = {
     "kernels": "benchmarks.kernels.command",
     "load": "benchmarks.load",
     "loras": "benchmarks.loras",
+    "pictures": "benchmarks.pictures",
     "planning": "benchmarks.planning",
     "reading": "benchmarks.reading",
     "runtime": "benchmarks.runtime.command",
