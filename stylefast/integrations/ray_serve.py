@@ -20,7 +20,7 @@ from stylefast.serving.dispatcher import Dispatcher, EngineProcess, Message
 from stylefast.serving.engine_process import Load, StylesOf
 from stylefast.serving.engine_styles import MOST_HELD
 from stylefast.serving.server import log_to_stderr
-from stylefast.serving.settings import ServeSettings
+from stylefast.serving.settings import PREFIX, ServeSettings
 
 try:
     from ray import serve
@@ -112,7 +112,7 @@ class Engine:
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Read the styles that `styles` of user_config names before requests come for them."""
-        for name in _known(user_config, ("styles",)).get("styles", ()):
+        for name in _known(user_config, ("styles",)).get("styles") or ():
             await self.hold(name)
 
     @serve.multiplexed(max_num_models_per_replica=MOST_HELD)
@@ -228,19 +228,33 @@ def _chosen(words: Mapping[str, Any]) -> tuple[ServeSettings, Load]:
     for name in ("host", "port"):
         if name in words:
             raise InvalidRequest(f"{name} is Ray's: set it in http_options of the Serve config file")
-    flags = {name for name, setting in ServeSettings.flags().items() if setting["kind"] == "flag"}
+    for name in ("api_keys", "admin_keys"):
+        if name in words:
+            raise InvalidRequest(
+                f"{name} come from {PREFIX}{name.upper()}, or from a file (config), not from arguments"
+            )
+    kinds = {name: setting["kind"] for name, setting in ServeSettings.flags().items()}
     given = []
     for name, value in words.items():
         option = f"--{str(name).replace('_', '-')}"
-        if name in flags:
-            given += [option] if str(value).lower() in ("true", "1", "yes") else []
+        if kinds.get(name) == "flag":
+            given += [option] if _truth(name, value) else []
             continue
+        if kinds.get(name) == "hosts" and isinstance(value, list | tuple):
+            value = ",".join(map(str, value))
         for one in value if isinstance(value, list | tuple) else [value]:
             given.append(f"{option}={os.path.abspath(one) if name == 'styles' else one}")
     parser = _Words(prog="ray_serve:app", add_help=False, allow_abbrev=False)
     command.add_arguments(parser)
     # others may reach Ray's proxy, wherever it listens, so that keys are needed, or no_auth
     return command.chosen(parser.parse_args([*given, "--host=0.0.0.0"]))
+
+
+def _truth(name: str, given: Any) -> bool:
+    found = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(str(given).lower())
+    if found is None:
+        raise InvalidRequest(f"{name} is {values.quoted(given)}; it must be true or false")
+    return found
 
 
 def _range(given: Any) -> tuple[int, int]:

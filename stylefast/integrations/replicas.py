@@ -9,12 +9,14 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from stylefast.errors import StyleFastError
 from stylefast.serving.dispatcher import Engine, Message
+from stylefast.serving.engine_process import MOST_STEPS
 from stylefast.serving.messages import (
     Answer,
     BakeStyle,
@@ -43,13 +45,16 @@ News = Progress | Done | Answer | Failed
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a replica says of itself. pictures: that it may have at once; ongoing: calls that it has."""
+    """What a replica says of itself.
+
+    pictures: that it may have at once. ongoing: calls that it has. counts: with its steps since the last heartbeat.
+    """
 
     replica: str
     facts: Mapping[str, Any]
     pictures: int
     ongoing: int
-    counts: Mapping[str, float]
+    counts: Counts
 
 
 def style_of(message: Message) -> str:
@@ -75,7 +80,7 @@ class EngineReplica:
         self._engine: Engine | None = None
         self._ready: asyncio.Future[Mapping[str, Any]] | None = None
         self._calls: dict[str, asyncio.Queue[News]] = {}
-        self._counts: Mapping[str, float] = {}
+        self._counts, self._steps = Counts(), deque[tuple[float, int]](maxlen=MOST_STEPS)
         self._alive, self._moved = True, time.monotonic()
         self.waiting = 0  # requests in the queue of the service, as it last said
 
@@ -91,7 +96,7 @@ class EngineReplica:
             yield Failed(message.ticket, ENGINE_LOST, "")
             return
         if isinstance(message, Run):
-            line = {"request_id": message.ticket, "replica": self._name, "style": style_of(message)}
+            line = {"request_id": message.request, "replica": self._name, "style": style_of(message)}
             logger.info(json.dumps({"drawing": line}))
         news = self._calls[message.ticket] = asyncio.Queue[News]()
         self._moved = time.monotonic() if len(self._calls) == 1 else self._moved
@@ -120,8 +125,13 @@ class EngineReplica:
         """Return how it is; `waiting`: requests in the queue of the service."""
         self.waiting = waiting
         facts = {} if self._ready is None or not self._ready.done() else self._ready.result()
+        steps = tuple(self._steps.popleft() for _ in range(len(self._steps)))
         return Heartbeat(
-            self._name, facts, self._pictures if self._alive and facts else 0, len(self._calls), self._counts
+            self._name,
+            facts,
+            self._pictures if self._alive and facts else 0,
+            len(self._calls),
+            replace(self._counts, steps=steps),
         )
 
     def check(self) -> None:
@@ -147,8 +157,9 @@ class EngineReplica:
         elif isinstance(message, NotReady):
             self._settle(StyleFastError(message.message))
         elif isinstance(message, Counts):
-            self._moved = time.monotonic() if message.values != self._counts else self._moved
-            self._counts = message.values
+            self._moved = time.monotonic() if message.values != self._counts.values else self._moved
+            self._counts = message
+            self._steps.extend(message.steps)
         elif message.ticket in self._calls:
             self._moved = time.monotonic()
             self._calls[message.ticket].put_nowait(message)
@@ -289,9 +300,14 @@ class Replicas:
             self._facts = alive[0].facts
             self._tell(Ready(self._facts))
         self._tell(Capacity(sum(one.pictures for one in alive)))
-        self._known |= {one.replica: one.counts for one in alive}
-        total: dict[str, float] = {}
-        for counts in self._known.values():
-            for name, value in counts.items():
-                total[name] = total.get(name, 0.0) + value
-        self._tell(Counts(total))
+        self._known |= {one.replica: one.counts.values for one in alive}
+        levels = _sum(one.counts.levels for one in alive)
+        self._tell(Counts(_sum(self._known.values()), levels, [step for one in alive for step in one.counts.steps]))
+
+
+def _sum(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total

@@ -301,7 +301,7 @@ class Dispatcher:
             self._running[ticket.run] = ticket
             ticket.start()
             left = None if ticket.expires is None else max(ticket.expires - time.monotonic(), 1e-3)
-            self.engine.send(Run(ticket.run, ticket.call, ticket.uploads, ticket.previews, left))
+            self.engine.send(Run(ticket.run, ticket.call, ticket.uploads, ticket.previews, left, ticket.id))
 
     def _unqueue(self, ticket: Ticket) -> None:
         queued = self._waiting.get(ticket.owner)

@@ -14,7 +14,8 @@ class Run:
     """Make the pictures of a call.
 
     call: as in a request file (`stylefast.record.from_record`); a picture that was sent along is {"upload": number}.
-    previews: how many previews are wanted. seconds: until the deadline; None: there is none.
+    previews: how many previews are wanted. seconds: until the deadline; None: there is none. request: its id, for the
+    log.
     """
 
     ticket: str
@@ -22,6 +23,7 @@ class Run:
     uploads: Sequence[bytes] = ()
     previews: int = 0
     seconds: float | None = None
+    request: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Requests on their way through the service, from arrival to the reply, and the register by which clients find them."""
 
 import asyncio
-import itertools
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -14,8 +14,6 @@ from stylefast.values import quoted
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
 OVER = (DONE, FAILED, CANCELLED)
-
-_NUMBERS = itertools.count(1)
 
 
 @dataclass(eq=False)
@@ -50,7 +48,8 @@ class Ticket:
     timer: asyncio.TimerHandle | None = None  # of its deadline
     wanted: bool = True  # whether anybody may still ask for its pictures
     askers: int = 0  # HTTP requests that are being answered with it
-    run: str = field(default_factory=lambda: f"run_{next(_NUMBERS)}")
+    unchecked: bool = False  # whether the safety check may still refuse its pictures
+    run: str = field(default_factory=lambda: f"run_{secrets.token_hex(8)}")
     count: int = field(init=False)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _readers: list[asyncio.Queue[Progress | None]] = field(default_factory=list)
@@ -125,6 +124,11 @@ class Ticket:
             reader.put_nowait(None)
         self._over.set()
 
+    def refuse(self, error: ApiError) -> None:
+        """Note that its pictures can't be had, though the engine made them."""
+        if self.status == DONE:
+            self.status, self.error, self.pictures = FAILED, error, ()
+
     def forget_pictures(self) -> None:
         """Drop the pictures once they were sent, since they take memory, and those that may still come."""
         self.pictures, self.wanted = (), False
@@ -135,7 +139,7 @@ class Ticket:
         return {
             "id": self.id,
             "object": "image.request",
-            "status": self.status,
+            "status": RUNNING if self.status == DONE and self.unchecked else self.status,
             "created": int(self.created),
             "n": self.count,
             "step": self.step,

@@ -77,12 +77,19 @@ def test_a_range_of_replicas_follows_the_queue():
         ({"no_auth": "true", "port": 9000}, "port is Ray's"),
         ({"no_auth": "true", "max_runing": 3}, "max-runing"),
         ({"no_auth": "true", "max_running": "many"}, "max-running"),
+        ({"no_auth": "treu"}, "no_auth is 'treu'"),
+        ({"api_keys": "alice:0123456789abcdef"}, "api_keys come from STYLEFAST_SERVE_API_KEYS"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(args, words):
     with pytest.raises(InvalidRequest) as caught:
         ray_serve.app({"gpus": 0, **args})
-    assert words in str(caught.value)
+    assert words in str(caught.value) and "0123456789abcdef" not in str(caught.value)
+
+
+def test_a_list_of_hosts_is_taken_whole():
+    found = ray_serve.app({"no_auth": True, "allow_image_urls": True, "image_url_hosts": ["a.example", "b.example"]})
+    assert tuple(options(found).init_args[1].image_url_hosts) == ("a.example", "b.example")
 
 
 def test_settings_that_may_change_while_it_runs_are_checked():

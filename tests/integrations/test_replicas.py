@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib
+import json
+import logging
 import sys
 from collections import defaultdict
 
@@ -68,6 +70,12 @@ async def settle():
         await asyncio.sleep(0)
 
 
+@pytest.fixture
+def drawn_log(caplog):
+    caplog.set_level(logging.INFO, "stylefast.serving.replicas")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
 # a replica
 
 
@@ -76,11 +84,21 @@ async def test_a_replica_passes_on_what_becomes_of_a_call():
     replica, process, _ = await started()
     news = asyncio.ensure_future(collect(replica.run(run())))
     await settle()
-    assert replica.heartbeat(3) == Heartbeat("r1", FACTS, 4, 1, {}) and replica.waiting == 3
+    assert replica.heartbeat(3) == Heartbeat("r1", FACTS, 4, 1, Counts()) and replica.waiting == 3
     for message in (Progress("a", 1, 2), Progress("other", 1, 2), done()):
         process.say(message)
     assert await news == [Progress("a", 0, 0), Progress("a", 1, 2), done()] and process.sent == [run()]
     assert replica.heartbeat().ongoing == 0
+
+
+@in_loop
+async def test_the_log_names_a_request_by_the_id_that_its_client_knows(drawn_log):
+    replica, _, _ = await started()
+    drawing = asyncio.ensure_future(collect(replica.run(Run("run_1", {"requests": [{}]}, request="mine"))))
+    await settle()
+    (line,) = drawn_log()
+    assert json.loads(line) == {"drawing": {"request_id": "mine", "replica": "r1", "style": ""}}
+    drawing.cancel()
 
 
 @in_loop
@@ -233,7 +251,7 @@ class Platform:
         await settle()
 
     def submit(self, name, style=None):
-        ticket = Ticket(name, "a", run(name, style).call)
+        ticket = Ticket(name, "a", run(name, style).call, run=name)
         self.dispatcher.submit(ticket)
         return ticket
 
@@ -242,7 +260,7 @@ class Platform:
 
 
 def beating(name, pictures=2, **counts):
-    return Heartbeat(name, FACTS, pictures, 0, counts)
+    return Heartbeat(name, FACTS, pictures, 0, Counts(counts, {"bank_bytes": 10.0}, [(0.5, pictures)]))
 
 
 def platform_test(test):
@@ -366,6 +384,25 @@ async def test_counts_are_those_of_all_replicas_and_of_those_that_are_gone(platf
     await platform.beat(beating("r1", steps=5), beating("r2", steps=3))
     await platform.beat(beating("r2", steps=4), beating("r3", steps=1))
     assert dict(seen) == {"steps": 10}
+
+
+@platform_test
+async def test_what_replicas_hold_and_their_steps_are_those_of_the_ones_that_are_there(platform):
+    steps = []
+    platform.dispatcher.stepped = lambda seconds, pictures: steps.append((seconds, pictures))
+    await platform.beat(beating("r1", pictures=1), beating("r2", pictures=2))
+    assert platform.dispatcher.levels == {"bank_bytes": 20.0} and steps == [(0.5, 1), (0.5, 2)]
+    await platform.beat(beating("r2", pictures=3), Lost())
+    assert platform.dispatcher.levels == {"bank_bytes": 10.0} and steps[2:] == [(0.5, 3)]
+
+
+@in_loop
+async def test_a_heartbeat_says_each_step_once():
+    replica, process, _ = await started()
+    process.say(Counts({"picture_steps": 1}, {"bank_pages": 1}, [(0.1, 1)]))
+    process.say(Counts({"picture_steps": 3}, {"bank_pages": 2}, [(0.2, 2)]))
+    assert replica.heartbeat().counts == Counts({"picture_steps": 3}, {"bank_pages": 2}, ((0.1, 1), (0.2, 2)))
+    assert replica.heartbeat().counts == Counts({"picture_steps": 3}, {"bank_pages": 2})
 
 
 @in_loop

@@ -56,6 +56,19 @@ def test_an_id_may_be_used_again_by_its_owner_once_its_request_ended_without_pic
     assert len(register) == 4
 
 
+def test_a_request_whose_pictures_were_refused_has_failed(clock):
+    one, error = ticket("1"), ApiError(400, "no", code="content_policy_violation")
+    one.refuse(error)
+    assert one.shown()["status"] == "queued"  # there is nothing to refuse yet
+    one.unchecked, one.pictures = True, [MADE]
+    one.finish(DONE)
+    assert one.shown()["status"] == "in_progress" and one.over
+    one.unchecked = False
+    assert one.shown()["status"] == "completed"
+    one.refuse(error)
+    assert one.shown()["status"] == "failed" and one.shown()["error"]["code"] == error.code and not one.pictures
+
+
 def test_tickets_are_forgotten_some_time_after_their_end(clock):
     register = Register(600)
     register.add(first := ticket("1"))
