@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from stylefast.commands import serve
+from stylefast.serving import links
 from stylefast.serving.guard import OPEN_PATHS
 from stylefast.serving.server import _CLOSE_SECONDS
 from stylefast.serving.settings import PREFIX, ServeSettings
@@ -139,6 +140,10 @@ def test_a_pod_may_do_little(pod, container):
     assert {one["name"] for one in mounts.values()} == {one["name"] for one in pod["volumes"]}
 
 
+def test_volumes_can_be_filled(objects):
+    assert {tuple(one["spec"]["accessModes"]) for one in objects["PersistentVolumeClaim"]} == {("ReadWriteMany",)}
+
+
 def test_all_objects_mean_the_same_pods(objects, container):
     deployment = objects["Deployment"][0]
     assert deployment["spec"]["selector"]["matchLabels"] == LABELS
@@ -216,8 +221,17 @@ def test_the_units_settings_are_those_of_the_command(checkout, unit):
     assert "STYLEFAST_SERVE_CONFIG" in variables
     known = known_variables(checkout, variables)
     assert [name for name in variables if name.startswith("STYLEFAST")] == [n for n in known if n.startswith("STYLEF")]
-    assert float(unit["Service", "TimeoutStopSec"][0]) > arguments.grace + 2 * _CLOSE_SECONDS
+    assert arguments.grace is None  # what stands here, the file can't change
+    assert float(unit["Service", "TimeoutStopSec"][0]) > 2 * ServeSettings.grace + 2 * _CLOSE_SECONDS
     assert unit["Service", "KillSignal"] == ["SIGTERM"] and unit["Service", "Restart"] == ["on-failure"]
+
+
+def test_no_address_of_a_picture_gets_into_nginxs_log(folder):
+    text = (folder / "nginx.conf").read_text()
+    assert not re.search(r"log_format[^;]*\$(uri|request|request_uri|args)\b", text)
+    (hidden,) = re.findall(r"map \$uri \$shown_uri \{\s*~(\S+) ", text)
+    path = f"/v1/images/img_{'x' * 32}/0.png"
+    assert links.PATH.fullmatch(path) and re.match(hidden, path) and "$shown_uri" in text
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
