@@ -35,8 +35,11 @@ _NUMBERS = {
     "height": (512, 16, 8192),
     "batch_size": (1, 1, MOST_PICTURES),
     "n_iter": (1, 1, MOST_PICTURES),
+    "clip_skip": (2, 1, 12),
 }
 _TEXTS = {"prompt": "", "negative_prompt": "", "sampler_name": None, "sampler_index": None, "scheduler": None}
+# what a client keeps in the body for itself, a password among it
+_FOR_ITSELF = ("url", "auth")
 # accepted with any value, since they concern files of their server or nothing at all
 _NO_MATTER = (
     "do_not_save_samples",
@@ -68,6 +71,10 @@ _NO_MATTER = (
     "s_tmin",
     "s_tmax",
     "s_noise",
+    # SillyTavern's, of the second pass and of the way to the server
+    "hr_additional_modules",
+    "hr_cfg",
+    *_FOR_ITSELF,
 )
 # accepted with these values alone
 _IDLE = {
@@ -78,13 +85,30 @@ _IDLE = {
     "s_churn": (0, 0.0, None),
     "script_name": (None, ""),
     "script_args": ([], None),
-    "alwayson_scripts": ({}, None),
     "refiner_checkpoint": (None, ""),
     "infotext": (None, ""),
     "distilled_cfg_scale": (None, 3.5),
 }
 _CHECKPOINT, _CLIP_LAYERS = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
-
+_SCRIPTS = "alwayson_scripts"
+_MODULE = "ip-adapter"  # how the names of ControlNet's modules begin that take a picture's style
+# of a unit of ControlNet: what is read, and what does not matter to such a module
+_UNIT = ("enabled", "module", "weight", "image", "input_image", "guidance_start", "guidance_end", "control_mode")
+_UNIT_REST = (
+    "model",
+    "resize_mode",
+    "low_vram",
+    "lowvram",
+    "processor_res",
+    "threshold_a",
+    "threshold_b",
+    "pixel_perfect",
+    "save_detected_map",
+    "hr_option",
+)
+_BALANCED = (0, "Balanced", None)
+_STYLE_TAG = re.compile(r"[ \t]*<style:([^<>:\n]{1,200})(?::([^<>:\n]{0,20}))?>")
+MOST_STRENGTH = 2.0
 
 _SCHEMA = {
     "type": "object",
@@ -96,7 +120,7 @@ _SCHEMA = {
         **{name: {"type": ["string", "null"], "default": default} for name, default in _TEXTS.items()},
         **dict.fromkeys(("cfg_scale", "eta"), {"type": ["number", "null"]}),
         "styles": {"type": ["array", "null"], "items": {"type": "string"}},
-        "override_settings": {"type": ["object", "null"]},
+        **dict.fromkeys(("override_settings", _SCRIPTS), {"type": ["object", "null"]}),
         **{name: {} for name in _NO_MATTER},
         **{name: {"enum": list(idle)} for name, idle in _IDLE.items()},
     },
@@ -114,11 +138,11 @@ async def txt2img(request: Request) -> dict[str, Any]:
 
     service = request.app.state.service
     body = fields.read_json(await json_body(request))
-    wanted = _wanted(body, service)
-    await service.check_request(request.state.owner, wanted.call["requests"], ())
+    wanted = _wanted(body, service, request.state.owner)
+    await service.check_request(request.state.owner, wanted.call["requests"], wanted.uploads)
     ticket = submit(request, service, wanted, tongue="a1111")
     with Asker(service, ticket, wanted.stay):
-        made = await service.checked(ticket.owner, wanted, await while_connected(request, wanted, ticket))
+        made = await service.checked(ticket, wanted, await while_connected(request, wanted, ticket))
         encode = partial(media.encoded, form="png", quality=100, provenance=service.provenance)
         contents = [
             await service.encode(partial(encode, one.pixels.image(), record=one.record, parameters=one.parameters))
@@ -126,7 +150,8 @@ async def txt2img(request: Request) -> dict[str, Any]:
         ]
         info = _info(wanted, made)
     images = [base64.b64encode(content).decode("ascii") for content in contents]
-    return {"images": images, "parameters": body, "info": json.dumps(info)}
+    parameters = {name: value for name, value in body.items() if name not in _FOR_ITSELF}
+    return {"images": images, "parameters": parameters, "info": json.dumps(info)}
 
 
 @router.post("/img2img")
@@ -177,9 +202,12 @@ async def interrupt(request: Request) -> dict[str, Any]:
 @router.get("/options")
 async def options(request: Request) -> dict[str, Any]:
     """Tell the settings that clients ask for."""
-    service = request.app.state.service
+    return _options(request.app.state.service, request.state.owner)
+
+
+def _options(service: "Service", owner: str) -> dict[str, Any]:
     return {
-        _CHECKPOINT: service.served.model,
+        _CHECKPOINT: service.chosen.get(owner, service.served.model),
         "sd_checkpoint_hash": service.facts["fingerprint"],
         _CLIP_LAYERS: 2,
         "sd_vae": "Automatic",
@@ -190,10 +218,13 @@ async def options(request: Request) -> dict[str, Any]:
 
 @router.post("/options")
 async def set_options(request: Request) -> dict[str, Any]:
-    """Accept the served model as the model; nothing else can be set for all."""
+    """Choose a style by the model's name, for this key's requests from now on; nothing else can be set."""
     from stylefast.serving.app import json_body
 
-    _overrides(fields.read_json(await json_body(request)), request.app.state.service, "")
+    service, owner = request.app.state.service, request.state.owner
+    name, _ = _overrides(fields.read_json(await json_body(request)), service, owner, "")
+    if name is not None:
+        service.chosen[owner] = name
     return {}
 
 
@@ -252,10 +283,10 @@ def _mine(request: Request) -> list[Ticket]:
     return [one for one in register.of(request.state.owner) if one.tongue == "a1111" and not one.over]
 
 
-def _wanted(body: Mapping[str, Any], service: "Service") -> Wanted:
+def _wanted(body: Mapping[str, Any], service: "Service", owner: str) -> Wanted:
     """Return what a body asks for. Raises ApiError."""
     served = service.served
-    known = (*_NUMBERS, *_TEXTS, *_NO_MATTER, *_IDLE, "eta", "cfg_scale", "styles", "override_settings")
+    known = (*_NUMBERS, *_TEXTS, *_NO_MATTER, *_IDLE, "eta", "cfg_scale", "styles", "override_settings", _SCRIPTS)
     for name, value in body.items():
         if name not in known:
             near = values.did_you_mean(name, known)
@@ -274,15 +305,20 @@ def _wanted(body: Mapping[str, Any], service: "Service") -> Wanted:
     count = number["batch_size"] * number["n_iter"]
     if count > MOST_PICTURES:
         raise ApiError(400, f"batch_size times n_iter is {count}; at most {MOST_PICTURES} are allowed", param="n_iter")
-    style, clip_layers = _overrides(body.get("override_settings") or {}, service, "override_settings.")
+    model, clip_layers = _overrides(body.get("override_settings") or {}, service, owner, "override_settings.")
+    _, style = fields.model_and_style(model or service.chosen.get(owner), served)
     styles = [style] if style else []
     given = body.get("styles") or []
     if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
         raise ApiError(400, "styles must be a list of names", param="styles", code="invalid_request")
     prompt, tags = _style_tags(text["prompt"] or "")
-    for name in [*given, *tags]:
+    strengths = [1.0] * len([*styles, *given]) + [strength for _, strength in tags]
+    for name in [*given, *(name for name, _ in tags)]:
         styles.append(fields.known_style("styles", name, served))
     defaults = served.defaults_of(styles)
+    pictured, uploads = _of_scripts(body.get(_SCRIPTS) or {}, served)
+    styles, strengths = styles + pictured, strengths + [1.0] * len(pictured)
+    fields.check_count("styles", styles)
     if "steps" in defaults and body.get("steps") is None:
         number["steps"] = defaults["steps"]
     if "size" in defaults and body.get("width") is body.get("height") is None:
@@ -298,17 +334,18 @@ def _wanted(body: Mapping[str, Any], service: "Service") -> Wanted:
         "steps": number["steps"],
         "guidance": _real("cfg_scale", body.get("cfg_scale"), defaults.get("guidance", 7.0)),
         "size": [number["width"], number["height"]],
-        "clip_skip": max(clip_layers - 2, 0),
+        "clip_skip": max((clip_layers or number["clip_skip"]) - 2, 0),
         "style": styles,
         "a1111": {
             "sampler": sampler,
             "schedule_type": schedule_type and schedule_type.replace("_", " "),
+            "strengths": strengths,
         },
     }
     seed = number["seed"]
     return Wanted(
         call={"requests": [{**request, "seed": seed if seed < 0 else seed + i} for i in range(count)]},
-        uploads=[],
+        uploads=uploads,
         model=served.model,
         form="png",
         compression=100,
@@ -319,17 +356,18 @@ def _wanted(body: Mapping[str, Any], service: "Service") -> Wanted:
     )
 
 
-def _overrides(given: Any, service: "Service", prefix: str) -> tuple[str | None, int]:
-    """Return the style in the model's name, if any, and the text encoders' layer. Raises ApiError."""
+def _overrides(given: Any, service: "Service", owner: str, prefix: str) -> tuple[str | None, int | None]:
+    """Return the model's name and the text encoders' layer, None for what is not given. Raises ApiError."""
     if not isinstance(given, dict):
-        raise ApiError(400, f"{prefix or 'the body'} must be an object", code="invalid_request")
-    style, layers = None, 2
+        raise ApiError(400, "override_settings must be an object", param="override_settings", code="invalid_request")
+    model, layers, options = None, None, _options(service, owner)
     for name, value in given.items():
         if name == _CHECKPOINT:
-            _, style = fields.model_and_style(value if isinstance(value, str) else "", service.served)
+            model = value if isinstance(value, str) else ""
+            fields.model_and_style(model, service.served)
         elif name == _CLIP_LAYERS and prefix:
             layers = _whole(prefix + name, value, 1, 1, 12)
-        else:
+        elif name not in options or value != options[name]:  # clients send back all that they were told
             raise ApiError(
                 400,
                 f"{values.quoted(name)} can't be set here; there is {_CHECKPOINT}"
@@ -337,13 +375,79 @@ def _overrides(given: Any, service: "Service", prefix: str) -> tuple[str | None,
                 param=f"{prefix}{name}"[:80],
                 code="unsupported_parameter",
             )
-    return style, layers
+    return model, layers
 
 
-def _style_tags(prompt: str) -> tuple[str, list[str]]:
-    """Return a prompt without `<style:name>`, and the names."""
-    names = re.findall(r"<style:([^<>:\n]{1,200})>", prompt)
-    return re.sub(r"[ \t]*<style:[^<>:\n]{1,200}>", "", prompt).strip() if names else prompt, names
+def _of_scripts(given: Any, served: fields.Served) -> tuple[list[dict[str, Any]], list[media.Upload]]:
+    """Return the styles of ControlNet's units with an IP-Adapter, and their pictures. Raises ApiError for the rest."""
+    styles: list[dict[str, Any]] = []
+    uploads: list[media.Upload] = []
+    for name, script in given.items() if isinstance(given, dict) else [("", None)]:
+        units = script.get("args") if isinstance(script, dict) else None
+        if not isinstance(units, list) or (units and name.lower() != "controlnet"):
+            raise ApiError(
+                400,
+                f"{_SCRIPTS} has {values.quoted(name)}, and this server has no such script; leave it out",
+                param=_SCRIPTS,
+                code="unsupported_parameter",
+            )
+        wanted = [unit for unit in units if isinstance(unit, dict) and unit.get("enabled", True)]
+        if len(wanted) > fields.MOST_UPLOADS:
+            raise ApiError(
+                400,
+                f"controlnet has {len(wanted)} units; at most {fields.MOST_UPLOADS} are allowed",
+                param=_SCRIPTS,
+                code="invalid_request",
+            )
+        for unit in wanted:
+            styles.append(_unit_style(unit, len(uploads), served))
+            uploads.append(_unit_picture(unit))
+    return styles, uploads
+
+
+def _unit_picture(unit: Mapping[str, Any]) -> media.Upload:
+    picture = unit.get("image") or unit.get("input_image")
+    picture = picture.get("image") if isinstance(picture, dict) and not picture.get("mask") else picture
+    return media.upload_in_text(picture, _SCRIPTS)
+
+
+def _unit_style(unit: Mapping[str, Any], number: int, served: fields.Served) -> dict[str, Any]:
+    odd = [name for name in unit if name not in (*_UNIT, *_UNIT_REST)]
+    module = unit.get("module")
+    fits = isinstance(module, str) and module.lower().startswith(_MODULE) and served.adapters
+    if odd or not fits or unit.get("control_mode") not in _BALANCED:
+        what = odd[0] if odd else "control_mode" if fits else "module"
+        raise ApiError(
+            400,
+            f"a unit of controlnet has the {values.shown(what)} {values.quoted(unit.get(what))}; modules that begin "
+            f"with {_MODULE} are taken, with a model that has an IP-Adapter, and balanced",
+            param=_SCRIPTS,
+            code="unsupported_parameter",
+        )
+    window = [_real(name, unit.get(name), usual) for name, usual in (("guidance_start", 0.0), ("guidance_end", 1.0))]
+    return {
+        "kind": "InstantStyle",
+        "image": {"upload": number},
+        "scale": _real("weight", unit.get("weight"), 1.0),
+        "window": window,
+    }
+
+
+def _style_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """Return a prompt without `<style:name>` and `<style:name:strength>`, and both. Raises ApiError."""
+    found = []
+    for name, text in _STYLE_TAG.findall(prompt):
+        strength = float(text) if re.fullmatch(r"\d{0,3}\.?\d{1,6}", text) else 1.0 if not text else -1.0
+        if not 0 <= strength <= MOST_STRENGTH:
+            raise ApiError(
+                400,
+                f"<style:{values.shown(name)}> has the strength {values.quoted(text)}; it must be a number from 0 to "
+                f"{MOST_STRENGTH:g}",
+                param="prompt",
+                code="invalid_request",
+            )
+        found.append((name, strength))
+    return _STYLE_TAG.sub("", prompt).strip() if found else prompt, found
 
 
 def _whole(name: str, value: Any, default: int, least: int, most: int) -> int:

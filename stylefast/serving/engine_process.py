@@ -383,8 +383,9 @@ class _Worker:
         from stylefast.serving.engine_styles import Shelved
         from stylefast.serving.uploads import Uploads
 
-        requests = []
+        requests, strengths = [], []
         for request in run.call["requests"]:
+            strengths.append(request.get("a1111", {}).get("strengths", ()))
             scheduler = request.get("scheduler")
             # what is no text is refused with the other fields, in `from_record`
             preset = FEW_STEP_PRESETS.get(scheduler) if isinstance(scheduler, str) else None
@@ -411,11 +412,10 @@ class _Worker:
             plans.append(plan)
             plain.append({**request, "style": [one for one in plan if not isinstance(one, Shelved)]})
         found = from_record({"requests": plain, "styles": named}, sources=sources)
-        if not any(isinstance(one, Shelved) for plan in plans for one in plan):
-            return [found], uploads
-        ways = []
+        ways, weaker = [], _Weaker()
         for banks in (True, False):
-            ways.append([_planned(request, plan, banks) for request, plan in zip(found, plans, strict=True)])
+            planned = zip(found, plans, strengths, strict=True)
+            ways.append([_planned(request, plan, banks, weaker, given) for request, plan, given in planned])
         has_banks = any(one.manifest.banks for plan in plans for one in plan if isinstance(one, Shelved))
         return (ways if has_banks else ways[1:]), uploads
 
@@ -481,17 +481,39 @@ def _cancelled(ticket: str) -> Failed:
     return Failed(ticket, "JobCancelled", "the request was cancelled")
 
 
-def _planned(request: "Request", plan: Sequence[Any], banks: bool) -> "Request":
-    """Return a request with its registered styles in their places among the others."""
+def _planned(
+    request: "Request", plan: Sequence[Any], banks: bool, weaker: "_Weaker", strengths: Sequence[float]
+) -> "Request":
+    """Return a request with its registered styles in their places among the others, weaker where it says so."""
     from stylefast.serving.engine_styles import Shelved
 
     others, styles = iter(request.styles), []
-    for one in plan:
-        if isinstance(one, Shelved):
-            styles += one.with_banks if banks else one.styles
-        else:
-            styles.append(next(others))
+    for one, strength in zip(plan, strengths or [1.0] * len(plan), strict=True):
+        its = (one.with_banks if banks else one.styles) if isinstance(one, Shelved) else [next(others)]
+        styles += [weaker(style, strength) for style in its]
     return replace(request, style=styles)
+
+
+class _Weaker:
+    """Styles at a part of their strength; the same object for the same style, so that requests share it."""
+
+    def __init__(self):
+        self._made: dict[tuple[int, float], Any] = {}
+
+    def __call__(self, style: Any, strength: float) -> Any:
+        if strength == 1:
+            return style
+        if not hasattr(style, "scale"):
+            raise StyleError(f"a {type(style).__name__} has no strength; write <style:name> without a number")
+        key = id(style), strength
+        if key not in self._made:
+            scale, layout = style.scale, getattr(style, "composition_scale", None)
+            several = isinstance(scale, list | tuple)
+            changes: dict[str, Any] = {"scale": [strength * one for one in scale] if several else strength * scale}
+            if layout is not None:
+                changes["composition_scale"] = strength * layout
+            self._made[key] = replace(style, **changes)
+        return self._made[key]
 
 
 def _pixels(image: "Image") -> Pixels:
