@@ -152,10 +152,6 @@ class Guard:
         headers = dict(scope["headers"])
         if scope["path"] in self._open:
             return
-        if not (self._keys or self._admins):
-            if not self._settings.no_auth:
-                _check_sender(headers, self._settings.host)
-            return
         if scope["method"] in ("GET", "HEAD") and links.PATH.fullmatch(scope["path"]):
             return
         given = headers.get(b"authorization", b"").decode("latin-1")
@@ -165,7 +161,10 @@ class Guard:
             state["owner"], state["is_admin"] = f"{ADMIN}:{admin}", True
         elif owner is not None:
             state["owner"] = owner
-        elif self._keys:
+        elif not self._keys:
+            if not self._settings.no_auth:
+                _check_sender(headers, self._settings.host)
+        else:
             what = "the key is not known here" if key else "an API key is missing; send Authorization: Bearer KEY"
             raise ApiError(401, what, code="invalid_api_key")
 

@@ -20,6 +20,7 @@ _HOST = re.compile(r"(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?(?::[0
 _URL = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+(?:/[A-Za-z0-9._~/-]*)?")
 _ATTRIBUTE = re.compile(r"\w+(?:\.\w+)*:\w+(?:\.\w+)*")
 _LEAST_KEY = 16  # characters
+_KEY = re.compile(r"[!-~]+")
 _PATHS = ("styles_dir", "c2pa_certificate", "c2pa_key")
 
 
@@ -188,6 +189,8 @@ def _checked(name: str, kind: str, value: Any, default: Any) -> Any:
         keys = tuple(values.text(name, key, longest=values.QUOTED, empty=False) for key in values.several(name, value))
         if any(len(key.rpartition(":")[2]) < _LEAST_KEY for key in keys):
             raise InvalidRequest(f"{name} has a key of fewer than {_LEAST_KEY} characters; use a longer one")
+        if not all(_KEY.fullmatch(key.rpartition(":")[2]) for key in keys):
+            raise InvalidRequest(f"{name} has a key that no header can carry; use letters, digits and signs of ASCII")
         return keys
     return values.text(name, value, longest=values.PATH_BYTES if name in _PATHS else values.QUOTED, empty=False)
 

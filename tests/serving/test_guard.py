@@ -7,7 +7,9 @@ from statistics import median
 
 import pytest
 
+from stylefast.errors import InvalidRequest
 from stylefast.serving.guard import OPEN_PATHS, Keys
+from stylefast.serving.settings import ServeSettings
 from tests.serving.bench import bench
 
 KEY, ADMIN = "0123456789abcdefXYZ", "root0123456789abcdef"
@@ -108,6 +110,22 @@ def test_every_route_of_the_live_table_is_closed_also_one_that_is_added():
 def test_open_paths_are_open_as_they_are_written_alone(path):
     with bench(api_keys=[KEY]) as running:
         assert in_service(running, ask(running.app, "GET", path)) == 401
+
+
+def test_pages_of_other_sites_do_not_reach_a_server_that_has_keys_for_admins_alone():
+    with bench(admin_keys=[f"root:{ADMIN}"]) as running:
+        assert running.call("GET", "/v1/models")[0] == 200
+        for headers in ({"origin": "https://elsewhere.example"}, {"host": "elsewhere.example"}):
+            assert running.call("GET", "/v1/models", headers=headers)[0] == 403
+            with_key = {**headers, "authorization": f"Bearer {ADMIN}"}
+            assert running.call("GET", "/v1/models", headers=with_key)[0] == 200
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel-0123456789", "0123456789 abcdef", "0123456789\tabcdef"])
+def test_keys_that_no_header_can_carry_are_refused_at_the_start(key):
+    with pytest.raises(InvalidRequest, match="no header can carry") as caught:
+        ServeSettings.of({}, {"STYLEFAST_SERVE_API_KEYS": f"alice:{key}"})
+    assert key not in str(caught.value)
 
 
 def test_keys_are_compared_by_their_digests_alone(checkout):
