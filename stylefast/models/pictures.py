@@ -83,10 +83,11 @@ def check_sources(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
     """
     if not isinstance(given, (list, tuple)):
         return check_source(name, given, more)
-    several = values.several(name, given, most=_MOST_SOURCES, error=ImageError)
-    if not several:
+    if not given:
         raise ImageError(f"{name} is an empty list; give at least one picture")
-    return tuple(check_source(f"{name}[{i}]", one, more) for i, one in enumerate(several))
+    if len(given) > _MOST_SOURCES:
+        raise ImageError(f"{name} has {len(given)} pictures; at most {_MOST_SOURCES} are allowed")
+    return tuple(check_source(f"{name}[{i}]", one, more) for i, one in enumerate(given))
 
 
 def check_source(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,9 +17,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 import stylefast
@@ -38,12 +40,16 @@ from stylefast.serving.replies import ApiError
 from stylefast.serving.safety import Call, Safety
 from stylefast.serving.settings import ServeSettings
 from stylefast.serving.tickets import Register, Ticket
+from stylefast.values import quoted
 
 logger = logging.getLogger("stylefast.serving")
 
 KEEP_ALIVE_SECONDS = 15.0  # between two signs of life in a stream; proxies close silent connections
 WATCH_SECONDS = 0.1  # between two looks whether the client is still there
 LEAST_READ_SECONDS = 1.0
+_METHODS = ("GET", "HEAD", "POST", "DELETE")
+_NO_IDS = ("/v1/images/generations", "/v1/images/edits")  # which look like /v1/images/{id}
+MOST_KEY = 255  # characters of an idempotency key
 SCAN_SECONDS = 0.5  # age of the list of registered styles that a request for pictures takes
 _PREVIEW_QUALITY = 85
 
@@ -63,6 +69,7 @@ class Service:
         self.started = int(time.time())
         self.registry = None if settings.styles_dir is None else StyleRegistry(settings.styles_dir)
         self.bakes: dict[str, style_routes.Bake] = {}  # the latest of each style
+        self.chosen: dict[str, str] = {}  # by owner: the model that A1111's clients have set
         if self.registry is not None:
             self.registry.scan()
 
@@ -121,14 +128,15 @@ class Service:
             call = Call(wanted.call["requests"], owner, index=index, preview=preview)
             return await self.safety.check_picture(pixels, call)
 
-    async def checked(self, owner: str, wanted: Wanted, made: Sequence[Made]) -> list[Made]:
+    async def checked(self, ticket: Ticket, wanted: Wanted, made: Sequence[Made]) -> list[Made]:
         """Return finished pictures as the operator's check lets them pass. Raises ApiError if one is refused."""
         found = []
         for index, one in enumerate(made):
-            pixels = await self.check_picture(owner, wanted, one.pixels, index)
+            pixels = await self.check_picture(ticket.owner, wanted, one.pixels, index)
             # a record would make the picture that was not to be shown
             other = pixels is not one.pixels
             found.append(replace(one, pixels=pixels, record=None, parameters=None, short=None) if other else one)
+        ticket.unchecked = False
         return found
 
     @contextmanager
@@ -187,7 +195,20 @@ def create_app(settings: ServeSettings, make_dispatcher: Callable[[], Dispatcher
 
 
 async def _error_reply(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        error = _wrong_method(request)
     return reply_of(as_api_error(error))
+
+
+def _wrong_method(request: Request) -> ApiError:
+    """Return the error for a path that has other methods."""
+    right = []
+    for method in ("POST",) if request.url.path in _NO_IDS else _METHODS:
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] == Match.FULL for route in request.app.router.routes):
+            right.append(method)
+    message = f"this path has {' and '.join(right)} alone"
+    return ApiError(405, message, code="method_not_allowed", more_headers={"allow": ", ".join(right)})
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -195,7 +216,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
-        codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+        codes = {404: "not_found", 413: "body_too_large"}
         return ApiError(error.status_code, str(error.detail).lower(), code=codes.get(error.status_code))
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
@@ -321,10 +342,11 @@ def _add_images(app: FastAPI) -> None:
     async def variations() -> None:
         raise ApiError(404, "variations are no longer part of this interface; use /v1/images/edits", code="not_found")
 
-    @app.get("/v1/images/generations", include_in_schema=False)
-    @app.get("/v1/images/edits", include_in_schema=False)
     async def not_an_id() -> None:
-        raise HTTPException(405, headers={"allow": "POST"})
+        raise HTTPException(405)
+
+    for path in _NO_IDS:
+        app.add_api_route(path, not_an_id, methods=["GET", "DELETE"], include_in_schema=False)
 
     @app.head("/v1/images/{secret}/{name}", include_in_schema=False)
     @app.get("/v1/images/{secret}/{name}")
@@ -351,17 +373,13 @@ def _add_images(app: FastAPI) -> None:
             "id": number,
             "object": "image.request",
             "cancelled": service.dispatcher.cancel(ticket),
-            **_status(ticket),
+            "status": ticket.shown()["status"],
         }
 
 
 _IMAGE_PARTS = {
     "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": fields.MOST_UPLOADS}
 }
-
-
-def _status(ticket: Ticket) -> dict[str, str]:
-    return {"status": ticket.status}
 
 
 def _asker(request: Request) -> str | None:
@@ -383,27 +401,45 @@ async def read_form(
 
     nested: fields that are objects.
     """
+    _, options = parse_options_header(request.headers["content-type"])
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
+        # others are not needed, and some of Python's take minutes for a megabyte
+        raise ApiError(415, f"the form's charset is {quoted(charset)}; send utf-8", code="unsupported_media_type")
+    # the parser would take what is not UTF-8 for Latin-1 and say nothing; this keeps the bytes, and the last one counts
+    headers = Headers({"content-type": f"{request.headers['content-type']}; charset=latin-1"})
     try:
-        form = await request.form(max_files=fields.MOST_UPLOADS + 2, max_fields=200, max_part_size=2**20)
-    except (MultiPartException, HTTPException) as error:
-        detail = getattr(error, "message", None) or getattr(error, "detail", "")
-        raise ApiError(400, f"the form is damaged: {detail}"[:300], code="invalid_form") from None
+        async with aclosing(request.stream()) as stream:
+            limits = {"max_files": fields.MOST_UPLOADS + 2, "max_fields": 200, "max_part_size": 2**20}
+            form = await MultiPartParser(headers, stream, **limits).parse()
+    except MultiPartException as error:
+        raise ApiError(400, f"the form is damaged: {error.message}"[:300], code="invalid_form") from None
     texts, images = [], []
     try:
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
-                texts.append((name, value))
+                texts.append((_utf8(name), _utf8(value)))
             elif name in ("image", "image[]"):
                 images.append(media.upload(await value.read(), "image"))
             else:
-                texts.append((name, "a file"))  # `wanted` refuses what it does not know
+                texts.append((_utf8(name), "a file"))  # `wanted` refuses what it does not know
     finally:
         await form.close()
     if len(images) > fields.MOST_UPLOADS:
         raise ApiError(
-            400, f"image has {len(images)} pictures; at most {fields.MOST_UPLOADS} are allowed", param="image"
+            400,
+            f"image has {len(images)} pictures; at most {fields.MOST_UPLOADS} are allowed",
+            param="image",
+            code="invalid_request",
         )
     return fields.from_form(texts, nested), images
+
+
+def _utf8(text: str) -> str:
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        raise ApiError(400, "the form is damaged: a text in it is not UTF-8", code="invalid_form") from None
 
 
 async def images_in_json(service: Service, body: dict[str, Any]) -> tuple[dict[str, Any], list[media.Upload]]:
@@ -412,7 +448,10 @@ async def images_in_json(service: Service, body: dict[str, Any]) -> tuple[dict[s
     given = given if isinstance(given, list) else [given]
     if len(given) > fields.MOST_UPLOADS:
         raise ApiError(
-            400, f"image has {len(given)} pictures; at most {fields.MOST_UPLOADS} are allowed", param="image"
+            400,
+            f"image has {len(given)} pictures; at most {fields.MOST_UPLOADS} are allowed",
+            param="image",
+            code="invalid_request",
         )
     found = [fields.content_of(one, "image") for one in given]
     room = service.settings.body_limit - sum(len(one.content) for one in found if isinstance(one, media.Upload))
@@ -482,6 +521,7 @@ def submit(
     """Register and queue what is wanted; `tongue`: of the route. Raises ApiError."""
     ticket = ticket_of(request, service, wanted)
     ticket.tongue, ticket.trace = tongue, tracing.here()
+    ticket.unchecked = service.safety is not None
     service.register.add(ticket, key, digest)
     try:
         service.dispatcher.submit(ticket)
@@ -493,21 +533,27 @@ def submit(
 
 async def _answer(request: Request, service: Service, wanted: Wanted, kind: str) -> Response:
     """Queue what is wanted and answer: with all pictures, or with a stream of events."""
-    # first, since what follows must not be interrupted
+    key, digest, ticket = request.headers.get("idempotency-key"), "", None
+    if key is not None and not 1 <= len(key) <= MOST_KEY:
+        raise ApiError(
+            400,
+            f"idempotency-key has {len(key)} characters; it must have 1 to {MOST_KEY}",
+            param="idempotency-key",
+            code="invalid_request",
+        )
+    # before the rest, which must not be interrupted
     await service.check_request(request.state.owner, wanted.call["requests"], wanted.uploads)
-    key, digest = request.headers.get("idempotency-key"), ""
-    ticket = None
     if key is not None:
         asked = json.dumps([wanted.call, wanted.form, wanted.compression, kind], sort_keys=True).encode()
         digest = hashlib.sha256(b"".join([asked, *(upload.content for upload in wanted.uploads)])).hexdigest()
-        ticket = service.register.repeated(request.state.owner, key[:255], digest)
+        ticket = service.register.repeated(request.state.owner, key, digest)
     if ticket is None:
-        ticket = submit(request, service, wanted, key=key and key[:255], digest=digest)
+        ticket = submit(request, service, wanted, key=key, digest=digest)
     asker = Asker(service, ticket, wanted.stay)
     if wanted.stream:
         return _Stream(_events(service, wanted, ticket, kind), asker)
     with asker:
-        made = await service.checked(ticket.owner, wanted, await while_connected(request, wanted, ticket))
+        made = await service.checked(ticket, wanted, await while_connected(request, wanted, ticket))
         encoded = [await service.encode(partial(_picture, service, one, wanted)) for one in made]
         if wanted.linked:
             base = (service.settings.public_url or str(request.base_url)).rstrip("/")
@@ -521,7 +567,7 @@ class Asker:
     """An HTTP request that is being answered with a ticket; several may share one by their idempotency key.
 
     When the last one ends, a ticket that is not over is cancelled unless it shall stay, and pictures that can't be
-    asked for again are dropped.
+    asked for again are dropped. An error in the `with` block is the ticket's, as an ApiError, though it was done.
     """
 
     def __init__(self, service: Service, ticket: Ticket, stay: bool):
@@ -531,10 +577,21 @@ class Asker:
     def __enter__(self) -> "Asker":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception):
+            self.leave()
+            return
+        found = as_api_error(error)
+        self._ticket.refuse(found)
+        self.leave()
+        raise found from None
+
+    def leave(self) -> None:
+        """End."""
         self._ticket.askers -= 1
         if self._ticket.askers:
             return
+        self._ticket.unchecked = False
         if not self._stay:
             self._service.dispatcher.cancel(self._ticket)
         if self._ticket.key is None:
@@ -552,8 +609,10 @@ class _Stream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        with self._asker:
+        try:
             await super().__call__(scope, receive, send)
+        finally:
+            self._asker.leave()
 
 
 async def while_connected(request: Request, wanted: Wanted, ticket: Ticket) -> Sequence[Made]:
@@ -649,14 +708,16 @@ async def _events(service: Service, wanted: Wanted, ticket: Ticket, kind: str) -
                 yield _event(event | {"b64_json": base64.b64encode(content).decode("ascii")})
                 number += 1
             pending = asyncio.ensure_future(anext(progress, None))
-        (made,) = await service.checked(ticket.owner, wanted, await ticket.wait())
+        (made,) = await service.checked(ticket, wanted, await ticket.wait())
         content = await service.encode(partial(_picture, service, made, wanted))
         event = {"type": f"{kind}.completed", **common, "usage": _usage(wanted, ticket)}
         event["stylefast"] = _extension(wanted, ticket, [made])
         yield _event(event | {"b64_json": base64.b64encode(content).decode("ascii")})
     except Exception as error:
+        found = as_api_error(error)
         service.dispatcher.cancel(ticket)  # a preview that was refused; what is over stays as it is
-        yield _event(as_api_error(error).event())
+        ticket.refuse(found)
+        yield _event(found.event())
     finally:
         pending.cancel()
 

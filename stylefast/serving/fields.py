@@ -21,11 +21,14 @@ from stylefast.values import did_you_mean, load_json, quoted
 QUALITIES = {"low": 4, "medium": 12, "high": 20, "xhigh": 30, "max": 50}
 # old names, which clients still send
 _OLD_QUALITIES = {"standard": "medium", "hd": "high"}
+_OLD_MODELS = "dall-e-"
 FIDELITIES = {"low": 0.5, "high": 1.0}  # strengths of pictures that are style references
 PLAIN_FIDELITY = 0.8
-MOST_PICTURES, MOST_UPLOADS, MOST_PARTIAL = 10, 16, 3
+MOST_PICTURES, MOST_UPLOADS, MOST_PARTIAL, MOST_STYLES = 10, 16, 3, 16
+MOST_MARKS = 500_000  # commas and opening brackets in JSON, those in texts included
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _KEY, _DEEPEST = re.compile(r"\[([^\[\]]*)\]"), 8
+_HALF = re.compile(rb"\\u[dD][89A-Fa-f]")  # of a character, which needs another half behind or before it
 _LONGEST_SCHEME = 100  # characters before an address's colon
 _UNIT = 8  # sides of the engine's pictures
 # of a request in a request file, which "stylefast" may have; prompt and size have fields of their own
@@ -65,7 +68,9 @@ class Generation(BaseModel):
     )
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
     output_compression: int | None = Field(100, ge=0, le=100, description="Quality of JPEG and WebP.")
-    response_format: Literal["b64_json", "url"] | None = "b64_json"
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="b64_json, or url; left out, it is url for models called dall-e-2 and dall-e-3, as of old."
+    )
     stream: bool | None = False
     partial_images: int | None = Field(0, ge=0, le=MOST_PARTIAL, description="Previews in a stream.")
     background: Literal["opaque", "auto"] | None = "auto"
@@ -145,8 +150,17 @@ class Served:
 
 def read_json(body: bytes) -> dict[str, Any]:
     """Return the object in a JSON body. Raises ApiError."""
+    if sum(body.count(mark) for mark in b",[{") > MOST_MARKS:  # each becomes an object of its own
+        raise ApiError(400, f"the body has more than {MOST_MARKS} commas and brackets", code="invalid_json")
     try:
-        return load_json(body.decode("utf-8"), "the body", kind=dict)
+        # how large it may be has been checked on its way in
+        found = load_json(body.decode("utf-8"), "the body", kind=dict, largest=len(body))
+        if _HALF.search(body):
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        return found
+    except UnicodeEncodeError:
+        message = "the body contains half of a character, a lone surrogate; the text was cut inside an emoji"
+        raise ApiError(400, message, code="invalid_request") from None
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
     except InvalidRequest as error:
@@ -238,6 +252,7 @@ def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (
         raise ApiError(
             400, "stylefast.method says how pictures are used; send some", param="stylefast.method", code="no_image"
         )
+    check_count("style", styles)
     quality, steps = _quality(fields.quality)
     size = _size(fields.size)
     n, seed = fields.n or 1, own.pop("seed", -1)
@@ -279,7 +294,7 @@ def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (
         stream=bool(fields.stream),
         partial_images=(fields.partial_images or 0) if fields.stream else 0,
         safety_identifier=fields.safety_identifier or fields.user,
-        linked=fields.response_format == "url",
+        linked=(fields.response_format or _usual_format(fields)) == "url",
         deadline=_deadline(deadline),
         stay=_stay(stay),
         warnings=warnings,
@@ -309,8 +324,7 @@ def _validated(kind: type[Generation], body: Mapping[str, Any]) -> Any:
 
 def _own(fields: Generation, edit: bool) -> dict[str, Any]:
     """Return the fields of a request that stand beside OpenAI's or inside "stylefast", which counts."""
-    beside = {_ALIASES.get(name, name): value for name, value in (fields.model_extra or {}).items()}
-    inside = {_ALIASES.get(name, name): value for name, value in (fields.stylefast or {}).items()}
+    beside, inside = _in_our_names(fields.model_extra or {}), _in_our_names(fields.stylefast or {})
     known = [name for name in _OWN_FIELDS if name != "style"]
     for name in beside:
         if name not in known:
@@ -333,6 +347,14 @@ def _own(fields: Generation, edit: bool) -> dict[str, Any]:
         for name, value in beside.items()
     }
     return typed | inside
+
+
+def _in_our_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    for theirs, ours in _ALIASES.items():
+        if theirs in given and ours in given:
+            message = f"{theirs} and {ours} mean the same; give one of them"
+            raise ApiError(400, message, param=theirs, code="invalid_request")
+    return {_ALIASES.get(name, name): value for name, value in given.items()}
 
 
 def model_and_style(name: str | None, served: Served) -> tuple[str, str | None]:
@@ -378,6 +400,17 @@ def known_style(param: str, name: str, served: Served) -> str:
     return name
 
 
+def check_count(param: str, styles: Sequence[Any]) -> None:
+    """Raise ApiError for a request with too many styles, each of which costs time with every step."""
+    if len(styles) > MOST_STYLES:
+        raise ApiError(
+            400,
+            f"the request has {len(styles)} styles; at most {MOST_STYLES} are allowed",
+            param=param,
+            code="invalid_request",
+        )
+
+
 def methods(served: Served) -> list[str]:
     """Return the names of the ways to use a picture as a style reference; the first is used unless a request says."""
     return ["instant", "aligned"] if served.adapters else ["aligned"]
@@ -404,6 +437,11 @@ def _reference(method: Any, fields: Any, count: int, served: Served) -> dict[str
         param="stylefast.method",
         code="invalid_request",
     )
+
+
+def _usual_format(fields: Generation) -> str:
+    """Return how pictures are sent if a request does not say; clients that name the old models expect addresses."""
+    return "url" if (fields.model or "").startswith(_OLD_MODELS) and not fields.stream else "b64_json"
 
 
 def _quality(name: str | None) -> tuple[str, int | None]:

@@ -31,7 +31,7 @@ def make_tools(url: str, key: str | None = None, transport: httpx2.AsyncBaseTran
         except (httpx2.HTTPError, ValueError) as error:
             raise ToolError(f"there is no service at {url} ({error}); start one: stylefast serve") from None
         if reply.status_code != 200:
-            raise ToolError(str(found.get("error", {}).get("message", f"status {reply.status_code}")))
+            raise ToolError(_message(found) or f"the service answered with status {reply.status_code}")
         return found
 
     @tools.tool()
@@ -67,3 +67,9 @@ def make_tools(url: str, key: str | None = None, transport: httpx2.AsyncBaseTran
         return [Image(data=base64.b64decode(reply["data"][0]["b64_json"]), format="png"), "; ".join(words)]
 
     return tools
+
+
+def _message(found: Any) -> str:
+    """Return an error's words; "" where something in front of the service answered in a shape of its own."""
+    error = found.get("error") if isinstance(found, dict) else None
+    return str(error.get("message", "")) if isinstance(error, dict) else ""

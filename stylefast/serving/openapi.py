@@ -43,7 +43,11 @@ _IMAGES = {
         "created": _WHOLE,
         "data": {
             "type": "array",
-            "items": {"type": "object", "required": ["b64_json"], "properties": {"b64_json": _TEXT}},
+            "items": {
+                "type": "object",
+                "properties": {"b64_json": _TEXT, "url": _TEXT},
+                "oneOf": [{"required": ["b64_json"]}, {"required": ["url"]}],
+            },
         },
         **dict.fromkeys(("size", "quality", "background", "output_format", "safety_identifier"), _TEXT),
         "usage": {

@@ -51,7 +51,7 @@ class UnknownStyle(StyleError):
 
 
 class ReadOnlyStyles(StyleError):
-    """The folder of styles can't be written."""
+    """The folder of styles can't be written, or is gone."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,16 @@ class StyleRegistry:
         return self.find(name)
 
     def check_free(self, name: str) -> None:
-        """Raise StyleExists if a name is taken, also in other capital letters, and StyleError if it is not safe."""
+        """Raise StyleExists if a name is taken, also in other capital letters, and StyleError if it is not safe.
+
+        Raises ReadOnlyStyles if the folder is gone.
+        """
         safe_name(name)
-        others = [*self.taken, *(other for other in os.listdir(self.folder) if not other.startswith("."))]
-        for other in others:
+        try:
+            there = os.listdir(self.folder)
+        except OSError as error:
+            raise ReadOnlyStyles(f"the folder of styles can't be read: {error.strerror or error}") from None
+        for other in [*self.taken, *(other for other in there if not other.startswith("."))]:
             if other.lower() == name.lower():
                 raise StyleExists(f"a style {quoted(other)} is registered already; choose another name, or delete it")
 

@@ -29,6 +29,7 @@ class ApiError(Exception):
         code: for programs.
         retry_after: seconds; the reply then carries a Retry-After of 1 to 60.
         retry: whether trying again may help; None leaves that to the client.
+        more_headers: of the reply, such as Allow.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: float | None = None,
         retry: bool | None = None,
+        more_headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after, self.retry = retry_after, retry
+        self.retry_after, self.retry, self._more_headers = retry_after, retry, more_headers or {}
 
     @property
     def kind(self) -> str:
@@ -65,7 +67,7 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Return the headers that say whether and when to try again."""
-        found = {}
+        found = dict(self._more_headers)
         if self.retry_after is not None:
             seconds = min(max(math.ceil(self.retry_after), LEAST_RETRY), MOST_RETRY)
             found["retry-after"] = str(seconds)

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/v1/styles")
 
 MOST_BAKES = 8  # that wait or run
+_CANCEL_SECONDS = 0.1  # between two tries to cancel one
 STORAGE = {"store": ("kv", "hidden", "latents"), "dtype": ("auto", "fp32", "fp16", "bf16", "fp8")}
 BAKE_SETTINGS = (*(name for name in DEFAULTS if name != "guidance_interval"), *STORAGE)
 _NESTED = ("options", "defaults", "bake")
 _FIELDS = ("name", "method", "prompt", "licence", "license", "description", *_NESTED)
 _KINDS = {"instant": ("InstantStyle", "image"), "aligned": ("StyleAligned", "reference")}
 _SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no", "")
 
 
 @dataclass(eq=False)
@@ -167,9 +167,9 @@ async def delete(request: Request, name: str) -> dict[str, Any]:
     service, registry = _writable(request)
     found = _found(service, name, "deleted")
     running = service.bakes.get(name)
-    if running is not None and running.task is not None and not running.over:
-        service.dispatcher.send_cancel(running.id)
-        await asyncio.wait([running.task])
+    while running is not None and running.task is not None and not running.task.done():
+        service.dispatcher.send_cancel(running.id)  # the engine may not have it yet
+        await asyncio.wait([running.task], timeout=_CANCEL_SECONDS)
     if found.fault is None and name in service.dispatcher.named_styles():
         # those that still wait have it too; if it can't be read, they would not have got it anyway
         with contextlib.suppress(ApiError):
@@ -281,16 +281,10 @@ def _check_scheduler(param: str, settings: Mapping[str, Any], service: "Service"
 
 
 def _wanted_bake(given: Any, service: "Service") -> dict[str, Any] | None:
-    """Return the settings of a bake that a body asks for: an object, also as JSON text, or true."""
-    if isinstance(given, str) and given.strip().lower() not in (*_TRUE, *_FALSE):
-        try:
-            given = values.load_json(given, "bake", kind=dict)
-        except InvalidRequest as error:
-            raise ApiError(400, str(error), param="bake", code="invalid_request") from None
-    if isinstance(given, str):
-        given = given.strip().lower() in _TRUE
-    if given is None or given is False:
+    """Return the settings of a bake that a body asks for: an object, or true, in a form as text."""
+    if given in (None, False, "false"):
         return None
+    given = True if given == "true" else given
     return _bake_settings({} if given is True else _object("bake", given), service)
 
 

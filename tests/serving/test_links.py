@@ -1,5 +1,6 @@
 """Replies with addresses in place of pictures: nobody guesses them, and they take a bounded room."""
 
+import json
 import re
 import time
 import urllib.request
@@ -15,6 +16,7 @@ from stylefast.serving import links
 from stylefast.serving.links import PATH, Links
 from stylefast.serving.replies import ApiError
 from stylefast.serving.settings import ServeSettings
+from tests.serving.bench import bench
 from tests.serving.conftest import WAIT, serving
 from tests.serving.test_service import KEYS, call, error_of
 
@@ -95,3 +97,17 @@ def test_the_public_address_must_be_one():
     for url in ("pictures.example.com", "ftp://a", "https://a/?x", "https://a b", "javascript:alert(1)"):
         with pytest.raises(InvalidRequest, match="public_url is"):
             ServeSettings.of({"public_url": url}, {})
+
+
+def test_clients_that_name_an_old_model_get_addresses_unless_they_ask_otherwise():
+    asked = (
+        ({"model": "dall-e-2"}, "url"),
+        ({"model": "dall-e-3", "response_format": "b64_json"}, "b64_json"),
+        ({"model": "gpt-image-1"}, "b64_json"),
+        ({}, "b64_json"),
+    )
+    with bench(accept_any_model=True) as running:
+        for body, field in asked:
+            (one,) = json.loads(running.draw(**body)[2])["data"]
+            assert list(one) == [field]
+        assert b'"b64_json"' in running.draw(model="dall-e-2", stream=True)[2]

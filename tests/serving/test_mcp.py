@@ -3,8 +3,11 @@
 import asyncio
 import base64
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
+import pytest
 from mcp import Client, StdioServerParameters
 from PIL import Image
 
@@ -41,3 +44,24 @@ def test_an_agent_draws_a_picture(server):
 def test_a_service_that_is_not_there_is_said():
     _, (found,) = ask("http://127.0.0.1:9", ("list_styles", {}))
     assert found.is_error and "start one: stylefast serve" in found.content[0].text
+
+
+@pytest.mark.parametrize("body", [b'{"error": "no"}', b'["no"]', b"{}"])
+def test_what_answers_in_front_of_the_service_is_no_riddle(body):
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(401)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway:
+        threading.Thread(target=gateway.serve_forever).start()
+        try:
+            _, (found,) = ask(f"http://127.0.0.1:{gateway.server_port}", ("list_styles", {}))
+        finally:
+            gateway.shutdown()
+    assert found.is_error and "the service answered with status 401" in found.content[0].text

@@ -1,5 +1,7 @@
 """The OpenAPI document is what the service does: cases made from it, by schemathesis."""
 
+import json
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from tests.serving.bench import bench
 
 schemathesis = pytest.importorskip("schemathesis")
+jsonschema = pytest.importorskip("jsonschema")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,15 @@ def test_five_thousand_cases_end_without_an_error_of_the_server(server):
     each = -(-5000 // len(tests))
     for test in cases(server.url, each).values():
         test()
+
+
+@pytest.mark.parametrize("response_format", ["b64_json", "url"])
+def test_replies_with_pictures_and_with_addresses_are_as_the_document_says(running, response_format):
+    schema = running.app.openapi()["components"]["schemas"]["Images"]
+    reply = json.loads(running.draw(response_format=response_format)[2])
+    jsonschema.validate(reply, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**reply, "data": [{}]}, schema)
 
 
 def test_the_document_has_the_envelope_for_every_error(running):

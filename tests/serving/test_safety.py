@@ -229,11 +229,20 @@ def test_a_refusal_is_openais_error_also_in_a_stream(draw, prompt):
     assert draw("a fish").data[0].b64_json
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_whose_picture_was_refused_says_so_afterwards(checked, draw, stream):
+    number = f"refused-{stream}"
+    with pytest.raises(openai.APIError):
+        list(draw("ugly", stream=stream, extra_headers={"x-request-id": number}))
+    shown = json.loads(checked.get(f"/v1/images/{number}")[1])
+    assert shown["status"] == "failed" and shown["error"]["code"] == "content_policy_violation"
+
+
 def test_a_refused_preview_ends_the_request(checked, draw):
     with pytest.raises(openai.APIError, match="the preview did not pass"):
         list(draw("previewed", stream=True, partial_images=3, extra_headers={"x-request-id": "previewed"}))
     shown = json.loads(checked.get("/v1/images/previewed")[1])
-    assert shown["status"] in ("cancelled", "completed")
+    assert shown["status"] in ("cancelled", "failed")  # the latter if the picture was done already
 
 
 def test_a_replaced_picture_has_no_record_but_the_mark(draw):

@@ -1,5 +1,6 @@
 """The service around the pictures: keys, limits, health, signals, and an engine that dies."""
 
+import base64
 import http.client
 import json
 import os
@@ -78,6 +79,110 @@ def test_bodies_and_headers_that_are_wrong(server, body, headers, status, code):
         body = b'{"prompt": "a fish"}'
         found, _, reply = call(server, "POST", "/v1/images/generations", body, headers)
     assert found == status and error_of(reply)["code"] == code, reply
+
+
+@pytest.mark.parametrize(
+    "method, path, allowed",
+    [
+        ("GET", "/v1/images/generations", "POST"),
+        ("DELETE", "/v1/images/edits", "POST"),
+        ("OPTIONS", "/v1/images/edits", "POST"),
+        ("PUT", "/v1/models", "GET"),
+        ("PUT", "/v1/images/mine", "GET, DELETE"),
+        ("PUT", "/sdapi/v1/options", "GET, POST"),
+        ("PUT", "/v1/styles", "GET, POST"),
+        ("POST", "/", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_says_which_are_right(server, method, path, allowed):
+    status, headers, body = call(server, method, path)
+    assert status == 405 and error_of(body)["code"] == "method_not_allowed" and headers["allow"] == allowed
+
+
+@pytest.mark.parametrize("key", ["", "k" * 256])
+def test_an_idempotency_key_is_neither_empty_nor_cut(server, key):
+    headers = {"content-type": "application/json", "idempotency-key": key}
+    status, _, body = call(server, "POST", "/v1/images/generations", b'{"prompt": "a fish"}', headers)
+    assert status == 400 and error_of(body)["param"] == "idempotency-key"
+
+
+def test_json_with_pictures_may_be_as_large_as_any_body_but_not_consist_of_brackets(server):
+    headers = {"content-type": "application/json"}
+    text = base64.b64encode(bytes(17 * 2**20)).decode()
+    body = json.dumps({"prompt": "a fish", "image": text})
+    status, _, reply = call(server, "POST", "/v1/images/edits", body, headers)
+    assert status == 400 and error_of(reply)["code"] == "invalid_image"
+    for inside in ("[]," * 600_000, '{"a":{}},' * 300_000):
+        body = f'{{"prompt": "a fish", "stylefast": [{inside}0]}}'
+        status, _, reply = call(server, "POST", "/v1/images/generations", body, headers)
+        assert status == 400 and "commas and brackets" in error_of(reply)["message"]
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/images/generations", '{"prompt": "a fish", "user": "\\ud83d"}'),
+        ("/sdapi/v1/txt2img", '{"prompt": "a fish", "force_task_id": "\\uDE00"}'),
+        ("/v1/images/generations", '{"prompt": "a fish", "n": 1, "moderation": null, "\\ud800": 1}'),
+    ],
+)
+def test_half_of_a_character_is_refused_wherever_it_stands(server, path, body):
+    status, _, reply = call(server, "POST", path, body, {"content-type": "application/json"})
+    assert status == 400 and "half of a character" in error_of(reply)["message"]
+
+
+def test_both_halves_of_a_character_are_one(server):
+    body = '{"prompt": "a fish", "user": "\\ud83d\\ude00", "stylefast": {"steps": 1}}'
+    status, _, reply = call(server, "POST", "/v1/images/generations", body, {"content-type": "application/json"})
+    assert status == 200 and json.loads(reply)["safety_identifier"] == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    "path, own, param",
+    [
+        ("/v1/images/generations", {"stylefast": {"style": ["neon"] * 17}}, "style"),
+        ("/v1/images/generations", {"model": "tiny/neon", "stylefast": {"style": ["neon"] * 16}}, "style"),
+        ("/sdapi/v1/txt2img", {"styles": ["neon"] * 17}, "styles"),
+        ("/v1/images/generations", {"steps": 2, "num_inference_steps": 3}, "num_inference_steps"),
+    ],
+)
+def test_too_many_styles_and_two_names_for_one_thing_are_refused(server, path, own, param):
+    body = json.dumps({"prompt": "a fish", **own})
+    status, _, reply = call(server, "POST", path, body, {"content-type": "application/json"})
+    assert status == 400 and error_of(reply)["param"] == param
+
+
+def test_an_error_about_pictures_of_the_model_names_no_path_of_the_server(server):
+    style = {"kind": "InstantStyle", "image": ["neon"] * 2000}
+    body = json.dumps({"prompt": "a fish", "stylefast": {"style": style}})
+    status, _, reply = call(server, "POST", "/v1/images/generations", body, {"content-type": "application/json"})
+    assert status == 400 and "2000 pictures" in error_of(reply)["message"] and "/references" not in str(reply)
+
+
+def form(*parts, charset=""):
+    """Return the headers and the body of a form, of pairs of bytes."""
+    lines = [b'--x\r\ncontent-disposition: form-data; name="%s"\r\n\r\n%s\r\n' % part for part in parts]
+    return {"content-type": f"multipart/form-data; boundary=x{charset}"}, b"".join(lines) + b"--x--\r\n"
+
+
+def test_texts_of_a_form_are_utf8(server):
+    for parts in ([(b"prompt", b"a caf\xe9")], [(b"pr\xe9", b"a fish")]):
+        headers, body = form(*parts)
+        status, _, reply = call(server, "POST", "/v1/images/edits", body, headers)
+        assert status == 400 and "not UTF-8" in error_of(reply)["message"]
+    headers, body = form((b"quality", "\u00e9".encode()), (b"prompt", b"a fish"), charset="; charset=UTF-8")
+    status, _, reply = call(server, "POST", "/v1/images/edits", body, headers)
+    assert status == 400 and error_of(reply)["code"] == "missing_image"
+
+
+def test_no_charset_of_a_form_holds_the_server_up(server):
+    """Python takes a minute for 200 KB in punycode."""
+    for charset in ("punycode", '"punycode"', "utf-16", "idna"):
+        headers, body = form((b"prompt", b"a-" + b"b" * 200_000), charset=f"; charset={charset}")
+        began = time.monotonic()
+        status, _, reply = call(server, "POST", "/v1/images/edits", body, headers)
+        assert status == 415 and error_of(reply)["code"] == "unsupported_media_type"
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(

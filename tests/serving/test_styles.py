@@ -1,6 +1,7 @@
 """Registered styles over HTTP: created, listed, drawn with, baked and deleted, with a server as users start it."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -17,8 +18,10 @@ from PIL import Image
 from stylefast import cli
 from stylefast.models.checkpoint import TINY
 from stylefast.serving.fields import Served, model_and_style
+from stylefast.serving.messages import BakeStyle, Cancel, Failed
 from stylefast.serving.registry import StyleRegistry
 from stylefast.serving.style_files import Manifest
+from tests.serving.bench import StandIn, bench
 from tests.serving.conftest import WAIT, Server, serving
 
 USER, ADMIN = "0123456789abcdef", "0000111122223333"
@@ -350,3 +353,48 @@ def test_a_bake_ends_with_its_engine_and_with_the_server(tmp_path):
         bake()
         assert server.stop(signal.SIGTERM) == 0 and "Traceback" not in server.log
     assert os.listdir(tmp_path) == ["ours"] and sorted(os.listdir(tmp_path / "ours")) == ["reference.png", "style.json"]
+
+
+class Baker(StandIn):
+    """An engine whose bakes go on until they are cancelled."""
+
+    def send(self, message):
+        if isinstance(message, Cancel):
+            self._loop.call_soon(self._tell, Failed(message.ticket, "JobCancelled", ""))
+        elif not isinstance(message, BakeStyle):
+            super().send(message)
+
+
+def test_deleting_a_style_ends_a_bake_that_the_engine_does_not_have_yet(tmp_path):
+    add(tmp_path)
+    with bench(Baker, styles_dir=str(tmp_path)) as running:
+        held = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)  # as another server that writes
+        ended = {}
+
+        def ask(method, path):
+            ended[method] = running.call(method, path)[0]
+
+        asking = [
+            threading.Thread(target=ask, args=("POST", "/v1/styles/ours/bake"), daemon=True),
+            threading.Thread(target=ask, args=("DELETE", "/v1/styles/ours"), daemon=True),
+        ]
+        asking[0].start()
+        running.until(lambda: running.service.bakes)
+        asking[1].start()
+        asking[1].join(0.5)
+        os.close(held)
+        for one in asking:
+            one.join(WAIT / 4)
+        assert ended == {"POST": 499, "DELETE": 200}
+
+
+def test_a_folder_of_styles_that_is_gone_is_no_error_of_the_service(tmp_path):
+    folder = tmp_path / "styles"
+    folder.mkdir()
+    with bench(styles_dir=str(folder)) as running:
+        folder.rmdir()
+        body = json.dumps({"name": "ours", "image": base64.b64encode(PICTURE).decode()})
+        status, _, reply = running.call("POST", "/v1/styles", body, {"content-type": "application/json"})
+        assert status == 409 and json.loads(reply)["error"]["code"] == "styles_read_only", reply
+        assert running.call("GET", "/v1/styles")[0] == running.draw()[0] == 200
