@@ -98,7 +98,7 @@ def test_the_kernel_writes_into_rows_that_lie_apart(form):
 
     x, out = normal(5, 34), torch.full((5, 40), NAN)
     geglu(x, out[:, 3:20], config=form.config)
-    torch.testing.assert_close(out[:, 3:20], geglu_ref(x))
+    torch.testing.assert_close(out[:, 3:20].double(), geglu_ref(x.double()), rtol=1.3e-6, atol=1e-5)
     assert out[:, :3].isnan().all() and out[:, 20:].isnan().all()
 
 
@@ -110,4 +110,4 @@ def test_sdxls_sizes_on_a_gpu_are_as_near_as_pytorch_and_follow_new_values_in_a_
     x = normal(*shape)
     replay, given = captured(operation, x)
     given[0].mul_(-0.5)
-    torch.testing.assert_close(replay(), composed(-0.5 * x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(replay().double(), geglu_ref(-0.5 * x.double()), rtol=1e-5, atol=1e-5)

@@ -51,6 +51,11 @@ def reference(q, k, v, references, affine, pool):
     return shared_attention_ref(q, k, v, page, mode, scale, shift, affine, pool_k, pool_v, bias, *scales)
 
 
+def exact_of(*case):
+    """What the literal form gives in fp64."""
+    return reference(*doubled(case))
+
+
 POINTERS = {"form": "pointers", "block_m": 16, "block_n": 32, "num_warps": 4, "num_stages": 2, "exp2": 0}
 CONFIGS = {
     "pointers": POINTERS,
@@ -177,7 +182,7 @@ def check(form, *case):
     for x, factor in ((references.shift, 1), (references.scale, 5)):
         largest = max([largest, *(factor * x[x.isfinite()].abs()).tolist()])
     found = form(operation, *case)
-    assert_as_near_as_pytorch(found, composed(*case), reference(*doubled(case)), largest)
+    assert_as_near_as_pytorch(found, composed(*case), exact_of(*case), largest)
 
 
 @each_type(FORMS)
@@ -230,10 +235,9 @@ def test_a_shift_of_log_2_equals_listing_the_reference_twice(form):
     x = qkv(form)
     once = form(operation, *x, segments(*FIRST, shift=math.log(2)), None, None)
     twice = segments([[-1, -1], [0, 0], [0, 0], [0, 0]], FIRST[1])
-    if form.name == "triton-specialised":  # one page a row
-        near(once, reference(*x, twice, None, None))
-    else:
-        near(once, form(operation, *x, twice, None, None))
+    near(once, exact_of(*x, twice, None, None))
+    if form.name != "triton-specialised":  # one page a row
+        near(form(operation, *x, twice, None, None), exact_of(*x, twice, None, None))
 
 
 @each(ALL)
@@ -245,8 +249,8 @@ def test_a_hidden_page_is_not_read_but_adain_applies(form):
     hidden = form(operation, *x, segments([[4], [5], [4], [-1]], [CONCAT] * 4, shift=HIDDEN), affine, pool)
     moved = [part * affine.gain[i, :, None] + affine.offset[i, :, None] for i, part in enumerate(x)]
     plain = segments([[-1]] * 4, [PLAIN] * 4)
-    near(hidden[:3], reference(*(part.to(x[0].dtype) for part in moved), plain, None, None)[:3])
-    near(hidden[3], reference(*x, plain, None, None)[3])
+    near(hidden[:3], exact_of(*(part.to(x[0].dtype) for part in moved), plain, None, None)[:3])
+    near(hidden[3], exact_of(*x, plain, None, None)[3])
 
 
 @each(ALL)
@@ -255,8 +259,8 @@ def test_an_affine_of_two_parts_leaves_the_values_as_they_are(form):
     gain[2], offset[2] = 1, 0
     table = segments(*FIRST, 0.8, 0.1)
     two = form(operation, *x, table, Affine(gain[:2], offset[:2]), None)
-    near(two, form(operation, *x, table, Affine(gain, offset), None))
-    near(two, reference(*x, table, Affine(gain, offset), None))
+    near(form(operation, *x, table, Affine(gain, offset), None), exact_of(*x, table, Affine(gain, offset), None))
+    near(two, exact_of(*x, table, Affine(gain, offset), None))
 
 
 @each(ALL)
@@ -271,8 +275,9 @@ def test_scale_zero_gives_reference_tokens_a_logit_of_zero_and_does_not_switch_t
 @each(ALL)
 def test_attending_to_itself_as_a_reference_changes_nothing(form):
     x = qkv(form)
-    doubled_up = form(operation, *x, segments([[0], [1], [2], [3]], [CONCAT] * 4, shift=1.5), None, None)
-    near(doubled_up, form(operation, *x, segments([[-1]] * 4, [PLAIN] * 4), None, None))
+    alone = exact_of(*x, segments([[-1]] * 4, [PLAIN] * 4), None, None)
+    near(form(operation, *x, segments([[0], [1], [2], [3]], [CONCAT] * 4, shift=1.5), None, None), alone)
+    near(form(operation, *x, segments([[-1]] * 4, [PLAIN] * 4), None, None), alone)
 
 
 @each(ALL, "torch cpp triton")
@@ -296,7 +301,7 @@ def test_a_row_that_sees_no_token_gives_zero(form):
         operation, *x, segments([[0], [0], [-1], [4]], [CONCAT, SWAP, SWAP, SWAP], shift=HIDDEN), None, pages(x[0])
     )
     assert (out[[1, 3]] == 0).all()
-    near(out[[0, 2]], reference(*x, segments([[-1]] * 4, [PLAIN] * 4), None, None)[[0, 2]])
+    near(out[[0, 2]], exact_of(*x, segments([[-1]] * 4, [PLAIN] * 4), None, None)[[0, 2]])
     if form.name != "triton-specialised":  # which takes no bias
         bias = torch.zeros(ROWS, TOKENS)
         bias[0] = HIDDEN
@@ -310,7 +315,7 @@ def test_a_first_tile_hidden_token_by_token_leaves_the_rest(form):
     bias[1, :300] = HIDDEN
     pool = Pool(*(normal(1, 400, 1, 32, seed=i) for i in (1, 2)))
     case = (q, q, q, segments([[1]], [SWAP], bias=bias), None, pool)
-    near(form(operation, *case), reference(*doubled(case)))
+    near(form(operation, *case), exact_of(*case))
 
 
 @each(ALL)
@@ -318,9 +323,9 @@ def test_a_first_tile_hidden_token_by_token_leaves_the_rest(form):
 def test_large_logits_neither_overflow_nor_vanish(form, size):
     q, k, v = qkv(form)
     case = (q, k, v, segments(*FIRST, shift=size), None, None)
-    near(form(operation, *case), reference(*doubled(case)))
+    near(form(operation, *case), exact_of(*case))
     case = (q * size / 10, k, v, segments(*FIRST, shift=size), None, None)
-    torch.testing.assert_close(form(operation, *case).double(), reference(*doubled(case)), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(form(operation, *case).double(), exact_of(*case), rtol=2e-3, atol=2e-3)
 
 
 @each_type(ALL)
@@ -330,7 +335,7 @@ def test_a_shift_beyond_the_types_range_leaves_nothing_but_its_side(form, dtype,
     out = form(operation, *x, segments(FIRST[0], [PLAIN] + [CONCAT] * 3, shift=shift), None, None)
     side = SWAP if shift > 0 else PLAIN
     # next to 1e5 a logit of fp32 has 7 bits left behind the point
-    expected = reference(*doubled((*x, segments(FIRST[0], [PLAIN] + [side] * 3), None, None)))
+    expected = exact_of(*x, segments(FIRST[0], [PLAIN] + [side] * 3), None, None)
     torch.testing.assert_close(out.double(), expected, rtol=0.05, atol=0.05)
 
 
@@ -339,7 +344,7 @@ def test_adain_keeps_its_digits_where_the_mean_is_large(form, dtype):
     x = [(part * 0.02 + 5).to(dtype) for part in qkv(form)]
     affine = adain_affine(*token_stats(*x), torch.zeros(ROWS).long(), torch.ones(ROWS, 3))
     case = (*x, segments([[0]] * 4, [CONCAT] * 4), affine, None)
-    exact = reference(*doubled(case))
+    exact = exact_of(*case)
     error = form(operation, *case).double() - exact
     assert error.abs().max() <= 5 * torch.finfo(dtype).eps * exact.abs().max()
 
@@ -370,7 +375,7 @@ def test_pages_without_tokens_and_empty_batches_are_let_through(form):
         x = normal(2, 9, 3, 2, 32).unbind(2)
         empty = Pool(*torch.zeros(2, 1, 0, 2, 32))
         found = form(operation, *x, segments([[2], [2]], [CONCAT, SWAP]), None, empty)
-        near(found[:1], reference(*(part[:1] for part in x), segments([[-1]], [PLAIN]), None, None))
+        near(found[:1], exact_of(*(part[:1] for part in x), segments([[-1]], [PLAIN]), None, None))
         assert (found[1] == 0).all()
     for shape in ((0, 9, 2, 32), (2, 0, 2, 32), (2, 9, 0, 32)):
         nothing = torch.zeros(shape)
@@ -437,7 +442,7 @@ def test_other_python_threads_run_while_it_computes(form):
 def test_a_page_out_of_range_is_refused_or_makes_its_row_nan_and_no_other(form, bad):
     x = qkv(form)
     case = (*x, segments([[4], [5], [0], [3]], [CONCAT, SWAP, CONCAT, PLAIN]), None, pages(x[0]))
-    expected = reference(*case)
+    expected = exact_of(*case)
     case[3].page[1] = bad
     if form.kind == "cpp":
         with pytest.raises(ValueError, match=f"page is {bad}, but it must be from -1 to 5"):
@@ -470,9 +475,7 @@ def test_a_captured_graph_follows_pages_scales_and_shifts(tokens):
     changed = segments([[0], [-1], [5], [4]], [CONCAT, SWAP, CONCAT, PLAIN], 0.7, 0.2)
     for there, new in zip(given[3][:4], changed):
         there.copy_(new)
-    torch.testing.assert_close(
-        replay().double(), reference(*doubled((*x, changed, affine, pool))), rtol=2e-2, atol=2e-2
-    )
+    torch.testing.assert_close(replay().double(), exact_of(*x, changed, affine, pool), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu
@@ -483,7 +486,7 @@ def test_offsets_past_2_to_the_31_elements_reach_their_page():
     stored = torch.zeros(2, 420, 4096, 10, 128, dtype=torch.float16, device="cuda")
     stored[:, -1] = normal(2, 4096, 10, 128, seed=3).half()
     small = Pool(*(part[-1:] for part in stored))
-    want = reference(
+    want = exact_of(
         *(part.cpu().double() for part in (q, k, v)),
         segments([[2], [-1]], [CONCAT] * 2),
         None,

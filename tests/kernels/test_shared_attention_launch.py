@@ -21,7 +21,7 @@ from stylefast.kernels.gpu.shared_attention import candidates, form_for
 from stylefast.kernels.gpu.strides import span
 from stylefast.kernels.shared_attention import CONCAT, FP8, PLAIN, SWAP, Affine, Pool, operation
 from tests.kernels.conformance import INTERPRETED, NAN, each, equal, laid_out, normal
-from tests.kernels.test_shared_attention import FORMS, POINTERS, adain, near, pages, qkv, reference, segments
+from tests.kernels.test_shared_attention import FORMS, POINTERS, adain, exact_of, near, pages, qkv, segments
 
 pytestmark = list(INTERPRETED)
 BOTH = [form for form in FORMS if form.name in ("triton-pointers", "triton-specialised")]
@@ -46,7 +46,7 @@ def form_of(case):
 def test_sdxls_calls_take_the_committed_warp_specialised_form():
     case = sdxl()
     assert form_of(case) == ("warp_specialised", "")
-    near(BOTH[0]._replace(config=None)(operation, *case), reference(*case))
+    near(BOTH[0]._replace(config=None)(operation, *case), exact_of(*case))
 
 
 @pytest.mark.parametrize(
@@ -133,14 +133,14 @@ def test_exp2_by_the_cubic_costs_less_than_half_a_bf16_rounding_and_hides_what_i
     x = qkv(form)
     case = (*x, segments([[4], [5], [4], [5]], READS[1], shift=0.3), adain(), pages(x[0]))
     case[3].shift[0], case[3].shift[1] = -torch.inf, -torch.inf
-    cubic, exact = (form._replace(config=form.config | {"exp2": share})(operation, *case) for share in (8, 0))
-    assert not equal(cubic, exact) and (cubic[1] == 0).all()
-    near(cubic, exact, 3e-4)
+    cubic, own = (form._replace(config=form.config | {"exp2": share})(operation, *case) for share in (8, 0))
+    assert not equal(cubic, own) and (cubic[1] == 0).all()
+    near(cubic, exact_of(*case), 3e-4)
     if form.types[0] == torch.float32:
         bias = torch.zeros(6, 16)
         bias[4:] = -torch.inf
         case = (*case[:3], case[3]._replace(bias=bias), *case[4:])
-        near(form._replace(config=form.config | {"exp2": 4})(operation, *case), reference(*case), 3e-4)
+        near(form._replace(config=form.config | {"exp2": 4})(operation, *case), exact_of(*case), 3e-4)
 
 
 def test_the_cubic_is_within_75e_6_of_exp2_and_takes_minus_infinity():
@@ -161,13 +161,13 @@ def test_outputs_may_be_strided_views_and_inputs_start_at_odd_elements(form):
     x = qkv(form)
     case, out = (*x, segments(*READS), adain(), pages(x[0])), torch.zeros(4, 16, 2, 2, 64, dtype=form.types[0])
     shared_attention.shared_attention(*case, out[:, :, 1], config=form.config)
-    near(out[:, :, 1], reference(*case))
+    near(out[:, :, 1], exact_of(*case))
     assert (out[:, :, 0] == 0).all()
     if form.name == "triton-pointers":
         wide = torch.zeros(4, 16, 2, 67)
         odd = (*(laid_out(part, "padded") for part in x), *case[3:])
         shared_attention.shared_attention(*odd, wide[..., 1:65], config=form.config)
-        near(wide[..., 1:65], reference(*case))
+        near(wide[..., 1:65], exact_of(*case))
         assert (wide[..., 0] == 0).all() and (wide[..., 65:] == 0).all()
 
 
@@ -212,7 +212,7 @@ def test_the_plugin_agrees_with_the_reference(dtype, banked, tokens, width, part
         affine,
         pages(x[0], 2, tokens) if banked else None,
     )
-    near(plugin(case), reference(*case), 1e-5)
+    near(plugin(case), exact_of(*case), 1e-5)
     assert plugin_attention.is_even(PLUGIN, 32, 64) and not plugin_attention.is_even(PLUGIN, 64, 40)
 
 

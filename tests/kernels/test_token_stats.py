@@ -59,8 +59,8 @@ def test_drawn_calls_are_as_near_to_double_precision_as_pytorch(form, dtype):
 def test_the_variance_is_unbiased_and_that_of_one_token_is_0(form):
     x = normal(3, 13, 2, 40) * 3 + 1
     mean, variance = form(operation, [x])
-    torch.testing.assert_close(mean[0], x.mean(1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(variance[0], x.var(1, unbiased=True), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean[0].double(), x.double().mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(variance[0].double(), x.double().var(1, unbiased=True), rtol=1e-5, atol=1e-5)
     mean, variance = form(operation, [torch.ones(2, 1, 2, 40)])
     assert mean.eq(1).all() and variance.eq(0).all()
 
@@ -105,7 +105,7 @@ def test_the_public_function_returns_fp32_for_one_tensor_or_several():
     x = normal(2, 9, 3, 2, 40, dtype=torch.bfloat16).unbind(2)
     mean, variance = token_stats(x[1])
     assert mean.dtype == variance.dtype == torch.float32 and mean.shape == (2, 2, 40)
-    torch.testing.assert_close(variance, x[1].float().var(1, unbiased=True), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(variance.double(), x[1].double().var(1, unbiased=True), rtol=1e-5, atol=1e-6)
     assert token_stats(*x)[0].shape == (3, 2, 2, 40)
 
 
@@ -115,5 +115,5 @@ def test_a_captured_call_follows_new_values():
     replay, given = captured(operation, x)
     for there in given[0]:
         there.mul_(-0.5)
-    for found, expected in zip(replay(), reference([-0.5 * part for part in x]), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for found, expected in zip(replay(), reference([-0.5 * part.double() for part in x]), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
