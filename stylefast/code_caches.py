@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 logger = logging.getLogger(__name__)
 
 _ROOT = 0
+_ACCESS_LIST = "system.posix_acl_access"
 # max links on one path, as in Linux
 _MOST_LINKS = 40
 # read by PyTorch's and Triton's compilers at every file lookup
@@ -212,7 +213,7 @@ def _first_foreign(paths: Iterable[Path], strict: bool) -> str | None:
                 return f"{path} is a link to another place"
             if status.st_uid not in (os.getuid(), _ROOT):
                 return f"{path} belongs to user {status.st_uid}, not to you ({os.getuid()})"
-            if _others_write(status) or (strict and status.st_mode & stat.S_IWGRP):
+            if _others_write(path, status) or (strict and status.st_mode & stat.S_IWGRP):
                 return f"others can write to {path} (mode {stat.S_IMODE(status.st_mode):o})"
     except OSError as error:
         return f"{error.filename} can't be inspected ({error.strerror or error})"
@@ -253,14 +254,22 @@ def _open_to_others(folder: Path) -> str | None:
     if status.st_uid not in (os.getuid(), _ROOT):
         return f"{folder} belongs to user {status.st_uid}, who may rename what is in it"
     # with the sticky bit, as in /tmp, only a file's owner may rename it
-    if _others_write(status) and not status.st_mode & stat.S_ISVTX:
+    if _others_write(folder, status) and not status.st_mode & stat.S_ISVTX:
         return f"others can write to {folder} (mode {stat.S_IMODE(status.st_mode):o}) and may rename what is in it"
     return None
 
 
-def _others_write(status: os.stat_result) -> bool:
-    mode = status.st_mode
-    return bool(mode & stat.S_IWOTH) or bool(mode & stat.S_IWGRP and not _is_users_own(status.st_gid))
+def _others_write(path: Path, status: os.stat_result) -> bool:
+    by_group = status.st_mode & stat.S_IWGRP and (_has_access_list(path) or not _is_users_own(status.st_gid))
+    return bool(status.st_mode & stat.S_IWOTH or by_group)
+
+
+def _has_access_list(path: Path) -> bool:
+    """Return whether a POSIX access list names further users; the group's bits of the mode then limit what they may."""
+    try:
+        return bool(os.getxattr(path, _ACCESS_LIST))
+    except (AttributeError, OSError):  # this system, this file system or this file has none
+        return False
 
 
 @cache
@@ -273,7 +282,8 @@ def _is_users_own(group: int) -> bool:
         user, entry = pwd.getpwuid(os.getuid()), grp.getgrgid(group)
     except KeyError:
         return False
-    return group == user.pw_gid and entry.gr_name == user.pw_name and set(entry.gr_mem) <= {user.pw_name}
+    members = {*entry.gr_mem, *(one.pw_name for one in pwd.getpwall() if one.pw_gid == group)}
+    return group == user.pw_gid and entry.gr_name == user.pw_name and members <= {user.pw_name}
 
 
 def _raise(error: OSError) -> None:

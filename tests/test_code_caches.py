@@ -1,9 +1,13 @@
 """Folders that code is loaded from: only what this user or root alone could have written is used."""
 
+import grp
 import logging
 import os
+import pwd
+import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +103,37 @@ def test_what_others_can_write_or_rename_is_left_alone_with_a_warning(cache, cap
     assert other != cache and not any(other.iterdir()) and other.stat().st_mode & 0o077 == 0
     assert "compiled code" in caplog.text and str(path.resolve()) in caplog.text
     assert foreign(cache, ["inner/code.so"]) is not None
+
+
+def access_list(user: int) -> bytes:
+    """A POSIX access list as Linux stores it: all for the owner and one further user."""
+    nobody = 2**32 - 1
+    entries = [(1, 7, nobody), (2, 7, user), (4, 0, nobody), (16, 7, nobody), (32, 0, nobody)]
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+@pytest.mark.parametrize("shared", [".", "inner", "inner/code.so", ".."])
+def test_what_an_access_list_lets_another_user_write_is_left_alone(cache, monkeypatch, shared):
+    # its rights show in the group's bits of the mode, and this group has no other members
+    monkeypatch.setattr(code_caches, "_is_users_own", lambda group: True)
+    (cache / shared).chmod(0o770)
+    assert private_folder(cache, "code") == cache
+    try:
+        os.setxattr(cache / shared, "system.posix_acl_access", access_list(NOBODY))
+    except (AttributeError, OSError):
+        pytest.skip("no access lists here")
+    assert private_folder(cache, "code") != cache
+
+
+def test_a_group_is_private_unless_it_is_the_first_one_of_another_user_too(monkeypatch):
+    me, group = SimpleNamespace(pw_name="ann", pw_gid=7), SimpleNamespace(gr_name="ann", gr_mem=[])
+    users = [me]
+    for name, found in (("getpwuid", me), ("getpwall", users)):
+        monkeypatch.setattr(pwd, name, lambda *_, found=found: found)
+    monkeypatch.setattr(grp, "getgrgid", lambda _: group)
+    assert code_caches._is_users_own.__wrapped__(7)
+    users.append(SimpleNamespace(pw_name="bob", pw_gid=7))
+    assert not code_caches._is_users_own.__wrapped__(7)
 
 
 def test_a_sticky_folder_above_such_as_tmp_is_no_reason(cache):
