@@ -178,7 +178,7 @@ def parse_bytes(what: str, value: int | str | None) -> int | None:
     if value is None:
         return None
     if isinstance(value, str):
-        text = value.strip().lower().replace(" ", "")
+        text = str.__str__(value).strip().lower().replace(" ", "")
         digits = text.rstrip("kmgib")
         try:
             count = float(digits) * _UNITS[text[len(digits) :]]
@@ -196,7 +196,8 @@ def parse_bytes(what: str, value: int | str | None) -> int | None:
 
 def _buckets(given: Any) -> tuple[int, ...]:
     """Return the row counts to which batches are padded, ascending. Raises InvalidRequest."""
-    given = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    several = values.entries(given)
+    given = several if several is not None else [] if given is None else [given]
     buckets = tuple(values.whole_number("batch_buckets", one, 1) for one in given[: _MOST_BUCKETS + 1])
     if list(buckets) != sorted(set(buckets)) or len(buckets) > _MOST_BUCKETS:
         raise InvalidRequest(

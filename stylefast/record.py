@@ -22,7 +22,7 @@ from stylefast.record_values import Sources, Store, plain
 from stylefast.runtime.plan.notices import warnings_of
 from stylefast.runtime.plan.request import Request
 from stylefast.styles.style import Style, find_kind, kinds
-from stylefast.values import check_fields, listed, quoted
+from stylefast.values import builtins, check_fields, listed, quoted
 
 FORMAT = "stylefast-call/1"
 MAX_REQUESTS = 1000
@@ -67,6 +67,7 @@ def from_record(
     Raises InvalidRequest for unknown fields and values out of range, StyleError for pictures and learned styles that
     changed since, or that were only in memory, ImageError for pictures that can't be read.
     """
+    record = builtins("the call", record)
     if isinstance(record, (list, tuple)):
         record = {"requests": record}
     if not isinstance(record, Mapping):

@@ -139,6 +139,8 @@ def is_bank(source) -> bool:
     """Return whether a style's reference, or its entry or path, is a style bank."""
     if isinstance(source, Mapping):
         return "bank" in source
+    if isinstance(source, os.PathLike):
+        source = values.path("a reference", source)
     return isinstance(source, StyleBank) or (isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".bank")
 
 

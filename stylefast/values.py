@@ -102,7 +102,7 @@ def real_number(
 
 def flag(name: str, value: Any, *, error: type = InvalidRequest) -> bool:
     """Return True or False; accept only real bools, since the string "false" is truthy."""
-    if isinstance(value, bool) or (_is_bool(value) and getattr(value, "ndim", 0) == 0):
+    if isinstance(value, bool) or (_is_bool(value) and _axes(value) == 0):
         return bool(value)
     raise error(f"{name} is {quoted(value)}; it must be true or false")
 
@@ -139,14 +139,16 @@ def prompt(name: str, value: Any, *, error: type = PromptError) -> str:
 def one_of(name: str, value: Any, known: Iterable[str], *, error: type = InvalidRequest) -> str:
     """Return one of the `known` names; the error lists them and suggests the nearest."""
     known = tuple(known)
-    if isinstance(value, str) and value in known:
+    # a subclass may say that it equals anything
+    if isinstance(value, str) and str.__str__(value) in known:
         return str.__str__(value)
     raise error(f"{name} is {quoted(value)}; choose one of {', '.join(known)}{did_you_mean(value, known)}")
 
 
 def did_you_mean(value: Any, known: Iterable[str]) -> str:
     """Return the end of a message, "; did you mean 'euler'?", or "" if no known name is similar."""
-    if not isinstance(value, str) or len(value) > QUOTED:
+    value = str.__str__(value) if isinstance(value, str) else ""
+    if not 0 < len(value) <= QUOTED:
         return ""
     spelled = {one.casefold(): one for one in known}
     near = difflib.get_close_matches(value.casefold(), spelled, n=1, cutoff=0.6)
@@ -173,28 +175,59 @@ def did_you_mean_beside(missing: Path, suffixes: Iterable[str] = ()) -> str:
 
 def several(name: str, value: Any, *, least: int = 0, most: int | None = None, error: type = InvalidRequest) -> list:
     """Return a list or tuple of `least` to `most` things as a list."""
-    if not isinstance(value, (list, tuple)):
+    found = entries(value)
+    if found is None:
         raise error(f"{name} is {quoted(value)}; it must be a list")
-    if len(value) < least or (most is not None and len(value) > most):
+    if len(found) < least or (most is not None and len(found) > most):
         count = f"{least}" if least == most else f"{least} to {most}" if most is not None else f"at least {least}"
-        raise error(f"{name} has {len(value)} entries, {quoted(value)}; it must have {count}")
-    return list(value)
+        raise error(f"{name} has {len(found)} entries, {quoted(value)}; it must have {count}")
+    return found
+
+
+def entries(value: Any) -> list | None:
+    """Return what a list or tuple holds, whatever a subclass makes of its length and order; None for anything else."""
+    if isinstance(value, list):
+        return list(list.__iter__(value))
+    return list(tuple.__iter__(value)) if isinstance(value, tuple) else None
 
 
 def mapping(name: str, value: Any, *, error: type = InvalidRequest) -> dict:
     """Return a mapping with names for keys as a dictionary."""
-    if not isinstance(value, Mapping):
+    found = _items(value)
+    if found is None:
         raise error(f"{name} is {quoted(value)}; it must be a dictionary")
-    odd = [key for key in value if not isinstance(key, str)]
+    odd = [key for key in found if not isinstance(key, str)]
     if odd:
         raise error(f"{name} has the key {quoted(odd[0])} ({type(odd[0]).__name__}); keys must be strings")
-    return dict(value)
+    return {str.__str__(key): inner for key, inner in found.items()}
+
+
+def builtins(name: str, value: Any, *, deepest: int = JSON_DEPTH, error: type = InvalidRequest) -> Any:
+    """Return nested data with Python's own dictionaries, lists, tuples and texts for subclasses, whose methods may lie.
+
+    Other values stay as they are. Raises `error` for more than `deepest` levels.
+    """
+    if isinstance(value, str):
+        return str.__str__(value)
+    several = entries(value)
+    found = _items(value) if several is None else several
+    if found is None:
+        return value
+    if not deepest:
+        raise error(f"{name} is nested too deeply; at most {JSON_DEPTH} levels are allowed")
+
+    def inner(one):
+        return builtins(name, one, deepest=deepest - 1, error=error)
+
+    if isinstance(found, dict):
+        return {str.__str__(key) if isinstance(key, str) else key: inner(one) for key, one in found.items()}
+    return tuple(map(inner, found)) if isinstance(value, tuple) else list(map(inner, found))
 
 
 def fractions(name: str, value: Any, *, error: type = InvalidRequest) -> tuple[float, float]:
     """Return (start, end), fractions of the steps with 0 <= start < end <= 1."""
-    pair = value if isinstance(value, (list, tuple)) and len(value) == 2 else (None, None)
-    start, end = map(_float, pair)
+    pair = entries(value) or ()
+    start, end = map(_float, pair) if len(pair) == 2 else (None, None)
     if start is None or end is None or not 0 <= start < end <= 1:
         raise error(
             f"{name} is {quoted(value)}; it must be (start, end) with 0 <= start < end <= 1, in fractions of the steps"
@@ -216,8 +249,8 @@ def seed(name: str, value: Any, *, error: type = InvalidRequest) -> int:
 
 def seeds(name: str, value: Any, count: int, *, error: type = InvalidRequest) -> list[int]:
     """Return `count` seeds: the entries of a list of that length, else `value` and its successors modulo 2^64."""
-    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1:
-        given = list(value)
+    given = entries(value) if isinstance(value, (list, tuple)) else list(value) if _axes(value) == 1 else None
+    if given is not None:
         if len(given) != count:
             raise error(f"{name} has {len(given)} entries for {count} prompts; give one for each, or a single number")
         return [seed(f"{name} {i}", one, error=error) for i, one in enumerate(given)]
@@ -229,7 +262,7 @@ def path(name: str, value: Any, *, error: type = InvalidRequest) -> Path:
     """Return a path, whether or not it exists; `~` is expanded."""
     try:
         shown = os.fspath(value)
-    except TypeError:
+    except Exception:  # a foreign __fspath__ may raise anything
         shown = None
     if not isinstance(shown, str):
         raise error(f"{name} is {quoted(value)}; it must be a path")
@@ -395,16 +428,41 @@ def _bound(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
+def _items(value: Any) -> dict | None:
+    """Return what a mapping holds; None for anything else."""
+    if isinstance(value, dict):
+        return dict(dict.items(value))
+    try:
+        return dict(value.items()) if isinstance(value, Mapping) else None
+    except Exception:  # a foreign `items` may raise anything
+        return None
+
+
+def _dtype(value: Any) -> str:
+    """Return the name of NumPy's and torch's types, such as "bool" and "torch.bool"; "" for other values."""
+    try:
+        return str(getattr(value, "dtype", ""))
+    except Exception:  # a foreign attribute may raise anything
+        return ""
+
+
+def _axes(value: Any) -> int:
+    """Return how many axes an array or tensor has; 0 for other values."""
+    try:
+        return int(operator.index(getattr(value, "ndim", 0)))
+    except Exception:
+        return 0
+
+
 def _is_bool(value: Any) -> bool:
-    # NumPy's and torch's bool dtypes print as "bool" and "torch.bool"
-    return str(getattr(value, "dtype", "")).endswith("bool")
+    return _dtype(value).endswith("bool")
 
 
 def _index(value: Any) -> int | None:
     """Return a whole number as an int; None for anything else."""
     if type(value) is int:
         return value
-    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or _is_bool(value):
+    if isinstance(value, bool) or _axes(value) != 0 or _is_bool(value):
         return None
     try:
         return int(operator.index(value))
@@ -414,10 +472,10 @@ def _index(value: Any) -> int | None:
 
 def _float(value: Any) -> float | None:
     """Return a real number as a float, NaN and infinities included; None for other or too large values."""
-    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or _is_bool(value):
+    if isinstance(value, bool) or _axes(value) != 0 or _is_bool(value):
         return None
     # 0-d arrays and tensors are not instances of Real but have a numeric dtype
-    if not isinstance(value, Real) and not any(kind in str(getattr(value, "dtype", "")) for kind in ("int", "float")):
+    if not isinstance(value, Real) and not any(kind in _dtype(value) for kind in ("int", "float")):
         return None
     try:
         return float(value)

@@ -81,13 +81,14 @@ def check_sources(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
 
     more: further allowed types. Raises ImageError for other types and for an empty list.
     """
-    if not isinstance(given, (list, tuple)):
+    several = values.entries(given)
+    if several is None:
         return check_source(name, given, more)
-    if not given:
+    if not several:
         raise ImageError(f"{name} is an empty list; give at least one picture")
-    if len(given) > _MOST_SOURCES:
-        raise ImageError(f"{name} has {len(given)} pictures; at most {_MOST_SOURCES} are allowed")
-    return tuple(check_source(f"{name}[{i}]", one, more) for i, one in enumerate(given))
+    if len(several) > _MOST_SOURCES:
+        raise ImageError(f"{name} has {len(several)} pictures; at most {_MOST_SOURCES} are allowed")
+    return tuple(check_source(f"{name}[{i}]", one, more) for i, one in enumerate(several))
 
 
 def check_source(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
@@ -106,7 +107,7 @@ def check_source(name: str, given: Any, more: tuple[type, ...] = ()) -> Any:
 
 
 def _check_array(name: str, given: Any) -> None:
-    if np.ma.is_masked(given):
+    if isinstance(given, np.ndarray) and np.ma.is_masked(given):
         raise ImageError(f"{name} is a masked array, but pictures have no mask; fill it first: .filled(255)")
 
 
@@ -125,8 +126,8 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def _open_path(source: str | os.PathLike) -> tuple[str, BinaryIO]:
-    text = os.fspath(source)
-    if isinstance(text, str) and text.startswith(("http://", "https://", "data:")):
+    text = str.__str__(source) if isinstance(source, str) else ""
+    if text.startswith(("http://", "https://", "data:")):
         raise ImageError(f"{values.quoted(text)} is an address, not a file; download the picture and pass its path")
     path = values.path("the picture's path", source, error=ImageError)
     return values.shown_path(path), open_file(path)

@@ -237,7 +237,7 @@ engine.loras.add(file, 'pixel')
     @staticmethod
     def _check_name(name: str) -> None:
         """Refuse what a line of text, such as A1111's parameters, could not give back."""
-        values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
+        name = values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
         if not name.isprintable() or name != name.strip():
             raise InvalidRequest(
                 f"the name of a LoRA is {values.quoted(name)}; it must be printable, without blanks at its ends: "

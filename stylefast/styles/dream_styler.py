@@ -106,9 +106,10 @@ class DreamStyler(Style):
             text = values.prompt(field_name, getattr(self, field_name), error=StyleError)
             if any(part not in text for part in needed):
                 raise StyleError(f"{field_name} is {values.quoted(text)}; it must contain {' and '.join(needed)}")
-        if self.stages is not None and not isinstance(self.stages, Mapping):
+        stages = {} if self.stages is None else values.builtins("stages", self.stages, error=StyleError)
+        if not isinstance(stages, dict):
             raise StyleError(f"stages is {values.quoted(self.stages)}; it must be a dictionary, {{stage: style}}")
-        object.__setattr__(self, "stages", self._mixed({} if self.stages is None else self.stages))
+        object.__setattr__(self, "stages", self._mixed(stages))
 
     def _mixed(self, stages: Mapping) -> dict[int, StageEmbedding]:
         mixed = {}
@@ -483,7 +484,8 @@ def _load(source, name: str | None = None) -> tuple[StageEmbedding, str | tuple[
         return source, None
     # widths are checked later, when the model is known
     embedding = load_embedding(source, name, widths=None)
-    return embedding, tuple(map(str, source)) if isinstance(source, tuple | list) else str(source)
+    files = values.entries(source)
+    return embedding, tuple(map(str, files)) if files is not None else str(source)
 
 
 def _check_styles(styles: Sequence[DreamStyler]) -> None:

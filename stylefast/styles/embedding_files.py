@@ -36,11 +36,12 @@ def read_files(source: str | os.PathLike | Sequence[str | Path], name: str | Non
     """Read one file, or a pair of files (encoder 1, encoder 2). Raises StyleError, also for what is neither."""
     if isinstance(source, str | os.PathLike):
         return read_single(source, name)
-    if not isinstance(source, tuple | list):
+    files = values.entries(source)
+    if files is None:
         raise StyleError(f"a learned style is a path or a pair of paths, not {type(source).__name__}")
-    if len(source) != 2:
-        raise StyleError(f"{len(source)} files given; a learned style is one file or a pair (encoder 1, encoder 2)")
-    return read_pair(*source)
+    if len(files) != 2:
+        raise StyleError(f"{len(files)} files given; a learned style is one file or a pair (encoder 1, encoder 2)")
+    return read_pair(*files)
 
 
 def read_single(source: str | os.PathLike, name: str | None = None) -> StyleFile:

@@ -28,13 +28,14 @@ def read_image_embeds(source) -> tuple[Tensor, str | None]:
     if isinstance(source, (str, os.PathLike)):
         place = values.path("image_embeds", source, error=StyleError)
         source, path = _from_file(place), str(place)
-    if isinstance(source, (list, tuple)):
-        if len(source) != 1:
+    several = values.entries(source)
+    if several is not None:
+        if len(several) != 1:
             raise StyleError(
-                f"image_embeds is a list of {len(source)}; diffusers has one tensor per adapter: give each to a "
+                f"image_embeds is a list of {len(several)}; diffusers has one tensor per adapter: give each to a "
                 "separate InstantStyle"
             )
-        source = source[0]
+        source = several[0]
     if not isinstance(source, Tensor) or not source.is_floating_point():
         what = f"a tensor of {source.dtype}" if isinstance(source, Tensor) else values.quoted(source)
         raise StyleError(f"image_embeds is {what}; give floating-point numbers [pictures, width] as a tensor or a file")

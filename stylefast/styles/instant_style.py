@@ -132,15 +132,16 @@ class InstantStyle(ImageStyle):
                     "when they were encoded; leave it out"
                 )
             checked["image_embeds"], checked["embeds_source"] = read_image_embeds(self.image_embeds)
-        elif self.image is None or (isinstance(self.image, (list, tuple)) and not self.image):
+        elif self.image is None or values.entries(self.image) == []:
             raise StyleError("InstantStyle needs at least one picture; pass image= or image_embeds=")
         else:
             checked["image"] = check_sources("image", self.image)
         if self.mask is not None:
             checked["mask"] = check_sources("mask", self.mask, (torch.Tensor, NoneType))
         if self.negative_image is not None:
-            if isinstance(self.negative_image, (list, tuple)):
-                raise StyleError(f"negative_image is a list of {len(self.negative_image)}; give one picture")
+            several = values.entries(self.negative_image)
+            if several is not None:
+                raise StyleError(f"negative_image is a list of {len(several)}; give one picture")
             checked["negative_image"] = check_sources("negative_image", self.negative_image)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -471,9 +472,10 @@ def _strength(name: str, value) -> float:
 
 
 def _checked_scale(scale) -> float | tuple[float, ...]:
-    if not isinstance(scale, (list, tuple)):
+    several = values.entries(scale)
+    if several is None:
         return _strength("scale", scale)
-    return tuple(_strength(f"scale[{i}]", one) for i, one in enumerate(scale))
+    return tuple(_strength(f"scale[{i}]", one) for i, one in enumerate(several))
 
 
 def _checked_content(content) -> str | torch.Tensor:
@@ -491,24 +493,28 @@ def _checked_content(content) -> str | torch.Tensor:
 
 def _checked_blocks(blocks) -> str | dict | tuple[str, ...]:
     if isinstance(blocks, str):
+        blocks = str.__str__(blocks)
         if _spelled(blocks) not in PRESETS:
             raise StyleError(
                 f"blocks={values.quoted(blocks)} is not a preset; choose one of {', '.join(map(repr, PRESETS))}; "
                 "layer names go in a list, as in "
                 f"[{values.quoted(STYLE_MODULE)}]{values.did_you_mean(blocks, (*PRESETS, *_ALIASES))}"
             )
-        return str.__str__(blocks)
+        return blocks
     if isinstance(blocks, Mapping):
+        blocks = values.mapping("blocks", blocks, error=StyleError)
         unknown = [part for part in blocks if not isinstance(part, str) or part not in ("down", "mid", "up")]
         if unknown or not blocks:
             raise StyleError(
                 f"blocks has the parts {values.quoted(list(blocks))}; the parts are 'down', 'mid' and 'up'"
             )
         return {part: _checked_part(part, value) for part, value in blocks.items()}
-    if isinstance(blocks, (list, tuple)):
-        if not blocks or not all(isinstance(one, str) and one.strip() for one in blocks):
+    several = values.entries(blocks)
+    if several is not None:
+        names = [str.__str__(one) for one in several if isinstance(one, str)]
+        if not names or len(names) < len(several) or not all(name.strip() for name in names):
             raise StyleError(f"blocks={values.quoted(blocks)} is not a list of substrings of layer names")
-        return tuple(blocks)
+        return tuple(names)
     raise StyleError(f"blocks is a preset, a dictionary or a list of layer names, not {type(blocks).__name__}")
 
 
@@ -522,8 +528,9 @@ def _checked_part(part: str, value) -> float | tuple | dict:
 
 
 def _checked_weights(name: str, value) -> float | tuple[float, ...]:
-    if not isinstance(value, (list, tuple)):
+    several = values.entries(value)
+    if several is None:
         return _strength(f"the weight of {name}", value)
-    if not value:
+    if not several:
         raise StyleError(f"the weight of {name} is an empty list; give one per module")
-    return tuple(_strength(f"the weight of {name}", weight) for weight in value)
+    return tuple(_strength(f"the weight of {name}", weight) for weight in several)

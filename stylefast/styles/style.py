@@ -377,14 +377,15 @@ def find_kind(name: Any) -> type[Style]:
 
     If no imported style has it, the modules named by installed packages are imported. Raises StyleError.
     """
+    wanted = str.__str__(name) if isinstance(name, str) else None
     for load in (lambda: None, _load_installed):
         load()
         found = kinds()
         for known, kind in found.items():
-            if known == name or _squeezed(known) == _squeezed(name) != "":
+            if known == wanted or _squeezed(known) == _squeezed(wanted) != "":
                 return kind
     for kind in found.values():  # after all full names, which may be the same
-        if kind.option is not None and kind.option == name:
+        if kind.option is not None and kind.option == wanted:
             return kind
     raise StyleError(
         f"style kind {quoted(name)} is unknown; choose one of {', '.join(found)}{values.did_you_mean(name, found)}"

@@ -120,13 +120,13 @@ class StyleAligned(ReferenceStyle):
     def _check_reference(self):
         if isinstance(self.reference, StyleBank):
             self._check_bank()
-        elif isinstance(self.reference, (str, os.PathLike)) and Path(self.reference).suffix == ".bank":
-            shown = values.quoted(str(self.reference))
-            raise StyleError(f"{shown} is a style bank, not a picture; pass sf.StyleBank.load({shown})")
-        elif isinstance(self.reference, (list, tuple)) and not self.reference:
+        elif values.entries(self.reference) == []:
             raise StyleError("the list of references is empty; give pictures, or None for the first prompt")
         elif self.reference is not None:
             object.__setattr__(self, "reference", check_sources("reference", self.reference))
+            if isinstance(self.reference, (str, os.PathLike)) and Path(self.reference).suffix == ".bank":
+                shown = values.quoted(str(self.reference))
+                raise StyleError(f"{shown} is a style bank, not a picture; pass sf.StyleBank.load({shown})")
         if self.reference is None and self.prompt is not None and not self.prompt.strip():
             raise StyleError("the reference's prompt is empty; say what it shows, or give a picture")
         if self.full_attention_share and (self.reference is not None or self.prompt is not None):
@@ -232,13 +232,20 @@ def _matching(layers: str | tuple[str, ...], names: tuple[str, ...], modules: tu
 def _checked_layers(layers) -> str | tuple[str, ...]:
     if isinstance(layers, str):
         return values.text("layers", layers, empty=False, error=StyleError)
-    if not isinstance(layers, (list, tuple)) or not layers:
+    several = values.entries(layers)
+    if not several:
         raise StyleError(f"layers is {values.quoted(layers)}; it must be 'all', or substrings of layer names")
-    return tuple(values.text(f"layers[{i}]", one, empty=False, error=StyleError) for i, one in enumerate(layers))
+    return tuple(values.text(f"layers[{i}]", one, empty=False, error=StyleError) for i, one in enumerate(several))
 
 
 def _checked_adain(adain) -> tuple[str, ...] | dict[str, float]:
-    if not isinstance(adain, (Mapping, str, list, tuple, set, frozenset)):
+    if isinstance(adain, Mapping):
+        adain = values.mapping("adain", adain, error=StyleError)
+    elif isinstance(adain, str):
+        adain = str.__str__(adain)
+    elif isinstance(adain, (list, tuple)):
+        adain = values.entries(adain) or []
+    elif not isinstance(adain, (set, frozenset)):
         raise StyleError(f"adain is {values.quoted(adain)}; it must name some of {', '.join(PARTS)}")
     unknown = [part for part in adain if not isinstance(part, str) or part not in PARTS]
     if unknown:

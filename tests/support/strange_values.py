@@ -14,6 +14,72 @@ class Unprintable:
     __repr__ = __str__ = __len__ = __bool__ = __index__ = __float__ = __eq__ = __hash__ = _refuse
 
 
+def _refuse(*_):
+    raise RuntimeError("this object lies")
+
+
+def _yes(*_):
+    return True
+
+
+def _two(_):
+    return 2
+
+
+class Text(str):
+    """Lies about its length and what it equals, and has no other methods that work."""
+
+    __contains__ = __eq__ = _yes
+    __hash__, __len__ = str.__hash__, _two
+    strip = encode = startswith = split = casefold = lower = __getitem__ = __iter__ = __add__ = __format__ = _refuse
+
+
+class Whole(int):
+    """Is in every range, as far as it can decide that."""
+
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _yes
+    __hash__ = int.__hash__
+    __index__ = __int__ = __float__ = _refuse
+
+
+class Real(float):
+    """As `Whole`."""
+
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _yes
+    __hash__ = float.__hash__
+    __float__ = _refuse
+
+
+class Entries(list):
+    """Says that it has two entries, but gives none of them."""
+
+    __len__ = _two
+    __iter__ = __getitem__ = __contains__ = __bool__ = _refuse
+
+
+class Pairs(dict):
+    """As `Entries`."""
+
+    __len__ = _two
+    __iter__ = __getitem__ = __contains__ = __bool__ = keys = values = items = get = _refuse
+
+
+class Attributes:
+    """Has every attribute, none of which can be looked at."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError("this object has no attribute that can be read")
+
+
+class Place:
+    """A path that is nowhere."""
+
+    def __fspath__(self):
+        raise RuntimeError("this path is nowhere")
+
+
 TEXTS = [
     "",
     " ",
@@ -72,6 +138,19 @@ OBJECTS = [
     frozenset("qk"),
     slice(1),
     Unprintable(),
+    Text("a fish"),
+    Text(""),
+    Text("x" * 40_000),
+    Whole(7),
+    Whole(-5),
+    Real(0.5),
+    Real("nan"),
+    Entries(),
+    Entries([1, 2, 3]),
+    Pairs(),
+    Pairs({"ink": 1.0}),
+    Attributes(),
+    Place(),
     np.int64(5),
     np.uint8(3),
     np.float32(0.5),

@@ -28,7 +28,8 @@ def prompts_of(given) -> list:
         return [given]
     if isinstance(given, (bytes, bytearray, Mapping)) or not isinstance(given, Iterable) or _is_scalar(given):
         raise InvalidRequest(f"prompts is {values.quoted(given)}; give a text, a Request, or a list of them")
-    prompts = list(islice(given, MOST_REQUESTS + 1))
+    several = values.entries(given)
+    prompts = list(islice(given if several is None else several, MOST_REQUESTS + 1))
     if len(prompts) > MOST_REQUESTS:
         raise InvalidRequest(f"prompts has more than {MOST_REQUESTS} entries; make several calls of it")
     if not prompts:
@@ -43,4 +44,5 @@ def _is_scalar(given) -> bool:
 
 def as_list(value) -> list:
     """Return None, one value or several as a list."""
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    several = values.entries(value)
+    return several if several is not None else [] if value is None else [value]

@@ -117,7 +117,7 @@ class Request:
             for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
             if getattr(self, name) is not None or not name.endswith("_2")
         }
-        if not self.prompt.strip():
+        if not checked["prompt"].strip():
             raise PromptError("the prompt is empty; say what the picture shows, e.g. 'a fish'")
         checked["steps"] = values.whole_number("steps", self.steps, 1, MAX_STEPS)
         checked["guidance"] = values.real_number("guidance", self.guidance, 0, MAX_GUIDANCE)
@@ -220,7 +220,8 @@ class Result:
 
 def normalise_styles(style: Any) -> tuple[Style, ...]:
     """Return a tuple of styles for None, a style or a list of styles. Raises StyleError, InvalidRequest."""
-    styles = () if style is None else tuple(style) if isinstance(style, (list, tuple)) else (style,)
+    several = values.entries(style)
+    styles = tuple(several) if several is not None else () if style is None else (style,)
     for one in styles:
         if not isinstance(one, Style):
             known = ", ".join(kinds())
@@ -243,13 +244,15 @@ def normalise_loras(loras: Any) -> Mapping[str, LoraScale]:
         raise InvalidRequest(
             f"loras is {values.quoted(loras)}; it must be names with strengths, such as {{'pixel': 0.8}}"
         )
+    loras = values.mapping("loras", loras)
     if len(loras) > MAX_LORAS:
         raise InvalidRequest(f"the request names {len(loras)} LoRAs; at most {MAX_LORAS} are allowed")
     found = {}
     for name, strength in loras.items():
-        values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
+        name = values.text("the name of a LoRA", name, longest=values.QUOTED, empty=False)
         what = f"the strength of LoRA {values.quoted(name)}"
-        both = list(strength) if isinstance(strength, (list, tuple)) else [strength, strength]
+        both = values.entries(strength)
+        both = [strength, strength] if both is None else both
         if len(both) != 2:
             raise InvalidRequest(f"{what} is {values.quoted(strength)}; give one number, or (UNet, text encoders)")
         limits = (-values.MAX_STRENGTH, values.MAX_STRENGTH)
@@ -280,9 +283,10 @@ def own_size(picture: Image.Image) -> tuple[int, int]:
 
 def check_size(size: Any) -> tuple[int, int]:
     """Return (width, height) as whole numbers divisible by 8, from 16 to 8192. Raises InvalidRequest."""
-    if not isinstance(size, (list, tuple)) or len(size) != 2:
+    sides = values.entries(size) or ()
+    if len(sides) != 2:
         raise InvalidRequest(f"size is {values.quoted(size)}; it must be (width, height) in pixels")
-    return _check_side("width", size[0]), _check_side("height", size[1])
+    return _check_side("width", sides[0]), _check_side("height", sides[1])
 
 
 def _check_side(name: str, side) -> int:
