@@ -238,12 +238,12 @@ def test_waiting_for_an_encoder_beside_an_inversion_costs_no_time(own, monkeypat
     with own.scheduler.paused():
         jobs = [own.submit(inverted, output="latents"), submit(own, "words that take long")]
     assert reached.wait(WAIT)
-    before, end = len(steps), time.monotonic() + 0.5
-    while time.monotonic() < end:
-        time.sleep(0.01)
-    busy = len(steps) - before
+    before, began = len(steps), time.monotonic()
+    time.sleep(0.5)
+    # turns a second, however late this thread goes on
+    busy = (len(steps) - before) / (time.monotonic() - began)
     go.set()
-    assert all(job.result(WAIT).latents for job in jobs) and busy < 200
+    assert all(job.result(WAIT).latents for job in jobs) and busy < 400
 
 
 def test_new_prompts_that_keep_coming_do_not_hold_up_the_first_step(own, monkeypatch):

@@ -95,9 +95,11 @@ def baked(user, name="ours"):
     return seen[-1], seen[:-1]
 
 
-def draw(client, model="tiny/ours", **own):
+def draw(client, model="tiny/ours", number=None, **own):
     """Return a picture and its record."""
-    reply = client.images.generate(prompt="a fish", model=model, extra_body={"stylefast": {"seed": 7, **own}})
+    headers = {"x-request-id": number} if number else None
+    own = {"stylefast": {"seed": 7, **own}}
+    reply = client.images.generate(prompt="a fish", model=model, extra_body=own, extra_headers=headers)
     image = Image.open(BytesIO(base64.b64decode(reply.data[0].b64_json)))
     return image.tobytes(), json.loads(image.text["stylefast"])
 
@@ -183,23 +185,23 @@ def test_deleting_a_style_ends_its_bake_and_leaves_nothing(admin, user, folder):
     refused(user.get("/v1/styles/ours"), 404, "not_found")
 
 
-def test_a_style_in_use_that_is_deleted_is_there_for_those_that_have_it(admin, client):
+def test_a_style_in_use_that_is_deleted_is_there_for_those_that_have_it(admin, user, client):
     create(admin)
     wanted, ended = draw(client, steps=12)[0], {}
 
     def run(name, model, steps):
-        ended[name] = draw(client, model, steps=steps)[0]
+        ended[name] = draw(client, model, name, steps=steps)[0]
 
     # one that runs, beside another, and one that waits
-    calls = [("first", "tiny/ours", 12), ("other", "tiny", 12), ("waits", "tiny/ours", 12)]
+    calls = [("first", "tiny/ours", 12), ("other", "tiny", 60), ("waits", "tiny/ours", 12)]
     threads = [threading.Thread(target=run, args=call) for call in calls]
-    for thread in threads:
+    for thread, (name, *_) in zip(threads, calls, strict=True):
         thread.start()
-        time.sleep(0.1)
+        while user.get(f"/v1/images/{name}").status_code != 200:
+            time.sleep(0.01)
     admin.delete("/v1/styles/ours").raise_for_status()
     with pytest.raises(openai.NotFoundError):
         draw(client)
-    assert "waits" not in ended
     for thread in threads:
         thread.join()
     assert ended["first"] == ended["waits"] == wanted != ended["other"]
