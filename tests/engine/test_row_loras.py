@@ -127,6 +127,7 @@ def test_a_merged_lora_gives_what_a_row_gives(registered, files):
         merged = registered.generate(requests()["plain"], output="latents").latents[0]
     finally:
         registered.merged_loras.remove(name)
+    # a figure that docs/testing.md promises; above, rows are held to fp64, and merging is in tests/models/test_lora.py
     assert (row - merged).abs().max() <= 1e-5 * merged.abs().max()
 
 

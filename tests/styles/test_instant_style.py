@@ -292,7 +292,7 @@ def test_content_is_refused_where_it_has_no_meaning(adapter, encoder):
 
 def test_a_negative_picture_takes_the_place_of_no_picture(adapter, encoder):
     tokens = InstantStyle(small_picture(0), negative_image=small_picture(1)).tokens(adapter, encoder)
-    torch.testing.assert_close(tokens.negative, adapter.tokens(encoder.embed([small_picture(1)]))[0])
+    assert torch.equal(tokens.negative, adapter.tokens(encoder.embed([small_picture(1)]))[0])
 
 
 def test_plus_adapters_give_sixteen_tokens_per_picture(encoder):

@@ -198,6 +198,7 @@ class Twins:
         if (change, *further) not in self._twins:
             components = self._engine._components
             twin = self._twins[change, *further] = type(self._engine)(change(components, *further))
+            twin.text_encoder.max_chunks = self._engine.text_encoder.max_chunks
             if components.adapter_path is not None:
                 twin.load_adapter(components.adapter_path)
             if self._adapter is not None:
