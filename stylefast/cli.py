@@ -50,6 +50,7 @@ def build_parser():
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (listed by `stylefast --help`); errors are one line on stderr."""
+    _open_streams()
     with Signals() as signals:
         try:
             from stylefast.commands.notices import names_as_they_are, warnings_on_stderr
@@ -68,6 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, BrokenPipeError) and not _is_read():
                 return UNREAD
             return _report(*_in_words(error))
+
+
+def _open_streams() -> None:
+    """Send standard streams that the caller closed to /dev/null; the next file opened would take their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def _is_read() -> bool:

@@ -143,6 +143,17 @@ def test_output_that_nobody_reads_is_no_error(checkout, words):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_closed_streams_are_no_error_and_no_file_takes_their_place(checkout, tmp_path):
+    out = tmp_path / "x.txt"
+    program = "import sys; from stylefast import cli; code = cli.main(['--version']); file = open(sys.argv[1], 'w'); "
+    program += "file.write(str(file.fileno())); sys.exit(code)"
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, "-c", program, out], cwd=checkout
+        )
+        assert done.returncode == 0 and int(out.read_text()) > 2
+
+
 def test_handlers_of_signals_are_given_back(stylefast, stopping):
     before = [signal.getsignal(number) for number in STOPS]
     stopping(lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
