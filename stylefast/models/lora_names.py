@@ -23,6 +23,8 @@ _DOTTED = {
     "text_encoder.": "text_encoder",
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "clip_l.transformer.": "text_encoder",
+    "clip_g.transformer.": "text_encoder_2",
     "clip_l.": "text_encoder",
     "clip_g.": "text_encoder_2",
 }
@@ -119,7 +121,8 @@ class ModuleNames:
             if spelled.startswith(prefix):
                 module = self._flat[part].get(_without_text_model(spelled.removeprefix(prefix), "_"))
                 return [] if module is None else [(part, module)]
-        plain = spelled.removeprefix(PEFT_PREFIX)
+        # as in models that were compiled or trained on several GPUs
+        plain = spelled.replace("_orig_mod.", "").removeprefix("module.").removeprefix(PEFT_PREFIX)
         named = next(((prefix, part) for prefix, part in _DOTTED.items() if plain.startswith(prefix)), None)
         parts = PARTS if default is None else (default,)
         if named is not None:

@@ -112,6 +112,9 @@ SPELLINGS = [
     ("text_encoder.", f"text_model.{LAYER}.q_proj", f"text_encoder/{LAYER}.q_proj"),
     ("text_encoder_2.", f"text_model.{LAYER}.q_proj", f"text_encoder_2/text_model.{LAYER}.q_proj"),
     ("text_encoders.clip_l.transformer.", f"text_model.{LAYER}.q_proj", f"text_encoder/{LAYER}.q_proj"),
+    ("clip_g.transformer.", f"text_model.{LAYER}.q_proj", f"text_encoder_2/text_model.{LAYER}.q_proj"),
+    ("unet._orig_mod.", f"{ATTENTION}.to_q", f"{ATTENTION}.to_q"),
+    ("module.unet.", f"{ATTENTION}.to_q", f"{ATTENTION}.to_q"),
     ("clip_g.", f"text_model.{LAYER}.q_proj", f"text_encoder_2/text_model.{LAYER}.q_proj"),
     ("", f"text_model.{LAYER}.q_proj", f"text_encoder/{LAYER}.q_proj"),  # by the shape
 ]
