@@ -262,7 +262,7 @@ def _from_array(pixels: np.ndarray, ground: tuple[int, ...], name: str = "the ar
                 "pass uint8"
             )
         pixels = np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
-    elif pixels.dtype == np.uint16:
+    elif pixels.dtype.newbyteorder("=") == np.uint16:
         pixels = _eight_bits(pixels)
     elif pixels.dtype == np.bool_:
         pixels = pixels * np.uint8(255)

@@ -129,7 +129,7 @@ def test_cmyk_jpegs_keep_their_colours():
 @pytest.mark.parametrize("value, expected", [(0, 0), (257 * 100, 100), (65535, 255)])
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(value, expected):
     pixels = np.full((20, 20), value, dtype=np.uint16)
-    for source in (pixels, encoded(Image.fromarray(pixels))):
+    for source in (pixels, pixels.astype(">u2"), encoded(Image.fromarray(pixels))):
         assert open_picture(source).getpixel((3, 3)) == (expected,) * 3
 
 
