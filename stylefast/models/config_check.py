@@ -26,6 +26,7 @@ from stylefast.models.statements import (
     VP_SCHEDULERS,
     Rules,
 )
+from stylefast.sampling.noise_levels import alphas_cumprod
 from stylefast.values import quoted, shown
 
 logger = logging.getLogger(__name__)
@@ -279,16 +280,25 @@ def _check_levels(config: Mapping, what: str, edm: bool) -> None:
         raise ModelFormatError(
             f"{what} has sigma_min={quoted(low)} and sigma_max={quoted(high)}; the first must be smaller"
         )
-    betas = config.get("trained_betas")
     if edm:
         return
-    if betas is None:
-        start, end = config["beta_start"], config["beta_end"]
-        if config["beta_schedule"] != "squaredcos_cap_v2" and start >= end:
-            raise ModelFormatError(
-                f"{what} has beta_start={quoted(start)} and beta_end={quoted(end)}; the first must be smaller"
-            )
-        return
+    betas = config.get("trained_betas")
+    if betas is not None:
+        _check_betas(betas, config, what)
+    elif config["beta_schedule"] != "squaredcos_cap_v2" and config["beta_start"] >= config["beta_end"]:
+        raise ModelFormatError(
+            f"{what} has beta_start={quoted(config['beta_start'])} and beta_end={quoted(config['beta_end'])}; the "
+            "first must be smaller"
+        )
+    over = (alphas_cumprod(config)[:-1] == 0).sum()
+    if over:
+        raise ModelFormatError(
+            f"{what} has noise levels of which {over} before the last one leave nothing of the picture; correct its "
+            "betas or num_train_timesteps"
+        )
+
+
+def _check_betas(betas, config: Mapping, what: str) -> None:
     if len(betas) != config["num_train_timesteps"]:
         raise ModelFormatError(
             f"{what} has {len(betas)} trained_betas for {config['num_train_timesteps']} num_train_timesteps; the "

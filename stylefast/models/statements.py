@@ -82,6 +82,7 @@ KINDS: Mapping[str, Callable[..., bool]] = {
     "a number above 0 and below 1": lambda value: _number(value) and 0 < value < 1,
     "a whole number from 1 to 100000": lambda value: type(value) is int and 1 <= value <= 100_000,
     "a whole number": lambda value: type(value) is int and abs(value) <= 100_000,
+    "a whole number above 0, or null": lambda value: value is None or (type(value) is int and value > 0),
     "a whole number, two of them, or null": lambda value: (
         value is None or all(type(side) is int and 1 <= side <= 100_000 for side in _pair(value))
     ),
@@ -260,18 +261,19 @@ TINY_VAE: Rules = {
 _TRANSFORMERS = _no_matter(
     "architectures transformers_version torch_dtype dtype initializer_factor initializer_range attention_dropout "
     "dropout chunk_size_feed_forward id2label label2id is_encoder_decoder output_attentions output_hidden_states "
-    "problem_type return_dict use_cache gradient_checkpointing torchscript pruned_heads tie_word_embeddings "
+    "problem_type use_cache gradient_checkpointing torchscript pruned_heads tie_word_embeddings "
     "attn_implementation",
     "about training, other tasks, or the type that the files were saved in",
-)
+) | _only("return_dict", (True, None), "transformers' CLIP looks its own results up by name")
 TEXT_ENCODER: Rules = {
     **_only("model_type", ("clip_text_model", "clip"), "both text encoders are CLIP's"),
     **_each(
-        "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads "
-        "max_position_embeddings hidden_act layer_norm_eps",
+        "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers max_position_embeddings hidden_act "
+        "layer_norm_eps",
         _LIBRARY,
     ),
-    **_each("eos_token_id", "where the prompt is pooled; 2 means at the highest id"),
+    **_each("num_attention_heads", _LIBRARY, "a whole number from 1 to 100000"),
+    **_each("eos_token_id", "where the prompt is pooled; 2 means at the highest id", "a whole number"),
     **_no_matter("bos_token_id pad_token_id", "the tokenizer's are used"),
     **_TRANSFORMERS,
     **_QUANTISED,
@@ -279,16 +281,21 @@ TEXT_ENCODER: Rules = {
 IMAGE_ENCODER: Rules = {
     **_only("model_type", ("clip_vision_model", "clip"), "IP-Adapter's image encoders are CLIP's"),
     **_each(
-        "hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads num_channels "
-        "image_size patch_size hidden_act layer_norm_eps",
+        "hidden_size intermediate_size projection_dim num_hidden_layers num_channels image_size patch_size hidden_act "
+        "layer_norm_eps",
         _LIBRARY,
     ),
+    **_each("num_attention_heads", _LIBRARY, "a whole number from 1 to 100000"),
     **_TRANSFORMERS,
     **_QUANTISED,
 }
 TOKENIZER: Rules = {
     **_only("tokenizer_class", ("CLIPTokenizer", "CLIPTokenizerFast", None), "both text encoders read CLIP's tokens"),
-    **_each("model_max_length", "the maximum length of a prompt, if the encoder supports it"),
+    **_each(
+        "model_max_length",
+        "the maximum length of a prompt, if the encoder supports it",
+        "a whole number above 0, or null",
+    ),
     **_each(
         "bos_token eos_token pad_token unk_token errors add_prefix_space added_tokens_decoder "
         "additional_special_tokens extra_special_tokens special_tokens_map",

@@ -83,5 +83,5 @@ def _tokenizer(folder: Path, **arguments):
         check_tokenizer(config, f"the tokenizer in {folder.name}")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **arguments)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFormatError(f"the tokenizer in {folder} can't be read ({error})") from error

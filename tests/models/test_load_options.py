@@ -319,6 +319,12 @@ def test_a_byte_order_mark_in_a_config_is_passed_over(own):
     assert load_components(own).unet_config["in_channels"] == 4
 
 
+def test_a_tokenizers_file_of_another_form_is_refused(own):
+    (own / "tokenizer" / "special_tokens_map.json").write_text("5")
+    with pytest.raises(ModelFormatError, match="tokenizer.* can't be read"):
+        load_components(own)
+
+
 @pytest.mark.parametrize(
     "part, change, said",
     [
@@ -330,7 +336,7 @@ def test_a_byte_order_mark_in_a_config_is_passed_over(own):
         ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
         ("text_encoder", {"hidden_size": 10**10}, "hidden_size=10000000000, which no model has"),
         ("text_encoder", {"hidden_size": None}, "does not describe a model of its kind"),
-        ("text_encoder_2", {"num_attention_heads": 0}, "does not describe a model of its kind"),
+        ("text_encoder_2", {"num_attention_heads": 0}, "num_attention_heads=0, but it must be a whole number"),
         ("text_encoder_2", {"vocab_size": 2**30}, "do not fit its config"),
         ("vae", {"layers_per_block": 10**9}, "layers_per_block=1000000000"),
         ("vae", {"block_out_channels": [32] * 100}, "100 entries for block_out_channels"),
