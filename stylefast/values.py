@@ -113,7 +113,7 @@ def text(name: str, value: Any, *, longest: int | None = None, empty: bool = Tru
         raise error(f"{name} is {quoted(value)} ({type(value).__name__}); it must be a string")
     value = str.__str__(value)
     if longest is not None and len(value) > longest:
-        raise error(f"{name} has {len(value)} characters; at most {longest} are allowed")
+        raise error(f"{name} has {len(value)} characters; at most {longest} are allowed, so shorten it")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as cause:

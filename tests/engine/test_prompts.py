@@ -153,7 +153,7 @@ def test_the_content_of_a_picture_is_read_in_the_requests_syntax(engine, drawn):
         ({"prompt": "a", "negative_prompt": "[a|b]", "prompt_syntax": "a1111"}, "change or choice"),
         ({"prompt": "()", "prompt_syntax": "a1111"}, "prompt '()' has no words"),
         ({"prompt": "a", "prompt_2": "(x)1e9", "prompt_syntax": "compel"}, "not a finite decimal"),
-        ({"prompt": "a" * 100_000}, "100000 characters; at most 32000"),
+        ({"prompt": "a" * 100_000}, "100000 characters; at most 32000 are allowed, so shorten it"),
         ({"prompt": "a", "prompt_2": 3}, "prompt_2 is 3"),
     ],
 )
@@ -181,6 +181,14 @@ def test_a_prompt_may_be_as_long_as_the_engine_was_told():  # in chunks of 22 to
             PromptError, match="4500 tokens in 2.. chunks; at most 150 chunks .* a larger max_text_chunks"
         ):
             engine.submit(request("a star " * 2250))
+
+
+def test_pages_of_long_texts_that_were_given_back_do_not_disturb_later_ones(engine, drawn):
+    given = [request("a fish, " * count, steps=1, seed=count) for count in (1, 10, 30)]
+    for wanted in (given, given[:2], given):
+        for one, latent in zip(wanted, latents(engine, *wanted), strict=True):
+            close([latent], drawn([one]))
+        engine.generate(given[1], callback=lambda *_: engine.runner.make_room(), output="latents")
 
 
 def test_exported_graphs_refuse_long_texts(engine, monkeypatch):

@@ -82,6 +82,8 @@ def test_unused_long_pages_are_forgotten_on_demand_and_the_others_keep_their_val
     assert pages.find("long") is None and pages.find("short") == short and not pages.any_shorter(np.array([short]))
     assert all(torch.equal(k[short], key[0]) for (k, _), (key, _) in zip(pages.layers, stored))
     assert pages.extra[short].tolist() == [1, 1, 1] and not pages.shrink()
+    # operations read the lengths of all pages, of free ones too
+    assert int(pages.lengths.max()) <= TOKENS and pages._lengths.tolist() == pages.lengths.tolist()
 
 
 def test_buffers_grow_only_where_there_is_room(pages, layout):

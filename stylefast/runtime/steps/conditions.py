@@ -230,8 +230,9 @@ class KeyValuePages:
         lengths = self.lengths.new_ones(pages)
         extra = self.extra.new_zeros(pages, self.extra.shape[1])
         host = np.ones(pages, dtype=np.int64)
-        host[:before] = self._lengths
-        lengths[:before], extra[:before] = self.lengths, self.extra
+        # free pages, whose lengths operations read too, may have been longer
+        host[:before] = np.minimum(self._lengths, tokens)
+        lengths[:before], extra[:before] = self.lengths.clamp(max=tokens), self.extra
         self.by_level, self.tokens = tuple(packed), tokens
         self.layers = tuple(layers[i] for i in range(len(layers)))
         self.lengths, self._lengths, self.extra = lengths, host, extra
