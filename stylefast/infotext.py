@@ -57,8 +57,8 @@ _AUTOMATIC_NAME = "Automatic"
 _OWN_SAMPLER = "Or name one yourself, e.g. --scheduler euler"
 # samplers with timesteps of their own in A1111 too
 _OWN_SPACING = ("lcm", "tcd", "dpmpp_sde")
-# SDXL's own layer, the second to last, is A1111's 2
-_CLIP_SKIP = 2
+# SDXL's own layer, the second to last, is A1111's 2; its encoders never use their last layer
+_CLIP_SKIP, _NO_SKIP = 2, ("1", "2")
 # for SDXL's second encoder; A1111 has no such field
 _SECOND = {"prompt_2": "Prompt 2", "negative_prompt_2": "Negative prompt 2"}
 _TAKEN = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "Lora hashes")
@@ -166,9 +166,9 @@ def read(text: str, without: Collection[str] = ()) -> Parameters:
     titles = {title: name for name, title in (*_NUMBERS.items(), *_SECOND.items()) if name in without}
     settings = {title: value for title, value in settings.items() if title not in titles}
     scheduler, spacing = (None, None) if "scheduler" in without else _scheduler(settings)
-    clip_skip = _clip_skip(settings)
-    if clip_skip and not _is_ours(settings):
-        not_taken["Clip skip"], clip_skip = settings["Clip skip"], None
+    clip_skip = _clip_skip(settings) if _is_ours(settings) or settings.get("Clip skip") in _NO_SKIP else None
+    if clip_skip is None and "Clip skip" in settings:
+        not_taken["Clip skip"] = settings["Clip skip"]
     if "Schedule type" in settings and scheduler in (*_OWN_SPACING, *FEW_STEP_PRESETS):
         not_taken["Schedule type"] = settings["Schedule type"]
     return Parameters(
@@ -522,7 +522,6 @@ def _is_ours(settings: Mapping[str, str]) -> bool:
 
 
 def _clip_skip(settings: Mapping[str, str]) -> int | None:
-    # SDXL's text encoders never use their last layer, so 1 means 2
     found = _whole(settings, "Clip skip", 1, 99)
     return None if found is None else max(found - _CLIP_SKIP, 0)
 

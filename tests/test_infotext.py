@@ -124,9 +124,10 @@ def test_clip_skip_counts_from_the_last_layer_there_and_from_sdxls_own_here():
     ours = [read(settings(Clip_skip=written, Version="stylefast 1.0")) for written in (None, "1", "2", "3")]
     assert [found.clip_skip for found in ours] == [None, 0, 0, 1]
     # in A1111 it has no effect on SDXL
-    theirs = [read(settings(Clip_skip=written)) for written in (None, "1", "2", "3")]
-    assert [found.clip_skip for found in theirs] == [None, 0, 0, None]
-    assert [found.not_taken for found in theirs] == [{}, {}, {}, {"Clip skip": "3"}]
+    odd = ("3", "0", "-2", "two")  # other programs count otherwise
+    theirs = [read(settings(Clip_skip=written)) for written in (None, "1", "2", *odd)]
+    assert [found.clip_skip for found in theirs] == [None, 0, 0, *[None] * 4]
+    assert [found.not_taken for found in theirs] == [{}, {}, {}, *({"Clip skip": written} for written in odd)]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_tags_of_loras_leave_the_prompt(prompt, loras):
         (settings(CFG_scale="nan"), "guidance"),
         (settings(Seed="-5"), "seed"),
         (settings(Size="1024"), "size"),
-        (settings(Clip_skip="0"), "clip_skip"),
+        (settings(Clip_skip="0", Version="stylefast 1.0"), "clip_skip"),
         ("a <lora:pen:1> <lora:pen:1>\n" + settings().partition("\n")[2], "prompt"),
         ("\n" + settings().partition("\n")[2], "prompt"),
         ("a\nNegative prompt: <lora:pen:nan>\n" + settings().partition("\n")[2], "negative_prompt"),
@@ -193,7 +194,7 @@ def test_tags_without_effect_are_named():
         (settings(Seed="-5"), "Seed is '-5'"),
         (settings(Seed=str(2**64)), "Seed is 18446744073709551616"),
         (settings(Size="1024"), "Size is '1024'; it must be WIDTHxHEIGHT"),
-        (settings(Clip_skip="0"), "Clip skip is 0"),
+        (settings(Clip_skip="0", Version="stylefast 1.0"), "Clip skip is 0"),
         (settings(Sampler="DPM++ 2M SDE Heun"), r"the supported ones are DDIM, .*; did you mean 'DPM\+\+ 2M SDE'"),
         (settings(Sampler="Restart"), "Sampler is 'Restart'.*--scheduler euler"),
         (settings(Sampler="x" * 5000), "Sampler is 'xxx"),
