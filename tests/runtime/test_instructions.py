@@ -52,6 +52,7 @@ PROSE = [
     "rock'n'roll & jazz | blues",
     "time: 5",
     "(note: red)",
+    "(one) 2 cats",
 ]
 
 
@@ -91,6 +92,32 @@ def test_a_request_gets_one_warning_that_quotes_what_it_holds(said):
         assert part in first
     assert "'(cat:0.5)'" in second
     assert len(said(*(Request("a (fish:1.2)", seed=seed) for seed in range(4)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("syntax", "text", "parts"),
+    [
+        ("compel", "a (fish:1.3)", ("'(fish:1.3)' (a weight)", "with prompt_syntax='compel' it", "(x)1.3", "a1111")),
+        ("compel", "a fish BREAK a __color__ cat", ("'BREAK' (a keyword)", "'__color__' (a wildcard)")),
+        ("a1111", "a (fish)1.3, cat++", ("')1.3' (a weight)", "'cat++' (a weight)", "with prompt_syntax='a1111' it")),
+        ("a1111", "a {red|blue} fish, embedding:bad", ("'{red|blue}' (a choice)", "give its file as a learned style")),
+    ],
+)
+def test_what_is_words_in_a_requests_own_syntax_is_told_too(said, syntax, text, parts):
+    (message,) = said(*(Request(text, prompt_syntax=syntax, seed=seed) for seed in range(2)))
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("syntax", "text"),
+    [
+        ("a1111", "a (fish:1.3) BREAK ((red)) [blue], (1girl) 2 cats"),
+        ("compel", "a (fish)1.3, red++ cat--, (a star)-, (one) 2"),
+    ],
+)
+def test_what_the_syntax_of_a_request_reads_is_no_reason_to_warn(said, syntax, text):
+    told._say_of_brackets.cache_clear()
+    assert said(Request(text, prompt_syntax=syntax)) == []
 
 
 def test_the_text_that_holds_the_instruction_is_the_one_that_is_quoted(said):
