@@ -119,7 +119,7 @@ class EngineOptions:
     )
     max_pending: int | None = _option(None, "max waiting jobs before QueueFull; None: no limit")
     max_text_chunks: int = _option(
-        16, "chunks of 75 tokens that a prompt may have, up to 256; keys and values of text take memory for each"
+        16, "chunks of 75 tokens that a prompt may have, up to 256; keys and values of text take memory for each", "N"
     )
     batch_buckets: Sequence[int] = _option(
         (),

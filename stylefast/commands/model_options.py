@@ -53,6 +53,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for name, option in FLAGS.items():
         choices = option["choices"]
         shown = {"choices": choices} if choices else {"metavar": option["flag"]}
+        shown |= {"type": int} if option["flag"] == "N" else {}
         group(flag(name), help=option["text"], **shown)
 
 
@@ -183,7 +184,7 @@ class ModelChoice:
     model: str = DEFAULT_MODEL
     lora: tuple[Lora, ...] = ()  # merged into the model
     row_lora: tuple[Lora, ...] = ()  # for requests that name them
-    options: Mapping[str, str] = field(default_factory=dict, hash=False)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     cached_only: bool = False
 
     def __post_init__(self):
@@ -283,4 +284,4 @@ class ModelChoice:
         words = [word for lora in self.lora for word in ("--merge-lora", lora.words())]
         words += [word for lora in self.row_lora for word in ("--lora", lora.words())]
         words += ["--model", self.model] if self.model != DEFAULT_MODEL else []
-        return words + [word for name, value in self.options.items() for word in (flag(name), value)]
+        return words + [word for name, value in self.options.items() for word in (flag(name), str(value))]

@@ -11,6 +11,7 @@ from stylefast.infotext import sampler_name
 from stylefast.sampling.few_step import FEW_STEP_PRESETS
 from stylefast.sampling.schedule import SCHEDULERS
 from tests.cli.conftest import pixels
+from tests.cli.test_errors import assert_one_line
 
 
 def recorded(path):
@@ -79,3 +80,15 @@ def test_what_belongs_to_the_machine_is_not_kept_in_the_picture(generate, tmp_pa
     words = ("--device", "cpu", "--backend", "torch", "--memory-limit", "4GB", "--bank-memory", "64MB")
     path = generate("a cat", "--steps", "1", *words, "--dtype", "float32", "--out", tmp_path)[0]
     assert set(json.loads(Image.open(path).info["stylefast"])["load"]) == {"model", "dtype"}
+
+
+def test_prompts_have_as_many_chunks_as_the_option_says(generate, stylefast, model_folder, tmp_path):
+    words = ("a cat, " * 700, "--steps", "1", "--guidance", "1", "--out", tmp_path / "x.png")
+    code, _, err = stylefast("generate", *words, "--model", model_folder, "--quiet")
+    assert_one_line(code, err, 2, "at most 16 chunks")
+    (path,) = generate(*words, "--max-text-chunks", "200")
+    words = (*words[:-1], tmp_path / "y.png")
+    code, _, err = stylefast("generate", "--from", path, "--load-recorded", "--max-text-chunks", "200", *words[-2:])
+    assert code == 0 and "same pixels" in err, err
+    code, _, err = stylefast("generate", *words, "--overwrite", "--max-text-chunks", "257", "--quiet")
+    assert_one_line(code, err, 2, "max_text_chunks is 257")
