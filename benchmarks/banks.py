@@ -33,7 +33,7 @@ from stylefast.models.layout import STYLE_MODULE, AttentionLayout
 from stylefast.models.prepacked import pack
 from stylefast.models.unet import UNet
 from stylefast.runtime.banks.baking import DTYPES
-from stylefast.runtime.banks.bank_pages import BankPages
+from stylefast.runtime.banks.bank_pages import BankPages, PageKey
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import BankWriter, LayerFeatures, ReferenceFeatures
 from stylefast.styles.bank_info import FORMAT, BankInfo
@@ -158,7 +158,7 @@ def fetched(unet: UNet, size, rounds: int) -> Iterator[tuple[str, str, dict[str,
             start = time.perf_counter()
             bank = sf.StyleBank.load(bank.path)
             checked = time.perf_counter() - start
-            keys = [(bank, 0, BRANCHES.index(half), 0) for half in HALVES]
+            keys = [PageKey(bank, 0, BRANCHES.index(half), 0) for half in HALVES]
             samples = []
             for _ in range(rounds + 1):
                 start = time.perf_counter()

@@ -37,7 +37,7 @@ from stylefast.runtime.backends.choice import check_backend, make_backend
 from stylefast.runtime.banks.baking import BakeCallback, bake, bake_request
 from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Call, Job, StepCallback
-from stylefast.runtime.loras import Loras
+from stylefast.runtime.loras import Lora, Loras
 from stylefast.runtime.memory import MemoryBudget, check_limit, held_bytes, memory_report
 from stylefast.runtime.plan.checks import as_list, check_deadline, check_output, prompts_of
 from stylefast.runtime.plan.notices import Notices
@@ -98,7 +98,7 @@ class Engine:
             self.merged_loras.weights,
             limits[4],
             self.merged_loras,
-            check_process=lambda: self.runner.check_process(),
+            check_open=lambda: self.runner.check_open(),
         )
         self._warn = Notices(self.name, components.known_words)
         scheduler_config = components.scheduler_config
@@ -488,12 +488,14 @@ class Engine:
 
     def _job(self, kind: type[Job], requests: Sequence[Request], **options: Any) -> Job:
         """Return a job for requests, planned for the model as it is. Raises InvalidRequest or a subclass."""
+        loras = {name: self.loras[name] for request in requests for name in request.lora_scales}
         job = kind(
             requests,
             self._made,
             self.scheduler.cancel,
-            metadata=self._metadata(requests),
+            metadata=self._metadata(requests, loras),
             inside=self.scheduler.inside,
+            loras=loras,
             **options,
         )
         job.plan(self._planner)
@@ -540,7 +542,7 @@ class Engine:
             stylefast.__version__,
         )
 
-    def _metadata(self, requests: Sequence[Request]) -> list[dict]:
+    def _metadata(self, requests: Sequence[Request], loras: Mapping[str, Lora]) -> list[dict]:
         model = {
             "model": self.name,
             "fingerprint": self.fingerprint,
@@ -551,10 +553,9 @@ class Engine:
             "loras": self.merged_loras.scales,
         }
         entries = metadata(requests, stylefast.__version__, model)
-        # of the whole call, which is what is made again
-        named = {name: self.loras[name] for request in requests for name in request.lora_scales}
-        if named:
-            files = {name: lora.recorded() for name, lora in named.items()}
+        if loras:
+            # of the whole call, which is what is made again
+            files = {name: lora.recorded() for name, lora in loras.items()}
             entries = [entry | {"lora_files": files} for entry in entries]
         return entries
 

@@ -41,11 +41,14 @@ class AdapterError(ModelError):
 
 
 class NumericsError(StyleFastError):
-    """NaN or infinity appeared in the latents of a picture; `pictures` holds the numbers of the affected pictures."""
+    """NaN or infinity appeared in the latents of a picture.
 
-    def __init__(self, *arguments, pictures=()):
+    `pictures` holds the numbers of the affected pictures, `loras` names and strengths of the LoRAs that they use.
+    """
+
+    def __init__(self, *arguments, pictures=(), loras=()):
         super().__init__(*arguments)
-        self.pictures = tuple(pictures)
+        self.pictures, self.loras = tuple(pictures), tuple(loras)
 
 
 class OutOfMemory(StyleFastError, MemoryError):

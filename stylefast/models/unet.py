@@ -105,9 +105,9 @@ class SelfAttention(nn.Module):
         self.to_v = Linear(channels, channels, bias=False)
         self.to_out = list_of([Linear(channels, channels)])
 
-    def key_values(self, hidden) -> KeyValue:  # [pages, tokens, channels], normed
+    def key_values(self, hidden, loras: LoraProducts | None = None) -> KeyValue:  # [pages, tokens, channels], normed
         """Project hidden states, such as those stored in a bank, to keys and values."""
-        return _split(self.to_k(hidden), self.heads), _split(self.to_v(hidden), self.heads)
+        return _key_values(self, hidden, loras)
 
     def forward(self, x, inputs: SelfInputs, loras: _Loras = None):  # [rows, tokens, channels]
         qkv = [self.to_q(x), self.to_k(x), self.to_v(x)]
@@ -137,10 +137,7 @@ class CrossAttention(nn.Module):
         self.to_out = list_of([Linear(channels, channels)])
 
     def key_values(self, states, loras: LoraProducts | None = None) -> KeyValue:  # [pages, tokens, cross_dim]
-        k, v = self.to_k(states), self.to_v(states)
-        if loras is not None:
-            k, v = loras.added(k, states, self.to_k), loras.added(v, states, self.to_v)
-        return _split(k, self.heads), _split(v, self.heads)
+        return _key_values(self, states, loras)
 
     def forward(self, x, inputs: CrossInputs, loras: _Loras = None):  # [rows, tokens, channels]
         q = _split(self.to_q(x, loras and loras[0]), self.heads)
@@ -449,6 +446,13 @@ class UNet(nn.Module):
 
 def _affine(norm: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor, float]:
     return norm.weight, norm.bias, norm.eps
+
+
+def _key_values(attention: "SelfAttention | CrossAttention", states, loras: LoraProducts | None) -> KeyValue:
+    k, v = attention.to_k(states), attention.to_v(states)
+    if loras is not None:
+        k, v = loras.added(k, states, attention.to_k), loras.added(v, states, attention.to_v)
+    return _split(k, attention.heads), _split(v, attention.heads)
 
 
 def _split(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from stylefast.kernels.row_lora import RANK
 from stylefast.models import vae as vaes
 from stylefast.models.repaint import Kept, fit_mask, fit_picture, resized
 from stylefast.runtime.backends.base import StepNeeds
-from stylefast.runtime.loras import Loras, described
+from stylefast.runtime.loras import Lora, Loras, described, named
 from stylefast.runtime.plan.pinning import Noised, inversion_of, inverted_pin, latents_pin, scheduler_config
 from stylefast.runtime.plan.request import Request, check_size
 from stylefast.runtime.plan.sample import Pin, Sample, SampleGroup, connected, plan_samples
@@ -58,24 +58,24 @@ class RequestPlanner:
         self._config = scheduler_config
         self.downscale = vaes.downscale(vae)
 
-    def samples(self, requests: Sequence[Request]) -> list[Sample]:
+    def samples(self, requests: Sequence[Request], loras: Mapping[str, Lora] | None = None) -> list[Sample]:
         """Return the samples for all pictures that `requests` need, including references. Raises like `check`."""
-        self.check(requests)
-        return self._planned(requests)
+        self.check(requests, loras)
+        return self._planned(requests, loras)
 
-    def _planned(self, requests: Sequence[Request]) -> list[Sample]:
+    def _planned(self, requests: Sequence[Request], loras: Mapping[str, Lora] | None) -> list[Sample]:
         samples = plan_samples(requests, self.schedule, self.native_size)
         enlarging = [sample for sample in samples if sample.output is not None and sample.request.upscale > 1]
         if enlarging:
-            first_pass = self._planned([replace(sample.request, upscale=1.0) for sample in enlarging])
+            first_pass = self._planned([replace(sample.request, upscale=1.0) for sample in enlarging], loras)
             for sample, base in zip(enlarging, first_pass, strict=False):  # references come after the targets
                 sample.base, sample.first_pass = base, first_pass
         for sample in samples:
-            sample.loras = self._loras.uses(sample.request.lora_scales)
+            sample.loras = self._loras.uses(sample.request.lora_scales, loras)
         return samples
 
-    def check(self, requests: Sequence[Request]) -> None:
-        """Raise the errors that can be found without running anything.
+    def check(self, requests: Sequence[Request], loras: Mapping[str, Lora] | None = None) -> None:
+        """Raise the errors that can be found without running anything; `loras`: those that names mean, as in `uses`.
 
         These concern styles for other layers, adapters, masks, learned vectors and positions of their tokens, banks
         that don't match, schedules, and sizes that never fit into memory or have no exported graph.
@@ -88,8 +88,8 @@ class RequestPlanner:
             self.runner.conditions.text_encoder.check_clip_skip(request.clip_skip or 0)
             style = request.reader
             if style is not None and style.reads.bank is not None:
-                self._check_bank(request, style, style.reads.bank)
-        samples = self._planned(requests)
+                self._check_bank(request, style, style.reads.bank, loras)
+        samples = self._planned(requests, loras)
         samples += next((sample.first_pass for sample in samples if sample.first_pass), [])
         for sample in samples:
             self._check_loras(sample)
@@ -173,10 +173,13 @@ class RequestPlanner:
             raise InvalidRequest(f"size is {width}x{height}; this model's must be divisible by {self.downscale}")
         return self.runner.unet.config["in_channels"], height // self.downscale, width // self.downscale
 
-    def _check_bank(self, request: Request, style: ReferenceStyle, bank: StyleBank) -> None:
+    def _check_bank(
+        self, request: Request, style: ReferenceStyle, bank: StyleBank, loras: Mapping[str, Lora] | None
+    ) -> None:
         schedule = self.schedule(request)
         layers = style.layer_mask(self.runner.unet.layout).nonzero().flatten().tolist()
         target = plan_samples([request], self.schedule, self.native_size)[0]
+        used = self._loras.uses(request.lora_scales, loras)
         bank.check_fits(
             model=self.model,
             fingerprint=self.fingerprint(),
@@ -186,7 +189,8 @@ class RequestPlanner:
             branches=target.branches,
             layers=tuple(layers),
             clip_skip=request.clip_skip or 0,
-            loras=described(self._loras.uses(request.lora_scales)),
+            loras=described(used),
+            lora_names=named(used),
         )
         # last, since it differs whenever the steps or the sampler do
         bank.check_fits(schedule=schedule_digest(schedule))
@@ -198,7 +202,7 @@ class RequestPlanner:
     def bake_plan(self, request: Request) -> tuple[Sample, list[Sample]]:
         """Return the sample of a bank's reader, and the references that the bank stores. Raises like `check`."""
         self.check([request])
-        target, *references = self._planned([request])
+        target, *references = self._planned([request], None)
         return target, references
 
     def read_picture(self, sample: Sample) -> tuple[torch.Tensor, Kept | None]:

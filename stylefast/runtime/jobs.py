@@ -18,6 +18,7 @@ from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, Job
 from stylefast.models.row_features import RowFeatures
 from stylefast.runtime.admission import RequestPlanner
 from stylefast.runtime.helper import AGAIN
+from stylefast.runtime.loras import Lora
 from stylefast.runtime.memory import is_out_of_memory
 from stylefast.runtime.plan.request import Request
 from stylefast.runtime.plan.sample import Sample, SampleGroup
@@ -80,9 +81,11 @@ class Job:
         metadata: Sequence[dict] = (),
         inside: Callable[[], bool] = lambda: False,
         alone: bool = False,
+        loras: Mapping[str, Lora] | None = None,
     ):
         self.requests, self.output, self.metadata = tuple(requests), output, list(metadata)
         self.make, self.alone = make, alone
+        self._loras = loras  # those that the requests' names mean, even if a name is free or another's by now
         self.step, self.steps = 0, max(request.steps for request in requests)
         self.submitted = time.monotonic()
         self.expires = None if deadline is None else self.submitted + deadline
@@ -229,7 +232,7 @@ class Job:
 
     def plan(self, planner: RequestPlanner) -> None:
         """Plan the samples for the model as it is now. Raises InvalidRequest or a subclass."""
-        self.samples, self.model = planner.samples(self.requests), planner.fingerprint()
+        self.samples, self.model = planner.samples(self.requests, self._loras), planner.fingerprint()
         self.steps = max(sample.schedule.steps - sample.first for sample in self.samples)
 
     def may_step(self, group: SampleGroup) -> bool:
@@ -271,7 +274,7 @@ class Job:
             watchers, self._watchers = self._watchers, []
             # otherwise a finished job would keep the whole model alive
             self._cancel, self._inside, self.make = _nothing_to_cancel, bool, _nothing_to_make
-            self.samples = None
+            self.samples = self._loras = None
         self._tell(watchers, None)
         return True
 

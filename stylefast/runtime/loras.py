@@ -75,10 +75,20 @@ class LoraUse(NamedTuple):
         """Return what is equal for uses with equal effects."""
         return self.lora.digest, self.unet, self.text
 
+    def __str__(self) -> str:
+        """Return name and strengths as messages give them."""
+        own = f" (text encoders: {self.text:g})" if self.text != self.unet and any(self.lora.changes_text) else ""
+        return f"{values.shown(self.lora.name)} at {self.unet:g}{own}"
+
 
 def described(used: Sequence[LoraUse]) -> str:
     """Return contents and strengths of LoRAs as text, equal for equal effects; "" for none."""
     return ", ".join(f"{use.lora.digest[:16]} at {use.unet:g} (text encoders: {use.text:g})" for use in used)
+
+
+def named(used: Sequence[LoraUse]) -> tuple[str, ...]:
+    """Return names, strengths and the first digits of the contents of LoRAs, for messages."""
+    return tuple(f"{use}, sha256 {use.lora.digest[:8]}" for use in used)
 
 
 class Loras:
@@ -101,11 +111,11 @@ engine.loras.add(file, 'pixel')
         weights: Mapping[str, Mapping[str, torch.Tensor]],
         host_memory: int | None = None,
         merged: LoraSet | None = None,
-        check_process: Callable[[], None] = lambda: None,
+        check_open: Callable[[], None] = lambda: None,
     ):
         self._unet, self._weights, self._budget, self._merged = unet, weights, host_memory, merged
-        # raises in a forked process, where the lock may be held forever
-        self._check_process = check_process
+        # raises once the engine is closed, and in a forked process, where the lock may be held forever
+        self._check_open = check_open
         self._lock = threading.RLock()
         self._named: dict[str, Lora] = {}
         self._host: LruDict[Lora, None] = LruDict()  # with factors in memory
@@ -130,9 +140,10 @@ engine.loras.add(file, 'pixel')
 
         Raises ModelNotFound and ModelFormatError for files that can't be read, AdapterError for files that are not a
         LoRA, don't fit the model, or can't differ by row (NotLowRank; `Engine.load_lora` takes those), and
-        InvalidRequest for a name that is taken; like `remove` and `[name]`, EngineClosed in a forked process.
+        InvalidRequest for a name that is taken; like `remove` and `[name]`, EngineClosed once the engine is closed, or
+        in a forked process.
         """
-        self._check_process()
+        self._check_open()
         path = values.path("a LoRA", source)
         if part is not None:
             values.one_of("part", part, BLORA_BLOCKS)
@@ -149,7 +160,7 @@ engine.loras.add(file, 'pixel')
 
     def remove(self, name: str) -> None:
         """Unregister a LoRA; requests that use it keep it until they are done. Raises InvalidRequest if unknown."""
-        self._check_process()
+        self._check_open()
         with self._lock:
             self._find(name)
             lora = self._named.pop(name)
@@ -168,7 +179,7 @@ engine.loras.add(file, 'pixel')
 
     def __getitem__(self, name: str) -> Lora:
         """Return a registered LoRA. Raises InvalidRequest, listing the names there are."""
-        self._check_process()
+        self._check_open()
         with self._lock:
             return self._find(name)
 
@@ -178,13 +189,15 @@ engine.loras.add(file, 'pixel')
         # a copy, made in one step, in place of the lock: memory reports must also work in a forked process
         return sum(lora.nbytes for lora in list(self._host))
 
-    def uses(self, wanted: Mapping[str, LoraScale]) -> tuple[LoraUse, ...]:
+    def uses(self, wanted: Mapping[str, LoraScale], named: Mapping[str, Lora] | None = None) -> tuple[LoraUse, ...]:
         """Return the LoRAs that a request names, without those of strength 0, in the order of their contents.
 
-        Raises InvalidRequest for names that are not registered.
+        named: those that the names mean, whatever is registered now. Raises InvalidRequest for other names that are not
+        registered.
         """
+        named = named or {}
         with self._lock:
-            found = [LoraUse(self._find(name), *scale) for name, scale in wanted.items()]
+            found = [LoraUse(named.get(name) or self._find(name), *scale) for name, scale in wanted.items()]
         used = [use._replace(text=use.text if any(use.lora.changes_text) else 0.0) for use in found]
         used = [use._replace(unet=use.unet if use.lora.changes_unet else 0.0) for use in used]
         return tuple(sorted((use for use in used if use.unet or use.text), key=lambda use: use.key))

@@ -26,6 +26,7 @@ from stylefast.runtime.steps.step_buffers import BatchShape, StepBuffers, StepCo
 from stylefast.runtime.streams import SideStream, StepStream
 from stylefast.slots import LruDict
 from stylefast.styles.bank import StyleBank
+from stylefast.values import listed
 
 Value = TypeVar("Value")
 
@@ -230,8 +231,9 @@ class Runner:
         good = state.finite[group.places].tolist()
         if all(good):
             return None
-        outputs = [sample.output for sample, fine in zip(group.samples, good, strict=True) if not fine]
-        return not_finite([i for i in outputs if i is not None])
+        bad = [sample for sample, fine in zip(group.samples, good, strict=True) if not fine]
+        outputs = [sample.output for sample in bad if sample.output is not None]
+        return not_finite(outputs, [str(use) for sample in bad for use in sample.loras])
 
     def staging(self, group: SampleGroup) -> Iterator[Callable[[], object]]:
         """Bring the first bank pages that a group reads, before it joins.
@@ -428,14 +430,18 @@ class Runner:
         return sum(buffers.nbytes for buffers in self._buffers.values())
 
 
-def not_finite(pictures: Sequence[int]) -> NumericsError:
-    """Return the error for pictures with NaN or infinity in their latents; for a reference if `pictures` is empty."""
-    pictures = sorted(pictures)
+def not_finite(pictures: Sequence[int], loras: Sequence[str] = ()) -> NumericsError:
+    """Return the error for pictures with NaN or infinity in their latents; for a reference if `pictures` is empty.
+
+    loras: names and strengths of those that they use.
+    """
+    pictures, loras = sorted(pictures), list(dict.fromkeys(loras))
     what = f"picture(s) {', '.join(map(str, pictures))}" if pictures else "the style's reference"
     return NumericsError(
-        f"the latents of {what} contain NaN or infinity. Try dtype='float32' or 'bfloat16', a lower guidance, or an "
-        "adapter scale below 2",
+        f"the latents of {what} contain NaN or infinity. Try {f'weaker LoRAs ({listed(loras)}), ' if loras else ''}"
+        "dtype='float32' or 'bfloat16', a lower guidance, or an adapter scale below 2",
         pictures=pictures,
+        loras=loras,
     )
 
 
@@ -443,7 +449,9 @@ def joined(errors: Sequence[Exception]) -> Exception:
     """Return one error for a call with failed groups: the first, or one naming all pictures that are not finite."""
     numeric = [error for error in errors if isinstance(error, NumericsError)]
     if len(numeric) == len(errors):
-        return not_finite([picture for error in numeric for picture in error.pictures])
+        return not_finite(
+            *([one for error in numeric for one in getattr(error, name)] for name in ("pictures", "loras"))
+        )
     return errors[0]
 
 

@@ -18,7 +18,7 @@ final latents [1, references, channels, h, w]. A bank of latents holds only late
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -161,20 +161,20 @@ class StyleBank:
         """Raise StyleError naming the first field of `BankInfo`, in its order, that differs from what is expected.
 
         A guidance of None in the bank fits every guidance. The bank may hold more branches and layers than expected,
-        and a bank of latents fits all of them. `model` names the expected fingerprint in messages; names are not
-        compared, since they depend on the model's location.
+        and a bank of latents fits all of them. `model` names the expected fingerprint, and `lora_names` the expected
+        loras, in messages; names are not compared, since they depend on where the files are.
         """
         names = [entry.name for entry in fields(BankInfo)]
         unknown = sorted(set(expected) - set(names))
         if unknown:
             raise InvalidRequest(f"a style bank has no field {', '.join(unknown)}; its fields are {', '.join(names)}")
         for name in names:
-            if name in expected and name != "model":
+            if name in expected and name not in ("model", "lora_names"):
                 asked = expected[name]
-                self._check_field(name, tuple(asked) if isinstance(asked, list) else asked, expected.get("model"))
+                self._check_field(name, tuple(asked) if isinstance(asked, list) else asked, expected)
 
-    def _check_field(self, name: str, asked, model: str | None) -> None:
-        own = getattr(self.info, name)
+    def _check_field(self, name: str, asked, expected: Mapping[str, Any]) -> None:
+        own, model = getattr(self.info, name), expected.get("model")
         if name in ("branches", "layers"):
             lacking = [value for value in asked if value not in own]
             if self.info.store != "latents" and lacking:
@@ -189,8 +189,9 @@ class StyleBank:
         bank = f"the style bank {values.quoted(self.name)}"
         if name == "loras":
             raise StyleError(
-                f"{bank} was baked under {_under(own)}, but the request is under {_under(asked)}; give the request the "
-                "same loras, or bake the style again under its own"
+                f"{bank} was baked under {_under(own, self.info.lora_names)}, but the request is under "
+                f"{_under(asked, expected.get('lora_names', ()))}; give the request the same loras, or bake the style "
+                "again under its own"
             )
         if name == "fingerprint" and own.split("+")[0] == str(asked).split("+")[0]:
             raise StyleError(
@@ -299,7 +300,9 @@ class BankWriter:
         self._check_reference(reference)
         self._shaped(f"latents of step {step}", latents, self.shapes.latents)
         if not torch.isfinite(latents).all():
-            raise NumericsError(f"the reference's latents contain NaN or infinity at step {step}; bake in another type")
+            raise NumericsError(
+                f"the reference's latents contain NaN or infinity at step {step}; bake in another type{self._weaker}"
+            )
         self._tensors["latents"][step - first, reference].copy_(latents)
         self._awaited.discard((step, reference))
 
@@ -363,6 +366,10 @@ class BankWriter:
                 f"for {self.info.size[0]}x{self.info.size[1]} pixels"
             )
 
+    @property
+    def _weaker(self) -> str:
+        return f", or with weaker LoRAs ({values.listed(self.info.lora_names)})" if self.info.lora_names else ""
+
     def _check_numbers(self, place: str, stored: Mapping[int, tuple[Tensor, ...]], features: ReferenceFeatures) -> None:
         checked = [(f"layer {layer}", x, True) for layer, content in stored.items() for x in content]
         for layer in stored:
@@ -376,7 +383,7 @@ class BankWriter:
             if not math.isfinite(peak):
                 raise NumericsError(
                     f"the reference's features contain NaN or infinity at {place}, {what}; bake with a model in "
-                    "bfloat16 or float32"
+                    f"bfloat16 or float32{self._weaker}"
                 )
             if narrowed and self.info.dtype == "float16" and peak > _FP16_MAX:
                 raise StyleError(
@@ -423,5 +430,5 @@ def _listed(values) -> str:
     return ", ".join(map(str, values)) or "none"
 
 
-def _under(loras: str) -> str:
-    return f"the LoRAs {loras[: values.QUOTED]}" if loras else "no LoRA"
+def _under(loras: str, names: Sequence[str]) -> str:
+    return f"the LoRAs {values.listed(names or [loras])}" if loras else "no LoRA"

@@ -43,6 +43,7 @@ class BankInfo:
     prompt_syntax: str = "plain"  # of all of them
     clip_skip: int = 0  # of the reference's prompt
     loras: str = ""  # digests and strengths of the LoRAs that the reference was made under, "" for none
+    lora_names: tuple[str, ...] = ()  # what messages say of them
 
     def __post_init__(self):
         if self.format != FORMAT:
@@ -51,7 +52,7 @@ class BankInfo:
                 f"{FORMAT}: bake the style again, or use the version that wrote it"
             )
         checked: dict = {}
-        for name in ("size", "branches", "layers"):
+        for name in ("size", "branches", "layers", "lora_names"):
             checked[name] = tuple(values.several(_what(name), getattr(self, name), error=StyleError))
         for name, allowed in (("store", STORES), ("dtype", DTYPES), ("noise", NOISES)):
             checked[name] = values.one_of(_what(name), getattr(self, name), allowed, error=StyleError)
@@ -68,6 +69,8 @@ class BankInfo:
             "stylefast",
         ):
             checked[name] = values.text(_what(name), getattr(self, name), error=StyleError)
+        for one in checked["lora_names"]:
+            values.text(_what("lora_names"), one, error=StyleError)
         if self.negative_prompt_2 is not None:
             name = "negative_prompt_2"
             checked[name] = values.text(_what(name), self.negative_prompt_2, error=StyleError)
@@ -123,7 +126,7 @@ class BankInfo:
             raise StyleError(f"the style bank's metadata is a {type(content).__name__}, but must be an object")
         names = [entry.name for entry in fields(cls)]
         # banks from before LoRAs per row, syntaxes of prompts, or with no other clip skip, lack them
-        later = {"loras": "", "negative_prompt_2": None, "prompt_syntax": "plain", "clip_skip": 0}
+        later = {"loras": "", "lora_names": (), "negative_prompt_2": None, "prompt_syntax": "plain", "clip_skip": 0}
         given: dict[str, Any] = {**later, **content}
         if given.get("format") == FORMAT and set(names) != set(given):
             odd = values.quoted(", ".join(sorted(set(names) ^ set(given))))

@@ -87,7 +87,7 @@ def test_the_pages_that_are_timed_hold_what_the_bank_holds(unet, tmp_path):
     pages = banks.BankPages(unet, shapes.latents[1:], slots=2)
     for store, kind, tolerance in (("kv", "fp32", 0.0), ("kv", "fp8", 0.07), ("hidden", "fp32", 1e-5)):
         bank = banks._written(tmp_path / f"{store}-{kind}.bank", unet, shapes, features, store, kind)
-        slots = pages.hold([(bank, 0, BRANCHES.index(half), 0) for half in banks.HALVES])
+        slots = pages.hold([banks.PageKey(bank, 0, BRANCHES.index(half), 0) for half in banks.HALVES])
         assert np.unique(slots).size == 2
         for i, layer in enumerate(unet.layout.layers):
             k = features.layers[i].k
@@ -95,7 +95,7 @@ def test_the_pages_that_are_timed_hold_what_the_bank_holds(unet, tmp_path):
                 k = unet.get_submodule(layer.name).attn1.to_k(features.layers[i].hidden[None]).view_as(k)
             for slot in slots:
                 assert (pages.pages.layers[i][0][slot] - k).abs().max() <= tolerance * k.abs().max()
-        pages.release([(bank, 0, BRANCHES.index(half), 0) for half in banks.HALVES])
+        pages.release([banks.PageKey(bank, 0, BRANCHES.index(half), 0) for half in banks.HALVES])
         pages.clear()
 
 

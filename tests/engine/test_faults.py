@@ -110,13 +110,20 @@ def test_the_default_type_of_others_does_not_change_pictures(own):
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_closed_engine_takes_no_work():
-    engine = sf.Engine.from_pipeline(sharp_pipeline())
+def test_a_closed_engine_takes_no_work(tmp_path):
+    pipe = sharp_pipeline()
+    engine, file = sf.Engine.from_pipeline(pipe), write_peft_lora(random_lora(pipe, 1), tmp_path / "ink.safetensors")
+    engine.loras.add(file)
+    engine.load_lora(file)
     engine.close()
     calls = [
         lambda: engine.generate("a cat", **K),
         lambda: engine.submit(sf.Request("a cat", **K)),
         lambda: engine.bake(sf.StyleAligned(PICTURE), **K),
+        lambda: engine.load_lora(file, name="other"),
+        lambda: engine.loras.add(file, "other"),
+        lambda: engine.loras.remove("ink"),
+        lambda: engine.loras["ink"],
     ]
     for call in calls:
         with pytest.raises(EngineClosed):

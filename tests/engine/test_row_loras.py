@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stylefast as sf
-from stylefast.errors import AdapterError, ExportError, InvalidRequest, OutOfMemory, StyleError
+from stylefast.errors import AdapterError, ExportError, InvalidRequest, NumericsError, OutOfMemory, StyleError
 from stylefast.models.lora_factors import NotLowRank
 from stylefast.record import from_record, to_record
 from tests.support.fp64 import Twins, close, measured
@@ -155,10 +155,30 @@ def test_styles_and_loras_meet_in_one_call(registered, drawn):
 def test_a_bank_fits_only_requests_under_its_loras(registered, loras):
     style = sf.StyleAligned(small_picture(4, SIZE))
     bank = registered.bake(style, steps=STEPS, size=SIZE, loras={"ink": 0.8})
-    with pytest.raises(StyleError, match="baked under the LoRAs .* but the request is under"):
+    under = ", ".join(rf"{name} at {strength}, sha256 \w{{8}}" for name, strength in sorted(loras.items()))
+    under = f"the LoRAs {under}" if under else "no LoRA"
+    expected = rf"baked under the LoRAs ink at 0\.8, sha256 \w{{8}}, but the request is under {under};"
+    with pytest.raises(StyleError, match=expected):
         registered.submit(sf.Request("a dog", steps=STEPS, size=SIZE, style=sf.StyleAligned(bank), loras=loras))
-    with pytest.raises(StyleError, match="store='hidden'"):
-        registered.bake(style, steps=STEPS, size=SIZE, loras={"ink": 0.8}, store="hidden")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp16"])
+def test_hidden_states_of_a_bank_are_projected_under_its_readers_loras(registered, drawn, dtype):
+    style, loras = sf.StyleAligned(prompt="oil"), {"ink": 0.8, "pixel": -0.5}
+    banks = [
+        registered.bake(style, steps=STEPS, size=SIZE, loras=used, store="hidden", dtype=dtype) for used in (loras, {})
+    ]
+    given = [
+        sf.Request("a dog", steps=STEPS, size=SIZE, style=sf.StyleAligned(bank), loras=used)
+        for bank, used in zip(banks, (loras, {}), strict=True)
+    ]
+    found = registered.generate([*given, requests()["wide"]], output="latents").latents
+    live = drawn([replace(one, style=style) for one in given])
+    if dtype == "auto":
+        close(found[:2], live)
+    else:
+        assert all((a - b).abs().max() <= 1e-2 * b.abs().max() for a, b in zip(found, live.value))
+    apart(found[:1], drawn([replace(given[1], style=style)]).value)
 
 
 def test_references_of_one_style_differ_by_lora(registered, drawn):
@@ -179,6 +199,38 @@ def test_a_lora_removed_or_replaced_stays_for_who_has_it(registered, files, draw
     apart(later.result().latents, alone.value)
     with pytest.raises(InvalidRequest, match=r"no LoRA named 'pixle' is registered; .*did you mean 'pixel'"):
         registered.submit(sf.Request("a cat", loras={"pixle": 1.0}))
+
+
+def test_a_job_that_is_planned_again_keeps_its_loras(registered, files, drawn):
+    alone = drawn([requests()["ink"]])
+    with registered.scheduler.paused():
+        job = registered.submit(requests()["ink"], output="latents")
+        job.model = "another"  # as if weights had changed while it waited
+        registered.loras.remove("ink")
+        registered.loras.add(files["wide"], "ink")
+    close(job.result(WAIT).latents, alone)
+
+
+def test_pictures_that_overflow_name_their_loras_and_strengths(registered, monkeypatch):
+    forward = registered.unet.forward
+
+    def overflowing(latents, embedding, text_kv, image_kv, rows, *rest, **named):
+        output = forward(latents, embedding, text_kv, image_kv, rows, *rest, **named)
+        huge = (rows.lora_scale.abs() > 1e3).any(1) if rows.lora_scale.shape[1] else torch.zeros(len(output))
+        return torch.where(huge.bool()[:, None, None, None], torch.nan, output)
+
+    monkeypatch.setattr(registered.unet, "forward", overflowing)
+    given = [
+        requests()["plain"],
+        replace(requests()["plain"], loras={"ink": (1e4, 0.5), "wide": 0.5}),
+        replace(requests()["plain"], loras={"pixel": -1e4}),
+    ]
+    with pytest.raises(NumericsError, match=r"picture\(s\) 1, 2 .*Try ") as caught:
+        registered.generate(given)
+    assert sorted(caught.value.loras) == ["ink at 10000 (text encoders: 0.5)", "pixel at -10000", "wide at 0.5"]
+    assert all(f"{name} at" in str(caught.value) for name in ("ink", "pixel", "wide"))
+    with pytest.raises(NumericsError, match=r"weaker LoRAs \(pixel at -10000\)"):
+        registered.bake(sf.StyleAligned(prompt="oil"), steps=1, size=SIZE, loras={"pixel": -1e4})
 
 
 @pytest.fixture

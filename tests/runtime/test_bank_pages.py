@@ -17,7 +17,7 @@ from stylefast.kernels import registry
 from stylefast.models import unet
 from stylefast.models.unet import UNet
 from stylefast.runtime.banks import bank_pages, host_pages
-from stylefast.runtime.banks.bank_pages import BankPages, idle_pages
+from stylefast.runtime.banks.bank_pages import BankPages, PageKey, idle_pages
 from stylefast.runtime.banks.host_pages import chunk_of
 from stylefast.runtime.banks.page_pool import PageLayout
 from tests.support.fp64 import SEEDS_OF_ROUNDINGS, Measured, close, engine_of, nudged, wide
@@ -48,7 +48,7 @@ def content(pages: BankPages, slot: int) -> list[torch.Tensor]:
 
 
 def keys(bank, step):
-    return [(bank, step, 0, 0), (bank, step, 3, 0)]
+    return [PageKey(bank, step, 0, 0), PageKey(bank, step, 3, 0)]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " in ".join(kind))
@@ -320,7 +320,7 @@ def test_a_bank_that_can_not_be_read_leaves_the_pool_as_it_was(engine, banks):
     bank = banks[KINDS[0]]
     pages = BankPages(engine.unet, LATENTS, 4)
     with pytest.raises(IndexError):
-        pages.hold([(bank, 0, 0, 0), (bank, 99, 0, 0)])
+        pages.hold([PageKey(bank, 0, 0, 0), PageKey(bank, 99, 0, 0)])
     assert pages.stats().pinned == 0 and pages.stats().loading == 0
     pages.release(keys(bank, 0)) if pages.hold(keys(bank, 0)) is not None else None
     assert pages.stats().resident >= 2

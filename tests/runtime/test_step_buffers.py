@@ -120,7 +120,7 @@ def test_pages_of_banks_stand_behind_all_rows_idle_ones_included(group_of, table
     target.bank, target.reader, target.request = bank, style, replace(target.request, style=style)
     remade = SampleGroup(group.samples, group.conditions, {}, layout, SHAPE)
     remade.slots = group.slots
-    assert [(key[0], *key[1:]) for key in bank_keys(remade)] == [(bank, 0, 0, 0), (bank, 0, 3, 0)]
+    assert bank_keys(remade) == [(bank, 0, 0, 0, None), (bank, 0, 3, 0, None)]
     columns = fill(table_of(4, 4, references=1), remade, pages=[np.array([5, 2])])
     rows = columns.branch_rows[0]
     assert columns.table.self_page[rows[0], 0] == 4 + 5 and columns.table.self_page[rows[3], 0] == 4 + 2

@@ -12,7 +12,7 @@ from stylefast.errors import InvalidRequest, StyleError
 from stylefast.models.row_features import RowFeatures
 from stylefast.runtime.admission import RequestPlanner
 from stylefast.runtime.jobs import Job
-from stylefast.runtime.loras import described
+from stylefast.runtime.loras import described, named
 from stylefast.runtime.plan.request import Request
 from stylefast.runtime.plan.sample import SampleGroup, shared_styles
 from stylefast.runtime.runner import Runner
@@ -59,11 +59,6 @@ def bake(
     if path is not None:
         path = values.path("path", path)
     target, references = planner.bake_plan(request)
-    if store == "hidden" and any(use.unet for use in target.loras):
-        raise StyleError(
-            "store='hidden' can't hold a reference under LoRAs, whose projections it would need to read the bank; bake "
-            "with store='kv' or 'latents'"
-        )
     others = shared_styles(request, style)
     if others and store == "latents":
         way_out = ", or with share_styles=False" if wanted.share_styles else ", or take it out of the negative prompt"
@@ -101,6 +96,7 @@ def bake(
         layers=layers,
         styles=styles_digest(others),
         loras=described(target.loras),
+        lora_names=named(target.loras),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         stylefast=version,
     )

@@ -13,12 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from stylefast.errors import OutOfMemory
 from stylefast.kernels.dequantise import dequantise
+from stylefast.models.row_loras import LoraProducts
 from stylefast.models.row_table import StylePages
 from stylefast.models.stored_tensors import Span
 from stylefast.models.unet import UNet
@@ -27,8 +29,15 @@ from stylefast.runtime.banks.page_pool import Claim, PageLayout, PagePool, PoolF
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.bank import StyleBank
 
-# (bank, step, index in BRANCHES, number of the bank's reference)
-PageKey = tuple[StyleBank, int, int, int]
+
+class PageKey(NamedTuple):
+    """A page of a bank: which one, and the LoRAs of its readers, under which hidden states are projected."""
+
+    bank: StyleBank
+    step: int
+    branch: int  # index in BRANCHES
+    reference: int  # number of the bank's reference
+    loras: LoraProducts | None = None
 
 
 class BankPages:
@@ -300,7 +309,7 @@ class BankPages:
 
         beside: not in the thread of the steps, whose staging buffer may be in use.
         """
-        bank, layout = key[0], self._layout_of(key[0])
+        bank, layout = key.bank, self._layout_of(key.bank)
         own = layout is self.layout
         with torch.cuda.stream(self._stream):
             if own:
@@ -313,10 +322,10 @@ class BankPages:
             else:
                 _copy_all(*layout.copies(bank, _place(key), target, page))
             if not own:
-                self._unpack(bank, layout, target, slot)
+                self._unpack(key, layout, target, slot)
         self.loads += 1
 
-    def _unpack(self, bank: StyleBank, layout: PageLayout, parts: Sequence[torch.Tensor], slot: int) -> None:
+    def _unpack(self, key: PageKey, layout: PageLayout, parts: Sequence[torch.Tensor], slot: int) -> None:
         """Convert a page on the device from another layout to the model's own, in a slot."""
         # copy whole parts: copying per layer would take hundreds of small launches per page
         there = {part.name: stored[0] for part, stored in zip(layout.parts, parts, strict=True)}
@@ -335,8 +344,8 @@ class BankPages:
                 held[slot].copy_(there[name])
         for level, hidden in states.items():
             for place, layer in enumerate(self._unet.layout.at_level(level)):
-                if layer in bank.info.layers:
-                    k, v = self._attentions[layer].key_values(hidden[place][None])
+                if layer in key.bank.info.layers:
+                    k, v = self._attentions[layer].key_values(hidden[place][None], key.loras)
                     self._kv[layer][slot, 0], self._kv[layer][slot, 1] = k[0], v[0]
 
     def _staging(self, layout: PageLayout) -> list[torch.Tensor]:
@@ -432,9 +441,8 @@ def _event(stream) -> "torch.cuda.Event":
 
 def _place(key: PageKey) -> tuple[int, int, int]:
     """Return a page's indices in its bank's tensors: (step, branch, reference)."""
-    bank, step, branch, number = key
-    return step, bank.info.branches.index(BRANCHES[branch]), number
+    return key.step, key.bank.info.branches.index(BRANCHES[key.branch]), key.reference
 
 
 def _numbers(keys: Sequence[PageKey]) -> np.ndarray:
-    return np.array([(bank.id, step, branch, number) for bank, step, branch, number in keys], dtype=np.int64)
+    return np.array([(key.bank.id, key.step, key.branch, key.reference) for key in keys], dtype=np.int64)

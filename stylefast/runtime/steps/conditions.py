@@ -58,6 +58,7 @@ class Conditions:
     held_images: list[int] = field(default_factory=list)
     held_masks: dict[tuple[ImageStyle, int], int] = field(default_factory=dict)  # of a style's segments
     held_loras: dict[Lora, int] = field(default_factory=dict)  # places in the pool
+    bank_loras: dict[int, LoraProducts] = field(default_factory=dict)  # by id of the banks that store hidden states
 
 
 @dataclass
@@ -70,6 +71,10 @@ class Encoded:
     loras: dict[Lora, LoraFactors] = field(default_factory=dict)
     # of those that were not on the device: the same, with the UNet's factors there
     brought: dict[Lora, LoraFactors] = field(default_factory=dict)
+
+    def products(self, used: Sequence[LoraUse]) -> LoraProducts:
+        """Return what LoRAs add to layers of the UNet outside the steps."""
+        return LoraProducts(tuple((self.loras[use.lora], use.unet) for use in used if use.unet))
 
 
 # yields encoder calls, receives their results, and returns the pages
@@ -328,6 +333,8 @@ class ConditionStore:
             places = self.loras.hold([(lora, made.brought.get(lora, made.loras[lora])) for lora in used])
             conditions.held_loras = dict(zip(used, places, strict=True))
             for sample in samples:
+                if sample.bank is not None and sample.bank.info.store == "hidden":
+                    conditions.bank_loras[sample.bank.id] = made.products(sample.loras)
                 for branch, keys in self._text_keys(sample).items():
                     found = {key: self.text.find(key) for key in dict.fromkeys(key for key, _ in keys)}
                     held = {key: page for key, page in found.items() if page is not None}
@@ -393,8 +400,8 @@ class ConditionStore:
         together = [list(found) for _, found in itertools.groupby(missing, key=lambda key: key[-1])]
         for keys in [found[i : i + _PROMPTS] for found in together for i in range(0, len(found), _PROMPTS)]:
             poolings, skips = [key[1] for key in keys], [key[2] for key in keys]
-            loras = [(use, made.loras[use.lora]) for use in used[keys[0]]]
-            given = [prompts[key] for key in keys], poolings, skips, loras
+            of_text = [(made.loras[use.lora].text, use.text) for use in used[keys[0]] if use.text]
+            given = [prompts[key] for key in keys], poolings, skips, of_text, made.products(used[keys[0]])
             states = yield partial(self._text_states, *given)
             for places, layers, pooled in states:
                 # another request may have added some of them meanwhile
@@ -438,14 +445,13 @@ class ConditionStore:
         prompts: Sequence[Prompt],
         poolings: Sequence[str],
         skips: Sequence[int],
-        loras: Sequence[tuple[LoraUse, LoraFactors]],
+        of_text: TextLoras,
+        of_unet: LoraProducts,
     ) -> list[tuple]:
         """Return keys and values per layer, and pooled states, of prompts under the same LoRAs.
 
         One entry (places in `prompts`, keys and values, pooled) for those of each number of tokens.
         """
-        of_text = [(factors.text, use.text) for use, factors in loras if use.text]
-        of_unet = LoraProducts(tuple((factors, use.unet) for use, factors in loras if use.unet))
         states = self.text_encoder.encode(prompts, poolings, skips, loras=of_text)
         by_length: dict[int, list[int]] = {}
         for place, state in enumerate(states):

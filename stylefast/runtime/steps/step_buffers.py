@@ -20,6 +20,7 @@ import torch
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.models.row_table import COLUMNS, NO_PAGE, RowTable
+from stylefast.runtime.banks.bank_pages import PageKey
 from stylefast.runtime.plan.sample import GroupRows, SampleGroup
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.style import Rows
@@ -221,12 +222,12 @@ class StepBuffers:
         return views
 
 
-def bank_keys(group: SampleGroup, step: int | None = None) -> list[tuple]:
-    """List (bank, step, index in BRANCHES, reference) of every bank page that a group's rows read, row by row."""
-    step = group.step if step is None else step
+def bank_keys(group: SampleGroup, step: int | None = None) -> list[PageKey]:
+    """List every bank page that a group's rows read, row by row."""
+    step, loras = group.step if step is None else step, group.conditions.bank_loras
     group_rows = group.rows_at(step)
     return [
-        (reference.bank, step, int(branch), reference.number)
+        PageKey(reference.bank, step, int(branch), reference.number, loras.get(reference.bank.id))
         for branch, references in zip(group_rows.branch, group_rows.references)
         for reference in references
         if reference.bank is not None
