@@ -420,7 +420,7 @@ def _weights(tag: str, name: str, arguments: Iterable[str]) -> tuple[float, floa
         if key not in ("te", "unet") or key in numbers:
             raise InvalidRequest(
                 f"{values.quoted(tag)} sets more than the LoRA's weight ({values.quoted(argument)}); write "
-                f"{values.quoted(f'<lora:{name}:1>')}"
+                f"{values.quoted(f'<lora:{name}:1>')}, or give a prompt of your own in place of a picture's"
             )
         numbers[key] = _number(f"the weight in {values.quoted(tag)}", value if equals else argument)
     text = numbers.get("te", 1.0)

@@ -210,7 +210,10 @@ def test_tags_without_effect_are_named():
         ("a <lora:pen:te=0.5> <lora:pen:1>", "the LoRA 'pen' twice.*a prompt of your own"),
         ("a <lora::1>", "without a name"),
         ("a <lora:pen:1:1:1>", "sets more than the LoRA's weight"),
-        ("a <lora:pen:dyn=4>", "sets more than the LoRA's weight"),
+        (
+            "a <lora:pen:1:lbw=XL>",
+            "sets more than the LoRA's weight .'lbw=XL'.*<lora:pen:1>', or give a prompt of your own",
+        ),
         ("a <lora:pen:1e999>", "the weight in '<lora:pen:1e999>' is '1e999'"),
         ("a <lora:pen:nan>", "it must be a number"),
         ("a <lora:pen:1e5>", "it must be a number from -10000 to 10000"),

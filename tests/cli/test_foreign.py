@@ -165,7 +165,7 @@ def test_loras_are_taken_by_name_from_the_files_given(theirs, generate, lora, tm
         ("<lora:brand:1>", "", ("--lora", "{lora}:0.3"), 2, "the strength 0.3, and the picture's settings 1"),
         ("<lora:brand:1>", ', Lora hashes: "brand: 0123456789ab"', ("--lora", "{lora}"), 1, "has other content"),
         ("", "", ("--load-recorded",), 2, "names no files to load; drop --load-recorded"),
-        ("", ", Clip skip: 0", (), 2, "Clip skip is 0; it must be a whole number from 1 to 99"),
+        ("", ", Clip skip: 0, Version: stylefast 1", (), 2, "Clip skip is 0; it must be a whole number from 1 to 99"),
         ("[a:b:0.5]", "", (), 2, 'between steps, which is not supported; .*your own prompt: --from PICTURE "a fish"'),
         ("a AND b", "", ("--steps", "3"), 2, "a composition of prompts, .*your own prompt: --from PICTURE"),
         ("\nNegative prompt: [a|b]", "", (), 2, "your own negative_prompt: --negative"),
