@@ -325,6 +325,15 @@ def test_loras_of_a_request_that_make_no_sense_are_refused(loras, message):
         sf.Request("a cat", loras=loras)
 
 
+def test_what_is_written_into_the_loras_of_a_request_counts_or_is_refused():
+    request = sf.Request("a cat", loras={"ink": 1.0})
+    request.loras["pixel"] = 3
+    assert request.lora_scales == {"ink": (1, 1), "pixel": (3, 3)}
+    request.loras["ink"] = "much"
+    with pytest.raises(InvalidRequest, match="strength of LoRA 'ink'"):
+        _ = request.lora_scales
+
+
 def test_a_name_is_given_once(registered, files):
     with pytest.raises(InvalidRequest, match="'ink' is already registered"):
         registered.loras.add(files["pixel"], "ink")

@@ -190,8 +190,7 @@ class Request:
     @property
     def lora_scales(self) -> Mapping[str, LoraScale]:
         """Return name -> strengths of the request's LoRAs; `loras` is this mapping too, whatever it was made of."""
-        assert self.loras is not None  # since `__post_init__`
-        return {name: scale for name, scale in self.loras.items() if isinstance(scale, LoraScale)}
+        return normalise_loras(self.loras)
 
     def styles_of(self, kind: type[Kind]) -> list[Kind]:
         """Return the request's styles of one class, in order."""
