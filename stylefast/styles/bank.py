@@ -176,12 +176,11 @@ class StyleBank:
     def _check_field(self, name: str, asked, expected: Mapping[str, Any]) -> None:
         own, model = getattr(self.info, name), expected.get("model")
         if name in ("branches", "layers"):
-            lacking = [value for value in asked if value not in own]
+            lacking = [one for one in asked if one not in own]
             if self.info.store != "latents" and lacking:
                 raise StyleError(
-                    f"the style bank {values.quoted(self.name)} has the {name} {_listed(own)}, but the request also "
-                    f"needs "
-                    f"{_listed(lacking)}; bake the style again with {name}={values.quoted(asked)}"
+                    f"the style bank {values.quoted(self.name)} has the {name} {values.listed(own)}, but the request "
+                    f"also needs {values.listed(lacking)}; bake the style again with {name}={values.quoted(asked)}"
                 )
             return
         if own == asked or (name in ("guidance", "guidance_rescale") and own is None):
@@ -201,9 +200,8 @@ class StyleBank:
         if name == "fingerprint":
             raise StyleError(
                 f"{bank} was baked with the model {values.quoted(self.info.model)} (fingerprint {own[:12]}), but the "
-                f"loaded one is "
-                f"{values.quoted(model or 'another')} ({str(asked)[:12]}); bake the style again with it, or load "
-                f"{values.quoted(self.info.model)}"
+                f"loaded one is {values.quoted(model or 'another')} ({str(asked)[:12]}); bake the style again with it, "
+                f"or load {values.quoted(self.info.model)}"
             )
         if name in _DIGESTS:
             raise StyleError(
@@ -212,8 +210,7 @@ class StyleBank:
             )
         raise StyleError(
             f"{bank} was baked with {name}={values.quoted(own)}, but {name}={values.quoted(asked)} is requested; bake "
-            f"the style "
-            f"again with {name}={values.quoted(asked)}, or request {name}={values.quoted(own)}"
+            f"the style again with {name}={values.quoted(asked)}, or request {name}={values.quoted(own)}"
         )
 
 
@@ -268,7 +265,7 @@ class BankWriter:
         if branch not in self.info.branches or not (0 <= step < self.info.steps):
             raise StyleError(
                 f"step {step}, branch {values.quoted(branch)} is outside the bank's {self.info.steps} steps "
-                f"and branches {_listed(self.info.branches)}"
+                f"and branches {values.listed(self.info.branches)}"
             )
         self._check_reference(reference)
         where = (step, self.info.branches.index(branch), reference)
@@ -310,14 +307,11 @@ class BankWriter:
         """Check that no entry is missing, publish the file if any, and return the bank. Raises StyleError."""
         self._check_open()
         if self._awaited:
-            place = min(self._awaited, key=lambda entry: (len(entry), entry))
-            what = (
-                "step {}, branch {values.quoted()}, reference {}"
-                if len(place) == 3
-                else "the latents of step {}, reference {}"
-            )
+            step, *branch, reference = min(self._awaited, key=lambda entry: (len(entry), entry))
+            what = f"step {step}, branch {values.quoted(branch[0])}" if branch else f"the latents of step {step}"
             raise StyleError(
-                f"the bank is incomplete: {len(self._awaited)} entries are missing, including {what.format(*place)}"
+                f"the bank is incomplete: {len(self._awaited)} entries are missing, including {what}, "
+                f"reference {reference}"
             )
         if self._file is None:
             tensors, self._tensors = self._tensors, {}
@@ -424,10 +418,6 @@ def _specs(info: BankInfo, shapes: BankShapes) -> dict[str, TensorSpec]:
 
 def _metadata(info: BankInfo, shapes: BankShapes) -> str:
     return json.dumps({"bank": info.to_json(), "shapes": asdict(shapes)})
-
-
-def _listed(values) -> str:
-    return ", ".join(map(str, values)) or "none"
 
 
 def _under(loras: str, names: Sequence[str]) -> str:

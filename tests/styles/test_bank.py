@@ -197,6 +197,17 @@ def test_an_incomplete_bank_can_not_be_finished(store, said):
         writer.finish()
 
 
+def test_a_bank_that_lacks_only_features_names_them():
+    writer = BankWriter(small_info(), SHAPES)
+    for (step, reference), latents in random_latents(writer.info).items():
+        writer.put_latents(step, reference, latents)
+    *others, (step, branch, reference) = places(writer.info)
+    for place in others:
+        writer.put(*place, random_features())
+    with pytest.raises(StyleError, match=f"including step {step}, branch '{branch}', reference {reference}$"):
+        writer.finish()
+
+
 def test_a_finished_writer_takes_nothing_more():
     writer = fill(BankWriter(small_info(), SHAPES))
     writer.finish()
