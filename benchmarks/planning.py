@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.environment import environment
 from benchmarks.kernels.report import write
 from stylefast.runtime.banks.page_pool import PageBooksRef, PagePool
-from stylefast.runtime.steps.step_buffers import LIVE, plan_segments, plan_segments_ref
+from stylefast.runtime.steps.step_buffers import LIVE, plan_pages, plan_pages_ref
 
 RESULTS = Path(__file__).parent / "results" / "planning-cpu.json"
 ROWS = (8, 64, 512)
@@ -26,14 +26,14 @@ WHAT = ("plan a batch", "acquire and release pages")
 
 
 def planning(rows: int) -> dict[str, Callable]:
-    images, branches, references = [], [], []
+    pictures, branches, references = [], [], []
     for row in range(rows):
-        image = row // 2
-        images.append(image)
+        picture = row // 2
+        pictures.append(picture)
         branches.append(row % 2)
-        references.append([(image - image % 4, LIVE)] if image % 4 else [])
-    batch = np.array(images), np.array(branches), references
-    return {"cpp": lambda: plan_segments(*batch), "python": lambda: plan_segments_ref(*batch)}
+        references.append([(picture - picture % 4, LIVE)] if picture % 4 else [])
+    batch = np.array(pictures), np.array(branches), references
+    return {"cpp": lambda: plan_pages(*batch), "python": lambda: plan_pages_ref(*batch)}
 
 
 def holding(pages: int) -> dict[str, Callable]:

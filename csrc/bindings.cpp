@@ -24,12 +24,12 @@ using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
 using BoolArray = py::array_t<bool, py::array::c_style>;
 using ReleasedGil = py::call_guard<py::gil_scoped_release>;
 
-bool plan(stylefast::BatchPlanner& planner, const Int64Array& images, const Int64Array& branches,
-          const Int64Array& offsets, const Int64Array& reference_images, const Int64Array& reference_pages,
+bool plan(stylefast::BatchPlanner& planner, const Int64Array& pictures, const Int64Array& branches,
+          const Int64Array& offsets, const Int64Array& reference_pictures, const Int64Array& reference_pages,
           Int64Array& page, Int64Array& order, bool mutual) {
-    const stylefast::Batch batch{images.data(),           branches.data(),        offsets.data(),
-                                 reference_images.data(), reference_pages.data(), images.size(),
-                                 reference_images.size()};
+    const stylefast::Batch batch{pictures.data(),           branches.data(),        offsets.data(),
+                                 reference_pictures.data(), reference_pages.data(), pictures.size(),
+                                 reference_pictures.size()};
     const std::int64_t width = page.shape(1);
     std::int64_t *const page_data = page.mutable_data(), *const order_data = order.mutable_data();
     const py::gil_scoped_release release;
@@ -128,7 +128,7 @@ void bind_runtime(py::module_& module) {
     using stylefast::BatchPlanner, stylefast::PagePool;
     py::class_<BatchPlanner>(module, "BatchPlanner")
         .def(py::init<>())
-        .def("plan", &plan, py::arg("images"), py::arg("branches"), py::arg("offsets"), py::arg("reference_images"),
+        .def("plan", &plan, py::arg("pictures"), py::arg("branches"), py::arg("offsets"), py::arg("reference_pictures"),
              py::arg("reference_pages"), py::arg("page").noconvert(), py::arg("order").noconvert(), py::arg("mutual"));
 
     py::class_<PagePool>(module, "PagePool")

@@ -28,22 +28,24 @@ void BatchPlanner::join(std::int64_t a, std::int64_t b) {
 }
 
 bool BatchPlanner::index_rows(const Batch& batch) {
-    by_image_.resize(static_cast<std::size_t>(batch.rows));
-    std::iota(by_image_.begin(), by_image_.end(), 0);
-    std::sort(by_image_.begin(), by_image_.end(), [&](std::int64_t a, std::int64_t b) {
-        return std::tie(batch.images[a], batch.branches[a], a) < std::tie(batch.images[b], batch.branches[b], b);
+    by_picture_.resize(static_cast<std::size_t>(batch.rows));
+    std::iota(by_picture_.begin(), by_picture_.end(), 0);
+    std::sort(by_picture_.begin(), by_picture_.end(), [&](std::int64_t a, std::int64_t b) {
+        return std::tie(batch.pictures[a], batch.branches[a], a) < std::tie(batch.pictures[b], batch.branches[b], b);
     });
     const auto same = [&](std::int64_t a, std::int64_t b) {
-        return batch.images[a] == batch.images[b] && batch.branches[a] == batch.branches[b];
+        return batch.pictures[a] == batch.pictures[b] && batch.branches[a] == batch.branches[b];
     };
-    return std::adjacent_find(by_image_.begin(), by_image_.end(), same) == by_image_.end();
+    return std::adjacent_find(by_picture_.begin(), by_picture_.end(), same) == by_picture_.end();
 }
 
-std::int64_t BatchPlanner::find_row(const Batch& batch, std::int64_t image, std::int64_t branch) const {
-    const auto found = std::lower_bound(by_image_.begin(), by_image_.end(), kNone, [&](std::int64_t row, std::int64_t) {
-        return std::tie(batch.images[row], batch.branches[row]) < std::tie(image, branch);
-    });
-    if (found == by_image_.end() || batch.images[*found] != image || batch.branches[*found] != branch) return kNone;
+std::int64_t BatchPlanner::find_row(const Batch& batch, std::int64_t picture, std::int64_t branch) const {
+    const auto found =
+        std::lower_bound(by_picture_.begin(), by_picture_.end(), kNone, [&](std::int64_t row, std::int64_t) {
+            return std::tie(batch.pictures[row], batch.branches[row]) < std::tie(picture, branch);
+        });
+    if (found == by_picture_.end() || batch.pictures[*found] != picture || batch.branches[*found] != branch)
+        return kNone;
     return *found;
 }
 
@@ -60,7 +62,7 @@ bool BatchPlanner::resolve(const Batch& batch, bool mutual, std::int64_t width, 
                 readers_.emplace_back(own, row);
                 continue;
             }
-            own = find_row(batch, batch.reference_images[entry], batch.branches[row]);
+            own = find_row(batch, batch.reference_pictures[entry], batch.branches[row]);
             if (own == kNone || (!mutual && batch.offsets[own + 1] > batch.offsets[own])) return false;
             join(own, row);
         }

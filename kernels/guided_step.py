@@ -26,17 +26,17 @@ FULL = 3  # column of the "full" branch in branch_rows and branch_weights
 class Branches(NamedTuple):
     """The predictions that make up each picture's output; see `guided_step`."""
 
-    rows: torch.Tensor  # [images, 4] int64; -1: none
-    weights: torch.Tensor  # [images, 4]
-    rescale: torch.Tensor  # [images]
+    rows: torch.Tensor  # [pictures, 4] int64; -1: none
+    weights: torch.Tensor  # [pictures, 4]
+    rescale: torch.Tensor  # [pictures]
 
 
 class SamplerStep(NamedTuple):
     """The step of each picture's sampler; see `guided_step`."""
 
-    denoised: torch.Tensor  # [images, 2]: coefficients of x0
-    update: torch.Tensor  # [images, 2, 6]: of the next latents and the next anchor
-    noise: torch.Tensor  # [images, C, h, w]
+    denoised: torch.Tensor  # [pictures, 2]: coefficients of x0
+    update: torch.Tensor  # [pictures, 2, 6]: of the next latents and the next anchor
+    noise: torch.Tensor  # [pictures, C, h, w]
 
 
 def guided_step_ref(
@@ -92,10 +92,10 @@ def guided_step(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Advance all pictures of a batch by one sampler step; samplers and guidance may differ.
 
-    latents, anchor, noise [images, C, h, w]; history [images, 2, C, h, w], the x0 of the last step and of the one
-    before; predictions [rows, C, h, w]; branch_rows [images, 4] int64, rows of the branches null, context, style, full,
-    -1 where a picture has none; branch_weights [images, 4]; rescale [images] in [0, 1]; denoised [images, 2]; update
-    [images, 2, 6].
+    latents, anchor, noise [pictures, C, h, w]; history [pictures, 2, C, h, w], the x0 of the last step and of the one
+    before; predictions [rows, C, h, w]; branch_rows [pictures, 4] int64, rows of the branches null, context, style,
+    full, -1 where a picture has none; branch_weights [pictures, 4]; rescale [pictures] in [0, 1]; denoised
+    [pictures, 2]; update [pictures, 2, 6].
 
     Returns new (latents, anchor, history) in the types of the old; arguments are not modified. A picture without a full
     branch, or whose output is constant, is not rescaled. Raises InvalidRequest, a ValueError, for shapes that don't fit
@@ -134,7 +134,7 @@ def _torch(latents, anchor, history, predictions, branches: Branches, step: Samp
 
 
 def _weighted(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    # weight [images], values [images, C, h, w]; zero weight gives zero even for NaN
+    # weight [pictures], values [pictures, C, h, w]; zero weight gives zero even for NaN
     weight = weight.to(values.dtype).view(-1, 1, 1, 1)
     return torch.where(weight != 0, weight * values, 0.0)
 
@@ -142,7 +142,7 @@ def _weighted(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 def _rescale_factor(
     output: torch.Tensor, predictions: torch.Tensor, full: torch.Tensor, rescale: torch.Tensor
 ) -> torch.Tensor:
-    # [images, 1, 1, 1]
+    # [pictures, 1, 1, 1]
     strength = rescale.to(output.dtype)
     deviation = _deviation(output)
     full_deviation = _deviation(predictions[full.clamp(min=0)].to(output.dtype))
@@ -152,31 +152,31 @@ def _rescale_factor(
 
 
 def _deviation(pictures: torch.Tensor) -> torch.Tensor:
-    # unbiased, [images]; 0 for single-value pictures, for which torch.std returns NaN and warns
+    # unbiased, [pictures]; 0 for single-value pictures, for which torch.std returns NaN and warns
     flat = pictures.flatten(1)
     centred = flat - flat.mean(dim=1, keepdim=True)
     return (centred.square().sum(dim=1) / max(flat.shape[1] - 1, 1)).sqrt()
 
 
 def _check(latents, anchor, history, predictions, branches: Branches, step: SamplerStep):
-    checks.shape("latents", latents, images=-1, C=-1, h=-1, w=-1)
-    images, channels, height, width = latents.shape
-    picture = {"C": channels, "h": height, "w": width}
+    checks.shape("latents", latents, pictures=-1, C=-1, h=-1, w=-1)
+    pictures, channels, height, width = latents.shape
+    latent = {"C": channels, "h": height, "w": width}
     expected = {
-        "anchor": (anchor, {"images": images, **picture}),
-        "history": (history, {"images": images, "steps": 2, **picture}),
-        "predictions": (predictions, {"rows": -1, **picture}),
-        "branch_weights": (branches.weights, {"images": images, "branches": 4}),
-        "rescale": (branches.rescale, {"images": images}),
-        "denoised": (step.denoised, {"images": images, "coefficients": 2}),
-        "update": (step.update, {"images": images, "results": 2, "coefficients": 6}),
-        "noise": (step.noise, {"images": images, **picture}),
+        "anchor": (anchor, {"pictures": pictures, **latent}),
+        "history": (history, {"pictures": pictures, "steps": 2, **latent}),
+        "predictions": (predictions, {"rows": -1, **latent}),
+        "branch_weights": (branches.weights, {"pictures": pictures, "branches": 4}),
+        "rescale": (branches.rescale, {"pictures": pictures}),
+        "denoised": (step.denoised, {"pictures": pictures, "coefficients": 2}),
+        "update": (step.update, {"pictures": pictures, "results": 2, "coefficients": 6}),
+        "noise": (step.noise, {"pictures": pictures, **latent}),
     }
     checks.floating("latents", latents)
     for name, (tensor, shape) in expected.items():
         checks.shape(name, tensor, **shape)
         checks.floating(name, tensor)
-    checks.shape("branch_rows", branches.rows, images=images, branches=4)
+    checks.shape("branch_rows", branches.rows, pictures=pictures, branches=4)
     checks.dtype("branch_rows", branches.rows, torch.int64)
     tensors = {name: tensor for name, (tensor, _) in expected.items()}
     checks.together("latents", latents=latents, branch_rows=branches.rows, **tensors)

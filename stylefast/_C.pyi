@@ -15,10 +15,10 @@ class BatchPlanner:
     def __init__(self) -> None: ...
     def plan(
         self,
-        images: NDArray[np.int64],
+        pictures: NDArray[np.int64],
         branches: NDArray[np.int64],
         offsets: NDArray[np.int64],
-        reference_images: NDArray[np.int64],
+        reference_pictures: NDArray[np.int64],
         reference_pages: NDArray[np.int64],
         page: NDArray[np.int64],
         order: NDArray[np.int64],

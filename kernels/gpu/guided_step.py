@@ -35,14 +35,14 @@ TABLES = [
     "rows",
     "splits",
     "tiles",
-    "branch_rows_image",
+    "branch_rows_picture",
     "branch_rows_branch",
-    "branch_weights_image",
+    "branch_weights_picture",
     "branch_weights_branch",
-    "rescale_image",
-    "denoised_image",
+    "rescale_picture",
+    "denoised_picture",
     "denoised_term",
-    "update_image",
+    "update_picture",
     "update_target",
     "update_term",
 ]
@@ -58,7 +58,7 @@ def _places(element, positions, channel_stride, position_stride, PACKED: tl.cons
 
 @triton.jit
 def _combined(
-    image,
+    picture,
     element,
     place,
     elements,
@@ -67,16 +67,16 @@ def _combined(
     branch_weights,
     rows,
     prediction_row,
-    branch_rows_image,
+    branch_rows_picture,
     branch_rows_branch,
-    branch_weights_image,
+    branch_weights_picture,
     branch_weights_branch,
 ):
     """Return sum_b w_b prediction[row_b]; NaN if a row in use is out of range."""
     output = tl.zeros_like(place).to(tl.float32)
     for branch in tl.static_range(_BRANCHES):
-        row = tl.load(branch_rows + image * branch_rows_image + branch * branch_rows_branch)
-        weight = tl.load(branch_weights + image * branch_weights_image + branch * branch_weights_branch)
+        row = tl.load(branch_rows + picture * branch_rows_picture + branch * branch_rows_branch)
+        weight = tl.load(branch_weights + picture * branch_weights_picture + branch * branch_weights_branch)
         used = (row >= 0) & (weight != 0.0)
         inside = element < tl.where(used & (row < rows), elements, 0)
         values = tl.load(predictions + row * prediction_row + place, mask=inside, other=0.0)
@@ -89,9 +89,9 @@ def _combined(
 def _deviations(
     predictions,  # [rows, channels, positions]
     branch_rows,
-    branch_weights,  # [images, 4]
-    rescale,  # [images]
-    moments,  # [images, splits, 2 (output, full prediction), 3 (count, mean, spread)]
+    branch_weights,  # [pictures, 4]
+    rescale,  # [pictures]
+    moments,  # [pictures, splits, 2 (output, full prediction), 3 (count, mean, spread)]
     elements,
     positions,
     rows,
@@ -100,18 +100,18 @@ def _deviations(
     prediction_row,
     prediction_channel,
     prediction_position,
-    branch_rows_image,
+    branch_rows_picture,
     branch_rows_branch,
-    branch_weights_image,
+    branch_weights_picture,
     branch_weights_branch,
-    rescale_image,
+    rescale_picture,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     split = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
-    full = tl.load(branch_rows + image * branch_rows_image + _FULL * branch_rows_branch)
-    strength = tl.load(rescale + image * rescale_image)
+    picture = tl.program_id(1).to(tl.int64)
+    full = tl.load(branch_rows + picture * branch_rows_picture + _FULL * branch_rows_branch)
+    strength = tl.load(rescale + picture * rescale_picture)
     if (strength != 0.0) & (full >= 0):
         begin = split * tiles * BLOCK
         end = tl.minimum(begin + tiles * BLOCK, elements)
@@ -125,7 +125,7 @@ def _deviations(
             element = start + lane
             place = _places(element, positions, prediction_channel, prediction_position, PACKED)
             output = _combined(
-                image,
+                picture,
                 element,
                 place,
                 elements,
@@ -134,9 +134,9 @@ def _deviations(
                 branch_weights,
                 rows,
                 prediction_row,
-                branch_rows_image,
+                branch_rows_picture,
                 branch_rows_branch,
-                branch_weights_image,
+                branch_weights_picture,
                 branch_weights_branch,
             )
             inside = element < tl.where(full < rows, elements, 0)
@@ -148,7 +148,7 @@ def _deviations(
         counts = (tl.maximum(end - begin - lane + BLOCK - 1, 0) // BLOCK).to(tl.float32)
         count, centre, spread = merge_moments(counts, mean, spread, 0)
         full_count, full_centre, full_spread = merge_moments(counts, full_mean, full_spread, 0)
-        target = moments + (image * splits + split) * 6
+        target = moments + (picture * splits + split) * 6
         tl.store(target, count)
         tl.store(target + 1, centre)
         tl.store(target + 2, spread)
@@ -158,11 +158,11 @@ def _deviations(
 
 
 @triton.jit
-def _deviation(moments, image, splits, which: tl.constexpr, reads, SPLITS: tl.constexpr):
+def _deviation(moments, picture, splits, which: tl.constexpr, reads, SPLITS: tl.constexpr):
     """Return the unbiased standard deviation of the output (0) or of the full prediction (1); 0 for a single value."""
     split = tl.arange(0, SPLITS)
     inside = split < tl.where(reads, splits, 0)
-    place = moments + (image * splits + split) * 6 + which * 3
+    place = moments + (picture * splits + split) * 6 + which * 3
     count, mean, spread = merge_moments(
         tl.load(place, mask=inside, other=0.0),
         tl.load(place + 1, mask=inside, other=0.0),
@@ -187,15 +187,15 @@ def _scaled(coefficient, values):
 @triton.jit(do_not_specialize=TABLES)
 def _step(
     latents,
-    anchor,  # [images, channels, positions]
-    history,  # [images, 2, channels, positions]
+    anchor,  # [pictures, channels, positions]
+    history,  # [pictures, 2, channels, positions]
     predictions,  # [rows, channels, positions]
     branch_rows,
-    branch_weights,  # [images, 4]
-    rescale,  # [images]
-    denoised,  # [images, 2]
-    update,  # [images, 2, 6]
-    noise,  # [images, channels, positions]
+    branch_weights,  # [pictures, 4]
+    rescale,  # [pictures]
+    denoised,  # [pictures, 2]
+    update,  # [pictures, 2, 6]
+    noise,  # [pictures, channels, positions]
     moments,  # as `_deviations` writes them
     next_latents,
     next_anchor,
@@ -207,38 +207,38 @@ def _step(
     prediction_row,
     prediction_channel,
     prediction_position,
-    branch_rows_image,
+    branch_rows_picture,
     branch_rows_branch,
-    branch_weights_image,
+    branch_weights_picture,
     branch_weights_branch,
-    rescale_image,
-    denoised_image,
+    rescale_picture,
+    denoised_picture,
     denoised_term,
-    update_image,
+    update_picture,
     update_target,
     update_term,
-    latents_image,
-    anchor_image,
-    history_image,
+    latents_picture,
+    anchor_picture,
+    history_picture,
     history_age,
-    noise_image,
-    next_latents_image,
-    next_anchor_image,
-    next_history_image,
+    noise_picture,
+    next_latents_picture,
+    next_anchor_picture,
+    next_history_picture,
     next_history_age,
     PACKED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image = tl.program_id(1).to(tl.int64)
+    picture = tl.program_id(1).to(tl.int64)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     place = _places(element, positions, prediction_channel, prediction_position, PACKED)
 
-    d0 = tl.load(denoised + image * denoised_image)
-    d1 = tl.load(denoised + image * denoised_image + denoised_term)
+    d0 = tl.load(denoised + picture * denoised_picture)
+    d1 = tl.load(denoised + picture * denoised_picture + denoised_term)
     output = _combined(
-        image,
+        picture,
         element,
         place,
         tl.where(d1 != 0.0, elements, 0),
@@ -247,21 +247,21 @@ def _step(
         branch_weights,
         rows,
         prediction_row,
-        branch_rows_image,
+        branch_rows_picture,
         branch_rows_branch,
-        branch_weights_image,
+        branch_weights_picture,
         branch_weights_branch,
     )
-    full = tl.load(branch_rows + image * branch_rows_image + _FULL * branch_rows_branch)
-    strength = tl.load(rescale + image * rescale_image)
+    full = tl.load(branch_rows + picture * branch_rows_picture + _FULL * branch_rows_branch)
+    strength = tl.load(rescale + picture * rescale_picture)
     rescales = (strength != 0.0) & (full >= 0) & (elements > 1)
-    deviation = _deviation(moments, image, splits, 0, rescales, SPLITS)
-    full_deviation = _deviation(moments, image, splits, 1, rescales, SPLITS)
+    deviation = _deviation(moments, picture, splits, 0, rescales, SPLITS)
+    full_deviation = _deviation(moments, picture, splits, 1, rescales, SPLITS)
     rescales = rescales & (deviation > 0)
     factor = 1 - strength + strength * full_deviation / tl.where(rescales, deviation, 1.0)
     output = tl.where(rescales, output * factor, output)
 
-    row = update + image * update_image
+    row = update + picture * update_picture
     a0 = tl.load(row)
     a1 = tl.load(row + update_term)
     a2 = tl.load(row + 2 * update_term)
@@ -276,12 +276,12 @@ def _step(
     b4 = tl.load(row + 4 * update_term)
     b5 = tl.load(row + 5 * update_term)
 
-    old = history + image * history_image
+    old = history + picture * history_picture
     last = tl.load(old + element, mask=inside, other=0.0)  # always read: it becomes the older history entry
     before = _term(old + history_age, element, elements, 0.0, a4, b4)
-    now = _term(latents + image * latents_image, element, elements, d0, a0, b0)
-    fixed = _term(anchor + image * anchor_image, element, elements, 0.0, a1, b1)
-    drawn = _term(noise + image * noise_image, element, elements, 0.0, a5, b5)
+    now = _term(latents + picture * latents_picture, element, elements, d0, a0, b0)
+    fixed = _term(anchor + picture * anchor_picture, element, elements, 0.0, a1, b1)
+    drawn = _term(noise + picture * noise_picture, element, elements, 0.0, a5, b5)
 
     x0 = _scaled(d0, now) + _scaled(d1, output)
     recent = last.to(tl.float32)
@@ -290,9 +290,11 @@ def _step(
     held = _scaled(b0, now) + _scaled(b1, fixed) + _scaled(b2, x0)
     held += _scaled(b3, recent) + _scaled(b4, before) + _scaled(b5, drawn)
 
-    kept = next_history + image * next_history_image + element
-    tl.store(next_latents + image * next_latents_image + element, moved.to(next_latents.dtype.element_ty), mask=inside)
-    tl.store(next_anchor + image * next_anchor_image + element, held.to(next_anchor.dtype.element_ty), mask=inside)
+    kept = next_history + picture * next_history_picture + element
+    tl.store(
+        next_latents + picture * next_latents_picture + element, moved.to(next_latents.dtype.element_ty), mask=inside
+    )
+    tl.store(next_anchor + picture * next_anchor_picture + element, held.to(next_anchor.dtype.element_ty), mask=inside)
     tl.store(kept, x0.to(next_history.dtype.element_ty), mask=inside)
     tl.store(kept + next_history_age, last.to(next_history.dtype.element_ty), mask=inside)
 
@@ -317,20 +319,20 @@ def guided_step(
     if latents.numel() == 0:
         return
     latents, anchor, history, noise = (x.contiguous() for x in (latents, anchor, history, step.noise))
-    images, channels, height, width = latents.shape
+    pictures, channels, height, width = latents.shape
     positions, elements = height * width, latents[0].numel()
     config = settings("guided_step", latents, config, elements=elements)
     block = config["block"]
     splits = min(config["splits"], triton.cdiv(elements, block))
     tiles = triton.cdiv(triton.cdiv(elements, splits), block)  # per split
     splits = triton.cdiv(elements, tiles * block)
-    moments = torch.empty(images, splits, 6, dtype=torch.float32, device=latents.device)
+    moments = torch.empty(pictures, splits, 6, dtype=torch.float32, device=latents.device)
     predictions, position = with_position_stride(predictions)
     packed = len(predictions) == 0 or predictions[0].is_contiguous()
     prediction = (predictions.stride(0), *((0, 0) if packed else (predictions.stride(1), position)))
     strides = tuple(stride for table in branches for stride in table.stride())
     with device_of(latents):
-        _deviations[(splits, images)](
+        _deviations[(splits, pictures)](
             predictions,
             *branches,
             moments,
@@ -345,7 +347,7 @@ def guided_step(
             BLOCK=block,
             **compiler_options(config),
         )
-        _step[(triton.cdiv(elements, block), images)](
+        _step[(triton.cdiv(elements, block), pictures)](
             latents,
             anchor,
             history,
@@ -414,7 +416,7 @@ def specialisations(capability: int) -> list[Specialisation]:
                     "prediction_row",
                     "history_age",
                     "next_history_age",
-                    *(f"{name}_image" for name in state),
+                    *(f"{name}_picture" for name in state),
                 ),
                 num_warps=config["num_warps"],
             )

@@ -139,14 +139,14 @@ class Worker {
 
     void plan() {
         const std::int64_t rows = 2 + below(6);
-        std::int64_t images[8], branches[8] = {}, offsets[9] = {}, references[8] = {}, pages[8], page[8], order[8];
+        std::int64_t pictures[8], branches[8] = {}, offsets[9] = {}, references[8] = {}, pages[8], page[8], order[8];
         for (std::int64_t row = 0; row < rows; ++row) {
-            images[row] = 10 - row;
+            pictures[row] = 10 - row;
             offsets[row + 1] = row;
             references[row] = 10;
             pages[row] = below(3) - 1;
         }
-        demand(planner_.plan({images, branches, offsets, references, pages, rows, rows - 1}, false, 1, page, order),
+        demand(planner_.plan({pictures, branches, offsets, references, pages, rows, rows - 1}, false, 1, page, order),
                "a plan");
         std::int64_t sum = 0;
         for (std::int64_t row = 0; row < rows; ++row) sum += order[row];

@@ -75,17 +75,18 @@ class Mix {
         std::int64_t entries = 0;
         const std::int64_t references = rows / 4;
         for (std::int64_t row = 0; row < rows; ++row) {
-            images_[row] = row < references ? row : 1000 - row;
+            pictures_[row] = row < references ? row : 1000 - row;
             branches_[row] = 3;
             offsets_[row] = entries;
             const std::int64_t own = row < references ? 0 : largest ? kWidth : below(kWidth + 1);
             for (std::int64_t i = 0; i < own; ++i) {
-                reference_images_[entries] = references > 0 ? below(references) : 0;
+                reference_pictures_[entries] = references > 0 ? below(references) : 0;
                 reference_pages_[entries++] = references > 0 && !largest ? below(9) - 1 : below(8);
             }
         }
         offsets_[rows] = entries;
-        const stylefast::Batch batch{images_, branches_, offsets_, reference_images_, reference_pages_, rows, entries};
+        const stylefast::Batch batch{pictures_,        branches_, offsets_, reference_pictures_,
+                                     reference_pages_, rows,      entries};
         planner_.plan(batch, false, kWidth, page_, order_);
     }
 
@@ -137,8 +138,8 @@ class Mix {
     stylefast::BatchPlanner planner_;
     stylefast::PagePool pool_;
     std::vector<char> blocks_;
-    std::int64_t images_[kRows], branches_[kRows], offsets_[kRows + 1], order_[kRows], page_[kRows * kWidth];
-    std::int64_t reference_images_[kRows * kWidth], reference_pages_[kRows * kWidth];
+    std::int64_t pictures_[kRows], branches_[kRows], offsets_[kRows + 1], order_[kRows], page_[kRows * kWidth];
+    std::int64_t reference_pictures_[kRows * kWidth], reference_pages_[kRows * kWidth];
     std::int64_t keys_[4 * kPages], slots_[kPages], loading_[kPages];
     bool claimed_[kPages];
     std::int64_t sources_[kChunks], destinations_[kChunks], bytes_[kChunks];

@@ -33,23 +33,23 @@ EXAMPLES = {"torch": 25, "cpp": 25, "triton": 4}
 PICTURES = ("latents", "anchor", "history", "predictions", "noise")
 
 
-def case(shape=(4, 7, 5), state=torch.float32, network=torch.float32, images=5):
+def case(shape=(4, 7, 5), state=torch.float32, network=torch.float32, pictures=5):
     """Pictures with one, two and four branches, with and without rescale, and full or sparse coefficients."""
     draw = Draw(3)
     layouts = [[0, -1, -1, 1], [2, 3, 4, 5], [-1, -1, -1, 6], [7, -1, 8, 9], [10, 11, 12, 13]]
-    update = draw.normal(images, 2, 6)
-    update[draw.uniform(images, 2, 6) < 0.3] = 0.0
+    update = draw.normal(pictures, 2, 6)
+    update[draw.uniform(pictures, 2, 6) < 0.3] = 0.0
     return {
-        "latents": draw.normal(images, *shape, dtype=state),
-        "anchor": draw.normal(images, *shape, dtype=state),
-        "history": draw.normal(images, 2, *shape, dtype=network),
+        "latents": draw.normal(pictures, *shape, dtype=state),
+        "anchor": draw.normal(pictures, *shape, dtype=state),
+        "history": draw.normal(pictures, 2, *shape, dtype=network),
         "predictions": draw.normal(14, *shape, dtype=network),
-        "branch_rows": torch.tensor([layouts[i % 5] for i in range(images)]).reshape(images, 4),
-        "branch_weights": draw.normal(images, 4) * 3,
-        "rescale": torch.tensor([0.0, 0.7, 0.0, 1.0, 0.3])[torch.arange(images) % 5],
-        "denoised": draw.normal(images, 2),
+        "branch_rows": torch.tensor([layouts[i % 5] for i in range(pictures)]).reshape(pictures, 4),
+        "branch_weights": draw.normal(pictures, 4) * 3,
+        "rescale": torch.tensor([0.0, 0.7, 0.0, 1.0, 0.3])[torch.arange(pictures) % 5],
+        "denoised": draw.normal(pictures, 2),
         "update": update,
-        "noise": draw.normal(images, *shape, dtype=state),
+        "noise": draw.normal(pictures, *shape, dtype=state),
     }
 
 
@@ -74,32 +74,32 @@ def check(found, case, units=64):
 def test_drawn_steps_equal_the_formula_and_leave_out_what_weighs_nothing(form, dtype):
     for seed in range(EXAMPLES[form.kind]):
         draw = Draw(seed)
-        images, rows, shape = draw.one((2, 3, 1, 0)), draw.one(range(1, 6)), [draw.one(range(1, 6)) for _ in range(3)]
-        leads = {"latents": (images,), "anchor": (images,), "noise": (images,), "history": (images, 2)}
+        pictures, rows, shape = draw.one((2, 3, 1, 0)), draw.one(range(1, 6)), [draw.one(range(1, 6)) for _ in range(3)]
+        leads = {"latents": (pictures,), "anchor": (pictures,), "noise": (pictures,), "history": (pictures, 2)}
         given = {name: draw.normal(*lead, *shape) for name, lead in leads.items()}
         given["predictions"] = draw.normal(rows, *shape, dtype=dtype)
         if draw.one((True, False)):  # with gaps between the lines
             for name, x in given.items():
                 given[name] = x.new_full((*x.shape[:-1], shape[2] + 2), NAN)[..., 1:-1].copy_(x)
         latents, anchor, noise, history, predictions = given.values()
-        branches = draw.some(images, 4, values=range(-1, rows))
-        weights = draw.some(images, 4, values=(0.0, 1.0, -2.5, 7.0))
-        rescale = draw.some(images, values=(0.0, 0.0, 0.7, 1.0))
-        denoised = torch.tensor(draw.some(images, values=((1.0, 0.0), (0.0, 1.0), (1.0, -0.6), (-0.6, 1.0)))).view(
+        branches = draw.some(pictures, 4, values=range(-1, rows))
+        weights = draw.some(pictures, 4, values=(0.0, 1.0, -2.5, 7.0))
+        rescale = draw.some(pictures, values=(0.0, 0.0, 0.7, 1.0))
+        denoised = torch.tensor(draw.some(pictures, values=((1.0, 0.0), (0.0, 1.0), (1.0, -0.6), (-0.6, 1.0)))).view(
             -1, 2
         )
-        update = torch.tensor(draw.some(images, 2, 6, values=(0.0, 1.0, -0.6))).view(-1, 2, 6)
-        used = {r for p in range(images) for r, weight in zip(branches[p], weights[p]) if r >= 0 and weight != 0}
-        used |= {branches[p][3] for p in range(images) if rescale[p] != 0}
+        update = torch.tensor(draw.some(pictures, 2, 6, values=(0.0, 1.0, -0.6))).view(-1, 2, 6)
+        used = {r for p in range(pictures) for r, weight in zip(branches[p], weights[p]) if r >= 0 and weight != 0}
+        used |= {branches[p][3] for p in range(pictures) if rescale[p] != 0}
         predictions[[r for r in range(rows) if r not in used]] = NAN
-        for p in range(images):
+        for p in range(pictures):
             idle = (update[p] == 0).all(0)
             if idle[0] and denoised[p, 0] == 0:
                 latents[p] = NAN
             for unused, x in ((idle[1], anchor[p]), (idle[4], history[p, 1]), (idle[5], noise[p])):
                 if unused:
                     x[:] = NAN
-        tables = (draw.table(branches, images, 4, dtype=torch.int64), draw.table(weights, images, 4))
+        tables = (draw.table(branches, pictures, 4, dtype=torch.int64), draw.table(weights, pictures, 4))
         arguments = (latents, anchor, history, predictions, *tables, torch.tensor(rescale), denoised, update, noise)
         before = tuple(x.clone() for x in arguments)
         found, expected = form(operation, *operation.grouped(arguments)), guided_step_ref(*doubled(arguments))
@@ -201,7 +201,7 @@ def test_constant_outputs_and_pictures_without_a_full_branch_are_not_rescaled(fo
 
 @each(CORE, FAST)
 def test_deviations_of_predictions_far_from_zero_keep_their_digits(form):
-    arguments = case((4, 33, 40), images=1)
+    arguments = case((4, 33, 40), pictures=1)
     arguments["predictions"] = arguments["predictions"] + 1000
     arguments["branch_weights"] = torch.tensor([[0.0, 0.0, 0.0, 2.0]])
     arguments["rescale"] = torch.ones(1)  # the output gets the deviation of the full branch: its own by half

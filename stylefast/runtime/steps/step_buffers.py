@@ -4,8 +4,8 @@ A UNet call and the sampler's update read some twenty small tensors: the row tab
 coefficients of this step. They are views of a few flat buffers, one per element type, so that a step needs only that
 many small copies to the device, and a captured graph finds them at the same addresses at every replay.
 
-`plan_segments` orders the rows and resolves their references to pages. It checks its arguments and plans in C++;
-`plan_segments_ref` is the same in plain Python, which is used where the extension is not built, says what is wrong with
+`plan_pages` orders the rows and resolves their references to pages. It checks its arguments and plans in C++;
+`plan_pages_ref` is the same in plain Python, which is used where the extension is not built, says what is wrong with
 a batch, and is what tests compare with.
 """
 
@@ -34,7 +34,7 @@ _PLANS = 8
 _KINDS = {"int": torch.int64, "float": torch.float32, "bool": torch.bool, "noise": torch.float32}
 _KIND_OF = {torch.int64: "int", torch.float32: "float", torch.bool: "bool"}
 
-LIVE = -1  # instead of a bank page: the reference is an image of this batch
+LIVE = -1  # instead of a bank page: the reference is a picture of this batch
 BANK_PAGES = 2**31  # exclusive limit of a bank page's index
 
 _NONE = -1
@@ -256,13 +256,11 @@ class _Plan:
                         bank_rows.append((len(references), column))
                 references.append(entries)
         self.width = np.array([len(row) for row in references], dtype=np.int64)
-        segments = plan_segments(
+        page, self.order = plan_pages(
             self.picture, self.branch, references, width=shape.references, mutual=any(rows.mutual for rows in all_rows)
         )
-        self.order = segments.order
         place = np.empty(self.rows, dtype=np.int64)
         place[self.order] = np.arange(self.rows)
-        page = segments.page
         live = (page >= 0) & (page < self.rows)
         page = np.where(live, place[np.where(live, page, 0)], page)[self.order]
         self.self_page = np.where(page >= self.rows, NO_PAGE, page)  # bank pages change with the step
@@ -276,70 +274,70 @@ def _padded(count: int) -> int:
     return -(-count // 32) * 32
 
 
-class Segments(NamedTuple):
+class PagePlan(NamedTuple):
     """The page whose keys and values each row reads, and a row order in which readers of a page are neighbours."""
 
     page: np.ndarray  # [rows, R] int64: a row of the batch, or rows + page of the bank; -1: none
     order: np.ndarray  # [rows] int64: a permutation of the rows
 
 
-def plan_segments(
-    images: Sequence[int] | np.ndarray,
+def plan_pages(
+    pictures: Sequence[int] | np.ndarray,
     branches: Sequence[int] | np.ndarray,
     references: Sequence[Sequence[tuple[int, int]]],
     *,
     width: int = 0,
     mutual: bool = False,
-) -> Segments:
+) -> PagePlan:
     """Resolve every row's references to pages.
 
     Args:
-        images: for each row the id of its image, any int64.
-        branches: for each row its guidance branch, 0 to 3. An image has at most one row per branch.
-        references: for each row a list of (image id, bank page). If the bank page is `LIVE` (-1), the reference is the
-            row of that image in the same branch; if it is >= 0, it is that page of the style bank's pool, and the image
-            id is ignored. Column r of the result belongs to the r-th entry.
+        pictures: for each row the id of its picture, any int64.
+        branches: for each row its guidance branch, 0 to 3. A picture has at most one row per branch.
+        references: for each row a list of (picture id, bank page). If the bank page is `LIVE` (-1), the reference is
+            the row of that picture in the same branch; if it is >= 0, it is that page of the style bank's pool, and the
+            picture's id is ignored. Column r of the result belongs to the r-th entry.
         width: least number of columns R, for shapes that don't change between batches.
         mutual: let rows refer to rows that have references themselves, as in full attention sharing. Otherwise such a
             chain is an error: the reference of a style must not depend on its readers.
 
     Returns:
-        `Segments`. In `order`, rows connected by shared pages (including live references) form one run, runs are sorted
+        `PagePlan`. In `order`, rows connected by shared pages (including live references) form one run, runs are sorted
         by their first row, and inside a run rows with equal pages are neighbours; otherwise the order of the rows is
         kept.
 
     Raises:
-        InvalidRequest: lengths that differ, values out of range, two rows of one image and branch, a live reference
+        InvalidRequest: lengths that differ, values out of range, two rows of one picture and branch, a live reference
         without a row in the branch, a chain.
     """
     module = extension()
     if module is None:
-        return plan_segments_ref(images, branches, references, width=width, mutual=mutual)
-    batch, columns = _arrays(images, branches, references, width)
-    page, order = np.empty((len(images), columns), np.int64), np.empty(len(images), np.int64)
+        return plan_pages_ref(pictures, branches, references, width=width, mutual=mutual)
+    batch, columns = _arrays(pictures, branches, references, width)
+    page, order = np.empty((len(pictures), columns), np.int64), np.empty(len(pictures), np.int64)
     if not hasattr(_own, "planner"):
         _own.planner = module.BatchPlanner()
     if not _own.planner.plan(*batch, page, order, mutual):
-        return plan_segments_ref(images, branches, references, width=width, mutual=mutual)  # raises, with the reason
-    return Segments(page, order)
+        return plan_pages_ref(pictures, branches, references, width=width, mutual=mutual)  # raises, with the reason
+    return PagePlan(page, order)
 
 
-def plan_segments_ref(
-    images: Sequence[int] | np.ndarray,
+def plan_pages_ref(
+    pictures: Sequence[int] | np.ndarray,
     branches: Sequence[int] | np.ndarray,
     references: Sequence[Sequence[tuple[int, int]]],
     *,
     width: int = 0,
     mutual: bool = False,
-) -> Segments:
-    """Do what `plan_segments` does, row by row."""
-    batch, columns = _arrays(images, branches, references, width)
-    rows, keys = len(images), list(zip(batch[0].tolist(), batch[1].tolist()))
+) -> PagePlan:
+    """Do what `plan_pages` does, row by row."""
+    batch, columns = _arrays(pictures, branches, references, width)
+    rows, keys = len(pictures), list(zip(batch[0].tolist(), batch[1].tolist()))
     row_of: dict[tuple[int, int], int] = {}
     for row, key in enumerate(keys):
         if row_of.setdefault(key, row) != row:
             raise InvalidRequest(
-                f"rows {row_of[key]} and {row} are both {_name(*key)}; a batch holds each image and branch once"
+                f"rows {row_of[key]} and {row} are both {_name(*key)}; a batch holds each picture and branch once"
             )
 
     pages: list[list[int]] = []
@@ -347,9 +345,9 @@ def plan_segments_ref(
     first_reader: dict[int, int] = {}
     for row, (_, branch) in enumerate(keys):
         own = []
-        for image, bank_page in references[row]:
+        for picture, bank_page in references[row]:
             if bank_page == LIVE:
-                own.append(_live(row, (int(image), branch), row_of, references, mutual))
+                own.append(_live(row, (int(picture), branch), row_of, references, mutual))
                 _join(parent, own[-1], row)
             else:
                 own.append(rows + int(bank_page))
@@ -357,31 +355,31 @@ def plan_segments_ref(
         pages.append(own + [_NONE] * (columns - len(own)))
     # sets of rows that share pages, by their first row; within a set, rows with equal pages are adjacent
     order = sorted(range(rows), key=lambda row: (_find_root(parent, row), pages[row]))
-    return Segments(np.array(pages, np.int64).reshape(rows, columns), np.array(order, np.int64))
+    return PagePlan(np.array(pages, np.int64).reshape(rows, columns), np.array(order, np.int64))
 
 
-def _arrays(images, branches, references, width: int) -> tuple[tuple[np.ndarray, ...], int]:
-    """Return images, branches, offsets of each row's entries, their images and bank pages; and the columns.
+def _arrays(pictures, branches, references, width: int) -> tuple[tuple[np.ndarray, ...], int]:
+    """Return pictures, branches, offsets of each row's entries, their pictures and bank pages; and the columns.
 
-    Raises InvalidRequest as `plan_segments` does, but not for what concerns rows together.
+    Raises InvalidRequest as `plan_pages` does, but not for what concerns rows together.
     """
     if width < 0:
         raise InvalidRequest(f"width is {width}, but must be 0 or more")
-    if not len(images) == len(branches) == len(references):
+    if not len(pictures) == len(branches) == len(references):
         raise InvalidRequest(
-            f"{len(images)} images, {len(branches)} branches and {len(references)} lists of references; "
+            f"{len(pictures)} pictures, {len(branches)} branches and {len(references)} lists of references; "
             "give one of each per row"
         )
     lengths = [len(row) for row in references]
     try:
-        entries = [(image, page) for row in references for image, page in row]
+        entries = [(picture, page) for row in references for picture, page in row]
     except (TypeError, ValueError):
-        raise InvalidRequest("a reference is a pair (image id, bank page)") from None
+        raise InvalidRequest("a reference is a pair (picture id, bank page)") from None
     batch = (
-        _integers("images", images),
+        _integers("pictures", pictures),
         _integers("branches", branches, 0, _BRANCHES),
         np.cumsum([0, *lengths], dtype=np.int64),
-        _integers("reference images", [image for image, _ in entries]),
+        _integers("reference pictures", [picture for picture, _ in entries]),
         _integers("bank pages", [page for _, page in entries], LIVE, BANK_PAGES),
     )
     return batch, max([width, *lengths])
@@ -411,8 +409,8 @@ def _live(row: int, key: tuple[int, int], row_of: dict, references, mutual: bool
     return found
 
 
-def _name(image: int, branch: int) -> str:
-    return f"image {image}, branch {branch}"
+def _name(picture: int, branch: int) -> str:
+    return f"picture {picture}, branch {branch}"
 
 
 def _find_root(parent: list[int], node: int) -> int:
