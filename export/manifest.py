@@ -39,7 +39,6 @@ COMPONENTS = (
 ANY_TARGET = "any"
 SHOWN_DIGITS = 12
 _LARGEST_MANIFEST = 16 * 2**20
-_CHUNK = 2**22
 _HASH_THREADS = 4
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -255,13 +254,10 @@ def file_entry(folder: Path, name: str) -> FileEntry:
 
 
 def sha256_of(path: Path) -> str:
-    """Return a file's sha256, 64 hex digits; it is read in pieces."""
+    """Return a file's sha256, 64 hex digits."""
     values.no_device("the export's file", path, error=ExportError)
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(folder: str | Path, manifest: Manifest, names: Iterable[str] | None = None, deep: bool = True) -> None:
@@ -354,7 +350,7 @@ def check_fits(
         if made != version:
             raise EngineMismatch(
                 f"the export was made with {name} {made or 'of unknown version'}, and {version} is installed; install "
-                f"that version, or export again"
+                "that version, or export again"
             )
 
 

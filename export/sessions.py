@@ -56,8 +56,7 @@ class OrtSession:
     """ONNX file in ONNX Runtime, with graph optimisations on.
 
     device: "cpu", or "cuda:0" with `onnxruntime-gpu`, whose kernels run on the session's own stream, ordered with
-    torch's current stream before and after. threads: of one operator on a CPU; None: torch's thread count. providers:
-    ONNX Runtime's execution providers, in place of the device's.
+    torch's current stream before and after. threads: of one operator on a CPU; None: torch's thread count.
 
     Raises MissingDependency without ONNX Runtime, or without its CUDA provider if needed; ExportError for a file that
     is missing, truncated or damaged, or whose external data is; EngineMismatch for a graph that this version can't run.
@@ -68,10 +67,9 @@ class OrtSession:
         path: str | Path,
         device: str | torch.device = "cpu",
         threads: int | None = None,
-        providers: Sequence | None = None,
     ):
         self.path, self.device = Path(path).expanduser(), torch.device(device)
-        runtime = require_onnxruntime(self.device if providers is None else "cpu")
+        runtime = require_onnxruntime(self.device)
         if not self.path.is_file():
             raise ExportError(f"there is no graph at {self.path}; run `stylefast export onnx`, or check the path")
         self._stream = None
@@ -84,12 +82,11 @@ class OrtSession:
         options.add_session_config_entry(*_SPIN)
         # only fatal errors: others are raised as exceptions and would also be printed to stderr
         options.log_severity_level = 4
-        chosen = list(providers) if providers is not None else self._providers()
         try:
-            self._session = runtime.InferenceSession(str(self.path), options, providers=chosen)
+            self._session = runtime.InferenceSession(str(self.path), options, providers=self._providers())
         except Exception as error:  # ONNX Runtime's own types, without a common base
             raise _loading(self.path, error) from error
-        if self._stream is not None and providers is None and _CUDA not in self._session.get_providers():
+        if self._stream is not None and _CUDA not in self._session.get_providers():
             raise ExportError(
                 "onnxruntime could not load its CUDA provider; its log says which library is missing. Install CUDA and "
                 "cuDNN in the versions that it names, or load the model with device='cpu'"

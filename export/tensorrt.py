@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency, OutOfMemory, StyleFastError
 from stylefast.values import quoted
@@ -44,8 +44,8 @@ _SIZE_AT, _VERSION_AT, _HEADER = 16, 24, 32
 log = logging.getLogger("stylefast.export.tensorrt")
 
 
-def package_of(targets: Sequence[str], package: str | None = None) -> str:
-    """Return the package that builds one engine for all of `targets`; `package` requests one by name.
+def package_of(targets: Sequence[str]) -> str:
+    """Return the package that builds one engine for all of `targets`.
 
     `tensorrt_rtx` is preferred if it supports all of them, because it needs no GPU. Raises InvalidRequest for an
     unknown target, duplicates, several that no package builds together, or none.
@@ -58,19 +58,14 @@ def package_of(targets: Sequence[str], package: str | None = None) -> str:
             raise InvalidRequest(f"there is no target {quoted(target)}; there are {', '.join(PACKAGES[DATA_CENTRE])}")
     if len(set(named)) != len(named):
         raise InvalidRequest(f"targets {', '.join(named)} name one chip twice")
-    foreign = [target for target in named if target not in PACKAGES[RTX]]
-    if package is None:
-        package = DATA_CENTRE if foreign else RTX
-    if package not in PACKAGES:
-        raise InvalidRequest(f"there is no TensorRT package {quoted(package)}; there are {', '.join(PACKAGES)}")
-    if package == RTX and foreign:
-        raise InvalidRequest(f"{foreign[0]} takes the package 'tensorrt'; tensorrt_rtx has {', '.join(PACKAGES[RTX])}")
-    if package == DATA_CENTRE and len(named) > 1:
+    if all(target in PACKAGES[RTX] for target in named):
+        return RTX
+    if len(named) > 1:
         raise InvalidRequest(
             f"'tensorrt' builds for the one GPU that is present, and {', '.join(named)} were asked for; export once "
-            f"for each, on a machine that has it"
+            "for each, on a machine that has it"
         )
-    return package
+    return DATA_CENTRE
 
 
 def load_package(package: str) -> ModuleType:
@@ -164,7 +159,7 @@ def forwarder(trt: ModuleType):
     return Forwarder()
 
 
-def torch_dtype(trt: ModuleType, dtype) -> torch.dtype:
+def torch_dtype(trt: ModuleType, dtype: Any) -> torch.dtype:
     """Return the torch type of a TensorRT type. Raises ExportError for an unsupported one."""
     import torch
 
@@ -184,7 +179,7 @@ def torch_dtype(trt: ModuleType, dtype) -> torch.dtype:
     raise ExportError(f"an engine's tensor has the type {dtype}; only {', '.join(names)} are known")
 
 
-def open_engine(trt: ModuleType, logger, path: Path):
+def open_engine(trt: ModuleType, logger: Any, path: Path):
     """Return runtime and engine of a file, on torch's current CUDA device; the engine must not outlive its runtime.
 
     Raises EngineMismatch for one of another chip or version, OutOfMemory, and ExportError for one that is damaged.
@@ -311,7 +306,7 @@ class EngineLayers:
         return asdict(self) | {"kernels": self.kernels}
 
 
-def summarise_network(trt: ModuleType, network) -> NetworkSummary:
+def summarise_network(trt: ModuleType, network: Any) -> NetworkSummary:
     """Summarise an INetworkDefinition after parsing."""
 
     def tensor(found) -> tuple[str, str, tuple[int, ...]]:
@@ -345,7 +340,7 @@ def read_layers(listing: str) -> EngineLayers | None:
     )
 
 
-def inspect_engine(trt: ModuleType, engine) -> EngineLayers | None:
+def inspect_engine(trt: ModuleType, engine: Any) -> EngineLayers | None:
     """Summarise an opened engine, which needs a GPU; None if it was built without layer names."""
     return read_layers(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE))
 

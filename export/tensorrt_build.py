@@ -104,24 +104,22 @@ def build_engine(
     timing_cache: str | Path | None = None,
     memory_limit: int | None = None,
     progress: Progress | None = None,
-    package: str | None = None,
     plugins: bool = False,
 ) -> BuildReport:
     """Build the engine of an ONNX file and write it to `path` atomically.
 
-    targets: chips by name, see `tensorrt_api`; several of them share one engine. profiles: from `Profile.shapes`, at
-    least one if a dimension of the graph may vary. refittable: weights can be replaced later (`tensorrt_refit`), at
+    targets: chips by name, see `tensorrt`; several of them share one engine. profiles: from `Profile.shapes`, at
+    least one if a dimension of the graph may vary. refittable: weights can be replaced later (`tensorrt.refit`), at
     some cost of speed; such builds need a GPU. timing_cache: a file that is read if it exists, and written.
     memory_limit: bytes of the chip's memory that a layer may use. progress: called with (done, total, phase); phases
-    are nested. package: "tensorrt" or "tensorrt_rtx" if both support the target. plugins: whether the graph's style
-    attention is that of `tensorrt_plugin`.
+    are nested. plugins: whether the graph's style attention is that of `tensorrt_plugin`.
 
     An interrupt leaves no files behind. Raises MissingDependency; InvalidRequest for invalid targets and profiles;
     EngineMismatch if a required GPU is not present; ExportError for a graph that TensorRT refuses, a build that fails
     or is killed because memory ran out, and a full disk.
     """
     onnx_path, path = Path(onnx_path).absolute(), Path(path).absolute()
-    package = package_of(targets, package)
+    package = package_of(targets)
     check_buildable(package, targets, refittable)
     if not onnx_path.is_file():
         raise ExportError(f"there is no graph at {onnx_path}; run `stylefast export onnx`, or check the path")
@@ -260,7 +258,7 @@ def build(order: Order, progress: Callable[[int, int, str], None]) -> dict:
     }
 
 
-def parse(trt: ModuleType, logger, builder, onnx_path: Path):
+def parse(trt: ModuleType, logger: Any, builder: Any, onnx_path: Path):
     """Return the network of an ONNX file with its external data. Raises ExportError, naming the refused nodes."""
     # TensorRT 10 needs the flag; TensorRT 11 and tensorrt_rtx are always strongly typed
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -307,7 +305,7 @@ def _check_corners(number: int, name: str, dims: tuple[int, ...], corners: list[
         if dim != -1 and (least, most) != (dim, dim):
             raise InvalidRequest(
                 f"profile {number}: dimension {axis} of {name} is {dim} in the graph, not {least} to {most}; export "
-                f"the graph with a size that varies, or write the graph's into the profile"
+                "the graph with a size that varies, or write the graph's into the profile"
             )
 
 

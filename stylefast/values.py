@@ -247,14 +247,16 @@ def seed(name: str, value: Any, *, error: type = InvalidRequest) -> int:
     return number
 
 
-def seeds(name: str, value: Any, count: int, *, error: type = InvalidRequest) -> list[int]:
+def seeds(name: str, value: Any, count: int) -> list[int]:
     """Return `count` seeds: the entries of a list of that length, else `value` and its successors modulo 2^64."""
     given = entries(value) if isinstance(value, (list, tuple)) else list(value) if _axes(value) == 1 else None
     if given is not None:
         if len(given) != count:
-            raise error(f"{name} has {len(given)} entries for {count} prompts; give one for each, or a single number")
-        return [seed(f"{name} {i}", one, error=error) for i, one in enumerate(given)]
-    first = seed(name, value, error=error)
+            raise InvalidRequest(
+                f"{name} has {len(given)} entries for {count} prompts; give one for each, or a single number"
+            )
+        return [seed(f"{name} {i}", one) for i, one in enumerate(given)]
+    first = seed(name, value)
     return [(first + i) % (MAX_SEED + 1) for i in range(count)]
 
 

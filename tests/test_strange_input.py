@@ -122,8 +122,8 @@ def test_a_call_takes_a_value_or_refuses_it(door, value):
 
 
 CONFIGS = {
-    "a scheduler": lambda config: checked_scheduler(config, "a model", "EulerDiscreteScheduler"),
-    "an EDM scheduler": lambda config: checked_scheduler(config, "a model", "EDMEulerScheduler"),
+    "a scheduler": lambda config: checked_scheduler({"_class_name": "EulerDiscreteScheduler"} | config, "a model"),
+    "an EDM scheduler": lambda config: checked_scheduler({"_class_name": "EDMEulerScheduler"} | config, "a model"),
     "a UNet": lambda config: check_unet(config, "a model"),
     "a VAE": lambda config: check_vae(config, "a model"),
     "an index": lambda config: check_model_index(config, "a model"),

@@ -89,17 +89,14 @@ _EDM_READS = (
 _EDM_ENDS = {"sigma_min": 0.002, "sigma_max": 80.0}  # defaults
 
 
-def checked_scheduler(
-    config: Mapping, what: str, class_name: str | None = None, file: str = "scheduler/scheduler_config.json"
-) -> dict[str, Any]:
+def checked_scheduler(config: Mapping, what: str, file: str = "scheduler/scheduler_config.json") -> dict[str, Any]:
     """Return a supported scheduler config with missing keys set to diffusers' defaults.
 
-    what: the model's name in messages. class_name: the scheduler's class, if the config lacks it. file: the place to
-    edit the config, for messages.
+    what: the model's name in messages. file: where to edit the config, for messages.
     Raises ModelFormatError for an unsupported scheduler or setting.
     """
     config = _mapping(config, f"the scheduler config of {what}")
-    name = config.get("_class_name") or class_name
+    name = config.get("_class_name")
     if name not in (*VP_SCHEDULERS, *EDM_SCHEDULERS):
         raise ModelFormatError(
             f"the scheduler of {what} is {quoted(name)}{_kind_of(name)}; models that are sampled with timesteps "

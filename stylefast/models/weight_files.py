@@ -88,9 +88,9 @@ class WeightHeader:
         """Return whether any tensor's name starts with `prefix`."""
         return any(name.startswith(prefix) for name in self.tensors)
 
-    def elements(self, prefix: str = "") -> int:
-        """Count the values in all tensors whose name starts with `prefix`."""
-        return sum(_product(shape) for name, (_, shape) in self.tensors.items() if name.startswith(prefix))
+    def elements(self) -> int:
+        """Count the values in all tensors."""
+        return sum(_product(shape) for _, shape in self.tensors.values())
 
 
 def read_header(path: str | Path, *, any_ending: bool = False) -> WeightHeader:
@@ -216,7 +216,7 @@ def recognise(header: WeightHeader) -> str:
     return f"file of unknown kind (first keys: {values.listed(sorted(names)[:3])})"
 
 
-def available_memory(device) -> int | None:
+def available_memory(device: torch.device | str) -> int | None:
     """Return the free bytes on `device`; None if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -227,7 +227,7 @@ def available_memory(device) -> int | None:
     return min(limits, default=None)
 
 
-def total_memory(device) -> int | None:
+def total_memory(device: torch.device | str) -> int | None:
     """Return the total bytes of `device`, used or not; None if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -235,7 +235,7 @@ def total_memory(device) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else None
 
 
-def require_memory(needed: int, device, what: str) -> None:
+def require_memory(needed: int, device: torch.device | str, what: str) -> None:
     """Raise OutOfMemory, naming both figures, if `needed` bytes do not fit on `device`."""
     free = available_memory(device)
     if free is not None and needed > free:

@@ -427,6 +427,3 @@ def _nothing_to_cancel(job: Job) -> None:
 def _nothing_to_make(job: Job, latents: Mapping[int, torch.Tensor]) -> Generator[None, None, None]:
     """Make nothing: replaces `make` of a finished job, which would keep the model alive."""
     yield
-
-
-__all__ = ["CANCELLED", "DONE", "FAILED", "QUEUED", "RUNNING", "Call", "Job", "Preview", "Previews"]

@@ -14,6 +14,7 @@ SPACINGS = ("leading", "linspace", "trailing")
 
 # noise level spacings that replace the levels of evenly spaced timesteps
 KARRAS, EXPONENTIAL = "karras", "exponential"
+_RHO = 7.0  # as in Karras et al. 2022
 
 
 def spaced_timesteps(config: Mapping, steps: int, *, open_end: bool, fractional: bool = False) -> np.ndarray:
@@ -41,13 +42,13 @@ def spaced_timesteps(config: Mapping, steps: int, *, open_end: bool, fractional:
     if timesteps[0] > total - 1:
         raise InvalidRequest(
             f"{steps} steps with {values.quoted(spacing)} spacing and steps_offset {config['steps_offset']} start at "
-            f"timestep "
-            f"{timesteps[0]:g}, beyond the last trained one, {total - 1}; use fewer steps or spacing='trailing'"
+            f"timestep {timesteps[0]:g}, beyond the last trained one, {total - 1}; use fewer steps or "
+            "spacing='trailing'"
         )
     return timesteps
 
 
-def karras_sigmas(config: Mapping, first: float, last: float, steps: int, rho: float = 7.0) -> np.ndarray:
+def karras_sigmas(config: Mapping, first: float, last: float, steps: int) -> np.ndarray:
     """Return noise levels spaced as in Karras et al. 2022, Eq. 5, from `first` down to `last`: [steps] float64.
 
     `sigma_max` and `sigma_min` of the config take precedence over `first` and `last`.
@@ -56,7 +57,7 @@ def karras_sigmas(config: Mapping, first: float, last: float, steps: int, rho: f
     low = config["sigma_min"] if config["sigma_min"] is not None else last
     ramp = np.linspace(0.0, 1.0, steps)
     high, low = float(high), float(low)
-    return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return (high ** (1 / _RHO) + ramp * (low ** (1 / _RHO) - high ** (1 / _RHO))) ** _RHO
 
 
 def timesteps_of(sigmas: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -128,8 +129,7 @@ def multistep_levels(
     if np.any(np.diff(sigmas) >= 0):
         raise InvalidRequest(
             f"{steps} steps with {values.quoted(config['timestep_spacing'])} spacing repeat a timestep, which "
-            f"multistep samplers "
-            "don't support; use fewer steps or spacing='trailing'"
+            "multistep samplers don't support; use fewer steps or spacing='trailing'"
         )
     return timesteps.astype(np.float64), np.append(sigmas, _final_sigma(config, last))
 

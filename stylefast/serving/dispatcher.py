@@ -184,9 +184,9 @@ class Dispatcher:
         """Return the number of pictures that are with the engine."""
         return sum(ticket.count for ticket in self._running.values())
 
-    def expected_seconds(self, pictures: int = 0) -> float:
-        """Return the seconds after which a request that comes now may be expected to start."""
-        ahead = self.pictures + sum(ticket.count for queued in self._waiting.values() for ticket in queued) + pictures
+    def expected_seconds(self) -> float:
+        """Return the seconds after which a request that arrives now may be expected to start."""
+        ahead = self.pictures + sum(ticket.count for queued in self._waiting.values() for ticket in queued)
         return self._seconds * ahead / self.max_running
 
     def submit(self, ticket: Ticket) -> None:

@@ -379,10 +379,10 @@ def model_and_style(name: str | None, served: Served) -> tuple[str, str | None]:
     )
 
 
-def _nearest(name: str, names: Sequence[str], most: int = 5) -> list[str]:
+def _nearest(name: str, names: Sequence[str]) -> list[str]:
     from difflib import get_close_matches
 
-    return (get_close_matches(name[:200], names, most, 0.0) or list(names))[:most]
+    return (get_close_matches(name[:200], names, 5, 0.0) or list(names))[:5]
 
 
 def known_style(param: str, name: str, served: Served) -> str:

@@ -50,7 +50,6 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 # clients send these as OpenAI's own styles, which do nothing
 _RESERVED = ("vivid", "natural")
-_CHUNK = 2**20
 
 
 def safe_name(name: Any, what: str = "the name of a style") -> str:
@@ -195,10 +194,7 @@ def _text(name: str, given: Any) -> str:
 
 def file_digest(stream: BinaryIO) -> str:
     """Return 64 hex digits of the rest of a file."""
-    digest = hashlib.sha256()
-    while chunk := stream.read(_CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class StyleFolder:
