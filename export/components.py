@@ -36,6 +36,7 @@ from stylefast.models.config_files import config_of
 from stylefast.models.digests import weights_digest
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.layout import AttentionLayout
 from stylefast.models.unet import UNet, list_of
 from stylefast.models.vae_copies import working_decoder
 
@@ -342,7 +343,9 @@ def text_projector(unet: UNet, dtype: torch.dtype, tokens: int = TEXT_TOKENS) ->
     )
 
 
-def packed_key_values(layout, name: str, dtype: torch.dtype, pages: str, tokens: int | str) -> tuple[Tensor, ...]:
+def packed_key_values(
+    layout: AttentionLayout, name: str, dtype: torch.dtype, pages: str, tokens: int | str
+) -> tuple[Tensor, ...]:
     """Return one tensor [layers of the level, 2, pages, tokens, heads, d] per level, as the UNet's graphs read them."""
     found = []
     for level in range(layout.levels):

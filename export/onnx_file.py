@@ -6,7 +6,7 @@ tensor by tensor, and `save_model` writes graphs that refer to that file. `expor
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,7 +50,7 @@ def require_onnx() -> None:
             ) from None
 
 
-def write_weights(model, path: Path, progress: WeightProgress | None = None) -> WeightFile:
+def write_weights(model: Any, path: Path, progress: WeightProgress | None = None) -> WeightFile:
     """Write the large initialisers of a model, one at a time. Raises OSError from the file system."""
     large = [value.const_value for value in _large(model)]
     total, done, stored = sum(tensor.nbytes for tensor in large), 0, {}
@@ -65,7 +65,9 @@ def write_weights(model, path: Path, progress: WeightProgress | None = None) -> 
     return WeightFile(path, stored)
 
 
-def save_model(model, path: Path, metadata: Mapping[str, str], weights: WeightFile | None = None) -> tuple[str, ...]:
+def save_model(
+    model: Any, path: Path, metadata: Mapping[str, str], weights: WeightFile | None = None
+) -> tuple[str, ...]:
     """Write and check a graph. Returns the names of the files that it needs, its own first.
 
     model: an `onnx_ir.Model`; weights: a file in the same folder that holds its large initialisers; None: the graph

@@ -46,7 +46,7 @@ def check_opset(opset: int | None, dtype: torch.dtype) -> int:
 def onnx_model(
     program: torch.export.ExportedProgram,
     inputs: Sequence,
-    output,
+    output: Any,
     opset: int,
     weights: Mapping[str, torch.Tensor] | None = None,
     operations: type[OnnxOperations] = OnnxOperations,
@@ -101,7 +101,9 @@ class NodeMaker:
 
         return make
 
-    def Constant(self, value_int=None, value_ints=None, value_float=None):  # noqa: N802 (ONNX's name)
+    def Constant(
+        self, value_int: int | None = None, value_ints: Sequence[int] | None = None, value_float: float | None = None
+    ):  # noqa: N802 (ONNX's name)
         if value_float is not None:
             return self.constant(torch.tensor(value_float, dtype=torch.float32))
         return self.constant(torch.tensor(value_int if value_ints is None else value_ints, dtype=torch.int64))
@@ -115,7 +117,7 @@ class NodeMaker:
             )
         return self._constants[key]
 
-    def initializer(self, name: str, shape, dtype: torch.dtype, read: Callable[[], torch.Tensor]):
+    def initializer(self, name: str, shape: Sequence[int], dtype: torch.dtype, read: Callable[[], torch.Tensor]):
         """Return an initialiser whose content is read when the model is saved."""
         from onnx_ir.tensor_adapters import TorchTensor
 

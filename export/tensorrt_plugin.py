@@ -40,7 +40,7 @@ import torch
 from stylefast import values
 from stylefast.code_caches import guard_triton_cache
 from stylefast.errors import EngineMismatch, ExportError, InvalidRequest, MissingDependency
-from stylefast.export.onnx_operations import OnnxOperations
+from stylefast.export.onnx_operations import OnnxOperations, Value
 from stylefast.export.tensorrt import present_target
 from stylefast.kernels.configs import Config, configuration
 from stylefast.kernels.shared_attention import HEAD_SIZES
@@ -387,21 +387,21 @@ class PluginOperations(OnnxOperations):
 
     def shared_attention(
         self,
-        q,
-        k,
-        v,
-        page,
-        modes,
-        scale,
-        shift,
-        bias=None,
-        gain=None,
-        offset=None,
-        pool_k=None,
-        pool_v=None,
-        pool_k_scale=None,
-        pool_v_scale=None,
-    ):
+        q: Value,
+        k: Value,
+        v: Value,
+        page: Value,
+        modes: Value,
+        scale: Value,
+        shift: Value,
+        bias: Value | None = None,
+        gain: Value | None = None,
+        offset: Value | None = None,
+        pool_k: Value | None = None,
+        pool_v: Value | None = None,
+        pool_k_scale: Value | None = None,
+        pool_v_scale: Value | None = None,
+    ) -> Value:
         if page.shape[1] == 0:
             return super().shared_attention(q, k, v, page, modes, scale, shift)
         instead = 'export with attention="standard"'

@@ -93,8 +93,7 @@ class Profile:
             if name not in known or not numbers:
                 raise InvalidRequest(
                     f"{quoted(part.strip())} in the profile {quoted(text)} is not understood; write "
-                    f"name=least:usual:most, with "
-                    f"the names {', '.join(known)}"
+                    f"name=least:usual:most, with the names {', '.join(known)}"
                 )
             if name in ("size", "latents"):
                 unit = scale if name == "size" else 1

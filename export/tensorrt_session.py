@@ -268,7 +268,7 @@ class TensorRTSession:
             if name not in self._static and not (x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0):
                 raise InvalidRequest(
                     f"input {name} is read where it lies, and must be contiguous at a multiple of {ALIGNMENT} bytes; "
-                    f"give a copy of it"
+                    "give a copy of it"
                 )
         return {name: tuple(x.shape) for name, x in inputs.items()}
 

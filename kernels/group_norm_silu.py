@@ -193,7 +193,14 @@ def _pooled_norm(x, norm: Norm, pages: NormPages):
     return (F.silu(out) if silu else out).to(x.dtype)
 
 
-def pooled_stats(mean, variance, elements, other_mean, other_variance, other_elements):
+def pooled_stats(
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    elements: int | torch.Tensor,
+    other_mean: torch.Tensor,
+    other_variance: torch.Tensor,
+    other_elements: int | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and biased variance of the union of two sets, from those of each; shapes broadcast."""
     total = elements + other_elements
     pooled_mean = (elements * mean + other_elements * other_mean) / total

@@ -78,7 +78,7 @@ class Operation:
         self.op = getattr(torch.ops.stylefast, name).default
         _operations[name] = self
 
-    def call(self, *arguments) -> Any:
+    def call(self, *arguments: Any) -> Any:
         """Call the custom op, or the torch form itself if a gradient is needed: only that one has a backward."""
         if not _wants_gradient(arguments):
             return self.op(*self.flat(arguments))
@@ -93,7 +93,7 @@ class Operation:
         self._check_values(arguments)
         return self._torch(arguments)
 
-    def run(self, *arguments, form: str | None = None) -> Any:
+    def run(self, *arguments: Any, form: str | None = None) -> Any:
         """Run without checks, for callers that make every argument themselves and call often.
 
         The dispatcher is skipped too, unless a compiler traces, a gradient is needed, or the environment or `using`

@@ -145,7 +145,7 @@ def _check(x, ys, down, up, unit, scale, stride, padding):
         _check_memory(named, x=x, down=down, up=up, unit=unit, scale=scale)
 
 
-def output_shape(x, down, up, stride: int, padding: int) -> dict[str, int]:
+def output_shape(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, stride: int, padding: int) -> dict[str, int]:
     """Return the named dimensions of a y."""
     if x.ndim == 3:
         return {"rows": x.shape[0], "tokens": x.shape[1], "out": up.shape[2]}

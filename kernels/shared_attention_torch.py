@@ -16,7 +16,14 @@ PLAIN, CONCAT, SWAP = 0, 1, 2  # modes of a row
 FP8 = torch.float8_e4m3fn
 
 
-def eager(q, k, v, references: "References", affine: "Affine | None", pool: "Pool | None") -> torch.Tensor:
+def eager(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    references: "References",
+    affine: "Affine | None",
+    pool: "Pool | None",
+) -> torch.Tensor:
     """Compute with PyTorch's attention kernels, one call per `_kind` of row. Synchronises with the device."""
     rows, (page, mode, scale, shift, bias) = q.shape[0], references
     if page.shape[1] == 0 or q.numel() == 0:
@@ -83,7 +90,14 @@ def _pages(pool: "Pool | tuple | None", index: torch.Tensor, dtype: torch.dtype)
     return (k * k_scale[index, None]).to(dtype), (v * v_scale[index, None]).to(dtype)
 
 
-def traceable(q, k, v, references: "References", affine: "Affine | None", pool: "Pool | None") -> torch.Tensor:
+def traceable(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    references: "References",
+    affine: "Affine | None",
+    pool: "Pool | None",
+) -> torch.Tensor:
     """Compute without reading tensors on the host: every row carries every segment, masked out where unused."""
     (rows, tokens), (page, mode, scale, shift, bias) = q.shape[:2], references
     if page.shape[1] == 0:
@@ -134,7 +148,7 @@ def _scaled(page_k: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (page_k.to(_exact(page_k.dtype)) * scale[:, None, None, None]).to(page_k.dtype)
 
 
-def attend(q, k, v, mask=None):
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Run PyTorch's own attention, [rows, tokens, heads, d] in and out."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

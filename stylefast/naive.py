@@ -1,14 +1,13 @@
 """The engine in short: requests to rows, rows to the UNet, its outputs to the next latents. Read it from top to bottom.
 
-This file turns requests into latents as plainly as possible; every style goes through the same interface
-(`styles/style.py`) as in the engine. It leaves out everything that makes serving fast: pages, slots, threads, style
-banks, buckets, compiled graphs, GPUs. docs/architecture.md lists which part of the engine corresponds to which function
-here, and a test requires the same latents from both. Use it to understand the engine or to try a change.
+As plain as possible; every style goes through the same interface (`styles/style.py`) as in the engine. Left out is
+what makes serving fast: pages, slots, threads, style banks, buckets, compiled graphs, GPUs. docs/architecture.md says
+which part of the engine does the work of which function here, and a test requires the same latents from both.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,11 +24,15 @@ from stylefast.models.pictures import open_picture
 from stylefast.models.row_loras import LoraProducts, StepLoras
 from stylefast.models.row_table import COLUMNS, NO_PAGE, ImageKV, RowTable
 from stylefast.models.text import Prompt
+from stylefast.models.unet import UNet
 from stylefast.runtime.plan.request import Request
 from stylefast.sampling.few_step import named_schedule
 from stylefast.sampling.guidance import BRANCHES, FULL, NULL, GuidanceInterval, guidance_weights
 from stylefast.sampling.schedule import Schedule
 from stylefast.styles.style import ImageStyle, ReferenceStyle, Rows, Texts, by_kind
+
+if TYPE_CHECKING:
+    from stylefast.engine import Engine
 
 
 @dataclass(eq=False)
@@ -71,7 +74,7 @@ class Segment:
 
 
 @torch.inference_mode()
-def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
+def generate(engine: "Engine", requests: Sequence[Request]) -> list[Tensor]:
     """Run requests with the models of `engine`, a `stylefast.Engine`, on a CPU; return latents [channels, h, w].
 
     Raises InvalidRequest for banks, DDIM inversion, image-to-image: these are left out. Nothing else is checked.
@@ -95,7 +98,7 @@ def generate(engine, requests: Sequence[Request]) -> list[Tensor]:
 # 1. requests to samples
 
 
-def plan(engine, requests: Sequence[Request]) -> list[Sample]:
+def plan(engine: "Engine", requests: Sequence[Request]) -> list[Sample]:
     """Return the samples that requests need: the requested ones, in order, then their references."""
     targets = [_target(engine, request) for request in requests]
     hidden: list[Sample] = []
@@ -121,7 +124,7 @@ def plan(engine, requests: Sequence[Request]) -> list[Sample]:
     return samples
 
 
-def _target(engine, request: Request) -> Sample:
+def _target(engine: "Engine", request: Request) -> Sample:
     if request.image is not None or request.upscale > 1 or request.variation_strength:
         raise InvalidRequest("naive.py begins with plain noise alone; use Engine.generate")
     schedule = named_schedule(request.scheduler, request.steps, engine.scheduler_config, request.spacing)
@@ -134,8 +137,8 @@ def _target(engine, request: Request) -> Sample:
 def _reference(target: Sample, style: ReferenceStyle, picture: Any) -> Sample:
     """Return a reference of `target`: a real picture, or one that is generated from the style's own prompt."""
     wanted = style.reads
-    negatives, others = target.request.negatives, [o for o in target.request.styles if o is not style]
-    others = others if wanted.share_styles else [other for other in others if other.named_in(negatives)]
+    negatives, others = target.request.negatives, [other for other in target.request.styles if other is not style]
+    others = [other for other in others if wanted.share_styles or other.named_in(negatives)]
     request = replace(target.request, style=others, seed=wanted.seed, prompt_2=None)
     weights = {FULL: 1.0} if picture is not None else target.weights
     given = target.schedule, target.size, weights, (*weights,)
@@ -145,7 +148,7 @@ def _reference(target: Sample, style: ReferenceStyle, picture: Any) -> Sample:
 # 2. the inputs of a sample: its texts, its image prompts, its first latents
 
 
-def prepare(engine, sample: Sample) -> None:
+def prepare(engine: "Engine", sample: Sample) -> None:
     """Encode a sample's prompts and pictures, and draw its noise."""
     trained = engine.scheduler_config.get("num_train_timesteps", 1000)
     timesteps = sample.schedule.timesteps.clamp(0, trained)
@@ -175,7 +178,7 @@ def prepare(engine, sample: Sample) -> None:
     sample.anchor, sample.history = torch.zeros(shape), torch.zeros(2, *shape)
 
 
-def _image_prompt(engine, sample: Sample, style: ImageStyle, levels: Sequence[tuple[int, int]]) -> None:
+def _image_prompt(engine: "Engine", sample: Sample, style: ImageStyle, levels: Sequence[tuple[int, int]]) -> None:
     """Add the segments of a style to the rows of a sample: pictures in conditional rows, "no picture" in the others."""
     adapter, encoder = engine.adapters[style.adapter or next(iter(engine.adapters))]
     content = None
@@ -200,7 +203,7 @@ def _image_prompt(engine, sample: Sample, style: ImageStyle, levels: Sequence[tu
 # 3. samples to rows, and a step
 
 
-def advance(unet, samples: Sequence[Sample], step: int) -> None:
+def advance(unet: UNet, samples: Sequence[Sample], step: int) -> None:
     """Make one step of samples of one size, in one UNet call: a row for each branch of each."""
     for sample in samples:
         if sample.clean is not None:  # a real reference is where its picture would be at this step
@@ -208,18 +211,17 @@ def advance(unet, samples: Sequence[Sample], step: int) -> None:
             sample.latents = signal * sample.clean + noise * sample.noise
     rows = [(sample, branch) for sample in samples for branch in sample.branches]
     of_row = [samples.index(sample) for sample, _ in rows]
-    schedules = [sample.schedule for sample in samples]
+    names = ("timesteps", "input_scale", "denoised", "update")
+    timesteps, scale, denoised, update = (torch.stack([getattr(s.schedule, n)[step] for s in samples]) for n in names)
     hidden, pooled = zip(*(s.texts[branch][step] for s, branch in rows), strict=True)
     lengths = torch.tensor([len(states) for states in hidden])
     # each row adds its LoRAs to the projections of its text
     kv = [unet.project_text(x[None].to(unet.dtype), sample.loras) for x, (sample, _) in zip(hidden, rows, strict=True)]
     text_kv = [tuple(pad_sequence([x[i][0] for x in layer], batch_first=True) for i in range(2)) for layer in zip(*kv)]
     image_kv, masks, table, loras = row_table(unet, rows, step)
-    timesteps = torch.stack([schedule.timesteps[step] for schedule in schedules])
     width, height = samples[0].size
     time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(rows), dtype=torch.float32)
     latents = torch.stack([sample.latents for sample in samples])
-    scale = torch.stack([schedule.input_scale[step] for schedule in schedules])
     seen = (latents * scale[:, None, None, None])[of_row].to(unet.dtype)
     embedding = unet.embed(timesteps[of_row], torch.stack(pooled), time_ids, loras)
     output = unet(seen, embedding, text_kv, image_kv, table, masks=masks, loras=loras, text_lengths=lengths)
@@ -235,14 +237,13 @@ def advance(unet, samples: Sequence[Sample], step: int) -> None:
     # samplers without fresh noise multiply this by 0
     fresh = [torch.randn(s.latents.shape, generator=s.random) if s.schedule.uses_noise else s.noise for s in samples]
     anchor, history = torch.stack([s.anchor for s in samples]), torch.stack([s.history for s in samples])
-    denoised, update = (torch.stack([getattr(s, name)[step] for s in schedules]) for name in ("denoised", "update"))
     rules = branch_rows, branch_weights, rescale, denoised, update
     found = guided_step(latents, anchor, history, output, *rules, torch.stack(fresh))
     for sample, *state in zip(samples, *found, strict=True):
         sample.latents, sample.anchor, sample.history = state
 
 
-def row_table(unet, rows, step: int) -> tuple[ImageKV | None, tuple, RowTable, StepLoras | None]:
+def row_table(unet: UNet, rows: list[tuple], step: int) -> tuple[ImageKV | None, tuple, RowTable, StepLoras | None]:
     """Return the table of a step's rows, and what it refers to by number: image keys, values and masks, and LoRAs."""
     layout, place = unet.layout, {row: i for i, row in enumerate(rows)}
     written, pages, segments = Rows.idle(len(rows), len(layout.layers)), [], []
@@ -280,7 +281,7 @@ def row_table(unet, rows, step: int) -> tuple[ImageKV | None, tuple, RowTable, S
     return (_image_kv(unet, images) if images else None), _masks(images), table, loras
 
 
-def _image_kv(unet, images: Sequence[Segment]) -> ImageKV:
+def _image_kv(unet: UNet, images: Sequence[Segment]) -> ImageKV:
     """Return the keys and values of image prompts, padded to one number of tokens; layers without any are zero."""
     tokens = [next(pair for pair in segment.layers if pair is not None)[0].shape[1] for segment in images]
     layers = []

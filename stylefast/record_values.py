@@ -19,7 +19,7 @@ from stylefast import values
 from stylefast.errors import ImageError, StyleError
 from stylefast.models.digests import tensor_bytes
 from stylefast.models.masks import open_mask
-from stylefast.models.pictures import SUFFIXES, open_picture
+from stylefast.models.pictures import SUFFIXES, PictureSource, open_picture
 from stylefast.styles.bank import StyleBank
 from stylefast.styles.embeddings import StageEmbedding
 from stylefast.styles.image_embeds import read_image_embeds
@@ -64,7 +64,7 @@ class Store:
         self.model_folder = Path(model_folder).resolve()
         self.room = EMBED_LIMIT
 
-    def picture(self, source, mask: bool = False) -> dict[str, Any] | None:
+    def picture(self, source: PictureSource | torch.Tensor | None, mask: bool = False) -> dict[str, Any] | None:
         """Return the entry of a picture or mask, None for no mask. Raises ImageError for unreadable files."""
         if source is None:
             return None
@@ -91,7 +91,7 @@ class Store:
             return {"bank": made, "in_memory": f"a style bank that was never saved ({bank.name})"}
         return {"bank": made, "sha256": bank.checksum} | self._path(bank.path)
 
-    def embedding(self, embedding: StageEmbedding, source, stage: int | None = None) -> dict[str, Any]:
+    def embedding(self, embedding: StageEmbedding, source: Any, stage: int | None = None) -> dict[str, Any]:
         """Return the entry of learned vectors, read from `source`; `stage`: store only this stage."""
         if stage is not None:
             rows = slice(stage, stage + 1) if embedding.stages > 1 else slice(None)
@@ -135,7 +135,7 @@ class Store:
         return {form: text}
 
 
-def is_bank(source) -> bool:
+def is_bank(source: Any) -> bool:
     """Return whether a style's reference, or its entry or path, is a style bank."""
     if isinstance(source, Mapping):
         return "bank" in source
@@ -150,11 +150,11 @@ class Sources:
     def __init__(self, base: Path | None, model_folder: Path):
         self.base, self.model_folder = base, Path(model_folder)
 
-    def is_bank(self, entry) -> bool:
+    def is_bank(self, entry: Any) -> bool:
         """Return whether the entry of a reference, or its path, is a style bank."""
         return is_bank(entry)
 
-    def bank(self, entry) -> StyleBank:
+    def bank(self, entry: Any) -> StyleBank:
         """Return the bank of an entry, or of a path relative to the file that names it. Raises StyleError."""
         if isinstance(entry, str):
             return StyleBank.load(self._absolute(entry))
@@ -169,7 +169,7 @@ class Sources:
             raise StyleError(f"the style bank {path} was baked again since this was recorded; its content differs")
         return bank
 
-    def picture(self, entry, mask: bool = False):
+    def picture(self, entry: Any, mask: bool = False) -> Any:
         """Return a path as text, a PIL image, a mask tensor, or None for no mask. Raises ImageError and StyleError."""
         opened = open_mask if mask else open_picture
         if entry is None and mask:
@@ -194,7 +194,7 @@ class Sources:
             )
         return found
 
-    def embedding(self, entry) -> tuple[Any, str | None]:
+    def embedding(self, entry: Any) -> tuple[Any, str | None]:
         """Return DreamStyler's argument, and the digest that its vectors must have (None: any)."""
         if isinstance(entry, str):
             return find_learned(entry, self.model_folder, self.base), None
@@ -211,18 +211,17 @@ class Sources:
         path = entry["path"]
         return (tuple(map(self._absolute, path)) if isinstance(path, list) else self._absolute(path)), digest
 
-    def check_embedding(self, embedding: StageEmbedding, digest: str, source) -> None:
+    def check_embedding(self, embedding: StageEmbedding, digest: str, source: Any) -> None:
         """Raise StyleError unless the vectors match the recorded digest."""
         found = vector_digest(embedding)
         if found != digest:
             raise StyleError(
                 f"the learned style {values.quoted(embedding.name)} ({source or 'in the record'}) has different "
-                f"vectors than "
-                f"when the call was recorded (sha256 {found[:12]}, recorded {_word(digest)[:12]}); put the original "
-                "file back"
+                f"vectors than when the call was recorded (sha256 {found[:12]}, recorded {_word(digest)[:12]}); put "
+                "the original file back"
             )
 
-    def image_embeds(self, entry) -> torch.Tensor | str:
+    def image_embeds(self, entry: Any) -> torch.Tensor | str:
         """Return image embeddings as a tensor or their file's path. Raises StyleError if the file changed since."""
         if isinstance(entry, str):
             return self._absolute(entry)

@@ -2,11 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stylefast.commands.bank_report import shown_bytes
 from stylefast.commands.model_options import DEFAULT_MODEL
 from stylefast.options import EXPORTED
+
+if TYPE_CHECKING:
+    from stylefast.export.manifest import Manifest
+    from stylefast.export.options import Options
 
 _BACKENDS = {kind: backend for backend, kind in EXPORTED.items()}
 
@@ -69,7 +73,7 @@ def engines_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def report_lines(folder: Path, manifest, seconds: float) -> list[str]:
+def report_lines(folder: Path, manifest: "Manifest", seconds: float) -> list[str]:
     """Return lines with the files written and the digest to pass to --trust on other machines."""
     lines = [f"{folder}: {len(manifest.graphs)} graphs, {shown_bytes(manifest.bytes)} in {seconds:.0f} s"]
     width = max((len(entry.name) for entry in manifest.files), default=0)
@@ -78,7 +82,7 @@ def report_lines(folder: Path, manifest, seconds: float) -> list[str]:
     return lines
 
 
-def use_words(folder: Path, arguments: argparse.Namespace, options, auto: str) -> list[str]:
+def use_words(folder: Path, arguments: argparse.Namespace, options: "Options", auto: str) -> list[str]:
     """Return the command that uses an export; `auto` is the dtype that the engine would choose by default."""
     if options.kind == "triton-repo":
         return ["tritonserver", "--model-repository", str(folder)]

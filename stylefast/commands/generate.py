@@ -3,10 +3,10 @@
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stylefast.commands.model_options import Lora, ModelChoice, add_model_arguments, found_lora
 from stylefast.errors import InvalidRequest
@@ -14,7 +14,8 @@ from stylefast.values import did_you_mean, listed, quoted, shown, shown_path
 
 if TYPE_CHECKING:
     from stylefast.commands.files import Destination
-    from stylefast.runtime.plan.request import LoraStrength
+    from stylefast.engine import Engine
+    from stylefast.runtime.plan.request import LoraStrength, Request, Result
 
 SUMMARY = "Generate pictures from prompts, in a style."
 EXAMPLES = """examples:
@@ -264,7 +265,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_provenance_arguments(group) -> None:
+def add_provenance_arguments(group: Callable[..., Any]) -> None:
     """Add the options for marks of generated pictures, with `group`, an `add_argument`."""
     group(
         "--no-provenance",
@@ -287,7 +288,7 @@ def destination_of(arguments: argparse.Namespace, prompts: Sequence[str]) -> "De
     return Destination(arguments.out, prompts, arguments.overwrite, arguments.metadata == "a1111", provenance)
 
 
-def add_text_arguments(group) -> None:
+def add_text_arguments(group: Callable[..., Any]) -> None:
     """Add the options for negative prompts, syntaxes and clip skip, with `group`, an `add_argument`."""
     group("--negative-prompt-2", metavar="TEXT", help="the negative prompt for text encoder 2 (default: the same)")
     group(
@@ -388,8 +389,7 @@ def _count(arguments: argparse.Namespace) -> int:
     if not 1 <= count * len(arguments.prompts) <= MAX_REQUESTS:
         raise InvalidRequest(
             f"--count is {quoted(count)} for {len(arguments.prompts)} prompts; it must be at least 1, and a call "
-            f"generates "
-            f"at most {MAX_REQUESTS} pictures"
+            f"generates at most {MAX_REQUESTS} pictures"
         )
     return count
 
@@ -477,14 +477,14 @@ def load(choice: ModelChoice, quiet: bool):
     return choice.load()
 
 
-def make(engine, requests: Sequence, quiet: bool):
+def make(engine: "Engine", requests: Sequence["Request"], quiet: bool) -> "Result":
     """Return the Result of `requests`, with a progress bar over the steps."""
     from tqdm import tqdm
 
     with tqdm(total=max(request.steps for request in requests), unit="step", disable=quiet) as bar:
 
         def advance(step: int, steps: int, latents) -> None:
-            # sizes run one after another, each with its own number of steps
+            # sizes take turns, each with its own number of steps
             bar.total = steps
             bar.n = step
             bar.refresh()
@@ -492,7 +492,9 @@ def make(engine, requests: Sequence, quiet: bool):
         return engine.generate(list(requests), callback=advance)
 
 
-def save(destination, result, loaded: Mapping, grid: bool | None, show: bool = True) -> list[Path]:
+def save(
+    destination: "Destination", result: "Result", loaded: Mapping, grid: bool | None, show: bool = True
+) -> list[Path]:
     """Write pictures with their records inside, and the grid; return all paths, and print them unless `show` is False.
 
     loaded: what the model was loaded from, `ModelChoice.recorded`.

@@ -2,6 +2,8 @@
 
 import argparse
 import textwrap
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from stylefast import values
 from stylefast.errors import InvalidRequest
@@ -34,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     An argument unknown to a subcommand is reported by that subcommand, so that its own help is named.
     """
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse as argparse does. Raises InvalidRequest for unrecognized arguments."""
         namespace, left = super().parse_known_args(args, namespace)
         if left:
@@ -47,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         self.print_help()
         return 0
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Raise InvalidRequest with the message and a pointer to the help."""
         message = message if len(message) <= _MOST else f"{message[:_MOST]} ..."
         raise InvalidRequest(f"{message} (see `{self.prog} --help`)")

@@ -44,6 +44,7 @@ from stylefast.models.weight_files import (
 from stylefast.options import PREDICTION_TYPES
 
 if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 TINY = Path(__file__).parent / "tiny"
@@ -82,7 +83,7 @@ def load_components(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
-    vae=None,
+    vae: str | Path | torch.nn.Module | None = None,
     variant: str | None = "auto",
     local_files_only: bool = False,
     config: str | Path | None = None,
@@ -127,7 +128,7 @@ def load_components(
         if variant not in (None, "auto"):
             raise InvalidRequest(
                 f"variant={values.quoted(variant)} selects among the files of a folder, but {path.name} is a single "
-                f"file"
+                "file"
             )
         components = _from_file(path, dtype, device, vae, hub, config, tokenizer)
     else:
@@ -143,7 +144,7 @@ def load_components(
     return components
 
 
-def from_pipeline(pipeline) -> Components:
+def from_pipeline(pipeline: "StableDiffusionXLPipeline") -> Components:
     """Build Components that share storage with a diffusers SDXL pipeline.
 
     The pipeline stays unchanged, except that its UNet's convolutions on a GPU become channels last. Settings other than

@@ -74,7 +74,7 @@ def _check_size(key: str, value: Any, what: str) -> None:
         if len(value) > _MOST_ENTRIES and key not in ("trained_betas", "latents_mean", "latents_std"):
             raise ModelFormatError(
                 f"the config of {what} has {len(value)} entries for {values.shown(key)}; at most {_MOST_ENTRIES} are "
-                f"allowed"
+                "allowed"
             )
         for one in value:
             _check_size(key, one, what)

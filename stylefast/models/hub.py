@@ -196,7 +196,7 @@ def hub_folder(
     except RepositoryNotFoundError as error:
         raise ModelNotFound(
             f"the hub has no model {values.quoted(repo_id)} that you may read; check the name, or `hf auth login` if "
-            f"it is private"
+            "it is private"
         ) from error
     except Exception as error:
         # the hub's client raises many kinds of network errors; callers need only one
@@ -215,8 +215,7 @@ def _how_to_get(repo_id: str, reason: str, options: HubOptions) -> str:
     which = "" if options.revision is None else f" --revision {options.revision}"
     near = values.did_you_mean(repo_id, [known for known in cached_ids() if known != repo_id])
     return (
-        f"{values.quoted(repo_id)} is not complete in the cache ({cache}), and {reason}. On a machine with network "
-        f"run `hf "
-        f"download {repo_id}{which} --local-dir {name}` (formerly `huggingface-cli download`), copy the folder "
+        f"{values.quoted(repo_id)} is not complete in the cache ({cache}), and {reason}. On a machine with network run "
+        f"`hf download {repo_id}{which} --local-dir {name}` (formerly `huggingface-cli download`), copy the folder "
         f"{name} here and give its path instead of the id; model='tiny' needs no download{near}"
     )

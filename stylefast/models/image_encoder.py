@@ -1,7 +1,7 @@
 """CLIP image encoder for IP-Adapter: turns pictures into one embedding each, or into patch features."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ class ImageEncoder:
     def _weight(self) -> torch.Tensor:
         return self.vision_model.get_parameter("visual_projection.weight")
 
-    def to(self, *args, **kwargs) -> "ImageEncoder":
+    def to(self, *args: Any, **kwargs: Any) -> "ImageEncoder":
         """Move the model and return self."""
         self.vision_model.to(*args, **kwargs)
         return self

@@ -74,8 +74,8 @@ class LoraSet:
         name = lora.name if name is None else name
         if name in self._loras:
             raise InvalidRequest(
-                f"a LoRA named {values.quoted(name)} is already loaded; use set_scale() to change it, or name= to "
-                f"load a second one"
+                f"a LoRA named {values.quoted(name)} is already loaded; use set_scale() to change it, or name= to load "
+                "a second one"
             )
         with self._guard():
             self._loras[name], self._digests[name], self._scales[name] = lora.changes, lora.digest, scale

@@ -25,6 +25,7 @@ from stylefast.values import listed, quoted
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -64,7 +65,7 @@ _FREEU = ("s1", "s2", "b1", "b2")
 _TRIAL = 8
 
 
-def check_pipeline(pipeline) -> None:
+def check_pipeline(pipeline: "StableDiffusionXLPipeline") -> None:
     """Raise ModelFormatError or ModelError for settings that change the pipeline's pictures but not the engine's."""
     name = type(pipeline).__name__
     absent = [part for part in PARTS[:7] if getattr(pipeline, part, None) is None]
@@ -78,9 +79,9 @@ def check_pipeline(pipeline) -> None:
         )
     if own:
         raise ModelFormatError(
-            f"the pipeline ({name}) has {listed(own)} of its own instead of "
-            f"{base.__name__}'s, which the engine would not call; to use only its model, give "
-            f"{PIPELINES[0]}.from_pipe(pipe), or {PIPELINES[0]}(**pipe.components)"
+            f"the pipeline ({name}) has {listed(own)} of its own instead of {base.__name__}'s, which the engine would "
+            f"not call; to use only its model, give {PIPELINES[0]}.from_pipe(pipe), or "
+            f"{PIPELINES[0]}(**pipe.components)"
         )
     # in the config, parts are stored as (library, class name)
     parts = [key for key, value in pipeline.config.items() if isinstance(value, (list, tuple))]
@@ -220,8 +221,8 @@ def _check_own(what: str, thing: Any, library: str) -> None:
         raise ModelFormatError(f"{what} is a {type(thing).__name__}, which is not of {library}; give {library}'s own")
     if own:
         raise ModelError(
-            f"{what} ({type(thing).__name__}) has {listed(own)} of its own "
-            f"instead of {base.__name__}'s, which the engine would not call; load it again"
+            f"{what} ({type(thing).__name__}) has {listed(own)} of its own instead of {base.__name__}'s, which the "
+            "engine would not call; load it again"
         )
 
 

@@ -69,7 +69,7 @@ class _Packable:
 class Linear(_Packable, nn.Linear):
     """`nn.Linear` with optional packing, to whose output LoRAs of rows may be added."""
 
-    def forward(self, x, loras: _Loras | None = None):  # [rows, .., in_features]
+    def forward(self, x: torch.Tensor, loras: _Loras | None = None):  # [rows, .., in_features]
         out = self._product(x)
         if loras is not None:
             pool, rows = loras
@@ -111,7 +111,7 @@ class Linear(_Packable, nn.Linear):
 class Conv2d(_Packable, nn.Conv2d):
     """`nn.Conv2d` with optional packing and LoRAs of rows; packed convolutions return channels-last tensors."""
 
-    def forward(self, x, loras: _Loras | None = None):  # [rows, in_channels, h, w]
+    def forward(self, x: torch.Tensor, loras: _Loras | None = None):  # [rows, in_channels, h, w]
         out = self._product(x)
         if loras is not None:
             pool, rows = loras

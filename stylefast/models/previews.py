@@ -1,6 +1,7 @@
 """Fast previews of unfinished pictures by a tiny decoder, or else by a linear map from latents to colours."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from weakref import WeakKeyDictionary
 
@@ -43,7 +44,9 @@ class PreviewDecoder:
         self._tiny, self._colours = tiny, colours
 
     @classmethod
-    def load(cls, source, vae: nn.Module, dtype: torch.dtype, device) -> "PreviewDecoder":
+    def load(
+        cls, source: str | Path | nn.Module | None, vae: nn.Module, dtype: torch.dtype, device: torch.device | str
+    ) -> "PreviewDecoder":
         """Load a preview decoder for the latents of `vae`.
 
         source: an AutoencoderTiny, its folder, file or hub id ("madebyollin/taesdxl"), loaded as `dtype` on `device`

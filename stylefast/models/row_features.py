@@ -1,6 +1,6 @@
 """Features that a style bank records of reference rows while they run."""
 
-import torch
+from torch import Tensor
 
 from stylefast.kernels.adain import stats_operation as token_stats
 
@@ -14,15 +14,15 @@ class RowFeatures:
     """
 
     def __init__(self):
-        self.layers: dict[int, tuple[torch.Tensor, ...]] = {}
-        self.norms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, ...]] = {}
+        self.norms: dict[int, tuple[Tensor, Tensor]] = {}
         self.norm_elements: dict[int, int] = {}
 
-    def keep_attention(self, layer: int, hidden, q, k, v):
+    def keep_attention(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Record the features of one self-attention layer."""
         self.layers[layer] = (hidden, k, v, *token_stats.run([q, k, v]))
 
-    def keep_norm(self, index: int, x, groups: int):
+    def keep_norm(self, index: int, x: Tensor, groups: int) -> None:
         """Record the statistics of group norm `index`, with biased variances as in the norm."""
         # double precision matches the norm's own sums, so that bank readers get the same result as live references
         flat = x.double().reshape(len(x), groups, -1)

@@ -1,6 +1,6 @@
 """The row table: all per-row differences within a UNet batch, as tensors; and each layer's inputs, sliced from it.
 
-A row is (request, image, guidance branch). Styles are nothing but columns of this table, so requests with different
+A row is (sample, guidance branch). Styles are nothing but columns of this table, so requests with different
 styles share one UNet call, strengths change without a recompile, and styles compose.
 
 **Pages.** A page is a set of reference keys and values. Page `p < rows` is row `p` of the same batch (a live

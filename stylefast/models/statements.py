@@ -7,6 +7,7 @@ docs/models.md shows these tables; tests compare both with the signatures of dif
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 VP_SCHEDULERS = (
     "EulerDiscreteScheduler",
@@ -57,7 +58,7 @@ class Rule:
         shown = dict.fromkeys(f"`{_json(value)}`" for value in self.allowed)
         return f"{', '.join(shown)} done, others refused"
 
-    def takes(self, value) -> bool:
+    def takes(self, value: Any) -> bool:
         """Return whether a value (as in JSON) is accepted."""
         if self.kind is not None:
             return KINDS[self.kind](value)

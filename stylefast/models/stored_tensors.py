@@ -158,7 +158,9 @@ class StoredTensors(Mapping[str, Tensor]):
         )
 
 
-def load_weights(path: str | Path, *, dtype: torch.dtype, device, prefix: str = "") -> dict[str, Tensor]:
+def load_weights(
+    path: str | Path, *, dtype: torch.dtype, device: torch.device | str, prefix: str = ""
+) -> dict[str, Tensor]:
     """Load all tensors whose name starts with `prefix`, floating ones in `dtype`; names are unchanged.
 
     Scales of float8 weights are applied. Raises ModelNotFound, and ModelFormatError for a damaged file or an

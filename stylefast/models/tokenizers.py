@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from stylefast import values
 from stylefast.errors import ModelFormatError, ModelNotFound
@@ -14,7 +15,7 @@ from stylefast.models.weight_files import offline
 _TOKENIZER_SOURCES = ("stabilityai/stable-diffusion-xl-base-1.0", "openai/clip-vit-large-patch14")
 
 
-def given_folder(given) -> Path:
+def given_folder(given: Any) -> Path:
     """Return the folder that a caller gives for tokenizers or configs. Raises ModelNotFound if it doesn't exist."""
     folder = values.path("the folder of tokenizers or configs", given)
     if not os.path.isdir(folder):
@@ -39,7 +40,7 @@ def tokenizers_in(folder: Path) -> tuple:
     return _tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2")
 
 
-def find_tokenizers(path: Path, given, config: Path | None, hub: HubOptions) -> tuple:
+def find_tokenizers(path: Path, given: str | Path | None, config: Path | None, hub: HubOptions) -> tuple:
     """Load tokenizers for a single file, which has none, from the first place that has them.
 
     The places are `given` (alone, if not None), `config`, the file's folder, the cache, the hub. Raises ModelNotFound

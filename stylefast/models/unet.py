@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from stylefast.errors import ModelFormatError
 from stylefast.kernels.adain import affine_operation as adain_affine
@@ -88,7 +88,7 @@ class GroupNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.index: int = -1  # index among the UNet's group norms, set by UNet
 
-    def forward(self, x, inputs: NormInputs, silu: bool = True):  # [rows, channels, h, w]
+    def forward(self, x: Tensor, inputs: NormInputs, silu: bool = True):  # [rows, channels, h, w]
         if inputs.keep is not None:
             inputs.keep(x, self.groups)
         elements = x[0].numel() // self.groups if inputs.pool_elements is None else inputs.pool_elements
@@ -105,11 +105,11 @@ class SelfAttention(nn.Module):
         self.to_v = Linear(channels, channels, bias=False)
         self.to_out = list_of([Linear(channels, channels)])
 
-    def key_values(self, hidden, loras: LoraProducts | None = None) -> KeyValue:  # [pages, tokens, channels], normed
+    def key_values(self, hidden: Tensor, loras: LoraProducts | None = None) -> KeyValue:  # [pages, tokens, channels]
         """Project hidden states, such as those stored in a bank, to keys and values."""
         return _key_values(self, hidden, loras)
 
-    def forward(self, x, inputs: SelfInputs, loras: _Loras = None):  # [rows, tokens, channels]
+    def forward(self, x: Tensor, inputs: SelfInputs, loras: _Loras = None):  # [rows, tokens, channels]
         qkv = [self.to_q(x), self.to_k(x), self.to_v(x)]
         if loras is not None:
             row_lora.run(x, *loras[0].pool, *loras[0].rows, 1, 0, qkv)
@@ -123,7 +123,7 @@ class SelfAttention(nn.Module):
     def _adain(self, q, k, v, inputs: SelfInputs) -> Affine:
         """Return gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
         table = (inputs.adain_page, inputs.adain_strength, *inputs.pool_stats)
-        # no check for finite statistics: overflowing pictures are reported by the loop and must not stop the others
+        # no check for finite statistics: the runner reports pictures that overflow, and they must not stop the others
         return Affine(*adain_affine.run(*token_stats.run([q, k, v]), *table, False))
 
 
@@ -136,10 +136,10 @@ class CrossAttention(nn.Module):
         self.to_v = Linear(cross_dim, channels, bias=False)
         self.to_out = list_of([Linear(channels, channels)])
 
-    def key_values(self, states, loras: LoraProducts | None = None) -> KeyValue:  # [pages, tokens, cross_dim]
+    def key_values(self, states: Tensor, loras: LoraProducts | None = None) -> KeyValue:  # [pages, tokens, cross_dim]
         return _key_values(self, states, loras)
 
-    def forward(self, x, inputs: CrossInputs, loras: _Loras = None):  # [rows, tokens, channels]
+    def forward(self, x: Tensor, inputs: CrossInputs, loras: _Loras = None):  # [rows, tokens, channels]
         q = _split(self.to_q(x, loras and loras[0]), self.heads)
         out = gated_cross_attention.run(q, *inputs)
         return self.to_out[0](out.flatten(2), loras and loras[1])
@@ -150,7 +150,7 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = Linear(channels, 2 * inner)
 
-    def forward(self, x, lora: LoraInputs | None = None):
+    def forward(self, x: Tensor, lora: LoraInputs | None = None):
         return geglu.run(self.proj(x, lora))
 
 
@@ -164,7 +164,7 @@ class FeedForward(nn.Module):
         """Return the two products."""
         return cast(GEGLU, self.net[0]).proj, cast(Linear, self.net[2])
 
-    def forward(self, x, loras: _Loras = None):
+    def forward(self, x: Tensor, loras: _Loras = None):
         return self.net[2](self.net[0](x, loras and loras[0]), loras and loras[1])
 
 
@@ -191,7 +191,7 @@ class TransformerBlock(nn.Module):
             )
         return condition.self_attention(self.place[0]), condition.cross_attention(*self.place), loras
 
-    def forward(self, x, own: SelfInputs, cross: CrossInputs, loras: BlockLoras | None = None):
+    def forward(self, x: Tensor, own: SelfInputs, cross: CrossInputs, loras: BlockLoras | None = None):
         # x [rows, tokens, channels]
         of_self, of_cross, of_ff = loras or (None, None, None)
         hidden = layer_norm.run(x, *_affine(self.norm1))
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         self.transformer_blocks = list_of(TransformerBlock(block, layout, cross_dim) for block in blocks)
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x, condition: LayerInputs):  # [rows, channels, h, w]
+    def forward(self, x: Tensor, condition: LayerInputs):  # [rows, channels, h, w]
         height, width = x.shape[2:]
         hidden = self.norm(x, condition.norm(self.norm.index), silu=False).flatten(2).transpose(1, 2)
         hidden = self.proj_in(hidden, condition.lora(self.proj_in))
@@ -231,7 +231,7 @@ class Resnet(nn.Module):
         self.conv2 = Conv2d(channels_out, channels_out, 3, padding=1)
         self.conv_shortcut = Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
-    def inputs(self, condition: LayerInputs) -> tuple[torch.Tensor, NormInputs, NormInputs, ResnetLoras | None]:
+    def inputs(self, condition: LayerInputs) -> tuple[Tensor, NormInputs, NormInputs, ResnetLoras | None]:
         """Return the inputs of `forward` besides the feature map."""
         found, loras = condition.loras, None
         if found is not None:
@@ -239,7 +239,7 @@ class Resnet(nn.Module):
             loras = ResnetLoras(found.of(self.conv1), found.of(self.time_emb_proj), found.of(self.conv2), shortcut)
         return condition.time, condition.norm(self.norm1.index), condition.norm(self.norm2.index), loras
 
-    def forward(self, x, time, first: NormInputs, second: NormInputs, loras: ResnetLoras | None = None):
+    def forward(self, x: Tensor, time: Tensor, first: NormInputs, second: NormInputs, loras: ResnetLoras | None = None):
         # x [rows, channels, h, w]
         in_first, in_time, in_second, in_shortcut = loras or (None, None, None, None)
         hidden = self.conv1(self.norm1(x, first), in_first) + self.time_emb_proj(time, in_time)[:, :, None, None]
@@ -254,7 +254,7 @@ class Resampler(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=stride, padding=1)
 
-    def forward(self, x, size: tuple[int, int] | None = None, lora: LoraInputs | None = None):
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None, lora: LoraInputs | None = None):
         return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"), lora)
 
 
@@ -275,7 +275,7 @@ class Block(nn.Module):
         transformers = list(self.attentions) if self.attends else []
         return [(resnet, transformers[i] if i < len(transformers) else None) for i, resnet in enumerate(self.resnets)]
 
-    def resample(self, x, condition: LayerInputs, size: Sequence[int] | None = None):
+    def resample(self, x: Tensor, condition: LayerInputs, size: Sequence[int] | None = None):
         resampler = getattr(self, self.kind)[0]
         return resampler(x, size, condition.lora(resampler.conv))
 
@@ -285,7 +285,7 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.linear_1, self.linear_2 = Linear(channels_in, channels), Linear(channels, channels)
 
-    def forward(self, x, loras: StepLoras | None = None):
+    def forward(self, x: Tensor, loras: StepLoras | None = None):
         first, second = (None, None) if loras is None else (loras.of(self.linear_1), loras.of(self.linear_2))
         return self.linear_2(F.silu(self.linear_1(x, first)), second)
 
@@ -345,7 +345,7 @@ class UNet(nn.Module):
         self.loras = LoraLayout(self)
 
     @classmethod
-    def from_state(cls, config: dict, state: dict[str, torch.Tensor]) -> "UNet":
+    def from_state(cls, config: dict, state: dict[str, Tensor]) -> "UNet":
         """Build from diffusers' config and state dict; the parameters are the state's own tensors, not copies.
 
         Raises `ModelFormatError` if keys or shapes don't fit the config.
@@ -367,9 +367,7 @@ class UNet(nn.Module):
     def device(self) -> torch.device:
         return self.conv_in.weight.device
 
-    def embed(
-        self, timesteps: torch.Tensor, pooled: torch.Tensor, time_ids: torch.Tensor, loras: StepLoras | None = None
-    ) -> torch.Tensor:
+    def embed(self, timesteps: Tensor, pooled: Tensor, time_ids: Tensor, loras: StepLoras | None = None) -> Tensor:
         """Embed timesteps [rows], pooled text [rows, d] and time ids [rows, 6] as [rows, time channels]."""
         flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
         time = _sinusoids(timesteps, self.config["block_out_channels"][0], flip, shift)
@@ -377,7 +375,7 @@ class UNet(nn.Module):
         added = torch.cat([pooled.to(self.dtype), ids.view(pooled.shape[0], -1).to(self.dtype)], dim=-1)
         return self.time_embedding(time.to(self.dtype), loras) + self.add_embedding(added, loras)
 
-    def project_text(self, states: torch.Tensor, loras: LoraProducts | None = None) -> tuple[KeyValue, ...]:
+    def project_text(self, states: Tensor, loras: LoraProducts | None = None) -> tuple[KeyValue, ...]:
         """Project text states [pages, tokens, cross_dim] to keys and values per layer, the same for all steps."""
         return tuple(self.block(layer.name).attn2.key_values(states, loras) for layer in self.layout.layers)
 
@@ -396,18 +394,18 @@ class UNet(nn.Module):
 
     def forward(
         self,
-        latents: torch.Tensor,  # [rows, 4, h, w]
-        time_embedding: torch.Tensor,  # [rows, time channels], from `embed`
+        latents: Tensor,  # [rows, 4, h, w]
+        time_embedding: Tensor,  # [rows, time channels], from `embed`
         text_kv: tuple[KeyValue, ...],  # from `project_text`
         image_kv: ImageKV | None,
         rows: RowTable,
         pages: StylePages | None = None,
-        masks: tuple[torch.Tensor, ...] = (),  # per attention level [masks, tokens]
-        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,  # a ControlNet's: skips, middle
+        masks: tuple[Tensor, ...] = (),  # per attention level [masks, tokens]
+        residuals: tuple[list[Tensor], Tensor] | None = None,  # a ControlNet's: skips, middle
         features: RowFeatures | None = None,  # records the rows' features as references
         loras: StepLoras | None = None,  # of the rows; those that `embed` was given
-        text_lengths: torch.Tensor | None = None,  # [text pages] int64: tokens in use; None: all
-    ) -> torch.Tensor:
+        text_lengths: Tensor | None = None,  # [text pages] int64: tokens in use; None: all
+    ) -> Tensor:
         """Evaluate the model once. Returns its output [rows, 4, h, w]."""
         time = F.silu(time_embedding)
         condition = LayerInputs.of(time, rows, text_kv, image_kv, pages, masks, features, loras, text_lengths)
@@ -444,23 +442,23 @@ class UNet(nn.Module):
         return self.conv_out(x, condition.lora(self.conv_out))
 
 
-def _affine(norm: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     return norm.weight, norm.bias, norm.eps
 
 
-def _key_values(attention: "SelfAttention | CrossAttention", states, loras: LoraProducts | None) -> KeyValue:
+def _key_values(attention: "SelfAttention | CrossAttention", states: Tensor, loras: LoraProducts | None) -> KeyValue:
     k, v = attention.to_k(states), attention.to_v(states)
     if loras is not None:
         k, v = loras.added(k, states, attention.to_k), loras.added(v, states, attention.to_v)
     return _split(k, attention.heads), _split(v, attention.heads)
 
 
-def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
+def _split(x: Tensor, heads: int) -> Tensor:
     """Split [rows, tokens, channels] into [rows, tokens, heads, d]."""
     return x.unflatten(-1, (heads, -1))
 
 
-def _sinusoids(values: torch.Tensor, channels: int, flip_sin_to_cos: bool, shift: float) -> torch.Tensor:
+def _sinusoids(values: Tensor, channels: int, flip_sin_to_cos: bool, shift: float) -> Tensor:
     """Return the sinusoidal embedding of values [n]: [n, channels], fp32."""
     half = channels // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=values.device).float() / (half - shift))

@@ -6,7 +6,7 @@ AutoencoderKL and AutoencoderTiny are diffusers'. The stock SDXL VAE overflows i
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from weakref import WeakSet
 
@@ -35,7 +35,13 @@ _overflowed: WeakSet[nn.Module] = WeakSet()
 
 
 def load_vae(
-    source, *, dtype: torch.dtype, device, variant="auto", hub: HubOptions = AS_USUAL, config=None
+    source: str | Path | nn.Module,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    variant: str | None = "auto",
+    hub: HubOptions = AS_USUAL,
+    config: Mapping | None = None,
 ) -> nn.Module:
     """Load a VAE: a folder (or one with `vae/` in it), a `.safetensors` file in either layout, or a hub id.
 
@@ -67,7 +73,9 @@ def load_vae(
     return vae_from_folder(folder, dtype=dtype, device=device, variant=variant)
 
 
-def vae_from_folder(folder: Path, *, dtype: torch.dtype, device, variant="auto") -> nn.Module:
+def vae_from_folder(
+    folder: Path, *, dtype: torch.dtype, device: torch.device | str, variant: str | None = "auto"
+) -> nn.Module:
     """Load the VAE from the folder of its `config.json`. Raises ModelNotFound, ModelFormatError."""
     config = read_config(folder / "config.json", folder)
     files = present(folder, dtype != torch.float32, variant)
@@ -78,7 +86,7 @@ def vae_from_folder(folder: Path, *, dtype: torch.dtype, device, variant="auto")
     return build_vae(config, state, str(folder))
 
 
-def build_vae(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
+def build_vae(config: Mapping, state: dict[str, torch.Tensor], what: str) -> nn.Module:
     """Build the module of a config (AutoencoderKL unless it names AutoencoderTiny) around the tensors of `state`.
 
     Raises ModelFormatError.
@@ -288,7 +296,7 @@ def infer_vae_config(header: WeightHeader, prefix: str = "") -> dict:
     }
 
 
-def vae_from_original(config, state: dict[str, torch.Tensor], what: str) -> nn.Module:
+def vae_from_original(config: Mapping | None, state: dict[str, torch.Tensor], what: str) -> nn.Module:
     """Build the module from tensors in the original (ldm) layout, with or without the prefix `first_stage_model.`.
 
     Raises ModelFormatError.

@@ -5,7 +5,7 @@ tone, not only at their borders; the overlap turns the step between neighbours i
 therefore decoded whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,14 @@ def decode_bytes(vae: nn.Module, pixels: int, dtype: torch.dtype) -> int:
     return (pixels * alive * max(widths[:2]) + reordered) * item
 
 
-def plan_decode(vae: nn.Module, shape, factor: int, dtype: torch.dtype, tile, budget: int | None) -> DecodePlan:
+def plan_decode(
+    vae: nn.Module,
+    shape: Sequence[int],
+    factor: int,
+    dtype: torch.dtype,
+    tile: int | str | None,
+    budget: int | None,
+) -> DecodePlan:
     """Choose between whole pictures and tiles for latents of `shape` [n, C, h, w].
 
     tile: None (whole), pixels along a side, or "auto": whole up to a total of 2048x2048 pixels that fit into `budget`

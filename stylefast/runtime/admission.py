@@ -196,7 +196,7 @@ class RequestPlanner:
         bank.check_fits(schedule=schedule_digest(schedule))
 
     def inversion(self, sample: Sample) -> Sample:
-        """Return the inversion that the pinned reference `t` needs first; see `pinning.inversion_of`."""
+        """Return the inversion that a pinned reference needs first; see `pinning.inversion_of`."""
         return inversion_of(sample, self._config)
 
     def bake_plan(self, request: Request) -> tuple[Sample, list[Sample]]:

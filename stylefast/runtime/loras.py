@@ -216,7 +216,7 @@ engine.loras.add(file, 'pixel')
         if digest != lora.digest:
             raise AdapterError(
                 f"{lora.path.name} has changed since it was registered as {values.quoted(lora.name)}; remove it and "
-                f"add it again"
+                "add it again"
             )
         with self._lock:
             self._keep(lora, found)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,9 @@ from stylefast.models.unet import UNet
 from stylefast.models.vae_copies import copied_bytes
 from stylefast.models.weight_files import available_memory, total_memory
 from stylefast.runtime.banks.page_pool import PageLayout
+
+if TYPE_CHECKING:
+    from stylefast.engine import Engine
 
 # peak of live feature maps, in units of one map at the finest level; measured with SDXL's layout at 128x128 latents,
 # fp32 on a CPU: resident memory rose by 27
@@ -199,7 +202,7 @@ def resident_bytes() -> int:
         return 0
 
 
-def memory_report(engine) -> dict[str, Any]:
+def memory_report(engine: "Engine") -> dict[str, Any]:
     """Return the bytes held, by purpose.
 
     "model": UNet, text encoders, VAE (including packed weights and copies in other types), adapters. "banks": the pages
@@ -240,7 +243,7 @@ def memory_report(engine) -> dict[str, Any]:
     return report
 
 
-def held_bytes(engine) -> int:
+def held_bytes(engine: "Engine") -> int:
     """Return the bytes that the engine keeps between steps; the model's part may be `_SECONDS` old."""
     runner, now = engine.runner, time.monotonic()
     counted, model = _counted.get(engine, (-_SECONDS, 0))
@@ -257,7 +260,7 @@ def held_bytes(engine) -> int:
     )
 
 
-def check_limit(engine) -> None:
+def check_limit(engine: "Engine") -> None:
     """Raise OutOfMemory if the model alone exceeds the limit; on a GPU, apply the limit to PyTorch as well."""
     held, limit, device = held_bytes(engine), engine.budget.limit, engine.unet.device
     if held > limit:

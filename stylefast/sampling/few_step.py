@@ -41,8 +41,7 @@ class FewStepPreset:
         if steps not in self.steps:
             raise InvalidRequest(
                 f"models of this kind need {', '.join(map(str, self.steps))} steps, not {values.quoted(steps)}; use "
-                f"one of these "
-                f"counts, or name the sampler itself, {values.quoted(self.scheduler)}"
+                f"one of these counts, or name the sampler itself, {values.quoted(self.scheduler)}"
             )
         return make_schedule(
             self.scheduler,
@@ -87,9 +86,8 @@ def guidance_warning(scheduler: str, guidance: float) -> str | None:
     more = f", or at most {preset.most_guidance:g}" if preset.most_guidance > preset.guidance else ""
     return (
         f"scheduler {values.quoted(scheduler)} is for models distilled to guidance {preset.guidance:g}; guidance "
-        f"{guidance:g} "
-        f"doubles the work of each step and burns the colours, unless the model is an edition made for it: use "
-        f"{preset.guidance:g}{more}"
+        f"{guidance:g} doubles the work of each step and burns the colours, unless the model is an edition made for "
+        f"it: use {preset.guidance:g}{more}"
     )
 
 

@@ -174,8 +174,7 @@ def make_schedule(
     if base in _OWN_SPACING and spacing not in (None, *_OWN_SPACING[base]):
         raise InvalidRequest(
             f"{base} chooses its own timesteps, so spacing={values.quoted(spacing)} would have no effect; leave it "
-            f"out, or give "
-            "the timesteps"
+            "out, or give the timesteps"
         )
 
     if base not in _REMEMBERING:
@@ -321,9 +320,8 @@ def _check_edm_arguments(base: str, spacing: str | None, timesteps: Sequence[int
     for name, value in (("spacing", spacing), ("timesteps", timesteps)):
         if value is not None:
             raise InvalidRequest(
-                f"{name}={values.quoted(value)} refers to training timesteps, which a model of "
-                f"{config['_class_name']} does not "
-                "have; leave it out"
+                f"{name}={values.quoted(value)} refers to training timesteps, which a model of {config['_class_name']} "
+                "does not have; leave it out"
             )
 
 

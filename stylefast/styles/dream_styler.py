@@ -119,23 +119,21 @@ class DreamStyler(Style):
             except StyleError:
                 raise StyleError(
                     f"stage {values.quoted(stage)} can't be replaced: the style {values.quoted(self.name)} has the "
-                    f"stages 0 (last "
-                    f"steps) to {self.stage_count - 1} (first steps), given as integers"
+                    f"stages 0 (last steps) to {self.stage_count - 1} (first steps), given as integers"
                 ) from None
             other = style.learned if isinstance(style, DreamStyler) else _load(style)[0]
             other.check_widths(self.learned.widths)
             if other.stages not in (1, self.stage_count):
                 raise StyleError(
                     f"the style {values.quoted(other.name)} has {other.stages} stages and can't provide stage {stage} "
-                    f"for "
-                    f"{values.quoted(self.name)} with {self.stage_count}; mix styles with the same number of stages, "
-                    f"or with one"
+                    f"for {values.quoted(self.name)} with {self.stage_count}; mix styles with the same number of "
+                    "stages, or with one"
                 )
             if other.pooled_policy != self.learned.pooled_policy:
                 raise StyleError(
                     f"the style {values.quoted(other.name)} pools at {values.quoted(other.pooled_policy)}, "
-                    f"{values.quoted(self.name)} at "
-                    f"{values.quoted(self.learned.pooled_policy)}; load one of them with the other's pooled_policy"
+                    f"{values.quoted(self.name)} at {values.quoted(self.learned.pooled_policy)}; load one of them with "
+                    "the other's pooled_policy"
                 )
             mixed[stage] = other
         return mixed

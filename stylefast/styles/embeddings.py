@@ -65,8 +65,7 @@ class StageEmbedding:
         if self.clip_l.shape[:2] != self.clip_g.shape[:2]:
             raise StyleError(
                 f"the style {values.quoted(self.name)} has {tuple(self.clip_l.shape[:2])} stages and vectors for "
-                f"encoder 1, but "
-                f"{tuple(self.clip_g.shape[:2])} for encoder 2; both must agree"
+                f"encoder 1, but {tuple(self.clip_g.shape[:2])} for encoder 2; both must agree"
             )
         values.one_of(
             f"pooled policy of the style {values.quoted(self.name)}",
@@ -109,9 +108,8 @@ class StageEmbedding:
         if self.widths != tuple(widths):
             raise StyleError(
                 f"the vectors of the style {values.quoted(self.name)} are {self.widths[0]} and {self.widths[1]} wide, "
-                f"but the "
-                f"text encoders of this model need {widths[0]} and {widths[1]}; use an embedding trained for this "
-                "model"
+                f"but the text encoders of this model need {widths[0]} and {widths[1]}; use an embedding trained for "
+                "this model"
             )
 
 
@@ -171,7 +169,7 @@ def _check_own_format(file: StyleFile) -> None:
     if found["format"] != FORMAT:
         raise StyleError(
             f"{file.path} has the format {values.quoted(found['format'])}, not {values.quoted(FORMAT)}; update "
-            f"stylefast to read it"
+            "stylefast to read it"
         )
     expected = {
         "T": str(file.clip_l.shape[0]),
@@ -183,8 +181,7 @@ def _check_own_format(file: StyleFile) -> None:
         if found.get(key) != value:
             raise StyleError(
                 f"{file.path} has {key}={values.quoted(found.get(key))}, but its tensors and this version need "
-                f"{values.quoted(value)}; the "
-                "file is damaged or edited: export it again"
+                f"{values.quoted(value)}; the file is damaged or edited: export it again"
             )
 
 

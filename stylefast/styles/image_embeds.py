@@ -6,6 +6,7 @@ first, or [1, pictures, width] without guidance; plus adapters add an axis of pa
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from stylefast.models.tensor_files import is_pickle, load_pickle, open_safetenso
 MAX_VALUES = 2**26  # per file or tensor: patch features of some hundred pictures
 
 
-def read_image_embeds(source) -> tuple[Tensor, str | None]:
+def read_image_embeds(source: Any) -> tuple[Tensor, str | None]:
     """Return embeddings as one float32 CPU tensor, and the path of their file or None.
 
     `source`: a tensor, a list with one (diffusers has one tensor per adapter), or a safetensors or pickle file that

@@ -426,8 +426,7 @@ def _from_substrings(substrings: Sequence[str], layout: AttentionLayout) -> list
         if any(hits) and not all(hits):
             raise StyleError(
                 f"blocks={values.quoted(list(substrings))} names {sum(hits)} of the {len(hits)} layers of {module}; "
-                f"strengths are per "
-                "module, so name the module"
+                "strengths are per module, so name the module"
             )
     weights = [float(all(names[module])) for module in layout.modules]
     if not any(weights):

@@ -154,7 +154,13 @@ class Texts:
 
     @classmethod
     def of(
-        cls, request: Any, prompt: str, timesteps: torch.Tensor, train_timesteps: int, branches, say=True
+        cls,
+        request: Any,
+        prompt: str,
+        timesteps: torch.Tensor,
+        train_timesteps: int,
+        branches: Sequence[str],
+        say: bool = True,
     ) -> "Texts":
         """Return the texts of a request's picture, or of its reference with a `prompt` of its own."""
         second = request.prompt_2, request.negative_prompt_2
@@ -189,8 +195,8 @@ class Texts:
             if lost:
                 raise StyleError(
                     f"the style {kind.__name__} wrote prompts of the branch {values.quoted(branch)} without the "
-                    f"request's syntax or "
-                    "its text for encoder 2; change them with dataclasses.replace(prompt, text=..., text_2=...)"
+                    "request's syntax or its text for encoder 2; change them with dataclasses.replace(prompt, "
+                    "text=..., text_2=...)"
                 )
         if unknown := {*self.per_step} - {*self.branches}:
             raise StyleError(
@@ -417,9 +423,8 @@ def check_kind(kind: type[Style]) -> None:
     taken = {"kind", "type"} & {f.name for f in fields(kind)}
     if taken:
         raise StyleError(
-            f"the style {kind.__name__} has a field {values.quoted(min(taken))}, which records use for the class "
-            f"name; rename "
-            "the field"
+            f"the style {kind.__name__} has a field {values.quoted(min(taken))}, which records use for the class name; "
+            "rename the field"
         )
 
 

@@ -176,9 +176,8 @@ class LoraTraining:
         self._layers = {"unet": unet_layers(self._unet, settings.layers, settings.blocks)}
         if not self._layers["unet"]:
             raise InvalidRequest(
-                f"blocks is {values.quoted(list(settings.blocks))}, which no layer of "
-                f"{values.quoted(settings.layers)} has in its "
-                "name; an example is 'up_blocks.0.attentions.1'"
+                f"blocks is {values.quoted(list(settings.blocks))}, which no layer of {values.quoted(settings.layers)} "
+                "has in its name; an example is 'up_blocks.0.attentions.1'"
             )
         if settings.text_encoders:
             for part, encoder in zip(("text_encoder", "text_encoder_2"), engine.text_encoder.encoders):

@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton_python_backend_utils as pb_utils
@@ -100,7 +101,7 @@ class Client:
     so a lock separates the two.
     """
 
-    def __init__(self, sender):
+    def __init__(self, sender: Any):
         self._sender, self._lock, self._answered = sender, threading.Lock(), False
 
     def gone(self) -> bool:
@@ -108,7 +109,7 @@ class Client:
         with self._lock:
             return not self._answered and self._sender.is_cancelled()
 
-    def send(self, response, last: bool = False) -> None:
+    def send(self, response: Any, last: bool = False) -> None:
         """Send an answer; ignored after the last one."""
         with self._lock:
             if self._answered:

@@ -258,7 +258,7 @@ def _weights_inside(entry: Any) -> bool:
     if not isinstance(found, bool):
         raise ModelFormatError(
             f"the manifest's entry on the weights in {entry.label} is {values.quoted(found)}; it must be true or "
-            f"false; export again"
+            "false; export again"
         )
     return found
 
@@ -278,8 +278,7 @@ def _ranges(label: str, fixed: Mapping[str, int], profiles: Any) -> dict[str, tu
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelFormatError(
             f"the manifest's profiles of {label} are {values.quoted(profiles)}; each must be an object of dimensions "
-            f"with three "
-            "whole numbers: minimum, usual, maximum; export again"
+            "with three whole numbers: minimum, usual, maximum; export again"
         ) from error
     return found
 

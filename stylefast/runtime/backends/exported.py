@@ -108,7 +108,7 @@ class ExportedBackend(Backend):
         """Return the flavours whose sessions are open."""
         return tuple(graph.shape.flavour for graph in self._graphs if graph.opened)
 
-    def attach(self, engine) -> None:
+    def attach(self, engine: Any) -> None:
         """Install the other components' graphs in an engine. Raises EngineMismatch if made from another VAE."""
         self._components.install(engine)
 
@@ -135,9 +135,8 @@ class ExportedBackend(Backend):
         if buffers.text_lengths is not None and graph.shape.text_chunks == 1:
             raise EngineMismatch(
                 f"a text of this step is shorter than others, but graphs of backend {quoted(self.name)} read equally "
-                f"many "
-                "tokens of each; export the model with --max-text-chunks, or use backend='torch' for texts of unequal "
-                "length"
+                "many tokens of each; export the model with --max-text-chunks, or use backend='torch' for texts of "
+                "unequal length"
             )
         prepared = self._prepare(graph, columns, buffers.loras, state.shape)
         inputs = prepared.fill(columns, seen, buffers.loras)

@@ -252,7 +252,7 @@ class ExportedParts:
             }
         )
 
-    def install(self, engine) -> tuple[str, ...]:
+    def install(self, engine: Any) -> tuple[str, ...]:
         """Install the graphs in an engine's text encoder, text projection and decoder; return their names.
 
         Adapters are handled by `adapter`. Raises EngineMismatch for a VAE or tokenizer that the graphs were not made

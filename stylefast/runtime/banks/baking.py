@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from stylefast.models.row_features import RowFeatures
 from stylefast.runtime.admission import RequestPlanner
 from stylefast.runtime.jobs import Job
 from stylefast.runtime.loras import described, named
-from stylefast.runtime.plan.request import Request
+from stylefast.runtime.plan.request import Request, StyleLike
 from stylefast.runtime.plan.sample import SampleGroup, shared_styles
 from stylefast.runtime.runner import Runner
 from stylefast.runtime.scheduler import Scheduler
@@ -200,7 +201,7 @@ def _check(style: ReferenceStyle, store: str, dtype: str, model_dtype: torch.dty
     return str(model_dtype).removeprefix("torch.") if dtype == "auto" else DTYPES.get(dtype, dtype)
 
 
-def bake_request(styles, options: dict) -> Request:
+def bake_request(styles: StyleLike, options: dict[str, Any]) -> Request:
     """Return a request that represents all readers of a bank. Raises InvalidRequest for settings out of range."""
     request = Request("a reference", style=styles, **options)
     if request.guidance_interval != (0.0, 1.0):

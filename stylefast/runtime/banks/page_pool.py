@@ -9,8 +9,8 @@ tokens, heads, d]`, whose token stride equals that of the batch's own keys, as t
 host memory a page is one block with all parts in a row, so that it is copied to the device in as many copies as there
 are parts.
 
-The pool only keeps records; callers that claim a page copy its bytes. `PagePool` checks arguments and says what is
-wrong; the books are kept in C++, or by `PageBooksRef` where the extension is not built.
+The pool only keeps track of pages; callers that claim a page copy its bytes. `PagePool` checks arguments and raises the
+errors; the bookkeeping is in C++, or in `PageBooksRef` if the extension is not built.
 """
 
 import math

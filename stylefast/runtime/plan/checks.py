@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
+from typing import Any
 
 from stylefast import values
 from stylefast.errors import InvalidRequest
@@ -22,7 +23,7 @@ def check_deadline(seconds: float | None) -> float | None:
     return None if seconds is None else values.real_number("deadline", seconds, above=0, also=(math.inf,))
 
 
-def prompts_of(given) -> list:
+def prompts_of(given: Any) -> list:
     """Return a call's prompts, one text or `Request` or an iterable of them, as a list. Raises InvalidRequest."""
     if isinstance(given, (str, Request)):
         return [given]
@@ -42,7 +43,7 @@ def _is_scalar(given) -> bool:
     return getattr(given, "ndim", 1) == 0
 
 
-def as_list(value) -> list:
+def as_list(value: Any) -> list:
     """Return None, one value or several as a list."""
     several = values.entries(value)
     return several if several is not None else [] if value is None else [value]

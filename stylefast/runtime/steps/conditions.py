@@ -220,7 +220,7 @@ class KeyValuePages:
     def _resize(self, pages: int, tokens: int) -> None:
         if self.by_level and (pages > len(self) or tokens > self.tokens):
             self.check_room(self._nbytes(pages, tokens))
-        before, kept, packed = len(self), min(tokens, self.tokens), []
+        before, kept, levels = len(self), min(tokens, self.tokens), []
         layers: dict[int, KeyValue] = {}
         for level in range(self._layout.levels):
             members = self._layout.at_level(level)
@@ -229,7 +229,7 @@ class KeyValuePages:
             buffer = torch.zeros(shape, device=self._device, dtype=self._dtype)
             if before:
                 buffer[:, :, :before, :kept] = self.by_level[level][:, :, :, :kept]
-            packed.append(buffer)
+            levels.append(buffer)
             for place, i in enumerate(members):
                 layers[i] = (buffer[place, 0], buffer[place, 1])
         lengths = self.lengths.new_ones(pages)
@@ -238,7 +238,7 @@ class KeyValuePages:
         # free pages, whose lengths operations read too, may have been longer
         host[:before] = np.minimum(self._lengths, tokens)
         lengths[:before], extra[:before] = self.lengths.clamp(max=tokens), self.extra
-        self.by_level, self.tokens = tuple(packed), tokens
+        self.by_level, self.tokens = tuple(levels), tokens
         self.layers = tuple(layers[i] for i in range(len(layers)))
         self.lengths, self._lengths, self.extra = lengths, host, extra
         self._slots.grow(pages)
