@@ -14,7 +14,6 @@ import torch
 import stylefast as sf
 from stylefast import values
 from stylefast.errors import StyleError
-from stylefast.models.text import Prompt
 from stylefast.sampling.guidance import NULL
 from stylefast.styles.style import Style
 from tests.cli.conftest import pixels
@@ -51,7 +50,7 @@ class FadingStyle(Style):
     @staticmethod
     def _with_words(prompt, styles, place):
         words = [style.words for style in styles if place < style.until]
-        return Prompt(", ".join([prompt.text, *words]), prompt.vectors)
+        return replace(prompt, text=", ".join([prompt.text, *words]))
 
     def write_rows(self, rows, row, layout, leads):
         rows.self_shift[row] += math.log(self.fade) if self.fade else -math.inf
@@ -98,9 +97,11 @@ def test_it_is_composed_with_the_three_in_one_call_per_step(engine, in_fp64):
 
 
 def test_its_prompts_are_those_of_requests_that_say_the_same(engine):
-    always = drawn(engine, "a cat", FadingStyle("in neon", until=1.0))
-    assert torch.equal(always[0], drawn(engine, "a cat, in neon", None)[0])
+    neon = FadingStyle("in neon", until=1.0)
+    assert torch.equal(drawn(engine, "a cat", neon)[0], drawn(engine, "a cat, in neon", None)[0])
     assert torch.equal(drawn(engine, "a cat", FadingStyle("in neon", until=0.0))[0], drawn(engine, "a cat", None)[0])
+    more = {"prompt_syntax": "a1111", "prompt_2": "a dog"}
+    assert torch.equal(drawn(engine, "(cat:2)", neon, **more)[0], drawn(engine, "(cat:2), in neon", None, **more)[0])
 
 
 def test_its_words_keep_the_place_and_the_vectors_of_a_learned_style(engine):
