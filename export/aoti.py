@@ -416,7 +416,9 @@ def _check_request(unet: UNet, path: Path, device: torch.device, weights: bool) 
         raise InvalidRequest(f"there is no folder {path.parent}; make it first")
     _check_device(device)
     if weights and unet.device.type == "meta":
-        raise InvalidRequest("the UNet lies on the meta device and has no weights to put in; weights=False leaves them")
+        raise InvalidRequest(
+            "the UNet is on the meta device and has no weights to include; weights=False leaves them out"
+        )
 
 
 def _check_device(device: torch.device) -> None:

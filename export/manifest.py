@@ -411,13 +411,13 @@ def check_trust(folder: str | Path, manifest: Manifest, trust: str | None = None
             return
         raise UntrustedEngine(
             f"the digest given for {folder} is {trust.strip()[:SHOWN_DIGITS]}, its manifest has "
-            f"{manifest.digest[:SHOWN_DIGITS]}; this is another export than the one you vouch for, or it was altered"
+            f"{manifest.digest[:SHOWN_DIGITS]}; this is a different export, or it was altered; check where it came from"
         )
     if manifest.kind not in CODE:
         return
     reason = foreign(folder, (MANIFEST, *(entry.name for entry in manifest.files)))
     if reason is not None:
         raise UntrustedEngine(
-            f"the export's files are code, and {reason}. If you know where it is from, vouch for it with the digest "
-            "that `stylefast export` printed there: --trust DIGEST, or trust= in Python"
+            f"the export's files are code, and {reason}. If you trust their source, pass the digest that "
+            "`stylefast export` printed there: --trust DIGEST, or trust= in Python"
         )

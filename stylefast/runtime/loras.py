@@ -321,7 +321,7 @@ class LoraPool:
         """Bring LoRAs to the device, keep them there until `release`, and return their places.
 
         Factors may be in host memory; with those of `copies` no transfer takes place between two steps. Raises
-        OutOfMemory, holding none, if they don't fit beside those in use.
+        OutOfMemory, holding none, if they don't fit together with those in use.
         """
         if not used:
             return []
@@ -355,7 +355,7 @@ class LoraPool:
             self.forget([lora for lora in loras if not lora.registered])
 
     def forget(self, loras: Sequence[Lora]) -> None:
-        """Drop those of some LoRAs that nobody uses. Their memory is for the next ones; steps may be running."""
+        """Drop those of some LoRAs that are unused. Their memory is for the next ones; steps may be running."""
         numbers = {lora.number for lora in loras}
         with self._lock:
             for page in self._idle() if numbers else ():
@@ -364,7 +364,7 @@ class LoraPool:
 
     @torch.inference_mode()
     def shrink(self) -> bool:
-        """Drop the LoRAs that nobody uses and free their memory; return whether there was any to free."""
+        """Drop unused LoRAs and free their memory; return whether there was any to free."""
         with self._lock:
             before = self.nbytes
             for page in self._idle():
@@ -381,7 +381,7 @@ class LoraPool:
         return range(len(self._layout.kinds))
 
     def _idle(self) -> list[Page]:
-        """Return the LoRAs that nobody uses, least recently used first."""
+        """Return the unused LoRAs, least recently used first."""
         return [page for page in self._books.pages() if page.pins == 0 and page.state == "resident"]
 
     def _drop(self, page: Page) -> None:
@@ -436,7 +436,7 @@ class LoraPool:
     def _fits(self, units: np.ndarray) -> bool:
         """Return whether pools of these sizes fit into `memory` and into what is free.
 
-        With LoRAs that nobody uses they may take no more than they leave.
+        While unused LoRAs are kept, they may take no more than they leave.
         """
         needed, copying = self._bytes(units), self._copying(units)
         beside = max(needed, copying) if self._idle() else copying
@@ -448,7 +448,7 @@ class LoraPool:
         return int(np.max(sizes * self._unit_bytes, where=np.maximum(units, _LEAST) != sizes, initial=0))
 
     def _room(self) -> float:
-        """Return the bytes of the pools and of what is free beside them."""
+        """Return the bytes of the pools and of free memory."""
         free = self.free()
         return math.inf if free is None else free + int(np.dot(self._sizes(), self._unit_bytes))
 
@@ -531,7 +531,7 @@ class LoraPool:
 
 @dataclass(eq=False)
 class _Resident:
-    """A LoRA on the device: where its units lie."""
+    """A LoRA on the device: where its units are."""
 
     lora: Lora
     starts: np.ndarray  # [layers]

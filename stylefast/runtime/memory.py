@@ -106,8 +106,8 @@ class MemoryBudget:
         needed = rows * row_bytes(unet, latent_size)
         if most is not None and needed + texts > most >= needed:
             raise OutOfMemory(
-                f"keys and values of the request's longest prompt need {texts / 2**20:.0f} MiB beside its batch, and "
-                f"the limit is {most / 2**30:.1f} GiB; shorten it"
+                f"keys and values of the request's longest prompt need {texts / 2**20:.0f} MiB in addition to its "
+                f"batch, and the limit is {most / 2**30:.1f} GiB; shorten it"
             )
         if most is not None and needed > most:
             height, width = latent_size

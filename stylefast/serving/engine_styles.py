@@ -5,7 +5,6 @@ What a request needs of a style is in memory or held open, so that a style may b
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from stylefast.errors import StyleError, StyleFastError
 from stylefast.record import from_record
 from stylefast.record_values import ORIGIN, Origin, Sources, pixel_digest
 from stylefast.serving.style_files import MANIFEST, Manifest, StyleFolder
+from stylefast.slots import LruDict
 from stylefast.values import quoted
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class StyleShelf:
 
     def __init__(self, engine: "Engine", folder: str | Path):
         self._engine, self.folder = engine, Path(folder).expanduser().resolve()
-        self._held: OrderedDict[str, Shelved] = OrderedDict()
+        self._held: LruDict[str, Shelved] = LruDict()
         self._lock = threading.Lock()
         self._retired: set[str] = set()
         # by name, as long as somebody reads the style
@@ -80,12 +80,10 @@ class StyleShelf:
 
     def _keep(self, name: str, found: Shelved) -> None:
         with self._lock:
-            before = self._held.get(name)
+            before = self._held.use(name)
             self._held[name] = found
-            self._held.move_to_end(name)
             gone = [] if before is None or before is found else [before]
-            while len(self._held) > MOST_HELD:
-                gone.append(self._held.popitem(last=False)[1])
+            gone += [self._held.pop(oldest) for oldest in self._held.beyond(MOST_HELD)]
             if not gone:
                 return
             # a request may be about to name those of a style that went just now, so they go with the next one
