@@ -125,9 +125,9 @@ class Signer:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How finished pictures are marked.
+    """Marks of finished pictures.
 
-    marked: write IPTC's mark into their XMP. signer: signs them; None: nobody does.
+    marked: write IPTC's mark into their XMP. signer: signs them; None: they are not signed.
     """
 
     marked: bool = True

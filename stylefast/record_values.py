@@ -52,7 +52,7 @@ def vector_digest(embedding: StageEmbedding) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a picture in memory comes from: `entry` stands for it in records. It lies in `picture.info[ORIGIN]`."""
+    """Origin of a picture in memory: `entry` stands for it in records. It is kept in `picture.info[ORIGIN]`."""
 
     entry: Mapping[str, Any]
 

@@ -57,7 +57,7 @@ BAD_BODIES: tuple[tuple[bytes, dict[str, str]], ...] = (
 
 @dataclass
 class Tally:
-    """How requests ended, and what was wrong with them."""
+    """Counts of how requests ended, and what was wrong with them."""
 
     ends: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)

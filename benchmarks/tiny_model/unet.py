@@ -110,7 +110,7 @@ class Batch:
 
 
 class BatchSource:
-    """Draws captioned batches of latents, `[rows, 4, 16, 16 * panels]`."""
+    """Source of captioned batches of latents, `[rows, 4, 16, 16 * panels]`."""
 
     def __init__(self, latents: torch.Tensor, labels: torch.Tensor, seed: int):
         self.latents, self.labels = latents, labels.tolist()

@@ -21,7 +21,7 @@ _LOOK_SECONDS = 0.25  # between two looks at how far a request is, and whether t
 
 
 class ServerError(RuntimeError):
-    """What the server said, or that there is none."""
+    """Message of the server, or that there is none."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

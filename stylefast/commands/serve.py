@@ -66,7 +66,7 @@ def chosen(arguments: argparse.Namespace) -> "tuple[ServeSettings, LoadChoice]":
 
 @dataclass(frozen=True)
 class LoadChoice:
-    """Loads the model of the command line; pickled into the engine's process."""
+    """Loader of the model that the command line names; pickled into the engine's process."""
 
     choice: ModelChoice
 

@@ -45,9 +45,9 @@ News = Progress | Done | Answer | Failed
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a replica says of itself.
+    """Report of a replica on itself.
 
-    pictures: that it may have at once. ongoing: calls that it has. counts: with its steps since the last heartbeat.
+    pictures: how many it takes at once. ongoing: the calls that it has. counts: with its steps since the last report.
     """
 
     replica: str
@@ -184,7 +184,7 @@ class EngineReplica:
 
 
 class Stream(Protocol):
-    """What becomes of a message that was sent to a replica."""
+    """Replies to a message that was sent to a replica."""
 
     def __aiter__(self) -> AsyncIterator[News]:
         """Return the news, to the end of the call."""

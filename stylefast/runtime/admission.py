@@ -37,7 +37,7 @@ Wanted = Callable[[], Any] | list[SampleGroup]
 
 
 class RequestPlanner:
-    """Turns requests into samples of one model.
+    """Planner that turns requests into samples of one model.
 
     scheduler_config: the model's, in diffusers' format. native_size: (width, height) in pixels. fingerprint: returns
     the current model's fingerprint, including LoRAs.

@@ -43,7 +43,7 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a picture is. host: a name in small letters, or an IP address; target: path and query."""
+    """Place of a picture on the web. host: a name in small letters, or an IP address; target: path and query."""
 
     scheme: str
     host: str
@@ -62,7 +62,7 @@ class NotAllowed(Exception):
 
 
 class Failed(Exception):
-    """What an address leads to can't be had, or is no picture that is accepted."""
+    """The picture at an address can't be fetched, or is not of an accepted kind."""
 
 
 def parse(text: str) -> Place:
@@ -121,7 +121,7 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 
 
 class Fetcher:
-    """Gets pictures from the web.
+    """Client that fetches pictures from the web.
 
     hosts: names that are allowed, with `*.` in front for those below them, and a port behind if it is another than 80
     and 443; empty: all. resolving: returns a host's addresses; public: says of each whether it is allowed.

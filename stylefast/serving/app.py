@@ -55,7 +55,7 @@ _PREVIEW_QUALITY = 85
 
 
 class Service:
-    """What the routes share: settings, queue, register, metrics, and threads that encode pictures."""
+    """State that the routes share: settings, queue, register, metrics, and threads that encode pictures."""
 
     def __init__(
         self, settings: ServeSettings, dispatcher: Dispatcher, provenance: Provenance, safety: Safety | None = None

@@ -114,7 +114,7 @@ class EngineProcess:
 
 
 class Engine(Protocol):
-    """What the dispatcher needs of the process with the engine."""
+    """Interface of the engine's process that the dispatcher needs."""
 
     def send(self, message: Message) -> None:
         """Send a message, without waiting."""

@@ -128,7 +128,7 @@ def named_styles(engine: "Engine") -> dict[str, dict[str, Any]]:
 
 
 class _Notices(logging.Handler):
-    """What the engine says of a request goes to its client: it quotes prompts, which the log must not have."""
+    """Handler that passes the engine's warnings to the client: they quote prompts, which must not be in the log."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -155,7 +155,7 @@ class _Notices(logging.Handler):
 
 
 class _Meter:
-    """What the engine does and holds, for metrics."""
+    """Counter of what the engine does and holds, for metrics."""
 
     def __init__(self, engine: "Engine"):
         self._engine = engine

@@ -135,7 +135,7 @@ def with_bank(style: Any, bank: Any) -> Any:
 
 
 class _FolderSources(Sources):
-    """What the styles of a manifest may name: files of their own folder that the manifest lists, and nothing else."""
+    """Files that the styles of a manifest may name: those of their own folder that the manifest lists, no others."""
 
     def __init__(self, name: str, folder: StyleFolder, manifest: Manifest):
         super().__init__(None, folder.path)

@@ -109,7 +109,7 @@ _REFUSED = {
 
 @dataclass
 class Wanted:
-    """What a request asks for, checked as far as that is possible without the engine."""
+    """Content of a request, checked as far as that is possible without the engine."""
 
     call: dict[str, Any]
     uploads: list[Upload]
@@ -129,7 +129,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Served:
-    """What there is to ask for."""
+    """Model, styles and limits that requests are checked against."""
 
     model: str
     styles: Sequence[str]

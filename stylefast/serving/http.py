@@ -19,7 +19,7 @@ CRUMB, MOST_CRUMBS = 256, 16_384
 
 
 class _Connection(h11.Connection):
-    """What is read of a connection, whose bodies may not come in crumbs."""
+    """Reader of a connection that limits how many tiny chunks a body may have."""
 
     _crumbs = 0
 

@@ -11,7 +11,7 @@ from stylefast.serving.media import Pixels
 
 @dataclass(frozen=True)
 class Run:
-    """Make the pictures of a call.
+    """Order to make the pictures of a call.
 
     call: as in a request file (`stylefast.record.from_record`); a picture that was sent along is {"upload": number}.
     previews: how many previews are wanted. seconds: until the deadline; None: there is none. request: its id, for the
@@ -28,14 +28,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Stop a call after its current step."""
+    """Order to stop a call after its current step."""
 
     ticket: str
 
 
 @dataclass(frozen=True)
 class LoadStyle:
-    """Read a registered style, so that it is known to work and stays usable when it is deleted.
+    """Order to read a registered style, so that it is known to work and stays usable when it is deleted.
 
     folder: of a style that is not registered yet; it is then only tried. None: the registered one.
     """
@@ -47,7 +47,7 @@ class LoadStyle:
 
 @dataclass(frozen=True)
 class BakeStyle:
-    """Bake a registered style into the file `path`; settings: as of `Engine.bake`. The answer is what requests need."""
+    """Order to bake a style into the file `path`; settings: as of `Engine.bake`. The answer is what requests need."""
 
     ticket: str
     name: str
@@ -57,7 +57,7 @@ class BakeStyle:
 
 @dataclass(frozen=True)
 class Stop:
-    """End the process once all calls are done."""
+    """Order to end the process once all calls are done."""
 
 
 # from the engine's process
@@ -120,7 +120,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a message that makes no pictures."""
+    """Result of a message that makes no pictures."""
 
     ticket: str
     value: Mapping[str, Any] = field(default_factory=dict)
@@ -137,14 +137,14 @@ class Failed:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many pictures may be with the engine now; 0: none, and requests wait."""
+    """Number of pictures that may be with the engine now; 0: none, and requests wait."""
 
     pictures: int
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the engine does, for metrics.
+    """Report on what the engine does, for metrics.
 
     values: counts since it was loaded, by the names in `metrics.COUNTED`. levels: what it holds now, by those in
     `metrics.LEVELS`. steps: of each call of the UNet since the last report, its seconds and its pictures.

@@ -45,7 +45,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Call:
-    """What a check is told.
+    """Arguments of a check.
 
     requests: as in a request file, one for each picture, with "prompt" and the rest. uploads: files that were sent
     along, for `check_request`. owner: the name of the API key. index: of the picture among the call's, for

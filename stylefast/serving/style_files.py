@@ -77,7 +77,7 @@ def safe_file(name: Any) -> str:
 
 @dataclass(frozen=True)
 class StyleFile:
-    """What a manifest says of a file."""
+    """Entry of a file in a manifest."""
 
     sha256: str
     bytes: int

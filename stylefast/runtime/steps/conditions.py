@@ -595,7 +595,7 @@ class ConditionStore:
 
 
 class _Content(NamedTuple):
-    """What the words of a style's content are encoded with besides the encoder."""
+    """Settings, besides the encoder, with which the words of a style's content are encoded."""
 
     syntax: str
     revision: Any  # of the encoder's weights
