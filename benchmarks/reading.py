@@ -43,7 +43,7 @@ def pages_read(path: Path, blocks: list[torch.Tensor]) -> None:
 
 def weights_mapped(path: Path, _) -> None:
     with safe_open(str(path), framework="pt") as file:
-        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+        tensors = [file.get_tensor(name) for name in list(file.keys())]
     _touch(tensors)
 
 

@@ -103,7 +103,7 @@ class NodeMaker:
 
     def Constant(
         self, value_int: int | None = None, value_ints: Sequence[int] | None = None, value_float: float | None = None
-    ):  # noqa: N802 (ONNX's name)
+    ):
         if value_float is not None:
             return self.constant(torch.tensor(value_float, dtype=torch.float32))
         return self.constant(torch.tensor(value_int if value_ints is None else value_ints, dtype=torch.int64))

@@ -201,7 +201,7 @@ def _compile(made: Any, capability: int, ptx_version: int | None) -> Any:
 
 def _require_triton() -> None:
     try:
-        import triton  # noqa: F401
+        import_module("triton")
     except ImportError as error:
         raise MissingDependency(
             "the attention plugin carries a Triton kernel and triton is not installed; `pip install "

@@ -1,6 +1,7 @@
 """The C++ extension `stylefast._C`, or the reason why it is absent."""
 
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 # increased with every change of the bindings, so that a stale build is refused instead of called
@@ -15,8 +16,7 @@ _WAY_OUT = (
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        import torch  # noqa: F401  # loads torch's libraries, which the extension is linked against
-
+        import_module("torch")  # loads its libraries, which the extension is linked against
         from stylefast import _C
     except ImportError as error:
         return None, f"the C++ extension could not be imported ({error}); {_WAY_OUT}"

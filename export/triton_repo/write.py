@@ -280,7 +280,7 @@ def write_repository(
     *,
     unet: UNet,
     model: str,
-    serving: Serving = Serving(),  # noqa: B008  frozen
+    serving: Serving | None = None,
     shapes: Sequence[Shape] | None = None,
     downscale: int = 8,
     trust: str | None = None,
@@ -296,6 +296,7 @@ def write_repository(
     Raises InvalidRequest, ModelNotFound, ModelFormatError, ExportError, EngineMismatch and UntrustedEngine.
     """
     folder, manifest = Path(export).expanduser(), read_manifest(export)
+    serving = serving or Serving()
     _check(manifest, serving)
     if shapes is None:
         height, width = native_latents(unet)
