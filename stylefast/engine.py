@@ -127,8 +127,7 @@ class Engine:
             options.max_pending,
         )
         self.budget.watch(lambda: held_bytes(self))
-        if self.budget.limit is not None:
-            check_limit(self)
+        check_limit(self)
         if self.runner.backend.name == "torch" and options.pack_weights:
             # half of the remaining limit; the rest is for pictures
             room = None if self.budget.limit is None else (self.budget.limit - held_bytes(self)) // 2

@@ -3,8 +3,6 @@
 Messages name the value, the limit and the remedy.
 """
 
-from collections.abc import Iterable
-
 
 class StyleFastError(Exception):
     """Root of all errors raised by stylefast."""
@@ -48,7 +46,9 @@ class NumericsError(StyleFastError):
     `pictures` holds the numbers of the affected pictures, `loras` names and strengths of the LoRAs that they use.
     """
 
-    def __init__(self, *arguments: object, pictures: Iterable[int] = (), loras: Iterable[str] = ()):
+    def __init__(
+        self, *arguments: object, pictures: list[int] | tuple[int, ...] = (), loras: list[str] | tuple[str, ...] = ()
+    ):
         super().__init__(*arguments)
         self.pictures, self.loras = tuple(pictures), tuple(loras)
 

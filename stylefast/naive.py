@@ -67,7 +67,7 @@ class Sample:
 class Segment:
     """One image prompt of a row: its tokens as keys and values, where it acts, and how strongly."""
 
-    layers: list  # per layer (k, v) [1, tokens, heads, d], or None where the adapter has none
+    layers: tuple  # per layer (k, v) [1, tokens, heads, d], or None where the adapter has none
     mask: tuple[Tensor, ...] | None  # per attention level [tokens]
     strength: Tensor  # [modules]
     style: ImageStyle
@@ -159,7 +159,7 @@ def prepare(engine: "Engine", sample: Sample) -> None:
     sample.loras = LoraProducts(tuple((factors, use.unet) for factors, use in used))
     sample.of_text = [(factors.text, use.text) for factors, use in used]
     for branch in sample.branches:
-        skip = 0 if branch == NULL else sample.request.clip_skip
+        skip = 0 if branch == NULL else sample.request.clip_skip or 0
         states = engine.text_encoder.encode(texts.per_step[branch], texts.pooling[branch], skip, loras=sample.of_text)
         sample.texts[branch] = [(state.hidden, state.pooled) for state in states]
     width, height = sample.size

@@ -296,7 +296,7 @@ def infer_vae_config(header: WeightHeader, prefix: str = "") -> dict:
     }
 
 
-def vae_from_original(config: Mapping | None, state: dict[str, torch.Tensor], what: str) -> nn.Module:
+def vae_from_original(config: Mapping, state: dict[str, torch.Tensor], what: str) -> nn.Module:
     """Build the module from tensors in the original (ldm) layout, with or without the prefix `first_stage_model.`.
 
     Raises ModelFormatError.

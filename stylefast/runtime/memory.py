@@ -261,8 +261,11 @@ def held_bytes(engine: "Engine") -> int:
 
 
 def check_limit(engine: "Engine") -> None:
-    """Raise OutOfMemory if the model alone exceeds the limit; on a GPU, apply the limit to PyTorch as well."""
-    held, limit, device = held_bytes(engine), engine.budget.limit, engine.unet.device
+    """Raise OutOfMemory if the model alone exceeds the limit, if any; on a GPU, apply it to PyTorch as well."""
+    limit, device = engine.budget.limit, engine.unet.device
+    if limit is None:
+        return
+    held = held_bytes(engine)
     if held > limit:
         raise OutOfMemory(
             f"the model takes {held / 2**30:.2f} GiB, but memory_limit is {limit / 2**30:.2f} GiB; raise the limit, "

@@ -19,8 +19,9 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from stylefast import values
 from stylefast.errors import StyleError
@@ -192,7 +193,7 @@ def _text(name: str, given: Any) -> str:
     return values.text(name, given, longest=MOST_TEXT, error=StyleError)
 
 
-def file_digest(stream: BinaryIO) -> str:
+def file_digest(stream: BufferedReader) -> str:
     """Return 64 hex digits of the rest of a file."""
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -225,7 +226,7 @@ class StyleFolder:
         os.close(self._descriptor)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[BinaryIO]:
+    def open(self, name: str) -> Iterator[BufferedReader]:
         """Open a file of the folder for reading. Raises StyleError if there is none, or it is a link or a pipe."""
         name = name if name == MANIFEST else safe_file(name)
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
