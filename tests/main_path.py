@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import defaultdict
 from pathlib import Path
 from types import CodeType, FrameType
@@ -136,6 +137,8 @@ def watched(form: str) -> Watch:
         request = sf.Request(
             "a fish", style=style if form == "naive" else sf.StyleAligned(engine.bake(style, 2)), steps=2
         )
+        while engine.scheduler._helper._thread is not None:  # threads that run already are not watched
+            time.sleep(0.05)
         if form == "triton":
             registry.operation("shared_attention")._choices.clear()
             registry.choose = lambda one, given: (form, "") if one.name == "shared_attention" else choose(one, given)
