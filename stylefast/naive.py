@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,7 +19,7 @@ from stylefast.kernels.guided_step import guided_step
 from stylefast.models import vae as vaes
 from stylefast.models.lora_units import joined
 from stylefast.models.masks import load_mask, mask_vectors
-from stylefast.models.pictures import open_picture
+from stylefast.models.repaint import fit_picture
 from stylefast.models.row_loras import LoraProducts, StepLoras
 from stylefast.models.row_table import COLUMNS, NO_PAGE, ImageKV, RowTable
 from stylefast.models.text import Prompt
@@ -171,8 +170,7 @@ def prepare(engine: "Engine", sample: Sample) -> None:
     sample.random.manual_seed(sample.request.seed or 0)
     sample.noise = torch.randn(shape, generator=sample.random)
     if sample.picture is not None:
-        fitted = ImageOps.fit(open_picture(sample.picture), sample.size)
-        pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        pixels = fit_picture(sample.picture, sample.size)[None].float() / 127.5 - 1
         sample.clean = vaes.encode(engine.vae, pixels)[0].float()
     sample.latents = sample.noise * sample.schedule.init_noise_scale
     sample.anchor, sample.history = torch.zeros(shape), torch.zeros(2, *shape)
