@@ -19,6 +19,7 @@ from stylefast.serving import fields, media
 from stylefast.serving.fields import Wanted
 from stylefast.serving.messages import Made
 from stylefast.serving.replies import ApiError
+from stylefast.serving.starts import mask_of_white, stretched
 from stylefast.serving.tickets import Ticket
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _NUMBERS = {
     "batch_size": (1, 1, MOST_PICTURES),
     "n_iter": (1, 1, MOST_PICTURES),
     "clip_skip": (2, 1, 12),
+    "subseed": (-1, -1, values.MAX_SEED),
 }
 _TEXTS = {"prompt": "", "negative_prompt": "", "sampler_name": None, "sampler_index": None, "scheduler": None}
 # what a client keeps in the body for itself, a password among it
@@ -66,7 +68,6 @@ _NO_MATTER = (
     "firstphase_height",
     "denoising_strength",  # of the second pass
     "refiner_switch_at",
-    "subseed",
     "s_min_uncond",
     "s_tmin",
     "s_tmax",
@@ -81,7 +82,6 @@ _IDLE = {
     "enable_hr": (False, None),
     "restore_faces": (False, None),
     "tiling": (False, None),
-    "subseed_strength": (0, 0.0, None),
     "s_churn": (0, 0.0, None),
     "script_name": (None, ""),
     "script_args": ([], None),
@@ -118,7 +118,7 @@ _SCHEMA = {
             for name, (default, least, most) in _NUMBERS.items()
         },
         **{name: {"type": ["string", "null"], "default": default} for name, default in _TEXTS.items()},
-        **dict.fromkeys(("cfg_scale", "eta"), {"type": ["number", "null"]}),
+        **dict.fromkeys(("cfg_scale", "eta", "subseed_strength"), {"type": ["number", "null"]}),
         "styles": {"type": ["array", "null"], "items": {"type": "string"}},
         **dict.fromkeys(("override_settings", _SCRIPTS), {"type": ["object", "null"]}),
         **{name: {} for name in _NO_MATTER},
@@ -128,17 +128,73 @@ _SCHEMA = {
 }
 
 
+# of img2img alone
+_BEGUN_FIELDS = {
+    "init_images": {"type": "array", "items": {"type": "string", "contentEncoding": "base64"}, "maxItems": 1},
+    "mask": {"type": ["string", "null"], "contentEncoding": "base64"},
+    "denoising_strength": {"type": ["number", "null"], "default": 0.75},
+    "resize_mode": {"type": ["integer", "null"], "enum": [0, 1, None]},
+    "inpainting_mask_invert": {"type": ["integer", "null"], "enum": [0, 1, None]},
+    **dict.fromkeys(("mask_blur", "mask_blur_x", "mask_blur_y"), {"type": ["number", "null"]}),
+    **dict.fromkeys(("include_init_images", "inpaint_full_res"), {"type": ["boolean", "null"]}),
+    "inpaint_full_res_padding": {},
+}
+_BEGUN_IDLE = {
+    "inpainting_fill": (0, 1, None),  # what is repainted begins with the picture, with noise at full strength
+    "initial_noise_multiplier": (None, 1, 1.0),
+    "latent_mask": (None,),
+    "image_cfg_scale": (None, 1.5),
+}
+_BEGUN = (*_BEGUN_FIELDS, *_BEGUN_IDLE)
+MOST_BLUR = 64.0
+_BEGUN_SCHEMA = {
+    **_SCHEMA,
+    "properties": {
+        **_SCHEMA["properties"],
+        **_BEGUN_FIELDS,
+        **{name: {"enum": list(idle)} for name, idle in _BEGUN_IDLE.items()},
+    },
+    "required": ["init_images"],
+}
+
+
 @router.post(
     "/txt2img",
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}},
 )
 async def txt2img(request: Request) -> dict[str, Any]:
     """Draw pictures, in A1111's words."""
-    from stylefast.serving.app import Asker, json_body, submit, while_connected
+    from stylefast.serving.app import json_body
+
+    body = fields.read_json(await json_body(request))
+    return await _drawn(request, body, _wanted(body, request.app.state.service, request.state.owner))
+
+
+@router.post(
+    "/img2img",
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _BEGUN_SCHEMA}}}},
+)
+async def img2img(request: Request) -> dict[str, Any]:
+    """Draw pictures that begin with a picture, whole or within a mask, in A1111's words."""
+    from stylefast.serving.app import json_body
 
     service = request.app.state.service
     body = fields.read_json(await json_body(request))
-    wanted = _wanted(body, service, request.state.owner)
+    given = {name: body[name] for name in _BEGUN if name in body}
+    rest = {name: value for name, value in body.items() if name not in _BEGUN}
+    wanted = _wanted(rest, service, request.state.owner, "img2img")
+    await service.encode(partial(_begin, wanted, given))
+    reply = await _drawn(request, rest, wanted)
+    if given.get("include_init_images"):
+        reply |= {"init_images": given["init_images"], "mask": given.get("mask")}
+    return reply
+
+
+async def _drawn(request: Request, body: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    """Return the reply with the pictures that are wanted."""
+    from stylefast.serving.app import Asker, submit, while_connected
+
+    service = request.app.state.service
     await service.check_request(request.state.owner, wanted.call["requests"], wanted.uploads)
     ticket = submit(request, service, wanted, tongue="a1111")
     with Asker(service, ticket, wanted.stay):
@@ -154,15 +210,43 @@ async def txt2img(request: Request) -> dict[str, Any]:
     return {"images": images, "parameters": parameters, "info": json.dumps(info)}
 
 
-@router.post("/img2img")
-async def img2img() -> None:
-    """Refuse: pictures are not drawn from pictures."""
-    raise ApiError(
-        400,
-        "img2img: drawing from a picture is not supported; send it to /v1/images/edits as a style reference",
-        param="init_images",
-        code="unsupported_route",
-    )
+def _begin(wanted: Wanted, given: Mapping[str, Any]) -> None:
+    """Let pictures begin with another: add what the fields of img2img alone say. Raises ApiError."""
+    for name, value in given.items():
+        if name in _BEGUN_IDLE and value not in _BEGUN_IDLE[name]:
+            raise ApiError(
+                400,
+                f"{name} is {values.quoted(value)}, and this server does not have it; leave it out",
+                param=name,
+                code="unsupported_parameter",
+            )
+    images = given.get("init_images")
+    if not isinstance(images, list) or len(images) != 1:
+        many = f"has {len(images)} pictures" if isinstance(images, list) else "is no list"
+        message = f"init_images {many}; send one, and a request for each further one"
+        raise ApiError(400, message, param="init_images", code="invalid_request")
+    strength = _real("denoising_strength", given.get("denoising_strength"), 0.75)
+    picture, mask = media.upload_in_text(images[0], "init_images"), None
+    if given.get("mask") is not None:
+        blurs = [_real(name, given.get(name), 4.0) or 0.0 for name in ("mask_blur", "mask_blur_x", "mask_blur_y")]
+        blur = blurs[0] if given.get("mask_blur") is not None else max(blurs[1:])
+        inverted = bool(_whole("inpainting_mask_invert", given.get("inpainting_mask_invert"), 0, 0, 1))
+        mask = mask_of_white(media.upload_in_text(given["mask"], "mask"), inverted, min(max(blur, 0.0), MOST_BLUR))
+        if given.get("inpaint_full_res", True):
+            wanted.warnings.append("inpaint_full_res does nothing: the whole picture is drawn, at the size asked for")
+    if _whole("resize_mode", given.get("resize_mode"), 0, 0, 1) == 0:
+        width, height = wanted.call["requests"][0]["size"]
+        if picture.width * height != picture.height * width:
+            picture = stretched(picture, (width, height))
+            mask = None if mask is None else stretched(mask, (width, height))
+    number = len(wanted.uploads)
+    begun: dict[str, Any] = {"image": {"upload": number}, "strength": strength}
+    wanted.uploads.append(picture)
+    if mask is not None:
+        begun["mask"] = {"upload": number + 1}
+        wanted.uploads.append(mask)
+    for request in wanted.call["requests"]:
+        request.update(begun)
 
 
 @router.get("/progress")
@@ -283,15 +367,16 @@ def _mine(request: Request) -> list[Ticket]:
     return [one for one in register.of(request.state.owner) if one.tongue == "a1111" and not one.over]
 
 
-def _wanted(body: Mapping[str, Any], service: "Service", owner: str) -> Wanted:
+def _wanted(body: Mapping[str, Any], service: "Service", owner: str, route: str = "txt2img") -> Wanted:
     """Return what a body asks for. Raises ApiError."""
     served = service.served
-    known = (*_NUMBERS, *_TEXTS, *_NO_MATTER, *_IDLE, "eta", "cfg_scale", "styles", "override_settings", _SCRIPTS)
+    known = (*_NUMBERS, *_TEXTS, *_NO_MATTER, *_IDLE, "eta", "cfg_scale", "subseed_strength")
+    known += ("styles", "override_settings", _SCRIPTS)
     for name, value in body.items():
         if name not in known:
             near = values.did_you_mean(name, known)
             raise ApiError(
-                400, f"{values.quoted(name)} is no field of txt2img{near}", param=name[:80], code="unknown_parameter"
+                400, f"{values.quoted(name)} is no field of {route}{near}", param=name[:80], code="unknown_parameter"
             )
         if name in _IDLE and value not in _IDLE[name]:
             raise ApiError(
@@ -336,12 +421,15 @@ def _wanted(body: Mapping[str, Any], service: "Service", owner: str) -> Wanted:
         "size": [number["width"], number["height"]],
         "clip_skip": max((clip_layers or number["clip_skip"]) - 2, 0),
         "style": styles,
+        "variation_strength": _real("subseed_strength", body.get("subseed_strength"), 0.0),
         "a1111": {
             "sampler": sampler,
             "schedule_type": schedule_type and schedule_type.replace("_", " "),
             "strengths": strengths,
         },
     }
+    if request["variation_strength"]:
+        request["variation_seed"] = number["subseed"]
     seed = number["seed"]
     return Wanted(
         call={"requests": [{**request, "seed": seed if seed < 0 else seed + i} for i in range(count)]},
@@ -507,9 +595,9 @@ def _info(wanted: Wanted, pictures: Sequence[Made]) -> dict[str, Any]:
         "all_negative_prompts": [first["negative_prompt"]] * len(seeds),
         "seed": seeds[0],
         "all_seeds": seeds,
-        "subseed": -1,
-        "all_subseeds": [-1] * len(seeds),
-        "subseed_strength": 0,
+        "subseed": first.get("variation_seed", -1),
+        "all_subseeds": [first.get("variation_seed", -1)] * len(seeds),
+        "subseed_strength": first["variation_strength"],
         "width": width,
         "height": height,
         "sampler_name": first["a1111"]["sampler"],
@@ -519,6 +607,6 @@ def _info(wanted: Wanted, pictures: Sequence[Made]) -> dict[str, Any]:
         "sd_model_name": wanted.model,
         "clip_skip": first["clip_skip"] + 2,
         "infotexts": [made.parameters or "" for made in pictures],
-        "warnings": list(dict.fromkeys(warning for made in pictures for warning in made.warnings)),
+        "warnings": [*wanted.warnings, *dict.fromkeys(warning for made in pictures for warning in made.warnings)],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
     }

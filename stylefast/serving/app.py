@@ -39,6 +39,7 @@ from stylefast.serving.registry import Registered, StyleRegistry
 from stylefast.serving.replies import ApiError
 from stylefast.serving.safety import Call, Safety
 from stylefast.serving.settings import ServeSettings
+from stylefast.serving.starts import mask_of_clear
 from stylefast.serving.tickets import Register, Ticket
 from stylefast.values import quoted
 
@@ -298,7 +299,7 @@ def _add_images(app: FastAPI) -> None:
         "properties": {**schema["form"]["properties"], **_IMAGE_PARTS},
         "required": ["prompt", "image"],
     }
-    in_json = {**edits, "properties": {**edits["properties"], "image": fields.IN_JSON}}
+    in_json = {**edits, "properties": {**edits["properties"], "image": fields.IN_JSON, "mask": fields.PICTURE_IN_JSON}}
 
     @app.post(
         "/v1/images/generations",
@@ -327,16 +328,22 @@ def _add_images(app: FastAPI) -> None:
         served = service.served
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
-            body, images = await images_in_json(service, fields.read_json(await json_body(request)))
+            body, files = await images_in_json(
+                service, fields.read_json(await json_body(request)), files=("image", "mask")
+            )
         elif kind == "multipart/form-data":
-            body, images = await read_form(request)
+            body, files = await read_form(request, files=("image", "mask"))
         else:
             raise ApiError(
                 415, "the body must be multipart/form-data or application/json", code="unsupported_media_type"
             )
+        images, masks = files["image"], files["mask"]
         if not images:
             raise ApiError(400, "image is missing; send one picture or several", param="image", code="missing_image")
-        return await _answer(request, service, fields.wanted(body, served, images, edit=True), "image_edit")
+        if len(masks) > 1:
+            raise ApiError(400, "mask was sent twice; send one", param="mask", code="invalid_request")
+        mask = await service.encode(partial(mask_of_clear, masks[0])) if masks else None
+        return await _answer(request, service, fields.wanted(body, served, images, True, mask), "image_edit")
 
     @app.post("/v1/images/variations", include_in_schema=False)
     async def variations() -> None:
@@ -377,9 +384,8 @@ def _add_images(app: FastAPI) -> None:
         }
 
 
-_IMAGE_PARTS = {
-    "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": fields.MOST_UPLOADS}
-}
+_FILE = {"type": "string", "format": "binary"}
+_IMAGE_PARTS = {"image": {"type": "array", "items": _FILE, "maxItems": fields.MOST_UPLOADS}, "mask": _FILE}
 
 
 def _asker(request: Request) -> str | None:
@@ -395,11 +401,11 @@ async def json_body(request: Request) -> bytes:
 
 
 async def read_form(
-    request: Request, nested: Sequence[str] = ("stylefast",)
-) -> tuple[dict[str, Any], list[media.Upload]]:
-    """Return the fields and the pictures of a form. Names and types of its files are not believed.
+    request: Request, nested: Sequence[str] = ("stylefast",), files: Sequence[str] = ("image",)
+) -> tuple[dict[str, Any], dict[str, list[media.Upload]]]:
+    """Return the fields of a form, and its pictures by their fields. Names and types of its files are not believed.
 
-    nested: fields that are objects.
+    nested: fields that are objects. files: fields that are pictures.
     """
     _, options = parse_options_header(request.headers["content-type"])
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
@@ -414,25 +420,25 @@ async def read_form(
             form = await MultiPartParser(headers, stream, **limits).parse()
     except MultiPartException as error:
         raise ApiError(400, f"the form is damaged: {error.message}"[:300], code="invalid_form") from None
-    texts, images = [], []
+    texts, found = [], {name: [] for name in files}
     try:
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
                 texts.append((_utf8(name), _utf8(value)))
-            elif name in ("image", "image[]"):
-                images.append(media.upload(await value.read(), "image"))
+            elif (field := name.removesuffix("[]")) in found:
+                found[field].append(media.upload(await value.read(), field))
             else:
                 texts.append((_utf8(name), "a file"))  # `wanted` refuses what it does not know
     finally:
         await form.close()
+    _check_count(found["image"])
+    return fields.from_form(texts, nested), found
+
+
+def _check_count(images: Sequence[Any]) -> None:
     if len(images) > fields.MOST_UPLOADS:
-        raise ApiError(
-            400,
-            f"image has {len(images)} pictures; at most {fields.MOST_UPLOADS} are allowed",
-            param="image",
-            code="invalid_request",
-        )
-    return fields.from_form(texts, nested), images
+        message = f"image has {len(images)} pictures; at most {fields.MOST_UPLOADS} are allowed"
+        raise ApiError(400, message, param="image", code="invalid_request")
 
 
 def _utf8(text: str) -> str:
@@ -442,37 +448,37 @@ def _utf8(text: str) -> str:
         raise ApiError(400, "the form is damaged: a text in it is not UTF-8", code="invalid_form") from None
 
 
-async def images_in_json(service: Service, body: dict[str, Any]) -> tuple[dict[str, Any], list[media.Upload]]:
-    """Return a body without its pictures, and the pictures, fetched where that is allowed. Raises ApiError."""
-    given = body.pop("image", None) or body.pop("images", None) or []
-    given = given if isinstance(given, list) else [given]
-    if len(given) > fields.MOST_UPLOADS:
-        raise ApiError(
-            400,
-            f"image has {len(given)} pictures; at most {fields.MOST_UPLOADS} are allowed",
-            param="image",
-            code="invalid_request",
-        )
-    found = [fields.content_of(one, "image") for one in given]
-    room = service.settings.body_limit - sum(len(one.content) for one in found if isinstance(one, media.Upload))
-    images = []
-    for one in found:
-        if isinstance(one, str):
-            one = await _fetched(service, one, room)
-            room -= len(one.content)
-        images.append(one)
-    return body, images
+async def images_in_json(
+    service: Service, body: dict[str, Any], files: Sequence[str] = ("image",)
+) -> tuple[dict[str, Any], dict[str, list[media.Upload]]]:
+    """Return a body without its pictures, and the pictures by their fields, fetched where that is allowed.
+
+    Raises ApiError.
+    """
+    room, found = service.settings.body_limit, {}
+    for name in files:
+        given = body.pop(name, None) or (body.pop("images", None) if name == "image" else None) or []
+        given = given if isinstance(given, list) else [given]
+        _check_count(given)
+        found[name] = [fields.content_of(one, name) for one in given]
+        room -= sum(len(one.content) for one in found[name] if isinstance(one, media.Upload))
+    for name, contents in found.items():
+        for i, one in enumerate(contents):
+            if isinstance(one, str):
+                contents[i] = await _fetched(service, one, name, room)
+                room -= len(contents[i].content)
+    return body, found
 
 
-async def _fetched(service: Service, address: str, room: int) -> media.Upload:
+async def _fetched(service: Service, address: str, name: str, room: int) -> media.Upload:
     if service.fetcher is None:
         raise ApiError(
             400,
-            "image is an address, and this server fetches none; send the picture itself, in base64",
-            param="image",
+            f"{name} is an address, and this server fetches none; send the picture itself, in base64",
+            param=name,
             code="url_not_allowed",
         )
-    return await service.fetcher.picture(address, "image", room)
+    return await service.fetcher.picture(address, name, room)
 
 
 def ticket_of(request: Request, service: Service, wanted: Wanted) -> Ticket:

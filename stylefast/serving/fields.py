@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stylefast.errors import InvalidRequest
 from stylefast.serving.media import Upload, upload_in_text
 from stylefast.serving.replies import ApiError
+from stylefast.serving.starts import size_near
 from stylefast.values import did_you_mean, load_json, quoted
 
 # OpenAI's names for how much work to spend: steps
@@ -47,8 +48,15 @@ REQUEST_FIELDS = (
     "prompt_2",
     "negative_prompt_2",
     "prompt_syntax",
+    "strength",
+    "upscale",
+    "upscale_strength",
+    "upscale_mode",
+    "variation_seed",
+    "variation_strength",
 )
 _TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "scheduler", "spacing", "prompt_syntax", "method")
+_TEXTS += ("upscale_mode",)
 _OWN_FIELDS = (*REQUEST_FIELDS, "method", "deadline", "on_disconnect")
 # names that other servers use for fields of a request
 _ALIASES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
@@ -84,7 +92,10 @@ class Generation(BaseModel):
 
 
 class Edit(Generation):
-    """Fields of POST /v1/images/edits, multipart/form-data. Without a mask its pictures are style references."""
+    """Fields of POST /v1/images/edits, multipart/form-data.
+
+    Its pictures are style references; with a mask or a strength, the first is what the picture begins with.
+    """
 
     model_config = ConfigDict(extra="allow", title="ImageEdit")
 
@@ -93,8 +104,12 @@ class Edit(Generation):
 
 # pictures of an edit in JSON, as base64
 _ENCODED = {"type": "string", "contentEncoding": "base64", "minLength": 1}
-_PICTURE = {"anyOf": [_ENCODED, {"type": "object", "required": ["b64_json"], "properties": {"b64_json": _ENCODED}}]}
-IN_JSON = {"anyOf": [_PICTURE, {"type": "array", "items": _PICTURE, "minItems": 1, "maxItems": MOST_UPLOADS}]}
+PICTURE_IN_JSON = {
+    "anyOf": [_ENCODED, {"type": "object", "required": ["b64_json"], "properties": {"b64_json": _ENCODED}}]
+}
+IN_JSON = {
+    "anyOf": [PICTURE_IN_JSON, {"type": "array", "items": PICTURE_IN_JSON, "minItems": 1, "maxItems": MOST_UPLOADS}]
+}
 
 # of the contract, but not of this service: field -> what to say
 _REFUSED = {
@@ -102,8 +117,7 @@ _REFUSED = {
     "complexity": "there is no such setting here; use quality",
     "frame_count": "pictures are PNG, JPEG or WebP, without frames",
     "frame_duration_ms": "pictures are PNG, JPEG or WebP, without frames",
-    "markup": "drawing on pictures is not supported; without a mask, pictures are style references",
-    "mask": "inpainting is not supported; without a mask, pictures are style references",
+    "markup": "drawing on pictures is not supported; send a mask of what to change",
 }
 
 
@@ -220,8 +234,18 @@ def _typed(text: str) -> Any:
     return text
 
 
-def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (), edit: bool = False) -> Wanted:
-    """Return what a body asks for. Raises ApiError, with the field's name, for what is refused."""
+def wanted(
+    body: Mapping[str, Any],
+    served: Served,
+    images: Sequence[Upload] = (),
+    edit: bool = False,
+    mask: Upload | None = None,
+) -> Wanted:
+    """Return what a body asks for. Raises ApiError, with the field's name, for what is refused.
+
+    images, mask: sent along; with a mask, white where the first picture is to change, or a strength, that is what the
+    result begins with, and the others are style references.
+    """
     body = {name: value for name, value in body.items() if value is not None}
     for name, why in _REFUSED.items():
         if name in body:
@@ -246,8 +270,17 @@ def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (
         given = own.pop("style")
         given = given if isinstance(given, list) else [] if given is None else [given]
         styles += [known_style("stylefast.style", one, served) if isinstance(one, str) else one for one in given]
-    if images:
-        styles.append(_reference(own.pop("method", None), fields, len(images), served))
+    begun: dict[str, Any] = {}
+    if mask is not None:
+        begun = {"image": {"upload": 0}, "mask": {"upload": len(images)}, "strength": own.pop("strength", 1.0)}
+    elif "strength" in own:
+        if not images:
+            message = "strength says how much of a picture changes; send one to /v1/images/edits"
+            raise ApiError(400, message, param="stylefast.strength", code="no_image")
+        begun = {"image": {"upload": 0}, "strength": own.pop("strength")}
+    references = range(1 if begun else 0, len(images))
+    if references:
+        styles.append(_reference(own.pop("method", None), fields, references, served))
     if "method" in own:
         raise ApiError(
             400, "stylefast.method says how pictures are used; send some", param="stylefast.method", code="no_image"
@@ -278,14 +311,16 @@ def wanted(body: Mapping[str, Any], served: Served, images: Sequence[Upload] = (
     if "size" in defaults:
         width, height = defaults.pop("size")
         size = size or (width, height)
-    request: dict[str, Any] = {"prompt": fields.prompt, **defaults, **asked, **own, "style": styles}
+    if begun and size is None:
+        size = size_near(images[0], served.native_size)
+    request: dict[str, Any] = {"prompt": fields.prompt, **defaults, **asked, **own, **begun, "style": styles}
     if size is not None:
         request["size"] = list(size)
     requests = [{**request, "seed": seed if seed < 0 else seed + i} for i in range(n)]
     width, height = size or served.native_size
     return Wanted(
         call={"requests": requests},
-        uploads=list(images),
+        uploads=[*images, *([] if mask is None else [mask])],
         model=model,
         form=fields.output_format or "png",
         compression=100 if fields.output_compression is None else fields.output_compression,
@@ -421,15 +456,15 @@ def _damaged(param: str, name: str, served: Served) -> ApiError:
     return ApiError(400, message, param=param, code="style_damaged")
 
 
-def _reference(method: Any, fields: Any, count: int, served: Served) -> dict[str, Any]:
+def _reference(method: Any, fields: Any, numbers: Sequence[int], served: Served) -> dict[str, Any]:
     """Return the style whose references are the pictures sent along, all with equal weights."""
     method = method or methods(served)[0]
-    uploads = [{"upload": i} for i in range(count)]
+    uploads = [{"upload": i} for i in numbers]
     strength = FIDELITIES.get(fields.input_fidelity, PLAIN_FIDELITY)
     if method == "instant" and served.adapters:
         return {"kind": "InstantStyle", "image": uploads, "scale": strength}
     if method == "aligned":
-        return {"kind": "StyleAligned", "reference": uploads if count > 1 else uploads[0], "scale": strength}
+        return {"kind": "StyleAligned", "reference": uploads if len(uploads) > 1 else uploads[0], "scale": strength}
     known = "aligned and instant" if served.adapters else "aligned, since the model has no IP-Adapter"
     raise ApiError(
         400,

@@ -72,7 +72,7 @@ DRAWN: dict[int | str, dict[str, Any]] = {
         "description": "The pictures; with `stream`, events.",
         "content": {
             "application/json": {"schema": {"$ref": "#/components/schemas/Images"}},
-            "text/event-stream": {"schema": _TEXT},
+            "text/event-stream": {"schema": {"description": "Server-sent events, each with an object as its data."}},
         },
     }
 }

@@ -120,9 +120,10 @@ async def create(request: Request) -> JSONResponse:
     service, registry = _writable(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        body, images = await app.read_form(request, _NESTED)
+        body, files = await app.read_form(request, _NESTED)
     else:
-        body, images = await app.images_in_json(service, fields.read_json(await app.json_body(request)))
+        body, files = await app.images_in_json(service, fields.read_json(await app.json_body(request)))
+    images = files["image"]
     wanted = _wanted(body, images, service)
     await service.check_request(request.state.owner, [{"prompt": body.get("prompt") or ""}], images)
     with _in_words():

@@ -36,6 +36,10 @@ class Uploads:
         self._size = sizes.pop() if len(sizes) == 1 else None
         self._uses: dict[Any, list[Any]] = {}
         for request in requests:
+            for number in _numbers(request.get("image")):
+                # with a mask, both are scaled alike, so the picture stays whole
+                fits = self._size is not None and request.get("mask") is None and request.get("upscale", 1) == 1
+                self._uses.setdefault(number, []).append(("latents", self._size) if fits else None)
             for style in request.get("style") or ():
                 for number, use in self._uses_in(style):
                     self._uses.setdefault(number, []).append(use)
