@@ -50,6 +50,11 @@ class Slots:
         self._free = [*range(count - 1, self.count - 1, -1), *self._free]
         self.count = max(count, self.count)
 
+    def shrink(self, count: int) -> None:
+        """Remove free places, down to `count` in all; those from `count` on must be free."""
+        self._free = [place for place in self._free if place < count]
+        self.count = min(count, self.count)
+
 
 class LruDict(OrderedDict[Key, Value]):
     """A dictionary whose entries are in the order of their use, the least recently used first.

@@ -280,10 +280,16 @@ class Runner:
             self.budget.check_texts(self.unet.device, needed)
 
     def make_room(self) -> bool:
-        """Free what is kept of long prompts and unused LoRAs; return whether there was any. No step may be running."""
-        made = self.conditions.loras.shrink()
-        with going_on():
-            made = self.conditions.text.shrink() or made
+        """Free what is kept for later: unused LoRAs and prompts, idle sizes' latents and bank pages.
+
+        Returns whether there was any. No step may be running.
+        """
+        made = self._drop_idle_pools()
+        made = self._drop_idle_latents(0) or made
+        made = self.conditions.loras.shrink() or made
+        for pages in (self.conditions.text, self.conditions.images):
+            with going_on():
+                made = (pages is not None and pages.shrink()) or made
         return made
 
     @contextmanager
@@ -411,19 +417,21 @@ class Runner:
         slots = self.budget.bank_slots(self.unet, latent_size, others, 0 if pool is None else pool.nbytes)
         return min(slots, self.backend.limits.get("pages", slots))
 
-    def _drop_idle_latents(self) -> None:
+    def _drop_idle_latents(self, kept: int = _IDLE_SIZES) -> bool:
         """Free the latents of idle sizes, except for the last few, which are likely to be used again."""
         idle = [shape for shape, slots in self.latents.items() if not slots.used]
-        for shape in idle[: max(0, len(idle) - _IDLE_SIZES)]:
+        dropped = idle[: max(0, len(idle) - kept)]
+        for shape in dropped:
             del self.latents[shape]
+        return bool(dropped)
 
-    def _drop_idle_pools(self, but: tuple[int, int]) -> None:
-        """Free the pools of idle sizes to make room for one of another size."""
-        for size, pool in list(self.bank_pages.items()):
-            busy = any(shape[1:] == size and slots.used for shape, slots in self.latents.items())
-            if size != but and not busy:
-                pool.close()
-                del self.bank_pages[size]
+    def _drop_idle_pools(self, but: tuple[int, int] | None = None) -> bool:
+        """Free the pools of idle sizes, except for one, to make room."""
+        busy = {shape[1:] for shape, slots in self.latents.items() if slots.used} | {but}
+        idle = [size for size in self.bank_pages if size not in busy]
+        for size in idle:
+            self.bank_pages.pop(size).close()
+        return bool(idle)
 
     def buffer_bytes(self) -> int:
         """Return the bytes of all step buffers."""

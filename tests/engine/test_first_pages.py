@@ -126,6 +126,7 @@ def test_a_job_that_is_late_meanwhile_leaves_nothing(engine, idle, style, monkey
 )
 def test_a_job_whose_first_pages_can_not_be_read_fails_alone(engine, idle, style, monkeypatch, error, told):
     file = SlowFile(monkeypatch, error)
+    monkeypatch.setattr(engine.runner, "make_room", lambda: False)
     file.go.set()
     with pytest.raises(told):
         submit(engine, style=style).result(WAIT)

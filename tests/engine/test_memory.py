@@ -15,7 +15,7 @@ from stylefast.errors import InvalidRequest, OutOfMemory
 from stylefast.models.text import Prompt
 from stylefast.options import parse_bytes
 from stylefast.runtime.memory import row_bytes
-from tests.support.fp64 import close
+from tests.support.fp64 import Twins, close
 from tests.support.scene import SIZE, STEPS, small_picture
 from tests.support.watch import WAIT, Watch, request, settled, submit
 
@@ -111,6 +111,25 @@ def test_a_row_takes_more_where_convolutions_write_out_their_windows(fresh):
 def limit_for(engine, rows) -> int:
     """A limit with room for about that many rows beside what the engine holds."""
     return engine.memory()["held"] + int(row_bytes(engine.unet, (8, 12)) * (rows + 0.9))
+
+
+def test_what_fits_alone_fits_after_all_that_others_left(pipe, fresh):
+    held, text = fresh.memory()["held"], fresh.memory()["conditions"]["text"]
+    bank = fresh.bake(sf.StyleAligned(prompt="oil"), steps=STEPS, size=SIZE)
+    large, rows = {"size": (96, 80), "seed": 5}, 2 * row_bytes(fresh.unet, (20, 24))
+    # keys and values of twice as many prompts, or the large picture, but not both
+    engine = sf.Engine.from_pipeline(pipe, memory_limit=held + 2 * text + 2**19)
+    assert text + 2**19 < rows < 2 * text
+    jobs = [submit(engine, f"cat {i}", seed=i, style=sf.StyleAligned(bank) if i % 2 else None) for i in range(12)]
+    jobs += [submit(engine, size=(32 + 8 * i, 32)) for i in range(3)]
+    for job in jobs:
+        job.result(WAIT)
+    assert engine.memory()["conditions"]["text"] == 2 * text and settled(engine)
+    (found,) = submit(engine, **large).result(WAIT).latents
+    kept = engine.memory()
+    assert kept["conditions"]["text"] == text and kept["banks"] == {}
+    close([found], Twins(fresh).drawn([request(**large)]))
+    engine.close()
 
 
 def test_batches_are_split_to_keep_the_limit(pipe, fresh, monkeypatch, drawn):

@@ -426,6 +426,7 @@ def test_a_pool_that_can_not_grow_serves_its_banks_all_the_same(banks, monkeypat
         return allocate(pages, device)
 
     monkeypatch.setattr(pool.layout, "allocate", scarce)
+    monkeypatch.setattr(engine.runner, "make_room", lambda: False)
     with pytest.raises(OutOfMemory):
         engine.generate(read[1], output="latents")
     assert sizes == [16, 8] and pool.slots == 8

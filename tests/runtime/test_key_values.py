@@ -86,6 +86,21 @@ def test_unused_long_pages_are_forgotten_on_demand_and_the_others_keep_their_val
     assert int(pages.lengths.max()) <= TOKENS and pages._lengths.tolist() == pages.lengths.tolist()
 
 
+def test_unused_pages_beyond_the_first_are_forgotten_on_demand_and_those_in_use_keep_their_places(pages, layout):
+    stored = values(layout, FIRST_PAGES)
+    places = pages.add([*range(FIRST_PAGES)], stored)
+    (last,) = pages.add(["last"], values(layout, 1, seed=1))
+    pages.release(places)
+    assert len(pages) == 2 * FIRST_PAGES and last == FIRST_PAGES
+    assert pages.shrink() and len(pages) == last + 1 and not pages.shrink(), "the last page is in use"
+    pages.release([last])
+    assert pages.shrink() and len(pages) == FIRST_PAGES and pages.find("last") is None and not pages.shrink()
+    assert [pages.find(key) for key in range(FIRST_PAGES)] == places
+    assert all(torch.equal(k[places], key) for (k, _), (key, _) in zip(pages.layers, stored))
+    pages.add(["more"], values(layout, 1))
+    assert len(pages) == 2 * FIRST_PAGES
+
+
 def test_buffers_grow_only_where_there_is_room(pages, layout):
     def check_room(nbytes):
         asked.append(nbytes)

@@ -135,16 +135,17 @@ class KeyValuePages:
         return self._nbytes(len(self), max(tokens, self.tokens))
 
     def shrink(self) -> bool:
-        """Forget unused pages of long texts, and make the buffers as short as those in use; return whether they were.
+        """Make the buffers as short, and as few, as the pages in use allow; return whether they were longer or more.
 
-        No step may be running.
+        Unused pages that then have no room are forgotten. No step may be running.
         """
         longest = max([self._least, *(int(self._lengths[page]) for page in self._users)])
-        if longest >= self.tokens:
+        count = max([FIRST_PAGES, *(page + 1 for page in self._users)])
+        if longest >= self.tokens and count >= len(self):
             return False
-        for page in [page for page in self._idle if self._lengths[page] > longest]:
+        for page in [page for page in self._idle if page >= count or self._lengths[page] > longest]:
             self._forget(page)
-        self._resize(len(self), longest)
+        self._resize(min(count, len(self)), longest)
         return True
 
     def find(self, key: Hashable) -> int | None:
@@ -220,7 +221,7 @@ class KeyValuePages:
     def _resize(self, pages: int, tokens: int) -> None:
         if self.by_level and (pages > len(self) or tokens > self.tokens):
             self.check_room(self._nbytes(pages, tokens))
-        before, kept, levels = len(self), min(tokens, self.tokens), []
+        before, kept, levels = min(len(self), pages), min(tokens, self.tokens), []
         layers: dict[int, KeyValue] = {}
         for level in range(self._layout.levels):
             members = self._layout.at_level(level)
@@ -228,7 +229,7 @@ class KeyValuePages:
             shape = (len(members), 2, pages, tokens, one.heads, one.channels // one.heads)
             buffer = torch.zeros(shape, device=self._device, dtype=self._dtype)
             if before:
-                buffer[:, :, :before, :kept] = self.by_level[level][:, :, :, :kept]
+                buffer[:, :, :before, :kept] = self.by_level[level][:, :, :before, :kept]
             levels.append(buffer)
             for place, i in enumerate(members):
                 layers[i] = (buffer[place, 0], buffer[place, 1])
@@ -236,12 +237,13 @@ class KeyValuePages:
         extra = self.extra.new_zeros(pages, self.extra.shape[1])
         host = np.ones(pages, dtype=np.int64)
         # free pages, whose lengths operations read too, may have been longer
-        host[:before] = np.minimum(self._lengths, tokens)
-        lengths[:before], extra[:before] = self.lengths.clamp(max=tokens), self.extra
+        host[:before] = np.minimum(self._lengths[:before], tokens)
+        lengths[:before], extra[:before] = self.lengths[:before].clamp(max=tokens), self.extra[:before]
         self.by_level, self.tokens = tuple(levels), tokens
         self.layers = tuple(layers[i] for i in range(len(layers)))
         self.lengths, self._lengths, self.extra = lengths, host, extra
         self._slots.grow(pages)
+        self._slots.shrink(pages)
         self.generation += 1
 
 
