@@ -316,7 +316,7 @@ def test_nothing_is_held_when_all_is_done(registered):
         ({"ink": True}, "strength of LoRA 'ink'"),
         ({"ink": (1, 2, 3)}, "give one number, or"),
         ({"": 1.0}, "the name of a LoRA"),
-        ({3: 1.0}, "the name of a LoRA"),
+        ({3: 1.0}, "loras has the key 3"),
         ({f"l{i}": 1.0 for i in range(33)}, "at most 32"),
     ],
 )
