@@ -516,8 +516,8 @@ def _words_of(tokenizer, text: str, further: Mapping[int, list[int]], room: int)
         current.append(token)
         rest = rest - 1 if rest else len(further.get(token, ()))
         if not rest and (name.endswith(_WORD_END) or name in added) or number == len(ids) - 1:
-            mark = name if len(current) == 1 else ""
-            words += [Word(tuple(current[i : i + room]), mark=mark) for i in range(0, len(current), room)]
+            parts = [Word(tuple(current[i : i + room])) for i in range(0, len(current), room)]
+            words += [*parts[:-1], parts[-1]._replace(mark=name)]
             current = []
     return words
 

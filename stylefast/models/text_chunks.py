@@ -28,7 +28,7 @@ class Word(NamedTuple):
     ids: tuple[int, ...]  # negative ids are learned vectors
     weight: float = 1.0
     run: int = 0  # number of the run of one weight that it belongs to
-    mark: str = ""  # the token, if it is alone
+    mark: str = ""  # its last token
     placeholder: bool = False
 
 
@@ -100,9 +100,9 @@ def _comma(words: Sequence[Word], room: int, backtrack: int) -> int:
     """Return how many words stay: those up to a comma among the last `backtrack` tokens of a window, else all."""
     position, kept = 0, len(words)
     for number, word in enumerate(words):
-        if word.mark == COMMA and room - position <= backtrack:
-            kept = number + 1
         position += len(word.ids)
+        if word.mark == COMMA and room - position < backtrack:
+            kept = number + 1
     return kept
 
 

@@ -139,6 +139,9 @@ def test_a1111_ends_a_full_chunk_at_a_comma_among_its_last_20_tokens(encoder):
     assert lengths(74, 1) == [75, 1]
     assert lengths(75, 1) == [75, 2]  # a comma that does not fit takes nothing with it
     assert lengths(60, 14) == [75]
+    # of several commas, which may be one word, the last token counts
+    first = contents_of(encoder, Prompt("a " * 55 + ",, " + "cat " * 30, syntax="a1111"))[0]
+    assert first == ["a"] * 55 + [",,"]
     plain = contents_of(encoder, Prompt("a " * 60 + ", " + "cat " * 30))
     assert [len(chunk) for chunk in plain] == [75, 16]
 
