@@ -93,7 +93,8 @@ def _at_commas(words: Sequence[Word], room: int) -> list[list[Word]]:
 
 def _moves(word: Word, length: int, room: int) -> bool:
     """Return whether a word that does not fit takes those after the last comma with it, as in A1111."""
-    return word.mark != COMMA and (not word.placeholder or length == room)
+    comma_is_next = word.mark == COMMA and length + len(word.ids) == room + 1
+    return not comma_is_next and (not word.placeholder or length == room)
 
 
 def _comma(words: Sequence[Word], room: int, backtrack: int) -> int:

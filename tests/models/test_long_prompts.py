@@ -139,9 +139,14 @@ def test_a1111_ends_a_full_chunk_at_a_comma_among_its_last_20_tokens(encoder):
     assert lengths(74, 1) == [75, 1]
     assert lengths(75, 1) == [75, 2]  # a comma that does not fit takes nothing with it
     assert lengths(60, 14) == [75]
-    # of several commas, which may be one word, the last token counts
-    first = contents_of(encoder, Prompt("a " * 55 + ",, " + "cat " * 30, syntax="a1111"))[0]
-    assert first == ["a"] * 55 + [",,"]
+
+    # of several commas, which may be one word, the last token counts, and the one that does not fit decides
+    def commas(text):
+        return [len(chunk) for chunk in contents_of(encoder, Prompt(text, syntax="a1111"))]
+
+    assert commas("a " * 55 + ",, " + "cat " * 30) == [56, 30]
+    assert commas("a " * 56 + ", " + "cat " * 18 + ",,") == [57, 19]
+    assert commas("a " * 56 + ", " + "cat " * 17 + ",,") == [74, 1]
     plain = contents_of(encoder, Prompt("a " * 60 + ", " + "cat " * 30))
     assert [len(chunk) for chunk in plain] == [75, 16]
 
