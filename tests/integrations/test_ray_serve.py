@@ -215,6 +215,8 @@ def test_the_clients_of_the_service_are_served(cluster):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a fish", model="tiny", extra_body={"stylefast": {"style": "nothing"}})
     assert caught.value.code == "style_not_found"
+    for name in ("step_seconds_count", "step_pictures_sum", "loras_registered", "memory_bytes"):
+        cluster.wait(lambda name=name: cluster.metric(f"stylefast:{name}"), f"{name} in the metrics")
 
 
 @pytest.mark.slow
