@@ -6,6 +6,7 @@ own structure, without a decoder, so that a small file that would unpack to giga
 
 import base64
 import binascii
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ MAX_PIXELS = 4096 * 4096
 MIN_SIDE = 16
 MAX_BYTES = 50 * 2**20  # of one picture
 MAX_METADATA = 2 * 2**20  # bytes of text, profiles and thumbnails in an upload
-_MOST_CHUNKS = 10_000
+_MOST_PARTS = 100_000  # chunks and segments of a file, each of which takes time to pass over; encoders need fewer
+_MOST_SCANS = 100  # of a JPEG: each passes over all its pixels, however short it is
+_FILLING = re.compile(rb"\xff+")
 _LONGEST_PLAIN = 60_000  # characters of a text in a PNG
 _JPEG_SEGMENT = 65_533  # bytes of a comment or of EXIF data
 _DESCRIPTION, _EXIF_TAGS, _COMMENT = 0x010E, 0x8769, 0x9286  # tags of EXIF
@@ -128,49 +131,59 @@ def _png(content: bytes) -> tuple[int, int]:
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    place, count = 8, 0
-    # a picture may be split into any number of data chunks, but nobody needs so many others
-    while place + 8 <= len(content):
+    place = 8
+    for _ in range(_MOST_PARTS):
+        if place + 8 > len(content):
+            return
         length, kind = struct.unpack_from(">I4s", content, place)
         if place + 12 + length > len(content):
             return
-        count += kind != b"IDAT"
-        if count > _MOST_CHUNKS:
-            raise _Refused(f"the file has more than {_MOST_CHUNKS} chunks")
         yield kind, place + 8, length
         place += 12 + length
+    raise _too_many()
 
 
 def _jpeg(content: bytes) -> tuple[int, int]:
-    place, metadata = 2, 0
-    while True:
-        while content[place] == 0xFF and content[place + 1] == 0xFF:
-            place += 1  # filling
-        if content[place] != 0xFF:
+    if content.count(b"\xff\xda") > _MOST_SCANS:
+        raise _Refused(f"the file has more than {_MOST_SCANS} scans; save it again")
+    place, metadata, size = 2, 0, None
+    for _ in range(_MOST_PARTS):
+        filled = _FILLING.match(content, place)
+        if not filled:
             raise _Refused("the file is damaged: a JPEG marker is missing")
+        metadata = _counted(metadata + len(filled[0]) - 1)
+        place = filled.end() - 1
         marker = content[place + 1]
         if marker in (0x01, *range(0xD0, 0xD9)):
             place += 2
             continue
+        if marker == 0xDA and size is not None:
+            return size
         if marker in (0xD9, 0xDA):
             raise _Refused("the file is damaged: a JPEG has its size before its pixels")
         (length,) = struct.unpack_from(">H", content, place + 2)
         if length < 2:
             raise _Refused("the file is damaged: a JPEG segment has no length")
         if marker in (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF):
+            if size is not None:
+                raise _Refused("the file is damaged: a JPEG has one size")
             height, width = struct.unpack_from(">HH", content, place + 5)
-            return width, height
+            size = width, height
         if marker >= 0xE0:
             metadata = _counted(metadata + length)
         place += 2 + length
+    raise _too_many()
 
 
 def _webp(content: bytes) -> tuple[int, int]:
     (whole,) = struct.unpack_from("<I", content, 4)
     if whole + 8 > len(content):
         raise _Refused("the file is truncated; send all of it")
-    size, metadata, place = None, 0, 12
+    size, metadata, place, parts = None, 0, 12, 0
     while place + 8 <= min(len(content), whole + 8):
+        parts += 1
+        if parts > _MOST_PARTS:
+            raise _too_many()
         kind, length = struct.unpack_from("<4sI", content, place)
         start = place + 8
         if kind == b"VP8X":
@@ -192,6 +205,10 @@ def _webp(content: bytes) -> tuple[int, int]:
     if size is None:
         raise _Refused("the file is damaged: a WebP without pixels")
     return size
+
+
+def _too_many() -> _Refused:
+    return _Refused(f"the file has more than {_MOST_PARTS} parts; save it again")
 
 
 def _counted(size: int) -> int:

@@ -50,6 +50,41 @@ def refusal(content):
     return caught.value.message
 
 
+def many(form):
+    """Return a picture of 16 MB, which consists of parts that hold nothing."""
+    content, size = saved(form), 16 * 2**20
+    if form == "PNG":
+        return content[:33] + chunk(b"IDAT", b"") * (size // 12) + content[33:]
+    if form == "JPEG":
+        return content[:2] + b"\xff\xdb\x00\x02" * (size // 4) + content[2:]
+    length = struct.pack("<I", 4 + size + len(content) - 12)
+    return b"RIFF" + length + b"WEBP" + b"abcd\0\0\0\0" * (size // 8) + content[12:]
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_a_file_of_countless_parts_is_refused(form):
+    assert "more than 100000 parts" in refusal(many(form))
+
+
+def test_markers_and_filling_of_a_jpeg_cost_no_time():
+    content = saved("JPEG", (41, 31))
+    assert upload(content[:2] + b"\xff" * 1000 + content[2:], "image").width == 41
+    assert "bytes of metadata" in refusal(content[:2] + b"\xff" * 48 * 2**20 + content[2:])
+    assert "more than 100000 parts" in refusal(content[:2] + b"\xff\xd0" * 200_000 + content[2:])
+    place = content.index(b"\xff\xda")  # behind the size
+    assert "more than 100000 parts" in refusal(content[:place] + b"\xff\xdb\0\2" * 200_000 + content[place:])
+    assert "one size" in refusal(content[:place] + content[content.index(b"\xff\xc0") :])
+
+
+def test_a_jpeg_of_countless_scans_is_refused():
+    """Each of 33 bytes takes a decoder 10 ms for 16 megapixels."""
+    content = saved("JPEG", (256, 256), progressive=True)
+    first = content.rindex(b"\xff\xda")
+    scan = content[first : content.index(b"\xff\xd9", first)]
+    assert upload(content[:first] + scan * 50 + content[first:], "image").width == 256
+    assert "more than 100 scans" in refusal(content[:first] + scan * 100 + content[first:])
+
+
 @pytest.mark.parametrize("form", ["BMP", "TIFF", "GIF", "ICO", "PPM"])
 def test_other_formats_are_refused_whatever_they_are_called(form):
     assert "no PNG, JPEG or WebP" in refusal(saved(form, (32, 32)))
