@@ -76,6 +76,8 @@ _WHOLE = re.compile(r"\+?\d{1,20}")
 _REAL = re.compile(r"[+-]?(?:\d{1,20}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][+-]?\d{1,4})?")
 _SIZE = re.compile(r"(\d{1,6})\s*[xX×]\s*(\d{1,6})")
 _TAG = re.compile(r"<(lora|lyco|hypernet)\s*:([^<>\n]{0,2000})>", re.IGNORECASE)
+# a tag takes the blanks before it along; from their first one on, else a long row would be read once for each
+_TAG_AND_BLANKS = re.compile(rf"(?:(?<![ \t])[ \t]+)?{_TAG.pattern}", re.IGNORECASE)
 # what makes keywords and tags, up to the place for a backslash
 _MEANING = re.compile(r"\bA(?=ND\b)|\bBR(?=EAK\b)|(?i:<\s*[lh](?=(?:ora|yco|bw|ypernet)\s*:))")
 _BRACKETS = re.compile(r"[()\[\]\\]")
@@ -402,8 +404,7 @@ def _without_tags(prompt: str, hashes: Mapping[str, str]) -> tuple[str, tuple[Lo
         loras[name] = LoraTag(name, unet, hashes.get(name, ""), None if text == unet else text)
         if len(loras) > MAX_LORAS:
             raise InvalidRequest(f"the prompt has more than {MAX_LORAS} LoRAs; use fewer")
-    # a tag takes the blanks before it along
-    text = re.sub(rf"[ \t]*{_TAG.pattern}", "", prompt, flags=re.IGNORECASE)
+    text = _TAG_AND_BLANKS.sub("", prompt)
     return (text if text == prompt else text.strip(" \t")), tuple(loras.values()), other
 
 

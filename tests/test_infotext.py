@@ -12,7 +12,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from stylefast.errors import InvalidRequest, PromptError, StyleFastError
-from stylefast.infotext import MAX_TEXT, LoraTag, Parameters, exif_comment, read, sampler_name, text_of, write
+from stylefast.infotext import (
+    MAX_TEXT,
+    LoraTag,
+    Parameters,
+    exif_comment,
+    read,
+    sampler_name,
+    take_tags,
+    text_of,
+    write,
+)
 from stylefast.models.prompt_syntax import parse
 from stylefast.sampling import FEW_STEP_PRESETS
 from stylefast.sampling.few_step import named_schedule
@@ -444,3 +454,14 @@ def test_damaged_comments_are_read_or_refused(tmp_path):
 
 def test_settings_can_be_recorded():
     json.dumps(read(FULL).not_taken)
+
+
+@pytest.mark.parametrize("text", [" " * 32_000, " " * 31_000 + "<lora:", "\t" * 31_000 + "<lora:x:1"])
+def test_looking_for_tags_takes_no_longer_than_reading(text):
+    began = time.process_time()
+    take_tags(text)
+    assert time.process_time() - began < 0.1
+
+
+def test_a_tag_takes_the_blanks_before_it_along():
+    assert take_tags("a fish  <lora:gold:0.5>, blue\t<LORA:pixel:1> sky<lora:ink:1>")[0] == "a fish, blue sky"

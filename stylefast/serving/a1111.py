@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/sdapi/v1")
 
 MOST_PICTURES = 16
+MOST_TEXT = 32_000  # characters, as in OpenAI's routes
 # fields that change the picture: name -> (default, least, most), or its default alone
 _NUMBERS = {
     "seed": (-1, -1, values.MAX_SEED),
@@ -107,7 +108,8 @@ _UNIT_REST = (
     "hr_option",
 )
 _BALANCED = (0, "Balanced", None)
-_STYLE_TAG = re.compile(r"[ \t]*<style:([^<>:\n]{1,200})(?::([^<>:\n]{0,20}))?>")
+# blanks in front are taken from their first one on, else a long row of them would be read once for each
+_STYLE_TAG = re.compile(r"(?:(?<![ \t])[ \t]+)?<style:([^<>:\n]{1,200})(?::([^<>:\n]{0,20}))?>")
 MOST_STRENGTH = 2.0
 
 _SCHEMA = {
@@ -581,6 +583,13 @@ def _text(name: str, value: Any, default: str | None) -> str | None:
         return default
     if not isinstance(value, str):
         raise ApiError(400, f"{name} is {values.quoted(value)}; it must be text", param=name, code="invalid_request")
+    if len(value) > MOST_TEXT:
+        raise ApiError(
+            400,
+            f"{name} has {len(value)} characters; at most {MOST_TEXT} are allowed",
+            param=name,
+            code="invalid_request",
+        )
     return value
 
 

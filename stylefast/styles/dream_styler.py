@@ -499,4 +499,7 @@ def _check_styles(styles: Sequence[DreamStyler]) -> None:
 
 def _style_clause(tokens: Sequence[str]) -> re.Pattern:
     token = "(?:" + "|".join(map(re.escape, tokens)) + ")"
-    return re.compile(rf"\s*,?\s*\bin the style of {token}(?:(?:\s*,\s*|\s+and\s+){token})*", re.IGNORECASE)
+    # blanks are taken from their first one on: were every one of a long row a beginning, it would take hours
+    return re.compile(
+        rf"(?:(?<!\s)\s+)?(?:,\s*)?\bin the style of {token}(?:(?:\s*,\s*|\s+and\s+){token})*", re.IGNORECASE
+    )

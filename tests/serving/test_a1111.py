@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 import urllib.request
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +14,7 @@ import webuiapi
 from PIL import Image
 
 import stylefast
+from stylefast.serving import a1111
 
 OPEN_WEBUI = {  # as its image settings send it
     "prompt": "a fish",
@@ -149,6 +151,26 @@ def test_a_style_may_have_a_part_of_its_strength(server):
     for prompt, words in (("a <style:neon:x>", "has the strength 'x'"), ("a <style:neon:2.5>", "from 0 to 2")):
         status, reply = post(server, "/sdapi/v1/txt2img", {**body, "prompt": prompt})
         assert status == 400 and reply["error"]["param"] == "prompt" and words in reply["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "text", [" " * 31_000 + "<style:", "<style:" * 4000, " <style" * 4000, "<style:" + "a" * 31_000, "\t " * 15_000]
+)
+def test_looking_for_tags_takes_no_longer_than_reading(text):
+    began = time.process_time()
+    a1111._style_tags(text)
+    assert time.process_time() - began < 0.2
+
+
+def test_tags_take_the_blanks_in_front_with_them():
+    found = a1111._style_tags("a fish  <style:neon:0.5>, blue <style:chalk> sky<style:glass:>")
+    assert found == ("a fish, blue sky", [("neon", 0.5), ("chalk", 1.0), ("glass", 1.0)])
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt", "sampler_name"])
+def test_texts_have_a_limit(server, field):
+    status, reply = post(server, "/sdapi/v1/txt2img", {**OPEN_WEBUI, field: "a" * 32_001})
+    assert status == 400 and reply["error"]["param"] == field and "32001 characters" in reply["error"]["message"]
 
 
 def unit(**changes):
