@@ -1,5 +1,7 @@
 """What other programs read as instructions in a prompt is told of, once a request; ordinary prose is not."""
 
+import time
+
 import pytest
 
 from stylefast.runtime.plan import instructions as told
@@ -142,3 +144,11 @@ def test_a_long_prompt_of_brackets_is_read_in_linear_time():
     # a pattern that backtracks would take minutes
     for text in ("(" * 30_000, "[a|" * 10_000, "<lora:" * 5_000, "{a|" * 9_000, "a:1" * 9_000, "__a" * 9_000):
         instructions(text)
+
+
+@pytest.mark.parametrize("text", ["x" * 32_000, "(" + "a" * 31_000, "[" + ":" * 31_000, "{" + "|" * 31_000])
+def test_looking_for_them_takes_no_longer_than_reading(text):
+    began = time.process_time()
+    instructions(text)
+    told._BRACKETS.search(text)
+    assert time.process_time() - began < 0.2

@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 # escaped characters are literal in other programs too
 _ESCAPED = re.compile(r"\\[\\()\[\]{}<>:|]")
 _NUMBER = r"\s*[-+]?(?:\d++(?:\.\d*+)?|\.\d++)\s*"
-# (name, pattern, alternative in stylefast or "", the syntax that understands it or "")
+# (name, pattern, alternative in stylefast or "", the syntax that understands it or ""); prompts may be long, so each
+# reads its text once
 _INSTRUCTIONS = (
     (
         "a tag",
@@ -23,10 +24,15 @@ _INSTRUCTIONS = (
     ),
     ("a weight", re.compile(rf"[(\[][^()\[\]]*:{_NUMBER}[)\]]"), "", "a1111"),
     ("a weight", re.compile(rf"\S::{_NUMBER}(?=\s|,|$)"), "", ""),
-    ("a weight", re.compile(r"(?:[^\W\d_]{2,}|\))(?:\+\++|--+)(?=[\s,.)]|$)|\)[-+](?=[\s,.)]|$)"), "", "compel"),
+    (
+        "a weight",
+        re.compile(r"(?:(?<![^\W\d_])[^\W\d_]{2,}+|\))(?:\+\++|--+)(?=[\s,.)]|$)|\)[-+](?=[\s,.)]|$)"),
+        "",
+        "compel",
+    ),
     ("a weight", re.compile(rf"\)(?!\s){_NUMBER}(?=[\s,.)]|$)(?<=[\d.])"), "", "compel"),
-    ("a change or choice between steps", re.compile(r"\[[^\[\]]*[|:][^\[\]]*\]"), "", ""),
-    ("a choice", re.compile(r"\{[^{}]*\|[^{}]*\}"), "", ""),
+    ("a change or choice between steps", re.compile(r"\[(?=[^\[\]|:]*+[|:])[^\[\]]*+\]"), "", ""),
+    ("a choice", re.compile(r"\{(?=[^{}|]*+\|)[^{}]*+\}"), "", ""),
     ("a wildcard", re.compile(r"(?<!\w)__[\w/*-]+__(?!\w)"), "", ""),
     ("an embedding", re.compile(r"\bembedding:\S+", re.IGNORECASE), "give its file as a learned style", ""),
     ("an option", re.compile(r"(?:^|\s)--(?:ar|v|s|q|c|no|niji|seed|style|stylize|chaos)\b[^-]*"), "", ""),
@@ -41,7 +47,7 @@ _WEIGHTS = {
 }
 # a keyword only if the prompt also has lower-case words
 _AND = re.compile(r"(?<!\S)AND(?!\S)")
-_BRACKETS = re.compile(r"\([^()]*\w[^()]*\)|\[[^\[\]]*\w[^\[\]]*\]")
+_BRACKETS = re.compile(r"\((?=[^()\w]*+\w)[^()]*+\)|\[(?=[^\[\]\w]*+\w)[^\[\]]*+\]")
 _MOST_SHOWN = 4
 
 
