@@ -176,7 +176,7 @@ def test_texts_of_a_form_are_utf8(server):
 
 
 def test_no_charset_of_a_form_holds_the_server_up(server):
-    """Python takes a minute for 200 KB in punycode."""
+    """Python takes two minutes for a megabyte in punycode, which a text in a form may have."""
     for charset in ("punycode", '"punycode"', "utf-16", "idna"):
         headers, body = form((b"prompt", b"a-" + b"b" * 200_000), charset=f"; charset={charset}")
         began = time.monotonic()
