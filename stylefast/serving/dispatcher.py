@@ -42,7 +42,7 @@ MOST_DEATHS, DEATHS_SECONDS = 3, 60.0
 # the engine ends late requests itself; this long after their deadline the server does not wait for it
 LATE_SECONDS = 5.0
 Message = Run | Cancel | LoadStyle | BakeStyle | Stop
-_FIRST_ESTIMATE = 5.0  # seconds of a request, before any was made
+_FIRST_ESTIMATE = 0.4  # seconds of a step, before any request was done
 _WEIGHT = 0.2  # of the latest request in the estimate
 
 
@@ -186,8 +186,9 @@ class Dispatcher:
 
     def expected_seconds(self) -> float:
         """Return the seconds after which a request that arrives now may be expected to start."""
-        ahead = self.pictures + sum(ticket.count for queued in self._waiting.values() for ticket in queued)
-        return self._seconds * ahead / self.max_running
+        waiting = (ticket for queued in self._waiting.values() for ticket in queued)
+        steps = sum(ticket.steps_left for ticket in (*self._running.values(), *waiting))
+        return self._seconds * steps / self.max_running
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a request. Raises ApiError where it is refused."""
@@ -195,7 +196,7 @@ class Dispatcher:
         if self.max_per_owner:
             own = sum(one.count for one in self._of(ticket.owner)) + ticket.count
             if own > self.max_per_owner:
-                raise replies.over_quota(own, self.max_per_owner, self._seconds)
+                raise replies.over_quota(own, self.max_per_owner, self._seconds * ticket.steps_left / ticket.count)
         if not self._fits(ticket) and self.waiting >= self.max_waiting:
             raise replies.queue_full(self.waiting, self.max_waiting, self.expected_seconds())
         self._waiting.setdefault(ticket.owner, deque()).append(ticket)
@@ -362,7 +363,7 @@ class Dispatcher:
                 ticket.report(message)
                 return
             if isinstance(message, Done):
-                self._seconds += _WEIGHT * (message.seconds - self._seconds)
+                self._seconds += _WEIGHT * (message.seconds / max(ticket.steps, 1) - self._seconds)
                 if not ticket.over:  # else it was cancelled, and nobody asks for the pictures
                     ticket.take(message)
                     self.drawn(message)

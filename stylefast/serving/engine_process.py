@@ -38,6 +38,7 @@ from stylefast.serving.messages import (
     Stop,
 )
 from stylefast.serving.registry import StyleRegistry
+from stylefast.serving.tickets import USUAL_STEPS
 from stylefast.values import quoted
 
 if TYPE_CHECKING:
@@ -55,7 +56,6 @@ TELL_SECONDS = 0.1  # between two reports of steps done
 COUNT_SECONDS = 1.0
 MOST_STEPS = 10_000  # between two reports
 WARM_UP_STEPS = 2
-USUAL_STEPS = 12  # where a request does not say, and its sampler has no preset
 
 # loads the model: the engine, and what its pictures record of what was loaded
 Load = Callable[[], "tuple[Engine, Mapping[str, Any]]"]

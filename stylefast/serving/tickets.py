@@ -14,6 +14,7 @@ from stylefast.values import quoted
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
 OVER = (DONE, FAILED, CANCELLED)
+MOST_STEPS, USUAL_STEPS = 1000, 12  # of a request; the latter where it does not say, and its sampler has no preset
 
 
 @dataclass(eq=False)
@@ -56,6 +57,14 @@ class Ticket:
 
     def __post_init__(self):
         self.count = len(self.call["requests"])
+
+    @property
+    def steps_left(self) -> int:
+        """Return the steps that are still to be made for its pictures, as far as its request tells."""
+        if self.steps:
+            return self.count * max(self.steps - self.step, 0)
+        given = (request.get("steps") for request in self.call.get("requests", ()))
+        return sum(steps if isinstance(steps, int) and 0 < steps <= MOST_STEPS else USUAL_STEPS for steps in given)
 
     @property
     def over(self) -> bool:

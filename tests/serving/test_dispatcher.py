@@ -92,6 +92,24 @@ async def test_nothing_is_accepted_before_the_model_is_loaded():
 
 
 @in_loop
+async def test_the_expected_start_follows_from_the_steps_that_are_left():
+    bench = Bench(max_running=2).ready()
+    assert bench.dispatcher.expected_seconds() == 0
+    bench.submit("1")
+    bench.engine.say(Progress("1", 0, 50))
+    bench.engine.say(Progress("1", 10, 50))
+    running = bench.dispatcher.expected_seconds()
+    bench.dispatcher.submit(Ticket("2", "a", {"requests": [{"steps": 20}, {"steps": "many"}]}, run="2"))
+    assert bench.dispatcher.expected_seconds() == pytest.approx(running * (40 + 20 + 12) / 40)
+    bench.engine.done("1", "2")
+    for i in range(40):  # of steps that take a second each
+        bench.submit(f"long{i}", steps=50)
+        bench.engine.say(Done(f"long{i}", [Made(PIXELS, "{}", "", 1)], 50.0))
+    bench.submit("last", steps=50)
+    assert bench.dispatcher.expected_seconds() == pytest.approx(50 / 2, rel=0.01)
+
+
+@in_loop
 async def test_one_slot_and_eight_places_take_nine_of_sixty_four():
     bench, refused = Bench().ready(), []
     for i in range(64):
