@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     choice = ModelChoice.of(arguments)
     if choice.row_lora:
         raise InvalidRequest("the demo's requests use no LoRA; merge one into the model: --merge-lora")
-    chapters = plan(choice.folder)
+    chapters = plan(choice.folder, arguments.steps)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with only_writer(out, beside(out), patience=0, required=True):
@@ -126,7 +126,7 @@ def _remove_parts(out: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def plan(model_folder: Path) -> tuple[Chapter, ...]:
+def plan(model_folder: Path, steps: int) -> tuple[Chapter, ...]:
     """Return the demo's chapters, using the pictures and learned styles that come with the model. Raises StyleError."""
     from stylefast.record_values import shipped
 
@@ -142,7 +142,7 @@ def plan(model_folder: Path) -> tuple[Chapter, ...]:
         _instant_chapter(references[0]),
         _learned_chapter(learned[0]),
         _composed_chapter(references[-1], learned[0]),
-        _begun_chapter(references[0], references[-1]),
+        _begun_chapter(references[0], references[-1], steps),
         *_lora_chapters(list(shipped(model_folder, "loras"))),
     )
 
@@ -235,32 +235,38 @@ def _composed_chapter(reference: str, learned: str) -> Chapter:
     return Chapter("All three at once", text, calls)
 
 
-def _begun_chapter(picture: str, style: str) -> Chapter:
+def _begun_chapter(picture: str, style: str, steps: int) -> Chapter:
+    def share(strength: float) -> str:
+        return f"{max(strength, 1 / max(steps, 1)):g}"  # at least a step runs
+
     prompts = (*(f"a {content}" for content in CONTENTS[:3]), "--seed", "130")
     start = (*prompts, "--image", picture)
     calls = [
         Call(
-            f"begun-{strength}", f"begun with {picture}, strength {strength}", (*start, "--strength", strength), picture
+            f"begun-{strength}",
+            f"begun with {picture}, strength {strength}",
+            (*start, "--strength", share(strength)),
+            picture,
         )
-        for strength in ("0.5", "0.7", "0.9")
+        for strength in (0.5, 0.7, 0.9)
     ]
     calls += [
         Call(
             "begun-styled",
             f"begun with {picture}, strength 0.8, aligned to {style}",
-            (*start, "--strength", "0.8", "--style-image", style, *ALIGNED),
+            (*start, "--strength", share(0.8), "--style-image", style, *ALIGNED),
             style,
         ),
         Call(
             "repainted",
             f"{picture} repainted within a circle",
-            (*start, "--mask", f"{HERE}{MASK}", "--strength", "0.9"),
+            (*start, "--mask", f"{HERE}{MASK}", "--strength", share(0.9)),
             picture,
         ),
         Call(
             "enlarged",
             "one and a half times as large, by a second pass from each picture",
-            (*prompts, "--upscale", "1.5", "--upscale-strength", "0.2"),
+            (*prompts, "--upscale", "1.5", "--upscale-strength", share(0.2)),
         ),
     ]
     text = (

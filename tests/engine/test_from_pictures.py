@@ -250,11 +250,12 @@ def test_a_second_pass_is_image_to_image_of_the_enlarged_picture(engine, mode):
 
 
 def test_a_second_pass_shares_its_steps_with_others_and_takes_styles_and_pictures(engine):
-    style = sf.StyleAligned(small_picture(1))
+    style, enlarged = sf.StyleAligned(small_picture(1)), {"upscale": 1.5, "upscale_mode": "latents"}
     requests = [
         sf.Request("a cat", steps=4, size=(72, 48)),
-        sf.Request("a fish", steps=4, size=SIZE, upscale=1.5, upscale_strength=0.5, style=style),
-        sf.Request("a boat", steps=4, image=PICTURE, strength=0.5, upscale=1.5, upscale_strength=0.25),
+        # of latents, since a picture is rounded to 8 bits between the passes
+        sf.Request("a fish", steps=4, size=SIZE, style=style, **enlarged, upscale_strength=0.5),
+        sf.Request("a boat", steps=4, image=PICTURE, strength=0.5, **enlarged, upscale_strength=0.25),
     ]
     found = engine.generate(requests, output="latents").latents
     twins = Twins(engine)

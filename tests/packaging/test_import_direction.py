@@ -34,7 +34,7 @@ ALLOWED = {
     "options": {"errors", "values"},
     "_extension": {"_C"},
     "kernels": {"errors", "values", "_extension", "code_caches"},
-    "models": {"errors", "values", "options", "slots", "kernels"},
+    "models": {"errors", "values", "options", "slots", "kernels", "sampling.noise_levels"},
     "sampling": {"errors", "values", "kernels"},
     "styles": {"errors", "values", "whole_files", "kernels", "models", "sampling.guidance"},
     "runtime": BELOW_ENGINE,

@@ -185,7 +185,8 @@ def served(reply, image="http://pictures.example:{port}/a.png", hosts=("pictures
             return await app.images_in_json(service(fetcher, limit), {"image": [image.format(port=port)]})
 
     try:
-        _, (found,) = asyncio.run(run())
+        _, files = asyncio.run(run())
+        (found,) = files["image"]
     except ApiError as error:
         return error, requests
     return found, requests
