@@ -73,23 +73,6 @@ def queue_again(scheduler: "Scheduler", job: Job) -> None:
         scheduler._queue.appendleft(job)
 
 
-def give_way(scheduler: "Scheduler", job: Job) -> bool:
-    """Make room for a job that ran out of memory: the youngest that can start again does so once another has ended.
-
-    That may be the job itself. Returns False if there is none besides, so that the job does not fit even alone.
-    """
-    with scheduler._changed:
-        holding = {*scheduler._jobs.values(), *scheduler._joining}
-        others = {*holding, *scheduler._leaving} - {job}
-    movable = [one for one in holding if not one.collects]  # a bake has begun to write its file
-    if not others or not movable:
-        return False
-    youngest = max(movable, key=lambda one: one.number)
-    scheduler._queue_again(youngest)
-    youngest.behind = tuple((others | {job}) - {youngest})
-    return True
-
-
 def end_all(scheduler: "Scheduler", error: BaseException) -> None:
     with scheduler._changed:
         waiting = list(scheduler._queue)

@@ -107,7 +107,6 @@ class Job:
         self.due: deque[Callable[[], None]] = deque()  # calls to make in the caller's thread before the next step
         self.cancelled = False
         self.queued_again = False  # found no room
-        self.behind: tuple[Job, ...] = ()  # to which it gave way; one of them must end before it starts again
         self.made_room = False  # of what was kept for later requests
 
     @property

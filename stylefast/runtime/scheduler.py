@@ -52,7 +52,6 @@ class Scheduler:
     _begin_again = endings.begin_again
     _end = endings.end
     _end_all = endings.end_all
-    _give_way = endings.give_way
     _queue_again = endings.queue_again
 
     def __init__(
@@ -344,9 +343,6 @@ class Scheduler:
                 if not self._queue or taken >= MOST_PICTURES:
                     return moved
                 job = self._queue[0]
-                busy = self._jobs or self._joining or self._leaving
-                if busy and job.behind and not any(other.done() for other in job.behind):
-                    return moved
             error = None
             try:
                 if job.model != self._planner.fingerprint():
@@ -357,7 +353,6 @@ class Scheduler:
                 if not self._queue or self._queue[0] is not job:
                     continue  # cancelled meanwhile
                 self._queue.popleft()
-                job.behind = ()
                 if error is None:
                     # jobs that had arrived when the first of them joined start together
                     first = (not self._jobs or job.number <= self._opening) and not job.queued_again
@@ -515,15 +510,9 @@ class Scheduler:
         return None
 
     def _collect(self, batch: Sequence[SampleGroup], failed: dict[SampleGroup, Exception]) -> None:
-        """End the jobs of groups that failed, and pass on the results of the others' steps.
-
-        Where memory ran out beside other jobs, the youngest of all starts again later.
-        """
+        """End the jobs of groups that failed, and pass on the results of the others' steps."""
         for job in dict.fromkeys(self._jobs[g] for g in failed if g in self._jobs):
-            errors = [error for g, error in failed.items() if self._jobs.get(g) is job]
-            if not errors or (all(map(is_out_of_memory, errors)) and self._give_way(job)):
-                continue  # it, or another, gave way
-            self._end(job, joined(errors))
+            self._end(job, joined([error for g, error in failed.items() if self._jobs.get(g) is job]))
         for job in list(dict.fromkeys(self._jobs[g] for g in batch if g in self._jobs)):
             stepped = [g for g in batch if self._jobs.get(g) is job]
             if job in self._joining:  # the steps of an inversion do not count as the picture's

@@ -146,27 +146,6 @@ def test_batches_are_split_to_keep_the_limit(pipe, fresh, monkeypatch, drawn):
     assert max(watch.rows[calls:]) <= 6 and engine.memory()["held"] <= engine.memory()["limit"]
 
 
-def test_jobs_that_run_out_of_memory_beside_others_start_again_and_all_end(fresh, monkeypatch, drawn):
-    step, seen = fresh.runner.step, []
-
-    def narrow(groups, features=None):
-        seen.append(fresh.runner.pictures)
-        if fresh.runner.pictures > 2:  # however they are divided
-            return {group: OutOfMemory("no room beside the others") for group in groups}
-        return step(groups, features)
-
-    monkeypatch.setattr(fresh.runner, "step", narrow)
-    watch = Watch(fresh, monkeypatch)
-    jobs = watch.together(*(lambda seed=seed: submit(fresh, seed=seed) for seed in range(5)))
-    for seed, job in enumerate(jobs):
-        close(job.result(WAIT).latents, drawn("a cat", seed=seed, steps=STEPS))
-    assert max(seen) > 2 and settled(fresh)
-    monkeypatch.setattr(fresh.runner, "step", lambda groups, features=None: dict.fromkeys(groups, OutOfMemory("none")))
-    with pytest.raises(OutOfMemory):
-        submit(fresh).result(WAIT)
-    assert settled(fresh)
-
-
 def test_a_request_too_large_for_the_limit_fails_and_the_next_one_runs(pipe, fresh):
     submit(fresh).result(WAIT)
     # it would fit into the whole limit, but not beside what is held
