@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import random
 import socket
 from types import SimpleNamespace
 
@@ -26,10 +27,20 @@ def png(size=(40, 30)):
     return stream.getvalue()
 
 
+def listening_apart():
+    """Return a listening socket on a port that no other server had, whose late clients might come."""
+    for port in random.sample(range(20_000, 32_000), 50):
+        try:
+            return socket.create_server(("127.0.0.1", port))
+        except OSError:
+            continue
+    raise AssertionError("no free port")
+
+
 @pytest.fixture
 def listener():
     """A listening socket on loopback, and a function that returns whether anybody has connected."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with listening_apart() as listening:
         listening.settimeout(0.05)
 
         def asked():
