@@ -171,6 +171,9 @@ def read(text: str, without: Collection[str] = ()) -> Parameters:
     clip_skip = _clip_skip(settings) if _is_ours(settings) or settings.get("Clip skip") in _NO_SKIP else None
     if clip_skip is None and "Clip skip" in settings:
         not_taken["Clip skip"] = settings["Clip skip"]
+    alone = _VARIATION["variation_seed"] if _VARIATION["variation_strength"] not in settings else None
+    if alone in settings:  # which varies nothing
+        not_taken[alone] = settings.pop(alone)
     if "Schedule type" in settings and scheduler in (*_OWN_SPACING, *FEW_STEP_PRESETS):
         not_taken["Schedule type"] = settings["Schedule type"]
     return Parameters(

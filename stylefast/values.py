@@ -452,7 +452,7 @@ def _axes(value: Any) -> int:
     """Return how many axes an array or tensor has; 0 for other values."""
     try:
         return int(operator.index(getattr(value, "ndim", 0)))
-    except Exception:
+    except Exception:  # as above
         return 0
 
 

@@ -465,3 +465,10 @@ def test_looking_for_tags_takes_no_longer_than_reading(text):
 
 def test_a_tag_takes_the_blanks_before_it_along():
     assert take_tags("a fish  <lora:gold:0.5>, blue\t<LORA:pixel:1> sky<lora:ink:1>")[0] == "a fish, blue sky"
+
+
+def test_variations_are_read_and_a_seed_without_a_strength_is_listed():
+    both = read("a fish\nSteps: 20, Seed: 1, Variation seed: 5, Variation seed strength: 0.2")
+    assert (both.variation_seed, both.variation_strength, both.not_taken) == (5, 0.2, {})
+    one = read("a fish\nSteps: 20, Seed: 1, Variation seed: 5")
+    assert one.variation_seed is None and one.not_taken == {"Variation seed": "5"}

@@ -7,7 +7,7 @@ happens between two steps. `Joining` is a job in that state.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ class RequestPlanner:
         samples = plan_samples(requests, self.schedule, self.native_size)
         enlarging = [sample for sample in samples if sample.output is not None and sample.request.upscale > 1]
         if enlarging:
-            first_pass = self._planned([replace(sample.request, upscale=1.0) for sample in enlarging], loras)
+            first_pass = self._planned([sample.request.first_pass() for sample in enlarging], loras)
             for sample, base in zip(enlarging, first_pass, strict=False):  # references come after the targets
                 sample.base, sample.first_pass = base, first_pass
         for sample in samples:
@@ -236,7 +236,8 @@ class Admission:
         self._planner, self._runner = planner, planner.runner
         self.groups: list[SampleGroup] = []
         self._inversions: list[SampleGroup] = []
-        self._before: list[Admission] = []  # of first passes
+        self._first: Admission | None = None  # of the first pass
+        self._finished: dict[int, torch.Tensor] | None = None  # output -> latents of the first pass
         self._going = self._go(samples)
         self._begun = False
 
@@ -266,8 +267,8 @@ class Admission:
         for group in [*self.groups, *self._inversions]:
             self._runner.retire(group)
         self.groups, self._inversions = [], []
-        for first in self._before:
-            first.close()
+        if self._first is not None:
+            self._first.close()
 
     def _go(self, samples: Sequence[Sample]) -> Generator[Wanted, Any, None]:
         """Yield work; runs between two steps otherwise."""
@@ -304,7 +305,6 @@ class Admission:
     def _pins(self, samples: Sequence[Sample]) -> Generator[Wanted, Any, dict[Sample, Pin]]:
         """Return the pins of samples: those of real references, and of pictures that others begin with."""
         pins, inversions, model = {}, {}, self._planner.fingerprint()
-        finished: dict[int, torch.Tensor] | None = None
         for sample in samples:
             if sample.pin is not None and sample.pin[0] == model:
                 continue  # kept from an earlier attempt that ran out of memory
@@ -312,9 +312,9 @@ class Admission:
                 sample.pin = model, latents_pin(*sample.held)
                 continue
             if sample.base is not None:
-                if finished is None:
-                    finished = yield from self._first_pass(sample.first_pass)
-                made = finished[sample.base.output or 0]
+                if self._finished is None:
+                    self._finished = yield from self._first_pass(sample.first_pass)
+                made = self._finished[sample.base.output or 0]
                 clean, kept = (yield partial(self._planner.enlarge, sample, made)), None
             else:
                 clean, kept = yield partial(self._planner.read_picture, sample)
@@ -335,8 +335,7 @@ class Admission:
 
     def _first_pass(self, samples: Sequence[Sample]) -> Generator[Wanted, Any, dict[int, torch.Tensor]]:
         """Run the first pass of pictures to its end; return output -> latents [channels, h, w]."""
-        first = Admission(self._planner, samples)
-        self._before.append(first)
+        first = self._first = Admission(self._planner, samples)
         yield from first._going
         yield first.groups
         finished: dict[int, torch.Tensor] = {}

@@ -215,13 +215,7 @@ async def _drawn(request: Request, body: Mapping[str, Any], wanted: Wanted) -> d
 def _begin(wanted: Wanted, given: Mapping[str, Any]) -> None:
     """Let pictures begin with another: add what the fields of img2img alone say. Raises ApiError."""
     for name, value in given.items():
-        if name in _BEGUN_IDLE and value not in _BEGUN_IDLE[name]:
-            raise ApiError(
-                400,
-                f"{name} is {values.quoted(value)}, and this server does not have it; leave it out",
-                param=name,
-                code="unsupported_parameter",
-            )
+        _check_idle(name, value, _BEGUN_IDLE)
     images = given.get("init_images")
     if not isinstance(images, list) or len(images) != 1:
         many = f"has {len(images)} pictures" if isinstance(images, list) else "is no list"
@@ -380,13 +374,7 @@ def _wanted(body: Mapping[str, Any], service: "Service", owner: str, route: str 
             raise ApiError(
                 400, f"{values.quoted(name)} is no field of {route}{near}", param=name[:80], code="unknown_parameter"
             )
-        if name in _IDLE and value not in _IDLE[name]:
-            raise ApiError(
-                400,
-                f"{name} is {values.quoted(value)}, and this server does not have it; leave it out",
-                param=name,
-                code="unsupported_parameter",
-            )
+        _check_idle(name, value, _IDLE)
     number = {name: _whole(name, body.get(name), *limits) for name, limits in _NUMBERS.items()}
     text = {name: _text(name, body.get(name), default) for name, default in _TEXTS.items()}
     count = number["batch_size"] * number["n_iter"]
@@ -444,6 +432,17 @@ def _wanted(body: Mapping[str, Any], service: "Service", owner: str, route: str 
         stream=False,
         partial_images=0,
     )
+
+
+def _check_idle(name: str, value: Any, idle: Mapping[str, Sequence[Any]]) -> None:
+    """Raise ApiError for a field of what this server does not have, unless its value leaves the picture as it is."""
+    if name in idle and value not in idle[name]:
+        raise ApiError(
+            400,
+            f"{name} is {values.quoted(value)}, and this server does not have it; leave it out",
+            param=name,
+            code="unsupported_parameter",
+        )
 
 
 def _overrides(given: Any, service: "Service", owner: str, prefix: str) -> tuple[str | None, int | None]:

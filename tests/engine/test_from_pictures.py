@@ -264,6 +264,15 @@ def test_a_second_pass_shares_its_steps_with_others_and_takes_styles_and_picture
         close(latents[None], twins.drawn([request]))
 
 
+def test_pictures_that_end_at_different_sizes_share_one_first_pass(engine):
+    given = {"steps": 4, "size": SIZE, "upscale_strength": 0.5}
+    requests = [sf.Request("a cat", upscale=1.5, **given), sf.Request("a fish", upscale=2, **given)]
+    before = engine.runner.calls
+    found = engine.generate(requests, output="latents").latents
+    assert engine.runner.calls - before == 4 + 2 * 2
+    assert [tuple(one.shape[1:]) for one in found] == [(12, 18), (16, 24)]
+
+
 def test_a_cancelled_first_pass_leaves_nothing(engine):
     job = engine.submit(sf.Request("a cat", steps=500, size=SIZE, upscale=1.5))
     while engine.runner.pictures == 0:
@@ -293,7 +302,6 @@ def test_outpainting_draws_beyond_the_edges(engine):
 
 def test_noise_turns_towards_that_of_the_variation(engine, draw):
     plain, other = draw("a cat", seed=3)[0], draw("a cat", seed=9)[0]
-    assert torch.equal(draw("a cat", seed=3, variation_seed=9)[0], plain)
     varied = draw("a cat", seed=3, variation_seed=9, variation_strength=0.4)[0]
     apart(varied[None], plain[None])
     apart(varied[None], other[None])
@@ -336,6 +344,10 @@ def test_a_variation_without_a_seed_draws_one_and_records_it():
         ({"upscale": 2, "upscale_mode": "x"}, InvalidRequest, "upscale_mode"),
         ({"upscale": 2, "image": PICTURE, "mask": PICTURE}, InvalidRequest, "upscale has no second pass within"),
         ({"upscale": 4, "size": (4096, 4096)}, InvalidRequest, "16384"),
+        ({"strength": 0.3}, InvalidRequest, "strength is 0.3, which has no effect without image"),
+        ({"upscale_strength": 0.3}, InvalidRequest, "no effect without upscale"),
+        ({"upscale_mode": "latents"}, InvalidRequest, "no effect without upscale"),
+        ({"variation_seed": 3}, InvalidRequest, "no effect without variation_strength"),
         ({"variation_strength": 2}, InvalidRequest, "variation_strength"),
         ({"variation_seed": "x"}, InvalidRequest, "variation_seed"),
     ],

@@ -23,6 +23,10 @@ MIN_SIDE, MAX_SIDE = 16, 8192
 MAX_LORAS = 32
 MAX_UPSCALE = 4
 UPSCALE_MODES = ("picture", "latents")
+STRENGTH = 0.6
+# fields of a picture without a second pass, and without variation
+_SINGLE: dict[str, Any] = {"upscale": 1.0, "upscale_strength": 0.4, "upscale_mode": UPSCALE_MODES[0]}
+_UNVARIED: dict[str, Any] = {"variation_seed": None, "variation_strength": 0.0}
 # what a caller may give as styles; a `Request` holds a tuple of them
 StyleLike: TypeAlias = Style | Sequence[Style] | None
 
@@ -103,7 +107,7 @@ class Request:
     negative_prompt_2: str | None = None
     prompt_syntax: str = "plain"
     image: PictureSource | None = None
-    strength: float = 0.6
+    strength: float = STRENGTH
     mask: PictureSource | torch.Tensor | None = None
     upscale: float = 1.0
     upscale_strength: float = 0.4
@@ -145,6 +149,7 @@ class Request:
                 )
         checked["variation_strength"] = values.real_number("variation_strength", self.variation_strength, 0, 1)
         checked |= self._picture(checked) | self._variation(checked)
+        self._check_effects(checked)
         slots = [slot for style in checked["style"] for slot in style.placeholders]
         for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
             prompt_syntax.check(name, checked.get(name, ""), checked["prompt_syntax"], slots)
@@ -172,9 +177,27 @@ class Request:
             return {}
         return {"variation_seed": values.seed("variation_seed", self.variation_seed)}
 
+    def _check_effects(self, checked: Mapping[str, Any]) -> None:
+        """Raise InvalidRequest for settings of what the request does not have."""
+        idle = {} if self.image is not None else {"strength": (STRENGTH, "image")}
+        if checked["upscale"] == 1:
+            idle |= {name: (_SINGLE[name], "upscale") for name in ("upscale_strength", "upscale_mode")}
+        if not checked["variation_strength"]:
+            idle["variation_seed"] = (None, "variation_strength")
+        for name, (usual, needed) in idle.items():
+            if checked.get(name, usual) != usual:
+                raise InvalidRequest(
+                    f"{name} is {values.quoted(checked[name])}, which has no effect without {needed}; give that too, "
+                    f"or leave {name} out"
+                )
+
     def from_noise(self) -> "Request":
         """Return the request without its own picture and variation, as its references are made."""
-        return replace(self, image=None, mask=None, upscale=1.0, variation_seed=None, variation_strength=0.0)
+        return replace(self.first_pass(), image=None, strength=STRENGTH, mask=None, **_UNVARIED)
+
+    def first_pass(self) -> "Request":
+        """Return the request of the picture that a second pass begins with."""
+        return replace(self, **_SINGLE)
 
     @property
     def negatives(self) -> str:

@@ -59,10 +59,8 @@ class Sample:
     held: tuple[StyleBank, int] | None = None  # a reference run again from a bank's latents: which of its references
     start: torch.Tensor | None = None  # an inversion's: the latents [channels, h, w] that it begins with
     pin: tuple[str, Pin] | None = None  # of a real picture, and the model that it was made with
-    base: "Sample | None" = None  # the finished picture that a second pass enlarges and begins with
-    first_pass: list["Sample"] = field(
-        default_factory=list
-    )  # all samples of the call's first pass, for those with a base
+    base: "Sample | None" = None  # of the first pass: what a second pass enlarges and begins with
+    first_pass: list["Sample"] = field(default_factory=list)  # if it has a base: all samples of the call's first pass
     begin: int = 0  # the step from which its latents are predicted; before, they are its request's noised picture
     first: int = 0  # the step from which it has rows: its own beginning, or that of the first that reads it
     reference_of: ReferenceStyle | None = None  # the style whose reference this sample is
