@@ -241,6 +241,7 @@ def _begun_chapter(picture: str, style: str, steps: int) -> Chapter:
 
     prompts = (*(f"a {content}" for content in CONTENTS[:3]), "--seed", "130")
     start = (*prompts, "--image", picture)
+    large = ("--upscale", "1.5", "--upscale-strength", share(0.2))
     calls = [
         Call(
             f"begun-{strength}",
@@ -266,7 +267,8 @@ def _begun_chapter(picture: str, style: str, steps: int) -> Chapter:
         Call(
             "enlarged",
             "one and a half times as large, by a second pass from each picture",
-            (*prompts, "--upscale", "1.5", "--upscale-strength", share(0.2)),
+            # in a style, since the embedded model's plain pictures have little to hold on to at a size it does not know
+            (*(f"{prompt} in {STYLES[0]} style" for prompt in prompts[:3]), *prompts[3:], *large),
         ),
     ]
     text = (

@@ -179,7 +179,7 @@ class Request:
 
     def _check_effects(self, checked: Mapping[str, Any]) -> None:
         """Raise InvalidRequest for settings of what the request does not have."""
-        idle = {} if self.image is not None else {"strength": (STRENGTH, "image")}
+        idle: dict[str, tuple[Any, str]] = {} if self.image is not None else {"strength": (STRENGTH, "image")}
         if checked["upscale"] == 1:
             idle |= {name: (_SINGLE[name], "upscale") for name in ("upscale_strength", "upscale_mode")}
         if not checked["variation_strength"]:
