@@ -8,11 +8,13 @@ import atexit
 import os
 import threading
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from stylefast.errors import EngineClosed, StyleFastError
 from stylefast.runtime.jobs import Job, cancelled, explained
+from stylefast.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:  # built on this file
     from stylefast.runtime.scheduler import Scheduler
@@ -62,6 +64,26 @@ def end(scheduler: "Scheduler", job: Job, error: BaseException) -> None:
     """End a job that waits, joins or runs; its watchers are notified when the turn is released."""
     scheduler._ended.append(partial(job.finish, error=explained(job, error)))
     scheduler._leave(job)
+    with scheduler._changed:
+        scheduler._departures += 1
+
+
+def fail(scheduler: "Scheduler", errors: Mapping[Job, BaseException]) -> bool:
+    """End jobs with their errors, or queue those again that ran out of memory while others hold some of it.
+
+    Those join once another job has left the batch. Jobs that wait for a callback don't count as others, since the
+    callback may wait for these. A bake is not queued again: what it has collected can't be collected twice. Returns
+    whether jobs were queued again.
+    """
+    short = {job for job, error in errors.items() if is_out_of_memory(error) and not (job.collects and job.groups)}
+    if len(scheduler._busy_jobs() | short) < 2:
+        short = set()
+    for job in sorted(short, key=lambda job: job.number, reverse=True):  # the oldest is first in the queue again
+        job.behind = scheduler._departures
+        scheduler._queue_again(job)
+    for job in errors.keys() - short:
+        scheduler._end(job, errors[job])
+    return bool(short)
 
 
 def queue_again(scheduler: "Scheduler", job: Job) -> None:

@@ -107,6 +107,7 @@ class Job:
         self.due: deque[Callable[[], None]] = deque()  # calls to make in the caller's thread before the next step
         self.cancelled = False
         self.queued_again = False  # found no room
+        self.behind: int | None = None  # the scheduler's count of departures when it was: it waits for the next
         self.made_room = False  # of what was kept for later requests
 
     @property

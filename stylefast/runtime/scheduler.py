@@ -52,6 +52,7 @@ class Scheduler:
     _begin_again = endings.begin_again
     _end = endings.end
     _end_all = endings.end_all
+    _fail = endings.fail
     _queue_again = endings.queue_again
 
     def __init__(
@@ -80,6 +81,7 @@ class Scheduler:
         self._turns: dict[SampleGroup, int] = {}  # when a group last had a step
         self._turn = 0
         self._leaving: set[Job] = set()  # jobs whose pictures are being decoded
+        self._departures = 0  # how often a job left the batch for good, or its pictures were decoded
         self._ended: list[Callable[[], Any]] = []  # notifications of ended jobs, made once the turn is released
         self._helper = Helper(lambda: _IDLE_SECONDS)
         self._thread: threading.Thread | None = None  # the thread behind `submit`
@@ -289,6 +291,11 @@ class Scheduler:
                     self._thread = None
                     return
 
+    def _busy_jobs(self) -> set[Job]:
+        """Return the jobs that hold memory until they are done, except for those that wait for a callback."""
+        with self._changed:
+            return {*self._joining, *self._leaving, *(job for job in self._jobs.values() if not job.due)}
+
     def _has_submitted(self) -> bool:
         """Return whether a job without a waiting caller needs steps."""
         with self._changed:
@@ -343,6 +350,8 @@ class Scheduler:
                 if not self._queue or taken >= MOST_PICTURES:
                     return moved
                 job = self._queue[0]
+                if job.behind == self._departures and self._busy_jobs():
+                    return moved
             error = None
             try:
                 if job.model != self._planner.fingerprint():
@@ -395,13 +404,7 @@ class Scheduler:
                 job.made_room = True
                 self._queue_again(job)
                 return None
-            # there may be room when others are done
-            waited_for = self._joining or self._leaving or any(not other.due for other in self._jobs.values())
-            if is_out_of_memory(error) and waited_for:
-                self._queue_again(job)
-                return None
-            self._end(job, error)
-            return True
+            return None if self._fail({job: error}) else True
         return moved
 
     def _beside(self, wanted: Callable[[], Any]) -> HelperCall:
@@ -511,8 +514,11 @@ class Scheduler:
 
     def _collect(self, batch: Sequence[SampleGroup], failed: dict[SampleGroup, Exception]) -> None:
         """End the jobs of groups that failed, and pass on the results of the others' steps."""
-        for job in dict.fromkeys(self._jobs[g] for g in failed if g in self._jobs):
-            self._end(job, joined([error for g, error in failed.items() if self._jobs.get(g) is job]))
+        errors: dict[Job, list[Exception]] = {}
+        for group, error in failed.items():
+            if group in self._jobs:
+                errors.setdefault(self._jobs[group], []).append(error)
+        self._fail({job: joined(own) for job, own in errors.items()})
         for job in list(dict.fromkeys(self._jobs[g] for g in batch if g in self._jobs)):
             stepped = [g for g in batch if self._jobs.get(g) is job]
             if job in self._joining:  # the steps of an inversion do not count as the picture's
@@ -520,7 +526,7 @@ class Scheduler:
             try:
                 self._pass_on(job, stepped)
             except Exception as error:
-                self._end(job, error)
+                self._fail({job: error})
                 continue
             if not job.running:
                 self._deliver(job)
@@ -555,12 +561,14 @@ class Scheduler:
         def then(result: Any, error: BaseException | None) -> None:
             with self._changed:
                 self._leaving.discard(job)
+                self._departures += 1
             job.finish(result, None if error is None else explained(job, error))
             with self._changed:
                 self._notify()
 
         with self._changed:
             self._leaving.add(job)
+            self._departures += 1
         try:
             self._helper.run(task, then)
         except BaseException as error:

@@ -63,16 +63,22 @@ def test_a_device_that_stays_broken_keeps_nobody_waiting(own, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["shown_of", "results_of"])
-def test_no_memory_for_what_one_call_wants_leaves_the_others_alone(engine, monkeypatch, drawn, name):
-    expected = drawn("a dog", seed=2, steps=9)
+def test_no_memory_for_what_one_call_wants_starts_it_again(
+    engine, monkeypatch, drawn, name
+):
+    expected, wanted = drawn("a dog", seed=2, steps=9), drawn([request()])
     once(monkeypatch, Runner, name, torch.OutOfMemoryError("CUDA out of memory"))
     call, job = together(
         engine,
         lambda: engine.generate(request(), callback=lambda *_: None, output="latents"),
         lambda: submit(engine, "a dog", seed=2, steps=9).result(WAIT).latents,
     )
-    assert isinstance(call, OutOfMemory) and settled(engine)
+    close(call.latents, wanted)
     close(job, expected)
+    once(monkeypatch, Runner, name, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(OutOfMemory):
+        engine.generate(request(), callback=lambda *_: None, output="latents")
+    assert settled(engine)
 
 
 def test_an_error_while_a_result_is_handed_over_ends_the_job(engine, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import stylefast as sf
-from stylefast.errors import InvalidRequest, OutOfMemory
+from stylefast.errors import InvalidRequest, JobCancelled, OutOfMemory
 from stylefast.models.text import Prompt
 from stylefast.options import parse_bytes
 from stylefast.runtime.memory import row_bytes
@@ -113,16 +113,17 @@ def limit_for(engine, rows) -> int:
     return engine.memory()["held"] + int(row_bytes(engine.unet, (8, 12)) * (rows + 0.9))
 
 
-def test_what_fits_alone_fits_after_all_that_others_left(pipe, fresh):
+def test_what_fits_alone_fits_after_all_that_others_left(pipe, fresh, monkeypatch):
     held, text = fresh.memory()["held"], fresh.memory()["conditions"]["text"]
     bank = fresh.bake(sf.StyleAligned(prompt="oil"), steps=STEPS, size=SIZE)
     large, rows = {"size": (96, 80), "seed": 5}, 2 * row_bytes(fresh.unet, (20, 24))
     # keys and values of twice as many prompts, or the large picture, but not both
     engine = sf.Engine.from_pipeline(pipe, memory_limit=held + 2 * text + 2**19)
     assert text + 2**19 < rows < 2 * text
-    jobs = [submit(engine, f"cat {i}", seed=i, style=sf.StyleAligned(bank) if i % 2 else None) for i in range(12)]
-    jobs += [submit(engine, size=(32 + 8 * i, 32)) for i in range(3)]
-    for job in jobs:
+    given = [(f"cat {i}", {"seed": i, "style": sf.StyleAligned(bank) if i % 2 else None}) for i in range(12)]
+    given += [("a cat", {"size": (32 + 8 * i, 32)}) for i in range(3)]
+    watch = Watch(engine, monkeypatch)
+    for job in watch.together(*(lambda text=text, more=more: submit(engine, text, **more) for text, more in given)):
         job.result(WAIT)
     assert engine.memory()["conditions"]["text"] == 2 * text and settled(engine)
     (found,) = submit(engine, **large).result(WAIT).latents
@@ -144,6 +145,90 @@ def test_batches_are_split_to_keep_the_limit(pipe, fresh, monkeypatch, drawn):
     calls = watch.calls
     close(engine.generate(prompts, steps=STEPS, size=SIZE, output="latents").latents, expected)
     assert max(watch.rows[calls:]) <= 6 and engine.memory()["held"] <= engine.memory()["limit"]
+
+
+def test_jobs_that_run_out_of_memory_beside_others_start_again_and_all_end(fresh, monkeypatch, drawn):
+    step, seen = fresh.runner.step, []
+
+    def narrow(groups, features=None):
+        seen.append(fresh.runner.pictures)
+        if fresh.runner.pictures > 2:  # however they are divided
+            return {group: OutOfMemory("no room beside the others") for group in groups}
+        return step(groups, features)
+
+    monkeypatch.setattr(fresh.runner, "step", narrow)
+    watch = Watch(fresh, monkeypatch)
+    jobs = watch.together(*(lambda seed=seed: submit(fresh, seed=seed) for seed in range(5)))
+    for seed, job in enumerate(jobs):
+        close(job.result(WAIT).latents, drawn("a cat", seed=seed, steps=STEPS))
+    assert max(seen) > 2 and settled(fresh)
+
+
+@pytest.mark.parametrize("place", ["step", "prefetch", "finite"])
+def test_memory_that_runs_out_at_any_point_of_a_step_costs_no_job_beside_others(fresh, monkeypatch, drawn, place):
+    """After a step the groups have moved on, and some are finished."""
+    whole, crowded = getattr(fresh.runner, place), []
+
+    def narrow(groups, *more):
+        if fresh.runner.pictures > 1 and len(crowded) < 20:
+            crowded.append(fresh.runner.pictures)
+            error = OutOfMemory("no room beside the others")
+            if place != "step":
+                raise error
+            return dict.fromkeys(groups, error)
+        return whole(groups, *more)
+
+    monkeypatch.setattr(fresh.runner, place, narrow)
+    watch = Watch(fresh, monkeypatch)
+    jobs = watch.together(*(lambda n=n: submit(fresh, seed=n, steps=STEPS + n) for n in range(3)))
+    for seed, job in enumerate(jobs):
+        close(job.result(WAIT).latents, drawn("a cat", seed=seed, steps=STEPS + seed))
+        assert job.step == job.steps
+    assert crowded and settled(fresh)
+
+
+def test_a_job_that_does_not_fit_alone_fails_and_one_behind_it_runs(fresh, monkeypatch, drawn):
+    step = fresh.runner.step
+
+    def narrow(groups, features=None):
+        large = [g for g in groups if g.steps == STEPS + 1]
+        return dict.fromkeys(groups, OutOfMemory("none")) if large else step(groups, features)
+
+    monkeypatch.setattr(fresh.runner, "step", narrow)
+    watch = Watch(fresh, monkeypatch)
+    large, small = watch.together(lambda: submit(fresh, steps=STEPS + 1), lambda: submit(fresh, seed=1))
+    with pytest.raises(OutOfMemory):
+        large.result(WAIT)
+    close(small.result(WAIT).latents, drawn("a cat", seed=1, steps=STEPS))
+    assert settled(fresh)
+
+
+def test_a_job_that_gave_way_can_be_cancelled_and_starts_if_the_other_is_cancelled(fresh, monkeypatch, drawn):
+    step, gone = fresh.runner.step, threading.Event()
+
+    def narrow(groups, features=None):
+        late = [g for g in groups if g.steps == STEPS + 1]
+        if late and fresh.runner.pictures > len(late):
+            gone.set()
+            return {**step([g for g in groups if g not in late], features), **dict.fromkeys(late, OutOfMemory("none"))}
+        return step(groups, features)
+
+    monkeypatch.setattr(fresh.runner, "step", narrow)
+    watch = Watch(fresh, monkeypatch)
+    for cancel_late in (False, True):
+        gone.clear()
+        long, late = watch.together(lambda: submit(fresh, steps=900), lambda: submit(fresh, steps=STEPS + 1))
+        assert gone.wait(WAIT)
+        (late if cancel_late else long).cancel()
+        if cancel_late:
+            with pytest.raises(JobCancelled):
+                late.result(WAIT)
+            long.cancel()
+        else:
+            close(late.result(WAIT).latents, drawn("a cat", steps=STEPS + 1))
+        with pytest.raises(JobCancelled):
+            long.result(WAIT)
+    assert settled(fresh)
 
 
 def test_a_request_too_large_for_the_limit_fails_and_the_next_one_runs(pipe, fresh):
