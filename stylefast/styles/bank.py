@@ -421,4 +421,4 @@ def _metadata(info: BankInfo, shapes: BankShapes) -> str:
 
 
 def _under(loras: str, names: Sequence[str]) -> str:
-    return f"the LoRAs {values.listed(names or [loras])}" if loras else "no LoRA"
+    return f"the LoRAs {values.listed(sorted(names) or [loras])}" if loras else "no LoRA"
