@@ -17,6 +17,7 @@ _EXPORTS = {
     "EngineOptions": "stylefast.options",
     "Request": "stylefast.engine",
     "Result": "stylefast.engine",
+    "Control": "stylefast.runtime.plan.control",
     "StyleAligned": "stylefast.styles.style_aligned",
     "StyleBank": "stylefast.styles.bank",
     "InstantStyle": "stylefast.styles.instant_style",

@@ -35,13 +35,14 @@ from stylefast.record import metadata, style_digest
 from stylefast.runtime.admission import RequestPlanner
 from stylefast.runtime.backends.choice import check_backend, make_backend
 from stylefast.runtime.banks.baking import BakeCallback, bake, bake_request
+from stylefast.runtime.controls import ControlNets
 from stylefast.runtime.decoding import Decoder, to_pil
 from stylefast.runtime.jobs import Call, Job, StepCallback
 from stylefast.runtime.loras import Lora, Loras
 from stylefast.runtime.memory import MemoryBudget, check_limit, held_bytes, memory_report
 from stylefast.runtime.plan.checks import as_list, check_deadline, check_output, prompts_of
 from stylefast.runtime.plan.notices import Notices
-from stylefast.runtime.plan.request import LoraStrength, Request, Result, StyleLike
+from stylefast.runtime.plan.request import ControlLike, LoraStrength, Request, Result, StyleLike
 from stylefast.runtime.runner import Runner
 from stylefast.runtime.scheduler import Scheduler
 from stylefast.runtime.steps.conditions import ConditionStore
@@ -113,8 +114,18 @@ class Engine:
         )
         chosen = make_backend(options.backend, self.unet, options.engines, options.trust, source=self._source)
         self.runner = Runner(self.unet, store, chosen, self.budget, options.batch_buckets)
+        self.controls = ControlNets(
+            self.unet, self.downscale, lambda: self.runner.check_open(), lambda: self.scheduler.paused()
+        )
         self._planner = RequestPlanner(
-            self.runner, self.vae, scheduler_config, self.native_size, self.name, self._current_fingerprint, self.loras
+            self.runner,
+            self.vae,
+            scheduler_config,
+            self.native_size,
+            self.name,
+            self._current_fingerprint,
+            self.loras,
+            self.controls,
         )
         _check_part("preview", options.preview)
         self.decoder = Decoder(self.vae, self.unet.dtype, self.budget, options.preview)
@@ -285,6 +296,7 @@ class Engine:
         upscale_mode: str = "picture",
         variation_seed: int | None = None,
         variation_strength: float = 0.0,
+        control: ControlLike = None,
         callback: StepCallback | None = None,
         output: str = "pil",
         alone: bool = False,
@@ -344,6 +356,7 @@ class Engine:
             "upscale_mode": upscale_mode,
             "variation_seed": variation_seed,
             "variation_strength": variation_strength,
+            "control": control,
         }
         self._open(output)
         seeds = values.seeds("seed", seed, len(prompts))

@@ -19,6 +19,7 @@ from typing import Any
 from stylefast.errors import InvalidRequest, StyleError, StyleFastError
 from stylefast.models.checkpoint import TINY
 from stylefast.record_values import Sources, Store, plain
+from stylefast.runtime.plan.control import NONE, SAME, Control
 from stylefast.runtime.plan.notices import warnings_of
 from stylefast.runtime.plan.request import Request
 from stylefast.styles.style import Style, find_kind, kinds
@@ -45,8 +46,10 @@ def to_record(requests: Sequence[Request], model_folder: Path = TINY) -> dict[st
             if id(style) not in places:
                 places[id(style)] = len(styles)
                 styles.append(_style_entry(style, store))
-        entry = {f.name: plain(getattr(request, f.name)) for f in fields(Request) if f.name not in ("style", *PICTURES)}
+        others = ("style", "control", *PICTURES)
+        entry = {f.name: plain(getattr(request, f.name)) for f in fields(Request) if f.name not in others}
         entry |= {name: store.picture(getattr(request, name), name == "mask") for name in PICTURES}
+        entry["control"] = [_control_entry(control, store) for control in request.controls]
         entries.append(entry | {"style": [places[id(style)] for style in request.styles]})
     return {"format": FORMAT, "styles": styles, "requests": entries}
 
@@ -129,6 +132,13 @@ def _is_default(value, f) -> bool:
     return value == f.default or (value == {} and f.default is None)
 
 
+def _control_entry(control: Control, store: Store) -> dict[str, Any]:
+    entry = {f.name: plain(getattr(control, f.name)) for f in fields(Control) if f.name not in ("image", "reference")}
+    entry["image"], reference = store.picture(control.image), control.reference
+    named = isinstance(reference, str) and reference in (NONE, SAME)
+    return entry | {"reference": reference if named else store.picture(reference)}
+
+
 # reading
 
 
@@ -156,9 +166,34 @@ def _read_request(entry, styles: Mapping, sources: Sources) -> Request:
     for name in PICTURES:
         if values.get(name) is not None:
             values[name] = sources.picture(values[name], name == "mask")
+    values["control"] = _read_controls(values.get("control"), sources)
     wanted = values.pop("style", None)
     wanted = wanted if isinstance(wanted, (list, tuple)) else [] if wanted is None else [wanted]
     return Request(**values, style=[_pick_style(one, styles, sources) for one in wanted])
+
+
+def _read_controls(given, sources: Sources) -> list[Control]:
+    """Return control pictures: null, one or a list, each a path or a dictionary with "image"."""
+    found = []
+    for entry in given if isinstance(given, (list, tuple)) else [] if given is None else [given]:
+        if isinstance(entry, str):
+            entry = {"image": entry}
+        if not isinstance(entry, Mapping):
+            raise InvalidRequest(
+                f'a control is a path, or a dictionary such as {{"image": "edges.png"}}, not {quoted(entry)}'
+            )
+        check_fields("a control", entry, [f.name for f in fields(Control)])
+        values: dict[str, Any] = dict(entry)
+        if "image" not in values:
+            raise InvalidRequest('a control lacks "image", its picture')
+        values["image"] = sources.picture(values["image"])
+        reference = values.get("reference", NONE)
+        if reference not in (NONE, SAME):
+            values["reference"] = sources.picture(reference)
+        if isinstance(values.get("window"), list):
+            values["window"] = tuple(values["window"])
+        found.append(Control(**values))
+    return found
 
 
 def _pick_style(wanted, styles: Mapping, sources: Sources):

@@ -141,8 +141,11 @@ class AttentionLayout:
     feature_maps: tuple[int, ...] = (1, 2)
 
     @classmethod
-    def from_config(cls, config: Mapping) -> "AttentionLayout":
-        """Read a UNet config in diffusers format. Raises ModelFormatError if it is invalid or has no attention."""
+    def from_config(cls, config: Mapping, encoder: bool = False) -> "AttentionLayout":
+        """Read a UNet config in diffusers format; encoder: only the down and middle blocks.
+
+        Raises ModelFormatError if it is invalid, or a whole UNet without attention.
+        """
         shape = UNetShape.from_config(config)
         last = len(shape.down) - 1
         # (module name, block counted from the finest feature map, shape of the block, transformer depth)
@@ -155,7 +158,7 @@ class AttentionLayout:
         mid = [("mid_block.attentions.0", last, block, depth) for block in middle for depth in block.depths]
         up = [
             (f"up_blocks.{i}.attentions.{a}", last - i, block, depth)
-            for i, block in enumerate(shape.up)
+            for i, block in enumerate(() if encoder else shape.up)
             for a, depth in enumerate(block.depths)
         ]
 
@@ -174,7 +177,7 @@ class AttentionLayout:
             for name, i, block, depth in down + up + mid
             for t in range(depth)
         )
-        if not layers:
+        if not layers and not encoder:
             raise ModelFormatError("the UNet's config has no attention; an SDXL model attends to its prompt")
         return cls(layers, modules, feature_maps=feature_maps)
 

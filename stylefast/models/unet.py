@@ -58,6 +58,8 @@ def list_of(members: Iterable[Member]) -> "_ListOf[Member]":
     return cast("_ListOf[Member]", nn.ModuleList(members))
 
 
+# what ControlNets add: to every feature map that is kept for the up blocks, and to that of the middle block
+Residuals = tuple[list[Tensor], Tensor]
 # of two layers, or of layers with one input and one layer
 _Loras = tuple[LoraInputs, LoraInputs] | None
 
@@ -290,58 +292,126 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x, first)), second)
 
 
-class UNet(nn.Module):
+class Encoder(nn.Module):
+    """The first half of a UNet: its embeddings, down blocks and middle block. ControlNets are copies of it.
+
+    config: a UNet's, in diffusers' format. layout: of its attention.
+    """
+
+    def __init__(self, config: dict, layout: AttentionLayout):
+        super().__init__()
+        self.config, self.layout = dict(config), layout
+        shape, channels = UNetShape.from_config(config), tuple(config["block_out_channels"])
+        time = 4 * channels[0]
+        self.time_embedding = TimestepEmbedding(channels[0], time)
+        self.add_embedding = None
+        if config.get("addition_embed_type") is not None:
+            self.add_embedding = TimestepEmbedding(config["projection_class_embeddings_input_dim"], time)
+        self.conv_in = Conv2d(config["in_channels"], channels[0], 3, padding=1)
+        down = []
+        self.skip_channels, width = [channels[0]], channels[0]
+        for i, block in enumerate(shape.down):
+            out, last = block.channels, i == len(shape.down) - 1
+            resnets = [self._resnet(width if j == 0 else out, out) for j in range(block.resnets)]
+            sampler = None if last else Resampler(out, 2)
+            down.append(Block(resnets, self._transformers(f"down_blocks.{i}", block), sampler, "downsamplers"))
+            self.skip_channels += [out] * (block.resnets + (not last))
+            width = out
+        self.down_blocks = list_of(down)
+
+        self.mid_block = None
+        if shape.mid is not None:
+            resnets = [self._resnet(width, width) for _ in range(shape.mid.resnets)]
+            self.mid_block = Block(resnets, self._transformers("mid_block", shape.mid), None, "")
+
+    def _resnet(self, channels_in: int, channels_out: int) -> Resnet:
+        config = self.config
+        time, eps = 4 * config["block_out_channels"][0], config.get("norm_eps", 1e-5)
+        return Resnet(channels_in, channels_out, time, config["norm_num_groups"], eps)
+
+    def _transformers(self, name: str, block: BlockShape) -> list[Transformer]:
+        groups, cross_dim = self.config["norm_num_groups"], self.config["cross_attention_dim"]
+        names = [f"{name}.attentions.{i}" for i in range(len(block.depths))]
+        return [Transformer(module, self.layout, block.channels, groups, cross_dim) for module in names]
+
+    def _number_norms(self) -> None:
+        for i, norm in enumerate(m for m in self.modules() if isinstance(m, GroupNorm)):
+            norm.index = i
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.conv_in.weight.device
+
+    def embed(self, timesteps: Tensor, pooled: Tensor, time_ids: Tensor, loras: StepLoras | None = None) -> Tensor:
+        """Embed timesteps [rows], pooled text [rows, d] and time ids [rows, 6] as [rows, time channels]."""
+        flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
+        time = _sinusoids(timesteps, self.config["block_out_channels"][0], flip, shift)
+        embedded = self.time_embedding(time.to(self.dtype), loras)
+        if self.add_embedding is None:
+            return embedded
+        ids = _sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"], flip, shift)
+        added = torch.cat([pooled.to(self.dtype), ids.view(pooled.shape[0], -1).to(self.dtype)], dim=-1)
+        return embedded + self.add_embedding(added, loras)
+
+    def project_text(self, states: Tensor, loras: LoraProducts | None = None) -> tuple[KeyValue, ...]:
+        """Project text states [pages, tokens, cross_dim] to keys and values per layer, the same for all steps."""
+        return tuple(self.block(layer.name).attn2.key_values(states, loras) for layer in self.layout.layers)
+
+    def block(self, name: str) -> TransformerBlock:
+        """Return the transformer block of a layer's name in the layout."""
+        block = self.get_submodule(name)
+        assert isinstance(block, TransformerBlock)
+        return block
+
+    def down(self, x: Tensor, condition: LayerInputs) -> tuple[Tensor, list[Tensor]]:
+        """Run the down blocks on a feature map; return the last one, and all that are kept for the up blocks."""
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, transformer in block.layers():
+                x = resnet(x, *resnet.inputs(condition))
+                if transformer is not None:
+                    x = transformer(x, condition)
+                skips.append(x)
+            if block.resamples:
+                x = block.resample(x, condition)
+                skips.append(x)
+        return x, skips
+
+    def middle(self, x: Tensor, condition: LayerInputs) -> Tensor:
+        """Run the middle block, if there is one."""
+        for resnet, transformer in [] if self.mid_block is None else self.mid_block.layers():
+            x = resnet(x, *resnet.inputs(condition))
+            if transformer is not None:
+                x = transformer(x, condition)
+        return x
+
+
+class UNet(Encoder):
     """SDXL's UNet for any config of that architecture; see the module's docstring.
 
     Usually created by `UNet.from_state`. Raises `ModelFormatError` for configs of other architectures.
     """
 
     def __init__(self, config: dict):
-        super().__init__()
         check_architecture(config)
-        self.config, self.layout = dict(config), AttentionLayout.from_config(config)
+        super().__init__(config, AttentionLayout.from_config(config))
         shape, channels = UNetShape.from_config(config), tuple(config["block_out_channels"])
-        groups, cross_dim, eps = config["norm_num_groups"], config["cross_attention_dim"], config.get("norm_eps", 1e-5)
-        time = 4 * channels[0]
-        self.time_embedding = TimestepEmbedding(channels[0], time)
-        self.add_embedding = TimestepEmbedding(config["projection_class_embeddings_input_dim"], time)
-        self.conv_in = Conv2d(config["in_channels"], channels[0], 3, padding=1)
-
-        def resnet(channels_in, channels_out):
-            return Resnet(channels_in, channels_out, time, groups, eps)
-
-        def transformers(name: str, block: BlockShape):
-            names = [f"{name}.attentions.{i}" for i in range(len(block.depths))]
-            return [Transformer(module, self.layout, block.channels, groups, cross_dim) for module in names]
-
-        down, up = [], []
-        skips, width = [channels[0]], channels[0]
-        for i, block in enumerate(shape.down):
-            out, last = block.channels, i == len(shape.down) - 1
-            resnets = [resnet(width if j == 0 else out, out) for j in range(block.resnets)]
-            sampler = None if last else Resampler(out, 2)
-            down.append(Block(resnets, transformers(f"down_blocks.{i}", block), sampler, "downsamplers"))
-            skips += [out] * (block.resnets + (not last))
-            width = out
-        self.down_blocks = list_of(down)
-
-        self.mid_block = None
-        if shape.mid is not None:
-            resnets = [resnet(width, width) for _ in range(shape.mid.resnets)]
-            self.mid_block = Block(resnets, transformers("mid_block", shape.mid), None, "")
-
+        skips, width, up = list(self.skip_channels), channels[-1], []
         for i, block in enumerate(shape.up):
             out, last = block.channels, i == len(shape.up) - 1
-            resnets = [resnet((width if j == 0 else out) + skips.pop(), out) for j in range(block.resnets)]
+            resnets = [self._resnet((width if j == 0 else out) + skips.pop(), out) for j in range(block.resnets)]
             sampler = None if last else Resampler(out, 1)
-            up.append(Block(resnets, transformers(f"up_blocks.{i}", block), sampler, "upsamplers"))
+            up.append(Block(resnets, self._transformers(f"up_blocks.{i}", block), sampler, "upsamplers"))
             width = out
         self.up_blocks = list_of(up)
 
-        self.conv_norm_out = GroupNorm(groups, channels[0], eps)
+        self.conv_norm_out = GroupNorm(config["norm_num_groups"], channels[0], config.get("norm_eps", 1e-5))
         self.conv_out = Conv2d(channels[0], config["out_channels"], 3, padding=1)
-        for i, norm in enumerate(m for m in self.modules() if isinstance(m, GroupNorm)):
-            norm.index = i
+        self._number_norms()
         self.loras = LoraLayout(self)
 
     @classmethod
@@ -359,32 +429,6 @@ class UNet(nn.Module):
             raise ModelFormatError(f"the UNet's weights don't fit its config: {' '.join(detail[:3])[:600]}") from error
         return unet.requires_grad_(False).eval()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv_in.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.conv_in.weight.device
-
-    def embed(self, timesteps: Tensor, pooled: Tensor, time_ids: Tensor, loras: StepLoras | None = None) -> Tensor:
-        """Embed timesteps [rows], pooled text [rows, d] and time ids [rows, 6] as [rows, time channels]."""
-        flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
-        time = _sinusoids(timesteps, self.config["block_out_channels"][0], flip, shift)
-        ids = _sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"], flip, shift)
-        added = torch.cat([pooled.to(self.dtype), ids.view(pooled.shape[0], -1).to(self.dtype)], dim=-1)
-        return self.time_embedding(time.to(self.dtype), loras) + self.add_embedding(added, loras)
-
-    def project_text(self, states: Tensor, loras: LoraProducts | None = None) -> tuple[KeyValue, ...]:
-        """Project text states [pages, tokens, cross_dim] to keys and values per layer, the same for all steps."""
-        return tuple(self.block(layer.name).attn2.key_values(states, loras) for layer in self.layout.layers)
-
-    def block(self, name: str) -> TransformerBlock:
-        """Return the transformer block of a layer's name in the layout."""
-        block = self.get_submodule(name)
-        assert isinstance(block, TransformerBlock)
-        return block
-
     def attention_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return feature-map sizes (h, w) of the levels with attention, for latents of `height` x `width`."""
         sizes = [(height, width)]
@@ -401,7 +445,7 @@ class UNet(nn.Module):
         rows: RowTable,
         pages: StylePages | None = None,
         masks: tuple[Tensor, ...] = (),  # per attention level [masks, tokens]
-        residuals: tuple[list[Tensor], Tensor] | None = None,  # a ControlNet's: skips, middle
+        residuals: Residuals | None = None,  # of ControlNets
         features: RowFeatures | None = None,  # records the rows' features as references
         loras: StepLoras | None = None,  # of the rows; those that `embed` was given
         text_lengths: Tensor | None = None,  # [text pages] int64: tokens in use; None: all
@@ -410,27 +454,11 @@ class UNet(nn.Module):
         time = F.silu(time_embedding)
         condition = LayerInputs.of(time, rows, text_kv, image_kv, pages, masks, features, loras, text_lengths)
         x = self.conv_in(latents, condition.lora(self.conv_in))
-        skips = [x]
-        for block in self.down_blocks:
-            for resnet, transformer in block.layers():
-                x = resnet(x, *resnet.inputs(condition))
-                if transformer is not None:
-                    x = transformer(x, condition)
-                skips.append(x)
-            if block.resamples:
-                x = block.resample(x, condition)
-                skips.append(x)
+        x, skips = self.down(x, condition)
+        x = self.middle(x, condition)
         if residuals is not None:
             skips = [skip + extra for skip, extra in zip(skips, residuals[0], strict=True)]
-
-        if self.mid_block is not None:
-            for resnet, transformer in self.mid_block.layers():
-                x = resnet(x, *resnet.inputs(condition))
-                if transformer is not None:
-                    x = transformer(x, condition)
-        if residuals is not None:
             x = x + residuals[1]
-
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
                 x = resnet(torch.cat([x, skips.pop()], dim=1), *resnet.inputs(condition))

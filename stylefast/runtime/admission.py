@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from stylefast.errors import ExportError, InvalidRequest
 from stylefast.kernels.row_lora import RANK
 from stylefast.models import vae as vaes
+from stylefast.models.pictures import open_picture
 from stylefast.models.repaint import Kept, fit_mask, fit_picture, resized
 from stylefast.runtime.backends.base import StepNeeds
+from stylefast.runtime.controls import ControlNets
 from stylefast.runtime.loras import Lora, Loras, described, named
 from stylefast.runtime.plan.pinning import Noised, inversion_of, inverted_pin, latents_pin, scheduler_config
 from stylefast.runtime.plan.request import Request, check_size
@@ -52,7 +54,9 @@ class RequestPlanner:
         model: str,
         fingerprint: Callable[[], str],
         loras: Loras,
+        controls: ControlNets,
     ):
+        self.controls = controls
         self.runner, self.vae, self.native_size = runner, vae, native_size
         self.model, self.fingerprint, self._loras = model, fingerprint, loras
         self._config = scheduler_config
@@ -72,6 +76,7 @@ class RequestPlanner:
                 sample.base, sample.first_pass = base, first_pass
         for sample in samples:
             sample.loras = self._loras.uses(sample.request.lora_scales, loras)
+            sample.networks = tuple(self.controls.find(control.network) for control in sample.controls)
         return samples
 
     def check(self, requests: Sequence[Request], loras: Mapping[str, Lora] | None = None) -> None:
@@ -93,6 +98,7 @@ class RequestPlanner:
         samples += next((sample.first_pass for sample in samples if sample.first_pass), [])
         for sample in samples:
             self._check_loras(sample)
+            self._check_controls(sample)
             if sample.inverted:
                 self.inversion(sample)
         needs = {sample: self.runner.conditions.check(sample) for sample in samples}
@@ -144,11 +150,23 @@ class RequestPlanner:
                 "give (strength, 0) for the UNet's part alone, or load the model with backend='torch' or 'compile'"
             )
 
+    def _check_controls(self, sample: Sample) -> None:
+        """Raise ExportError for control pictures that a backend can't apply, ImageError for unreadable ones."""
+        backend = self.runner.backend
+        if sample.controls and not backend.takes_controls:
+            raise ExportError(
+                f"the request has a control picture, but backend {quoted(backend.name)} does not run ControlNets; load "
+                "the model with backend='torch' or 'compile'"
+            )
+        for control in sample.controls:
+            open_picture(control.image)
+
     def _check_room(self, group: Sequence[Sample], segments: int, tokens: int) -> None:
         """Raise OutOfMemory or ExportError for a group that could not run even alone."""
         latent_size = self.latent_shape(group[0].size)[1:]
         # a lower bound: readers may need further branches of a reference
         rows = max(sum(len(sample.step_weights[step]) for sample in group) for step in range(group[0].schedule.steps))
+        rows += max(len(sample.controls) for sample in group)
         banked = [sample.bank.info.references for sample in group if sample.bank is not None]
         references = max([*banked, *(len(sample.references) for sample in group)])
         texts = self.runner.conditions.text.nbytes_with(tokens)

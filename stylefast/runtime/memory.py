@@ -205,12 +205,12 @@ def resident_bytes() -> int:
 def memory_report(engine: "Engine") -> dict[str, Any]:
     """Return the bytes held, by purpose.
 
-    "model": UNet, text encoders, VAE (including packed weights and copies in other types), adapters. "banks": the pages
-    of style banks on the device, per latent size with the pool's counts. "conditions": keys and values of prompts and
-    pictures. "loras": those of requests, on the device and in host memory. "latents": pictures in progress. "graphs":
-    memory prepared by the backend. "workspace": step buffers, and an estimate of the peak of one row's feature maps at
-    the native size. "held": the sum without that peak. "limit": the configured limit. "process": this process's
-    resident memory, and on a GPU the memory reserved by PyTorch.
+    "model": UNet, text encoders, VAE (including packed weights and copies in other types), adapters, ControlNets.
+    "banks": the pages of style banks on the device, per latent size with the pool's counts. "conditions": keys and
+    values of prompts and pictures. "loras": those of requests, on the device and in host memory. "latents": pictures in
+    progress. "graphs": memory prepared by the backend. "workspace": step buffers, and an estimate of the peak of one
+    row's feature maps at the native size. "held": the sum without that peak. "limit": the configured limit. "process":
+    this process's resident memory, and on a GPU the memory reserved by PyTorch.
     """
     _counted.pop(engine, None)  # report current values
     runner = engine.runner
@@ -285,6 +285,7 @@ def _model(engine) -> dict[str, int]:
         "text_encoders": text,
         "vae": _bytes(engine.vae) + copied_bytes(engine.vae),
         "adapters": sum(_bytes(getattr(part, "vision_model", part)) for part in adapters.values()),
+        "controls": engine.controls.nbytes,
     }
 
 

@@ -301,7 +301,7 @@ class Runner:
         padded: whether the batch is padded to a bucket.
         """
         latent_shape = groups[0].latent_shape
-        self._check_room(sum(g.rows for g in groups), latent_shape[1:])
+        self._check_room(sum(g.rows + g.rows_at().control_rows for g in groups), latent_shape[1:])
         keys = [bank_keys(g) for g in groups]
         flat = [key for group_keys in keys for key in group_keys]
         pages = self._pages_for(latent_shape[1:], {bank for bank, *_ in flat})
@@ -326,6 +326,7 @@ class Runner:
                 self._graph_inputs(latent_shape[1:]),
                 store.loras.rows_for(lora for g in groups for lora in g.conditions.held_loras) if shape.loras else None,
                 self._text_lengths(groups),
+                buffers.controls,
             )
             units = 0 if inputs.loras is None else inputs.loras.units.shape[2]
             key = (shape, units, state.generation, store.generation, id(pages), inputs.text_lengths is not None)

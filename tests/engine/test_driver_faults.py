@@ -63,9 +63,7 @@ def test_a_device_that_stays_broken_keeps_nobody_waiting(own, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["shown_of", "results_of"])
-def test_no_memory_for_what_one_call_wants_starts_it_again(
-    engine, monkeypatch, drawn, name
-):
+def test_no_memory_for_what_one_call_wants_starts_it_again(engine, monkeypatch, drawn, name):
     expected, wanted = drawn("a dog", seed=2, steps=9), drawn([request()])
     once(monkeypatch, Runner, name, torch.OutOfMemoryError("CUDA out of memory"))
     call, job = together(

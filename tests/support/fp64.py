@@ -174,11 +174,12 @@ def engine_of(pipe):
 class Twins:
     """An engine, and the same in fp64 and in other roundings: `drawn` is a call of `generate` to compare with.
 
-    adapter: the file of an adapter that was given to the engine by `load_adapter`.
+    adapter: the file of an adapter that was given to the engine by `load_adapter`. controls: ControlNets of diffusers
+    that were registered with it, by name.
     """
 
-    def __init__(self, engine, adapter=None):
-        self._engine, self._twins, self._adapter = engine, {}, adapter
+    def __init__(self, engine, adapter=None, controls: Mapping | None = None):
+        self._engine, self._twins, self._adapter, self._controls = engine, {}, adapter, controls or {}
 
     def drawn(self, requests: Sequence, in_fp64: Sequence | None = None) -> Measured:
         """The latents of requests in a call of their own; in_fp64: what takes their place there, as for banks."""
@@ -203,6 +204,8 @@ class Twins:
                 twin.load_adapter(components.adapter_path)
             if self._adapter is not None:
                 twin.load_adapter(self._adapter)
+            for name, network in self._controls.items():
+                twin.controls.add(change(network, *further), name)
         return self._twins[change, *further]
 
 

@@ -15,6 +15,7 @@ import torch
 
 from stylefast.kernels.guided_step import Branches, SamplerStep
 from stylefast.kernels.guided_step import operation as guided_step
+from stylefast.models.control_net import ControlRows, residuals_of
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.row_features import RowFeatures
@@ -101,6 +102,7 @@ class ModelInputs(NamedTuple):
     graph_inputs: Mapping[str, torch.Tensor] = MappingProxyType({})
     loras: RowLoras | None = None
     text_lengths: torch.Tensor | None = None  # [text pages] int64: tokens in use
+    controls: tuple[ControlRows, ...] = ()  # rows that ControlNets steer
 
 
 def run_step(
@@ -119,7 +121,9 @@ def run_step(
     picture = columns.row_picture
     loras = None if buffers.loras is None else buffers.loras.of_rows(columns.table.lora, columns.table.lora_scale)
     pooled = buffers.pooled[columns.table.text_page]
-    embedding = unet.embed(columns.timestep[picture], pooled, columns.time_ids[picture], loras)
+    timestep, time_ids = columns.timestep[picture], columns.time_ids[picture]
+    embedding = unet.embed(timestep, pooled, time_ids, loras)
+    residuals = residuals_of(buffers.controls, seen, timestep, pooled, time_ids) if buffers.controls else None
     output = unet(
         seen,
         embedding,
@@ -128,6 +132,7 @@ def run_step(
         columns.table,
         buffers.pages,
         buffers.masks,
+        residuals=residuals,
         features=features,
         loras=loras,
         text_lengths=buffers.text_lengths,
@@ -186,6 +191,7 @@ class Backend:
         limits: the largest graph dimensions ("rows", "pages") that it supports, LoRAs per picture ("lora_slots"), their
             rank ("lora_rank") and tokens of a text ("text_tokens"); there is no limit to those that are missing.
         takes_loras: whether rows may use LoRAs.
+        takes_controls: whether ControlNets may steer rows.
         takes_long_texts: whether rows may read texts of several chunks.
     """
 
@@ -194,6 +200,7 @@ class Backend:
     pads_columns: bool = False
     limits: Mapping[str, int] = MappingProxyType({})
     takes_loras: bool = False
+    takes_controls: bool = False
     takes_long_texts: bool = False
 
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:
@@ -242,13 +249,13 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
-    takes_loras = takes_long_texts = True
+    takes_loras = takes_long_texts = takes_controls = True
 
     def __init__(self, unet: UNet, graphs: StepGraphs | None | Literal["auto"] = "auto"):
         self._unet, self._graphs = unet, graphs_for(unet.device) if graphs == "auto" else graphs
 
     def run(self, key: tuple, state: LatentSlots, columns: StepColumns, buffers: ModelInputs) -> None:
-        if self._graphs is None:
+        if self._graphs is None or buffers.controls:  # which rows are steered changes the shapes
             run_step(self._unet, state, columns, buffers)
         else:
             step = partial(run_step, self._unet, state, columns, buffers)

@@ -65,7 +65,7 @@ class CompileBackend(Backend):
     """
 
     name = "compile"
-    takes_loras = takes_long_texts = True
+    takes_loras = takes_long_texts = takes_controls = True
     buckets: tuple[int, ...] = BUCKETS
 
     def __init__(
@@ -127,7 +127,7 @@ class CompileBackend(Backend):
         def step():
             self._step(key, state, columns, buffers)
 
-        if self._graphs is None:
+        if self._graphs is None or buffers.controls:  # which rows are steered changes the shapes
             step()
         else:
             self._graphs.run(key, read_in_place(state, columns, buffers), step)

@@ -13,6 +13,7 @@ from stylefast.models import prompt_syntax
 from stylefast.models.masks import check_mask_shape
 from stylefast.models.pictures import PictureSource, check_source, open_picture
 from stylefast.models.prompt_syntax import SYNTAXES
+from stylefast.runtime.plan.control import Control, normalise_controls
 from stylefast.sampling.guidance import MAX_GUIDANCE
 from stylefast.sampling.schedule import first_step
 from stylefast.sampling.spacing import SPACINGS
@@ -29,6 +30,8 @@ _SINGLE: dict[str, Any] = {"upscale": 1.0, "upscale_strength": 0.4, "upscale_mod
 _UNVARIED: dict[str, Any] = {"variation_seed": None, "variation_strength": 0.0}
 # what a caller may give as styles; a `Request` holds a tuple of them
 StyleLike: TypeAlias = Style | Sequence[Style] | None
+# what a caller may give as control pictures; a `Request` holds a tuple of them
+ControlLike: TypeAlias = Control | Sequence[Control] | None
 
 # what a caller may give as a LoRA's strength: one number, or one for the UNet and one for the text encoders
 LoraStrength: TypeAlias = float | Sequence[float]
@@ -78,6 +81,7 @@ class Request:
         upscale_mode: what is enlarged: "picture", decoded, by Lanczos' filter, or "latents", bilinearly.
         variation_seed: seed of a second noise that the first is turned towards; None or -1 draws one.
         variation_strength: share of the way to that noise, in [0, 1].
+        control: None, a `Control` or several: pictures that ControlNets follow (docs/control.md).
 
     Raises InvalidRequest for anything out of range, ImageError for an `image` or `mask` that can't be read.
 
@@ -114,6 +118,7 @@ class Request:
     upscale_mode: str = "picture"
     variation_seed: int | None = None
     variation_strength: float = 0.0
+    control: ControlLike = None
 
     def __post_init__(self):
         checked: dict[str, Any] = {
@@ -150,6 +155,8 @@ class Request:
         checked["variation_strength"] = values.real_number("variation_strength", self.variation_strength, 0, 1)
         checked |= self._picture(checked) | self._variation(checked)
         self._check_effects(checked)
+        begin = first_step(checked["steps"], checked["strength"]) if self.image is not None else 0
+        checked["control"] = normalise_controls(self.control, checked["steps"] - begin)
         slots = [slot for style in checked["style"] for slot in style.placeholders]
         for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
             prompt_syntax.check(name, checked.get(name, ""), checked["prompt_syntax"], slots)
@@ -192,12 +199,18 @@ class Request:
                 )
 
     def from_noise(self) -> "Request":
-        """Return the request without its own picture and variation, as its references are made."""
-        return replace(self.first_pass(), image=None, strength=STRENGTH, mask=None, **_UNVARIED)
+        """Return the request without its own pictures and variation, as its references are made."""
+        return replace(self.first_pass(), image=None, strength=STRENGTH, mask=None, control=None, **_UNVARIED)
 
     def first_pass(self) -> "Request":
         """Return the request of the picture that a second pass begins with."""
         return replace(self, **_SINGLE)
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        """Return the request's control pictures; `control` is this tuple too, whatever it was made of."""
+        assert isinstance(self.control, tuple)  # since `__post_init__`
+        return self.control
 
     @property
     def negatives(self) -> str:

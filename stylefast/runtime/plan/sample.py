@@ -18,14 +18,17 @@ import numpy as np
 import torch
 
 from stylefast.errors import InvalidRequest, StyleError
+from stylefast.models.control_net import ControlNet
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.pictures import PictureSource
 from stylefast.models.row_table import CONCAT, PLAIN, SWAP
 from stylefast.runtime.loras import LoraUse
+from stylefast.runtime.plan.control import Control
 from stylefast.runtime.plan.request import Request, check_size
 from stylefast.sampling.guidance import (
     BRANCHES,
     FULL,
+    NULL,
     GuidanceInterval,
     branch_weights_per_step,
     guidance_weights,
@@ -36,7 +39,7 @@ from stylefast.styles.bank import StyleBank
 from stylefast.styles.style import ReferenceStyle, Rows, Style, asking
 
 if TYPE_CHECKING:  # built on samples
-    from stylefast.runtime.steps.conditions import Conditions, ImageSegment
+    from stylefast.runtime.steps.conditions import Conditions, ControlUse, ImageSegment
 
 # from a step, 0 to the schedule's last plus one, to the latents [channels, h, w] that a reference is held at
 Pin = Callable[[int], torch.Tensor]
@@ -67,6 +70,8 @@ class Sample:
     reader: ReferenceStyle | None = None  # how this sample reads its references
     leads: bool = False  # first of a group whose members are each other's references
     loras: tuple[LoraUse, ...] = ()  # set by the planner
+    controls: tuple[Control, ...] = ()  # pictures that steer it
+    networks: tuple[ControlNet, ...] = ()  # which read them, set by the planner
 
     @property
     def pinned(self) -> bool:
@@ -100,6 +105,13 @@ class Sample:
         """Return, for every step, branch -> weight of its prediction."""
         interval = GuidanceInterval(*self.request.guidance_interval)
         return branch_weights_per_step(self.weights, self.schedule.steps, interval)
+
+    def steers(self, control: Control, network: ControlNet, step: int, branch: str) -> bool:
+        """Return whether one of its control pictures acts on a branch at `step`."""
+        guessed = (control.guess_mode or network.pools) and branch == NULL
+        return (
+            step >= self.begin and not guessed and control.active(step - self.begin, self.schedule.steps - self.begin)
+        )
 
     def shares(self, step: int) -> bool:
         """Return whether it reads its references at `step`."""
@@ -141,6 +153,7 @@ def plan_samples(
             key = (id(style), i, *_pace(target), *texts, target.request.clip_skip, *own)
             key += tuple(id(other) for other in shared_styles(target.request, style))
             key += tuple(target.request.lora_scales.items())
+            key += tuple(id(one) for one in target.controls if one.of_reference() is not None)
             if key not in hidden:
                 hidden[key] = _reference(target, style, i, picture, schedule_of)
             reference = hidden[key]
@@ -171,7 +184,10 @@ def _target(index: int, request: Request, schedule_of: Callable[[Request, int], 
         begin = first_step(request.steps, request.strength)
     context = next((s.context_guidance for s in request.styles if s.context_guidance is not None), None)
     weights = guidance_weights(request.guidance, context)
-    return Sample(request, request.prompt, schedule_of(request, begin), size, weights, output=index, begin=begin)
+    schedule = schedule_of(request, begin)
+    return Sample(
+        request, request.prompt, schedule, size, weights, output=index, begin=begin, controls=request.controls
+    )
 
 
 def enlarged(size: tuple[int, int], factor: float) -> tuple[int, int]:
@@ -186,7 +202,10 @@ def _reference(target: Sample, style: ReferenceStyle, number: int, picture: Any,
     request = replace(target.request.from_noise(), style=styles, seed=wanted.seed, prompt_2=None)
     weights = dict(target.weights) if picture is None else {FULL: 1.0}
     schedule = schedule_of(target.request, 0)  # a style may ask for one of its own
-    reference = Sample(request, wanted.prompt or "", schedule, target.size, weights, reference_of=style)
+    controls = tuple(one for one in (control.of_reference() for control in target.controls) if one is not None)
+    reference = Sample(
+        request, wanted.prompt or "", schedule, target.size, weights, reference_of=style, controls=controls
+    )
     if picture is not None or wanted.bank is not None:
         reference.begin = target.begin
     if wanted.bank is None:
@@ -276,6 +295,7 @@ class GroupRows:
     columns: Rows  # columns written by styles
     segments: list[list["ImageSegment"]]  # per row
     loras: list[list[tuple[int, float]]]  # per row: places in the pool, and strengths
+    controls: list[list["ControlUse"]]  # per row
     weights: np.ndarray  # [pictures, 4] float32 of the branches
     mutual: bool  # whether references may have references
 
@@ -292,6 +312,11 @@ class GroupRows:
     def segment_width(self) -> int:
         """Return the largest number of image segments of a row."""
         return max(map(len, self.segments), default=0)
+
+    @property
+    def control_rows(self) -> int:
+        """Return the number of rows that ControlNets run."""
+        return sum(map(len, self.controls))
 
     @property
     def lora_width(self) -> int:
@@ -396,8 +421,8 @@ class SampleGroup:
 
     @property
     def most_rows(self) -> int:
-        """Return the number of UNet rows in the step that has most."""
-        return max(rows.rows for rows in self._rows_at)
+        """Return the number of rows, of the UNet and of ControlNets, in the step that has most."""
+        return max(rows.rows + rows.control_rows for rows in self._rows_at)
 
     def first_latents(self) -> torch.Tensor:
         """Return the latents before the first step, [pictures, channels, h, w] float32."""
@@ -468,6 +493,9 @@ def rows_key(samples: Sequence[Sample], conditions: "Conditions", step: int) -> 
         for b in sample.branches
         for s in conditions.image_segments[sample, b]
     ]
+    steering = [
+        s.steers(control, network, step, FULL) for s in samples for control, network in zip(s.controls, s.networks)
+    ]
     writing = [style.active(step, sample.schedule.steps) for sample in samples for style in sample.request.styles]
     weights = tuple(tuple(sample.step_weights[step]) for sample in samples)
     return (
@@ -475,6 +503,7 @@ def rows_key(samples: Sequence[Sample], conditions: "Conditions", step: int) -> 
         weights,
         tuple(sample.shares(step) for sample in samples),
         tuple(segments),
+        tuple(steering),
         tuple(writing),
     )
 
@@ -496,6 +525,10 @@ def make_group_rows(
             [s for s in conditions.image_segments[row] if s.style.active(step, row[0].schedule.steps)] for row in rows
         ],
         loras=[[(conditions.held_loras[use.lora], use.unet) for use in sample.loras if use.unet] for sample, _ in rows],
+        controls=[
+            [use for use in conditions.controls.get(row, ()) if row[0].steers(use.control, use.network, step, row[1])]
+            for row in rows
+        ],
         weights=np.zeros((len(samples), len(BRANCHES)), dtype=np.float32),
         mutual=any(sample.reader is not None and sample.reader.reads.mutual for sample in samples),
     )

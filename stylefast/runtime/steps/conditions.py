@@ -13,21 +13,25 @@ from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from stylefast.errors import StyleError
+from stylefast.models.control_net import ControlNet
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.masks import MaskTable, load_mask, mask_vectors
 from stylefast.models.pictures import PictureSource
+from stylefast.models.repaint import fit_picture
 from stylefast.models.row_loras import LoraFactors, LoraProducts
 from stylefast.models.row_table import ImageKV, KeyValue
 from stylefast.models.text import Prompt, TextEncoder, TextLoras
-from stylefast.models.unet import UNet
+from stylefast.models.unet import Encoder, UNet
 from stylefast.runtime.loras import Lora, LoraPool, Loras, LoraUse
+from stylefast.runtime.plan.control import Control
 from stylefast.runtime.plan.sample import Sample
 from stylefast.sampling.guidance import NULL
 from stylefast.slots import LruDict, Slots
@@ -47,6 +51,17 @@ class ImageSegment:
     style: ImageStyle  # determines the steps at which the segment acts
 
 
+@dataclass(frozen=True, eq=False)
+class ControlUse:
+    """A control picture of a row, as its network reads it."""
+
+    control: Control
+    network: ControlNet
+    picture: torch.Tensor  # [channels, h, w], embedded
+    pages: "KeyValuePages | None"  # of text for the network; None: it does not attend
+    text_page: np.ndarray  # [steps] int64
+
+
 @dataclass
 class Conditions:
     """The pages that each of some samples reads; must be released to the store that made it."""
@@ -58,6 +73,8 @@ class Conditions:
     held_images: list[int] = field(default_factory=list)
     held_masks: dict[tuple[ImageStyle, int], int] = field(default_factory=dict)  # of a style's segments
     held_loras: dict[Lora, int] = field(default_factory=dict)  # places in the pool
+    controls: dict[tuple[Sample, str], list[ControlUse]] = field(default_factory=dict)
+    held_control_text: list[tuple["KeyValuePages", list[int]]] = field(default_factory=list)
     bank_loras: dict[int, LoraProducts] = field(default_factory=dict)  # by id of the banks that store hidden states
 
 
@@ -68,6 +85,7 @@ class Encoded:
     held_text: list[int] = field(default_factory=list)
     held_images: list[int] = field(default_factory=list)
     masks: dict[tuple[ImageStyle, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)  # of segments
+    held_control_text: list[tuple["KeyValuePages", list[int]]] = field(default_factory=list)
     loras: dict[Lora, LoraFactors] = field(default_factory=dict)
     # of those that were not on the device: the same, with the UNet's factors there
     brought: dict[Lora, LoraFactors] = field(default_factory=dict)
@@ -272,6 +290,10 @@ class ConditionStore:
         self.text = KeyValuePages(unet.layout, text_encoder.max_tokens, pooled, unet.device, unet.dtype)
         self.images: KeyValuePages | None = None
         self.masks: dict[tuple[int, int], MaskTable] = {}
+        # of text, for ControlNets that attend
+        self.control_text: WeakKeyDictionary[ControlNet, KeyValuePages] = WeakKeyDictionary()
+        # control -> (network, size) -> embedded picture
+        self._control_pictures: WeakKeyDictionary[Control, dict] = WeakKeyDictionary()
 
     @property
     def image_kv(self) -> ImageKV | None:
@@ -288,7 +310,8 @@ class ConditionStore:
     def nbytes(self) -> int:
         """Return the bytes of all pages and masks."""
         masks = sum(x.numel() * x.element_size() for table in self.masks.values() for x in table.levels)
-        return self.text.nbytes + (self.images.nbytes if self.images is not None else 0) + masks + self.loras.nbytes
+        pages = [self.text, *list(self.control_text.values()), *([] if self.images is None else [self.images])]
+        return sum(one.nbytes for one in pages) + masks + self.loras.nbytes
 
     def encoding(self, samples: Sequence[Sample], latent_size: tuple[int, int]) -> Encoding:
         """Make all inputs that `samples`, of one size, still need; `latent_size`: (height, width).
@@ -307,6 +330,7 @@ class ConditionStore:
                     down, up = yield partial(self.loras.copies, made.loras[lora])
                     made.brought[lora] = replace(made.loras[lora], down=down, up=up)
             yield from self._encode_texts(samples, made)
+            yield from self._encode_controls(samples, made)
             pictured = dict.fromkeys((s, self._content(s, sample)) for sample in samples for s in _pictured(sample))
             for style, content in pictured:
                 yield from self._encode_pictures(style, content, made)
@@ -321,7 +345,9 @@ class ConditionStore:
         self.text.release(made.held_text)
         if self.images is not None:
             self.images.release(made.held_images)
-        made.held_text, made.held_images, made.brought = [], [], {}
+        for pages, held in made.held_control_text:
+            pages.release(held)
+        made.held_text, made.held_images, made.brought, made.held_control_text = [], [], {}, []
 
     @torch.inference_mode()
     def gather(self, samples: Sequence[Sample], latent_size: tuple[int, int], made: Encoded) -> Conditions:
@@ -342,6 +368,7 @@ class ConditionStore:
                     held = {key: page for key, page in found.items() if page is not None}
                     conditions.held_text += held.values()
                     conditions.text_pages[sample, branch] = np.array([held[key] for key, _ in keys], dtype=np.int64)
+                self._control_uses(sample, conditions)
                 for branch in sample.branches:
                     conditions.image_segments[sample, branch] = self._segments(sample, branch, conditions, made)
         except BaseException:
@@ -380,10 +407,18 @@ class ConditionStore:
         if conditions.held_masks:
             self.masks[conditions.latent_size].release(list(conditions.held_masks.values()))
         self.loras.release(list(conditions.held_loras))
+        for pages, held in conditions.held_control_text:
+            pages.release(held)
+        conditions.held_control_text = []
         conditions.held_text, conditions.held_images, conditions.held_masks = [], [], {}
         conditions.held_loras = {}
 
-    def _encode_texts(self, samples: Sequence[Sample], made: Encoded) -> Making:
+    def _encode_texts(self, samples: Sequence[Sample], made: Encoded, network: ControlNet | None = None) -> Making:
+        """Encode the prompts that samples still need, for the UNet or a ControlNet."""
+        store, held = self.text, made.held_text
+        if network is not None:
+            store, held = self._control_pages(network), []
+            made.held_control_text.append((store, held))
         prompts: dict[tuple, Prompt] = {}
         used: dict[tuple, tuple[LoraUse, ...]] = {}
         for sample in samples:
@@ -392,28 +427,67 @@ class ConditionStore:
                 used |= {key: sample.loras for key, _ in keys}
         missing = []
         for key in prompts:
-            page = self.text.find(key)
+            page = store.find(key)
             if page is None:
                 missing.append(key)
             else:
-                made.held_text.append(page)
+                held.append(page)
         # one call for prompts under the same LoRAs
         missing.sort(key=lambda key: key[-1])
         together = [list(found) for _, found in itertools.groupby(missing, key=lambda key: key[-1])]
         for keys in [found[i : i + _PROMPTS] for found in together for i in range(0, len(found), _PROMPTS)]:
             poolings, skips = [key[1] for key in keys], [key[2] for key in keys]
             of_text = [(made.loras[use.lora].text, use.text) for use in used[keys[0]] if use.text]
-            given = [prompts[key] for key in keys], poolings, skips, of_text, made.products(used[keys[0]])
-            states = yield partial(self._text_states, *given)
+            of_unet = made.products(used[keys[0]] if network is None else ())
+            given = [prompts[key] for key in keys], poolings, skips, of_text, of_unet
+            states = yield partial(self._text_states, *given, network or self.unet)
             for places, layers, pooled in states:
                 # another request may have added some of them meanwhile
-                found = [self.text.find(keys[place]) for place in places]
-                made.held_text += [page for page in found if page is not None]
+                found = [store.find(keys[place]) for place in places]
+                held += [page for page in found if page is not None]
                 absent = [i for i, page in enumerate(found) if page is None]
                 if absent:
                     with torch.inference_mode():
                         layers = [None if pair is None else tuple(x[absent] for x in pair) for pair in layers]
-                        made.held_text += self.text.add([keys[places[i]] for i in absent], layers, pooled[absent])
+                        extra = pooled[absent] if network is None else None
+                        held += store.add([keys[places[i]] for i in absent], layers, extra)
+
+    def _control_pages(self, network: ControlNet) -> KeyValuePages:
+        """Return the pages of text of a network that attends."""
+        if network not in self.control_text:
+            pages = KeyValuePages(network.layout, self.text_encoder.max_tokens, 0, network.device, network.dtype)
+            pages.check_room = self.text.check_room
+            self.control_text[network] = pages
+        return self.control_text[network]
+
+    def _encode_controls(self, samples: Sequence[Sample], made: Encoded) -> Making:
+        """Embed the control pictures that samples still need, and encode their prompts for the networks."""
+        networks: dict[ControlNet, list[Sample]] = {}
+        for sample in samples:
+            for control, network in zip(sample.controls, sample.networks, strict=True):
+                networks.setdefault(network, []).append(sample)
+                embedded = self._control_pictures.setdefault(control, {})
+                if (network, sample.size) not in embedded:
+                    found = yield partial(_embed_control, network, control.image, sample.size)
+                    embedded[network, sample.size] = found
+        for network, users in networks.items():
+            if network.layout.layers:
+                yield from self._encode_texts(list(dict.fromkeys(users)), made, network)
+
+    def _control_uses(self, sample: Sample, conditions: Conditions) -> None:
+        """Look up what the networks of a sample read."""
+        for control, network in zip(sample.controls, sample.networks, strict=True):
+            picture = self._control_pictures[control][network, sample.size]
+            for branch, keys in self._text_keys(sample).items():
+                pages, places = None, np.zeros(len(keys), dtype=np.int64)
+                if network.layout.layers:
+                    pages = self._control_pages(network)
+                    found = {key: pages.find(key) for key in dict.fromkeys(key for key, _ in keys)}
+                    held = {key: page for key, page in found.items() if page is not None}
+                    conditions.held_control_text.append((pages, list(held.values())))
+                    places = np.array([held[key] for key, _ in keys], dtype=np.int64)
+                use = ControlUse(control, network, picture, pages, places)
+                conditions.controls.setdefault((sample, branch), []).append(use)
 
     def _texts(self, sample: Sample, say: bool = True, check: bool = False) -> Texts:
         """Return the prompts of the branches in which a sample has rows. Raises PromptError or StyleError."""
@@ -449,10 +523,12 @@ class ConditionStore:
         skips: Sequence[int],
         of_text: TextLoras,
         of_unet: LoraProducts,
+        reader: Encoder,
     ) -> list[tuple]:
-        """Return keys and values per layer, and pooled states, of prompts under the same LoRAs.
+        """Return keys and values per layer of the `reader`, and pooled states, of prompts under the same LoRAs.
 
-        One entry (places in `prompts`, keys and values, pooled) for those of each number of tokens.
+        reader: the UNet or a ControlNet. One entry (places in `prompts`, keys and values, pooled) for those of each
+        number of tokens.
         """
         states = self.text_encoder.encode(prompts, poolings, skips, loras=of_text)
         by_length: dict[int, list[int]] = {}
@@ -460,8 +536,8 @@ class ConditionStore:
             by_length.setdefault(len(state.hidden), []).append(place)
         made = []
         for places in by_length.values():
-            hidden = torch.stack([states[i].hidden for i in places]).to(self.unet.device, self.unet.dtype)
-            keys_values = self.unet.project_text(hidden, of_unet if of_unet.used else None)
+            hidden = torch.stack([states[i].hidden for i in places]).to(reader.device, reader.dtype)
+            keys_values = reader.project_text(hidden, of_unet if of_unet.used else None)
             made.append((places, keys_values, torch.stack([states[i].pooled for i in places])))
         return made
 
@@ -607,6 +683,11 @@ class _Content(NamedTuple):
     def key(self) -> tuple:
         """Return what is equal for equal effects."""
         return self.syntax, self.revision, tuple((use.lora.digest, use.text) for use in self.loras)
+
+
+def _embed_control(network: ControlNet, image: PictureSource, size: tuple[int, int]) -> torch.Tensor:
+    """Return a control picture, fitted to (width, height), as a network reads it."""
+    return network.embed_picture(fit_picture(image, size).float() / 255)
 
 
 def _read_mask(

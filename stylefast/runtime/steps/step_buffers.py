@@ -19,9 +19,11 @@ import torch
 
 from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
+from stylefast.models.control_net import ControlNet, ControlRows, map_weights
 from stylefast.models.row_table import COLUMNS, NO_PAGE, RowTable
 from stylefast.runtime.banks.bank_pages import PageKey
 from stylefast.runtime.plan.sample import GroupRows, SampleGroup
+from stylefast.runtime.steps.conditions import ControlUse
 from stylefast.sampling.guidance import BRANCHES
 from stylefast.styles.style import Rows
 from stylefast.values import quoted
@@ -104,6 +106,7 @@ class StepBuffers:
         self._turn, self._noisy = 0, False
         self._written: list[tuple] = [()] * len(self._hosts)  # ids of the groups and rows that a host buffer holds
         self._plans: dict[tuple, _Plan] = {}
+        self.controls: tuple[ControlRows, ...] = ()  # of the step that was written last
 
     @property
     def nbytes(self) -> int:
@@ -130,6 +133,7 @@ class StepBuffers:
             # the plan keeps groups and their rows alive, so that their ids stay unique
             self._plans[key] = self._write_rows(arrays, groups, all_rows)
         self._write_step(arrays, self._plans[key], groups, all_rows, pages)
+        self.controls = tuple(one.rows(self._device) for one in self._plans[key].controls)
         if len(self._hosts) > 1:
             noisy = any(g.noisy for g in groups)
             for kind, flat in self._flat.items():
@@ -267,6 +271,57 @@ class _Plan:
         columns = page.shape[1]
         self.bank_places = np.array([place[row] * columns + column for row, column in bank_rows], dtype=np.int64)
         self.columns = Rows.joined([rows.columns for rows in all_rows], self.order)
+        uses = [(use, group) for group, rows in zip(groups, all_rows) for row in rows.controls for use in [*row, None]]
+        self.controls = _controlled(uses, self.order) if any(use is not None for use, _ in uses) else []
+
+
+class _Controlled:
+    """The rows that one network steers while a plan holds."""
+
+    def __init__(self, network: ControlNet):
+        self.network = network
+        self._rows: list[int] = []
+        self._uses: list[tuple[ControlUse, SampleGroup]] = []
+        self._fixed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def add(self, row: int, use: ControlUse, group: SampleGroup) -> None:
+        self._rows.append(row)
+        self._uses.append((use, group))
+
+    def rows(self, device: torch.device) -> ControlRows:
+        """Return the rows at their groups' current steps."""
+        if self._fixed is None:
+            maps = len(self.network.skip_channels) + 1
+            weights = [
+                map_weights(maps, use.control.weight, use.control.guess_mode and not self.network.pools)
+                for use, _ in self._uses
+            ]
+            pictures = torch.stack([use.picture for use, _ in self._uses])
+            self._fixed = (
+                torch.tensor(self._rows, device=device),
+                pictures,
+                torch.tensor(weights, dtype=self.network.dtype, device=device),
+            )
+        pages = self._uses[0][0].pages
+        text_page = torch.tensor([int(use.text_page[group.step]) for use, group in self._uses], device=device)
+        if pages is None:
+            return ControlRows(self.network, *self._fixed, (), text_page)
+        shorter = pages.any_shorter(text_page.cpu().numpy())
+        return ControlRows(self.network, *self._fixed, pages.layers, text_page, pages.lengths if shorter else None)
+
+
+def _controlled(uses: Sequence[tuple["ControlUse | None", SampleGroup]], order: np.ndarray) -> "list[_Controlled]":
+    """Sort control pictures by network; `uses`: those of each row, followed by None, in the order before `order`."""
+    found: dict[ControlNet, _Controlled] = {}
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    row = 0
+    for use, group in uses:
+        if use is None:
+            row += 1
+        else:
+            found.setdefault(use.network, _Controlled(use.network)).add(int(place[row]), use, group)
+    return list(found.values())
 
 
 def _padded(count: int) -> int:

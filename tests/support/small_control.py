@@ -1,0 +1,35 @@
+"""Random ControlNets of diffusers for the small model, with weights that matter."""
+
+import torch
+from PIL import Image, ImageDraw
+
+from tests.support.scene import SIZE
+
+
+def small_control(pipe, seed: int = 1, **config):
+    """A `ControlNetModel` for a pipeline's UNet; its zero convolutions are not zero."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(seed)
+    widths = (8, 16, 16)[: {4: 3, 8: 4}[pipe.vae_scale_factor]]
+    if "block_out_channels" not in config:
+        network = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=widths)
+        if config:
+            network = ControlNetModel(**{k: v for k, v in network.config.items() if k[0] != "_"} | config)
+    else:
+        network = ControlNetModel(conditioning_embedding_out_channels=widths, **config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if "controlnet_" in name:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    return network.requires_grad_(False).eval()
+
+
+def edges(seed: int = 0, size=SIZE) -> Image.Image:
+    """A picture of white lines on black."""
+    picture = Image.new("RGB", size)
+    generator = torch.Generator().manual_seed(seed)
+    points = (torch.rand(6, 2, generator=generator) * torch.tensor(size)).tolist()
+    ImageDraw.Draw(picture).line([tuple(p) for p in points], fill=(255, 255, 255), width=2)
+    return picture
