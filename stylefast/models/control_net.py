@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from stylefast.models.row_table import COLUMNS, KeyValue, LayerInputs, RowTable
 from stylefast.models.stored_tensors import load_weights
 from stylefast.models.unet import Encoder, Residuals, UNet, list_of
 from stylefast.models.weight_files import read_header, recognise
+
+if TYPE_CHECKING:  # built on this file
+    from stylefast.models.t2i_adapter import T2IAdapter
 
 # what a file holds that is a control network of another kind: a part of a key's name -> what it is
 _OTHERS = {
@@ -128,12 +131,24 @@ class ControlNet(Encoder):
             raise ModelFormatError(f"the weights of {values.shown(what)} don't fit its config: {detail}") from error
         return net.requires_grad_(False).eval()
 
+    inside = False  # what it adds goes to the maps kept for the up blocks, and to the middle
+
+    @property
+    def attends(self) -> bool:
+        """Return whether it reads the prompt."""
+        return bool(self.layout.layers)
+
+    @property
+    def maps(self) -> int:
+        """Return the number of feature maps that it adds."""
+        return len(self.skip_channels) + 1
+
     @torch.inference_mode()
-    def embed_picture(self, picture: Tensor) -> Tensor:
-        """Embed a control picture [3, height, width] in [0, 1] as [channels, h, w], for every step."""
+    def embed_picture(self, picture: Tensor) -> tuple[Tensor]:
+        """Embed a control picture [3, height, width] in [0, 1] as one map [channels, h, w], for every step."""
         if self.config.get("controlnet_conditioning_channel_order") == "bgr":
             picture = picture.flip(0)
-        return self.controlnet_cond_embedding(picture[None].to(self.device, self.dtype))[0]
+        return (self.controlnet_cond_embedding(picture[None].to(self.device, self.dtype))[0],)
 
     @property
     def pools(self) -> bool:
@@ -148,29 +163,33 @@ class ControlNet(Encoder):
         text_kv: tuple[KeyValue, ...],  # from `project_text`
         text_page: Tensor,  # [rows] int64
         text_lengths: Tensor | None = None,  # [text pages] int64; None: all tokens
-    ) -> Residuals:
-        """Evaluate the network once. Returns what is added, before any weight."""
+    ) -> list[Tensor]:
+        """Evaluate the network once. Returns what is added to each map, the middle last, before any weight."""
         table = _plain_rows(text_page, len(self.layout.layers), len(self.layout.modules))
         time = F.silu(time_embedding)
         condition = LayerInputs.of(time, table, text_kv, None, None, (), text_lengths=text_lengths)
         x, skips = self.down(self.conv_in(latents) + pictures, condition)
         middle = self.controlnet_mid_block(self.middle(x, condition))
         added = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
-        if self.pools:
-            added, middle = (
-                [x.mean((2, 3), keepdim=True).expand_as(x) for x in added],
-                middle.mean((2, 3), keepdim=True),
-            )
-        return added, middle
+        added.append(middle)
+        return [x.mean((2, 3), keepdim=True).expand_as(x) for x in added] if self.pools else added
+
+    def added(
+        self, control: "ControlRows", latents: Tensor, timesteps: Tensor, pooled: Tensor, time_ids: Tensor
+    ) -> list[Tensor]:
+        """Return what is added to the rows of `control`, of those in the batch, before any weight."""
+        at, (pictures,) = control.rows, control.pictures
+        embedding = self.embed(timesteps[at], pooled[at], time_ids[at])
+        return self(latents[at], embedding, pictures, control.text_kv, control.text_page, control.text_lengths)
 
 
 class ControlRows(NamedTuple):
     """Rows of a batch that one network steers; a row with two control pictures is there twice."""
 
-    network: ControlNet
+    network: "ControlNet | T2IAdapter"
     rows: Tensor  # [n] int64: places in the batch
-    pictures: Tensor  # [n, channels, h, w], embedded
-    weights: Tensor  # [n, maps]: of each feature map that is kept, and of the middle
+    pictures: tuple[Tensor, ...]  # [n, channels, h, w], embedded
+    weights: Tensor  # [n, maps]: of each map that is added
     text_kv: tuple[KeyValue, ...]
     text_page: Tensor  # [n] int64: pages of `text_kv`
     text_lengths: Tensor | None = None  # per page
@@ -193,20 +212,16 @@ def residuals_of(
 
     latents: the model's input [rows, 4, h, w]; timesteps [rows]; pooled text [rows, d]; time_ids [rows, 6].
     """
-    total: list[Tensor] | None = None
+    # of maps kept for the up blocks and the middle; of those inside the down blocks and the middle
+    totals: dict[bool, list[Tensor]] = {}
     for control in controls:
-        at, net = control.rows, control.network
-        embedding = net.embed(timesteps[at], pooled[at], time_ids[at])
-        added, middle = net(
-            latents[at], embedding, control.pictures, control.text_kv, control.text_page, control.text_lengths
-        )
-        parts = [*added, middle]
-        if total is None:
-            total = [torch.zeros_like(x[:1]).repeat(len(latents), 1, 1, 1) for x in parts]
-        for sums, part, weight in zip(total, parts, control.weights.T, strict=True):
-            sums.index_add_(0, at, part * weight[:, None, None, None])
-    assert total is not None
-    return total[:-1], total[-1]
+        parts = control.network.added(control, latents, timesteps, pooled, time_ids)
+        if control.network.inside not in totals:
+            # of their memory format
+            totals[control.network.inside] = [torch.zeros_like(x[:1]).repeat(len(latents), 1, 1, 1) for x in parts]
+        for total, part, weight in zip(totals[control.network.inside], parts, control.weights.T, strict=True):
+            total.index_add_(0, control.rows, part * weight[:, None, None, None])
+    return Residuals(totals.get(False), totals.get(True))
 
 
 def _plain_rows(text_page: Tensor, layers: int, modules: int) -> RowTable:

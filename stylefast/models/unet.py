@@ -58,10 +58,17 @@ def list_of(members: Iterable[Member]) -> "_ListOf[Member]":
     return cast("_ListOf[Member]", nn.ModuleList(members))
 
 
-# what ControlNets add: to every feature map that is kept for the up blocks, and to that of the middle block
-Residuals = tuple[list[Tensor], Tensor]
 # of two layers, or of layers with one input and one layer
 _Loras = tuple[LoraInputs, LoraInputs] | None
+
+
+class Residuals(NamedTuple):
+    """What control networks add to a UNet's feature maps [rows, channels, h, w]."""
+
+    # ControlNets': to each map that is kept for the up blocks, and to the middle block's
+    kept: list[Tensor] | None = None
+    # T2I-Adapters': within each down block, and to the middle block's
+    inside: list[Tensor] | None = None
 
 
 class BlockLoras(NamedTuple):
@@ -367,18 +374,28 @@ class Encoder(nn.Module):
         assert isinstance(block, TransformerBlock)
         return block
 
-    def down(self, x: Tensor, condition: LayerInputs) -> tuple[Tensor, list[Tensor]]:
-        """Run the down blocks on a feature map; return the last one, and all that are kept for the up blocks."""
+    def down(self, x: Tensor, condition: LayerInputs, inside: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Run the down blocks on a feature map; return the last one, and all that are kept for the up blocks.
+
+        inside: what is added in each block, as T2I-Adapters were trained: after the last layer if the block attends,
+        else at its end.
+        """
         skips = [x]
-        for block in self.down_blocks:
-            for resnet, transformer in block.layers():
+        for i, block in enumerate(self.down_blocks):
+            added = inside[i] if inside else None
+            layers = block.layers()
+            for place, (resnet, transformer) in enumerate(layers, 1):
                 x = resnet(x, *resnet.inputs(condition))
                 if transformer is not None:
                     x = transformer(x, condition)
+                if added is not None and block.attends and place == len(layers):
+                    x = x + added
                 skips.append(x)
             if block.resamples:
                 x = block.resample(x, condition)
                 skips.append(x)
+            if added is not None and not block.attends:
+                x = skips[-1] = x + added
         return x, skips
 
     def middle(self, x: Tensor, condition: LayerInputs) -> Tensor:
@@ -445,7 +462,7 @@ class UNet(Encoder):
         rows: RowTable,
         pages: StylePages | None = None,
         masks: tuple[Tensor, ...] = (),  # per attention level [masks, tokens]
-        residuals: Residuals | None = None,  # of ControlNets
+        residuals: Residuals | None = None,  # of control networks
         features: RowFeatures | None = None,  # records the rows' features as references
         loras: StepLoras | None = None,  # of the rows; those that `embed` was given
         text_lengths: Tensor | None = None,  # [text pages] int64: tokens in use; None: all
@@ -454,11 +471,14 @@ class UNet(Encoder):
         time = F.silu(time_embedding)
         condition = LayerInputs.of(time, rows, text_kv, image_kv, pages, masks, features, loras, text_lengths)
         x = self.conv_in(latents, condition.lora(self.conv_in))
-        x, skips = self.down(x, condition)
+        kept, inside = residuals or (None, None)
+        x, skips = self.down(x, condition, inside or ())
         x = self.middle(x, condition)
-        if residuals is not None:
-            skips = [skip + extra for skip, extra in zip(skips, residuals[0], strict=True)]
-            x = x + residuals[1]
+        if inside is not None:
+            x = x + inside[-1]
+        if kept is not None:
+            skips = [skip + extra for skip, extra in zip(skips, kept[:-1], strict=True)]
+            x = x + kept[-1]
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
                 x = resnet(torch.cat([x, skips.pop()], dim=1), *resnet.inputs(condition))

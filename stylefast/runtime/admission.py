@@ -19,6 +19,7 @@ from stylefast.kernels.row_lora import RANK
 from stylefast.models import vae as vaes
 from stylefast.models.pictures import open_picture
 from stylefast.models.repaint import Kept, fit_mask, fit_picture, resized
+from stylefast.models.t2i_adapter import T2IAdapter
 from stylefast.runtime.backends.base import StepNeeds
 from stylefast.runtime.controls import ControlNets
 from stylefast.runtime.loras import Lora, Loras, described, named
@@ -158,8 +159,20 @@ class RequestPlanner:
                 f"the request has a control picture, but backend {quoted(backend.name)} does not run ControlNets; load "
                 "the model with backend='torch' or 'compile'"
             )
-        for control in sample.controls:
+        for control, network in zip(sample.controls, sample.networks, strict=True):
             open_picture(control.image)
+            if not isinstance(network, T2IAdapter):
+                continue
+            width, height = sample.size
+            if control.guess_mode:
+                raise InvalidRequest(
+                    f"guess_mode is for ControlNets, and {quoted(network.name)} is a T2I-Adapter; leave it out"
+                )
+            if width % network.downscale or height % network.downscale:
+                raise InvalidRequest(
+                    f"size is {width}x{height}; with the T2I-Adapter {quoted(network.name)} both sides must be "
+                    f"divisible by {network.downscale}"
+                )
 
     def _check_room(self, group: Sequence[Sample], segments: int, tokens: int) -> None:
         """Raise OutOfMemory or ExportError for a group that could not run even alone."""

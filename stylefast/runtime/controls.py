@@ -1,4 +1,4 @@
-"""The ControlNets of an engine, by name, and the pages of text that they read."""
+"""The control networks of an engine, by name: ControlNets and T2I-Adapters."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from stylefast import values
-from stylefast.errors import InvalidRequest
+from stylefast.errors import AdapterError, InvalidRequest
 from stylefast.models.control_net import ControlNet
+from stylefast.models.t2i_adapter import T2IAdapter, is_t2i_adapter
 from stylefast.models.unet import UNet
 
 
-class ControlNets(Mapping[str, ControlNet]):
-    """The ControlNets that requests may name: `Control(picture, "canny")`.
+class ControlNets(Mapping[str, "ControlNet | T2IAdapter"]):
+    """The ControlNets and T2I-Adapters that requests may name: `Control(picture, "canny")`.
 
     Registering is allowed while pictures are in progress. A network that is removed stays until the requests that use
     it are done.
@@ -31,12 +32,12 @@ with engine.controls.add(folder)
     def __init__(self, unet: UNet, downscale: int, check_open: Callable[[], None], paused: Callable[[], Any]):
         self._unet, self._downscale, self._check_open, self._paused = unet, downscale, check_open, paused
         self._lock = threading.RLock()
-        self._named: dict[str, ControlNet] = {}
+        self._named: dict[str, ControlNet | T2IAdapter] = {}
 
     def add(self, source: "str | Path | torch.nn.Module", name: str | None = None) -> str:
-        """Load a ControlNet for SDXL and return its name, by default the file's or the folder's.
+        """Load a ControlNet or T2I-Adapter for SDXL; return its name, by default the file's or the folder's.
 
-        source: a diffusers folder, a `.safetensors` file, or a diffusers `ControlNetModel`.
+        source: a diffusers folder, a `.safetensors` file, or a diffusers `ControlNetModel` or `T2IAdapter`.
 
         Raises ModelNotFound and ModelFormatError for what can't be read, AdapterError for networks that don't fit the
         model, InvalidRequest for a name that is taken, EngineClosed once the engine is closed.
@@ -46,11 +47,13 @@ with engine.controls.add(folder)
             name = type(source).__name__ if isinstance(source, torch.nn.Module) else Path(source).stem
         name = values.text("the name of a ControlNet", name, longest=values.QUOTED, empty=False)
         self._check_free(name)
-        network = ControlNet.load(source, self._unet, name)
-        if network.downscale != self._downscale:
-            raise InvalidRequest(
-                f"the ControlNet {values.quoted(name)} makes one latent of {network.downscale}x{network.downscale} "
-                f"pixels, but this model's VAE of {self._downscale}x{self._downscale}; give one for this model"
+        network = (T2IAdapter if is_t2i_adapter(source) else ControlNet).load(source, self._unet, name)
+        # a T2I-Adapter's first maps are added one level below the latents
+        wanted = 2 * self._downscale if isinstance(network, T2IAdapter) else self._downscale
+        if network.downscale != wanted:
+            raise AdapterError(
+                f"the control network {values.quoted(name)} divides a picture's sides by {network.downscale}, but this "
+                f"model's VAE needs one that divides them by {wanted}; give one for this model"
             )
         with self._paused(), self._lock:  # the pause orders the loaded weights before their use on a GPU
             self._check_free(name)
@@ -63,7 +66,7 @@ with engine.controls.add(folder)
         with self._lock:
             del self._named[self[name].name]
 
-    def find(self, name: str | None) -> ControlNet:
+    def find(self, name: str | None) -> ControlNet | T2IAdapter:
         """Return the network of a name, for None the only one. Raises InvalidRequest, listing the names there are."""
         with self._lock:
             if not self._named:
@@ -80,7 +83,7 @@ with engine.controls.add(folder)
                 )
             return self[name]
 
-    def __getitem__(self, name: str) -> ControlNet:
+    def __getitem__(self, name: str) -> ControlNet | T2IAdapter:
         if not isinstance(name, str) or name not in self._named:
             raise InvalidRequest(
                 f"no ControlNet named {values.quoted(name)} is registered; registered are: "

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stylefast.models.row_table import StylePages
-from stylefast.models.unet import GroupNorm, SelfAttention, UNet
+from stylefast.models.unet import GroupNorm, Residuals, SelfAttention, UNet
 from tests.support.fp64 import close, measured
 from tests.support.oracle.style_aligned import Sharing
 from tests.support.rows import plain_rows, run, share
@@ -131,5 +131,7 @@ def test_controlnet_residuals_enter_as_in_diffusers(models):
     with torch.no_grad():
         time = unet.embed(inputs.timesteps, inputs.pooled, inputs.time_ids)
         rows = plain_rows(unet.layout, 2)
-        out = unet(inputs.latents, time, unet.project_text(inputs.text), None, rows, residuals=(skips, middle))
+        out = unet(
+            inputs.latents, time, unet.project_text(inputs.text), None, rows, residuals=Residuals([*skips, middle])
+        )
     close(out, measured(theirs, oracle, inputs, conditions, skips, middle))

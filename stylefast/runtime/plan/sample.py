@@ -22,6 +22,7 @@ from stylefast.models.control_net import ControlNet
 from stylefast.models.layout import AttentionLayout
 from stylefast.models.pictures import PictureSource
 from stylefast.models.row_table import CONCAT, PLAIN, SWAP
+from stylefast.models.t2i_adapter import T2IAdapter
 from stylefast.runtime.loras import LoraUse
 from stylefast.runtime.plan.control import Control
 from stylefast.runtime.plan.request import Request, check_size
@@ -71,7 +72,7 @@ class Sample:
     leads: bool = False  # first of a group whose members are each other's references
     loras: tuple[LoraUse, ...] = ()  # set by the planner
     controls: tuple[Control, ...] = ()  # pictures that steer it
-    networks: tuple[ControlNet, ...] = ()  # which read them, set by the planner
+    networks: tuple[ControlNet | T2IAdapter, ...] = ()  # which read them, set by the planner
 
     @property
     def pinned(self) -> bool:
@@ -106,7 +107,7 @@ class Sample:
         interval = GuidanceInterval(*self.request.guidance_interval)
         return branch_weights_per_step(self.weights, self.schedule.steps, interval)
 
-    def steers(self, control: Control, network: ControlNet, step: int, branch: str) -> bool:
+    def steers(self, control: Control, network: ControlNet | T2IAdapter, step: int, branch: str) -> bool:
         """Return whether one of its control pictures acts on a branch at `step`."""
         guessed = (control.guess_mode or network.pools) and branch == NULL
         return (

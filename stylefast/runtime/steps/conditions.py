@@ -28,6 +28,7 @@ from stylefast.models.pictures import PictureSource
 from stylefast.models.repaint import fit_picture
 from stylefast.models.row_loras import LoraFactors, LoraProducts
 from stylefast.models.row_table import ImageKV, KeyValue
+from stylefast.models.t2i_adapter import T2IAdapter
 from stylefast.models.text import Prompt, TextEncoder, TextLoras
 from stylefast.models.unet import Encoder, UNet
 from stylefast.runtime.loras import Lora, LoraPool, Loras, LoraUse
@@ -56,8 +57,8 @@ class ControlUse:
     """A control picture of a row, as its network reads it."""
 
     control: Control
-    network: ControlNet
-    picture: torch.Tensor  # [channels, h, w], embedded
+    network: ControlNet | T2IAdapter
+    picture: tuple[torch.Tensor, ...]  # [channels, h, w], embedded
     pages: "KeyValuePages | None"  # of text for the network; None: it does not attend
     text_page: np.ndarray  # [steps] int64
 
@@ -462,7 +463,7 @@ class ConditionStore:
 
     def _encode_controls(self, samples: Sequence[Sample], made: Encoded) -> Making:
         """Embed the control pictures that samples still need, and encode their prompts for the networks."""
-        networks: dict[ControlNet, list[Sample]] = {}
+        networks: dict[ControlNet | T2IAdapter, list[Sample]] = {}
         for sample in samples:
             for control, network in zip(sample.controls, sample.networks, strict=True):
                 networks.setdefault(network, []).append(sample)
@@ -471,7 +472,7 @@ class ConditionStore:
                     found = yield partial(_embed_control, network, control.image, sample.size)
                     embedded[network, sample.size] = found
         for network, users in networks.items():
-            if network.layout.layers:
+            if isinstance(network, ControlNet) and network.attends:
                 yield from self._encode_texts(list(dict.fromkeys(users)), made, network)
 
     def _control_uses(self, sample: Sample, conditions: Conditions) -> None:
@@ -480,7 +481,7 @@ class ConditionStore:
             picture = self._control_pictures[control][network, sample.size]
             for branch, keys in self._text_keys(sample).items():
                 pages, places = None, np.zeros(len(keys), dtype=np.int64)
-                if network.layout.layers:
+                if isinstance(network, ControlNet) and network.attends:
                     pages = self._control_pages(network)
                     found = {key: pages.find(key) for key in dict.fromkeys(key for key, _ in keys)}
                     held = {key: page for key, page in found.items() if page is not None}
@@ -685,7 +686,9 @@ class _Content(NamedTuple):
         return self.syntax, self.revision, tuple((use.lora.digest, use.text) for use in self.loras)
 
 
-def _embed_control(network: ControlNet, image: PictureSource, size: tuple[int, int]) -> torch.Tensor:
+def _embed_control(
+    network: ControlNet | T2IAdapter, image: PictureSource, size: tuple[int, int]
+) -> tuple[torch.Tensor, ...]:
     """Return a control picture, fitted to (width, height), as a network reads it."""
     return network.embed_picture(fit_picture(image, size).float() / 255)
 

@@ -21,6 +21,7 @@ from stylefast._extension import extension
 from stylefast.errors import InvalidRequest
 from stylefast.models.control_net import ControlNet, ControlRows, map_weights
 from stylefast.models.row_table import COLUMNS, NO_PAGE, RowTable
+from stylefast.models.t2i_adapter import T2IAdapter
 from stylefast.runtime.banks.bank_pages import PageKey
 from stylefast.runtime.plan.sample import GroupRows, SampleGroup
 from stylefast.runtime.steps.conditions import ControlUse
@@ -278,11 +279,11 @@ class _Plan:
 class _Controlled:
     """The rows that one network steers while a plan holds."""
 
-    def __init__(self, network: ControlNet):
+    def __init__(self, network: ControlNet | T2IAdapter):
         self.network = network
         self._rows: list[int] = []
         self._uses: list[tuple[ControlUse, SampleGroup]] = []
-        self._fixed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._fixed: tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor] | None = None
 
     def add(self, row: int, use: ControlUse, group: SampleGroup) -> None:
         self._rows.append(row)
@@ -291,16 +292,16 @@ class _Controlled:
     def rows(self, device: torch.device) -> ControlRows:
         """Return the rows at their groups' current steps."""
         if self._fixed is None:
-            maps = len(self.network.skip_channels) + 1
+            maps = self.network.maps
             weights = [
                 map_weights(maps, use.control.weight, use.control.guess_mode and not self.network.pools)
                 for use, _ in self._uses
             ]
-            pictures = torch.stack([use.picture for use, _ in self._uses])
+            pictures = tuple(map(torch.stack, zip(*(use.picture for use, _ in self._uses))))
             self._fixed = (
                 torch.tensor(self._rows, device=device),
                 pictures,
-                torch.tensor(weights, dtype=self.network.dtype, device=device),
+                torch.tensor(weights, dtype=pictures[0].dtype, device=device),
             )
         pages = self._uses[0][0].pages
         text_page = torch.tensor([int(use.text_page[group.step]) for use, group in self._uses], device=device)
@@ -312,7 +313,7 @@ class _Controlled:
 
 def _controlled(uses: Sequence[tuple["ControlUse | None", SampleGroup]], order: np.ndarray) -> "list[_Controlled]":
     """Sort control pictures by network; `uses`: those of each row, followed by None, in the order before `order`."""
-    found: dict[ControlNet, _Controlled] = {}
+    found: dict[ControlNet | T2IAdapter, _Controlled] = {}
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     row = 0
