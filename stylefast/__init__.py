@@ -24,6 +24,8 @@ _EXPORTS = {
     "DreamStyler": "stylefast.styles.dream_styler",
     "StyleContextGuidance": "stylefast.sampling.guidance",
     "outpaint": "stylefast.models.repaint",
+    "canny": "stylefast.models.preprocessors",
+    "preprocess": "stylefast.models.preprocessors",
 }
 
 __all__ = [*_EXPORTS, "errors"]

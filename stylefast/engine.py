@@ -269,6 +269,15 @@ class Engine:
         """
         return dict(self._components.lora_paths)
 
+    def control_files(self) -> dict[str, Path]:
+        """Return the control networks that come with the model: name -> folder for `engine.controls.add`.
+
+        Examples:
+            >>> list(engine.control_files())
+            ['edges']
+        """
+        return dict(self._components.control_paths)
+
     def generate(
         self,
         prompts: str | Request | Sequence[str | Request],

@@ -1,8 +1,8 @@
 """Train the embedded model again: `python -m benchmarks tiny_model --out DIR`.
 
-Stages run in order: data, vae, classifier, unet, clip, adapter, style, loras, eval. Each leaves its parts in the model
-folder and its record in the work folder; a stage whose record is there is skipped until `--fresh`. Budgets are minutes
-of wall time; their defaults made the shipped model on two cores.
+Stages run in order: data, vae, classifier, unet, clip, adapter, style, loras, control, eval. Each leaves its parts in
+the model folder and its record in the work folder; a stage whose record is there is skipped until `--fresh`. Budgets
+are minutes of wall time; their defaults made the shipped model on two cores.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 README = Path(__file__).resolve().parents[2] / "stylefast" / "models" / "tiny" / "README.md"
-STAGES = ("data", "vae", "classifier", "unet", "clip", "adapter", "style", "loras", "eval")
-_MINUTES = {"vae": 7.0, "classifier": 4.0, "unet": 84.0, "clip": 3.5, "adapter": 6.5}
+STAGES = ("data", "vae", "classifier", "unet", "clip", "adapter", "style", "loras", "control", "eval")
+_MINUTES = {"vae": 7.0, "classifier": 4.0, "unet": 84.0, "clip": 3.5, "adapter": 6.5, "control": 10.0}
 REFERENCES = (
     ("neon", "cup", "candy"),
     ("glass", "fish", "warm"),
@@ -99,6 +99,12 @@ def _loras(args) -> dict:
     return train_loras(args.work, args.out, args.lora_steps)
 
 
+def _control(args) -> dict:
+    from benchmarks.tiny_model.control import train_control
+
+    return train_control(args.out, args.control_minutes)
+
+
 def _eval(args) -> dict:
     from benchmarks.tiny_model import scores
     from benchmarks.tiny_model.classifier import load_classifier
@@ -132,6 +138,7 @@ _RUN: dict[str, Callable] = dict(
     adapter=_adapter,
     style=_style,
     loras=_loras,
+    control=_control,
     eval=_eval,
 )
 

@@ -74,6 +74,7 @@ class Components:
     style_paths: Mapping[str, Path] = field(default_factory=dict)  # learned styles shipped in the folder `styles`
     reference_paths: Mapping[str, Path] = field(default_factory=dict)  # example pictures in the folder `references`
     lora_paths: Mapping[str, Path] = field(default_factory=dict)  # LoRAs shipped in the folder `loras`
+    control_paths: Mapping[str, Path] = field(default_factory=dict)  # control networks in the folder `control`
     style_modules: tuple[str, ...] = (STYLE_MODULE,)  # attention modules that carry style, from `stylefast.json`
     known_words: tuple[str, ...] | None = None  # the only words the text encoders were trained on; None: any text
 
@@ -376,6 +377,7 @@ def _from_folder(folder: Path, dtype, device, vae, variant, tokenizer, hub: HubO
         adapter_path=adapters[0] if adapters else None,
         style_paths={file.stem: file for file in sorted((folder / "styles").glob("*.safetensors"))},
         reference_paths={file.stem: file for file in sorted((folder / "references").glob("*.png"))},
+        control_paths={file.parent.name: file.parent for file in sorted((folder / "control").glob("*/config.json"))},
         lora_paths={file.stem: file for file in sorted((folder / "loras").glob("*.safetensors"))},
         known_words=known_words(folder),
         style_modules=style_modules(folder, AttentionLayout.from_config(unet_config).modules, (STYLE_MODULE,)),
@@ -440,9 +442,10 @@ def _check_is_sdxl(config: Mapping, what: str) -> None:
         )
     if config.get("projection_class_embeddings_input_dim") == 2560:
         raise ModelFormatError(f"{what} is the SDXL refiner; load the base model")
-    if config.get("in_channels", 4) != 4:
+    if config.get("in_channels", 4) not in (4, 9):
         raise ModelFormatError(
-            f"{what} has {config['in_channels']} input channels (inpainting or editing); a text-to-image model has 4"
+            f"{what} has {values.quoted(config['in_channels'])} input channels, as models for editing have 8; a "
+            "text-to-image model has 4, and one for inpainting 9"
         )
 
 
@@ -530,4 +533,4 @@ def _check_parts_fit(components: Components) -> None:
             f"the UNet takes {added} numbers in addition to the time step (projection_class_embeddings_input_dim), "
             f"but the second text encoder gives {pooled} and the picture's sizes {ids}; they don't belong together"
         )
-    check_vae_module(components.vae, components.name, config["in_channels"])
+    check_vae_module(components.vae, components.name, config["out_channels"])

@@ -263,7 +263,7 @@ def _from_file(path: Path, unet: UNet) -> tuple[dict[str, Any], dict[str, Tensor
         if key.startswith(f"{prefix}blocks.") and key.endswith(".weight")
     )
     widths = [len(state[f"{prefix}conv_in.weight"]), *(width for i, width in convolutions if i % 2)]
-    own = {key: unet.config.get(key) for key in unet.config}
+    own = {**unet.config, "in_channels": unet.config["out_channels"]}
     return own | {"conditioning_embedding_out_channels": widths, "mid_block_type": "UNetMidBlock2DCrossAttn"}, state
 
 
@@ -290,7 +290,9 @@ def _checked(config: dict[str, Any], unet: UNet, what: str) -> dict[str, Any]:
     """Return a network's config with what it leaves to the UNet. Raises AdapterError if the two don't fit."""
     shown = values.shown(what)
     for key in ("cross_attention_dim", "in_channels", "block_out_channels", "layers_per_block"):
-        own, wanted = config.get(key, unet.config[key]), unet.config[key]
+        # an inpainting model's ControlNets see its latents alone
+        wanted = unet.config["out_channels" if key == "in_channels" else key]
+        own = config.get(key, wanted)
         if _plain(own) != _plain(wanted):
             hint = " (768 is SD 1.5's)" if own == 768 else " (1024 is SD 2's)" if own == 1024 else ""
             raise AdapterError(
@@ -314,7 +316,7 @@ def _checked(config: dict[str, Any], unet: UNet, what: str) -> dict[str, Any]:
         "up_block_types": [kind.replace("Down", "Up") for kind in kinds][::-1],
         "block_out_channels": list(unet.config["block_out_channels"]),
         "reverse_transformer_layers_per_block": [1] * len(kinds),
-        "in_channels": unet.config["in_channels"],
+        "in_channels": unet.config["out_channels"],
         "cross_attention_dim": unet.config["cross_attention_dim"],
     }
     if found.get("addition_embed_type") is not None:

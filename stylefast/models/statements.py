@@ -170,8 +170,12 @@ EDM: Rules = {
 UNET: Rules = {
     **_each("sample_size", "the size of a picture if a request gives none", "a whole number, two of them, or null"),
     **_only(
-        "in_channels out_channels", (4,), "inpainting and editing models have more, and so do models with other latents"
+        "in_channels",
+        (4, 9),
+        "9: an inpainting model, which also sees the mask and what it keeps; editing models have 8, and models with "
+        "other latents have other numbers",
     ),
+    **_only("out_channels", (4,), "models with other latents have more"),
     **_only("center_input_sample", _OFF, "inputs are not rescaled"),
     **_each("flip_sin_to_cos", "the embedding of timesteps and sizes", "true or false"),
     **_each("freq_shift", "the embedding of timesteps and sizes", "a number"),

@@ -455,7 +455,7 @@ class UNet(Encoder):
 
     def forward(
         self,
-        latents: Tensor,  # [rows, 4, h, w]
+        latents: Tensor,  # [rows, 4, h, w]; 9 channels for an inpainting model
         time_embedding: Tensor,  # [rows, time channels], from `embed`
         text_kv: tuple[KeyValue, ...],  # from `project_text`
         image_kv: ImageKV | None,

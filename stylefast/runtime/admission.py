@@ -202,7 +202,7 @@ class RequestPlanner:
         width, height = check_size(size)
         if width % self.downscale or height % self.downscale:
             raise InvalidRequest(f"size is {width}x{height}; this model's must be divisible by {self.downscale}")
-        return self.runner.unet.config["in_channels"], height // self.downscale, width // self.downscale
+        return self.runner.unet.config["out_channels"], height // self.downscale, width // self.downscale
 
     def _check_bank(
         self, request: Request, style: ReferenceStyle, bank: StyleBank, loras: Mapping[str, Lora] | None
@@ -245,6 +245,26 @@ class RequestPlanner:
         with torch.inference_mode():
             latents = vaes.encode(self.vae, pixels.to(self.runner.unet.device))[0].float()
         return latents, None if mask is None else Kept(picture, fit_mask(mask, source, sample.size))
+
+    @property
+    def inpaints(self) -> bool:
+        """Return whether the model is one for inpainting, which sees the mask and what it keeps beside the latents."""
+        return self.runner.unet.config["in_channels"] > self.runner.unet.config["out_channels"]
+
+    def mask_inputs(self, size: tuple[int, int], kept: Kept | None) -> torch.Tensor:
+        """Return what an inpainting model sees beside the latents: mask and kept picture's latents, [5, h, w].
+
+        kept: None: all of a picture of `size` (width, height) is made.
+        """
+        height, width = self.latent_shape(size)[1:]
+        repainted, pixels = torch.ones(size[1], size[0]), torch.zeros(1, 3, size[1], size[0])
+        if kept is not None:
+            repainted = (kept.mask >= 0.5).float()  # the model was trained on black and white
+            pixels = (kept.picture[None].float() / 127.5 - 1) * (1 - repainted)
+        with torch.inference_mode():
+            latents = vaes.encode(self.vae, pixels.to(self.runner.unet.device))[0].float().cpu()
+            mask = F.interpolate(repainted[None, None], size=(height, width))[0]
+            return torch.cat([mask, latents])
 
     def enlarge(self, sample: Sample, latents: torch.Tensor) -> torch.Tensor:
         """Return finished latents [channels, h, w] at the size of a second pass."""
@@ -312,6 +332,8 @@ class Admission:
             for size, members in by_size.items():
                 shape = self._planner.latent_shape(size)
                 pins = yield from self._pins([one for one in members if one.pinned or one.begins])
+                if self._planner.inpaints:
+                    yield from self._mask_inputs(members, pins)
                 made = yield from store.encoding(members, shape[1:])
                 for one in connected(members):
                     group = self._admit(one, made, {sample: pins[sample] for sample in one if sample in pins})
@@ -327,6 +349,14 @@ class Admission:
         finally:
             if made is not None:
                 store.drop(made)
+
+    def _mask_inputs(self, samples: Sequence[Sample], pins: Mapping[Sample, Pin]) -> Generator[Wanted, Any, None]:
+        """Make what an inpainting model sees beside the latents of each sample."""
+        for sample in samples:
+            pin = pins.get(sample)
+            kept = pin.kept if isinstance(pin, Noised) else None
+            if sample.mask_inputs is None:
+                sample.mask_inputs = yield partial(self._planner.mask_inputs, sample.size, kept)
 
     def _admit(self, samples: Sequence[Sample], made: Encoded, pins: dict[Sample, Pin]) -> SampleGroup:
         shape = self._planner.latent_shape(samples[0].size)
@@ -352,7 +382,7 @@ class Admission:
             if sample.inverted:
                 inversions[sample] = yield from self._invert(sample, clean)
             else:
-                sample.pin = model, Noised(sample, clean, kept)
+                sample.pin = model, Noised(sample, clean, kept, keeps=not self._planner.inpaints)
         if inversions:
             yield list(inversions.values())
         for sample, group in inversions.items():
@@ -379,6 +409,8 @@ class Admission:
         """Return the group that inverts the picture of `sample` to noise."""
         inversion, store = self._planner.inversion(sample), self._runner.conditions
         inversion.start, (height, width) = clean, clean.shape[1:]
+        if self._planner.inpaints:
+            yield from self._mask_inputs([inversion], {})
         made = yield from store.encoding([inversion], (height, width))
         try:
             group = self._admit([inversion], made, {})

@@ -116,8 +116,9 @@ class Runner:
             self._check_room(group.most_rows, latent_shape[1:])
             if latent_shape not in self.latents:
                 self._drop_idle_latents()
-                self.latents[latent_shape] = LatentSlots(latent_shape, self.unet.device)
-            group.put(self.latents[latent_shape].take(group.first_latents()), self.unet.device)
+                more = self.unet.config["in_channels"] - latent_shape[0]
+                self.latents[latent_shape] = LatentSlots(latent_shape, self.unet.device, more)
+            group.put(self.latents[latent_shape].take(*group.first_latents()), self.unet.device)
         except BaseException:
             self.conditions.release(conditions)
             raise

@@ -72,7 +72,7 @@ class BankShapes:
             raise StyleError(
                 f"size is {width}x{height}; both sides must be multiples of {pixels_per_latent}, the pixels per latent"
             )
-        latents = (config["in_channels"], height // pixels_per_latent, width // pixels_per_latent)
+        latents = (config["out_channels"], height // pixels_per_latent, width // pixels_per_latent)
         layout = AttentionLayout.from_config(config)
         areas = _areas(latents[1:], len(config["block_out_channels"]))
         layers = tuple(

@@ -302,12 +302,12 @@ def test_a_folder_with_pickled_weights_alone_is_refused(folder, tmp_path):
     [
         ({"addition_embed_type": None, "cross_attention_dim": 768}, "Stable Diffusion 1"),
         ({"projection_class_embeddings_input_dim": 2560}, "refiner"),
-        ({"in_channels": 9}, "9 input channels"),
+        ({"in_channels": 8}, "8 input channels"),
         ({"cross_attention_dim": 48}, "of wrong shape"),
         ({"layers_per_block": 3}, "missing"),
         ({"block_out_channels": [32, 64]}, "does not describe a UNet"),
     ],
-    ids=["sd 1.5", "refiner", "inpainting", "other width", "more layers", "nonsense"],
+    ids=["sd 1.5", "refiner", "editing", "other width", "more layers", "nonsense"],
 )
 def test_a_folder_whose_config_is_not_that_of_its_weights_is_refused(change, said, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")

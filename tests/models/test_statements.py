@@ -313,7 +313,7 @@ OTHER_UNETS = {
     "conv_out_kernel": 1,
     "attention_type": "gated",
     "cross_attention_norm": "layer_norm",
-    "in_channels": 9,
+    "in_channels": 8,
     "out_channels": 8,
     "addition_embed_type": "text",
     "mid_block_only_cross_attention": True,

@@ -33,17 +33,22 @@ _FIRST_SLOTS = 2
 _generations = itertools.count(1)
 
 
+_BUFFERS = ("latents", "anchor", "history", "beside", "finite")  # of `LatentSlots`
+
+
 class LatentSlots:
     """Buffers `latents`, `anchor` [slots, channels, h, w], `history` [slots, 2, channels, h, w]; `finite` [slots].
 
-    All but `finite` are float32. They are replaced when they grow, and `generation` increases.
+    `beside` [slots, more, h, w] is what the model sees in addition, in `more` channels; they are 0 but for inpainting
+    models. All but `finite` are float32. They are replaced when they grow, and `generation` increases.
     """
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device):
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, more: int = 0):
         self.shape, self.generation, self._device = shape, next(_generations), device
         self.latents = torch.zeros(0, *shape, device=device)
         self.anchor = torch.zeros(0, *shape, device=device)
         self.history = torch.zeros(0, 2, *shape, device=device)
+        self.beside = torch.zeros(0, more, *shape[1:], device=device)
         self.finite = torch.ones(0, dtype=torch.bool, device=device)
         self._slots = Slots(1, used=1)
         self._grow(_FIRST_SLOTS)
@@ -56,15 +61,17 @@ class LatentSlots:
     @property
     def nbytes(self) -> int:
         """Return the bytes of all buffers."""
-        return sum(x.numel() * x.element_size() for x in (self.latents, self.anchor, self.history, self.finite))
+        return sum(x.numel() * x.element_size() for x in (getattr(self, name) for name in _BUFFERS))
 
-    def take(self, latents: torch.Tensor) -> np.ndarray:
-        """Put pictures [n, channels, h, w] into free slots; return their numbers [n] int64."""
+    def take(self, latents: torch.Tensor, beside: torch.Tensor | None = None) -> np.ndarray:
+        """Put pictures [n, channels, h, w] and what is seen beside them into free slots; return their numbers [n]."""
         while self._slots.free < len(latents):
             self._grow(2 * len(self.latents))
         slots = self._slots.lowest(len(latents))
         index = torch.tensor(slots, device=self._device)
         self.latents[index] = latents.to(self.latents)
+        if beside is not None:
+            self.beside[index] = beside.to(self.beside)
         self.anchor[index], self.history[index], self.finite[index] = 0, 0, True
         # taken only after all writes succeeded
         return np.array(self._slots.take(len(slots)), dtype=np.int64)
@@ -75,7 +82,7 @@ class LatentSlots:
 
     def _grow(self, count: int) -> None:
         before, grown = len(self.latents), {}
-        for name in ("latents", "anchor", "history", "finite"):
+        for name in _BUFFERS:
             old = getattr(self, name)
             grown[name] = old.new_zeros(count, *old.shape[1:])
             grown[name][:before] = old
@@ -123,7 +130,8 @@ def run_step(
     pooled = buffers.pooled[columns.table.text_page]
     timestep, time_ids = columns.timestep[picture], columns.time_ids[picture]
     embedding = unet.embed(timestep, pooled, time_ids, loras)
-    residuals = residuals_of(buffers.controls, seen, timestep, pooled, time_ids) if buffers.controls else None
+    own = seen[:, : latents.shape[1]]
+    residuals = residuals_of(buffers.controls, own, timestep, pooled, time_ids) if buffers.controls else None
     output = unet(
         seen,
         embedding,
@@ -143,7 +151,10 @@ def run_step(
 def model_input(state: LatentSlots, columns: StepColumns, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return latents [pictures, channels, h, w] float32, and the model's input for the rows [rows, channels, h, w]."""
     latents = state.latents[columns.slot]
-    return latents, (latents * columns.input_scale[:, None, None, None])[columns.row_picture].to(dtype)
+    seen = latents * columns.input_scale[:, None, None, None]
+    if state.beside.shape[1]:
+        seen = torch.cat([seen, state.beside[columns.slot]], dim=1)
+    return latents, seen[columns.row_picture].to(dtype)
 
 
 def sampler_update(state: LatentSlots, columns: StepColumns, latents: torch.Tensor, output: torch.Tensor) -> None:

@@ -171,7 +171,8 @@ class CompileBackend(Backend):
         shape = BatchShape(
             rows, rows, references, int(images), 0, True, len(layout.layers), len(layout.modules), latent_shape
         )
-        state, table = LatentSlots(latent_shape, unet.device), StepBuffers(shape, unet.device)
+        more = unet.config["in_channels"] - latent_shape[0]
+        state, table = LatentSlots(latent_shape, unet.device, more), StepBuffers(shape, unet.device)
         image_kv = None if pictures is None else ImageKV(pictures.layers, pictures.lengths)
         buffers = self._with_idle(ModelInputs(text.layers, text.extra, image_kv, None, ()), latent_shape[1:])
         self._step(("warm-up", shape), state, table.columns, buffers)

@@ -52,14 +52,16 @@ def scheduler_config(request: Request, config: Mapping) -> Mapping:
 class Noised:
     """Pin to a picture [channels, h, w] plus one fixed noise (the sample's seed) at each step's noise level.
 
-    kept: what the sample's mask keeps of the picture.
+    kept: what the sample's mask keeps of the picture. keeps: whether its latents are put back after every step, which a
+    model for inpainting does not need.
     """
 
-    def __init__(self, sample: Sample, clean: torch.Tensor, kept: Kept | None = None):
+    def __init__(self, sample: Sample, clean: torch.Tensor, kept: Kept | None = None, keeps: bool = True):
         self.clean, self.kept = clean.cpu(), kept
         self.noise = first_noise(sample.request, clean.shape)
         height, width = clean.shape[1:]
-        self.begin, self.keep = sample.begin, None if kept is None else 1 - kept.latents((height, width))
+        self.begin = sample.begin
+        self.keep = 1 - kept.latents((height, width)) if kept is not None and keeps else None
         self._forward = sample.schedule.forward.tolist()
 
     def __call__(self, step: int) -> torch.Tensor:

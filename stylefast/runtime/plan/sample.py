@@ -63,6 +63,7 @@ class Sample:
     held: tuple[StyleBank, int] | None = None  # a reference run again from a bank's latents: which of its references
     start: torch.Tensor | None = None  # an inversion's: the latents [channels, h, w] that it begins with
     pin: tuple[str, Pin] | None = None  # of a real picture, and the model that it was made with
+    mask_inputs: torch.Tensor | None = None  # what an inpainting model sees beside its latents, [5, h, w]
     base: "Sample | None" = None  # of the first pass: what a second pass enlarges and begins with
     first_pass: list["Sample"] = field(default_factory=list)  # if it has a base: all samples of the call's first pass
     begin: int = 0  # the step from which its latents are predicted; before, they are its request's noised picture
@@ -425,9 +426,13 @@ class SampleGroup:
         """Return the number of rows, of the UNet and of ControlNets, in the step that has most."""
         return max(rows.rows + rows.control_rows for rows in self._rows_at)
 
-    def first_latents(self) -> torch.Tensor:
-        """Return the latents before the first step, [pictures, channels, h, w] float32."""
-        return torch.stack([self._first_of(sample) for sample in self.samples])
+    def first_latents(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the latents before the first step, [pictures, channels, h, w] float32.
+
+        Also returns what an inpainting model sees beside them, [pictures, 5, h, w]; None for other models.
+        """
+        beside = [sample.mask_inputs for sample in self.samples if sample.mask_inputs is not None]
+        return torch.stack([self._first_of(sample) for sample in self.samples]), torch.stack(beside) if beside else None
 
     def noise(self) -> torch.Tensor:
         """Return the noise of the current step, [pictures, channels, h, w]; drawn once per step."""
