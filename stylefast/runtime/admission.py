@@ -246,6 +246,18 @@ class RequestPlanner:
             latents = vaes.encode(self.vae, pixels.to(self.runner.unet.device))[0].float()
         return latents, None if mask is None else Kept(picture, fit_mask(mask, source, sample.size))
 
+    def _kept(self, sample: Sample) -> Kept | None:
+        """Return what a second pass keeps of the picture that its first began with."""
+        image, mask, base = sample.request.image, sample.request.mask, sample.base
+        if image is None or mask is None or base is None:
+            return None
+        if isinstance(mask, torch.Tensor):
+            small = fit_mask(mask, image, base.size)
+            large = F.interpolate(small[None, None], size=sample.size[::-1], mode="bilinear")[0, 0]
+        else:
+            large = fit_mask(mask, image, sample.size)
+        return Kept(fit_picture(image, sample.size), large)
+
     @property
     def inpaints(self) -> bool:
         """Return whether the model is one for inpainting, which sees the mask and what it keeps beside the latents."""
@@ -266,14 +278,15 @@ class RequestPlanner:
             mask = F.interpolate(repainted[None, None], size=(height, width))[0]
             return torch.cat([mask, latents])
 
-    def enlarge(self, sample: Sample, latents: torch.Tensor) -> torch.Tensor:
-        """Return finished latents [channels, h, w] at the size of a second pass."""
+    def enlarge(self, sample: Sample, latents: torch.Tensor) -> tuple[torch.Tensor, Kept | None]:
+        """Return finished latents [channels, h, w] at the size of a second pass, and what its mask keeps."""
         height, width = self.latent_shape(sample.size)[1:]
         with torch.inference_mode():
             if sample.request.upscale_mode == "latents":
-                return F.interpolate(latents[None], size=(height, width), mode="bilinear")[0]
+                return F.interpolate(latents[None], size=(height, width), mode="bilinear")[0], self._kept(sample)
             picture = resized(vaes.decode(self.vae, latents[None], tile="auto")[0], sample.size)
-            return vaes.encode(self.vae, (2 * picture[None] - 1).to(latents.device))[0].float()
+            made = vaes.encode(self.vae, (2 * picture[None] - 1).to(latents.device))[0].float()
+        return made, self._kept(sample)
 
 
 class Admission:
@@ -376,7 +389,7 @@ class Admission:
                 if self._finished is None:
                     self._finished = yield from self._first_pass(sample.first_pass)
                 made = self._finished[sample.base.output or 0]
-                clean, kept = (yield partial(self._planner.enlarge, sample, made)), None
+                clean, kept = yield partial(self._planner.enlarge, sample, made)
             else:
                 clean, kept = yield partial(self._planner.read_picture, sample)
             if sample.inverted:

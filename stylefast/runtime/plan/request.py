@@ -148,10 +148,6 @@ class Request:
         checked["upscale_mode"] = values.one_of("upscale_mode", self.upscale_mode, UPSCALE_MODES)
         if checked["upscale"] > 1:
             _check_strength("upscale_strength", checked["upscale_strength"], checked["steps"])
-            if self.mask is not None:
-                raise InvalidRequest(
-                    "upscale has no second pass within a mask; give mask or upscale, one after another"
-                )
         checked["variation_strength"] = values.real_number("variation_strength", self.variation_strength, 0, 1)
         checked |= self._picture(checked) | self._variation(checked)
         self._check_effects(checked)
