@@ -578,6 +578,10 @@ class Engine:
             # of the whole call, which is what is made again
             files = {name: lora.recorded() for name, lora in loras.items()}
             entries = [entry | {"lora_files": files} for entry in entries]
+        networks = [self.controls.find(one.network) for request in requests for one in request.controls]
+        if networks:
+            nets = {net.name: {"path": str(net.path) if net.path else None, "sha256": net.digest} for net in networks}
+            entries = [entry | {"control_nets": nets} for entry in entries]
         return entries
 
 

@@ -257,10 +257,15 @@ class Sources:
 
 
 def shipped(model_folder: Path, kind: str) -> dict[str, Path]:
-    """Map name -> file of what ships with a model; `kind`: "styles" (learned ones), "loras" or "references"."""
+    """Map name -> file of what ships with a model.
+
+    kind: "styles" (learned ones), "loras", "references", or "control" (folders of control networks).
+    """
     suffixes = SUFFIXES if kind == "references" else (".safetensors",)
     folder = Path(model_folder) / kind
     files = sorted(folder.iterdir()) if folder.is_dir() else []
+    if kind == "control":
+        return {file.name: file for file in files if (file / "config.json").is_file()}
     return {file.stem: file for file in files if file.suffix.lower() in suffixes}
 
 

@@ -13,25 +13,32 @@ import numpy as np
 import torch
 
 from benchmarks.tiny_model.captions import single_caption
-from benchmarks.tiny_model.pictures import CONTENTS, PALETTES, STYLES, render
+from benchmarks.tiny_model.pictures import CONTENTS, PALETTES, STYLES, outlines, render
 from benchmarks.tiny_model.text import load_text_tower
 from benchmarks.tiny_model.unet import cumulative_alphas, lifted_weights, stratified_timesteps, time_ids
 from stylefast.models.preprocessors import canny
 
-PICTURES = 12_000
+PICTURES = 16_000
 BATCH = 32
 WITHOUT_CAPTION = 1 / 3
+TEXTURED = 0.2  # share of the pictures with the edges of their texture
 
 
 def training_pictures(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int, int]]]:
-    """Draw pictures uint8 `[n, 3, 64, 64]`, their edges `[n, 1, 64, 64]` in 0 to 1, and (content, style, palette)."""
+    """Draw pictures uint8 `[n, 3, 64, 64]`, their edges `[n, 1, 64, 64]` in 0 to 1, and (content, style, palette).
+
+    Most edges are those of the objects alone, as a person would draw them; the others are the picture's own, with all
+    of its style's texture.
+    """
     rng = np.random.default_rng(seed)
     pictures, edges, labels = [], [], []
     for i in range(count):
         content, style, palette = i % len(CONTENTS), int(rng.integers(len(STYLES))), int(rng.integers(len(PALETTES)))
-        picture = render(rng, CONTENTS[content], STYLES[style], PALETTES[palette])
+        own, shown = (np.random.default_rng([seed, i]) for _ in range(2))
+        picture = render(own, CONTENTS[content], STYLES[style], PALETTES[palette])
+        plain = outlines(shown, CONTENTS[content], PALETTES[palette])
         pictures.append(picture)
-        edges.append(np.asarray(canny(picture).convert("L")))
+        edges.append(np.asarray(canny(picture if rng.random() < TEXTURED else plain).convert("L")))
         labels.append((content, style, palette))
     seen = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     return seen, torch.from_numpy(np.stack(edges))[:, None].float() / 255, labels
@@ -71,7 +78,7 @@ def train_control(out: Path, minutes: float, seed: int = 9) -> dict:
     start, step, recent, budget = time.time(), 0, [], 60 * minutes
     while (elapsed := time.time() - start) < budget:
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * elapsed / budget)) + 1e-6
+            group["lr"] = 8e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * elapsed / budget)) + 1e-6
         chosen = torch.randint(0, len(latents), (BATCH,))
         timesteps, noise = stratified_timesteps(BATCH), torch.randn(BATCH, *latents.shape[1:])
         signal = alphas[timesteps][:, None, None, None]

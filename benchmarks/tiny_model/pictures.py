@@ -193,6 +193,13 @@ def _masks(rng: np.random.Generator, content: str, size: int) -> np.ndarray:
     return np.stack([(labels == label).mean((1, 3), dtype=np.float32) for label in (_BODY, _SECOND, _DETAIL)])
 
 
+def outlines(rng: np.random.Generator, content: str, palette: str, size: int = 64) -> np.ndarray:
+    """Draw in plain greys what `render` shows with the same arguments and an `rng` in the same state: `[size, size]`."""
+    _palette(rng, palette)
+    body, second, detail = _masks(rng, content, size)
+    return (255 * np.clip(0.45 * body + 0.7 * second + detail, 0, 1) + 0.5).astype(np.uint8)
+
+
 def render(rng: np.random.Generator, content: str, style: str, palette: str, size: int = 64) -> np.ndarray:
     """Draw `content` in `style` and `palette`: uint8 `[size, size, 3]`, `size` a multiple of 64.
 

@@ -14,11 +14,20 @@ from typing import Any
 from PIL import Image, ImageChops
 
 from stylefast.commands.files import read_metadata
-from stylefast.commands.generate import check_loras, check_schedules, destination_of, load, make, save
-from stylefast.commands.model_options import DEFAULT_MODEL, PATHS, RECORDED, Lora, ModelChoice, model_folder
+from stylefast.commands.generate import check_controls, check_loras, check_schedules, destination_of, load, make, save
+from stylefast.commands.model_options import (
+    DEFAULT_MODEL,
+    PATHS,
+    RECORDED,
+    ControlFile,
+    Lora,
+    ModelChoice,
+    model_folder,
+)
 from stylefast.commands.notices import warn
 from stylefast.engine import Result
 from stylefast.errors import InvalidRequest, ModelError
+from stylefast.models.checkpoint import TINY
 from stylefast.models.masks import open_mask
 from stylefast.models.pictures import open_picture
 from stylefast.options import PREDICTION_TYPES
@@ -40,7 +49,11 @@ def run_again(arguments: argparse.Namespace) -> int:
     recorded = _recorded_choice(metadata)
     if not arguments.load_recorded:
         _check_asked_for(arguments, recorded, metadata)
-    choice = replace(ModelChoice.of(arguments, recorded), row_lora=_row_loras(arguments, metadata))
+    choice = replace(
+        ModelChoice.of(arguments, recorded),
+        row_lora=_row_loras(arguments, metadata),
+        control_net=_control_nets(arguments, metadata),
+    )
     if not arguments.load_recorded and _from_cache(arguments, recorded):
         choice = replace(choice, cached_only=True)  # never download files missing from the cache
     _check_loras(choice, metadata, arguments)
@@ -48,6 +61,7 @@ def run_again(arguments: argparse.Namespace) -> int:
     requests = from_record(call, Path(arguments.source).expanduser().resolve().parent, choice.folder)
     check_schedules(requests)
     check_loras(requests, [lora.name for lora in choice.row_lora])
+    check_controls(requests, [net.name for net in choice.control_net])
     place = metadata["index"]
     destination = destination_of(arguments, [requests[place].prompt])
     loaded = choice.recorded()
@@ -65,6 +79,13 @@ def run_again(arguments: argparse.Namespace) -> int:
                 arguments,
                 f"the LoRA {quoted(name)} has other content than the one that made {arguments.source}",
                 "--lora",
+            )
+    for name, net in _net_files(metadata).items():
+        if engine.controls[name].digest != net["sha256"]:
+            _refuse_unless_forced(
+                arguments,
+                f"the control network {quoted(name)} has other weights than the one that made {arguments.source}",
+                "--control-net",
             )
     result = make(engine, requests, arguments.quiet)
     now = result.metadata[place]
@@ -90,6 +111,7 @@ def _with_pictures(call: Mapping, arguments: argparse.Namespace) -> Mapping:
     given = {}
     options = [("--style-image", file) for file in arguments.style_image or ()]
     options += [(f"--{name}", getattr(arguments, name)) for name in PICTURES if getattr(arguments, name) is not None]
+    options += [("--control", file) for file in arguments.control or ()]
     for option, file in options:
         path = typed_path(option, file).absolute()
         opened = open_mask if option == "--mask" else open_picture
@@ -139,6 +161,36 @@ def _lora_files(metadata: Mapping) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _net_files(metadata: Mapping) -> dict[str, dict[str, Any]]:
+    """Return name -> path and digest of the control networks that the recorded requests use. Raises InvalidRequest."""
+    found = metadata.get("control_nets", {})
+    if not isinstance(found, dict) or not all(
+        isinstance(net, dict) and isinstance(net.get("sha256"), str) and isinstance(net.get("path"), (str, type(None)))
+        for net in found.values()
+    ):
+        raise InvalidRequest("the recorded control networks are damaged; use an unedited picture")
+    return found
+
+
+def _control_nets(arguments: argparse.Namespace, metadata: Mapping) -> tuple[ControlFile, ...]:
+    """Return the recorded requests' control networks, those given first. Raises InvalidRequest."""
+    own, recorded = shipped(TINY, "control"), _net_files(metadata)
+    given = {net.name: net for net in (ControlFile.of(text, own) for text in arguments.control_net or ())}
+    unused = [name for name in given if name not in recorded]
+    if unused:
+        raise InvalidRequest(f"{arguments.source} uses no control network called {quoted(unused[0])}; drop it here")
+    found = []
+    for name, net in recorded.items():
+        path = given[name].path if name in given else str(own[name]) if name in own else net["path"]
+        if path is None:
+            raise InvalidRequest(
+                f"{arguments.source} was made with the control network {quoted(name)}, which was never in a file; give "
+                f"it with --control-net {quoted(name)}=FOLDER"
+            )
+        found.append(ControlFile(path, name))
+    return tuple(found)
+
+
 def _given(arguments: argparse.Namespace) -> list[Lora]:
     shipped_loras = shipped(model_folder(arguments.model or DEFAULT_MODEL), "loras")
     return [Lora.of_rows(text, shipped_loras) for text in arguments.row_lora or ()]
@@ -146,8 +198,6 @@ def _given(arguments: argparse.Namespace) -> list[Lora]:
 
 def _with_stylefast(file: Mapping[str, Any]) -> str | None:
     """Return the path of the LoRA that comes with stylefast and is the recorded one, None if it is none of them."""
-    from stylefast.models.checkpoint import TINY
-
     own = shipped(TINY, "loras").values()
     return next((str(path) for path in own if hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]), None)
 
@@ -193,6 +243,11 @@ def _check_asked_for(arguments: argparse.Namespace, recorded: Mapping, metadata:
     for name, file in _lora_files(metadata).items():
         if name not in given and _with_stylefast(file) is None:
             named[f"the LoRA {file['path']}"] = ["--lora", Lora(file["path"], own_name=name).words()]
+    nets = {ControlFile.of(text, shipped(TINY, "control")).name for text in arguments.control_net or ()}
+    for name, net in _net_files(metadata).items():
+        if name not in nets and name not in shipped(TINY, "control") and net["path"] is not None:
+            words = ControlFile(net["path"], name).words()
+            named[f"the control network {net['path']}"] = ["--control-net", words]
     options = [word for words in named.values() for word in words]
     styles = [f"the style file {path}" for path in _style_files(metadata["call"])]
     if not named and not styles:

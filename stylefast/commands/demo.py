@@ -35,6 +35,7 @@ MIXED = 0.6  # strength of each of two LoRAs on one picture
 # of a call's words: stands for the demo's folder, which has another name while it is written
 HERE = "{demo}/"
 MASK = "mask.png"
+LINES = "lines.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +60,7 @@ class Call:
     words: tuple[str, ...]
     reference: str | None = None  # name of a picture that comes with the model
     loras: tuple[Mapping[str, float], ...] = ()
+    drawing: str | None = None  # file of the demo that its pictures follow
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def plan(model_folder: Path, steps: int) -> tuple[Chapter, ...]:
         _learned_chapter(learned[0]),
         _composed_chapter(references[-1], learned[0]),
         _begun_chapter(references[0], references[-1], steps),
+        *_control_chapters(list(shipped(model_folder, "control")), references),
         *_lora_chapters(list(shipped(model_folder, "loras"))),
     )
 
@@ -278,6 +281,47 @@ def _begun_chapter(picture: str, style: str, steps: int) -> Chapter:
     return Chapter("From a picture: image to image, repainting, a second pass", text, tuple(calls))
 
 
+def _control_chapters(networks: Sequence[str], references: Sequence[str]) -> tuple[Chapter, ...]:
+    """Return the chapter of lines that pictures follow; none for a model without a network for edges."""
+    if "edges" not in networks:
+        return ()
+    prompts = [f"a tree in {style} style" for style in STYLES]
+    lines = ("--control-net", "edges", "--control", f"{HERE}{LINES}:1.5")
+    seed = ("--seed", "150")
+    calls = [
+        Call("lines", "the lines of a tree, in four styles", (*prompts, *seed, *lines), drawing=LINES),
+        Call("lines-off", "the same prompts and seeds without the lines", (*prompts, *seed)),
+    ]
+    calls += [
+        Call(
+            f"lines-{name}",
+            f"content by the lines, style by the picture {name}",
+            ("a tree", *seed, "--count", "4", *lines, "--style-image", name, *ALIGNED),
+            name,
+            drawing=LINES,
+        )
+        for name in references[:2]
+    ]
+    text = (
+        "A T2I-Adapter that comes with the model follows the lines of a drawing; the style comes from words, or from a "
+        "reference that the lines leave alone."
+    )
+    return (Chapter("Content by lines, style by reference", text, tuple(calls)),)
+
+
+def _lines(side: int = 64):
+    """Return the demo's control picture: the outline of a leaning tree, white on black."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (side, side))
+    crown = ((30, 5), (41, 19), (36, 20), (47, 34), (40, 35), (53, 50), (8, 50), (21, 35), (14, 34), (25, 20), (20, 19))
+    trunk = ((26, 50), (26, 59), (35, 59), (35, 50))
+    for outline in ((*crown, crown[0]), trunk):
+        points = [(x * side / 64, y * side / 64) for x, y in outline]
+        ImageDraw.Draw(picture).line(points, fill=(255, 255, 255), width=1)
+    return picture
+
+
 def _circle(side: int = 64):
     """Return the demo's mask: a white circle on black."""
     from PIL import Image, ImageDraw
@@ -357,6 +401,10 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
     generate.add_arguments(parser)
     sections, sheet, loaded = [], [], choice.recorded()
     _circle().save(folder / MASK)
+    _lines().save(folder / LINES)
+    for name, network in shipped(choice.folder, "control").items():
+        if name not in engine.controls:
+            engine.controls.add(network, name)
     calls = sum(len(chapter.calls) for chapter in chapters)
     names = {name for chapter in chapters for call in chapter.calls for loras in call.loras for name in loras}
     for name, file in shipped(choice.folder, "loras").items():
@@ -379,6 +427,8 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
                 if call.reference is not None:
                     copy = _copy_reference(Path(find_picture(call.reference, choice.folder)), folder)
                     figures.insert(0, presentation.Figure(copy, f"reference: {call.reference}", is_reference=True))
+                if call.drawing is not None:
+                    figures.insert(0, presentation.Figure(call.drawing, "lines", is_reference=True))
                 rows.append(presentation.Row(call.title, tuple(figures), shlex.join(command)))
                 pictures = [Image.open(folder / figure.source).convert("RGB") for figure in figures]
                 size = result.images[0].size

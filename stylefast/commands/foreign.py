@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stylefast import values
-from stylefast.commands.generate import check_schedules, destination_of, load, make, requests_of, save
+from stylefast.commands.generate import check_controls, check_schedules, destination_of, load, make, requests_of, save
 from stylefast.commands.model_options import Lora, ModelChoice
 from stylefast.commands.notices import warn
 from stylefast.errors import InvalidRequest, ModelError, PromptError
@@ -47,6 +47,7 @@ def run_foreign(arguments: argparse.Namespace, text: str) -> int:
     used = loras_of(parameters.loras, choice.row_lora, arguments.force)
     choice = replace(choice, row_lora=used)
     requests = foreign_requests(arguments, parameters, choice.folder, {lora.name: lora.strengths for lora in used})
+    check_controls(requests, [net.name for net in choice.control_net])
     check_schedules(requests)
     prompts = [request.prompt for request in requests]
     destination = destination_of(arguments, prompts)

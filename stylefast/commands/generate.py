@@ -8,9 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stylefast.commands.model_options import Lora, ModelChoice, add_model_arguments, found_lora
+from stylefast.commands.model_options import (
+    ControlFile,
+    Lora,
+    ModelChoice,
+    add_control_net,
+    add_model_arguments,
+    flag,
+    found_lora,
+    split_numbers,
+)
 from stylefast.errors import InvalidRequest
-from stylefast.values import did_you_mean, listed, quoted, shown, shown_path
+from stylefast.values import did_you_mean, listed, quoted, shown, shown_path, typed_path
 
 if TYPE_CHECKING:
     from stylefast.commands.files import Destination
@@ -70,6 +79,10 @@ _CALL_OPTIONS = (
     "upscale_mode",
     "variation_seed",
     "variation_strength",
+    "control",
+    "control_window",
+    "guess_mode",
+    "control_reference",
 )
 # written out, because the tables with the names import torch
 SCHEDULERS_HELP = """\
@@ -172,6 +185,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group("--variation-seed", type=int, metavar="N", help="seed of a noise that pictures are varied towards")
     group("--variation-strength", type=float, help="how far, 0 to 1 (default: 0, or 0.1 with --variation-seed)")
 
+    group = parser.add_argument_group("control pictures").add_argument
+    group(
+        "--control",
+        action="append",
+        metavar="[NAME=]PICTURE[:WEIGHT]",
+        help=(
+            "a picture, such as edges or depth, that a control network follows, at this weight (default: 1); NAME is "
+            "the network's, if there are several; may be repeated"
+        ),
+    )
+    group("--control-window", metavar="A-B", help="fractions of the steps in which they act (default: 0-1)")
+    group(
+        "--guess-mode",
+        action="store_true",
+        default=None,
+        help="let the control pictures decide more than the prompt; for ControlNets",
+    )
+    group(
+        "--control-reference",
+        metavar="none|same|PICTURE",
+        help="what steers the style's reference: nothing, the same pictures, or one of its own (default: none)",
+    )
+    add_control_net(group)
+
     group = parser.add_argument_group("style").add_argument
     group(
         "--style",
@@ -239,11 +276,13 @@ def run(arguments: argparse.Namespace) -> int:
         text = foreign_parameters(arguments.source)
         if text is not None:
             return run_foreign(arguments, text)
-        _check_call("--from", arguments, but=("style_image", "image", "mask"))
+        _check_call("--from", arguments, but=("style_image", "image", "mask", "control"))
         return run_again(arguments)
     choice = ModelChoice.of(arguments)
     if arguments.requests is not None:
-        requests, loras = read_requests(Path(arguments.requests), choice.folder)
+        requests, loras, nets = read_requests(Path(arguments.requests), choice.folder)
+        named = {net.name for net in choice.control_net}
+        choice = replace(choice, control_net=(*choice.control_net, *(net for net in nets if net.name not in named)))
         scaled = next((lora for lora in choice.row_lora if not lora.plain), None)
         if scaled is not None:
             raise InvalidRequest(
@@ -255,6 +294,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         requests = requests_of(arguments, choice.folder, {lora.name: lora.strengths for lora in choice.row_lora})
     check_loras(requests, [lora.name for lora in choice.row_lora])
+    check_controls(requests, [net.name for net in choice.control_net])
     check_schedules(requests)
     prompts = [request.prompt for request in requests]
     destination = destination_of(arguments, prompts)
@@ -358,10 +398,68 @@ def requests_of(
     if arguments.guidance_interval is not None:
         given["guidance_interval"] = parse_interval(arguments.guidance_interval)
     given |= _picture_settings(arguments, model_folder)
+    control = _controls(arguments, model_folder)
+    if control:
+        given["control"] = control
     settings = with_preset_guidance({**(usual or {}), **bank_settings(styles, given), **given})
     prompts = [prompt for prompt in arguments.prompts for _ in range(_count(arguments))]
     numbered = zip(prompts, seeds("--seed", arguments.seed or 0, len(prompts)), strict=True)
     return [Request(prompt, seed=seed, style=styles, loras=loras, **settings) for prompt, seed in numbered]
+
+
+def _controls(arguments: argparse.Namespace, model_folder: Path) -> list:
+    """Return the control pictures. Raises InvalidRequest and ImageError."""
+    from stylefast.record_values import find_picture
+    from stylefast.runtime.plan.control import NONE, SAME, Control
+
+    shared: dict[str, Any] = {}
+    if arguments.control_window is not None:
+        shared["window"] = parse_interval(arguments.control_window, "--control-window")
+    if arguments.guess_mode is not None:
+        shared["guess_mode"] = True
+    if arguments.control_reference is not None:
+        given = arguments.control_reference
+        shared["reference"] = given if given in (NONE, SAME) else find_picture(given, model_folder)
+    if arguments.control is None:
+        for name in ("control_window", "guess_mode", "control_reference"):
+            if getattr(arguments, name) is not None:
+                raise InvalidRequest(f"{flag(name)} says how a control picture acts; give it as --control")
+        return []
+    found = []
+    for text in arguments.control:
+        path, weights = split_numbers("--control", text, 1)
+        name, mark, rest = path.partition("=")
+        named = mark and name and not {"/", "\\"} & set(name) and not typed_path("--control", path).exists()
+        picture = find_picture(rest if named else path, model_folder)
+        weight = weights[0] if weights else 1.0
+        found.append(Control(picture, name if named else None, weight, **shared))
+    return found
+
+
+def check_controls(requests: Sequence, names: Sequence[str]) -> None:
+    """Raise InvalidRequest for control pictures without a network, and for networks that none uses."""
+    controls = [control for request in requests for control in request.controls]
+    for control in controls:
+        if not names:
+            raise InvalidRequest(
+                "a control picture needs the network that reads it; give it with --control-net FOLDER, or in a request "
+                'file as "controls": {"lines": "folder"}'
+            )
+        if control.network is None and len(names) > 1:
+            raise InvalidRequest(
+                f"there are several control networks ({listed(names)}); name one: --control NAME=PICTURE"
+            )
+        if control.network is not None and control.network not in names:
+            raise InvalidRequest(
+                f"no control network is called {quoted(control.network)}; there are: {listed(names)}"
+                f"{did_you_mean(control.network, names)}. Give it with --control-net {quoted(control.network)}=FOLDER"
+            )
+    used = {control.network or names[0] for control in controls}
+    unused = [name for name in names if name not in used]
+    if unused:
+        raise InvalidRequest(
+            f"no control picture is for the network {quoted(unused[0])}; drop its --control-net, or give --control"
+        )
 
 
 def _picture_settings(arguments: argparse.Namespace, model_folder: Path) -> dict:
@@ -421,37 +519,43 @@ def with_preset_guidance(settings: dict) -> dict:
     return settings if preset is None else {"guidance": preset.guidance} | settings
 
 
-def parse_interval(text: str) -> tuple[float, float]:
+def parse_interval(text: str, option: str = "--guidance-interval") -> tuple[float, float]:
     """Return (0.0, 0.8) for "0-0.8". Raises InvalidRequest."""
     match = _INTERVAL.fullmatch(text)
     if match is None:
-        raise InvalidRequest(f"--guidance-interval is {quoted(text)}; give two fractions of the steps, such as 0-0.8")
+        raise InvalidRequest(f"{option} is {quoted(text)}; give two fractions of the steps, such as 0-0.8")
     return float(match[1]), float(match[2])
 
 
-def read_requests(file: Path, model_folder: Path) -> tuple[list, tuple[Lora, ...]]:
-    """Return the requests of a JSON file and the files of its LoRAs; relative paths start at its folder.
+def read_requests(file: Path, model_folder: Path) -> tuple[list, tuple[Lora, ...], tuple[ControlFile, ...]]:
+    """Return the requests of a JSON file, and its LoRAs and control networks; relative paths start at its folder.
 
-    Beside "requests" and "styles" it may have "loras": {name: file, or name of one that comes with the model}.
-    Raises InvalidRequest or a subclass.
+    Beside "requests" and "styles" it may have "loras" and "controls": {name: file, or name of one that comes with the
+    model}. Raises InvalidRequest or a subclass.
     """
     from stylefast.record import from_record
     from stylefast.record_values import shipped
     from stylefast.values import path, read_json
 
     call, folder = read_json(file, f"the request file {shown_path(file)}"), file.expanduser().resolve().parent
-    files = call.pop("loras", {}) if isinstance(call, dict) else {}
-    if not isinstance(files, dict):
-        raise InvalidRequest(
-            f'"loras" of {shown_path(file)} is {quoted(files)}; it must be names with files: '
-            '{"ink": "ink.safetensors"}'
-        )
-    loras, own = [], shipped(model_folder, "loras")
-    for name, given in files.items():
-        place = path(f"the LoRA {quoted(name)}", given)
-        beside = str(own[given] if given in own and not (folder / place).exists() else folder / place)
-        loras.append(Lora(found_lora("loras", beside), own_name=name))
-    return from_record(call, folder, model_folder), tuple(loras)
+
+    def files(key: str, kind: str) -> dict[str, str]:
+        found, own = call.pop(key, {}) if isinstance(call, dict) else {}, shipped(model_folder, kind)
+        if not isinstance(found, dict):
+            raise InvalidRequest(
+                f'"{key}" of {shown_path(file)} is {quoted(found)}; it must be names with files: '
+                '{"ink": "ink.safetensors"}'
+            )
+        paths = {}
+        for name, given in found.items():
+            place = path(f"{quoted(name)} of {key}", given)
+            beside = str(own[given] if given in own and not (folder / place).exists() else folder / place)
+            paths[name] = found_lora(key, beside)
+        return paths
+
+    loras = tuple(Lora(found, own_name=name) for name, found in files("loras", "loras").items())
+    nets = tuple(ControlFile(found, name) for name, found in files("controls", "control").items())
+    return from_record(call, folder, model_folder), loras, nets
 
 
 def check_schedules(requests: Sequence) -> None:

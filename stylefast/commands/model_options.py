@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -77,7 +77,7 @@ class Lora:
     @classmethod
     def merged(cls, text: str) -> "Lora":
         """Parse "FILE" or "FILE:SCALE". Raises InvalidRequest for a missing file."""
-        path, scales = _split("--merge-lora", text, 1)
+        path, scales = split_numbers("--merge-lora", text, 1)
         return cls(found_lora("--merge-lora", path), *scales)
 
     @classmethod
@@ -86,7 +86,7 @@ class Lora:
 
         shipped: LoRAs that come with the model, whose names stand for their files.
         """
-        path, scales = _split("--lora", text, 2)
+        path, scales = split_numbers("--lora", text, 2)
         name, mark, rest = path.partition("=")
         named = mark and name and not {"/", "\\"} & set(name) and not typed_path("--lora", path).exists()
         found = found_lora("--lora", rest if named else path, shipped)
@@ -134,12 +134,49 @@ class Lora:
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
+@dataclass(frozen=True)
+class ControlFile:
+    """A control network's folder or file, and the name by which requests use it."""
+
+    path: str
+    own_name: str | None = None  # None: the file's or folder's
+
+    @classmethod
+    def of(cls, text: str, shipped: Mapping[str, Path]) -> "ControlFile":
+        """Parse "[NAME=]PATH"; shipped: networks that come with the model. Raises InvalidRequest for a missing file."""
+        name, mark, rest = text.partition("=")
+        named = mark and name and not {"/", "\\"} & set(name) and not typed_path("--control-net", text).exists()
+        return cls(found_lora("--control-net", rest if named else text, shipped), name if named else None)
+
+    @property
+    def name(self) -> str:
+        """Return the name by which requests use it."""
+        return self.own_name or _name_of(self.path)
+
+    def words(self) -> str:
+        """Return the network as given on the command line."""
+        return self.path if self.name == _name_of(self.path) else f"{self.name}={self.path}"
+
+
+def add_control_net(group: Callable[..., Any]) -> None:
+    """Add the option for control networks, with `group`, an `add_argument`."""
+    group(
+        "--control-net",
+        action="append",
+        metavar="[NAME=]PATH",
+        help=(
+            "a ControlNet or T2I-Adapter for SDXL that control pictures can use: a folder, a .safetensors file, or the "
+            "name of one that comes with the model; may be repeated"
+        ),
+    )
+
+
 def _name_of(path: str) -> str:
     # a folder's name may have dots
     return Path(path).name if Path(path).is_dir() else Path(path).stem
 
 
-def _split(option: str, text: str, most: int) -> tuple[str, list[float]]:
+def split_numbers(option: str, text: str, most: int) -> tuple[str, list[float]]:
     """Return the path before up to `most` numbers behind colons, and the numbers; the file's own name may end so."""
     scales: list[float] = []
     while len(scales) < most and not typed_path(option, text).exists():
@@ -153,7 +190,7 @@ def _split(option: str, text: str, most: int) -> tuple[str, list[float]]:
 
 
 def found_lora(option: str, path: str, shipped: Mapping[str, Path] = MappingProxyType({})) -> str:
-    """Return the absolute path of a LoRA, or of one that comes with the model.
+    """Return the absolute path of a LoRA or control network, or of one that comes with the model.
 
     Raises InvalidRequest, with the option's name, for a missing file.
     """
@@ -184,6 +221,7 @@ class ModelChoice:
     model: str = DEFAULT_MODEL
     lora: tuple[Lora, ...] = ()  # merged into the model
     row_lora: tuple[Lora, ...] = ()  # for requests that name them
+    control_net: tuple[ControlFile, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     cached_only: bool = False
 
@@ -225,6 +263,17 @@ class ModelChoice:
                 f"--lora names two files called {quoted(twice)}, and requests know LoRAs by that name; give it once, "
                 "or name one of them: --lora NAME=FILE"
             )
+        names = [net.name for net in self.control_net]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InvalidRequest(
+                f"--control-net names two networks called {quoted(twice)}; give it once, or name one of them: "
+                "--control-net NAME=PATH"
+            )
+        if self.control_net and backend in EXPORTED:
+            raise InvalidRequest(
+                f"--backend {backend} does not run control networks; use --backend torch or compile with --control-net"
+            )
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, recorded: Mapping[str, Any] | None = None) -> "ModelChoice":
@@ -244,7 +293,12 @@ class ModelChoice:
 
             own = shipped(model_folder(chosen.get("model", DEFAULT_MODEL)), "loras")
             chosen["row_lora"] = tuple(Lora.of_rows(text, own) for text in arguments.row_lora)
-        fields = {name: chosen.pop(name) for name in ("model", "lora", "row_lora") if name in chosen}
+        if getattr(arguments, "control_net", None) is not None:
+            from stylefast.record_values import shipped
+
+            own = shipped(model_folder(chosen.get("model", DEFAULT_MODEL)), "control")
+            chosen["control_net"] = tuple(ControlFile.of(text, own) for text in arguments.control_net)
+        fields = {name: chosen.pop(name) for name in ("model", "lora", "row_lora", "control_net") if name in chosen}
         return cls(**fields, options=chosen)
 
     @property
@@ -269,6 +323,8 @@ class ModelChoice:
                 engine.loras.add(lora.path, lora.name, lora.part)
             except NotLowRank as error:
                 raise NotLowRank(f"{error}. On the command line that is --merge-lora", error.reason) from error
+        for net in self.control_net:
+            engine.controls.add(net.path, net.name)
         return engine
 
     def recorded(self) -> dict[str, Any]:
@@ -283,5 +339,6 @@ class ModelChoice:
         """Return the options as given on the command line."""
         words = [word for lora in self.lora for word in ("--merge-lora", lora.words())]
         words += [word for lora in self.row_lora for word in ("--lora", lora.words())]
+        words += [word for net in self.control_net for word in ("--control-net", net.words())]
         words += ["--model", self.model] if self.model != DEFAULT_MODEL else []
         return words + [word for name, value in self.options.items() for word in (flag(name), str(value))]

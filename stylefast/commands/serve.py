@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from stylefast.commands.model_options import ModelChoice, add_model_arguments
+from stylefast.commands.model_options import ModelChoice, add_control_net, add_model_arguments
 from stylefast.errors import MissingDependency
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         shown = "" if default is None else f" (default: {default})"
         kind = {"whole": int, "seconds": float}.get(setting["kind"], str)
         group(flag, dest=name, metavar=setting["shown"], type=kind, help=setting["text"] + shown)
+    add_control_net(group)
     add_model_arguments(parser)
 
 
@@ -71,9 +72,12 @@ class LoadChoice:
     choice: ModelChoice
 
     def __call__(self) -> "tuple[Engine, Mapping[str, Any]]":
-        """Return the engine, with the LoRAs that come with the model, and what its pictures record of it."""
+        """Return the engine with what comes with the model, LoRAs and control networks, and what pictures record."""
         recorded, engine = self.choice.recorded(), self.choice.load()
         for name, file in engine.lora_files().items():
             if name not in engine.loras:
                 engine.loras.add(file, name)
+        for name, folder in engine.control_files().items():
+            if name not in engine.controls:
+                engine.controls.add(folder, name)
         return engine, recorded

@@ -86,6 +86,7 @@ class ControlNet(Encoder):
     def __init__(self, config: dict, name: str = "", digest: str = ""):
         super().__init__(config, AttentionLayout.from_config(config, encoder=True))
         self.name, self.digest = name, digest
+        self.path: Path | None = None  # of its file or folder
         widths = tuple(config.get("conditioning_embedding_out_channels") or _PICTURE_WIDTHS)
         self.downscale = 2 ** (len(widths) - 1)
         channels = config["block_out_channels"]

@@ -67,6 +67,7 @@ class T2IAdapter(nn.Module):
     def __init__(self, config: dict[str, Any], name: str = "", digest: str = ""):
         super().__init__()
         self.config, self.name, self.digest = config, name, digest
+        self.path: Path | None = None  # of its file or folder
         channels, resnets = config["channels"], config["num_res_blocks"]
         self.channels_in, self.downscale, self.maps = config["in_channels"], config["downscale_factor"], len(channels)
         self.conv_in = nn.Conv2d(self.channels_in * self.downscale**2, channels[0], 3, padding=1)

@@ -55,6 +55,7 @@ with engine.controls.add(folder)
                 f"the control network {values.quoted(name)} divides a picture's sides by {network.downscale}, but this "
                 f"model's VAE needs one that divides them by {wanted}; give one for this model"
             )
+        network.path = None if isinstance(source, torch.nn.Module) else Path(source).resolve()
         with self._paused(), self._lock:  # the pause orders the loaded weights before their use on a GPU
             self._check_free(name)
             self._named[name] = network

@@ -108,6 +108,7 @@ _UNIT_REST = (
     "hr_option",
 )
 _BALANCED = (0, "Balanced", None)
+_STRETCHED, _CROPPED = (0, "Just Resize"), (1, "Crop and Resize", None)  # a unit's resize_mode
 # blanks in front are taken from their first one on, else a long row of them would be read once for each
 _STYLE_TAG = re.compile(r"(?:(?<![ \t])[ \t]+)?<style:([^<>:\n]{1,200})(?::([^<>:\n]{0,20}))?>")
 MOST_STRENGTH = 2.0
@@ -391,7 +392,8 @@ def _wanted(body: Mapping[str, Any], service: "Service", owner: str, route: str 
     for name in [*given, *(name for name, _ in tags)]:
         styles.append(fields.known_style("styles", name, served))
     defaults = served.defaults_of(styles)
-    pictured, uploads = _of_scripts(body.get(_SCRIPTS) or {}, served)
+    size = number["width"], number["height"]
+    pictured, controls, uploads = _of_scripts(body.get(_SCRIPTS) or {}, served, size)
     styles, strengths = styles + pictured, strengths + [1.0] * len(pictured)
     fields.check_count("styles", styles)
     if "steps" in defaults and body.get("steps") is None:
@@ -411,6 +413,7 @@ def _wanted(body: Mapping[str, Any], service: "Service", owner: str, route: str 
         "size": [number["width"], number["height"]],
         "clip_skip": max((clip_layers or number["clip_skip"]) - 2, 0),
         "style": styles,
+        "control": controls,
         "variation_strength": _real("subseed_strength", body.get("subseed_strength"), 0.0),
         "a1111": {
             "sampler": sampler,
@@ -467,9 +470,15 @@ def _overrides(given: Any, service: "Service", owner: str, prefix: str) -> tuple
     return model, layers
 
 
-def _of_scripts(given: Any, served: fields.Served) -> tuple[list[dict[str, Any]], list[media.Upload]]:
-    """Return the styles of ControlNet's units with an IP-Adapter, and their pictures. Raises ApiError for the rest."""
+def _of_scripts(
+    given: Any, served: fields.Served, size: tuple[int, int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[media.Upload]]:
+    """Return the styles of ControlNet's units with an IP-Adapter, the controls of the others, and their pictures.
+
+    Raises ApiError for units that can't be done.
+    """
     styles: list[dict[str, Any]] = []
+    controls: list[dict[str, Any]] = []
     uploads: list[media.Upload] = []
     for name, script in given.items() if isinstance(given, dict) else [("", None)]:
         units = script.get("args") if isinstance(script, dict) else None
@@ -489,15 +498,51 @@ def _of_scripts(given: Any, served: fields.Served) -> tuple[list[dict[str, Any]]
                 code="invalid_request",
             )
         for unit in wanted:
-            styles.append(_unit_style(unit, len(uploads), served))
-            uploads.append(_unit_picture(unit))
-    return styles, uploads
+            picture = _unit_picture(unit)
+            if str(unit.get("module") or "none").lower() == "none":
+                controls.append(_unit_control(unit, len(uploads), served))
+                if unit.get("resize_mode") in _STRETCHED and picture.width * size[1] != picture.height * size[0]:
+                    picture = stretched(picture, size)
+            else:
+                styles.append(_unit_style(unit, len(uploads), served))
+            uploads.append(picture)
+    return styles, controls, uploads
 
 
 def _unit_picture(unit: Mapping[str, Any]) -> media.Upload:
     picture = unit.get("image") or unit.get("input_image")
     picture = picture.get("image") if isinstance(picture, dict) and not picture.get("mask") else picture
     return media.upload_in_text(picture, _SCRIPTS)
+
+
+def _unit_control(unit: Mapping[str, Any], number: int, served: fields.Served) -> dict[str, Any]:
+    """Return the control picture of a unit without a preprocessor. Raises ApiError."""
+    odd = [name for name in unit if name not in (*_UNIT, *_UNIT_REST)]
+    if odd or unit.get("control_mode") not in _BALANCED or unit.get("resize_mode") not in (*_STRETCHED, *_CROPPED):
+        what = odd[0] if odd else "control_mode" if unit.get("control_mode") not in _BALANCED else "resize_mode"
+        raise ApiError(
+            400,
+            f"a unit of controlnet has the {values.shown(what)} {values.quoted(unit.get(what))}; balanced units that "
+            "are resized or cropped are taken",
+            param=_SCRIPTS,
+            code="unsupported_parameter",
+        )
+    model = unit.get("model")
+    name = re.sub(r" \[[0-9a-f]+\]$", "", model) if isinstance(model, str) else None
+    if name not in served.controls:
+        raise ApiError(
+            400,
+            f"a unit of controlnet has the model {values.quoted(model)}; there are {values.listed(served.controls)}",
+            param=_SCRIPTS,
+            code="model_not_found",
+        )
+    window = [_real(part, unit.get(part), usual) for part, usual in (("guidance_start", 0.0), ("guidance_end", 1.0))]
+    return {
+        "image": {"upload": number},
+        "network": name,
+        "weight": _real("weight", unit.get("weight"), 1.0),
+        "window": window,
+    }
 
 
 def _unit_style(unit: Mapping[str, Any], number: int, served: fields.Served) -> dict[str, Any]:
@@ -509,7 +554,7 @@ def _unit_style(unit: Mapping[str, Any], number: int, served: fields.Served) -> 
         raise ApiError(
             400,
             f"a unit of controlnet has the {values.shown(what)} {values.quoted(unit.get(what))}; modules that begin "
-            f"with {_MODULE} are taken, with a model that has an IP-Adapter, and balanced",
+            f"with {_MODULE} are taken, with a model that has an IP-Adapter, and balanced; and the module none",
             param=_SCRIPTS,
             code="unsupported_parameter",
         )

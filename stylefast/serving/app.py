@@ -94,6 +94,7 @@ class Service:
             facts["adapters"],
             {name: manifest.defaults for name, manifest in usable.items()},
             {name: one.fault for name, one in found.items() if one.fault and name not in facts["styles"]},
+            facts["controls"],
         )
 
     def registered(self, max_age: float = 0.0) -> Mapping[str, Registered]:

@@ -105,6 +105,7 @@ def facts_of(engine: "Engine") -> dict[str, Any]:
         "size": engine.native_size,
         "styles": sorted(named_styles(engine)),
         "adapters": sorted(engine.adapters),
+        "controls": sorted(engine.controls),
         "loras": sorted(engine.loras),
         "schedulers": [*SCHEDULER_NAMES, *FEW_STEP_PRESETS],
         "samplers": {sampler_name(name): name for name in plain},

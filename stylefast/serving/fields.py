@@ -54,6 +54,7 @@ REQUEST_FIELDS = (
     "upscale_mode",
     "variation_seed",
     "variation_strength",
+    "control",
 )
 _TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "scheduler", "spacing", "prompt_syntax", "method")
 _TEXTS += ("upscale_mode",)
@@ -152,6 +153,7 @@ class Served:
     adapters: Sequence[str] = ()
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings that a style brings, by its name
     faults: Mapping[str, str] = field(default_factory=dict)  # of registered styles that can't be used
+    controls: Sequence[str] = ()  # names of control networks
 
     def defaults_of(self, styles: Sequence[Any]) -> dict[str, Any]:
         """Return the settings that the named ones among styles bring; later ones count."""
@@ -286,6 +288,9 @@ def wanted(
             400, "stylefast.method says how pictures are used; send some", param="stylefast.method", code="no_image"
         )
     check_count("style", styles)
+    uploads = [*images, *([] if mask is None else [mask])]
+    if own.get("control") is not None:
+        own["control"] = _controls(own["control"], uploads)
     quality, steps = _quality(fields.quality)
     size = _size(fields.size)
     n, seed = fields.n or 1, own.pop("seed", -1)
@@ -320,7 +325,7 @@ def wanted(
     width, height = size or served.native_size
     return Wanted(
         call={"requests": requests},
-        uploads=[*images, *([] if mask is None else [mask])],
+        uploads=uploads,
         model=model,
         form=fields.output_format or "png",
         compression=100 if fields.output_compression is None else fields.output_compression,
@@ -334,6 +339,26 @@ def wanted(
         stay=_stay(stay),
         warnings=warnings,
     )
+
+
+def _controls(given: Any, uploads: list[Upload]) -> list[Any]:
+    """Return the control pictures of a request file, with those in base64 added to the uploads. Raises ApiError."""
+    param, found = "stylefast.control", []
+    many = given if isinstance(given, list) else [given]
+    if len(many) > MOST_UPLOADS:
+        message = f"control has {len(many)} pictures; at most {MOST_UPLOADS} are allowed"
+        raise ApiError(400, message, param=param, code="invalid_request")
+    for one in many:
+        if not isinstance(one, dict) or "image" not in one:
+            message = 'control is {"image": a picture in base64, "network": its name}, or a list of these'
+            raise ApiError(400, message, param=param, code="invalid_request")
+        entry = dict(one)
+        for name in ("image", "reference"):
+            if isinstance(entry.get(name), str) and not (name == "reference" and entry[name] in ("none", "same")):
+                uploads.append(upload_in_text(entry[name], f"{param}.{name}"))
+                entry[name] = {"upload": len(uploads) - 1}
+        found.append(entry)
+    return found
 
 
 def _fitting(defaults: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,10 @@ class Uploads:
                 # with a mask, both are scaled alike, so the picture stays whole
                 fits = self._size is not None and request.get("mask") is None and request.get("upscale", 1) == 1
                 self._uses.setdefault(number, []).append(("latents", self._size) if fits else None)
+            for control in request.get("control") or ():
+                fits = self._size is not None and request.get("upscale", 1) == 1
+                for number in (n for name in ("image", "reference") for n in _numbers(control.get(name))):
+                    self._uses.setdefault(number, []).append(("latents", self._size) if fits else None)
             for style in request.get("style") or ():
                 for number, use in self._uses_in(style):
                     self._uses.setdefault(number, []).append(use)

@@ -197,7 +197,7 @@ def test_controlnets_ip_adapter_is_instant_style(server):
     "change, words",
     [
         ({"module": "canny"}, "has the module 'canny'"),
-        ({"module": None}, "has the module None"),
+        ({"module": None}, "has the model 'any [1234]'; there are edges"),
         ({"control_mode": 2}, "has the control_mode 2"),
         ({"advanced_weighting": [1]}, "has the advanced_weighting"),
         ({"image": None}, "picture in base64"),
