@@ -15,7 +15,7 @@ from stylefast.errors import AdapterError, ImageError, InvalidRequest, ModelNotF
 from stylefast.record import from_record, to_record
 from tests.support.fp64 import Twins, close, measured
 from tests.support.oracle.sampler import make_scheduler
-from tests.support.scene import SIZE, apart, small_picture
+from tests.support.scene import SIZE, apart, learned, small_picture
 from tests.support.small_control import edges, small_control
 
 STEPS = 4
@@ -133,7 +133,10 @@ def kinds_of_rows() -> dict[str, sf.Request]:
         "styled": sf.Request("a dog", seed=4, style=style, control=sf.Control(edges(6), "lines"), **given),
         "begun": sf.Request("a car", seed=5, image=small_picture(3), control=sf.Control(edges(7), "lines"), **given),
         "long": sf.Request("a cat, " * 60, seed=6, control=sf.Control(edges(8), "lines"), **given),
-        "learned": sf.Request("a sun", seed=7, guidance=1.0, control=sf.Control(edges(9), "depth"), **given),
+        "one branch": sf.Request("a sun", seed=7, guidance=1.0, control=sf.Control(edges(9), "depth"), **given),
+        "learned": sf.Request(
+            "a sun", seed=8, style=sf.DreamStyler(learned()), control=sf.Control(edges(10), "lines"), **given
+        ),
     }
 
 
