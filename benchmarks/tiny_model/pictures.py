@@ -194,7 +194,7 @@ def _masks(rng: np.random.Generator, content: str, size: int) -> np.ndarray:
 
 
 def outlines(rng: np.random.Generator, content: str, palette: str, size: int = 64) -> np.ndarray:
-    """Draw in plain greys what `render` shows with the same arguments and an `rng` in the same state: `[size, size]`."""
+    """Draw in plain greys what `render` shows with the same arguments, `rng` in the same state: `[size, size]`."""
     _palette(rng, palette)
     body, second, detail = _masks(rng, content, size)
     return (255 * np.clip(0.45 * body + 0.7 * second + detail, 0, 1) + 0.5).astype(np.uint8)
