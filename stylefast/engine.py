@@ -21,6 +21,7 @@ from stylefast.models.checkpoint import (
     resolve_device,
     resolve_dtype,
 )
+from stylefast.models.control_net import ControlNet
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.load_options import check_engine_options, sort_options
@@ -28,6 +29,7 @@ from stylefast.models.lora import LoraSet
 from stylefast.models.pictures import PictureSource
 from stylefast.models.prepacked import channels_last, pack
 from stylefast.models.repaint import Kept
+from stylefast.models.t2i_adapter import T2IAdapter
 from stylefast.models.text import TextEncoder
 from stylefast.models.unet import UNet
 from stylefast.options import NAMES, OF_LOADED, SIZES, EngineOptions, parse_bytes
@@ -115,7 +117,11 @@ class Engine:
         chosen = make_backend(options.backend, self.unet, options.engines, options.trust, source=self._source)
         self.runner = Runner(self.unet, store, chosen, self.budget, options.batch_buckets)
         self.controls = ControlNets(
-            self.unet, self.downscale, lambda: self.runner.check_open(), lambda: self.scheduler.paused()
+            self.unet,
+            self.downscale,
+            self.budget,
+            check_open=lambda: self.runner.check_open(),
+            paused=lambda: self.scheduler.paused(),
         )
         self._planner = RequestPlanner(
             self.runner,
@@ -139,10 +145,9 @@ class Engine:
         )
         self.budget.watch(lambda: held_bytes(self))
         check_limit(self)
-        if self.runner.backend.name == "torch" and options.pack_weights:
-            # half of the remaining limit; the rest is for pictures
-            room = None if self.budget.limit is None else (self.budget.limit - held_bytes(self)) // 2
-            pack(self.unet, room)
+        self._packs = self.runner.backend.name == "torch" and options.pack_weights
+        self._pack(self.unet)
+        self.controls.prepare = self._pack
         with self.runner.stream:
             pass  # on a GPU, orders steps after the loads on the current stream
 
@@ -535,6 +540,14 @@ class Engine:
         elif output == "pil":
             images = [to_pil(image) for image in images]
         return Result(images, [self.runner.stream.lend(one) for one in latents], written)
+
+    def _pack(self, module: UNet | ControlNet | T2IAdapter) -> None:
+        """Let a CPU keep copies of a network's weights in its own order, if that is wanted and there is room."""
+        if not self._packs:
+            return
+        # half of the remaining limit; the rest is for pictures
+        room = None if self.budget.limit is None else (self.budget.limit - held_bytes(self)) // 2
+        pack(module, room)
 
     def _open(self, output: str) -> None:
         if output != "latents":

@@ -208,21 +208,18 @@ def map_weights(maps: int, weight: float, guess_mode: bool) -> list[float]:
 
 def residuals_of(
     controls: tuple[ControlRows, ...], latents: Tensor, timesteps: Tensor, pooled: Tensor, time_ids: Tensor
-) -> Residuals:
-    """Run each network on its rows alone, and return what all of them add to every row.
+) -> list[Residuals]:
+    """Run each network on its rows alone, and return what all of them add.
 
     latents: the model's input [rows, 4, h, w]; timesteps [rows]; pooled text [rows, d]; time_ids [rows, 6].
     """
-    # of maps kept for the up blocks and the middle; of those inside the down blocks and the middle
-    totals: dict[bool, list[Tensor]] = {}
+    found = []
     for control in controls:
         parts = control.network.added(control, latents, timesteps, pooled, time_ids)
-        if control.network.inside not in totals:
-            # of their memory format
-            totals[control.network.inside] = [torch.zeros_like(x[:1]).repeat(len(latents), 1, 1, 1) for x in parts]
-        for total, part, weight in zip(totals[control.network.inside], parts, control.weights.T, strict=True):
-            total.index_add_(0, control.rows, part * weight[:, None, None, None])
-    return Residuals(totals.get(False), totals.get(True))
+        weighted = [part * weight[:, None, None, None] for part, weight in zip(parts, control.weights.T, strict=True)]
+        kind = "inside" if control.network.inside else "kept"
+        found.append(Residuals(control.rows, **{kind: weighted}))
+    return found
 
 
 def _plain_rows(text_page: Tensor, layers: int, modules: int) -> RowTable:

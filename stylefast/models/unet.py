@@ -63,12 +63,16 @@ _Loras = tuple[LoraInputs, LoraInputs] | None
 
 
 class Residuals(NamedTuple):
-    """What control networks add to a UNet's feature maps [rows, channels, h, w]."""
+    """What a control network adds to a UNet's feature maps, for some rows: [n, channels, h, w].
 
-    # ControlNets': to each map that is kept for the up blocks, and to the middle block's
-    kept: list[Tensor] | None = None
-    # T2I-Adapters': within each down block, and to the middle block's
-    inside: list[Tensor] | None = None
+    rows [n] int64: their places in the batch, of which one may occur several times.
+    """
+
+    rows: Tensor
+    # a ControlNet's: to each map that is kept for the up blocks, and to the middle block's
+    kept: Sequence[Tensor] = ()
+    # a T2I-Adapter's: within each down block, and to the middle block's
+    inside: Sequence[Tensor] = ()
 
 
 class BlockLoras(NamedTuple):
@@ -374,28 +378,30 @@ class Encoder(nn.Module):
         assert isinstance(block, TransformerBlock)
         return block
 
-    def down(self, x: Tensor, condition: LayerInputs, inside: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
+    def down(
+        self, x: Tensor, condition: LayerInputs, residuals: Sequence[Residuals] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run the down blocks on a feature map; return the last one, and all that are kept for the up blocks.
 
-        inside: what is added in each block, as T2I-Adapters were trained: after the last layer if the block attends,
-        else at its end.
+        What T2I-Adapters add goes where they were trained: behind the last layer of a block that attends, else to its
+        end.
         """
         skips = [x]
         for i, block in enumerate(self.down_blocks):
-            added = inside[i] if inside else None
+            added = [(one.rows, one.inside[i]) for one in residuals if one.inside]
             layers = block.layers()
             for place, (resnet, transformer) in enumerate(layers, 1):
                 x = resnet(x, *resnet.inputs(condition))
                 if transformer is not None:
                     x = transformer(x, condition)
-                if added is not None and block.attends and place == len(layers):
-                    x = x + added
+                if block.attends and place == len(layers):
+                    x = _with(x, added)
                 skips.append(x)
             if block.resamples:
                 x = block.resample(x, condition)
                 skips.append(x)
-            if added is not None and not block.attends:
-                x = skips[-1] = x + added
+            if not block.attends:
+                x = skips[-1] = _with(x, added)
         return x, skips
 
     def middle(self, x: Tensor, condition: LayerInputs) -> Tensor:
@@ -462,7 +468,7 @@ class UNet(Encoder):
         rows: RowTable,
         pages: StylePages | None = None,
         masks: tuple[Tensor, ...] = (),  # per attention level [masks, tokens]
-        residuals: Residuals | None = None,  # of control networks
+        residuals: Sequence[Residuals] = (),  # of control networks
         features: RowFeatures | None = None,  # records the rows' features as references
         loras: StepLoras | None = None,  # of the rows; those that `embed` was given
         text_lengths: Tensor | None = None,  # [text pages] int64: tokens in use; None: all
@@ -471,14 +477,10 @@ class UNet(Encoder):
         time = F.silu(time_embedding)
         condition = LayerInputs.of(time, rows, text_kv, image_kv, pages, masks, features, loras, text_lengths)
         x = self.conv_in(latents, condition.lora(self.conv_in))
-        kept, inside = residuals or (None, None)
-        x, skips = self.down(x, condition, inside or ())
-        x = self.middle(x, condition)
-        if inside is not None:
-            x = x + inside[-1]
-        if kept is not None:
-            skips = [skip + extra for skip, extra in zip(skips, kept[:-1], strict=True)]
-            x = x + kept[-1]
+        x, skips = self.down(x, condition, residuals)
+        x = _with(self.middle(x, condition), [(one.rows, (one.inside or one.kept)[-1]) for one in residuals])
+        for i in range(len(skips) if residuals else 0):
+            skips[i] = _with(skips[i], [(one.rows, one.kept[i]) for one in residuals if one.kept])
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
                 x = resnet(torch.cat([x, skips.pop()], dim=1), *resnet.inputs(condition))
@@ -488,6 +490,13 @@ class UNet(Encoder):
                 x = block.resample(x, condition, skips[-1].shape[2:])
         x = self.conv_norm_out(x, condition.norm(self.conv_norm_out.index))
         return self.conv_out(x, condition.lora(self.conv_out))
+
+
+def _with(x: Tensor, added: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return a feature map with (rows, what is added to them), in place where no gradient is wanted."""
+    for rows, part in added:
+        x = x.index_add(0, rows, part) if torch.is_grad_enabled() else x.index_add_(0, rows, part)
+    return x
 
 
 def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

@@ -12,6 +12,7 @@ from stylefast.errors import AdapterError, InvalidRequest
 from stylefast.models.control_net import ControlNet
 from stylefast.models.t2i_adapter import T2IAdapter, is_t2i_adapter
 from stylefast.models.unet import UNet
+from stylefast.runtime.memory import MemoryBudget
 
 
 class ControlNets(Mapping[str, "ControlNet | T2IAdapter"]):
@@ -29,8 +30,18 @@ class ControlNets(Mapping[str, "ControlNet | T2IAdapter"]):
 with engine.controls.add(folder)
     """
 
-    def __init__(self, unet: UNet, downscale: int, check_open: Callable[[], None], paused: Callable[[], Any]):
-        self._unet, self._downscale, self._check_open, self._paused = unet, downscale, check_open, paused
+    def __init__(
+        self,
+        unet: UNet,
+        downscale: int,
+        budget: MemoryBudget,
+        check_open: Callable[[], None],
+        paused: Callable[[], Any],
+    ):
+        self._unet, self._downscale, self._budget = unet, downscale, budget
+        self._check_open, self._paused = check_open, paused
+        # called with each network before it is used
+        self.prepare: Callable[[ControlNet | T2IAdapter], None] = lambda network: None
         self._lock = threading.RLock()
         self._named: dict[str, ControlNet | T2IAdapter] = {}
 
@@ -40,7 +51,8 @@ with engine.controls.add(folder)
         source: a diffusers folder, a `.safetensors` file, or a diffusers `ControlNetModel` or `T2IAdapter`.
 
         Raises ModelNotFound and ModelFormatError for what can't be read, AdapterError for networks that don't fit the
-        model, InvalidRequest for a name that is taken, EngineClosed once the engine is closed.
+        model, OutOfMemory beyond `memory_limit`, InvalidRequest for a name that is taken, EngineClosed once the engine
+        is closed.
         """
         self._check_open()
         if name is None:
@@ -55,6 +67,8 @@ with engine.controls.add(folder)
                 f"the control network {values.quoted(name)} divides a picture's sides by {network.downscale}, but this "
                 f"model's VAE needs one that divides them by {wanted}; give one for this model"
             )
+        self._budget.check_network(self._unet.device, name, _bytes(network))
+        self.prepare(network)
         network.path = None if isinstance(source, torch.nn.Module) else Path(source).resolve()
         with self._paused(), self._lock:  # the pause orders the loaded weights before their use on a GPU
             self._check_free(name)
@@ -105,7 +119,7 @@ with engine.controls.add(folder)
     @property
     def nbytes(self) -> int:
         """Return the bytes of all networks."""
-        return sum(x.nbytes for network in list(self._named.values()) for x in network.parameters())
+        return sum(map(_bytes, list(self._named.values())))
 
     def _check_free(self, name: str) -> None:
         if name in self._named:
@@ -113,3 +127,7 @@ with engine.controls.add(folder)
                 f"a ControlNet named {values.quoted(name)} is already registered; remove it first, or give another "
                 "name: engine.controls.add(folder, 'name')"
             )
+
+
+def _bytes(network: torch.nn.Module) -> int:
+    return sum(x.nbytes for x in network.parameters())

@@ -21,6 +21,7 @@ from stylefast.models.unet import UNet
 from stylefast.models.vae_copies import copied_bytes
 from stylefast.models.weight_files import available_memory, total_memory
 from stylefast.runtime.banks.page_pool import PageLayout
+from stylefast.values import quoted
 
 if TYPE_CHECKING:
     from stylefast.engine import Engine
@@ -95,6 +96,16 @@ class MemoryBudget:
             raise OutOfMemory(
                 f"keys and values of the prompts need {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB{limit} "
                 "are free; shorten the longest prompt, or ask for fewer prompts at once"
+            )
+
+    def check_network(self, device: torch.device, name: str, needed: int) -> None:
+        """Raise OutOfMemory if a control network of `needed` bytes does not fit below the limit."""
+        free = None if self.limit is None else self.free(device)
+        if free is not None and needed > free:
+            raise OutOfMemory(
+                f"the control network {quoted(name)} takes {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB "
+                f"of the limit of {(self.limit or 0) / 2**30:.1f} GiB are free; raise memory_limit, or remove another "
+                "network"
             )
 
     def check_ever(self, unet: UNet, rows: int, latent_size: tuple[int, int], texts: int = 0) -> None:
@@ -285,7 +296,7 @@ def _model(engine) -> dict[str, int]:
         "text_encoders": text,
         "vae": _bytes(engine.vae) + copied_bytes(engine.vae),
         "adapters": sum(_bytes(getattr(part, "vision_model", part)) for part in adapters.values()),
-        "controls": engine.controls.nbytes,
+        "controls": engine.controls.nbytes + sum(map(packed_bytes, list(engine.controls.values()))),
     }
 
 

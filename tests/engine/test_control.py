@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import stylefast as sf
-from stylefast.errors import AdapterError, ImageError, InvalidRequest, ModelNotFound
+from stylefast.errors import AdapterError, ImageError, InvalidRequest, ModelNotFound, OutOfMemory
 from stylefast.record import from_record, to_record
 from tests.support.fp64 import Twins, close, measured
 from tests.support.oracle.sampler import make_scheduler
@@ -240,6 +240,17 @@ def test_nothing_is_held_when_all_is_done(pipe, nets):
     engine.runner._buffers.clear()
     gc.collect()
     assert net() is None
+    engine.close()
+
+
+def test_a_network_beyond_the_memory_limit_is_refused(pipe, nets):
+    engine = sf.Engine.from_pipeline(pipe)
+    limit = engine.memory()["held"] + sum(x.nbytes for x in nets["lines"].parameters()) // 2
+    engine.close()
+    engine = sf.Engine.from_pipeline(pipe, memory_limit=limit)
+    with pytest.raises(OutOfMemory, match="the control network 'lines' takes .* raise memory_limit"):
+        engine.controls.add(nets["lines"], "lines")
+    assert not engine.controls and engine.memory()["model"]["controls"] == 0
     engine.close()
 
 

@@ -131,7 +131,6 @@ def test_controlnet_residuals_enter_as_in_diffusers(models):
     with torch.no_grad():
         time = unet.embed(inputs.timesteps, inputs.pooled, inputs.time_ids)
         rows = plain_rows(unet.layout, 2)
-        out = unet(
-            inputs.latents, time, unet.project_text(inputs.text), None, rows, residuals=Residuals([*skips, middle])
-        )
+        added = Residuals(torch.arange(2), [*skips, middle])
+        out = unet(inputs.latents, time, unet.project_text(inputs.text), None, rows, residuals=[added])
     close(out, measured(theirs, oracle, inputs, conditions, skips, middle))

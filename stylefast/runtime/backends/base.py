@@ -131,7 +131,7 @@ def run_step(
     timestep, time_ids = columns.timestep[picture], columns.time_ids[picture]
     embedding = unet.embed(timestep, pooled, time_ids, loras)
     own = seen[:, : latents.shape[1]]
-    residuals = residuals_of(buffers.controls, own, timestep, pooled, time_ids) if buffers.controls else None
+    residuals = residuals_of(buffers.controls, own, timestep, pooled, time_ids) if buffers.controls else ()
     output = unet(
         seen,
         embedding,

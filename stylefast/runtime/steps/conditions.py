@@ -309,10 +309,12 @@ class ConditionStore:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all pages and masks."""
+        """Return the bytes of all pages, masks and control pictures."""
         masks = sum(x.numel() * x.element_size() for table in self.masks.values() for x in table.levels)
         pages = [self.text, *list(self.control_text.values()), *([] if self.images is None else [self.images])]
-        return sum(one.nbytes for one in pages) + masks + self.loras.nbytes
+        embedded = [maps for found in list(self._control_pictures.values()) for maps in list(found.values())]
+        controls = sum(x.nbytes for maps in embedded for x in maps)
+        return sum(one.nbytes for one in pages) + masks + controls + self.loras.nbytes
 
     def encoding(self, samples: Sequence[Sample], latent_size: tuple[int, int]) -> Encoding:
         """Make all inputs that `samples`, of one size, still need; `latent_size`: (height, width).

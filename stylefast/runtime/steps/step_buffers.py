@@ -304,11 +304,12 @@ class _Controlled:
                 torch.tensor(weights, dtype=pictures[0].dtype, device=device),
             )
         pages = self._uses[0][0].pages
-        text_page = torch.tensor([int(use.text_page[group.step]) for use, group in self._uses], device=device)
+        places = np.array([use.text_page[group.step] for use, group in self._uses])
+        text_page = torch.from_numpy(places).to(device)
         if pages is None:
             return ControlRows(self.network, *self._fixed, (), text_page)
-        shorter = pages.any_shorter(text_page.cpu().numpy())
-        return ControlRows(self.network, *self._fixed, pages.layers, text_page, pages.lengths if shorter else None)
+        lengths = pages.lengths if pages.any_shorter(places) else None
+        return ControlRows(self.network, *self._fixed, pages.layers, text_page, lengths)
 
 
 def _controlled(uses: Sequence[tuple["ControlUse | None", SampleGroup]], order: np.ndarray) -> "list[_Controlled]":
