@@ -37,7 +37,8 @@ from stylefast.models.digests import weights_digest
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import AttentionLayout
-from stylefast.models.unet import UNet, list_of
+from stylefast.models.module_lists import list_of
+from stylefast.models.unet import UNet
 from stylefast.models.vae_copies import working_decoder
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ ASIDE = {
     "checks and messages": (
         "stylefast/values.py",
         "stylefast/runtime/plan/checks.py",
+        "stylefast/runtime/plan/control.py",
         "stylefast/runtime/plan/notices.py",
         "stylefast/runtime/plan/instructions.py",
         "stylefast/models/config_files.py",

@@ -23,10 +23,12 @@ from stylefast.models.config_files import build, config_of, read_config
 from stylefast.models.digests import sampled_digest
 from stylefast.models.hub import present
 from stylefast.models.layout import AttentionLayout, check_architecture
+from stylefast.models.module_lists import list_of
 from stylefast.models.prepacked import Conv2d, channels_last
+from stylefast.models.residuals import Residuals
 from stylefast.models.row_table import COLUMNS, KeyValue, LayerInputs, RowTable
 from stylefast.models.stored_tensors import load_weights
-from stylefast.models.unet import Encoder, Residuals, UNet, list_of
+from stylefast.models.unet import Encoder, UNet
 from stylefast.models.weight_files import read_header, recognise
 
 if TYPE_CHECKING:  # built on this file
@@ -169,8 +171,20 @@ class ControlNet(Encoder):
         table = _plain_rows(text_page, len(self.layout.layers), len(self.layout.modules))
         time = F.silu(time_embedding)
         condition = LayerInputs.of(time, table, text_kv, None, None, (), text_lengths=text_lengths)
-        x, skips = self.down(self.conv_in(latents) + pictures, condition)
-        middle = self.controlnet_mid_block(self.middle(x, condition))
+        x = self.conv_in(latents) + pictures
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, transformer in block.layers():
+                x = resnet(x, *resnet.inputs(condition))
+                x = x if transformer is None else transformer(x, condition)
+                skips.append(x)
+            if block.resamples:
+                x = block.resample(x, condition)
+                skips.append(x)
+        for resnet, transformer in [] if self.mid_block is None else self.mid_block.layers():
+            x = resnet(x, *resnet.inputs(condition))
+            x = x if transformer is None else transformer(x, condition)
+        middle = self.controlnet_mid_block(x)
         added = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         added.append(middle)
         return [x.mean((2, 3), keepdim=True).expand_as(x) for x in added] if self.pools else added

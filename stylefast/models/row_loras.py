@@ -72,6 +72,23 @@ class LoraInputs(NamedTuple):
     rows: LoraRows  # whose parts are the layers
 
 
+class BlockLoras(NamedTuple):
+    """LoRAs of a transformer block's layers."""
+
+    self_attention: tuple[LoraInputs, LoraInputs]  # of queries, keys and values; of the output
+    cross_attention: tuple[LoraInputs, LoraInputs]  # of queries; of the output. Text's keys and values are ready
+    feed_forward: tuple[LoraInputs, LoraInputs]
+
+
+class ResnetLoras(NamedTuple):
+    """LoRAs of a resnet's layers."""
+
+    conv1: LoraInputs
+    time: LoraInputs
+    conv2: LoraInputs
+    shortcut: LoraInputs | None
+
+
 class RowLoras(NamedTuple):
     """The LoRAs that a batch may use, on its device.
 

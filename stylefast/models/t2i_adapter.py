@@ -20,8 +20,9 @@ from stylefast.models.config_files import build, config_of, read_config
 from stylefast.models.control_net import ControlRows
 from stylefast.models.digests import sampled_digest
 from stylefast.models.hub import present
+from stylefast.models.module_lists import list_of
 from stylefast.models.stored_tensors import load_weights
-from stylefast.models.unet import UNet, list_of
+from stylefast.models.unet import UNet
 from stylefast.models.weight_files import read_header
 
 KIND = "full_adapter_xl"

@@ -10,8 +10,8 @@ and is implemented only in `SelfAttention.forward`. `LayerInputs` splits the row
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,11 @@ from stylefast.kernels.row_lora import operation as row_lora
 from stylefast.kernels.shared_attention import Affine
 from stylefast.kernels.shared_attention import operation as shared_attention
 from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape, check_architecture
+from stylefast.models.module_lists import list_of
 from stylefast.models.prepacked import Conv2d, Linear
+from stylefast.models.residuals import Residuals, with_inside, with_kept
 from stylefast.models.row_features import RowFeatures
-from stylefast.models.row_loras import LoraInputs, LoraLayout, LoraProducts, StepLoras
+from stylefast.models.row_loras import BlockLoras, LoraInputs, LoraLayout, LoraProducts, ResnetLoras, StepLoras
 from stylefast.models.row_table import (
     CrossInputs,
     ImageKV,
@@ -44,52 +46,8 @@ from stylefast.models.row_table import (
     StylePages,
 )
 
-Member = TypeVar("Member", bound=nn.Module)
-
-if TYPE_CHECKING:
-
-    class _ListOf(nn.ModuleList, Generic[Member]):
-        def __iter__(self) -> Iterator[Member]: ...
-        def __getitem__(self, index: int) -> Member: ...
-
-
-def list_of(members: Iterable[Member]) -> "_ListOf[Member]":
-    """Return an `nn.ModuleList`, of which a type checker then knows the members' class."""
-    return cast("_ListOf[Member]", nn.ModuleList(members))
-
-
 # of two layers, or of layers with one input and one layer
 _Loras = tuple[LoraInputs, LoraInputs] | None
-
-
-class Residuals(NamedTuple):
-    """What a control network adds to a UNet's feature maps, for some rows: [n, channels, h, w].
-
-    rows [n] int64: their places in the batch, of which one may occur several times.
-    """
-
-    rows: Tensor
-    # a ControlNet's: to each map that is kept for the up blocks, and to the middle block's
-    kept: Sequence[Tensor] = ()
-    # a T2I-Adapter's: within each down block, and to the middle block's
-    inside: Sequence[Tensor] = ()
-
-
-class BlockLoras(NamedTuple):
-    """LoRAs of a transformer block's layers."""
-
-    self_attention: tuple[LoraInputs, LoraInputs]  # of queries, keys and values; of the output
-    cross_attention: tuple[LoraInputs, LoraInputs]  # of queries; of the output. Text's keys and values are ready
-    feed_forward: tuple[LoraInputs, LoraInputs]
-
-
-class ResnetLoras(NamedTuple):
-    """LoRAs of a resnet's layers."""
-
-    conv1: LoraInputs
-    time: LoraInputs
-    conv2: LoraInputs
-    shortcut: LoraInputs | None
 
 
 class GroupNorm(nn.Module):
@@ -378,40 +336,6 @@ class Encoder(nn.Module):
         assert isinstance(block, TransformerBlock)
         return block
 
-    def down(
-        self, x: Tensor, condition: LayerInputs, residuals: Sequence[Residuals] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run the down blocks on a feature map; return the last one, and all that are kept for the up blocks.
-
-        What T2I-Adapters add goes where they were trained: behind the last layer of a block that attends, else to its
-        end.
-        """
-        skips = [x]
-        for i, block in enumerate(self.down_blocks):
-            added = [(one.rows, one.inside[i]) for one in residuals if one.inside]
-            layers = block.layers()
-            for place, (resnet, transformer) in enumerate(layers, 1):
-                x = resnet(x, *resnet.inputs(condition))
-                if transformer is not None:
-                    x = transformer(x, condition)
-                if block.attends and place == len(layers):
-                    x = _with(x, added)
-                skips.append(x)
-            if block.resamples:
-                x = block.resample(x, condition)
-                skips.append(x)
-            if not block.attends:
-                x = skips[-1] = _with(x, added)
-        return x, skips
-
-    def middle(self, x: Tensor, condition: LayerInputs) -> Tensor:
-        """Run the middle block, if there is one."""
-        for resnet, transformer in [] if self.mid_block is None else self.mid_block.layers():
-            x = resnet(x, *resnet.inputs(condition))
-            if transformer is not None:
-                x = transformer(x, condition)
-        return x
-
 
 class UNet(Encoder):
     """SDXL's UNet for any config of that architecture; see the module's docstring.
@@ -477,10 +401,28 @@ class UNet(Encoder):
         time = F.silu(time_embedding)
         condition = LayerInputs.of(time, rows, text_kv, image_kv, pages, masks, features, loras, text_lengths)
         x = self.conv_in(latents, condition.lora(self.conv_in))
-        x, skips = self.down(x, condition, residuals)
-        x = _with(self.middle(x, condition), [(one.rows, (one.inside or one.kept)[-1]) for one in residuals])
-        for i in range(len(skips) if residuals else 0):
-            skips[i] = _with(skips[i], [(one.rows, one.kept[i]) for one in residuals if one.kept])
+        skips = [x]
+        for i, block in enumerate(self.down_blocks):
+            layers = block.layers()
+            for place, (resnet, transformer) in enumerate(layers, 1):
+                x = resnet(x, *resnet.inputs(condition))
+                if transformer is not None:
+                    x = transformer(x, condition)
+                if residuals and block.attends and place == len(layers):
+                    x = with_inside(x, residuals, i)
+                skips.append(x)
+            if block.resamples:
+                x = block.resample(x, condition)
+                skips.append(x)
+            if residuals and not block.attends:
+                x = skips[-1] = with_inside(x, residuals, i)
+
+        for resnet, transformer in [] if self.mid_block is None else self.mid_block.layers():
+            x = resnet(x, *resnet.inputs(condition))
+            x = x if transformer is None else transformer(x, condition)
+        if residuals:
+            x, skips = with_kept(x, skips, residuals)
+
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
                 x = resnet(torch.cat([x, skips.pop()], dim=1), *resnet.inputs(condition))
@@ -490,13 +432,6 @@ class UNet(Encoder):
                 x = block.resample(x, condition, skips[-1].shape[2:])
         x = self.conv_norm_out(x, condition.norm(self.conv_norm_out.index))
         return self.conv_out(x, condition.lora(self.conv_out))
-
-
-def _with(x: Tensor, added: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return a feature map with (rows, what is added to them), in place where no gradient is wanted."""
-    for rows, part in added:
-        x = x.index_add(0, rows, part) if torch.is_grad_enabled() else x.index_add_(0, rows, part)
-    return x
 
 
 def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

@@ -518,7 +518,8 @@ class Scheduler:
         for group, error in failed.items():
             if group in self._jobs:
                 errors.setdefault(self._jobs[group], []).append(error)
-        self._fail({job: joined(own) for job, own in errors.items()})
+        if errors:
+            self._fail({job: joined(own) for job, own in errors.items()})
         for job in list(dict.fromkeys(self._jobs[g] for g in batch if g in self._jobs)):
             stepped = [g for g in batch if self._jobs.get(g) is job]
             if job in self._joining:  # the steps of an inversion do not count as the picture's

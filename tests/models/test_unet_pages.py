@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from stylefast.models.residuals import Residuals
 from stylefast.models.row_table import StylePages
-from stylefast.models.unet import GroupNorm, Residuals, SelfAttention, UNet
+from stylefast.models.unet import GroupNorm, SelfAttention, UNet
 from tests.support.fp64 import close, measured
 from tests.support.oracle.style_aligned import Sharing
 from tests.support.rows import plain_rows, run, share

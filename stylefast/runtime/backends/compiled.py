@@ -28,9 +28,9 @@ from stylefast.code_caches import inductor_cache
 from stylefast.errors import InvalidRequest, MissingDependency
 from stylefast.kernels.gated_cross_attention import ImageSegments
 from stylefast.kernels.shared_attention import References
-from stylefast.models.row_loras import LoraInputs, RowLoras
+from stylefast.models.row_loras import BlockLoras, LoraInputs, ResnetLoras, RowLoras
 from stylefast.models.row_table import ImageKV, StylePages
-from stylefast.models.unet import BlockLoras, Resnet, ResnetLoras, TransformerBlock, UNet
+from stylefast.models.unet import Resnet, TransformerBlock, UNet
 from stylefast.runtime.backends.base import Backend, LatentSlots, ModelInputs, graphs_for, read_in_place, run_step
 from stylefast.runtime.backends.compile_cache import CompileCache, default_folder
 from stylefast.runtime.backends.cuda_graphs import StepGraphs
