@@ -28,6 +28,7 @@ FACTS = {
     "size": (64, 64),
     "styles": ["chalk", "neon"],
     "adapters": ["ip"],
+    "controls": [],
     "loras": ["gold"],
     "schedulers": ["euler"],
     "samplers": {"Euler": "euler"},
