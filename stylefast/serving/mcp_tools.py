@@ -10,9 +10,22 @@ from mcp.server.mcpserver import Image
 from mcp.server.mcpserver.exceptions import ToolError
 
 import stylefast
+from stylefast.values import did_you_mean, listed, quoted
 
 INSTRUCTIONS = "Draws pictures in registered styles. Call list_styles first, then generate_image with one of its names."
 _SECONDS = 900.0
+
+
+class _Tools(MCPServer):
+    """The protocol's server, which would pass over arguments that a tool does not have; this one refuses them."""
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
+        known = {tool.name: list(tool.input_schema["properties"]) for tool in await self.list_tools()}
+        odd = [one for one in arguments if one not in known.get(name, arguments)]
+        if odd:
+            near = did_you_mean(odd[0], known[name])
+            raise ToolError(f"{name} has no argument {quoted(odd[0])}; it takes {listed(known[name])}{near}")
+        return await super().call_tool(name, arguments, context)
 
 
 def make_tools(url: str, key: str | None = None, transport: httpx2.AsyncBaseTransport | None = None) -> MCPServer:
@@ -20,7 +33,7 @@ def make_tools(url: str, key: str | None = None, transport: httpx2.AsyncBaseTran
 
     key: its API key. transport: replaces the network.
     """
-    tools = MCPServer("stylefast", version=stylefast.__version__, instructions=INSTRUCTIONS)
+    tools = _Tools("stylefast", version=stylefast.__version__, instructions=INSTRUCTIONS)
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
 
     async def ask(method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:

@@ -26,12 +26,13 @@ def ask(url, *calls):
 
 def test_an_agent_draws_a_picture(server):
     arguments = {"prompt": "a fish", "style": "neon", "quality": "low", "seed": 7}
-    tools, (styles, drawn, again, wrong) = ask(
+    tools, (styles, drawn, again, wrong, odd) = ask(
         server.url,
         ("list_styles", {}),
         ("generate_image", arguments),
         ("generate_image", arguments),
         ("generate_image", {"prompt": "a fish", "style": "neom"}),
+        ("generate_image", {"prompt": "a fish", "control": "edges"}),
     )
     assert set(tools) == {"list_styles", "generate_image"}
     assert {"neon", "chalk"} <= set(styles.structured_content["result"])
@@ -39,6 +40,7 @@ def test_an_agent_draws_a_picture(server):
     assert Image.open(BytesIO(base64.b64decode(image.data))).size == (64, 64) and text.text.startswith("seed 7, 64x64")
     assert again.content[0].data == image.data
     assert wrong.is_error and "neon" in wrong.content[0].text
+    assert odd.is_error and "no argument 'control'; it takes prompt, style" in odd.content[0].text
 
 
 def test_a_service_that_is_not_there_is_said():
