@@ -366,7 +366,7 @@ def test_a_request_becomes_one_picture_per_prompt_with_seeds_that_count_up(read)
     assert order.requests[0].reader.reference == b"picture"
 
 
-def test_a_request_takes_every_text_setting_and_no_lora(read, requests):
+def test_a_request_takes_every_text_setting_but_no_lora_and_no_control(read, requests):
     given = {
         "prompt_2": "a star",
         "negative_prompt": "(fog:1.2)",
@@ -376,11 +376,12 @@ def test_a_request_takes_every_text_setting_and_no_lora(read, requests):
     }
     for request in read({"prompt": ["a (cat:1.2)", "a dog"], **given}).requests:
         assert {name: getattr(request, name) for name in given} == given
-    # LoRAs lie in files, and the server's graphs have no inputs for them
+    # LoRAs and ControlNets lie in files, and the server's graphs have no inputs for them
     taken = set(requests._FIELDS) - {"preview_every", "deadline"}
-    assert taken == {field.name for field in dataclasses.fields(sf.Request)} - {"loras"}
-    with pytest.raises(InvalidRequest, match="the request has no 'loras'"):
-        read({"prompt": "a cat", "loras": {"ink": 1.0}})
+    assert taken == {field.name for field in dataclasses.fields(sf.Request)} - {"loras", "control"}
+    for name, value in {"loras": {"ink": 1.0}, "control": {"image": 0}}.items():
+        with pytest.raises(InvalidRequest, match=f"the request has no '{name}'"):
+            read({"prompt": "a cat", name: value})
 
 
 def test_a_picture_to_begin_with_and_its_mask_are_named_by_number(requests):

@@ -15,7 +15,8 @@ from stylefast.record import PICTURES, read_style
 from stylefast.styles.style import Style, find_kind, kinds
 from stylefast.values import did_you_mean, load_json, quoted, real_number, seeds, whole_number
 
-# those of `sf.Request` that all pictures of an order share; not loras, whose files the server would have to know
+# those of `sf.Request` that all pictures of an order share; not loras and control, whose files the server would have
+# to know
 _SHARED = (
     "prompt_2",
     "negative_prompt",
